@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from parallel_pool import Pool
 from torch import Tensor, nn
 
@@ -243,7 +244,7 @@ def undisturbed(rank: int, steps: int) -> Any:
 # ---- by hand ---------------------------------------------------------------------------------------------------------
 
 
-def by_hand(rank: int) -> Any:
+def by_hand(rank: int, folder: str) -> Any:
     """The error is the default. Whoever catches it may shrink."""
     with ExpertParallel(timeout=TIMEOUT) as parallel:
         training = make(parallel)
@@ -254,12 +255,15 @@ def by_hand(rank: int) -> Any:
             run(training, 3)
         change = shrink(training)
         run(training, 4)
+        assert (dist.get_rank(), dist.get_world_size()) == (parallel.rank, parallel.size)
+        checkpoint.save(training.model, folder, training.optimizer)  # torch.distributed works again
+        dist.barrier()
         return digests(training), change.left, parallel.rank, parallel.size
 
 
 @pytest.mark.filterwarnings("ignore:experts are lost")
-def test_shrink_by_hand(four: Pool) -> None:
-    four.start(by_hand)
+def test_shrink_by_hand(four: Pool, tmp_path: Path) -> None:
+    four.start(by_hand, str(tmp_path))
     seen = four.results([1, 2, 3])
     complete([digest for digest, *_ in seen])
     assert [entry[1:] for entry in seen] == [((0,), rank, 3) for rank in range(3)]
@@ -280,7 +284,7 @@ def joins(rank: int, name: str) -> Any:
             end = max(6, training.steps) + 3
             run(training, end)
             return digests(training), end, parallel.rank
-    with ExpertParallel([0, 1, 2], outside=True, **options) as parallel:
+    with ExpertParallel(outside=True, **options) as parallel:
         torch.manual_seed(5)
         model = Model(parallel)
         training = Training(model, torch.optim.AdamW(model.parameters(), lr=0.5), on_failure="continue")

@@ -133,7 +133,9 @@ def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
                 _change_ranks(training)
             return loss
         # The traceback, and with it the graph of the failed step, is gone here.
-        shrink(training)
+        change = shrink(training)
+        if membership.id in change.joined:
+            begun = membership.steps
         if membership.steps > begun:
             return loss
 

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
 from switchgear.parallel.cost import CHUNKS, Link
 from switchgear.parallel.header import digest
-from switchgear.parallel.membership import Membership
+from switchgear.parallel.membership import SLACK_SECONDS, Membership
 from switchgear.parallel.peers import Outside, Peers
 from switchgear.parallel.placement import Placement
 from switchgear.parallel.record import Record
-from switchgear.parallel.rendezvous import get
+from switchgear.parallel.rendezvous import Background, get, own_client
 
 _alive: weakref.WeakSet[ExpertParallel] = weakref.WeakSet()
 _made: dict[str, int] = {}
@@ -55,10 +56,9 @@ class ExpertParallel:
             and output gradients, and get equal outputs and input gradients.
         host: the address of this machine on which it listens for the other ranks, if automatic detection is wrong.
         link: speed of the connections, for choosing the number of chunks.
-        name: of this group in the store; needed for `outside` if it is not the first one of all ranks.
-        outside: this process is not in the group, which exists already; it joins by switchgear.parallel.join. Without
-            torch.distributed, the store is the one that MASTER_ADDR and MASTER_PORT name.
-        store: a torch.distributed.Store to use instead of the default group's.
+        name: of this group, for processes that join it. No two groups of a store may have the same.
+        outside: this process is not in the group of this name, but joins it by switchgear.parallel.join.
+        store: where the group of this name is found. If None, that of torch.distributed, or else of torchrun.
 
     Raises:
         ExpertParallelError: a rank did not connect, or left; see there. The object is then unusable.
@@ -97,11 +97,12 @@ class ExpertParallel:
         self.average_gradients, self.link = average_gradients, link or Link()
         self.record = Record()
         self.group = None if isinstance(group, Sequence) else group
-        self._num_layers, self._placement = 0, placement
+        self._num_layers, self._placement = 0, None if outside else placement
         self._transport, self._device_transport, self._host = transport, device_transport, host
         self._transports: dict[str, transports.Transport] = {}
+        self._whole = False  # whether torch.distributed's default group has the same ranks
         if outside:
-            self._stay_outside(group, name, store)
+            self._stay_outside(name, store)
             return
         ranks = [0]
         if group is None and not dist.is_initialized():
@@ -112,6 +113,7 @@ class ExpertParallel:
                 raise ValueError(f"group: expected one with this process (rank {dist.get_rank()}), got ranks {ranks}")
             rank, size = ranks.index(dist.get_rank()), len(ranks)
             store = _store_of(ranks, name, store)
+            self._whole = size == dist.get_world_size()
         if placement is not None and placement.num_ranks != size:
             raise ValueError(f"placement: expected {size} ranks, got {placement.num_ranks}")
         self.membership = Membership(PrefixStore("members", store), size, rank)
@@ -139,14 +141,15 @@ class ExpertParallel:
             self.close()
             raise
 
-    def _stay_outside(self, group: Any, name: str | None, store: Any) -> None:
-        """As the rank of a group that holds no expert, until it joins."""
-        ranks = list(group) if isinstance(group, Sequence) else list(range(int(os.environ.get("WORLD_SIZE", "1"))))
+    def _stay_outside(self, name: str | None, store: Any) -> None:
+        """As a rank without experts, until it joins."""
+        if not name:
+            raise ValueError("name: expected that of the group to join, got none")
         self.rank, self.size = 1, 2
         self.peers, self._ids = Outside(), ()
         self.twins, self.own_twins = ((0,), (1,)), (1,)
         self.sharing_digest = 0
-        self.membership = Membership(PrefixStore("members", _prefixed(ranks, name, 0, store)), len(ranks), None)
+        self.membership = Membership(PrefixStore("members", _named_store(name, store)), 0, None)
 
     def move(self) -> None:
         """Connects to the ranks of the generation that `membership` has agreed on, and then leaves the old ones.
@@ -166,6 +169,31 @@ class ExpertParallel:
         self.__dict__.update(new.__dict__, _placement=None, _ids=generation.ids)
         _leave(peers, old)
         _alive.add(self)
+
+    def default_backend(self) -> str:
+        """The backend of torch.distributed's default group, if it has the same ranks; or else ""."""
+        return str(dist.get_backend()) if self._whole else ""
+
+    def renew_default_group(self, backend: str) -> None:
+        """Replaces torch.distributed's default group by one of the ranks of today. Collective."""
+        number, rank, size = self.membership.generation.number, self.rank, self.size
+        store = PrefixStore(f"generation/{number}/default", self.membership.store)
+
+        def renew() -> None:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            _made.clear()  # processes that have joined count from 0 too
+            seconds = timedelta(seconds=self.timeout)
+            dist.init_process_group(backend, store=own_client(store), rank=rank, world_size=size, timeout=seconds)
+
+        work = Background(renew)
+        try:
+            self.peers.wait(work)
+        except BaseException:
+            with contextlib.suppress(RuntimeError, ValueError):
+                work.wait_for(self.timeout + SLACK_SECONDS)  # it cannot be interrupted, and must not set a group later
+            raise
+        self.group, self._whole = None, True
 
     def leave(self) -> None:
         """Becomes a process outside."""
@@ -202,6 +230,8 @@ class ExpertParallel:
         """The placement for a layer with this many experts."""
         if self._placement is not None and self._placement.num_experts == num_experts:
             return self._placement
+        if not self._ids:  # outside: none here
+            return Placement(num_experts, (tuple(range(num_experts)), ()))
         return Placement.contiguous(num_experts, self.size)
 
     def next_layer(self) -> int:
@@ -216,8 +246,8 @@ class ExpertParallel:
                 self._check_one_machine("device_transport", "group")
                 there = peer_memory.CudaDevice(device)
                 self._transports[device.type] = self.peers.run(lambda: self._map_peers(there))
-            elif self.membership.generation.number:
-                raise ValueError("device_transport: expected 'peer_memory' after ranks have changed, got 'group'")
+            elif self.membership.generation.number and not self._whole:
+                raise ValueError("device_transport: expected a default group of the same ranks, got others")
             else:
                 self._transports[device.type] = transports.GroupTransport(self.group)
         return self._transports[device.type]
@@ -316,21 +346,22 @@ def _store_of(ranks: list[int], name: str | None, store: Any) -> Any:
     """A part of torch.distributed's store for a group of this name, or else the n-th one of these ranks."""
     key = name or ",".join(map(str, ranks))
     _made[key] = number = _made.get(key, -1) + 1
-    if name is not None and number:
+    if not name:
+        return PrefixStore(f"switchgear/{key}/{number}", dist.distributed_c10d._get_default_store())
+    if number:
         raise ValueError(f"name: expected one that no earlier ExpertParallel had, got {name!r}")
-    return _prefixed(ranks, name, number, store)
+    return _named_store(name, store)
 
 
-def _prefixed(ranks: list[int], name: str | None, number: int, store: Any) -> Any:
-    key = f"switchgear/{name}" if name else f"switchgear/{','.join(map(str, ranks))}/{number}"
-    return PrefixStore(key, _default_store() if store is None else store)
-
-
-def _default_store() -> Any:
-    """That of torch.distributed, as init_process_group makes it; this process need not be in the group."""
-    if dist.is_initialized():
-        return dist.distributed_c10d._get_default_store()
-    return PrefixStore("default_pg", next(dist.rendezvous("env://"))[0])
+def _named_store(name: str, store: Any) -> Any:
+    """The same for members and for processes outside, which do not know the prefixes that torch adds to its store."""
+    if store is None and dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+    elif store is None:
+        store = next(dist.rendezvous("env://"))[0]
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return PrefixStore(f"switchgear/named/{name}", store)
 
 
 def _leave(peers: Peers, connections: dict[str, transports.Transport]) -> None:

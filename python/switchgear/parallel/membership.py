@@ -27,6 +27,7 @@ from switchgear.parallel.errors import ExpertParallelError, Failure
 from switchgear.parallel.rendezvous import Background, get
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1e-3, 0.03
+SLACK_SECONDS = 2.0  # for a store that answers late
 _POLL_SECONDS = 0.1  # between looks for processes that want to join
 _WAITS = "waits"
 
@@ -64,7 +65,8 @@ class Membership:
     """A process's view: the generation that it is in, and the changes that it has applied."""
 
     def __init__(self, store: Any, size: int, rank: int | None) -> None:
-        """store: of this group only; size: of the first generation; rank: in it, None for a process outside."""
+        """store: of this group only. size and rank: of the first generation; None for a process outside, which learns
+        the size when it looks up what is `published`."""
         self.store, self.first_size = store, size
         self.id = -1 if rank is None else rank
         self.empty = rank is None
@@ -163,12 +165,13 @@ class Membership:
 
     def publish(self, structure: Any) -> None:
         """Tells processes that want to join what the model must be like."""
-        self.store.set("structure", json.dumps(structure))
+        self.store.set("structure", json.dumps([self.first_size, structure]))
 
     def published(self, timeout: float) -> Any:
         over = time.monotonic() + timeout
         text: str = self._in_time(lambda: get(self.store, "structure", lambda: time.monotonic() > over), timeout)
-        return json.loads(text)
+        self.first_size, structure = json.loads(text)
+        return structure
 
     def rank(self) -> int:
         return self.generation.ids.index(self.id) if self.id in self.generation.ids else -1
@@ -181,7 +184,9 @@ class Membership:
         work = Background(function)
         reason = "the store does not answer"
         try:
-            if work.wait_for(timeout) or work.wait_for(2.0):  # after it was stopped, only the second one waits
+            if work.wait_for(timeout) or work.wait_for(
+                SLACK_SECONDS
+            ):  # after it was stopped, only the second one waits
                 return work.result
         except TimeoutError:
             reason = "no member has announced itself"

@@ -80,6 +80,8 @@ def redistribute(
     source = next((r for r, state in enumerate(states) if not state["empty"]), -1)
     if source < 0:
         raise ExpertParallelError(Failure(-1, "lost", "move", parallel.peers.step, "no rank has the training's state"))
+    if wanted is None and states[source]["backend"]:
+        parallel.renew_default_group(states[source]["backend"])
     if training.membership.empty and states[source]["rows"]:
         checkpoint.init_optimizer(training.optimizer)
     plans = {}
@@ -128,6 +130,7 @@ def _state(training: Training, layers: dict[str, ParallelExperts]) -> dict[str, 
     empty = training.membership.empty
     return {
         "empty": empty,
+        "backend": training.parallel.default_backend(),
         "held": {name: [] if empty else list(module._mine) for name, module in layers.items()},
         "lost": {name: list(module.lost) for name, module in layers.items()},
         "rows": [] if empty else _keys(training, layers),
