@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import signal
 import time
 import uuid
@@ -34,6 +35,7 @@ from switchgear.parallel import (
     shrink,
 )  # fmt: skip
 from switchgear.parallel.moves import parallel_experts
+from switchgear.parallel.placement import keep_experts
 
 EXPERTS, HIDDEN, TOKENS = 8, 16, 48  # tokens of a step, over all ranks
 TIMEOUT = 8.0
@@ -239,6 +241,44 @@ def undisturbed(rank: int, steps: int) -> Any:
         while training.steps < steps:
             losses.append(float(elastic_step(training, lambda: closure(training))))
         return digests(training), losses
+
+
+def clips(rank: int) -> Any:
+    placement = Placement(EXPERTS, ((0, 1, 2, 3), (4, 5, 6, 7), (0, 1, 4, 5), (2, 3, 6, 7)))
+    with ExpertParallel(timeout=TIMEOUT, placement=placement) as parallel:
+        training = make(parallel, max_norm=1e-3)
+        elastic_step(training, lambda: closure(training))
+        return {name: parameter.grad for name, parameter in training.model.named_parameters()}, placement
+
+
+def test_the_norm_counts_every_expert_once(pool: Pool) -> None:
+    """Against one process: its gradients, scaled by clip_grad_norm_."""
+    seen = pool.run(clips)
+    torch.manual_seed(0)
+    alone = Model(None)
+    x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0))
+    (alone(x) - x.roll(1, 1)).square().mean().backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(alone.parameters(), 1e-3))
+    assert norm > 1e-2
+    for rank, (grads, placement) in enumerate(seen):
+        for name, parameter in alone.named_parameters():
+            assert parameter.grad is not None
+            expected = parameter.grad[list(placement.experts_of_rank[rank])] if ".experts." in name else parameter.grad
+            torch.testing.assert_close(grads[name], expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_placements_that_keep_experts(seed: int) -> None:
+    numbers = random.Random(seed)
+    num_ranks, num_experts = numbers.randint(1, 6), numbers.randint(1, 12)
+    replicas = numbers.randint(0, num_experts * 2)
+    holders = [[e for e in range(num_experts) if numbers.random() < 0.3] for _ in range(num_ranks)]
+    placement = keep_experts(holders, num_experts, replicas)
+    copies = min(num_experts + replicas, num_experts * num_ranks)
+    assert sum(map(len, placement.experts_of_rank)) == copies
+    assert max(map(len, placement.experts_of_rank)) <= -(-copies // num_ranks)
+    again = keep_experts(placement.experts_of_rank, num_experts, replicas)
+    assert again == placement  # nothing moves without a reason
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------

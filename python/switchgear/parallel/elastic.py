@@ -10,6 +10,7 @@ A step of the optimizer is applied on all ranks or on none, and so is a move of 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class Training:
         checkpoint: a folder of switchgear.parallel.checkpoint.save, for experts that had no copy.
         lost: what happens to tokens of experts that had neither: "reroute" to other experts, or "empty" choices.
         num_replicas: copies of experts beyond one each, kept up when ranks are lost; they move when ranks change.
+        max_norm: gradients are scaled so that the norm of those of all parameters, each expert once, is at most this.
         extra: objects with state_dict and load_state_dict, such as a learning rate scheduler, for ranks that join.
         on_change: called on each rank after ranks or placements have changed.
 
@@ -81,6 +83,7 @@ class Training:
     checkpoint: str | Path | None = None
     lost: str = "reroute"
     num_replicas: int = 0
+    max_norm: float | None = None
     extra: Sequence[Stateful] = ()
     on_change: Callable[[Regrouped], None] = _ignore
     parallel: ExpertParallel = field(init=False)
@@ -123,6 +126,7 @@ def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
             gradients = _gradients(training)
             agree(parallel, "gradients", list(gradients))
             average(parallel, list(gradients.values()))
+            _clip(training)
             number = 0 if parallel.rank else membership.num_waiting()
             waiting = commit(training, "step", lambda: _apply(training), number)
         except ExpertParallelError as error:
@@ -228,6 +232,25 @@ def _gradients(training: Training) -> dict[str, Tensor]:
         for name, parameter in training.model.named_parameters()
         if parameter.grad is not None and name not in experts
     }
+
+
+def _clip(training: Training) -> None:
+    """Like clip_grad_norm_, which would see the experts of one rank only. All ranks scale by the same number."""
+    if training.max_norm is None:
+        return
+    rank, squares = training.parallel.rank, 0.0
+    for gradient in _gradients(training).values() if rank == 0 else ():
+        squares += float(gradient.double().square().sum())
+    for module in parallel_experts(training.model).values():
+        first = [place for place, expert in enumerate(module._mine) if module.placement.owners[expert][0] == rank]
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                squares += float(parameter.grad[first].double().square().sum())
+    total = math.sqrt(math.fsum(gather(training.parallel, "gradients", squares)))
+    if total > training.max_norm:
+        for parameter in training.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(training.max_norm / total)
 
 
 def _commit_move(training: Training, install: Callable[[], None]) -> None:

@@ -36,7 +36,11 @@ class Failure:
         return asdict(self)
 
     def __str__(self) -> str:
-        text = f"rank {self.rank} {self.kind} in phase '{self.phase}' of exchange {self.step}: "
+        who = f"rank {self.rank}" if self.rank >= 0 else "this process"
+        where = f"phase '{self.phase}' of exchange {self.step}"
+        if self.phase == "members":
+            where = f"generation {self.step} of the members"
+        text = f"{who} {self.kind} in {where}: "
         return text + (self.reason or KINDS[self.kind])
 
 

@@ -10,11 +10,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
@@ -100,7 +101,7 @@ class ExpertParallel:
         self._num_layers, self._placement = 0, None if outside else placement
         self._transport, self._device_transport, self._host = transport, device_transport, host
         self._transports: dict[str, transports.Transport] = {}
-        self._whole = False  # whether torch.distributed's default group has the same ranks
+        self.default_backend = ""  # of torch.distributed's default group, if it has the same ranks
         if outside:
             self._stay_outside(name, store)
             return
@@ -113,7 +114,8 @@ class ExpertParallel:
                 raise ValueError(f"group: expected one with this process (rank {dist.get_rank()}), got ranks {ranks}")
             rank, size = ranks.index(dist.get_rank()), len(ranks)
             store = _store_of(ranks, name, store)
-            self._whole = size == dist.get_world_size()
+            if size == dist.get_world_size():
+                self.default_backend = str(dist.get_backend())
         if placement is not None and placement.num_ranks != size:
             raise ValueError(f"placement: expected {size} ranks, got {placement.num_ranks}")
         self.membership = Membership(PrefixStore("members", store), size, rank)
@@ -128,7 +130,7 @@ class ExpertParallel:
         self.rank, self.size = rank, size
         self._transports = {}
         self._device_store = PrefixStore("devices", store)
-        self.peers = Peers(rank, size, PrefixStore("peers", store), self.timeout, self._host, lost)
+        self.peers: Peers = Peers(rank, size, PrefixStore("peers", store), self.timeout, self._host, lost)
         self.peers.on_failure.append(self._abort)
         try:
             self.twins = self._find_twins(ranks, tp_group, PrefixStore("tokens", store))
@@ -146,7 +148,7 @@ class ExpertParallel:
         if not name:
             raise ValueError("name: expected that of the group to join, got none")
         self.rank, self.size = 1, 2
-        self.peers, self._ids = Outside(), ()
+        self.peers, self._ids = cast(Peers, Outside()), ()
         self.twins, self.own_twins = ((0,), (1,)), (1,)
         self.sharing_digest = 0
         self.membership = Membership(PrefixStore("members", _named_store(name, store)), 0, None)
@@ -170,10 +172,6 @@ class ExpertParallel:
         _leave(peers, old)
         _alive.add(self)
 
-    def default_backend(self) -> str:
-        """The backend of torch.distributed's default group, if it has the same ranks; or else ""."""
-        return str(dist.get_backend()) if self._whole else ""
-
     def renew_default_group(self, backend: str) -> None:
         """Replaces torch.distributed's default group by one of the ranks of today. Collective."""
         number, rank, size = self.membership.generation.number, self.rank, self.size
@@ -193,12 +191,12 @@ class ExpertParallel:
             with contextlib.suppress(RuntimeError, ValueError):
                 work.wait_for(self.timeout + SLACK_SECONDS)  # it cannot be interrupted, and must not set a group later
             raise
-        self.group, self._whole = None, True
+        self.group, self.default_backend = None, backend
 
     def leave(self) -> None:
         """Becomes a process outside."""
         _leave(self.peers, self._transports)
-        self.rank, self.size, self.peers, self._transports, self._ids = 1, 2, Outside(), {}, ()
+        self.rank, self.size, self.peers, self._transports, self._ids = 1, 2, cast(Peers, Outside()), {}, ()
         self.membership.leave()
 
     def gone(self) -> set[int]:
@@ -246,7 +244,7 @@ class ExpertParallel:
                 self._check_one_machine("device_transport", "group")
                 there = peer_memory.CudaDevice(device)
                 self._transports[device.type] = self.peers.run(lambda: self._map_peers(there))
-            elif self.membership.generation.number and not self._whole:
+            elif self.membership.generation.number and not self.default_backend:
                 raise ValueError("device_transport: expected a default group of the same ranks, got others")
             else:
                 self._transports[device.type] = transports.GroupTransport(self.group)
@@ -358,7 +356,7 @@ def _named_store(name: str, store: Any) -> Any:
     if store is None and dist.is_initialized():
         store = dist.distributed_c10d._get_default_store()
     elif store is None:
-        store = next(dist.rendezvous("env://"))[0]
+        store = next(rendezvous("env://"))[0]
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     return PrefixStore(f"switchgear/named/{name}", store)

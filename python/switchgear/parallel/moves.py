@@ -130,7 +130,7 @@ def _state(training: Training, layers: dict[str, ParallelExperts]) -> dict[str, 
     empty = training.membership.empty
     return {
         "empty": empty,
-        "backend": training.parallel.default_backend(),
+        "backend": training.parallel.default_backend,
         "held": {name: [] if empty else list(module._mine) for name, module in layers.items()},
         "lost": {name: list(module.lost) for name, module in layers.items()},
         "rows": [] if empty else _keys(training, layers),
@@ -160,11 +160,11 @@ def _rows(training: Training, layer: str, parameter_name: str, state: str) -> Te
 
 def _common(training: Training, layers: dict[str, ParallelExperts]) -> dict[str, Any]:
     """Everything that all ranks have alike."""
-    names = {parameter: name for name, parameter in training.model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in training.model.named_parameters()}
     optimizer = {
         names[parameter]: {key: value for key, value in state.items() if not _is_rows(value, parameter)
                            or names[parameter] not in _expert_names(layers)}
-        for parameter, state in training.optimizer.state.items()
+        for parameter, state in training.optimizer.state.items() if parameter in names
     }  # fmt: skip
     groups = [{key: value for key, value in group.items() if key != "params"} for group in
               training.optimizer.param_groups]  # fmt: skip
@@ -301,7 +301,7 @@ class _Rerouting:
 
 def _reroute(model: nn.Module, experts: ParallelExperts) -> None:
     for module in model.modules():
-        gate = getattr(module, "gate", None)
+        gate: Any = getattr(module, "gate", None)
         if (
             getattr(module, "experts", None) is experts
             and hasattr(gate, "overrides")

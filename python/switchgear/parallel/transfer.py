@@ -48,7 +48,7 @@ def gather(parallel: ExpertParallel, phase: str, value: Any) -> list[Any]:
     lengths = agree(parallel, phase, "gather", len(data))
     own = torch.frombuffer(bytearray(data), dtype=torch.uint8).repeat(parallel.size)
     received = send_rows(parallel, phase, "values", own, [len(data)] * parallel.size, lengths)
-    return [json.loads(bytes(part.numpy())) for part in received.split(lengths)]
+    return [json.loads(bytes(part.numpy())) for part in torch.split(received, lengths)]
 
 
 def send_rows(
@@ -86,7 +86,7 @@ def average(parallel: ExpertParallel, tensors: Sequence[Tensor]) -> None:
             total += part
         total /= size
         whole = send_rows(parallel, "gradients", "gradients", total.repeat(size, 1), [1] * size, [1] * size).flatten()
-        for tensor, part in zip(group, whole[: len(flat)].split([t.numel() for t in group]), strict=True):
+        for tensor, part in zip(group, torch.split(whole[: len(flat)], [t.numel() for t in group]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
