@@ -178,8 +178,23 @@ def test_a_process_that_gave_up_is_not_awaited() -> None:
     assert everyone[0].generation.ids == (0, 1, 2, 3)
 
 
+def test_members_without_state_propose_nothing() -> None:
+    """Otherwise the training would be lost if they are the first to lose their patience."""
+    store = HashStore()
+    everyone = members(store)
+    everyone[0].empty = everyone[1].empty = True
+    with ThreadPoolExecutor(2) as pool:
+        early = [pool.submit(member.agree, set, 0.3) for member in everyone[:2]]
+        time.sleep(0.6)
+        assert not store.check(["generation/1/members"])
+        everyone[2].agree(lambda: {3}, 5.0)
+        for one in early:
+            one.result()
+    assert everyone[0].generation.ids == (0, 1, 2)
+
+
 def test_joining_what_is_not_there() -> None:
-    with pytest.raises(ExpertParallelError, match="no member has announced itself"):
+    with pytest.raises(ExpertParallelError, match="no member has answered"):
         Membership(HashStore(), SIZE, None).published(0.05)
 
 

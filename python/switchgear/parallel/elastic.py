@@ -266,7 +266,8 @@ def _change_ranks(training: Training) -> Regrouped:
 def _agree(training: Training) -> bool:
     """Whether this process is in the next generation."""
     parallel, membership = training.parallel, training.membership
-    membership.agree(parallel.gone, parallel.timeout)
+    # Members that have not noticed a failure yet, or wait for a step of construction to end, take up to the timeout.
+    membership.agree(parallel.gone, 2 * parallel.timeout)
     return membership.rank() >= 0
 
 

@@ -181,6 +181,7 @@ class ExpertParallel:
             if dist.is_initialized():
                 dist.destroy_process_group()
             _made.clear()  # processes that have joined count from 0 too
+            dist.distributed_c10d._world.group_count = 0  # names groups; an attempt that failed has counted
             seconds = timedelta(seconds=self.timeout)
             dist.init_process_group(backend, store=own_client(store), rank=rank, world_size=size, timeout=seconds)
 

@@ -28,6 +28,7 @@ from switchgear.parallel.rendezvous import Background, get
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1e-3, 0.03
 SLACK_SECONDS = 2.0  # for a store that answers late
+_PATIENCE = 1.0  # seconds for members without state
 _POLL_SECONDS = 0.1  # between looks for processes that want to join
 _WAITS = "waits"
 
@@ -184,12 +185,11 @@ class Membership:
         work = Background(function)
         reason = "the store does not answer"
         try:
-            if work.wait_for(timeout) or work.wait_for(
-                SLACK_SECONDS
-            ):  # after it was stopped, only the second one waits
+            # If it was stopped meanwhile, only the second one waits.
+            if work.wait_for(timeout + SLACK_SECONDS) or work.wait_for(2 * SLACK_SECONDS):
                 return work.result
         except TimeoutError:
-            reason = "no member has announced itself"
+            reason = "no member has answered"
         except (RuntimeError, OSError) as error:
             if isinstance(error, ExpertParallelError):
                 raise
@@ -207,14 +207,22 @@ def _next(
     answered: set[int],
     timeout: float,
 ) -> Generation:
-    """Proposes the next generation once all members are here or gone, and returns the one that the store took."""
+    """Proposes the next generation once all members are here or gone, and returns the one that the store took.
+
+    Members without state propose nothing, and are awaited for a short time only: at worst they ask to join again.
+    """
     name = f"generation/{now.number + 1}"
     store.set(f"{name}/here/{own.id}", json.dumps(asdict(own)))
-    over, pause = time.monotonic() + timeout, _FIRST_PAUSE
+    begin, pause = time.monotonic(), _FIRST_PAUSE
     while not store.check([f"{name}/members"]):
-        left = [member for member in now.ids if member not in gone()]
-        here = [member for member in left if store.check([f"{name}/here/{member}"])]
-        if len(here) == len(left) or time.monotonic() > over:
+        left = [member for member in now.members if member.id not in gone()]
+        here = [member.id for member in left if store.check([f"{name}/here/{member.id}"])]
+        waited = time.monotonic() - begin
+        missing = [member for member in left if member.id not in here
+                   and waited < (min(_PATIENCE, timeout) if member.empty else timeout)]  # fmt: skip
+        if own.empty and waited > timeout + SLACK_SECONDS:
+            raise TimeoutError
+        if not own.empty and not missing:
             members = [Member(**json.loads(_text(store, f"{name}/here/{member}"))) for member in here]
             newcomers = (first_size + ticket for ticket in _waiting(store, answered))
             members += [Member(id, -1, False, True) for id in newcomers if id not in now.ids]
