@@ -161,6 +161,12 @@ def test_joining() -> None:
     newcomer.settle()
     assert newcomer.done == 0
     assert newcomer.here().empty
+    assert newcomer.generation.members[4].empty
+    newcomer.prepare(lambda: None)
+    newcomer.commit()
+    assert not newcomer.here().empty
+    assert not newcomer.generation.members[4].empty
+    assert newcomer.done == 1
     time.sleep(0.2)
     assert everyone[0].num_waiting() == 0
     everyone.append(newcomer)

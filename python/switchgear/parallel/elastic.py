@@ -212,7 +212,7 @@ def commit(training: Training, what: str, apply: Callable[[], None], number: int
     membership.prepare(apply)
     phase = "commit"
     numbers = agree(training.parallel, phase, (what, membership.done), number)
-    membership.complete()
+    membership.commit()
     return max(numbers)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from switchgear.parallel.errors import ExpertParallelError, Failure
@@ -96,6 +96,12 @@ class Membership:
             raise
         self.done += 1
         self.empty = False
+
+    def commit(self) -> None:
+        """Applies the prepared change, which all members have prepared: those who had joined now have state."""
+        self.complete()
+        members = tuple(replace(member, empty=False) for member in self.generation.members)
+        self.generation = replace(self.generation, members=members)
 
     def settle(self) -> None:
         """Applies the prepared change if another member of the generation has, drops it otherwise."""
