@@ -375,3 +375,61 @@ def test_moving_experts_changes_no_bit(pool: Pool) -> None:
         after |= other
     assert before == after
     assert all(change.bytes > 0 for _, _, changes, _ in seen for change in changes)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(rank: int, name: str) -> None:
+    with ExpertParallel(timeout=TIMEOUT, name=name) as parallel:
+        model = Model(parallel)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for options, message in (
+            ({"on_failure": "ignore"}, "on_failure: expected one of raise, continue, got ignore"),
+            ({"lost": "forget"}, "lost: expected one of reroute, empty, got forget"),
+            ({"num_replicas": -1}, "num_replicas: expected 0 or more, got -1"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                Training(model, optimizer, **options)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="expected experts that one ExpertParallel distributes, got 0"):
+            Training(nn.Linear(2, 2), optimizer)
+        with pytest.raises(ValueError, match="expected an ExpertParallel outside, got one of a group"):
+            join(Training(model, optimizer))
+        with pytest.raises(ValueError, match="name: expected one that no earlier ExpertParallel had"):
+            ExpertParallel(timeout=TIMEOUT, name=name)
+        with pytest.raises(ValueError, match="name: expected that of the group to join, got none"):
+            ExpertParallel(outside=True)
+        wide = switchgear.MoE(HIDDEN, 8, EXPERTS, 2, widths=[1, 2] * 4, parallel=parallel)
+        with pytest.raises(ValueError, match=r"plain experts of one width without adapters, got others in experts"):
+            Training(wide, optimizer)
+        outside = ExpertParallel(timeout=TIMEOUT, name=name, outside=True)
+        other = switchgear.MoE(HIDDEN, 8, EXPERTS, 2, parallel=outside)
+        assert len(other.experts.down_proj) == 0  # nothing is allocated before it joins
+        with pytest.raises(ValueError, match=r"first\.weight: expected \['torch.float32', \[16, 16\]\] as the other"):
+            join(Training(other, torch.optim.SGD(other.parameters(), lr=0.1)))
+        dist.barrier()
+    with ExpertParallel(timeout=TIMEOUT, tp_group=[0, 1] if rank < 2 else [2, 3]) as parallel:
+        model = Model(parallel)
+        with pytest.raises(ValueError, match="expected an ExpertParallel without tp_group"):
+            Training(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_what_cannot_go_on_is_refused(pool: Pool) -> None:
+    pool.run(refused, uuid.uuid4().hex)
+
+
+def without_peers(rank: int) -> list[float]:
+    """An order of calls that differs between ranks is an error, not a loss: nobody is left out."""
+    with ExpertParallel(timeout=TIMEOUT) as parallel:
+        training = make(parallel, on_failure="continue")
+        run(training, 1)
+        with pytest.raises(ExpertParallelError, match="rank 2 disagrees"):
+            if rank == 2:
+                training.model(torch.zeros(4, HIDDEN))
+            else:
+                rebalance(training, {name: [1.0] * EXPERTS for name in parallel_experts(training.model)})
+        return [float(training.steps)]
+
+
+def test_disagreement_is_not_a_loss(pool: Pool) -> None:
+    assert pool.run(without_peers) == 4 * [[1.0]]

@@ -127,13 +127,13 @@ def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
             agree(parallel, "gradients", list(gradients))
             average(parallel, list(gradients.values()))
             _clip(training)
-            number = 0 if parallel.rank else membership.num_waiting()
-            waiting = commit(training, "step", lambda: _apply(training), number)
+            looks = parallel.rank == 0 and training.on_failure == "continue"
+            waiting = commit(training, "step", lambda: _apply(training), membership.num_waiting() if looks else 0)
         except ExpertParallelError as error:
             if training.on_failure == "raise" or error.kind == "disagrees":
                 raise
         else:
-            if waiting and training.on_failure == "continue":
+            if waiting:
                 _change_ranks(training)
             return loss
         # The traceback, and with it the graph of the failed step, is gone here.
@@ -176,9 +176,10 @@ def join(training: Training, timeout: float | None = None) -> Regrouped:
     for name in [*theirs, *own]:
         if theirs.get(name) != own.get(name):
             raise ValueError(f"{name}: expected {theirs.get(name)} as the other ranks have, got {own.get(name)}")
-    begin, before = time.monotonic(), membership.generation
+    begin = time.monotonic()
     membership.join(timeout)
-    return _settle(training, begin, before.ids)
+    before = tuple(member.id for member in membership.generation.members if not member.empty)
+    return _settle(training, begin, before)
 
 
 def rebalance(training: Training, load: Any, *, num_replicas: int | None = None) -> Regrouped:
@@ -192,7 +193,7 @@ def rebalance(training: Training, load: Any, *, num_replicas: int | None = None)
 
     Raises:
         ValueError: the load of a layer is missing, or has another number of experts.
-        ExpertParallelError: a rank is lost; no expert has moved.
+        ExpertParallelError: a rank is lost. After `shrink`, the experts have moved on all ranks or on none.
     """
     begin, parallel = time.monotonic(), training.parallel
     replicas = training.num_replicas if num_replicas is None else num_replicas
@@ -210,8 +211,7 @@ def commit(training: Training, what: str, apply: Callable[[], None], number: int
     """Applies a prepared change once all ranks have prepared it. Returns the largest of their numbers."""
     membership = training.membership
     membership.prepare(apply)
-    phase = "commit"
-    numbers = agree(training.parallel, phase, (what, membership.done), number)
+    numbers = agree(training.parallel, "commit", (what, membership.done), number)
     membership.commit()
     return max(numbers)
 
@@ -275,7 +275,7 @@ def _excluded(training: Training) -> Regrouped:
     training.parallel.leave()
     if training.on_failure == "raise":
         training.membership.fail("stalled", "the others have gone on without it")
-    return join(training)
+    return join(training, 4 * training.parallel.timeout)  # the others may have to agree more than once
 
 
 def _settle(training: Training, begin: float, before: tuple[int, ...]) -> Regrouped:
