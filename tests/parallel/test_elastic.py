@@ -399,7 +399,7 @@ def refused(rank: int, name: str) -> None:
             ExpertParallel(timeout=TIMEOUT, name=name)
         with pytest.raises(ValueError, match="name: expected that of the group to join, got none"):
             ExpertParallel(outside=True)
-        wide = switchgear.MoE(HIDDEN, 8, EXPERTS, 2, widths=[1, 2] * 4, parallel=parallel)
+        wide = switchgear.MoE(HIDDEN, 12, EXPERTS, 2, widths=[1, 2] * 4, parallel=parallel)
         with pytest.raises(ValueError, match=r"plain experts of one width without adapters, got others in experts"):
             Training(wide, optimizer)
         outside = ExpertParallel(timeout=TIMEOUT, name=name, outside=True)
