@@ -385,8 +385,8 @@ def refused(rank: int, name: str) -> None:
         model = Model(parallel)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for options, message in (
-            ({"on_failure": "ignore"}, "on_failure: expected one of raise, continue, got ignore"),
-            ({"lost": "forget"}, "lost: expected one of reroute, empty, got forget"),
+            ({"on_failure": "ignore"}, "on_failure: expected one of raise, continue, got 'ignore'"),
+            ({"lost": "forget"}, "lost: expected one of reroute, empty, got 'forget'"),
             ({"num_replicas": -1}, "num_replicas: expected 0 or more, got -1"),
         ):
             with pytest.raises(ValueError, match=message):
@@ -399,7 +399,7 @@ def refused(rank: int, name: str) -> None:
             ExpertParallel(timeout=TIMEOUT, name=name)
         with pytest.raises(ValueError, match="name: expected that of the group to join, got none"):
             ExpertParallel(outside=True)
-        wide = switchgear.MoE(HIDDEN, 8, EXPERTS, 2, widths=[1, 2] * 4, parallel=parallel)
+        wide = switchgear.MoE(HIDDEN, 12, EXPERTS, 2, widths=[1, 2] * 4, parallel=parallel)
         with pytest.raises(ValueError, match=r"plain experts of one width without adapters, got others in experts"):
             Training(wide, optimizer)
         outside = ExpertParallel(timeout=TIMEOUT, name=name, outside=True)
@@ -423,11 +423,10 @@ def without_peers(rank: int) -> list[float]:
     with ExpertParallel(timeout=TIMEOUT) as parallel:
         training = make(parallel, on_failure="continue")
         run(training, 1)
+        load = {name: [1.0] * EXPERTS for name in parallel_experts(training.model)}
+        x = torch.zeros(4, HIDDEN)
         with pytest.raises(ExpertParallelError, match="rank 2 disagrees"):
-            if rank == 2:
-                training.model(torch.zeros(4, HIDDEN))
-            else:
-                rebalance(training, {name: [1.0] * EXPERTS for name in parallel_experts(training.model)})
+            training.model(x) if rank == 2 else rebalance(training, load)
         return [float(training.steps)]
 
 
