@@ -16,12 +16,16 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
+from switchgear.parallel.channels import CHANNELS, open_channel
 from switchgear.parallel.cost import CHUNKS, Link
 from switchgear.parallel.header import digest
+from switchgear.parallel.nodes import find_nodes
+from switchgear.parallel.overflow import Overflow
 from switchgear.parallel.peers import Peers
 from switchgear.parallel.placement import Placement
 from switchgear.parallel.record import Record
 from switchgear.parallel.rendezvous import get
+from switchgear.parallel.wire import WIRES
 
 _alive: weakref.WeakSet[ExpertParallel] = weakref.WeakSet()
 _made: dict[str, int] = {}
@@ -53,6 +57,16 @@ class ExpertParallel:
             and output gradients, and get equal outputs and input gradients.
         host: the address of this machine on which it listens for the other ranks, if automatic detection is wrong.
         link: speed of the connections, for choosing the number of chunks.
+        nodes: which ranks share a node: "auto", those of one machine; a number of consecutive ranks; or the ranks of
+            each node. With several nodes of several ranks, a token is sent once to each node, and its results are
+            summed there before they return. None: once to each rank.
+        wire: of rows on their way: "exact"; "fp8", 8 bits with a scale per row (wire.py states the error); or
+            "fp8_dispatch", the rows to the experts only.
+        capacity: rows that a rank sends to each rank, filled up with zeros, so that no host waits for sizes and shapes
+            are static, for torch.compile and CUDA graphs (static.py). Not beside invariant, tp_group, copies of
+            experts, a wire that is not exact, and chunks; nodes are then not told apart.
+        overflow: what happens to a token that does not fit: "raise" an error, or "drop" its choices on that rank.
+            `overflow.count()` tells how many did not.
 
     Raises:
         ExpertParallelError: a rank did not connect, or left; see there. The object is then unusable.
@@ -75,6 +89,10 @@ class ExpertParallel:
         tp_group: dist.ProcessGroup | Sequence[int] | None = None,
         host: str | None = None,
         link: Link | None = None,
+        nodes: str | int | Sequence[Sequence[int]] | None = "auto",
+        wire: str = "exact",
+        capacity: int | None = None,
+        overflow: str = "raise",
     ) -> None:
         if num_chunks is not None and num_chunks not in CHUNKS:
             raise ValueError(f"num_chunks: expected one of {', '.join(map(str, CHUNKS))}, got {num_chunks}")
@@ -84,7 +102,19 @@ class ExpertParallel:
             raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
         if device_transport not in ("group", "peer_memory"):
             raise ValueError(f"device_transport: expected group or peer_memory, got {device_transport!r}")
+        if wire not in WIRES:
+            raise ValueError(f"wire: expected one of {', '.join(WIRES)}, got {wire!r}")
+        if capacity is not None and not (isinstance(capacity, int) and capacity > 0):
+            raise ValueError(f"capacity: expected a positive number of rows, got {capacity}")
+        if overflow not in ("raise", "drop"):
+            raise ValueError(f"overflow: expected raise or drop, got {overflow!r}")
+        others = {"invariant": invariant, "tp_group": tp_group is not None, "wire": wire != "exact",
+                  "num_chunks": (num_chunks or 1) > 1}  # fmt: skip
+        if capacity is not None and (beside := [name for name, given in others.items() if given]):
+            raise ValueError(f"capacity: expected None beside {', '.join(beside)}, got {capacity}")
+        self.capacity, self.overflow = capacity, Overflow(capacity, overflow)
         self.timeout, self.num_chunks, self.invariant = timeout, num_chunks, invariant
+        self.transport, self.wire = transport, wire
         self.average_gradients, self.link = average_gradients, link or Link()
         self.record = Record()
         self.group = None if isinstance(group, Sequence) else group
@@ -102,7 +132,10 @@ class ExpertParallel:
             store = _store_of(ranks)
         if placement is not None and placement.num_ranks != self.size:
             raise ValueError(f"placement: expected {self.size} ranks, got {placement.num_ranks}")
+        self.ranks = tuple(ranks)
         self._placement = placement
+        self._network: transports.Network | None = None
+        self._channel_store = PrefixStore("channels", store)
         self._transports: dict[str, transports.Transport] = {}
         self._device_transport, self._device_store = device_transport, PrefixStore("devices", store)
         self.peers = Peers(self.rank, self.size, PrefixStore("peers", store), timeout, host)
@@ -110,7 +143,9 @@ class ExpertParallel:
         try:
             self.twins = self._find_twins(ranks, tp_group, PrefixStore("tokens", store))
             self.own_twins = next(twins for twins in self.twins if self.rank in twins)
-            self.sharing_digest = digest(self.twins)
+            self.nodes = find_nodes(nodes, self.peers.hosts, self.size)
+            self.levels = 2 if self.nodes.has_levels and capacity is None else 1
+            self.sharing_digest = digest((self.twins, self.nodes.node_of))
             if self.size > 1:
                 self._transports["cpu"] = TRANSPORTS[transport](self, PrefixStore("data", store))
             self.peers.constructed()
@@ -150,16 +185,27 @@ class ExpertParallel:
         self._num_layers += 1
         return self._num_layers - 1
 
-    def transport_for(self, device: torch.device) -> transports.Transport:
-        """What moves rows between ranks for tensors on `device`, connected at the first call."""
-        if device.type not in self._transports:
+    @property
+    def num_stops(self) -> int:
+        """The number of nodes if a token is sent once to each, or else of ranks."""
+        return len(self.nodes.members) if self.levels == 2 else self.size
+
+    def transport_for(self, device: torch.device, channel: str = "") -> transports.Transport:
+        """What moves rows between ranks for tensors on `device`, connected at the first call: of all ranks, or of a
+        channel of a two-level exchange (channels.py)."""
+        if channel and f"{device.type} {channel}" not in self._transports:
+            store = PrefixStore(device.type, self._channel_store)
+            made = self.peers.run(lambda: {c: open_channel(self, device, c, store) for c in CHANNELS})
+            for name, transport in made.items():
+                self._transports[f"{device.type} {name}"] = self._throttled(transport)
+        if not channel and device.type not in self._transports:
             if self._device_transport == "peer_memory":
                 self._check_one_machine("device_transport", "group")
                 there = peer_memory.CudaDevice(device)
                 self._transports[device.type] = self.peers.run(lambda: self._map_peers(there))
             else:
                 self._transports[device.type] = transports.GroupTransport(self.group)
-        return self._transports[device.type]
+        return self._transports[f"{device.type} {channel}" if channel else device.type]
 
     def _map_peers(self, device: peer_memory.CudaDevice) -> transports.Transport:
         is_over = self.peers.is_over()
@@ -171,11 +217,17 @@ class ExpertParallel:
         if machines > 1:
             raise ValueError(f"{name}: expected {others}, ranks are on {machines} machines")
 
-    def throttle(self, bandwidth: float, latency: float = 0.0) -> None:
-        """Limits this rank's transfers to a link of `bandwidth` bytes/s, for measurements on one machine."""
+    def throttle(self, bandwidth: float, latency: float = 0.0, near_bandwidth: float | None = None) -> None:
+        """Limits this rank's transfers to a link of `bandwidth` bytes/s, and those within its node to another one of
+        near_bandwidth if given: for measurements on one machine."""
+        near = [node == self.nodes.node_of[self.rank] for node in self.nodes.node_of]
+        self._network = transports.Network(near, bandwidth, near_bandwidth, latency)
         for device, transport in self._transports.items():
             below = transport.below if isinstance(transport, transports.ThrottledTransport) else transport
-            self._transports[device] = transports.ThrottledTransport(below, self.rank, bandwidth, latency)
+            self._transports[device] = self._throttled(below)
+
+    def _throttled(self, transport: transports.Transport) -> transports.Transport:
+        return transports.ThrottledTransport(transport, self.rank, self._network) if self._network else transport
 
     def close(self) -> None:
         """Leaves the group: closes connections, ends threads. Ranks that need this one raise ExpertParallelError."""
