@@ -94,8 +94,14 @@ def test_sizes(pool: Pool, size: int, mean: bool) -> None:
     pool.run(compare, size, "plain", mean, {}, None)
 
 
-@pytest.mark.parametrize("ranks", [((1, 5), (0,), (2, 3), (4,)), ((0, 1, 2), (), (3, 4, 5), ())])
-@pytest.mark.parametrize("how", ["plain", "int8", "adapters"])
+SCATTERED, TWO_WITHOUT = ((1, 5), (0,), (2, 3), (4,)), ((0, 1, 2), (), (3, 4, 5), ())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "how"),
+    [(SCATTERED, "plain"), (TWO_WITHOUT, "plain"), (SCATTERED, "int8"), (SCATTERED, "adapters"),
+     (TWO_WITHOUT, "adapters")],
+)  # fmt: skip
 def test_placements_and_kinds_of_experts(pool: Pool, ranks: Any, how: str) -> None:
     pool.run(compare, 4, how, False, {}, ranks)
 

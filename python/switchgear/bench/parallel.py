@@ -141,7 +141,7 @@ def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:
         seconds = time.monotonic() - begin
         record = parallel.record
         events = list(record.events or [])
-        link = sum(event.end - event.begin for event in events if event.lane == "link" and event.name not in SMALL)
+        link = sum(event.end - event.begin for event in events if event.lane != "experts" and event.name not in SMALL)
         if parallel.num_chunks is None:
             events += _between(events, begin, begin + seconds)
         sent = dict(record.bytes), dict(record.between_nodes)

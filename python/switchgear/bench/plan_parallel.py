@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--levels", type=int, choices=(1, 2), help="1: rows go to each rank, 2: once to each node (default: the faster)"
     )
     add("--wire", choices=WIRES, default="exact", help="format of rows on their way")
+    add("--stages", type=positive, default=1, metavar="N", help="of a pipeline: a rank has 1/N of the layers")
     add("--gpus", type=positive, metavar="N", help="ranks of the whole job, for failures (default: --ep)")
     add("--mtbf", type=float, default=50_000.0, metavar="HOURS", help="between failures of one rank")
     add("--step", type=float, metavar="S", help="seconds of a whole step (default: those of all layers' experts)")
@@ -77,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     require("rich")
     model = MODELS[args.model]
+    model = model._replace(num_layers=-(-model.num_layers // args.stages))
     if args.ep % args.nodes:
         raise CommandError(f"--nodes: expected a divisor of {args.ep} (--ep), got {args.nodes}")
     routing = _routing(args, model.layer)
@@ -168,7 +170,8 @@ def _print(args: argparse.Namespace, model: Model, predictions: Predictions, bes
     out = console()
     layer, chosen = model.layer, predictions[best]
     out.print(f"[bold]{NOTICE}[/]")
-    out.print(f"{model.what}: {model.num_layers} layers of {layer.num_experts} experts, top {layer.top_k}, "
+    stages = f" of one of {args.stages} stages" if args.stages > 1 else ""
+    out.print(f"{model.what}: {model.num_layers} layers{stages} of {layer.num_experts} experts, top {layer.top_k}, "
               f"H {layer.hidden_size}, I {layer.intermediate_size}; {args.ep} ranks on {args.nodes} nodes, "
               f"{args.tokens} tokens each")  # fmt: skip
     shown = table("levels", "chunks", "forward ms", "exposed", "hidden", "backward ms", "exposed", "hidden")
@@ -219,9 +222,7 @@ def recommendations(
     for wire, other in others.items():
         lines.append(f"  wire={wire!r} would take {other / own - 1:+.1%}")
     if (load := predictions[best].load) > 1.25:
-        lines.append(
-            f"  the busiest rank has {load:.2f} times the mean: place busy experts more than once (--replicas)"
-        )
+        lines.append(f"  the busiest rank has {load:.2f} times the mean: put busy experts on several (--replicas)")
     if losses.fraction_restarting - losses.fraction_continuing > 0.001:
         lines.append(f"  going on after failures saves {losses.fraction_restarting - losses.fraction_continuing:.1%}")
     return lines

@@ -140,7 +140,7 @@ class Interval(NamedTuple):
 class Timeline(NamedTuple):
     intervals: list[Interval]
     seconds: float
-    link: float  # time during which the link (between nodes) is busy
+    link: float  # time during which the links are busy: with two levels that of both together
     experts: float
     exposed: float  # seconds - experts: communication that is not hidden
 
@@ -235,7 +235,7 @@ def two_level_pipeline(
         now += tail
     total = max(now, far.free)
     busy = experts + num_chunks * overhead + tail
-    return Timeline(intervals, total, sum(between), busy, total - busy)
+    return Timeline(intervals, total, sum(between) + sum(within), busy, total - busy)
 
 
 class Machine(NamedTuple):

@@ -67,9 +67,9 @@ class Fp8:
         return torch.cat((values.view(torch.uint8), scale.view(torch.uint8)), 1)
 
     def decode(self, sent: Tensor, dtype: torch.dtype) -> Tensor:
-        values, scale = sent[:, :-_SCALE_BYTES], sent[:, -_SCALE_BYTES:]
-        wide = values.contiguous().view(torch.float8_e4m3fn).float()
-        return (wide * scale.contiguous().view(torch.float32)).to(dtype)
+        values = sent[:, :-_SCALE_BYTES].view(torch.float8_e4m3fn).float()
+        scale = sent[:, -_SCALE_BYTES:].reshape(-1).clone().view(torch.float32)  # a copy is aligned
+        return (values * scale[:, None]).to(dtype)
 
     def empty(self, count: int, like: Tensor) -> Tensor:
         return like.new_empty(count, like.shape[1] + _SCALE_BYTES, dtype=torch.uint8)
