@@ -100,7 +100,7 @@ def sent_bytes(rank: int, case: Case) -> tuple[Counter[str], Counter[str], Count
 def test_a_row_per_token_and_node(pool: Pool, nodes: Any, invariant: bool) -> None:
     """Counted from the routing, token by token."""
     case = Case(nodes=nodes, invariant=invariant, top_k=4)
-    where = find_nodes(nodes, [""] * 4, 4)
+    where = find_nodes(nodes, [""] * 4)
     node_of, row = where.node_of, case.hidden_size * 4
     width = max(map(len, where.members))
     owner = [held[0] for held in Placement.contiguous(6, 4).owners]
@@ -192,7 +192,7 @@ def test_relays_deliver_each_row(node_of: list[int], top_k: int, num_chunks: int
     sources expect."""
     torch.manual_seed(seed)
     size, num_experts = len(node_of), 7
-    nodes = find_nodes([[r for r in range(size) if node_of[r] == n] for n in sorted(set(node_of))], [], size)
+    nodes = find_nodes([[r for r in range(size) if node_of[r] == n] for n in sorted(set(node_of))], [""] * size)
     placement = Placement.contiguous(num_experts, size)
     counts = torch.randint(0, 12, (size,)).tolist()
     ids = [torch.randint(-1, num_experts, (count, top_k), dtype=torch.int32) for count in counts]
@@ -263,22 +263,22 @@ def test_routes_that_do_not_fit_are_refused() -> None:
 
 def test_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert find_nodes("auto", ["a", "a", "b", "b"], 4).node_of == (0, 0, 1, 1)
-    assert not find_nodes("auto", ["a"] * 4, 4).has_levels
-    assert not find_nodes("auto", ["a", "b", "c", "d"], 4).has_levels
-    assert not find_nodes(None, ["a", "a", "b", "b"], 4).has_levels
-    assert find_nodes(2, ["a"] * 5, 5).members == ((0, 1), (2, 3), (4,))
-    assert find_nodes([[1, 2], [0, 3]], ["a"] * 4, 4).members == ((0, 3), (1, 2))
-    nodes = find_nodes([[0, 2, 3], [1]], ["a"] * 4, 4)
+    assert find_nodes("auto", ["a", "a", "b", "b"]).node_of == (0, 0, 1, 1)
+    assert not find_nodes("auto", ["a"] * 4).has_levels
+    assert not find_nodes("auto", ["a", "b", "c", "d"]).has_levels
+    assert not find_nodes(None, ["a", "a", "b", "b"]).has_levels
+    assert find_nodes(2, ["a"] * 5).members == ((0, 1), (2, 3), (4,))
+    assert find_nodes([[1, 2], [0, 3]], ["a"] * 4).members == ((0, 3), (1, 2))
+    nodes = find_nodes([[0, 2, 3], [1]], ["a"] * 4)
     assert [nodes.relay(3, r) for r in range(4)] == [3, 1, 3, 3]
     assert [nodes.relay(1, r) for r in range(4)] == [0, 1, 0, 0]
     assert nodes.rail(2) == (0, 1, 2, 3)
-    assert find_nodes(2, ["a"] * 6, 6).rail(3) == (1, 3, 5)
+    assert find_nodes(2, ["a"] * 6).rail(3) == (1, 3, 5)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert find_nodes("auto", ["a", "b", "c", "d"], 4).node_of == (0, 0, 1, 1)  # containers
+    assert find_nodes("auto", ["a", "b", "c", "d"]).node_of == (0, 0, 1, 1)  # containers
     for wrong in (0, "two", [[0, 1], [1, 2]], 1.5):
         with pytest.raises(ValueError, match="nodes: expected"):
-            find_nodes(wrong, [""] * 4, 4)  # type: ignore[arg-type]
+            find_nodes(wrong, [""] * 4)  # type: ignore[arg-type]
 
 
 def unequal_nodes(rank: int) -> str:

@@ -115,7 +115,7 @@ def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
     bandwidth = float(answers[0]["bandwidth"])
     traffic = Traffic(torch.tensor(answers[0]["rows"]), torch.tensor(answers[0]["pairs"]))
     levels = Levels(torch.tensor(answers[0]["between"]), torch.tensor(answers[0]["within"]))
-    nodes = find_nodes(size // task.nodes, [""] * size, size)
+    nodes = find_nodes(size // task.nodes, [""] * size)
     variants = []
     for name, variant in variants_of(task.nodes).items():
 

@@ -19,7 +19,7 @@ from switchgear.parallel import transport as transports
 from switchgear.parallel.channels import CHANNELS, open_channel
 from switchgear.parallel.cost import CHUNKS, Link
 from switchgear.parallel.header import digest
-from switchgear.parallel.nodes import find_nodes
+from switchgear.parallel.nodes import NodesOption, node_label, nodes_of
 from switchgear.parallel.overflow import Overflow
 from switchgear.parallel.peers import Peers
 from switchgear.parallel.placement import Placement
@@ -89,7 +89,7 @@ class ExpertParallel:
         tp_group: dist.ProcessGroup | Sequence[int] | None = None,
         host: str | None = None,
         link: Link | None = None,
-        nodes: str | int | Sequence[Sequence[int]] | None = "auto",
+        nodes: NodesOption = "auto",
         wire: str = "exact",
         capacity: int | None = None,
         overflow: str = "raise",
@@ -115,6 +115,8 @@ class ExpertParallel:
         self.capacity, self.overflow = capacity, Overflow(capacity, overflow)
         self.timeout, self.num_chunks, self.invariant = timeout, num_chunks, invariant
         self.transport, self.wire = transport, wire
+        self._nodes_option = nodes
+        self._node: str | None = None  # the label of this rank's, also after it moved to another group
         self.average_gradients, self.link = average_gradients, link or Link()
         self.record = Record()
         self.group = None if isinstance(group, Sequence) else group
@@ -132,7 +134,6 @@ class ExpertParallel:
             store = _store_of(ranks)
         if placement is not None and placement.num_ranks != self.size:
             raise ValueError(f"placement: expected {self.size} ranks, got {placement.num_ranks}")
-        self.ranks = tuple(ranks)
         self._placement = placement
         self._network: transports.Network | None = None
         self._channel_store = PrefixStore("channels", store)
@@ -143,9 +144,7 @@ class ExpertParallel:
         try:
             self.twins = self._find_twins(ranks, tp_group, PrefixStore("tokens", store))
             self.own_twins = next(twins for twins in self.twins if self.rank in twins)
-            self.nodes = find_nodes(nodes, self.peers.hosts, self.size)
-            self.levels = 2 if self.nodes.has_levels and capacity is None else 1
-            self.sharing_digest = digest((self.twins, self.nodes.node_of))
+            self.sharing_digest = digest((self.twins, self.nodes.node_of, repr(nodes)))
             if self.size > 1:
                 self._transports["cpu"] = TRANSPORTS[transport](self, PrefixStore("data", store))
             self.peers.constructed()
@@ -155,20 +154,25 @@ class ExpertParallel:
         _alive.add(self)
 
     def _find_twins(self, ranks: list[int], tp_group: Any, store: Any) -> tuple[tuple[int, ...], ...]:
-        """All sets of ranks (in the group) that hold the same tokens."""
+        """All sets of ranks (in the group) that hold the same tokens. Also finds the nodes."""
         own = [self.rank]
         if tp_group is not None:
             twins = _ranks_of(tp_group)
             if not set(twins) <= set(ranks) or dist.get_rank() not in twins:
                 raise ValueError(f"tp_group: expected ranks of {ranks}, this one too, got {twins}")
             own = sorted(ranks.index(rank) for rank in twins)
+        if self._node is None:
+            self._node = node_label(self._nodes_option, self.rank, self.peers.hosts)
         is_over = self.peers.is_over()
 
-        def share() -> list[tuple[int, ...]]:
-            store.set(f"twins/{self.rank}", json.dumps(own))
-            return [tuple(json.loads(get(store, f"twins/{rank}", is_over))) for rank in range(self.size)]
+        def share() -> list[list[Any]]:
+            store.set(f"twins/{self.rank}", json.dumps([own, self._node]))
+            return [json.loads(get(store, f"twins/{rank}", is_over)) for rank in range(self.size)]
 
-        found = self.peers.run(share)
+        shared = self.peers.run(share)
+        found = [tuple(twins) for twins, _ in shared]
+        self.nodes = nodes_of([node for _, node in shared])
+        self.levels = 2 if self.nodes.has_levels and self.capacity is None else 1
         if any(found[rank] != found[twins[0]] for twins in found for rank in twins):
             self.peers.finish()
             raise ValueError(f"tp_group: expected the same ranks on each of them, got {found}")

@@ -53,32 +53,42 @@ class Nodes:
         return tuple(members[index] for members in self.members)
 
 
-def find_nodes(nodes: str | int | Sequence[Sequence[int]] | None, machines: Sequence[str], size: int) -> Nodes:
-    """The nodes of `size` ranks. nodes: a number of consecutive ranks per node; the ranks of each node; "auto", the
-    ranks of each machine, or, if each seems to have its own (as in containers), torchrun's LOCAL_WORLD_SIZE; None: one.
+NodesOption = str | int | Sequence[Sequence[int]] | None
+
+
+def node_label(nodes: NodesOption, rank: int, machines: Sequence[str]) -> str:
+    """A name of the rank's node, equal on its ranks. nodes: a number of consecutive ranks per node; the ranks of each
+    node; "auto", the ranks of each machine, or, if each seems to have its own (as in containers), torchrun's
+    LOCAL_WORLD_SIZE; None: one node.
 
     Raises:
         ValueError: nodes is something else, or does not have each rank once.
     """
-    if nodes is None or size == 1:
-        return Nodes((0,) * size)
+    size = len(machines)
+    if nodes is None:
+        return ""
     if nodes == "auto":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if len(set(machines)) < size or local <= 1 or size % local:
-            return Nodes(_numbered(list(machines)))
+            return machines[rank]
         nodes = local
     if isinstance(nodes, int) and not isinstance(nodes, bool):
         if nodes < 1:
             raise ValueError(f"nodes: expected at least 1 rank per node, got {nodes}")
-        return Nodes(tuple(rank // nodes for rank in range(size)))
+        return f"node {rank // nodes}"
     if isinstance(nodes, str) or not isinstance(nodes, Sequence):
         raise ValueError(f"nodes: expected 'auto', None, ranks per node, or the ranks of each node, got {nodes!r}")
-    found = {rank: number for number, ranks in enumerate(nodes) for rank in ranks}
-    if sorted(rank for ranks in nodes for rank in ranks) != list(range(size)):
+    if sorted(each for ranks in nodes for each in ranks) != list(range(size)):
         raise ValueError(f"nodes: expected each of {size} ranks once, got {list(map(list, nodes))}")
-    return Nodes(_numbered([str(found[rank]) for rank in range(size)]))
+    return f"node {next(number for number, ranks in enumerate(nodes) if rank in ranks)}"
 
 
-def _numbered(names: list[str]) -> tuple[int, ...]:
-    order = list(dict.fromkeys(names))
-    return tuple(order.index(name) for name in names)
+def nodes_of(labels: Sequence[str]) -> Nodes:
+    """From the labels of all ranks."""
+    order = list(dict.fromkeys(labels))
+    return Nodes(tuple(order.index(label) for label in labels))
+
+
+def find_nodes(nodes: NodesOption, machines: Sequence[str]) -> Nodes:
+    """The nodes of the ranks of these machines; see node_label."""
+    return nodes_of([node_label(nodes, rank, machines) for rank in range(len(machines))])
