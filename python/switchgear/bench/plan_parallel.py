@@ -188,7 +188,8 @@ def _print(args: argparse.Namespace, model: Model, predictions: Predictions, bes
         f"sent by a rank, a layer: {chosen.bytes_forward / 1e6:.1f} MB forward "
         f"({chosen.bytes_between_nodes / 1e6:.1f} MB between nodes), {chosen.bytes_backward / 1e6:.1f} MB backward"
     )
-    out.print(f"a row for each choice would be {chosen.rows_without_sharing:.2f} times the rows")
+    to = "nodes" if best[0] == 2 else "ranks"
+    out.print(f"a row for each choice would be {chosen.rows_without_sharing:.2f} times the rows to other {to}")
     out.print(f"choices on the busiest rank: {chosen.load:.2f} times the mean")
     parts = memory(chosen, model.num_layers, args.bytes, args.optimizer_bytes)
     listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in parts.items())

@@ -275,7 +275,7 @@ class Prediction(NamedTuple):
     bytes_forward: int
     bytes_backward: int
     bytes_between_nodes: int  # of bytes_forward
-    rows_without_sharing: float  # rows if each choice were sent separately, relative to what is sent
+    rows_without_sharing: float  # rows if each choice were sent separately, relative to those sent to ranks (or nodes)
     load: float  # choices on the busiest rank, relative to the mean
     weight_bytes: int
     activation_bytes: int  # kept for backward
@@ -318,14 +318,16 @@ def predict(
     busiest = int(choices.argmax())
     local = len(placement.experts_of_rank[busiest])
     rows_kept = int(traffic.rows[:, busiest].sum())
-    rows_sent = traffic.rows * away if levels is None else levels.between * away + levels.within * away
+    choices_sent, rows_sent = (
+        (traffic.pairs * away, traffic.rows * away) if levels is None else (traffic.pairs * far, levels.between * far)
+    )
     return Prediction(
         forward=line(0.0),
         backward=line(experts),
         bytes_forward=sent(away, False),
         bytes_backward=sent(away, True),
         bytes_between_nodes=sent(far, False),
-        rows_without_sharing=float((traffic.pairs * away).sum() / rows_sent.sum().clamp(min=1)),
+        rows_without_sharing=float(choices_sent.sum() / rows_sent.sum().clamp(min=1)),
         load=float(choices.max() / choices.double().mean()),
         weight_bytes=3 * local * layer.hidden_size * layer.intermediate_size * item,
         activation_bytes=rows_kept * layer.hidden_size * item
