@@ -73,7 +73,7 @@ class _Copy:
 def _on_host(parallel: ExpertParallel, ranks: Sequence[int], store: Any) -> Transport:
     rank, size, seconds, is_over = ranks.index(parallel.rank), len(ranks), parallel.timeout, parallel.peers.is_over()
     together = len({parallel.peers.hosts[r] for r in ranks}) == 1
-    if parallel.transport != "gloo" and together and shared_memory.available():
+    if parallel._transport != "gloo" and together and shared_memory.available():
         made = shared_memory.SharedMemoryTransport(rank, size, store, is_over)
         if not made.problem:
             return made

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,6 +166,7 @@ class ParallelExperts(Experts):
         super().__init__(hidden_size, intermediate_size, len(self._mine), **options)
         self.num_experts = num_experts  # over all ranks: what routers and wrapping modules need
         self.parallel = parallel
+        self.lost: tuple[int, ...] = ()  # experts whose weights are gone; their choices count as empty
         extra = (hidden_size, intermediate_size, self.down_proj_bias is not None)
         self._layer = make_layer(parallel, self.placement, self._options(), extra=extra)
         if parallel.capacity is not None:
@@ -187,8 +188,22 @@ class ParallelExperts(Experts):
                     target = parameter[number_of[expert]] if expert in number_of else other
                     nn.init.uniform_(target, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
+    def place(self, placement: Placement, weights: Mapping[str, Tensor], lost: Sequence[int] = ()) -> None:
+        """Becomes the experts that `parallel` has in another placement. Parameters stay the same objects, with the
+        tensors of their names. lost: experts without weights, whose choices are empty from now on."""
+        for name, tensor in weights.items():
+            parameter = self.get_parameter(name)
+            parameter.data, parameter.grad = tensor, None
+        self.placement, self.lost = placement, tuple(lost)
+        self._mine = placement.experts_of_rank[self.parallel.rank]
+        self._layer = make_layer(self.parallel, placement, self._options(), self._layer.number, self._layer.extra)
+        self._number = static.register(self._layer)
+
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids [..., K] (global ids, -1 for none), topk_weights [..., K] -> [..., H]."""
+        if self.lost:
+            is_lost = torch.isin(topk_ids, torch.tensor(self.lost, dtype=topk_ids.dtype, device=topk_ids.device))
+            topk_ids = topk_ids.masked_fill(is_lost, -1)
         if self.parallel.capacity is not None:
             return self._static(hidden_states, topk_ids, topk_weights)
         weights: Weights | None = None

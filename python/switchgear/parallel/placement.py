@@ -157,6 +157,33 @@ def place_experts(
     return Placement(num_experts, tuple(tuple(sorted(experts)) for experts in ranks))
 
 
+def keep_experts(holders: Sequence[Sequence[int]], num_experts: int, num_replicas: int = 0) -> Placement:
+    """A placement that moves few experts: holders[r] are those that rank r has today. At most
+    ⌈(E + num_replicas) / ranks⌉ are on a rank. Copies that exist stay as far as num_replicas allows, and further ones
+    go to the experts with the fewest. An expert that nobody has is placed too. Deterministic."""
+    num_ranks = len(holders)
+    held = [[rank for rank in range(num_ranks) if expert in holders[rank]] for expert in range(num_experts)]
+    num_copies = min(num_experts + num_replicas, num_experts * num_ranks)
+    copies = [1] * num_experts
+    for _ in range(num_copies - num_experts):
+        candidates = [e for e in range(num_experts) if copies[e] < num_ranks]
+        copies[min(candidates, key=lambda e: (copies[e], copies[e] >= len(held[e]), e))] += 1
+    room = -(-num_copies // num_ranks)
+    ranks: list[set[int]] = [set() for _ in range(num_ranks)]
+    for expert in sorted(range(num_experts), key=lambda e: (len(held[e]) - copies[e], e)):
+        stay = sorted((len(ranks[r]), r) for r in held[expert] if len(ranks[r]) < room)
+        for _, rank in stay[: copies[expert]]:
+            ranks[rank].add(expert)
+    ones = [1.0] * num_experts
+    for expert in sorted(range(num_experts), key=lambda e: (-copies[e], e)):
+        while sum(expert in kept for kept in ranks) < copies[expert]:
+            free = [r for r in range(num_ranks) if len(ranks[r]) < room and expert not in ranks[r]]
+            if not free:
+                free = [_make_room(ranks, [0.0] * num_ranks, ones, [1] * num_experts, expert, room)]
+            ranks[min(free, key=lambda r: (len(ranks[r]), r))].add(expert)
+    return Placement(num_experts, tuple(tuple(sorted(experts)) for experts in ranks))
+
+
 def _correlations(correlation: Tensor | None, num_experts: int) -> list[list[float]]:
     """Rows by expert; NaN, that of an expert whose load is constant, is none."""
     if correlation is None:
