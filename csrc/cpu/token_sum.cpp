@@ -35,6 +35,12 @@ int64_t gathered_columns(int64_t num_tokens, int64_t width, int64_t panel, int n
   return wide;
 }
 
+// Columns per task of few rows: long runs of memory, but tasks for all threads.
+int64_t few_row_columns(const Weight& matrices, int64_t width, int64_t panel, int num_threads) {
+  const int64_t least = matrices.format == Format::kPanels ? panel : std::min(panel, kFewestColumns);
+  return columns_for(2 * panel, least, num_threads, [&](int64_t columns) { return ceil_div(width, columns); });
+}
+
 }  // namespace
 
 void token_sum(const TokenSumArgs& args, const Context& context) {
@@ -52,7 +58,7 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
   const int64_t wide = is_narrow ? kDecodedColumns
                        : args.transposed
                            ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads)
-                       : few_rows                ? 2 * panel  // longer runs of memory
+                       : few_rows                ? few_row_columns(*args.matrices, width, panel, num_threads)
                        : args.gathered.defined() ? gathered_columns(num_tokens, width, panel, num_threads)
                                                  : panel;
   const int64_t column_blocks = ceil_div(width, wide);
@@ -102,7 +108,16 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
     return e < num_experts && !decodes ? operand(block, e).start() : Start{};
   };
 
-  parallel_for_shares(num_threads, chunks * column_blocks, [&](int64_t task, int thread) {
+  const auto work = [&](int64_t task) {
+    const Block block = block_of(task);
+    TaskWork sum;
+    for (int64_t e = next_expert(block, -1); e < num_experts; e = next_expert(block, e)) {
+      sum.rows += first_slot(e, block.last_token) - first_slot(e, block.first_token);
+      sum.bytes += bytes_of(ExpertMatrix(*args.matrices, e, dtype).rows_from(0), block.columns, args.depth);
+    }
+    return sum;
+  };
+  const auto run_block = [&](int64_t task, int thread) {
     char* const own = memory + thread * thread_bytes;
     const WideScratch scratch(own);
     char* const adapter_scratch = own + WideScratch::kBytes + accumulator_bytes;
@@ -154,7 +169,9 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
     for (int64_t t = first_token; t < last_token; ++t) {
       k.store_row(at(args.out, t, column), args.out.dtype, sums + (t - first_token) * wide, columns);
     }
-  });
+  };
+  parallel_for_shares(num_threads, chunks * column_blocks, run_block,
+                      Loop{args.transposed ? "gradient of x" : "second projection", work});
 }
 
 }  // namespace switchgear::cpu

@@ -20,6 +20,8 @@ from offload_cases import check, make_model, outputs_of, same_bits, steps_of
 from switchgear import Experts, offload
 from switchgear.offload import StoreError
 
+pytestmark = pytest.mark.usefixtures("memory")
+
 
 class Guesses:
     """Predicts any experts."""
@@ -89,11 +91,8 @@ def test_an_interrupt_at_any_line(seed: int) -> None:
         nonlocal left
         name = os.path.basename(frame.f_code.co_filename)
         if event == "call":
-            return (
-                trace
-                if name in ("cache.py", "pool.py", "residency.py") and "repair" not in frame.f_code.co_name
-                else None
-            )
+            is_traced = name in ("cache.py", "pool.py", "residency.py", "staging.py")
+            return trace if is_traced and frame.f_code.co_name not in ("repair", "settle", "others") else None
         if event == "line":
             left -= 1
             if left == 0:
@@ -122,6 +121,9 @@ def test_an_interrupt_at_any_line(seed: int) -> None:
     outputs_of(model, steps)
     known = {ticket for _, ticket in [*cache._cache.pending.values(), *cache._cache.guesses.values()]}
     known |= {ticket for layer in cache._cache.layers for ticket in layer.pool.draining.values()}
+    if (staging := cache._cache.layers[0].pool.staging) is not None:
+        assert set(staging.reads) == known
+        known = set(staging.begun.values())
     assert set(reader.tickets) == known  # no read is lost
 
 

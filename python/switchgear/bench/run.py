@@ -65,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the layers run (cuda: at shapes of GPU models)")
     add("--model", action="store_true", help="predict what the CUDA kernels cost, beside published figures, and stop")
+    add("--threads-model", action="store_true",
+        help="predict layers on 2 to 128 threads and 1 to 8 memory nodes from their tasks, recorded here, and stop")
     add("--parallel", type=positive, metavar="N", help="experts distributed over N processes; see docs/parallel.md")
     add("--nodes", type=positive, default=1, metavar="N", help="that these processes are on, of equal size")
     add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: that of the experts; 0: no limit)")
@@ -95,6 +97,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.model:
         return model.run(args)
+    if args.threads_model:
+        from . import threads_tables
+
+        open_outputs(args)
+        return threads_tables.run(args, describe_machine(args.threads))
     if args.parallel:
         return parallel.run(args)
     if args.routers:

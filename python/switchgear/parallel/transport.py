@@ -197,7 +197,7 @@ class Network:
             if rows:
                 begin = min(begin, start)
                 end = max(end, self._free_at[near])
-        return min(begin, now), max(end, now)
+        return (now, now) if begin == math.inf else (begin, end)
 
     def _is_near(self, rank: int) -> bool:
         return self._near_bandwidth is not None and self._near[rank]
