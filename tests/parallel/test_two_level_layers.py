@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import test_elastic
 import test_exchange
 import test_faults
 import test_layers
@@ -96,3 +97,20 @@ def test_a_rank_is_lost(
     """The same error on every rank, in time, and the others go on, on nodes of unequal size."""
     monkeypatch.setattr(test_faults, "trial", fault)
     test_faults.run_trial(culprit, fault_kind, phase, num_chunks, transport)
+
+
+def goes_on(rank: int, culprit: int) -> Any:
+    options = {"placement": test_elastic.TWICE, "num_replicas": test_elastic.EXPERTS}
+    return with_nodes(rank, test_elastic, test_elastic.loses, 2, culprit, options)
+
+
+def test_training_goes_on_without_a_rank() -> None:
+    """The others keep their nodes: one of two ranks, and one of one. All copies of an expert are equal."""
+    pool = Pool(4)
+    try:
+        pool.start(goes_on, 1)
+        seen = pool.results([0, 2, 3])
+    finally:
+        pool.close()
+    test_elastic.complete([digest for digest, *_ in seen])
+    assert [size for *_, size in seen] == [3, 3, 3]
