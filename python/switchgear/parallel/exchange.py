@@ -18,7 +18,7 @@ Rows go straight to the ranks of their experts (rows.py), or once per node (two_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -59,6 +59,9 @@ class Layer:
     copies: tuple[Copy, ...]  # the replicated experts of this rank
     options: GluOptions
     extra: object = None  # anything else that must agree
+    routes_on: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # rank_of and local_of (static.py)
 
 
 class Saved(NamedTuple):

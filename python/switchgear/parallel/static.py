@@ -48,7 +48,7 @@ def fill_buckets(topk_ids: Tensor, rank_of: Tensor, local_of: Tensor, num_ranks:
     valid = (topk_ids >= 0) & (topk_ids < len(rank_of))
     wrong = (~valid & (topk_ids != -1)).sum()
     ids = topk_ids.clamp(0, len(rank_of) - 1).long()
-    ranks = torch.where(valid, rank_of.to(device)[ids], num_ranks)
+    ranks = torch.where(valid, rank_of[ids], num_ranks)
     present = torch.zeros(num_tokens, num_ranks + 1, dtype=torch.bool, device=device).scatter(1, ranks, True)
     present = present[:, :num_ranks]
     place = present.cumsum(0) - 1
@@ -60,7 +60,7 @@ def fill_buckets(topk_ids: Tensor, rank_of: Tensor, local_of: Tensor, num_ranks:
     token_of_row = filled.scatter(0, slot.flatten(), tokens.flatten())[:none]
     rank_of_row = torch.arange(num_ranks, device=device).repeat_interleave(capacity)[:, None]
     padded_ranks = torch.cat((ranks, ranks.new_full((1, top_k), num_ranks)))
-    padded_experts = torch.cat((local_of.to(device)[ids], ids.new_zeros(1, top_k)))
+    padded_experts = torch.cat((local_of[ids], ids.new_zeros(1, top_k)))
     choice_of_row = padded_ranks[token_of_row] == rank_of_row
     return Buckets(
         token_of_row=token_of_row,
@@ -79,7 +79,7 @@ def exchange_moe(
     parallel = layer.parallel
     capacity = parallel.capacity
     assert capacity is not None
-    buckets = fill_buckets(topk_ids, layer.rank_of, layer.local_of, parallel.size, capacity)
+    buckets = fill_buckets(topk_ids, *_routes(layer, topk_ids.device), parallel.size, capacity)
     rows = torch.cat((x, x.new_zeros(1, x.shape[1])))[buckets.token_of_row]
     padded = torch.cat((topk_weights, topk_weights.new_zeros(1, topk_weights.shape[1])))
     weights = torch.where(buckets.choice_of_row, padded[buckets.token_of_row], 0.0)
@@ -94,6 +94,15 @@ def exchange_moe(
         total = total + padded_rows[buckets.row_table[:, column]].float()
     y: Tensor = total.to(x.dtype)
     return y
+
+
+def _routes(layer: Layer, device: torch.device) -> tuple[Tensor, Tensor]:
+    """rank_of and local_of, copied once to a device: a CUDA graph cannot hold a copy from the host."""
+    if device.type == "cpu":
+        return layer.rank_of, layer.local_of
+    if device not in layer.routes_on:
+        layer.routes_on[device] = (layer.rank_of.to(device), layer.local_of.to(device))
+    return layer.routes_on[device]
 
 
 def register(layer: Layer) -> int:
@@ -185,8 +194,11 @@ def _transfer(layer: Layer, phase: str, parts: list[Tensor], overflow: Tensor | 
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         if overflow is not None:
             parallel.overflow.add(overflow[:-1], captured=True)
-        transport = parallel.transport_for(device)
         for into, part in zip(moved, parts, strict=True):
+            if parallel.size == 1:
+                into.copy_(part)
+                continue
+            transport = parallel.transport_for(device)
             transport.all_to_all(into, part.contiguous(), counts, counts).join()  # type: ignore[attr-defined]
         return moved
     with parallel.peers.exchange():
