@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads-model", action="store_true",
         help="predict layers on 2 to 128 threads and 1 to 8 memory nodes from their tasks, recorded here, and stop")
     add("--parallel", type=positive, metavar="N", help="experts distributed over N processes; see docs/parallel.md")
+    add("--nodes", type=positive, default=1, metavar="N", help="that these processes are on, of equal size")
     add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: that of the experts; 0: no limit)")
     add("--routers", action="store_true", help="what routing policies cost, by the layer and by plain torch, and stop")
     add("--adapters", action="store_true",

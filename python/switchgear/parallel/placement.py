@@ -62,15 +62,16 @@ class Placement:
         """The experts with more than one rank."""
         return tuple(expert for expert, ranks in enumerate(self.owners) if len(ranks) > 1)
 
-    def routes(self, source: int) -> tuple[Tensor, Tensor]:
+    def routes(self, source: int, near: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """For tokens of rank `source`: the rank [E] where each expert is used, and its local number there [E].
 
-        For a replicated expert this is the own copy, or else one that depends only on `source`. So sources spread over
-        the copies, and a token's route does not depend on its batch.
+        For a replicated expert this is the own copy, or else one of a rank in `near` (those of the node), if any, that
+        depends only on `source`. So sources spread over the copies, and a token's route does not depend on its batch.
         """
         chosen = []
         for ranks in self.owners:
-            chosen.append(source if source in ranks else ranks[source % len(ranks)])
+            close = [rank for rank in ranks if rank in near] or ranks
+            chosen.append(source if source in ranks else close[source % len(close)])
         local = [self.experts_of_rank[rank].index(expert) for expert, rank in enumerate(chosen)]
         return torch.tensor(chosen), torch.tensor(local)
 

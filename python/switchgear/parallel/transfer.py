@@ -15,8 +15,8 @@ from torch import Tensor
 
 from switchgear.parallel import header
 from switchgear.parallel.errors import MORE_PHASES
-from switchgear.parallel.exchange import _Link
 from switchgear.parallel.layout import PIECES
+from switchgear.parallel.rows import Link
 
 if TYPE_CHECKING:
     from switchgear.parallel.group import ExpertParallel
@@ -62,7 +62,7 @@ def send_rows(
 
 def _all_to_all(parallel: ExpertParallel, kind: str, rows: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
     received = rows.new_empty(sum(of), *rows.shape[1:])
-    link = _Link(parallel, rows.device)
+    link = Link(parallel, rows.device)
     link.wait(link.start(kind, received, rows, of, to))
     return received
 
