@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import re
@@ -155,6 +156,21 @@ def test_gradients_while_reads_go_on() -> None:
     reader.on_wait = lambda ticket: None
     assert same_bits(gradient(), wanted)
     check(cache)
+
+
+def test_a_model_that_is_dropped_ends_its_reads() -> None:
+    model, steps = make_model(), steps_of()
+    store = MemoryStore(model)
+    cache = offload.offload(model, store, slots=2, prefetch=Guesses(1))  # type: ignore[arg-type]
+    outputs_of(model, steps)
+    del cache
+    gc.collect()
+    outputs_of(model, steps)
+    assert store.reader.tickets
+    assert not store.reader.closed
+    del model
+    gc.collect()
+    assert store.reader.closed
 
 
 def test_a_reader_without_tickets() -> None:
