@@ -71,6 +71,18 @@ def store_of(kind: str, folder: Path) -> Any:
     return HashStore() if kind == "hash" else TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
+def test_a_minority_lets_the_others_come_first() -> None:
+    """A rank whose connections all fail believes that all others are gone."""
+    everyone = members(HashStore())
+    with ThreadPoolExecutor(1) as pool:
+        alone = pool.submit(everyone[3].agree, lambda: {0, 1, 2}, 5.0)
+        time.sleep(0.3)
+        agree(everyone[:3], {3})
+        alone.result()
+    assert everyone[3].generation.ids == (0, 1, 2)
+    assert everyone[3].rank() == -1
+
+
 @pytest.mark.parametrize("kind", ["hash", "file", "tcp"])
 @pytest.mark.parametrize("seed", range(8))
 def test_all_read_the_same_whatever_they_believe(seed: int, kind: str, tmp_path: Path) -> None:
