@@ -196,7 +196,8 @@ def two_level_pipeline(
     tail: float = 0.0, overhead: float = 0.0,
 ) -> Timeline:  # fmt: skip
     """As pipeline, with two levels (two_level.py): seconds of all chunks between nodes and within a node, to the
-    experts and back. A chunk is passed on while the rank waits, or after the experts' chunk during which it came."""
+    experts and back. A chunk is passed on while the rank waits, or after the half of an experts' chunk during which it
+    came."""
     intervals: list[Interval] = []
     far, near = _Lane("link", intervals), _Lane("near", intervals)
     out, inside, inside_back, back = (each / num_chunks for each in (between[0], *within, between[1]))
@@ -226,8 +227,10 @@ def two_level_pipeline(
     now = 0.0
     for c in range(num_chunks):
         now = wait(now, lambda c=c: passed[c] if c < len(passed) else None)  # type: ignore[misc]
-        intervals.append(Interval("experts", f"experts {c}", now, now + experts / num_chunks + overhead))
-        now = intervals[-1].end
+        work = experts / num_chunks + overhead
+        intervals.append(Interval("experts", f"experts {c}", now, now + work))
+        pass_on(now + work / 2)
+        now += work
         done.append(near.send(f"combine within {c}", now, inside_back))
     now = wait(now, lambda: done[-1] if len(returned) == num_chunks else None)
     if tail:

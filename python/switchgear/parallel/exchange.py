@@ -183,7 +183,7 @@ def forward(
         arrived = rows.buffer[chunk.rows]
         with record.event("experts", f"experts {c}"):
             if weights is not None:
-                returned, h = local.forward(arrived, chunk, pair_weights, weights, layer.options, each)
+                returned, h = local.forward(arrived, chunk, pair_weights, weights, layer.options, each, rows.look)
                 hs.append(h)
             elif not len(arrived):
                 returned = arrived
@@ -232,7 +232,7 @@ def backward(
     rows.send(grad_y[_part(parallel, saved.all_tokens)])
     experts: local.Backward | recorded.Backward
     if isinstance(weights, local.Weights):
-        experts = local.Backward(x, hs, rows.buffer, receiving, pair_weights, weights, layer.options, each)
+        experts = local.Backward(x, hs, rows.buffer, receiving, pair_weights, weights, layer.options, each, rows.look)
     else:
         experts = recorded.Backward(saved.runs, rows.buffer, receiving, pair_weights, weights, each)
     grad_pairs = pair_weights.new_empty(len(receiving.slot_pairs))

@@ -119,6 +119,17 @@ class Busy(Protocol):
     def progress(self) -> None: ...
 
 
+class Look:
+    """One turn of what else goes on, as a wait, so that its failures are those of any transfer."""
+
+    def __init__(self, busy: Busy) -> None:
+        self._busy = busy
+
+    def wait_for(self, seconds: float) -> bool:
+        self._busy.progress()
+        return True
+
+
 _TURN = 5e-4  # seconds between two looks at what else goes on
 
 
@@ -154,6 +165,10 @@ class Rows(Protocol):
 
     def give_back(self, rows: Tensor) -> None:
         """Starts to return the next chunk's results."""
+        ...
+
+    def look(self) -> None:
+        """Between products: passes on what has arrived for other ranks."""
         ...
 
     def flush(self) -> None:
@@ -195,6 +210,9 @@ class Direct:
             self._returned = results_as_sent(self._wire.back, self._results, sum(map(sum, returned)))
             self._back = Leg(self._link, "combine", self._returned, returned, self.returning)
         self._back.start(self._wire.back.encode(rows))
+
+    def look(self) -> None:
+        pass
 
     def flush(self) -> None:
         pass

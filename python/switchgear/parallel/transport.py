@@ -8,7 +8,6 @@ must implement `abort`: afterwards nothing may wait for a lost peer.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import socket
 import threading
@@ -183,21 +182,18 @@ class Network:
 
     def send(self, rank: int, output_rows: Sequence[int], input_rows: Sequence[int], row: int) -> tuple[float, float]:
         """Begin and end of a transfer of rows of `row` bytes, which begins now or when the link is free."""
-        begin, end = math.inf, 0.0
         now = time.monotonic()
-        for near, speed in enumerate((self._bandwidth, self._near_bandwidth or self._bandwidth)):
+        begin = end = now
+        for near, speed in ((True, self._near_bandwidth or self._bandwidth), (False, self._bandwidth)):
             rows = max(
-                sum(count for r, count in enumerate(counts) if r != rank and self._is_near(r) == bool(near))
+                sum(count for r, count in enumerate(counts) if r != rank and self._is_near(r) == near)
                 for counts in (output_rows, input_rows)
             )
-            if not rows and near:
-                continue
-            start = max(now, self._free_at[near])
-            self._free_at[near] = start + self._latency + rows * row / speed
             if rows:
-                begin = min(begin, start)
+                begin = max(now, self._free_at[near])
+                self._free_at[near] = begin + self._latency + rows * row / speed
                 end = max(end, self._free_at[near])
-        return (now, now) if begin == math.inf else (begin, end)
+        return begin, end
 
     def _is_near(self, rank: int) -> bool:
         return self._near_bandwidth is not None and self._near[rank]

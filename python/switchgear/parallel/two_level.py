@@ -13,9 +13,9 @@ returns, since the sum of one process runs over a token's experts in order and c
 Pairs and headers go directly, as with one level. With the first rows each relay gets their routes: the number of a
 token's choices on each rank of the node, 2 bytes per rank of the largest node.
 
-A chunk is relayed when its transfer is noticed: while the rank waits, and between the experts' chunks. So each of the
-four kinds of transfers has a channel of its own, in which only chunks ascend (channels.py). On other devices than the
-CPU the order over all channels is fixed, as NCCL requires.
+A chunk is relayed when its transfer is noticed: while the rank waits, and between the products of its experts. So each
+of the four kinds of transfers has a channel of its own, in which only chunks ascend (channels.py). On other devices
+than the CPU the order over all channels is fixed, as NCCL requires.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from switchgear.parallel.rows import (
     Decoder,
     Leg,
     Link,
+    Look,
     buffers,
     decode_into,
     result_buffer,
@@ -205,6 +206,9 @@ class TwoLevel:
             self._pass_on(within)
         if back.started > 1:
             self._pass_back(back, wait=True)
+
+    def look(self) -> None:
+        self._link.wait(Look(self))
 
     def flush(self) -> None:
         back = self._within_back
