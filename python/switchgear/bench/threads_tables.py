@@ -24,7 +24,7 @@ from ..common import threads as threads_of
 from ..common.processes import Child
 from .case import DECODE_TOKENS, FORMATS, ROUTINGS, Inputs, call_of, make_case, make_weights
 from .markdown import write_blocks
-from .results import Row, check_same_machine, read_json, rounded, write_json
+from .results import Row, check_same_machine, read_json, write_json
 from .shapes import SHAPES, Shape
 from .threads_model import LOSSES, MACHINES, as_row, fork_seconds, machine, measured, predict, record
 
@@ -157,8 +157,17 @@ def evaluate(task: Task, machines: Any = MACHINES) -> Row:
                   for loop in cuts[1].loops],
         "machines": [as_row(prediction, one) for prediction in predictions],
     }  # fmt: skip
-    result: Row = rounded(row)
+    result: Row = _short(row)
     return result
+
+
+def _short(value: Any) -> Any:
+    """Predictions with four digits, which is more than they are worth."""
+    if isinstance(value, dict):
+        return {name: _short(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
