@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -114,11 +115,11 @@ def go_on(steps: int, folder: str, comes_later: bool) -> None:
         write(folder, process=os.getpid(), **entry)
 
     if comes_later:
-        parallel = ExpertParallel(timeout=3, name="chaos", outside=True)
+        parallel = ExpertParallel(timeout=2, name="chaos", outside=True)
     else:
         dist.init_process_group("gloo")
         copies = place_experts([1.0] * EXPERTS, dist.get_world_size(), num_replicas=EXPERTS)
-        parallel = ExpertParallel(timeout=3, name="chaos", placement=copies)
+        parallel = ExpertParallel(timeout=2, name="chaos", placement=copies)
     torch.manual_seed(0)
     centers, maps = torch.randn(CLUSTERS, HIDDEN), torch.randn(CLUSTERS, HIDDEN, HIDDEN) / HIDDEN**0.5
     model = Model(parallel)
@@ -150,24 +151,37 @@ def go_on(steps: int, folder: str, comes_later: bool) -> None:
     parallel.close()
 
 
-def guard(steps: int, folder: str, period: float = 2.0) -> None:
+def is_complete(folder: str, rank: int, size: int) -> bool:
+    """Whether all ranks have taken the last step, so that another one may be lost."""
+    lines = Path(folder, f"{rank}.log").read_text().splitlines()
+    return bool(lines) and json.loads(lines[-1]).get("ranks") == size
+
+
+def guard(steps: int, folder: str, period: float = 5.0) -> None:
     """Keeps a process of this rank alive, and kills or stops it now and then; one rank at a time."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, f"{rank}.log").unlink(missing_ok=True)
     numbers = random.Random(rank)
     command = [sys.executable, __file__, "--steps", str(steps), "--chaos", folder, "--as"]
     process = subprocess.Popen([*command, "first"])
-    begin, turn = time.monotonic(), rank + 1
+    turn = math.inf  # when this rank is disturbed next; all begin with the first step
     while True:
         try:
-            status = process.wait(timeout=max(0.01, begin + turn * period * 2 - time.monotonic()))
-        except subprocess.TimeoutExpired:  # this rank's turn
-            turn += size
+            status = process.wait(timeout=0.1)
+        except subprocess.TimeoutExpired:
+            if turn == math.inf and Path(folder, f"{rank}.log").exists():
+                turn = time.monotonic() + (rank + 0.5) * period
+            if time.monotonic() < turn:
+                continue
+            turn += size * period
+            if not is_complete(folder, rank, size):
+                continue
             fault = numbers.choice(("kill", "stop"))
             write(folder, process=process.pid, fault=fault)
             if fault == "stop":
                 process.send_signal(signal.SIGSTOP)
-                time.sleep(period * 2.2)  # longer than the timeout: the others go on without it
+                time.sleep(period - 1)  # longer than the timeout: the others go on without it
                 process.send_signal(signal.SIGCONT)
             else:
                 process.kill()

@@ -66,7 +66,7 @@ def test_train_parallel_has_the_losses_of_one_process(tmp_path: Path) -> None:
 
 
 def test_train_parallel_goes_on_while_ranks_are_lost(tmp_path: Path) -> None:
-    """Under torchrun. Each rank is killed or stopped at least once; no step is missing, and the log can be drawn."""
+    """Under torchrun. Ranks are killed or stopped and come back; no step is missing, and the log can be drawn."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(EXAMPLES / "train_parallel.py"), "--steps", "600", "--chaos", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=150)

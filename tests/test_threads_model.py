@@ -96,13 +96,13 @@ FORMS = ("plain", "compact", "panels", "int8", "int4", "fp8", "mxfp4", "nf4")
 @pytest.mark.parametrize("form", FORMS)
 def test_few_tokens_have_the_same_bits_in_narrow_tasks(form: str, tokens: int, interleaved: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    gate_up = (torch.randn(4, 640, 384, generator=generator) / 16).bfloat16()
-    down = (torch.randn(4, 384, 320, generator=generator) / 16).bfloat16()
-    biases = {"gate_up_bias": torch.randn(4, 640).bfloat16(), "down_bias": torch.randn(4, 384).bfloat16()}
+    gate_up = (torch.randn(4, 1024, 512, generator=generator) / 16).bfloat16()
+    down = (torch.randn(4, 512, 512, generator=generator) / 16).bfloat16()
+    biases = {"gate_up_bias": torch.randn(4, 1024).bfloat16(), "down_bias": torch.randn(4, 512).bfloat16()}
     weights: tuple[Any, Any] = (gate_up, down)
     if form != "plain":
         weights = (encode(gate_up, form, parts=1 if interleaved else 2), encode(down, form))
-    x = torch.randn(tokens, 384, generator=generator).bfloat16()
+    x = torch.randn(tokens, 512, generator=generator).bfloat16()
     ids = torch.arange(2 * tokens, dtype=torch.int32).view(tokens, 2) % 4
     options: dict[str, Any] = {"interleaved": interleaved, **biases}
     results: list[torch.Tensor] = []
@@ -117,11 +117,11 @@ def test_few_tokens_have_the_same_bits_in_narrow_tasks(form: str, tokens: int, i
             loops = _C.record_loops(call)[0]
         tasks.append([len(loop[-1]) for loop in loops if loop[0]])
     assert all(torch.equal(one, results[0]) for one in results)
-    if form in ("plain", "compact", "fp8"):  # a panel in four parts
-        assert tasks[0] == tasks[1]
-        assert tasks[-1][1] == 384 // 16
+    if form in ("plain", "compact", "fp8"):
+        assert tasks[0][1] == 512 // 128 or _C.cpu_isa() in ("avx2", "generic")
+        assert tasks[-1][1] == 512 // 16
     if form == "plain" and _C.cpu_isa() != "amx":
-        assert tasks[-1][0] == len(ids.unique()) * 320 // 16
+        assert tasks[-1][0] == len(ids.unique()) * 512 // 16
 
 
 def made(*tasks: tuple[float, int], in_shares: bool = True, threads: int = 64) -> Recording:

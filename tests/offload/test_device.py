@@ -137,7 +137,7 @@ def test_x_on_another_device() -> None:
     model = make_model()
     with offload.offload(model, MemoryStore(model), slots=2):  # type: ignore[arg-type]
         x = torch.empty(1, 32, dtype=torch.bfloat16, device="meta")
-        ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+        ids, weights = torch.zeros(1, 1, dtype=torch.int32, device="meta"), torch.ones(1, 1, device="meta")
         with pytest.raises(ValueError, match="x: expected one on cpu, where the offloaded experts run, got meta; pass"):
             model[0].experts(x, ids, weights)  # type: ignore[operator]
 

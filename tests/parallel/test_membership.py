@@ -6,10 +6,11 @@ from __future__ import annotations
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import FileStore, HashStore, TCPStore
 
 from switchgear.parallel import ExpertParallelError
 from switchgear.parallel.membership import Membership
@@ -64,11 +65,30 @@ def test_one_member_may_be_left() -> None:
     assert everyone[3].generation.ids == (3,)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_all_read_the_same_whatever_they_believe(seed: int) -> None:
+def store_of(kind: str, folder: Path) -> Any:
+    if kind == "file":
+        return FileStore(str(folder / "store"), -1)
+    return HashStore() if kind == "hash" else TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def test_a_minority_lets_the_others_come_first() -> None:
+    """A rank whose connections all fail believes that all others are gone."""
+    everyone = members(HashStore())
+    with ThreadPoolExecutor(1) as pool:
+        alone = pool.submit(everyone[3].agree, lambda: {0, 1, 2}, 5.0)
+        time.sleep(0.3)
+        agree(everyone[:3], {3})
+        alone.result()
+    assert everyone[3].generation.ids == (0, 1, 2)
+    assert everyone[3].rank() == -1
+
+
+@pytest.mark.parametrize("kind", ["hash", "file", "tcp"])
+@pytest.mark.parametrize("seed", range(8))
+def test_all_read_the_same_whatever_they_believe(seed: int, kind: str, tmp_path: Path) -> None:
     """Members come at random times and disagree on who is gone: whoever is in the generation has the same one."""
     numbers = random.Random(seed)
-    everyone = members(HashStore())
+    everyone = members(store_of(kind, tmp_path))
     beliefs = [{peer for peer in range(SIZE) if peer != rank and numbers.random() < 0.2} for rank in range(SIZE)]
     delays = [numbers.random() * 0.02 for _ in range(SIZE)]
 

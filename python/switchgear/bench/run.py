@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         tables.print_choices()
         return 0
+    if args.competitors_folder:
+        os.environ[FOLDER] = args.competitors_folder  # the processes of the cases inherit it
     if args.model:
         return model.run(args)
     if args.threads_model:
@@ -178,8 +180,6 @@ def measure_all(tasks: list[Task], args: argparse.Namespace) -> dict[str, Any]:
     budget = args.budget or (QUICK_BUDGET if args.quick else CASE_BUDGET * len(tasks) if everyone else BUDGET)
     longest = LONGEST_QUICK_CASE if args.quick else CASE_BUDGET if everyone else LONGEST_CASE
     end = perf_counter() + budget
-    if args.competitors_folder:
-        os.environ[FOLDER] = args.competitors_folder  # the processes of the cases inherit it
     screen = console()
     torch.set_num_threads(args.threads)
     about = describe_machine(args.threads)

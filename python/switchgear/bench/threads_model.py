@@ -119,10 +119,13 @@ def cut_for(threads: int) -> Iterator[None]:
         host.execution = before
 
 
-def record(call: Callable[[int], object], threads: int, repeats: int) -> Recording:
-    """The medians of some recordings of calls 0, 1, …, which must have equal loops. One call before them warms up."""
+def record(call: Callable[[int], object], threads: int, repeats: int, routings: int = 1) -> Recording:
+    """The medians of some recordings of call 0. Calls 1 to routings - 1 before each evict its weights. One round before
+    all warms up, unless calls are long."""
     with cut_for(threads):
-        runs = [_C.record_loops(partial(call, number)) for number in range(repeats + 1)][1:]
+        rounds = [[_C.record_loops(partial(call, number)) for number in reversed(range(routings))]
+                  for _ in range(repeats + (repeats > 1))]  # fmt: skip
+    runs = [calls[-1] for calls in rounds[-repeats:]]
     serial = median(total - sum(end - begin for *_, begin, end, _ in loops) for loops, total in runs)
     loops = []
     for same in zip(*(loops for loops, _ in runs), strict=True):

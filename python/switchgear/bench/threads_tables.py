@@ -22,9 +22,9 @@ from switchgear.weights import Weight
 from ..common import choose, console, markdown_table, require, table
 from ..common import threads as threads_of
 from ..common.processes import Child
-from .case import FORMATS, Inputs, call_of, make_case, make_weights
+from .case import DECODE_TOKENS, FORMATS, ROUTINGS, Inputs, call_of, make_case, make_weights
 from .markdown import write_blocks
-from .results import Row, check_same_machine, read_json, rounded, write_json
+from .results import Row, check_same_machine, read_json, write_json
 from .shapes import SHAPES, Shape
 from .threads_model import LOSSES, MACHINES, as_row, fork_seconds, machine, measured, predict, record
 
@@ -38,7 +38,7 @@ MODEL_SHAPES = {
 }
 TOKENS = {"forward": (1, 16, 512, 2048), "train": (512, 2048)}
 MOST_BYTES = 3 << 30  # of weights; experts beyond share the memory of others, still far more than caches hold
-REPEATS, FEW_REPEATS, LONG_SECONDS = 9, 3, 0.2  # recordings of a call; of one that takes long
+REPEATS = ((0.2, 9), (0.6, 3), (float("inf"), 1))  # recordings of a call by its seconds on two threads
 
 
 class Task(NamedTuple):
@@ -139,12 +139,14 @@ def evaluate(task: Task, machines: Any = MACHINES) -> Row:
     torch.set_num_threads(2)
     call, read = make_calls(task)
     fork = fork_seconds()
-    repeats = REPEATS if measured(call, read, 2, 1).seconds < LONG_SECONDS else FEW_REPEATS
-    cuts = {threads: record(call, threads, repeats) for threads in sorted({1, *(m.threads for m in machines)})}
-    before = record(call, 2, repeats)
+    seconds = measured(call, read, 2, 1).seconds
+    repeats = next(repeats for most, repeats in REPEATS if seconds < most)
+    routings = ROUTINGS if task.tokens <= DECODE_TOKENS else 1
+    cuts = {n: record(call, n, repeats, routings) for n in sorted({1, *(m.threads for m in machines)})}
+    before = record(call, 2, repeats, routings)
     real = measured(call, read, 2, 2 * repeats)
     here = machine(2)._replace(node_bandwidth=real.read)
-    after = record(call, 2, repeats)  # speed drifts
+    after = record(call, 2, repeats, routings)  # speed drifts
     two = median(predict(recording, here, fork).seconds for recording in (before, after))
     one = cuts[1].seconds
     predictions = [predict(cuts[on.threads], on, fork) for on in machines]
@@ -155,8 +157,17 @@ def evaluate(task: Task, machines: Any = MACHINES) -> Row:
                   for loop in cuts[1].loops],
         "machines": [as_row(prediction, one) for prediction in predictions],
     }  # fmt: skip
-    result: Row = rounded(row)
+    result: Row = _short(row)
     return result
+
+
+def _short(value: Any) -> Any:
+    """Predictions with four digits, which is more than they are worth."""
+    if isinstance(value, dict):
+        return {name: _short(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

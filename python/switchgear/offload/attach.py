@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -102,11 +104,18 @@ def offload(
     try:
         most = max(target.records.num_experts for target in targets)
         cache = Cache(reader, most, prefetch, timeout, lanes)
+        weakref.finalize(cache, _end, reader).atexit = False
         attached = _attach(cache, store, targets, plans, policy, verify, place, staging_slots)
     except BaseException:
         reader.close()
         raise
     return attached
+
+
+def _end(reader: Any) -> None:
+    """Of a cache that nobody closed: no read outlives the memory that it fills."""
+    with suppress(OSError):  # a forked child's
+        reader.close()
 
 
 def _check_policy(policy: Policy) -> None:

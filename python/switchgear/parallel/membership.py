@@ -28,7 +28,7 @@ from switchgear.parallel.rendezvous import Background, get
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1e-3, 0.03
 SLACK_SECONDS = 2.0  # for a store that answers late
-_PATIENCE = 1.0  # seconds for members without state
+_PATIENCE = 1.0  # seconds for members without state, and of a minority
 _POLL_SECONDS = 0.1  # between looks for processes that want to join
 _WAITS = "waits"
 
@@ -216,6 +216,8 @@ def _next(
     """Proposes the next generation once all members are here or gone, and returns the one that the store took.
 
     Members without state propose nothing, and are awaited for a short time only: at worst they ask to join again.
+    Less than half of the members wait as long before they propose, so that the others come first if a rank loses all
+    its connections.
     """
     name = f"generation/{now.number + 1}"
     store.set(f"{name}/here/{own.id}", json.dumps(asdict(own)))
@@ -228,7 +230,8 @@ def _next(
                    and waited < (min(_PATIENCE, timeout) if member.empty else timeout)]  # fmt: skip
         if own.empty and waited > timeout + SLACK_SECONDS:
             raise TimeoutError
-        if not own.empty and not missing:
+        is_early = 2 * len(here) < len(now.members) and waited < min(_PATIENCE, timeout)
+        if not own.empty and not missing and not is_early:
             members = [Member(**json.loads(_text(store, f"{name}/here/{member}"))) for member in here]
             newcomers = (first_size + ticket for ticket in _waiting(store, answered))
             members += [Member(id, -1, False, True) for id in newcomers if id not in now.ids]
