@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def gather_experts(layer: Layer, placement: Placement, values: Tensor) -> Tensor:
     """[E, …] of all experts from values [E', …] of this rank's; collective. The gradient of a value is the sum over
     the ranks with different tokens, in order, or their mean if that is what gradients of weights are."""
-    flat = values.reshape(len(values), -1)
+    flat = values.flatten(1)  # not reshape: there may be none
     whole: Tensor = apply(_Gather, flat, layer, placement)
     return whole.view(placement.num_experts, *values.shape[1:])
 
