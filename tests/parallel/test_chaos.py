@@ -23,7 +23,7 @@ def test_a_few_faults(tmp_path: Path, transport: str) -> None:
     go(Options(trials=3, seed=1, transport=transport), tmp_path)
 
 
-@pytest.mark.slow  # five minutes each
+@pytest.mark.slow  # three minutes each
 @pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
 def test_a_hundred_faults(tmp_path: Path, transport: str) -> None:
     go(Options(transport=transport), tmp_path)
@@ -46,7 +46,7 @@ def test_nothing_grows_with_some_faults(tmp_path: Path) -> None:
     check_growth(go(options, tmp_path), bytes_allowed=2**22)
 
 
-@pytest.mark.slow  # ten minutes each
+@pytest.mark.slow  # five to ten minutes each
 @pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
 def test_nothing_grows_with_fifty_faults(tmp_path: Path, transport: str) -> None:
     options = Options(FAULTS, 2, transport, spare=True, steps_between=STEPS // FAULTS, pause=0.0, timeout=2.0)
