@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from switchgear.bench.cost_model import (
+    COOPERATIVE_EPILOGUE,
+    DEPENDENT_LAUNCH_SECONDS,
     EPILOGUE,
     EXPECTED,
     GPUS,
@@ -24,6 +26,7 @@ from switchgear.bench.cost_model import (
     TILES,
     Gpu,
     Tile,
+    after_product,
     cost_per_column,
     cycles_of_tile,
     gemm,
@@ -65,17 +68,17 @@ def test_tiles_of_sm90_are_those_of_the_kernels() -> None:
     assert words is not None
     assert [round(cost_per_column(tile), 2) for tile in TILES["sm90"][2:]] == [float(word) for word in words.groups()]
     for name, value in (("kStore", "store"), ("kGlu", "glu"), ("kWgrad", "wgrad")):
-        assert f"{name}Instructions = {EPILOGUE[value]}" in text
+        assert f"{name}Instructions = {COOPERATIVE_EPILOGUE[value]}" in text
     assert f"kMinRowsOfPairs = {MIN_ROWS_OF_PAIRS};" in text
 
 
 def test_tiles_of_sm90_are_picked_as_by_the_kernels() -> None:
     """The cases of test_gemm_sm90.cpp."""
     gpu = GPUS[1]
-    assert pick_tile(gpu, 511, 1536, 64) == ROWS192
-    assert pick_tile(gpu, 512, 1536, 64) == PAIRS192
-    assert pick_tile(gpu, 511, 1536, 64, "glu_backward") == ROWS128
-    assert pick_tile(gpu, 512, 1536, 64, "glu_backward") == PAIRS128
+    assert pick_tile(gpu, 255, 1536, 64) == ROWS192
+    assert pick_tile(gpu, 256, 1536, 64) == PAIRS192
+    assert pick_tile(gpu, 255, 1536, 64, "glu_backward") == ROWS128
+    assert pick_tile(gpu, 256, 1536, 64, "glu_backward") == PAIRS128
     for columns, depth, epilogue, tile in (
         (512, 1536, "glu", PAIRS256), (1536, 256, "store", PAIRS192), (1536, 512, "store", PAIRS256),
         (2048, 4096, "glu", PAIRS256), (4096, 1024, "store", PAIRS256), (4096, 2048, "store", PAIRS256),
@@ -122,12 +125,19 @@ def test_few_rows_are_padded(gpu: Gpu) -> None:
     assert wgrad(gpu, "", [0, 0], 64, 32).bytes == 2 * 2 * 64 * 32
 
 
+def test_an_odd_row_tile_is_paired_with_itself() -> None:
+    """Two experts of 3 and 4 row tiles, 3 columns of tiles: 3 + 2 pairs, and 2 · 3 pairs."""
+    gpu = GPUS[1]
+    assert pick_tile(gpu, 448, 768, 4096) == PAIRS256
+    assert gemm(gpu, "", [384, 512], 768, 4096, 0).tiles == 2 * (3 + 2 + 6)
+
+
 def test_l2_binds_tiles_without_multicast() -> None:
     """128 x 192 do 77 flop per byte that a block loads, 128 x 128 do 64: at 8 TB/s 614 and 512 TFLOP/s."""
     gpu = GPUS[1]
     assert gpu.l2_rate == pytest.approx(8e12, rel=1e-3)
     for columns, epilogue, limit in ((4608, "store", 614e12), (4096, "glu_backward", 512e12)):
-        kernel = gemm(gpu, "", [384] * 64, columns, 4096, 0, epilogue)  # too few rows for pairs
+        kernel = gemm(gpu, "", [255] * 64, columns, 4096, 0, epilogue)  # too few rows for pairs
         assert kernel.bound == "L2"
         assert kernel.flops / kernel.l2_bytes * gpu.l2_rate == pytest.approx(limit, rel=1e-2)
     few = gpu._replace(multiprocessors=10)  # 640 bytes a cycle reach ten of them
@@ -142,8 +152,9 @@ def test_an_epilogue_is_hidden_by_the_other_tile_or_not_at_all() -> None:
     assert period == product
     product, period = cycles_of_tile(gpu, pingpong, short, "glu_backward")
     assert period == (product + stored) / 2 > product
-    product, period = cycles_of_tile(gpu, cooperative, deep, "glu_backward")
-    assert period == product + stored / 2  # each consumer has half of the tile
+    product, period = cycles_of_tile(gpu, cooperative, deep, "glu")
+    # Each consumer has half of the tile, and they share the schedulers.
+    assert period == product + COOPERATIVE_EPILOGUE["glu"] * 128.0
 
 
 def test_launches_and_what_is_expected() -> None:
@@ -151,6 +162,9 @@ def test_launches_and_what_is_expected() -> None:
     assert [kernel.launches for kernel in forward.kernels] == [3, 1, 1, 1]
     for kernel in forward.kernels:
         assert kernel.seconds > kernel.launches * LAUNCH_SECONDS
+    after = after_product(GPUS[1], forward.kernels[1])
+    assert forward.kernels[1].seconds - after.seconds == pytest.approx(LAUNCH_SECONDS - DEPENDENT_LAUNCH_SECONDS)
+    assert after_product(GPUS[0], forward.kernels[1]) == forward.kernels[1]
     assert forward.expected_tflops == EXPECTED * forward.tflops
 
 

@@ -189,8 +189,12 @@ PROMISES = [
     Promise("wgrad_sm90_kernel", "ELi2ELb", ("sm_90a",), ("UTMALDG.3D.MULTICAST", "UCGABAR_ARV", "UCGABAR_WAIT")),
     Promise("gemm_sm90_kernel", "EpilogueE0ENS1_6ConfigILNS1_5ShapeE0", ("sm_90a",),
             ("STSM.16.M88.4",), ("SHFL.BFLY",)),
-    Promise("gemm_sm90_kernel", "ELi2ELb1E", ("sm_90a",), ("STSM.16.M88.4",), ("SHFL.BFLY",)),
     Promise("wgrad_sm90_kernel", "", ("sm_90a",), ("STSM.16.M88.4",), ("SHFL.BFLY",)),
+    # cooperative tiles are stored by TMA, "ELi2ELb1E"
+    *(Promise(kernel, "ELi2ELb1E", ("sm_90a",), ("STSM.16.M88.4", "UTMASTG.3D", "UTMACMDFLUSH"), ("SHFL.BFLY",))
+      for kernel in ("gemm_sm90_kernel", "wgrad_sm90_kernel")),
+    # dependent launches: griddepcontrol.wait and .launch_dependents
+    *(Promise(kernel, "", ("sm_90a",), ("ACQBULK", "PREEXIT")) for kernel in ("gemm_sm90_kernel", "wgrad_sm90_kernel")),
     *(Promise(kernel, "", EVERYWHERE, ("LDG.E.128", "STG.E.128"))
       for kernel in ("permute_kernel", "combine_kernel", "glu_kernel", "glu_backward_kernel")),
     # flags visible to other GPUs, and nothing stale in L1 after an acquire

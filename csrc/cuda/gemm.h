@@ -87,6 +87,7 @@ struct TileCounter {
 struct Schedule {
   TileCounter* counter = nullptr;    // on the device, optional
   int reserved_multiprocessors = 0;  // left to kernels of other streams
+  bool follows_kernel = false;  // a kernel precedes it in the stream: on sm_90 it may start before that one has ended
 };
 
 struct Gemm {

@@ -73,6 +73,12 @@ CUtensorMap map_of_weights(const Gemm& g, const ExpertOperand& b, int64_t depth,
   return make_tensor_map({b.data, g.dtype, {g.n, depth, g.num_experts}, {row_stride, expert_stride}, depths});
 }
 
+// Boxes of 16 rows x 64 columns, one warp's, of [planes][rows,columns].
+CUtensorMap map_of_out(void* data, DType dtype, int64_t columns, int64_t rows, int64_t stride, int64_t planes = 1,
+                       int64_t plane_stride = 0) {
+  return make_tensor_map({data, dtype, {columns, rows, planes}, {stride, planes > 1 ? plane_stride : stride}, 16});
+}
+
 // ---- launches ------------------------------------------------------------------------------------------------------------
 
 // One block per multiprocessor, in whole clusters, of which each has a tile.
@@ -91,11 +97,18 @@ void launch_gemm(const Gemm& g, void* stream) {
     params.low = {.weights = map_of_weights(g, g.low.b, g.low.rank, columns, depths),
                   .slots = map_of_rows(g.low.a, g.dtype, g.low.rank, C::kSlots)};
   }
+  if constexpr (C::kCooperative) {
+    params.out.out = map_of_out(g.out, g.dtype, out_columns(g), g.num_slots, g.out_stride);
+    if (kEpilogue == Epilogue::kGlu && g.h != nullptr) {
+      params.out.h = map_of_out(g.h, g.dtype, g.n, g.num_slots, g.h_stride);
+    }
+  }
   params.g = g;
   const int64_t rows = row_tile_bound(g.num_slots, g.num_experts, C::kSlots * C::kCluster);
   const int64_t tiles = rows * ((g.n + C::kColumns - 1) / C::kColumns);
-  launch_clusters(C::kCluster, gemm_sm90_kernel<T, kEpilogue, C>, dim3(grid_for(tiles, g.schedule, C::kCluster)),
-                  dim3(kThreads), shared_bytes(C::kShape, C::kN, C::kStages), stream, params);
+  launch_dependent(g.schedule.follows_kernel, C::kCluster, gemm_sm90_kernel<T, kEpilogue, C>,
+                   dim3(grid_for(tiles, g.schedule, C::kCluster)), dim3(kThreads),
+                   shared_bytes(C::kShape, C::kN, C::kStages), stream, params);
 }
 
 // The Config of a row of the table.
@@ -151,11 +164,15 @@ void launch_wgrad(const Wgrad& g, void* stream) {
   WgradParams params{};
   params.a = map_of_rows(g.a, g.dtype, g.m, shares_a ? kDepth / 2 : kDepth);
   params.b = map_of_rows(g.b, g.dtype, g.n, shares_b ? kDepth / 2 : kDepth);
+  if constexpr (C::kCooperative) {
+    params.out = map_of_out(g.out, g.dtype, g.n, g.m, g.out_stride, g.num_matrices, g.out_expert_stride);
+  }
   params.g = g;
   const int64_t height = shares_a ? kP : kP * C::kCluster, width = shares_a ? C::kN * C::kCluster : C::kN;
   const int64_t tiles = g.num_matrices * ((g.m + height - 1) / height) * ((g.n + width - 1) / width);
-  launch_clusters(C::kCluster, wgrad_sm90_kernel<T, C>, dim3(grid_for(tiles, g.schedule, C::kCluster)), dim3(kThreads),
-                  shared_bytes(C::kShape, C::kN, C::kStages), stream, params);
+  launch_dependent(g.schedule.follows_kernel, C::kCluster, wgrad_sm90_kernel<T, C>,
+                   dim3(grid_for(tiles, g.schedule, C::kCluster)), dim3(kThreads),
+                   shared_bytes(C::kShape, C::kN, C::kStages), stream, params);
 }
 
 template <typename T>

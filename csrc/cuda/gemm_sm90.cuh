@@ -13,7 +13,9 @@
 //
 // Clusters. Blocks compute tiles of one expert and the same columns in pairs, since L2 binds before the tensor cores do: each
 // loads half of the weights, and TMA writes it to the shared memory of both. So a stage is free when the consumers of both
-// blocks have released it. The second tile of a pair may be empty. In wgrad a pair shares the operand that is not gathered.
+// blocks have released it. An expert with an odd number of row tiles has its last one in another kind of pair: the blocks
+// compute adjacent columns of the same rows, and each loads all of its weights. So no tile is empty, but for the last of an odd
+// number of columns. In wgrad a pair shares the operand that is not gathered.
 //
 // Tiles. A tile is P·Qᵀ: P has 128 rows (two m64 instructions), Q has Config::kN.
 //   kRows     P = 128 slots, Q = 128, 192 or 256 columns of out
@@ -32,6 +34,10 @@
 // wgrad would sum them, so cp.async copies an expert's last stage, with zeros after its rows. The unassigned rows, past
 // expert_offsets[E], are the tiles of one more expert, without an inner dimension.
 //
+// Launches. With Schedule::follows_kernel a kernel's blocks start, and initialise their barriers, while the last blocks of the
+// kernel before still multiply; then they wait for its end. A block lets the next kernel start once it takes no more tiles: earlier,
+// that kernel's blocks would occupy reserved multiprocessors.
+//
 // Which tiles a block computes is decided while it runs: tile_queue.cuh.
 //
 // An adapter (g.low) is the first stages of a tile, from maps of its own, in slot order: TMA loads them whole even if the rows
@@ -43,7 +49,7 @@
 // on the grid.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   gemm_sm90_kernel: 168 registers, 56 of local memory
+//   gemm_sm90_kernel: 168 registers, 48 of local memory
 // setmaxnreg changes them to 40 for producers and 232 for consumers with 192 accumulators, 72 and 216 with 128, 88 and 208 with
 // fewer. Local memory is used by producers with 40, and by consumers once per tile, never between the products.
 #pragma once
@@ -111,6 +117,7 @@ struct GemmParams {
     CUtensorMap weights, slots;
   };
   Maps maps, low;
+  OutMaps out;  // for cooperative tiles
   Gemm g;
 };
 
@@ -147,8 +154,20 @@ struct Ring {
   __device__ float* scratch(int consumer) const {
     return reinterpret_cast<float*>(stages + C::kStages * kStageBytes) + consumer * C::kN * kScratchPitch;
   }
-  __device__ unsigned char* staging() const {  // of this consumer warp
-    return stages + C::kStages * kStageBytes + (this_thread() - kProducers) / 32 * kStagedBytes;
+  // What a consumer thread keeps of its tile while it multiplies, in the memory that its warp stages rows in later: finding a
+  // tile again takes two trips to L2, and registers are full of accumulators.
+  __device__ int4* kept() const {
+    unsigned char* const staged = stages + C::kStages * kStageBytes;
+    return reinterpret_cast<int4*>(staged + (this_thread() - kProducers) / 32 * kStagedBytes) + this_thread() % 32;
+  }
+  // Of this consumer warp. A cooperative tile lends its last stage, if it has one: the one before `end`.
+  __device__ Staging staging(int num_stages, uint32_t end) const {
+    const int warp = (this_thread() - kProducers) / 32;
+    unsigned char* const own = stages + C::kStages * kStageBytes + warp * kStagedBytes;
+    if (!C::kCooperative || num_stages == 0) return {own, nullptr};
+    constexpr int kLent = (C::kN / kStagedColumns - 1) * kStagedBytes;
+    static_assert(!C::kCooperative || 4 * kConsumers * kLent <= kStageBytes);
+    return {own, p(end - 1) + warp * kLent};
   }
   __device__ TileQueue<C::kCluster> queue() const { return TileQueue<C::kCluster>(turn + kConsumers); }
   __device__ int32_t* first_tiles() const {
@@ -162,8 +181,14 @@ struct Ring {
 
 // ---- tiles of a gemm ----------------------------------------------------------------------------------------------------
 
+// What a block of a cluster computes. alone: the other block has the same rows and other columns, so their weights differ too.
+struct BlockTile : RowTile {
+  bool alone;
+};
+
 // The numbering of TileWalker (gemm_schedule.cuh), by bisection in a table in shared memory instead of a stateful walk: a
-// consumer's registers are full of accumulators. Clusters count pairs of row tiles.
+// consumer's registers are full of accumulators. A cluster counts its blocks' tiles as one: first the pairs of an expert's row
+// tiles, then, if one is left, the pairs of its columns.
 template <typename C>
 struct GemmTiles {
   const Gemm& g;
@@ -176,9 +201,11 @@ struct GemmTiles {
   __device__ SlotRange slots(int32_t expert) const {
     return slots_of(g.expert_offsets, expert, static_cast<int32_t>(g.num_experts), static_cast<int32_t>(g.num_slots));
   }
-  __device__ static int32_t rows(SlotRange slots) {
-    constexpr int kTogether = C::kSlots * C::kCluster;
-    return (slots.end - slots.begin + kTogether - 1) / kTogether;
+  __device__ static int32_t row_tiles(SlotRange slots) { return (slots.end - slots.begin + C::kSlots - 1) / C::kSlots; }
+  __device__ int32_t paired(int32_t row_tiles) const { return row_tiles / C::kCluster * columns; }
+  __device__ int32_t tiles(SlotRange slots) const {
+    const int32_t rows = row_tiles(slots);
+    return paired(rows) + rows % C::kCluster * ((columns + 1) / 2);
   }
 
   // Fills the table. Called by the block: all offsets are loaded at once, in one round trip to L2 or memory. A warp then
@@ -188,7 +215,7 @@ struct GemmTiles {
 #pragma unroll
     for (int32_t i = 0; i < (kMaxExperts + kThreads) / kThreads; ++i) {
       const int32_t expert = thread + i * kThreads;
-      if (expert <= num_experts) first_tile[expert] = rows(slots(expert)) * columns;
+      if (expert <= num_experts) first_tile[expert] = tiles(slots(expert));
     }
     __syncthreads();
     if (thread >= 32) return;
@@ -208,7 +235,7 @@ struct GemmTiles {
 
   __device__ int32_t size() const { return first_tile[g.num_experts + 1]; }
 
-  __device__ RowTile operator[](int32_t t) const {
+  __device__ BlockTile operator[](int32_t t) const {
     int32_t expert = 0, last = static_cast<int32_t>(g.num_experts);
     while (expert < last) {  // the last expert with first_tile <= t
       const int32_t middle = (expert + last + 1) / 2;
@@ -217,10 +244,16 @@ struct GemmTiles {
       last = behind ? middle - 1 : last;
     }
     const SlotRange range = slots(expert);
-    const TilePosition position = banded(t - first_tile[expert], rows(range), columns);
-    const int32_t row = position.row * C::kCluster + static_cast<int32_t>(rank_in_cluster<C::kCluster>());
-    const int32_t first_row = range.begin + row * C::kSlots, rest = range.end - first_row;
-    return {expert, first_row, rest < C::kSlots ? rest : C::kSlots, position.column};  // rest < 0: an empty tile
+    const int32_t index = t - first_tile[expert], rows = row_tiles(range), before = paired(rows);
+    const auto rank = static_cast<int32_t>(rank_in_cluster<C::kCluster>());
+    const bool alone = C::kCluster > 1 && index >= before;
+    TilePosition position{rows - 1, 2 * (index - before) + rank};
+    if (!alone) {
+      position = banded(index, rows / C::kCluster, columns);
+      position.row = position.row * C::kCluster + rank;
+    }
+    const int32_t first_row = range.begin + position.row * C::kSlots, rest = range.end - first_row;
+    return {{expert, first_row, rest < C::kSlots ? rest : C::kSlots, position.column}, alone};
   }
 };
 
@@ -246,34 +279,44 @@ __device__ inline void copy_rows(unsigned char* to, const Rows& from, const int3
 
 constexpr uint16_t kBothBlocks = 3;  // a mask
 
-// Loads one stage of the weights of a tile: a cluster's block loads half, depths if n is contiguous, else columns.
+// Loads one stage of the weights of a tile. Of a pair's a block loads half for both, depths if n is contiguous, else columns.
 template <typename C>
 __device__ inline void load_weights(unsigned char* to, const CUtensorMap* map, const Gemm& g, uint64_t* full,
-                                    const RowTile& tile, int k) {
-  const bool pairs = gate_halves(g);
-  const int first = tile.column * (pairs ? C::kColumns / 2 : C::kColumns);
-  const int second = static_cast<int>(g.n / 2) + first;  // the ups, if `pairs`
+                                    const BlockTile& tile, int k) {
+  const bool halves = gate_halves(g);
+  const int first = tile.column * (halves ? C::kColumns / 2 : C::kColumns);
+  const int second = static_cast<int>(g.n / 2) + first;  // the ups, if `halves`
+  const int rank = static_cast<int>(rank_in_cluster<C::kCluster>());
   if constexpr (C::kAlongN) {
     constexpr int kHalf = C::kColumns / 128;  // blocks of the first half
     constexpr int kDepths = kDepth / C::kCluster;
-    const int skipped = static_cast<int>(rank_in_cluster<C::kCluster>()) * kDepths;
 #pragma unroll
-    for (int i = 0; i < C::kColumns / 64; ++i) {  // with `pairs`, C::kColumns is a multiple of 128
-      const int n = pairs && i >= kHalf ? second + 64 * (i - kHalf) : first + 64 * i;
-      unsigned char* const block = to + i * kBlockBytes + skipped * kRowBytes;
-      if constexpr (C::kCluster > 1) {
-        ptx::tma_load_3d_multicast(block, map, full, n, k + skipped, tile.expert, kBothBlocks);
-      } else {
-        ptx::tma_load_3d(block, map, full, n, k, tile.expert);
+    for (int i = 0; i < C::kColumns / 64; ++i) {  // with `halves`, C::kColumns is a multiple of 128
+      const int n = halves && i >= kHalf ? second + 64 * (i - kHalf) : first + 64 * i;
+      unsigned char* const block = to + i * kBlockBytes;
+      if (C::kCluster > 1 && !tile.alone) {
+        const int skipped = rank * kDepths;
+        ptx::tma_load_3d_multicast(block + skipped * kRowBytes, map, full, n, k + skipped, tile.expert, kBothBlocks);
+        continue;
+      }
+#pragma unroll
+      for (int skipped = 0; skipped < kDepth; skipped += kDepths) {
+        ptx::tma_load_3d(block + skipped * kRowBytes, map, full, n, k + skipped, tile.expert);
       }
     }
   } else if constexpr (C::kCluster > 1) {
-    const int rank = static_cast<int>(rank_in_cluster<C::kCluster>()), half = C::kColumns / 2;
-    const int n = rank == 0 ? first : pairs ? second : first + half;
-    ptx::tma_load_3d_multicast(to + rank * half * kRowBytes, map, full, k, n, tile.expert, kBothBlocks);
+    constexpr int kHalf = C::kColumns / 2;
+    const int middle = halves ? second : first + kHalf;
+    if (tile.alone) {
+      ptx::tma_load_3d(to, map, full, k, first, tile.expert);
+      ptx::tma_load_3d(to + kHalf * kRowBytes, map, full, k, middle, tile.expert);
+    } else {
+      const int n = rank == 0 ? first : middle;
+      ptx::tma_load_3d_multicast(to + rank * kHalf * kRowBytes, map, full, k, n, tile.expert, kBothBlocks);
+    }
   } else {
     ptx::tma_load_3d(to, map, full, k, first, tile.expert);
-    if (pairs) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, map, full, k, second, tile.expert);
+    if (halves) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, map, full, k, second, tile.expert);
   }
 }
 
@@ -295,7 +338,7 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
   const TileSource<C::kCluster> source{g.schedule.counter};
   const auto stages_of = [&](int32_t t) { return num_stages_of<C>(g, tiles[t]); };
   produce_tiles(source, ring.queue(), tiles.size(), gather, stages_of, [&](int32_t t, uint32_t position) {
-    const RowTile tile = tiles[t];
+    const BlockTile tile = tiles[t];
     int32_t rows[C::kSlots / 16] = {};
     if (gather) {
 #pragma unroll
@@ -347,17 +390,30 @@ __device__ inline uint64_t operand(uint32_t start, int sixteen) {
   }
 }
 
+// kFewRows has registers left, and its warps use each other's memory.
+template <typename C>
+__device__ inline void keep_tile(const Ring<C>& ring, const RowTile& tile) {
+  if constexpr (C::kShape != Shape::kFewRows)
+    *ring.kept() = make_int4(tile.expert, tile.first_row, tile.rows, tile.column);
+}
+template <typename C>
+__device__ inline RowTile kept_tile(const Ring<C>& ring, const RowTile& tile) {
+  if constexpr (C::kShape == Shape::kFewRows) return tile;
+  const int4 kept = *ring.kept();
+  return {kept.x, kept.y, kept.z, kept.w};
+}
+
 // The mask of dropout in a gemm: applied to the sums of the stages below `stage`.
 template <typename C>
 struct LowMask {
   static constexpr bool kMasks = true;
   const Gemm& g;
-  const GemmTiles<C>& tiles;
-  int32_t tile;
+  const Ring<C>& ring;
+  const RowTile& tile;
   int stage;  // -1: no mask
 
   __device__ void apply(Accumulators<C::kN, C::kBlocks>& acc) const {
-    const RowTile at = tiles[ptx::opaque(tile)];  // found again instead of kept
+    const RowTile at = kept_tile(ring, tile);
     const int lane = this_thread() % 32, column = at.column * C::kColumns;
 #pragma unroll
     for (int i = 0; i < 2 * C::kBlocks; ++i) {
@@ -384,7 +440,7 @@ __device__ inline void wait_for_registers(float (&acc)[kBlocks][kPerBlock]) {
 }
 
 // acc = P·Qᵀ over the stages from `position` on; then passes the turn on, in ping-pong. `copied(stage)`: whether cp.async
-// wrote the stage.
+// wrote the stage. A cooperative tile keeps its last stage for the epilogue.
 template <typename T, typename C, typename Copied, typename Mask>
 __device__ inline void multiply(Accumulators<C::kN, C::kBlocks>& acc, const Ring<C>& ring, uint32_t position,
                                 int num_stages, const Copied& copied, const Mask& mask) {
@@ -397,6 +453,7 @@ __device__ inline void multiply(Accumulators<C::kN, C::kBlocks>& acc, const Ring
   // All lanes must see this turn before one of them passes it on; otherwise the phase they wait for could end unseen. Products
   // synchronise the lanes too, but an expert without rows has none.
   if (num_stages == 0) __syncwarp();
+#pragma unroll 1
   for (int stage = 0; stage < num_stages; ++stage, ++position) {
     ptx::mbar_wait(ring.full + ring.index(position), ring.parity(position));
     if (copied(stage)) ptx::fence_proxy_async();
@@ -426,8 +483,9 @@ __device__ inline void multiply(Accumulators<C::kN, C::kBlocks>& acc, const Ring
   }
   if (!C::kCooperative && threadIdx.x % 32 == 0) ptx::mbar_arrive(ring.turn + (1 - this_consumer()));
   ptx::wgmma_wait<0>();
-  if (num_stages > 0) release<C::kCluster>(ring.empty + ring.index(position - 1));
+  if (num_stages > 0 && !C::kCooperative) release<C::kCluster>(ring.empty + ring.index(position - 1));
   wait_for_registers(acc);
+  if (num_stages > 0 && C::kCooperative) ptx::bar_sync(1, kConsumers * 128);  // both have multiplied the last stage
 }
 
 // The accumulators of kFewRows are columns x slots; they are transposed through scratch memory.
@@ -454,18 +512,30 @@ __device__ inline void finish_few_rows(const Gemm& g, const RowTile& tile, const
 }
 
 template <typename T, Epilogue kEpilogue, typename C>
-__device__ inline void finish(const Gemm& g, const RowTile& tile, Accumulators<C::kN, C::kBlocks>& acc,
-                              const Ring<C>& ring, int consumer) {
+__device__ inline void finish(const GemmParams& params, const RowTile& tile, Accumulators<C::kN, C::kBlocks>& acc,
+                              const Ring<C>& ring, const Staging& staging, int consumer) {
+  const Gemm& g = params.g;
   if constexpr (C::kShape == Shape::kFewRows) {
     finish_few_rows<T, kEpilogue, C>(g, tile, acc, ring.scratch(consumer), consumer);
   } else if constexpr (kEpilogue == Epilogue::kStore) {
-    store_tile<T, C::kN, C::kBlocks>(acc, ring.staging(), tile.column * C::kColumns, static_cast<int>(g.n),
-                                     Affine<T>(g, tile.expert), [&](int r) -> T* {
-                                       if (r >= tile.rows) return nullptr;
-                                       return static_cast<T*>(g.out) + int64_t{tile.first_row + r} * g.out_stride;
-                                     });
+    const int column = tile.column * C::kColumns;
+    const Affine<T> adjust(g, tile.expert);
+    if constexpr (C::kCooperative) {
+      const int row = first_row_of_warp<1>(0);
+      if (staging.lent != nullptr && row + 16 <= tile.rows) {
+        const auto store = [&](const auto& adjusted) {
+          store_boxes<T, C::kN>(acc, staging, &params.out.out, column, tile.first_row + row, 0, adjusted);
+        };
+        // Most layers have neither, and then a value takes 2 instructions instead of 5.
+        return g.bias == nullptr && g.scales == nullptr ? store(AsIs{}) : store(adjust);
+      }
+    }
+    store_lines<T, C::kN, C::kBlocks>(acc, staging.own, column, static_cast<int>(g.n), adjust, [&](int r) -> T* {
+      if (r >= tile.rows) return nullptr;
+      return static_cast<T*>(g.out) + int64_t{tile.first_row + r} * g.out_stride;
+    });
   } else if constexpr (kEpilogue == Epilogue::kGlu && C::kCooperative) {
-    glu_tile<T, C::kN>(g, tile, acc, ring.staging());
+    glu_tile<T, C::kN>(g, params.out, tile, acc, staging);
   } else {
 #pragma unroll 1
     for (int i = 0; i < ptx::opaque(2 * C::kBlocks); ++i) {  // opaque: else the loop is unrolled anyway
@@ -473,6 +543,15 @@ __device__ inline void finish(const Gemm& g, const RowTile& tile, Accumulators<C
       finish_row<kEpilogue, T>(g, here, row_of_thread<C::kBlocks>(i), QuadRuns<C::kN, C::kBlocks>{acc});
     }
   }
+}
+
+// The epilogue of a cooperative tile is done with the memory that it staged rows in.
+template <typename C>
+__device__ inline void release_last(const Ring<C>& ring, int num_stages, uint32_t end) {
+  if constexpr (!C::kCooperative) return;
+  if (num_stages == 0) return;
+  wait_for_boxes();
+  release<C::kCluster>(ring.empty + ring.index(end - 1));
 }
 
 // Waits for a consumer's n-th turn, which starts after n arrivals of the other one; consumer 0's first needs none.
@@ -490,22 +569,25 @@ __device__ inline void consume(const GemmParams& params, const Ring<C>& ring, co
   constexpr uint32_t kStep = C::kCooperative ? 1 : kConsumers;
   for (auto n = C::kCooperative ? 0 : static_cast<uint32_t>(this_consumer());; n += kStep) {
     const QueuedTile queued = ring.queue().wait(n);
-    const int32_t t = queued.tile;
-    if (t >= tiles.size()) break;
-    const uint32_t position = queued.position;
-    const int num_stages = num_stages_of<C>(g, tiles[t]);
+    if (queued.tile >= tiles.size()) break;
+    RowTile tile = tiles[queued.tile];
+    const int num_stages = num_stages_of<C>(g, tile);
+    const uint32_t end = queued.position + static_cast<uint32_t>(num_stages);
+    keep_tile(ring, tile);
+    ring.queue().release(n, true);
     Accumulators<C::kN, C::kBlocks> acc;
     wait_for_turn(ring, this_consumer(), n / kConsumers);
     const auto copied = [&](int) { return gather; };
     if constexpr (kEpilogue == Epilogue::kGlu) {
-      multiply<T>(acc, ring, position, num_stages, copied, NoMask{});
+      multiply<T>(acc, ring, queued.position, num_stages, copied, NoMask{});
     } else {
-      const LowMask<C> mask{g, tiles, t, g.low.mask.drops() ? num_low_stages(g) : -1};
-      multiply<T>(acc, ring, position, num_stages, copied, mask);
+      const LowMask<C> mask{g, ring, tile, g.low.mask.drops() ? num_low_stages(g) : -1};
+      multiply<T>(acc, ring, queued.position, num_stages, copied, mask);
     }
-    finish<T, kEpilogue>(g, tiles[ring.queue().load(n).tile], acc, ring,
-                         this_consumer());  // found again instead of kept
-    ring.queue().release(n, true);
+    tile = kept_tile(ring, tile);
+    __syncwarp();  // before other lanes stage rows there
+    finish<T, kEpilogue>(params, tile, acc, ring, ring.staging(num_stages, end), this_consumer());
+    release_last(ring, num_stages, end);
   }
 }
 
@@ -515,6 +597,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_con
   const Ring<C> ring(memory);
   const GemmTiles<C> tiles(params.g, ring.first_tiles());
   if (threadIdx.x == 0) ring.init(params.g.a.indices != nullptr);
+  ptx::wait_for_kernel_before();
   tiles.count();
   __syncthreads();
   sync_cluster<C::kCluster>();  // the barriers are initialised in both blocks

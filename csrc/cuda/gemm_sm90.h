@@ -35,9 +35,8 @@ inline constexpr ConfigRow kConfigs[] = {
     {0x7fffffff, 256, 4, 2, true}    // in pairs
 };
 
-// From this mean number of rows per expert on, tiles come in pairs. The second tile of an expert's last pair is empty half of
-// the time, 64 rows per expert: an eighth of these, about what pairs save.
-constexpr int64_t kMinRowsOfPairs = 512;
+// From this mean number of rows per expert on, tiles come in pairs: two thirds of an expert's tiles have one then.
+constexpr int64_t kMinRowsOfPairs = 256;
 
 // Cycles per 16 depths of a tile and per computed column, at least the one of the products. Shared memory, 128 bytes a cycle:
 // two instructions of 64 rows read these rows and n of Q, 32 bytes each, and TMA writes all. L2 delivers 46 bytes a cycle to
@@ -49,14 +48,14 @@ constexpr double cycles_per_column(const ConfigRow& c) {
   return (cycles > n ? cycles : n) / n;
 }
 
-// Instructions of an epilogue per accumulator, counted in the machine code. A consumer's warps each have a scheduler.
-constexpr int kStoreInstructions = 5, kGluInstructions = 17, kWgradInstructions = 4;
+// Instructions of an epilogue per accumulator, counted in the machine code.
+constexpr int kStoreInstructions = 2, kGluInstructions = 9, kWgradInstructions = 2;
 
 // The relative cost of `columns` columns with an inner dimension of `depth`. A cooperative tile also costs its epilogue: n / 2
-// accumulators a thread, against depth / 16 · n cycles of products.
+// accumulators a thread, two warps a scheduler, against depth / 16 · n cycles of products.
 constexpr double cost_of_columns(ConfigKind kind, int64_t columns, int64_t depth, int instructions) {
   const ConfigRow& c = kConfigs[static_cast<int>(kind)];
-  const double stored = c.cooperative ? 8.0 * instructions / static_cast<double>(depth > 0 ? depth : 1) : 0.0;
+  const double stored = c.cooperative ? 16.0 * instructions / static_cast<double>(depth > 0 ? depth : 1) : 0.0;
   return static_cast<double>((columns + c.n - 1) / c.n * c.n) * (cycles_per_column(c) + stored);
 }
 

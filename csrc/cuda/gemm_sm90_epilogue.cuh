@@ -12,6 +12,7 @@
 #pragma once
 #include "gemm_epilogue.cuh"
 #include "gemm_sm90.h"
+#include "gemm_sm90_gate.cuh"
 #include "hopper.cuh"
 
 namespace switchgear::cuda::sm90 {
@@ -184,9 +185,19 @@ __device__ inline void glu_row(const Gemm& g, const RowTile& tile, int32_t slot,
     }
 #pragma unroll 1
     for (int part = 0; part < (gated ? 1 : 2); ++part) {
+      const float limit = g.options.limit, alpha = g.options.alpha;
+      if (limit > 0.0f) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          gates.gate[i] = limited_gate(gates.gate[i], limit);
+          if (gated) gates.up[i] = limited_up(gates.up[i], limit);
+        }
+      }
       with_activation_of(g, [&]<Activation kActivation>() {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) gates.gate[i] = gate_value<kActivation>(g.options, gates.gate[i], gates.up[i]);
+        for (int i = 0; i < 8; ++i) {
+          gates.gate[i] = rounded_gate_value<kActivation>(gated, alpha, gates.gate[i], gates.up[i]);
+        }
       });
       T* const out = static_cast<T*>(g.out) + int64_t{ptx::opaque(slot)} * g.out_stride;
       if (!interleaved) {

@@ -4,7 +4,7 @@
 // A thread holds eight columns' worth of pairs of two rows. Separate halves: the first 128 of a tile's 256 columns are gates,
 // the others their ups, so the up of accumulator k is accumulator k + 64. Interleaved: gate and up are neighbours, and are moved
 // to k and k + 64 first. Plain experts: two halves of unrelated gates, one after the other. So one loop of 64 serves all. About
-// 14 instructions per accumulator, 12 of them the activation's.
+// 9 instructions per accumulator with h, 6 of them the activation's.
 //
 // Numeric contract: as gemm_sm90_epilogue.cuh; a is computed from the unrounded h.
 #pragma once
@@ -31,13 +31,18 @@ __device__ inline void stage_narrow(const float (&acc)[128], int pass, unsigned 
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
     const int row = i % 2 * 8 + lane / 4, column = 4 * (i / 2) + lane % 4;
-    *reinterpret_cast<T*>(staging + row * kStagedPitch + 2 * column) = from_float<T>(acc[32 * pass + i]);
+    *reinterpret_cast<T*>(staging + staged_at(row, column / 8) + column % 8 * 2) = from_float<T>(acc[32 * pass + i]);
   }
 }
 
+// The tensor maps of what an epilogue stores.
+struct OutMaps {
+  CUtensorMap out, h;
+};
+
 template <typename T, int kN>
-__device__ inline void glu_tile(const Gemm& g, const RowTile& tile, Accumulators<kN, 1>& accumulators,
-                                unsigned char* staging) {
+__device__ inline void glu_tile(const Gemm& g, const OutMaps& maps, const RowTile& tile,
+                                Accumulators<kN, 1>& accumulators, const Staging& staging) {
   static_assert(kN == 256);
   float (&acc)[128] = accumulators[0];
   const bool gated = g.options.gated, interleaved = gated && g.options.interleaved, halves = gated && !interleaved;
@@ -56,6 +61,10 @@ __device__ inline void glu_tile(const Gemm& g, const RowTile& tile, Accumulators
       for (int i = 0; i < 4; ++i) acc[4 * j + i] = v[i];
     }
   }
+  // Boxes only where all rows are the expert's, and no column of a gate is an up.
+  const bool boxes = staging.lent != nullptr && first_row + 16 <= tile.rows;
+  const bool boxes_of_h = boxes && (!halves || first + 128 <= first_end);
+  const int slot = tile.first_row + first_row;
   const auto row_of = [&](void* start, int64_t stride) {
     return [=, &tile](int r) -> T* {
       return r < tile.rows ? static_cast<T*>(start) + int64_t{tile.first_row + r} * stride : nullptr;
@@ -65,25 +74,45 @@ __device__ inline void glu_tile(const Gemm& g, const RowTile& tile, Accumulators
 #pragma unroll
     for (int pass = 0; pass < 4; ++pass) {
       const int column = (pass < 2 ? first : second) + pass % 2 * kStagedColumns;
-      store_pass<T>(acc, pass, staging, first_row, column, pass < 2 ? first_end : n, AsIs{}, row_of(g.h, g.h_stride));
+      unsigned char* const staged = boxes_of_h ? staging.of(pass) : staging.own;
+      stage_pass<T>(acc, pass, staged, column, AsIs{});
+      if (boxes_of_h) {
+        store_box(&maps.h, staged, column, slot, 0);
+      } else {
+        store_staged<T>(staged, first_row, column, pass < 2 ? first_end : n, row_of(g.h, g.h_stride));
+      }
     }
   }
   if (interleaved) separate_pairs(acc);
   const auto row_at = row_of(g.out, g.out_stride);
 #pragma unroll 1
   for (int part = 0; part < (gated ? 1 : 2); ++part) {
+    const float limit = g.options.limit, alpha = g.options.alpha;
+    if (limit > 0.0f) {
+#pragma unroll
+      for (int k = 0; k < 64; ++k) {
+        acc[k] = limited_gate(acc[k], limit);
+        if (gated) acc[k + 64] = limited_up(acc[k + 64], limit);
+      }
+    }
     with_activation_of(g, [&]<Activation kActivation>() {
 #pragma unroll
-      for (int k = 0; k < 64; ++k) acc[k] = gate_value<kActivation>(g.options, acc[k], acc[k + 64]);
+      for (int k = 0; k < 64; ++k) acc[k] = rounded_gate_value<kActivation>(gated, alpha, acc[k], acc[k + 64]);
     });
+    if (part == 0 && boxes_of_h) wait_for_boxes();  // of h: by now it has been read
 #pragma unroll
     for (int pass = 0; pass < 2; ++pass) {
       const int column = (interleaved ? first / 2 : first + 128 * part) + pass * kStagedColumns;
+      unsigned char* const staged = boxes ? staging.of(2 * part + pass) : staging.own;
       if (interleaved) {
-        stage_narrow<T>(acc, pass, staging);
-        store_staged<T>(staging, first_row, column, n / 2, row_at);
+        stage_narrow<T>(acc, pass, staged);
       } else {
-        store_pass<T>(acc, pass, staging, first_row, column, first_end, AsIs{}, row_at);
+        stage_pass<T>(acc, pass, staged, column, AsIs{});
+      }
+      if (boxes) {
+        store_box(&maps.out, staged, column, slot, 0);
+      } else {
+        store_staged<T>(staged, first_row, column, interleaved ? n / 2 : first_end, row_at);
       }
     }
 #pragma unroll

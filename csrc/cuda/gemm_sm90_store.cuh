@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // From the accumulators of a wgmma to rows in memory, for tiles without a gate: products of a gemm, and weight gradients.
 //
-// A warp has blocks of 16 rows. It rounds 64 columns at a time and stores them to its own shared memory by stmatrix, four
-// 8 x 8 matrices each; then eight lanes read a row and store its 128 bytes. Every store fills a whole line, and a value takes 2
-// instructions instead of the 14 of exchanging it between lanes. Rows are 144 bytes apart, so that neither matrices nor rows
-// meet in a bank. 18 KB for the eight warps of a block: whole rows would cost a stage of the ring.
+// A warp has blocks of 16 rows. It rounds 64 columns at a time and stages them in shared memory by stmatrix, four 8 x 8 matrices
+// each. The staged rows have 128 bytes with the 128-byte swizzle, so neither matrices nor rows meet in a bank. They leave in one
+// of two ways:
+//   lines   eight lanes read a row and store its 128 bytes: a value takes 2 instructions more, and rows may be left out
+//   a box   one lane has TMA store all of them. Cooperative tiles do so if all 16 rows of the warp are the expert's. TMA reads
+//           them while the next columns are staged, so each 64 columns of a tile have memory of their own: 2 KB of the warp's,
+//           and 6 KB of the ring's last stage, which is free once both consumers have multiplied it. The tile's last stage is
+//           therefore released after the epilogue; the others are filled for the next tile meanwhile.
 //
 // Numeric contract: float32, rounded once when stored.
 #pragma once
@@ -14,8 +18,19 @@
 namespace switchgear::cuda::sm90 {
 
 constexpr int kStagedColumns = 64;
-constexpr int kStagedPitch = 2 * kStagedColumns + 16;  // bytes
-constexpr int kStagedBytes = 16 * kStagedPitch;        // per warp
+constexpr int kStagedPitch = 2 * kStagedColumns;  // bytes
+constexpr int kStagedBytes = 16 * kStagedPitch;   // per warp; a multiple of the swizzle pattern
+
+// Where a warp stages 64 columns of its rows.
+struct Staging {
+  unsigned char* own;
+  unsigned char* lent;  // of the ring, for all columns after the first 64; null: none
+
+  __device__ unsigned char* of(int pass) const { return pass == 0 ? own : lent + (pass - 1) * kStagedBytes; }
+};
+
+// The offset of 16 bytes of a staged row.
+__device__ inline int staged_at(int row, int chunk) { return row * kStagedPitch + (chunk ^ row % 8) * 16; }
 
 // Columns first and first + 1 of one row in a register.
 template <typename T>
@@ -63,7 +78,7 @@ __device__ inline void stage_sixteen(unsigned char* staging, int sixteen, const 
   const int lane = this_thread() % 32;
   const uint32_t matrices[4] = {pack_pair<T>(first[0], first[1]), pack_pair<T>(first[2], first[3]),
                                 pack_pair<T>(second[0], second[1]), pack_pair<T>(second[2], second[3])};
-  ptx::stmatrix_x4(staging + lane % 16 * kStagedPitch + lane / 16 * 16 + 32 * sixteen, matrices);
+  ptx::stmatrix_x4(staging + staged_at(lane % 16, lane / 16 + 2 * sixteen), matrices);
 }
 
 // Stores the staged columns, from `column` on, of the warp's rows from `first_row` on. row_at(r): where row r of the tile
@@ -77,7 +92,7 @@ __device__ inline void store_staged(const unsigned char* staging, int first_row,
 #pragma unroll
   for (int i = 0; i < 16; i += 4) {
     const int r = i + lane / 8;
-    const uint4 run = *reinterpret_cast<const uint4*>(staging + r * kStagedPitch + lane % 8 * 16);
+    const uint4 run = *reinterpret_cast<const uint4*>(staging + staged_at(r, lane % 8));
     T* const row = row_at(first_row + r);
     if (row != nullptr && column < columns) *reinterpret_cast<uint4*>(row + column) = run;
   }
@@ -90,10 +105,25 @@ __device__ inline int first_row_of_warp(int i) {
   return 64 * (kBlocks == 1 ? this_thread() / 128 - 1 : i) + this_thread() % 128 / 32 * 16;
 }
 
-// Columns 64 · pass and the next 63 of a block.
-template <typename T, int kPerBlock, typename Adjust, typename RowAt>
-__device__ inline void store_pass(const float (&acc)[kPerBlock], int pass, unsigned char* staging, int first_row,
-                                  int column, int columns, const Adjust& adjust, const RowAt& row_at) {
+// Has TMA store the staged columns of 16 rows, from (column, row, plane) of a tensor on, outside which nothing is written.
+__device__ inline void store_box(const CUtensorMap* map, const unsigned char* staging, int column, int row, int plane) {
+  ptx::fence_proxy_async();
+  __syncwarp();
+  if (this_thread() % 32 != 0) return;
+  ptx::tma_store_3d(map, staging, column, row, plane);
+  ptx::tma_store_commit();
+}
+
+// TMA has read what the warp staged: the memory may be written again.
+__device__ inline void wait_for_boxes() {
+  if (this_thread() % 32 == 0) ptx::tma_store_wait_read<0>();
+  __syncwarp();
+}
+
+// Rounds and stages columns 64 · pass and the next 63 of a block; `column` is the first one's in the tensor.
+template <typename T, int kPerBlock, typename Adjust>
+__device__ inline void stage_pass(const float (&acc)[kPerBlock], int pass, unsigned char* staging, int column,
+                                  const Adjust& adjust) {
 #pragma unroll
   for (int sixteen = 0; sixteen < kStagedColumns / 16; ++sixteen) {
     float v[2][4];
@@ -106,20 +136,32 @@ __device__ inline void store_pass(const float (&acc)[kPerBlock], int pass, unsig
     }
     stage_sixteen<T>(staging, sixteen, v[0], v[1]);
   }
-  store_staged<T>(staging, first_row, column, columns, row_at);
 }
 
-// Stores a tile of 128 rows, of which this warpgroup has kBlocks blocks of 64.
+// Stores a tile of 128 rows, of which this warpgroup has kBlocks blocks of 64, line by line.
 template <typename T, int kN, int kBlocks, typename Adjust, typename RowAt>
-__device__ inline void store_tile(const Accumulators<kN, kBlocks>& acc, unsigned char* staging, int first_column,
-                                  int columns, const Adjust& adjust, const RowAt& row_at) {
+__device__ inline void store_lines(const Accumulators<kN, kBlocks>& acc, unsigned char* staging, int first_column,
+                                   int columns, const Adjust& adjust, const RowAt& row_at) {
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
     for (int pass = 0; pass < kN / kStagedColumns; ++pass) {
-      store_pass<T>(acc[i], pass, staging, first_row_of_warp<kBlocks>(i), first_column + kStagedColumns * pass, columns,
-                    adjust, row_at);
+      const int column = first_column + kStagedColumns * pass;
+      stage_pass<T>(acc[i], pass, staging, column, adjust);
+      store_staged<T>(staging, first_row_of_warp<kBlocks>(i), column, columns, row_at);
     }
+  }
+}
+
+// Stores the 16 rows of this warp of a cooperative tile as boxes, from row `row` of the tensor on.
+template <typename T, int kN, typename Adjust>
+__device__ inline void store_boxes(const Accumulators<kN, 1>& acc, const Staging& staging, const CUtensorMap* map,
+                                   int first_column, int row, int plane, const Adjust& adjust) {
+#pragma unroll
+  for (int pass = 0; pass < kN / kStagedColumns; ++pass) {
+    const int column = first_column + kStagedColumns * pass;
+    stage_pass<T>(acc[0], pass, staging.of(pass), column, adjust);
+    store_box(map, staging.of(pass), column, row, plane);
   }
 }
 

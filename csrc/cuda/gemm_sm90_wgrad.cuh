@@ -11,6 +11,7 @@ namespace switchgear::cuda::sm90 {
 
 struct WgradParams {
   CUtensorMap a, b;
+  CUtensorMap out;  // for cooperative tiles
   Wgrad g;
 };
 
@@ -140,13 +141,20 @@ __device__ inline void produce(const WgradParams& params, const Ring<C>& ring, c
 }
 
 template <typename T, typename C>
-__device__ inline void finish(const Wgrad& g, const WgradTile& tile, Accumulators<C::kN, C::kBlocks>& acc,
-                              const Ring<C>& ring) {
-  T* const out = static_cast<T*>(g.out) + tile.matrix * g.out_expert_stride;
-  const int first_row = tile.position.row * kP, rows = static_cast<int>(g.m);
-  store_tile<T, C::kN, C::kBlocks>(
-      acc, ring.staging(), tile.position.column * C::kN, static_cast<int>(g.n), AsIs{},
-      [&](int r) -> T* { return first_row + r < rows ? out + int64_t{first_row + r} * g.out_stride : nullptr; });
+__device__ inline void finish(const WgradParams& params, int32_t matrix, TilePosition position,
+                              Accumulators<C::kN, C::kBlocks>& acc, const Staging& staging) {
+  const Wgrad& g = params.g;
+  const int first_row = position.row * kP, column = position.column * C::kN, rows = static_cast<int>(g.m);
+  if constexpr (C::kCooperative) {
+    if (staging.lent != nullptr) {  // rows and columns past the last are outside the tensor
+      const int row = first_row + first_row_of_warp<1>(0);
+      return store_boxes<T, C::kN>(acc, staging, &params.out, column, row, matrix, AsIs{});
+    }
+  }
+  T* const out = static_cast<T*>(g.out) + matrix * g.out_expert_stride;
+  store_lines<T, C::kN, C::kBlocks>(acc, staging.own, column, static_cast<int>(g.n), AsIs{}, [&](int r) -> T* {
+    return first_row + r < rows ? out + int64_t{first_row + r} * g.out_stride : nullptr;
+  });
 }
 
 template <typename T, typename C>
@@ -159,13 +167,18 @@ __device__ inline void consume(const WgradParams& params, const Ring<C>& ring, c
     const QueuedTile queued = ring.queue().wait(n);
     if (queued.tile >= tiles.size()) break;
     const WgradTile tile = tiles[queued.tile];
+    const int num_stages = tile.num_stages();
+    const uint32_t end = queued.position + static_cast<uint32_t>(num_stages);
+    *ring.kept() = make_int4(tile.matrix, tile.position.row, tile.position.column, 0);
+    ring.queue().release(n, true);
     Accumulators<C::kN, C::kBlocks> acc;
     wait_for_turn(ring, consumer, n / kConsumers);
     multiply<T>(
-        acc, ring, queued.position, tile.num_stages(), [&](int stage) { return gather || tile.has_tail(stage); },
-        NoMask{});
-    finish<T, C>(g, tiles[ring.queue().load(n).tile], acc, ring);
-    ring.queue().release(n, true);
+        acc, ring, queued.position, num_stages, [&](int stage) { return gather || tile.has_tail(stage); }, NoMask{});
+    const int4 kept = *ring.kept();
+    __syncwarp();  // before other lanes stage rows there
+    finish<T, C>(params, kept.x, {kept.y, kept.z}, acc, ring.staging(num_stages, end));
+    release_last(ring, num_stages, end);
   }
 }
 
@@ -174,6 +187,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_sm90_kernel(const __grid_co
   SHARED_DYN(unsigned char, memory);
   const Ring<C> ring(memory);
   if (threadIdx.x == 0) ring.init(true);
+  ptx::wait_for_kernel_before();
   __syncthreads();
   sync_cluster<C::kCluster>();  // as in gemm_sm90_kernel
   const WgradTiles<C> tiles{params.g};

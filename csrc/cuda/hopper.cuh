@@ -136,6 +136,39 @@ PTX void fence_proxy_async_global() {
 #endif
 }
 
+// ---- the special function unit --------------------------------------------------------------------------------------------
+
+// Within a unit in the last place; of subnormal numbers infinity.
+PTX float reciprocal(float x) {
+#if defined(__CUDACC__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// ---- dependent launches: a kernel starts before the one before it in its stream has ended (launch.h) -----------------------
+
+// Waits until the kernels before have ended and what they wrote is visible. Before, a thread uses no global memory. All threads
+// call it: a kernel that ended without would let the one after it start before the one before it has ended.
+PTX void wait_for_kernel_before(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#else
+  simt::wait_for_kernel_before(at);
+#endif
+}
+
+// Blocks of the kernel after this one may start where there is room, once a thread of every block of this one has called it or
+// the block has ended. They see what this kernel writes only after their wait.
+PTX void start_kernel_after() {
+#if defined(__CUDACC__)
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- clusters: blocks that use each other's shared memory ------------------------------------------------------------------
 // No block may end while another one still uses its shared memory, nor be used before it has started: a barrier at both ends.
 

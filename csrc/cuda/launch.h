@@ -49,9 +49,21 @@ inline void check_limits(const void* kernel, dim3 grid, dim3 block, size_t share
   if (threads > kMaxThreads || block.z > kMaxBlockZ) refuse("the block is too large");
 }
 
+// The attributes of a launch, at most two.
+struct LaunchAttributes {
+  cudaLaunchAttribute values[2];
+  unsigned count = 0;
+
+  cudaLaunchAttribute& add(cudaLaunchAttributeID id) {
+    values[count] = {};
+    values[count].id = id;
+    return values[count++];
+  }
+};
+
 template <typename... Parameters, typename... Arguments>
-void launch_with(const cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                 size_t shared_bytes, void* stream, Arguments&&... arguments) {
+void launch_with(LaunchAttributes attributes, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                 void* stream, Arguments&&... arguments) {
   const void* const address = reinterpret_cast<const void*>(kernel);
   check_limits(address, grid, block, shared_bytes);
   constexpr size_t kSharedWithoutAsking = 48 << 10;
@@ -65,8 +77,8 @@ void launch_with(const cudaLaunchAttribute* attribute, void (*kernel)(Parameters
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = const_cast<cudaLaunchAttribute*>(attribute);
-  config.numAttrs = attribute == nullptr ? 0 : 1;
+  config.attrs = attributes.values;
+  config.numAttrs = attributes.count;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
   if (error != cudaSuccess) launch_failed(cudaGetErrorString(error), address, grid, block, shared_bytes);
 }
@@ -74,28 +86,37 @@ void launch_with(const cudaLaunchAttribute* attribute, void (*kernel)(Parameters
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Arguments&&... arguments) {
-  launch_with(nullptr, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+  launch_with({}, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
-// Clusters of `cluster` blocks along x.
+// Clusters of `cluster` blocks along x. dependent: blocks may start before the kernel before in the stream has ended; the kernel
+// waits for it by griddepcontrol.wait (hopper.cuh).
+template <typename... Parameters, typename... Arguments>
+void launch_dependent(bool dependent, int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                      size_t shared_bytes, void* stream, Arguments&&... arguments) {
+  LaunchAttributes attributes;
+  if (cluster > 1) {
+    attributes.add(cudaLaunchAttributeClusterDimension).val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  if (dependent) {
+    attributes.add(cudaLaunchAttributeProgrammaticStreamSerialization).val.programmaticStreamSerializationAllowed = 1;
+  }
+  launch_with(attributes, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                      void* stream, Arguments&&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  launch_with(cluster == 1 ? nullptr : &attribute, kernel, grid, block, shared_bytes, stream,
-              std::forward<Arguments>(arguments)...);
+  launch_dependent(false, cluster, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
 // All blocks run at the same time, so they may wait for each other. Throws if the device cannot hold them.
 template <typename... Parameters, typename... Arguments>
 void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                         Arguments&&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  launch_with(&attribute, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+  LaunchAttributes attributes;
+  attributes.add(cudaLaunchAttributeCooperative).val.cooperative = 1;
+  launch_with(attributes, kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace switchgear::cuda

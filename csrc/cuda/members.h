@@ -19,7 +19,7 @@ struct Members {
   void list(const int32_t* groups, void* stream) const {
     const int64_t num_items = plan.token_indices.shape[0];
     const TensorView ids = view(const_cast<int32_t*>(groups), DType::kInt32, num_items, 1);
-    cuda::plan({.topk_ids = ids, .plan = plan}, workspace, nullptr, stream);
+    cuda::plan({.topk_ids = ids, .plan = plan}, workspace, {}, stream);
   }
   int32_t* offsets() const { return plan.expert_offsets.as<int32_t>(); }
   int32_t* items() const { return plan.token_indices.as<int32_t>(); }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The small kernels of moe_backward, between the products. All are memory-bound.
 //
-//   slot_weights_kernel      topk_weights [T,K] in slot order [S]                                  8·S bytes
 //   weight_gradient_kernel   grad_topk_weights[t,k] = Σ parts of the slot + <grad_y[t], down_bias[e]>; 0 for empty slots
 //                            4·S·I/32 bytes, and with a bias S·H·size from L2
 //   bias_gradient_kernel     grad_bias[e] = Σ_{s of e} weights[s] · rows[s]                        S·width·size bytes
@@ -10,7 +9,6 @@
 // i, i + 8, … by one thread, then the eight sums in order). No atomics. Slots out of range are skipped.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   slot_weights_kernel: 16 registers
 //   weight_gradient_kernel: 40 registers
 //   bias_gradient_kernel: 24 registers, 1024 bytes of shared memory
 #pragma once
@@ -20,20 +18,6 @@
 namespace switchgear::cuda {
 
 constexpr int kMoeThreads = 256;
-
-struct SlotWeightParams {
-  const int32_t* slot_indices;
-  const float* topk_weights;
-  float* slot_weights;
-  int64_t num_pairs, num_slots;
-};
-
-__global__ void __launch_bounds__(kMoeThreads) slot_weights_kernel(SlotWeightParams p) {
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kMoeThreads + threadIdx.x;
-  if (pair >= p.num_pairs) return;
-  const int32_t slot = p.slot_indices[pair];
-  if (slot >= 0 && slot < p.num_slots) p.slot_weights[slot] = p.topk_weights[pair];
-}
 
 template <typename T>
 struct WeightGradientParams {

@@ -21,10 +21,13 @@ struct OwnPlan {
     workspace = memory.take<std::byte>(plan_workspace_size(num_slots, num_experts));
   }
 
-  void make(const TensorView& topk_ids, void* stream) const {
-    cuda::plan({.topk_ids = topk_ids, .plan = plan}, workspace, counter, stream);
+  // Writes slot_weights too, if given: the weights of topk_weights [T,K] in slot order.
+  void make(const TensorView& topk_ids, void* stream, const TensorView& topk_weights = {},
+            float* slot_weights = nullptr) const {
+    const PlanExtras extras{counter, topk_weights.as<const float>(), slot_weights};
+    cuda::plan({.topk_ids = topk_ids, .plan = plan}, workspace, extras, stream);
   }
-  Schedule schedule(const Execution& exec) const { return {counter, exec.reserved_multiprocessors}; }
+  Schedule schedule(const Execution& exec) const { return {counter, exec.reserved_multiprocessors, true}; }
 };
 
 // A matrix [rows, columns] whose rows start at multiples of 16 bytes.

@@ -191,13 +191,8 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   write_separate("gate_up_proj", weights.gate_up_proj, m.gate_up, exec.stream);
   write_separate("down_proj", weights.down_proj, m.down, exec.stream);
   const Plan& p = m.own.plan;
-  m.own.make(args.topk_ids, exec.stream);
   const int64_t num_slots = args.topk_ids.numel();
-  if (num_slots > 0) {
-    launch(slot_weights_kernel, dim3(blocks_of(num_slots, kMoeThreads)), dim3(kMoeThreads), 0, exec.stream,
-           SlotWeightParams{p.slot_indices.as<const int32_t>(), args.topk_weights.as<const float>(), m.slot_weights,
-                            num_slots, num_slots});
-  }
+  m.own.make(args.topk_ids, exec.stream, args.topk_weights, m.slot_weights);
 
   const auto* const token_indices = p.token_indices.as<const int32_t>();
   const Rows x = rows_of(args.x, token_indices), grad_y = rows_of(args.grad_y, token_indices);
@@ -227,7 +222,6 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   const Rows grad_v = small_gradient(m.down_adapter, grad_y, m.small_grads, g, needs.product, exec.stream);
   g.low = m.down_adapter.term(grad_v);
   if (needs.product) backward_gemm(g, "down_proj", weights.down_proj, exec.stream);
-  topk_weights_gradient(args, m, exec.stream);
   weight_gradient(args.grad_down_proj, args.experts, grad_y, weighted_a, g, exec.stream);
   bias_gradient(args.grad_down_bias, args.experts, grad_y, m.slot_weights, g, exec.stream);
   adapter_gradients({args.grad_down_a, args.grad_down_b}, m.down_adapter, {weighted_a, grad_v, grad_y}, m.weighted_a,
@@ -238,18 +232,20 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   const Rows grad_u = small_gradient(m.gate_up_adapter, grad_h, m.small_grads, g, needs_grad_u, exec.stream);
   adapter_gradients({args.grad_gate_up_a, args.grad_gate_up_b}, m.gate_up_adapter, {x, grad_u, grad_h}, m.masked_x,
                     m.small_rows, g, exec.stream);
-  if (!args.grad_x.defined() || num_slots == 0) return;
-
-  g.a = grad_h;
-  g.b = operand_of(weights.gate_up_proj, false, m.gate_up);
-  g.n = args.x.shape[1];
-  g.c = args.h.shape[1];
-  g.low = m.gate_up_adapter.term(grad_u);
-  g.epilogue = Epilogue::kStore;
-  g.out = m.slots_grad_x.data;
-  g.out_stride = m.slots_grad_x.stride[0];
-  backward_gemm(g, "gate_up_proj", weights.gate_up_proj, exec.stream);
-  cuda::combine({.permuted_y = m.slots_grad_x, .plan = p, .y = args.grad_x}, exec);
+  const bool has_grad_x = args.grad_x.defined() && num_slots > 0;
+  if (has_grad_x) {
+    g.a = grad_h;
+    g.b = operand_of(weights.gate_up_proj, false, m.gate_up);
+    g.n = args.x.shape[1];
+    g.c = args.h.shape[1];
+    g.low = m.gate_up_adapter.term(grad_u);
+    g.epilogue = Epilogue::kStore;
+    g.out = m.slots_grad_x.data;
+    g.out_stride = m.slots_grad_x.stride[0];
+    backward_gemm(g, "gate_up_proj", weights.gate_up_proj, exec.stream);
+  }
+  topk_weights_gradient(args, m, exec.stream);  // after the products, which follow each other without a gap
+  if (has_grad_x) cuda::combine({.permuted_y = m.slots_grad_x, .plan = p, .y = args.grad_x}, exec);
 }
 
 }  // namespace switchgear::cuda

@@ -39,14 +39,14 @@ int64_t plan_workspace_size(int64_t num_slots, int64_t num_experts) {
   return num_experts * (num_chunks_of(num_slots, num_experts) + 1) * static_cast<int64_t>(sizeof(int32_t));
 }
 
-void plan(const PlanArgs& args, void* workspace, TileCounter* counter, void* stream) {
+void plan(const PlanArgs& args, void* workspace, const PlanExtras& extras, void* stream) {
   const int64_t num_pairs = args.topk_ids.numel();
   const int64_t num_experts = args.plan.expert_offsets.shape[0] - 1;
   PlanParams params{.topk_ids = args.topk_ids.as<const int32_t>(),
                     .expert_offsets = args.plan.expert_offsets.as<int32_t>(),
                     .token_indices = args.plan.token_indices.as<int32_t>(),
                     .slot_indices = args.plan.slot_indices.as<int32_t>(),
-                    .counter = counter,
+                    .extras = extras,
                     .num_pairs = num_pairs,
                     .chunk_pairs = chunk_pairs_of(num_pairs, num_experts),
                     .num_chunks = static_cast<int>(num_chunks_of(num_pairs, num_experts)),
@@ -71,7 +71,7 @@ void plan(const PlanArgs& args, void* workspace, TileCounter* counter, void* str
 
 void plan(const PlanArgs& args, Execution exec) {
   const int64_t bytes = plan_workspace_size(args.topk_ids.numel(), args.plan.expert_offsets.shape[0] - 1);
-  plan(args, allocate(exec, bytes), nullptr, exec.stream);
+  plan(args, allocate(exec, bytes), {}, exec.stream);
 }
 
 }  // namespace switchgear::cuda

@@ -22,9 +22,10 @@
 //   plan_count_kernel: 40 registers, 4096 bytes of shared memory
 //   plan_scan_kernel: 32 registers
 //   plan_place_kernel: 64 registers, 33792 bytes of shared memory
-//   plan_small_kernel: 48 registers, 1024 bytes of shared memory
+//   plan_small_kernel: 56 registers, 1024 bytes of shared memory
 #pragma once
 #include "gemm.h"
+#include "plan.h"
 #include "platform.cuh"
 #include "scan.cuh"
 
@@ -43,9 +44,9 @@ struct PlanParams {
   int32_t* expert_offsets;
   int32_t* token_indices;
   int32_t* slot_indices;
-  int32_t* counts;       // [E, num_chunks]
-  int32_t* totals;       // [E]
-  TileCounter* counter;  // set to zeros if given
+  int32_t* counts;  // [E, num_chunks]
+  int32_t* totals;  // [E]
+  PlanExtras extras;
   int64_t num_pairs;
   int64_t chunk_pairs;  // a multiple of 32 · kPlanWarps
   int num_chunks;
@@ -72,7 +73,7 @@ __device__ inline bool in_window(int32_t id, int first, int size, int* index) {
 
 // Called by one thread of a launch that no other thread of it depends on.
 __device__ inline void reset_counter(const PlanParams& p) {
-  if (p.counter != nullptr) *p.counter = {};
+  if (p.extras.counter != nullptr) *p.extras.counter = {};
 }
 
 __device__ inline void count_pairs(const PlanParams& p, PlanRange range, int first_thread, int step, int first,
@@ -99,6 +100,7 @@ __device__ inline void place_pairs(const PlanParams& p, PlanRange segment, int f
     if (mine && rank == 0) next[index] += __popc(peers);
     __syncwarp();
     if (mine) p.token_indices[slot] = static_cast<int32_t>(static_cast<uint32_t>(i) / static_cast<uint32_t>(p.top_k));
+    if (mine && p.extras.slot_weights != nullptr) p.extras.slot_weights[slot] = p.extras.topk_weights[i];
     const bool empty = id < 0 || id >= p.num_experts;
     if (i < segment.end && (mine || (empty && first == 0))) p.slot_indices[i] = slot;
   }

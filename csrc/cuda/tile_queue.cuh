@@ -89,7 +89,7 @@ struct TileQueue {
       ptx::mbar_arrive_cluster(full + i, rank);
     }
   }
-  // A reader waits for an entry, may load it again, and releases it.
+  // A reader waits for an entry, and releases it.
   __device__ QueuedTile wait(uint32_t n) const {
     const uint32_t i = n % kQueueEntries, parity = n / kQueueEntries & 1;
     if constexpr (kCluster > 1) {
@@ -97,10 +97,7 @@ struct TileQueue {
     } else {
       ptx::mbar_wait(full + i, parity);
     }
-    return load(n);
-  }
-  __device__ QueuedTile load(uint32_t n) const {
-    const uint64_t entry = entries[n % kQueueEntries];
+    const uint64_t entry = entries[i];
     return {static_cast<int32_t>(static_cast<uint32_t>(entry)), static_cast<uint32_t>(entry >> 32)};
   }
   // Called once by each lane of every reading warp, or by thread 0 alone if that is all that reads of its warp.
@@ -132,6 +129,7 @@ __device__ inline void produce_tiles(const TileSource<kCluster>& source, const T
       queue.push(n + 1, {source.take(n + 1), queued.position + static_cast<uint32_t>(stages_of(queued.tile))});
     fill(queued.tile, queued.position);
   }
+  if (threadIdx.x == 0) ptx::start_kernel_after();
   if (!leads()) return;
   queue.push(n + 1, {num_tiles, 0});
   source.finish();

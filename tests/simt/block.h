@@ -78,6 +78,7 @@ struct Fiber {
   const char* waits_for = "";
   Location waits_at;
   unsigned atomics_in_a_row = 0;
+  bool waited_for_kernel_before = false;
   bool arrived_at_cluster = false;  // and has not waited yet
   uint32_t cluster_phase = 0;       // in which it arrived
 

@@ -16,6 +16,9 @@ void check_thread_exit(const Fiber& fiber) {
   bool stores_left = !fiber.open_stores.empty();
   for (const StoreGroup& group : fiber.store_groups) stores_left |= !group.stores.empty();
   if (stores_left) refuse("with bulk stores whose source nobody waited for");
+  if (fiber.block->grid->dependent && !fiber.waited_for_kernel_before) {
+    refuse("without griddepcontrol.wait: the kernel after this one could start before the one before it has ended");
+  }
   if (fiber.arrived_at_cluster) refuse("between barrier.cluster.arrive and barrier.cluster.wait");
   const Warp& warp = fiber.block->warps[fiber.warp];
   if (!warp.open_products.empty() || !warp.product_groups.empty()) refuse("with wgmma that nobody waited for");

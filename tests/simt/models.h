@@ -72,6 +72,9 @@ void mbarrier_arrive_cluster(uint64_t* mbarrier, unsigned rank, bool cluster, Lo
 void mbarrier_init_fence();
 void proxy_fence(Space space);
 
+// Of a dependent launch (dependent.cpp).
+void wait_for_kernel_before(Location at);
+
 // Clusters (cluster.cpp).
 unsigned cluster_rank();
 void cluster_arrive(Location at);  // release

@@ -213,6 +213,9 @@ WGMMA_WIDTHS(WIDTH)
 STORE_MATRIX(stmatrix_x4)
 STORE_MATRIX(stmatrix_x4_trans)
 KERNEL(elect_one, uint32_t* out) { *out = ptx::elect_one(); }
+KERNEL(reciprocal, float* out, float x) { *out = ptx::reciprocal(x); }
+KERNEL(wait_for_kernel_before) { ptx::wait_for_kernel_before(); }
+KERNEL(start_kernel_after) { ptx::start_kernel_after(); }
 KERNEL(setmaxnreg_dec) { ptx::setmaxnreg_dec<40>(); }
 KERNEL(setmaxnreg_inc) { ptx::setmaxnreg_inc<232>(); }
 

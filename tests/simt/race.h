@@ -71,6 +71,10 @@ void begin_thread(Actor& actor, uint32_t block, uint32_t thread, uint32_t device
 uint32_t new_slot(uint32_t block, const std::string& name);  // for an engine
 void forget(const void* start, size_t size);                 // memory returned to the heap
 
+// The kernel before a dependent one may still write any global memory: its end, which griddepcontrol.wait acquires.
+void begin_kernel_before();
+void acquire_kernel_before(Actor& actor);
+
 std::string describe_site(Site site);
 
 // ---- accesses -----------------------------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ struct Grid {
   dim3 grid, block;
   size_t dynamic_shared = 0;
   std::function<void()> kernel;    // called once by every thread
+  bool dependent = false;          // may start before the kernel before it has ended: see dependent.cpp
   bool cooperative = false;        // all blocks are resident, or the launch fails
   unsigned cluster = 1;            // blocks along x that form a cluster: they are resident together
   size_t shared_limit = 48 << 10;  // of static and dynamic shared memory together
@@ -90,6 +91,9 @@ struct OtherKernels {
 };
 extern OtherKernels other_kernels;
 
+// The running thread has copied its arguments; what it accesses from now on is the kernel's.
+void has_arguments();
+
 // Binds the arguments, converted to the kernel's parameters as in a launch.
 template <typename... Parameters, typename... Arguments>
 std::function<void()> bind_kernel(void (*kernel)(Parameters...), Arguments&&... arguments) {
@@ -103,7 +107,11 @@ std::function<void()> bind_kernel(void (*kernel)(Parameters...), Arguments&&... 
         values);
     if (other) return other;
   }
-  return [kernel, values = std::move(values)] { std::apply(kernel, values); };
+  return [kernel, values = std::move(values)] {
+    const auto own = values;
+    has_arguments();
+    std::apply(kernel, own);
+  };
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -53,6 +53,14 @@ bool wants_cooperative(const cudaLaunchConfig_t& config) {
   return false;
 }
 
+bool is_dependent(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization) continue;
+    return config.attrs[i].val.programmaticStreamSerializationAllowed != 0;
+  }
+  return false;
+}
+
 unsigned cluster_of(const cudaLaunchConfig_t& config) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return config.attrs[i].val.clusterDim.x;
@@ -101,6 +109,7 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const auto raised = dynamic_shared_limits.find(kernel);
   const int limit = raised == dynamic_shared_limits.end() ? kSharedWithoutOptIn : raised->second;
   if (config.dynamicSmemBytes > static_cast<size_t>(limit)) return remember(cudaErrorInvalidValue);
+  if (is_dependent(config) && device().major < 9) return remember(cudaErrorNotSupported);
   if (!is_cluster_possible(config)) return remember(cudaErrorInvalidClusterSize);
   if (wants_cooperative(config)) {
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -116,6 +125,7 @@ void queue_launch(const cudaLaunchConfig_t& config, const void* kernel, std::fun
                   .block = config.blockDim,
                   .dynamic_shared = config.dynamicSmemBytes,
                   .kernel = std::move(body),
+                  .dependent = is_dependent(config),
                   .cooperative = wants_cooperative(config),
                   .cluster = cluster_of(config),
                   .shared_limit = static_cast<size_t>(raised ? device().shared_memory_per_block : kSharedWithoutOptIn),

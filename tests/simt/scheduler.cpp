@@ -51,7 +51,8 @@ void fiber_main() {
   Fiber& fiber = *scheduler.running;
   try {
     if (scheduler.aborting) throw Aborted();
-    race::running = &fiber.actor;
+    // Arguments are no global memory: bind_kernel's code of a dependent kernel is watched once it has copied them.
+    race::running = fiber.block->grid->dependent ? nullptr : &fiber.actor;
     fiber.block->grid->kernel();
     race::running = nullptr;
     check_thread_exit(fiber);
@@ -409,6 +410,7 @@ void run(const std::vector<Grid>& grids) {
   const size_t max_resident =
       all_resident ? std::numeric_limits<size_t>::max() : static_cast<size_t>(std::max(1, options().resident_blocks));
   if (race::enabled) race::begin_run();
+  if (race::enabled && !grids.empty() && grids[0].dependent) race::begin_kernel_before();
   std::string error;
   try {
     run_blocks(blocks, max_resident);

@@ -8,6 +8,7 @@
 #include <bit>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <unordered_map>
 #include <utility>
@@ -49,6 +50,7 @@ struct Label {
   std::vector<std::string> engines;  // the slots after the threads'
 };
 std::vector<Label> labels;  // by block
+std::optional<Moment> end_of_kernel_before;
 Findings found;
 std::set<std::pair<Site, Site>> told;
 Scope widest_needed = Scope::kDevice;  // among the threads of this run
@@ -88,6 +90,13 @@ void report(const char* what, const Record& earlier, const Record& later, uintpt
   const int first = std::countr_zero(static_cast<unsigned>(earlier.bytes & later.bytes));
   found.text += std::string("\n") + what + " on " + describe_address(cell + static_cast<uintptr_t>(first)) + ":\n  " +
                 describe(later) + "\n  after " + describe(earlier);
+}
+
+void report_unawaited(const Record& before, const Record& later, uintptr_t address) {
+  ++found.count;
+  if (!told.insert({before.site, later.site}).second || told.size() > kMaxTexts) return;
+  found.text += "\nbefore griddepcontrol.wait, global memory that the kernel before may still write, " +
+                describe_address(address) + ":\n  " + describe(later);
 }
 
 bool scopes_include_each_other(const Record& a, const Record& b) {
@@ -178,6 +187,10 @@ void access_cell(const Actor& actor, const Record& record, uintptr_t address) {
 
 void access(const Actor& actor, Moment as, const void* start, size_t size, Access kind, Site site) {
   uintptr_t address = reinterpret_cast<uintptr_t>(start);
+  if (end_of_kernel_before && !actor.view.seen.covers(*end_of_kernel_before) && !is_shared(start)) {
+    const Record before{0, *end_of_kernel_before, actor.device, 0xff, {.write = true}};
+    report_unawaited(before, {site, as, actor.device, 0xff, kind}, address);
+  }
   while (size > 0) {
     const unsigned offset = address % 8;
     const unsigned count = size < 8 - offset ? static_cast<unsigned>(size) : 8 - offset;
@@ -186,6 +199,12 @@ void access(const Actor& actor, Moment as, const void* start, size_t size, Acces
     address += count;
     size -= count;
   }
+}
+
+void begin_kernel_before() { end_of_kernel_before = Moment{begin_block("the kernel before", 1, 1, 1, 0), 0, 1}; }
+
+void acquire_kernel_before(Actor& actor) {
+  if (end_of_kernel_before) actor.view.seen.set(*end_of_kernel_before);
 }
 
 uint32_t begin_block(const std::string& name, uint32_t size_x, uint32_t size_y, uint32_t num_threads, uint32_t device) {
@@ -206,6 +225,7 @@ void clear() {
   pages.clear();
   last_page_number = ~uintptr_t{0};
   labels.clear();
+  end_of_kernel_before.reset();
   widest_needed = Scope::kDevice;
   found = {};
   told.clear();

@@ -92,6 +92,16 @@ void check_accessible(const void* start, size_t size, const char* what, Location
   }
 }
 
+bool is_shared(const void* address) {
+  for (const Block* block : running_block().cluster->blocks) {
+    if (block == nullptr) continue;
+    for (const SharedArray& array : block->shared) {
+      if (address >= array.memory && address < array.memory + array.size) return true;
+    }
+  }
+  return false;
+}
+
 std::string describe_address(uintptr_t address) {
   char text[64];
   if (running_fiber_or_null() != nullptr) {

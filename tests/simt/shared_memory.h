@@ -14,6 +14,8 @@ uint32_t shared_address(const Block& block, const void* pointer, Location at);
 char* shared_pointer(const Block& block, uint32_t address, size_t size, Location at);
 // Fails if AddressSanitizer reports the bytes as inaccessible; does nothing in other builds.
 void check_accessible(const void* start, size_t size, const char* what, Location at);
+// Whether an address is in the shared memory of the running thread's cluster.
+bool is_shared(const void* address);
 // "shared memory + 0x40" or an address in global memory.
 std::string describe_address(uintptr_t address);
 

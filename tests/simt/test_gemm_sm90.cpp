@@ -28,14 +28,14 @@ TEST(sm90_tiles_follow_the_rows_of_an_expert) {
   CHECK(cuda::sm90::pick_config(gemm_of(65, 1, 256)) == ConfigKind::kRows128);
   CHECK(cuda::sm90::pick_config(gemm_of(8 * 64, 8, 256)) == ConfigKind::kFewRows64);
   CHECK(cuda::sm90::pick_config(gemm_of(8 * 64 + 1, 8, 256)) == ConfigKind::kRows128);
-  CHECK(cuda::sm90::pick_config(gemm_of(8 * 511, 8, 1536)) == ConfigKind::kRows192);
-  CHECK(cuda::sm90::pick_config(gemm_of(8 * 512, 8, 1536)) == ConfigKind::kPairs192);
+  CHECK(cuda::sm90::pick_config(gemm_of(8 * 255, 8, 1536)) == ConfigKind::kRows192);
+  CHECK(cuda::sm90::pick_config(gemm_of(8 * 256, 8, 1536)) == ConfigKind::kPairs192);
   CHECK(cuda::sm90::pick_config(gemm_of(int64_t{1} << 29, 128, 1536)) == ConfigKind::kPairs192);
   // The backward epilogue has no registers left for other tiles.
-  for (const int64_t slots : {1, 64, 511}) {
+  for (const int64_t slots : {1, 64, 255}) {
     CHECK(cuda::sm90::pick_config(gemm_of(slots, 1, 1536, Epilogue::kGluBackward)) == ConfigKind::kRows128);
   }
-  CHECK(cuda::sm90::pick_config(gemm_of(512, 1, 1536, Epilogue::kGluBackward)) == ConfigKind::kPairs128);
+  CHECK(cuda::sm90::pick_config(gemm_of(256, 1, 1536, Epilogue::kGluBackward)) == ConfigKind::kPairs128);
 }
 
 // Cooperative tiles where the products take much longer than the epilogue.
@@ -71,12 +71,12 @@ TEST(sm90_weight_gradients_share_what_is_not_gathered) {
 
 TEST(sm90_tiles_are_wide_where_the_last_one_is_not_mostly_empty) {
   for (const int64_t n : {192, 320, 384, 576, 768, 1536, 2048, 4096}) {
-    CHECK(cuda::sm90::pick_config(gemm_of(500, 1, n)) == ConfigKind::kRows192, "n ", n);
+    CHECK(cuda::sm90::pick_config(gemm_of(250, 1, n)) == ConfigKind::kRows192, "n ", n);
   }
   for (const int64_t n : {8, 64, 128, 200, 256}) {
-    CHECK(cuda::sm90::pick_config(gemm_of(500, 1, n)) == ConfigKind::kRows128, "n ", n);
+    CHECK(cuda::sm90::pick_config(gemm_of(250, 1, n)) == ConfigKind::kRows128, "n ", n);
   }
-  Gemm pairs = gemm_of(500, 1, 1536, Epilogue::kGlu);
+  Gemm pairs = gemm_of(250, 1, 1536, Epilogue::kGlu);
   CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows192);
   std::swap(pairs.b.n_stride, pairs.b.k_stride);  // 96 columns of each are no whole number of blocks
   CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows128);
@@ -153,18 +153,27 @@ TEST(sm90_has_tiles_for_1024_experts) {
             5, true, check_forward);
 }
 
-// Enough rows per expert for pairs of blocks: ping-pong, and cooperative with deep inner dimensions.
+// Enough rows per expert for pairs of blocks: ping-pong, and cooperative with deep inner dimensions. An odd number of row tiles,
+// so that the last ones are paired with themselves: two columns of tiles, or only one.
 TEST(sm90_pairs_match_reference) {
-  const Case wide{"pairs, 192 columns", 1100, 384, 72, 2, 1};
-  const Case deep{"pairs, cooperative", 700, 256, 504, 1, 1};
+  const Case wide{"pairs, 192 columns", 560, 72, 384, 2, 1};
+  const Case deep{"pairs, cooperative", 300, 264, 504, 1, 1}, narrow{"pairs, one column", 300, 504, 256, 1, 1};
+  const auto picked = [](const Case& c) {
+    Gemm g = gemm_of(c.T, c.E, c.I);
+    g.c = c.H;
+    return cuda::sm90::pick_config(g);
+  };
+  CHECK(picked(wide) == ConfigKind::kPairs192 && picked(deep) == ConfigKind::kPairs256 &&
+        picked(narrow) == ConfigKind::kPairs256);
   int64_t variant = 0;
   for (const Storage storage : {Storage::kPacked, Storage::kTransposed}) {
     for (const bool gather : {false, true}) {
       if (!takes_variant(variant++)) continue;
       const Precision precision = kPrecisions[2 + variant % 2];
       on_hopper({wide, precision, storage, Rows::kAligned, gather, true}, 4, true, check_forward);
-      on_hopper({deep, precision, storage, Rows::kAligned, gather, false}, 4, true, check_forward);
-      on_hopper({deep, precision, storage, Rows::kAligned, gather, false}, 3, true, check_wgrad);
+      on_hopper({deep, precision, storage, Rows::kAligned, gather, true}, 4, true, check_forward);
+      on_hopper({narrow, precision, storage, Rows::kAligned, gather, false}, 3, true, check_forward);
+      on_hopper({narrow, precision, storage, Rows::kAligned, gather, false}, 3, true, check_wgrad);
     }
   }
 }

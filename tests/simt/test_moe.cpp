@@ -20,6 +20,7 @@ constexpr Case kHopperLayers[] = {
     {"up to 64 rows", 40, 64, 136, 3, 2, Ids::kEvenExperts},
     {"more than 64 rows", 100, 136, 72, 1, 1},
     {"more than 64 rows, holes", 60, 24, 200, 2, 4, Ids::kEmptySlots},
+    {"pairs of blocks, cooperative", 300, 264, 128, 1, 1},
     {"nothing chosen", 5, 16, 24, 3, 2, Ids::kNone},
 };
 
@@ -31,7 +32,7 @@ void for_each_hopper_layer(Body&& body) {
   const std::vector<GluOptions> all = all_glu_options();
   size_t variant = 0;
   for (const Case& c : kHopperLayers) {
-    for (size_t i = 0; i < (c.ids == Ids::kNone ? 2 : 13); ++i, ++variant) {
+    for (size_t i = 0; i < (c.ids == Ids::kNone ? 2 : c.T > 200 ? 4 : 13); ++i, ++variant) {
       const GluOptions& o = all[variant * 5 % all.size()];
       const DType dtype = variant % 2 == 0 ? DType::kBFloat16 : DType::kFloat16;
       note = join("sm_90 ", c.name, " ", name_of(dtype), describe(o), variant % 3 == 0 ? " transposed" : "");

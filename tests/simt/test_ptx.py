@@ -175,6 +175,9 @@ HOPPER = {
     "stmatrix_x4_trans": "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [shared+16*%tid.x], "
     "{p0[0], p0[4], p0[8], p0[12]};",
     "elect_one": "{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 p0[0], 1, 0, p; }",
+    "reciprocal": "rcp.approx.ftz.f32 p0[0], p1;",
+    "wait_for_kernel_before": "griddepcontrol.wait;",
+    "start_kernel_after": "griddepcontrol.launch_dependents;",
     "setmaxnreg_dec": "setmaxnreg.dec.sync.aligned.u32 40;",
     "setmaxnreg_inc": "setmaxnreg.inc.sync.aligned.u32 232;",
 }

@@ -57,12 +57,15 @@ GPUS = (
     Gpu("H100", 132, 989e12, 0.70, 3.35e12, 0.90, 1.3e9, 6154, "sm90"),
 )
 LAUNCH_SECONDS = 2e-6
+DEPENDENT_LAUNCH_SECONDS = 1e-6  # of a product of sm90 after another: its blocks start before that one ends
 ROUND_TRIP = 0.5e-6  # to L2 or memory: blocks of sm90 ask for their first tile, in a gemm after reading all offsets
 ITEM = 2  # bytes of bfloat16
 EXPECTED = 0.87  # of the predicted speed, from reviews of kernels of this structure against their measured speed
 
-# Instructions of an epilogue per accumulator, counted in the machine code of sm_90a.
+# Instructions of an epilogue per accumulator, counted in the machine code of sm_90a: of ping-pong tiles, which store
+# line by line, and of cooperative ones, which stage boxes for TMA.
 EPILOGUE = {"store": 5, "glu": 17, "glu_backward": 59, "wgrad": 4}
+COOPERATIVE_EPILOGUE = {"store": 2, "glu": 9, "wgrad": 2}
 
 
 class Tile(NamedTuple):
@@ -81,7 +84,8 @@ TILES = {
     "sm80": (Tile(16, 16, 128, 2), Tile(80, 64, 128, 2), Tile(None, 128, 128, 2)),
     "sm90": (Tile(16, 16, 128, 1), Tile(64, 64, 128, 1), ROWS128, ROWS192, PAIRS128, PAIRS192, PAIRS256),
 }
-MIN_ROWS_OF_PAIRS = 512
+MIN_ROWS_OF_PAIRS = 256
+STAGE = 64  # depths that are loaded and multiplied together
 
 
 def cycles_per_column(width: int) -> float:
@@ -96,7 +100,7 @@ def cost_per_column(tile: Tile) -> float:
 
 
 def _columns_cost(tile: Tile, columns: int, depth: float, epilogue: str) -> float:
-    stored = 8 * EPILOGUE[epilogue] / max(depth, 1) if tile.cooperative else 0.0
+    stored = 16 * COOPERATIVE_EPILOGUE[epilogue] / max(depth, 1) if tile.cooperative else 0.0
     return -(-columns // tile.columns) * tile.columns * (cost_per_column(tile) + stored)
 
 
@@ -159,9 +163,9 @@ def cycles_of_tile(gpu: Gpu, tile: Tile, depth: float, epilogue: str) -> tuple[f
         return product, product  # the other block on the multiprocessor multiplies meanwhile
     if tile.rows == 128:
         product *= cycles_per_column(tile.columns)
-    # A consumer's four warps run on four schedulers, each an instruction a cycle, and share the tile's accumulators.
-    consumers = 2 if tile.cooperative else 1
-    stored = EPILOGUE[epilogue] * tile.rows * tile.columns / (128 * consumers)
+    instructions = (COOPERATIVE_EPILOGUE if tile.cooperative else EPILOGUE)[epilogue]
+    # Four schedulers, each an instruction of a warp a cycle.
+    stored = instructions * tile.rows * tile.columns / (32 * 4)
     return product, product + stored if tile.cooperative else max(product, (product + stored) / 2)
 
 
@@ -188,11 +192,15 @@ def gemm(
     """Rows of experts times [columns, depth]; `stored` bytes are moved beside the operands."""
     rows, hit = sum(counts), sum(count > 0 for count in counts)
     tile = pick_tile(gpu, rows / len(counts), columns, depth, epilogue)
-    groups = sum(-(-count // (tile.rows * tile.cluster)) for count in counts)  # of row tiles that share weights
+    row_tiles = [-(-count // tile.rows) for count in counts]
     column_tiles = -(-columns // tile.columns)
+    groups = sum(-(-number // tile.cluster) for number in row_tiles)  # of row tiles that share weights
+    # The last row tile of an odd number is alone: its cluster has two of its columns.
+    last = sum(number % tile.cluster for number in row_tiles)
+    clusters = (groups - last) * column_tiles + last * -(-column_tiles // tile.cluster)
     l2_bytes = ITEM * depth * (rows * column_tiles + groups * columns)
     moved = ITEM * (rows * depth + hit * columns * depth) + stored
-    tiles = groups * tile.cluster * column_tiles
+    tiles = clusters * tile.cluster
     kernel = _timed(gpu, name, tile, Work(tiles, depth, 2.0 * rows * columns * depth, moved, l2_bytes, epilogue))
     return kernel._replace(seconds=kernel.seconds + 2 * ROUND_TRIP) if gpu.tiles == "sm90" else kernel
 
@@ -208,9 +216,16 @@ def wgrad(gpu: Gpu, name: str, counts: Sequence[int], m: int, n: int, shares_b: 
     l2_bytes = ITEM * rows * (m * column_tiles / across + n * row_tiles / down)
     moved = ITEM * rows * (m + n) + stored
     tiles = row_tiles * column_tiles * len(counts)
-    work = Work(tiles, rows / len(counts), 2.0 * rows * m * n, moved, l2_bytes, "wgrad")
+    depth = sum(-(-count // STAGE) * STAGE for count in counts) / len(counts)
+    work = Work(tiles, depth, 2.0 * rows * m * n, moved, l2_bytes, "wgrad")
     kernel = _timed(gpu, name, tile, work)
     return kernel._replace(seconds=kernel.seconds + ROUND_TRIP) if gpu.tiles == "sm90" else kernel
+
+
+def after_product(gpu: Gpu, product: Kernel) -> Kernel:
+    """A product that follows another one in the stream."""
+    saved = LAUNCH_SECONDS - DEPENDENT_LAUNCH_SECONDS if gpu.tiles == "sm90" else 0.0
+    return product._replace(seconds=product.seconds - saved)
 
 
 def copy(gpu: Gpu, name: str, moved: float, launches: int = 1) -> Kernel:
@@ -219,9 +234,9 @@ def copy(gpu: Gpu, name: str, moved: float, launches: int = 1) -> Kernel:
     return Kernel(name, 0, 0.0, 0.0, moved, 0.0, launches, seconds, "memory")
 
 
-def plan(gpu: Gpu, slots: int) -> Kernel:
-    """csrc/cuda/plan.cu: one launch for few slots, three for many."""
-    return copy(gpu, "plan", 4 * 4 * slots, 1 if slots <= 8192 else 3)
+def plan(gpu: Gpu, slots: int, moved: int = 4) -> Kernel:
+    """csrc/cuda/plan.cu: one launch for few slots, three for many. `moved`: words per slot."""
+    return copy(gpu, "plan", 4 * moved * slots, 1 if slots <= 8192 else 3)
 
 
 def forward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int], save_h: bool = False) -> list[Kernel]:
@@ -234,28 +249,28 @@ def forward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int], save_h: bool 
     return [
         plan(gpu, slots),
         gemm(gpu, "gate_up + glu", counts, 2 * width, hidden, ITEM * slots * width + h_bytes, "glu"),
-        gemm(gpu, "down", counts, hidden, width, ITEM * slots * hidden),
+        after_product(gpu, gemm(gpu, "down", counts, hidden, width, ITEM * slots * hidden)),
         copy(gpu, "combine", ITEM * (slots + tokens) * hidden),
     ]
 
 
 def backward_kernels(gpu: Gpu, shape: Shape, counts: Sequence[int]) -> list[Kernel]:
-    """The launches of moe_backward: the weights of slots, the gradient of h in the epilogue of grad_y · W_d, the
-    gradient of topk_weights from its parts, the gradients of both projections, the gradient of x in slot order, and its
-    sum over each token's rows."""
+    """The launches of moe_backward: the gradient of h in the epilogue of grad_y · W_d, the gradients of both
+    projections, the gradient of x in slot order, that of topk_weights from its parts, and the sum of grad_x over each
+    token's rows. The plan's also copy the weights in slot order."""
     slots = sum(counts)
     tokens = slots // shape.top_k
     hidden, width = shape.hidden_size, shape.intermediate_size
     h_bytes = ITEM * slots * (2 * width + 2 * width + width)  # h; grad_h and a
     return [
-        plan(gpu, slots),
-        copy(gpu, "weights of slots", 3 * 4 * slots),
+        plan(gpu, slots, 6),
         gemm(gpu, "grad_h", counts, width, hidden, h_bytes, "glu_backward"),
+        after_product(gpu, wgrad(gpu, "grad_down_proj", counts, hidden, width)),
+        # x is gathered
+        after_product(gpu, wgrad(gpu, "grad_gate_up_proj", counts, 2 * width, hidden, shares_b=False)),
+        after_product(gpu, gemm(gpu, "grad_x", counts, hidden, 2 * width, ITEM * slots * hidden)),
         copy(gpu, "grad_topk_weights", 4 * slots * (width // 32 + 2)),
-        gemm(gpu, "grad_x", counts, hidden, 2 * width, ITEM * slots * hidden),
         copy(gpu, "sum of grad_x", ITEM * (slots + tokens) * hidden),
-        wgrad(gpu, "grad_gate_up_proj", counts, 2 * width, hidden, shares_b=False),  # x is gathered
-        wgrad(gpu, "grad_down_proj", counts, hidden, width),
     ]
 
 

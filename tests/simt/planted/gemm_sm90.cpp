@@ -21,13 +21,19 @@ CUtensorMap map_of(const Rows& rows, int64_t columns, int box_rows) {
   return make_tensor_map({rows.data, DType::kBFloat16, {columns, rows.count, 1}, {rows.stride, rows.stride}, box_rows});
 }
 
+// Boxes of what a warp of a cooperative tile stores.
+CUtensorMap map_of_out(void* data, int64_t columns, int64_t rows, int64_t planes = 1) {
+  const int64_t stride = stride_of(columns);
+  return make_tensor_map({data, DType::kBFloat16, {columns, rows, planes}, {stride, rows * stride}, 16});
+}
+
 // Launches with one block and every tile, then twice with blocks that take tiles from a counter.
 template <typename Launch>
 void with_schedules(const Launch& launch_with) {
   launch_with(Schedule{}, 1);
   TileCounter counter{};
   for (int i = 0; i < 2; ++i) {
-    launch_with(Schedule{.counter = &counter}, 2);
+    launch_with(Schedule{.counter = &counter, .follows_kernel = true}, 2);
     CHECK(counter.taken == 0 && counter.done == 0, "the counter is not reset");
   }
 }
@@ -40,12 +46,13 @@ void multiply(Product p, bool gather) {
   params.maps.weights = make_tensor_map(
       {g.b.data, g.dtype, {g.c, g.n, g.num_experts}, {g.b.n_stride, g.b.expert_stride}, C::kColumns / kCluster});
   if (!gather) params.maps.slots = map_of(g.a, g.c, C::kSlots);
+  params.out.out = map_of_out(g.out, g.n, g.num_slots);
   params.g = g;
   with_schedules([&](const Schedule& schedule, int blocks) {
     params.g.schedule = schedule;
     p.out.fill(1);
-    launch_clusters(kCluster, gemm_sm90_kernel<Bf16, Epilogue::kStore, C>, blocks * kCluster, kThreads,
-                    shared_bytes(kShape, kN, kRing), nullptr, params);
+    launch_dependent(schedule.follows_kernel, kCluster, gemm_sm90_kernel<Bf16, Epilogue::kStore, C>, blocks * kCluster,
+                     kThreads, shared_bytes(kShape, kN, kRing), nullptr, params);
     p.check(gather);
   });
 }
@@ -85,7 +92,7 @@ TEST(few_rows) {
 
 TEST(pairs) {
   multiply<Shape::kRows, 128, 2>(Product(300, 40, 5, 136, 136), true);
-  multiply<Shape::kRows, 128, 2>(Product(300, 40, 5, 136, 136), false);
+  multiply<Shape::kRows, 128, 2>(Product(300, 40, 5, 304, 136), false);
 }
 TEST(cooperative_pairs) {
   multiply<Shape::kRows, 256, 2, true>(Product(300, 40, 5, 264, 136), true);
@@ -108,6 +115,7 @@ void check_glu(bool gated, bool interleaved, int64_t n) {
   g.out_stride = stride_of(gated ? n / 2 : n);
   g.h = h.data();
   g.h_stride = stride_of(n);
+  params.out = {.out = map_of_out(g.out, gated ? n / 2 : n, g.num_slots), .h = map_of_out(g.h, n, g.num_slots)};
   params.maps.weights =
       make_tensor_map({g.b.data, g.dtype, {g.c, g.n, g.num_experts}, {g.b.n_stride, g.b.expert_stride}, 128});
   launch_clusters(2, gemm_sm90_kernel<Bf16, Epilogue::kGlu, C>, 2, kThreads, shared_bytes(C::kShape, C::kN, kRing),
@@ -146,11 +154,12 @@ void check_weight_gradient() {
     params.g = gradient.wgrad(gather);
     params.a = map_of(params.g.a, params.g.m, kCluster > 1 && gather ? kDepth / 2 : kDepth);
     params.b = map_of(params.g.b, params.g.n, kCluster > 1 && !gather ? kDepth / 2 : kDepth);
+    params.out = map_of_out(params.g.out, params.g.n, params.g.m, params.g.num_matrices);
     with_schedules([&](const Schedule& schedule, int blocks) {
       params.g.schedule = schedule;
       gradient.out.fill(1);
-      launch_clusters(kCluster, wgrad_sm90_kernel<Bf16, C>, blocks * kCluster, kThreads,
-                      shared_bytes(C::kShape, C::kN, kRing), nullptr, params);
+      launch_dependent(schedule.follows_kernel, kCluster, wgrad_sm90_kernel<Bf16, C>, blocks * kCluster, kThreads,
+                       shared_bytes(C::kShape, C::kN, kRing), nullptr, params);
       gradient.check(gather);
     });
   }

@@ -81,6 +81,16 @@ MISTAKES = (
     _of_plan(
         "no barrier before placing pairs", RACE, "num_used);\n  __syncthreads();\n  if (warp", "num_used);\n  if (warp"
     ),
+    Mistake(
+        "plan: weights in the order of tokens",
+        BOTH,
+        "plan.cuh",
+        "p.extras.slot_weights[slot] = ",
+        "p.extras.slot_weights[i] = ",
+        "csrc/cuda/plan.cu",
+        "simt_test_moe",
+        ("moe_backward_on_sm90",),
+    ),
     _of_plan("tail not filled", BOTH, "if (i >= num_used) p.token_indices[i] = -1;", ""),
     _of_route(
         "no __syncwarp before the weights' sum",
@@ -404,8 +414,8 @@ MISTAKES = (
     _of_sm90(
         "tiles added up before they are counted",
         RACE,
-        "rows(slots(expert)) * columns;\n    }\n    __syncthreads();",
-        "rows(slots(expert)) * columns;\n    }",
+        "tiles(slots(expert));\n    }\n    __syncthreads();",
+        "tiles(slots(expert));\n    }",
     ),
     _of_queue(
         "entry stored before the last one was read",
@@ -456,11 +466,11 @@ MISTAKES = (
     ),
     _of_pairs(
         "both blocks load the first columns",
-        "const int n = rank == 0 ? first : pairs ? second : first + half;",
+        "const int n = rank == 0 ? first : middle;",
         "const int n = first;",
     ),
     _of_pairs(
-        "both blocks store the first half", "to + rank * half * kRowBytes, map, full, k, n,", "to, map, full, k, n,"
+        "both blocks store the first half", "to + rank * kHalf * kRowBytes, map, full, k, n,", "to, map, full, k, n,"
     ),
     _of_pairs(
         "weights for the own block only",
@@ -469,13 +479,21 @@ MISTAKES = (
     ),
     _of_pairs(
         "both blocks have the same rows",
-        "position.row * C::kCluster + static_cast<int32_t>(rank_in_cluster<C::kCluster>());",
+        "position.row * C::kCluster + rank;",
         "position.row * C::kCluster;",
     ),
     _of_pairs(
         "half of the pairs are missing",
-        "constexpr int kTogether = C::kSlots * C::kCluster;",
-        "constexpr int kTogether = 2 * C::kSlots * C::kCluster;",
+        "return row_tiles / C::kCluster * columns;",
+        "return row_tiles / C::kCluster / 2 * columns;",
+    ),
+    _of_pairs("last rows: both blocks have the same columns", "2 * (index - before) + rank}", "2 * (index - before)}"),
+    _of_pairs("last rows: no tile for the last column", "((columns + 1) / 2)", "(columns / 2)"),
+    _of_pairs("last rows: the weights go to both blocks", "    if (tile.alone) {\n", "    if (false) {\n"),
+    _of_pairs(
+        "last rows: half of the weights",
+        "      ptx::tma_load_3d(to + kHalf * kRowBytes, map, full, k, middle, tile.expert);\n",
+        "",
     ),
     _of_pairs("cooperative consumers multiply the same rows", "C::kCooperative ? this_consumer() : 0;", "0;"),
     _of_pairs(
@@ -533,9 +551,13 @@ MISTAKES = (
         "",
         RACE,
     ),
-    _of_store("matrices of other columns", "lane / 16 * 16 + 32 * sixteen", "lane / 8 % 2 * 16 + 32 * sixteen"),
+    _of_store("matrices of other columns", "lane / 16 + 2 * sixteen", "lane / 8 % 2 + 2 * sixteen"),
     _of_store(
-        "warps share their memory", "(this_thread() - kProducers) / 32 * kStagedBytes;", "0;", RACE, "gemm_sm90.cuh"
+        "warps share their memory",
+        "const int warp = (this_thread() - kProducers) / 32;",
+        "const int warp = 0;",
+        RACE,
+        "gemm_sm90.cuh",
     ),
     _of_store(
         "rows of the next expert",
@@ -545,6 +567,68 @@ MISTAKES = (
         "gemm_sm90.cuh",
     ),
     _of_store("columns past the last", "if (row != nullptr && column < columns)", "if (row != nullptr)"),
+    _of_store(
+        "box: no proxy fence", "  ptx::fence_proxy_async();\n  __syncwarp();\n  if", "  __syncwarp();\n  if", RACE
+    ),
+    _of_store(
+        "box: stored before other lanes have staged",
+        "  ptx::fence_proxy_async();\n  __syncwarp();\n  if",
+        "  ptx::fence_proxy_async();\n  if",
+        RACE,
+    ),
+    _of_store("box: memory written before it is read", "ptx::tma_store_wait_read<0>();", ";"),
+    _of_store(
+        "box: rows of the warps before",
+        "tile.first_row + row, 0, adjusted",
+        "tile.first_row, 0, adjusted",
+        BOTH,
+        "gemm_sm90.cuh",
+    ),
+    _of_store(
+        "box: rows of the next expert",
+        "staging.lent != nullptr && row + 16 <= tile.rows",
+        "staging.lent != nullptr",
+        RACE,
+        "gemm_sm90.cuh",
+    ),
+    _of_store(
+        "box: the other consumer still multiplies the stage",
+        "ptx::bar_sync(1, kConsumers * 128);  // both",
+        "//",
+        RACE,
+        "gemm_sm90.cuh",
+    ),
+    _of_store(
+        "box: the ring's memory after the next tile has it",
+        "  wait_for_boxes();\n  release",
+        "  release",
+        BOTH,
+        "gemm_sm90.cuh",
+    ),
+    _of_store(
+        "rows staged before other lanes have read their tile",
+        "    __syncwarp();  // before other lanes stage rows there\n    finish<T, kEpilogue>",
+        "    finish<T, kEpilogue>",
+        RACE,
+        "gemm_sm90.cuh",
+    ),
+    _of_store(
+        "box: another matrix", "column, row, matrix, AsIs{}", "column, row, 0, AsIs{}", BOTH, "gemm_sm90_wgrad.cuh"
+    ),
+    _of_store(
+        "box: h not read before a is staged",
+        "    if (part == 0 && boxes_of_h) wait_for_boxes();",
+        "",
+        RACE,
+        "gemm_sm90_glu.cuh",
+    ),
+    _of_store(
+        "box: gates where ups are",
+        "boxes && (!halves || first + 128 <= first_end);",
+        "boxes;",
+        RACE,
+        "gemm_sm90_glu.cuh",
+    ),
     _of_sm90(
         "indices of the same stage",
         BOTH,
@@ -560,7 +644,7 @@ MISTAKES = (
     _of_glu("gates of the other row", "i % 2 * 8 + lane / 4", "(i + 1) % 2 * 8 + lane / 4"),
     _of_glu("h from the first half", "(pass < 2 ? first : second) + pass % 2", "first + pass % 2"),
     _of_glu("second half of plain gates not moved", "acc[k] = acc[k + 64];", "acc[k] = acc[k];"),
-    _of_glu("columns past the last", "column, pass < 2 ? first_end : n, AsIs{}", "column, 2 * n, AsIs{}"),
+    _of_glu("columns past the last", "column, pass < 2 ? first_end : n, row_of", "column, 2 * n, row_of"),
     _of_sm90("no proxy fence after cp.async", RACE, "if (copied(stage)) ptx::fence_proxy_async();", ""),
     _of_sm90(
         "stage released before its products are done",
@@ -571,13 +655,27 @@ MISTAKES = (
     _of_sm90(
         "stage released twice",
         BOTH,
-        "if (num_stages > 0) release<C::kCluster>(ring.empty + ring.index(position - 1));",
-        "for (int i = 0; i < 2 && num_stages > 0; ++i) release<C::kCluster>(ring.empty + ring.index(position - 1));",
+        "if (num_stages > 0 && !C::kCooperative) release",
+        "for (int i = 0; i < 2 && num_stages > 0 && !C::kCooperative; ++i) release",
     ),
     _of_sm90(
         "accumulators used before the wait", BOTH, "  ptx::wgmma_wait<0>();\n  if", "  ptx::wgmma_wait<1>();\n  if"
     ),
     _of_sm90("no wgmma.fence", BOTH, "    ptx::wgmma_fence();\n", ""),
+    _of_sm90(
+        "dependent: offsets read before the wait",
+        RACE,
+        "  ptx::wait_for_kernel_before();\n  tiles.count();\n",
+        "  tiles.count();\n  ptx::wait_for_kernel_before();\n",
+    ),
+    _of_sm90("dependent: no wait", BOTH, "  ptx::wait_for_kernel_before();\n  tiles.count();\n", "  tiles.count();\n"),
+    _of_sm90(
+        "dependent: producers alone wait in a weight gradient",
+        BOTH,
+        "  ptx::wait_for_kernel_before();",
+        "  if (threadIdx.x < kProducers) ptx::wait_for_kernel_before();",
+        "gemm_sm90_wgrad.cuh",
+    ),
     _of_sm90("no fence after mbarrier.init", BOTH, "    ptx::fence_barrier_init();\n", ""),
     _of_sm90(
         "no barrier after mbarrier.init",
@@ -624,8 +722,8 @@ MISTAKES = (
     _of_sm90(
         "weights of the next column",
         BOTH,
-        "map, full, k, first, tile.expert);",
-        "map, full, k, first + 1, tile.expert);",
+        "map, full, k, first, tile.expert);\n    if (halves)",
+        "map, full, k, first + 1, tile.expert);\n    if (halves)",
     ),
     _of_low_rank(
         "elements past a rank are read",

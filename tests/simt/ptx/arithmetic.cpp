@@ -157,6 +157,10 @@ template <typename T>
 T reciprocal(T x) {
   return T{1} / x;
 }
+const Instruction* reciprocal_flushed(Thread& t, const Instruction& i) {
+  set<float>(t, i.slot[0], flushed(1.0f / flushed(get<float>(t, i.slot[1]))));
+  return next(i);
+}
 template <typename T>
 T square_root(T x) {
   return std::sqrt(x);
@@ -214,6 +218,7 @@ Step decode_fused(const Opcode& opcode, Instruction& instruction) {
 Step decode_arithmetic(const Opcode& opcode, Instruction& instruction) {
   const std::string_view stem = opcode.stem();
   if (!opcode.consists_of({"lo", "hi", "wide", "rn", "rm", "rp", "rz", "approx", "full", "ftz"})) return nullptr;
+  if (opcode.text() == "rcp.approx.ftz.f32") return reciprocal_flushed;
   if (opcode.has("ftz") && stem != "ex2") return nullptr;
   if (stem == "fma") return decode_fused(opcode, instruction);
   if (opcode.has("rm") || opcode.has("rp") || opcode.has("rz")) return nullptr;

@@ -18,6 +18,10 @@ const Instruction* branch_unless(Thread& t, const Instruction& i) {
 const Instruction* finish(Thread&, const Instruction&) { return nullptr; }
 const Instruction* nothing(Thread&, const Instruction& i) { return next(i); }
 const Instruction* trap(Thread&, const Instruction& i) { fail("trap", i.detail->at); }
+const Instruction* wait_for_kernel(Thread&, const Instruction& i) {
+  wait_for_kernel_before(i.detail->at);
+  return next(i);
+}
 const Instruction* sleep_a_while(Thread&, const Instruction& i) {
   sleep(i.detail->at);
   return next(i);
@@ -74,6 +78,8 @@ Step decode_control(const Opcode& opcode, Instruction& instruction) {
   if (text == "bra" || text == "bra.uni") return branch;
   if (text == "ret" || text == "exit" || text == "ret.uni") return finish;
   if (text == "trap") return trap;
+  if (text == "griddepcontrol.wait") return wait_for_kernel;
+  if (text == "griddepcontrol.launch_dependents") return nothing;
   if (stem == "nanosleep") return sleep_a_while;
   if (stem == "prefetch" || stem == "prefetchu") return nothing;
   if (stem == "fence" || stem == "membar") return decode_fence(opcode);

@@ -9,6 +9,7 @@ CONFORMANCE_80 = ("conformance_80", "ptx_conformance_80", "")
 CONFORMANCE_90 = ("conformance_90a", "ptx_conformance_90a", "")
 GEMM_80 = ("gemm_bf16", "simt_test_grouped_gemm", "grouped_gemm_matches_reference")
 GEMM_90 = ("gemm_sm90", "simt_test_gemm_sm90", "")
+MOE_90 = ("gemm_sm90", "simt_test_moe", "moe_forward_on_sm90")
 
 
 @dataclass(frozen=True)
@@ -138,5 +139,13 @@ FAULTS = [
         "",
         GEMM_90,
     ),
+    _sm90(
+        "dependent: no wait",
+        "wait_for_kernel_before",
+        'asm volatile("griddepcontrol.wait;" ::: "memory");',
+        "",
+        MOE_90,
+    ),
+    _sm90("reciprocal: of nothing", "reciprocal", "rcp.approx.ftz.f32", "mov.f32", MOE_90),
     _sm90("move: of itself", "move", "mov.f32 %0, %1;", "mov.f32 %0, %0;", GEMM_90),
 ]

@@ -130,6 +130,7 @@ TEST(float_instructions) {
       {floats("min.f32 %f10, %f1, %f2;"), bits(0.0f), bits(-0.0f), 0, bits(-0.0f)},
       {floats("copysign.f32 %f10, %f1, %f2;"), bits(-0.0f), bits(2.0f), 0, bits(-2.0f)},
       {floats("ex2.approx.ftz.f32 %f10, %f1;"), bits(-130.0f), 0, 0, bits(0.0f)},
+      {floats("rcp.approx.ftz.f32 %f10, %f1;"), bits(1e-40f), 0, 0, bits(HUGE_VALF)},
       {floats("cvt.sat.f32.f32 %f10, %f1;"), bits(nan), 0, 0, bits(0.0f)},
       {words("cvt.rzi.s32.f32 %r10, %f1;"), bits(-2.75f), 0, 0, static_cast<uint32_t>(-2)},
       {words("cvt.rzi.s32.f32 %r10, %f1;"), bits(1e20f), 0, 0, 0x7fffffff},
