@@ -51,6 +51,7 @@
 #include "gemm_schedule.cuh"
 #include "gemm_sm90_epilogue.cuh"
 #include "gemm_sm90_glu.cuh"
+#include "gemm_sm90_separate.cuh"
 #include "gemm_sm90_store.cuh"
 #include "hopper.cuh"
 #include "scan.cuh"
@@ -248,8 +249,10 @@ constexpr uint16_t kBothBlocks = 3;  // a mask
 
 // Loads one stage of the weights of a tile: a cluster's block loads half, depths if n is contiguous, else columns.
 template <typename C>
-__device__ inline void load_weights(unsigned char* to, const CUtensorMap* map, const Gemm& g, uint64_t* full,
+__device__ inline void load_weights(unsigned char* to, WeightMap from, const Gemm& g, uint64_t* full,
                                     const RowTile& tile, int k) {
+  const CUtensorMap* const map = from.map;
+  const int expert = from.place;
   const bool pairs = gate_halves(g);
   const int first = tile.column * (pairs ? C::kColumns / 2 : C::kColumns);
   const int second = static_cast<int>(g.n / 2) + first;  // the ups, if `pairs`
@@ -262,18 +265,18 @@ __device__ inline void load_weights(unsigned char* to, const CUtensorMap* map, c
       const int n = pairs && i >= kHalf ? second + 64 * (i - kHalf) : first + 64 * i;
       unsigned char* const block = to + i * kBlockBytes + skipped * kRowBytes;
       if constexpr (C::kCluster > 1) {
-        ptx::tma_load_3d_multicast(block, map, full, n, k + skipped, tile.expert, kBothBlocks);
+        ptx::tma_load_3d_multicast(block, map, full, n, k + skipped, expert, kBothBlocks);
       } else {
-        ptx::tma_load_3d(block, map, full, n, k, tile.expert);
+        ptx::tma_load_3d(block, map, full, n, k, expert);
       }
     }
   } else if constexpr (C::kCluster > 1) {
     const int rank = static_cast<int>(rank_in_cluster<C::kCluster>()), half = C::kColumns / 2;
     const int n = rank == 0 ? first : pairs ? second : first + half;
-    ptx::tma_load_3d_multicast(to + rank * half * kRowBytes, map, full, k, n, tile.expert, kBothBlocks);
+    ptx::tma_load_3d_multicast(to + rank * half * kRowBytes, map, full, k, n, expert, kBothBlocks);
   } else {
-    ptx::tma_load_3d(to, map, full, k, first, tile.expert);
-    if (pairs) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, map, full, k, second, tile.expert);
+    ptx::tma_load_3d(to, map, full, k, first, expert);
+    if (pairs) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, map, full, k, second, expert);
   }
 }
 
@@ -305,6 +308,8 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
       }
     }
     const int num_stages = num_stages_of<C>(g, tile);
+    if (num_stages == 0) return;
+    const WeightMap weights = WeightMap::of(g.b, params.maps.weights, tile.expert);
     for (int stage = 0; stage < num_stages; ++stage, ++position) {
       uint64_t* const full = ring.full + ring.index(position);
       unsigned char* const to_weights = C::kShape == Shape::kFewRows ? ring.p(position) : ring.q(position);
@@ -315,7 +320,7 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
       if (threadIdx.x == 0) {
         const GemmParams::Maps& maps = low ? params.low : params.maps;
         ptx::mbar_expect_tx(full, bytes);
-        load_weights<C>(to_weights, &maps.weights, g, full, tile, k);
+        load_weights<C>(to_weights, low ? WeightMap{&maps.weights, tile.expert} : weights, g, full, tile, k);
         if (!copies) ptx::tma_load_3d(to_slots, &maps.slots, full, k, tile.first_row, 0);
       }
       if (copies) copy_rows<T>(to_slots, g.a, rows, k, static_cast<int>(g.c));
