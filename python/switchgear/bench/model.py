@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common import choose, console, table
 from .cost_model import EXPECTED, GPUS, Kernel, Prediction, predict
+from .cost_model_stored import HOPPER, stored_rows
 from .published import FIGURES, Figure
 from .results import Row, write_json
 from .shapes import GPU_SHAPES, GPU_TOKENS
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     for (name, mode), predictions in cases.items():
         print_case(out, name, mode, predictions)
     print_summary(out, cases)
+    print_stored(out, names)
     if args.json:
         rows = [row_of(*case, prediction) for case, predictions in cases.items() for prediction in predictions]
         figures = [figure._asdict() for figure in FIGURES if figure.shape in names]
@@ -73,6 +75,16 @@ def print_summary(out: Any, cases: dict[tuple[str, str], list[Prediction]]) -> N
         figure = f"{best.tflops:.0f} ({best.who}, {best.gpu})" if best else ""
         shown.add_row(f"{name}, {mode}", *(speeds(prediction) for prediction in predictions), figure)
     out.print(shown)
+
+
+def print_stored(out: Any, names: list[str]) -> None:
+    """Stored weights on Hopper: mma.sync before, wgmma now."""
+    for name in names:
+        title = f"{name}, T={GPU_TOKENS[name]}, forward, {HOPPER.name}: predicted, expected TFLOP/s"
+        shown = table(title, "stored_gemm", "stored_sm90", "bound by")
+        for row in stored_rows(GPU_SHAPES[name], GPU_TOKENS[name]):
+            shown.add_row(*row)
+        out.print(shown)
 
 
 def speeds(prediction: Prediction) -> str:
