@@ -272,8 +272,8 @@ __device__ inline void multiply_stored(typename StoredProduct<C>::Sums& total, c
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
       product.multiply(part, a[step], position, step, goes_on);
-      ptx::wgmma_wait<
-          1>();  // the products before are done: the other registers and, after a stage's last, its memory are free
+      // The products before are done: the other registers are free and, after a stage's last step, its memory.
+      ptx::wgmma_wait<1>();
       if (step == 0) {
         if (stage > 0) release_stored<C>(ring, position - 1);
         product.decode(a[1], position, 1);

@@ -35,11 +35,15 @@ def _of_sm90(
 STORED = (
     _of_sm90(
         "registers are decoded again under their products",
-        "      ptx::wgmma_wait<1>();",
+        "ptx::wgmma_wait<1>();",
         "",
     ),
-    _of_sm90("no wgmma.fence after decoding", "    ptx::wgmma_fence();\n", ""),
-    _of_sm90("copies are not fenced", "    ptx::fence_proxy_async();\n", "", RACE),
+    _of_sm90(
+        "no wgmma.fence after decoding",
+        "    ptx::wgmma_fence();\n#pragma unroll\n    for (int half",
+        "#pragma unroll\n    for (int half",
+    ),
+    _of_sm90("copies are not fenced", "    ptx::fence_proxy_async();\n  };", "  };", RACE),
     _of_sm90(
         "a stage is freed too early",
         "release_stored<C>(ring, position - 1);\n        product",
@@ -60,8 +64,8 @@ STORED = (
         "decode_with(shift_at(0), shift_at(8));",
         "decode_with(shift_at(0), shift_at(0));",
     ),
-    _of_sm90("halves of a fragment exchanged", "2 * half + i / 2, shift", "2 * half + 1 - i / 2, shift"),
-    _of_sm90("row scales of the first eight columns", "m.row_scales[first + 8]", "m.row_scales[first]"),
+    _of_sm90("halves of a fragment exchanged", "2 * half + i / 2, i % 2", "2 * half + 1 - i / 2, i % 2"),
+    _of_sm90("row scales of the first eight columns", "m.row_scales[row + 8]", "m.row_scales[row]"),
     _of_sm90(
         "sums are read before they are written",
         "  ptx::bar_sync(1, kConsumers * 128);\n#pragma unroll 1",
@@ -81,6 +85,18 @@ STORED = (
         "",
         ASAN,
         "stored_sm90_nf4",
+    ),
+    _of_sm90(
+        "an adapter's rows of another slot",
+        "source_row(g.low.a, tile.first_row + r)",
+        "source_row(g.low.a, r)",
+        test="stored_sm90_layers",
+    ),
+    _of_sm90(
+        "an adapter's stage is not freed",
+        "    release_stored<C>(ring, position);\n",
+        "",
+        test="stored_sm90_layers",
     ),
     _of_sm90(
         "any group size",
