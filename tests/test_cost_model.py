@@ -36,6 +36,7 @@ from switchgear.bench.cost_model import (
     routed,
     wgrad,
 )
+from switchgear.bench.cost_model_stored import HOPPER, STORED_FORMATS, cycles_of_step, predict_stored
 from switchgear.bench.decode_model import BLOCKS, STEP_INSTRUCTIONS, WARPS, decode_rows, plain, stored, tile_columns
 from switchgear.bench.model import best_published
 from switchgear.bench.published import FIGURES
@@ -249,3 +250,17 @@ def test_bytes_in_flight_bound_few_warps() -> None:
 def test_bench_model_names_the_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--model", "--shapes", "tiny"]) == 2
     assert "--shapes: expected a list of sonic-7b-n256" in capsys.readouterr().err
+
+
+def test_stored_weights_on_wgmma_are_predicted_faster() -> None:
+    shape = GPU_SHAPES[next(iter(GPU_SHAPES))]
+    for stored in STORED_FORMATS:
+        before, now = (predict_stored(shape, 16384, stored, wgmma) for wgmma in (False, True))
+        assert before.tflops < now.tflops <= HOPPER.tensor_rate / 1e12 * HOPPER.sustained
+        cycles = cycles_of_step(HOPPER, stored, True)
+        assert cycles["arithmetic"] * HOPPER.products_per_cycle == pytest.approx(2 * 128 * 32 * 128)
+
+
+def test_stored_weights_of_few_rows_are_bound_by_memory() -> None:
+    shape = GPU_SHAPES[next(iter(GPU_SHAPES))]
+    assert predict_stored(shape, 8, STORED_FORMATS[0], True).bound == "memory"

@@ -9,20 +9,15 @@
 namespace switchgear::cuda {
 namespace {
 
-constexpr int kMaxSeparate = 512;  // 8 KB of kernel parameters; the limit is 32,764 bytes
-
-struct SeparateList {
-  SeparateMatrix matrices[kMaxSeparate];
-};
-
 __global__ void __launch_bounds__(kMaxSeparate)
-    write_separate_kernel(const __grid_constant__ SeparateList list, SeparateMatrix* out) {
-  out[threadIdx.x] = list.matrices[threadIdx.x];
+    write_separate_kernel(const __grid_constant__ SeparateMatrices matrices, SeparateMatrix* out) {
+  out[threadIdx.x].data = matrices.items[threadIdx.x].data;
+  out[threadIdx.x].rows = matrices.items[threadIdx.x].rows;
 }
 
 }  // namespace
 
-ExpertOperand operand_of(const Weight& w, bool transposed, const SeparateMatrix* separate) {
+ExpertOperand operand_of(const Weight& w, bool transposed, SeparateMatrix* separate) {
   if (w.format != Format::kPlain) return {.rows_are_n = transposed, .k_stride = transposed ? 1 : 0};
   const int64_t item = size_of(w.data.dtype);
   const int64_t wide_stride = w.data.stride[2] == 1 ? w.data.stride[1] : w.data.stride[2];
@@ -39,20 +34,21 @@ ExpertOperand operand_of(const Weight& w, bool transposed, const SeparateMatrix*
     return b;
   }
   b.separate = separate;
+  b.list = {w.base, w.row_count};
   for (int64_t e = 0; e < w.data.shape[0]; ++e) {
     b.aligned = b.aligned && (w.row_count[e] == 0 || aligned(w.base[e]));
   }
   return b;
 }
 
-void write_separate(const char* name, const Weight& w, SeparateMatrix* separate, void* stream) {
-  const int64_t count = separate_count(w);
-  if (count == 0) return;
-  SWITCHGEAR_CHECK(ValueError, count <= kMaxSeparate, name, ": expected at most ", kMaxSeparate,
-                   " experts with matrices of their own on a CUDA device, got ", count);
-  SeparateList list{};
-  for (int64_t e = 0; e < count; ++e) list.matrices[e] = {w.base[e], w.row_count[e]};
-  launch(write_separate_kernel, dim3(1), dim3(static_cast<unsigned>(count)), 0, stream, list, separate);
+void check_separate(const char* name, const Weight& w) {
+  SWITCHGEAR_CHECK(ValueError, separate_count(w) <= kMaxSeparate, name, ": expected at most ", kMaxSeparate,
+                   " experts with matrices of their own on a CUDA device, got ", separate_count(w));
+}
+
+void write_separate(const ExpertOperand& b, int64_t num_experts, void* stream) {
+  launch(write_separate_kernel, dim3(1), dim3(static_cast<unsigned>(num_experts)), 0, stream,
+         SeparateMatrices(b.list, num_experts), b.separate);
 }
 
 }  // namespace switchgear::cuda

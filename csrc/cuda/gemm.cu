@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "expert_weights.h"
 #include "gemm_sm80.h"
 #include "switchgear/check.h"
 
@@ -34,6 +35,7 @@ void gemm(const Gemm& g, void* stream) {
   check_sizes({g.n, g.c, g.low.rank});
   if (g.low.rank > 0 && !layouts_match(g)) throw std::logic_error("gemm: the matrices have different layouts");
   if (sm90_takes(g)) return gemm_sm90(g, stream);
+  if (g.b.separate != nullptr) write_separate(g.b, g.num_experts, stream);
   switch (g.dtype) {
     case DType::kBFloat16: return gemm_bf16(g, stream);
     case DType::kFloat16: return gemm_f16(g, stream);

@@ -14,6 +14,7 @@
 // accumulator per element, 16 (tf32: 8) terms per instruction. So a row's bits do not depend on the tile picked.
 // gemm_sm90 has its own order, which must not depend on the tile either.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "platform.cuh"
@@ -31,17 +32,25 @@ struct Rows {
   const int32_t* indices = nullptr;  // [S] on the device
 };
 
-// The matrix of one expert, for experts stored separately.
-struct SeparateMatrix {
+// The matrix of one expert, for experts stored separately. On the device; each product writes it first (expert_weights.h).
+struct alignas(64) SeparateMatrix {
+  std::byte tensor_map[128];  // gemm_sm90 only: the matrix's CUtensorMap
   const void* data;
   int64_t rows;  // rows from here on are zeros and are not read
+};
+
+// The same on the host, which a product reads while it is queued.
+struct SeparateList {
+  const void* const* data = nullptr;  // [E]
+  const int64_t* rows = nullptr;      // [E]
 };
 
 // Element (n, k) of expert e. One of the two strides is 1.
 struct ExpertOperand {
   const void* data = nullptr;  // expert e at data + e * expert_stride …
   int64_t expert_stride = 0;
-  const SeparateMatrix* separate = nullptr;  // … or, if given, at separate[e].data; [E] on the device
+  SeparateMatrix* separate = nullptr;  // … or, if given, at separate[e].data; [E] on the device, for `list`
+  SeparateList list;
   const int32_t* ends = nullptr;  // [E] on the device, optional: rows from here on are zeros and are not read
   bool rows_are_n = true;         // separate[e].rows and ends[e] bound n; else k
   int64_t n_stride = 0, k_stride = 1;

@@ -375,9 +375,8 @@ struct ExpertMatrix {
       : n_end(static_cast<int32_t>(n)), k_end(static_cast<int32_t>(k)) {
     data = static_cast<const T*>(b.data) + e * b.expert_stride;
     if (b.separate != nullptr) {
-      const SeparateMatrix matrix = b.separate[e];
-      data = static_cast<const T*>(matrix.data);
-      bound(b, static_cast<int32_t>(matrix.rows));
+      data = static_cast<const T*>(b.separate[e].data);
+      bound(b, static_cast<int32_t>(b.separate[e].rows));
     }
     if (b.ends != nullptr) bound(b, b.ends[e]);
   }

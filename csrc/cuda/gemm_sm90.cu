@@ -36,8 +36,9 @@ bool takes_rows(const Rows& rows, int64_t columns) {
 }
 
 bool takes_weights(const Gemm& g, const ExpertOperand& b) {
-  if (b.separate != nullptr || b.ends != nullptr || !aligned(b.data)) return false;
+  if (b.ends != nullptr || !aligned(b.data)) return false;
   const int64_t unit = std::min(b.n_stride, b.k_stride), other = std::max(b.n_stride, b.k_stride);
+  if (b.separate != nullptr) return b.aligned && unit == 1 && other > 0;
   return unit == 1 && eights(other) && other > 0 &&
          (g.num_experts == 1 || (eights(b.expert_stride) && b.expert_stride > 0));
 }
@@ -66,6 +67,10 @@ CUtensorMap map_of_rows(const Rows& rows, DType dtype, int64_t columns, int box_
 CUtensorMap map_of_weights(const Gemm& g, const ExpertOperand& b, int64_t depth, int columns, int depths) {
   const bool k_contiguous = g.b.k_contiguous();
   const int64_t row_stride = k_contiguous ? b.n_stride : b.k_stride;
+  if (b.separate != nullptr) {  // a model for the experts' own; the memory is any that is aligned
+    const std::array<int64_t, 3> size = {k_contiguous ? depth : g.n, k_contiguous ? g.n : depth, 1};
+    return make_tensor_map({b.separate, g.dtype, size, {row_stride, row_stride}, k_contiguous ? columns : depths});
+  }
   const int64_t expert_stride = g.num_experts == 1 ? row_stride : b.expert_stride;
   if (k_contiguous) {
     return make_tensor_map({b.data, g.dtype, {depth, g.n, g.num_experts}, {row_stride, expert_stride}, columns});
@@ -104,6 +109,7 @@ void launch_gemm(const Gemm& g, void* stream) {
     }
   }
   params.g = g;
+  if (g.b.separate != nullptr) write_maps(g.b, params.maps.weights, g.num_experts, stream);
   const int64_t rows = row_tile_bound(g.num_slots, g.num_experts, C::kSlots * C::kCluster);
   const int64_t tiles = rows * ((g.n + C::kColumns - 1) / C::kColumns);
   launch_dependent(g.schedule.follows_kernel, C::kCluster, gemm_sm90_kernel<T, kEpilogue, C>,

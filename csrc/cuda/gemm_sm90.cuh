@@ -57,6 +57,7 @@
 #include "gemm_schedule.cuh"
 #include "gemm_sm90_epilogue.cuh"
 #include "gemm_sm90_glu.cuh"
+#include "gemm_sm90_separate.cuh"
 #include "gemm_sm90_store.cuh"
 #include "hopper.cuh"
 #include "scan.cuh"
@@ -281,8 +282,10 @@ constexpr uint16_t kBothBlocks = 3;  // a mask
 
 // Loads one stage of the weights of a tile. Of a pair's a block loads half for both, depths if n is contiguous, else columns.
 template <typename C>
-__device__ inline void load_weights(unsigned char* to, const CUtensorMap* map, const Gemm& g, uint64_t* full,
+__device__ inline void load_weights(unsigned char* to, WeightMap from, const Gemm& g, uint64_t* full,
                                     const BlockTile& tile, int k) {
+  const CUtensorMap* const map = from.map;
+  const int expert = from.place;
   const bool halves = gate_halves(g);
   const int first = tile.column * (halves ? C::kColumns / 2 : C::kColumns);
   const int second = static_cast<int>(g.n / 2) + first;  // the ups, if `halves`
@@ -296,27 +299,27 @@ __device__ inline void load_weights(unsigned char* to, const CUtensorMap* map, c
       unsigned char* const block = to + i * kBlockBytes;
       if (C::kCluster > 1 && !tile.alone) {
         const int skipped = rank * kDepths;
-        ptx::tma_load_3d_multicast(block + skipped * kRowBytes, map, full, n, k + skipped, tile.expert, kBothBlocks);
+        ptx::tma_load_3d_multicast(block + skipped * kRowBytes, map, full, n, k + skipped, expert, kBothBlocks);
         continue;
       }
 #pragma unroll
       for (int skipped = 0; skipped < kDepth; skipped += kDepths) {
-        ptx::tma_load_3d(block + skipped * kRowBytes, map, full, n, k + skipped, tile.expert);
+        ptx::tma_load_3d(block + skipped * kRowBytes, map, full, n, k + skipped, expert);
       }
     }
   } else if constexpr (C::kCluster > 1) {
     constexpr int kHalf = C::kColumns / 2;
     const int middle = halves ? second : first + kHalf;
     if (tile.alone) {
-      ptx::tma_load_3d(to, map, full, k, first, tile.expert);
-      ptx::tma_load_3d(to + kHalf * kRowBytes, map, full, k, middle, tile.expert);
+      ptx::tma_load_3d(to, map, full, k, first, expert);
+      ptx::tma_load_3d(to + kHalf * kRowBytes, map, full, k, middle, expert);
     } else {
       const int n = rank == 0 ? first : middle;
-      ptx::tma_load_3d_multicast(to + rank * kHalf * kRowBytes, map, full, k, n, tile.expert, kBothBlocks);
+      ptx::tma_load_3d_multicast(to + rank * kHalf * kRowBytes, map, full, k, n, expert, kBothBlocks);
     }
   } else {
-    ptx::tma_load_3d(to, map, full, k, first, tile.expert);
-    if (halves) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, map, full, k, second, tile.expert);
+    ptx::tma_load_3d(to, map, full, k, first, expert);
+    if (halves) ptx::tma_load_3d(to + C::kColumns / 2 * kRowBytes, map, full, k, second, expert);
   }
 }
 
@@ -348,6 +351,8 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
       }
     }
     const int num_stages = num_stages_of<C>(g, tile);
+    if (num_stages == 0) return;
+    const WeightMap weights = WeightMap::of(g.b, params.maps.weights, tile.expert);
     for (int stage = 0; stage < num_stages; ++stage, ++position) {
       uint64_t* const full = ring.full + ring.index(position);
       unsigned char* const to_weights = C::kShape == Shape::kFewRows ? ring.p(position) : ring.q(position);
@@ -358,7 +363,7 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
       if (threadIdx.x == 0) {
         const GemmParams::Maps& maps = low ? params.low : params.maps;
         ptx::mbar_expect_tx(full, bytes);
-        load_weights<C>(to_weights, &maps.weights, g, full, tile, k);
+        load_weights<C>(to_weights, low ? WeightMap{&maps.weights, tile.expert} : weights, g, full, tile, k);
         if (!copies) ptx::tma_load_3d(to_slots, &maps.slots, full, k, tile.first_row, 0);
       }
       if (copies) copy_rows<T>(to_slots, g.a, rows, k, static_cast<int>(g.c));

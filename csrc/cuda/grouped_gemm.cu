@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <tuple>
 
 #include "expert_weights.h"
 #include "gemm.h"
@@ -17,12 +17,11 @@ Rows rows_of(const TensorView& x, const TensorView& token_indices) {
   return {x.data, x.stride[0], x.shape[0], token_indices.as<const int32_t>()};
 }
 
-// With a counter if the kernel takes one. Queues the kernel that sets it to zero.
-Schedule schedule_of(const Execution& exec, bool counts) {
+// With the counter if the kernel takes one. Queues the kernel that sets it to zero.
+Schedule schedule_of(const Execution& exec, TileCounter* counter, bool counts) {
   Schedule schedule{.reserved_multiprocessors = exec.reserved_multiprocessors};
   if (!counts) return schedule;
-  Workspace memory(allocate(exec, sizeof(TileCounter)));
-  schedule.counter = memory.take<TileCounter>(1);
+  schedule.counter = counter;
   const cudaError_t error =
       cudaMemsetAsync(schedule.counter, 0, sizeof(TileCounter), static_cast<cudaStream_t>(exec.stream));
   if (error != cudaSuccess) throw std::runtime_error(std::string("cudaMemsetAsync: ") + cudaGetErrorString(error));
@@ -33,16 +32,19 @@ Schedule schedule_of(const Execution& exec, bool counts) {
 
 void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
   if (args.out.shape[0] == 0) return;
+  check_separate("weight", args.weight);
   const int64_t count = separate_count(args.weight);
+  const bool plain = args.weight.format == Format::kPlain;
   const auto layout = [&](Workspace& memory) {
     SeparateMatrix* const separate = memory.take<SeparateMatrix>(count);
-    return std::pair(separate, args.transposed ? QuantizedRows() : QuantizedRows(memory, args.weight, args.x.shape[0]));
+    TileCounter* const counter = memory.take<TileCounter>(plain && size_of(args.x.dtype) == 2 && on_hopper() ? 1 : 0);
+    return std::tuple(separate, counter,
+                      args.transposed ? QuantizedRows() : QuantizedRows(memory, args.weight, args.x.shape[0]));
   };
   Workspace sizes;
   layout(sizes);
   Workspace memory(allocate(exec, sizes.size()));
-  const auto [separate, quantized] = layout(memory);
-  write_separate("weight", args.weight, separate, exec.stream);
+  const auto [separate, counter, quantized] = layout(memory);
   Gemm g{.dtype = args.x.dtype,
          .allow_tf32 = exec.allow_tf32,
          .a = rows_of(args.x, args.token_indices),
@@ -56,7 +58,7 @@ void grouped_gemm(const GroupedGemmArgs& args, Execution exec) {
          .c = args.x.shape[1],
          .out = args.out.data,
          .out_stride = args.out.stride[0]};
-  g.schedule = schedule_of(exec, args.weight.format == Format::kPlain && sm90_takes(g));
+  g.schedule = schedule_of(exec, counter, plain && sm90_takes(g));
   if (args.transposed) {
     backward_gemm(g, "weight", args.weight, exec.stream);
   } else {
@@ -85,7 +87,12 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec) {
     std::swap(g.m, g.n);
     g.out_stride = gradient.stride[2];
   }
-  g.schedule = schedule_of(exec, g.num_matrices > 0 && sm90_takes(g));
+  if (g.num_matrices > 0 && sm90_takes(g)) {
+    Workspace memory(allocate(exec, sizeof(TileCounter)));
+    g.schedule = schedule_of(exec, memory.take<TileCounter>(1), true);
+  } else {
+    g.schedule = schedule_of(exec, nullptr, false);
+  }
   wgrad(g, exec.stream);
 }
 

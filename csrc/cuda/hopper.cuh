@@ -363,6 +363,46 @@ PTX void prefetch_tensor_map([[maybe_unused]] const CUtensorMap* map) {
 #endif
 }
 
+// ---- tensor maps in device memory: written by a thread, then read by TMA through a proxy of its own ---------------------------
+// The writer replaces fields of a map, a copy of an encoded one, and releases; a thread of another kernel, or after other
+// synchronisation, acquires the map and may then use it.
+
+PTX void tensor_map_replace_address(void* map, const void* address PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("tensormap.replace.tile.global_address.global.b1024.b64 [%0], %1;" ::"l"(map), "l"(address) : "memory");
+#else
+  simt::replace_map_address(map, address, at);
+#endif
+}
+
+// The number of elements in dimension kDimension, 0 for the contiguous one; at least 1.
+template <int kDimension>
+PTX void tensor_map_replace_size(void* map, uint32_t size PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("tensormap.replace.tile.global_dim.global.b1024.b32 [%0], %1, %2;" ::"l"(map), "n"(kDimension), "r"(size)
+               : "memory");
+#else
+  simt::replace_map_size(map, kDimension, size, at);
+#endif
+}
+
+// What this thread wrote to maps is visible to TMA after another thread's acquire.
+PTX void fence_tensor_map_release(PTX_AT) {
+#if defined(__CUDACC__)
+  asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory");
+#else
+  simt::release_maps(at);
+#endif
+}
+
+PTX void fence_tensor_map_acquire(const CUtensorMap* map PTX_AND_AT) {
+#if defined(__CUDACC__)
+  asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+#else
+  simt::acquire_map(map, at);
+#endif
+}
+
 // ---- wgmma: d += a · b by a warpgroup, d [64, N] in registers, depth 16 --------------------------------------------------------
 // Accumulator i of a thread: row 16 (warp % 4) + lane / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (lane % 4) + i % 2.
 

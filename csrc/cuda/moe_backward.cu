@@ -188,8 +188,8 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec) {
   Workspace memory(allocate(exec, sizes.size()));
   const BackwardMemory m(memory, args, needs);
   const ExpertWeights& weights = args.weights;
-  write_separate("gate_up_proj", weights.gate_up_proj, m.gate_up, exec.stream);
-  write_separate("down_proj", weights.down_proj, m.down, exec.stream);
+  check_separate("gate_up_proj", weights.gate_up_proj);
+  check_separate("down_proj", weights.down_proj);
   const Plan& p = m.own.plan;
   const int64_t num_slots = args.topk_ids.numel();
   m.own.make(args.topk_ids, exec.stream, args.topk_weights, m.slot_weights);

@@ -77,8 +77,8 @@ void moe_forward(const MoeForwardArgs& args, Execution exec) {
   Workspace memory(allocate(exec, sizes.size()));
   const ForwardMemory m(memory, args);
   const ExpertWeights& weights = args.weights;
-  write_separate("gate_up_proj", weights.gate_up_proj, m.gate_up, exec.stream);
-  write_separate("down_proj", weights.down_proj, m.down, exec.stream);
+  check_separate("gate_up_proj", weights.gate_up_proj);
+  check_separate("down_proj", weights.down_proj);
   const Plan& p = m.own.plan;
   m.own.make(args.topk_ids, exec.stream);
   const auto* const expert_offsets = p.expert_offsets.as<const int32_t>();

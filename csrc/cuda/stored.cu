@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "stored_decode.cuh"
+#include "stored_sm90.h"
 #include "switchgear/check.h"
 #include "switchgear/integers.h"
 
@@ -37,6 +38,7 @@ void stored_forward(const Gemm& g, const StoredOperand& w, void* stream) {
   if (is_wide && !is_integer(w.format)) {
     return g.allow_tf32 ? decoded_gemm_tf32(g, w, false, stream) : decoded_gemm_f32(g, w, false, stream);
   }
+  if (sm90_takes(g, w)) return stored_sm90(g, w, stream);
   switch (w.format) {
     case Format::kFp8: return stored_gemm_fp8(g, w, stream);
     case Format::kMxfp4: return stored_gemm_mxfp4(g, w, stream);

@@ -81,17 +81,21 @@ __device__ inline uint32_t half_word_at(const std::byte* p) { return *reinterpre
 
 // ---- pairs -----------------------------------------------------------------------------------------------------------------
 // word(step, row, chunk, shift): `step` points into shared memory; row is 0 or 8, the lane's own row is lane / 4 after
-// it. `shift` is zero_shift twice, in T.
+// it. `shift` is zero_shift twice, in T. `fill` writes what `word` looks up, before a barrier of the block.
+
+struct NoTable {
+  __device__ static void fill(uint32_t*) {}
+};
 
 template <Format kFormat, typename T>
 struct Pairs;
 
 template <typename T>
-struct Pairs<Format::kFp8, T> {
+struct Pairs<Format::kFp8, T> : NoTable {
   static constexpr int kBytes = most_step_bytes(Format::kFp8);
   int offset;
 
-  __device__ Pairs(int lane, int, uint32_t*)
+  __device__ Pairs(int lane, int, const uint32_t*)
       : offset(lane % 4 / 2 * 64 + lane / 16 * 16 + lane % 4 % 2 * 8 + lane / 4 % 4 * 2) {}
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t) const {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
@@ -103,11 +107,11 @@ struct Pairs<Format::kFp8, T> {
 };
 
 template <typename T>
-struct Pairs<Format::kMxfp4, T> {
+struct Pairs<Format::kMxfp4, T> : NoTable {
   static constexpr int kBytes = most_step_bytes(Format::kMxfp4);
   int offset, turn;
 
-  __device__ Pairs(int lane, int, uint32_t*) : offset(lane / 4 * 4), turn(lane % 4 * 4) {}
+  __device__ Pairs(int lane, int, const uint32_t*) : offset(lane / 4 * 4), turn(lane % 4 * 4) {}
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t) const {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
     const uint32_t w = word_at(step + offset + 64 * chunk + 4 * row) >> turn;  // codes s ee f at bits 0 and 16
@@ -123,14 +127,13 @@ struct Pairs<Format::kNf4, T> {
   const uint32_t* table;  // in shared memory: the bits of each code's value
   int offset, turn;
 
-  // Fills the table.
-  __device__ Pairs(int lane, int, uint32_t* values) : table(values), offset(lane / 4 * 4), turn(lane % 4 * 4) {
+  __device__ Pairs(int lane, int, const uint32_t* values) : table(values), offset(lane / 4 * 4), turn(lane % 4 * 4) {}
+  __device__ static void fill(uint32_t* values) {
     constexpr Nf4Table kTable = nf4_table();
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       if (static_cast<int>(threadIdx.x) == i) values[i] = bits_of(from_float<T>(kTable.values[i]));
     }
-    __syncthreads();
   }
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t) const {
     const uint32_t w = word_at(step + offset + 64 * chunk + 4 * row) >> turn;
@@ -139,11 +142,11 @@ struct Pairs<Format::kNf4, T> {
 };
 
 template <typename T>
-struct Pairs<Format::kInt8, T> {
+struct Pairs<Format::kInt8, T> : NoTable {
   static constexpr int kBytes = most_step_bytes(Format::kInt8);
   int offset;
 
-  __device__ Pairs(int lane, int, uint32_t*) : offset(lane % 4 / 2 * 64 + lane / 4 * 4 + lane % 4 % 2 * 2) {}
+  __device__ Pairs(int lane, int, const uint32_t*) : offset(lane % 4 / 2 * 64 + lane / 4 * 4 + lane % 4 % 2 * 2) {}
   // q - 128 is (2^7 + q % 128) - (q < 128 ? 256 : 128): seven bits of fraction hold no more.
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t shift) const {
     static_assert(std::is_same_v<T, __nv_bfloat16>, "rows of int8 come in bfloat16");
@@ -156,11 +159,11 @@ struct Pairs<Format::kInt8, T> {
 };
 
 template <typename T>
-struct Pairs<Format::kInt4, T> {
+struct Pairs<Format::kInt4, T> : NoTable {
   static constexpr int kBytes = most_step_bytes(Format::kInt4);
   int offset, turn;
 
-  __device__ Pairs(int lane, int, uint32_t*) : offset(lane / 4 * 4), turn(lane % 2 * 16 + lane % 4 / 2 * 4) {}
+  __device__ Pairs(int lane, int, const uint32_t*) : offset(lane / 4 * 4), turn(lane % 2 * 16 + lane % 4 / 2 * 4) {}
   __device__ uint32_t word(const std::byte* step, int row, int chunk, uint32_t shift) const {
     static_assert(std::is_same_v<T, __nv_bfloat16>, "rows of int8 come in bfloat16");
     const uint32_t w = __byte_perm(word_at(step + offset + 64 * chunk + 4 * row) >> turn, 0, 0x4140);
@@ -171,12 +174,12 @@ struct Pairs<Format::kInt4, T> {
 };
 
 template <typename T>
-struct Pairs<Format::kGroups, T> {
+struct Pairs<Format::kGroups, T> : NoTable {
   static constexpr int kBytes = most_step_bytes(Format::kGroups);
   int offset, lane_code, bits;
   uint32_t middle;  // what 2^n + q of the middle q is, negative
 
-  __device__ Pairs(int lane, int bits, uint32_t*)
+  __device__ Pairs(int lane, int bits, const uint32_t*)
       : offset(lane / 4 * 4),
         lane_code(lane % 4),
         bits(bits),

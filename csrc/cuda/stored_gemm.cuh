@@ -224,6 +224,10 @@ __global__ void __launch_bounds__(kStoredThreads, stored_tile(kKind).blocks)
   std::byte* const shared = all_shared + Tile::kRing;
   const int thread = static_cast<int>(threadIdx.x);
   const int out_width = out_tile_columns(g, Tile::kColumns);
+  if constexpr (kFormat == Format::kNf4) {
+    Pairs<kFormat, A>::fill(reinterpret_cast<uint32_t*>(all_shared));
+    __syncthreads();
+  }
   TileWalker walker(g, Tile::kRows, static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
   RowTile tile;
   for (int64_t index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {

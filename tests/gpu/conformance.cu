@@ -263,6 +263,24 @@ __global__ void tma_load_3d_kernel(const __grid_constant__ CUtensorMap map, uint
          [&] { ptx::tma_load_3d(tile, &map, reinterpret_cast<uint64_t*>(tile + 1024), x, y, z); });
 }
 
+// A copy of `like` in device memory, with another address and fewer rows. Its bytes are nobody's business: poisoned again.
+__global__ void tensor_map_replaced_kernel(const __grid_constant__ CUtensorMap like, const uint32_t* data,
+                                           uint32_t* out) {
+  SHARED_DYN(uint32_t, tile);
+  auto* const map = reinterpret_cast<CUtensorMap*>(out + 4096);
+  if (thread() == 0) {
+    *map = like;
+    ptx::tensor_map_replace_address(map, data);
+    ptx::tensor_map_replace_size<1>(map, 20);
+    ptx::fence_tensor_map_release();
+    ptx::fence_tensor_map_acquire(map);
+  }
+  copied(out, tile, reinterpret_cast<uint64_t*>(tile + 1024), 4096,
+         [&] { ptx::tma_load_2d(tile, map, reinterpret_cast<uint64_t*>(tile + 1024), 0, 0); });
+  __syncthreads();
+  if (thread() < 32) out[4096 + thread()] = 0xdeadbeef;
+}
+
 template <int kDimensions>
 __global__ void tma_store_kernel(const __grid_constant__ CUtensorMap map, int x, int y) {
   SHARED_DYN(uint32_t, tile);
@@ -449,6 +467,13 @@ void add_tensor_copies(std::vector<Case>& cases) {
                        }});
     }
   }
+}
+
+void add_replaced_map(std::vector<Case>& cases) {
+  cases.push_back({"tensor_map_replaced", [](uint32_t* in, uint32_t* out) {
+                     launch(tensor_map_replaced_kernel, dim3(1), dim3(32), kShared, nullptr,
+                            map_of(in, 2, CU_TENSOR_MAP_SWIZZLE_128B), in + 64, out);
+                   }});
 }
 
 template <typename T, int N, bool kTransposeA, bool kTransposeB, bool kRegisters>
@@ -732,6 +757,7 @@ std::vector<Case> all_cases() {
   end_group(cases, "hopper");
   add_tensor_copies(cases);
   add_production_maps(cases);
+  add_replaced_map(cases);
   end_group(cases, "tma");
   add_clusters(cases);
   end_group(cases, "clusters");

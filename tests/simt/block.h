@@ -90,6 +90,7 @@ struct Fiber {
   std::vector<std::function<void()>> open_stores;  // bulk stores since the last commit
   Queue<StoreGroup> store_groups;
   race::Agent store_reader, store_writer;
+  std::map<uintptr_t, uint64_t> acquired_maps;  // versions of tensor maps, by address
 
   race::Actor actor;
 };
@@ -122,6 +123,7 @@ struct Accumulators {
 struct WarpProduct {
   std::shared_ptr<Accumulators> accumulators;
   std::function<void()> multiply;  // empty once done
+  std::function<void()> check;     // at the wait: its factors in registers are unchanged
 };
 
 struct Warp {
@@ -133,7 +135,8 @@ struct Warp {
   std::map<const float*, std::vector<float>>
       finished_accumulators;  // as the hardware left them, keyed by lane 0's registers
   bool fenced = false;
-  unsigned registers = 0;  // per thread, after setmaxnreg
+  bool fenced_group = false;  // since the last commit; factors in registers need it
+  unsigned registers = 0;     // per thread, after setmaxnreg
   size_t num_products = 0;
   race::Agent tensor_core;
 };

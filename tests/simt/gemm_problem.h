@@ -90,16 +90,18 @@ inline std::string describe(const GemmProblem& p) {
               p.rows == Rows::kAligned ? " aligned" : "", p.gather ? " gathered" : "", p.biased ? " biased" : "");
 }
 
-inline void check_forward(const GemmProblem& p) {
+// x·Wᵀ, or x·W if `transposed`: then without bias, over the rows that an expert has.
+inline void check_product(const GemmProblem& p, bool transposed) {
   const Case& c = p.c;
   const DType dtype = p.precision.dtype;
   Random random(11);
   const int64_t S = c.T * c.K, N = c.I, C = c.H;
   const PlanArrays plan = reference_plan(make_ids(random, c), c.E);
-  const Array x = random_rows(p.rows, random, dtype, p.gather ? c.T : S, C);
+  const int64_t depth = transposed ? N : C, width = transposed ? C : N;
+  const Array x = random_rows(p.rows, random, dtype, p.gather ? c.T : S, depth);
   const Array bias = p.biased ? random_rows(p.rows, random, dtype, c.E, N) : Array();
   const Weights weights(random, p.rows, dtype, c.E, N, C, p.storage);
-  Array got = make_rows(p.rows, dtype, S, N);
+  Array got = make_rows(p.rows, dtype, S, width);
   run_op({&got}, [&](Execution exec) {
     exec.allow_tf32 = p.precision.tf32;
     cuda::grouped_gemm({.x = x,
@@ -107,13 +109,21 @@ inline void check_forward(const GemmProblem& p) {
                         .bias = bias,
                         .expert_offsets = plan.expert_offsets,
                         .token_indices = p.gather ? plan.token_indices.view() : TensorView{},
-                        .out = got},
+                        .out = got,
+                        .transposed = transposed},
                        exec);
   });
   for (int64_t e = 0; e < c.E; ++e) {
     for (int64_t s = plan.expert_offsets.id(e); s < plan.expert_offsets.id(e + 1); ++s) {
       const int64_t row = p.gather ? plan.token_indices.id(s) : s;
-      for (int64_t n = 0; n < N; ++n) {
+      for (int64_t column = 0; column < C && transposed; ++column) {
+        Sum sum;
+        for (int64_t n = 0; n < weights.rows(e); ++n) {
+          sum.add(p.precision.factor(x(row, n)), p.precision.factor(weights(e, n, column)));
+        }
+        CHECK_CLOSE(got(s, column), rounded(sum.result(), dtype), "slot ", s, " column ", column);
+      }
+      for (int64_t n = 0; n < N && !transposed; ++n) {
         Sum sum;
         for (int64_t k = 0; k < C && n < weights.rows(e); ++k) {
           sum.add(p.precision.factor(x(row, k)), p.precision.factor(weights(e, n, k)));
@@ -128,9 +138,11 @@ inline void check_forward(const GemmProblem& p) {
     }
   }
   for (int64_t s = plan.used(); s < S; ++s) {
-    for (int64_t n = 0; n < N; ++n) CHECK(got(s, n) == 0.0f, "unassigned slot ", s);
+    for (int64_t n = 0; n < width; ++n) CHECK(got(s, n) == 0.0f, "unassigned slot ", s);
   }
 }
+
+inline void check_forward(const GemmProblem& p) { check_product(p, false); }
 
 inline void check_wgrad(const GemmProblem& p) {
   const Case& c = p.c;

@@ -2,6 +2,7 @@
 // What instructions do: the second body of every wrapper in csrc/cuda/ptx.cuh and hopper.cuh, and of CUDA's own functions in
 // simt.h. `at` is the location in the kernel.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "race.h"
@@ -91,6 +92,12 @@ void bulk_load(void* shared, const void* global, unsigned size, uint64_t* mbarri
 void bulk_commit(Location at);
 void bulk_wait(unsigned groups_left, bool reads_only, Location at);
 
+// Tensor maps in device memory (device_maps.cpp).
+void replace_map_address(void* map, const void* address, Location at);
+void replace_map_size(void* map, int dimension, uint32_t size, Location at);
+void release_maps(Location at);
+void acquire_map(const void* map, Location at);
+
 void wgmma_fence(Location at);
 // d[columns / 2] += a · b; `a` null: the left operand is in shared memory too.
 struct WgmmaShape {
@@ -107,7 +114,15 @@ struct AccumulatorRegisters {
   AccumulatorRegisters(float* first, const uint16_t* slots = nullptr) : first(first), slots(slots) {}
   float& operator[](size_t i) const { return slots == nullptr ? first[i] : first[2 * size_t{slots[i]}]; }
 };
-void wgmma(AccumulatorRegisters d, const uint32_t* a, uint64_t descriptor_a, uint64_t descriptor_b, bool accumulate,
+// Factors in registers, or null. `stay`: they can be read again at the wait, where they must be unchanged.
+struct FactorRegisters {
+  const uint32_t* values = nullptr;
+  bool stay = true;
+
+  FactorRegisters(std::nullptr_t) {}
+  FactorRegisters(const uint32_t* values, bool stay = true) : values(values), stay(stay) {}
+};
+void wgmma(AccumulatorRegisters d, FactorRegisters a, uint64_t descriptor_a, uint64_t descriptor_b, bool accumulate,
            WgmmaShape shape, Location at);
 void wgmma_commit(Location at);
 void wgmma_wait(unsigned groups_left, Location at);

@@ -163,6 +163,11 @@ KERNEL(tma_store_wait_read) { ptx::tma_store_wait_read<1>(); }
 KERNEL(tma_store_wait) { ptx::tma_store_wait<0>(); }
 KERNEL(prefetch_tensor_map, const __grid_constant__ CUtensorMap map) { ptx::prefetch_tensor_map(&map); }
 
+KERNEL(tensor_map_replace_address, CUtensorMap* map, const void* data) { ptx::tensor_map_replace_address(map, data); }
+KERNEL(tensor_map_replace_size, CUtensorMap* map, uint32_t size) { ptx::tensor_map_replace_size<1>(map, size); }
+KERNEL(fence_tensor_map_release) { ptx::fence_tensor_map_release(); }
+KERNEL(fence_tensor_map_acquire, const CUtensorMap* map) { ptx::fence_tensor_map_acquire(map); }
+
 KERNEL(desc_k128, uint64_t* out, uint32_t start) { *out = ptx::desc_k128(start); }
 KERNEL(wgmma_fence) { ptx::wgmma_fence(); }
 KERNEL(wgmma_commit) { ptx::wgmma_commit(); }

@@ -215,14 +215,68 @@ TEST(sm90_leaves_the_rest_to_sm80) {
   const Case even{"whole vectors", 20, 64, 64, 2, 1};
   const auto check = [](const GemmProblem& p) {
     on_hopper(p, 3, false, check_forward);
-    if (p.storage != Storage::kSeparate) on_hopper(p, 3, false, check_wgrad);
+    on_hopper(p, 3, false, check_wgrad);
   };
   check({odd_depth, kPrecisions[2], Storage::kPacked, Rows::kAligned, true, false});
   check({odd_columns, kPrecisions[3], Storage::kPacked, Rows::kAligned, false, true});
   check({even, kPrecisions[2], Storage::kPacked, Rows::kAnywhere, true, true});
   check({even, kPrecisions[0], Storage::kPacked, Rows::kAligned, false, true});
   check({even, kPrecisions[1], Storage::kTransposed, Rows::kAligned, true, false});
-  check({even, kPrecisions[2], Storage::kSeparate, Rows::kAligned, true, false});
+}
+
+// Experts in tensors of their own, of different numbers of rows, one without any: forward, and x·W of the gradient.
+constexpr Case kSeparateCases[] = {
+    {"up to 16 rows", 25, 72, 136, 3, 1},
+    {"up to 64 rows", 70, 200, 264, 2, 1, Ids::kDuplicates},
+    {"128 columns", 129, 136, 136, 2, 1},
+    {"192 columns", 260, 72, 384, 3, 1},
+    {"a block of maps and more", 40, 24, 40, 130, 2},
+    {"nothing to multiply", 8, 16, 24, 3, 2, Ids::kNone},
+    {"pairs", 1200, 72, 384, 2, 1},
+};
+
+TEST(sm90_takes_experts_in_tensors_of_their_own) {
+  int variant = 0;
+  for (const Case& c : kSeparateCases) {
+    for (const bool gather : {false, true}) {
+      for (const bool transposed : {false, true}) {
+        if (!takes_variant(variant++)) continue;
+        const GemmProblem p{c, kPrecisions[2 + variant % 2], Storage::kSeparate, Rows::kAligned, gather, false};
+        on_hopper(p, 3, c.ids != Ids::kNone, [&](const GemmProblem& problem) { check_product(problem, transposed); });
+      }
+    }
+    ++variant;
+  }
+  // Addresses that TMA cannot describe.
+  const GemmProblem p{kSeparateCases[0], kPrecisions[2], Storage::kSeparate, Rows::kAnywhere, true, false};
+  on_hopper(p, 3, false, check_forward);
+}
+
+// Bits do not depend on where experts are.
+TEST(sm90_separate_experts_have_the_bits_of_packed_ones) {
+  simt::device() = simt::sm_90();
+  const int64_t E = 3, N = 136, C = 72, S = 150;
+  Random random(9);
+  const Weights weights(random, Rows::kAligned, DType::kBFloat16, E, N, C, Storage::kPacked);
+  const Array x = random_rows(Rows::kAligned, random, DType::kBFloat16, S, C);
+  Array offsets(DType::kInt32, {E + 1});
+  offsets.fill([&](int64_t e) { return e * 50; });
+  Weight separate = weights.matrices();
+  std::vector<const void*> base;
+  for (int64_t e = 0; e < E; ++e) {
+    base.push_back(static_cast<const char*>(separate.data.data) + 2 * e * separate.data.stride[0]);
+  }
+  const std::vector<int64_t> rows(E, N);
+  separate.base = base.data();
+  separate.row_count = rows.data();
+  separate.data.data = nullptr;
+  Array first = make_rows(Rows::kAligned, DType::kBFloat16, S, N),
+        second = make_rows(Rows::kAligned, DType::kBFloat16, S, N);
+  OpMemory memory(0xff);
+  cuda::grouped_gemm({.x = x, .weight = weights.matrices(), .expert_offsets = offsets, .out = first},
+                     memory.execution());
+  cuda::grouped_gemm({.x = x, .weight = separate, .expert_offsets = offsets, .out = second}, memory.execution());
+  for (int64_t i = 0; i < S * N; ++i) CHECK(first(i / N, i % N) == second(i / N, i % N), "element ", i);
 }
 
 // Decoding: up to 16 tokens, the weights of touched experts are read once, and no others.

@@ -4,6 +4,7 @@
 #include "hopper.cuh"
 
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "expect.h"
@@ -158,6 +159,54 @@ TEST(tma_loads_boxes_of_three_dimensions) {
       }
     }
   }
+}
+
+// ---- tensor maps in device memory -----------------------------------------------------------------------------------------
+
+enum class MapUse { kAsDocumented, kNotReleased, kNotAcquired, kChangedLater };
+
+// Thread 0 copies `like` to `map`, with another address and number of rows.
+__global__ void replace_kernel(const __grid_constant__ CUtensorMap like, CUtensorMap* map, const uint16_t* data,
+                               uint32_t rows, MapUse use) {
+  if (threadIdx.x != 0) return;
+  *map = like;
+  ptx::tensor_map_replace_address(map, data);
+  ptx::tensor_map_replace_size<1>(map, rows);
+  if (use != MapUse::kNotReleased) ptx::fence_tensor_map_release();
+}
+__global__ void load_replaced_kernel(CUtensorMap* map, uint16_t* out, MapUse use) {
+  SHARED_DYN(uint16_t, tile);
+  SHARED_VALUE(uint64_t, bar);
+  if (threadIdx.x == 0) {
+    ptx::mbar_init(&bar, 1);
+    ptx::fence_barrier_init();
+    if (use != MapUse::kNotAcquired) ptx::fence_tensor_map_acquire(map);
+    if (use == MapUse::kChangedLater) ptx::tensor_map_replace_size<1>(map, 9);
+    ptx::mbar_expect_tx(&bar, 8 * 128);
+    ptx::tma_load_2d(tile, map, &bar, 0, 0);
+  }
+  __syncthreads();
+  ptx::mbar_wait(&bar, 0);
+  for (unsigned i = threadIdx.x; i < 8 * 64; i += 32) out[i] = tile[i];
+}
+void load_replaced(MapUse use) {
+  std::vector<uint16_t> first(8 * 64, 1), second(8 * 64), out(8 * 64);
+  for (size_t i = 0; i < second.size(); ++i) second[i] = static_cast<uint16_t>(i + 1);
+  const CUtensorMap like = simt::matrix_map(first.data(), 8, 64, 8, 64, CU_TENSOR_MAP_SWIZZLE_128B);
+  const auto map = std::make_unique<CUtensorMap>();
+  launch(replace_kernel, 1, 32, 0, nullptr, like, map.get(), second.data(), 5, use);
+  launch(load_replaced_kernel, 1, 32, out.size() * 2, nullptr, map.get(), out.data(), use);
+  for (int r = 0; r < 8; ++r) {
+    for (int c = 0; c < 64; ++c) {
+      CHECK(out[static_cast<size_t>(swizzled_offset(r, c, 128) / 2)] == (r < 5 ? r * 64 + c + 1 : 0), "row ", r);
+    }
+  }
+}
+TEST(tma_takes_maps_that_kernels_wrote) { load_replaced(MapUse::kAsDocumented); }
+TEST(maps_need_both_fences) {
+  CHECK_FAILS("nobody released this tensor map", load_replaced(MapUse::kNotReleased));
+  CHECK_FAILS("without a fence.proxy.tensormap", load_replaced(MapUse::kNotAcquired));
+  CHECK_FAILS("changed after its fence.proxy.tensormap", load_replaced(MapUse::kChangedLater));
 }
 
 __global__ void bulk_kernel(const uint16_t* from, uint16_t* to, int bytes) {

@@ -27,6 +27,7 @@ TensorMap read_map(const void* tensor_map, int rank, Location at) {
   if (reinterpret_cast<uintptr_t>(tensor_map) % 64 != 0) fail("TMA: tensor map not aligned to 64 bytes", at);
   std::memcpy(&map, tensor_map, sizeof map);
   if (map.mark != kTensorMapMark) fail("TMA: not an encoded tensor map", at);
+  check_acquired(tensor_map, at);
   if (map.rank != rank) {
     fail("TMA: instruction of rank " + std::to_string(rank) + ", tensor map of rank " + std::to_string(map.rank), at);
   }

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "location.h"
+
 namespace simt {
 
 constexpr int kMaxTensorRank = 5;
@@ -23,5 +25,8 @@ inline uint32_t swizzled(uint32_t address, int bits) {
   const uint32_t mask = (1u << bits) - 1;
   return address ^ (address >> 7 & mask) << 4;
 }
+
+// Fails if a kernel wrote this map and the running thread has not acquired it (device_maps.cpp).
+void check_acquired(const void* map, Location at);
 
 }  // namespace simt

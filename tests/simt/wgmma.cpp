@@ -52,6 +52,7 @@ Matrix decode(uint64_t descriptor, bool transposed, Location at) {
 struct Product {
   Matrix a, b;
   uint32_t a_registers[32][4];
+  const uint32_t* a_sources[32];  // null: not read again
   bool a_in_registers, accumulate;
   int first_row;
   WgmmaShape shape;
@@ -99,6 +100,16 @@ void multiply(const Block& block, const Product& product, Accumulators& accumula
       const int index = column / 8 * 4 + row / 8 * 2 + column % 2;
       float& value = accumulators.values[static_cast<size_t>(lane * columns / 2 + index)];
       value = (product.accumulate ? value : 0.0f) + sum[static_cast<size_t>(column)];
+    }
+  }
+}
+
+// The kernel may not have changed factors in registers since the product was issued.
+void check_factors(const Product& product) {
+  for (int lane = 0; lane < 32; ++lane) {
+    const uint32_t* const now = product.a_sources[lane];
+    if (now != nullptr && std::memcmp(now, product.a_registers[lane], sizeof product.a_registers[lane]) != 0) {
+      fail("wgmma: factors in registers changed before the product was waited for", product.at);
     }
   }
 }
@@ -204,6 +215,7 @@ void carry_out_all(Warp& warp) {
 struct WgmmaOperands {
   AccumulatorRegisters d;
   const uint32_t* a;
+  bool a_stays;
   uint64_t descriptor_a, descriptor_b;
   bool accumulate;
   WgmmaShape shape;
@@ -234,6 +246,7 @@ void issue(void* const* all, uint32_t) {
   Product product{decode(first.descriptor_a, first.shape.a_transposed, first.at),
                   decode(first.descriptor_b, first.shape.b_transposed, first.at),
                   {},
+                  {},
                   first.a != nullptr,
                   first.accumulate,
                   static_cast<int>(running_fiber().warp % 4) * kWarpRows,
@@ -247,9 +260,13 @@ void issue(void* const* all, uint32_t) {
       fail("wgmma: operands differ inside the warp", first.at);
     }
     registers[static_cast<size_t>(lane)] = operands.d;
-    if (operands.a != nullptr) std::memcpy(product.a_registers[lane], operands.a, sizeof product.a_registers[lane]);
+    if (operands.a == nullptr) continue;
+    std::memcpy(product.a_registers[lane], operands.a, sizeof product.a_registers[lane]);
+    if (operands.a_stays) product.a_sources[lane] = operands.a;
   }
   check_same_in_warpgroup(block, warp, running_fiber().warp, first);
+  if (product.a_in_registers && !warp.fenced_group)
+    fail("wgmma: factors in registers, and no wgmma.fence in the group", first.at);
 
   ensure_slot(warp.tensor_core, "wgmma of warp " + std::to_string(running_fiber().warp));
   const race::Agent agent{warp.tensor_core.slot, warp.tensor_core.time + 1};
@@ -259,8 +276,9 @@ void issue(void* const* all, uint32_t) {
   auto accumulators = take_accumulators(warp, registers, product.shape.columns, first.at);
   ++accumulators->pending;
   Accumulators* const target = accumulators.get();
-  warp.open_products.push_back(
-      {std::move(accumulators), [&block, product, target] { multiply(block, product, *target); }});
+  warp.open_products.push_back({std::move(accumulators),
+                                [&block, product, target] { multiply(block, product, *target); },
+                                [product] { check_factors(product); }});
   if (carry_out_early()) carry_out_all(warp);
 }
 
@@ -268,6 +286,7 @@ void commit(void* const*, uint32_t) {
   Warp& warp = running_warp();
   warp.product_groups.push_back(std::move(warp.open_products));
   warp.open_products.clear();
+  warp.fenced_group = false;
   warp.product_group_times.push_back(++warp.tensor_core.time);
 }
 
@@ -278,6 +297,7 @@ void finish_groups(void* const* operands, uint32_t) {
   while (warp.product_groups.size() > groups_left) {
     carry_out(warp.product_groups.front());
     for (const WarpProduct& product : warp.product_groups.front()) {
+      product.check();
       Accumulators& accumulators = *product.accumulators;
       if (--accumulators.pending > 0) continue;
       write_registers(accumulators);
@@ -297,13 +317,15 @@ void check_warpgroup(Location at) {
 }  // namespace
 
 void wgmma_fence(Location at) {
-  collective("wgmma.fence", 0xffffffffu, nullptr, [](void* const*, uint32_t) { running_warp().fenced = true; }, at);
+  collective(
+      "wgmma.fence", 0xffffffffu, nullptr,
+      [](void* const*, uint32_t) { running_warp().fenced = running_warp().fenced_group = true; }, at);
 }
 
-void wgmma(AccumulatorRegisters d, const uint32_t* a, uint64_t descriptor_a, uint64_t descriptor_b, bool accumulate,
+void wgmma(AccumulatorRegisters d, FactorRegisters a, uint64_t descriptor_a, uint64_t descriptor_b, bool accumulate,
            WgmmaShape shape, Location at) {
   check_warpgroup(at);
-  WgmmaOperands operands{d, a, descriptor_a, descriptor_b, accumulate, shape, at};
+  WgmmaOperands operands{d, a.values, a.stay, descriptor_a, descriptor_b, accumulate, shape, at};
   collective("wgmma.mma_async", 0xffffffffu, &operands, issue, at);
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common import choose, console, table
 from .cost_model import EXPECTED, GPUS, Gpu, Kernel, Prediction, predict
+from .cost_model_stored import HOPPER, stored_rows
 from .decode_model import DecodeRow, decode_rows
 from .published import FIGURES, Figure
 from .results import Row, write_json
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     decoded = {gpu: decode_rows(gpu) for gpu in GPUS}
     for gpu, decode in decoded.items():
         print_decode(out, gpu, decode)
+    print_stored(out, names)
     if args.json:
         rows = [row_of(*case, prediction) for case, predictions in cases.items() for prediction in predictions]
         figures = [figure._asdict() for figure in FIGURES if figure.shape in names]
@@ -94,6 +96,16 @@ def decode_row_of(gpu: Gpu, row: DecodeRow) -> Row:
         "shape": row.shape, "tokens": row.tokens, "gpu": gpu.name, "bf16_us": 1e6 * row.plain.seconds,
         "wide_tiles_4_bits_us": 1e6 * row.before.seconds, "4_bits_us": 1e6 * row.now.seconds, "bound": row.now.bound,
     }  # fmt: skip
+
+
+def print_stored(out: Any, names: list[str]) -> None:
+    """Stored weights on Hopper: mma.sync before, wgmma now."""
+    for name in names:
+        title = f"{name}, T={GPU_TOKENS[name]}, forward, {HOPPER.name}: predicted, expected TFLOP/s"
+        shown = table(title, "stored_gemm", "stored_sm90", "bound by")
+        for row in stored_rows(GPU_SHAPES[name], GPU_TOKENS[name]):
+            shown.add_row(*row)
+        out.print(shown)
 
 
 def speeds(prediction: Prediction) -> str:

@@ -90,6 +90,38 @@ TEST(few_rows) {
   multiply<Shape::kFewRows, 16>(Product(10, 20, 5, 136, 264), false);
 }
 
+// The second expert in a tensor of its own, of fewer rows; then the first without any.
+void check_separate(int64_t first_rows, int64_t second_rows) {
+  using C = Config<Shape::kRows, 128, kRing, false>;
+  Product p(130, 40, 5, 136, 72);
+  Matrix second(second_rows, 72);  // nothing follows it
+  for (int64_t e = 0; e < 2; ++e) {
+    for (int64_t n = e == 0 ? first_rows : second_rows; n < 136; ++n) {
+      for (int64_t k = 0; k < 72; ++k) p.weights.at(e * 136 + n, k) = __float2bfloat16(0.0f);
+    }
+  }
+  for (int64_t n = 0; n < second_rows; ++n) {
+    for (int64_t k = 0; k < 72; ++k) second.at(n, k) = p.weights.at(136 + n, k);
+  }
+  std::vector<SeparateMatrix> list(2);
+  const void* const data[] = {first_rows == 0 ? nullptr : p.weights.data(), second.data()};
+  const int64_t rows[] = {first_rows, second_rows};
+  GemmParams params{};
+  params.g = p.gemm(true);
+  params.g.b.data = nullptr;
+  params.g.b.separate = list.data();
+  params.g.b.list = {data, rows};
+  params.maps.weights = make_tensor_map({list.data(), DType::kBFloat16, {72, 136, 1}, {72, 72}, C::kColumns});
+  write_maps(params.g.b, params.maps.weights, 2, nullptr);
+  launch(gemm_sm90_kernel<Bf16, Epilogue::kStore, C>, 2, kThreads, shared_bytes(C::kShape, C::kN, kRing), nullptr,
+         params);
+  p.check(true);
+}
+TEST(separate_experts) {
+  check_separate(136, 40);
+  check_separate(0, 129);
+}
+
 TEST(pairs) {
   multiply<Shape::kRows, 128, 2>(Product(300, 40, 5, 136, 136), true);
   multiply<Shape::kRows, 128, 2>(Product(300, 40, 5, 304, 136), false);

@@ -56,6 +56,10 @@ def _of_queue(name: str, before: str, after: str, builds: tuple[str, ...] = BOTH
     return _of_sm90(f"queue: {name}", builds, before, after, "tile_queue.cuh")
 
 
+def _of_separate(name: str, before: str, after: str) -> Mistake:
+    return _of_sm90(f"separate: {name}", BOTH, before, after, "gemm_sm90_separate.cuh")
+
+
 def _of_low_rank(
     name: str, source: str, test: str, before: str, after: str, header: str, builds: tuple[str, ...] = BOTH
 ) -> Mistake:
@@ -722,9 +726,15 @@ MISTAKES = (
     _of_sm90(
         "weights of the next column",
         BOTH,
-        "map, full, k, first, tile.expert);\n    if (halves)",
-        "map, full, k, first + 1, tile.expert);\n    if (halves)",
+        "map, full, k, first, expert);\n    if (halves)",
+        "map, full, k, first + 1, expert);\n    if (halves)",
     ),
+    _of_separate("maps are not acquired", "    ptx::fence_tensor_map_acquire(map);\n", ""),
+    _of_separate("maps are not released", "  ptx::fence_tensor_map_release();\n", ""),
+    _of_separate("one address for all", "    ptx::tensor_map_replace_address(to.tensor_map, data);\n", ""),
+    _of_separate("one number of rows for all", "replace_size<kRowDimension>(", "replace_size<2>("),
+    _of_separate("rows in the other dimension", "? write_maps_sm90_kernel<1>", "? write_maps_sm90_kernel<0>"),
+    _of_separate("an expert without rows is read", "rows > 0 ? 0 : 1}", "rows > 0 ? 0 : 0}"),
     _of_low_rank(
         "elements past a rank are read",
         "gemm_bf16",

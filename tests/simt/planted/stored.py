@@ -31,7 +31,94 @@ def _of_warps(
     return _of_stored(f"warps: {name}", header, before, after, builds, source, "stored_bits_do_not_depend_on_warps")
 
 
+def _of_sm90(
+    name: str,
+    before: str,
+    after: str,
+    builds: tuple[str, ...] = ASAN,
+    source: str = "stored_sm90_int4",
+    header: str = "stored_sm90.cuh",
+    test: str = "stored_sm90_at_the_edges",
+) -> Mistake:
+    program = "simt_test_stored_sm90"
+    return Mistake(f"stored sm_90: {name}", builds, header, before, after, f"csrc/cuda/{source}.cu", program, (test,))
+
+
 STORED = (
+    _of_sm90(
+        "registers are decoded again under their products",
+        "ptx::wgmma_wait<1>();",
+        "",
+    ),
+    _of_sm90(
+        "no wgmma.fence after decoding",
+        "    ptx::wgmma_fence();\n#pragma unroll\n    for (int half",
+        "#pragma unroll\n    for (int half",
+    ),
+    _of_sm90("copies are not fenced", "    ptx::fence_proxy_async();\n  };", "  };", RACE),
+    _of_sm90(
+        "a stage is freed too early",
+        "release_stored<C>(ring, position - 1);\n        product",
+        "release_stored<C>(ring, position);\n        product",
+    ),
+    _of_sm90("a stage is freed for the whole warp by one lane", "  __syncwarp();\n  release<1>", "  release<1>", RACE),
+    _of_sm90("a group's sums stay", "half > 0 || goes_on);", "true);"),
+    _of_sm90("groups stay as short as the first", "left = product.w.group_steps;\n      }", "left = 1;\n      }"),
+    _of_sm90(
+        "scales of the other eight columns",
+        "scale_at(C::kFormat, scales, lane / 4 + 8)",
+        "scale_at(C::kFormat, scales, lane / 4)",
+    ),
+    _of_sm90("scales of the wrong slots", "+ C::kXScales) + lane % 4 * 2;", "+ C::kXScales) + lane % 4;"),
+    _of_sm90("scales of the first block of activations", "w.x_blocks == 1 ? 0 : stage * C::kSteps >> w.x_shift", "0"),
+    _of_sm90(
+        "zeros of the first eight columns",
+        "decode_with(shift_at(0), shift_at(8));",
+        "decode_with(shift_at(0), shift_at(0));",
+    ),
+    _of_sm90("halves of a fragment exchanged", "2 * half + i / 2, i % 2", "2 * half + 1 - i / 2, i % 2"),
+    _of_sm90("row scales of the first eight columns", "m.row_scales[row + 8]", "m.row_scales[row]"),
+    _of_sm90(
+        "sums are read before they are written",
+        "  ptx::bar_sync(1, kConsumers * 128);\n#pragma unroll 1",
+        "#pragma unroll 1",
+        RACE,
+    ),
+    _of_sm90(
+        "sums are overwritten",
+        "  ptx::bar_sync(1, kConsumers * 128);  // before the next tile is written there\n",
+        "",
+        RACE,
+    ),
+    _of_sm90("a step of the next stage", "codes.advance(1);", "codes.advance(2);"),
+    _of_sm90(
+        "nf4 without its table",
+        "  Pairs<C::kFormat, typename C::A>::fill(ring.table());\n",
+        "",
+        ASAN,
+        "stored_sm90_nf4",
+    ),
+    _of_sm90(
+        "an adapter's rows of another slot",
+        "source_row(g.low.a, tile.first_row + r)",
+        "source_row(g.low.a, r)",
+        test="stored_sm90_layers",
+    ),
+    _of_sm90(
+        "an adapter's stage is not freed",
+        "    release_stored<C>(ring, position);\n",
+        "",
+        test="stored_sm90_layers",
+    ),
+    _of_sm90(
+        "any group size",
+        "w.group_size != kHalfGroup && ",
+        "",
+        ASAN,
+        "stored_sm90",
+        "stored_sm90.cu",
+        "stored_sm90_leaves_the_rest",
+    ),
     _of_stored(
         "no barrier after a stage has arrived",
         "stored_gemm.cuh",

@@ -57,11 +57,24 @@ const Instruction* fence_init(Thread&, const Instruction& i) {
   mbarrier_init_fence();
   return next(i);
 }
+const Instruction* release_tensor_maps(Thread&, const Instruction& i) {
+  release_maps(i.detail->at);
+  return next(i);
+}
+// [map], 128
+const Instruction* acquire_tensor_map(Thread& t, const Instruction& i) {
+  if (get<uint32_t>(t, i.slot[1]) != 128) fail("fence.proxy.tensormap of another size", i.detail->at);
+  acquire_map(reinterpret_cast<const void*>(get<uint64_t>(t, i.slot[0]) + static_cast<uint64_t>(int64_t{i.offset})),
+              i.detail->at);
+  return next(i);
+}
 
 Step decode_fence(const Opcode& opcode) {
   if (opcode.text() == "fence.mbarrier_init.release.cluster") return fence_init;
   if (opcode.text() == "fence.proxy.async.shared::cta") return async_proxy_fence<Space::kShared>;
   if (opcode.text() == "fence.proxy.async.global") return async_proxy_fence<Space::kGlobal>;
+  if (opcode.text() == "fence.proxy.tensormap::generic.release.gpu") return release_tensor_maps;
+  if (opcode.text() == "fence.proxy.tensormap::generic.acquire.gpu") return acquire_tensor_map;
   if (opcode.has("proxy")) unknown();
   if (opcode.has("cta")) return fence_of<Scope::kBlock>;
   if (opcode.has("gpu") || opcode.has("gl")) return fence_of<Scope::kDevice>;

@@ -147,5 +147,19 @@ FAULTS = [
         MOE_90,
     ),
     _sm90("reciprocal: of nothing", "reciprocal", "rcp.approx.ftz.f32", "mov.f32", MOE_90),
+    _sm90("tensor map: the address of the map", "tensor_map_replace_address", "[%0], %1;", "[%0], %0;"),
+    _sm90("tensor map: another dimension", "tensor_map_replace_size", '"n"(kDimension)', '"n"(0)'),
+    _sm90(
+        "tensor map: no release",
+        "fence_tensor_map_release",
+        'asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory");',
+        "",
+    ),
+    _sm90(
+        "tensor map: no acquire",
+        "fence_tensor_map_acquire",
+        'asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");',
+        "",
+    ),
     _sm90("move: of itself", "move", "mov.f32 %0, %1;", "mov.f32 %0, %0;", GEMM_90),
 ]

@@ -82,8 +82,8 @@ const Instruction* multiply(Thread& t, const Instruction& i) {
   const bool transposes_a = !a_in_registers && get<int>(t, rest[4]) != 0;
   const WgmmaShape shape{static_cast<int>(2 * num_sums), static_cast<Element>(i.mode), transposes_a, transposes_b};
   const AccumulatorRegisters d{reinterpret_cast<float*>(t.slots), detail.slots.data()};
-  wgmma(d, a_in_registers ? a : nullptr, a_in_registers ? 0 : get<uint64_t>(t, a_slot[0]), get<uint64_t>(t, rest[0]),
-        get<bool>(t, rest[1]), shape, detail.at);
+  wgmma(d, FactorRegisters(a_in_registers ? a : nullptr, false), a_in_registers ? 0 : get<uint64_t>(t, a_slot[0]),
+        get<uint64_t>(t, rest[0]), get<bool>(t, rest[1]), shape, detail.at);
   return next(i);
 }
 const Instruction* fence(Thread&, const Instruction& i) {
@@ -119,11 +119,33 @@ Step decode_wgmma(const Opcode& opcode, Instruction& instruction) {
   return multiply;
 }
 
+// ---- tensor maps in device memory -----------------------------------------------------------------------------------------
+
+// [map], address
+const Instruction* replace_address(Thread& t, const Instruction& i) {
+  replace_map_address(reinterpret_cast<void*>(get<uint64_t>(t, i.slot[0]) + static_cast<uint64_t>(int64_t{i.offset})),
+                      reinterpret_cast<const void*>(get<uint64_t>(t, i.slot[1])), i.detail->at);
+  return next(i);
+}
+// [map], dimension, size
+const Instruction* replace_size(Thread& t, const Instruction& i) {
+  replace_map_size(reinterpret_cast<void*>(get<uint64_t>(t, i.slot[0]) + static_cast<uint64_t>(int64_t{i.offset})),
+                   get<int>(t, i.slot[1]), get<uint32_t>(t, i.slot[2]), i.detail->at);
+  return next(i);
+}
+
+Step decode_tensormap(const Opcode& opcode) {
+  if (opcode.text() == "tensormap.replace.tile.global_address.global.b1024.b64") return replace_address;
+  if (opcode.text() == "tensormap.replace.tile.global_dim.global.b1024.b32") return replace_size;
+  unknown();
+}
+
 }  // namespace
 
 Step decode_hopper(const Opcode& opcode, Instruction& instruction) {
   if (opcode.stem() == "mbarrier") return decode_mbarrier(opcode, instruction);
   if (opcode.stem() == "wgmma") return decode_wgmma(opcode, instruction);
+  if (opcode.stem() == "tensormap") return decode_tensormap(opcode);
   if (opcode.starts("setmaxnreg.") && opcode.has("u32")) return set_registers;
   return nullptr;
 }

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # The tests of ../CMakeLists.txt on the kernels' PTX.
-foreach(test IN ITEMS route policies plan permute combine glu gate grouped_gemm gemm_sm90 low_rank moe launchers)
+foreach(test IN ITEMS route policies plan permute combine glu gate grouped_gemm stored stored_sm90 gemm_sm90 low_rank moe launchers)
   switchgear_simt_test(${test} test_${test}.cpp)
   target_link_libraries(simt_test_${test} PRIVATE simt_kernels switchgear_core)
 endforeach()
