@@ -53,7 +53,7 @@ class Regrouped:
 
 
 def _ignore(change: Regrouped) -> None:
-    pass
+    """Does nothing; the default of on_change."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Training:
 
     @property
     def membership(self) -> Membership:
+        """Who takes part, and how many changes have been applied."""
         return self.parallel.membership
 
     @property
