@@ -55,7 +55,7 @@ class _Gather(torch.autograd.Function):
             link = _agreed(layer, grad, True)
             parts = grad.new_empty(parallel.size * mine, grad.shape[1])
             link.wait(link.start("gather", parts, grad[order.to(grad.device)], [mine] * parallel.size, held))
-        each = parts.view(parallel.size, mine, -1)
+        each = parts.view(parallel.size, mine, grad.shape[1])
         total = torch.zeros_like(each[0])
         for ranks in sorted(parallel.twins):  # ranks with the same tokens have the same gradients
             total += each[ranks[0]]
