@@ -109,8 +109,9 @@ std::function<void()> bind_kernel(void (*kernel)(Parameters...), Arguments&&... 
   }
   return [kernel, values = std::move(values)] {
     const auto own = values;
+    const auto call = kernel;
     has_arguments();
-    std::apply(kernel, own);
+    std::apply(call, own);
   };
 }
 

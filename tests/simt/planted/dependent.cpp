@@ -12,13 +12,14 @@ enum class Mistake { kNone, kReadBefore, kWriteBefore, kCopyBefore, kReadOfAnoth
 // out[i] = 2 · in[i]; in is what the kernel before wrote.
 __global__ void __launch_bounds__(64) doubling_kernel(const uint32_t* in, uint32_t* out, Mistake mistake) {
   SHARED_ARRAY(uint32_t, values, 64);
+  SHARED_ARRAY(uint32_t, own, 64);  // shared memory is no other kernel's
   SHARED_VALUE(uint64_t, landed);
   if (threadIdx.x == 0) {
     ptx::mbar_init(&landed, 1);
     ptx::fence_barrier_init();
   }
-  values[threadIdx.x] = 0;  // shared memory is the kernel's own
-  if (mistake == Mistake::kReadBefore) values[threadIdx.x] = in[threadIdx.x];
+  own[threadIdx.x] = 0;
+  if (mistake == Mistake::kReadBefore) own[threadIdx.x] = in[threadIdx.x];
   if (mistake == Mistake::kWriteBefore) out[threadIdx.x] = 0;
   __syncthreads();
   const auto copy = [&] {
