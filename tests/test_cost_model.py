@@ -254,10 +254,10 @@ def test_bench_model_names_the_mistake(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_stored_weights_on_wgmma_are_predicted_faster() -> None:
     shape = GPU_SHAPES[next(iter(GPU_SHAPES))]
-    for stored in STORED_FORMATS:
-        before, now = (predict_stored(shape, 16384, stored, wgmma) for wgmma in (False, True))
+    for stored_format in STORED_FORMATS:
+        before, now = (predict_stored(shape, 16384, stored_format, wgmma) for wgmma in (False, True))
         assert before.tflops < now.tflops <= HOPPER.tensor_rate / 1e12 * HOPPER.sustained
-        cycles = cycles_of_step(HOPPER, stored, True)
+        cycles = cycles_of_step(HOPPER, stored_format, True)
         assert cycles["arithmetic"] * HOPPER.products_per_cycle == pytest.approx(2 * 128 * 32 * 128)
 
 

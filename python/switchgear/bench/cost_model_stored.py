@@ -96,7 +96,7 @@ def stored_rows(shape: Shape, tokens: int) -> list[tuple[str, ...]]:
     def speeds(prediction: StoredPrediction) -> str:
         return f"{prediction.tflops:.0f}, {EXPECTED * prediction.tflops:.0f}"
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for stored in STORED_FORMATS:
         before, now = (predict_stored(shape, tokens, stored, wgmma) for wgmma in (False, True))
         rows.append((stored.name, speeds(before), speeds(now), now.bound))

@@ -496,7 +496,7 @@ MISTAKES = (
     _of_pairs("last rows: the weights go to both blocks", "    if (tile.alone) {\n", "    if (false) {\n"),
     _of_pairs(
         "last rows: half of the weights",
-        "      ptx::tma_load_3d(to + kHalf * kRowBytes, map, full, k, middle, tile.expert);\n",
+        "      ptx::tma_load_3d(to + kHalf * kRowBytes, map, full, k, middle, expert);\n",
         "",
     ),
     _of_pairs("cooperative consumers multiply the same rows", "C::kCooperative ? this_consumer() : 0;", "0;"),
