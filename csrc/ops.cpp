@@ -583,6 +583,8 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   adapter_outputs(args.weights.gate_up_adapter, "grad_gate_up_a", args.grad_gate_up_a, "grad_gate_up_b",
                   args.grad_gate_up_b, N, H);
   adapter_outputs(args.weights.down_adapter, "grad_down_a", args.grad_down_a, "grad_down_b", args.grad_down_b, H, I);
+  SWITCHGEAR_CHECK(ValueError, !args.adds || call.backend().adds_gradients,
+                   "adds: expected false on this device, got true");
   call.check_overlap();
   check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,10 @@ def test_a_case_measured_again_keeps_the_others() -> None:
 def test_unknown_dtype(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--adapters", "--dtypes", "int8"]) == 2
     assert "--dtypes: expected some of bf16, fp32, int4, mxfp4 with --adapters, got int8" in capsys.readouterr().err
+
+
+def test_the_folder_of_competitors_is_that_of_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWITCHGEAR_COMPETITORS", "elsewhere")
+    monkeypatch.setattr(adapters, "run", lambda args, about: 0)
+    assert main(["bench", "--adapters", "--competitors-folder", str(tmp_path)]) == 0
+    assert os.environ["SWITCHGEAR_COMPETITORS"] == str(tmp_path)

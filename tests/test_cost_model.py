@@ -34,6 +34,7 @@ from switchgear.bench.cost_model import (
     wgrad,
 )
 from switchgear.bench.cost_model_stored import HOPPER, STORED_FORMATS, cycles_of_step, predict_stored
+from switchgear.bench.decode_model import BLOCKS, STEP_INSTRUCTIONS, WARPS, decode_rows, plain, stored, tile_columns
 from switchgear.bench.model import best_published
 from switchgear.bench.published import FIGURES
 from switchgear.bench.shapes import GPU_SHAPES, GPU_TOKENS, Shape, forward_flops
@@ -181,6 +182,9 @@ def test_bench_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "366 (SonicMoE, H100)" in text
     results = json.loads(file.read_text())
     assert {row["gpu"] for row in results["predictions"]} == {"A100", "H100"}
+    assert {(row["gpu"], row["tokens"]) for row in results["decode"]} == {
+        (g, t) for g in ("A100", "H100") for t in (1, 4, 16)
+    }
     assert all(figure["source"] for figure in results["published"])
 
 
@@ -201,6 +205,34 @@ def test_the_best_figure_is_the_fastest() -> None:
     assert best_published("e512-k10", "backward") is None
 
 
+def test_few_tiles_of_stored_weights_are_narrow() -> None:
+    """The tiles and the rule of stored_gemm.cuh, which spreads few tiles over narrow ones."""
+    text = (SOURCES / "stored_gemm.cuh").read_text()
+    table = re.search(r"kStoredTiles\[\] = \{(.*?)\n\};", text, re.DOTALL)
+    assert table is not None
+    tiles = [[int(number, 0) for number in row.split(",")] for row in re.findall(r"\{([^}]+)\}", table[1])]
+    for columns, tile in ((64, tiles[0]), (32, tiles[2])):
+        assert columns in STEP_INSTRUCTIONS
+        assert (tile[2], tile[3] * tile[4], tile[7]) == (columns, WARPS, BLOCKS)
+    assert "return tiles <= resident_blocks(kTile.blocks, 0, g.schedule);" in text
+    gpu = GPUS[0]
+    places = BLOCKS * gpu.multiprocessors
+    assert tile_columns(gpu, 1, 32 * places) == 32
+    assert tile_columns(gpu, 1, 32 * places + 1) == 64
+    assert stored(gpu, 1, 4096, 14336, 32).seconds < stored(gpu, 1, 4096, 14336, 64).seconds
+    for row in decode_rows(gpu):
+        assert row.now.seconds <= row.before.seconds
+        assert row.plain.seconds > 0
+
+
+def test_bytes_in_flight_bound_few_warps() -> None:
+    """A latency of 0.8 us and 4 KB a warp: 256 warps reach 1.3 TB/s, and ten times as many the whole bandwidth."""
+    gpu = GPUS[1]
+    few, many = plain(gpu, 1, 4096, 4096), plain(gpu, 10, 4096, 4096)
+    assert (few.bound, many.bound) == ("in flight", "memory")
+    assert 2 * 4096 * 4096 / few.seconds == pytest.approx(256 * 4096 / 0.8e-6)
+
+
 def test_bench_model_names_the_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--model", "--shapes", "tiny"]) == 2
     assert "--shapes: expected a list of sonic-7b-n256" in capsys.readouterr().err
@@ -208,10 +240,10 @@ def test_bench_model_names_the_mistake(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_stored_weights_on_wgmma_are_predicted_faster() -> None:
     shape = GPU_SHAPES[next(iter(GPU_SHAPES))]
-    for stored in STORED_FORMATS:
-        before, now = (predict_stored(shape, 16384, stored, wgmma) for wgmma in (False, True))
+    for form in STORED_FORMATS:
+        before, now = (predict_stored(shape, 16384, form, wgmma) for wgmma in (False, True))
         assert before.tflops < now.tflops <= HOPPER.tensor_rate / 1e12 * HOPPER.sustained
-        cycles = cycles_of_step(HOPPER, stored, True)
+        cycles = cycles_of_step(HOPPER, form, True)
         assert cycles["arithmetic"] * HOPPER.products_per_cycle == pytest.approx(2 * 128 * 32 * 128)
 
 

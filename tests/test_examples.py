@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import subprocess
 import sys
@@ -64,6 +65,22 @@ def test_train_parallel_has_the_losses_of_one_process(tmp_path: Path) -> None:
     assert {name: tensor.shape for name, tensor in four.items()} == {name: tensor.shape for name, tensor in one.items()}
 
 
+def test_train_parallel_goes_on_while_ranks_are_lost(tmp_path: Path) -> None:
+    """Under torchrun. Ranks are killed or stopped and come back; no step is missing, and the log can be drawn."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "train_parallel.py"), "--steps", "600", "--chaos", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=150)
+    plot = load("plot_chaos")
+    entries = [entry for rank in plot["read"](tmp_path).values() for entry in rank]
+    assert {entry["step"] for entry in entries if "step" in entry} == set(range(600))
+    assert {entry["ranks"] for entry in entries if "step" in entry} == {1, 2}
+    errors = {entry["step"]: entry["error"] for entry in entries if "step" in entry}
+    assert errors[599] < errors[0] / 3
+    if importlib.util.find_spec("matplotlib"):
+        plot["main"](tmp_path, tmp_path / "chaos.png")
+        assert (tmp_path / "chaos.png").stat().st_size < 100_000
+
+
 def test_replay_removes_the_difference_of_two_networks(tmp_path: Path) -> None:
     """Two processes: a policy in bfloat16 generates, one in float32 learns from its answers with its choices."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -106,6 +123,7 @@ def test_each_example_is_tested() -> None:
         "lora_moe",
         "lora_trainer",
         "train_parallel",
+        "plot_chaos",
         "train_layer",
         "numpy_routing",
         "custom_pieces",

@@ -14,6 +14,17 @@
 #include "wide_product.h"
 
 namespace switchgear::cpu {
+namespace {
+
+// How far terms prefetch B. A panel is 1 to 8 KB of it, and prefetching only the next one would wait for memory's latency.
+constexpr int64_t kLeadBytes = 16 << 10;
+
+void prefetch_bytes(const void* data, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
+}
+
+}  // namespace
 
 AdapterProducts::AdapterProducts(const Adapter& adapter, uint32_t projection, const int32_t* expert_offsets,
                                  int64_t num_slots, DType dtype)
@@ -49,47 +60,48 @@ const void* const* AdapterProducts::masked(const void* const* rows, Workspace& w
   return copies.pointers();
 }
 
+Matrix AdapterProducts::factor(int64_t expert, int64_t column, AdapterSide side) const {
+  const ExpertMatrix matrix(side == AdapterSide::kA ? a_ : b_, expert, dtype_);
+  return side == AdapterSide::kA ? matrix.rows_from(column) : matrix.columns_from(column);
+}
+
+void AdapterProducts::multiply_panel(const SlotRows& out, const void* const* rows, AdapterSide side, const Tile& tile,
+                                     const Start& next, const ProductScratch& scratch, const Kernels& k) const {
+  const int64_t rank = adapter_.rank(), panel = k.panel, element = size_of(dtype_);
+  const int64_t columns = std::clamp<int64_t>(rank_of(tile.expert) - tile.column, 0, panel);
+  const int64_t stored = std::min(panel, rank - tile.column);
+  if (columns > 0) {
+    const Product product{.rows = rows + tile.first_row,
+                          .num_rows = tile.num_rows,
+                          .b = factor(tile.expert, tile.column, side),
+                          .num_columns = columns,
+                          .depth = side == AdapterSide::kA ? adapter_.a.shape[2] : adapter_.b.shape[1],
+                          .c = scratch.c,
+                          .next = next,
+                          .scratch = scratch.packing};
+    // Columns of B run across memory. Few of them would leave most lanes of a panel empty, so they are transposed: as much
+    // work as multiplying about 10 rows.
+    const bool along_k = side == AdapterSide::kA || 2 * columns <= panel;
+    along_k ? k.dot_products(product) : k.multiply(product);
+  }
+  const auto scale = static_cast<float>(adapter_.scales.as<const float>()[tile.expert] / (1.0 - adapter_.dropout));
+  for (int64_t m = 0; m < tile.num_rows; ++m) {
+    float* const c = scratch.c + m * panel;
+    char* const row = out.row(tile.first_row + m) + tile.column * element;
+    for (int64_t j = 0; j < columns; ++j) c[j] *= scale;
+    k.store_row(row, dtype_, c, columns);
+    std::memset(row + columns * element, 0, static_cast<size_t>((stored - columns) * element));
+  }
+}
+
 void AdapterProducts::multiply(const SlotRows& out, const void* const* rows, AdapterSide side,
                                const ThreadMemory& memory, const Context& context) const {
   const Kernels& k = context.kernels;
-  const int num_threads = context.num_threads;
-  const int64_t rank = adapter_.rank(), panel = k.panel, element = size_of(dtype_);
-  const int64_t depth = side == AdapterSide::kA ? adapter_.a.shape[2] : adapter_.b.shape[1];
-  const std::vector<Tile> tiles = make_tiles(expert_offsets_, a_.num_experts(), rank, panel, k.most_rows);
-  // Columns of B run across memory. Few of them would leave most lanes of a panel empty, so they are transposed: as much work
-  // as multiplying about 10 rows.
-  const auto along_k = [panel](AdapterSide of, int64_t columns) {
-    return of == AdapterSide::kA || 2 * columns <= panel;
-  };
-
-  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
-    const Tile& tile = tiles[static_cast<size_t>(task)];
-    const ProductScratch scratch = memory.of(thread);
-    const int64_t columns = std::clamp<int64_t>(rank_of(tile.expert) - tile.column, 0, panel);
-    const int64_t stored = std::min(panel, rank - tile.column);
-    if (columns > 0) {
-      const auto operand = [&](const Tile& of) {
-        const ExpertMatrix matrix(side == AdapterSide::kA ? a_ : b_, of.expert, dtype_);
-        return side == AdapterSide::kA ? matrix.rows_from(of.column) : matrix.columns_from(of.column);
-      };
-      const Product product{.rows = rows + tile.first_row,
-                            .num_rows = tile.num_rows,
-                            .b = operand(tile),
-                            .num_columns = columns,
-                            .depth = depth,
-                            .c = scratch.c,
-                            .next = &tile != &tiles.back() ? operand((&tile)[1]).start() : Start{},
-                            .scratch = scratch.packing};
-      along_k(side, columns) ? k.dot_products(product) : k.multiply(product);
-    }
-    const auto scale = static_cast<float>(adapter_.scales.as<const float>()[tile.expert] / (1.0 - adapter_.dropout));
-    for (int64_t m = 0; m < tile.num_rows; ++m) {
-      float* const c = scratch.c + m * panel;
-      char* const row = out.row(tile.first_row + m) + tile.column * element;
-      for (int64_t j = 0; j < columns; ++j) c[j] *= scale;
-      k.store_row(row, dtype_, c, columns);
-      std::memset(row + columns * element, 0, static_cast<size_t>((stored - columns) * element));
-    }
+  const std::vector<Tile> tiles = make_tiles(expert_offsets_, num_experts(), adapter_.rank(), k.panel, k.most_rows);
+  parallel_for_shares(context.num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
+    const Tile* const tile = &tiles[static_cast<size_t>(task)];
+    const Start next = tile != &tiles.back() ? factor(tile[1].expert, tile[1].column, side).start() : Start{};
+    multiply_panel(out, rows, side, *tile, next, memory.of(thread), k);
   });
 }
 
@@ -109,7 +121,6 @@ Product AdapterProducts::product(const Term& term, AdapterSide side, const Produ
 }
 
 void AdapterProducts::prefetch(const Term& term, AdapterSide side) const {
-  constexpr int64_t kLine = 64;
   const Matrix b = operand(term, side);
   const bool along_k = b.k_stride == 1;  // else n runs along memory
   const int64_t depth = rank_of(term.expert), element = size_of(dtype_);
@@ -117,12 +128,10 @@ void AdapterProducts::prefetch(const Term& term, AdapterSide side) const {
   const int64_t stride = (along_k ? b.n_stride : b.k_stride) * element;
   const char* row = static_cast<const char*>(b.data);
   if (stride == width) {
-    for (int64_t i = 0; i < rows * width; i += kLine) __builtin_prefetch(row + i, 0, 2);
+    prefetch_bytes(row, rows * width);
     return;
   }
-  for (int64_t n = 0; n < rows; ++n, row += stride) {
-    for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(row + i, 0, 2);
-  }
+  for (int64_t n = 0; n < rows; ++n, row += stride) prefetch_bytes(row, width);
 }
 
 void AdapterProducts::add(float* c, const Term& term, AdapterSide side, const ProductScratch& scratch,
@@ -167,39 +176,75 @@ void AdapterProducts::add_to_rows(float* c, int64_t stride, const Term& term, co
   }
 }
 
-void AdapterProducts::multiply_terms(float* out, const SlotRows& small_rows, const ThreadMemory& memory,
-                                     const Context& context) const {
-  constexpr int64_t kColumns = 512;  // of a task: 8 KB of B at rank 8
-  // A panel is 1 to 8 KB of B. Prefetching only the next one would wait for memory's latency.
-  constexpr int64_t kLeadBytes = 16 << 10;
-  const Kernels& k = context.kernels;
+template <typename StartAt>
+void AdapterProducts::multiply_terms_of(float* terms, const SlotRows& small_rows, const Tile& tile, int64_t end,
+                                        const ProductScratch& scratch, const Kernels& k, StartAt&& start_at) const {
   const int64_t width = adapter_.b.shape[1], panel = k.panel;
   const int64_t lead = ceil_div(kLeadBytes, adapter_.rank() * size_of(dtype_) * panel) * panel;
+  const void* const* const rows = small_rows.pointers() + tile.first_row;
+  if (rank_of(tile.expert) == 0) return;
+  for (int64_t column = tile.column; column < end; column += panel) {
+    const int64_t columns = std::min(panel, end - column);
+    Product part =
+        product({tile.expert, tile.first_row, tile.num_rows, column, columns, rows}, AdapterSide::kA, scratch);
+    part.c = scratch.c;
+    part.next = start_at(column + lead);
+    k.multiply(part);
+    for (int64_t m = 0; m < tile.num_rows; ++m) {
+      std::memcpy(terms + (tile.first_row + m) * width + column, scratch.c + m * panel,
+                  static_cast<size_t>(columns) * 4);
+    }
+  }
+}
+
+void AdapterProducts::multiply_terms(float* terms, const SlotRows& small_rows, const void* const* rows,
+                                     const ThreadMemory& memory, const Context& context) const {
+  const Kernels& k = context.kernels;
+  const int num_threads = context.num_threads;
+  const int64_t width = adapter_.b.shape[1], panel = k.panel, element = size_of(dtype_);
+  const auto b_at = [&](int64_t expert, int64_t column) {
+    return operand({expert, 0, 0, std::min(column, width - 1), 0, nullptr}, AdapterSide::kA).start();
+  };
+
+  // An expert for a thread: A and B are one stream, and threads wait for each other once.
+  const std::vector<Tile> experts = make_tiles(expert_offsets_, num_experts(), width, width, k.most_rows);
+  const auto count = static_cast<int64_t>(experts.size());
+  if (count % num_threads == 0 || count >= 4 * num_threads) {
+    parallel_for_shares(num_threads, count, [&](int64_t i, int thread) {
+      const Tile* const tile = &experts[static_cast<size_t>(i)];
+      const ProductScratch scratch = memory.of(thread);
+      if (rank_of(tile->expert) > 0) {  // the start of B, which its own prefetches skip
+        prefetch_bytes(b_at(tile->expert, 0).data, std::min(kLeadBytes, width * adapter_.rank() * element));
+      }
+      for (int64_t column = 0; column < adapter_.rank(); column += panel) {
+        const Start next = column + panel < adapter_.rank()
+                               ? factor(tile->expert, column + panel, AdapterSide::kA).start()
+                               : b_at(tile->expert, 0);
+        multiply_panel(small_rows, rows, AdapterSide::kA, {tile->expert, column, tile->first_row, tile->num_rows}, next,
+                       scratch, k);
+      }
+      multiply_terms_of(terms, small_rows, *tile, width, scratch, k, [&](int64_t column) -> Start {
+        if (column < width || tile == &experts.back()) return b_at(tile->expert, column);
+        const auto* const a = static_cast<const char*>(factor(tile[1].expert, 0, AdapterSide::kA).data);
+        return {a + (column - width) * adapter_.rank() * element};
+      });
+    });
+    return;
+  }
+
+  constexpr int64_t kColumns = 512;  // of a task: 8 KB of B at rank 8
+  multiply(small_rows, rows, AdapterSide::kA, memory, context);
   const std::vector<Tile> tiles = make_tiles(expert_offsets_, num_experts(), width, kColumns, k.most_rows);
   const auto end_of = [&](const Tile& tile) { return std::min(width, tile.column + kColumns); };
-  // B from `column` of tile i on, which may be in one of the next tiles.
-  const auto start_at = [&](size_t i, int64_t column) {
-    for (; i + 1 < tiles.size() && column >= end_of(tiles[i]); ++i) column += tiles[i + 1].column - end_of(tiles[i]);
-    return operand({tiles[i].expert, 0, 0, std::min(column, width - 1), 0, nullptr}, AdapterSide::kA).start();
-  };
-  parallel_for_shares(context.num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
-    const auto index = static_cast<size_t>(i);
-    const Tile& tile = tiles[index];
-    if (rank_of(tile.expert) == 0) return;
-    for (int64_t column = tile.column; column < end_of(tile); column += panel) {
-      const int64_t columns = std::min(panel, end_of(tile) - column);
-      const void* const* const rows = small_rows.pointers() + tile.first_row;
-      const ProductScratch scratch = memory.of(thread);
-      Product part =
-          product({tile.expert, tile.first_row, tile.num_rows, column, columns, rows}, AdapterSide::kA, scratch);
-      part.c = scratch.c;
-      part.next = start_at(index, column + lead);
-      k.multiply(part);
-      for (int64_t m = 0; m < tile.num_rows; ++m) {
-        std::memcpy(out + (tile.first_row + m) * width + column, scratch.c + m * panel,
-                    static_cast<size_t>(part.num_columns) * 4);
-      }
-    }
+  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
+    const auto index = static_cast<size_t>(task);
+    // B from `column` of this tile on, which may be in one of the next tiles.
+    const auto start_at = [&](int64_t column) {
+      size_t i = index;
+      for (; i + 1 < tiles.size() && column >= end_of(tiles[i]); ++i) column += tiles[i + 1].column - end_of(tiles[i]);
+      return b_at(tiles[i].expert, column);
+    };
+    multiply_terms_of(terms, small_rows, tiles[index], end_of(tiles[index]), memory.of(thread), k, start_at);
   });
 }
 
@@ -293,8 +338,9 @@ AdapterTerms ForwardAdapter::terms() const {
 
 void ForwardAdapter::multiply(const void* const* rows, const ThreadMemory& memory, const Context& context) {
   if (!products_) return;
-  products_->multiply(*rows_, products_->masked(rows, workspace_, context), AdapterSide::kA, memory, context);
-  if (ahead_ != nullptr) products_->multiply_terms(ahead_, *rows_, memory, context);
+  rows = products_->masked(rows, workspace_, context);
+  if (ahead_ != nullptr) return products_->multiply_terms(ahead_, *rows_, rows, memory, context);
+  products_->multiply(*rows_, rows, AdapterSide::kA, memory, context);
 }
 
 void ForwardAdapter::multiply(const TensorView& x, const int32_t* indices, const ThreadMemory& memory,

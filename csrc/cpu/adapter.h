@@ -81,8 +81,10 @@ class AdapterProducts {
   // Prefetches what `add` reads: called before the projection's own product, which takes as long as memory needs.
   void prefetch(const Term& term, AdapterSide side) const;
   void add(float* c, const Term& term, AdapterSide side, const ProductScratch& scratch, const Kernels& k) const;
-  // Small rows times B_eᵀ, all columns: out[s] has as many floats as B_e has rows. Of an expert of rank 0 it is undefined.
-  void multiply_terms(float* out, const SlotRows& small_rows, const ThreadMemory& memory, const Context& context) const;
+  // multiply of side kA, and then small rows times B_eᵀ, all columns: terms[s] has as many floats as B_e has rows. Of an expert
+  // of rank 0 they are undefined.
+  void multiply_terms(float* terms, const SlotRows& small_rows, const void* const* rows, const ThreadMemory& memory,
+                      const Context& context) const;
   // The same for side kA and a product whose rows are `stride` apart.
   void add_to_rows(float* c, int64_t stride, const Term& term, const ProductScratch& scratch, const Kernels& k) const;
 
@@ -90,6 +92,15 @@ class AdapterProducts {
   void clear_past_ranks(const TensorView& gradient, AdapterSide side) const;
 
  private:
+  // What small rows of a side are multiplied by, from a column on.
+  Matrix factor(int64_t expert, int64_t column, AdapterSide side) const;
+  // A tile of `multiply`: at most a panel of columns. `next` is read afterwards.
+  void multiply_panel(const SlotRows& out, const void* const* rows, AdapterSide side, const Tile& tile,
+                      const Start& next, const ProductScratch& scratch, const Kernels& k) const;
+  // A tile of terms, of all columns up to `end`. start_at(column) is where B or what is read afterwards continues.
+  template <typename StartAt>
+  void multiply_terms_of(float* terms, const SlotRows& small_rows, const Tile& tile, int64_t end,
+                         const ProductScratch& scratch, const Kernels& k, StartAt&& start_at) const;
   Matrix operand(const Term& term, AdapterSide side) const;
   Product product(const Term& term, AdapterSide side, const ProductScratch& scratch) const;
 
@@ -123,8 +134,8 @@ struct AdapterTerms {
 };
 
 // The small rows of one projection in moe_forward; without an adapter, nothing. They take `bytes` of the call's workspace:
-// with blocks of their own, calls would use more than are kept (workspace.h). Terms of few rows are computed ahead: B is then
-// read as one stream instead of in pieces between those of the weights.
+// with blocks of their own, calls would use more than are kept (workspace.h). Terms of few rows are computed ahead: A and B are
+// then read as one stream instead of in pieces between those of the weights.
 class ForwardAdapter {
  public:
   static int64_t bytes(const Adapter& adapter, int64_t num_slots, DType dtype);

@@ -188,6 +188,19 @@ void leave(BFloat16* out, const float* sums, int64_t columns, bool past_caches) 
   __builtin_memcpy(out, line, static_cast<size_t>(at_most(columns, 2 * kLanes)) * 2);
 }
 
+// Adds 32 sums of a row, rounded, to the bfloat16 that are there. Their sums may be subnormal.
+void add(BFloat16* out, const float* sums, int64_t columns) {
+  const Kernels& k = kernels_avx512bf16();
+  const int64_t count = at_most(columns, 2 * kLanes);
+  float total[2 * kLanes];
+  BFloat16 rounded[2 * kLanes];
+  store_normals(rounded, load(sums));
+  store_normals(rounded + kLanes, load(sums + kLanes));
+  k.load_row(total, out, DType::kBFloat16, count);
+  k.add_scaled_row(total, rounded, DType::kBFloat16, 1.0f, count);
+  k.store_row(out, DType::kBFloat16, total, count);
+}
+
 void gradient_panel(const GradientPanel& product) {
   if (product.dtype != DType::kBFloat16) return kernels_avx512bf16().gradient_panel(product);
   constexpr int64_t kChunk = 2 * kChunkWords;  // slots
@@ -220,8 +233,12 @@ void gradient_panel(const GradientPanel& product) {
         add_block(tiles, 2, block, nothing);
         if (!is_last) continue;
         for (int64_t i = 0; i < at_most(rows - m, 2 * kTile); ++i) {
-          leave(static_cast<BFloat16*>(product.out) + (m + i) * product.out_stride + n, sums + i * stride,
-                product.num_columns - n, product.past_caches);
+          BFloat16* const out = static_cast<BFloat16*>(product.out) + (m + i) * product.out_stride + n;
+          if (product.adds) {
+            add(out, sums + i * stride, product.num_columns - n);
+          } else {
+            leave(out, sums + i * stride, product.num_columns - n, product.past_caches);
+          }
         }
       }
     }

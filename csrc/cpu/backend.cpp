@@ -155,7 +155,8 @@ constexpr Backend make_backend() {
           .assign_capped = run<i, assign_capped>,
           .formats = ~0u,
           .panel_layout = [](DType dtype) { return panel_layout(kIsas[i].kernels(), dtype); },
-          .takes_adapters = true};
+          .takes_adapters = true,
+          .adds_gradients = true};
 }
 
 constexpr std::array kBackends = []<size_t... i>(std::index_sequence<i...>) {

@@ -135,6 +135,24 @@ struct ProductScratch {
       : packing(memory), c(reinterpret_cast<float*>(static_cast<char*>(memory) + kProductScratch)) {}
 };
 
+// Bytes of `columns` columns of b, for recordings; without scales.
+inline int64_t bytes_of(const Matrix& b, int64_t columns, int64_t depth) {
+  return columns * (b.format == Format::kPlain ? depth * size_of(b.dtype) : b.row_bytes());
+}
+
+// Columns per task, at most `most` and halved down to `least` as long as there are too few tasks for the threads: less than
+// two for each, unless all threads have one. tasks(columns): their number.
+template <typename Tasks>
+int64_t columns_for(int64_t most, int64_t least, int num_threads, Tasks&& tasks) {
+  int64_t columns = most;
+  while (columns > least && tasks(columns) < 2 * num_threads && tasks(columns) % num_threads != 0)
+    columns = std::max(columns / 2, least);
+  return columns;
+}
+
+// The narrowest task of products with few rows: two lines of a row of `a`, and whole tiles of AMX.
+constexpr int64_t kFewestColumns = 16;
+
 // A piece of one expert's product: slots [first_row, first_row + num_rows), columns from `column` on.
 struct Tile {
   int64_t expert, column, first_row, num_rows;

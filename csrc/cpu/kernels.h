@@ -120,6 +120,7 @@ struct GradientPanel {
   bool past_caches;
   float* packing;  // kChunkWords · panel, 64-byte aligned
   float* carried;  // [num_rows, panel]: sums between chunks of kChunkWords words of slots; unused if one holds all
+  bool adds;       // each rounded sum to the element of `out` that is there
 };
 
 struct Kernels {

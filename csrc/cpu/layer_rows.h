@@ -116,6 +116,7 @@ class ActivationRows {
   }
 
   int64_t width() const { return a_.shape[1]; }
+  bool is_in_place() const { return plan_.layout == RowLayout::kInPlace; }
   const GatheredSlots& gathered() const { return gathered_; }
   // pointers[s] = row of slot s, unless rows are gathered
   void fill(const void** pointers, int64_t used_slots) const {

@@ -7,9 +7,11 @@
 #include "names.h"
 #include "pages.h"
 #include "reader_binding.h"
+#include "simulation.h"
 #include "switchgear/backend.h"
 #include "switchgear/compact.h"
 #include "switchgear/panels.h"
+#include "threads.h"
 #include "workspace.h"
 
 namespace py = pybind11;
@@ -29,6 +31,56 @@ py::dict build_info() {
   info["openmp"] = py::bool_(SWITCHGEAR_WITH_OPENMP);
   info["cuda"] = py::bool_(SWITCHGEAR_WITH_CUDA);
   return info;
+}
+
+// The loops that `call` runs on this thread: (name, in shares, threads, begin, end, tasks), in seconds since its start; a task
+// is (seconds, expert, rows, bytes). And the seconds of the call.
+py::tuple record_loops(const py::function& call) {
+  cpu::Timeline timeline;
+  struct Scope {
+    explicit Scope(cpu::Timeline* recording) { cpu::record_on(recording); }
+    ~Scope() { cpu::record_on(nullptr); }
+  };
+  {
+    const Scope scope(&timeline);
+    call();
+  }
+  const double seconds = timeline.now();
+  py::list loops;
+  for (const auto& loop : timeline.records()) {
+    py::list tasks;
+    for (const auto& [spent, work] : loop.tasks)
+      tasks.append(py::make_tuple(spent, work.expert, work.rows, work.bytes));
+    loops.append(py::make_tuple(loop.name, loop.in_shares, loop.num_threads, loop.begin, loop.end, tasks));
+  }
+  return py::make_tuple(loops, seconds);
+}
+
+constexpr Names<cpu::Placement, 3> kPlacements{{{"first node", cpu::Placement::kFirstNode},
+                                                {"interleaved", cpu::Placement::kInterleaved},
+                                                {"local", cpu::Placement::kLocal}}};
+
+py::tuple simulate_loop(const std::vector<double>& seconds, const std::vector<int64_t>& bytes, bool in_shares,
+                        int num_threads, int num_nodes, int num_sockets, double node_bandwidth, double link_bandwidth,
+                        std::string_view placement) {
+  if (seconds.size() != bytes.size())
+    throw ValueError(join("bytes: expected as many as seconds, ", seconds.size(), ", got ", bytes.size()));
+  if (num_threads < 1) throw ValueError(join("num_threads: expected at least 1, got ", num_threads));
+  if (num_nodes < 1) throw ValueError(join("num_nodes: expected at least 1, got ", num_nodes));
+  if (num_sockets < 1 || num_nodes % num_sockets != 0)
+    throw ValueError(join("num_sockets: expected a divisor of the ", num_nodes, " nodes, got ", num_sockets));
+  if (!(node_bandwidth > 0)) throw ValueError(join("node_bandwidth: expected more than 0, got ", node_bandwidth));
+  if (!(link_bandwidth > 0)) throw ValueError(join("link_bandwidth: expected more than 0, got ", link_bandwidth));
+  const cpu::Machine machine{num_threads,    num_nodes,      num_sockets,
+                             node_bandwidth, link_bandwidth, parse("placement", kPlacements, placement)};
+  std::vector<cpu::SimulatedTask> tasks(seconds.size());
+  for (size_t i = 0; i < tasks.size(); ++i) tasks[i] = {seconds[i], bytes[i]};
+  cpu::SimulatedLoop loop;
+  {
+    const py::gil_scoped_release release;
+    loop = cpu::simulate(tasks, in_shares, machine);
+  }
+  return py::make_tuple(loop.seconds, loop.busy, loop.bytes, loop.remote_bytes, loop.threads);
 }
 
 }  // namespace
@@ -77,6 +129,15 @@ void define_module(py::module_& m) {
         return cpu::collapse_into_huge_pages(view.data, view.extent());
       },
       "Moves memory onto huge pages; the bytes that then lie on them.", "tensor"_a);
+  m.def(
+      "interleave_pages",
+      [](handle tensor) {
+        Arrays arrays;
+        const TensorView view = arrays.in("tensor", tensor);
+        const py::gil_scoped_release release;
+        return cpu::interleave_pages(view.data, view.extent());
+      },
+      "Spreads memory over all NUMA nodes, page by page; their number, 0 if the system does not allow it.", "tensor"_a);
   m.def("check_capsule", &check_capsule,
         "Raises unless a capsule of __dlpack__ holds an array; BufferError for negative strides.", "name"_a,
         "capsule"_a);
@@ -107,6 +168,15 @@ void define_module(py::module_& m) {
         return std::pair(layout.rows, layout.vector_bytes);
       },
       "Of the ISA in use: rows of a weight in a panel, and bytes of a vector of it, or of a tile.", "dtype"_a);
+  m.def("record_loops", &record_loops,
+        "Calls a function; (its parallel loops, each on this thread alone, its seconds). A loop is (name, in shares, "
+        "threads, begin, end, tasks), a task (seconds, expert, rows, bytes).",
+        "call"_a);
+  m.def("simulate_loop", &simulate_loop,
+        "A recorded loop on other threads and nodes: (seconds, seconds that threads were busy, bytes from each node, "
+        "bytes from other nodes, the thread of each task).",
+        "seconds"_a, "bytes"_a, "in_shares"_a, "num_threads"_a, "num_nodes"_a, "num_sockets"_a, "node_bandwidth"_a,
+        "link_bandwidth"_a, "placement"_a);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
   m.def("kept_bytes", &cpu::kept_bytes, "Bytes that are kept for the next tensors of a Buffer.");
   py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")

@@ -256,12 +256,20 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   for (int i = 0; i < num_threads; ++i) {
     decoded.emplace_back(down_proj, args.x.dtype, memory + i * thread_bytes + WideScratch::kBytes + adapter_bytes);
   }
-  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
+  const auto work = [&](int64_t i) {
+    const Tile& tile = tiles[static_cast<size_t>(i)];
+    if (tile.first_row > slots.expert_offsets[tile.expert]) return TaskWork{tile.expert, tile.num_rows, 0};
+    const int64_t columns = std::min(wide, intermediate_size - tile.column);
+    const Matrix matrix = ExpertMatrix(down_proj, tile.expert, args.x.dtype).rows_from(0);
+    return TaskWork{tile.expert, tile.num_rows, bytes_of(matrix, columns, args.grad_y.shape[1])};
+  };
+  const auto run_tile = [&](int64_t i, int thread) {
     const Tile* const tile = &tiles[static_cast<size_t>(i)];
     char* const own = memory + thread * thread_bytes;
     stage.run(*tile, tile != &tiles.back() ? stage.start(tile[1]) : Start{}, WideScratch(own),
               own + WideScratch::kBytes, decoded[static_cast<size_t>(thread)]);
-  });
+  };
+  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), run_tile, Loop{"gradient of h", work});
 
   if (args.grad_topk_weights.defined()) sum_weight_gradient(stage, num_threads);
   if (args.grad_x.defined() || args.grad_gate_up_a.defined()) first.multiply(grad_h_rows, thread_memory, context);
@@ -283,7 +291,7 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   const int32_t* const experts = args.experts.as<int32_t>();
   const auto weight_gradient_of = [&](const TensorView& gradient, const void* const* left, const void* const* right) {
     if (!gradient.defined()) return;
-    weight_gradient({left, right, args.x.dtype, slots.expert_offsets, experts, gradient}, context);
+    weight_gradient({left, right, args.x.dtype, slots.expert_offsets, experts, gradient, args.adds}, context);
   };
   weight_gradient_of(args.grad_gate_up_proj, grad_h_rows, x_rows);
   weight_gradient_of(args.grad_down_proj, grad_y_rows, a_rows);

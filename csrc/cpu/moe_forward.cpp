@@ -37,16 +37,25 @@ struct FirstProjection {
   const ActivationRows& a;
   const Kernels& k;
   AdapterTerms adapter;
+  int64_t columns_per_tile;  // of a, at most a panel
 
   Start start(const Tile& tile) const {
     const GateColumns columns = gate_columns(args.options, a.width(), tile.column, 1, k.panel);
     return ExpertMatrix(args.weights.gate_up_proj, tile.expert, args.x.dtype).rows_from(columns.begin[0]).start();
   }
 
+  // Later pieces of an expert's rows find the columns in a cache if they follow at once.
+  TaskWork work(const Tile& tile, bool by_panels, const int32_t* expert_offsets) const {
+    if (by_panels && tile.first_row > expert_offsets[tile.expert]) return {tile.expert, tile.num_rows, 0};
+    const int64_t count = std::min(columns_per_tile, a.width() - tile.column) * (args.options.gated ? 2 : 1);
+    const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert, args.x.dtype);
+    return {tile.expert, tile.num_rows, bytes_of(matrix.rows_from(0), count, args.x.shape[1])};
+  }
+
   // adapter_scratch: its c is for terms of the adapter.
   void run(const Tile& tile, const Start& next, const ProductScratch (&scratch)[2],
            const ProductScratch& adapter_scratch, const void* gathered_x) const {
-    const int64_t count = std::min<int64_t>(k.panel, a.width() - tile.column);
+    const int64_t count = std::min(columns_per_tile, a.width() - tile.column);
     const GateColumns columns = gate_columns(args.options, a.width(), tile.column, count, k.panel);
     const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert, args.x.dtype);
     const auto term = [&](int i) {
@@ -88,6 +97,19 @@ struct FirstProjection {
   }
 };
 
+// Columns of `a` per tile: a panel, or a part of one if few rows leave too few tiles for the threads. Rows that are sorted or
+// gathered are written a panel at a time.
+int64_t tile_columns(const Weight& gate_up_proj, const ActivationRows& a, const int32_t* expert_offsets,
+                     const Context& context) {
+  const int64_t num_experts = gate_up_proj.num_experts(), panel = context.kernels.panel;
+  if (gate_up_proj.format == Format::kPanels || !a.is_in_place() || !has_few_rows(expert_offsets, num_experts))
+    return panel;
+  int64_t used = 0;
+  for (int64_t e = 0; e < num_experts; ++e) used += expert_offsets[e] < expert_offsets[e + 1];
+  return columns_for(panel, std::min(panel, kFewestColumns), context.num_threads,
+                     [&](int64_t columns) { return used * ceil_div(a.width(), columns); });
+}
+
 }  // namespace
 
 void moe_forward(const MoeForwardArgs& args, const Context& context) {
@@ -104,9 +126,9 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   if (args.weights.down_adapter.defined()) a.keep_plain();
   const int64_t gathered_x_bytes = GatheredRows::bytes(x.block_bytes(), num_slots);
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
-  // Two products, and a term of an adapter, which shares their packing.
+  // Two products, one after the other, and a term of an adapter: they share their packing.
   const int64_t term_bytes = args.weights.gate_up_adapter.defined() ? ProductScratch::kTileBytes : 0;
-  const int64_t thread_bytes = 2 * ProductScratch::kBytes + term_bytes;
+  const int64_t thread_bytes = ProductScratch::kBytes + ProductScratch::kTileBytes + term_bytes;
 
   Workspace workspace(Slots::bytes(num_slots, num_experts) + 2 * Workspace::padded(pointers) + a.bytes() + x.bytes() +
                       ForwardAdapter::bytes(args.weights.gate_up_adapter, num_slots, dtype) +
@@ -125,21 +147,26 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   for (int i = 0; i < num_threads; ++i)
     gathered_x.emplace_back(gathered_memory + i * gathered_x_bytes, x.block_bytes());
 
-  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, k.panel, k.most_rows,
+  const int64_t columns = tile_columns(gate_up_proj, a, slots.expert_offsets, context);
+  const std::vector<Tile> tiles = make_tiles(slots.expert_offsets, num_experts, intermediate_size, columns, k.most_rows,
                                              x.block_bytes() > 0 ? TileOrder::kRows : TileOrder::kPanels);
   const ThreadMemory thread_memory{memory, thread_bytes};
   ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, dtype, workspace);
   u.multiply(args.x, slots.token_indices, thread_memory, context);
-  const FirstProjection first{args, x_rows, a, k, u.terms()};
-  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int thread) {
+  const FirstProjection first{args, x_rows, a, k, u.terms(), columns};
+  const auto work = [&](int64_t i) {
+    return first.work(tiles[static_cast<size_t>(i)], x.block_bytes() == 0, slots.expert_offsets);
+  };
+  const auto run_tile = [&](int64_t i, int thread) {
     char* const own = memory + thread * thread_bytes;
-    const ProductScratch scratch[2] = {ProductScratch(own), ProductScratch(own + ProductScratch::kBytes)};
-    ProductScratch adapter_scratch = scratch[0];
-    if (term_bytes > 0) adapter_scratch.c = reinterpret_cast<float*>(own + 2 * ProductScratch::kBytes);
+    ProductScratch scratch[2] = {ProductScratch(own), ProductScratch(own)}, adapter_scratch(own);
+    scratch[1].c = reinterpret_cast<float*>(own + ProductScratch::kBytes);
+    if (term_bytes > 0) adapter_scratch.c = scratch[1].c + ProductScratch::kTileBytes / 4;
     const Tile* const tile = &tiles[static_cast<size_t>(i)];
     first.run(*tile, tile != &tiles.back() ? first.start(tile[1]) : Start{}, scratch, adapter_scratch,
               gathered_x[static_cast<size_t>(thread)].of(*tile, k, x_rows, hidden_size));
-  });
+  };
+  parallel_for_shares(num_threads, static_cast<int64_t>(tiles.size()), run_tile, Loop{"first projection", work});
   if (args.h.defined()) zero_tail(args.h, used_slots);
 
   ForwardAdapter v(args.weights.down_adapter, 1, slots, dtype, workspace);

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Huge pages. Weights that are read once per token cost a page-table walk every 4 KB, where hardware prefetching also stops:
+// Pages of weights, huge ones and those of NUMA nodes.
+//
+// Weights that are read once per token cost a page-table walk every 4 KB, where hardware prefetching also stops:
 // 2 MB pages read up to 2× faster. Linux grants them on request (transparent huge pages in mode "madvise"). On other systems,
 // and where there are none, these functions do nothing.
 #pragma once
@@ -12,5 +14,9 @@ void advise_huge_pages(void* data, int64_t bytes);
 
 // For memory in use: moves its contents onto huge pages, about 1 s per GB. Returns the bytes on huge pages afterwards.
 int64_t collapse_into_huge_pages(void* data, int64_t bytes);
+
+// Spreads the pages of memory over all NUMA nodes, in turns, wherever they are now: about 1 s per GB. Returns the number of
+// nodes, 0 if the system does not allow it.
+int interleave_pages(void* data, int64_t bytes);
 
 }  // namespace switchgear::cpu

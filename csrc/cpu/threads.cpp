@@ -23,6 +23,8 @@ std::atomic<bool> in_forked_child{false};
 [[maybe_unused]] const int fork_handler =
     pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
 
+thread_local Timeline* recording = nullptr;
+
 int default_threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -33,6 +35,9 @@ int default_threads() {
 }
 
 }  // namespace
+
+Timeline* timeline() { return recording; }
+void record_on(Timeline* other) { recording = other; }
 
 int resolve_threads(int num_threads) {
   if (in_forked_child.load(std::memory_order_relaxed)) return 1;

@@ -17,11 +17,13 @@ namespace {
 constexpr int64_t kTokenChunk = 2048, kWideTokenChunk = 512;
 constexpr int64_t kMostGatheredColumns = 256, kSumsBytes = 1 << 20;
 
-// Tokens per task: a whole chunk, or fewer if the column blocks alone do not occupy the threads.
+// Tokens per task: a whole chunk, or fewer if the column blocks alone do not occupy the threads. Tasks of fewer tokens read the
+// weights again.
 int64_t tokens_per_task(int64_t num_tokens, int64_t most, int64_t column_blocks, int num_threads) {
-  const int64_t chunks =
-      std::max<int64_t>(ceil_div(num_tokens, most),
-                        std::min<int64_t>(ceil_div(2 * num_threads, column_blocks), ceil_div(num_tokens, 64)));
+  int64_t chunks = ceil_div(num_tokens, most);
+  const int64_t tasks = chunks * column_blocks;
+  if (tasks < 2 * num_threads && tasks % num_threads != 0)
+    chunks = std::max(chunks, std::min(ceil_div(2 * num_threads, column_blocks), ceil_div(num_tokens, 64)));
   return ceil_div(num_tokens, std::max<int64_t>(chunks, 1));
 }
 
@@ -33,6 +35,14 @@ int64_t gathered_columns(int64_t num_tokens, int64_t width, int64_t panel, int n
          (std::min(num_tokens, kTokenChunk) * wide * 4 > kSumsBytes || ceil_div(width, wide) < 2 * num_threads))
     wide /= 2;
   return wide;
+}
+
+// Columns per task, at most `most`, so that there are tasks for all threads.
+int64_t row_columns(const Weight& matrices, int64_t num_tokens, int64_t width, int64_t most, int64_t panel,
+                    int num_threads) {
+  const int64_t least = matrices.format == Format::kPanels ? panel : std::min(panel, kFewestColumns);
+  return columns_for(most, least, num_threads,
+                     [&](int64_t columns) { return ceil_div(num_tokens, kTokenChunk) * ceil_div(width, columns); });
 }
 
 }  // namespace
@@ -49,12 +59,12 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
   // Columns that each product decodes again pay for few products: those of many tokens are as narrow as decoded ones.
   const bool is_narrow =
       decodes || (args.transposed && args.matrices->format != Format::kPlain && num_tokens > kWideTokenChunk);
+  const int64_t many = args.gathered.defined() ? gathered_columns(num_tokens, width, panel, num_threads) : panel;
+  const int64_t most = few_rows ? 2 * panel : many;  // few rows: longer runs of memory
   const int64_t wide = is_narrow ? kDecodedColumns
                        : args.transposed
                            ? wide_columns(width, ceil_div(num_tokens, kWideTokenChunk), panel, num_threads)
-                       : few_rows                ? 2 * panel  // longer runs of memory
-                       : args.gathered.defined() ? gathered_columns(num_tokens, width, panel, num_threads)
-                                                 : panel;
+                           : row_columns(*args.matrices, num_tokens, width, most, panel, num_threads);
   const int64_t column_blocks = ceil_div(width, wide);
   const int64_t most_tokens = args.transposed && !is_narrow ? kWideTokenChunk : kTokenChunk;
   const int64_t chunk = tokens_per_task(num_tokens, most_tokens, column_blocks, num_threads);
@@ -102,7 +112,16 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
     return e < num_experts && !decodes ? operand(block, e).start() : Start{};
   };
 
-  parallel_for_shares(num_threads, chunks * column_blocks, [&](int64_t task, int thread) {
+  const auto work = [&](int64_t task) {
+    const Block block = block_of(task);
+    TaskWork sum;
+    for (int64_t e = next_expert(block, -1); e < num_experts; e = next_expert(block, e)) {
+      sum.rows += first_slot(e, block.last_token) - first_slot(e, block.first_token);
+      sum.bytes += bytes_of(ExpertMatrix(*args.matrices, e, dtype).rows_from(0), block.columns, args.depth);
+    }
+    return sum;
+  };
+  const auto run_block = [&](int64_t task, int thread) {
     char* const own = memory + thread * thread_bytes;
     const WideScratch scratch(own);
     char* const adapter_scratch = own + WideScratch::kBytes + accumulator_bytes;
@@ -154,7 +173,9 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
     for (int64_t t = first_token; t < last_token; ++t) {
       k.store_row(at(args.out, t, column), args.out.dtype, sums + (t - first_token) * wide, columns);
     }
-  });
+  };
+  parallel_for_shares(num_threads, chunks * column_blocks, run_block,
+                      Loop{args.transposed ? "gradient of x" : "second projection", work});
 }
 
 }  // namespace switchgear::cpu

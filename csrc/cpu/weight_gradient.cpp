@@ -66,13 +66,19 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
   Workspace workspace(num_threads * thread_bytes);
   char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * thread_bytes));
 
-  parallel_for(num_threads, static_cast<int64_t>(tiles.size()), [&](int64_t task, int thread) {
+  const auto work = [&](int64_t task) {
+    const Tile& tile = tiles[static_cast<size_t>(task)];
+    const int64_t bytes = tile.num_rows * columns * element;
+    return TaskWork{tile.expert, slots_of(tile.expert).second, args.adds ? 2 * bytes : bytes};
+  };
+  const auto run_tile = [&](int64_t task, int thread) {
     const Tile& tile = tiles[static_cast<size_t>(task)];
     char* const own = memory + thread * thread_bytes;
     float* const transposed = reinterpret_cast<float*>(own + kPackingBytes);
     const auto [first, slots] = slots_of(tile.expert);
     char* const out = offset(args.gradient, tile.expert * args.gradient.stride[0] + tile.first_row * row_stride);
     if (slots == 0) {
+      if (args.adds) return;
       const auto bytes = static_cast<size_t>(columns * element);
       if (row_stride == columns) {
         std::memset(out, 0, bytes * static_cast<size_t>(tile.num_rows));
@@ -94,9 +100,11 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
                         .out_stride = row_stride,
                         .past_caches = past_caches,
                         .packing = reinterpret_cast<float*>(own),
-                        .carried = reinterpret_cast<float*>(own + kPackingBytes + left_bytes)});
+                        .carried = reinterpret_cast<float*>(own + kPackingBytes + left_bytes),
+                        .adds = args.adds});
     }
-  });
+  };
+  parallel_for(num_threads, static_cast<int64_t>(tiles.size()), run_tile, Loop{"weight gradient", work});
 }
 
 }  // namespace switchgear::cpu

@@ -14,6 +14,7 @@ struct WeightGradientArgs {
   const int32_t* expert_offsets;
   const int32_t* experts;  // [n], or null for all
   TensorView gradient;     // [E or n, rows, columns], one unit stride
+  bool adds = false;       // the rounded gradient to the one that is there
 };
 
 void weight_gradient(const WeightGradientArgs& args, const Context& context);

@@ -45,10 +45,25 @@ void transpose_words(float* out, int64_t stride, const void* const* rows, int64_
 
 // ---- storing a tile ------------------------------------------------------------------------------------------------------
 
+// The row, rounded, plus the one that is there: the bits of a tensor of gradients that is added to another.
+template <typename T, int kVectors>
+inline void add_rounded(Floats (&row)[kVectors], const T* p, int64_t columns) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    const int64_t count = columns - j * kLanes;
+    if (count <= 0) return;
+    alignas(kLine) T rounded[kLanes];
+    store(rounded, row[j]);
+    const Floats there = count < kLanes ? load_some(p + j * kLanes, count) : load(p + j * kLanes);
+    row[j] = multiply_add(load(static_cast<const T*>(rounded)), broadcast(1.0f), there);
+  }
+}
+
 // Stores a row of a tile, rounded. Whole lines that are not read soon go past the caches: a cached store first fetches the
 // line that it overwrites.
 template <typename T, int kVectors>
-inline void leave(T* p, const Floats (&row)[kVectors], int64_t columns, bool past_caches) {
+inline void leave(T* p, const Floats (&row)[kVectors], int64_t columns, bool past_caches,
+                  [[maybe_unused]] bool may_be_subnormal) {
   constexpr int kPerLine = kLine / sizeof(T) / kLanes;  // vectors per line
   if (past_caches && columns == kVectors * kLanes && kVectors % kPerLine == 0) {
 #pragma GCC unroll 4
@@ -59,7 +74,7 @@ inline void leave(T* p, const Floats (&row)[kVectors], int64_t columns, bool pas
         for (int i = 0; i < kPerLine; ++i) stream(target + i * kLanes, row[j + i]);
       } else {
 #ifdef __AVX512BF16__
-        if (__is_same(T, BFloat16)) {  // sums of vdpbf16ps are never subnormal
+        if (__is_same(T, BFloat16) && !may_be_subnormal) {  // sums of vdpbf16ps are never
           stream_normals(reinterpret_cast<BFloat16*>(target), row[j], row[j + 1]);
           continue;
         }
@@ -107,6 +122,13 @@ void gradient_tile(const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
       acc[i][j] = chunk.is_first ? broadcast(0.0f) : load(carried + i * kPanel + j * kLanes);
     }
   }
+  T* const out = static_cast<T*>(to.out) + m * to.out_stride;
+  if (to.adds && chunk.is_last) {  // the rows of the next tile, which memory delivers while this one multiplies
+    for (int64_t i = kRows; i < 2 * kRows && m + i < to.num_rows; ++i) {
+      const char* const row = reinterpret_cast<const char*>(out + i * to.out_stride);
+      for (int64_t b = 0; b < to.num_columns * static_cast<int64_t>(sizeof(T)); b += kLine) __builtin_prefetch(row + b);
+    }
+  }
   const float* panel = chunk.panel;
   for (int64_t p = 0; p < chunk.words; ++p, panel += kPanel) {
     Floats b[kVectors];
@@ -127,9 +149,12 @@ void gradient_tile(const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
     }
     return;
   }
-  T* const out = static_cast<T*>(to.out) + m * to.out_stride;
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) leave(out + i * to.out_stride, acc[i], to.num_columns, to.past_caches);
+  for (int i = 0; i < kRows; ++i) {
+    T* const row = out + i * to.out_stride;
+    if (to.adds) add_rounded(acc[i], row, to.num_columns);
+    leave(row, acc[i], to.num_columns, to.past_caches, to.adds);
+  }
 }
 
 // All rows of a panel of which kVectors vectors have columns. A tile of half or a quarter of a panel has twice as many rows:

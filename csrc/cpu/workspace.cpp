@@ -24,7 +24,7 @@ struct Block {
 
 struct Pool {
   std::mutex mutex;
-  std::vector<Block> idle;  // workspaces
+  std::vector<Block> idle;  // workspaces, the one that was used last at the end
 
   std::vector<Block> idle_buffers;  // oldest first
   int64_t idle_bytes = 0, live_bytes = 0, most_live_bytes = 0;
@@ -41,6 +41,14 @@ Pool& pool() {
     pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
 
 void free_block(Block block) { ::operator delete(block.data, std::align_val_t{64}); }
+
+// Makes room for one more idle workspace. The oldest goes: if the newest went, blocks of calls of long ago would stay, and
+// each further call would have to fault in its pages again.
+void drop_oldest(Pool& p) {
+  if (p.idle.size() < kMaxIdle) return;
+  free_block(p.idle.front());
+  p.idle.erase(p.idle.begin());
+}
 
 char* allocate(int64_t bytes) {
   auto* const data = static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64}));
@@ -62,9 +70,8 @@ Workspace::Workspace(int64_t bytes) : size_(padded(bytes)) {
     if (best != p.idle.end()) {
       reuse = *best;
       p.idle.erase(best);
-    } else if (p.idle.size() == kMaxIdle) {  // outgrown: replace one rather than keep both
-      free_block(p.idle.back());
-      p.idle.pop_back();
+    } else {
+      drop_oldest(p);  // outgrown: replace one rather than keep both
     }
   }
   if (reuse.data == nullptr) {
@@ -78,11 +85,8 @@ Workspace::Workspace(int64_t bytes) : size_(padded(bytes)) {
 Workspace::~Workspace() {
   Pool& p = pool();
   const std::lock_guard lock(p.mutex);
-  if (p.idle.size() < kMaxIdle) {
-    p.idle.push_back({block_, size_});
-  } else {
-    free_block({block_, size_});
-  }
+  drop_oldest(p);
+  p.idle.push_back({block_, size_});
 }
 
 void* Workspace::take_bytes(int64_t bytes) {

@@ -204,9 +204,10 @@ __global__ void __launch_bounds__(kStoredThreads, 2)
 template <typename Product, bool kTransposed>
 void launch_decoded_gemm(const Gemm& g, const StoredOperand& w, void* stream) {
   using Tile = DecodedTile<typename Product::Element>;
+  static_assert(Tile::shared_bytes(true) <= kLeastSharedBytes);
   const int shared = Tile::shared_bytes(g.low.rank > 0);
-  launch(decoded_kernel<Product, kTransposed>, dim3(num_blocks(g, Tile::kRows, Tile::kColumns, shared)),
-         dim3(Tile::kThreads), static_cast<size_t>(shared), stream, g, w, alignment_of(g));
+  launch(decoded_kernel<Product, kTransposed>, dim3(num_blocks(g, Tile::kConfig, shared)), dim3(Tile::kThreads),
+         static_cast<size_t>(shared), stream, g, w, alignment_of(g));
 }
 
 }  // namespace switchgear::cuda

@@ -52,6 +52,9 @@ struct FmaProduct {
   static constexpr TileKind kLargest = TileKind::k64;
 
   template <typename Tile, bool kADepthMajor, bool kBDepthMajor>
+  using Reader = StageReader<FmaProduct, Tile, kADepthMajor, kBDepthMajor>;
+
+  template <typename Tile, bool kADepthMajor, bool kBDepthMajor>
   static __device__ void multiply_stage(Sums<Tile>& sums, const std::byte* a_tile, const std::byte* b_tile,
                                         const WarpPlace<Tile>& at) {
     const int first_row = at.row + at.lane / 4, first_column = at.column + at.lane % 4 * 2;

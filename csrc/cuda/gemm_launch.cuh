@@ -15,51 +15,60 @@ inline bool rows_aligned(const void* data, int64_t stride, DType dtype) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * size_of(dtype) % 16 == 0;
 }
 
+// Whether chunks of rows can be copied whole (AlignedRows).
+inline bool is_short(int64_t stride, DType dtype) { return stride * size_of(dtype) < int64_t{1} << 32; }
+inline bool chunks_aligned(const Rows& rows, DType dtype) {
+  return rows_aligned(rows.data, rows.stride, dtype) && is_short(rows.stride, dtype);
+}
+inline bool chunks_aligned(const ExpertOperand& b, DType dtype) {
+  return b.aligned && is_short(b.k_contiguous() ? b.n_stride : b.k_stride, dtype);
+}
+
 inline Alignment alignment_of(const Gemm& g) {
   const bool gated_epilogue = g.epilogue != Epilogue::kStore && g.options.gated && !g.options.interleaved;
   const int64_t size = g.epilogue == Epilogue::kGlu ? out_columns(g) : g.n;  // I, if there is a gate
   const bool ups_aligned = !gated_epilogue || size * size_of(g.dtype) % 16 == 0;
   const bool b_halves = g.epilogue == Epilogue::kGlu && !g.b.k_contiguous();  // chunks of b run along gates and ups
   const bool out_halves = g.epilogue == Epilogue::kGluBackward;
-  return {.a = rows_aligned(g.a.data, g.a.stride, g.dtype),
-          .b = g.b.aligned && (!b_halves || ups_aligned),
-          .low_a = rows_aligned(g.low.a.data, g.low.a.stride, g.dtype),
-          .low_b = g.low.b.aligned && (!b_halves || ups_aligned),
+  return {.a = chunks_aligned(g.a, g.dtype),
+          .b = chunks_aligned(g.b, g.dtype) && (!b_halves || ups_aligned),
+          .low_a = chunks_aligned(g.low.a, g.dtype),
+          .low_b = chunks_aligned(g.low.b, g.dtype) && (!b_halves || ups_aligned),
           .out = rows_aligned(g.out, g.out_stride, g.dtype) && (!out_halves || ups_aligned),
           .h = rows_aligned(g.h, g.h_stride, g.dtype) && ups_aligned,
           .weighted_a = rows_aligned(g.weighted_a, g.weighted_a_stride, g.dtype)};
 }
 
 inline Alignment alignment_of(const Wgrad& g) {
-  return {.a = rows_aligned(g.a.data, g.a.stride, g.dtype),
-          .b = rows_aligned(g.b.data, g.b.stride, g.dtype),
+  return {.a = chunks_aligned(g.a, g.dtype),
+          .b = chunks_aligned(g.b, g.dtype),
           .out = rows_aligned(g.out, g.out_stride, g.dtype) && g.out_expert_stride * size_of(g.dtype) % 16 == 0};
 }
 
-// Number of blocks with so much shared memory that can run at the same time; more would only start with an empty ring.
-inline int64_t resident_blocks(int shared_bytes, const Schedule& schedule) {
+// Number of blocks with so much shared memory that can run at the same time, of which registers allow `most` on a
+// multiprocessor. More would wait with their share of the tiles until others end.
+inline int64_t resident_blocks(int most, int shared_bytes, const Schedule& schedule) {
   int device = 0, multiprocessors = 0, shared = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   constexpr int kReserved = 1024;  // of shared memory, per block
   const int64_t left = std::max(1, multiprocessors - schedule.reserved_multiprocessors);
-  return std::max<int64_t>(1, left * (shared / (shared_bytes + kReserved)));
+  return left * std::clamp(shared / (shared_bytes + kReserved), 1, most);
 }
 
-// Of a grid whose blocks take one tile of rows x columns after another.
-inline unsigned num_blocks(const Gemm& g, int rows, int columns, int shared_bytes) {
-  const int64_t width = g.epilogue == Epilogue::kGlu && g.options.gated ? columns / 2 : columns;
-  const int64_t tiles = row_tile_bound(g.num_slots, g.num_experts, rows) * ((out_columns(g) + width - 1) / width);
-  return static_cast<unsigned>(std::min(tiles, resident_blocks(shared_bytes, g.schedule)));
+// Of a grid whose blocks take one tile after another.
+inline unsigned num_blocks(const Gemm& g, const TileConfig& tile, int shared_bytes) {
+  const int64_t width = g.epilogue == Epilogue::kGlu && g.options.gated ? tile.columns / 2 : tile.columns;
+  const int64_t tiles = row_tile_bound(g.num_slots, g.num_experts, tile.rows) * ((out_columns(g) + width - 1) / width);
+  return static_cast<unsigned>(std::min(tiles, resident_blocks(tile.blocks, shared_bytes, g.schedule)));
 }
 
 template <typename Product, TileKind kKind, bool kBDepthMajor>
 void launch_gemm_tiles(const Gemm& g, void* stream) {
   constexpr TileConfig kTile = kTiles[static_cast<int>(kKind)];
-  launch(gemm_kernel<Product, kKind, kBDepthMajor>,
-         dim3(num_blocks(g, kTile.rows, kTile.columns, kTile.shared_bytes())), dim3(kTile.threads()),
-         static_cast<size_t>(kTile.shared_bytes()), stream, g, alignment_of(g));
+  launch(gemm_kernel<Product, kKind, kBDepthMajor>, dim3(num_blocks(g, kTile, kTile.shared_bytes())),
+         dim3(kTile.threads()), static_cast<size_t>(kTile.shared_bytes()), stream, g, alignment_of(g));
 }
 
 // Few slots, and usually few per expert. Experts with more than 16 slots read their weights again, from L2.

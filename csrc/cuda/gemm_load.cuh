@@ -7,8 +7,9 @@
 //   RowMajorTile     [depth][rows]: chunks run across it                     weights of x·W, both operands of weight gradients
 //
 // Chunks are permuted by exclusive or so that the eight rows of an ldmatrix matrix, and the columns that a warp writes, are in
-// eight different groups of banks. cp.async itself fills chunks past an edge with zeros. If addresses are not multiples of
-// 16 bytes, a chunk is read element by element and stored at once; everything else stays the same.
+// eight different groups of banks. cp.async itself fills chunks past an edge with zeros. Chunks that an edge divides, and all
+// chunks if addresses are not multiples of 16 bytes, are read element by element and stored at once; everything else stays
+// the same. One branch decides for all chunks of a thread: between products each instruction counts.
 #pragma once
 #include "gemm.h"
 #include "ptx.cuh"
@@ -18,18 +19,36 @@ namespace switchgear::cuda {
 
 constexpr int kChunkBytes = 16;
 
-// Copies `count` elements at `from`, followed by zeros; count <= 0: zeros only, and `from` is not read.
+// Copies `count` elements at `from`, followed by zeros, one by one; count <= 0: zeros only, and `from` is not read.
 template <typename T>
-__device__ inline void copy_chunk(std::byte* to, const T* from, int32_t count, bool aligned) {
+__device__ inline void copy_elements(std::byte* to, const T* from, int32_t count) {
   constexpr int kChunk = kChunkBytes / sizeof(T);
-  const int valid = count < 0 ? 0 : count < kChunk ? count : kChunk;
-  if (aligned) {
-    ptx::cp_async16_zeros(to, from, valid * static_cast<int>(sizeof(T)));
-  } else {
-    const Words words = load_vector(from, valid, false);
-    *reinterpret_cast<uint4*>(to) = make_uint4(words.w[0], words.w[1], words.w[2], words.w[3]);
-  }
+  const Words words = load_vector(from, count < 0 ? 0 : count < kChunk ? count : kChunk, false);
+  *reinterpret_cast<uint4*>(to) = make_uint4(words.w[0], words.w[1], words.w[2], words.w[3]);
 }
+
+// values[i] without indexed registers.
+template <int kCount>
+__device__ inline int32_t element_of(const int32_t (&values)[kCount], int i) {
+  int32_t value = values[0];
+#pragma unroll
+  for (int k = 1; k < kCount; ++k) value = i == k ? values[k] : value;
+  return value;
+}
+
+// The start of row `row` of aligned rows, whose stride in bytes fits into 32 bits: one instruction for each chunk.
+template <typename T>
+struct AlignedRows {
+  uintptr_t start;
+  uint32_t row_bytes;
+
+  __device__ AlignedRows(const T* data, int64_t stride, int32_t at)
+      : start(reinterpret_cast<uintptr_t>(data) + static_cast<int64_t>(at) * sizeof(T)),
+        row_bytes(static_cast<uint32_t>(stride * static_cast<int64_t>(sizeof(T)))) {}
+  __device__ const void* row(int32_t row) const {
+    return reinterpret_cast<const void*>(start + static_cast<uint64_t>(static_cast<uint32_t>(row)) * row_bytes);
+  }
+};
 
 // Offset of chunk `chunk` of a row of depth_bytes. Two neighbouring rows of 64 bytes share a line of 128.
 template <int kDepthBytes>
@@ -70,14 +89,26 @@ class DepthMajorTile {
   // Loads depths [depth, …) up to `end`.
   __device__ void load(std::byte* tile, int32_t depth, int32_t end) {
     constexpr int kChunk = kChunkBytes / sizeof(T);
-    const int32_t at = depth + chunk_ * kChunk;
+    const int32_t at = depth + chunk_ * kChunk, left = end - at;
+    if (aligned_ && (left >= kChunk || left <= 0)) {
+      const AlignedRows<T> from(data_, stride_, at);
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int row = first_row_ + i * kStep;
-      if (kRows % kStep != 0 && row >= kRows) continue;
-      const bool used = rows_[i] >= 0 && at < end;
-      copy_chunk(tile + depth_major_offset<kDepthBytes>(row, chunk_), used ? data_ + rows_[i] * stride_ + at : data_,
-                 used ? end - at : 0, aligned_);
+      for (int i = 0; i < kPerThread; ++i) {
+        const int row = first_row_ + i * kStep;
+        if (kRows % kStep != 0 && row >= kRows) continue;
+        ptx::cp_async16(tile + depth_major_offset<kDepthBytes>(row, chunk_), from.row(rows_[i]),
+                        rows_[i] >= 0 && left > 0);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kPerThread; ++i) {
+        const int row = first_row_ + i * kStep;
+        if (kRows % kStep != 0 && row >= kRows) continue;
+        const int32_t from = element_of(rows_, i);
+        const bool used = from >= 0 && left > 0;
+        copy_elements(tile + depth_major_offset<kDepthBytes>(row, chunk_), used ? data_ + from * stride_ + at : data_,
+                      used ? left : 0);
+      }
     }
   }
 
@@ -124,11 +155,22 @@ class RowMajorTile {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) row[i] = indices_ != nullptr ? next_[i] : row_of(depth, end, i);
     read_indices(depth + kDepth, end);
+    if (aligned_ && (count_ == kChunk || count_ == 0)) {
+      const AlignedRows<T> from(data_, stride_, 0);
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      std::byte* const to = tile + row_major_offset<T, kRows>(first_depth_ + i * kStep, chunk_);
-      const bool inside = row[i] >= 0 && row[i] < num_rows_;
-      copy_chunk(to, inside ? data_ + row[i] * stride_ : data_, inside ? count_ : 0, aligned_);
+      for (int i = 0; i < kPerThread; ++i) {
+        const bool inside = static_cast<uint32_t>(row[i]) < static_cast<uint32_t>(num_rows_);
+        ptx::cp_async16(tile + row_major_offset<T, kRows>(first_depth_ + i * kStep, chunk_), from.row(row[i]),
+                        inside && count_ > 0);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kPerThread; ++i) {
+        const int32_t from = element_of(row, i);
+        const bool inside = from >= 0 && from < num_rows_;
+        copy_elements(tile + row_major_offset<T, kRows>(first_depth_ + i * kStep, chunk_),
+                      inside ? data_ + from * stride_ : data_, inside ? count_ : 0);
+      }
     }
   }
 

@@ -5,10 +5,10 @@
 //   bound by reading weights below about 150 (A100) or 300 (H100) rows per expert, by the tensor cores above
 //
 // A block takes one tile after another (TileWalker). cp.async fills a ring of stages in shared memory and gathers the rows of
-// a on the way. ldmatrix (.trans if an operand is not contiguous along the inner dimension) feeds mma. Then the float32 sums
-// go through the ring's memory to the epilogue, which reads and writes whole vectors. Two blocks per SM: while one is in its
-// epilogue or waits for its first stage, the other multiplies. Weight gradients have one block per tile, since the host knows
-// the tiles; their inner dimension is the slots of an expert. An adapter (g.low) adds its
+// a on the way. ldmatrix (.trans if an operand is not contiguous along the inner dimension) feeds mma, and runs ahead of it
+// (FragmentReader). Then the float32 sums go through the ring's memory to the epilogue, which reads and writes whole vectors.
+// Two blocks per SM: while one is in its epilogue or waits for its first stage, the other multiplies. Weight gradients have
+// one block per tile, since the host knows the tiles; their inner dimension is the slots of an expert. An adapter (g.low) adds its
 // products to the same sums before: no pass of its own over out, S·N·r flop more, r padded to a stage of 64 depths (float32: 16).
 //
 // Numeric contract: one float32 accumulator per element, the products of g.low first; k ascends, 16 terms (tf32: 8) per
@@ -20,9 +20,9 @@
 // A100; 2.9 ms at the 989 of an H100 (which takes gemm_sm90).
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   gemm_kernel: 255 registers, 136 of local memory
-//   wgrad_kernel: 240 registers
-// The local memory is that of 128 x 128 tiles on sm_80 and sm_120, read a few times per tile, never between the products.
+//   gemm_kernel: 255 registers, 232 of local memory
+//   wgrad_kernel: 254 registers
+// The local memory is that of 128 x 128 tiles, written and read a few times per tile, never between the products.
 #pragma once
 #include <type_traits>
 
@@ -42,6 +42,9 @@ struct Tile {
   static constexpr int kWarpRows = kRows / kConfig.warps_m, kWarpColumns = kColumns / kConfig.warps_n;
   static constexpr int kMmaRows = kWarpRows / 16, kMmaColumns = kWarpColumns / 8;
   static constexpr int kABytes = kRows * kDepthBytes, kStageBytes = kConfig.stage_bytes();
+  static constexpr int kPasses = kConfig.passes();  // of the epilogue
+  static_assert(kConfig.shared_bytes() <= kLeastSharedBytes &&
+                kRows * kColumns * 4 / kPasses <= kConfig.shared_bytes());
 };
 
 // sums[i][j][v]: row 16 i + lane / 4 + 8 (v / 2), column 8 j + 2 (lane % 4) + v % 2 of the warp's part of the tile
@@ -95,6 +98,105 @@ __device__ inline void load_b(uint32_t (&b)[4], const std::byte* tile, int colum
   }
 }
 
+// A warp's fragments of one step, in pairs of columns of mma. A warp with one column of them reads its neighbour's too.
+template <typename Product, typename Tile, bool kADepthMajor, bool kBDepthMajor>
+struct Fragments {
+  using T = typename Product::Element;
+  static constexpr bool kHalf = Tile::kMmaColumns == 1;
+  static constexpr int kPairs = kHalf ? 1 : Tile::kMmaColumns / 2;
+  uint32_t a[Tile::kMmaRows][4], b[kPairs][4];
+
+  __device__ void read_a(int i, const std::byte* stage, int step, const WarpPlace<Tile>& at) {
+    load_a<T, Tile, kADepthMajor>(a[i], stage, at.row + 16 * i, step, at.lane);
+    Product::round(a[i]);
+  }
+  __device__ void read_b(int j, const std::byte* b_tile, int step, const WarpPlace<Tile>& at) {
+    load_b<T, Tile, kBDepthMajor>(b[j], b_tile, at.column / 16 * 16 + 16 * j, step, at.lane);
+    if (kHalf && at.column % 16 != 0) b[j][0] = b[j][2], b[j][1] = b[j][3];
+    Product::round(b[j]);
+  }
+  __device__ void multiply(Sums<Tile>& sums, int j) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kMmaRows; ++i) {
+#pragma unroll
+      for (int half = 0; half < (kHalf ? 1 : 2); ++half) {
+        const uint32_t columns[2] = {b[j][2 * half], b[j][2 * half + 1]};
+        Product::mma(sums.v[i][2 * j + half], a[i], columns);
+      }
+    }
+  }
+};
+
+// Reads fragments before the products that come before theirs: a pair of columns ahead, rows a step ahead. So ldmatrix runs
+// while the tensor cores multiply. The last step of a stage is read before the stage is given up, and multiplied while the
+// next stage's first step is read.
+template <typename Product, typename Tile, bool kADepthMajor, bool kBDepthMajor>
+class FragmentReader {
+  using Step = Fragments<Product, Tile, kADepthMajor, kBDepthMajor>;
+  static constexpr int kSteps = Tile::kDepthBytes / 32, kRows = Tile::kMmaRows, kPairs = Step::kPairs;
+  static_assert(kSteps % 2 == 0, "the fragments of the first step would change place");
+
+ public:
+  __device__ explicit FragmentReader(const WarpPlace<Tile>& at) : at_(at) {}
+
+  // Reads the beginning of the first stage.
+  __device__ void start(const std::byte* a, const std::byte* b) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) step_[0].read_a(i, a, 0, at_);
+    step_[0].read_b(0, b, 0, at_);
+  }
+
+  // Multiplies a stage but for its last step, and reads the rest of it.
+  __device__ void multiply(Sums<Tile>& sums, const std::byte* a, const std::byte* b) {
+#pragma unroll
+    for (int step = 0; step + 1 < kSteps; ++step) {
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        if (j + 1 < kPairs) step_[step % 2].read_b(j + 1, b, step, at_);
+        read_ahead(j, step + 1, a, b);
+        step_[step % 2].multiply(sums, j);
+      }
+    }
+#pragma unroll
+    for (int j = 1; j < kPairs; ++j) step_[1].read_b(j, b, kSteps - 1, at_);
+  }
+
+  // Multiplies the last step, and reads the beginning of the next stage. Behind the last stage it reads what is never used.
+  __device__ void finish(Sums<Tile>& sums, const std::byte* next_a, const std::byte* next_b) {
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      read_ahead(j, 0, next_a, next_b);
+      step_[1].multiply(sums, j);
+    }
+  }
+
+ private:
+  // With pair j of the columns of a step: its share of the rows of the next, and with the last one the first columns.
+  __device__ void read_ahead(int j, int step, const std::byte* a, const std::byte* b) {
+#pragma unroll
+    for (int i = j * kRows / kPairs; i < (j + 1) * kRows / kPairs; ++i) step_[step % 2].read_a(i, a, step, at_);
+    if (j + 1 == kPairs) step_[step % 2].read_b(0, b, step, at_);
+  }
+
+  const WarpPlace<Tile>& at_;
+  Step step_[2];
+};
+
+// Multiplies stage by stage; nothing is read ahead.
+template <typename Product, typename Tile, bool kADepthMajor, bool kBDepthMajor>
+class StageReader {
+ public:
+  __device__ explicit StageReader(const WarpPlace<Tile>& at) : at_(at) {}
+  __device__ void start(const std::byte*, const std::byte*) {}
+  __device__ void multiply(Sums<Tile>& sums, const std::byte* a, const std::byte* b) {
+    Product::template multiply_stage<Tile, kADepthMajor, kBDepthMajor>(sums, a, b, at_);
+  }
+  __device__ void finish(Sums<Tile>&, const std::byte*, const std::byte*) {}
+
+ private:
+  const WarpPlace<Tile>& at_;
+};
+
 // The product of two fragments of a dtype. Element is the type in memory.
 template <typename T>
 struct MmaProduct {
@@ -119,31 +221,23 @@ struct MmaProduct {
   }
 
   template <typename Tile, bool kADepthMajor, bool kBDepthMajor>
+  using Reader = FragmentReader<MmaProduct, Tile, kADepthMajor, kBDepthMajor>;
+
+  // A stage by itself.
+  template <typename Tile, bool kADepthMajor, bool kBDepthMajor>
   static __device__ void multiply_stage(Sums<Tile>& sums, const std::byte* a_tile, const std::byte* b_tile,
                                         const WarpPlace<Tile>& at) {
     constexpr int kSteps = Tile::kDepthBytes / 32;
     constexpr int kUnroll = std::is_same_v<T, float> ? 1 : kSteps;  // tf32 needs an address per word
 #pragma unroll kUnroll
     for (int step = 0; step < kSteps; ++step) {
-      uint32_t a[Tile::kMmaRows][4], b[Tile::kMmaColumns / 2][4];
+      Fragments<MmaProduct, Tile, kADepthMajor, kBDepthMajor> fragments;
 #pragma unroll
-      for (int i = 0; i < Tile::kMmaRows; ++i) {
-        load_a<T, Tile, kADepthMajor>(a[i], a_tile, at.row + 16 * i, step, at.lane);
-        round(a[i]);
-      }
+      for (int i = 0; i < Tile::kMmaRows; ++i) fragments.read_a(i, a_tile, step, at);
 #pragma unroll
-      for (int j = 0; j < Tile::kMmaColumns / 2; ++j) {
-        load_b<T, Tile, kBDepthMajor>(b[j], b_tile, at.column + 16 * j, step, at.lane);
-        round(b[j]);
-      }
+      for (int j = 0; j < Tile::kMmaColumns / 2; ++j) fragments.read_b(j, b_tile, step, at);
 #pragma unroll
-      for (int i = 0; i < Tile::kMmaRows; ++i) {
-#pragma unroll
-        for (int j = 0; j < Tile::kMmaColumns; ++j) {
-          const uint32_t columns[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          mma(sums.v[i][j], a[i], columns);
-        }
-      }
+      for (int j = 0; j < Tile::kMmaColumns / 2; ++j) fragments.multiply(sums, j);
     }
   }
 };
@@ -177,15 +271,22 @@ __device__ inline void multiply_tile(Sums<Tile>& sums, LoadA& load_a, LoadB& loa
     ptx::cp_async_commit();  // an empty group at the end keeps the count of groups right
   };
 #pragma unroll
-  for (int stage = 0; stage < Tile::kStages - 1; ++stage) load_next(stage);
+  for (int stage = 0; stage < Tile::kStages; ++stage) load_next(stage);
+  ptx::cp_async_wait<Tile::kStages - 1>();
+  __syncthreads();  // the first stage has arrived for all threads
+  typename Product::template Reader<Tile, kADepthMajor, kBDepthMajor> reader(at);
+  reader.start(shared, shared + Tile::kABytes);
   int stage = 0;
   for (int32_t depth = begin; depth < end; depth += kDepth) {
-    ptx::cp_async_wait<Tile::kStages - 2>();
-    __syncthreads();  // the stage has arrived for all threads, and all have read the stage refilled next
-    load_next(stage == 0 ? Tile::kStages - 1 : stage - 1);
+    const int next_stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
     const std::byte* const a = shared + stage * Tile::kStageBytes;
-    Product::template multiply_stage<Tile, kADepthMajor, kBDepthMajor>(sums, a, a + Tile::kABytes, at);
-    stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+    const std::byte* const next_a = shared + next_stage * Tile::kStageBytes;
+    reader.multiply(sums, a, a + Tile::kABytes);
+    ptx::cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // the next stage has arrived for all threads, and all have read this one
+    load_next(stage);
+    reader.finish(sums, next_a, next_a + Tile::kABytes);
+    stage = next_stage;
   }
 }
 
@@ -225,6 +326,41 @@ __device__ inline StagedSums stage_sums(const Sums<Tile>& sums, std::byte* share
   }
   __syncthreads();
   return staged;
+}
+
+// Passes the accumulators through the ring's memory: store(staged, first, rows) for rows [first, first + rows) of the tile.
+// In two passes, each warp stages half of its rows.
+template <typename Tile, typename Store>
+__device__ inline void store_tile(const Sums<Tile>& sums, std::byte* shared, int thread, const Store& store) {
+  if constexpr (Tile::kPasses == 1) {
+    store(stage_sums<Tile>(sums, shared, thread), 0, Tile::kRows);
+  } else {
+    constexpr int kPassRows = Tile::kWarpRows / Tile::kPasses, kMmas = Tile::kMmaRows / Tile::kPasses;
+    float* const memory = reinterpret_cast<float*>(shared);
+    const StagedSums staged(memory, Tile::kColumns);
+    const WarpPlace<Tile> at(thread);
+    ptx::cp_async_wait<0>();
+#pragma unroll
+    for (int pass = 0; pass < Tile::kPasses; ++pass) {
+      __syncthreads();  // the last stage, or the last pass, has been read
+#pragma unroll
+      for (int i = 0; i < kMmas; ++i) {
+#pragma unroll
+        for (int j = 0; j < Tile::kMmaColumns; ++j) {
+          const int row = at.row / Tile::kPasses + 16 * i + at.lane / 4, column = at.column + 8 * j + at.lane % 4 * 2;
+          const float (&sum)[4] = sums.v[pass * kMmas + i][j];
+          staged.pair(row, column) = make_float2(sum[0], sum[1]);
+          staged.pair(row + 8, column) = make_float2(sum[2], sum[3]);
+        }
+      }
+      __syncthreads();
+#pragma unroll 1
+      for (int band = 0; band < Tile::kConfig.warps_m; ++band) {
+        store(StagedSums(memory + band * kPassRows * Tile::kColumns, Tile::kColumns),
+              band * Tile::kWarpRows + pass * kPassRows, kPassRows);
+      }
+    }
+  }
 }
 
 // ---- kernels -------------------------------------------------------------------------------------------------------------
@@ -311,9 +447,11 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
       __syncthreads();  // the adapter's last stage has been read
     }
     multiply(g.a, g.b, g.c, aligned.a, aligned.b);
-    const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
     const int32_t n_end = ExpertMatrix<T>(g.b, g.n, g.c, unassigned ? 0 : tile.expert).n_end;
-    run_epilogue<T>(g, aligned, tile, n_end, staged, Tile::kRows, Tile::kColumns, thread, Tile::kThreads);
+    store_tile(sums, shared, thread, [&](const StagedSums& staged, int first, int rows) {
+      const RowTile part{tile.expert, tile.first_row + first, tile.rows - first, tile.column};
+      run_epilogue<T>(g, aligned, part, n_end, staged, rows, Tile::kColumns, thread, Tile::kThreads);
+    });
     __syncthreads();  // the ring is free again
   }
 }
@@ -343,16 +481,18 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   clear_sums(sums);
   multiply_tile<Product, Tile, false, false>(sums, load_a, load_b, slots.begin, slots.end, shared,
                                              WarpPlace<Tile>(thread));
-  const StagedSums staged = stage_sums<Tile>(sums, shared, thread);
   T* const out = static_cast<T*>(g.out) + matrix * g.out_expert_stride;
   constexpr int kBlocks = Tile::kColumns / kBlock;
-  for (int i = thread; i < Tile::kRows * kBlocks; i += Tile::kThreads) {
-    const int64_t m = first_row + i / kBlocks, n = first_column + i % kBlocks * kBlock;
-    if (m >= g.m || n >= g.n) continue;
-    float values[kBlock];
-    staged.block(values, i / kBlocks, i % kBlocks * kBlock);
-    store_block(out + m * g.out_stride + n, values, static_cast<int>(g.n - n < kBlock ? g.n - n : kBlock), aligned.out);
-  }
+  store_tile(sums, shared, thread, [&](const StagedSums& staged, int first, int rows) {
+    for (int i = thread; i < rows * kBlocks; i += Tile::kThreads) {
+      const int64_t m = first_row + first + i / kBlocks, n = first_column + i % kBlocks * kBlock;
+      if (m >= g.m || n >= g.n) continue;
+      float values[kBlock];
+      staged.block(values, i / kBlocks, i % kBlocks * kBlock);
+      const int count = static_cast<int>(g.n - n < kBlock ? g.n - n : kBlock);
+      store_block(out + m * g.out_stride + n, values, count, aligned.out);
+    }
+  });
 }
 
 }  // namespace switchgear::cuda

@@ -4,8 +4,8 @@
 //
 //   work 2·S·N·C flop; traffic (touched experts)·N·C·(bits + those of scales) / 8, weights once per row tile, a once
 //   per column tile from L2
-//   Few rows: with 8 bits bound by memory; with 4 by instructions, about 110 a warp for a step of 256 bytes (SASS): some
-//   70 % of an A100's bandwidth and 60 % of an H100's. 64 rows: about 350 instructions for 32 mma, some 70 % of an A100's
+//   Few rows: with 8 bits bound by memory; with 4 by instructions, 143 a warp for a step of 256 bytes (SASS, mxfp4): some
+//   half of an A100's bandwidth or of an H100's. 64 rows: about 400 instructions for 32 mma, some 60 % of an A100's
 //   tensor cores. Nothing of this is measured.
 //
 // Blocks take one tile after another, as in gemm_sm80.cuh. cp.async fills a ring with rows of a, gathered, and with the
@@ -34,17 +34,20 @@
 
 namespace switchgear::cuda {
 
-// A stage is eight steps: 64 columns x 64 depths for few rows, 128 x 32 for many. A warp has all rows of the tile, so
-// no weight is decoded twice.
+// A stage is eight steps: 64 columns x 64 depths for few rows, 128 x 32 for many; four if products are spread. A warp has
+// all rows of the tile, so no weight is decoded twice.
 inline constexpr TileConfig kStoredTiles[] = {
     // mean rows     tile    warps depth stages, blocks
     {16, 16, 64, 1, 4, 128, 4, 4},
     {0x7fffffff, 64, 128, 1, 4, 64, 4, 2},
+    {16, 16, 32, 1, 4, 128, 4, 4},  // see spreads
 };
+enum class StoredKind : int { kFew, kMany, kSpread };  // index into kStoredTiles
+constexpr const TileConfig& stored_tile(StoredKind kind) { return kStoredTiles[static_cast<int>(kind)]; }
 
-template <int kKind, Format kFormat>
+template <StoredKind kKind, Format kFormat>
 struct StoredTile {
-  static constexpr TileConfig kConfig = kStoredTiles[kKind];
+  static constexpr TileConfig kConfig = stored_tile(kKind);
   static constexpr int kRows = kConfig.rows, kColumns = kConfig.columns, kThreads = kConfig.threads();
   static constexpr int kDepthBytes = kConfig.depth_bytes, kStages = kConfig.stages;
   static constexpr int kWarpRows = kRows / kConfig.warps_m, kWarpColumns = kColumns / kConfig.warps_n;
@@ -54,9 +57,10 @@ struct StoredTile {
   using Place = StepPlace<most_step_bytes(kFormat)>;
   static constexpr int kRing = kFormat == Format::kNf4 ? kTableBytes : 0;  // where the ring begins
   // A stage: rows of a, steps, and for integers the scales of the rows.
+  static constexpr int kStageSteps = kColumns / kStepRows * kSteps;
   static constexpr int kXScales = kABytes + kStageSteps * Place::kAll;
   static constexpr int kStoredBytes = kXScales + (of_integers(kFormat) ? kRows * 4 : 0);
-  static_assert(kThreads == kStoredThreads && kColumns / kStepRows * kSteps == kStageSteps);
+  static_assert(kThreads == kStoredThreads && kThreads >= kStageSteps * kThreadsPerStep);
 
   static constexpr int shared_bytes(bool adapter) {
     const int ring = kStages * kStoredBytes, staged = kRows * kColumns * 4, low = adapter ? kStages * kStageBytes : 0;
@@ -76,6 +80,8 @@ struct StoredProduct {
   const Pairs<kFormat, A> pairs;
   Sums<Tile> part;  // of the current group
 
+  // A warp's j-th eight columns of out are this row, and the next seven, of the step.
+  __device__ int row_of(int j) const { return Tile::kMmaColumns == 1 ? at.column % kStepRows : j % 2 * 8; }
   __device__ const std::byte* step_of(const std::byte* stage, int block, int step) const {
     return stage + Tile::kABytes + ((at.column / kStepRows + block) * Tile::kSteps + step) * Place::kAll;
   }
@@ -92,7 +98,7 @@ struct StoredProduct {
 #pragma unroll
     for (int j = 0; j < Tile::kMmaColumns; ++j) {
       const std::byte* const scales = step_of(stage, j / 2, step) + Place::kScales + group * kStepRows;
-      const float2 scale = scale_pair<kFormat>(scales, j % 2 * 8 + at.lane % 4 * 2);
+      const float2 scale = scale_pair<kFormat>(scales, row_of(j) + at.lane % 4 * 2);
 #pragma unroll
       for (int i = 0; i < Tile::kMmaRows; ++i) {
 #pragma unroll
@@ -125,10 +131,10 @@ struct StoredProduct {
         uint32_t shift = 0;
         if ((kIntegers || kFormat == Format::kGroups) && m.zeros != nullptr) {
           const std::byte* const zeros = codes + Place::kZeros + (two_groups ? half * kStepRows : 0);
-          shift = pair_of<A>(zero_shift(kFormat, m.bits, zeros, j % 2 * 8 + at.lane / 4));
+          shift = pair_of<A>(zero_shift(kFormat, m.bits, zeros, row_of(j) + at.lane / 4));
         }
-        const uint32_t b[2] = {pairs.word(codes, j % 2 * 8, 2 * half, shift),
-                               pairs.word(codes, j % 2 * 8, 2 * half + 1, shift)};
+        const uint32_t b[2] = {pairs.word(codes, row_of(j), 2 * half, shift),
+                               pairs.word(codes, row_of(j), 2 * half + 1, shift)};
 #pragma unroll
         for (int i = 0; i < Tile::kMmaRows; ++i) MmaProduct<A>::mma(part.v[i][j], a[i], b);
       }
@@ -148,9 +154,10 @@ __device__ inline void multiply_stored(Sums<Tile>& sums, LoadA& load_a, const Ro
   clear_sums(product.part);
   const int thread = static_cast<int>(threadIdx.x);
   const int32_t x_row = Product::kIntegers && thread < Tile::kRows ? row_at(thread) : -1;
-  const int own = static_cast<int>(threadIdx.x) / kThreadsPerStep;  // the step that this thread helps to copy
+  const int own = thread / kThreadsPerStep;  // the step that this thread helps to copy, if there are so many
+  const bool copies = own < Tile::kStageSteps;
   const int32_t n = columns.column(own / Tile::kSteps * kStepRows);
-  const bool used = n < columns.end(own / Tile::kSteps * kStepRows);
+  const bool used = copies && n < columns.end(own / Tile::kSteps * kStepRows);
   const int32_t steps = m.exists ? (w.cols + kStepColumns - 1) / kStepColumns : 0;
   StepCopy<Place::kScales> codes(w, m, used ? block_of(w, n) : 0, own % Tile::kSteps, used);
   int32_t next = 0;
@@ -158,7 +165,7 @@ __device__ inline void multiply_stored(Sums<Tile>& sums, LoadA& load_a, const Ro
     if (next < steps) {
       std::byte* const to = shared + stage * Tile::kStoredBytes;
       load_a.load(to, next * kStepColumns, w.cols);
-      codes.copy(to + Tile::kABytes + own * Place::kAll);
+      if (copies) codes.copy(to + Tile::kABytes + own * Place::kAll);
       codes.advance(Tile::kSteps);
       if (Product::kIntegers && thread < Tile::kRows) {  // the steps of a stage have one block of activations
         const int32_t x_block = w.x_blocks == 1 ? 0 : next >> w.x_shift;
@@ -194,10 +201,11 @@ __device__ inline void scale_rows(Sums<Tile>& sums, const StoredOperand& w, cons
                                   const TileColumns& columns, const WarpPlace<Tile>& at) {
 #pragma unroll
   for (int j = 0; j < Tile::kMmaColumns; ++j) {
-    const int first = at.column + j / 2 * kStepRows;
+    const int first = at.column / kStepRows * kStepRows + j / 2 * kStepRows;
     const int32_t n = columns.column(first);
     const bool used = m.exists && n < columns.end(first);
-    const int64_t row = used ? static_cast<int64_t>(block_of(w, n)) * kStepRows + j % 2 * 8 + at.lane % 4 * 2 : 0;
+    const int eight = Tile::kMmaColumns == 1 ? at.column % kStepRows : j % 2 * 8;
+    const int64_t row = used ? static_cast<int64_t>(block_of(w, n)) * kStepRows + eight + at.lane % 4 * 2 : 0;
     const float2 scale = used ? *reinterpret_cast<const float2*>(m.row_scales + row) : make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int i = 0; i < Tile::kMmaRows; ++i) {
@@ -208,8 +216,8 @@ __device__ inline void scale_rows(Sums<Tile>& sums, const StoredOperand& w, cons
 }
 
 // T: of out; A: of g.a; Low: the product of an adapter.
-template <Format kFormat, typename T, typename A, typename Low, int kKind>
-__global__ void __launch_bounds__(kStoredThreads, kStoredTiles[kKind].blocks)
+template <Format kFormat, typename T, typename A, typename Low, StoredKind kKind>
+__global__ void __launch_bounds__(kStoredThreads, stored_tile(kKind).blocks)
     stored_kernel(const __grid_constant__ Gemm g, const __grid_constant__ StoredOperand w, const Alignment aligned) {
   using Tile = StoredTile<kKind, kFormat>;
   SHARED_DYN(std::byte, all_shared);
@@ -257,22 +265,35 @@ __global__ void __launch_bounds__(kStoredThreads, kStoredTiles[kKind].blocks)
 
 // ---- launches ----------------------------------------------------------------------------------------------------------------
 
-template <Format kFormat, typename T, typename A, typename Low, int kKind>
+template <Format kFormat, typename T, typename A, typename Low, StoredKind kKind>
 void launch_stored_tiles(const Gemm& g, const StoredOperand& w, const Alignment& aligned, void* stream) {
   using Tile = StoredTile<kKind, kFormat>;
+  static_assert(Tile::shared_bytes(true) <= kLeastSharedBytes);
   const int shared = Tile::shared_bytes(g.low.rank > 0);
-  launch(stored_kernel<kFormat, T, A, Low, kKind>, dim3(num_blocks(g, Tile::kRows, Tile::kColumns, shared)),
-         dim3(Tile::kThreads), static_cast<size_t>(shared), stream, g, w, aligned);
+  launch(stored_kernel<kFormat, T, A, Low, kKind>, dim3(num_blocks(g, Tile::kConfig, shared)), dim3(Tile::kThreads),
+         static_cast<size_t>(shared), stream, g, w, aligned);
+}
+
+// Whether to spread few tiles over twice the warps, of eight columns instead of 16. A warp alone on a scheduler waits most of
+// the time, since it executes the instructions of a step one after another. Sums are those of 16 columns, bit for bit. More
+// warps would split the inner dimension, where a token's bits would depend on the number of tokens.
+inline bool spreads(const Gemm& g) {
+  constexpr TileConfig kTile = stored_tile(StoredKind::kSpread);
+  const int64_t width = g.epilogue == Epilogue::kGlu && g.options.gated ? kTile.columns / 2 : kTile.columns;
+  const int64_t tiles = std::min(g.num_slots, g.num_experts) * ((out_columns(g) + width - 1) / width);
+  return tiles <= resident_blocks(kTile.blocks, 0, g.schedule);
 }
 
 template <Format kFormat, typename T, typename A, typename Low>
 void launch_stored(const Gemm& g, const StoredOperand& w, void* stream) {
   Alignment aligned = alignment_of(g);
-  aligned.a = rows_aligned(g.a.data, g.a.stride, std::is_same_v<A, __nv_bfloat16> ? DType::kBFloat16 : DType::kFloat16);
-  if (g.num_slots / g.num_experts <= kStoredTiles[0].max_rows_per_expert) {
-    launch_stored_tiles<kFormat, T, A, Low, 0>(g, w, aligned, stream);
+  aligned.a = chunks_aligned(g.a, std::is_same_v<A, __nv_bfloat16> ? DType::kBFloat16 : DType::kFloat16);
+  if (g.num_slots / g.num_experts > stored_tile(StoredKind::kFew).max_rows_per_expert) {
+    launch_stored_tiles<kFormat, T, A, Low, StoredKind::kMany>(g, w, aligned, stream);
+  } else if (spreads(g)) {
+    launch_stored_tiles<kFormat, T, A, Low, StoredKind::kSpread>(g, w, aligned, stream);
   } else {
-    launch_stored_tiles<kFormat, T, A, Low, 1>(g, w, aligned, stream);
+    launch_stored_tiles<kFormat, T, A, Low, StoredKind::kFew>(g, w, aligned, stream);
   }
 }
 

@@ -4,12 +4,14 @@
 #pragma once
 #include <algorithm>
 
+#include "gemm.h"
 #include "max_blocks.h"
 #include "workspace.h"
 
 namespace switchgear::cuda {
 
-constexpr int64_t kSharedBytes = 98304;  // the limit per block on every architecture since sm_80
+constexpr int64_t kSharedBytes = 98304;
+static_assert(kSharedBytes <= kLeastSharedBytes);
 
 struct WarpRows {
   static constexpr int64_t kScratchBlocks =

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Fails if the built site lacks a public name: python docs/site/check.py build/site"""
+"""Fails if the built site lacks a public name or has a dead link: python docs/site/check.py build/site"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote
 
 PAGES = Path(__file__).parents[1] / "api"
 
@@ -20,6 +21,19 @@ def public_names(package: str) -> list[str]:
         if not name.startswith("_") and getattr(value, "__module__", None) == package
     ]  # fmt: skip
     return [name for name in names if not name.startswith("__") and not isinstance(getattr(module, name), ModuleType)]
+
+
+def dead_links(site: Path) -> list[str]:
+    """Links and pictures of all pages that lead nowhere inside the site. mkdocs checks those in Markdown alone."""
+    dead = []
+    for page in site.rglob("*.html"):
+        for link in re.findall(r'(?:href|src)="([^"#?]+)[^"]*"', page.read_text()):
+            if re.match(r"[a-z]+:|//", link):
+                continue
+            target = site / unquote(link).lstrip("/") if link.startswith("/") else page.parent / unquote(link)
+            if not (target / "index.html").exists() and not target.is_file():
+                dead.append(f"{page.relative_to(site)}: {link}")
+    return dead
 
 
 def main(site: Path) -> int:
@@ -41,7 +55,9 @@ def main(site: Path) -> int:
             if not {f"{package}.{name}", defined} & anchors:
                 missing.append(f"{package}.{name}")
     print(f"{len(anchors)} documented names; missing: {', '.join(missing) or 'none'}")
-    return int(bool(missing))
+    dead = dead_links(site)
+    print("dead links:", ", ".join(dead) or "none")
+    return int(bool(missing or dead))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
+# Notebooks are executed for their output, without bars of progress.
+os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", PYTHONWARNINGS="ignore:IProgress not found")
 LANGUAGES = {
     **{".py": "python", ".pyi": "python", ".cpp": "cpp", ".h": "cpp", ".inl": "cpp", ".cu": "cpp", ".cuh": "cpp"},
     **{".json": "json", ".toml": "toml", ".cmake": "cmake", ".sh": "bash", ".txt": "text", ".yml": "yaml"},
@@ -85,3 +87,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"]({up}{_source_page(linked[link])}{anchor})" if link in linked else match.group(0)
 
     return _LINK.sub(replaced, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Notebooks link pages by their files, as on a code host. Those links become the pages' places in the site."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+
+    def replaced(match: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), match.group(1)))
+        file = files.get_file_from_path(path)
+        return match.group(0) if file is None else f'href="{file.url_relative_to(page.file)}{match.group(2) or ""}"'
+
+    return re.sub(r'href="([^":#]+\.md)(#[^"]*)?"', replaced, html)

@@ -35,6 +35,7 @@ struct Backend {
       1u << static_cast<int>(Format::kPlain);    // weight formats of grouped_gemm and moe_forward, one bit each
   PanelLayout (*panel_layout)(DType) = nullptr;  // for Format::kPanels
   bool takes_adapters = false;                   // in moe_forward and moe_backward
+  bool adds_gradients = false;                   // MoeBackwardArgs::adds
 
   bool takes(Format format) const { return (formats >> static_cast<int>(format) & 1) != 0; }
 };

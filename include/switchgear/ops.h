@@ -340,6 +340,7 @@ struct MoeBackwardArgs {
   TensorView grad_gate_up_b;
   TensorView grad_down_a;
   TensorView grad_down_b;
+  bool adds = false;  // to grad_gate_up_proj and grad_down_proj, each rounded before: the bits of two tensors and a sum
 };
 void moe_backward(const MoeBackwardArgs& args, Execution exec = {});
 

@@ -277,5 +277,6 @@ def moe_backward(
     grad_gate_up_b: _Array | None = None,
     grad_down_a: _Array | None = None,
     grad_down_b: _Array | None = None,
+    adds: bool = False,
     /,
 ) -> None: ...

@@ -8,6 +8,7 @@ topk_weights.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -442,6 +443,54 @@ class Glu(torch.autograd.Function):
 # ---- the whole layer -------------------------------------------------------------------------------------------------
 
 
+# A gradient that is there is added to in place, by the kernel that computes the new one: otherwise autograd would add a
+# temporary of the size of the weight. What backward returns then is a gradient without elements, so that hooks of the
+# accumulation, such as those of DistributedDataParallel, still run.
+
+
+def _gradients_there(
+    weights: Sequence[Tensor], needs: Sequence[bool], others: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """The .grad of both weights, None for one that needs no gradient, if the kernel can add to all that are needed."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_anomaly_enabled() or not any(needs):
+        return None
+    for weight, need in zip(weights, needs, strict=True):
+        if need and not _can_add(weight):
+            return None
+    if not ops.needs_no_dispatch(*[tensor for tensor in (*others, *weights) if tensor is not None]):
+        return None
+    first, second = (weight.grad if need else None for weight, need in zip(weights, needs, strict=True))
+    return first, second
+
+
+def _can_add(weight: Tensor) -> bool:
+    """Whether autograd would add a gradient of this weight to its .grad, and nothing sees the gradient before."""
+    if not weight.is_leaf or weight._backward_hooks:
+        return False
+    grad = weight.grad
+    if grad is None or type(grad) is not Tensor or grad.requires_grad or grad.is_neg() or grad.layout != weight.layout:
+        return False
+    if grad.dtype is not weight.dtype or grad.stride() != weight.stride() or not grad.is_cpu:
+        return False
+    if grad.stride(-1) != 1 and grad.stride(-2) != 1:
+        return False
+    node = torch.autograd.graph.get_gradient_edge(weight).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # of torch.autograd.grad, which returns gradients and leaves .grad alone
+        return False
+
+
+_adding = threading.Lock()  # backward passes of several threads may meet at one weight
+
+
+def _nothing_of(weight: Tensor) -> Tensor:
+    """A gradient that adds nothing, and takes no time to add."""
+    indices = torch.empty((1, 0), dtype=torch.int64)
+    values = weight.new_empty((0, *weight.shape[1:]))
+    return torch.sparse_coo_tensor(indices, values, weight.shape, is_coalesced=True, check_invariants=False)
+
+
 class Moe(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -465,6 +514,14 @@ class Moe(torch.autograd.Function):
         *needs, _, need_weights = ctx.needs_input_grad[:7]
         needs.append(need_weights)
         options = ctx.options
+        x, gate_up_proj, down_proj, *others, h = ctx.saved_tensors
+        weights = gate_up_proj, down_proj
+        if (there := _gradients_there(weights, needs[1:3], (x, h, grad_y, *others))) is not None:
+            with _adding:
+                found = ops.moe_backward_on_host(there, grad_y, x, h, *weights, *others, *options, needs=needs)
+            nothing = (None if grad is None else _nothing_of(grad) for grad in there)
+            grad_x, *grad_biases, grad_weights = found
+            return grad_x, *nothing, *grad_biases, None, grad_weights, *[None] * 5
 
         def grads(grad_y: Tensor, x: Tensor, *saved: Any) -> Any:
             gate_up_proj, down_proj, *others, h = saved

@@ -129,8 +129,6 @@ class MoE(WithLosses):
             "activation": activation, "gated": gated, "alpha": alpha, "limit": limit, "device": device, "dtype": dtype,
         }  # fmt: skip
         experts: nn.Module
-        if parallel is not None and hasattr(self.gate.score, "bind"):
-            raise ValueError(f"parallel: expected None beside a score of the experts' own weights, got {parallel}")
         if widths is None:
             make_experts = experts_class(parallel)
             experts = make_experts(hidden_size, intermediate_size, num_experts, bias=bias, **layout, **options)

@@ -54,10 +54,6 @@ struct Layer {
     if (transposed) std::swap(v.shape[1], v.shape[2]), std::swap(v.stride[1], v.stride[2]);
     return v;
   }
-  Bounded gate_up(int64_t e, int64_t n, int64_t k) const {
-    return {transposed ? gate_up_proj(e, k, n) : gate_up_proj(e, n, k)};
-  }
-  Bounded down(int64_t e, int64_t k, int64_t i) const { return {transposed ? down_proj(e, i, k) : down_proj(e, k, i)}; }
   ExpertWeights weights() const {
     return {.gate_up_proj = {.data = matrices_of(gate_up_proj)},
             .down_proj = {.data = matrices_of(down_proj)},
@@ -73,6 +69,36 @@ struct Layer {
   bool transposed, aligned;
   Array ids, topk_weights, x, grad_y, gate_up_proj, down_proj, gate_up_bias, down_bias;
   PlanArrays plan{0, 1, 1};
+};
+
+// The values of an array [R,C] or [B,R,C], decoded once: the reference reads each of them many times.
+class Values {
+ public:
+  explicit Values(const Array& array)
+      : rows_(array.view().ndim == 3 ? array.size(1) : 0), columns_(array.size(array.view().ndim - 1)) {
+    values_.reserve(static_cast<size_t>(array.numel()));
+    for (int64_t i = 0; i < array.numel(); ++i) {
+      values_.push_back(rows_ > 0 ? array(i / (rows_ * columns_), i / columns_ % rows_, i % columns_)
+                                  : array(i / columns_, i % columns_));
+    }
+  }
+  float operator()(int64_t row, int64_t column) const { return values_[static_cast<size_t>(row * columns_ + column)]; }
+  float operator()(int64_t e, int64_t row, int64_t column) const { return (*this)(e * rows_ + row, column); }
+
+ private:
+  int64_t rows_, columns_;
+  std::vector<float> values_;
+};
+
+// Matrices of experts by what they multiply, in either layout.
+struct Projection {
+  Values values;
+  bool transposed;
+
+  Projection(const Array& array, bool transposed) : values(array), transposed(transposed) {}
+  Bounded operator()(int64_t e, int64_t row, int64_t column) const {
+    return {transposed ? values(e, column, row) : values(e, row, column)};
+  }
 };
 
 // Calls body(s, t, k, e) for each used slot.
@@ -111,10 +137,12 @@ inline void finish(Table& table, const std::vector<Sum>& sums, DType dtype, cons
 
 inline Table h_table(const Layer& l) {  // [S,N], before rounding
   Table h(static_cast<size_t>(l.c.T * l.c.K * l.N));
+  const Values x(l.x);
+  const Projection gate_up(l.gate_up_proj, l.transposed);
   for_each_slot(l, [&](int64_t s, int64_t t, int64_t, int64_t e) {
     for (int64_t n = 0; n < l.N; ++n) {
       Sum sum;
-      for (int64_t k = 0; k < l.c.H; ++k) sum.add({l.x(t, k)}, l.gate_up(e, n, k));
+      for (int64_t k = 0; k < l.c.H; ++k) sum.add({x(t, k)}, gate_up(e, n, k));
       if (l.gate_up_bias.defined()) sum.add({l.gate_up_bias(e, n)});
       h[static_cast<size_t>(s * l.N + n)] = sum.result();
     }
@@ -138,12 +166,13 @@ inline ForwardTables reference_forward(const Layer& l, Slots slots) {
   for (const Bounded& v : h) result.h.push_back(v.error == 0 ? v : rounded(v, l.dtype));
   std::vector<Sum> sums(static_cast<size_t>(c.T * c.H));
   std::vector<bool> used(static_cast<size_t>(c.T));
+  const Projection down(l.down_proj, l.transposed);
   for_each_slot(l, [&](int64_t s, int64_t t, int64_t k, int64_t e) {
     Table a;
     for (int64_t j = 0; j < c.I; ++j) a.push_back(rounded(gate_of(l, &h[static_cast<size_t>(s * l.N)], j).a, l.dtype));
     for (int64_t n = 0; n < c.H; ++n) {
       Sum out;
-      for (int64_t j = 0; j < c.I; ++j) out.add(a[static_cast<size_t>(j)], l.down(e, n, j));
+      for (int64_t j = 0; j < c.I; ++j) out.add(a[static_cast<size_t>(j)], down(e, n, j));
       if (l.down_bias.defined()) out.add({l.down_bias(e, n)});
       const Bounded slot = slots == Slots::kRounded ? rounded(out.result(), l.dtype) : out.result();
       sums[static_cast<size_t>(t * c.H + n)].add(slot, {l.topk_weights(t, k)});
@@ -182,6 +211,8 @@ inline GradientTables reference_gradients(const Layer& l, const Array& h, Slots 
   std::vector<bool> token_used(static_cast<size_t>(T)), expert_used(static_cast<size_t>(E));
   GradientTables result;
   result.topk_weights.resize(static_cast<size_t>(T * K));
+  const Values all_x(l.x), grad_y(l.grad_y);
+  const Projection gate_up_proj(l.gate_up_proj, l.transposed), down_proj(l.down_proj, l.transposed);
   for_each_slot(l, [&](int64_t s, int64_t t, int64_t k, int64_t e) {
     token_used[static_cast<size_t>(t)] = expert_used[static_cast<size_t>(e)] = true;
     const Bounded weight{l.topk_weights(t, k)};
@@ -191,7 +222,7 @@ inline GradientTables reference_gradients(const Layer& l, const Array& h, Slots 
     Sum grad_weight;
     for (int64_t i = 0; i < I; ++i) {
       Sum g;
-      for (int64_t n = 0; n < H; ++n) g.add({l.grad_y(t, n)}, l.down(e, n, i));
+      for (int64_t n = 0; n < H; ++n) g.add({grad_y(t, n)}, down_proj(e, n, i));
       const Gate gate = gate_of(l, row.data(), i);
       grad_weight.add(g.result(), gate.a);
       const auto product = [&](Bounded a, Bounded b) {
@@ -205,11 +236,11 @@ inline GradientTables reference_gradients(const Layer& l, const Array& h, Slots 
         grad_h[static_cast<size_t>(up_column(l.options, I, i))] = rounded(product(grad_a, gate.per_up), l.dtype);
       }
       const Bounded weighted_a = rounded(product(weight, gate.a), l.dtype);
-      for (int64_t n = 0; n < H; ++n) down[static_cast<size_t>((e * H + n) * I + i)].add({l.grad_y(t, n)}, weighted_a);
+      for (int64_t n = 0; n < H; ++n) down[static_cast<size_t>((e * H + n) * I + i)].add({grad_y(t, n)}, weighted_a);
     }
     for (int64_t n = 0; n < H; ++n) {
-      if (l.down_bias.defined()) grad_weight.add({l.grad_y(t, n)}, {l.down_bias(e, n)});
-      down_bias[static_cast<size_t>(e * H + n)].add({l.grad_y(t, n)}, weight);
+      if (l.down_bias.defined()) grad_weight.add({grad_y(t, n)}, {l.down_bias(e, n)});
+      down_bias[static_cast<size_t>(e * H + n)].add({grad_y(t, n)}, weight);
     }
     result.topk_weights[static_cast<size_t>(t * K + k)] = grad_weight.result();
     auto slot_x = sums(H);
@@ -217,9 +248,9 @@ inline GradientTables reference_gradients(const Layer& l, const Array& h, Slots 
       const Bounded grad = grad_h[static_cast<size_t>(n)];
       gate_up_bias[static_cast<size_t>(e * N + n)].add(grad);
       for (int64_t j = 0; j < H; ++j) {
-        slot_x[static_cast<size_t>(j)].add(grad, l.gate_up(e, n, j));
-        if (slots == Slots::kExact) x[static_cast<size_t>(t * H + j)].add(grad, l.gate_up(e, n, j));
-        gate_up[static_cast<size_t>((e * N + n) * H + j)].add(grad, {l.x(t, j)});
+        slot_x[static_cast<size_t>(j)].add(grad, gate_up_proj(e, n, j));
+        if (slots == Slots::kExact) x[static_cast<size_t>(t * H + j)].add(grad, gate_up_proj(e, n, j));
+        gate_up[static_cast<size_t>((e * N + n) * H + j)].add(grad, {all_x(t, j)});
       }
     }
     for (int64_t j = 0; j < H && slots == Slots::kRounded; ++j) {

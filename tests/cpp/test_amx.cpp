@@ -221,22 +221,27 @@ void check_gradient(Random& random, int64_t M, int64_t N, int64_t S) {
   for (const bool past_caches : {false, true}) {
     note = join("gradient M=", M, " N=", N, " S=", S, past_caches ? " past caches" : "");
     out.forget();
-    kernels.gradient_panel({.left = transposed.data(),
-                            .num_rows = M,
-                            .right = right_rows.data(),
-                            .num_slots = S,
-                            .dtype = DType::kBFloat16,
-                            .first_column = kFirst,
-                            .num_columns = N,
-                            .out = out.data(),
-                            .out_stride = 64,
-                            .past_caches = past_caches,
-                            .packing = packing.data(),
-                            .carried = carried.data()});
-    for (int64_t m = 0; m < M; ++m) {
-      for (int64_t n = 0; n < N; ++n) {
-        const char* const got = reinterpret_cast<const char*>(out.data()) + (m * 64 + n) * 2;
-        check_bits(decode(got, DType::kBFloat16), want(m, n), m, n);
+    cpu::GradientPanel product{.left = transposed.data(),
+                               .num_rows = M,
+                               .right = right_rows.data(),
+                               .num_slots = S,
+                               .dtype = DType::kBFloat16,
+                               .first_column = kFirst,
+                               .num_columns = N,
+                               .out = out.data(),
+                               .out_stride = 64,
+                               .past_caches = past_caches,
+                               .packing = packing.data(),
+                               .carried = carried.data(),
+                               .adds = false};
+    for (const float times : {1.0f, 2.0f}) {  // added to itself
+      product.adds = times == 2.0f;
+      kernels.gradient_panel(product);
+      for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < N; ++n) {
+          const char* const got = reinterpret_cast<const char*>(out.data()) + (m * 64 + n) * 2;
+          check_bits(decode(got, DType::kBFloat16), static_cast<float>(times * want(m, n)), m, n);
+        }
       }
     }
   }

@@ -41,6 +41,14 @@ TEST(moe_forward_matches_reference) {
   });
 }
 
+void check_doubled(const Array& twice, const Array& once) {
+  const int64_t rows = once.size(1), columns = once.size(2);
+  for (int64_t i = 0; i < once.numel(); ++i) {
+    const int64_t e = i / (rows * columns), r = i / columns % rows, column = i % columns;
+    CHECK(twice(e, r, column) == 2 * once(e, r, column), twice(e, r, column), " is not twice ", once(e, r, column));
+  }
+}
+
 TEST(moe_backward_matches_reference) {
   const std::vector<GluOptions> all = all_glu_options();
   size_t variant = 0;
@@ -98,6 +106,17 @@ TEST(moe_backward_matches_reference) {
               CHECK(same_bits(alone.gate_up_proj, got.gate_up_proj));
               CHECK(same_bits(alone.down_bias, got.down_bias));
               CHECK(same_bits(alone.topk_weights, got.topk_weights));
+
+              // Added to themselves they are twice as large, which needs no rounding.
+              Gradients twice = got;
+              MoeBackwardArgs added = args;
+              added.grad_x = added.grad_gate_up_bias = added.grad_down_bias = added.grad_topk_weights = {};
+              added.grad_gate_up_proj = l.matrices_of(twice.gate_up_proj);
+              added.grad_down_proj = l.matrices_of(twice.down_proj);
+              added.adds = true;
+              moe_backward(added, {2});
+              check_doubled(twice.gate_up_proj, got.gate_up_proj);
+              check_doubled(twice.down_proj, got.down_proj);
 
               // So have those of some experts.
               const Array experts = every_second(c.E);

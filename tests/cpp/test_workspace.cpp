@@ -36,6 +36,22 @@ TEST(workspaces_give_aligned_parts_in_order) {
   cpu::release_workspaces();
 }
 
+// Blocks of earlier, smaller calls must not take the place of those that calls need now.
+TEST(nested_workspaces_are_reused_after_many_smaller_ones) {
+  cpu::release_workspaces();
+  {
+    const Workspace a(64), b(128), c(192), d(256);
+  }
+  const void *outer = nullptr, *inner = nullptr;
+  for (int call = 0; call < 4; ++call) {
+    Workspace first(8 << 20), second(4 << 20);
+    const void *const here = first.take_bytes(1), *const there = second.take_bytes(1);
+    CHECK(call < 2 || (here == outer && there == inner), "call ", call);
+    outer = here, inner = there;
+  }
+  cpu::release_workspaces();
+}
+
 TEST(buffers_are_reused_by_size) {
   cpu::release_workspaces();
   const void *a = nullptr, *b = nullptr;

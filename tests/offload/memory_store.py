@@ -42,10 +42,11 @@ class MemoryReader:
             self.tickets[self.number] = (file, offset, nbytes, address)
             self.begun.append((file, offset, urgent))
             if not self.late:
-                self._copy(self.number)
+                self.fill(self.number)
             return self.number
 
-    def _copy(self, ticket: int) -> None:
+    def fill(self, ticket: int) -> None:
+        """The bytes of a read in flight."""
         file, offset, nbytes, address = self.tickets[ticket]
         ctypes.memmove(address, self.files[file].data_ptr() + offset, nbytes)
 
@@ -57,7 +58,7 @@ class MemoryReader:
         self._known(ticket)
         self.on_wait(ticket)
         with self.lock:
-            self._copy(ticket)
+            self.fill(ticket)
             self.bytes += self.tickets.pop(ticket)[2]
 
     def fail(self, ticket: int, error: BaseException, *, ends: bool) -> None:

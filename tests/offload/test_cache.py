@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 from memory_store import MemoryStore
 from offload_cases import check, make_model, outputs_of, same_bits, steps_of
@@ -14,6 +15,7 @@ import switchgear
 from switchgear import diagnostics, offload
 from switchgear.offload import LFRU, LFU, LIFO, LRU, Accesses, FrequencyDistance, LeastStale
 
+pytestmark = pytest.mark.usefixtures("memory")
 POLICIES = (LRU(), LFU(), LFRU(), LIFO(), LeastStale(), FrequencyDistance())
 
 

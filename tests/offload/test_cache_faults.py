@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import random
 import re
@@ -17,8 +19,11 @@ import torch
 from memory_store import MemoryReader, MemoryStore
 from offload_cases import check, make_model, outputs_of, same_bits, steps_of
 
+import switchgear
 from switchgear import Experts, offload
 from switchgear.offload import StoreError
+
+pytestmark = pytest.mark.usefixtures("memory")
 
 
 class Guesses:
@@ -89,11 +94,8 @@ def test_an_interrupt_at_any_line(seed: int) -> None:
         nonlocal left
         name = os.path.basename(frame.f_code.co_filename)
         if event == "call":
-            return (
-                trace
-                if name in ("cache.py", "pool.py", "residency.py") and "repair" not in frame.f_code.co_name
-                else None
-            )
+            is_traced = name in ("cache.py", "pool.py", "residency.py", "staging.py")
+            return trace if is_traced and frame.f_code.co_name not in ("repair", "settle", "others") else None
         if event == "line":
             left -= 1
             if left == 0:
@@ -122,7 +124,53 @@ def test_an_interrupt_at_any_line(seed: int) -> None:
     outputs_of(model, steps)
     known = {ticket for _, ticket in [*cache._cache.pending.values(), *cache._cache.guesses.values()]}
     known |= {ticket for layer in cache._cache.layers for ticket in layer.pool.draining.values()}
+    if (staging := cache._cache.layers[0].pool.staging) is not None:
+        assert set(staging.reads) == known
+        known = set(staging.begun.values())
     assert set(reader.tickets) == known  # no read is lost
+
+
+def test_gradients_while_reads_go_on() -> None:
+    """No row is free before reads end that nothing needs any more: the step waits for its own experts."""
+    model, steps = make_model(), steps_of()
+    switchgear.store(model, "int8")
+
+    def gradient() -> torch.Tensor:
+        x = steps[1].clone().requires_grad_()
+        model(x).float().square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    wanted = gradient()
+    store = MemoryStore(model)
+    cache = offload.offload(model, store, slots=2)  # type: ignore[arg-type]
+    reader, pool = store.reader, cache._cache.layers[0].pool
+    reader.cancel = lambda ticket: False  # type: ignore[method-assign]
+    reader.is_done = lambda ticket: False  # type: ignore[method-assign]
+    reader.on_wait = lambda ticket: reader.fail(ticket, TimeoutError("late"), ends=False)
+    for x in steps * 2:
+        with contextlib.suppress(StoreError):
+            outputs_of(model, [x])
+    assert len(pool.draining) > 2
+    assert not pool.free
+    reader.on_wait = lambda ticket: None
+    assert same_bits(gradient(), wanted)
+    check(cache)
+
+
+def test_a_model_that_is_dropped_ends_its_reads() -> None:
+    model, steps = make_model(), steps_of()
+    store = MemoryStore(model)
+    cache = offload.offload(model, store, slots=2, prefetch=Guesses(1))  # type: ignore[arg-type]
+    outputs_of(model, steps)
+    del cache
+    gc.collect()
+    outputs_of(model, steps)
+    assert store.reader.tickets
+    assert not store.reader.closed
+    del model
+    gc.collect()
+    assert store.reader.closed
 
 
 def test_a_reader_without_tickets() -> None:

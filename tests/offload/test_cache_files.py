@@ -14,6 +14,7 @@ import switchgear
 from switchgear import offload
 from switchgear.offload import NextGate, StoreError
 
+pytestmark = pytest.mark.usefixtures("memory")
 FORMS: dict[str, dict[str, Any]] = {"plain": {}, "int4": {}, "groups": {}, "mixed": {"bits": [4, 1, 3, 2, 2, 4]}}
 
 

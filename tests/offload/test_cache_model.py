@@ -23,9 +23,11 @@ from switchgear.integrations.transformers import accelerate
 from switchgear.offload import Belady
 from switchgear.trace import RoutingTrace
 
+in_both_memories = pytest.mark.usefixtures("memory")
 FORMS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
 
 
+@in_both_memories
 @pytest.mark.parametrize("form", FORMS)
 def test_the_bits_of_the_resident_model(form: str, isa: str) -> None:
     size = 512 if form in ("panels", "compact") else 32  # whole panels; rows that are smaller than plain ones
@@ -41,6 +43,7 @@ def test_the_bits_of_the_resident_model(form: str, isa: str) -> None:
     assert all(map(same_bits, outputs_of(model, steps), wanted))
 
 
+@in_both_memories
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "olmoe"])
 def test_generate(model_type: str) -> None:
     """Of Hugging Face models, also with experts on meta."""
@@ -72,6 +75,7 @@ def test_generate(model_type: str) -> None:
         assert torch.equal(model.generate(prompt, **options).sequences, wanted.sequences)
 
 
+@in_both_memories
 def test_overrides() -> None:
     model, steps = make_model(), steps_of()
     with routing.override(model, disable=[0, 1]):
@@ -80,6 +84,7 @@ def test_overrides() -> None:
         assert all(map(same_bits, outputs_of(model, steps), wanted))
 
 
+@in_both_memories
 def test_all_in_memory_is_the_stored_model() -> None:
     """No Python runs beside that of stored weights; gradients and state of the cache are none of its business."""
     model, steps = make_model(), steps_of()
@@ -117,6 +122,7 @@ def test_bytes_bound_the_memory() -> None:
 # ---- other users of the weights --------------------------------------------------------------------------------------
 
 
+@in_both_memories
 def test_adapters_in_waves() -> None:
     model, steps = make_model(), steps_of()
     add_lora(model, rank=2)
@@ -130,6 +136,7 @@ def test_adapters_in_waves() -> None:
     assert all(map(same_bits, outputs_of(model, steps), wanted))
 
 
+@in_both_memories
 def test_gradients_of_x_and_adapters() -> None:
     """Equal those of the stored model, even if experts of other layers replace these in the slots before backward."""
     model = make_model()
@@ -166,6 +173,7 @@ def test_torch_compile_runs_the_layer_itself() -> None:
     assert all(map(same_bits, outputs_of(torch.compile(model, backend="eager"), steps), wanted))
 
 
+@in_both_memories
 def test_autocast_and_other_dtypes() -> None:
     model, steps = make_model(dtype=torch.bfloat16), steps_of(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -177,6 +185,7 @@ def test_autocast_and_other_dtypes() -> None:
         model[0].experts(torch.ones(1, 32), ids, weights)  # type: ignore[operator]
 
 
+@in_both_memories
 def test_threads_take_turns() -> None:
     model, steps = make_model(), steps_of()
     wanted = outputs_of(model, steps)

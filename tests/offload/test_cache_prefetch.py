@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from memory_store import MemoryStore
 from offload_cases import check, make_model, outputs_of, same_bits, steps_of
 from torch import Tensor
 
 from switchgear import diagnostics, offload
+
+pytestmark = pytest.mark.usefixtures("memory")
 
 
 class Script:

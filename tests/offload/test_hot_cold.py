@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from typing import Any
 
 import pytest
 import torch
+from queued_device import QueuedDevice
+from staging_mistakes import MISTAKES, Mistake, planted
 from torch import Tensor
 
 from switchgear import MoE
 from switchgear.experts import Experts
-from switchgear.offload import HotColdSplit, SplitCost
+from switchgear.offload import HotColdSplit, SplitCost, hot_cold, moving
 
+FILES = ("hot_cold.py", "moving.py")
 E, K, H, I = 8, 2, 16, 8  # noqa: E741
 
 
@@ -105,6 +110,78 @@ def test_row43_the_threshold_takes_least_of_all(seed: int) -> None:
         by_number = [seconds(order[:number]) for number in range(len(order) + 1)]
         by_tokens = [seconds([e for e in order if counts[e] >= least]) for least in range(max(counts) + 2)]
         assert found == pytest.approx(min(by_number + by_tokens), rel=1e-9)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_row43_a_gpu_and_the_host_at_once(is_pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients the parts are queued on streams; with them torch copies."""
+    device = QueuedDevice(1, is_eager=True)
+    device.has_pinned = is_pinned
+    monkeypatch.setattr(hot_cold, "device_of", lambda _: device)
+    experts = experts_of(bias=True)
+    x, ids, weights = skewed()
+    for threshold in (0, 3, 10, 1000):
+        split = HotColdSplit(experts, "cpu", threshold)
+        for mode in (torch.no_grad, torch.inference_mode, torch.no_grad, torch.enable_grad):
+            with mode():
+                torch.testing.assert_close(split(x, ids, weights), experts(x, ids, weights), rtol=1e-5, atol=1e-6)
+        if threshold < 1000:
+            assert split._mover is not None
+            assert copy.deepcopy(split)._mover is None
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_row43_both_parts_find_their_numbers(seed: int) -> None:
+    """On streams that run late and in any order: experts on the device, rows on the host, the part that returns."""
+    device, chance, wrong = QueuedDevice(seed), random.Random(seed), []
+    device.has_pinned = seed % 4 == 3
+    params = {"gate_up_proj": torch.randn(E, 5, 7), "down_proj": torch.randn(E, 3)}
+    mover = moving.Mover(device, params)
+    for step in range(20):
+        hot = sorted(chance.sample(range(E), chance.randrange(1, E)))
+        x, values = device.empty((4,), torch.float32), torch.full((4,), float(step))
+        device.current.run(lambda x=x, values=values: x.copy_(values))  # type: ignore[misc]
+
+        def launch(hot: list[int] = hot, x: Tensor = x) -> Tensor:
+            moved, y = mover.move(params, hot), device.empty((4,), torch.float32)
+
+            def kernel() -> None:
+                wrong.extend(name for name in params if not torch.equal(moved[name], params[name][hot]))
+                y.copy_(2 * x)
+
+            device.current.run(kernel)
+            return y
+
+        def multiply(x: Tensor, values: Tensor = values) -> Tensor:
+            if not torch.equal(x, values):
+                wrong.append("rows")
+            return 3 * x
+
+        y, part = hot_cold.overlapped(device, (x,), launch, multiply)
+
+        def add(y: Tensor = y, part: Tensor = part, values: Tensor = values) -> None:
+            if not torch.equal(y + part, 5 * values):
+                wrong.append("sum")
+
+        device.current.run(add)
+    device.synchronize()
+    assert not wrong
+
+
+@pytest.mark.parametrize("mistake", [m for m in MISTAKES if m.file in FILES], ids=lambda mistake: mistake.name)
+def test_a_mistake_is_detected(mistake: Mistake) -> None:
+    def fails(seed: int) -> bool:
+        try:
+            test_row43_both_parts_find_their_numbers(seed)
+        except AssertionError:
+            return True
+        return False
+
+    with planted(mistake):
+        assert any(map(fails, range(12)))
 
 
 def test_bad_input() -> None:

@@ -21,13 +21,17 @@ CTX = mp.get_context("forkserver")  # imports once, and forks before any thread 
 CTX.set_forkserver_preload(["torch.distributed", "switchgear.parallel"])
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 class Pool:
     """`size` ranks of a torch.distributed job, with its store in this process so that it survives every rank."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         self._store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         self._pipes, self.processes = [], []
         for rank in range(size):

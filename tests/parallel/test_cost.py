@@ -23,17 +23,21 @@ from switchgear.parallel.cost import (
     Machine,
     choose_chunks,
     count,
+    count_levels,
     draw_routing,
     pipeline,
     predict,
     rows_per_token,
+    two_level_pipeline,
 )
+from switchgear.parallel.failure_cost import Rates, expected_losses
+from switchgear.parallel.nodes import Nodes
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 96, 12, 3, 16
 
 
-def send(rank: int, skew: float) -> dict[str, int]:
-    with ExpertParallel(timeout=20) as parallel:
+def send(rank: int, skew: float, nodes: int | None = None, wire: str = "exact") -> dict[str, int]:
+    with ExpertParallel(timeout=20, nodes=nodes, wire=wire) as parallel:
         experts = ParallelExperts(HIDDEN, 8, EXPERTS, parallel=parallel)
         ids = draw_routing(4 * TOKENS, EXPERTS, TOP_K, skew)[rank * TOKENS : (rank + 1) * TOKENS]
         x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
@@ -42,7 +46,9 @@ def send(rank: int, skew: float) -> dict[str, int]:
         forward = Counter(parallel.record.bytes)
         y.sum().backward()
         backward = parallel.record.bytes - forward
-    return {"forward": forward.total() - forward["header"], "backward": backward.total() - backward["header"]}
+        far = parallel.record.between_nodes
+    sent = {"forward": forward.total() - forward["header"], "backward": backward.total() - backward["header"]}
+    return sent | {"between": far.total() - far["header"]}
 
 
 @pytest.mark.parametrize("skew", [0.0, 1.5])
@@ -55,6 +61,77 @@ def test_predicted_bytes_are_those_that_are_sent(pool: Pool, skew: float) -> Non
     assert predicted.bytes_forward == max(counts["forward"] for counts in sent)
     assert predicted.bytes_backward == max(counts["backward"] for counts in sent)
     assert predicted.bytes_between_nodes == 0  # one node
+
+
+@pytest.mark.parametrize("wire", ["exact", "fp8_dispatch"])
+def test_predicted_bytes_of_two_levels(pool: Pool, wire: str) -> None:
+    sent = pool.run(send, 0.5, 2, wire)
+    placement, nodes = Placement.contiguous(EXPERTS, 4), Nodes((0, 0, 1, 1))
+    ids = list(torch.split(draw_routing(4 * TOKENS, EXPERTS, TOP_K, 0.5), TOKENS))
+    traffic, levels = count(ids, placement, nodes), count_levels(ids, placement, nodes)
+    machine = Machine(1e9, 1e6, 1e6, 2)
+    layer = Layer(HIDDEN, 8, EXPERTS, TOP_K)
+    predicted = predict(layer, traffic, placement, machine, 4, 1, levels=levels, wire=wire)
+    assert predicted.bytes_forward == max(counts["forward"] for counts in sent)
+    assert predicted.bytes_backward == max(counts["backward"] for counts in sent)
+    one = predict(layer, traffic, placement, machine, 4, 1, wire=wire)
+    assert predicted.bytes_between_nodes < one.bytes_between_nodes
+    assert int(levels.between.sum()) < int(traffic.rows.sum())
+    assert int(levels.within.sum()) == int(traffic.rows.sum())  # a row for each token and rank, however it comes
+
+
+def test_copies_on_the_node_come_first() -> None:
+    placement = Placement(2, ((0,), (0,), (1,), (0, 1)))
+    near = [placement.routes(source, near=(2, 3))[0].tolist() for source in range(4)]
+    assert near == [[0, 2], [1, 3], [3, 2], [3, 3]]
+    assert [placement.routes(source)[0].tolist() for source in range(4)] == [[0, 2], [1, 3], [3, 2], [3, 3]]
+    three = Placement(1, ((0,), (0,), (0,), ()))
+    assert three.routes(3, near=(2, 3))[0].tolist() == [2]
+    assert three.routes(3)[0].tolist() == [0]
+
+
+def test_routings_of_groups() -> None:
+    """DeepSeek-V3: 8 of 256 experts, from 4 of 8 groups."""
+    ids = draw_routing(500, 256, 8, groups=(8, 4))
+    assert all(len(set(row)) == 8 for row in ids.tolist())
+    assert max(len({e // 32 for e in row}) for row in ids.tolist()) == 4
+    assert max(len({e // 32 for e in row}) for row in draw_routing(500, 256, 8).tolist()) > 4
+
+
+@given(
+    between=st.floats(0.01, 10), within=st.floats(0.001, 1), experts=st.floats(0.01, 10), tail=st.floats(0, 5),
+    chunks=st.sampled_from(CHUNKS),
+)  # fmt: skip
+def test_two_level_pipelines(between: float, within: float, experts: float, tail: float, chunks: int) -> None:
+    """No faster than each link or the experts allow, no slower than one after the other; as one level if the links
+    within nodes take no time."""
+    line = two_level_pipeline((between, between), (within, within), experts, chunks, tail=tail)
+    assert line.seconds <= 2 * (between + within) + experts + tail + 1e-9
+    assert line.seconds >= max(2 * between, 2 * within, experts + tail) - 1e-9
+    for lane in ("link", "near", "experts"):
+        spans = sorted((i.begin, i.end) for i in line.intervals if i.lane == lane)
+        assert len(spans) == {"experts": chunks + (tail > 0)}.get(lane, 2 * chunks)
+        assert all(first[1] <= second[0] + 1e-9 for first, second in itertools.pairwise(spans))
+    one = two_level_pipeline((between, between), (within, within), experts, 1, tail=tail)
+    assert one.seconds == pytest.approx(between + 2 * within + experts + max(between, tail))
+
+
+def test_a_fast_link_within_nodes_costs_nothing() -> None:
+    for chunks in CHUNKS:
+        assert two_level_pipeline((1.0, 1.0), (0.0, 0.0), 2.0, chunks).exposed == pytest.approx(
+            pipeline(1.0, 2.0, 1.0, chunks).exposed
+        )
+
+
+def test_losses_of_failures() -> None:
+    """Computed by hand: 2048 ranks that fail every 50,000 hours."""
+    rates = Rates(2048, 3600 * 50_000, 10.0, 600.0, 1800.0, 10.0, 30.0, 3600 * 12)
+    got = expected_losses(rates, Placement(4, ((0, 1), (1, 2), (2, 3))))
+    assert got.failures == pytest.approx(2048 * 24 / 50_000)
+    assert got.steps_restarting == pytest.approx(got.failures * (600 + 900) / 10)
+    assert got.steps_continuing == pytest.approx(got.failures * (5 + 10 + 30 + 43200 / 2048) / 10)
+    assert got.fraction_restarting == pytest.approx(got.failures * 1500 / 86400)
+    assert got.experts_without_copy == pytest.approx(2 / 3)
 
 
 def test_drawn_routings() -> None:
@@ -114,7 +191,10 @@ def test_plan_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "Mixtral-8x7B" in text
     result = json.loads(out.read_text())
     lines = result["predictions"]
-    assert [line["chunks"] for line in lines] == list(CHUNKS)
+    assert [(line["levels"], line["chunks"]) for line in lines] == [(n, c) for n in (1, 2) for c in CHUNKS]
+    assert lines[-1]["bytes_between_nodes"] < lines[0]["bytes_between_nodes"]
+    assert "recommended:" in text
+    assert "fp8_dispatch" in text
     assert all(line["forward_seconds"] >= line["forward_experts"] for line in lines)
     # 2 of 8 experts on each rank: 3 projections of 4096 · 14336 bfloat16 each, in 32 layers
     assert lines[0]["memory"]["weights"] == 2 * 3 * 4096 * 14336 * 2 * 32
@@ -144,6 +224,7 @@ def test_plan_parallel_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--ep", "6", "--nodes", "4"], "--nodes: expected a divisor of 6"),
         (["--trace", "/nowhere.pt"], "--trace: cannot read /nowhere.pt"),
         (["--ep", "2", "--nodes", "1", "--replicas", "999"], "--replicas: num_replicas: expected 0 to 128"),
+        (["--ep", "4", "--nodes", "4", "--levels", "2"], "--levels: expected 1 unless there are several nodes"),
     ],
 )
 def test_plan_parallel_names_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,3 +243,22 @@ def test_bench_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(variant["at_floor"] for variant in ours)
     assert (tmp_path / "parallel-train.png").stat().st_size > 1000
     assert "switchgear, 4 chunks" in capsys.readouterr().out
+
+
+def test_bench_parallel_on_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes are minimal with both numbers of levels, and fewer between nodes with two; times are not tested."""
+    out = tmp_path / "bench.json"
+    arguments = ["bench", "--parallel", "4", "--nodes", "2", "--shapes", "tiny", "--tokens", "32", "--quick"]
+    assert main([*arguments, "--modes", "train", "--json", str(out), "--plot", str(tmp_path)]) == 0
+    (result,) = json.loads(out.read_text())["results"]
+    ours = [variant for variant in result["variants"] if variant["chunks"]]
+    assert all(variant["at_floor"] for variant in ours)
+    one, two = ([v for v in ours if v["levels"] == n] for n in (1, 2))
+    assert two[0]["between_bytes"] < one[0]["between_bytes"]
+    assert (tmp_path / "parallel-train-2-nodes.png").stat().st_size > 1000
+    assert "two levels, 4 chunks" in capsys.readouterr().out
+
+
+def test_nodes_of_the_bench_must_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--parallel", "4", "--nodes", "3"]) == 2
+    assert "--nodes: expected a divisor of 4" in capsys.readouterr().err

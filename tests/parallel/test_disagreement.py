@@ -122,7 +122,9 @@ def test_sizes_that_no_rank_can_have(tokens: int, pairs: int, rows: int, ok: boo
 def announces_too_much(rank: int) -> tuple[Failure, dict[str, int]]:
     encode = header.encode
     if rank == 1:
-        header.encode = lambda terms, tokens, pairs, rows: encode(terms, tokens, [2**50] * 4, [[2**50] * 4, *rows[1:]])
+        header.encode = lambda terms, tokens, pairs, rows, relayed: encode(
+            terms, tokens, [2**50] * 4, [[2**50] * 4, *rows[1:]], relayed
+        )
     try:
         with ExpertParallel(timeout=20) as parallel, pytest.raises(ExpertParallelError) as error:
             switchgear.MoE(16, 12, 8, 2, parallel=parallel)(torch.randn(6, 16))

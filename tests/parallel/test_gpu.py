@@ -58,6 +58,30 @@ def test_nccl(pair: Pool) -> None:
     pair.run(compare, "group", timeout=120)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(gpus == 0, reason="needs a GPU")
+def test_a_capacity_in_a_cuda_graph() -> None:
+    """One rank: nothing in the layer needs the host. Replayed with other tokens, it computes and counts as it does
+    without a graph."""
+    with ExpertParallel(capacity=TOKENS, overflow="drop") as parallel:
+        torch.manual_seed(1)
+        moe = switchgear.MoE(HIDDEN, 48, 6, 3, parallel=parallel).cuda()
+        x = torch.randn(TOKENS + 8, HIDDEN, device="cuda")
+        with torch.no_grad():
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                moe(x)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = moe(x)
+            before = parallel.overflow.count()
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            assert parallel.overflow.count() == before + 8
+            torch.testing.assert_close(y, moe(x), rtol=1e-4, atol=1e-5)
+
+
 class Queued:
     """A Work like NCCL's: `wait` makes the stream wait, and returns."""
 

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Distributed layers with more than plain experts compute what one process does, or an error says why not."""
+"""Distributed layers with more than plain experts compute what one process does."""
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from parallel_pool import Pool
 from torch import Tensor, nn
 
 import switchgear
-from switchgear.adapters import add_lora, save_peft
+from switchgear.adapters import add_lora, load_peft, save_peft
 from switchgear.layers import HeterogeneousExperts
 from switchgear.parallel import ExpertParallel, Placement, checkpoint
 from switchgear.routing import SparsityAware
@@ -209,11 +212,55 @@ def test_adapters_of_other_layouts_and_placements(pool: Pool, options: dict[str,
     pool.run(run_by_a_module, "adapters", options, False, ranks)
 
 
-def test_what_cannot_be_distributed_says_so(tmp_path: Any) -> None:
-    with ExpertParallel() as parallel:
-        moe = switchgear.MoE(HIDDEN, 8, 4, 1, parallel=parallel)
-        add_lora(moe.experts, 2)
-        with pytest.raises(ValueError, match="model: expected experts of one process, got those of ExpertParallel"):
-            save_peft(nn.Sequential(moe), str(tmp_path))
-        with pytest.raises(ValueError, match="parallel: expected None beside a score of the experts' own weights"):
-            switchgear.MoE(HIDDEN, 8, 4, 1, parallel=parallel, score=SparsityAware(HIDDEN, 4))
+def saved_adapters(rank: int, folder: str, ranks: Any) -> None:
+    """One file of all experts' adapters, as one process writes it."""
+    placement = None if ranks is None else Placement(6, ranks)
+    with ExpertParallel(timeout=20, placement=placement) as parallel:
+        moe, whole = both(parallel, {})
+        mine = list(moe.experts.placement.experts_of_rank[rank])
+        for layer, held in ((moe, mine), (whole, list(range(6)))):
+            for number, adapter in enumerate(add_lora(layer.experts, 3, alpha=6)):
+                values = torch.randn(6, *adapter.shape[1:], generator=torch.Generator().manual_seed(number))
+                with torch.no_grad():
+                    adapter.copy_(values[held])
+        save_peft(nn.Sequential(moe), f"{folder}/ours")
+        if rank == 0:
+            save_peft(nn.Sequential(whole), f"{folder}/one")
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                ours, one = ((Path(folder) / which / name).read_bytes() for which in ("ours", "one"))
+                assert ours == one, name
+        dist.barrier()
+        again = both(parallel, {})[0]
+        load_peft(nn.Sequential(again), f"{folder}/ours")
+        x = tokens(rank)
+        assert torch.equal(again(x), moe(x))
+
+
+@pytest.mark.parametrize("ranks", [None, PLACED, COPIES], ids=["contiguous", "a rank without experts", "copies"])
+def test_saved_adapters(pool: Pool, tmp_path: Path, ranks: Any) -> None:
+    pool.run(saved_adapters, str(tmp_path), ranks)
+
+
+def scores_of_the_weights(rank: int, ranks: Any, tp: bool) -> None:
+    """SparsityAware reads all experts; gradients through the score reach each expert, with those of its tokens."""
+    placement = None if ranks is None else Placement(6, ranks)
+    twins = [rank // 2 * 2, rank // 2 * 2 + 1] if tp else None
+    with ExpertParallel(timeout=20, invariant=True, placement=placement, tp_group=twins) as parallel:
+        score = partial(SparsityAware, scale=9.0)
+        moe, whole = both(parallel, {"score": score})
+        sets = 2 if tp else 4
+        own = tokens(rank // 2 if tp else rank)
+        y = moe(own)
+        close(y, whole(own))
+        y.square().sum().backward()
+        for number in range(sets):  # the mean over those with different tokens
+            (whole(tokens(number)).square().sum() / sets).backward()
+        held = list(moe.experts.placement.experts_of_rank[rank])
+        for ours, theirs in zip(moe.experts.parameters(), whole.experts.parameters(), strict=True):
+            close(ours.grad, theirs.grad[held])
+
+
+@pytest.mark.parametrize("ranks", [None, PLACED, COPIES], ids=["contiguous", "a rank without experts", "copies"])
+@pytest.mark.parametrize("tp", [False, True])
+def test_scores_of_the_experts_weights(pool: Pool, ranks: Any, tp: bool) -> None:
+    pool.run(scores_of_the_weights, ranks, tp)

@@ -50,16 +50,22 @@ class OpMemory {
   std::unique_ptr<uint8_t[], Free> bytes_;
 };
 
+// Runs run(exec) over outputs and memory of `poison` bytes: it writes nothing behind the rows of the outputs.
+template <typename Run>
+void run_over(uint8_t poison, std::initializer_list<Array*> outputs, Run&& run) {
+  for (Array* output : outputs) output->poison(poison);
+  OpMemory memory(poison);
+  run(memory.execution());
+  CHECK(memory.calls() <= 1, memory.calls(), " allocations");
+  for (Array* output : outputs) CHECK(output->padding_holds(poison), "wrote behind a row");
+}
+
 // Checks that run(exec) writes all elements of `outputs` and nothing else: runs twice, over 0xFF and 0x00, for the same bits.
 template <typename Run>
 void run_op(std::initializer_list<Array*> outputs, Run&& run) {
   std::vector<Array> first;
   for (const uint8_t poison : {0xff, 0x00}) {
-    for (Array* output : outputs) output->poison(poison);
-    OpMemory memory(poison);
-    run(memory.execution());
-    CHECK(memory.calls() <= 1, memory.calls(), " allocations");
-    for (Array* output : outputs) CHECK(output->padding_holds(poison), "wrote behind a row");
+    run_over(poison, outputs, run);
     if (first.empty()) {
       for (Array* output : outputs) first.push_back(*output);
     }

@@ -49,14 +49,15 @@ struct Options {
 };
 Options& options();
 
-// The device that launchers see. SWITCHGEAR_SIMT_DEVICE=sm_80|sm_90 sets the first one.
+// The device that launchers see. SWITCHGEAR_SIMT_DEVICE=sm_80|sm_86|sm_90 sets the first one.
 struct Device {
   int major = 9, minor = 0;
   int multiprocessors = 4;
-  int shared_memory_per_block = 232448;  // with the opt-in; 166912 on sm_80
+  int shared_memory_per_block = 232448;  // with the opt-in; a multiprocessor has 1 KB more
 };
 Device& device();
 Device sm_80();
+Device sm_86();  // the least shared memory; also that of sm_89 and sm_120
 Device sm_90();
 
 struct Statistics {

@@ -30,8 +30,9 @@ Device device_from_environment() {
   const char* variable = std::getenv("SWITCHGEAR_SIMT_DEVICE");
   const std::string text = variable == nullptr ? "sm_90" : variable;
   if (text == "sm_80") return sm_80();
+  if (text == "sm_86") return sm_86();
   if (text == "sm_90") return sm_90();
-  throw Error("SWITCHGEAR_SIMT_DEVICE: expected sm_80 or sm_90, got " + text);
+  throw Error("SWITCHGEAR_SIMT_DEVICE: expected sm_80, sm_86 or sm_90, got " + text);
 }
 
 }  // namespace
@@ -49,6 +50,7 @@ Device& device() {
 }
 
 Device sm_80() { return {.major = 8, .minor = 0, .multiprocessors = 4, .shared_memory_per_block = 166912}; }
+Device sm_86() { return {.major = 8, .minor = 6, .multiprocessors = 4, .shared_memory_per_block = 101376}; }
 Device sm_90() { return {}; }
 
 Statistics& statistics() {

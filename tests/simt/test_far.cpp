@@ -12,9 +12,9 @@ namespace {
 // cost nothing.
 class Far {
  public:
-  explicit Far(const Array& near) : near_(near) {
+  explicit Far(const Array& near, int64_t stride = (int64_t{1} << 29) + 8) : near_(near) {
     view_ = near;
-    view_.stride[0] = (int64_t{1} << 29) + 8;  // TMA needs a multiple of 16 bytes
+    view_.stride[0] = stride;  // TMA needs a multiple of 16 bytes
     bytes_ = static_cast<size_t>((view_.shape[0] * view_.stride[0]) * size_of(view_.dtype));
     view_.data = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (view_.data == MAP_FAILED) throw std::runtime_error("no address space");
@@ -166,6 +166,32 @@ TEST(far_rows_of_routing) {
     CHECK(same_bits(chosen[0], chosen[1]), "column_topk");
     CHECK(same_bits(dynamic[0], dynamic[1]), "route_dynamic");
   }
+}
+
+// A stride in bytes of more than 32 bits, which chunks are not copied whole with.
+TEST(far_rows_of_a_product) {
+  simt::device() = simt::sm_80();
+  Random random(3);
+  const int64_t S = 5, N = 24, C = 40;
+  const Array x = random_rows(Rows::kAligned, random, DType::kFloat32, S, C);
+  const Array weight = random_rows(Rows::kAligned, random, DType::kFloat32, N, C);
+  const Far far_x(x, (int64_t{1} << 30) + 8), far_weight(weight, (int64_t{1} << 30) + 8);
+  Array offsets(DType::kInt32, {2}), out[2] = {Array(DType::kFloat32, {S, N}), Array(DType::kFloat32, {S, N})};
+  offsets.fill([&](int64_t i) { return i * S; });
+  for (const bool far : {false, true}) {
+    const TensorView& rows = far ? static_cast<const TensorView&>(far_weight) : weight.view();
+    TensorView matrices = view(rows.data, DType::kFloat32, 1, N, C);
+    matrices.stride = {N * rows.stride[0], rows.stride[0], 1, 0};
+    run([&](Execution e) {
+      cuda::grouped_gemm({.x = far ? static_cast<const TensorView&>(far_x) : x.view(),
+                          .weight = {.data = matrices},
+                          .expert_offsets = offsets,
+                          .out = out[far]},
+                         e);
+    });
+  }
+  CHECK(same_bits(out[0], out[1]));
+  simt::device() = simt::sm_90();
 }
 
 TEST(far_rows_of_the_layer) {

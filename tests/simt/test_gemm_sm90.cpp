@@ -353,5 +353,43 @@ TEST(sm90_survives_any_plan) {
   }
 }
 
+// Gates and ups in halves or in turns, on a cooperative tile: a has the same bits. Every order of threads runs both.
+TEST(sm90_interleaved_gates_have_the_bits_of_halves) {
+  simt::device() = simt::sm_90();
+  const int64_t S = 520, I = 128, C = 504;
+  Random random(9);
+  const Array x = random_rows(Rows::kAligned, random, DType::kBFloat16, S, C);
+  const Array halves = random_rows(Rows::kAligned, random, DType::kBFloat16, 2 * I, C);
+  Array interleaved = make_rows(Rows::kAligned, DType::kBFloat16, 2 * I, C);
+  interleaved.fill([&](int64_t i) { return halves(i / C % 2 * I + i / C / 2, i % C); });
+  Array offsets(DType::kInt32, {2});
+  offsets.fill([&](int64_t i) { return i * (S - 3); });  // and some unassigned rows
+  Array got[2];
+  for (const bool in_turns : {false, true}) {
+    const TensorView weights = in_turns ? interleaved.view() : halves.view();
+    got[in_turns] = make_rows(Rows::kAligned, DType::kBFloat16, S, I);
+    const Gemm g{.dtype = DType::kBFloat16,
+                 .a = {x.view().data, x.view().stride[0], S},
+                 .b = {.data = weights.data,
+                       .expert_stride = 2 * I * weights.stride[0],
+                       .n_stride = weights.stride[0],
+                       .aligned = true},
+                 .expert_offsets = offsets.view().as<const int32_t>(),
+                 .num_experts = 1,
+                 .num_slots = S,
+                 .n = 2 * I,
+                 .c = C,
+                 .epilogue = Epilogue::kGlu,
+                 .out = got[in_turns].view().data,
+                 .out_stride = got[in_turns].view().stride[0],
+                 .options = {.gated = true, .interleaved = in_turns}};
+    CHECK(cuda::sm90::pick_config(g) == ConfigKind::kPairs256);
+    const uint64_t before = products_of_wgmma();
+    cuda::gemm(g, nullptr);
+    CHECK(products_of_wgmma() > before);
+  }
+  CHECK(same_bits(got[0], got[1]));
+}
+
 }  // namespace
 }  // namespace switchgear::test

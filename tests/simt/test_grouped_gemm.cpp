@@ -16,10 +16,10 @@ constexpr Case kTileCases[] = {
     {"128 rows, holes", 150, 40, 72, 2, 3, Ids::kEmptySlots},
 };
 
-// Each case once with every precision and storage; the other options alternate.
+// Each case once with every precision and storage; the other options alternate, and so do devices with much and little shared
+// memory.
 template <typename Body>
 void for_each_problem(Body&& body) {
-  simt::device() = simt::sm_80();
   int variant = 0;
   const auto run = [&](const Case& c) {
     for (const Precision& precision : kPrecisions) {
@@ -30,7 +30,8 @@ void for_each_problem(Body&& body) {
                             variant % 4 == 0 ? Rows::kAnywhere : Rows::kAligned,
                             variant % 2 == 0,
                             variant % 5 < 3};
-        note = describe(p);
+        simt::device() = variant % 2 == 0 ? simt::sm_86() : simt::sm_80();
+        note = join(describe(p), " on sm_8", simt::device().minor);
         if (takes_variant(variant++)) body(p);
       }
     }
@@ -61,6 +62,32 @@ TEST(grouped_gemm_reads_shared_memory_without_conflicts) {
   check_wgrad({kTileCases[4], kPrecisions[2], Storage::kPacked, Rows::kAligned, true, false});
   CHECK(simt::statistics().ldmatrix > matrices);
   CHECK(simt::statistics().bank_conflicts == before, simt::statistics().bank_conflicts - before, " extra cycles");
+}
+
+// While a block is in its epilogue, another one on the multiprocessor multiplies: also where a block may have 99 KB, and all of
+// them 100.
+TEST(grouped_gemm_has_two_blocks_per_multiprocessor) {
+  for (const simt::Device& device : {simt::sm_80(), simt::sm_86()}) {
+    for (const Precision& precision : kPrecisions) {
+      simt::device() = device;
+      simt::device().multiprocessors = 1;
+      const uint64_t before = simt::statistics().blocks, launches = simt::statistics().launches;
+      note = join(precision.name, " on sm_8", device.minor);
+      Random random(5);
+      const int64_t S = 260, N = 260, C = 16;
+      const Weights weights(random, Rows::kAligned, precision.dtype, 1, N, C, Storage::kPacked);
+      const Array x = random_rows(Rows::kAligned, random, precision.dtype, S, C);
+      Array offsets(DType::kInt32, {2}), got = make_rows(Rows::kAligned, precision.dtype, S, N);
+      offsets.fill([&](int64_t i) { return i * S; });
+      OpMemory memory(0xff);
+      Execution exec = memory.execution();
+      exec.allow_tf32 = precision.tf32;
+      cuda::grouped_gemm({.x = x, .weight = weights.matrices(), .expert_offsets = offsets, .out = got}, exec);
+      CHECK(simt::statistics().launches == launches + 1);
+      CHECK(simt::statistics().blocks == before + 2, simt::statistics().blocks - before, " blocks");
+    }
+  }
+  simt::device() = simt::sm_80();
 }
 
 // A row's bits depend neither on the neighbouring rows nor on the kernel picked for their number.

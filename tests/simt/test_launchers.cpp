@@ -77,7 +77,7 @@ Seen check_op(const char* name, const std::function<void(Execution)>& op) {
 
 TEST(ops_are_queued_where_and_as_their_caller_says) {
   const Backend& ops = cuda_backend();
-  for (const simt::Device& device : {simt::sm_80(), simt::sm_90()}) {
+  for (const simt::Device& device : {simt::sm_80(), simt::sm_86(), simt::sm_90()}) {
     simt::device() = device;
     const Layer l({"layer", 40, 72, 40, 4, 2}, DType::kBFloat16, {}, false, false, 3, true);
     const Operands o(l);

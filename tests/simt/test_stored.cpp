@@ -2,6 +2,7 @@
 // Products with weights of 1 to 8 bits, in both directions, against float64.
 #include <span>
 
+#include "cuda/stored.h"
 #include "stored_check.h"
 
 namespace switchgear::test {
@@ -32,7 +33,6 @@ constexpr StoredCase kEdgeCases[] = {
 // Each case with every format, precision and direction; the rest alternates. `all`: in each order of threads.
 template <typename Body>
 void for_each_stored(std::span<const StoredCase> cases, bool all, Body&& body) {
-  simt::device() = simt::sm_80();
   int variant = 0;
   for (const StoredCase& c : cases) {
     for (const Format format : kStoredFormats) {
@@ -42,6 +42,7 @@ void for_each_stored(std::span<const StoredCase> cases, bool all, Body&& body) {
               c, format, precision, transposed, variant % 2 == 0, variant % 3 != 0 && !transposed, variant % 5 == 1};
           note = join(c.c.name, " ", name_of(format), " ", precision.name, transposed ? " transposed" : "",
                       p.gather ? " gathered" : "", p.permuted ? " permuted" : "");
+          simt::device() = variant % 4 < 2 ? simt::sm_86() : simt::sm_80();
           if (takes_variant(variant++) || all) body(p);
         }
       }
@@ -113,6 +114,59 @@ TEST(stored_rows_do_not_depend_on_their_number) {
       }
     }
   }
+}
+
+// Few tiles have twice the warps, with eight columns each, and the same bits; so has the adapter beside them.
+TEST(stored_bits_do_not_depend_on_warps) {
+  const int64_t S = 13, E = 2, N = 200, C = 150, rank = 24;
+  for (const Format format : kStoredFormats) {
+    for (const Precision& precision : kPrecisions) {
+      if (precision.tf32 || (precision.dtype == DType::kFloat32 && !is_integer(format))) continue;
+      note = join(name_of(format), " ", precision.name);
+      Random random(5);
+      const bool zeros = is_integer(format) || format == Format::kGroups;
+      const StoredWeights weights(random, {format, E, N, C, 1, group_of(format, 16), zeros, true});
+      const Array x = random_rows(Rows::kAligned, random, precision.dtype, S, C);
+      const Array low_a = random_rows(Rows::kAligned, random, precision.dtype, S, rank);
+      const Array low_b = random_rows(Rows::kAligned, random, precision.dtype, E * N, rank);
+      Array offsets(DType::kInt32, {E + 1});
+      offsets.fill([&](int64_t e) { return e == 1 ? 9 : e * S / E; });
+      cuda::Gemm g{.dtype = precision.dtype,
+                   .a = {x.view().data, x.view().stride[0], S},
+                   .low = {.a = {low_a.view().data, low_a.view().stride[0], S},
+                           .b = {.data = low_b.view().data,
+                                 .expert_stride = N * low_b.view().stride[0],
+                                 .n_stride = low_b.view().stride[0],
+                                 .aligned = true},
+                           .rank = rank},
+                   .expert_offsets = offsets.view().as<const int32_t>(),
+                   .num_experts = E,
+                   .num_slots = S,
+                   .n = N,
+                   .c = C};
+      uint64_t threads[2];
+      Array got[2];
+      for (const int few : {0, 1}) {
+        simt::device() = simt::sm_80();
+        simt::device().multiprocessors = 3 + few;  // four blocks on each, for 14 tiles of 32 columns
+        got[few] = make_rows(Rows::kAligned, precision.dtype, S, N);
+        g.out = got[few].view().data;
+        g.out_stride = got[few].view().stride[0];
+        const uint64_t before = simt::statistics().threads;
+        cuda::Workspace sizes;
+        const cuda::QuantizedRows layout(sizes, weights.weight(), S);
+        OpMemory op_memory(0xff);
+        const Execution execution = op_memory.execution();
+        cuda::Workspace memory(cuda::allocate(execution, sizes.size()));
+        const cuda::QuantizedRows quantized(memory, weights.weight(), S);
+        cuda::forward_gemm(g, "weight", weights.weight(), quantized, execution.stream);
+        threads[few] = simt::statistics().threads - before;
+      }
+      CHECK(threads[1] != threads[0], "which kernel runs");
+      CHECK(same_bits(got[0], got[1]));
+    }
+  }
+  simt::device() = simt::sm_80();
 }
 
 TEST(stored_reads_rows_without_conflicts) {

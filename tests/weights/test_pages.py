@@ -12,7 +12,7 @@ from torch import nn
 
 import switchgear
 from switchgear.adapters import add_lora
-from switchgear.weights.pages import HUGE_PAGE, use_huge_pages
+from switchgear.weights.pages import HUGE_PAGE, interleave_nodes, use_huge_pages
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SIZE = 4 * HUGE_PAGE  # at least three whole huge pages, wherever it starts
@@ -94,3 +94,29 @@ def test_plain_moves_all_weights_of_a_model() -> None:
     moved = use_huge_pages([torch.ones(SIZE // 4)])
     switchgear.store(model, "plain")
     assert (huge_bytes(table) > 0) == (moved > 0)
+
+
+NODES = Path("/sys/devices/system/node/has_memory")
+
+
+@pytest.mark.skipif(not NODES.exists(), reason="the system has no list of nodes")
+def test_weights_are_interleaved_in_place() -> None:
+    layer = nn.Linear(1024, SIZE // 4096, bias=False)
+    address, before = layer.weight.data_ptr(), layer.weight.detach().clone()
+    nodes = interleave_nodes(layer)
+    if nodes == 0:
+        pytest.skip("the system does not allow it")
+    assert (nodes == 1) == (NODES.read_text().strip() == "0")
+    assert layer.weight.data_ptr() == address
+    assert torch.equal(layer.weight, before)
+    policies = {
+        int(line.split()[0], 16): line.split()[1] for line in Path("/proc/self/numa_maps").read_text().splitlines()
+    }
+    inside = [policy for begin, policy in policies.items() if address <= begin < address + SIZE]
+    assert any(policy.startswith("interleave") for policy in inside)
+
+
+def test_what_is_not_interleaved() -> None:
+    assert interleave_nodes([torch.zeros(8), torch.empty(SIZE, device="meta")]) == 0
+    with pytest.raises(TypeError, match="weights: expected a module or tensors, got int at 0"):
+        interleave_nodes([1])  # type: ignore[list-item]

@@ -62,10 +62,13 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
 
     dropout is written as 0 unless experts are linear layers, since PEFT has none on parameters.
 
+    If experts are distributed over ranks, all ranks must call it. The first one writes the adapters of all; the others
+    may return before the files exist.
+
     Raises:
         ValueError: no adapters, or only a routed mixture of some, which is saved with `Mixture(model).state_dict()`; a
-            layout that PEFT cannot express: experts in one matrix (DBRX), one expert in a transposed module, experts
-            that are distributed over ranks, or `Experts` without a module around it.
+            layout that PEFT cannot express: experts in one matrix (DBRX), one expert in a transposed module, or
+            `Experts` without a module around it.
         ImportError: safetensors is not installed.
     """
     save_file = safetensors().save_file
@@ -76,6 +79,9 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
         for module, (a, b) in zip(keys.modules, _to_file(keys.site), strict=True):
             tensors[f"{PREFIX}{module}.lora_A.weight"] = a.detach().cpu().contiguous()
             tensors[f"{PREFIX}{module}.lora_B.weight"] = b.detach().cpu().contiguous()
+    groups = [group for site in sites if (group := getattr(site.module, "parallel", None)) is not None]
+    if any(group.rank for group in groups):
+        return
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt", OURS: "1"})
@@ -195,8 +201,8 @@ def _to_file(site: Site) -> list[tuple[Tensor, Tensor]]:
     a, b = site.adapter()
     if site.linears:
         return list(zip(a, b, strict=True))
-    if hasattr(site.module, "placement"):
-        raise ValueError(f"model: expected experts of one process, got those of {site.module.parallel} in {site.where}")
+    if (gathered := getattr(site.module, "gathered", None)) is not None:
+        a, b = gathered(a.detach()), gathered(b.detach())
     missing = _count(site) - len(a)
     first, second = (b.mT, a.mT) if _is_crossed(site) else (a, b)
     first, second = (torch.cat((t, t.new_zeros(missing, *t.shape[1:]))) if missing else t for t in (first, second))

@@ -7,8 +7,9 @@ import argparse
 from typing import Any
 
 from ..common import choose, console, table
-from .cost_model import EXPECTED, GPUS, Kernel, Prediction, predict
+from .cost_model import EXPECTED, GPUS, Gpu, Kernel, Prediction, predict
 from .cost_model_stored import HOPPER, stored_rows
+from .decode_model import DecodeRow, decode_rows
 from .published import FIGURES, Figure
 from .results import Row, write_json
 from .shapes import GPU_SHAPES, GPU_TOKENS
@@ -35,11 +36,15 @@ def run(args: argparse.Namespace) -> int:
         print_case(out, name, mode, predictions)
     print_summary(out, cases)
     print_stored(out, names)
+    decoded = {gpu: decode_rows(gpu) for gpu in GPUS}
+    for gpu, decode in decoded.items():
+        print_decode(out, gpu, decode)
     if args.json:
         rows = [row_of(*case, prediction) for case, predictions in cases.items() for prediction in predictions]
         figures = [figure._asdict() for figure in FIGURES if figure.shape in names]
         schema = {"schema": "switchgear-model/1", "notice": NOTICE}
-        write_json(schema | {"predictions": rows, "published": figures}, args.json)
+        few = [decode_row_of(gpu, row) for gpu, decode in decoded.items() for row in decode]
+        write_json(schema | {"predictions": rows, "published": figures, "decode": few}, args.json)
     return 0
 
 
@@ -85,6 +90,22 @@ def print_stored(out: Any, names: list[str]) -> None:
         for row in stored_rows(GPU_SHAPES[name], GPU_TOKENS[name]):
             shown.add_row(*row)
         out.print(shown)
+
+
+def print_decode(out: Any, gpu: Gpu, rows: list[DecodeRow]) -> None:
+    """A few tokens, on the kernels of sm_80: both products of a layer."""
+    shown = table(f"{gpu.name}, sm_80's kernels: us", "tokens", "bf16", "4 bits, wide tiles", "4 bits", "bound by")
+    for row in rows:
+        times = (f"{1e6 * decoded.seconds:.0f}" for decoded in (row.plain, row.before, row.now))
+        shown.add_row(row.shape, f"{row.tokens}", *times, row.now.bound)
+    out.print(shown)
+
+
+def decode_row_of(gpu: Gpu, row: DecodeRow) -> Row:
+    return {
+        "shape": row.shape, "tokens": row.tokens, "gpu": gpu.name, "bf16_us": 1e6 * row.plain.seconds,
+        "wide_tiles_4_bits_us": 1e6 * row.before.seconds, "4_bits_us": 1e6 * row.now.seconds, "bound": row.now.bound,
+    }  # fmt: skip
 
 
 def speeds(prediction: Prediction) -> str:

@@ -185,7 +185,9 @@ def replayed(task: Task) -> Decoder:
     from switchgear.offload import Store
 
     model, handle = _offloaded(task)
-    recorder = handle._cache.reader = Recorder(handle._cache.reader)
+    recorder = Recorder(handle._cache.reader)
+    for layer in handle._cache.layers:
+        layer.pool.reader = recorder
     path = Path(task.folder) / STORE
     replay = Replay([path / records.file for records in Store.open(path).layers.values()])
     counts = {"replayed_bytes": 0, "replayed_seconds": 0.0}

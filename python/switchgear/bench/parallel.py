@@ -4,7 +4,8 @@
 It compares, around the same experts and over the same links, plain all_to_all_single with a row per choice, and
 switchgear's exchange with and without overlap. Sockets on one machine are memory copies that take processor time from
 the experts. So links are throttled until transfers take as long as the experts (or to --bandwidth); --bandwidth 0
-turns throttling off.
+turns throttling off. --nodes groups the processes: links within a node are then 8 times as fast as those between nodes,
+and rows that go to each rank are compared with rows that go to each node once.
 
     sent      bytes that leave a rank, counted by the sender; floor: the minimum (a row for each rank that has an expert
               of the token, in and out, and its choices). The difference must be the headers, or the run fails.
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from switchgear.parallel import ExpertParallel, ParallelExperts
-from switchgear.parallel.cost import count, draw_routing
+from switchgear.parallel.cost import count, count_levels, draw_routing
 from switchgear.parallel.record import Event
 
 from ..common import CommandError
@@ -37,12 +38,13 @@ from ..common.machine import cpu, has_fast_bfloat16
 from ..common.processes import Child
 from .case import FORMATS
 from .parallel_plain import plain
-from .parallel_results import VARIANTS, Step, Task, plot, print_case, summarise
+from .parallel_results import NEAR, PLAIN, Step, Task, base_of, plot, print_case, summarise, variants_of
 from .results import open_outputs, write_json
 from .shapes import SHAPES
 
 DEFAULT_SHAPE, DEFAULT_TOKENS = "mixtral-half", 1024
 TURNS = 4
+SMALL = ("header", "pairs", "routes")  # transfers that are not rows
 T = TypeVar("T")
 
 
@@ -54,13 +56,15 @@ def run(args: argparse.Namespace) -> int:
     if "train" not in FORMATS[dtype].modes:
         raise CommandError(f"--dtypes: expected bf16 or fp32 beside --parallel, got {dtype!r}")
     tokens, size = _one("tokens", args.tokens or [DEFAULT_TOKENS]), args.parallel
+    if size % args.nodes:
+        raise CommandError(f"--nodes: expected a divisor of {size} (--parallel), got {args.nodes}")
     outputs = open_outputs(args)
     results = []
     for mode in args.modes:
         task = Task(
             SHAPES[name], FORMATS[dtype].dtype, tokens, mode, 1.0 if args.routing == "zipf" else 0.0,
             None if args.bandwidth is None else 1e6 * args.bandwidth,
-            max(1, (os.cpu_count() or 1) // size), 2 if args.quick else TURNS,
+            max(1, (os.cpu_count() or 1) // size), 2 if args.quick else TURNS, args.nodes,
         )  # fmt: skip
         results.append({"shape": name, "dtype": dtype, "ranks": size} | summarise(task, launch(task, size)))
         print_case(results[-1])
@@ -97,7 +101,7 @@ def launch(task: Task, size: int) -> list[dict[str, Any]]:
 def _serve(answers: Connection, rank: int, size: int, port: int, task: Task) -> None:
     torch.set_num_threads(task.threads)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    with ExpertParallel(timeout=300.0) as parallel:
+    with ExpertParallel(timeout=300.0, nodes=size // task.nodes) as parallel:
         answers.send(("ok", measure(parallel, task)))
         dist.barrier()
     dist.destroy_process_group()
@@ -116,13 +120,16 @@ def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:
     weights = torch.full((task.tokens, shape.top_k), 1 / shape.top_k).requires_grad_(x.requires_grad)
     grad = torch.randn_like(x)
     calls: dict[str, Callable[[], Tensor]] = {
-        "all_to_all_single": lambda: plain(experts, x, ids[parallel.rank], weights),
+        PLAIN: lambda: plain(experts, x, ids[parallel.rank], weights),
         "switchgear": lambda: experts(x, ids[parallel.rank], weights),
     }
-    _agree(parallel, experts, x, ids[parallel.rank], weights)
+    variants = variants_of(task.nodes)
+    for levels in sorted({variant.levels for variant in variants.values()}):
+        parallel.levels = levels
+        _agree(parallel, experts, x, ids[parallel.rank], weights)
 
     def step(name: str) -> Step:
-        parallel.num_chunks = VARIANTS[name]
+        parallel.num_chunks, parallel.levels = variants[name]
         parallel.record.events = []
         parallel.record.clear()
         dist.barrier()
@@ -134,32 +141,40 @@ def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:
         seconds = time.monotonic() - begin
         record = parallel.record
         events = list(record.events or [])
-        link = sum(event.end - event.begin for event in events if event.lane == "link" and event.name != "header")
+        link = sum(event.end - event.begin for event in events if event.lane != "experts" and event.name not in SMALL)
         if parallel.num_chunks is None:
             events += _between(events, begin, begin + seconds)
-        return Step(seconds, record.waited, seconds - record.waited, link, dict(record.bytes), events, begin)
+        sent = dict(record.bytes), dict(record.between_nodes)
+        return Step(seconds, record.waited, seconds - record.waited, link, *sent, events, begin)
 
-    first = "switchgear, 1 chunk"
+    first = base_of(task, 1)
     step(first)
     bandwidth = task.bandwidth
     if bandwidth is None:  # the speed of warm experts, not reduced by faster transfers
-        for name in VARIANTS:
+        for name in variants:
             step(name)
         for _ in range(3):
             taken = [step(first) for _ in range(2)]
-            sent = max(_gather(parallel, sum(taken[0].sent[kind] for kind in ("dispatch", "combine"))))
+            counted = taken[0].sent if task.nodes == 1 else taken[0].between_nodes
+            sent = max(_gather(parallel, sum(counted[kind] for kind in ("dispatch", "combine"))))
             bandwidth = sent / max(_gather(parallel, min(each.experts for each in taken)))
-            parallel.throttle(bandwidth)
+            _throttle(parallel, task, bandwidth)
     elif bandwidth:
-        parallel.throttle(bandwidth)
-    for name in VARIANTS:
+        _throttle(parallel, task, bandwidth)
+    for name in variants:
         step(name)
-    steps: dict[str, list[Step]] = {name: [] for name in VARIANTS}
+    steps: dict[str, list[Step]] = {name: [] for name in variants}
     for _ in range(task.turns):
         for name, taken in steps.items():
             taken.append(step(name))
     rows, pairs = count(list(ids), experts.placement)
-    return {"bandwidth": bandwidth, "rows": rows.tolist(), "pairs": pairs.tolist(), "steps": steps}
+    between, within = count_levels(list(ids), experts.placement, parallel.nodes)
+    return {"bandwidth": bandwidth, "rows": rows.tolist(), "pairs": pairs.tolist(), "between": between.tolist(),
+            "within": within.tolist(), "steps": steps}  # fmt: skip
+
+
+def _throttle(parallel: ExpertParallel, task: Task, bandwidth: float) -> None:
+    parallel.throttle(bandwidth, near_bandwidth=NEAR * bandwidth if task.nodes > 1 else None)
 
 
 def _between(events: list[Event], begin: float, end: float) -> list[Event]:

@@ -33,6 +33,9 @@ def _transfer(parallel: ExpertParallel, rows: Tensor, rows_out: list[int], rows_
     end = time.monotonic()
     row = rows.shape[1:].numel() * rows.element_size()
     parallel.record.bytes["rows"] += (sum(rows_out) - rows_out[parallel.rank]) * row
+    node_of = parallel.nodes.node_of
+    far = [rows for rank, rows in enumerate(rows_out) if node_of[rank] != node_of[parallel.rank]]
+    parallel.record.between_nodes["rows"] += sum(far) * row
     parallel.record.waited += end - begin
     if parallel.record.events is not None:
         parallel.record.events.append(Event("link", "rows", begin, end))

@@ -65,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the layers run (cuda: at shapes of GPU models)")
     add("--model", action="store_true", help="predict what the CUDA kernels cost, beside published figures, and stop")
+    add("--threads-model", action="store_true",
+        help="predict layers on 2 to 128 threads and 1 to 8 memory nodes from their tasks, recorded here, and stop")
     add("--parallel", type=positive, metavar="N", help="experts distributed over N processes; see docs/parallel.md")
+    add("--nodes", type=positive, default=1, metavar="N", help="that these processes are on, of equal size")
     add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: that of the experts; 0: no limit)")
     add("--routers", action="store_true", help="what routing policies cost, by the layer and by plain torch, and stop")
     add("--adapters", action="store_true",
@@ -92,8 +95,15 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         tables.print_choices()
         return 0
+    if args.competitors_folder:
+        os.environ[FOLDER] = args.competitors_folder  # the processes of the cases inherit it
     if args.model:
         return model.run(args)
+    if args.threads_model:
+        from . import threads_tables
+
+        open_outputs(args)
+        return threads_tables.run(args, describe_machine(args.threads))
     if args.parallel:
         return parallel.run(args)
     if args.routers:
@@ -170,8 +180,6 @@ def measure_all(tasks: list[Task], args: argparse.Namespace) -> dict[str, Any]:
     budget = args.budget or (QUICK_BUDGET if args.quick else CASE_BUDGET * len(tasks) if everyone else BUDGET)
     longest = LONGEST_QUICK_CASE if args.quick else CASE_BUDGET if everyone else LONGEST_CASE
     end = perf_counter() + budget
-    if args.competitors_folder:
-        os.environ[FOLDER] = args.competitors_folder  # the processes of the cases inherit it
     screen = console()
     torch.set_num_threads(args.threads)
     about = describe_machine(args.threads)

@@ -25,6 +25,7 @@ SHAPES = {
     "qwen3-30b-a3b": Shape(2048, 768, 128, 8, "Qwen3-30B-A3B"),
     "deepseek-v2-lite": Shape(2048, 1408, 64, 6, "DeepSeek-V2-Lite, without its shared experts"),
     "gpt-oss-20b": Shape(2880, 2880, 32, 4, "gpt-oss-20b, with plain SwiGLU and without biases"),
+    "dbrx-sixth": Shape(1024, 1792, 16, 4, "DBRX, at a sixth of its sizes"),
 }
 
 # Layers whose routers `bench --routers` times.

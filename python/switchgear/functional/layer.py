@@ -132,11 +132,16 @@ def _moe_of_weights(
     first: Any
     second: Any
     first, second = weights
-    if type(first) is Weight and type(second) is Weight and not in_autocast(x.device.type):
+    one, other = first, second
+    pair: tuple[tuple[Tensor, ...], ...] = ()
+    if type(first) is AdaptedWeight and type(second) is AdaptedWeight and not first.dropout and not second.dropout:
+        one, other, pair = first.weight, second.weight, (first.adapter(), second.adapter())
+    if type(one) is Weight and type(other) is Weight and not in_autocast(x.device.type):
         # What follows finds this out too, in the time of a small kernel.
         routing = topk_ids, topk_weights
-        if not first.is_lossless and not second.is_lossless and not needs_autograd(x, *biases, *routing):
-            y: Tensor = _moe_of_stored(x, first, second, biases, routing, options)
+        factors = [tensor for adapter in pair for tensor in adapter[:2]] if pair else ()
+        if not one.is_lossless and not other.is_lossless and not needs_autograd(x, *biases, *routing, *factors):
+            y: Tensor = _moe_of_stored(x, one, other, biases, routing, options, pair)
             return y if len(shape) == 2 else y.reshape(shape)
     if (loads := source_of(first)) is not None:
         if in_autocast(kind := x.device.type):
@@ -225,15 +230,17 @@ def _moe_of_stored(
     biases: tuple[Tensor | None, Tensor | None],
     routing: tuple[Tensor, Tensor],
     options: GluOptions,
+    adapters: tuple[tuple[Tensor, ...], ...],
 ) -> Tensor:
-    """moe of x [T,H] with lossy weights alone, without gradients."""
+    """moe of x [T,H] with lossy weights, and adapters of both or none, without gradients."""
     one, other = biases
     if one is not None or other is not None:
         biases = (None if one is None else one.to(x.dtype), None if other is None else other.to(x.dtype))
     layer = (first.tensors, first.form, second.tensors, second.form, *biases, *routing, *options)
-    if first.needs_no_dispatch and second.needs_no_dispatch and ops.needs_no_dispatch(x, *biases, *routing):
-        return ops.moe_forward_on_host(x, *layer)
-    return ops.moe_forward(x, *layer, False)[0]
+    tensors = (*biases, *routing, *adapters[0], *adapters[1]) if adapters else (*biases, *routing)
+    if first.needs_no_dispatch and second.needs_no_dispatch and ops.needs_no_dispatch(x, *tensors):
+        return ops.moe_forward_on_host(x, *layer, *adapters)
+    return ops.moe_forward(x, *layer, False, *adapters)[0]
 
 
 class _Layer(NamedTuple):

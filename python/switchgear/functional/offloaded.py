@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """moe with experts that are loaded while it runs: in one call if all are in memory, else wave by wave.
 
-A wave is an ascending range of experts. Each adds to float32 sums in the order of the fused kernel, so the result has
-the bits of one call.
+A wave is an ascending range of experts; waves.py adds them up so that the result has the bits of one call.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from switchgear.autograd import needs_autograd
+from switchgear.functional.waves import Layer, Rows, Sums, adds_in_order_of_experts, renumbered
 from switchgear.ops import GluOptions
-from switchgear.reference import weight_dtype
 from switchgear.weights.offloaded import OffloadedWeight, Source, Wave
 from switchgear.weights.weight import AdaptedWeight
 
@@ -51,8 +50,16 @@ def moe_of_offloaded(
 ) -> Tensor:
     """moe of x [T,H] without autocast. moe_of_weights and accumulate compute with weights in memory."""
     first, second = _in_memory(weights[0]), _in_memory(weights[1])
+    by_row = not adds_in_order_of_experts(x)  # experts of plain weights: the kernels there take no slots
     for weight in (first, second):
-        base: Any = weight.weight if type(weight) is AdaptedWeight else weight
+        base = _base(weight)
+        if base.device != x.device:
+            raise ValueError(
+                f"x: expected one on {base.device}, where the offloaded experts run, got {x.device}; pass device= to "
+                "offload"
+            )
+        if by_row and base.format == "plain":
+            base = base.with_slots(None)
         if not base.multiplies(x.dtype):  # all experts would be expanded, with those that are not in memory
             if x.dtype is base.dtype:
                 raise ValueError(f"x: expected {base.format} of the instruction set in use, got those of another")
@@ -61,6 +68,8 @@ def moe_of_offloaded(
     if len(topk_ids) != len(x):
         raise ValueError(f"topk_ids: expected {len(x)} rows like x, got shape {list(topk_ids.shape)}")
     if needs_autograd(x, *biases, topk_weights, *_adapters_of(first), *_adapters_of(second)):
+        if by_row and any(_base(weight).format == "plain" for weight in (first, second)):
+            raise ValueError("x: expected no gradients through plain experts that are offloaded to a GPU, got some")
 
         def compute_together(_: Any) -> Tensor:
             others = (biases, topk_ids, topk_weights, options)
@@ -68,21 +77,31 @@ def moe_of_offloaded(
 
         return source.run(x, topk_ids, compute_together, together=True)
 
+    layer = Layer((first, second), biases, options)
+
+    def multiply(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        used, ids = renumbered(layer, topk_ids) if by_row else (layer, topk_ids)
+        return moe_of_weights(x, used.weights, used.biases, ids, topk_weights, options)
+
+    def add(sums: Tensor, topk_ids: Tensor) -> None:
+        accumulate(sums, x, layer.weights, biases, topk_ids, topk_weights, options)
+
     def compute(waves: Iterator[Wave] | None) -> Tensor:
-        sums: Tensor | None = None
+        sums: Rows | Sums | None = None
         for wave in waves or ():
             if wave.is_whole:
                 break
             if sums is None:
-                sums = torch.zeros(x.shape, dtype=weight_dtype(x.dtype))
-            ids = torch.where((topk_ids >= wave.low) & (topk_ids <= wave.high), topk_ids, -1)
-            accumulate(sums, x, (first, second), biases, ids, topk_weights, options)
-        if sums is None:
-            return moe_of_weights(x, (first, second), biases, topk_ids, topk_weights, options)
-        return sums.to(x.dtype)
+                sums = Rows(x, topk_ids, topk_weights, multiply) if by_row else Sums(x, add)
+            sums.add(torch.where((topk_ids >= wave.low) & (topk_ids <= wave.high), topk_ids, -1))
+        return multiply(x, topk_ids, topk_weights) if sums is None else sums.total()
 
     # The masks of dropout are those of one call.
     return source.run(x, topk_ids, compute, together=_drops(first) or _drops(second))
+
+
+def _base(weight: Any) -> Any:
+    return weight.weight if type(weight) is AdaptedWeight else weight
 
 
 def _adapters_of(weight: Any) -> tuple[Tensor, ...]:

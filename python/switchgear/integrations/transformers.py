@@ -33,6 +33,7 @@ from switchgear.integrations.experts import ExpertWeights, not_plain, run_expert
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, obstacle, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
+from switchgear.integrations.whole_blocks import join
 from switchgear.weights import FINDERS, HINTS, Layout, stored_of, weights_of
 
 NAME = "switchgear"
@@ -128,11 +129,16 @@ class Replacement:
     undo: Callable[[], None] = field(repr=False, compare=False)
 
 
-def accelerate(model: nn.Module) -> list[Replacement]:
+def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacement]:
     """Runs every experts module of a loaded model on switchgear, including those that transformers would not dispatch.
 
     Decorated modules get `experts_implementation="switchgear"` in their own config. Modules of the classes in
     `undecorated.PATCHES` get a new `forward` on the instance. Parameters and state dict do not change.
+
+    Args:
+        whole_blocks: also run the blocks of OLMoE, Qwen3 MoE and Mixtral as a whole when no gradient is needed: router
+            and experts without calls of their modules, unless these have hooks. It is faster for one token. The logits
+            of the router may differ in the last bit.
 
     Raises:
         ValueError: the model has no experts module that switchgear supports.
@@ -141,6 +147,8 @@ def accelerate(model: nn.Module) -> list[Replacement]:
     wrappers.register()
     try:
         _replace(model, replacements)
+        if whole_blocks:
+            _join_blocks(model, replacements)
     except BaseException:
         restore(replacements)
         raise
@@ -163,6 +171,12 @@ def _replace(model: nn.Module, replacements: list[Replacement]) -> None:
             replacements.append(_dispatch(name, module, before))
         elif patch_of(module) is not None and (undo := _swap(module, replacements)) is not None:
             replacements.append(Replacement(name, type(module).__name__, path_of(module), "forward", undo))
+
+
+def _join_blocks(model: nn.Module, replacements: list[Replacement]) -> None:
+    for name, module in model.named_modules():
+        if (undo := join(module, _weights)) is not None:
+            replacements.append(Replacement(name, type(module).__name__, "whole block", "forward", undo))
 
 
 def restore(replacements: Iterable[Replacement]) -> None:

@@ -3,26 +3,30 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.offload.cache import Cache, CachedLayer
 from switchgear.offload.change import Change, Read, end_read, read_all
+from switchgear.offload.device import device_of
 from switchgear.offload.errors import StoreError
 from switchgear.offload.policies import LRU, Policy
-from switchgear.offload.pool import Pool
+from switchgear.offload.pool import Pool, arena
 from switchgear.offload.predictors import Predictor
 from switchgear.offload.residency import Residency
 from switchgear.offload.sizes import Plan, groups_of, plans_of
+from switchgear.offload.staging import Staging
 from switchgear.offload.statistics import LayerStatistics, Statistics
 from switchgear.offload.store import Store
-from switchgear.offload.targets import Target, matched
+from switchgear.offload.targets import Target, matched, place_of
 from switchgear.weights.module import Tie
 from switchgear.weights.offloaded import OffloadedForm, OffloadedWeight
 from switchgear.weights.weight import Weight
@@ -38,6 +42,8 @@ def offload(
     shared: bool = False,
     prefetch: Predictor | None = None,
     prefetch_slots: int = 16,
+    device: torch.device | str | None = None,
+    staging_slots: int = 8,
     threads: int = 4,
     verify: bool = True,
     timeout: float = 60.0,
@@ -52,8 +58,11 @@ def offload(
     Results have the bits of the model whose experts are in memory in the store's form. A step that needs more experts
     than there are slots runs in waves. If all experts fit, they are loaded at once, and calls cost nothing more.
 
+    On a GPU, records are read into pinned memory and copied from there on a stream of their own, while kernels run.
+
     Gradients reach x, topk_weights, biases and adapters, if the experts of a step fit into the slots. Not supported:
-    CUDA, expert parallelism, and experts of Hugging Face models that do not run on the fused kernel.
+    expert parallelism, and experts of Hugging Face models that do not run on the fused kernel; on a GPU, the forms
+    "compact" and "panels", which have no kernels there, and gradients through plain experts.
 
     Args:
         model: has Experts, or experts of transformers that run on the fused kernel (`accelerate`), also on meta
@@ -64,6 +73,9 @@ def offload(
         policy: which expert makes room; LRU() by default. `simulate` tells which one suits.
         shared: one cache for all layers whose records have one size, instead of one for each.
         prefetch: predicts experts, which are read while others compute, into prefetch_slots more rows of memory.
+        device: where the experts run, that of x: "cpu" or a CUDA device. By default that of the experts' parameters, or
+            of the other ones if those are on meta.
+        staging_slots: records of pinned host memory, at least 2, through which they get to a GPU.
         threads: that read.
         verify: compares each record with its checksum.
         timeout: seconds for a read, after which a call raises StoreError.
@@ -79,18 +91,31 @@ def offload(
         raise ValueError(f"timeout: expected more than 0 seconds, got {timeout}")
     if isinstance(prefetch_slots, bool) or not isinstance(prefetch_slots, int) or prefetch_slots < 1:
         raise ValueError(f"prefetch_slots: expected at least 1, got {prefetch_slots!r}")
+    if isinstance(staging_slots, bool) or not isinstance(staging_slots, int) or staging_slots < 2:
+        raise ValueError(f"staging_slots: expected at least 2, got {staging_slots!r}")
     store = Store.open(store) if isinstance(store, (str, Path)) else store
     targets = matched(model, store)
+    place = place_of(model, targets, device)
+    lanes = device_of(place)
     records = [target.records for target in targets]
     groups = groups_of([r.record_bytes for r in records], [r.num_experts for r in records])
     plans = plans_of(groups, slots, bytes, shared, prefetch_slots if prefetch is not None else 0)
     reader = store.open_reader(threads)
     try:
-        attached = _attach(store, targets, plans, reader, policy, prefetch, verify, timeout)
+        most = max(target.records.num_experts for target in targets)
+        cache = Cache(reader, most, prefetch, timeout, lanes)
+        weakref.finalize(cache, _end, reader).atexit = False
+        attached = _attach(cache, store, targets, plans, policy, verify, place, staging_slots)
     except BaseException:
         reader.close()
         raise
     return attached
+
+
+def _end(reader: Any) -> None:
+    """Of a cache that nobody closed: no read outlives the memory that it fills."""
+    with suppress(OSError):  # a forked child's
+        reader.close()
 
 
 def _check_policy(policy: Policy) -> None:
@@ -161,6 +186,8 @@ class Offloaded:
                 reads = (self._cache.reader, change.target.records, change.reads, self._cache.timeout)
                 loaded.append(read_all(*reads) if wanted else None)
             self._cache.is_closed = True
+            if self._cache.device is not None:
+                self._cache.device.synchronize()  # before its memory is freed
             ties: dict[Tie, nn.Parameter] = {}
             for change, weights in zip(self._changes, loaded, strict=True):
                 change.end(weights, ties)
@@ -172,22 +199,24 @@ class Offloaded:
 
 
 def _attach(
+    cache: Cache,
     store: Store,
     targets: Sequence[Target],
     plans: Sequence[Plan],
-    reader: Any,
     policy: Policy,
-    predictor: Predictor | None,
     is_checked: bool,
-    timeout: float,
+    place: torch.device,
+    staging_slots: int,
 ) -> Offloaded:
-    cache = Cache(reader, max(target.records.num_experts for target in targets), predictor, timeout)
+    reader, timeout = cache.reader, cache.timeout
     files = [store.reads(target.records, is_checked) for target in targets]
     weights: Sequence[tuple[Any, Any]]
     if all(plan.fits for plan in plans):
-        weights = [read_all(reader, target.records, file, timeout) for target, file in zip(targets, files, strict=True)]
+        weights = [
+            read_all(reader, target.records, file, timeout, place) for target, file in zip(targets, files, strict=True)
+        ]
     else:
-        weights = _cached(cache, targets, files, plans, reader, policy)
+        weights = _cached(cache, targets, files, plans, policy, staging_slots)
     ties: dict[int, Tie] = {}
     form = OffloadedForm(str(store.path))
     changes = [
@@ -207,20 +236,21 @@ def _attach(
     return Offloaded(cache, changes, plans, str(store.path))
 
 
+@torch.inference_mode(False)
 def _cached(
     cache: Cache,
     targets: Sequence[Target],
     files: Sequence[Sequence[Read]],
     plans: Sequence[Plan],
-    reader: Any,
     policy: Policy,
+    staging_slots: int,
 ) -> list[tuple[OffloadedWeight, OffloadedWeight]]:
     """The layers of the cache, in the order of the model."""
     of_layer: dict[int, tuple[Pool, Residency]] = {}
     for plan in plans:
-        pool = Pool(reader, plan.rows, plan.group.record_bytes, plan.guess_rows)
+        pool = _pool(cache, plan, staging_slots)
         first = plan.group.layers[0]
-        _warm(reader, pool, files[first][0], targets[first].name, cache.timeout)
+        _warm(pool, files[first][0], targets[first].name, cache.timeout)
         shared = Residency(policy, plan.capacities[0], len(targets), cache.width)
         for place, layer in enumerate(plan.group.layers):
             own = shared
@@ -230,16 +260,43 @@ def _cached(
     weights = []
     for index, target in enumerate(targets):
         pool, residency = of_layer[index]
-        slots = torch.zeros(target.records.num_experts, dtype=torch.int32)
-        first_weight, second_weight = target.records.weights(pool.arena, slots)
-        placing = target.records.placing((first_weight, second_weight))
-        source = CachedLayer(cache, target.name, pool, residency, files[index], slots, placing)
+        slots = torch.zeros(target.records.num_experts, dtype=torch.int32, device="cpu")
+        on_device = slots if cache.device is None else slots.to(pool.arena.device, copy=True)
+        first_weight, second_weight = target.records.weights(pool.arena, on_device)
+        placed: tuple[Weight, Weight] = (first_weight, second_weight)
+        tables: list[tuple[Tensor, Tensor]] = []
+        if cache.device is not None:
+            placed, tables = _on_host(placed)
+            tables.append((on_device.data, slots))  # autograd must not count our copies as changes
+        placing = target.records.placing(placed)
+        source = CachedLayer(cache, target.name, pool, residency, files[index], slots, placing, tables)
         weights.append((OffloadedWeight(first_weight, source), OffloadedWeight(second_weight, source)))
     return weights
 
 
-def _warm(reader: Any, pool: Pool, read: Read, name: str, timeout: float) -> None:
+def _pool(cache: Cache, plan: Plan, staging_slots: int) -> Pool:
+    size = plan.rows, plan.group.record_bytes
+    if cache.device is None:
+        return Pool(cache.reader, arena(*size), plan.guess_rows)
+    rows = cache.device.rows(*size)
+    return Pool(Staging(cache.reader, cache.device, rows, staging_slots), rows, plan.guess_rows)
+
+
+def _on_host(weights: tuple[Weight, Weight]) -> tuple[tuple[Weight, Weight], list[tuple[Tensor, Tensor]]]:
+    """The same weights with host copies of what says where planes are, and pairs of these tables and the copies."""
+    tables = []
+    copies = []
+    for weight in weights:
+        if weight.records is not None:
+            tables.append((weight.records.data, weight.records.to("cpu", copy=True)))
+            weight = weight.with_tensors({"records": tables[-1][1]})
+        copies.append(weight)
+    return (copies[0], copies[1]), tables
+
+
+def _warm(pool: Pool, read: Read, name: str, timeout: float) -> None:
     """Reads one record into the row to which all slots point at first: a store that cannot be read is an error now."""
+    reader = pool.reader
     file, offset, nbytes, checksum = read
     ticket = reader.submit(file, offset, nbytes, pool.address, checksum, True)
     try:

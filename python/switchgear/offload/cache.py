@@ -8,6 +8,9 @@ for a prediction; resident only once they are used).
 Any exception, a KeyboardInterrupt too, can leave these behind what residency.py says. Such a call leaves the cache
 marked as disturbed, and the next one repairs it. A row is never reused while a read may write into it: each read is in
 `pending`, `guesses` or the pool's `draining` from its submission until it is over.
+
+On a GPU, reads and copies of records go on beside kernels (staging.py). A row is released once the kernels that read it
+are queued, and the slots of a layer are uploaded before the kernels that use them.
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchgear.offload.device import Device, Stream
 from switchgear.offload.errors import StoreError
 from switchgear.offload.pool import Pool
 from switchgear.offload.predictors import Predictor
 from switchgear.offload.residency import Residency
+from switchgear.offload.staging import knows
 from switchgear.offload.statistics import LayerStatistics
 from switchgear.weights.offloaded import Wave
 
@@ -33,10 +38,13 @@ _FEW = 256  # ids, up to which a set of Python is faster than torch.unique
 
 
 class Cache:
-    """What the layers of a model share."""
+    """What the layers of a model share. device: that has the rows; None: the host."""
 
-    def __init__(self, reader: Any, width: int, predictor: Predictor | None, timeout: float) -> None:
-        self.reader, self.width, self.predictor, self.timeout = reader, width, predictor, timeout
+    def __init__(
+        self, reader: Any, width: int, predictor: Predictor | None, timeout: float, device: Device | None = None
+    ) -> None:
+        self.reader, self.width, self.predictor, self.timeout, self.device = reader, width, predictor, timeout, device
+        self.stream: Stream | None = None if device is None else device.compute()  # of the last call
         self.layers: list[CachedLayer] = []
         self.rows: dict[int, int] = {}
         self.pending: dict[int, tuple[int, int]] = {}  # (row, ticket)
@@ -54,7 +62,7 @@ class Cache:
         row, pool = self.rows[key], self.layer_of(key).pool
         if (read := self.pending.get(key)) is None:
             del self.rows[key]
-            pool.free.append(row)
+            pool.release(row)
         else:
             pool.draining[row] = read[1]
             del self.pending[key], self.rows[key]
@@ -70,6 +78,10 @@ class Cache:
 
     def repair(self) -> None:
         """After a call that was interrupted anywhere."""
+        pools = {id(layer.pool): layer.pool for layer in self.layers}.values()
+        for pool in pools:
+            held = [read for reads in (self.pending, self.guesses) for read in self._of(pool, reads)]
+            pool.settle({ticket for _, ticket in held})
         for key, (row, ticket) in list(self.pending.items()):
             pool = self.layer_of(key).pool
             self.guesses.pop(key, None)
@@ -77,10 +89,11 @@ class Cache:
                 self.rows.pop(key, None)
                 pool.draining[row] = ticket
                 del self.pending[key]
-            elif not _knows(self.reader, ticket):  # it was waited for, and the outcome is lost
+            elif not knows(pool.reader, ticket):  # it was waited for, and the outcome is lost
                 del self.pending[key], self.rows[key]
         for key, (row, ticket) in list(self.guesses.items()):
-            if row in self.layer_of(key).pool.draining or not _knows(self.reader, ticket):
+            pool = self.layer_of(key).pool
+            if row in pool.draining or not knows(pool.reader, ticket):
                 del self.guesses[key]
         for key in list(self.rows):
             if key not in self.layer_of(key).residency:
@@ -89,14 +102,27 @@ class Cache:
             for key in list(layer.residency.last):
                 if key not in self.rows:
                     layer.residency.forget(key)
-        for pool in {id(layer.pool): layer.pool for layer in self.layers}.values():
+        for pool in pools:
             mine = [key for key in self.rows if self.layer_of(key).pool is pool]
-            guessed = [row for key, (row, _) in self.guesses.items() if self.layer_of(key).pool is pool]
-            pool.rebuild({*(self.rows[key] for key in mine), *guessed})
+            pool.rebuild({*(self.rows[key] for key in mine), *(row for row, _ in self._of(pool, self.guesses))})
+
+    def _of(self, pool: Pool, reads: dict[int, tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those into rows of a pool."""
+        return [read for key, read in reads.items() if self.layer_of(key).pool is pool]
+
+    def follow(self) -> None:
+        """A call on another stream than the last one waits for that one, which may use or have waited for the rows."""
+        assert self.device is not None
+        stream = self.device.compute()
+        if self.stream is not None and stream != self.stream:
+            stream.wait_event(self.stream.record_event())
+        self.stream = stream
 
     def guess(self, layer: int, x: Tensor, topk_ids: Tensor) -> None:
         """Begins reads of experts that are predicted to be needed next."""
         assert self.predictor is not None
+        if (staging := self.layers[layer].pool.staging) is not None:
+            staging.advance()
         for number, expert in self.predictor.predict(layer, x, topk_ids):
             target = self.layers[number]
             target.predictions.add(expert)
@@ -115,20 +141,13 @@ class Cache:
         return guessed + len(pool.draining) < pool.guess_rows
 
 
-def _knows(reader: Any, ticket: int) -> bool:
-    try:
-        reader.is_done(ticket)
-    except ValueError:
-        return False
-    return True
-
-
 class CachedLayer:
     """The experts of one layer: the Source of its two weights.
 
     reads: (file, offset, bytes, checksum) of each expert's record.
-    slots: [E] int32 of the weights, shared with the kernels.
+    slots: [E] int32 of the weights, shared with the kernels of the host.
     place: tells the weights which expert's record is in a row, where they must know.
+    tables: on a GPU, what its kernels read, and of what it is a copy: slots, and what `place` writes.
     """
 
     def __init__(
@@ -140,12 +159,14 @@ class CachedLayer:
         reads: Sequence[tuple[int, int, int, int | None]],
         slots: Tensor,
         place: Callable[[int, int], None] | None = None,
+        tables: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
         self.cache, self.name, self.pool, self.residency, self.reads = cache, name, pool, residency, reads
         self.index, self.num_experts, self._place = len(cache.layers), len(reads), place
         self.first = self.index * cache.width
         self.slots = slots
         self._row_of = (c_int32 * len(slots)).from_address(slots.data_ptr())  # torch takes µs to write an element
+        self._tables, self._is_stale = tables, True
         self.counts = LayerStatistics(name)
         self.predictions: set[int] = set()
         cache.layers.append(self)
@@ -163,6 +184,8 @@ class CachedLayer:
         cache = self.cache
         if os.getpid() != cache.process:  # before the lock, which another thread may have held at the fork
             raise StoreError(f"{self.name}: the cache belongs to process {cache.process}; offload in this one")
+        if cache.device is not None and cache.device.is_capturing():
+            raise RuntimeError(f"{self.name}: expected no capture of a CUDA graph, which cannot load experts, got one")
         experts = _distinct(topk_ids, self.num_experts)
         with cache.lock:
             if cache.is_closed:
@@ -175,6 +198,8 @@ class CachedLayer:
             if cache.is_disturbed:
                 cache.repair()
             cache.is_disturbed = True
+            if cache.device is not None:
+                cache.follow()
             result = self._run(experts, x, topk_ids, compute, together)
             cache.is_disturbed = False
             return result
@@ -195,7 +220,7 @@ class CachedLayer:
         counts.bytes += sum(self.reads[key - self.first][2] for key in turn.misses)
         begins_guesses = cache.predictor is not None and not together
         if not turn.misses and not cache.pending and not cache.guesses and not begins_guesses:
-            return compute(None)
+            return self._compute(compute)
         needed = {self.first + expert for expert in experts}
         passing = set()  # they leave after they ran: there are more experts than slots
         for key in turn.evicted:
@@ -209,16 +234,33 @@ class CachedLayer:
         if begins_guesses:
             cache.guess(self.index, x, topk_ids)
         if together:
-            for expert in experts:
-                self._arrive(self.first + expert)
-            return compute(None)
+            misses = turn.misses[begun:]
+            for key in sorted(needed):
+                while key not in cache.rows:
+                    misses = misses[self._begin(misses, needs_one=True) :]
+                self._arrive(key)
+            return self._compute(compute)
         if not turn.misses and not any(key in cache.pending for key in needed):
-            return compute(None)
+            return self._compute(compute)
         result = compute(self._waves(experts, turn.misses[begun:], passing))
         for key in passing:
             if key in cache.rows:
                 cache.release(key)
         return result
+
+    def _compute(self, compute: Callable[[Iterator[Wave] | None], Any]) -> Any:
+        """With all experts in memory."""
+        self._upload()
+        return compute(None)
+
+    def _upload(self) -> None:
+        """Kernels that are queued from now on find the experts that are in memory now."""
+        if self._tables and self._is_stale:
+            device = self.cache.device
+            assert device is not None
+            for table, source in self._tables:
+                device.upload(table, source)
+            self._is_stale = False
 
     def _waves(self, experts: list[int], misses: list[int], passing: Collection[int]) -> Iterator[Wave]:
         """Ranges of experts in memory, ascending. misses: not begun yet."""
@@ -230,6 +272,7 @@ class CachedLayer:
             end = at + 1
             while end < len(experts) and self._has_arrived(first + experts[end]):
                 end += 1
+            self._upload()
             yield Wave(experts[at], experts[end - 1], at == 0 and end == len(experts))
             for expert in experts[at:end]:
                 if first + expert in passing:
@@ -251,7 +294,7 @@ class CachedLayer:
                 cache.pending[key], cache.rows[key] = guess, guess[0]
                 del cache.guesses[key]
                 if not pool.is_over(guess[1]):
-                    cache.reader.promote(guess[1])
+                    pool.reader.promote(guess[1])
                 self._row_of[key - self.first] = guess[0]
                 self.counts.prefetched += 1
             else:
@@ -272,6 +315,7 @@ class CachedLayer:
         self, keys: Sequence[int], rows: Sequence[int], into: dict[int, tuple[int, int]], *, is_urgent: bool
     ) -> None:
         """Submits reads of experts into rows; `into` gets (row, ticket) of each."""
+        self._is_stale = True
         files, offsets, sizes, checksums = zip(*(self.reads[key - self.first] for key in keys), strict=True)
         for key, row in zip(keys, rows, strict=True):
             self._row_of[key - self.first] = row
@@ -280,7 +324,7 @@ class CachedLayer:
         addresses = [self.pool.address + row * self.pool.record_bytes for row in rows]
         urgent = [is_urgent] * len(keys)
         # One call of C, which no signal interrupts: a read that began is always in `into`.
-        tickets = map(self.cache.reader.submit, files, offsets, sizes, addresses, checksums, urgent)
+        tickets = map(self.pool.reader.submit, files, offsets, sizes, addresses, checksums, urgent)
         try:
             into.update(zip(keys, zip(rows, tickets, strict=False), strict=False))
         except OSError as error:  # a closed reader, too many tickets
@@ -301,7 +345,7 @@ class CachedLayer:
         cache = self.cache
         if (read := cache.pending.get(key)) is None:
             return key in cache.rows
-        if not cache.reader.is_done(read[1]):
+        if not self.pool.reader.is_done(read[1]):
             return False
         self._arrive(key)
         return True
@@ -314,7 +358,7 @@ class CachedLayer:
         row, ticket = read
         begin = time.perf_counter()
         try:
-            cache.reader.wait(ticket, cache.timeout)
+            self.pool.reader.wait(ticket, cache.timeout)
         except TimeoutError as error:
             raise StoreError(
                 f"{self.name}: expected expert {key - self.first} to be read in {cache.timeout} s; it goes on"

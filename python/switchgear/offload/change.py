@@ -24,7 +24,7 @@ Read = tuple[int, int, int, int | None]  # file, offset, bytes and checksum of a
 @dataclass
 class Change:
     """reads: of each expert. original: how the module stored its experts; None: as parameters. had_weights: whether
-    it had their numbers. held: its parameters or stored weights, until all modules are changed."""
+    it had their numbers, and place where. held: its parameters or stored weights, until all modules are changed."""
 
     target: Target
     reads: Sequence[Read]
@@ -32,6 +32,7 @@ class Change:
     original: StoredProjections | None
     had_weights: bool
     held: Sequence[Any]
+    place: torch.device
 
     @staticmethod
     def of(
@@ -55,7 +56,8 @@ class Change:
                 tie = ties.setdefault(id(held[index]), Tie())
                 projections.append(Projection(kind, held[index].requires_grad, tie))
         stored = OffloadedProjections(form, layout, (projections[0], projections[1]), weights)
-        return Change(target, reads, stored, original, had_weights, held)
+        place = held[0].device if had_weights else torch.device("cpu")
+        return Change(target, reads, stored, original, had_weights, held, place)
 
     def commit(self) -> None:
         if self.original is not None:
@@ -85,7 +87,7 @@ class Change:
             return
         stored: StoredProjections | None = None
         if self.original is not None:
-            own = (_contiguous(weights[0]), _contiguous(weights[1]))
+            own = (_contiguous(weights[0], self.place), _contiguous(weights[1], self.place))
             first, second = (
                 Projection(Kind.of(weight), projection.trained, projection.tie)
                 for weight, projection in zip(own, self.original.projections, strict=True)
@@ -98,14 +100,14 @@ class Change:
                     plain = in_layout(weight.plain(), layout)
                     if plain.untyped_storage().nbytes() > plain.nbytes or not plain.is_contiguous():
                         plain = plain.clone()  # not a view of records
-                    ties[projection.tie] = nn.Parameter(plain, requires_grad=projection.trained)
+                    ties[projection.tie] = nn.Parameter(plain.to(self.place), requires_grad=projection.trained)
                 vars(module).pop(name, None)
                 module.register_parameter(name, ties[projection.tie])
         module._switchgear_stored = stored  # type: ignore[assignment]
 
 
-def _contiguous(weight: Weight) -> Weight:
-    """Without the rest of the records."""
+def _contiguous(weight: Weight, place: torch.device) -> Weight:
+    """Without the rest of the records, on the device where it was."""
     fields = ("data", "scales", "row_scales", "zeros")
     found = {field: getattr(weight, field) for field in fields}
     made: dict[str, Any] = {field: tensor.contiguous() for field, tensor in found.items() if tensor is not None}
@@ -119,11 +121,13 @@ def _contiguous(weight: Weight) -> Weight:
             ranges.append((count, bits))
             count += bits
         made |= {"data": torch.cat(planes), "records": torch.tensor(ranges, dtype=torch.int32)}
-    return weight.with_tensors(made)
+    return weight.with_tensors({field: tensor.to(place) for field, tensor in made.items()})
 
 
-def read_all(reader: Any, records: Records, reads: Sequence[Read], timeout: float) -> tuple[Weight, Weight]:
-    """The two weights of a layer with all experts, in memory of their own."""
+def read_all(
+    reader: Any, records: Records, reads: Sequence[Read], timeout: float, place: torch.device | None = None
+) -> tuple[Weight, Weight]:
+    """The two weights of a layer with all experts, in memory of their own, by default the host's."""
     memory = arena(records.num_experts, records.record_bytes)
     begin = memory.data_ptr()
     tickets: list[int] = []
@@ -140,7 +144,7 @@ def read_all(reader: Any, records: Records, reads: Sequence[Read], timeout: floa
         for ticket in tickets:
             end_read(reader, ticket)
         raise
-    first, second = records.weights(memory, None)
+    first, second = records.weights(memory if place is None else memory.to(place), None)
     return first, second
 
 

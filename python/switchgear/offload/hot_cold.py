@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from switchgear.autograd import needs_autograd
 from switchgear.experts import Experts
+from switchgear.offload.device import Device, device_of
+from switchgear.offload.moving import Mover
 from switchgear.weights import stored_of
 
 
@@ -54,8 +57,12 @@ class HotColdSplit(nn.Module):
         moe.experts = offload.HotColdSplit(moe.experts, hot="cuda")     # experts in host memory, x on the GPU
 
     The hot part's weights are copied to `hot` and multiplied there. The cold part's rows go to the experts' device,
-    whose product overlaps with the hot part: it runs in a thread. The two parts are rounded before they are added, so
-    the result has not the bits of one call.
+    whose product overlaps with the hot part. The two parts are rounded before they are added, so the result has not the
+    bits of one call.
+
+    On a GPU, copies and kernels of the hot part are queued first, and the CPU computes meanwhile. Experts in pinned
+    memory (`p.data = p.data.pin_memory()`) are copied from where they are, and must not change before the GPU is done;
+    others go through a buffer. With gradients, or with hot="cpu", the cold part runs in a thread.
 
     Args:
         experts: with plain weights; they stay on their device.
@@ -85,6 +92,10 @@ class HotColdSplit(nn.Module):
         self.experts, self.hot, self.threshold = experts, torch.device(hot), threshold
         self.cost = SplitCost() if cost is None else cost
         self.num_experts = experts.num_experts
+        self._mover: Mover | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mover": None}  # copies have streams of their own
 
     @property
     def params(self) -> int:
@@ -110,18 +121,34 @@ class HotColdSplit(nn.Module):
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """As Experts; hidden_states [T,H]."""
+        topk_ids = topk_ids.cpu()
         hot = self.hot_experts(topk_ids)
         number = torch.full((self.num_experts + 1,), -1, dtype=torch.int32)  # the last one is that of -1
         number[hot] = torch.arange(len(hot), dtype=torch.int32)
-        number = number.to(topk_ids.device)
         local = number[torch.where(topk_ids < 0, self.num_experts, topk_ids).long()]
         if not hot:
             cold = self._to_cold(hidden_states, topk_ids, topk_weights)
             part = self.experts(*cold.inputs).to(hidden_states.device)
             return torch.zeros_like(hidden_states, dtype=part.dtype).index_copy(0, cold.rows, part)
+        mover = self._mover_of(hidden_states, topk_weights)
         if not bool(((local < 0) & (topk_ids >= 0)).any()):
-            return self._hot(hot, hidden_states, local, topk_weights)
-        cold = self._to_cold(hidden_states, topk_ids.masked_fill(local >= 0, -1), topk_weights)
+            return self._hot(mover, hot, hidden_states, local, topk_weights)
+        cold_ids = topk_ids.masked_fill(local >= 0, -1)
+        if mover is not None:
+            rows = _used(cold_ids)
+            there = rows.to(hidden_states.device)
+
+            def launch() -> Tensor:
+                return self._hot(mover, hot, hidden_states, local, topk_weights)
+
+            def multiply(x: Tensor, weights: Tensor) -> Tensor:
+                part: Tensor = self.experts(x, cold_ids[rows], weights)
+                return part
+
+            sent = hidden_states[there], topk_weights[there]
+            y, part = overlapped(mover.device, sent, launch, multiply)
+            return y.index_add(0, there, part.to(y))
+        cold = self._to_cold(hidden_states, cold_ids, topk_weights)
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # a thread has its own
         kind = self.experts.down_proj.device.type
         casts, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -137,24 +164,50 @@ class HotColdSplit(nn.Module):
 
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(compute)
-            y = self._hot(hot, hidden_states, local, topk_weights)
+            y = self._hot(None, hot, hidden_states, local, topk_weights)
             return y.index_add(0, cold.rows, running.result().to(y))
+
+    def _mover_of(self, x: Tensor, weights: Tensor) -> Mover | None:
+        """None: copies are torch's, which have gradients."""
+        params = dict(self.experts.named_parameters())
+        if not self.experts.down_proj.is_cpu or needs_autograd(x, weights, *params.values()):
+            return None
+        if self._mover is None and (device := device_of(self.hot)) is not None:
+            self._mover = Mover(device, params)
+        return self._mover
 
     def _to_cold(self, x: Tensor, ids: Tensor, weights: Tensor) -> _Cold:
         """The rows with a cold expert, on its device: before the hot part is launched, behind which they would wait."""
         at = self.experts.down_proj.device
-        rows = (ids >= 0).any(-1).nonzero()[:, 0]
-        return _Cold(rows, (x[rows].to(at), ids[rows].to(at), weights[rows].to(at)))
+        rows = _used(ids)
+        there = rows.to(x.device)
+        return _Cold(there, (x[there].to(at), ids[rows].to(at), weights[there].to(at)))
 
-    def _hot(self, hot: list[int], x: Tensor, local: Tensor, weights: Tensor) -> Tensor:
+    def _hot(self, mover: Mover | None, hot: list[int], x: Tensor, local: Tensor, weights: Tensor) -> Tensor:
         own = self.experts
         moved = Experts(
             own.hidden_size, own.intermediate_size, len(hot), activation=own.activation, gated=own.gated,
             bias=own.down_proj_bias is not None, interleaved=own.interleaved, transposed=own.transposed,
             alpha=own.alpha, limit=own.limit, device="meta", dtype=own.down_proj.dtype,
         )  # fmt: skip
-        values = {name: p[hot].to(self.hot) for name, p in own.named_parameters()}
+        params = dict(own.named_parameters())
+        values = mover.move(params, hot) if mover else {name: p[hot].to(self.hot) for name, p in params.items()}
         y: Tensor = torch.func.functional_call(
             moved, values, (x.to(self.hot), local.to(self.hot), weights.to(self.hot))
         )
         return y.to(x.device)
+
+
+def _used(ids: Tensor) -> Tensor:
+    """The rows of ids [T,K] with an expert."""
+    return (ids >= 0).any(-1).nonzero()[:, 0]
+
+
+def overlapped(
+    device: Device, sent: Sequence[Tensor], launch: Callable[[], Tensor], multiply: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """launch(), which queues work on the device, and beside it multiply(*sent) on the host, for later work there."""
+    fetched, event = device.fetch(sent)  # before the launch, behind which it would wait
+    y = launch()
+    event.synchronize()
+    return y, device.send(multiply(*fetched))

@@ -17,6 +17,7 @@ def load_model(
     store: Store | str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> Any:
     """Loads a causal language model of transformers on switchgear, in eval mode, but for the experts that `store` has:
     they stay on the meta device until `offload` attaches a cache, so that they are never in memory as a whole.
@@ -29,6 +30,7 @@ def load_model(
         checkpoint: the folder that the store was written from, or a copy: config.json and safetensors files.
         store: an open store, or its path.
         dtype: of the model; by default that of the store's weights.
+        device: of what is loaded. The experts will run there.
 
     Raises:
         ValueError: the checkpoint cannot be loaded, or its experts are not those of the store.
@@ -42,7 +44,7 @@ def load_model(
     if dtype is None and len(dtypes) == 1:
         dtype = next(iter(dtypes))
     plan = planned(Path(checkpoint), dtype)
-    device = torch.device("cpu")
+    device = torch.device(device)
     try:
         _check(plan, opened)
         held = {f"{name}.{projection}" for name, layout, _ in plan.experts() for projection in layout.names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from switchgear.offload.store import Store
@@ -22,6 +23,14 @@ class Target:
     layout: Layout
     records: Records
     stored: StoredProjections | None  # how the module stores its experts now
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The experts' tensors that have numbers or are on meta."""
+        if isinstance(self.stored, OffloadedProjections):
+            return []
+        if self.stored is not None:
+            return [weight.data for weight in self.stored.weights(self.module)]
+        return [self.module._parameters[name] for name in self.layout.names]  # type: ignore[misc]
 
 
 def matched(model: nn.Module, store: Store) -> list[Target]:
@@ -55,6 +64,29 @@ def matched(model: nn.Module, store: Store) -> list[Target]:
     return found
 
 
+def place_of(model: nn.Module, targets: list[Target], wanted: torch.device | str | None) -> torch.device:
+    """Where the experts run: `wanted`, or where they are, or where the rest of the model is."""
+    held = {tensor.device for target in targets for tensor in target.tensors() if not tensor.is_meta}
+    if wanted is None:
+        rest = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+        place = min(held, key=str) if held else next(rest, torch.device("cpu"))
+    else:
+        place = torch.device(wanted)
+        if place.type == "cuda" and place.index is None and torch.cuda.is_available():
+            place = torch.device("cuda", torch.cuda.current_device())
+    for target in targets:
+        if place.type != "cpu" and (kind := next((k for k in target.records.kinds if k.format in _HOST), None)):
+            raise ValueError(f"{target.name}: expected a form with kernels for {place}, got {kind.format}")
+    if wanted is None and len(held) > 1:
+        raise ValueError(
+            f"model: expected experts on one device, got {', '.join(sorted(map(str, held)))}; pass device="
+        )
+    return place
+
+
+_HOST = ("panels", "compact")  # forms of the CPU's kernels
+
+
 def _some(store: Store) -> str:
     names = list(store.layers)
     return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
@@ -63,9 +95,6 @@ def _some(store: Store) -> str:
 def _check(where: str, module: nn.Module, layout: Layout, records: Records) -> None:
     if vars(module).get("_switchgear_selection") is not None:
         raise ValueError(f"{where}: expected no experts that train alone: call switchgear.finetune.unfreeze(model)")
-    for parameter in module.parameters():
-        if parameter.device.type not in ("cpu", "meta"):
-            raise ValueError(f"{where}: expected experts on the CPU, got {parameter.device}")
     stored = stored_of(module)
     if isinstance(stored, OffloadedProjections):
         if not stored.is_closed:

@@ -15,7 +15,14 @@ layer.py         the whole layer in one op: moe_forward, moe_accumulate, moe_bac
 options.py       the options of the activation between the projections
 """
 
-from switchgear.ops.layer import moe_accumulate, moe_backward, moe_forward, moe_forward_on_host, needs_no_dispatch
+from switchgear.ops.layer import (
+    moe_accumulate,
+    moe_backward,
+    moe_backward_on_host,
+    moe_forward,
+    moe_forward_on_host,
+    needs_no_dispatch,
+)
 from switchgear.ops.native import (
     Kernels,
     advise_huge_pages,
@@ -25,6 +32,7 @@ from switchgear.ops.native import (
     cpu_isa,
     expand_compact,
     host,
+    interleave_pages,
     pack_compact,
     panel_layout,
     set_cpu_isa,
@@ -77,8 +85,10 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "host",
+    "interleave_pages",
     "moe_accumulate",
     "moe_backward",
+    "moe_backward_on_host",
     "moe_forward",
     "moe_forward_on_host",
     "needs_no_dispatch",

@@ -174,3 +174,35 @@ moe_backward: Callable[..., tuple[Tensor, ...]] = register(
     written=_moe_backward_writes,
     early=6,
 )
+
+
+def moe_backward_on_host(
+    weight_gradients: tuple[Tensor | None, Tensor | None],
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *options: Any,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of moe_backward without those of the projections, for plain tensors that need no dispatch. These
+    are added to `weight_gradients`, which have the strides of the projections; None for one that is not needed."""
+
+    def gradient(tensor: Tensor | None, need: bool) -> Tensor | None:
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format) if need and tensor is not None else None
+
+    need_x, _, _, *need_biases, need_weights = needs
+    grad_x = gradient(x, need_x)
+    grad_biases = map(gradient, (gate_up_bias, down_bias), need_biases)
+    others = *grad_biases, gradient(topk_weights, need_weights)
+    host.module.moe_backward(
+        rows(grad_y), rows(x), h, gate_up_proj, (), down_proj, (), rows(gate_up_bias), rows(down_bias),
+        topk_ids.contiguous(), topk_weights.contiguous(), None, grad_x, *weight_gradients, *others, *options,
+        host.execution(), None, None, None, None, None, None, None, None, True,
+    )  # fmt: skip
+    return grad_x, *others

@@ -26,6 +26,7 @@ available_cpu_isas = _C.available_cpu_isas
 """() -> list[str]: the instruction sets that were built and that this machine runs, best last."""
 check_capsule = _C.check_capsule
 collapse_into_huge_pages = _C.collapse_into_huge_pages
+interleave_pages = _C.interleave_pages
 cpu_isa = _C.cpu_isa
 """() -> str: the instruction set in use."""
 expand_compact = _C.expand_compact
@@ -63,6 +64,8 @@ class Native(Protocol):
         /,
         *adapters: Any,
     ) -> None: ...
+
+    def moe_backward(self, *args: Any) -> None: ...
 
 
 class Kernels:

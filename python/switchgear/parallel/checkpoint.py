@@ -119,6 +119,18 @@ def load(
         load_tensors(wanted, storage_reader=Reader(path, metadata), process_group=process_group, no_dist=alone)
 
 
+def load_entries(entries: dict[str, Tensor], path: str | Path) -> None:
+    """Reads these entries of a checkpoint in place, on this process alone. Names and shapes are those of `state_dict`.
+
+    Raises:
+        ValueError: as `load`; in that case nothing is read, unless a file is damaged.
+    """
+    metadata = read_metadata(path)
+    _check_found(entries, metadata.state_dict_metadata)
+    with _quietly_alone(), _naming(path):
+        load_tensors(entries, storage_reader=Reader(path, metadata), no_dist=True)
+
+
 def load_whole(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint except the optimizer's, on this process, in Hugging Face's layout: experts stacked to
     [E, ...] under their names. For load_state_dict of a model without `parallel`. Runs no code from the checkpoint.
@@ -198,14 +210,7 @@ def _tensor_of(name: str, entry: object) -> TensorStorageMetadata:
 
 
 def _check(wanted: dict[str, Tensor], stored: dict[str, Any], experts: dict[str, int]) -> None:
-    for name, tensor in wanted.items():
-        if name not in stored:
-            raise ValueError(f"{name}: expected in the checkpoint, got none")
-        entry = _tensor_of(name, stored[name])
-        if tuple(entry.size) != tuple(tensor.shape) or entry.properties.dtype is not tensor.dtype:
-            raise ValueError(
-                f"{name}: expected {tensor.dtype} {list(tensor.shape)}, got {entry.properties.dtype} {list(entry.size)}"
-            )
+    _check_found(wanted, stored)
     for name in stored:
         found = _ENTRY.fullmatch(name)
         if found is not None and int(found[2]) >= experts.get(found[1].split("/")[-1], 0):
@@ -214,3 +219,14 @@ def _check(wanted: dict[str, Tensor], stored: dict[str, Any], experts: dict[str,
                 raise ValueError(f"{name}: expected {experts.get(known, 0)} experts, got one more")
         elif found is None and not name.startswith("optimizer/") and name not in wanted:
             raise ValueError(f"{name}: expected none in the checkpoint, got one")
+
+
+def _check_found(wanted: dict[str, Tensor], stored: dict[str, Any]) -> None:
+    for name, tensor in wanted.items():
+        if name not in stored:
+            raise ValueError(f"{name}: expected in the checkpoint, got none")
+        entry = _tensor_of(name, stored[name])
+        if tuple(entry.size) != tuple(tensor.shape) or entry.properties.dtype is not tensor.dtype:
+            raise ValueError(
+                f"{name}: expected {tensor.dtype} {list(tensor.shape)}, got {entry.properties.dtype} {list(entry.size)}"
+            )

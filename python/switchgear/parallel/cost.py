@@ -8,16 +8,20 @@ one full-duplex link, which serialises transfers in each direction, and one work
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from switchgear.parallel.nodes import Nodes
 from switchgear.parallel.placement import Placement
+from switchgear.parallel.wire import WIRES
 
 CHUNKS = (1, 2, 4, 8)
 PAIR_BYTES = 8  # expert id and float32 weight
+ROUTE_BYTES = 2  # per rank of a node, with each row that goes there
 
 
 @dataclass(frozen=True)
@@ -58,34 +62,76 @@ class Traffic(NamedTuple):
     pairs: Tensor  # [W,W] int64: their choices there
 
 
-def count(topk_ids: list[Tensor], placement: Placement) -> Traffic:
-    """Traffic of each rank's tokens with ids topk_ids[s] [T_s,K]; -1 is an empty choice."""
+class Levels(NamedTuple):
+    """The rows of a two-level exchange, of one forward."""
+
+    between: Tensor  # [W,W] int64: tokens of s with an expert on the node of relay r
+    within: Tensor  # [W,W] int64: rows that relay s passes on to rank r of its node
+
+
+def count(topk_ids: list[Tensor], placement: Placement, nodes: Nodes | None = None) -> Traffic:
+    """Traffic of each rank's tokens with ids topk_ids[s] [T_s,K]; -1 is an empty choice. nodes: with two levels, in
+    which copies of an expert on the source's node are used."""
     size = placement.num_ranks
     rows = torch.zeros(size, size, dtype=torch.int64)
     pairs = torch.zeros(size, size, dtype=torch.int64)
     for source, ids in enumerate(topk_ids):
-        ranks = torch.where(ids >= 0, placement.routes(source)[0][ids.clamp(min=0).long()], size)
+        ranks, present = _ranks(source, ids, placement, nodes)
         pairs[source] = torch.bincount(ranks.flatten(), minlength=size + 1)[:size]
-        present = torch.zeros(len(ids), size + 1, dtype=torch.bool).scatter_(1, ranks, True)
-        rows[source] = present[:, :size].sum(0)
+        rows[source] = present.sum(0)
     return Traffic(rows, pairs)
 
 
-def draw_routing(num_tokens: int, num_experts: int, top_k: int, skew: float = 0.0, seed: int = 0) -> Tensor:
-    """[T,K] int32 distinct ids; the n-th expert of a random order is n^-skew times as likely as the first."""
+def count_levels(topk_ids: list[Tensor], placement: Placement, nodes: Nodes) -> Levels:
+    size = placement.num_ranks
+    between, within = torch.zeros(2, size, size, dtype=torch.int64)
+    for source, ids in enumerate(topk_ids):
+        _, present = _ranks(source, ids, placement, nodes)
+        for members in nodes.members:
+            relay = nodes.relay(source, members[0])
+            there = present[:, list(members)]
+            between[source, relay] += there.any(1).sum()
+            within[relay, list(members)] += there.sum(0)
+    return Levels(between, within)
+
+
+def _ranks(source: int, ids: Tensor, placement: Placement, nodes: Nodes | None) -> tuple[Tensor, Tensor]:
+    """The rank [T,K] of each choice, W for none; and whether a token [T,W] has one on a rank."""
+    near = () if nodes is None else nodes.same(source)
+    size = placement.num_ranks
+    ranks = torch.where(ids >= 0, placement.routes(source, near)[0][ids.clamp(min=0).long()], size)
+    present = torch.zeros(len(ids), size + 1, dtype=torch.bool).scatter_(1, ranks, True)
+    return ranks, present[:, :size]
+
+
+def draw_routing(
+    num_tokens: int, num_experts: int, top_k: int, skew: float = 0.0, seed: int = 0, groups: tuple[int, int] = (1, 1)
+) -> Tensor:
+    """[T,K] int32 distinct ids; the n-th expert of a random order is n^-skew times as likely as the first.
+
+    groups (G,M): a token chooses from M of G groups of consecutive experts, those with the largest sums of their two
+    best scores (DeepSeek-V3).
+    """
     generator = torch.Generator().manual_seed(seed)
     odds = torch.arange(1, num_experts + 1, dtype=torch.float64).pow(-skew)
     odds = odds[torch.randperm(num_experts, generator=generator)]
     # Gumbel top-k: the largest of log odds + Gumbel noise are a draw without replacement.
     noise = torch.rand(num_tokens, num_experts, generator=generator).clamp_(min=1e-30).log_().neg_().log_().neg_()
-    return (odds.log().float() + noise).topk(top_k, 1).indices.int()
+    scores = odds.log().float() + noise
+    count, most = groups
+    if most < count:
+        of_groups = scores.view(num_tokens, count, -1)
+        best = of_groups.topk(min(2, of_groups.shape[2]), 2).values.sum(2).topk(most, 1).indices
+        allowed = torch.zeros(num_tokens, count, dtype=torch.bool).scatter_(1, best, True)
+        scores = of_groups.masked_fill(~allowed[..., None], -torch.inf).view(num_tokens, -1)
+    return scores.topk(top_k, 1).indices.int()
 
 
 # ---- seconds ---------------------------------------------------------------------------------------------------------
 
 
 class Interval(NamedTuple):
-    lane: str  # "link" or "experts"
+    lane: str  # "link", "near" or "experts"
     name: str
     begin: float
     end: float
@@ -94,7 +140,7 @@ class Interval(NamedTuple):
 class Timeline(NamedTuple):
     intervals: list[Interval]
     seconds: float
-    link: float  # time during which the link is busy
+    link: float  # time during which the links are busy: with two levels that of both together
     experts: float
     exposed: float  # seconds - experts: communication that is not hidden
 
@@ -132,6 +178,69 @@ def pipeline(
     return Timeline(intervals, total, dispatch + combine, busy, total - busy)
 
 
+class _Lane:
+    """A link that serialises transfers."""
+
+    def __init__(self, lane: str, intervals: list[Interval]) -> None:
+        self._lane, self._intervals, self.free = lane, intervals, 0.0
+
+    def send(self, name: str, now: float, seconds: float) -> float:
+        begin = max(now, self.free)
+        self.free = begin + seconds
+        self._intervals.append(Interval(self._lane, name, begin, self.free))
+        return self.free
+
+
+def two_level_pipeline(
+    between: tuple[float, float], within: tuple[float, float], experts: float, num_chunks: int, *,
+    tail: float = 0.0, overhead: float = 0.0,
+) -> Timeline:  # fmt: skip
+    """As pipeline, with two levels (two_level.py): seconds of all chunks between nodes and within a node, to the
+    experts and back. A chunk is passed on while the rank waits, or after the half of an experts' chunk during which it
+    came."""
+    intervals: list[Interval] = []
+    far, near = _Lane("link", intervals), _Lane("near", intervals)
+    out, inside, inside_back, back = (each / num_chunks for each in (between[0], *within, between[1]))
+    came = [far.send(f"dispatch {c}", 0.0, out) for c in range(num_chunks)]
+    passed: list[float] = []  # when each chunk is at its experts
+    done: list[float] = []  # when its results are at the relay
+    returned: list[float] = []
+
+    def pass_on(now: float) -> None:
+        while len(passed) < num_chunks and came[len(passed)] <= now:
+            passed.append(near.send(f"dispatch within {len(passed)}", now, inside))
+        while len(returned) < len(done) and done[len(returned)] <= now:
+            returned.append(far.send(f"combine {len(returned)}", now, back))
+
+    def wait(now: float, until: Callable[[], float | None]) -> float:
+        """Passes on until the time that `until` gives, which may be known only later."""
+        while True:
+            pass_on(now)
+            end = until()
+            if end is not None and end <= now:
+                return now
+            due = [came[len(passed)]] if len(passed) < num_chunks else []
+            due += [done[len(returned)]] if len(returned) < len(done) else []
+            due += [] if end is None else [end]
+            now = min(due)
+
+    now = 0.0
+    for c in range(num_chunks):
+        now = wait(now, lambda c=c: passed[c] if c < len(passed) else None)  # type: ignore[misc]
+        work = experts / num_chunks + overhead
+        intervals.append(Interval("experts", f"experts {c}", now, now + work))
+        pass_on(now + work / 2)
+        now += work
+        done.append(near.send(f"combine within {c}", now, inside_back))
+    now = wait(now, lambda: done[-1] if len(returned) == num_chunks else None)
+    if tail:
+        intervals.append(Interval("experts", "weight gradients", now, now + tail))
+        now += tail
+    total = max(now, far.free)
+    busy = experts + num_chunks * overhead + tail
+    return Timeline(intervals, total, sum(between) + sum(within), busy, total - busy)
+
+
 class Machine(NamedTuple):
     """Speed of a rank and of its connections."""
 
@@ -149,6 +258,18 @@ class Layer(NamedTuple):
     top_k: int
 
 
+def link_seconds(rows: Tensor, nodes: Nodes, row: int, bandwidth: float, near_bandwidth: float) -> float:
+    """Of rows [W,W] of `row` bytes, for the rank that sends or receives longest; both its links work in parallel."""
+    node = torch.tensor(nodes.node_of)
+    same = node[:, None] == node[None, :]
+    away = ~torch.eye(len(node), dtype=torch.bool)
+    times = []
+    for between, speed in ((same & away, near_bandwidth), (~same, bandwidth)):
+        moved = (rows * between).double() * row
+        times.append(torch.maximum(moved.sum(1), moved.sum(0)) / speed)
+    return float(torch.maximum(times[0], times[1]).max())
+
+
 class Prediction(NamedTuple):
     """For one layer and its slowest rank; bytes are those that the busiest sender sends to other ranks."""
 
@@ -157,52 +278,61 @@ class Prediction(NamedTuple):
     bytes_forward: int
     bytes_backward: int
     bytes_between_nodes: int  # of bytes_forward
-    rows_without_sharing: float  # rows if each choice were sent separately, relative to what is sent
+    rows_without_sharing: float  # rows if each choice were sent separately, relative to those sent to ranks (or nodes)
     load: float  # choices on the busiest rank, relative to the mean
     weight_bytes: int
     activation_bytes: int  # kept for backward
 
 
 def predict(
-    layer: Layer, traffic: Traffic, placement: Placement, machine: Machine, item: int, num_chunks: int
-) -> Prediction:
-    """item: bytes of an element of rows and weights."""
-    row = layer.hidden_size * item
+    layer: Layer, traffic: Traffic, placement: Placement, machine: Machine, item: int, num_chunks: int, *,
+    levels: Levels | None = None, wire: str = "exact",
+) -> Prediction:  # fmt: skip
+    """item: bytes of an element of rows and weights. levels: with two levels. wire: see ExpertParallel."""
     size = placement.num_ranks
-    node = torch.arange(size) // machine.ranks_per_node
-    same = node[:, None] == node[None, :]
-    away = ~torch.eye(size, dtype=torch.bool)
+    nodes = Nodes(tuple(rank // machine.ranks_per_node for rank in range(size)))
+    node = torch.tensor(nodes.node_of)
+    far, away = node[:, None] != node[None, :], ~torch.eye(size, dtype=torch.bool)
+    out, back = (form.row_bytes(layer.hidden_size, item) for form in WIRES[wire])
 
-    def link_seconds(rows: Tensor) -> float:
-        """For the rank that sends or receives longest; the two networks work in parallel."""
-        times = []
-        for near, speed in ((same & away, machine.local_bandwidth), (~same, machine.bandwidth)):
-            moved = (rows * near).double() * row
-            times.append(torch.maximum(moved.sum(1), moved.sum(0)) / speed)
-        return float(torch.maximum(times[0], times[1]).max())
+    def seconds(rows: Tensor) -> tuple[float, float]:
+        speeds = machine.bandwidth, machine.local_bandwidth
+        return link_seconds(rows, nodes, out, *speeds), link_seconds(rows.T, nodes, back, *speeds)
+
+    def line(tail: float) -> Timeline:
+        options = {"tail": tail, "overhead": machine.overhead}
+        if levels is None:
+            dispatch, combine = seconds(traffic.rows)
+            return pipeline(dispatch, experts, combine, num_chunks, **options)
+        return two_level_pipeline(seconds(levels.between), seconds(levels.within), experts, num_chunks, **options)
+
+    def sent(mask: Tensor, backward: bool) -> int:
+        """Bytes of the rank that sends most of those that the mask selects."""
+        total = torch.zeros(size, dtype=torch.int64)
+        for leg in (traffic.rows,) if levels is None else (levels.between, levels.within):
+            total = total + (leg * mask).sum(1) * out + (leg.T * mask).sum(1) * back
+        if levels is not None and not backward:
+            total = total + (levels.between * mask).sum(1) * ROUTE_BYTES * machine.ranks_per_node
+        pairs = (traffic.pairs.T * mask).sum(1) * 4 if backward else (traffic.pairs * mask).sum(1) * PAIR_BYTES
+        return int((total + pairs).max())
 
     choices = traffic.pairs.sum(0)
-    flops = 6.0 * float(choices.max()) * layer.hidden_size * layer.intermediate_size  # gate, up and down
-    dispatch, combine = link_seconds(traffic.rows), link_seconds(traffic.rows.T)
-    forward = pipeline(dispatch, flops / machine.flops, combine, num_chunks, overhead=machine.overhead)
-    backward = pipeline(
-        dispatch, flops / machine.flops, combine, num_chunks, tail=flops / machine.flops, overhead=machine.overhead
-    )
-    sent, returned = ((rows * away).sum(1) for rows in (traffic.rows, traffic.rows.T))
-    pairs, owed = ((counts * away).sum(1) for counts in (traffic.pairs, traffic.pairs.T))
+    experts = 6.0 * float(choices.max()) * layer.hidden_size * layer.intermediate_size / machine.flops  # gate, up, down
     busiest = int(choices.argmax())
     local = len(placement.experts_of_rank[busiest])
     rows_kept = int(traffic.rows[:, busiest].sum())
+    choices_sent, rows_sent = (
+        (traffic.pairs * away, traffic.rows * away) if levels is None else (traffic.pairs * far, levels.between * far)
+    )
     return Prediction(
-        forward,
-        backward,
-        int(((sent + returned) * row + pairs * PAIR_BYTES).max()),
-        int(((sent + returned) * row + owed * 4).max()),
-        int(
-            (((traffic.rows + traffic.rows.T) * ~same).sum(1) * row + (traffic.pairs * ~same).sum(1) * PAIR_BYTES).max()
-        ),
-        float((traffic.pairs * away).sum() / (traffic.rows * away).sum().clamp(min=1)),
-        float(choices.max() / choices.double().mean()),
-        3 * local * layer.hidden_size * layer.intermediate_size * item,
-        rows_kept * row + int(choices.max()) * (2 * layer.intermediate_size * item + PAIR_BYTES),
+        forward=line(0.0),
+        backward=line(experts),
+        bytes_forward=sent(away, False),
+        bytes_backward=sent(away, True),
+        bytes_between_nodes=sent(far, False),
+        rows_without_sharing=float(choices_sent.sum() / rows_sent.sum().clamp(min=1)),
+        load=float(choices.max() / choices.double().mean()),
+        weight_bytes=3 * local * layer.hidden_size * layer.intermediate_size * item,
+        activation_bytes=rows_kept * layer.hidden_size * item
+        + int(choices.max()) * (2 * layer.intermediate_size * item + PAIR_BYTES),
     )

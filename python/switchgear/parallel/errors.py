@@ -10,6 +10,7 @@ PHASES = (
     "agree", "dispatch", "experts", "combine",
     "backward agree", "backward dispatch", "backward experts", "backward combine",
 )  # fmt: skip
+MORE_PHASES = ("gradients", "commit", "move")  # of a step of training, and of experts that move
 KINDS = {
     "died": "its process is gone",
     "exited": "it left the group while others still needed it",
@@ -26,7 +27,7 @@ class Failure:
 
     rank: int
     kind: str  # one of KINDS
-    phase: str  # one of PHASES, or "between layers"
+    phase: str  # one of PHASES or MORE_PHASES, "between layers", "connect", or "members"
     step: int
     reason: str = ""
 
@@ -35,13 +36,17 @@ class Failure:
         return asdict(self)
 
     def __str__(self) -> str:
-        text = f"rank {self.rank} {self.kind} in phase '{self.phase}' of exchange {self.step}: "
+        who = f"rank {self.rank}" if self.rank >= 0 else "this process"
+        where = f"phase '{self.phase}' of exchange {self.step}"
+        if self.phase == "members":
+            where = f"generation {self.step} of the members"
+        text = f"{who} {self.kind} in {where}: "
         return text + (self.reason or KINDS[self.kind])
 
 
 class ExpertParallelError(RuntimeError):
-    """The exchange failed. Every surviving rank raises the same message, and the ExpertParallel is closed: create a new
-    one from the remaining ranks.
+    """The exchange failed. Every surviving rank raises the same message, and the ExpertParallel is unusable until the
+    remaining ranks call switchgear.parallel.shrink. Or they create a new one.
 
     Attributes: rank (in the group), phase, kind, step, reason; see Failure.
     """

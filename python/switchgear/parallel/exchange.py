@@ -11,13 +11,14 @@ Backward is the same, with grad_y in and grad_x out, and weight gradients at the
 Bytes that a rank sends in forward: 8·LENGTH per other rank, 8 per pair (expert and weight), and H·size per row, twice;
 in backward: the headers, H·size per row, twice, and 4 per pair. There is no padding. `invariant` returns a row per pair
 instead of one per token, so that each token's sum runs over its experts in order, as in one process.
+
+Rows go straight to the ranks of their experts (rows.py), or once per node (two_level.py); the rest is the same.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,8 +28,10 @@ from switchgear import ops
 from switchgear.ops import GluOptions
 from switchgear.parallel import header, layout, local, recorded
 from switchgear.parallel.cost import choose_chunks
-from switchgear.parallel.record import Event
-from switchgear.parallel.transport import Work, _Done
+from switchgear.parallel.rows import Direct, Link, Rows
+from switchgear.parallel.transport import Work
+from switchgear.parallel.two_level import Relaying, TwoLevel, finish_routes, start_routes
+from switchgear.parallel.wire import WIRES
 
 if TYPE_CHECKING:
     from switchgear.parallel.group import ExpertParallel
@@ -56,48 +59,9 @@ class Layer:
     copies: tuple[Copy, ...]  # the replicated experts of this rank
     options: GluOptions
     extra: object = None  # anything else that must agree
-
-
-class _Link:
-    """Starts, awaits and counts the transfers of one exchange."""
-
-    def __init__(self, parallel: ExpertParallel, device: torch.device) -> None:
-        self.parallel, self.record = parallel, parallel.record
-        self.transport = parallel.transport_for(device)
-        self._alone = parallel.size == 1
-
-    def start(
-        self, kind: str, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]
-    ) -> Work:
-        row = input.shape[1:].numel() * input.element_size()
-        rank = self.parallel.rank
-        self.record.bytes[kind] += (sum(input_rows) - input_rows[rank]) * row
-        if self._alone:
-            output.copy_(input)
-            return _Done()
-        work = self.transport.all_to_all(output, input, output_rows, input_rows)
-        if self.record.events is not None:
-            work = _Timed(work, kind, self.record.events)
-        return work
-
-    def wait(self, work: Work) -> None:
-        begin = time.monotonic()
-        self.parallel.peers.wait(work)
-        self.record.waited += time.monotonic() - begin
-
-
-class _Timed:
-    """Records a transfer when its end is noticed (or at the end that a throttled link computes)."""
-
-    def __init__(self, work: Work, name: str, events: list[Event]) -> None:
-        self._work, self._name, self._events, self._begin = work, name, events, time.monotonic()
-
-    def wait_for(self, seconds: float) -> bool:
-        done = self._work.wait_for(seconds)
-        if done:
-            begin = getattr(self._work, "started", self._begin)
-            self._events.append(Event("link", self._name, begin, getattr(self._work, "ready_at", time.monotonic())))
-        return done
+    routes_on: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # rank_of and local_of (static.py)
 
 
 class Saved(NamedTuple):
@@ -110,6 +74,7 @@ class Saved(NamedTuple):
     top_k: int
     tensors: tuple[Tensor, ...]  # x [R,H] all arrived rows, weights [P] of the pairs, and h of each chunk
     runs: tuple[recorded.Run | None, ...] = ()  # of each chunk, if a module has run the experts
+    relaying: Relaying | None = None  # with two levels
 
 
 def _terms(
@@ -122,20 +87,24 @@ def _terms(
         header.MAGIC, parallel.peers.step, layer.number, int(backward), header.DTYPES.index(dtype), hidden_size,
         layer.num_experts, top_k, header.digest((tuple(layer.options), layer.extra)), layer.placement_digest,
         parallel.sharing_digest, gradients,
-        int(parallel.invariant), parallel.num_chunks or 0,
+        int(parallel.invariant), parallel.num_chunks or 0, parallel.levels, list(WIRES).index(parallel.wire),
+        parallel.capacity or 0,
     )  # fmt: skip
 
 
 def _agree(
-    link: _Link, terms: header.Terms, num_tokens: int, pairs: list[int], rows: list[list[int]], phase: str
+    link: Link, terms: header.Terms, num_tokens: int, phase: str, choice: layout.Choice | None = None
 ) -> list[header.Sizes]:
     """Sizes from each source; raises the common error if ranks disagree."""
     parallel = link.parallel
     parallel.peers.enter(phase)
-    sent = header.encode(terms, num_tokens, pairs, rows)
+    nothing = [0] * parallel.size
+    pairs, rows = (nothing, [nothing] * layout.PIECES) if choice is None else (choice.pairs, choice.rows)
+    relayed = choice.sent_rows if choice is not None and parallel.levels == 2 else None
+    sent = header.encode(terms, num_tokens, pairs, rows, relayed)
     received = torch.empty_like(sent)
     ones = [1] * parallel.size
-    control = _Link(parallel, torch.device("cpu"))
+    control = Link(parallel, torch.device("cpu"))
     control.wait(control.start("header", received, sent, ones, ones))
     all_terms, sizes = header.decode(received)
     failure = header.disagreement(all_terms) or header.unequal_tokens(all_terms, sizes, parallel.twins)
@@ -159,18 +128,20 @@ def forward(
     """
     parallel = layer.parallel
     peers, record = parallel.peers, parallel.record
-    link = _Link(parallel, x.device)
+    link = Link(parallel, x.device)
     all_tokens, top_k = topk_ids.shape
     each = parallel.invariant
     _check_ids(topk_ids, layer.num_experts)
     part = _part(parallel, all_tokens)  # ranks that hold the same tokens share the work
     x, topk_ids, topk_weights = x[part], topk_ids[part], topk_weights[part]
     num_tokens = len(topk_ids)
-    choice = layout.choose(topk_ids, layer.rank_of, layer.local_of, parallel.size)
+    relays_out, relays_in = _relays(parallel)
+    choice = layout.choose(topk_ids, layer.rank_of, layer.local_of, parallel.size, relays_out)
     terms = _terms(layer, x.dtype, x.shape[1], top_k, gradients, False)
-    sizes = _agree(link, terms, all_tokens, choice.pairs, choice.rows, "agree")
+    sizes = _agree(link, terms, all_tokens, "agree", choice)
+    row_bytes = WIRES[parallel.wire].out.row_bytes(x.shape[1], x.element_size())
     num_chunks = parallel.num_chunks or choose_chunks(
-        max(size.num_tokens for size in sizes), top_k, parallel.size, x.shape[1] * x.element_size(), parallel.link
+        max(size.num_tokens for size in sizes), top_k, parallel.num_stops, row_bytes, parallel.link
     )
 
     peers.enter("dispatch")
@@ -183,51 +154,55 @@ def forward(
     pairs_out = torch.cat((sending.pair_codes[:, None], columns), 1)
     pairs = pairs_out.new_empty(sum(pairs_in), pairs_out.shape[1])
     pairs_work = link.start("pairs", pairs, pairs_out, pairs_in, sending.pairs)
-    rows_out = x.detach()[sending.row_tokens]
-    buffer = x.new_empty(sum(map(sum, arriving)), x.shape[1])
-    works = _start_chunks(link, "dispatch", buffer, rows_out, arriving, sending.rows)
+    routes = None
+    rows: Rows
+    if relays_in is None:
+        rows = Direct(link, sending, x.detach(), each, arriving, None)
+    else:
+        passing = layout.merge_pieces(
+            [[size.relayed[piece] for size in sizes] for piece in range(layout.PIECES)], num_chunks
+        )
+        received = layout.merge_sources(arriving, relays_in)
+        rows = levels = TwoLevel(link, sending, x.detach(), each, received, None, passing, None)
+        routes = start_routes(link, choice, sending, passing)
+    rows.send(x.detach())
+    if routes is not None:
+        levels.relaying = finish_routes(link, routes)
     link.wait(pairs_work)
-    receiving = layout.plan_receiving(arriving, pairs_in, pairs[:, 0].contiguous(), layer.num_local)
+    receiving = layout.plan_receiving(arriving, pairs_in, pairs[:, 0].contiguous(), layer.num_local, relays_in)
+    rows.returning = receiving.pairs_of_chunk if each else receiving.rows
     pair_weights = pairs[:, 1:].contiguous().view(topk_weights.dtype).view(-1)
 
-    returning_rows, returned_rows = (
-        (receiving.pairs_of_chunk, sending.pairs_of_chunk) if each else (arriving, sending.rows)
-    )
-    results = _result_buffer(x, sending, each)
-    place, hs = 0, []
+    hs = []
     runs: list[recorded.Run | None] = []
-    back: list[Work] = []
     for c in range(num_chunks):
-        link.wait(works[c])
+        rows.receive(c)
         if c == 0:
             peers.enter("experts")
         chunk = local.chunk_of(receiving, c)
-        rows = buffer[chunk.rows]
+        arrived = rows.buffer[chunk.rows]
         with record.event("experts", f"experts {c}"):
             if weights is not None:
-                returned, h = local.forward(rows, chunk, pair_weights, weights, layer.options, each)
+                returned, h = local.forward(arrived, chunk, pair_weights, weights, layer.options, each, rows.look)
                 hs.append(h)
-            elif not len(rows):
-                returned = rows
+            elif not len(arrived):
+                returned = arrived
                 runs.append(None)
             else:
-                run = recorded.run(module, rows, chunk, pairs, pair_weights, each, records)
+                run = recorded.run(module, arrived, chunk, pairs, pair_weights, each, records)
                 returned = run.y.detach()
                 runs.append(run if records else None)
-        count = sum(returned_rows[c])
-        target = results[place : place + count]
-        place += count
-        back.append(link.start("combine", target, returned.contiguous(), returned_rows[c], returning_rows[c]))
+        rows.give_back(returned)
     peers.enter("combine")
-    for work in back:
-        link.wait(work)
+    results = rows.finish()
     with record.event("experts", "sum"):
         y = _sum_results(results, sending, topk_weights.detach(), each)
     y = _join_parts(link, y, all_tokens)
     if weights is None and not records:
         return y, None
-    saved = Saved(sending, receiving, all_tokens, num_tokens, top_k, (buffer, pair_weights, *hs), tuple(runs))
-    return y, saved
+    relaying = None if relays_in is None else levels.relaying
+    tensors = (rows.buffer, pair_weights, *hs)
+    return y, Saved(sending, receiving, all_tokens, num_tokens, top_k, tensors, tuple(runs), relaying)
 
 
 def backward(
@@ -238,33 +213,32 @@ def backward(
     parameters of a module that has run the experts."""
     parallel = layer.parallel
     peers, record = parallel.peers, parallel.record
-    link = _Link(parallel, grad_y.device)
+    link = Link(parallel, grad_y.device)
     each = parallel.invariant
     sending, receiving = saved.sending, saved.receiving
     x, pair_weights, *hs = saved.tensors
     num_chunks = len(sending.rows)
     terms = _terms(layer, grad_y.dtype, grad_y.shape[1], saved.top_k, gradients, True)
-    nothing = [[0] * parallel.size for _ in range(layout.PIECES)]
-    _agree(link, terms, saved.all_tokens, [0] * parallel.size, nothing, "backward agree")
+    _agree(link, terms, saved.all_tokens, "backward agree")
 
     peers.enter("backward dispatch")
-    rows_out = grad_y[_part(parallel, saved.all_tokens)][sending.row_tokens]
-    buffer = torch.empty_like(x)
-    works = _start_chunks(link, "dispatch", buffer, rows_out, receiving.rows, sending.rows)
+    returning = receiving.pairs_of_chunk if each else receiving.rows
+    rows: Rows
+    if saved.relaying is None:
+        rows = Direct(link, sending, grad_y, each, receiving.rows, returning)
+    else:
+        passing = saved.relaying.rows
+        rows = TwoLevel(link, sending, grad_y, each, receiving.rows, returning, passing, saved.relaying)
+    rows.send(grad_y[_part(parallel, saved.all_tokens)])
     experts: local.Backward | recorded.Backward
     if isinstance(weights, local.Weights):
-        experts = local.Backward(x, hs, buffer, receiving, pair_weights, weights, layer.options, each)
+        experts = local.Backward(x, hs, rows.buffer, receiving, pair_weights, weights, layer.options, each, rows.look)
     else:
-        experts = recorded.Backward(saved.runs, buffer, receiving, pair_weights, weights, each)
+        experts = recorded.Backward(saved.runs, rows.buffer, receiving, pair_weights, weights, each)
     grad_pairs = pair_weights.new_empty(len(receiving.slot_pairs))
-    returning_rows, returned_rows = (
-        (receiving.pairs_of_chunk, sending.pairs_of_chunk) if each else (receiving.rows, sending.rows)
-    )
-    results = _result_buffer(grad_y, sending, each)
-    place = 0
     back: list[Work] = []
     for c in range(num_chunks):
-        link.wait(works[c])
+        rows.receive(c)
         if c == 0:
             peers.enter("backward experts")
         chunk = local.chunk_of(receiving, c)
@@ -272,13 +246,11 @@ def backward(
             returned, pairs, grad_slots = experts.chunk(c, chunk)
             grad_pairs[pairs] = grad_slots.to(grad_pairs.dtype)
         if needs[0]:
-            count = sum(returned_rows[c])
-            target = results[place : place + count]
-            place += count
-            back.append(link.start("combine", target, returned.contiguous(), returned_rows[c], returning_rows[c]))
+            rows.give_back(returned)
     grad_choices = grad_pairs.new_empty(sum(sending.pairs))
     if needs[1]:
         back.append(link.start("weights", grad_choices[:, None], grad_pairs[:, None], sending.pairs, receiving.pairs))
+    rows.flush()
     with record.event("experts", "weight gradients"):
         grads = experts.gradients(needs[2:])
     grads = _sum_copies(link, layer, grads)
@@ -287,6 +259,7 @@ def backward(
             if grad is not None:
                 grad /= len(parallel.twins)
     peers.enter("backward combine")
+    results = rows.finish()
     for work in back:
         link.wait(work)
     grad_x = grad_weights = None
@@ -306,6 +279,15 @@ def backward(
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
+def _relays(parallel: ExpertParallel) -> tuple[list[int] | None, list[int] | None]:
+    """Through which ranks this rank's rows reach each rank, and those of each rank reach this one; None: directly."""
+    if parallel.levels == 1:
+        return None, None
+    nodes, rank = parallel.nodes, parallel.rank
+    others = range(parallel.size)
+    return [nodes.relay(rank, other) for other in others], [nodes.relay(other, rank) for other in others]
+
+
 def _part(parallel: ExpertParallel, num_tokens: int, rank: int | None = None) -> slice:
     """The tokens that this rank (or another that holds the same ones) sends: an equal share, in order."""
     ranks = parallel.own_twins
@@ -313,7 +295,7 @@ def _part(parallel: ExpertParallel, num_tokens: int, rank: int | None = None) ->
     return slice(num_tokens * number // len(ranks), num_tokens * (number + 1) // len(ranks))
 
 
-def _join_parts(link: _Link, part: Tensor, num_tokens: int) -> Tensor:
+def _join_parts(link: Link, part: Tensor, num_tokens: int) -> Tensor:
     """Gathers the rows of all tokens from the ranks that hold the same tokens."""
     parallel = link.parallel
     if len(parallel.twins) == parallel.size:
@@ -336,25 +318,6 @@ def _check_ids(topk_ids: Tensor, num_experts: int) -> None:
             raise ValueError(f"topk_ids: expected -1 to {num_experts - 1}, got {low if low < -1 else high}")
 
 
-def _start_chunks(
-    link: _Link, kind: str, output: Tensor, input: Tensor, output_rows: list[list[int]], input_rows: list[list[int]]
-) -> list[Work]:
-    """One transfer per chunk; chunks are consecutive in both tensors."""
-    works = []
-    begin_out = begin_in = 0
-    for rows_out, rows_in in zip(output_rows, input_rows, strict=True):
-        end_out, end_in = begin_out + sum(rows_out), begin_in + sum(rows_in)
-        works.append(link.start(kind, output[begin_out:end_out], input[begin_in:end_in], rows_out, rows_in))
-        begin_out, begin_in = end_out, end_in
-    return works
-
-
-def _result_buffer(like: Tensor, sending: layout.Sending, each: bool) -> Tensor:
-    """A buffer with as many rows as `combine` requires; only the first ones are used, the others never touched."""
-    table = sending.pair_table if each else sending.row_table
-    return like.new_empty(table.numel(), like.shape[1])
-
-
 def _sum_results(results: Tensor, sending: layout.Sending, weights: Tensor | None, each: bool) -> Tensor:
     """Sums each token's returned rows: ranks ascending, or (each) experts ascending, with their weights."""
     table = sending.pair_table if each else sending.row_table
@@ -366,7 +329,7 @@ def _sum_results(results: Tensor, sending: layout.Sending, weights: Tensor | Non
     return ops.combine(results, offsets, indices, table.contiguous(), weights)
 
 
-def _sum_copies(link: _Link, layer: Layer, grads: list[Tensor | None]) -> list[Tensor | None]:
+def _sum_copies(link: Link, layer: Layer, grads: list[Tensor | None]) -> list[Tensor | None]:
     """Sums the gradients of replicated experts over their copies, ranks ascending, so that all have the same bits."""
     if not layer.has_copies:
         return grads

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from switchgear.backends import in_autocast
 from switchgear.experts import Experts
 from switchgear.functional import as_ids, as_limit, as_weights, in_autocast_dtype
 from switchgear.ops import GluOptions
-from switchgear.parallel import exchange
+from switchgear.parallel import exchange, static
+from switchgear.parallel.gather import gather_experts
 from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
@@ -93,7 +94,8 @@ def make_layer(
 ) -> exchange.Layer:
     """The exchange's description of a layer with this placement."""
     mine = placement.experts_of_rank[parallel.rank]
-    rank_of, local_of = placement.routes(parallel.rank)
+    near = parallel.nodes.same(parallel.rank) if parallel.levels == 2 else ()
+    rank_of, local_of = placement.routes(parallel.rank, near)
     copies = (
         exchange.Copy(number, placement.owners[e]) for number, e in enumerate(mine) if len(placement.owners[e]) > 1
     )
@@ -123,6 +125,8 @@ def exchange_moe(
 
     Inside torch.autocast all tensors are cast to its dtype.
     """
+    if layer.parallel.capacity is not None:
+        raise ValueError("capacity: expected None beside experts that are no ParallelExperts")
     shape = x.shape
     x = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if in_autocast(x.device.type):
@@ -162,8 +166,12 @@ class ParallelExperts(Experts):
         super().__init__(hidden_size, intermediate_size, len(self._mine), **options)
         self.num_experts = num_experts  # over all ranks: what routers and wrapping modules need
         self.parallel = parallel
+        self.lost: tuple[int, ...] = ()  # experts whose weights are gone; their choices count as empty
         extra = (hidden_size, intermediate_size, self.down_proj_bias is not None)
         self._layer = make_layer(parallel, self.placement, self._options(), extra=extra)
+        if parallel.capacity is not None:
+            static.check_layer(self._layer)
+        self._number = static.register(self._layer)
 
     def _options(self) -> GluOptions:
         return GluOptions(self.activation, self.gated, self.interleaved, float(self.alpha), as_limit(self.limit))
@@ -180,8 +188,24 @@ class ParallelExperts(Experts):
                     target = parameter[number_of[expert]] if expert in number_of else other
                     nn.init.uniform_(target, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
+    def place(self, placement: Placement, weights: Mapping[str, Tensor], lost: Sequence[int] = ()) -> None:
+        """Becomes the experts that `parallel` has in another placement. Parameters stay the same objects, with the
+        tensors of their names. lost: experts without weights, whose choices are empty from now on."""
+        for name, tensor in weights.items():
+            parameter = self.get_parameter(name)
+            parameter.data, parameter.grad = tensor, None
+        self.placement, self.lost = placement, tuple(lost)
+        self._mine = placement.experts_of_rank[self.parallel.rank]
+        self._layer = make_layer(self.parallel, placement, self._options(), self._layer.number, self._layer.extra)
+        self._number = static.register(self._layer)
+
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids [..., K] (global ids, -1 for none), topk_weights [..., K] -> [..., H]."""
+        if self.lost:
+            is_lost = torch.isin(topk_ids, torch.tensor(self.lost, dtype=topk_ids.dtype, device=topk_ids.device))
+            topk_ids = topk_ids.masked_fill(is_lost, -1)
+        if self.parallel.capacity is not None:
+            return self._static(hidden_states, topk_ids, topk_weights)
         weights: Weights | None = None
         parameters: list[Tensor] = []
         if stored_of(self) is not None or has_adapters(self):
@@ -193,6 +217,28 @@ class ParallelExperts(Experts):
             self._layer, hidden_states, topk_ids, topk_weights, weights, super().forward, parameters
         )
         return y
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """[E, …] of all experts from values [E', …] of this rank's, with gradients; all ranks must call it."""
+        result: Tensor = gather_experts(self._layer, self.placement, values)
+        return result
+
+    def _static(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        shape = hidden_states.shape
+        x = hidden_states.reshape(-1, shape[-1])
+        if in_autocast(x.device.type):
+            (x,) = in_autocast_dtype(x.device.type, x)
+        topk_ids = as_ids("topk_ids", topk_ids.reshape(-1, topk_ids.shape[-1]))
+        topk_weights = as_weights("topk_weights", topk_weights.reshape(topk_ids.shape), x.dtype)
+        if len(topk_ids) != len(x):
+            raise ValueError(f"topk_ids: expected {len(x)} rows as x has, got {len(topk_ids)}")
+        run = super().forward if self._mine else self._no_experts
+        return static.exchange_moe(self._layer, self._number, x, topk_ids, topk_weights, run).reshape(shape)
+
+    def _no_experts(self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Zeros, with gradients for everything, since backward is collective too. All rows are zeros."""
+        nothing = topk_weights.sum() + sum(parameter.sum() for parameter in self.parameters())
+        return rows * nothing.to(rows.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {len(self._mine)} of them here, {self.parallel}"

@@ -4,24 +4,32 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import warnings
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
+from switchgear.parallel.channels import CHANNELS, open_channel
 from switchgear.parallel.cost import CHUNKS, Link
 from switchgear.parallel.header import digest
-from switchgear.parallel.peers import Peers
+from switchgear.parallel.membership import SLACK_SECONDS, Membership
+from switchgear.parallel.nodes import Nodes, NodesOption, node_label, nodes_of
+from switchgear.parallel.overflow import Overflow
+from switchgear.parallel.peers import Outside, Peers
 from switchgear.parallel.placement import Placement
 from switchgear.parallel.record import Record
-from switchgear.parallel.rendezvous import get
+from switchgear.parallel.rendezvous import Background, get, own_client
+from switchgear.parallel.wire import WIRES
 
 _alive: weakref.WeakSet[ExpertParallel] = weakref.WeakSet()
 _made: dict[str, int] = {}
@@ -53,6 +61,19 @@ class ExpertParallel:
             and output gradients, and get equal outputs and input gradients.
         host: the address of this machine on which it listens for the other ranks, if automatic detection is wrong.
         link: speed of the connections, for choosing the number of chunks.
+        nodes: which ranks share a node: "auto", those of one machine; a number of consecutive ranks; or the ranks of
+            each node. With several nodes of several ranks, a token is sent once to each node, and its results are
+            summed there before they return. None: once to each rank.
+        wire: of rows on their way: "exact"; "fp8", 8 bits with a scale per row (wire.py states the error); or
+            "fp8_dispatch", the rows to the experts only.
+        capacity: rows that a rank sends to each rank, filled up with zeros, so that no host waits for sizes and shapes
+            are static, for torch.compile and CUDA graphs (static.py). Not beside invariant, tp_group, copies of
+            experts, a wire that is not exact, and chunks; nodes are then not told apart.
+        overflow: what happens to a token that does not fit: "raise" an error, or "drop" its choices on that rank.
+            `overflow.count()` tells how many did not.
+        name: of this group, for processes that join it. No two groups of a store may have the same.
+        outside: this process is not in the group of this name, but joins it by switchgear.parallel.join.
+        store: where the group of this name is found. If None, that of torch.distributed, or else of torchrun.
 
     Raises:
         ExpertParallelError: a rank did not connect, or left; see there. The object is then unusable.
@@ -75,6 +96,13 @@ class ExpertParallel:
         tp_group: dist.ProcessGroup | Sequence[int] | None = None,
         host: str | None = None,
         link: Link | None = None,
+        nodes: NodesOption = "auto",
+        wire: str = "exact",
+        capacity: int | None = None,
+        overflow: str = "raise",
+        name: str | None = None,
+        outside: bool = False,
+        store: Any = None,
     ) -> None:
         if num_chunks is not None and num_chunks not in CHUNKS:
             raise ValueError(f"num_chunks: expected one of {', '.join(map(str, CHUNKS))}, got {num_chunks}")
@@ -84,56 +112,152 @@ class ExpertParallel:
             raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
         if device_transport not in ("group", "peer_memory"):
             raise ValueError(f"device_transport: expected group or peer_memory, got {device_transport!r}")
+        if wire not in WIRES:
+            raise ValueError(f"wire: expected one of {', '.join(WIRES)}, got {wire!r}")
+        if capacity is not None and not (isinstance(capacity, int) and capacity > 0):
+            raise ValueError(f"capacity: expected a positive number of rows, got {capacity}")
+        if overflow not in ("raise", "drop"):
+            raise ValueError(f"overflow: expected raise or drop, got {overflow!r}")
+        others = {"invariant": invariant, "tp_group": tp_group is not None, "wire": wire != "exact",
+                  "num_chunks": (num_chunks or 1) > 1}  # fmt: skip
+        if capacity is not None and (beside := [name for name, given in others.items() if given]):
+            raise ValueError(f"capacity: expected None beside {', '.join(beside)}, got {capacity}")
+        self.capacity, self.overflow = capacity, Overflow(capacity, overflow)
         self.timeout, self.num_chunks, self.invariant = timeout, num_chunks, invariant
+        self.wire, self._nodes_option = wire, nodes
+        self._network: transports.Network | None = None
+        self._node: str | None = None  # the label of this rank's, also after it moved to another group
         self.average_gradients, self.link = average_gradients, link or Link()
         self.record = Record()
         self.group = None if isinstance(group, Sequence) else group
-        self._num_layers = 0
-        store: Any = None
+        self._num_layers, self._placement = 0, None if outside else placement
+        self._transport, self._device_transport, self._host = transport, device_transport, host
+        self._transports: dict[str, transports.Transport] = {}
+        self.default_backend = ""  # of torch.distributed's default group, if it has the same ranks
+        if outside:
+            self._stay_outside(name, store)
+            return
         ranks = [0]
         if group is None and not dist.is_initialized():
-            self.rank, self.size = 0, 1
-            store = HashStore()
+            rank, size, store = 0, 1, HashStore() if store is None else store
         else:
             ranks = _ranks_of(group)
             if dist.get_rank() not in ranks:
                 raise ValueError(f"group: expected one with this process (rank {dist.get_rank()}), got ranks {ranks}")
-            self.rank, self.size = ranks.index(dist.get_rank()), len(ranks)
-            store = _store_of(ranks)
-        if placement is not None and placement.num_ranks != self.size:
-            raise ValueError(f"placement: expected {self.size} ranks, got {placement.num_ranks}")
-        self._placement = placement
-        self._transports: dict[str, transports.Transport] = {}
-        self._device_transport, self._device_store = device_transport, PrefixStore("devices", store)
-        self.peers = Peers(self.rank, self.size, PrefixStore("peers", store), timeout, host)
+            rank, size = ranks.index(dist.get_rank()), len(ranks)
+            store = _store_of(ranks, name, store)
+            if size == dist.get_world_size():
+                self.default_backend = str(dist.get_backend())
+        if placement is not None and placement.num_ranks != size:
+            raise ValueError(f"placement: expected {size} ranks, got {placement.num_ranks}")
+        self.membership = Membership(PrefixStore("members", store), size, rank)
+        self._ids = self.membership.generation.ids
+        self._connect(rank, size, store, ranks, tp_group)
+        _alive.add(self)
+
+    def _connect(
+        self, rank: int, size: int, store: Any, ranks: list[int], tp_group: Any = None,
+        lost: Callable[[], int] = lambda: -1,
+    ) -> None:  # fmt: skip
+        self.rank, self.size = rank, size
+        self._transports = {}
+        self._device_store, self._channel_store = PrefixStore("devices", store), PrefixStore("channels", store)
+        self.peers: Peers = Peers(rank, size, PrefixStore("peers", store), self.timeout, self._host, lost)
         self.peers.on_failure.append(self._abort)
         try:
             self.twins = self._find_twins(ranks, tp_group, PrefixStore("tokens", store))
-            self.own_twins = next(twins for twins in self.twins if self.rank in twins)
-            self.sharing_digest = digest(self.twins)
-            if self.size > 1:
-                self._transports["cpu"] = TRANSPORTS[transport](self, PrefixStore("data", store))
+            self.own_twins = next(twins for twins in self.twins if rank in twins)
+            self.sharing_digest = digest((self.twins, self.nodes.node_of, repr(self._nodes_option)))
+            if size > 1:
+                self._transports["cpu"] = TRANSPORTS[self._transport](self, PrefixStore("data", store))
             self.peers.constructed()
         except BaseException:
             self.close()
             raise
+
+    def _stay_outside(self, name: str | None, store: Any) -> None:
+        """As a rank without experts, until it joins."""
+        if not name:
+            raise ValueError("name: expected that of the group to join, got none")
+        self.rank, self.size = 1, 2
+        self.peers, self._ids = cast(Peers, Outside()), ()
+        self.twins, self.own_twins = ((0,), (1,)), (1,)
+        self.nodes, self.levels = Nodes((0, 0)), 1
+        self.sharing_digest = 0
+        self.membership = Membership(PrefixStore("members", _named_store(name, store)), 0, None)
+
+    def move(self) -> None:
+        """Connects to the ranks of the generation that `membership` has agreed on, and then leaves the old ones.
+        Nothing changes if it fails, but the generation is then lost."""
+        generation = self.membership.generation
+        new = object.__new__(ExpertParallel)
+        new.__dict__.update(self.__dict__)
+        size = len(generation.members)
+        store = PrefixStore(f"generation/{generation.number}/group", self.membership.store)
+
+        def lost() -> int:  # the old connections may tell
+            gone = [self._ids[rank] for rank in self.peers.gone(with_left=False)]
+            return next((generation.ids.index(id) for id in gone if id in generation.ids), -1)
+
+        new._connect(self.membership.rank(), size, store, list(range(size)), lost=lost)
+        peers, old = self.peers, self._transports
+        self.__dict__.update(new.__dict__, _placement=None, _ids=generation.ids)
+        _leave(peers, old)
         _alive.add(self)
 
+    def renew_default_group(self, backend: str) -> None:
+        """Replaces torch.distributed's default group by one of the ranks of today. Collective."""
+        number, rank, size = self.membership.generation.number, self.rank, self.size
+        store = PrefixStore(f"generation/{number}/default", self.membership.store)
+
+        def renew() -> None:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            _made.clear()  # processes that have joined count from 0 too
+            dist.distributed_c10d._world.group_count = 0  # names groups; an attempt that failed has counted
+            seconds = timedelta(seconds=self.timeout)
+            dist.init_process_group(backend, store=own_client(store), rank=rank, world_size=size, timeout=seconds)
+
+        work = Background(renew)
+        try:
+            self.peers.wait(work)
+        except BaseException:
+            with contextlib.suppress(RuntimeError, ValueError):
+                work.wait_for(self.timeout + SLACK_SECONDS)  # it cannot be interrupted, and must not set a group later
+            raise
+        self.group, self.default_backend = None, backend
+
+    def leave(self) -> None:
+        """Becomes a process outside."""
+        _leave(self.peers, self._transports)
+        self.rank, self.size, self.peers, self._transports, self._ids = 1, 2, cast(Peers, Outside()), {}, ()
+        self.membership.leave()
+
+    def gone(self) -> set[int]:
+        """Ids of members that are known to be lost. Of an older generation, whoever has left may have moved on."""
+        is_latest = self._ids == self.membership.generation.ids
+        return {self._ids[rank] for rank in self.peers.gone(with_left=is_latest)}
+
     def _find_twins(self, ranks: list[int], tp_group: Any, store: Any) -> tuple[tuple[int, ...], ...]:
-        """All sets of ranks (in the group) that hold the same tokens."""
+        """All sets of ranks (in the group) that hold the same tokens. Also finds the nodes."""
         own = [self.rank]
         if tp_group is not None:
             twins = _ranks_of(tp_group)
             if not set(twins) <= set(ranks) or dist.get_rank() not in twins:
                 raise ValueError(f"tp_group: expected ranks of {ranks}, this one too, got {twins}")
             own = sorted(ranks.index(rank) for rank in twins)
+        if self._node is None:
+            self._node = node_label(self._nodes_option, self.rank, self.peers.hosts)
         is_over = self.peers.is_over()
 
-        def share() -> list[tuple[int, ...]]:
-            store.set(f"twins/{self.rank}", json.dumps(own))
-            return [tuple(json.loads(get(store, f"twins/{rank}", is_over))) for rank in range(self.size)]
+        def share() -> list[list[Any]]:
+            store.set(f"twins/{self.rank}", json.dumps([own, self._node]))
+            return [json.loads(get(store, f"twins/{rank}", is_over)) for rank in range(self.size)]
 
-        found = self.peers.run(share)
+        shared = self.peers.run(share)
+        found = [tuple(twins) for twins, _ in shared]
+        self.nodes = nodes_of([node for _, node in shared])
+        self.levels = 2 if self.nodes.has_levels and self.capacity is None else 1
         if any(found[rank] != found[twins[0]] for twins in found for rank in twins):
             self.peers.finish()
             raise ValueError(f"tp_group: expected the same ranks on each of them, got {found}")
@@ -143,6 +267,8 @@ class ExpertParallel:
         """The placement for a layer with this many experts."""
         if self._placement is not None and self._placement.num_experts == num_experts:
             return self._placement
+        if not self._ids:  # outside: none here
+            return Placement(num_experts, (tuple(range(num_experts)), ()))
         return Placement.contiguous(num_experts, self.size)
 
     def next_layer(self) -> int:
@@ -150,16 +276,29 @@ class ExpertParallel:
         self._num_layers += 1
         return self._num_layers - 1
 
-    def transport_for(self, device: torch.device) -> transports.Transport:
-        """What moves rows between ranks for tensors on `device`, connected at the first call."""
-        if device.type not in self._transports:
+    @property
+    def num_stops(self) -> int:
+        """The number of nodes if a token is sent once to each, or else of ranks."""
+        return len(self.nodes.members) if self.levels == 2 else self.size
+
+    def transport_for(self, device: torch.device, channel: str = "") -> transports.Transport:
+        """What moves rows between ranks for tensors on `device`, connected at the first call: of all ranks, or of a
+        channel of a two-level exchange (channels.py)."""
+        if channel and f"{device.type} {channel}" not in self._transports:
+            store = PrefixStore(device.type, self._channel_store)
+            made = self.peers.run(lambda: {c: open_channel(self, device, c, store) for c in CHANNELS})
+            for name, transport in made.items():
+                self._transports[f"{device.type} {name}"] = self._throttled(transport)
+        if not channel and device.type not in self._transports:
             if self._device_transport == "peer_memory":
                 self._check_one_machine("device_transport", "group")
                 there = peer_memory.CudaDevice(device)
                 self._transports[device.type] = self.peers.run(lambda: self._map_peers(there))
+            elif self.membership.generation.number and not self.default_backend:
+                raise ValueError("device_transport: expected a default group of the same ranks, got others")
             else:
                 self._transports[device.type] = transports.GroupTransport(self.group)
-        return self._transports[device.type]
+        return self._transports[f"{device.type} {channel}" if channel else device.type]
 
     def _map_peers(self, device: peer_memory.CudaDevice) -> transports.Transport:
         is_over = self.peers.is_over()
@@ -171,18 +310,21 @@ class ExpertParallel:
         if machines > 1:
             raise ValueError(f"{name}: expected {others}, ranks are on {machines} machines")
 
-    def throttle(self, bandwidth: float, latency: float = 0.0) -> None:
-        """Limits this rank's transfers to a link of `bandwidth` bytes/s, for measurements on one machine."""
+    def throttle(self, bandwidth: float, latency: float = 0.0, near_bandwidth: float | None = None) -> None:
+        """Limits this rank's transfers to a link of `bandwidth` bytes/s, and those within its node to another one of
+        near_bandwidth if given: for measurements on one machine."""
+        near = [node == self.nodes.node_of[self.rank] for node in self.nodes.node_of]
+        self._network = transports.Network(near, bandwidth, near_bandwidth, latency)
         for device, transport in self._transports.items():
             below = transport.below if isinstance(transport, transports.ThrottledTransport) else transport
-            self._transports[device] = transports.ThrottledTransport(below, self.rank, bandwidth, latency)
+            self._transports[device] = self._throttled(below)
+
+    def _throttled(self, transport: transports.Transport) -> transports.Transport:
+        return transports.ThrottledTransport(transport, self.rank, self._network) if self._network else transport
 
     def close(self) -> None:
         """Leaves the group: closes connections, ends threads. Ranks that need this one raise ExpertParallelError."""
-        self.peers.close()
-        for transport in self._transports.values():
-            transport.close()
-        self._transports.clear()
+        _leave(self.peers, self._transports)
         _alive.discard(self)
 
     def __enter__(self) -> ExpertParallel:
@@ -198,7 +340,8 @@ class ExpertParallel:
         raise TypeError("ExpertParallel: expected a state dict to be saved, not the module: connections cannot be")
 
     def __repr__(self) -> str:
-        return f"ExpertParallel(rank {self.rank} of {self.size})"
+        where = f"rank {self.rank} of {self.size}" if self._ids else "outside"
+        return f"ExpertParallel({where})"
 
     def _abort(self) -> None:
         for transport in list(self._transports.values()):
@@ -253,12 +396,33 @@ def _ranks_of(group: Any) -> list[int]:
     return list(group) if isinstance(group, Sequence) else dist.get_process_group_ranks(group)
 
 
-def _store_of(ranks: list[int]) -> Any:
-    """A part of torch.distributed's store for the n-th ExpertParallel of these ranks."""
-    name = "switchgear/" + ",".join(map(str, ranks))
-    _made[name] = number = _made.get(name, -1) + 1
-    store = dist.distributed_c10d._get_default_store()
-    return PrefixStore(f"{name}/{number}", store)
+def _store_of(ranks: list[int], name: str | None, store: Any) -> Any:
+    """A part of torch.distributed's store for a group of this name, or else the n-th one of these ranks."""
+    key = name or ",".join(map(str, ranks))
+    _made[key] = number = _made.get(key, -1) + 1
+    if not name:
+        return PrefixStore(f"switchgear/{key}/{number}", dist.distributed_c10d._get_default_store())
+    if number:
+        raise ValueError(f"name: expected one that no earlier ExpertParallel had, got {name!r}")
+    return _named_store(name, store)
+
+
+def _named_store(name: str, store: Any) -> Any:
+    """The same for members and for processes outside, which do not know the prefixes that torch adds to its store."""
+    if store is None and dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+    elif store is None:
+        store = next(rendezvous("env://"))[0]
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return PrefixStore(f"switchgear/named/{name}", store)
+
+
+def _leave(peers: Peers, connections: dict[str, transports.Transport]) -> None:
+    peers.close()
+    for transport in connections.values():
+        transport.close()
+    connections.clear()
 
 
 @atexit.register

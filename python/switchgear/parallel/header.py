@@ -18,7 +18,7 @@ from torch import Tensor
 from switchgear.parallel.errors import Failure
 from switchgear.parallel.layout import PIECES
 
-MAGIC = 0x73774570_0001  # with the version of this format
+MAGIC = 0x73774570_0002  # with the version of this format
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -39,6 +39,9 @@ class Terms(NamedTuple):
     gradients: int  # bits: which gradients are needed; -1: none are recorded
     invariant: int
     num_chunks: int  # 0: automatic
+    levels: int
+    wire: int  # the format of rows on the way
+    capacity: int  # rows per pair of ranks; 0: any number
 
 
 def digest(value: object) -> int:
@@ -58,22 +61,28 @@ def _show(name: str, value: int) -> str:
 class Sizes(NamedTuple):
     num_tokens: int  # of the sender, to choose the number of chunks; equal on ranks that hold the same tokens
     pairs: int
-    rows: list[int]  # [PIECES]
+    rows: list[int]  # [PIECES] for the receiver's experts
+    relayed: list[int] = [0] * PIECES  # that the receiver gets to pass on within its node, its own included
 
 
 NUM_TERMS = len(Terms._fields)
-LENGTH = NUM_TERMS + 2 + PIECES
+LENGTH = NUM_TERMS + 2 + 2 * PIECES
 
 
-def encode(terms: Terms, num_tokens: int, pairs: Sequence[int], rows: Sequence[Sequence[int]]) -> Tensor:
-    """[W, LENGTH] int64; pairs [W] and rows [PIECES][W] are per destination rank."""
-    return torch.tensor([[*terms, num_tokens, pairs[r], *(piece[r] for piece in rows)] for r in range(len(pairs))])
+def encode(
+    terms: Terms, num_tokens: int, pairs: Sequence[int], rows: Sequence[Sequence[int]],
+    relayed: Sequence[Sequence[int]] | None = None,
+) -> Tensor:  # fmt: skip
+    """[W, LENGTH] int64; pairs [W], rows [PIECES][W] and relayed [PIECES][W] are per destination rank."""
+    pieces = [*rows, *(relayed or [[0] * len(pairs)] * PIECES)]
+    return torch.tensor([[*terms, num_tokens, pairs[r], *(piece[r] for piece in pieces)] for r in range(len(pairs))])
 
 
 def decode(received: Tensor) -> tuple[list[Terms], list[Sizes]]:
     lines = received.tolist()
     terms = [Terms(*line[:NUM_TERMS]) for line in lines]
-    return terms, [Sizes(line[NUM_TERMS], line[NUM_TERMS + 1], line[NUM_TERMS + 2 :]) for line in lines]
+    sizes = [line[NUM_TERMS:] for line in lines]
+    return terms, [Sizes(size[0], size[1], size[2 : 2 + PIECES], size[2 + PIECES :]) for size in sizes]
 
 
 def disagreement(terms: Sequence[Terms]) -> Failure | None:
@@ -109,7 +118,8 @@ def impossible_sizes(terms: Sequence[Terms], sizes: Sequence[Sizes]) -> Failure 
     before it allocates memory for them."""
     for rank, (term, size) in enumerate(zip(terms, sizes, strict=True)):
         rows = sum(size.rows)
-        if min(*size.rows, size.pairs) < 0 or rows > size.num_tokens or not rows <= size.pairs <= rows * term.top_k:
+        wrong = min(*size.rows, *size.relayed, size.pairs) < 0 or sum(size.relayed) > size.num_tokens
+        if wrong or rows > size.num_tokens or not rows <= size.pairs <= rows * term.top_k:
             reason = f"sizes: expected rows of {size.num_tokens} tokens, got {rows} with {size.pairs} choices"
             phase = "backward agree" if term.backward else "agree"
             return Failure(rank, "disagrees", phase, term.exchange, reason)

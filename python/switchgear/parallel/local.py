@@ -11,7 +11,7 @@ order of the tokens of all ranks, for any number of chunks: one process with all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,24 +72,35 @@ def sum_rows(rows: Tensor, table: Tensor, weights: Tensor | None) -> Tensor:
     return total.to(rows.dtype)
 
 
-def forward(x: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: GluOptions, each: bool) -> Any:
-    """x [R,H] -> the rows to return, and h [P,N]. each: one unweighted row per pair."""
+def nothing() -> None:
+    pass
+
+
+def forward(
+    x: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: GluOptions, each: bool,
+    between: Callable[[], None] = nothing,
+) -> Any:  # fmt: skip
+    """x [R,H] -> the rows to return, and h [P,N]. each: one unweighted row per pair. between: called between
+    products."""
     if not len(x):
         return x, x.new_empty(0, weights.gate_up_proj.shape[1])
     h = ops.grouped_gemm(x, [weights.gate_up_proj], (), weights.gate_up_bias, chunk.offsets, chunk.slot_rows)
+    between()
     y = ops.grouped_gemm(ops.glu(h, *options), [weights.down_proj], (), weights.down_bias, chunk.offsets, None)
     return _returned(y, chunk, None if each else pair_weights[chunk.row_pairs], each), h
 
 
 def backward(
-    grad_y: Tensor, h: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: GluOptions, each: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_y: Tensor, h: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: GluOptions, each: bool,
+    between: Callable[[], None] = nothing,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """grad_y [R,H] -> the rows of grad_x to return, gradients [P] of the topk_weights, and dh [P,N] and w·a [P,I] for
     `wgrad`."""
     if not len(grad_y):
         return grad_y, pair_weights[:0], h, grad_y.new_empty(0, weights.down_proj.shape[2])
     a = ops.glu(h, *options)
     g = ops.grouped_gemm(grad_y, [weights.down_proj.mT], (), None, chunk.offsets, chunk.slot_rows, False, True)
+    between()
     grad_weights = dot_rows(g, a)
     if weights.down_bias is not None:
         expert = torch.repeat_interleave(chunk.offsets.diff())
@@ -105,8 +116,9 @@ class Backward:
 
     def __init__(
         self, x: Tensor, hs: Sequence[Tensor], grad_y: Tensor, receiving: Receiving, pair_weights: Tensor,
-        weights: Weights, options: GluOptions, each: bool,
+        weights: Weights, options: GluOptions, each: bool, between: Callable[[], None] = nothing,
     ) -> None:  # fmt: skip
+        self._between = between
         self._x, self._hs, self._grad_y, self._receiving, self._each = x, hs, grad_y, receiving, each
         self._pair_weights, self._weights, self._options = pair_weights, weights, options
         num_pairs = len(receiving.slot_pairs)
@@ -116,8 +128,9 @@ class Backward:
     def chunk(self, c: int, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of grad_x to return; pairs, and the gradients of their topk_weights."""
         returned, grad_slots, grad_h, weighted_a = backward(
-            self._grad_y[chunk.rows], self._hs[c], chunk, self._pair_weights, self._weights, self._options, self._each
-        )
+            self._grad_y[chunk.rows], self._hs[c], chunk, self._pair_weights, self._weights, self._options, self._each,
+            self._between,
+        )  # fmt: skip
         self._grad_h[chunk.all_slots], self._weighted_a[chunk.all_slots] = grad_h, weighted_a
         return returned, chunk.slot_pairs, grad_slots
 

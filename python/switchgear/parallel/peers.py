@@ -32,14 +32,14 @@ from typing import Any, Protocol, TypeVar
 
 from switchgear.parallel import segments
 from switchgear.parallel.connect import Mesh, connect
-from switchgear.parallel.errors import PHASES, ExpertParallelError, Failure
+from switchgear.parallel.errors import MORE_PHASES, PHASES, ExpertParallelError, Failure
 from switchgear.parallel.rendezvous import Background, get
 
 POLL_SECONDS = 0.02  # between checks of the control connections while waiting for data
 PING_SECONDS = 0.15  # within which a process that is not stopped answers
 COORDINATOR_SECONDS = 0.35  # within which a coordinator decides: a ping and some slack
 CONNECT, BETWEEN = "connect", "between layers"
-_PHASES = (CONNECT, BETWEEN, *PHASES)
+_PHASES = (CONNECT, BETWEEN, *PHASES, *MORE_PHASES)
 _ENTRY = struct.Struct("<qq")  # of the board: step and phase number
 _LONGEST_REASON = 1000  # characters; a message must fit into the buffer of a socket
 _LONGEST_MESSAGE = 1 << 16
@@ -56,8 +56,12 @@ class Waitable(Protocol):
 class Peers:
     """The control connections of one rank of a group."""
 
-    def __init__(self, rank: int, size: int, store: Any, timeout: float, host: str | None = None) -> None:
-        """store: a torch.distributed.Store of this group only, for the addresses; not used afterwards.
+    def __init__(
+        self, rank: int, size: int, store: Any, timeout: float, host: str | None = None,
+        lost: Callable[[], int] = lambda: -1,
+    ) -> None:  # fmt: skip
+        """store: a torch.distributed.Store of this group only, for the addresses; not used afterwards. lost: a rank
+        that is known to be gone while the group connects; -1 for none.
 
         The group is then connected, but under construction until `constructed`: whatever is left to set up goes through
         `run`, which fails at the timeout that began here.
@@ -79,7 +83,7 @@ class Peers:
         self._board = _Board(rank, size)
         self._closed = False
         try:
-            mesh = self._connect(store, host)
+            mesh = self._connect(store, host, lost)
         except BaseException:
             self._board.close()
             raise
@@ -101,7 +105,7 @@ class Peers:
 
     # ---- construction ------------------------------------------------------------------------------------------------
 
-    def _connect(self, store: Any, host: str | None) -> Mesh:
+    def _connect(self, store: Any, host: str | None, lost: Callable[[], int]) -> Mesh:
         """Connects to all ranks. Eager, so that a rank that never connects raises here, within the timeout."""
         mesh = Mesh()
         deadline = time.monotonic() + self._remaining()
@@ -109,9 +113,16 @@ class Peers:
             lambda: connect(mesh, self.rank, self.size, store, host, deadline, self._board.address), Mesh.close
         )
         cause: Exception | None = None
+        late = time.monotonic() + self._remaining() + PING_SECONDS  # longer than each step in it
         try:
-            if work.wait_for(self._remaining() + PING_SECONDS):  # longer than each step in it
-                return work.result
+            while time.monotonic() < late:
+                if work.wait_for(POLL_SECONDS):
+                    return work.result
+                if (rank := lost()) >= 0:
+                    work.give_up()
+                    raise ExpertParallelError(Failure(rank, "died", CONNECT, 0))
+        except ExpertParallelError:
+            raise
         except (OSError, RuntimeError) as error:  # from sockets and stores
             cause = error
         except BaseException:
@@ -239,6 +250,11 @@ class Peers:
                 COORDINATOR_SECONDS
             ):
                 silent.add(coordinator)
+
+    def gone(self, with_left: bool = True) -> set[int]:
+        """Ranks that are known to be lost, or to have left."""
+        failed = set() if self.failure is None else {self.failure.rank}
+        return (self._dead | failed | (set(self._left) if with_left else set())) - {self.rank}
 
     def close(self) -> None:
         """Sends a goodbye. Ranks that still need this one fail; the others continue."""
@@ -378,6 +394,21 @@ class Peers:
 
     def _in_background(self, function: Callable[[Failure], None], failure: Failure) -> None:
         threading.Thread(target=function, args=(failure,), name="switchgear-verdict", daemon=True).start()
+
+
+class Outside:
+    """Stands for the Peers of a process that is in no group."""
+
+    def check(self, *_: object) -> None:
+        raise ValueError("parallel: expected a process that has joined (switchgear.parallel.join), got one outside")
+
+    exchange = enter = run = check
+
+    def gone(self, with_left: bool = True) -> set[int]:
+        return set()
+
+    def close(self) -> None:
+        pass
 
 
 def _watch(reference: weakref.ref[Peers], sockets: dict[int, socket.socket], woken: socket.socket) -> None:

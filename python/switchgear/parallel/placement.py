@@ -62,15 +62,16 @@ class Placement:
         """The experts with more than one rank."""
         return tuple(expert for expert, ranks in enumerate(self.owners) if len(ranks) > 1)
 
-    def routes(self, source: int) -> tuple[Tensor, Tensor]:
+    def routes(self, source: int, near: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """For tokens of rank `source`: the rank [E] where each expert is used, and its local number there [E].
 
-        For a replicated expert this is the own copy, or else one that depends only on `source`. So sources spread over
-        the copies, and a token's route does not depend on its batch.
+        For a replicated expert this is the own copy, or else one of a rank in `near` (those of the node), if any, that
+        depends only on `source`. So sources spread over the copies, and a token's route does not depend on its batch.
         """
         chosen = []
         for ranks in self.owners:
-            chosen.append(source if source in ranks else ranks[source % len(ranks)])
+            close = [rank for rank in ranks if rank in near] or ranks
+            chosen.append(source if source in ranks else close[source % len(close)])
         local = [self.experts_of_rank[rank].index(expert) for expert, rank in enumerate(chosen)]
         return torch.tensor(chosen), torch.tensor(local)
 
@@ -153,6 +154,33 @@ def place_experts(
             best = min(free, key=lambda r: (totals[r] + (beside[r] if beside else 0.0), r))
             ranks[best].add(expert)
             totals[best] += loads[expert] / copies[expert]
+    return Placement(num_experts, tuple(tuple(sorted(experts)) for experts in ranks))
+
+
+def keep_experts(holders: Sequence[Sequence[int]], num_experts: int, num_replicas: int = 0) -> Placement:
+    """A placement that moves few experts: holders[r] are those that rank r has today. At most
+    ⌈(E + num_replicas) / ranks⌉ are on a rank. Copies that exist stay as far as num_replicas allows, and further ones
+    go to the experts with the fewest. An expert that nobody has is placed too. Deterministic."""
+    num_ranks = len(holders)
+    held = [[rank for rank in range(num_ranks) if expert in holders[rank]] for expert in range(num_experts)]
+    num_copies = min(num_experts + num_replicas, num_experts * num_ranks)
+    copies = [1] * num_experts
+    for _ in range(num_copies - num_experts):
+        candidates = [e for e in range(num_experts) if copies[e] < num_ranks]
+        copies[min(candidates, key=lambda e: (copies[e], copies[e] >= len(held[e]), e))] += 1
+    room = -(-num_copies // num_ranks)
+    ranks: list[set[int]] = [set() for _ in range(num_ranks)]
+    for expert in sorted(range(num_experts), key=lambda e: (len(held[e]) - copies[e], e)):
+        stay = sorted((len(ranks[r]), r) for r in held[expert] if len(ranks[r]) < room)
+        for _, rank in stay[: copies[expert]]:
+            ranks[rank].add(expert)
+    ones = [1.0] * num_experts
+    for expert in sorted(range(num_experts), key=lambda e: (-copies[e], e)):
+        while sum(expert in kept for kept in ranks) < copies[expert]:
+            free = [r for r in range(num_ranks) if len(ranks[r]) < room and expert not in ranks[r]]
+            if not free:
+                free = [_make_room(ranks, [0.0] * num_ranks, ones, [1] * num_experts, expert, room)]
+            ranks[min(free, key=lambda r: (len(ranks[r]), r))].add(expert)
     return Placement(num_experts, tuple(tuple(sorted(experts)) for experts in ranks))
 
 

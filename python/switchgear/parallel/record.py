@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 class Event(NamedTuple):
     """An interval of the timeline, in seconds of time.monotonic()."""
 
-    lane: str  # "link" or "experts"
+    lane: str  # "link", "near" (within a node, with two levels) or "experts"
     name: str
     begin: float
     end: float
@@ -21,14 +21,17 @@ class Event(NamedTuple):
 
 @dataclass
 class Record:
-    """What an exchange did: bytes sent to other ranks by kind, seconds spent waiting, and events if requested."""
+    """What an exchange did: bytes sent to other ranks by kind, and those of them that went to another node, seconds
+    spent waiting, and events if requested."""
 
     bytes: Counter[str] = field(default_factory=Counter)
+    between_nodes: Counter[str] = field(default_factory=Counter)
     waited: float = 0.0
     events: list[Event] | None = None
 
     def clear(self) -> None:
         self.bytes.clear()
+        self.between_nodes.clear()
         self.waited = 0.0
         if self.events is not None:
             self.events = []

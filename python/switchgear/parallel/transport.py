@@ -71,7 +71,9 @@ class _TorchWork:
         self._on_cpu = all(map(on_cpu, tensors))
 
     def wait_for(self, seconds: float) -> bool:
-        if not self._on_cpu:  # NCCL's wait blocks the stream, not the host, which would miss failures
+        # NCCL's wait blocks the stream, not the host, which would miss failures. Gloo's counts milliseconds, and 0 of
+        # them mean no limit.
+        if not self._on_cpu or seconds < 2e-3:
             if not poll(self._work.is_completed, seconds):
                 return False
         elif not self._work.is_completed():
@@ -83,6 +85,10 @@ class _TorchWork:
         self._work.wait()
         self._tensors = ()
         return True
+
+    def join(self) -> None:
+        """The current stream waits, not the host."""
+        self._work.wait()
 
 
 class GlooTransport:
@@ -147,24 +153,67 @@ class GroupTransport:
         pass
 
 
-class ThrottledTransport:
-    """Wraps another transport in a link of a given speed, for measurements on one machine.
+class BackendTransport:
+    """A backend of torch.distributed that belongs to this object alone: NCCL between the ranks of a sub-group."""
 
-    Each rank has one full-duplex link that serialises its transfers. A transfer is done when the underlying transport
-    is, but not before latency + bytes / bandwidth after the link became free. Waiting costs no processor time, as with
-    a network card. A rank's rows for itself do not use the link.
+    def __init__(self, backend: Any) -> None:
+        self._backend, self._options = backend, dist.AllToAllOptions()
+
+    def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
+        work = self._backend.alltoall_base(output, input, list(output_rows), list(input_rows), self._options)
+        return _TorchWork(work, output, input)
+
+    def abort(self) -> None:
+        with contextlib.suppress(Exception):
+            self._backend.abort()
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self._backend.shutdown()
+
+
+class Network:
+    """A rank's links, for measurements on one machine: one to other nodes, and one to the ranks of its node."""
+
+    def __init__(self, near: Sequence[bool], bandwidth: float, near_bandwidth: float | None, latency: float) -> None:
+        """near[r]: whether rank r is on this node. near_bandwidth: None if all ranks share the one link."""
+        self._near, self._bandwidth, self._near_bandwidth, self._latency = near, bandwidth, near_bandwidth, latency
+        self._free_at = [0.0, 0.0]
+
+    def send(self, rank: int, output_rows: Sequence[int], input_rows: Sequence[int], row: int) -> tuple[float, float]:
+        """Begin and end of a transfer of rows of `row` bytes, which begins now or when the link is free."""
+        now = time.monotonic()
+        begin = end = now
+        for near, speed in ((True, self._near_bandwidth or self._bandwidth), (False, self._bandwidth)):
+            rows = max(
+                sum(count for r, count in enumerate(counts) if r != rank and self._is_near(r) == near)
+                for counts in (output_rows, input_rows)
+            )
+            if rows:
+                begin = max(now, self._free_at[near])
+                self._free_at[near] = begin + self._latency + rows * row / speed
+                end = max(end, self._free_at[near])
+        return begin, end
+
+    def _is_near(self, rank: int) -> bool:
+        return self._near_bandwidth is not None and self._near[rank]
+
+
+class ThrottledTransport:
+    """Wraps another transport in links of a given speed, for measurements on one machine.
+
+    Each rank has full-duplex links that serialise its transfers. A transfer is done when the underlying transport is,
+    but not before latency + bytes / bandwidth after its link became free. Waiting costs no processor time, as with a
+    network card. A rank's rows for itself do not use a link.
     """
 
-    def __init__(self, below: Transport, rank: int, bandwidth: float, latency: float = 0.0) -> None:
-        self.below, self._rank, self.bandwidth, self.latency = below, rank, bandwidth, latency
-        self._free_at = 0.0
+    def __init__(self, below: Transport, rank: int, network: Network) -> None:
+        self.below, self._rank, self._network = below, rank, network
 
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
         row_bytes = (input[0].numel() if len(input) else output[0].numel() if len(output) else 0) * input.element_size()
-        rows = max(sum(counts) - counts[self._rank] for counts in (output_rows, input_rows))
-        start = max(time.monotonic(), self._free_at)
-        self._free_at = start + self.latency + rows * row_bytes / self.bandwidth
-        return _ThrottledWork(self.below.all_to_all(output, input, output_rows, input_rows), start, self._free_at)
+        begin, end = self._network.send(self._rank, output_rows, input_rows, row_bytes)
+        return _ThrottledWork(self.below.all_to_all(output, input, output_rows, input_rows), begin, end)
 
     def abort(self) -> None:
         self.below.abort()

@@ -65,6 +65,7 @@ class SparsityAware(nn.Module):
     unverified).
 
     The MoE layer binds it to its experts. It reads their weights at each call, and gradients reach them. No parameters.
+    With distributed experts each rank computes mean and var of its own, and sends them to the others: 8·H bytes each.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class SparsityAware(nn.Module):
         with without_autocast(x.device.type):
             mean = weight.to(wide).mean(1)
             variance = weight.to(wide).var(1, correction=0)
+            if (gathered := getattr(self._experts[0], "gathered", None)) is not None:  # experts of other ranks
+                mean, variance = gathered(torch.stack((mean, variance), 1)).unbind(1)
             mu = gate(x.to(wide), mean)
             sigma = (gate(x.to(wide).square(), variance) + torch.finfo(wide).tiny).sqrt()
             silent: Tensor = torch.special.ndtr(-mu / sigma)

@@ -20,7 +20,7 @@ from switchgear.weights.integers import Int4, Int8
 from switchgear.weights.layout import FINDERS, HINTS, Layout, layout_of
 from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
 from switchgear.weights.module import stored_of, weights_of
-from switchgear.weights.pages import advise_huge_pages, use_huge_pages
+from switchgear.weights.pages import advise_huge_pages, interleave_nodes, use_huge_pages
 from switchgear.weights.panels import Panels
 from switchgear.weights.plain import Plain
 from switchgear.weights.store import Stored, encode, restore, store
@@ -46,6 +46,7 @@ __all__ = [
     "Weight",
     "advise_huge_pages",
     "encode",
+    "interleave_nodes",
     "layout_of",
     "restore",
     "store",

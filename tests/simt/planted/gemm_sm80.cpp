@@ -13,9 +13,9 @@ namespace {
 constexpr Alignment kAligned{.a = true, .b = true, .out = true, .h = true, .weighted_a = true};
 
 template <TileKind kKind>
-void multiply(bool gather) {
+void multiply(bool gather, int64_t first, int64_t second) {
   constexpr TileConfig kTile = kTiles[static_cast<int>(kKind)];
-  Product p(69, 30, 5, 130, 100);
+  Product p(first, second, 5, 130, 180);
   const auto before = simt::statistics().bank_conflicts;
   launch(gemm_kernel<MmaProduct<Bf16>, kKind, true>, 2, kTile.threads(), static_cast<size_t>(kTile.shared_bytes()),
          nullptr, p.gemm(gather), kAligned);
@@ -23,8 +23,13 @@ void multiply(bool gather) {
   CHECK(simt::statistics().bank_conflicts == before, simt::statistics().bank_conflicts - before, " bank conflicts");
 }
 TEST(tiles) {
-  multiply<TileKind::k64>(true);
-  multiply<TileKind::k64>(false);
+  multiply<TileKind::k64>(true, 69, 30);
+  multiply<TileKind::k64>(false, 69, 30);
+}
+
+TEST(tiles_stored_in_two_passes) {
+  static_assert(kTiles[static_cast<int>(TileKind::k128)].passes() == 2);
+  multiply<TileKind::k128>(true, 131, 30);
 }
 
 TEST(weight_gradient) {

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from kernels import ASAN, RACE, Mistake
+from kernels import ASAN, BOTH, RACE, Mistake
 
 
 def _of_stored(
@@ -30,6 +30,18 @@ def _of_sm90(
 ) -> Mistake:
     program = "simt_test_stored_sm90"
     return Mistake(f"stored sm_90: {name}", builds, header, before, after, f"csrc/cuda/{source}.cu", program, (test,))
+
+
+# The tile with twice the warps.
+def _of_warps(
+    name: str,
+    before: str,
+    after: str,
+    builds: tuple[str, ...] = ASAN,
+    header: str = "stored_gemm.cuh",
+    source: str = "stored_gemm_int4",
+) -> Mistake:
+    return _of_stored(f"warps: {name}", header, before, after, builds, source, "stored_bits_do_not_depend_on_warps")
 
 
 STORED = (
@@ -125,7 +137,7 @@ STORED = (
         "groups stay as short as the first", "stored_gemm.cuh", "if (ends) left = w.group_steps;", "if (ends) left = 1;"
     ),
     _of_stored(
-        "scales of the other eight columns", "stored_gemm.cuh", "j % 2 * 8 + at.lane % 4 * 2);", "at.lane % 4 * 2);"
+        "scales of the other eight columns", "stored_gemm.cuh", "row_of(j) + at.lane % 4 * 2);", "at.lane % 4 * 2);"
     ),
     _of_stored("a group's sums stay", "stored_gemm.cuh", "    clear_sums(part);\n", ""),
     _of_stored("scale of the first half group", "stored_gemm.cuh", "two_groups ? half : 0);", "0);"),
@@ -133,8 +145,25 @@ STORED = (
     _of_stored(
         "row scales of the other eight columns",
         "stored_gemm.cuh",
-        "* kStepRows + j % 2 * 8 + at.lane",
+        "* kStepRows + eight + at.lane",
         "* kStepRows + at.lane",
+    ),
+    _of_warps(
+        "codes of the other eight columns", "== 1 ? at.column % kStepRows : j % 2 * 8; }", "== 1 ? 0 : j % 2 * 8; }"
+    ),
+    _of_warps(
+        "row scales of the other warp",
+        "eight = Tile::kMmaColumns == 1 ? at.column % kStepRows",
+        "eight = Tile::kMmaColumns == 1 ? 0",
+    ),
+    _of_warps("steps behind a stage are copied", "own < Tile::kStageSteps;", "true;", BOTH),
+    _of_warps("half of the steps are copied", "own < Tile::kStageSteps;", "own < Tile::kStageSteps / 2;"),
+    _of_warps(
+        "the adapter's other eight columns",
+        "    if (kHalf && at.column % 16 != 0) b[j][0] = b[j][2], b[j][1] = b[j][3];\n",
+        "",
+        header="gemm_sm80.cuh",
+        source="stored_gemm_fp8",
     ),
     _of_stored(
         "scales of the first block of activations", "stored_gemm.cuh", "w.x_blocks == 1 ? 0 : next >> w.x_shift", "0"

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Docstrings are plain text. In the site, aligned lines keep their columns, and <name> is not taken for HTML."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from griffe import Extension, Object
+
+_PLACEHOLDER = re.compile(r"(`[^`]*`)|<([\w/]+)>")
+_ALIGNED = re.compile(r"\S {2,}\S|^[\w/]+\.py ", re.MULTILINE)
+
+
+def markdown(docstring: str) -> str:
+    """The docstring with aligned paragraphs as blocks of text, and placeholders escaped elsewhere."""
+    paragraphs = []
+    for paragraph in docstring.split("\n\n"):
+        if _ALIGNED.search(paragraph) and not paragraph.startswith((" ", "Args:", "Returns:", "Raises:")):
+            paragraphs.append(f"```text\n{paragraph}\n```")
+        else:
+            paragraphs.append(_PLACEHOLDER.sub(lambda m: m.group(1) or f"&lt;{m.group(2)}&gt;", paragraph))
+    return "\n\n".join(paragraphs)
+
+
+class Docstrings(Extension):
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = markdown(obj.docstring.value)

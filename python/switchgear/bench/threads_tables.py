@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear bench --threads-model`: layers of real models on 2 to 128 threads and 1 to 8 memory nodes, predicted from
+their recorded tasks (threads_model.py), and on two threads beside the measurement."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+import switchgear
+from switchgear import _C
+from switchgear.weights import Weight
+
+from ..common import choose, console, markdown_table, require, table
+from ..common import threads as threads_of
+from ..common.processes import Child
+from .case import DECODE_TOKENS, FORMATS, ROUTINGS, Inputs, call_of, make_case, make_weights
+from .markdown import write_blocks
+from .results import Row, check_same_machine, read_json, write_json
+from .shapes import SHAPES, Shape
+from .threads_model import LOSSES, MACHINES, as_row, fork_seconds, machine, measured, predict, record
+
+SCHEMA = "switchgear-threads-model/1"
+MODEL_SHAPES = {
+    "olmoe": SHAPES["olmoe"],
+    "qwen3-30b-a3b": SHAPES["qwen3-30b-a3b"],
+    "mixtral-8x7b": Shape(4096, 14336, 8, 2, "Mixtral-8x7B"),
+    "gpt-oss-20b": SHAPES["gpt-oss-20b"],
+    "deepseek-v3": Shape(7168, 2048, 256, 8, "DeepSeek-V3, without its shared expert"),
+}
+TOKENS = {"forward": (1, 16, 512, 2048), "train": (512, 2048)}
+MOST_BYTES = 3 << 30  # of weights; experts beyond share the memory of others, still far more than caches hold
+REPEATS = ((0.2, 9), (0.6, 3), (float("inf"), 1))  # recordings of a call by its seconds on two threads
+
+
+class Task(NamedTuple):
+    shape: str
+    dtype: str
+    tokens: int
+    mode: str
+    routing: str
+
+
+def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
+    """about: the machine, for --json."""
+    require("rich")
+    results = read_json(args.source, "--from", SCHEMA) if args.source else _record_all(args, about)
+    if args.markdown:
+        write_blocks(args.markdown, {"threads": partial(markdown, results)}, partial(markdown, results))
+        print(f"wrote {args.markdown}")
+    elif args.source:
+        print(markdown(results))
+    return 0
+
+
+def _record_all(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
+    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": []}
+    if args.json and Path(args.json).exists() and Path(args.json).stat().st_size:
+        earlier = read_json(args.json, "--json", SCHEMA)
+        check_same_machine(earlier, results, args.json)
+        results["cases"] = earlier["cases"]
+    for shape in choose("shapes", args.shapes or ",".join(MODEL_SHAPES), MODEL_SHAPES):
+        for dtype in args.dtypes or ("bf16",):
+            for mode in args.modes:
+                for tokens in args.tokens or TOKENS[mode]:
+                    task = Task(shape, dtype, tokens, mode, args.routing)
+                    if mode == "train" and not _fits(MODEL_SHAPES[shape], dtype):
+                        continue  # its gradients would not fit
+                    with closing(Child(f"{shape}, T={tokens}", _serve, task)) as child:
+                        case = child.receive()
+                    show(case)
+                    results["cases"] = [other for other in results["cases"] if _key(other) != _key(case)] + [case]
+                    if args.json:
+                        write_json(results, args.json)
+    return results
+
+
+def _fits(shape: Shape, dtype: str) -> bool:
+    return _expert_bytes(shape, dtype) * shape.num_experts <= MOST_BYTES
+
+
+def _expert_bytes(shape: Shape, dtype: str) -> int:
+    return 3 * shape.hidden_size * shape.intermediate_size * FORMATS[dtype].dtype.itemsize
+
+
+def _key(case: Row) -> tuple[Any, ...]:
+    return tuple(case[name] for name in Task._fields)
+
+
+def _serve(connection: Connection, task: Task) -> None:
+    connection.send(("ok", evaluate(task)))
+
+
+# ---- one case --------------------------------------------------------------------------------------------------------
+
+
+def make_call(task: Task) -> Callable[[int], object]:
+    """A call of the layer."""
+    return make_calls(task)[0]
+
+
+def make_calls(task: Task) -> tuple[Callable[[int], object], Callable[[int], int]]:
+    """A call of the layer, and one that reads the weights of some experts, others each time. Experts whose weights do
+    not fit share those of others."""
+    shape, dtype = MODEL_SHAPES[task.shape], FORMATS[task.dtype].dtype
+    stored = min(shape.num_experts, MOST_BYTES // _expert_bytes(shape, task.dtype))
+    weights = make_weights(shape._replace(num_experts=stored), dtype)
+    case = make_case(task.shape, shape, task.dtype, task.tokens, task.mode, task.routing, weights)
+    few = max(min(stored, shape.top_k), 1)
+
+    def read(number: int) -> int:
+        experts = [(number * few + index) % stored for index in range(few)]
+        tensors = [weight[expert].detach() for expert in experts for weight in weights]
+        _C.read(tensors, 2)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    if stored == shape.num_experts:
+        return call_of(case, partial(_layer, weights)), read
+    slots = torch.arange(shape.num_experts, dtype=torch.int32) % stored
+    first, second = (Weight("plain", w.detach(), w.shape[1], w.shape[2], dtype, slots=slots) for w in weights)
+    shared = (first, second)
+    return call_of(case, partial(_layer, shared)), read
+
+
+def _layer(weights: tuple[Any, Any], inputs: Inputs) -> torch.Tensor:
+    return switchgear.moe(inputs.x, *weights, inputs.topk_ids, inputs.topk_weights)
+
+
+def evaluate(task: Task, machines: Any = MACHINES) -> Row:
+    """One row of --json: the call on one core, two threads predicted and measured, and the machines."""
+    torch.set_num_threads(2)
+    call, read = make_calls(task)
+    fork = fork_seconds()
+    seconds = measured(call, read, 2, 1).seconds
+    repeats = next(repeats for most, repeats in REPEATS if seconds < most)
+    routings = ROUTINGS if task.tokens <= DECODE_TOKENS else 1
+    cuts = {n: record(call, n, repeats, routings) for n in sorted({1, *(m.threads for m in machines)})}
+    before = record(call, 2, repeats, routings)
+    real = measured(call, read, 2, 2 * repeats)
+    here = machine(2)._replace(node_bandwidth=real.read)
+    after = record(call, 2, repeats, routings)  # speed drifts
+    two = median(predict(recording, here, fork).seconds for recording in (before, after))
+    one = cuts[1].seconds
+    predictions = [predict(cuts[on.threads], on, fork) for on in machines]
+    row = task._asdict() | {
+        "one_core_ms": 1e3 * one, "bytes": cuts[1].bytes, "fork_us": 1e6 * fork, "read": real.read,
+        "two_predicted_ms": 1e3 * two, "two_measured_ms": 1e3 * real.seconds,
+        "loops": [{"name": loop.name, "ms": 1e3 * loop.seconds, "tasks": len(loop.tasks), "bytes": loop.bytes}
+                  for loop in cuts[1].loops],
+        "machines": [as_row(prediction, one) for prediction in predictions],
+    }  # fmt: skip
+    result: Row = _short(row)
+    return result
+
+
+def _short(value: Any) -> Any:
+    """Predictions with four digits, which is more than they are worth."""
+    if isinstance(value, dict):
+        return {name: _short(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+HEADER = ("layer", "tokens", "mode", "one core, ms", "two threads: predicted, measured, ms", "error",
+          "16 threads", "64 threads", "64, 4 nodes", "128, 2 sockets", "128, 8 nodes", "most lost at 64")  # fmt: skip
+
+
+def place(row: Row) -> str:
+    if row["nodes"] == 1:
+        return f"{row['threads']} threads"
+    return f"{row['threads']} threads, {row['nodes']} nodes, {row['sockets']} sockets, {row['placement']}"
+
+
+def show(case: Row) -> None:
+    shown = table("machine", "ms", "efficiency", "of memory", "remote", *LOSSES)
+    for row in case["machines"]:
+        parts = (row[name] for name in ("efficiency", "of_bandwidth", "remote", *LOSSES))
+        shown.add_row(place(row), f"{row['ms']:.3g}", *(f"{part:.0%}" for part in parts))
+    error = case["two_predicted_ms"] / case["two_measured_ms"] - 1
+    both = f"{case['two_predicted_ms']:.3g} ms predicted, {case['two_measured_ms']:.3g} measured ({error:+.1%})"
+    name = f"{case['shape']}, {case['dtype']}, T = {case['tokens']}, {case['mode']}"
+    title = f"{name}: one core {case['one_core_ms']:.3g} ms, two threads {both}"
+    console().print(title, shown, sep="\n", soft_wrap=True)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Efficiency where multiply-adds bind, the part of the nodes' bandwidth in brackets where memory does."""
+
+    def order(case: Row) -> tuple[int, bool, int]:
+        return list(MODEL_SHAPES).index(case["shape"]), case["mode"] == "train", case["tokens"]
+
+    def cell(case: Row, threads: int, nodes: int, sockets: int) -> str:
+        for row in case["machines"]:
+            same = (row["threads"], row["nodes"], row["sockets"]) == (threads, nodes, sockets)
+            if same and (nodes == 1 or row["placement"] == "interleaved"):
+                return f"{row['efficiency']:.0%} ({row['of_bandwidth']:.0%})".replace("%", " %")
+        return ""
+
+    lines = []
+    for case in sorted(results["cases"], key=order):
+        error = case["two_predicted_ms"] / case["two_measured_ms"] - 1
+        row = next(row for row in case["machines"] if (row["threads"], row["nodes"]) == (64, 1))
+        worst = max(((name, row[name]) for name in LOSSES), key=lambda item: item[1])
+        lines.append([
+            case["shape"], f"{case['tokens']:,}", case["mode"], f"{case['one_core_ms']:.3g}",
+            f"{case['two_predicted_ms']:.3g}, {case['two_measured_ms']:.3g}", f"{100 * error:+.1f} %",
+            cell(case, 16, 1, 1), cell(case, 64, 1, 1), cell(case, 64, 4, 1), cell(case, 128, 2, 2),
+            cell(case, 128, 8, 2), f"{worst[0]} {worst[1]:.0%}".replace("%", " %"),
+        ])  # fmt: skip
+    about = results["machine"]
+    note = f"{about['model']}, {threads_of(about['threads'])}, {about['isa']}; torch {about['torch']}.\n"
+    return f"{markdown_table(HEADER, lines, left=(0, 2, 11))}\n{note}"

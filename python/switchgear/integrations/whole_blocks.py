@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whole MoE blocks of Hugging Face models in inference: router, choice and experts without a call of either module.
+
+A block between two calls costs more than its kernels for small models, and for all models the first time that Python
+code runs after the weights have emptied the caches. So a block of a known class goes from its input to `gate_route` and
+`moe` directly. It does so only while calling its submodules would do nothing else: without gradients, hooks, replaced
+forwards or traces. Else the class's own forward runs.
+
+The router's logits are sums of our own order, so they may differ from torch's in the last bit, and a choice between
+experts whose logits are that close may differ.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear import ops
+from switchgear.autograd import needs_autograd
+from switchgear.backends import in_autocast
+from switchgear.functional import gate_route
+from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts
+from switchgear.integrations.gates import gate_of, own_gate
+from switchgear.integrations.parts import Bypassed, PartClass, of_model, part_of
+
+_has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
+
+
+class BlockClass(NamedTuple):
+    """A block whose router chooses by a softmax, and what is done to its weights."""
+
+    block: PartClass
+    router: PartClass
+    experts: PartClass
+    always_normalizes: bool  # else by the router's norm_topk_prob
+    rounds: bool  # weights to the dtype of the logits
+
+
+def _of(folder: str, name: str, always_normalizes: bool, rounds: bool) -> BlockClass:
+    block, router, experts = (of_model(folder, name + part) for part in ("SparseMoeBlock", "TopKRouter", "Experts"))
+    return BlockClass(block, router, experts, always_normalizes, rounds)
+
+
+BLOCKS = (
+    _of("olmoe", "Olmoe", False, True),
+    _of("qwen3_moe", "Qwen3Moe", False, True),
+    _of("mixtral", "Mixtral", True, False),
+)
+
+
+def class_of(block: nn.Module) -> BlockClass | None:
+    return next((known for known in BLOCKS if known.block.matches(type(block))), None)
+
+
+def join(block: nn.Module, weights_of: Callable[[Any], ExpertWeights]) -> Callable[[], None] | None:
+    """Lets a block run as a whole where it can, and returns an undo function; None if its class is not known, or its
+    forward was replaced before. weights_of: those of an experts module that runs on switchgear."""
+    known = class_of(block)
+    if known is None or "forward" in vars(block):
+        return None
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        y = _whole(self, known, weights_of, hidden_states)
+        return type(self).forward(self, hidden_states) if y is None else y
+
+    block.forward = types.MethodType(forward, block)
+
+    def undo() -> None:
+        del block.forward
+
+    return undo
+
+
+def _whole(
+    block: Any, known: BlockClass, weights_of: Callable[[Any], ExpertWeights], hidden_states: Tensor
+) -> Tensor | None:
+    """The block's output, or None if its own forward has to run."""
+    if torch.compiler.is_compiling() or _has_any_global_hook() or in_autocast(hidden_states.device.type):
+        return None
+    if block.training and getattr(block, "jitter_noise", 0.0) > 0:
+        return None
+    try:
+        router: Any = part_of(block, "gate", known.router)
+        experts: Any = part_of(block, "experts", known.experts)
+    except Bypassed:
+        return None
+    if experts.config._experts_implementation != "switchgear":
+        return None
+    weight = router.weight
+    x = hidden_states.view(-1, hidden_states.shape[-1])
+    if needs_autograd(x, weight) or not ops.needs_no_dispatch(x, weight) or weight.dtype is not x.dtype:
+        return None
+    weights, gate = weights_of(experts), gate_of(experts)
+    if gate is None or not_plain(weights) is not None:
+        return None
+    normalizes = known.always_normalizes or router.norm_topk_prob
+    chosen = gate_route(x, weight, router.top_k, normalize=normalizes)
+    topk_weights = chosen.topk_weights
+    if known.rounds and x.dtype is not torch.float32:
+        topk_weights = topk_weights.to(x.dtype)
+    y = run_experts(x, chosen.topk_ids, topk_weights, weights, gate, own_gate(experts))
+    return y.view(hidden_states.shape)

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What moves when ranks or placements change: experts and their optimizer state between ranks that stay, and everything
+to ranks that join. First all is received beside what is there; then, on all ranks or none, it is put in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from switchgear.parallel import checkpoint
+from switchgear.parallel.errors import ExpertParallelError, Failure
+from switchgear.parallel.experts import ParallelExperts
+from switchgear.parallel.placement import Placement, keep_experts
+from switchgear.parallel.transfer import agree, gather, of_bytes, send_rows, to_bytes
+from switchgear.routing.change import Change
+from switchgear.routing.interventions import Changed
+
+if TYPE_CHECKING:
+    from switchgear.parallel.elastic import Training
+
+Lost = dict[str, tuple[int, ...]]  # experts by layer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of a layer: who has which experts, who shall have them, and who sends them."""
+
+    held: tuple[tuple[int, ...], ...]  # by rank
+    placement: Placement
+
+    def moved(self, source: int, target: int) -> list[int]:
+        """The experts that `source` sends to `target`. The copies of an expert take turns."""
+        if source == target:
+            return []
+        have, wanted = self.held[source], self.placement.experts_of_rank[target]
+        return [e for e in wanted if e in have and e not in self.held[target] and self._source(e, target) == source]
+
+    def _source(self, expert: int, target: int) -> int:
+        ranks = [rank for rank, held in enumerate(self.held) if expert in held]
+        return ranks[target % len(ranks)]
+
+    def received(self, rank: int) -> list[int]:
+        return [expert for source in range(len(self.held)) for expert in self.moved(source, rank)]
+
+    def missing(self) -> list[int]:
+        """Experts that nobody has."""
+        return sorted(set(range(self.placement.num_experts)).difference(*self.held))
+
+    def num_moves(self) -> int:
+        return sum(len(self.received(rank)) for rank in range(len(self.held)))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What moved: bytes over all ranks, and the experts without copies, by layer."""
+
+    bytes: int
+    restored: Lost  # from the checkpoint
+    lost: Lost
+
+
+def parallel_experts(model: nn.Module) -> dict[str, ParallelExperts]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ParallelExperts)}
+
+
+def redistribute(
+    training: Training, commit: Callable[[Callable[[], None]], None], wanted: Mapping[str, Placement] | None = None
+) -> Moved:
+    """Brings all ranks to the placements `wanted`, or else to ones that move little. Collective."""
+    parallel, rank = training.parallel, training.parallel.rank
+    layers = parallel_experts(training.model)
+    states: list[dict[str, Any]] = gather(parallel, "move", _state(training, layers))
+    source = next((r for r, state in enumerate(states) if not state["empty"]), -1)
+    if source < 0:
+        raise ExpertParallelError(Failure(-1, "lost", "move", parallel.peers.step, "no rank has the training's state"))
+    if wanted is None and states[source]["backend"]:
+        parallel.renew_default_group(states[source]["backend"])
+    if training.membership.empty and states[source]["rows"]:
+        checkpoint.init_optimizer(training.optimizer)
+    plans = {}
+    for name, module in layers.items():
+        held = tuple(tuple(state["held"][name]) for state in states)
+        placement = (wanted or {}).get(name) or keep_experts(held, module.num_experts, training.num_replicas)
+        plans[name] = Plan(held, placement)
+
+    num_bytes = 0
+    incoming: dict[tuple[str, str, str], dict[int, Tensor]] = {}  # rows by (layer, parameter, state), then expert
+    for key in states[source]["rows"]:
+        layer, parameter, state = key
+        plan, rows = plans[layer], _rows(training, *key)
+        num_bytes += plan.num_moves() * rows.shape[1:].numel() * rows.element_size()
+        incoming[layer, parameter, state] = _exchange_rows(training, plan, rows)
+    ranks = range(parallel.size)
+    joining = [r for r in ranks if states[r]["empty"]]
+    own = to_bytes(_common(training, layers)) if rank == source and joining else torch.empty(0, dtype=torch.uint8)
+    common = None
+    if joining:
+        lengths = agree(parallel, "move", "common", len(own))
+        to = [len(own) if r in joining else 0 for r in ranks]
+        of = [lengths[source] if r == source and rank in joining else 0 for r in ranks]
+        received = send_rows(parallel, "move", "moved", own.repeat(len(joining)), to, of)
+        num_bytes += lengths[source] * len(joining)
+        common = of_bytes(received) if rank in joining else None
+    restored, lost = _restore(training, plans, incoming)
+    is_lost = {name: tuple(sorted({*states[source]["lost"][name], *lost.get(name, ())})) for name in layers}
+
+    def install() -> None:
+        if common is not None:
+            _install_common(training, common)
+        for name, module in layers.items():
+            _install_layer(training, name, module, plans[name], incoming, is_lost[name])
+
+    commit(install)
+    _complain(training, restored, lost)
+    return Moved(num_bytes, restored, lost)
+
+
+# ---- what there is ---------------------------------------------------------------------------------------------------
+
+
+def _state(training: Training, layers: dict[str, ParallelExperts]) -> dict[str, Any]:
+    """What the others must know about this rank, of JSON's types."""
+    empty = training.membership.empty
+    return {
+        "empty": empty,
+        "backend": training.parallel.default_backend,
+        "held": {name: [] if empty else list(module._mine) for name, module in layers.items()},
+        "lost": {name: list(module.lost) for name, module in layers.items()},
+        "rows": [] if empty else _keys(training, layers),
+    }
+
+
+def _keys(training: Training, layers: dict[str, ParallelExperts]) -> list[list[str]]:
+    """(layer, parameter, state) of all tensors with a row per expert; the state "" is the parameter itself."""
+    found = []
+    for name, module in layers.items():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            state = training.optimizer.state.get(parameter, {})
+            found.append([name, parameter_name, ""])
+            found += [[name, parameter_name, key] for key in sorted(state) if _is_rows(state[key], parameter)]
+    return found
+
+
+def _is_rows(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() == parameter.dim()
+
+
+def _rows(training: Training, layer: str, parameter_name: str, state: str) -> Tensor:
+    parameter = training.model.get_submodule(layer).get_parameter(parameter_name)
+    rows: Tensor = training.optimizer.state[parameter][state] if state else parameter
+    return rows.detach()
+
+
+def _common(training: Training, layers: dict[str, ParallelExperts]) -> dict[str, Any]:
+    """Everything that all ranks have alike."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in training.model.named_parameters()}
+    optimizer = {
+        names[parameter]: {key: value for key, value in state.items() if not _is_rows(value, parameter)
+                           or names[parameter] not in _expert_names(layers)}
+        for parameter, state in training.optimizer.state.items() if parameter in names
+    }  # fmt: skip
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in
+              training.optimizer.param_groups]  # fmt: skip
+    return {
+        "model": {name: tensor.detach() for name, tensor in _common_tensors(training, layers).items()},
+        "optimizer": optimizer,
+        "groups": groups,
+        "extra": [item.state_dict() for item in training.extra],
+        "steps": training.membership.steps,
+    }
+
+
+def _expert_names(layers: dict[str, ParallelExperts]) -> set[str]:
+    return {f"{name}.{own}".lstrip(".") for name, module in layers.items() for own, _ in module.named_parameters()}
+
+
+def _common_tensors(training: Training, layers: dict[str, ParallelExperts]) -> dict[str, Tensor]:
+    experts = _expert_names(layers)
+    tensors = chain(training.model.named_parameters(), training.model.named_buffers())
+    return {name: tensor for name, tensor in tensors if name not in experts}
+
+
+# ---- what comes ------------------------------------------------------------------------------------------------------
+
+
+def _exchange_rows(training: Training, plan: Plan, rows: Tensor) -> dict[int, Tensor]:
+    """The rows that this rank receives, by expert."""
+    if not plan.num_moves():
+        return {}
+    parallel, rank = training.parallel, training.parallel.rank
+    number = {expert: place for place, expert in enumerate(plan.held[rank])}
+    sent = [plan.moved(rank, target) for target in range(parallel.size)]
+    places = torch.tensor([number[e] for experts in sent for e in experts], dtype=torch.int64, device=rows.device)
+    to, of = map(len, sent), (len(plan.moved(source, rank)) for source in range(parallel.size))
+    received = send_rows(parallel, "move", "moved", rows[places], list(to), list(of))
+    return dict(zip(plan.received(rank), received, strict=True))
+
+
+def _restore(
+    training: Training, plans: dict[str, Plan], incoming: dict[tuple[str, str, str], dict[int, Tensor]]
+) -> tuple[Lost, Lost]:
+    """Experts that nobody has: read from the checkpoint by those who get them, or lost. By layer, on all ranks."""
+    missing = {name: plan.missing() for name, plan in plans.items() if plan.missing()}
+    if not missing:
+        return {}, {}
+    rank, reason = training.parallel.rank, ""
+    entries: dict[str, Tensor] = {}
+    for (layer, parameter, state), found in incoming.items():
+        for expert in set(missing.get(layer, ())) & set(plans[layer].placement.experts_of_rank[rank]):
+            rows = _rows(training, layer, parameter, state)
+            found[expert] = rows.new_zeros(rows.shape[1:])
+            name = f"{layer}.{parameter}".lstrip(".")
+            entries[f"optimizer/{name}/{state}[{expert}]" if state else f"{name}[{expert}]"] = found[expert]
+    if training.checkpoint is None:
+        reason = "there is no checkpoint"
+    elif entries:
+        try:
+            checkpoint.load_entries(entries, training.checkpoint)
+        except (ValueError, OSError) as error:
+            reason = str(error)
+            for tensor in entries.values():
+                tensor.zero_()
+    # All of a layer's experts are restored or none, so that one message tells it.
+    reasons: list[str] = gather(training.parallel, "move", reason)
+    experts = {name: tuple(ids) for name, ids in missing.items()}
+    if not any(reasons):
+        return experts, {}
+    for tensor in entries.values():
+        tensor.zero_()
+    return {}, experts
+
+
+# ---- putting it in place ---------------------------------------------------------------------------------------------
+
+
+def _install_common(training: Training, common: Mapping[str, Any]) -> None:
+    parameters = dict(training.model.named_parameters())
+    tensors = {**parameters, **dict(training.model.named_buffers())}
+    with torch.no_grad():
+        for name, value in common["model"].items():
+            tensors[name].copy_(value)
+    if not common["optimizer"]:
+        training.optimizer.state.clear()
+    for name, state in common["optimizer"].items():
+        own = training.optimizer.state[parameters[name]]
+        for key, value in state.items():
+            if isinstance(value, Tensor) and isinstance(own.get(key), Tensor):
+                own[key].copy_(value)
+            else:
+                own[key] = value
+    for group, options in zip(training.optimizer.param_groups, common["groups"], strict=True):
+        group.update(options)
+    for item, state in zip(training.extra, common["extra"], strict=True):
+        item.load_state_dict(state)
+    training.membership.steps = common["steps"]
+
+
+def _install_layer(
+    training: Training, name: str, module: ParallelExperts, plan: Plan,
+    incoming: dict[tuple[str, str, str], dict[int, Tensor]], lost: tuple[int, ...],
+) -> None:  # fmt: skip
+    rank = training.parallel.rank
+    number = {expert: place for place, expert in enumerate(plan.held[rank])}
+    mine = plan.placement.experts_of_rank[rank]
+    weights: dict[str, Tensor] = {}
+    for (layer, parameter_name, state), received in incoming.items():
+        if layer != name:
+            continue
+        rows = _rows(training, layer, parameter_name, state)
+        if mine == plan.held[rank]:
+            new = rows
+        else:
+            new = rows.new_empty(len(mine), *rows.shape[1:])
+            for place, expert in enumerate(mine):
+                new[place] = received[expert] if expert in received else rows[number[expert]]
+        if state:
+            training.optimizer.state[module.get_parameter(parameter_name)][state] = new
+        else:
+            weights[parameter_name] = new
+    module.place(plan.placement, weights, lost)
+    if lost and training.lost == "reroute":
+        _reroute(training.model, module)
+
+
+class _Rerouting:
+    """Wraps a router's selection, so that it does not choose the experts that its layer has lost."""
+
+    def __init__(self, experts: ParallelExperts) -> None:
+        self.experts = experts
+
+    def __call__(self, select: Any) -> Any:
+        return Changed(select, Change(disable=self.experts.lost))
+
+
+def _reroute(model: nn.Module, experts: ParallelExperts) -> None:
+    for module in model.modules():
+        gate: Any = getattr(module, "gate", None)
+        if (
+            getattr(module, "experts", None) is experts
+            and hasattr(gate, "overrides")
+            and not any(isinstance(wrapper, _Rerouting) for wrapper in gate.overrides)
+        ):
+            gate.overrides.append(_Rerouting(experts))
+
+
+def _complain(training: Training, restored: Lost, lost: Lost) -> None:
+    if training.parallel.rank:  # said once
+        return
+    if restored:
+        warnings.warn(
+            f"experts without a copy were read from {training.checkpoint}, and may be older: {_show(restored)}",
+            stacklevel=4,
+        )
+    if lost:
+        how = "their tokens go to other experts" if training.lost == "reroute" else "their choices count as empty"
+        warnings.warn(f"experts are lost, since they had no copy and no checkpoint; {how}: {_show(lost)}", stacklevel=4)
+
+
+def _show(experts: Mapping[str, Sequence[int]]) -> str:
+    alike: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, ids in experts.items():
+        alike[tuple(ids)].append(name)
+    return "; ".join(f"{list(ids)} of {', '.join(names)}" for ids, names in alike.items())

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which ranks share a node: what two_level.py needs to know of the machines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """node_of[r]: the node of rank r; nodes are numbered by their lowest ranks."""
+
+    node_of: tuple[int, ...]
+
+    @cached_property
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each node, ascending."""
+        ranks: list[list[int]] = [[] for _ in range(max(self.node_of) + 1)]
+        for rank, node in enumerate(self.node_of):
+            ranks[node].append(rank)
+        return tuple(map(tuple, ranks))
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether two levels differ from one: several nodes, one of them with several ranks."""
+        return 1 < len(self.members) < len(self.node_of)
+
+    @cached_property
+    def are_equal(self) -> bool:
+        """Whether all nodes have as many ranks."""
+        return len(set(map(len, self.members))) == 1
+
+    def same(self, rank: int) -> tuple[int, ...]:
+        """The ranks of the rank's node."""
+        return self.members[self.node_of[rank]]
+
+    def relay(self, source: int, target: int) -> int:
+        """The rank through which rows of `source` reach rank `target`: in its own node the source, in another one the
+        rank with the same index there (modulo their number), so that all links between nodes are used."""
+        if self.node_of[source] == self.node_of[target]:
+            return source
+        members = self.same(target)
+        return members[self.same(source).index(source) % len(members)]
+
+    def rail(self, rank: int) -> tuple[int, ...]:
+        """The ranks that `rank` exchanges rows with between nodes: those of its index if nodes are equal, else all."""
+        if not self.are_equal:
+            return tuple(range(len(self.node_of)))
+        index = self.same(rank).index(rank)
+        return tuple(members[index] for members in self.members)
+
+
+NodesOption = str | int | Sequence[Sequence[int]] | None
+
+
+def node_label(nodes: NodesOption, rank: int, machines: Sequence[str]) -> str:
+    """A name of the rank's node, equal on its ranks. nodes: a number of consecutive ranks per node; the ranks of each
+    node; "auto", the ranks of each machine, or, if each seems to have its own (as in containers), torchrun's
+    LOCAL_WORLD_SIZE; None: one node.
+
+    Raises:
+        ValueError: nodes is something else, or does not have each rank once.
+    """
+    size = len(machines)
+    if nodes is None:
+        return ""
+    if nodes == "auto":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if len(set(machines)) < size or local <= 1 or size % local:
+            return machines[rank]
+        nodes = local
+    if isinstance(nodes, int) and not isinstance(nodes, bool):
+        if nodes < 1:
+            raise ValueError(f"nodes: expected at least 1 rank per node, got {nodes}")
+        return f"node {rank // nodes}"
+    if isinstance(nodes, str) or not isinstance(nodes, Sequence):
+        raise ValueError(f"nodes: expected 'auto', None, ranks per node, or the ranks of each node, got {nodes!r}")
+    if sorted(each for ranks in nodes for each in ranks) != list(range(size)):
+        raise ValueError(f"nodes: expected each of {size} ranks once, got {list(map(list, nodes))}")
+    return f"node {next(number for number, ranks in enumerate(nodes) if rank in ranks)}"
+
+
+def nodes_of(labels: Sequence[str]) -> Nodes:
+    """From the labels of all ranks."""
+    order = list(dict.fromkeys(labels))
+    return Nodes(tuple(order.index(label) for label in labels))
+
+
+def find_nodes(nodes: NodesOption, machines: Sequence[str]) -> Nodes:
+    """The nodes of the ranks of these machines; see node_label."""
+    return nodes_of([node_label(nodes, rank, machines) for rank in range(len(machines))])

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Rows on their way to the ranks of their experts and back, chunk by chunk: straight to each rank (Direct).
+
+two_level.py has the other way, once per node.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from switchgear.parallel.layout import Sending
+from switchgear.parallel.record import Event
+from switchgear.parallel.transport import Work, _Done
+from switchgear.parallel.wire import WIRES, Format
+
+if TYPE_CHECKING:
+    from switchgear.parallel.group import ExpertParallel
+
+
+class Link:
+    """Starts, awaits and counts the transfers of one exchange."""
+
+    def __init__(self, parallel: ExpertParallel, device: torch.device) -> None:
+        self.parallel, self.record, self.device = parallel, parallel.record, device
+        self._alone = parallel.size == 1
+
+    def start(
+        self, kind: str, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int],
+        channel: str = "",
+    ) -> Work:  # fmt: skip
+        """Sends input_rows[r] rows to each rank r. channel: "" for all ranks, or one of channels.CHANNELS."""
+        parallel = self.parallel
+        row = input.shape[1:].numel() * input.element_size()
+        node_of = parallel.nodes.node_of
+        here = node_of[parallel.rank]
+        self.record.bytes[kind] += (sum(input_rows) - input_rows[parallel.rank]) * row
+        far = sum(rows for rank, rows in enumerate(input_rows) if node_of[rank] != here)
+        if far:
+            self.record.between_nodes[kind] += far * row
+        if self._alone:
+            output.copy_(input)
+            return _Done()
+        work = parallel.transport_for(self.device, channel).all_to_all(output, input, output_rows, input_rows)
+        if self.record.events is not None:
+            work = _Timed(work, "near" if channel.startswith("within") else "link", kind, self.record.events)
+        return work
+
+    def wait(self, work: Work) -> None:
+        begin = time.monotonic()
+        self.parallel.peers.wait(work)
+        self.record.waited += time.monotonic() - begin
+
+
+class _Timed:
+    """Records a transfer when its end is noticed (or at the end that a throttled link computes)."""
+
+    def __init__(self, work: Work, lane: str, name: str, events: list[Event]) -> None:
+        self._work, self._lane, self._name, self._events = work, lane, name, events
+        self._begin = time.monotonic()
+
+    def wait_for(self, seconds: float) -> bool:
+        done = self._work.wait_for(seconds)
+        if done:
+            begin = getattr(self._work, "started", self._begin)
+            end = getattr(self._work, "ready_at", time.monotonic())
+            self._events.append(Event(self._lane, self._name, begin, end))
+        return done
+
+
+class Leg:
+    """The transfers of all chunks in one direction over one channel; chunks are consecutive in `output`."""
+
+    def __init__(
+        self, link: Link, kind: str, output: Tensor, received: list[list[int]], sent: list[list[int]], channel: str = ""
+    ) -> None:
+        self._link, self._kind, self._channel, self._output = link, kind, channel, output
+        self._received, self._sent = received, sent
+        self._edges = [0, *accumulate(map(sum, received))]
+        self._works: list[Work | None] = []  # None: has arrived
+
+    @property
+    def started(self) -> int:
+        return len(self._works)
+
+    def start(self, rows: Tensor) -> None:
+        """Sends the rows of the next chunk."""
+        c = len(self._works)
+        counts = self._received[c], self._sent[c]
+        self._works.append(self._link.start(self._kind, self.chunk(c), rows, *counts, self._channel))
+
+    def start_all(self, rows: Tensor) -> None:
+        for part in torch.split(rows, [sum(counts) for counts in self._sent]):
+            self.start(part)
+
+    def chunk(self, c: int) -> Tensor:
+        return self._output[self._edges[c] : self._edges[c + 1]]
+
+    def has_arrived(self, c: int, seconds: float = 0.0) -> bool:
+        if c >= len(self._works):
+            return False
+        work = self._works[c]
+        if work is not None and work.wait_for(seconds):
+            self._works[c] = work = None
+        return work is None
+
+    def wait(self, c: int, busy: Busy | None = None) -> None:
+        """busy: what else goes on, once at least and while this waits."""
+        if self._works[c] is not None or busy is not None:
+            self._link.wait(_Arrival(self, c, busy))
+
+
+class Busy(Protocol):
+    def progress(self) -> None: ...
+
+
+class Look:
+    """One turn of what else goes on, as a wait, so that its failures are those of any transfer."""
+
+    def __init__(self, busy: Busy) -> None:
+        self._busy = busy
+
+    def wait_for(self, seconds: float) -> bool:
+        self._busy.progress()
+        return True
+
+
+_TURN = 5e-4  # seconds between two looks at what else goes on
+
+
+class _Arrival:
+    def __init__(self, leg: Leg, c: int, busy: Busy | None) -> None:
+        self._leg, self._c, self._busy = leg, c, busy
+
+    def wait_for(self, seconds: float) -> bool:
+        if self._busy is None:
+            return self._leg.has_arrived(self._c, seconds)
+        end = time.monotonic() + seconds
+        while True:
+            self._busy.progress()
+            if self._leg.has_arrived(self._c, _TURN):
+                return True
+            if time.monotonic() > end:
+                return False
+
+
+class Rows(Protocol):
+    """The rows of one exchange in one direction of autograd."""
+
+    buffer: Tensor  # [R,H] what has arrived, all chunks
+    returning: list[list[int]] | None  # [C][W] the rows that go back to each rank; set before the first does
+
+    def send(self, x: Tensor) -> None:
+        """Starts to send the rows of tokens x [T,H]."""
+        ...
+
+    def receive(self, c: int) -> None:
+        """Waits until chunk c is in the buffer."""
+        ...
+
+    def give_back(self, rows: Tensor) -> None:
+        """Starts to return the next chunk's results."""
+        ...
+
+    def look(self) -> None:
+        """Between products: passes on what has arrived for other ranks."""
+        ...
+
+    def flush(self) -> None:
+        """Before work in which nothing would be passed on: waits until all results are on their last way."""
+        ...
+
+    def finish(self) -> Tensor:
+        """Waits for all results: the rows returned to this rank, then unused ones, as in `result_buffer`."""
+        ...
+
+
+class Direct:
+    """One transfer per chunk each way."""
+
+    def __init__(
+        self, link: Link, sending: Sending, like: Tensor, each: bool, received: list[list[int]],
+        returning: list[list[int]] | None,
+    ) -> None:  # fmt: skip
+        """like: [*,H] of the rows' dtype. received [C][W]: the rows that come from each rank."""
+        self._wire = WIRES[link.parallel.wire]
+        self._sending, self._each, self._link, self.returning = sending, each, link, returning
+        self.buffer, arriving = buffers(self._wire.out, sum(map(sum, received)), like)
+        self._out = Leg(link, "dispatch", arriving, received, sending.rows)
+        self._decoded = Decoder(self._wire.out, self.buffer, self._out)
+        self._results = result_buffer(like, sending, each)
+        self._back: Leg | None = None
+
+    def send(self, x: Tensor) -> None:
+        self._out.start_all(self._wire.out.encode(x[self._sending.row_tokens]))
+
+    def receive(self, c: int) -> None:
+        self._out.wait(c)
+        self._decoded(c)
+
+    def give_back(self, rows: Tensor) -> None:
+        if self._back is None:
+            assert self.returning is not None
+            returned = returned_rows(self._sending, self._each)
+            self._returned = results_as_sent(self._wire.back, self._results, sum(map(sum, returned)))
+            self._back = Leg(self._link, "combine", self._returned, returned, self.returning)
+        self._back.start(self._wire.back.encode(rows))
+
+    def look(self) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self) -> Tensor:
+        if self._back is not None:
+            for c in range(self._back.started):
+                self._back.wait(c)
+            decode_into(self._wire.back, self._results, self._returned)
+        return self._results
+
+
+# ---- buffers ---------------------------------------------------------------------------------------------------------
+
+
+def buffers(form: Format, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """For rows in the dtype of like, and as they arrive; the same one if the format is exact."""
+    rows = like.new_empty(count, like.shape[1])
+    return rows, rows if form.exact else form.empty(count, like)
+
+
+class Decoder:
+    """Decodes the chunks of a leg into `rows`, which has the same chunks."""
+
+    def __init__(self, form: Format, rows: Tensor, leg: Leg) -> None:
+        self._form, self._rows, self._leg = form, rows, leg
+
+    def __call__(self, c: int) -> None:
+        if not self._form.exact:
+            begin, end = self._leg._edges[c], self._leg._edges[c + 1]
+            self._rows[begin:end] = self._form.decode(self._leg.chunk(c), self._rows.dtype)
+
+
+def returned_rows(sending: Sending, each: bool) -> list[list[int]]:
+    """[C][W] the rows that come back to this rank."""
+    return sending.pairs_of_chunk if each else sending.rows
+
+
+def result_buffer(like: Tensor, sending: Sending, each: bool) -> Tensor:
+    """A buffer with as many rows as `combine` requires; only the first ones are used, the others never touched."""
+    table = sending.pair_table if each else sending.row_table
+    return like.new_empty(table.numel(), like.shape[1])
+
+
+def results_as_sent(form: Format, results: Tensor, count: int) -> Tensor:
+    return results[:count] if form.exact else form.empty(count, results)
+
+
+def decode_into(form: Format, results: Tensor, returned: Tensor) -> None:
+    if not form.exact:
+        results[: len(returned)] = form.decode(returned, results.dtype)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Exchanges of a fixed size: with a capacity per pair of ranks no host reads a size.
+
+    rows [W·C,H]   C rows for each rank, in the order of tokens; those that no token fills are zeros
+    ids [W·C,K]    local experts of each row, -1 for none      weights [W·C,K]   0 for none
+
+The first C tokens of a rank with experts on another rank are sent there. Later ones are *overflow*: their choices there
+are dropped, or an error is raised. Shapes depend on nothing but the number of tokens, so torch.compile traces a layer
+as a whole, and a CUDA graph can hold it. Results are summed rank by rank, as by default.
+
+Before each transfer the hosts compare headers, so that a mistake or a lost rank is the same error as ever. They do not
+while a CUDA graph is captured, nor can they when it is replayed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from switchgear.autograd import apply
+from switchgear.parallel import exchange
+from switchgear.parallel.rows import Link
+
+if TYPE_CHECKING:
+    from switchgear.parallel.exchange import Layer
+    from switchgear.parallel.recorded import Module
+
+_layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+
+
+class Buckets(NamedTuple):
+    """Where a rank's tokens go."""
+
+    token_of_row: Tensor  # [W·C] int64; T for none
+    ids: Tensor  # [W·C,K] int32 local experts; -1 for none
+    choice_of_row: Tensor  # [W·C,K] bool: whether the token's choice is for this row
+    row_table: Tensor  # [T, min(K,W)] int64: the rows of each token, ranks ascending; W·C for none
+    overflow: Tensor  # [W+1] int64: tokens that did not fit, by rank; and ids out of range, which count as empty
+
+
+def fill_buckets(topk_ids: Tensor, rank_of: Tensor, local_of: Tensor, num_ranks: int, capacity: int) -> Buckets:
+    """topk_ids [T,K] (-1 for none); rank_of and local_of [E] from Placement.routes. Reads nothing on the host."""
+    num_tokens, top_k = topk_ids.shape
+    device = topk_ids.device
+    valid = (topk_ids >= 0) & (topk_ids < len(rank_of))
+    wrong = (~valid & (topk_ids != -1)).sum()
+    ids = topk_ids.clamp(0, len(rank_of) - 1).long()
+    ranks = torch.where(valid, rank_of[ids], num_ranks)
+    present = torch.zeros(num_tokens, num_ranks + 1, dtype=torch.bool, device=device).scatter(1, ranks, True)
+    present = present[:, :num_ranks]
+    place = present.cumsum(0) - 1
+    kept = present & (place < capacity)
+    none = num_ranks * capacity
+    slot = torch.where(kept, torch.arange(num_ranks, device=device) * capacity + place, none)
+    tokens = torch.arange(num_tokens, device=device)[:, None].expand(num_tokens, num_ranks)
+    filled = torch.full((none + 1,), num_tokens, dtype=torch.int64, device=device)
+    token_of_row = filled.scatter(0, slot.flatten(), tokens.flatten())[:none]
+    rank_of_row = torch.arange(num_ranks, device=device).repeat_interleave(capacity)[:, None]
+    padded_ranks = torch.cat((ranks, ranks.new_full((1, top_k), num_ranks)))
+    padded_experts = torch.cat((local_of[ids], ids.new_zeros(1, top_k)))
+    choice_of_row = padded_ranks[token_of_row] == rank_of_row
+    return Buckets(
+        token_of_row=token_of_row,
+        ids=torch.where(choice_of_row, padded_experts[token_of_row], -1).int(),
+        choice_of_row=choice_of_row,
+        row_table=slot.sort(1).values[:, : min(top_k, num_ranks)],
+        overflow=torch.cat(((present & ~kept).sum(0), wrong[None])),
+    )
+
+
+def exchange_moe(
+    layer: Layer, number: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, module: Module
+) -> Tensor:  # fmt: skip
+    """y [T,H] of x [T,H]; module(x, local ids, weights) runs this rank's experts. Differentiable, and traceable.
+    number: of register(layer)."""
+    parallel = layer.parallel
+    capacity = parallel.capacity
+    assert capacity is not None
+    buckets = fill_buckets(topk_ids, *_routes(layer, topk_ids.device), parallel.size, capacity)
+    rows = torch.cat((x, x.new_zeros(1, x.shape[1])))[buckets.token_of_row]
+    padded = torch.cat((topk_weights, topk_weights.new_zeros(1, topk_weights.shape[1])))
+    weights = torch.where(buckets.choice_of_row, padded[buckets.token_of_row], 0.0)
+    rows, weights, ids = apply(_Dispatch, rows, weights, buckets.ids, buckets.overflow, number)
+    share = 1.0 / len(parallel.twins) if parallel.average_gradients else 1.0
+    rows, weights = (apply(_ScaledGrad, tensor, 1 / share) for tensor in (rows, weights))
+    results = apply(_ScaledGrad, module(rows, ids, weights), share)
+    returned: Tensor = apply(_Combine, results, number)
+    padded_rows = torch.cat((returned, returned.new_zeros(1, x.shape[1])))
+    total = padded_rows[buckets.row_table[:, 0]].float()
+    for column in range(1, buckets.row_table.shape[1]):
+        total = total + padded_rows[buckets.row_table[:, column]].float()
+    y: Tensor = total.to(x.dtype)
+    return y
+
+
+def _routes(layer: Layer, device: torch.device) -> tuple[Tensor, Tensor]:
+    """rank_of and local_of, copied once to a device: a CUDA graph cannot hold a copy from the host."""
+    if device.type == "cpu":
+        return layer.rank_of, layer.local_of
+    if device not in layer.routes_on:
+        layer.routes_on[device] = (layer.rank_of.to(device), layer.local_of.to(device))
+    return layer.routes_on[device]
+
+
+def register(layer: Layer) -> int:
+    """A number for the layer, which an op can take."""
+    number = id(layer)
+    _layers[number] = layer
+    return number
+
+
+def check_layer(layer: Layer) -> None:
+    """Raises ValueError if the layer cannot be exchanged with a capacity."""
+    if layer.has_copies:
+        raise ValueError("placement: expected one rank for each expert beside a capacity")
+
+
+# ---- transfers -------------------------------------------------------------------------------------------------------
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, ids: Tensor, overflow: Tensor, layer: int) -> Any:
+        ctx.layer = layer
+        rows, weights, ids = dispatch_rows(rows, weights, ids, overflow, layer)
+        ctx.mark_non_differentiable(ids)
+        return rows, weights, ids
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: Any) -> Any:
+        return *return_rows([grad_rows.contiguous(), grad_weights.contiguous()], ctx.layer, True), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, layer: int) -> Tensor:
+        ctx.layer = layer
+        (returned,) = return_rows([rows.contiguous()], layer, False)
+        return returned  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return return_rows([grad.contiguous()], ctx.layer, True)[0], None
+
+
+class _ScaledGrad(torch.autograd.Function):
+    """The same tensor, whose gradient is scaled: by 1/W after the experts and W before them, so that gradients of the
+    parameters are means and those of the rows sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad if ctx.scale == 1.0 else grad * ctx.scale, None
+
+
+@torch.library.custom_op("switchgear_parallel::dispatch_rows", mutates_args=())
+def dispatch_rows(
+    rows: Tensor, weights: Tensor, ids: Tensor, overflow: Tensor, layer: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    moved = _transfer(_layers[layer], "dispatch", [rows, weights, ids], overflow)
+    return moved[0], moved[1], moved[2]
+
+
+@dispatch_rows.register_fake
+def _dispatch_fake(
+    rows: Tensor, weights: Tensor, ids: Tensor, overflow: Tensor, layer: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(rows), torch.empty_like(weights), torch.empty_like(ids)
+
+
+@torch.library.custom_op("switchgear_parallel::return_rows", mutates_args=())
+def return_rows(rows: list[Tensor], layer: int, backward: bool) -> list[Tensor]:
+    return _transfer(_layers[layer], "backward combine" if backward else "combine", rows, None)
+
+
+@return_rows.register_fake
+def _return_fake(rows: list[Tensor], layer: int, backward: bool) -> list[Tensor]:
+    return [torch.empty_like(part) for part in rows]
+
+
+def _transfer(layer: Layer, phase: str, parts: list[Tensor], overflow: Tensor | None) -> list[Tensor]:
+    """Each rank's C rows of every part, to all ranks."""
+    parallel = layer.parallel
+    device = parts[0].device
+    counts = [parallel.capacity or 0] * parallel.size
+    moved = [torch.empty_like(part) for part in parts]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if overflow is not None:
+            parallel.overflow.add(overflow[:-1], captured=True)
+        for into, part in zip(moved, parts, strict=True):
+            if parallel.size == 1:
+                into.copy_(part)
+                continue
+            transport = parallel.transport_for(device)
+            transport.all_to_all(into, part.contiguous(), counts, counts).join()  # type: ignore[attr-defined]
+        return moved
+    with parallel.peers.exchange():
+        link = Link(parallel, device)
+        backward = phase.startswith("backward")
+        rows, is_dispatch = parts[0], overflow is not None
+        terms = exchange._terms(layer, rows.dtype, rows.shape[1], len(parts), -2 - is_dispatch, backward)
+        exchange._agree(link, terms, 0, "backward agree" if backward else "agree")
+        parallel.peers.enter(phase)
+        if overflow is not None:
+            if device.type == "cpu" and int(overflow[-1]):
+                raise ValueError(f"topk_ids: expected -1 to {layer.num_experts - 1}, got {int(overflow[-1])} others")
+            parallel.overflow.add(overflow[:-1])
+        pairs = zip(moved, parts, strict=True)
+        for work in [link.start(phase, into, part.contiguous(), counts, counts) for into, part in pairs]:
+            link.wait(work)
+    return moved

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Mistakes in the order of reads, copies and kernels on a GPU. test_staging.py must detect each."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Mistake:
+    file: str  # in switchgear/offload
+    name: str
+    before: str  # occurs in the file exactly once
+    after: str
+
+
+MISTAKES = (
+    Mistake("staging.py", "kernels do not wait for the copy",
+            "            self.device.compute().wait_event(read.copied)\n", "            pass\n"),
+    Mistake("staging.py", "kernels wait for a copy that is queued last",
+            "read.copied is not None and not read.is_unwanted", "not self.begun"),
+    Mistake("staging.py", "a copy does not wait for the kernels of the row",
+            "            copies.wait_event(last)\n", "            pass\n"),
+    Mistake("staging.py", "kernels wait for the row, copies do not",
+            "            copies.wait_event(last)\n", "            self.device.compute().wait_event(last)\n"),
+    Mistake("staging.py", "the last use of a row is that of the copies",
+            "self.last_use[row] = self.device.compute().record_event()",
+            "self.last_use[row] = self.device.copies.record_event()"),
+    Mistake("staging.py", "the first use of a row counts as the last",
+            "self.last_use[row] = self.device.compute().record_event()",
+            "self.last_use.setdefault(row, self.device.compute().record_event())"),
+    Mistake("staging.py", "the event is recorded before the copy",
+            """        self.device.copy(self.arena[read.row, :nbytes], self.buffers[read.buffer, :nbytes])
+        read.copied = self.copying[read.buffer] = copies.record_event()
+""",
+            """        read.copied = self.copying[read.buffer] = copies.record_event()
+        self.device.copy(self.arena[read.row, :nbytes], self.buffers[read.buffer, :nbytes])
+"""),
+    Mistake("staging.py", "the event is recorded on the stream of kernels",
+            "self.copying[read.buffer] = copies.record_event()",
+            "self.copying[read.buffer] = self.device.compute().record_event()"),
+    Mistake("staging.py", "a buffer is free before its copy is done", " | self.copying.keys()", ""),
+    Mistake("staging.py", "a buffer is free once its copy is queued", "            if event.query():\n",
+            "            if True:\n"),
+    Mistake("staging.py", "a buffer is free while it is read into",
+            "{self.reads[ticket].buffer for ticket in self.begun} | self", "self"),
+    Mistake("staging.py", "a needed read takes a buffer that is copied",
+            "                next(iter(self.copying.values())).synchronize()\n",
+            "                self.copying.clear()\n"),
+    Mistake("staging.py", "the memory's last user may still write",
+            "        device.copies.wait_event(device.compute().record_event())\n", ""),
+    Mistake("staging.py", "a read that goes on is dropped",
+            "(ticket in self.begun and self.reader.cancel(self.begun[ticket]))", "ticket in self.begun"),
+    Mistake("staging.py", "a read of guesses takes all buffers",
+            "is_guess and guesses >= len(self.buffers) // 2", "False"),
+    Mistake("staging.py", "guesses go first", "not self.reads[t].is_urgent))", "self.reads[t].is_urgent))"),
+    Mistake("pool.py", "a row is free without its last use", "            self.staging.release(row)\n",
+            "            pass\n"),
+    Mistake("cache.py", "experts leave before their wave is queued",
+            """            yield Wave(experts[at], experts[end - 1], at == 0 and end == len(experts))
+            for expert in experts[at:end]:
+                if first + expert in passing:
+                    self.cache.release(first + expert)
+""",
+            """            for expert in experts[at:end]:
+                if first + expert in passing:
+                    self.cache.release(first + expert)
+            yield Wave(experts[at], experts[end - 1], at == 0 and end == len(experts))
+"""),
+    Mistake("cache.py", "slots are uploaded after the wave",
+            """            self._upload()
+            yield Wave(experts[at], experts[end - 1], at == 0 and end == len(experts))
+""",
+            """            yield Wave(experts[at], experts[end - 1], at == 0 and end == len(experts))
+            self._upload()
+"""),
+    Mistake("cache.py", "slots of a call without waves are not uploaded",
+            '        """With all experts in memory."""\n        self._upload()\n',
+            '        """With all experts in memory."""\n'),
+    Mistake("cache.py", "slots of guesses are not uploaded",
+            "        self._is_stale = True\n        files, offsets",
+            "        self._is_stale |= is_urgent\n        files, offsets"),
+    Mistake("cache.py", "planes of experts with other bits are not uploaded",
+            "for table, source in self._tables:", "for table, source in self._tables[-1:]:"),
+    Mistake("cache.py", "another stream does not wait for the last one",
+            "            stream.wait_event(self.stream.record_event())\n", "            pass\n"),
+    Mistake("cache.py", "the last stream is that of the first call", "        self.stream = stream\n", ""),
+    Mistake("cache.py", "a call needs what is not there yet",
+            "                self._arrive(key)\n            return self._compute(compute)",
+            "                pass\n            return self._compute(compute)"),
+    Mistake("moving.py", "kernels do not wait for experts",
+            "        device.compute().wait_event(device.copies.record_event())\n", ""),
+    Mistake("moving.py", "experts are copied to memory that is in use",
+            "        device.copies.wait_event(device.compute().record_event())", "        pass"),
+    Mistake("moving.py", "a buffer is filled before its copy is done", "            event.synchronize()\n",
+            "            pass\n"),
+    Mistake("moving.py", "the event of a buffer is recorded before its copy",
+            """        self.device.copy(to, buffer)
+        self._copying[number] = self.device.copies.record_event()
+""",
+            """        self._copying[number] = self.device.copies.record_event()
+        self.device.copy(to, buffer)
+"""),
+    Mistake("hot_cold.py", "the host reads rows before they are there", "    event.synchronize()\n", ""),
+)  # fmt: skip
+
+
+@contextmanager
+def planted(mistake: Mistake) -> Iterator[None]:
+    """The methods of the module's classes with the mistake."""
+    module = importlib.import_module(f"switchgear.offload.{mistake.file.removesuffix('.py')}")
+    source = Path(inspect.getfile(module)).read_text()
+    assert source.count(mistake.before) == 1, f"{mistake.file}, {mistake.name}"
+    wrong = types.ModuleType(module.__name__)
+    exec(compile(source.replace(mistake.before, mistake.after), mistake.file, "exec"), wrong.__dict__)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, own in list(vars(module).items()):
+            if inspect.isfunction(own) and own.__module__ == module.__name__:
+                patch.setattr(module, name, getattr(wrong, name))
+            if inspect.isclass(own) and own.__module__ == module.__name__:
+                for key, value in vars(getattr(wrong, name)).items():
+                    if inspect.isfunction(value):
+                        patch.setattr(own, key, value)
+        yield
