@@ -410,7 +410,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T, typename C>
 void launch_stored_sm90(const Gemm& g, const StoredOperand& w, void* stream) {
-  launch(stored_sm90_kernel<T, C>, dim3(num_blocks(g, C::kSlots, C::kColumns, C::kSharedBytes)), dim3(kThreads),
+  constexpr TileConfig kTile{0x7fffffff, C::kSlots, C::kColumns, kThreads / 32, 1, kRowBytes, C::kStages, 1};
+  launch(stored_sm90_kernel<T, C>, dim3(num_blocks(g, kTile, C::kSharedBytes)), dim3(kThreads),
          static_cast<size_t>(C::kSharedBytes), stream, g, w);
 }
 

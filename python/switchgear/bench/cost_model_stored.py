@@ -37,7 +37,7 @@ STORED_FORMATS = (
     StoredFormat("nf4", 0.56, 2, 122, 71),
     StoredFormat("groups", 0.52, 4, 125, 73),
 )
-MMA_SYNC_STEP = 350  # instructions of stored_gemm.cuh for two blocks and 64 slots, about the same for all formats
+MMA_SYNC_STEP = 400  # instructions of stored_gemm.cuh for two blocks and 64 slots, about the same for all formats
 MMA_SYNC_RATE = 0.62  # of wgmma's, which mma.sync reaches on an H100
 
 
