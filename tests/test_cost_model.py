@@ -259,8 +259,3 @@ def test_stored_weights_on_wgmma_are_predicted_faster() -> None:
         assert before.tflops < now.tflops <= HOPPER.tensor_rate / 1e12 * HOPPER.sustained
         cycles = cycles_of_step(HOPPER, stored_format, True)
         assert cycles["arithmetic"] * HOPPER.products_per_cycle == pytest.approx(2 * 128 * 32 * 128)
-
-
-def test_stored_weights_of_few_rows_are_bound_by_memory() -> None:
-    shape = GPU_SHAPES[next(iter(GPU_SHAPES))]
-    assert predict_stored(shape, 8, STORED_FORMATS[0], True).bound == "memory"
