@@ -49,7 +49,7 @@
 // on the grid.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   gemm_sm90_kernel: 168 registers, 48 of local memory
+//   gemm_sm90_kernel: 168 registers, 56 of local memory
 // setmaxnreg changes them to 40 for producers and 232 for consumers with 192 accumulators, 72 and 216 with 128, 88 and 208 with
 // fewer. Local memory is used by producers with 40, and by consumers once per tile, never between the products.
 #pragma once
