@@ -49,7 +49,7 @@
 // on the grid.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   gemm_sm90_kernel: 168 registers, 48 of local memory
+//   gemm_sm90_kernel: 168 registers, 56 of local memory
 // setmaxnreg changes them to 40 for producers and 232 for consumers with 192 accumulators, 72 and 216 with 128, 88 and 208 with
 // fewer. Local memory is used by producers with 40, and by consumers once per tile, never between the products.
 #pragma once
@@ -341,7 +341,7 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
   const TileSource<C::kCluster> source{g.schedule.counter};
   const auto stages_of = [&](int32_t t) { return num_stages_of<C>(g, tiles[t]); };
   produce_tiles(source, ring.queue(), tiles.size(), gather, stages_of, [&](int32_t t, uint32_t position) {
-    const BlockTile tile = tiles[t];
+    BlockTile tile = tiles[t];
     int32_t rows[C::kSlots / 16] = {};
     if (gather) {
 #pragma unroll
@@ -352,7 +352,7 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
     }
     const int num_stages = num_stages_of<C>(g, tile);
     if (num_stages == 0) return;
-    const WeightMap weights = WeightMap::of(g.b, params.maps.weights, tile.expert);
+    if (threadIdx.x == 0) tile.expert = acquire_map(g.b, tile.expert);
     for (int stage = 0; stage < num_stages; ++stage, ++position) {
       uint64_t* const full = ring.full + ring.index(position);
       unsigned char* const to_weights = C::kShape == Shape::kFewRows ? ring.p(position) : ring.q(position);
@@ -363,7 +363,8 @@ __device__ inline void produce(const GemmParams& params, const Ring<C>& ring, co
       if (threadIdx.x == 0) {
         const GemmParams::Maps& maps = low ? params.low : params.maps;
         ptx::mbar_expect_tx(full, bytes);
-        load_weights<C>(to_weights, low ? WeightMap{&maps.weights, tile.expert} : weights, g, full, tile, k);
+        load_weights<C>(to_weights, WeightMap(low ? nullptr : g.b.separate, maps.weights, tile.expert), g, full, tile,
+                        k);
         if (!copies) ptx::tma_load_3d(to_slots, &maps.slots, full, k, tile.first_row, 0);
       }
       if (copies) copy_rows<T>(to_slots, g.a, rows, k, static_cast<int>(g.c));

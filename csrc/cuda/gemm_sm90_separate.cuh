@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kMapThreads)
   for (int i = 0; i < static_cast<int>(sizeof(CUtensorMap) / sizeof(uint4)); ++i) map[i] = from[i];
   to.data = data;
   to.rows = rows;
-  if (rows > 0) {  // else the producer loads from outside the map: zeros
+  if (rows > 0) {  // else nothing is read from the map
     ptx::tensor_map_replace_address(to.tensor_map, data);
     ptx::tensor_map_replace_size<kRowDimension>(to.tensor_map, static_cast<uint32_t>(rows));
   }
@@ -49,18 +49,25 @@ inline void write_maps(const ExpertOperand& b, const CUtensorMap& like, int64_t 
          stream, SeparateMatrices(b.list, num_experts), like, b.separate, static_cast<int>(num_experts));
 }
 
-// The map that TMA reads an expert's weights from, and their place in its last dimension.
+// Acquires the map of an expert in a tensor of its own; called by the thread that loads, for each tile. Returns the expert, or
+// ~expert if it has no rows: producers have no register for a map's address.
+__device__ inline int32_t acquire_map(const ExpertOperand& b, int32_t expert) {
+  if (b.separate == nullptr) return expert;
+  const SeparateMatrix& matrix = b.separate[expert];
+  ptx::fence_tensor_map_acquire(reinterpret_cast<const CUtensorMap*>(matrix.tensor_map));
+  return matrix.rows > 0 ? expert : ~expert;
+}
+
+// The map that TMA reads an expert's weights from, and their place in its last dimension. `packed` has all experts.
 struct WeightMap {
   const CUtensorMap* map;
   int place;
 
-  // For a tile; thread 0, which loads, acquires the map. `packed` has all experts.
-  __device__ static WeightMap of(const ExpertOperand& b, const CUtensorMap& packed, int32_t expert) {
-    if (b.separate == nullptr || threadIdx.x != 0) return {&packed, expert};
-    const SeparateMatrix& matrix = b.separate[expert];
-    const auto* const map = reinterpret_cast<const CUtensorMap*>(matrix.tensor_map);
-    ptx::fence_tensor_map_acquire(map);
-    return {map, matrix.rows > 0 ? 0 : 1};
+  __device__ WeightMap(const SeparateMatrix* separate, const CUtensorMap& packed, int32_t acquired)
+      : map(&packed), place(acquired < 0 ? ~acquired : acquired) {
+    if (separate == nullptr) return;
+    map = reinterpret_cast<const CUtensorMap*>(separate[place].tensor_map);
+    place = acquired < 0 ? 1 : 0;  // outside: zeros
   }
 };
 

@@ -729,12 +729,16 @@ MISTAKES = (
         "map, full, k, first, expert);\n    if (halves)",
         "map, full, k, first + 1, expert);\n    if (halves)",
     ),
-    _of_separate("maps are not acquired", "    ptx::fence_tensor_map_acquire(map);\n", ""),
+    _of_separate(
+        "maps are not acquired",
+        "  ptx::fence_tensor_map_acquire(reinterpret_cast<const CUtensorMap*>(matrix.tensor_map));\n",
+        "",
+    ),
     _of_separate("maps are not released", "  ptx::fence_tensor_map_release();\n", ""),
     _of_separate("one address for all", "    ptx::tensor_map_replace_address(to.tensor_map, data);\n", ""),
     _of_separate("one number of rows for all", "replace_size<kRowDimension>(", "replace_size<2>("),
     _of_separate("rows in the other dimension", "? write_maps_sm90_kernel<1>", "? write_maps_sm90_kernel<0>"),
-    _of_separate("an expert without rows is read", "rows > 0 ? 0 : 1}", "rows > 0 ? 0 : 0}"),
+    _of_separate("an expert without rows is read", "return matrix.rows > 0 ? expert : ~expert;", "return expert;"),
     _of_low_rank(
         "elements past a rank are read",
         "gemm_bf16",
