@@ -16,7 +16,7 @@
 // and their order are those of gemm_sm80.cuh and gemm_f32.cuh, an adapter's first.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   decoded_kernel: 255 registers, 72 of local memory
+//   decoded_kernel: 255 registers, 64 of local memory
 // The local memory is that of the table of nf4, read once per block.
 #pragma once
 #include "gemm_f32.cuh"

@@ -13,8 +13,10 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-# Notebooks are executed for their output, without bars of progress.
-os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", PYTHONWARNINGS="ignore:IProgress not found")
+# Notebooks are executed for their output, without bars of progress, and beside other programs.
+os.environ.update(
+    HF_HUB_DISABLE_PROGRESS_BARS="1", PYTHONWARNINGS="ignore:IProgress not found", OMP_WAIT_POLICY="passive"
+)
 LANGUAGES = {
     **{".py": "python", ".pyi": "python", ".cpp": "cpp", ".h": "cpp", ".inl": "cpp", ".cu": "cpp", ".cuh": "cpp"},
     **{".json": "json", ".toml": "toml", ".cmake": "cmake", ".sh": "bash", ".txt": "text", ".yml": "yaml"},
