@@ -353,8 +353,8 @@ class StoredGroupedGemm(torch.autograd.Function):
                 grad_bias = _sum_slots(grad_out, bias, expert_offsets)
             return grad_x, grad_bias
 
-        results = once(grads, grad_out, *ctx.saved_tensors)
-        return *results, *[None] * (len(ctx.saved_tensors) - 1)
+        saved = ctx.saved_tensors
+        return *once(grads, grad_out, *saved), *[None] * (len(saved) - 1)
 
 
 def _times(rows: Tensor, weight: Sequence[Tensor], form: tuple[int, ...], expert_offsets: Tensor) -> Tensor:
@@ -514,7 +514,8 @@ class Moe(torch.autograd.Function):
         *needs, _, need_weights = ctx.needs_input_grad[:7]
         needs.append(need_weights)
         options = ctx.options
-        x, gate_up_proj, down_proj, *others, h = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint computes them when they are asked for
+        x, gate_up_proj, down_proj, *others, h = saved
         weights = gate_up_proj, down_proj
         if (there := _gradients_there(weights, needs[1:3], (x, h, grad_y, *others))) is not None:
             with _adding:
@@ -529,7 +530,7 @@ class Moe(torch.autograd.Function):
             outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs)
             return tuple(output if need else None for output, need in zip(outputs, needs, strict=False))
 
-        *grad_inputs, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
+        *grad_inputs, grad_weights = once(grads, grad_y, *saved)
         return *grad_inputs, None, grad_weights, *[None] * 5
 
 
