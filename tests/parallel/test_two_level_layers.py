@@ -113,4 +113,4 @@ def test_training_goes_on_without_a_rank() -> None:
     finally:
         pool.close()
     test_elastic.complete([digest for digest, *_ in seen])
-    assert [size for *_, size in seen] == [3, 3, 3]
+    assert [change.ranks for _, (change,), *_ in seen] == [3, 3, 3]
