@@ -267,7 +267,7 @@ __global__ void tma_load_3d_kernel(const __grid_constant__ CUtensorMap map, uint
 __global__ void tensor_map_replaced_kernel(const __grid_constant__ CUtensorMap like, const uint32_t* data,
                                            uint32_t* out) {
   SHARED_DYN(uint32_t, tile);
-  auto* const map = reinterpret_cast<CUtensorMap*>(out + 4096);
+  auto* const map = reinterpret_cast<CUtensorMap*>((reinterpret_cast<uintptr_t>(out + 4096) + 63) / 64 * 64);
   if (thread() == 0) {
     *map = like;
     ptx::tensor_map_replace_address(map, data);
@@ -278,7 +278,7 @@ __global__ void tensor_map_replaced_kernel(const __grid_constant__ CUtensorMap l
   copied(out, tile, reinterpret_cast<uint64_t*>(tile + 1024), 4096,
          [&] { ptx::tma_load_2d(tile, map, reinterpret_cast<uint64_t*>(tile + 1024), 0, 0); });
   __syncthreads();
-  if (thread() < 32) out[4096 + thread()] = 0xdeadbeef;
+  for (int i = thread(); i < 48; i += 32) out[4096 + i] = kPoison;
 }
 
 template <int kDimensions>
