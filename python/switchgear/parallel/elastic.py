@@ -74,7 +74,7 @@ class Training:
 
     Raises:
         ValueError: an option out of range, or experts that cannot move: stored ones, those of several widths or with
-            adapters, and those beside tensor parallelism.
+            adapters, and those beside tensor parallelism; copies beside a capacity.
     """
 
     model: nn.Module
@@ -91,9 +91,8 @@ class Training:
     def __post_init__(self) -> None:
         check_choice("on_failure", self.on_failure, ("raise", "continue"))
         check_choice("lost", self.lost, ("reroute", "empty"))
-        if self.num_replicas < 0:
-            raise ValueError(f"num_replicas: expected 0 or more, got {self.num_replicas}")
         object.__setattr__(self, "parallel", _parallel_of(self.model))
+        _check_replicas(self.parallel, self.num_replicas)
         if not self.membership.empty and self.parallel.rank == 0:
             self.membership.publish(_structure(self))
 
@@ -193,11 +192,12 @@ def rebalance(training: Training, load: Any, *, num_replicas: int | None = None)
         num_replicas: copies beyond one per expert; training.num_replicas if None.
 
     Raises:
-        ValueError: the load of a layer is missing, or has another number of experts.
+        ValueError: the load of a layer is missing, or has another number of experts; copies beside a capacity.
         ExpertParallelError: a rank is lost. After `shrink`, the experts have moved on all ranks or on none.
     """
     begin, parallel = time.monotonic(), training.parallel
     replicas = training.num_replicas if num_replicas is None else num_replicas
+    _check_replicas(parallel, replicas)
     own = _loads(training, load)
     wanted: dict[str, Placement] = {}
     shares: list[dict[str, list[float]]] = gather(parallel, "move", own)
@@ -320,6 +320,13 @@ def _loads(training: Training, load: Any) -> dict[str, list[float]]:
             raise ValueError(f"load: expected {module.num_experts} numbers for {name}, got {len(counts)}")
         loads[name] = counts
     return loads
+
+
+def _check_replicas(parallel: ExpertParallel, num_replicas: int) -> None:
+    if num_replicas < 0:
+        raise ValueError(f"num_replicas: expected 0 or more, got {num_replicas}")
+    if num_replicas and parallel.capacity is not None:
+        raise ValueError(f"num_replicas: expected 0 beside a capacity, got {num_replicas}")
 
 
 def _parallel_of(model: nn.Module) -> ExpertParallel:
