@@ -212,14 +212,14 @@ def test_low_precision(pool: Pool, dtype: torch.dtype) -> None:
     pool.run(compare, Case(dtype=dtype, num_chunks=2))
 
 
-def zero_tokens(rank: int) -> int:
+def zero_tokens(rank: int, nodes: int | None = None) -> int:
     """All 15 non-empty sets of ranks without tokens, with and without overlap."""
     count = 0
     for num_absent in (1, 2, 3, 4):
         for absent in combinations(range(4), num_absent):
             tokens = tuple(0 if r in absent else 5 + 3 * r for r in range(4))
             for num_chunks in (1, 4):
-                compare(rank, Case(tokens, num_chunks=num_chunks, invariant=True))
+                compare(rank, Case(tokens, num_chunks=num_chunks, invariant=True, nodes=nodes))
                 count += 1
     return count
 

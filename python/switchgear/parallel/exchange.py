@@ -59,9 +59,8 @@ class Layer:
     copies: tuple[Copy, ...]  # the replicated experts of this rank
     options: GluOptions
     extra: object = None  # anything else that must agree
-    routes_on: dict[torch.device, tuple[Tensor, Tensor]] = field(
-        default_factory=dict
-    )  # rank_of and local_of (static.py)
+    # rank_of and local_of on devices that have used them (static.py)
+    routes_on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Saved(NamedTuple):
