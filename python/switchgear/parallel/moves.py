@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from switchgear.parallel import checkpoint
 from switchgear.parallel.errors import ExpertParallelError, Failure
-from switchgear.parallel.experts import ParallelExperts
+from switchgear.parallel.experts import ParallelExperts, expert_parameters
 from switchgear.parallel.placement import Placement, keep_experts
 from switchgear.parallel.transfer import agree, gather, of_bytes, send_rows, to_bytes
 from switchgear.routing.change import Change
@@ -99,7 +99,7 @@ def redistribute(
         incoming[layer, parameter, state] = _exchange_rows(training, plan, rows)
     ranks = range(parallel.size)
     joining = [r for r in ranks if states[r]["empty"]]
-    own = to_bytes(_common(training, layers)) if rank == source and joining else torch.empty(0, dtype=torch.uint8)
+    own = to_bytes(_common(training)) if rank == source and joining else torch.empty(0, dtype=torch.uint8)
     common = None
     if joining:
         lengths = agree(parallel, "move", "common", len(own))
@@ -158,33 +158,26 @@ def _rows(training: Training, layer: str, parameter_name: str, state: str) -> Te
     return rows.detach()
 
 
-def _common(training: Training, layers: dict[str, ParallelExperts]) -> dict[str, Any]:
+def _common(training: Training) -> dict[str, Any]:
     """Everything that all ranks have alike."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in training.model.named_parameters()}
-    optimizer = {
-        names[parameter]: {key: value for key, value in state.items() if not _is_rows(value, parameter)
-                           or names[parameter] not in _expert_names(layers)}
-        for parameter, state in training.optimizer.state.items() if parameter in names
-    }  # fmt: skip
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in
-              training.optimizer.param_groups]  # fmt: skip
+    model, optimizer, experts = training.model, training.optimizer, expert_parameters(training.model)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = chain(model.named_parameters(), model.named_buffers())
     return {
-        "model": {name: tensor.detach() for name, tensor in _common_tensors(training, layers).items()},
-        "optimizer": optimizer,
-        "groups": groups,
+        "model": {name: tensor.detach() for name, tensor in tensors if name not in experts},
+        "optimizer": {
+            names[parameter]: {
+                key: value for key, value in state.items()
+                if names[parameter] not in experts or not _is_rows(value, parameter)
+            }
+            for parameter, state in optimizer.state.items() if parameter in names
+        },
+        "groups": [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ],
         "extra": [item.state_dict() for item in training.extra],
         "steps": training.membership.steps,
-    }
-
-
-def _expert_names(layers: dict[str, ParallelExperts]) -> set[str]:
-    return {f"{name}.{own}".lstrip(".") for name, module in layers.items() for own, _ in module.named_parameters()}
-
-
-def _common_tensors(training: Training, layers: dict[str, ParallelExperts]) -> dict[str, Tensor]:
-    experts = _expert_names(layers)
-    tensors = chain(training.model.named_parameters(), training.model.named_buffers())
-    return {name: tensor for name, tensor in tensors if name not in experts}
+    }  # fmt: skip
 
 
 # ---- what comes ------------------------------------------------------------------------------------------------------
@@ -225,8 +218,6 @@ def _restore(
             checkpoint.load_entries(entries, training.checkpoint)
         except (ValueError, OSError) as error:
             reason = str(error)
-            for tensor in entries.values():
-                tensor.zero_()
     # All of a layer's experts are restored or none, so that one message tells it.
     reasons: list[str] = gather(training.parallel, "move", reason)
     experts = {name: tuple(ids) for name, ids in missing.items()}
