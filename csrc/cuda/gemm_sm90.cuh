@@ -280,7 +280,7 @@ __device__ inline void copy_rows(unsigned char* to, const Rows& from, const int3
 
 constexpr uint16_t kBothBlocks = 3;  // a mask
 
-// Loads one stage of the weights of a tile. Of a pair's a block loads half for both, depths if n is contiguous, else columns.
+// Loads one stage of the weights of a tile. Each block of a pair loads half for both: depths if n is contiguous, else columns.
 template <typename C>
 __device__ inline void load_weights(unsigned char* to, WeightMap from, const Gemm& g, uint64_t* full,
                                     const BlockTile& tile, int k) {
