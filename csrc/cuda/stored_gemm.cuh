@@ -25,7 +25,7 @@
 // fp8 38 MB, 19 us.
 //
 // Resources, at most (registers a thread; static shared memory; tests/test_cuda_build.py reads this):
-//   stored_kernel: 255 registers, 104 of local memory
+//   stored_kernel: 255 registers, 64 of local memory
 // The local memory is read once per tile.
 #pragma once
 #include "gemm_f32.cuh"
