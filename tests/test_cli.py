@@ -55,6 +55,16 @@ def test_info_prints_text(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
+def test_a_reader_that_ends_early_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`switchgear info | head -3`: no traceback, also from the flush at exit."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["info"]) == 141
+        pipe.write("more")
+
+
 def test_openmp_runtimes_are_told_apart() -> None:
     maps = """\
 7f00-7f01 r-xp 00000000 08:01 11 /opt/torch/lib/libgomp.so.1

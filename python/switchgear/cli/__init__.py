@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -48,10 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong arguments or a missing package."""
     args = build_parser().parse_args(argv)
     try:
-        return int(_command(args.command).run(args))
+        status = int(_command(args.command).run(args))
+        sys.stdout.flush()
+        return status
     except CommandError as error:
         print(f"switchgear {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"switchgear {args.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of the output has ended, as in `switchgear info | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+        return 141
