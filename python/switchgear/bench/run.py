@@ -79,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="losses of five routers in the same small language model (LibMoE's question), and stop")
     add("--offload", action="store_true",
         help="decode with experts on the disk in 512 MiB of memory, beside other implementations, and stop")
+    add("--generate", action="store_true",
+        help="tokens/s of whole models in generate, beside transformers' default and llama.cpp, and stop")
     add("--checkpoint", metavar="DIR", help="folder of train-tiny for --compress (default: the one in the cache); "
         "where --offload keeps its model, 7 GB (default: a temporary folder)")
     add("--ranks", metavar="LIST", type=positives, help="of the adapters (default: 8,16,64)")
@@ -120,6 +122,11 @@ def run(args: argparse.Namespace) -> int:
 
         open_outputs(args)
         return offload.run(args, describe_machine(args.threads))
+    if args.generate:
+        from . import generate  # needs transformers
+
+        open_outputs(args)
+        return generate.run(args, describe_machine(args.threads))
     if args.compress:
         from . import compress  # needs transformers
 
