@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -27,7 +28,7 @@ from ..common import CommandError, choose, console, markdown_table, require, thr
 from ..common.machine import busy_seconds_elsewhere
 from ..common.processes import Child
 from .competitors import Skip
-from .llama import Llama
+from .llama import Llama, packages, write_gguf
 from .markdown import write_blocks
 from .results import read_json, rounded, write_json
 from .timing import STIRRED, TICK, wait_for_quiet
@@ -35,7 +36,7 @@ from .timing import STIRRED, TICK, wait_for_quiet
 SCHEMA = "switchgear-bench-generate/1"
 TOKENS, TURNS = 64, 7
 QUICK_TOKENS, QUICK_TURNS = 8, 3
-PROMPT = 16  # tokens whose logits are compared
+PROMPT, LENGTH = 16, 512  # tokens: whose logits are compared; of the longest text
 BASE = "transformers"
 # Root mean square. A layer rounds about 10 tensors to bfloat16, by 2^-9 of their size, and the roundings add up like a
 # random walk: 0.0125 for four layers. Experts chosen differently add to that.
@@ -81,7 +82,7 @@ def build(model: Model) -> Any:
     config = OlmoeConfig(
         vocab_size=model.vocabulary, hidden_size=model.hidden_size, intermediate_size=model.intermediate_size,
         num_hidden_layers=model.layers, num_attention_heads=model.heads, num_key_value_heads=model.heads,
-        num_experts=model.num_experts, num_experts_per_tok=model.top_k, max_position_embeddings=512,
+        num_experts=model.num_experts, num_experts_per_tok=model.top_k, max_position_embeddings=LENGTH,
         eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -92,6 +93,27 @@ def build(model: Model) -> Any:
         return made.eval()
     finally:
         torch.set_default_dtype(default)
+
+
+class InLlama:
+    """llama.cpp, with experts of a type of GGUF."""
+
+    def __init__(self, model: Model, folder: str, experts: str) -> None:
+        packages()
+        theirs, path = build(model), Path(folder, f"{experts}.gguf")
+        write_gguf(path, theirs.config.to_dict(), theirs.state_dict(), experts)
+        self._llama = Llama(path, model.vocabulary, LENGTH, torch.get_num_threads())
+
+    def logits(self, prompt: list[int]) -> Tensor:
+        self._llama.forget()
+        return self._llama.step(prompt)
+
+    def decode(self, first: int, count: int) -> list[int]:
+        self._llama.forget()
+        tokens = [first]
+        for _ in range(count):
+            tokens.append(int(self._llama.step(tokens[-1:]).argmax()))
+        return tokens[1:]
 
 
 class InTransformers:
@@ -113,28 +135,21 @@ class InTransformers:
         return tokens
 
 
-def _whole_blocks(model: Any) -> None:
-    switchgear.store(model, "plain")  # huge pages
-    switchgear.accelerate(model, whole_blocks=True)
-
-
-def _accelerate(model: Any) -> None:
-    switchgear.store(model, "plain")
-    switchgear.accelerate(model)
-
-
-def _int4(model: Any) -> None:
-    switchgear.accelerate(model, whole_blocks=True)
-    switchgear.store(model, "int4")
+def _accelerate(model: Any, form: str = "plain", whole_blocks: bool = False) -> None:
+    """ "plain" moves the experts' weights to huge pages."""
+    switchgear.accelerate(model, whole_blocks=whole_blocks)
+    switchgear.store(model, form)
 
 
 MAKERS: dict[str, Callable[[Model, str], Decoder]] = {
     BASE: lambda model, folder: InTransformers(model, lambda _: None),
     "switchgear": lambda model, folder: InTransformers(model, _accelerate),
-    "switchgear, whole blocks": lambda model, folder: InTransformers(model, _whole_blocks),
-    "llama.cpp": lambda model, folder: Llama(build(model), folder, "BF16"),
-    "switchgear, experts in int4": lambda model, folder: InTransformers(model, _int4),
-    "llama.cpp, experts in Q4_0": lambda model, folder: Llama(build(model), folder, "Q4_0"),
+    "switchgear, whole blocks": lambda model, folder: InTransformers(model, partial(_accelerate, whole_blocks=True)),
+    "llama.cpp": lambda model, folder: InLlama(model, folder, "BF16"),
+    "switchgear, experts in int4": lambda model, folder: InTransformers(
+        model, partial(_accelerate, form="int4", whole_blocks=True)
+    ),
+    "llama.cpp, experts in Q4_0": lambda model, folder: InLlama(model, folder, "Q4_0"),
 }
 LOSSY = {"switchgear, experts in int4", "llama.cpp, experts in Q4_0"}
 

@@ -21,12 +21,14 @@ from typing import Any
 
 from switchgear import offload
 
-from ..common import CommandError, choose, optional, require
+from ..common import CommandError, choose, require
 from ..common.cgroup import MemoryGroup, memory_limit
 from . import offload_tables as tables
+from .competitors import Skip
+from .llama import packages
 from .markdown import write_blocks
 from .offload_disk import read_ahead, read_rate
-from .offload_files import CHECKPOINT, GGUF, STORE, Spec, drop_pages, write_checkpoint, write_gguf
+from .offload_files import CHECKPOINT, GGUF, STORE, Spec, drop_pages, write_checkpoint, write_llama
 from .offload_worker import Task
 from .results import Row, check_same_machine, read_json, rounded, write_json
 
@@ -155,11 +157,13 @@ def _write_files(spec: Spec, folder: Path, names: list[str], skipped: list[dict[
     if {"offload", "prefetch", "replay", FITS} & set(names) and not (folder / STORE).exists():
         offload.write_store(folder / CHECKPOINT, folder / STORE)
     if "llama.cpp" in names:
-        missing = next((reason for package in ("llama_cpp", "gguf") if (reason := optional(package)[1])), "")
-        if missing:
-            skipped.append({"runner": "llama.cpp", "reason": missing})
-        elif not (folder / GGUF).exists():
-            write_gguf(spec, folder)
+        try:
+            packages()
+        except Skip as reason:
+            skipped.append({"runner": "llama.cpp", "reason": str(reason)})
+        else:
+            if not (folder / GGUF).exists():
+                write_llama(spec, folder)
 
 
 def _run(task: Task, limit: int | None) -> tuple[dict[str, Any], str]:

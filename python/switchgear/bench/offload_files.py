@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..common import require
+from .llama import write_gguf
 
 TOPIC, SHARED = 0.35, 0.1  # of the variance of an embedding; the rest is the token's own
 TOPICS, RUN = 16, 4  # topics, and mean tokens until the next
@@ -139,56 +140,9 @@ def _mapped(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-_NAMES = {  # of llama.cpp
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
-}  # fmt: skip
-
-
-def write_gguf(spec: Spec, folder: Path) -> None:
-    """The same weights for llama.cpp. Norms and routers are float32, as its converter makes them."""
-    gguf = require("gguf")
-    writer = gguf.GGUFWriter(str(folder / GGUF), "qwen3moe")
-    writer.add_vocab_size(spec.vocab_size)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(spec.hidden_size)
-    writer.add_block_count(spec.num_layers)
-    writer.add_feed_forward_length(spec.intermediate_size)
-    writer.add_expert_feed_forward_length(spec.intermediate_size)
-    writer.add_expert_count(spec.num_experts)
-    writer.add_expert_used_count(spec.top_k)
-    writer.add_head_count(spec.num_heads)
-    writer.add_head_count_kv(spec.num_kv_heads)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_value_length(HEAD_DIM)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_tokenizer_model("none")
-    bits = gguf.GGMLQuantizationType.BF16
-
-    def add(name: str, tensor: Tensor) -> None:
-        if tensor.dim() == 1 or "ffn_gate_inp" in name:
-            writer.add_tensor(name, tensor.float().numpy())
-        else:
-            writer.add_tensor(name, tensor.contiguous().view(torch.uint8).numpy(), raw_dtype=bits)
-
-    tensors = _mapped(folder)
-    add("token_embd.weight", tensors["model.embed_tokens.weight"])
-    add("output_norm.weight", tensors["model.norm.weight"])
-    add("output.weight", tensors["lm_head.weight"])
-    for layer in range(spec.num_layers):
-        at, block = f"model.layers.{layer}", f"blk.{layer}"
-        for theirs, name in _NAMES.items():
-            add(f"{block}.{name}.weight", tensors[f"{at}.{theirs}.weight"])
-        gates, ups = tensors[f"{at}.mlp.experts.gate_up_proj"].chunk(2, 1)
-        add(f"{block}.ffn_gate_exps.weight", gates)
-        add(f"{block}.ffn_up_exps.weight", ups)
-        add(f"{block}.ffn_down_exps.weight", tensors[f"{at}.mlp.experts.down_proj"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def write_llama(spec: Spec, folder: Path) -> None:
+    """The same weights for llama.cpp."""
+    write_gguf(folder / GGUF, spec.config(), _mapped(folder))
 
 
 def drop_pages(folder: Path) -> None:

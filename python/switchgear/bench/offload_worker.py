@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
-import importlib
 import json
 import re
 import sys
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from ..common import require
 from ..common.cgroup import MemoryGroup
+from .llama import Llama
 from .offload_files import CHECKPOINT, GGUF, STORE, Spec, mapped_experts
 from .offload_replay import Recorder, Replay
 
@@ -150,28 +150,7 @@ def accelerate(task: Task) -> Decoder:
 
 def llama(task: Task) -> Decoder:
     """llama.cpp on a mapped GGUF, through llama-cpp-python."""
-    import numpy
-
-    llama_cpp: Any = importlib.import_module("llama_cpp")
-    llama_cpp.llama_backend_init()
-    options = llama_cpp.llama_model_default_params()
-    options.n_gpu_layers, options.use_mmap = 0, True
-    model = llama_cpp.llama_model_load_from_file(str(Path(task.folder) / GGUF).encode(), options)
-    if not model:
-        raise RuntimeError("llama.cpp does not load the model")
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = CONTEXT
-    settings.n_threads = settings.n_threads_batch = task.threads
-    context = llama_cpp.llama_init_from_model(model, settings)
-
-    def step(ids: list[int]) -> Tensor:
-        array = (llama_cpp.llama_token * len(ids))(*ids)
-        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(ids))):
-            raise RuntimeError("llama.cpp does not decode")
-        logits = llama_cpp.llama_get_logits_ith(context, -1)
-        return torch.from_numpy(numpy.ctypeslib.as_array(logits, (task.spec["vocab_size"],)).copy())
-
-    return Decoder(step)
+    return Decoder(Llama(Path(task.folder) / GGUF, task.spec["vocab_size"], CONTEXT, task.threads).step)
 
 
 def offloaded(task: Task) -> Decoder:
