@@ -76,4 +76,4 @@ def test_the_table() -> None:
                enumerate([generate.BASE, "switchgear"])]  # fmt: skip
     about = {"model": "a processor", "threads": 2, "isa": "avx2", "torch": "2.13"}
     text = generate.markdown({"machine": about, "cases": [{"model": "tiny", "tokens": 8, "results": results}]})
-    assert "| tiny | switchgear | 20 | 2.00 | 1.0% | 8 of 8 |" in text
+    assert "| tiny | switchgear | 20.0 | 2.00 | 1.0% | 8 of 8 |" in text

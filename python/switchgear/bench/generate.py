@@ -241,7 +241,8 @@ def markdown(results: dict[str, Any]) -> str:
         for row in case["results"]:
             rate = row["tokens_per_second"]
             error = "" if row["implementation"] == BASE else f"{row['error']:.1%}"
-            lines.append([case["model"], row["implementation"], f"{rate:.3g}", f"{rate / base:.2f}", error,
+            speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+            lines.append([case["model"], row["implementation"], speed, f"{rate / base:.2f}", error,
                           f"{row['same_tokens']} of {case['tokens']}"])  # fmt: skip
     header = ["model", "implementation", "tokens/s", "of transformers'", "logits differ by", "same tokens"]
     about = results["machine"]
