@@ -12,10 +12,10 @@ namespace py = pybind11;
 namespace switchgear {
 namespace {
 
-using cuda::sm90::TileRow;
+namespace sm90 = cuda::sm90;
 
 constexpr Names<unsigned, 3> kEpilogues{
-    {{"store", cuda::sm90::kStore}, {"glu", cuda::sm90::kGlu}, {"glu_backward", cuda::sm90::kGluBackward}}};
+    {{"store", sm90::kStore}, {"glu", sm90::kGlu}, {"glu_backward", sm90::kGluBackward}}};
 
 // (rows, columns, resident blocks)
 py::tuple gemm_tile_sm80(int64_t rows_per_expert) {
@@ -24,19 +24,17 @@ py::tuple gemm_tile_sm80(int64_t rows_per_expert) {
 }
 
 // (rows, columns, blocks of a cluster, cooperative)
-py::tuple describe(const TileRow& tile) {
+py::tuple describe(const sm90::TileRow& tile) {
   return py::make_tuple(tile.few_rows() ? tile.n : 128, tile.few_rows() ? 128 : tile.n, tile.cluster, tile.cooperative);
 }
 
 py::tuple gemm_tile_sm90(int64_t rows_per_expert, int64_t columns, int64_t depth, const std::string& epilogue) {
-  using namespace cuda::sm90;
-  return describe(cuda::sm90::kTiles[pick_tile(
-      GemmSize{rows_per_expert, columns, depth, parse("epilogue", kEpilogues, epilogue)})]);
+  const unsigned use = parse("epilogue", kEpilogues, epilogue);
+  return describe(sm90::kTiles[sm90::pick_tile(sm90::GemmSize{rows_per_expert, columns, depth, use})]);
 }
 
 py::tuple wgrad_tile_sm90(int64_t m, int64_t n, int64_t depth, bool shares_b) {
-  using namespace cuda::sm90;
-  return describe(cuda::sm90::kTiles[pick_tile(WgradSize{m, n, depth, true, shares_b})]);
+  return describe(sm90::kTiles[sm90::pick_tile(sm90::WgradSize{m, n, depth, true, shares_b})]);
 }
 
 }  // namespace

@@ -37,8 +37,8 @@ inline constexpr int kLeastSharedBytes = 99 << 10;
 
 inline constexpr int kAnyRows = 0x7fffffff;
 
-// Whether accumulators (`sums` for each element of a tile) take half of a thread's registers at most, which fragments read ahead,
-// addresses and the epilogue need too, and the epilogue's passes fit into the ring.
+// Whether the accumulators, `sums` for each element of a tile, take half of a thread's registers at most: fragments read ahead,
+// addresses and the epilogue need the rest. And whether the ring fits.
 constexpr bool fits(const TileConfig& tile, int sums) {
   constexpr int kRegisters = 1 << 16;  // of a multiprocessor
   return 2 * sums * tile.accumulators() <= kRegisters / (tile.threads() * tile.blocks) &&

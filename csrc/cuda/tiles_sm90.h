@@ -60,6 +60,18 @@ constexpr bool registers_suffice() {
 }
 static_assert(registers_suffice());
 
+// One row takes every product: any number of rows, any layout, nothing shared.
+constexpr bool one_takes_all() {
+  for (const TileRow& row : kTiles) {
+    if (row.takes == (kStore | kGlu | kGluBackward | kWgrad) && row.min_rows_per_expert == 0 && !row.few_rows() &&
+        row.n % 128 == 0 && row.cluster == 1) {
+      return true;
+    }
+  }
+  return false;
+}
+static_assert(one_takes_all());
+
 // Stored weights (stored_sm90.cuh): 128 columns x `slots`. The ring has as many stages as fit, up to `stages`.
 struct StoredRow {
   int max_rows_per_expert;
@@ -86,7 +98,8 @@ constexpr double cycles_per_column(const TileRow& row) {
 }
 
 // Instructions of a cooperative tile's epilogue per accumulator, counted in the machine code.
-inline constexpr int kStoreInstructions = 2, kGluInstructions = 9, kWgradInstructions = 2;
+inline constexpr int kStoreInstructions = 2, kGluInstructions = 9, kGluBackwardInstructions = 59,
+                     kWgradInstructions = 2;
 
 // The relative cost of `columns` columns with an inner dimension of `depth`. A cooperative tile also costs its epilogue: n / 2
 // accumulators a thread, two warps a scheduler, against depth / 16 · n cycles of products.
@@ -106,7 +119,9 @@ struct GemmSize {
 
 // An index into kTiles: the first row for few rows that takes it, else the one of least cost.
 constexpr int pick_tile(const GemmSize& size) {
-  const int instructions = size.epilogue == kGlu ? kGluInstructions : kStoreInstructions;
+  const int instructions = size.epilogue == kGlu           ? kGluInstructions
+                           : size.epilogue == kGluBackward ? kGluBackwardInstructions
+                                                           : kStoreInstructions;
   int best = -1;
   double least = 0.0;
   for (int i = 0; i < static_cast<int>(std::size(kTiles)); ++i) {

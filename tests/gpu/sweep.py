@@ -70,7 +70,7 @@ def variants() -> list[Variant]:
     found = [Variant("as-is")]
     for index, row in enumerate(rows_of_table()):
         least, most, n, stages, rest = row[1], row[2], int(row[3]), int(row[4]), row[5]
-        changed = {}
+        changed: dict[str, tuple[str, int, str]] = {}
         if most.isdigit():
             changed[f"stages{stages // 2}"] = (most, stages // 2, rest)
             changed |= {f"most{limit}": (str(limit), stages, rest) for limit in (2 * int(most), int(most) // 2)}
