@@ -50,8 +50,8 @@ int64_t exchange_segment_bytes(int64_t num_ranks, int64_t slot_bytes) {
 int64_t exchange_multiprocessors(int64_t num_ranks) {
   check_ranks(num_ranks);
   int resident = 0;  // blocks
-  const cudaError_t error =
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, exchange_kernel, kExchangeThreads, 0);
+  const void* const kernel = reinterpret_cast<const void*>(exchange_kernel);
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kExchangeThreads, 0);
   if (error != cudaSuccess) throw std::runtime_error(std::string("exchange: ") + cudaGetErrorString(error));
   return (exchange_blocks(static_cast<int>(num_ranks)) + resident - 1) / resident;
 }
