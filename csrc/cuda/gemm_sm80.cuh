@@ -419,7 +419,8 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   SHARED_DYN(std::byte, shared);
   const int thread = static_cast<int>(threadIdx.x);
   const int out_width = out_tile_columns(g, Tile::kColumns);
-  TileWalker<Tile::kConfig.band> walker(g, Tile::kRows, static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
+  TileWalker<Tile::kConfig.band> walker(g, Tile::kRows,
+                                        static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
   RowTile tile;
   for (int64_t index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
     const bool unassigned = tile.expert == g.num_experts;
