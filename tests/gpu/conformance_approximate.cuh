@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Conformance of instructions that no model has bit for bit: expf, __fdividef and reciprocal.
+// Conformance of expf, __fdividef and reciprocal. No model has their bits: they are at most some units in the last place from
+// float64.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -12,7 +13,6 @@
 namespace switchgear::cuda::conformance {
 
 #if defined(ON_DEVICE)
-// expf, __fdividef and reciprocal have no model with the same bits: at most some units in the last place from float64.
 __global__ void approximate_kernel(const uint32_t* in, uint32_t* out) {
   for (int i = thread(); i < 1024; i += 32) {
     const float x = static_cast<float>(in[i] % 160001) / 1000.0f - 80.0f;
