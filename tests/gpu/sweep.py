@@ -76,7 +76,7 @@ def variants() -> list[Variant]:
             changed |= {f"most{limit}": (str(limit), stages, rest) for limit in (2 * int(most), int(most) // 2)}
         elif rest.startswith(", 2, "):
             changed[f"stages{stages - 1}"] = (most, stages - 1, rest)
-            if "false" in rest and "kGluBackward" not in rest:  # whose epilogue cooperative tiles lack
+            if "false" in rest and "kGluBackward" not in rest:  # which would spill
                 changed["cooperative"] = (most, stages, rest.replace("false", "true"))
         for what, (limit, count, others) in changed.items():
             after = f"{{{least}, {limit}, {n}, {count}{others}}}"
