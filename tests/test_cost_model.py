@@ -17,17 +17,9 @@ from switchgear.bench.cost_model import (
     EXPECTED,
     GPUS,
     LAUNCH_SECONDS,
-    MIN_ROWS_OF_PAIRS,
-    PAIRS128,
-    PAIRS192,
-    PAIRS256,
-    ROWS128,
-    ROWS192,
-    TILES,
     Gpu,
     Tile,
     after_product,
-    cost_per_column,
     cycles_of_tile,
     gemm,
     pick_tile,
@@ -47,38 +39,24 @@ SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 gpus = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 
 
-def test_tiles_of_sm80_are_those_of_the_kernels() -> None:
-    table = re.search(r"kTiles\[\] = \{(.*?)\n\};", (SOURCES / "gemm.h").read_text(), re.DOTALL)
-    assert table is not None
-    rows = [[int(number, 0) for number in row.split(",")] for row in re.findall(r"\{([^}]+)\}", table[1])]
-    picked = [(most, height, width, blocks) for most, height, width, *_, blocks in rows]
-    assert picked == [(tile.max_rows or 0x7FFFFFFF, tile.rows, tile.columns, tile.blocks) for tile in TILES["sm80"]]
+ROWS128, ROWS192 = Tile(128, 128), Tile(128, 192)
+PAIRS128, PAIRS192, PAIRS256 = Tile(128, 128, 1, 2), Tile(128, 192, 1, 2), Tile(128, 256, 1, 2, True)
 
 
-def test_tiles_of_sm90_are_those_of_the_kernels() -> None:
-    text = (SOURCES / "gemm_sm90.h").read_text()
-    table = re.search(r"kConfigs\[\] = \{(.*?)\n\};", text, re.DOTALL)
-    assert table is not None
-    rows = [row.replace(" ", "").split(",") for row in re.findall(r"\{([^}]+)\}", table[1])]
-    stated = [(int(row[0], 0), int(row[1]), int(row[3]), row[4] == "true") for row in rows]
-    assert stated == [
-        (tile.max_rows or 0x7FFFFFFF, tile.rows if tile.max_rows else tile.columns, tile.cluster, tile.cooperative)
-        for tile in TILES["sm90"]
-    ]
-    words = re.search(r"// 128: ([\d.]+), 192: ([\d.]+); in pairs 128: ([\d.]+), 192: ([\d.]+), 256: ([\d.]+)\.", text)
-    assert words is not None
-    assert [round(cost_per_column(tile), 2) for tile in TILES["sm90"][2:]] == [float(word) for word in words.groups()]
+def test_instructions_of_cooperative_epilogues_are_those_that_tiles_are_picked_by() -> None:
+    text = (SOURCES / "tiles_sm90.h").read_text()
     for name, value in (("kStore", "store"), ("kGlu", "glu"), ("kWgrad", "wgrad")):
         assert f"{name}Instructions = {COOPERATIVE_EPILOGUE[value]}" in text
-    assert f"kMinRowsOfPairs = {MIN_ROWS_OF_PAIRS};" in text
 
 
-def test_tiles_of_sm90_are_picked_as_by_the_kernels() -> None:
-    """The cases of test_gemm_sm90.cpp."""
+def test_tiles_are_picked_as_by_the_kernels() -> None:
+    """The cases of test_gemm_sm90.cpp, through the module."""
     gpu = GPUS[1]
+    assert [pick_tile(gpu, rows, 256, 64).rows for rows in (1, 16, 17, 64, 65)] == [16, 16, 64, 64, 128]
     assert pick_tile(gpu, 255, 1536, 64) == ROWS192
-    assert pick_tile(gpu, 256, 1536, 64) == PAIRS192
-    assert pick_tile(gpu, 255, 1536, 64, "glu_backward") == ROWS128
+    assert pick_tile(gpu, 255.5, 1536, 64) == pick_tile(gpu, 256, 1536, 64) == PAIRS192
+    for rows in (1, 64, 255):
+        assert pick_tile(gpu, rows, 1536, 64, "glu_backward") == ROWS128
     assert pick_tile(gpu, 256, 1536, 64, "glu_backward") == PAIRS128
     for columns, depth, epilogue, tile in (
         (512, 1536, "glu", PAIRS256), (1536, 256, "store", PAIRS192), (1536, 512, "store", PAIRS256),
@@ -90,6 +68,11 @@ def test_tiles_of_sm90_are_picked_as_by_the_kernels() -> None:
     assert pick_wgrad_tile(gpu, 4096, 1024, 2048, True) == PAIRS256
     assert pick_wgrad_tile(gpu, 128, 1024, 2048, True) != PAIRS256
     assert pick_wgrad_tile(gpu, 1024, 256, 2048, False) != PAIRS256
+    assert [pick_tile(GPUS[0], rows, 256, 64) for rows in (16.5, 17, 81)] == [
+        Tile(16, 128, 2), Tile(64, 128, 2), Tile(128, 128, 2),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="epilogue: expected one of store, glu, glu_backward, got relu"):
+        pick_tile(gpu, 1, 256, 64, "relu")
 
 
 @gpus
@@ -147,7 +130,7 @@ def test_l2_binds_tiles_without_multicast() -> None:
 
 def test_an_epilogue_is_hidden_by_the_other_tile_or_not_at_all() -> None:
     gpu, deep, short = GPUS[1], 4096, 64
-    pingpong, cooperative = Tile(None, 128, 128, 1), Tile(None, 128, 128, 1, 2, True)
+    pingpong, cooperative = Tile(128, 128), Tile(128, 128, 1, 2, True)
     stored = EPILOGUE["glu_backward"] * 128.0  # a warp's accumulators, one per lane and column
     product, period = cycles_of_tile(gpu, pingpong, deep, "glu_backward")
     assert period == product
@@ -221,13 +204,16 @@ def test_the_best_figure_is_the_fastest() -> None:
 
 def test_few_tiles_of_stored_weights_are_narrow() -> None:
     """The tiles and the rule of stored_gemm.cuh, which spreads few tiles over narrow ones."""
-    text = (SOURCES / "stored_gemm.cuh").read_text()
-    table = re.search(r"kStoredTiles\[\] = \{(.*?)\n\};", text, re.DOTALL)
+    table = re.search(r"kStoredTiles\[\] = \{(.*?)\n\};", (SOURCES / "tiles_sm80.h").read_text(), re.DOTALL)
     assert table is not None
-    tiles = [[int(number, 0) for number in row.split(",")] for row in re.findall(r"\{([^}]+)\}", table[1])]
-    for columns, tile in ((64, tiles[0]), (32, tiles[2])):
+    tiles = [
+        [int(number) for number in row]
+        for row in re.findall(r"\{16, (\d+), (\d+), (\d+), (\d+), .*, (\d+)\}", table[1])
+    ]
+    for columns, tile in zip((64, 32), tiles, strict=True):
         assert columns in STEP_INSTRUCTIONS
-        assert (tile[2], tile[3] * tile[4], tile[7]) == (columns, WARPS, BLOCKS)
+        assert (tile[1], tile[2] * tile[3], tile[4]) == (columns, WARPS, BLOCKS)
+    text = (SOURCES / "stored_gemm.cuh").read_text()
     assert "return tiles <= resident_blocks(kTile.blocks, 0, g.schedule);" in text
     gpu = GPUS[0]
     places = BLOCKS * gpu.multiprocessors

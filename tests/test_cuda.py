@@ -285,9 +285,18 @@ def test_multiprocessors_are_reserved_inside_and_also_on_other_threads(monkeypat
     with cuda.reserved_multiprocessors(20):
         with ThreadPoolExecutor(1) as pool:  # as autograd's
             assert pool.submit(execution).result()[3] == 20
-        with pytest.raises(KeyError), cuda.reserved_multiprocessors(3):
+        with pytest.raises(KeyError), cuda.reserved_multiprocessors(30):
             raise KeyError
+        with cuda.reserved_multiprocessors(3):
+            assert execution()[3] == 20  # the larger one
         assert execution()[3] == 20
+    assert execution()[3] == 0
+    first, second = cuda.reserved_multiprocessors(5), cuda.reserved_multiprocessors(4)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # not in the order of contexts: those of other threads
+    assert execution()[3] == cuda.num_reserved() == 4
+    second.__exit__(None, None, None)
     assert execution()[3] == 0
 
 

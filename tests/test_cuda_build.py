@@ -356,7 +356,7 @@ def test_every_kernel_of_the_sources_states_its_resources() -> None:
 
 
 @pytest.mark.parametrize(("file", "pattern", "size"), [
-    ("gemm.h", r"\{(?:0x)?\w+, (\d+), (\d+), \d+, \d+, (\d+), (\d+), \d+\},?\s*// (\d+) KB",
+    ("tiles_sm80.h", r"\{\w+, (\d+), (\d+), \d+, \d+, (\d+), (\d+), \d+\},?\s*// (\d+) KB",
      lambda rows, columns, depth, stages: stages * (rows + columns) * depth),
 ])  # fmt: skip
 def test_shared_memory_of_tiles_is_what_the_table_says(file: str, pattern: str, size: object) -> None:

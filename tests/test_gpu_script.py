@@ -452,14 +452,14 @@ def test_variants_follow_the_sources() -> None:
     found = sweeping.variants()
     assert found[0] == sweeping.Variant("as-is")
     assert len({variant.name for variant in found}) == len(found) >= 10
-    for word in ("stages", "most8", "band"):
+    for word in ("stages", "most8", "cooperative", "pairs", "band"):
         assert any(word in variant.name for variant in found), word
     for variant in found[1:]:
         source = (sweeping.SOURCES / variant.file).read_text()
         assert variant.text() != source
         assert len(variant.text()) - len(source) == len(variant.after) - len(variant.before)
-    with pytest.raises(ValueError, match=r"gone: expected 'no such text' once in gemm_sm90.h, got 0"):
-        sweeping.Variant("gone", "gemm_sm90.h", "no such text", "").text()
+    with pytest.raises(ValueError, match=r"gone: expected 'no such text' once in tiles_sm90.h, got 0"):
+        sweeping.Variant("gone", sweeping.TILES, "no such text", "").text()
 
 
 def test_a_variant_is_compiled_from_its_copy_and_linked_before_the_library(tmp_path: Path) -> None:
@@ -479,10 +479,11 @@ def test_the_report_names_the_best_variants(tmp_path: Path) -> None:
         for case, ms in zip(("a forward", "a backward"), times, strict=True):
             row = {"case": case, "verdict": "passed", "seconds": 0.1, "detail": "", "ms": ms, "tflops": 100.0}
             folder.note("sweep", job, row | {"sum": "1" if job != "stages" else "2"})
-    assert report.new_tunables(folder) == ["band-4: 1.111x over 2 cases"]  # band-16 is slower in one case
+    new = "`kBand = 4;` for `kBand = 8;`: 1.111x over 2 cases"
+    assert report.new_tunables(folder) == [new]  # band-16 is slower in one case
     text = report.text_of(folder)
     assert "| a forward | 1.000 | 100 | band-16: 0.500 (2.00x) | stages |" in text
-    assert "- new row: band-4: 1.111x over 2 cases" in text
+    assert f"- new row: {new}" in text
 
 
 # ---- conformance -----------------------------------------------------------------------------------------------------

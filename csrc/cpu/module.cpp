@@ -12,6 +12,7 @@
 #include "switchgear/compact.h"
 #include "switchgear/panels.h"
 #include "threads.h"
+#include "tiles_binding.h"
 #include "workspace.h"
 
 namespace py = pybind11;
@@ -189,6 +190,7 @@ void define_module(py::module_& m) {
   m.def("set_cpu_isa", &set_cpu_isa, "Sets the ISA to use; ValueError for one that is not available.", "isa"_a);
   m.def("build_info", &build_info, "How the module was built: compiler, flags, isas, openmp, cuda.");
   define_reader(m);
+  define_tiles(m);
   m.attr("version") = SWITCHGEAR_VERSION;
 }
 

@@ -27,8 +27,7 @@ namespace switchgear::cuda {
 
 template <typename T>
 struct DecodedTile {
-  static constexpr TileConfig kConfig{
-      0x7fffffff, 64, 128, 2, 2, kStepColumns * static_cast<int>(sizeof(T)), sizeof(T) == 2 ? 4 : 3, 2};
+  static constexpr TileConfig kConfig = kDecodedTiles[sizeof(T) == 2 ? 0 : 1];
   static constexpr int kRows = kConfig.rows, kColumns = kConfig.columns, kThreads = kConfig.threads();
   static constexpr int kDepthBytes = kConfig.depth_bytes, kStages = kConfig.stages;
   static constexpr int kWarpRows = kRows / kConfig.warps_m, kWarpColumns = kColumns / kConfig.warps_n;
@@ -36,7 +35,7 @@ struct DecodedTile {
   static constexpr int kABytes = kRows * kDepthBytes, kStageBytes = kConfig.stage_bytes();
   using Place = StepPlace<512>;
   static constexpr int kStoredBytes = kABytes + kStageSteps * Place::kAll, kDecodedBytes = kColumns * kDepthBytes;
-  static_assert(kThreads == kStoredThreads);
+  static_assert(kThreads == kStoredThreads && kDepthBytes == kStepColumns * static_cast<int>(sizeof(T)));
 
   static constexpr int shared_bytes(bool adapter) {
     const int ring = kStages * kStoredBytes + kDecodedBytes, staged = kRows * kColumns * 4,
@@ -160,7 +159,8 @@ __global__ void __launch_bounds__(kStoredThreads, 2)
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);
   const int out_width = out_tile_columns(g, Tile::kColumns);
-  TileWalker walker(g, Tile::kRows, static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
+  TileWalker<Tile::kConfig.band> walker(g, Tile::kRows,
+                                        static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
   RowTile tile;
   for (int64_t index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
     const bool unassigned = tile.expert == g.num_experts;

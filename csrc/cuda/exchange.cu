@@ -3,6 +3,9 @@
 //   exchange_kernel: 80 registers, 1 bytes of shared memory
 #include "exchange.cuh"
 
+#include <stdexcept>
+#include <string>
+
 #include "exchange.h"
 #include "launch.h"
 #include "switchgear/check.h"
@@ -12,9 +15,13 @@ namespace {
 
 __global__ void __launch_bounds__(kExchangeThreads) exchange_kernel(ExchangeParams p) { exchange(p); }
 
-void check_segments(int64_t num_ranks, int64_t slot_bytes) {
+void check_ranks(int64_t num_ranks) {
   SWITCHGEAR_CHECK(ValueError, num_ranks >= 1 && num_ranks <= kMaxRanks, "segments: expected 1 to ", kMaxRanks,
                    " ranks, got ", num_ranks);
+}
+
+void check_segments(int64_t num_ranks, int64_t slot_bytes) {
+  check_ranks(num_ranks);
   SWITCHGEAR_CHECK(ValueError, slot_bytes > 0 && slot_bytes % 16 == 0,
                    "slot_bytes: expected a positive multiple of 16, got ", slot_bytes);
 }
@@ -38,6 +45,15 @@ void add_up(const char* name, const std::vector<int64_t>& bytes, int64_t* begin)
 int64_t exchange_segment_bytes(int64_t num_ranks, int64_t slot_bytes) {
   check_segments(num_ranks, slot_bytes);
   return kFlagBytes + num_ranks * kSlots * slot_bytes;
+}
+
+int64_t exchange_multiprocessors(int64_t num_ranks) {
+  check_ranks(num_ranks);
+  int resident = 0;  // blocks
+  const void* const kernel = reinterpret_cast<const void*>(exchange_kernel);
+  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kExchangeThreads, 0);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("exchange: ") + cudaGetErrorString(error));
+  return (exchange_blocks(static_cast<int>(num_ranks)) + resident - 1) / resident;
 }
 
 void exchange(const ExchangeArgs& args, Execution exec) {

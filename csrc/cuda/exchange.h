@@ -22,6 +22,9 @@ struct ExchangeArgs {
 // Size of a rank's segment. The segment must be zero initially and aligned to 16 bytes.
 int64_t exchange_segment_bytes(int64_t num_ranks, int64_t slot_bytes);
 
+// Multiprocessors of the current device that the kernel fills: what other kernels must leave for it to start beside them.
+int64_t exchange_multiprocessors(int64_t num_ranks);
+
 // Queues the kernel. ValueError for inconsistent sizes.
 void exchange(const ExchangeArgs& args, Execution exec);
 

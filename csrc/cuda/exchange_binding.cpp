@@ -43,6 +43,7 @@ void py_exchange(py::handle rows, py::handle received, std::vector<int64_t> send
 void define_exchange(py::module_& m) {
   using namespace py::literals;
   m.def("exchange_segment_bytes", &cuda::exchange_segment_bytes, "num_ranks"_a, "slot_bytes"_a);
+  m.def("exchange_multiprocessors", &cuda::exchange_multiprocessors, "num_ranks"_a);
   m.def("exchange", &py_exchange, "rows"_a, "received"_a, "send_bytes"_a, "receive_bytes"_a, "first_sent"_a,
         "first_received"_a, "segments"_a, "rank"_a, "slot_bytes"_a, "stop"_a, "execution"_a);
 }

@@ -7,8 +7,8 @@
 // The inner dimension of a Gemm may be extended by a second pair of operands (LowRank), an adapter's: its products go into the
 // same accumulators, before those of a and b.
 //
-// `gemm` and `wgrad` pick the kernel: gemm_sm90 if sm90_takes allows it, else the decode kernel, else the tiles of the table
-// below. Everything is plain data; pick_tile is a pure function, tested without a GPU.
+// `gemm` and `wgrad` pick the kernel: gemm_sm90 if sm90_takes allows it, else the decode kernel, else the tiles of tiles_sm80.h.
+// Everything is plain data.
 //
 // Order of the sums: gemm_sm80.cuh (all tiles of a dtype) and gemm_decode.cuh share one: k ascending through one float32
 // accumulator per element, 16 (tf32: 8) terms per instruction. So a row's bits do not depend on the tile picked.
@@ -19,6 +19,7 @@
 
 #include "platform.cuh"
 #include "switchgear/ops.h"
+#include "tiles_sm80.h"
 
 namespace switchgear::cuda {
 
@@ -152,52 +153,6 @@ struct Wgrad {
 // The width of `a`: I for kGlu, N otherwise.
 __host__ __device__ constexpr int64_t out_columns(const Gemm& g) {
   return g.epilogue == Epilogue::kGlu && g.options.gated ? g.n / 2 : g.n;
-}
-
-// ---- tiles -------------------------------------------------------------------------------------------------------------
-
-// How a product is tiled: a block of `threads` computes [rows, columns] of out. It reads depth_bytes of a and b at a time
-// through a ring of `stages` in shared memory.
-struct TileConfig {
-  int max_rows_per_expert;  // largest mean number of rows per expert for which this row of the table is picked
-  int rows, columns;
-  int warps_m, warps_n;
-  int depth_bytes;
-  int stages;
-  int blocks;  // blocks per multiprocessor that registers and an A100's shared memory allow
-
-  constexpr int threads() const { return 32 * warps_m * warps_n; }
-  constexpr int stage_bytes() const { return (rows + columns) * depth_bytes; }
-  // The ring. Later the same memory holds the float32 accumulators for the epilogue, in two passes if they do not fit.
-  constexpr int shared_bytes() const { return stages * stage_bytes(); }
-  constexpr int passes() const { return rows * columns * 4 <= shared_bytes() ? 1 : 2; }
-};
-
-// What a block may have on sm_86, sm_89 and sm_120, the least of all architectures from sm_80 on. A multiprocessor has one
-// KB more there, of which every block takes one.
-inline constexpr int kLeastSharedBytes = 99 << 10;
-
-// Up to 16 rows, reading the weights is the bound: deep rings, little else. With 64 rows per expert an A100's tensor cores are
-// busy three quarters of the time. 128 x 128 with 64 x 64 per warp reads 4 KB of shared memory per 64 cycles of mma (half the
-// limit). With two blocks per SM, the epilogue of one overlaps the products of the other.
-//
-// One table serves all architectures. Two blocks of the tiles that tensor cores bind fit into the 100 KB of a multiprocessor
-// of sm_86, sm_89 and sm_120. Of the 16-row tile one block does; it alone keeps 54 KB of weights in flight there, where
-// latency times an SM's share of the bandwidth is below 10 KB. Elsewhere two fit.
-inline constexpr TileConfig kTiles[] = {
-    // mean rows     tile     warps  depth  stages, blocks; shared memory
-    {16, 16, 128, 1, 4, 128, 4, 2},         // 72 KB
-    {80, 64, 128, 2, 2, 64, 4, 2},          // 48 KB
-    {0x7fffffff, 128, 128, 2, 2, 64, 3, 2}  // 48 KB
-};
-enum class TileKind : uint8_t { k16, k64, k128 };  // index into kTiles
-
-// The tile for a mean number of rows per expert, which is all the host knows. Few columns or a short inner dimension use the
-// same tiles: the padding costs less than a second set of kernels.
-constexpr TileKind pick_tile(int64_t rows_per_expert) {
-  int kind = 0;
-  while (rows_per_expert > kTiles[kind].max_rows_per_expert) ++kind;
-  return static_cast<TileKind>(kind);
 }
 
 // ---- launchers ---------------------------------------------------------------------------------------------------------

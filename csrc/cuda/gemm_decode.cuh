@@ -27,10 +27,8 @@
 
 namespace switchgear::cuda {
 
-constexpr int kDecodeWarps = 4;
 constexpr int kDecodeRows = 16;     // per mma
 constexpr int kDecodeColumns = 16;  // per warp: two mma
-constexpr int kAhead = 4;           // loads in flight per column, of 64 bytes each
 constexpr int kStepDepth = 32;      // depths per load: 16 bytes in each of four lanes
 
 // w[j] of lane i of a quad becomes w[i] of lane j.

@@ -73,9 +73,8 @@ void launch_gemm_tiles(const Gemm& g, void* stream) {
 
 // Few slots, and usually few per expert. Experts with more than 16 slots read their weights again, from L2.
 inline bool decode_takes(const Gemm& g) {
-  constexpr int64_t kMaxSlots = 128;
   const Alignment aligned = alignment_of(g);
-  return size_of(g.dtype) == 2 && g.epilogue != Epilogue::kGluBackward && g.num_slots <= kMaxSlots &&
+  return size_of(g.dtype) == 2 && g.epilogue != Epilogue::kGluBackward && g.num_slots <= kDecodeSlots &&
          pick_tile(g.num_slots / g.num_experts) == TileKind::k16 && g.b.k_contiguous() && aligned.a && aligned.b &&
          aligned.low_a && (aligned.low_b || g.low.rank < 8);  // fewer than 8 depths are read one by one
 }

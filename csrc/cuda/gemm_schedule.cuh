@@ -4,8 +4,7 @@
 // gridDim.x-th tile until none is left.
 //
 // Tiles are numbered expert by expert. After the last expert come the tiles of the unassigned rows, past expert_offsets[E],
-// which are zeroed. Within an expert, bands of 8 row tiles go through all columns. Blocks that run at the same time share 8
-// row tiles of a and few columns of b, which fit in L2 together, and b is read once per band.
+// which are zeroed. Within an expert, bands of row tiles go through all columns (kBand in tiles_sm80.h).
 #pragma once
 #include "gemm.h"
 #include "platform.cuh"
@@ -45,21 +44,22 @@ __device__ inline SlotRange slots_of_matrix(const int32_t* expert_offsets, const
   return slots_of(expert_offsets, expert, num_experts, num_slots);
 }
 
-// Position `index` of a grid of row tiles x column tiles, in bands of 8 row tiles.
+// Position `index` of a grid of row tiles x column tiles, in bands of kRowTiles row tiles.
 struct TilePosition {
   int32_t row, column;
 };
 
+template <int kRowTiles>
 __device__ inline TilePosition banded(int64_t index, int32_t row_tiles, int32_t column_tiles) {
-  constexpr int32_t kBand = 8;
-  const auto band = static_cast<int32_t>(index / (kBand * static_cast<int64_t>(column_tiles)));
-  const auto rest = static_cast<int32_t>(index - band * kBand * static_cast<int64_t>(column_tiles));
-  const int32_t height = row_tiles - band * kBand < kBand ? row_tiles - band * kBand : kBand;
-  return {band * kBand + rest % height, rest / height};
+  const auto band = static_cast<int32_t>(index / (kRowTiles * static_cast<int64_t>(column_tiles)));
+  const auto rest = static_cast<int32_t>(index - band * kRowTiles * static_cast<int64_t>(column_tiles));
+  const int32_t height = row_tiles - band * kRowTiles < kRowTiles ? row_tiles - band * kRowTiles : kRowTiles;
+  return {band * kRowTiles + rest % height, rest / height};
 }
 
 // Each warp goes through the experts by itself, 32 at a time, and only forward: a block's tiles ascend. The numbers of slots
 // and of row tiles are below 2^31.
+template <int kBandTiles>
 class TileWalker {
  public:
   __device__ TileWalker(const Gemm& g, int tile_rows, int32_t column_tiles)
@@ -86,7 +86,8 @@ class TileWalker {
     const int32_t end = __shfl_sync(0xffffffffu, range_.end, owner);
     const int32_t tiles = ceil_div(end - begin);
     const int32_t first = tiles_before_ + __shfl_sync(0xffffffffu, tiles_through_, owner) - tiles;
-    const TilePosition position = banded(index - static_cast<int64_t>(first) * column_tiles_, tiles, column_tiles_);
+    const TilePosition position =
+        banded<kBandTiles>(index - static_cast<int64_t>(first) * column_tiles_, tiles, column_tiles_);
     tile.expert = chunk_ + owner;
     tile.first_row = begin + position.row * tile_rows_;
     tile.rows = end - tile.first_row < tile_rows_ ? end - tile.first_row : tile_rows_;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Grouped GEMMs on mma.sync: out[s,n] = Σ_k a[s,k] · b[e(s)][n,k] with an epilogue, and out[e][m,n] = Σ_{s of e} a[s,m] · b[s,n].
 //
-//   work 2·S·N·C flop; traffic (touched experts)·N·C weights once per band of 8 row tiles, a once per column tile from L2
+//   work 2·S·N·C flop; traffic (touched experts)·N·C weights once per band of row tiles, a once per column tile from L2
 //   bound by reading weights below about 150 (A100) or 300 (H100) rows per expert, by the tensor cores above
 //
 // A block takes one tile after another (TileWalker). cp.async fills a ring of stages in shared memory and gathers the rows of
@@ -419,7 +419,8 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   SHARED_DYN(std::byte, shared);
   const int thread = static_cast<int>(threadIdx.x);
   const int out_width = out_tile_columns(g, Tile::kColumns);
-  TileWalker walker(g, Tile::kRows, static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
+  TileWalker<Tile::kConfig.band> walker(g, Tile::kRows,
+                                        static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
   RowTile tile;
   for (int64_t index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
     const bool unassigned = tile.expert == g.num_experts;
@@ -469,7 +470,7 @@ __global__ void __launch_bounds__(Tile<kKind>::kThreads, Tile<kKind>::kConfig.bl
   const auto column_tiles = static_cast<int32_t>((g.n + Tile::kColumns - 1) / Tile::kColumns);
   const int64_t tiles = static_cast<int64_t>(row_tiles) * column_tiles;
   const auto matrix = static_cast<int32_t>(blockIdx.x / tiles);
-  const TilePosition position = banded(blockIdx.x % tiles, row_tiles, column_tiles);
+  const TilePosition position = banded<Tile::kConfig.band>(blockIdx.x % tiles, row_tiles, column_tiles);
   const int32_t first_row = position.row * Tile::kRows, first_column = position.column * Tile::kColumns;
   const SlotRange slots = slots_of_matrix(g.expert_offsets, g.experts, matrix, static_cast<int32_t>(g.num_experts),
                                           static_cast<int32_t>(g.num_slots));

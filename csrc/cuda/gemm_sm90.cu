@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "gemm_sm90.cuh"
 #include "gemm_sm90_wgrad.cuh"
@@ -117,39 +118,38 @@ void launch_gemm(const Gemm& g, void* stream) {
                    shared_bytes(C::kShape, C::kN, C::kStages), stream, params);
 }
 
-// The Config of a row of the table.
-template <Shape kShape, ConfigKind kKind, bool kAlongN>
-using ConfigOf = Config<kShape, kConfigs[static_cast<int>(kKind)].n, kConfigs[static_cast<int>(kKind)].stages, kAlongN,
-                        kConfigs[static_cast<int>(kKind)].cluster, kConfigs[static_cast<int>(kKind)].cooperative>;
+// The kernel of a row of the table.
+template <Shape kShape, size_t kRow, bool kAlongN>
+using ConfigOf = Config<kShape, kTiles[kRow].n, kTiles[kRow].stages, kAlongN, kTiles[kRow].cluster,
+                        kTiles[kRow].cooperative, kTiles[kRow].band>;
+
+// Calls launch.operator()<kRow>() for the row picked, of those that take `use`.
+template <unsigned kUse, typename Launch>
+void launch_row(int picked, const Launch& launch) {
+  [&]<size_t... kRows>(std::index_sequence<kRows...>) {
+    (
+        [&] {
+          if constexpr ((kTiles[kRows].takes & kUse) != 0) {
+            if (picked == static_cast<int>(kRows)) launch.template operator()<kRows>();
+          }
+        }(),
+        ...);
+  }(std::make_index_sequence<std::size(kTiles)>());
+}
 
 template <typename T, Epilogue kEpilogue, bool kAlongN>
-void launch_shape(const Gemm& g, void* stream) {
-  const auto launch_kind = [&]<Shape kShape, ConfigKind kKind>() {
-    launch_gemm<T, kEpilogue, ConfigOf<kShape, kKind, kAlongN>>(g, stream);
-  };
-  using enum ConfigKind;
-  const ConfigKind kind = pick_config(g);
-  if (kind == kRows128) return launch_kind.template operator()<Shape::kRows, kRows128>();
-  if constexpr (kEpilogue == Epilogue::kGluBackward) {
-    launch_kind.template operator()<Shape::kRows, kPairs128>();
-  } else if (kind == kPairs192) {
-    if constexpr (kEpilogue == Epilogue::kStore) launch_kind.template operator()<Shape::kRows, kPairs192>();
-  } else {
-    switch (kind) {
-      case kFewRows16: return launch_kind.template operator()<Shape::kFewRows, kFewRows16>();
-      case kFewRows64: return launch_kind.template operator()<Shape::kFewRows, kFewRows64>();
-      case kRows192: return launch_kind.template operator()<Shape::kRows, kRows192>();
-      default: return launch_kind.template operator()<Shape::kRows, kPairs256>();
-    }
-  }
+void launch_picked(const Gemm& g, void* stream) {
+  launch_row<bit_of(kEpilogue)>(pick_tile(g), [&]<size_t kRow>() {
+    launch_gemm<T, kEpilogue, ConfigOf<shape_of(kTiles[kRow]), kRow, kAlongN>>(g, stream);
+  });
 }
 
 template <typename T, Epilogue kEpilogue>
 void launch_layout(const Gemm& g, void* stream) {
   if (g.b.k_contiguous()) {
-    launch_shape<T, kEpilogue, false>(g, stream);
+    launch_picked<T, kEpilogue, false>(g, stream);
   } else {
-    launch_shape<T, kEpilogue, true>(g, stream);
+    launch_picked<T, kEpilogue, true>(g, stream);
   }
 }
 
@@ -162,9 +162,8 @@ void launch_type(const Gemm& g, void* stream) {
   }
 }
 
-template <typename T, ConfigKind kKind>
+template <typename T, typename C>
 void launch_wgrad(const Wgrad& g, void* stream) {
-  using C = ConfigOf<Shape::kWgrad, kKind, true>;
   const bool shares_b = C::kCluster > 1 && g.b.indices == nullptr;
   const bool shares_a = C::kCluster > 1 && !shares_b && g.a.indices == nullptr;
   WgradParams params{};
@@ -183,10 +182,8 @@ void launch_wgrad(const Wgrad& g, void* stream) {
 
 template <typename T>
 void launch_type(const Wgrad& g, void* stream) {
-  switch (pick_config(g)) {
-    case ConfigKind::kPairs256: return launch_wgrad<T, ConfigKind::kPairs256>(g, stream);
-    default: return launch_wgrad<T, ConfigKind::kRows128>(g, stream);
-  }
+  launch_row<kWgrad>(pick_tile(g),
+                     [&]<size_t kRow>() { launch_wgrad<T, ConfigOf<Shape::kWgrad, kRow, true>>(g, stream); });
 }
 
 }  // namespace

@@ -71,7 +71,7 @@ enum class Shape : uint8_t { kRows, kFewRows, kWgrad };
 
 // kAlongN: n of the weights has unit stride, not k. wgmma calls such operands "MN-major".
 template <Shape kShapeOf, int kRowsOfQ, int kRingStages, bool kWeightsAlongN, int kBlocksOfCluster = 1,
-          bool kConsumersShare = false>
+          bool kConsumersShare = false, int kRowTilesOfBand = kBand>
 struct Config {
   static constexpr Shape kShape = kShapeOf;
   static constexpr int kN = kRowsOfQ;
@@ -79,14 +79,13 @@ struct Config {
   static constexpr bool kAlongN = kWeightsAlongN;
   static constexpr int kCluster = kBlocksOfCluster;
   static constexpr bool kCooperative = kConsumersShare;
+  static constexpr int kBand = kRowTilesOfBand;
   static constexpr int kBlocks = kCooperative ? 1 : 2;                     // of 64 rows per consumer
   static constexpr int kReleases = 4 * (kCooperative ? 2 : 1) * kCluster;  // of a stage
   static_assert(kCluster <= 2 && (kShape != Shape::kFewRows || (kCluster == 1 && !kCooperative)));
   static constexpr int kSlots = kShape == Shape::kFewRows ? kN : 128;    // per tile of a gemm
   static constexpr int kColumns = kShape == Shape::kFewRows ? 128 : kN;  // of b per tile
-  // Registers per thread: 504 for one producer and two consumers, who need 40 or more beside their accumulators.
-  static constexpr int kAccumulators = kBlocks * kN / 2;
-  static constexpr int kConsumerRegisters = kAccumulators > 128 ? 232 : kAccumulators == 128 ? 216 : 208;
+  static constexpr int kConsumerRegisters = consumer_registers(kN, kCooperative);
   static constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters;
   static constexpr bool kPAlongM = kShape == Shape::kWgrad || (kShape == Shape::kFewRows && kAlongN);
   static constexpr bool kQAlongN = kShape == Shape::kWgrad || (kShape == Shape::kRows && kAlongN);
@@ -111,6 +110,15 @@ constexpr int shared_bytes(Shape shape, int n, int stages) {
   const int barriers = (2 * stages + kConsumers) * 8;
   return 1024 + stages * stage_bytes(n) + scratch_bytes(shape, n) + barriers + kQueueBytes + first_tiles;
 }
+constexpr Shape shape_of(const TileRow& row) { return row.few_rows() ? Shape::kFewRows : Shape::kRows; }
+constexpr bool rings_fit() {
+  constexpr int kMostBytes = 227 << 10;  // of a block
+  for (const TileRow& row : kTiles) {
+    if (shared_bytes(shape_of(row), row.n, row.stages) > kMostBytes) return false;
+  }
+  return true;
+}
+static_assert(rings_fit());
 
 // With the tensor maps of the operands that TMA loads. `low`: those of g.low.
 struct GemmParams {
@@ -250,7 +258,7 @@ struct GemmTiles {
     const bool alone = C::kCluster > 1 && index >= before;
     TilePosition position{rows - 1, 2 * (index - before) + rank};
     if (!alone) {
-      position = banded(index, rows / C::kCluster, columns);
+      position = banded<C::kBand>(index, rows / C::kCluster, columns);
       position.row = position.row * C::kCluster + rank;
     }
     const int32_t first_row = range.begin + position.row * C::kSlots, rest = range.end - first_row;

@@ -39,7 +39,7 @@ struct WgradTiles {
   __device__ int32_t size() const { return static_cast<int32_t>(g.num_matrices) * rows() * columns(); }
   __device__ WgradTile operator[](int32_t t) const {
     const int32_t each = rows() * columns(), matrix = t / each;
-    TilePosition position = banded(t - matrix * each, rows(), columns());
+    TilePosition position = banded<C::kBand>(t - matrix * each, rows(), columns());
     int32_t& paired = shares_a() ? position.column : position.row;
     paired = paired * C::kCluster + static_cast<int32_t>(rank_in_cluster<C::kCluster>());
     return {matrix, position,

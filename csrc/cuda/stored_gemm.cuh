@@ -34,17 +34,6 @@
 
 namespace switchgear::cuda {
 
-// A stage is eight steps: 64 columns x 64 depths for few rows, 128 x 32 for many; four if products are spread. A warp has
-// all rows of the tile, so no weight is decoded twice.
-inline constexpr TileConfig kStoredTiles[] = {
-    // mean rows     tile    warps depth stages, blocks
-    {16, 16, 64, 1, 4, 128, 4, 4},
-    {0x7fffffff, 64, 128, 1, 4, 64, 4, 2},
-    {16, 16, 32, 1, 4, 128, 4, 4},  // see spreads
-};
-enum class StoredKind : int { kFew, kMany, kSpread };  // index into kStoredTiles
-constexpr const TileConfig& stored_tile(StoredKind kind) { return kStoredTiles[static_cast<int>(kind)]; }
-
 template <StoredKind kKind, Format kFormat>
 struct StoredTile {
   static constexpr TileConfig kConfig = stored_tile(kKind);
@@ -228,7 +217,8 @@ __global__ void __launch_bounds__(kStoredThreads, stored_tile(kKind).blocks)
     Pairs<kFormat, A>::fill(reinterpret_cast<uint32_t*>(all_shared));
     __syncthreads();
   }
-  TileWalker walker(g, Tile::kRows, static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
+  TileWalker<Tile::kConfig.band> walker(g, Tile::kRows,
+                                        static_cast<int32_t>((out_columns(g) + out_width - 1) / out_width));
   RowTile tile;
   for (int64_t index = blockIdx.x; walker.find(index, tile); index += gridDim.x) {
     const bool unassigned = tile.expert == g.num_experts;

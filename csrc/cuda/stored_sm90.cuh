@@ -29,6 +29,8 @@
 //   stored_sm90_kernel: 168 registers
 // setmaxnreg changes them to 88 for producers and 208 for consumers.
 #pragma once
+#include <utility>
+
 #include "gemm_launch.cuh"
 #include "gemm_sm90.cuh"
 #include "stored_load.cuh"
@@ -36,11 +38,12 @@
 
 namespace switchgear::cuda::sm90 {
 
-template <Format kFormatOf, typename Element, int kSlotsOfTile>
+template <Format kFormatOf, typename Element, size_t kRow>
 struct StoredConfig {
   static constexpr Format kFormat = kFormatOf;
   using A = Element;  // of rows of a and decoded weights
-  static constexpr int kSlots = kSlotsOfTile, kColumns = 128, kCluster = 1;
+  static constexpr StoredRow kTile = kStoredTiles[kRow];
+  static constexpr int kSlots = kTile.slots, kColumns = 128, kCluster = 1, kBand = kTile.band;
   static constexpr bool kIntegers = of_integers(kFormat);
   using Place = StepPlace<most_step_bytes(kFormat)>;
   static constexpr int kSteps = kDepth / kStepColumns, kBlocks = kColumns / kStepRows;
@@ -50,7 +53,7 @@ struct StoredConfig {
   static constexpr int kScratchBytes = kSlots * kScratchPitch * 4;
   static constexpr int kOthers = 1024 + kTableBytes + kScratchBytes + kQueueBytes + (kMaxExperts + 2) * 4;
   static constexpr int kFit = ((227 << 10) - kOthers) / (kStageBytes + 16);
-  static constexpr int kStages = kFit < 10 ? kFit : 10;
+  static constexpr int kStages = kFit < kTile.stages ? kFit : kTile.stages;
   static constexpr int kSharedBytes = kOthers + kStages * (kStageBytes + 16);
   static constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
   static_assert(kBlocks * kThreadsPerStep == kProducers && kStages >= 4);
@@ -410,7 +413,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T, typename C>
 void launch_stored_sm90(const Gemm& g, const StoredOperand& w, void* stream) {
-  constexpr TileConfig kTile{0x7fffffff, C::kSlots, C::kColumns, kThreads / 32, 1, kRowBytes, C::kStages, 1};
+  constexpr TileConfig kTile{kAnyRows, C::kSlots, C::kColumns, kThreads / 32, 1, kRowBytes, C::kStages, 1};
   launch(stored_sm90_kernel<T, C>, dim3(num_blocks(g, kTile, C::kSharedBytes)), dim3(kThreads),
          static_cast<size_t>(C::kSharedBytes), stream, g, w);
 }
@@ -419,9 +422,11 @@ template <Format kFormat, typename T>
 void launch_stored_sm90(const Gemm& g, const StoredOperand& w, void* stream) {
   using A = std::conditional_t<of_integers(kFormat), __nv_bfloat16, T>;  // rows of integers come in bfloat16
   const int64_t rows_per_expert = (g.num_slots + g.num_experts - 1) / g.num_experts;
-  if (rows_per_expert <= 16) return launch_stored_sm90<T, StoredConfig<kFormat, A, 16>>(g, w, stream);
-  if (rows_per_expert <= 64) return launch_stored_sm90<T, StoredConfig<kFormat, A, 64>>(g, w, stream);
-  launch_stored_sm90<T, StoredConfig<kFormat, A, 128>>(g, w, stream);
+  size_t picked = 0;
+  while (rows_per_expert > kStoredTiles[picked].max_rows_per_expert) ++picked;
+  [&]<size_t... kRows>(std::index_sequence<kRows...>) {
+    ((picked == kRows ? launch_stored_sm90<T, StoredConfig<kFormat, A, kRows>>(g, w, stream) : void()), ...);
+  }(std::make_index_sequence<std::size(kStoredTiles)>());
 }
 
 template <Format kFormat>

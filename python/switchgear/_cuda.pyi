@@ -51,6 +51,9 @@ class Execution:
 def exchange_segment_bytes(num_ranks: int, slot_bytes: int) -> int:
     """The bytes of a rank's segment, which all ranks map. It must be zero at first."""
 
+def exchange_multiprocessors(num_ranks: int) -> int:
+    """The multiprocessors of the current device that the kernel fills, which others must leave for it to start."""
+
 def exchange(
     rows: _Array,
     received: _Array,

@@ -107,24 +107,29 @@ def allow_tf32() -> bool:
     return bool(matmul.allow_tf32)
 
 
-# Of the process and not of a thread or context: backward runs on threads of autograd.
-_reserved = 0
+# The counts in force, of the process and not of a thread or context: backward runs on threads of autograd.
+_reserved: list[int] = []
 
 
 @contextmanager
 def reserved_multiprocessors(count: int) -> Iterator[None]:
-    """Inside, grouped GEMMs leave `count` multiprocessors of a GPU to kernels of other streams, such as an exchange
-    that overlaps them. At least one stays with the GEMM. Applies to the whole process."""
-    global _reserved
+    """Inside, grouped GEMMs leave `count` multiprocessors of a GPU to kernels of other streams, such as collectives
+    that overlap them. At least one stays with the GEMM. Applies to the whole process; of nested and concurrent counts
+    the largest. Transfers of ExpertParallel's peer_memory reserve their own."""
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"count: expected an integer, got {type(count).__name__}")
     if not 0 <= count < 1 << 31:
         raise ValueError(f"count: expected a number of multiprocessors from 0 to 2^31 - 1, got {count}")
-    before, _reserved = _reserved, count
+    _reserved.append(count)
     try:
         yield
     finally:
-        _reserved = before
+        _reserved.remove(count)
+
+
+def num_reserved() -> int:
+    """The multiprocessors that grouped GEMMs leave to others now."""
+    return max(_reserved, default=0)
 
 
 class Execution:
@@ -136,4 +141,5 @@ class Execution:
         self._allocate = functools.partial(torch.empty, dtype=torch.uint8, device=torch.device("cuda", index))
 
     def __call__(self) -> Any:
-        return self._new(torch.cuda.current_stream(self._index).cuda_stream, self._allocate, allow_tf32(), _reserved)
+        stream = torch.cuda.current_stream(self._index).cuda_stream
+        return self._new(stream, self._allocate, allow_tf32(), num_reserved())

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Kernels of conformance for clusters: blocks that write to and wait for each other, and boxes that reach several.
+// Conformance of clusters: blocks that write to and wait for each other, and boxes that reach several.
 #pragma once
-#include "conformance_data.cuh"
+#include "conformance_case.cuh"
 #include "hopper.cuh"
+#include "tensor_map.h"
 
 namespace switchgear::cuda::conformance {
 
@@ -67,6 +68,22 @@ __global__ void multicast_kernel(const __grid_constant__ CUtensorMap map, uint32
     out[kBoxBytes / 4 * blockIdx.x + i] = tile[i];
   }
   cluster_barrier();
+}
+
+inline void add_clusters(std::vector<Case>& cases) {
+  for (const int size : {2, 4}) {
+    cases.push_back({"a ring of " + std::to_string(size) + " blocks", [=](uint32_t*, uint32_t* out) {
+                       launch_clusters(size, cluster_ring_kernel, dim3(8), dim3(32), 0, nullptr, out,
+                                       static_cast<unsigned>(size));
+                     }});
+  }
+  for (const unsigned blocks : {0b11u, 0b10u, 0b01u}) {
+    cases.push_back(
+        {"a box for the blocks " + std::to_string(blocks), [=](uint32_t* in, uint32_t* out) {
+           const CUtensorMap map = make_tensor_map({in, switchgear::DType::kBFloat16, {72, 220, 2}, {72, 72 * 220}, 8});
+           launch_clusters(2, multicast_kernel, dim3(4), dim3(32), size_t{4} << 10, nullptr, map, out, blocks);
+         }});
+  }
 }
 
 }  // namespace switchgear::cuda::conformance

@@ -18,6 +18,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from gpu import sweep
 from gpu.folder import Folder, Row
 from gpu.folder import write as write_file
 from gpu.watch import GOOD
@@ -120,8 +121,9 @@ def sweep_table(folder: Folder) -> str:
 
 
 def new_tunables(folder: Folder) -> list[str]:
-    """Variants that are faster over all cases, by geometric mean, and that slow none: rows for the table of tiles."""
+    """Variants that are faster over all cases, by geometric mean, and that slow none: lines for the tables of tiles."""
     rows = sweep_rows(folder)
+    lines = {variant.name: f"`{variant.after}` for `{variant.before}`" for variant in sweep.variants()}
     times = {(row["job"], row["case"]): float(row["ms"]) for row in rows}
     found = []
     for name in dict.fromkeys(row["job"] for row in rows if row["job"] != "as-is"):
@@ -130,7 +132,7 @@ def new_tunables(folder: Folder) -> list[str]:
         ]
         mean = math.prod(gains) ** (1 / len(gains)) if gains else 0.0
         if mean >= LEAST_GAIN and min(gains) > 1 / LEAST_GAIN:
-            found.append(f"{name}: {mean:.3f}x over {len(gains)} cases")
+            found.append(f"{lines.get(name, name)}: {mean:.3f}x over {len(gains)} cases")
     return found
 
 
@@ -153,8 +155,8 @@ def text_of(folder: Folder) -> str:
             parts.append(f"## {title}\n\n{table(columns, cells)}")
     if benches := bench_table(folder):
         parts.append(f"## Benchmarks\n\n{benches}")
-    if sweep := sweep_table(folder):
-        parts.append(f"## Tunables\n\n{sweep}" + "".join(f"- new row: {line}\n" for line in new_tunables(folder)))
+    if tunables := sweep_table(folder):
+        parts.append(f"## Tunables\n\n{tunables}" + "".join(f"- new row: {line}\n" for line in new_tunables(folder)))
     if left := left_out_of_benches(folder):
         parts.append("## Left out of benchmarks\n\n" + "".join(f"- {line}\n" for line in left))
     return "\n".join(parts)

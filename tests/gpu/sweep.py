@@ -52,41 +52,38 @@ def constants(file: str, pattern: str, what: str, values: tuple[int, ...]) -> li
             for value in values if value != int(found[1])]  # fmt: skip
 
 
-ROW = re.compile(r"\{(\w+), (\d+), (\d+)((?:, \w+)*)\}")  # of kConfigs: most rows per expert, n, stages, …
-MOST_SHARED = 232448  # bytes of a block
+TILES = "tiles_sm90.h"
+ROW = re.compile(r"\{(\w+), (\w+), (\d+), (\d+)((?:, [\w |]+)*)\}")  # of kTiles: rows per expert, n, stages, …
 
 
 def rows_of_table() -> list[re.Match[str]]:
-    text = (SOURCES / "gemm_sm90.h").read_text()
-    start = text.find("kConfigs[] = {")
+    text = (SOURCES / TILES).read_text()
+    start = text.find(" kTiles[] = {")
     if start < 0:
-        raise ValueError("kConfigs is not in gemm_sm90.h")
+        raise ValueError(f"kTiles is not in {TILES}")
     return list(ROW.finditer(text, start, text.index("};", start)))
 
 
 def variants() -> list[Variant]:
-    """The kernels as they are; fewer stages in each row of the table of tiles; other limits for tiles of few rows;
-    other bands. A row that occurs twice has no variant."""
+    """The kernels as they are; fewer stages in rows of few slots and of pairs; other limits for few slots; cooperative
+    pairs in place of ping-pong; pairs from other numbers of rows on; other bands. 16 of them: one on each core."""
     found = [Variant("as-is")]
     for index, row in enumerate(rows_of_table()):
-        most, n, stages, rest = row[1], int(row[2]), int(row[3]), row[4]
-        changed = [(most, stages - 1), (most, max(2, stages // 2))]
+        least, most, n, stages, rest = row[1], row[2], int(row[3]), int(row[4]), row[5]
+        changed: dict[str, tuple[str, int, str]] = {}
         if most.isdigit():
-            changed += [(str(int(most) * 2), stages), (str(int(most) // 2), stages)]
-        for limit, count in dict.fromkeys(changed):
-            if (limit, count) != (most, stages) and count >= 2:
-                name = f"row{index}-n{n}-most{limit}-stages{count}"
-                found.append(Variant(name, "gemm_sm90.h", row[0], f"{{{limit}, {n}, {count}{rest}}}"))
-    banded = next(
-        (path.name for path in sorted(SOURCES.iterdir()) if re.search(r"kBand = \d+;", path.read_text())), None
-    )
-    if banded is not None:
-        found += constants(banded, r"kBand = (\d+);", "band", (4, 8, 16, 32))
-    return [variant for variant in found if not variant.file or is_unique(variant)]
-
-
-def is_unique(variant: Variant) -> bool:
-    return (SOURCES / variant.file).read_text().count(variant.before) == 1
+            changed[f"stages{stages // 2}"] = (most, stages // 2, rest)
+            changed |= {f"most{limit}": (str(limit), stages, rest) for limit in (2 * int(most), int(most) // 2)}
+        elif rest.startswith(", 2, "):
+            changed[f"stages{stages - 1}"] = (most, stages - 1, rest)
+            if "false" in rest and "kGluBackward" not in rest:  # which would spill
+                changed["cooperative"] = (most, stages, rest.replace("false", "true"))
+        for what, (limit, count, others) in changed.items():
+            after = f"{{{least}, {limit}, {n}, {count}{others}}}"
+            found.append(Variant(f"row{index}-n{n}-{what}", TILES, row[0], after))
+    found += constants(TILES, r"kPairs = (\d+);", "pairs", (128, 256, 512))
+    found += constants("tiles_sm80.h", r"kBand = (\d+);", "band", (4, 8, 16, 32))
+    return found
 
 
 # ---- building --------------------------------------------------------------------------------------------------------

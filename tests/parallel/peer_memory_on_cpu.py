@@ -18,6 +18,7 @@ from switchgear.parallel import ExpertParallel
 from switchgear.parallel.peer_memory import PeerMemoryTransport
 
 FLAG_BYTES, MAX_RANKS, SLOTS = 512, 16, 2
+MULTIPROCESSORS = 7
 SLOT_BYTES = 512  # small, so that most transfers take several pieces
 
 
@@ -60,6 +61,9 @@ class HostDevice:
 
     def segment_bytes(self, num_ranks: int, slot_bytes: int) -> int:
         return FLAG_BYTES + num_ranks * SLOTS * slot_bytes
+
+    def multiprocessors(self, num_ranks: int) -> int:
+        return MULTIPROCESSORS
 
     def exchange(self, *args: Any, tensors: Sequence[Tensor]) -> Callable[[], bool]:
         transfer = self._transfer(*args)
@@ -122,6 +126,9 @@ class SimtDevice(HostDevice):
 
     def segment_bytes(self, num_ranks: int, slot_bytes: int) -> int:
         return int(self._module.exchange_segment_bytes(num_ranks, slot_bytes))
+
+    def multiprocessors(self, num_ranks: int) -> int:
+        return int(self._module.exchange_multiprocessors(num_ranks))
 
     def exchange(self, *args: Any, tensors: Sequence[Tensor]) -> Callable[[], bool]:
         self._module.exchange(*args, self._module.Execution(0, native_modules.poisoned, False))

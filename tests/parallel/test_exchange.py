@@ -7,16 +7,18 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from parallel_pool import Pool, subgroup
-from peer_memory_on_cpu import make_parallel
+from peer_memory_on_cpu import MULTIPROCESSORS, make_parallel
 from torch import Tensor
 
 import native_modules
 import switchgear
+from switchgear import cuda, ops
 from switchgear.parallel import ExpertParallel, ExpertParallelError, Placement
 from switchgear.parallel.header import LENGTH
 from switchgear.parallel.transport import GroupTransport
@@ -292,6 +294,34 @@ ODD = (
 def test_peer_memory_with_rows_of_any_size(pool: Pool) -> None:
     for case in ODD:
         pool.run(compare, replace(case, num_chunks=2, transport="peer_memory"))
+
+
+def reserved_by_transfers(rank: int, num_chunks: int) -> tuple[set[int], set[int], int]:
+    """The multiprocessors reserved at the products of chunks, at the weight gradients, and afterwards."""
+    products, weight_gradients = set(), set()
+
+    def watched(name: str, seen: set[int]) -> Any:
+        function = getattr(ops, name)
+
+        def call(*args: Any) -> Any:
+            seen.add(cuda.num_reserved())
+            return function(*args)
+
+        return mock.patch.object(ops, name, call)
+
+    with (
+        make_parallel(None, "peer_memory", timeout=20, num_chunks=num_chunks) as parallel,
+        watched("grouped_gemm", products),
+        watched("grouped_gemm_wgrad", weight_gradients),
+    ):
+        x, ids = torch.randn(40, 24, requires_grad=True), torch.arange(120).view(40, 3) % 6
+        make(Case(), parallel).experts(x, ids, torch.rand(40, 3)).sum().backward()
+        return products, weight_gradients, cuda.num_reserved()
+
+
+def test_experts_leave_multiprocessors_to_transfers_beside_them(pool: Pool) -> None:
+    assert pool.run(reserved_by_transfers, 1) == [({0}, {MULTIPROCESSORS}, 0)] * 4
+    assert pool.run(reserved_by_transfers, 4) == [({MULTIPROCESSORS}, {MULTIPROCESSORS}, 0)] * 4
 
 
 @pytest.mark.skipif(native_modules.SIMT_PATH is None, reason="SWITCHGEAR_SIMT names no module with the CUDA kernels")

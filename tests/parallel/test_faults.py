@@ -17,6 +17,7 @@ from parallel_pool import Pool
 from peer_memory_on_cpu import make_parallel
 
 import switchgear
+from switchgear import cuda
 from switchgear.parallel import ExpertParallel, ExpertParallelError
 from switchgear.parallel.errors import PHASES
 from switchgear.parallel.transport import GlooTransport
@@ -70,6 +71,7 @@ def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int, tran
     except ArithmeticError:
         seen = {"own": True}
     seen["seconds"] = time.monotonic() - begin
+    seen["reserved"] = cuda.num_reserved()
     with pytest.raises(ExpertParallelError):  # the failure is permanent
         parallel.peers.check()
     parallel.close()
@@ -99,7 +101,7 @@ def run_trial(culprit: int, fault: str, phase: str, num_chunks: int, transport: 
     assert len({entry["message"] for entry in seen}) == 1
     limit = TIMEOUT + AIR if fault == "stop" else 1.0
     assert max(entry["seconds"] for entry in seen) < limit
-    assert not any(entry["grown"] for entry in seen)
+    assert not any(entry["grown"] or entry["reserved"] for entry in seen)
 
 
 def _ready(rank: int) -> int:

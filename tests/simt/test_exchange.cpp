@@ -342,6 +342,14 @@ TEST(exchange_between_processes_reports_a_hang) {
   simt::options() = before;
 }
 
+// 2048 threads of a multiprocessor of the model are eight blocks; the kernel has four for each rank.
+TEST(the_kernel_fills_whole_multiprocessors) {
+  CHECK(cuda::exchange_multiprocessors(1) == 1);
+  CHECK(cuda::exchange_multiprocessors(3) == 2);
+  CHECK(cuda::exchange_multiprocessors(16) == 8);
+  CHECK_FAILS("segments: expected 1 to 16 ranks, got 17", cuda::exchange_multiprocessors(17));
+}
+
 TEST(launcher_names_what_does_not_fit) {
   uint32_t stop = 0;
   const cuda::ExchangeArgs good{.send_bytes = {0, 16},

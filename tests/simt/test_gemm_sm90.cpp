@@ -9,9 +9,19 @@ namespace {
 
 using cuda::Epilogue;
 using cuda::Gemm;
-using cuda::sm90::ConfigKind;
+using cuda::sm90::pick_tile;
 
 // ---- picking a tile -------------------------------------------------------------------------------------------------------
+
+// The row of the table with n, in clusters of this size.
+constexpr int row_of(int n, int cluster) {
+  int i = 0;
+  while (cuda::sm90::kTiles[i].n != n || cuda::sm90::kTiles[i].cluster != cluster) ++i;
+  return i;
+}
+constexpr int kFewRows16 = row_of(16, 1), kFewRows64 = row_of(64, 1), kRows128 = row_of(128, 1),
+              kRows192 = row_of(192, 1);
+constexpr int kPairs128 = row_of(128, 2), kPairs192 = row_of(192, 2), kPairs256 = row_of(256, 2);
 
 Gemm gemm_of(int64_t num_slots, int64_t num_experts, int64_t n, Epilogue epilogue = Epilogue::kStore) {
   Gemm g{.num_experts = num_experts, .num_slots = num_slots, .n = n, .c = 64, .epilogue = epilogue};
@@ -21,21 +31,21 @@ Gemm gemm_of(int64_t num_slots, int64_t num_experts, int64_t n, Epilogue epilogu
 }
 
 TEST(sm90_tiles_follow_the_rows_of_an_expert) {
-  CHECK(cuda::sm90::pick_config(gemm_of(1, 1, 256)) == ConfigKind::kFewRows16);
-  CHECK(cuda::sm90::pick_config(gemm_of(16, 1, 256)) == ConfigKind::kFewRows16);
-  CHECK(cuda::sm90::pick_config(gemm_of(17, 1, 256)) == ConfigKind::kFewRows64);
-  CHECK(cuda::sm90::pick_config(gemm_of(64, 1, 256)) == ConfigKind::kFewRows64);
-  CHECK(cuda::sm90::pick_config(gemm_of(65, 1, 256)) == ConfigKind::kRows128);
-  CHECK(cuda::sm90::pick_config(gemm_of(8 * 64, 8, 256)) == ConfigKind::kFewRows64);
-  CHECK(cuda::sm90::pick_config(gemm_of(8 * 64 + 1, 8, 256)) == ConfigKind::kRows128);
-  CHECK(cuda::sm90::pick_config(gemm_of(8 * 255, 8, 1536)) == ConfigKind::kRows192);
-  CHECK(cuda::sm90::pick_config(gemm_of(8 * 256, 8, 1536)) == ConfigKind::kPairs192);
-  CHECK(cuda::sm90::pick_config(gemm_of(int64_t{1} << 29, 128, 1536)) == ConfigKind::kPairs192);
+  CHECK(pick_tile(gemm_of(1, 1, 256)) == kFewRows16);
+  CHECK(pick_tile(gemm_of(16, 1, 256)) == kFewRows16);
+  CHECK(pick_tile(gemm_of(17, 1, 256)) == kFewRows64);
+  CHECK(pick_tile(gemm_of(64, 1, 256)) == kFewRows64);
+  CHECK(pick_tile(gemm_of(65, 1, 256)) == kRows128);
+  CHECK(pick_tile(gemm_of(8 * 64, 8, 256)) == kFewRows64);
+  CHECK(pick_tile(gemm_of(8 * 64 + 1, 8, 256)) == kRows128);
+  CHECK(pick_tile(gemm_of(8 * 255, 8, 1536)) == kRows192);
+  CHECK(pick_tile(gemm_of(8 * 256, 8, 1536)) == kPairs192);
+  CHECK(pick_tile(gemm_of(int64_t{1} << 29, 128, 1536)) == kPairs192);
   // The backward epilogue has no registers left for other tiles.
   for (const int64_t slots : {1, 64, 255}) {
-    CHECK(cuda::sm90::pick_config(gemm_of(slots, 1, 1536, Epilogue::kGluBackward)) == ConfigKind::kRows128);
+    CHECK(pick_tile(gemm_of(slots, 1, 1536, Epilogue::kGluBackward)) == kRows128);
   }
-  CHECK(cuda::sm90::pick_config(gemm_of(256, 1, 1536, Epilogue::kGluBackward)) == ConfigKind::kPairs128);
+  CHECK(pick_tile(gemm_of(256, 1, 1536, Epilogue::kGluBackward)) == kPairs128);
 }
 
 // Cooperative tiles where the products take much longer than the epilogue.
@@ -43,15 +53,15 @@ TEST(sm90_tiles_follow_the_inner_dimension) {
   const auto pick = [](int64_t n, int64_t c, Epilogue epilogue) {
     Gemm g = gemm_of(100000, 10, n, epilogue);
     g.c = c;
-    return cuda::sm90::pick_config(g);
+    return pick_tile(g);
   };
-  CHECK(pick(512, 1536, Epilogue::kGlu) == ConfigKind::kPairs256);     // T 24576, H 1536, I 256: gate_up,
-  CHECK(pick(1536, 256, Epilogue::kStore) == ConfigKind::kPairs192);   // down
-  CHECK(pick(1536, 512, Epilogue::kStore) == ConfigKind::kPairs256);   // and grad_x
-  CHECK(pick(2048, 4096, Epilogue::kGlu) == ConfigKind::kPairs256);    // T 32768, H 4096, I 1024: gate_up,
-  CHECK(pick(4096, 1024, Epilogue::kStore) == ConfigKind::kPairs256);  // down
-  CHECK(pick(4096, 2048, Epilogue::kStore) == ConfigKind::kPairs256);  // and grad_x
-  CHECK(pick(128, 4096, Epilogue::kStore) == ConfigKind::kRows128);
+  CHECK(pick(512, 1536, Epilogue::kGlu) == kPairs256);     // T 24576, H 1536, I 256: gate_up,
+  CHECK(pick(1536, 256, Epilogue::kStore) == kPairs192);   // down
+  CHECK(pick(1536, 512, Epilogue::kStore) == kPairs256);   // and grad_x
+  CHECK(pick(2048, 4096, Epilogue::kGlu) == kPairs256);    // T 32768, H 4096, I 1024: gate_up,
+  CHECK(pick(4096, 1024, Epilogue::kStore) == kPairs256);  // down
+  CHECK(pick(4096, 2048, Epilogue::kStore) == kPairs256);  // and grad_x
+  CHECK(pick(128, 4096, Epilogue::kStore) == kRows128);
 }
 
 TEST(sm90_weight_gradients_share_what_is_not_gathered) {
@@ -60,28 +70,28 @@ TEST(sm90_weight_gradients_share_what_is_not_gathered) {
     cuda::Wgrad g{.num_experts = 8, .num_slots = 8 * 2048, .num_matrices = 8, .m = m, .n = n};
     g.a.indices = gather_a ? &index : nullptr;
     g.b.indices = gather_b ? &index : nullptr;
-    return cuda::sm90::pick_config(g);
+    return pick_tile(g);
   };
-  CHECK(pick(2048, 4096, false, true) == ConfigKind::kPairs256);  // grad_gate_up_proj
-  CHECK(pick(4096, 1024, true, false) == ConfigKind::kPairs256);  // grad_down_proj
-  CHECK(pick(4096, 1024, true, true) != ConfigKind::kPairs256);   // nothing to share
-  CHECK(pick(128, 1024, true, false) != ConfigKind::kPairs256);   // half of each pair would be empty
-  CHECK(pick(1024, 256, false, true) != ConfigKind::kPairs256);
+  CHECK(pick(2048, 4096, false, true) == kPairs256);  // grad_gate_up_proj
+  CHECK(pick(4096, 1024, true, false) == kPairs256);  // grad_down_proj
+  CHECK(pick(4096, 1024, true, true) != kPairs256);   // nothing to share
+  CHECK(pick(128, 1024, true, false) != kPairs256);   // half of each pair would be empty
+  CHECK(pick(1024, 256, false, true) != kPairs256);
 }
 
 TEST(sm90_tiles_are_wide_where_the_last_one_is_not_mostly_empty) {
   for (const int64_t n : {192, 320, 384, 576, 768, 1536, 2048, 4096}) {
-    CHECK(cuda::sm90::pick_config(gemm_of(250, 1, n)) == ConfigKind::kRows192, "n ", n);
+    CHECK(pick_tile(gemm_of(250, 1, n)) == kRows192, "n ", n);
   }
   for (const int64_t n : {8, 64, 128, 200, 256}) {
-    CHECK(cuda::sm90::pick_config(gemm_of(250, 1, n)) == ConfigKind::kRows128, "n ", n);
+    CHECK(pick_tile(gemm_of(250, 1, n)) == kRows128, "n ", n);
   }
   Gemm pairs = gemm_of(250, 1, 1536, Epilogue::kGlu);
-  CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows192);
+  CHECK(pick_tile(pairs) == kRows192);
   std::swap(pairs.b.n_stride, pairs.b.k_stride);  // 96 columns of each are no whole number of blocks
-  CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows128);
+  CHECK(pick_tile(pairs) == kRows128);
   pairs.options.interleaved = true;
-  CHECK(cuda::sm90::pick_config(pairs) == ConfigKind::kRows192);
+  CHECK(pick_tile(pairs) == kRows192);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------------
@@ -161,10 +171,9 @@ TEST(sm90_pairs_match_reference) {
   const auto picked = [](const Case& c) {
     Gemm g = gemm_of(c.T, c.E, c.I);
     g.c = c.H;
-    return cuda::sm90::pick_config(g);
+    return pick_tile(g);
   };
-  CHECK(picked(wide) == ConfigKind::kPairs192 && picked(deep) == ConfigKind::kPairs256 &&
-        picked(narrow) == ConfigKind::kPairs256);
+  CHECK(picked(wide) == kPairs192 && picked(deep) == kPairs256 && picked(narrow) == kPairs256);
   int64_t variant = 0;
   for (const Storage storage : {Storage::kPacked, Storage::kTransposed}) {
     for (const bool gather : {false, true}) {
@@ -392,7 +401,7 @@ TEST(sm90_interleaved_gates_have_the_bits_of_halves) {
                  .out = got[in_turns].view().data,
                  .out_stride = got[in_turns].view().stride[0],
                  .options = {.gated = true, .interleaved = in_turns}};
-    CHECK(cuda::sm90::pick_config(g) == ConfigKind::kPairs256);
+    CHECK(pick_tile(g) == kPairs256);
     const uint64_t before = products_of_wgmma();
     cuda::gemm(g, nullptr);
     CHECK(products_of_wgmma() > before);

@@ -8,10 +8,11 @@ A kernel takes the longest of four times, plus its launches:
     L2           bytes that blocks load / rate at which L2 delivers
     memory       bytes / bandwidth
 
-csrc/cuda picks the tiles. They are padded, so small experts cost more than their flop. Bytes of memory count each
-operand once; repeated reads come from L2, whose bytes count every block's own. How close an inner loop comes to its
-peak is unknown before it has run. `sustained` is what well-tuned dense products of others reach; it is the largest
-source of error here. EXPECTED is the ratio of what such kernels reach to what a model like this predicts for them.
+The kernels pick the tiles (csrc/cuda/tiles_sm80.h, tiles_sm90.h). They are padded, so small experts cost more than
+their flop. Bytes of memory count each operand once; repeated reads come from L2, whose bytes count every block's own.
+How close an inner loop comes to its peak is unknown before it has run. `sustained` is what well-tuned dense products
+of others reach; it is the largest source of error here. EXPECTED is the ratio of what such kernels reach to what a
+model like this predicts for them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+from switchgear import _C
 
 from .case import make_inputs
 from .shapes import Shape
@@ -69,22 +72,13 @@ COOPERATIVE_EPILOGUE = {"store": 2, "glu": 9, "wgrad": 2}
 
 
 class Tile(NamedTuple):
-    max_rows: int | None  # the largest mean number of rows per expert for which this tile is picked
     rows: int
     columns: int
-    blocks: int  # resident on a multiprocessor, or tiles multiplied concurrently
+    blocks: int = 1  # resident on a multiprocessor
     cluster: int = 1  # blocks that share what they load of the weights
     cooperative: bool = False  # both consumers on one tile: its epilogue overlaps no product
 
 
-# csrc/cuda/gemm.h (kTiles) and csrc/cuda/gemm_sm90.h (kConfigs).
-ROWS128, ROWS192 = Tile(None, 128, 128, 1), Tile(None, 128, 192, 1)
-PAIRS128, PAIRS192, PAIRS256 = Tile(None, 128, 128, 1, 2), Tile(None, 128, 192, 1, 2), Tile(None, 128, 256, 1, 2, True)
-TILES = {
-    "sm80": (Tile(16, 16, 128, 2), Tile(80, 64, 128, 2), Tile(None, 128, 128, 2)),
-    "sm90": (Tile(16, 16, 128, 1), Tile(64, 64, 128, 1), ROWS128, ROWS192, PAIRS128, PAIRS192, PAIRS256),
-}
-MIN_ROWS_OF_PAIRS = 256
 STAGE = 64  # depths that are loaded and multiplied together
 
 
@@ -94,43 +88,22 @@ def cycles_per_column(width: int) -> float:
     return max(1.0, 32 * (2 * (64 + width) + 128 + width) / 128 / width)
 
 
-def cost_per_column(tile: Tile) -> float:
-    """cycles_per_column of gemm_sm90.h: of shared memory, or of an H100's L2, 46 bytes a cycle to a multiprocessor."""
-    return max(cycles_per_column(tile.columns), 32 * (128 + tile.columns / tile.cluster) / 46 / tile.columns)
-
-
-def _columns_cost(tile: Tile, columns: int, depth: float, epilogue: str) -> float:
-    stored = 16 * COOPERATIVE_EPILOGUE[epilogue] / max(depth, 1) if tile.cooperative else 0.0
-    return -(-columns // tile.columns) * tile.columns * (cost_per_column(tile) + stored)
+def _sm90(rows: int, columns: int, cluster: int, cooperative: bool) -> Tile:
+    return Tile(rows, columns, 1, cluster, cooperative)
 
 
 def pick_tile(gpu: Gpu, mean_rows: float, columns: int, depth: float, epilogue: str = "store") -> Tile:
-    """pick_config of gemm_sm90.h, for weights with a contiguous inner dimension."""
-    tile = next(tile for tile in TILES[gpu.tiles] if tile.max_rows is None or mean_rows <= tile.max_rows)
-    if gpu.tiles != "sm90":
-        return tile
-    pairs = mean_rows > MIN_ROWS_OF_PAIRS - 1
-    if epilogue == "glu_backward":  # its registers do not fit beside more accumulators
-        return PAIRS128 if pairs else ROWS128
-    if tile.max_rows is not None:
-        return tile
-    candidates = [ROWS128, ROWS192]
-    if pairs:
-        candidates += [PAIRS192] * (epilogue == "store") + [PAIRS256]
-    return min(candidates, key=lambda tile: _columns_cost(tile, columns, depth, epilogue))
+    """The tile that the kernels pick, for weights with a contiguous inner dimension."""
+    if gpu.tiles == "sm80":
+        return Tile(*_C.gemm_tile_sm80(int(mean_rows)))
+    return _sm90(*_C.gemm_tile_sm90(math.ceil(mean_rows), columns, int(depth), epilogue))
 
 
 def pick_wgrad_tile(gpu: Gpu, m: int, n: int, depth: float, shares_b: bool) -> Tile:
     """The same for weight gradients. A pair shares b, or a."""
-    if gpu.tiles != "sm90":
-        return TILES[gpu.tiles][-1]
-
-    def cost(tile: Tile, m: int, n: int) -> float:
-        return m * _columns_cost(tile, n, depth, "wgrad")
-
-    high, wide = -(-m // 128) * 128, -(-n // 512) * 512
-    paired = cost(PAIRS256, *((-(-m // 256) * 256, n) if shares_b else (high, wide)))
-    return PAIRS256 if paired < cost(ROWS128, high, n) else ROWS128
+    if gpu.tiles == "sm80":
+        return Tile(*_C.gemm_tile_sm80(128))
+    return _sm90(*_C.wgrad_tile_sm90(m, n, int(depth), shares_b))
 
 
 class Kernel(NamedTuple):

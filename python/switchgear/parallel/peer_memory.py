@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +38,7 @@ class Device(Protocol):
     def stop_word(self) -> Tensor: ...  # [1] int32, zero; visible to host and kernels
 
     def segment_bytes(self, num_ranks: int, slot_bytes: int) -> int: ...
+    def multiprocessors(self, num_ranks: int) -> int: ...  # that the kernel needs beside others
     def exchange(self, *args: Any, tensors: Sequence[Tensor]) -> Callable[[], bool]:
         """Starts the kernel once `tensors` are ready; returns a function that tells whether it has ended."""
         ...
@@ -73,6 +76,10 @@ class CudaDevice:
     def segment_bytes(self, num_ranks: int, slot_bytes: int) -> int:
         return int(self._module.exchange_segment_bytes(num_ranks, slot_bytes))
 
+    def multiprocessors(self, num_ranks: int) -> int:
+        with cuda.current(self.index):
+            return int(self._module.exchange_multiprocessors(num_ranks))
+
     def exchange(self, *args: Any, tensors: Sequence[Tensor]) -> Callable[[], bool]:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -102,6 +109,8 @@ class PeerMemoryTransport:
         self._stop = device.stop_word()
         self._sent, self._received = [0] * size, [0] * size  # counted in pieces
         self._under_way: list[Callable[[], bool]] = []
+        self._multiprocessors = device.multiprocessors(size)
+        self._works: weakref.WeakSet[_KernelWork] = weakref.WeakSet()
 
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
         row = input.shape[1:].numel() * input.element_size()
@@ -116,10 +125,14 @@ class PeerMemoryTransport:
             for counts, sizes in ((self._sent, send_bytes), (self._received, receive_bytes))
         )
         self._under_way = [*(other for other in self._under_way if not other()), ended]
-        return _KernelWork(ended, self._stop, input, output)
+        work = _KernelWork(ended, self._stop, self._multiprocessors, input, output)
+        self._works.add(work)
+        return work
 
     def abort(self) -> None:
         self._stop.fill_(1)
+        for work in list(self._works):
+            work.release()
 
     def close(self) -> None:
         """Waits until the others have read what was sent, so that no rank writes here any more; for a short time only,
@@ -137,12 +150,19 @@ class PeerMemoryTransport:
 
 
 class _KernelWork:
-    def __init__(self, ended: Callable[[], bool], stop: Tensor, *tensors: Tensor) -> None:
+    """Until its end is noticed, grouped GEMMs leave the kernel its multiprocessors: on all of them it would wait for
+    a GEMM's end, and chunks would not overlap."""
+
+    def __init__(self, ended: Callable[[], bool], stop: Tensor, multiprocessors: int, *tensors: Tensor) -> None:
         self._ended, self._stop, self._tensors = ended, stop, tensors
+        reserved = ExitStack()
+        reserved.enter_context(cuda.reserved_multiprocessors(multiprocessors))
+        self.release = weakref.finalize(self, reserved.close)
 
     def wait_for(self, seconds: float) -> bool:
         if not poll(self._ended, seconds):
             return False
+        self.release()
         if int(self._stop):
             raise RuntimeError("aborted")
         self._tensors = ()
