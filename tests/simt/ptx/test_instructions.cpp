@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Instructions by themselves: results that the kernels' tests would not tell apart, and what must be an error.
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <vector>
