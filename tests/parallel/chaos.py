@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -149,7 +150,9 @@ def work(number: int, port: int, folder: str, options: Options) -> None:
     while True:
         loss = float(elastic_step(training, closure))
         step = training.steps - 1
-        entry = {"step": step, "loss": loss, "ranks": parallel.size, "rank": parallel.rank}
+        entry = {
+            "step": step, "loss": loss, "ranks": parallel.size, "rank": parallel.rank, "id": training.membership.id,
+        }  # fmt: skip
         if not options.spare:
             entry["digests"] = digests(training)
         elif step % options.resources_every == 0:
@@ -298,13 +301,14 @@ def check(seen: Run) -> str:
     losses: dict[int, dict[int, float]] = defaultdict(dict)
     held: dict[int, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     ranks: dict[int, set[int]] = defaultdict(set)
-    changes = []
-    for entries in seen.logs.entries.values():
+    logged = seen.logs.entries.values()
+    changes = [entry["change"] for entries in logged for entry in entries if "change" in entry]
+    # The last step of a member that was left behind, perhaps while it was stopped: the others may have repeated it.
+    repeated = {member: change["step"] for change in changes for member in change["left"]}
+    for entries in logged:
         last = -1
         for entry in entries:
-            if "change" in entry:
-                changes.append(entry["change"])
-            if "step" not in entry:
+            if "step" not in entry or entry["step"] >= repeated.get(entry["id"], math.inf):
                 continue
             step = entry["step"]
             assert step > last, f"step {step} was applied after {last}"
