@@ -222,9 +222,9 @@ def half_commits(rank: int, who: str) -> Any:
             run(training, 4)
         finally:
             elastic.agree = agree
-        sizes = training.parallel.size
+        steps, size = training.steps, training.parallel.size
         run(training, 6)
-        return digests(training), training.membership.done, sizes
+        return digests(training), training.membership.done, steps, size
 
 
 @pytest.mark.parametrize("who", ["rank 0", "nobody"])
@@ -233,7 +233,8 @@ def test_no_step_is_half_applied(four: Pool, who: str) -> None:
     four.start(half_commits, who)
     seen = four.results([0, 1, 2])
     complete([digest for digest, *_ in seen])
-    assert {done for _, done, _ in seen} == {7}  # six steps and a move
+    assert {done for _, done, *_ in seen} == {7}  # six steps and a move
+    assert {steps for *_, steps, _ in seen} == {4}
     # With `rank 0`, it goes on with four ranks until its next step.
     assert [size for *_, size in seen] == ([4, 3, 3] if who == "rank 0" else [3, 3, 3])
 
