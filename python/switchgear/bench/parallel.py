@@ -5,7 +5,8 @@ It compares, around the same experts and over the same links, plain all_to_all_s
 switchgear's exchange with and without overlap. Sockets on one machine are memory copies that take processor time from
 the experts. So links are throttled until transfers take as long as the experts (or to --bandwidth); --bandwidth 0
 turns throttling off. --nodes groups the processes: links within a node are then 8 times as fast as those between nodes,
-and rows that go to each rank are compared with rows that go to each node once.
+and rows that go to each rank are compared with rows that go to each node once. Processes without a processor of their
+own compete. With --slow N their experts take N times as long, but sleep meanwhile, so that this matters less.
 
     sent      bytes that leave a rank, counted by the sender; floor: the minimum (a row for each rank that has an expert
               of the token, in and out, and its choices). The difference must be the headers, or the run fails.
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from switchgear import ops
 from switchgear.parallel import ExpertParallel, ParallelExperts
 from switchgear.parallel.cost import count, count_levels, draw_routing
 from switchgear.parallel.record import Event
@@ -44,6 +46,8 @@ from .shapes import SHAPES
 
 DEFAULT_SHAPE, DEFAULT_TOKENS = "mixtral-half", 1024
 TURNS = 4
+PRODUCTS = ("grouped_gemm", "grouped_gemm_wgrad", "moe_forward", "moe_forward_on_host", "moe_backward",
+            "moe_backward_on_host")  # ops of the experts  # fmt: skip
 SMALL = ("header", "pairs", "routes")  # transfers that are not rows
 T = TypeVar("T")
 
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         task = Task(
             SHAPES[name], FORMATS[dtype].dtype, tokens, mode, 1.0 if args.routing == "zipf" else 0.0,
             None if args.bandwidth is None else 1e6 * args.bandwidth,
-            max(1, (os.cpu_count() or 1) // size), 2 if args.quick else TURNS, args.nodes,
+            max(1, (os.cpu_count() or 1) // size), 2 if args.quick else TURNS, args.nodes, args.slow,
         )  # fmt: skip
         results.append({"shape": name, "dtype": dtype, "ranks": size} | summarise(task, launch(task, size)))
         print_case(results[-1])
@@ -100,11 +104,27 @@ def launch(task: Task, size: int) -> list[dict[str, Any]]:
 
 def _serve(answers: Connection, rank: int, size: int, port: int, task: Task) -> None:
     torch.set_num_threads(task.threads)
+    if task.slow > 1:
+        for name in PRODUCTS:
+            setattr(ops, name, _slowed(getattr(ops, name), task.slow))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     with ExpertParallel(timeout=300.0, nodes=size // task.nodes) as parallel:
         answers.send(("ok", measure(parallel, task)))
         dist.barrier()
     dist.destroy_process_group()
+
+
+def _slowed(function: Callable[..., T], factor: int) -> Callable[..., T]:
+    """It takes `factor` times as long as its thread needs a processor, and sleeps for the rest."""
+
+    def slowed(*args: Any, **options: Any) -> T:
+        begin, used = time.monotonic(), time.thread_time()
+        result = function(*args, **options)
+        end = begin + factor * (time.thread_time() - used)
+        time.sleep(max(0.0, end - time.monotonic()))
+        return result
+
+    return slowed
 
 
 def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:

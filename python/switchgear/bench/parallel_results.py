@@ -65,6 +65,7 @@ class Task(NamedTuple):
     threads: int
     turns: int
     nodes: int = 1
+    slow: int = 1  # the experts take that many times as long
 
 
 class Step(NamedTuple):
@@ -144,8 +145,8 @@ def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
     overheads = {f"chunk_overhead_ms_{n}" if n > 1 else "chunk_overhead_ms": 1e3 * chunk_overhead(task, answers, n)
                  for n in range(1, 2 + (task.nodes > 1))}  # fmt: skip
     return {"mode": task.mode, "tokens": task.tokens, "threads": task.threads, "bandwidth": bandwidth,
-            "nodes": task.nodes, "near": NEAR, "skew": task.skew, "gflop": gflop, **overheads, "variants": variants,
-            "timelines": timelines}  # fmt: skip
+            "nodes": task.nodes, "near": NEAR, "slow": task.slow, "skew": task.skew, "gflop": gflop, **overheads,
+            "variants": variants, "timelines": timelines}  # fmt: skip
 
 
 def _experts_seconds(answers: list[dict[str, Any]], name: str) -> float:
@@ -202,8 +203,9 @@ def print_case(result: dict[str, Any]) -> None:
     several = result["nodes"] > 1
     speed = f"links of {result['bandwidth'] / 1e6:.0f} MB/s" if result["bandwidth"] else "links not throttled"
     speed += f", {result['near']:.0f} times that within each of {result['nodes']} nodes" if several else ""
+    slow = f", experts {result['slow']} times as slow" if result["slow"] > 1 else ""
     out.print(f"\n[bold]{result['shape']}, {result['dtype']}, {result['mode']}[/]: {result['ranks']} ranks of "
-              f"{result['threads']} threads, {result['tokens']} tokens each, {speed}")  # fmt: skip
+              f"{result['threads']} threads, {result['tokens']} tokens each, {speed}{slow}")  # fmt: skip
     columns = ["between MB"] if several else []
     shown = table(
         "", "ms", "predicted", "experts", "link", "waiting", "predicted", "hidden", "sent MB", "floor MB", *columns
