@@ -10,7 +10,8 @@ own compete. With --slow N their experts take N times as long, but sleep meanwhi
 
     sent      bytes that leave a rank, counted by the sender; floor: the minimum (a row for each rank that has an expert
               of the token, in and out, and its choices). The difference must be the headers, or the run fails.
-    waiting   seconds that a rank is idle; hidden: the share of the link's time that overlaps with other work
+    waiting   seconds that the rank with most work for its experts is idle (others also wait for it); hidden: the share
+              of the link's time that overlaps with other work
     predicted by the model of plan-parallel, from bytes, bandwidth, the experts' time in one chunk (in training split
               into its parts), and the cost of each further chunk, estimated from the largest number of chunks
 """

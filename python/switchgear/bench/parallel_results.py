@@ -110,7 +110,7 @@ def floor_bytes(
 
 
 def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over steps, of the slowest rank."""
+    """Medians over steps: the time of the slowest rank, and what the rank with most work for its experts did."""
     size, train = len(answers), task.mode == "train"
     row = task.shape.hidden_size * task.dtype.itemsize
     bandwidth = float(answers[0]["bandwidth"])
@@ -120,21 +120,23 @@ def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
     variants = []
     for name, variant in variants_of(task.nodes).items():
 
-        def middle(what: str, name: str = name) -> float:
-            return max(float(median(getattr(step, what) for step in answer["steps"][name])) for answer in answers)
+        def middles(what: str, name: str = name) -> list[float]:
+            return [float(median(getattr(step, what) for step in answer["steps"][name])) for answer in answers]
 
         steps = [answer["steps"][name][0] for answer in answers]
         sent = [Floor(sum(step.sent.values()), sum(step.between_nodes.values())) for step in steps]
         used = levels if variant.levels == 2 else None
         floors = [floor_bytes(traffic, used, nodes, rank, row, train) for rank in range(size)]
-        link = middle("link")
+        experts = middles("experts")
+        busiest = experts.index(max(experts))  # the rank that the model describes; others also wait for it
+        waiting, link = middles("waited")[busiest], middles("link")[busiest]
         predicted = None
         if variant.chunks and bandwidth:
             predicted = _predicted(task, answers, traffic, used, nodes, variant, bandwidth)
         variants.append({
-            "name": name, "chunks": variant.chunks, "levels": variant.levels, "ms": 1e3 * middle("seconds"),
-            "waiting_ms": 1e3 * middle("waited"), "experts_ms": 1e3 * middle("experts"), "link_ms": 1e3 * link,
-            "hidden": max(0.0, 1 - middle("waited") / link) if link else 1.0,
+            "name": name, "chunks": variant.chunks, "levels": variant.levels, "ms": 1e3 * max(middles("seconds")),
+            "waiting_ms": 1e3 * waiting, "experts_ms": 1e3 * experts[busiest], "link_ms": 1e3 * link,
+            "hidden": max(0.0, 1 - waiting / link) if link else 1.0,
             "sent_bytes": max(each.sent for each in sent), "floor_bytes": max(each.sent for each in floors),
             "between_bytes": max(each.between for each in sent), "at_floor": sent == floors,
             "predicted_ms": None if predicted is None else 1e3 * predicted.seconds,
