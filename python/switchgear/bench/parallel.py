@@ -6,7 +6,7 @@ switchgear's exchange with and without overlap. Sockets on one machine are memor
 the experts. So links are throttled until transfers take as long as the experts (or to --bandwidth); --bandwidth 0
 turns throttling off. --nodes groups the processes: links within a node are then 8 times as fast as those between nodes,
 and rows that go to each rank are compared with rows that go to each node once. Processes without a processor of their
-own compete. With --slow N their experts take N times as long, but sleep meanwhile, so that this matters less.
+own compete. With --gflops their experts have a speed too: a product ends no earlier, and its process sleeps meanwhile.
 
     sent      bytes that leave a rank, counted by the sender; floor: the minimum (a row for each rank that has an expert
               of the token, in and out, and its choices). The difference must be the headers, or the run fails.
@@ -47,8 +47,6 @@ from .shapes import SHAPES
 
 DEFAULT_SHAPE, DEFAULT_TOKENS = "mixtral-half", 1024
 TURNS = 4
-PRODUCTS = ("grouped_gemm", "grouped_gemm_wgrad", "moe_forward", "moe_forward_on_host", "moe_backward",
-            "moe_backward_on_host")  # ops of the experts  # fmt: skip
 SMALL = ("header", "pairs", "routes")  # transfers that are not rows
 T = TypeVar("T")
 
@@ -69,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         task = Task(
             SHAPES[name], FORMATS[dtype].dtype, tokens, mode, 1.0 if args.routing == "zipf" else 0.0,
             None if args.bandwidth is None else 1e6 * args.bandwidth,
-            max(1, (os.cpu_count() or 1) // size), 2 if args.quick else TURNS, args.nodes, args.slow,
+            max(1, (os.cpu_count() or 1) // size), 2 if args.quick else TURNS, args.nodes, 1e9 * args.gflops,
         )  # fmt: skip
         results.append({"shape": name, "dtype": dtype, "ranks": size} | summarise(task, launch(task, size)))
         print_case(results[-1])
@@ -105,9 +103,9 @@ def launch(task: Task, size: int) -> list[dict[str, Any]]:
 
 def _serve(answers: Connection, rank: int, size: int, port: int, task: Task) -> None:
     torch.set_num_threads(task.threads)
-    if task.slow > 1:
-        for name in PRODUCTS:
-            setattr(ops, name, _slowed(getattr(ops, name), task.slow))
+    if task.flops:
+        for name, flop in FLOP.items():
+            setattr(ops, name, _paced(getattr(ops, name), flop, task.flops))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     with ExpertParallel(timeout=300.0, nodes=size // task.nodes) as parallel:
         answers.send(("ok", measure(parallel, task)))
@@ -115,17 +113,33 @@ def _serve(answers: Connection, rank: int, size: int, port: int, task: Task) -> 
     dist.destroy_process_group()
 
 
-def _slowed(function: Callable[..., T], factor: int) -> Callable[..., T]:
-    """It takes `factor` times as long as its thread needs a processor, and sleeps for the rest."""
+def _paced(function: Callable[..., T], flop: Callable[..., int], speed: float) -> Callable[..., T]:
+    """It ends no earlier than at `speed` flop/s, and sleeps meanwhile."""
 
-    def slowed(*args: Any, **options: Any) -> T:
-        begin, used = time.monotonic(), time.thread_time()
+    def paced(*args: Any, **options: Any) -> T:
+        begin = time.monotonic()
         result = function(*args, **options)
-        end = begin + factor * (time.thread_time() - used)
+        end = begin + flop(result, *args) / speed
         time.sleep(max(0.0, end - time.monotonic()))
         return result
 
-    return slowed
+    return paced
+
+
+def _forward_flop(_: Any, x: Tensor, gate_up: Any, *rest: Any) -> int:
+    """Of gated experts, for the choices that are not empty."""
+    first, topk_ids = gate_up if isinstance(gate_up, Tensor) else gate_up[0], rest[5]
+    return 3 * int((topk_ids >= 0).sum()) * first.shape[1] * x.shape[1]
+
+
+FLOP: dict[str, Callable[..., int]] = {  # of ops, from their results and arguments
+    "grouped_gemm": lambda out, x, *_: 2 * out.numel() * x.shape[1],
+    "grouped_gemm_wgrad": lambda out, rows, *_: 2 * len(rows) * out[0].numel(),
+    "moe_forward": _forward_flop,
+    "moe_forward_on_host": _forward_flop,
+    "moe_backward": lambda _, grad_y, x, h, *rest: 6 * h.numel() * x.shape[1],
+    "moe_backward_on_host": lambda _, there, grad_y, x, h, *rest: 6 * h.numel() * x.shape[1],
+}
 
 
 def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:

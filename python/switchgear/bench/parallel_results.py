@@ -36,6 +36,9 @@ class Variant(NamedTuple):
 
 CHUNKS = (1, 4, 8)
 PLAIN = "all_to_all_single"
+# When a rank that relays looks, as a part of a chunk's work: after the first product of forward and of backward in
+# training (local.py); without gradients one op runs the experts.
+LOOKS = {"inference": 1.0, "forward": 2 / 3, "backward": 1 / 3}
 NEAR = 8.0  # the speed of links within a node, relative to those between nodes
 
 
@@ -65,7 +68,7 @@ class Task(NamedTuple):
     threads: int
     turns: int
     nodes: int = 1
-    slow: int = 1  # the experts take that many times as long
+    flops: float = 0.0  # flop/s of the experts; 0: not throttled
 
 
 class Step(NamedTuple):
@@ -147,8 +150,8 @@ def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
     overheads = {f"chunk_overhead_ms_{n}" if n > 1 else "chunk_overhead_ms": 1e3 * chunk_overhead(task, answers, n)
                  for n in range(1, 2 + (task.nodes > 1))}  # fmt: skip
     return {"mode": task.mode, "tokens": task.tokens, "threads": task.threads, "bandwidth": bandwidth,
-            "nodes": task.nodes, "near": NEAR, "slow": task.slow, "skew": task.skew, "gflop": gflop, **overheads,
-            "variants": variants, "timelines": timelines}  # fmt: skip
+            "gflops": task.flops / 1e9, "nodes": task.nodes, "near": NEAR, "skew": task.skew, "gflop": gflop,
+            **overheads, "variants": variants, "timelines": timelines}  # fmt: skip
 
 
 def _experts_seconds(answers: list[dict[str, Any]], name: str) -> float:
@@ -177,18 +180,19 @@ def _predicted(
     def seconds(rows: torch.Tensor) -> float:
         return link_seconds(rows, nodes, row, bandwidth, near)
 
-    def line(work: float, cost: float, tail: float = 0.0) -> Timeline:
+    def line(what: str, work: float, cost: float, tail: float = 0.0) -> Timeline:
         if levels is None:
             times = seconds(traffic.rows), work, seconds(traffic.rows.T)
             return pipeline(*times, chunks, tail=tail, overhead=cost)
         out, back = ((seconds(rows), seconds(rows.T)) for rows in (levels.between, levels.within))
-        return two_level_pipeline(out, back, work, chunks, tail=tail, overhead=cost)
+        return two_level_pipeline(out, back, work, chunks, tail=tail, overhead=cost, look=LOOKS[what])
 
     if task.mode == "forward":
-        return line(experts, overhead)
+        return line("inference", experts, overhead)
     step = answers[0]["steps"][base][-1]
     parts = [experts * _share(step, name) for name in ("experts", "backward", "weight gradients")]
-    forward, backward = line(parts[0], overhead / 2), line(parts[1], overhead / 2, parts[2])
+    forward = line("forward", parts[0], overhead / 2)
+    backward = line("backward", parts[1], overhead / 2, parts[2])
     whole = (a + b for a, b in zip(forward[1:], backward[1:], strict=True))
     return Timeline([*forward.intervals, *backward.intervals], *whole)
 
@@ -205,9 +209,9 @@ def print_case(result: dict[str, Any]) -> None:
     several = result["nodes"] > 1
     speed = f"links of {result['bandwidth'] / 1e6:.0f} MB/s" if result["bandwidth"] else "links not throttled"
     speed += f", {result['near']:.0f} times that within each of {result['nodes']} nodes" if several else ""
-    slow = f", experts {result['slow']} times as slow" if result["slow"] > 1 else ""
+    speed += f", experts of {result['gflops']:.0f} GFLOP/s" if result["gflops"] else ""
     out.print(f"\n[bold]{result['shape']}, {result['dtype']}, {result['mode']}[/]: {result['ranks']} ranks of "
-              f"{result['threads']} threads, {result['tokens']} tokens each, {speed}{slow}")  # fmt: skip
+              f"{result['threads']} threads, {result['tokens']} tokens each, {speed}")  # fmt: skip
     columns = ["between MB"] if several else []
     shown = table(
         "", "ms", "predicted", "experts", "link", "waiting", "predicted", "hidden", "sent MB", "floor MB", *columns
