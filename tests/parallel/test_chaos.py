@@ -46,7 +46,7 @@ def test_nothing_grows_with_some_faults(tmp_path: Path) -> None:
     check_growth(go(options, tmp_path), bytes_allowed=2**22)
 
 
-@pytest.mark.slow  # five to ten minutes each
+@pytest.mark.slow  # eight minutes each
 @pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
 def test_nothing_grows_with_fifty_faults(tmp_path: Path, transport: str) -> None:
     options = Options(

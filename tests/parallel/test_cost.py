@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from switchgear.parallel.cost import (
 )
 from switchgear.parallel.failure_cost import Rates, expected_losses
 from switchgear.parallel.nodes import Nodes
+from switchgear.parallel.transport import Network
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 96, 12, 3, 16
 
@@ -288,6 +290,18 @@ def test_flop_that_the_bench_counts(is_plain: bool, mode: str, monkeypatch: pyte
         if mode == "train":
             y.sum().backward()
     assert sum(counted) == flops_of(shape, 7, mode)
+
+
+def test_a_throttled_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 of nodes (0, 1) and (2, 3): each direction of each link is busy for its bytes, whatever the order."""
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    network = Network((True, True, False, False), 10.0, 100.0, 0.0)
+    assert network.send(0, [9, 0, 0, 0], [9, 0, 0, 0], 10) == (100, 100)
+    assert network.send(0, [9, 0, 1, 2], [9, 0, 2, 0], 10) == (100, 103)  # 30 bytes come, 20 leave
+    assert network.send(0, [0, 0, 0, 1], [0, 0, 1, 1], 10) == (103, 104)  # 40 bytes each way
+    assert network.send(0, [0, 5, 0, 0], [0, 1, 0, 0], 10) == (100, 100.5)  # within the node
+    assert network.send(0, [0, 1, 0, 0], [0, 0, 0, 1], 10) == (104, 105)
+    assert Network((True, True, False, False), 10.0, None, 1.0).send(0, [0, 2, 1, 0], [0, 0, 0, 0], 10) == (100, 104)
 
 
 def test_nodes_of_the_bench_must_divide(capsys: pytest.CaptureFixture[str]) -> None:

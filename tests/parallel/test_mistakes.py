@@ -136,7 +136,7 @@ def own_pool() -> Iterator[Pool]:
     pool.close()
 
 
-@pytest.mark.slow  # a second each
+@pytest.mark.slow  # seconds each
 @mistakes(SLOW)
 def test_a_mistake_is_detected_slowly(own_pool: Pool, detect: Callable[[Any], None], mistake: Mistake) -> None:
     with planted(mistake), pytest.raises(AssertionError) as error:
