@@ -50,6 +50,11 @@ MISTAKES = {
         Mistake("exchange.py", "each rank is its own relay", "[nodes.relay(rank, other) for other in others]",
                 "list(others)"),
     ),
+    "relays_look": (
+        Mistake("experts.py", "no relay looks without gradients", "layer.parallel.levels == 2 and on_cpu(x)", "False"),
+        Mistake("exchange.py", "no relay looks in backward", "layer.options, each, rows.look)\n    else:",
+                "layer.options, each)\n    else:"),
+    ),
     "rows_in_8_bits": (
         Mistake("wire.py", "a scale for all rows", "wide.abs().amax(1, keepdim=True)",
                 "wide.abs().amax().expand(len(rows), 1)"),

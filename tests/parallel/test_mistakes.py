@@ -66,6 +66,10 @@ def copies_on_the_node(pool: Any) -> None:
     test_two_level.test_copies_on_the_node_are_used(pool)
 
 
+def relays_look(pool: Any) -> None:
+    test_two_level.test_relays_look_between_products(pool)
+
+
 def rows_in_8_bits(_: Any) -> None:
     test_wire.test_odd_rows()
     check = test_wire.test_the_error_is_as_stated.hypothesis.inner_test  # type: ignore[attr-defined]
@@ -107,7 +111,17 @@ def commits(pool: Any) -> None:
 
 
 AT_ONCE = (relays_deliver, nodes, rows_in_8_bits, buckets, a_change_by_all_or_none)
-SLOW = (two_levels, copies_on_the_node, fixed_sizes, members_without_state, clipping, moving, joining, commits)
+SLOW = (
+    two_levels,
+    copies_on_the_node,
+    relays_look,
+    fixed_sizes,
+    members_without_state,
+    clipping,
+    moving,
+    joining,
+    commits,
+)
 
 
 def mistakes(detectors: Sequence[Callable[[Any], None]]) -> pytest.MarkDecorator:

@@ -149,6 +149,34 @@ def sent_bytes_of_one_level(rank: int, case: Case) -> tuple[Any, ...]:
         Nodes.has_levels = levels  # type: ignore[method-assign]
 
 
+def looks(rank: int) -> list[int]:
+    """How often a relay has looked after a forward without gradients, one with them, and a backward."""
+    own, counts = TwoLevel.look, [0]
+
+    def look(self: TwoLevel) -> None:
+        counts[-1] += 1
+        own(self)
+
+    TwoLevel.look = look  # type: ignore[method-assign]
+    try:
+        with ExpertParallel(timeout=20, nodes=TWO, num_chunks=4) as parallel:
+            moe, x = make(Case(), parallel), torch.randn(64, 24)
+            with torch.no_grad():
+                moe(x)
+            counts.append(0)
+            y = moe(x)
+            counts.append(0)
+            y.sum().backward()
+    finally:
+        TwoLevel.look = own  # type: ignore[method-assign]
+    return counts
+
+
+def test_relays_look_between_products(pool: Pool) -> None:
+    """Once in each chunk."""
+    assert pool.run(looks) == [[4, 4, 4]] * 4
+
+
 # ---- in the order that NCCL requires ---------------------------------------------------------------------------------
 
 

@@ -36,9 +36,8 @@ class Variant(NamedTuple):
 
 CHUNKS = (1, 4, 8)
 PLAIN = "all_to_all_single"
-# When a rank that relays looks, as a part of a chunk's work: after the first product of forward and of backward in
-# training (local.py); without gradients one op runs the experts.
-LOOKS = {"inference": 1.0, "forward": 2 / 3, "backward": 1 / 3}
+# When a rank that relays looks, as a part of a chunk's work: after the first product (local.py).
+LOOKS = {"forward": 2 / 3, "backward": 1 / 3}
 NEAR = 8.0  # the speed of links within a node, relative to those between nodes
 
 
@@ -188,7 +187,7 @@ def _predicted(
         return two_level_pipeline(out, back, work, chunks, tail=tail, overhead=cost, look=LOOKS[what])
 
     if task.mode == "forward":
-        return line("inference", experts, overhead)
+        return line("forward", experts, overhead)
     step = answers[0]["steps"][base][-1]
     parts = [experts * _share(step, name) for name in ("experts", "backward", "weight gradients")]
     forward = line("forward", parts[0], overhead / 2)
