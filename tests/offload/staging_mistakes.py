@@ -3,24 +3,10 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
-import pytest
-
-
-@dataclass(frozen=True)
-class Mistake:
-    file: str  # in switchgear/offload
-    name: str
-    before: str  # occurs in the file exactly once
-    after: str
-
+import planting
+from planting import Mistake
 
 MISTAKES = (
     Mistake("staging.py", "kernels do not wait for the copy",
@@ -112,21 +98,4 @@ MISTAKES = (
     Mistake("hot_cold.py", "the host reads rows before they are there", "    event.synchronize()\n", ""),
 )  # fmt: skip
 
-
-@contextmanager
-def planted(mistake: Mistake) -> Iterator[None]:
-    """The methods of the module's classes with the mistake."""
-    module = importlib.import_module(f"switchgear.offload.{mistake.file.removesuffix('.py')}")
-    source = Path(inspect.getfile(module)).read_text()
-    assert source.count(mistake.before) == 1, f"{mistake.file}, {mistake.name}"
-    wrong = types.ModuleType(module.__name__)
-    exec(compile(source.replace(mistake.before, mistake.after), mistake.file, "exec"), wrong.__dict__)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, own in list(vars(module).items()):
-            if inspect.isfunction(own) and own.__module__ == module.__name__:
-                patch.setattr(module, name, getattr(wrong, name))
-            if inspect.isclass(own) and own.__module__ == module.__name__:
-                for key, value in vars(getattr(wrong, name)).items():
-                    if inspect.isfunction(value):
-                        patch.setattr(own, key, value)
-        yield
+planted = partial(planting.planted, "switchgear.offload")

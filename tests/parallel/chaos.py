@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -43,10 +44,10 @@ FAULTS = ("kill", "stop", "exit")
 
 
 class Model(nn.Module):
-    def __init__(self, parallel: ExpertParallel | None) -> None:
+    def __init__(self, parallel: ExpertParallel | None, num_layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            switchgear.MoE(HIDDEN, 8, EXPERTS, 2, normalize=True, parallel=parallel) for _ in range(2)
+            switchgear.MoE(HIDDEN, 8, EXPERTS, 2, normalize=True, parallel=parallel) for _ in range(num_layers)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,6 +63,7 @@ class Options:
     trials: int = 100
     seed: int = 0
     transport: str = "auto"
+    num_layers: int = 2
     num_replicas: int = EXPERTS
     timeout: float = 3.0
     pause: float = 0.005  # seconds of a step beside its work
@@ -83,15 +85,17 @@ def loss_and_backward(model: nn.Module, step: int, rank: int, size: int) -> Tens
     return loss
 
 
-def make(parallel: ExpertParallel | None, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+def make(
+    parallel: ExpertParallel | None, num_layers: int, seed: int = 0
+) -> tuple[nn.Module, torch.optim.Optimizer]:  # fmt: skip
     torch.manual_seed(seed)
-    model = Model(parallel)
+    model = Model(parallel, num_layers)
     return model, torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 
-def undisturbed(steps: int) -> list[float]:
+def undisturbed(steps: int, num_layers: int) -> list[float]:
     """The losses of one process."""
-    model, optimizer = make(None)
+    model, optimizer = make(None, num_layers)
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
@@ -133,7 +137,7 @@ def work(number: int, port: int, folder: str, options: Options) -> None:
     else:
         given |= {"outside": True, "store": store, "placement": None}
     parallel = ExpertParallel(name="chaos", **given)
-    model, optimizer = make(parallel, number if number >= SIZE else 0)
+    model, optimizer = make(parallel, options.num_layers, number if number >= SIZE else 0)
     training = Training(
         model, optimizer, on_failure="continue", num_replicas=options.num_replicas,
         on_change=lambda change: note(change=asdict(change)),
@@ -149,7 +153,9 @@ def work(number: int, port: int, folder: str, options: Options) -> None:
     while True:
         loss = float(elastic_step(training, closure))
         step = training.steps - 1
-        entry = {"step": step, "loss": loss, "ranks": parallel.size, "rank": parallel.rank}
+        entry = {
+            "step": step, "loss": loss, "ranks": parallel.size, "rank": parallel.rank, "id": training.membership.id,
+        }  # fmt: skip
         if not options.spare:
             entry["digests"] = digests(training)
         elif step % options.resources_every == 0:
@@ -298,13 +304,14 @@ def check(seen: Run) -> str:
     losses: dict[int, dict[int, float]] = defaultdict(dict)
     held: dict[int, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     ranks: dict[int, set[int]] = defaultdict(set)
-    changes = []
-    for entries in seen.logs.entries.values():
+    logged = seen.logs.entries.values()
+    changes = [entry["change"] for entries in logged for entry in entries if "change" in entry]
+    # The last step of a member that was left behind, perhaps while it was stopped: the others may have repeated it.
+    repeated = {member: change["step"] for change in changes for member in change["left"]}
+    for entries in logged:
         last = -1
         for entry in entries:
-            if "change" in entry:
-                changes.append(entry["change"])
-            if "step" not in entry:
+            if "step" not in entry or entry["step"] >= repeated.get(entry["id"], math.inf):
                 continue
             step = entry["step"]
             assert step > last, f"step {step} was applied after {last}"
@@ -319,9 +326,9 @@ def check(seen: Run) -> str:
         for name, found in held[step].items():
             assert len(found) == 1, f"step {step}: {name} differs between ranks"
         if held[step] and len(losses[step]) == max(ranks[step]):
-            assert len(held[step]) == 2 * EXPERTS + 1, f"step {step}: only {sorted(held[step])}"
+            assert len(held[step]) == seen.options.num_layers * EXPERTS + 1, f"step {step}: only {sorted(held[step])}"
     assert not any(change["lost"] for change in changes)
-    expected = undisturbed(steps)
+    expected = undisturbed(steps, seen.options.num_layers)
     # A step may be seen by fewer ranks than took it, if they were killed before they could log it.
     complete = [step for step in range(steps) if len(losses[step]) == max(ranks[step])]
     apart = [abs(statistics.fmean(losses[step].values()) - expected[step]) for step in complete]

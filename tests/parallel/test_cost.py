@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parallel_pool import Pool
 
+from switchgear import moe, ops
+from switchgear.bench import parallel as bench
+from switchgear.bench.case import flops_of
+from switchgear.bench.shapes import SHAPES
 from switchgear.cli import main
 from switchgear.parallel import ExpertParallel, ParallelExperts, Placement
 from switchgear.parallel.cost import (
@@ -32,6 +39,7 @@ from switchgear.parallel.cost import (
 )
 from switchgear.parallel.failure_cost import Rates, expected_losses
 from switchgear.parallel.nodes import Nodes
+from switchgear.parallel.transport import Network
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 96, 12, 3, 16
 
@@ -257,6 +265,43 @@ def test_bench_parallel_on_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert two[0]["between_bytes"] < one[0]["between_bytes"]
     assert (tmp_path / "parallel-train-2-nodes.png").stat().st_size > 1000
     assert "two levels, 4 chunks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_flop_that_the_bench_counts(is_plain: bool, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of every op that runs experts, as --gflops times them."""
+    counted = []
+
+    def count(own: Any, flop: Any, *args: Any, **options: Any) -> Any:
+        result = own(*args, **options)
+        counted.append(flop(result, *args))
+        return result
+
+    for name, flop in bench.FLOP.items():
+        monkeypatch.setattr(ops, name, partial(count, getattr(ops, name), flop))
+    shape = SHAPES["tiny"]
+    with ExpertParallel() as parallel:
+        experts = ParallelExperts(shape.hidden_size, shape.intermediate_size, shape.num_experts, parallel=parallel)
+        x = torch.randn(7, shape.hidden_size, requires_grad=True)
+        choice = draw_routing(7, shape.num_experts, shape.top_k), torch.rand(7, shape.top_k, requires_grad=True)
+        with torch.set_grad_enabled(mode == "train"):
+            y = moe(x, *experts.parameters(), *choice) if is_plain else experts(x, *choice)
+        if mode == "train":
+            y.sum().backward()
+    assert sum(counted) == flops_of(shape, 7, mode)
+
+
+def test_a_throttled_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 of nodes (0, 1) and (2, 3): each direction of each link is busy for its bytes, whatever the order."""
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    network = Network((True, True, False, False), 10.0, 100.0, 0.0)
+    assert network.send(0, [9, 0, 0, 0], [9, 0, 0, 0], 10) == (100, 100)
+    assert network.send(0, [9, 0, 1, 2], [9, 0, 2, 0], 10) == (100, 103)  # 30 bytes come, 20 leave
+    assert network.send(0, [0, 0, 0, 1], [0, 0, 1, 1], 10) == (103, 104)  # 40 bytes each way
+    assert network.send(0, [0, 5, 0, 0], [0, 1, 0, 0], 10) == (100, 100.5)  # within the node
+    assert network.send(0, [0, 1, 0, 0], [0, 0, 0, 1], 10) == (104, 105)
+    assert Network((True, True, False, False), 10.0, None, 1.0).send(0, [0, 2, 1, 0], [0, 0, 0, 0], 10) == (100, 104)
 
 
 def test_nodes_of_the_bench_must_divide(capsys: pytest.CaptureFixture[str]) -> None:

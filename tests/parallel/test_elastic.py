@@ -12,6 +12,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_pool import Pool
+from test_wrappers import wrapped
 from torch import Tensor, nn
 
 import switchgear
+from switchgear.adapters import add_lora
 from switchgear.parallel import (
     ExpertParallel,
     ExpertParallelError,
@@ -113,8 +116,9 @@ def complete(seen: list[dict[str, str]]) -> None:
 def loses(rank: int, culprit: int, options: dict[str, Any]) -> Any:
     """Rank `culprit` is killed in its fourth step; the others take eight."""
     seen: list[Any] = []
-    placement = options.pop("placement", None)
-    with ExpertParallel(timeout=TIMEOUT, invariant=True, placement=placement) as parallel:
+    placement, capacity = (options.pop(name, None) for name in ("placement", "capacity"))
+    group = {"placement": placement, "capacity": capacity, "invariant": capacity is None}
+    with ExpertParallel(timeout=TIMEOUT, **group) as parallel:
         training = make(parallel, on_failure="continue", on_change=seen.append, **options)
         run(training, 3)
         if rank == culprit:
@@ -144,9 +148,9 @@ def test_copies_survive(four: Pool, culprit: int) -> None:
         assert change.step == 3
 
 
-@pytest.mark.parametrize("lost", ["reroute", "empty"])
-def test_lost_experts_are_declared(four: Pool, lost: str) -> None:
-    four.start(loses, 1, {"lost": lost})
+@pytest.mark.parametrize(("lost", "capacity"), [("reroute", None), ("empty", None), ("reroute", TOKENS)])
+def test_lost_experts_are_declared(four: Pool, lost: str, capacity: int | None) -> None:
+    four.start(loses, 1, {"lost": lost, "capacity": capacity})
     seen = four.results([0, 2, 3])
     complete([digest for digest, *_ in seen])
     assert [change.lost for _, (change,), _, _ in seen] == 3 * [
@@ -222,9 +226,9 @@ def half_commits(rank: int, who: str) -> Any:
             run(training, 4)
         finally:
             elastic.agree = agree
-        sizes = training.parallel.size
+        steps, size = training.steps, training.parallel.size
         run(training, 6)
-        return digests(training), training.membership.done, sizes
+        return digests(training), training.membership.done, steps, size
 
 
 @pytest.mark.parametrize("who", ["rank 0", "nobody"])
@@ -233,7 +237,8 @@ def test_no_step_is_half_applied(four: Pool, who: str) -> None:
     four.start(half_commits, who)
     seen = four.results([0, 1, 2])
     complete([digest for digest, *_ in seen])
-    assert {done for _, done, _ in seen} == {7}  # six steps and a move
+    assert {done for _, done, *_ in seen} == {7}  # six steps and a move
+    assert {steps for *_, steps, _ in seen} == {4}
     # With `rank 0`, it goes on with four ranks until its next step.
     assert [size for *_, size in seen] == ([4, 3, 3] if who == "rank 0" else [3, 3, 3])
 
@@ -325,9 +330,8 @@ def joins(rank: int, name: str) -> Any:
             while parallel.size < 4 or training.steps < 6:
                 elastic_step(training, lambda: closure(training))
                 time.sleep(0.02)
-            end = max(6, training.steps) + 3
-            run(training, end)
-            return digests(training), end, parallel.rank
+            run(training, max(6, training.steps) + 3)
+            return digests(training), 0.01
     with ExpertParallel(outside=True, **options) as parallel:
         torch.manual_seed(5)
         model = Model(parallel)
@@ -336,16 +340,16 @@ def joins(rank: int, name: str) -> Any:
             elastic_step(training, lambda: closure(training))
         change = join(training)
         assert (change.joined, change.ranks, parallel.rank) == ((3,), 4, 3)
-        assert training.optimizer.param_groups[0]["lr"] == 0.01
-        end = max(6, training.steps) + 3
-        run(training, end)
-        return digests(training), end, parallel.rank
+        rate = training.optimizer.param_groups[0]["lr"]
+        run(training, max(6, training.steps) + 3)
+        return digests(training), rate
 
 
 def test_a_process_joins(pool: Pool) -> None:
     seen = pool.run(joins, uuid.uuid4().hex)
-    complete([digest for digest, *_ in seen])
-    assert {len([name for name in digest if "layers.0.experts.down_proj[" in name]) for digest, *_ in seen} == {2}
+    complete([digest for digest, _ in seen])
+    assert {len([name for name in digest if "layers.0.experts.down_proj[" in name]) for digest, _ in seen} == {2}
+    assert {rate for _, rate in seen} == {0.01}  # the newcomer's is that of the others
 
 
 def rebalances(rank: int) -> Any:
@@ -406,6 +410,14 @@ def refused(rank: int, name: str) -> None:
         wide = switchgear.MoE(HIDDEN, 12, EXPERTS, 2, widths=[1, 2] * 4, parallel=parallel)
         with pytest.raises(ValueError, match=r"plain experts of one width without adapters, got others in experts"):
             Training(wide, optimizer)
+        for change in (partial(switchgear.store, form="int8"), partial(add_lora, rank=2)):
+            changed = Model(parallel).requires_grad_(False)
+            change(changed)
+            with pytest.raises(ValueError, match=r"without adapters, got others in layers\.0\.experts"):
+                Training(changed, optimizer)
+        for wrapper, message in (("ddp", "without DistributedDataParallel"), ("fsdp", "the DTensor first.weight")):
+            with pytest.raises(ValueError, match=f"model: expected .*{message}"):
+                Training(wrapped(Model(parallel), wrapper), optimizer)
         outside = ExpertParallel(timeout=TIMEOUT, name=name, outside=True)
         other = switchgear.MoE(HIDDEN, 8, EXPERTS, 2, parallel=outside)
         assert len(other.experts.down_proj) == 0  # nothing is allocated before it joins

@@ -15,6 +15,7 @@ import switchgear
 from switchgear.adapters import add_lora
 from switchgear.parallel import ExpertParallel, ExpertParallelError, Placement
 from switchgear.parallel.cost import draw_routing
+from switchgear.parallel.experts import exchange_moe
 from switchgear.parallel.static import fill_buckets
 
 HIDDEN, EXPERTS, TOP_K = 64, 6, 3
@@ -192,13 +193,29 @@ def test_capacities_must_agree(pool: Pool) -> None:
 
 
 def test_what_a_capacity_excludes() -> None:
-    for options in ({"invariant": True}, {"wire": "fp8"}, {"num_chunks": 2}):
+    for options in ({"invariant": True}, {"wire": "fp8"}, {"num_chunks": 2}, {"tp_group": [0]}):
         with pytest.raises(ValueError, match=f"capacity: expected None beside {next(iter(options))}"):
             ExpertParallel(capacity=4, **options)
     with pytest.raises(ValueError, match="capacity: expected a positive number of rows, got 0"):
         ExpertParallel(capacity=0)
     with pytest.raises(ValueError, match="overflow: expected raise or drop"):
         ExpertParallel(capacity=4, overflow="ignore")
+    with ExpertParallel(capacity=4) as parallel:
+        layer = layers(parallel)[0].experts._layer
+        with pytest.raises(ValueError, match="capacity: expected None beside experts that are no ParallelExperts"):
+            exchange_moe(layer, torch.zeros(1, HIDDEN), torch.zeros(1, 1), torch.zeros(1, 1), None, None)
+
+
+def copies(rank: int) -> None:
+    ranks = ((0, 1, 2), (3, 4, 5), (0, 1, 2), (3, 4, 5))
+    with ExpertParallel(timeout=20, capacity=4, nodes=2, placement=Placement(EXPERTS, ranks)) as parallel:
+        assert parallel.levels == 1
+        with pytest.raises(ValueError, match="placement: expected one rank for each expert beside a capacity"):
+            layers(parallel)
+
+
+def test_a_capacity_excludes_copies(pool: Pool) -> None:
+    pool.run(copies)
 
 
 # ---- nothing is read on the host -------------------------------------------------------------------------------------

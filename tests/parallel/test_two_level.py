@@ -51,8 +51,8 @@ def test_shards(pool: Pool, ranks: tuple[tuple[int, ...], ...], invariant: bool)
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
 def test_options(pool: Pool, layer: dict[str, Any]) -> None:
-    for invariant in (False, True):
-        pool.run(compare, Case(layer=tuple(layer.items()), num_chunks=2, holes=True, nodes=TWO, invariant=invariant))
+    for invariant, nodes in ((False, TWO), (True, UNEQUAL)):
+        pool.run(compare, Case(layer=tuple(layer.items()), num_chunks=2, holes=True, nodes=nodes, invariant=invariant))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -121,6 +121,19 @@ def test_a_row_per_token_and_node(pool: Pool, nodes: Any, invariant: bool) -> No
         assert both["dispatch within"] == 2 * forward["dispatch within"]
 
 
+def copies_on_each_node(rank: int) -> None:
+    """Ranks 0 and 1 have all experts, and so do 2 and 3."""
+    placement = Placement(6, ((0, 2, 5), (1, 3, 4), (0, 1, 2), (3, 4, 5)))
+    with ExpertParallel(timeout=20, nodes=TWO, placement=placement) as parallel:
+        make(Case(), parallel)(torch.randn(9, 24))
+        assert parallel.record.bytes["dispatch within"] > 0
+        assert parallel.record.between_nodes.keys() == {"header"}
+
+
+def test_copies_on_the_node_are_used(pool: Pool) -> None:
+    pool.run(copies_on_each_node)
+
+
 def test_one_level_sends_more(pool: Pool) -> None:
     one = sum(answer[1]["dispatch"] for answer in pool.run(sent_bytes, Case(nodes=UNEQUAL, top_k=4)))
     two = sum(answer[1]["dispatch"] for answer in pool.run(sent_bytes_of_one_level, Case(nodes=UNEQUAL, top_k=4)))
@@ -134,6 +147,34 @@ def sent_bytes_of_one_level(rank: int, case: Case) -> tuple[Any, ...]:
         return sent_bytes(rank, case)
     finally:
         Nodes.has_levels = levels  # type: ignore[method-assign]
+
+
+def looks(rank: int) -> list[int]:
+    """How often a relay has looked after a forward without gradients, one with them, and a backward."""
+    own, counts = TwoLevel.look, [0]
+
+    def look(self: TwoLevel) -> None:
+        counts[-1] += 1
+        own(self)
+
+    TwoLevel.look = look  # type: ignore[method-assign]
+    try:
+        with ExpertParallel(timeout=20, nodes=TWO, num_chunks=4) as parallel:
+            moe, x = make(Case(), parallel), torch.randn(64, 24)
+            with torch.no_grad():
+                moe(x)
+            counts.append(0)
+            y = moe(x)
+            counts.append(0)
+            y.sum().backward()
+    finally:
+        TwoLevel.look = own  # type: ignore[method-assign]
+    return counts
+
+
+def test_relays_look_between_products(pool: Pool) -> None:
+    """Once in each chunk."""
+    assert pool.run(looks) == [[4, 4, 4]] * 4
 
 
 # ---- in the order that NCCL requires ---------------------------------------------------------------------------------
@@ -256,6 +297,7 @@ def test_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not find_nodes(None, ["a", "a", "b", "b"]).has_levels
     assert find_nodes(2, ["a"] * 5).members == ((0, 1), (2, 3), (4,))
     assert find_nodes([[1, 2], [0, 3]], ["a"] * 4).members == ((0, 3), (1, 2))
+    assert [find_nodes(2, ["a"] * 4).relay(1, r) for r in range(4)] == [1, 1, 3, 3]
     nodes = find_nodes([[0, 2, 3], [1]], ["a"] * 4)
     assert [nodes.relay(3, r) for r in range(4)] == [3, 1, 3, 3]
     assert [nodes.relay(1, r) for r in range(4)] == [0, 1, 0, 0]

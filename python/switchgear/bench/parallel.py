@@ -5,11 +5,13 @@ It compares, around the same experts and over the same links, plain all_to_all_s
 switchgear's exchange with and without overlap. Sockets on one machine are memory copies that take processor time from
 the experts. So links are throttled until transfers take as long as the experts (or to --bandwidth); --bandwidth 0
 turns throttling off. --nodes groups the processes: links within a node are then 8 times as fast as those between nodes,
-and rows that go to each rank are compared with rows that go to each node once.
+and rows that go to each rank are compared with rows that go to each node once. Processes without a processor of their
+own compete. With --gflops their experts have a speed too: a product ends no earlier, and its process sleeps meanwhile.
 
     sent      bytes that leave a rank, counted by the sender; floor: the minimum (a row for each rank that has an expert
               of the token, in and out, and its choices). The difference must be the headers, or the run fails.
-    waiting   seconds that a rank is idle; hidden: the share of the link's time that overlaps with other work
+    waiting   seconds that the rank with most work for its experts is idle (others also wait for it); hidden: the share
+              of the link's time that overlaps with other work
     predicted by the model of plan-parallel, from bytes, bandwidth, the experts' time in one chunk (in training split
               into its parts), and the cost of each further chunk, estimated from the largest number of chunks
 """
@@ -29,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from switchgear import ops
 from switchgear.parallel import ExpertParallel, ParallelExperts
 from switchgear.parallel.cost import count, count_levels, draw_routing
 from switchgear.parallel.record import Event
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         task = Task(
             SHAPES[name], FORMATS[dtype].dtype, tokens, mode, 1.0 if args.routing == "zipf" else 0.0,
             None if args.bandwidth is None else 1e6 * args.bandwidth,
-            max(1, (os.cpu_count() or 1) // size), 2 if args.quick else TURNS, args.nodes,
+            max(1, (os.cpu_count() or 1) // size), 2 if args.quick else TURNS, args.nodes, 1e9 * args.gflops,
         )  # fmt: skip
         results.append({"shape": name, "dtype": dtype, "ranks": size} | summarise(task, launch(task, size)))
         print_case(results[-1])
@@ -100,11 +103,43 @@ def launch(task: Task, size: int) -> list[dict[str, Any]]:
 
 def _serve(answers: Connection, rank: int, size: int, port: int, task: Task) -> None:
     torch.set_num_threads(task.threads)
+    if task.flops:
+        for name, flop in FLOP.items():
+            setattr(ops, name, _paced(getattr(ops, name), flop, task.flops))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     with ExpertParallel(timeout=300.0, nodes=size // task.nodes) as parallel:
         answers.send(("ok", measure(parallel, task)))
         dist.barrier()
     dist.destroy_process_group()
+
+
+def _paced(function: Callable[..., T], flop: Callable[..., int], speed: float) -> Callable[..., T]:
+    """It ends no earlier than at `speed` flop/s, and sleeps meanwhile."""
+
+    def paced(*args: Any, **options: Any) -> T:
+        begin = time.monotonic()
+        result = function(*args, **options)
+        end = begin + flop(result, *args) / speed
+        time.sleep(max(0.0, end - time.monotonic()))
+        return result
+
+    return paced
+
+
+def _forward_flop(_: Any, x: Tensor, gate_up: Any, *rest: Any) -> int:
+    """Of gated experts, for the choices that are not empty."""
+    first, topk_ids = gate_up if isinstance(gate_up, Tensor) else gate_up[0], rest[5]
+    return 3 * int((topk_ids >= 0).sum()) * first.shape[1] * x.shape[1]
+
+
+FLOP: dict[str, Callable[..., int]] = {  # of ops, from their results and arguments
+    "grouped_gemm": lambda out, x, *_: 2 * out.numel() * x.shape[1],
+    "grouped_gemm_wgrad": lambda out, rows, *_: 2 * len(rows) * out[0].numel(),
+    "moe_forward": _forward_flop,
+    "moe_forward_on_host": _forward_flop,
+    "moe_backward": lambda _, grad_y, x, h, *rest: 6 * h.numel() * x.shape[1],
+    "moe_backward_on_host": lambda _, there, grad_y, x, h, *rest: 6 * h.numel() * x.shape[1],
+}
 
 
 def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Variant(NamedTuple):
 
 CHUNKS = (1, 4, 8)
 PLAIN = "all_to_all_single"
+# When a rank that relays looks, as a part of a chunk's work: after the first product (local.py).
+LOOKS = {"forward": 2 / 3, "backward": 1 / 3}
 NEAR = 8.0  # the speed of links within a node, relative to those between nodes
 
 
@@ -65,6 +67,7 @@ class Task(NamedTuple):
     threads: int
     turns: int
     nodes: int = 1
+    flops: float = 0.0  # flop/s of the experts; 0: not throttled
 
 
 class Step(NamedTuple):
@@ -109,7 +112,7 @@ def floor_bytes(
 
 
 def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over steps, of the slowest rank."""
+    """Medians over steps: the time of the slowest rank, and what the rank with most work for its experts did."""
     size, train = len(answers), task.mode == "train"
     row = task.shape.hidden_size * task.dtype.itemsize
     bandwidth = float(answers[0]["bandwidth"])
@@ -119,21 +122,23 @@ def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
     variants = []
     for name, variant in variants_of(task.nodes).items():
 
-        def middle(what: str, name: str = name) -> float:
-            return max(float(median(getattr(step, what) for step in answer["steps"][name])) for answer in answers)
+        def middles(what: str, name: str = name) -> list[float]:
+            return [float(median(getattr(step, what) for step in answer["steps"][name])) for answer in answers]
 
         steps = [answer["steps"][name][0] for answer in answers]
         sent = [Floor(sum(step.sent.values()), sum(step.between_nodes.values())) for step in steps]
         used = levels if variant.levels == 2 else None
         floors = [floor_bytes(traffic, used, nodes, rank, row, train) for rank in range(size)]
-        link = middle("link")
+        experts = middles("experts")
+        busiest = experts.index(max(experts))  # the rank that the model describes; others also wait for it
+        waiting, link = middles("waited")[busiest], middles("link")[busiest]
         predicted = None
         if variant.chunks and bandwidth:
             predicted = _predicted(task, answers, traffic, used, nodes, variant, bandwidth)
         variants.append({
-            "name": name, "chunks": variant.chunks, "levels": variant.levels, "ms": 1e3 * middle("seconds"),
-            "waiting_ms": 1e3 * middle("waited"), "experts_ms": 1e3 * middle("experts"), "link_ms": 1e3 * link,
-            "hidden": max(0.0, 1 - middle("waited") / link) if link else 1.0,
+            "name": name, "chunks": variant.chunks, "levels": variant.levels, "ms": 1e3 * max(middles("seconds")),
+            "waiting_ms": 1e3 * waiting, "experts_ms": 1e3 * experts[busiest], "link_ms": 1e3 * link,
+            "hidden": max(0.0, 1 - waiting / link) if link else 1.0,
             "sent_bytes": max(each.sent for each in sent), "floor_bytes": max(each.sent for each in floors),
             "between_bytes": max(each.between for each in sent), "at_floor": sent == floors,
             "predicted_ms": None if predicted is None else 1e3 * predicted.seconds,
@@ -144,8 +149,8 @@ def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
     overheads = {f"chunk_overhead_ms_{n}" if n > 1 else "chunk_overhead_ms": 1e3 * chunk_overhead(task, answers, n)
                  for n in range(1, 2 + (task.nodes > 1))}  # fmt: skip
     return {"mode": task.mode, "tokens": task.tokens, "threads": task.threads, "bandwidth": bandwidth,
-            "nodes": task.nodes, "near": NEAR, "skew": task.skew, "gflop": gflop, **overheads, "variants": variants,
-            "timelines": timelines}  # fmt: skip
+            "gflops": task.flops / 1e9, "nodes": task.nodes, "near": NEAR, "skew": task.skew, "gflop": gflop,
+            **overheads, "variants": variants, "timelines": timelines}  # fmt: skip
 
 
 def _experts_seconds(answers: list[dict[str, Any]], name: str) -> float:
@@ -174,18 +179,19 @@ def _predicted(
     def seconds(rows: torch.Tensor) -> float:
         return link_seconds(rows, nodes, row, bandwidth, near)
 
-    def line(work: float, cost: float, tail: float = 0.0) -> Timeline:
+    def line(what: str, work: float, cost: float, tail: float = 0.0) -> Timeline:
         if levels is None:
             times = seconds(traffic.rows), work, seconds(traffic.rows.T)
             return pipeline(*times, chunks, tail=tail, overhead=cost)
         out, back = ((seconds(rows), seconds(rows.T)) for rows in (levels.between, levels.within))
-        return two_level_pipeline(out, back, work, chunks, tail=tail, overhead=cost)
+        return two_level_pipeline(out, back, work, chunks, tail=tail, overhead=cost, look=LOOKS[what])
 
     if task.mode == "forward":
-        return line(experts, overhead)
+        return line("forward", experts, overhead)
     step = answers[0]["steps"][base][-1]
     parts = [experts * _share(step, name) for name in ("experts", "backward", "weight gradients")]
-    forward, backward = line(parts[0], overhead / 2), line(parts[1], overhead / 2, parts[2])
+    forward = line("forward", parts[0], overhead / 2)
+    backward = line("backward", parts[1], overhead / 2, parts[2])
     whole = (a + b for a, b in zip(forward[1:], backward[1:], strict=True))
     return Timeline([*forward.intervals, *backward.intervals], *whole)
 
@@ -202,6 +208,7 @@ def print_case(result: dict[str, Any]) -> None:
     several = result["nodes"] > 1
     speed = f"links of {result['bandwidth'] / 1e6:.0f} MB/s" if result["bandwidth"] else "links not throttled"
     speed += f", {result['near']:.0f} times that within each of {result['nodes']} nodes" if several else ""
+    speed += f", experts of {result['gflops']:.0f} GFLOP/s" if result["gflops"] else ""
     out.print(f"\n[bold]{result['shape']}, {result['dtype']}, {result['mode']}[/]: {result['ranks']} ranks of "
               f"{result['threads']} threads, {result['tokens']} tokens each, {speed}")  # fmt: skip
     columns = ["between MB"] if several else []

@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parallel", type=positive, metavar="N", help="experts distributed over N processes; see docs/parallel.md")
     add("--nodes", type=positive, default=1, metavar="N", help="that these processes are on, of equal size")
     add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: that of the experts; 0: no limit)")
+    add("--gflops", type=float, default=0.0, metavar="GFLOP/s", help="of their experts (default: no limit)")
     add("--routers", action="store_true", help="what routing policies cost, by the layer and by plain torch, and stop")
     add("--adapters", action="store_true",
         help="what LoRA on every expert costs, beside the frozen base, PEFT and formulas of torch, and stop")

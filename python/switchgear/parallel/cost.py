@@ -193,11 +193,11 @@ class _Lane:
 
 def two_level_pipeline(
     between: tuple[float, float], within: tuple[float, float], experts: float, num_chunks: int, *,
-    tail: float = 0.0, overhead: float = 0.0,
+    tail: float = 0.0, overhead: float = 0.0, look: float = 0.5,
 ) -> Timeline:  # fmt: skip
     """As pipeline, with two levels (two_level.py): seconds of all chunks between nodes and within a node, to the
-    experts and back. A chunk is passed on while the rank waits, or after the half of an experts' chunk during which it
-    came."""
+    experts and back. A chunk is passed on while the rank waits, or at the only look during an experts' chunk, after
+    this part of it."""
     intervals: list[Interval] = []
     far, near = _Lane("link", intervals), _Lane("near", intervals)
     out, inside, inside_back, back = (each / num_chunks for each in (between[0], *within, between[1]))
@@ -229,7 +229,7 @@ def two_level_pipeline(
         now = wait(now, lambda c=c: passed[c] if c < len(passed) else None)  # type: ignore[misc]
         work = experts / num_chunks + overhead
         intervals.append(Interval("experts", f"experts {c}", now, now + work))
-        pass_on(now + work / 2)
+        pass_on(now + look * work)
         now += work
         done.append(near.send(f"combine within {c}", now, inside_back))
     now = wait(now, lambda: done[-1] if len(returned) == num_chunks else None)

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from switchgear.parallel.errors import ExpertParallelError
 from switchgear.parallel.experts import expert_parameters
@@ -73,8 +75,9 @@ class Training:
         on_change: called on each rank after ranks or placements have changed.
 
     Raises:
-        ValueError: an option out of range, or experts that cannot move: stored ones, those of several widths or with
-            adapters, and those beside tensor parallelism; copies beside a capacity.
+        ValueError: an option out of range; experts that cannot move: stored ones, those of several widths or with
+            adapters, and those beside tensor parallelism; copies beside a capacity; DistributedDataParallel in the
+            model, or parameters that FSDP has sharded.
     """
 
     model: nn.Module
@@ -341,6 +344,11 @@ def _parallel_of(model: nn.Module) -> ExpertParallel:
             raise ValueError(f"model: expected plain experts of one width without adapters, got others in {name}")
     if len(parallel.twins) != parallel.size:
         raise ValueError("model: expected an ExpertParallel without tp_group, got one with it")
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError("model: expected one without DistributedDataParallel, got one with it")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"model: expected parameters that are not sharded, got the DTensor {name}")
     return parallel
 
 

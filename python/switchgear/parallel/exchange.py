@@ -118,18 +118,18 @@ def _agree(
 
 def forward(
     layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gradients: int,
-    weights: local.Weights | None, module: recorded.Module, records: bool = False,
+    weights: local.Weights | None, module: recorded.Module,
 ) -> tuple[Tensor, Saved | None]:  # fmt: skip
     """y [T,H] of x [T,H], topk_ids [T,K] int32 and topk_weights [T,K] float32.
 
-    weights: of the local experts; what backward needs is saved. None: `module(x, ids, weights)` runs the experts, with
-    a graph for backward if it `records`.
+    gradients: a bit for each that backward will compute, whose needs are then saved; -1 without backward.
+    weights: of the local experts. None: `module(x, ids, weights)` runs the experts, with a graph for backward.
     """
     parallel = layer.parallel
     peers, record = parallel.peers, parallel.record
     link = Link(parallel, x.device)
     all_tokens, top_k = topk_ids.shape
-    each = parallel.invariant
+    each, saves = parallel.invariant, gradients >= 0
     _check_ids(topk_ids, layer.num_experts)
     part = _part(parallel, all_tokens)  # ranks that hold the same tokens share the work
     x, topk_ids, topk_weights = x[part], topk_ids[part], topk_weights[part]
@@ -183,21 +183,22 @@ def forward(
         with record.event("experts", f"experts {c}"):
             if weights is not None:
                 returned, h = local.forward(arrived, chunk, pair_weights, weights, layer.options, each, rows.look)
-                hs.append(h)
+                if saves:
+                    hs.append(h)
             elif not len(arrived):
                 returned = arrived
                 runs.append(None)
             else:
-                run = recorded.run(module, arrived, chunk, pairs, pair_weights, each, records)
+                run = recorded.run(module, arrived, chunk, pairs, pair_weights, each, saves)
                 returned = run.y.detach()
-                runs.append(run if records else None)
+                runs.append(run if saves else None)
         rows.give_back(returned)
     peers.enter("combine")
     results = rows.finish()
     with record.event("experts", "sum"):
         y = _sum_results(results, sending, topk_weights.detach(), each)
     y = _join_parts(link, y, all_tokens)
-    if weights is None and not records:
+    if not saves:
         return y, None
     relaying = None if relays_in is None else levels.relaying
     tensors = (rows.buffer, pair_weights, *hs)

@@ -21,6 +21,7 @@ from switchgear.parallel.gather import gather_experts
 from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
+from switchgear.parallel.transport import on_cpu
 from switchgear.weights import stored_of, weights_of
 from switchgear.weights.adapted import has_adapters, read_by
 
@@ -65,7 +66,7 @@ class _ModuleExchange(torch.autograd.Function):
         ctx.layer = layer
         ctx.gradients = sum(int(need) << i for i, need in enumerate(ctx.needs_input_grad[:2])) + 64
         with layer.parallel.peers.exchange():
-            y, saved = exchange.forward(layer, x, topk_ids, topk_weights, ctx.gradients, None, module, True)
+            y, saved = exchange.forward(layer, x, topk_ids, topk_weights, ctx.gradients, None, module)
         assert saved is not None
         ctx.save_for_backward(*rest, *saved.tensors)
         ctx.saved = saved._replace(tensors=())
@@ -120,8 +121,9 @@ def exchange_moe(
     parameters: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
     """Like switchgear.moe, with global topk_ids and the weights of the local experts. Without gradients,
-    `module`(x, local ids, weights) -> y runs the experts unless it is None. If weights is None, it always runs them;
-    `parameters` are those that it reads and that may need gradients.
+    `module`(x, local ids, weights) -> y runs the experts, in one op, unless it is None or a relay must look between
+    their products. If weights is None, it always runs them; `parameters` are those that it reads and that may need
+    gradients.
 
     Inside torch.autocast all tensors are cast to its dtype.
     """
@@ -144,7 +146,8 @@ def exchange_moe(
         y = apply(_ModuleExchange, x, topk_weights, topk_ids, layer, module, *trained)
     else:
         with torch.no_grad(), layer.parallel.peers.exchange():
-            given = None if module is not None else weights
+            looks = layer.parallel.levels == 2 and on_cpu(x)
+            given = weights if module is None or looks else None
             y, _ = exchange.forward(layer, x, topk_ids, topk_weights, -1, given, module)
     return y if len(shape) == 2 else y.reshape(shape)
 

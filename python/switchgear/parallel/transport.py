@@ -177,34 +177,35 @@ class Network:
 
     def __init__(self, near: Sequence[bool], bandwidth: float, near_bandwidth: float | None, latency: float) -> None:
         """near[r]: whether rank r is on this node. near_bandwidth: None if all ranks share the one link."""
-        self._near, self._bandwidth, self._near_bandwidth, self._latency = near, bandwidth, near_bandwidth, latency
-        self._free_at = [0.0, 0.0]
+        self._near, self._latency = near, latency
+        self._speeds = {False: bandwidth} if near_bandwidth is None else {False: bandwidth, True: near_bandwidth}
+        self._free_at = {(link, direction): 0.0 for link in self._speeds for direction in range(2)}  # in and out
 
     def send(self, rank: int, output_rows: Sequence[int], input_rows: Sequence[int], row: int) -> tuple[float, float]:
-        """Begin and end of a transfer of rows of `row` bytes, which begins now or when the link is free."""
+        """Begin and end of a transfer of rows of `row` bytes, in each direction as soon as the link is free."""
         now = time.monotonic()
-        begin = end = now
-        for near, speed in ((True, self._near_bandwidth or self._bandwidth), (False, self._bandwidth)):
-            rows = max(
-                sum(count for r, count in enumerate(counts) if r != rank and self._is_near(r) == near)
-                for counts in (output_rows, input_rows)
-            )
-            if rows:
-                begin = max(now, self._free_at[near])
-                self._free_at[near] = begin + self._latency + rows * row / speed
-                end = max(end, self._free_at[near])
+        spans = [(now, now)]  # end and begin
+        for link, speed in self._speeds.items():
+            begin = max(now, *(self._free_at[link, direction] for direction in range(2)))
+            for direction, counts in enumerate((output_rows, input_rows)):
+                rows = sum(count for r, count in enumerate(counts) if r != rank and self._link_to(r) == link)
+                if rows:
+                    end = max(now, self._free_at[link, direction]) + self._latency + rows * row / speed
+                    self._free_at[link, direction] = end
+                    spans.append((end, min(begin, end)))
+        end, begin = max(spans)
         return begin, end
 
-    def _is_near(self, rank: int) -> bool:
-        return self._near_bandwidth is not None and self._near[rank]
+    def _link_to(self, rank: int) -> bool:
+        return len(self._speeds) > 1 and self._near[rank]
 
 
 class ThrottledTransport:
     """Wraps another transport in links of a given speed, for measurements on one machine.
 
-    Each rank has full-duplex links that serialise its transfers. A transfer is done when the underlying transport is,
-    but not before latency + bytes / bandwidth after its link became free. Waiting costs no processor time, as with a
-    network card. A rank's rows for itself do not use a link.
+    Each rank has full-duplex links that serialise its transfers in each direction. A transfer is done when the
+    underlying transport is, but not before latency + bytes / bandwidth after its link became free. Waiting costs no
+    processor time, as with a network card. A rank's rows for itself do not use a link.
     """
 
     def __init__(self, below: Transport, rank: int, network: Network) -> None:
