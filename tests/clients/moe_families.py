@@ -33,7 +33,9 @@ class ModelTester:
         config = self.config = tiny_config(CONFIG_MAPPING[model_type])
         self.num_hidden_layers, self.num_attention_heads = config.num_hidden_layers, config.num_attention_heads
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
-        classes = {head: getattr(transformers, f"AutoModel{head}")._model_mapping.get(type(config)) for head in HEADS}
+        classes = {
+            head: getattr(transformers, f"AutoModel{head}")._model_mapping.get(type(config), None) for head in HEADS
+        }
         self.all_model_classes = tuple(filter(None, classes.values()))
         self.base_model_class, self.causal_lm_class = classes[""], classes["ForCausalLM"]
 

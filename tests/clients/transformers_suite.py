@@ -44,7 +44,7 @@ def prepare(folder: Path) -> None:
         path.write_text(f"class {mixin}:\n    pass\n")
         (path.parent / "__init__.py").touch()
     (folder / "tests/__init__.py").touch()
-    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = ignore::pytest.PytestUnknownMarkWarning\n")
     (folder / "tests/moe_families.py").write_bytes(Path(__file__).with_name("moe_families.py").read_bytes())
 
 
