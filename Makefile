@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo                  train a small MoE model with each experts implementation, and compare them
 # make test                  the tests in Python and in C++, except the slow ones (PYTEST_ARGS="-m slow": only those)
+# make test-python           those in Python
+# make test-cpp              those in C++
+# make try TEST=glu          build and run one C++ test, quickly: with the kernels of one instruction set (ISAS='avx2;avx512')
+# make try-cuda TEST=glu     the same for the CUDA kernels, which run on the CPU
 # make bench                 time MoE layers at the shapes of real models (BENCH_ARGS=…)
 # make bench-cpp             time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
 # make lint                  formatting, lint, types, stubs
@@ -49,7 +53,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
+.PHONY: help tools demo test test-python test-cpp try try-cuda bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
         cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm clients-transformers wheel wheels sdist sbom test-torch clean always
 
 help:
@@ -102,9 +106,25 @@ bench-cpp: $(BIN)/cmake $(BIN)/ninja
 
 # ---- tests ---------------------------------------------------------------------------------------------------------------
 
-test: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja
+test: test-python test-cpp
+
+test-python: $(INSTALLED)test
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-cpp: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,cpu)
+
+TEST ?= moe
+ISAS ?= avx2;neon
+
+try: $(BIN)/cmake $(BIN)/ninja
+	cmake --preset cpu -B build/try -DSWITCHGEAR_BENCH=OFF -DSWITCHGEAR_CPU_ISAS='$(ISAS)'
+	cmake --build build/try --target test_$(TEST)
+	ctest --test-dir build/try --output-on-failure --tests-regex '^$(TEST)$$'
+
+try-cuda: $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
+	cmake --preset simt-plain $(this_python) && cmake --build --preset simt-plain --target simt_test_$(TEST)
+	ctest --preset simt-plain --tests-regex '^simt_$(TEST)_'
 
 sanitize: asan tsan
 
