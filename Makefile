@@ -4,7 +4,7 @@
 # make test-python           those in Python
 # make test-cpp              those in C++
 # make try TEST=glu          build and run one C++ test, quickly: with the kernels of one instruction set (ISAS='avx2;avx512')
-# make try-cuda TEST=glu     the same for the CUDA kernels, which run on the CPU
+# make try-cuda TEST=glu     the same for the CUDA kernels, which run on the CPU, in one order of threads
 # make bench                 time MoE layers at the shapes of real models (BENCH_ARGS=…)
 # make bench-cpp             time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
 # make lint                  formatting, lint, types, stubs
@@ -124,7 +124,7 @@ try: $(BIN)/cmake $(BIN)/ninja
 
 try-cuda: $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 	cmake --preset simt-plain $(this_python) && cmake --build --preset simt-plain --target simt_test_$(TEST)
-	ctest --preset simt-plain --tests-regex '^simt_$(TEST)_'
+	ctest --preset simt-plain --tests-regex '^simt_$(TEST)_forward$$'
 
 sanitize: asan tsan
 
