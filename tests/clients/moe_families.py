@@ -50,6 +50,8 @@ class ModelTester:
 class Family(ModelTesterMixin, TrainingTesterMixin):
     model_type: str
     test_all_params_have_gradient = False  # an expert may have no token
+    # About transformers' own files of tests: their sizes, and the mixins that they use.
+    test_num_layers_is_small = test_generation_tester_mixin_inheritance = None
     model_tester = property(lambda self: self._tester)
 
     def setUp(self) -> None:

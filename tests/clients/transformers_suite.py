@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import transformers
 
 DEFAULT = "grouped_mm"
-FAMILIES = "mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v3 glm4_moe granitemoe phimoe ernie4_5_moe"
+FAMILIES = "mixtral qwen3_moe olmoe gpt_oss deepseek_v3 glm4_moe"
 ABSENT = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
 
 
