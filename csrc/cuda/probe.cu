@@ -6,13 +6,15 @@
 #include <cuda_runtime.h>
 
 namespace switchgear::cuda {
-namespace {
 
+// Not in the unnamed namespace: nvcc would name the kernel by the path of this file, and no two builds would be equal.
 __global__ void probe_kernel([[maybe_unused]] int* arch) {
 #ifdef __CUDA_ARCH__
   *arch = __CUDA_ARCH__;
 #endif
 }
+
+namespace {
 
 cudaError_t run(int device, int* arch) {
   if (const cudaError_t error = cudaSetDevice(device)) return error;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""FSDP2 around a Hugging Face model on two processes, through accelerate's launcher-free API of torch.
+"""FSDP2 around a Hugging Face model on two processes, by torch's fully_shard.
 
 torchrun --nproc-per-node 2 examples/clients/fsdp2.py
 """
@@ -36,5 +36,6 @@ if __name__ == "__main__":
     if distributed.get_rank() == 0:
         small.compare("FSDP2, 2 processes", train, 1e-3)
     else:
-        train("grouped_mm"), train("switchgear")
+        for name in ("grouped_mm", "switchgear") * 2:  # the turns of `compare`
+            train(name)
     distributed.destroy_process_group()

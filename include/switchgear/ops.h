@@ -265,7 +265,7 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec = {});
 enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kSwigluOai };
 
 // a = act(gate) ⊙ up for gated experts, act(h) for plain ones.
-//   limit > 0   gate = min(gate, limit), up = clamp(up, -limit, limit) first
+//   limit > 0   gate = min(gate, limit), up = clamp(up, -limit, limit) first; gradients pass within it, ends included
 //   kSwigluOai  (up + 1) · gate · sigmoid(alpha · gate), gpt-oss's gate (gated only)
 //   interleaved gate = h[:, 0::2], up = h[:, 1::2]; else gate = h[:, :I], up = h[:, I:]
 struct GluOptions {

@@ -56,7 +56,7 @@ def glu(
         activation: "silu", "gelu", "gelu_tanh", "relu", "relu2", or "swiglu_oai" (gpt-oss, gated only):
             gate · sigmoid(alpha · gate) ⊙ (up + 1).
         interleaved: gate = h[..., 0::2] and up = h[..., 1::2]; otherwise the first and the second half.
-        limit: gate = min(gate, limit) and up = clamp(up, -limit, limit) first.
+        limit: gate = min(gate, limit) and up = clamp(up, -limit, limit) first; gradients pass within it, ends included.
 
     Returns [..., I]. Source of gated units: arXiv:2002.05202.
     """

@@ -70,7 +70,7 @@ def glu_of(h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: fl
 def glu_backward_of(
     grad_a: Tensor, h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float
 ) -> Tensor:
-    """A clamp passes the gradient if the value is within the limits, ends included."""
+    """A clamp passes the gradient if the value is within the limits, ends included, whatever this torch's own does."""
     if not gated:
         gate = h.clamp(max=limit) if limit > 0 else h
         grad_h = grad_a * activate(gate, activation, alpha)[1]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""transformers' own tests of models with switchgear's experts: none may fail that passes with the default.
+
+    python tests/clients/transformers_suite.py build/clients-transformers [--families "mixtral olmoe"]
+
+The tests come from the sdist of the installed transformers, which pip downloads into the folder. It has the common
+tests (test_modeling_common.py), but neither the files of single models nor the tests of generation and exporters, whose
+mixins are empty here. So moe_families.py applies the common tests to tiny configs of each family.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import transformers
+
+DEFAULT = "grouped_mm"
+FAMILIES = "mixtral gpt_oss"
+ABSENT = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
+
+
+def prepare(folder: Path) -> None:
+    """The package `tests` of the sdist, in the folder."""
+    name = f"transformers-{transformers.__version__}"
+    if not (folder / f"{name}.tar.gz").exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        sdist = name.replace("-", "==")
+        subprocess.run([*pip, "--no-binary", "transformers", "--dest", folder, sdist], check=True)
+    with tarfile.open(folder / f"{name}.tar.gz") as archive:
+        members = [member for member in archive if member.name.startswith(f"{name}/tests/")]
+        for member in members:
+            member.name = member.name.removeprefix(f"{name}/")
+        archive.extractall(folder, members, filter="data")
+    for file, mixin in ABSENT.items():
+        path = folder / "tests" / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"class {mixin}:\n    pass\n")
+        (path.parent / "__init__.py").touch()
+    (folder / "tests/__init__.py").touch()
+    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = ignore::pytest.PytestUnknownMarkWarning\n")
+    (folder / "tests/moe_families.py").write_bytes(Path(__file__).with_name("moe_families.py").read_bytes())
+
+
+def outcomes(folder: Path, experts: str, families: str) -> dict[str, str]:
+    """ "passed", "failure", "error" or "skipped" of each test."""
+    report = folder / f"{experts}.xml"
+    report.unlink(missing_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report.name}",
+    ]
+    environment = {**os.environ, "EXPERTS": experts, "FAMILIES": families, "HF_HUB_OFFLINE": "1"}
+    start = time.monotonic()
+    plugins = ["-p", "switchgear.integrations.transformers"]
+    with (folder / f"{experts}.log").open("w") as log:
+        subprocess.run(
+            [*command, *plugins, "tests/moe_families.py"], cwd=folder, env=environment, stdout=log, check=False
+        )
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        found[f"{case.get('classname').rpartition('.')[2]}::{case.get('name')}"] = (
+            case[0].tag if len(case) else "passed"
+        )
+    counts = {verdict: list(found.values()).count(verdict) for verdict in sorted(set(found.values()))}
+    print(f"{experts}: {counts}, {time.monotonic() - start:.0f} s", flush=True)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--families", default=FAMILIES)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    prepare(args.folder)
+    default, ours = (outcomes(args.folder, experts, args.families) for experts in (DEFAULT, "switchgear"))
+    worse = [
+        f"{name}: {ours.get(name, 'not run')}" for name, was in default.items() if was == "passed" != ours.get(name)
+    ]
+    print(*worse, sep="\n")
+    passed = list(default.values()).count("passed")
+    print(f"{len(worse)} of the {passed} tests that pass with {DEFAULT} do not with switchgear")
+    return int(bool(worse) or not default)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
