@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Runs all planted bugs in two builds and three orders of threads (or SIMT_ORDERS); prints which builds detect them.
+"""Runs all planted bugs in two builds and three orders of threads (or SIMT_ORDERS), PLANTED_JOBS at a time (one per
+processor if not set); prints which builds detect them.
 
     planted.py asan=build/simt-asan race=build/simt-race [--only TEXT]
 
@@ -187,7 +188,7 @@ def main() -> int:
     clean = cache(lambda command: [run(list(command), order) for order in ORDERS])
     missed, false_alarms = [], []
     print(f"{'':50}" + "".join(f"{name:>8}" for name in builds) + "   what the first of them says")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(int(os.environ.get("PLANTED_JOBS", "0")) or os.cpu_count()) as pool:
         futures = {name: [pool.submit(examine, plant, name, clean) for plant in plants[name]] for name in builds}
         for i, plant_name in enumerate(names):
             cells, message = [], ""
