@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The tests of this folder detect the mistakes of mistakes.py, which are planted in all processes."""
+"""The tests of this folder detect the mistakes of parallel_mistakes.py, which are planted in all processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import test_static
 import test_two_level
 import test_wire
 import torch
-from mistakes import MISTAKES, Mistake, planted
+from parallel_mistakes import MISTAKES, Mistake, planted
 from parallel_pool import Pool
 
 from switchgear import parallel
