@@ -140,8 +140,8 @@ inline int64_t bytes_of(const Matrix& b, int64_t columns, int64_t depth) {
   return columns * (b.format == Format::kPlain ? depth * size_of(b.dtype) : b.row_bytes());
 }
 
-// Columns per task, at most `most` and halved down to `least` as long as there are too few tasks for the threads: fewer than
-// two for each, unless all threads have one. tasks(columns): their number.
+// Columns per task: `most`, halved down to `least` while there are fewer than two tasks per thread and their number is no
+// multiple of the threads. tasks(columns): the number of tasks.
 template <typename Tasks>
 int64_t columns_for(int64_t most, int64_t least, int num_threads, Tasks&& tasks) {
   int64_t columns = most;

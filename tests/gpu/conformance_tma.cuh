@@ -23,7 +23,8 @@ __global__ void tma_load_3d_kernel(const __grid_constant__ CUtensorMap map, uint
          [&] { ptx::tma_load_3d(tile, &map, reinterpret_cast<uint64_t*>(tile + 1024), x, y, z); });
 }
 
-// A copy of `like` in device memory, with another address and fewer rows. Its bytes are nobody's business: poisoned again.
+// A copy of `like` in device memory, with another address and fewer rows. Its place in `out` is poisoned again afterwards, since
+// the bytes of a map are not compared.
 __global__ void tensor_map_replaced_kernel(const __grid_constant__ CUtensorMap like, const uint32_t* data,
                                            uint32_t* out) {
   SHARED_DYN(uint32_t, tile);

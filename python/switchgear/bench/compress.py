@@ -26,8 +26,8 @@ from ..tiny.text import evenly
 from ..tiny.train import FULL
 from . import compress_tables as tables
 from .compress_variants import BASE, VARIANTS, Variant
-from .markdown import write_blocks
-from .results import Row, read_json, rounded, write_json
+from .markdown import write_outputs
+from .results import Row, read_json, rounded
 from .timing import interleave
 
 LENGTH = FULL.length  # bytes of a window: the model has not learned longer ones
@@ -50,11 +50,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
         tiny = cache.load(args.checkpoint) if args.checkpoint else cache.newest()
         results = {"schema": SCHEMA, "machine": about, **measure(tiny, quick=args.quick)}
     print(tables.text(results))
-    if args.json:
-        write_json(results, args.json)
-    if args.markdown:
-        write_blocks(args.markdown, tables.blocks(results), lambda: tables.whole(results))
-        print(f"wrote {args.markdown}")
+    write_outputs(args, results, tables.blocks(results), lambda: tables.whole(results))
     if args.plot:
         tables.plot(results, Path(args.plot))
     return 0

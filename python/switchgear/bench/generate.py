@@ -29,8 +29,8 @@ from ..common.machine import busy_seconds_elsewhere
 from ..common.processes import Child
 from .competitors import Skip
 from .llama import Llama, packages, write_gguf
-from .markdown import write_blocks
-from .results import read_json, rounded, write_json
+from .markdown import write_outputs
+from .results import read_json, rounded
 from .timing import STIRRED, TICK, wait_for_quiet
 
 SCHEMA = "switchgear-bench-generate/1"
@@ -226,11 +226,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
     console().print(markdown(results))
     for case in results["cases"]:
         console().print(*(f"{entry['implementation']}: {entry['reason']}" for entry in case["skipped"]), sep="\n")
-    if args.json:
-        write_json(results, args.json)
-    if args.markdown:
-        write_blocks(args.markdown, {"generate": lambda: markdown(results)}, lambda: markdown(results))
-        print(f"wrote {args.markdown}")
+    write_outputs(args, results, {"generate": lambda: markdown(results)}, lambda: markdown(results))
     return 0
 
 

@@ -7,6 +7,7 @@ them is replaced. A new file, or one without such lines, gets the machine, the c
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 from ..common import CommandError, markdown_table, threads
 from .minifloats import STORED
-from .results import Row, cases_of, extras, is_undisturbed, undisturbed
+from .results import Row, cases_of, extras, is_undisturbed, undisturbed, write_json
 from .targets import is_ours, judge, ours_in
 
 BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what transformers offers today
@@ -33,6 +34,17 @@ def write_blocks(path: str, blocks: Blocks, otherwise: Callable[[], str]) -> Non
     file = Path(path)
     text = file.read_text() if file.exists() else ""
     file.write_text(fill_blocks(text, blocks) if "<!-- bench:" in text else otherwise())
+
+
+def write_outputs(
+    args: argparse.Namespace, results: dict[str, Any], blocks: Blocks, otherwise: Callable[[], str]
+) -> None:
+    """What --json and --markdown ask for."""
+    if args.json:
+        write_json(results, args.json)
+    if args.markdown:
+        write_blocks(args.markdown, blocks, otherwise)
+        print(f"wrote {args.markdown}")
 
 
 def whole(results: dict[str, Any]) -> str:

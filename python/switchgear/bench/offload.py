@@ -26,11 +26,11 @@ from ..common.cgroup import MemoryGroup, memory_limit
 from . import offload_tables as tables
 from .competitors import Skip
 from .llama import packages
-from .markdown import write_blocks
+from .markdown import write_outputs
 from .offload_disk import read_ahead, read_rate
 from .offload_files import CHECKPOINT, GGUF, STORE, Spec, drop_pages, write_checkpoint, write_llama
 from .offload_worker import Task
-from .results import Row, check_same_machine, read_json, rounded, write_json
+from .results import Row, check_same_machine, read_json, rounded
 
 SCHEMA = "switchgear-bench-offload/1"
 LIMIT = 512 << 20
@@ -51,11 +51,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
     """about: the machine, for --json."""
     results = read_json(args.source, "--from", SCHEMA) if args.source else _measured(args, about)
     print(tables.text(results))
-    if args.json:
-        write_json(results, args.json)
-    if args.markdown:
-        write_blocks(args.markdown, tables.blocks(results), lambda: tables.whole(results))
-        print(f"wrote {args.markdown}")
+    write_outputs(args, results, tables.blocks(results), lambda: tables.whole(results))
     return 1 if any(row["wrong"] for row in results["results"]) else 0
 
 

@@ -24,8 +24,8 @@ from switchgear.routing import Cosine, Linear, SwitchLoss, TopK
 from ..common import markdown_table, threads
 from ..common.progress import progress
 from ..tiny.text import Domain, evenly, load_domains, windows
-from .markdown import write_blocks
-from .results import read_json, rounded, write_json
+from .markdown import write_outputs
+from .results import read_json, rounded
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, LAYERS, HEADS = 64, 64, 8, 2, 2, 2
 LENGTH, SEQUENCES = 64, 2  # of each domain in a batch
@@ -165,11 +165,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
         steps = QUICK_STEPS if args.quick else STEPS
         results = {"schema": SCHEMA, "machine": about, "steps": steps, "results": measure(load_domains(), steps)}
     print(table(results), verdict(results), sep="")
-    if args.json:
-        write_json(results, args.json)
-    if args.markdown:
-        write_blocks(args.markdown, {"quality": lambda: markdown(results)}, lambda: markdown(results))
-        print(f"wrote {args.markdown}")
+    write_outputs(args, results, {"quality": lambda: markdown(results)}, lambda: markdown(results))
     return 0
 
 

@@ -25,7 +25,7 @@ from ..common import choose, console, machine, markdown_table, require, table, t
 from . import plain_routers
 from .case import Case, Layer, forward, make_case, make_weights
 from .competitors.ours import switchgear
-from .markdown import write_blocks
+from .markdown import write_outputs
 from .results import Row, check_same_machine, read_json, rounded, write_json
 from .router_policies import Policy, policies
 from .shapes import ROUTER_SHAPES, Shape, forward_flops
@@ -57,11 +57,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
             if args.json:
                 write_json(results, args.json)
     results["shapes"].sort(key=lambda measured: list(ROUTER_SHAPES).index(measured["shape"]))
-    if args.json:
-        write_json(results, args.json)
-    if args.markdown:
-        write_blocks(args.markdown, {"routers": lambda: markdown(results)}, lambda: markdown(results))
-        print(f"wrote {args.markdown}")
+    write_outputs(args, results, {"routers": lambda: markdown(results)}, lambda: markdown(results))
     wrong = sum(not row["equal"] for measured in results["shapes"] for row in measured["results"])
     return 1 if wrong else 0
 
