@@ -158,13 +158,15 @@ ASAN_ORDERS ?= $(SIMT_ORDERS)
 RACE_ORDERS ?= $(SIMT_ORDERS)
 PLANTED_ORDERS ?= $(SIMT_ORDERS)
 simt_orders = $(if $(filter race,$*),$(RACE_ORDERS),$(ASAN_ORDERS))
+RACE_TESTS ?= $(CORE_TESTS)
+shared_tests = $(if $(filter race,$*),$(RACE_TESTS),$(CORE_TESTS))
 
 # The C++ tests in every order of threads; then the shared tests on the module _simt, in each order; then, once, the
 # layers of papers and the exchange between processes.
 simt-asan simt-race: simt-%: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 	cmake --preset simt-$* $(this_python) && cmake --build --preset simt-$*
 	ctest --preset simt-$* --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(simt_orders)))))$$'
-	SIMT_ORDERS='$(simt_orders)' $(BIN)/python tests/simt/shared.py $* build/simt-$* -- -q $(CORE_TESTS) $(PYTEST_ARGS) -- @tests/simt/papers.txt
+	$(if $(shared_tests),SIMT_ORDERS='$(simt_orders)' $(BIN)/python tests/simt/shared.py $* build/simt-$* -- -q $(shared_tests) $(PYTEST_ARGS) -- @tests/simt/papers.txt)
 	$(if $(filter race,$*),SIMT_ORDERS=forward $(BIN)/python tests/simt/shared.py race build/simt-race -- -q tests/parallel/test_exchange.py)
 
 simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config

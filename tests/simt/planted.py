@@ -189,11 +189,14 @@ def main() -> int:
     missed, false_alarms = [], []
     print(f"{'':50}" + "".join(f"{name:>8}" for name in builds) + "   what the first of them says")
     with ThreadPoolExecutor(int(os.environ.get("PLANTED_JOBS", "0")) or os.cpu_count()) as pool:
-        futures = {name: [pool.submit(examine, plant, name, clean) for plant in plants[name]] for name in builds}
-        for i, plant_name in enumerate(names):
+        # a plant in all builds before the next one, so that lines appear while others run
+        rows = [
+            {name: pool.submit(examine, plants[name][i], name, clean) for name in builds} for i in range(len(names))
+        ]
+        for plant_name, row in zip(names, rows, strict=True):
             cells, message = [], ""
-            for name in builds:
-                cell = futures[name][i].result()
+            for name, future in row.items():
+                cell = future.result()
                 if cell is None:
                     cells.append("-")
                     continue

@@ -38,13 +38,20 @@ void with_schedules(const Launch& launch_with) {
   }
 }
 
-template <Shape kShape, int kN, int kCluster = 1, bool kCooperative = false>
+template <Shape kShape, int kN, int kCluster = 1, bool kCooperative = false, bool kAlongN = false>
 void multiply(Product p, bool gather) {
-  using C = Config<kShape, kN, kRing, false, kCluster, kCooperative>;
-  const Gemm g = p.gemm(gather);
+  using C = Config<kShape, kN, kRing, kAlongN, kCluster, kCooperative>;
+  Gemm g = p.gemm(gather);
   GemmParams params{};
-  params.maps.weights = make_tensor_map(
-      {g.b.data, g.dtype, {g.c, g.n, g.num_experts}, {g.b.n_stride, g.b.expert_stride}, C::kColumns / kCluster});
+  Matrix along_n = p.weights_along_n();
+  if (kAlongN) {
+    g.b = {.data = along_n.data(), .expert_stride = g.c * stride_of(g.n), .n_stride = 1, .k_stride = stride_of(g.n)};
+    params.maps.weights = make_tensor_map(
+        {g.b.data, g.dtype, {g.n, g.c, g.num_experts}, {g.b.k_stride, g.b.expert_stride}, kDepth / kCluster});
+  } else {
+    params.maps.weights = make_tensor_map(
+        {g.b.data, g.dtype, {g.c, g.n, g.num_experts}, {g.b.n_stride, g.b.expert_stride}, C::kColumns / kCluster});
+  }
   if (!gather) params.maps.slots = map_of(g.a, g.c, C::kSlots);
   params.out.out = map_of_out(g.out, g.n, g.num_slots);
   params.g = g;
@@ -125,6 +132,7 @@ TEST(separate_experts) {
 TEST(pairs) {
   multiply<Shape::kRows, 128, 2>(Product(300, 40, 5, 136, 136), true);
   multiply<Shape::kRows, 128, 2>(Product(300, 40, 5, 304, 136), false);
+  multiply<Shape::kRows, 128, 2, false, true>(Product(300, 40, 5, 304, 136), false);
 }
 TEST(cooperative_pairs) {
   multiply<Shape::kRows, 256, 2, true>(Product(300, 40, 5, 264, 136), true);

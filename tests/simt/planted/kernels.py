@@ -499,6 +499,21 @@ MISTAKES = (
         "      ptx::tma_load_3d(to + kHalf * kRowBytes, map, full, k, middle, expert);\n",
         "",
     ),
+    _of_pairs(
+        "along n: both blocks load the first depths",
+        "map, full, n, k + skipped, expert, kBothBlocks);",
+        "map, full, n, k, expert, kBothBlocks);",
+    ),
+    _of_pairs(
+        "along n, last rows: the first depths twice",
+        "map, full, n, k + skipped, expert);",
+        "map, full, n, k, expert);",
+    ),
+    _of_pairs(
+        "along n, last rows: the weights go to both blocks",
+        "if (C::kCluster > 1 && !tile.alone) {",
+        "if (C::kCluster > 1) {",
+    ),
     _of_pairs("cooperative consumers multiply the same rows", "C::kCooperative ? this_consumer() : 0;", "0;"),
     _of_pairs(
         "cooperative consumers store the same rows",

@@ -76,6 +76,16 @@ struct Product {
     g.out_stride = stride_of(n);
     return g;
   }
+  // [2 * c, n]: each expert's weights, n contiguous
+  Matrix weights_along_n() const {
+    Matrix result(2 * c, n);
+    for (int64_t i = 0; i < 2 * c; ++i) {
+      for (int64_t column = 0; column < n; ++column) {
+        result.at(i, column) = __float2bfloat16(weights(i / c * n + column, i % c));
+      }
+    }
+    return result;
+  }
   void check(bool gather) const {
     for (int64_t s = 0; s < slots; ++s) {
       const int64_t expert = s < offsets[1]   ? 0
