@@ -162,7 +162,10 @@ class Cell:
 def examine(plant: Plant, build: str, clean: Callable[[tuple[str, ...]], list[tuple[bool, str]]]) -> Cell | None:
     if build not in plant.builds:
         return None
-    command = plant.planted()
+    try:
+        command = plant.planted()
+    except subprocess.CalledProcessError:
+        return Cell([], [(True, "does not compile")])
     return Cell(clean(tuple(plant.clean)), [run(command, order) for order in ORDERS])
 
 

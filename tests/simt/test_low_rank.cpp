@@ -5,6 +5,7 @@
 #include "dropout.cuh"
 #include "gemm.h"
 #include "gemm_problem.h"
+#include "tiles_sm90.h"
 
 namespace switchgear::test {
 namespace {
@@ -298,6 +299,22 @@ TEST(sm90_low_rank_is_masked_and_scaled) {
     CHECK((simt::statistics().wgmma > before) == (p.c.T > 0 && p.c.ids != Ids::kNone), "which kernel runs");
   };
   for_each_problem(true, check, true);
+}
+
+// A tile of both consumers, whose rows each has half of.
+TEST(sm90_low_rank_is_masked_in_cooperative_tiles) {
+  simt::device() = simt::sm_90();
+  const Problem p{{"pairs, cooperative", 264, 72, 256, 1, 1},
+                  64,
+                  kPrecisions[2],
+                  true,
+                  false,
+                  false,
+                  Rows::kAligned,
+                  Epilogue::kStore,
+                  Gate::kNone};
+  CHECK(cuda::sm90::kTiles[cuda::sm90::pick_tile({p.c.T, p.c.I, p.c.H, cuda::sm90::kStore})].cooperative);
+  check_mask(p);
 }
 
 // Reference: keeps in python/switchgear/reference/adapters.py.

@@ -515,13 +515,6 @@ MISTAKES = (
         "if (C::kCluster > 1) {",
     ),
     _of_pairs("cooperative consumers multiply the same rows", "C::kCooperative ? this_consumer() : 0;", "0;"),
-    _of_pairs(
-        "cooperative consumers store the same rows",
-        "block = kBlocks == 1 ? this_thread() / 128 - 1 : i / 2;",
-        "block = i / 2;",
-        BOTH,
-        "gemm_sm90_epilogue.cuh",
-    ),
     _of_pairs("cooperative consumers count as one", "4 * (kCooperative ? 2 : 1) * kCluster;", "4 * kCluster;"),
     _of_pairs(
         "entry stored in the first block only",
@@ -612,8 +605,8 @@ MISTAKES = (
     ),
     _of_store(
         "box: the other consumer still multiplies the stage",
-        "ptx::bar_sync(1, kConsumers * 128);  // both",
-        "//",
+        "ptx::bar_sync(1, kConsumers * 128);",
+        ";",
         RACE,
         "gemm_sm90.cuh",
     ),
@@ -794,6 +787,14 @@ MISTAKES = (
         "copies = gather && !low;",
         "copies = gather;",
         "gemm_sm90.cuh",
+    ),
+    _of_low_rank(
+        "cooperative consumers mask the same rows",
+        "gemm_sm90",
+        "sm90_low_rank_is_masked_in_cooperative_tiles",
+        "block = kBlocks == 1 ? this_thread() / 128 - 1 : i / 2;",
+        "block = i / 2;",
+        "gemm_sm90_epilogue.cuh",
     ),
     _of_low_rank(
         "sm_90 masks sums that are not done",
