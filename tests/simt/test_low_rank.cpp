@@ -313,7 +313,8 @@ TEST(sm90_low_rank_is_masked_in_cooperative_tiles) {
                   Rows::kAligned,
                   Epilogue::kStore,
                   Gate::kNone};
-  CHECK(cuda::sm90::kTiles[cuda::sm90::pick_tile({p.c.T, p.c.I, p.c.H, cuda::sm90::kStore})].cooperative);
+  const cuda::sm90::GemmSize size{p.c.T, p.c.I, p.c.H, cuda::sm90::kStore};
+  CHECK(cuda::sm90::kTiles[cuda::sm90::pick_tile(size)].cooperative);
   check_mask(p);
 }
 

@@ -130,7 +130,9 @@ std::unique_ptr<Code> decode(const Kernel& kernel) {
     }
     if (!detail.reads.empty() || !detail.writes.empty()) {
       detail.after_check = step;
-      step = starts_with(statement.opcode, "selp.") ? check_selected : check_defined;
+      step = starts_with(statement.opcode, "selp.") ? check_selected
+             : accumulates(statement.opcode)        ? check_sums
+                                                    : check_defined;
     }
     if (statement.guard >= 0) {
       instruction.slot[kGuardSlot] = code->registers.slots[static_cast<size_t>(statement.guard)];

@@ -10,6 +10,7 @@ CONFORMANCE_90 = ("conformance_90a", "ptx_conformance_90a", "")
 GEMM_80 = ("gemm_bf16", "simt_test_grouped_gemm", "grouped_gemm_matches_reference")
 GEMM_90 = ("gemm_sm90", "simt_test_gemm_sm90", "")
 MOE_90 = ("gemm_sm90", "simt_test_moe", "moe_forward_on_sm90")
+BACKWARD_90 = ("gemm_sm90", "simt_test_moe", "moe_backward_on_sm90")
 
 
 @dataclass(frozen=True)
@@ -161,5 +162,5 @@ FAULTS = [
         'asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");',
         "",
     ),
-    _sm90("move: of itself", "move", "mov.f32 %0, %1;", "mov.f32 %0, %0;", GEMM_90),
+    _sm90("move: of itself", "move", "mov.f32 %0, %1;", "mov.f32 %0, %0;", BACKWARD_90),
 ]

@@ -213,6 +213,16 @@ TEST(undefined_registers_may_be_moved_but_not_used) {
               result_of(words("mov.b32 %r10, 1;\n@%p9 add.s32 %r10, %r10, 1;")));
 }
 
+TEST(sums_of_wgmma_are_read_if_it_adds_to_them) {
+  const auto product = [](const std::string& adds) {
+    return words(
+        "mov.b64 %rd4, 0;\nsetp." + adds + ".u32 %p1, %r1, %r1;\n" +
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f5, %f6, %f7, %f8}, %rd4, %rd4, %p1, 1, 1, 0, 0;");
+  };
+  CHECK_FAILS("register %f5 is read before it is written", result_of(product("eq")));
+  CHECK_FAILS("warpgroup", result_of(product("ne")));  // the next check
+}
+
 TEST(errors_name_the_place) {
   const auto contains = [](const std::string& body, const std::vector<std::string>& texts, unsigned threads = 1) {
     for (const std::string& text : texts) CHECK_FAILS(text, result_of(body, 0, 0, 0, threads));

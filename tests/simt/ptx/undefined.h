@@ -11,4 +11,7 @@ const Instruction* check_defined(Thread& thread, const Instruction& instruction)
 // The same for selp, whose result is undefined only if the operand that it selects is.
 const Instruction* check_selected(Thread& thread, const Instruction& instruction);
 
+// The same for wgmma, which does not read its sums if it does not add to them.
+const Instruction* check_sums(Thread& thread, const Instruction& instruction);
+
 }  // namespace simt::ptx
