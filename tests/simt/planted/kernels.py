@@ -691,7 +691,7 @@ MISTAKES = (
     _of_sm90("no fence after mbarrier.init", BOTH, "    ptx::fence_barrier_init();\n", ""),
     _of_sm90(
         "no barrier after mbarrier.init",
-        BOTH,
+        RACE,
         "  tiles.count();\n  __syncthreads();",
         "  tiles.count();",
     ),
