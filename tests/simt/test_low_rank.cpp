@@ -304,7 +304,7 @@ TEST(sm90_low_rank_is_masked_and_scaled) {
 // A tile of both consumers, whose rows each has half of.
 TEST(sm90_low_rank_is_masked_in_cooperative_tiles) {
   simt::device() = simt::sm_90();
-  const Problem p{{"pairs, cooperative", 264, 72, 256, 1, 1},
+  const Problem p{{"pairs, cooperative", 264, 136, 256, 1, 1},
                   64,
                   kPrecisions[2],
                   true,
