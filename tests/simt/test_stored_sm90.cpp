@@ -156,24 +156,33 @@ LayerOutputs run_layer(const LayerCase& c, Format format, const Precision& preci
   return out;
 }
 
+void check_layer(const LayerCase& c, Format format, const Precision& precision, int multiprocessors) {
+  note = join(name_of(format), " ", precision.name, " T ", c.T, " rank ", c.rank, c.interleaved ? " interleaved" : "",
+              ", multiprocessors ", multiprocessors);
+  simt::device() = simt::sm_80();
+  const LayerOutputs want = run_layer(c, format, precision);
+  LayerOutputs got;
+  with_hopper("layer", true, [&] {
+    simt::device().multiprocessors = multiprocessors;
+    got = run_layer(c, format, precision);
+  });
+  CHECK(same_bits(got.h, want.h), "h");
+  CHECK(same_bits(got.y, want.y), "y");
+}
+
 TEST(stored_sm90_layers_have_the_bits_of_sm80) {
   int variant = 0;
   for (const LayerCase& c : kLayers) {
     for (const Format format : kStoredFormats) {
       const Precision& precision = kPrecisions[2 + variant % 2];
-      if (!takes_variant(variant++)) continue;
-      note =
-          join(name_of(format), " ", precision.name, " T ", c.T, " rank ", c.rank, c.interleaved ? " interleaved" : "");
-      simt::device() = simt::sm_80();
-      const LayerOutputs want = run_layer(c, format, precision);
-      LayerOutputs got;
-      with_hopper("layer", true, [&] { got = run_layer(c, format, precision); });
-      CHECK(same_bits(got.h, want.h), "h");
-      CHECK(same_bits(got.y, want.y), "y");
+      if (takes_variant(variant++)) check_layer(c, format, precision, variant % 2 == 0 ? 1 : 100);
     }
     ++variant;
   }
 }
+
+// In each order, for planted mistakes: a block has several tiles, whose stages wrap around the ring.
+TEST(stored_sm90_adapters_at_the_edges) { check_layer(kLayers[1], Format::kInt4, kPrecisions[2], 1); }
 
 // Offsets, indices, slots and records are unchecked values in device memory: for any values, no access is out of range.
 TEST(stored_sm90_survives_any_memory) {

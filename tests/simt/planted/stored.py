@@ -102,13 +102,13 @@ STORED = (
         "an adapter's rows of another slot",
         "source_row(g.low.a, tile.first_row + r)",
         "source_row(g.low.a, r)",
-        test="stored_sm90_layers",
+        test="stored_sm90_adapters_at_the_edges",
     ),
     _of_sm90(
         "an adapter's stage is not freed",
         "    release_stored<C>(ring, position);\n",
         "",
-        test="stored_sm90_layers",
+        test="stored_sm90_adapters_at_the_edges",
     ),
     _of_sm90(
         "any group size",
