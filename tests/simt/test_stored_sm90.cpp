@@ -124,7 +124,7 @@ LayerOutputs run_layer(const LayerCase& c, Format format, const Precision& preci
   const Array ids = make_ids(random, shape), topk_weights = random_array(random, DType::kFloat32, {c.T, 2});
   const Array x = random_rows(Rows::kAligned, random, dtype, c.T, c.H);
   const int64_t parts = c.gated && !c.interleaved ? 2 : 1;
-  const StoredWeights gate_up(random, {format, c.E, N, c.H, parts, group_of(format, 32), false, false});
+  const StoredWeights gate_up(random, {format, c.E, N, c.H, parts, group_of(format, 64), false, false});
   const StoredWeights down(random, {format, c.E, c.H, c.I, 1, group_of(format, 32), false, false});
   const Array gate_up_bias = random_rows(Rows::kAligned, random, dtype, c.E, N),
               down_bias = random_rows(Rows::kAligned, random, dtype, c.E, c.H);

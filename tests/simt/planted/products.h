@@ -117,7 +117,7 @@ struct Gradient {
         a(slots, m),
         b(slots, n),
         out(2 * m, n) {
-    for (size_t s = 0; s < indices.size(); ++s) indices[s] = static_cast<int32_t>((5 * s + 1) % indices.size());
+    for (size_t s = 0; s < indices.size(); ++s) indices[s] = static_cast<int32_t>((7 * s + 1) % indices.size());
     a.fill(3);
     b.fill(4);
   }

@@ -63,7 +63,12 @@ STORED = (
     ),
     _of_sm90("a stage is freed for the whole warp by one lane", "  __syncwarp();\n  release<1>", "  release<1>", RACE),
     _of_sm90("a group's sums stay", "half > 0 || goes_on);", "true);"),
-    _of_sm90("groups stay as short as the first", "left = product.w.group_steps;\n      }", "left = 1;\n      }"),
+    _of_sm90(
+        "groups stay as short as the first",
+        "left = product.w.group_steps;\n      }",
+        "left = 1;\n      }",
+        test="stored_sm90_adapters_at_the_edges",
+    ),
     _of_sm90(
         "scales of the other eight columns",
         "scale_at(C::kFormat, scales, lane / 4 + 8)",
@@ -156,7 +161,7 @@ STORED = (
         "eight = Tile::kMmaColumns == 1 ? at.column % kStepRows",
         "eight = Tile::kMmaColumns == 1 ? 0",
     ),
-    _of_warps("steps behind a stage are copied", "own < Tile::kStageSteps;", "true;", BOTH),
+    _of_warps("steps behind a stage are copied", "own < Tile::kStageSteps;", "true;", RACE),
     _of_warps("half of the steps are copied", "own < Tile::kStageSteps;", "own < Tile::kStageSteps / 2;"),
     _of_warps(
         "the adapter's other eight columns",
