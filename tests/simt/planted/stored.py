@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from kernels import ASAN, BOTH, RACE, Mistake
+from kernels import ASAN, RACE, Mistake
 
 
 def _of_stored(
