@@ -285,7 +285,7 @@ MISTAKES = (
         "  // the first stage",
     ),
     _of_sm80(
-        "the first stage is not awaited", BOTH, "gemm_sm80.cuh", "  ptx::cp_async_wait<Tile::kStages - 1>();\n", ""
+        "the first stage is not awaited", RACE, "gemm_sm80.cuh", "  ptx::cp_async_wait<Tile::kStages - 1>();\n", ""
     ),
     _of_sm80(
         "a stage refilled while it is read",
@@ -442,6 +442,7 @@ MISTAKES = (
         "counter reset by the first block",
         "!= static_cast<int32_t>(gridDim.x) / kCluster - 1) return;",
         "!= 0) return;",
+        RACE,
     ),
     _of_queue("a tile is skipped", "{source.take(n + 1), queued", "{source.take(n + 1) + (n == 1), queued"),
     _of_pairs(
