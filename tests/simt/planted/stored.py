@@ -64,10 +64,9 @@ STORED = (
     _of_sm90("a stage is freed for the whole warp by one lane", "  __syncwarp();\n  release<1>", "  release<1>", RACE),
     _of_sm90("a group's sums stay", "half > 0 || goes_on);", "true);"),
     _of_sm90(
-        "groups stay as short as the first",
+        "the next group's first step",
         "left = product.w.group_steps;\n      }",
-        "left = 1;\n      }",
-        test="stored_sm90_adapters_at_the_edges",
+        "left = product.w.group_steps + 1;\n      }",
     ),
     _of_sm90(
         "scales of the other eight columns",
