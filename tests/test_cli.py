@@ -393,6 +393,7 @@ def test_tables_go_where_a_document_wants_them() -> None:
         ("README.md", "cpu-avx512bf16.json"),
         ("docs/performance.md", "cpu-avx512bf16.json"),
         ("docs/performance_amx.md", "cpu-amx.json"),
+        ("docs/performance_zen5.md", "cpu-avx512bf16-zen5.json"),
     ],
 )
 def test_tables_of_documents_are_those_of_the_results(document: str, file: str) -> None:
