@@ -12,7 +12,7 @@
 #include "switchgear/check.h"
 #include "threads.h"
 
-#if defined(SWITCHGEAR_HAVE_AVXVNNI) || defined(SWITCHGEAR_HAVE_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 #if defined(SWITCHGEAR_HAVE_AMX)
@@ -204,6 +204,18 @@ const IntegerKernels& integer_kernels() { return isa_in_use().integers(); }
 bool follows_streams() {
 #if defined(__x86_64__)
   return !__builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
+
+bool some_lines_suffice() {
+#if defined(__x86_64__)
+  static const bool is_zen5 = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __builtin_cpu_is("amd") && __get_cpuid(1, &a, &b, &c, &d) != 0 && (a >> 8 & 15) + (a >> 20 & 255) == 26;
+  }();
+  return follows_streams() && !is_zen5;
 #else
   return true;
 #endif

@@ -217,7 +217,7 @@ struct RowsOfB {
 
 // How a single tile reads B. A single stream has the highest bandwidth, so one column at a time is best for long rows.
 // Short rows wait at their starts and ends, and narrow vectors for the chain of one column's sums: both take kDotColumns. Up
-// to two rows of A stay in L1; if the processor follows streams, one prefetched line here and there is enough. More rows
+// to two rows of A stay in L1; on some processors one prefetched line here and there is enough then. More rows
 // partly come from L2 and must not wait in L1's miss buffers behind lines from memory, so all of B is prefetched well ahead.
 // If rows of A exceed L1, kDotColumns columns share each read of them. From kChunkedRows on they are multiplied chunk by
 // chunk instead, as measured on processors that follow streams.
@@ -234,7 +234,7 @@ void choose_walk(int64_t num_rows, int64_t a_bytes, int64_t b_bytes, int64_t fit
   if (kIsNarrow<Words> || b_bytes <= kShortRow || num_rows * a_bytes > fitting) {
     return walk.template operator()<kDotColumns, Asks::kEveryLine>();
   }
-  if (num_rows <= 2 && follows_streams()) return walk.template operator()<1, Asks::kSomeLines>();
+  if (num_rows <= 2 && some_lines_suffice()) return walk.template operator()<1, Asks::kSomeLines>();
   walk.template operator()<1, Asks::kEveryLine>();
 }
 

@@ -189,6 +189,9 @@ const Kernels& kernels();
 // (float32) or a third (pairs of bfloat16), so every line has to be prefetched.
 bool follows_streams();
 
+// Whether that also holds for few rows of plain weights: not on Zen 5, which reads them at four fifths of its speed then.
+bool some_lines_suffice();
+
 const Kernels& kernels_generic();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
