@@ -185,17 +185,10 @@ def target_table(results: dict[str, Any]) -> str:
     return markdown_table(["case", "at least", "reached", "holds"], lines, left=range(4))
 
 
-def pictures(results: dict[str, Any]) -> str:
-    """The pictures that `--plot docs/images/<isa>` writes, for a page in docs/."""
-    shapes = dict.fromkeys(row["shape"] for row in results["results"])
-    return "\n".join(f"![{shape}](images/{results['machine']['isa']}/{shape}.png)" for shape in shapes) + "\n"
-
-
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "machine": machine_note,
     "cases": case_table,
     "decoded": decoded_table,
     "summary": summary_table,
     "targets": target_table,
-    "pictures": pictures,
 }

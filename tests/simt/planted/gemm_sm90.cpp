@@ -44,7 +44,7 @@ void multiply(Product p, bool gather) {
   Gemm g = p.gemm(gather);
   GemmParams params{};
   Matrix along_n = p.weights_along_n();
-  if (kAlongN) {
+  if constexpr (kAlongN) {
     g.b = {.data = along_n.data(), .expert_stride = g.c * stride_of(g.n), .n_stride = 1, .k_stride = stride_of(g.n)};
     params.maps.weights = make_tensor_map(
         {g.b.data, g.dtype, {g.n, g.c, g.num_experts}, {g.b.k_stride, g.b.expert_stride}, kDepth / kCluster});
@@ -63,10 +63,12 @@ void multiply(Product p, bool gather) {
     p.check(gather);
   });
 }
+
 TEST(many_rows) {
   multiply<Shape::kRows, 128>(Product(130, 40, 5, 136, 264), true);
   multiply<Shape::kRows, 128>(Product(130, 40, 5, 136, 264), false);
 }
+
 // The table of tiles, also for multiples of 32 experts.
 using Counted = Config<Shape::kRows, 128, kRing, false>;
 __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ Gemm g, int32_t* first_tiles) {

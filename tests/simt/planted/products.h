@@ -76,6 +76,7 @@ struct Product {
     g.out_stride = stride_of(n);
     return g;
   }
+
   // [2 * c, n]: each expert's weights, n contiguous
   Matrix weights_along_n() const {
     Matrix result(2 * c, n);
@@ -86,6 +87,7 @@ struct Product {
     }
     return result;
   }
+
   void check(bool gather) const {
     for (int64_t s = 0; s < slots; ++s) {
       const int64_t expert = s < offsets[1]   ? 0
@@ -134,6 +136,7 @@ struct Gradient {
     g.out_expert_stride = m * stride_of(n);
     return g;
   }
+
   void check(bool gather) const {
     for (int64_t e = 0; e < 2; ++e) {
       for (int64_t i = 0; i < m * n; ++i) {
