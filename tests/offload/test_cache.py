@@ -20,18 +20,22 @@ POLICIES = (LRU(), LFU(), LFRU(), LIFO(), LeastStale(), FrequencyDistance())
 
 
 @torch.no_grad()
+def recorded(model: torch.nn.Module, steps: list[torch.Tensor]) -> tuple[list[torch.Tensor], Accesses]:
+    """What the resident model answers, and which experts each step uses."""
+    runs = []
+    for x in steps:
+        with diagnostics.collect(model) as choices:
+            model(x)
+        runs.append(Accesses.of(choices, prompt=None))
+    return outputs_of(model, steps), Accesses.join(runs)
+
+
+@torch.no_grad()
 def test_row41_hits_are_those_of_an_independent_lru() -> None:
     """On a recorded run; the output has the bits of the resident model, and bytes are misses × record."""
-    steps = steps_of()
+    model, steps = make_model(), steps_of()
+    wanted, accesses = recorded(model, steps)
     for slots, shared, policy in itertools.product((1, 2, 3, 5), (False, True), POLICIES):
-        model = make_model()
-        wanted = outputs_of(model, steps)
-        runs = []
-        for x in steps:
-            with diagnostics.collect(model) as choices:
-                model(x)
-            runs.append(Accesses.of(choices, prompt=None))
-        accesses = Accesses.join(runs)
         store = MemoryStore(model)
         cache = offload.offload(model, store, slots=slots, shared=shared, policy=policy)  # type: ignore[arg-type]
         got = outputs_of(model, steps)
@@ -45,22 +49,16 @@ def test_row41_hits_are_those_of_an_independent_lru() -> None:
         record = store.layers["0.experts"].record_bytes
         assert found.bytes == found.misses * record == store.reader.bytes - record  # one more was read at the start
         check(cache)
+        cache.close()
 
 
 @torch.no_grad()
 def test_experts_of_different_bits() -> None:
     """Only the bytes of an expert's own record are read; the simulator counts them, too."""
-    steps, bits = steps_of(size=128), [1, 4, 2, 3, 4, 2]
+    model, steps = make_model(size=128), steps_of(size=128)
+    switchgear.store(model, "groups", bits=[1, 4, 2, 3, 4, 2], group_size=32)
+    wanted, accesses = recorded(model, steps)
     for slots, shared, policy in itertools.product((1, 2, 3), (False, True), POLICIES):
-        model = make_model(size=128)
-        switchgear.store(model, "groups", bits=bits, group_size=32)
-        wanted = outputs_of(model, steps)
-        runs = []
-        for x in steps:
-            with diagnostics.collect(model) as choices:
-                model(x)
-            runs.append(Accesses.of(choices, prompt=None))
-        accesses = Accesses.join(runs)
         store = MemoryStore(model)
         sizes = [records.sizes for records in store.layers.values()]
         assert len(set(sizes[0])) > 2
