@@ -39,6 +39,7 @@ class Case:
     layer: tuple[tuple[str, Any], ...] = ()
     dtype: torch.dtype = torch.float32
     hidden_size: int = 24
+    intermediate_size: int = 20
     transport: str = "auto"
     nodes: Any = None  # see ExpertParallel
 
@@ -50,7 +51,8 @@ class Case:
 def make(case: Case, parallel: ExpertParallel | None) -> switchgear.MoE:
     torch.manual_seed(1)
     return switchgear.MoE(
-        case.hidden_size, 20, case.num_experts, case.top_k, parallel=parallel, dtype=case.dtype, **dict(case.layer)
+        case.hidden_size, case.intermediate_size, case.num_experts, case.top_k, parallel=parallel, dtype=case.dtype,
+        **dict(case.layer),
     )
 
 
@@ -155,7 +157,7 @@ def check_bytes(
     assert backward["weights"] == 4 * len([s for s, r in pairs if s != rank == r])
 
 
-SIZES = [Case((50,)), Case((20, 31)), Case()]
+SIZES = [Case((50,)), Case((20, 31)), Case(intermediate_size=150)]  # 150: several panels of any instruction set
 
 
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: f"ep{case.size}")

@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from switchgear import ops, reference
 from switchgear.ops import GluOptions
 from switchgear.parallel.layout import Receiving
+from switchgear.weights.panels import panel_layout
 
 
 class Weights(NamedTuple):
@@ -101,7 +103,7 @@ def backward(
     a = ops.glu(h, *options)
     g = ops.grouped_gemm(grad_y, [weights.down_proj.mT], (), None, chunk.offsets, chunk.slot_rows, False, True)
     between()
-    grad_weights = dot_rows(g, a)
+    grad_weights = dot_panels(g, a) if each else dot_rows(g, a)
     if weights.down_bias is not None:
         expert = torch.repeat_interleave(chunk.offsets.diff())
         grad_weights += dot_rows(grad_y[chunk.slot_rows.long()], weights.down_bias[expert])
@@ -179,6 +181,14 @@ def dot_rows(a: Tensor, b: Tensor) -> Tensor:
     index = torch.arange(count, dtype=torch.int32, device=a.device)
     offsets = torch.tensor([0, count], dtype=torch.int32, device=a.device)
     return ops.combine_weight_backward(a, b, offsets, index, index[:, None]).squeeze(1)
+
+
+def dot_panels(a: Tensor, b: Tensor) -> Tensor:
+    """The same, as one process sums on the CPU: over each panel of columns, then over the panels in their order."""
+    width = panel_layout(torch.float32).rows
+    panels = [F.pad(rows, (0, -rows.shape[1] % width)).view(-1, width) for rows in (a, b)]
+    first, *others = dot_rows(*panels).view(len(a), -1).unbind(1)
+    return sum(others, first)
 
 
 def _is_transposed(weight: Tensor) -> bool:
