@@ -51,7 +51,12 @@ class Case:
 def make(case: Case, parallel: ExpertParallel | None) -> switchgear.MoE:
     torch.manual_seed(1)
     return switchgear.MoE(
-        case.hidden_size, case.intermediate_size, case.num_experts, case.top_k, parallel=parallel, dtype=case.dtype,
+        case.hidden_size,
+        case.intermediate_size,
+        case.num_experts,
+        case.top_k,
+        parallel=parallel,
+        dtype=case.dtype,
         **dict(case.layer),
     )
 
