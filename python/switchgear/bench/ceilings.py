@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -36,15 +37,24 @@ def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> d
 
 
 def dense_rates(dtype_name: str, seconds: float) -> dict[str, float]:
-    """flop/s of dense products of 2048³ in torch, in both layouts: A·B, and x·Wᵀ as in a linear layer."""
+    """flop/s of dense products in torch, in both layouts: A·B, and x·Wᵀ as in a linear layer."""
     if FORMATS[dtype_name].arithmetic == "int8":
         return {}
-    n = 2048
-    a, b = (torch.randn(n, n).to(FORMATS[dtype_name].dtype) for _ in range(2))
+    dtype = FORMATS[dtype_name].dtype
     return {
-        "torch.matmul": 2 * n**3 / _fastest(lambda: torch.matmul(a, b), seconds),
-        "torch.nn.functional.linear": 2 * n**3 / _fastest(lambda: F.linear(a, b), seconds),
+        "torch.matmul": _dense_rate(torch.matmul, dtype, seconds),
+        "torch.nn.functional.linear": _dense_rate(F.linear, dtype, seconds),
     }
+
+
+def _dense_rate(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, seconds: float) -> float:
+    """Of 2048³, or of less where that takes longer: without AVX-512 torch has no fast product of bfloat16."""
+    n, rate = 128, 0.0
+    while rate == 0.0 or (n < 2048 and 2 * (2 * n) ** 3 / rate < seconds / 4):
+        n *= 2
+        a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+        rate = 2 * n**3 / _fastest(partial(product, a, b), seconds if n == 2048 else 0.0)
+    return rate
 
 
 def _fastest(call: Callable[[], Any], seconds: float) -> float:
