@@ -42,7 +42,7 @@ def check_growth(seen: Run, bytes_allowed: int) -> None:
 
 
 def test_nothing_grows_with_some_faults(tmp_path: Path) -> None:
-    options = Options(trials=4, spare=True, transport="gloo", resources_every=10)
+    options = Options(trials=4, spare=True, transport="gloo", resources_every=10, timeout=5.0)
     check_growth(go(options, tmp_path), bytes_allowed=2**22)
 
 

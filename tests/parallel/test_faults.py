@@ -24,8 +24,9 @@ from switchgear.parallel.transport import GlooTransport
 
 FAULTS = ("kill", "stop", "raise", "exit")
 KIND = {"kill": "died", "stop": "stalled", "raise": "raised", "exit": "died"}
-TIMEOUT = 2.0
-AIR = 0.5  # slack in seconds
+# Seconds. On busy processors a healthy rank may be late. Only a rank that stops is waited for until the timeout.
+TIMEOUT, LONG = 5.0, 20.0
+AIR = 2.0
 
 
 def misbehave(fault: str) -> None:
@@ -49,7 +50,8 @@ def resources() -> tuple[int, int]:
 
 def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int, transport: str) -> dict[str, Any]:
     """Runs on every rank. Returns what survivors saw, and that they can continue; the culprit may never return."""
-    parallel = make_parallel(None, transport, timeout=TIMEOUT, num_chunks=num_chunks)
+    timeout = TIMEOUT if fault == "stop" else LONG
+    parallel = make_parallel(None, transport, timeout=timeout, num_chunks=num_chunks)
     step(parallel)
     before = resources()
     enter = parallel.peers.enter
@@ -78,7 +80,7 @@ def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int, tran
     seen["grown"] = resources()[0] - before[0] > 0 or resources()[1] > before[1]
     left = [r for r in range(torch.distributed.get_world_size()) if r != culprit]
     if rank in left:
-        with make_parallel(left, transport, timeout=20) as again:
+        with make_parallel(left, transport, timeout=LONG) as again:
             step(again)
     return seen
 
@@ -89,9 +91,9 @@ def run_trial(culprit: int, fault: str, phase: str, num_chunks: int, transport: 
         pool.run(_ready)
         pool.start(trial, culprit, fault, phase, num_chunks, transport)
         left = [r for r in range(size) if r != culprit]
-        seen = pool.results(left, timeout=TIMEOUT + 15)
+        seen = pool.results(left, timeout=2 * LONG)
         if fault == "raise":
-            assert pool.results([culprit], timeout=5)[0]["own"]
+            assert pool.results([culprit], timeout=LONG)[0]["own"]
     finally:
         pool.close()
     failures = {entry["failure"] for entry in seen}
@@ -99,7 +101,7 @@ def run_trial(culprit: int, fault: str, phase: str, num_chunks: int, transport: 
     failure = failures.pop()
     assert (failure.rank, failure.kind, failure.phase) == (culprit, KIND[fault], phase)
     assert len({entry["message"] for entry in seen}) == 1
-    limit = TIMEOUT + AIR if fault == "stop" else 1.0
+    limit = TIMEOUT + AIR if fault == "stop" else LONG / 2  # the others are noticed at once, not by the timeout
     assert max(entry["seconds"] for entry in seen) < limit
     assert not any(entry["grown"] or entry["reserved"] for entry in seen)
 
@@ -168,10 +170,10 @@ def test_a_rank_that_leaves_is_named(pool: Pool) -> None:
 
 
 def busy(rank: int) -> str:
-    parallel = ExpertParallel(timeout=1.0)
+    parallel = ExpertParallel(timeout=TIMEOUT)
     step(parallel)
     if rank == 1:
-        time.sleep(2.5)  # blocked in Python, where the process still answers
+        time.sleep(2 * TIMEOUT)  # blocked in Python, where the process still answers
     with pytest.raises(ExpertParallelError) as error:
         step(parallel)
     parallel.close()
@@ -188,7 +190,7 @@ def never_connects(rank: int) -> str:
     if rank == 3:
         return ""
     with pytest.raises(ExpertParallelError) as error:
-        ExpertParallel(timeout=1.0)
+        ExpertParallel(timeout=TIMEOUT)
     return str(error.value)
 
 
