@@ -128,13 +128,10 @@ try-cuda: $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 
 sanitize: asan tsan
 
-# ASAN_ISAS: those to build, instead of all.
-asan: $(BIN)/cmake $(BIN)/ninja
-	cmake --preset asan -DSWITCHGEAR_CPU_ISAS='$(ASAN_ISAS)'
-	$(call run_preset,asan)
-
-tsan: $(BIN)/cmake $(BIN)/ninja
-	$(call run_preset,tsan)
+# ASAN_ISAS: those to build under the address sanitizer, instead of all.
+asan tsan: $(BIN)/cmake $(BIN)/ninja
+	$(if $(filter asan,$@),cmake --preset asan -DSWITCHGEAR_CPU_ISAS='$(ASAN_ISAS)')
+	$(call run_preset,$@)
 
 # In the build tree of `make asan`, so not at the same time.
 asan-python: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
