@@ -94,12 +94,13 @@ struct Product {
   Matrix b;
   int64_t num_columns;  // <= panel
   int64_t depth;
-  float* c;                 // [num_rows, panel]
-  Start next;               // of the caller's next product, if known: a hint
-  int64_t next_width = 0;   // bytes to prefetch of each row there if n runs along memory; 0: as many as of this b
-  void* scratch;            // kProductScratch bytes, 64-byte aligned
-  int64_t row_begin = 0;    // k of `rows` that belongs to the first k of b
-  bool accumulate = false;  // adds to c
+  float* c;                  // [num_rows, panel]
+  Start next;                // of the caller's next product, if known: a hint
+  int64_t next_width = 0;    // bytes to prefetch of each row there if n runs along memory; 0: as many as of this b
+  void* scratch;             // kProductScratch bytes, 64-byte aligned
+  int64_t row_begin = 0;     // k of `rows` that belongs to the first k of b
+  bool accumulate = false;   // adds to c
+  bool sorted_rows = false;  // written by store_sorted although b is plain: see packing_rows
   const void* gathered = nullptr;  // the same rows from gather_rows, block after block: read instead
 };
 constexpr int64_t kLeftPadding = 31;
@@ -148,6 +149,9 @@ struct Kernels {
   void (*expand_rows)(void* out, int64_t stride, const Matrix& b, int64_t depth, int64_t num_rows, int64_t first,
                       int64_t count);
 
+  // Rows per expert from which plain b is packed as a panel, so rows are sorted; 0: never. The depth is a multiple of
+  // kPanelColumns.
+  int64_t packing_rows;
   // panel_vector_bytes: of a vector of b in panels (panels.h). sorted_row_bytes: of a row of A for such b, if not gathered.
   // store_sorted writes its elements [first, first + n), rounded to `dtype`: first is a multiple of the panel, n at most one.
   int64_t (*panel_vector_bytes)(DType dtype);

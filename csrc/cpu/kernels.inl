@@ -153,6 +153,8 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 #include "group_decoders.h"
 #include "minifloat_products.inl"
 #include "panel_products.inl"
+// packed_products.inl uses panel_products.inl
+#include "packed_products.inl"
 #include "stored_columns.inl"
 
 namespace switchgear::cpu {
@@ -162,7 +164,12 @@ void dot_products(const Product& product) {
   if (product.b.format == Format::kCompact) return compact_products(product);
   if (product.b.format == Format::kPanels) return panel_products(product);
   if (is_decoded(product.b.format)) return minifloat_products(product);
-  with_words(product.b.dtype, [&]<typename Words>() { dot_products_of<Words>(product); });
+  with_words(product.b.dtype, [&]<typename Words>() {
+    if constexpr (kPackingRows > 0 && Words::kDepth == 1) {
+      if (product.sorted_rows) return packed_products_of<Words>(product);
+    }
+    dot_products_of<Words>(product);
+  });
 }
 
 void pack_chunk(const Product& product, int64_t k_begin, int64_t depth) {
@@ -369,6 +376,7 @@ constexpr Kernels make_table(const char* isa) {
       .pack_chunk = pack_chunk,
       .expand_minifloats = expand_minifloats,
       .expand_rows = expand_rows,
+      .packing_rows = kPackingRows,
       .panel_vector_bytes = panel_vector_bytes,
       .sorted_row_bytes = sorted_row_bytes,
       .store_sorted = store_sorted,

@@ -7,6 +7,7 @@
 #include "gathered.h"
 #include "slot_rows.h"
 #include "slots.h"
+#include "switchgear/panels.h"
 #include "threads.h"
 #include "workspace.h"
 
@@ -15,7 +16,7 @@ namespace switchgear::cpu {
 enum class RowLayout : uint8_t {
   kInPlace,   // row after row
   kSpread,    // copied, an odd number of cache lines apart
-  kSorted,    // words in the order of weights in panels
+  kSorted,    // words in the order of weights in panels, or of plain weights that are packed as such
   kGathered,  // blocks of rows from the ISA's gather_rows
 };
 
@@ -25,10 +26,13 @@ struct RowPlan {
   int64_t block_bytes = 0;  // for kGathered
 };
 
-inline RowPlan plan_rows(const Kernels& k, Format format, DType dtype, int64_t depth) {
+inline RowPlan plan_rows(const Kernels& k, Format format, DType dtype, int64_t depth, int64_t num_slots,
+                         int64_t num_experts) {
   const int64_t block_bytes = gathered_block_bytes(k, format, dtype, depth);
   if (block_bytes > 0) return {.layout = RowLayout::kGathered, .block_bytes = block_bytes};
-  const bool is_sorted = format == Format::kPanels;
+  const bool is_packed = format == Format::kPlain && k.packing_rows > 0 && num_slots >= k.packing_rows * num_experts &&
+                         depth % kPanelColumns == 0;
+  const bool is_sorted = format == Format::kPanels || is_packed;
   return {.layout = is_sorted ? RowLayout::kSorted : RowLayout::kInPlace,
           .row_bytes = spread_row_bytes(is_sorted ? k.sorted_row_bytes(dtype, depth) : depth * size_of(dtype))};
 }
@@ -47,13 +51,14 @@ inline void sort_row(const Kernels& k, void* out, const void* row, DType dtype, 
 class InputRows {
  public:
   InputRows(const Kernels& k, Format format, const TensorView& x, int64_t num_slots, int64_t num_experts)
-      : k_(k), x_(x), plan_(plan_rows(k, format, x.dtype, x.shape[1])) {
+      : k_(k), x_(x), plan_(plan_rows(k, format, x.dtype, x.shape[1], num_slots, num_experts)) {
     constexpr int64_t kManyRows = 12;  // of an expert; above, a copy that spreads rows over L1 pays for itself
     const bool is_many = num_slots > kManyRows * num_experts && x.shape[1] * size_of(x.dtype) % 128 == 0;
     if (plan_.layout == RowLayout::kInPlace && is_many) plan_.layout = RowLayout::kSpread;
   }
 
   int64_t block_bytes() const { return plan_.block_bytes; }
+  bool is_sorted() const { return plan_.layout == RowLayout::kSorted; }
   int64_t bytes() const { return copies() ? x_.shape[0] * plan_.row_bytes : 0; }
 
   // pointers[s] = row of slot s
@@ -90,7 +95,7 @@ class ActivationRows {
  public:
   ActivationRows(const Kernels& k, Format format, DType dtype, int64_t num_slots, int64_t width, int64_t num_experts)
       : k_(k),
-        plan_(plan_rows(k, format, dtype, width)),
+        plan_(plan_rows(k, format, dtype, width, num_slots, num_experts)),
         num_experts_(num_experts),
         a_(view(nullptr, dtype, num_slots, width)) {}
 
@@ -117,6 +122,7 @@ class ActivationRows {
 
   int64_t width() const { return a_.shape[1]; }
   bool is_in_place() const { return plan_.layout == RowLayout::kInPlace; }
+  bool is_sorted() const { return plan_.layout == RowLayout::kSorted; }
   const GatheredSlots& gathered() const { return gathered_; }
   // pointers[s] = row of slot s, unless rows are gathered
   void fill(const void** pointers, int64_t used_slots) const {

@@ -34,6 +34,7 @@ namespace {
 struct FirstProjection {
   const MoeForwardArgs& args;
   const void* const* rows;  // [S] gathered rows of x
+  bool sorted_rows;
   const ActivationRows& a;
   const Kernels& k;
   AdapterTerms adapter;
@@ -72,6 +73,7 @@ struct FirstProjection {
                       .c = scratch[i].c,
                       .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).start() : next,
                       .scratch = scratch[i].packing,
+                      .sorted_rows = sorted_rows,
                       .gathered = gathered_x});
       if (adapter.defined()) adapter.add(scratch[i].c, term(i), adapter_scratch, k);
     }
@@ -153,7 +155,7 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   const ThreadMemory thread_memory{memory, thread_bytes};
   ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, dtype, workspace);
   u.multiply(args.x, slots.token_indices, thread_memory, context);
-  const FirstProjection first{args, x_rows, a, k, u.terms(), columns};
+  const FirstProjection first{args, x_rows, x.is_sorted(), a, k, u.terms(), columns};
   const auto work = [&](int64_t i) {
     return first.work(tiles[static_cast<size_t>(i)], x.block_bytes() == 0, slots.expert_offsets);
   };
@@ -172,6 +174,7 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   ForwardAdapter v(args.weights.down_adapter, 1, slots, dtype, workspace);
   v.multiply(a.plain(a_rows), thread_memory, context);
   token_sum({.rows = a_rows,
+             .sorted_rows = a.is_sorted(),
              .gathered = a.gathered(),
              .depth = intermediate_size,
              .matrices = &down_proj,

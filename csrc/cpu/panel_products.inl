@@ -62,6 +62,7 @@ struct PartsOfB {
   const T* data;
   int64_t steps;  // of a part
   int first, end;
+  int64_t gap = 0;  // elements between parts
 };
 constexpr int kParts = kSets * kGroups;
 
@@ -103,6 +104,7 @@ void add_parts(float* c, float* waiting, const void* const* a_rows, int64_t offs
         }
       }
     }
+    block += parts.gap;
     if constexpr (kClasses == 2) {
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
@@ -133,6 +135,8 @@ void add_parts(float* c, float* waiting, const void* const* a_rows, int64_t offs
 }
 
 // Prefetches `bytes` of each of `count` rows from byte `offset` on: pieces too short for the processor to detect a stream.
+// Narrow vectors take so long for a piece that loads alone keep up; the prefetches would cost them 4 to 7 %.
+constexpr bool kAsksForRows = kLanes >= 16;
 inline void ask_for_rows(const void* const* rows, int64_t count, int64_t offset, int64_t bytes) {
   for (int64_t i = 0; i < count; ++i) {
     const char* const row = static_cast<const char*>(rows[i]) + offset;
@@ -147,6 +151,14 @@ struct Guide {
   int64_t stride, tiles;
 };
 constexpr int kGuidedRows = 2;
+template <typename Words>
+constexpr int64_t step_bytes() {
+  return kLanes * Words::kDepth * kPanelVectors * sizeof(Element<Words>);
+}
+template <typename Words>
+constexpr int lines_per_step() {
+  return step_bytes<Words>() < kLine ? 1 : step_bytes<Words>() / kLine;
+}
 
 // Several tiles share the prefetches of a step, one or two lines each. A single tile prefetches every line. If the processor
 // follows streams, it feeds the tile itself; one or two rows only show it where the stream continues.
@@ -159,54 +171,77 @@ inline Guide guide_of(int64_t num_rows, int64_t tiles, int step_lines, int64_t s
   return {num_rows <= kGuidedRows ? 1 : 0, step_bytes, 1};
 }
 
+// What a tile prefetches: `lines` lines per step, `stride` bytes after those of the step before.
+struct Ask {
+  int lines;
+  const char* data;
+  int64_t stride;
+};
+
+// All rows of C += the products of their words from `offset` on and parts of B, in tiles of nearly equal height. ask(tile) is
+// what a tile prefetches; one or two rows prefetch a line per step in any case.
+template <typename Words, typename AskOf>
+void add_parts_of_rows(const Product& product, int64_t offset, const PartsOfB<Element<Words>>& parts, AskOf&& ask) {
+  constexpr int kLines = lines_per_step<Words>();
+  const int64_t tiles = num_row_tiles(product.num_rows), set_bytes = 4 * parts.steps * kClasses;
+  const int64_t sets = (parts.end - parts.first + kGroups - 1) / kGroups;
+  float* const waiting = static_cast<float*>(product.scratch);
+  for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
+    count = (product.num_rows - m) / (tiles - t);
+    if (kAsksForRows && parts.first % kGroups == 0 && t + 1 < tiles) {  // rows are read here for the first time
+      ask_for_rows(product.rows + m + count, count, 4 * offset + parts.first / kGroups * set_bytes, sets * set_bytes);
+    }
+    const Ask asked = ask(t);
+    with_constant<kTileRows>(count, [&]<int kRows>() {
+      const auto add = [&]<int kAsked>() {
+        add_parts<kRows, Words, kAsked>(product.c + m * kPanel, waiting + m * kPanel, product.rows + m, offset, parts,
+                                        asked.data, asked.stride);
+      };
+      if (asked.lines == kLines) {
+        add.template operator()<kLines>();
+      } else if constexpr (kRows <= kGuidedRows) {
+        add.template operator()<1>();
+      } else {
+        with_constant<3>(asked.lines + 1, [&]<int kCount>() { add.template operator()<kCount - 1>(); });
+      }
+    });
+  }
+}
+
+// Calls add(first, end) for the parts of a chunk, as many at a time as stay in L1 for all rows.
+template <typename Words, typename Add>
+void for_near_parts(int64_t steps, Add&& add) {
+  constexpr int64_t kNear = 16384;  // bytes
+  const int64_t near = kNear / (steps * step_bytes<Words>());
+  const int together = near > kParts ? kParts : near < 1 ? 1 : static_cast<int>(near);
+  for (int part = 0; part < kParts; part += together) add(part, part + together < kParts ? part + together : kParts);
+}
+
 template <typename Words>
 void panel_products_of(const Product& product) {
   using T = Element<Words>;
   constexpr int64_t kStep = kLanes * Words::kDepth, kChunk = kChunkWords * Words::kDepth;
-  constexpr int64_t kStepBytes = kStep * kPanelVectors * sizeof(T);
-  constexpr int kLines = kStepBytes < kLine ? 1 : kStepBytes / kLine;
-  constexpr int64_t kNear = 16384, kLead = 32768;  // bytes: of parts that stay in L1; prefetch distance
+  constexpr int64_t kLead = 32768;  // bytes, of prefetches
   const int64_t tiles = num_row_tiles(product.num_rows);
-  const Guide guide = guide_of(product.num_rows, tiles, kLines, kStepBytes);
+  const Guide guide = guide_of(product.num_rows, tiles, lines_per_step<Words>(), step_bytes<Words>());
   const T* data = static_cast<const T*>(product.b.data);
   const char* const end = reinterpret_cast<const char*>(data + product.depth * kPanel);
-  float* const waiting = static_cast<float*>(product.scratch);
 
   __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
   for (int64_t k = 0; k < product.depth; k += kChunk) {
     const int64_t steps = (product.depth - k < kChunk ? product.depth - k : kChunk) / kStep;
-    const int64_t offset = k / Words::kDepth, near = kNear / (steps * kStepBytes);
-    const int together = near > kParts ? kParts : near < 1 ? 1 : static_cast<int>(near);
-    for (int part = 0, last; part < kParts; part = last) {
-      last = part + together < kParts ? part + together : kParts;
-      const PartsOfB<T> parts{.data = data, .steps = steps, .first = part, .end = last};
-      const int64_t set_bytes = 4 * steps * kClasses, sets = (last - part + kGroups - 1) / kGroups;
+    for_near_parts<Words>(steps, [&](int first, int last) {
+      const PartsOfB<T> parts{.data = data, .steps = steps, .first = first, .end = last};
       const char* ahead = reinterpret_cast<const char*>(data) + kLead;
       if (ahead >= end && product.next.data != nullptr)
         ahead = static_cast<const char*>(product.next.data) + (ahead - end);
-      for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
-        count = (product.num_rows - m) / (tiles - t);
-        if (part % kGroups == 0 && t + 1 < tiles) {  // rows are read here for the first time
-          ask_for_rows(product.rows + m + count, count, 4 * offset + part / kGroups * set_bytes, sets * set_bytes);
-        }
-        const int lines = t < guide.tiles ? guide.lines : 0;
-        with_constant<kTileRows>(count, [&]<int kRows>() {
-          const auto add = [&]<int kAsked>() {
-            add_parts<kRows, Words, kAsked>(product.c + m * kPanel, waiting + m * kPanel, product.rows + m, offset,
-                                            parts, ahead, guide.stride);
-          };
-          if (lines == kLines) {
-            add.template operator()<kLines>();
-          } else if constexpr (kRows <= kGuidedRows) {
-            add.template operator()<1>();
-          } else {
-            with_constant<3>(lines + 1, [&]<int kCount>() { add.template operator()<kCount - 1>(); });
-          }
-        });
-        if (lines > 0) ahead += (last - part) * steps * guide.stride;
-      }
-      data += (last - part) * steps * kStep * kPanelVectors;
-    }
+      add_parts_of_rows<Words>(product, k / Words::kDepth, parts, [&](int64_t t) {
+        const int64_t asking = t < guide.tiles ? t : guide.tiles;
+        return Ask{t < guide.tiles ? guide.lines : 0, ahead + asking * (last - first) * steps * guide.stride,
+                   guide.stride};
+      });
+      data += (last - first) * steps * kStep * kPanelVectors;
+    });
   }
 }
 
