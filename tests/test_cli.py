@@ -394,6 +394,7 @@ def test_tables_go_where_a_document_wants_them() -> None:
         ("docs/performance.md", "cpu-avx512bf16.json"),
         ("docs/performance_amx.md", "cpu-amx.json"),
         ("docs/performance_zen5.md", "cpu-avx512bf16-zen5.json"),
+        ("docs/performance_avx2.md", "cpu-avx2-zen3.json"),
     ],
 )
 def test_tables_of_documents_are_those_of_the_results(document: str, file: str) -> None:

@@ -209,14 +209,17 @@ bool follows_streams() {
 #endif
 }
 
-bool some_lines_suffice() {
+bool some_lines_suffice(bool are_widened) {
 #if defined(__x86_64__)
-  static const bool is_zen5 = [] {
+  static const int zen = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return __builtin_cpu_is("amd") && __get_cpuid(1, &a, &b, &c, &d) != 0 && (a >> 8 & 15) + (a >> 20 & 255) == 26;
+    if (!__builtin_cpu_is("amd") || __get_cpuid(1, &a, &b, &c, &d) == 0) return 0;
+    if ((a >> 8 & 15) + (a >> 20 & 255) >= 26) return 5;
+    return __builtin_cpu_supports("avx512f") ? 4 : 3;
   }();
-  return follows_streams() && !is_zen5;
+  return zen == 4 || (zen == 3 && are_widened);
 #else
+  static_cast<void>(are_widened);
   return true;
 #endif
 }

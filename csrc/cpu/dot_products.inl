@@ -234,7 +234,8 @@ void choose_walk(int64_t num_rows, int64_t a_bytes, int64_t b_bytes, int64_t fit
   if (kIsNarrow<Words> || b_bytes <= kShortRow || num_rows * a_bytes > fitting) {
     return walk.template operator()<kDotColumns, Asks::kEveryLine>();
   }
-  if (num_rows <= 2 && some_lines_suffice()) return walk.template operator()<1, Asks::kSomeLines>();
+  constexpr bool kAreWidened = sizeof(Element<Words>) * Words::kDepth < 4;
+  if (num_rows <= 2 && some_lines_suffice(kAreWidened)) return walk.template operator()<1, Asks::kSomeLines>();
   walk.template operator()<1, Asks::kEveryLine>();
 }
 

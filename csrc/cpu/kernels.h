@@ -193,8 +193,9 @@ const Kernels& kernels();
 // (float32) or a third (pairs of bfloat16), so every line has to be prefetched.
 bool follows_streams();
 
-// Whether that also holds for few rows of plain weights: not on Zen 5, which reads them at four fifths of its speed then.
-bool some_lines_suffice();
+// Whether prefetching a line here and there is best for a plain read and for few rows of plain weights: on Zen 4, and up to
+// Zen 3 if words are widened, which leaves time between lines. Zen 3 and Zen 5 read at 70 to 80 % of their speed otherwise.
+bool some_lines_suffice(bool are_widened);
 
 const Kernels& kernels_generic();
 const Kernels& kernels_avx2();

@@ -52,6 +52,7 @@ def _divide_up(a: int, b: int) -> int:
 _SHARES = (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 _SHARES_OF_ENDS = tuple(itertools.product((1.03, 0.95, 0.87, 0.79), repeat=2))
 _STEPS = 2  # least-squares steps for each fraction
+_SLICE = 2**17  # elements at a time, of one expert or of several small ones, whose intermediate results fit in a cache
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -75,23 +76,24 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: 
     row_scales = weight.new_empty(num_experts, rows, dtype=torch.float32)
     zeros = None if symmetric else weight.new_empty(scales.shape, dtype=torch.uint8)
     present = (torch.arange(groups * size, device=weight.device) < columns).view(groups, size)  # false: padding
-    for expert in range(num_experts):
-        for row in range(0, rows, 64):  # slices that stay in a cache
-            some = slice(row, row + 64)
-            w = torch.nn.functional.pad(weight[expert, some].float(), (0, groups * size - columns)).view(
-                -1, groups, size
-            )
-            scale, zero = _fit(w, present, bits, symmetric)
-            # Scales as multiples of the row's largest over 127; a single group needs no rounding.
-            largest = scale.abs().amax(1, keepdim=True)
-            unit = largest if groups == 1 else largest / 127
-            code = (scale * _inverse(unit)).round_()
-            levels = _levels(w, code * unit, zero, bits, symmetric)
-            q[expert, some] = levels.flatten(1)[:, :columns].to(torch.uint8)
-            scales[expert, some] = code.squeeze(-1).to(torch.int8)
-            row_scales[expert, some] = unit.flatten()
-            if zeros is not None:
-                zeros[expert, some] = (zero * 2 ** (8 - bits)).squeeze(-1).to(torch.uint8)
+    rows_at_once = max(_SLICE // max(columns, 1), 64)
+    experts_at_once = max(rows_at_once // max(rows, 1), 1)
+    for expert, row in itertools.product(range(0, num_experts, experts_at_once), range(0, rows, rows_at_once)):
+        some = slice(expert, expert + experts_at_once), slice(row, row + rows_at_once)
+        plain = weight[some].float()
+        w = torch.nn.functional.pad(plain, (0, groups * size - columns)).reshape(-1, groups, size)
+        scale, zero = _fit(w, present, bits, symmetric)
+        # Scales as multiples of the row's largest over 127; a single group needs no rounding.
+        largest = scale.abs().amax(1, keepdim=True)
+        unit = largest if groups == 1 else largest / 127
+        code = (scale * _inverse(unit)).round_()
+        levels = _levels(w, code * unit, zero, bits, symmetric)
+        shape = plain.shape[:2]
+        q[some] = levels.flatten(1)[:, :columns].to(torch.uint8).view(*shape, columns)
+        scales[some] = code.to(torch.int8).view(*shape, groups)
+        row_scales[some] = unit.view(shape)
+        if zeros is not None:
+            zeros[some] = (zero * 2 ** (8 - bits)).to(torch.uint8).view(*shape, groups)
     return Levels(q, scales, row_scales, zeros)
 
 
