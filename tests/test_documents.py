@@ -6,13 +6,13 @@ from __future__ import annotations
 import importlib
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import switchgear  # registers the ops
+from forked import run_script
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -52,8 +52,16 @@ def test_python_blocks_run(document: Path, tmp_path: Path) -> None:
     if "transformers" in code:
         pytest.importorskip("transformers", reason="transformers is not installed")
     (tmp_path / document.name).write_text(code)
-    run = subprocess.run([sys.executable, document.name], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
+    exit_code, output = run_script(tmp_path / document.name, timeout=300)
+    assert exit_code == 0, output
+
+
+def test_a_script_that_fails_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("print('said', flush=True)\nraise ValueError('wrong')")
+    exit_code, output = run_script(tmp_path / "script.py", timeout=60)
+    assert exit_code == 1
+    assert "said" in output
+    assert "ValueError: wrong" in output
 
 
 @documents

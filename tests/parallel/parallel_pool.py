@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing as mp
 import os
 import signal
 import socket
@@ -17,8 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-CTX = mp.get_context("forkserver")  # imports once, and forks before any thread starts
-CTX.set_forkserver_preload(["torch.distributed", "switchgear.parallel"])
+from forked import CTX
 
 
 def free_port() -> int:

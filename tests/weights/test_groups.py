@@ -74,6 +74,21 @@ def test_storage_bit_by_bit(bits: int) -> None:
     assert torch.equal(groups.from_blocks(stored, 20, 40).q, levels.q)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_experts_are_quantised_each_for_itself(symmetric: bool) -> None:
+    torch.manual_seed(1)
+    for shape, bits in (((6, 6, 40), (3, 3, 2, 1, 1, 3)), ((3, 3000, 48), (2, 2, 4))):
+        weight = torch.randn(shape)
+        together = groups.quantize(weight, bits, 16, symmetric)
+        alone = [
+            groups.quantize(expert[None], [b], 16, symmetric)
+            for expert, b in zip(weight.mT.contiguous().mT, bits, strict=True)
+        ]
+        for got, *parts in zip(together[:3], *(levels[:3] for levels in alone), strict=True):
+            assert (got is None) == (parts[0] is None)
+            assert got is None or torch.equal(got, torch.cat(parts))
+
+
 def test_fit_is_no_worse_than_the_whole_range() -> None:
     w = torch.randn(50, 3, 32)
     w[..., 0] *= 3  # an outlier, which is better clipped

@@ -94,6 +94,24 @@ def test_levels_are_the_nearest(format: Form, shape: tuple[int, ...]) -> None:
     assert relative < (0.012 if bits == 8 else 0.11)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_experts_are_quantised_each_for_itself(bits: int, symmetric: bool) -> None:
+    """In any storage too: small experts go several at a time, rows of large ones in slices."""
+    torch.manual_seed(1)
+    for shape in ((5, 6, 40), (3, 3000, 48)):
+        weight = torch.randn(shape)
+        together = rq.quantize(weight, bits, 16, symmetric)
+        transposed = rq.quantize(weight.mT.contiguous().mT, bits, 16, symmetric)
+        alone = [rq.quantize(expert[None], bits, 16, symmetric) for expert in weight]
+        for got, other, parts in zip(together, transposed, zip(*alone, strict=True), strict=True):
+            if got is None:
+                assert other is parts[0] is None
+                continue
+            assert torch.equal(got, torch.cat(parts))
+            assert torch.equal(got, other)
+
+
 def test_int4_is_closer_than_the_rounding_of_the_range() -> None:
     """The rule without a search: the extreme of a group maps to -8."""
     weight = torch.randn(1, 256, 512)

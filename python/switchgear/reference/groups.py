@@ -24,6 +24,7 @@ from switchgear.reference.minifloat import COLUMNS, ROWS, finite_experts, row_sl
 MOST_BITS = 4
 PLANE = ROWS * COLUMNS // 8  # bytes of a step for each bit
 _SPLIT = 15  # of 16 codes of 3 bits, the one whose bits are apart
+_SLICE = 2**17  # elements at a time, of one expert or of several small ones, whose intermediate results fit in a cache
 # Fractions of the range to try for scales: clipping the extremes reduces the error of a group.
 _SHARES = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 _SHARES_OF_ENDS = tuple(itertools.product((1.0, 0.85, 0.7, 0.55), repeat=2))
@@ -72,17 +73,27 @@ def quantize(
     q = weight.new_empty(weight.shape, dtype=torch.uint8)
     scales = weight.new_empty(num_experts, rows, groups, dtype=torch.float16)
     zeros = None if symmetric else weight.new_zeros(scales.shape, dtype=torch.uint8)
-    for expert, matrix in enumerate(finite_experts(weight, name)):
-        for first, some in zip(range(0, rows, 64), row_slices(matrix), strict=False):
-            last = first + len(some)
-            w = pad(some, (0, groups * size - columns)).view(-1, groups, size)
-            scale, zero = fit(w, present, bits[expert], symmetric)
-            q[expert, first:last] = round_to_levels(w, scale, zero, bits[expert]).flatten(1)[:, :columns]
-            scales[expert, first:last] = scale
-            if zeros is not None and bits[expert] > 1:
-                zeros[expert, first:last] = zero
-        if not bool(scales[expert].isfinite().all()):
-            raise ValueError(f"{name}: expected weights whose scales fit float16, those of expert {expert} do not")
+    rows_at_once = max(_SLICE // max(columns, 1), 64)
+    experts_at_once = max(rows_at_once // max(rows, 1), 1)
+    alike = itertools.groupby(
+        enumerate(finite_experts(weight, name)), lambda item: (bits[item[0]], item[0] // experts_at_once)
+    )
+    for (some_bits, _), group in alike:
+        experts, matrices = zip(*group, strict=True)
+        matrix = torch.cat(matrices) if len(experts) > 1 else matrices[0]  # [n·N,C]
+        those = slice(experts[0], experts[-1] + 1)
+        for first in range(0, len(matrix), rows_at_once):
+            some = slice(first, first + rows_at_once)
+            plain = matrix[some].contiguous()  # sums of a transposed weight would have another order
+            w = pad(plain, (0, groups * size - columns)).view(-1, groups, size)
+            scale, zero = fit(w, present, some_bits, symmetric)
+            q[those].flatten(0, 1)[some] = round_to_levels(w, scale, zero, some_bits).flatten(1)[:, :columns]
+            scales[those].flatten(0, 1)[some] = scale
+            if zeros is not None and some_bits > 1:
+                zeros[those].flatten(0, 1)[some] = zero
+        for expert in experts:
+            if not bool(scales[expert].isfinite().all()):
+                raise ValueError(f"{name}: expected weights whose scales fit float16, those of expert {expert} do not")
     return Levels(q, scales, zeros, tuple(bits))
 
 

@@ -80,8 +80,8 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: 
     experts_at_once = max(rows_at_once // max(rows, 1), 1)
     for expert, row in itertools.product(range(0, num_experts, experts_at_once), range(0, rows, rows_at_once)):
         some = slice(expert, expert + experts_at_once), slice(row, row + rows_at_once)
-        plain = weight[some].float()
-        w = torch.nn.functional.pad(plain, (0, groups * size - columns)).reshape(-1, groups, size)
+        plain = weight[some].float().contiguous()  # sums of a transposed weight would have another order
+        w = torch.nn.functional.pad(plain, (0, groups * size - columns)).view(-1, groups, size)
         scale, zero = _fit(w, present, bits, symmetric)
         # Scales as multiples of the row's largest over 127; a single group needs no rounding.
         largest = scale.abs().amax(1, keepdim=True)
