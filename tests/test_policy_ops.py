@@ -37,8 +37,21 @@ def sane(values: Tensor) -> list[Any]:
     return rows
 
 
+_answers: dict[tuple[Any, ...], Any] = {}
+
+
 def on_reference(op: str, *args: Any) -> Any:
-    return getattr(reference.policies, op)(*args)
+    """Computed once for all backends, which get the same arguments."""
+
+    def content(arg: Any) -> Any:
+        if not isinstance(arg, torch.Tensor):
+            return arg
+        return arg.dtype, arg.shape, arg.contiguous().view(torch.uint8).numpy().tobytes()
+
+    key = (op, *map(content, args))
+    if key not in _answers:
+        _answers[key] = getattr(reference.policies, op)(*args)
+    return _answers[key]
 
 
 # ---- column_topk -----------------------------------------------------------------------------------------------------
