@@ -139,16 +139,25 @@ def test_a_missing_extra_says_what_to_install(
 
 def test_info_needs_torch_alone() -> None:
     """So do the other commands, up to the point where they need more."""
-    extras = ["numpy", "rich", "matplotlib", "transformers", "PIL"]
-    hidden = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
-    for command, status, words in (
-        ("info", 0, "native CPU"), ("demo", 2, "needs"), ("bench", 2, "needs rich"), ("train-tiny", 2, "needs transf"),
-        ("inspect tiny", 2, "needs transf"), ("compress tiny --recipe r --out o", 2, "needs transf"),
-    ):  # fmt: skip
-        code = f"{hidden}; from switchgear.cli import main; sys.exit(main({command.split()!r}))"
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-        assert words in done.stdout + done.stderr
+    expected = {
+        "info": (0, "native CPU"), "demo": (2, "needs"), "bench": (2, "needs rich"), "train-tiny": (2, "needs transf"),
+        "inspect tiny": (2, "needs transf"), "compress tiny --recipe r --out o": (2, "needs transf"),
+    }  # fmt: skip
+    code = f"""
+import contextlib, io, json, sys
+sys.modules.update(dict.fromkeys(["numpy", "rich", "matplotlib", "transformers", "PIL"]))
+from switchgear.cli import main
+for command in {list(expected)}:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        status = main(command.split())
+    print(json.dumps([status, text.getvalue()]))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    answers = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for (status, words), answer in zip(expected.values(), map(json.loads, answers), strict=True):
+        assert answer[0] == status, answer[1]
+        assert words in answer[1]
 
 
 def test_imports_go_one_way() -> None:
