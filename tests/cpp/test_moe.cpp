@@ -51,32 +51,31 @@ TensorView some_rows(const TensorView& all, int64_t first, int64_t last) {
 
 // Kernels choose how to read weights by the number of rows of an expert.
 TEST(moe_forward_gives_a_token_the_same_bits_in_any_batch) {
-  constexpr Case kBatches[] = {{"hidden size of two chunks, columns past the panels", 61, 1056, 70, 2, 1},
-                               {"intermediate size of two chunks", 61, 38, 1056, 2, 1},
+  constexpr Case kBatches[] = {{"hidden size of two chunks, columns past the panels", 26, 1056, 70, 1, 1},
+                               {"intermediate size of two chunks", 26, 38, 1056, 1, 1},
                                {"both short", 150, 32, 96, 3, 1},
                                {"one expert gets nearly all", 90, 64, 64, 3, 1, Ids::kOneExpert}};
   uint64_t seed = 0;
   for (const Case& c : kBatches) {
     for (const DType dtype : kFloatTypes) {
-      for (const bool transposed : {false, true}) {
-        note = std::string(c.name) + ", " + name_of(dtype) + (transposed ? ", transposed" : "");
-        const Layer l(c, dtype, {}, true, transposed, ++seed);
-        Array y(dtype, {c.T, c.H}, 2), in_parts(dtype, {c.T, c.H});
-        const auto forward = [&](const TensorView& out, int64_t first, int64_t last, Execution exec) {
-          moe_forward({.x = some_rows(l.x, first, last),
-                       .weights = l.weights(),
-                       .topk_ids = some_rows(l.ids, first, last),
-                       .topk_weights = some_rows(l.topk_weights, first, last),
-                       .y = some_rows(out, first, last)},
-                      exec);
-        };
-        for_each_isa(
-            {&y}, [&](Execution exec) { forward(y, 0, c.T, exec); },
-            [&] {
-              for (int64_t t = 0; t < c.T; t += 7) forward(in_parts, t, std::min(t + 7, c.T), {2});
-              CHECK(same_bits(y, in_parts));
-            });
-      }
+      const bool transposed = ++seed % 2 == 0;
+      note = std::string(c.name) + ", " + name_of(dtype) + (transposed ? ", transposed" : "");
+      const Layer l(c, dtype, {}, true, transposed, seed);
+      Array y(dtype, {c.T, c.H}, 2), in_parts(dtype, {c.T, c.H});
+      const auto forward = [&](const TensorView& out, int64_t first, int64_t last, Execution exec) {
+        moe_forward({.x = some_rows(l.x, first, last),
+                     .weights = l.weights(),
+                     .topk_ids = some_rows(l.ids, first, last),
+                     .topk_weights = some_rows(l.topk_weights, first, last),
+                     .y = some_rows(out, first, last)},
+                    exec);
+      };
+      for_each_isa(
+          {&y}, [&](Execution exec) { forward(y, 0, c.T, exec); },
+          [&] {
+            for (int64_t t = 0; t < c.T; t += 7) forward(in_parts, t, std::min(t + 7, c.T), {2});
+            CHECK(same_bits(y, in_parts));
+          });
     }
   }
 }
