@@ -8,8 +8,9 @@
 //   expert, 105 to 130 % if compact; of the multiply-adds 76 to 80 % (Zen 5) and 79 to 90 % (Zen 4) with 64 to 256 rows.
 //   Products take 95 % of the time, a tenth of it to fetch weights from memory into L2; bias, glu and rounding the rest.
 //
-// Weights in panels (panels.h) need rows in their word order: x is copied once in that order, and `a` is stored in it. An ISA
-// that gathers rows (gathered.h) has its own layout for both: each thread gathers an expert's rows of x.
+// Weights in panels (panels.h), and plain ones that are packed as such (packed_products.inl), need rows in their word order: x is
+// copied once in that order, and `a` is stored in it. An ISA that gathers rows (gathered.h) has its own layout for both: each
+// thread gathers an expert's rows of x.
 // 1. Tiles (expert, panel of `a`, rows): gate and up products of rows of x (pointers, no permuted copy in memory), then bias,
 //    glu and rounding while the tile is in L1/L2. Only a [S,I] reaches memory, and h if it is saved.
 // 2. token_sum: the second projection, weighted and summed per token as it is computed. With `sums` it starts from them, and
