@@ -100,7 +100,7 @@ struct Product {
   void* scratch;             // kProductScratch bytes, 64-byte aligned
   int64_t row_begin = 0;     // k of `rows` that belongs to the first k of b
   bool accumulate = false;   // adds to c
-  bool sorted_rows = false;  // written by store_sorted although b is plain: see packing_rows
+  bool sorted_rows = false;  // written by store_sorted; plain b is packed then: see packing_rows
   const void* gathered = nullptr;  // the same rows from gather_rows, block after block: read instead
 };
 constexpr int64_t kLeftPadding = 31;
