@@ -73,6 +73,8 @@ def quantize(
     q = weight.new_empty(weight.shape, dtype=torch.uint8)
     scales = weight.new_empty(num_experts, rows, groups, dtype=torch.float16)
     zeros = None if symmetric else weight.new_zeros(scales.shape, dtype=torch.uint8)
+    q_rows, scale_rows = q.flatten(0, 1), scales.flatten(0, 1)
+    zero_rows = None if zeros is None else zeros.flatten(0, 1)
     rows_at_once = max(_SLICE // max(columns, 1), 64)
     experts_at_once = max(rows_at_once // max(rows, 1), 1)
     alike = itertools.groupby(
@@ -81,16 +83,17 @@ def quantize(
     for (some_bits, _), group in alike:
         experts, matrices = zip(*group, strict=True)
         matrix = torch.cat(matrices) if len(experts) > 1 else matrices[0]  # [n·N,C]
-        those = slice(experts[0], experts[-1] + 1)
-        for first in range(0, len(matrix), rows_at_once):
-            some = slice(first, first + rows_at_once)
-            plain = matrix[some].contiguous()  # sums of a transposed weight would have another order
+        begin = experts[0] * rows
+        for part in row_slices(matrix, rows_at_once):
+            some = slice(begin, begin + len(part))
+            begin = some.stop
+            plain = part.contiguous()  # sums of a transposed weight would have another order
             w = pad(plain, (0, groups * size - columns)).view(-1, groups, size)
             scale, zero = fit(w, present, some_bits, symmetric)
-            q[those].flatten(0, 1)[some] = round_to_levels(w, scale, zero, some_bits).flatten(1)[:, :columns]
-            scales[those].flatten(0, 1)[some] = scale
-            if zeros is not None and some_bits > 1:
-                zeros[those].flatten(0, 1)[some] = zero
+            q_rows[some] = round_to_levels(w, scale, zero, some_bits).flatten(1)[:, :columns]
+            scale_rows[some] = scale
+            if zero_rows is not None and some_bits > 1:
+                zero_rows[some] = zero
         for expert in experts:
             if not bool(scales[expert].isfinite().all()):
                 raise ValueError(f"{name}: expected weights whose scales fit float16, those of expert {expert} do not")
