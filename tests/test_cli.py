@@ -27,7 +27,7 @@ from switchgear.bench.timing import FEWEST_TURNS, interleave
 from switchgear.bench.verify import expected, relative_error, tolerance
 from switchgear.bench.worker import Task, run_case
 from switchgear.cli import main
-from switchgear.cli.demo.agreement import check_gradients, check_logits, check_losses, loss_bounds
+from switchgear.cli.demo.agreement import check_gradients, check_logits, check_losses, equal_choices, loss_floor
 from switchgear.cli.demo.corpus import batches, load_corpus
 from switchgear.common import CommandError, machine
 
@@ -224,30 +224,56 @@ def test_corpus_is_the_same_every_time_and_keeps_text_apart(tmp_path: Path) -> N
 
 class TestAgreement:
     reference = np.linspace(5.0, 3.0, 20)
-    growing = 1e-6 * 2.0 ** np.arange(20)  # the growth of rounding errors
-    bounds = loss_bounds(reference, reference + growing, dtype="float32", layers=4, tokens=10**6)
+    twin = reference + 1e-6 * 2.0 ** np.arange(20)  # the growth of rounding errors
+    floor = loss_floor(5.0, dtype="float32", layers=4, tokens=1000)
+
+    def agrees(self, losses: np.ndarray, equal: int = 20) -> bool:
+        checks = check_losses(losses, self.reference, self.twin, equal=equal, floor=self.floor, tokens=1000)
+        return all(check.agrees for check in checks)
 
     def test_as_far_as_the_twin_agrees(self) -> None:
-        assert check_losses(
-            self.reference - 3 * self.growing, self.reference, self.reference + self.growing, self.bounds
-        ).agrees
+        assert self.agrees(self.reference - 3 * (self.twin - self.reference))
 
     def test_an_early_difference_does_not(self) -> None:
         wrong = self.reference.copy()
-        wrong[2] += 1e-3
-        assert not check_losses(wrong, self.reference, self.reference + self.growing, self.bounds).agrees
+        wrong[2] += 1e-4
+        assert not self.agrees(wrong)
 
+    @pytest.mark.parametrize("equal", [0, 5, 20])
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_a_loss_that_is_not_finite_does_not(self, value: float) -> None:
+    def test_a_loss_that_is_not_finite_does_not(self, value: float, equal: int) -> None:
         wrong = self.reference.copy()
         wrong[7] = value
-        assert not check_losses(wrong, self.reference, self.reference + self.growing, self.bounds).agrees
+        assert not self.agrees(wrong, equal)
+
+    def test_runs_part_after_a_choice_that_differs(self) -> None:
+        apart = self.reference.copy()
+        apart[5:] += 0.05 * (-1.0) ** np.arange(15)  # far beyond the twin, on both sides
+        assert self.agrees(apart, equal=5)
+        assert not self.agrees(apart, equal=6)
+        assert not self.agrees(np.where(np.arange(20) < 5, self.reference, 4.6), equal=5)  # no longer learns
+
+    def test_one_step(self) -> None:
+        for equal, difference in ((1, self.floor), (0, 1e-3)):
+            for agrees, factor in ((True, 0.9), (False, 1.1)):
+                (check,) = check_losses(
+                    [5.0 + factor * difference], [5.0], [5.0], equal=equal, floor=self.floor, tokens=1000
+                )
+                assert check.agrees == agrees
+
+    def test_equal_choices(self) -> None:
+        loads = [[[0.5, 0.5]], [[0.25, 0.75]], [[0.5, 0.5]]]
+        assert equal_choices(loads, loads) == 3
+        assert equal_choices(loads, [loads[0], [[0.75, 0.25]], loads[2]]) == 1
 
     def test_gradients(self) -> None:
-        norms = np.array([1.0, 2.0, 3.0])
-        twin = norms * (1 + 1e-6)
-        assert check_gradients(norms * (1 - 5e-6), norms, twin, dtype="float32").agrees
-        assert not check_gradients(norms * [1, 1.01, 1], norms, twin, dtype="float32").agrees
+        gradients = np.array([[1.0, 0.3], [2.0, 1e-9], [3.0, -4.0]])  # norm and projection of three tensors
+        twin = gradients * (1 + 1e-6)
+        assert check_gradients(gradients * (1 - 5e-6), gradients, twin, dtype="float32").agrees
+        for place in np.ndindex(gradients.shape):
+            wrong = gradients.copy()
+            wrong[place] += 0.01
+            assert not check_gradients(wrong, gradients, twin, dtype="float32").agrees
 
     def test_logits(self) -> None:
         logits = np.random.default_rng(0).standard_normal((8, 16))

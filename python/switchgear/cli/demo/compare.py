@@ -17,7 +17,7 @@ import torch
 
 from ...common import CommandError, check_writable, machine, require
 from . import report
-from .agreement import Check, check_gradients, check_logits, check_losses, loss_bounds
+from .agreement import Check, check_gradients, check_logits, check_losses, equal_choices, loss_bounds, loss_floor
 from .corpus import batches, load_corpus
 from .models import check_implementation
 from .processes import Client, workers
@@ -68,13 +68,15 @@ def compare(settings: dict[str, Settings], names: Sequence[str], reference: str,
         clients[reference].call("save", path=weights)
         generated = generate(clients, weights, new_tokens)
     losses = {name: [step.loss for step in taken] for name, taken in steps.items()}
+    loads = [step.load for step in steps[reference]]
     logits = {name: samples[0].pop("logits") for name, samples in generated.items()}
     layers, tokens = models[reference]["layers"], first.batch_size * (first.sequence_length - 1)
-    bounds = loss_bounds(losses[reference], losses[TWIN], dtype=first.dtype, layers=layers, tokens=tokens)
+    floor = loss_floor(losses[reference][0], dtype=first.dtype, layers=layers, tokens=tokens)
+    equal = {name: equal_choices([step.load for step in taken], loads) for name, taken in steps.items()}
     checks: dict[str, list[Check]] = {
         name: [
             check_gradients(gradients[name], gradients[reference], gradients[TWIN], dtype=first.dtype),
-            check_losses(losses[name], losses[reference], losses[TWIN], bounds),
+            *check_losses(losses[name], losses[reference], losses[TWIN], equal=equal[name], floor=floor, tokens=tokens),
             check_logits(logits[name], logits[reference], logits[TWIN], dtype=first.dtype, layers=layers),
         ]
         for name in names
@@ -89,6 +91,7 @@ def compare(settings: dict[str, Settings], names: Sequence[str], reference: str,
         "implementations": {
             name: {
                 "losses": losses[name],
+                "equal_choices": equal[name],
                 "steps": [step._asdict() for step in steps[name]],
                 **finished[name],
                 "memory_before_training": models[name]["memory_before_training"],
@@ -98,7 +101,7 @@ def compare(settings: dict[str, Settings], names: Sequence[str], reference: str,
             for name in names
         },
         "twin": {"losses": losses[TWIN]},
-        "loss_bounds": bounds.tolist(),
+        "loss_bounds": loss_bounds(losses[reference], losses[TWIN], floor=floor).tolist(),
         "agree": all(check.agrees for rows in checks.values() for check in rows),
     }
 

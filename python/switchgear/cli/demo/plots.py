@@ -32,9 +32,11 @@ def losses(results: dict[str, Any], path: Path) -> None:
     base = np.asarray(runs[reference]["losses"])
     smallest = np.spacing(np.float32(base[0]))  # one ulp of a loss: the smallest difference on a log axis
     twin = np.maximum(np.abs(np.asarray(results["twin"]["losses"]) - base), smallest)
+    equal = max((run["equal_choices"] for name, run in runs.items() if name != reference), default=0)
     below.fill_between(
-        steps, smallest / 2, results["loss_bounds"], color=FAINT, alpha=0.15, linewidth=0, label="may be as far as this"
-    )
+        steps[:equal], smallest / 2, results["loss_bounds"][:equal], color=FAINT, alpha=0.15, linewidth=0,
+        label="may be as far as this",
+    )  # fmt: skip
     below.plot(
         steps, twin, color=FAINT, linewidth=1, linestyle="--", label=f"{reference} from weights moved by one rounding"
     )
@@ -42,6 +44,8 @@ def losses(results: dict[str, Any], path: Path) -> None:
         if name != reference:
             distance = np.maximum(np.abs(np.asarray(run["losses"]) - base), smallest)
             below.plot(steps, distance, color=palette[name], linewidth=1.5, label=name)
+            first = slice(run["equal_choices"], run["equal_choices"] + 1)
+            below.plot(steps[first], distance[first], "o", color=palette[name])  # a token has another expert
     below.set_yscale("log")
     below.set_title(f"Distance to {reference}")
     below.set_ylabel("|Δ loss|")

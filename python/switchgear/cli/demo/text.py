@@ -98,10 +98,12 @@ implementations took turns of a few steps, so that changes of the machine's spee
 {_checks(results)}
 Correct implementations round differently, and training amplifies roundings. How much, shows a *twin* of {base} whose
 initial weights were moved by one unit in the last place each. An implementation may be ten times as far from {base}
-as its twin is or was, plus a floor of some roundings and, in a loss, one token that goes to another expert. *Gradients
-at the start*: norms of the experts' gradients at equal weights, relative, the worst tensor. *Losses*: the step that
-comes closest to its bound. *Logits*: at equal trained weights, root mean square over the prompt, relative. The held-out
-losses are those of each one's own training.
+as its twin is or was, plus a floor of some roundings. *Gradients at the start*: norms and random projections of the
+experts' gradients at equal weights, relative to the norms, the worst tensor. *Losses*: the step that comes closest to
+its bound, as long as each expert has equally many tokens in both runs. Then a rounding sends some token to another
+expert (dots in the plot), and the runs part faster than by roundings: the *mean loss* of the steps after may differ
+by as much as {base}'s loss changes between batches. *Logits*: at equal trained weights, root mean square over the
+prompt, relative. The held-out losses are those of each one's own training.
 
 ## Generation
 

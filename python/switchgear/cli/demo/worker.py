@@ -20,6 +20,7 @@ from switchgear.routing import load_balancing_loss
 from switchgear.trace import Observation, observe
 
 from ...common import CommandError, machine, require
+from .agreement import Gradient, Load
 from .clock import ExpertsClock
 from .corpus import batches, load_corpus
 from .models import build_model, describe, experts_modules
@@ -49,7 +50,7 @@ class Step(NamedTuple):
     experts_forward: float  # seconds of it
     experts_backward: float
     optimizer: float
-    load: list[list[float]]  # [layers][experts], share of the choices
+    load: Load
 
 
 @torch.no_grad()
@@ -105,17 +106,19 @@ class Worker:
             output = self.model(input_ids=batch, labels=batch, use_cache=False)
         return output.loss + BALANCE * torch.stack(layers).mean(), float(output.loss.detach())
 
-    def probe(self) -> list[float]:
-        """Gradient norms of the experts' parameters, layer by layer, for the first batch at the current weights."""
+    def probe(self) -> list[Gradient]:
+        """Gradients of the experts' parameters, layer by layer, for the first batch at the current weights."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self._loss(self.train_batches[0])[0])
-        norms = [
-            float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float64))
-            for module in self.experts
-            for parameter in module.parameters()
-        ]
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        gradients = []
+        for parameter in (parameter for module in self.experts for parameter in module.parameters()):
+            assert parameter.grad is not None
+            gradient = parameter.grad.double()
+            direction = torch.randn(gradient.shape, generator=generator)
+            gradients.append(Gradient(float(gradient.norm()), float((gradient * direction).sum())))
         self.optimizer.zero_grad(set_to_none=True)
-        return norms
+        return gradients
 
     def train(self, count: int) -> Iterator[Step]:
         self.model.train()
