@@ -94,12 +94,12 @@ def check_losses(
         noise = np.maximum.accumulate(np.abs(twins - theirs))
         bounds = loss_bounds(reference, twin, floor=floor)
         first = slice(equal)
-        what = f"losses of {equal} steps with equal choices"
+        what = f"losses of steps 1 to {equal}, equal choices"
         checks.append(_worst(what, np.abs(ours - theirs)[first], noise[first], bounds[first]))
     if equal < len(ours):
         between_batches = np.sqrt(np.mean(np.diff(theirs) ** 2) / 2) if len(theirs) > 1 else 0.0
         difference, noise = (np.asarray([abs(np.mean((run - theirs)[equal:]))]) for run in (ours, twins))
-        what = f"mean loss of the {len(ours) - equal} steps after"
+        what = f"mean loss of steps {equal + 1} to {len(ours)}"
         checks.append(_worst(what, difference, noise, np.asarray([between_batches + floor + 1.0 / tokens])))
     return checks
 
