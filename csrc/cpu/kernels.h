@@ -94,13 +94,14 @@ struct Product {
   Matrix b;
   int64_t num_columns;  // <= panel
   int64_t depth;
-  float* c;                  // [num_rows, panel]
-  Start next;                // of the caller's next product, if known: a hint
-  int64_t next_width = 0;    // bytes to prefetch of each row there if n runs along memory; 0: as many as of this b
-  void* scratch;             // kProductScratch bytes, 64-byte aligned
-  int64_t row_begin = 0;     // k of `rows` that belongs to the first k of b
-  bool accumulate = false;   // adds to c
-  bool sorted_rows = false;  // written by store_sorted; plain b is packed then: see packing_rows
+  float* c;                    // [num_rows, panel]
+  Start next;                  // of the caller's next product, if known: a hint
+  int64_t next_width = 0;      // bytes to prefetch of each row there if n runs along memory; 0: as many as of this b
+  void* scratch;               // kProductScratch bytes, 64-byte aligned
+  int64_t row_begin = 0;       // k of `rows` that belongs to the first k of b
+  bool accumulate = false;     // adds to c
+  bool rows_are_kept = false;  // multiply: scratch has them, widened, from the call before, of the same depth
+  bool sorted_rows = false;    // written by store_sorted; plain b is packed then: see packing_rows
   const void* gathered = nullptr;  // the same rows from gather_rows, block after block: read instead
 };
 constexpr int64_t kLeftPadding = 31;

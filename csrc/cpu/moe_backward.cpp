@@ -89,10 +89,11 @@ struct ActivationBackward {
       const char* const ahead = at(args.h, std::min(slot + 2, args.h.shape[0] - 1), columns.begin[i]);
       for (int64_t b = 0; b < columns.count[i] * size_of(args.h.dtype); b += 64) __builtin_prefetch(ahead + b);
     }
-    float part[2][kMaxPanel], a[kMaxPanel], scaled[kMaxPanel] = {};
+    float part[2][kMaxPanel], a[kMaxPanel], scaled[kMaxPanel];
     for (int i = 0; i < 2; ++i) k.load_row(part[i], at(args.h, slot, columns.begin[i]), args.h.dtype, columns.count[i]);
     GateRow shuffled;
     const auto [gate, up] = split_gate(shuffled, part[0], part[1], args.options, columns, count);
+    std::memset(scaled, 0, static_cast<size_t>(count) * sizeof(float));
     k.add_scaled_row(scaled, g, DType::kFloat32, weight, count);
     k.glu_backward_row(a, gate, up, scaled, gate, up, args.options, count);
     merge_gate(part[0], part[1], shuffled, args.options, columns, count);
@@ -101,7 +102,7 @@ struct ActivationBackward {
     for (int i = 0; i < 2; ++i) {
       k.store_row(at(grad_h, slot, columns.begin[i]), grad_h.dtype, part[i], columns.count[i]);
     }
-    std::fill(scaled, scaled + count, 0.0f);
+    std::memset(scaled, 0, static_cast<size_t>(count) * sizeof(float));
     k.add_scaled_row(scaled, a, DType::kFloat32, weight, count);
     k.store_row(at(weighted_a, slot, column), weighted_a.dtype, scaled, count);
   }

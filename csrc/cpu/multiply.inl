@@ -374,7 +374,7 @@ Rows rows_from(const Product& product, DType dtype, bool pairs, int64_t k, int64
   float* const widened = static_cast<float*>(product.scratch) + kScratchRow * kMaxPanel;
   for (int64_t m = 0; m < product.num_rows; ++m) {
     float* const row = widened + m * (depth + kScratchRow - kChunkWords);
-    load_row(row, static_cast<const char*>(product.rows[m]) + k * 2, dtype, depth);
+    if (!product.rows_are_kept) load_row(row, static_cast<const char*>(product.rows[m]) + k * 2, dtype, depth);
     widened_rows[m] = row;
   }
   return {widened_rows, 0};

@@ -42,7 +42,7 @@ int64_t sorted_row_bytes(DType dtype, int64_t depth) {
 void store_sorted(void* out, DType dtype, int64_t depth, int64_t first, const float* values, int64_t n) {
   const bool pairs = dtype == DType::kBFloat16 && kHasPairs;
   const int64_t per_word = pairs ? 2 : 1, total = depth / per_word;
-  float rounded[kMaxPanel] = {}, widened[kMaxPanel] = {};
+  float rounded[kMaxPanel], widened[kMaxPanel];  // n is a multiple of the words of a vector, as depth is
   store_row(rounded, dtype, values, n);
   if (!pairs) load_row(widened, rounded, dtype, n);
   const float* const words = pairs ? rounded : widened;

@@ -3,7 +3,8 @@
 //
 // One panel takes 128 bytes of each row of W, and rows are a page apart. Panel by panel, each page is walked to once per
 // panel, and memory delivers two lines of each row it opens. So up to 512 columns advance together through slices of the
-// depth: rows are read in runs of 1 KB, and their pages stay in the TLB for all panels. The order of each sum is unchanged.
+// depth: rows are read in runs of 1 KB, and their pages stay in the TLB for all panels. Where rows of A are widened to float32,
+// the first panel of a slice does it for all. The order of each sum is unchanged.
 #pragma once
 #include <algorithm>
 
@@ -52,6 +53,7 @@ inline void multiply_wide(const Kernels& k, const Product& product) {
       part.row_begin = begin;
       part.depth = std::min(slice, product.depth - begin);
       part.accumulate = product.accumulate || begin > 0;
+      part.rows_are_kept = j > 0 && is_plain && part.depth <= kChunkWords;  // one chunk: scratch has all of them
       part.c = product.c + j * product.num_rows * k.panel;
       // Each panel prefetches its share of the rows of the next slice.
       const bool is_last = begin + slice >= product.depth;
