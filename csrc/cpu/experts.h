@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -119,6 +120,15 @@ inline bool has_few_rows(const int32_t* expert_offsets, int64_t num_experts) {
   }
   return true;
 }
+
+// The experts whose rows are in the word order of weights in panels: those with at least so many rows.
+struct SortedExperts {
+  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+  int64_t least_rows = kNone;
+  bool has(const int32_t* expert_offsets, int64_t expert) const {
+    return expert_offsets[expert + 1] - expert_offsets[expert] >= least_rows;
+  }
+};
 
 // Row stride of internal buffers: an odd number of cache lines. Rows a power of two apart share a few sets of L1, and the
 // rows of a tile would evict each other.

@@ -150,9 +150,9 @@ struct Kernels {
   void (*expand_rows)(void* out, int64_t stride, const Matrix& b, int64_t depth, int64_t num_rows, int64_t first,
                       int64_t count);
 
-  // Rows per expert from which plain b is packed as a panel, so rows are sorted; 0: never. The depth is a multiple of
-  // kPanelColumns.
-  int64_t packing_rows;
+  // Rows of an expert from which its plain b is packed as panels, so these rows are sorted; 0: never. The depth is a multiple
+  // of kPanelColumns.
+  int64_t (*packing_rows)(DType dtype);
   // panel_vector_bytes: of a vector of b in panels (panels.h). sorted_row_bytes: of a row of A for such b, if not gathered.
   // store_sorted writes its elements [first, first + n), rounded to `dtype`: first is a multiple of the panel, n at most one.
   int64_t (*panel_vector_bytes)(DType dtype);

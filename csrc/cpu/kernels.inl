@@ -376,7 +376,7 @@ constexpr Kernels make_table(const char* isa) {
       .pack_chunk = pack_chunk,
       .expand_minifloats = expand_minifloats,
       .expand_rows = expand_rows,
-      .packing_rows = kPackingRows,
+      .packing_rows = [](DType dtype) { return dtype == DType::kFloat32 ? kPackingRows : kWidenedPackingRows; },
       .panel_vector_bytes = panel_vector_bytes,
       .sorted_row_bytes = sorted_row_bytes,
       .store_sorted = store_sorted,

@@ -13,28 +13,34 @@
 
 namespace switchgear::cpu {
 
-enum class RowLayout : uint8_t {
-  kInPlace,   // row after row
-  kSpread,    // copied, an odd number of cache lines apart
-  kSorted,    // words in the order of weights in panels, or of plain weights that are packed as such
-  kGathered,  // blocks of rows from the ISA's gather_rows
-};
-
+// Besides rows in place: an ISA's blocks of gathered rows, or per expert the word order of panels.
 struct RowPlan {
-  RowLayout layout = RowLayout::kInPlace;
+  int64_t block_bytes = 0;  // of the ISA's gather_rows; 0: rows are not gathered
   int64_t row_bytes = 0;    // row stride of our own copies
-  int64_t block_bytes = 0;  // for kGathered
+  SortedExperts sorted;     // if not gathered
 };
 
-inline RowPlan plan_rows(const Kernels& k, Format format, DType dtype, int64_t depth, int64_t num_slots,
-                         int64_t num_experts) {
+inline RowPlan plan_rows(const Kernels& k, Format format, DType dtype, int64_t depth, int64_t num_slots) {
   const int64_t block_bytes = gathered_block_bytes(k, format, dtype, depth);
-  if (block_bytes > 0) return {.layout = RowLayout::kGathered, .block_bytes = block_bytes};
-  const bool is_packed = format == Format::kPlain && k.packing_rows > 0 && num_slots >= k.packing_rows * num_experts &&
-                         depth % kPanelColumns == 0;
-  const bool is_sorted = format == Format::kPanels || is_packed;
-  return {.layout = is_sorted ? RowLayout::kSorted : RowLayout::kInPlace,
-          .row_bytes = spread_row_bytes(is_sorted ? k.sorted_row_bytes(dtype, depth) : depth * size_of(dtype))};
+  if (block_bytes > 0) return {.block_bytes = block_bytes};
+  const int64_t packing_rows = k.packing_rows(dtype);
+  SortedExperts sorted;
+  if (format == Format::kPanels) {
+    sorted.least_rows = 0;
+  } else if (format == Format::kPlain && packing_rows > 0 && num_slots >= packing_rows && depth % kPanelColumns == 0) {
+    sorted.least_rows = packing_rows;
+  }
+  const bool may_sort = sorted.least_rows != SortedExperts::kNone;
+  return {.row_bytes = spread_row_bytes(may_sort ? k.sorted_row_bytes(dtype, depth) : depth * size_of(dtype)),
+          .sorted = sorted};
+}
+
+inline int64_t count_sorted_slots(SortedExperts sorted, const int32_t* expert_offsets, int64_t num_experts) {
+  int64_t count = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    if (sorted.has(expert_offsets, e)) count += expert_offsets[e + 1] - expert_offsets[e];
+  }
+  return count;
 }
 
 // Copies a row in the word order of weights in panels.
@@ -47,38 +53,55 @@ inline void sort_row(const Kernels& k, void* out, const void* row, DType dtype, 
   }
 }
 
-// x [T,H], in place or copied once.
+// x [T,H], in place or copied: sorted, and for other experts with an odd number of cache lines between rows.
 class InputRows {
  public:
   InputRows(const Kernels& k, Format format, const TensorView& x, int64_t num_slots, int64_t num_experts)
-      : k_(k), x_(x), plan_(plan_rows(k, format, x.dtype, x.shape[1], num_slots, num_experts)) {
+      : k_(k), x_(x), plan_(plan_rows(k, format, x.dtype, x.shape[1], num_slots)) {
     constexpr int64_t kManyRows = 12;  // of an expert; above, a copy that spreads rows over L1 pays for itself
-    const bool is_many = num_slots > kManyRows * num_experts && x.shape[1] * size_of(x.dtype) % 128 == 0;
-    if (plan_.layout == RowLayout::kInPlace && is_many) plan_.layout = RowLayout::kSpread;
+    const bool is_many = num_slots > kManyRows * num_experts && row_bytes() % 128 == 0;
+    spreads_ = plan_.block_bytes == 0 && plan_.sorted.least_rows > 0 && is_many;
   }
 
   int64_t block_bytes() const { return plan_.block_bytes; }
-  bool is_sorted() const { return plan_.layout == RowLayout::kSorted; }
-  int64_t bytes() const { return copies() ? x_.shape[0] * plan_.row_bytes : 0; }
+  SortedExperts sorted() const { return plan_.sorted; }
+  int64_t bytes() const {
+    const int64_t num_tokens = x_.shape[0];
+    return (spreads_ ? Workspace::padded(num_tokens * spread_row_bytes(row_bytes())) : 0) +
+           (may_sort() ? Workspace::padded(num_tokens * plan_.row_bytes) : 0);
+  }
 
   // pointers[s] = row of slot s
-  void fill(const void** pointers, Workspace& workspace, const Slots& slots, int64_t used_slots, int num_threads) {
-    fill_row_pointers(pointers, copies() ? copy(workspace, num_threads) : x_, slots.token_indices, used_slots);
+  void fill(const void** pointers, Workspace& workspace, const Slots& slots, int64_t used_slots, int64_t num_experts,
+            int num_threads) {
+    const int32_t* const offsets = slots.expert_offsets;
+    const int64_t sorted_slots = count_sorted_slots(plan_.sorted, offsets, num_experts);
+    if (sorted_slots < used_slots) {
+      const TensorView rows = spreads_ ? copy(workspace, spread_row_bytes(row_bytes()), false, num_threads) : x_;
+      fill_row_pointers(pointers, rows, slots.token_indices, used_slots);
+    }
+    if (sorted_slots == 0) return;
+    const TensorView rows = copy(workspace, plan_.row_bytes, true, num_threads);
+    for (int64_t e = 0; e < num_experts; ++e) {
+      const int64_t begin = offsets[e], count = offsets[e + 1] - begin;
+      if (plan_.sorted.has(offsets, e)) fill_row_pointers(pointers + begin, rows, slots.token_indices + begin, count);
+    }
   }
 
  private:
-  bool copies() const { return plan_.layout == RowLayout::kSpread || plan_.layout == RowLayout::kSorted; }
+  bool may_sort() const { return plan_.sorted.least_rows != SortedExperts::kNone; }
+  int64_t row_bytes() const { return x_.shape[1] * size_of(x_.dtype); }
 
-  TensorView copy(Workspace& workspace, int num_threads) const {
+  TensorView copy(Workspace& workspace, int64_t stride, bool sorts, int num_threads) const {
     const int64_t num_tokens = x_.shape[0], depth = x_.shape[1];
-    TensorView out = view(workspace.take_bytes(bytes()), x_.dtype, num_tokens, depth);
-    out.stride[0] = plan_.row_bytes / size_of(x_.dtype);
+    TensorView out = view(workspace.take_bytes(num_tokens * stride), x_.dtype, num_tokens, depth);
+    out.stride[0] = stride / size_of(x_.dtype);
     parallel_for_ranges(num_threads, num_tokens, 16, [&](int64_t begin, int64_t end, int) {
       for (int64_t t = begin; t < end; ++t) {
-        if (plan_.layout == RowLayout::kSorted) {
+        if (sorts) {
           sort_row(k_, row_of(out, t), row_of(x_, t), x_.dtype, depth);
         } else {
-          std::memcpy(row_of(out, t), row_of(x_, t), static_cast<size_t>(depth * size_of(x_.dtype)));
+          std::memcpy(row_of(out, t), row_of(x_, t), static_cast<size_t>(row_bytes()));
         }
       }
     });
@@ -88,6 +111,7 @@ class InputRows {
   const Kernels& k_;
   TensorView x_;
   RowPlan plan_;
+  bool spreads_ = false;
 };
 
 // a [S,I], which the first projection writes and the second reads.
@@ -95,12 +119,12 @@ class ActivationRows {
  public:
   ActivationRows(const Kernels& k, Format format, DType dtype, int64_t num_slots, int64_t width, int64_t num_experts)
       : k_(k),
-        plan_(plan_rows(k, format, dtype, width, num_slots, num_experts)),
+        plan_(plan_rows(k, format, dtype, width, num_slots)),
         num_experts_(num_experts),
         a_(view(nullptr, dtype, num_slots, width)) {}
 
   // Rows one after the other, besides those of another layout: for products with an adapter.
-  void keep_plain() { keeps_plain_ = plan_.layout == RowLayout::kSorted || plan_.layout == RowLayout::kGathered; }
+  void keep_plain() { keeps_plain_ = gathers() || plan_.sorted.least_rows != SortedExperts::kNone; }
   const void* const* plain(const void* const* rows) const { return plain_ ? plain_->pointers() : rows; }
 
   int64_t bytes() const {
@@ -108,10 +132,13 @@ class ActivationRows {
     return plain_bytes + (gathers() ? Workspace::padded(num_experts_ * 4) + block_bytes() : row_bytes());
   }
   void take(Workspace& workspace, const int32_t* expert_offsets) {
-    if (keeps_plain_) plain_.emplace(workspace, a_.shape[0], width(), a_.dtype);
+    expert_offsets_ = expert_offsets;
+    const bool is_plain = !gathers() && count_sorted_slots(plan_.sorted, expert_offsets, num_experts_) == 0;
+    if (keeps_plain_ && !is_plain) plain_.emplace(workspace, a_.shape[0], width(), a_.dtype);
     if (!gathers()) {
       a_.data = workspace.take_bytes(row_bytes());
-      a_.stride[0] = plan_.row_bytes / size_of(a_.dtype);
+      const int64_t element = size_of(a_.dtype);  // shorter rows are on fewer pages
+      a_.stride[0] = (is_plain ? spread_row_bytes(width() * element) : plan_.row_bytes) / element;
       return;
     }
     auto* const first_blocks = workspace.take<int32_t>(num_experts_);
@@ -121,8 +148,8 @@ class ActivationRows {
   }
 
   int64_t width() const { return a_.shape[1]; }
-  bool is_in_place() const { return plan_.layout == RowLayout::kInPlace; }
-  bool is_sorted() const { return plan_.layout == RowLayout::kSorted; }
+  bool gathers() const { return plan_.block_bytes > 0; }
+  SortedExperts sorted() const { return plan_.sorted; }
   const GatheredSlots& gathered() const { return gathered_; }
   // pointers[s] = row of slot s, unless rows are gathered
   void fill(const void** pointers, int64_t used_slots) const {
@@ -134,28 +161,26 @@ class ActivationRows {
   void store(const Tile& tile, int64_t count, Row&& row) const {
     alignas(64) char last_rows[kGatheredRows][kMaxPanel * 2];  // to gather next
     const void* pointers[kGatheredRows];
+    const bool is_sorted = !gathers() && plan_.sorted.has(expert_offsets_, tile.expert);
     for (int64_t i = 0; i < kGatheredRows; ++i) pointers[i] = last_rows[i];
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float activated[kMaxPanel];
       row(m, activated);
       const int64_t slot = tile.first_row + m, i = m % kGatheredRows;
       if (plain_) k_.store_row(plain_->row(slot) + tile.column * size_of(a_.dtype), a_.dtype, activated, count);
-      switch (plan_.layout) {
-        case RowLayout::kSorted:
-          k_.store_sorted(row_of(a_, slot), a_.dtype, width(), tile.column, activated, count);
-          break;
-        case RowLayout::kGathered:
-          k_.store_row(last_rows[i], a_.dtype, activated, count);
-          if (i + 1 < kGatheredRows && m + 1 < tile.num_rows) break;
-          k_.gather_rows(gathered_.block(tile.expert, slot), pointers, i + 1, tile.column, count);
-          break;
-        default: k_.store_row(at(a_, slot, tile.column), a_.dtype, activated, count);
+      if (is_sorted) {
+        k_.store_sorted(row_of(a_, slot), a_.dtype, width(), tile.column, activated, count);
+      } else if (!gathers()) {
+        k_.store_row(at(a_, slot, tile.column), a_.dtype, activated, count);
+      } else {
+        k_.store_row(last_rows[i], a_.dtype, activated, count);
+        if (i + 1 < kGatheredRows && m + 1 < tile.num_rows) continue;
+        k_.gather_rows(gathered_.block(tile.expert, slot), pointers, i + 1, tile.column, count);
       }
     }
   }
 
  private:
-  bool gathers() const { return plan_.layout == RowLayout::kGathered; }
   int64_t row_bytes() const { return a_.shape[0] * plan_.row_bytes; }
   int64_t block_bytes() const { return GatheredSlots::most_blocks(a_.shape[0], num_experts_) * plan_.block_bytes; }
 
@@ -163,6 +188,7 @@ class ActivationRows {
   RowPlan plan_;
   int64_t num_experts_;
   TensorView a_;
+  const int32_t* expert_offsets_ = nullptr;
   GatheredSlots gathered_;
   bool keeps_plain_ = false;
   std::optional<SlotRows> plain_;

@@ -35,7 +35,8 @@ namespace {
 struct FirstProjection {
   const MoeForwardArgs& args;
   const void* const* rows;  // [S] gathered rows of x
-  bool sorted_rows;
+  SortedExperts sorted;
+  const int32_t* expert_offsets;
   const ActivationRows& a;
   const Kernels& k;
   AdapterTerms adapter;
@@ -47,7 +48,7 @@ struct FirstProjection {
   }
 
   // Later pieces of an expert's rows find the columns in a cache if they follow at once.
-  TaskWork work(const Tile& tile, bool by_panels, const int32_t* expert_offsets) const {
+  TaskWork work(const Tile& tile, bool by_panels) const {
     if (by_panels && tile.first_row > expert_offsets[tile.expert]) return {tile.expert, tile.num_rows, 0};
     const int64_t count = std::min(columns_per_tile, a.width() - tile.column) * (args.options.gated ? 2 : 1);
     const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert, args.x.dtype);
@@ -74,7 +75,7 @@ struct FirstProjection {
                       .c = scratch[i].c,
                       .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).start() : next,
                       .scratch = scratch[i].packing,
-                      .sorted_rows = sorted_rows,
+                      .sorted_rows = sorted.has(expert_offsets, tile.expert),
                       .gathered = gathered_x});
       if (adapter.defined()) adapter.add(scratch[i].c, term(i), adapter_scratch, k);
     }
@@ -105,8 +106,10 @@ struct FirstProjection {
 int64_t tile_columns(const Weight& gate_up_proj, const ActivationRows& a, const int32_t* expert_offsets,
                      const Context& context) {
   const int64_t num_experts = gate_up_proj.num_experts(), panel = context.kernels.panel;
-  if (gate_up_proj.format == Format::kPanels || !a.is_in_place() || !has_few_rows(expert_offsets, num_experts))
+  if (gate_up_proj.format == Format::kPanels || a.sorted().least_rows == 0 || a.gathers() ||
+      !has_few_rows(expert_offsets, num_experts)) {
     return panel;
+  }
   int64_t used = 0;
   for (int64_t e = 0; e < num_experts; ++e) used += expert_offsets[e] < expert_offsets[e + 1];
   return columns_for(panel, std::min(panel, kFewestColumns), context.num_threads,
@@ -142,7 +145,7 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   const void** const x_rows = workspace.take<const void*>(num_slots);
   const void** const a_rows = workspace.take<const void*>(num_slots);
   a.take(workspace, slots.expert_offsets);
-  x.fill(x_rows, workspace, slots, used_slots, num_threads);
+  x.fill(x_rows, workspace, slots, used_slots, num_experts, num_threads);
   a.fill(a_rows, used_slots);
   char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * thread_bytes));
   char* const gathered_memory = static_cast<char*>(workspace.take_bytes(num_threads * gathered_x_bytes));
@@ -156,10 +159,8 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   const ThreadMemory thread_memory{memory, thread_bytes};
   ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, dtype, workspace);
   u.multiply(args.x, slots.token_indices, thread_memory, context);
-  const FirstProjection first{args, x_rows, x.is_sorted(), a, k, u.terms(), columns};
-  const auto work = [&](int64_t i) {
-    return first.work(tiles[static_cast<size_t>(i)], x.block_bytes() == 0, slots.expert_offsets);
-  };
+  const FirstProjection first{args, x_rows, x.sorted(), slots.expert_offsets, a, k, u.terms(), columns};
+  const auto work = [&](int64_t i) { return first.work(tiles[static_cast<size_t>(i)], x.block_bytes() == 0); };
   const auto run_tile = [&](int64_t i, int thread) {
     char* const own = memory + thread * thread_bytes;
     ProductScratch scratch[2] = {ProductScratch(own), ProductScratch(own)}, adapter_scratch(own);
@@ -175,7 +176,7 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   ForwardAdapter v(args.weights.down_adapter, 1, slots, dtype, workspace);
   v.multiply(a.plain(a_rows), thread_memory, context);
   token_sum({.rows = a_rows,
-             .sorted_rows = a.is_sorted(),
+             .sorted = a.sorted(),
              .gathered = a.gathered(),
              .depth = intermediate_size,
              .matrices = &down_proj,

@@ -12,9 +12,9 @@ namespace {
 using Floats = __m512;
 typedef int32_t Ints __attribute__((vector_size(64)));
 constexpr int kLanes = 16;
-constexpr int kPanelVectors = 4;     // 6 x 4 accumulators, 4 of B and 1 of A: 29 of 32 registers
-constexpr int kDotColumns = 4;       // of a tile of dot_products
-constexpr int64_t kPackingRows = 0;  // see Kernels
+constexpr int kPanelVectors = 4;  // 6 x 4 accumulators, 4 of B and 1 of A: 29 of 32 registers
+constexpr int kDotColumns = 4;    // of a tile of dot_products
+constexpr int64_t kPackingRows = 0, kWidenedPackingRows = 0;                               // see Kernels
 constexpr int kSumOrder[kLanes] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // of add_sums
 
 struct BFloat16 {

@@ -14,10 +14,10 @@ namespace {
 using Floats = float32x4_t;
 typedef int32_t Ints __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
-constexpr int kPanelVectors = 4;                 // 6 x 4 accumulators, 4 of B and 1 of A: 29 of 32 registers
-constexpr int kDotColumns = 4;                   // of a tile of dot_products
-constexpr int64_t kPackingRows = 0;              // see Kernels
-constexpr int kSumOrder[kLanes] = {0, 1, 2, 3};  // of add_sums
+constexpr int kPanelVectors = 4;  // 6 x 4 accumulators, 4 of B and 1 of A: 29 of 32 registers
+constexpr int kDotColumns = 4;    // of a tile of dot_products
+constexpr int64_t kPackingRows = 0, kWidenedPackingRows = 0;  // see Kernels
+constexpr int kSumOrder[kLanes] = {0, 1, 2, 3};               // of add_sums
 constexpr bool kHasPairs = false;
 
 struct BFloat16 {

@@ -151,7 +151,7 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
                               .c = scratch.c,
                               .next = s + piece < last ? b.start() : next_start,
                               .scratch = scratch.packing,
-                              .sorted_rows = args.sorted_rows,
+                              .sorted_rows = args.sorted.has(args.expert_offsets, e),
                               .gathered = args.gathered.defined() ? args.gathered.block(e, s) : nullptr};
         const AdapterTerms::Columns term{e, s, rows, column, columns};
         if (args.adapter.defined()) args.adapter.prefetch(term);

@@ -9,9 +9,9 @@
 namespace switchgear::cpu {
 
 struct TokenSumArgs {
-  const void* const* rows;   // [S]
-  bool sorted_rows = false;  // see Product
-  GatheredSlots gathered;    // the same rows, for an ISA that gathers them
+  const void* const* rows;  // [S]
+  SortedExperts sorted;     // those whose rows are sorted: see Product
+  GatheredSlots gathered;   // the same rows, for an ISA that gathers them
   int64_t depth;
   const Weight* matrices;
   bool transposed;            // B = the matrix itself (x·W) instead of its transpose (x·Wᵀ)
