@@ -118,7 +118,7 @@ TEST ?= moe
 ISAS ?= avx2;neon
 
 try: $(BIN)/cmake $(BIN)/ninja
-	cmake --preset cpu -B build/try -DSWITCHGEAR_BENCH=OFF -DSWITCHGEAR_CPU_ISAS='$(ISAS)'
+	cmake --preset dev -B build/try -DSWITCHGEAR_CPU_ISAS='$(ISAS)'
 	cmake --build build/try --target test_$(TEST)
 	ctest --test-dir build/try --output-on-failure --tests-regex '^$(TEST)$$'
 
