@@ -13,7 +13,7 @@ growth preserves that factor. A wrong formula is off by many orders in float32. 
 but the gradients at the common start show it. The floor covers a twin that happens to coincide with its reference.
 
 That holds while every token has the same experts in both runs. Sooner or later two experts of a token are so close that
-a rounding decides, in float32 once in some ten steps, at another step in each run. From then on the runs train
+a rounding decides, in float32 after some ten or twenty steps, at another step in each run. From then on the runs train
 different functions, and how fast they part no longer measures roundings. So losses are compared step by step up to the
 first choice that differs, and after it only their mean, as two runs of the same training.
 """
