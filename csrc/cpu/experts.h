@@ -125,6 +125,7 @@ inline bool has_few_rows(const int32_t* expert_offsets, int64_t num_experts) {
 struct SortedExperts {
   static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   int64_t least_rows = kNone;
+  bool is_none() const { return least_rows == kNone; }
   bool has(const int32_t* expert_offsets, int64_t expert) const {
     return expert_offsets[expert + 1] - expert_offsets[expert] >= least_rows;
   }

@@ -30,8 +30,7 @@ inline RowPlan plan_rows(const Kernels& k, Format format, DType dtype, int64_t d
   } else if (format == Format::kPlain && packing_rows > 0 && num_slots >= packing_rows && depth % kPanelColumns == 0) {
     sorted.least_rows = packing_rows;
   }
-  const bool may_sort = sorted.least_rows != SortedExperts::kNone;
-  return {.row_bytes = spread_row_bytes(may_sort ? k.sorted_row_bytes(dtype, depth) : depth * size_of(dtype)),
+  return {.row_bytes = spread_row_bytes(sorted.is_none() ? depth * size_of(dtype) : k.sorted_row_bytes(dtype, depth)),
           .sorted = sorted};
 }
 
@@ -68,7 +67,7 @@ class InputRows {
   int64_t bytes() const {
     const int64_t num_tokens = x_.shape[0];
     return (spreads_ ? Workspace::padded(num_tokens * spread_row_bytes(row_bytes())) : 0) +
-           (may_sort() ? Workspace::padded(num_tokens * plan_.row_bytes) : 0);
+           (plan_.sorted.is_none() ? 0 : Workspace::padded(num_tokens * plan_.row_bytes));
   }
 
   // pointers[s] = row of slot s
@@ -89,7 +88,6 @@ class InputRows {
   }
 
  private:
-  bool may_sort() const { return plan_.sorted.least_rows != SortedExperts::kNone; }
   int64_t row_bytes() const { return x_.shape[1] * size_of(x_.dtype); }
 
   TensorView copy(Workspace& workspace, int64_t stride, bool sorts, int num_threads) const {
@@ -124,7 +122,7 @@ class ActivationRows {
         a_(view(nullptr, dtype, num_slots, width)) {}
 
   // Rows one after the other, besides those of another layout: for products with an adapter.
-  void keep_plain() { keeps_plain_ = gathers() || plan_.sorted.least_rows != SortedExperts::kNone; }
+  void keep_plain() { keeps_plain_ = gathers() || !plan_.sorted.is_none(); }
   const void* const* plain(const void* const* rows) const { return plain_ ? plain_->pointers() : rows; }
 
   int64_t bytes() const {
