@@ -62,6 +62,9 @@ help:
 space := $(subst ,, )
 build_preset = cmake --preset $(1) && cmake --build --preset $(1)
 run_preset = $(call build_preset,$(1)) && ctest --preset $(1)
+# those of tests/cpp/test_*.cpp, or all
+run_preset_tests = $(call build_preset,$(1)) $(if $(2),--target $(addprefix test_,$(2))) && \
+  ctest --preset $(1) $(if $(2),--tests-regex '^($(subst $(space),|,$(strip $(2))))$$')
 this_python = -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
 # ---- environment ---------------------------------------------------------------------------------------------------------
@@ -129,9 +132,14 @@ try-cuda: $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 sanitize: asan tsan
 
 # ASAN_ISAS: those to build under the address sanitizer, instead of all.
-asan tsan: $(BIN)/cmake $(BIN)/ninja
-	$(if $(filter asan,$@),cmake --preset asan -DSWITCHGEAR_CPU_ISAS='$(ASAN_ISAS)')
-	$(call run_preset,$@)
+asan: $(BIN)/cmake $(BIN)/ninja
+	cmake --preset asan -DSWITCHGEAR_CPU_ISAS='$(ASAN_ISAS)'
+	$(call run_preset,asan)
+
+TSAN_TESTS ?=
+
+tsan: $(BIN)/cmake $(BIN)/ninja
+	$(call run_preset_tests,tsan,$(TSAN_TESTS))
 
 # In the build tree of `make asan`, so not at the same time.
 asan-python: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
@@ -148,8 +156,7 @@ NEON_TESTS ?=
 neon: $(BIN)/cmake $(BIN)/ninja
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "no cross compiler for Arm was found: install g++-aarch64-linux-gnu"; exit 1; }
 	@command -v qemu-aarch64 >/dev/null || { echo "no emulator of Arm was found: install qemu-user"; exit 1; }
-	$(call build_preset,neon) $(if $(NEON_TESTS),--target $(addprefix test_,$(NEON_TESTS)))
-	$(if $(NEON_QUICK),SWITCHGEAR_QUICK=1) ctest --preset neon $(if $(NEON_TESTS),--tests-regex '^($(subst $(space),|,$(strip $(NEON_TESTS))))$$')
+	$(if $(NEON_QUICK),export SWITCHGEAR_QUICK=1;) $(call run_preset_tests,neon,$(NEON_TESTS))
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------------
 
@@ -264,7 +271,7 @@ lint: $(INSTALLED)test $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
-	$(BIN)/stubtest --allowlist .ci/stubtest-allowlist --ignore-unused-allowlist switchgear._C \
+	$(BIN)/stubtest --mypy-config-file .ci/stubtest.ini --allowlist .ci/stubtest-allowlist --ignore-unused-allowlist switchgear._C \
 	  $$($(BIN)/python -c 'import importlib.util as u; print("switchgear._cuda" if u.find_spec("switchgear._cuda") else "")')
 
 site: $(INSTALLED)docs
