@@ -11,7 +11,7 @@ struct Format {
   int64_t bits, group_size;
   bool symmetric;
 };
-constexpr Format kFormats[] = {{8, 0, true}, {4, 32, true}, {4, 16, false}, {8, 64, false}};
+constexpr Format kFormats[] = {{8, 0, true}, {4, 0, true}, {4, 32, true}, {4, 16, false}, {8, 64, false}};
 
 // Blocks of random bytes; integers.h defines where q, scale and zero are.
 struct Integers {
@@ -166,6 +166,43 @@ TEST(grouped_gemm_is_what_the_bytes_say) {
           Isas::kAll);
     }
   });
+}
+
+// The longest sums of the largest products, which overflow first: all values of weights and of activations are extremes.
+TEST(the_largest_sums_are_exact) {
+  Random random(9);
+  constexpr int64_t kRows = 40, kColumns = 1000;  // sums below 2^24 are exact in float32
+  for (const Format& f : {Format{8, 0, true}, Format{4, 0, true}, Format{4, 128, true}}) {
+    Integers weight(random, f, 1, kRows, kColumns, 1);
+    const auto fill = [](Array& array, int value) {
+      std::fill_n(array.view().as<uint8_t>(), array.numel(), static_cast<uint8_t>(value));
+    };
+    fill(weight.values, 0xff);
+    fill(weight.scales, 1);
+    std::fill_n(weight.row_scales.view().as<float>(), weight.row_scales.numel(), 1.0f);
+    const double value = f.bits == 8 ? 255 - 128 : 15 - 8;
+    for (const int64_t T : {1, 2, 6, 7, 13}) {
+      note = join("bits ", f.bits, " group ", f.group_size, " rows ", T);
+      Array x(DType::kFloat32, {T, kColumns}), out(DType::kFloat32, {T, kRows}), expert_offsets(DType::kInt32, {2});
+      for (int64_t t = 0; t < T; ++t)
+        std::fill_n(&x.view().as<float>()[t * kColumns], kColumns, t % 2 == 0 ? 1.0f : -1.0f);
+      expert_offsets.view().as<int32_t>()[0] = 0;
+      expert_offsets.view().as<int32_t>()[1] = static_cast<int32_t>(T);
+      const GroupedGemmArgs args{.x = x, .weight = weight.matrices(), .expert_offsets = expert_offsets, .out = out};
+      for_each_isa(
+          {&out}, [&](Execution exec) { grouped_gemm(args, exec); },
+          [&] {
+            for (int64_t t = 0; t < T; ++t) {
+              const double wanted = value * kColumns * x(t, 0);
+              for (int64_t n = 0; n < kRows; ++n) {
+                CHECK(std::abs(out(t, n) - wanted) <= 10 * kUnit * std::abs(wanted), "[", t, ", ", n, "] is ",
+                      out(t, n), ", not ", wanted);
+              }
+            }
+          },
+          Isas::kAll);
+    }
+  }
 }
 
 // The layer equals its stages, which have their own tests: the same h bit by bit, and the sum of the choices.

@@ -51,10 +51,14 @@ class IntegerMatrix {
 };
 
 // Row stride and bytes, in the workspace, of rows in int8 for products with `weight`.
-inline int64_t integer_stride(const Weight& weight) { return Workspace::padded(ceil_div(weight.cols, 8) * 8); }
-
-inline int64_t integer_bytes(int64_t num_rows, const Weight& weight) {
-  return Workspace::padded(num_rows * integer_stride(weight)) +
+inline bool rows_are_wide(const Weight& weight, const IntegerKernels& kernels) {
+  return !kernels.has_dot && bits_of(weight.format) == 8;
+}
+inline int64_t integer_stride(const Weight& weight, const IntegerKernels& kernels) {
+  return Workspace::padded(ceil_div(weight.cols, 8) * 8 * (rows_are_wide(weight, kernels) ? 2 : 1));
+}
+inline int64_t integer_bytes(int64_t num_rows, const Weight& weight, const IntegerKernels& kernels) {
+  return Workspace::padded(num_rows * integer_stride(weight, kernels)) +
          Workspace::padded(num_rows * ceil_div(weight.cols, block_columns(weight)) * 4) +
          Workspace::padded(num_rows * weight.scales.shape[2] * 4);
 }

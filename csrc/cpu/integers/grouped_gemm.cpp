@@ -25,7 +25,7 @@ void integer_grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const int64_t num_rows = args.x.shape[0];
 
   constexpr int64_t kTileBytes = kIntegerRows * kPanel * 4;
-  Workspace workspace(integer_bytes(num_rows, args.weight) + num_threads * kTileBytes);
+  Workspace workspace(integer_bytes(num_rows, args.weight, q) + num_threads * kTileBytes);
   const IntegerRows x = quantize_rows(workspace, args.x.data, args.x.stride[0] * size_of(args.x.dtype), args.x.dtype,
                                       num_rows, args.weight, context);
   float* const memory = static_cast<float*>(workspace.take_bytes(num_threads * kTileBytes));

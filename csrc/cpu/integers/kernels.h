@@ -13,16 +13,17 @@ constexpr int64_t kIntegerRows = 240;  // most rows of one product
 constexpr int64_t kIntegerPanel = 64;  // columns of one product: four blocks
 
 // Activations in int8, in blocks of columns that share a scale: block b of row r is scales[r, b] · values[r·stride + k].
-// Zeros follow the last column.
+// Zeros follow the last column. Wide rows hold int16: of each four columns 0, 2, 1 and 3.
 struct IntegerRows {
   int8_t* values;
   int64_t stride;        // bytes, a multiple of 64
   float* scales;         // [rows, blocks]
   int32_t* corrections;  // [rows, groups]: factor · Σ values over each group of the weights
   int64_t blocks, groups;
+  bool wide;
 
   IntegerRows from(int64_t row) const {
-    return {values + row * stride, stride, scales + row * blocks, corrections + row * groups, blocks, groups};
+    return {values + row * stride, stride, scales + row * blocks, corrections + row * groups, blocks, groups, wide};
   }
 };
 
@@ -55,6 +56,8 @@ struct IntegerProduct {
 };
 
 struct IntegerKernels {
+  bool has_dot;  // else rows for weights of 8 bits are wide
+
   void (*multiply)(const IntegerProduct&);
 
   // Two products of the same few rows with equally many columns; their weights are read in turns.

@@ -6,19 +6,23 @@
 //   A step loads 64 bytes of each of four blocks (16 columns x 4 of k) and broadcasts 4 bytes of each of 6 rows: 24 dot
 //   instructions for 4 loads and 6 broadcasts, so the multipliers bind. 4-bit values are unpacked in registers: the low halves
 //   of 64 bytes are one such load, the high halves the next.
+//   Without an instruction for dots (dot.h) tiles have 4 rows and 2 vectors, for 16 registers. A word of 4 columns takes two
+//   multiplications and two additions per vector of sums at 8 bits, one of each at 4.
 //   The weight is the unsigned operand, so z needs no instruction: accumulators start at -z·Σ a, from quantize_row.
 //   At 4 bits a group ends with conversions and multiply-adds, one per 8 dots, or two with zeros.
 //   reached on one core of Zen 5: at 8 bits 92-94 % of the dots from 32 rows on, weights from memory (60-75 % with 12 to 16);
-//   at 4 bits with zeros 63-66 %, where the bound is 80 %; one row at 8 bits is as fast as a plain read
+//   at 4 bits with zeros 63-66 %, where the bound is 80 %; one row at 8 bits is as fast as a plain read. On one core of Zen 3,
+//   without dots, 55 % of these multiplications and additions alone at 8 bits, 38 % at 4, where loads of rows, unpacking and the
+//   ends of groups are as many instructions again
 // Sums inside a group are exact integers. Sums over groups are float32, ascending, so results do not depend on tiles.
 #pragma once
 
 namespace switchgear::cpu {
 namespace {
 
-constexpr int kRowTile = 6;
-constexpr int kTileVectors8 = kPanelVectors;  // per tile: 6 sums each
-constexpr int kTileVectors4 = 2;              // with several groups, sums and totals share the registers
+constexpr int kRowTile = kHasDot || kLanes == 16 ? 6 : 4;  // without spilled registers
+constexpr int kTileVectors8 = kPanelVectors;               // per tile: 6 sums each
+constexpr int kTileVectors4 = 2;                           // with several groups, sums and totals share the registers
 constexpr int kBlockVectors = kBlockRows / kLanes;
 constexpr int64_t kWordBytes = 4 * kBlockRows;  // of a block
 
@@ -64,15 +68,55 @@ struct Tile {
   }
 };
 
-// Words of 4 columns in 64 bytes: one at 8 bits, two at 4.
+// 64 bytes of a block, a line, are one word of 4 columns at 8 bits and two at 4. They are multiplied in steps, each by four
+// bytes of a row: by a word of int8, or, if activations are wide (kHasDot is false), by bytes 0 and 2 of the word as 16-bit
+// numbers and then by 1 and 3.
 template <int kBits>
-constexpr int kHalves = 8 / kBits;
+constexpr int kLineWords = 8 / kBits;
+template <int kBits>
+constexpr bool kIsWide = kBits == 8 && !kHasDot;
+template <int kBits>
+constexpr int kSteps = kIsWide<kBits> ? 2 : kLineWords<kBits>;
 
 template <int kBits>
-inline Weights weights_at(const uint8_t* bytes, int half) {
+inline Weights weights_at(const uint8_t* bytes, int step) {
   const Ints v = load_ints(bytes);
-  if constexpr (kBits == 8) return as_weights(kWeightOffset == 0 ? v : v ^ static_cast<int32_t>(0x80808080));
-  return as_weights((half == 0 ? v : v >> 4) & 0x0f0f0f0f);
+  if constexpr (kIsWide<kBits>) {
+    return as_weights(step == 0 ? even_bytes(v) : odd_bytes(v));
+  } else if constexpr (kBits == 8) {
+    return as_weights(kWeightOffset == 0 ? v : v ^ static_cast<int32_t>(0x80808080));
+  } else {
+    return as_weights((step == 0 ? v : v >> 4) & 0x0f0f0f0f);
+  }
+}
+
+template <int kBits>
+inline Activations activations_at(const int8_t* row, int64_t line, int step) {
+  return as_activations(word_at(row + 4 * (line * kSteps<kBits> + step)));
+}
+
+// Sums of 4 bits without an instruction for dots are made in halves of lanes, for kPartLines lines each.
+template <int kBits>
+constexpr bool kInHalves = kBits == 4 && !kHasDot;
+constexpr int64_t kPartLines = kNibbleSteps / kSteps<4>;
+
+template <int kBits>
+inline Ints add_dot(Ints sum, Weights w, Activations a) {
+  if constexpr (kInHalves<kBits>) {
+    return dot_nibbles(sum, w, a);
+  } else {
+    return dot(sum, w, a);
+  }
+}
+
+struct Lines {
+  int64_t begin, end;
+};
+
+template <int kBits>
+inline Lines lines_of(const IntegerPanel& b, int64_t group) {  // the number of words is even
+  const int64_t begin = group * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
+  return {begin / kLineWords<kBits>, end / kLineWords<kBits>};
 }
 
 // totals += sums · scale; with zeros also -scale · zero · the sums of activations
@@ -128,25 +172,39 @@ void multiply_tile(const IntegerProduct& p, int64_t m, int64_t first, const uint
 #pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) sum[i][j] = t.template start<kBits>(i, g);
       }
-      const int64_t begin = g * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
-      for (int64_t word = begin; word < end; word += kHalves<kBits>) {
-        for (const uint8_t* const wanted : ahead) {
-          __builtin_prefetch(wanted + word / kHalves<kBits> * kWordBytes, 0, 2);
-        }
+      const Lines lines = lines_of<kBits>(b, g);
+      const auto add_line = [&](int64_t line, Ints(&to)[kRows][kVectors]) {
+        for (const uint8_t* const wanted : ahead) __builtin_prefetch(wanted + line * kWordBytes, 0, 2);
 #pragma GCC unroll 2
-        for (int half = 0; half < kHalves<kBits>; ++half) {
+        for (int step = 0; step < kSteps<kBits>; ++step) {
           Weights w[kVectors];
 #pragma GCC unroll 8
-          for (int j = 0; j < kVectors; ++j) {
-            w[j] = weights_at<kBits>(t.values[j] + word / kHalves<kBits> * kWordBytes, half);
+          for (int j = 0; j < kVectors; ++j) w[j] = weights_at<kBits>(t.values[j] + line * kWordBytes, step);
+#pragma GCC unroll 16
+          for (int i = 0; i < kRows; ++i) {
+            const Activations a = activations_at<kBits>(t.a[i], line, step);
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) to[i][j] = add_dot<kBits>(to[i][j], w[j], a);
+          }
+        }
+      };
+      if constexpr (kInHalves<kBits>) {
+        for (int64_t line = lines.begin; line < lines.end; line += kPartLines) {
+          Ints halves[kRows][kVectors] = {};
+          if (line + kPartLines <= lines.end) {
+#pragma GCC unroll 4
+            for (int n = 0; n < kPartLines; ++n) add_line(line + n, halves);
+          } else {
+            for (int64_t n = line; n < lines.end; ++n) add_line(n, halves);
           }
 #pragma GCC unroll 16
           for (int i = 0; i < kRows; ++i) {
-            const Activations a = as_activations(word_at(t.a[i] + 4 * (word + half)));
 #pragma GCC unroll 8
-            for (int j = 0; j < kVectors; ++j) sum[i][j] = dot(sum[i][j], w[j], a);
+            for (int j = 0; j < kVectors; ++j) sum[i][j] = add_halves(sum[i][j], halves[i][j]);
           }
         }
+      } else {
+        for (int64_t line = lines.begin; line < lines.end; ++line) add_line(line, sum);
       }
       end_group<kBits>(t, sum, g, total);
     }
@@ -168,12 +226,13 @@ constexpr int64_t kAheadBytes = 4096, kScalesAhead = 512;
 
 template <int kBits, int kRows, int kSide>
 void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerPanel& b) {
-  constexpr int kFree = 4 / (kRows * kSide * kBlockVectors), kChains = kFree > 1 ? kFree : 1;
+  constexpr int kFree = kHasDot ? 4 / (kRows * kSide * kBlockVectors) : 1, kChains = kFree > 1 ? kFree : 1;
   for (int64_t block = 0, last = 0; last < b.groups; ++block) {
     last = (block + 1) * b.block_groups < b.groups ? (block + 1) * b.block_groups : b.groups;
     Floats total[kSide][kRows][kBlockVectors] = {};
     for (int64_t g = block * b.block_groups; g < last; ++g) {
-      Ints sum[kSide][kChains][kRows][kBlockVectors];
+      using Sums = Ints[kSide][kChains][kRows][kBlockVectors];
+      Sums sum;
 #pragma GCC unroll 8
       for (int side = 0; side < kSide; ++side) {
 #pragma GCC unroll 8
@@ -194,45 +253,60 @@ void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerP
           if (t[side].zeros[0] != nullptr) __builtin_prefetch(t[side].zeros[0] + at, 0, 3);
         }
       }
-      const int64_t begin = g * b.group_words, end = begin + b.group_words < b.words ? begin + b.group_words : b.words;
-      const auto add_word = [&](int64_t word, int half, int chain) {
+      const auto add_step = [&](int64_t line, int step, int chain, Sums& to) {
         Weights w[kSide][kBlockVectors];
 #pragma GCC unroll 8
         for (int side = 0; side < kSide; ++side) {
+          const uint8_t* const at = t[side].values[0] + line * kWordBytes;
           if constexpr (kPrefetches<kBits, kRows>) {
-            if (half == 0) {
-              __builtin_prefetch(t[side].values[0] + word / kHalves<kBits> * kWordBytes + kAheadBytes, 0, 3);
-            }
+            if (step == 0) __builtin_prefetch(at + kAheadBytes, 0, 3);
           }
 #pragma GCC unroll 8
-          for (int j = 0; j < kBlockVectors; ++j) {
-            w[side][j] = weights_at<kBits>(t[side].values[j] + word / kHalves<kBits> * kWordBytes, half);
-          }
+          for (int j = 0; j < kBlockVectors; ++j) w[side][j] = weights_at<kBits>(at + 4 * j * kLanes, step);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
-          const Activations a = as_activations(word_at(t[0].a[i] + 4 * (word + half)));
+          const Activations a = activations_at<kBits>(t[0].a[i], line, step);
 #pragma GCC unroll 8
           for (int side = 0; side < kSide; ++side) {
 #pragma GCC unroll 8
             for (int j = 0; j < kBlockVectors; ++j) {
-              Ints& s = sum[side][chain][i][j];
-              s = dot(s, w[side][j], a);
+              Ints& s = to[side][chain][i][j];
+              s = add_dot<kBits>(s, w[side][j], a);
             }
           }
         }
       };
-      int64_t word = begin;
-      for (; word + 4 <= end; word += 4) {
+      const auto add_lines = [&](int64_t begin, int64_t end, Sums& to) {
+        constexpr int kUnrolled = 4 / kSteps<kBits>;  // lines
+        int64_t line = begin;
+        for (; line + kUnrolled <= end; line += kUnrolled) {
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) {
-          const int half = n % kHalves<kBits>;
-          add_word(word + n - half, half, n % kChains);
+          for (int n = 0; n < 4; ++n) add_step(line + n / kSteps<kBits>, n % kSteps<kBits>, n % kChains, to);
         }
-      }
-      for (; word < end; word += 2) {  // the number of words is even
-        add_word(word, 0, 0);
-        kBits == 8 ? add_word(word + 1, 0, 0) : add_word(word, 1, 0);
+        for (; line < end; ++line) {
+#pragma GCC unroll 2
+          for (int step = 0; step < kSteps<kBits>; ++step) add_step(line, step, 0, to);
+        }
+      };
+      const Lines lines = lines_of<kBits>(b, g);
+      if constexpr (kInHalves<kBits>) {
+        for (int64_t line = lines.begin; line < lines.end; line += kPartLines) {
+          Sums halves = {};
+          add_lines(line, line + kPartLines < lines.end ? line + kPartLines : lines.end, halves);
+#pragma GCC unroll 8
+          for (int side = 0; side < kSide; ++side) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+              for (int j = 0; j < kBlockVectors; ++j) {
+                sum[side][0][i][j] = add_halves(sum[side][0][i][j], halves[side][0][i][j]);
+              }
+            }
+          }
+        }
+      } else {
+        add_lines(lines.begin, lines.end, sum);
       }
 #pragma GCC unroll 8
       for (int side = 0; side < kSide; ++side) {
@@ -345,9 +419,18 @@ inline Floats load_some(const T* p, int64_t n) {
   return load(lanes);
 }
 
-template <typename T>
-void quantize_values(const IntegerRows& out, int64_t r, const T* row, int64_t n, int64_t block) {
-  int8_t* const values = out.values + r * out.stride;
+// Where number `lane` of a row is: in wide rows words are of numbers 0 and 2, and of 1 and 3.
+template <typename Number>
+constexpr int place(int lane) {
+  constexpr int kWide[] = {0, 2, 1, 3};
+  return sizeof(Number) == 1 ? lane : lane / 4 * 4 + kWide[lane % 4];
+}
+
+// Number: int8_t, or int16_t for wide rows.
+template <typename Number, typename T>
+void quantize_numbers(const IntegerRows& out, int64_t r, const T* row, int64_t n, int64_t block, int64_t group,
+                      int32_t factor) {
+  auto* const values = reinterpret_cast<Number*>(out.values + r * out.stride);
   for (int64_t first = 0, b = 0; first < n; first += block, ++b) {
     const int64_t end = first + block < n ? first + block : n;
     Ints largest = {};  // bits of magnitudes, which order as the numbers do, NaN last
@@ -368,28 +451,34 @@ void quantize_values(const IntegerRows& out, int64_t r, const T* row, int64_t n,
       Floats x = load_some(row + i, end - i);
       if (!finite) x = broadcast(0.0f);
       const Ints rounded = reinterpret_cast<Ints>(x * inverse + shift) - reinterpret_cast<Ints>(shift);
-      int8_t bytes[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) bytes[lane] = static_cast<int8_t>(rounded[lane]);
-      __builtin_memcpy(values + i, bytes, kLanes);
+      Number numbers[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = static_cast<Number>(rounded[place<Number>(lane)]);
+      __builtin_memcpy(values + i, numbers, sizeof numbers);
     }
   }
-  const int64_t written = (n + kLanes - 1) / kLanes * kLanes;
-  if (written < out.stride) __builtin_memset(values + written, 0, static_cast<size_t>(out.stride - written));
+  const int64_t written = (n + kLanes - 1) / kLanes * kLanes, all = out.stride / static_cast<int64_t>(sizeof(Number));
+  for (int64_t i = written; i < all; ++i) values[i] = 0;
+
+  for (int64_t g = 0; g < out.groups; ++g) {  // groups are of whole words, the last one up to zeros
+    const int64_t end = g + 1 < out.groups ? (g + 1) * group : written;
+    int32_t sum = 0;
+    for (int64_t k = g * group; k < end; ++k) sum += factor * values[k];
+    out.corrections[r * out.groups + g] = sum;
+  }
 }
 
 void quantize_row(const IntegerRows& out, int64_t r, const void* row, DType dtype, int64_t n, int64_t block,
                   int64_t group, int32_t factor) {
+  const auto quantize = [&]<typename T>(const T* elements) {
+    if constexpr (!kHasDot) {
+      if (out.wide) return quantize_numbers<int16_t>(out, r, elements, n, block, group, factor);
+    }
+    quantize_numbers<int8_t>(out, r, elements, n, block, group, factor);
+  };
   switch (dtype) {
-    case DType::kBFloat16: quantize_values(out, r, static_cast<const BFloat16*>(row), n, block); break;
-    case DType::kFloat16: quantize_values(out, r, static_cast<const Float16*>(row), n, block); break;
-    default: quantize_values(out, r, static_cast<const float*>(row), n, block);
-  }
-  const int8_t* const values = out.values + r * out.stride;
-  for (int64_t g = 0; g < out.groups; ++g) {
-    const int64_t end = (g + 1) * group < n ? (g + 1) * group : n;
-    int32_t sum = 0;
-    for (int64_t k = g * group; k < end; ++k) sum += factor * values[k];
-    out.corrections[r * out.groups + g] = sum;
+    case DType::kBFloat16: return quantize(static_cast<const BFloat16*>(row));
+    case DType::kFloat16: return quantize(static_cast<const Float16*>(row));
+    default: return quantize(static_cast<const float*>(row));
   }
 }
 
@@ -447,10 +536,12 @@ double multiply_rate(int64_t iterations) {
   volatile int32_t sink = 0;
 #pragma GCC unroll 32
   for (int j = 0; j < kSums; ++j) sink = sink + sum[j][0];
-  return static_cast<double>(iterations) * kSums * kLanes * 8;
+  constexpr int kOperations = kHasDot ? 8 : 4;  // of a lane
+  return static_cast<double>(iterations) * kSums * kLanes * kOperations;
 }
 
 constexpr IntegerKernels kTable = {
+    .has_dot = kHasDot,
     .multiply = multiply,
     .multiply_pair = multiply_pair,
     .quantize_row = quantize_row,

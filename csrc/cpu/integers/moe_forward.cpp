@@ -272,6 +272,8 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
   const int64_t intermediate_size = args.weights.down_proj.cols;
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
   const int64_t row_bytes = intermediate_size * size_of(args.x.dtype);
+  const Kernels& k = context.kernels;
+  const IntegerKernels& q = context.integers;
 
   const int64_t slot_bytes = Slots::bytes(num_slots, num_experts);
   Workspace plan_workspace(slot_bytes);
@@ -282,13 +284,11 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
   const bool has_adapters = args.weights.gate_up_adapter.defined() || args.weights.down_adapter.defined();
   const int64_t product_floats = 2 * kTile + (has_adapters ? ProductScratch::kBytes / 4 : 0);
   const int64_t thread_floats = product_floats + sizes.tokens * sizes.second_columns;
-  Workspace workspace(integer_bytes(num_tokens, args.weights.gate_up_proj) + Workspace::padded(num_slots * row_bytes) +
-                      integer_bytes(num_slots, args.weights.down_proj) +
+  Workspace workspace(integer_bytes(num_tokens, args.weights.gate_up_proj, q) +
+                      Workspace::padded(num_slots * row_bytes) + integer_bytes(num_slots, args.weights.down_proj, q) +
                       ForwardAdapter::bytes(args.weights.gate_up_adapter, num_slots, args.x.dtype) +
                       ForwardAdapter::bytes(args.weights.down_adapter, num_slots, args.x.dtype) +
                       Workspace::padded(num_threads * thread_floats * 4));
-  const Kernels& k = context.kernels;
-  const IntegerKernels& q = context.integers;
   auto* const memory = static_cast<float*>(workspace.take_bytes(num_threads * thread_floats * 4));
   const auto own = [&](int thread) { return memory + thread * thread_floats; };
   const IntegerRows x = quantize_rows(workspace, args.x.data, args.x.stride[0] * size_of(args.x.dtype), args.x.dtype,
