@@ -9,7 +9,9 @@
 # make bench-cpp             time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
 # make lint                  formatting, lint, types, stubs
 # make format                reformat the sources for lint
-# make sanitize              the C++ tests under the address, undefined-behaviour and thread sanitizers
+# make sanitize              both of the following
+# make asan                  the C++ tests under the address and undefined-behaviour sanitizers
+# make tsan                  the C++ tests under the thread sanitizer (TSAN_TESTS=…)
 # make asan-python           the Python module under the address sanitizer, with pages without access beside every operand
 # make mutants               edit the CPU kernels in hundreds of small ways, and check that the C++ tests detect 90 % (MUTANTS_ARGS=…)
 # make neon                  the C++ tests for 64-bit Arm, under qemu (needs a cross compiler; NEON_TESTS=…)
