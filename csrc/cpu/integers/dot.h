@@ -27,6 +27,19 @@ typedef uint16_t UnsignedHalves __attribute__((vector_size(sizeof(Ints))));
 inline Ints even_bytes(Ints v) { return v & 0x00ff00ff; }
 inline Ints odd_bytes(Ints v) { return reinterpret_cast<Ints>(reinterpret_cast<UnsignedHalves>(v) >> 8); }
 
+// Of each four lanes 0, 2, 1 and 3.
+inline Ints even_lanes_first(Ints v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_shuffle_epi32(reinterpret_cast<__m512i>(v), _MM_PERM_DBCA));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(_mm256_shuffle_epi32(reinterpret_cast<__m256i>(v), _MM_SHUFFLE(3, 1, 2, 0)));
+#else
+  Ints ordered;
+  for (int i = 0; i < kLanes; ++i) ordered[i] = v[i / 4 * 4 + i % 4 % 2 * 2 + i % 4 / 2];
+  return ordered;
+#endif
+}
+
 // Lanes of two 16-bit numbers: sum + a.low·b.low + a.high·b.high.
 inline Ints add_products(Ints sum, Ints a, Ints b) {
 #if defined(__AVX512BW__)

@@ -18,12 +18,8 @@ from .case import FORMATS, Case
 
 
 def multiply_rate(dtype_name: str, num_threads: int) -> float:
-    """Multiply-adds in registers, in flop/s, by the instruction used for weights in this format.
-
-    int8 has no probe: its rate is taken as twice that of bfloat16, the ratio of vpdpbusd to vdpbf16ps.
-    """
-    arithmetic = FORMATS[dtype_name].arithmetic
-    return 2 * _C.fma_rate("bfloat16", num_threads) if arithmetic == "int8" else _C.fma_rate(arithmetic, num_threads)
+    """Multiply-adds in registers, in flop/s, by the instructions used for weights in this format."""
+    return _C.fma_rate(FORMATS[dtype_name].arithmetic, num_threads)
 
 
 def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> dict[str, Any]:
