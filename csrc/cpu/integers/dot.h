@@ -34,9 +34,9 @@ inline Ints even_lanes_first(Ints v) {
 #elif defined(__AVX2__)
   return reinterpret_cast<Ints>(_mm256_shuffle_epi32(reinterpret_cast<__m256i>(v), _MM_SHUFFLE(3, 1, 2, 0)));
 #else
-  Ints ordered = {};
-  for (int i = 0; i < kLanes; ++i) ordered[i] = v[i / 4 * 4 + i % 4 % 2 * 2 + i % 4 / 2];
-  return ordered;
+  int32_t lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = v[i / 4 * 4 + i % 4 % 2 * 2 + i % 4 / 2];
+  return load_ints(lanes);
 #endif
 }
 
