@@ -387,6 +387,8 @@ def test_results_of_runs_share_a_file() -> None:
     assert [(row["tokens"], row["competitor"], row["ms"]) for row in rows] == [
         (1, "switchgear", 1.0), (1, "sglang", 1.5), (16, "switchgear", 9.0)
     ]  # fmt: skip
+    late = {"case": "olmoe, T=1, bf16, forward", "competitor": "all", "reason": "the time is used up"}
+    assert merge(earlier | {"skipped": [late]}, later, "results.json")["skipped"] == []  # it is measured now
     with pytest.raises(CommandError, match=r"results\.json is of model a CPU, this run of another"):
         merge(earlier, bench_results_of(model="another"), "results.json")
 

@@ -56,8 +56,8 @@ inline Ints add_products(Ints sum, Ints a, Ints b) {
 constexpr int kNibbleSteps = 8;
 
 // Bytes of w, at most 15, and of a: each half of a lane += the sum of its two products.
-template <typename Weights, typename Activations>  // of the ISAs without dots
-inline Ints dot_nibbles(Ints halves, Weights w, Activations a) {
+template <typename W, typename A>  // both Ints: ISAs with dots have other types, and do not call it
+inline Ints dot_nibbles(Ints halves, W w, A a) {
 #if defined(__AVX512BW__)
   const __m512i sums = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(w), reinterpret_cast<__m512i>(a));
 #elif defined(__AVX2__)

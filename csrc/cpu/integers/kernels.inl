@@ -12,7 +12,7 @@
 //   At 4 bits a group ends with conversions and multiply-adds, one per 8 dots, or two with zeros.
 //   reached on one core of Zen 5: at 8 bits 92-94 % of the dots from 32 rows on, weights from memory (60-75 % with 12 to 16);
 //   at 4 bits with zeros 63-66 %, where the bound is 80 %; one row at 8 bits is as fast as a plain read. Without dots, two
-//   cores of Zen 3: 58 % of these instructions' rate with 64 rows at 8 bits; 16 columns of weights are as large as L1 there
+//   cores of Zen 3: 58 % of these instructions' rate with 64 rows at 8 bits
 // Sums inside a group are exact integers. Sums over groups are float32, ascending, so results do not depend on tiles.
 #pragma once
 

@@ -133,7 +133,7 @@ def merge(earlier: dict[str, Any], later: dict[str, Any], path: str) -> dict[str
     """Both runs; cases of the later one replace those of the earlier. CommandError if they are not comparable."""
     check_same_machine(earlier, later, path)
     again = {_case(row) for row in later["results"]}
-    titles = {entry["case"] for entry in later["skipped"]}
+    titles = {title(*_case(row)) for row in later["results"]} | {entry["case"] for entry in later["skipped"]}
     rows = [row for row in earlier["results"] if _case(row) not in again] + later["results"]
     skipped = [entry for entry in earlier["skipped"] if entry["case"] not in titles] + later["skipped"]
     return later | {"results": sorted(rows, key=_order), "skipped": skipped}
@@ -167,6 +167,11 @@ def undisturbed(results: dict[str, Any]) -> list[list[Row]]:
 def extras(routing: str, allocator: str) -> list[str]:
     """What is unusual about a case, in words."""
     return ([routing] if routing != "balanced" else []) + (["tuned allocator"] if allocator == "tuned" else [])
+
+
+def title(shape: str, dtype: str, mode: str, tokens: int, routing: str, pages: str, allocator: str) -> str:
+    """A case in words. pages is the same in all cases of a run."""
+    return ", ".join([shape, f"T={tokens}", dtype, mode, *extras(routing, allocator)])
 
 
 def _case(row: Row) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from .case import FORMATS, Case, Layer, call_of, make_case, make_weights
 from .ceilings import multiply_rate, read_probe
 from .competitors import COMPETITORS, Skip, look_in_folder
 from .minifloats import STORED, in_bfloat16, make_stored
-from .results import CASE, completed, extras
+from .results import CASE, completed, title
 from .shapes import SHAPES
 from .timing import Timed, interleave
 from .verify import verify
@@ -52,7 +52,7 @@ class Task(NamedTuple):
 
     @property
     def title(self) -> str:
-        return ", ".join([self.shape, f"T={self.tokens}", self.dtype, self.mode, *extras(self.routing, self.allocator)])
+        return title(self.shape, self.dtype, self.mode, self.tokens, self.routing, self.pages, self.allocator)
 
 
 class Measured(NamedTuple):
