@@ -71,7 +71,7 @@ FILES = {
     "cpu/decoded_columns.h": Covered(
         "cpu/decoded_columns cpu/moe_backward cpu/token_sum cpu/transposed_gemm", "adapters minifloat integers"
     ),
-    "cpu/dot_products.inl": Covered(KERNELS, "grouped_gemm gate"),
+    "cpu/dot_products.inl": Covered(KERNELS, "grouped_gemm gate reads"),
     "cpu/exp.h": Covered("cpu/rows_generic", "route"),
     "cpu/experts.h": Covered("cpu/moe_forward cpu/grouped_gemm cpu/gate", "gate grouped_gemm moe panels compact"),
     "cpu/fit_capacity.cpp": Covered("cpu/fit_capacity", "policies:fit_capacity"),
@@ -82,7 +82,7 @@ FILES = {
     "cpu/group_decoders.h": Covered("cpu/kernels_avx512", "groups", "avx512"),
     "cpu/grouped_gemm.cpp": Covered("cpu/grouped_gemm", "grouped_gemm minifloat compact integers"),
     "cpu/grouping.h": Covered("cpu/column_topk cpu/fit_capacity", "policies:column_topk policies:fit_capacity"),
-    "cpu/kernels.inl": Covered(KERNELS, "permute glu grouped_gemm gate"),
+    "cpu/kernels.inl": Covered(KERNELS, "permute glu grouped_gemm gate reads"),
     "cpu/layer_rows.h": Covered("cpu/moe_forward", "moe:forward panels"),
     "cpu/log.h": Covered("cpu/assign_capped", "policies:assign_capped"),
     "cpu/minifloat_decoders.h": Covered("cpu/kernels_avx512", "minifloat", "avx512"),
@@ -99,7 +99,7 @@ FILES = {
     "cpu/route_dynamic.cpp": Covered("cpu/route_dynamic", "policies:route_dynamic"),
     "cpu/rows.inl": Covered("cpu/rows_avx512", "route policies", "avx512"),
     "cpu/scores.h": Covered("cpu/route cpu/assign_balanced cpu/assign_capped cpu/route_dynamic", "route policies"),
-    "cpu/simd_avx2.h": Covered("cpu/kernels_avx2", "permute glu grouped_gemm", "avx2"),
+    "cpu/simd_avx2.h": Covered("cpu/kernels_avx2", "permute glu grouped_gemm reads", "avx2"),
     "cpu/simd_avx512.h": Covered("cpu/kernels_avx512bf16", "permute glu grouped_gemm", "avx512bf16"),
     "cpu/simd_generic.h": Covered(KERNELS, "permute glu grouped_gemm"),
     "cpu/simulation.cpp": Covered("cpu/simulation", "simulation"),

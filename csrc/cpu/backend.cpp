@@ -209,20 +209,28 @@ bool follows_streams() {
 #endif
 }
 
-bool some_lines_suffice(bool are_widened) {
+namespace {
+
+Reads reads_of_this_processor() {
 #if defined(__x86_64__)
-  static const int zen = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__builtin_cpu_is("amd") || __get_cpuid(1, &a, &b, &c, &d) == 0) return 0;
-    if ((a >> 8 & 15) + (a >> 20 & 255) >= 26) return 5;
-    return __builtin_cpu_supports("avx512f") ? 4 : 3;
-  }();
-  return zen == 4 || (zen == 3 && are_widened);
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__builtin_cpu_is("amd") || __get_cpuid(1, &a, &b, &c, &d) == 0) return Reads::kEveryLine;
+  if ((a >> 8 & 15) + (a >> 20 & 255) >= 26) return Reads::kEveryLine;
+  return __builtin_cpu_supports("avx512f") ? Reads::kSomeLines : Reads::kStreams;
 #else
-  static_cast<void>(are_widened);
-  return true;
+  return Reads::kSomeLines;
 #endif
 }
+
+std::atomic<Reads>& reads_in_use() {
+  static std::atomic<Reads> reads{reads_of_this_processor()};
+  return reads;
+}
+
+}  // namespace
+
+Reads fastest_reads() { return reads_in_use().load(std::memory_order_relaxed); }
+void set_fastest_reads(Reads reads) { reads_in_use().store(reads, std::memory_order_relaxed); }
 
 }  // namespace cpu
 

@@ -215,12 +215,12 @@ struct RowsOfB {
   }
 };
 
-// How a single tile reads B. A single stream has the highest bandwidth, so one column at a time is best for long rows.
-// Short rows wait at their starts and ends, and narrow vectors for the chain of one column's sums: both take kDotColumns. Up
-// to two rows of A stay in L1; on some processors one prefetched line here and there is enough then. More rows
-// partly come from L2 and must not wait in L1's miss buffers behind lines from memory, so all of B is prefetched well ahead.
-// If rows of A exceed L1, kDotColumns columns share each read of them. From kChunkedRows on they are multiplied chunk by
-// chunk instead, as measured on processors that follow streams.
+// How a single tile reads B as one stream, which has the highest bandwidth on most processors: one column at a time if rows
+// are long. Short rows wait at their starts and ends, and narrow vectors for the chain of one column's sums: both take
+// kDotColumns. Up to two rows of A stay in L1; on some processors one prefetched line here and there is enough then. More
+// rows partly come from L2 and must not wait in L1's miss buffers behind lines from memory, so all of B is prefetched well
+// ahead. If rows of A exceed L1, kDotColumns columns share each read of them. From kChunkedRows on they are multiplied chunk
+// by chunk instead, as measured on processors that follow streams.
 constexpr int64_t kShortRow = 1024, kFitting = 24576;  // bytes: of a row of B, of all rows of A
 constexpr int64_t kChunkedRows = 4;
 static_assert(kTileRows * kChunkWords * 4 <= kFitting);
@@ -234,8 +234,7 @@ void choose_walk(int64_t num_rows, int64_t a_bytes, int64_t b_bytes, int64_t fit
   if (kIsNarrow<Words> || b_bytes <= kShortRow || num_rows * a_bytes > fitting) {
     return walk.template operator()<kDotColumns, Asks::kEveryLine>();
   }
-  constexpr bool kAreWidened = sizeof(Element<Words>) * Words::kDepth < 4;
-  if (num_rows <= 2 && some_lines_suffice(kAreWidened)) return walk.template operator()<1, Asks::kSomeLines>();
+  if (num_rows <= 2 && fastest_reads() == Reads::kSomeLines) return walk.template operator()<1, Asks::kSomeLines>();
   walk.template operator()<1, Asks::kEveryLine>();
 }
 
@@ -247,11 +246,44 @@ void for_columns(const RowsOfB& rows, Tile&& tile) {
   for (; n < rows.count; ++n) tile.template operator()<1>(n);
 }
 
+// A single tile where several streams are fastest: a column of each of kColumns parts of B at a time. These are as many chains of
+// sums, without which narrow vectors would wait for one.
+template <int kRows, int kColumns, typename Words>
+void add_streams(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth) {
+  const int64_t stride = product.b.n_stride, part = product.num_columns / kColumns;
+  for (int64_t n = 0; n < part; ++n) {
+    float sums[kRows * kPanel];
+    const auto for_sums = [&](auto&& function) {
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kColumns; ++j) function(sums[i * kPanel + j], product.c[i * kPanel + n + j * part]);
+      }
+    };
+    for_sums([](float& sum, float& c) { sum = c; });
+    add_dot_tile<kRows, kColumns, Asks::kNothing, Words>(sums, a, b + n * stride, stride * part, depth, {});
+    for_sums([](float& sum, float& c) { c = sum; });
+  }
+  for (int64_t n = part * kColumns; n < product.num_columns; ++n) {
+    add_dot_tile<kRows, 1, Asks::kNothing, Words>(product.c + n, a, b + n * stride, stride, depth, {});
+  }
+}
+
+// Streams of a tile of kRows rows, as many as registers allow; 0: one stream is faster.
+template <int kRows, typename Words>
+constexpr int num_streams() {
+  constexpr bool kAreWidened = sizeof(Element<Words>) * Words::kDepth < 4;
+  if (kLanes > 8) return 0;  // processors with longer vectors prefer one stream
+  if (kRows <= (kAreWidened ? 2 : 3)) return kStreams;
+  return kAreWidened ? kStreams / 2 : 0;
+}
+
 // All of a single tile, which reads B once, or a part of its depth; `next` is read afterwards.
 template <int kRows, typename Words>
 void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth, const void* next) {
   constexpr int64_t kElement = sizeof(*b);
   const int64_t stride = product.b.n_stride;
+  if constexpr (constexpr int kColumns = num_streams<kRows, Words>(); kColumns > 0) {
+    if (fastest_reads() == Reads::kStreams) return add_streams<kRows, kColumns, Words>(product, a, b, depth);
+  }
   const int64_t a_bytes = depth * 4 / Words::kDepth, b_bytes = depth * kElement;
   choose_walk<Words>(kRows, a_bytes, b_bytes, kFitting, [&]<int kColumns, Asks kAsks>() {
     const RowsOfB rows(b, stride * kElement, product.num_columns, b_bytes, lead_of(kAsks), next);

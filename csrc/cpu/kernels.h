@@ -94,14 +94,15 @@ struct Product {
   Matrix b;
   int64_t num_columns;  // <= panel
   int64_t depth;
-  float* c;                    // [num_rows, panel]
-  Start next;                  // of the caller's next product, if known: a hint
-  int64_t next_width = 0;      // bytes to prefetch of each row there if n runs along memory; 0: as many as of this b
-  void* scratch;               // kProductScratch bytes, 64-byte aligned
-  int64_t row_begin = 0;       // k of `rows` that belongs to the first k of b
-  bool accumulate = false;     // adds to c
-  bool rows_are_kept = false;  // multiply: scratch has them, widened, from the call before, of the same depth
-  bool sorted_rows = false;    // written by store_sorted; plain b is packed then: see packing_rows
+  float* c;                       // [num_rows, panel]
+  Start next;                     // of the caller's next product, if known: a hint
+  int64_t next_width = 0;         // bytes to prefetch of each row there if n runs along memory; 0: as many as of this b
+  void* scratch;                  // kProductScratch bytes, 64-byte aligned
+  int64_t row_begin = 0;          // k of `rows` that belongs to the first k of b
+  bool accumulate = false;        // adds to c
+  bool rows_are_kept = false;     // multiply: scratch has them, widened, from the call before, of the same depth
+  bool sorted_rows = false;       // written by store_sorted; plain b is packed then: see packing_rows
+  bool rows_are_widened = false;  // float32, though b is 16-bit: plain or compact b, not sorted or gathered
   const void* gathered = nullptr;  // the same rows from gather_rows, block after block: read instead
 };
 constexpr int64_t kLeftPadding = 31;
@@ -153,10 +154,11 @@ struct Kernels {
   // Rows of an expert from which its plain b is packed as panels, so these rows are sorted; 0: never. The depth is a multiple
   // of kPanelColumns.
   int64_t (*packing_rows)(DType dtype);
-  // panel_vector_bytes: of a vector of b in panels (panels.h). sorted_row_bytes: of a row of A for such b, if not gathered.
+  // panel_vector_bytes: of a vector of b in panels (panels.h). word_bytes: of a row of A in the words that are multiplied, as
+  // sorted rows are.
   // store_sorted writes its elements [first, first + n), rounded to `dtype`: first is a multiple of the panel, n at most one.
   int64_t (*panel_vector_bytes)(DType dtype);
-  int64_t (*sorted_row_bytes)(DType dtype, int64_t depth);
+  int64_t (*word_bytes)(DType dtype, int64_t depth);
   void (*store_sorted)(void* row, DType dtype, int64_t depth, int64_t first, const float* values, int64_t n);
 
   // out[c][w], c < columns, w < words: the transpose of `left` that gradient_panel multiplies. A word is one slot in float32
@@ -194,9 +196,16 @@ const Kernels& kernels();
 // (float32) or a third (pairs of bfloat16), so every line has to be prefetched.
 bool follows_streams();
 
-// Whether prefetching a line here and there is best for a plain read and for few rows of plain weights: on Zen 4, and up to
-// Zen 3 if words are widened, which leaves time between lines. Zen 3 and Zen 5 read at 70 to 80 % of their speed otherwise.
-bool some_lines_suffice(bool are_widened);
+// How this processor reads from memory fastest where it does little with the data: a plain read, and few rows of plain weights.
+// Others reach 70 to 85 % of its speed there.
+enum class Reads {
+  kEveryLine,  // one stream, all of it prefetched: Zen 5, Intel
+  kSomeLines,  // one stream, a line here and there prefetched: Zen 4
+  kStreams,    // kStreams streams at once, nothing prefetched: AMD before Zen 4
+};
+Reads fastest_reads();
+void set_fastest_reads(Reads reads);  // for tests: bits do not depend on it
+constexpr int kStreams = 4;
 
 const Kernels& kernels_generic();
 const Kernels& kernels_avx2();

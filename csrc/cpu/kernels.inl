@@ -334,22 +334,36 @@ double multiply_rate(DType dtype, int64_t iterations) {
   return dtype == DType::kBFloat16 ? multiply_registers<kHasPairs>(iterations) : multiply_registers<false>(iterations);
 }
 
-uint64_t read_bytes(const void* data, int64_t bytes) {
-  const char* p = static_cast<const char*>(data);
-  const bool asks = some_lines_suffice(false);
-  Ints total[8] = {};
-  constexpr int kPart = sizeof(Ints);
-  for (int64_t i = 0; i + 512 <= bytes; i += 512) {
-    for (int j = 0; asks && j < 512; j += kAskedBytes) {
-      __builtin_prefetch(p + i + j + lead_of(Asks::kSomeLines), 0, 2);
-    }
+// `bytes` from each of kCount places, `gap` bytes apart, in turns; a line in kAskedBytes is prefetched `lead` bytes ahead.
+template <int kCount>
+void read_streams(Ints (&total)[8], const char* p, int64_t bytes, int64_t gap, int64_t lead) {
+  constexpr int kPart = sizeof(Ints), kRun = 512 / kCount;
+  for (int64_t i = 0; i < bytes; i += kRun) {
+#pragma GCC unroll 4
+    for (int stream = 0; stream < kCount; ++stream) {
+      const char* const run = p + stream * gap + i;
+      for (int j = 0; lead > 0 && j < kRun; j += kAskedBytes) __builtin_prefetch(run + j + lead, 0, 2);
 #pragma GCC unroll 32
-    for (int k = 0; k < 512 / kPart; ++k) {
-      Ints v;
-      __builtin_memcpy(&v, p + i + k * kPart, kPart);
-      total[k % 8] ^= v;
+      for (int k = 0; k < kRun / kPart; ++k) {
+        Ints v;
+        __builtin_memcpy(&v, run + k * kPart, kPart);
+        total[(stream * (kRun / kPart) + k) % 8] ^= v;
+      }
     }
   }
+}
+
+uint64_t read_bytes(const void* data, int64_t bytes) {
+  const char* p = static_cast<const char*>(data);
+  const Reads reads = fastest_reads();
+  Ints total[8] = {};
+  if (reads == Reads::kStreams) {
+    constexpr int64_t kBlock = 1 << 18;
+    for (; bytes >= kBlock; bytes -= kBlock, p += kBlock) {
+      read_streams<kStreams>(total, p, kBlock / kStreams, kBlock / kStreams, 0);
+    }
+  }
+  read_streams<1>(total, p, bytes / 512 * 512, 0, reads == Reads::kSomeLines ? lead_of(Asks::kSomeLines) : 0);
   uint64_t result = 0;
   for (auto& v : total) {
     for (int i = 0; i < kLanes; ++i) result += static_cast<uint32_t>(v[i]);
@@ -378,7 +392,7 @@ constexpr Kernels make_table(const char* isa) {
       .expand_rows = expand_rows,
       .packing_rows = [](DType dtype) { return dtype == DType::kFloat32 ? kPackingRows : kWidenedPackingRows; },
       .panel_vector_bytes = panel_vector_bytes,
-      .sorted_row_bytes = sorted_row_bytes,
+      .word_bytes = word_bytes,
       .store_sorted = store_sorted,
       .transpose = transpose_rows,
       .gradient_panel = gradient_panel,

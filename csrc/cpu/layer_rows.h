@@ -13,10 +13,12 @@
 
 namespace switchgear::cpu {
 
-// Besides rows in place: an ISA's blocks of gathered rows, or per expert the word order of panels.
+// Besides rows in place: an ISA's blocks of gathered rows, or per expert the word order of panels. Or 16-bit rows that the ISA
+// multiplies in float32 are widened, once for all panels.
 struct RowPlan {
   int64_t block_bytes = 0;  // of the ISA's gather_rows; 0: rows are not gathered
   int64_t row_bytes = 0;    // row stride of our own copies
+  bool widens = false;      // rows that are neither gathered nor sorted
   SortedExperts sorted;     // if not gathered
 };
 
@@ -30,7 +32,10 @@ inline RowPlan plan_rows(const Kernels& k, Format format, DType dtype, int64_t d
   } else if (format == Format::kPlain && packing_rows > 0 && num_slots >= packing_rows && depth % kPanelColumns == 0) {
     sorted.least_rows = packing_rows;
   }
-  return {.row_bytes = spread_row_bytes(sorted.is_none() ? depth * size_of(dtype) : k.sorted_row_bytes(dtype, depth)),
+  const int64_t bytes = depth * size_of(dtype), word_bytes = k.word_bytes(dtype, depth);
+  const bool widens = (format == Format::kPlain || format == Format::kCompact) && word_bytes > bytes;
+  return {.row_bytes = spread_row_bytes(widens || !sorted.is_none() ? word_bytes : bytes),
+          .widens = widens,
           .sorted = sorted};
 }
 
@@ -52,21 +57,22 @@ inline void sort_row(const Kernels& k, void* out, const void* row, DType dtype, 
   }
 }
 
-// x [T,H], in place or copied: sorted, and for other experts with an odd number of cache lines between rows.
+// x [T,H], in place or copied: sorted, and for other experts widened, or with an odd number of cache lines between rows.
 class InputRows {
  public:
   InputRows(const Kernels& k, Format format, const TensorView& x, int64_t num_slots, int64_t num_experts)
       : k_(k), x_(x), plan_(plan_rows(k, format, x.dtype, x.shape[1], num_slots)) {
     constexpr int64_t kManyRows = 12;  // of an expert; above, a copy that spreads rows over L1 pays for itself
     const bool is_many = num_slots > kManyRows * num_experts && row_bytes() % 128 == 0;
-    spreads_ = plan_.block_bytes == 0 && plan_.sorted.least_rows > 0 && is_many;
+    copies_ = plan_.widens || (plan_.block_bytes == 0 && plan_.sorted.least_rows > 0 && is_many);
   }
 
   int64_t block_bytes() const { return plan_.block_bytes; }
   SortedExperts sorted() const { return plan_.sorted; }
+  bool are_widened() const { return plan_.widens; }
   int64_t bytes() const {
     const int64_t num_tokens = x_.shape[0];
-    return (spreads_ ? Workspace::padded(num_tokens * spread_row_bytes(row_bytes())) : 0) +
+    return (copies_ ? Workspace::padded(num_tokens * copy_row_bytes()) : 0) +
            (plan_.sorted.is_none() ? 0 : Workspace::padded(num_tokens * plan_.row_bytes));
   }
 
@@ -76,7 +82,7 @@ class InputRows {
     const int32_t* const offsets = slots.expert_offsets;
     const int64_t sorted_slots = count_sorted_slots(plan_.sorted, offsets, num_experts);
     if (sorted_slots < used_slots) {
-      const TensorView rows = spreads_ ? copy(workspace, spread_row_bytes(row_bytes()), false, num_threads) : x_;
+      const TensorView rows = copies_ ? copy(workspace, copy_row_bytes(), false, num_threads) : x_;
       fill_row_pointers(pointers, rows, slots.token_indices, used_slots);
     }
     if (sorted_slots == 0) return;
@@ -89,6 +95,7 @@ class InputRows {
 
  private:
   int64_t row_bytes() const { return x_.shape[1] * size_of(x_.dtype); }
+  int64_t copy_row_bytes() const { return plan_.widens ? plan_.row_bytes : spread_row_bytes(row_bytes()); }
 
   TensorView copy(Workspace& workspace, int64_t stride, bool sorts, int num_threads) const {
     const int64_t num_tokens = x_.shape[0], depth = x_.shape[1];
@@ -98,6 +105,8 @@ class InputRows {
       for (int64_t t = begin; t < end; ++t) {
         if (sorts) {
           sort_row(k_, row_of(out, t), row_of(x_, t), x_.dtype, depth);
+        } else if (plan_.widens) {
+          k_.load_row(reinterpret_cast<float*>(row_of(out, t)), row_of(x_, t), x_.dtype, depth);
         } else {
           std::memcpy(row_of(out, t), row_of(x_, t), static_cast<size_t>(row_bytes()));
         }
@@ -109,7 +118,7 @@ class InputRows {
   const Kernels& k_;
   TensorView x_;
   RowPlan plan_;
-  bool spreads_ = false;
+  bool copies_ = false;  // rows that are not sorted
 };
 
 // a [S,I], which the first projection writes and the second reads.
@@ -122,7 +131,7 @@ class ActivationRows {
         a_(view(nullptr, dtype, num_slots, width)) {}
 
   // Rows one after the other, besides those of another layout: for products with an adapter.
-  void keep_plain() { keeps_plain_ = gathers() || !plan_.sorted.is_none(); }
+  void keep_plain() { keeps_plain_ = gathers() || plan_.widens || !plan_.sorted.is_none(); }
   const void* const* plain(const void* const* rows) const { return plain_ ? plain_->pointers() : rows; }
 
   int64_t bytes() const {
@@ -131,7 +140,8 @@ class ActivationRows {
   }
   void take(Workspace& workspace, const int32_t* expert_offsets) {
     expert_offsets_ = expert_offsets;
-    const bool is_plain = !gathers() && count_sorted_slots(plan_.sorted, expert_offsets, num_experts_) == 0;
+    const bool is_plain =
+        !gathers() && !plan_.widens && count_sorted_slots(plan_.sorted, expert_offsets, num_experts_) == 0;
     if (keeps_plain_ && !is_plain) plain_.emplace(workspace, a_.shape[0], width(), a_.dtype);
     if (!gathers()) {
       a_.data = workspace.take_bytes(row_bytes());
@@ -148,6 +158,7 @@ class ActivationRows {
   int64_t width() const { return a_.shape[1]; }
   bool gathers() const { return plan_.block_bytes > 0; }
   SortedExperts sorted() const { return plan_.sorted; }
+  bool are_widened() const { return plan_.widens; }
   const GatheredSlots& gathered() const { return gathered_; }
   // pointers[s] = row of slot s, unless rows are gathered
   void fill(const void** pointers, int64_t used_slots) const {
@@ -157,7 +168,7 @@ class ActivationRows {
   // Writes columns [tile.column, + count) of the tile's rows; row(m, out) computes one row of them in float32.
   template <typename Row>
   void store(const Tile& tile, int64_t count, Row&& row) const {
-    alignas(64) char last_rows[kGatheredRows][kMaxPanel * 2];  // to gather next
+    alignas(64) char last_rows[kGatheredRows][kMaxPanel * 2];  // rounded, to gather or widen next
     const void* pointers[kGatheredRows];
     const bool is_sorted = !gathers() && plan_.sorted.has(expert_offsets_, tile.expert);
     for (int64_t i = 0; i < kGatheredRows; ++i) pointers[i] = last_rows[i];
@@ -168,6 +179,9 @@ class ActivationRows {
       if (plain_) k_.store_row(plain_->row(slot) + tile.column * size_of(a_.dtype), a_.dtype, activated, count);
       if (is_sorted) {
         k_.store_sorted(row_of(a_, slot), a_.dtype, width(), tile.column, activated, count);
+      } else if (plan_.widens) {
+        k_.store_row(last_rows[0], a_.dtype, activated, count);
+        k_.load_row(reinterpret_cast<float*>(row_of(a_, slot)) + tile.column, last_rows[0], a_.dtype, count);
       } else if (!gathers()) {
         k_.store_row(at(a_, slot, tile.column), a_.dtype, activated, count);
       } else {

@@ -36,6 +36,7 @@ struct FirstProjection {
   const MoeForwardArgs& args;
   const void* const* rows;  // [S] gathered rows of x
   SortedExperts sorted;
+  bool are_widened;  // the other rows
   const int32_t* expert_offsets;
   const ActivationRows& a;
   const Kernels& k;
@@ -76,6 +77,7 @@ struct FirstProjection {
                       .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).start() : next,
                       .scratch = scratch[i].packing,
                       .sorted_rows = sorted.has(expert_offsets, tile.expert),
+                      .rows_are_widened = are_widened,
                       .gathered = gathered_x});
       if (adapter.defined()) adapter.add(scratch[i].c, term(i), adapter_scratch, k);
     }
@@ -159,7 +161,8 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   const ThreadMemory thread_memory{memory, thread_bytes};
   ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, dtype, workspace);
   u.multiply(args.x, slots.token_indices, thread_memory, context);
-  const FirstProjection first{args, x_rows, x.sorted(), slots.expert_offsets, a, k, u.terms(), columns};
+  const FirstProjection first{args, x_rows, x.sorted(), x.are_widened(), slots.expert_offsets,
+                              a,    k,      u.terms(),  columns};
   const auto work = [&](int64_t i) { return first.work(tiles[static_cast<size_t>(i)], x.block_bytes() == 0); };
   const auto run_tile = [&](int64_t i, int thread) {
     char* const own = memory + thread * thread_bytes;
@@ -177,6 +180,7 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   v.multiply(a.plain(a_rows), thread_memory, context);
   token_sum({.rows = a_rows,
              .sorted = a.sorted(),
+             .are_widened = a.are_widened(),
              .gathered = a.gathered(),
              .depth = intermediate_size,
              .matrices = &down_proj,

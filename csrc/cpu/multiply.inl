@@ -369,7 +369,7 @@ struct Rows {
 Rows rows_from(const Product& product, DType dtype, bool pairs, int64_t k, int64_t depth,
                const void* (&widened_rows)[kMaxRows]) {
   k += product.row_begin;
-  if (dtype == DType::kFloat32) return {product.rows, k * 4};
+  if (dtype == DType::kFloat32 || product.rows_are_widened) return {product.rows, k * 4};
   if (pairs) return {product.rows, k * 2};
   float* const widened = static_cast<float*>(product.scratch) + kScratchRow * kMaxPanel;
   for (int64_t m = 0; m < product.num_rows; ++m) {

@@ -35,7 +35,7 @@ int64_t panel_vector_bytes(DType dtype) {
   return bytes;
 }
 
-int64_t sorted_row_bytes(DType dtype, int64_t depth) {
+int64_t word_bytes(DType dtype, int64_t depth) {
   return 4 * (dtype == DType::kBFloat16 && kHasPairs ? depth / 2 : depth);
 }
 

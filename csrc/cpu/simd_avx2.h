@@ -44,8 +44,12 @@ inline Floats load(const float* p, int64_t n) {
 }
 
 inline __m128i load_bits16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-inline Floats load(const BFloat16* p) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_bits16(p)), 16));
+inline Floats load(const BFloat16* p) {  // one shuffle; vpmovzxwd and a shift are two, and vpmovzxwd crosses lanes
+  const __m256i twice = _mm256_broadcastsi128_si256(load_bits16(p));
+  const __m256i to_upper_halves =
+      _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  // words 0 to 3
+                       -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, to_upper_halves));
 }
 inline Floats load(const Float16* p) { return _mm256_cvtph_ps(load_bits16(p)); }
 inline void store_bits16(BFloat16* p, Ints v) {

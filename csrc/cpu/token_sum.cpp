@@ -152,6 +152,7 @@ void token_sum(const TokenSumArgs& args, const Context& context) {
                               .next = s + piece < last ? b.start() : next_start,
                               .scratch = scratch.packing,
                               .sorted_rows = args.sorted.has(args.expert_offsets, e),
+                              .rows_are_widened = args.are_widened,
                               .gathered = args.gathered.defined() ? args.gathered.block(e, s) : nullptr};
         const AdapterTerms::Columns term{e, s, rows, column, columns};
         if (args.adapter.defined()) args.adapter.prefetch(term);

@@ -11,6 +11,7 @@ namespace switchgear::cpu {
 struct TokenSumArgs {
   const void* const* rows;  // [S]
   SortedExperts sorted;     // those whose rows are sorted: see Product
+  bool are_widened;         // the others' rows: see Product
   GatheredSlots gathered;   // the same rows, for an ISA that gathers them
   int64_t depth;
   const Weight* matrices;
