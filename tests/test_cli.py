@@ -138,7 +138,7 @@ def test_a_missing_extra_says_what_to_install(
 
 
 def test_info_needs_torch_alone() -> None:
-    """So do the other commands, up to the point where they need more."""
+    """So do the other commands, up to the point where they need more. Nothing imports torch's compiler."""
     expected = {
         "info": (0, "native CPU"), "demo": (2, "needs"), "bench": (2, "needs rich"), "train-tiny": (2, "needs transf"),
         "inspect tiny": (2, "needs transf"), "compress tiny --recipe r --out o": (2, "needs transf"),
@@ -151,6 +151,7 @@ for command in {list(expected)}:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         status = main(command.split())
+    assert "torch._dynamo" not in sys.modules, command
     print(json.dumps([status, text.getvalue()]))
 """
     command = [sys.executable, "-W", "ignore", "-c", code]

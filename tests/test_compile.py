@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import ops, reference
+from switchgear.common.compiling import not_compiled
 from switchgear.ops import registration
 from switchgear.testing import Case, GluOptions, Layer, make_layer
 
@@ -265,3 +266,26 @@ def test_negative_and_conjugate_views(backend: str) -> None:
     assert lazy.is_neg()
     rest = (layer.gate_up_proj, layer.down_proj, layer.topk_ids, layer.topk_weights)
     assert torch.equal(switchgear.moe(lazy, *rest), switchgear.moe(-x.imag, *rest))
+
+
+def test_a_function_outside_of_graphs() -> None:
+    """What torch.compiler.disable promises: it is not traced, inside or outside of what is compiled."""
+    compiling = []
+
+    @not_compiled
+    def outside(x: Tensor) -> Tensor:
+        compiling.append(torch.compiler.is_compiling())
+        return x + len(compiling)
+
+    def around(x: Tensor) -> Tensor:
+        return 2 * outside(2 * x)
+
+    x = torch.ones(2)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        torch.compile(around, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(around, backend="eager")
+    assert torch.equal(compiled(x), torch.full((2,), 6.0))
+    assert torch.equal(compiled(x), torch.full((2,), 8.0))
+    assert torch.equal(around(x), torch.full((2,), 10.0))
+    assert compiling == [False] * 3

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from switchgear.autograd import needs_autograd
+from switchgear.common.compiling import not_compiled
 from switchgear.functional.waves import Layer, Rows, Sums, adds_in_order_of_experts, renumbered
 from switchgear.ops import GluOptions
 from switchgear.weights.offloaded import OffloadedWeight, Source, Wave
@@ -36,7 +37,7 @@ def _in_memory(weight: Any) -> Any:
 
 
 # A graph cannot hold what is loaded from call to call.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def moe_of_offloaded(
     source: Source,
     moe_of_weights: MoeOfWeights,

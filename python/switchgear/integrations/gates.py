@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from switchgear.common.compiling import constant_when_compiled
 from switchgear.ops import GluOptions
 
 ACTIVATION_NAMES = ("act_fn", "activation", "activation_fn", "act")  # of attributes of modules
@@ -49,8 +50,7 @@ def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
     return gated
 
 
-# torch.compile calls the function and treats its result as a constant.
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def gate_of(module: nn.Module) -> GluOptions | None:
     """The family that the module's gate belongs to, or None. Asked anew when the activation or a number changes."""
     numbers = [

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
+from switchgear.common.compiling import not_compiled
 from switchgear.experts import Experts
 from switchgear.functional import as_ids, as_limit, as_weights, in_autocast_dtype
 from switchgear.ops import GluOptions
@@ -115,7 +116,7 @@ def make_layer(
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def exchange_moe(
     layer: exchange.Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: Weights | None, module: Any,
     parameters: Sequence[Tensor] = (),

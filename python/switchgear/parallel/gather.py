@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchgear.autograd import apply
+from switchgear.common.compiling import not_compiled
 from switchgear.parallel import exchange
 from switchgear.parallel.rows import Link
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from switchgear.parallel.placement import Placement
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def gather_experts(layer: Layer, placement: Placement, values: Tensor) -> Tensor:
     """[E, …] of all experts from values [E', …] of this rank's; collective. The gradient of a value is the sum over
     the ranks with different tokens, in order, or their mean if that is what gradients of weights are."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.compiling import not_compiled
 from switchgear.weights.layout import Layout
 from switchgear.weights.weight import SelectedWeight
 
@@ -64,7 +65,7 @@ class Selection:
             return parameter
         return parameter.detach().index_copy(0, self.experts(module).long(), self.trained(module, name))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph cannot tell whether the rows changed
+    @not_compiled  # a graph cannot tell whether the rows changed
     def update(self, module: nn.Module) -> None:
         """Copies trained rows that changed into the parameters that kernels read."""
         for name in self.names:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Functions that torch.compile leaves out of its graphs.
+
+torch.compiler's decorators import torch's compiler, which takes longer than the import of torch. With these, it is
+imported by whoever compiles."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """As torch.compiler.disable."""
+    disabled: Callable[P, R] | None = None
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:  # so nothing is being compiled
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return disabled(*args, **kwargs)
+
+    wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]  # graphs end before it
+    return wrapper
+
+
+def constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """As torch.compiler.assume_constant_result: a graph has the result of one call."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
