@@ -6,8 +6,8 @@
 //   The lanes of a vector are neighbours in k. A step loads kDotColumns vectors of B and 6 of A and multiplies every pair: 24
 //   multiply-adds for 10 loads with AVX-512, so the multiply-add pipes bind. A word is one float32, or with AVX-512-BF16 a
 //   pair of bfloat16 (vdpbf16ps). Other dtypes are widened to float32, in registers if A is a single tile.
-//   Up to 6 rows are a single tile: memory binds, and B is read column by column. Many rows reach 88-91 % of the peak
-//   multiply-adds, 77-84 % if B comes from memory.
+//   Up to 6 rows are a single tile: memory binds, and B is read column by column, or in several streams. Many rows reach
+//   88-91 % of the peak multiply-adds, 77-84 % if B comes from memory.
 //
 // Order of each sum: chunks of kChunkWords words ascend; within a chunk lane l adds words l, l + kLanes, …; then lanes are
 // added pairwise. It depends only on the depth, not on M, N, tiles or the layout of B, so a row's result does not depend on

@@ -9,8 +9,8 @@
 //   Products take 95 % of the time, a tenth of it to fetch weights from memory into L2; bias, glu and rounding the rest.
 //
 // Weights in panels (panels.h), and plain ones that are packed as such (packed_products.inl), need rows in their word order: x is
-// copied once in that order, and `a` is stored in it. An ISA that gathers rows (gathered.h) has its own layout for both: each
-// thread gathers an expert's rows of x.
+// copied once in that order, and `a` is stored in it. Other 16-bit rows that the ISA multiplies in float32 are widened once. An
+// ISA that gathers rows (gathered.h) has its own layout for both: each thread gathers an expert's rows of x.
 // 1. Tiles (expert, panel of `a`, rows): gate and up products of rows of x (pointers, no permuted copy in memory), then bias,
 //    glu and rounding while the tile is in L1/L2. Only a [S,I] reaches memory, and h if it is saved.
 // 2. token_sum: the second projection, weighted and summed per token as it is computed. With `sums` it starts from them, and
