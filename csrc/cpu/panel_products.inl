@@ -168,7 +168,8 @@ inline Guide guide_of(int64_t num_rows, int64_t tiles, int step_lines, int64_t s
     return {lines, lines * kLine, step_lines / lines};
   }
   if (!follows_streams()) return {step_lines, step_bytes, 1};
-  return {num_rows <= kGuidedRows ? 1 : 0, step_bytes, 1};
+  const bool is_guided = num_rows <= kGuidedRows && fastest_reads() != Reads::kStreams;
+  return {is_guided ? 1 : 0, step_bytes, 1};
 }
 
 // What a tile prefetches: `lines` lines per step, `stride` bytes after those of the step before.
