@@ -272,8 +272,8 @@ template <int kRows, typename Words>
 constexpr int num_streams() {
   constexpr bool kAreWidened = sizeof(Element<Words>) * Words::kDepth < 4;
   if (kLanes > 8) return 0;  // processors with longer vectors prefer one stream
-  if (kRows <= (kAreWidened ? 2 : 3)) return kStreams;
-  return kAreWidened ? kStreams / 2 : 0;
+  if (kRows <= (kAreWidened ? 2 : 3)) return kMostStreams;
+  return kAreWidened ? kMostStreams / 2 : 0;
 }
 
 // All of a single tile, which reads B once, or a part of its depth; `next` is read afterwards.

@@ -201,11 +201,11 @@ bool follows_streams();
 enum class Reads {
   kEveryLine,  // one stream, all of it prefetched: Zen 5, Intel
   kSomeLines,  // one stream, a line here and there prefetched: Zen 4
-  kStreams,    // kStreams streams at once, nothing prefetched: AMD before Zen 4
+  kStreams,    // kMostStreams streams at once, nothing prefetched: AMD before Zen 4
 };
 Reads fastest_reads();
 void set_fastest_reads(Reads reads);  // for tests: bits do not depend on it
-constexpr int kStreams = 4;
+constexpr int kMostStreams = 4;
 
 const Kernels& kernels_generic();
 const Kernels& kernels_avx2();

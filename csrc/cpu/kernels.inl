@@ -360,7 +360,7 @@ uint64_t read_bytes(const void* data, int64_t bytes) {
   if (reads == Reads::kStreams) {
     constexpr int64_t kBlock = 1 << 18;
     for (; bytes >= kBlock; bytes -= kBlock, p += kBlock) {
-      read_streams<kStreams>(total, p, kBlock / kStreams, kBlock / kStreams, 0);
+      read_streams<kMostStreams>(total, p, kBlock / kMostStreams, kBlock / kMostStreams, 0);
     }
   }
   read_streams<1>(total, p, bytes / 512 * 512, 0, reads == Reads::kSomeLines ? lead_of(Asks::kSomeLines) : 0);
