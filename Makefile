@@ -138,10 +138,15 @@ asan: $(BIN)/cmake $(BIN)/ninja
 	cmake --preset asan -DSWITCHGEAR_CPU_ISAS='$(ASAN_ISAS)'
 	$(call run_preset,asan)
 
+# TSAN_QUICK=1, NEON_QUICK=1: without the generic kernels, which then compile in seconds; on Arm also on two threads only.
+quick_flags = -DSWITCHGEAR_GENERIC_FLAGS='$(if $(1),-O0)'
+quick_run = $(if $(1),export SWITCHGEAR_QUICK=1;)
+
 TSAN_TESTS ?=
 
 tsan: $(BIN)/cmake $(BIN)/ninja
-	$(call run_preset_tests,tsan,$(TSAN_TESTS))
+	cmake --preset tsan $(call quick_flags,$(TSAN_QUICK))
+	$(call quick_run,$(TSAN_QUICK)) $(call run_preset_tests,tsan,$(TSAN_TESTS))
 
 # In the build tree of `make asan`, so not at the same time.
 asan-python: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
@@ -152,13 +157,14 @@ asan-python: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 mutants: $(BIN)/cmake $(BIN)/ninja
 	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
-# What `make test` runs on an Arm machine, emulated. NEON_QUICK=1: without the generic kernels, and only on two threads.
+# What `make test` runs on an Arm machine, emulated.
 NEON_TESTS ?=
 
 neon: $(BIN)/cmake $(BIN)/ninja
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "no cross compiler for Arm was found: install g++-aarch64-linux-gnu"; exit 1; }
 	@command -v qemu-aarch64 >/dev/null || { echo "no emulator of Arm was found: install qemu-user"; exit 1; }
-	$(if $(NEON_QUICK),export SWITCHGEAR_QUICK=1;) $(call run_preset_tests,neon,$(NEON_TESTS))
+	cmake --preset neon $(call quick_flags,$(NEON_QUICK)) -DCMAKE_CXX_FLAGS_RELEASE='$(if $(NEON_QUICK),-O1,-O3) -DNDEBUG'
+	$(call quick_run,$(NEON_QUICK)) $(call run_preset_tests,neon,$(NEON_TESTS))
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 // Calls an op of the CUDA backend as a caller on a device would. The allocator gives poisoned memory of exactly the requested
 // size, once. All work must be queued on the given stream.
 #pragma once
+#include <cstdlib>
 #include <memory>
 
 #include "api.h"
@@ -74,12 +75,14 @@ void run_op(std::initializer_list<Array*> outputs, Run&& run) {
 }
 
 // Whether this program runs the variant of a test with this number. Under sanitizers each of the three thread orders runs every
-// third variant, so together they run all.
+// third variant, so together they run all; or every SWITCHGEAR_SIMT_SHARES-th, a prime which is not the length of an inner loop, so
+// that each value of a loop has its turn.
 inline bool takes_variant(int64_t variant) {
 #if defined(SIMT_PLAIN)
   return variant >= 0;
 #else
-  return variant % 3 == static_cast<int64_t>(simt::options().order);
+  const char* const shares = std::getenv("SWITCHGEAR_SIMT_SHARES");
+  return variant % (shares == nullptr ? 3 : std::atoll(shares)) == static_cast<int64_t>(simt::options().order);
 #endif
 }
 
