@@ -2,6 +2,7 @@
 // grouped_gemm and moe_forward with integer weights in blocks of random bytes, padding included, element by element against
 // the definition in integers.h.
 #include "cases.h"
+#include "cpu/kernels.h"
 #include "switchgear/integers.h"
 
 namespace switchgear::test {
@@ -205,8 +206,10 @@ TEST(the_largest_sums_are_exact) {
   }
 }
 
-// The layer equals its stages, which have their own tests: the same h bit by bit, and the sum of the choices.
+// The layer equals its stages, which have their own tests: the same h bit by bit, also if the weights are read in other ways,
+// and the sum of the choices.
 TEST(moe_forward_is_its_stages) {
+  const cpu::Reads before = cpu::fastest_reads();
   Random random(8);
   for_each_case([&](const Case& c) {
     const std::string name = note;
@@ -235,8 +238,13 @@ TEST(moe_forward_is_its_stages) {
                                 .y = y,
                                 .h = h};
       for_each_isa(
-          {&y, &h}, [&](Execution exec) { moe_forward(args, exec); },
+          {&y, &h},
+          [&](Execution exec) {
+            cpu::set_fastest_reads(cpu::Reads::kStreams);
+            moe_forward(args, exec);
+          },
           [&] {
+            cpu::set_fastest_reads(cpu::Reads::kEveryLine);
             Array stage_h(DType::kFloat32, {plan.num_slots(), N}), a(DType::kFloat32, {plan.num_slots(), c.I});
             Array rows(DType::kFloat32, {plan.num_slots(), c.H});
             grouped_gemm({.x = x,
@@ -269,6 +277,7 @@ TEST(moe_forward_is_its_stages) {
           Isas::kAll);
     }
   });
+  cpu::set_fastest_reads(before);
 }
 
 }  // namespace

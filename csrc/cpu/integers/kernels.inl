@@ -15,6 +15,7 @@
 //   cores of Zen 3: 58 % of these instructions' rate with 64 rows at 8 bits
 // Sums inside a group are exact integers. Sums over groups are float32, ascending, so results do not depend on tiles.
 #pragma once
+#include "cpu/kernels.h"
 
 namespace switchgear::cpu {
 namespace {
@@ -217,11 +218,15 @@ void multiply_tile(const IntegerProduct& p, int64_t m, int64_t first, const uint
 // latency of dot (they are integers, so order does not matter).
 template <int kRows>
 constexpr int kStreams = kLanes == 16 || kRows == 1 ? 2 : 1;  // side by side
-
-// One row of bytes is read at full bandwidth. More work per line leaves too few loads in flight, so 4 KB of values ahead are
-// prefetched, and as many scales.
+// On processors with Reads::kStreams, one or two rows of bytes are read in kMostStreams instead. Three gain nothing, and more lose:
+// their sums are more than 16 registers. 4 bits gain nothing either.
 template <int kBits, int kRows>
-constexpr bool kPrefetches = kBits == 4 || kRows >= 2;
+constexpr bool kMayStream = kBits == 8 && kRows <= 2 && kLanes == 8;
+
+// One row of bytes is read at full bandwidth, and so are kMostStreams streams. Else more work per line leaves too few loads in
+// flight, so 4 KB of values ahead are prefetched, and as many scales.
+template <int kBits, int kRows, int kSide>
+constexpr bool kPrefetches = kSide < kMostStreams && (kBits == 4 || kRows >= 2);
 constexpr int64_t kAheadBytes = 4096, kScalesAhead = 512;
 
 template <int kBits, int kRows, int kSide>
@@ -258,7 +263,7 @@ void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerP
 #pragma GCC unroll 8
         for (int side = 0; side < kSide; ++side) {
           const uint8_t* const at = t[side].values[0] + line * kWordBytes;
-          if constexpr (kPrefetches<kBits, kRows>) {
+          if constexpr (kPrefetches<kBits, kRows, kSide>) {
             if (step == 0) __builtin_prefetch(at + kAheadBytes, 0, 3);
           }
 #pragma GCC unroll 8
@@ -355,37 +360,50 @@ void multiply_rows(const IntegerProduct& p, int64_t first, int64_t blocks) {
 
 inline int64_t blocks_of(int64_t num_columns) { return (num_columns + kBlockRows - 1) / kBlockRows; }
 
+// The first `count` blocks of a product, and those of a product of the same rows from block `from` on.
 template <int kBits, int kRows>
-void multiply_two(const Tile<kRows, kBlockVectors>& one, const Tile<kRows, kBlockVectors>& other,
-                  const IntegerPanel& b) {
-  if constexpr (kStreams<kRows> == 2) {
-    multiply_block<kBits, kRows, 2>({one, other}, b);
-  } else {
-    multiply_block<kBits, kRows, 1>({one}, b);
-    multiply_block<kBits, kRows, 1>({other}, b);
+void multiply_blocks(const IntegerProduct& one, const IntegerProduct& other, int64_t from, int64_t count) {
+  const auto block_of = [](const IntegerProduct& p, int64_t block) {
+    return Tile<kRows, kBlockVectors>(p, 0, block * kBlockVectors);
+  };
+  int64_t block = 0;
+  if constexpr (kMayStream<kBits, kRows>) {
+    if (fastest_reads() == Reads::kStreams) {
+      for (const int64_t half = count / 2; block < half; ++block) {
+        const int64_t second = half + block;
+        multiply_block<kBits, kRows, kMostStreams>({block_of(one, block), block_of(one, second),
+                                                    block_of(other, from + block), block_of(other, from + second)},
+                                                   one.b);
+      }
+      block = count / 2 * 2;
+    }
+  }
+  for (; block < count; ++block) {
+    const Tile<kRows, kBlockVectors> a = block_of(one, block), b = block_of(other, from + block);
+    if constexpr (kStreams<kRows> == 2) {
+      multiply_block<kBits, kRows, 2>({a, b}, one.b);
+    } else {
+      multiply_block<kBits, kRows, 1>({a}, one.b);
+      multiply_block<kBits, kRows, 1>({b}, one.b);
+    }
   }
 }
 
 template <int kBits>
 void multiply_pair_bits(const IntegerProduct& first, const IntegerProduct& second) {
   with_count<1, kFewRows>(first.num_rows, [&]<int kRows>() {
-    using Block = Tile<kRows, kBlockVectors>;
-    for (int64_t block = 0; block < blocks_of(first.num_columns); ++block) {
-      const int64_t at = block * kBlockVectors;
-      multiply_two<kBits, kRows>(Block(first, 0, at), Block(second, 0, at), first.b);
-    }
+    multiply_blocks<kBits, kRows>(first, second, 0, blocks_of(first.num_columns));
   });
 }
 
 template <int kBits>
 void multiply_few(const IntegerProduct& p) {  // as the pair of its halves
   with_count<1, kFewRows>(p.num_rows, [&]<int kRows>() {
-    using Block = Tile<kRows, kBlockVectors>;
     const int64_t blocks = blocks_of(p.num_columns), half = blocks / 2;
-    for (int64_t block = 0; block < half; ++block) {
-      multiply_two<kBits, kRows>(Block(p, 0, block * kBlockVectors), Block(p, 0, (half + block) * kBlockVectors), p.b);
+    multiply_blocks<kBits, kRows>(p, p, half, half);
+    if (blocks % 2 != 0) {
+      multiply_block<kBits, kRows, 1>({Tile<kRows, kBlockVectors>(p, 0, (blocks - 1) * kBlockVectors)}, p.b);
     }
-    if (blocks % 2 != 0) multiply_block<kBits, kRows, 1>({Block(p, 0, (blocks - 1) * kBlockVectors)}, p.b);
   });
 }
 
