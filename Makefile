@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo                  train a small MoE model with each experts implementation, and compare them
-# make test                  the tests in Python and in C++, except the slow ones (PYTEST_ARGS="-m slow": only those)
+# make test                  the tests in Python and in C++, except the slow ones
+# make test-slow             the slow ones in Python: all variants of the contracts, hundreds of lost ranks, examples to their end
 # make test-python           those in Python
 # make test-cpp              those in C++
 # make try TEST=glu          build and run one C++ test, quickly: with the kernels of one instruction set (ISAS='avx2;avx512')
@@ -55,7 +56,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test test-python test-cpp try try-cuda bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
+.PHONY: help tools demo test test-slow test-python test-cpp try try-cuda bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
         cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm clients-transformers wheel wheels sdist sbom test-torch clean always
 
 help:
@@ -116,6 +117,9 @@ test: test-python test-cpp
 test-python: $(INSTALLED)test
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
+test-slow: $(INSTALLED)test
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
 test-cpp: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,cpu)
 
@@ -139,14 +143,12 @@ asan: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,asan)
 
 # TSAN_QUICK=1, NEON_QUICK=1: without the generic kernels, which then compile in seconds; on Arm also on two threads only.
-quick_flags = -DSWITCHGEAR_GENERIC_FLAGS='$(if $(1),-O0)'
-quick_run = $(if $(1),export SWITCHGEAR_QUICK=1;)
+quick = $(if $(1),export SWITCHGEAR_QUICK=1 SWITCHGEAR_COMPILED_ONLY=generic;)
 
 TSAN_TESTS ?=
 
 tsan: $(BIN)/cmake $(BIN)/ninja
-	cmake --preset tsan $(call quick_flags,$(TSAN_QUICK))
-	$(call quick_run,$(TSAN_QUICK)) $(call run_preset_tests,tsan,$(TSAN_TESTS))
+	$(call quick,$(TSAN_QUICK)) $(call run_preset_tests,tsan,$(TSAN_TESTS))
 
 # In the build tree of `make asan`, so not at the same time.
 asan-python: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
@@ -163,8 +165,8 @@ NEON_TESTS ?=
 neon: $(BIN)/cmake $(BIN)/ninja
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "no cross compiler for Arm was found: install g++-aarch64-linux-gnu"; exit 1; }
 	@command -v qemu-aarch64 >/dev/null || { echo "no emulator of Arm was found: install qemu-user"; exit 1; }
-	cmake --preset neon $(call quick_flags,$(NEON_QUICK)) -DCMAKE_CXX_FLAGS_RELEASE='$(if $(NEON_QUICK),-O1,-O3) -DNDEBUG'
-	$(call quick_run,$(NEON_QUICK)) $(call run_preset_tests,neon,$(NEON_TESTS))
+	$(call quick,$(NEON_QUICK)) cmake --preset neon -DCMAKE_CXX_FLAGS_RELEASE='$(if $(NEON_QUICK),-O1,-O3) -DNDEBUG'
+	$(call quick,$(NEON_QUICK)) $(call run_preset_tests,neon,$(NEON_TESTS))
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ def test_train_parallel_has_the_losses_of_one_process(tmp_path: Path) -> None:
     assert {name: tensor.shape for name, tensor in four.items()} == {name: tensor.shape for name, tensor in one.items()}
 
 
+@pytest.mark.slow
 def test_train_parallel_goes_on_while_ranks_are_lost(tmp_path: Path) -> None:
     """Under torchrun. Ranks are killed or stopped and come back; no step is missing, and the log can be drawn."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -81,15 +82,17 @@ def test_train_parallel_goes_on_while_ranks_are_lost(tmp_path: Path) -> None:
         assert (tmp_path / "chaos.png").stat().st_size < 100_000
 
 
-def test_replay_removes_the_difference_of_two_networks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_replay_removes_the_difference_of_two_networks(steps: int, tmp_path: Path) -> None:
     """Two processes: a policy in bfloat16 generates, one in float32 learns from its answers with its choices."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(EXAMPLES / "replay.py"), "--steps", "30", "--results", str(tmp_path / "results")]
+    command += [str(EXAMPLES / "replay.py"), "--steps", str(steps), "--results", str(tmp_path / "results")]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     rows = [[float(value) for value in line.split()] for line in (tmp_path / "results").read_text().splitlines()]
     rewards, free, replayed = zip(*rows, strict=True)
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
     assert max(free[:5]) > 3 * max(replayed[:5])
+    if steps == 30:
+        assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
 
 
 def test_trace_routing_shows_what_the_router_learned() -> None:
@@ -105,11 +108,13 @@ def test_lora_moe_in_a_tiny_form() -> None:
         assert losses["mixture"][domain] < losses["base"][domain]
 
 
-def test_finetune_experts_leaves_what_the_task_does_not_use() -> None:
+@pytest.mark.parametrize("steps", [3, pytest.param(60, marks=pytest.mark.slow)])
+def test_finetune_experts_leaves_what_the_task_does_not_use(steps: int) -> None:
     """Fewer bytes by the fraction of experts, and less of the first task forgotten than by training all."""
-    results = load("finetune_experts")["main"](60)
+    results = load("finetune_experts")["main"](steps)
     assert results["selected"].kilobytes < 0.5 * results["all"].kilobytes
-    assert results["selected"].python < results["all"].python
+    if steps == 60:
+        assert results["selected"].python < results["all"].python
 
 
 def test_distill_teaches_a_student() -> None:
