@@ -179,12 +179,11 @@ class Measured(NamedTuple):
     """Medians on all threads of this machine."""
 
     seconds: float  # of a call
-    bandwidth: float  # bytes/s of products that memory binds
+    read: float  # bytes/s of plain reading
 
 
-def measured(call: Callable[[int], object], multiply: Callable[[int], int], threads: int, repeats: int) -> Measured:
-    """Real calls and products in turns, since the speed of a shared memory drifts. multiply returns the bytes that it
-    reads. Cores that multiply read less than those that only read."""
+def measured(call: Callable[[int], object], read: Callable[[int], int], threads: int, repeats: int) -> Measured:
+    """Real calls and reads in turns, since the speed of a shared memory drifts. read returns the bytes that it read."""
     seconds, rates = [], []
     with cut_for(threads):
         for number in range(repeats + 1):
@@ -192,7 +191,7 @@ def measured(call: Callable[[int], object], multiply: Callable[[int], int], thre
             call(number)
             seconds.append(perf_counter() - start)
             start = perf_counter()
-            count = multiply(number)
+            count = read(number)
             rates.append(count / (perf_counter() - start))
     return Measured(median(seconds[1:]), median(rates[1:]))
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 import switchgear
-from switchgear.functional import grouped_gemm
+from switchgear import _C
 from switchgear.weights import Weight
 
 from ..common import choose, console, markdown_table, require, table
@@ -108,29 +108,26 @@ def make_call(task: Task) -> Callable[[int], object]:
 
 
 def make_calls(task: Task) -> tuple[Callable[[int], object], Callable[[int], int]]:
-    """A call of the layer, and one that multiplies one row by each of some experts, others each time, which memory
-    binds. Experts whose weights do not fit share those of others."""
+    """A call of the layer, and one that reads the weights of some experts, others each time. Experts whose weights do
+    not fit share those of others."""
     shape, dtype = MODEL_SHAPES[task.shape], FORMATS[task.dtype].dtype
     stored = min(shape.num_experts, MOST_BYTES // _expert_bytes(shape, task.dtype))
     weights = make_weights(shape._replace(num_experts=stored), dtype)
     case = make_case(task.shape, shape, task.dtype, task.tokens, task.mode, task.routing, weights)
     few = max(min(stored, shape.top_k), 1)
-    rows = [torch.ones(few, weight.shape[2], dtype=dtype) for weight in weights]
-    expert_offsets = torch.arange(few + 1, dtype=torch.int32)
 
-    def multiply(number: int) -> int:
+    def read(number: int) -> int:
         experts = [(number * few + index) % stored for index in range(few)]
-        chosen = [[weight[expert].detach() for expert in experts] for weight in weights]
-        for x, weight in zip(rows, chosen, strict=True):
-            grouped_gemm(x, weight, expert_offsets)
-        return sum(matrix.nbytes for weight in chosen for matrix in weight)
+        tensors = [weight[expert].detach() for expert in experts for weight in weights]
+        _C.read(tensors, 2)
+        return sum(tensor.nbytes for tensor in tensors)
 
     if stored == shape.num_experts:
-        return call_of(case, partial(_layer, weights)), multiply
+        return call_of(case, partial(_layer, weights)), read
     slots = torch.arange(shape.num_experts, dtype=torch.int32) % stored
     first, second = (Weight("plain", w.detach(), w.shape[1], w.shape[2], dtype, slots=slots) for w in weights)
     shared = (first, second)
-    return call_of(case, partial(_layer, shared)), multiply
+    return call_of(case, partial(_layer, shared)), read
 
 
 def _layer(weights: tuple[Any, Any], inputs: Inputs) -> torch.Tensor:
@@ -140,21 +137,21 @@ def _layer(weights: tuple[Any, Any], inputs: Inputs) -> torch.Tensor:
 def evaluate(task: Task, machines: Any = MACHINES) -> Row:
     """One row of --json: the call on one core, two threads predicted and measured, and the machines."""
     torch.set_num_threads(2)
-    call, multiply = make_calls(task)
+    call, read = make_calls(task)
     fork = fork_seconds()
-    seconds = measured(call, multiply, 2, 1).seconds
+    seconds = measured(call, read, 2, 1).seconds
     repeats = next(repeats for most, repeats in REPEATS if seconds < most)
     routings = ROUTINGS if task.tokens <= DECODE_TOKENS else 1
     cuts = {n: record(call, n, repeats, routings) for n in sorted({1, *(m.threads for m in machines)})}
     before = record(call, 2, repeats, routings)
-    real = measured(call, multiply, 2, 2 * repeats)
-    here = machine(2)._replace(node_bandwidth=real.bandwidth)
+    real = measured(call, read, 2, 2 * repeats)
+    here = machine(2)._replace(node_bandwidth=real.read)
     after = record(call, 2, repeats, routings)  # speed drifts
     two = median(predict(recording, here, fork).seconds for recording in (before, after))
     one = cuts[1].seconds
     predictions = [predict(cuts[on.threads], on, fork) for on in machines]
     row = task._asdict() | {
-        "one_core_ms": 1e3 * one, "bytes": cuts[1].bytes, "fork_us": 1e6 * fork, "bandwidth": real.bandwidth,
+        "one_core_ms": 1e3 * one, "bytes": cuts[1].bytes, "fork_us": 1e6 * fork, "read": real.read,
         "two_predicted_ms": 1e3 * two, "two_measured_ms": 1e3 * real.seconds,
         "loops": [{"name": loop.name, "ms": 1e3 * loop.seconds, "tasks": len(loop.tasks), "bytes": loop.bytes}
                   for loop in cuts[1].loops],
