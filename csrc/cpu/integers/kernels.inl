@@ -282,6 +282,32 @@ void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerP
           }
         }
       };
+      // Both steps of a line, vector by vector, so that each is loaded once.
+      const auto add_line = [&](int64_t line, Sums& to) {
+        Activations a[kRows][kSteps<kBits>];
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+          for (int step = 0; step < kSteps<kBits>; ++step) a[i][step] = activations_at<kBits>(t[0].a[i], line, step);
+        }
+#pragma GCC unroll 8
+        for (int side = 0; side < kSide; ++side) {
+          const uint8_t* const at = t[side].values[0] + line * kWordBytes;
+          if constexpr (kPrefetches<kBits, kRows, kSide>) __builtin_prefetch(at + kAheadBytes, 0, 3);
+#pragma GCC unroll 8
+          for (int j = 0; j < kBlockVectors; ++j) {
+#pragma GCC unroll 2
+            for (int step = 0; step < kSteps<kBits>; ++step) {
+              const Weights w = weights_at<kBits>(at + 4 * j * kLanes, step);
+#pragma GCC unroll 8
+              for (int i = 0; i < kRows; ++i) {
+                Ints& s = to[side][0][i][j];
+                s = add_dot<kBits>(s, w, a[i][step]);
+              }
+            }
+          }
+        }
+      };
       const auto add_lines = [&](int64_t begin, int64_t end, Sums& to) {
         constexpr int kUnrolled = 4 / kSteps<kBits>;  // lines
         int64_t line = begin;
@@ -296,9 +322,7 @@ void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerP
       };
       const Lines lines = lines_of<kBits>(b, g);
       if constexpr (kInHalves<kBits>) {
-        for (int64_t line = lines.begin; line < lines.end; line += kPartLines) {
-          Sums halves = {};
-          add_lines(line, line + kPartLines < lines.end ? line + kPartLines : lines.end, halves);
+        const auto add_part = [&](const Sums& halves) {
 #pragma GCC unroll 8
           for (int side = 0; side < kSide; ++side) {
 #pragma GCC unroll 8
@@ -309,6 +333,18 @@ void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerP
               }
             }
           }
+        };
+        int64_t line = lines.begin;
+        for (; line + kPartLines <= lines.end; line += kPartLines) {
+          Sums halves = {};
+#pragma GCC unroll 4
+          for (int n = 0; n < kPartLines; ++n) add_line(line + n, halves);
+          add_part(halves);
+        }
+        if (line < lines.end) {
+          Sums halves = {};
+          for (; line < lines.end; ++line) add_line(line, halves);
+          add_part(halves);
         }
       } else {
         add_lines(lines.begin, lines.end, sum);
