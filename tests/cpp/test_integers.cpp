@@ -12,7 +12,8 @@ struct Format {
   int64_t bits, group_size;
   bool symmetric;
 };
-constexpr Format kFormats[] = {{8, 0, true}, {4, 0, true}, {4, 32, true}, {4, 16, false}, {8, 64, false}};
+constexpr Format kFormats[] = {{8, 0, true},   {4, 0, true},   {4, 32, true},
+                               {4, 32, false}, {4, 16, false}, {8, 64, false}};
 
 // Blocks of random bytes; integers.h defines where q, scale and zero are.
 struct Integers {
