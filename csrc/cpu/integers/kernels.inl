@@ -29,6 +29,10 @@ constexpr int64_t kWordBytes = 4 * kBlockRows;  // of a block
 
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
+// What kernels of 4 bits without an instruction for dots are compiled for. Short groups are one part (below): their sums need no
+// memory, and nothing branches, which is 20 to 35 % faster from the caches.
+enum class Groups { kAny, kShort, kShortWithZeros };
+
 // Pointers and scales of a tile of kRows x kVectors vectors of columns. Pointers to weights are per vector.
 template <int kRows, int kVectors>
 struct Tile {
@@ -60,13 +64,17 @@ struct Tile {
     }
   }
 
+  template <Groups kGroups>
+  bool has_zeros() const {
+    return kGroups == Groups::kAny ? zeros[0] != nullptr : kGroups == Groups::kShortWithZeros;
+  }
+
   // Start of a sum: -z·Σ a for symmetric weights, plus kWeightOffset·Σ a (z at 8 bits, so these cancel).
-  template <int kBits, bool kShort>
+  template <int kBits, Groups kGroups>
   Ints start(int i, int64_t g) const {
-    if constexpr (kShort) return broadcast_ints(corrections[i][g]);
     constexpr int kOffset = kBits == 8 ? kWeightOffset : 0;
-    if constexpr (kOffset != 0) return broadcast_ints(zeros[0] == nullptr ? 0 : kOffset * corrections[i][g]);
-    return broadcast_ints(zeros[0] == nullptr ? corrections[i][g] : 0);
+    if constexpr (kOffset != 0) return broadcast_ints(has_zeros<kGroups>() ? kOffset * corrections[i][g] : 0);
+    return broadcast_ints(has_zeros<kGroups>() ? 0 : corrections[i][g]);
   }
 };
 
@@ -111,13 +119,6 @@ inline Ints add_dot(Ints sum, Weights w, Activations a) {
   }
 }
 
-// Kernels are compiled a second time, with kShort, for the most common weights of 4 bits: symmetric, in groups of one part. There
-// a group's sums need no memory, and nothing branches: 20 to 35 % faster from the caches.
-inline bool are_short(const IntegerPanel& b) {
-  constexpr int64_t kWords = kPartLines * kLineWords<4>;
-  return b.zeros == nullptr && b.group_words == kWords && b.words % kWords == 0;
-}
-
 struct Lines {
   int64_t begin, end;
 };
@@ -129,7 +130,7 @@ inline Lines lines_of(const IntegerPanel& b, int64_t group) {  // the number of 
 }
 
 // totals += sums · scale; with zeros also -scale · zero · the sums of activations
-template <int kBits, bool kShort, int kRows, int kVectors>
+template <int kBits, Groups kGroups, int kRows, int kVectors>
 inline void end_group(const Tile<kRows, kVectors>& t, const Ints (&sum)[kRows][kVectors], int64_t g,
                       Floats (&total)[kRows][kVectors]) {
 #pragma GCC unroll 8
@@ -137,7 +138,7 @@ inline void end_group(const Tile<kRows, kVectors>& t, const Ints (&sum)[kRows][k
     const Floats scale = widen(t.scales[j] + g * kBlockRows);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) total[i][j] = multiply_add(to_floats(sum[i][j]), scale, total[i][j]);
-    if (!kShort && t.zeros[0] != nullptr) {
+    if (t.template has_zeros<kGroups>()) {
       constexpr float kUnit = kBits == 8 ? -1.0f : -1.0f / 16;
       const Floats offset = scale * widen(t.zeros[j] + g * kBlockRows) * broadcast(kUnit);
 #pragma GCC unroll 16
@@ -167,7 +168,7 @@ inline void end_block(const Tile<kRows, kVectors>& t, const Floats (&total)[kRow
 
 // kRows rows times kVectors vectors of columns: each load of weights is used kRows times, each of activations kVectors times.
 // Prefetches the blocks at `ahead`.
-template <int kBits, bool kShort, int kRows, int kVectors, int kAhead>
+template <int kBits, Groups kGroups, int kRows, int kVectors, int kAhead>
 void multiply_tile(const IntegerProduct& p, int64_t m, int64_t first, const uint8_t* const (&ahead)[kAhead]) {
   const Tile<kRows, kVectors> t(p, m, first);
   const IntegerPanel& b = p.b;
@@ -179,7 +180,7 @@ void multiply_tile(const IntegerProduct& p, int64_t m, int64_t first, const uint
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) sum[i][j] = t.template start<kBits, kShort>(i, g);
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = t.template start<kBits, kGroups>(i, g);
       }
       const Lines lines = lines_of<kBits>(b, g);
       const auto add_line = [&](int64_t line, Ints(&to)[kRows][kVectors]) {
@@ -199,7 +200,7 @@ void multiply_tile(const IntegerProduct& p, int64_t m, int64_t first, const uint
       };
       const auto add_part = [&](int64_t begin, int64_t end) {
         Ints halves[kRows][kVectors] = {};
-        if (kShort || begin + kPartLines <= end) {
+        if (kGroups != Groups::kAny || begin + kPartLines <= end) {
 #pragma GCC unroll 4
           for (int n = 0; n < kPartLines; ++n) add_line(begin + n, halves);
         } else {
@@ -211,14 +212,14 @@ void multiply_tile(const IntegerProduct& p, int64_t m, int64_t first, const uint
           for (int j = 0; j < kVectors; ++j) sum[i][j] = add_halves(sum[i][j], halves[i][j]);
         }
       };
-      if constexpr (kShort) {
+      if constexpr (kGroups != Groups::kAny) {
         add_part(lines.begin, lines.end);
       } else if constexpr (kInHalves<kBits>) {
         for (int64_t line = lines.begin; line < lines.end; line += kPartLines) add_part(line, lines.end);
       } else {
         for (int64_t line = lines.begin; line < lines.end; ++line) add_line(line, sum);
       }
-      end_group<kBits, kShort>(t, sum, g, total);
+      end_group<kBits, kGroups>(t, sum, g, total);
     }
     end_block(t, total, block, last == b.groups);
   }
@@ -240,7 +241,7 @@ template <int kBits, int kRows, int kSide>
 constexpr bool kPrefetches = kSide < kMostStreams && (kBits == 4 || kRows >= 2);
 constexpr int64_t kAheadBytes = 4096, kScalesAhead = 512;
 
-template <int kBits, bool kShort, int kRows, int kSide>
+template <int kBits, Groups kGroups, int kRows, int kSide>
 void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerPanel& b) {
   constexpr int kFree = kHasDot ? 4 / (kRows * kSide * kBlockVectors) : 1, kChains = kFree > 1 ? kFree : 1;
   for (int64_t block = 0, last = 0; last < b.groups; ++block) {
@@ -255,7 +256,7 @@ void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerP
         for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
           for (int j = 0; j < kBlockVectors; ++j) {
-            sum[side][0][i][j] = t[side].template start<kBits, kShort>(i, g);
+            sum[side][0][i][j] = t[side].template start<kBits, kGroups>(i, g);
 #pragma GCC unroll 8
             for (int chain = 1; chain < kChains; ++chain) sum[side][chain][i][j] = Ints{};
           }
@@ -266,7 +267,7 @@ void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerP
         for (int side = 0; side < kSide; ++side) {
           const int64_t at = g * kBlockRows + kScalesAhead;
           __builtin_prefetch(t[side].scales[0] + at, 0, 3);
-          if (!kShort && t[side].zeros[0] != nullptr) __builtin_prefetch(t[side].zeros[0] + at, 0, 3);
+          if (t[side].template has_zeros<kGroups>()) __builtin_prefetch(t[side].zeros[0] + at, 0, 3);
         }
       }
       const auto add_step = [&](int64_t line, int step, int chain, Sums& to) {
@@ -351,7 +352,7 @@ void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerP
           for (int n = 0; n < kPartLines; ++n) add_line(line + n, halves);
           add_part(halves);
         };
-        if constexpr (kShort) {
+        if constexpr (kGroups != Groups::kAny) {
           add_whole_part(lines.begin);
         } else {
           int64_t line = lines.begin;
@@ -375,7 +376,7 @@ void multiply_block(const Tile<kRows, kBlockVectors> (&t)[kSide], const IntegerP
             for (int j = 0; j < kBlockVectors; ++j) sum[side][0][i][j] += sum[side][chain][i][j];
           }
         }
-        end_group<kBits, kShort>(t[side], sum[side][0], g, total[side]);
+        end_group<kBits, kGroups>(t[side], sum[side][0], g, total[side]);
       }
     }
 #pragma GCC unroll 8
@@ -395,7 +396,7 @@ inline void with_count(int64_t count, Function&& function) {
 
 // More than kFewRows rows, from vector `first` of the panel on, in tiles of nearly equal height: a low tile has too few sums
 // to hide the latency of dot. Each pass over the words prefetches kAhead blocks of the next product, until it has all.
-template <int kBits, bool kShort, int kVectors, int kAhead>
+template <int kBits, Groups kGroups, int kVectors, int kAhead>
 void multiply_rows(const IntegerProduct& p, int64_t first, int64_t blocks) {
   const int64_t tiles = (p.num_rows + kRowTile - 1) / kRowTile, block_bytes = p.b.words * kWordBytes * kBits / 8;
   for (int64_t i = 0; i < tiles; ++i) {
@@ -406,14 +407,14 @@ void multiply_rows(const IntegerProduct& p, int64_t first, int64_t blocks) {
     }
     const int64_t m = p.num_rows * i / tiles, end = p.num_rows * (i + 1) / tiles;
     with_count<kRowTile / 2, kRowTile>(
-        end - m, [&]<int kRows>() { multiply_tile<kBits, kShort, kRows, kVectors, kAhead>(p, m, first, ahead); });
+        end - m, [&]<int kRows>() { multiply_tile<kBits, kGroups, kRows, kVectors, kAhead>(p, m, first, ahead); });
   }
 }
 
 inline int64_t blocks_of(int64_t num_columns) { return (num_columns + kBlockRows - 1) / kBlockRows; }
 
 // The first `count` blocks of a product, and those of a product of the same rows from block `from` on.
-template <int kBits, bool kShort, int kRows>
+template <int kBits, Groups kGroups, int kRows>
 void multiply_blocks(const IntegerProduct& one, const IntegerProduct& other, int64_t from, int64_t count) {
   const auto block_of = [](const IntegerProduct& p, int64_t block) {
     return Tile<kRows, kBlockVectors>(p, 0, block * kBlockVectors);
@@ -423,7 +424,7 @@ void multiply_blocks(const IntegerProduct& one, const IntegerProduct& other, int
     if (fastest_reads() == Reads::kStreams) {
       for (const int64_t half = count / 2; block < half; ++block) {
         const int64_t second = half + block;
-        multiply_block<kBits, kShort, kRows, kMostStreams>(
+        multiply_block<kBits, kGroups, kRows, kMostStreams>(
             {block_of(one, block), block_of(one, second), block_of(other, from + block),
              block_of(other, from + second)},
             one.b);
@@ -434,62 +435,66 @@ void multiply_blocks(const IntegerProduct& one, const IntegerProduct& other, int
   for (; block < count; ++block) {
     const Tile<kRows, kBlockVectors> a = block_of(one, block), b = block_of(other, from + block);
     if constexpr (kStreams<kRows> == 2) {
-      multiply_block<kBits, kShort, kRows, 2>({a, b}, one.b);
+      multiply_block<kBits, kGroups, kRows, 2>({a, b}, one.b);
     } else {
-      multiply_block<kBits, kShort, kRows, 1>({a}, one.b);
-      multiply_block<kBits, kShort, kRows, 1>({b}, one.b);
+      multiply_block<kBits, kGroups, kRows, 1>({a}, one.b);
+      multiply_block<kBits, kGroups, kRows, 1>({b}, one.b);
     }
   }
 }
 
-template <int kBits, bool kShort>
+template <int kBits, Groups kGroups>
 void multiply_pair_bits(const IntegerProduct& first, const IntegerProduct& second) {
   with_count<1, kFewRows>(first.num_rows, [&]<int kRows>() {
-    multiply_blocks<kBits, kShort, kRows>(first, second, 0, blocks_of(first.num_columns));
+    multiply_blocks<kBits, kGroups, kRows>(first, second, 0, blocks_of(first.num_columns));
   });
 }
 
-template <int kBits, bool kShort>
+template <int kBits, Groups kGroups>
 void multiply_few(const IntegerProduct& p) {  // as the pair of its halves
   with_count<1, kFewRows>(p.num_rows, [&]<int kRows>() {
     const int64_t blocks = blocks_of(p.num_columns), half = blocks / 2;
-    multiply_blocks<kBits, kShort, kRows>(p, p, half, half);
+    multiply_blocks<kBits, kGroups, kRows>(p, p, half, half);
     if (blocks % 2 != 0) {
-      multiply_block<kBits, kShort, kRows, 1>({Tile<kRows, kBlockVectors>(p, 0, (blocks - 1) * kBlockVectors)}, p.b);
+      multiply_block<kBits, kGroups, kRows, 1>({Tile<kRows, kBlockVectors>(p, 0, (blocks - 1) * kBlockVectors)}, p.b);
     }
   });
 }
 
-template <int kBits, bool kShort>
+template <int kBits, Groups kGroups>
 void multiply_bits(const IntegerProduct& p) {
-  if (p.num_rows <= kFewRows) return multiply_few<kBits, kShort>(p);
+  if (p.num_rows <= kFewRows) return multiply_few<kBits, kGroups>(p);
   constexpr int kVectors = kBits == 8 ? kTileVectors8 : kTileVectors4;
   const int64_t blocks = blocks_of(p.num_columns), vectors = blocks * kBlockVectors;
   const bool few_passes = p.num_rows * (vectors / kVectors) <= (blocks - 1) * kRowTile;
   int64_t first = 0;
   for (; first + kVectors <= vectors; first += kVectors) {
-    few_passes ? multiply_rows<kBits, kShort, kVectors, 2>(p, first, blocks)
-               : multiply_rows<kBits, kShort, kVectors, 1>(p, first, blocks);
+    few_passes ? multiply_rows<kBits, kGroups, kVectors, 2>(p, first, blocks)
+               : multiply_rows<kBits, kGroups, kVectors, 1>(p, first, blocks);
   }
-  for (; first < vectors; ++first) multiply_rows<kBits, kShort, 1, 1>(p, first, blocks);
+  for (; first < vectors; ++first) multiply_rows<kBits, kGroups, 1, 1>(p, first, blocks);
 }
 
-// Calls function<bits, are short>().
+// Calls function<bits, groups>().
 template <typename Function>
 inline void with_kernel_of(const IntegerPanel& b, Function&& function) {
-  if (b.bits == 8) return function.template operator()<8, false>();
+  constexpr int64_t kWords = kPartLines * kLineWords<4>;
+  if (b.bits == 8) return function.template operator()<8, Groups::kAny>();
   if constexpr (kInHalves<4>) {
-    if (are_short(b)) return function.template operator()<4, true>();
+    if (b.group_words == kWords && b.words % kWords == 0) {
+      return b.zeros == nullptr ? function.template operator()<4, Groups::kShort>()
+                                : function.template operator()<4, Groups::kShortWithZeros>();
+    }
   }
-  function.template operator()<4, false>();
+  function.template operator()<4, Groups::kAny>();
 }
 
 void multiply(const IntegerProduct& p) {
-  with_kernel_of(p.b, [&]<int kBits, bool kShort>() { multiply_bits<kBits, kShort>(p); });
+  with_kernel_of(p.b, [&]<int kBits, Groups kGroups>() { multiply_bits<kBits, kGroups>(p); });
 }
 
 void multiply_pair(const IntegerProduct& first, const IntegerProduct& second) {
-  with_kernel_of(first.b, [&]<int kBits, bool kShort>() { multiply_pair_bits<kBits, kShort>(first, second); });
+  with_kernel_of(first.b, [&]<int kBits, Groups kGroups>() { multiply_pair_bits<kBits, kGroups>(first, second); });
 }
 
 // ---- rows ----------------------------------------------------------------------------------------------------------------
