@@ -137,7 +137,8 @@ int main(int argc, char** argv) {
   using namespace switchgear::bench;
   using switchgear::integer_multiply_rate;
   const int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  benchmark::AddCustomContext("int8", switchgear::join(integer_multiply_rate({threads}) / 1e9, " Gop/s"));
+  benchmark::AddCustomContext("int8", switchgear::join(integer_multiply_rate(8, {threads}) / 1e9, " Gop/s"));
+  benchmark::AddCustomContext("int4", switchgear::join(integer_multiply_rate(4, {threads}) / 1e9, " Gop/s"));
   return bench_main<IntegerMoeForward<8, 0, true>, IntegerMoeForward<4, 32, true>, IntegerMoeForward<4, 32, false>>(
       argc, argv);
 }

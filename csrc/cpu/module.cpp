@@ -23,10 +23,6 @@ namespace {
 
 constexpr Names<DType, 3> kFloats{
     {{"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}}};
-constexpr Names<DType, 4> kRates{{{"float32", DType::kFloat32},
-                                  {"bfloat16", DType::kBFloat16},
-                                  {"float16", DType::kFloat16},
-                                  {"int8", DType::kInt8}}};
 
 py::dict build_info() {
   py::dict info;
@@ -96,11 +92,18 @@ void define_module(py::module_& m) {
       "fma_rate",
       [](std::string_view dtype, int num_threads) {
         const py::gil_scoped_release release;
-        const DType number = parse("dtype", kRates, dtype);
-        const Execution exec{.num_threads = num_threads};
-        return number == DType::kInt8 ? integer_multiply_rate(exec) : multiply_rate(number, exec);
+        return multiply_rate(parse("dtype", kFloats, dtype), {.num_threads = num_threads});
       },
       "Multiply-adds in registers, in operations/s.", "dtype"_a, "num_threads"_a = 0);
+  m.def(
+      "dot_rate",
+      [](int bits, int num_threads) {
+        const py::gil_scoped_release release;
+        if (bits != 8 && bits != 4) throw ValueError(join("bits: expected 8 or 4, got ", bits));
+        return integer_multiply_rate(bits, {.num_threads = num_threads});
+      },
+      "Products of int8 and weights of 8 or 4 bits in registers, and their additions, in operations/s.", "bits"_a,
+      "num_threads"_a = 0);
   m.def(
       "read_bandwidth",
       [](int num_threads) {

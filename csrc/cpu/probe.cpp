@@ -39,10 +39,10 @@ double multiply_rate(DType dtype, Execution exec) {
                    [&](int64_t) { return k.multiply_rate(dtype, kIterations); });
 }
 
-double integer_multiply_rate(Execution exec) {
+double integer_multiply_rate(int bits, Execution exec) {
   constexpr int64_t kIterations = 400'000;
   const cpu::IntegerKernels& k = cpu::integer_kernels();
-  return best_rate(cpu::resolve_threads(exec.num_threads), [&](int64_t) { return k.multiply_rate(kIterations); });
+  return best_rate(cpu::resolve_threads(exec.num_threads), [&](int64_t) { return k.multiply_rate(bits, kIterations); });
 }
 
 double read_bandwidth(Execution exec) {

@@ -61,7 +61,7 @@ void set_cuda_kernels(const std::string& kernels);  // ValueError for another na
 // The CPU's measured limits, about 50 ms each: register-only multiply-adds in flop/s (with the instruction that a dtype's
 // products use), and memory reads in bytes/s.
 double multiply_rate(DType dtype, Execution exec = {});
-double integer_multiply_rate(Execution exec = {});  // for int8, in operations/s
+double integer_multiply_rate(int bits, Execution exec = {});  // for weights of 8 or 4 bits, in operations/s
 double read_bandwidth(Execution exec = {});
 
 // Reads the memory of tensors once, with vector loads on all threads: a lower bound for a layer with these weights.

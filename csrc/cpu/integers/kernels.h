@@ -74,7 +74,7 @@ struct IntegerKernels {
   void (*dequantize)(float* out, int64_t out_stride, const IntegerPanel& b, int64_t first_row, int64_t first_column,
                      int64_t columns);
 
-  double (*multiply_rate)(int64_t iterations);  // as in Kernels, in operations of int8
+  double (*multiply_rate)(int bits, int64_t iterations);  // as in Kernels, for weights of 8 or 4 bits
 };
 
 const IntegerKernels& integer_kernels();  // of the ISA in use, for probes

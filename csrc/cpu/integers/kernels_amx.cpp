@@ -196,7 +196,7 @@ void multiply(const IntegerProduct& product) {
   TileProduct(product).run();
 }
 
-double multiply_rate(int64_t iterations) {
+double multiply_rate(int, int64_t iterations) {
   tile_configure(shapes(kTile));  // tiles of zeros
   for (int64_t i = 0; i < iterations; ++i) {
     for_sums<2, 2>([]<int kF, int kS>() { multiply_tiles<int32_t, kSums<kF, kS>, kFirst, kSecond>(); });

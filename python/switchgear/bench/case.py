@@ -23,15 +23,15 @@ class Format(NamedTuple):
 
     dtype: torch.dtype  # of x, y, and of the weights before they are quantised
     weight_bytes: float  # bytes of an element; includes its share of the scales if the format fixes them
-    arithmetic: str  # the fastest multiply-adds for it, by the native probe's name
+    arithmetic: str | int  # the fastest multiply-adds for it: a dtype, or the bits of weights beside int8
     modes: tuple[str, ...]
 
 
 FORMATS = {
     "bf16": Format(torch.bfloat16, 2.0, "bfloat16", ("forward", "train")),
     "fp32": Format(torch.float32, 4.0, "float32", ("forward", "train")),
-    "int8": Format(torch.bfloat16, 1.0, "int8", ("forward",)),
-    "int4": Format(torch.bfloat16, 0.5, "int8", ("forward",)),
+    "int8": Format(torch.bfloat16, 1.0, 8, ("forward",)),
+    "int4": Format(torch.bfloat16, 0.5, 4, ("forward",)),
     "fp8": Format(torch.bfloat16, 1.0 + 4 / 128**2, "bfloat16", ("forward",)),
     "mxfp4": Format(torch.bfloat16, 17 / 32, "bfloat16", ("forward",)),
     **{f"groups{b}": Format(torch.bfloat16, b / 8 + 2 / 128, "bfloat16", ("forward",)) for b in (4, 3, 2, 1)},

@@ -19,7 +19,10 @@ from .case import FORMATS, Case
 
 def multiply_rate(dtype_name: str, num_threads: int) -> float:
     """Multiply-adds in registers, in flop/s, by the instructions used for weights in this format."""
-    return _C.fma_rate(FORMATS[dtype_name].arithmetic, num_threads)
+    arithmetic = FORMATS[dtype_name].arithmetic
+    if isinstance(arithmetic, int):
+        return _C.dot_rate(arithmetic, num_threads)
+    return _C.fma_rate(arithmetic, num_threads)
 
 
 def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def measure(dtype_names: list[str], num_threads: int, seconds: float = 0.5) -> d
 
 def dense_rates(dtype_name: str, seconds: float) -> dict[str, float]:
     """flop/s of dense products in torch, in both layouts: A·B, and x·Wᵀ as in a linear layer."""
-    if FORMATS[dtype_name].arithmetic == "int8":
+    if isinstance(FORMATS[dtype_name].arithmetic, int):
         return {}
     dtype = FORMATS[dtype_name].dtype
     return {
