@@ -16,6 +16,9 @@ from switchgear.adapters import add_lora
 from switchgear.weights.pages import HUGE_PAGE, interleave_nodes, use_huge_pages
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+needs_huge_pages = pytest.mark.skipif(
+    not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no huge pages"
+)
 SIZE = 4 * HUGE_PAGE  # at least three whole huge pages, wherever it starts
 
 
@@ -54,7 +57,7 @@ def kernel_gives_huge_pages() -> bool:
     return given
 
 
-@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no huge pages")
+@needs_huge_pages
 def test_weights_move_onto_huge_pages() -> None:
     weight = torch.arange(SIZE // 4, dtype=torch.float32)
     address = weight.data_ptr()
@@ -96,13 +99,13 @@ def test_what_is_no_tensor_is_refused() -> None:
         use_huge_pages([torch.ones(2), 3])  # type: ignore[list-item]
 
 
-@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no huge pages")
+@needs_huge_pages
 def test_fresh_experts_lie_on_huge_pages() -> None:
     experts = switchgear.Experts(512, 512, 16)
     assert lies_on_huge_pages(experts.gate_up_proj)
 
 
-@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no huge pages")
+@needs_huge_pages
 def test_fresh_adapters_lie_on_huge_pages() -> None:
     experts = switchgear.Experts(64, 32, 32)
     adapters = add_lora(experts, 1024)
@@ -110,7 +113,7 @@ def test_fresh_adapters_lie_on_huge_pages() -> None:
         assert lies_on_huge_pages(adapter)
 
 
-@pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="the system gives no huge pages")
+@needs_huge_pages
 def test_plain_moves_all_weights_of_a_model() -> None:
     experts = switchgear.Experts(8, 8, 2)
     table = nn.Parameter(torch.ones(SIZE // 4))
