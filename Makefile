@@ -143,7 +143,7 @@ asan: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,asan)
 
 # TSAN_QUICK=1, NEON_QUICK=1: without the generic kernels, which then compile in seconds; on Arm also on two threads only.
-quick = $(if $(1),export SWITCHGEAR_QUICK=1 SWITCHGEAR_COMPILED_ONLY=generic;)
+quick = $(if $(1),export SWITCHGEAR_QUICK=1 SWITCHGEAR_ISA_FLAGS=generic:-O0;)
 
 TSAN_TESTS ?=
 
