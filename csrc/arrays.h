@@ -38,8 +38,8 @@ class Arrays {
   }
 
   // A weight from its tensors and its form, a list of integers. Empty form: plain, one array [E,N,C], in a list or not, or E
-  // arrays [N_e,C] with the same dtype, C and strides. Else the form is (format, rows, cols, parts, group_size, fields). The
-  // bits of `fields` say which tensors follow the data: 1 scales, 2 row_scales, 4 zeros, 8 slots.
+  // arrays [N_e,C] with the same dtype, C and strides. Else the form is (format, rows, cols, parts, group_size, fields,
+  // element_bytes). The bits of `fields` say which tensors follow the data: 1 scales, 2 row_scales, 4 zeros, 8 records, 16 slots.
   Weight weight(const char* name, pybind11::handle tensors, pybind11::handle form);
 
   // An adapter from a, b, scales and possibly ranks.

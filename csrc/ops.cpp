@@ -20,9 +20,12 @@ namespace {
 using enum Kind;
 using enum Layout;
 
-// S = T·K. Slots are numbered in int32.
+// Tokens, experts and slots are numbered in int32.
+constexpr int64_t kMostIndices = std::numeric_limits<int32_t>::max();
+
+// S = T·K
 Dim slots(const Dim& T, const Dim& K) {
-  SWITCHGEAR_CHECK(ValueError, T.size <= std::numeric_limits<int32_t>::max() / K.size,
+  SWITCHGEAR_CHECK(ValueError, K.size <= kMostIndices && T.size <= kMostIndices / K.size,
                    "topk_ids: expected less than 2^31 slots, got ", T.size, " tokens with ", K.size, " choices each");
   return {"S", 0, T.size * K.size};
 }
@@ -95,7 +98,7 @@ void check_sequence_ids(Call& call, TensorView& sequence_ids, int64_t num_sequen
 void check_sequences(Call& call, TensorView& sequence_ids, TensorView& limits, const Dim& B) {
   check_sequence_ids(call, sequence_ids, B.size);
   call.own(limits);
-  check_range("limits", limits, 0, std::numeric_limits<int32_t>::max());
+  check_range("limits", limits, 0, kMostIndices + 1);
 }
 
 // ---- options ---
@@ -216,11 +219,21 @@ void check_sums(const Call& call, const MoeForwardArgs& args) {
   }
 }
 
+// Only grouped_gemm multiplies separate matrices of different heights.
+void check_heights(const char* name, const Weight& weight) {
+  if (weight.base == nullptr) return;
+  for (int64_t e = 0; e < weight.data.shape[0]; ++e) {
+    SWITCHGEAR_CHECK(ValueError, weight.row_count[e] == weight.data.shape[1], name, '[', e, "]: expected ",
+                     weight.data.shape[1], " rows like the largest, got ", weight.row_count[e]);
+  }
+}
+
 // gate_up_proj [E,N,H] and down_proj [E,H,I] in any formats that one layer can combine
 void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, Dim& E, Dim& H, Dim& I,
                    Dim& N) {
   const Weight &gate_up = weights.gate_up_proj, &down = weights.down_proj;
   weight_input(call, kGateUpProj, gate_up, E, N, H);
+  check_heights("gate_up_proj", gate_up);
   I = intermediate("gate_up_proj", options, N);
   const bool has_halves = options.gated && !options.interleaved;
   if (is_integer(gate_up.format) || is_decoded(gate_up.format)) {
@@ -234,6 +247,7 @@ void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& o
                      ", got ", I.size);
   }
   weight_input(call, kDownProj, down, E, H, I);
+  check_heights("down_proj", down);
   SWITCHGEAR_CHECK(ValueError, is_integer(gate_up.format) == is_integer(down.format), "down_proj: expected ",
                    is_integer(gate_up.format) ? "int8 or int4" : "no integers", " beside gate_up_proj in ",
                    name_of(gate_up.format), ", got ", name_of(down.format));
@@ -334,7 +348,8 @@ void fit_capacity(const FitCapacityArgs& given, Execution exec) {
   Call call(exec);
   const FitCapacityOptions& options = args.options;
   Dim T{"T", 0}, K{"K"}, E{"E", 1, options.num_experts}, B{"B"};
-  SWITCHGEAR_CHECK(ValueError, E.size >= 1, "num_experts: expected at least 1, got ", E.size);
+  SWITCHGEAR_CHECK(ValueError, E.size >= 1 && E.size <= kMostIndices, "num_experts: expected 1 to 2^31 - 1, got ",
+                   E.size);
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
   if (options.drop == Drop::kPriority) call.input("priorities", args.priorities, kFloat32, {&T, &K});
   if (args.scores.defined()) call.input("scores", args.scores, kFloat32, {&T, &E});
@@ -352,8 +367,8 @@ void assign_balanced(const AssignBalancedArgs& given, Execution exec) {
   AssignBalancedArgs args = given;
   Call call(exec);
   Dim T{"T", 0}, E{"E"};
-  SWITCHGEAR_CHECK(ValueError, args.num_sequences >= 1 && args.num_sequences <= std::numeric_limits<int32_t>::max(),
-                   "num_sequences: expected at least 1, got ", args.num_sequences);
+  SWITCHGEAR_CHECK(ValueError, args.num_sequences >= 1 && args.num_sequences <= kMostIndices,
+                   "num_sequences: expected 1 to 2^31 - 1, got ", args.num_sequences);
   SWITCHGEAR_CHECK(ValueError, std::isfinite(args.eps), "eps: expected a finite number, got ", args.eps);
   SWITCHGEAR_CHECK(ValueError, args.max_iterations >= 0, "max_iterations: expected at least 0, got ",
                    args.max_iterations);
@@ -371,8 +386,8 @@ void assign_capped(const AssignCappedArgs& given, Execution exec) {
   Call call(exec);
   Dim T{"T", 0}, E{"E"}, B{"B"};
   SWITCHGEAR_CHECK(ValueError, args.cap >= 1, "cap: expected at least 1, got ", args.cap);
-  SWITCHGEAR_CHECK(ValueError, std::isfinite(args.entropy) && args.entropy > 0,
-                   "entropy: expected a positive number, got ", args.entropy);
+  SWITCHGEAR_CHECK(ValueError, std::isfinite(args.entropy) && args.entropy >= std::numeric_limits<float>::min(),
+                   "entropy: expected a number of at least 2^-126, got ", args.entropy);
   SWITCHGEAR_CHECK(ValueError, args.iterations >= 0, "iterations: expected at least 0, got ", args.iterations);
   SWITCHGEAR_CHECK(ValueError, args.tolerance >= 0, "tolerance: expected at least 0, got ", args.tolerance);
   call.input("values", args.values, kFloat, {&T, &E}, kRows);

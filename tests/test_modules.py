@@ -264,6 +264,22 @@ def test_load_balancing_loss_agrees_with_hugging_face() -> None:
     torch.testing.assert_close(load_balancing_loss(logits, ids, mask.repeat(3, 1)), wanted)
 
 
+@pytest.mark.parametrize(
+    ("name", "logits", "ids", "mask"),
+    [("topk_ids", (10, 8), 5, None), ("attention_mask", (10, 8), 10, 3), ("router_logits", (2, 5, 8), 10, None)],
+)
+def test_load_balancing_loss_of_other_tokens(name: str, logits: Any, ids: int, mask: int | None) -> None:
+    topk_ids = torch.zeros(ids, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        load_balancing_loss(torch.zeros(logits), topk_ids, None if mask is None else torch.ones(mask))
+
+
+def test_score_of_another_number_of_experts() -> None:
+    layer = switchgear.MoE(24, 16, 8, 2, score=lambda x, context: x[:, :7])
+    with pytest.raises(ValueError, match=r"score: expected router_logits \[T,E=8\], got \[5, 7\]"):
+        layer(torch.randn(5, 24))
+
+
 def test_balanced_load_gives_top_k() -> None:
     ids = torch.arange(16, dtype=torch.int32).view(8, 2) % 8
     torch.testing.assert_close(load_balancing_loss(torch.zeros(8, 8), ids), torch.tensor(2.0))

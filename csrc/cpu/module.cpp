@@ -4,6 +4,8 @@
 
 #include <pybind11/stl.h>
 
+#include <cmath>
+
 #include "names.h"
 #include "pages.h"
 #include "reader_binding.h"
@@ -40,7 +42,8 @@ py::tuple record_loops(const py::function& call) {
   cpu::Timeline timeline;
   struct Scope {
     explicit Scope(cpu::Timeline* recording) { cpu::record_on(recording); }
-    ~Scope() { cpu::record_on(nullptr); }
+    ~Scope() { cpu::record_on(before); }
+    cpu::Timeline* before = cpu::timeline();
   };
   {
     const Scope scope(&timeline);
@@ -72,6 +75,11 @@ py::tuple simulate_loop(const std::vector<double>& seconds, const std::vector<in
     throw ValueError(join("num_sockets: expected a divisor of the ", num_nodes, " nodes, got ", num_sockets));
   if (!(node_bandwidth > 0)) throw ValueError(join("node_bandwidth: expected more than 0, got ", node_bandwidth));
   if (!(link_bandwidth > 0)) throw ValueError(join("link_bandwidth: expected more than 0, got ", link_bandwidth));
+  for (size_t i = 0; i < seconds.size(); ++i) {
+    if (!(seconds[i] >= 0 && std::isfinite(seconds[i])))
+      throw ValueError(join("seconds: expected finite numbers of at least 0, got ", seconds[i], " at [", i, ']'));
+    if (bytes[i] < 0) throw ValueError(join("bytes: expected at least 0, got ", bytes[i], " at [", i, ']'));
+  }
   const cpu::Machine machine{num_threads,    num_nodes,      num_sockets,
                              node_bandwidth, link_bandwidth, parse("placement", kPlacements, placement)};
   std::vector<cpu::SimulatedTask> tasks(seconds.size());

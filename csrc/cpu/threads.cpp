@@ -11,6 +11,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #else
+#include <system_error>
 #include <thread>
 #include <vector>
 #endif
@@ -62,7 +63,10 @@ void run_threads(int num_threads, void (*body)(void*, int), void* context) {
   guarded(omp_get_thread_num());
 #else
   std::vector<std::thread> others;
-  for (int i = 1; i < num_threads; ++i) others.emplace_back(guarded, i);
+  try {
+    for (int i = 1; i < num_threads; ++i) others.emplace_back(guarded, i);
+  } catch (const std::system_error&) {  // no more threads: those that run take all tasks
+  }
   guarded(0);
   for (auto& thread : others) thread.join();
 #endif

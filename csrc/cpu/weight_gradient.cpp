@@ -49,7 +49,8 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
   const auto is_whole_lines = [](int64_t bytes) { return bytes % 64 == 0; };
   const bool past_caches = num_matrices * rows * columns * element > kCachedBytes &&
                            is_whole_lines(static_cast<int64_t>(reinterpret_cast<uintptr_t>(args.gradient.data))) &&
-                           is_whole_lines(args.gradient.stride[0] * element) && is_whole_lines(row_stride * element);
+                           (num_matrices == 1 || is_whole_lines(args.gradient.stride[0] * element)) &&
+                           is_whole_lines(row_stride * element);
   std::vector<Tile> tiles;
   int64_t left_bytes = 0, carried_bytes = 0;
   const auto slots_of = [&](int64_t i) {  // the first slot of matrix i, and their number

@@ -280,7 +280,8 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "top_p": (-0.5, float("nan")),
     "threshold": (float("nan"),),
     "drop": ("score", ""),
-    "num_experts": (0, -1),
+    "num_experts": (0, -1, 2**31),
+    "entropy": (0.0, -1.0, float("nan"), float("inf"), 1e-46, 2**-127),
     "num_sequences": (0, -1, 2**31),
     "eps": (float("nan"), float("inf")),
     "max_iterations": (-1,),
@@ -331,3 +332,11 @@ def test_list_of_matrices(defect: str) -> None:
     args["weight"] = list(args["weight"])
     blamed = {"weight", "bias", "out", "expert_offsets"} if "too" in defect else {"weight", "x"}
     check_refused("grouped_gemm", args, {"weight": LISTS[defect](args["weight"])}, blamed)
+
+
+@pytest.mark.parametrize(("op", "name"), [(o, n) for o, parts in OPS.items() for n in parts.weights if n != "weight"])
+def test_list_of_different_heights(op: str, name: str) -> None:
+    """Only grouped_gemm multiplies them: the kernels of layers read as many rows of each."""
+    args = arguments(op, SIZES)
+    args[name] = list(args[name])
+    check_refused(op, args, {name: [*args[name][:-1], args[name][-1][:-1]]}, {name})

@@ -80,9 +80,9 @@ TEST(policies_refuse_options_past_their_limits) {
   using Balanced = AssignBalancedArgs;
   auto balanced = limits_of(assign_balanced_args(), assign_balanced_op);
   check_sequences(balanced);
-  balanced.refuses("num_sequences: expected at least 1, got 0", [](Balanced& a) { a.num_sequences = 0; });
+  balanced.refuses("num_sequences: expected 1 to 2^31 - 1, got 0", [](Balanced& a) { a.num_sequences = 0; });
   balanced.accepts("1 sequence", [](Balanced& a) { a.num_sequences = 1; });
-  balanced.refuses("num_sequences: expected at least 1", [](Balanced& a) { a.num_sequences = int64_t{1} << 31; });
+  balanced.refuses("num_sequences: expected 1 to 2^31 - 1", [](Balanced& a) { a.num_sequences = int64_t{1} << 31; });
   balanced.refuses("eps: expected a finite number", [](Balanced& a) { a.eps = kInf; });
   balanced.refuses("max_iterations: expected at least 0, got -1", [](Balanced& a) { a.max_iterations = -1; });
   balanced.accepts("no iterations", [](Balanced& a) { a.max_iterations = 0; });

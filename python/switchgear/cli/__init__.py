@@ -28,6 +28,15 @@ COMMANDS = {
 MODULES = {"bench": "bench.run", "plan-parallel": "bench.plan_parallel"}  # in the package; the others are here
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends defaults, except empty ones and those that the text states."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, [], ()) or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _command(name: str) -> ModuleType:
     return importlib.import_module(f"switchgear.{MODULES.get(name, f'cli.{name}').replace('-', '_')}")
 
@@ -39,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         sub = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+            formatter_class=_Help, allow_abbrev=False,
         )  # fmt: skip
         _command(name).add_arguments(sub)
     return parser

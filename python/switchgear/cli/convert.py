@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     for note in report.notes:
         print(f"note: {note}")
     again = f", {len(report.resumed)} of them from an earlier run" if report.resumed else ""
-    print(f"{report.target}: {report.num_bytes / 1e6:,.1f} MB in {len(report.shards)} files{again}")
+    files = f"{len(report.shards)} file{'s' * (len(report.shards) != 1)}"
+    print(f"{report.target}: {report.num_bytes / 1e6:,.1f} MB in {files}{again}")
     return 0
 
 

@@ -48,13 +48,7 @@ def run(args: argparse.Namespace) -> int:
                 store.verify(advance)
     except (StoreError, ValueError, TypeError) as error:
         raise CommandError(str(error)) from None
-    records = list(store.layers.values())
-    experts = sum(one.num_experts for one in records)
-    largest = max(one.record_bytes for one in records)
-    print(
-        f"{store.path}: {experts} experts of {len(records)} layers as {store.form}, {store.nbytes / 1e6:,.1f} MB, "
-        f"at most {largest / 1e6:,.2f} MB each"
-    )
+    print(store)
     return 0
 
 

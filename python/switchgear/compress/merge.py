@@ -62,7 +62,8 @@ class Merged:
         share = 1 - self.parameters_after / self.parameters_before
         groups = [len(layer.groups) for layer in self.layers.values()]
         every = [sum(map(len, layer.groups)) for layer in self.layers.values()]
-        return f"{len(groups)} layers: {max(every)} experts merged into {max(groups)}, {share:.1%} fewer parameters"
+        layers = f"{len(groups)} layer{'s' * (len(groups) != 1)}"
+        return f"{layers}: {max(every)} experts merged into {max(groups)}, {share:.1%} fewer parameters"
 
 
 @torch.no_grad()

@@ -52,9 +52,8 @@ class Pruned:
         every = [len(layer.kept) + len(layer.removed) for layer in self.layers.values()]
         share = 1 - self.parameters_after / self.parameters_before
         many = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
-        return (
-            f"{len(kept)} layers: {many} of {max(every)} experts kept by {self.criterion}, {share:.1%} fewer parameters"
-        )
+        layers = f"{len(kept)} layer{'s' * (len(kept) != 1)}"
+        return f"{layers}: {many} of {max(every)} experts kept by {self.criterion}, {share:.1%} fewer parameters"
 
 
 @torch.no_grad()

@@ -43,7 +43,9 @@ class Sparsified:
         share = sum(layer.zeros for layer in self.layers.values()) / len(self.layers)
         starved = sum(len(layer.starved) for layer in self.layers.values())
         note = f"; {starved} experts without tokens by magnitude" if starved else ""
-        return f"{len(self.layers)} layers: {share:.1%} of the experts' weights are zero, by {self.metric}{note}"
+        count = len(self.layers)
+        layers = f"{count} layer{'s' * (count != 1)}"
+        return f"{layers}: {share:.1%} of the experts' weights are zero, by {self.metric}{note}"
 
 
 @torch.no_grad()

@@ -75,7 +75,8 @@ def moe(
         activation, gated, interleaved, alpha, limit: see glu.
         gate_up_bias, down_bias: [E,N] and [E,H].
 
-    Returns y with the shape and dtype of x. Float tensors must have x's dtype; torch.autocast casts all to its own.
+    Returns y with the shape and dtype of x. Other float tensors than topk_weights must have x's dtype;
+    torch.autocast casts all to its own.
 
     Differentiable in x, plain projections, adapters, the biases and topk_weights. Only requested gradients are
     computed; an expert without tokens gets zeros. The graph saves h = x · W_guᵀ + b_gu [T·K,N] and the arguments.

@@ -17,23 +17,39 @@ from switchgear.functional.arguments import as_ids, as_number, as_weights, flat,
 
 
 class Routing(NamedTuple):
-    """The decision of a router: expert topk_ids[t,k] (-1: none) gets token t with weight topk_weights[t,k]."""
+    """The decision of a router: expert topk_ids[t,k] (-1: none) gets token t with weight topk_weights[t,k].
 
-    topk_ids: Tensor  # [T,K] int32
-    topk_weights: Tensor  # [T,K] float32
-    router_logits: Tensor  # [T,E]
+    Attributes:
+        topk_ids: [T,K] int32.
+        topk_weights: [T,K] float32.
+        router_logits: [T,E].
+        num_experts: E.
+        scores: [T,E] float32, where the weights come from; None if not computed.
+        losses: float32 scalars by name.
+        num_dropped: int64 scalar, the choices that a capacity dropped; None without one.
+    """
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+    router_logits: Tensor
     num_experts: int
-    scores: Tensor | None = None  # [T,E] float32, where the weights come from; None if not computed
-    losses: dict[str, Tensor] = {}  # noqa: RUF012  float32 scalars by name; replaced as a whole, never written to
-    num_dropped: Tensor | None = None  # int64 scalar: choices dropped by a capacity; None without one
+    scores: Tensor | None = None
+    losses: dict[str, Tensor] = {}  # noqa: RUF012  replaced as a whole, never written to
+    num_dropped: Tensor | None = None
 
 
 class Plan(NamedTuple):
-    """The slots of a routing, ordered by (expert, token, choice)."""
+    """The slots of a routing, ordered by (expert, token, choice).
 
-    expert_offsets: Tensor  # [E+1] int32, exclusive: expert e owns the slots [expert_offsets[e], expert_offsets[e+1])
-    token_indices: Tensor  # [S] int32, slot -> token; -1 past expert_offsets[E]
-    slot_indices: Tensor  # [T,K] int32, (token, choice) -> slot; -1 for an empty choice
+    Attributes:
+        expert_offsets: [E+1] int32; expert e owns the slots [expert_offsets[e], expert_offsets[e+1]).
+        token_indices: [S] int32, the token of a slot; -1 past expert_offsets[E].
+        slot_indices: [T,K] int32, the slot of a choice; -1 for an empty choice.
+    """
+
+    expert_offsets: Tensor
+    token_indices: Tensor
+    slot_indices: Tensor
 
 
 @accepts_arrays

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,16 @@ class Store:
     path: Path
     form: str
     config_hash: str
-    layers: Mapping[str, Records]
+    layers: Mapping[str, Records] = field(repr=False)
+
+    def __str__(self) -> str:
+        records = self.layers.values()
+        experts, count = sum(one.num_experts for one in records), len(records)
+        largest = max(one.record_bytes for one in records)
+        return (
+            f"{self.path}: {experts} experts of {count} layer{'s' * (count != 1)} as {self.form}, "
+            f"{self.nbytes / 1e6:,.1f} MB, at most {largest / 1e6:,.2f} MB each"
+        )
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> Store:
@@ -152,7 +161,8 @@ def write_store(
 
 def _form(form: str | Form, options: dict[str, Any]) -> Form | None:
     if form == "auto":
-        raise ValueError(f"form: expected a form's name or {store_sources.AS_PUBLISHED!r}, got 'auto'")
+        names = f"a form's name or {store_sources.AS_PUBLISHED!r}"
+        raise ValueError(f"form: expected {names}, got 'auto', which `switchgear.store` alone takes")
     if form != store_sources.AS_PUBLISHED:
         return form_named(form, options)
     if options:

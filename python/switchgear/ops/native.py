@@ -16,6 +16,8 @@ from switchgear.reference.formats import FORMATS
 try:
     from switchgear import _C
 except ImportError as error:
+    if str(error).startswith("SWITCHGEAR_CPU_ISA"):  # the module is there
+        raise ValueError(str(error)) from None
     raise ImportError(
         "switchgear's native module `switchgear._C` is missing or does not load; build it with "
         f"`pip install .` in a checkout of the repository ({error})"

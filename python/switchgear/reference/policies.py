@@ -121,7 +121,7 @@ def column_topk(values: Tensor, sequence_ids: Tensor | None, limits: Tensor) -> 
     check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
     check("limits", limits, (None,), torch.int32)
     _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
-    _check_contents("limits", limits, 0, 2**31 - 1)
+    _check_contents("limits", limits, 0, 2**31)
     sequence = _sequences(sequence_ids, num_tokens, values.device)
     order = sanitize(wide(values)).sort(dim=0, descending=True, stable=True).indices
     order = order.gather(0, sequence[order].sort(dim=0, stable=True).indices)  # by sequence, then by value
@@ -169,8 +169,8 @@ def fit_capacity(
     check("topk_ids", topk_ids, (None, None), torch.int32)
     num_tokens, top_k = topk_ids.shape
     check_choice("drop", drop, DROPS)
-    if num_experts < 1:
-        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    if not 1 <= num_experts < 2**31:
+        raise ValueError(f"num_experts: expected 1 to 2^31 - 1, got {num_experts}")
     if drop == "priority":
         if priorities is None:
             raise ValueError(f"priorities: expected shape [{num_tokens}, {top_k}], got none")
@@ -180,7 +180,7 @@ def fit_capacity(
     check("limits", limits, (None,), torch.int32)
     _check_contents("topk_ids", topk_ids, -1, num_experts)
     _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
-    _check_contents("limits", limits, 0, 2**31 - 1)
+    _check_contents("limits", limits, 0, 2**31)
     device = topk_ids.device
     sequence = _sequences(sequence_ids, num_tokens, device)
     num_groups = limits.shape[0] * num_experts  # of (sequence, expert)
@@ -237,7 +237,7 @@ def assign_balanced(
     num_tokens, num_experts = values.shape
     check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
     if num_sequences < 1:
-        raise ValueError(f"num_sequences: expected at least 1, got {num_sequences}")
+        raise ValueError(f"num_sequences: expected 1 to 2^31 - 1, got {num_sequences}")
     if max_iterations < 0:
         raise ValueError(f"max_iterations: expected at least 0, got {max_iterations}")
     check_finite("eps", eps)
@@ -327,14 +327,14 @@ def assign_capped(
     check("limits", limits, (None,), torch.int32)
     if cap < 1:
         raise ValueError(f"cap: expected at least 1, got {cap}")
-    if not 0 < entropy < math.inf:
-        raise ValueError(f"entropy: expected a positive number, got {entropy}")
+    if not 2**-126 <= entropy < math.inf:  # normal in float32
+        raise ValueError(f"entropy: expected a number of at least 2^-126, got {entropy}")
     if iterations < 0:
         raise ValueError(f"iterations: expected at least 0, got {iterations}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance: expected at least 0, got {tolerance}")
     _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
-    _check_contents("limits", limits, 0, 2**31 - 1)
+    _check_contents("limits", limits, 0, 2**31)
     huge = torch.finfo(wide(values).dtype).max ** 0.5
     worth = (sanitize(wide(values)) / entropy).clamp(-huge, huge)
     if cap >= num_experts or num_tokens == 0:  # cap does not bind

@@ -26,8 +26,16 @@ def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask:
         router_logits: [T,E]. topk_ids: [T,K], -1 for empty choices; layers may be concatenated along T.
         attention_mask: [T] or any shape with T elements, 0 for tokens to ignore.
 
-    Returns a float32 scalar, K for an even load. Zero tokens give 0.
+    Returns a scalar in float32 (float64 for float64), K for an even load. Zero tokens give 0. Raises ValueError if the
+    arguments are not of the same tokens.
     """
+    if router_logits.dim() != 2:
+        raise ValueError(f"router_logits: expected shape [T,E], got {list(router_logits.shape)}")
+    num_tokens = len(router_logits)
+    if topk_ids.dim() != 2 or len(topk_ids) != num_tokens:
+        raise ValueError(f"topk_ids: expected shape [T={num_tokens},K], got {list(topk_ids.shape)}")
+    if attention_mask is not None and attention_mask.numel() != num_tokens:
+        raise ValueError(f"attention_mask: expected T={num_tokens} elements, got {list(attention_mask.shape)}")
     num_experts = router_logits.shape[-1]
     probabilities = wide(router_logits).softmax(-1)
     chosen = torch.zeros_like(probabilities).scatter_add(
@@ -45,7 +53,7 @@ def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask:
 def z_loss(router_logits: Tensor) -> Tensor:
     """mean_t (log Σ_e exp router_logits[t,e])², which keeps logits small (ST-MoE, arXiv:2202.08906, equation 5).
 
-    router_logits [T,E]. Returns a float32 scalar; zero tokens give 0.
+    router_logits [T,E]. Returns a scalar in float32 (float64 for float64); zero tokens give 0.
     """
     squares = wide(router_logits).logsumexp(-1).square()
     return squares.sum() / max(squares.numel(), 1)

@@ -60,8 +60,8 @@ class ExpertChoice:
         check_choice("ties", self.ties, ("index", "random"))
         if not self.capacity_factor > 0:
             raise ValueError(f"capacity_factor: expected a positive number, got {self.capacity_factor}")
-        if not self.cap_lambda > 0:
-            raise ValueError(f"cap_lambda: expected a positive number, got {self.cap_lambda}")
+        if not self.cap_lambda >= 2**-126:
+            raise ValueError(f"cap_lambda: expected a number of at least 2^-126, got {self.cap_lambda}")
         for name in ("cap_iterations", "cap_tolerance"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")

@@ -172,6 +172,8 @@ class Router(nn.Module):
             )
         if self.score is not None:
             logits: Tensor = self.score(hidden_states, context)
+            if logits.shape[-1] != self.num_experts:
+                raise ValueError(f"score: expected router_logits [T,E={self.num_experts}], got {list(logits.shape)}")
             return logits
         weight, bias = self._linear()
         return gate(hidden_states, weight, bias, float32=self.float32)

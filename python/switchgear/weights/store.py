@@ -66,7 +66,8 @@ def form_named(form: str | Form, options: dict[str, Any]) -> Form:
             raise ValueError(f"{next(iter(options))}: expected no options beside {form}")
         return form
     if form not in FORMS:
-        raise ValueError(f"form: expected one of {', '.join(FORMS)}, auto, or an object of theirs, got {form!r}")
+        names = ", ".join(FORMS)
+        raise ValueError(f"form: expected one of {names}, an object of theirs, or in `store` alone auto, got {form!r}")
     known = [field.name for field in dataclasses.fields(FORMS[form])]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"{unknown[0]}: expected an option of {form} ({', '.join(known) or 'it has none'})")

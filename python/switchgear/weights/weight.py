@@ -28,23 +28,38 @@ _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight [E,N,C] as the kernels read it: include/switchgear/weight.h, reference/formats.py, which also say what
-    strides its tensors may have. All tensors of an expert can be views of one record."""
+    """A weight [E,N,C] as the kernels read it, made by `weights.encode`. `plain()` decodes it, `permuted` reorders its
+    experts. All tensors of an expert can be views of one record. The formats, with the shapes, dtypes and strides of
+    their tensors, are those of include/switchgear/weight.h and reference/formats.py.
 
-    format: str  # of formats.FORMATS
+    Attributes:
+        format: "plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4" or "groups".
+        data: the values, or their codes.
+        rows, cols: N and C.
+        dtype: of the plain weight.
+        scales, row_scales, zeros: as the format needs them.
+        slots: [E] int32, each expert's index in the first dimension of the other tensors; None if they are in order.
+        records: of "groups", [S,2] int32: where each stored expert is in `data`.
+        parts: equal parts of the rows that are stored separately.
+        group_size: columns that share a scale; 0: all.
+        elements: of "compact": bfloat16 for float32 whose lower halves are zero.
+        is_exact: plain() equals the original weight, bit for bit.
+    """
+
+    format: str
     data: Tensor
-    rows: int  # N
-    cols: int  # C
-    dtype: torch.dtype  # of the plain weight
+    rows: int
+    cols: int
+    dtype: torch.dtype
     scales: Tensor | None = None
     row_scales: Tensor | None = None
     zeros: Tensor | None = None
-    slots: Tensor | None = None  # [E] int32: each expert's index in the first dimension of the other tensors
-    records: Tensor | None = None  # of groups, [S,2] int32: where each stored expert is in `data`
-    parts: int = 1  # equal parts of the rows that are stored separately
-    group_size: int = 0  # columns that share a scale; 0: all
-    elements: torch.dtype | None = None  # of compact rows: bfloat16 for float32 whose lower halves are zero
-    is_exact: bool = False  # plain() equals the original weight, bit for bit
+    slots: Tensor | None = None
+    records: Tensor | None = None
+    parts: int = 1
+    group_size: int = 0
+    elements: torch.dtype | None = None
+    is_exact: bool = False
     tensors: tuple[Tensor, ...] = field(init=False, repr=False)  # arguments of the ops
     form: tuple[int, ...] = field(init=False, repr=False)
     needs_no_dispatch: bool = field(init=False, repr=False)  # all tensors are plain torch tensors in CPU memory
