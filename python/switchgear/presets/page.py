@@ -22,8 +22,8 @@ _EXAMPLE = re.compile(r"^Example: (?P<example>.+)$", re.MULTILINE)
 
 HEADER = """# Presets
 
-A paper is a dict of options. A preset takes its constants as arguments: `presets.mixtral(top_k=4)`. What each preset sets,
-and what to call:
+A paper is a dict of options. A preset takes its constants as arguments: `presets.mixtral(top_k=4)`. What each preset
+sets, and what to call:
 
 - `switchgear.MoE(2048, 1024, 64, **switchgear.presets.expert_choice())` works for most of them;
 - `switchgear.presets.build(2048, 1024, 64, **switchgear.presets.multi_head())` works for all, including compositions of
