@@ -60,7 +60,7 @@ def load_selected(model: nn.Module, path: str | PathLike[str]) -> dict[str, list
         targets.append((parameters[name], None, values))
     chosen = [(module, selection) for module in model.modules() if (selection := selection_of(module)) is not None]
     for module, selection in chosen:
-        selection.update(module)
+        selection.copy(module)
     with torch.no_grad():
         for parameter, index, values in targets:
             values = values.to(parameter.device, parameter.dtype)
