@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import switchgear
 from flops import count_flops
+from full_disk import full_disk
 from switchgear import finetune
 from switchgear.trace import LayerTrace
+from switchgear.weights.selected import Selection, selection_of
 
 SELECTION = {"0.gate": [1, 4], "2": [0]}
 
@@ -159,6 +161,63 @@ def test_parameters_beside_the_experts() -> None:
     assert finetune.selected_experts(model) == {"0.experts": [5]}
 
 
+def test_all_else_of_a_module_trains_beside_its_selected_experts() -> None:
+    model = make_model()
+    trained = finetune.freeze_except(model, {"0": [5], "2": []}, also=["0", "2.experts"])
+    rows = [model[0].experts.gate_up_proj_selected, model[0].experts.down_proj_selected]
+    others = [model[0].gate.weight, *model[2].experts.parameters()]
+    assert list(map(id, trained)) == list(map(id, [*rows, *others]))
+
+
+@pytest.mark.parametrize("name", ["0.experts", "0.experts.down_proj"])
+def test_selected_experts_do_not_train_as_a_whole(name: str) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=f"also: expected parameters beside selected experts, got those of '{name}'"):
+        finetune.freeze_except(model, {"0": [1]}, also=[name])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("between", ["nothing", "eval", "train"])
+def test_optimizers_that_write_data_train(between: str) -> None:
+    """As some do, which leaves no trace in versions. With a forward without gradients before the step, too."""
+    model, other = make_model(), make_model()
+    before = model.state_dict()["0.experts.down_proj"].clone()
+    for net, writes_data in ((model, True), (other, False)):
+        trained = finetune.freeze_except(net, SELECTION)
+        for step in range(3):
+            loss = loss_of(net, step)
+            if between != "nothing":
+                with torch.no_grad():
+                    loss_of(net.train(between == "train"))
+                net.train()
+            grads = torch.autograd.grad(loss, trained)
+            with torch.no_grad():
+                for parameter, grad in zip(trained, grads, strict=True):
+                    (parameter.data if writes_data else parameter).add_(grad.sign(), alpha=-1e-2)
+    assert not torch.equal(model.state_dict()["0.experts.down_proj"], before)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in other.state_dict().items())
+    model[0].experts.down_proj_selected.data.zero_()
+    finetune.unfreeze(model)
+    assert not model[0].experts.down_proj[[1, 4]].any()
+
+
+def test_inference_copies_what_changed_alone() -> None:
+    model = make_model().eval()
+    finetune.freeze_except(model, SELECTION)
+    selection = selection_of(model[0].experts)
+    assert selection is not None
+    copied: list[str] = []
+    selection._copy = lambda module, name: (copied.append(name), Selection._copy(selection, module, name))
+    with torch.no_grad():
+        for _ in range(3):
+            loss_of(model)
+        assert copied == ["gate_up_proj", "down_proj"]
+        model[0].experts.down_proj_selected.zero_()
+        loss_of(model)
+    assert copied == ["gate_up_proj", "down_proj", "down_proj"]
+    assert not model[0].experts.down_proj[4].any()
+
+
 def test_unfreeze_restores_what_required_gradients() -> None:
     model = make_model()
     model[1].requires_grad_(False)
@@ -175,6 +234,29 @@ def test_unfreeze_restores_what_required_gradients() -> None:
     assert model[0].experts.gate_up_proj.grad is not None
     finetune.unfreeze(model)
     finetune.freeze_except(model, SELECTION)
+
+
+@pytest.mark.parametrize("also", [[], ["2"]])
+def test_unfreeze_restores_parts_and_repeated_calls(also: list[str]) -> None:
+    def flags(model: nn.Module) -> list[bool]:
+        return [parameter.requires_grad for parameter in model.parameters()]
+
+    model = make_model()
+    model[0].experts.down_proj.requires_grad_(False)
+    before = flags(model)
+    finetune.freeze_except(model[0], {"gate": [1]})
+    finetune.unfreeze(model)
+    assert flags(model) == before
+    for _ in range(2):
+        finetune.freeze_except(model, {"0": []}, also=also)
+    finetune.unfreeze(model)
+    assert flags(model) == before
+    finetune.freeze_except(model, SELECTION, also=also)
+    finetune.unfreeze(model[0])
+    assert flags(model[0]) == before[:3]
+    assert not model[1].weight.requires_grad
+    finetune.unfreeze(model)
+    assert flags(model) == before
 
 
 def test_copies_and_dtypes() -> None:
@@ -275,6 +357,36 @@ def test_row71_file_holds_the_selected_experts(tmp_path: Path, also: list[str]) 
     assert torch.equal(base(x), model(x))
 
 
+def test_a_failed_save_keeps_the_earlier_file(tmp_path: Path) -> None:
+    model = make_model()
+    finetune.freeze_except(model, SELECTION)
+    path = tmp_path / "experts.pt"
+    finetune.save_selected(model, path)
+    with full_disk(), pytest.raises(RuntimeError):
+        finetune.save_selected(model, path)
+    assert finetune.load_selected(model, path) == {"0.experts": [1, 4], "2.experts": [0]}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("options", "name"), [({"gated": False}, "transposed"), ({}, "interleaved")])
+def test_files_of_another_layout_are_refused(options: dict[str, Any], name: str, tmp_path: Path) -> None:
+    """Of matrices with the same shape in both layouts; files without a layout, of earlier versions, load."""
+    model = nn.Sequential(switchgear.MoE(8, 8, 4, 1, **options))
+    other = nn.Sequential(switchgear.MoE(8, 8, 4, 1, **options, **{name: True}))
+    finetune.freeze_except(model, {"0": [1]})
+    path = tmp_path / "experts.pt"
+    finetune.save_selected(model, path)
+    before = state_of(other)
+    with pytest.raises(ValueError, match=r"path: expected experts of 0\.experts with {'transposed': .*}, got {"):
+        finetune.load_selected(other, path)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in other.state_dict().items())
+    assert finetune.load_selected(model, path) == {"0.experts": [1]}
+    data = torch.load(path)
+    del data["layouts"]
+    torch.save(data, path)
+    assert finetune.load_selected(other, path) == {"0.experts": [1]}
+
+
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     model = make_model()
     with pytest.raises(ValueError, match="model"):
@@ -290,6 +402,8 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         lambda data: data["experts"]["2.experts"].update({"experts": torch.tensor([0])}),
         lambda data: data["others"].update({"1.weight": torch.zeros(3)}),
         lambda data: data.update({"format": 9}),
+        lambda data: data.update({"layouts": 3}),
+        lambda data: data["layouts"].update({"2.experts": {"transposed": torch.zeros(2)}}),
     ]
     fresh = make_model()
     before = state_of(fresh)
@@ -401,3 +515,30 @@ def test_row71_hugging_face_models(model_type: str, tmp_path: Path) -> None:
     after = model(**inputs).logits
     finetune.unfreeze(model)
     torch.testing.assert_close(model(**inputs).logits, after)
+
+
+def test_other_implementations_of_selected_experts_are_refused() -> None:
+    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    from switchgear.integrations.transformers import restore
+
+    model = tiny.build("mixtral")
+    inputs = tiny.example_inputs(model)
+    replaced = switchgear.accelerate(model)
+    trained = finetune.freeze_except(model, {"model.layers.0.mlp": [0, 1]}, also=["model.layers.1.mlp.gate"])
+    with torch.no_grad():
+        trained[0].add_(1)
+        logits = model(**inputs).logits
+    switchgear.adapters.add_lora(model.model.layers[1], 2)
+    switchgear.adapters.remove_lora(model)
+    restore(replaced)
+    message = r"MixtralExperts has experts that train alone, but does not run .*finetune\.unfreeze\(model\)"
+    with pytest.raises(RuntimeError, match=message):
+        model(**inputs)
+    switchgear.accelerate(model)
+    torch.testing.assert_close(model(**inputs).logits, logits, rtol=0, atol=0)
+    model.set_experts_implementation("eager")
+    with pytest.raises(RuntimeError, match=message):
+        model(**inputs)
+    finetune.unfreeze(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, logits)

@@ -12,6 +12,7 @@ from torch import nn
 
 import switchgear
 from switchgear import finetune, optim
+from switchgear.integrations.moe_blocks import moe_blocks
 
 SHAPES = ((5, 24, 40), (3, 40, 24), (4, 16, 16))
 BF16 = torch.finfo(torch.bfloat16).eps
@@ -100,6 +101,17 @@ def test_groups_of_a_model() -> None:
     matrices, rest = optim.muon_groups(model)
     assert [list(parameter.shape) for parameter in matrices] == [[2, 12, 8], [2, 8, 6]]
     assert [list(parameter.shape) for parameter in rest] == [[2, 12], [2, 8]]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text", "jetmoe"])
+def test_routers_of_hugging_face_are_no_matrices(model_type: str) -> None:
+    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    model = tiny.build(model_type)
+    routers = {id(p) for block in moe_blocks(model).values() for p in block.gate.parameters()}
+    matrices, rest = optim.muon_groups(model, others=["lm_head"])
+    assert routers
+    assert routers <= {id(parameter) for parameter in rest}
+    assert {p.dim() for p in matrices} == {2, 3}
 
 
 def test_it_trains() -> None:

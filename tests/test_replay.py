@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import switchgear
+from full_disk import full_disk
 from switchgear import MoE
 from switchgear.routing import Capacity, ExpertChoice, GumbelSoftmax, RoutingRecord, TopP, record, replay
 from switchgear.routing.records import LayerRecord
@@ -211,6 +212,17 @@ def test_other_choices_are_checked() -> None:
     for arguments, error, message in wrong:
         with pytest.raises(error, match=message):
             RoutingRecord.of(*arguments)
+
+
+def test_a_failed_save_keeps_the_earlier_file(tmp_path: Path) -> None:
+    with record(model := Model()) as choices:
+        model(torch.randint(50, (2, 6)))
+    path = tmp_path / "choices"
+    choices.save(path)
+    with full_disk(), pytest.raises(RuntimeError):
+        choices.save(path)
+    assert RoutingRecord.load(path).num_sequences == 2
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_files_of_others(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
+from full_disk import full_disk
 from switchgear import MoE, RoutingTrace
 from switchgear.routing import Capacity, TopP
 from test_interventions import olmoe  # noqa: F401  a fixture
@@ -212,6 +213,17 @@ def test_recomputed_tokens_of_a_hugging_face_model_count_once() -> None:
     with switchgear.RoutingTrace(model) as trace:
         model(**inputs, use_cache=False).logits.sum().backward()
     assert {layer.num_tokens for layer in trace.layers.values()} == {inputs["input_ids"].numel()}
+
+
+def test_a_failed_save_keeps_the_earlier_file(tmp_path: Path) -> None:
+    with RoutingTrace(model := Model()) as trace:
+        model(batches()[0])
+    path = tmp_path / "trace"
+    trace.save(path)
+    with full_disk(), pytest.raises(RuntimeError):
+        trace.save(path)
+    assert str(RoutingTrace.load(path)) == str(trace)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_files_of_others(tmp_path: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
@@ -16,14 +19,25 @@ def unfinished_of(path: Path) -> Path:
     return path.with_name(path.name + UNFINISHED)
 
 
+@contextmanager
+def replacing(path: str | PathLike[str]) -> Iterator[Path]:
+    """The name to write a file under. It replaces `path` at once, durably, when the block ends; if the block fails,
+    `path` stays as it was."""
+    unfinished = unfinished_of(Path(path))
+    try:
+        yield unfinished
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replaces a file at once, durably. Raises OSError."""
-    unfinished = unfinished_of(path)
-    with open(unfinished, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
+from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import check_choice
 from switchgear.routing.router import Router
 
@@ -131,8 +132,9 @@ def _ratio(adjust: str | None, rows: int, columns: int) -> float:
 def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Splits the parameters that require gradients: matrices of hidden layers for Muon, the rest for AdamW.
 
-    The rest: vectors and scalars, biases of stacked experts, embeddings, routers, and the parameters of the modules or
-    the names in `others`, to which the output layer belongs ("lm_head"). Each parameter is in one list, once.
+    The rest: vectors and scalars, biases of stacked experts, embeddings, routers of MoE layers (switchgear's or Hugging
+    Face's), and the parameters of the modules or the names in `others`, to which the output layer belongs ("lm_head").
+    Each parameter is in one list, once.
 
     Raises ValueError for a name in `others` that the model does not have.
     """
@@ -141,12 +143,10 @@ def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list
     for prefix in others:
         if not any(name == prefix or name.startswith(f"{prefix}.") for name in names):
             raise ValueError(f"others: expected names of modules or parameters, got {prefix!r}")
-    excluded = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag, Router))
-        for parameter in module.parameters()
-    } | {
+    kinds = (nn.Embedding, nn.EmbeddingBag, Router)
+    modules = [block.gate for block in moe_blocks(model).values() if block.gate is not None]  # of Hugging Face, too
+    modules += [module for module in model.modules() if isinstance(module, kinds)]
+    excluded = {id(parameter) for module in modules for parameter in module.parameters()} | {
         id(parameter)
         for name, parameter in names.items()
         if parameter.dim() < 2

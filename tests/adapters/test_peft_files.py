@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
+from full_disk import full_disk
 from switchgear.adapters import add_lora, add_lora_experts, load_peft, lora_of, save_peft
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate
@@ -220,6 +221,16 @@ def test_refused_files(spoil: Any, match: str, tmp_path: Path) -> None:
         load_peft(net, tmp_path)
     assert [(name, id(p), p.requires_grad) for name, p in net.named_parameters()] == before
     assert lora_of(net) == {}
+
+
+def test_a_failed_save_keeps_the_earlier_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both of them, although the tensors are written before the configuration fails."""
+    net = ours(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(safetensors, "save_file", lambda tensors, path, metadata: Path(path).write_bytes(b"tensors"))
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        save_peft(net, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_path_of_another_type() -> None:

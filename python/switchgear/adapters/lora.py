@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.sites import TARGETS, Site, empty, local_experts, sites_of
+from switchgear.adapters.sites import TARGETS, Site, empty, guard, local_experts, sites_of, unguard
 from switchgear.complaints import check_float_dtype, check_module, list_of_names
 from switchgear.functional import as_number
 from switchgear.reference import check_finite, check_fraction, check_size
@@ -105,8 +105,7 @@ def attach(model: nn.Module, made: Sequence[tuple[Site, Tensor, Tensor, Lora]]) 
         site.module.register_parameter(f"{site.name}_lora_A", a)
         site.module.register_parameter(f"{site.name}_lora_B", b)
         site.module._switchgear_adapters = {**adapters_of(site.module), site.name: lora}  # type: ignore[assignment]
-        if site.guarded is not None and site.guard is not None and "_switchgear_guard" not in vars(site.guarded):
-            vars(site.guarded)["_switchgear_guard"] = site.guarded.register_forward_pre_hook(site.guard)
+        guard(site)
     return [parameter for _, a, b, _ in adapters for parameter in (a, b)]
 
 
@@ -148,8 +147,8 @@ def detach(model: nn.Module) -> int:
             for letter in "AB":
                 del module._parameters[f"{name}_lora_{letter}"]
         vars(module).pop("_switchgear_adapters", None)
-        if (guard := vars(module).pop("_switchgear_guard", None)) is not None:
-            guard.remove()
+        if selection_of(module) is None:  # experts that train alone stay guarded
+            unguard(module)
     return count
 
 

@@ -40,6 +40,7 @@ from switchgear.adapters.peft_format import (
 )
 from switchgear.adapters.sites import Site, adapted_sites, local_experts, sites_of
 from switchgear.complaints import check_float_dtype
+from switchgear.files import replacing
 from switchgear.weights.adapted import Lora, adapters_of
 from switchgear.weights.form import on_huge_pages
 
@@ -84,8 +85,10 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
         return
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt", OURS: "1"})
-    (folder / CONFIG).write_text(json.dumps(_config(model, sites), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = json.dumps(_config(model, sites), indent=2, sort_keys=True) + "\n"
+    with replacing(folder / TENSORS) as tensors_file, replacing(folder / CONFIG) as config_file:  # both or none
+        save_file(tensors, tensors_file, metadata={"format": "pt", OURS: "1"})
+        config_file.write_text(config, encoding="utf-8")
 
 
 def _refuse_mixture(model: nn.Module) -> None:

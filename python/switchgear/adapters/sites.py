@@ -32,7 +32,7 @@ class Site:
     transposed: bool = False  # the parameter has [E,in,out], or [E·in,out]
     linears: tuple[str, ...] = ()  # paths of E linear layers below the module, if the weight is a list
     guarded: nn.Module | None = None  # the module that gets `guard`
-    guard: Callable[..., None] | None = None  # a forward pre-hook that refuses a call that would miss adapters
+    guard: Callable[..., None] | None = None  # a forward pre-hook that refuses a call of another implementation
 
     @property
     def where(self) -> str:
@@ -66,11 +66,16 @@ def sites_of(model: nn.Module) -> list[Site]:
     check_module("model", model)
     sites: list[Site] = []
     for path, module in model.named_modules():
-        sites += next((found for find in FINDERS if (found := find(path, module)) is not None), [])
+        sites += sites_at(path, module)
     if not sites:
         hint = hint_for(model)
         raise ValueError(f"model: expected routed experts, {type(model).__name__} has none ({hint})")
     return sites
+
+
+def sites_at(path: str, module: nn.Module) -> list[Site]:
+    """The projections of one module; empty if it has none that can have adapters."""
+    return next((found for find in FINDERS if (found := find(path, module)) is not None), [])
 
 
 def adapted_sites(model: nn.Module) -> list[Site]:
@@ -79,6 +84,18 @@ def adapted_sites(model: nn.Module) -> list[Site]:
     if not sites:
         raise ValueError("model: expected adapters (add_lora, load_peft), got none")
     return sites
+
+
+def guard(site: Site) -> None:
+    """Lets the site's library refuse calls that would miss what switchgear adds to its weight."""
+    if site.guarded is not None and site.guard is not None and "_switchgear_guard" not in vars(site.guarded):
+        vars(site.guarded)["_switchgear_guard"] = site.guarded.register_forward_pre_hook(site.guard)
+
+
+def unguard(module: nn.Module) -> None:
+    """Undoes `guard`, if the module has one."""
+    if (handle := vars(module).pop("_switchgear_guard", None)) is not None:
+        handle.remove()
 
 
 def refuse_wrapped(path: str, model: nn.Module) -> None:

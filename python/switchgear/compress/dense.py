@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from switchgear.experts import Experts
 from switchgear.layers.shared import SharedExperts
-from switchgear.weights import stored_of
+from switchgear.weights.checks import check_plain
 
 
 @torch.no_grad()
 def dense_expert(name: str, experts: nn.Module, expert: int) -> SharedExperts:
     """SharedExperts with a copy of the weights of `expert`. Raises ValueError, which names the layer, unless the
     experts are switchgear's, plain, and in this process."""
-    if type(experts) is not Experts or stored_of(experts) is not None:
+    if type(experts) is not Experts:
         raise ValueError(f"{name}: expected switchgear.Experts with plain weights, got {type(experts).__name__}")
+    check_plain(name, experts)
     first: Tensor = getattr(experts, experts._first)[expert]
     second: Tensor = experts.down_proj[expert]
     if experts.transposed:

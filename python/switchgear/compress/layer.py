@@ -15,9 +15,7 @@ from switchgear.functional import Plan, glu, grouped_gemm, plan
 from switchgear.integrations.gates import own_gate
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.layers.virtual import VirtualExperts
-from switchgear.weights import stored_of
-from switchgear.weights.adapted import adapters_of
-from switchgear.weights.selected import selection_of
+from switchgear.weights.checks import check_replaceable
 
 
 class ExpertRows(NamedTuple):
@@ -156,14 +154,9 @@ def expert_layer(block: MoeBlock) -> ExpertLayer:
     experts: Any = block.experts
     if isinstance(experts, VirtualExperts):
         experts = experts.experts
-    if (stored := stored_of(experts)) is not None:
-        raise ValueError(f"{name}: expected plain weights, got {stored.form}; restore(model) first")
+    check_replaceable(name, experts)
     if getattr(experts, "parallel", None) is not None:
         raise ValueError(f"{name}: expected all experts in this process, got {type(experts).__name__}")
-    if adapters_of(experts):
-        raise ValueError(f"{name}: expected experts without adapters; merge them first")
-    if selection_of(experts) is not None:
-        raise ValueError(f"{name}: expected no experts that train alone; call finetune.unfreeze(model) first")
     first, second = _names(name, experts)
     for path in (first, second):
         owner, _, key = path.rpartition(".")

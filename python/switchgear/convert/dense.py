@@ -18,7 +18,7 @@ from switchgear.integrations.moe_blocks import SHARED
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts
 from switchgear.reference import check_choice, check_size
-from switchgear.weights import stored_of
+from switchgear.weights.checks import check_plain
 
 METHODS = ("sum", "mean", "topk", "svd")
 
@@ -41,7 +41,8 @@ def to_dense(
     Shared experts of the layer are kept exactly: their neurons follow.
 
     Raises:
-        ValueError: an unknown method or option, experts of different widths except for "topk", or stored weights.
+        ValueError: an unknown method or option, experts of different widths except for "topk", stored weights, adapters
+            that are not merged, or experts that train alone.
     """
     check_choice("method", method, METHODS)
     shares = finite_numbers("weights", weights)
@@ -95,6 +96,8 @@ class PlainExperts(NamedTuple):
 def experts_of(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
     """The networks of the experts of a layer, and of its shared experts. The tensors are those of the layer."""
     experts = getattr(moe, "experts", moe)
+    if isinstance(experts, nn.Module):
+        check_plain("moe", experts)
     shared_module = next((found for name in SHARED if (found := getattr(moe, name, None)) is not None), None)
     if isinstance(shared_module, GatedSharedExperts) or getattr(moe, "shared_expert_gate", None) is not None:
         raise ValueError("moe: expected plain shared experts or none, got gated ones, which no dense network contains")
@@ -104,8 +107,6 @@ def experts_of(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
         return [_network(*experts.weights_of(e), activation=activation, gated=experts.slices.gated)
                 for e in range(experts.num_experts)], shared  # fmt: skip
     if isinstance(experts, Experts):
-        if (stored := stored_of(experts)) is not None:
-            raise ValueError(f"moe: expected plain weights, got {stored.form}; restore(model) first")
         if experts.activation == "swiglu_oai" or experts.limit is not None:
             raise ValueError("moe: expected an activation without alpha and limit")
         return [_of_ours(experts, expert) for expert in range(experts.num_experts)], shared

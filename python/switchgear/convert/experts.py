@@ -19,7 +19,7 @@ from switchgear.layers.expand import _appended
 from switchgear.modules import MoE
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.scores_of_experts import Domain
-from switchgear.weights import stored_of
+from switchgear.weights.checks import check_plain
 
 ROUTERS = ("random", "hidden", "embedding", "zeros")
 
@@ -137,8 +137,9 @@ def add_domain_expert(moe: MoE, mlp: nn.Module | Mapping[str, Tensor], embedding
         raise ValueError(
             f"moe: expected a Domain router, got {type(score).__name__}; see MoE.add_expert for linear ones"
         )
-    if type(experts) is not Experts or stored_of(experts) is not None:
+    if type(experts) is not Experts:
         raise ValueError("moe: expected plain Experts in this process")
+    check_plain("moe", experts)
     given = mlp if isinstance(mlp, Mapping) else feed_forward(mlp).expert()
     wanted = dict(experts.named_parameters(recurse=False))
     rows = {name: tensor.mT if experts.transposed and tensor.dim() == 2 else tensor for name, tensor in given.items()}

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module, first_line
+from switchgear.files import replacing
+from switchgear.weights import Layout, layout_of
 from switchgear.weights.selected import SUFFIX, selection_of
 
 _FORMAT = 1  # version of the file format
@@ -22,12 +24,15 @@ def save_selected(model: nn.Module, path: str | PathLike[str]) -> None:
     """
     check_module("model", model)
     experts: dict[str, dict[str, Tensor]] = {}
+    layouts: dict[str, dict[str, bool]] = {}
     inside: set[str] = set()
     for name, module in model.named_modules():
         if (selection := selection_of(module)) is None:
             continue
         rows = {key: selection.trained(module, key).detach().cpu().contiguous() for key in selection.names}
         experts[name] = {"experts": selection.experts(module).cpu(), **rows}
+        if (layout := layout_of(module)) is not None:
+            layouts[name] = _recorded(layout)
         inside |= {f"{name}.{key}{SUFFIX}" if name else key + SUFFIX for key in selection.names}
     if not experts:
         raise ValueError("model: expected experts that are trained alone (freeze_except), got none")
@@ -36,20 +41,23 @@ def save_selected(model: nn.Module, path: str | PathLike[str]) -> None:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in inside
     }
-    torch.save({"format": _FORMAT, "experts": experts, "others": others}, path)
+    with replacing(path) as unfinished:
+        torch.save({"format": _FORMAT, "experts": experts, "others": others, "layouts": layouts}, unfinished)
 
 
 def load_selected(model: nn.Module, path: str | PathLike[str]) -> dict[str, list[int]]:
     """Writes the experts of a file of save_selected into a model, whether or not it is frozen. Other experts keep their
     values. Returns the experts by name of their module.
 
-    Raises ValueError for any other file, or one of a model of another shape, and OSError for none; nothing is changed.
+    Raises ValueError for any other file, or one of a model of another shape or layout (transposed, interleaved), and
+    OSError for none; nothing is changed.
     """
     check_module("model", model)
     data = _read(path)
     targets: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []  # parameter, rows or None for all, values
     for name, rows in data["experts"].items():
         module, ids = _module(model, name), rows["experts"]
+        _check_layout(module, name, data.get("layouts", {}).get(name))
         for key, values in rows.items():
             if key != "experts":
                 targets.append((_fitting(module, name, key, ids, values), ids.long(), values))
@@ -60,7 +68,7 @@ def load_selected(model: nn.Module, path: str | PathLike[str]) -> dict[str, list
         targets.append((parameters[name], None, values))
     chosen = [(module, selection) for module in model.modules() if (selection := selection_of(module)) is not None]
     for module, selection in chosen:
-        selection.update(module)
+        selection.copy(module)
     with torch.no_grad():
         for parameter, index, values in targets:
             values = values.to(parameter.device, parameter.dtype)
@@ -78,6 +86,18 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"path: expected experts of this model, got those of {name}") from None
+
+
+def _recorded(layout: Layout) -> dict[str, bool]:
+    """What shapes do not tell."""
+    return {"transposed": layout.transposed, "split_gates": layout.split_gates}
+
+
+def _check_layout(module: nn.Module, name: str, recorded: dict[str, bool] | None) -> None:
+    """Files of earlier versions, and modules that do not run on switchgear, have no layout to compare."""
+    layout = layout_of(module)
+    if recorded is not None and layout is not None and recorded != _recorded(layout):
+        raise ValueError(f"path: expected experts of {name} with {_recorded(layout)}, got {recorded}")
 
 
 def _fitting(module: nn.Module, name: str, key: str, ids: Tensor, values: Tensor) -> nn.Parameter:
@@ -105,6 +125,9 @@ def _read(path: str | PathLike[str]) -> Any:
                     raise ValueError("rows that are no weights")
             if not all(values.is_floating_point() for values in data["others"].values()):
                 raise ValueError("parameters that are no weights")
+            for layout in data.get("layouts", {}).values():
+                if not all(isinstance(value, bool) for value in layout.values()):
+                    raise ValueError("layouts that are none")
             return data
         except Exception as error:  # torch.load raises many kinds for files of others
             reason = first_line(error)

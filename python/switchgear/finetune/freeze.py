@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.adapters.sites import Site, guard, sites_at, unguard
 from switchgear.complaints import check_module
 from switchgear.finetune.scores import Selected
 from switchgear.routing.router import Router
@@ -26,6 +27,12 @@ class Part(NamedTuple):
     module: nn.Module
     parameters: tuple[str, ...]  # projections and biases
     experts: Tensor  # [n] int32, ascending
+    site: Site | None  # of one of the projections; None in modules that add_lora does not know
+
+    @property
+    def paths(self) -> set[str]:
+        """Of the parameters, in the model."""
+        return {f"{self.name}.{parameter}" if self.name else parameter for parameter in self.parameters}
 
 
 def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str] = ()) -> list[nn.Parameter]:
@@ -40,14 +47,16 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
         selection: experts by layer, as of select_experts: {"layers.0.gate": [3, 17]}. The name of a router, of an MoE
             or of the module of experts. Layers that are not named are frozen.
-        also: names of modules and parameters that train as before, for example routers.
+        also: names of modules and parameters that train as before, for example routers. Of a module around selected
+            experts, all else trains.
 
-    `unfreeze` undoes it.
+    `unfreeze` undoes it. A Hugging Face model must run on switchgear until then: other implementations of its experts
+    raise RuntimeError.
 
     Raises:
         ValueError: an unknown name, experts out of range or listed twice; experts that are stored in another form,
-            distributed over processes, or shared by two modules; a model with selected experts already. The message
-            names the layer, and nothing is changed.
+            distributed over processes, or shared by two modules; a model with selected experts already; a name in
+            `also` of selected experts alone. The message names the layer, and nothing is changed.
     """
     check_module("model", model)
     if not isinstance(selection, Mapping):
@@ -56,39 +65,54 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
         raise ValueError("model: expected no experts that are trained alone already; call unfreeze(model) first")
     parts = [_part(model, name, experts) for name, experts in selection.items()]
     _check_disjoint(model, parts)
-    kept = _named(model, also)
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    parts = [part for part in parts if len(part.experts)]
+    kept = _named(model, also, parts)
+    flags = [(module, _flags(module)) for module in model.modules()]
     done: list[nn.Module] = []
     trained: list[nn.Parameter] = []
     try:
         for part in parts:
-            if len(part.experts):
-                trained += select(part.module, part.parameters, part.experts)  # allocates, so it may fail
-                done.append(part.module)
+            trained += select(part.module, part.parameters, part.experts)  # allocates, so it may fail
+            done.append(part.module)
     except BaseException:
         for module in done:
             unselect(module)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
+        for module, of_module in flags:
+            _set_flags(module, of_module)
         raise
+    for part in parts:
+        if part.site is not None:
+            guard(part.site)
     new = set(map(id, trained))
     for name, parameter in model.named_parameters():
         if id(parameter) not in new and name not in kept:
             parameter.requires_grad_(False)
             parameter.grad = None
-    vars(model)["_switchgear_flags"] = flags
+    for module, of_module in flags:  # those of an earlier call, without experts, stay
+        vars(module)["_switchgear_flags"] = {**of_module, **vars(module).get("_switchgear_flags", {})}
     return [*trained, *(p for name, p in model.named_parameters() if name in kept and p.requires_grad)]
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Undoes freeze_except: the parameters keep the trained values, and require gradients as before. The optimizer's
-    state of the selected experts belongs to parameters that are gone. Does nothing if nothing is frozen."""
+    """Undoes freeze_except, of a whole model or of a part of it: the parameters keep the trained values, and require
+    gradients as before. The optimizer's state of the selected experts belongs to parameters that are gone. Does nothing
+    if nothing is frozen."""
     check_module("model", model)
     for module in model.modules():
         if selection_of(module) is not None:
             unselect(module)
-    flags = vars(model).pop("_switchgear_flags", {})
-    for name, parameter in model.named_parameters():
+            unguard(module)
+    for module in model.modules():
+        _set_flags(module, vars(module).pop("_switchgear_flags", {}))
+
+
+def _flags(module: nn.Module) -> dict[str, bool]:
+    """Which of a module's own parameters require gradients."""
+    return {name: parameter.requires_grad for name, parameter in module.named_parameters(recurse=False)}
+
+
+def _set_flags(module: nn.Module, flags: Mapping[str, bool]) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
         if name in flags:
             parameter.requires_grad_(flags[name])
 
@@ -124,7 +148,8 @@ def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
         raise ValueError(f"selection: expected each expert of {name} once, got {list(experts)}")
     biases = (f"{projection}_bias" for projection in layout.names)
     names = (*layout.names, *(bias for bias in biases if module._parameters.get(bias) is not None))
-    return Part(where, module, names, torch.tensor(ids, dtype=torch.int32))
+    site = next(iter(sites_at(where, module)), None)
+    return Part(where, module, names, torch.tensor(ids, dtype=torch.int32), site)
 
 
 def _ids(name: str, experts: Sequence[int]) -> list[int]:
@@ -166,14 +191,18 @@ def _check_disjoint(model: nn.Module, parts: list[Part]) -> None:
                 )
 
 
-def _named(model: nn.Module, also: Collection[str]) -> set[str]:
+def _named(model: nn.Module, also: Collection[str], parts: Sequence[Part]) -> set[str]:
+    """The parameters that `also` means."""
     if isinstance(also, str):
         raise TypeError(f"also: expected a list of names, got {also!r}")
     names = [name for name, _ in model.named_parameters()]
+    selected: set[str] = set().union(*(part.paths for part in parts))
     kept: set[str] = set()
     for prefix in also:
         found = {name for name in names if name == prefix or name.startswith(f"{prefix}.")}
         if not found:
             raise ValueError(f"also: expected names of modules or parameters, got {prefix!r}")
-        kept |= found
+        if found <= selected:
+            raise ValueError(f"also: expected parameters beside selected experts, got those of {prefix!r}")
+        kept |= found - selected
     return kept

@@ -267,7 +267,7 @@ def _plain_views(module: Any, layout: Layout) -> list[Tensor]:
 
 
 def _guard(module: Any, *_: Any) -> None:
-    """A forward pre-hook of modules with adapters."""
+    """A forward pre-hook of modules with adapters or experts that train alone."""
     if patch_of(module) is not None:
         if not is_swapped(module):
             refuse_bypass(module, path_of(module))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.layers.common import experts_class
+from switchgear.weights.checks import check_plain
 
 if TYPE_CHECKING:
     from switchgear.parallel import ExpertParallel
@@ -109,8 +110,10 @@ class HeterogeneousExperts(nn.Module):
         """One expert's projections: gate and up [2·I_e,H] (gates first; [I_e,H] if not gated) and down [H,I_e].
 
         Raises:
-            ValueError: if it is on another rank.
+            ValueError: if it is on another rank, or the parameters are not all: stored weights, adapters, slices that
+                train alone.
         """
+        check_plain("slices", self.slices)
         first, count = int(self.first_slice[expert]), int(self.num_slices[expert])
         if first not in self._local:
             raise ValueError(f"expert: expected one of this rank, got {expert}")

@@ -12,6 +12,7 @@ from switchgear.functional import Routing, combine, glu, grouped_gemm, moe, plan
 from switchgear.layers.common import WithLosses
 from switchgear.reference import check_choice, weight_dtype
 from switchgear.weights.adapted import has_adapters
+from switchgear.weights.selected import selection_of
 
 
 class MergedExperts(WithLosses):
@@ -137,6 +138,8 @@ class MergedExperts(WithLosses):
         """The merged weights [B,out,in] and bias [B,out] of a projection."""
         if has_adapters(self.experts):
             raise ValueError("experts: expected none with adapters, whose weights cannot be averaged; merge them first")
+        if selection_of(self.experts) is not None:
+            raise ValueError("experts: expected none that train alone; call finetune.unfreeze(model) first")
         ids, weights = routing.topk_ids, routing.topk_weights
         bias = getattr(self.experts, f"{name}_bias")
         merged = self.merge(getattr(self.experts, name), ids, weights)

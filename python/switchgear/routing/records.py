@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchgear.files import replacing
 from switchgear.recordings import load_recording
 from switchgear.routing.widths import stacked
 
@@ -161,7 +162,8 @@ class RoutingRecord:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the record with torch.save."""
-        torch.save(self._state(), path)
+        with replacing(path) as unfinished:
+            torch.save(self._state(), unfinished)
 
     def _state(self) -> dict[str, Any]:
         layers = {name: [r.num_classes, r.top_k, r.bits, r.data, r.num_tokens] for name, r in self.layers.items()}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from switchgear.files import replacing
 from switchgear.monitoring.sinks import Log, log_to
 from switchgear.recordings import load_recording
 from switchgear.reference import check_size
@@ -155,7 +156,8 @@ class RoutingTrace:
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the recording with torch.save, moved to the CPU."""
         layers = {name: layer.state() for name, layer in self.layers.items()}
-        torch.save({"format": _FORMAT, "by_token_id": self.by_token_id, "layers": layers}, path)
+        with replacing(path) as unfinished:
+            torch.save({"format": _FORMAT, "by_token_id": self.by_token_id, "layers": layers}, unfinished)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingTrace:

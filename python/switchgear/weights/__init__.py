@@ -11,6 +11,7 @@ form.py     the base class Form; plain.py, panels.py, compact.py, integers.py, m
 module.py   stored projections of a module, and its state dict; layout.py: layout of its parameters
 selected.py parameters of which some experts are trained alone; offloaded.py: experts in a store on disk
 store.py    all experts of a model; auto.py: the choice of a form; pages.py: huge pages
+checks.py   for code that reads parameters itself
 """
 
 from switchgear.weights.compact import Compact

@@ -3,7 +3,8 @@
 
 The selected rows become a parameter <name>_selected [n,…] of their own. So gradients, the optimizer's state and its
 weight decay exist for them only. The parameter [E,…] stays, frozen. Kernels read it, so the rows are copied into it
-before a forward if they changed: with a tenth of the experts, less than the optimizer's own traffic of one tensor.
+before a forward that may train, and before others if they changed: with a tenth of the experts, less than the
+optimizer's own traffic of one tensor.
 
 State dicts have the usual keys alone. Loading one sets the selected rows, too.
 """
@@ -67,16 +68,29 @@ class Selection:
 
     @not_compiled  # a graph cannot tell whether the rows changed
     def update(self, module: nn.Module) -> None:
-        """Copies trained rows that changed into the parameters that kernels read."""
+        """Copies trained rows that may have changed into the parameters that kernels read. In inference, eval() without
+        gradients, the versions tell. Optimizers that write `data` leave no trace in them, so training always copies."""
+        if module.training or torch.is_grad_enabled():
+            self.copy(module)
+            return
         for name in self.names:
             whole, trained = getattr(module, name), self.trained(module, name)
             now = (_version(trained), trained.data_ptr(), _version(whole), whole.data_ptr())
-            if None not in now and self._seen.get(name) == now:
-                continue
-            # `data`: a forward whose backward is still to come has saved the whole parameter; autograd checks the
-            # version of the trained one, which it saved, too.
-            whole.data[self.experts(module).long()] = trained.data.to(whole.dtype)
-            self._seen[name] = now
+            if None in now or self._seen.get(name) != now:
+                self._copy(module, name)
+                self._seen[name] = now
+
+    def copy(self, module: nn.Module) -> None:
+        """Copies the trained rows into the parameters that kernels read."""
+        self._seen.clear()
+        for name in self.names:
+            self._copy(module, name)
+
+    def _copy(self, module: nn.Module, name: str) -> None:
+        # `data`: a forward whose backward is still to come has saved the whole parameter; autograd checks the version
+        # of the trained one, which it saved, too.
+        whole: Tensor = getattr(module, name)
+        whole.data[self.experts(module).long()] = self.trained(module, name).data.to(whole.dtype)
 
     def reload(self, module: nn.Module) -> None:
         """Copies the rows of the whole parameters into the trained ones."""
@@ -120,7 +134,7 @@ def unselect(module: nn.Module) -> None:
     """Undoes `select`: the parameters keep the trained rows and train as a whole."""
     selection = selection_of(module)
     assert selection is not None
-    selection.update(module)
+    selection.copy(module)
     for name in selection.names:
         del module._parameters[name + SUFFIX]
         getattr(module, name).requires_grad_(True)
@@ -134,7 +148,7 @@ def unselect(module: nn.Module) -> None:
 
 def _before_save(module: nn.Module, *_: Any) -> None:
     if (selection := selection_of(module)) is not None:
-        selection.update(module)
+        selection.copy(module)
 
 
 def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
@@ -147,7 +161,7 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
     """Adds the keys of the trained rows, from the whole parameters of the state dict or, if absent, of the module."""
     if (selection := selection_of(module)) is None:
         return
-    selection.update(module)
+    selection.copy(module)
     experts = selection.experts(module).long()
     for name in selection.names:
         whole = state_dict.get(prefix + name)
