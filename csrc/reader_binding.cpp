@@ -18,13 +18,19 @@ namespace {
 // A wait returns to Python as often, so that Ctrl-C and other signals arrive.
 constexpr auto kSlice = std::chrono::milliseconds(50);
 
+// Of a path or a message with one: paths need not be UTF-8.
+py::object text_of(const std::string& bytes) {
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeFSDefaultAndSize(bytes.data(), static_cast<Py_ssize_t>(bytes.size())));
+}
+
 // The exception ReadError with its attributes; `error` is an errno, 0 for none.
 [[noreturn]] void raise(const std::string& message, const char* kind, const std::string& file, int64_t offset,
                         int64_t bytes, int error) {
   const py::object type = py::module_::import("switchgear._C").attr("ReadError");
-  py::object raised = type(message);
+  py::object raised = type(text_of(message));
   raised.attr("kind") = kind;
-  raised.attr("file") = file;
+  raised.attr("file") = text_of(file);
   raised.attr("offset") = offset;
   raised.attr("nbytes") = bytes;
   if (error != 0) raised.attr("errno") = error;
@@ -50,7 +56,7 @@ void raise_outcome(const Reader& reader, const ReadOutcome& outcome) {
     case ReadStatus::kReplaced:
       return fail("replaced", "the file was replaced, truncated or written after it was opened");
     case ReadStatus::kCancelled: return fail("cancelled", "the read was cancelled");
-    case ReadStatus::kClosed: return fail("closed", "the reader was closed before the read began");
+    case ReadStatus::kClosed: return fail("closed", "the reader was closed before the read was done");
   }
 }
 

@@ -65,7 +65,7 @@ class Store:
 
     def open_reader(self, threads: int = 4, direct: bool = True) -> _C.Reader:
         """A reader of the files, in the order of `layers`. Raises StoreError."""
-        files = [str(self.path / records.file) for records in self.layers.values()]
+        files = [os.fsencode(self.path / records.file) for records in self.layers.values()]
         try:
             return _C.Reader(files, threads, direct)
         except _C.ReadError as error:
