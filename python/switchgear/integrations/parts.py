@@ -75,8 +75,11 @@ def part_of(module: nn.Module, name: str, expected: PartClass) -> nn.Module:
 
 
 def _check(part: nn.Module, name: str, expected: PartClass) -> None:
-    if not expected.matches(type(part)):
-        raise Bypassed(f"{name} is a {_full_name(type(part))}, not a {expected.name} with its own forward")
+    cls = type(part)
+    if not expected.matches(cls):
+        if (cls.__module__, cls.__name__) == expected:
+            raise Bypassed(f"the forward of {expected.name} was replaced")
+        raise Bypassed(f"{name} is a {_full_name(cls)}, not a {expected.name}")
     _check_call(part, name)
 
 

@@ -281,11 +281,12 @@ class Router(nn.Module):
 
     def complete(self, context: Context, hidden_states: Tensor) -> Context:
         """Adds what the router knows: its mode, its isolation, and the length of hidden_states [B,S,H]."""
-        length = context.sequence_length
-        if length is None and context.sequence_ids is None and hidden_states.dim() > 2:
-            length = hidden_states.shape[-2]
+        known: dict[str, Any] = {}
+        if context.sequence_length is None and context.sequence_ids is None and hidden_states.dim() > 2:
+            *several, length, _ = hidden_states.shape
+            known = {"sequence_length": length, "num_sequences": math.prod(several)}
         isolated = context.isolated or self.isolation == "sequence"
-        return replace(context, sequence_length=length, isolated=isolated, training=self.training)
+        return replace(context, **known, isolated=isolated, training=self.training)
 
     def _losses(self, routing: Routing, context: Context) -> dict[str, Tensor]:
         losses = dict(routing.losses)
