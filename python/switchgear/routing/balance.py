@@ -55,7 +55,7 @@ def count_tokens(topk_ids: Tensor, num_experts: int) -> Tensor:
     """tokens_per_expert [E] int64: how many choices in topk_ids [T,K] selected each expert; holes (-1) do not count."""
     shifted = topk_ids.flatten().long() + 1  # holes are counted at index 0
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids.device)
-    return counts.scatter_add_(0, shifted, torch.ones_like(shifted))[1:]
+    return counts.scatter_add(0, shifted, torch.ones_like(shifted))[1:]
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
