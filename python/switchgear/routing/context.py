@@ -75,7 +75,14 @@ def context_of(**values: Any) -> Context:
         values["embedding"] = embedding.reshape(-1, embedding.shape[-1])
     if not isinstance(values.get("fields") or {}, Mapping):
         raise TypeError(f"fields: expected a mapping from names, got {type(values['fields']).__name__}")
-    return Context(**values)
+    try:
+        return Context(**values)
+    except TypeError:
+        names = [field.name for field in fields(Context)]
+        for name in values:
+            if name not in names:
+                raise TypeError(f"{name}: expected an attribute of Context ({', '.join(names)}), got another") from None
+        raise
 
 
 @runtime_checkable
