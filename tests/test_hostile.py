@@ -318,7 +318,7 @@ def test_wrong_options_of_a_module(name: str, value: Any) -> None:
 def test_wrong_selections_and_context() -> None:
     with pytest.raises(TypeError, match=r"^select: expected .*, got 'topk'"):
         switchgear.MoE(4, 4, 4, select="topk")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="^dtype: expected"):
+    with pytest.raises(TypeError, match=r"^dtype: expected"):
         switchgear.Experts(4, 4, 4, dtype=torch.int32)
     with pytest.raises(TypeError, match=r"^token_id: expected .*token_ids, .*, got"):
         switchgear.MoE(4, 4, 4, 2)(torch.randn(3, 4), token_id=torch.ones(3))

@@ -24,7 +24,7 @@ class PartClass(NamedTuple):
     name: str
 
     def matches(self, cls: type[nn.Module]) -> bool:
-        """Whether `cls` is this class with its own forward, or a subclass with that forward, as parametrisations make."""
+        """Whether `cls` is this class with its own forward, or a subclass with that, as parametrisations make."""
         if cls.__name__ == self.name and cls.__module__ == self.module:
             return _has_own_forward(cls)
         bases = [base for base in cls.__mro__ if base.__name__ == self.name and base.__module__ == self.module]

@@ -134,8 +134,8 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
     """Runs every experts module of a loaded model on switchgear, including those that transformers would not dispatch.
 
     Decorated modules get `experts_implementation="switchgear"` in their own config. Modules of the classes in
-    `undecorated.PATCHES` get a new `forward` on the instance. Parameters and state dict do not change. Decorated modules
-    of one model share a config, so a part of a model, such as one of its layers, takes the others along.
+    `undecorated.PATCHES` get a new `forward` on the instance. Parameters and state dict do not change. Decorated
+    modules of one model share a config, so a part of a model, such as one of its layers, takes the others along.
 
     Args:
         whole_blocks: also run the blocks of OLMoE, Qwen3 MoE and Mixtral as a whole when no gradient is needed: router

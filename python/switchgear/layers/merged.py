@@ -72,7 +72,7 @@ class MergedExperts(WithLosses):
                 nn.init.zeros_(added.weight)  # starts as the mean, and as x
 
     def merge(self, parameter: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Σ_k topk_weights[b,k] · parameter[topk_ids[b,k]], [B, …]. Without sequences, one of zeros: products need it."""
+        """Σ_k topk_weights[b,k] · parameter[topk_ids[b,k]], [B, …]; one of zeros if there are no sequences."""
         weights = topk_weights.masked_fill(topk_ids < 0, 0).to(parameter.dtype)
         rows = parameter.flatten(1)
         merged = F.embedding_bag(topk_ids.clamp(min=0).long(), rows, per_sample_weights=weights, mode="sum")

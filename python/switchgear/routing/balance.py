@@ -107,7 +107,9 @@ def sequence_switch_loss(probabilities: Tensor, topk_ids: Tensor, sequence_ids: 
     tokens = probabilities.new_zeros(num_sequences).index_add(0, sequence_ids, probabilities.new_ones(len(topk_ids)))
     cells = sequence_ids[:, None] * (num_experts + 1) + topk_ids.long() + 1
     counts = probabilities.new_zeros(num_sequences * (num_experts + 1))
-    counts = counts.scatter_add(0, cells.flatten(), counts.new_ones(cells.numel())).view(num_sequences, num_experts + 1)[:, 1:]
+    counts = counts.scatter_add(0, cells.flatten(), counts.new_ones(cells.numel())).view(
+        num_sequences, num_experts + 1
+    )[:, 1:]
     totals = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequence_ids, probabilities)
     tokens = tokens.clamp(min=1)[:, None]
     return num_experts * (counts / tokens * (totals / tokens)).sum() / max(num_sequences, 1)
