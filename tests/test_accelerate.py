@@ -49,6 +49,27 @@ def test_accelerate_twice_changes_nothing() -> None:
     assert "forward" not in vars(model.model.layers[0].feed_forward)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_calls_are_undone_in_any_order(order: tuple[int, int]) -> None:
+    model = build("olmoe")
+    config = model.model.layers[0].mlp.experts.config
+    before = config._experts_implementation
+    given = [accelerate(model), accelerate(model, whole_blocks=True)]
+    for index in order:
+        restore(given[index])
+    assert config._experts_implementation == before != "switchgear"
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(TypeError, match=r"model: expected torch\.nn\.Module, got int"):
+        accelerate(42)  # type: ignore[arg-type]
+    replacements = accelerate(build("olmoe"))
+    for wrong in (None, replacements[0], [*replacements, 3]):
+        with pytest.raises(TypeError, match=r"replacements: expected .*, got"):
+            restore(wrong)  # type: ignore[arg-type]
+
+
 def test_accelerate_says_when_there_is_nothing() -> None:
     with pytest.raises(ValueError, match=r"Linear has none that switchgear knows.*is_transposed.*Llama4TextMoe"):
         accelerate(nn.Linear(2, 2))

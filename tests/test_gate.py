@@ -119,6 +119,29 @@ def test_layouts(backend: str) -> None:
     assert switchgear.gate(x[0, 0, 0], weight).shape == (9,)
 
 
+@pytest.mark.parametrize("layout", ["every second column", "a column of each", "one number", "one row", "transposed"])
+def test_gradients_of_rows_of_any_strides(backend: str, layout: str) -> None:
+    layouts = {
+        "every second column": lambda: torch.randn(3, 5, 32)[..., ::2],
+        "a column of each": lambda: torch.randn(5, 16, 3)[..., 0],
+        "one number": lambda: torch.randn(1).expand(5, 16),
+        "one row": lambda: torch.randn(16).expand(5, 16),
+        "transposed": lambda: torch.randn(16, 10)[:, ::2].mT,
+    }
+    x, layer = layouts[layout](), switchgear.MoE(16, 8, 4, 2)
+    weight = torch.randn(4, 16, requires_grad=True)
+    logits = switchgear.gate(x, weight)
+    grad = torch.randn(logits.shape)
+    logits.backward(grad)
+    rows = x.reshape(-1, 16)
+    offsets = torch.tensor([0, len(rows)], dtype=torch.int32)
+    wanted = Bounded(*(part[0] for part in testing.wgrad(exact(grad.view(-1, 4)), exact(rows), offsets)))
+    assert weight.grad is not None
+    assert_close(weight.grad, wanted.rounded(torch.float32))
+    found = [torch.autograd.grad(layer(some).sum(), list(layer.parameters())) for some in (x, x.contiguous())]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 # ---- one order of sums -----------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import switchgear
 from fuzz.forged_arrays import Forged
 from switchgear import _C
-from switchgear.routing import Capacity
+from switchgear.routing import Capacity, ZLoss
 from switchgear.testing import Case, make_layer
 from switchgear.weights import Int4
 
@@ -302,6 +302,9 @@ WRONG_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("alpha", "1"),
     ("scale", float("inf")),
     ("scale", float("nan")),
+    *(("dtype", value) for value in ("bfloat16", torch.int32)),
+    *((name, value) for name in ("score", "capacity") for value in (1.25, "linear")),
+    *(("balance", value) for value in ([0.01], 0.01, ZLoss(0.1), "z")),
 )
 
 
@@ -310,6 +313,15 @@ def test_wrong_options_of_a_module(name: str, value: Any) -> None:
     options = {"hidden_size": 4, "intermediate_size": 4, "num_experts": 4, "top_k": 2, name: value}
     with pytest.raises((ValueError, TypeError), match=f"^{name}: expected .*, got"):
         switchgear.MoE(**options)
+
+
+def test_wrong_selections_and_context() -> None:
+    with pytest.raises(TypeError, match=r"^select: expected .*, got 'topk'"):
+        switchgear.MoE(4, 4, 4, select="topk")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^dtype: expected"):
+        switchgear.Experts(4, 4, 4, dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"^token_id: expected .*token_ids, .*, got"):
+        switchgear.MoE(4, 4, 4, 2)(torch.randn(3, 4), token_id=torch.ones(3))
 
 
 WRONG_INPUTS: dict[str, Any] = {

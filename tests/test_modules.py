@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import switchgear
-from switchgear import backends
+from switchgear import backends, routing
 from switchgear.experts import Experts
 from switchgear.routing import Router, load_balancing_loss, z_loss
 from switchgear.routing.router import RouterOptions
@@ -125,6 +125,17 @@ def test_functional_call_and_ensembles(backend: str) -> None:
         return torch.func.functional_call(models[0], (parameters, buffers), (x,))
 
     assert torch.equal(torch.func.vmap(run)(parameters, buffers), torch.stack([model(x) for model in models]))
+
+
+def test_vmap_of_a_layer_with_a_loss_in_training(backend: str) -> None:
+    moe = switchgear.MoE(24, 10, 4, 2, balance=[routing.DeviceBalance([0, 0, 1, 1])])
+    x = torch.randn(3, 5, 24)
+
+    def loss(x: Tensor) -> Tensor:
+        return moe(x).square().mean() + switchgear.balance_loss(moe)
+
+    got = torch.func.vmap(torch.func.grad(loss))(x)
+    torch.testing.assert_close(got, torch.stack([torch.func.grad(loss)(rows) for rows in x]))
 
 
 def test_non_leaf_weights(backend: str) -> None:

@@ -143,6 +143,11 @@ def test_row60_an_expert_of_another_model() -> None:
             moe.add_expert(spoiled, torch.ones(16))
     with pytest.raises(ValueError, match="gate_weight"):
         moe.add_expert(ffn, torch.ones(15))
+    for wrong, message in (([1], "expert"), ({**ffn, "down_proj": 1.0}, "down_proj")):
+        with pytest.raises(TypeError, match=f"{message}: expected .*, got"):
+            moe.add_expert(wrong, torch.ones(16))
+    with pytest.raises(ValueError, match=r"gate_bias: expected 0 .*, got -100"):
+        make_moe(bias=True).add_expert(ffn, torch.ones(16), gate_bias=-100.0)
     assert moe.experts.num_experts == 5
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,11 @@ def run(entry: Entry, layer: nn.Module | None = None, **common: Any) -> Any:
     """Output and layer of the entry's example; builds the layer unless it is given."""
     record = Recorder(**common) if layer is None else (lambda *sizes, **options: layer)
     generator, dtype = torch.Generator().manual_seed(1), common.get("dtype", torch.float32)
+    x = common.pop("x", torch.randn(2, 12, 64, generator=generator).to(dtype))
     names = {
-        "MoE": record, "presets": Presets(record), "torch": torch,
-        "x": common.pop("x", torch.randn(2, 12, 64, generator=generator).to(dtype)),
-        "token_ids": torch.randint(100, (2, 12), generator=generator),
-        "task": torch.randn(2, 24, generator=generator).to(dtype), "kinds": torch.arange(2),
+        "MoE": record, "presets": Presets(record), "torch": torch, "x": x,
+        "token_ids": torch.randint(100, x.shape[:2], generator=generator),
+        "task": torch.randn(len(x), 24, generator=generator).to(dtype), "kinds": torch.arange(len(x)),
     }  # fmt: skip
     y = eval(entry.example, names)
     y = y[0] if isinstance(y, tuple) else y
@@ -121,6 +122,37 @@ def test_example_runs_and_trains(entry: Entry) -> None:
     before = getattr(layer, "losses", {})
     assert run(entry, layer)[0].isfinite().all()
     assert before is not None
+
+
+@each
+def test_no_tokens(entry: Entry) -> None:
+    """No sequences, and sequences without tokens: results without elements, and gradients of zeros if there are any."""
+    _, layer = run(entry)
+    for shape, training in itertools.product(((0, 5, 64), (2, 0, 64), (0, 0, 64)), (True, False)):
+        layer.train(training).zero_grad()
+        x = torch.zeros(shape, requires_grad=True)
+        y, _ = run(entry, layer, x=x)
+        assert y.shape == shape
+        (y.sum() + switchgear.balance_loss(layer)).backward()
+        assert x.grad is not None
+        for parameter in layer.parameters():
+            assert parameter.grad is None or parameter.grad.isfinite().all()
+        switchgear.after_step(layer)
+        assert all(tensor.isfinite().all() for tensor in tensors(layer) if tensor.is_floating_point())
+
+
+def test_no_tokens_of_layers_that_are_no_preset() -> None:
+    router, experts = Router(64, 8, 2), switchgear.Experts(64, 32, 8, bias=True)
+    layers = [
+        (switchgear.MoE(64, 32, 8, 2, scale_input=True), (0, 64)),
+        (switchgear.MoE(64, 32, 8, **presets.gw_moe(), isolation="sequence"), (0, 5, 64)),
+        (switchgear.layers.MergedExperts(router, experts, down_router=Router(32, 8, 2)), (0, 5, 64)),
+    ]
+    for layer, shape in layers:
+        layer(torch.zeros(shape)).sum().backward()
+        for parameter in layer.parameters():
+            assert parameter.grad is not None
+            assert not parameter.grad.any()
 
 
 @each

@@ -129,6 +129,25 @@ def test_bfloat16(model_type: str, router_dtype: torch.dtype) -> None:
     assert relative(y, want) < 5 * BFLOAT16
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss"])
+def test_experts_in_another_dtype(model_type: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """As in transformers' default: computed in the dtype of the experts, returned in that of the hidden states."""
+    module = experts_of(build(model_type)).to(dtypes[1])
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x, *others = choices(module, dtype=dtypes[0])
+    x.requires_grad_()
+    got = module(x, *others)
+    want = ExpertsInterface()["grouped_mm"](module, x, *others)
+    assert got.dtype == want.dtype == dtypes[0]
+    assert relative(got, want) < 4 * BFLOAT16
+    exact = eager(copy.deepcopy(module).double(), x.detach().double(), *others)
+    assert relative(got, exact) < 4 * BFLOAT16
+    found = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (got, want)]
+    assert relative(*found) < 8 * BFLOAT16
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "inkling2_text", "muse_spark"])
 def test_autocast(model_type: str) -> None:
     module = experts_of(build(model_type))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 from typing import Any
 
 import pytest
@@ -121,6 +123,52 @@ def test_hooks_and_replaced_forwards_take_the_modules(model: Any, calls: list[An
     first.gate.forward = first.gate.forward
     output(model)
     assert calls == others
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_forwards_replaced_on_a_class_take_the_modules(
+    model: Any, calls: list[Any], when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = blocks_of(model)[0]
+    for cls in (type(block), type(block.gate), type(block.experts)):
+        own, seen = cls.forward, []
+
+        def patched(self: Any, *args: Any, own: Any = own, seen: list[Any] = seen) -> Any:
+            seen.append(self)
+            return own(self, *args)
+
+        for replacement in (patched, functools.wraps(own)(patched)):
+            with monkeypatch.context() as patch:
+                if when == "before":
+                    patch.setattr(cls, "forward", replacement)
+                replaced = accelerate(model, whole_blocks=True)
+                patch.setattr(cls, "forward", replacement)
+                output(model)
+            assert len(seen) > 0
+            assert not calls
+            seen.clear()
+            if when == "after":
+                output(model)
+                assert len(calls) > 0
+                calls.clear()
+            restore(replaced)
+
+
+@torch.no_grad()
+def test_a_loaded_model_joins_its_blocks_again(model: Any, calls: list[Any]) -> None:
+    accelerate(model, whole_blocks=True)
+    want = output(model)
+    calls.clear()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    replaced = accelerate(loaded, whole_blocks=True)
+    assert torch.equal(output(loaded), want)
+    assert calls == blocks_of(loaded)
+    restore(replaced)
+    assert all("forward" not in vars(module) for module in loaded.modules())
 
 
 @torch.no_grad()

@@ -199,6 +199,7 @@ def _gate_grads(
     if need_x:
         grad_x = ops.grouped_gemm_wgrad(transposed, matrix, one_expert, None, False)[0].to(x.dtype)
     if need_weight:
+        rows = rows if 1 in rows.stride() else rows.contiguous()  # weights of a product need it
         columns = (rows.mT[None],)
         grad_weight = ops.grouped_gemm(transposed, columns, (), None, one_expert, None, False, True).to(weight.dtype)
     if need_bias:  # the weight gradient of a column of ones

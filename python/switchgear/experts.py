@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_float_dtype
 from switchgear.functional import as_limit, as_number, moe
 from switchgear.reference import ACTIVATIONS, check_choice, check_finite, check_size
 from switchgear.weights import FINDERS, Layout, advise_huge_pages, stored_of, weights_of
@@ -59,6 +60,7 @@ class Experts(nn.Module):
         check_size("intermediate_size", intermediate_size)
         check_size("num_experts", num_experts, 0)  # a rank may have none
         check_choice("activation", activation, ACTIVATIONS)
+        check_float_dtype("dtype", dtype)
         check_finite("alpha", as_number("alpha", alpha))
         as_limit(limit)
         if not gated and (interleaved or activation == "swiglu_oai"):

@@ -54,7 +54,8 @@ class MoE(WithLosses):
         parallel: distribute the experts over these ranks (switchgear.parallel.ExpertParallel). All other parameters are
             replicated; use DistributedDataParallel or FSDP for them.
 
-    Attribute `losses`: the balance losses of the router by name, from the last training forward; see balance_loss.
+    Attribute `losses`: the balance losses of the router by name, from the last forward; none if that was in evaluation.
+    See balance_loss.
 
     Submodules and keys of the state dict: gate (Router: gate.weight, gate.e_score_correction_bias), experts (Experts:
     experts.gate_up_proj, experts.down_proj), shared_experts (shared_experts.gate_proj.weight, …). With shared_gate,

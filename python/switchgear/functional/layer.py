@@ -68,8 +68,9 @@ def moe(
     Args:
         x: [..., H] in float32, bfloat16 or float16 (float64: reference only); leading dimensions are flattened to T.
         gate_up_proj: [E,N,H], N = 2I for gated experts (gate and up), else I.
-        down_proj: [E,H,I]. Pass transposed storage ([E,H,N], [E,I,H]) as `weight.mT`, without a copy. Either projection
-            can be a Weight in another format or an AdaptedWeight, or both a SelectedWeight (switchgear.weights).
+        down_proj: [E,H,I]. Either of the last two dimensions of a projection must be contiguous (a stride of 1): pass
+            transposed storage ([E,H,N], [E,I,H]) as `weight.mT`, without a copy. Either projection can be a Weight in
+            another format or an AdaptedWeight, or both a SelectedWeight (switchgear.weights).
         topk_ids: [..., K] int32 or int64 in [0, E); -1 is an empty choice and adds nothing.
         topk_weights: [..., K], any floating dtype; used in float32, of any sign and sum.
         activation, gated, interleaved, alpha, limit: see glu.

@@ -32,7 +32,7 @@ def grouped_gemm(
 
     Args:
         x: [S,C] in slot order; or [T,C] with token_indices [S] (Plan.token_indices), and then r(s) = token_indices[s].
-        weight: [E,N,C], or E matrices [N_e,C] of different heights. Either of the last two dimensions may be
+        weight: [E,N,C], or E matrices [N_e,C] of different heights. Either of the last two dimensions must be
             contiguous: pass transposed weights [E,C,N] as `weight.mT`, without a copy. (Matrices of a list whose
             strides differ are copied.) A Weight in another format, an AdaptedWeight or a SelectedWeight also works;
             panels are expanded for the call, because only `moe` can read them.

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 import switchgear
+from switchgear.backends import in_autocast
 from switchgear.functional.products import AnyWeight
 from switchgear.ops import GluOptions
 from switchgear.weights import AdaptedWeight, SelectedWeight, Weight
@@ -45,7 +46,7 @@ def run_experts(
     """
     if gate is not None and post_norm is None:
         y = switchgear.moe(
-            x,
+            _as_weights(x, weights.gate_up_proj),
             weights.gate_up_proj,
             weights.down_proj,
             topk_ids,
@@ -62,6 +63,14 @@ def run_experts(
     if post_norm is not None:
         permuted_y = post_norm(permuted_y)
     return switchgear.combine(permuted_y, plan, topk_weights).to(x.dtype)
+
+
+def _as_weights(x: Tensor, weight: AnyWeight) -> Tensor:
+    """x in the dtype of the weights, in which models may keep their experts alone. Rounded weights take any dtype."""
+    held = weight.weight if isinstance(weight, (AdaptedWeight, SelectedWeight)) else weight
+    if held.dtype is x.dtype or in_autocast(x.device.type):
+        return x
+    return x.to(held.dtype) if isinstance(held, Tensor) or getattr(held, "is_lossless", False) else x
 
 
 def project(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from switchgear.adapters.wrappers import is_wrapper, unwrapped
+from switchgear.common.compiling import constant_when_compiled
 from switchgear.weights.adapted import Lent
 
 
@@ -23,11 +24,33 @@ class PartClass(NamedTuple):
     name: str
 
     def matches(self, cls: type[nn.Module]) -> bool:
-        """Whether `cls` is this class, or a subclass with its forward, as parametrisations make."""
+        """Whether `cls` is this class with its own forward, or a subclass with that, as parametrisations make."""
         if cls.__name__ == self.name and cls.__module__ == self.module:
-            return True
+            return _has_own_forward(cls)
         bases = [base for base in cls.__mro__ if base.__name__ == self.name and base.__module__ == self.module]
-        return any(getattr(base, "forward", None) is cls.forward for base in bases)
+        return any(getattr(base, "forward", None) is cls.forward and _has_own_forward(base) for base in bases)
+
+
+_own_forwards: dict[type, Any] = {}  # by class of a library, as last recognised
+
+
+@constant_when_compiled
+def _has_own_forward(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a library's class is the one of its source, which decorators of the library may wrap."""
+    forward: Any = cls.forward
+    if _own_forwards.get(cls) is forward:
+        return True
+    names = getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)
+    if names != (cls.__module__, f"{cls.__qualname__}.forward"):
+        return False
+    library = cls.__module__.partition(".")[0]
+    wrapped = forward
+    while wrapped is not None:  # functools.wraps copies both names, but not where a function is from
+        if getattr(wrapped, "__globals__", {}).get("__name__", "").partition(".")[0] != library:
+            return False
+        wrapped = getattr(wrapped, "__wrapped__", None)
+    _own_forwards[cls] = forward
+    return True
 
 
 LINEAR = PartClass("torch.nn.modules.linear", "Linear")
@@ -52,8 +75,11 @@ def part_of(module: nn.Module, name: str, expected: PartClass) -> nn.Module:
 
 
 def _check(part: nn.Module, name: str, expected: PartClass) -> None:
-    if not expected.matches(type(part)):
-        raise Bypassed(f"{name} is a {_full_name(type(part))}, not a {expected.name}")
+    cls = type(part)
+    if not expected.matches(cls):
+        if (cls.__module__, cls.__name__) == expected:
+            raise Bypassed(f"the forward of {expected.name} was replaced")
+        raise Bypassed(f"{name} is a {_full_name(cls)}, not a {expected.name}")
     _check_call(part, name)
 
 

@@ -27,6 +27,7 @@ from switchgear.adapters import wrappers
 from switchgear.adapters.sites import FINDERS as SITE_FINDERS
 from switchgear.adapters.sites import TARGETS, Site, refuse_wrapped
 from switchgear.backends import warn_once
+from switchgear.complaints import check_module
 from switchgear.integrations import saving
 from switchgear.integrations.bypass import refuse_bypass
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts
@@ -133,16 +134,20 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
     """Runs every experts module of a loaded model on switchgear, including those that transformers would not dispatch.
 
     Decorated modules get `experts_implementation="switchgear"` in their own config. Modules of the classes in
-    `undecorated.PATCHES` get a new `forward` on the instance. Parameters and state dict do not change.
+    `undecorated.PATCHES` get a new `forward` on the instance. Parameters and state dict do not change. Decorated
+    modules of one model share a config, so a part of a model, such as one of its layers, takes the others along.
 
     Args:
         whole_blocks: also run the blocks of OLMoE, Qwen3 MoE and Mixtral as a whole when no gradient is needed: router
             and experts without calls of their modules, unless these have hooks. It is faster for one token. The logits
             of the router may differ in the last bit.
 
+    Returns a Replacement for each module; `restore(replacements)` of this module undoes the call.
+
     Raises:
         ValueError: the model has no experts module that switchgear supports.
     """
+    check_module("model", model)
     replacements: list[Replacement] = []
     wrappers.register()
     try:
@@ -180,8 +185,11 @@ def _join_blocks(model: nn.Module, replacements: list[Replacement]) -> None:
 
 
 def restore(replacements: Iterable[Replacement]) -> None:
-    """Undoes `accelerate`."""
-    for replacement in reversed(list(replacements)):
+    """Undoes `accelerate`. What an earlier call of it replaced belongs to that call."""
+    given: list[Any] = list(replacements) if isinstance(replacements, Iterable) else [None]
+    if not all(isinstance(replacement, Replacement) for replacement in given):
+        raise TypeError(f"replacements: expected the list of accelerate(model), got {replacements!r}")
+    for replacement in reversed(given):
         replacement.undo()
 
 
@@ -312,7 +320,8 @@ def _dispatch(name: str, module: Any, before: str | None) -> Replacement:
     config._experts_implementation_internal = NAME  # the public setter would also change sub-configs
 
     def undo() -> None:
-        config._experts_implementation_internal = before
+        if before != NAME:
+            config._experts_implementation_internal = before
 
     return Replacement(name, type(module).__name__, path_of(module), f"experts_implementation, was {before!r}", undo)
 

@@ -59,12 +59,13 @@ def class_of(block: nn.Module) -> BlockClass | None:
 def join(block: nn.Module, weights_of: Callable[[Any], ExpertWeights]) -> Callable[[], None] | None:
     """Lets a block run as a whole where it can, and returns an undo function; None if its class is not known, or its
     forward was replaced before. weights_of: those of an experts module that runs on switchgear."""
-    known = class_of(block)
-    if known is None or "forward" in vars(block):
+    known, own = class_of(block), type(block).forward
+    before = vars(block).get("forward")
+    if known is None or (before is not None and getattr(before, "__func__", None) is not own):
         return None
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        y = _whole(self, known, weights_of, hidden_states)
+        y = _whole(self, known, weights_of, hidden_states) if type(self).forward is own else None
         return type(self).forward(self, hidden_states) if y is None else y
 
     block.forward = types.MethodType(forward, block)

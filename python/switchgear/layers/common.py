@@ -66,7 +66,7 @@ def scaled_input(experts: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights: 
     top_k = topk_ids.shape[1]
     rows = (x[:, None] * topk_weights[..., None].to(x.dtype)).flatten(0, 1)
     y: Tensor = experts(rows, topk_ids.reshape(-1, 1), torch.ones_like(topk_weights).reshape(-1, 1))
-    return y.view(len(x), top_k, -1).sum(1) if top_k > 1 else y
+    return y.view(len(x), top_k, y.shape[1]).sum(1) if top_k > 1 else y
 
 
 def experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:

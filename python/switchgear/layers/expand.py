@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.experts import Experts
+from switchgear.functional import as_number
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.context import modules_in
 from switchgear.routing.router import Router
@@ -49,13 +50,19 @@ def add_expert(
     """See MoE.add_expert."""
     experts, gate = _parts(moe, 1)
     wanted = _tensors(experts)
+    if not isinstance(expert, Mapping):
+        raise TypeError(f"expert: expected a mapping from names to tensors, got {type(expert).__name__}")
     if set(expert) != set(wanted):
         raise ValueError(f"expert: expected the keys {', '.join(wanted)}, got {', '.join(expert) or 'none'}")
     given = {**expert, "gate_weight": gate_weight}
     shapes = {name: tensor.shape[1:] for name, tensor in wanted.items()} | {"gate_weight": (gate.hidden_size,)}
     for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected Tensor, got {type(tensor).__name__}")
         if tensor.shape != shapes[name]:
             raise ValueError(f"{name}: expected shape {list(shapes[name])}, got {list(tensor.shape)}")
+    if as_number("gate_bias", gate_bias) != 0 and gate.bias is None:
+        raise ValueError(f"gate_bias: expected 0 for a router without bias (router_bias), got {gate_bias}")
     rows = {name: tensor.detach()[None] for name, tensor in expert.items()}
     of_gate = {name: torch.zeros_like(tensor[:1]) for name, tensor in _tensors(gate).items()}
     of_gate["weight"] = gate_weight.detach()[None]

@@ -73,11 +73,13 @@ class MergedExperts(WithLosses):
                 nn.init.zeros_(added.weight)  # starts as the mean, and as x
 
     def merge(self, parameter: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Σ_k topk_weights[b,k] · parameter[topk_ids[b,k]], [B, …]."""
+        """Σ_k topk_weights[b,k] · parameter[topk_ids[b,k]], [B, …]; one of zeros if there are no sequences."""
         weights = topk_weights.masked_fill(topk_ids < 0, 0).to(parameter.dtype)
         rows = parameter.flatten(1)
         merged = F.embedding_bag(topk_ids.clamp(min=0).long(), rows, per_sample_weights=weights, mode="sum")
-        return merged.view(len(topk_ids), *parameter.shape[1:])
+        if not len(topk_ids):
+            merged = torch.cat((merged, merged.new_zeros(1, rows.shape[1])))
+        return merged.view(len(merged), *parameter.shape[1:])
 
     def forward(self, hidden_states: Tensor, sequence_ids: Tensor | None = None, num_sequences: int = 0) -> Tensor:
         """hidden_states [B,L,H] -> [B,L,H]; or [T,H] with sequence_ids [T] in [0, num_sequences), of sequences or
@@ -117,7 +119,7 @@ class MergedExperts(WithLosses):
                 limit=experts.limit,
             )
             return y.view(hidden_states.shape)
-        layout = plan(sequence_ids.int()[:, None], num_sequences)  # the second router needs the hidden activations
+        layout = plan(sequence_ids.int()[:, None], len(gate_up))  # the second router needs the hidden activations
         h = grouped_gemm(rows, gate_up, layout.expert_offsets, bias=gate_up_bias, token_indices=layout.token_indices)
         a = glu(
             h,

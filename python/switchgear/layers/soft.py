@@ -86,5 +86,5 @@ class SoftMoE(nn.Module):
         ids = torch.arange(self.num_experts, dtype=torch.int32, device=slots.device).repeat_interleave(self.slots)
         ids = ids.expand(slots.shape[:-1]).reshape(-1, 1)
         y: Tensor = self.experts(slots.reshape(-1, self.hidden_size), ids, torch.ones_like(ids, dtype=torch.float32))
-        y = combine.to(y.dtype) @ y.view(*slots.shape[:-1], -1)
+        y = combine.to(y.dtype) @ y.view(*slots.shape[:-1], y.shape[-1])
         return y if mask is None else y * mask

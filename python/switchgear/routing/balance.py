@@ -63,7 +63,7 @@ def count_tokens(topk_ids: Tensor, num_experts: int) -> Tensor:
     """tokens_per_expert [E] int64: how many choices in topk_ids [T,K] selected each expert; holes (-1) do not count."""
     shifted = topk_ids.flatten().long() + 1  # holes are counted at index 0
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids.device)
-    return counts.scatter_add_(0, shifted, torch.ones_like(shifted))[1:]
+    return counts.scatter_add(0, shifted, torch.ones_like(shifted))[1:]
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
@@ -115,7 +115,9 @@ def sequence_switch_loss(probabilities: Tensor, topk_ids: Tensor, sequence_ids: 
     tokens = probabilities.new_zeros(num_sequences).index_add(0, sequence_ids, probabilities.new_ones(len(topk_ids)))
     cells = sequence_ids[:, None] * (num_experts + 1) + topk_ids.long() + 1
     counts = probabilities.new_zeros(num_sequences * (num_experts + 1))
-    counts = counts.scatter_add(0, cells.flatten(), counts.new_ones(cells.numel())).view(num_sequences, -1)[:, 1:]
+    counts = counts.scatter_add(0, cells.flatten(), counts.new_ones(cells.numel())).view(
+        num_sequences, num_experts + 1
+    )[:, 1:]
     totals = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequence_ids, probabilities)
     tokens = tokens.clamp(min=1)[:, None]
     return num_experts * (counts / tokens * (totals / tokens)).sum() / max(num_sequences, 1)
@@ -266,9 +268,11 @@ def localized_balance_loss(
     num_experts, num_sequences = len(expert_types), len(sequence_types)
     cells = sequence_ids.long()[:, None] * (num_experts + 1) + topk_ids.long() + 1
     weight = topk_weights.new_zeros(num_sequences * (num_experts + 1))
-    weight = weight.scatter_add(0, cells.flatten(), topk_weights.flatten()).view(num_sequences, -1)[:, 1:]
+    weight = weight.scatter_add(0, cells.flatten(), topk_weights.flatten()).view(num_sequences, num_experts + 1)[:, 1:]
     agrees = (sequence_types[:, None] == expert_types).to(weight.dtype)
     z = weight * (1 + delta * (2 * agrees - 1))
+    if not z.numel():  # no sequences
+        return z.sum()
     return z.var(correction=0) / z.mean().clamp(min=_TINY)
 
 

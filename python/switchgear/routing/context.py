@@ -30,7 +30,8 @@ class Context:
     Attributes:
         token_ids: [T] integers, the vocabulary ids (lookup and masked routing).
         sequence_ids: [T] integers, equal for tokens of one sequence; any values in any order.
-        num_sequences: promises that sequence_ids are in [0, num_sequences), which avoids a read from the device.
+        num_sequences: promises that sequence_ids are in [0, num_sequences), which avoids a read from the device. Of
+            sequences of length 0, how many there are.
         sequence_length: for consecutive sequences of equal length; sequence_ids take precedence.
         embedding: [T,D], or [B,D] with a row per sequence: a task, domain or instance.
         importance: [T], of tokens to be protected (SkipBelow).
@@ -74,7 +75,14 @@ def context_of(**values: Any) -> Context:
         values["embedding"] = embedding.reshape(-1, embedding.shape[-1])
     if not isinstance(values.get("fields") or {}, Mapping):
         raise TypeError(f"fields: expected a mapping from names, got {type(values['fields']).__name__}")
-    return Context(**values)
+    try:
+        return Context(**values)
+    except TypeError:
+        names = [field.name for field in fields(Context)]
+        for name in values:
+            if name not in names:
+                raise TypeError(f"{name}: expected an attribute of Context ({', '.join(names)}), got another") from None
+        raise
 
 
 @runtime_checkable
@@ -177,6 +185,8 @@ def sequences(context: Context, num_tokens: int, device: torch.device) -> tuple[
         values, index = torch.unique(ids, return_inverse=True)
         return index, values.shape[0]
     length = context.require("sequence_length", "a policy per sequence")
+    if length == num_tokens == 0:  # hidden_states [B,0,H]
+        return torch.zeros(0, dtype=torch.int64, device=device), context.num_sequences or 0
     if length < 1 or num_tokens % length:
         raise ValueError(f"sequence_length: expected a divisor of {num_tokens} tokens, got {length}")
     return torch.arange(num_tokens, device=device) // length, num_tokens // length

@@ -40,7 +40,7 @@ class Listener:
             x = torch.cat((self._before, x), 1)
         self._before = x[:, -self.pre_router.reach :].clone()
         chosen = self.pre_router.choose(x, self.top_k)
-        self.topk_ids = [ids.view(len(x), -1, self.top_k)[:, -count:].flatten(0, 1) for ids in chosen]
+        self.topk_ids = [ids.view(*x.shape[:2], self.top_k)[:, -count:].flatten(0, 1) for ids in chosen]
 
     def close(self) -> None:
         self._handle.remove()

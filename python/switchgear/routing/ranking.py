@@ -60,7 +60,7 @@ def positions(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 def ranks(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     """The rank [P] int64 of each of values [P] within its group, 0 for the largest; ties to the lowest index."""
     order = finite(values.detach()).sort(descending=True, stable=True).indices
-    in_order, _ = positions(groups[order], num_groups)
+    in_order, _ = positions(groups[order], max(num_groups, 1))  # no sequences have no tokens
     return torch.empty_like(in_order).scatter(0, order, in_order)
 
 

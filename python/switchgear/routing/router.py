@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypedDict
@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import complain_about_rows
+from switchgear.complaints import check_float_dtype, complain_about_rows
 from switchgear.functional import Routing, as_number, gate, gate_route, route
 from switchgear.reference import check_choice, check_finite, check_fraction, check_size
 from switchgear.routing.balance import count_tokens
@@ -115,6 +115,8 @@ class Router(nn.Module):
         if top_k is not None:
             check_size("top_k", top_k)
         check_finite("scale", as_number("scale", scale))
+        check_float_dtype("dtype", dtype)
+        _check_parts(score, select, capacity, balance)
         if select is not None:
             _exclude("select", top_k=top_k is not None, score_function=score_function != "softmax", normalize=normalize,
                      scale=scale != 1, num_groups=num_groups != 1, topk_groups=topk_groups != 1,
@@ -283,11 +285,12 @@ class Router(nn.Module):
 
     def complete(self, context: Context, hidden_states: Tensor) -> Context:
         """Adds what the router knows: its mode, its isolation, and the length of hidden_states [B,S,H]."""
-        length = context.sequence_length
-        if length is None and context.sequence_ids is None and hidden_states.dim() > 2:
-            length = hidden_states.shape[-2]
+        known: dict[str, Any] = {}
+        if context.sequence_length is None and context.sequence_ids is None and hidden_states.dim() > 2:
+            *several, length, _ = hidden_states.shape
+            known = {"sequence_length": length, "num_sequences": math.prod(several)}
         isolated = context.isolated or self.isolation == "sequence"
-        return replace(context, sequence_length=length, isolated=isolated, training=self.training)
+        return replace(context, **known, isolated=isolated, training=self.training)
 
     def _losses(self, routing: Routing, context: Context) -> dict[str, Tensor]:
         losses = dict(routing.losses)
@@ -338,6 +341,18 @@ def _score_function(select: Any) -> str:
     while not hasattr(select, "score_function") and hasattr(select, "select"):
         select = select.select
     return str(getattr(select, "score_function", "softmax"))
+
+
+def _check_parts(score: Any, select: Any, capacity: Any, balance: Any) -> None:
+    """Raises TypeError for what cannot be a part of a router."""
+    for name, part in {"score": score, "select": select, "capacity": capacity}.items():
+        if part is not None and not callable(part):
+            raise TypeError(f"{name}: expected a callable or None, got {part!r}")
+    if not isinstance(balance, Iterable):
+        raise TypeError(f"balance: expected a list of losses and controllers, got {type(balance).__name__}")
+    for item in balance:
+        if not callable(item) and not hasattr(item, "after_step"):
+            raise TypeError(f"balance: expected a list of losses and controllers, got {item!r} in it")
 
 
 def _part(part: Any, num_experts: int, device: torch.device | str | None) -> Any:

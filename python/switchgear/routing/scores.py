@@ -199,7 +199,7 @@ class GroupedAvgPool(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""
-        return x.view(x.shape[0], self.num_experts, -1).mean(-1)
+        return x.view(x.shape[0], self.num_experts, x.shape[1] // self.num_experts).mean(-1)
 
 
 class Uniform(nn.Module):
@@ -240,7 +240,8 @@ class SwitchMixture(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E], float32."""
         group = wide(gate(x, self.switch.weight)).log_softmax(-1)
-        inside = wide(gate(x, self.mixture.weight)).view(x.shape[0], self.num_groups, -1).log_softmax(-1)
+        size = self.mixture.out_features // self.num_groups
+        inside = wide(gate(x, self.mixture.weight)).view(x.shape[0], self.num_groups, size).log_softmax(-1)
         logits: Tensor = (group[:, :, None] + inside).flatten(1)
         return logits
 
