@@ -23,6 +23,7 @@ from switchgear.functional import Routing
 from switchgear.layers import HeterogeneousExperts
 from switchgear.routing import (
     AdaptiveCoefficient,
+    AdaptiveSparsity,
     Capacity,
     ClusterDropout,
     ClusterVariance,
@@ -101,6 +102,43 @@ def test_loss_free_balancing_moves_by_the_rate() -> None:
     assert not router.tokens_per_expert.any()
     with pytest.raises(ValueError, match="rule"):
         LossFreeBias(rule="cubic")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_controllers_step_by_the_same_amounts_in_a_model_of_another_dtype(dtype: torch.dtype) -> None:
+    """Near 1/32 a step of bfloat16 is 2^-13, more than two rates of 1e-4."""
+    bias = torch.full((E,), 1 / 32) + torch.arange(E) * 1e-5
+
+    def stepped(dtype: torch.dtype) -> dict[str, Tensor]:
+        sparsity = partial(AdaptiveSparsity, 2, initial=0.3)
+        select = partial(RunningCap, TopK(2), 1.0)
+        router = switchgear.Router(H, E, select=select, balance=[*controlled().balance, LossFreeBias(1e-4), sparsity])
+        router.e_score_correction_bias.copy_(bias)
+        router.select.totals.copy_(bias)
+        router.to(dtype)
+        router.tokens_per_expert.copy_(torch.arange(E))
+        for controller in router.balance_modules:
+            for part in controller.modules():
+                part._seen = torch.tensor([3, 7])
+        router.after_step()
+        return {name: value for name, value in router.state_dict().items() if name != "weight"}
+
+    wanted = stepped(torch.float32)
+    assert len(wanted) == 4
+    found = stepped(dtype)
+    for name, value in wanted.items():
+        assert found[name].dtype is torch.float32
+        assert torch.equal(found[name], value), name
+
+
+def test_buffers_that_stay_float32_follow_a_model_to_another_device() -> None:
+    router = controlled().bfloat16()
+    assert router.to("meta", torch.float16).e_score_correction_bias.is_meta
+    assert router.e_score_correction_bias.dtype is torch.float32
+    router.to_empty(device="cpu").half().reset_parameters()
+    assert router.e_score_correction_bias.dtype is torch.float32
+    assert not router.e_score_correction_bias.any()
+    assert router.weight.dtype is torch.float16
 
 
 def controlled() -> switchgear.Router:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from switchgear.common.buffers import KeepsFloat32
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
 from switchgear.routing.balance import count_tokens
@@ -47,7 +48,7 @@ class LossFreeBias:
         router.e_score_correction_bias.add_(error, alpha=self.rate)
 
 
-class AdaptiveCoefficient(nn.Module):
+class AdaptiveCoefficient(KeepsFloat32):
     """A loss coefficient that follows the fraction of dropped tokens (Skywork-MoE, arXiv:2406.06563).
 
     Per layer and step: α ← beta · α + (1 - beta) · min(xi · drop_rate, alpha_max).
@@ -55,7 +56,7 @@ class AdaptiveCoefficient(nn.Module):
         SwitchLoss(AdaptiveCoefficient())                # needs a capacity; otherwise nothing is dropped
 
     Args: xi, alpha_max, beta. initial: α of the first step (unverified).
-    Buffers: value [] float32, in the state dict.
+    Buffers: value [] float32, also in a model of another dtype; in the state dict.
     """
 
     value: Tensor
@@ -102,7 +103,7 @@ class AdaptiveCoefficient(nn.Module):
         return f"xi={self.xi}, alpha_max={self.alpha_max}, beta={self.beta}"
 
 
-class AdaptiveSparsity(nn.Module):
+class AdaptiveSparsity(KeepsFloat32):
     """λ · mean_t Σ_e f_e · relu(z_te), with λ that follows the sparsity of the choice (ReMoE, arXiv:2412.14711).
 
     f_e = E / (K·T) · tokens_per_expert[e]; it balances the load, and is 1 with balance=False. Per step, with the
@@ -111,7 +112,7 @@ class AdaptiveSparsity(nn.Module):
 
     Args: top_k: K, the wanted average number of experts per token. initial, rate: of λ. balance. num_experts: E; the
     router passes it.
-    Buffers: value [] float32, λ, in the state dict.
+    Buffers: value [] float32, λ, also in a model of another dtype; in the state dict.
     """
 
     name = "sparsity"
@@ -163,7 +164,7 @@ class AdaptiveSparsity(nn.Module):
         return f"top_k={self.top_k}, rate={self.rate}"
 
 
-class RunningCap(nn.Module):
+class RunningCap(KeepsFloat32):
     """A selection that closes an expert while its running total of weights exceeds the mean by more than `margin` (Deep
     Mixture of Experts, arXiv:1312.4314).
 
@@ -175,7 +176,7 @@ class RunningCap(nn.Module):
 
     Args: select: the wrapped selection. margin: in tokens. num_experts: E; the router passes it.
 
-    Buffers: totals [E] float32, in the state dict.
+    Buffers: totals [E] float32, also in a model of another dtype; in the state dict.
     """
 
     totals: Tensor
@@ -185,7 +186,7 @@ class RunningCap(nn.Module):
         if not margin >= 0:
             raise ValueError(f"margin: expected a number of at least 0, got {margin}")
         self.select, self.margin = made(select, num_experts=num_experts), margin
-        self.register_buffer("totals", torch.zeros(num_experts))
+        self.register_buffer("totals", torch.zeros(num_experts, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
         """Zeroes the totals."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from switchgear.common.buffers import KeepsFloat32
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
 from switchgear.routing import balance
@@ -193,7 +194,7 @@ class ChoiceLoss:
         return self.coefficient * loss / max(logits.numel(), 1)
 
 
-class _PerExpert(nn.Module):
+class _PerExpert(KeepsFloat32):
     """A loss with a fixed vector over the experts, which follows the router to its device."""
 
     vector: Tensor

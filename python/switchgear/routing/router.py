@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.buffers import KeepsFloat32
 from switchgear.complaints import complain_about_rows
 from switchgear.functional import Routing, as_number, gate, gate_route, route
 from switchgear.reference import check_choice, check_finite, check_fraction, check_size
@@ -44,7 +45,7 @@ class RouterOptions(TypedDict, total=False):
     isolation: str
 
 
-class Router(nn.Module):
+class Router(KeepsFloat32):
     """Linear router: router_logits = x · weightᵀ, then `route`. Returns the Routing, so forward hooks see all of it.
 
         router = Router(2048, 64, 8, normalize=True)
@@ -56,7 +57,7 @@ class Router(nn.Module):
         normalize: divide the chosen scores by their sum (norm_topk_prob).
         scale: multiplies the weights last (routed_scaling_factor).
         selection_bias: add the buffer `e_score_correction_bias` [E] float32 to the scores for the choice only
-            (arXiv:2408.15664). It starts at zero and is in the state dict.
+            (arXiv:2408.15664). It starts at zero, is in the state dict, and stays float32 when the model is cast.
         num_groups, topk_groups, group_score: device-limited routing; see `route`.
         jitter: in training, multiply the router's input by uniform noise in [1 - jitter, 1 + jitter] (Switch
             Transformer, arXiv:2101.03961).
