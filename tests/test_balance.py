@@ -247,6 +247,40 @@ def test_sequence_scope_is_stricter_than_the_batch_on_skewed_domains() -> None:
     torch.testing.assert_close(sequence, torch.tensor(2.0))
 
 
+GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 8), (0, 5, 8)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.SwitchLoss(),
+        losses.SwitchLoss(scope="sequence", per_choice=True),
+        losses.SwitchLoss(scope="global", accumulate=True),
+        losses.NullAwareSwitchLoss(num_null=2),
+        losses.ZLoss(),
+        losses.ImportanceLoad(),
+        losses.EntropyLoss(),
+        losses.BatchEntropy(),
+        losses.ChoiceLoss(),
+        losses.ParamPenalty([1.0] * E),
+        losses.DeviceBalance(GROUPS),
+        losses.AlignmentLoss(GROUPS),
+        losses.LocalityLoss(GROUPS, 0),
+        losses.ClusterVariance(GROUPS),
+        losses.LocalizedBalance(GROUPS),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_losses_of_no_tokens_are_zero(loss: Any, shape: tuple[int, int, int]) -> None:
+    moe = switchgear.MoE(8, 6, E, K, balance=[loss])
+    moe(torch.zeros(shape), embedding=torch.zeros(shape[0], dtype=torch.int64))
+    (value,) = moe.losses.values()
+    assert value == 0
+    value.backward()
+    assert not moe.gate.weight.grad.any()
+
+
 def test_micro_batches_of_a_step_are_counted_together() -> None:
     logits = torch.randn(4, 10, E)
     loss = losses.SwitchLoss(1.0, "global", accumulate=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import switchgear
 from switchgear import MoE, RoutingTrace
 from switchgear.routing import Capacity, TopP
+from switchgear.trace.layer import KINDS
 from test_interventions import olmoe  # noqa: F401  a fixture
 
 E, H, K = 8, 16, 2
@@ -65,6 +66,20 @@ def test_sums_are_those_of_the_routings() -> None:
     assert set(by_id) == set(tokens.tolist())
     for token, counts in by_id.items():
         assert torch.equal(counts, torch.bincount(ids[tokens == token].flatten(), minlength=E))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_an_empty_batch_with_an_attention_mask_counts_nothing(shape: tuple[int, int]) -> None:
+    class Masked(Model):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().forward(input_ids)
+
+    model, mask = Masked(), torch.ones(shape)
+    with RoutingTrace(model, record=KINDS, by_token_id=True) as trace:
+        model(torch.zeros(shape, dtype=torch.int64), attention_mask=mask)
+    layer = trace.layers["first.gate"]
+    assert (layer.num_tokens, layer.num_calls) == (0, 1)
+    assert not layer.tokens_per_expert.any()
 
 
 def test_nothing_is_left_behind() -> None:

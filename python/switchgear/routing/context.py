@@ -177,6 +177,8 @@ def sequences(context: Context, num_tokens: int, device: torch.device) -> tuple[
         values, index = torch.unique(ids, return_inverse=True)
         return index, values.shape[0]
     length = context.require("sequence_length", "a policy per sequence")
+    if not num_tokens:  # also of sequences without tokens
+        return torch.zeros(0, dtype=torch.int64, device=device), 0
     if length < 1 or num_tokens % length:
         raise ValueError(f"sequence_length: expected a divisor of {num_tokens} tokens, got {length}")
     return torch.arange(num_tokens, device=device) // length, num_tokens // length

@@ -330,7 +330,7 @@ class LocalizedBalance(_PerExpert):
     def forward(self, routing: Routing, context: Context) -> Tensor:
         types = context.require("embedding", "LocalizedBalance").reshape(-1)
         ids, num_sequences = sequences(context, routing.topk_ids.shape[0], routing.topk_ids.device)
-        if len(types) != num_sequences:
+        if len(types) != num_sequences and len(ids):
             raise ValueError(f"embedding: expected a type for each of {num_sequences} sequences, got {len(types)}")
         choice = routing.topk_ids, routing.topk_weights
         loss = balance.localized_balance_loss(*choice, self.vector, types, ids, self.delta)

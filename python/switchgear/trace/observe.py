@@ -194,10 +194,10 @@ class _Inputs:
     def mask(self, name: str, tokens: int) -> Tensor | None:
         """[T] bool. A mask is longer than the tokens if there is a cache: it ends with them."""
         mask = self._of(self._masks, name)
-        if mask is None or tokens % mask.shape[0]:
+        if mask is None or not tokens or not len(mask) or tokens % len(mask):
             return None
-        length = tokens // mask.shape[0]
-        return None if length > mask.shape[1] or not length else mask[:, -length:].reshape(-1).bool()
+        length = tokens // len(mask)
+        return None if length > mask.shape[1] else mask[:, -length:].reshape(-1).bool()
 
     def _of(self, values: Mapping[str, Tensor], name: str) -> Tensor | None:
         side = "decoder_" if "decoder" in name.split(".") and "decoder_" in self._ids else ""
