@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import switchgear
 from loops import E, H, I, assert_agrees, best, expert, layer_of, mixture, switch_loss
@@ -139,6 +140,33 @@ def test_buffers_that_stay_float32_follow_a_model_to_another_device() -> None:
     assert router.e_score_correction_bias.dtype is torch.float32
     assert not router.e_score_correction_bias.any()
     assert router.weight.dtype is torch.float16
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_by_checkpointing_counts_nothing(use_reentrant: bool) -> None:
+    """Over three micro-batches, losses, gradients and counts are those of calls without checkpoints."""
+    balance = [SwitchLoss(scope="global", accumulate=True), *controlled().balance, partial(AdaptiveSparsity, 2)]
+    plain = switchgear.Router(H, E, select=partial(RunningCap, TopK(2), math.inf), balance=balance)
+    recomputed = copy.deepcopy(plain)
+    batches = [torch.randn(7, H, requires_grad=True) for _ in range(3)]
+
+    def loss_of(router: switchgear.Router, x: Tensor) -> Tensor:
+        return torch.stack(list(router(x).losses.values())).sum()
+
+    for x in batches:
+        wanted = loss_of(plain, x)
+        loss = checkpoint(loss_of, recomputed, x, use_reentrant=use_reentrant)
+        assert torch.equal(loss, wanted)
+        wanted.backward()
+        loss.backward()
+    assert torch.equal(recomputed.weight.grad, plain.weight.grad)
+    assert torch.equal(recomputed.tokens_per_expert, plain.tokens_per_expert)
+    assert torch.equal(recomputed.select.totals, plain.select.totals)
+    assert plain.tokens_per_expert.sum() == 3 * 7 * 2
+    plain.after_step()
+    recomputed.after_step()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(recomputed.state_dict()[name], value), name
 
 
 def controlled() -> switchgear.Router:

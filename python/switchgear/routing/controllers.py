@@ -14,7 +14,7 @@ from switchgear.common.buffers import KeepsFloat32
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
 from switchgear.routing.balance import count_tokens
-from switchgear.routing.context import Context, made
+from switchgear.routing.context import Context, is_recomputing, made
 from switchgear.routing.ranking import finite
 
 RULES = ("sign", "proportional")
@@ -76,6 +76,8 @@ class AdaptiveCoefficient(KeepsFloat32):
 
     def forward(self, routing: Routing) -> Tensor:
         """The current coefficient; also counts what `routing` dropped."""
+        if is_recomputing():
+            return self.value
         choices = (routing.topk_ids >= 0).sum()  # what the router wanted
         dropped = torch.zeros_like(choices) if routing.num_dropped is None else routing.num_dropped
         seen = torch.stack((dropped.to(choices.device), choices))
@@ -140,8 +142,9 @@ class AdaptiveSparsity(KeepsFloat32):
         positive = finite(routing.router_logits).relu()
         num_tokens = positive.shape[0]
         counts = count_tokens(routing.topk_ids, self.num_experts)
-        seen = torch.stack((counts.sum(), counts.new_full((), num_tokens)))
-        self._seen = seen if self._seen is None else self._seen + seen
+        if not is_recomputing():
+            seen = torch.stack((counts.sum(), counts.new_full((), num_tokens)))
+            self._seen = seen if self._seen is None else self._seen + seen
         total = positive.sum(0) / max(num_tokens, 1)
         if self.balance:
             total = total * counts.to(total.dtype) * (self.num_experts / (self.top_k * max(num_tokens, 1)))
@@ -171,8 +174,8 @@ class RunningCap(KeepsFloat32):
         switchgear.MoE(256, 128, 16, select=partial(RunningCap, Dense(), margin=100.0))
 
     A closed expert gets the lowest logit, hence weight 0 under a softmax, and the others' weights sum to 1. Totals grow
-    in training only, once per call (recomputation by activation checkpointing counts again): all tokens of a call see
-    the totals from before it. It is meant for early training; set `margin` to infinity afterwards.
+    in training only, once per call: all tokens of a call see the totals from before it. Recomputation by activation
+    checkpointing adds nothing, but sees the totals from after the call, so it may choose otherwise. It is meant for early training; set `margin` to infinity afterwards.
 
     Args: select: the wrapped selection. margin: in tokens. num_experts: E; the router passes it.
 
@@ -198,6 +201,8 @@ class RunningCap(KeepsFloat32):
         closed = self.totals - self.totals.mean() > self.margin
         lowest = torch.finfo(router_logits.dtype).min
         routing: Routing = self.select(router_logits.masked_fill(closed, lowest), context, bias)
+        if is_recomputing():
+            return routing
         ids, weights = routing.topk_ids, routing.topk_weights.detach()
         totals = self.totals.new_zeros(len(self.totals) + 1)
         totals = totals.scatter_add(0, ids.flatten().long() + 1, weights.flatten().to(totals.dtype))

@@ -18,7 +18,18 @@ from switchgear.functional import Routing, as_number, gate, gate_route, route
 from switchgear.reference import check_choice, check_finite, check_fraction, check_size
 from switchgear.routing.balance import count_tokens
 from switchgear.routing.change import Change, PerExpert
-from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made, modules_in
+from switchgear.routing.context import (
+    NOTHING_KNOWN,
+    SCOPES,
+    Balance,
+    Context,
+    Limit,
+    Score,
+    Select,
+    is_recomputing,
+    made,
+    modules_in,
+)
 from switchgear.routing.handover import Handover
 from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import scores_of
@@ -299,7 +310,7 @@ class Router(KeepsFloat32):
         return losses
 
     def _count(self, routing: Routing, context: Context) -> None:
-        if self.tokens_per_expert is not None:
+        if self.tokens_per_expert is not None and not is_recomputing():
             self._group = context.group
             self.tokens_per_expert += count_tokens(routing.topk_ids, self.num_experts)
 

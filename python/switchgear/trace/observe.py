@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.routing.routed_layers import is_recomputing
+from switchgear.routing.context import is_recomputing
 from switchgear.routing.router import Router
 
 
