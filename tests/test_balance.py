@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import socket
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import distributed as dist
 
 import switchgear
 from switchgear.functional import Routing
-from switchgear.routing import balance, losses
+from switchgear.routing import LossFreeBias, balance, losses
 from switchgear.routing.auxiliary import (
     GradientConflict,
     consistency_loss,
@@ -279,6 +280,31 @@ def test_losses_of_no_tokens_are_zero(loss: Any, shape: tuple[int, int, int]) ->
     assert value == 0
     value.backward()
     assert not moe.gate.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (losses.SwitchLoss, "coefficient"),
+        (losses.ZLoss, "coefficient"),
+        (losses.EntropyLoss, "coefficient"),
+        (losses.BatchEntropy, "coefficient"),
+        (losses.ChoiceLoss, "coefficient"),
+        (losses.ImportanceLoad, "importance"),
+        (partial(losses.DeviceBalance, GROUPS), "coefficient"),
+        (LossFreeBias, "rate"),
+    ],
+)
+def test_coefficients_are_finite_numbers(make: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected float, got str"):
+        make("x")
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number, got nan"):
+        make(math.nan)
+
+
+def test_a_number_of_null_experts_is_not_negative() -> None:
+    with pytest.raises(ValueError, match="num_null: expected 0 to"):
+        losses.SwitchLoss(num_null=-1)
 
 
 def test_micro_batches_of_a_step_are_counted_together() -> None:

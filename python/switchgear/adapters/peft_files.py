@@ -60,8 +60,8 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
         save_peft(model, "adapters")
         peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "adapters")
 
-    dropout is written as 0 unless experts are linear layers, since PEFT has none on parameters. Of a model that PEFT has
-    wrapped for other modules, the experts' adapters are written; PEFT's own save_pretrained writes the others.
+    dropout is written as 0 unless experts are linear layers, since PEFT has none on parameters. If PEFT has wrapped the
+    model for other modules, its own save_pretrained writes the adapters of these.
 
     If experts are distributed over ranks, all ranks must call it. The first one writes the adapters of all; the others
     may return before the files exist.

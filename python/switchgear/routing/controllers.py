@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from switchgear.common.buffers import KeepsFloat32
-from switchgear.functional import Routing
-from switchgear.reference import check_choice
+from switchgear.functional import Routing, as_number
+from switchgear.reference import check_choice, check_finite
 from switchgear.routing.balance import count_tokens
 from switchgear.routing.context import Context, is_recomputing, made
 from switchgear.routing.ranking import finite
@@ -36,6 +36,7 @@ class LossFreeBias:
     needs_selection_bias: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_finite("rate", as_number("rate", self.rate))
         check_choice("rule", self.rule, RULES)
 
     @torch.no_grad()
@@ -175,7 +176,8 @@ class RunningCap(KeepsFloat32):
 
     A closed expert gets the lowest logit, hence weight 0 under a softmax, and the others' weights sum to 1. Totals grow
     in training only, once per call: all tokens of a call see the totals from before it. Recomputation by activation
-    checkpointing adds nothing, but sees the totals from after the call, so it may choose otherwise. It is meant for early training; set `margin` to infinity afterwards.
+    checkpointing adds nothing, but sees the totals from after the call, so it may choose otherwise. It is meant for
+    early training; set `margin` to infinity afterwards.
 
     Args: select: the wrapped selection. margin: in tokens. num_experts: E; the router passes it.
 

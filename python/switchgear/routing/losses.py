@@ -19,8 +19,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from switchgear.common.buffers import KeepsFloat32
-from switchgear.functional import Routing
-from switchgear.reference import check_choice
+from switchgear.functional import Routing, as_number
+from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing import balance
 from switchgear.routing.balance import count_tokens, router_probabilities
 from switchgear.routing.context import Context, groups_of, is_recomputing, made, sequences
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from switchgear.routing.controllers import AdaptiveCoefficient
 
 BALANCE_SCOPES = ("micro", "sequence", "global")
+
+
+def _check_numbers(**numbers: float) -> None:
+    for name, number in numbers.items():
+        check_finite(name, as_number(name, number))
 
 
 class SwitchLoss(nn.Module):
@@ -66,7 +71,10 @@ class SwitchLoss(nn.Module):
         check_choice("scope", scope, BALANCE_SCOPES)
         if accumulate and scope != "global":
             raise ValueError(f"accumulate: expected scope 'global' with it, got {scope!r}")
+        check_size("num_null", num_null, 0)
         self.coefficient = made(coefficient)
+        if not isinstance(self.coefficient, nn.Module):
+            _check_numbers(coefficient=self.coefficient)
         self.scope, self.accumulate, self.per_choice = scope, accumulate, per_choice
         self.score_function, self.num_null, self.name = score_function, num_null, name
         self._counts: Tensor | None = None  # [E+1]: tokens per expert, then tokens; since the last step
@@ -130,6 +138,9 @@ class ZLoss:
     coefficient: float = 1e-3
     name: ClassVar[str] = "z"
 
+    def __post_init__(self) -> None:
+        _check_numbers(coefficient=self.coefficient)
+
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.z_loss(routing.router_logits)
 
@@ -145,6 +156,9 @@ class ImportanceLoad:
     load: float = 1e-2
     noise_std: float = 1.0
     name: ClassVar[str] = "importance_load"
+
+    def __post_init__(self) -> None:
+        _check_numbers(importance=self.importance, load=self.load, noise_std=self.noise_std)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         ids, weights, logits, num_experts = routing[:4]
@@ -162,6 +176,9 @@ class EntropyLoss:
     score_function: str | None = None
     name: ClassVar[str] = "entropy"
 
+    def __post_init__(self) -> None:
+        _check_numbers(coefficient=self.coefficient)
+
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.entropy_loss(router_probabilities(routing, self.score_function))
 
@@ -177,6 +194,9 @@ class BatchEntropy:
     score_function: str | None = "softmax"
     name: ClassVar[str] = "batch_entropy"
 
+    def __post_init__(self) -> None:
+        _check_numbers(coefficient=self.coefficient)
+
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.batch_entropy_loss(router_probabilities(routing, self.score_function))
 
@@ -188,6 +208,9 @@ class ChoiceLoss:
 
     coefficient: float = 1e-2
     name: ClassVar[str] = "choice"
+
+    def __post_init__(self) -> None:
+        _check_numbers(coefficient=self.coefficient)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         logits, ids = wide(routing.router_logits), routing.topk_ids
@@ -203,6 +226,7 @@ class _PerExpert(KeepsFloat32):
 
     def __init__(self, vector: Sequence[Any] | Tensor, coefficient: float, score_function: str | None) -> None:
         super().__init__()
+        _check_numbers(coefficient=coefficient)
         self._given = torch.as_tensor(vector).detach().cpu()
         self.register_buffer("vector", self._given.clone(), persistent=False)
         self.coefficient, self.score_function = coefficient, score_function

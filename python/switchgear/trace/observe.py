@@ -179,7 +179,7 @@ class _Inputs:
             ids = [named.get(f"{prefix}input_ids"), named.get("token_ids")]
             if not prefix:
                 ids += list(args)
-            found = next((v for v in ids if isinstance(v, Tensor) and not v.is_floating_point()), None)
+            found = next((v for v in ids if isinstance(v, Tensor) and _has_integers(v)), None)
             if found is not None:
                 self._ids[prefix] = found
             mask = named.get(f"{prefix}attention_mask")
@@ -202,6 +202,10 @@ class _Inputs:
     def _of(self, values: Mapping[str, Tensor], name: str) -> Tensor | None:
         side = "decoder_" if "decoder" in name.split(".") and "decoder_" in self._ids else ""
         return values.get(side)
+
+
+def _has_integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
