@@ -92,7 +92,8 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
 
 def _without_wrapper(model: nn.Module) -> nn.Module:
     """The model inside a PeftModel, from which PEFT's names start."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    wrapper: Any = model
+    return wrapper.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _refuse_mixture(model: nn.Module) -> None:
