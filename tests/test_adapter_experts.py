@@ -378,6 +378,9 @@ def test_wrong_arguments_are_named() -> None:
     assert linear.weight.requires_grad
     for match, wrong_type in {
         "rank": lambda: LoRAExperts(linear, E, 2.5),
+        "^router: expected one that returns Routing, got Tensor": lambda: LoRAExperts(
+            nn.Linear(H, I), E, 2, router=nn.Linear(H, E)
+        )(torch.randn(2, H)),
         "bits": lambda: LoRAExperts(linear, E, 2, bits=4),
         "^base: expected torch.nn.Module, got int": lambda: LoRAExperts(5, E, 2),
         "^model: expected torch.nn.Module, got int": lambda: add_lora_experts(5, E, 2, targets=["up"]),

@@ -201,8 +201,26 @@ def test_options(backend: str, options: GluOptions) -> None:
 
 
 def test_float64() -> None:
+    """Also with a scale of 3/5, which float32 rounds."""
     check(make(SMALL, torch.float64, 5, ragged=True))
-    check(make(CASES[4], torch.float64, 2))
+    layer, (first, second) = make(CASES[4], torch.float64, 2)
+    check(Adapted(layer, (first._replace(scale=0.6), second._replace(scale=0.6))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", [None, Nf4()], ids=str)
+def test_float32_adapters_of_activations_of_16_bits(backend: str, form: Form | None, dtype: torch.dtype) -> None:
+    adapted = make(SMALL, dtype, 3)
+    if form is not None:
+        adapted = beside(adapted, form)
+    first, second = (weight._replace(a=weight.a.float(), b=weight.b.float()) for weight in adapted.adapters)
+    check(Adapted(adapted.layer, (first, second)))
+    plan = switchgear.plan(adapted.layer.topk_ids, 5)
+    got, wanted = (
+        switchgear.grouped_gemm(adapted.layer.x[plan.token_indices.long()], weight, plan.expert_offsets)
+        for weight in (first, adapted.adapters[0])
+    )
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import socket
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import distributed as dist
 
 import switchgear
 from switchgear.functional import Routing
-from switchgear.routing import balance, losses
+from switchgear.routing import LossFreeBias, balance, losses
 from switchgear.routing.auxiliary import (
     GradientConflict,
     consistency_loss,
@@ -245,6 +246,65 @@ def test_sequence_scope_is_stricter_than_the_batch_on_skewed_domains() -> None:
     sequence = losses.SwitchLoss(1.0, "sequence")(routed, context)
     torch.testing.assert_close(batch, torch.tensor(1.0))
     torch.testing.assert_close(sequence, torch.tensor(2.0))
+
+
+GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 8), (0, 5, 8)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.SwitchLoss(),
+        losses.SwitchLoss(scope="sequence", per_choice=True),
+        losses.SwitchLoss(scope="global", accumulate=True),
+        losses.NullAwareSwitchLoss(num_null=2),
+        losses.ZLoss(),
+        losses.ImportanceLoad(),
+        losses.EntropyLoss(),
+        losses.BatchEntropy(),
+        losses.ChoiceLoss(),
+        losses.ParamPenalty([1.0] * E),
+        losses.DeviceBalance(GROUPS),
+        losses.AlignmentLoss(GROUPS),
+        losses.LocalityLoss(GROUPS, 0),
+        losses.ClusterVariance(GROUPS),
+        losses.LocalizedBalance(GROUPS),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_losses_of_no_tokens_are_zero(loss: Any, shape: tuple[int, int, int]) -> None:
+    moe = switchgear.MoE(8, 6, E, K, balance=[loss])
+    moe(torch.zeros(shape), embedding=torch.zeros(shape[0], dtype=torch.int64))
+    (value,) = moe.losses.values()
+    assert value == 0
+    value.backward()
+    assert not moe.gate.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (losses.SwitchLoss, "coefficient"),
+        (losses.ZLoss, "coefficient"),
+        (losses.EntropyLoss, "coefficient"),
+        (losses.BatchEntropy, "coefficient"),
+        (losses.ChoiceLoss, "coefficient"),
+        (losses.ImportanceLoad, "importance"),
+        (partial(losses.DeviceBalance, GROUPS), "coefficient"),
+        (LossFreeBias, "rate"),
+    ],
+)
+def test_coefficients_are_finite_numbers(make: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected float, got str"):
+        make("x")
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number, got nan"):
+        make(math.nan)
+
+
+def test_a_number_of_null_experts_is_not_negative() -> None:
+    with pytest.raises(ValueError, match="num_null: expected 0 to"):
+        losses.SwitchLoss(num_null=-1)
 
 
 def test_micro_batches_of_a_step_are_counted_together() -> None:

@@ -102,6 +102,11 @@ def test_reverse_kl() -> None:
     torch.testing.assert_close(distill.reverse_kl(student, teacher), wanted.mean())
     mask = torch.arange(4).expand(3, 4) < 2
     torch.testing.assert_close(distill.reverse_kl(student, teacher, mask), wanted[:, :2].mean())
+    (wanted_grad,) = torch.autograd.grad(wanted[:, :2].mean(), student)
+    padded = student.detach().masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    loss = distill.reverse_kl(padded, teacher.masked_fill(~mask[..., None], torch.nan), mask)
+    torch.testing.assert_close(loss, wanted[:, :2].mean())
+    torch.testing.assert_close(torch.autograd.grad(loss, padded)[0], wanted_grad)
     assert abs(float(distill.reverse_kl(teacher, teacher))) < 1e-6
 
 

@@ -272,7 +272,12 @@ def test_load_balancing_loss_agrees_with_hugging_face() -> None:
     wanted = mixtral.load_balancing_loss_func(layers, 8, 2)
     torch.testing.assert_close(load_balancing_loss(logits, ids), wanted)
     wanted = mixtral.load_balancing_loss_func(layers, 8, 2, mask)
-    torch.testing.assert_close(load_balancing_loss(logits, ids, mask.repeat(3, 1)), wanted)
+    mask = mask.repeat(3, 1)
+    torch.testing.assert_close(load_balancing_loss(logits, ids, mask), wanted)
+    padded = logits.masked_fill(mask.reshape(-1, 1) == 0, torch.nan).requires_grad_()
+    loss = load_balancing_loss(padded, ids, mask)
+    torch.testing.assert_close(loss, wanted)
+    assert torch.autograd.grad(loss, padded)[0].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -147,10 +147,16 @@ def test_mistakes_are_named() -> None:
     with RoutingTrace(Layers(1)) as trace:
         with pytest.raises(TypeError, match="writer: expected an object with add_scalar"):
             log_to(trace, 3)
-        with pytest.raises(ValueError, match="every: expected an integer >= 1, got 0"):
+        with pytest.raises(ValueError, match=r"every: expected 1 to 2\^31 - 1, got 0"):
             log_to(trace, print, every=0)
-        with pytest.raises(ValueError, match="layers: expected an integer >= 0, got -1"):
+        with pytest.raises(ValueError, match=r"layers: expected 0 to 2\^31 - 1, got -1"):
             log_to(trace, print, layers=-1)
+        with pytest.raises(TypeError, match="every: expected int, got float"):
+            log_to(trace, print, every=1.5)
+        with pytest.raises(TypeError, match="layers: expected int, got str"):
+            LoadMeter(trace, layers="8")
+    with pytest.raises(TypeError, match="trace: expected RoutingTrace, got NoneType"):
+        LoadMeter(None)
 
 
 def test_the_trainer_reports_it_to_all_its_reporters(tmp_path: Path) -> None:

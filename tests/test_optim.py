@@ -134,6 +134,22 @@ def test_it_trains() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="params"):
         optim.Muon([nn.Parameter(torch.zeros(3))])
-    for name, value in {"lr": -1.0, "momentum": -0.1, "ns_steps": 100, "adjust_lr_fn": "none"}.items():
+    matrix = nn.Parameter(torch.zeros(3, 3))
+    muon = optim.Muon([matrix])
+    with pytest.raises(ValueError, match=r"params: expected parameters of at least 2 dimensions, got shape \[3\]"):
+        muon.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(muon.param_groups) == 1
+    wrong = {"lr": -1.0, "momentum": -0.1, "eps": -1.0, "ns_steps": 100, "ns_coefficients": (1.0, 2.0)}
+    for name, value in {**wrong, "adjust_lr_fn": "none"}.items():
         with pytest.raises(ValueError, match=name):
-            optim.Muon([nn.Parameter(torch.zeros(3, 3))], **{name: value})
+            optim.Muon([matrix], **{name: value})
+    for name, value in {"lr": "x", "eps": None, "ns_steps": 1.5, "ns_coefficients": (1.0, 2.0, "x")}.items():
+        with pytest.raises(TypeError, match=name):
+            optim.Muon([matrix], **{name: value})
+
+
+def test_parameters_without_elements_stay() -> None:
+    empty = nn.Parameter(torch.zeros(3, 0, 4))
+    empty.grad = torch.zeros(3, 0, 4)
+    optim.Muon([empty]).step()
+    assert empty.shape == (3, 0, 4)

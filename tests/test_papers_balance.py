@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import switchgear
 from loops import E, H, I, assert_agrees, best, expert, layer_of, mixture, switch_loss
@@ -23,6 +24,7 @@ from switchgear.functional import Routing
 from switchgear.layers import HeterogeneousExperts
 from switchgear.routing import (
     AdaptiveCoefficient,
+    AdaptiveSparsity,
     Capacity,
     ClusterDropout,
     ClusterVariance,
@@ -101,6 +103,70 @@ def test_loss_free_balancing_moves_by_the_rate() -> None:
     assert not router.tokens_per_expert.any()
     with pytest.raises(ValueError, match="rule"):
         LossFreeBias(rule="cubic")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_controllers_step_by_the_same_amounts_in_a_model_of_another_dtype(dtype: torch.dtype) -> None:
+    """Near 1/32 a step of bfloat16 is 2^-13, more than two rates of 1e-4."""
+    bias = torch.full((E,), 1 / 32) + torch.arange(E) * 1e-5
+
+    def stepped(dtype: torch.dtype) -> dict[str, Tensor]:
+        sparsity = partial(AdaptiveSparsity, 2, initial=0.3)
+        select = partial(RunningCap, TopK(2), 1.0)
+        router = switchgear.Router(H, E, select=select, balance=[*controlled().balance, LossFreeBias(1e-4), sparsity])
+        router.e_score_correction_bias.copy_(bias)
+        router.select.totals.copy_(bias)
+        router.to(dtype)
+        router.tokens_per_expert.copy_(torch.arange(E))
+        for controller in router.balance_modules:
+            for part in controller.modules():
+                part._seen = torch.tensor([3, 7])
+        router.after_step()
+        return {name: value for name, value in router.state_dict().items() if name != "weight"}
+
+    wanted = stepped(torch.float32)
+    assert len(wanted) == 4
+    found = stepped(dtype)
+    for name, value in wanted.items():
+        assert found[name].dtype is torch.float32
+        assert torch.equal(found[name], value), name
+
+
+def test_buffers_that_stay_float32_follow_a_model_to_another_device() -> None:
+    router = controlled().bfloat16()
+    assert router.to("meta", torch.float16).e_score_correction_bias.is_meta
+    assert router.e_score_correction_bias.dtype is torch.float32
+    router.to_empty(device="cpu").half().reset_parameters()
+    assert router.e_score_correction_bias.dtype is torch.float32
+    assert not router.e_score_correction_bias.any()
+    assert router.weight.dtype is torch.float16
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_by_checkpointing_counts_nothing(use_reentrant: bool) -> None:
+    """Over three micro-batches, losses, gradients and counts are those of calls without checkpoints."""
+    balance = [SwitchLoss(scope="global", accumulate=True), *controlled().balance, partial(AdaptiveSparsity, 2)]
+    plain = switchgear.Router(H, E, select=partial(RunningCap, TopK(2), math.inf), balance=balance)
+    recomputed = copy.deepcopy(plain)
+    batches = [torch.randn(7, H, requires_grad=True) for _ in range(3)]
+
+    def loss_of(router: switchgear.Router, x: Tensor) -> Tensor:
+        return torch.stack(list(router(x).losses.values())).sum()
+
+    for x in batches:
+        wanted = loss_of(plain, x)
+        loss = checkpoint(loss_of, recomputed, x, use_reentrant=use_reentrant)
+        assert torch.equal(loss, wanted)
+        wanted.backward()
+        loss.backward()
+    assert torch.equal(recomputed.weight.grad, plain.weight.grad)
+    assert torch.equal(recomputed.tokens_per_expert, plain.tokens_per_expert)
+    assert torch.equal(recomputed.select.totals, plain.select.totals)
+    assert plain.tokens_per_expert.sum() == 3 * 7 * 2
+    plain.after_step()
+    recomputed.after_step()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(recomputed.state_dict()[name], value), name
 
 
 def controlled() -> switchgear.Router:

@@ -173,6 +173,17 @@ def test_row74_of_a_trace_as_of_the_choices() -> None:
     torch.testing.assert_close(diagnostics.affinity(trace)["gate"], diagnostics.affinity(kept)["gate"])
 
 
+def test_what_a_trace_does_not_record_is_named() -> None:
+    moe = MoE(H, WIDTH, E, 2)
+    with RoutingTrace(moe, record=("counts",)) as trace:
+        moe(torch.randn(T, H))
+    with pytest.raises(ValueError, match='trace: expected one that records "entropy", got one without'):
+        diagnostics.gate_entropy(trace)
+    for function in (diagnostics.affinity, lambda trace: diagnostics.ftri(trace, trace)):
+        with pytest.raises(ValueError, match='trace: expected one that records "weights", got one without'):
+            function(trace)
+
+
 def test_row74_outcome_by_expert() -> None:
     examples = torch.arange(T) // 4
     layer, correct = choices(1, examples=examples), torch.rand(T // 4) > 0.5

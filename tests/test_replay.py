@@ -208,6 +208,9 @@ def test_other_choices_are_checked() -> None:
         (({"a": ids.float()}, [2], 4), TypeError, "topk_ids: expected integers, got torch.float32"),
         (({"a": ids}, [3, -1], 4), ValueError, "lengths: expected tokens of each sequence"),
         (({"a": ids}, [2], {"b": 4}), ValueError, "num_classes: expected a number for a, got those of b"),
+        (({"a": ids * 0}, [2], 1), ValueError, "topk_ids: expected at most 1 choices of a token, got 2"),
+        (({"a": ids * 0 - 1}, [2], 0), ValueError, "num_classes: expected 1 to 16777216, got 0"),
+        (({"a": ids}, [2], 4, torch.tensor([0, 2**31])), ValueError, "token_ids: expected -2147483648 to 2147483647"),
     ]
     for arguments, error, message in wrong:
         with pytest.raises(error, match=message):

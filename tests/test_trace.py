@@ -68,6 +68,47 @@ def test_sums_are_those_of_the_routings() -> None:
         assert torch.equal(counts, torch.bincount(ids[tokens == token].flatten(), minlength=E))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_an_empty_batch_with_an_attention_mask_counts_nothing(shape: tuple[int, int]) -> None:
+    class Masked(Model):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().forward(input_ids)
+
+    model, mask = Masked(), torch.ones(shape)
+    with RoutingTrace(model, record=ALL, by_token_id=True) as trace:
+        model(torch.zeros(shape, dtype=torch.int64), attention_mask=mask)
+    layer = trace.layers["first.gate"]
+    assert (layer.num_tokens, layer.num_calls) == (0, 1)
+    assert not layer.tokens_per_expert.any()
+
+
+def test_a_trace_is_not_entered_inside_itself() -> None:
+    model = Model()
+    with RoutingTrace(model) as trace:
+        with pytest.raises(ValueError, match="trace: expected one that is not recording"), trace:
+            pass
+        model(batches()[0])
+    with trace:
+        model(batches()[0])
+    assert trace.layers["first.gate"].num_calls == 2
+
+
+def test_a_mask_is_not_taken_for_token_ids() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = MoE(H, 12, E, K)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y: Tensor = self.moe(x)
+            return y
+
+    model = Masked()
+    with RoutingTrace(model, by_token_id=True) as trace:
+        model(torch.randn(2, 3, H), torch.ones(2, 3, dtype=torch.bool))
+    assert trace.layers["moe.gate"].tokens_by_id() == {}
+
+
 def test_nothing_is_left_behind() -> None:
     model = Model()
     with RoutingTrace(model, by_token_id=True) as trace:
@@ -350,7 +391,8 @@ def test_all_that_is_recorded_is_saved(tmp_path: Path) -> None:
     assert trace.layers["first.gate"].weight_per_expert is None
     assert math.isnan(trace.summary()[0].router_entropy)
     trace.save(tmp_path / "trace.pt")
-    assert RoutingTrace.load(tmp_path / "trace.pt").layers["first.gate"].record == ("counts",)
+    loaded = RoutingTrace.load(tmp_path / "trace.pt")
+    assert loaded.record == loaded.layers["first.gate"].record == ("counts",)
 
 
 def test_files_of_earlier_versions_load(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
+from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
-from switchgear.reference import check_choice
+from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.router import Router
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al., 2024)
@@ -35,6 +36,8 @@ def orthogonalized(
     The iteration multiplies on the shorter side, in batched products: of all matrices on a GPU, of a megabyte of them
     on a CPU, where larger ones are as fast one by one.
     """
+    if not matrices.numel():
+        return matrices.bfloat16()
     matrix = matrices.shape[-2:]
     stack = matrices.reshape(-1, *matrix)
     count = max(len(stack), 1) if stack.is_cuda else max(1, _CACHED // max(matrix.numel(), 1))
@@ -78,11 +81,16 @@ class Muon(torch.optim.Optimizer):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
     ) -> None:
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}.items():
-            if not value >= 0:
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}.items():
+            if not as_number(name, value) >= 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-        if not 0 <= ns_steps < 100:
+        check_size("ns_steps", ns_steps, 0)
+        if ns_steps >= 100:
             raise ValueError(f"ns_steps: expected 0 to 99, got {ns_steps}")
+        if len(ns_coefficients) != 3:
+            raise ValueError(f"ns_coefficients: expected 3 numbers, got {ns_coefficients}")
+        for number in ns_coefficients:
+            check_finite("ns_coefficients", as_number("ns_coefficients", number))
         if adjust_lr_fn is not None:
             check_choice("adjust_lr_fn", adjust_lr_fn, _RATES)
         super().__init__(
@@ -92,11 +100,15 @@ class Muon(torch.optim.Optimizer):
                 "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
             },
         )  # fmt: skip
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.dim() < 2:
-                    shape = list(parameter.shape)
-                    raise ValueError(f"params: expected parameters of at least 2 dimensions, got shape {shape}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim. Raises ValueError for a parameter of fewer than 2 dimensions."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dim() < 2:
+                del self.param_groups[-1]
+                shape = list(parameter.shape)
+                raise ValueError(f"params: expected parameters of at least 2 dimensions, got shape {shape}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

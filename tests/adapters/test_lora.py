@@ -255,6 +255,23 @@ def test_stored_hugging_face_experts(form: str, order: str) -> None:
     torch.testing.assert_close(net(**inputs).logits, y, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", ["adapters first", "stored first"])
+def test_float32_adapters_of_a_stored_model_of_16_bits(order: str, dtype: torch.dtype) -> None:
+    """The usual QLoRA. Their steps are float32; y is that of adapters in the dtype of the activations."""
+    net, x = layer().to(dtype), tokens().to(dtype)
+    if order == "stored first":
+        switchgear.store(net, "int4")
+    adapters = randomised(add_lora(net, 2, dtype=torch.float32))
+    if order == "adapters first":
+        switchgear.store(net, "int4")
+    y = net(x)
+    y.square().mean().backward()
+    assert y.dtype is dtype
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 and p.grad.any() for p in adapters)
+    assert torch.equal(net.to(dtype)(x), y)
+
+
 def test_a_model_wrapped_by_peft_is_refused() -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     net = build("mixtral")

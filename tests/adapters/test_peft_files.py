@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import switchgear
 from full_disk import full_disk
-from switchgear.adapters import add_lora, add_lora_experts, load_peft, lora_of, save_peft
+from switchgear.adapters import add_lora, add_lora_experts, load_peft, lora_of, remove_lora, save_peft
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate
 
@@ -77,6 +77,22 @@ def test_ranks_and_alphas_of_single_parameters(tmp_path: Path) -> None:
     save_peft(base, tmp_path / "ours")
     wrapped = peft.PeftModel.from_pretrained(build("mixtral"), tmp_path / "ours")
     assert (logits_of(wrapped.get_base_model()) - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_names_do_not_start_at_the_wrapper_of_other_modules(tmp_path: Path) -> None:
+    base = build("mixtral")
+    accelerate(base)
+    for parameter in add_lora(base, 2, alpha=3):
+        nn.init.normal_(parameter)
+    save_peft(base, tmp_path / "bare")
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    save_peft(wrapped, tmp_path / "wrapped")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "wrapped" / name).read_bytes() == (tmp_path / "bare" / name).read_bytes()
+    saved = [adapter.a for adapter in lora_of(wrapped).values()]
+    remove_lora(wrapped)
+    load_peft(wrapped, tmp_path / "wrapped")
+    assert all(torch.equal(*pair) for pair in zip([x.a for x in lora_of(wrapped).values()], saved, strict=True))
 
 
 def test_linear_layers_of_single_experts(tmp_path: Path) -> None:

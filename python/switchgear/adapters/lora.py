@@ -50,7 +50,7 @@ def add_lora(
         dropout: probability with which a feature of A's input is dropped, in train() only.
         targets: "gate_up_proj", the first projection of each layer, "down_proj", the second, or names of parameters.
         dtype: of the adapters; by default that of the weights. Plain weights cast the adapters to their own at each
-            call; with stored weights it must be the dtype of activations.
+            call; with stored weights it must be the dtype of activations, or float32 if these have 16 bits.
 
     Returns the adapters, for an optimizer. The projection <name> has them as <name>_lora_A and <name>_lora_B, in its
     module and in state dicts.

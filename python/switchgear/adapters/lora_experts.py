@@ -177,6 +177,8 @@ class LoRAExperts(WithLosses):
             low = self.experts(hidden_states, known.get("mask"))
         else:
             routing: Routing = router(hidden_states, context_of(**known)) if known else router(hidden_states)
+            if not isinstance(routing, Routing):
+                raise TypeError(f"router: expected one that returns Routing, got {type(routing).__name__}")
             if routing.losses or self.losses:
                 self.losses = routing.losses
             rows = hidden_states.reshape(-1, self.in_features)

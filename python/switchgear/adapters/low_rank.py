@@ -37,7 +37,8 @@ class LowRankExperts(nn.Module):
     gradients are zero.
 
     Two products take all experts, their columns scaled by the weights, if a token uses many of them or if they have few
-    columns in all. Otherwise each token is multiplied by its own experts only.
+    columns in all; they read every expert, so one that is NaN or infinite reaches all tokens. Otherwise each token is
+    multiplied by its own experts only.
     """
 
     scale: Tensor

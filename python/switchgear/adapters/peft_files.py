@@ -61,7 +61,8 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
         save_peft(model, "adapters")
         peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "adapters")
 
-    dropout is written as 0 unless experts are linear layers, since PEFT has none on parameters.
+    dropout is written as 0 unless experts are linear layers, since PEFT has none on parameters. If PEFT has wrapped the
+    model for other modules, its own save_pretrained writes the adapters of these.
 
     If experts are distributed over ranks, all ranks must call it. The first one writes the adapters of all; the others
     may return before the files exist.
@@ -73,6 +74,7 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
         ImportError: safetensors is not installed.
     """
     save_file = safetensors().save_file
+    model = _without_wrapper(model)
     _refuse_mixture(model)
     sites = adapted_sites(model)
     tensors: dict[str, Tensor] = {}
@@ -89,6 +91,12 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
     with replacing(folder / TENSORS) as tensors_file, replacing(folder / CONFIG) as config_file:  # both or none
         save_file(tensors, tensors_file, metadata={"format": "pt", OURS: "1"})
         config_file.write_text(config, encoding="utf-8")
+
+
+def _without_wrapper(model: nn.Module) -> nn.Module:
+    """The model inside a PeftModel, from which PEFT's names start."""
+    wrapper: Any = model
+    return wrapper.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _refuse_mixture(model: nn.Module) -> None:
@@ -125,7 +133,7 @@ def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None =
     folder = Path(path)
     config = peft_config(read_config(folder, "path"), str(folder / CONFIG), _PLAIN)
     tensors, is_ours = read_tensors(folder, "path")
-    sites = sites_of(model)
+    sites = sites_of(_without_wrapper(model))
     targeted = [site for site in sites if _is_targeted(site, config, tensors)]
     made, used = [], set()
     for keys in _keys_of(targeted):

@@ -18,8 +18,7 @@ from switchgear.functional import Routing, as_number
 from switchgear.modules import MoE
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.change import Change
-from switchgear.routing.context import NOTHING_KNOWN, Context, Select
-from switchgear.routing.routed_layers import is_recomputing
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.router import Router
 
 CRITERIA = ("alpha", "hit_rate")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.diagnostics.choices import LayerChoices, layers_of
 from switchgear.diagnostics.usage import activation_by_example
+from switchgear.trace.layer import recorded
 
 if TYPE_CHECKING:
     from switchgear.trace import RoutingTrace
@@ -74,7 +75,7 @@ def ftri(
         side = {}
         for name, layer in layers_of(trace).items():
             number = _prompts(layer, name) if prompts is None else prompts[at]
-            side[name] = getattr(layer, names[by]).cpu().double() / max(number, 1)
+            side[name] = recorded(layer, names[by]).cpu().double() / max(number, 1)
         sides.append(side)
     return _difference(*sides)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from switchgear.diagnostics.choices import LayerChoices, layers_of
+from switchgear.trace.layer import recorded
 
 if TYPE_CHECKING:
     from switchgear.trace import RoutingTrace
@@ -39,7 +40,8 @@ def usage(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, Usage]:
 def gate_entropy(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, float]:
     """The mean entropy of the router's softmax in nats, by layer, from 0 (sure) to log E (uniform). NaN without
     logits."""
-    return {name: float(layer.entropy) / max(layer.num_tokens, 1) for name, layer in layers_of(trace).items()}
+    layers = layers_of(trace).items()
+    return {name: float(recorded(layer, "entropy")) / max(layer.num_tokens, 1) for name, layer in layers}
 
 
 def affinity(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -48,7 +50,7 @@ def affinity(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, Tensor]:
     Unlearning trains the expert with the largest one alone (SEUF, arXiv:2411.18797): finetune.freeze_except, with
     routing.anchor_loss."""
     layers = layers_of(trace).items()
-    return {name: layer.weight_per_expert.cpu() / max(layer.num_tokens, 1) for name, layer in layers}
+    return {name: recorded(layer, "weight_per_expert").cpu() / max(layer.num_tokens, 1) for name, layer in layers}
 
 
 def activation_by_example(

@@ -26,7 +26,11 @@ from switchgear.routing.stochastic import SampledTopK
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(student || teacher) of the softmax over the last dimension of logits [..., V], averaged over tokens, in nats:
-    a float32 scalar, 0 for equal logits. mask [...]: False for padding. Differentiable in both."""
+    a float32 scalar, 0 for equal logits. mask [...]: False for padding, whose logits may be NaN. Differentiable in
+    both."""
+    if mask is not None:
+        kept = mask.bool()[..., None]
+        student_logits, teacher_logits = torch.where(kept, student_logits, 0), torch.where(kept, teacher_logits, 0)
     log_q, log_p = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
     if mask is None:

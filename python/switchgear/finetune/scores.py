@@ -11,6 +11,7 @@ from torch import Tensor
 from switchgear.functional import as_number
 from switchgear.reference import check_choice
 from switchgear.trace import LayerTrace, RoutingTrace
+from switchgear.trace.layer import recorded
 
 Selected = Mapping[str, Sequence[int]]
 """Experts by layer: the layer's name in a trace, or that of its experts module."""
@@ -45,10 +46,7 @@ def select_experts(trace: RoutingTrace, mass: float | None = None, by: str = "to
 
 def shares(layer: LayerTrace, by: str) -> Tensor:
     """Each expert's share of the layer's choices or weights, [E] float64."""
-    recorded = layer.tokens_per_expert if by == "token" else layer.weight_per_expert
-    if recorded is None:
-        raise ValueError('trace: expected one that records "weights", got one without')
-    scores = recorded.cpu().double()
+    scores = recorded(layer, "tokens_per_expert" if by == "token" else "weight_per_expert").cpu().double()
     total: Tensor = scores.sum()
     return scores / total if total > 0 else torch.zeros_like(scores)
 

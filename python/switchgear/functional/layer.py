@@ -135,15 +135,17 @@ def _moe_of_weights(
     second: Any
     first, second = weights
     one, other = first, second
-    pair: tuple[tuple[Tensor, ...], ...] = ()
+    pair: tuple[AdaptedWeight, ...] = ()
+    adapters: tuple[tuple[Tensor, ...], ...]
     if type(first) is AdaptedWeight and type(second) is AdaptedWeight and not first.dropout and not second.dropout:
-        one, other, pair = first.weight, second.weight, (first.adapter(), second.adapter())
+        one, other, pair = first.weight, second.weight, (first, second)
     if type(one) is Weight and type(other) is Weight and not in_autocast(x.device.type):
         # What follows finds this out too, in the time of a small kernel.
         routing = topk_ids, topk_weights
-        factors = [tensor for adapter in pair for tensor in adapter[:2]] if pair else ()
+        factors = [tensor for adapter in pair for tensor in (adapter.a, adapter.b)] if pair else ()
         if not one.is_lossless and not other.is_lossless and not needs_autograd(x, *biases, *routing, *factors):
-            y: Tensor = _moe_of_stored(x, one, other, biases, routing, options, pair)
+            adapters = tuple(adapter.adapter(x.dtype) for adapter in pair)
+            y: Tensor = _moe_of_stored(x, one, other, biases, routing, options, adapters)
             return y if len(shape) == 2 else y.reshape(shape)
     if (loads := source_of(first)) is not None:
         if in_autocast(kind := x.device.type):
@@ -157,7 +159,7 @@ def _moe_of_weights(
     has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)
     if isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight):
         return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
-    adapters: tuple[tuple[Tensor, ...], ...] = ((), ())
+    adapters = ((), ())
     dropout: tuple[float, ...] = ()
     gate_up_bias, down_bias = biases
     # Without these nothing changes, and finding that out takes as long as a small kernel.
@@ -262,7 +264,7 @@ class _Layer(NamedTuple):
         first, second = (weight.weight if isinstance(weight, AdaptedWeight) else weight for weight in weights)
         if isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight):
             raise ValueError("gate_up_proj, down_proj: expected no adapter of a weight with experts that train alone")
-        one, other = (weight.adapter() if isinstance(weight, AdaptedWeight) else () for weight in weights)
+        one, other = (weight.adapter(x.dtype) if isinstance(weight, AdaptedWeight) else () for weight in weights)
         dropout = tuple(weight.dropout if isinstance(weight, AdaptedWeight) else 0.0 for weight in weights)
         if in_autocast(kind := x.device.type):
 

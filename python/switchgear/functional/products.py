@@ -117,7 +117,7 @@ def _adapted_grouped_gemm(
 ) -> Tensor:
     """The product with the weight, plus that with the adapter."""
     out = grouped_gemm(x, adapted.weight, expert_offsets, bias=bias, token_indices=token_indices)
-    a, b, scales, *ranks = adapted.adapter()
+    a, b, scales, *ranks = adapted.adapter(x.dtype)
     if in_autocast(x.device.type):
         x, a, b = in_autocast_dtype(x.device.type, x, a, b)
     if ranks:

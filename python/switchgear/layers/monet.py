@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.buffers import KeepsFloat32
 from switchgear.functional import gate
 from switchgear.reference import weight_dtype
 
@@ -23,7 +24,7 @@ class MonetRouting(NamedTuple):
     second: Tensor
 
 
-class MonetRouter(nn.Module):
+class MonetRouter(KeepsFloat32):
     """Two gates per head; each keeps about `top_k` of n experts, by a threshold instead of a sort (arXiv:2412.04139).
 
     The logits of each head and gate are normalised over tokens and experts (batch norm without parameters, one channel
@@ -31,7 +32,8 @@ class MonetRouter(nn.Module):
     softmax; the others get weight 0. A group of layers may share one router.
 
     Args: hidden_size, sqrt_n, heads: H, n and the number of heads. top_k: 32 of 512 in the paper.
-    Parameters: weight [2·heads·n,H]. Buffers: running_mean, running_var [2·heads], used in evaluation.
+    Parameters: weight [2·heads·n,H]. Buffers: running_mean, running_var [2·heads] float32, also
+    in a model of another dtype; used in evaluation.
     """
 
     running_mean: Tensor

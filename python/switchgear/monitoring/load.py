@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from switchgear.reference import check_size
+
 if TYPE_CHECKING:
     from switchgear.trace import LayerTrace, RoutingTrace
 
@@ -38,8 +40,9 @@ class LoadMeter:
     """
 
     def __init__(self, trace: RoutingTrace, *, layers: int = 8, prefix: str = "moe") -> None:
-        if layers < 0:
-            raise ValueError(f"layers: expected an integer >= 0, got {layers}")
+        if not hasattr(trace, "layers"):
+            raise TypeError(f"trace: expected RoutingTrace, got {type(trace).__name__}")
+        check_size("layers", layers, 0)
         self.trace, self.layers, self.prefix = trace, layers, prefix
         self._before: dict[str, tuple[LayerTrace, Tensor]] = {}
         self._named: list[str] = []

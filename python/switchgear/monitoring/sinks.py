@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from switchgear.monitoring.load import LoadMeter
+from switchgear.reference import check_size
 
 if TYPE_CHECKING:
     from switchgear.trace import RoutingTrace
@@ -42,8 +43,7 @@ class Log:
     """
 
     def __init__(self, meter: LoadMeter, writer: Any, every: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f"every: expected an integer >= 1, got {every}")
+        check_size("every", every)
         self._meter, self._write, self._every, self._calls = meter, write_of(writer), every, 0
 
     def __call__(self, step: int | None = None) -> dict[str, float]:

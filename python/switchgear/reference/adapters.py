@@ -5,7 +5,7 @@ A projection with an adapter multiplies by W + s_e · B_e[:, :r_e] · A_e[:r_e] 
 ops as tensors, none if there is no adapter:
 
     a [E,r,C], b [E,N,r]   in the dtype of x
-    scales [E] float32     s_e
+    scales [E] float32     s_e; float64 is allowed beside float64
     ranks [E] int32        r_e in [0, r]; optional, r if absent
 
 Dropout with probability p multiplies the rows that A reads by a mask and s_e by 1 / (1 - p). The mask is a function of
@@ -88,7 +88,8 @@ def adapter_of(
     check(f"{name}_a", a, (num_experts, None, columns), dtype)
     rank = a.shape[1]
     check(f"{name}_b", b, (num_experts, width, rank), dtype)
-    check(f"{name}_scales", scales, (num_experts,), torch.float32)
+    is_exact = scales.dtype is torch.float64 and dtype is torch.float64
+    check(f"{name}_scales", scales, (num_experts,), torch.float64 if is_exact else torch.float32)
     if not bool(scales.isfinite().all()):
         raise ValueError(f"{name}_scales: expected finite numbers, got {scales.tolist()}")
     a, b = wide(a), wide(b)

@@ -24,7 +24,7 @@ def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask:
 
     Args:
         router_logits: [T,E]. topk_ids: [T,K], -1 for empty choices; layers may be concatenated along T.
-        attention_mask: [T] or any shape with T elements, 0 for tokens to ignore.
+        attention_mask: [T] or any shape with T elements, 0 for tokens to ignore, whose logits may be NaN.
 
     Returns a scalar in float32 (float64 for float64), K for an even load. Zero tokens give 0. Raises ValueError if the
     arguments are not of the same tokens.
@@ -37,6 +37,8 @@ def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask:
     if attention_mask is not None and attention_mask.numel() != num_tokens:
         raise ValueError(f"attention_mask: expected T={num_tokens} elements, got {list(attention_mask.shape)}")
     num_experts = router_logits.shape[-1]
+    if attention_mask is not None:
+        router_logits = torch.where(attention_mask.reshape(-1, 1).bool(), router_logits, 0)
     probabilities = wide(router_logits).softmax(-1)
     chosen = torch.zeros_like(probabilities).scatter_add(
         1, topk_ids.clamp(min=0).long(), (topk_ids >= 0).to(probabilities.dtype)
@@ -115,9 +117,8 @@ def sequence_switch_loss(probabilities: Tensor, topk_ids: Tensor, sequence_ids: 
     tokens = probabilities.new_zeros(num_sequences).index_add(0, sequence_ids, probabilities.new_ones(len(topk_ids)))
     cells = sequence_ids[:, None] * (num_experts + 1) + topk_ids.long() + 1
     counts = probabilities.new_zeros(num_sequences * (num_experts + 1))
-    counts = counts.scatter_add(0, cells.flatten(), counts.new_ones(cells.numel())).view(
-        num_sequences, num_experts + 1
-    )[:, 1:]
+    counts = counts.scatter_add(0, cells.flatten(), counts.new_ones(cells.numel()))
+    counts = counts.view(num_sequences, num_experts + 1)[:, 1:]
     totals = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequence_ids, probabilities)
     tokens = tokens.clamp(min=1)[:, None]
     return num_experts * (counts / tokens * (totals / tokens)).sum() / max(num_sequences, 1)
@@ -260,7 +261,7 @@ def localized_balance_loss(
     """var(Z) / mean(Z) of Z[e,s] = I[e,s] · Q[e,s] (LoRAMoE, arXiv:2312.09979).
 
     Q is the weight that the tokens of sequence s give to expert e; I is 1 + delta if the types of expert and sequence
-    agree, else 1 - delta. (The published code divides by mean².)
+    agree, else 1 - delta. (The published code divides by mean².) 0 without tokens.
 
     Args: topk_ids, topk_weights [T,K]; expert_types [E]; sequence_types [B]; sequence_ids [T] in [0, B). delta
     unverified.
@@ -268,12 +269,13 @@ def localized_balance_loss(
     num_experts, num_sequences = len(expert_types), len(sequence_types)
     cells = sequence_ids.long()[:, None] * (num_experts + 1) + topk_ids.long() + 1
     weight = topk_weights.new_zeros(num_sequences * (num_experts + 1))
-    weight = weight.scatter_add(0, cells.flatten(), topk_weights.flatten()).view(num_sequences, num_experts + 1)[:, 1:]
+    weight = weight.scatter_add(0, cells.flatten(), topk_weights.flatten())
+    weight = weight.view(num_sequences, num_experts + 1)[:, 1:]
     agrees = (sequence_types[:, None] == expert_types).to(weight.dtype)
     z = weight * (1 + delta * (2 * agrees - 1))
-    if not z.numel():  # no sequences
-        return z.sum()
-    return z.var(correction=0) / z.mean().clamp(min=_TINY)
+    count = max(z.numel(), 1)
+    mean = z.sum() / count
+    return (z - mean).square().sum() / count / mean.clamp(min=_TINY)
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------

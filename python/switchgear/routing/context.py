@@ -197,6 +197,11 @@ def can_be_read(tensor: Tensor) -> bool:
     return tensor.is_cpu and not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
 
 
+def is_recomputing() -> bool:
+    """Whether this call runs inside backward, where checkpointing repeats a forward that was counted already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def is_per_sequence(scope: str, context: Context) -> bool:
     return context.isolated or scope == "sequence"
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from switchgear.functional import Routing
-from switchgear.reference import check_choice
+from switchgear.common.buffers import KeepsFloat32
+from switchgear.functional import Routing, as_number
+from switchgear.reference import check_choice, check_finite
 from switchgear.routing.balance import count_tokens
-from switchgear.routing.context import Context, made
+from switchgear.routing.context import Context, is_recomputing, made
 from switchgear.routing.ranking import finite
 
 RULES = ("sign", "proportional")
@@ -35,6 +36,7 @@ class LossFreeBias:
     needs_selection_bias: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_finite("rate", as_number("rate", self.rate))
         check_choice("rule", self.rule, RULES)
 
     @torch.no_grad()
@@ -47,7 +49,7 @@ class LossFreeBias:
         router.e_score_correction_bias.add_(error, alpha=self.rate)
 
 
-class AdaptiveCoefficient(nn.Module):
+class AdaptiveCoefficient(KeepsFloat32):
     """A loss coefficient that follows the fraction of dropped tokens (Skywork-MoE, arXiv:2406.06563).
 
     Per layer and step: α ← beta · α + (1 - beta) · min(xi · drop_rate, alpha_max).
@@ -55,7 +57,7 @@ class AdaptiveCoefficient(nn.Module):
         SwitchLoss(AdaptiveCoefficient())                # needs a capacity; otherwise nothing is dropped
 
     Args: xi, alpha_max, beta. initial: α of the first step (unverified).
-    Buffers: value [] float32, in the state dict.
+    Buffers: value [] float32, also in a model of another dtype; in the state dict.
     """
 
     value: Tensor
@@ -75,6 +77,8 @@ class AdaptiveCoefficient(nn.Module):
 
     def forward(self, routing: Routing) -> Tensor:
         """The current coefficient; also counts what `routing` dropped."""
+        if is_recomputing():
+            return self.value
         choices = (routing.topk_ids >= 0).sum()  # what the router wanted
         dropped = torch.zeros_like(choices) if routing.num_dropped is None else routing.num_dropped
         seen = torch.stack((dropped.to(choices.device), choices))
@@ -102,7 +106,7 @@ class AdaptiveCoefficient(nn.Module):
         return f"xi={self.xi}, alpha_max={self.alpha_max}, beta={self.beta}"
 
 
-class AdaptiveSparsity(nn.Module):
+class AdaptiveSparsity(KeepsFloat32):
     """λ · mean_t Σ_e f_e · relu(z_te), with λ that follows the sparsity of the choice (ReMoE, arXiv:2412.14711).
 
     f_e = E / (K·T) · tokens_per_expert[e]; it balances the load, and is 1 with balance=False. Per step, with the
@@ -111,7 +115,7 @@ class AdaptiveSparsity(nn.Module):
 
     Args: top_k: K, the wanted average number of experts per token. initial, rate: of λ. balance. num_experts: E; the
     router passes it.
-    Buffers: value [] float32, λ, in the state dict.
+    Buffers: value [] float32, λ, also in a model of another dtype; in the state dict.
     """
 
     name = "sparsity"
@@ -139,8 +143,9 @@ class AdaptiveSparsity(nn.Module):
         positive = finite(routing.router_logits).relu()
         num_tokens = positive.shape[0]
         counts = count_tokens(routing.topk_ids, self.num_experts)
-        seen = torch.stack((counts.sum(), counts.new_full((), num_tokens)))
-        self._seen = seen if self._seen is None else self._seen + seen
+        if not is_recomputing():
+            seen = torch.stack((counts.sum(), counts.new_full((), num_tokens)))
+            self._seen = seen if self._seen is None else self._seen + seen
         total = positive.sum(0) / max(num_tokens, 1)
         if self.balance:
             total = total * counts.to(total.dtype) * (self.num_experts / (self.top_k * max(num_tokens, 1)))
@@ -163,19 +168,20 @@ class AdaptiveSparsity(nn.Module):
         return f"top_k={self.top_k}, rate={self.rate}"
 
 
-class RunningCap(nn.Module):
+class RunningCap(KeepsFloat32):
     """A selection that closes an expert while its running total of weights exceeds the mean by more than `margin` (Deep
     Mixture of Experts, arXiv:1312.4314).
 
         switchgear.MoE(256, 128, 16, select=partial(RunningCap, Dense(), margin=100.0))
 
     A closed expert gets the lowest logit, hence weight 0 under a softmax, and the others' weights sum to 1. Totals grow
-    in training only, once per call (recomputation by activation checkpointing counts again): all tokens of a call see
-    the totals from before it. It is meant for early training; set `margin` to infinity afterwards.
+    in training only, once per call: all tokens of a call see the totals from before it. Recomputation by activation
+    checkpointing adds nothing, but sees the totals from after the call, so it may choose otherwise. It is meant for
+    early training; set `margin` to infinity afterwards.
 
     Args: select: the wrapped selection. margin: in tokens. num_experts: E; the router passes it.
 
-    Buffers: totals [E] float32, in the state dict.
+    Buffers: totals [E] float32, also in a model of another dtype; in the state dict.
     """
 
     totals: Tensor
@@ -185,7 +191,7 @@ class RunningCap(nn.Module):
         if not margin >= 0:
             raise ValueError(f"margin: expected a number of at least 0, got {margin}")
         self.select, self.margin = made(select, num_experts=num_experts), margin
-        self.register_buffer("totals", torch.zeros(num_experts))
+        self.register_buffer("totals", torch.zeros(num_experts, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
         """Zeroes the totals."""
@@ -197,6 +203,8 @@ class RunningCap(nn.Module):
         closed = self.totals - self.totals.mean() > self.margin
         lowest = torch.finfo(router_logits.dtype).min
         routing: Routing = self.select(router_logits.masked_fill(closed, lowest), context, bias)
+        if is_recomputing():
+            return routing
         ids, weights = routing.topk_ids, routing.topk_weights.detach()
         totals = self.totals.new_zeros(len(self.totals) + 1)
         totals = totals.scatter_add(0, ids.flatten().long() + 1, weights.flatten().to(totals.dtype))

@@ -18,17 +18,23 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from switchgear.functional import Routing
-from switchgear.reference import check_choice
+from switchgear.common.buffers import KeepsFloat32
+from switchgear.functional import Routing, as_number
+from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing import balance
 from switchgear.routing.balance import count_tokens, router_probabilities
-from switchgear.routing.context import Context, groups_of, made, sequences
+from switchgear.routing.context import Context, groups_of, is_recomputing, made, sequences
 from switchgear.routing.ranking import wide
 
 if TYPE_CHECKING:
     from switchgear.routing.controllers import AdaptiveCoefficient
 
 BALANCE_SCOPES = ("micro", "sequence", "global")
+
+
+def _check_numbers(**numbers: float) -> None:
+    for name, number in numbers.items():
+        check_finite(name, as_number(name, number))
 
 
 class SwitchLoss(nn.Module):
@@ -65,7 +71,10 @@ class SwitchLoss(nn.Module):
         check_choice("scope", scope, BALANCE_SCOPES)
         if accumulate and scope != "global":
             raise ValueError(f"accumulate: expected scope 'global' with it, got {scope!r}")
+        check_size("num_null", num_null, 0)
         self.coefficient = made(coefficient)
+        if not isinstance(self.coefficient, nn.Module):
+            _check_numbers(coefficient=self.coefficient)
         self.scope, self.accumulate, self.per_choice = scope, accumulate, per_choice
         self.score_function, self.num_null, self.name = score_function, num_null, name
         self._counts: Tensor | None = None  # [E+1]: tokens per expert, then tokens; since the last step
@@ -89,6 +98,8 @@ class SwitchLoss(nn.Module):
         return weighted
 
     def _gather(self, counts: Tensor, group: Any) -> Tensor:
+        if self._counts is not None and is_recomputing():
+            return self._counts  # which have this call's
         if group is not None or (dist.is_available() and dist.is_initialized()):
             dist.all_reduce(counts, group=group)
         if self.accumulate:
@@ -127,6 +138,9 @@ class ZLoss:
     coefficient: float = 1e-3
     name: ClassVar[str] = "z"
 
+    def __post_init__(self) -> None:
+        _check_numbers(coefficient=self.coefficient)
+
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.z_loss(routing.router_logits)
 
@@ -142,6 +156,9 @@ class ImportanceLoad:
     load: float = 1e-2
     noise_std: float = 1.0
     name: ClassVar[str] = "importance_load"
+
+    def __post_init__(self) -> None:
+        _check_numbers(importance=self.importance, load=self.load, noise_std=self.noise_std)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         ids, weights, logits, num_experts = routing[:4]
@@ -159,6 +176,9 @@ class EntropyLoss:
     score_function: str | None = None
     name: ClassVar[str] = "entropy"
 
+    def __post_init__(self) -> None:
+        _check_numbers(coefficient=self.coefficient)
+
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.entropy_loss(router_probabilities(routing, self.score_function))
 
@@ -174,6 +194,9 @@ class BatchEntropy:
     score_function: str | None = "softmax"
     name: ClassVar[str] = "batch_entropy"
 
+    def __post_init__(self) -> None:
+        _check_numbers(coefficient=self.coefficient)
+
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.batch_entropy_loss(router_probabilities(routing, self.score_function))
 
@@ -186,6 +209,9 @@ class ChoiceLoss:
     coefficient: float = 1e-2
     name: ClassVar[str] = "choice"
 
+    def __post_init__(self) -> None:
+        _check_numbers(coefficient=self.coefficient)
+
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         logits, ids = wide(routing.router_logits), routing.topk_ids
         chosen = torch.zeros_like(logits).scatter_add(1, ids.clamp(min=0).long(), (ids >= 0).to(logits.dtype))
@@ -193,13 +219,14 @@ class ChoiceLoss:
         return self.coefficient * loss / max(logits.numel(), 1)
 
 
-class _PerExpert(nn.Module):
+class _PerExpert(KeepsFloat32):
     """A loss with a fixed vector over the experts, which follows the router to its device."""
 
     vector: Tensor
 
     def __init__(self, vector: Sequence[Any] | Tensor, coefficient: float, score_function: str | None) -> None:
         super().__init__()
+        _check_numbers(coefficient=coefficient)
         self._given = torch.as_tensor(vector).detach().cpu()
         self.register_buffer("vector", self._given.clone(), persistent=False)
         self.coefficient, self.score_function = coefficient, score_function
@@ -329,7 +356,7 @@ class LocalizedBalance(_PerExpert):
     def forward(self, routing: Routing, context: Context) -> Tensor:
         types = context.require("embedding", "LocalizedBalance").reshape(-1)
         ids, num_sequences = sequences(context, routing.topk_ids.shape[0], routing.topk_ids.device)
-        if len(types) != num_sequences:
+        if len(types) != num_sequences and len(ids):
             raise ValueError(f"embedding: expected a type for each of {num_sequences} sequences, got {len(types)}")
         choice = routing.topk_ids, routing.topk_weights
         loss = balance.localized_balance_loss(*choice, self.vector, types, ids, self.delta)

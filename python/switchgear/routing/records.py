@@ -18,6 +18,7 @@ from torch import Tensor
 
 from switchgear.files import replacing
 from switchgear.recordings import load_recording
+from switchgear.reference.checks import MAX_EXPERTS, check_range
 from switchgear.routing.widths import stacked
 
 _FORMAT = 1  # version of the file format
@@ -48,6 +49,10 @@ class LayerRecord:
             raise TypeError(f"topk_ids: expected integers, got {topk_ids.dtype}")
         if topk_ids.dim() != 2:
             raise ValueError(f"topk_ids: expected [N,K], got {list(topk_ids.shape)}")
+        if not 1 <= num_classes <= MAX_EXPERTS:
+            raise ValueError(f"num_classes: expected 1 to {MAX_EXPERTS}, got {num_classes}")
+        if topk_ids.shape[1] > num_classes:
+            raise ValueError(f"topk_ids: expected at most {num_classes} choices of a token, got {topk_ids.shape[1]}")
         ids = topk_ids.to("cpu", torch.int64)
         if wrong := ids[(ids < -1) | (ids >= num_classes)].tolist():
             raise ValueError(f"topk_ids: expected ids from -1 to {num_classes - 1}, got {wrong[0]}")
@@ -69,7 +74,11 @@ class LayerRecord:
 
     def check(self, num_tokens: int) -> None:
         """Raises ValueError for anything but what `of` makes of N tokens."""
-        if not 1 <= self.num_classes <= 1 << 24 or not 0 <= self.top_k <= self.num_classes or not 1 <= self.bits <= 25:
+        if (
+            not 1 <= self.num_classes <= MAX_EXPERTS
+            or not 0 <= self.top_k <= self.num_classes
+            or not 1 <= self.bits <= 25
+        ):
             raise ValueError("expected sizes of a layer")
         size = -(-num_tokens * self.top_k * self.bits // 8)
         if self.num_tokens != num_tokens or self.data.dtype is not torch.uint8 or self.data.shape != (size,):
@@ -131,7 +140,9 @@ class RoutingRecord:
         if token_ids is not None:
             if token_ids.numel() != total:
                 raise ValueError(f"token_ids: expected {total}, got {token_ids.numel()}")
-            record.token_ids = token_ids.reshape(-1).to("cpu", torch.int32)
+            wide_ids = token_ids.reshape(-1).to("cpu", torch.int64)
+            check_range("token_ids", wide_ids, -(2**31), 2**31)
+            record.token_ids = wide_ids.int()
         return record
 
     @property

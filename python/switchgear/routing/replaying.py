@@ -20,9 +20,9 @@ from torch.nn.functional import pad
 
 from switchgear.functional import Routing
 from switchgear.routing.batches import Batch, batch_of
-from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.records import RoutingRecord
-from switchgear.routing.routed_layers import is_recomputing, key_of, layers_of
+from switchgear.routing.routed_layers import key_of, layers_of
 
 _FORWARDS = 64  # that gradient checkpointing may still repeat
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
-from switchgear.routing.context import Context, Select
+from switchgear.routing.context import Context, Select, is_recomputing
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.ranking import normalized, scores_of
 from switchgear.routing.router import Router
@@ -138,8 +138,3 @@ def heard(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Iterat
 def key_of(name: str, repeat: int) -> str:
     """The name in a record of a layer's call number `repeat` in a forward."""
     return name if not repeat else f"{name}#{repeat}"
-
-
-def is_recomputing() -> bool:
-    """Whether this call runs inside backward, where checkpointing repeats a forward that was recorded already."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -12,12 +12,24 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.buffers import KeepsFloat32
 from switchgear.complaints import check_float_dtype, complain_about_rows
 from switchgear.functional import Routing, as_number, gate, gate_route, route
 from switchgear.reference import check_choice, check_finite, check_fraction, check_size
 from switchgear.routing.balance import count_tokens
 from switchgear.routing.change import Change, PerExpert
-from switchgear.routing.context import NOTHING_KNOWN, SCOPES, Balance, Context, Limit, Score, Select, made, modules_in
+from switchgear.routing.context import (
+    NOTHING_KNOWN,
+    SCOPES,
+    Balance,
+    Context,
+    Limit,
+    Score,
+    Select,
+    is_recomputing,
+    made,
+    modules_in,
+)
 from switchgear.routing.handover import Handover
 from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import scores_of
@@ -44,7 +56,7 @@ class RouterOptions(TypedDict, total=False):
     isolation: str
 
 
-class Router(nn.Module):
+class Router(KeepsFloat32):
     """Linear router: router_logits = x · weightᵀ, then `route`. Returns the Routing, so forward hooks see all of it.
 
         router = Router(2048, 64, 8, normalize=True)
@@ -56,7 +68,7 @@ class Router(nn.Module):
         normalize: divide the chosen scores by their sum (norm_topk_prob).
         scale: multiplies the weights last (routed_scaling_factor).
         selection_bias: add the buffer `e_score_correction_bias` [E] float32 to the scores for the choice only
-            (arXiv:2408.15664). It starts at zero and is in the state dict.
+            (arXiv:2408.15664). It starts at zero, is in the state dict, and stays float32 when the model is cast.
         num_groups, topk_groups, group_score: device-limited routing; see `route`.
         jitter: in training, multiply the router's input by uniform noise in [1 - jitter, 1 + jitter] (Switch
             Transformer, arXiv:2101.03961).
@@ -303,7 +315,7 @@ class Router(nn.Module):
         return losses
 
     def _count(self, routing: Routing, context: Context) -> None:
-        if self.tokens_per_expert is not None:
+        if self.tokens_per_expert is not None and not is_recomputing():
             self._group = context.group
             self.tokens_per_expert += count_tokens(routing.topk_ids, self.num_experts)
 

@@ -191,6 +191,15 @@ class LayerTrace:
         return layer
 
 
+def recorded(layer: Any, name: str) -> Tensor:
+    """An attribute of a layer of a trace, or of `diagnostics.collect`. Raises ValueError if the trace does not record
+    it."""
+    value: Tensor | None = getattr(layer, name)
+    if value is None:
+        raise ValueError(f'trace: expected one that records "{_SUMS[name]}", got one without')
+    return value
+
+
 _SUMS = {  # attribute -> what records it
     "weight_per_expert": "weights",
     "entropy": "entropy",

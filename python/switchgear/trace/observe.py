@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.routing.routed_layers import is_recomputing
+from switchgear.routing.context import is_recomputing
 from switchgear.routing.router import Router
 
 
@@ -179,7 +179,7 @@ class _Inputs:
             ids = [named.get(f"{prefix}input_ids"), named.get("token_ids")]
             if not prefix:
                 ids += list(args)
-            found = next((v for v in ids if isinstance(v, Tensor) and not v.is_floating_point()), None)
+            found = next((v for v in ids if isinstance(v, Tensor) and _has_integers(v)), None)
             if found is not None:
                 self._ids[prefix] = found
             mask = named.get(f"{prefix}attention_mask")
@@ -194,14 +194,18 @@ class _Inputs:
     def mask(self, name: str, tokens: int) -> Tensor | None:
         """[T] bool. A mask is longer than the tokens if there is a cache: it ends with them."""
         mask = self._of(self._masks, name)
-        if mask is None or tokens % mask.shape[0]:
+        if mask is None or not tokens or not len(mask) or tokens % len(mask):
             return None
-        length = tokens // mask.shape[0]
-        return None if length > mask.shape[1] or not length else mask[:, -length:].reshape(-1).bool()
+        length = tokens // len(mask)
+        return None if length > mask.shape[1] else mask[:, -length:].reshape(-1).bool()
 
     def _of(self, values: Mapping[str, Tensor], name: str) -> Tensor | None:
         side = "decoder_" if "decoder" in name.split(".") and "decoder_" in self._ids else ""
         return values.get(side)
+
+
+def _has_integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

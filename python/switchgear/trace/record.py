@@ -52,7 +52,7 @@ class RoutingTrace:
     Padding does not count: tokens for which the model's argument attention_mask [B,S] is 0.
 
     Raises:
-        ValueError: if the model has no such layer, or a layer cannot record this.
+        ValueError: if the model has no such layer, a layer cannot record this, or a trace is entered while it records.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class RoutingTrace:
         self._model = model
         self._sources = {} if model is None else pick(traceable(model), layers)
         self._hooks = ExitStack()
+        self._is_recording = False
         if "norms" in self.record:
             for name, source in self._sources.items():
                 if source.block is None:
@@ -81,12 +82,16 @@ class RoutingTrace:
     def __enter__(self) -> RoutingTrace:
         if self._model is None:
             raise ValueError("model: expected one to record, got a trace that was loaded")
+        if self._is_recording:
+            raise ValueError("trace: expected one that is not recording, got one inside its own block")
         self._hooks.enter_context(watch(self._model, self._sources, self._see))
+        self._is_recording = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._is_recording = False
         self._hooks.close()
 
     def reset(self) -> None:
@@ -168,4 +173,5 @@ class RoutingTrace:
     def _of_data(cls, data: dict[str, Any]) -> RoutingTrace:
         trace = cls(by_token_id=bool(data["by_token_id"]))
         trace.layers = {str(name): LayerTrace.of_state(state) for name, state in data["layers"].items()}
+        trace.record = kinds_of({kind for layer in trace.layers.values() for kind in layer.record})
         return trace

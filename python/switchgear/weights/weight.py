@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import backends, ops
-from switchgear.reference import formats, panels
+from switchgear.reference import formats, panels, weight_dtype
 from switchgear.weights.pages import advise_huge_pages
 
 LOSSLESS = ("plain", "panels", "compact")
@@ -169,9 +169,9 @@ class AdaptedWeight(NamedTuple):
     """
 
     weight: Tensor | Weight
-    a: Tensor  # [E,r,C], in the dtype of activations
+    a: Tensor  # [E,r,C], in the dtype of activations, or float32 for those of 16 bits
     b: Tensor  # [E,N,r]
-    scale: float | Tensor  # of all experts, or [E] float32
+    scale: float | Tensor  # of all experts, or [E] float32 (float64 for float64)
     ranks: Tensor | None = None  # [E] int32: r_e in [0, r]; None: r
     dropout: float = 0.0  # for training: probability of each column of each slot's row to be zero as input of A
 
@@ -185,25 +185,29 @@ class AdaptedWeight(NamedTuple):
         """That of the activations, as for the weight below the adapter."""
         return self.weight.dtype
 
-    def adapter(self) -> tuple[Tensor, ...]:
-        """The adapter as an argument of the ops (reference/adapters.py)."""
-        scales = self.scale
+    def adapter(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """The adapter as an argument of the ops (reference/adapters.py). dtype: of x; float32 factors are rounded to
+        it if it has 16 bits."""
+        a, b, scales = self.a, self.b, self.scale
+        if dtype is not None and dtype.itemsize == 2:
+            a, b = (factor.to(dtype) if factor.dtype is torch.float32 else factor for factor in (a, b))
         if not isinstance(scales, Tensor):
-            scales = _scales(self.a.shape[0], scales, self.a)
-        return (self.a, self.b, scales) if self.ranks is None else (self.a, self.b, scales, self.ranks)
+            scales = _scales(a.shape[0], scales, a)
+        return (a, b, scales) if self.ranks is None else (a, b, scales, self.ranks)
 
 
 def _scales(num_experts: int, scale: float, a: Tensor) -> Tensor:
+    dtype = weight_dtype(a.dtype)
     # Making a tensor takes 3 µs, which a forward of one token notices.
     if a.is_cpu and type(a) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not _dispatch_modes():
-        return _kept_scales(num_experts, scale)
-    return torch.full((num_experts,), scale, dtype=torch.float32, device=a.device)
+        return _kept_scales(num_experts, scale, dtype)
+    return torch.full((num_experts,), scale, dtype=dtype, device=a.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_scales(num_experts: int, scale: float) -> Tensor:
+def _kept_scales(num_experts: int, scale: float, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # autograd saves it
-        return torch.full((num_experts,), scale, dtype=torch.float32, device="cpu")
+        return torch.full((num_experts,), scale, dtype=dtype, device="cpu")
 
 
 class SelectedWeight(NamedTuple):

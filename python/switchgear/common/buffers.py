@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Buffers that stay float32 in a model of another dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose own float32 buffers keep their dtype and values in .half(), .double(), .to(dtype) and the like.
+
+    16 bits would round away the small steps of a sum. Other conversions, as of devices, are as usual.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: b for name, b in self._buffers.items() if b is not None and b.dtype is torch.float32}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype is not torch.float32:
+                self._buffers[name] = buffer.to(after.device)
+        return self
