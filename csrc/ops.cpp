@@ -387,7 +387,7 @@ void assign_capped(const AssignCappedArgs& given, Execution exec) {
   Dim T{"T", 0}, E{"E"}, B{"B"};
   SWITCHGEAR_CHECK(ValueError, args.cap >= 1, "cap: expected at least 1, got ", args.cap);
   SWITCHGEAR_CHECK(ValueError, std::isfinite(args.entropy) && args.entropy >= std::numeric_limits<float>::min(),
-                   "entropy: expected a number of at least 2^-126, got ", args.entropy);
+                   "entropy: expected a finite number of at least 2^-126, got ", args.entropy);
   SWITCHGEAR_CHECK(ValueError, args.iterations >= 0, "iterations: expected at least 0, got ", args.iterations);
   SWITCHGEAR_CHECK(ValueError, args.tolerance >= 0, "tolerance: expected at least 0, got ", args.tolerance);
   call.input("values", args.values, kFloat, {&T, &E}, kRows);

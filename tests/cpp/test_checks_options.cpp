@@ -60,7 +60,7 @@ void check_sequences(Limits<Args>& l) {
 template <typename Args>
 void check_limits(Limits<Args>& l) {
   check_sequences(l);
-  l.index(l.args.limits, 1, -1, "limits: expected values in [0, 2147483647), got -1 at [1]");
+  l.index(l.args.limits, 1, -1, "limits: expected values in [0, 2147483648), got -1 at [1]");
   l.index(l.args.limits, 1, 2147483646, nullptr);
   l.refuses("limits: expected B of at least 1", [](Args& a) { a.limits.shape[0] = 0; });
 }
@@ -74,7 +74,9 @@ TEST(policies_refuse_options_past_their_limits) {
   fit.index(fit.args.topk_ids, 3, 5, "topk_ids: expected values in [-1, 5), got 5 at [1, 1]");
   fit.index(fit.args.topk_ids, 3, -2, "topk_ids: expected values in [-1, 5), got -2 at [1, 1]");
   for (const int32_t id : {-1, 4}) fit.index(fit.args.topk_ids, 3, id, nullptr);
-  fit.refuses("num_experts: expected at least 1, got 0", [](FitCapacityArgs& a) { a.options.num_experts = 0; });
+  fit.refuses("num_experts: expected 1 to 2^31 - 1, got 0", [](FitCapacityArgs& a) { a.options.num_experts = 0; });
+  fit.refuses("num_experts: expected 1 to 2^31 - 1",
+              [](FitCapacityArgs& a) { a.options.num_experts = int64_t{1} << 31, a.scores = {}; });
   fit.accepts("1 expert", [](FitCapacityArgs& a) { a.options.num_experts = 1, a.scores = {}; });
 
   using Balanced = AssignBalancedArgs;
@@ -91,8 +93,10 @@ TEST(policies_refuse_options_past_their_limits) {
   auto capped = limits_of(assign_capped_args(), assign_capped_op);
   check_limits(capped);
   capped.refuses("cap: expected at least 1, got 0", [](Capped& a) { a.cap = 0; });
-  capped.refuses("entropy: expected a positive number, got 0", [](Capped& a) { a.entropy = 0.0; });
-  capped.refuses("entropy: expected a positive number", [](Capped& a) { a.entropy = kInf; });
+  capped.refuses("entropy: expected a finite number of at least 2^-126, got 0", [](Capped& a) { a.entropy = 0.0; });
+  capped.refuses("entropy: expected a finite number of at least 2^-126", [](Capped& a) { a.entropy = kInf; });
+  capped.refuses("entropy: expected a finite number of at least 2^-126", [](Capped& a) { a.entropy = 0x1p-127; });
+  capped.accepts("2^-126", [](Capped& a) { a.entropy = 0x1p-126; });
   capped.refuses("iterations: expected at least 0, got -1", [](Capped& a) { a.iterations = -1; });
   capped.accepts("no iterations", [](Capped& a) { a.iterations = 0; });
   capped.refuses("tolerance: expected at least 0", [](Capped& a) { a.tolerance = -1e-9; });

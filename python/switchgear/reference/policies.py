@@ -328,7 +328,7 @@ def assign_capped(
     if cap < 1:
         raise ValueError(f"cap: expected at least 1, got {cap}")
     if not 2**-126 <= entropy < math.inf:  # normal in float32
-        raise ValueError(f"entropy: expected a number of at least 2^-126, got {entropy}")
+        raise ValueError(f"entropy: expected a finite number of at least 2^-126, got {entropy}")
     if iterations < 0:
         raise ValueError(f"iterations: expected at least 0, got {iterations}")
     if not tolerance >= 0:
