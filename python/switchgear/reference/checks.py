@@ -33,7 +33,7 @@ def check(name: str, tensor: Tensor | None, shape: Sequence[int | None], dtype: 
 
 def check_range(name: str, indices: Tensor, low: int, high: int) -> None:
     """Checks that every index is in [low, high)."""
-    if indices.numel() and bool(((indices < low) | (indices >= high)).any()):
+    if indices.numel() and bool(((indices < low) | (indices > high - 1)).any()):  # 2^31 is no int32
         smallest, largest = indices.aminmax()
         raise ValueError(f"{name}: expected {low} to {high - 1}, got {int(smallest)} to {int(largest)}")
 
