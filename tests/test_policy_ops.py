@@ -368,6 +368,17 @@ def test_assign_capped_without_a_cap(backend: str) -> None:
 # ---- all -------------------------------------------------------------------------------------------------------------
 
 
+def test_the_largest_limit(backend: str) -> None:
+    """2^31 - 1 limits nothing."""
+    values, most = logits_of("normal", 7, 4), torch.tensor([2**31 - 1], dtype=torch.int32)
+    same = torch.tensor([7], dtype=torch.int32)
+    ids = switchgear.route(values, 2).topk_ids
+    assert torch.equal(ops.fit_capacity(ids, None, None, None, most, 4, "order", 0), ids)
+    for op, options in (("column_topk", ()), ("assign_capped", (2, 1e-2, 10))):
+        one, other = (getattr(ops, op)(values, None, limits, *options) for limits in (most, same))
+        assert torch.equal(one, other), op
+
+
 def test_no_tokens(backend: str) -> None:
     none, limits = torch.zeros(0, 4), torch.tensor([3], dtype=torch.int32)
     ids = torch.zeros(0, 2, dtype=torch.int32)
