@@ -184,7 +184,7 @@ class Stopped(Exception):
     pass
 
 
-def interrupted(recipe: dict[str, Any], source: Path, target: Path, share: float) -> None:
+def interrupted(recipe: dict[str, Any], source: Path | list[Path], target: Path, share: float) -> None:
     def progress(done: int, total: int, _: str) -> None:
         if done > share * total:
             raise Stopped
@@ -225,6 +225,27 @@ def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
     assert not convert.run(other, tmp_path / "dense", tmp_path / "moe", resume=False).resumed
     with pytest.raises(convert.ConversionError, match="does not exist"):
         convert.run(other, tmp_path / "dense", tmp_path / "moe")
+
+
+@pytest.mark.parametrize("option", ["importance", "router", "base"])
+def test_a_changed_input_does_not_resume(option: str, tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two", "base")):
+        saved(tmp_path / name, seed=seed)
+    sources, file = [tmp_path / "one", tmp_path / "two"], tmp_path / "rows.safetensors"
+    recipe = {"operation": "experts", "top_k": 1, "router": str(file), "base": str(tmp_path / "base")}
+    rows = (2, 32)
+    if option == "importance":
+        sources, rows = sources[:1], (1, 48)
+        recipe = {"operation": "split", "num_experts": 4, "top_k": 2, "method": "gradient", "importance": str(file)}
+    recipe["max_shard_size"] = "20KB"
+    save_file({str(layer): torch.rand(rows) for layer in range(3)}, file)
+    interrupted(recipe, sources, tmp_path / "moe", 0.5)
+    if option == "base":
+        saved(tmp_path / "base", seed=7)
+    else:
+        save_file({str(layer): torch.rand(rows) for layer in range(3)}, file)
+    with pytest.raises(convert.ConversionError, match="another recipe or source"):
+        convert.run(recipe, sources, tmp_path / "moe")
 
 
 def test_only_a_conversion_is_discarded(tmp_path: Path) -> None:
