@@ -177,6 +177,63 @@ def test_layouts_and_back(layout: str, model_type: str, options: dict[str, Any],
         assert torch.equal(second, down[expert])
 
 
+def changed(path: Path, **options: Tensor) -> None:
+    """Puts tensors into a checkpoint, by key."""
+    found = tensors(path) | options
+    for file in path.glob("*.safetensors*"):
+        file.unlink()
+    save_file(found, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(recipe: dict[str, Any], source: Path, message: str) -> None:
+    with pytest.raises(convert.RecipeError, match=message):
+        convert.run(recipe, source, source.parent / "refused")
+    assert not list(source.parent.glob("refused*"))
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "fused", "megatron", "megatron_te", "megatron_grouped"])
+def test_experts_that_no_layout_holds_are_refused(layout: str, tmp_path: Path) -> None:
+    recipe = {"operation": "layout", "to": layout}
+    saved(tmp_path / "oss", "gpt_oss", num_local_experts=4, num_hidden_layers=1)
+    refused(recipe, tmp_path / "oss", "no tensors of experts beside the layout fused, got .*down_proj_bias")
+    saved(tmp_path / "moe", "mixtral", num_local_experts=4, num_hidden_layers=1)
+    key = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    plain = tensors(tmp_path / "moe")[key]
+    changed(tmp_path / "moe", **{key: plain.bfloat16()})
+    refused(recipe, tmp_path / "moe", rf"{key} of shape \[32, 48\] in torch.float32, .* got .* in torch.bfloat16")
+    changed(tmp_path / "moe", **{key: plain.T.contiguous()})
+    refused(recipe, tmp_path / "moe", rf"{key} of shape \[32, 48\] in torch.float32, .* got \[48, 32\]")
+    changed(tmp_path / "moe", **{key: plain, key + "_scale_inv": torch.ones(1)})
+    refused(recipe, tmp_path / "moe", f"got {key}_scale_inv")
+
+
+def test_fused_experts_of_another_orientation_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "moe", "mixtral", num_local_experts=4, num_hidden_layers=1)
+    convert.run({"operation": "layout", "to": "fused"}, tmp_path / "moe", tmp_path / "fused")
+    fused = {key: tensor for key, tensor in tensors(tmp_path / "fused").items() if ".experts." in key}
+    changed(tmp_path / "fused", **{key: tensor.mT.contiguous() for key, tensor in fused.items()})
+    refused({"operation": "layout", "to": "megatron"}, tmp_path / "fused", r"of shape \[4, .* as layout fused has it")
+
+
+def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "moe", "mixtral", num_local_experts=4, num_hidden_layers=1)
+    config = tmp_path / "moe" / "config.json"
+    plain = config.read_text()
+    config.write_text(json.dumps(json.loads(plain) | {"quantization_config": {"quant_method": "fp8"}}))
+    merge = {"operation": "merge"}
+    for recipe in (merge, {"operation": "layout", "to": "fused"}):
+        refused(recipe, tmp_path / "moe", "plain weights, got a quantization_config")
+    base = saved(tmp_path / "base", "mixtral", num_local_experts=4, num_hidden_layers=1)
+    refused({**merge, "method": "ties", "base": str(tmp_path / "moe")}, tmp_path / "base", "got a quantization_config")
+    config.write_text(plain)
+    key = "model.layers.0.self_attn.q_proj.weight"
+    changed(tmp_path / "moe", **{key: torch.ones(32, 32).to(torch.float8_e4m3fn)})
+    refused(merge, tmp_path / "moe", f"expected plain weights, got {key} in torch.float8_e4m3fn")
+    state = dict(base.state_dict()) | {key: torch.ones(32, 32).to(torch.float8_e4m3fn)}
+    with pytest.raises(TypeError, match=f"expected plain weights, got {key} in torch.float8_e4m3fn"):
+        convert.merge_models([state, state])
+
+
 # ---- interruptions and errors ----------------------------------------------------------------------------------------
 
 
