@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.convert.average import Merging, check_same
+from switchgear.convert.average import Merging, check_same, check_wide
 from switchgear.convert.checks import check_moe, check_random
 from switchgear.convert.dense import PlainExperts, check_options, to_dense
 from switchgear.convert.families import (
@@ -17,6 +17,7 @@ from switchgear.convert.families import (
     PARTS,
     Size,
     check_dense,
+    check_plain,
     dense_config,
     dense_key,
     family_for,
@@ -112,6 +113,8 @@ def merge_plan(
     models: Sequence[tuple[Mapping[str, Any], Source]], base: tuple[Mapping[str, Any], Source] | None, merging: Merging
 ) -> Plan:
     """See merge_models."""
+    for own, _ in [*models, *([base] if base is not None else [])]:
+        check_plain(own)
     sources = [source for _, source in models]
     make = merged_items(sources, None if base is None else base[1], merging)
     config = dict(models[0][0] if base is None else base[0])
@@ -119,12 +122,14 @@ def merge_plan(
 
 
 def merged_items(sources: Sequence[Source], base: Source | None, merging: Merging) -> Callable[[str], Item]:
-    """Makes the item of a key of all models. Raises ValueError if their tensors differ in name or shape."""
+    """Makes the item of a key of all models. Raises ValueError if their tensors differ in name or shape, TypeError for
+    float8."""
     merging.check(len(sources), base is not None)
     wanted = {key: sources[0].shape(key) for key in sources[0].keys()}  # noqa: SIM118
     named = [(f"models[{index}]", source) for index, source in enumerate(sources)]
     for name, source in [*named, *([("base", base)] if base is not None else [])]:
         check_same(name, {key: source.shape(key) for key in source.keys()}, wanted)  # noqa: SIM118
+        check_wide(name, {key: source.dtype(key) for key in wanted})
 
     def item(key: str) -> Item:
         first = sources[0] if base is None else base
