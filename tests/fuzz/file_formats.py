@@ -104,7 +104,7 @@ def change_tensors(tensors: Tensors, rng: random.Random) -> str:
 
 
 def change_safetensors(folder: Path, rng: random.Random) -> str:
-    file = folder / "model.safetensors"
+    (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     kind = change_tensors(tensors, rng)
     save_file(tensors, file)
