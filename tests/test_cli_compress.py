@@ -164,6 +164,55 @@ def test_a_folder_of_something_else_is_left_alone(model: Path, capsys: pytest.Ca
     assert (partial / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_a_folder_of_another_command_is_left_alone(
+    fresh: list[str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = model.parent / "small.partial"
+    partial.mkdir()
+    for journal in ({"identity": "0" * 64, "shards": {}}, {"command": "convert", "steps": [], "calibrations": []}, []):
+        (partial / "journal.json").write_text(json.dumps(journal))
+        (partial / "model-00001-of-00009.safetensors").write_bytes(b"half of it")
+        before = {file.name: file.read_bytes() for file in partial.iterdir() if file.name != "lock"}
+        assert run(model, write(model, PRUNE), *fresh) == 2
+        assert "left as it is" in capsys.readouterr().err
+        assert {file.name: file.read_bytes() for file in partial.iterdir() if file.name != "lock"} == before
+
+
+def test_only_what_the_command_wrote_is_deleted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from switchgear.cli.compress import work
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    partial = model.parent / "small.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Partial, "finish", full)
+        assert run(model, write(model, PRUNE)) == 2
+    (partial / "thesis.txt").write_text("years of work")
+    assert run(model, write(model, PRUNE), "--fresh") == 0
+    assert [file.name for file in partial.iterdir()] == ["thesis.txt"]
+
+
+def test_one_run_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from switchgear.cli.compress import work
+
+    codes, real = [], work.Partial.finish
+
+    def meanwhile(*args: Any) -> None:
+        monkeypatch.setattr(work.Partial, "finish", real)
+        before = sorted((model.parent / "small.partial").iterdir())
+        codes.extend(run(model, write(model, PRUNE), *fresh) for fresh in ([], ["--fresh"]))
+        assert sorted((model.parent / "small.partial").iterdir()) == before
+        real(*args)
+
+    monkeypatch.setattr(work.Partial, "finish", meanwhile)
+    assert run(model, write(model, PRUNE)) == 0
+    assert codes == [2, 2]
+    assert "another process" in capsys.readouterr().err
+    assert not (model.parent / "small.partial").exists()
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [

@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Files that are whole or not there, and the bytes of tensors that go into them."""
+"""Files that are whole or not there, the bytes of tensors that go into them, and directories of one writer."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 from pathlib import Path
+from typing import IO
 
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where directories are not locked
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = "lock"  # a file in a directory that is written
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 
 
@@ -24,6 +31,18 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def locked(folder: Path) -> IO[str]:
+    """Until the returned file is closed, no other call locks the directory, in any process: it raises BlockingIOError."""
+    file = open(folder / LOCK, "w")  # noqa: SIM115
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            file.close()
+            raise
+    return file
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
