@@ -428,6 +428,27 @@ def test_a_wrong_recipe_is_named_and_nothing_is_written(recipe: Any, name: str, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_wrong_rows_of_a_router_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        saved(tmp_path / name, seed=seed)
+    file = tmp_path / "router.safetensors"
+    right = {str(layer): torch.rand(2, 32) for layer in range(3)}
+    for rows, message in (
+        ({"0": right["0"], "1": right["1"]}, "expected rows of layer 2, got none"),
+        (right | {"1": torch.rand(3, 32)}, r"expected \[E=2,H=32\] of layer 1, got \[3, 32\]"),
+        (right | {"2": right["2"] / 0}, "expected finite rows of layer 2"),
+    ):
+        save_file(rows, file)
+        with pytest.raises(convert.RecipeError, match=f"router: {message}"):
+            convert.run(
+                {"operation": "experts", "router": str(file)}, [tmp_path / "one", tmp_path / "two"], tmp_path / "moe"
+            )
+        assert not list(tmp_path.glob("moe*"))
+    save_file(right, file)
+    convert.run({"operation": "experts", "router": str(file)}, [tmp_path / "one", tmp_path / "two"], tmp_path / "moe")
+    assert torch.equal(tensors(tmp_path / "moe")["model.layers.1.block_sparse_moe.gate.weight"], right["1"])
+
+
 def test_wrong_options_of_dense_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     saved(tmp_path / "moe", "mixtral", num_local_experts=4)
     before = sorted(tmp_path.rglob("*"))

@@ -100,6 +100,8 @@ def experts_plan(
                 raise ValueError(f"models[{index}]: expected {name} {config.get(name)}, got {other.get(name)}")
     size = Size(len(models), top_k, int(config["intermediate_size"]), layers_of(config, layers))
     found = family_for(config, size, family)
+    if router is not None:
+        _check_router(router, size, int(config["hidden_size"]))
     items = collected(
         origin, [source for _, source in models], found, size, router=router, router_init=router_init, seed=seed,
         merge=merge, noise=noise,
@@ -107,6 +109,18 @@ def experts_plan(
     how = f"{found.model_type}, one per model; other tensors by {merging.method}"
     done = tuple((f"model.layers.{layer}.mlp", "dense", size.num_experts, how) for layer in size.layers)
     return Plan(moe_config(config, found, size), tuple(items), done)
+
+
+def _check_router(router: Mapping[int, Tensor], size: Size, hidden: int) -> None:
+    for layer in size.layers:
+        if layer not in router:
+            raise ValueError(f"router: expected rows of layer {layer}, got none")
+        rows = router[layer]
+        if tuple(rows.shape) != (size.num_experts, hidden):
+            expected = f"[E={size.num_experts},H={hidden}] of layer {layer}"
+            raise ValueError(f"router: expected {expected}, got {list(rows.shape)}")
+        if not rows.isfinite().all():
+            raise ValueError(f"router: expected finite rows of layer {layer}, got others")
 
 
 def merge_plan(
