@@ -93,6 +93,19 @@ def test_bits_by_expert_within_a_tolerance(model: Path, capsys: pytest.CaptureFi
     assert "at 1.00 bits" in capsys.readouterr().out
 
 
+def test_a_stored_step_before_a_calibrated_one(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = {"do": "quantize", "bits": 4, "group_size": 32, "store": True}
+    assert run(model, write(model, stored, {"do": "prune_experts", "keep": 4})) == 0
+    assert "4 of 6 experts kept" in capsys.readouterr().out
+
+
+def test_the_recipe_of_a_result_is_one(model: Path) -> None:
+    from switchgear.cli.compress.recipe import parse
+
+    found = parse({"calibration": {"text": ["code.txt"]}, "steps": [PRUNE]}, model.parent)
+    assert parse(found.as_dict(), model.parent) == found
+
+
 def test_bits_by_layer_need_no_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     by_layer = {"do": "quantize", "bits": {"model.layers.0.mlp": 2, "model.layers.1.mlp": 4}, "group_size": 32}
     assert run(model, write(model, by_layer, text=[])) == 0
@@ -229,6 +242,7 @@ def test_one_run_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         ),
         ('{"steps": [{"do": "prune_experts", "keep": 4}]}', "calibration.text: expected files"),
         ('{"calibration": {"length": 1}, "steps": [{"do": "quantize"}]}', "calibration.length: expected an integer"),
+        ('{"calibration": {"tokens": true}, "steps": [{"do": "quantize"}]}', "calibration.tokens: expected an integer"),
         ('{"calibration": {"text": "a"}, "steps": [{"do": "quantize"}]}', "calibration.text: expected a list"),
         ('{"steps": [{"do": "quantize", "bits": {"average": 2, "width": 3}}]}', "bits: expected of, average"),
         ('{"steps": [{"do": "quantize", "bits": {"of": [1, 2], "avrage": 2}}]}', "bits: expected of, average"),

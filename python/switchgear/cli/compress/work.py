@@ -19,6 +19,7 @@ from typing import Any
 from switchgear import compress as functions
 from switchgear.compress import Calibration, calibrate
 from switchgear.files import LOCK, locked, unfinished_of, write_whole
+from switchgear.weights import restore
 
 from ...common import CommandError
 from ...common.progress import progress
@@ -49,6 +50,7 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
             partial.discard_if_empty()
             raise
         for i, step in enumerate(recipe.steps[len(done) :], len(done)):
+            restore(model)  # of weights that a step has stored: a resumed run reads plain ones, too
             calibration = partial.calibration(i)
             if calibration is None and step.needs_calibration:
                 calibration = _calibrate(model, source, recipe, texts, step.needs_hessians)
