@@ -274,7 +274,7 @@ def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
     saved(tmp_path / "dense")
     interrupted(UPCYCLE, tmp_path / "dense", tmp_path / "moe", 0.5)
     other = {**UPCYCLE, "seed": 1}
-    with pytest.raises(convert.ConversionError, match="another recipe or source"):
+    with pytest.raises(convert.ConversionError, match="another recipe or source.*resume=False.*--fresh"):
         convert.run(other, tmp_path / "dense", tmp_path / "moe")
     saved(tmp_path / "dense", seed=5)  # another source
     with pytest.raises(convert.ConversionError, match="another recipe or source"):
@@ -407,6 +407,12 @@ WRONG: list[tuple[Any, str]] = [
     ({"operation": "merge", "scale": "x"}, "scale: expected a number"),
     ({"operation": "merge", "method": "ties", "base": 3}, "base: expected a directory, got int"),
     ({"operation": "experts", "top_k": 1, "noise": "x"}, "noise: expected a number"),
+    ({"operation": ["upcycle"]}, "operation: expected upcycle, "),
+    ({"operation": "upcycle", "max_shard_size": "inf"}, "max_shard_size: expected bytes"),
+    ({"operation": "upcycle", "max_shard_size": 1e400}, "max_shard_size: expected bytes"),
+    ({"operation": "upcycle", "family": ["mixtral"]}, "family: expected mixtral, "),
+    ({"operation": "split", "num_experts": 4, "top_k": 2, "seed": 10**30}, "seed: expected an integer of 64 bits"),
+    ({"operation": "split", "num_experts": 4, "top_k": 2, "rescale": "no"}, "rescale: expected bool, got str"),
 ]
 WRONG_DENSE = [
     ({"method": "best"}, "method: expected one of"),

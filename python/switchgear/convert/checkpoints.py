@@ -74,7 +74,7 @@ class Recipe:
     max_shard_size: int | str = "5GB"
 
     def __post_init__(self) -> None:
-        if self.operation not in OPTIONS:
+        if not isinstance(self.operation, str) or self.operation not in OPTIONS:
             raise RecipeError(f"operation: expected {', '.join(OPTIONS)}, got {self.operation!r}")
         allowed = OPTIONS[self.operation]
         if unknown := sorted(set(self.options) - set(allowed)):
@@ -113,7 +113,7 @@ class Recipe:
         number, unit = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
         try:
             size = int(float(number) * unit)
-        except ValueError:
+        except (ValueError, OverflowError):
             size = 0
         if size < 1:
             raise RecipeError(f"max_shard_size: expected bytes or a size such as 5GB, got {self.max_shard_size!r}")

@@ -101,7 +101,7 @@ def family_for(config: Mapping[str, Any], size: Size, wanted: str | None = None)
     if wanted is None:
         plain = "mixtral" if every and not size.shared_width else "qwen2_moe"
         wanted = {"qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}.get(model_type, plain)
-    if wanted not in FAMILIES:
+    if not isinstance(wanted, str) or wanted not in FAMILIES:
         raise ValueError(f"family: expected {', '.join(FAMILIES)}, got {wanted}")
     family = FAMILIES[wanted]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from switchgear.convert.average import Merging, check_same, check_wide
-from switchgear.convert.checks import check_moe, check_random
+from switchgear.convert.checks import check_moe, check_random, check_switch
 from switchgear.convert.dense import PlainExperts, check_options, to_dense
 from switchgear.convert.families import (
     FAMILIES,
@@ -57,6 +57,7 @@ def split_plan(
     check_dense(config)
     check_moe(num_experts, top_k)
     check_random(seed, router_init=router_init)
+    check_switch("rescale", rescale)
     chosen = layers_of(config, layers)
     how = Split(num_experts, method, shared, importance, keep, seed)
     for layer in chosen:

@@ -91,7 +91,7 @@ class Journal:
         if not is_same:
             raise ConversionError(
                 f"target: {self.folder} holds an unfinished conversion of another recipe or source; "
-                "remove it, or pass resume=False"
+                "remove it, or start again with resume=False (switchgear convert --fresh)"
             )
         self.shards = found["shards"]
 
