@@ -34,7 +34,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def locked(folder: Path) -> IO[str]:
-    """Until the returned file is closed, no other call locks the directory, in any process: it raises BlockingIOError."""
+    """Until the returned file is closed, other calls for the directory raise BlockingIOError, in any process."""
     file = open(folder / LOCK, "w")  # noqa: SIM115
     if fcntl is not None:
         try:

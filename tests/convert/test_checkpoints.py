@@ -274,7 +274,7 @@ def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
     saved(tmp_path / "dense")
     interrupted(UPCYCLE, tmp_path / "dense", tmp_path / "moe", 0.5)
     other = {**UPCYCLE, "seed": 1}
-    with pytest.raises(convert.ConversionError, match="another recipe or source.*resume=False.*--fresh"):
+    with pytest.raises(convert.ConversionError, match=r"another recipe or source.*resume=False.*--fresh"):
         convert.run(other, tmp_path / "dense", tmp_path / "moe")
     saved(tmp_path / "dense", seed=5)  # another source
     with pytest.raises(convert.ConversionError, match="another recipe or source"):

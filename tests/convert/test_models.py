@@ -161,7 +161,7 @@ def test_row53_in_two_bytes(dtype: torch.dtype) -> None:
 def test_a_model_of_several_dtypes_is_refused() -> None:
     model = dense("llama")
     model.model.embed_tokens.bfloat16()
-    with pytest.raises(ValueError, match="tensors of one dtype, such as torch.bfloat16 of model.embed_tokens.weight, got"):
+    with pytest.raises(ValueError, match=r"tensors of one dtype, such as torch.bfloat16 of model\.embed_tokens"):
         convert.upcycle(model, 2, 1)
 
 

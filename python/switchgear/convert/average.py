@@ -175,7 +175,7 @@ def check_same(name: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[
 
 
 def check_wide(name: str, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Raises TypeError for tensors of 8 bits, whose scales are other tensors: sums of the two are no sums of weights."""
+    """Raises TypeError for float8 tensors, whose scales are other tensors: sums of both are no sums of weights."""
     for key, dtype in dtypes.items():
         if dtype.is_floating_point and dtype.itemsize == 1:
             raise TypeError(f"{name}: expected plain weights, got {key} in {dtype}")

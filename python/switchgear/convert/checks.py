@@ -28,7 +28,7 @@ def check_number(name: str, value: Any) -> None:
 def check_seed(seed: Any) -> None:
     if not isinstance(seed, Integral) or isinstance(seed, bool):
         raise TypeError(f"seed: expected int, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**63:
+    if not -(2**63) <= int(seed) < 2**63:
         raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
 
 

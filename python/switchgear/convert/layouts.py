@@ -41,8 +41,8 @@ def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> Plan:
 
     Megatron's routers are decoder.layers.0.mlp.router.weight. Other tensors keep their names.
 
-    Raises ValueError for experts that no layout holds: quantized, with biases or other tensors, of other shapes (gpt-oss
-    has [E,H,2I]), and of several dtypes in a layer.
+    Raises ValueError for experts that no layout holds: quantized, with biases or other tensors, of other shapes
+    (gpt-oss has [E,H,2I]), and of several dtypes in a layer.
     """
     check_choice("to", to, LAYOUTS)
     check_plain(config)

@@ -59,8 +59,8 @@ def tensors_of(model: Any) -> StateDict:
 
 
 def built(model: Any, plan: Plan) -> Conversion:
-    """A new model of the plan's config with its tensors, in the mode and on the device of the old one. Raises ValueError
-    for tensors of several dtypes, since transformers gives a model one."""
+    """A new model of the plan's config with its tensors, in the mode and on the device of the old one. Raises
+    ValueError for tensors of several dtypes, since transformers gives a model one."""
     dtype = _dtype_of(plan)
     config = transformers.AutoConfig.for_model(**plan.config)
     made_class = getattr(transformers, plan.config["architectures"][0])

@@ -2,8 +2,8 @@
 """Runs a recipe. The result appears at once or not at all, and an interrupted run goes on after its last finished step.
 
 All is written into OUT.partial: the calibration and the model after each step, and then the result, which is renamed to
-OUT. journal.json there says that the folder is of this command, of which recipe and which checkpoint. Other files in it are
-never touched.
+OUT. journal.json there says that the folder is of this command, of which recipe and which checkpoint. Other files in it
+are never touched.
 """
 
 from __future__ import annotations
