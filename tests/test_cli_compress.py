@@ -93,6 +93,19 @@ def test_bits_by_expert_within_a_tolerance(model: Path, capsys: pytest.CaptureFi
     assert "at 1.00 bits" in capsys.readouterr().out
 
 
+def test_a_stored_step_before_a_calibrated_one(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = {"do": "quantize", "bits": 4, "group_size": 32, "store": True}
+    assert run(model, write(model, stored, {"do": "prune_experts", "keep": 4})) == 0
+    assert "4 of 6 experts kept" in capsys.readouterr().out
+
+
+def test_the_recipe_of_a_result_is_one(model: Path) -> None:
+    from switchgear.cli.compress.recipe import parse
+
+    found = parse({"calibration": {"text": ["code.txt"]}, "steps": [PRUNE]}, model.parent)
+    assert parse(found.as_dict(), model.parent) == found
+
+
 def test_bits_by_layer_need_no_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     by_layer = {"do": "quantize", "bits": {"model.layers.0.mlp": 2, "model.layers.1.mlp": 4}, "group_size": 32}
     assert run(model, write(model, by_layer, text=[])) == 0
@@ -164,6 +177,55 @@ def test_a_folder_of_something_else_is_left_alone(model: Path, capsys: pytest.Ca
     assert (partial / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_a_folder_of_another_command_is_left_alone(
+    fresh: list[str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = model.parent / "small.partial"
+    partial.mkdir()
+    for journal in ({"identity": "0" * 64, "shards": {}}, {"command": "convert", "steps": [], "calibrations": []}, []):
+        (partial / "journal.json").write_text(json.dumps(journal))
+        (partial / "model-00001-of-00009.safetensors").write_bytes(b"half of it")
+        before = {file.name: file.read_bytes() for file in partial.iterdir() if file.name != "lock"}
+        assert run(model, write(model, PRUNE), *fresh) == 2
+        assert "left as it is" in capsys.readouterr().err
+        assert {file.name: file.read_bytes() for file in partial.iterdir() if file.name != "lock"} == before
+
+
+def test_only_what_the_command_wrote_is_deleted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from switchgear.cli.compress import work
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    partial = model.parent / "small.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Partial, "finish", full)
+        assert run(model, write(model, PRUNE)) == 2
+    (partial / "thesis.txt").write_text("years of work")
+    assert run(model, write(model, PRUNE), "--fresh") == 0
+    assert [file.name for file in partial.iterdir()] == ["thesis.txt"]
+
+
+def test_one_run_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from switchgear.cli.compress import work
+
+    codes, real = [], work.Partial.finish
+
+    def meanwhile(*args: Any) -> None:
+        monkeypatch.setattr(work.Partial, "finish", real)
+        before = sorted((model.parent / "small.partial").iterdir())
+        codes.extend(run(model, write(model, PRUNE), *fresh) for fresh in ([], ["--fresh"]))
+        assert sorted((model.parent / "small.partial").iterdir()) == before
+        real(*args)
+
+    monkeypatch.setattr(work.Partial, "finish", meanwhile)
+    assert run(model, write(model, PRUNE)) == 0
+    assert codes == [2, 2]
+    assert "another process" in capsys.readouterr().err
+    assert not (model.parent / "small.partial").exists()
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -180,6 +242,7 @@ def test_a_folder_of_something_else_is_left_alone(model: Path, capsys: pytest.Ca
         ),
         ('{"steps": [{"do": "prune_experts", "keep": 4}]}', "calibration.text: expected files"),
         ('{"calibration": {"length": 1}, "steps": [{"do": "quantize"}]}', "calibration.length: expected an integer"),
+        ('{"calibration": {"tokens": true}, "steps": [{"do": "quantize"}]}', "calibration.tokens: expected an integer"),
         ('{"calibration": {"text": "a"}, "steps": [{"do": "quantize"}]}', "calibration.text: expected a list"),
         ('{"steps": [{"do": "quantize", "bits": {"average": 2, "width": 3}}]}', "bits: expected of, average"),
         ('{"steps": [{"do": "quantize", "bits": {"of": [1, 2], "avrage": 2}}]}', "bits: expected of, average"),

@@ -292,14 +292,14 @@ def test_layers_that_transformers_leaves_out_are_left_out(published: Callable[[s
             "expected a safetensors file, got",
         ),
         (
-            lambda path: (path / INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'),
+            lambda path: index(path, '{"weight_map": {"a": "b.safetensors"}}'),
             "expected a safetensors file, got .*b.safetensors",
         ),
-        (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "model.safetensors"}}'), "expected a in .*index"),
-        (lambda path: (path / INDEX).write_text("[]"), "expected a weight_map in"),
-        (lambda path: (path / INDEX).write_text("[" * 100_000), "expected a weight_map in"),
+        (lambda path: index(path, '{"weight_map": {"a": "shard.safetensors"}}'), "expected a in .*index"),
+        (lambda path: index(path, "[]"), "expected a weight_map in"),
+        (lambda path: index(path, "[" * 100_000), "expected a weight_map in"),
         (
-            lambda path: (path / INDEX).write_text('{"weight_map": {"a": "b\\u0000"}}'),
+            lambda path: index(path, '{"weight_map": {"a": "b\\u0000"}}'),
             "expected a safetensors file, got",
         ),
         (
@@ -329,6 +329,32 @@ def test_files_that_are_not_a_checkpoint(
     change(path)
     with pytest.raises(ValueError, match=f"^path: {message}"):
         load_published(path)
+
+
+def index(path: Path, text: str) -> None:
+    """The weights in one file of an index."""
+    (path / "model.safetensors").rename(path / "shard.safetensors")
+    (path / INDEX).write_text(text)
+
+
+def test_the_files_are_those_that_transformers_reads(published: Callable[[str], Path], tmp_path: Path) -> None:
+    path = copied(published("gpt_oss"), tmp_path, lambda tensors: None)
+    key = "model.norm.weight"
+    whole, want = path / "model.safetensors", load_file(path / "model.safetensors")[key]
+    other = {key: torch.zeros_like(want)}
+    save_file(other, path / "adapter.safetensors")
+    save_file(other, path / "shard.safetensors")
+    (path / INDEX).write_text(json.dumps({"weight_map": {key: "shard.safetensors"}}))  # of an earlier save
+    assert torch.equal(load_published(path).state_dict()[key], want)
+    listed = dict.fromkeys(load_file(whole), "shard.safetensors")
+    whole.rename(path / "shard.safetensors")
+    (path / INDEX).write_text(json.dumps({"weight_map": listed}))
+    assert torch.equal(load_published(path).state_dict()[key], want)
+    (path / INDEX).unlink()
+    with pytest.raises(ValueError, match=f"path: expected {key} in one file of .*, got it in adapter.* and shard"):
+        load_published(path)
+    (path / "adapter.safetensors").unlink()
+    assert torch.equal(load_published(path).state_dict()[key], want)
 
 
 def resize(path: Path, **sizes: Any) -> None:

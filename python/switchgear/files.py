@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Files that are whole or not there, and the bytes of tensors that go into them."""
+"""Files that are whole or not there, the bytes of tensors that go into them, and directories of one writer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import IO
 
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where directories are not locked
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = "lock"  # a file in a directory that is written
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 
 
@@ -38,6 +45,18 @@ def write_whole(path: Path, text: str) -> None:
     """Replaces a file at once, durably. Raises OSError."""
     with replacing(path) as unfinished:
         unfinished.write_text(text)
+
+
+def locked(folder: Path) -> IO[str]:
+    """Until the returned file is closed, other calls for the directory raise BlockingIOError, in any process."""
+    file = open(folder / LOCK, "w")  # noqa: SIM115
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            file.close()
+            raise
+    return file
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

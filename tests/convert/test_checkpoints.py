@@ -177,6 +177,63 @@ def test_layouts_and_back(layout: str, model_type: str, options: dict[str, Any],
         assert torch.equal(second, down[expert])
 
 
+def changed(path: Path, **options: Tensor) -> None:
+    """Puts tensors into a checkpoint, by key."""
+    found = tensors(path) | options
+    for file in path.glob("*.safetensors*"):
+        file.unlink()
+    save_file(found, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(recipe: dict[str, Any], source: Path, message: str) -> None:
+    with pytest.raises(convert.RecipeError, match=message):
+        convert.run(recipe, source, source.parent / "refused")
+    assert not list(source.parent.glob("refused*"))
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "fused", "megatron", "megatron_te", "megatron_grouped"])
+def test_experts_that_no_layout_holds_are_refused(layout: str, tmp_path: Path) -> None:
+    recipe = {"operation": "layout", "to": layout}
+    saved(tmp_path / "oss", "gpt_oss", num_local_experts=4, num_hidden_layers=1)
+    refused(recipe, tmp_path / "oss", "no tensors of experts beside the layout fused, got .*down_proj_bias")
+    saved(tmp_path / "moe", "mixtral", num_local_experts=4, num_hidden_layers=1)
+    key = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    plain = tensors(tmp_path / "moe")[key]
+    changed(tmp_path / "moe", **{key: plain.bfloat16()})
+    refused(recipe, tmp_path / "moe", rf"{key} of shape \[32, 48\] in torch.float32, .* got .* in torch.bfloat16")
+    changed(tmp_path / "moe", **{key: plain.T.contiguous()})
+    refused(recipe, tmp_path / "moe", rf"{key} of shape \[32, 48\] in torch.float32, .* got \[48, 32\]")
+    changed(tmp_path / "moe", **{key: plain, key + "_scale_inv": torch.ones(1)})
+    refused(recipe, tmp_path / "moe", f"got {key}_scale_inv")
+
+
+def test_fused_experts_of_another_orientation_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "moe", "mixtral", num_local_experts=4, num_hidden_layers=1)
+    convert.run({"operation": "layout", "to": "fused"}, tmp_path / "moe", tmp_path / "fused")
+    fused = {key: tensor for key, tensor in tensors(tmp_path / "fused").items() if ".experts." in key}
+    changed(tmp_path / "fused", **{key: tensor.mT.contiguous() for key, tensor in fused.items()})
+    refused({"operation": "layout", "to": "megatron"}, tmp_path / "fused", r"of shape \[4, .* as layout fused has it")
+
+
+def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "moe", "mixtral", num_local_experts=4, num_hidden_layers=1)
+    config = tmp_path / "moe" / "config.json"
+    plain = config.read_text()
+    config.write_text(json.dumps(json.loads(plain) | {"quantization_config": {"quant_method": "fp8"}}))
+    merge = {"operation": "merge"}
+    for recipe in (merge, {"operation": "layout", "to": "fused"}):
+        refused(recipe, tmp_path / "moe", "plain weights, got a quantization_config")
+    base = saved(tmp_path / "base", "mixtral", num_local_experts=4, num_hidden_layers=1)
+    refused({**merge, "method": "ties", "base": str(tmp_path / "moe")}, tmp_path / "base", "got a quantization_config")
+    config.write_text(plain)
+    key = "model.layers.0.self_attn.q_proj.weight"
+    changed(tmp_path / "moe", **{key: torch.ones(32, 32).to(torch.float8_e4m3fn)})
+    refused(merge, tmp_path / "moe", f"expected plain weights, got {key} in torch.float8_e4m3fn")
+    state = dict(base.state_dict()) | {key: torch.ones(32, 32).to(torch.float8_e4m3fn)}
+    with pytest.raises(TypeError, match=f"expected plain weights, got {key} in torch.float8_e4m3fn"):
+        convert.merge_models([state, state])
+
+
 # ---- interruptions and errors ----------------------------------------------------------------------------------------
 
 
@@ -184,7 +241,7 @@ class Stopped(Exception):
     pass
 
 
-def interrupted(recipe: dict[str, Any], source: Path, target: Path, share: float) -> None:
+def interrupted(recipe: dict[str, Any], source: Path | list[Path], target: Path, share: float) -> None:
     def progress(done: int, total: int, _: str) -> None:
         if done > share * total:
             raise Stopped
@@ -217,7 +274,7 @@ def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
     saved(tmp_path / "dense")
     interrupted(UPCYCLE, tmp_path / "dense", tmp_path / "moe", 0.5)
     other = {**UPCYCLE, "seed": 1}
-    with pytest.raises(convert.ConversionError, match="another recipe or source"):
+    with pytest.raises(convert.ConversionError, match=r"another recipe or source.*resume=False.*--fresh"):
         convert.run(other, tmp_path / "dense", tmp_path / "moe")
     saved(tmp_path / "dense", seed=5)  # another source
     with pytest.raises(convert.ConversionError, match="another recipe or source"):
@@ -225,6 +282,27 @@ def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
     assert not convert.run(other, tmp_path / "dense", tmp_path / "moe", resume=False).resumed
     with pytest.raises(convert.ConversionError, match="does not exist"):
         convert.run(other, tmp_path / "dense", tmp_path / "moe")
+
+
+@pytest.mark.parametrize("option", ["importance", "router", "base"])
+def test_a_changed_input_does_not_resume(option: str, tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two", "base")):
+        saved(tmp_path / name, seed=seed)
+    sources, file = [tmp_path / "one", tmp_path / "two"], tmp_path / "rows.safetensors"
+    recipe = {"operation": "experts", "top_k": 1, "router": str(file), "base": str(tmp_path / "base")}
+    rows = (2, 32)
+    if option == "importance":
+        sources, rows = sources[:1], (1, 48)
+        recipe = {"operation": "split", "num_experts": 4, "top_k": 2, "method": "gradient", "importance": str(file)}
+    recipe["max_shard_size"] = "20KB"
+    save_file({str(layer): torch.rand(rows) for layer in range(3)}, file)
+    interrupted(recipe, sources, tmp_path / "moe", 0.5)
+    if option == "base":
+        saved(tmp_path / "base", seed=7)
+    else:
+        save_file({str(layer): torch.rand(rows) for layer in range(3)}, file)
+    with pytest.raises(convert.ConversionError, match="another recipe or source"):
+        convert.run(recipe, sources, tmp_path / "moe")
 
 
 def test_only_a_conversion_is_discarded(tmp_path: Path) -> None:
@@ -329,6 +407,12 @@ WRONG: list[tuple[Any, str]] = [
     ({"operation": "merge", "scale": "x"}, "scale: expected a number"),
     ({"operation": "merge", "method": "ties", "base": 3}, "base: expected a directory, got int"),
     ({"operation": "experts", "top_k": 1, "noise": "x"}, "noise: expected a number"),
+    ({"operation": ["upcycle"]}, "operation: expected upcycle, "),
+    ({"operation": "upcycle", "max_shard_size": "inf"}, "max_shard_size: expected bytes"),
+    ({"operation": "upcycle", "max_shard_size": 1e400}, "max_shard_size: expected bytes"),
+    ({"operation": "upcycle", "family": ["mixtral"]}, "family: expected mixtral, "),
+    ({"operation": "split", "num_experts": 4, "top_k": 2, "seed": 10**30}, "seed: expected an integer of 64 bits"),
+    ({"operation": "split", "num_experts": 4, "top_k": 2, "rescale": "no"}, "rescale: expected bool, got str"),
 ]
 WRONG_DENSE = [
     ({"method": "best"}, "method: expected one of"),
@@ -348,6 +432,27 @@ def test_a_wrong_recipe_is_named_and_nothing_is_written(recipe: Any, name: str, 
     with pytest.raises(convert.RecipeError, match=name):
         convert.run(recipe, tmp_path / "dense", tmp_path / "moe")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_wrong_rows_of_a_router_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        saved(tmp_path / name, seed=seed)
+    file = tmp_path / "router.safetensors"
+    right = {str(layer): torch.rand(2, 32) for layer in range(3)}
+    for rows, message in (
+        ({"0": right["0"], "1": right["1"]}, "expected rows of layer 2, got none"),
+        (right | {"1": torch.rand(3, 32)}, r"expected \[E=2,H=32\] of layer 1, got \[3, 32\]"),
+        (right | {"2": right["2"] / 0}, "expected finite rows of layer 2"),
+    ):
+        save_file(rows, file)
+        with pytest.raises(convert.RecipeError, match=f"router: {message}"):
+            convert.run(
+                {"operation": "experts", "router": str(file)}, [tmp_path / "one", tmp_path / "two"], tmp_path / "moe"
+            )
+        assert not list(tmp_path.glob("moe*"))
+    save_file(right, file)
+    convert.run({"operation": "experts", "router": str(file)}, [tmp_path / "one", tmp_path / "two"], tmp_path / "moe")
+    assert torch.equal(tensors(tmp_path / "moe")["model.layers.1.block_sparse_moe.gate.weight"], right["1"])
 
 
 def test_wrong_options_of_dense_are_named_and_nothing_is_written(tmp_path: Path) -> None:

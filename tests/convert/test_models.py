@@ -158,6 +158,13 @@ def test_row53_in_two_bytes(dtype: torch.dtype) -> None:
     assert logits(done.model).float().sub(expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_a_model_of_several_dtypes_is_refused() -> None:
+    model = dense("llama")
+    model.model.embed_tokens.bfloat16()
+    with pytest.raises(ValueError, match=r"tensors of one dtype, such as torch.bfloat16 of model\.embed_tokens"):
+        convert.upcycle(model, 2, 1)
+
+
 @pytest.mark.parametrize("model_type", ["gemma", "phi3"])
 def test_row53_other_families_in_place(model_type: str) -> None:
     """Layers of ours take the place of modules that no MoE family has."""

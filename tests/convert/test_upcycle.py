@@ -133,6 +133,18 @@ def test_row53_model_of_ones_own_in_place_chosen_layers() -> None:
     assert not torch.equal(*routers)
 
 
+def test_a_module_in_two_places_is_replaced_in_both() -> None:
+    for convert_all in (
+        lambda model: convert.upcycle(model, 4, 2),
+        lambda model: convert.distill_layers(model, 4, [torch.randn(8, 32)], top_k=2, steps=0),
+    ):
+        mlp = Llama()
+        model = nn.Sequential(mlp, nn.Sequential(nn.Identity(), mlp))
+        assert len(convert_all(model).layers) == 1
+        assert isinstance(model[0], switchgear.MoE)
+        assert model[1][1] is model[0]
+
+
 def test_bad_input_changes_nothing() -> None:
     model = nn.Sequential(Block(), Block())
     for options in ({"top_k": 5}, {"top_k": 0}, {"num_experts": 0}, {"layers": [2]}, {"layers": []}, {"layers": "last"},

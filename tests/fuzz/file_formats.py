@@ -104,7 +104,7 @@ def change_tensors(tensors: Tensors, rng: random.Random) -> str:
 
 
 def change_safetensors(folder: Path, rng: random.Random) -> str:
-    file = folder / "model.safetensors"
+    (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
     kind = change_tensors(tensors, rng)
     save_file(tensors, file)
@@ -159,6 +159,7 @@ def is_of_loading(error: BaseException) -> bool:
 PUBLISHED = {"mxfp4": "gpt_oss", "fp8": "qwen3_moe"}
 SIZES = {"num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
 QUANTIZATION = {"mxfp4": {"quant_method": "mxfp4"}, "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+SHARD = "model-00001-of-00001.safetensors"
 
 
 def write_published(method: str, folder: Path) -> None:
@@ -174,7 +175,7 @@ def write_published(method: str, folder: Path) -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    file = folder / "model.safetensors"
+    file = (folder / "model.safetensors").rename(folder / SHARD)  # so that the index is read
     tensors: Tensors = {}
     for key, weight in load_file(file).items():
         if method == "mxfp4" and key.endswith(("gate_up_proj", "down_proj")):
@@ -201,7 +202,7 @@ def read_published(folder: Path) -> Tensors:
 
 def plain_published(folder: Path) -> Tensors:
     """mxfp4 as in the file; fp8 of experts stacked, of other matrices decoded; all else in bfloat16."""
-    found = plain_safetensors(folder / "model.safetensors")
+    found = plain_safetensors(folder / SHARD)
     plain: Tensors = {}
     for key, tensor in found.items():
         layer, _, name = key.partition(".experts.0.")

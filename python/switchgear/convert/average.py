@@ -141,7 +141,7 @@ def merge_models(
     or of the first model.
 
     Raises:
-        TypeError, ValueError: an option out of range, or models whose tensors differ in name or shape.
+        TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, or float8 tensors.
     """
     if not models:
         raise ValueError("models: expected at least one, got none")
@@ -153,6 +153,7 @@ def merge_models(
         check_same(
             name, {k: tuple(v.shape) for k, v in state.items()}, {k: tuple(v.shape) for k, v in states[0].items()}
         )
+        check_wide(name, {k: v.dtype for k, v in state.items()})
     merged = {
         key: merging(key, [state[key].detach() for state in states], None if origin is None else origin[key].detach())
         for key in states[0]
@@ -171,6 +172,13 @@ def check_same(name: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[
     for key, shape in wanted.items():
         if found[key] != shape:
             raise ValueError(f"{name}: expected {key} of shape {list(shape)}, got {list(found[key])}")
+
+
+def check_wide(name: str, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raises TypeError for float8 tensors, whose scales are other tensors: sums of both are no sums of weights."""
+    for key, dtype in dtypes.items():
+        if dtype.is_floating_point and dtype.itemsize == 1:
+            raise TypeError(f"{name}: expected plain weights, got {key} in {dtype}")
 
 
 def _state(model: Any, name: str) -> Mapping[str, Tensor]:

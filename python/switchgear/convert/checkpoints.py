@@ -30,6 +30,7 @@ from switchgear.convert.writer import (
     JOURNAL,
     Journal,
     Progress,
+    checksum,
     named_errors,
     shards_of,
     size_of,
@@ -53,6 +54,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "dense": ("method", "weights", "rank"),
     "layout": ("to",),
 }  # fmt: skip
+ROUTERS = ("random", "zeros")  # values of `router` that are no files
 REQUIRED = {"split": ("num_experts", "top_k"), "layout": ("to",)}
 
 
@@ -72,7 +74,7 @@ class Recipe:
     max_shard_size: int | str = "5GB"
 
     def __post_init__(self) -> None:
-        if self.operation not in OPTIONS:
+        if not isinstance(self.operation, str) or self.operation not in OPTIONS:
             raise RecipeError(f"operation: expected {', '.join(OPTIONS)}, got {self.operation!r}")
         allowed = OPTIONS[self.operation]
         if unknown := sorted(set(self.options) - set(allowed)):
@@ -111,7 +113,7 @@ class Recipe:
         number, unit = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
         try:
             size = int(float(number) * unit)
-        except ValueError:
+        except (ValueError, OverflowError):
             size = 0
         if size < 1:
             raise RecipeError(f"max_shard_size: expected bytes or a size such as 5GB, got {self.max_shard_size!r}")
@@ -169,17 +171,24 @@ def run(
         raise RecipeError(f"source: expected one directory for {recipe.operation}, got {len(paths)}")
     sources = [Directory(path) for path in paths]
     plan = plan_of(recipe, sources)
-    identity = hashlib.sha256(
-        json.dumps([recipe.as_dict(), [s.identity() for s in sources], torch.__version__], sort_keys=True).encode()
-    ).hexdigest()
     shards = shards_of(plan.items, recipe.shard_bytes())
-    journal = Journal.opened(target, identity, resume)
+    journal = Journal.opened(target, _identity(recipe, sources), resume)
     try:
         resumed = tuple(name for name in shards if journal.has(name))
         _write(journal, shards, resumed, progress or (lambda *_: None))
         return _finish(journal, recipe, paths[0], target, plan, shards, resumed)
     finally:
         journal.close()
+
+
+def _identity(recipe: Recipe, sources: Sequence[Directory]) -> str:
+    """Changes with the recipe and with every file that the result is made of."""
+    base = recipe.options.get("base")
+    folders = [*sources, *([Directory(base)] if base is not None else [])]
+    named = [recipe.options[name] for name in ("importance", "router") if recipe.options.get(name) is not None]
+    files = [checksum(Path(path)) for path in named if path not in ROUTERS]
+    about = [recipe.as_dict(), [folder.identity() for folder in folders], files, torch.__version__]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _write(journal: Journal, shards: Mapping[str, list[Item]], resumed: Sequence[str], progress: Progress) -> None:
@@ -231,7 +240,7 @@ def _split(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
 def _experts(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
     base, router, merging = options.pop("base", None), options.pop("router", "random"), _merging(options, "merge")
     origin = _base(base)
-    rows = None if router in ("random", "zeros") else _by_layer("router", router)
+    rows = None if router in ROUTERS else _by_layer("router", router)
     if router == "zeros":
         options["router_init"] = 0.0
     options.setdefault("top_k", min(2, len(sources)))

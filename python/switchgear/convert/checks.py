@@ -28,6 +28,13 @@ def check_number(name: str, value: Any) -> None:
 def check_seed(seed: Any) -> None:
     if not isinstance(seed, Integral) or isinstance(seed, bool):
         raise TypeError(f"seed: expected int, got {type(seed).__name__}")
+    if not -(2**63) <= int(seed) < 2**63:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
+
+
+def check_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected bool, got {type(value).__name__}")
 
 
 def check_random(seed: Any, **deviations: Any) -> None:

@@ -75,6 +75,12 @@ def dense_key(layer: int, part: str) -> str:
     return f"model.layers.{layer}.mlp.{part}.weight"
 
 
+def check_plain(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a quantized model, whose tensors are codes and scales."""
+    if config.get("quantization_config"):
+        raise ValueError("model: expected plain weights, got a quantization_config in its config")
+
+
 def check_dense(config: Mapping[str, Any]) -> str:
     """The model type of a dense config that can be converted."""
     model_type = config.get("model_type")
@@ -83,8 +89,7 @@ def check_dense(config: Mapping[str, Any]) -> str:
             f"model: expected a dense model of type {', '.join(DENSE)}, got {model_type}; family='switchgear' replaces "
             "the layers of any model in place"
         )
-    if config.get("quantization_config"):
-        raise ValueError("model: expected plain weights, got a quantization_config in its config")
+    check_plain(config)
     if config.get("mlp_bias"):
         raise ValueError("model: expected mlp_bias false, since no MoE family has biases in its experts, got true")
     return str(model_type)
@@ -96,7 +101,7 @@ def family_for(config: Mapping[str, Any], size: Size, wanted: str | None = None)
     if wanted is None:
         plain = "mixtral" if every and not size.shared_width else "qwen2_moe"
         wanted = {"qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}.get(model_type, plain)
-    if wanted not in FAMILIES:
+    if not isinstance(wanted, str) or wanted not in FAMILIES:
         raise ValueError(f"family: expected {', '.join(FAMILIES)}, got {wanted}")
     family = FAMILIES[wanted]
 
@@ -171,8 +176,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise ValueError(f"model: expected an MoE model of type {', '.join(FAMILIES)}, got {model_type}")
-    if config.get("quantization_config"):
-        raise ValueError("model: expected plain weights, got a quantization_config in its config")
+    check_plain(config)
     family, count = FAMILIES[model_type], int(config["num_hidden_layers"])
     sparse = [layer for layer in range(count) if layer not in set(config.get("mlp_only_layers") or ())]
     sparse = [layer for layer in sparse if (layer + 1) % int(config.get("decoder_sparse_step") or 1) == 0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.convert.ffn import is_feed_forward
-from switchgear.convert.modules import called, chosen_layers, dense_layers
+from switchgear.convert.modules import called, chosen_layers, dense_layers, put
 from switchgear.convert.split import split_dense
 from switchgear.modules import MoE
 from switchgear.reference import check_size
@@ -92,8 +92,7 @@ def distill_layers(
         done.append(Distilled(name, before, relative_error(moe, x, y), len(x)))
     if made[0][0] == "":
         return Distillation(made[0][1], tuple(done))
-    for name, moe in made:
-        model.set_submodule(name, moe)
+    put(model, {module: moe for (_, module), (_, moe) in zip(chosen, made, strict=True)})
     return Distillation(model, tuple(done))
 
 

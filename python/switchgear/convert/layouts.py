@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.convert.families import FAMILIES, PARTS, Family
+from switchgear.convert.families import FAMILIES, PARTS, Family, check_plain
 from switchgear.convert.plans import Item, Plan, Source, copied
 from switchgear.reference import check_choice
 
 LAYOUTS = ("per_expert", "fused", "megatron", "megatron_te", "megatron_grouped")
+EXPERTS = r"(?:model|decoder)\.layers\.\d+\..*\.experts\."
 MEGATRON = r"decoder\.layers\.(\d+)\.mlp\.experts\."
 
 
@@ -39,11 +40,16 @@ def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> Plan:
     megatron_grouped  decoder.layers.0.mlp.experts.weight1 [H,E·2I], weight2 [E·I,H]
 
     Megatron's routers are decoder.layers.0.mlp.router.weight. Other tensors keep their names.
+
+    Raises ValueError for experts that no layout holds: quantized, with biases or other tensors, of other shapes
+    (gpt-oss has [E,H,2I]), and of several dtypes in a layer.
     """
     check_choice("to", to, LAYOUTS)
+    check_plain(config)
     family = _family(config)
     found = find(source, family)
     read = _Reader(source, family, found)
+    _check(source, family, found, read, config.get("hidden_size"))
     items: list[Item] = []
     for key in source.keys():  # noqa: SIM118  (not a mapping)
         if key not in found.keys:
@@ -86,14 +92,23 @@ def find(source: Source, family: Family) -> Found:
         if layout == "fused":
             counts[layer] = source.shape(f"model.layers.{layer}.mlp.experts.down_proj")[0]
         elif layout == "megatron_grouped":
-            first, second = (source.shape(f"decoder.layers.{layer}.mlp.experts.weight{i}") for i in (1, 2))
-            hidden = source.shape(f"decoder.layers.{layer}.mlp.router.weight")
-            counts[layer] = hidden[0]
-            if first[0] != hidden[1] or second[1] != hidden[1] or first[1] != 2 * second[0]:
-                raise ValueError(f"source: expected gated experts [H,E·2I] and [E·I,H], got {first} and {second}")
+            counts[layer] = source.shape(f"decoder.layers.{layer}.mlp.router.weight")[0]
         elif len(experts[layer]) != counts[layer]:
             raise ValueError(f"source: expected experts 0 to {counts[layer] - 1} of layer {layer}, some are missing")
     return Found(layout, counts, frozenset(matches))
+
+
+def _check(source: Source, family: Family, found: Found, read: _Reader, hidden_size: int | None) -> None:
+    """Raises ValueError unless the layout says all about the experts: every tensor, with its shape, in one dtype."""
+    if others := sorted(key for key in set(source.keys()) - found.keys if re.match(EXPERTS, key)):
+        raise ValueError(f"source: expected no tensors of experts beside the layout {found.layout}, got {others[0]}")
+    for layer, count in sorted(found.experts.items()):
+        hidden, width, dtype = read.sizes(layer)
+        for item in _written(found.layout, family, layer, count, hidden_size or hidden, width, dtype, read):
+            shape, own = source.shape(item.key), source.dtype(item.key)
+            if (shape, own) != (item.shape, dtype):
+                expected = f"{item.key} of shape {list(item.shape)} in {dtype}, as layout {found.layout} has it"
+                raise ValueError(f"source: expected {expected}, got {list(shape)} in {own}")
 
 
 class _Reader:

@@ -61,13 +61,15 @@ def tensors_of(model: Any) -> StateDict:
 
 
 def built(model: Any, plan: Plan) -> Conversion:
-    """A new model of the plan's config with its tensors, in the mode, dtype and on the device of the old one."""
+    """A new model of the plan's config with its tensors, in the mode and on the device of the old one. Raises
+    ValueError for tensors of several dtypes, since transformers gives a model one."""
+    dtype = _dtype_of(plan)
     config = transformers.AutoConfig.for_model(**plan.config)
     made_class = getattr(transformers, plan.config["architectures"][0])
     like: Tensor = next(model.parameters())
     state = {item.key: _fitting(item.make(), item.shape) for item in plan.items}
     made, info = made_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=like.dtype, output_loading_info=True
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     tied = set(getattr(made, "all_tied_weights_keys", None) or ())
     if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]} - tied):
@@ -78,6 +80,16 @@ def built(model: Any, plan: Plan) -> Conversion:
         made.generation_config = copy.deepcopy(model.generation_config)
     layers = tuple(Converted(*layer) for layer in plan.layers)
     return Conversion(made, layers, plan.notes)
+
+
+def _dtype_of(plan: Plan) -> torch.dtype:
+    """The floating dtype that all tensors have."""
+    first, *others = (item for item in plan.items if item.dtype.is_floating_point)
+    for item in others:
+        if item.dtype is not first.dtype:
+            expected = f"tensors of one dtype, such as {first.dtype} of {first.key}"
+            raise ValueError(f"model: expected {expected}, got {item.dtype} of {item.key}; convert.run keeps them")
+    return first.dtype
 
 
 def _fitting(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

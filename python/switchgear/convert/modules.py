@@ -18,15 +18,21 @@ def replaced(model: nn.Module, layers: str | Sequence[int], make: Any) -> Conver
     """The model with its dense feed-forward modules `layers` replaced by make(weights, index): all or none."""
     found = dense_layers(model)
     chosen = chosen_layers(layers, len(found))
-    done, modules = [], []
+    done, modules = [], {}
     for index in chosen:
         name, module = found[index]
         made = make(feed_forward(module, name), index)
-        modules.append((name, made.train(module.training)))
+        modules[module] = made.train(module.training)
         done.append(Converted(name, type(module).__name__, made.experts.num_experts, made.gate.extra_repr()))
-    for name, made in modules:  # all are made
-        model.set_submodule(name, made)
+    put(model, modules)  # all are made
     return Conversion(model, tuple(done))
+
+
+def put(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+    """Replaces modules by others, wherever the model uses them."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in made:
+            model.set_submodule(name, made[module])
 
 
 def called(module: nn.Module, batch: Any) -> Any:

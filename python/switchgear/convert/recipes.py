@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.convert.average import Merging, check_same
-from switchgear.convert.checks import check_moe, check_random
+from switchgear.convert.average import Merging, check_same, check_wide
+from switchgear.convert.checks import check_moe, check_random, check_switch
 from switchgear.convert.dense import PlainExperts, check_options, to_dense
 from switchgear.convert.families import (
     FAMILIES,
     PARTS,
     Size,
     check_dense,
+    check_plain,
     dense_config,
     dense_key,
     family_for,
@@ -56,6 +57,7 @@ def split_plan(
     check_dense(config)
     check_moe(num_experts, top_k)
     check_random(seed, router_init=router_init)
+    check_switch("rescale", rescale)
     chosen = layers_of(config, layers)
     how = Split(num_experts, method, shared, importance, keep, seed)
     for layer in chosen:
@@ -99,6 +101,8 @@ def experts_plan(
                 raise ValueError(f"models[{index}]: expected {name} {config.get(name)}, got {other.get(name)}")
     size = Size(len(models), top_k, int(config["intermediate_size"]), layers_of(config, layers))
     found = family_for(config, size, family)
+    if router is not None:
+        _check_router(router, size, int(config["hidden_size"]))
     items = collected(
         origin, [source for _, source in models], found, size, router=router, router_init=router_init, seed=seed,
         merge=merge, noise=noise,
@@ -108,10 +112,24 @@ def experts_plan(
     return Plan(moe_config(config, found, size), tuple(items), done)
 
 
+def _check_router(router: Mapping[int, Tensor], size: Size, hidden: int) -> None:
+    for layer in size.layers:
+        if layer not in router:
+            raise ValueError(f"router: expected rows of layer {layer}, got none")
+        rows = router[layer]
+        if tuple(rows.shape) != (size.num_experts, hidden):
+            expected = f"[E={size.num_experts},H={hidden}] of layer {layer}"
+            raise ValueError(f"router: expected {expected}, got {list(rows.shape)}")
+        if not rows.isfinite().all():
+            raise ValueError(f"router: expected finite rows of layer {layer}, got others")
+
+
 def merge_plan(
     models: Sequence[tuple[Mapping[str, Any], Source]], base: tuple[Mapping[str, Any], Source] | None, merging: Merging
 ) -> Plan:
     """See merge_models."""
+    for own, _ in [*models, *([base] if base is not None else [])]:
+        check_plain(own)
     sources = [source for _, source in models]
     make = merged_items(sources, None if base is None else base[1], merging)
     config = dict(models[0][0] if base is None else base[0])
@@ -119,12 +137,14 @@ def merge_plan(
 
 
 def merged_items(sources: Sequence[Source], base: Source | None, merging: Merging) -> Callable[[str], Item]:
-    """Makes the item of a key of all models. Raises ValueError if their tensors differ in name or shape."""
+    """Makes the item of a key of all models. Raises ValueError if their tensors differ in name or shape, TypeError for
+    float8."""
     merging.check(len(sources), base is not None)
     wanted = {key: sources[0].shape(key) for key in sources[0].keys()}  # noqa: SIM118
     named = [(f"models[{index}]", source) for index, source in enumerate(sources)]
     for name, source in [*named, *([("base", base)] if base is not None else [])]:
         check_same(name, {key: source.shape(key) for key in source.keys()}, wanted)  # noqa: SIM118
+        check_wide(name, {key: source.dtype(key) for key in wanted})
 
     def item(key: str) -> Item:
         first = sources[0] if base is None else base

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.convert.checks import check_moe, check_random
+from switchgear.convert.checks import check_moe, check_random, check_switch
 from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
 from switchgear.convert.gates import EqualTopK
 from switchgear.convert.modules import OURS, is_transformers, replaced
@@ -80,6 +80,7 @@ def split_dense(
     """
     check_choice("weights", weights, ("equal", "softmax"))
     check_random(seed, router_init=router_init)
+    check_switch("rescale", rescale)
     how: dict[str, Any] = {"shared": shared, "keep": keep, "rescale": rescale, "router_init": router_init, "seed": seed}
     if isinstance(mlp, nn.Module) and not is_feed_forward(mlp):
         if is_transformers(mlp) and family != OURS:

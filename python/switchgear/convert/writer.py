@@ -15,14 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where directories are not locked
-    fcntl = None  # type: ignore[assignment]
-
 from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull
 from switchgear.convert.plans import Item
-from switchgear.files import bytes_of, unfinished_of, write_whole
+from switchgear.files import LOCK, bytes_of, locked, unfinished_of, write_whole
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -30,7 +25,7 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 NAMES = {name: dtype for dtype, name in DTYPES.items()}
-JOURNAL, LOCK, SUFFIX = "journal.json", "lock", ".partial"
+JOURNAL, SUFFIX = "journal.json", ".partial"
 Progress = Callable[[int, int, str], None]
 
 
@@ -96,7 +91,7 @@ class Journal:
         if not is_same:
             raise ConversionError(
                 f"target: {self.folder} holds an unfinished conversion of another recipe or source; "
-                "remove it, or pass resume=False"
+                "remove it, or start again with resume=False (switchgear convert --fresh)"
             )
         self.shards = found["shards"]
 
@@ -106,13 +101,11 @@ class Journal:
                 file.unlink()
 
     def _lock(self) -> None:
-        """Until this object is gone, no other process writes here."""
-        self._locked = open(self.folder / LOCK, "w")  # noqa: SIM115
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConversionError(f"target: another process is writing {self.folder}") from error
+        """Until this object is closed, no other process writes here."""
+        try:
+            self._locked = locked(self.folder)
+        except BlockingIOError as error:
+            raise ConversionError(f"target: another process is writing {self.folder}") from error
 
     def close(self) -> None:
         self._locked.close()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAPPED = 64 << 20  # bytes read before files are mapped anew, beside one tensor
 
 
@@ -57,7 +57,8 @@ class Reader:
 
 
 class CheckpointFiles:
-    """The tensors of a directory: those of its index, or of all its safetensors files.
+    """The tensors of a directory, as transformers chooses them: those of model.safetensors, else those of the index. If
+    there is neither, those of all safetensors files, each in one file.
 
     Raises ValueError, which names the file, if there are none, or if one is missing or damaged.
     """
@@ -67,14 +68,23 @@ class CheckpointFiles:
             raise ValueError(f"path: expected a directory with {CONFIG}, got {path}")
         self.path = path
         self.headers: dict[str, Header] = {}
-        index = path / INDEX
-        listed = self._listed(index) if index.is_file() else None
-        names = sorted(set(listed.values())) if listed else sorted(file.name for file in path.glob("*.safetensors"))
+        listed: dict[str, str] = {}
+        if (path / WHOLE).is_file():  # an index beside it is of an earlier save
+            names = [WHOLE]
+        elif (path / INDEX).is_file():
+            listed = self._listed(path / INDEX)
+            names = sorted(set(listed.values()))
+        else:
+            names = sorted(file.name for file in path.glob("*.safetensors"))
         if not names:
             raise ValueError(f"path: expected safetensors files in {path}, got none")
         for name in names:
-            self.headers |= self._headers_of(path / name)
-        for key, name in (listed or {}).items():
+            found = self._headers_of(path / name)
+            if not listed and (twice := sorted(found.keys() & self.headers.keys())):
+                other = self.headers[twice[0]].file.name
+                raise ValueError(f"path: expected {twice[0]} in one file of {path}, got it in {other} and {name}")
+            self.headers |= found
+        for key, name in listed.items():
             if key not in self.headers:
                 raise ValueError(f"path: expected {key} in {path / name}, as {INDEX} says")
 

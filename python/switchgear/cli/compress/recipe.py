@@ -13,7 +13,7 @@ from typing import Any
 from switchgear import compress
 
 from ...common import CommandError
-from .values import mistake
+from .values import is_integer, mistake
 
 STEPS = ("prune_experts", "merge_experts", "prune_weights", "quantize")  # of switchgear.compress
 GIVEN = ("model", "calibration")  # arguments that the command passes itself
@@ -84,7 +84,8 @@ def parse(data: Any, folder: Path) -> Recipe:
     if files is None or not all(isinstance(file, str) for file in files):
         raise CommandError(f"recipe: calibration.text: expected a list of files, got {how['text']!r}")
     for name, least in (("tokens", 1), ("length", 2)):
-        if name in data.get("calibration", {}) and (not isinstance(how[name], int) or how[name] < least):
+        is_left_out = name == "length" and how[name] is None
+        if not is_left_out and not is_integer(how[name], least):
             raise CommandError(
                 f"recipe: calibration.{name}: expected an integer of at least {least}, got {how[name]!r}"
             )

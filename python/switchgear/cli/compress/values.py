@@ -15,7 +15,7 @@ from switchgear.compress.sparsify import METRICS
 Check = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is
 
 
-def _is_integer(value: Any, low: float, high: float = math.inf) -> bool:
+def is_integer(value: Any, low: float, high: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -33,8 +33,8 @@ def _one_of(names: tuple[str, ...]) -> Check:
 
 def _keeps(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return all(isinstance(ids, list) and all(_is_integer(i, 0) for i in ids) for ids in value.values())
-    return _is_integer(value, 1) or _is_share(value)
+        return all(isinstance(ids, list) and all(is_integer(i, 0) for i in ids) for ids in value.values())
+    return is_integer(value, 1) or _is_share(value)
 
 
 def _are_bits(value: Any, most: int) -> bool:
@@ -42,8 +42,8 @@ def _are_bits(value: Any, most: int) -> bool:
     if isinstance(value, Mapping):
         return all(_are_bits(own, most) and not isinstance(own, Mapping) for own in value.values())
     if isinstance(value, list):
-        return bool(value) and all(_is_integer(each, 1, most) for each in value)
-    return _is_integer(value, 1, most)
+        return bool(value) and all(is_integer(each, 1, most) for each in value)
+    return is_integer(value, 1, most)
 
 
 def _are_domains(value: Any) -> bool:
@@ -53,7 +53,7 @@ def _are_domains(value: Any) -> bool:
 
 
 _SWITCH: Check = ("true or false", lambda value: isinstance(value, bool))
-_COUNT: Check = ("an integer of at least 0", lambda value: _is_integer(value, 0))
+_COUNT: Check = ("an integer of at least 0", lambda value: is_integer(value, 0))
 _POSITIVE: Check = ("a number of at least 0", lambda value: _is_number(value, 0, 1e300))
 
 OPTIONS: dict[str, Check] = {
@@ -70,7 +70,7 @@ OPTIONS: dict[str, Check] = {
     "router": _one_of(ROUTERS),
     "sparsity": ("a share in (0, 1) or '2:4'", lambda value: value == "2:4" or _is_share(value)),
     "metric": _one_of(METRICS),
-    "group_size": ("0 or a multiple of 32", lambda value: _is_integer(value, 0) and value % 32 == 0),
+    "group_size": ("0 or a multiple of 32", lambda value: is_integer(value, 0) and value % 32 == 0),
     "method": _one_of(METHODS),
     "symmetric": _SWITCH,
     "store": _SWITCH,

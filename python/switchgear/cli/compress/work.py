@@ -2,27 +2,32 @@
 """Runs a recipe. The result appears at once or not at all, and an interrupted run goes on after its last finished step.
 
 All is written into OUT.partial: the calibration and the model after each step, and then the result, which is renamed to
-OUT. journal.json there says which recipe and which checkpoint the folder is of.
+OUT. journal.json there says that the folder is of this command, of which recipe and which checkpoint. Other files in it
+are never touched.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from switchgear import compress as functions
 from switchgear.compress import Calibration, calibrate
+from switchgear.files import LOCK, locked, unfinished_of, write_whole
+from switchgear.weights import restore
 
 from ...common import CommandError
 from ...common.progress import progress
 from ..checkpoint import batches_of, length_for, load_model, read_texts
 from .recipe import Recipe, Step
 
+JOURNAL = "journal.json"
+WRITTEN = (JOURNAL, unfinished_of(Path(JOURNAL)).name, "step-*", "calibration-*.safetensors")  # into OUT.partial
 # Besides weights and config, which save_pretrained writes.
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
@@ -45,6 +50,7 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
             partial.discard_if_empty()
             raise
         for i, step in enumerate(recipe.steps[len(done) :], len(done)):
+            restore(model)  # of weights that a step has stored: a resumed run reads plain ones, too
             calibration = partial.calibration(i)
             if calibration is None and step.needs_calibration:
                 calibration = _calibrate(model, source, recipe, texts, step.needs_hessians)
@@ -60,6 +66,8 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
         if type(error).__name__ != "SafetensorError":
             raise
         raise CommandError(f"cannot write {partial.folder}: {error}") from None
+    finally:
+        partial.close()
     if any(step.do == "quantize" and not step.options["store"] for step in recipe.steps):
         yield "rounded weights are saved as plain ones, which transformers loads; docs/cli.md says how to store them"
     yield f"{out}: {sum(file.stat().st_size for file in out.glob('*.safetensors')) / 1e6:,.1f} MB"
@@ -119,28 +127,34 @@ def identity(source: Path, recipe: Recipe, texts: dict[str, bytes], dtype: str) 
 
 
 class Partial:
-    """OUT.partial and its journal, which is written last: what it names is complete."""
+    """OUT.partial and its journal, which is written last: what it names is complete. One process at a time."""
 
     def __init__(self, out: Path, identity: str, fresh: bool) -> None:
         self.out, self.folder = out, out.with_name(f"{out.name}.partial")
-        self._journal: dict[str, Any] = {"identity": identity, "steps": [], "calibrations": []}
+        self._journal: dict[str, Any] = {"command": "compress", "identity": identity, "steps": [], "calibrations": []}
         try:
-            found = None if fresh else self._read()
-            if found is None or found.get("identity") != identity:  # of another recipe: it cannot go on
-                if self.folder.exists() and not (self.folder / "journal.json").exists() and any(self.folder.iterdir()):
-                    raise CommandError(f"{self.folder} exists and is not of this command; it was left as it is")
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir(parents=True)
-                self._write()
-            else:
+            if not self._is_ours():
+                raise CommandError(f"{self.folder} exists and is not of this command; it was left as it is")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = locked(self.folder)
+            found = self._read()
+            if found.get("identity") == identity and not fresh:
                 self._journal = found
+            else:  # of another recipe: it cannot go on
+                self._discard()
+                self._write()
+        except BlockingIOError:
+            raise CommandError(f"--out: another process is writing {self.folder}") from None
         except OSError as error:
             raise CommandError(f"--out: cannot write to {self.folder}: {error.strerror}") from None
+
+    def close(self) -> None:
+        self._lock.close()
 
     def discard_if_empty(self) -> None:
         """Leaves nothing behind if no step is finished."""
         if not self._journal["steps"] and not self._journal["calibrations"]:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove()
 
     def steps(self) -> list[dict[str, Any]]:
         return list(self._journal["steps"])
@@ -173,19 +187,40 @@ class Partial:
                     shutil.copyfile(file, result / file.name)
         (result / "compression.json").write_text(json.dumps(about, indent=1) + "\n")
         result.rename(self.out)
-        shutil.rmtree(self.folder)
+        self._remove()
 
     def _calibration(self, step: int) -> Path:
         return self.folder / f"calibration-{step}.safetensors"
 
-    def _read(self) -> dict[str, Any] | None:
+    def _is_ours(self) -> bool:
+        """Whether the folder is of this command, or there is nothing in it."""
+        if self._read().get("command") == "compress":
+            return True
+        return not self.folder.exists() or all(file.name == LOCK for file in self.folder.iterdir())
+
+    def _discard(self) -> None:
+        """Deletes what this command wrote, and nothing else."""
+        for pattern in WRITTEN:
+            for path in self.folder.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+    def _remove(self) -> None:
+        """The same, and the folder if nothing else is in it."""
+        self._discard()
+        (self.folder / LOCK).unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _read(self) -> dict[str, Any]:
+        """The journal; empty if there is none."""
         try:
-            found = json.loads((self.folder / "journal.json").read_text())
+            found = json.loads((self.folder / JOURNAL).read_text())
         except (FileNotFoundError, NotADirectoryError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+            found = None
+        return found if isinstance(found, dict) else {}
 
     def _write(self) -> None:
-        beside = self.folder / "journal.json.new"
-        beside.write_text(json.dumps(self._journal))
-        os.replace(beside, self.folder / "journal.json")
+        write_whole(self.folder / JOURNAL, json.dumps(self._journal))
