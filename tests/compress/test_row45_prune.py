@@ -360,13 +360,15 @@ def test_unknown_domains_are_refused(domains: Any, got: str) -> None:
             prune_experts(model, 4, criterion, calibration=calibration, domains=domains)
 
 
-def test_experts_whose_outputs_are_not_finite_are_refused() -> None:
+@pytest.mark.parametrize("options", [{"criterion": "reap"}, {}, {"exact_subsets": 1}])
+def test_experts_whose_outputs_are_not_finite_are_refused(options: dict[str, Any]) -> None:
     model = our_model()
     with torch.no_grad():
         model.layers[0].experts.down_proj[3] = torch.nan
     calibration = calibrate(model, row_batches())
     with pytest.raises(ValueError, match=r"calibration: expected finite outputs of the experts of layers.0"):
-        prune_experts(model, 4, "reap", calibration=calibration)
+        prune_experts(model, 4, **{"criterion": "reconstruction", **options}, calibration=calibration)
+    assert model.layers[0].experts.down_proj.shape[0] == 8
 
 
 def test_refused_layers() -> None:
