@@ -291,7 +291,9 @@ def test_ties_that_would_break_are_refused(bits: Any, store: bool) -> None:
     before = clone(model).state_dict()
     calibration = calibrate(model, row_batches(), hessians=True)
     method = "gptq" if bits == 3 else "rtn"
-    with pytest.raises(ValueError, match=r"model: expected \w+ of its own for layers\.\S+, got one shared with layers\."):
+    with pytest.raises(
+        ValueError, match=r"model: expected \w+ of its own for layers\.\S+, got one shared with layers\."
+    ):
         quantize(model, bits, method=method, calibration=calibration, store=store)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.layers[1].experts.down_proj is model.layers[0].experts.down_proj

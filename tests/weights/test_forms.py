@@ -536,6 +536,27 @@ def test_ties(case: FormCase) -> None:
     assert first.gate_up_proj.data_ptr() != second.gate_up_proj.data_ptr()
 
 
+@forms
+def test_ties_stay_when_a_state_dict_is_loaded(case: FormCase) -> None:
+    """Plain weights and those of the form. What is loaded into one module is in the other one, as with parameters."""
+    first, second = model = nn.ModuleList(case.experts() for _ in range(2))
+    second.down_proj = first.down_proj
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].down_proj.neg_()
+    plain = other.state_dict()
+    for each in (model, other):
+        switchgear.store(each, case.form)
+    wanted = stored_of(other[0]).weights(other[0])[1].plain()  # type: ignore[union-attr]
+    for state in (plain, other.state_dict()):
+        model.load_state_dict({key: tensor for key, tensor in state.items() if key.startswith("0.")}, strict=False)
+        weights = [stored_of(module).weights(module)[1] for module in model]  # type: ignore[union-attr]
+        assert [a.data_ptr() for a in weights[0].tensors] == [b.data_ptr() for b in weights[1].tensors]
+        assert torch.equal(weights[1].plain(), wanted)
+    assert switchgear.restore(model) == 2
+    assert model[1].down_proj is model[0].down_proj
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 

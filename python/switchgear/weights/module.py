@@ -159,6 +159,7 @@ class StoredProjections:
         for index, name in enumerate(self.layout.names):
             weight = _loaded(self, index, now[index], state_dict, f"{prefix}{name}", missing)
             loaded.append(now[index] if weight is None else weight)
+        loaded = [_in_memory_of(old, weight) for old, weight in zip(now, loaded, strict=True)]
         projections = [
             Projection(Kind.of(weight), projection.trained, projection.tie)
             for weight, projection in zip(loaded, self.projections, strict=True)
@@ -333,3 +334,20 @@ def _loaded(
         return form.load(present, now)
     except ValueError as error:
         raise ValueError(f"{key}{error}") from None
+
+
+def _in_memory_of(old: Weight, weight: Weight) -> Weight:
+    """`weight` in the memory of `old`, as parameters are loaded: modules that share it go on sharing it. One of another
+    size, such as compact rows with longer headers, stays where it is."""
+    pairs = list(zip(weight.tensors, old.tensors, strict=False))
+    same_kind = Kind.of(weight)._replace(is_exact=old.is_exact) == Kind.of(old)
+    if not same_kind or any(new.shape != held.shape or not _is_written_to(held) for new, held in pairs):
+        return weight
+    for new, held in pairs:
+        held.copy_(new)
+    return replace(old, is_exact=weight.is_exact)
+
+
+def _is_written_to(tensor: Tensor) -> bool:
+    """Whether a tensor can be overwritten: in any mode, and without elements that lie on others."""
+    return tensor.is_contiguous() and not tensor.is_inference()
