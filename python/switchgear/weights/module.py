@@ -24,7 +24,7 @@ from switchgear.weights.layout import Layout
 from switchgear.weights.weight import Weight
 
 _FIELDS = ("data", *FIELDS)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Kind(NamedTuple):
@@ -311,7 +311,7 @@ def _loaded(
     form, layout = stored.form, stored.layout
     plain = state_dict.get(key)
     if plain is not None and not ("" in form.suffixes and plain.dtype is torch.float8_e4m3fn):
-        if plain.dtype not in _FLOATS:
+        if plain.dtype not in FLOATS:
             raise ValueError(f"{key}: expected a floating dtype of at least 16 bits, got {plain.dtype}")
         del state_dict[key]
         shape = list(now.shape)
