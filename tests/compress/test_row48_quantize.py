@@ -228,6 +228,16 @@ def test_sizes_of_a_stored_model() -> None:
     assert result.bytes_before == 4 * (64 * 64 + 64 * 32) * 4
 
 
+def test_inference_mode() -> None:
+    """Experts that are quantized inside of inference mode take part in later backward passes."""
+    model = our_model()
+    with torch.inference_mode():
+        quantize(model, 3, group_size=32)
+    x = torch.randn(3, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert bool(gradient.any())
+
+
 def tied_model() -> Any:
     """The second layer has the first one's down_proj, and its gate_up_proj is in the same memory."""
     model = our_model()

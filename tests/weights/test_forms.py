@@ -380,6 +380,31 @@ def test_bad_state_dicts(case: FormCase) -> None:
     same_results(case, [case.stored(experts), stored[0]])
 
 
+@forms
+@pytest.mark.parametrize("made", [False, True])
+def test_inference_mode(case: FormCase, made: bool) -> None:
+    """What is stored, encoded, loaded or restored inside of inference mode takes part in later backward passes."""
+    with torch.inference_mode(made):
+        experts = case.experts()
+    with torch.inference_mode():
+        stored, loaded, restored = case.stored(experts), case.stored(case.experts()), case.stored(experts)
+        loaded.load_state_dict(stored.state_dict())
+        switchgear.restore(restored)
+        weights = [
+            encode(weight, case.form, parts=parts)
+            for weight, parts in ((experts.gate_up_proj, 2), (experts.down_proj, 1))
+        ]
+        stored(*case.inputs(2))  # what a call keeps
+    x, ids, topk_weights = case.inputs(3)
+    x.requires_grad_()
+    results = [module(x, ids, topk_weights) for module in (stored, loaded, restored)]
+    results.append(switchgear.moe(x, *weights, ids, topk_weights))
+    grads = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in results]
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[3])
+    assert bool(grads[2].any())
+
+
 # ---- all or nothing --------------------------------------------------------------------------------------------------
 
 

@@ -107,7 +107,7 @@ class StoredProjections:
             buffer = getattr(module, name)
             held.append((name, buffer))
             dtype = _float_of(kind.format, field)
-            tensors[field] = buffer if dtype is None else buffer.view(dtype)
+            tensors[field] = buffer if dtype is None else _viewed(buffer, dtype)
         return kind.weight(tensors)
 
     def _buffers(self, index: int) -> Iterator[tuple[str, str]]:
@@ -122,7 +122,7 @@ class StoredProjections:
             for field, name in self._buffers(index):
                 tensor = getattr(weight, field)
                 dtype = _float_of(weight.format, field)
-                held = tensor if dtype is None else tensor.view(_BITS[dtype])
+                held = tensor if dtype is None else _viewed(tensor, _BITS[dtype])
                 module.register_buffer(name, held, persistent=False)
 
     def take_out_of(self, module: nn.Module) -> None:
@@ -152,6 +152,7 @@ class StoredProjections:
             else:
                 yield name, in_layout(weight.plain(), self.layout)
 
+    @torch.inference_mode(False)  # a backward pass may save the weights
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> None:
         """Takes the weights out of a state dict, whose keys of this module start with `prefix`."""
         now = self.weights(module)
@@ -178,6 +179,11 @@ def _float_of(format: str, field: str) -> torch.dtype | None:
     if field == "row_scales" or (field == "scales" and format in ("fp8", "nf4")):
         return torch.float32
     return torch.float16 if field == "scales" and format == "groups" else None
+
+
+def _viewed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # there, unlike other views, it would be a tensor that autograd does not save
+        return tensor.view(dtype)
 
 
 def stored_of(module: nn.Module) -> StoredProjections | None:

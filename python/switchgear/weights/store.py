@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_dense
@@ -75,6 +76,7 @@ def form_named(form: str | Form, options: dict[str, Any]) -> Form:
     return FORMS[form](**options)
 
 
+@torch.inference_mode(False)  # a backward pass may save the result
 def encode(weight: Tensor, form: str | Form, *, parts: int = 1, **options: Any) -> Weight:
     """Encodes a weight [E,N,C] for `moe` and `grouped_gemm`. parts: 2 if all gates precede all ups. Raises ValueError
     with the reason if the form does not support the weight, and TypeError or ValueError for what is no weight."""
