@@ -20,6 +20,7 @@ from switchgear.convert.families import layers_of
 from switchgear.convert.plans import Plan, StateDict
 from switchgear.convert.recipes import dense_plan, experts_plan, split_plan, upcycle_plan
 from switchgear.convert.result import Conversion, Converted
+from switchgear.weights import stored_of
 
 
 def upcycle_model(
@@ -166,5 +167,9 @@ def dense_model(
     model: Any, method: str, *, weights: Sequence[float] | None = None, rank: int | None = None
 ) -> Conversion:
     """See to_dense."""
+    for name, module in model.named_modules():
+        stored = stored_of(module)
+        if stored is not None and stored.form.suffixes:  # the other forms are plain in the state dict
+            raise ValueError(f"moe: expected plain weights in {name}, got {stored.form}; restore(model) first")
     plan = dense_plan(config_of(model), tensors_of(model), method, weights=weights, rank=rank)
     return built(model, plan)
