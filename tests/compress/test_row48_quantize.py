@@ -284,12 +284,15 @@ def test_ties_stay(store: bool) -> None:
         (3, {"method": "gptq"}, "calibration: expected one with hessians=True"),
         ({}, {}, "bits: expected at least one layer of layers.0, layers.1, got none"),
         (3, {"damping": -1.0}, "damping: expected a number from 0 on, got -1.0"),
+        (None, {}, "bits: expected int, or a list of them, got NoneType"),
+        ({"layers.0": None}, {}, "bits: expected int, or a list of them, got NoneType"),
+        (3, {"calibration": "x"}, "calibration: expected Calibration, got str"),
     ],
 )
 def test_wrong_arguments(bits: Any, options: dict[str, Any], message: str) -> None:
     model = our_model()
     before = clone(model).state_dict()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         quantize(model, bits, **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -328,5 +331,9 @@ def test_refused_models() -> None:
         quantize(our_model(), 2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"layers: expected layers of layers.0, layers.1; got other"):
         compress.expert_errors(our_model(), calibration, layers=["other"])
+    with pytest.raises(TypeError, match="bits: expected a list of int, got int"):
+        compress.expert_errors(our_model(), calibration, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="calibration: expected Calibration, got NoneType"):
+        compress.expert_errors(our_model(), None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="domains: expected some of"):
         compress.expert_errors(our_model(), calibration, group_size=32, domains="other")

@@ -230,7 +230,5 @@ def test_stored_experts_are_restored_first(form: str) -> None:
         done = convert.to_dense(model).model.state_dict()
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in done.items())
         return
-    with pytest.raises(
-        ValueError, match=rf"moe: expected plain weights in model\.layers\.0\.mlp\.experts, got {form}"
-    ):
+    with pytest.raises(ValueError, match=rf"moe: expected plain weights in model\.layers\.0\.mlp\.experts, got {form}"):
         convert.to_dense(model)

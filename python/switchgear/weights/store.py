@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,13 @@ def form_named(form: str | Form, options: dict[str, Any]) -> Form:
         return form
     if form not in FORMS:
         raise ValueError(f"form: expected one of {', '.join(FORMS)}, auto, or an object of theirs, got {form!r}")
-    known = [field.name for field in dataclasses.fields(FORMS[form])]
+    _check_options(form, options, [field.name for field in dataclasses.fields(FORMS[form])])
+    return FORMS[form](**options)
+
+
+def _check_options(form: str, options: Iterable[str], known: Sequence[str]) -> None:
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"{unknown[0]}: expected an option of {form} ({', '.join(known) or 'it has none'})")
-    return FORMS[form](**options)
 
 
 @torch.inference_mode(False)  # a backward pass may save the result
@@ -130,6 +133,7 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
             The message names the module, and no module is changed.
     """
     if form == "auto":
+        _check_options(form, options, ("tokens_per_step", "lossless", "bits"))
         done = _store_best(model, low_memory, **options)
     else:
         done = _store(model, form_named(form, options), low_memory)
