@@ -8,6 +8,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -59,6 +60,20 @@ def check_module(name: str, module: Any) -> None:
     """Raises TypeError for what is no module."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: expected torch.nn.Module, got {type(module).__name__}")
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raises TypeError for what is no bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected bool, got {type(value).__name__}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raises TypeError for what is no integer, and ValueError for one that torch's generators do not take."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise TypeError(f"seed: expected int, got {type(seed).__name__}")
+    if not -(2**63) <= int(seed) < 2**63:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
 
 
 def check_float_dtype(name: str, dtype: Any) -> None:

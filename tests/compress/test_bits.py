@@ -138,6 +138,7 @@ def test_a_budget_above_all_widths_gives_the_widest() -> None:
     [
         ({"bits": (3, 2)}, "bits"),
         ({"bits": (2, 4)}, "bits"),
+        ({"bits": 3}, "bits"),
         ({"average": 0.5}, "average"),
         ({"average": 1.0, "at_least": {3: 1}}, "average"),
         ({"at_least": {4: 1}}, "at_least"),
@@ -146,5 +147,5 @@ def test_a_budget_above_all_widths_gives_the_widest() -> None:
     ],
 )
 def test_wrong_options(options: dict[str, object], name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
         allocate_bits(made_errors(0), **options)  # type: ignore[arg-type]

@@ -162,6 +162,10 @@ def test_samples_are_tokens_of_the_data() -> None:
     assert sorted(everything.x.sum(1).tolist()) == sorted(data["a"].sum(1).tolist())
 
 
+def test_repr_is_short() -> None:
+    assert repr(calibrate(our_model(), row_batches(), hessians=True)) == "Calibration(2 layers, domains ['a', 'b'])"
+
+
 def test_another_model_is_refused() -> None:
     calibration = calibrate(our_model(), row_batches())
     for other, reason in (
@@ -209,6 +213,9 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         calibrate(model, row_batches(), layers=["other"])
     with pytest.raises(TypeError, match="domain: expected a name"):
         calibrate(model, [{"x": torch.zeros(2, 16), "domain": 3}])
+    for options in ({"hessians": "no"}, {"seed": "x"}):
+        with pytest.raises(TypeError, match=r"hessians: expected bool, got str|seed: expected int, got str"):
+            calibrate(model, row_batches(), **options)  # type: ignore[arg-type]
     assert model.training
     switchgear.store(model, "int8")
     with pytest.raises(ValueError, match=r"layers.0: expected plain weights, got int8; restore\(model\) first"):

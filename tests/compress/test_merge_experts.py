@@ -221,13 +221,15 @@ def test_mean_outputs_are_over_all_tokens() -> None:
         ({"similarity": "names"}, "similarity: expected"),
         ({"cluster": "kmeans"}, "cluster: expected"),
         ({"router": "sum"}, "router: expected"),
+        ({"align": "no"}, "align: expected bool, got str"),
+        ({"calibration": None}, "calibration: expected Calibration, got NoneType"),
         ({"domains": "other"}, "domains: expected some of 'a', 'b', got 'other'"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     model = our_model()
     calibration = calibrate(model, row_batches(), samples=0)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         merge_experts(model, **{"keep": 4, "calibration": calibration, **options})
     with pytest.raises(ValueError, match="calibration: expected a sample"):
         merge_experts(model, 4, calibration=calibration)

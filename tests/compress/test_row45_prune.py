@@ -338,6 +338,13 @@ def test_pruned_experts_still_run_on_switchgear_and_train() -> None:
         (4, {"criterion": "reap"}, "calibration: expected one for reap, got None"),
         ({"layers.2": [0, 1]}, {}, "keep: expected layers of layers.0, layers.1; got layers.2"),
         ({"layers.0": [0, 0]}, {}, "keep: expected different experts"),
+        ({"layers.0": [0.0, 1.0]}, {}, r"keep: expected a list of experts for layers.0, got \[0.0, 1.0\]"),
+        ({"layers.0": [True, False]}, {}, r"keep: expected a list of experts for layers.0, got \[True, False\]"),
+        ({"layers.0": None}, {}, "keep: expected a list of experts for layers.0, got None"),
+        (4, {"seed": "x"}, "seed: expected int, got str"),
+        (4, {"seed": 2**63}, "seed: expected an integer of 64 bits"),
+        (4, {"exact_subsets": -1}, "exact_subsets: expected 0 to"),
+        (4, {"criterion": "reap", "calibration": "x"}, "calibration: expected Calibration, got str"),
         ({"layers.0": [0, 8]}, {}, "keep: expected different experts of 0 to 7"),
         ({}, {}, "keep: expected at least one layer of layers.0, layers.1, got none"),
     ],
@@ -345,7 +352,7 @@ def test_pruned_experts_still_run_on_switchgear_and_train() -> None:
 def test_wrong_arguments(keep: Any, options: dict[str, Any], message: str) -> None:
     model = our_model()
     before = clone(model).state_dict()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         prune_experts(model, keep, **{"criterion": "random", **options})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -358,15 +365,19 @@ def test_unknown_domains_are_refused(domains: Any, got: str) -> None:
     for criterion in ("reap", "reconstruction", "frequency"):
         with pytest.raises(ValueError, match=f"domains: expected some of 'a', 'b', got {got}$"):
             prune_experts(model, 4, criterion, calibration=calibration, domains=domains)
+        with pytest.raises(TypeError, match="domains: expected names, got int"):
+            prune_experts(model, 4, criterion, calibration=calibration, domains=3)  # type: ignore[arg-type]
 
 
-def test_experts_whose_outputs_are_not_finite_are_refused() -> None:
+@pytest.mark.parametrize("options", [{"criterion": "reap"}, {}, {"exact_subsets": 1}])
+def test_experts_whose_outputs_are_not_finite_are_refused(options: dict[str, Any]) -> None:
     model = our_model()
     with torch.no_grad():
         model.layers[0].experts.down_proj[3] = torch.nan
     calibration = calibrate(model, row_batches())
     with pytest.raises(ValueError, match=r"calibration: expected finite outputs of the experts of layers.0"):
-        prune_experts(model, 4, "reap", calibration=calibration)
+        prune_experts(model, 4, **{"criterion": "reconstruction", **options}, calibration=calibration)
+    assert model.layers[0].experts.down_proj.shape[0] == 8
 
 
 def test_refused_layers() -> None:

@@ -134,6 +134,8 @@ def test_wrong_arguments(arguments: tuple[Any, ...], message: str) -> None:
     model = our_model()
     with pytest.raises(ValueError, match=message):
         prune_weights(model, *arguments)
+    with pytest.raises(TypeError, match="calibration: expected Calibration, got str"):
+        prune_weights(model, 0.5, calibration="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="calibration: expected one of this model"):
         prune_weights(model, 0.5, calibration=calibrate(our_model(seed=1), row_batches()))
     assert all(int((p == 0).sum()) == 0 for p in model.parameters() if p.dim() == 3)

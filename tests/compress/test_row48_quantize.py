@@ -228,6 +228,47 @@ def test_sizes_of_a_stored_model() -> None:
     assert result.bytes_before == 4 * (64 * 64 + 64 * 32) * 4
 
 
+def test_inference_mode() -> None:
+    """Experts that are quantized inside of inference mode take part in later backward passes."""
+    model = our_model()
+    with torch.inference_mode():
+        quantize(model, 3, group_size=32)
+    x = torch.randn(3, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert bool(gradient.any())
+
+
+def tied_model() -> Any:
+    """The second layer has the first one's down_proj, and its gate_up_proj is in the same memory."""
+    model = our_model()
+    first, second = (layer.experts for layer in model.layers)
+    second.down_proj = first.down_proj
+    second.gate_up_proj.data = first.gate_up_proj.data
+    return model
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_ties_stay(store: bool) -> None:
+    """Layers that share parameters are quantized to the values of layers that do not, and share them afterwards."""
+    model = tied_model()
+    untied = clone(model)
+    for name, parameter in list(untied.layers[1].experts.named_parameters()):
+        setattr(untied.layers[1].experts, name, nn.Parameter(parameter.detach().clone()))
+    first, second = (layer.experts for layer in model.layers)
+    result, want = (quantize(each, 3, group_size=32, store=store) for each in (model, untied))
+    assert result.bytes_before == first.hidden_size * 12 * 3 * 8 * 4
+    assert 2 * result.bytes_after == want.bytes_after
+    if store:
+        for name in ("gate_up_proj_data", "gate_up_proj_scales", "down_proj_data", "down_proj_scales"):
+            assert getattr(first, name).data_ptr() == getattr(second, name).data_ptr()
+        switchgear.restore(model)
+        switchgear.restore(untied)
+    assert second.down_proj is first.down_proj
+    assert second.gate_up_proj is not first.gate_up_proj
+    assert second.gate_up_proj.data_ptr() == first.gate_up_proj.data_ptr()
+    assert all(torch.equal(value, untied.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -243,14 +284,32 @@ def test_sizes_of_a_stored_model() -> None:
         (3, {"method": "gptq"}, "calibration: expected one with hessians=True"),
         ({}, {}, "bits: expected at least one layer of layers.0, layers.1, got none"),
         (3, {"damping": -1.0}, "damping: expected a number from 0 on, got -1.0"),
+        (None, {}, "bits: expected int, or a list of them, got NoneType"),
+        ({"layers.0": None}, {}, "bits: expected int, or a list of them, got NoneType"),
+        (3, {"calibration": "x"}, "calibration: expected Calibration, got str"),
     ],
 )
 def test_wrong_arguments(bits: Any, options: dict[str, Any], message: str) -> None:
     model = our_model()
     before = clone(model).state_dict()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         quantize(model, bits, **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("store", [True, False])
+@pytest.mark.parametrize("bits", [{"layers.0": 3, "layers.1": 2}, {"layers.0": 3}, {"layers.1": 3}, 3])
+def test_ties_that_would_break_are_refused(bits: Any, store: bool) -> None:
+    model = tied_model()
+    before = clone(model).state_dict()
+    calibration = calibrate(model, row_batches(), hessians=True)
+    method = "gptq" if bits == 3 else "rtn"
+    with pytest.raises(
+        ValueError, match=r"model: expected \w+ of its own for layers\.\S+, got one shared with layers\."
+    ):
+        quantize(model, bits, method=method, calibration=calibration, store=store)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.layers[1].experts.down_proj is model.layers[0].experts.down_proj
 
 
 def test_refused_models() -> None:
@@ -272,5 +331,9 @@ def test_refused_models() -> None:
         quantize(our_model(), 2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"layers: expected layers of layers.0, layers.1; got other"):
         compress.expert_errors(our_model(), calibration, layers=["other"])
+    with pytest.raises(TypeError, match="bits: expected a list of int, got int"):
+        compress.expert_errors(our_model(), calibration, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="calibration: expected Calibration, got NoneType"):
+        compress.expert_errors(our_model(), None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="domains: expected some of"):
         compress.expert_errors(our_model(), calibration, group_size=32, domains="other")

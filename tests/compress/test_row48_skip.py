@@ -103,6 +103,11 @@ def test_wrong_arguments() -> None:
         skip_experts(torch.nn.Linear(2, 2), calibration),
     ):
         pass
+    with (
+        pytest.raises(TypeError, match="calibration: expected Calibration, got str"),
+        skip_experts(model, "x"),  # type: ignore[arg-type]
+    ):
+        pass
     with pytest.raises(ValueError, match="protect: expected"), skip_experts(model, calibration, protect=2.0):
         pass
     with (

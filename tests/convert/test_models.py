@@ -11,6 +11,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+import switchgear  # noqa: E402
 from switchgear import convert  # noqa: E402
 
 SIZES = {
@@ -223,3 +224,18 @@ def test_row50_models_with_dense_layers_and_refused_ones() -> None:
         convert.to_dense(dense("qwen2_moe", moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2))
     with pytest.raises(ValueError, match="MoE model of type"):
         convert.to_dense(dense("llama"))
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8", "panels"])
+def test_stored_experts_are_restored_first(form: str) -> None:
+    """Unless the state dict has their plain weights."""
+    model = dense("mixtral", num_local_experts=4, hidden_size=64, intermediate_size=64)
+    wanted = convert.to_dense(model).model.state_dict()
+    switchgear.accelerate(model)
+    switchgear.store(model, form)
+    if form == "panels":
+        done = convert.to_dense(model).model.state_dict()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in done.items())
+        return
+    with pytest.raises(ValueError, match=rf"moe: expected plain weights in model\.layers\.0\.mlp\.experts, got {form}"):
+        convert.to_dense(model)

@@ -56,6 +56,8 @@ def test_bits_are_asked_for() -> None:
     assert stored_of(model.experts).form == Groups(bits=3, symmetric=False)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="bits: expected none of a lossless form, got 3"):
         switchgear.store(moe_of(), "auto", bits=3)
+    with pytest.raises(ValueError, match=r"foo: expected an option of auto \(tokens_per_step, lossless, bits\)"):
+        switchgear.store(moe_of(), "auto", foo=1)
 
 
 def test_what_does_not_fit_is_said() -> None:

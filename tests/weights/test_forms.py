@@ -21,6 +21,7 @@ import switchgear
 from switchgear.adapters import add_lora
 from switchgear.weights import Fp8, Int4, Int8, Mxfp4, Weight, encode, stored_of
 from switchgear.weights.form import Form
+from switchgear.weights.store import FORMS
 
 KINDS: tuple[dict[str, Any], ...] = (
     {}, {"bias": True}, {"gated": False}, {"interleaved": True}, {"transposed": True, "bias": True},
@@ -379,6 +380,31 @@ def test_bad_state_dicts(case: FormCase) -> None:
     same_results(case, [case.stored(experts), stored[0]])
 
 
+@forms
+@pytest.mark.parametrize("made", [False, True])
+def test_inference_mode(case: FormCase, made: bool) -> None:
+    """What is stored, encoded, loaded or restored inside of inference mode takes part in later backward passes."""
+    with torch.inference_mode(made):
+        experts = case.experts()
+    with torch.inference_mode():
+        stored, loaded, restored = case.stored(experts), case.stored(case.experts()), case.stored(experts)
+        loaded.load_state_dict(stored.state_dict())
+        switchgear.restore(restored)
+        weights = [
+            encode(weight, case.form, parts=parts)
+            for weight, parts in ((experts.gate_up_proj, 2), (experts.down_proj, 1))
+        ]
+        stored(*case.inputs(2))  # what a call keeps
+    x, ids, topk_weights = case.inputs(3)
+    x.requires_grad_()
+    results = [module(x, ids, topk_weights) for module in (stored, loaded, restored)]
+    results.append(switchgear.moe(x, *weights, ids, topk_weights))
+    grads = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in results]
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[3])
+    assert bool(grads[2].any())
+
+
 # ---- all or nothing --------------------------------------------------------------------------------------------------
 
 
@@ -536,6 +562,27 @@ def test_ties(case: FormCase) -> None:
     assert first.gate_up_proj.data_ptr() != second.gate_up_proj.data_ptr()
 
 
+@forms
+def test_ties_stay_when_a_state_dict_is_loaded(case: FormCase) -> None:
+    """Plain weights and those of the form. What is loaded into one module is in the other one, as with parameters."""
+    first, second = model = nn.ModuleList(case.experts() for _ in range(2))
+    second.down_proj = first.down_proj
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].down_proj.neg_()
+    plain = other.state_dict()
+    for each in (model, other):
+        switchgear.store(each, case.form)
+    wanted = stored_of(other[0]).weights(other[0])[1].plain()  # type: ignore[union-attr]
+    for state in (plain, other.state_dict()):
+        model.load_state_dict({key: tensor for key, tensor in state.items() if key.startswith("0.")}, strict=False)
+        weights = [stored_of(module).weights(module)[1] for module in model]  # type: ignore[union-attr]
+        assert [a.data_ptr() for a in weights[0].tensors] == [b.data_ptr() for b in weights[1].tensors]
+        assert torch.equal(weights[1].plain(), wanted)
+    assert switchgear.restore(model) == 2
+    assert model[1].down_proj is model[0].down_proj
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -597,6 +644,30 @@ def test_forms_by_name() -> None:
     assert str(Int4(group_size=64, symmetric=False)) == "int4(group_size=64, symmetric=False)"
     assert [str(form) for form in (Int4(), Fp8(), Mxfp4())] == ["int4", "fp8", "mxfp4"]
     assert switchgear.store(experts, "int4", group_size=64).form == Int4(64)
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize(
+    ("weight", "parts", "message"),
+    [
+        ([[[1.0]]], 1, "weight: expected Tensor, got list"),
+        (torch.ones(2, 64, 64, dtype=torch.int32), 1, "weight: expected a floating dtype of .*, got torch.int32"),
+        (torch.ones(2, 64, 64, dtype=torch.complex64), 1, "weight: expected a floating dtype .*complex64"),
+        (torch.ones(2, 64, 64).to_sparse(), 1, "weight: expected a dense tensor"),
+        (torch.ones(64, 64), 1, r"weight: expected shape \[E,N,C\], .*, got \[64, 64\]"),
+        (torch.ones(0, 64, 64), 1, r"weight: expected shape .*, with sizes of at least 1, got \[0, 64, 64\]"),
+        (torch.ones(2, 64, 0), 1, r"weight: expected shape .*, with sizes of at least 1, got \[2, 64, 0\]"),
+        (torch.ones(2, 64, 64, device="meta"), 1, "weight: expected numbers, got a tensor on meta"),
+        (torch.ones(2, 64, 64), 0, "parts: expected 1 to"),
+        (torch.ones(2, 66, 64), 3, "parts: expected 1, or 2 for an even number of rows, got 3 for 66 rows"),
+        (torch.ones(2, 65, 64), 2, "parts: expected 1, or 2 for an even number of rows, got 2 for 65 rows"),
+        (torch.ones(2, 64, 64), "2", "parts: expected int, got str"),
+        (torch.ones(2, 64, 64), True, "parts: expected int, got bool"),
+    ],
+)  # fmt: skip
+def test_what_is_no_weight(form: str, weight: Any, parts: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        encode(weight, form, parts=parts)
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

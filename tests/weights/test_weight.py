@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,24 @@ def test_names() -> None:
     with pytest.raises(ValueError, match=r"tensors: expected names among data, scales, .* got order"):
         Weight("plain", data, 3, 4, torch.float32).with_tensors({"order": data})
     assert Weight("plain", data, 3, 4, torch.float32).form == ()
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([0, 1], "order: expected Tensor, got list"),
+        (torch.tensor([True, False, True, True, False]), "order: expected an integer dtype, got torch.bool"),
+        (torch.tensor([0.0, 1.0]), "order: expected an integer dtype, got torch.float32"),
+        (torch.tensor([0, 2**32 + 3]), "order: expected 0 to 4, got 0 to 4294967299"),
+        (torch.tensor([0, -1]), "order: expected 0 to 4, got -1 to 0"),
+        (torch.tensor([[0, 1]]), r"order: expected shape \[any\], got \[1, 2\]"),
+    ],
+)
+def test_what_is_no_order(order: Any, message: str) -> None:
+    weight = encode(torch.randn(E, 32, 32), "int8")
+    for each in (weight, weight.permuted(torch.arange(E))):
+        with pytest.raises((TypeError, ValueError), match=message):
+            each.permuted(order)
 
 
 def skip_forms_of_the_cpu(backend: str, case: FormCase) -> None:

@@ -121,9 +121,8 @@ def _costs(
     given = bits if bits is not None else errors.bits if isinstance(errors, ExpertErrors) else None
     if given is None:
         raise ValueError("bits: expected the widths of the columns of errors, got none")
+    check_widths(given)
     widths = list(given)
-    for width in widths:
-        check_size("bits", width)
     if not widths or widths != sorted(set(widths)):
         raise ValueError(f"bits: expected different widths in ascending order, got {list(given)}")
     if not isinstance(errors, ExpertErrors):
@@ -145,6 +144,14 @@ def _costs(
         if not bool(cost.isfinite().all()):
             raise ValueError(f"errors: expected finite numbers for {name}, got others")
     return widths, costs
+
+
+def check_widths(bits: Any) -> None:
+    """Raises TypeError or ValueError for what is no list of widths."""
+    if isinstance(bits, str) or not isinstance(bits, Sequence):
+        raise TypeError(f"bits: expected a list of int, got {type(bits).__name__}")
+    for width in bits:
+        check_size("bits", width)
 
 
 def _needed(widths: Sequence[int], count: int, budget: int, at_least: Mapping[int, int] | None) -> list[int]:

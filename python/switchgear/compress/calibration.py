@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.complaints import check_module, check_seed, check_switch, list_of_names
 from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, ExpertSums, Hessians, LayerCalibration, Samples, hessians_of, sums_of
 from switchgear.integrations.moe_blocks import MoeBlock
@@ -23,7 +23,7 @@ from switchgear.trace import Observation, observe
 _FORMAT = "switchgear calibration 1"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
     """Statistics of a model's MoE layers on some data. `+` joins those of parts of the data, as of several processes.
 
@@ -38,6 +38,9 @@ class Calibration:
         """The labels of all batches, sorted."""
         return sorted({name for layer in self.layers.values() for name in layer.domains})
 
+    def __repr__(self) -> str:
+        return f"Calibration({len(self.layers)} layers, domains {self.domains})"
+
     def __add__(self, other: Calibration) -> Calibration:
         """Raises ValueError for a calibration of another model."""
         if not isinstance(other, Calibration):
@@ -50,7 +53,7 @@ class Calibration:
         self._check({name: _layer_of(layer) for name, layer in expert_layers(model, names).items()})
         if domains is None:
             return
-        wanted = [domains] if isinstance(domains, str) else list(domains)
+        wanted = list_of_names("domains", domains)
         unknown = [name for name in wanted if name not in self.domains]
         if unknown or not wanted:
             known = ", ".join(map(repr, self.domains))
@@ -104,6 +107,15 @@ class Calibration:
             if isinstance(error, FileNotFoundError):
                 raise
             raise ValueError(f"path: expected a file of Calibration.save, got {path} ({error})") from error
+
+
+def check_calibration(
+    calibration: Any, model: nn.Module, names: Collection[str] | None = None, domains: Domains = None
+) -> None:
+    """Raises TypeError for what is no Calibration, and ValueError as its `check`."""
+    if not isinstance(calibration, Calibration):
+        raise TypeError(f"calibration: expected Calibration, got {type(calibration).__name__}")
+    calibration.check(model, names, domains)
 
 
 def _loaded(file: Any, index: int, layer: Mapping[str, Any]) -> LayerCalibration:
@@ -178,6 +190,8 @@ def calibrate(
     """
     check_module("model", model)
     check_size("samples", samples, 0)
+    check_switch("hessians", hessians)
+    check_seed(seed)
     parts = expert_layers(model, layers)
     collector = _Collector(parts, hessians, samples, seed)
     modes = {module: module.training for module in model.modules()}

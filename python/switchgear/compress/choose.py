@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -94,7 +95,12 @@ def split_experts(layer: ExpertLayer, kept: Sequence[int]) -> tuple[list[int], l
 def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
     if isinstance(experts, (str, int, float)):
         raise TypeError(f"keep: expected a list of experts for {layer.name}, got {type(experts).__name__}")
-    ids = [int(expert) for expert in experts]
+    try:
+        if any(isinstance(expert, bool) for expert in experts):  # Python takes them for 0 and 1
+            raise TypeError
+        ids = [operator.index(expert) for expert in experts]
+    except TypeError:
+        raise TypeError(f"keep: expected a list of experts for {layer.name}, got {experts!r}") from None
     if len(set(ids)) != len(ids) or not all(0 <= expert < layer.num_experts for expert in ids):
         raise ValueError(
             f"keep: expected different experts of 0 to {layer.num_experts - 1} for {layer.name}, got {ids}"

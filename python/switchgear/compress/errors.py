@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from switchgear.complaints import check_module
-from switchgear.compress.bits import ExpertErrors
-from switchgear.compress.calibration import Calibration
+from switchgear.compress.bits import ExpertErrors, check_widths
+from switchgear.compress.calibration import Calibration, check_calibration
 from switchgear.compress.layer import expert_layers
 from switchgear.compress.levels import (
     METHODS,
@@ -44,10 +44,11 @@ def expert_errors(
     """
     check_module("model", model)
     check_choice("method", method, METHODS)
+    check_widths(bits)
     form = Groups(4, group_size, symmetric)
     parts = expert_layers(model, layers)
+    check_calibration(calibration, model, parts, domains)
     hessians = hessians_of(model, parts, method, calibration)
-    calibration.check(model, parts, domains)
     result = ExpertErrors(tuple(bits), {}, {}, {})
     for name, layer in parts.items():
         for width in bits:

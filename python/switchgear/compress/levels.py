@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from switchgear.compress.calibration import Calibration
+from switchgear.compress.calibration import Calibration, check_calibration
 from switchgear.compress.gptq import Levels, decoded, gptq, rounded
 from switchgear.compress.layer import ExpertLayer
 from switchgear.compress.sums import Hessians
@@ -22,7 +22,7 @@ _TOGETHER = 8  # experts: bounds the memory of float32 copies and factors
 
 def widths_of(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
     given = bits[layer.name] if isinstance(bits, Mapping) else bits
-    if isinstance(given, (str, float)):
+    if isinstance(given, str) or not isinstance(given, (int, Sequence)):
         raise TypeError(f"bits: expected int, or a list of them, got {type(given).__name__}")
     widths = [given] * layer.num_experts if isinstance(given, int) else list(given)
     if len(widths) != layer.num_experts:
@@ -42,7 +42,7 @@ def hessians_of(
         if method == "gptq":
             raise ValueError("calibration: expected one with hessians=True for method='gptq', got None")
         return {}
-    calibration.check(model, layers)
+    check_calibration(calibration, model, layers)
     found = {}
     for name in layers:
         hessians = calibration.layers[name].hessians

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
-from switchgear.compress.calibration import Calibration
+from switchgear.complaints import check_module, check_switch
+from switchgear.compress.calibration import Calibration, check_calibration
 from switchgear.compress.choose import count_of, per_group_of
 from switchgear.compress.clusters import around_dominant, hierarchical, rows_in_order
 from switchgear.compress.layer import ExpertLayer, expert_layers
@@ -109,11 +109,12 @@ def merge_experts(
     check_choice("similarity", similarity, SIMILARITIES)
     check_choice("cluster", cluster, CLUSTERS)
     check_choice("router", router, ROUTERS)
+    check_switch("align", align)
     layers = expert_layers(model)
     for layer in layers.values():
         check_cuttable(layer)
     check_unshared(model, layers.values())
-    calibration.check(model, domains=domains)
+    check_calibration(calibration, model, domains=domains)
     counts = {name: count_of(layer, keep) for name, layer in layers.items()}
     if router != "keep":
         check_config(model, [layer.block for layer in layers.values()], list(counts.values()))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
-from switchgear.compress.calibration import Calibration
+from switchgear.complaints import check_module, check_seed
+from switchgear.compress.calibration import Calibration, check_calibration
 from switchgear.compress.choose import Keep, PrunedLayer, choose, split_experts
 from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, LayerCalibration
@@ -29,7 +29,7 @@ from switchgear.compress.surgery import (
 )
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.layers.virtual import VirtualExperts
-from switchgear.reference import check_choice
+from switchgear.reference import check_choice, check_size
 
 CRITERIA = ("reap", "reconstruction", "frequency", "random")
 
@@ -102,6 +102,8 @@ def prune_experts(
     check_choice("criterion", criterion, CRITERIA)
     check_choice("scope", scope, ("layer", "global"))
     check_choice("replace", replace, ("none", "constant"))
+    check_size("exact_subsets", exact_subsets, 0)
+    check_seed(seed)
     layers = _layers_of(model, keep)
     for layer in layers.values():
         check_cuttable(layer)
@@ -110,7 +112,7 @@ def prune_experts(
     if (needs or replace == "constant") and calibration is None:
         raise ValueError(f"calibration: expected one for {criterion if needs else 'replace=constant'}, got None")
     if calibration is not None:
-        calibration.check(model, layers, domains)
+        check_calibration(calibration, model, layers, domains)
     found = choose(layers, keep, criterion, calibration, scope, domains, seed, exact_subsets)
     before = sum(parameter.numel() for parameter in model.parameters())
     if replace == "constant":

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,10 +21,11 @@ from switchgear.compress.sums import Hessians
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import check_choice, check_size, groups
-from switchgear.weights.change import StoredChange, Target
+from switchgear.weights.change import StoredChange, Target, memory_of
 from switchgear.weights.groups import Groups, weight_of
 from switchgear.weights.layout import hint_for, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie
+from switchgear.weights.weight import Weight
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,11 @@ def quantize(
         damping, act_order: of GPTQ; see `gptq`.
         min_tokens: an expert with fewer tokens in the calibration is rounded to nearest; `starved` says which.
 
+    Layers that share parameters still share them, by "rtn" and with the same bits.
+
     Raises:
         ValueError: an option out of range, a calibration of another model or without Hessians, experts that cannot be
-            stored; the message names the layer.
+            stored, or that share parameters and would get different values; the message names the layer.
     """
     check_module("model", model)
     check_choice("method", method, METHODS)
@@ -116,12 +119,15 @@ def quantize(
     layers = expert_layers(model, bits if isinstance(bits, Mapping) else None, "bits")
     widths = {name: widths_of(layer, bits, 4 if store else 8) for name, layer in layers.items()}
     form = Groups(4, group_size, symmetric)  # checks the options
+    _check_ties(model, layers, widths, method)
     hessians = hessians_of(model, layers, method, calibration)
     targets = _targets(model, layers) if store else {}
     done: dict[str, QuantizedLayer] = {}
     changes: list[StoredChange] = []
     values: list[tuple[Tensor, list[tuple[int, Levels]]]] = []
-    before = after = 0
+    before: dict[tuple[object, ...], int] = {}
+    after: dict[tuple[object, ...], int] = {}
+    change_of = _changes(form)
     for name, layer in layers.items():
         few = starved_experts(layer, calibration, min_tokens) if method == "gptq" else []
         found = [
@@ -129,18 +135,19 @@ def quantize(
             for index in (0, 1)
         ]
         done[name] = _report(layer, widths[name], few, found, hessians.get(name), form)
-        before += sum(layer.projection(index).nbytes for index in (0, 1))
+        projections = [layer.projection(index) for index in (0, 1)]
+        before |= {memory_of(weight): weight.nbytes for weight in projections}
         if store:
-            changes.append(_stored(targets[name], layer, widths[name], form, found))
-            after += sum(changes[-1].bytes_after.values())
+            changes.append(change_of(targets[name], layer, widths[name], found))
+            after |= changes[-1].bytes_after
         else:
-            after += sum(_packed(layer, index, widths[name], form) for index in (0, 1))
-            values += [(layer.projection(index), found[index]) for index in (0, 1)]
+            after |= {memory_of(weight): _packed(weight, widths[name], form) for weight in projections}
+            values += zip(projections, found, strict=True)
     _commit(changes)
     for weight, experts in values:
         for expert, (width, levels) in enumerate(experts):
             weight[expert] = decoded(levels, width, group_size)[0].to(weight.dtype)
-    return Quantized(method, done, store, before, after)
+    return Quantized(method, done, store, sum(before.values()), sum(after.values()))
 
 
 # ---- what is quantized -----------------------------------------------------------------------------------------------
@@ -156,6 +163,28 @@ def _targets(model: nn.Module, layers: Mapping[str, ExpertLayer]) -> dict[str, T
             )
         targets[name] = Target(f"model.{name}", layer.experts, layout)
     return targets
+
+
+def _check_ties(
+    model: nn.Module, layers: Mapping[str, ExpertLayer], widths: Mapping[str, Sequence[int]], method: str
+) -> None:
+    """Raises ValueError for a parameter that is in several places and would get different values there."""
+    places: list[tuple[str, nn.Module, str, Any]] = []  # (name of a module, the module, key, what its levels depend on)
+    for name, layer in layers.items():
+        levels = (widths[name], name if method == "gptq" else None)
+        places += [(name, layer.owner(index), layer.key(index), levels) for index in (0, 1)]
+    mine = {(module, key) for _, module, key, _ in places}
+    for name, module in model.named_modules():
+        places += [(name, module, key, None) for key in module._parameters if (module, key) not in mine]
+    seen: dict[tuple[object, ...], tuple[str, Any]] = {}
+    for name, module, key, levels in places:
+        parameter = module._parameters[key]
+        if type(parameter) is not nn.Parameter:
+            continue  # absent, or of another library and no expert
+        first, wanted = seen.setdefault(memory_of(parameter), (name, levels))
+        if wanted != levels:
+            why = "method='gptq' rounds each layer for itself" if method == "gptq" else "give both the same bits"
+            raise ValueError(f"model: expected {key} of its own for {name}, got one shared with {first}; {why}")
 
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------
@@ -186,31 +215,42 @@ def _report(
     return QuantizedLayer(layer.name, widths, few, errors, outputs if hessians is not None else None)
 
 
-def _packed(layer: ExpertLayer, index: int, widths: Sequence[int], form: Groups) -> int:
-    _, rows, columns = layer.projection(index).shape
+def _packed(weight: Tensor, widths: Sequence[int], form: Groups) -> int:
+    _, rows, columns = weight.shape
     return sum(packed_bytes(rows, columns, width, form.group_size, not form.symmetric) for width in widths)
 
 
-def _stored(
-    target: Target,
-    layer: ExpertLayer,
-    widths: Sequence[int],
-    form: Groups,
-    found: Sequence[Sequence[tuple[int, Levels]]],
-) -> StoredChange:
-    weights, projections = [], []
-    for index in (0, 1):
-        parts = [levels for _, levels in found[index]]
-        q, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        levels = groups.Levels(q, scales, None if form.symmetric else zeros, tuple(widths))
-        dtype = layer.projection(index).dtype
-        weights.append(weight_of(levels, dtype, form.group_size, parts=target.layout.parts(index)))
-        parameter = layer.owner(index)._parameters[layer.key(index)]
-        projections.append(Projection(Kind.of(weights[-1]), parameter.requires_grad, Tie()))
-    bits = widths[0] if len(set(widths)) == 1 else tuple(widths)
-    own = Groups(bits, form.group_size, form.symmetric)
-    stored = StoredProjections(own, target.layout, (projections[0], projections[1]))
-    return StoredChange(target, stored, (weights[0], weights[1]))
+def _changes(form: Groups) -> Callable[..., StoredChange]:
+    """Returns a function that makes the change of a layer. Layers that share parameters share their weights."""
+    weights: dict[tuple[object, ...], Weight] = {}
+    ties: dict[int, Tie] = {}
+
+    def change_of(
+        target: Target, layer: ExpertLayer, widths: Sequence[int], found: Sequence[Sequence[tuple[int, Levels]]]
+    ) -> StoredChange:
+        chosen, projections = [], []
+        for index in (0, 1):
+            plain, parts = layer.projection(index), target.layout.parts(index)
+            key = (*memory_of(plain), parts)
+            if key not in weights:
+                levels = _joined([levels for _, levels in found[index]], widths, form)
+                weights[key] = weight_of(levels, plain.dtype, form.group_size, parts=parts)
+            chosen.append(weights[key])
+            parameter = layer.owner(index)._parameters[layer.key(index)]
+            tie = ties.setdefault(id(parameter), Tie())
+            projections.append(Projection(Kind.of(weights[key]), parameter.requires_grad, tie))
+        bits = widths[0] if len(set(widths)) == 1 else tuple(widths)
+        own = Groups(bits, form.group_size, form.symmetric)
+        stored = StoredProjections(own, target.layout, (projections[0], projections[1]))
+        return StoredChange(target, stored, (chosen[0], chosen[1]))
+
+    return change_of
+
+
+def _joined(parts: Sequence[Levels], widths: Sequence[int], form: Groups) -> groups.Levels:
+    """The levels of all experts of a projection."""
+    q, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return groups.Levels(q, scales, None if form.symmetric else zeros, tuple(widths))
 
 
 def _commit(changes: Sequence[StoredChange]) -> None:

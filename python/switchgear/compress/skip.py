@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
-from switchgear.compress.calibration import Calibration
+from switchgear.compress.calibration import Calibration, check_calibration
 from switchgear.compress.sums import Domains
 from switchgear.functional import Routing, as_number
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
@@ -66,7 +66,7 @@ def skip_experts(
     check_module("model", model)
     if not 0 <= as_number("protect", protect) <= 1:
         raise ValueError(f"protect: expected a share of the tokens in [0, 1], got {protect}")
-    calibration.check(model, domains=domains)
+    check_calibration(calibration, model, domains=domains)
     blocks = moe_blocks(model)
     ratios = {name: calibration.layers[name].ratio_median(domains) for name in blocks}
     if empty := [name for name, ratio in ratios.items() if ratio != ratio]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
-from switchgear.compress.calibration import Calibration
+from switchgear.compress.calibration import Calibration, check_calibration
 from switchgear.compress.layer import expert_layers
 from switchgear.compress.sums import Domains, ExpertSums
 from switchgear.reference import check_choice
@@ -82,7 +82,7 @@ def prune_weights(
     if calibration is None and metric != "magnitude":
         raise ValueError(f"calibration: expected one for {metric}, got None")
     if calibration is not None:
-        calibration.check(model, domains=domains)
+        check_calibration(calibration, model, domains=domains)
     done = {}
     for name, layer in layers.items():
         sums = calibration.layers[name].sums(domains) if calibration is not None else None

@@ -44,6 +44,8 @@ class Reconstruction:
         self.outputs = layer.every_expert(self.x)
         self.wanted = self.combined(ids, weights)
         self.norm = float(self.wanted.norm())
+        if not math.isfinite(self.norm):  # also if no token chose the expert: 0 · NaN is NaN
+            raise ValueError(f"calibration: expected finite outputs of the experts of {layer.name}, got others")
 
     def combined(self, ids: Tensor, weights: Tensor) -> Tensor:
         dense = weights.new_zeros(len(ids), self.layer.num_experts + 1).scatter_add(

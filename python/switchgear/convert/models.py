@@ -20,7 +20,7 @@ from switchgear.convert.families import layers_of
 from switchgear.convert.plans import Plan, StateDict
 from switchgear.convert.recipes import dense_plan, experts_plan, split_plan, upcycle_plan
 from switchgear.convert.result import Conversion, Converted
-from switchgear.weights.checks import check_replaceable
+from switchgear.weights.checks import check_state_dict
 
 
 def upcycle_model(
@@ -55,7 +55,7 @@ def config_of(model: Any) -> dict[str, Any]:
 
 def tensors_of(model: Any) -> StateDict:
     """The tensors of the state dict, tied ones once. Raises ValueError for a model that computes with others."""
-    check_replaceable("model", model)
+    check_state_dict("model", model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return StateDict({key: tensor for key, tensor in model.state_dict().items() if key not in tied})
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from switchgear.weights.form import Form
@@ -49,6 +50,7 @@ def preparation_of(form: Form) -> Callable[[Target], StoredChange | PlainChange]
     return prepare
 
 
+@torch.inference_mode(False)  # a backward pass may save the result
 def _encoded(form: Form, name: str, weight: Tensor, parts: int) -> Weight:
     encoded = form.encode(name, weight, parts)
     if isinstance(encoded, str):
@@ -120,6 +122,7 @@ def memory_of(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape)
 
 
+@torch.inference_mode(False)
 def plain_parameters(
     module: nn.Module, parameters: dict[Tie, nn.Parameter], plain: dict[tuple[object, ...], Tensor]
 ) -> list[nn.Parameter]:

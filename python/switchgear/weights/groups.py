@@ -20,6 +20,7 @@ from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages
 from switchgear.weights.weight import Weight
 
 
+@torch.inference_mode(False)  # a backward pass may save the result
 def weight_of(
     levels: groups.Levels, dtype: torch.dtype, group_size: int, *, parts: int = 1, is_exact: bool = False
 ) -> Weight:

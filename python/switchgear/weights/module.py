@@ -24,7 +24,7 @@ from switchgear.weights.layout import Layout
 from switchgear.weights.weight import Weight
 
 _FIELDS = ("data", *FIELDS)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Kind(NamedTuple):
@@ -107,7 +107,7 @@ class StoredProjections:
             buffer = getattr(module, name)
             held.append((name, buffer))
             dtype = _float_of(kind.format, field)
-            tensors[field] = buffer if dtype is None else buffer.view(dtype)
+            tensors[field] = buffer if dtype is None else _viewed(buffer, dtype)
         return kind.weight(tensors)
 
     def _buffers(self, index: int) -> Iterator[tuple[str, str]]:
@@ -122,7 +122,7 @@ class StoredProjections:
             for field, name in self._buffers(index):
                 tensor = getattr(weight, field)
                 dtype = _float_of(weight.format, field)
-                held = tensor if dtype is None else tensor.view(_BITS[dtype])
+                held = tensor if dtype is None else _viewed(tensor, _BITS[dtype])
                 module.register_buffer(name, held, persistent=False)
 
     def take_out_of(self, module: nn.Module) -> None:
@@ -152,6 +152,7 @@ class StoredProjections:
             else:
                 yield name, in_layout(weight.plain(), self.layout)
 
+    @torch.inference_mode(False)  # a backward pass may save the weights
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> None:
         """Takes the weights out of a state dict, whose keys of this module start with `prefix`."""
         now = self.weights(module)
@@ -159,6 +160,7 @@ class StoredProjections:
         for index, name in enumerate(self.layout.names):
             weight = _loaded(self, index, now[index], state_dict, f"{prefix}{name}", missing)
             loaded.append(now[index] if weight is None else weight)
+        loaded = [_in_memory_of(old, weight) for old, weight in zip(now, loaded, strict=True)]
         projections = [
             Projection(Kind.of(weight), projection.trained, projection.tie)
             for weight, projection in zip(loaded, self.projections, strict=True)
@@ -177,6 +179,11 @@ def _float_of(format: str, field: str) -> torch.dtype | None:
     if field == "row_scales" or (field == "scales" and format in ("fp8", "nf4")):
         return torch.float32
     return torch.float16 if field == "scales" and format == "groups" else None
+
+
+def _viewed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # there, unlike other views, it would be a tensor that autograd does not save
+        return tensor.view(dtype)
 
 
 def stored_of(module: nn.Module) -> StoredProjections | None:
@@ -310,7 +317,7 @@ def _loaded(
     form, layout = stored.form, stored.layout
     plain = state_dict.get(key)
     if plain is not None and not ("" in form.suffixes and plain.dtype is torch.float8_e4m3fn):
-        if plain.dtype not in _FLOATS:
+        if plain.dtype not in FLOATS:
             raise ValueError(f"{key}: expected a floating dtype of at least 16 bits, got {plain.dtype}")
         del state_dict[key]
         shape = list(now.shape)
@@ -333,3 +340,20 @@ def _loaded(
         return form.load(present, now)
     except ValueError as error:
         raise ValueError(f"{key}{error}") from None
+
+
+def _in_memory_of(old: Weight, weight: Weight) -> Weight:
+    """`weight` in the memory of `old`, as parameters are loaded: modules that share it go on sharing it. One of another
+    size, such as compact rows with longer headers, stays where it is."""
+    pairs = list(zip(weight.tensors, old.tensors, strict=False))
+    same_kind = Kind.of(weight)._replace(is_exact=old.is_exact) == Kind.of(old)
+    if not same_kind or any(new.shape != held.shape or not _is_written_to(held) for new, held in pairs):
+        return weight
+    for new, held in pairs:
+        held.copy_(new)
+    return replace(old, is_exact=weight.is_exact)
+
+
+def _is_written_to(tensor: Tensor) -> bool:
+    """Whether a tensor can be overwritten: in any mode, and without elements that lie on others."""
+    return tensor.is_contiguous() and not tensor.is_inference()

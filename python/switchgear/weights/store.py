@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_dense
+from switchgear.reference import check_size
 from switchgear.weights.adapted import lends
 from switchgear.weights.auto import Candidate, candidates
 from switchgear.weights.change import (
@@ -28,7 +31,7 @@ from switchgear.weights.groups import Groups
 from switchgear.weights.integers import Int4, Int8
 from switchgear.weights.layout import Layout, hint_for, layout_of
 from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
-from switchgear.weights.module import StoredProjections, Tie, stored_of, take_back
+from switchgear.weights.module import FLOATS, StoredProjections, Tie, stored_of, take_back
 from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.panels import Panels
 from switchgear.weights.plain import Copies, Plain, Relaid
@@ -68,19 +71,39 @@ def form_named(form: str | Form, options: dict[str, Any]) -> Form:
     if form not in FORMS:
         names = ", ".join(FORMS)
         raise ValueError(f"form: expected one of {names}, an object of theirs, or in `store` alone auto, got {form!r}")
-    known = [field.name for field in dataclasses.fields(FORMS[form])]
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"{unknown[0]}: expected an option of {form} ({', '.join(known) or 'it has none'})")
+    _check_options(form, options, [field.name for field in dataclasses.fields(FORMS[form])])
     return FORMS[form](**options)
 
 
+def _check_options(form: str, options: Iterable[str], known: Sequence[str]) -> None:
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"{unknown[0]}: expected an option of {form} ({', '.join(known) or 'it has none'})")
+
+
+@torch.inference_mode(False)  # a backward pass may save the result
 def encode(weight: Tensor, form: str | Form, *, parts: int = 1, **options: Any) -> Weight:
     """Encodes a weight [E,N,C] for `moe` and `grouped_gemm`. parts: 2 if all gates precede all ups. Raises ValueError
-    with the reason if the form does not support the weight."""
+    with the reason if the form does not support the weight, and TypeError or ValueError for what is no weight."""
+    _check_weight(weight, parts)
     encoded = form_named(form, options).encode("weight", weight, parts)
     if isinstance(encoded, str):
         raise ValueError(f"weight: expected one that can be stored as {form}; {encoded}")
     return encoded
+
+
+def _check_weight(weight: Any, parts: Any) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected Tensor, got {type(weight).__name__}")
+    check_dense("weight", weight)
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"weight: expected a floating dtype of at least 16 bits, got {weight.dtype}")
+    if weight.dim() != 3 or 0 in weight.shape:
+        raise ValueError(f"weight: expected shape [E,N,C], with sizes of at least 1, got {list(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("weight: expected numbers, got a tensor on meta")
+    check_size("parts", parts)
+    if parts > 2 or weight.shape[1] % parts:
+        raise ValueError(f"parts: expected 1, or 2 for an even number of rows, got {parts} for {weight.shape[1]} rows")
 
 
 def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **options: Any) -> Stored:
@@ -111,6 +134,7 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
             The message names the module, and no module is changed.
     """
     if form == "auto":
+        _check_options(form, options, ("tokens_per_step", "lossless", "bits"))
         done = _store_best(model, low_memory, **options)
     else:
         done = _store(model, form_named(form, options), low_memory)

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from switchgear import backends, ops
 from switchgear.reference import formats, panels, weight_dtype
+from switchgear.reference.checks import check, check_range
 from switchgear.weights.pages import advise_huge_pages
 
 LOSSLESS = ("plain", "panels", "compact")
 PANEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 _FIELDS = ("data", *formats.FIELDS)
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
@@ -141,7 +143,8 @@ class Weight:
         return self.data.shape[1:4:2] == (self.rows // rows, vector_bytes)
 
     def permuted(self, order: Tensor) -> Weight:
-        """The experts in `order` [E'], which may repeat experts. Copies no weights."""
+        """The experts in `order` [E'], integers, which may repeat experts. Copies no weights."""
+        _check_order(order, self.shape[0])
         order = order.to(device=self.device, dtype=torch.int32)
         return self.with_slots(order if self.slots is None else self.slots[order.long()])
 
@@ -155,6 +158,16 @@ class Weight:
             raise ValueError(f"tensors: expected names among {', '.join(_FIELDS)}, got {', '.join(unknown)}")
         given = {name: getattr(self, name) for name in _ARGUMENTS}
         return Weight(**{**given, **tensors})
+
+
+def _check_order(order: Tensor, num_experts: int) -> None:
+    if not isinstance(order, Tensor):
+        raise TypeError(f"order: expected Tensor, got {type(order).__name__}")
+    if order.dtype not in _INTEGERS:
+        raise TypeError(f"order: expected an integer dtype, got {order.dtype}")
+    check("order", order, (None,), order.dtype)
+    if not (order.is_meta or torch.compiler.is_compiling()):  # then the ops check it, as slots
+        check_range("order", order, 0, num_experts)
 
 
 _ARGUMENTS = (
