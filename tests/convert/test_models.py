@@ -237,5 +237,6 @@ def test_stored_experts_are_restored_first(form: str) -> None:
         done = convert.to_dense(model).model.state_dict()
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in done.items())
         return
-    with pytest.raises(ValueError, match=rf"moe: expected plain weights in model\.layers\.0\.mlp\.experts, got {form}"):
+    where = r"model\.model\.layers\.0\.mlp\.experts"
+    with pytest.raises(ValueError, match=rf"{where}: expected plain weights, got {form}"):
         convert.to_dense(model)
