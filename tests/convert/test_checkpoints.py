@@ -185,6 +185,16 @@ def changed(path: Path, **options: Tensor) -> None:
     save_file(found, path / "model.safetensors", metadata={"format": "pt"})
 
 
+def test_selection_biases_in_layouts(tmp_path: Path) -> None:
+    saved(tmp_path / "a", "mixtral", num_local_experts=4)
+    bias = torch.rand(4)
+    changed(tmp_path / "a", **{"model.layers.0.block_sparse_moe.gate.e_score_correction_bias": bias})
+    convert.run({"operation": "layout", "to": "megatron"}, tmp_path / "a", tmp_path / "b")
+    assert torch.equal(tensors(tmp_path / "b")["decoder.layers.0.mlp.router.expert_bias"], bias)
+    convert.run({"operation": "layout", "to": "per_expert"}, tmp_path / "b", tmp_path / "c")
+    assert same(tensors(tmp_path / "a"), tensors(tmp_path / "c"))
+
+
 def refused(recipe: dict[str, Any], source: Path, message: str) -> None:
     with pytest.raises(convert.RecipeError, match=message):
         convert.run(recipe, source, source.parent / "refused")

@@ -39,7 +39,7 @@ def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> Plan:
     megatron_te       decoder.layers.0.mlp.experts.linear_fc1.weight3 [2I,H], linear_fc2.weight3 [H,I]
     megatron_grouped  decoder.layers.0.mlp.experts.weight1 [H,E·2I], weight2 [E·I,H]
 
-    Megatron's routers are decoder.layers.0.mlp.router.weight. Other tensors keep their names.
+    Megatron's routers are decoder.layers.0.mlp.router.weight and expert_bias (e_score_correction_bias). Other tensors keep their names.
 
     Raises ValueError for experts that no layout holds: quantized, with biases or other tensors, of other shapes
     (gpt-oss has [E,H,2I]), and of several dtypes in a layer.
@@ -226,6 +226,9 @@ def _family(config: Mapping[str, Any]) -> Family:
     return FAMILIES.get(model_type, Family(model_type, "", "mlp", PARTS, "num_experts", "moe_intermediate_size"))
 
 
+_CORRECTION = "e_score_correction_bias"  # of transformers; Megatron calls it expert_bias
+
+
 def _renamed(key: str, family: Family, to: str) -> str:
     """The name of a router in the new layout; other keys stay."""
     match = re.fullmatch(r"(?:model|decoder)\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router)\.(\w+)", key)
@@ -233,5 +236,6 @@ def _renamed(key: str, family: Family, to: str) -> str:
         return key
     layer, name = match.groups()
     if to.startswith("megatron"):
-        return f"decoder.layers.{layer}.mlp.router.{name}"
+        return f"decoder.layers.{layer}.mlp.router.{'expert_bias' if name == _CORRECTION else name}"
+    name = _CORRECTION if name == "expert_bias" else name
     return f"model.layers.{layer}.{family.block if to == 'per_expert' else 'mlp'}.gate.{name}"
