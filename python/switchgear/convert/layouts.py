@@ -39,7 +39,8 @@ def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> Plan:
     megatron_te       decoder.layers.0.mlp.experts.linear_fc1.weight3 [2I,H], linear_fc2.weight3 [H,I]
     megatron_grouped  decoder.layers.0.mlp.experts.weight1 [H,E·2I], weight2 [E·I,H]
 
-    Megatron's routers are decoder.layers.0.mlp.router.weight and expert_bias (e_score_correction_bias). Other tensors keep their names.
+    Megatron's routers are decoder.layers.0.mlp.router.weight, and expert_bias for e_score_correction_bias. Other
+    tensors keep their names.
 
     Raises ValueError for experts that no layout holds: quantized, with biases or other tensors, of other shapes
     (gpt-oss has [E,H,2I]), and of several dtypes in a layer.
