@@ -56,8 +56,6 @@ def test_bits_are_asked_for() -> None:
     assert stored_of(model.experts).form == Groups(bits=3, symmetric=False)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="bits: expected none of a lossless form, got 3"):
         switchgear.store(moe_of(), "auto", bits=3)
-    with pytest.raises(ValueError, match=r"foo: expected an option of auto \(tokens_per_step, lossless, bits\)"):
-        switchgear.store(moe_of(), "auto", foo=1)
 
 
 def test_what_does_not_fit_is_said() -> None:
@@ -81,5 +79,5 @@ def test_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [c.form for c in candidates(moe_of(), 1, False)] == ["plain"]
     with pytest.raises(ValueError, match="tokens_per_step: expected at least 1, got 0"):
         switchgear.store(moe_of(), "auto", tokens_per_step=0)
-    with pytest.raises(TypeError, match="tokens"):
+    with pytest.raises(ValueError, match=r"tokens: expected an option of auto \(tokens_per_step, lossless, bits\)"):
         switchgear.store(moe_of(), "auto", tokens=3)
