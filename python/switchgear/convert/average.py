@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
-from switchgear.convert.checks import check_number, check_seed, finite_numbers
+from switchgear.complaints import check_seed
+from switchgear.convert.checks import check_number, finite_numbers
 from switchgear.reference import check_choice
 
 METHODS = ("average", "ties", "dare", "base")

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
+from switchgear.complaints import check_seed
 from switchgear.reference import check_size
 
 
@@ -23,18 +24,6 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
-def check_seed(seed: Any) -> None:
-    if not isinstance(seed, Integral) or isinstance(seed, bool):
-        raise TypeError(f"seed: expected int, got {type(seed).__name__}")
-    if not -(2**63) <= int(seed) < 2**63:
-        raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
-
-
-def check_switch(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected bool, got {type(value).__name__}")
 
 
 def check_random(seed: Any, **deviations: Any) -> None:

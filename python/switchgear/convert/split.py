@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.convert.checks import check_moe, check_random, check_switch
+from switchgear.complaints import check_switch
+from switchgear.convert.checks import check_moe, check_random
 from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
 from switchgear.convert.gates import EqualTopK
 from switchgear.convert.modules import OURS, is_transformers, replaced
