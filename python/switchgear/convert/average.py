@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
-from switchgear.complaints import check_seed
+from switchgear.complaints import check_module, check_seed
 from switchgear.convert.checks import check_number, finite_numbers
 from switchgear.reference import check_choice
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.convert.average import Merging, check_same, check_wide
 from switchgear.complaints import check_switch
+from switchgear.convert.average import Merging, check_same, check_wide
 from switchgear.convert.checks import check_moe, check_random
 from switchgear.convert.dense import PlainExperts, check_options, to_dense
 from switchgear.convert.families import (
