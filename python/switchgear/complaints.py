@@ -5,9 +5,11 @@ nothing."""
 from __future__ import annotations
 
 import inspect
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -45,6 +47,14 @@ def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
                 f"{argument}: expected {first[1].dtype} like {first[0]}, got weights stored as {value.format} in "
                 f"{value.dtype}, which .to() does not convert: restore, convert and store them again"
             )
+
+
+def integer(name: str, value: Any) -> int:
+    """An integer of any type (numpy's too, and a tensor of one) as int. Raises TypeError for anything else."""
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name}: expected an integer, got {value!r}")
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
