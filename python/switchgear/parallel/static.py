@@ -23,6 +23,7 @@ from torch import Tensor
 from switchgear.autograd import apply
 from switchgear.parallel import exchange
 from switchgear.parallel.rows import Link
+from switchgear.reference import weight_dtype
 
 if TYPE_CHECKING:
     from switchgear.parallel.exchange import Layer
@@ -89,9 +90,10 @@ def exchange_moe(
     results = apply(_ScaledGrad, module(rows, ids, weights), share)
     returned: Tensor = apply(_Combine, results, number)
     padded_rows = torch.cat((returned, returned.new_zeros(1, x.shape[1])))
-    total = padded_rows[buckets.row_table[:, 0]].float()
+    wide = weight_dtype(x.dtype)
+    total = padded_rows[buckets.row_table[:, 0]].to(wide)
     for column in range(1, buckets.row_table.shape[1]):
-        total = total + padded_rows[buckets.row_table[:, column]].float()
+        total = total + padded_rows[buckets.row_table[:, column]].to(wide)
     y: Tensor = total.to(x.dtype)
     return y
 
