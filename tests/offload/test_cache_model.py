@@ -185,6 +185,43 @@ def test_autocast_and_other_dtypes() -> None:
         model[0].experts(torch.ones(1, 32), ids, weights)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [(form, torch.float32) for form in ("plain", "panels", "compact", "int8")] + [("plain", torch.float16)],
+)
+def test_autocast_casts_the_experts_in_use(form: str, dtype: torch.dtype) -> None:
+    """Also with adapters, and for gradients, whose experts are kept until the backward pass."""
+    size = {"panels": 128, "compact": 256}.get(form, 32)
+    model, steps = make_model(size=size, dtype=dtype), steps_of(count=4, size=size)
+    model.requires_grad_(False)
+    if form != "plain":
+        switchgear.store(model, form)
+    for factor in add_lora(model, 3):
+        factor.data.normal_()
+    steps += [torch.randn(0, size), torch.randn(1, size)]
+
+    def gradients() -> list[Tensor]:
+        found = []
+        for x in steps[2:]:
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = model(leaf)
+            y.square().sum().backward()
+            found += [y.detach(), leaf.grad]
+        return found
+
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = outputs_of(model, steps)
+    wanted_gradients = gradients()
+    with offload.offload(model, MemoryStore(model), slots=2) as cache:  # type: ignore[arg-type]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(map(same_bits, outputs_of(model, steps), wanted))
+        assert cache.statistics.misses > 12
+        check(cache)
+    with offload.offload(model, MemoryStore(model), slots=5, shared=True):  # type: ignore[arg-type]
+        assert all(map(same_bits, gradients(), wanted_gradients))
+
+
 @in_both_memories
 def test_threads_take_turns() -> None:
     model, steps = make_model(), steps_of()
