@@ -218,7 +218,7 @@ def _attach(
     else:
         weights = _cached(cache, targets, files, plans, policy, staging_slots)
     ties: dict[int, Tie] = {}
-    form = OffloadedForm(str(store.path))
+    form = OffloadedForm(str(store.path.absolute()))
     changes = [
         Change.of(target, form, own, file, ties) for target, own, file in zip(targets, weights, files, strict=True)
     ]

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
-
 from torch import Tensor
 
 from switchgear.complaints import integer
