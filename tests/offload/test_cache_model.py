@@ -9,6 +9,7 @@ import pickle
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from memory_store import MemoryStore
@@ -20,7 +21,7 @@ from switchgear import MoE, offload, routing
 from switchgear.adapters import add_lora
 from switchgear.integrations.tiny_models import build
 from switchgear.integrations.transformers import accelerate
-from switchgear.offload import Belady
+from switchgear.offload import Belady, NextGate
 from switchgear.trace import RoutingTrace
 
 in_both_memories = pytest.mark.usefixtures("memory")
@@ -334,6 +335,20 @@ def other(name: str) -> MemoryStore:
         ),
         (lambda: MemoryStore(make_model()), {"timeout": 0}, ValueError, "timeout: expected more than 0 seconds"),
         (lambda: MemoryStore(make_model()), {"prefetch_slots": 0}, ValueError, "prefetch_slots: expected at least 1"),
+        *(
+            (lambda: MemoryStore(make_model()), {name: value}, error, message)
+            for name, value, error, message in (
+                ("slots", True, TypeError, "slots: expected an integer, got True"),
+                ("timeout", "5", TypeError, "timeout: expected a number of seconds, got '5'"),
+                ("timeout", float("inf"), ValueError, "timeout: expected more than 0 seconds and at most"),
+                ("threads", 1.5, TypeError, "threads: expected an integer, got 1.5"),
+                ("threads", 0, ValueError, "threads: expected at least 1, got 0"),
+                ("device", "foo", ValueError, "device: expected a device, got 'foo'"),
+                ("prefetch", NextGate, TypeError, "prefetch: expected a predictor such as .* got NextGate"),
+                ("prefetch", "x", TypeError, "prefetch: expected a predictor such as .* got 'x'"),
+            )
+        ),
+        (lambda: None, {}, TypeError, "store: expected a Store or its path, got NoneType"),
     ],
 )
 def test_a_wrong_store_or_option_changes_nothing(store: Any, options: Any, error: Any, message: str) -> None:
@@ -343,6 +358,15 @@ def test_a_wrong_store_or_option_changes_nothing(store: Any, options: Any, error
         offload.offload(model, store(), **{"slots": 2, **options})
     assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
     assert all(map(same_bits, outputs_of(model, steps), wanted))
+
+
+def test_counts_may_be_integers_of_numpy() -> None:
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    for options in ({"slots": np.int64(2), "threads": np.int32(2)}, {"bytes": np.int64(1 << 20)}):
+        with offload.offload(model, MemoryStore(model), **options) as cache:  # type: ignore[arg-type]
+            assert all(map(same_bits, outputs_of(model, steps), wanted))
+            assert type(cache.slots) is int
 
 
 def test_models_that_it_does_not_run() -> None:

@@ -135,6 +135,8 @@ def write_store(
         StoreError: a file cannot be written, for want of room among others; an unfinished store of another form,
             dtype or model is in the way. There is no store then.
     """
+    if not isinstance(source, (nn.Module, str, os.PathLike)):
+        raise TypeError(f"source: expected a model or the folder of a checkpoint, got {type(source).__name__}")
     wanted = _form(form, options)
     if isinstance(source, nn.Module):
         if dtype is not None:
