@@ -72,7 +72,7 @@ def check_seconds(name: str, value: Any) -> None:
     """Raises for what is no finite number of seconds above 0. Clocks of C++ end in some hundred years."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number of seconds, got {value!r}")
-    if not 0 < value <= MOST_SECONDS:
+    if not 0 < float(value) <= MOST_SECONDS:
         raise ValueError(f"{name}: expected more than 0 seconds and at most {MOST_SECONDS:g}, got {value}")
 
 

@@ -111,7 +111,7 @@ def moe_of_offloaded(
 
 def _cast(weights: tuple[Any, Any], topk_ids: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
     """The weights with copies in `dtype` of the experts that ids name, which are in memory, where theirs is another."""
-    chosen = topk_ids[topk_ids >= 0].unique().long()
+    chosen: Tensor = torch.unique(topk_ids[topk_ids >= 0]).long()
     experts = chosen if len(chosen) else chosen.new_zeros(1)  # slots need a row
 
     def cast(weight: Any) -> Any:

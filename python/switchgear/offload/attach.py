@@ -55,8 +55,9 @@ def offload(
             model.generate(…)
             print(cache)  # hits, misses, bytes and waits, by layer
 
-    Results have the bits of the model whose experts are in memory in the store's form. A step that needs more experts
-    than there are slots runs in waves. If all experts fit, they are loaded at once, and calls cost nothing more.
+    Results have the bits of the model whose experts are in memory in the store's form; in float64, the last bits may
+    differ. A step that needs more experts than there are slots runs in waves. If all experts fit, they are loaded at
+    once, and calls cost nothing more.
 
     On a GPU, records are read into pinned memory and copied from there on a stream of their own, while kernels run.
 
@@ -180,7 +181,7 @@ class Offloaded:
 
         restore: whether the parameters return, read from the store: the original bits if its form is lossless, else
             what it represents. By default they do if the model had them (not on meta). Without them, a call of the
-            experts raises an error.
+            experts raises an error. They are new objects: an optimizer that was made before trains others.
 
         Raises:
             StoreError: the store cannot be read; the model stays offloaded.

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from switchgear.complaints import check_seconds, integer
@@ -106,7 +106,7 @@ class ExpertParallel:
         store: Any = None,
     ) -> None:
         for option, value, kind in (
-            ("placement", placement, Placement), ("link", link, Link), ("store", store, dist.Store),
+            ("placement", placement, Placement), ("link", link, Link), ("store", store, Store),
         ):  # fmt: skip
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{option}: expected {kind.__name__}, got {type(value).__name__}")

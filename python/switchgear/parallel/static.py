@@ -4,9 +4,9 @@
     rows [W·C,H]   C rows for each rank, in the order of tokens; those that no token fills are zeros
     ids [W·C,K]    local experts of each row, -1 for none      weights [W·C,K]   0 for none
 
-The first C tokens of a rank with experts on another rank are sent there. Later ones are *overflow*: their choices there
-are dropped, or an error is raised. Shapes depend on nothing but the number of tokens, so torch.compile traces a layer
-as a whole, and a CUDA graph can hold it. Results are summed rank by rank, as by default.
+Of a rank's tokens with experts on any one rank, its own too, the first C go there. Later ones are *overflow*: their
+choices there are dropped, or an error is raised. Shapes depend on nothing but the number of tokens, so torch.compile
+traces a layer as a whole, and a CUDA graph can hold it. Results are summed rank by rank, as by default.
 
 Before each transfer the hosts compare headers, so that a mistake or a lost rank is the same error as ever. They do not
 while a CUDA graph is captured, nor can they when it is replayed.
