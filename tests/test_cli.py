@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import errno
 import importlib.util
 import json
 import os
@@ -18,15 +19,16 @@ import numpy as np
 import pytest
 import torch
 
+import switchgear
 from switchgear.bench.case import forward, make_case, make_inputs, make_weights, train
 from switchgear.bench.markdown import fill, whole
-from switchgear.bench.results import SCHEMA, completed, load, merge, save, undisturbed
+from switchgear.bench.results import SCHEMA, completed, load, merge, save, undisturbed, write_json
 from switchgear.bench.shapes import SHAPES, Shape, forward_flops, train_flops
 from switchgear.bench.targets import Verdict, judge
 from switchgear.bench.timing import FEWEST_TURNS, interleave
 from switchgear.bench.verify import expected, relative_error, tolerance
 from switchgear.bench.worker import Task, run_case
-from switchgear.cli import main
+from switchgear.cli import COMMANDS, main
 from switchgear.cli.demo.agreement import check_gradients, check_logits, check_losses, equal_choices, loss_floor
 from switchgear.cli.demo.corpus import batches, load_corpus
 from switchgear.common import CommandError, machine
@@ -65,6 +67,37 @@ def test_a_reader_that_ends_early_is_no_error(monkeypatch: pytest.MonkeyPatch) -
         pipe.write("more")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux on x86-64")
+def test_output_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["info"]) == 1
+        full.write("more")
+    assert "switchgear info: cannot write: No space left on device" in capsys.readouterr().err
+
+
+def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["info"]) == 0
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"switchgear {switchgear.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_can_be_printed_in_any_locale(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.isascii()
+
+
 def test_openmp_runtimes_are_told_apart() -> None:
     maps = """\
 7f00-7f01 r-xp 00000000 08:01 11 /opt/torch/lib/libgomp.so.1
@@ -99,6 +132,9 @@ def test_openmp_runtimes_are_told_apart() -> None:
         (["bench", "--modes", "backward"], "--modes: expected a list of forward, train"),
         (["bench", "--tokens", "1,-2"], "--tokens: expected an integer of at least 1, got '-2'"),
         (["bench", "--tokens", "many"], "--tokens: expected an integer of at least 1, got 'many'"),
+        (["bench", "--budget", "nan"], "--budget: expected a number above 0, got 'nan'"),
+        (["bench", "--budget", "-1"], "--budget: expected a number above 0, got '-1'"),
+        (["bench", "--parallel", "2", "--bandwidth", "nan"], "--bandwidth: expected a number of at least 0, got 'nan'"),
     ],
 )
 def test_argparse_names_the_mistake(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +151,7 @@ def test_argparse_names_the_mistake(arguments: list[str], message: str, capsys: 
         (["bench", "--competitors", "megablocks"], "--competitors: expected"),
         (["bench", "--json", "/nowhere/results.json"], "--json: cannot write"),
         (["bench", "--from", "/nowhere/results.json"], "--from: cannot read"),
+        (["plan-parallel", "--json", "/nowhere/results.json"], "--json: cannot write"),
         (["demo", "--implementations", "eager,eager"], "--implementations: expected distinct names"),
         (["demo", "--text", "/nowhere/text"], "--text: cannot read"),
         (["demo", "--text", "/dev/zero"], "--text: expected a regular file"),
@@ -379,6 +416,40 @@ def test_a_file_has_medians_from_which_the_rest_follows(tmp_path: Path) -> None:
     assert again[:2] == rows[:2]
     assert again[2] == completed(rows[2] | {"ms": 0.33333333})
     assert (rows[0]["percent_of_floor"], rows[0]["bound"], rows[1]["wrong"]) == (50.0, "memory", True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"cases": []}, {"machine": {}, "ceilings": {}, "skipped": [], "cases": [{"shape": "tiny"}]}, {"cases": 1}],
+)
+def test_a_file_without_results_is_named(
+    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"schema": SCHEMA} | content))
+    assert main(["bench", "--from", str(path)]) == 2
+    assert f"--from: expected the results of a run in {path}, got " in capsys.readouterr().err
+
+
+def test_results_replace_a_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that a link names; what is no file is written to."""
+    path, link = tmp_path / "results.json", tmp_path / "link.json"
+    path.write_text("before")
+    link.symlink_to(path)
+
+    def fails(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(CommandError, match=r"--json: cannot write .*: No space left on device"):
+            write_json({"a": 1}, str(link))
+        assert path.read_text() == "before"
+    write_json({"a": 1}, str(link))
+    assert link.is_symlink()
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json({"a": 1}, os.devnull)
+    assert not Path(os.devnull).is_file()
 
 
 def test_results_of_runs_share_a_file() -> None:

@@ -5,14 +5,18 @@ nothing."""
 from __future__ import annotations
 
 import inspect
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from numbers import Integral
+from contextlib import suppress
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+MOST_SECONDS = 1e9  # of a timeout
 
 
 def first_line(error: BaseException) -> str:
@@ -46,6 +50,37 @@ def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
                 f"{argument}: expected {first[1].dtype} like {first[0]}, got weights stored as {value.format} in "
                 f"{value.dtype}, which .to() does not convert: restore, convert and store them again"
             )
+
+
+def integer(name: str, value: Any) -> int:
+    """An integer of any type (numpy's too, and a tensor of one) as int. Raises TypeError for anything else."""
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name}: expected an integer, got {value!r}")
+
+
+def at_least(least: int, name: str, value: Any) -> int:
+    """The same for a count. Raises ValueError for a lower one."""
+    found = integer(name, value)
+    if found < least:
+        raise ValueError(f"{name}: expected at least {least}, got {found}")
+    return found
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Raises for what is no finite number of seconds above 0. Clocks of C++ end in some hundred years."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number of seconds, got {value!r}")
+    if not 0 < float(value) <= MOST_SECONDS:
+        raise ValueError(f"{name}: expected more than 0 seconds and at most {MOST_SECONDS:g}, got {value}")
+
+
+def as_device(name: str, value: Any) -> torch.device:
+    """A device of torch. Raises ValueError for what names none."""
+    with suppress(RuntimeError, TypeError):
+        return torch.device(value)
+    raise ValueError(f"{name}: expected a device, got {value!r}")
 
 
 def check_dense(name: str, tensor: Tensor) -> None:

@@ -9,6 +9,7 @@ import pickle
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from memory_store import MemoryStore
@@ -20,7 +21,7 @@ from switchgear import MoE, offload, routing
 from switchgear.adapters import add_lora
 from switchgear.integrations.tiny_models import build
 from switchgear.integrations.transformers import accelerate
-from switchgear.offload import Belady
+from switchgear.offload import Belady, NextGate
 from switchgear.trace import RoutingTrace
 
 in_both_memories = pytest.mark.usefixtures("memory")
@@ -185,6 +186,43 @@ def test_autocast_and_other_dtypes() -> None:
         model[0].experts(torch.ones(1, 32), ids, weights)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [(form, torch.float32) for form in ("plain", "panels", "compact", "int8")] + [("plain", torch.float16)],
+)
+def test_autocast_casts_the_experts_in_use(form: str, dtype: torch.dtype) -> None:
+    """Also with adapters, and for gradients, whose experts are kept until the backward pass."""
+    size = {"panels": 128, "compact": 256}.get(form, 32)
+    model, steps = make_model(size=size, dtype=dtype), steps_of(count=4, size=size)
+    model.requires_grad_(False)
+    if form != "plain":
+        switchgear.store(model, form)
+    for factor in add_lora(model, 3):
+        factor.data.normal_()
+    steps += [torch.randn(0, size), torch.randn(1, size)]
+
+    def gradients() -> list[Tensor]:
+        found = []
+        for x in steps[2:]:
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = model(leaf)
+            y.square().sum().backward()
+            found += [y.detach(), leaf.grad]
+        return found
+
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = outputs_of(model, steps)
+    wanted_gradients = gradients()
+    with offload.offload(model, MemoryStore(model), slots=2) as cache:  # type: ignore[arg-type]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(map(same_bits, outputs_of(model, steps), wanted))
+        assert cache.statistics.misses > 12
+        check(cache)
+    with offload.offload(model, MemoryStore(model), slots=5, shared=True):  # type: ignore[arg-type]
+        assert all(map(same_bits, gradients(), wanted_gradients))
+
+
 @in_both_memories
 def test_threads_take_turns() -> None:
     model, steps = make_model(), steps_of()
@@ -297,6 +335,20 @@ def other(name: str) -> MemoryStore:
         ),
         (lambda: MemoryStore(make_model()), {"timeout": 0}, ValueError, "timeout: expected more than 0 seconds"),
         (lambda: MemoryStore(make_model()), {"prefetch_slots": 0}, ValueError, "prefetch_slots: expected at least 1"),
+        *(
+            (lambda: MemoryStore(make_model()), {name: value}, error, message)
+            for name, value, error, message in (
+                ("slots", True, TypeError, "slots: expected an integer, got True"),
+                ("timeout", "5", TypeError, "timeout: expected a number of seconds, got '5'"),
+                ("timeout", float("inf"), ValueError, "timeout: expected more than 0 seconds and at most"),
+                ("threads", 1.5, TypeError, "threads: expected an integer, got 1.5"),
+                ("threads", 0, ValueError, "threads: expected at least 1, got 0"),
+                ("device", "foo", ValueError, "device: expected a device, got 'foo'"),
+                ("prefetch", NextGate, TypeError, "prefetch: expected a predictor such as .* got NextGate"),
+                ("prefetch", "x", TypeError, "prefetch: expected a predictor such as .* got 'x'"),
+            )
+        ),
+        (lambda: None, {}, TypeError, "store: expected a Store or its path, got NoneType"),
     ],
 )
 def test_a_wrong_store_or_option_changes_nothing(store: Any, options: Any, error: Any, message: str) -> None:
@@ -306,6 +358,15 @@ def test_a_wrong_store_or_option_changes_nothing(store: Any, options: Any, error
         offload.offload(model, store(), **{"slots": 2, **options})
     assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
     assert all(map(same_bits, outputs_of(model, steps), wanted))
+
+
+def test_counts_may_be_integers_of_numpy() -> None:
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    for options in ({"slots": np.int64(2), "threads": np.int32(2)}, {"bytes": np.int64(1 << 20)}):
+        with offload.offload(model, MemoryStore(model), **options) as cache:  # type: ignore[arg-type]
+            assert all(map(same_bits, outputs_of(model, steps), wanted))
+            assert type(cache.slots) is int
 
 
 def test_models_that_it_does_not_run() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from memory_store import MemoryStore
@@ -104,6 +105,54 @@ def test_predictions_take_no_more_rows_than_they_may() -> None:
                     assert len(cache._cache.guesses) <= rows
                     check(cache)
             assert cache.statistics.recall is not None
+
+
+class Answers:
+    """Predicts the same for each layer."""
+
+    def __init__(self, *experts: Any) -> None:
+        self.experts = experts
+
+    def predict(self, layer: int, hidden_states: Tensor, topk_ids: Tensor) -> Any:
+        return self.experts
+
+    def observe(self, layer: int, topk_ids: Tensor) -> None: ...
+
+
+def test_predictions_are_integers_of_any_type_and_minus_one_is_none() -> None:
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    answers = Answers((1, -1), (torch.tensor(1), torch.tensor(2)), (np.int64(0), np.int64(3)), (0, torch.tensor(3)))
+    with offload.offload(model, MemoryStore(model), slots=2, prefetch=answers) as cache:  # type: ignore[arg-type]
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+        assert all(type(key) is int for key in (*cache._cache.rows, *cache._cache.guesses))
+        check(cache)
+
+
+@pytest.mark.parametrize(
+    ("expert", "error", "message"),
+    [
+        ((1, -2), ValueError, r"expected experts 0 to 5 of layer 1, got -2"),
+        ((0, 6), ValueError, r"expected experts 0 to 5 of layer 0, got 6"),
+        ((-1, 0), ValueError, r"expected experts of layers 0 to 1, got layer -1"),
+        ((2, 0), ValueError, r"expected experts of layers 0 to 1, got layer 2"),
+        ((0, 1.0), TypeError, r"expected an integer, got 1.0"),
+        ((True, 0), TypeError, r"expected an integer, got True"),
+    ],
+)
+def test_predictions_of_no_expert_are_errors(expert: Any, error: type[Exception], message: str) -> None:
+    model, steps = make_model(), steps_of()
+    wanted = outputs_of(model, steps)
+    answers = Answers((0, 1), expert)
+    with offload.offload(model, MemoryStore(model), slots=2, prefetch=answers) as cache:  # type: ignore[arg-type]
+        with pytest.raises(error, match=f"prefetch: {message}"):
+            outputs_of(model, steps)
+        assert not cache._cache.guesses
+        answers.experts = ()
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+        check(cache)
+    with pytest.raises(error, match=f"experts: {message}"):
+        offload.Recall(["a", "b"], [6, 6]).predicted([expert])
 
 
 def test_the_table() -> None:

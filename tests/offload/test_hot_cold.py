@@ -188,10 +188,18 @@ def test_bad_input() -> None:
     experts = experts_of()
     for words, call in {
         "threshold: expected auto, bytes or a number.*, got 'best'": lambda: HotColdSplit(experts, "cpu", "best"),
-        "threshold: expected at least 0 tokens, got -1": lambda: HotColdSplit(experts, "cpu", -1),
+        "threshold: expected at least 0, got -1": lambda: HotColdSplit(experts, "cpu", -1),
         "bandwidth: expected more than 0, got 0": lambda: SplitCost(bandwidth=0),
     }.items():
         with pytest.raises(ValueError, match=words):
             call()
+    for device, words in (("meta", "a device with memory, got meta"), ("foo", "a device, got 'foo'")):
+        with pytest.raises(ValueError, match=f"hot: expected {words}"):
+            HotColdSplit(experts, device)
+    for threshold in (float("nan"), True, 1.5):
+        with pytest.raises(TypeError, match=f"threshold: expected an integer, got {threshold}"):
+            HotColdSplit(experts, "cpu", threshold)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cost: expected SplitCost, got int"):
+        HotColdSplit(experts, "cpu", cost=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="experts: expected Experts, got MoE"):
         HotColdSplit(MoE(H, I, E, K), "cpu")  # type: ignore[arg-type]

@@ -88,7 +88,7 @@ def test_mistakes_are_named(checkpoint: Path, text: Path, capsys: pytest.Capture
         return capsys.readouterr().err
 
     assert "--memory: expected at least" in complaint("--memory", "20K")
-    assert "--plot: expected a file in a folder that exists" in complaint("--memory", "1G", "--plot", "/nowhere/a.png")
+    assert "--plot: cannot write /nowhere/a.png" in complaint("--memory", "1G", "--plot", "/nowhere/a.png")
     assert "is too short" in complaint("--memory", "1G", "--length", "1000")
 
 

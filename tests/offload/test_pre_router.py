@@ -170,6 +170,8 @@ def test_row44_the_fullest_queue_goes_first() -> None:
     assert expert_batches([{0, 1}, {2, 3}, {0, 4}], 2) == [[0, 2], [1]]  # one new expert before two
     assert expert_batches([], 4) == []
     assert expert_batches([(), ()], 4) == [[0, 1]]
+    assert expert_batches([*torch.tensor([[0, 1], [2, 3], [0, 4]])], 2) == [[0, 2], [1]]
+    assert expert_batches([{(torch.tensor(e), 0)} for e in (5, 7, 5)], 2) == [[0, 2], [1]]
 
 
 def test_bad_input() -> None:

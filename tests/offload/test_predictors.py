@@ -99,6 +99,14 @@ def test_recall_counts_what_a_loop_counts() -> None:
     assert [layer.precision for layer in found] == [1.0, 0.5]
 
 
+def test_recall_of_tensors_and_none() -> None:
+    found = offload.Recall(["0", "1"])
+    found.predicted([(torch.tensor(1), torch.tensor(3)), (1, 3), (1, -1), (0, 0)])  # type: ignore[list-item]
+    for layer in range(2):
+        found.used(layer, torch.tensor([[3, -1]]))
+    assert [(layer.used, layer.predicted, layer.right) for layer in found.layers] == [(1, 1, 0), (1, 1, 1)]
+
+
 def singles(seed: int, num_layers: int = 3, length: int = 60) -> Any:
     """A step has one expert per layer, which depends on the layer before."""
     rng = random.Random(seed)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,29 @@ def test_a_store_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
         offload.save_pretrained(model, tmp_path / "out")
     cache.close(restore=False)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["s", "there"]
+
+
+def test_the_store_is_that_of_the_running_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found from another folder, refused if it has other numbers, taken again if it has the same."""
+    model = model_of("mixtral")
+    monkeypatch.chdir(tmp_path)
+    cache = offload.offload(model, offload.write_store(model, "s"), slots=1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    offload.save_pretrained(model, "out")
+    (tmp_path / "s").rename(tmp_path / "first")
+    other = model_of("mixtral")
+    other.model.layers[1].mlp.experts.down_proj.data[0, 0, 0] += 1
+    offload.write_store(other, tmp_path / "s")
+    with pytest.raises(StoreError, match=r"expected the experts of model\.layers\.1\.mlp\.experts that were offloaded"):
+        offload.save_pretrained(model, "changed")
+    shutil.rmtree(tmp_path / "s")
+    shutil.copytree(tmp_path / "first", tmp_path / "s")
+    offload.save_pretrained(model, "again")
+    cache.close()
+    check_saved(tmp_path / "elsewhere" / "out", model.state_dict())
+    check_saved(tmp_path / "elsewhere" / "again", model.state_dict())
+    assert sorted(file.name for file in (tmp_path / "elsewhere").iterdir()) == ["again", "out"]
 
 
 def test_adapters_of_experts_are_saved_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from replayed import Replay, as_sets, random_steps
@@ -209,6 +210,26 @@ def test_parts_of_a_run() -> None:
     assert Accesses.join(accesses.split(7)) == accesses
     assert sum(accesses.counts().values()) == accesses.num_uses
     assert Accesses.of([[[2, -1, 0, 2]]]).steps == (((0, 2),),)
+
+
+def test_a_list_may_have_tensors() -> None:
+    steps = random_steps(0)
+    of_tensors = [[torch.tensor(sorted(experts)) for experts in step] for step in steps]
+    assert Accesses.of(of_tensors, num_experts=np.int64(6)) == Accesses.of(steps, num_experts=6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("source", "num_experts", "message"),
+    [
+        ([[{0, 1.5}]], None, "source: expected an integer, got 1.5"),
+        ([[torch.tensor([0.0])]], None, "source: expected an integer, got tensor"),
+        ([[{"a"}]], None, "source: expected an integer, got 'a'"),
+        ([[{0}]], 2.5, "num_experts: expected an integer, got 2.5"),
+    ],
+)
+def test_experts_are_integers(source: Any, num_experts: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Accesses.of(source, num_experts=num_experts)
 
 
 def test_bad_input() -> None:

@@ -281,6 +281,11 @@ def test_a_truncated_layer_of_an_interrupted_store_is_written_again(
     assert written == ["0.experts", "2.experts"]
 
 
+def test_a_source_is_a_model_or_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="source: expected a model or the folder of a checkpoint, got NoneType"):
+        write_store(None, tmp_path / "s")  # type: ignore[arg-type]
+
+
 def test_a_fresh_store_discards_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = small(2), tmp_path / "s"
     with pytest.raises(Stopped):

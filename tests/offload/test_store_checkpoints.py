@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from test_store import arena_of, peak_of
+from test_store import Stopped, arena_of, peak_of, stopping, written_layers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import switchgear
@@ -21,7 +21,7 @@ from switchgear import offload
 from switchgear.cli import main
 from switchgear.integrations.published import load_published
 from switchgear.integrations.tiny_configs import tiny_config
-from switchgear.offload import Store, write_store
+from switchgear.offload import Store, StoreError, write_store
 from switchgear.weights import stored_of
 from switchgear.weights.layout import layout_of
 
@@ -73,6 +73,18 @@ def test_plain_checkpoints(tmp_path: Path, model_type: str) -> None:
             assert torch.equal(parameter, wanted[name]), name
     for (name, buffer), (_, want) in zip(loaded.named_buffers(), model.named_buffers(), strict=True):
         assert torch.equal(buffer, want), name
+
+
+def test_an_interrupted_store_goes_on_in_its_dtype_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path / "c", "mixtral")
+    with pytest.raises(Stopped):
+        write_store(path, tmp_path / "s", progress=stopping(1))
+    written = written_layers(monkeypatch)
+    with pytest.raises(StoreError, match=r"expected dtype torch\.float32, got torch\.bfloat16"):
+        write_store(path, tmp_path / "s", dtype=torch.float32)
+    assert written == []
+    store = write_store(path, tmp_path / "s", dtype=torch.bfloat16)  # that of the config
+    assert written == list(store.layers)[1:]
 
 
 @pytest.mark.parametrize("model_type", MODELS)

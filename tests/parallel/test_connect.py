@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from parallel_pool import Pool
@@ -90,6 +91,40 @@ class SilentStore:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: (self._never.wait(LONG), None)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"timeout": float("inf")}, ValueError, "timeout: expected more than 0 seconds and at most 1e.09, got inf"),
+        ({"timeout": float("nan")}, ValueError, "timeout: expected more than 0 seconds"),
+        ({"timeout": 0}, ValueError, "timeout: expected more than 0 seconds"),
+        ({"timeout": "x"}, TypeError, "timeout: expected a number of seconds, got 'x'"),
+        ({"timeout": True}, TypeError, "timeout: expected a number of seconds, got True"),
+        ({"placement": 5}, TypeError, "placement: expected Placement, got int"),
+        ({"link": 5}, TypeError, "link: expected Link, got int"),
+        ({"store": 5}, TypeError, "store: expected Store, got int"),
+        ({"invariant": "no"}, TypeError, "invariant: expected bool, got 'no'"),
+        ({"average_gradients": 1}, TypeError, "average_gradients: expected bool, got 1"),
+        ({"num_chunks": True}, TypeError, "num_chunks: expected an integer, got True"),
+        ({"capacity": True}, TypeError, "capacity: expected an integer, got True"),
+        ({"capacity": 2.0}, TypeError, "capacity: expected an integer, got 2.0"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ExpertParallel(**options)
+
+
+@pytest.mark.parametrize("capacity", [None, np.int64(4)])
+def test_a_closed_group_computes_no_more(capacity: Any) -> None:
+    with ExpertParallel(capacity=capacity) as parallel:
+        layer = switchgear.MoE(8, 4, num_experts=2, top_k=1, parallel=parallel)
+        y = layer(torch.randn(3, 8))
+    with pytest.raises(RuntimeError, match="ExpertParallel: it is closed"):
+        layer(torch.randn(3, 8))
+    with pytest.raises(RuntimeError, match="ExpertParallel: it is closed"):
+        y.sum().backward()
 
 
 def test_a_store_that_does_not_answer() -> None:

@@ -233,11 +233,51 @@ def test_plan_parallel_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--trace", "/nowhere.pt"], "--trace: cannot read /nowhere.pt"),
         (["--ep", "2", "--nodes", "1", "--replicas", "999"], "--replicas: num_replicas: expected 0 to 128"),
         (["--ep", "4", "--nodes", "4", "--levels", "2"], "--levels: expected 1 unless there are several nodes"),
+        (["--ep", "8", "--gpus", "3"], "--gpus: expected at least 8 (--ep), got 3"),
+        (
+            ["--ep", "1", "--nodes", "1", "--flops", "1e300", "--overhead", "0"],
+            "expected speeds at which a step takes some time",
+        ),
     ],
 )
 def test_plan_parallel_names_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan-parallel", "--tokens", "8", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--bandwidth", "--local-bandwidth", "--flops", "--mtbf", "--step"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "x"])
+def test_speeds_and_times_are_above_zero(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan-parallel", option, value])
+    assert f"{option}: expected a number above 0, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--overhead", "--skew", "--restart", "--checkpoint-every", "--shrink", "--join", "--repair"]
+)
+def test_other_numbers_are_not_negative(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("-1", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            main(["plan-parallel", option, value])
+        assert f"{option}: expected a number of at least 0, got '{value}'" in capsys.readouterr().err
+    for counted in ("--replicas", "--optimizer-bytes"):
+        with pytest.raises(SystemExit):
+            main(["plan-parallel", counted, "-1"])
+        assert f"{counted}: expected an integer of at least 0, got '-1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([[0, 1, 2]], "expected 2 choices of each token, got 3"), ([[-1, -1]], "expected at least one choice")],
+)
+def test_a_trace_fits_the_model(
+    ids: list[list[int]], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.pt"
+    torch.save(torch.tensor(ids), trace)
+    assert main(["plan-parallel", "--model", "mixtral", "--tokens", "8", "--trace", str(trace)]) == 2
+    assert f"--trace: {message}" in capsys.readouterr().err
 
 
 def test_bench_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,6 +162,25 @@ def check_bytes(
     assert backward["weights"] == 4 * len([s for s, r in pairs if s != rank == r])
 
 
+@pytest.mark.parametrize("capacity", [None, 20])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 20])
+def test_float64_in_one_process(num_tokens: int, capacity: int | None) -> None:
+    """Of any number of choices, also with a capacity: sums are in float64."""
+    case = Case((num_tokens,), top_k=1 if num_tokens < 3 else 3, dtype=torch.float64)
+    with ExpertParallel(capacity=capacity) as parallel:
+        moe, whole = make(case, parallel), make(case, None)
+        x, grad = inputs(case)
+        results = []
+        for layer in (moe, whole):
+            leaf = x.clone().requires_grad_()
+            y = layer(leaf)
+            y.backward(grad)
+            results.append((y.detach(), leaf.grad, *(parameter.grad for parameter in layer.parameters())))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype is torch.float64
+        check(got, want, case, "float64", sums=num_tokens)
+
+
 SIZES = [Case((50,)), Case((20, 31)), Case(intermediate_size=150)]  # 150: several panels of any instruction set
 
 

@@ -18,8 +18,8 @@ from switchgear.parallel.nodes import Nodes
 from switchgear.parallel.placement import Placement, place_experts
 from switchgear.parallel.wire import WIRES
 
-from ..common import CommandError, console, positive, require, table
-from .results import write_json
+from ..common import CommandError, above_zero, at_least, console, not_negative, positive, require, table
+from .results import open_outputs, write_json
 
 NOTICE = "PREDICTIONS of a model, not measurements."
 
@@ -48,30 +48,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ep", type=positive, default=64, metavar="N", help="ranks that share the experts of a layer")
     add("--nodes", type=positive, default=8, metavar="N", help="nodes that they are on, equally many on each")
     add("--tokens", type=positive, default=4096, metavar="T", help="tokens of a rank in a step")
-    add("--bandwidth", type=float, default=50.0, metavar="GB/s", help="between nodes, of a rank, in each direction")
-    add("--local-bandwidth", type=float, default=400.0, metavar="GB/s", help="within a node, of a rank")
-    add("--flops", type=float, default=400.0, metavar="TFLOP/s", help="that a rank reaches in its experts")
-    add("--overhead", type=float, default=20.0, metavar="µs", help="that one more chunk costs")
+    add("--bandwidth", type=above_zero, default=50.0, metavar="GB/s", help="between nodes, of a rank, each way")
+    add("--local-bandwidth", type=above_zero, default=400.0, metavar="GB/s", help="within a node, of a rank")
+    add("--flops", type=above_zero, default=400.0, metavar="TFLOP/s", help="that a rank reaches in its experts")
+    add("--overhead", type=not_negative, default=20.0, metavar="us", help="that one more chunk costs")
     add("--chunks", type=int, choices=CHUNKS, help="of an exchange (default: whatever is fastest)")
     add("--bytes", type=positive, default=2, metavar="B", help="of an element of rows and weights")
-    add("--optimizer-bytes", type=int, default=12, metavar="B", help="of a parameter, beside weight and gradient")
+    optimizer_help = "of a parameter, beside weight and gradient"
+    add("--optimizer-bytes", type=at_least(0), default=12, metavar="B", help=optimizer_help)
     skew_help = "expert e is (e+1)^-S as likely as expert 0: 0 is even, 1 is Zipf's law"
-    add("--skew", type=float, default=0.0, metavar="S", help=skew_help)
+    add("--skew", type=not_negative, default=0.0, metavar="S", help=skew_help)
     add("--trace", metavar="FILE", help="a routing instead: topk_ids [tokens, top_k], saved by torch.save")
-    add("--replicas", type=int, default=0, metavar="N", help="further copies of busy experts, placed by load")
+    add("--replicas", type=at_least(0), default=0, metavar="N", help="further copies of busy experts, placed by load")
     add(
         "--levels", type=int, choices=(1, 2), help="1: rows go to each rank, 2: once to each node (default: the faster)"
     )
     add("--wire", choices=WIRES, default="exact", help="format of rows on their way")
     add("--stages", type=positive, default=1, metavar="N", help="of a pipeline: a rank has 1/N of the layers")
     add("--gpus", type=positive, metavar="N", help="ranks of the whole job, for failures (default: --ep)")
-    add("--mtbf", type=float, default=50_000.0, metavar="HOURS", help="between failures of one rank")
-    add("--step", type=float, metavar="S", help="seconds of a whole step (default: those of all layers' experts)")
-    add("--restart", type=float, default=600.0, metavar="S", help="that a restart from a checkpoint takes")
-    add("--checkpoint-every", type=float, default=30.0, metavar="MIN", help="minutes between checkpoints")
-    add("--shrink", type=float, default=10.0, metavar="S", help="until the remaining ranks go on after a failure")
-    add("--join", type=float, default=30.0, metavar="S", help="for which all ranks wait when one joins")
-    add("--repair", type=float, default=12.0, metavar="HOURS", help="until a lost rank joins again")
+    add("--mtbf", type=above_zero, default=50_000.0, metavar="HOURS", help="between failures of one rank")
+    add("--step", type=above_zero, metavar="S", help="seconds of a whole step (default: those of all layers' experts)")
+    add("--restart", type=not_negative, default=600.0, metavar="S", help="that a restart from a checkpoint takes")
+    add("--checkpoint-every", type=not_negative, default=30.0, metavar="MIN", help="minutes between checkpoints")
+    add("--shrink", type=not_negative, default=10.0, metavar="S", help="until the other ranks go on after a failure")
+    add("--join", type=not_negative, default=30.0, metavar="S", help="for which all ranks wait when one joins")
+    add("--repair", type=not_negative, default=12.0, metavar="HOURS", help="until a lost rank joins again")
     add("--json", metavar="FILE", help="write the predictions")
 
 
@@ -81,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
     model = model._replace(num_layers=-(-model.num_layers // args.stages))
     if args.ep % args.nodes:
         raise CommandError(f"--nodes: expected a divisor of {args.ep} (--ep), got {args.nodes}")
+    if args.gpus is not None and args.gpus < args.ep:
+        raise CommandError(f"--gpus: expected at least {args.ep} (--ep), got {args.gpus}")
+    outputs = open_outputs(args)
     routing = _routing(args, model.layer)
     placement = _placement(args, model.layer, routing)
     machine = Machine(
@@ -104,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         }  # fmt: skip
 
     predictions = plan(args.wire)
+    if not all(0 < seconds(prediction) < float("inf") for prediction in predictions.values()):
+        raise CommandError("--bandwidth, --local-bandwidth, --flops: expected speeds at which a step takes some time")
     best = min(predictions, key=lambda key: seconds(predictions[key]))
     others = {wire: min(map(seconds, plan(wire).values())) for wire in WIRES if wire != args.wire}
     step = args.step or model.num_layers * seconds(predictions[best])
@@ -116,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
     _print_failures(args, rates, losses)
     for line in recommendations(args, model, predictions, best, others, losses):
         console().print(line)
-    if args.json:
-        write_json(_results(args, model, predictions, best, losses), args.json)
+    if outputs:
+        write_json(_results(args, model, predictions, best, losses), outputs["json"])
     return 0
 
 
@@ -139,6 +145,10 @@ def _routing(args: argparse.Namespace, layer: Layer) -> torch.Tensor:
         raise CommandError("--trace: expected integers [tokens, top_k], as saved by torch.save")
     if int(ids.min()) < -1 or int(ids.max()) >= layer.num_experts:
         raise CommandError(f"--trace: expected topk_ids from -1 to {layer.num_experts - 1}")
+    if ids.shape[1] != layer.top_k:
+        raise CommandError(f"--trace: expected {layer.top_k} choices of each token, got {ids.shape[1]}")
+    if not (ids[:total] >= 0).any():
+        raise CommandError("--trace: expected at least one choice, got -1 everywhere")
     return ids.repeat(-(-total // len(ids)), 1)[:total].int()
 
 

@@ -14,7 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..common import CommandError
+from ..common import CommandError, check_file
+from ..complaints import first_line
+from ..files import write_whole
 from .case import flops_of, moved_bytes
 from .shapes import SHAPES
 
@@ -24,6 +26,7 @@ CASE = ("shape", "dtype", "mode", "tokens", "routing", "pages", "allocator")  # 
 MEASURED = ("touched_experts", "multiply_rate", "read_ms")  # of a case
 MEDIANS = ("ms", "relative_error", "quiet_turns")  # of a competitor; a wrong one has no time
 SAME = ("model", "threads", "isa", "torch", "transformers")  # what must be equal in runs that share a file
+HEAD = ("schema", "machine", "ceilings", "skipped")  # beside the cases
 DIGITS = 8
 
 
@@ -47,8 +50,16 @@ def completed(row: Row) -> Row:
 
 
 def write_json(value: dict[str, Any], path: str) -> None:
-    """One line per object in a list, numbers rounded to DIGITS digits: small files with readable diffs."""
-    Path(path).write_text(_lines(rounded(value)) + "\n")
+    """One line per object in a list, numbers rounded to DIGITS digits: small files with readable diffs. The file is
+    replaced at once. CommandError if it cannot be written."""
+    text, target = _lines(rounded(value)) + "\n", Path(path)
+    try:
+        if target.exists() and not target.is_file():  # a pipe, which has nothing to keep
+            target.write_text(text)
+        else:
+            write_whole(target.resolve(), text)
+    except OSError as error:
+        raise CommandError(f"--json: cannot write {path}: {error.strerror}") from None
 
 
 def rounded(value: Any) -> Any:
@@ -95,12 +106,15 @@ def save(results: dict[str, Any], path: str) -> None:
 def load(path: str, option: str) -> dict[str, Any]:
     """Reads what `save` wrote, with all columns."""
     results = read_json(path, option, SCHEMA)
-    rows = [
-        completed(case | {"competitor": name} | medians)
-        for case in results.pop("cases")
-        for name, medians in case.pop("competitors").items()
-    ]
-    return results | {"results": rows}
+    try:
+        rows = [
+            completed(case | {"competitor": name} | medians)
+            for case in results.pop("cases")
+            for name, medians in case.pop("competitors").items()
+        ]
+        return {name: results[name] for name in HEAD} | {"results": rows}
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise CommandError(f"{option}: expected the results of a run in {path}, got {first_line(error)}") from None
 
 
 def write_csv(rows: list[Row], path: str) -> None:
@@ -114,13 +128,13 @@ def write_csv(rows: list[Row], path: str) -> None:
 
 def open_outputs(args: argparse.Namespace) -> dict[str, str]:
     """Paths by kind, all writable. CommandError for one that is not."""
-    outputs = {kind: getattr(args, kind) for kind in ("json", "csv", "markdown", "plot") if getattr(args, kind)}
+    outputs = {kind: path for kind in ("json", "csv", "markdown", "plot") if (path := getattr(args, kind, None))}
     for kind, path in outputs.items():
+        if kind != "plot" or args.device != "cpu":
+            check_file(kind, path)
+            continue
         try:
-            if kind == "plot" and args.device == "cpu":
-                Path(path).mkdir(parents=True, exist_ok=True)
-            else:
-                open(path, "ab").close()
+            Path(path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CommandError(f"--{kind}: cannot write {path}: {error.strerror}") from None
     return outputs

@@ -18,7 +18,7 @@ import torch
 
 import switchgear
 
-from ..common import choose, console, listed, machine, optional, positive, positives, require
+from ..common import above_zero, choose, console, listed, machine, not_negative, optional, positive, positives, require
 from . import adapters, cuda, model, parallel, routers, tables
 from .case import FORMATS
 from .ceilings import measure
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allocator", choices=("default", "tuned"), default="default",
         help="tuned: freed memory is kept, on huge pages (it halves the time of others' training steps)")
     add("--quick", action="store_true", help="a few small cases, within a minute")
-    add("--budget", type=float, metavar="SECONDS",
+    add("--budget", type=above_zero, metavar="SECONDS",
         help=f"for all cases (default: {BUDGET:.0f}; quick: {QUICK_BUDGET:.0f}; against all: {CASE_BUDGET:.0f} a case)")
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the layers run (cuda: at shapes of GPU models)")
@@ -69,8 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="predict layers on 2 to 128 threads and 1 to 8 memory nodes from their tasks, recorded here, and stop")
     add("--parallel", type=positive, metavar="N", help="experts distributed over N processes; see docs/parallel.md")
     add("--nodes", type=positive, default=1, metavar="N", help="that these processes are on, of equal size")
-    add("--bandwidth", type=float, metavar="MB/s", help="of their links (default: that of the experts; 0: no limit)")
-    add("--gflops", type=float, default=0.0, metavar="GFLOP/s", help="of their experts (default: no limit)")
+    add("--bandwidth", type=not_negative, metavar="MB/s",
+        help="of their links (default: that of the experts; 0: no limit)")
+    add("--gflops", type=not_negative, default=0.0, metavar="GFLOP/s", help="of their experts (default: no limit)")
     add("--routers", action="store_true", help="what routing policies cost, by the layer and by plain torch, and stop")
     add("--adapters", action="store_true",
         help="what LoRA on every expert costs, beside the frozen base, PEFT and formulas of torch, and stop")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from .. import __version__
 from ..common import CommandError
 
 COMMANDS = {
@@ -44,6 +45,7 @@ def _command(name: str) -> ModuleType:
 def build_parser() -> argparse.ArgumentParser:
     about = "Mixture-of-Experts layers on hand-written kernels."
     parser = argparse.ArgumentParser(prog="switchgear", description=about)
+    parser.add_argument("--version", action="version", version=f"switchgear {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, text in COMMANDS.items():
         sub = commands.add_parser(
@@ -56,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong arguments or a missing package."""
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     args = build_parser().parse_args(argv)
     try:
         status = int(_command(args.command).run(args))
@@ -68,5 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"switchgear {args.command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output has ended, as in `switchgear info | head -3`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+        _end_output()
         return 141
+    except OSError as error:
+        if error.filename is not None:  # of a file; without a name it is the output's
+            raise
+        print(f"switchgear {args.command}: cannot write: {error.strerror}", file=sys.stderr)
+        _end_output()
+        return 1
+
+
+def _end_output() -> None:
+    """Else Python complains when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,7 @@ from ..common.progress import progress
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("sources", metavar="SOURCE", nargs="*", help="folder of a checkpoint; several for experts and merge")
-    add("--recipe", metavar="FILE", help='JSON: {"operation": …, "num_experts": …}')
+    add("--recipe", metavar="FILE", help='JSON: {"operation": ..., "num_experts": ...}')
     add("--operation", metavar="NAME", help="instead of a recipe: upcycle, split, experts, merge, dense or layout")
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="an option of it, the value as JSON")
     add("--out", metavar="DIR", help="folder of the result; it must not exist")

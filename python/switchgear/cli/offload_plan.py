@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import CommandError, at_least, console, positive, require, table
+from ..common import CommandError, above_zero, at_least, check_file, console, positive, require, table
 from ..common.progress import Advance, progress
 from .checkpoint import DTYPES, LENGTH, TINY, batches_of, folder_of, length_for, load_model, read_texts
 
@@ -27,16 +27,6 @@ def size(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a size like 8G or 512M, got {text!r}")
     return number
-
-
-def above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
 
 
 # fmt: off
@@ -132,8 +122,7 @@ def run(args: argparse.Namespace) -> int:
     require("rich")
     if args.plot:
         require("matplotlib")
-        if not Path(args.plot).parent.is_dir():
-            raise CommandError(f"--plot: expected a file in a folder that exists, got {args.plot}")
+        check_file("plot", args.plot)
     torch.set_num_threads(args.threads)
     folder = folder_of(args.model)
     texts = read_texts(args.text, folder)

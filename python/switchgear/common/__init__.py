@@ -44,6 +44,14 @@ def check_writable(folder: Path) -> None:
         raise CommandError(f"--out: cannot write to {folder}: {error.strerror}") from None
 
 
+def check_file(option: str, path: str | Path) -> None:
+    """Creates the file if there is none. CommandError if it cannot be written."""
+    try:
+        open(path, "ab").close()
+    except OSError as error:
+        raise CommandError(f"--{option}: cannot write {path}: {error.strerror}") from None
+
+
 # ---- tables and words ------------------------------------------------------------------------------------------------
 
 
@@ -93,6 +101,27 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 positive = at_least(1)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def above_zero(text: str) -> float:
+    """Finite numbers > 0."""
+    if not 0 < (value := _number(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """Finite numbers >= 0."""
+    if not 0 <= (value := _number(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
 
 
 def positives(text: str) -> tuple[int, ...]:

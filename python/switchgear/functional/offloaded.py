@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from switchgear.autograd import needs_autograd
+from switchgear.backends import in_autocast
 from switchgear.common.compiling import not_compiled
 from switchgear.functional.waves import Layer, Rows, Sums, adds_in_order_of_experts, renumbered
 from switchgear.ops import GluOptions
 from switchgear.weights.offloaded import OffloadedWeight, Source, Wave
-from switchgear.weights.weight import AdaptedWeight
+from switchgear.weights.weight import AdaptedWeight, Weight
 
 MoeOfWeights = Callable[..., Tensor]
 
@@ -49,9 +50,11 @@ def moe_of_offloaded(
     topk_weights: Tensor,
     options: GluOptions,
 ) -> Tensor:
-    """moe of x [T,H] without autocast. moe_of_weights and accumulate compute with weights in memory."""
+    """moe of x [T,H], in autocast's dtype inside torch.autocast. moe_of_weights and accumulate compute with weights in
+    memory."""
     first, second = _in_memory(weights[0]), _in_memory(weights[1])
     by_row = not adds_in_order_of_experts(x)  # experts of plain weights: the kernels there take no slots
+    is_cast = False
     for weight in (first, second):
         base = _base(weight)
         if base.device != x.device:
@@ -64,7 +67,13 @@ def moe_of_offloaded(
         if not base.multiplies(x.dtype):  # all experts would be expanded, with those that are not in memory
             if x.dtype is base.dtype:
                 raise ValueError(f"x: expected {base.format} of the instruction set in use, got those of another")
-            raise TypeError(f"x: expected {base.dtype} like the offloaded weights, got {x.dtype}")
+            if not in_autocast(x.device.type):
+                raise TypeError(f"x: expected {base.dtype} like the offloaded weights, got {x.dtype}")
+            is_cast = True
+
+    def in_dtype_of_x(topk_ids: Tensor) -> tuple[Any, Any]:
+        return _cast((first, second), topk_ids, x.dtype) if is_cast else (first, second)
+
     topk_ids = topk_ids.clone()  # read for each wave, and another thread may change the caller's
     if len(topk_ids) != len(x):
         raise ValueError(f"topk_ids: expected {len(x)} rows like x, got shape {list(topk_ids.shape)}")
@@ -74,18 +83,17 @@ def moe_of_offloaded(
 
         def compute_together(_: Any) -> Tensor:
             others = (biases, topk_ids, topk_weights, options)
-            return moe_of_weights(x, (first, second), *others, source=source)
+            return moe_of_weights(x, in_dtype_of_x(topk_ids), *others, source=None if is_cast else source)
 
         return source.run(x, topk_ids, compute_together, together=True)
 
-    layer = Layer((first, second), biases, options)
-
     def multiply(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        layer = Layer(in_dtype_of_x(topk_ids), biases, options)
         used, ids = renumbered(layer, topk_ids) if by_row else (layer, topk_ids)
         return moe_of_weights(x, used.weights, used.biases, ids, topk_weights, options)
 
     def add(sums: Tensor, topk_ids: Tensor) -> None:
-        accumulate(sums, x, layer.weights, biases, topk_ids, topk_weights, options)
+        accumulate(sums, x, in_dtype_of_x(topk_ids), biases, topk_ids, topk_weights, options)
 
     def compute(waves: Iterator[Wave] | None) -> Tensor:
         sums: Rows | Sums | None = None
@@ -99,6 +107,24 @@ def moe_of_offloaded(
 
     # The masks of dropout are those of one call.
     return source.run(x, topk_ids, compute, together=_drops(first) or _drops(second))
+
+
+def _cast(weights: tuple[Any, Any], topk_ids: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The weights with copies in `dtype` of the experts that ids name, which are in memory, where theirs is another."""
+    chosen: Tensor = torch.unique(topk_ids[topk_ids >= 0]).long()
+    experts = chosen if len(chosen) else chosen.new_zeros(1)  # slots need a row
+
+    def cast(weight: Any) -> Any:
+        if type(weight) is AdaptedWeight:
+            return weight._replace(weight=cast(weight.weight))
+        if not weight.is_lossless or weight.dtype is dtype:
+            return weight
+        copies = weight.with_slots(weight.slots[experts]).plain().to(dtype)
+        slots = torch.zeros_like(weight.slots)
+        slots[experts] = torch.arange(len(experts), dtype=slots.dtype, device=slots.device)
+        return Weight("plain", copies, weight.rows, weight.cols, dtype, slots=slots)
+
+    return cast(weights[0]), cast(weights[1])
 
 
 def _base(weight: Any) -> Any:

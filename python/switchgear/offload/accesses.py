@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from switchgear.complaints import integer
 from switchgear.diagnostics.choices import LayerChoices
 from switchgear.routing.records import RoutingRecord
 
@@ -85,8 +86,11 @@ class Accesses:
 
         Raises:
             ValueError: a layer with another number of tokens than the first (one that runs twice in a pass, or that
-                drops tokens); an expert out of range; rows of different lengths.
+                drops tokens); an expert out of range; rows of different lengths. TypeError:
+                experts that are no integers.
         """
+        if num_experts is not None:
+            num_experts = integer("num_experts", num_experts)
         if prompt is not None and prompt < 0:
             raise ValueError(f"prompt: expected None or a number of tokens, got {prompt}")
         if isinstance(source, RoutingRecord):
@@ -162,7 +166,7 @@ def _bounds(lengths: Sequence[int], prompt: int | None) -> list[tuple[int, int]]
 
 
 def _of_list(source: Sequence[Sequence[Iterable[int]]], num_experts: int | None) -> Accesses:
-    steps = [[set(experts) for experts in step] for step in source]
+    steps = [[{integer("source", expert) for expert in experts} for experts in step] for step in source]
     num_layers = len(steps[0]) if steps else 0
     for step in steps:
         if len(step) != num_layers:

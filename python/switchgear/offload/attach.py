@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.complaints import at_least, check_module, check_seconds
 from switchgear.offload.cache import Cache, CachedLayer
 from switchgear.offload.change import Change, Read, end_read, read_all
 from switchgear.offload.device import device_of
@@ -55,8 +55,9 @@ def offload(
             model.generate(…)
             print(cache)  # hits, misses, bytes and waits, by layer
 
-    Results have the bits of the model whose experts are in memory in the store's form. A step that needs more experts
-    than there are slots runs in waves. If all experts fit, they are loaded at once, and calls cost nothing more.
+    Results have the bits of the model whose experts are in memory in the store's form; in float64, the last bits may
+    differ. A step that needs more experts than there are slots runs in waves. If all experts fit, they are loaded at
+    once, and calls cost nothing more.
 
     On a GPU, records are read into pinned memory and copied from there on a stream of their own, while kernels run.
 
@@ -81,19 +82,21 @@ def offload(
         timeout: seconds for a read, after which a call raises StoreError.
 
     Raises:
-        ValueError: the store is of another model, or an argument is wrong. StoreError: a file cannot be read. The
-            model is unchanged.
+        ValueError: the store is of another model, or an argument is wrong. TypeError: one has another type.
+            StoreError: a file cannot be read. The model is unchanged.
     """
     check_module("model", model)
     policy = LRU() if policy is None else policy
     _check_policy(policy)
-    if not timeout > 0:
-        raise ValueError(f"timeout: expected more than 0 seconds, got {timeout}")
-    if isinstance(prefetch_slots, bool) or not isinstance(prefetch_slots, int) or prefetch_slots < 1:
-        raise ValueError(f"prefetch_slots: expected at least 1, got {prefetch_slots!r}")
-    if isinstance(staging_slots, bool) or not isinstance(staging_slots, int) or staging_slots < 2:
-        raise ValueError(f"staging_slots: expected at least 2, got {staging_slots!r}")
+    if prefetch is not None:
+        _check_predictor(prefetch)
+    check_seconds("timeout", timeout)
+    prefetch_slots = at_least(1, "prefetch_slots", prefetch_slots)
+    staging_slots = at_least(2, "staging_slots", staging_slots)
+    threads = at_least(1, "threads", threads)
     store = Store.open(store) if isinstance(store, (str, Path)) else store
+    if not hasattr(store, "open_reader"):
+        raise TypeError(f"store: expected a Store or its path, got {type(store).__name__}")
     targets = matched(model, store)
     place = place_of(model, targets, device)
     lanes = device_of(place)
@@ -124,6 +127,12 @@ def _check_policy(policy: Policy) -> None:
         raise TypeError(f"policy: expected a policy such as LRU(), got {shown}")
     if policy.looks_ahead:
         raise ValueError(f"policy: expected one that does not need the future, got {policy.name}; simulate plays it")
+
+
+def _check_predictor(predictor: Predictor) -> None:
+    if isinstance(predictor, type) or not hasattr(predictor, "predict") or not hasattr(predictor, "observe"):
+        shown = predictor.__name__ if isinstance(predictor, type) else repr(predictor)
+        raise TypeError(f"prefetch: expected a predictor such as NextGate(model), got {shown}")
 
 
 class Offloaded:
@@ -172,7 +181,7 @@ class Offloaded:
 
         restore: whether the parameters return, read from the store: the original bits if its form is lossless, else
             what it represents. By default they do if the model had them (not on meta). Without them, a call of the
-            experts raises an error.
+            experts raises an error. They are new objects: an optimizer that was made before trains others.
 
         Raises:
             StoreError: the store cannot be read; the model stays offloaded.
@@ -218,7 +227,7 @@ def _attach(
     else:
         weights = _cached(cache, targets, files, plans, policy, staging_slots)
     ties: dict[int, Tie] = {}
-    form = OffloadedForm(str(store.path))
+    form = OffloadedForm(str(store.path.absolute()))
     changes = [
         Change.of(target, form, own, file, ties) for target, own, file in zip(targets, weights, files, strict=True)
     ]

@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
+from torch import Tensor
+
+from switchgear.complaints import integer
 from switchgear.reference import check_size
 
 
@@ -20,7 +23,7 @@ def expert_batches(
     Time grows with the number of requests times that of different sets of experts.
 
     Args:
-        queue: the experts of each request, such as a PreRouter predicts: ids, or (layer, id).
+        queue: the experts of each request, such as a PreRouter predicts: ids, or (layer, id), also in tensors.
         max_tokens: of a batch; a longer request is a batch alone.
         tokens: of each request; 1 if None.
     """
@@ -33,7 +36,7 @@ def expert_batches(
     groups: dict[frozenset[Hashable], deque[int]] = {}  # requests that need the same experts, in order of arrival
     load: Counter[Hashable] = Counter()  # tokens that wait for an expert
     for request, experts in enumerate(queue):
-        needs = frozenset(experts)
+        needs = frozenset(map(_key, experts))
         groups.setdefault(needs, deque()).append(request)
         load.update(dict.fromkeys(needs, sizes[request]))
     batches = []
@@ -54,6 +57,13 @@ def expert_batches(
                 del groups[chosen]
         batches.append(batch)
     return batches
+
+
+def _key(expert: Hashable) -> Hashable:
+    """Ids in tensors too, which are equal only to themselves."""
+    if isinstance(expert, tuple):
+        return tuple(map(_key, expert))
+    return integer("queue", expert) if isinstance(expert, Tensor) else expert
 
 
 def _next(

@@ -28,7 +28,7 @@ from torch import Tensor
 from switchgear.offload.device import Device, Stream
 from switchgear.offload.errors import StoreError
 from switchgear.offload.pool import Pool
-from switchgear.offload.predictors import Predictor
+from switchgear.offload.predictors import Predictor, checked
 from switchgear.offload.residency import Residency
 from switchgear.offload.staging import knows
 from switchgear.offload.statistics import LayerStatistics
@@ -123,7 +123,8 @@ class Cache:
         assert self.predictor is not None
         if (staging := self.layers[layer].pool.staging) is not None:
             staging.advance()
-        for number, expert in self.predictor.predict(layer, x, topk_ids):
+        num_experts = [each.num_experts for each in self.layers]
+        for number, expert in checked("prefetch", self.predictor.predict(layer, x, topk_ids), num_experts):
             target = self.layers[number]
             target.predictions.add(expert)
             key, pool = target.first + expert, target.pool

@@ -55,7 +55,7 @@ class Change:
             else:
                 tie = ties.setdefault(id(held[index]), Tie())
                 projections.append(Projection(kind, held[index].requires_grad, tie))
-        stored = OffloadedProjections(form, layout, (projections[0], projections[1]), weights)
+        stored = OffloadedProjections(form, layout, (projections[0], projections[1]), weights, target.records)
         place = held[0].device if had_weights else torch.device("cpu")
         return Change(target, reads, stored, original, had_weights, held, place)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.autograd import needs_autograd
+from switchgear.complaints import as_device, at_least
 from switchgear.experts import Experts
 from switchgear.offload.device import Device, device_of
 from switchgear.offload.moving import Mover
@@ -87,9 +88,14 @@ class HotColdSplit(nn.Module):
             raise ValueError(f"experts: expected plain weights, got {stored.form}")
         if isinstance(threshold, str) and threshold not in ("auto", "bytes"):
             raise ValueError(f"threshold: expected auto, bytes or a number of tokens, got {threshold!r}")
-        if not isinstance(threshold, str) and threshold < 0:
-            raise ValueError(f"threshold: expected at least 0 tokens, got {threshold}")
-        self.experts, self.hot, self.threshold = experts, torch.device(hot), threshold
+        if not isinstance(threshold, str):
+            threshold = at_least(0, "threshold", threshold)
+        device = as_device("hot", hot)
+        if device.type == "meta":
+            raise ValueError(f"hot: expected a device with memory, got {device}")
+        if cost is not None and not isinstance(cost, SplitCost):
+            raise TypeError(f"cost: expected SplitCost, got {type(cost).__name__}")
+        self.experts, self.hot, self.threshold = experts, device, threshold
         self.cost = SplitCost() if cost is None else cost
         self.num_experts = experts.num_experts
         self._mover: Mover | None = None

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from switchgear.complaints import integer
 
 Expert = tuple[int, int]  # layer, expert
 
@@ -18,12 +20,25 @@ class Predictor(Protocol):
     def predict(self, layer: int, hidden_states: Tensor, topk_ids: Tensor) -> Iterable[Expert]:
         """Experts of later layers, the most likely first. Called when `layer` has routed and its experts have not run.
 
-        hidden_states [T,H] is the input of its experts, topk_ids [T,K] its choice, -1 for none.
+        hidden_states [T,H] is the input of its experts, topk_ids [T,K] its choice, -1 for none. So may be an expert
+        that is predicted.
         """
 
     def observe(self, layer: int, topk_ids: Tensor) -> None:
         """The choice [T,K] that a layer made, for predictors that remember. Called once per layer and step, before or
         after `predict` of this layer."""
+
+
+def checked(name: str, predicted: Iterable[Expert], num_experts: Sequence[int]) -> list[Expert]:
+    """What a predictor says as pairs of int, without those of expert -1. num_experts: of each layer. Raises TypeError
+    and ValueError for experts that do not exist."""
+    pairs = [(integer(name, layer), integer(name, expert)) for layer, expert in predicted]
+    for layer, expert in pairs:
+        if not 0 <= layer < len(num_experts):
+            raise ValueError(f"{name}: expected experts of layers 0 to {len(num_experts) - 1}, got layer {layer}")
+        if not -1 <= expert < num_experts[layer]:
+            raise ValueError(f"{name}: expected experts 0 to {num_experts[layer] - 1} of layer {layer}, got {expert}")
+    return [pair for pair in pairs if pair[1] != -1]
 
 
 def ranked(ids: Tensor, weights: Tensor, num_experts: int) -> list[int]:

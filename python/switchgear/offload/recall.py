@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.offload.accesses import Accesses
-from switchgear.offload.predictors import Expert, Predictor
+from switchgear.offload.predictors import Expert, Predictor, checked
+from switchgear.reference.checks import MAX_EXPERTS
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,20 @@ class LayerRecall:
 
 
 class Recall:
-    """Counts predictions. `predicted` may be called several times before the layer runs; `used` closes its step."""
+    """Counts predictions. `predicted` may be called several times before the layer runs; `used` closes its step.
 
-    def __init__(self, names: Sequence[str]) -> None:
+    num_experts: of each layer, to check predictions; None: not known.
+    """
+
+    def __init__(self, names: Sequence[str], num_experts: Sequence[int] | None = None) -> None:
         self.names = tuple(names)
+        self.num_experts = (MAX_EXPERTS,) * len(self.names) if num_experts is None else tuple(num_experts)
         self._pending: list[set[int]] = [set() for _ in self.names]
         self._counts = [[0, 0, 0] for _ in self.names]
 
     def predicted(self, experts: Iterable[Expert]) -> None:
         """Counts a prediction."""
-        for layer, expert in experts:
+        for layer, expert in checked("experts", experts, self.num_experts):
             self._pending[layer].add(expert)
 
     def used(self, layer: int, topk_ids: Tensor) -> None:
@@ -71,7 +76,7 @@ class Recall:
 def recall(predictor: Predictor, run: Accesses) -> tuple[LayerRecall, ...]:
     """Replays a recorded run through a predictor that needs no hidden states, such as `Follows`; it gets the experts of
     a step as those of one token. `watch` counts any predictor while a model runs."""
-    found = Recall(run.layers)
+    found = Recall(run.layers, run.num_experts)
     nothing = torch.empty(1, 0)
     for step in run.steps:
         for layer, experts in enumerate(step):
@@ -94,8 +99,9 @@ def watch(model: nn.Module, predictor: Predictor) -> Iterator[Recall]:
     from switchgear.integrations.moe_blocks import moe_blocks
     from switchgear.trace import observe
 
-    layers = {name: layer for layer, name in enumerate(moe_blocks(model))}
-    found = Recall(tuple(layers))
+    blocks = moe_blocks(model)
+    layers = {name: layer for layer, name in enumerate(blocks)}
+    found = Recall(tuple(blocks), [block.num_experts for block in blocks.values()])
 
     def see(name: str, seen: Any) -> None:
         layer = layers[name]

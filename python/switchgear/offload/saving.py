@@ -136,6 +136,6 @@ class _Experts:
             self._stores[path] = opened, opened.open_reader()
         store, reader = self._stores[path]
         records = store.layers.get(name)
-        if records is None or records.kinds != tuple(projection.kind for projection in stored.projections):
+        if records is None or records != stored.records:
             raise StoreError(f"{path}: expected the experts of {name} that were offloaded, got others")
         return read_all(reader, records, store.reads(records), _TIMEOUT)

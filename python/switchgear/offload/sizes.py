@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from switchgear.complaints import integer
+
 
 @dataclass(frozen=True)
 class Group:
@@ -55,9 +57,8 @@ def groups_of(record_bytes: Sequence[int], num_experts: Sequence[int]) -> list[G
 
 def plans_of(groups: Sequence[Group], slots: int | None, size: int | None, shared: bool, guess_rows: int) -> list[Plan]:
     """For `slots` per layer, or as many as fit in `size` bytes."""
-    for name, count in (("slots", slots), ("bytes", size)):
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool)):
-            raise TypeError(f"{name}: expected an integer, got {count!r}")
+    slots = None if slots is None else integer("slots", slots)
+    size = None if size is None else integer("bytes", size)
     if (slots is None) == (size is None):
         raise ValueError(f"slots: expected slots or bytes, got {'neither' if slots is None else 'both'}")
     if slots is not None:

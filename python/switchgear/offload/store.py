@@ -141,9 +141,11 @@ def write_store(
 
     Raises:
         ValueError: `source` has no experts, or some that cannot be stored so; `path` exists.
-        StoreError: a file cannot be written, for want of room among others; an unfinished store of another form or
-            model is in the way. There is no store then.
+        StoreError: a file cannot be written, for want of room among others; an unfinished store of another form,
+            dtype or model is in the way. There is no store then.
     """
+    if not isinstance(source, (nn.Module, str, os.PathLike)):
+        raise TypeError(f"source: expected a model or the folder of a checkpoint, got {type(source).__name__}")
     wanted = _form(form, options)
     if isinstance(source, nn.Module):
         if dtype is not None:
@@ -153,7 +155,7 @@ def write_store(
         found = store_sources.of_checkpoint(Path(source), wanted, dtype)
     text = store_sources.AS_PUBLISHED if wanted is None else str(wanted)
     try:
-        store_writer.write(found.layers, Path(path), text, progress, resume)
+        store_writer.write(found, Path(path), text, progress, resume)
     finally:
         found.close()
     return Store.open(path)

@@ -35,8 +35,11 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
+    """dtype: in which a checkpoint is read; None for a model, whose numbers have one."""
+
     layers: list[Layer]
     close: Callable[[], None]
+    dtype: torch.dtype | None = None
 
 
 # ---- a model in memory -----------------------------------------------------------------------------------------------
@@ -196,4 +199,4 @@ def of_checkpoint(path: Path, form: Form | None, dtype: torch.dtype | None) -> S
     found = list(layers())
     if not found:
         raise ValueError(f"source: expected a checkpoint with experts on the fused kernel, {path} has none")
-    return Source(found, reader.close)
+    return Source(found, reader.close, plan.model.dtype)

@@ -26,20 +26,20 @@ from switchgear.files import bytes_of, unfinished_of, write_whole
 from switchgear.offload import store_index
 from switchgear.offload.errors import StoreError
 from switchgear.offload.store_records import PAGE, Records, fill, records_for
-from switchgear.offload.store_sources import Layer
+from switchgear.offload.store_sources import Source
 from switchgear.weights.weight import Weight
 
 Progress = Callable[[int, int, str], None]
 JOURNAL, LOCK, SUFFIX = "journal.json", "lock", ".partial"
 
 
-def write(layers: list[Layer], target: Path, form: str, progress: Progress, resume: bool) -> None:
+def write(source: Source, target: Path, form: str, progress: Progress, resume: bool) -> None:
     """Writes a store to `target`, which must not exist. Holds one layer at a time."""
     if target.exists() or target.is_symlink():
         raise ValueError(f"path: expected one that does not exist, got {target}")
-    with _Unfinished.opened(target, _identity(layers, form), resume) as unfinished:
+    with _Unfinished.opened(target, _identity(source, form), resume) as unfinished:
         done: dict[str, Records] = {}
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(source.layers):
             fingerprint = layer.fingerprint()
             records = unfinished.finished(layer.name, fingerprint)
             if records is None:
@@ -47,12 +47,13 @@ def write(layers: list[Layer], target: Path, form: str, progress: Progress, resu
                 records = write_layer(unfinished.folder / file, layer.name, layer.weights())
                 unfinished.add(records, fingerprint)
             done[layer.name] = records
-            progress(number + 1, len(layers), layer.name)
+            progress(number + 1, len(source.layers), layer.name)
         unfinished.commit(store_index.Index(form, store_index.hash_of(done.values()), done))
 
 
-def _identity(layers: list[Layer], form: str) -> dict[str, Any]:
-    return {"form": form, "layers": [[layer.name, *layer.sizes] for layer in layers], "version": store_index.VERSION}
+def _identity(source: Source, form: str) -> dict[str, Any]:
+    layers = [[layer.name, *layer.sizes] for layer in source.layers]
+    return {"form": form, "dtype": str(source.dtype), "layers": layers, "version": store_index.VERSION}
 
 
 def write_layer(file: Path, name: str, weights: tuple[Weight, Weight]) -> Records:
@@ -166,7 +167,8 @@ class _Unfinished:
                 raise StoreError(f"{file}: expected the journal of an unfinished store, got {error}") from error
             for key, value in self._identity.items():
                 if identity.get(key) != value:
-                    what = f"form {value}, got {identity.get(key)}" if key == "form" else f"the same {key}, got others"
+                    is_named = key in ("form", "dtype")
+                    what = f"{key} {value}, got {identity.get(key)}" if is_named else f"the same {key}, got others"
                     raise StoreError(
                         f"path: {self.folder} holds an unfinished store: expected {what}; remove it, or pass "
                         "resume=False"

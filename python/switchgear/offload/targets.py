@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from switchgear.complaints import as_device
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import Records
 from switchgear.weights.layout import Layout, hint_for, layout_of
@@ -71,7 +72,7 @@ def place_of(model: nn.Module, targets: list[Target], wanted: torch.device | str
         rest = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
         place = min(held, key=str) if held else next(rest, torch.device("cpu"))
     else:
-        place = torch.device(wanted)
+        place = as_device("device", wanted)
         if place.type == "cuda" and place.index is None and torch.cuda.is_available():
             place = torch.device("cuda", torch.cuda.current_device())
     for target in targets:

@@ -170,7 +170,9 @@ def forward(
     link.wait(pairs_work)
     receiving = layout.plan_receiving(arriving, pairs_in, pairs[:, 0].contiguous(), layer.num_local, relays_in)
     rows.returning = receiving.pairs_of_chunk if each else receiving.rows
-    pair_weights = pairs[:, 1:].contiguous().view(topk_weights.dtype).view(-1)
+    # A copy of at most one row too, whose columns count as contiguous but do not begin where a float64 may.
+    columns_in = pairs[:, 1:].clone(memory_format=torch.contiguous_format)
+    pair_weights = columns_in.view(topk_weights.dtype).view(-1)
 
     hs = []
     runs: list[recorded.Run | None] = []

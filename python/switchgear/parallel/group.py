@@ -14,9 +14,10 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from switchgear.complaints import check_seconds, integer
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
 from switchgear.parallel.channels import CHANNELS, open_channel
@@ -77,7 +78,7 @@ class ExpertParallel:
 
     Raises:
         ExpertParallelError: a rank did not connect, or left; see there. The object is then unusable.
-        ValueError: an option is out of range.
+        ValueError: an option is out of range. TypeError: one has another type.
 
     Attribute `record`: bytes sent to other ranks, by kind, and seconds spent waiting.
     """
@@ -104,17 +105,27 @@ class ExpertParallel:
         outside: bool = False,
         store: Any = None,
     ) -> None:
+        for option, value, kind in (
+            ("placement", placement, Placement), ("link", link, Link), ("store", store, Store),
+        ):  # fmt: skip
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{option}: expected {kind.__name__}, got {type(value).__name__}")
+        flags = {"invariant": invariant, "average_gradients": average_gradients, "outside": outside}
+        for option, value in flags.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{option}: expected bool, got {value!r}")
+        num_chunks = None if num_chunks is None else integer("num_chunks", num_chunks)
+        capacity = None if capacity is None else integer("capacity", capacity)
         if num_chunks is not None and num_chunks not in CHUNKS:
             raise ValueError(f"num_chunks: expected one of {', '.join(map(str, CHUNKS))}, got {num_chunks}")
-        if not timeout > 0:
-            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
+        check_seconds("timeout", timeout)
         if transport not in TRANSPORTS:
             raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
         if device_transport not in ("group", "peer_memory"):
             raise ValueError(f"device_transport: expected group or peer_memory, got {device_transport!r}")
         if wire not in WIRES:
             raise ValueError(f"wire: expected one of {', '.join(WIRES)}, got {wire!r}")
-        if capacity is not None and not (isinstance(capacity, int) and capacity > 0):
+        if capacity is not None and capacity < 1:
             raise ValueError(f"capacity: expected a positive number of rows, got {capacity}")
         if overflow not in ("raise", "drop"):
             raise ValueError(f"overflow: expected raise or drop, got {overflow!r}")

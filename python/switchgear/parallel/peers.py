@@ -173,6 +173,8 @@ class Peers:
     def exchange(self) -> Iterator[None]:
         """Wraps one exchange. Reports whatever is raised inside to the others."""
         self.check()
+        if self._closed:
+            raise RuntimeError("ExpertParallel: it is closed")
         self.step += 1
         try:
             yield

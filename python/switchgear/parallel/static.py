@@ -4,9 +4,9 @@
     rows [W·C,H]   C rows for each rank, in the order of tokens; those that no token fills are zeros
     ids [W·C,K]    local experts of each row, -1 for none      weights [W·C,K]   0 for none
 
-The first C tokens of a rank with experts on another rank are sent there. Later ones are *overflow*: their choices there
-are dropped, or an error is raised. Shapes depend on nothing but the number of tokens, so torch.compile traces a layer
-as a whole, and a CUDA graph can hold it. Results are summed rank by rank, as by default.
+Of a rank's tokens with experts on any one rank, its own too, the first C go there. Later ones are *overflow*: their
+choices there are dropped, or an error is raised. Shapes depend on nothing but the number of tokens, so torch.compile
+traces a layer as a whole, and a CUDA graph can hold it. Results are summed rank by rank, as by default.
 
 Before each transfer the hosts compare headers, so that a mistake or a lost rank is the same error as ever. They do not
 while a CUDA graph is captured, nor can they when it is replayed.
@@ -23,6 +23,7 @@ from torch import Tensor
 from switchgear.autograd import apply
 from switchgear.parallel import exchange
 from switchgear.parallel.rows import Link
+from switchgear.reference import weight_dtype
 
 if TYPE_CHECKING:
     from switchgear.parallel.exchange import Layer
@@ -89,9 +90,10 @@ def exchange_moe(
     results = apply(_ScaledGrad, module(rows, ids, weights), share)
     returned: Tensor = apply(_Combine, results, number)
     padded_rows = torch.cat((returned, returned.new_zeros(1, x.shape[1])))
-    total = padded_rows[buckets.row_table[:, 0]].float()
+    wide = weight_dtype(x.dtype)
+    total = padded_rows[buckets.row_table[:, 0]].to(wide)
     for column in range(1, buckets.row_table.shape[1]):
-        total = total + padded_rows[buckets.row_table[:, column]].float()
+        total = total + padded_rows[buckets.row_table[:, column]].to(wide)
     y: Tensor = total.to(x.dtype)
     return y
 

@@ -113,14 +113,20 @@ class InStore(Tensor):
 
 
 class OffloadedProjections(StoredProjections):
-    """Has no buffers: the weights are views of the cache."""
+    """Has no buffers: the weights are views of the cache. records: what the store said of them, checksums too."""
 
     form: OffloadedForm
 
     def __init__(
-        self, form: OffloadedForm, layout: Layout, projections: tuple[Projection, Projection], weights: tuple[Any, Any]
+        self,
+        form: OffloadedForm,
+        layout: Layout,
+        projections: tuple[Projection, Projection],
+        weights: tuple[Any, Any],
+        records: object,
     ) -> None:
         super().__init__(form, layout, projections)
+        self.records = records
         self._weights: tuple[Any, Any] | None = weights
         self._num_experts = weights[0].shape[0]
 
