@@ -237,6 +237,18 @@ const DLTensor& tensor_in(const char* name, py::handle capsule, bool& read_only)
   return static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->dl_tensor;
 }
 
+// The tensors that may follow the data of a weight, and their bits in the `fields` of its form.
+struct Field {
+  int64_t bit;
+  TensorView Weight::* tensor;
+  const char* suffix;
+};
+constexpr std::array<Field, 5> kFields{{{1, &Weight::scales, "scales"},
+                                        {2, &Weight::row_scales, "row_scales"},
+                                        {4, &Weight::zeros, "zeros"},
+                                        {8, &Weight::records, "records"},
+                                        {16, &Weight::slots, "slots"}}};
+
 }  // namespace
 
 void check_capsule(const char* name, py::handle capsule) {
@@ -320,17 +332,15 @@ Weight Arrays::weight(const char* name, py::handle tensors, py::handle form) {
                 .parts = parts,
                 .group_size = group_size,
                 .element_bytes = element_bytes};
-  const std::array places{&weight.scales, &weight.row_scales, &weight.zeros, &weight.records, &weight.slots};
-  constexpr std::array kSuffixes{"scales", "row_scales", "zeros", "records", "slots"};
   const auto expected = static_cast<size_t>(1 + std::popcount(static_cast<uint64_t>(fields)));
   SWITCHGEAR_CHECK(ValueError, fields >= 0 && fields < 32 && items.size() == expected, name, ": expected ", expected,
                    " tensors for the fields ", fields, ", got ", items.size());
   weight.data = in(name, items[0]);
-  for (size_t i = 0, item = 1; i < places.size(); ++i) {
-    if ((fields >> i & 1) == 0) continue;
+  for (size_t item = 1; const auto& [bit, tensor, suffix] : kFields) {
+    if ((fields & bit) == 0) continue;
     char field[64];
-    std::snprintf(field, sizeof(field), "%s_%s", name, kSuffixes[i]);
-    *places[i] = in(field, items[item++]);
+    std::snprintf(field, sizeof(field), "%s_%s", name, suffix);
+    weight.*tensor = in(field, items[item++]);
   }
   return weight;
 }

@@ -44,6 +44,14 @@ class Call {
   void input(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
   void input(const char* name, const Weight& plain, Shape shape);
   void output(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
+  void optional_input(const char* name, const TensorView& tensor, Kind kind, Shape shape,
+                      Layout layout = Layout::kContiguous) {
+    if (tensor.defined()) input(name, tensor, kind, shape, layout);
+  }
+  void optional_output(const char* name, const TensorView& tensor, Kind kind, Shape shape,
+                       Layout layout = Layout::kContiguous) {
+    if (tensor.defined()) output(name, tensor, kind, shape, layout);
+  }
 
   // Replaces int32 indices by a copy that lives as long as the call. Kernels trust indices, so no other thread may change
   // them between their check and their use. Memory of a device stays: its kernels check what they read.

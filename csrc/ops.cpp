@@ -130,7 +130,7 @@ Kind float32_or_shared(const TensorView& tensor) { return tensor.dtype == DType:
 template <typename Args>
 void route_shapes(Call& call, const Args& args, Dim& T, Dim& E) {
   Dim K{"K", 1, args.options.top_k};
-  if (args.selection_bias.defined()) call.input("selection_bias", args.selection_bias, kFloat32, {&E});
+  call.optional_input("selection_bias", args.selection_bias, kFloat32, {&E});
   call.output("topk_ids", args.topk_ids, kInt32, {&T, &K});
   call.output("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   slots(T, K);
@@ -142,7 +142,7 @@ void gate_shapes(Call& call, const GateArgs& args, Dim& T, Dim& E) {
   const auto& [x, weight, bias, router_logits] = args;
   call.input("x", x, kFloat, {&T, &H}, kRows);
   call.input("weight", weight, float32_or_shared(weight), {&E, &H}, kRows);
-  if (bias.defined()) call.input("bias", bias, float32_or_shared(bias), {&E});
+  call.optional_input("bias", bias, float32_or_shared(bias), {&E});
   call.output("router_logits", router_logits, float32_or_shared(router_logits), {&T, &E}, kRows);
 }
 
@@ -157,8 +157,8 @@ Dim intermediate(const char* name, const GluOptions& options, const Dim& N) {
 
 // gate_up_bias [E,N], down_bias [E,H]
 void bias_shapes(Call& call, const ExpertWeights& weights, Dim& E, Dim& H, Dim& N) {
-  if (weights.gate_up_bias.defined()) call.input("gate_up_bias", weights.gate_up_bias, kFloat, {&E, &N}, kRows);
-  if (weights.down_bias.defined()) call.input("down_bias", weights.down_bias, kFloat, {&E, &H}, kRows);
+  call.optional_input("gate_up_bias", weights.gate_up_bias, kFloat, {&E, &N}, kRows);
+  call.optional_input("down_bias", weights.down_bias, kFloat, {&E, &H}, kRows);
 }
 
 // moe_backward decodes stored weights for gradients of other tensors; only a plain weight has a gradient itself.
@@ -176,7 +176,7 @@ void adapter_input(Call& call, const AdapterNames& names, const Adapter& adapter
   call.input(names.a, adapter.a, kFloat, {&E, &rank, &C}, kMatrices);
   call.input(names.b, adapter.b, kFloat, {&E, &N, &rank}, kMatrices);
   call.input(names.scales, adapter.scales, kFloat32, {&E});
-  if (adapter.ranks.defined()) call.input(names.ranks, adapter.ranks, kInt32, {&E});
+  call.optional_input(names.ranks, adapter.ranks, kInt32, {&E});
   SWITCHGEAR_CHECK(ValueError, adapter.dropout >= 0 && adapter.dropout < 1,
                    "dropout: expected two probabilities in [0, 1), got ", adapter.dropout);
   const TensorView& seed = adapter.device_seed;
@@ -314,7 +314,7 @@ void route_dynamic(const RouteDynamicArgs& args, Execution exec) {
   const RouteDynamicOptions& options = args.options;
   Dim T{"T", 0}, E{"E"}, M{"M"};
   call.input("router_logits", args.router_logits, kFloat, {&T, &E}, kRows);
-  if (args.selection_bias.defined()) call.input("selection_bias", args.selection_bias, kFloat32, {&E});
+  call.optional_input("selection_bias", args.selection_bias, kFloat32, {&E});
   call.output("topk_ids", args.topk_ids, kInt32, {&T, &M});
   call.output("topk_weights", args.topk_weights, kFloat32, {&T, &M});
   slots(T, M);
@@ -334,7 +334,7 @@ void column_topk(const ColumnTopkArgs& given, Execution exec) {
   Call call(exec);
   Dim T{"T", 0}, E{"E"}, B{"B"};
   call.input("values", args.values, kFloat, {&T, &E}, kRows);
-  if (args.sequence_ids.defined()) call.input("sequence_ids", args.sequence_ids, kInt32, {&T});
+  call.optional_input("sequence_ids", args.sequence_ids, kInt32, {&T});
   call.input("limits", args.limits, kInt32, {&B});
   call.output("topk_ids", args.topk_ids, kInt32, {&T, &E});
   slots(T, E);
@@ -352,8 +352,8 @@ void fit_capacity(const FitCapacityArgs& given, Execution exec) {
                    E.size);
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
   if (options.drop == Drop::kPriority) call.input("priorities", args.priorities, kFloat32, {&T, &K});
-  if (args.scores.defined()) call.input("scores", args.scores, kFloat32, {&T, &E});
-  if (args.sequence_ids.defined()) call.input("sequence_ids", args.sequence_ids, kInt32, {&T});
+  call.optional_input("scores", args.scores, kFloat32, {&T, &E});
+  call.optional_input("sequence_ids", args.sequence_ids, kInt32, {&T});
   call.input("limits", args.limits, kInt32, {&B});
   call.output("kept_ids", args.kept_ids, kInt32, {&T, &K});
   slots(T, K);
@@ -373,7 +373,7 @@ void assign_balanced(const AssignBalancedArgs& given, Execution exec) {
   SWITCHGEAR_CHECK(ValueError, args.max_iterations >= 0, "max_iterations: expected at least 0, got ",
                    args.max_iterations);
   call.input("values", args.values, kFloat32, {&T, &E});
-  if (args.sequence_ids.defined()) call.input("sequence_ids", args.sequence_ids, kInt32, {&T});
+  call.optional_input("sequence_ids", args.sequence_ids, kInt32, {&T});
   call.output("expert_ids", args.expert_ids, kInt32, {&T});
   slots(T, E);
   call.check_overlap();
@@ -391,7 +391,7 @@ void assign_capped(const AssignCappedArgs& given, Execution exec) {
   SWITCHGEAR_CHECK(ValueError, args.iterations >= 0, "iterations: expected at least 0, got ", args.iterations);
   SWITCHGEAR_CHECK(ValueError, args.tolerance >= 0, "tolerance: expected at least 0, got ", args.tolerance);
   call.input("values", args.values, kFloat, {&T, &E}, kRows);
-  if (args.sequence_ids.defined()) call.input("sequence_ids", args.sequence_ids, kInt32, {&T});
+  call.optional_input("sequence_ids", args.sequence_ids, kInt32, {&T});
   call.input("limits", args.limits, kInt32, {&B});
   call.output("assignment", args.assignment, kFloat32, {&T, &E});
   slots(T, E);
@@ -424,7 +424,7 @@ void permute(const PermuteArgs& given, Execution exec) {
   Dim T{"T", 0}, K{"K"}, S{"S", 0}, H{"H"};
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
   plan_shapes(call, args.plan, T, K, S);
-  if (args.topk_weights.defined()) call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
+  call.optional_input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   call.output("permuted_x", args.permuted_x, kFloat, {&S, &H}, kRows);
   call.check_overlap();
   check_plan(call, args.plan, T, S);
@@ -437,7 +437,7 @@ void combine(const CombineArgs& given, Execution exec) {
   Dim T{"T", 0}, K{"K"}, S{"S", 0}, H{"H"};
   plan_shapes(call, args.plan, T, K, S);
   call.input("permuted_y", args.permuted_y, kFloat, {&S, &H}, kRows);
-  if (args.topk_weights.defined()) call.input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
+  call.optional_input("topk_weights", args.topk_weights, kFloat32, {&T, &K});
   call.output("y", args.y, kFloat, {&T, &H}, kRows);
   call.check_overlap();
   check_plan(call, args.plan, T, S);
@@ -474,10 +474,10 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
                    "weight: expected int8, int4, fp8, mxfp4, nf4 or groups to be transposed, got ",
                    name_of(args.weight.format));
   SWITCHGEAR_CHECK(ValueError, !args.transposed || !args.bias.defined(), "bias: expected none for a transposed weight");
-  if (args.bias.defined()) call.input("bias", args.bias, kFloat, {&E, &N}, kRows);
+  call.optional_input("bias", args.bias, kFloat, {&E, &N}, kRows);
   Dim offsets{"E+1", 2, E.size + 1};
   call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
-  if (args.token_indices.defined()) call.input("token_indices", args.token_indices, kInt32, {&S});
+  call.optional_input("token_indices", args.token_indices, kInt32, {&S});
   Dim& slots = args.token_indices.defined() ? S : R;
   call.output("out", args.out, kFloat, {&slots, args.transposed ? &C : &N}, kRows);
   call.check_overlap();
@@ -492,7 +492,7 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& given, Execution exec) {
   Call call(exec);
   Dim R{"R", 0}, C{"C"}, E{"E"}, N{"N"}, S{"S", 0};
   call.input("x", args.x, kFloat, {&R, &C}, kRows);
-  if (args.token_indices.defined()) call.input("token_indices", args.token_indices, kInt32, {&S});
+  call.optional_input("token_indices", args.token_indices, kInt32, {&S});
   call.input("grad_out", args.grad_out, kFloat, {args.token_indices.defined() ? &S : &R, &N}, kRows);
   Dim n{"n", 0};
   const bool some = args.experts.defined();
@@ -551,7 +551,7 @@ void moe_forward(const MoeForwardArgs& given, Execution exec) {
   } else {
     call.output("y", args.y, kFloat, {&T, &H}, kRows);
   }
-  if (args.h.defined()) call.output("h", args.h, kFloat, {&S, &N}, kRows);
+  call.optional_output("h", args.h, kFloat, {&S, &N}, kRows);
   call.check_overlap();
   check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
@@ -575,25 +575,22 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   Dim S = slots(T, K);
   call.input("h", args.h, kFloat, {&S, &N}, kRows);
   Dim n{"n", 0};
-  if (args.experts.defined()) call.input("experts", args.experts, kInt32, {&n});
+  call.optional_input("experts", args.experts, kInt32, {&n});
   Dim& trained = args.experts.defined() ? n : E;
-  const auto output = [&](const char* name, const TensorView& grad, Kind kind, Call::Shape shape, Layout layout) {
-    if (grad.defined()) call.output(name, grad, kind, shape, layout);
-  };
-  output("grad_x", args.grad_x, kFloat, {&T, &H}, kRows);
-  output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&trained, &N, &H}, kMatrices);
-  output("grad_down_proj", args.grad_down_proj, kFloat, {&trained, &H, &I}, kMatrices);
-  output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&trained, &N}, kRows);
-  output("grad_down_bias", args.grad_down_bias, kFloat, {&trained, &H}, kRows);
-  output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K}, kContiguous);
+  call.optional_output("grad_x", args.grad_x, kFloat, {&T, &H}, kRows);
+  call.optional_output("grad_gate_up_proj", args.grad_gate_up_proj, kFloat, {&trained, &N, &H}, kMatrices);
+  call.optional_output("grad_down_proj", args.grad_down_proj, kFloat, {&trained, &H, &I}, kMatrices);
+  call.optional_output("grad_gate_up_bias", args.grad_gate_up_bias, kFloat, {&trained, &N}, kRows);
+  call.optional_output("grad_down_bias", args.grad_down_bias, kFloat, {&trained, &H}, kRows);
+  call.optional_output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K});
   const auto adapter_outputs = [&](const Adapter& adapter, const char* a, const TensorView& grad_a, const char* b,
                                    const TensorView& grad_b, Dim& rows, Dim& columns) {
     SWITCHGEAR_CHECK(ValueError, adapter.defined() || !(grad_a.defined() || grad_b.defined()), a,
                      ": expected none without an adapter");
     if (!adapter.defined()) return;
     Dim rank{"r", 1, adapter.rank()};
-    output(a, grad_a, kFloat, {&E, &rank, &columns}, kMatrices);
-    output(b, grad_b, kFloat, {&E, &rows, &rank}, kMatrices);
+    call.optional_output(a, grad_a, kFloat, {&E, &rank, &columns}, kMatrices);
+    call.optional_output(b, grad_b, kFloat, {&E, &rows, &rank}, kMatrices);
   };
   adapter_outputs(args.weights.gate_up_adapter, "grad_gate_up_a", args.grad_gate_up_a, "grad_gate_up_b",
                   args.grad_gate_up_b, N, H);
