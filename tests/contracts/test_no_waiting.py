@@ -46,6 +46,7 @@ REDUCTIONS = {"all", "any", "argmax", "argmin", "count_nonzero", "equal", "isfin
 # "file function": why it may wait.
 ALLOWED = {
     "functional/layer.py _selected_moe": "two lists of experts that are not the same tensor",
+    "functional/offloaded.py _cast": "autocast of experts in a cache, which waits for them anyway: only those in use",
     "adapters/lora_experts.py _check_gates": "once, when a layer is built",
     "adapters/posthoc.py train_gate": "once, after training",
     "integrations/choices.py _JetMoe.write": "its layers take the numbers of tokens as a list",
