@@ -31,8 +31,8 @@ def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask:
     """
     if router_logits.dim() != 2:
         raise ValueError(f"router_logits: expected shape [T,E], got {list(router_logits.shape)}")
-    num_tokens = len(router_logits)
-    if topk_ids.dim() != 2 or len(topk_ids) != num_tokens:
+    num_tokens = router_logits.shape[0]  # not len(), which torch.export would take for a constant
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != num_tokens:
         raise ValueError(f"topk_ids: expected shape [T={num_tokens},K], got {list(topk_ids.shape)}")
     if attention_mask is not None and attention_mask.numel() != num_tokens:
         raise ValueError(f"attention_mask: expected T={num_tokens} elements, got {list(attention_mask.shape)}")
