@@ -270,7 +270,7 @@ def test_state_dicts_copies_and_conversions_name_the_cache() -> None:
             use()
     with pytest.raises(RuntimeError, match=r"in the store .*memory and not in memory"):
         make_model().load_state_dict(state)
-    with pytest.raises(ValueError, match=r"0.experts.gate_up_proj: expected none for experts offloaded to memory"):
+    with pytest.raises(ValueError, match=r"0.experts.gate_up_proj: expected none for experts offloaded to .*memory"):
         model.load_state_dict(before)
     rest = {name: tensor for name, tensor in before.items() if "_proj" not in name}
     model.load_state_dict(rest)
@@ -278,11 +278,11 @@ def test_state_dicts_copies_and_conversions_name_the_cache() -> None:
         with pytest.raises(TypeError, match="a cache cannot be copied or pickled"):
             copied(model)
     for change in (switchgear.restore, lambda m: switchgear.store(m, "int8")):
-        with pytest.raises(ValueError, match=r"offloaded to memory; call close\(\)"):
+        with pytest.raises(ValueError, match=r"offloaded to .*memory; call close\(\)"):
             change(model)
-    with pytest.raises(ValueError, match=r"offloaded to memory; close\(\) that cache first"):
+    with pytest.raises(ValueError, match=r"offloaded to .*memory; close\(\) that cache first"):
         offload.offload(model, MemoryStore(make_model()), slots=2)  # type: ignore[arg-type]
-    with pytest.raises(AttributeError, match="gate_up_proj is stored as offloaded to memory"):
+    with pytest.raises(AttributeError, match="gate_up_proj is stored as offloaded to .*memory"):
         len(model[0].experts.gate_up_proj)  # type: ignore
     weight = model[0].experts._switchgear_stored.weights(model[0].experts)[0]  # type: ignore
     with pytest.raises(ValueError, match="expected one in memory, got offloaded experts"):
