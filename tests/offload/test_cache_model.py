@@ -282,7 +282,7 @@ def test_state_dicts_copies_and_conversions_name_the_cache() -> None:
             change(model)
     with pytest.raises(ValueError, match=r"offloaded to .*memory; close\(\) that cache first"):
         offload.offload(model, MemoryStore(make_model()), slots=2)  # type: ignore[arg-type]
-    with pytest.raises(AttributeError, match="gate_up_proj is stored as offloaded to .*memory"):
+    with pytest.raises(AttributeError, match=r"gate_up_proj is stored as offloaded to .*memory"):
         len(model[0].experts.gate_up_proj)  # type: ignore
     weight = model[0].experts._switchgear_stored.weights(model[0].experts)[0]  # type: ignore
     with pytest.raises(ValueError, match="expected one in memory, got offloaded experts"):
