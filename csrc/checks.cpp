@@ -257,8 +257,8 @@ void check_range(const char* name, const TensorView& indices, int64_t low, int64
   if (!readable(indices)) return;
   const auto* values = indices.as<const int32_t>();
   const int64_t count = indices.numel();
-  // One unsigned comparison and no branch, so that the loop is vectorised.
   high = std::min(high, int64_t{1} << 31);  // above all values
+  // One unsigned comparison and no branch, so that the loop is vectorised.
   const auto first = static_cast<uint32_t>(low);
   const auto width = static_cast<uint32_t>(high - low);
   uint32_t outside = 0;

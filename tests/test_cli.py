@@ -67,7 +67,6 @@ def test_a_reader_that_ends_early_is_no_error(monkeypatch: pytest.MonkeyPatch) -
         pipe.write("more")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux on x86-64")
 def test_output_that_cannot_be_written_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +80,15 @@ def test_output_that_cannot_be_written_is_named(
 def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["info"]) == 0
+
+
+def test_help_shows_defaults_that_are_not_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan-parallel", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "placed by load (default: 0)" in text
+    assert "(default: None)" not in text
+    assert "(default: --ep)" in text
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -267,6 +267,16 @@ def test_a_failed_save_keeps_the_earlier_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_keeps_leading_to_the_file(tmp_path: Path) -> None:
+    with RoutingTrace(model := Model()) as trace:
+        model(batches()[0])
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "trace")
+    trace.save(link)
+    assert link.is_symlink()
+    assert str(RoutingTrace.load(tmp_path / "trace")) == str(trace)
+
+
 def test_files_of_others(tmp_path: Path) -> None:
     """Whatever a file holds, load raises ValueError for it, and FileNotFoundError for none."""
     with RoutingTrace(model := Model(), by_token_id=True) as trace:

@@ -28,9 +28,10 @@ def unfinished_of(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
-    """The name to write a file under. It replaces `path` at once, durably, when the block ends; if the block fails,
-    `path` stays as it was."""
-    unfinished = unfinished_of(Path(path))
+    """The name to write a file under. It replaces `path`, or what a link there leads to, at once and durably when the
+    block ends; if the block fails, `path` stays as it was."""
+    path = Path(path).resolve()
+    unfinished = unfinished_of(path)
     try:
         yield unfinished
         with open(unfinished, "rb+") as file:

@@ -229,7 +229,7 @@ def test_sizes_of_a_stored_model() -> None:
 
 
 def test_inference_mode() -> None:
-    """Experts that are quantized inside of inference mode take part in later backward passes."""
+    """Experts quantized in inference mode can be used in later backward passes."""
     model = our_model()
     with torch.inference_mode():
         quantize(model, 3, group_size=32)

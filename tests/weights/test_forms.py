@@ -383,7 +383,7 @@ def test_bad_state_dicts(case: FormCase) -> None:
 @forms
 @pytest.mark.parametrize("made", [False, True])
 def test_inference_mode(case: FormCase, made: bool) -> None:
-    """What is stored, encoded, loaded or restored inside of inference mode takes part in later backward passes."""
+    """Weights stored, encoded, loaded or restored in inference mode can be used in later backward passes."""
     with torch.inference_mode(made):
         experts = case.experts()
     with torch.inference_mode():

@@ -88,7 +88,7 @@ def save_peft(model: nn.Module, path: str | Path) -> None:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(_config(model, sites), indent=2, sort_keys=True) + "\n"
-    with replacing(folder / TENSORS) as tensors_file, replacing(folder / CONFIG) as config_file:  # both or none
+    with replacing(folder / TENSORS) as tensors_file, replacing(folder / CONFIG) as config_file:
         save_file(tensors, tensors_file, metadata={"format": "pt", OURS: "1"})
         config_file.write_text(config, encoding="utf-8")
 

@@ -57,7 +57,7 @@ def write_json(value: dict[str, Any], path: str) -> None:
         if target.exists() and not target.is_file():  # a pipe, which has nothing to keep
             target.write_text(text)
         else:
-            write_whole(target.resolve(), text)
+            write_whole(target, text)
     except OSError as error:
         raise CommandError(f"--json: cannot write {path}: {error.strerror}") from None
 

@@ -33,7 +33,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Appends defaults, except empty ones and those that the text states."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, [], ()) or "(default" in (action.help or ""):
+        is_empty = action.default is None or action.default is False or action.default in ([], ())  # 0 is a default
+        if is_empty or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 

@@ -75,7 +75,7 @@ def dense_key(layer: int, part: str) -> str:
     return f"model.layers.{layer}.mlp.{part}.weight"
 
 
-def check_plain(config: Mapping[str, Any]) -> None:
+def check_unquantized(config: Mapping[str, Any]) -> None:
     """Raises ValueError for a quantized model, whose tensors are codes and scales."""
     if config.get("quantization_config"):
         raise ValueError("model: expected plain weights, got a quantization_config in its config")
@@ -89,7 +89,7 @@ def check_dense(config: Mapping[str, Any]) -> str:
             f"model: expected a dense model of type {', '.join(DENSE)}, got {model_type}; family='switchgear' replaces "
             "the layers of any model in place"
         )
-    check_plain(config)
+    check_unquantized(config)
     if config.get("mlp_bias"):
         raise ValueError("model: expected mlp_bias false, since no MoE family has biases in its experts, got true")
     return str(model_type)
@@ -176,7 +176,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise ValueError(f"model: expected an MoE model of type {', '.join(FAMILIES)}, got {model_type}")
-    check_plain(config)
+    check_unquantized(config)
     family, count = FAMILIES[model_type], int(config["num_hidden_layers"])
     sparse = [layer for layer in range(count) if layer not in set(config.get("mlp_only_layers") or ())]
     sparse = [layer for layer in sparse if (layer + 1) % int(config.get("decoder_sparse_step") or 1) == 0]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.convert.families import FAMILIES, PARTS, Family, check_plain
+from switchgear.convert.families import FAMILIES, PARTS, Family, check_unquantized
 from switchgear.convert.plans import Item, Plan, Source, copied
 from switchgear.reference import check_choice
 
@@ -46,7 +46,7 @@ def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> Plan:
     (gpt-oss has [E,H,2I]), and of several dtypes in a layer.
     """
     check_choice("to", to, LAYOUTS)
-    check_plain(config)
+    check_unquantized(config)
     family = _family(config)
     found = find(source, family)
     read = _Reader(source, family, found)

@@ -18,7 +18,7 @@ from switchgear.convert.families import (
     PARTS,
     Size,
     check_dense,
-    check_plain,
+    check_unquantized,
     dense_config,
     dense_key,
     family_for,
@@ -130,7 +130,7 @@ def merge_plan(
 ) -> Plan:
     """See merge_models."""
     for own, _ in [*models, *([base] if base is not None else [])]:
-        check_plain(own)
+        check_unquantized(own)
     sources = [source for _, source in models]
     make = merged_items(sources, None if base is None else base[1], merging)
     config = dict(models[0][0] if base is None else base[0])
