@@ -182,15 +182,17 @@ def test_records_outside_the_data_are_refused(backend: str, record: list[int]) -
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_weights_that_would_become_zero_are_refused(bits: int, symmetric: bool) -> None:
-    """One group of an expert is enough, but not zeros. Small scales, which float16 holds with few bits, lose little."""
+    """All of an expert, not a group of it. Small scales, which float16 holds with few bits, lose little."""
     form = Groups(bits=bits, group_size=32, symmetric=symmetric)
     weight = torch.randn(3, 20, 96)
     small = [distance(encode(weight * scale, form).plain(), weight * scale) for scale in (1.0, 1e-5)]
     assert small[1] < 1.02 * small[0]
     weight[1, 17, 32:64] = 0
     assert not encode(weight, form).plain()[1, 17, 32:64].any()
-    weight[1, 17, 40] = 1e-8
-    with pytest.raises(ValueError, match="scales fit float16, a group of expert 1 is so small that its scale would be"):
+    weight[1, 17, 40] = 1e-8  # what is left of pruning
+    assert not encode(weight, form).plain()[1, 17, 32:64].any()
+    weight[1] *= 1e-9
+    with pytest.raises(ValueError, match="scales fit float16, those of expert 1 would all be zero"):
         encode(weight, form)
 
 

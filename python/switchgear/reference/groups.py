@@ -64,8 +64,8 @@ def quantize(
 ) -> Levels:
     """Quantizes a weight [E,N,C] to `bits[e]` bits for expert e: `fit` of each group, then levels to nearest.
 
-    ValueError for NaN and infinities, and for weights whose scales float16 does not hold: too large, or zero beside
-    weights that are not. It names the weight by `name`.
+    ValueError for NaN and infinities, and for weights whose scales float16 does not hold: too large, or all those of an
+    expert zero whose weights are not. It names the weight by `name`. A group that small among others becomes zero.
     """
     num_experts, rows, columns = weight.shape
     size = group_size or max(columns, 1)
@@ -91,19 +91,17 @@ def quantize(
             plain = part.contiguous()  # sums of a transposed weight would have another order
             w = pad(plain, (0, groups * size - columns)).view(-1, groups, size)
             scale, zero = fit(w, present, some_bits, symmetric)
-            if bool((lost := (scale == 0) & w.any(-1)).any()):
-                expert = (some.start + int(lost.any(-1).nonzero()[0])) // rows
-                raise ValueError(
-                    f"{name}: expected weights whose scales fit float16, a group of expert {expert} is so small that "
-                    "its scale would be zero"
-                )
             q_rows[some] = round_to_levels(w, scale, zero, some_bits).flatten(1)[:, :columns]
             scale_rows[some] = scale
             if zero_rows is not None and some_bits > 1:
                 zero_rows[some] = zero
-        for expert in experts:
+        for expert, own in zip(experts, matrices, strict=True):
             if not bool(scales[expert].isfinite().all()):
                 raise ValueError(f"{name}: expected weights whose scales fit float16, those of expert {expert} do not")
+            if not bool(scales[expert].any()) and bool(own.any()):
+                raise ValueError(
+                    f"{name}: expected weights whose scales fit float16, those of expert {expert} would all be zero"
+                )
     return Levels(q, scales, zeros, tuple(bits))
 
 
