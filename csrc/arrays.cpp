@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "dlpack.h"
 #include "switchgear/check.h"
@@ -42,17 +43,15 @@ ArrayType find_array_type(PyTypeObject* type) {
   return {type, api, storage};
 }
 
-// Caches the first types seen and keeps them alive.
+// Remembers each type that it sees, and keeps it alive.
 ArrayType array_type(PyTypeObject* type) {
-  static std::array<ArrayType, 16> cache{};
-  for (auto& entry : cache) {
+  static std::vector<ArrayType> seen;
+  for (const auto& entry : seen) {
     if (entry.type == type) return entry;
-    if (entry.type == nullptr) {
-      Py_INCREF(type);
-      return entry = find_array_type(type);
-    }
   }
-  return find_array_type(type);
+  const ArrayType found = find_array_type(type);
+  Py_INCREF(type);
+  return seen.emplace_back(found);
 }
 
 // Raises TypeError for a dtype or array that its own library cannot export. The first line of the library's error says why.

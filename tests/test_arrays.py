@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,18 @@ def test_a_library_that_only_speaks_dlpack(backend: str) -> None:
     a = switchgear.glu(Array(h))
     assert isinstance(a, Array)
     assert torch.equal(a.tensor, switchgear.glu(h))
+
+
+def test_any_number_of_types_of_arrays() -> None:
+    """Calls with arrays of types that were seen before keep nothing."""
+    types = [type(f"Tensor{i}", (torch.Tensor,), {}) for i in range(40)]
+
+    def references() -> int:
+        for subclass in types:
+            switchgear._C.advise_huge_pages(torch.zeros(4).as_subclass(subclass))
+        return sys.getrefcount(torch.Tensor.untyped_storage)
+
+    assert references() == references()
 
 
 def test_jax() -> None:
