@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import switchgear
 from backends_in_use import ISAS, kernels_of
-from switchgear import Experts, autograd, ops
+from switchgear import Experts, ops
+from switchgear.autograd import layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,7 +64,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
 
 def by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autograd, "_can_add", lambda weight: False)
+    monkeypatch.setattr(layer, "_can_add", lambda weight: False)
 
 
 @pytest.mark.parametrize("bias", [False, True])

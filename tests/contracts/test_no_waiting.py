@@ -24,10 +24,10 @@ PACKAGE = ROOT / "python/switchgear"
 # ---- Python ----------------------------------------------------------------------------------------------------------
 
 # What a layer runs on a device. The rest of the reference, for float64 and devices without kernels, waits.
-FOLDERS = ("functional", "ops", "routing", "layers")
+FOLDERS = ("autograd", "functional", "ops", "routing", "layers")
 FILES = (
-    "autograd.py", "modules.py", "experts.py", "reference/policies.py", "weights/weight.py",
-    "weights/module.py", "weights/adapted.py", "weights/selected.py",
+    "modules.py", "experts.py", "reference/policies.py", "weights/weight.py", "weights/module.py",
+    "weights/adapted.py", "weights/selected.py",
     "integrations/experts.py", "integrations/choices.py",
     "adapters/lora_experts.py", "adapters/low_rank.py", "adapters/posthoc.py",
 )  # fmt: skip

@@ -13,7 +13,7 @@ and one backward. It saves x and h for backward, and no other tensor of that siz
 separately. `moe_accumulate` is the forward of a layer whose experts come into memory one after the other.
 
 Arguments are torch tensors or arrays of other libraries (see arrays.py). A projection can also be a Weight in another
-format (weights/). Derivatives are in autograd.py.
+format (weights/). Derivatives are in autograd/.
 """
 
 from switchgear.functional.accumulate import moe_accumulate

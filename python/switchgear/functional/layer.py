@@ -131,40 +131,84 @@ def _moe_of_weights(
     if x.shape[-1] != columns:  # stored bytes do not show H, so no op checks it
         raise ValueError(f"x: expected shape [..., {columns}], got {list(shape)}")
     x, topk_ids, topk_weights = rows_of(x, topk_ids, topk_weights)
-    first: Any
-    second: Any
+    y = _moe_of_stored(x, weights, biases, topk_ids, topk_weights, options)
+    if y is None:
+        first, second = weights
+        if (loads := source_of(first)) is not None:
+            y = _moe_of_offloaded(loads, x, weights, biases, topk_ids, topk_weights, options)
+        elif isinstance(first, SelectedWeight) and isinstance(second, SelectedWeight):
+            y = _selected_moe(x, (first, second), biases, topk_ids, topk_weights, options)
+        elif isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight):
+            y = _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options)
+        else:
+            y = _moe_of_parts(x, weights, biases, topk_ids, topk_weights, options, source)
+    return y if len(shape) == 2 else y.reshape(shape)
+
+
+def _moe_of_stored(
+    x: Tensor,
+    weights: tuple[Any, Any],
+    biases: tuple[Tensor | None, Tensor | None],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    options: GluOptions,
+) -> Tensor | None:
+    """moe of x [T,H] with lossy weights, and adapters of both or none, without gradients. None for all other calls:
+    what finds out which they are takes as long as a small kernel."""
     first, second = weights
-    one, other = first, second
-    pair: tuple[AdaptedWeight, ...] = ()
-    adapters: tuple[tuple[Tensor, ...], ...]
+    adapted: tuple[AdaptedWeight, ...] = ()
     if type(first) is AdaptedWeight and type(second) is AdaptedWeight and not first.dropout and not second.dropout:
-        one, other, pair = first.weight, second.weight, (first, second)
-    if type(one) is Weight and type(other) is Weight and not in_autocast(x.device.type):
-        # What follows finds this out too, in the time of a small kernel.
-        routing = topk_ids, topk_weights
-        factors = [tensor for adapter in pair for tensor in (adapter.a, adapter.b)] if pair else ()
-        if not one.is_lossless and not other.is_lossless and not needs_autograd(x, *biases, *routing, *factors):
-            adapters = tuple(adapter.adapter(x.dtype) for adapter in pair)
-            y: Tensor = _moe_of_stored(x, one, other, biases, routing, options, adapters)
-            return y if len(shape) == 2 else y.reshape(shape)
-    if (loads := source_of(first)) is not None:
-        if in_autocast(kind := x.device.type):
-            x, *both = in_autocast_dtype(kind, x, *biases)
-            biases = (both[0], both[1])
-        call = (biases, topk_ids, topk_weights, options)
-        y = moe_of_offloaded(loads, _moe_of_weights, accumulate, x, weights, *call)
-        return y if len(shape) == 2 else y.reshape(shape)
-    if isinstance(first, SelectedWeight) and isinstance(second, SelectedWeight):
-        return _selected_moe(x, (first, second), biases, topk_ids, topk_weights, options).reshape(shape)
-    has_adapters = isinstance(weights[0], AdaptedWeight) or isinstance(weights[1], AdaptedWeight)
-    if isinstance(first, SelectedWeight) or isinstance(second, SelectedWeight):
-        return _moe_in_stages(x, weights, biases, topk_ids, topk_weights, options).reshape(shape)
-    adapters = ((), ())
+        adapted, first, second = weights, first.weight, second.weight
+    if type(first) is not Weight or type(second) is not Weight or first.is_lossless or second.is_lossless:
+        return None
+    factors = [tensor for weight in adapted for tensor in (weight.a, weight.b)] if adapted else ()
+    if in_autocast(x.device.type) or needs_autograd(x, *biases, topk_ids, topk_weights, *factors):
+        return None
+    adapters = tuple(weight.adapter(x.dtype) for weight in adapted)
+    one, other = biases
+    if one is not None or other is not None:
+        biases = (None if one is None else one.to(x.dtype), None if other is None else other.to(x.dtype))
+    routing = (topk_ids, topk_weights)
+    layer = (first.tensors, first.form, second.tensors, second.form, *biases, *routing, *options)
+    tensors = (*biases, *routing, *adapters[0], *adapters[1]) if adapters else (*biases, *routing)
+    if first.needs_no_dispatch and second.needs_no_dispatch and ops.needs_no_dispatch(x, *tensors):
+        y: Tensor = ops.moe_forward_on_host(x, *layer, *adapters)
+        return y
+    return ops.moe_forward(x, *layer, False, *adapters)[0]
+
+
+def _moe_of_offloaded(
+    source: Source,
+    x: Tensor,
+    weights: tuple[AnyWeight, AnyWeight],
+    biases: tuple[Tensor | None, Tensor | None],
+    *others: Any,
+) -> Tensor:
+    """moe of x [T,H] with experts that `source` loads."""
+    if in_autocast(kind := x.device.type):
+        x, one, other = in_autocast_dtype(kind, x, *biases)
+        biases = (one, other)
+    return moe_of_offloaded(source, _moe_of_weights, accumulate, x, weights, biases, *others)
+
+
+def _moe_of_parts(
+    x: Tensor,
+    weights: tuple[Any, Any],
+    biases: tuple[Tensor | None, Tensor | None],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    options: GluOptions,
+    source: Source | None,
+) -> Tensor:
+    """moe of x [T,H] with projections that are stored, plain or adapted, in one op."""
+    first, second = weights
+    adapters: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = ((), ())
     dropout: tuple[float, ...] = ()
-    gate_up_bias, down_bias = biases
     # Without these nothing changes, and finding that out takes as long as a small kernel.
+    has_adapters = isinstance(first, AdaptedWeight) or isinstance(second, AdaptedWeight)
     if has_adapters or in_autocast(x.device.type):
-        x, first, second, (gate_up_bias, down_bias), adapters, dropout = _Layer.of(x, weights, biases)
+        x, first, second, biases, adapters, dropout = _Layer.of(x, weights, biases)
+    gate_up_bias, down_bias = biases
     trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
     if has_adapters:
         trained += [tensor for adapter in adapters for tensor in adapter[:2]]
@@ -172,7 +216,7 @@ def _moe_of_weights(
     first, second = _taken(first, x.dtype), _taken(second, x.dtype)
     if isinstance(first, Tensor) and isinstance(second, Tensor) and not has_adapters:
         named = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, **options.keywords()}
-        return moe(x, first, second, topk_ids, topk_weights, **named).reshape(shape)
+        return moe(x, first, second, topk_ids, topk_weights, **named)
     if gate_up_bias is not None:
         gate_up_bias = gate_up_bias.to(x.dtype)
     if down_bias is not None:
@@ -183,9 +227,8 @@ def _moe_of_weights(
     if wants_gradients:
         groups = (tensors, down_tensors, *adapters, () if seed is None else (seed,))
         parts = autograd.Parts((form, down_form), tuple(map(len, groups)), tuple(options), dropout, source)
-        flat = [tensor for group in groups for tensor in group]
-        y = apply(autograd.MoeOfParts, x, *others, parts, *flat)[0]
-        return y.reshape(shape)
+        y: Tensor = apply(autograd.MoeOfParts, x, *others, parts, *(tensor for group in groups for tensor in group))[0]
+        return y
     layer = (tensors, form, down_tensors, down_form, *others)
     stored = [weight for weight in (first, second) if isinstance(weight, Weight)]
     plain = [weight for weight in (first, second) if isinstance(weight, Tensor)]
@@ -196,9 +239,8 @@ def _moe_of_weights(
     ):
         late = (*adapters, seed, dropout) if has_adapters else ()
         y = ops.moe_forward_on_host(x, *layer, *options, *late)
-    else:
-        y = ops.moe_forward(x, *layer, *options, False, *adapters, seed, dropout)[0]
-    return y if len(shape) == 2 else y.reshape(shape)
+        return y
+    return ops.moe_forward(x, *layer, *options, False, *adapters, seed, dropout)[0]
 
 
 def accumulate(
@@ -225,26 +267,6 @@ def accumulate(
     one, other = (None if bias is None else bias.to(x.dtype) for bias in biases)
     layer = (*_parts_of(_taken(first, x.dtype)), *_parts_of(_taken(second, x.dtype)))
     ops.moe_accumulate(x, *layer, one, other, topk_ids, topk_weights, *options, sums, *adapters)
-
-
-def _moe_of_stored(
-    x: Tensor,
-    first: Weight,
-    second: Weight,
-    biases: tuple[Tensor | None, Tensor | None],
-    routing: tuple[Tensor, Tensor],
-    options: GluOptions,
-    adapters: tuple[tuple[Tensor, ...], ...],
-) -> Tensor:
-    """moe of x [T,H] with lossy weights, and adapters of both or none, without gradients."""
-    one, other = biases
-    if one is not None or other is not None:
-        biases = (None if one is None else one.to(x.dtype), None if other is None else other.to(x.dtype))
-    layer = (first.tensors, first.form, second.tensors, second.form, *biases, *routing, *options)
-    tensors = (*biases, *routing, *adapters[0], *adapters[1]) if adapters else (*biases, *routing)
-    if first.needs_no_dispatch and second.needs_no_dispatch and ops.needs_no_dispatch(x, *tensors):
-        return ops.moe_forward_on_host(x, *layer, *adapters)
-    return ops.moe_forward(x, *layer, False, *adapters)[0]
 
 
 class _Layer(NamedTuple):

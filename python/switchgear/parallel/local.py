@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switchgear import ops, reference
+from switchgear.autograd import is_transposed
 from switchgear.ops import GluOptions
 from switchgear.parallel.layout import Receiving
 from switchgear.weights.panels import panel_layout
@@ -155,9 +156,9 @@ def wgrad(
     offsets, rows = plan.all_offsets, plan.all_rows
     grads: list[Tensor | None] = [None] * 4
     if needs[0]:
-        grads[0] = ops.grouped_gemm_wgrad(grad_h, x, offsets, rows, _is_transposed(weights.gate_up_proj))
+        grads[0] = ops.grouped_gemm_wgrad(grad_h, x, offsets, rows, is_transposed(weights.gate_up_proj))
     if needs[1]:  # transposed: gathers rows of grad_y, not of a
-        transposed = ops.grouped_gemm_wgrad(weighted_a, grad_y, offsets, rows, not _is_transposed(weights.down_proj))
+        transposed = ops.grouped_gemm_wgrad(weighted_a, grad_y, offsets, rows, not is_transposed(weights.down_proj))
         grads[1] = transposed.mT
     if needs[2]:
         ones = grad_h.new_ones(len(grad_h), 1)
@@ -189,7 +190,3 @@ def dot_panels(a: Tensor, b: Tensor) -> Tensor:
     panels = [F.pad(rows, (0, -rows.shape[1] % width)).view(-1, width) for rows in (a, b)]
     first, *others = dot_rows(*panels).view(len(a), -1).unbind(1)
     return sum(others, first)
-
-
-def _is_transposed(weight: Tensor) -> bool:
-    return weight.stride(-2) == 1 and weight.stride(-1) != 1

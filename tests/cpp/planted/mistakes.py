@@ -15,7 +15,7 @@ class Mistake:
 
 
 MISTAKES = (
-    Mistake("token_sum.cpp", "sums restart in each wave", "args_.accumulate ? args_.out : TensorView{}", "TensorView{}"),
+    Mistake("token_sum.cpp", "sums restart in each wave", "args_.accumulate ? args_.out : ", ""),
     Mistake("integers/moe_forward.cpp", "sums restart in each wave",
             "stride, args.sums, block", "stride, TensorView{}, block"),
     Mistake("route_dynamic.cpp", "min_experts counts for nothing",
