@@ -143,9 +143,9 @@ TensorView view_of(const char* name, const DLTensor& tensor) {
   for (int i = tensor.ndim - 1; i >= 0; --i) {
     view.shape[i] = tensor.shape[i];
     view.stride[i] = tensor.strides != nullptr ? tensor.strides[i] : compact;
-    if (view.shape[i] == 1) view.stride[i] = 1;  // unused, and 1 fits every layout
     compact *= tensor.shape[i];
   }
+  set_unused_strides(view);
   return view;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "switchgear/tensor.h"
 
+#include <algorithm>
 #include <sstream>
 
 namespace switchgear {
@@ -25,6 +26,15 @@ const char* name_of(DType dtype) {
     case DType::kUInt8: return "uint8";
   }
   return "unknown";
+}
+
+void set_unused_strides(TensorView& tensor) {
+  int64_t next = 1;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    const bool is_row_of_gaps = i + 2 == tensor.ndim && tensor.stride[i + 1] != 1;
+    if (tensor.shape[i] == 1) tensor.stride[i] = is_row_of_gaps ? 1 : next;
+    next = std::max(next, tensor.shape[i] * tensor.stride[i]);
+  }
 }
 
 std::string describe(const TensorView& tensor) {

@@ -92,6 +92,10 @@ TensorView view(void* data, DType dtype, Sizes... sizes) {
   return v;
 }
 
+// A dimension of size 1 may have any stride. Sets that with which it continues the dimensions after it, so that one row, or
+// one expert's matrix, is as aligned as each of several; 1 for the rows of a matrix whose columns are not contiguous.
+void set_unused_strides(TensorView& tensor);
+
 std::string describe(const TensorView& tensor);  // "bfloat16[16, 64]", with strides if not contiguous
 
 }  // namespace switchgear

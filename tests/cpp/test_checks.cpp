@@ -198,5 +198,33 @@ TEST(indices_are_copied) {
   CHECK(remote.data == all[0].view().data, "memory of a device is not read");
 }
 
+TEST(dimensions_of_size_1_continue_those_after_them) {
+  struct Case {
+    std::array<int64_t, 4> shape, stride, expected;
+    int ndim;
+  };
+  const Case cases[] = {
+      {{1, 64}, {1, 1}, {64, 1}, 2},              // a row
+      {{1, 64}, {999, 2}, {1, 2}, 2},             // a row with gaps
+      {{64, 1}, {3, 7}, {3, 1}, 2},               // a column
+      {{1, 8, 64}, {1, 64, 1}, {512, 64, 1}, 3},  // the matrix of one expert
+      {{1, 8, 64}, {1, 1, 8}, {512, 1, 8}, 3},    // transposed
+      {{1, 8, 64}, {1, 80, 1}, {640, 80, 1}, 3},  // with gaps behind its rows
+      {{4, 1, 64}, {64, 1, 1}, {64, 64, 1}, 3},   // one row of each of four
+      {{4, 1, 64}, {128, 5, 2}, {128, 1, 2}, 3},  // with gaps
+      {{1, 1, 1}, {9, 9, 9}, {1, 1, 1}, 3},
+      {{2, 3, 1, 16}, {48, 16, 1, 1}, {48, 16, 16, 1}, 4},
+      {{1, 0}, {5, 1}, {1, 1}, 2},
+  };
+  for (const Case& c : cases) {
+    TensorView tensor;
+    tensor.ndim = c.ndim;
+    tensor.shape = c.shape;
+    tensor.stride = c.stride;
+    set_unused_strides(tensor);
+    for (int i = 0; i < c.ndim; ++i) CHECK(tensor.stride[i] == c.expected[i], describe(tensor), " at ", i);
+  }
+}
+
 }  // namespace
 }  // namespace switchgear::test
