@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -42,7 +43,10 @@ def forget() -> Any:
 
 
 def fake_module(driver: int = 13000, archs: tuple[str, ...] = ("sm_80", "compute_80", "sm_90a")) -> Any:
-    return SimpleNamespace(driver_version=lambda: driver, built_archs=lambda: list(archs), cuda_kernels=lambda: "sm_80")
+    return SimpleNamespace(
+        driver_version=lambda: driver, runtime_version=lambda: 13000, built_archs=lambda: list(archs),
+        cuda_kernels=lambda: "sm_80",
+    )  # fmt: skip
 
 
 # ---- imports ---------------------------------------------------------------------------------------------------------
@@ -119,6 +123,19 @@ def test_require_with_a_module_that_does_not_load(forget: None, monkeypatch: pyt
     monkeypatch.setattr(cuda.importlib, "import_module", load)
     with pytest.raises(RuntimeError, match=r"does not load \(libsomething\.so"):
         cuda.require()
+
+
+@pytest.mark.parametrize(
+    ("driver", "says"), [(12080, "a driver for CUDA 13, that of .*H100.* is for 12.8"), (13000, None)]
+)
+def test_a_driver_of_an_older_major_version(
+    forget: None, monkeypatch: pytest.MonkeyPatch, driver: int, says: str | None
+) -> None:
+    monkeypatch.setattr(cuda, "_load", lambda: (fake_module(driver), None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
+    reason = cuda.reason_against(0)
+    assert reason is None if says is None else re.search(says, reason or "")
 
 
 def test_rocm_is_not_cuda(forget: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,19 @@ def test_the_build_is_for_the_card(capability: str, architectures: str) -> None:
     assert machine.architectures(capability) == architectures
 
 
+@pytest.mark.parametrize(
+    ("driver", "compiler", "runs"), [("12.8", "13.0", False), ("13.1", "13.0", True), ("13.0", "12.9", True)]
+)
+def test_the_driver_runs_what_is_built(monkeypatch: pytest.MonkeyPatch, driver: str, compiler: str, runs: bool) -> None:
+    said = {
+        "nvidia-smi": f"Driver Version: 570.86   CUDA Version: {driver} ",
+        "nvcc": f"release {compiler}, V{compiler}.1",
+    }
+    monkeypatch.setattr(machine, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(machine, "answers", lambda *command: said[command[0]])
+    assert (machine.old_driver() is None) == runs
+
+
 def test_only_our_kernels_are_sanitized() -> None:
     """Versions of compute-sanitizer name the option differently."""
     assert steps.filter_of("  --kernel-name arg  Filter") == ["--kernel-name", "kernel_substring=switchgear"]

@@ -618,6 +618,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90_kernel(const __grid_con
   if (threadIdx.x < kProducers) {
     ptx::setmaxnreg_dec<C::kProducerRegisters>();
     produce<T>(params, ring, tiles);
+    __syncwarp();  // one lane produced alone, and the barrier below is for whole warps
   } else {
     ptx::setmaxnreg_inc<C::kConsumerRegisters>();
     consume<T, kEpilogue>(params, ring, tiles);

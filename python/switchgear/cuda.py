@@ -64,6 +64,11 @@ def has_code(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     return False
 
 
+def _version(number: int) -> str:
+    """As CUDA counts versions: 12040 is 12.4."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 @functools.cache
 def reason_against(index: int) -> str | None:
     """Why the ops have no kernels on cuda:`index`, or None if they have."""
@@ -76,6 +81,9 @@ def reason_against(index: int) -> str | None:
     name = f"cuda:{index} ({torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]})"
     if capability < OLDEST:
         return f"{name} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
+    driver, runtime = loaded.driver_version(), loaded.runtime_version()
+    if driver // 1000 < runtime // 1000:  # of the same major version, an older driver serves too
+        return f"this build needs a driver for CUDA {runtime // 1000}, that of {name} is for {_version(driver)}"
     archs = loaded.built_archs()
     return None if has_code(archs, capability) else f"this build has code for {', '.join(archs)}, but not for {name}"
 

@@ -4,6 +4,7 @@ install what is missing. Uses only Python's standard library."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,15 @@ def architectures(of: str | None) -> str:
         return "80;90a-real;100-real;120-real"
     major, minor = of.split(".")
     return f"{major}{minor}a-real" if major in ("9", "10") else f"{major}{minor}-real"
+
+
+def old_driver() -> str | None:
+    """Why the driver does not run what the compiler builds, or None if it does."""
+    driver = re.search(r"CUDA Version: (\d+)", answers("nvidia-smi") or "")
+    compiler = re.search(r"release (\d+)", answers(nvcc() or "nvcc", "--version") or "")
+    if driver is None or compiler is None or int(driver[1]) >= int(compiler[1]):
+        return None
+    return f"{nvcc()} is of CUDA {compiler[1]}, the driver is for CUDA {driver[1]}: install a compiler of that version"
 
 
 def missing() -> list[list[str]]:

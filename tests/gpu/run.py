@@ -161,6 +161,9 @@ def main(arguments: list[str] | None = None, change: Change | None = None, scale
         place.mkdir(parents=True, exist_ok=True)
     if change is None:
         install()
+        if reason := machine.old_driver():
+            print(reason)
+            return 1
     chosen = [replace(step, limit=step.limit * scale) for step in chosen]
     run = Run(folder, change or (lambda step, job: job))
     try:
