@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from switchgear.routing import (
     TopK,
     TopP,
 )
+from switchgear.routing.ranking import scores_of
 
 T, E = 24, 8
 
@@ -123,6 +125,31 @@ def check(routing: Routing, num_tokens: int, wide: bool = False) -> None:
     assert not weights[ids < 0].any()
     assert routing.num_experts == E
     switchgear.plan(ids, E)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("function", ["sigmoid", "sqrt_softplus"])
+def test_scores_are_a_loop_and_the_same_at_any_place(function: str, dtype: torch.dtype) -> None:
+    """Values and gradients, also at 0 and far from it; bits do not depend on how many tokens there are."""
+    ends = torch.tensor([0.0, -0.0, 1e-3, -1e-3, 17.0, -17.0, 60.0, -60.0, 200.0, -200.0, 3e38, -3e38, -torch.inf])
+    logits = torch.cat((torch.randn(13 * E) * 4, ends.repeat(E))).view(-1, E).to(dtype).requires_grad_()
+    scores = scores_of(logits, function)
+    (grad,) = torch.autograd.grad(scores.sum(), logits)
+    limits, gradient_eps = torch.finfo(scores.dtype), max(torch.finfo(dtype).eps, torch.finfo(scores.dtype).eps)
+    for z, score, slope in torch.stack((logits, scores, grad), -1).flatten(0, 1).double().tolist():
+        small = math.exp(-abs(z))
+        wanted = (1.0 if z >= 0 else small) / (1 + small)
+        gradient = small / (1 + small) ** 2 if math.isfinite(z) else 0.0
+        if function == "sqrt_softplus":
+            softplus = max(max(z, 0.0) + math.log1p(small), limits.tiny)
+            gradient = wanted / (2 * softplus**0.5) if softplus > limits.tiny else 0.0
+            wanted = softplus**0.5
+        assert score == pytest.approx(wanted, rel=4 * limits.eps, abs=4 * limits.tiny)
+        assert slope == pytest.approx(gradient, rel=8 * gradient_eps, abs=4 * limits.tiny)
+    for first in range(len(logits)):
+        for count in (1, 2, 5):
+            part = logits[first : first + count].detach().clone()
+            assert torch.equal(scores_of(part, function), scores[first : first + count])
 
 
 @pytest.mark.parametrize("training", [True, False])
