@@ -17,7 +17,7 @@ from loops import E, H, assert_agrees, best, layer_of, linear, mixture, switch_l
 from switchgear import presets
 from switchgear.parallel.cost import count as traffic
 from switchgear.parallel.placement import Placement
-from switchgear.routing import Context, Grouped, Lookup, Masked, TokenIdMask, TopK
+from switchgear.routing import Context, Grouped, Lookup, Masked, Router, TokenIdMask, TopK
 from switchgear.routing.balance import alignment_loss
 
 # ---- SAM -------------------------------------------------------------------------------------------------------------
@@ -74,6 +74,30 @@ def test_sam_sends_a_token_to_one_group() -> None:
     torch.testing.assert_close(routing.topk_weights, masked.topk(3).values)
     native = Grouped(3, 4, 2, "top2_sum")(logits)
     assert torch.equal(native.topk_ids, TopK(3, num_groups=4, topk_groups=2, group_score="top2_sum")(logits).topk_ids)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("closed", [[5], [0, 3, 5], [4, 5]])
+def test_sam_keeps_a_group_open_without_some_of_its_experts(closed: list[int], score_function: str) -> None:
+    """A loop over tokens: closed experts add nothing to their groups, and a closed group is never chosen."""
+    logits, bias = torch.randn(100, 8), torch.linspace(-0.2, 0.2, 8)
+    shut = bias.index_fill(0, torch.tensor(closed), -torch.inf)
+    select = Grouped(2, 4, 2, score_function=score_function)
+    chosen = []
+    for z in logits.double():
+        p = z.softmax(-1) if score_function == "softmax" else 1 / (1 + (-z).exp())
+        value = {e: float(p[e] + bias[e]) for e in range(8) if e not in closed}
+        groups = [[e for e in (2 * g, 2 * g + 1) if e in value] for g in range(4)]
+        best = sorted(groups, key=lambda group: -sum(value[e] for e in group) if group else math.inf)[:2]
+        chosen.append(set(sorted(sum(best, []), key=lambda e: -value[e])[:2]))
+    assert [set(row) for row in select(logits, Context(), shut).topk_ids.tolist()] == chosen
+    router = Router(4, 8, select=select).eval()
+    with router.intervene(disable=closed, bias=bias):
+        assert [set(row) for row in router.decide(logits).topk_ids.tolist()] == chosen
+    masked = Masked(Grouped(2, 4), lambda logits, context: shut > -torch.inf)(logits, Context(), torch.zeros(8))
+    assert set(masked.topk_ids.flatten().tolist()) - {-1} == set(range(8)) - set(closed)
+    one = Grouped(2, 4)(logits, Context(), shut).topk_ids // 2  # fewer open experts than choices do not leave the group
+    assert torch.equal(one[:, 0], one[:, 1])
 
 
 def test_sam_sends_a_token_to_one_other_rank_at_most() -> None:

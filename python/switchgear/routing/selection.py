@@ -266,8 +266,15 @@ class Grouped:
         if not 1 <= self.top_k <= self.topk_groups * size:
             raise ValueError(f"top_k: expected 1 to {self.topk_groups * size} (eligible experts), got {self.top_k}")
         scores = scores_of(router_logits, self.score_function)
-        values = scores.detach() if bias is None else scores.detach() + finite(bias)
-        groups = choose(values.view(num_tokens, self.num_groups, size).sum(-1), self.topk_groups)
+        values = in_sums = scores.detach()
+        if bias is not None:  # an expert with a bias of -Inf adds nothing to its group, which stays open for the others
+            closed = bias == -math.inf
+            values = in_sums = values + finite(bias)
+            in_sums = in_sums.masked_fill(closed, 0)
+            in_sums = in_sums.masked_fill(closed.view(-1, size).all(1).repeat_interleave(size), -math.inf)
+            # Above the experts of other groups: if too few are left, choices are to stay empty rather than go there.
+            values = values.masked_fill(closed, torch.finfo(values.dtype).min / 2)
+        groups = choose(in_sums.view(num_tokens, self.num_groups, size).sum(-1), self.topk_groups)
         kept = torch.zeros(num_tokens, self.num_groups, dtype=torch.bool, device=values.device)
         kept = kept.scatter(1, groups.long(), True).repeat_interleave(size, 1)
         ids = choose(values.masked_fill(~kept, -math.inf), self.top_k)
