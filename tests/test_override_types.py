@@ -115,7 +115,7 @@ def test_a_group_stays_open_without_one_of_its_two_experts(topk_groups: int) -> 
     assert one.router_logits is not None
     for ids, scores in zip(one.topk_ids.tolist(), (one.router_logits.sigmoid() + bias).tolist(), strict=True):
         groups = sorted(([0, 1], [2, 3], [4], [6, 7]), key=lambda group: -sum(scores[e] for e in group))
-        rest = sorted(sum(groups[:topk_groups], []), key=lambda e: -scores[e])
+        rest = sorted((e for group in groups[:topk_groups] for e in group), key=lambda e: -scores[e])
         assert {e for e in ids if e >= 0} == set(rest[: len(ids)])
     assert (one.topk_ids == 4).any()
 

@@ -17,7 +17,7 @@ from loops import E, H, assert_agrees, best, layer_of, linear, mixture, switch_l
 from switchgear import presets
 from switchgear.parallel.cost import count as traffic
 from switchgear.parallel.placement import Placement
-from switchgear.routing import Context, Grouped, Lookup, Masked, Router, TokenIdMask, TopK
+from switchgear.routing import Context, Grouped, Lookup, Masked, Random, Router, TokenIdMask, TopK
 from switchgear.routing.balance import alignment_loss
 
 # ---- SAM -------------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_sam_keeps_a_group_open_without_some_of_its_experts(closed: list[int], s
         value = {e: float(p[e] + bias[e]) for e in range(8) if e not in closed}
         groups = [[e for e in (2 * g, 2 * g + 1) if e in value] for g in range(4)]
         best = sorted(groups, key=lambda group: -sum(value[e] for e in group) if group else math.inf)[:2]
-        chosen.append(set(sorted(sum(best, []), key=lambda e: -value[e])[:2]))
+        chosen.append(set(sorted((e for group in best for e in group), key=lambda e: -value[e])[:2]))
     assert [set(row) for row in select(logits, Context(), shut).topk_ids.tolist()] == chosen
     router = Router(4, 8, select=select).eval()
     with router.intervene(disable=closed, bias=bias):
@@ -167,6 +167,17 @@ def test_maskmoe_hides_from_gradients_too() -> None:
     (grad,) = torch.autograd.grad(loss, logits)
     assert not grad[hidden].any()
     assert grad[~hidden].any()
+
+
+@pytest.mark.parametrize("select", [Random(1), Random(2), Random(2, "batch")], ids=str)
+def test_random_experts_are_drawn_from_those_a_mask_allows(select: Random) -> None:
+    """Every token may use another half of the experts, and gets as many as without a mask."""
+    even, tokens = torch.arange(8) % 2 == 0, torch.arange(100)
+    mask = (tokens % 2 == 0)[:, None] == even
+    for bias in (None, torch.zeros(8)):
+        ids = Masked(select, lambda logits, context: mask)(torch.zeros(100, 8), Context(), bias).topk_ids
+        assert ids.shape[1] == select.top_k
+        assert (ids % 2 == tokens[:, None] % 2).all()
 
 
 def test_maskmoe_that_hides_nothing_is_top_k() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.functional import Routing
 from switchgear.reference import check_choice, check_fraction
-from switchgear.routing.context import NOTHING_KNOWN, Context, Select, groups_of, made
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select, groups_of, made, wrapped
 from switchgear.routing.ranking import keep_choices, scores_of, uniform, wide
 
 Mask = Callable[[Tensor, Context], Tensor | None]
@@ -36,6 +36,7 @@ class Masked(nn.Module):
         super().__init__()
         self.select = made(select, num_experts=num_experts)
         self.mask = made(mask, num_experts=num_experts)
+        self._draws_blindly = any(not getattr(part, "uses_logits", True) for part in wrapped(self.select))
 
     def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -46,7 +47,9 @@ class Masked(nn.Module):
         allowed = allowed.expand(router_logits.shape)
         # not -Inf: softmax stays finite if a whole row is masked
         masked = router_logits.masked_fill(~allowed, torch.finfo(router_logits.dtype).min)
-        if bias is not None:  # it must not lift an expert that is masked for all tokens
+        if self._draws_blindly:  # only the bias can tell it
+            bias = torch.where(allowed, 0.0 if bias is None else bias, -torch.inf)
+        elif bias is not None:  # it must not lift an expert that is masked for all tokens
             bias = bias.masked_fill(~allowed.any(0), -torch.inf)
         routing = self.select(masked, context, bias)
         permitted = allowed.gather(1, routing.topk_ids.clamp(min=0).long())
@@ -222,7 +225,7 @@ class Lookup(nn.Module):
     """
 
     table: Tensor
-    uses_logits = False
+    uses_logits = uses_bias = False
 
     def __init__(self, table: Tensor, weight: float | None = None) -> None:
         super().__init__()

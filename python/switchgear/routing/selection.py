@@ -94,6 +94,7 @@ class Dense:
     score_function: str = "softmax"
     normalize: bool = False
     scale: float = 1.0
+    uses_bias: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
@@ -138,6 +139,11 @@ class RankK:
         check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
         if not self.ranks or min(self.ranks) < 0 or len(set(self.ranks)) < len(self.ranks):
             raise ValueError(f"ranks: expected different ones, from 0 on, got {list(self.ranks)}")
+
+    @property
+    def top_k(self) -> int:
+        """How many of the best are among them without a gap: so many experts can be forced."""
+        return next(k for k in range(len(self.ranks) + 1) if k not in self.ranks)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         best = TopK(max(self.ranks) + 1, self.score_function)(router_logits, context, bias)
