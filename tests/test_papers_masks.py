@@ -203,6 +203,32 @@ def test_word_experts_are_a_table(backend: str) -> None:
     assert not [*layer.gate.parameters()]
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (torch.tensor([7]), ValueError, "expected 4 tokens, got 1"),
+        (torch.arange(5), ValueError, "expected 4 tokens, got 5"),
+        (torch.tensor([0, -100, 1, 2]), ValueError, "expected 0 to 9, got -100 to 2"),
+        (torch.tensor([0, 10, 1, 2]), ValueError, "expected 0 to 9, got 0 to 10"),
+        (torch.tensor([True, False, True, True]), TypeError, r"expected a tensor of integers, got torch\.bool"),
+        (torch.zeros(4), TypeError, r"expected a tensor of integers, got torch\.float32"),
+        ([0, 1, 2, 3], TypeError, "expected a tensor of integers, got list"),
+    ],
+)
+@pytest.mark.parametrize("select", [Lookup(torch.zeros(10)), Masked(TopK(2), TokenIdMask(torch.ones(10, 8)))])
+def test_token_ids_are_checked(select: Any, given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"token_ids: {message}"):
+        select(torch.zeros(4, 8), Context(token_ids=given))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_token_ids_of_few_bits_are_numbers(dtype: torch.dtype) -> None:
+    """torch would take uint8 for a mask."""
+    table, ids = torch.tensor([3, 1, 2]), torch.tensor([1, 0, 1, 2])
+    chosen = Lookup(table)(torch.zeros(4, 8), Context(token_ids=ids.to(dtype))).topk_ids
+    assert chosen.flatten().tolist() == [1, 3, 1, 2]
+
+
 def test_word_experts_by_the_ten_thousands() -> None:
     """Many more experts than tokens: the plan has a slot per token, and unused experts get no gradient."""
     layer = switchgear.MoE(8, 1, 32_768, **presets.word_experts(vocabulary_size=100), return_routing=True)

@@ -300,6 +300,10 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
         ("ranks", partial(RankK, (1, 1))),
         ("p", partial(TopP, -0.1)),
         ("p", partial(TopP, float("nan"))),
+        ("tau", partial(routing.Temperature, TopK(2), 0.001)),
+        ("top_k", partial(Lookup.hashed, 10, 4, 5)),
+        ("top_k", partial(Lookup.hashed, 10, 4, 0)),
+        ("routing", partial(SkipBelow.calibrate, TopK(1)(torch.zeros(3, E)))),
         ("max_experts", partial(TopP, 0.4, 0)),
         ("min_experts", partial(Threshold, 0.1, -1)),
         ("max_experts", partial(Threshold, 0.1, 3, 2)),
@@ -342,6 +346,21 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
 )
 def test_bad_options_are_named(name: str, make: Any) -> None:
     with pytest.raises(ValueError, match=name):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("p", partial(TopP, "a")),
+        ("ranks", partial(RankK, torch.tensor([0, 1]))),
+        ("ranks", partial(RankK, (0.5,))),
+        ("ranks", partial(RankK, "01")),
+        ("ranks", partial(RankK, 2)),
+    ],
+)
+def test_options_of_another_type_are_named(name: str, make: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected"):
         make()
 
 
@@ -414,6 +433,18 @@ def test_modules_inside_of_dataclasses_belong_to_the_router() -> None:
     twin = copy.deepcopy(router)
     assert twin.select.select is twin.select_modules[0]
     assert twin.select.select is not router.select.select
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_parts_are_made_at_any_depth(whole: bool) -> None:
+    inner = partial(Masked, TopK(2), partial(ClusterDropout, 2))
+    nested: Any = partial(Broadcast, SkipBelow(inner, 0.1), 0.0) if whole else Broadcast(SkipBelow(inner, 0.1), 0.0)
+    router = Router(16, E, select=nested)
+    made = router.select.select.select
+    assert isinstance(made, Masked)
+    assert router(torch.randn(4, 16)).topk_ids.shape[0] == 4
+    assert "select_modules.0.mask.closed" in router.state_dict()
+    assert isinstance(inner, partial)
 
 
 def test_functions_are_parts() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from switchgear.functional import Routing, route, route_dynamic
+from switchgear.functional import Routing, as_number, route, route_dynamic
 from switchgear.reference import GROUP_SCORES, check_choice
 from switchgear.routing.context import (
     NOTHING_KNOWN,
@@ -137,6 +137,8 @@ class RankK:
 
     def __post_init__(self) -> None:
         check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        if not isinstance(self.ranks, Sequence) or not all(hasattr(rank, "__index__") for rank in self.ranks):
+            raise TypeError(f"ranks: expected a sequence of integers, got {self.ranks!r}")
         if not self.ranks or min(self.ranks) < 0 or len(set(self.ranks)) < len(self.ranks):
             raise ValueError(f"ranks: expected different ones, from 0 on, got {list(self.ranks)}")
 
@@ -167,7 +169,7 @@ class TopP:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.p >= 0:
+        if not as_number("p", self.p) >= 0:
             raise ValueError(f"p: expected a number of at least 0, got {self.p}")
         if self.max_experts is not None:
             check_at_least("max_experts", self.max_experts, 1)
@@ -318,7 +320,9 @@ class SkipBelow:
 
     @staticmethod
     def calibrate(routing: Routing) -> float:
-        """The median of second weight / first weight."""
+        """The median of second weight / first weight. Raises ValueError for fewer than two experts per token."""
+        if routing.topk_weights.shape[1] < 2:
+            raise ValueError(f"routing: expected at least 2 experts per token, got {routing.topk_weights.shape[1]}")
         best = routing.topk_weights.detach().sort(-1, descending=True).values
         return float((best[:, 1] / best[:, 0]).median())
 
