@@ -48,7 +48,7 @@ def overridden(block: MoeBlock, manner: Manner, wrapper: Wrapper) -> Iterator[No
             _remove(tap.overrides, wrapper)
 
 
-def selection_under(block: MoeBlock) -> Select | None:
+def selection_under(block: MoeBlock) -> Any:
     """What the overrides in force make of the model's own selection; None if there are none."""
     tap = _taps.get(block.experts)
     select: Any = None
