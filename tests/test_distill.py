@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import distill
+from switchgear.routing import SkipBelow, TopK
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -57,6 +59,29 @@ def test_row51_all_experts_are_the_dense_mixture() -> None:
     ids = torch.arange(4).expand(7, 4)
     torch.testing.assert_close(y, moe.experts(x, ids, weights))
     assert torch.equal(moe(x), make_teacher()[0](x))
+
+
+@pytest.mark.parametrize("select", [TopK(2, "sigmoid"), SkipBelow(TopK(2, "sigmoid"), 0.1)])
+def test_row51_scores_are_those_of_the_selection_inside(select: Any) -> None:
+    teacher, x = make_teacher(), torch.randn(7, 8)
+    teacher[0].gate.top_k, teacher[0].gate.select = None, select
+    with distill.all_experts(teacher):
+        routing = teacher[0].gate(x)
+    torch.testing.assert_close(routing.topk_weights, routing.router_logits.sigmoid())
+
+
+@pytest.mark.parametrize("select", [TopK(2), SkipBelow(TopK(2), 0.1)])
+def test_row51_balance_is_of_as_many_experts_as_the_selection_takes(select: Any) -> None:
+    """The step is that of a router with top_k."""
+    x, student, weights = torch.randn(64, 8) + 1, torch.randn(64, 5), []
+    for own in (None, select):
+        teacher = make_teacher()
+        if own is not None:
+            teacher[0].gate.top_k, teacher[0].gate.select = None, own
+        optimizer = torch.optim.SGD(distill.router_parameters(teacher), 0.5)
+        distill.student_aware_router(teacher, student, optimizer, x, beta=10.0)
+        weights.append(teacher[0].gate.weight)
+    torch.testing.assert_close(*weights)
 
 
 def test_row51_a_step_changes_the_router_only() -> None:

@@ -11,7 +11,26 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import MoE, Routing
-from switchgear.routing import BalancedAssignment, Capacity, Dense, ExpertChoice, RankK, Threshold, TopK, TopP
+from switchgear.routing import (
+    BalancedAssignment,
+    Capacity,
+    Dense,
+    ExpertChoice,
+    ExpertDropout,
+    GumbelSoftmax,
+    Lookup,
+    LossFreeBias,
+    Masked,
+    NoisyTopK,
+    Random,
+    RankK,
+    SampledTopK,
+    SkipBelow,
+    SparseMixer,
+    Threshold,
+    TopK,
+    TopP,
+)
 
 E, H = 8, 16
 
@@ -251,12 +270,66 @@ def test_experts_of_a_hugging_face_model_are_disabled_and_amplified(olmoe: Any) 
         pass
 
 
+DRAWN = [
+    SparseMixer(2),
+    SparseMixer(2, jitter=2.0),
+    GumbelSoftmax(hard=True),
+    GumbelSoftmax(hard=True, samples=2),
+    SampledTopK(2, 1.0),
+    SampledTopK(2, 0.5, "sigmoid"),
+    NoisyTopK(2),
+    Random(2),
+    Random(1, "batch"),
+]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("select", DRAWN, ids=str)
+def test_draws_heed_force_and_disable(select: Any, training: bool) -> None:
+    """A forced expert serves every token; others take the place of a disabled one."""
+    moe, tokens = layer(select=select).train(training), x()
+    top_k = routed(moe, tokens).topk_ids.shape[1]
+    with moe.gate.intervene(force=[5]):
+        forced = routed(moe, tokens)
+    assert (forced.topk_ids == 5).any(1).all()
+    with moe.gate.intervene(disable=[5]):
+        without = rows(routed(moe, tokens))
+    assert all(len(row) == top_k and 5 not in row for row in without)
+    if forced.topk_weights.requires_grad:
+        forced.topk_weights.sum().backward()
+        assert moe.gate.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("change", [{"force": [1]}, {"bias": {1: 1.0}}])
-def test_a_selection_without_logits_takes_no_force_and_no_bias(change: dict[str, Any]) -> None:
-    moe = switchgear.MoE(8, 8, 4, 2)
-    with (
-        pytest.raises(ValueError, match=f"{next(iter(change))}: expected none for Random"),
-        switchgear.override(moe, select=switchgear.routing.Random(2), **change),
-    ):
+@pytest.mark.parametrize(
+    "select", [Lookup(torch.zeros(4)), Dense(), GumbelSoftmax(), Masked(Dense(), ExpertDropout(0.5))]
+)
+def test_a_selection_that_no_bias_moves_takes_no_force_and_no_bias(select: Any, change: dict[str, Any]) -> None:
+    moe = layer(top_k=2)
+    name = "Dense" if isinstance(select, Masked) else type(select).__name__
+    message = f"{next(iter(change))}: expected none for {name}, whose choice no bias moves"
+    with pytest.raises(ValueError, match=message), switchgear.override(moe, select=select, **change):
         pass
     assert not moe.gate.overrides
+    with pytest.raises(ValueError, match=message), layer(select=select).gate.intervene(**change):
+        pass
+    with pytest.raises(ValueError, match=f"selection_bias: expected False for {name}"):
+        layer(select=select, selection_bias=True)
+    with pytest.raises(ValueError, match=f"balance: expected no LossFreeBias for {name}"):
+        layer(select=select, balance=[LossFreeBias()])
+
+
+@pytest.mark.parametrize(
+    "select", [TopK(2), SkipBelow(TopK(2), 0.1), TopP(0.5, 2), GumbelSoftmax(hard=True), RankK((0, 1, 3))]
+)
+def test_no_more_experts_are_forced_than_a_selection_takes(select: Any) -> None:
+    with (
+        pytest.raises(ValueError, match="force: expected at most"),
+        layer(select=select).gate.intervene(force=[1, 2, 3]),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="force: expected at most"),
+        switchgear.override(layer(top_k=4), select=select, force=[1, 2, 3]),
+    ):
+        pass

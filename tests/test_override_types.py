@@ -102,6 +102,24 @@ def test_disabled_and_forced_experts(model_type: str) -> None:
     assert not torch.equal(changed, plain)
 
 
+@pytest.mark.parametrize("topk_groups", [1, 2])
+def test_a_group_stays_open_without_one_of_its_two_experts(topk_groups: int) -> None:
+    """Against a loop over tokens; with too few experts left, choices stay empty and do not go to other groups."""
+    model = prepared("deepseek_v3")
+    for block in moe_blocks(model).values():
+        gate: Any = block.gate
+        gate.num_group, gate.topk_group = 4, topk_groups
+    with switchgear.override(model, disable=[5]):
+        _, seen = run(model, example_inputs(model))
+    one, bias = first(seen), moe_blocks(model)[next(iter(seen))].selection_bias()
+    assert one.router_logits is not None
+    for ids, scores in zip(one.topk_ids.tolist(), (one.router_logits.sigmoid() + bias).tolist(), strict=True):
+        groups = sorted(([0, 1], [2, 3], [4], [6, 7]), key=lambda group: -sum(scores[e] for e in group))
+        rest = sorted((e for group in groups[:topk_groups] for e in group), key=lambda e: -scores[e])
+        assert {e for e in ids if e >= 0} == set(rest[: len(ids)])
+    assert (one.topk_ids == 4).any()
+
+
 @pytest.mark.parametrize("model_type", sampled(t for t in TYPES if t not in UNLIKE_RANKS))
 def test_another_selection(model_type: str) -> None:
     """The ranks that the model itself takes give its own output; in routers without groups."""

@@ -482,6 +482,14 @@ def test_deep_mixture_closes_experts_that_are_ahead() -> None:
         RunningCap(Dense(), -1.0, 4)
 
 
+def test_deep_mixture_closes_experts_under_a_bias_too() -> None:
+    select = RunningCap(TopK(2, "sigmoid"), margin=5.0, num_experts=4)
+    select.totals.copy_(torch.tensor([20.0, 2.0, 1.0, 1.0]))
+    bias = torch.tensor([2.0, 0.0, 0.0, 0.0])
+    assert not (select(torch.randn(24, 4), Context(training=True), bias).topk_ids == 0).any()
+    assert (select(torch.randn(24, 4), NOTHING_KNOWN, bias).topk_ids[:, 0] == 0).all()
+
+
 # ---- compositions from their presets ---------------------------------------------------------------------------------
 
 

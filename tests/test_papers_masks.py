@@ -17,7 +17,7 @@ from loops import E, H, assert_agrees, best, layer_of, linear, mixture, switch_l
 from switchgear import presets
 from switchgear.parallel.cost import count as traffic
 from switchgear.parallel.placement import Placement
-from switchgear.routing import Context, Grouped, Lookup, Masked, TokenIdMask, TopK
+from switchgear.routing import Context, Grouped, Lookup, Masked, Random, Router, TokenIdMask, TopK
 from switchgear.routing.balance import alignment_loss
 
 # ---- SAM -------------------------------------------------------------------------------------------------------------
@@ -74,6 +74,30 @@ def test_sam_sends_a_token_to_one_group() -> None:
     torch.testing.assert_close(routing.topk_weights, masked.topk(3).values)
     native = Grouped(3, 4, 2, "top2_sum")(logits)
     assert torch.equal(native.topk_ids, TopK(3, num_groups=4, topk_groups=2, group_score="top2_sum")(logits).topk_ids)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("closed", [[5], [0, 3, 5], [4, 5]])
+def test_sam_keeps_a_group_open_without_some_of_its_experts(closed: list[int], score_function: str) -> None:
+    """A loop over tokens: closed experts add nothing to their groups, and a closed group is never chosen."""
+    logits, bias = torch.randn(100, 8), torch.linspace(-0.2, 0.2, 8)
+    shut = bias.index_fill(0, torch.tensor(closed), -torch.inf)
+    select = Grouped(2, 4, 2, score_function=score_function)
+    chosen = []
+    for z in logits.double():
+        p = z.softmax(-1) if score_function == "softmax" else 1 / (1 + (-z).exp())
+        value = {e: float(p[e] + bias[e]) for e in range(8) if e not in closed}
+        groups = [[e for e in (2 * g, 2 * g + 1) if e in value] for g in range(4)]
+        best = sorted(groups, key=lambda group: -sum(value[e] for e in group) if group else math.inf)[:2]
+        chosen.append(set(sorted((e for group in best for e in group), key=lambda e: -value[e])[:2]))
+    assert [set(row) for row in select(logits, Context(), shut).topk_ids.tolist()] == chosen
+    router = Router(4, 8, select=select).eval()
+    with router.intervene(disable=closed, bias=bias):
+        assert [set(row) for row in router.decide(logits).topk_ids.tolist()] == chosen
+    masked = Masked(Grouped(2, 4), lambda logits, context: shut > -torch.inf)(logits, Context(), torch.zeros(8))
+    assert set(masked.topk_ids.flatten().tolist()) - {-1} == set(range(8)) - set(closed)
+    one = Grouped(2, 4)(logits, Context(), shut).topk_ids // 2  # fewer open experts than choices do not leave the group
+    assert torch.equal(one[:, 0], one[:, 1])
 
 
 def test_sam_sends_a_token_to_one_other_rank_at_most() -> None:
@@ -145,6 +169,17 @@ def test_maskmoe_hides_from_gradients_too() -> None:
     assert grad[~hidden].any()
 
 
+@pytest.mark.parametrize("select", [Random(1), Random(2), Random(2, "batch")], ids=str)
+def test_random_experts_are_drawn_from_those_a_mask_allows(select: Random) -> None:
+    """Every token may use another half of the experts, and gets as many as without a mask."""
+    even, tokens = torch.arange(8) % 2 == 0, torch.arange(100)
+    mask = (tokens % 2 == 0)[:, None] == even
+    for bias in (None, torch.zeros(8)):
+        ids = Masked(select, lambda logits, context: mask)(torch.zeros(100, 8), Context(), bias).topk_ids
+        assert ids.shape[1] == select.top_k
+        assert (ids % 2 == tokens[:, None] % 2).all()
+
+
 def test_maskmoe_that_hides_nothing_is_top_k() -> None:
     mask, logits = TokenIdMask(torch.ones(5, E)), torch.randn(9, E)
     masked = Masked(TopK(2), mask)(logits, Context(token_ids=torch.randint(5, (9,))))
@@ -166,6 +201,32 @@ def test_word_experts_are_a_table(backend: str) -> None:
 
     assert_agrees(layer, loop, torch.randn(2, 10, H), token_ids=token_ids)
     assert not [*layer.gate.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (torch.tensor([7]), ValueError, "expected 4 tokens, got 1"),
+        (torch.arange(5), ValueError, "expected 4 tokens, got 5"),
+        (torch.tensor([0, -100, 1, 2]), ValueError, "expected 0 to 9, got -100 to 2"),
+        (torch.tensor([0, 10, 1, 2]), ValueError, "expected 0 to 9, got 0 to 10"),
+        (torch.tensor([True, False, True, True]), TypeError, r"expected a tensor of integers, got torch\.bool"),
+        (torch.zeros(4), TypeError, r"expected a tensor of integers, got torch\.float32"),
+        ([0, 1, 2, 3], TypeError, "expected a tensor of integers, got list"),
+    ],
+)
+@pytest.mark.parametrize("select", [Lookup(torch.zeros(10)), Masked(TopK(2), TokenIdMask(torch.ones(10, 8)))])
+def test_token_ids_are_checked(select: Any, given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"token_ids: {message}"):
+        select(torch.zeros(4, 8), Context(token_ids=given))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_token_ids_of_few_bits_are_numbers(dtype: torch.dtype) -> None:
+    """torch would take uint8 for a mask."""
+    table, ids = torch.tensor([3, 1, 2]), torch.tensor([1, 0, 1, 2])
+    chosen = Lookup(table)(torch.zeros(4, 8), Context(token_ids=ids.to(dtype))).topk_ids
+    assert chosen.flatten().tolist() == [1, 3, 1, 2]
 
 
 def test_word_experts_by_the_ten_thousands() -> None:

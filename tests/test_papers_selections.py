@@ -19,6 +19,7 @@ from switchgear.routing import (
     Broadcast,
     Context,
     GumbelSoftmax,
+    NoisyTopK,
     Random,
     RankK,
     SampledTopK,
@@ -290,6 +291,48 @@ def test_grin_in_evaluation_is_a_loop_of_masked_softmaxes(backend: str) -> None:
         return mixture(layer.experts, x, ids, weights)
 
     assert_agrees(layer, loop, torch.randn(20, H))
+
+
+def test_grin_with_a_bias_in_evaluation_is_the_phimoe_of_the_overrides() -> None:
+    """The bias chooses; the weights are softmaxes of the logits over the chosen expert and those near the best."""
+    logits, bias = 1 + 0.1 * torch.randn(50, 8), torch.linspace(-0.2, 0.2, 8)
+    bias[3], bias[6] = -math.inf, math.inf
+    routing = SparseMixer(2, 0.05)(logits, NOTHING_KNOWN, bias)
+    other = (logits + bias).index_fill(1, torch.tensor([6]), -math.inf).argmax(1).tolist()
+    assert routing.topk_ids.tolist() == [[6, e] for e in other]
+    for row, ids, weights in zip(logits.double(), routing.topk_ids.tolist(), routing.topk_weights, strict=True):
+        for k, e in enumerate(ids):
+            p = masked_softmax(row, ids[:k], 0.05)
+            near = p > 0
+            near[e] = True
+            wanted = row.masked_fill(~near, -math.inf).softmax(-1)[e]
+            torch.testing.assert_close(weights[k], wanted.float())
+
+
+@pytest.mark.parametrize("select", [SparseMixer(1, 2.0), SampledTopK(1, 1.0), Random(1)], ids=str)
+def test_draws_add_a_bias_to_the_logarithm_of_the_odds(select: Any) -> None:
+    logits, bias = torch.tensor([0.5, 1.0, 0.8, 0.2]), torch.tensor([0.3, -math.inf, -0.4, 0.0])
+    draws = 20_000
+    ids = select(logits.expand(draws, 4), Context(training=True), bias).topk_ids.flatten().long()
+    shares = torch.bincount(ids, minlength=4) / draws
+    wanted = ((0 if isinstance(select, Random) else logits) + bias).softmax(-1)
+    assert shares[1] == 0
+    assert (shares - wanted).abs().max() < 5 * (0.25 / draws) ** 0.5
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_noise_is_added_to_logits_with_a_bias_too(score_function: str) -> None:
+    """A bias of zeros changes no choice; another is added to the scores of the noisy logits."""
+    logits, bias, seed = torch.randn(200, 4), torch.tensor([0.3, 0.0, -0.2, 0.1]), 3
+
+    def chosen(given: Tensor | None) -> Tensor:
+        context = Context(training=True, generator=torch.Generator().manual_seed(seed))
+        return NoisyTopK(1, 2.0, score_function)(logits, context, given).topk_ids[:, 0].long()
+
+    noisy = logits.double() + 2 * torch.rand(200, 4, generator=torch.Generator().manual_seed(seed)).double()
+    assert torch.equal(chosen(torch.zeros(4)), chosen(None))
+    scores = noisy.softmax(-1) if score_function == "softmax" else noisy.sigmoid()
+    assert torch.equal(chosen(bias), (scores + bias).argmax(1))
 
 
 def test_grin_layer_trains_through_the_estimate() -> None:

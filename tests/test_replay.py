@@ -16,7 +16,17 @@ from torch.utils.checkpoint import checkpoint
 import switchgear
 from full_disk import full_disk
 from switchgear import MoE
-from switchgear.routing import Capacity, ExpertChoice, GumbelSoftmax, RoutingRecord, TopP, record, replay
+from switchgear.routing import (
+    Capacity,
+    ExpertChoice,
+    GumbelSoftmax,
+    RoutingRecord,
+    TopK,
+    TopP,
+    override,
+    record,
+    replay,
+)
 from switchgear.routing.records import LayerRecord
 from switchgear.trace import observe
 
@@ -280,6 +290,23 @@ def test_errors() -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
+def test_no_expert_is_forced_in_a_replay() -> None:
+    model, ids = Model(), torch.randint(50, (2, 6))
+    with record(model) as choices:
+        model(ids)
+    with replay(model, choices):
+        for change in ({"force": [1]}, {"bias": {1: 2.0}}):
+            message = f"{next(iter(change))}: expected none for Replayed, whose choice no bias moves"
+            with pytest.raises(ValueError, match=message), override(model, **change):
+                pass
+            with pytest.raises(ValueError, match=message), model.layers[0].gate.intervene(**change):
+                pass
+        with override(model, disable=[1]):
+            assert not any((got == 1).any() for got, _ in seen(model, ids).values())
+        with override(model, select=TopK(K), force=[1]):
+            assert all((got == 1).any(-1).all() for got, _ in seen(model, ids).values())
+
+
 def test_some_layers() -> None:
     model, ids = Model(), torch.randint(50, (2, 6))
     with record(model, layers=["layers.1.gate"]) as choices:
@@ -301,6 +328,14 @@ def test_some_layers() -> None:
 def mixtral() -> Any:
     tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
     return tiny.build("mixtral")
+
+
+def test_no_expert_is_forced_in_a_replay_of_a_hugging_face_model(mixtral: Any) -> None:
+    with record(mixtral) as choices:
+        mixtral(torch.randint(3, 250, (1, 5)))
+    message = "force: expected none for Replayed, whose choice no bias moves"
+    with replay(mixtral, choices), pytest.raises(ValueError, match=message), override(mixtral, force=[1]):
+        pass
 
 
 def tokens_of(record: RoutingRecord, sequence: int, layer: str) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from switchgear.routing import (
     TopK,
     TopP,
 )
+from switchgear.routing.ranking import scores_of
 
 T, E = 24, 8
 
@@ -123,6 +125,31 @@ def check(routing: Routing, num_tokens: int, wide: bool = False) -> None:
     assert not weights[ids < 0].any()
     assert routing.num_experts == E
     switchgear.plan(ids, E)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("function", ["sigmoid", "sqrt_softplus"])
+def test_scores_are_a_loop_and_the_same_at_any_place(function: str, dtype: torch.dtype) -> None:
+    """Values and gradients, also at 0 and far from it; bits do not depend on how many tokens there are."""
+    ends = torch.tensor([0.0, -0.0, 1e-3, -1e-3, 17.0, -17.0, 60.0, -60.0, 200.0, -200.0, 3e38, -3e38, -torch.inf])
+    logits = torch.cat((torch.randn(13 * E) * 4, ends.repeat(E))).view(-1, E).to(dtype).requires_grad_()
+    scores = scores_of(logits, function)
+    (grad,) = torch.autograd.grad(scores.sum(), logits)
+    limits, gradient_eps = torch.finfo(scores.dtype), max(torch.finfo(dtype).eps, torch.finfo(scores.dtype).eps)
+    for z, score, slope in torch.stack((logits, scores, grad), -1).flatten(0, 1).double().tolist():
+        small = math.exp(-abs(z))
+        wanted = (1.0 if z >= 0 else small) / (1 + small)
+        gradient = small / (1 + small) ** 2 if math.isfinite(z) else 0.0
+        if function == "sqrt_softplus":
+            softplus = max(max(z, 0.0) + math.log1p(small), limits.tiny)
+            gradient = wanted / (2 * softplus**0.5) if softplus > limits.tiny else 0.0
+            wanted = softplus**0.5
+        assert score == pytest.approx(wanted, rel=4 * limits.eps, abs=4 * limits.tiny)
+        assert slope == pytest.approx(gradient, rel=8 * gradient_eps, abs=4 * limits.tiny)
+    for first in range(len(logits)):
+        for count in (1, 2, 5):
+            part = logits[first : first + count].detach().clone()
+            assert torch.equal(scores_of(part, function), scores[first : first + count])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -273,6 +300,10 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
         ("ranks", partial(RankK, (1, 1))),
         ("p", partial(TopP, -0.1)),
         ("p", partial(TopP, float("nan"))),
+        ("tau", partial(routing.Temperature, TopK(2), 0.001)),
+        ("top_k", partial(Lookup.hashed, 10, 4, 5)),
+        ("top_k", partial(Lookup.hashed, 10, 4, 0)),
+        ("routing", partial(SkipBelow.calibrate, TopK(1)(torch.zeros(3, E)))),
         ("max_experts", partial(TopP, 0.4, 0)),
         ("min_experts", partial(Threshold, 0.1, -1)),
         ("max_experts", partial(Threshold, 0.1, 3, 2)),
@@ -315,6 +346,21 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
 )
 def test_bad_options_are_named(name: str, make: Any) -> None:
     with pytest.raises(ValueError, match=name):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("p", partial(TopP, "a")),
+        ("ranks", partial(RankK, torch.tensor([0, 1]))),
+        ("ranks", partial(RankK, (0.5,))),
+        ("ranks", partial(RankK, "01")),
+        ("ranks", partial(RankK, 2)),
+    ],
+)
+def test_options_of_another_type_are_named(name: str, make: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected"):
         make()
 
 
@@ -387,6 +433,18 @@ def test_modules_inside_of_dataclasses_belong_to_the_router() -> None:
     twin = copy.deepcopy(router)
     assert twin.select.select is twin.select_modules[0]
     assert twin.select.select is not router.select.select
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_parts_are_made_at_any_depth(whole: bool) -> None:
+    inner = partial(Masked, TopK(2), partial(ClusterDropout, 2))
+    nested: Any = partial(Broadcast, SkipBelow(inner, 0.1), 0.0) if whole else Broadcast(SkipBelow(inner, 0.1), 0.0)
+    router = Router(16, E, select=nested)
+    made = router.select.select.select
+    assert isinstance(made, Masked)
+    assert router(torch.randn(4, 16)).topk_ids.shape[0] == 4
+    assert "select_modules.0.mask.closed" in router.state_dict()
+    assert isinstance(inner, partial)
 
 
 def test_functions_are_parts() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import switchgear
 from switchgear import MoE, presets
-from switchgear.routing import BalancedAssignment, Capacity, ExpertChoice
+from switchgear.routing import BalancedAssignment, Capacity, Dense, ExpertChoice, TopK
 from switchgear.testing import assert_batch_invariant
 
 H, E, LENGTH = 16, 4, 6
@@ -172,8 +172,10 @@ INDEPENDENT: dict[str, dict[str, Any]] = {
     "expert choice, capped": {"select": ExpertChoice(2.0, max_experts_per_token=2), "isolation": "sequence"},
     "pMoE": {"select": ExpertChoice(tokens_per_expert=3, weights="softmax_over_tokens"), "isolation": "sequence"},
     "balanced": {"select": BalancedAssignment(balanced_in_evaluation=True), "isolation": "sequence"},
+    "dense, sigmoid": {"select": Dense("sigmoid")},
+    "sqrt_softplus": {"select": TopK(2, "sqrt_softplus")},
 }
-DEPENDENT = {name: {**options, "isolation": "batch"} for name, options in INDEPENDENT.items() if name != "default"}
+DEPENDENT = {n: {**options, "isolation": "batch"} for n, options in INDEPENDENT.items() if "isolation" in options}
 
 
 @pytest.mark.parametrize("policy", INDEPENDENT)

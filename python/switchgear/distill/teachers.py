@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from switchgear.functional import Routing
 from switchgear.reference import check_size
 from switchgear.routing.balance import load_balancing_loss
-from switchgear.routing.context import Select
+from switchgear.routing.context import Select, most_experts, scored
 from switchgear.routing.interventions import override
 from switchgear.routing.ranking import choose
 from switchgear.routing.router import Router
@@ -136,7 +136,7 @@ def _selecting(teacher: nn.Module, select: Callable[[Router, dict[str, Any]], Se
     """Inside the block each router selects with select(router, options); the options are those of its scores."""
     with ExitStack() as stack:
         for name, router in _routers(teacher).items():
-            now: Any = router.selection()
+            now = scored(router.selection())
             options = {key: getattr(now, key) for key in ("score_function", "normalize", "scale") if hasattr(now, key)}
             stack.enter_context(override(teacher, select=select(router, options), layers=[name]))
         yield
@@ -145,7 +145,8 @@ def _selecting(teacher: nn.Module, select: Callable[[Router, dict[str, Any]], Se
 def _balance(router: Router, routing: Routing) -> Tensor:
     """load_balancing_loss of the experts that the router itself would choose."""
     logits = routing.router_logits
-    return load_balancing_loss(logits, choose(logits.detach().float(), router.top_k or 1))
+    top_k = router.top_k or most_experts(router.select) or 1
+    return load_balancing_loss(logits, choose(logits.detach().float(), top_k))
 
 
 def _logits(output: Any) -> Tensor:

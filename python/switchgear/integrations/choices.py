@@ -48,6 +48,15 @@ def overridden(block: MoeBlock, manner: Manner, wrapper: Wrapper) -> Iterator[No
             _remove(tap.overrides, wrapper)
 
 
+def selection_under(block: MoeBlock) -> Any:
+    """What the overrides in force make of the model's own selection; None if there are none."""
+    tap = _taps.get(block.experts)
+    select: Any = None
+    for wrapper in tap.overrides if tap is not None else ():
+        select = wrapper(select)
+    return select
+
+
 @contextmanager
 def watched(block: MoeBlock, watch: Watch) -> Iterator[None]:
     """Inside the `with` block, `watch` sees each choice after all overrides."""

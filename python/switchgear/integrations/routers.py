@@ -87,11 +87,18 @@ class Top:
         groups = self.block.groups()
         assert groups is not None
         by_group = scores.view(len(scores), groups[0], scores.shape[1] // groups[0])  # no -1: there may be no tokens
-        best = by_group.topk(min(1 if self.group_score == "max" else 2, by_group.shape[-1]), dim=-1).values.sum(-1)
+        best = by_group.topk(min(1 if self.group_score == "max" else 2, by_group.shape[-1]), dim=-1).values
+        if bias is not None:  # a group stays open for its best expert if the second is excluded
+            best[..., 1:] = best[..., 1:].masked_fill(best[..., 1:] == -math.inf, 0)
+        best = best.sum(-1)
         chosen = torch.zeros_like(best).scatter(1, best.topk(groups[1], dim=-1).indices, 1).bool()
         kept = chosen[..., None].expand_as(by_group).reshape_as(scores)
         scores = scores.masked_fill(~kept, self.fill)
-        return scores if bias is None else scores.masked_fill(bias == -math.inf, -math.inf)
+        if bias is None:
+            return scores
+        excluded = bias == -math.inf
+        few = (kept & ~excluded).sum(-1, keepdim=True) < (self.block.top_k or 1)  # choices stay empty then
+        return scores.masked_fill(excluded | (few & ~kept), -math.inf)
 
     def weigh(self, router_logits: Tensor, ids: Tensor) -> Tensor:
         index, empty = ids.clamp(min=0), ids < 0

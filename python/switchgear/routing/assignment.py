@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class BalancedAssignment:
     score_function: str = "sigmoid"
     scope: str = "batch"
     balanced_in_evaluation: bool = False
+    top_k: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_scope(self.scope)

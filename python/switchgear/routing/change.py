@@ -24,8 +24,9 @@ class Change:
         bias: added to the scores for the choice only, not to the weights.
         gain: multiplies the weights of an expert, after everything else.
 
-    bias and gain map experts to numbers, or are [E]. A selection that ignores its bias (Dense, Random, Lookup) cannot
-    force or favour experts. If experts choose tokens (ExpertChoice), a forced expert takes no more tokens than others.
+    bias and gain map experts to numbers, or are [E]. Where no bias moves the choice (Dense, a soft GumbelSoftmax,
+    Lookup; inside replay and decouple), force and bias are refused. If experts choose tokens (ExpertChoice), a forced
+    expert takes no more tokens than others.
     """
 
     disable: Collection[int] = ()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -99,7 +99,10 @@ class Select(Protocol):
     The only part with randomness. Selections guarantee three things: they are total (any bits in the logits give ids
     in range, distinct within a token), ties go to the lowest index, and the weights of empty choices are 0.
 
-    `bias` [E] float32, if given, is added to the scores for the choice only and gets no gradient.
+    `bias` [E] float32, if given, is added to the scores for the choice only and gets no gradient; -Inf excludes an
+    expert and +Inf puts it first. A selection that draws adds it to the logarithm of the odds. One whose choice it
+    cannot move has an attribute uses_bias = False. One that ignores the logits has uses_logits = False; under a mask
+    its bias is [T,E].
     """
 
     def __call__(self, router_logits: Tensor, context: Context, bias: Tensor | None = None, /) -> Routing: ...
@@ -130,16 +133,15 @@ class Balance(Protocol):
 
 def made(part: Any, *args: Any, num_experts: int | None = None, **kwargs: Any) -> Any:
     """Calls a class or a functools.partial with args and kwargs, and with num_experts if it takes that and has none
-    yet. A dataclass gets such fields replaced by their results; anything else is returned unchanged."""
-    if not isinstance(part, (type, functools.partial)):
-        inner = {name: value for name, value in _fields(part) if isinstance(value, (type, functools.partial))}
-        if not inner:
-            return part
-        return replace(part, **{name: made(value, num_experts=num_experts) for name, value in inner.items()})
-    if num_experts is not None and "num_experts" in inspect.signature(part).parameters:
-        given = part.keywords if isinstance(part, functools.partial) else {}
-        kwargs = {"num_experts": given.get("num_experts") or num_experts, **kwargs}
-    return part(*args, **kwargs)
+    yet. A dataclass gets such fields replaced by their results, at any depth; anything else is returned unchanged."""
+    if isinstance(part, (type, functools.partial)):
+        if num_experts is not None and "num_experts" in inspect.signature(part).parameters:
+            given = part.keywords if isinstance(part, functools.partial) else {}
+            kwargs = {"num_experts": given.get("num_experts") or num_experts, **kwargs}
+        part = part(*args, **kwargs)
+    inner = {name: (value, made(value, num_experts=num_experts)) for name, value in _fields(part)}
+    changed = {name: result for name, (value, result) in inner.items() if result is not value}
+    return replace(part, **changed) if changed else part
 
 
 def _fields(part: Any) -> list[tuple[str, Any]]:
@@ -152,6 +154,31 @@ def modules_in(part: Any) -> list[nn.Module]:
     if isinstance(part, nn.Module):
         return [part]
     return [module for _, value in _fields(part) for module in modules_in(value)]
+
+
+def wrapped(select: Any) -> Iterator[Any]:
+    """A selection, and those that it wraps (Masked, SkipBelow, …), from the outside in."""
+    while select is not None:
+        yield select
+        select = getattr(select, "select", None)
+
+
+def scored(select: Any) -> Any:
+    """The part of a selection that has the score function: itself, or what it wraps."""
+    parts = list(wrapped(select))
+    return next((part for part in parts if hasattr(part, "score_function")), parts[-1])
+
+
+def most_experts(select: Any) -> int | None:
+    """The limit that a selection itself sets to the experts of a token, None if it has none."""
+    limits = (getattr(part, name, None) for part in wrapped(select) for name in ("top_k", "max_experts"))
+    return next((limit for limit in limits if isinstance(limit, int)), None)
+
+
+def ignoring_bias(select: Any) -> str | None:
+    """The name of the selection, or of one that it wraps, whose choice no bias moves; None if there is none."""
+    ignoring = (part for part in wrapped(select) if not getattr(part, "uses_bias", True))
+    return next((type(part).__name__.lstrip("_") for part in ignoring), None)
 
 
 def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> Tensor:

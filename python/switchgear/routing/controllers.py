@@ -202,6 +202,8 @@ class RunningCap(KeepsFloat32):
             return self.select(router_logits, context, bias)  # type: ignore[no-any-return]
         closed = self.totals - self.totals.mean() > self.margin
         lowest = torch.finfo(router_logits.dtype).min
+        if bias is not None:  # it must not lift a closed expert
+            bias = bias.masked_fill(closed, -torch.inf)
         routing: Routing = self.select(router_logits.masked_fill(closed, lowest), context, bias)
         if is_recomputing():
             return routing

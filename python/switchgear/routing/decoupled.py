@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def decouple(model: nn.Module, pre_router: PreRouter, embedding: nn.Module, top_
     listener = Listener(pre_router, embedding, top_k)
 
     def wrapper(layer: int, name: str) -> Callable[[Select], Select]:
-        return lambda own: _Given(listener, layer, manners[name])
+        return lambda own: _Decoupled(listener, layer, manners[name])
 
     with ExitStack() as stack:
         stack.callback(listener.close)
@@ -84,10 +84,11 @@ def decouple(model: nn.Module, pre_router: PreRouter, embedding: nn.Module, top_
 
 
 @dataclass(frozen=True)
-class _Given:
+class _Decoupled:
     listener: Listener
     layer: int
     manner: Any
+    uses_bias: ClassVar[bool] = False
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         chosen = self.listener.topk_ids

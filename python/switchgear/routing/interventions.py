@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from switchgear.functional import Routing
 from switchgear.routing.change import Change, PerExpert
-from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select, ignoring_bias, most_experts
 
 if TYPE_CHECKING:
     from switchgear.routing.router import Router
@@ -43,9 +43,17 @@ class Changed:
         return routing._replace(topk_ids=ids, topk_weights=weights)
 
 
+def check_change(change: Change, select: Any, num_experts: int) -> None:
+    """Change.check for a selection. Raises ValueError too if its choice cannot be moved as the change wants."""
+    change.check(num_experts, most_experts(select))
+    name = "force" if change.force else "bias"
+    if (change.force or change.bias is not None) and (ignoring := ignoring_bias(select)) is not None:
+        raise ValueError(f"{name}: expected none for {ignoring}, whose choice no bias moves")
+
+
 @contextmanager
 def intervene(router: Router, change: Change) -> Iterator[None]:
-    change.check(router.num_experts, router.top_k)
+    check_change(change, router.selection(), router.num_experts)
     with overridden_router(router, lambda select: Changed(select, change)):
         yield
 
@@ -106,11 +114,7 @@ def override(
         return
     routers = [source.router for source in found.values() if source.router is not None]
     for router in routers:
-        change.check(router.num_experts, router.top_k if select is None else None)
-        own = router.select if select is None else select
-        if (force or bias is not None) and not getattr(own, "uses_logits", True):
-            name = "force" if force else "bias"
-            raise ValueError(f"{name}: expected none for {type(own).__name__}, which does not choose by logits")
+        check_change(change, router.selection() if select is None else select, router.num_experts)
     with ExitStack() as stack:
         for router in routers:
             if select is not None:
@@ -121,12 +125,13 @@ def override(
 
 @contextmanager
 def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Change) -> Iterator[None]:
-    from switchgear.integrations.choices import overridden
+    from switchgear.integrations.choices import overridden, selection_under
     from switchgear.integrations.routers import InManner, is_looked_up, manner_of
 
     for name, block in blocks.items():
         try:
             change.check(block.num_experts, block.top_k if select is None else None)
+            check_change(change, selection_under(block) if select is None else select, block.num_experts)
         except ValueError as error:
             raise ValueError(f"{error} ({name})") from None
         if is_looked_up(block) and change.bias is not None and select is None:

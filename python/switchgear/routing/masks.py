@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.functional import Routing
-from switchgear.reference import check_choice, check_fraction
-from switchgear.routing.context import NOTHING_KNOWN, Context, Select, groups_of, made
+from switchgear.reference import check_choice, check_fraction, check_range
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select, can_be_read, groups_of, made, wrapped
 from switchgear.routing.ranking import keep_choices, scores_of, uniform, wide
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 Mask = Callable[[Tensor, Context], Tensor | None]
 """(router_logits [T,E], context) -> bool, broadcastable to [T,E], true for allowed experts; None allows all."""
@@ -36,6 +38,7 @@ class Masked(nn.Module):
         super().__init__()
         self.select = made(select, num_experts=num_experts)
         self.mask = made(mask, num_experts=num_experts)
+        self._draws_blindly = any(not getattr(part, "uses_logits", True) for part in wrapped(self.select))
 
     def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -46,7 +49,9 @@ class Masked(nn.Module):
         allowed = allowed.expand(router_logits.shape)
         # not -Inf: softmax stays finite if a whole row is masked
         masked = router_logits.masked_fill(~allowed, torch.finfo(router_logits.dtype).min)
-        if bias is not None:  # it must not lift an expert that is masked for all tokens
+        if self._draws_blindly:  # only the bias can tell it
+            bias = torch.where(allowed, 0.0 if bias is None else bias, -torch.inf)
+        elif bias is not None:  # it must not lift an expert that is masked for all tokens
             bias = bias.masked_fill(~allowed.any(0), -torch.inf)
         routing = self.select(masked, context, bias)
         permitted = allowed.gather(1, routing.topk_ids.clamp(min=0).long())
@@ -78,6 +83,8 @@ class Temperature(nn.Module):
         for name, value in (("tau", tau), ("fixed", fixed), ("min_tau", min_tau)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
+        if tau < min_tau:
+            raise ValueError(f"tau: expected at least {min_tau} (min_tau), got {tau}")
         self.select, self.tau, self.fixed, self.min_tau = made(select, num_experts=num_experts), tau, fixed, min_tau
         self.log_tau = nn.Parameter(torch.empty((), dtype=torch.float32))
         self.reset_parameters()
@@ -183,6 +190,20 @@ class ClusterDropout(nn.Module):
         return f"rate={self.rate}, interval={self.interval}"
 
 
+def _rows_of(table: Tensor, context: Context, user: str, num_tokens: int) -> Tensor:
+    """table[token_ids]: a row for each token."""
+    token_ids = context.require("token_ids", user)
+    if not isinstance(token_ids, Tensor) or token_ids.dtype not in _INTEGERS:
+        got = getattr(token_ids, "dtype", type(token_ids).__name__)
+        raise TypeError(f"token_ids: expected a tensor of integers, got {got}")
+    token_ids = token_ids.reshape(-1)
+    if len(token_ids) != num_tokens:
+        raise ValueError(f"token_ids: expected {num_tokens} tokens, got {len(token_ids)}")
+    if can_be_read(token_ids):
+        check_range("token_ids", token_ids, 0, len(table))
+    return table[token_ids.long()]  # an index of uint8 would be a mask
+
+
 class TokenIdMask(nn.Module):
     """A mask by vocabulary id: `visible` [V,E] bool, a buffer. Needs Context.token_ids (MaskMoE, arXiv:2407.09816)."""
 
@@ -210,8 +231,7 @@ class TokenIdMask(nn.Module):
         return cls(order < sizes[:, None])
 
     def forward(self, router_logits: Tensor, context: Context) -> Tensor:
-        token_ids: Tensor = context.require("token_ids", "TokenIdMask")
-        return self.visible[token_ids.reshape(-1)]
+        return _rows_of(self.visible, context, "TokenIdMask", len(router_logits))
 
 
 class Lookup(nn.Module):
@@ -222,7 +242,7 @@ class Lookup(nn.Module):
     """
 
     table: Tensor
-    uses_logits = False
+    uses_logits = uses_bias = False
 
     def __init__(self, table: Tensor, weight: float | None = None) -> None:
         super().__init__()
@@ -234,12 +254,14 @@ class Lookup(nn.Module):
         cls, vocabulary_size: int, num_experts: int, top_k: int = 1, generator: torch.Generator | None = None
     ) -> Lookup:
         """A random table with top_k different experts for each id."""
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
         if top_k == 1:
             return cls(torch.randint(num_experts, (vocabulary_size,), generator=generator))
         return cls(torch.rand(vocabulary_size, num_experts, generator=generator).argsort(1)[:, :top_k])
 
     def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        token_ids: Tensor = context.require("token_ids", "Lookup")
-        ids = self.table[token_ids.reshape(-1)]
+        num_experts = router_logits.shape[-1]
+        ids = _rows_of(self.table, context, "Lookup", router_logits.numel() // num_experts)
         weights = torch.where(ids < 0, 0.0, self.weight).to(torch.float32)
-        return Routing(ids, weights, router_logits, router_logits.shape[-1])
+        return Routing(ids, weights, router_logits, num_experts)

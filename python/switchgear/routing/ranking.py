@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from switchgear import ops, reference
 from switchgear.functional import Routing
@@ -22,10 +21,22 @@ def scores_of(router_logits: Tensor, score_function: str) -> Tensor:
     if score_function == "softmax":
         return logits.softmax(-1)
     if score_function == "sigmoid":
-        return logits.sigmoid()
+        return sigmoid(logits)
     reference.check_choice("score_function", score_function, SCORE_FUNCTIONS)
-    softplus = F.softplus(logits)
+    softplus = logits.clamp(min=0) + _power(logits).log1p()
     return softplus.clamp(min=torch.finfo(softplus.dtype).tiny).sqrt()  # the gradient of sqrt at 0 is infinite
+
+
+def sigmoid(values: Tensor) -> Tensor:
+    """1 / (1 + exp(-z)), with the same bits at any place of a tensor. On CPUs torch's own sigmoid and softplus compute
+    the last elements of a tensor in another way."""
+    power = _power(values)
+    return torch.where(values < 0, power, 1.0) / (1 + power)
+
+
+def _power(values: Tensor) -> Tensor:
+    """exp(-|z|), which cannot overflow. The gradient at 0 is that of exp(-z), not the 0 of abs."""
+    return torch.where(values < 0, values, -values).exp()
 
 
 def finite(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
-from switchgear.routing.context import Context, Select, is_recomputing
+from switchgear.routing.context import Context, Select, is_recomputing, scored
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.ranking import normalized, scores_of
 from switchgear.routing.router import Router
@@ -68,9 +68,7 @@ class _RouterManner:
     @torch.no_grad()
     def of(cls, name: str, router: Router) -> _RouterManner:
         """Verified on random logits, with the router's own selection."""
-        select: Any = router.selection()
-        while not hasattr(select, "score_function") and hasattr(select, "select"):
-            select = select.select
+        select: Any = scored(router.selection())
         manner = cls(
             str(getattr(select, "score_function", "softmax")), bool(getattr(select, "normalize", False)),
             float(getattr(select, "scale", 1.0)),

@@ -26,9 +26,11 @@ from switchgear.routing.context import (
     Limit,
     Score,
     Select,
+    ignoring_bias,
     is_recomputing,
     made,
     modules_in,
+    scored,
 )
 from switchgear.routing.handover import Handover
 from switchgear.routing.interventions import intervene
@@ -156,7 +158,11 @@ class Router(KeepsFloat32):
         if self.score is None:
             self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
-        selection_bias = selection_bias or any(getattr(b, "needs_selection_bias", False) for b in self.balance)
+        movers = [type(item).__name__ for item in self.balance if getattr(item, "needs_selection_bias", False)]
+        selection_bias = selection_bias or bool(movers)
+        if selection_bias and (name := ignoring_bias(self.select)) is not None:
+            option = f"balance: expected no {movers[0]}" if movers else "selection_bias: expected False"
+            raise ValueError(f"{option} for {name}, whose choice no bias moves")
         correction = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
         inside = [module for part in modules_in(self.select) for module in part.modules()]
@@ -349,10 +355,7 @@ class Router(KeepsFloat32):
 
 
 def _score_function(select: Any) -> str:
-    """The score function of a selection, or of the one it wraps (Masked, SkipBelow, …)."""
-    while not hasattr(select, "score_function") and hasattr(select, "select"):
-        select = select.select
-    return str(getattr(select, "score_function", "softmax"))
+    return str(getattr(scored(select), "score_function", "softmax"))
 
 
 def _check_parts(score: Any, select: Any, capacity: Any, balance: Any) -> None:

@@ -16,11 +16,11 @@ from switchgear.backends import without_autocast
 from switchgear.functional import gate
 from switchgear.reference import check_choice, check_fraction
 from switchgear.routing.context import Context
-from switchgear.routing.ranking import wide
+from switchgear.routing.ranking import sigmoid, wide
 
 INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
+    "sigmoid": lambda x: sigmoid(wide(x)).to(x.dtype),
     "normalize": lambda x: F.normalize(x, dim=-1),
     "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
 }

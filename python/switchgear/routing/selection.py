@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from switchgear.functional import Routing, route, route_dynamic
+from switchgear.functional import Routing, as_number, route, route_dynamic
 from switchgear.reference import GROUP_SCORES, check_choice
 from switchgear.routing.context import (
     NOTHING_KNOWN,
@@ -94,6 +94,7 @@ class Dense:
     score_function: str = "softmax"
     normalize: bool = False
     scale: float = 1.0
+    uses_bias: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
@@ -136,8 +137,15 @@ class RankK:
 
     def __post_init__(self) -> None:
         check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        if not isinstance(self.ranks, Sequence) or not all(hasattr(rank, "__index__") for rank in self.ranks):
+            raise TypeError(f"ranks: expected a sequence of integers, got {self.ranks!r}")
         if not self.ranks or min(self.ranks) < 0 or len(set(self.ranks)) < len(self.ranks):
             raise ValueError(f"ranks: expected different ones, from 0 on, got {list(self.ranks)}")
+
+    @property
+    def top_k(self) -> int:
+        """How many of the best are among them without a gap: so many experts can be forced."""
+        return next(k for k in range(len(self.ranks) + 1) if k not in self.ranks)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         best = TopK(max(self.ranks) + 1, self.score_function)(router_logits, context, bias)
@@ -161,7 +169,7 @@ class TopP:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.p >= 0:
+        if not as_number("p", self.p) >= 0:
             raise ValueError(f"p: expected a number of at least 0, got {self.p}")
         if self.max_experts is not None:
             check_at_least("max_experts", self.max_experts, 1)
@@ -266,8 +274,15 @@ class Grouped:
         if not 1 <= self.top_k <= self.topk_groups * size:
             raise ValueError(f"top_k: expected 1 to {self.topk_groups * size} (eligible experts), got {self.top_k}")
         scores = scores_of(router_logits, self.score_function)
-        values = scores.detach() if bias is None else scores.detach() + finite(bias)
-        groups = choose(values.view(num_tokens, self.num_groups, size).sum(-1), self.topk_groups)
+        values = in_sums = scores.detach()
+        if bias is not None:  # an expert with a bias of -Inf adds nothing to its group, which stays open for the others
+            closed = bias == -math.inf
+            values = in_sums = values + finite(bias)
+            in_sums = in_sums.masked_fill(closed, 0)
+            in_sums = in_sums.masked_fill(closed.view(-1, size).all(1).repeat_interleave(size), -math.inf)
+            # Above the experts of other groups: if too few are left, choices are to stay empty rather than go there.
+            values = values.masked_fill(closed, torch.finfo(values.dtype).min / 2)
+        groups = choose(in_sums.view(num_tokens, self.num_groups, size).sum(-1), self.topk_groups)
         kept = torch.zeros(num_tokens, self.num_groups, dtype=torch.bool, device=values.device)
         kept = kept.scatter(1, groups.long(), True).repeat_interleave(size, 1)
         ids = choose(values.masked_fill(~kept, -math.inf), self.top_k)
@@ -305,7 +320,9 @@ class SkipBelow:
 
     @staticmethod
     def calibrate(routing: Routing) -> float:
-        """The median of second weight / first weight."""
+        """The median of second weight / first weight. Raises ValueError for fewer than two experts per token."""
+        if routing.topk_weights.shape[1] < 2:
+            raise ValueError(f"routing: expected at least 2 experts per token, got {routing.topk_weights.shape[1]}")
         best = routing.topk_weights.detach().sort(-1, descending=True).values
         return float((best[:, 1] / best[:, 0]).median())
 

@@ -53,10 +53,11 @@ class SampledTopK:
         num_tokens, device = router_logits.shape[0], router_logits.device
         scores = scores_of(router_logits, self.score_function)
         softmax = self.score_function == "softmax"
-        odds = finite(router_logits.detach()) if softmax else scores.detach().log()
+        odds = finite(router_logits.detach() if softmax else scores.detach().log())
         values = odds if bias is None else scores.detach() + finite(bias)
         if self.p_sample:
             drawn = odds + gumbel(tuple(odds.shape), context, device)
+            drawn = drawn if bias is None else drawn + bias
             values = torch.where(uniform((num_tokens, 1), context, device) < self.p_sample, drawn, values)
         ids = choose(values, self.top_k)
         return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
@@ -83,9 +84,11 @@ class NoisyTopK:
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
         scores = scores_of(router_logits, self.score_function)
-        values = finite(router_logits.detach()) if bias is None else scores.detach() + finite(bias)
+        values = finite(router_logits.detach())
         if context.training:
             values = values + self.noise * uniform(tuple(values.shape), context, values.device)
+        if bias is not None:
+            values = scores_of(values, self.score_function) + finite(bias)
         ids = choose(values, self.top_k)
         return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
 
@@ -117,7 +120,8 @@ class SparseMixer:
     arXiv:2409.12136).
 
     For each of top_k slots, experts with (max - z) / max(|z|, max) > 2·jitter are excluded. Training draws one of the
-    others from their softmax p, evaluation takes the best. Its weight is p_i, and later slots exclude it.
+    others from their softmax p, evaluation takes the best. Its weight is p_i, and later slots exclude it. With a bias b
+    the draw is from z + b; the weight remains that of z, by the softmax over the drawn expert and those near the best.
 
     In training the weight is p_i if i is the best, else p_i / 3 with probability 3/4 and p_i otherwise. The gradient of
     the logits is (δ_i - p) · p_i · grad. In expectation over both draws this is ∇ Σ_i p_i · (L_i(p_i) - L_i(0)), with
@@ -137,29 +141,36 @@ class SparseMixer:
         if not 1 <= self.top_k <= router_logits.shape[1]:
             raise ValueError(f"top_k: expected 1 to {router_logits.shape[1]} (num_experts), got {self.top_k}")
         logits = finite(router_logits)
-        fixed = logits.detach().clamp(min=torch.finfo(logits.dtype).min / 2)  # stays above the value that marks "taken"
-        device = logits.device
+        lowest = torch.finfo(logits.dtype).min / 2  # stays above the value that marks "taken"
+        fixed = logits.detach().clamp(min=lowest)
+        wanted = fixed if bias is None else (fixed + finite(bias)).clamp(lowest, -lowest)
         taken = torch.zeros_like(fixed, dtype=torch.bool)
         ids, weights = [], []
         for _ in range(self.top_k):
-            free = fixed.masked_fill(taken, -math.inf)
-            best_value = free.amax(-1, keepdim=True)
-            far = (best_value - fixed) / fixed.abs().maximum(best_value) > 2 * self.jitter
-            out = taken | (far & (fixed != best_value))
-            odds = fixed.masked_fill(out, -math.inf)
-            best = choose(odds, 1).long()
+            shut = self._excluded(fixed, taken)
+            out = shut if bias is None else self._excluded(wanted, taken)
+            odds = wanted.masked_fill(out, -math.inf)
+            drawn = best = choose(odds, 1).long()
             if context.training:
-                probabilities = odds.softmax(-1)
-                drawn = draw(probabilities, context)
-                exact = (drawn == best) | (uniform((len(drawn), 1), context, device) > 0.75)
+                drawn = draw(odds.softmax(-1), context)
+            if bias is not None:  # the weight is a softmax of the logits, with the expert that the bias chose
+                shut = shut.scatter(1, drawn, False)
+            if context.training:
+                probabilities = fixed.masked_fill(shut, -math.inf).softmax(-1)
+                exact = (drawn == best) | (uniform((len(drawn), 1), context, logits.device) > 0.75)
                 factor = torch.where(exact, 1.0, probabilities.new_full((), 1 / 3))
                 weights.append(apply(_Multiplier, logits, probabilities, drawn, factor))
             else:
-                drawn = best
-                weights.append(logits.masked_fill(out, -math.inf).softmax(-1).gather(1, drawn))
+                weights.append(logits.masked_fill(shut, -math.inf).softmax(-1).gather(1, drawn))
             taken = taken.scatter(1, drawn, True)
             ids.append(drawn)
         return Routing(torch.cat(ids, 1).to(torch.int32), torch.cat(weights, 1), router_logits, router_logits.shape[1])
+
+    def _excluded(self, values: Tensor, taken: Tensor) -> Tensor:
+        """Experts that are taken or far from the best of the others."""
+        best = values.masked_fill(taken, -math.inf).amax(-1, keepdim=True)
+        far = (best - values) / values.abs().maximum(best) > 2 * self.jitter
+        return taken | (far & (values != best))
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,16 @@ class GumbelSoftmax:
     hard: bool = False
     samples: int = 0
     level: str = "token"
+
+    @property
+    def uses_bias(self) -> bool:
+        """Whether a bias can move the choice: of one expert, not of all."""
+        return self.hard
+
+    @property
+    def top_k(self) -> int | None:
+        """1 if hard, else None."""
+        return 1 if self.hard else None
 
     def __post_init__(self) -> None:
         check_at_least("samples", self.samples, 0)
@@ -195,7 +216,8 @@ class GumbelSoftmax:
             total = soft if total is None else total + soft
         soft = (logits / self.tau).softmax(-1) if total is None else total / draws
         if self.hard:
-            ids = choose(soft if total is not None else logits, 1)
+            odds = soft if total is not None else logits
+            ids = choose(odds if bias is None else soft.detach() + bias, 1)
             chosen = soft.gather(1, ids.long())
             return Routing(ids, chosen + (1 - chosen).detach(), router_logits, num_experts, soft)
         everyone = torch.arange(num_experts, dtype=torch.int32, device=logits.device).expand(num_tokens, -1)
@@ -228,7 +250,10 @@ class Random:
             weights = torch.full_like(everyone.topk_weights, 1 / num_experts, requires_grad=False)
             return everyone._replace(topk_weights=weights, scores=None)
         count, index = _draws_per_token(self.level, context, num_tokens, device)
-        if self.top_k == 1:
+        if bias is not None:
+            odds = gumbel((count, num_experts), context, device)
+            ids, index = choose((odds if index is None else odds[index]) + bias, self.top_k), None
+        elif self.top_k == 1:
             ids = torch.randint(num_experts, (count, 1), generator=context.generator, dtype=torch.int32, device=device)
         else:
             ids = choose(uniform((count, num_experts), context, device), self.top_k)
