@@ -79,7 +79,9 @@ def test_capacity_aware_inference_drops_as_a_loop_does(backend: str, drop: str, 
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
-@pytest.mark.parametrize(("factor", "num_experts", "limit"), [(1.1, 10, 11), (0.7, 10, 7), (1.15, 4, 29), (0.29, 1, 29)])
+@pytest.mark.parametrize(
+    ("factor", "num_experts", "limit"), [(1.1, 10, 11), (0.7, 10, 7), (1.15, 4, 29), (0.29, 1, 29)]
+)
 def test_a_capacity_is_that_of_the_factor_as_it_is_written(
     scope: str, factor: float, num_experts: int, limit: int
 ) -> None:

@@ -242,8 +242,8 @@ def _others(routing: Routing, scores: Tensor, expand: float | None) -> tuple[Ten
 
 
 def _ranking(scores: Tensor, others: Tensor, rounds: int) -> Tensor:
-    """Scores [T, E + rounds] float32 for rerouting in so many rounds. A token that runs out of candidates goes on to the
-    last experts, which do not exist, and is dropped there: an expert that is no candidate must not use up a place."""
+    """Scores [T, E + rounds] float32 for rerouting in so many rounds. A token that runs out of candidates goes on to
+    the last experts, which do not exist, and is dropped there: it must take no place of an expert that is none."""
     nowhere = scores.new_full((scores.shape[0], rounds), -0.5)
     return torch.cat((scores.masked_fill(~others, -1), nowhere), 1).float()
 
