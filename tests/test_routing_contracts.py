@@ -20,9 +20,11 @@ from switchgear.routing import (
     BalancedAssignment,
     Broadcast,
     Capacity,
+    CapacityByKind,
     ClusterDropout,
     Context,
     Dense,
+    DepthChoice,
     ExpertChoice,
     ExpertDropout,
     Grouped,
@@ -285,6 +287,9 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
         ("tokens_per_expert", partial(ExpertChoice, tokens_per_expert=0)),
         ("max_experts_per_token", partial(ExpertChoice, max_experts_per_token=0)),
         ("evaluation", partial(ExpertChoice, evaluation=0)),
+        ("evaluation", partial(ExpertChoice, evaluation=1, weights="softmax_over_tokens")),
+        ("capacity_factor", partial(ExpertChoice, float("inf"))),
+        ("scale", partial(ExpertChoice, scale=float("nan"))),
         ("weights", partial(ExpertChoice, weights="none")),
         ("ties", partial(ExpertChoice, ties="first")),
         ("scope", partial(ExpertChoice, scope="world")),
@@ -315,6 +320,24 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
 )
 def test_bad_options_are_named(name: str, make: Any) -> None:
     with pytest.raises(ValueError, match=name):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("capacity_factor", partial(ExpertChoice, "a")),
+        ("tokens_per_expert", partial(ExpertChoice, tokens_per_expert=2.5)),
+        ("max_experts_per_token", partial(ExpertChoice, max_experts_per_token=1.5)),
+        ("evaluation", partial(ExpertChoice, evaluation="a")),
+        ("cap_iterations", partial(ExpertChoice, cap_iterations=0.5)),
+        ("fraction", partial(DepthChoice, "a")),
+        ("free_experts", partial(CapacityByKind, 1.5)),
+        ("tau", partial(CapacityByKind, 1, "a")),
+    ],
+)
+def test_options_of_other_types_are_named(name: str, make: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected"):
         make()
 
 
