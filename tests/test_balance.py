@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 import switchgear
 from switchgear.functional import Routing
-from switchgear.routing import LossFreeBias, balance, losses
+from switchgear.routing import LossFreeBias, TopP, balance, losses
 from switchgear.routing.auxiliary import (
     GradientConflict,
     consistency_loss,
@@ -83,7 +83,7 @@ def test_device_loss(p: Tensor, ids: Tensor) -> None:
     wanted = torch.zeros((), dtype=torch.float64)
     for g in range(3):
         mine = [e for e in range(E) if groups[e] == g]
-        f = sum(E / (K * T) * counts_of(ids)[e] for e in mine) / len(mine)
+        f = sum(E / sum(counts_of(ids)) * counts_of(ids)[e] for e in mine) / len(mine)
         wanted = wanted + f * sum(p[:, e].mean() for e in mine)
     torch.testing.assert_close(balance.device_loss(p, ids, groups), wanted)
     even = torch.arange(2 * E, dtype=torch.int32).view(E, 2) % E
@@ -129,6 +129,13 @@ def test_importance_and_load(ids: Tensor) -> None:
     assert balance.smooth_load(logits, E).tolist() == [T] * E
     hard = balance.smooth_load(logits, K, 1e-9)
     assert torch.equal(hard.long(), balance.count_tokens(logits.topk(K).indices.int(), E))
+    counts = torch.arange(T) % (E + 1)  # from no expert to all
+    of_each = sum(balance.smooth_load(logits[t : t + 1], int(counts[t]), 0.7) for t in range(T))
+    torch.testing.assert_close(balance.smooth_load(logits, counts, 0.7), of_each)
+    assert balance.smooth_load(logits, 0).tolist() == [0] * E
+    (grad,) = torch.autograd.grad(balance.smooth_load(logits.requires_grad_(), counts, 0.7)[0], logits)
+    assert grad.isfinite().all()
+    assert grad[1:E].any(1).all()
 
 
 def test_entropies(p: Tensor) -> None:
@@ -234,6 +241,42 @@ def test_uniform_routing_costs_the_coefficient() -> None:
         torch.testing.assert_close(losses.SwitchLoss(1e-2)(even, NOTHING_KNOWN), torch.tensor(1e-2 * top_k))
         loss = losses.SwitchLoss(1e-2, per_choice=True)(even, NOTHING_KNOWN)
         torch.testing.assert_close(loss, torch.tensor(1e-2))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.SwitchLoss(per_choice=True),
+        losses.SwitchLoss(scope="sequence", per_choice=True),
+        losses.SwitchLoss(scope="global", per_choice=True),
+        losses.ImportanceLoad(),
+        losses.DeviceBalance([0, 0, 1, 1, 2, 2]),
+    ],
+    ids=lambda loss: f"{type(loss).__name__} {getattr(loss, 'scope', '')}",
+)
+def test_empty_columns_change_no_loss(loss: Any) -> None:
+    """As many as a wider token, or a compiled graph, adds."""
+    logits = torch.randn(T, E)
+    routed = TopP(0.4)(logits)
+    widened = routed._replace(
+        topk_ids=nn.functional.pad(routed.topk_ids, (0, 3), value=-1),
+        topk_weights=nn.functional.pad(routed.topk_weights, (0, 3)),
+    )
+    context = Context(sequence_length=T // 2, training=True)
+    assert torch.equal(loss(widened, context), loss(routed, context))
+
+
+def test_per_choice_divides_by_the_mean_number_of_choices() -> None:
+    """Tokens with one and with three experts, evenly loaded: α for each sequence and for all."""
+    ids = torch.full((2 * E, 3), -1, dtype=torch.int32)
+    ids[:E, 0] = torch.arange(E)
+    ids[E:] = torch.arange(3 * E).view(E, 3) % E
+    even = Routing(ids, torch.ones(2 * E, 3), torch.zeros(2 * E, E), E)
+    context = Context(sequence_length=E)
+    for scope in ("micro", "sequence", "global"):
+        loss = losses.SwitchLoss(1e-2, scope, per_choice=True)(even, context)
+        torch.testing.assert_close(loss, torch.tensor(1e-2))
+        torch.testing.assert_close(losses.SwitchLoss(1e-2, scope)(even, context), torch.tensor(2e-2))
 
 
 def test_sequence_scope_is_stricter_than_the_batch_on_skewed_domains() -> None:

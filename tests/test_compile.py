@@ -14,6 +14,7 @@ import switchgear
 from switchgear import ops, reference
 from switchgear.common.compiling import not_compiled
 from switchgear.ops import registration
+from switchgear.routing import Capacity, DeviceBalance, ImportanceLoad, SwitchLoss, TopP
 from switchgear.testing import Case, GluOptions, Layer, make_layer
 
 CASE = Case("compile", 9, 2, 4, 12, 6, "holes")
@@ -138,6 +139,26 @@ def test_compile(dynamic: bool) -> None:
             assert torch.equal(compiled(x), block(x))
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(compiled(x), block(x))
+
+
+@pytest.mark.parametrize("overflow", ["reroute", "overselect"])
+def test_a_graph_drops_and_counts_as_without_one(overflow: str) -> None:
+    """No column is removed in a graph; neither the limit, nor candidates, nor losses depend on their number."""
+    balance = [SwitchLoss(0.01, per_choice=True), DeviceBalance(4, num_experts=8), ImportanceLoad()]
+    limit = Capacity(0.5, "choice", overflow, expand=1.5, renormalize=True)
+    moe = switchgear.MoE(16, 8, 8, select=TopP(0.4), capacity=limit, balance=balance, return_routing=True)
+    x = torch.randn(2, 16, 16)
+    with torch.no_grad():
+        moe.gate.weight.mul_(4)
+        y, routing = moe(x)
+        losses = moe.losses
+        compiled, graph = torch.compile(moe, backend="eager")(x)
+    assert torch.equal(compiled, y)
+    assert routing.num_dropped == graph.num_dropped > 0
+    assert routing.topk_ids.shape[1] < graph.topk_ids.shape[1] == 8
+    assert moe.losses.keys() == losses.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(moe.losses[name], loss)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")

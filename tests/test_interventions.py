@@ -31,6 +31,7 @@ from switchgear.routing import (
     TopK,
     TopP,
 )
+from switchgear.routing.context import NOTHING_KNOWN
 
 E, H = 8, 16
 
@@ -128,6 +129,50 @@ def test_gain_scales_a_contribution_linearly(policy: str) -> None:
     torch.testing.assert_close(outputs[2.0] - outputs[0.0], 2 * one, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(outputs[3.0] - outputs[0.0], 3 * one, atol=1e-5, rtol=1e-4)
     assert one.abs().max() > 1e-3
+
+
+LIMITS = {
+    "drop": Capacity(1.0, "score"),
+    "reroute": Capacity(1.0, "score", "reroute"),
+    "reroute, renormalize": Capacity(1.0, "order", "reroute", renormalize=True),
+    "overselect": Capacity(1.0, "score", "overselect"),
+    "overselect, renormalize": Capacity(1.0, "score", "overselect", expand=2.0, renormalize=True),
+}
+limits = pytest.mark.parametrize("limit", LIMITS)
+
+
+@limits
+@pytest.mark.parametrize("select", [TopK(2), TopP(0.6)], ids=["top_k", "top_p"])
+def test_a_capacity_sends_nothing_to_a_disabled_expert(limit: str, select: Any) -> None:
+    """Nor does a token lose a place to one: the choice is that of a router without the expert."""
+    moe, tokens = layer(select=select, capacity=LIMITS[limit]), x(64)
+    with moe.gate.intervene(disable=[5]), moe.gate.intervene(disable=[0]):
+        routing = routed(moe, tokens)
+    assert not {0, 5} & set(routing.topk_ids.flatten().tolist())
+    assert (routing.topk_weights[routing.topk_ids < 0] == 0).all()
+    scores = moe.gate.logits(tokens).softmax(-1).index_fill(1, torch.tensor([0, 5]), 0)
+    bias = torch.zeros(E).index_fill(0, torch.tensor([0, 5]), -torch.inf)
+    chosen = select(moe.gate.logits(tokens), NOTHING_KNOWN, bias)
+    gone = (chosen.topk_ids == 0) | (chosen.topk_ids == 5)
+    chosen = chosen._replace(
+        topk_ids=chosen.topk_ids.masked_fill(gone, -1), topk_weights=chosen.topk_weights.masked_fill(gone, 0)
+    )
+    wanted = LIMITS[limit](chosen._replace(scores=scores), NOTHING_KNOWN)
+    assert rows(routing) == rows(wanted)
+    assert routing.num_dropped == wanted.num_dropped
+
+
+@limits
+def test_a_gain_comes_after_a_capacity(limit: str) -> None:
+    moe, tokens = layer(top_k=2, capacity=LIMITS[limit]), x(64)
+    plain = routed(moe, tokens)
+    gains = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 0.0, 3.0, 1.0])
+    with moe.gate.intervene(gain=gains), moe.gate.intervene(gain={2: 0.5}):
+        routing = routed(moe, tokens)
+    assert torch.equal(routing.topk_ids, plain.topk_ids)
+    gains[2] = 1.0
+    wanted = plain.topk_weights * gains[plain.topk_ids.clamp(min=0).long()]
+    torch.testing.assert_close(routing.topk_weights, wanted)
 
 
 def test_blocks_nest_and_restore() -> None:

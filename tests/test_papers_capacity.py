@@ -25,6 +25,11 @@ def routing_of(logits: Tensor, top_k: int = K) -> Routing:
     return TopK(top_k)(logits)._replace(scores=logits.softmax(-1))
 
 
+def places(factor: float, routing: Routing) -> int:
+    """⌈factor · choices / E⌉ of the choices that were made."""
+    return math.ceil(factor * int((routing.topk_ids >= 0).sum()) / E)
+
+
 def skewed(num_tokens: int = 40) -> Tensor:
     return torch.randn(num_tokens, E) + torch.linspace(2, -2, E)
 
@@ -59,9 +64,9 @@ def limited(routing: Routing, capacity: int, drop: str) -> tuple[list[list[int]]
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
 def test_capacity_aware_inference_drops_as_a_loop_does(backend: str, drop: str, factor: float) -> None:
     routing = routing_of(skewed())
-    routing.topk_ids[3, 1] = routing.topk_ids[7, 0] = -1  # holes use no capacity
+    routing.topk_ids[3, 1] = routing.topk_ids[7, 0] = -1  # holes use no capacity and give none
     out = Capacity(factor, drop)(routing, NOTHING_KNOWN)
-    wanted, _ = limited(routing, math.ceil(factor * K * 40 / E), drop)
+    wanted, _ = limited(routing, places(factor, routing), drop)
     assert out.topk_ids.tolist() == wanted
     kept = out.topk_ids >= 0
     assert torch.equal(out.topk_weights, routing.topk_weights * kept)
@@ -70,7 +75,58 @@ def test_capacity_aware_inference_drops_as_a_loop_does(backend: str, drop: str, 
     for s in range(2):
         mine = slice(20 * s, 20 * s + 20)
         part = routing._replace(topk_ids=routing.topk_ids[mine], topk_weights=routing.topk_weights[mine])
-        assert per_sequence.topk_ids[mine].tolist() == limited(part, math.ceil(factor * K * 20 / E), drop)[0]
+        assert per_sequence.topk_ids[mine].tolist() == limited(part, places(factor, part), drop)[0]
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize(
+    ("factor", "num_experts", "limit"), [(1.1, 10, 11), (0.7, 10, 7), (1.15, 4, 29), (0.29, 1, 29)]
+)
+def test_a_capacity_is_that_of_the_factor_as_it_is_written(
+    scope: str, factor: float, num_experts: int, limit: int
+) -> None:
+    """1.1 · 100 / 10 is 11, which binary fractions exceed."""
+    routing = TopK(1)(torch.eye(1, num_experts).expand(100, -1))
+    out = Capacity(factor, scope=scope)(routing, Context(sequence_length=100))
+    assert counts_of(out.topk_ids) == [limit, *[0] * (E - 1)]
+
+
+def test_candidates_are_counted_by_the_choices_of_their_token() -> None:
+    """⌈k · expand⌉ of a token with k choices: as wide as another token is, and as the factor is written."""
+    logits = torch.arange(10.0).flip(0).expand(3, 10)
+    routing = TopK(5)(logits)._replace(scores=logits.softmax(-1))
+    routing.topk_ids[1, 1:] = -1
+    routing.topk_ids[2] = -1
+    out = Capacity(9.0, overflow="overselect", expand=2.0)(routing, NOTHING_KNOWN)
+    assert (out.topk_ids >= 0).sum(1).tolist() == [10, 2, 0]
+    out = Capacity(9.0, overflow="overselect", expand=1.2)(routing, NOTHING_KNOWN)
+    assert (out.topk_ids >= 0).sum(1).tolist() == [6, 2, 0]
+    out = Capacity(9.0, overflow="overselect")(routing, NOTHING_KNOWN)
+    assert (out.topk_ids >= 0).sum(1).tolist() == [10, 10, 0]
+    assert out.topk_ids.shape == (3, 10)  # plain choices and others, without the columns that nobody can fill
+    alone = Capacity(0.1, overflow="reroute", expand=2.0)(TopK(1)(logits[:2]), NOTHING_KNOWN)
+    assert alone.topk_ids.tolist() == [[0], [1]]
+    alone = Capacity(0.1, overflow="reroute", expand=2.0)(TopK(1)(logits), NOTHING_KNOWN)
+    assert alone.topk_ids.tolist() == [[0], [1], [-1]]
+
+
+@pytest.mark.parametrize("overflow", ["reroute", "overselect"])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_masked_experts_take_nothing_over(overflow: str, score_function: str) -> None:
+    """A token's masked experts neither serve it nor use up a place that another token could have."""
+    allowed = torch.ones(40, E, dtype=torch.bool)
+    allowed[::2, 2:] = False
+    select = Masked(TopK(2, score_function), lambda z, context: allowed)
+    routing = select(skewed(), NOTHING_KNOWN)
+    out = Capacity(1.0, "order", overflow)(routing, NOTHING_KNOWN)
+    kept = out.topk_ids >= 0
+    assert allowed.gather(1, out.topk_ids.clamp(min=0).long())[kept].all()
+    if overflow == "reroute":  # a free place is one that nobody may have who lost a choice
+        load = torch.tensor(counts_of(out.topk_ids))
+        lost = (~kept & (routing.topk_ids >= 0)).any(1)
+        has = torch.zeros_like(allowed).scatter(1, out.topk_ids.clamp(min=0).long(), kept)
+        assert ((load == places(1.0, routing)) | has | ~allowed)[lost].all()
+        assert (out.topk_ids != routing.topk_ids)[1::2].any()
 
 
 @pytest.mark.parametrize("expand", [None, 2.0])
@@ -391,9 +447,16 @@ def test_stealing_user_prompts_ties_follow_the_order_within_a_sequence() -> None
         ("overflow", {"overflow": "queue"}),
         ("scope", {"scope": "token"}),
         ("expand", {"expand": 0.5}),
+        ("expand", {"expand": math.inf}),
         ("minimum", {"minimum": -1}),
     ],
 )
 def test_bad_options_of_capacities_are_named(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=name):
+        Capacity(**options)
+
+
+@pytest.mark.parametrize("options", [{"factor": "a"}, {"evaluation_factor": "a"}, {"expand": "a"}, {"minimum": 2.5}])
+def test_options_of_capacities_of_other_types_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(options))}: expected"):
         Capacity(**options)

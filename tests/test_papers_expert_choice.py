@@ -57,6 +57,22 @@ def test_expert_choice_fills_every_expert_alike(backend: str) -> None:
         assert chosen == sorted(set(chosen))
 
 
+@pytest.mark.parametrize("weights", ["score", "logit"])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_expert_choice_weighs_in_evaluation_as_in_training(weights: str, scale: float) -> None:
+    logits = torch.randn(9, E, dtype=torch.float64)
+    select = ExpertChoice(2.0, weights=weights, scale=scale, evaluation=2)
+    values = logits.softmax(-1) if weights == "score" else logits
+    for training in (True, False):
+        routing = select(logits, Context(training=training))
+        kept = routing.topk_ids >= 0
+        wanted = scale * values.gather(1, routing.topk_ids.clamp(min=0).long())
+        torch.testing.assert_close(routing.topk_weights[kept], wanted[kept])
+    assert routing.topk_ids.tolist() == [best(row, 2) for row in values]
+    bias = torch.zeros(E).index_fill(0, torch.tensor([3]), 100.0)
+    assert (select(logits, Context(), bias).topk_ids[:, 0] == 3).all()
+
+
 def test_expert_choice_gives_ties_to_the_lowest_token() -> None:
     routing = ExpertChoice(1.0)(torch.zeros(24, 4))
     assert (routing.topk_ids[:6] >= 0).all()

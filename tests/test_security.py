@@ -12,7 +12,19 @@ from torch import Tensor
 
 import switchgear
 from switchgear import MoE, presets
-from switchgear.routing import BalancedAssignment, Capacity, Dense, ExpertChoice, TopK
+from switchgear.routing import (
+    BalancedAssignment,
+    Capacity,
+    CapacityByKind,
+    Dense,
+    DepthChoice,
+    ExpertChoice,
+    Positive,
+    SkipBelow,
+    Threshold,
+    TopK,
+    TopP,
+)
 from switchgear.testing import assert_batch_invariant
 
 H, E, LENGTH = 16, 4, 6
@@ -197,6 +209,45 @@ def test_presets_are_independent_of_the_batch(preset: dict[str, Any], length: in
 def test_dependent_on_the_batch_unless_isolated(policy: str) -> None:
     with pytest.raises(AssertionError, match="sequence"):
         assert_batch_invariant(layer(**DEPENDENT[policy]), torch.randn(5, LENGTH, H))
+
+
+VARIABLE = {  # selections with as many columns as the widest token of the batch
+    "top_p": TopP(0.4),
+    "top_p, at most three": TopP(0.4, max_experts=3),
+    "threshold": Threshold(0.2),
+    "positive": Positive(),
+    "skip": SkipBelow(TopK(4), 0.5),
+    "skip of top_p": SkipBelow(TopP(0.9), 0.3),
+    "expert choice": ExpertChoice(2.0),
+    "depth": DepthChoice(0.5, causal=False),
+}
+CAPACITIES = {
+    "none": None,
+    **{drop: Capacity(0.5, drop) for drop in ("order", "choice", "score", "reverse")},
+    "reroute": Capacity(0.7, "score", "reroute"),
+    "reroute, expand": Capacity(0.5, "order", "reroute", expand=1.5),
+    "overselect": Capacity(0.7, "score", "overselect"),
+    "overselect, expand": Capacity(0.7, "choice", "overselect", expand=2.0),
+    "renormalize": Capacity(0.7, renormalize=True),
+    "by kind": CapacityByKind(2),
+}
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("select", VARIABLE)
+def test_independent_of_the_widest_token(select: str, capacity: str) -> None:
+    """A neighbour whose tokens choose more or fewer experts changes no bit, in rows and in ragged sequences."""
+    torch.manual_seed(1)
+    moe = MoE(H, 4, 32, select=VARIABLE[select], capacity=CAPACITIES[capacity], isolation="sequence").eval()
+    with torch.no_grad():
+        moe.gate.weight.mul_(6)
+        x = torch.randn(4, 12, H) * torch.tensor([1.0, 0.1, 3.0, 0.01])[:, None, None]
+        assert_batch_invariant(moe, x)
+        rows, ids = x.view(-1, H)[:41], torch.arange(41) % 7 % 4
+        together = moe(rows, sequence_ids=ids)
+        for sequence in range(4):
+            mine = ids == sequence
+            assert torch.equal(together[mine], moe(rows[mine], sequence_ids=ids[mine]))
 
 
 @pytest.mark.parametrize("policy", INDEPENDENT)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from switchgear.functional import Routing
-from switchgear.routing.ranking import wide
+from switchgear.routing.ranking import finite, wide
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -107,10 +107,13 @@ def switch_loss(probabilities: Tensor, tokens_per_expert: Tensor, num_tokens: Te
     return probabilities.shape[1] * (fraction * _mean(probabilities)).sum()
 
 
-def sequence_switch_loss(probabilities: Tensor, topk_ids: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+def sequence_switch_loss(
+    probabilities: Tensor, topk_ids: Tensor, sequence_ids: Tensor, num_sequences: int, per_choice: bool = False
+) -> Tensor:
     """The mean of switch_loss over sequences (the sequence-wise loss of arXiv:2412.19437).
 
     probabilities [T,E], topk_ids [T,K], sequence_ids [T] in [0, num_sequences). Sequences without tokens contribute 0.
+    per_choice: f_e is a fraction of the choices of the sequence, instead of its tokens.
     """
     num_experts = probabilities.shape[1]
     sequence_ids = sequence_ids.long()
@@ -121,18 +124,20 @@ def sequence_switch_loss(probabilities: Tensor, topk_ids: Tensor, sequence_ids: 
     counts = counts.view(num_sequences, num_experts + 1)[:, 1:]
     totals = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequence_ids, probabilities)
     tokens = tokens.clamp(min=1)[:, None]
-    return num_experts * (counts / tokens * (totals / tokens)).sum() / max(num_sequences, 1)
+    of = counts.sum(1, keepdim=True).clamp(min=1) if per_choice else tokens
+    return num_experts * (counts / of * (totals / tokens)).sum() / max(num_sequences, 1)
 
 
 def device_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> Tensor:
     """Σ_g f'_g · P'_g over groups of experts, one per device (DeepSeekMoE, arXiv:2401.06066).
 
-    f'_g is the mean over the group's experts of f_e = E / (K·T) · tokens_per_expert[e]; P'_g is the sum of their mean
-    probabilities. probabilities [T,E], topk_ids [T,K], groups [E]: the group of each expert. 1 for an even load.
+    f'_g is the mean over the group's experts of f_e = E · tokens_per_expert[e] / the number of choices (K·T without
+    empty ones); P'_g is the sum of their mean probabilities. probabilities [T,E], topk_ids [T,K], groups [E]: the group
+    of each expert. 1 for an even load.
     """
-    num_tokens, num_experts = probabilities.shape
+    num_experts = probabilities.shape[1]
     counts = count_tokens(topk_ids, num_experts).to(probabilities.dtype)
-    fraction = counts * num_experts / max(topk_ids.shape[1] * num_tokens, 1)
+    fraction = counts * num_experts / counts.sum().clamp(min=1)
     groups = groups.long()
     sums = torch.stack((fraction, _mean(probabilities), torch.ones_like(fraction)))
     fraction, mass, size = torch.zeros_like(sums).index_add(1, groups, sums)  # there are at most E groups
@@ -187,17 +192,18 @@ def importance_loss(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) ->
     return squared_variation(_total_weights(topk_ids, topk_weights, num_experts))
 
 
-def smooth_load(router_logits: Tensor, top_k: int, noise_std: float = 1.0) -> Tensor:
+def smooth_load(router_logits: Tensor, top_k: int | Tensor, noise_std: float = 1.0) -> Tensor:
     """[E]: the expected number of tokens that choose each expert if only its logit is redrawn with noise `noise_std`.
 
     Σ_t Φ((z[t,e] - k-th largest of the others) / noise_std); differentiable, unlike counts (arXiv:1701.06538).
-    router_logits [T,E].
+    router_logits [T,E]. top_k: k, or that of each token, [T] integers from 0 on.
     """
-    logits = wide(router_logits)
-    if top_k >= logits.shape[1]:
-        return torch.ones_like(logits).sum(0)
-    best = logits.topk(top_k + 1, dim=-1).values
-    last_in, first_out = best[:, top_k - 1, None], best[:, top_k, None]
+    logits = finite(router_logits)
+    end = logits.new_full((logits.shape[0], 1), math.inf)  # before the best, and its negative behind the last
+    best = torch.cat((end, logits.sort(dim=-1, descending=True).values, -end), 1)
+    k = torch.zeros_like(end, dtype=torch.int64) + (top_k[:, None] if isinstance(top_k, Tensor) else top_k)
+    k = k.clamp(max=logits.shape[1])
+    last_in, first_out = best.gather(1, k), best.gather(1, k + 1)
     threshold = torch.where(logits >= last_in, first_out, last_in)
     load: Tensor = torch.special.ndtr((logits - threshold) / noise_std).sum(0)
     return load

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from switchgear import ops, reference
-from switchgear.functional import Routing
+from switchgear.complaints import at_least
+from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice
 from switchgear.routing.context import Context, check_scope, is_per_sequence, sequences
-from switchgear.routing.ranking import choose, scores_of, uniform
+from switchgear.routing.ranking import choose, left_aligned, scores_of, total_weight, uniform
 
 DROPS = ("order", "choice", "score", "reverse", "random")
 OVERFLOWS = ("drop", "reroute", "overselect")
@@ -42,8 +43,11 @@ class Dropless:
 
 @dataclass(frozen=True)
 class Capacity:
-    """An expert accepts at most C = max(minimum, ⌈factor · K · T / E⌉) tokens (arXiv:2101.03961; arXiv:2503.05066 for
-    inference).
+    """An expert accepts at most C = max(minimum, ⌈factor · N / E⌉) tokens, where N is the number of choices that the
+    tokens made: K·T if each of T tokens chose K experts (arXiv:2101.03961; arXiv:2503.05066 for inference).
+
+    Empty choices, as of masked experts, are not in N, use no capacity and do not count as dropped. So neither the other
+    tokens' numbers of choices nor padding behind them changes what happens to a sequence.
 
     Args:
         factor: in training, and in evaluation unless evaluation_factor is given. Infinity: no limit.
@@ -55,17 +59,16 @@ class Capacity:
             expert with free capacity, in the same order of precedence. Its weight is scaled by the ratio of the scores.
             "overselect": each token first chooses all of its candidates, and then the others are dropped; so a token
             may have more than K experts (that all survivors stay is a choice of ours).
-        expand: number of candidates per token, ⌈K · expand⌉; all experts if None. With "reroute" a choice is dropped
-            only if each candidate is full or already has the token.
-        scope: "batch", or "sequence": T is the length of a sequence and only its own tokens compete, so other sequences
-            have no effect.
+        expand: number of candidates of a token with k choices, ⌈k · expand⌉; all experts if None, but never those of
+            score 0, as masked ones. With "reroute" a choice is dropped only if each candidate is full or already has
+            the token.
+        scope: "batch", or "sequence": N is that of a sequence and only its own tokens compete, so other sequences have
+            no effect.
         minimum: the smallest capacity.
         renormalize: scale the weights that a token keeps to the sum that they had before, for routers that normalise
             the weights of their choices (norm_topk_prob; arXiv:2503.05066). A token without experts stays without.
         prefill_only: in evaluation, no limit for sequences of one token, a decoding step (arXiv:2503.05066). Known from
             x [B,1,H] or Context.sequence_length.
-
-    Empty choices use no capacity and do not count as dropped.
     """
 
     factor: float = 1.25
@@ -89,15 +92,18 @@ class Capacity:
         check_scope(self.scope)
         for name in ("factor", "evaluation_factor"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not as_number(name, value) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
-        if self.expand is not None and not self.expand >= 1:
-            raise ValueError(f"expand: expected a number of at least 1, got {self.expand}")
-        if self.minimum < 0:
-            raise ValueError(f"minimum: expected at least 0, got {self.minimum}")
+        if self.expand is not None and not 1 <= as_number("expand", self.expand) < math.inf:
+            raise ValueError(f"expand: expected a finite number of at least 1, got {self.expand}")
+        at_least(0, "minimum", self.minimum)
 
     def __call__(self, routing: Routing, context: Context) -> Routing:
-        ids = routing.topk_ids
+        return self.limited(routing, context, _choices(routing))
+
+    def limited(self, routing: Routing, context: Context, choices: Tensor) -> Routing:
+        """The routing within the limits that follow from choices [T] int64, the number of choices of each token."""
+        ids, num_experts = routing.topk_ids, routing.num_experts
         num_tokens, top_k = ids.shape
         factor = self.factor
         if not context.training and self.evaluation_factor is not None:
@@ -107,45 +113,43 @@ class Capacity:
         decodes = self.prefill_only and not context.training and 1 in (num_tokens, context.sequence_length)
         if math.isinf(factor) or num_tokens == 0 or decodes:
             return routing._replace(num_dropped=dropped)
-        limits, sequence = self._limits(factor, ids, routing.num_experts, context)
-        scores, candidates = None, 0
-        wanted = routing
+        limits, sequence = self._limits(factor, choices, num_experts, context)
+        wanted, ranking, rounds = routing, None, 0
         if self.overflow != "drop":
             scores = routing.scores if routing.scores is not None else scores_of(routing.router_logits, "softmax")
-            candidates = routing.num_experts
-            if self.expand is not None:
-                candidates = min(math.ceil(top_k * self.expand), candidates)
+            others, most = _others(routing, scores.detach(), self.expand)
             if self.overflow == "overselect":
-                routing = _overselected(routing, scores, candidates)
-                ids, scores, candidates = routing.topk_ids, None, 0
+                routing = _overselected(routing, scores, others, most)
+            else:
+                ranking, rounds = _ranking(scores.detach(), others, most), most
         kept_ids = ops.fit_capacity(
-            ids, self._priorities(routing, context), None if scores is None else scores.detach().float(), sequence,
-            limits, routing.num_experts, self.drop if self.drop in reference.DROPS else "priority", candidates,
+            routing.topk_ids, self._priorities(routing, context), ranking, sequence, limits, num_experts + rounds,
+            self.drop if self.drop in reference.DROPS else "priority", top_k + rounds,
         )  # fmt: skip
+        kept_ids = kept_ids.masked_fill(kept_ids >= num_experts, -1)
         weights = routing.topk_weights.masked_fill(kept_ids < 0, 0)
-        if scores is not None:
+        if ranking is not None:
             moved = (kept_ids != ids) & (kept_ids >= 0)
             weights = torch.where(moved, weights * _ratio(scores, kept_ids, ids), weights)
+        routing = routing._replace(topk_ids=kept_ids, topk_weights=weights)
         if self.renormalize:
-            total = weights.sum(1, keepdim=True)
-            whole = wanted.topk_weights.sum(1, keepdim=True)
+            total, whole = total_weight(routing), total_weight(wanted)
             weights = weights * (whole / torch.where(total == 0, torch.ones_like(total), total))
-        lost = (wanted.topk_ids >= 0).sum(1) - (kept_ids >= 0).sum(1)
-        return routing._replace(topk_ids=kept_ids, topk_weights=weights, num_dropped=dropped + lost.clamp(min=0).sum())
+        lost = _choices(wanted) - _choices(routing)
+        return _narrowed(routing._replace(topk_weights=weights, num_dropped=dropped + lost.clamp(min=0).sum()))
 
-    def _limits(self, factor: float, ids: Tensor, num_experts: int, context: Context) -> tuple[Tensor, Tensor | None]:
+    def _limits(
+        self, factor: float, choices: Tensor, num_experts: int, context: Context
+    ) -> tuple[Tensor, Tensor | None]:
         """C of each sequence [B] int32, and the sequence of each token [T] int32, None if all tokens compete."""
-        num_tokens, top_k = ids.shape
         if not is_per_sequence(self.scope, context):
-            limit = max(math.ceil(factor * top_k * num_tokens / num_experts), self.minimum)
-            limit = min(limit, num_tokens * top_k)
-            return torch.full((1,), limit, dtype=torch.int32, device=ids.device), None
-        sequence, count = sequences(context, num_tokens, ids.device)
-        sizes = torch.zeros(count, dtype=torch.int64, device=ids.device)
-        sizes = sizes.scatter_add(0, sequence, torch.ones_like(sequence))
-        limits = (sizes.double() * (factor * top_k) / num_experts).ceil()
-        limits = limits.clamp(min=self.minimum).clamp(max=num_tokens * top_k)
-        return limits.to(torch.int32), sequence.to(torch.int32)
+            sequence, total = None, choices.sum().view(1)
+        else:
+            index, count = sequences(context, len(choices), choices.device)
+            total = torch.zeros(count, dtype=torch.int64, device=choices.device).scatter_add(0, index, choices)
+            sequence = index.to(torch.int32)
+        limits = _rounded_up(total.double() * factor / num_experts)
+        return limits.clamp(min=min(self.minimum, _MOST)).to(torch.int32), sequence
 
     def _priorities(self, routing: Routing, context: Context) -> Tensor | None:
         if self.drop == "score":
@@ -158,7 +162,8 @@ class Capacity:
 @dataclass(frozen=True)
 class CapacityByKind:
     """Two capacities: ⌈factor · τ·K·T / (τ·N + F)⌉ tokens for each of N real experts, ⌈factor · K·T / (τ·N + F)⌉ for
-    each of the F = free_experts last ones, which cost nothing (MoE++, arXiv:2410.07348; constants unverified).
+    each of the F = free_experts last ones, which cost nothing (MoE++, arXiv:2410.07348; constants unverified). K·T is
+    the number of choices, without empty ones.
 
     limit: a Capacity that drops, whose factor is the formula's; evaluation_factor alike.
     """
@@ -169,9 +174,8 @@ class CapacityByKind:
 
     def __post_init__(self) -> None:
         check_choice("limit.overflow", self.limit.overflow, ("drop",))
-        if self.free_experts < 0:
-            raise ValueError(f"free_experts: expected at least 0, got {self.free_experts}")
-        if not 0 < self.tau < math.inf:
+        at_least(0, "free_experts", self.free_experts)
+        if not 0 < as_number("tau", self.tau) < math.inf:
             raise ValueError(f"tau: expected a positive number, got {self.tau}")
 
     def __call__(self, routing: Routing, context: Context) -> Routing:
@@ -179,7 +183,7 @@ class CapacityByKind:
         if self.free_experts > num_experts:
             raise ValueError(f"free_experts: expected at most {num_experts} (num_experts), got {self.free_experts}")
         real = num_experts - self.free_experts
-        unit = num_experts / (self.tau * real + self.free_experts)  # factor 1 of a Capacity is K·T / num_experts
+        unit = num_experts / (self.tau * real + self.free_experts)  # factor 1 of a Capacity is choices / num_experts
         is_free = routing.topk_ids >= real
         limited = self._limited(routing, ~is_free, self.tau * unit, context)
         others = self._limited(routing, is_free, unit, context)
@@ -199,7 +203,21 @@ class CapacityByKind:
             factor=self.limit.factor * scale,
             evaluation_factor=None if evaluation is None else evaluation * scale,
         )
-        return limit(routing._replace(topk_ids=routing.topk_ids.masked_fill(~kind, -1)), context)
+        part = routing._replace(topk_ids=routing.topk_ids.masked_fill(~kind, -1))
+        return limit.limited(part, context, _choices(routing))
+
+
+_MOST = 2**31 - 1  # of a limit, an int32
+
+
+def _choices(routing: Routing) -> Tensor:
+    """The number of choices of each token, [T] int64."""
+    return (routing.topk_ids >= 0).sum(1)
+
+
+def _rounded_up(values: Tensor) -> Tensor:
+    """⌈values⌉ int64, at most _MOST, of float64 products of a number as it is written: 1.1 · 100 / 10 is 11, not 12."""
+    return (values * (1 - 2**-48)).ceil().clamp(max=_MOST).long()
 
 
 def _ratio(scores: Tensor, new_ids: Tensor, old_ids: Tensor) -> Tensor:
@@ -208,22 +226,47 @@ def _ratio(scores: Tensor, new_ids: Tensor, old_ids: Tensor) -> Tensor:
     return new / old.clamp(min=torch.finfo(scores.dtype).tiny)
 
 
-def _overselected(routing: Routing, scores: Tensor, candidates: int) -> Routing:
-    """The routing with each token's next best experts behind its choices, up to `candidates` in all. Their weights are
-    the token's first one, scaled by the ratio of the scores."""
+def _others(routing: Routing, scores: Tensor, expand: float | None) -> tuple[Tensor, int]:
+    """The experts that a token may get beyond its choices, [T,E] bool, and a bound of their number."""
+    ids, logits = routing.topk_ids, routing.router_logits
+    top_k, num_experts = ids.shape[1], routing.num_experts
+    had = torch.zeros_like(scores).scatter_add(1, ids.clamp(min=0).long(), (ids >= 0).to(scores.dtype)) > 0
+    is_open = ~had & (scores > 0) & (logits > torch.finfo(logits.dtype).min)  # Masked closes with the lowest
+    if expand is None:
+        return is_open, num_experts - 1
+    most = min(math.ceil(top_k * expand) - top_k, num_experts - 1)
+    best = choose(scores.masked_fill(~is_open, -1), max(most, 1))
+    count = _choices(routing)[:, None]
+    within = torch.arange(best.shape[1], device=ids.device) < _rounded_up(count.double() * expand) - count
+    return is_open & torch.zeros_like(is_open).scatter(1, best.long(), within), most
+
+
+def _ranking(scores: Tensor, others: Tensor, rounds: int) -> Tensor:
+    """Scores [T, E + rounds] float32 for rerouting in so many rounds. A token that runs out of candidates goes on to
+    the last experts, which do not exist, and is dropped there: it must take no place of an expert that is none."""
+    nowhere = scores.new_full((scores.shape[0], rounds), -0.5)
+    return torch.cat((scores.masked_fill(~others, -1), nowhere), 1).float()
+
+
+def _overselected(routing: Routing, scores: Tensor, others: Tensor, most: int) -> Routing:
+    """The routing with each token's other candidates behind its choices, the best first. Their weights are the token's
+    first one, scaled by the ratio of the scores."""
     ids, weights = routing.topk_ids, routing.topk_weights
-    more = candidates - ids.shape[1]
-    if more <= 0:
+    if most == 0:
         return routing
-    had = (
-        torch.zeros_like(scores[:, :1])
-        .expand_as(scores)
-        .scatter_add(1, ids.clamp(min=0).long(), (ids >= 0).to(scores.dtype))
-    )
-    others = choose(scores.detach().masked_fill(had > 0, -math.inf), more)
-    has_any = ids[:, :1] >= 0
-    extra = weights[:, :1] * _ratio(scores, others, ids[:, :1])
+    best = choose(scores.masked_fill(~others, -1), most)
+    is_other = others.gather(1, best.long()) & (ids[:, :1] >= 0)
+    extra = weights[:, :1] * _ratio(scores, best, ids[:, :1])
     return routing._replace(
-        topk_ids=torch.cat((ids, others.masked_fill(~has_any, -1)), 1),
-        topk_weights=torch.cat((weights, extra.masked_fill(~has_any, 0)), 1),
+        topk_ids=torch.cat((ids, best.masked_fill(~is_other, -1)), 1),
+        topk_weights=torch.cat((weights, extra.masked_fill(~is_other, 0)), 1),
     )
+
+
+def _narrowed(routing: Routing) -> Routing:
+    """The routing without columns beyond E, which no token can fill."""
+    num_experts = routing.num_experts
+    if routing.topk_ids.shape[1] <= num_experts:
+        return routing
+    full = left_aligned(routing)
+    return full._replace(topk_ids=full.topk_ids[:, :num_experts], topk_weights=full.topk_weights[:, :num_experts])

@@ -19,10 +19,11 @@ class Change:
     """A change of the choice among E experts.
 
     Args:
-        disable: experts that no token gets. If fewer than top_k remain, choices stay empty.
+        disable: experts that no token gets, from a capacity that reroutes neither. If fewer than top_k remain, choices
+            stay empty.
         force: experts that every token gets, weighted by their scores, in place of its last choices.
         bias: added to the scores for the choice only, not to the weights.
-        gain: multiplies the weights of an expert, after everything else.
+        gain: multiplies the weights of an expert, after everything else, a capacity included.
 
     bias and gain map experts to numbers, or are [E]. Where no bias moves the choice (Dense, a soft GumbelSoftmax,
     Lookup; inside replay and decouple), force and bias are refused. If experts choose tokens (ExpertChoice), a forced
@@ -60,6 +61,12 @@ class Change:
             if experts:
                 values[torch.tensor(sorted(experts), device=device)] = value
         return values
+
+    def close(self, scores: Tensor) -> Tensor:
+        """scores [T,E] with 0 for disabled experts: a capacity sends no token to those."""
+        if not self.disable:
+            return scores
+        return scores.index_fill(1, torch.tensor(sorted(self.disable), device=scores.device), 0)
 
     def edit(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         """Applies the change to a finished choice [T,K]: removes disabled experts and multiplies by gains. Ids outside

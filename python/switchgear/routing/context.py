@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from switchgear.functional import Routing
 from switchgear.reference import check_choice, check_range, check_size
+from switchgear.routing.change import Change
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Context:
         fields: by name, whatever a policy of your own needs: moe(x, fields={"previous_logits": z}).
         isolated: tokens compete only with tokens of their own sequence, whatever the scope of the policy.
         training: set by the router.
+        changes: set by a router with a capacity: the interventions whose disabled experts and gains it applies after
+            the capacity.
     """
 
     token_ids: Tensor | None = None
@@ -53,6 +56,7 @@ class Context:
     fields: Mapping[str, Any] | None = None
     isolated: bool = False
     training: bool = False
+    changes: list[Change] | None = None
 
     def require(self, name: str, user: str) -> Any:
         """The attribute or field `name`. Raises ValueError, naming it and its user, if it is None."""

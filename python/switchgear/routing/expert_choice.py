@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from switchgear import ops
-from switchgear.functional import Routing, route
-from switchgear.reference import check_choice
+from switchgear.complaints import at_least
+from switchgear.functional import Routing, as_number, route
+from switchgear.reference import check_choice, check_finite
 from switchgear.routing.context import NOTHING_KNOWN, Context, check_scope, is_per_sequence, sequences
 from switchgear.routing.ranking import choose, finite, scores_of, uniform
 from switchgear.routing.selection import Positive
@@ -39,7 +40,8 @@ class ExpertChoice:
         scale: multiplies the weights.
         ties: "index", to the lowest token, or "random".
         evaluation: whether a token is taken depends on later tokens, so a decoder cannot use expert choice. With
-            evaluation = n each token gets its n best experts in evaluation. None: as in training.
+            evaluation = n each token gets its n best experts in evaluation, with the same weights; so not beside
+            "softmax_over_tokens", which depends on later tokens. None: as in training.
     """
 
     capacity_factor: float = 2.0
@@ -58,22 +60,24 @@ class ExpertChoice:
         check_scope(self.scope)
         check_choice("weights", self.weights, ("score", "softmax_over_tokens", "logit"))
         check_choice("ties", self.ties, ("index", "random"))
-        if not self.capacity_factor > 0:
-            raise ValueError(f"capacity_factor: expected a positive number, got {self.capacity_factor}")
-        if not self.cap_lambda >= 2**-126:
+        if not 0 < as_number("capacity_factor", self.capacity_factor) < math.inf:
+            raise ValueError(f"capacity_factor: expected a finite positive number, got {self.capacity_factor}")
+        check_finite("scale", as_number("scale", self.scale))
+        if not as_number("cap_lambda", self.cap_lambda) >= 2**-126:
             raise ValueError(f"cap_lambda: expected a number of at least 2^-126, got {self.cap_lambda}")
-        for name in ("cap_iterations", "cap_tolerance"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        at_least(0, "cap_iterations", self.cap_iterations)
+        if not as_number("cap_tolerance", self.cap_tolerance) >= 0:
+            raise ValueError(f"cap_tolerance: expected at least 0, got {self.cap_tolerance}")
         for name in ("tokens_per_expert", "max_experts_per_token", "evaluation"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            if getattr(self, name) is not None:
+                at_least(1, name, getattr(self, name))
+        if self.evaluation is not None and self.weights == "softmax_over_tokens":
+            raise ValueError(f"evaluation: expected none beside weights='softmax_over_tokens', got {self.evaluation}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
         if self.evaluation is not None and not context.training:
-            return route(router_logits, self.evaluation, selection_bias=bias)
+            return self._of_each_token(router_logits, self.evaluation, bias)
         num_tokens, num_experts = router_logits.shape
         by_score = self.weights == "score"
         scores = scores_of(router_logits, "softmax") if by_score else finite(router_logits)
@@ -93,6 +97,15 @@ class ExpertChoice:
             scores = _softmax_over_tokens(scores, taken, sequence, limits.shape[0])
         weights = scores.gather(1, ids.clamp(min=0).long()).masked_fill(ids < 0, 0) * self.scale
         return Routing(ids, weights, router_logits, num_experts, scores if by_score else None)
+
+    def _of_each_token(self, router_logits: Tensor, count: int, bias: Tensor | None) -> Routing:
+        """Each token's `count` best experts, by what experts choose by, and weighted alike."""
+        if self.weights == "score":
+            return route(router_logits, count, scale=self.scale, selection_bias=bias)
+        logits = finite(router_logits)
+        ids = choose(logits if bias is None else logits + finite(bias), count)
+        weights = logits.gather(1, ids.long()) * self.scale
+        return Routing(ids, weights, router_logits, router_logits.shape[1])
 
     def _limits(
         self, context: Context, num_tokens: int, num_experts: int, device: torch.device
@@ -155,7 +168,7 @@ class DepthChoice:
     scope: str = "sequence"
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
+        if not 0 < as_number("fraction", self.fraction) <= 1:
             raise ValueError(f"fraction: expected a number in (0, 1], got {self.fraction}")
         check_scope(self.scope)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -39,7 +39,11 @@ class Changed:
             extra = pad(extra, (0, classes - num_experts))
             bias = extra if bias is None else bias + extra
         routing = self.select(router_logits, context, bias)
-        ids, weights = self.change.edit(routing.topk_ids, routing.topk_weights, num_experts)
+        change = self.change
+        if context.changes is not None:  # gains wait for the router's capacity
+            context.changes.append(change)
+            change = replace(change, gain=None)
+        ids, weights = change.edit(routing.topk_ids, routing.topk_weights, num_experts)
         return routing._replace(topk_ids=ids, topk_weights=weights)
 
 

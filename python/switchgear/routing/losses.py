@@ -49,11 +49,12 @@ class SwitchLoss(nn.Module):
             carries the gradient, is always the mean probability of the call's (or sequence's) tokens.
         accumulate: with scope "global", also count over all calls since the last Router.after_step, that is over the
             micro-batches of a step.
-        per_choice: divide by K, so that an even load gives α for any K (DeepSeekMoE, arXiv:2401.06066, equation 12).
+        per_choice: divide by the mean number of choices of a token, so that an even load gives α for any K
+            (DeepSeekMoE, arXiv:2401.06066, equation 12). It is counted over the tokens of f_e; empty choices are none.
         score_function: see router_probabilities.
         num_null: the last num_null experts are null experts and share one load (AdaMoE, arXiv:2406.13233).
 
-    Counts are taken before any capacity limit. Even load: α·K, or α with per_choice.
+    Counts are taken before any capacity limit. Even load: α times that mean number, or α with per_choice.
     """
 
     def __init__(
@@ -84,15 +85,14 @@ class SwitchLoss(nn.Module):
         num_tokens = probabilities.shape[0]
         if self.scope == "sequence":
             ids, num_sequences = sequences(context, num_tokens, probabilities.device)
-            loss = balance.sequence_switch_loss(probabilities, routing.topk_ids, ids, num_sequences)
+            loss = balance.sequence_switch_loss(probabilities, routing.topk_ids, ids, num_sequences, self.per_choice)
         else:
             counts = count_tokens(routing.topk_ids, routing.num_experts)
             counts = torch.cat((counts, counts.new_full((1,), num_tokens)))
             if self.scope == "global":
                 counts = self._gather(counts, context.group)
-            loss = balance.null_aware_switch_loss(probabilities, counts[:-1], counts[-1], self.num_null)
-        if self.per_choice:
-            loss = loss / routing.topk_ids.shape[1]
+            of = counts[:-1].sum() if self.per_choice else counts[-1]
+            loss = balance.null_aware_switch_loss(probabilities, counts[:-1], of, self.num_null)
         coefficient: Any = self.coefficient
         weighted: Tensor = loss * (coefficient(routing) if isinstance(coefficient, nn.Module) else coefficient)
         return weighted
@@ -149,7 +149,7 @@ class ZLoss:
 class ImportanceLoad:
     """importance · CV²(total weights) + load · CV²(smooth load) (arXiv:1701.06538; LLaMA-MoE, arXiv:2406.16554).
 
-    noise_std: the noise of the smooth load, in units of logits.
+    noise_std: the noise of the smooth load, in units of logits. Each token has as many places as it made choices.
     """
 
     importance: float = 1e-2
@@ -163,7 +163,7 @@ class ImportanceLoad:
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         ids, weights, logits, num_experts = routing[:4]
         loss = self.importance * balance.importance_loss(ids, weights, num_experts)
-        smooth = balance.smooth_load(logits, min(ids.shape[1], num_experts), self.noise_std)
+        smooth = balance.smooth_load(logits, (ids >= 0).sum(1), self.noise_std)
         return loss + self.load * balance.squared_variation(smooth)
 
 

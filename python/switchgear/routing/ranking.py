@@ -82,6 +82,21 @@ def keep_choices(routing: Routing, keep: Tensor) -> Routing:
     )
 
 
+def left_aligned(routing: Routing) -> Routing:
+    """Moves holes behind the choices, whose order stays."""
+    order = (routing.topk_ids < 0).to(torch.int8).sort(dim=-1, stable=True).indices
+    return routing._replace(
+        topk_ids=routing.topk_ids.gather(1, order), topk_weights=routing.topk_weights.gather(1, order)
+    )
+
+
+def total_weight(routing: Routing) -> Tensor:
+    """The sum of each token's weights [T,1], added in the order of the experts: empty columns change no bit of it."""
+    dense = routing.topk_weights.new_zeros(routing.topk_ids.shape[0], routing.num_experts)
+    dense = dense.scatter_add(1, routing.topk_ids.clamp(min=0).long(), routing.topk_weights)  # 0 for empty choices
+    return dense.sum(1, keepdim=True)
+
+
 def trim(routing: Routing) -> Routing:
     """Removes trailing columns that are empty for all tokens. On the CPU only: elsewhere their number would have to be
     read back, and in a compiled graph it would be a data-dependent shape."""

@@ -290,15 +290,28 @@ class Router(KeepsFloat32):
         if self._is_plain():
             return self._route(router_logits)
         select = self.selection()
-        routing = select(router_logits, context, self.e_score_correction_bias)
-        wanted = routing
+        if self.capacity is not None:
+            context = replace(context, changes=[])
+        wanted = routing = select(router_logits, context, self.e_score_correction_bias)
         if self.capacity is not None:
             if routing.scores is None and getattr(self.capacity, "needs_scores", False):
                 routing = routing._replace(scores=scores_of(routing.router_logits, _score_function(select)))
-            routing = self.capacity(routing, context)
+            routing = self._limited(routing, context)
         if self.training and self.balance:
             self._count(wanted, context)
             routing = routing._replace(losses=self._losses(wanted._replace(num_dropped=routing.num_dropped), context))
+        return routing
+
+    def _limited(self, routing: Routing, context: Context) -> Routing:
+        """The routing within the capacity, under the interventions that the selection left in context.changes."""
+        assert self.capacity is not None
+        scores = closed = routing.scores
+        for change in context.changes or ():
+            closed = None if closed is None else change.close(closed)
+        routing = self.capacity(routing._replace(scores=closed), context)._replace(scores=scores)
+        for change in context.changes or ():
+            ids, weights = change.edit(routing.topk_ids, routing.topk_weights, routing.num_experts)
+            routing = routing._replace(topk_ids=ids, topk_weights=weights)
         return routing
 
     def complete(self, context: Context, hidden_states: Tensor) -> Context:

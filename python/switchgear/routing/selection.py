@@ -33,9 +33,11 @@ from switchgear.routing.ranking import (
     choose,
     finite,
     keep_choices,
+    left_aligned,
     normalized,
     ranks,
     scores_of,
+    total_weight,
     trim,
 )
 
@@ -315,7 +317,7 @@ class SkipBelow:
             importance = context.require("importance", "SkipBelow(protect=)").reshape(-1)
             keep = keep | within_fraction(importance, self.protect, context, context.isolated)[:, None]
         kept = keep_choices(routing, keep & (routing.topk_ids >= 0))
-        missing = weights.sum(-1, keepdim=True) / (kept.topk_weights.sum(-1, keepdim=True) + 1e-20)
+        missing = total_weight(routing) / (total_weight(kept) + 1e-20)
         return trim(left_aligned(kept._replace(topk_weights=kept.topk_weights * missing)))
 
     @staticmethod
@@ -325,14 +327,6 @@ class SkipBelow:
             raise ValueError(f"routing: expected at least 2 experts per token, got {routing.topk_weights.shape[1]}")
         best = routing.topk_weights.detach().sort(-1, descending=True).values
         return float((best[:, 1] / best[:, 0]).median())
-
-
-def left_aligned(routing: Routing) -> Routing:
-    """Moves holes behind the choices, whose order stays."""
-    order = (routing.topk_ids < 0).to(torch.int8).sort(dim=-1, stable=True).indices
-    return routing._replace(
-        topk_ids=routing.topk_ids.gather(1, order), topk_weights=routing.topk_weights.gather(1, order)
-    )
 
 
 def within_fraction(values: Tensor, fraction: float, context: Context, per_sequence: bool) -> Tensor:
