@@ -113,6 +113,22 @@ def test_definitions() -> None:
     torch.testing.assert_close(deepseek.topk_weights, 2.5 * weights / weights.sum(-1, keepdim=True))
 
 
+def test_a_closed_expert_does_not_close_its_group(backend: str) -> None:
+    logits = torch.randn(30, 8)
+    bias = torch.zeros(8)
+    bias[[2, 4, 5]] = -math.inf  # of the groups of two one is half open, one closed
+    scores = logits.sigmoid()
+    ranks = torch.where(bias.isinf(), 0, scores).view(30, 4, 2).sum(-1)
+    ranks[:, 2] = -1
+    allowed = torch.zeros(30, 4).scatter(1, ranks.topk(2).indices, 1).bool().repeat_interleave(2, 1)
+    wanted = (scores + bias).masked_fill(~allowed, -math.inf).topk(2).indices
+    found = switchgear.route(
+        logits, 2, score_function="sigmoid", selection_bias=bias, num_groups=4, topk_groups=2, group_score="top2_sum"
+    )
+    assert torch.equal(found.topk_ids, wanted.int())
+    assert (found.topk_ids == 3).any()
+
+
 @given(st.data())
 def test_total_order(backend: str, data: st.DataObject) -> None:
     """Value descending, then id ascending; NaN and -Inf after every finite number, +Inf before."""

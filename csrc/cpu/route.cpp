@@ -7,6 +7,7 @@
 // gives K distinct experts. A ranking is always the total order (value descending, index ascending). Float operations run in
 // the written order and are never fused: scores have the same bits on every backend, ISA and number of threads.
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "experts.h"
@@ -26,7 +27,9 @@ float group_score(const float* values, int64_t n, GroupScore kind) {
     second = j == 1 ? std::min(best, values[j]) : std::max(second, std::min(best, values[j]));
     best = std::max(best, values[j]);
   }
-  return kind == GroupScore::kMax ? best : best + second;
+  // By a bias of -Inf: the sum would close the whole group.
+  const bool is_closed = second == std::numeric_limits<float>::lowest();
+  return kind == GroupScore::kMax || is_closed ? best : best + second;
 }
 
 // Memory of one thread for a block of rows.

@@ -70,7 +70,9 @@ __device__ inline void take_best_groups(const RouteParams& p, const uint32_t* ke
       j = j + 1 < size ? j + 1 : 0;
     }
     float score = value_of(best);
-    if (p.group_score == GroupScore::kTop2Sum) score = add(score, size > 1 ? value_of(second) : 0.0f);
+    const float other = size > 1 ? value_of(second) : 0.0f;
+    const bool is_closed = other == -FLT_MAX;  // by a bias of -Inf: the sum would close the group
+    if (p.group_score == GroupScore::kTop2Sum && !is_closed) score = add(score, other);
     group_keys[g] = key_of(score);
   }
   for (int i = 0; i < p.topk_groups; ++i) {  // a lane reads and writes only its own entries

@@ -80,7 +80,7 @@ def route(
             arXiv:2408.15664). It gets no gradient.
         num_groups, topk_groups, group_score: only experts of the best `topk_groups` of `num_groups` equal groups can be
             chosen (device-limited routing, arXiv:2405.04434); a group ranks by its "max" or the sum of its two best,
-            "top2_sum".
+            "top2_sum", where an expert that a bias of -Inf closes counts 0.
 
     Returns:
         Routing with topk_ids [T,K] int32 in order of choice and topk_weights [T,K] float32 (float64 for float64).

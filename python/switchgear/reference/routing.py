@@ -113,7 +113,9 @@ def _keep_best_groups(values: Tensor, num_groups: int, topk_groups: int, group_s
     groups = values.view(num_tokens, num_groups, num_experts // num_groups)
     rank = groups.amax(-1)
     if group_score == "top2_sum" and groups.shape[-1] > 1:
-        rank = rank + groups.topk(2, dim=-1).values[..., 1]
+        second = groups.topk(2, dim=-1).values[..., 1]
+        is_closed = second == torch.finfo(second.dtype).min  # by a bias of -Inf: the sum would close the group
+        rank = rank + second.masked_fill(is_closed, 0)
     kept = rank.sort(dim=-1, descending=True, stable=True).indices[:, :topk_groups]
     dropped = torch.ones_like(rank, dtype=torch.bool).scatter(1, kept, False)
     return groups.masked_fill(dropped[:, :, None], -math.inf).view(num_tokens, num_experts)
