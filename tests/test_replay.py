@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,97 @@ def checkpointed_forward(model: Model, ids: Tensor, use_reentrant: bool) -> Tens
     for layer in model.layers:
         x = x + checkpoint(layer, x, use_reentrant=use_reentrant)
     return x
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_of_the_whole_model_is_one_call(use_reentrant: bool) -> None:
+    model = nn.Sequential(MoE(H, 12, E, K), MoE(H, 12, E, K))
+    batches = [torch.randn(2, 6, H, requires_grad=True) for _ in range(2)]
+    with record(model) as choices:
+        for x in batches:
+            checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+    assert choices.lengths.tolist() == [6] * 4
+    move(model)
+    with replay(model, choices):
+        for i, x in enumerate(batches):
+            want = choices.layers["1.gate"].topk_ids()[12 * i : 12 * (i + 1)]
+            assert torch.equal(seen(model, x)["1"][0], want)
+    with replay(model, choices):
+        for i, x in enumerate(batches):
+            want = choices.layers["1.gate"].topk_ids()[12 * i : 12 * (i + 1)]
+            got: list[Tensor] = []
+            with observe(model, lambda name, o: got.append(o.topk_ids), ["1"]):  # noqa: B023
+                checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+            assert torch.equal(got[0], want)
+
+
+@contextmanager
+def out_of_memory(module: nn.Module) -> Iterator[None]:
+    """Inside the block, a call of the module raises."""
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    handle = module.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        yield
+    handle.remove()
+
+
+def test_a_call_that_raises_is_not_replayed() -> None:
+    model = nn.Sequential(MoE(H, 12, E, K), MoE(H, 12, E, K))
+    batches = [torch.randn(2, 6, H) for _ in range(2)]
+    with record(model) as choices:
+        for x in batches:
+            model(x)
+    want = choices.layers["0.gate"].topk_ids().split(12)
+    move(model)
+    with replay(model, choices):
+        for x, ids in zip(batches, want, strict=True):
+            with out_of_memory(model[1].experts):
+                model(x)
+            with pytest.raises(ValueError, match="at most"):
+                model(x.repeat(3, 1, 1))
+            assert torch.equal(seen(model, x)["0"][0], ids)
+
+
+def test_a_call_with_other_tokens_is_not_replayed() -> None:
+    model, batches = Model(), [torch.full((2, 6), i) for i in range(2)]
+    with record(model) as choices:
+        for ids in batches:
+            model(ids)
+    with replay(model, choices):
+        with pytest.raises(ValueError, match="input_ids: expected those of the record"):
+            model(batches[1])
+        for i, ids in enumerate(batches):
+            want = choices.layers["layers.0.gate"].topk_ids()[12 * i : 12 * (i + 1)]
+            assert torch.equal(seen(model, ids)["layers.0"][0], want)
+
+
+def test_a_call_that_raises_is_not_recorded() -> None:
+    model, ids = Model(), torch.randint(50, (2, 6))
+    with record(model) as once:
+        model(ids)
+    with record(model) as retried:
+        with out_of_memory(model.layers[1].experts):
+            model(torch.randint(50, (3, 4)))
+        model(ids)
+        with out_of_memory(model.layers[0].experts):
+            model(ids)
+    assert torch.equal(retried.lengths, once.lengths)
+    assert torch.equal(retried.token_ids, once.token_ids)
+    for name, layer in once.layers.items():
+        assert torch.equal(retried.layers[name].topk_ids(), layer.topk_ids())
+
+
+def test_a_router_alone_is_recorded_and_replayed() -> None:
+    router = switchgear.Router(H, E, K)
+    x = torch.randn(2, 6, H)
+    with record(router) as choices:
+        want = router(x).topk_ids
+    move(router)
+    with replay(router, choices):
+        assert torch.equal(router(x).topk_ids, want)
 
 
 def test_a_record_of_other_choices(tmp_path: Path) -> None:
