@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,22 @@ from torch.utils.checkpoint import checkpoint
 import switchgear
 from full_disk import full_disk
 from switchgear import MoE
-from switchgear.routing import Capacity, ExpertChoice, GumbelSoftmax, RoutingRecord, TopP, record, replay
+from switchgear.routing import (
+    Capacity,
+    ExpertChoice,
+    GumbelSoftmax,
+    Masked,
+    PreRouter,
+    RoutingRecord,
+    RunningCap,
+    SkipBelow,
+    Temperature,
+    TopK,
+    TopP,
+    decouple,
+    record,
+    replay,
+)
 from switchgear.routing.records import LayerRecord
 from switchgear.trace import observe
 
@@ -371,6 +387,37 @@ def test_errors() -> None:
         model.layers[0](torch.randn(1, 3, H))
     assert [list(layer.gate.overrides) for layer in model.layers] == before
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("how", ["replay", "decouple"])
+def test_entering_changes_no_state(how: str) -> None:
+    """The trial of a selection that counts what it chose."""
+    model = Model(top_k=None, select=partial(RunningCap, TopK(K), 10.0))
+    with record(model) as choices:
+        model(torch.randint(50, (2, 6)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pre_router = PreRouter(H, [E, E])
+    block = replay(model, choices) if how == "replay" else decouple(model, pre_router, model.embedding, K)
+    with block:
+        pass
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "select, culprit",
+    [
+        (partial(Masked, TopK(K), lambda logits, context: torch.arange(E) > 2), "Masked"),
+        (partial(Temperature, TopK(K), 2.0), "Temperature"),
+        (SkipBelow(TopK(K), 0.9), "SkipBelow"),
+        (SkipBelow(GumbelSoftmax(), 0.0), "GumbelSoftmax"),
+    ],
+)
+def test_a_refusal_names_the_selection_that_is_why(select: Any, culprit: str) -> None:
+    model = Model(top_k=None, select=select)
+    with record(model) as choices:
+        model(torch.randint(50, (2, 6)))
+    with pytest.raises(ValueError, match=f"weights are scores of the choice, got {culprit}$"):
+        replay(model, choices).__enter__()
 
 
 def test_some_layers() -> None:
