@@ -31,8 +31,8 @@ class KeepsFloat32(nn.Module):
 def on_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside the block, the modules and those in them have copies of their buffers."""
     with ExitStack() as stack:
-        for module in {inside for module in modules for inside in module.modules()}:
-            own = dict(module._buffers)
-            stack.callback(module._buffers.update, own)
-            module._buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
+        for inside in {inside for module in modules for inside in module.modules()}:
+            own = dict(inside._buffers)
+            stack.callback(inside._buffers.update, own)
+            inside._buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
         yield
