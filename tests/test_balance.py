@@ -21,6 +21,7 @@ from switchgear.routing.auxiliary import (
     consistency_loss,
     gradient_conflict_loss,
     gradient_conflicts,
+    output_regularization,
 )
 from switchgear.routing.context import NOTHING_KNOWN, Context
 
@@ -385,6 +386,18 @@ def test_consistency_is_symmetric_and_zero_for_equal_passes() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
     spoilt = torch.where(mask[..., None] > 0, b, 100 * b)
     torch.testing.assert_close(consistency_loss(a, b, mask), consistency_loss(a, spoilt, mask))
+
+
+@pytest.mark.parametrize("loss", [consistency_loss, output_regularization])
+def test_padding_may_be_nan(loss: Any) -> None:
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    whole = [torch.randn(2, 4, 9) for _ in range(2)]
+    spoilt = [torch.where(mask[..., None] > 0, logits, torch.nan).requires_grad_() for logits in whole]
+    value = loss(*spoilt, mask)
+    torch.testing.assert_close(value, loss(*whole, mask))
+    value.backward()
+    assert spoilt[1].grad.isfinite().all()
+    assert spoilt[1].grad.any(-1).equal(mask > 0)
 
 
 def test_two_opposite_tokens_conflict(backend: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 from typing import Any
@@ -429,6 +430,15 @@ def test_gaussian_gate_is_a_log_density(covariance: str) -> None:
         density = torch.distributions.MultivariateNormal(score.mean[e], scale_tril=factor)
         torch.testing.assert_close(score(x, NOTHING_KNOWN)[:, e], density.log_prob(x))
     assert torch.autograd.gradcheck(lambda x: score(x, NOTHING_KNOWN), (x.requires_grad_(),))
+
+
+def test_gaussian_gate_far_from_zero_is_as_exact() -> None:
+    score, x = Gaussian(64, 3), 100 + torch.randn(6, 64)
+    nn.init.normal_(score.mean, mean=100.0)
+    exact = copy.deepcopy(score).double()(x.double(), NOTHING_KNOWN)
+    squares = (x[:, None] - score.mean).double().square().sum(-1)
+    error = (score(x, NOTHING_KNOWN).double() - exact).abs()
+    assert (error <= 64 * torch.finfo(torch.float32).eps * squares).all()
 
 
 def test_nexus_adds_an_expert_without_touching_the_others() -> None:

@@ -404,7 +404,7 @@ def test_entering_changes_no_state(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "select, culprit",
+    ("select", "culprit"),
     [
         (partial(Masked, TopK(K), lambda logits, context: torch.arange(E) > 2), "Masked"),
         (partial(Temperature, TopK(K), 2.0), "Temperature"),

@@ -54,6 +54,14 @@ class Context:
     isolated: bool = False
     training: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("token_ids", "sequence_ids", "embedding", "importance"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected Tensor, got {type(value).__name__}")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator: expected torch.Generator, got {type(self.generator).__name__}")
+
     def require(self, name: str, user: str) -> Any:
         """The attribute or field `name`. Raises ValueError, naming it and its user, if it is None."""
         value = (self.fields or {}).get(name, getattr(self, name, None))
