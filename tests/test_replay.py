@@ -319,11 +319,16 @@ def test_other_choices_are_checked() -> None:
         (({"a": ids}, [2], {"b": 4}), ValueError, "num_classes: expected a number for a, got those of b"),
         (({"a": ids * 0}, [2], 1), ValueError, "topk_ids: expected at most 1 choices of a token, got 2"),
         (({"a": ids * 0 - 1}, [2], 0), ValueError, "num_classes: expected 1 to 16777216, got 0"),
+        (({"a": ids}, [0.7, 2.3], 4), TypeError, "lengths: expected integers, got torch.float32"),
+        (({"a": ids // 2}, [2], 4), ValueError, "topk_ids: expected different experts of a token in a, got 0 twice"),
         (({"a": ids}, [2], 4, torch.tensor([0, 2**31])), ValueError, "token_ids: expected -2147483648 to 2147483647"),
     ]
     for arguments, error, message in wrong:
         with pytest.raises(error, match=message):
             RoutingRecord.of(*arguments)
+    assert not RoutingRecord.of({"a": ids[:0]}, [], 4).num_sequences
+    empty = ids.clone().fill_(-1)  # is no expert, and may be there twice
+    assert torch.equal(RoutingRecord.of({"a": empty}, [2], 4).layers["a"].topk_ids().long(), empty)
 
 
 def test_a_failed_save_keeps_the_earlier_file(tmp_path: Path) -> None:

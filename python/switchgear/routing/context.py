@@ -162,15 +162,21 @@ def modules_in(part: Any) -> list[nn.Module]:
     return [module for _, value in _fields(part) for module in modules_in(value)]
 
 
-def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> Tensor:
+def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None, name: str = "groups") -> Tensor:
     """The group of each expert, [E] int64 on the CPU. groups: that, or a number of groups of consecutive experts, whose
-    sizes are as equal as possible."""
+    sizes are as equal as possible. Errors call it `name`."""
     if not isinstance(groups, int):
-        return torch.as_tensor(groups).detach().cpu().long()
+        found = torch.as_tensor(groups).detach().cpu()
+        if found.dim() != 1 or len(found) != (num_experts or len(found)):
+            raise ValueError(f"{name}: expected that of each of {num_experts or 'E'} experts, got {list(found.shape)}")
+        if found.is_floating_point() or found.dtype is torch.bool:
+            raise TypeError(f"{name}: expected integers, got {found.dtype}")
+        check_range(name, found, 0, 2**31)
+        return found.long()
     if num_experts is None:
-        raise ValueError("groups: expected the group of each expert, or num_experts beside their number; got neither")
+        raise ValueError(f"{name}: expected that of each expert, or num_experts beside their number; got neither")
     if not 1 <= groups <= num_experts:
-        raise ValueError(f"groups: expected 1 to {num_experts} (num_experts), got {groups}")
+        raise ValueError(f"{name}: expected 1 to {num_experts} (num_experts), got {groups}")
     return torch.arange(num_experts) * groups // num_experts
 
 
