@@ -100,8 +100,8 @@ def cost(model: nn.Module | Any) -> Cost:
     blocks = list(moe_blocks(model).values())
     layers, routed = [], set()
     for block in blocks:
-        experts, num_experts = _experts(block)
-        own = [p for p in _routed(block, experts, num_experts) if id(p) not in routed]
+        real, num_experts = _experts(block)
+        own = [p for p in _routed(block, real, num_experts) if id(p) not in routed]
         routed |= {id(parameter) for parameter in own}
         if block.top_k is None:
             raise ValueError(
