@@ -15,12 +15,22 @@ from torch import distributed as dist
 
 import switchgear
 from switchgear.functional import Routing
-from switchgear.routing import LossFreeBias, TopP, balance, losses
+from switchgear.routing import (
+    AdaptiveCoefficient,
+    AdaptiveSparsity,
+    LossFreeBias,
+    RunningCap,
+    TopK,
+    TopP,
+    balance,
+    losses,
+)
 from switchgear.routing.auxiliary import (
     GradientConflict,
     consistency_loss,
     gradient_conflict_loss,
     gradient_conflicts,
+    output_regularization,
 )
 from switchgear.routing.context import NOTHING_KNOWN, Context
 
@@ -336,6 +346,13 @@ def test_losses_of_no_tokens_are_zero(loss: Any, shape: tuple[int, int, int]) ->
         (losses.ImportanceLoad, "importance"),
         (partial(losses.DeviceBalance, GROUPS), "coefficient"),
         (LossFreeBias, "rate"),
+        (AdaptiveCoefficient, "xi"),
+        (lambda value: AdaptiveCoefficient(alpha_max=value), "alpha_max"),
+        (lambda value: AdaptiveCoefficient(beta=value), "beta"),
+        (lambda value: AdaptiveCoefficient(initial=value), "initial"),
+        (lambda value: AdaptiveSparsity(value, E), "top_k"),
+        (lambda value: AdaptiveSparsity(2, E, initial=value), "initial"),
+        (lambda value: AdaptiveSparsity(2, E, rate=value), "rate"),
     ],
 )
 def test_coefficients_are_finite_numbers(make: Any, name: str) -> None:
@@ -343,6 +360,39 @@ def test_coefficients_are_finite_numbers(make: Any, name: str) -> None:
         make("x")
     with pytest.raises(ValueError, match=f"{name}: expected a finite number, got nan"):
         make(math.nan)
+
+
+def test_controllers_refuse_numbers_out_of_range() -> None:
+    for beta in (-0.1, 2.0):
+        with pytest.raises(ValueError, match=r"^beta: expected a number in \[0, 1\], got"):
+            AdaptiveCoefficient(beta=beta)
+    with pytest.raises(TypeError, match=r"^margin: expected float, got str"):
+        RunningCap(TopK(2), "x", E)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (losses.DeviceBalance, "groups"),
+        (losses.AlignmentLoss, "groups"),
+        (losses.ClusterVariance, "groups"),
+        (partial(losses.LocalityLoss, node=0), "placement"),
+    ],
+)
+def test_groups_of_experts_are_checked(make: Any, name: str) -> None:
+    for wrong, error, message in (
+        ([-1, 0, 0, 0, 1, 1], ValueError, "expected 0 to [0-9]+, got -1 to 1"),
+        ([0.5, 0, 0, 0, 1, 1], TypeError, "expected integers, got torch.float32"),
+        ([[0, 1]], ValueError, "expected that of each of E experts, got"),
+        (2, ValueError, "expected that of each expert, or num_experts beside"),
+    ):
+        with pytest.raises(error, match=f"^{name}: {message}"):
+            make(wrong)
+    with pytest.raises(ValueError, match=f"^{name}: expected that of each of {E} experts, got \\[2\\]"):
+        make([0, 1], num_experts=E)
+    if name == "groups":
+        with pytest.raises(ValueError, match=r"^groups: expected 0 to 5, got 0 to 6"):
+            make([0, 0, 0, 0, 1, 6])
 
 
 def test_a_number_of_null_experts_is_not_negative() -> None:
@@ -428,6 +478,18 @@ def test_consistency_is_symmetric_and_zero_for_equal_passes() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
     spoilt = torch.where(mask[..., None] > 0, b, 100 * b)
     torch.testing.assert_close(consistency_loss(a, b, mask), consistency_loss(a, spoilt, mask))
+
+
+@pytest.mark.parametrize("loss", [consistency_loss, output_regularization])
+def test_padding_may_be_nan(loss: Any) -> None:
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    whole = [torch.randn(2, 4, 9) for _ in range(2)]
+    spoilt = [torch.where(mask[..., None] > 0, logits, torch.nan).requires_grad_() for logits in whole]
+    value = loss(*spoilt, mask)
+    torch.testing.assert_close(value, loss(*whole, mask))
+    value.backward()
+    assert spoilt[1].grad.isfinite().all()
+    assert spoilt[1].grad.any(-1).equal(mask > 0)
 
 
 def test_two_opposite_tokens_conflict(backend: str) -> None:

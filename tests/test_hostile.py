@@ -20,7 +20,7 @@ from torch import Tensor
 import switchgear
 from fuzz.forged_arrays import Forged
 from switchgear import _C
-from switchgear.routing import Capacity, ZLoss
+from switchgear.routing import Capacity, SkipBelow, TopK, ZLoss
 from switchgear.testing import Case, make_layer
 from switchgear.weights import Int4
 
@@ -322,6 +322,15 @@ def test_wrong_selections_and_context() -> None:
         switchgear.Experts(4, 4, 4, dtype=torch.int32)
     with pytest.raises(TypeError, match=r"^token_id: expected .*token_ids, .*, got"):
         switchgear.MoE(4, 4, 4, 2)(torch.randn(3, 4), token_id=torch.ones(3))
+    moe = switchgear.MoE(4, 4, 4, select=SkipBelow(TopK(2), 0.5, protect=0.5))
+    for name in ("token_ids", "sequence_ids", "embedding", "importance"):
+        with pytest.raises(TypeError, match=f"^{name}: expected Tensor, got list"):
+            moe(torch.randn(3, 4), **{name: [0, 1, 2]})
+    with pytest.raises(TypeError, match=r"^generator: expected torch.Generator, got int"):
+        moe(torch.randn(3, 4), generator=3)
+    for wrong in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"^importance: expected 3 tokens, got {wrong}"):
+            moe(torch.randn(3, 4), importance=torch.ones(wrong))
 
 
 WRONG_INPUTS: dict[str, Any] = {

@@ -306,6 +306,23 @@ def test_balanced_load_gives_top_k() -> None:
     assert z_loss(logits[:0]) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_z_loss_leaves_out_tokens_without_an_expert(dtype: torch.dtype) -> None:
+    """Token 1 has none, token 2 has one."""
+    logits = torch.randn(4, 8).to(dtype)
+    allowed = torch.arange(8) != 3
+    allowed = torch.stack((allowed, allowed & False, ~allowed, allowed))
+    masked = logits.masked_fill(~allowed, torch.finfo(dtype).min).requires_grad_()
+    loss = z_loss(masked)
+    wanted = sum(logits[t, allowed[t]].double().logsumexp(0).square() for t in (0, 2, 3)) / 3
+    assert loss.item() == pytest.approx(float(wanted), rel=1e-6)
+    loss.backward()
+    assert masked.grad.isfinite().all()
+    assert masked.grad.any(1).tolist() == [True, False, True, True]
+    assert z_loss(masked[1:2]) == 0
+    assert z_loss(torch.full((2, 8), torch.nan)).isnan()
+
+
 # ---- backends ------------------------------------------------------------------------------------------------------
 
 

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from switchgear import MoE
+from switchgear import MoE, presets
 from switchgear.analysis import MoEScalingLaw, PowerLaw, UpcyclingLaw, attention_layers, cost, moe_parameters
+from switchgear.routing import Masked, SkipBelow, Temperature, TopK, TopP
 
 LAW = MoEScalingLaw(A=120.0, a=0.31, B=0.9, b=0.45, C=410.0, c=0.28, F=1.6, d=0.0015, e_start=1.2, e_max=80.0)
 
@@ -43,6 +45,31 @@ def test_row62_cost_of_our_layers_by_hand() -> None:
     assert found.decode_bytes() == pytest.approx(2 * (found.active - 800))
     with pytest.raises(ValueError, match="context: expected 0"):
         found.kv_bytes(1)
+
+
+def test_row62_virtual_experts_have_no_weights() -> None:
+    """Their constants are no experts either, though as many as experts have the same first size."""
+    plain, size = cost(MoE(16, 8, 8, 2)), 8 * 3 * 8 * 16
+    found = cost(MoE(16, 8, 8, 2, null_experts=2, constant_experts=8, mix_constants=True))
+    assert found.moe_layers == plain.moe_layers == ((8, 2, size),)
+    assert found.active == plain.active + (2 + 8) * 16 + 8 * 16 + 8 * 2 * 16  # router, constants, mixing
+    assert cost(MoE(16, 8, 2, 3, null_experts=4)).moe_layers == ((2, 2, size // 4),)
+
+
+def test_row62_experts_of_different_widths() -> None:
+    """Three slices of width 4, for two experts."""
+    size = 3 * 3 * 4 * 16
+    assert cost(MoE(16, 6, 2, 1, widths=[1, 2])).moe_layers == ((2, 1, size),)
+
+
+def test_row62_selections_of_a_fixed_number() -> None:
+    wanted = cost(MoE(16, 8, 8, 2)).active
+    for select in (TopK(2), partial(Temperature, partial(Masked, TopK(2), lambda logits, context: None))):
+        assert cost(MoE(16, 8, 8, select=select)).active == pytest.approx(wanted, abs=1)  # log_tau
+    assert cost(MoE(16, 8, 8, **presets.llama4())).moe_layers[0][:2] == (8, 1)
+    for varying in (TopP(0.4), SkipBelow(TopK(2), 0.5)):
+        with pytest.raises(ValueError, match="model: expected a fixed number of experts per token, got one that var"):
+            cost(MoE(16, 8, 8, select=varying))
 
 
 def test_row62_published_sizes() -> None:

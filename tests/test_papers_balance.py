@@ -346,6 +346,11 @@ def test_deepseek_moe_is_a_loop_with_shared_experts(backend: str) -> None:
     assert layer.shared_experts.up_proj.weight.shape == (2 * I, H)
 
 
+def test_deepseek_moe_has_no_device_loss_without_devices() -> None:
+    with pytest.raises(ValueError, match=r"^num_devices: expected a number beside device_balance=5.0, got None"):
+        presets.deepseek_moe(device_balance=5.0)
+
+
 def test_deepseek_moe_without_routed_weight_is_its_shared_experts() -> None:
     layer, x = layer_of(presets.deepseek_moe(top_k=3)).eval(), torch.randn(9, H)
     layer.gate.select = lambda z, context, bias=None: TopK(3, scale=0.0)(z, context, bias)

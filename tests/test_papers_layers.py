@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import switchgear
 from flops import count_flops
@@ -527,6 +529,18 @@ def test_monet_gates() -> None:
         torch.testing.assert_close(gate.sum(-1), torch.ones(4000, 2))
     assert (first > 0).sum(-1).float().mean().item() == pytest.approx(8, rel=0.05)
     assert (second > 0).any(-1).all()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_monet_follows_a_forward_once_under_checkpointing(use_reentrant: bool) -> None:
+    layer, x = Monet(H, 8, 4, heads=2, top_k=2), torch.randn(10, H, requires_grad=True)
+    repeated = copy.deepcopy(layer)
+    layer(x).sum().backward()
+    checkpoint(repeated, x, use_reentrant=use_reentrant).sum().backward()
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(getattr(repeated.router, name), getattr(layer.router, name))
+    for own, other in zip(layer.parameters(), repeated.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, own.grad)
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------

@@ -111,6 +111,30 @@ def test_row49_meo_draws_noise_in_training_alone() -> None:
     torch.testing.assert_close(layer(x), meo(layer, x)[0])
 
 
+def test_row49_meo_of_tokens_in_any_order() -> None:
+    """Sequences of different lengths, by numbers of their own or by promised ones."""
+    layer, x = layer_of().double().eval(), torch.randn(9, H, dtype=torch.float64)
+    ids = torch.tensor([2, 0, 2, 1, 1, 2, 0, 2, 1])
+    wanted = torch.empty_like(x)
+    for sequence in range(3):
+        wanted[ids == sequence] = meo(layer, x[ids == sequence][None])[0][0]
+    torch.testing.assert_close(layer(x, sequence_ids=ids), wanted)
+    torch.testing.assert_close(layer(x, 7 - 3 * ids), wanted)
+    torch.testing.assert_close(layer(x, ids.int(), num_sequences=5), wanted)
+
+
+def test_row49_meo_names_wrong_sequences() -> None:
+    layer, x, ids = layer_of(), torch.randn(4, H), torch.tensor([0, 0, 1, 1])
+    for wrong, error, message in (
+        ((ids[:3],), ValueError, "sequence_ids: expected 4 tokens, got 3"),
+        ((ids, 1), ValueError, "sequence_ids: expected 0 to 0, got 0 to 1"),
+        ((ids.float(),), TypeError, "sequence_ids: expected integers, got torch.float32"),
+        ((ids.tolist(),), TypeError, "sequence_ids: expected Tensor, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            layer(x, *wrong)
+
+
 def test_row49_meo_names_a_router_of_the_wrong_width() -> None:
     experts, router = Experts(H, I, E), switchgear.Router(H, E, 2, normalize=True)
     for name, wrong in {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 from typing import Any
@@ -429,6 +430,33 @@ def test_gaussian_gate_is_a_log_density(covariance: str) -> None:
         density = torch.distributions.MultivariateNormal(score.mean[e], scale_tril=factor)
         torch.testing.assert_close(score(x, NOTHING_KNOWN)[:, e], density.log_prob(x))
     assert torch.autograd.gradcheck(lambda x: score(x, NOTHING_KNOWN), (x.requires_grad_(),))
+
+
+def test_scores_of_scores_are_made_for_each_layer() -> None:
+    """A partial with classes is the sum, or the score of the mean, of what the classes make."""
+    x, centroids = torch.randn(2, 3, H, dtype=torch.float64), torch.randn(E, 5)
+    score = partial(Sum, partial(PerSequence, Linear), partial(Linear, bias=True), partial(ClusterPrior, centroids))
+    router, other = (switchgear.Router(H, E, 2, score=score, dtype=torch.float64) for _ in range(2))
+    tensors = [*router.parameters(), *router.buffers()]
+    assert [tensor.dtype for tensor in tensors] == [torch.float64] * 4
+    assert not {t.data_ptr() for t in tensors} & {t.data_ptr() for t in (*other.parameters(), *other.buffers())}
+    of_mean, linear, prior = router.score.scores
+    embedding = torch.randn(2, 5, dtype=torch.float64)
+    near = F.normalize(embedding, dim=-1) @ F.normalize(prior.centroids, dim=-1).T
+    wanted = x.mean(1, keepdim=True) @ of_mean.score.weight.T + x @ linear.weight.T + linear.bias + near[:, None]
+    got = router(x, Context(embedding=embedding)).router_logits
+    torch.testing.assert_close(got, wanted.flatten(0, 1))
+    with pytest.raises(ValueError, match=f"^centroids: expected {E + 1} rows, got {E}"):
+        switchgear.Router(H, E + 1, 2, score=score)
+
+
+def test_gaussian_gate_far_from_zero_is_as_exact() -> None:
+    score, x = Gaussian(64, 3), 100 + torch.randn(6, 64)
+    nn.init.normal_(score.mean, mean=100.0)
+    exact = copy.deepcopy(score).double()(x.double(), NOTHING_KNOWN)
+    squares = (x[:, None] - score.mean).double().square().sum(-1)
+    error = (score(x, NOTHING_KNOWN).double() - exact).abs()
+    assert (error <= 64 * torch.finfo(torch.float32).eps * squares).all()
 
 
 def test_nexus_adds_an_expert_without_touching_the_others() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,15 @@ from switchgear.routing import (
     Capacity,
     ExpertChoice,
     GumbelSoftmax,
+    Masked,
+    PreRouter,
     RoutingRecord,
+    RunningCap,
+    SkipBelow,
+    Temperature,
     TopK,
     TopP,
+    decouple,
     override,
     record,
     replay,
@@ -193,6 +202,97 @@ def checkpointed_forward(model: Model, ids: Tensor, use_reentrant: bool) -> Tens
     return x
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_of_the_whole_model_is_one_call(use_reentrant: bool) -> None:
+    model = nn.Sequential(MoE(H, 12, E, K), MoE(H, 12, E, K))
+    batches = [torch.randn(2, 6, H, requires_grad=True) for _ in range(2)]
+    with record(model) as choices:
+        for x in batches:
+            checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+    assert choices.lengths.tolist() == [6] * 4
+    move(model)
+    with replay(model, choices):
+        for i, x in enumerate(batches):
+            want = choices.layers["1.gate"].topk_ids()[12 * i : 12 * (i + 1)]
+            assert torch.equal(seen(model, x)["1"][0], want)
+    with replay(model, choices):
+        for i, x in enumerate(batches):
+            want = choices.layers["1.gate"].topk_ids()[12 * i : 12 * (i + 1)]
+            got: list[Tensor] = []
+            with observe(model, lambda name, o: got.append(o.topk_ids), ["1"]):  # noqa: B023
+                checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+            assert torch.equal(got[0], want)
+
+
+@contextmanager
+def out_of_memory(module: nn.Module) -> Iterator[None]:
+    """Inside the block, a call of the module raises."""
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    handle = module.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        yield
+    handle.remove()
+
+
+def test_a_call_that_raises_is_not_replayed() -> None:
+    model = nn.Sequential(MoE(H, 12, E, K), MoE(H, 12, E, K))
+    batches = [torch.randn(2, 6, H) for _ in range(2)]
+    with record(model) as choices:
+        for x in batches:
+            model(x)
+    want = choices.layers["0.gate"].topk_ids().split(12)
+    move(model)
+    with replay(model, choices):
+        for x, ids in zip(batches, want, strict=True):
+            with out_of_memory(model[1].experts):
+                model(x)
+            with pytest.raises(ValueError, match="at most"):
+                model(x.repeat(3, 1, 1))
+            assert torch.equal(seen(model, x)["0"][0], ids)
+
+
+def test_a_call_with_other_tokens_is_not_replayed() -> None:
+    model, batches = Model(), [torch.full((2, 6), i) for i in range(2)]
+    with record(model) as choices:
+        for ids in batches:
+            model(ids)
+    with replay(model, choices):
+        with pytest.raises(ValueError, match="input_ids: expected those of the record"):
+            model(batches[1])
+        for i, ids in enumerate(batches):
+            want = choices.layers["layers.0.gate"].topk_ids()[12 * i : 12 * (i + 1)]
+            assert torch.equal(seen(model, ids)["layers.0"][0], want)
+
+
+def test_a_call_that_raises_is_not_recorded() -> None:
+    model, ids = Model(), torch.randint(50, (2, 6))
+    with record(model) as once:
+        model(ids)
+    with record(model) as retried:
+        with out_of_memory(model.layers[1].experts):
+            model(torch.randint(50, (3, 4)))
+        model(ids)
+        with out_of_memory(model.layers[0].experts):
+            model(ids)
+    assert torch.equal(retried.lengths, once.lengths)
+    assert torch.equal(retried.token_ids, once.token_ids)
+    for name, layer in once.layers.items():
+        assert torch.equal(retried.layers[name].topk_ids(), layer.topk_ids())
+
+
+def test_a_router_alone_is_recorded_and_replayed() -> None:
+    router = switchgear.Router(H, E, K)
+    x = torch.randn(2, 6, H)
+    with record(router) as choices:
+        want = router(x).topk_ids
+    move(router)
+    with replay(router, choices):
+        assert torch.equal(router(x).topk_ids, want)
+
+
 def test_a_record_of_other_choices(tmp_path: Path) -> None:
     model = Model()
     ids = torch.randint(E, (2, 12, K))
@@ -220,11 +320,16 @@ def test_other_choices_are_checked() -> None:
         (({"a": ids}, [2], {"b": 4}), ValueError, "num_classes: expected a number for a, got those of b"),
         (({"a": ids * 0}, [2], 1), ValueError, "topk_ids: expected at most 1 choices of a token, got 2"),
         (({"a": ids * 0 - 1}, [2], 0), ValueError, "num_classes: expected 1 to 16777216, got 0"),
+        (({"a": ids}, [0.7, 2.3], 4), TypeError, "lengths: expected integers, got torch.float32"),
+        (({"a": ids // 2}, [2], 4), ValueError, "topk_ids: expected different experts of a token in a, got 0 twice"),
         (({"a": ids}, [2], 4, torch.tensor([0, 2**31])), ValueError, "token_ids: expected -2147483648 to 2147483647"),
     ]
     for arguments, error, message in wrong:
         with pytest.raises(error, match=message):
             RoutingRecord.of(*arguments)
+    assert not RoutingRecord.of({"a": ids[:0]}, [], 4).num_sequences
+    empty = ids.clone().fill_(-1)  # is no expert, and may be there twice
+    assert torch.equal(RoutingRecord.of({"a": empty}, [2], 4).layers["a"].topk_ids().long(), empty)
 
 
 def test_a_failed_save_keeps_the_earlier_file(tmp_path: Path) -> None:
@@ -305,6 +410,37 @@ def test_no_expert_is_forced_in_a_replay() -> None:
             assert not any((got == 1).any() for got, _ in seen(model, ids).values())
         with override(model, select=TopK(K), force=[1]):
             assert all((got == 1).any(-1).all() for got, _ in seen(model, ids).values())
+
+
+@pytest.mark.parametrize("how", ["replay", "decouple"])
+def test_entering_changes_no_state(how: str) -> None:
+    """The trial of a selection that counts what it chose."""
+    model = Model(top_k=None, select=partial(RunningCap, TopK(K), 10.0))
+    with record(model) as choices:
+        model(torch.randint(50, (2, 6)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pre_router = PreRouter(H, [E, E])
+    block = replay(model, choices) if how == "replay" else decouple(model, pre_router, model.embedding, K)
+    with block:
+        pass
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("select", "culprit"),
+    [
+        (partial(Masked, TopK(K), lambda logits, context: torch.arange(E) > 2), "Masked"),
+        (partial(Temperature, TopK(K), 2.0), "Temperature"),
+        (SkipBelow(TopK(K), 0.9), "SkipBelow"),
+        (SkipBelow(GumbelSoftmax(), 0.0), "GumbelSoftmax"),
+    ],
+)
+def test_a_refusal_names_the_selection_that_is_why(select: Any, culprit: str) -> None:
+    model = Model(top_k=None, select=select)
+    with record(model) as choices:
+        model(torch.randint(50, (2, 6)))
+    with pytest.raises(ValueError, match=f"weights are scores of the choice, got {culprit}$"):
+        replay(model, choices).__enter__()
 
 
 def test_some_layers() -> None:

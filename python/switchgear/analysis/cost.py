@@ -13,6 +13,8 @@ from torch import nn
 
 from switchgear.analysis.attention import AttentionLayer, attention_layers
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.layers.heterogeneous import HeterogeneousExperts
+from switchgear.layers.virtual import VirtualExperts
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,10 @@ class Cost:
         parameters: all, tied ones once.
         embedding: those that are looked up, not multiplied: tables that are no output layer too.
         experts: those of routed experts.
-        active: those that a token uses: all without its experts' siblings.
-        moe_layers: (num_experts, top_k, parameters of all its routed experts) for each.
+        active: those that a token uses: all without its experts' siblings. Where choices may be empty or virtual
+            experts, the most that a token uses.
+        moe_layers: (num_experts, top_k, parameters of all its routed experts) for each. Virtual experts, which have no
+            weights, do not count as experts.
         attention: the layers that keep keys and values; None if they are not known for this model.
     """
 
@@ -96,13 +100,14 @@ def cost(model: nn.Module | Any) -> Cost:
     blocks = list(moe_blocks(model).values())
     layers, routed = [], set()
     for block in blocks:
-        own = [parameter for parameter in _routed(block) if id(parameter) not in routed]
+        real, num_experts = _experts(block)
+        own = [p for p in _routed(block, real, num_experts) if id(p) not in routed]
         routed |= {id(parameter) for parameter in own}
         if block.top_k is None:
             raise ValueError(
-                f"model: expected a fixed number of experts per token, got one that varies in {block.name}"
+                f"{block.name or 'model'}: expected a fixed number of experts per token, got one that varies"
             )
-        layers.append((block.num_experts, block.top_k, sum(parameter.numel() for parameter in own)))
+        layers.append((num_experts, min(block.top_k, num_experts), sum(parameter.numel() for parameter in own)))
     every = {id(parameter): parameter.numel() for parameter in model.parameters()}
     parameters, experts = sum(every.values()), sum(size for _, _, size in layers)
     active = parameters - experts + sum(round(size * k / e) for e, k, size in layers)
@@ -128,12 +133,20 @@ def on_meta(config: Any) -> nn.Module:
     raise ValueError(f"model: expected a module or a Hugging Face config, got {type(config).__name__}")
 
 
-def _routed(block: MoeBlock) -> Iterator[nn.Parameter]:
+def _experts(block: MoeBlock) -> tuple[nn.Module, int]:
+    """The experts that have weights, and their number."""
+    if isinstance(block.experts, VirtualExperts):
+        return block.experts.experts, block.experts.num_real
+    return block.experts, block.num_experts
+
+
+def _routed(block: MoeBlock, experts: nn.Module, num_experts: int) -> Iterator[nn.Parameter]:
     """The parameters of which a token uses K of E: stacked ones, or those of a module per expert."""
     others = {id(p) for part in (block.gate, block.shared) if part is not None for p in part.parameters()}
-    for name, parameter in block.experts.named_parameters():
+    rows = experts.slices.num_experts if isinstance(experts, HeterogeneousExperts) else num_experts
+    for name, parameter in experts.named_parameters():
         alone = any(part.removeprefix("expert_").isdigit() for part in name.split("."))
-        stacked = parameter.dim() > 0 and parameter.shape[0] % block.num_experts == 0 and parameter.dim() > 1
+        stacked = parameter.dim() > 1 and parameter.shape[0] % rows == 0
         if id(parameter) not in others and (alone or stacked):
             yield parameter
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Buffers that stay float32 in a model of another dtype."""
+"""Buffers that stay float32 in a model of another dtype, and buffers that a trial leaves alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,3 +25,14 @@ class KeepsFloat32(nn.Module):
             if after is not None and after.dtype is not torch.float32:
                 self._buffers[name] = buffer.to(after.device)
         return self
+
+
+@contextmanager
+def on_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block, the modules and those in them have copies of their buffers."""
+    with ExitStack() as stack:
+        for inside in {inside for module in modules for inside in module.modules()}:
+            own = dict(inside._buffers)
+            stack.callback(inside._buffers.update, own)
+            inside._buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
+        yield

@@ -113,8 +113,8 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
     Layers have the names of a RoutingTrace, which keeps sums only. Here memory grows with the tokens: 8·K bytes per
     token and layer, and 4·E more for logits.
 
-    Each row of a call is an example. A call with tokens in its cache, as the steps of `generate`, continues the
-    examples of the call before.
+    Each row of a call is an example. Of tokens [T,H] without rows, each token is one: pass a text as [1,T,H]. A call
+    with tokens in its cache, as the steps of `generate`, continues the examples of the call before.
 
     Args:
         logits: keep router_logits too, where the router has them.

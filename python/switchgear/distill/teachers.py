@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from switchgear.functional import Routing
 from switchgear.reference import check_size
+from switchgear.routing.auxiliary import mean_of_tokens, without_padding
 from switchgear.routing.balance import load_balancing_loss
 from switchgear.routing.context import Select, most_experts, scored
 from switchgear.routing.interventions import override
@@ -28,15 +29,9 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | No
     """KL(student || teacher) of the softmax over the last dimension of logits [..., V], averaged over tokens, in nats:
     a float32 scalar, 0 for equal logits. mask [...]: False for padding, whose logits may be NaN. Differentiable in
     both."""
-    if mask is not None:
-        kept = mask.bool()[..., None]
-        student_logits, teacher_logits = torch.where(kept, student_logits, 0), torch.where(kept, teacher_logits, 0)
+    student_logits, teacher_logits = without_padding(student_logits, mask), without_padding(teacher_logits, mask)
     log_q, log_p = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
-    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
-    if mask is None:
-        return divergence.sum() / max(divergence.numel(), 1)
-    mask = mask.to(divergence.dtype)
-    return (divergence * mask).sum() / mask.sum().clamp(min=1)
+    return mean_of_tokens((log_q.exp() * (log_q - log_p)).sum(-1), mask)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from switchgear.adapters.wrappers import is_wrapper
+from switchgear.routing.controllers import RunningCap
+from switchgear.routing.masks import Masked, Temperature
 from switchgear.routing.router import Router
 
 _GATES = ("gate", "router")  # transformers has no third name
@@ -141,7 +143,15 @@ def _ours(model: nn.Module) -> Iterator[MoeBlock]:
         if isinstance(gate, Router) and isinstance(experts, nn.Module):
             layer = f"{name}.gate" if name else "gate"
             shared = getattr(module, "shared_experts", None)
-            yield MoeBlock(name, module, gate, experts, gate.num_experts, gate.top_k, shared, layer)
+            yield MoeBlock(name, module, gate, experts, gate.num_experts, _router_top_k(gate), shared, layer)
+
+
+def _router_top_k(gate: Router) -> int | None:
+    """Its own, or that of its selection. Wrappers keep the number, except SkipBelow."""
+    select: Any = gate if gate.top_k is not None else gate.select
+    while isinstance(select, (Masked, RunningCap, Temperature)):
+        select = select.select
+    return getattr(select, "top_k", None)
 
 
 def _hugging_face(model: nn.Module) -> Iterator[MoeBlock]:

@@ -11,6 +11,7 @@ from switchgear.experts import Experts
 from switchgear.functional import Routing, combine, glu, grouped_gemm, moe, plan
 from switchgear.layers.common import WithLosses
 from switchgear.reference import check_choice, weight_dtype
+from switchgear.routing.context import context_of, sequences
 from switchgear.weights.adapted import has_adapters
 from switchgear.weights.selected import selection_of
 
@@ -81,9 +82,11 @@ class MergedExperts(WithLosses):
             merged = torch.cat((merged, merged.new_zeros(1, rows.shape[1])))
         return merged.view(len(merged), *parameter.shape[1:])
 
-    def forward(self, hidden_states: Tensor, sequence_ids: Tensor | None = None, num_sequences: int = 0) -> Tensor:
-        """hidden_states [B,L,H] -> [B,L,H]; or [T,H] with sequence_ids [T] in [0, num_sequences), of sequences or
-        tasks. Experts are merged once for each."""
+    def forward(
+        self, hidden_states: Tensor, sequence_ids: Tensor | None = None, num_sequences: int | None = None
+    ) -> Tensor:
+        """hidden_states [B,L,H] -> [B,L,H]; or [T,H] with sequence_ids [T] of sequences or tasks. Experts are merged
+        once for each. num_sequences: as in `Context`."""
         experts = self.experts
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         if sequence_ids is None:
@@ -92,10 +95,10 @@ class MergedExperts(WithLosses):
                     f"hidden_states: expected [B,L,H] without sequence_ids, got {list(hidden_states.shape)}"
                 )
             num_sequences, length, _ = hidden_states.shape
-            sequence_ids = torch.arange(num_sequences, device=rows.device).repeat_interleave(length)
+            ids = torch.arange(num_sequences, device=rows.device).repeat_interleave(length)
         else:
-            sequence_ids = sequence_ids.reshape(-1)
-        ids = sequence_ids.long()
+            known = context_of(sequence_ids=sequence_ids, num_sequences=num_sequences)
+            ids, num_sequences = sequences(known, len(rows), rows.device)
         if self.bottleneck_in is not None and self.bottleneck_out is not None:
             rows = rows + self.bottleneck_out(self.bottleneck_in(rows).relu())
         share = self.shares(rows, ids, num_sequences)
@@ -108,7 +111,7 @@ class MergedExperts(WithLosses):
                 rows,
                 gate_up,
                 down,
-                sequence_ids.int()[:, None],
+                ids.int()[:, None],
                 rows.new_ones(len(rows), 1, dtype=torch.float32),
                 activation=experts.activation,
                 gated=experts.gated,
@@ -119,7 +122,7 @@ class MergedExperts(WithLosses):
                 limit=experts.limit,
             )
             return y.view(hidden_states.shape)
-        layout = plan(sequence_ids.int()[:, None], len(gate_up))  # the second router needs the hidden activations
+        layout = plan(ids.int()[:, None], len(gate_up))  # the second router needs the hidden activations
         h = grouped_gemm(rows, gate_up, layout.expert_offsets, bias=gate_up_bias, token_indices=layout.token_indices)
         a = glu(
             h,

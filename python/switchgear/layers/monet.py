@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from switchgear.common.buffers import KeepsFloat32
 from switchgear.functional import gate
 from switchgear.reference import weight_dtype
+from switchgear.routing.context import is_recomputing
 
 MODES = ("horizontal", "vertical")
 
@@ -33,7 +34,7 @@ class MonetRouter(KeepsFloat32):
 
     Args: hidden_size, sqrt_n, heads: H, n and the number of heads. top_k: 32 of 512 in the paper.
     Parameters: weight [2·heads·n,H]. Buffers: running_mean, running_var [2·heads] float32, also
-    in a model of another dtype; used in evaluation.
+    in a model of another dtype; used in evaluation. In training a token's gates depend on the batch.
     """
 
     running_mean: Tensor
@@ -82,10 +83,14 @@ class MonetRouter(KeepsFloat32):
         mean, var = self.running_mean.to(logits.dtype), self.running_var.to(logits.dtype)
         if self.training and len(logits):
             var, mean = torch.var_mean(logits, (0, 2), correction=0)
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+            if not is_recomputing():
+                self._follow(mean, var)
         return (logits - mean[:, None]) / (var + self.eps).sqrt()[:, None]
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, var: Tensor) -> None:
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
 
 
 class MonetExperts(nn.Module):

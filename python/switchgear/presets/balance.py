@@ -28,7 +28,7 @@ def deepseek_moe(
     num_shared_experts: int = 2,
     balance: float = 0.01,
     num_devices: int | None = None,
-    device_balance: float = 0.05,
+    device_balance: float | None = None,
 ) -> dict[str, Any]:
     """Many narrow experts plus shared ones, and losses that balance experts and devices.
 
@@ -36,11 +36,14 @@ def deepseek_moe(
     Example: MoE(64, 8, 64, **presets.deepseek_moe())(x)
 
     The paper's 2B model has 64 routed experts of a quarter of the usual width; its 16B model uses the coefficient
-    0.001. num_devices: adds the device loss, with the 145B model's coefficient 0.05 (unverified).
+    0.001. num_devices: adds the device loss. device_balance: its coefficient; if None, the 145B model's 0.05
+    (unverified).
     """
+    if num_devices is None and device_balance is not None:
+        raise ValueError(f"num_devices: expected a number beside device_balance={device_balance}, got None")
     losses: list[Any] = [partial(SwitchLoss, balance, per_choice=True)]
     if num_devices is not None:
-        losses.append(partial(DeviceBalance, num_devices, device_balance))
+        losses.append(partial(DeviceBalance, num_devices, 0.05 if device_balance is None else device_balance))
     return {"select": TopK(top_k), "balance": losses, "num_shared_experts": num_shared_experts}
 
 

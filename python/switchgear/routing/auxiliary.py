@@ -13,18 +13,28 @@ from switchgear import ops
 from switchgear.functional import Routing, permute, plan
 
 
+def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """logits [..., V], zeros where mask [...] is false: a NaN there would reach the gradient."""
+    return logits if mask is None else torch.where(mask.bool()[..., None], logits, 0)
+
+
+def mean_of_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of values [...] where mask [...] is true; 0 for none."""
+    if mask is None:
+        return values.sum() / max(values.numel(), 1)
+    mask = mask.to(values.dtype)
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
 def consistency_loss(first_logits: Tensor, second_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(p1 || p2) + KL(p2 || p1) of two passes with different experts, averaged over tokens (THOR, arXiv:2110.04260).
 
-    first_logits, second_logits: [..., V], the model's output; p = softmax. mask [...]: False for padding. The loss is
-    symmetric, and 0 for equal passes.
+    first_logits, second_logits: [..., V], the model's output; p = softmax. mask [...]: False for padding, whose logits
+    may be NaN. The loss is symmetric, and 0 for equal passes.
     """
+    first_logits, second_logits = without_padding(first_logits, mask), without_padding(second_logits, mask)
     log_p, log_q = first_logits.float().log_softmax(-1), second_logits.float().log_softmax(-1)
-    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
-    if mask is None:
-        return divergence.sum() / max(divergence.numel(), 1)
-    mask = mask.to(divergence.dtype)
-    return (divergence * mask).sum() / mask.sum().clamp(min=1)
+    return mean_of_tokens(((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1), mask)
 
 
 def output_regularization(
@@ -34,17 +44,14 @@ def output_regularization(
     got new experts (Lifelong-MoE, arXiv:2305.12281; Learning without Forgetting, arXiv:1606.09282).
 
     old_logits, new_logits: [..., V]; p = softmax(logits / temperature). The old ones get no gradient. mask [...]: False
-    for padding. 0 for equal outputs.
+    for padding, whose logits may be NaN. 0 for equal outputs.
     """
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    old_logits, new_logits = without_padding(old_logits, mask), without_padding(new_logits, mask)
     log_p = (old_logits.detach().float() / temperature).log_softmax(-1)
     log_q = (new_logits.float() / temperature).log_softmax(-1)
-    divergence = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
-    if mask is None:
-        return divergence.sum() / max(divergence.numel(), 1)
-    mask = mask.to(divergence.dtype)
-    return (divergence * mask).sum() / mask.sum().clamp(min=1)
+    return mean_of_tokens(temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1), mask)
 
 
 def anchor_loss(router_probabilities: Tensor, expert: int) -> Tensor:

@@ -55,10 +55,13 @@ def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask:
 def z_loss(router_logits: Tensor) -> Tensor:
     """mean_t (log Σ_e exp router_logits[t,e])², which keeps logits small (ST-MoE, arXiv:2202.08906, equation 5).
 
-    router_logits [T,E]. Returns a scalar in float32 (float64 for float64); zero tokens give 0.
+    router_logits [T,E]. The mean is over tokens with a logit above the lowest number, which masked experts have.
+    Returns a scalar in float32 (float64 for float64); zero tokens give 0.
     """
-    squares = wide(router_logits).logsumexp(-1).square()
-    return squares.sum() / max(squares.numel(), 1)
+    closed = (router_logits <= torch.finfo(router_logits.dtype).min).all(-1, keepdim=True)
+    squares = wide(torch.where(closed, 0, router_logits)).logsumexp(-1, keepdim=True).square()
+    counted = (~closed).to(squares.dtype)
+    return (squares * counted).sum() / counted.sum().clamp(min=1)
 
 
 def count_tokens(topk_ids: Tensor, num_experts: int) -> Tensor:

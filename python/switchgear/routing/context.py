@@ -58,6 +58,14 @@ class Context:
     training: bool = False
     changes: list[Change] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("token_ids", "sequence_ids", "embedding", "importance"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected Tensor, got {type(value).__name__}")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator: expected torch.Generator, got {type(self.generator).__name__}")
+
     def require(self, name: str, user: str) -> Any:
         """The attribute or field `name`. Raises ValueError, naming it and its user, if it is None."""
         value = (self.fields or {}).get(name, getattr(self, name, None))
@@ -185,15 +193,21 @@ def ignoring_bias(select: Any) -> str | None:
     return next((type(part).__name__.lstrip("_") for part in ignoring), None)
 
 
-def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> Tensor:
+def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None, name: str = "groups") -> Tensor:
     """The group of each expert, [E] int64 on the CPU. groups: that, or a number of groups of consecutive experts, whose
-    sizes are as equal as possible."""
+    sizes are as equal as possible. Errors call it `name`."""
     if not isinstance(groups, int):
-        return torch.as_tensor(groups).detach().cpu().long()
+        found = torch.as_tensor(groups).detach().cpu()
+        if found.dim() != 1 or len(found) != (num_experts or len(found)):
+            raise ValueError(f"{name}: expected that of each of {num_experts or 'E'} experts, got {list(found.shape)}")
+        if found.is_floating_point() or found.dtype is torch.bool:
+            raise TypeError(f"{name}: expected integers, got {found.dtype}")
+        check_range(name, found, 0, 2**31)
+        return found.long()
     if num_experts is None:
-        raise ValueError("groups: expected the group of each expert, or num_experts beside their number; got neither")
+        raise ValueError(f"{name}: expected that of each expert, or num_experts beside their number; got neither")
     if not 1 <= groups <= num_experts:
-        raise ValueError(f"groups: expected 1 to {num_experts} (num_experts), got {groups}")
+        raise ValueError(f"{name}: expected 1 to {num_experts} (num_experts), got {groups}")
     return torch.arange(num_experts) * groups // num_experts
 
 

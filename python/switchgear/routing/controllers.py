@@ -66,8 +66,12 @@ class AdaptiveCoefficient(KeepsFloat32):
         self, xi: float = 0.2, alpha_max: float = 0.01, beta: float = 0.99, initial: float | None = None
     ) -> None:
         super().__init__()
-        self.xi, self.alpha_max, self.beta = xi, alpha_max, beta
-        self.initial = alpha_max if initial is None else initial
+        initial = alpha_max if initial is None else initial
+        for name, value in {"xi": xi, "alpha_max": alpha_max, "beta": beta, "initial": initial}.items():
+            check_finite(name, as_number(name, value))
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+        self.xi, self.alpha_max, self.beta, self.initial = xi, alpha_max, beta, initial
         self.register_buffer("value", torch.tensor(self.initial, dtype=torch.float32))
         self._seen: Tensor | None = None  # [2]: dropped choices and all choices in this step
 
@@ -125,6 +129,8 @@ class AdaptiveSparsity(KeepsFloat32):
         self, top_k: float, num_experts: int, *, initial: float = 1e-8, rate: float = 1.2, balance: bool = True
     ) -> None:
         super().__init__()
+        for name, value in {"top_k": top_k, "initial": initial, "rate": rate}.items():
+            check_finite(name, as_number(name, value))
         if not 0 < top_k <= num_experts:
             raise ValueError(f"top_k: expected a number in (0, {num_experts}] (num_experts), got {top_k}")
         if not rate > 1:
@@ -188,7 +194,7 @@ class RunningCap(KeepsFloat32):
 
     def __init__(self, select: Any, margin: float, num_experts: int) -> None:
         super().__init__()
-        if not margin >= 0:
+        if not as_number("margin", margin) >= 0:
             raise ValueError(f"margin: expected a number of at least 0, got {margin}")
         self.select, self.margin = made(select, num_experts=num_experts), margin
         self.register_buffer("totals", torch.zeros(num_experts, dtype=torch.float32))

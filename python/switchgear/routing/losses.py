@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from switchgear.common.buffers import KeepsFloat32
 from switchgear.functional import Routing, as_number
-from switchgear.reference import check_choice, check_finite, check_size
+from switchgear.reference import check_choice, check_finite, check_range, check_size
 from switchgear.routing import balance
 from switchgear.routing.balance import count_tokens, router_probabilities
 from switchgear.routing.context import Context, groups_of, is_recomputing, made, sequences
@@ -219,6 +219,13 @@ class ChoiceLoss:
         return self.coefficient * loss / max(logits.numel(), 1)
 
 
+def _sums_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> Tensor:
+    """groups_of, for sums by group in a tensor [E]."""
+    found = groups_of(groups, num_experts)
+    check_range("groups", found, 0, len(found))
+    return found
+
+
 class _PerExpert(KeepsFloat32):
     """A loss with a fixed vector over the experts, which follows the router to its device."""
 
@@ -275,7 +282,7 @@ class DeviceBalance(_PerExpert):
         score_function: str | None = None,
         num_experts: int | None = None,
     ) -> None:
-        super().__init__(groups_of(groups, num_experts), coefficient, score_function)
+        super().__init__(_sums_of(groups, num_experts), coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.device_loss(self._probabilities(routing), routing.topk_ids, self.vector)
@@ -308,7 +315,7 @@ class LocalityLoss(_PerExpert):
         score_function: str | None = None,
         num_experts: int | None = None,
     ) -> None:
-        super().__init__(groups_of(placement, num_experts) == node, coefficient, score_function)
+        super().__init__(groups_of(placement, num_experts, "placement") == node, coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.locality_loss(self._probabilities(routing), self.vector)
@@ -332,7 +339,7 @@ class ClusterVariance(_PerExpert):
         score_function: str | None = None,
         num_experts: int | None = None,
     ) -> None:
-        super().__init__(groups_of(groups, num_experts), coefficient, score_function)
+        super().__init__(_sums_of(groups, num_experts), coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         is_open = routing.router_logits > torch.finfo(routing.router_logits.dtype).min  # Masked closes with the lowest

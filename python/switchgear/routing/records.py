@@ -100,6 +100,12 @@ def _unpacked(data: Tensor, bits: int) -> Tensor:
     return (flat << torch.arange(bits, dtype=torch.int32)).sum(1, dtype=torch.int32)
 
 
+def _repeated(topk_ids: Tensor) -> Tensor:
+    """The ids of topk_ids [N,K] that a token has before, from 0 on."""
+    ids = topk_ids.sort(1).values
+    return ids[:, 1:][(ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)]
+
+
 class RoutingRecord:
     """Choices by layer, sequence and position; padding is left out.
 
@@ -126,7 +132,10 @@ class RoutingRecord:
         """A record of choices from elsewhere, such as those that an inference engine returns: topk_ids [N,K] by layer
         for sequences of these lengths, one after the other. num_classes: E, or by layer."""
         record = cls()
-        record.lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+        given = torch.as_tensor(lengths)
+        if given.is_floating_point() and given.numel():
+            raise TypeError(f"lengths: expected integers, got {given.dtype}")
+        record.lengths = given.to("cpu", torch.int64)
         if record.lengths.dim() != 1 or bool((record.lengths < 0).any()):
             raise ValueError(f"lengths: expected tokens of each sequence, got {record.lengths.tolist()}")
         total = int(record.lengths.sum())
@@ -137,6 +146,9 @@ class RoutingRecord:
                 raise ValueError(f"num_classes: expected a number for {name}, got those of {', '.join(num_classes)}")
             classes = num_classes if isinstance(num_classes, int) else num_classes[name]
             record.layers[name] = LayerRecord.of(ids, classes)
+            if len(twice := _repeated(ids)):
+                expert = int(twice[0])
+                raise ValueError(f"topk_ids: expected different experts of a token in {name}, got {expert} twice")
         if token_ids is not None:
             if token_ids.numel() != total:
                 raise ValueError(f"token_ids: expected {total}, got {token_ids.numel()}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -36,8 +36,9 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
             loss.backward()
 
     Call by call, the model's sequences are the next ones of the record, however they are padded or packed; after the
-    last one it begins again. A token beyond the end of its recorded sequence is routed freely, as is padding: the last
-    token that `generate` returns was never an input. Gradient checkpointing repeats the choices of its forward, so call
+    last one it begins again. A call that raises does not count: the next one gets its sequences. A token beyond the end
+    of its recorded sequence is routed freely, as is padding: the last token that `generate` returns was never an input.
+    Gradient checkpointing repeats the choices of its forward, so call
     backward inside the block. Ids and order of the choices are bit-equal to the record. Where the router would have
     chosen the same, weights are too.
 
@@ -61,7 +62,12 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
     manners = {name: layer.manner() for name, layer in chosen.items()}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state.begin(batch_of(module, args, kwargs))
+        if not is_recomputing():
+            state.begin(batch_of(module, args, kwargs))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if not is_recomputing():
+            state.end()
 
     def wrapper(name: str) -> Callable[[Select], Select]:
         return lambda own: _Replayed(own, name, state, manners[name])
@@ -70,7 +76,17 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
         stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
         for name, layer in chosen.items():
             stack.enter_context(layer.overridden(wrapper(name), manners[name]))
+        stack.callback(model.register_forward_hook(after).remove)
         yield
+
+
+@dataclass(frozen=True)
+class _Place:
+    """How far the calls have come in the record."""
+
+    next: int  # of the sequences that are replayed
+    current: Tensor  # [B] int64: sequences of the last call
+    filled: Tensor  # [B] int64: their tokens so far
 
 
 @dataclass
@@ -78,6 +94,8 @@ class _Forward:
     """A call of the model: the record's row of each token, -1 for none, and what was seen of each layer's logits."""
 
     rows: Tensor
+    end: _Place
+    is_complete: bool = False
     calls: Counter[str] = field(default_factory=Counter)
     prints: dict[str, Tensor] = field(default_factory=dict)
 
@@ -90,7 +108,7 @@ class _Replay:
         self.sequences = torch.as_tensor(range(count) if sequences is None else list(sequences), dtype=torch.int64)
         if len(self.sequences) and not 0 <= int(self.sequences.min()) <= int(self.sequences.max()) < count:
             raise ValueError(f"sequences: expected numbers from 0 to {count - 1}, got {self.sequences.tolist()}")
-        self.choices, self.next = choices, 0
+        self.choices = choices
         self.starts = choices.lengths.cumsum(0) - choices.lengths
         self.ids: dict[str, Tensor] = {}
         for key, layer in choices.layers.items():
@@ -99,20 +117,19 @@ class _Replay:
                 raise ValueError(f"choices: expected {classes} classes in {key}, got {layer.num_classes}")
             self.ids[key] = layer.topk_ids().long()
         self.forwards: list[_Forward] = []
-        self.current = torch.zeros(0, dtype=torch.int64)  # sequences of the last call
-        self.filled = torch.zeros(0, dtype=torch.int64)
 
     def begin(self, batch: Batch) -> None:
         """Finds the record's row of each token. Raises ValueError if there is none."""
+        self.forwards = [forward for forward in self.forwards if forward.is_complete]  # the last call may have raised
+        place = self._place()
         if not batch.continues:
-            self._take(batch.num_sequences)
-        elif len(self.current) != batch.num_sequences:
-            raise ValueError(f"past_key_values: expected {len(self.current)} sequences, got {batch.num_sequences}")
+            place = self._next(place, batch.num_sequences)
+        elif len(place.current) != batch.num_sequences:
+            raise ValueError(f"past_key_values: expected {len(place.current)} sequences, got {batch.num_sequences}")
         real, within = batch.real.cpu(), batch.sequence.cpu()
         within = torch.where(real, within, 0)
-        position = self.filled[within] + batch.order().cpu()
-        self.filled = self.filled + batch.lengths().cpu()
-        sequence = self.current[within]
+        position = place.filled[within] + batch.order().cpu()
+        sequence = place.current[within]
         known = real & (position < self.choices.lengths[sequence])
         rows = torch.where(known, self.starts[sequence] + position, -1)
         if batch.token_ids is not None and self.choices.token_ids is not None:
@@ -123,17 +140,26 @@ class _Replay:
                     f"input_ids: expected those of the record, got another at position {int(position[at])} of its "
                     f"sequence {int(sequence[at])}"
                 )
-        self.forwards = [*self.forwards[1 - _FORWARDS :], _Forward(rows.to(batch.real.device))]
+        end = replace(place, filled=place.filled + batch.lengths().cpu())
+        self.forwards = [*self.forwards[1 - _FORWARDS :], _Forward(rows.to(batch.real.device), end)]
 
-    def _take(self, count: int) -> None:
-        if self.next == len(self.sequences):
-            self.next = 0
-        if self.next + count > len(self.sequences):
-            left = len(self.sequences) - self.next
+    def end(self) -> None:
+        """The call did not raise."""
+        self.forwards[-1].is_complete = True
+
+    def _place(self) -> _Place:
+        if self.forwards:
+            return self.forwards[-1].end
+        none = torch.zeros(0, dtype=torch.int64)
+        return _Place(0, none, none)
+
+    def _next(self, place: _Place, count: int) -> _Place:
+        """The next `count` sequences."""
+        start = 0 if place.next == len(self.sequences) else place.next
+        if start + count > len(self.sequences):
+            left = len(self.sequences) - start
             raise ValueError(f"model: expected at most {left} more sequences of the record, got {count}")
-        self.current = self.sequences[self.next : self.next + count]
-        self.filled = torch.zeros(count, dtype=torch.int64)
-        self.next += count
+        return _Place(start + count, self.sequences[start : start + count], torch.zeros(count, dtype=torch.int64))
 
     def choice(self, name: str, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         """(ids [T,K] int64, whether a token is recorded [T]) for this call of a layer."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.buffers import on_copies
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
-from switchgear.routing.context import Context, Select, is_recomputing, scored
+from switchgear.routing.context import Context, Select, is_recomputing, modules_in, scored, wrapped
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.ranking import normalized, scores_of
 from switchgear.routing.router import Router
@@ -65,30 +66,34 @@ class _RouterManner:
         return (normalized(weights) if self.normalize else weights) * self.scale
 
     @classmethod
-    @torch.no_grad()
     def of(cls, name: str, router: Router) -> _RouterManner:
         """Verified on random logits, with the router's own selection."""
-        select: Any = scored(router.selection())
+        select = router.selection()
+        source: Any = scored(select)
         manner = cls(
-            str(getattr(select, "score_function", "softmax")), bool(getattr(select, "normalize", False)),
-            float(getattr(select, "scale", 1.0)),
+            str(getattr(source, "score_function", "softmax")), bool(getattr(source, "normalize", False)),
+            float(getattr(source, "scale", 1.0)),
         )  # fmt: skip
+        if not manner._is_that_of(select, router):
+            wrong = next((s for s in reversed(list(wrapped(select))) if not manner._is_that_of(s, router)), select)
+            raise ValueError(
+                f"{name}: expected a selection whose weights are scores of the choice, got {type(wrong).__name__}"
+            )
+        return manner
+
+    @torch.no_grad()
+    def _is_that_of(self, select: Select, router: Router) -> bool:
         device = next((p.device for p in router.parameters()), torch.device("cpu"))
         logits = torch.randn(64, router.num_experts, generator=torch.Generator().manual_seed(0)).to(device)
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                routing = router.selection()(logits, Context(training=router.training), router.e_score_correction_bias)
-            weights = manner.weigh(routing.router_logits, routing.topk_ids.long())
-            # Both are sums and quotients of a few float32 numbers.
-            right = torch.allclose(weights, routing.topk_weights.float(), rtol=1e-5, atol=1e-7)
-            right = right and torch.equal(routing.router_logits, logits)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), on_copies(modules_in(select)):
+                routing = select(logits, Context(training=router.training), router.e_score_correction_bias)
+            weights = self.weigh(routing.router_logits, routing.topk_ids.long())
         except (ValueError, RuntimeError):  # it needs a context
-            right = False
-        if not right:
-            raise ValueError(
-                f"{name}: expected a selection whose weights are scores of the choice, got {type(select).__name__}"
-            )
-        return manner
+            return False
+        # Both are sums and quotients of a few float32 numbers.
+        right = torch.allclose(weights, routing.topk_weights.float(), rtol=1e-5, atol=1e-7)
+        return right and torch.equal(routing.router_logits, logits)
 
 
 def layers_of(model: nn.Module, layers: Collection[str] | None) -> dict[str, RoutedLayer]:

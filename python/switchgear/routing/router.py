@@ -320,6 +320,9 @@ class Router(KeepsFloat32):
         if context.sequence_length is None and context.sequence_ids is None and hidden_states.dim() > 2:
             *several, length, _ = hidden_states.shape
             known = {"sequence_length": length, "num_sequences": math.prod(several)}
+        tokens = math.prod(hidden_states.shape[:-1])
+        if context.importance is not None and context.importance.numel() != tokens:
+            raise ValueError(f"importance: expected {tokens} tokens, got {context.importance.numel()}")
         isolated = context.isolated or self.isolation == "sequence"
         return replace(context, **known, isolated=isolated, training=self.training)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from switchgear.backends import without_autocast
 from switchgear.functional import gate
 from switchgear.reference import check_choice, check_fraction
-from switchgear.routing.context import Context
+from switchgear.routing.context import Context, made
 from switchgear.routing.ranking import sigmoid, wide
 
 INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -290,11 +290,20 @@ class GatingResidual(nn.Module):
 
 
 class Sum(nn.Module):
-    """The sum of several scores."""
+    """The sum of several scores.
 
-    def __init__(self, *scores: nn.Module) -> None:
+        Router(64, 8, 2, score=partial(Sum, Linear, partial(Cosine, dim=4)))
+
+    Args: scores: modules; or classes and partials, then hidden_size and num_experts, which the router passes.
+    """
+
+    def __init__(
+        self, *scores: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.scores = nn.ModuleList(scores)
+        sizes = [score for score in scores if isinstance(score, int)]
+        parts = [score for score in scores if not isinstance(score, int)]
+        self.scores = nn.ModuleList(made(part, *sizes, device=device, dtype=dtype) for part in parts)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""

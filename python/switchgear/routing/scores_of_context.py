@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.functional import gate
-from switchgear.routing.context import Context, Score, check_at_least, sequences
+from switchgear.routing.context import Context, Score, check_at_least, made, sequences
 
 
 class FromEmbedding(nn.Module):
@@ -51,11 +54,22 @@ def per_token(rows: Tensor, context: Context, x: Tensor) -> Tensor:
 
 
 class PerSequence(nn.Module):
-    """Applies another score to the mean of x over each sequence: one decision for all of its tokens."""
+    """Applies another score to the mean of x over each sequence: one decision for all of its tokens.
 
-    def __init__(self, score: Score) -> None:
+    Args: score: an object; or a class or partial, with hidden_size and num_experts, which the router passes.
+    """
+
+    def __init__(
+        self,
+        score: Score | Callable[..., Any],
+        hidden_size: int | None = None,
+        num_experts: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.score = score
+        self.score = made(score, hidden_size, num_experts, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""
@@ -64,23 +78,36 @@ class PerSequence(nn.Module):
         total = wide.new_zeros(count, x.shape[1]).index_add(0, index, wide)
         size = wide.new_zeros(count).index_add(0, index, torch.ones_like(wide[:, 0]))
         mean = (total / size.clamp(min=1)[:, None]).to(x.dtype)
-        return self.score(mean, context)[index]
+        logits: Tensor = self.score(mean, context)[index]
+        return logits
 
 
 class ClusterPrior(nn.Module):
     """weight · cos(embedding, centroid) / tau: similarity of the instance to clusters of the corpus, one per expert, to
     add to another score (Intuition-MoR1E, arXiv:2404.08985; its form is unverified). Needs Context.embedding.
 
-    centroids: [E,D], a buffer.
+    centroids: [E,D], a buffer. The router passes hidden_size and num_experts.
     """
 
     centroids: Tensor
 
-    def __init__(self, centroids: Tensor, *, weight: float = 1.0, tau: float = 1.0) -> None:
+    def __init__(
+        self,
+        centroids: Tensor,
+        hidden_size: int | None = None,
+        num_experts: int | None = None,
+        *,
+        weight: float = 1.0,
+        tau: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        if num_experts not in (None, len(centroids)):
+            raise ValueError(f"centroids: expected {num_experts} rows, got {len(centroids)}")
         if not tau > 0:
             raise ValueError(f"tau: expected a positive number, got {tau}")
-        self.register_buffer("centroids", centroids)
+        self.register_buffer("centroids", centroids.to(device=device, dtype=dtype, copy=True))
         self.weight, self.tau = weight, tau
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

@@ -155,7 +155,8 @@ class Gaussian(nn.Module):
                 centred = (x[None] - mean[:, None]).mT  # [E,H,T]
                 squares = torch.linalg.solve_triangular(factor, centred, upper=False).square().sum(1).T
             else:  # Σ (x - m)² / s² as three products, without a [T,E,H] tensor
-                precision = (-2 * log_std).exp()
+                origin = mean.detach().mean(0)  # any will do; a far one costs digits, which cancel
+                x, mean, precision = x - origin, mean - origin, (-2 * log_std).exp()
                 squares = gate(x.square(), precision) - 2 * gate(x, precision * mean)
                 squares = squares + (precision * mean.square()).sum(-1)
             logits: Tensor = constant - 0.5 * squares
