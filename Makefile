@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo                  train a small MoE model with each experts implementation, and compare them
 # make test                  the tests in Python and in C++, except the slow ones
-# make test-slow             the slow ones in Python: all variants of the contracts, hundreds of lost ranks, examples to their end
+# make test-slow             the slow ones in Python and in C++
+# make test-slow-python      those in Python: all variants of the contracts, hundreds of lost ranks, examples to their end
+# make test-slow-cpp         those in C++: a million plans, thousands of forks
 # make test-python           those in Python
 # make test-cpp              those in C++
 # make try TEST=glu          build and run one C++ test, quickly: with the kernels of one instruction set (ISAS='avx2;avx512')
@@ -10,7 +12,7 @@
 # make bench-cpp             time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
 # make lint                  formatting, lint, types, stubs
 # make format                reformat the sources for lint
-# make sanitize              both of the following
+# make sanitize              make asan and make tsan
 # make asan                  the C++ tests under the address and undefined-behaviour sanitizers
 # make tsan                  the C++ tests under the thread sanitizer (TSAN_TESTS=…)
 # make asan-python           the Python module under the address sanitizer, with pages without access beside every operand
@@ -56,7 +58,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test test-slow test-python test-cpp try try-cuda bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
+.PHONY: help tools demo test test-slow test-slow-python test-slow-cpp test-python test-cpp try try-cuda bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
         cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm clients-transformers wheel wheels sdist sbom test-torch clean always
 
 help:
@@ -117,11 +119,16 @@ test: test-python test-cpp
 test-python: $(INSTALLED)test
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(INSTALLED)test
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
-
 test-cpp: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,cpu)
+
+test-slow: test-slow-python test-slow-cpp
+
+test-slow-python: $(INSTALLED)test
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-slow-cpp: $(BIN)/cmake $(BIN)/ninja
+	$(call build_preset,cpu) && ctest --preset cpu -C slow -L slow
 
 TEST ?= moe
 ISAS ?= avx2;neon
