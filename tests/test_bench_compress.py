@@ -12,7 +12,7 @@ import torch
 
 from switchgear.cli import main
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 @pytest.fixture

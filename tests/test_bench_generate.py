@@ -13,7 +13,7 @@ import pytest
 from switchgear.bench import generate, llama
 from switchgear.bench.competitors import Skip
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="transformers is not installed")
 
 SMALL = generate.Model(
     "", layers=2, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2, heads=2, vocabulary=96

@@ -145,7 +145,7 @@ def test_each_example_is_tested() -> None:
 
 
 def test_lora_trainer_learns_and_the_saved_adapters_too(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     losses = load("lora_trainer")["train"](20, str(tmp_path))
     assert losses["after"] < losses["before"] - 0.3
