@@ -504,23 +504,6 @@ def test_tables_go_where_a_document_wants_them() -> None:
         fill(text.replace("summary", "everything"), results)
 
 
-@pytest.mark.parametrize(
-    ("document", "file"),
-    [
-        ("README.md", "cpu-avx512bf16.json"),
-        ("docs/performance.md", "cpu-avx512bf16.json"),
-        ("docs/performance_amx.md", "cpu-amx.json"),
-        ("docs/performance_zen5.md", "cpu-avx512bf16-zen5.json"),
-        ("docs/performance_avx2.md", "cpu-avx2-zen3.json"),
-    ],
-)
-def test_tables_of_documents_are_those_of_the_results(document: str, file: str) -> None:
-    root = Path(__file__).parent.parent
-    results = load(str(root / "bench" / "results" / file), "--from")
-    text = (root / document).read_text()
-    assert fill(text, results) == text
-
-
 def test_a_case_runs_in_the_environment_of_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
