@@ -25,7 +25,7 @@ from switchgear.bench.markdown import fill, whole
 from switchgear.bench.results import SCHEMA, completed, load, merge, save, undisturbed, write_json
 from switchgear.bench.shapes import SHAPES, Shape, forward_flops, train_flops
 from switchgear.bench.targets import Verdict, judge
-from switchgear.bench.timing import FEWEST_TURNS, interleave
+from switchgear.bench.timing import FEWEST_TURNS, Timed, interleave
 from switchgear.bench.verify import expected, relative_error, tolerance
 from switchgear.bench.worker import Task, run_case
 from switchgear.cli import COMMANDS, main
@@ -644,4 +644,22 @@ def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch)
         now[0] += 3.0 if disturbed else 1.0
         elsewhere[0] += 2.0 if disturbed else 0.0
 
-    assert interleave({"a": call}, 4.5)["a"] == ([1.0, 1.0], 2, 3)
+    assert interleave({"a": call}, 4.5)["a"] == ([1.0, 1.0], 2, 3, [2, 3])
+
+
+def test_ceilings_are_those_of_the_turns_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    from switchgear.bench import worker
+
+    rates = iter((5e12, 1e12, 2e12, 9e12))
+
+    def third_counts(calls: dict[str, Callable[[int], object]], *_: Any, **__: Any) -> dict[str, Timed]:
+        for call in calls.values():
+            for number in range(4):
+                call(number)
+        return {name: Timed([1.0], 1, 4, [2]) for name in calls}
+
+    monkeypatch.setattr(worker, "multiply_rate", lambda *_: next(rates))
+    monkeypatch.setattr(worker, "interleave", third_counts)
+    task = worker.Task("tiny", "fp32", "forward", 1, "balanced", "default", "default", ("switchgear",), False, 1.0, 1)
+    (row,) = worker.measure(task, lambda text: None).rows
+    assert row["multiply_rate"] == 2e12
