@@ -33,7 +33,7 @@ def test_decoders_agree() -> None:
 
 
 class Stand:
-    """Stands in for the process of a decoder: logits, an untimed turn, three disturbed and slow ones, two quiet ones."""
+    """Stands in for the process of a decoder: an untimed turn, three disturbed and slow ones, two quiet ones."""
 
     def __init__(self, name: str, *_: Any) -> None:
         self.answers: list[Any] = [torch.ones(4), *[(9.0, 5.0, [7])] * 4, *[(1.0, 0.0, [7])] * 2]
