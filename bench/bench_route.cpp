@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
+#include <algorithm>
+
 #include "bench.h"
 
 namespace switchgear::bench {
@@ -28,17 +30,19 @@ struct Route : RouteData {
   using RouteData::RouteData;
 
   void run() { route(); }
-  // Choices descend, and no other expert is larger than the last.
+  // Choices are different and descend, no other expert is larger than the last, and their weights sum to one.
   bool verify() const {
     return sample(c.T, 64, [&](int64_t t) {
       const auto logit = [&](int64_t id) { return router_logits[t * c.E + id]; };
       const int32_t* ids = topk_ids.as<int32_t>() + t * c.K;
       for (int64_t k = 1; k < c.K; ++k) {
-        if (logit(ids[k]) > logit(ids[k - 1])) return false;
+        if (logit(ids[k]) > logit(ids[k - 1]) || std::find(ids, ids + k, ids[k]) != ids + k) return false;
       }
       int64_t larger = 0;
       for (int64_t e = 0; e < c.E; ++e) larger += logit(e) > logit(ids[c.K - 1]);
-      return larger < c.K;
+      test::Sum sum;
+      for (int64_t k = 0; k < c.K; ++k) sum.add(test::rounded({topk_weights[t * c.K + k]}, DType::kFloat32));
+      return larger < c.K && test::close(1.0f, sum.result());
     });
   }
   Work work() const {
@@ -63,12 +67,19 @@ struct RouteBackward : RouteData {
                     .grad_router_logits = grad_router_logits},
                    c.exec);
   }
-  // Adding a constant to all logits changes nothing, so a row of the gradient sums to zero.
+  // Adding a constant to all logits changes nothing, so a row of the gradient sums to zero. Only chosen logits have one.
   bool verify() const {
     return sample(c.T, 64, [&](int64_t t) {
+      const int32_t* ids = topk_ids.as<int32_t>() + t * c.K;
+      bool any = c.K == 1;  // a single weight is always one
       test::Sum sum;
-      for (int64_t e = 0; e < c.E; ++e) sum.add(test::rounded({grad_router_logits[t * c.E + e]}, c.dtype));
-      return test::close(0.0f, sum.result());
+      for (int64_t e = 0; e < c.E; ++e) {
+        const float grad = grad_router_logits[t * c.E + e];
+        if (grad != 0.0f && std::find(ids, ids + c.K, e) == ids + c.K) return false;
+        any = any || grad != 0.0f;
+        sum.add(test::rounded({grad}, c.dtype));
+      }
+      return any && test::close(0.0f, sum.result());
     });
   }
   Work work() const { return {0, static_cast<double>(2 * router_logits.bytes() + 2 * topk_ids.bytes())}; }

@@ -69,7 +69,7 @@ def multiplications(name: str, args: tuple[Any, ...]) -> int:
     return 0
 
 
-class Patient:
+class SkipsLongCalls:
     """A module wrapper that skips the test if a call would take too long."""
 
     def __init__(self, module: Any) -> None:
@@ -102,7 +102,7 @@ def poisoned_outputs() -> Iterator[None]:
 def simt_kernels(device: str) -> Iterator[None]:
     module = load_simt()
     module.set_device(device)
-    with poisoned_outputs(), ops_on(Patient(module), lambda: module.Execution(0, poisoned, cuda.allow_tf32())):
+    with poisoned_outputs(), ops_on(SkipsLongCalls(module), lambda: module.Execution(0, poisoned, cuda.allow_tf32())):
         yield
 
 

@@ -7,28 +7,13 @@ Arguments after -- go to pytest. The rest of the package is the installed one.
 """
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-OPTIONS = (
-    "detect_leaks=0",  # of Python itself
-    "alloc_dealloc_mismatch=0",  # torch allocates in one library and frees in another
-    "detect_stack_use_after_return=0",  # gcc before 14 does not align its frames for vectors of 64 bytes
-    "malloc_context_size=8",
-)
+from address_sanitizer import environment
 
-
-def compilers_library(name: str) -> str:
-    command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def environment() -> dict[str, str]:
-    """Python is not instrumented, so the runtime comes first by LD_PRELOAD."""
-    libraries = " ".join(compilers_library(name) for name in ("libasan.so", "libstdc++.so"))
-    return {**os.environ, "LD_PRELOAD": libraries, "ASAN_OPTIONS": ":".join(OPTIONS)}
+FRAMES = 8  # of a report
 
 
 def load(module: Path) -> None:
@@ -52,7 +37,7 @@ def main(arguments: list[str]) -> int:
     build, role, *tests = arguments
     if role == "--":
         command = [sys.executable, __file__, build, "--child", *tests]
-        return subprocess.run(command, env=environment(), check=False).returncode
+        return subprocess.run(command, env=environment(FRAMES), check=False).returncode
     modules = sorted(Path(build).glob("_C*.so"))
     if len(modules) != 1:
         raise SystemExit(f"{build}: expected one module _C, found {len(modules)}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -131,6 +132,23 @@ def test_published_figures_stand_beside_their_row() -> None:
     beside = cuda_tables.figures_beside({"shape": shape, "mode": "forward", "tokens": GPU_TOKENS[shape]})
     assert any("SonicMoE 366 TFLOP/s" in line for line in beside)
     assert cuda_tables.figures_beside({"shape": shape, "mode": "forward", "tokens": 7}) == []
+
+
+GRAPHS: dict[str, Any] = {
+    "writes something else": lambda call: lambda: 1.1 * call(),
+    "writes nothing": lambda call: itertools.repeat(call()).__next__,
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
+def test_a_graph_is_verified_too(graph: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "in_turns", lambda calls: {name: [0.5] for name in calls})
+    monkeypatch.setattr(cuda, "captured", graph)
+    monkeypatch.setattr(cuda, "peak_memory", lambda call: 1 << 20)
+    case = make_case("small", SMALL, "bf16", 16, "forward", "balanced", make_weights(SMALL, torch.bfloat16))
+    ((one,), _) = cuda.measure_case(case, ["torch_loop"])
+    assert one["wrong"]
+    assert one["ms"] is None
 
 
 def test_a_case_is_verified_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

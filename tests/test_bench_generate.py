@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from switchgear.bench import generate, llama
 from switchgear.bench.competitors import Skip
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="transformers is not installed")
 
 SMALL = generate.Model(
     "", layers=2, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2, heads=2, vocabulary=96
@@ -29,6 +30,27 @@ def test_decoders_agree() -> None:
         error = float((decoder.logits([5, 6, 7]) - expected).norm() / expected.norm())
         assert error <= (1.0 if name in generate.LOSSY else generate.TOLERANCE), name
         assert len(decoder.decode(1, 3)) == 3
+
+
+class Stand:
+    """Stands in for the process of a decoder: an untimed turn, three disturbed and slow ones, two quiet ones."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.answers: list[Any] = [torch.ones(4), *[(9.0, 5.0, [7])] * 4, *[(1.0, 0.0, [7])] * 2]
+        self.connection = SimpleNamespace(send=lambda count: None)
+
+    def receive(self) -> Any:
+        return self.answers.pop(0)
+
+    def close(self) -> None:
+        pass
+
+
+def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "Child", Stand)
+    monkeypatch.setattr(generate, "wait_for_quiet", lambda longest: None)
+    for row in generate.measure("tiny", 1, 5, 1)["results"]:
+        assert (row["tokens_per_second"], row["quiet_turns"]) == (1.0, 2)
 
 
 def test_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from switchgear.bench.markdown import fill, whole
 from switchgear.bench.results import SCHEMA, completed, load, merge, save, undisturbed, write_json
 from switchgear.bench.shapes import SHAPES, Shape, forward_flops, train_flops
 from switchgear.bench.targets import Verdict, judge
-from switchgear.bench.timing import FEWEST_TURNS, interleave
+from switchgear.bench.timing import FEWEST_TURNS, Timed, interleave
 from switchgear.bench.verify import expected, relative_error, tolerance
 from switchgear.bench.worker import Task, run_case
 from switchgear.cli import COMMANDS, main
@@ -504,23 +504,6 @@ def test_tables_go_where_a_document_wants_them() -> None:
         fill(text.replace("summary", "everything"), results)
 
 
-@pytest.mark.parametrize(
-    ("document", "file"),
-    [
-        ("README.md", "cpu-avx512bf16.json"),
-        ("docs/performance.md", "cpu-avx512bf16.json"),
-        ("docs/performance_amx.md", "cpu-amx.json"),
-        ("docs/performance_zen5.md", "cpu-avx512bf16-zen5.json"),
-        ("docs/performance_avx2.md", "cpu-avx2-zen3.json"),
-    ],
-)
-def test_tables_of_documents_are_those_of_the_results(document: str, file: str) -> None:
-    root = Path(__file__).parent.parent
-    results = load(str(root / "bench" / "results" / file), "--from")
-    text = (root / document).read_text()
-    assert fill(text, results) == text
-
-
 def test_a_case_runs_in_the_environment_of_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
@@ -661,4 +644,22 @@ def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch)
         now[0] += 3.0 if disturbed else 1.0
         elsewhere[0] += 2.0 if disturbed else 0.0
 
-    assert interleave({"a": call}, 4.5)["a"] == ([1.0, 1.0], 2, 3)
+    assert interleave({"a": call}, 4.5)["a"] == ([1.0, 1.0], 2, 3, [2, 3])
+
+
+def test_ceilings_are_those_of_the_turns_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    from switchgear.bench import worker
+
+    rates = iter((5e12, 1e12, 2e12, 9e12))
+
+    def third_counts(calls: dict[str, Callable[[int], object]], *_: Any, **__: Any) -> dict[str, Timed]:
+        for call in calls.values():
+            for number in range(4):
+                call(number)
+        return {name: Timed([1.0], 1, 4, [2]) for name in calls}
+
+    monkeypatch.setattr(worker, "multiply_rate", lambda *_: next(rates))
+    monkeypatch.setattr(worker, "interleave", third_counts)
+    task = worker.Task("tiny", "fp32", "forward", 1, "balanced", "default", "default", ("switchgear",), False, 1.0, 1)
+    (row,) = worker.measure(task, lambda text: None).rows
+    assert row["multiply_rate"] == 2e12

@@ -15,7 +15,7 @@ import torch
 import switchgear
 from switchgear.cli import main
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 from switchgear.cli import main
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 @pytest.fixture

@@ -195,6 +195,18 @@ def test_architecture_lists_the_ops() -> None:
     assert all(f"`{name}`" in text for name in gradients)
 
 
+def test_architecture_lists_the_package() -> None:
+    """Each folder and module of it has a line."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    diagram = text[text.index("\npython/switchgear/") : text.index("\ncsrc/bindings.cpp")]
+    inside = [path for path in (ROOT / "python/switchgear").iterdir() if not path.name.startswith("_")]
+    names = {path.name + "/" * path.is_dir() for path in inside if path.is_dir() or path.suffix == ".py"}
+    named = re.findall(r"(?:^  |; )([a-z]+(?:/|\.py)) ", diagram.replace(":", " "), re.MULTILINE)
+    assert names <= set(named)
+    folders = [name for name in named if name.endswith("/")]
+    assert len(folders) == len(set(folders))
+
+
 def test_help_of_make_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)) - {"help"}

@@ -120,7 +120,7 @@ def test_finetune_experts_leaves_what_the_task_does_not_use(steps: int) -> None:
 def test_distill_teaches_a_student() -> None:
     results = load("distill")["main"](60)
     assert len(results) == 3
-    assert max(results.values()) < 3.0  # an untrained student is 2.9 nats from the language
+    assert max(results.values()) < 1.6  # an untrained student is 2.5 nats away, a trained one 0.9 to 1.3
 
 
 def test_each_example_is_tested() -> None:
@@ -145,7 +145,7 @@ def test_each_example_is_tested() -> None:
 
 
 def test_lora_trainer_learns_and_the_saved_adapters_too(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     losses = load("lora_trainer")["train"](20, str(tmp_path))
     assert losses["after"] < losses["before"] - 0.3

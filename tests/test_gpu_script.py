@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -414,6 +415,20 @@ def test_replay_sees_a_graph_of_old_inputs(monkeypatch: pytest.MonkeyPatch, capf
     assert replay.main(["--device", "cpu", "--routings", "3"]) == 1
     ends = {line["ends"]: line["verdict"] for line in lines(capfd.readouterr().out) if "ends" in line}
     assert ends[0] == "failed"
+
+
+def test_replay_sees_each_kind_of_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not among the first calls only: a graph that goes wrong after them, for one kind."""
+    for kind in range(5):
+
+        def late(layer: replay.Layer, kind: int = kind) -> Any:
+            layer()
+            numbers = itertools.count()
+            return lambda: layer() if (number := next(numbers)) < 20 or number % 5 != kind else None
+
+        monkeypatch.setattr(replay, "captured", late)
+        with pytest.raises(AssertionError, match="a replay differs"):
+            replay.replays(replay.SHAPES[0], False, "cpu", 50)
 
 
 def test_tests_print_lines(tmp_path: Path) -> None:

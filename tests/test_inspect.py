@@ -13,8 +13,8 @@ import torch
 
 from switchgear.cli import main
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 NAMES = {"report.md", "results.json", "load.png", "entropy.png", "domains.png", "similarity.png", "coactivation.png",
          "cacheability.png"}  # fmt: skip

@@ -160,8 +160,8 @@ def test_mistakes_are_named() -> None:
 
 
 def test_the_trainer_reports_it_to_all_its_reporters(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
     from switchgear.monitoring import ExpertLoadCallback
 
     seen: list[dict[str, Any]] = []

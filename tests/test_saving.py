@@ -83,7 +83,7 @@ def test_other_models_are_saved_as_before(tmp_path: Path) -> None:
 
 def test_trainer(tmp_path: Path) -> None:
     """The rest of the model trains; checkpoints load by from_pretrained, and by the Trainer that resumes from one."""
-    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = stored_model("gpt_oss", "int8")
     ids = torch.randint(3, 200, (8, 6), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in ids]

@@ -19,7 +19,7 @@ from switchgear.tiny.cache import load, newest, save
 from switchgear.tiny.sensitivity import Sensitivity
 from switchgear.tiny.text import DOMAINS, Domain, evenly, load_domain, load_domains, windows
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 FEW = Sensitivity(
     {"a": 1.0}, busiest=[0.1, 0.2], all_busiest=0.3, by_frequency=0.2, at_random=[0.5, 0.55, 0.6], between_domains=0.3,

@@ -84,7 +84,7 @@ def test_a_block_in_bfloat16(model: Any, calls: list[Any]) -> None:
 @torch.no_grad()
 def test_generate(model: Any, calls: list[Any]) -> None:
     if model.generation_config is None:
-        pytest.skip("it does not generate")
+        pytest.skip("this model does not generate")
     inputs = {"input_ids": torch.tensor([[1, 5, 7]])}
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     replaced = accelerate(model)

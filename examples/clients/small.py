@@ -35,8 +35,8 @@ def pieces() -> list[dict[str, torch.Tensor]]:
 
 
 def compare(client: str, run: Callable[[str], float], tolerance: float, default: str = "grouped_mm") -> None:
-    """Runs a recipe with transformers' experts and with ours, in turns, and prints the row of docs/clients.md: the time
-    of the faster of two turns. The results, such as the last loss, may differ by `tolerance`."""
+    """Runs a recipe with transformers' experts and with ours, in turns, and prints a row: for each the time of the
+    faster of two turns and the result, such as the last loss. The results may differ by `tolerance`."""
     seconds, results = {default: math.inf, "switchgear": math.inf}, {}
     for name in (default, "switchgear") * 2:
         begin = time.perf_counter()

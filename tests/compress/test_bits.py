@@ -52,7 +52,7 @@ def test_row48_equals_brute_force(average: float) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_row48_equals_an_integer_programme(seed: int) -> None:
     """scipy.optimize.milp with the paper's constraints."""
-    optimize = pytest.importorskip("scipy.optimize")
+    optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
     import numpy as np
 
     errors = made_errors(seed, 12)

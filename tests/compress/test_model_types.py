@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="transformers is not installed")
 
 from switchgear.compress import calibrate, prune_experts
 from switchgear.integrations import tiny_models

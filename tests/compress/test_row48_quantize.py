@@ -188,7 +188,7 @@ def test_row48_errors_of_experts() -> None:
 
 
 def mixtral_on_meta() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     with torch.device("meta"):
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(
             transformers.MixtralConfig(), dtype=torch.bfloat16

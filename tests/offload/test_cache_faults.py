@@ -256,7 +256,7 @@ def test_a_store_that_cannot_be_read_changes_nothing(monkeypatch: pytest.MonkeyP
         assert all(map(same_bits, outputs_of(model, steps), wanted))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child() -> None:
     """Even if another thread ran the model at the fork."""
     model, steps, wanted, cache, _ = offloaded(0)

@@ -15,8 +15,8 @@ from replayed import Replay, as_sets
 from switchgear import diagnostics, offload
 from switchgear.cli import main, offload_plan
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("rich")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("rich", reason="rich is not installed")
 
 EXPERT = 3 * 32 * 16 * 4  # bytes: gate, up and down in float32
 
@@ -51,7 +51,7 @@ def dense_bytes() -> int:
 def test_it_predicts_and_recommends(
     checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     cached = 64 * 2 * 2 * 32 * 4  # tokens, layers, keys and values: float32 like the weights
     memory = dense_bytes() + cached + 3 * 2 * EXPERT + 100  # room for 3 experts per layer
     file = tmp_path / "hits.png"

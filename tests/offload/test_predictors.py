@@ -55,7 +55,7 @@ def test_row41_the_next_gate_applied_early(options: dict[str, Any]) -> None:
 
 
 def test_row41_the_next_gate_of_a_hugging_face_model() -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
         vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,

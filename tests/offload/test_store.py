@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import hashlib
 import json
 import os
@@ -303,7 +304,6 @@ def test_other_folders_and_writers_are_left_alone(tmp_path: Path) -> None:
         write_store(small(1), tmp_path / "s", resume=False)
     assert (other / "notes.txt").read_text() == "mine"
     (other / "notes.txt").unlink()
-    fcntl = pytest.importorskip("fcntl")
     with open(other / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(StoreError, match="another process"):

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checks a wheel: the oldest glibc it runs on, what its modules link, its files and its size.
 
-    python tests/release/check_wheel.py dist/*.whl [--glibc 2.28]
+    [SWITCHGEAR_CUDA=ON] python tests/release/check_wheel.py dist/*.whl [--glibc 2.28]
 
-Needs readelf. --glibc makes a newer symbol an error: a wheel from a newer system runs on such systems alone.
+Needs readelf. --glibc makes a newer symbol an error: a wheel from a newer system runs on such systems alone. With
+SWITCHGEAR_CUDA=ON, as for the build, the CUDA module must be there.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +20,8 @@ from pathlib import Path
 
 ALLOWED = {"libgomp.so.1", "libm.so.6", "libc.so.6", "libpthread.so.0", "librt.so.1", "libdl.so.2", "libgcc_s.so.1"}
 LARGEST = 100 << 20  # of an upload, in bytes
-WANTED = ("switchgear/__init__.py", "switchgear/py.typed", "switchgear/_C.pyi")
+WANTED = (r"__init__\.py", r"py\.typed", r"_C\.pyi", r"_C\..*\.so")
+WANTED_WITH_CUDA = (*WANTED, r"_cuda\..*\.so")
 UNWANTED = re.compile(r"(^|/)(tests?|__pycache__|build)/|\.(o|a|cpp|h|cu|cuh|inl)$")
 
 
@@ -32,11 +35,16 @@ def newest_glibc(module: Path) -> tuple[int, ...]:
     return max(tuple(map(int, version.split("."))) for version in found)
 
 
-def problems(wheel: Path, glibc: tuple[int, ...] | None) -> list[str]:
+def missing(names: list[str], wanted: tuple[str, ...]) -> list[str]:
+    """The patterns of `wanted` that no file of the package matches."""
+    return [pattern for pattern in wanted if not any(re.fullmatch(f"switchgear/{pattern}", name) for name in names)]
+
+
+def problems(wheel: Path, glibc: tuple[int, ...] | None, wanted: tuple[str, ...] = WANTED) -> list[str]:
     found = []
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = archive.namelist()
-        found += [f"{name} is missing" for name in WANTED if name not in names]
+        found += [f"no file is switchgear/{pattern}" for pattern in missing(names, wanted)]
         found += [f"{name} does not belong in a wheel" for name in names if UNWANTED.search(name)]
         archive.extractall(folder)
         print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB, {len(names)} files")
@@ -62,9 +70,10 @@ def main() -> int:
     parser.add_argument("wheels", type=Path, nargs="+")
     parser.add_argument("--glibc", type=lambda text: tuple(map(int, text.split("."))))
     args = parser.parse_args()
+    wanted = WANTED_WITH_CUDA if os.environ.get("SWITCHGEAR_CUDA") == "ON" else WANTED
     failed = False
     for wheel in args.wheels:
-        for problem in problems(wheel, args.glibc):
+        for problem in problems(wheel, args.glibc, wanted):
             print(f"  error: {problem}")
             failed = True
     return int(failed)

@@ -14,14 +14,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 DROPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
 def example() -> str:
     """The README's first programs that need torch alone."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     return "\n".join(block for block in blocks if "transformers" not in block)
+
+
+def version() -> str:
+    """Of pyproject.toml. Python 3.10 has no tomllib."""
+    found = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
 
 
 def main() -> int:
@@ -42,7 +49,10 @@ def main() -> int:
         run(args.python, "-m", "venv", "env")
         torch = "torch" if args.torch == "newest" else f"torch=={args.torch}.*"
         pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-        run(*pip, "--find-links", args.wheels.resolve(), torch, "switchgear")
+        run(*pip, torch)  # all that it depends on, which pip check verifies
+        # Not from the index, which may have another package of this name.
+        run(*pip, "--no-index", "--no-deps", "--find-links", args.wheels.resolve(), f"switchgear=={version()}")
+        run(python, "-m", "pip", "check")
         run(python, "-c", "import switchgear, torch; print(switchgear.__version__, torch.__version__)")
         run(python, "-m", "switchgear", "info")
         run(python, "-m", "switchgear", "doctor")

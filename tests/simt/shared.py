@@ -18,30 +18,20 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import address_sanitizer
+
+FRAMES = 1  # of a report
 ORDERS = ("forward", "reverse", "random:1")
-
-
-def compilers_library(name: str) -> str:
-    command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def environment(kind: str, build: Path) -> dict[str, str]:
     modules = sorted(build.glob("tests/simt/module/_simt*.so"))
     if len(modules) != 1:
         raise SystemExit(f"{build}: expected one module _simt, found {len(modules)}")
-    variables = {**os.environ, "SWITCHGEAR_SIMT": str(modules[0].resolve())}
-    if kind == "asan":  # Python is not instrumented, so preload the runtime; leaks are Python's
-        variables["LD_PRELOAD"] = " ".join(compilers_library(name) for name in ("libasan.so", "libstdc++.so"))
-        # _C has its own libstdc++, whose operator delete is not the sanitizer's.
-        options = (
-            "detect_leaks=0",
-            "alloc_dealloc_mismatch=0",
-            "detect_stack_use_after_return=0",
-            "malloc_context_size=1",
-        )
-        variables["ASAN_OPTIONS"] = ":".join(options)
-    return variables
+    variables = address_sanitizer.environment(FRAMES) if kind == "asan" else dict(os.environ)
+    return variables | {"SWITCHGEAR_SIMT": str(modules[0].resolve())}
 
 
 def main(arguments: list[str]) -> int:

@@ -132,7 +132,7 @@ def test_weights_are_interleaved_in_place() -> None:
     address, before = layer.weight.data_ptr(), layer.weight.detach().clone()
     nodes = interleave_nodes(layer)
     if nodes == 0:
-        pytest.skip("the system does not allow it")
+        pytest.skip("the system does not interleave memory")
     assert (nodes == 1) == (NODES.read_text().strip() == "0")
     assert layer.weight.data_ptr() == address
     assert torch.equal(layer.weight, before)

@@ -30,7 +30,7 @@ from .adapted_layers import BASE, LAYERS, OURS, Adapted, AdaptedCase, make_adapt
 from .adapter_tables import DTYPES, markdown, show
 from .case import FORMATS, Case, Inputs, make_case, make_weights
 from .competitors import Skip
-from .markdown import write_blocks
+from .markdown import write_outputs
 from .minifloats import in_bfloat16, make_stored
 from .results import Row, check_same_machine, read_json, rounded, write_json
 from .shapes import SHAPES, Shape
@@ -66,11 +66,9 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
     """about: the machine, for --json."""
     require("rich")
     results = read_json(args.source, "--from", SCHEMA) if args.source else _measure_all(args, about)
-    if args.markdown:
-        write_blocks(args.markdown, {"adapters": lambda: markdown(results)}, lambda: markdown(results))
-        print(f"wrote {args.markdown}")
-    elif args.source:
+    if args.source and not args.markdown:
         print(markdown(results))
+    write_outputs(args, results, {"adapters": lambda: markdown(results)}, lambda: markdown(results))
     return 1 if any(row["ms"] is None for case in results["cases"] for row in case["results"]) else 0
 
 

@@ -10,6 +10,7 @@ ends its case alone.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -169,7 +170,11 @@ def measure_case(case: Case, names: list[str]) -> tuple[list[Row], list[dict[str
     calls = {name: partial(call_of(case, layer), 0) for name, layer in found.layers.items()}
     memory = {name: peak_memory(call) for name, call in calls.items()}
     timed = {name: captured(call) if case.mode == "forward" else None for name, call in calls.items()}
-    times = in_turns({name: timed[name] or call for name, call in calls.items()})
+    for name, replay in timed.items():
+        if replay:
+            found.errors[name] = max(found.errors[name], replayed_error(replay, calls[name]))
+    right = [name for name in calls if found.errors[name] <= found.limit]
+    times = in_turns({name: timed[name] or calls[name] for name in right})
     clear()
     rows = [
         cuda_tables.row_of(case, name, error, found.limit, times.get(name, []), memory.get(name))
@@ -177,3 +182,12 @@ def measure_case(case: Case, names: list[str]) -> tuple[list[Row], list[dict[str
         for name, error in found.errors.items()
     ]
     return rows, found.skipped
+
+
+def replayed_error(replay: Callable[[], Any], call: Callable[[], Any]) -> float:
+    """How far what a replay writes is from the output of a call, which was verified: root mean square, relative."""
+    with torch.inference_mode():
+        replay().fill_(math.nan)  # what it does not write is wrong
+        got, want = replay().double(), call().double()
+        error = float((got - want).norm() / want.norm())
+    return error if math.isfinite(error) else math.inf

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 FLUSHED_BYTES = 256 << 20  # more than the L2 of any GPU
 WARM_CALLS = 3  # before a capture: kernels are loaded at their first use, libraries choose theirs
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
@@ -42,9 +43,9 @@ def in_turns(calls: Mapping[str, Callable[[], object]], seconds: float = CASE_SE
     return times
 
 
-def captured(call: Callable[[], object]) -> Callable[[], object] | None:
-    """A function that replays a CUDA graph of the call, so that the time is not that of launches from Python; None for
-    a call that cannot be captured, for example since it waits for the device."""
+def captured(call: Callable[[], T]) -> Callable[[], T] | None:
+    """A function that replays a CUDA graph of the call, so that the time is not that of launches from Python, and
+    returns its output; None for a call that cannot be captured, for example since it waits for the device."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -54,13 +55,18 @@ def captured(call: Callable[[], object]) -> Callable[[], object] | None:
                 call()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
-            call()
+            output = call()
         graph.replay()
         torch.cuda.synchronize()
     except RuntimeError:
         torch.cuda.synchronize()  # raises if the device itself has failed
         return None
-    return graph.replay
+
+    def replay() -> T:
+        graph.replay()
+        return output
+
+    return replay
 
 
 def best_seconds(call: Callable[[], object]) -> float:

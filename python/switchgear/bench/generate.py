@@ -31,7 +31,7 @@ from .competitors import Skip
 from .llama import Llama, packages, write_gguf
 from .markdown import write_outputs
 from .results import read_json, rounded
-from .timing import STIRRED, TICK, wait_for_quiet
+from .timing import STIRRED, TICK, counted, wait_for_quiet
 
 SCHEMA = "switchgear-bench-generate/1"
 TOKENS, TURNS = 64, 7
@@ -194,8 +194,7 @@ def measure(name: str, count: int, turns: int, thread_count: int) -> dict[str, A
                 raise CommandError(f"{name}: logits of {maker} differ from transformers' by {error:.2g}")
             children[maker] = child
             results.append({"implementation": maker, "error": error})
-        times: dict[str, list[float]] = {maker: [] for maker in children}
-        quiet = dict.fromkeys(children, 0)
+        taken: dict[str, list[tuple[list[float], bool]]] = {maker: [] for maker in children}
         tokens: dict[str, list[int]] = {}
         for turn in range(turns + 1):  # the first one is not timed
             for maker, child in children.items():
@@ -203,12 +202,13 @@ def measure(name: str, count: int, turns: int, thread_count: int) -> dict[str, A
                 child.connection.send(count)
                 seconds, busy, tokens[maker] = child.receive()
                 if turn:
-                    times[maker].append(seconds)
-                    quiet[maker] += busy <= STIRRED * seconds + TICK
+                    taken[maker].append(([seconds], busy <= STIRRED * seconds + TICK))
         for row in results:
             maker = row["implementation"]
             same = next((i for i in range(count) if tokens[maker][i] != tokens[BASE][i]), count)
-            row |= {"tokens_per_second": count / median(times[maker]), "same_tokens": same, "quiet_turns": quiet[maker]}
+            quiet = sum(is_quiet for _, is_quiet in taken[maker])
+            rate = count / median(counted(taken[maker]))
+            row |= {"tokens_per_second": rate, "same_tokens": same, "quiet_turns": quiet}
     return {"model": name, "tokens": count, "turns": turns, "results": rounded(results), "skipped": skipped}
 
 

@@ -130,7 +130,7 @@ def open_outputs(args: argparse.Namespace) -> dict[str, str]:
     """Paths by kind, all writable. CommandError for one that is not."""
     outputs = {kind: path for kind in ("json", "csv", "markdown", "plot") if (path := getattr(args, kind, None))}
     for kind, path in outputs.items():
-        if kind != "plot" or args.device != "cpu":
+        if kind != "plot":
             check_file(kind, path)
             continue
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,21 +20,22 @@ import torch
 import switchgear
 
 from ..common import above_zero, choose, console, listed, machine, not_negative, optional, positive, positives, require
-from . import adapters, cuda, model, parallel, routers, tables
+from . import tables
 from .case import FORMATS
 from .ceilings import measure
 from .competitors import COMPETITORS
 from .competitors.registry import FOLDER
+from .modes import LAYERS, mode_of
 from .results import SCHEMA, load, merge, open_outputs, save
 from .shapes import SHAPES
 from .worker import Task, run_case
 
 DEFAULT_SHAPES = "tiny,olmoe,qwen3-30b-a3b,mixtral-half"
-EVERYONE = "installed"
+ALL_INSTALLED = "installed"
 # Default tokens by mode: of the usual run, of a quick one, of one against all competitors.
 TOKENS: dict[str, tuple[int, ...]] = {"forward": (1, 16, 256, 2048), "train": (256,)}
 QUICK_SHAPES, QUICK_TOKENS = "tiny,olmoe", {"forward": (1, 256), "train": (256,)}
-EVERYONES_TOKENS = {"forward": (1, 16, 256, 512, 2048), "train": (256, 512)}
+TOKENS_AGAINST_ALL = {"forward": (1, 16, 256, 512, 2048), "train": (256, 512)}
 BUDGET, QUICK_BUDGET = 540.0, 45.0  # seconds for all cases
 CASE_BUDGET = 45.0  # for each case of a run against all competitors
 START_SECONDS = 6.0  # what a process needs before it can measure
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of the weights: {', '.join(FORMATS)} (default: bf16,fp32, and fp32 alone where bf16 is emulated)")
     add("--modes", metavar="LIST", type=listed(TOKENS), default="forward,train",
         help="forward, train (forward and backward)")
-    add("--competitors", metavar="LIST", nargs="?", const=EVERYONE,
+    add("--competitors", metavar="LIST", nargs="?", const=ALL_INSTALLED,
         help=f"of {', '.join(COMPETITORS)}; without a list all that are installed (default: torch's, transformers')")
     add("--competitors-folder", metavar="DIR",
         help=f"folder of competitors that cannot be installed beside this torch (default: ${FOLDER})")
@@ -96,46 +98,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    mode = mode_of(_given(args))
+    if args.competitors_folder:
+        os.environ[FOLDER] = args.competitors_folder  # the processes of the cases inherit it
     if args.list:
         tables.print_choices()
         return 0
-    if args.competitors_folder:
-        os.environ[FOLDER] = args.competitors_folder  # the processes of the cases inherit it
-    if args.model:
-        return model.run(args)
-    if args.threads_model:
-        from . import threads_tables
+    if mode is LAYERS:
+        return _run_layers(args)
+    module = import_module(f".{mode.module}", __package__)  # some need transformers
+    if not mode.describes:
+        return int(module.run(args))
+    open_outputs(args)  # before minutes of work
+    return int(module.run(args, describe_machine(args.threads)))
 
-        open_outputs(args)
-        return threads_tables.run(args, describe_machine(args.threads))
-    if args.parallel:
-        return parallel.run(args)
-    if args.routers:
-        return routers.run(args, describe_machine(args.threads))
-    if args.adapters:
-        return adapters.run(args, describe_machine(args.threads))
-    if args.quality:
-        from . import quality
 
-        open_outputs(args)
-        return quality.run(args, describe_machine(args.threads))
-    if args.offload:
-        from . import offload  # needs transformers
+def _given(args: argparse.Namespace) -> set[str]:
+    """The options that do not have their defaults."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = parser.parse_args([])
+    return {name for name, default in vars(defaults).items() if getattr(args, name) != default}
 
-        open_outputs(args)
-        return offload.run(args, describe_machine(args.threads))
-    if args.generate:
-        from . import generate  # needs transformers
 
-        open_outputs(args)
-        return generate.run(args, describe_machine(args.threads))
-    if args.compress:
-        from . import compress  # needs transformers
-
-        open_outputs(args)  # before minutes of work
-        return compress.run(args, describe_machine(args.threads))
-    if args.device == "cuda":
-        return cuda.run(args)
+def _run_layers(args: argparse.Namespace) -> int:
     require("rich")
     if args.plot:
         require("matplotlib")
@@ -153,14 +139,14 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> list[Task]:
     """The cases of a run; each gets its share of the time when it starts."""
-    everyone = args.competitors in (EVERYONE, "all")
+    everyone = args.competitors in (ALL_INSTALLED, "all")
     named = args.competitors is not None and not everyone
     dtypes = args.dtypes or (["bf16", "fp32"] if machine.has_fast_bfloat16() else ["fp32"])
     shapes = choose("shapes", args.shapes or (QUICK_SHAPES if args.quick else DEFAULT_SHAPES), SHAPES)
     names = [name for name, competitor in COMPETITORS.items() if competitor.default or everyone]
     if named:
         names = choose("competitors", args.competitors, COMPETITORS)
-    tokens = QUICK_TOKENS if args.quick else EVERYONES_TOKENS if everyone else TOKENS
+    tokens = QUICK_TOKENS if args.quick else TOKENS_AGAINST_ALL if everyone else TOKENS
     return [
         Task(shape, dtype, mode, count, args.routing, args.pages, args.allocator,
              tuple(name for name in names if named or COMPETITORS[name].runs(dtype, mode)), named, 0.0, args.threads)
@@ -185,7 +171,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 def measure_all(tasks: list[Task], args: argparse.Namespace) -> dict[str, Any]:
     """Runs the cases in order, prints a table after each, and returns the content of --json, saved after each case."""
-    everyone = args.competitors in (EVERYONE, "all")
+    everyone = args.competitors in (ALL_INSTALLED, "all")
     budget = args.budget or (QUICK_BUDGET if args.quick else CASE_BUDGET * len(tasks) if everyone else BUDGET)
     longest = LONGEST_QUICK_CASE if args.quick else CASE_BUDGET if everyone else LONGEST_CASE
     end = perf_counter() + budget

@@ -200,7 +200,7 @@ def fork_seconds(repeats: int = 300) -> float:
     """What a loop costs to start and join on two threads of this machine: a read of nothing, with two and with one."""
     nothing = [torch.zeros(1)]
 
-    def fastest(threads: int) -> float:
+    def typical(threads: int) -> float:
         times = []
         for _ in range(repeats):
             start = perf_counter()
@@ -208,7 +208,7 @@ def fork_seconds(repeats: int = 300) -> float:
             times.append(perf_counter() - start)
         return median(times)
 
-    return max(fastest(2) - fastest(1), 0.0)
+    return max(typical(2) - typical(1), 0.0)
 
 
 LOSSES = ("serial", "fork", "idle", "waiting")

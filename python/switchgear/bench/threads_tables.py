@@ -23,7 +23,7 @@ from ..common import choose, console, markdown_table, require, table
 from ..common import threads as threads_of
 from ..common.processes import Child
 from .case import DECODE_TOKENS, FORMATS, ROUTINGS, Inputs, call_of, make_case, make_weights
-from .markdown import write_blocks
+from .markdown import write_outputs
 from .results import Row, check_same_machine, read_json, write_json
 from .shapes import SHAPES, Shape
 from .threads_model import LOSSES, MACHINES, as_row, fork_seconds, machine, measured, predict, record
@@ -53,11 +53,9 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
     """about: the machine, for --json."""
     require("rich")
     results = read_json(args.source, "--from", SCHEMA) if args.source else _record_all(args, about)
-    if args.markdown:
-        write_blocks(args.markdown, {"threads": partial(markdown, results)}, partial(markdown, results))
-        print(f"wrote {args.markdown}")
-    elif args.source:
+    if args.source and not args.markdown:
         print(markdown(results))
+    write_outputs(args, results, {"threads": partial(markdown, results)}, partial(markdown, results))
     return 0
 
 

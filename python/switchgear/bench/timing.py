@@ -6,12 +6,13 @@ A turn starts once other processes are idle, or after a timeout. It counts only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter, sleep
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..common.machine import busy_seconds_elsewhere
 
+T = TypeVar("T")
 TURN_SECONDS = 0.05  # of timed calls in a turn
 LONG_SECONDS = 0.2  # a call as long as this needs no warm-up
 FEWEST_TURNS, MOST_TURNS = 3, 30
@@ -22,10 +23,16 @@ TICK = 0.011  # seconds of error in the system's clock of busy cores
 GLANCE = 0.05  # seconds over which the load of others is sampled
 
 
+class Call(NamedTuple):
+    number: int
+    seconds: float
+
+
 class Timed(NamedTuple):
     seconds: list[float]  # of each call that counts
     quiet_turns: int
     turns: int
+    numbers: list[int]  # of these calls
 
 
 def interleave(
@@ -39,14 +46,14 @@ def interleave(
     TURN_SECONDS. Calls get a running number, which selects their inputs. With `leaves_memory`, each call frees the
     memory of the one before. The first call of a turn frees another entry's memory, so it is never timed.
     """
-    turns: dict[str, list[tuple[list[float], bool]]] = {name: [] for name in calls}
+    turns: dict[str, list[tuple[list[Call], bool]]] = {name: [] for name in calls}
     numbers = dict.fromkeys(calls, 0)
 
-    def timed(name: str) -> float:
-        start = perf_counter()
-        calls[name](numbers[name])
+    def timed(name: str) -> Call:
+        start, number = perf_counter(), numbers[name]
+        calls[name](number)
         numbers[name] += 1
-        return perf_counter() - start
+        return Call(number, perf_counter() - start)
 
     def another(rounds: int, elapsed: float) -> bool:
         if rounds == 0:
@@ -58,17 +65,17 @@ def interleave(
     while another(rounds, perf_counter() - start):
         for name, taken in turns.items():
             wait_for_quiet(budget / 10 / len(calls))
-            if leaves_memory or not taken or taken[-1][0][-1] < LONG_SECONDS:
+            if leaves_memory or not taken or taken[-1][0][-1].seconds < LONG_SECONDS:
                 timed(name)
-            times: list[float] = []
+            made: list[Call] = []
             before, began, spent = busy_seconds_elsewhere(), perf_counter(), 0.0
             while spent < TURN_SECONDS:
-                times.append(timed(name))
-                spent += times[-1]
+                made.append(timed(name))
+                spent += made[-1].seconds
             stirred = busy_seconds_elsewhere() - before > STIRRED * (perf_counter() - began) + TICK
-            taken.append((times, not stirred))
+            taken.append((made, not stirred))
         rounds += 1
-    return {name: _counted(taken) for name, taken in turns.items()}
+    return {name: _timed(taken) for name, taken in turns.items()}
 
 
 def wait_for_quiet(longest: float) -> None:
@@ -81,7 +88,14 @@ def wait_for_quiet(longest: float) -> None:
             return
 
 
-def _counted(taken: list[tuple[list[float], bool]]) -> Timed:
-    quiet = [times for times, is_quiet in taken if is_quiet]
-    counted = quiet if len(quiet) >= FEWEST_QUIET else [times for times, _ in taken]
-    return Timed([seconds for times in counted for seconds in times], len(quiet), len(taken))
+def counted(turns: Sequence[tuple[Sequence[T], bool]]) -> list[T]:
+    """What was measured in the quiet turns, or in all if too few are quiet. Each has its measurements, and is quiet or
+    not."""
+    quiet = [made for made, is_quiet in turns if is_quiet]
+    return [each for made in (quiet if len(quiet) >= FEWEST_QUIET else [made for made, _ in turns]) for each in made]
+
+
+def _timed(turns: list[tuple[list[Call], bool]]) -> Timed:
+    calls = counted(turns)
+    quiet_turns = sum(is_quiet for _, is_quiet in turns)
+    return Timed([call.seconds for call in calls], quiet_turns, len(turns), [call.number for call in calls])

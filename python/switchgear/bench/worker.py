@@ -90,19 +90,19 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
 
     found = verify(case, task.competitors, prepared, task.title)
     say(f"{task.title}: timing {', '.join(found.layers)}")
-    rates: list[float] = []
+    rates: dict[int, float] = {}
     calls: dict[str, Callable[[int], object]] = {READ: read}
-    calls[MULTIPLY] = lambda _: rates.append(multiply_rate(case.dtype_name, task.threads))
+    calls[MULTIPLY] = lambda number: rates.update({number: multiply_rate(case.dtype_name, task.threads)})
     calls |= {name: call_of(case, layer) for name, layer in found.layers.items()}
     seconds = max(task.seconds - (perf_counter() - start), task.seconds / 2)
     times = interleave(calls, seconds, leaves_memory=case.mode == "train")  # the gradients of the weights
     passes = 1 if case.mode == "forward" else 3  # over the weights: read twice, their gradients written
+    counted_rates = [rates[number] for number in times.pop(MULTIPLY).numbers]
     about = {name: getattr(task, name) for name in CASE} | {
-        "touched_experts": case.touched_experts, "multiply_rate": median(rates),
+        "touched_experts": case.touched_experts, "multiply_rate": median(counted_rates),
         "read_ms": 1e3 * passes * median(times.pop(READ).seconds),
     }  # fmt: skip
-    del times[MULTIPLY]
-    times |= {name: Timed([], 0, 0) for name in found.errors if name not in found.layers}
+    times |= {name: Timed([], 0, 0, []) for name in found.errors if name not in found.layers}
     rows = [
         completed(about | {
             "competitor": name, "ms": 1e3 * median(timed.seconds) if timed.seconds else None,
