@@ -230,7 +230,8 @@ def _others(routing: Routing, scores: Tensor, expand: float | None) -> tuple[Ten
     """The experts that a token may get beyond its choices, [T,E] bool, and a bound of their number."""
     ids, logits = routing.topk_ids, routing.router_logits
     top_k, num_experts = ids.shape[1], routing.num_experts
-    had = torch.zeros_like(scores).scatter_add(1, ids.clamp(min=0).long(), (ids >= 0).to(scores.dtype)) > 0
+    had = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.bool, device=ids.device)
+    had = had.scatter(1, ids.long() + 1, True)[:, 1:]  # holes are noted in the first column
     is_open = ~had & (scores > 0) & (logits > torch.finfo(logits.dtype).min)  # Masked closes with the lowest
     if expand is None:
         return is_open, num_experts - 1
@@ -244,8 +245,10 @@ def _others(routing: Routing, scores: Tensor, expand: float | None) -> tuple[Ten
 def _ranking(scores: Tensor, others: Tensor, rounds: int) -> Tensor:
     """Scores [T, E + rounds] float32 for rerouting in so many rounds. A token that runs out of candidates goes on to
     the last experts, which do not exist, and is dropped there: it must take no place of an expert that is none."""
-    nowhere = scores.new_full((scores.shape[0], rounds), -0.5)
-    return torch.cat((scores.masked_fill(~others, -1), nowhere), 1).float()
+    num_tokens, num_experts = scores.shape
+    ranking = scores.new_full((num_tokens, num_experts + rounds), -0.5, dtype=torch.float32)
+    ranking[:, :num_experts] = torch.where(others, scores, -1)
+    return ranking
 
 
 def _overselected(routing: Routing, scores: Tensor, others: Tensor, most: int) -> Routing:
