@@ -158,12 +158,12 @@ def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> 
     """The group of each expert, [E] int64 on the CPU. groups: that, or a number of groups of consecutive experts, whose
     sizes are as equal as possible."""
     if not isinstance(groups, int):
-        return torch.as_tensor(groups).detach().cpu().long()
+        return torch.as_tensor(groups, device="cpu").detach().long()
     if num_experts is None:
         raise ValueError("groups: expected the group of each expert, or num_experts beside their number; got neither")
     if not 1 <= groups <= num_experts:
         raise ValueError(f"groups: expected 1 to {num_experts} (num_experts), got {groups}")
-    return torch.arange(num_experts) * groups // num_experts
+    return torch.arange(num_experts, device="cpu") * groups // num_experts
 
 
 def sequences(context: Context, num_tokens: int, device: torch.device) -> tuple[Tensor, int]:
