@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear.adapters import LowRankExperts
-from switchgear.layers import HeterogeneousExperts, StratifiedMoE
+from switchgear.layers import HeterogeneousExperts, MergedExperts, SoftMoE, StratifiedMoE
 from switchgear.routing import (
     AdaptiveCoefficient,
     AdaptiveSparsity,
@@ -63,9 +63,10 @@ def trained(module: nn.Module) -> list[Tensor]:
     torch.manual_seed(1)
     found = []
     for _ in range(3):
-        x = torch.randn(T, H)
-        router = () if hasattr(module, "losses") else (torch.randint(E, (T, 2), dtype=torch.int32), torch.rand(T, 2))
-        y = module(x, *router)
+        x = torch.randn(2, T, H)
+        routes = isinstance(module, (HeterogeneousExperts, LowRankExperts))
+        routed = () if not routes else (torch.randint(E, (2, T, 2), dtype=torch.int32), torch.rand(2, T, 2))
+        y = module(x, *routed)
         losses = getattr(module, "losses", {}).values()
         sum(losses, y.square().sum()).backward()
         switchgear.after_step(module)
@@ -92,3 +93,30 @@ def test_a_loaded_layer_trains_like_the_original(name: str, how: str, within: bo
     loaded.load_state_dict(values(original), assign=how == "assign")
     for one, other in zip(trained(loaded), trained(original), strict=True):
         assert torch.equal(one, other)
+
+
+def merged(**options: Any) -> nn.Module:
+    router, experts = switchgear.Router(H, E, 2, **options), switchgear.Experts(H, I, E, **options)
+    return MergedExperts(router, experts, pooling="attention", bottleneck=4)
+
+
+RESET = {
+    **LAYERS,
+    "virtual": partial(MoE, 2, null_experts=1, constant_experts=2, mix_constants=True),
+    "merged": merged,
+    "soft": lambda **options: SoftMoE(switchgear.Experts(H, I, E, **options), **options),
+}
+
+
+@pytest.mark.parametrize("name", RESET)
+def test_reset_parameters_leaves_nothing_as_it_was(name: str) -> None:
+    fresh, layer = RESET[name](), RESET[name](device="meta").to_empty(device="cpu")
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.data.fill_(float("nan") if tensor.is_floating_point() else 77)
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for key, value in fresh.state_dict().items():
+        assert bool(layer.state_dict()[key].isfinite().all()), key
+        assert bool(value.any()) == bool(layer.state_dict()[key].any()), key
+    trained(layer)

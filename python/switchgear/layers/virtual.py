@@ -47,10 +47,17 @@ class VirtualExperts(nn.Module):
         self.hidden_size, self.num_real = int(experts.hidden_size), int(experts.num_experts)  # type: ignore[arg-type]
         self.num_experts = self.num_real + null + copy + constant
         like = next(experts.parameters())
-        vectors = torch.zeros(constant, self.hidden_size, dtype=like.dtype, device=like.device)
+        vectors = torch.empty(constant, self.hidden_size, dtype=like.dtype, device=like.device)
         self.constants = nn.Parameter(vectors) if constant else None
-        mixing = vectors.new_zeros(constant, 2, self.hidden_size)
+        mixing = vectors.new_empty(constant, 2, self.hidden_size)
         self.mixing = nn.Parameter(mixing) if constant and mix_constants else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zeroes the constants and what mixes them. (The experts initialise themselves.)"""
+        for parameter in (self.constants, self.mixing):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids and topk_weights [..., K] -> [..., H]."""
