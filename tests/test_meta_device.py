@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
+import runpy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
+from switchgear import reference
 from switchgear.adapters import LowRankExperts
 from switchgear.layers import HeterogeneousExperts, MergedExperts, SoftMoE, StratifiedMoE
 from switchgear.routing import (
@@ -58,18 +62,19 @@ def values(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def trained(module: nn.Module) -> list[Tensor]:
-    """Outputs, losses and state of three steps."""
+def trained(module: nn.Module, default: str = "cpu") -> list[Tensor]:
+    """Outputs, losses and state of three steps under a default device; gradients exist from the second one on."""
     torch.manual_seed(1)
     found = []
     for _ in range(3):
         x = torch.randn(2, T, H)
         routes = isinstance(module, (HeterogeneousExperts, LowRankExperts))
         routed = () if not routes else (torch.randint(E, (2, T, 2), dtype=torch.int32), torch.rand(2, T, 2))
-        y = module(x, *routed)
-        losses = getattr(module, "losses", {}).values()
-        sum(losses, y.square().sum()).backward()
-        switchgear.after_step(module)
+        with torch.device(default):
+            y = module(x, *routed)
+            losses = getattr(module, "losses", {}).values()
+            sum(losses, y.square().sum()).backward()
+            switchgear.after_step(module)
         found += [y, *losses]
     return [*found, *module.state_dict().values()]
 
@@ -120,3 +125,27 @@ def test_reset_parameters_leaves_nothing_as_it_was(name: str) -> None:
         assert bool(layer.state_dict()[key].isfinite().all()), key
         assert bool(value.any()) == bool(layer.state_dict()[key].any()), key
     trained(layer)
+
+
+@pytest.mark.parametrize("name", RESET)
+def test_a_default_device_does_not_matter_to_a_layer_elsewhere(name: str) -> None:
+    layer = RESET[name]()
+    other = copy.deepcopy(layer)
+    wanted = trained(layer, "meta")
+    for one, same in zip(trained(other), wanted, strict=True):
+        assert torch.equal(one, same)
+
+
+@torch.no_grad()
+def test_a_default_device_does_not_matter_to_inference() -> None:
+    moe, x = MoE(2, normalize=True, shared_intermediate_size=8), torch.randn(3, H)
+    wanted = moe(x)
+    with torch.device("meta"):
+        assert torch.equal(moe(x), wanted)
+
+
+@pytest.mark.parametrize("module", ["compact", "nf4"])
+def test_tables_are_made_on_the_cpu(module: str) -> None:
+    with torch.device("meta"):
+        found = runpy.run_path(str(Path(reference.__file__).parent / f"{module}.py"))
+    assert not any(value.is_meta for value in found.values() if isinstance(value, Tensor))

@@ -87,7 +87,7 @@ def _runs_no_pass(thread: threading.Thread) -> bool:
 
 def _nothing_of(weight: Tensor) -> Tensor:
     """A gradient that adds nothing, and takes no time to add."""
-    indices = torch.empty((1, 0), dtype=torch.int64)
+    indices = weight.new_empty((1, 0), dtype=torch.int64)
     values = weight.new_empty((0, *weight.shape[1:]))
     return torch.sparse_coo_tensor(indices, values, weight.shape, is_coalesced=True, check_invariants=False)
 
