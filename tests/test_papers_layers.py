@@ -188,6 +188,15 @@ def test_soft_moe_permutes_with_its_tokens_and_skips_padding() -> None:
     assert not layer(x, torch.zeros(9, dtype=torch.bool)).any()
 
 
+def test_soft_moe_loads_a_scalar() -> None:
+    """The scale had no dimension once."""
+    layer, other = (SoftMoE(Experts(H, 12, 4)) for _ in range(2))
+    state = {**other.state_dict(), "scale": torch.tensor(3.0)}
+    layer.load_state_dict(state)
+    assert layer.scale.tolist() == [3.0]
+    assert state["scale"].shape == ()
+
+
 def test_soft_moe_weights_sum_to_one() -> None:
     """If tokens are equal, every slot is that token: its dispatch sums to 1. If experts are equal too, every token gets
     their output: its combination sums to 1."""

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.sharded import of_matrices
 from switchgear.complaints import check_module
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
@@ -130,7 +132,8 @@ class Muon(torch.optim.Optimizer):
         buffer: Tensor = state["momentum_buffer"]
         buffer.lerp_(grad, 1 - momentum)
         update = grad.lerp(buffer, momentum) if group["nesterov"] else buffer
-        update = orthogonalized(update, group["ns_steps"], group["ns_coefficients"], group["eps"])
+        options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "eps": group["eps"]}
+        update = of_matrices(partial(orthogonalized, **options), update)
         parameter.mul_(1 - lr * group["weight_decay"])
         parameter.add_(update, alpha=-lr * _ratio(group["adjust_lr_fn"], *parameter.shape[-2:]))
 

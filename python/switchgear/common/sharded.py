@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Operands of parameters that may be sharded (torch's DTensor), without an import of torch.distributed for others."""
+"""Parameters that may be sharded (torch's DTensor), without an import of torch.distributed for others."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -17,10 +19,17 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     return whole
 
 
-def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor with the placements of `like`."""
-    placements = getattr(like, "placements", None)
-    if placements is None:
-        return tensor
-    moved: Tensor = tensor.redistribute(placements=placements)  # type: ignore[attr-defined]
-    return moved
+def of_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """function(tensor [..., N, C]), which acts on each matrix by itself. A rank takes its own matrices; all ranks take those
+    that are split among them."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return function(tensor)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    kept = [p if p.is_shard() and p.dim < tensor.dim() - 2 else Replicate() for p in tensor.placements]  # type: ignore[attr-defined]
+    part = function(tensor.redistribute(placements=kept).to_local()).contiguous()  # type: ignore[attr-defined]
+    shape, stride = tensor.shape, tensor.stride()
+    result = DTensor.from_local(part, mesh, kept, run_check=False, shape=shape, stride=stride)
+    placed: Tensor = result.redistribute(placements=tensor.placements)  # type: ignore[attr-defined]
+    return placed

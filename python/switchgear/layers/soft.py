@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ class SoftMoE(nn.Module):
         slots: rows per expert and sequence.
         normalize: logits = (x / |x|) · (scale · φ / |φ|) with a learned scale, instead of x · φ.
 
-    Parameters: phi [E·slots,H]; scale [] if normalize. Sequences are independent, but within one every token affects
-    every other, so the layer is not suitable for causal models.
+    Parameters: phi [E·slots,H]; scale [1] if normalize (FSDP2 shards no scalars). Sequences are independent, but within
+    one every token affects every other, so the layer is not suitable for causal models.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class SoftMoE(nn.Module):
         self.hidden_size, self.num_experts = int(experts.hidden_size), int(experts.num_experts)  # type: ignore[arg-type]
         rows = self.num_experts * slots
         self.phi = nn.Parameter(torch.empty(rows, self.hidden_size, device=device, dtype=dtype))
-        self.scale = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if normalize else None
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if normalize else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -59,6 +60,12 @@ class SoftMoE(nn.Module):
         nn.init.normal_(self.phi, std=1 / math.sqrt(self.hidden_size))
         if self.scale is not None:
             nn.init.ones_(self.scale)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        scale = state_dict.get(f"{prefix}scale")
+        if scale is not None and scale.dim() == 0:  # as it once was
+            state_dict[f"{prefix}scale"] = scale.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., T, E·slots], at least float32."""
