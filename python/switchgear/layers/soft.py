@@ -36,6 +36,8 @@ class SoftMoE(nn.Module):
     one every token affects every other, so the layer is not suitable for causal models.
     """
 
+    not_matrices = ("phi",)  # for optim.muon_groups
+
     def __init__(
         self,
         experts: nn.Module,

@@ -37,6 +37,8 @@ class StratifiedMoE(WithLosses):
     stratum, over the tokens that are at its gate.
     """
 
+    not_matrices = ("gates",)  # for optim.muon_groups
+
     def __init__(
         self,
         hidden_size: int,

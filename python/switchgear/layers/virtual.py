@@ -29,6 +29,8 @@ class VirtualExperts(nn.Module):
     those of experts. Virtual experts take no slots in the plan.
     """
 
+    not_matrices = ("constants", "mixing")  # for optim.muon_groups
+
     def __init__(
         self,
         experts: nn.Module,
