@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import switchgear
@@ -581,3 +582,22 @@ def test_training_reduces_the_loss(name: str) -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_experts_that_do_not_exist_are_refused() -> None:
+    kinds = HeterogeneousExperts(H, [8, 16, 8]), VirtualExperts(Experts(H, 8, 2), copy=1)
+    for experts in kinds:
+        for wrong in (-2, 3):
+            with pytest.raises(ValueError, match=r"topk_ids: expected -1 to 2, got"):
+                experts(torch.randn(2, H), torch.tensor([[wrong], [0]], dtype=torch.int32), torch.ones(2, 1))
+
+
+def test_ids_are_not_read_while_a_graph_is_made() -> None:
+    for experts in (HeterogeneousExperts(H, [8, 16, 8]), VirtualExperts(Experts(H, 8, 2), copy=1)):
+
+        def run(state: dict[str, Tensor], *args: Tensor, experts: nn.Module = experts) -> Tensor:
+            return torch.func.functional_call(experts, state, args)
+
+        state = {**dict(experts.named_parameters()), **dict(experts.named_buffers())}
+        args = torch.randn(2, H), torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
+        assert torch.equal(make_fx(run)(state, *args)(state, *args), experts(*args))

@@ -20,8 +20,8 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def of_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """function(tensor [..., N, C]), which acts on each matrix by itself. A rank takes its own; all ranks take those that
-    are split among them."""
+    """function(tensor [..., N, C]), which acts on each matrix by itself. A rank takes its own matrices, and those
+    that are split among ranks."""
     mesh = getattr(tensor, "device_mesh", None)
     if mesh is None:
         return function(tensor)

@@ -14,6 +14,8 @@ from torch import Tensor
 from switchgear.common.buffers import FillsBuffers
 from switchgear.common.sharded import replicated
 from switchgear.layers.common import experts_class
+from switchgear.reference import check_range
+from switchgear.routing.context import can_be_read
 from switchgear.weights.checks import check_plain
 
 if TYPE_CHECKING:
@@ -104,6 +106,8 @@ class HeterogeneousExperts(FillsBuffers):
 
     def slice_ids(self, topk_ids: Tensor) -> Tensor:
         """[T, K·most_slices] int32: the slices of the chosen experts [T,K], padded with -1."""
+        if can_be_read(topk_ids):
+            check_range("topk_ids", topk_ids, -1, self.num_experts)
         self.fill_on(topk_ids.device)
         chosen = topk_ids.clamp(min=0)
         place = torch.arange(self.most_slices, dtype=torch.int32, device=topk_ids.device)

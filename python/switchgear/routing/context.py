@@ -193,8 +193,10 @@ def sequences(context: Context, num_tokens: int, device: torch.device) -> tuple[
 
 
 def can_be_read(tensor: Tensor) -> bool:
-    """Whether reading its values costs no synchronisation, and no graph or torch.vmap would see it."""
-    return tensor.is_cpu and not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
+    """Whether reading its values costs no synchronisation, and no graph, dispatch mode or torch.vmap would see it."""
+    if not tensor.is_cpu or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return torch._C._functorch.maybe_current_level() is None
 
 
 def is_recomputing() -> bool:
