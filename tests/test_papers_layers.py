@@ -198,6 +198,23 @@ def test_soft_moe_loads_a_scalar() -> None:
     assert state["scale"].shape == ()
 
 
+def test_soft_moe_ignores_what_padding_holds() -> None:
+    layer, x, mask = SoftMoE(Experts(H, 12, 4)), torch.randn(2, 5, H), torch.ones(2, 5, dtype=torch.bool)
+    mask[:, 3:] = False
+    wanted = layer(x, mask)
+    x[:, 3:] = torch.nan
+    assert torch.equal(layer(x, mask), wanted)
+
+
+def test_layers_of_layers_refuse_those_that_return_the_routing() -> None:
+    layer, other = moe(return_routing=True), moe()
+    with pytest.raises(ValueError, match="moe: expected a layer that returns y alone"):
+        MultiHeadMoE(layer, 2 * H, 2)
+    for name, pair in {"first": (layer, other), "second": (other, layer)}.items():
+        with pytest.raises(ValueError, match=f"{name}: expected a layer that returns y alone"):
+            CartesianMoE(*pair, H)
+
+
 def test_soft_moe_weights_sum_to_one() -> None:
     """If tokens are equal, every slot is that token: its dispatch sums to 1. If experts are equal too, every token gets
     their output: its combination sums to 1."""

@@ -67,7 +67,7 @@ class SoftMoE(nn.Module):
         scale = state_dict.get(f"{prefix}scale")
         if scale is not None and scale.dim() == 0:  # as it once was
             state_dict[f"{prefix}scale"] = scale.reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., T, E·slots], at least float32."""
@@ -83,9 +83,11 @@ class SoftMoE(nn.Module):
 
         mask [..., T]: False for padding, which adds nothing to the slots and gets zeros.
         """
-        logits = self.logits(hidden_states)
         if mask is not None:
             mask = mask.bool()[..., None]
+            hidden_states = hidden_states.masked_fill(~mask, 0)  # padding may hold anything
+        logits = self.logits(hidden_states)
+        if mask is not None:
             dispatch = logits.masked_fill(~mask, -torch.inf).softmax(-2).nan_to_num()  # nan: a sequence of padding only
         else:
             dispatch = logits.softmax(-2)
