@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -247,6 +248,37 @@ def test_an_error_changes_nothing(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(torch.equal(one, other) for one, other in zip(grads(experts), kept, strict=True))
 
 
+def test_a_projection_that_was_frozen_after_forward(spy: Spy) -> None:
+    experts = make()
+    step(experts, 0)
+    kept = [grad.clone() for grad in grads(experts)]
+    loss = loss_of(experts, 0)
+    experts.gate_up_proj.requires_grad_(False)
+    loss.backward()
+    assert spy.calls == 0
+    assert torch.equal(experts.gate_up_proj.grad, kept[0])
+    assert torch.equal(experts.down_proj.grad, 2 * kept[1])
+
+
+@pytest.mark.parametrize("tied", ["parameter", "gradient"])
+def test_one_parameter_for_both_projections(tied: str, spy: Spy) -> None:
+    torch.manual_seed(0)
+    first = nn.Parameter(torch.randn(4, 16, 16))
+    second = first if tied == "parameter" else nn.Parameter(first.detach().clone())
+    ids, weights, x = torch.randint(4, (7, 2), dtype=torch.int32), torch.rand(7, 2), torch.randn(7, 16)
+
+    def backward() -> None:
+        switchgear.moe(x, first, second, ids, weights, gated=False).sum().backward()
+
+    backward()
+    if tied == "gradient":
+        first.grad = second.grad = first.grad + second.grad
+    kept = first.grad.clone()
+    backward()
+    assert spy.calls == 0
+    torch.testing.assert_close(first.grad, 2 * kept)
+
+
 def test_threads_at_one_weight() -> None:
     experts = make()
     step(experts, 0)
@@ -258,6 +290,39 @@ def test_threads_at_one_weight() -> None:
         worker.join()
     for grad, one in zip(grads(experts), once, strict=True):
         torch.testing.assert_close(grad, 8 * one)
+
+
+@pytest.fixture
+def waiting() -> Iterator[Callable[[], object]]:
+    """What a thread waits for until the test ends."""
+    over = threading.Event()
+    yield over.wait
+    over.set()
+
+
+class Monitor(threading.Thread):
+    """A thread like those of progress bars."""
+
+
+@pytest.mark.parametrize("kind", ["thread", "progress bar", "queue"])
+def test_other_threads_may_be_in_a_backward_pass(
+    kind: str, spy: Spy, monkeypatch: pytest.MonkeyPatch, waiting: Callable[[], object]
+) -> None:
+    """torch adds the gradients of threads one by one, and knows nothing of additions of the kernel."""
+    experts = make()
+    step(experts, 0)
+    kept = [grad.clone() for grad in grads(experts)]
+    if kind == "progress bar":
+        monkeypatch.setattr(Monitor, "__module__", "tqdm._monitor")
+
+    def wait() -> None:
+        waiting()
+
+    wait.__module__ = "multiprocessing.queues" if kind == "queue" else __name__
+    Monitor(target=wait, daemon=True).start()
+    step(experts, 0)
+    assert spy.calls == (kind != "thread")
+    assert all(torch.equal(grad, 2 * one) for grad, one in zip(grads(experts), kept, strict=True))
 
 
 def test_checks_of_the_kernel() -> None:

@@ -102,6 +102,9 @@ def test_row78_errors_change_nothing() -> None:
     for options in ({"beta": -1.0}, {"beta": math.nan}, {"alpha": 2.0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}: expected a number"):
             SelfContrast(**options)
+    for options in ({"weak": 3}, {"weak": None}, {"strong": "x"}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))}: expected a selection"):
+            SelfContrast(**options)
     with pytest.raises(ValueError, match="model: expected one with routers"), SelfContrast().applied(nn.Linear(2, 2)):
         pass
     model = Model(top_k=2, capacity=Capacity(1.0))

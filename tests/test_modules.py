@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import switchgear
@@ -180,6 +181,18 @@ def test_router_can_be_hooked() -> None:
     assert routing.router_logits.shape == (6, 8)
     assert routing.router_logits.requires_grad
     assert routing.topk_ids.shape == routing.topk_weights.shape == (6, 3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_errors_of_transforms_are_not_hidden() -> None:
+    """Their tensors have no memory to look at."""
+    router, x = Router(24, 8, 1), torch.randn(5, 24)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda x: router(x).topk_weights, (x,), (x,))
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        with pytest.raises(AssertionError, match="FakeTensor"):
+            router(fake)
 
 
 def test_jitter_acts_in_training_alone() -> None:

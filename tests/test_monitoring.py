@@ -183,6 +183,8 @@ def test_the_trainer_reports_it_to_all_its_reporters(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer = transformers.Trainer(model, arguments, train_dataset=ids, eval_dataset=ids, callbacks=[Reporter()])
     own = FakeRun()
+    with pytest.raises(ValueError, match=r"layers: expected 0 to .*, got -1"):
+        ExpertLoadCallback(layers=-1)
     callback = ExpertLoadCallback(own).attach(trainer)
     trainer.train()
     with_load = [logs for logs in seen if "moe/max_violation/mean" in logs]

@@ -13,6 +13,7 @@ from torch import nn
 import switchgear
 from switchgear import finetune, optim
 from switchgear.integrations.moe_blocks import moe_blocks
+from switchgear.layers import MergedExperts, MonetRouter, SoftMoE, StratifiedMoE
 
 SHAPES = ((5, 24, 40), (3, 40, 24), (4, 16, 16))
 BF16 = torch.finfo(torch.bfloat16).eps
@@ -101,6 +102,24 @@ def test_groups_of_a_model() -> None:
     matrices, rest = optim.muon_groups(model)
     assert [list(parameter.shape) for parameter in matrices] == [[2, 12, 8], [2, 8, 6]]
     assert [list(parameter.shape) for parameter in rest] == [[2, 12], [2, 8]]
+
+
+def test_vectors_routers_and_convolutions_are_no_matrices() -> None:
+    model = nn.Module()
+    model.stratified = StratifiedMoE(8, 6, [2, 2])
+    model.soft = SoftMoE(switchgear.Experts(8, 6, 4))
+    model.virtual = switchgear.MoE(8, 6, 4, 2, constant_experts=2, mix_constants=True, shared_intermediate_size=6,
+                                   shared_gate=True)  # fmt: skip
+    model.merged = MergedExperts(switchgear.Router(8, 4, 2), switchgear.Experts(8, 6, 4), pooling="attention")
+    model.monet = MonetRouter(8, 4, 2, top_k=2)
+    model.conv1d = nn.Conv1d(8, 8, 4, groups=8)
+    model.A_log = nn.Parameter(torch.zeros(8, 4))
+    matrices, rest = optim.muon_groups(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert len(matrices) + len(rest) == len(names)
+    for parameter in matrices:
+        assert names[id(parameter)].endswith(("gate_up_proj", "down_proj", "_proj.weight"))
+    assert len(matrices) == 4 * 2 + 3  # stacks of experts, and a shared one
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text", "jetmoe"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import math
 import socket
+import warnings
 from functools import partial
 from typing import Any
 
@@ -140,6 +141,22 @@ def test_buffers_that_stay_float32_follow_a_model_to_another_device() -> None:
     assert router.e_score_correction_bias.dtype is torch.float32
     assert not router.e_score_correction_bias.any()
     assert router.weight.dtype is torch.float16
+
+
+def test_losses_that_checkpointing_dropped_are_named() -> None:
+    """Reentrant checkpointing runs forward without a graph."""
+    layer, x = switchgear.MoE(H, 12, E, 2, balance=[SwitchLoss()]), torch.randn(7, H, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint(layer, x, use_reentrant=False)
+        assert switchgear.balance_loss(layer).requires_grad
+    checkpoint(layer, x, use_reentrant=True)
+    with pytest.warns(UserWarning, match="use_reentrant=False"):
+        switchgear.balance_loss(layer)
+    layer.gate.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        switchgear.balance_loss(layer)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

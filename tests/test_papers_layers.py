@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -188,6 +189,32 @@ def test_soft_moe_permutes_with_its_tokens_and_skips_padding() -> None:
     torch.testing.assert_close(y[:6], layer(x[:6]))
     assert not y[6:].any()
     assert not layer(x, torch.zeros(9, dtype=torch.bool)).any()
+
+
+def test_soft_moe_loads_a_scalar() -> None:
+    """The scale had no dimension once."""
+    layer, other = (SoftMoE(Experts(H, 12, 4)) for _ in range(2))
+    state = {**other.state_dict(), "scale": torch.tensor(3.0)}
+    layer.load_state_dict(state)
+    assert layer.scale.tolist() == [3.0]
+    assert state["scale"].shape == ()
+
+
+def test_soft_moe_ignores_what_padding_holds() -> None:
+    layer, x, mask = SoftMoE(Experts(H, 12, 4)), torch.randn(2, 5, H), torch.ones(2, 5, dtype=torch.bool)
+    mask[:, 3:] = False
+    wanted = layer(x, mask)
+    x[:, 3:] = torch.nan
+    assert torch.equal(layer(x, mask), wanted)
+
+
+def test_layers_of_layers_refuse_those_that_return_the_routing() -> None:
+    layer, other = moe(return_routing=True), moe()
+    with pytest.raises(ValueError, match="moe: expected a layer that returns y alone"):
+        MultiHeadMoE(layer, 2 * H, 2)
+    for name, pair in {"first": (layer, other), "second": (other, layer)}.items():
+        with pytest.raises(ValueError, match=f"{name}: expected a layer that returns y alone"):
+            CartesianMoE(*pair, H)
 
 
 def test_soft_moe_weights_sum_to_one() -> None:
@@ -586,3 +613,22 @@ def test_training_reduces_the_loss(name: str) -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_experts_that_do_not_exist_are_refused() -> None:
+    kinds = HeterogeneousExperts(H, [8, 16, 8]), VirtualExperts(Experts(H, 8, 2), copy=1)
+    for experts in kinds:
+        for wrong in (-2, 3):
+            with pytest.raises(ValueError, match=r"topk_ids: expected -1 to 2, got"):
+                experts(torch.randn(2, H), torch.tensor([[wrong], [0]], dtype=torch.int32), torch.ones(2, 1))
+
+
+def test_ids_are_not_read_while_a_graph_is_made() -> None:
+    for experts in (HeterogeneousExperts(H, [8, 16, 8]), VirtualExperts(Experts(H, 8, 2), copy=1)):
+
+        def run(state: dict[str, Tensor], *args: Tensor, experts: nn.Module = experts) -> Tensor:
+            return torch.func.functional_call(experts, state, args)
+
+        state = {**dict(experts.named_parameters()), **dict(experts.named_buffers())}
+        args = torch.randn(2, H), torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
+        assert torch.equal(make_fx(run)(state, *args)(state, *args), experts(*args))

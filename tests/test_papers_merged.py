@@ -145,3 +145,13 @@ def test_row49_meo_names_a_router_of_the_wrong_width() -> None:
     }.items():
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             MergedExperts(**{"router": router, "experts": experts, **wrong})
+
+
+def test_two_routers_under_autocast() -> None:
+    """Hidden activations are bfloat16 then, shares of tokens are not."""
+    layer, x = layer_of(per_linear=True, pooling="attention"), torch.randn(2, 5, H)
+    wanted = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=2**-5 * float(wanted.detach().abs().max()))

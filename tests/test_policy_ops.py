@@ -186,7 +186,11 @@ def fitted(
     if scores is None:
         return kept
     others = [
-        [e for e in sorted(range(len(scores[t])), key=lambda e: (-scores[t][e], e)) if e not in ids[t]]
+        [
+            e
+            for e in sorted(range(len(scores[t])), key=lambda e: (-scores[t][e], e))
+            if e not in ids[t] and scores[t][e] > 0
+        ]
         for t in range(num_tokens)
     ]
     for r in range(rounds):

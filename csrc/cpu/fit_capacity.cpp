@@ -41,9 +41,9 @@ struct Precedence {
   }
 };
 
-// A heap of (score, id) of the experts that a token may be rerouted to, without those it chose.
+// A heap of (score, id) of the experts that a token may be rerouted to: without those it chose, and those without a score above 0.
 int64_t make_candidates(const float* scores, int64_t num_experts, const int32_t* chosen, int64_t top_k, int64_t* heap) {
-  for (int64_t e = 0; e < num_experts; ++e) heap[e] = key_of(sanitise(scores[e]), e);
+  for (int64_t e = 0; e < num_experts; ++e) heap[e] = scores[e] > 0 ? key_of(sanitise(scores[e]), e) : -1;
   for (int64_t k = 0; k < top_k; ++k) {
     if (chosen[k] >= 0) heap[chosen[k]] = -1;  // no key: it would be that of -0
   }

@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(32) capacity_candidates_kernel(FitCapacityPara
     if (!first && last < 0) continue;  // no more candidates in the previous round
     for (int e = lane; e < p.num_experts; e += 32) {
       const uint32_t key = key_of(sanitise(scores[e]));
-      keys[e] = key < last_key || (key == last_key && e > last) ? key : kTaken;
+      const bool is_next = key < last_key || (key == last_key && e > last);
+      keys[e] = is_next && scores[e] > 0 ? key : kTaken;
     }
     for (int32_t i = token * p.top_k; i < (token + 1) * p.top_k; ++i) {
       if (p.groups[i] >= 0 && p.topk_ids[i] % 32 == lane) keys[p.topk_ids[i]] = kTaken;  // the lane that wrote this key

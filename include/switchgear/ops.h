@@ -147,8 +147,8 @@ struct FitCapacityOptions {
 
 // An expert takes at most limits[b] choices of the tokens of sequence b; kept_ids is topk_ids with -1 for the others. With
 // `scores`, lost choices are rerouted: in round r each token with lost choices offers the first of them to its r-th best
-// expert that it has not chosen. The expert accepts by precedence while it has places; its id then replaces the -1. There are
-// candidates - K rounds.
+// expert that it has not chosen and whose score is above 0. The expert accepts by precedence while it has places; its id then
+// replaces the -1. There are candidates - K rounds.
 struct FitCapacityArgs {
   TensorView topk_ids;      // [T,K]
   TensorView priorities;    // [T,K] float32, with kPriority

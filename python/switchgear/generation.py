@@ -57,6 +57,9 @@ class SelfContrast:
             raise ValueError(f"beta: expected a number of at least 0, got {self.beta}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected a number in [0, 1], got {self.alpha}")
+        for name, select in {"weak": self.weak, "strong": self.strong}.items():
+            if not callable(select) and not (name == "strong" and select is None):
+                raise TypeError(f"{name}: expected a selection, got {select!r}")
 
     def __call__(self, strong_logits: Tensor, weak_logits: Tensor) -> Tensor:
         """The scores of two passes' logits [..., V], in float32 (float64 stays); -Inf for excluded tokens."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -236,13 +237,29 @@ def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> l
 
 def balance_loss(model: nn.Module) -> Tensor | float:
     """The sum of all layers' balance losses from the last forward, 0.0 if there are none. Add it to the model's
-    loss."""
+    loss. Warns of losses without a graph in training: reentrant activation checkpointing runs forward without one."""
     total: Tensor | float = 0.0
     for module in model.modules():
         losses = vars(module).get("losses")  # layers of layers have a property `losses`: skip it
         for loss in losses.values() if isinstance(losses, dict) else ():
             total = total + loss
+            if (
+                module.training
+                and torch.is_grad_enabled()
+                and not getattr(loss, "requires_grad", True)
+                and _learns(module)
+            ):
+                warnings.warn(_WITHOUT_GRAPH, stacklevel=2)
     return total
+
+
+_WITHOUT_GRAPH = (
+    "balance_loss: a loss has no graph, so it trains nothing; in activation checkpointing, pass use_reentrant=False"
+)
+
+
+def _learns(layer: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in getattr(layer, "gate", layer).parameters())
 
 
 def after_step(model: nn.Module) -> None:

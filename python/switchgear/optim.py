@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.sharded import of_matrices
 from switchgear.complaints import check_module
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
+from switchgear.layers import MonetRouter
 from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.router import Router
 
@@ -130,7 +133,8 @@ class Muon(torch.optim.Optimizer):
         buffer: Tensor = state["momentum_buffer"]
         buffer.lerp_(grad, 1 - momentum)
         update = grad.lerp(buffer, momentum) if group["nesterov"] else buffer
-        update = orthogonalized(update, group["ns_steps"], group["ns_coefficients"], group["eps"])
+        options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "eps": group["eps"]}
+        update = of_matrices(partial(orthogonalized, **options), update)
         parameter.mul_(1 - lr * group["weight_decay"])
         parameter.add_(update, alpha=-lr * _ratio(group["adjust_lr_fn"], *parameter.shape[-2:]))
 
@@ -144,9 +148,10 @@ def _ratio(adjust: str | None, rows: int, columns: int) -> float:
 def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Splits the parameters that require gradients: matrices of hidden layers for Muon, the rest for AdamW.
 
-    The rest: vectors and scalars, biases of stacked experts, embeddings, routers of MoE layers (switchgear's or Hugging
-    Face's), and the parameters of the modules or the names in `others`, to which the output layer belongs ("lm_head").
-    Each parameter is in one list, once.
+    The rest: vectors and scalars, also as matrices with a single row or column; biases of stacked experts, embeddings,
+    convolutions, A_log of state-space models; routers of MoE layers (switchgear's or Hugging Face's) and what a class
+    names in `not_matrices`; and the parameters of the modules or the names in `others`, to which the output layer
+    belongs ("lm_head"). Each parameter is in one list, once.
 
     Raises ValueError for a name in `others` that the model does not have.
     """
@@ -155,15 +160,22 @@ def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list
     for prefix in others:
         if not any(name == prefix or name.startswith(f"{prefix}.") for name in names):
             raise ValueError(f"others: expected names of modules or parameters, got {prefix!r}")
-    kinds = (nn.Embedding, nn.EmbeddingBag, Router)
+    kinds = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, Router, MonetRouter)
     modules = [block.gate for block in moe_blocks(model).values() if block.gate is not None]  # of Hugging Face, too
     modules += [module for module in model.modules() if isinstance(module, kinds)]
     excluded = {id(parameter) for module in modules for parameter in module.parameters()} | {
         id(parameter)
         for name, parameter in names.items()
-        if parameter.dim() < 2
-        or "bias" in name.rpartition(".")[2]
-        or any(name == prefix or name.startswith(f"{prefix}.") for prefix in others)
+        if not _is_matrix(name, parameter) or any(name == prefix or name.startswith(f"{prefix}.") for prefix in others)
     }
+    for module in model.modules():
+        for name, parameter in module.named_parameters():
+            if name.partition(".")[0] in getattr(module, "not_matrices", ()):
+                excluded.add(id(parameter))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [p for p in trained if id(p) not in excluded], [p for p in trained if id(p) in excluded]
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    own = name.rpartition(".")[2]
+    return parameter.dim() >= 2 and 1 not in parameter.shape[-2:] and "bias" not in own and own != "A_log"

@@ -207,7 +207,7 @@ struct Capacity {
       for (int64_t t = 0; t < T; ++t) {
         std::vector<int32_t> others;
         for (int32_t e = 0; e < E; ++e) {
-          bool had = false;
+          bool had = !(scores(t, e) > 0);
           for (int64_t k = 0; k < K; ++k) had |= ids.id(t, k) == e;
           if (!had) others.push_back(e);
         }

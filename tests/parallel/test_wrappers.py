@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import combinations
 
 import pytest
@@ -16,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import switchgear
+from switchgear import optim
+from switchgear.layers import HeterogeneousExperts, SoftMoE
 from switchgear.parallel import ExpertParallel, expert_parameters
 
 HIDDEN = 24
@@ -128,3 +131,60 @@ def autocast(rank: int) -> None:
 
 def test_autocast(pool: Pool) -> None:
     pool.run(autocast)
+
+
+class Stack(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).sum()
+
+
+def muon(rank: int) -> None:
+    for shape in ((6, 8, 12), (1, 12, 8), (16, 8), (3, 2, 8, 8)):
+        plain, sharded = Stack(*shape), fully_shard(Stack(*shape))
+        optimizers = [optim.Muon(model.parameters(), 0.1) for model in (plain, sharded)]
+        for _ in range(2):
+            x = torch.randn(shape)
+            for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+                model(x).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        bound = 15 * torch.finfo(torch.bfloat16).eps * 2 * 0.1  # of 5 steps of 3 products, in batches of other sizes
+        assert (full(sharded.weight) - plain.weight).abs().max() <= bound * (shape[-2] / shape[-1]) ** 0.5 * 2
+
+
+def test_muon_of_shards(pool: Pool) -> None:
+    """With experts that are not a multiple of the ranks, and one expert for all."""
+    pool.run(muon)
+
+
+def made_on_meta(rank: int) -> None:
+    """The widths are 2, 1 and 4 units of 8; values are within ±1/√width."""
+    model = nn.Sequential(HeterogeneousExperts(HIDDEN, [16, 8, 32], device="meta"))
+    fully_shard(model).to_empty(device="cpu")
+    model[0].reset_parameters()
+    largest = full(model[0].slices.down_proj).abs().amax((1, 2))
+    for one, width in zip(largest.tolist(), (16, 16, 8, 32, 32, 32, 32), strict=True):
+        assert 0.8 < one * width**0.5 <= 1
+
+
+def test_experts_of_other_widths_on_meta(pool: Pool) -> None:
+    pool.run(made_on_meta)
+
+
+def soft(rank: int) -> None:
+    torch.manual_seed(0)
+    plain = SoftMoE(switchgear.Experts(HIDDEN, 8, 4))
+    sharded, x = fully_shard(copy.deepcopy(plain)), torch.randn(2, 5, HIDDEN)
+    for layer in (plain, sharded):
+        layer(x).square().sum().backward()
+    for one, other in zip(sharded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(full(one.grad), other.grad)
+
+
+def test_soft_moe_is_sharded(pool: Pool) -> None:
+    pool.run(soft)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from switchgear.adapters.linear_adapters import LowRank
 from switchgear.backends import in_autocast
+from switchgear.common.buffers import FillsBuffers
 from switchgear.functional import as_number, combine, grouped_gemm, plan
 from switchgear.reference import check_finite, check_fraction, check_range, check_size, weight_dtype
 from switchgear.routing.context import can_be_read
@@ -22,7 +23,7 @@ from switchgear.routing.context import can_be_read
 FEW_COLUMNS = 64
 
 
-class LowRankExperts(nn.Module):
+class LowRankExperts(FillsBuffers):
     """y = Σ_k w_k · alpha_e / r_e · B_e A_e x, where e is the expert topk_ids[k]. Same interface as Experts.
 
     Args:
@@ -87,15 +88,16 @@ class LowRankExperts(nn.Module):
             rows = torch.arange(self.lora_A.shape[1], device=self.lora_A.device)
             ranks = torch.tensor(self.ranks, device=self.lora_A.device)
             self.lora_A.masked_fill_((rows >= ranks[:, None])[..., None], 0)
-        self._set_scale()
+        self.fill_buffers(self.scale.device)
 
-    def _set_scale(self) -> None:
+    def fill_buffers(self, device: torch.device) -> None:
+        """The scale of each expert."""
         values = [alpha / rank for alpha, rank in zip(self.alphas, self.ranks, strict=True)]
-        self.scale = torch.tensor(values, dtype=weight_dtype(self.lora_A.dtype), device=self.scale.device)
+        self.scale = torch.tensor(values, dtype=weight_dtype(self.lora_A.dtype), device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankExperts:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._set_scale()  # not in the dtype of the module, which would round it
+        super()._apply(fn, recurse)
+        self.fill_buffers(self.scale.device)  # not in the dtype of the module, which would round it
         return self
 
     @torch.no_grad()
@@ -121,6 +123,7 @@ class LowRankExperts(nn.Module):
             x = x.to(self.lora_A.dtype)
         top_k = topk_ids.shape[-1]
         topk_ids, topk_weights = topk_ids.reshape(len(x), top_k), topk_weights.reshape(len(x), top_k)
+        self.fill_on(x.device)
         product = self._all if self._is_dense(top_k) else self._chosen
         y = product(x, topk_ids, topk_weights)
         y = y.view(*hidden_states.shape[:-1], self.out_features)

@@ -31,12 +31,14 @@ def _gradients_there(
     if not ops.needs_no_dispatch(*[tensor for tensor in (*others, *weights) if tensor is not None]):
         return None
     first, second = (weight.grad if need else None for weight, need in zip(weights, needs, strict=True))
-    return first, second
+    if first is not None and second is not None and _overlap(first, second):  # as of one parameter for both
+        return None
+    return (first, second) if _is_alone() else None
 
 
 def _can_add(weight: Tensor) -> bool:
     """Whether autograd would add a gradient of this weight to its .grad, and nothing sees the gradient before."""
-    if not weight.is_leaf or weight._backward_hooks:
+    if not weight.requires_grad or not weight.is_leaf or weight._backward_hooks:  # frozen since forward
         return False
     grad = weight.grad
     if grad is None or type(grad) is not Tensor or grad.requires_grad or grad.is_neg() or grad.layout != weight.layout:
@@ -52,12 +54,40 @@ def _can_add(weight: Tensor) -> bool:
         return False
 
 
-_adding = threading.Lock()  # backward passes of several threads may meet at one weight
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two dense tensors share memory."""
+    first, second = one.data_ptr(), other.data_ptr()
+    return first < second + other.nbytes and second < first + one.nbytes
+
+
+# Where threads come from that run no backward pass: those of DataLoader, progress bars, loggers, and our own.
+_WITHOUT_PASSES = (
+    "multiprocessing.queues",
+    "rich.",
+    "switchgear.",
+    "tensorboard.",
+    "torch.utils.data.",
+    "tqdm.",
+    "wandb.",
+)
+
+
+def _is_alone() -> bool:
+    """Whether no other Python thread may be in a backward pass. It would add to the same gradients beneath torch's lock
+    of each, which cannot be taken from here."""
+    return threading.active_count() == 1 or all(map(_runs_no_pass, threading.enumerate()))
+
+
+def _runs_no_pass(thread: threading.Thread) -> bool:
+    if thread is threading.current_thread() or type(thread).__module__.startswith(_WITHOUT_PASSES):
+        return True
+    target = getattr(thread, "_target", None)
+    return (getattr(target, "__module__", None) or "").startswith(_WITHOUT_PASSES)
 
 
 def _nothing_of(weight: Tensor) -> Tensor:
     """A gradient that adds nothing, and takes no time to add."""
-    indices = torch.empty((1, 0), dtype=torch.int64)
+    indices = weight.new_empty((1, 0), dtype=torch.int64)
     values = weight.new_empty((0, *weight.shape[1:]))
     return torch.sparse_coo_tensor(indices, values, weight.shape, is_coalesced=True, check_invariants=False)
 
@@ -89,8 +119,7 @@ class Moe(torch.autograd.Function):
         x, gate_up_proj, down_proj, *others, h = saved
         weights = gate_up_proj, down_proj
         if (there := _gradients_there(weights, needs[1:3], (x, h, grad_y, *others))) is not None:
-            with _adding:
-                found = ops.moe_backward_on_host(there, grad_y, x, h, *weights, *others, *options, needs=needs)
+            found = ops.moe_backward_on_host(there, grad_y, x, h, *weights, *others, *options, needs=needs)
             nothing = (None if grad is None else _nothing_of(grad) for grad in there)
             grad_x, *grad_biases, grad_weights = found
             return grad_x, *nothing, *grad_biases, None, grad_weights, *[None] * 5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Buffers that stay float32 in a model of another dtype, and buffers that a trial leaves alone."""
+"""Buffers that stay float32 in a model of another dtype, buffers outside of the state dict, and copies for a trial."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_META = torch.device("meta")
 
 
 class KeepsFloat32(nn.Module):
@@ -24,6 +26,34 @@ class KeepsFloat32(nn.Module):
             after = self._buffers[name]
             if after is not None and after.dtype is not torch.float32:
                 self._buffers[name] = buffer.to(after.device)
+        return self
+
+
+class FillsBuffers(nn.Module):
+    """A module that knows the values of its buffers outside of the state dict: `fill_buffers`.
+
+    A model that is made on the meta device gets its memory without them. to_empty fills them here;
+    load_state_dict(assign=True) leaves them on meta, where `fill_on` finds them before their first use.
+    """
+
+    def fill_buffers(self, device: torch.device) -> None:
+        """Makes these buffers anew."""
+        raise NotImplementedError
+
+    def fill_on(self, device: torch.device) -> None:
+        """Makes them anew if they have no values and `device` has some."""
+        if device.type != "meta" and _META in self._places():
+            self.fill_buffers(device)
+
+    def _places(self) -> list[torch.device]:
+        buffers = [self._buffers[name] for name in self._non_persistent_buffers_set]
+        return [buffer.device for buffer in buffers if buffer is not None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        were_empty = _META in self._places()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if were_empty and _META not in (places := self._places()):
+            self.fill_buffers(places[0])
         return self
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from switchgear.layers.common import losses_of
+from switchgear.layers.common import check_returns_rows, losses_of
 
 
 class CartesianMoE(nn.Module):
@@ -32,6 +32,8 @@ class CartesianMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_returns_rows("first", first)
+        check_returns_rows("second", second)
         self.first, self.second = first, second
         self.norm = nn.LayerNorm(hidden_size, eps=eps, device=device, dtype=dtype)
 

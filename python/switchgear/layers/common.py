@@ -39,6 +39,12 @@ def losses_of(*layers: nn.Module) -> dict[str, Tensor]:
     return losses
 
 
+def check_returns_rows(name: str, layer: nn.Module) -> None:
+    """Raises ValueError for a layer whose forward returns the routing, too."""
+    if getattr(layer, "return_routing", False):
+        raise ValueError(f"{name}: expected a layer that returns y alone, got one with return_routing=True")
+
+
 def repeat_context(context: dict[str, object], times: int) -> dict[str, object]:
     """The context if each token is split into `times` pieces, in the order of the tokens."""
     repeated = dict(context)

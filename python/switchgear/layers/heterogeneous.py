@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from switchgear.common.buffers import FillsBuffers
+from switchgear.common.sharded import replicated
 from switchgear.layers.common import experts_class
+from switchgear.reference import check_range
+from switchgear.routing.context import can_be_read
 from switchgear.weights.checks import check_plain
 
 if TYPE_CHECKING:
     from switchgear.parallel import ExpertParallel
 
 
-class HeterogeneousExperts(nn.Module):
+class HeterogeneousExperts(FillsBuffers):
     """Experts of different intermediate sizes (HMoE, arXiv:2408.10681).
 
         experts = HeterogeneousExperts(256, [72, 88, 104, 120, 136, 152, 168, 184])
@@ -84,17 +89,26 @@ class HeterogeneousExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises each expert like two torch.nn.Linear: within ±1/√H, then ±1/√I_e. Also fills the buffers."""
+        """Initialises each expert like two torch.nn.Linear: within ±1/√H, then ±1/√I_e."""
+        self.fill_buffers(self.num_slices.device)
         self.slices.reset_parameters()
-        counts = torch.tensor(self._counts, dtype=torch.int32)
-        self.num_slices.copy_(counts)
-        self.first_slice.copy_(counts.cumsum(0) - counts)
-        shrink = (1 / counts.double().sqrt()).repeat_interleave(counts)[self._local]  # from ±1/√u
+        shrink = [1 / math.sqrt(count) for count in self._counts for _ in range(count)]  # from ±1/√u
+        down = self.slices.down_proj
+        factors = torch.tensor([shrink[at] for at in self._local], dtype=down.dtype, device=down.device)
         with torch.no_grad():
-            self.slices.down_proj.mul_(shrink.to(self.slices.down_proj)[:, None, None])
+            down.mul_(replicated(factors[:, None, None], down))
+
+    def fill_buffers(self, device: torch.device) -> None:
+        """The slices of each expert."""
+        first = [0, *accumulate(self._counts)][:-1]
+        self.first_slice = torch.tensor(first, dtype=torch.int32, device=device)
+        self.num_slices = torch.tensor(self._counts, dtype=torch.int32, device=device)
 
     def slice_ids(self, topk_ids: Tensor) -> Tensor:
         """[T, K·most_slices] int32: the slices of the chosen experts [T,K], padded with -1."""
+        if can_be_read(topk_ids):
+            check_range("topk_ids", topk_ids, -1, self.num_experts)
+        self.fill_on(topk_ids.device)
         chosen = topk_ids.clamp(min=0)
         place = torch.arange(self.most_slices, dtype=torch.int32, device=topk_ids.device)
         inside = (place < self.num_slices[chosen][..., None]) & (topk_ids >= 0)[..., None]

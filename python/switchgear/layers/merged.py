@@ -16,6 +16,13 @@ from switchgear.weights.adapted import has_adapters
 from switchgear.weights.selected import selection_of
 
 
+class _FromZero(nn.Linear):
+    """Starts at zero: attention as the mean, a bottleneck as nothing."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
 class MergedExperts(WithLosses):
     """y = act(x · (Σ_k g_k W_k)ᵀ + Σ_k g_k b_k) …, with one set of experts and weights g per sequence (MEO,
     arXiv:2310.09832).
@@ -63,15 +70,12 @@ class MergedExperts(WithLosses):
         self.router, self.experts, self.down_router, self.pooling = router, experts, down_router, pooling
         like = experts.down_proj
 
-        def linear(size_in: int, size_out: int) -> nn.Linear:
-            return nn.Linear(size_in, size_out, bias=False, device=like.device, dtype=like.dtype)
+        def linear(kind: type[nn.Linear], size_in: int, size_out: int) -> nn.Linear:
+            return kind(size_in, size_out, bias=False, device=like.device, dtype=like.dtype)
 
-        self.attention = linear(experts.hidden_size, 1) if pooling == "attention" else None
-        self.bottleneck_in = linear(experts.hidden_size, bottleneck) if bottleneck else None
-        self.bottleneck_out = linear(bottleneck, experts.hidden_size) if bottleneck else None
-        for added in (self.attention, self.bottleneck_out):
-            if added is not None:
-                nn.init.zeros_(added.weight)  # starts as the mean, and as x
+        self.attention = linear(_FromZero, experts.hidden_size, 1) if pooling == "attention" else None
+        self.bottleneck_in = linear(nn.Linear, experts.hidden_size, bottleneck) if bottleneck else None
+        self.bottleneck_out = linear(_FromZero, bottleneck, experts.hidden_size) if bottleneck else None
 
     def merge(self, parameter: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Σ_k topk_weights[b,k] · parameter[topk_ids[b,k]], [B, …]; one of zeros if there are no sequences."""
@@ -166,4 +170,4 @@ class MergedExperts(WithLosses):
 
 def pooled(rows: Tensor, share: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
     """[B,…]: Σ share · rows over the tokens of each sequence; zeros for sequences without tokens."""
-    return rows.new_zeros(num_sequences, rows.shape[1]).index_add(0, sequence_ids, share * rows)
+    return rows.new_zeros(num_sequences, rows.shape[1]).index_add(0, sequence_ids, share.to(rows.dtype) * rows)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from switchgear.layers.common import losses_of, repeat_context
+from switchgear.layers.common import check_returns_rows, losses_of, repeat_context
 
 
 class MultiHeadMoE(nn.Module):
@@ -36,6 +36,7 @@ class MultiHeadMoE(nn.Module):
         super().__init__()
         if heads < 1 or hidden_size % heads:
             raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
+        check_returns_rows("moe", moe)
         self.heads = heads
         self.head_proj = nn.Linear(hidden_size, hidden_size, bias=False, device=device, dtype=dtype)
         self.moe = moe

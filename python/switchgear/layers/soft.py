@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,11 @@ class SoftMoE(nn.Module):
         slots: rows per expert and sequence.
         normalize: logits = (x / |x|) · (scale · φ / |φ|) with a learned scale, instead of x · φ.
 
-    Parameters: phi [E·slots,H]; scale [] if normalize. Sequences are independent, but within one every token affects
-    every other, so the layer is not suitable for causal models.
+    Parameters: phi [E·slots,H]; scale [1] if normalize (FSDP2 shards no scalars). Sequences are independent, but within
+    one every token affects every other, so the layer is not suitable for causal models.
     """
+
+    not_matrices = ("phi",)  # for optim.muon_groups
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class SoftMoE(nn.Module):
         self.hidden_size, self.num_experts = int(experts.hidden_size), int(experts.num_experts)  # type: ignore[arg-type]
         rows = self.num_experts * slots
         self.phi = nn.Parameter(torch.empty(rows, self.hidden_size, device=device, dtype=dtype))
-        self.scale = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if normalize else None
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if normalize else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -59,6 +62,12 @@ class SoftMoE(nn.Module):
         nn.init.normal_(self.phi, std=1 / math.sqrt(self.hidden_size))
         if self.scale is not None:
             nn.init.ones_(self.scale)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        scale = state_dict.get(f"{prefix}scale")
+        if scale is not None and scale.dim() == 0:  # as it once was
+            state_dict[f"{prefix}scale"] = scale.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., T, E·slots], at least float32."""
@@ -74,9 +83,11 @@ class SoftMoE(nn.Module):
 
         mask [..., T]: False for padding, which adds nothing to the slots and gets zeros.
         """
-        logits = self.logits(hidden_states)
         if mask is not None:
             mask = mask.bool()[..., None]
+            hidden_states = hidden_states.masked_fill(~mask, 0)  # padding may hold anything
+        logits = self.logits(hidden_states)
+        if mask is not None:
             dispatch = logits.masked_fill(~mask, -torch.inf).softmax(-2).nan_to_num()  # nan: a sequence of padding only
         else:
             dispatch = logits.softmax(-2)

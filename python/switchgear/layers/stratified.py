@@ -37,7 +37,7 @@ class StratifiedMoE(WithLosses):
     stratum, over the tokens that are at its gate.
     """
 
-    stratum_of: Tensor
+    not_matrices = ("gates",)  # for optim.muon_groups
 
     def __init__(
         self,
@@ -71,13 +71,10 @@ class StratifiedMoE(WithLosses):
             hidden_size, intermediate_size, num_experts,
             activation=activation, gated=gated, bias=bias, device=device, dtype=dtype,
         )  # fmt: skip
-        stratum_of = torch.empty(num_experts, dtype=torch.int64, device=device)
-        self.register_buffer("stratum_of", stratum_of, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises gates like torch.nn.Linear. Also fills the buffer."""
-        self.stratum_of.copy_(torch.arange(len(self.strata)).repeat_interleave(torch.tensor(self.strata)))
+        """Initialises gates like torch.nn.Linear."""
         for weight in self.gates:
             bound = 1 / math.sqrt(weight.shape[1])
             nn.init.uniform_(weight, -bound, bound)
@@ -96,7 +93,8 @@ class StratifiedMoE(WithLosses):
                 losses.append(_gate_loss(logits, ids, here, num_visible))
             ids = torch.where(here[:, None], ids + first, -1)
             x = x + self.experts(normed, ids, weights)  # zeros for tokens at other gates
-            position = torch.where(here, self.stratum_of[ids[:, 0].clamp(min=0)] + 1, position)
+            after = sum((ids[:, 0] >= first_of).long() for first_of in self.first_expert)  # its best expert's stratum
+            position = torch.where(here, after, position)
         self.losses = {"stratified": self.aux_loss * torch.stack(losses).mean()} if losses else {}
         return x.view(hidden_states.shape)
 

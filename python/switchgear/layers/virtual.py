@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear.reference import check_range
+from switchgear.routing.context import can_be_read
+
 
 class VirtualExperts(nn.Module):
     """E real experts, then `null` that add nothing, `copy` that return x, and `constant` that return a learned vector.
@@ -29,6 +32,8 @@ class VirtualExperts(nn.Module):
     those of experts. Virtual experts take no slots in the plan.
     """
 
+    not_matrices = ("constants", "mixing")  # for optim.muon_groups
+
     def __init__(
         self,
         experts: nn.Module,
@@ -47,13 +52,22 @@ class VirtualExperts(nn.Module):
         self.hidden_size, self.num_real = int(experts.hidden_size), int(experts.num_experts)  # type: ignore[arg-type]
         self.num_experts = self.num_real + null + copy + constant
         like = next(experts.parameters())
-        vectors = torch.zeros(constant, self.hidden_size, dtype=like.dtype, device=like.device)
+        vectors = torch.empty(constant, self.hidden_size, dtype=like.dtype, device=like.device)
         self.constants = nn.Parameter(vectors) if constant else None
-        mixing = vectors.new_zeros(constant, 2, self.hidden_size)
+        mixing = vectors.new_empty(constant, 2, self.hidden_size)
         self.mixing = nn.Parameter(mixing) if constant and mix_constants else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zeroes the constants and what mixes them. (The experts initialise themselves.)"""
+        for parameter in (self.constants, self.mixing):
+            if parameter is not None:
+                nn.init.zeros_(parameter)
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids and topk_weights [..., K] -> [..., H]."""
+        if can_be_read(topk_ids):
+            check_range("topk_ids", topk_ids, -1, self.num_experts)
         first_copy = self.num_real + self.null
         first_constant = first_copy + self.copy
         is_real = topk_ids < self.num_real  # also true for holes

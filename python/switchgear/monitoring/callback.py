@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from switchgear.monitoring.load import LoadMeter
 from switchgear.monitoring.sinks import write_of
+from switchgear.reference import check_size
 from switchgear.trace import RoutingTrace
 
 
@@ -29,6 +30,7 @@ class ExpertLoadCallback(TrainerCallback):
     """
 
     def __init__(self, writer: Any = None, *, layers: int = 8, prefix: str = "moe") -> None:
+        check_size("layers", layers, 0)
         self._write = None if writer is None else write_of(writer)
         self._layers, self._prefix = layers, prefix
         self.trace: RoutingTrace | None = None

@@ -92,7 +92,7 @@ def gate_route_on_host(
         outputs = _allocate_gate_route(x, weight, bias, selection_bias, float32, top_k)
     else:  # the same, without keywords, which cost half a microsecond each
         num_tokens = x.shape[0]
-        topk_ids = torch.empty((num_tokens, top_k), dtype=torch.int32)
+        topk_ids = x.new_empty(num_tokens, top_k, dtype=torch.int32)
         topk_weights = topk_ids.new_empty(num_tokens, top_k, dtype=torch.float32)
         outputs = weight.new_empty(num_tokens, weight.shape[0]), topk_ids, topk_weights
     host.module.gate_route(

@@ -31,8 +31,8 @@ RECORD_BYTES = {torch.bfloat16: 192, torch.float32: 448}  # the dtypes that can 
 HEADER_UNIT, ELEMENT_BYTES, FIRST_EXCEPTION, EXCEPTION_BYTES = 64, 18, 20, 4
 MAX_COLUMNS = 32768
 
-_PLACE = torch.tensor([i % 32 // 8 * 16 + i // 32 * 8 + i % 8 for i in range(64)])
-_HALF = torch.tensor([i // 32 * 32 + i % 16 // 4 * 8 + i % 32 // 16 * 4 + i % 4 for i in range(RECORD)])
+_PLACE = torch.tensor([i % 32 // 8 * 16 + i // 32 * 8 + i % 8 for i in range(64)], device="cpu")
+_HALF = torch.tensor([i // 32 * 32 + i % 16 // 4 * 8 + i % 32 // 16 * 4 + i % 4 for i in range(RECORD)], device="cpu")
 
 
 def header_bytes(exceptions: int) -> int:

@@ -33,9 +33,9 @@ def _middles() -> list[float]:
 
 def _float32_below(numbers: list[float]) -> list[float]:
     """The largest float32 that are not above the numbers: what is above one is above the other."""
-    exact = torch.tensor(numbers, dtype=torch.float64)
+    exact = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     nearest = exact.float()
-    return torch.where(nearest > exact, nearest.nextafter(torch.tensor(-torch.inf)), nearest).tolist()
+    return torch.where(nearest > exact, nearest.nextafter(nearest.new_tensor(-torch.inf)), nearest).tolist()
 
 
 THRESHOLDS = tuple(_float32_below(_middles()))

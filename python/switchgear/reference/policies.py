@@ -164,7 +164,8 @@ def fit_capacity(
     before second ones ("choice"), or those of the highest priorities [T,K] ("priority", ties by order).
 
     With scores [T,E], there are candidates - K rounds. In round r each token offers its first dropped choice to the
-    r-th best expert that it had not chosen. The expert accepts by the same precedence while it has capacity.
+    r-th best expert that it had not chosen, among those of scores above 0. The expert accepts by the same precedence
+    while it has capacity.
     """
     check("topk_ids", topk_ids, (None, None), torch.int32)
     num_tokens, top_k = topk_ids.shape
@@ -200,6 +201,7 @@ def fit_capacity(
     room = (per_group - _sizes(groups, num_groups)).clamp(min=0)
     had = torch.zeros(num_tokens, num_experts, dtype=torch.int8, device=device)
     had = had.scatter_add(1, topk_ids.clamp(min=0).long(), (topk_ids >= 0).to(torch.int8)) > 0
+    had = had | ~(scores > 0)
     others = sanitize(scores).masked_fill(had, -math.inf).sort(dim=-1, descending=True, stable=True).indices
     lost = (topk_ids >= 0) & ~keep
     for round_ in range(min(candidates - top_k, num_experts)):

@@ -106,7 +106,9 @@ def switch_loss(probabilities: Tensor, tokens_per_expert: Tensor, num_tokens: Te
     The counts may cover more than these T tokens: all processes and all micro-batches of a step (arXiv:2501.11873).
     Switch Transformer, arXiv:2101.03961, equation 4. Returns a scalar, 0 without tokens.
     """
-    fraction = tokens_per_expert.to(probabilities.dtype) / torch.as_tensor(num_tokens).clamp(min=1)
+    fraction = tokens_per_expert.to(probabilities.dtype) / torch.as_tensor(
+        num_tokens, device=tokens_per_expert.device
+    ).clamp(min=1)
     return probabilities.shape[1] * (fraction * _mean(probabilities)).sum()
 
 

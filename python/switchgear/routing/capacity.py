@@ -114,19 +114,20 @@ class Capacity:
         if math.isinf(factor) or num_tokens == 0 or decodes:
             return routing._replace(num_dropped=dropped)
         limits, sequence = self._limits(factor, choices, num_experts, context)
-        wanted, ranking, rounds = routing, None, 0
+        wanted, ranking, candidates = routing, None, top_k
         if self.overflow != "drop":
             scores = routing.scores if routing.scores is not None else scores_of(routing.router_logits, "softmax")
-            others, most = _others(routing, scores.detach(), self.expand)
+            others, most = _open(routing, scores.detach()), num_experts - 1
+            if self.overflow == "overselect" or self.expand is not None:
+                others, most = _others(routing, others, self.expand)
             if self.overflow == "overselect":
                 routing = _overselected(routing, scores, others, most)
             else:
-                ranking, rounds = _ranking(scores.detach(), others, most), most
+                ranking, candidates = others.float(), top_k + most
         kept_ids = ops.fit_capacity(
-            routing.topk_ids, self._priorities(routing, context), ranking, sequence, limits, num_experts + rounds,
-            self.drop if self.drop in reference.DROPS else "priority", top_k + rounds,
+            routing.topk_ids, self._priorities(routing, context), ranking, sequence, limits, num_experts,
+            self.drop if self.drop in reference.DROPS else "priority", candidates,
         )  # fmt: skip
-        kept_ids = kept_ids.masked_fill(kept_ids >= num_experts, -1)
         weights = routing.topk_weights.masked_fill(kept_ids < 0, 0)
         if ranking is not None:
             moved = (kept_ids != ids) & (kept_ids >= 0)
@@ -226,39 +227,36 @@ def _ratio(scores: Tensor, new_ids: Tensor, old_ids: Tensor) -> Tensor:
     return new / old.clamp(min=torch.finfo(scores.dtype).tiny)
 
 
+def _open(routing: Routing, scores: Tensor) -> Tensor:
+    """scores [T,E] with 0 for experts that Masked closes."""
+    logits = routing.router_logits
+    return scores.masked_fill(logits <= torch.finfo(logits.dtype).min, 0)
+
+
 def _others(routing: Routing, scores: Tensor, expand: float | None) -> tuple[Tensor, int]:
-    """The experts that a token may get beyond its choices, [T,E] bool, and a bound of their number."""
-    ids, logits = routing.topk_ids, routing.router_logits
+    """scores [T,E] with 0 for what a token does not get beyond its choices, and a bound of the number of the others."""
+    ids = routing.topk_ids
     top_k, num_experts = ids.shape[1], routing.num_experts
     had = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.bool, device=ids.device)
     had = had.scatter(1, ids.long() + 1, True)[:, 1:]  # holes are noted in the first column
-    is_open = ~had & (scores > 0) & (logits > torch.finfo(logits.dtype).min)  # Masked closes with the lowest
+    scores = scores.masked_fill(had, 0)
     if expand is None:
-        return is_open, num_experts - 1
+        return scores, num_experts - 1
     most = min(math.ceil(top_k * expand) - top_k, num_experts - 1)
-    best = choose(scores.masked_fill(~is_open, -1), max(most, 1))
+    best = choose(scores, max(most, 1))
     count = _choices(routing)[:, None]
     within = torch.arange(best.shape[1], device=ids.device) < _rounded_up(count.double() * expand) - count
-    return is_open & torch.zeros_like(is_open).scatter(1, best.long(), within), most
-
-
-def _ranking(scores: Tensor, others: Tensor, rounds: int) -> Tensor:
-    """Scores [T, E + rounds] float32 for rerouting in so many rounds. A token that runs out of candidates goes on to
-    the last experts, which do not exist, and is dropped there: it must take no place of an expert that is none."""
-    num_tokens, num_experts = scores.shape
-    ranking = scores.new_full((num_tokens, num_experts + rounds), -0.5, dtype=torch.float32)
-    ranking[:, :num_experts] = torch.where(others, scores, -1)
-    return ranking
+    return scores.masked_fill(~torch.zeros_like(had).scatter(1, best.long(), within), 0), most
 
 
 def _overselected(routing: Routing, scores: Tensor, others: Tensor, most: int) -> Routing:
-    """The routing with each token's other candidates behind its choices, the best first. Their weights are the token's
-    first one, scaled by the ratio of the scores."""
+    """The routing with each token's others behind its choices, the best first. Their weights are the token's first one,
+    scaled by the ratio of the scores."""
     ids, weights = routing.topk_ids, routing.topk_weights
     if most == 0:
         return routing
-    best = choose(scores.masked_fill(~others, -1), most)
-    is_other = others.gather(1, best.long()) & (ids[:, :1] >= 0)
+    best = choose(others, most)
+    is_other = (others.gather(1, best.long()) > 0) & (ids[:, :1] >= 0)
     extra = weights[:, :1] * _ratio(scores, best, ids[:, :1])
     return routing._replace(
         topk_ids=torch.cat((ids, best.masked_fill(~is_other, -1)), 1),

@@ -197,7 +197,7 @@ def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None, nam
     """The group of each expert, [E] int64 on the CPU. groups: that, or a number of groups of consecutive experts, whose
     sizes are as equal as possible. Errors call it `name`."""
     if not isinstance(groups, int):
-        found = torch.as_tensor(groups).detach().cpu()
+        found = torch.as_tensor(groups, device="cpu").detach()
         if found.dim() != 1 or len(found) != (num_experts or len(found)):
             raise ValueError(f"{name}: expected that of each of {num_experts or 'E'} experts, got {list(found.shape)}")
         if found.is_floating_point() or found.dtype is torch.bool:
@@ -208,7 +208,7 @@ def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None, nam
         raise ValueError(f"{name}: expected that of each expert, or num_experts beside their number; got neither")
     if not 1 <= groups <= num_experts:
         raise ValueError(f"{name}: expected 1 to {num_experts} (num_experts), got {groups}")
-    return torch.arange(num_experts) * groups // num_experts
+    return torch.arange(num_experts, device="cpu") * groups // num_experts
 
 
 def sequences(context: Context, num_tokens: int, device: torch.device) -> tuple[Tensor, int]:
@@ -238,8 +238,10 @@ def sequences(context: Context, num_tokens: int, device: torch.device) -> tuple[
 
 
 def can_be_read(tensor: Tensor) -> bool:
-    """Whether reading its values costs no synchronisation, and no graph or torch.vmap would see it."""
-    return tensor.is_cpu and not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
+    """Whether reading its values costs no synchronisation, and no graph, dispatch mode or torch.vmap would see it."""
+    if not tensor.is_cpu or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return torch._C._functorch.maybe_current_level() is None
 
 
 def is_recomputing() -> bool:

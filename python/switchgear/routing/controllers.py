@@ -103,8 +103,10 @@ class AdaptiveCoefficient(KeepsFloat32):
     @torch.no_grad()
     def update(self, drop_rate: Tensor | float) -> None:
         """One step of the rule. drop_rate: dropped choices as a fraction of all."""
-        wanted = (self.xi * torch.as_tensor(drop_rate, dtype=torch.float32)).clamp(max=self.alpha_max)
-        self.value.copy_(self.beta * self.value + (1 - self.beta) * wanted.to(self.value.device))
+        wanted = (self.xi * torch.as_tensor(drop_rate, dtype=torch.float32, device=self.value.device)).clamp(
+            max=self.alpha_max
+        )
+        self.value.copy_(self.beta * self.value + (1 - self.beta) * wanted)
 
     def extra_repr(self) -> str:
         return f"xi={self.xi}, alpha_max={self.alpha_max}, beta={self.beta}"

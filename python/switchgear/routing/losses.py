@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from switchgear.common.buffers import KeepsFloat32
+from switchgear.common.buffers import FillsBuffers, KeepsFloat32
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite, check_range, check_size
 from switchgear.routing import balance
@@ -226,7 +226,7 @@ def _sums_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> T
     return found
 
 
-class _PerExpert(KeepsFloat32):
+class _PerExpert(FillsBuffers, KeepsFloat32):
     """A loss with a fixed vector over the experts, which follows the router to its device."""
 
     vector: Tensor
@@ -234,17 +234,22 @@ class _PerExpert(KeepsFloat32):
     def __init__(self, vector: Sequence[Any] | Tensor, coefficient: float, score_function: str | None) -> None:
         super().__init__()
         _check_numbers(coefficient=coefficient)
-        self._given = torch.as_tensor(vector).detach().cpu()
-        self.register_buffer("vector", self._given.clone(), persistent=False)
+        self._given = torch.as_tensor(vector, device="cpu").detach()
+        self.register_buffer("vector", self._given.to(torch.get_default_device(), copy=True), persistent=False)
         self.coefficient, self.score_function = coefficient, score_function
 
     def reset_parameters(self) -> None:
-        """Restores the given vector, for example after to_empty."""
-        self.vector.copy_(self._given)
+        """Restores the given vector."""
+        self.fill_buffers(self.vector.device)
+
+    def fill_buffers(self, device: torch.device) -> None:
+        """Copies the given vector."""
+        self.vector = self._given.to(device, copy=True)
 
     def _probabilities(self, routing: Routing) -> Tensor:
         if self.vector.shape != (routing.num_experts,):
             raise ValueError(f"{self.name}: expected {routing.num_experts} experts, got {self.vector.numel()}")
+        self.fill_on(routing.router_logits.device)
         return router_probabilities(routing, self.score_function)
 
 
@@ -259,7 +264,7 @@ class ParamPenalty(_PerExpert):
     def __init__(
         self, widths: Sequence[float] | Tensor, coefficient: float = 1e-2, score_function: str | None = None
     ) -> None:
-        super().__init__(torch.as_tensor(widths, dtype=torch.float32), coefficient, score_function)
+        super().__init__(torch.as_tensor(widths, dtype=torch.float32, device="cpu"), coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         probabilities = self._probabilities(routing)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.buffers import FillsBuffers
 from switchgear.functional import Routing
 from switchgear.reference import check_choice, check_fraction, check_range
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, can_be_read, groups_of, made, wrapped
@@ -124,7 +125,7 @@ class ExpertDropout:
         return uniform(shape, context, router_logits.device) >= self.rate
 
 
-class ClusterDropout(nn.Module):
+class ClusterDropout(FillsBuffers):
     """A mask that in training closes a random part of each cluster of experts. The part is redrawn every `interval`
     optimizer steps, which Router.after_step counts (MoEC, arXiv:2207.09094).
 
@@ -155,20 +156,22 @@ class ClusterDropout(nn.Module):
             raise ValueError(f"interval: expected at least 1, got {interval}")
         self.rate, self.interval = rate, interval
         self._groups = groups_of(groups, num_experts)
-        self.register_buffer("groups", self._groups.clone(), persistent=False)
-        self.register_buffer("kept", torch.empty_like(self._groups), persistent=False)
+        for name in ("groups", "kept"):
+            self.register_buffer(name, torch.empty(len(self._groups), dtype=torch.int64), persistent=False)
         self.register_buffer("closed", torch.empty(len(self._groups), dtype=torch.bool))
         self.register_buffer("step", torch.empty((), dtype=torch.int64))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Restores the given groups and makes a first draw."""
-        sizes = torch.bincount(self._groups)
-        kept = ((1 - self.rate) * sizes.double() + 0.5).floor().long().clamp(min=1)
-        self.groups.copy_(self._groups)
-        self.kept.copy_(kept[self._groups])
+        self.fill_buffers(self.closed.device)
         self.step.zero_()
         self.closed.copy_(self._draw())
+
+    def fill_buffers(self, device: torch.device) -> None:
+        """The given groups, and how many experts of each stay."""
+        kept = ((1 - self.rate) * torch.bincount(self._groups).double() + 0.5).floor().long().clamp(min=1)
+        self.groups, self.kept = self._groups.to(device, copy=True), kept[self._groups].to(device)
 
     def _draw(self) -> Tensor:
         noise = torch.rand(self.groups.shape, device=self.groups.device)
@@ -179,6 +182,7 @@ class ClusterDropout(nn.Module):
     @torch.no_grad()
     def after_step(self, tokens_per_expert: Tensor, router: Any) -> None:
         """Redraws every `interval` steps."""
+        self.fill_on(self.closed.device)
         self.step += 1
         self.closed.copy_(torch.where(self.step % self.interval == 0, self._draw(), self.closed))
 

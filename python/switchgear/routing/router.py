@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.buffers import KeepsFloat32
+from switchgear.common.buffers import FillsBuffers, KeepsFloat32
 from switchgear.complaints import check_float_dtype, complain_about_rows
 from switchgear.functional import Routing, as_number, gate, gate_route, route
 from switchgear.reference import check_choice, check_finite, check_fraction, check_size
@@ -58,7 +58,7 @@ class RouterOptions(TypedDict, total=False):
     isolation: str
 
 
-class Router(KeepsFloat32):
+class Router(FillsBuffers, KeepsFloat32):
     """Linear router: router_logits = x · weightᵀ, then `route`. Returns the Routing, so forward hooks see all of it.
 
         router = Router(2048, 64, 8, normalize=True)
@@ -182,6 +182,11 @@ class Router(KeepsFloat32):
         for buffer in (self.e_score_correction_bias, self.tokens_per_expert):
             if buffer is not None:
                 nn.init.zeros_(buffer)
+
+    def fill_buffers(self, device: torch.device) -> None:
+        """Zero counts."""
+        if self.tokens_per_expert is not None:
+            self.tokens_per_expert = torch.zeros(self.num_experts, device=device, dtype=torch.int64)
 
     def logits(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Tensor:
         """router_logits [T,E] of hidden_states [T,H]."""
@@ -339,6 +344,7 @@ class Router(KeepsFloat32):
     def _count(self, routing: Routing, context: Context) -> None:
         if self.tokens_per_expert is not None and not is_recomputing():
             self._group = context.group
+            self.fill_on(routing.topk_ids.device)
             self.tokens_per_expert += count_tokens(routing.topk_ids, self.num_experts)
 
     @torch.no_grad()

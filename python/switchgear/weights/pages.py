@@ -22,7 +22,7 @@ def _in_memory(tensor: Tensor) -> bool:
 def _words(tensor: Tensor) -> Tensor:
     """The whole storage of a tensor as int32 words, for any shape and dtype."""
     storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.int32).set_(storage, 0, (storage.nbytes() // 4,), (1,))
+    return torch.empty(0, dtype=torch.int32, device="cpu").set_(storage, 0, (storage.nbytes() // 4,), (1,))
 
 
 def use_huge_pages(weights: nn.Module | Iterable[Tensor]) -> int:

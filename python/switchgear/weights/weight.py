@@ -111,13 +111,13 @@ class Weight:
             if self.format == "compact":
                 return self._expanded()
             if self.format == "panels":
-                weight = torch.empty(self.shape, dtype=self.dtype)
+                weight = torch.empty(self.shape, dtype=self.dtype, device="cpu")
                 advise_huge_pages(weight)
                 return panels.expand(self.data, weight)
         return formats.decode(self.tensors, self.form, self.dtype)
 
     def _expanded(self) -> Tensor:
-        weight = torch.empty(self.shape, dtype=self.elements)
+        weight = torch.empty(self.shape, dtype=self.elements, device="cpu")
         advise_huge_pages(weight)
         ops.expand_compact(self.data, weight, torch.get_num_threads())
         return weight.to(self.dtype)
