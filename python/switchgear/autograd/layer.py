@@ -60,8 +60,10 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     return first < second + other.nbytes and second < first + one.nbytes
 
 
-# Where threads come from that run no backward pass: those of DataLoader, progress bars, loggers, and our own.
+# Where threads come from that run no backward pass: those of DataLoader, notebooks, progress bars, loggers, and our own.
 _WITHOUT_PASSES = (
+    "IPython.",
+    "ipykernel.",
     "multiprocessing.queues",
     "rich.",
     "switchgear.",
