@@ -51,7 +51,7 @@ def test_ci_fails_without_a_package(ci: str, group: str, present: str, fails: bo
         {functions}
         system_packages
     """
-    environment = {"CI": ci, "PYTHON": "python3", "PATH": "/usr/bin:/bin"}
+    environment = {"GITHUB_ACTIONS": ci, "PYTHON": "python3", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (int(fails), "")
     assert ("is not run" in done.stdout) == (group == "sanitizers" and "has_arm" not in present)
