@@ -58,7 +58,7 @@ ALLOWED = {
     "routing/expert_choice.py ExpertChoice.__call__": "without max_experts_per_token, as docs/routing.md says",
     "routing/expert_choice.py ExpertChoice._capped": "sequences of different lengths, as docs/routing.md says",
     "routing/losses.py _PerExpert.__init__": "once, when a layer is built",
-    "routing/masks.py ClusterDropout.reset_parameters": "once, when a layer is built",
+    "routing/masks.py ClusterDropout.fill_buffers": "once, when a layer is built",
     "routing/masks.py TokenIdMask.of_frequencies": "once, when a layer is built",
     "routing/pairs.py from_pairs": "without max_experts_per_token, as its docstring says",
     "routing/ranking.py trim": "on the CPU only",
