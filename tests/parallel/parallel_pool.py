@@ -10,6 +10,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -71,8 +72,9 @@ class Pool:
 
     def close(self) -> None:
         for process in self.processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            with suppress(ProcessLookupError):  # it has ended, and the server that started it has not said so yet
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
             process.join()
         for pipe in self._pipes:
             pipe.close()
