@@ -60,7 +60,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     return first < second + other.nbytes and second < first + one.nbytes
 
 
-# Where threads come from that run no backward pass: those of DataLoader, notebooks, progress bars, loggers, and our own.
+# Whose threads run no backward pass: those of DataLoader, notebooks, progress bars, loggers, and our own.
 _WITHOUT_PASSES = (
     "IPython.",
     "ipykernel.",
