@@ -153,7 +153,7 @@ def test_files_that_the_scripts_name_exist(hopper: None, tmp_path: Path) -> None
 # ---- programs that fail ----------------------------------------------------------------------------------------------
 
 
-def guided(tmp_path: Path, *options: str, limit: float = 30.0, silence: float = 1.0) -> list[watch.Row]:
+def guided(tmp_path: Path, *options: str, limit: float = 30.0, silence: float = 10.0) -> list[watch.Row]:
     program = watch.Program([*FAKE, *options], tmp_path / "log", ROOT)
     noted: list[watch.Row] = []
     rows = watch.Guide("fake", program, noted.append, limit=limit, silence=silence).run()
@@ -168,10 +168,10 @@ def verdicts(rows: list[watch.Row]) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["hang", "talk", "slow"])
 def test_a_case_that_does_not_end_is_named_and_the_next_one_runs(tmp_path: Path, kind: str) -> None:
-    rows = guided(tmp_path, "--fault", kind)
+    rows = guided(tmp_path, "--fault", kind, silence=2)
     assert verdicts(rows) == ["passed", "hang", "passed"]
     assert rows[1]["case"] == "case 1"
-    assert rows[1]["detail"].startswith("silent for 1 s")
+    assert rows[1]["detail"].startswith("silent for 2 s")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_case_that_fails_is_named_and_the_next_one_runs(tmp_path: Path, kind: 
 
 
 def test_a_case_that_fails_in_the_last_place(tmp_path: Path) -> None:
-    assert verdicts(guided(tmp_path, "--fault", "hang", "--at", "2")) == ["passed", "passed", "hang"]
+    assert verdicts(guided(tmp_path, "--fault", "hang", "--at", "2", silence=2)) == ["passed", "passed", "hang"]
     assert verdicts(guided(tmp_path, "--fault", "fault", "--at", "0")) == ["fault", "passed", "passed"]
 
 
@@ -218,7 +218,7 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_time_that_is_used_up(tmp_path: Path) -> None:
-    rows = guided(tmp_path, "--cases", "4", "--seconds", "0.4", limit=1.2, silence=5)
+    rows = guided(tmp_path, "--cases", "8", "--seconds", "1", limit=3)
     assert verdicts(rows)[0] == "passed"
     assert "time" in verdicts(rows)
     assert verdicts(rows)[-1] == "left out"
