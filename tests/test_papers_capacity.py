@@ -103,7 +103,7 @@ def test_candidates_are_counted_by_the_choices_of_their_token() -> None:
     assert (out.topk_ids >= 0).sum(1).tolist() == [6, 2, 0]
     out = Capacity(9.0, overflow="overselect")(routing, NOTHING_KNOWN)
     assert (out.topk_ids >= 0).sum(1).tolist() == [10, 10, 0]
-    assert out.topk_ids.shape == (3, 10)  # plain choices and others, without the columns that nobody can fill
+    assert out.topk_ids.shape == (3, 10)  # choices and candidates, without columns that no token can fill
     alone = Capacity(0.1, overflow="reroute", expand=2.0)(TopK(1)(logits[:2]), NOTHING_KNOWN)
     assert alone.topk_ids.tolist() == [[0], [1]]
     alone = Capacity(0.1, overflow="reroute", expand=2.0)(TopK(1)(logits), NOTHING_KNOWN)
@@ -121,7 +121,7 @@ def test_masked_experts_take_nothing_over(overflow: str, score_function: str) ->
     out = Capacity(1.0, "order", overflow)(routing, NOTHING_KNOWN)
     kept = out.topk_ids >= 0
     assert allowed.gather(1, out.topk_ids.clamp(min=0).long())[kept].all()
-    if overflow == "reroute":  # a free place is one that nobody may have who lost a choice
+    if overflow == "reroute":  # no token that lost a choice may use a free place
         load = torch.tensor(counts_of(out.topk_ids))
         lost = (~kept & (routing.topk_ids >= 0)).any(1)
         has = torch.zeros_like(allowed).scatter(1, out.topk_ids.clamp(min=0).long(), kept)

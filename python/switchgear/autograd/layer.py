@@ -117,7 +117,7 @@ class Moe(torch.autograd.Function):
         *needs, _, need_weights = ctx.needs_input_grad[:7]
         needs.append(need_weights)
         options = ctx.options
-        saved = ctx.saved_tensors  # once: a checkpoint computes them when they are asked for
+        saved = ctx.saved_tensors  # read once: a checkpoint recomputes them
         x, gate_up_proj, down_proj, *others, h = saved
         weights = gate_up_proj, down_proj
         if (there := _gradients_there(weights, needs[1:3], (x, h, grad_y, *others))) is not None:

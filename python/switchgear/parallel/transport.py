@@ -57,7 +57,7 @@ def poll(has_ended: Callable[[], bool], seconds: float) -> bool:
     while not has_ended():
         if time.monotonic() > end:
             return False
-        time.sleep(5e-5)  # the next product is queued so much later; transfers take a few times as long
+        time.sleep(5e-5)  # delays the next product by at most this; transfers take several times as long
     return True
 
 

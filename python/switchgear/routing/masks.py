@@ -52,7 +52,7 @@ class Masked(nn.Module):
         masked = router_logits.masked_fill(~allowed, torch.finfo(router_logits.dtype).min)
         if self._draws_blindly:  # only the bias can tell it
             bias = torch.where(allowed, 0.0 if bias is None else bias, -torch.inf)
-        elif bias is not None:  # it must not lift an expert that is masked for all tokens
+        elif bias is not None:  # must not select an expert that is masked for all tokens
             bias = bias.masked_fill(~allowed.any(0), -torch.inf)
         routing = self.select(masked, context, bias)
         permitted = allowed.gather(1, routing.topk_ids.clamp(min=0).long())
