@@ -236,7 +236,7 @@ def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = time.monotonic()
     with pytest.raises(ExpertParallelError, match="the store does not answer") as error:
         Membership(Stuck(), SIZE, 1).agree(set, 0.1)
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 2.5  # the store sleeps for 3
     assert error.value.rank == 1
 
 
