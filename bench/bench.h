@@ -14,6 +14,7 @@
 #pragma once
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <new>
@@ -124,6 +125,11 @@ struct Routed {
   int64_t expert_of(int64_t slot) const {
     const auto* offsets = expert_offsets.as<int32_t>();
     return std::upper_bound(offsets, offsets + expert_offsets.numel(), slot) - offsets - 1;
+  }
+
+  float weight_of(int64_t slot) const {
+    const auto* slots = slot_indices.as<int32_t>();
+    return topk_weights[std::find(slots, slots + slot_indices.numel(), slot) - slots];
   }
 
   Tensor topk_ids, topk_weights, expert_offsets, token_indices, slot_indices;

@@ -153,23 +153,96 @@ struct MoeTrain : Layer {
                   .grad_topk_weights = grad_topk_weights},
                  c.exec);
   }
-  // The result is right, and y is linear in topk_weights: Σ_k w · grad_w = <grad_y, y> for each token.
   bool verify() const {
-    return verify_forward() && sample(c.T, 64, [&](int64_t t) {
-             double from_weights = 0.0, from_y = 0.0, magnitude = 0.0;
-             for (int64_t k = 0; k < c.K; ++k) {
-               from_weights += static_cast<double>(routed.topk_weights[t * c.K + k]) * grad_topk_weights[t * c.K + k];
-             }
-             for (int64_t n = 0; n < c.H; ++n) {
-               const double product = static_cast<double>(grad_y[t * c.H + n]) * y[t * c.H + n];
-               from_y += product;
-               magnitude += std::abs(product);
-             }
-             // y, a and h are rounded once each, so both sides are within a few units of the dtype
-             return std::abs(from_weights - from_y) <=
-                    8 * std::ldexp(magnitude, -std::min(test::mantissa_bits(c.dtype), 20));
-           });
+    return verify_forward() && verify_grad_topk_weights() && verify_weight_gradients() && verify_grad_x();
   }
+
+  // y is linear in topk_weights: Σ_k w · grad_w = <grad_y, y> for each token.
+  bool verify_grad_topk_weights() const {
+    return sample(c.T, 64, [&](int64_t t) {
+      double from_weights = 0.0, from_y = 0.0, magnitude = 0.0;
+      for (int64_t k = 0; k < c.K; ++k) {
+        from_weights += static_cast<double>(routed.topk_weights[t * c.K + k]) * grad_topk_weights[t * c.K + k];
+      }
+      for (int64_t n = 0; n < c.H; ++n) {
+        const double product = static_cast<double>(grad_y[t * c.H + n]) * y[t * c.H + n];
+        from_y += product;
+        magnitude += std::abs(product);
+      }
+      // y, a and h are rounded once each, so both sides are within a few units of the dtype
+      return std::abs(from_weights - from_y) <= 8 * std::ldexp(magnitude, -std::min(test::mantissa_bits(c.dtype), 20));
+    });
+  }
+
+  // What the backward pass computes of unit i of a slot's expert, from the h that the forward kept.
+  struct Unit {
+    test::Bounded grad_gate, grad_up, weighted_a;
+  };
+  Unit unit(int64_t s, int64_t e, int64_t i) const {
+    const auto product = [](test::Bounded a, test::Bounded b) {
+      test::Sum one;
+      one.add(a, b);
+      return one.result();
+    };
+    const int64_t t = routed.token_indices.as<int32_t>()[s];
+    test::Sum grad_a;
+    for (int64_t n = 0; n < c.H; ++n) grad_a.add({grad_y[t * c.H + n]}, {down_proj[(e * c.H + n) * c.I + i]});
+    const test::Bounded weight{routed.weight_of(s)}, grad = product(grad_a.result(), weight);
+    const test::Gate gate = test::apply_gate({h[s * c.N() + i]}, {h[s * c.N() + c.I + i]}, {});
+    return {test::rounded(product(grad, gate.per_gate), c.dtype), test::rounded(product(grad, gate.per_up), c.dtype),
+            test::rounded(product(weight, gate.a), c.dtype)};
+  }
+
+  // Some elements of the gradients of some experts' weights, by definition.
+  bool verify_weight_gradients() const {
+    return sample(c.E, 4, [&](int64_t e) {
+      return sample(c.I, 8, [&](int64_t i) {
+        const auto* offsets = routed.expert_offsets.as<int32_t>();
+        std::vector<Unit> units;
+        for (int64_t s = offsets[e]; s < offsets[e + 1]; ++s) units.push_back(unit(s, e, i));
+        const auto sum = [&](test::Bounded Unit::* factor, const Tensor& rows, int64_t column) {
+          test::Sum sum;
+          for (size_t k = 0; k < units.size(); ++k) {
+            const int64_t t = routed.token_indices.as<int32_t>()[offsets[e] + static_cast<int64_t>(k)];
+            sum.add(units[k].*factor, {rows[t * c.H + column]});
+          }
+          return test::rounded(sum.result(), c.dtype);
+        };
+        const int64_t gate_row = e * c.N() + i, up_row = gate_row + c.I;
+        return sample(c.H, 4, [&](int64_t j) {
+          return test::close(grad_gate_up_proj[gate_row * c.H + j], sum(&Unit::grad_gate, x, j)) &&
+                 test::close(grad_gate_up_proj[up_row * c.H + j], sum(&Unit::grad_up, x, j)) &&
+                 test::close(grad_down_proj[(e * c.H + j) * c.I + i], sum(&Unit::weighted_a, grad_y, j));
+        });
+      });
+    });
+  }
+
+  // Some elements of the last token's gradient, by definition.
+  bool verify_grad_x() const {
+    const int64_t t = c.T - 1;
+    std::vector<std::vector<Unit>> units(static_cast<size_t>(c.K));
+    const auto expert = [&](int64_t k) { return static_cast<int64_t>(routed.topk_ids.as<int32_t>()[t * c.K + k]); };
+    for (int64_t k = 0; k < c.K; ++k) {
+      const int64_t s = routed.slot_indices.as<int32_t>()[t * c.K + k];
+      for (int64_t i = 0; i < c.I; ++i) units[static_cast<size_t>(k)].push_back(unit(s, expert(k), i));
+    }
+    return sample(c.H, 64, [&](int64_t j) {
+      test::Sum sum;
+      for (int64_t k = 0; k < c.K; ++k) {
+        test::Sum share;  // a slot's, which may be rounded
+        for (int64_t i = 0; i < c.I; ++i) {
+          const Unit& at = units[static_cast<size_t>(k)][static_cast<size_t>(i)];
+          const int64_t gate_row = expert(k) * c.N() + i;
+          share.add(at.grad_gate, {gate_up_proj[gate_row * c.H + j]});
+          share.add(at.grad_up, {gate_up_proj[(gate_row + c.I) * c.H + j]});
+        }
+        sum.add(test::rounded(share.result(), c.dtype));
+      }
+      return test::close(grad_x[t * c.H + j], test::rounded(sum.result(), c.dtype));
+    });
+  }
+
   // The forward, and two more products for each of its own; gradients of the weights are written once.
   Work work() const {
     return {3 * forward_flop(),

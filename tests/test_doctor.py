@@ -50,6 +50,14 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert main(["doctor"]) == 1
 
 
+def test_the_reference_is_named_as_what_is_slow(backend: str) -> None:
+    """The kernels are checked whatever ops run on."""
+    found = {finding.subject: finding for finding in settings.check_settings(switchgear.backend())}
+    assert ("backend" in found) == (backend == "reference")
+    if backend == "reference":
+        assert found["backend"].remedy == "unset SWITCHGEAR_BACKEND"
+
+
 def test_huge_pages() -> None:
     assert settings._huge_pages("never").verdict == "slow"
     assert {settings._huge_pages(how).verdict for how in ("madvise", "always")} == {"ok"}

@@ -184,3 +184,12 @@ def test_pmoe_of_all_patches_is_a_dense_mixture() -> None:
         select = ExpertChoice(tokens_per_expert=patches, scope="sequence", weights="softmax_over_tokens")
         ids = select(logits, Context(sequence_length=6)).topk_ids.view(2, -1)
         assert all(counts_of(sample) == [patches] * E for sample in ids)
+
+
+@pytest.mark.parametrize(
+    ("factor", "num_experts", "tokens"), [(0.29, 1, 29), (1.1, 10, 11), (1.0, 3, 33), (0.289, 1, 28)]
+)
+def test_a_share_is_that_of_the_factor_as_written(factor: float, num_experts: int, tokens: int) -> None:
+    """In binary, 0.29 · 100 is below 29."""
+    routing = ExpertChoice(factor)(torch.randn(100, num_experts))
+    assert int((routing.topk_ids == 0).sum()) == tokens

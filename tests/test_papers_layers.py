@@ -325,6 +325,19 @@ def test_hmoe_costs_no_padding() -> None:
     assert sum(p.numel() for p in experts.parameters()) == 3 * H * sum(WIDTHS)
 
 
+@pytest.mark.parametrize("is_parent_first", [True, False])
+def test_hmoe_is_reset_module_by_module(is_parent_first: bool) -> None:
+    """As after construction on the meta device: down_proj within ±1/√I_e of its expert, in either order."""
+    layer = switchgear.MoE(64, 48, 2, 2, widths=[1, 2])
+    experts = layer.experts
+    for module in list(layer.modules())[:: 1 if is_parent_first else -1]:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for number, width in enumerate(experts.intermediate_sizes):
+        largest = experts.weights_of(number)[1].abs().max().item()
+        assert 0.95 < largest * width**0.5 <= 1
+
+
 def test_hmoe_of_equal_widths_is_experts_bit_for_bit(backend: str) -> None:
     equal, plain = HeterogeneousExperts(H, [12] * 6), Experts(H, 12, 6)
     plain.load_state_dict(equal.slices.state_dict())

@@ -69,6 +69,12 @@ def tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+@each
+def test_fsdp2_can_shard_all_parameters(entry: Entry) -> None:
+    """It refuses scalars."""
+    assert all(parameter.dim() > 0 for parameter in run(entry)[1].parameters())
+
+
 def test_page_is_current() -> None:
     """python -m switchgear.presets > docs/presets.md"""
     assert (Path(__file__).parents[1] / "docs/presets.md").read_text() == page()

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.sharded import replicated
 from switchgear.complaints import check_float_dtype
 from switchgear.functional import as_limit, as_number, moe
 from switchgear.reference import ACTIVATIONS, check_choice, check_finite, check_size
@@ -70,6 +72,7 @@ class Experts(nn.Module):
         self.interleaved, self.transposed = interleaved, transposed
         self._first = "gate_up_proj" if gated else "up_proj"
         self._first_bias = f"{self._first}_bias"
+        self.slice_counts: Sequence[int] | None = None  # of experts that are slices: how many make up theirs
         self._layout = Layout((self._first, "down_proj"), transposed, gated and not interleaved)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -93,6 +96,15 @@ class Experts(nn.Module):
             for parameter in (getattr(self, name), getattr(self, f"{name}_bias")):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        self._shrink_slices()
+
+    @torch.no_grad()
+    def _shrink_slices(self) -> None:
+        """The fan_in of a slice's down_proj is that of the whole expert."""
+        if self.slice_counts is not None:
+            down = self.down_proj
+            factors = [1 / math.sqrt(count) for count in self.slice_counts]
+            down.mul_(replicated(torch.tensor(factors, dtype=down.dtype, device=down.device)[:, None, None], down))
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids [..., K] (-1 for none) and topk_weights [..., K] -> [..., H]; see `moe`."""

@@ -49,7 +49,8 @@ class MoE(WithLosses):
         renormalize, mix_constants: options of VirtualExperts. With null experts, renormalize divides the weights of the
             other experts by their sum (AdaMoE); False keeps the router's weights (MoE++).
         scale_input: multiply the input of the experts by the weights, instead of their output (Llama 4).
-        initialize: a function of the layer, called last, that gives its parameters other initial values.
+        initialize: a function of the layer, called last, that gives its parameters other initial values. Call it again
+            after `reset_parameters` of the parts, as for a layer that was built on the meta device.
         return_routing: forward returns (y, Routing), for losses such as load_balancing_loss(routing.router_logits,
             routing.topk_ids).
         parallel: distribute the experts over these ranks (switchgear.parallel.ExpertParallel). All other parameters are

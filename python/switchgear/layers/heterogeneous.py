@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from switchgear.common.buffers import FillsBuffers
-from switchgear.common.sharded import replicated
 from switchgear.layers.common import experts_class
 from switchgear.reference import check_range
 from switchgear.routing.context import can_be_read
@@ -82,6 +81,8 @@ class HeterogeneousExperts(FillsBuffers):
             self._local = list(placement.experts_of_rank[parallel.rank])
             options |= {"parallel": parallel, "placement": placement}
         self.slices = experts_class(parallel)(hidden_size, unit, sum(self._counts), **options)
+        counts = [count for count in self._counts for _ in range(count)]
+        self.slices.slice_counts = [counts[at] for at in self._local]
         for name in ("first_slice", "num_slices"):
             self.register_buffer(
                 name, torch.empty(self.num_experts, dtype=torch.int32, device=device), persistent=False
@@ -92,11 +93,6 @@ class HeterogeneousExperts(FillsBuffers):
         """Initialises each expert like two torch.nn.Linear: within ±1/√H, then ±1/√I_e."""
         self.fill_buffers(self.num_slices.device)
         self.slices.reset_parameters()
-        shrink = [1 / math.sqrt(count) for count in self._counts for _ in range(count)]  # from ±1/√u
-        down = self.slices.down_proj
-        factors = torch.tensor([shrink[at] for at in self._local], dtype=down.dtype, device=down.device)
-        with torch.no_grad():
-            down.mul_(replicated(factors[:, None, None], down))
 
     def fill_buffers(self, device: torch.device) -> None:
         """The slices of each expert."""

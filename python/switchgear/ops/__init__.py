@@ -13,6 +13,7 @@ routing.py       the choice of experts: gate, route and the ops of routing polic
 stages.py        the stages of a layer: plan, permute, grouped_gemm, glu, combine
 layer.py         the whole layer in one op: moe_forward, moe_accumulate, moe_backward
 options.py       the options of the activation between the projections
+flops.py         the floating-point operations of ops that multiply matrices
 """
 
 from switchgear.ops.layer import (

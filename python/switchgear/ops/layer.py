@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import backends
+from switchgear.ops import flops
 from switchgear.ops.native import Kernels, host
 from switchgear.ops.registration import matrix, register, rows, usable
 
@@ -44,6 +45,7 @@ moe_forward: Callable[..., tuple[Tensor, Tensor]] = register(
     "rwfwfrrddooooo-aann",
     _allocate_moe_forward,
     written=_moe_forward_writes,
+    flops=flops.moe_forward,
 )
 
 
@@ -114,6 +116,7 @@ moe_accumulate: Callable[..., None] = register(
     "rwfwfrrddooooo-aa",
     _nothing,
     written=_moe_accumulate_writes,
+    flops=flops.moe_forward,
 )
 
 
@@ -173,6 +176,7 @@ moe_backward: Callable[..., tuple[Tensor, ...]] = register(
     _allocate_moe_backward,
     written=_moe_backward_writes,
     early=6,
+    flops=flops.moe_backward,
 )
 
 

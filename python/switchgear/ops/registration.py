@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from switchgear import backends, cuda, reference
 from switchgear.complaints import check_dense
@@ -102,12 +103,14 @@ def register(
     written: Callable[..., tuple[Any, Any]] | None = None,
     specified_in: ModuleType = reference,
     early: int | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Any:
     """Defines the op and returns its overload, which is faster to call than the packet.
 
     written: (kernels, *arguments) -> the outputs, and those to pass to the native function. By default both are the
         result of `allocate`.
     early: the number of outputs that are passed on before the options; the others can be absent, and come last.
+    flops: (shapes of the tensors, other arguments, out_shape=) -> floating-point operations, for torch's counter.
     specified_in: the module of the specification. Ops outside `reference` run it if a native module lacks them.
     """
     name = schema.partition("(")[0]
@@ -179,6 +182,8 @@ def register(
     _lib.impl(name, on_cuda, "CUDA")
     _lib.impl(name, elsewhere, "CompositeExplicitAutograd")
     torch.library.register_fake(f"switchgear::{name}", without_data, lib=_lib)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.switchgear, name))(flops)
     torch.library.register_vmap(f"switchgear::{name}", _loop_over_batch(op), lib=_lib)
     return op
 

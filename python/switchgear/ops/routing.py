@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from switchgear import reference
+from switchgear.ops import flops
 from switchgear.ops.native import host
 from switchgear.ops.registration import dense, matrix, register, rows
 from switchgear.reference import policies
@@ -59,6 +60,7 @@ gate: Callable[..., Tensor] = register(
     "gate(Tensor x, Tensor weight, Tensor? bias, bool float32) -> Tensor",
     "rrd-",
     _allocate_gate,
+    flops=flops.gate,
 )
 
 
@@ -75,6 +77,7 @@ gate_route: Callable[..., tuple[Tensor, Tensor, Tensor]] = register(
     "-> (Tensor router_logits, Tensor topk_ids, Tensor topk_weights)",
     "rrdd--oooooo",
     _allocate_gate_route,
+    flops=flops.gate,
 )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from switchgear import reference
+from switchgear.ops import flops
 from switchgear.ops.registration import matrix, register
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
@@ -107,6 +108,7 @@ grouped_gemm: Callable[..., Tensor] = register(
     "bool transposed=False, bool input_gradient=False) -> Tensor",
     "rwfrddoo",
     _allocate_grouped_gemm,
+    flops=flops.grouped_gemm,
 )
 
 
@@ -128,6 +130,7 @@ grouped_gemm_wgrad: Callable[..., Tensor] = register(
     "Tensor? experts=None) -> Tensor",
     "rrdd-d",
     _allocate_grouped_gemm_wgrad,
+    flops=flops.grouped_gemm_wgrad,
 )
 
 

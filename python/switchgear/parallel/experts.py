@@ -191,6 +191,7 @@ class ParallelExperts(Experts):
                 for expert in range(self.placement.num_experts):
                     target = parameter[number_of[expert]] if expert in number_of else other
                     nn.init.uniform_(target, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        self._shrink_slices()
 
     def place(self, placement: Placement, weights: Mapping[str, Tensor], lost: Sequence[int] = ()) -> None:
         """Becomes the experts that `parallel` has in another placement. Parameters stay the same objects, with the

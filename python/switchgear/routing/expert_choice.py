@@ -121,8 +121,12 @@ class ExpertChoice:
         if self.tokens_per_expert is not None:
             wanted = torch.full_like(sizes, self.tokens_per_expert)
         else:
-            wanted = (sizes.double() * self.capacity_factor / num_experts).floor().long().clamp(min=1)
+            wanted = (sizes.double() * self._per_token(num_experts)).floor().long().clamp(min=1)
         return sequence, wanted.minimum(sizes).to(torch.int32)
+
+    def _per_token(self, num_experts: int) -> float:
+        """capacity_factor / E, from above: 100 tokens times 0.29 are 29, not 28.999999999999996."""
+        return self.capacity_factor / num_experts * (1 + 2**-48)
 
     def _best(self, values: Tensor, sequence: Tensor | None, limits: Tensor, context: Context) -> Tensor:
         if self.ties == "index":
@@ -147,7 +151,7 @@ class ExpertChoice:
             longest = values.shape[0] // limits.shape[0]
         else:
             longest = int(torch.bincount(sequence).max())
-        largest = self.tokens_per_expert or max(math.floor(longest * self.capacity_factor / values.shape[1]), 1)
+        largest = self.tokens_per_expert or max(math.floor(longest * self._per_token(values.shape[1])), 1)
         return ops.assign_capped(
             values, sequence, limits, self.max_experts_per_token, self.cap_lambda, self.cap_iterations,
             self.cap_tolerance, longest, min(largest, longest),

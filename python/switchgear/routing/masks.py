@@ -68,7 +68,7 @@ class Temperature(nn.Module):
 
     Args: select: an object, class or partial. tau: the initial temperature, at least min_tau. fixed: of Routing.scores;
     if None, they are those of the selection. num_experts: E; the router passes it.
-    Parameters: log_tau scalar.
+    Parameters: log_tau [1].
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Temperature(nn.Module):
         if tau < min_tau:
             raise ValueError(f"tau: expected at least {min_tau} (min_tau), got {tau}")
         self.select, self.tau, self.fixed, self.min_tau = made(select, num_experts=num_experts), tau, fixed, min_tau
-        self.log_tau = nn.Parameter(torch.empty((), dtype=torch.float32))
+        self.log_tau = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -144,7 +144,7 @@ class Cosine(nn.Module):
         normalize_input: False divides by the norm of e only, as the published code does.
         perturb: added to both norms (perturbed cosine of LibMoE, arXiv:2411.00918).
 
-    Parameters: projection [dim,H], embeddings [E,dim], log_tau scalar.
+    Parameters: projection [dim,H], embeddings [E,dim], log_tau [1].
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Cosine(nn.Module):
         self.tau, self.min_tau, self.normalize_input, self.perturb = tau, min_tau, normalize_input, perturb
         self.projection = nn.Parameter(torch.empty(self.dim, hidden_size, device=device, dtype=dtype))
         self.embeddings = nn.Parameter(torch.empty(num_experts, self.dim, device=device, dtype=dtype))
-        self.log_tau = nn.Parameter(torch.empty((), device=device, dtype=torch.float32), requires_grad=learn_tau)
+        self.log_tau = nn.Parameter(torch.empty(1, device=device, dtype=torch.float32), requires_grad=learn_tau)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

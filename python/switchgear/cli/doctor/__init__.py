@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from ...backends import backend, use_backend
 from .finding import Finding
 from .kernels import check_cpu, check_cuda, check_speed
 from .settings import check_settings
@@ -24,10 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def diagnose() -> Iterator[Finding]:
     """All findings, each as soon as it is known. Takes some ten seconds."""
-    yield from check_cpu()
-    yield from check_cuda()
-    yield from check_settings()
-    yield check_speed()
+    chosen = backend()
+    with use_backend("native"):
+        yield from check_cpu()
+        yield from check_cuda()
+        yield from check_settings(chosen)
+        yield check_speed()
 
 
 def run(args: argparse.Namespace) -> int:

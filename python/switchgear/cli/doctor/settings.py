@@ -14,8 +14,10 @@ from .finding import Finding
 ALLOCATOR = " ".join(f"{name}={value}" for name, value in machine.TUNED_ALLOCATOR.items())
 
 
-def check_settings() -> Iterator[Finding]:
-    """One finding per setting."""
+def check_settings(backend: str) -> Iterator[Finding]:
+    """One finding per setting. backend: the one that ops run on."""
+    if backend == "reference":
+        yield Finding("backend", "slow", "all ops run on the reference, in plain torch", "unset SWITCHGEAR_BACKEND")
     yield _huge_pages(machine.transparent_huge_pages())
     yield _threads(torch.get_num_threads(), machine.cpu()["cores"], cgroup.cpu_quota())
     yield _openmp(machine.openmp_runtimes())
