@@ -156,6 +156,19 @@ def test_another_recipe_begins_anew(model: Path, monkeypatch: pytest.MonkeyPatch
     assert loaded.config.num_experts == 3
 
 
+def test_a_run_that_ended_after_its_result_begins_anew(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last model has become OUT, so there is nothing to go on with."""
+    from switchgear.cli.compress import work
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Partial, "_remove", lambda self: None)  # killed
+        assert run(model, write(model, PRUNE)) == 0
+    (model.parent / "small").rename(model.parent / "first")
+    assert run(model, write(model, PRUNE)) == 0
+    assert (model.parent / "small/config.json").read_bytes() == (model.parent / "first/config.json").read_bytes()
+    assert not (model.parent / "small.partial").exists()
+
+
 def test_a_full_disk_leaves_no_checkpoint(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

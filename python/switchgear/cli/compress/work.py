@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,9 @@ class Partial:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = locked(self.folder)
             found = self._read()
-            if found.get("identity") == identity and not fresh:
+            if found.get("identity") == identity and not fresh and self._is_there(found["steps"]):
                 self._journal = found
-            else:  # of another recipe: it cannot go on
+            else:  # of another recipe, or its result has become OUT: it cannot go on
                 self._discard()
                 self._write()
         except BlockingIOError:
@@ -160,7 +160,7 @@ class Partial:
         return list(self._journal["steps"])
 
     def model(self) -> Path:
-        return self.folder / f"step-{len(self._journal['steps'])}"
+        return self._model(len(self._journal["steps"]))
 
     def calibration(self, step: int) -> Calibration | None:
         return Calibration.load(self._calibration(step)) if step in self._journal["calibrations"] else None
@@ -173,7 +173,7 @@ class Partial:
     def save_model(self, model: Any, step: int, done: list[dict[str, Any]]) -> None:
         """The model after a step; then the one before it and its calibration are removed."""
         before = self.model()
-        model.save_pretrained(self.folder / f"step-{step + 1}")
+        model.save_pretrained(self._model(step + 1))
         self._journal.update(steps=list(done), calibrations=[])
         self._write()
         shutil.rmtree(before, ignore_errors=True)
@@ -188,6 +188,13 @@ class Partial:
         (result / "compression.json").write_text(json.dumps(about, indent=1) + "\n")
         result.rename(self.out)
         self._remove()
+
+    def _model(self, steps: int) -> Path:
+        return self.folder / f"step-{steps}"
+
+    def _is_there(self, steps: Sequence[Any]) -> bool:
+        """Whether the model after the last step is, if there is one."""
+        return not steps or self._model(len(steps)).exists()
 
     def _calibration(self, step: int) -> Path:
         return self.folder / f"calibration-{step}.safetensors"
