@@ -218,7 +218,7 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_time_that_is_used_up(tmp_path: Path) -> None:
-    rows = guided(tmp_path, "--cases", "8", "--seconds", "1", limit=3)
+    rows = guided(tmp_path, "--cases", "8", "--seconds", "2", limit=6)  # 4 s to start
     assert verdicts(rows)[0] == "passed"
     assert "time" in verdicts(rows)
     assert verdicts(rows)[-1] == "left out"
