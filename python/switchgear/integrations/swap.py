@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,27 +12,25 @@ from torch import Tensor, nn
 from switchgear.backends import warn_once
 from switchgear.integrations.bypass import refuse_bypass
 from switchgear.integrations.experts import not_plain, tensors_of
+from switchgear.integrations.forwards import replace_forward, runs_own_forward
 from switchgear.integrations.parts import Bypassed, is_swap
 from switchgear.integrations.undecorated import Patch, patch_of
 
 
 def swap_forward(module: nn.Module, trial: bool = True) -> Callable[[], None] | None:
-    """Swaps the forward and returns an undo function, or None, with a warning, if a trial disagrees with the class."""
+    """Swaps the forward and returns an undo function. Returns None, with a warning, if other code has replaced the
+    forward, or if a trial disagrees with the class."""
     if is_swapped(module):
         return lambda: None  # an earlier swap belongs to the caller that made it
-    patch, before = patch_of(module), vars(module).get("forward")
+    patch = patch_of(module)
     assert patch is not None, f"{type(module).__name__} is not in the table"
+    if not runs_own_forward(module):
+        warn_once(f"{type(module).__name__} is left alone, other code has replaced its forward")
+        return None
     if trial and (difference := _trial(module, patch)) is not None:
         warn_once(f"{type(module).__name__} is left alone, it does not compute what switchgear expects: {difference}")
         return None
-    module.forward = types.MethodType(_forward_of(patch), module)
-
-    def undo() -> None:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-    return undo
+    return replace_forward(module, _forward_of(patch))
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -75,8 +72,10 @@ def _forward_of(patch: Patch) -> Callable[..., Any]:
 def _trial(module: nn.Module, patch: Patch) -> str | None:
     """Runs the class's forward and the patch on the same random rows, without dropout. Returns how they differ."""
     weights, reason = _read(module, patch)
+    if reason is not None:
+        return None  # the class's own forward runs
     leaves = tensors_of(weights)
-    if reason is not None or any(leaf.is_meta for leaf in leaves):
+    if any(leaf.is_meta for leaf in leaves):
         return None  # nothing to compare yet
     training = {part: part.training for part in module.modules()}
     arguments = patch.sample(module, torch.Generator().manual_seed(0))
