@@ -129,6 +129,18 @@ def test_trial_leaves_the_mode_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(("model_type", "name"), [("llama4_text", "router"), ("switch_transformers", "expert_0.act")])
+def test_trial_calls_no_hooks_of_parts(model_type: str, name: str) -> None:
+    model, module = swappable(model_type)
+    part, arguments, calls = module.get_submodule(name), sample(module), []
+    part.register_forward_hook(lambda *_: calls.append("after"))
+    part.register_forward_pre_hook(lambda *_, **__: calls.append("before"), with_kwargs=True)
+    accelerate(model)
+    assert not calls
+    module(*arguments)
+    assert calls == ["before", "after"]
+
+
 @pytest.mark.parametrize(
     ("model_type", "dropouts"),
     [

@@ -200,8 +200,9 @@ def path_of(module: Any) -> str:
     model's own code, and why), or why it is not replaced."""
     if (patch := patch_of(module)) is not None:
         if not is_swapped(module):
-            own = runs_own_forward(module)
-            return f"not replaced: {'call switchgear.accelerate(model)' if own else 'other code has replaced its forward'}"
+            if runs_own_forward(module):
+                return "not replaced: call switchgear.accelerate(model)"
+            return "not replaced: other code has replaced its forward"
         reason = obstacle(module, patch)
         return patch.path(module) if reason is None else f"eager: {reason}"
     if not is_decorated(module):
