@@ -2,6 +2,7 @@
 """switchgear.accelerate: what it replaces in a Hugging Face model, and what it does not change."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from switchgear import backends
 from switchgear.integrations import transformers
-from switchgear.integrations.swap import swap_forward
+from switchgear.integrations.swap import is_swapped, swap_forward
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of, restore
 from switchgear.integrations.undecorated import patch_of
@@ -75,6 +77,13 @@ def test_accelerate_says_when_there_is_nothing() -> None:
         accelerate(nn.Linear(2, 2))
 
 
+def sample(module: nn.Module) -> tuple[Any, ...]:
+    """Arguments for the forward of a class in the table."""
+    patch = patch_of(module)
+    assert patch is not None
+    return patch.sample(module, torch.Generator().manual_seed(0))
+
+
 def test_copies_run_their_own_weights() -> None:
     model = build("llama4_text")
     accelerate(model)
@@ -96,6 +105,20 @@ def test_swap_is_refused_where_a_class_has_changed(monkeypatch: pytest.MonkeyPat
         accelerate(model)
 
 
+def test_a_module_that_keeps_its_own_code_counts_as_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is hooked and runs as before; only the second shows that the class has changed."""
+    model = build("llama4_text")
+    first, second = (layer.feed_forward for layer in model.model.layers[:2])
+    first.experts.register_forward_hook(lambda *_: None)
+    forward = type(first).forward
+    monkeypatch.setattr(type(first), "forward", lambda self, x: (3 * forward(self, x)[0], forward(self, x)[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        accelerate(model)
+    assert path_of(first) == "eager: experts has hooks"
+    assert path_of(second).startswith("not replaced")
+
+
 def test_trial_leaves_the_mode_alone() -> None:
     model = build("switch_transformers").train()
     model.encoder.block[0].layer[0].eval()
@@ -104,6 +127,18 @@ def test_trial_leaves_the_mode_alone() -> None:
     accelerate(model)
     assert [module.training for module in model.modules()] == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("llama4_text", "router"), ("switch_transformers", "expert_0.act")])
+def test_trial_calls_no_hooks_of_parts(model_type: str, name: str) -> None:
+    model, module = swappable(model_type)
+    part, arguments, calls = module.get_submodule(name), sample(module), []
+    part.register_forward_hook(lambda *_: calls.append("after"))
+    part.register_forward_pre_hook(lambda *_, **__: calls.append("before"), with_kwargs=True)
+    accelerate(model)
+    assert not calls
+    module(*arguments)
+    assert calls == ["before", "after"]
 
 
 @pytest.mark.parametrize(
@@ -117,9 +152,7 @@ def test_dropout_in_training(model_type: str, dropouts: Callable[[Any], list[nn.
     """If everything is dropped, the output is zero; if nothing is dropped, it equals that of eager."""
     model = build(model_type)
     module: Any = model.get_submodule(accelerate(model)[0].name)
-    patch = patch_of(module)
-    assert patch is not None
-    arguments = patch.sample(module, torch.Generator().manual_seed(0))
+    arguments = sample(module)
     module.train()
     for dropout in dropouts(module):
         dropout.p = 1.0
@@ -133,9 +166,7 @@ def test_adapters_on_single_experts_are_not_bypassed() -> None:
     """switch_transformers has one nn.Linear per expert; what wraps one must still be called."""
     model = build("switch_transformers")
     module: Any = model.get_submodule(accelerate(model)[0].name)
-    patch = patch_of(module)
-    assert patch is not None
-    arguments = patch.sample(module, torch.Generator().manual_seed(0))
+    arguments = sample(module)
     calls = []
     handle = module["expert_0"].wi.register_forward_hook(lambda *_: calls.append(1))
     with pytest.warns(UserWarning, match="keeps its own implementation: wi has hooks"):
@@ -179,7 +210,7 @@ PARTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
+changes_of_parts = pytest.mark.parametrize(
     ("model_type", "name", "change"),
     [
         (model_type, name, change)
@@ -188,15 +219,35 @@ PARTS = [
         if (model_type, change) != ("dbrx", wrap)  # the class itself reads weights of its part: it cannot be wrapped
     ],
 )
+
+
+@changes_of_parts
+def test_what_wraps_a_part_before_the_swap_is_called(
+    model_type: str, name: str, change: Callable[[nn.Module, str], None]
+) -> None:
+    model = build(model_type)
+    module: Any = next(module for module in model.modules() if patch_of(module) is not None and name in module._modules)
+    arguments = sample(module)
+    before = _tensor(module(*arguments))
+    change(module, name)
+    want = _tensor(module(*arguments))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        accelerate(model)
+        assert path_of(module).startswith("eager: ")
+        got = _tensor(module(*arguments))
+    assert relative(got, want) < 1e-5  # parts of JetMoE's experts run on switchgear by themselves
+    assert relative(got, before) > 0.01
+
+
+@changes_of_parts
 def test_what_wraps_a_part_after_the_swap_is_called(
     model_type: str, name: str, change: Callable[[nn.Module, str], None]
 ) -> None:
     model = build(model_type)
     replacement = next(r for r in accelerate(model) if name in dict(model.get_submodule(r.name).named_children()))
     module: Any = model.get_submodule(replacement.name)
-    patch = patch_of(module)
-    assert patch is not None
-    arguments = patch.sample(module, torch.Generator().manual_seed(0))
+    arguments = sample(module)
     kind = type(module.get_submodule(name)).__name__
     before = _tensor(module(*arguments))
     change(module, name)
@@ -211,6 +262,102 @@ def test_what_wraps_a_part_after_the_swap_is_called(
 
 def _tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def swappable(model_type: str) -> tuple[nn.Module, Any]:
+    """A model, and its first module of a class in the table."""
+    model = build(model_type)
+    return model, next(module for module in model.modules() if patch_of(module) is not None)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "hook swap restore remove", "hook swap remove restore", "swap hook restore remove", "swap hook remove restore",
+        "swap hook restore swap remove",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("model_type", ["step3p7", "llama4_text", "jetmoe", "dbrx", "switch_transformers"])
+def test_hooks_of_accelerate_come_and_go(model_type: str, order: str) -> None:
+    hooks = pytest.importorskip("accelerate", reason="accelerate is not installed").hooks
+
+    class Half(hooks.ModelHook):
+        def post_forward(self, module: nn.Module, output: Any) -> Tensor:
+            return _tensor(output) / 2
+
+    model, module = swappable(model_type)
+    arguments = sample(module)
+    want = _tensor(module(*arguments))
+    hooked, swapped, given = False, False, []
+    for event in order.split():
+        if event == "hook":
+            hooks.add_hook_to_module(module, Half())
+        elif event == "swap":
+            given = accelerate(model)
+        elif event == "restore":
+            restore(given)
+        else:
+            hooks.remove_hook_from_module(module)
+        hooked = event == "hook" or (hooked and event != "remove")
+        swapped = event == "swap" or (swapped and event != "restore")
+        assert is_swapped(module) == swapped
+        got = _tensor(module(*arguments)) * (2 if hooked else 1)
+        assert relative(got, want) < 1e-5 if swapped else torch.equal(got, want)
+
+
+@pytest.mark.parametrize("order", [("offload", "swap"), ("swap", "offload")])
+def test_experts_that_accelerate_offloads(order: tuple[str, str]) -> None:
+    library = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = build("step3p7")
+    inputs = example_inputs(model)
+    want = model(**inputs).logits
+    given = []
+    for event in order:
+        if event == "swap":
+            given = accelerate(model)
+        else:
+            library.cpu_offload(model, torch.device("cpu"))
+    assert relative(model(**inputs).logits, want) < 1e-5
+    restore(given)
+    assert torch.equal(model(**inputs).logits, want)
+
+
+def test_a_forward_that_other_code_has_replaced_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_warned_about", set())
+    model, module = swappable("step3p7")
+    for other in model.modules():
+        if type(other) is type(module):
+            other.forward = functools.partial(lambda forward, *args: 2 * forward(*args), other.forward)
+    arguments, replaced = sample(module), module.forward
+    want = module(*arguments)
+    with (
+        pytest.warns(UserWarning, match="Step3p7Experts is left alone, other code has replaced its forward"),
+        pytest.raises(ValueError, match=r"expected experts that run their own .*replaced that of Step3p7Experts"),
+    ):
+        accelerate(model)
+    assert path_of(module) == "not replaced: other code has replaced its forward"
+    assert module.forward is replaced
+    assert torch.equal(module(*arguments), want)
+
+
+def test_restore_leaves_what_has_wrapped_a_swap() -> None:
+    model, module = swappable("step3p7")
+    arguments = sample(module)
+    want = 2 * module(*arguments)
+    given = accelerate(model)
+    forward = module.forward
+    module.forward = lambda *args: 2 * forward(*args)
+    restore(given)
+    assert relative(module(*arguments), want) < 1e-5
+
+
+def test_a_second_restore_changes_nothing() -> None:
+    model, module = swappable("step3p7")
+    given = accelerate(model)
+    restore(given)
+    accelerate(model)
+    restore(given)
+    assert is_swapped(module)
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "jetmoe", "dbrx", "longcat_flash", "step3p7"])

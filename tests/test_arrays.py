@@ -42,6 +42,21 @@ def test_numpy_stages(backend: str) -> None:
     assert y.shape == (7, 3)
 
 
+def test_numpy_losses() -> None:
+    logits = np.random.default_rng(0).standard_normal((7, 4), dtype=np.float32)
+    ids = logits.argpartition(2)[:, 2:]
+    wanted = switchgear.load_balancing_loss(torch.tensor(logits), torch.tensor(ids), torch.ones(7))
+    assert np.array_equal(switchgear.load_balancing_loss(logits, ids, np.ones(7, np.float32)), wanted.numpy())
+    assert np.array_equal(switchgear.z_loss(logits), switchgear.z_loss(torch.tensor(logits)).numpy())
+    for loss in (lambda wrong: switchgear.load_balancing_loss(wrong, ids), switchgear.z_loss):
+        with pytest.raises(
+            TypeError, match=r"router_logits: expected a torch\.Tensor or an array with __dlpack__, got list"
+        ):
+            loss(logits.tolist())
+    with pytest.raises(TypeError, match=r"topk_ids: expected Tensor, got list"):
+        switchgear.load_balancing_loss(logits, ids.tolist())
+
+
 def test_numpy_memory(backend: str) -> None:
     """Inputs are not copied, including read-only and strided arrays."""
     x = np.arange(24, dtype=np.float32).reshape(4, 6)

@@ -259,6 +259,19 @@ def test_weights_of_another_format_are_left_to_peft() -> None:
     assert wrappers._factors(wrapper, ["default"]) is None
 
 
+@pytest.mark.parametrize(("model_type", "target"), [("switch_transformers", "wi"), ("nllb-moe", "fc1")])
+def test_wrapped_linears_of_experts_are_called(model_type: str, target: str) -> None:
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[target])
+    model = peft.get_peft_model(build(model_type), config).eval()
+    inputs = example_inputs(model.get_base_model())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = model(**inputs).logits
+        replacements = accelerate(model)
+        assert {r.path for r in replacements} == {f"eager: {target} is a peft Linear, not a Linear"}
+        assert torch.equal(model(**inputs).logits, want)
+
+
 def test_gradient_checkpointing() -> None:
     """Backward runs the wrappers again."""
     results_of = []

@@ -214,6 +214,33 @@ def test_restore(model: Any, calls: list[Any]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("order", [("hook", "join"), ("join", "hook")])
+def test_hooks_of_accelerate_stay_on_a_block(model: Any, calls: list[Any], order: tuple[str, str]) -> None:
+    hooks = pytest.importorskip("accelerate", reason="accelerate is not installed").hooks
+
+    class Half(hooks.ModelHook):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return output / 2
+
+    block = blocks_of(model)[0]
+    x = torch.randn(1, 5, block.gate.hidden_dim, generator=torch.Generator().manual_seed(1))
+    want = block(x)
+    replaced = []
+    for event in order:
+        if event == "hook":
+            hooks.add_hook_to_module(block, Half())
+        else:
+            replaced = accelerate(model, whole_blocks=True)
+    torch.testing.assert_close(2 * block(x), want, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 1
+    restore(replaced)
+    assert torch.equal(2 * block(x), want)
+    hooks.remove_hook_from_module(block)
+    assert torch.equal(block(x), want)
+    assert len(calls) == 1
+
+
+@torch.no_grad()
 def test_other_dtypes_and_devices_take_the_modules(model: Any, calls: list[Any]) -> None:
     accelerate(model, whole_blocks=True)
     block = blocks_of(model)[0]

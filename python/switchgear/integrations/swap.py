@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,27 +14,27 @@ from torch import Tensor, nn
 from switchgear.backends import warn_once
 from switchgear.integrations.bypass import refuse_bypass
 from switchgear.integrations.experts import not_plain, tensors_of
+from switchgear.integrations.forwards import replace_forward, runs_own_forward
 from switchgear.integrations.parts import Bypassed, is_swap
 from switchgear.integrations.undecorated import Patch, patch_of
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
 
 def swap_forward(module: nn.Module, trial: bool = True) -> Callable[[], None] | None:
-    """Swaps the forward and returns an undo function, or None, with a warning, if a trial disagrees with the class."""
+    """Swaps the forward and returns an undo function. Returns None, with a warning, if other code has replaced the
+    forward, or if a trial disagrees with the class."""
     if is_swapped(module):
         return lambda: None  # an earlier swap belongs to the caller that made it
-    patch, before = patch_of(module), vars(module).get("forward")
+    patch = patch_of(module)
     assert patch is not None, f"{type(module).__name__} is not in the table"
+    if not runs_own_forward(module):
+        warn_once(f"{type(module).__name__} is left alone, other code has replaced its forward")
+        return None
     if trial and (difference := _trial(module, patch)) is not None:
         warn_once(f"{type(module).__name__} is left alone, it does not compute what switchgear expects: {difference}")
         return None
-    module.forward = types.MethodType(_forward_of(patch), module)
-
-    def undo() -> None:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-    return undo
+    return replace_forward(module, _forward_of(patch))
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -73,22 +74,20 @@ def _forward_of(patch: Patch) -> Callable[..., Any]:
 
 @torch.no_grad()
 def _trial(module: nn.Module, patch: Patch) -> str | None:
-    """Runs the class's forward and the patch on the same random rows, without dropout. Returns how they differ."""
+    """Runs the class's forward and the patch on the same random rows. Returns how they differ."""
     weights, reason = _read(module, patch)
+    if reason is not None:
+        return None  # the class's own forward runs
     leaves = tensors_of(weights)
-    if reason is not None or any(leaf.is_meta for leaf in leaves):
+    if any(leaf.is_meta for leaf in leaves):
         return None  # nothing to compare yet
-    training = {part: part.training for part in module.modules()}
     arguments = patch.sample(module, torch.Generator().manual_seed(0))
     try:
-        module.eval()
-        want = _result(type(module).forward(module, *arguments))
-        got = _result(patch.forward(module, weights, *arguments))
+        with _undisturbed(module):
+            want = _result(type(module).forward(module, *arguments))
+            got = _result(patch.forward(module, weights, *arguments))
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
-    finally:
-        for part, was in training.items():
-            part.training = was
     # Tolerance: a few roundings to the storage dtype, and sums of `length` float32 products in another order (a random
     # walk of half ulps). A patch with another meaning differs by the size of the value itself.
     length = max(leaf.shape[-1] for leaf in leaves)
@@ -96,6 +95,21 @@ def _trial(module: nn.Module, patch: Patch) -> str | None:
     bound = relative * want.abs().max()
     difference = (got - want).abs().max()
     return f"difference {difference:.1e} of {want.abs().max():.1e}" if difference > bound else None
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Without dropout, and without hooks of parts, which belong to the model's own calls."""
+    before = [(part, name, getattr(part, name)) for part in module.modules() for name in ("training", *_HOOKS)]
+    try:
+        module.eval()
+        for part, name, _ in before:
+            if name in _HOOKS:
+                setattr(part, name, OrderedDict())
+        yield
+    finally:
+        for part, name, was in before:
+            setattr(part, name, was)
 
 
 def _result(output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -31,6 +31,7 @@ from switchgear.complaints import check_module
 from switchgear.integrations import saving
 from switchgear.integrations.bypass import refuse_bypass
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts
+from switchgear.integrations.forwards import runs_own_forward
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, obstacle, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
@@ -185,7 +186,8 @@ def _join_blocks(model: nn.Module, replacements: list[Replacement]) -> None:
 
 
 def restore(replacements: Iterable[Replacement]) -> None:
-    """Undoes `accelerate`. What an earlier call of it replaced belongs to that call."""
+    """Undoes `accelerate`. What an earlier call of it replaced belongs to that call. Hooks and forwards of other code
+    stay; a wrapper that has taken switchgear's forward for the module's own goes on calling it."""
     given: list[Any] = list(replacements) if isinstance(replacements, Iterable) else [None]
     if not all(isinstance(replacement, Replacement) for replacement in given):
         raise TypeError(f"replacements: expected the list of accelerate(model), got {replacements!r}")
@@ -198,7 +200,9 @@ def path_of(module: Any) -> str:
     model's own code, and why), or why it is not replaced."""
     if (patch := patch_of(module)) is not None:
         if not is_swapped(module):
-            return "not replaced: call switchgear.accelerate(model)"
+            if runs_own_forward(module):
+                return "not replaced: call switchgear.accelerate(model)"
+            return "not replaced: other code has replaced its forward"
         reason = obstacle(module, patch)
         return patch.path(module) if reason is None else f"eager: {reason}"
     if not is_decorated(module):
@@ -327,7 +331,8 @@ def _dispatch(name: str, module: Any, before: str | None) -> Replacement:
 
 
 def _swap(module: nn.Module, replacements: list[Replacement]) -> Callable[[], None] | None:
-    tried = any(replacement.class_name == type(module).__name__ for replacement in replacements)
+    name = type(module).__name__
+    tried = any(done.class_name == name and not done.path.startswith("eager") for done in replacements)
     return swap_forward(module, trial=not tried)  # one trial per class: it may read the weights of all experts
 
 
@@ -335,6 +340,10 @@ def _nothing_found(model: nn.Module) -> str:
     fp8 = sorted({type(module).__name__ for module in model.modules() if is_decorated(module) and _is_fp8(module)})
     if fp8:
         return f"model: {', '.join(fp8)} cannot run on switchgear; {_FP8_ADVICE}"
+    known = [module for module in model.modules() if patch_of(module) is not None]
+    taken = sorted({type(module).__name__ for module in known if not runs_own_forward(module)})
+    if taken:
+        return f"model: expected experts that run their own forward, other code has replaced that of {', '.join(taken)}"
     return (
         f"model: expected routed experts, {type(model).__name__} has none that switchgear knows. Looked for modules "
         f"with the attributes {', '.join(MARKS)} (transformers' use_experts_implementation) and for the classes "

@@ -12,7 +12,6 @@ experts whose logits are that close may differ.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from switchgear.autograd import needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.functional import gate_route
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts
+from switchgear.integrations.forwards import replace_forward, runs_own_forward
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.parts import Bypassed, PartClass, of_model, part_of
 
@@ -60,20 +60,14 @@ def join(block: nn.Module, weights_of: Callable[[Any], ExpertWeights]) -> Callab
     """Lets a block run as a whole where it can, and returns an undo function; None if its class is not known, or its
     forward was replaced before. weights_of: those of an experts module that runs on switchgear."""
     known, own = class_of(block), type(block).forward
-    before = vars(block).get("forward")
-    if known is None or (before is not None and getattr(before, "__func__", None) is not own):
+    if known is None or not runs_own_forward(block):
         return None
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         y = _whole(self, known, weights_of, hidden_states) if type(self).forward is own else None
         return type(self).forward(self, hidden_states) if y is None else y
 
-    block.forward = types.MethodType(forward, block)
-
-    def undo() -> None:
-        del block.forward
-
-    return undo
+    return replace_forward(block, forward)
 
 
 def _whole(

@@ -2,7 +2,8 @@
 """Losses that balance the load of experts and keep the logits small: differentiable functions of tensors, in float32
 (float64 for float64).
 
-losses.py wraps them as options of a router, with coefficients. T tokens, E experts, K choices per token.
+load_balancing_loss and z_loss take arrays of other libraries too. losses.py wraps the losses as options of a router,
+with coefficients. T tokens, E experts, K choices per token.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import math
 import torch
 from torch import Tensor
 
+from switchgear.arrays import accepts_arrays
 from switchgear.functional import Routing
 from switchgear.routing.ranking import finite, wide
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
+@accepts_arrays
 def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """E · Σ_e f_e · P_e: f_e is the fraction of tokens that chose expert e, P_e its mean softmax probability (Switch
     Transformer, arXiv:2101.03961, equation 4; with K choices the f_e sum to K, as in Hugging Face).
@@ -52,6 +55,7 @@ def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask:
     return num_experts * (tokens_per_expert * (probabilities * counted).sum(0) / total).sum()
 
 
+@accepts_arrays
 def z_loss(router_logits: Tensor) -> Tensor:
     """mean_t (log Σ_e exp router_logits[t,e])², which keeps logits small (ST-MoE, arXiv:2202.08906, equation 5).
 
