@@ -262,6 +262,59 @@ def test_row58_soft_mixture_and_parallel_block() -> None:
     assert mixture.gate.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("make", [convert.attention_to_moe, convert.attention_from_experts])
+@pytest.mark.parametrize("options", [
+    {"model_type": "cohere"},  # interleaved rotations
+    {"model_type": "helium"},
+    {"model_type": "ernie4_5"},
+    {"model_type": "smollm3", "no_rope_layers": [0, 0]},
+    {"model_type": "olmo", "clip_qkv": 8.0},
+    {"model_type": "hunyuan_v1_dense"},  # norms after the rotation
+    {"model_type": "bitnet"},  # a norm before the last projection
+    {"model_type": "gemma2", "layer_types": ["full_attention"] * 2},  # soft-capping
+    {"model_type": "diffllama"},
+    {"model_type": "nemotron"},  # rotates a part of each head
+], ids=lambda options: options["model_type"])  # fmt: skip
+def test_attention_that_the_mixture_cannot_express_is_refused(options: dict[str, Any], make: Any) -> None:
+    attention = llama(pad_token_id=0, **options).model.layers[0].self_attn.train()
+    with pytest.raises(ValueError, match=r"^(attention|layers\[0\]): expected .*, got"):
+        make(attention, 2) if make is convert.attention_to_moe else make([attention])
+    assert attention.training
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"dtype": torch.bfloat16}, {"attn_implementation": "sdpa"}, {"model_type": "gemma"}, {"model_type": "arcee"},
+    {"model_type": "granite", "attention_multiplier": 0.7}, {"model_type": "starcoder2", "sliding_window": None},
+    {"model_type": "seed_oss"},
+], ids=str)  # fmt: skip
+def test_attention_that_the_mixture_expresses_is_accepted(options: dict[str, Any]) -> None:
+    attention = llama(pad_token_id=0, **options).model.layers[0].self_attn
+    mixture = convert.attention_to_moe(attention, 4)
+    assert not mixture.training
+    assert all(parameter.dtype is attention.q_proj.weight.dtype for parameter in mixture.parameters())
+
+
+def test_attention_keeps_its_dropout() -> None:
+    """A single token attends to itself: in training a head gives none of its value, or twice."""
+    attention = llama(attention_dropout=0.5).model.layers[0].self_attn
+    mixture = convert.attention_to_moe(attention, 4, router_init=1.0).train()
+    x = torch.randn(1, 1, 32)
+    value = attention.v_proj(x).view(4, 4).double().repeat_interleave(2, 0)
+    heads = torch.einsum("nd,hnd->nh", value, attention.o_proj.weight.double().view(32, 8, 4))
+    choices = torch.cartesian_prod(*[torch.tensor([0.0, 2.0], dtype=torch.float64)] * 8) @ heads
+    for _ in range(4):
+        assert (choices - mixture(x)[0].double().view(32)).abs().amax(1).min() < 1e-5
+    assert mixture.eval()(x)[0].double().sub(heads.sum(0)).abs().max() < 1e-5
+
+
+def test_residual_dropout_is_kept() -> None:
+    attention = llama(model_type="seed_oss", attention_dropout=0.0, residual_dropout=0.5).model.layers[0].self_attn
+    mixture, x = convert.attention_to_moe(attention, 2, router_init=1.0), torch.randn(1, 1, 32)
+    whole, kept = mixture(x)[0], mixture.train()(x)[0]
+    assert ((kept == 0) | (kept.sub(2 * whole).abs() < 1e-5)).all()
+    assert (kept == 0).any()
+
+
 def test_attention_bad_input() -> None:
     attention = llama().model.layers[0].self_attn
     for name, groups, top_k in (("num_experts", 3, None), ("num_experts", 0, None), ("top_k", 2, 3)):
