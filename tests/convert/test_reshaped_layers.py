@@ -103,6 +103,20 @@ def test_row50_refused() -> None:
         convert.to_dense(moe)
 
 
+def test_row50_shared_experts_of_another_kind() -> None:
+    moe, x = switchgear.MoE(H, WIDTH, E, E, normalize=True, num_shared_experts=1), torch.randn(9, H)
+    for name, other in (("activation", {"activation": "gelu"}), ("gated", {"gated": False})):
+        wrong = copy.deepcopy(moe)
+        wrong.shared_experts = SharedExperts(H, WIDTH, **other)
+        with pytest.raises(ValueError, match=rf"moe: expected experts and shared experts with {name}="):
+            convert.to_dense(wrong)
+    moe.shared_experts = SharedExperts(H, WIDTH, bias=True)  # beside experts without
+    gate, up, down = (torch.stack(part).mean(0) for part in zip(*expert_weights(moe), strict=True))
+    routed = F.linear(F.silu(x.double() @ gate.T) * (x.double() @ up.T), down)
+    expected = routed + moe.shared_experts(x)
+    assert convert.to_dense(moe)(x).sub(expected).abs().max() < 1e-5
+
+
 # ---- row 57 ----------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +145,30 @@ def test_row57_distilled_layers_come_closer_than_a_split() -> None:
         for seed in range(3):
             split = convert.split_dense(mlp, 4, 2, weights="softmax", seed=seed)
             assert found < convert.layers.relative_error(split, fresh, mlp(fresh).detach())
+
+
+def test_layers_are_distilled_without_dropout() -> None:
+    """From inputs and outputs in eval(), and also where no gradients are recorded; modes stay."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Dropout(0.9), Block(), Block()), torch.randn(64, H)
+    model[2].eval()
+    results = []
+    for training in (True, False):
+        fresh = copy.deepcopy(model)
+        fresh[0].train(training)
+        with torch.set_grad_enabled(training):
+            results.append(convert.distill_layers(fresh, 4, [x], 2, steps=3, batch_size=16))
+        assert [block.training for block in fresh] == [training, True, False]
+        assert [fresh[1].mlp.training, fresh[2].mlp.training] == [True, False]
+    assert results[0].layers == results[1].layers
+
+
+def test_layers_are_distilled_with_importance_by_layer() -> None:
+    model, x = nn.Sequential(Block(), Block()), torch.randn(64, H)
+    scores = convert.layer_importance(model, [x], lambda y: y.square().mean())
+    split = convert.split_dense(copy.deepcopy(model), 4, 2, method="gradient", importance=scores, weights="softmax")
+    convert.distill_layers(model, 4, [x], 2, steps=0, method="gradient", importance=scores)
+    assert torch.equal(model[1].mlp.experts.down_proj, split.model[1].mlp.experts.down_proj)
 
 
 def test_row57_threshold_meets_the_average_number_of_experts() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters.sites import TARGETS, Site, empty, guard, local_experts, sites_of, unguard
 from switchgear.common.sharded import is_sharded
-from switchgear.complaints import check_float_dtype, check_module, list_of_names
+from switchgear.complaints import check_float_dtype, check_module, integer, list_of_names
 from switchgear.functional import as_number
 from switchgear.reference import check_finite, check_fraction, check_size
 from switchgear.weights.adapted import Lora, adapters_of
@@ -61,6 +61,7 @@ def add_lora(
         ValueError: an option out of range, an unknown target, no experts, or a projection that has an adapter or is
             sharded.
     """
+    rank = integer("rank", rank)
     check_size("rank", rank)
     alpha = float(rank) if alpha is None else as_number("alpha", alpha)
     check_finite("alpha", alpha)

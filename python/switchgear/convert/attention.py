@@ -343,7 +343,7 @@ def _check_same(attention: nn.Module, found: dict[str, Any], name: str) -> None:
     state = {key: tensor[None].to(dtype) for key, tensor in found["tensors"].items()}
     state["gate.weight"] = torch.zeros(1, found["hidden_size"], dtype=dtype, device=device)
     made.load_state_dict(state, assign=True)
-    layer = copy.deepcopy(attention).eval().to(dtype)
+    layer: Any = copy.deepcopy(attention).eval().to(dtype)
     if hasattr(layer, "config"):
         layer.config._attn_implementation = "eager"  # others may want masks of another kind
     generator = torch.Generator().manual_seed(0)
