@@ -135,6 +135,17 @@ def test_reverse_kl() -> None:
     assert abs(float(distill.reverse_kl(teacher, teacher))) < 1e-6
 
 
+def test_reverse_kl_of_impossible_tokens() -> None:
+    """0 · log 0 is 0, also where the teacher has it; gradients are finite."""
+    student = torch.tensor([[1.0, 2.0, -torch.inf, -torch.inf]], requires_grad=True)
+    teacher = torch.tensor([[0.5, 1.0, 1.5, -torch.inf]], requires_grad=True)
+    q, p = student.detach().double()[:, :2].softmax(-1), teacher.detach().double().softmax(-1)[:, :2]
+    loss = distill.reverse_kl(student, teacher)
+    torch.testing.assert_close(loss.double(), (q * (q / p).log()).sum())
+    for grad in torch.autograd.grad(loss, (student, teacher)):
+        assert grad.isfinite().all()
+
+
 def test_errors() -> None:
     x = torch.randn(2, 8)
     with pytest.raises(ValueError, match="teacher"):

@@ -162,6 +162,8 @@ def test_errors() -> None:
     for name, value in {**wrong, "adjust_lr_fn": "none"}.items():
         with pytest.raises(ValueError, match=name):
             optim.Muon([matrix], **{name: value})
+        with pytest.raises(ValueError, match=name):
+            optim.Muon([{"params": [matrix], name: value}])
     for name, value in {"lr": "x", "eps": None, "ns_steps": 1.5, "ns_coefficients": (1.0, 2.0, "x")}.items():
         with pytest.raises(TypeError, match=name):
             optim.Muon([matrix], **{name: value})

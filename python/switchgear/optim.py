@@ -84,28 +84,16 @@ class Muon(torch.optim.Optimizer):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
     ) -> None:
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps}.items():
-            if not as_number(name, value) >= 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-        check_size("ns_steps", ns_steps, 0)
-        if ns_steps >= 100:
-            raise ValueError(f"ns_steps: expected 0 to 99, got {ns_steps}")
-        if len(ns_coefficients) != 3:
-            raise ValueError(f"ns_coefficients: expected 3 numbers, got {ns_coefficients}")
-        for number in ns_coefficients:
-            check_finite("ns_coefficients", as_number("ns_coefficients", number))
-        if adjust_lr_fn is not None:
-            check_choice("adjust_lr_fn", adjust_lr_fn, _RATES)
-        super().__init__(
-            params,
-            {
-                "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
-                "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
-            },
-        )  # fmt: skip
+        options = {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
+        }  # fmt: skip
+        _check(options)
+        super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim. Raises ValueError for a parameter of fewer than 2 dimensions."""
+        """As in torch.optim. Raises ValueError for an option out of range, or a parameter of fewer dimensions."""
+        _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             if parameter.dim() < 2:
@@ -137,6 +125,22 @@ class Muon(torch.optim.Optimizer):
         update = of_matrices(partial(orthogonalized, **options), update)
         parameter.mul_(1 - lr * group["weight_decay"])
         parameter.add_(update, alpha=-lr * _ratio(group["adjust_lr_fn"], *parameter.shape[-2:]))
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for the options of a group of parameters."""
+    for name in ("lr", "weight_decay", "momentum", "eps"):
+        if not as_number(name, options[name]) >= 0:
+            raise ValueError(f"{name}: expected a number of at least 0, got {options[name]}")
+    check_size("ns_steps", options["ns_steps"], 0)
+    if options["ns_steps"] >= 100:
+        raise ValueError(f"ns_steps: expected 0 to 99, got {options['ns_steps']}")
+    if len(options["ns_coefficients"]) != 3:
+        raise ValueError(f"ns_coefficients: expected 3 numbers, got {options['ns_coefficients']}")
+    for number in options["ns_coefficients"]:
+        check_finite("ns_coefficients", as_number("ns_coefficients", number))
+    if options["adjust_lr_fn"] is not None:
+        check_choice("adjust_lr_fn", options["adjust_lr_fn"], _RATES)
 
 
 def _ratio(adjust: str | None, rows: int, columns: int) -> float:

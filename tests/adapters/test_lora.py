@@ -5,6 +5,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def state_of(module: nn.Module) -> list[Any]:
 def test_a_whole_model() -> None:
     net = model()
     before = net(tokens())
-    adapters = add_lora(net, rank=3, alpha=6)
+    adapters = add_lora(net, rank=np.int64(3), alpha=6)
     torch.testing.assert_close(net(tokens()), before, rtol=1e-5, atol=1e-6)
     found = lora_of(net)
     assert list(found) == ["0.experts.gate_up_proj", "0.experts.down_proj", "2.experts.up_proj", "2.experts.down_proj"]
@@ -148,7 +149,7 @@ def test_another_dtype_of_adapters() -> None:
     ("options", "error", "match"),
     [
         ({"rank": 0}, ValueError, "rank: expected 1 to"),
-        ({"rank": 2.0}, TypeError, "rank: expected int, got float"),
+        ({"rank": 2.0}, TypeError, "rank: expected an integer, got 2.0"),
         ({"rank": 2, "alpha": float("nan")}, ValueError, "alpha: expected a finite number, got nan"),
         ({"rank": 2, "alpha": "8"}, TypeError, "alpha: expected float, got str"),
         ({"rank": 2, "dropout": 1.0}, ValueError, "dropout: expected a number in .0, 1., got 1.0"),

@@ -110,20 +110,20 @@ def test_row47_a_few_steps_repair_a_pruned_model() -> None:
     assert all(not parameter._backward_hooks for parameter in student.parameters())
 
 
-@pytest.mark.parametrize("weight", [None, 0.0, 3.0])
-def test_row47_the_weight_of_the_loss(weight: float | None) -> None:
-    """A step of SGD is that of loss + λ · expert_kd; without λ both start equal."""
+@pytest.mark.parametrize(("weight", "sign"), [(None, 1), (None, -1), (0.0, 1), (3.0, 1)])
+def test_row47_the_weight_of_the_loss(weight: float | None, sign: int) -> None:
+    """A step of SGD is that of loss + λ · expert_kd; without λ both start equal in size."""
     teacher, batches = our_model(), [{"x": torch.randn(20, 16)} for _ in range(2)]
     student = pruned(teacher, batches)
     stepped, by_hand = clone(student), clone(student)
 
     def own(model: nn.Module, batch: Any) -> Tensor:
-        return model(batch["x"]).square().mean()
+        return sign * model(batch["x"]).square().mean()
 
     (losses,) = distill.distill_experts(
         teacher, stepped, batches[:1], torch.optim.SGD(stepped.parameters(), 0.1), weight=weight, loss=own
     )
-    factor = losses.own / losses.experts if weight is None else weight
+    factor = abs(losses.own) / losses.experts if weight is None else weight
     with distill.keep_zeros(by_hand):
         total = own(by_hand, batches[0]) + factor * distill.expert_kd(teacher, by_hand, **batches[0])
         total.backward()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import switchgear
-from switchgear import convert
+from switchgear import adapters, convert
 from switchgear.layers.shared import SharedExperts
 
 H, WIDTH = 24, 32
@@ -100,6 +100,17 @@ def test_row61_bad_input_is_named() -> None:
         convert.merge_models([nn.Linear(4, 3), nn.Linear(5, 3)])
     with pytest.raises(ValueError, match=r"models\[1\].*bias"):
         convert.merge_models([nn.Linear(4, 3), nn.Linear(4, 3, bias=False)])
+
+
+def test_models_that_compute_with_other_tensors_are_not_merged() -> None:
+    models = [nn.Sequential(switchgear.MoE(8, 8, 4, 2)) for _ in range(2)]
+    switchgear.store(models[1], "int8")
+    with pytest.raises(ValueError, match=r"models\[1\]\.0\.experts: expected plain weights"):
+        convert.merge_models(models)
+    adapted = nn.Sequential(switchgear.MoE(8, 8, 4, 2))
+    adapters.add_lora(adapted, 2)
+    with pytest.raises(ValueError, match=r"base\.0\.experts: expected experts without adapters"):
+        convert.merge_models(models[:1], "ties", base=adapted)
 
 
 class Markov(nn.Module):

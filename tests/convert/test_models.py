@@ -211,6 +211,33 @@ def test_a_module_of_transformers_and_shared_experts_stay() -> None:
     assert logits(done).sub(expected).abs().max() < 1e-5
 
 
+def test_qwen3_moe_without_head_dim(tmp_path: Path) -> None:
+    """Its default is hidden_size // heads, and that of a dense Qwen3 is 128."""
+    model = dense("qwen3_moe", moe_intermediate_size=48, num_experts=1, num_experts_per_tok=1, norm_topk_prob=True)
+    done = convert.to_dense(model).model
+    assert done.config.head_dim == 8
+    assert logits(done).sub(logits(model)).abs().max() < 1e-5
+    model.save_pretrained(tmp_path / "moe")
+    convert.run({"operation": "dense"}, tmp_path / "moe", tmp_path / "dense")
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(done))
+
+
+def test_experts_of_an_odd_width_are_padded() -> None:
+    """transformers' grouped_mm reads rows of multiples of 16 bytes."""
+    models = [dense("llama", intermediate_size=45) for _ in range(2)]
+    for done in (convert.upcycle(models[0], 4, 2), convert.from_dense_experts(models, top_k=2)):
+        assert done.model.config.intermediate_size == 48
+        assert done.notes == ("experts are padded with zeros to 48 neurons",)
+        assert logits(done.model).sub(logits(models[0])).abs().max() < 1e-5
+
+
+def test_noise_of_double_precision() -> None:
+    model = dense("llama").double()
+    experts = convert.upcycle(model, 2, 1, noise=1e-12).model.model.layers[0].mlp.experts
+    difference = experts.down_proj - model.model.layers[0].mlp.down_proj.weight
+    assert 0.9e-12 < float(difference.detach().std()) < 1.1e-12
+
+
 def test_row50_models_with_dense_layers_and_refused_ones() -> None:
     options = {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "mlp_only_layers": [1]}
     model = dense("qwen3_moe", moe_intermediate_size=48, **options)

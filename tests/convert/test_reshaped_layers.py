@@ -103,6 +103,20 @@ def test_row50_refused() -> None:
         convert.to_dense(moe)
 
 
+def test_row50_shared_experts_of_another_kind() -> None:
+    moe, x = switchgear.MoE(H, WIDTH, E, E, normalize=True, num_shared_experts=1), torch.randn(9, H)
+    for name, other in (("activation", {"activation": "gelu"}), ("gated", {"gated": False})):
+        wrong = copy.deepcopy(moe)
+        wrong.shared_experts = SharedExperts(H, WIDTH, **other)
+        with pytest.raises(ValueError, match=rf"moe: expected experts and shared experts with {name}="):
+            convert.to_dense(wrong)
+    moe.shared_experts = SharedExperts(H, WIDTH, bias=True)  # beside experts without
+    gate, up, down = (torch.stack(part).mean(0) for part in zip(*expert_weights(moe), strict=True))
+    routed = F.linear(F.silu(x.double() @ gate.T) * (x.double() @ up.T), down)
+    expected = routed + moe.shared_experts(x)
+    assert convert.to_dense(moe)(x).sub(expected).abs().max() < 1e-5
+
+
 # ---- row 57 ----------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +145,30 @@ def test_row57_distilled_layers_come_closer_than_a_split() -> None:
         for seed in range(3):
             split = convert.split_dense(mlp, 4, 2, weights="softmax", seed=seed)
             assert found < convert.layers.relative_error(split, fresh, mlp(fresh).detach())
+
+
+def test_layers_are_distilled_without_dropout() -> None:
+    """From inputs and outputs in eval(), and also where no gradients are recorded; modes stay."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Dropout(0.9), Block(), Block()), torch.randn(64, H)
+    model[2].eval()
+    results = []
+    for training in (True, False):
+        fresh = copy.deepcopy(model)
+        fresh[0].train(training)
+        with torch.set_grad_enabled(training):
+            results.append(convert.distill_layers(fresh, 4, [x], 2, steps=3, batch_size=16))
+        assert [block.training for block in fresh] == [training, True, False]
+        assert [fresh[1].mlp.training, fresh[2].mlp.training] == [True, False]
+    assert results[0].layers == results[1].layers
+
+
+def test_layers_are_distilled_with_importance_by_layer() -> None:
+    model, x = nn.Sequential(Block(), Block()), torch.randn(64, H)
+    scores = convert.layer_importance(model, [x], lambda y: y.square().mean())
+    split = convert.split_dense(copy.deepcopy(model), 4, 2, method="gradient", importance=scores, weights="softmax")
+    convert.distill_layers(model, 4, [x], 2, steps=0, method="gradient", importance=scores)
+    assert torch.equal(model[1].mlp.experts.down_proj, split.model[1].mlp.experts.down_proj)
 
 
 def test_row57_threshold_meets_the_average_number_of_experts() -> None:
@@ -260,6 +298,59 @@ def test_row58_soft_mixture_and_parallel_block() -> None:
     assert block(x).sub(expected).abs().max() < 1e-5
     block(x).sum().backward()
     assert mixture.gate.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("make", [convert.attention_to_moe, convert.attention_from_experts])
+@pytest.mark.parametrize("options", [
+    {"model_type": "cohere"},  # interleaved rotations
+    {"model_type": "helium"},
+    {"model_type": "ernie4_5"},
+    {"model_type": "smollm3", "no_rope_layers": [0, 0]},
+    {"model_type": "olmo", "clip_qkv": 8.0},
+    {"model_type": "hunyuan_v1_dense"},  # norms after the rotation
+    {"model_type": "bitnet"},  # a norm before the last projection
+    {"model_type": "gemma2", "layer_types": ["full_attention"] * 2},  # soft-capping
+    {"model_type": "diffllama"},
+    {"model_type": "nemotron"},  # rotates a part of each head
+], ids=lambda options: options["model_type"])  # fmt: skip
+def test_attention_that_the_mixture_cannot_express_is_refused(options: dict[str, Any], make: Any) -> None:
+    attention = llama(pad_token_id=0, **options).model.layers[0].self_attn.train()
+    with pytest.raises(ValueError, match=r"^(attention|layers\[0\]): expected .*, got"):
+        make(attention, 2) if make is convert.attention_to_moe else make([attention])
+    assert attention.training
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"dtype": torch.bfloat16}, {"attn_implementation": "sdpa"}, {"model_type": "gemma"}, {"model_type": "arcee"},
+    {"model_type": "granite", "attention_multiplier": 0.7}, {"model_type": "starcoder2", "sliding_window": None},
+    {"model_type": "seed_oss"},
+], ids=str)  # fmt: skip
+def test_attention_that_the_mixture_expresses_is_accepted(options: dict[str, Any]) -> None:
+    attention = llama(pad_token_id=0, **options).model.layers[0].self_attn
+    mixture = convert.attention_to_moe(attention, 4)
+    assert not mixture.training
+    assert all(parameter.dtype is attention.q_proj.weight.dtype for parameter in mixture.parameters())
+
+
+def test_attention_keeps_its_dropout() -> None:
+    """A single token attends to itself: in training a head gives none of its value, or twice."""
+    attention = llama(attention_dropout=0.5).model.layers[0].self_attn
+    mixture = convert.attention_to_moe(attention, 4, router_init=1.0).train()
+    x = torch.randn(1, 1, 32)
+    value = attention.v_proj(x).view(4, 4).double().repeat_interleave(2, 0)
+    heads = torch.einsum("nd,hnd->nh", value, attention.o_proj.weight.double().view(32, 8, 4))
+    choices = torch.cartesian_prod(*[torch.tensor([0.0, 2.0], dtype=torch.float64)] * 8) @ heads
+    for _ in range(4):
+        assert (choices - mixture(x)[0].double().view(32)).abs().amax(1).min() < 1e-5
+    assert mixture.eval()(x)[0].double().sub(heads.sum(0)).abs().max() < 1e-5
+
+
+def test_residual_dropout_is_kept() -> None:
+    attention = llama(model_type="seed_oss", attention_dropout=0.0, residual_dropout=0.5).model.layers[0].self_attn
+    mixture, x = convert.attention_to_moe(attention, 2, router_init=1.0), torch.randn(1, 1, 32)
+    whole, kept = mixture(x)[0], mixture.train()(x)[0]
+    assert ((kept == 0) | (kept.sub(2 * whole).abs() < 1e-5)).all()
+    assert (kept == 0).any()
 
 
 def test_attention_bad_input() -> None:

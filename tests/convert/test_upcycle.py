@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -108,6 +110,27 @@ def test_row53_noise_is_of_the_stated_size_and_seeded() -> None:
     assert torch.equal(moe.experts.down_proj, same.experts.down_proj)
     assert not torch.equal(moe.experts.down_proj, other.experts.down_proj)
     assert not torch.equal(moe.experts.down_proj[0], moe.experts.down_proj[1])
+
+
+def test_noise_and_router_of_the_next_layer_are_independent() -> None:
+    mlps = [Llama() for _ in range(2)]
+    model = convert.upcycle(nn.Sequential(*copy.deepcopy(mlps)), 4, 2, noise=0.1, router_init=0.1).model
+    noise = model[0].experts.gate_up_proj[0, :4] - mlps[0].gate_proj.weight[:4]
+    both = torch.stack([noise.flatten(), model[1].gate.weight.flatten()]).detach()
+    assert abs(float(both.corrcoef()[0, 1])) < 5 / both.shape[1] ** 0.5
+
+
+def test_dropout_that_is_lost_is_noted() -> None:
+    class Dropping(Llama):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dropout(super().forward(x))
+
+    done = convert.upcycle(nn.Sequential(Dropping(), Llama()), 4, 2)
+    assert done.notes == ("0: its dropout of 0.1 is not kept",)
 
 
 class Block(nn.Module):

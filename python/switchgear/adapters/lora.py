@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.sites import TARGETS, Site, empty, guard, local_experts, sites_of, unguard
-from switchgear.complaints import check_float_dtype, check_module, list_of_names
+from switchgear.common.sharded import is_sharded
+from switchgear.complaints import check_float_dtype, check_module, integer, list_of_names
 from switchgear.functional import as_number
 from switchgear.reference import check_finite, check_fraction, check_size
 from switchgear.weights.adapted import Lora, adapters_of
@@ -57,8 +58,10 @@ def add_lora(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: an option out of range, an unknown target, no experts, or a projection that has an adapter.
+        ValueError: an option out of range, an unknown target, no experts, or a projection that has an adapter or is
+            sharded.
     """
+    rank = integer("rank", rank)
     check_size("rank", rank)
     alpha = float(rank) if alpha is None else as_number("alpha", alpha)
     check_finite("alpha", alpha)
@@ -85,6 +88,11 @@ def chosen(sites: Sequence[Site], targets: Iterable[str]) -> list[Site]:
 def attach(model: nn.Module, made: Sequence[tuple[Site, Tensor, Tensor, Lora]]) -> list[nn.Parameter]:
     """Registers adapters and freezes the rest of the model. Raises ValueError before anything changes."""
     for site, *_ in made:
+        if isinstance(site.like, Tensor) and is_sharded(site.module, site.like):
+            raise ValueError(
+                f"model: expected parameters that are not sharded, got {site.where}, which FSDP shards; "
+                "add adapters before fully_shard"
+            )
         if site.name in adapters_of(site.module):
             raise ValueError(
                 f"model: expected no adapters yet, got those of {site.where}; call remove_lora(model) first"

@@ -5,7 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def is_sharded(module: nn.Module, parameter: Tensor | None) -> bool:
+    """Whether FSDP2 shards a parameter of a module. During a forward it is plain, so hooks of the module tell."""
+    hooks = module._state_dict_pre_hooks.values()
+    return hasattr(parameter, "device_mesh") or any("fsdp" in (getattr(h, "__module__", None) or "") for h in hooks)
 
 
 def replicated(tensor: Tensor, like: Tensor) -> Tensor:

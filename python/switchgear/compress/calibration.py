@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.modes import evaluating
 from switchgear.complaints import check_module, check_seed, check_switch, list_of_names
 from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, ExpertSums, Hessians, LayerCalibration, Samples, hessians_of, sums_of
@@ -194,16 +195,10 @@ def calibrate(
     check_seed(seed)
     parts = expert_layers(model, layers)
     collector = _Collector(parts, hessians, samples, seed)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with observe(model, collector.see, layers=list(parts)):
-            for batch in batches:
-                collector.domain, arguments, named = _arguments(batch)
-                model(*arguments, **named)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), observe(model, collector.see, layers=list(parts)):
+        for batch in batches:
+            collector.domain, arguments, named = _arguments(batch)
+            model(*arguments, **named)
     if not any(layer.domains for layer in collector.layers.values()):
         raise ValueError("batches: expected tokens that are not padding, got none")
     return Calibration(collector.layers)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.complaints import check_module
+from switchgear.complaints import check_module, first_line
 from switchgear.convert.gates import EqualTopK
-from switchgear.reference import check_size
+from switchgear.functional import as_number
+from switchgear.reference import check_fraction, check_size
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router
 from switchgear.routing.selection import Dense
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+UNUSUAL = ("attn_logit_softcapping", "clip_qkv")  # a few random rows do not show them
 
 
 class MixtureOfAttention(nn.Module):
@@ -34,6 +37,7 @@ class MixtureOfAttention(nn.Module):
         bias, o_bias: of the projections q, k, v, and of o.
         qk_norm: RMSNorm of queries and keys per head (Qwen3), with this epsilon.
         scaling: of the scores; default 1/√head_dim.
+        dropout, residual_dropout: in train() only, of the weights of attention, and of the output.
 
     Parameters: q_proj [E,heads·dim,H], k_proj and v_proj [E,kv_heads·dim,H] (E = 1 with shared_kv), o_proj
     [E,H,heads·dim]; q_bias, k_bias, v_bias, o_bias; q_norm, k_norm [E,dim]; those of gate.
@@ -53,6 +57,8 @@ class MixtureOfAttention(nn.Module):
         o_bias: bool = False,
         qk_norm: float | None = None,
         scaling: float | None = None,
+        dropout: float = 0.0,
+        residual_dropout: float = 0.0,
         causal: bool = True,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
@@ -66,9 +72,12 @@ class MixtureOfAttention(nn.Module):
             check_size(name, size)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of {num_heads} heads, got {num_kv_heads}")
+        for name, share in {"dropout": dropout, "residual_dropout": residual_dropout}.items():
+            check_fraction(name, as_number(name, share))
         self.hidden_size, self.num_experts, self.head_dim = hidden_size, num_experts, head_dim
         self.num_heads, self.num_kv_heads, self.shared_kv = num_heads, num_kv_heads, shared_kv
         self.scaling = head_dim**-0.5 if scaling is None else scaling
+        self.dropout, self.residual_dropout = dropout, residual_dropout
         self.qk_norm, self.causal, self.layer_idx = qk_norm, causal, layer_idx
         self.is_causal = causal  # transformers reads it
         of_kv = 1 if shared_kv else num_experts
@@ -128,13 +137,14 @@ class MixtureOfAttention(nn.Module):
         is_causal = self.causal and mask is None and length > 1 and k.shape[2] == length
         if self.causal and mask is None and length > 1 and not is_causal:  # after a cache
             mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - length)
-        a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=self.scaling)
+        dropout = self.dropout if self.training else 0.0
+        a = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scaling)
         a = a.transpose(1, 2).reshape(batch, length, self.num_experts, -1)
         weights = self._weights(hidden_states).to(a.dtype)
         y = torch.einsum("bsed,ehd->bsh", a * weights[..., None], self.o_proj)
         if self.o_bias is not None:
             y = y + weights @ self.o_bias
-        return y, None
+        return F.dropout(y, self.residual_dropout, self.training), None
 
     def _weights(self, x: Tensor) -> Tensor:
         """[B,S,E]: the weight of each expert, 0 for one that was not chosen."""
@@ -190,12 +200,15 @@ def attention_from_experts(
     """A soft mixture of attention layers that were trained apart (BAM). With shared_kv, keys and values are those of
     the average of the layers.
 
-    layers: attention of transformers: Linear layers q_proj, k_proj, v_proj, o_proj, and head_dim.
+    layers: attention of transformers: Linear layers q_proj, k_proj, v_proj, o_proj, and head_dim. Each is compared with
+        its mixture of one on random rows.
+
+    Raises ValueError for attention that computes something else, and for layers that differ in size.
     """
     if not layers:
         raise ValueError("layers: expected at least one, got none")
-    first = _read(layers[0], "layers[0]")
     found = [_read(layer, f"layers[{index}]") for index, layer in enumerate(layers)]
+    first = found[0]
     for index, other in enumerate(found):
         shapes, wanted = ({name: t.shape for name, t in part["tensors"].items()} for part in (other, first))
         differs = {key for key, value in other["options"].items() if value != first["options"][key]} - {"layer_idx"}
@@ -210,7 +223,7 @@ def attention_from_experts(
                 stacked = stacked.float().mean(0, keepdim=True).to(stacked.dtype)
             made.get_parameter(name).copy_(stacked)
     _initialize(made, router_init, seed)
-    return made
+    return made.train(layers[0].training)
 
 
 def attention_to_moe(
@@ -223,7 +236,8 @@ def attention_to_moe(
 
     All groups are computed: keys and values are needed for later tokens in any case.
 
-    Raises ValueError if num_experts does not divide the heads of keys and values.
+    Raises ValueError if num_experts does not divide the heads of keys and values, and for attention that computes
+    something else, such as interleaved rotary embeddings: the layer is compared with its mixture on random rows.
     """
     found = _read(attention, "attention")
     check_size("num_experts", num_experts)
@@ -250,7 +264,7 @@ def attention_to_moe(
                 parts = torch.stack(tensor.chunk(num_experts, 0))
             made.get_parameter(name).copy_(parts)
     _initialize(made, router_init, seed)
-    return made
+    return made.train(attention.training)
 
 
 def _initialize(made: MixtureOfAttention, std: float, seed: int) -> None:
@@ -270,8 +284,7 @@ def _read(attention: Any, name: str) -> dict[str, Any]:
             f"{name}: expected attention with Linear layers {', '.join(PROJECTIONS)} and head_dim, "
             f"got {type(attention).__name__}"
         )
-    if getattr(attention, "sliding_window", None):
-        raise ValueError(f"{name}: expected full attention, got a sliding window")
+    _check_usual(attention, name)
     q, k, o = linears["q_proj"], linears["k_proj"], linears["o_proj"]
     tensors: dict[str, Tensor] = {part: linear.weight.detach() for part, linear in linears.items()}
     tensors |= {f"{part[0]}_bias": linear.bias.detach() for part, linear in linears.items() if linear.bias is not None}
@@ -287,13 +300,71 @@ def _read(attention: Any, name: str) -> dict[str, Any]:
     options = {
         "head_dim": head_dim, "bias": "q_bias" in tensors, "o_bias": o.bias is not None,
         "qk_norm": norms["q_norm"].variance_epsilon if norms else None, "scaling": getattr(attention, "scaling", None),
-        "causal": getattr(attention, "is_causal", True), "layer_idx": getattr(attention, "layer_idx", None),
+        "dropout": _dropout_of(attention, "attention_dropout"),
+        "residual_dropout": _dropout_of(attention, "residual_dropout"), "causal": getattr(attention, "is_causal", True),
+        "layer_idx": getattr(attention, "layer_idx", None),
         "device": q.weight.device, "dtype": q.weight.dtype,
     }  # fmt: skip
-    return {
+    found = {
         "hidden_size": q.in_features, "heads": q.out_features // head_dim, "kv_heads": k.out_features // head_dim,
         "tensors": tensors, "options": options,
     }  # fmt: skip
+    _check_same(attention, found, name)
+    return found
+
+
+def _dropout_of(attention: Any, name: str) -> float:
+    dropout = getattr(attention, name, None) or 0.0
+    return float(getattr(dropout, "p", dropout))
+
+
+def _check_usual(attention: Any, name: str) -> None:
+    if getattr(attention, "sliding_window", None):
+        raise ValueError(f"{name}: expected full attention, got a sliding window")
+    config = getattr(attention, "config", None)
+    for option in UNUSUAL:
+        if value := getattr(attention, option, None) or getattr(config, option, None):
+            raise ValueError(f"{name}: expected attention without {option}, got {value}")
+    rotary = getattr(config, "rope_parameters", None) or {}
+    share = rotary.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1
+    if share != 1:
+        raise ValueError(f"{name}: expected rotary embeddings of whole heads, got partial_rotary_factor={share}")
+
+
+@torch.no_grad()
+def _check_same(attention: nn.Module, found: dict[str, Any], name: str) -> None:
+    """Compares a mixture of one with the layer on random rows and rotations, both in float32 or more."""
+    device, head_dim = found["options"]["device"], found["options"]["head_dim"]
+    if device.type == "meta":
+        return
+    dtype = torch.promote_types(found["options"]["dtype"], torch.float32)
+    options = found["options"] | {"device": "meta", "dtype": dtype}  # no random numbers are drawn
+    made = MixtureOfAttention(found["hidden_size"], 1, found["heads"], found["kv_heads"], **options).eval()
+    state = {key: tensor[None].to(dtype) for key, tensor in found["tensors"].items()}
+    state["gate.weight"] = torch.zeros(1, found["hidden_size"], dtype=dtype, device=device)
+    made.load_state_dict(state, assign=True)
+    layer: Any = copy.deepcopy(attention).eval().to(dtype)
+    if hasattr(layer, "config"):
+        layer.config._attn_implementation = "eager"  # others may want masks of another kind
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, found["hidden_size"], generator=generator).to(device, dtype)
+    angles = (torch.rand(1, 4, head_dim // 2, generator=generator) * torch.pi).repeat(1, 1, 2).to(device, dtype)
+    mask = torch.full((4, 4), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)[None, None]
+    inputs = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": mask}
+    try:
+        y = layer(hidden_states=x, **inputs)[0]
+        expected, _ = made(x, **inputs)
+    except Exception as error:
+        raise ValueError(
+            f"{name}: expected attention of (hidden_states, position_embeddings, attention_mask), "
+            f"got {type(attention).__name__} ({first_line(error)})"
+        ) from error
+    tolerance = 1e-4 * (float(expected.abs().max()) + 1e-30)  # eager attention takes its softmax in float32
+    if not isinstance(y, Tensor) or y.shape != expected.shape or not float((y - expected).abs().max()) <= tolerance:
+        raise ValueError(
+            f"{name}: expected attention with rotary embeddings and nothing else between its projections, "
+            f"got {type(attention).__name__} that computes something else"
+        )
 
 
 def _rotated(x: Tensor) -> Tensor:

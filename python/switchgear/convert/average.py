@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, check_seed
 from switchgear.convert.checks import check_number, finite_numbers
 from switchgear.reference import check_choice
+from switchgear.weights.checks import check_state_dict
 
 METHODS = ("average", "ties", "dare", "base")
 
@@ -141,7 +142,8 @@ def merge_models(
     or of the first model.
 
     Raises:
-        TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, or float8 tensors.
+        TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, float8 tensors,
+            stored experts, or adapters.
     """
     if not models:
         raise ValueError("models: expected at least one, got none")
@@ -185,4 +187,5 @@ def _state(model: Any, name: str) -> Mapping[str, Tensor]:
     if isinstance(model, Mapping):
         return model
     check_module(name, model)
+    check_state_dict(name, model)
     return model.state_dict()  # type: ignore[no-any-return]

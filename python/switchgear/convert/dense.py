@@ -165,7 +165,15 @@ def _network(first: Tensor, down: Tensor, *, activation: str, gated: bool = True
 
 
 def side_by_side(networks: Sequence[FeedForward]) -> FeedForward:
-    """The sum of networks as one: their neurons follow each other."""
+    """The sum of networks as one: their neurons follow each other. Missing biases are zeros if there are others.
+
+    Raises ValueError for networks with different activations, or of which some are gated.
+    """
+    for name in ("activation", "gated"):
+        if len(kinds := list(dict.fromkeys(getattr(network, name) for network in networks))) > 1:
+            raise ValueError(f"moe: expected experts and shared experts with {name}={kinds[0]}, got {kinds[1]}")
+    if any(network.has_bias for network in networks):
+        networks = [network.biased() for network in networks]
 
     def rows(name: str, dim: int = 0) -> Tensor | None:
         parts = [getattr(network, name) for network in networks]

@@ -200,5 +200,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "architectures": [name.replace(family.prefix, DENSE[target], 1) for name in names],
     }  # fmt: skip
     if target == "qwen3":
+        if made.get("head_dim") is None:  # Qwen3-MoE's default; that of Qwen3 is 128
+            made["head_dim"] = int(config["hidden_size"]) // int(config["num_attention_heads"])
         made["max_window_layers"] = 0 if config.get("use_sliding_window") else count
     return made, sparse

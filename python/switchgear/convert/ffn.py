@@ -103,6 +103,17 @@ class FeedForward:
             up_bias=rows(self.up_bias),
         )  # fmt: skip
 
+    def biased(self) -> FeedForward:
+        """The same function with biases, zeros where there are none."""
+
+        def bias(given: Tensor | None, weight: Tensor) -> Tensor:
+            return weight.new_zeros(weight.shape[0]) if given is None else given
+
+        gate = None if self.gate is None else bias(self.gate_bias, self.gate)
+        return replace(
+            self, gate_bias=gate, up_bias=bias(self.up_bias, self.up), down_bias=bias(self.down_bias, self.down)
+        )
+
     def expert(self) -> dict[str, Tensor]:
         """Its weights by name of the parameters of Experts: gate_up_proj [2I,H] (up_proj [I,H]), down_proj [H,I], …."""
         first = "up_proj" if self.gate is None else "gate_up_proj"
@@ -187,12 +198,8 @@ def _readings(module: nn.Module) -> Iterator[FeedForward]:
 def _made(gate: Any, up: Any, down: Any, activation: str) -> FeedForward:
     """Missing biases become zeros if there are others."""
     biases = [gate[1], up[1], down[1]]
-    if any(bias is not None for bias in biases):
-        biases = [
-            None if weight is None else weight.new_zeros(weight.shape[0]) if bias is None else bias
-            for (weight, bias) in (gate, up, down)
-        ]
-    return FeedForward(gate[0], up[0], down[0], activation, *biases)
+    made = FeedForward(gate[0], up[0], down[0], activation, *biases)
+    return made if all(bias is None for bias in biases) else made.biased()
 
 
 def _is_linear(module: Any) -> bool:

@@ -4,7 +4,7 @@ arXiv:2408.04278)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.modes import evaluating
 from switchgear.complaints import check_module
 from switchgear.convert.ffn import is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, put
@@ -55,13 +56,13 @@ def distill_layers(
     **options: Any,
 ) -> Distillation:
     """Replaces the dense feed-forward modules of a model, in place, by MoE layers that were trained on their inputs and
-    outputs. All or none are replaced.
+    outputs in eval(). All or none are replaced. Their dropout is not kept.
 
     Args:
         model: called with each batch (a mapping is passed as keywords); for one feed-forward module, batches of rows,
             and the result's `model` is the MoE.
         num_experts, top_k, method, options: of split_dense, which makes the initial experts. Weights are
-            E · softmax over the chosen experts.
+            E · softmax over the chosen experts. importance may be a dict by layer.
         tokens: how many inputs of each layer are kept; 100,000 in the paper (unverified).
         steps, batch_size, lr, seed: of Adam. Experts and router train.
 
@@ -74,25 +75,28 @@ def distill_layers(
     check_size("steps", steps, 0)
     options = {"weights": "softmax", "seed": seed, **options}
     if is_feed_forward(model):
-        chosen = [("", model)]
+        chosen = {0: ("", model)}
     else:
         found = dense_layers(model)
-        chosen = [found[index] for index in chosen_layers(layers, len(found))]
-    inputs = _inputs(model, dict(chosen), batches, tokens)
+        chosen = {index: found[index] for index in chosen_layers(layers, len(found))}
+    importance = options.pop("importance", None)
+    with evaluating(model):
+        inputs = _inputs(model, dict(chosen.values()), batches, tokens)
     made: list[tuple[str, MoE]] = []
     done: list[Distilled] = []
-    for name, module in chosen:
+    for index, (name, module) in chosen.items():
         x = inputs.pop(name)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(module):
             y = torch.cat([module(part) for part in torch.split(x, batch_size)])
-        moe = split_dense(module, num_experts, top_k, method=method, **options)
+        given = importance.get(index) if isinstance(importance, Mapping) else importance
+        moe = split_dense(module, num_experts, top_k, method=method, importance=given, **options)
         before = relative_error(moe, x, y)
         _train(moe, x, y, steps, batch_size, lr, seed)
         made.append((name, moe.train(module.training)))
         done.append(Distilled(name, before, relative_error(moe, x, y), len(x)))
     if made[0][0] == "":
         return Distillation(made[0][1], tuple(done))
-    put(model, {module: moe for (_, module), (_, moe) in zip(chosen, made, strict=True)})
+    put(model, {module: moe for (_, module), (_, moe) in zip(chosen.values(), made, strict=True)})
     return Distillation(model, tuple(done))
 
 
@@ -141,6 +145,7 @@ def _inputs(model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[A
     return found
 
 
+@torch.enable_grad()
 def _train(moe: MoE, x: Tensor, y: Tensor, steps: int, batch_size: int, lr: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(moe.parameters(), lr)

@@ -18,14 +18,19 @@ def replaced(model: nn.Module, layers: str | Sequence[int], make: Any) -> Conver
     """The model with its dense feed-forward modules `layers` replaced by make(weights, index): all or none."""
     found = dense_layers(model)
     chosen = chosen_layers(layers, len(found))
-    done, modules = [], {}
+    done, notes, modules = [], [], {}
     for index in chosen:
         name, module = found[index]
         made = make(feed_forward(module, name), index)
         modules[module] = made.train(module.training)
         done.append(Converted(name, type(module).__name__, made.experts.num_experts, made.gate.extra_repr()))
+        notes += [f"{name}: its dropout of {p} is not kept" for p in _dropouts(module)]
     put(model, modules)  # all are made
-    return Conversion(model, tuple(done))
+    return Conversion(model, tuple(done), tuple(notes))
+
+
+def _dropouts(module: nn.Module) -> list[float]:
+    return [part.p for part in module.modules() if isinstance(part, nn.Dropout) and part.p > 0]
 
 
 def put(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from switchgear.convert.checks import check_number
 from switchgear.convert.families import PARTS, Family, Size, dense_key
@@ -100,21 +101,25 @@ def upcycled(source: Source, family: Family, size: Size, *, router_init: float, 
         items.append(router_item(family, layer, size.num_experts, hidden, router_init, seed, dtype))
         for expert in range(size.num_experts):
             for part in PARTS:
-                items.append(_noisy(source, dense_key(layer, part), family.expert(layer, expert, part), noise, seed))
+                key = family.expert(layer, expert, part)
+                items.append(_noisy(source, dense_key(layer, part), key, size.width, noise, seed))
         items += no_shared(family, layer, hidden, dtype)
     return items
 
 
-def _noisy(source: Source, dense: str, key: str, noise: float, seed: int) -> Item:
-    shape, dtype = source.shape(dense), source.dtype(dense)
+def _noisy(source: Source, dense: str, key: str, width: int, noise: float, seed: int) -> Item:
+    """A matrix plus noise, with neurons of zeros up to `width`."""
+    shape, dtype, dim = source.shape(dense), source.dtype(dense), int(dense.endswith("down_proj.weight"))
+    more = width - shape[dim]
 
     def make() -> Tensor:
         weight = source.read(dense)
-        return (
-            weight if not noise else (weight.float() + noise * noise_of(seed, key, shape).to(weight.device)).to(dtype)
-        )
+        if noise:
+            wide = weight.to(torch.promote_types(dtype, torch.float32))
+            weight = (wide + noise * noise_of(seed, key, shape).to(wide)).to(dtype)
+        return F.pad(weight, (0, more) if dim else (0, 0, 0, more)) if more else weight
 
-    return Item(key, shape, dtype, make)
+    return Item(key, (shape[0], width) if dim else (width, shape[1]), dtype, make)
 
 
 def no_shared(family: Family, layer: int, hidden: int, dtype: torch.dtype) -> list[Item]:
@@ -254,6 +259,7 @@ def collected(
             items.append(Item(family.router(layer), tuple(rows.shape), dtype, lambda rows=rows: rows))  # type: ignore[misc]
         for expert, source in enumerate(experts):
             for part in PARTS:
-                items.append(_noisy(source, dense_key(layer, part), family.expert(layer, expert, part), noise, seed))
+                key = family.expert(layer, expert, part)
+                items.append(_noisy(source, dense_key(layer, part), key, size.width, noise, seed))
         items += no_shared(family, layer, hidden, dtype)
     return items

@@ -41,12 +41,19 @@ def upcycle_plan(
     check_dense(config)
     check_moe(num_experts, top_k)
     check_random(seed, router_init=router_init, noise=noise)
-    size = Size(num_experts, top_k, int(config["intermediate_size"]), layers_of(config, layers))
+    width, notes = _padded(int(config["intermediate_size"]))
+    size = Size(num_experts, top_k, width, layers_of(config, layers))
     found = family_for(config, size, family)
     items = upcycled(source, found, size, router_init=router_init, noise=noise, seed=seed)
     how = f"{found.model_type}, copies" + (f" with noise {noise}" if noise else "")
     done = tuple((f"model.layers.{layer}.mlp", "dense", num_experts, how) for layer in size.layers)
-    return Plan(moe_config(config, found, size), tuple(items), done)
+    return Plan(moe_config(config, found, size), tuple(items), done, notes)
+
+
+def _padded(width: int) -> tuple[int, tuple[str, ...]]:
+    """The width of experts that transformers can multiply, and a note if it is another."""
+    wide = -(-width // PADDED) * PADDED
+    return wide, () if wide == width else (f"experts are padded with zeros to {wide} neurons",)
 
 
 def split_plan(
@@ -100,7 +107,8 @@ def experts_plan(
         for name in ("model_type", "hidden_act", "intermediate_size", "rms_norm_eps", "num_attention_heads"):
             if other.get(name) != config.get(name):
                 raise ValueError(f"models[{index}]: expected {name} {config.get(name)}, got {other.get(name)}")
-    size = Size(len(models), top_k, int(config["intermediate_size"]), layers_of(config, layers))
+    width, notes = _padded(int(config["intermediate_size"]))
+    size = Size(len(models), top_k, width, layers_of(config, layers))
     found = family_for(config, size, family)
     if router is not None:
         _check_router(router, size, int(config["hidden_size"]))
@@ -110,7 +118,7 @@ def experts_plan(
     )  # fmt: skip
     how = f"{found.model_type}, one per model; other tensors by {merging.method}"
     done = tuple((f"model.layers.{layer}.mlp", "dense", size.num_experts, how) for layer in size.layers)
-    return Plan(moe_config(config, found, size), tuple(items), done)
+    return Plan(moe_config(config, found, size), tuple(items), done, notes)
 
 
 def _check_router(router: Mapping[int, Tensor], size: Size, hidden: int) -> None:

@@ -13,6 +13,7 @@ from switchgear.complaints import check_module
 from switchgear.convert.checks import check_moe, check_random
 from switchgear.convert.ffn import FeedForward, feed_forward, is_feed_forward
 from switchgear.convert.modules import OURS, is_transformers, replaced
+from switchgear.convert.plans import noise_of
 from switchgear.convert.split import fill, initialize_router
 from switchgear.modules import MoE
 
@@ -42,7 +43,7 @@ def upcycle(
     Args:
         mlp: a feed-forward module (returns an MoE), a Hugging Face model of a dense family (returns a Conversion with a
             new model of an MoE family; the old one is unchanged), or another model (its feed-forward modules are
-            replaced in place; returns a Conversion).
+            replaced in place; returns a Conversion, whose notes name dropout, which experts do not have).
         layers: "all", or the indices of the feed-forward layers that become experts; negative ones count from the end.
         router_init: standard deviation of the router's normal initial weights.
         noise: standard deviation of normal noise on each expert's weights; 0 for exact copies.
@@ -95,9 +96,8 @@ def _layer(
     fill(moe.experts, [dense] * num_experts)
     initialize_router(moe, router_init, seed)
     if noise:
-        generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
             for name, parameter in moe.experts.named_parameters():
                 if not name.endswith("bias"):
-                    parameter.add_((torch.randn(parameter.shape, generator=generator) * noise).to(parameter))
+                    parameter.add_((noise_of(seed, name, parameter.shape) * noise).to(parameter))
     return moe

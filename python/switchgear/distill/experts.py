@@ -128,7 +128,7 @@ def distill_experts(
         student: trained in the mode, train or eval, that it is in.
         batches: dicts of the forward's arguments, of both models; with labels for the default loss.
         optimizer: a new one, over parameters of the student.
-        weight: λ. None: own loss / expert_kd at the first step, so that both start equal.
+        weight: λ. None: |own loss| / expert_kd at the first step, so that both start equal in size.
         loss: of the student for a batch, by default student(**batch).loss.
 
     Raises ValueError as expert_kd does, and for a loss that is not finite; steps before that remain.
@@ -156,4 +156,4 @@ def distill_experts(
 
 
 def _balance(losses: Losses) -> float:
-    return losses.own / losses.experts if losses.experts else 0.0
+    return abs(losses.own) / losses.experts if losses.experts else 0.0

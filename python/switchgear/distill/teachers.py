@@ -27,11 +27,13 @@ from switchgear.routing.stochastic import SampledTopK
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(student || teacher) of the softmax over the last dimension of logits [..., V], averaged over tokens, in nats:
-    a float32 scalar, 0 for equal logits. mask [...]: False for padding, whose logits may be NaN. Differentiable in
-    both."""
+    a float32 scalar, 0 for equal logits. A student's logit may be -inf. mask [...]: False for padding, whose logits
+    may be NaN. Differentiable in both."""
     student_logits, teacher_logits = without_padding(student_logits, mask), without_padding(teacher_logits, mask)
     log_q, log_p = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
-    return mean_of_tokens((log_q.exp() * (log_q - log_p)).sum(-1), mask)
+    absent = log_q == -torch.inf  # 0 · log 0 is 0; masked before and after, so that gradients are finite
+    log_ratio = (log_q.masked_fill(absent, 0) - log_p.masked_fill(absent, 0)).masked_fill(absent, 0)
+    return mean_of_tokens((log_q.exp() * log_ratio).sum(-1), mask)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.sites import Site, guard, sites_at, unguard
+from switchgear.common.sharded import is_sharded
 from switchgear.complaints import check_module
 from switchgear.finetune.scores import Selected
 from switchgear.routing.router import Router
@@ -41,7 +42,7 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
     The matrices and biases of a layer's selected experts become parameters <name>_selected [n,…] beside the frozen
     <name> [E,…]. Gradients, optimizer state and weight decay exist for them only, and no others are computed. Outputs
     do not change. State dicts keep their keys and hold the trained values; they load as before. torch.compile breaks
-    its graph once per such layer.
+    its graph once per such layer. FSDP is refused at the first forward, DistributedDataParallel works.
 
     Args:
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
@@ -55,8 +56,8 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
 
     Raises:
         ValueError: an unknown name, experts out of range or listed twice; experts that are stored in another form,
-            distributed over processes, or shared by two modules; a model with selected experts already; a name in
-            `also` of selected experts alone. The message names the layer, and nothing is changed.
+            distributed over processes, sharded, or shared by two modules; a model with selected experts already; a name
+            in `also` of selected experts alone. The message names the layer, and nothing is changed.
     """
     check_module("model", model)
     if not isinstance(selection, Mapping):
@@ -138,6 +139,8 @@ def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
     if adapters_of(module):
         raise ValueError(f"selection: expected experts without adapters in {where}")
     for projection in layout.names:
+        if is_sharded(module, module._parameters.get(projection)):
+            raise ValueError(f"selection: expected whole parameters, got {where}.{projection}, which FSDP shards")
         if type(module._parameters.get(projection)) is not nn.Parameter:
             raise ValueError(f"selection: expected a plain parameter {where}.{projection}, got none")
     count = module._parameters[layout.names[0]].shape[0]  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.common.compiling import not_compiled
+from switchgear.common.sharded import is_sharded
 from switchgear.weights.layout import Layout
 from switchgear.weights.weight import SelectedWeight
 
@@ -89,14 +90,26 @@ class Selection:
     def _copy(self, module: nn.Module, name: str) -> None:
         # `data`: a forward whose backward is still to come has saved the whole parameter; autograd checks the version
         # of the trained one, which it saved, too.
-        whole: Tensor = getattr(module, name)
+        whole: Tensor = _whole(module, name)
         whole.data[self.experts(module).long()] = self.trained(module, name).data.to(whole.dtype)
 
     def reload(self, module: nn.Module) -> None:
         """Copies the rows of the whole parameters into the trained ones."""
         for name in self.names:
             with torch.no_grad():
-                self.trained(module, name).copy_(getattr(module, name)[self.experts(module).long()])
+                self.trained(module, name).copy_(_whole(module, name)[self.experts(module).long()])
+
+
+def _whole(module: nn.Module, name: str) -> Tensor:
+    """The parameter that kernels read. Raises ValueError if FSDP shards it: for the backward pass it gathers the
+    parameter anew, without the trained rows."""
+    whole: Tensor = getattr(module, name)
+    if is_sharded(module, whole):
+        raise ValueError(
+            f"model: expected whole parameters of experts that train alone, got {name}, which FSDP shards; call "
+            "finetune.unfreeze(model) before fully_shard, or use DistributedDataParallel"
+        )
+    return whole
 
 
 def _version(tensor: Tensor) -> int | None:
