@@ -20,7 +20,7 @@ class ExpertLoadCallback(TrainerCallback):
         ExpertLoadCallback().attach(trainer)       # before the reporters, so that all of them see the statistics
         Trainer(model, args, callbacks=[ExpertLoadCallback(writer)], …)      # or with a writer of its own
 
-    Steps of evaluation are not recorded. In a distributed run each process records its own tokens; the first one
+    Steps of evaluation are not recorded. After a step that raised, the model is watched until the next `train`. In a distributed run each process records its own tokens; the first one
     reports.
 
     Args:
