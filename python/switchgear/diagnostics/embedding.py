@@ -60,7 +60,12 @@ def routing_embedding(model: nn.Module, inputs: Tensor | Mapping[str, Any], toke
     if token not in ("last", "mean"):
         raise ValueError(f"token: expected last or mean, got {token}")
     arguments = {} if isinstance(inputs, Tensor) else dict(inputs)
-    first = inputs if isinstance(inputs, Tensor) else next(iter(arguments.values()))
+    candidates = (arguments.get("input_ids"), arguments.get("inputs_embeds"), *arguments.values())
+    first = inputs
+    if not isinstance(first, Tensor):
+        first = next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 1), None)
+        if first is None:
+            raise ValueError("inputs: expected a tensor [N,S] or [N,S,H] among them, got none")
     mask = arguments.get("attention_mask")
     weights = _token_weights(first, mask, token)
     layers: list[Tensor] = []
