@@ -79,8 +79,8 @@ def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
                 if ids is None or is_rows(value, parameter):
                     add(f"optimizer/{name}/{key}", value, ids)
                 elif isinstance(value, Tensor) and value.numel() > 1:
-                    shape = list(value.shape)
-                    raise ValueError(f"optimizer/{name}/{key}: expected a scalar or a row per expert, got shape {shape}")
+                    got = f"shape {list(value.shape)}"
+                    raise ValueError(f"optimizer/{name}/{key}: expected a scalar or a row per expert, got {got}")
                 else:
                     add(f"optimizer/{name}/{key}", value, None)
     return entries
