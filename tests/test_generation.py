@@ -107,6 +107,12 @@ def test_row78_errors_change_nothing() -> None:
             SelfContrast(**options)
     with pytest.raises(ValueError, match="model: expected one with routers"), SelfContrast().applied(nn.Linear(2, 2)):
         pass
+    model, ids = Model(), torch.randint(V, (2, 5))
+    with SelfContrast().applied(model):
+        wanted = model(ids)
+        with pytest.raises(ValueError, match="model: expected one outside the block of a SelfContrast"):
+            SelfContrast().applied(model).__enter__()
+        assert torch.equal(model(ids), wanted)
     model = Model(top_k=2, capacity=Capacity(1.0))
     with pytest.raises(ValueError, match=r"capacity, got one in second\.gate"), SelfContrast().applied(model):
         pass
@@ -130,6 +136,23 @@ def built(name: str = "Mixtral", experts: str = "eager", **options: Any) -> Any:
 @pytest.fixture
 def mixtral() -> Any:
     return built(num_local_experts=E, num_experts_per_tok=2)
+
+
+def test_row78_what_was_observed_before_sees_both_passes(mixtral: Any) -> None:
+    """Their tokens without padding, by example."""
+    ids = torch.randint(1, V, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with (
+        switchgear.RoutingTrace(mixtral) as trace,
+        switchgear.diagnostics.collect(mixtral) as kept,
+        SelfContrast().applied(mixtral),
+        torch.no_grad(),
+    ):
+        mixtral(input_ids=ids, attention_mask=mask)
+    assert [layer.num_tokens for layer in trace.layers.values()] == [2 * (2 + 6)] * 2
+    for choices in kept.values():
+        assert torch.bincount(choices.examples).tolist() == [2, 6, 2, 6]
 
 
 def weak_logits(model: Any, ids: Tensor) -> Tensor:

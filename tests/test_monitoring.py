@@ -143,6 +143,24 @@ def test_it_writes_every_nth_step() -> None:
     assert [step for _, step in run.rows] == [2, 5]
 
 
+def test_what_could_not_be_written_is_in_the_next_reading() -> None:
+    class Failing(FakeTensorBoard):
+        def add_scalar(self, tag: str, value: float, step: int | None = None) -> None:
+            super().add_scalar(tag, value, step)
+            if len(self.scalars) == 3:
+                raise OSError("no space")
+
+    model, board = Layers(1), Failing()
+    with RoutingTrace(model) as trace:
+        meter, log = LoadMeter(trace), log_to(trace, board)
+        model(torch.randn(5, 16))
+        with pytest.raises(OSError, match="no space"):
+            log(0)
+        model(torch.randn(5, 16))
+        assert log(1) == meter.read()
+        assert log(2) == {}
+
+
 def test_mistakes_are_named() -> None:
     with RoutingTrace(Layers(1)) as trace:
         with pytest.raises(TypeError, match="writer: expected an object with add_scalar"):

@@ -224,6 +224,11 @@ def test_row62_the_optimum_within_a_budget_by_brute_force() -> None:
     assert moe_parameters(3.0, 4) == 6.0
     with pytest.raises(ValueError, match="budget"):
         LAW.optimum(flops, budget=1.0)
+    for wrong in (math.nan, math.inf, 0.0, -1e20):
+        with pytest.raises(ValueError, match="train_flops: expected a finite number above 0, got"):
+            LAW.optimum(wrong)
+    with pytest.raises(ValueError, match="experts: expected at least one number, got none"):
+        LAW.optimum(flops, ())
 
 
 # ---- 63: upcycling ---------------------------------------------------------------------------------------------------

@@ -276,6 +276,11 @@ def test_row75_of_our_own_layers_and_under_generate(olmoe: Any) -> None:
     torch.testing.assert_close(found.hidden, model(x)[:, -1])
     with pytest.raises(ValueError, match="token: expected last or mean"):
         diagnostics.routing_embedding(model, x, "first")
+    with pytest.raises(ValueError, match=r"inputs: expected a tensor \[N,S\] or \[N,S,H\] among them, got none"):
+        diagnostics.routing_embedding(model, {"use_cache": False})
+    ids = torch.randint(1, 50, (2, 4))
+    found = diagnostics.routing_embedding(olmoe, {"use_cache": False, "input_ids": ids})
+    assert torch.equal(found.routing, diagnostics.routing_embedding(olmoe, {"input_ids": ids}).routing)
     with diagnostics.collect(olmoe) as kept:
         olmoe.generate(torch.randint(1, 50, (2, 4)), max_new_tokens=3, do_sample=False)
     assert [layer.num_tokens for layer in kept.values()] == [2 * 4 + 2 * 2] * 3
@@ -467,6 +472,7 @@ def test_row77_core_experts_are_checked() -> None:
     for expert in (-1, 3):
         with pytest.raises(ValueError, match=f"core: expected experts from 0 to 2 of a, got {expert}"):
             diagnostics.core_activation({"a": layer}, {"a": [expert]})
+    assert diagnostics.core_activation({"a": layer}, {"a": [1, 1]}).tolist() == [0.5]  # named twice, counted once
 
 
 # ---- 37: LibMoE's measures of routers --------------------------------------------------------------------------------

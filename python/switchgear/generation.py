@@ -80,10 +80,12 @@ class SelfContrast:
             have the rows of both passes.
 
         Raises:
-            ValueError: an encoder-decoder model, one without MoE layers, a router with a capacity (the passes would
-                compete for it), or one of Hugging Face that `override` cannot select for.
+            ValueError: a model inside such a block, an encoder-decoder model, one without MoE layers, a router with a
+                capacity (the passes would compete for it), or one of Hugging Face that `override` cannot select for.
         """
         check_module("model", model)
+        if any(_is_doubled(module) for module in model.modules()):
+            raise ValueError("model: expected one outside the block of a SelfContrast, got one inside")
         config = getattr(model, "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("model: expected a decoder, got an encoder-decoder model")
@@ -102,7 +104,8 @@ class SelfContrast:
                 stack.enter_context(_overridden_block(block, manner, self))
             doubled = _Doubled(self)
             stack.callback(doubled.forget)
-            stack.callback(model.register_forward_pre_hook(doubled.enter, with_kwargs=True).remove)
+            # Before the hooks of traces and the like, so that those see the tokens that the layers see.
+            stack.callback(model.register_forward_pre_hook(doubled.enter, prepend=True, with_kwargs=True).remove)
             stack.callback(model.register_forward_hook(doubled.leave).remove)
             yield
 
@@ -205,6 +208,10 @@ class _Doubled:
         for cache in self.caches:
             del cache.reorder_cache
         self.caches.clear()
+
+
+def _is_doubled(module: nn.Module) -> bool:
+    return any(isinstance(getattr(hook, "__self__", None), _Doubled) for hook in module._forward_pre_hooks.values())
 
 
 def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -167,6 +167,46 @@ def test_gradients_of_x_and_adapters() -> None:
     assert all(map(same_bits, gradients(), wanted))
 
 
+@pytest.mark.parametrize("slots", [3, 6])
+def test_closed_under_inference_mode_it_trains(slots: int) -> None:
+    model, x = make_model(dtype=torch.float32), torch.randn(3, 32, requires_grad=True)
+    with torch.inference_mode(), offload.offload(model, MemoryStore(model), slots=slots):  # type: ignore[arg-type]
+        model(x.detach())
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_adapters_of_an_inert_cache_made_under_inference_mode_train() -> None:
+    model, x = make_model(dtype=torch.float32), torch.randn(3, 32, requires_grad=True)
+    with torch.inference_mode():
+        offload.offload(model, MemoryStore(model), slots=6)  # type: ignore[arg-type]
+    add_lora(model, rank=2)
+    model(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_a_model_that_is_frozen_meanwhile_stays_frozen(form: str | None) -> None:
+    """Also if its experts were stored before, so that `restore` decides. One layer that is frozen is not enough."""
+    for frozen in (True, False):
+        model = make_model()
+        if form is not None:
+            switchgear.store(model, form)
+        with offload.offload(model, MemoryStore(model), slots=3):  # type: ignore[arg-type]
+            (model if frozen else model[0]).requires_grad_(False)
+        switchgear.restore(model)
+        assert [model[1].experts.down_proj.requires_grad, model[1].gate.weight.requires_grad] == [not frozen] * 2
+
+
+def test_peft_freezes_a_model_that_is_offloaded() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model: Any = build("olmoe").eval()
+    accelerate(model)
+    with offload.offload(model, MemoryStore(model), slots=3):  # type: ignore[arg-type]
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    assert all("lora" in name for name, parameter in wrapped.named_parameters() if parameter.requires_grad)
+
+
 def test_torch_compile_runs_the_layer_itself() -> None:
     model, steps = make_model(), steps_of(count=4)
     wanted = outputs_of(model, steps)

@@ -277,6 +277,8 @@ def test_bad_input() -> None:
             offload.simulate(accesses, policy, slots=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"slots: expected an integer, got 1\.5"):
         offload.simulate(accesses, LRU(), slots=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"steps: expected an integer, got 1\.5"):
+        accesses.split(1.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="accesses: expected Accesses, got list"):
         offload.simulate([], LRU(), slots=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="source: expected LayerChoices in a, got Tensor"):

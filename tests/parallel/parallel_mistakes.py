@@ -91,7 +91,8 @@ MISTAKES = {
         Mistake("elastic.py", "gradients of experts are averaged", " and name not in experts\n", "\n"),
     ),
     "moving": (
-        Mistake("moves.py", "the optimizer's state stays", "sorted(state) if _is_rows(state[key], parameter)]", "()]"),
+        Mistake("moves.py", "the optimizer's state stays",
+                "sorted(state) if checkpoint.is_rows(state[key], parameter)]", "()]"),
         Mistake("moves.py", "experts are in another order", "in enumerate(mine):", "in enumerate(reversed(mine)):"),
         Mistake("moves.py", "the first experts of a rank move", "[number[e] for experts in sent for e in experts]",
                 "[place for experts in sent for place in range(len(experts))]"),

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parallel_pool import Pool, subgroup
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
@@ -132,10 +133,119 @@ def test_defects_are_named(tmp_path: Path, change: object, message: str) -> None
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
-def test_an_optimizer_without_state_is_refused() -> None:
+def test_an_optimizer_with_state_of_some_parameters_is_refused() -> None:
     model = make(None, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model[2](torch.randn(3, 16)).sum().backward()
+    optimizer.step()
     with pytest.raises(ValueError, match=r"optimizer: expected a state of 0\.weight"):
-        checkpoint.state_dict(model, torch.optim.AdamW(model.parameters()))
+        checkpoint.state_dict(model, optimizer)
+
+
+def test_an_optimizer_without_state(tmp_path: Path) -> None:
+    """Plain SGD has none. A state in the checkpoint has no place in it."""
+    model, other = make(None, seed=1), make(None, seed=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    checkpoint.save(model, tmp_path / "sgd", optimizer)
+    checkpoint.load(other, tmp_path / "sgd", torch.optim.SGD(other.parameters(), lr=0.1))
+    loaded = other.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    checkpoint.save(model, tmp_path / "adam", trained(model))
+    with pytest.raises(ValueError, match=r"optimizer/0\.weight/step: expected none .* an optimizer without state"):
+        checkpoint.load(model, tmp_path / "adam", optimizer)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def refuse_unplain(rank: int, path: str, form: str) -> list[str]:
+    """What state_dict, save and load say."""
+    with ExpertParallel(timeout=20) as parallel:
+        model = make(parallel, seed=1)
+        checkpoint.save(model, f"{path}/plain")
+        if form == "parametrized":
+            nn.utils.parametrize.register_parametrization(model[1].experts, "down_proj", Doubled())
+        else:
+            switchgear.store(model, form)
+        messages = []
+        for call in (
+            lambda: checkpoint.state_dict(model),
+            lambda: checkpoint.save(model, f"{path}/none"),
+            lambda: checkpoint.load(model, f"{path}/plain"),
+        ):
+            try:
+                call()
+            except ValueError as error:
+                messages.append(str(error))
+        assert not Path(f"{path}/none").exists()
+        return messages
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("int8", "1.experts.gate_up_proj_values"),
+        ("nf4", "1.experts.gate_up_proj_codes"),
+        ("parametrized", "1.experts.parametrizations.down_proj.original"),
+    ],
+)
+def test_distributed_experts_that_are_not_plain_are_refused(pool: Pool, tmp_path: Path, form: str, name: str) -> None:
+    """Their tensors have one name on all ranks, so that one rank's would be kept."""
+    for messages in pool.run(refuse_unplain, str(tmp_path), form):
+        assert len(messages) == 3
+        for message in messages:
+            assert message.startswith(f"{name}: expected plain weights of distributed experts")
+            assert "switchgear.restore(model) first" in message
+
+
+def keep_names(rank: int, path: str) -> None:
+    """An activation checkpoint's wrapper, and experts that two blocks share, keep their rows."""
+    with ExpertParallel(timeout=20, invariant=True) as parallel:
+        model = make(parallel, seed=1)
+        names = list(checkpoint.state_dict(model))
+        model[1] = checkpoint_wrapper(model[1])
+        optimizer = trained(model)
+        assert list(checkpoint.state_dict(model)) == names
+        checkpoint.save(model, f"{path}/wrapped", optimizer)
+        plain = make(parallel, seed=2)
+        checkpoint.load(plain, f"{path}/wrapped", other := torch.optim.AdamW(plain.parameters()))
+        for old, new in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(old, new)
+            assert torch.equal(optimizer.state[old]["exp_avg"], other.state[new]["exp_avg"])
+        plain[2].experts = plain[1].experts
+        mine = parallel.placement(EXPERTS).experts_of_rank[rank]
+        assert all(f"2.experts.down_proj[{expert}]" in checkpoint.state_dict(plain) for expert in mine)
+
+
+def test_wrapped_and_shared_experts(pool: Pool, tmp_path: Path) -> None:
+    pool.run(keep_names, str(tmp_path))
+
+
+def reload_factors(rank: int, path: str) -> None:
+    """Adafactor keeps a row and a column per expert."""
+    with ExpertParallel(timeout=20, invariant=True) as parallel:
+        torch.manual_seed(1)
+        model = switchgear.MoE(16, 12, EXPERTS, 2, parallel=parallel)
+        optimizer = torch.optim.Adafactor(model.parameters())
+        model(torch.randn(20, 16)).square().mean().backward()
+        optimizer.step()
+        state = optimizer.state[model.experts.down_proj]
+        before = {key: value.clone() for key, value in state.items()}
+        assert before["row_var"].shape[1:] == (16, 1)
+        checkpoint.save(model, path, optimizer)
+        for key in ("row_var", "col_var"):
+            state[key].zero_()
+        checkpoint.load(model, path, optimizer)
+        assert all(torch.equal(value, before[key]) for key, value in state.items())
+        state["blocks"] = torch.zeros(4)
+        with pytest.raises(ValueError, match=r"/blocks: expected a scalar or a row per expert, got shape \[4\]"):
+            checkpoint.save(model, path, optimizer)
+
+
+def test_state_that_has_a_row_per_expert(pool: Pool, tmp_path: Path) -> None:
+    pool.run(reload_factors, str(tmp_path))
 
 
 # ---- checkpoints of unknown origin -----------------------------------------------------------------------------------

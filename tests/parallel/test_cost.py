@@ -213,6 +213,13 @@ def test_plan_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert slower[0]["bytes_forward"] == lines[0]["bytes_forward"]
 
 
+@pytest.mark.parametrize(("ranks", "nodes"), [(4, 1), (12, 2), (20, 4), (64, 8)])
+def test_nodes_follow_the_ranks(ranks: int, nodes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """At most 8 on each, equally many."""
+    assert main(["plan-parallel", "--ep", str(ranks), "--tokens", "8"]) == 0
+    assert f"{ranks} ranks on {nodes} nodes" in " ".join(capsys.readouterr().out.split())
+
+
 def test_plan_parallel_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All tokens choose experts of one rank; replicas on the others reduce its load."""
     trace = tmp_path / "trace.pt"

@@ -396,6 +396,8 @@ def refused(rank: int, name: str) -> None:
             ({"on_failure": "ignore"}, "on_failure: expected one of raise, continue, got 'ignore'"),
             ({"lost": "forget"}, "lost: expected one of reroute, empty, got 'forget'"),
             ({"num_replicas": -1}, "num_replicas: expected 0 or more, got -1"),
+            ({"max_norm": -1.0}, "max_norm: expected None or a number above 0, got -1.0"),
+            ({"max_norm": float("nan")}, "max_norm: expected None or a number above 0, got nan"),
         ):
             with pytest.raises(ValueError, match=message):
                 Training(model, optimizer, **options)  # type: ignore[arg-type]

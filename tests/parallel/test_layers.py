@@ -246,6 +246,24 @@ def test_saved_adapters(pool: Pool, tmp_path: Path, ranks: Any) -> None:
     pool.run(saved_adapters, str(tmp_path), ranks)
 
 
+def observed(rank: int, options: dict[str, Any]) -> None:
+    """Norms of experts' outputs run them again, as often on a rank without tokens as on the others."""
+    with ExpertParallel(timeout=20) as parallel:
+        moe, whole = both(parallel, options)
+        x = tokens(rank)[: 0 if rank == 2 else 8 * rank + 1]
+        traces = []
+        for layer in (moe, whole):
+            with switchgear.RoutingTrace(layer, record=("norms",)) as trace, torch.no_grad():
+                layer(x)
+            traces.append(trace.layers["gate"].norm_per_expert)
+        torch.testing.assert_close(*traces)
+
+
+@pytest.mark.parametrize("options", [{}, {"widths": WIDTHS}], ids=["plain", "widths"])
+def test_norms_of_experts_outputs(pool: Pool, options: dict[str, Any]) -> None:
+    pool.run(observed, options)
+
+
 def scores_of_the_weights(rank: int, ranks: Any, tp: bool) -> None:
     """SparsityAware reads all experts; gradients through the score reach each expert, with those of its tokens."""
     placement = None if ranks is None else Placement(6, ranks)

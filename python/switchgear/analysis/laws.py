@@ -106,8 +106,12 @@ class MoEScalingLaw:
 
         cost: of a token served, growing with N; the parameters in memory, `moe_parameters`, if None.
 
-        Raises ValueError if no size from 1e5 to 1e13 is within the budget.
+        Raises ValueError if no size from 1e5 to 1e13 is within the budget, and for train_flops of no finite training.
         """
+        if not 0 < train_flops < math.inf:
+            raise ValueError(f"train_flops: expected a finite number above 0, got {train_flops}")
+        if not experts:
+            raise ValueError("experts: expected at least one number, got none")
         of = moe_parameters if cost is None else cost
         best: Optimum | None = None
         for count in experts:

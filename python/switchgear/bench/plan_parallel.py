@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(f"{name} ({model.what})" for name, model in MODELS.items())
     add("--model", choices=MODELS, default="qwen3_moe", metavar="NAME", help=f"one of {known}")
     add("--ep", type=positive, default=64, metavar="N", help="ranks that share the experts of a layer")
-    add("--nodes", type=positive, default=8, metavar="N", help="nodes that they are on, equally many on each")
+    nodes_help = "nodes that they are on, equally many on each (default: the fewest of up to 8 ranks)"
+    add("--nodes", type=positive, metavar="N", help=nodes_help)
     add("--tokens", type=positive, default=4096, metavar="T", help="tokens of a rank in a step")
     add("--bandwidth", type=above_zero, default=50.0, metavar="GB/s", help="between nodes, of a rank, each way")
     add("--local-bandwidth", type=above_zero, default=400.0, metavar="GB/s", help="within a node, of a rank")
@@ -80,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     require("rich")
     model = MODELS[args.model]
     model = model._replace(num_layers=-(-model.num_layers // args.stages))
+    if args.nodes is None:
+        args.nodes = next(n for n in range(-(-args.ep // 8), args.ep + 1) if args.ep % n == 0)
     if args.ep % args.nodes:
         raise CommandError(f"--nodes: expected a divisor of {args.ep} (--ep), got {args.nodes}")
     if args.gpus is not None and args.gpus < args.ep:

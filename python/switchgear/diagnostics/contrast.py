@@ -130,7 +130,7 @@ def core_activation(
     number = max(rows.shape[0] for rows in sums.values())
     hits, total = torch.zeros(number, dtype=torch.float64), torch.zeros(number, dtype=torch.float64)
     for name, rows in sums.items():
-        hits[: rows.shape[0]] += rows[:, sorted(core[name])].sum(1).cpu()
+        hits[: rows.shape[0]] += rows[:, sorted(set(core[name]))].sum(1).cpu()
         total[: rows.shape[0]] += rows.sum(1).cpu()
     return hits / total.clamp(min=1)
 

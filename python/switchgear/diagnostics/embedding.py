@@ -60,9 +60,8 @@ def routing_embedding(model: nn.Module, inputs: Tensor | Mapping[str, Any], toke
     if token not in ("last", "mean"):
         raise ValueError(f"token: expected last or mean, got {token}")
     arguments = {} if isinstance(inputs, Tensor) else dict(inputs)
-    first = inputs if isinstance(inputs, Tensor) else next(iter(arguments.values()))
-    mask = arguments.get("attention_mask")
-    weights = _token_weights(first, mask, token)
+    first = inputs if isinstance(inputs, Tensor) else _tokens_of(inputs)
+    weights = _token_weights(first, arguments.get("attention_mask"), token)
     layers: list[Tensor] = []
 
     def see(name: str, seen: Any) -> None:
@@ -81,6 +80,13 @@ def routing_embedding(model: nn.Module, inputs: Tensor | Mapping[str, Any], toke
     if hidden is not None:
         hidden = None if hidden.shape[:2] != weights.shape else _weighed(hidden.float(), weights)
     return RoutingEmbedding(torch.cat(layers, -1), hidden)
+
+
+def _tokens_of(arguments: Mapping[str, Any]) -> Tensor:
+    for value in (arguments.get("input_ids"), arguments.get("inputs_embeds"), *arguments.values()):
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value
+    raise ValueError("inputs: expected a tensor [N,S] or [N,S,H] among them, got none")
 
 
 def _token_weights(first: Tensor, mask: Any, token: str) -> Tensor:

@@ -20,8 +20,8 @@ class ExpertLoadCallback(TrainerCallback):
         ExpertLoadCallback().attach(trainer)       # before the reporters, so that all of them see the statistics
         Trainer(model, args, callbacks=[ExpertLoadCallback(writer)], …)      # or with a writer of its own
 
-    Steps of evaluation are not recorded. In a distributed run each process records its own tokens; the first one
-    reports.
+    Steps of evaluation are not recorded. After a step that raised, the model is watched until the next `train`. In a
+    distributed run each process records its own tokens; the first one reports.
 
     Args:
         writer: where to write, besides the logs: see switchgear.monitoring.sinks.write_of. None: nowhere else.

@@ -8,6 +8,8 @@ value over the layers, and the values of some layers at equal distances. The key
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,6 +73,16 @@ class LoadMeter:
                 if not math.isnan(value):
                     result[f"{self.prefix}/{statistic}/{name}"] = value
         return result
+
+    @contextmanager
+    def reading(self) -> Iterator[dict[str, float]]:
+        """The same, for a block that writes it. If the block raises, the next reading has these steps again."""
+        before = dict(self._before)
+        try:
+            yield self.read()
+        except BaseException:
+            self._before = before
+            raise
 
     def _with_keys(self, names: list[str]) -> list[str]:
         """The layers that have keys of their own, chosen once: the first, the last and those between."""

@@ -47,12 +47,14 @@ class Log:
         self._meter, self._write, self._every, self._calls = meter, write_of(writer), every, 0
 
     def __call__(self, step: int | None = None) -> dict[str, float]:
-        """Writes and returns the reading; empty where nothing is due or nothing was recorded."""
+        """Writes and returns the reading; empty where nothing is due or nothing was recorded. What could not be written
+        is in the next one."""
         self._calls += 1
         if self._calls % self._every:
             return {}
-        if metrics := self._meter.read():
-            self._write(metrics, step)
+        with self._meter.reading() as metrics:
+            if metrics:
+                self._write(metrics, step)
         return metrics
 
 

@@ -54,6 +54,7 @@ class Accesses:
 
     def split(self, steps: int) -> tuple[Accesses, Accesses]:
         """The first steps and the others: to calibrate on one part, and to replay the other."""
+        steps = integer("steps", steps)
         if not 0 <= steps <= len(self.steps):
             raise ValueError(f"steps: expected 0 to {len(self.steps)}, got {steps}")
         first = Accesses(self.layers, self.num_experts, self.steps[:steps], self.tokens[:steps])

@@ -27,7 +27,7 @@ from switchgear.offload.staging import Staging
 from switchgear.offload.statistics import LayerStatistics, Statistics
 from switchgear.offload.store import Store
 from switchgear.offload.targets import Target, matched, place_of
-from switchgear.weights.module import Tie
+from switchgear.weights.module import Tie, freeze_stored
 from switchgear.weights.offloaded import OffloadedForm, OffloadedWeight
 from switchgear.weights.weight import Weight
 
@@ -109,6 +109,7 @@ def offload(
         cache = Cache(reader, most, prefetch, timeout, lanes)
         weakref.finalize(cache, _end, reader).atexit = False
         attached = _attach(cache, store, targets, plans, policy, verify, place, staging_slots)
+        attached._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     except BaseException:
         reader.close()
         raise
@@ -145,6 +146,7 @@ class Offloaded:
 
     def __init__(self, cache: Cache, changes: Sequence[Change], plans: Sequence[Plan], path: str) -> None:
         self._cache, self._changes, self._path = cache, list(changes), path
+        self._trained: list[nn.Parameter] = []  # the model's other ones, which show whether it is frozen meanwhile
         self.is_inert = not cache.layers
         self.slots = sum(sum(plan.capacities) for plan in plans)
         self.nbytes = sum(plan.nbytes for plan in plans)
@@ -176,12 +178,15 @@ class Offloaded:
         except StoreError:
             self.close(restore=False)  # the error of the block is the one to see
 
+    @torch.inference_mode(False)  # the parameters may be trained
     def close(self, restore: bool | None = None) -> None:
         """Ends the cache and frees its memory. A second call does nothing.
 
         restore: whether the parameters return, read from the store: the original bits if its form is lossless, else
             what it represents. By default they do if the model had them (not on meta). Without them, a call of the
-            experts raises an error. They are new objects: an optimizer that was made before trains others.
+            experts raises an error. They are new objects: an optimizer that was made before trains others. They are
+            frozen if they were before, or if all other parameters that were trained have been frozen meanwhile, as by
+            model.requires_grad_(False) and by PEFT.
 
         Raises:
             StoreError: the store cannot be read; the model stays offloaded.
@@ -198,9 +203,13 @@ class Offloaded:
             if self._cache.device is not None:
                 self._cache.device.synchronize()  # before its memory is freed
             ties: dict[Tie, nn.Parameter] = {}
+            is_frozen = bool(self._trained) and not any(parameter.requires_grad for parameter in self._trained)
             for change, weights in zip(self._changes, loaded, strict=True):
+                if is_frozen:
+                    freeze_stored(change.target.module)
                 change.end(weights, ties)
             self._changes.clear()
+            self._trained.clear()
             self._cache.reader.close()
 
 

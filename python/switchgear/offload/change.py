@@ -90,7 +90,7 @@ class Change:
             own = (_contiguous(weights[0], self.place), _contiguous(weights[1], self.place))
             first, second = (
                 Projection(Kind.of(weight), projection.trained, projection.tie)
-                for weight, projection in zip(own, self.original.projections, strict=True)
+                for weight, projection in zip(own, self.stored.projections, strict=True)
             )
             stored = StoredProjections(self.original.form, layout, (first, second))
             stored.put_into(module, own)
@@ -124,6 +124,7 @@ def _contiguous(weight: Weight, place: torch.device) -> Weight:
     return weight.with_tensors({field: tensor.to(place) for field, tensor in made.items()})
 
 
+@torch.inference_mode(False)  # a backward pass may save the weights
 def read_all(
     reader: Any, records: Records, reads: Sequence[Read], timeout: float, place: torch.device | None = None
 ) -> tuple[Weight, Weight]:

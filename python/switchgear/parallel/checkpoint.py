@@ -31,6 +31,7 @@ from switchgear.parallel.checkpoint_metadata import Reader, read_metadata
 from switchgear.parallel.experts import ParallelExperts
 
 _ENTRY = re.compile(r"(.*)\[(0|[1-9][0-9]{0,8})\]")
+_WRAPPED = "_checkpoint_wrapped_module."  # torch's wrapper of activation checkpointing leaves it out of state dicts
 
 
 def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
@@ -38,13 +39,18 @@ def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     is one entry. The optimizer's state is called "optimizer/<parameter>/<name>"; all of it must be tensors.
 
     Raises:
-        ValueError: experts that are DTensors, or an optimizer without initialised state.
+        ValueError: experts that are DTensors, distributed experts that are stored or parametrized, an optimizer with
+            state of some parameters only, or with state of experts that is neither a scalar nor a row per expert.
     """
-    experts = {f"{prefix}.{name}".lstrip("."): _ids(module) for prefix, module in model.named_modules()
-               if isinstance(module, Experts) for name, _ in module.named_parameters(recurse=False)}  # fmt: skip
+    layers = _layers(model)
+    distributed = tuple(prefix for prefix, module in layers.items() if isinstance(module, ParallelExperts))
+    experts = {f"{prefix}{name}": _ids(module) for prefix, module in layers.items()
+               for name, _ in module.named_parameters(recurse=False)}  # fmt: skip
     entries: dict[str, Tensor] = {}
 
     def add(name: str, tensor: Tensor, ids: tuple[int, ...] | None) -> None:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         tensor = tensor.detach()
         if ids is None:
             entries[name] = tensor
@@ -55,16 +61,34 @@ def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
         entries.update({f"{name}[{expert}]": tensor[number] for number, expert in enumerate(ids)})
 
     for name, tensor in model.state_dict().items():
+        if name not in experts and name.startswith(distributed):  # one name for what each rank has of its own
+            raise ValueError(
+                f"{name}: expected plain weights of distributed experts, got stored or parametrized ones; call "
+                "switchgear.restore(model) first, or remove the parametrization"
+            )
         add(name, tensor, experts.get(name))
     if optimizer is not None:
+        has_state = any(optimizer.state.values())
         for name, parameter in model.named_parameters():
+            name = name.replace(_WRAPPED, "")
             state = optimizer.state.get(parameter)
-            if parameter.requires_grad and not state:
+            if parameter.requires_grad and has_state and not state:
                 raise ValueError(f"optimizer: expected a state of {name}, got none; see init_optimizer")
+            ids = experts.get(name)
             for key, value in (state or {}).items():
-                whole = not isinstance(value, Tensor) or value.shape != parameter.shape
-                add(f"optimizer/{name}/{key}", value, None if whole else experts.get(name))
+                if ids is None or is_rows(value, parameter):
+                    add(f"optimizer/{name}/{key}", value, ids)
+                elif isinstance(value, Tensor) and value.numel() > 1:
+                    got = f"shape {list(value.shape)}"
+                    raise ValueError(f"optimizer/{name}/{key}: expected a scalar or a row per expert, got {got}")
+                else:
+                    add(f"optimizer/{name}/{key}", value, None)
     return entries
+
+
+def is_rows(value: Any, parameter: Tensor) -> bool:
+    """Whether an optimizer's state of a parameter of experts has a row per expert, as the parameter has."""
+    return isinstance(value, Tensor) and value.dim() == parameter.dim()
 
 
 def init_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -111,6 +135,8 @@ def load(
     try:
         wanted = state_dict(model, optimizer)
         _check(wanted, metadata.state_dict_metadata, _names(model))
+        if optimizer is not None:
+            _check_optimizer(wanted, metadata.state_dict_metadata)
     except ValueError:
         if optimizer is not None and not had_state:
             optimizer.state.clear()
@@ -194,13 +220,21 @@ def _ids(module: Experts) -> tuple[int, ...]:
     return tuple(range(module.num_experts))
 
 
+def _layers(model: nn.Module) -> dict[str, Experts]:
+    """The modules with experts, by the prefix of their tensors in state dicts."""
+    return {
+        f"{name}.".lstrip(".").replace(_WRAPPED, ""): module
+        for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Experts)
+    }  # fmt: skip
+
+
 def _names(model: nn.Module) -> dict[str, int]:
     """The number of experts that a checkpoint must have for each distributed parameter."""
     return {
-        f"{prefix}.{name}".lstrip("."): module.num_experts
-        for prefix, module in model.named_modules() if isinstance(module, Experts)
+        f"{prefix}{name}": module.num_experts
+        for prefix, module in _layers(model).items()
         for name, _ in module.named_parameters(recurse=False)
-    }  # fmt: skip
+    }
 
 
 def _tensor_of(name: str, entry: object) -> TensorStorageMetadata:
@@ -219,6 +253,12 @@ def _check(wanted: dict[str, Tensor], stored: dict[str, Any], experts: dict[str,
                 raise ValueError(f"{name}: expected {experts.get(known, 0)} experts, got one more")
         elif found is None and not name.startswith("optimizer/") and name not in wanted:
             raise ValueError(f"{name}: expected none in the checkpoint, got one")
+
+
+def _check_optimizer(wanted: dict[str, Tensor], stored: dict[str, Any]) -> None:
+    found = [next((name for name in names if name.startswith("optimizer/")), None) for names in (wanted, stored)]
+    if found[0] is None and found[1] is not None:
+        raise ValueError(f"{found[1]}: expected none in the checkpoint for an optimizer without state, got one")
 
 
 def _check_found(wanted: dict[str, Tensor], stored: dict[str, Any]) -> None:

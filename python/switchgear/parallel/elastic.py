@@ -96,6 +96,8 @@ class Training:
         check_choice("lost", self.lost, ("reroute", "empty"))
         object.__setattr__(self, "parallel", _parallel_of(self.model))
         _check_replicas(self.parallel, self.num_replicas)
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm: expected None or a number above 0, got {self.max_norm}")
         if not self.membership.empty and self.parallel.rank == 0:
             self.membership.publish(_structure(self))
 

@@ -144,12 +144,8 @@ def _keys(training: Training, layers: dict[str, ParallelExperts]) -> list[list[s
         for parameter_name, parameter in module.named_parameters(recurse=False):
             state = training.optimizer.state.get(parameter, {})
             found.append([name, parameter_name, ""])
-            found += [[name, parameter_name, key] for key in sorted(state) if _is_rows(state[key], parameter)]
+            found += [[name, parameter_name, key] for key in sorted(state) if checkpoint.is_rows(state[key], parameter)]
     return found
-
-
-def _is_rows(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.dim() == parameter.dim()
 
 
 def _rows(training: Training, layer: str, parameter_name: str, state: str) -> Tensor:
@@ -168,7 +164,7 @@ def _common(training: Training) -> dict[str, Any]:
         "optimizer": {
             names[parameter]: {
                 key: value for key, value in state.items()
-                if names[parameter] not in experts or not _is_rows(value, parameter)
+                if names[parameter] not in experts or not checkpoint.is_rows(value, parameter)
             }
             for parameter, state in optimizer.state.items() if parameter in names
         },

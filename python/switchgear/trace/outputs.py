@@ -32,8 +32,9 @@ def chosen_outputs(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
     check_outputs(block)
     num_tokens, top_k = topk_ids.shape
     at_once = max(1, _ROWS // max(top_k, 1))
-    if getattr(block.experts, "parallel", None) is not None:  # all ranks must call their experts equally often
-        at_once = max(num_tokens, 1)
+    distributed = any(getattr(module, "parallel", None) is not None for module in block.experts.modules())
+    if distributed:  # all ranks call their experts once, with tokens or without
+        return _outputs(block, x, topk_ids)
     parts = [_outputs(block, x[i : i + at_once], topk_ids[i : i + at_once]) for i in range(0, num_tokens, at_once)]
     if not parts:
         return x.new_zeros(0, top_k, x.shape[1])
@@ -47,7 +48,7 @@ def _outputs(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
     ones = torch.ones_like(ids, dtype=torch.float32 if block.is_ours else x.dtype)
     forward: Any = block.experts.forward  # not the module's call: hooks belong to the model's own calls
     y: Tensor = forward(rows, ids if block.is_ours else ids.long(), ones)
-    return y.reshape(*topk_ids.shape, -1).masked_fill(empty[..., None], 0)
+    return y.reshape(*topk_ids.shape, y.shape[-1]).masked_fill(empty[..., None], 0)
 
 
 @torch.no_grad()
