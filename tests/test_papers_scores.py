@@ -94,6 +94,16 @@ def test_xmoe_learns_its_temperature_above_a_floor() -> None:
     assert Cosine(H, E).dim == E // 2
 
 
+def test_xmoe_loads_scalars() -> None:
+    """log_tau had no dimension once."""
+    layer = layer_of(presets.xmoe(top_k=2, balance_tau=0.07))
+    state = {
+        name: torch.tensor(0.25) if name.endswith("log_tau") else tensor for name, tensor in layer.state_dict().items()
+    }
+    layer.load_state_dict(state)
+    assert layer.gate.score.log_tau.tolist() == layer.gate.select.log_tau.tolist() == [0.25]
+
+
 def test_row10_xmoe_balances_by_a_fixed_temperature(backend: str) -> None:
     """As torchscale: the choice and its weight use the learned temperature, the loss 0.07."""
     layer = layer_of(presets.xmoe(top_k=2, balance=0.1, balance_tau=0.07))

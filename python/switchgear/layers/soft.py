@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
+from switchgear.common.scalars import LoadsScalars
 
 
 def per_conv_tokens(features: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def per_conv_tokens(features: Tensor) -> Tensor:
     return features.flatten(2).mT
 
 
-class SoftMoE(nn.Module):
+class SoftMoE(LoadsScalars):
     """Y = C · experts(Dᵀ · X): D is a softmax over the tokens, C over the slots of all experts, of the same logits.
 
     Soft MoE, arXiv:2308.00951; arXiv:2410.01930 for reinforcement learning.
@@ -37,6 +37,7 @@ class SoftMoE(nn.Module):
     """
 
     not_matrices = ("phi",)  # for optim.muon_groups
+    once_scalars = ("scale",)
 
     def __init__(
         self,
@@ -62,12 +63,6 @@ class SoftMoE(nn.Module):
         nn.init.normal_(self.phi, std=1 / math.sqrt(self.hidden_size))
         if self.scale is not None:
             nn.init.ones_(self.scale)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        scale = state_dict.get(f"{prefix}scale")
-        if scale is not None and scale.dim() == 0:  # as it once was
-            state_dict[f"{prefix}scale"] = scale.reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., T, E·slots], at least float32."""

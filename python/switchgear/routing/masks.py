@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.common.buffers import FillsBuffers
+from switchgear.common.scalars import LoadsScalars
 from switchgear.functional import Routing
 from switchgear.reference import check_choice, check_fraction, check_range
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, can_be_read, groups_of, made, wrapped
@@ -62,7 +63,7 @@ class Masked(nn.Module):
         return ", ".join(repr(part) for part in (self.select, self.mask) if not isinstance(part, nn.Module))
 
 
-class Temperature(nn.Module):
+class Temperature(LoadsScalars):
     """Another selection of router_logits / tau, with a learned tau. Losses see probabilities of the fixed temperature
     `fixed` (X-MoE as in torchscale, arXiv:2204.09179: 0.07).
 
@@ -70,6 +71,8 @@ class Temperature(nn.Module):
     if None, they are those of the selection. num_experts: E; the router passes it.
     Parameters: log_tau [1].
     """
+
+    once_scalars = ("log_tau",)
 
     def __init__(
         self,

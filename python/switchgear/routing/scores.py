@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
+from switchgear.common.scalars import LoadsScalars
 from switchgear.functional import gate
 from switchgear.reference import check_choice, check_fraction
 from switchgear.routing.context import Context, made
@@ -134,7 +135,7 @@ class Linear(nn.Module):
         return ", ".join([f"{self.hidden_size}, num_experts={self.num_experts}", *flags])
 
 
-class Cosine(nn.Module):
+class Cosine(LoadsScalars):
     """cos(P x, e) / tau with expert embeddings e in `dim` dimensions, so that tokens do not collapse onto the experts
     (X-MoE, arXiv:2204.09179).
 
@@ -146,6 +147,8 @@ class Cosine(nn.Module):
 
     Parameters: projection [dim,H], embeddings [E,dim], log_tau [1].
     """
+
+    once_scalars = ("log_tau",)
 
     def __init__(
         self,
