@@ -4,6 +4,7 @@ that follow, such that the output on the calibration data changes least. All exp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -105,7 +106,7 @@ def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     mean = diagonal.mean(1, keepdim=True)
     result = torch.empty_like(hessian)
     for expert, matrix in enumerate(hessian):
-        for share in (damping, 10 * damping, 100 * damping, 1.0):
+        for share in _shares(damping):
             damped = matrix + torch.diag(share * mean[expert].expand(len(matrix)))
             lower, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
@@ -115,8 +116,18 @@ def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
                 result[expert] = upper
                 break
         else:
-            raise ValueError("hessians: expected finite ones, got others")
+            raise ValueError("hessian: expected Xᵀ X of finite inputs, got one that damping does not make definite")
     return result
+
+
+def _shares(damping: float) -> Iterator[float]:
+    """The damping, and what is tried if that is not enough: powers of ten up to the mean of the diagonal."""
+    yield damping
+    share = max(10 * damping, 1e-6)
+    while share < 1:
+        yield share
+        share *= 10
+    yield 1.0
 
 
 def _compensated(
