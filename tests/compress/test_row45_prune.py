@@ -375,9 +375,21 @@ def test_experts_whose_outputs_are_not_finite_are_refused(options: dict[str, Any
     with torch.no_grad():
         model.layers[0].experts.down_proj[3] = torch.nan
     calibration = calibrate(model, row_batches())
-    with pytest.raises(ValueError, match=r"calibration: expected finite outputs of the experts of layers.0"):
+    with pytest.raises(ValueError, match=r"calibration: expected finite (outputs|statistics) of the experts of layers.0"):
         prune_experts(model, 4, **{"criterion": "reconstruction", **options}, calibration=calibration)
     assert model.layers[0].experts.down_proj.shape[0] == 8
+
+
+def test_constants_of_statistics_that_are_not_finite_are_refused() -> None:
+    model, batches = our_model(), row_batches()
+    batches[0]["x"][0, 3] = torch.nan
+    calibration = calibrate(model, batches)
+    finite = calibration.layers["layers.0"].sums().outputs.isfinite().all(1)
+    keep = {"layers.0": finite.nonzero().flatten().tolist()}
+    with pytest.raises(ValueError, match=r"calibration: expected finite statistics of the experts of layers\.0"):
+        prune_experts(model, keep, calibration=calibration, replace="constant")
+    assert type(model.layers[0].experts) is switchgear.Experts
+    assert len(model.layers[0].experts.down_proj) == 8
 
 
 def test_refused_layers() -> None:

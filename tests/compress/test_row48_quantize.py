@@ -90,6 +90,31 @@ def test_gptq_survives_dead_and_few_inputs() -> None:
     assert torch.equal(nothing.q, rounded(weight, 3, 32, True).q)
 
 
+def test_a_singular_hessian_is_damped_as_little_as_it_needs() -> None:
+    """Two equal inputs and no damping: the error is that of a little damping, not of as much as the diagonal."""
+    weight, _ = problem(64)
+    x = torch.randn(2, 500, 64, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 64)
+    x[:, :, 7] = x[:, :, 8]
+    hessian = x.mT @ x
+    errors = {
+        damping: float(row_errors(weight - decoded(gptq(weight, hessian, 3, 0, damping=damping), 3, 0), hessian).sum())
+        for damping in (0, 1e-6, 1)
+    }
+    assert errors[0] < (errors[1e-6] + errors[1]) / 2
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_hessians_that_are_not_finite_are_refused(method: str) -> None:
+    model, batches = our_model(), row_batches()
+    batches[0]["x"][0, 3] = torch.nan
+    calibration = calibrate(model, batches, hessians=True)
+    message = r"calibration: expected finite statistics of the experts of layers\.0"
+    with pytest.raises(ValueError, match=message):
+        quantize(model, 3, method=method, calibration=calibration)
+    with pytest.raises(ValueError, match=message):
+        expert_errors(model, calibration)
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 

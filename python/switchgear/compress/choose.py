@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchgear.compress.calibration import Calibration
+from switchgear.compress.calibration import Calibration, check_finite
 from switchgear.compress.layer import ExpertLayer
 from switchgear.compress.subsets import best_subset
 from switchgear.compress.sums import Domains, LayerCalibration
@@ -63,8 +63,7 @@ def choose(
         else:
             assert calibration is not None
             scores[name] = scores_of(calibration.layers[name], criterion, domains)
-            if not bool(scores[name].isfinite().all()):
-                raise ValueError(f"calibration: expected finite outputs of the experts of {name}, got others")
+            check_finite(name, scores[name])
     if scope == "layer":
         kept = {name: _top(layers[name], score, counts[name]) for name, score in scores.items()}
         padding = dict.fromkeys(kept, 0)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from switchgear.compress.calibration import Calibration, check_calibration
+from switchgear.compress.calibration import Calibration, check_calibration, check_finite
 from switchgear.compress.gptq import Levels, decoded, gptq, rounded
 from switchgear.compress.layer import ExpertLayer
 from switchgear.compress.sums import Hessians
@@ -47,6 +47,7 @@ def hessians_of(
     for name in layers:
         hessians = calibration.layers[name].hessians
         if hessians is not None:
+            check_finite(name, hessians.inputs, hessians.hidden)
             found[name] = hessians
         elif method == "gptq":
             raise ValueError(f"calibration: expected one with hessians=True, got none of {name}")
