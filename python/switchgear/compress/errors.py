@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from switchgear.complaints import check_module
-from switchgear.compress.bits import ExpertErrors, check_widths
+from switchgear.compress.bits import ExpertErrors, as_widths
 from switchgear.compress.calibration import Calibration, check_calibration, check_finite
 from switchgear.compress.layer import expert_layers
 from switchgear.compress.levels import (
@@ -44,7 +44,7 @@ def expert_errors(
     """
     check_module("model", model)
     check_choice("method", method, METHODS)
-    check_widths(bits)
+    bits = as_widths(bits)
     form = Groups(4, group_size, symmetric)
     parts = expert_layers(model, layers)
     check_calibration(calibration, model, parts, domains)

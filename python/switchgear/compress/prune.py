@@ -77,7 +77,8 @@ def prune_experts(
         model.save_pretrained(path)
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face.
+        model: has switchgear's MoE layers or those of Hugging Face. Give the whole model, not a part of it: the config
+            and the balance loss are those of the whole.
         keep: experts per layer: a number, a fraction in (0, 1) of each layer, or the ids to keep by layer. At least
             top_k. Grouped routers keep equally many of each group.
         criterion: which experts to keep.
