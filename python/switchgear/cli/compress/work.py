@@ -71,8 +71,8 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
         partial.close()
     if any(step.do == "quantize" and not step.options["store"] for step in recipe.steps):
         yield (
-            "rounded weights are saved as plain ones, which transformers loads; docs/cli.md says how to store them, and "
-            "what GPTQ loses then"
+            "rounded weights are saved as plain ones, which transformers loads; docs/cli.md says how to store them, "
+            "and what GPTQ loses then"
         )
     yield f"{out}: {sum(file.stat().st_size for file in out.glob('*.safetensors')) / 1e6:,.1f} MB"
 
