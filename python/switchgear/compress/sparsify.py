@@ -87,8 +87,8 @@ def prune_weights(
     known: dict[str, ExpertSums] = {}
     if calibration is not None and metric != "magnitude":
         known = {name: calibration.layers[name].sums(domains) for name in layers}
-    for name, sums in known.items():
-        check_finite(name, *(getattr(sums, squares) for squares in _SQUARES[metric]))
+    for name, all_sums in known.items():
+        check_finite(name, *(getattr(all_sums, squares) for squares in _SQUARES[metric]))
     done = {}
     for name, layer in layers.items():
         sums = known.get(name)

@@ -51,15 +51,15 @@ class Groups(KeyedForm):
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        is_one = isinstance(self.bits, Integral)
-        if isinstance(self.bits, str) or not (is_one or isinstance(self.bits, Sequence)):
+        if isinstance(self.bits, str) or not isinstance(self.bits, (Integral, Sequence)):
             raise TypeError(f"bits: expected int, or a list of them, got {type(self.bits).__name__}")
-        widths = tuple(integer("bits", bits) for bits in ((self.bits,) if is_one else self.bits))
+        each = self.bits if isinstance(self.bits, Sequence) else (self.bits,)
+        widths = tuple(integer("bits", bits) for bits in each)
         for bits in widths:
             check_size("bits", bits, 1)
             if bits > groups.MOST_BITS:
                 raise ValueError(f"bits: expected 1 to {groups.MOST_BITS}, got {bits}")
-        object.__setattr__(self, "bits", widths[0] if is_one else widths)
+        object.__setattr__(self, "bits", widths if isinstance(self.bits, Sequence) else widths[0])
         check_switch("symmetric", self.symmetric)
         check_size("group_size", self.group_size, 0)
         if self.group_size % COLUMNS:
