@@ -277,6 +277,62 @@ def test_a_truncated_shard_is_named(model: Path, capsys: pytest.CaptureFixture[s
     assert sorted(path.name for path in model.parent.iterdir()) == ["code.txt", "model", "prose.txt", "recipe.json"]
 
 
+def with_pictures(folder: Path) -> None:
+    """A checkpoint whose causal language model is a part of it."""
+    config = transformers.Llama4Config(
+        text_config={
+            "vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "intermediate_size_mlp": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+            "num_local_experts": 4, "interleave_moe_layer_step": 1, "pad_token_id": 0,
+        },
+        vision_config={
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+            "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "image_size": 28,
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Llama4ForConditionalGeneration(config).save_pretrained(folder)
+
+
+def test_all_parts_of_a_model_are_written(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    with_pictures(tmp_path / "model")
+    random = {"do": "prune_experts", "keep": 2, "criterion": "random"}
+    assert run(tmp_path / "model", write(tmp_path / "model", random, text=[])) == 0
+    want, got = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "small"))
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) for key in want if "feed_forward" not in key)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config["architectures"] == ["Llama4ForConditionalGeneration"]
+    assert config["text_config"]["num_local_experts"] == 2
+
+
+def test_tensors_that_would_be_lost_are_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = model / "model.safetensors"
+    save_file({**load_file(file), "vision.weight": torch.ones(2)}, file, {"format": "pt"})
+    assert run(model, write(model, PRUNE)) == 2
+    assert "expected tensors of OlmoeForCausalLM alone, got 1 others, such as vision.weight" in capsys.readouterr().err
+    assert not (model.parent / "small.partial").exists()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["OwnForCausalLM"]}))
+    assert run(model, write(model, PRUNE)) == 2
+    assert "expected a class of transformers, got OwnForCausalLM" in capsys.readouterr().err
+
+
+def test_an_error_of_the_model_itself_is_named(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise AttributeError("no such output")
+
+    monkeypatch.setattr(transformers.OlmoeForCausalLM, "forward", broken)
+    assert run(model, write(model, PRUNE)) == 2
+    assert "cannot calibrate: AttributeError: no such output" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [

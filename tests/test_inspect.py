@@ -153,3 +153,30 @@ def test_a_layer_of_one_expert_is_drawn_without_warnings(tmp_path: Path) -> None
         for name, draw in PLOTS.items():
             draw(found, tmp_path / name)
     assert "| mlp | 1 | 1 |" in report(found)
+
+
+def test_losses_and_similarities_that_are_not_finite_are_json() -> None:
+    from switchgear.cli.inspect.measure import inspect
+
+    model = olmoe()
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[1] = torch.nan
+    batches = {"a": [torch.randint(256, (1, 16), generator=torch.Generator().manual_seed(0))]}
+    found = inspect(model, batches, 16).as_dict()
+    assert found["losses"] == {"a": None}
+    json.dumps(found, allow_nan=False)
+
+
+def test_zero_experts_have_no_similarity() -> None:
+    """The first projection of LongCat has rows of them."""
+    from switchgear.cli.inspect.measure import similarity_of
+    from switchgear.integrations.moe_blocks import moe_blocks
+    from switchgear.integrations.tiny_models import build
+
+    block = next(iter(moe_blocks(build("longcat_flash")).values()))
+    found = similarity_of(block)
+    assert found is not None
+    weights = block.expert_weights()
+    rows = [torch.cat([w[e].flatten() for w in weights[:2]]).detach().double() for e in range(block.num_experts)]
+    want = torch.stack([torch.stack([torch.cosine_similarity(a, b, 0) for b in rows]) for a in rows])
+    torch.testing.assert_close(found, want)

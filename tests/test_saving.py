@@ -2,6 +2,7 @@
 """Models of transformers with stored experts: save_pretrained, from_pretrained and Trainer."""
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,15 @@ def test_a_warning_says_how_to_store_it_again(arguments: dict[str, Any], tmp_pat
     assert (logits(loaded) - before).abs().max() < 1e-3 * before.abs().max()
     with pytest.raises(ValueError, match=r"distributed_checkpoint: expected False.*restore\(model\)"):
         model.save_pretrained(tmp_path, distributed_checkpoint=True)
+
+
+def test_the_warning_has_the_options_of_the_form(tmp_path: Path) -> None:
+    model = build("mixtral")
+    switchgear.accelerate(model)
+    switchgear.store(model, "groups", bits=3, group_size=32, symmetric=False)
+    call = "switchgear.store(model, 'groups', bits=3, group_size=32, symmetric=False)"
+    with pytest.warns(UserWarning, match=re.escape(call)):
+        model.save_pretrained(tmp_path)
 
 
 def test_other_models_are_saved_as_before(tmp_path: Path) -> None:

@@ -149,3 +149,11 @@ def test_a_budget_above_all_widths_gives_the_widest() -> None:
 def test_wrong_options(options: dict[str, object], name: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
         allocate_bits(made_errors(0), **options)  # type: ignore[arg-type]
+
+
+def test_lists_are_no_mappings() -> None:
+    costs = torch.ones(3, 2)
+    with pytest.raises(TypeError, match="errors: expected ExpertErrors or costs by layer, got list"):
+        allocate_bits([costs], (1, 2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="at_least: expected numbers of experts by width, got list"):
+        allocate_bits({"a": costs}, (1, 2), at_least=[2, 3])  # type: ignore[arg-type]

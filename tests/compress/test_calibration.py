@@ -15,6 +15,7 @@ from torch import Tensor
 
 import switchgear
 from switchgear.compress import Calibration, calibrate
+from switchgear.compress.sums import Samples
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.trace import Observation, observe
 
@@ -223,3 +224,28 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"no calibration")
     with pytest.raises(ValueError, match=r"path: expected a file of Calibration.save"):
         Calibration.load(tmp_path / "x")
+
+
+def test_parts_with_and_without_hessians_are_refused() -> None:
+    """Their sum would have Hessians of some tokens and counts of all."""
+    model, batches = our_model(), row_batches()
+    one, other = calibrate(model, batches[:1], hessians=True), calibrate(model, batches[1:], seed=1)
+    for first, second in ((one, other), (other, one)):
+        with pytest.raises(ValueError, match="calibration: expected both parts with hessians=True, or none"):
+            first + second
+
+
+def test_samples_of_different_limits_add_up_to_a_uniform_one() -> None:
+    """Of two equal populations each gives about half: 50 tokens with the smallest keys of all 2000."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randperm(2000, generator=generator)
+    x = torch.arange(2000.0)[:, None]
+    ids, weights = torch.zeros(2000, 1, dtype=torch.int32), torch.ones(2000, 1)
+    parts = [
+        Samples.of(limit, keys[half], x[half], ids[half], weights[half])
+        for limit, half in ((500, slice(1000)), (50, slice(1000, 2000)))
+    ]
+    for one, other in (parts, parts[::-1]):
+        total = one + other
+        assert total.limit == 50
+        assert total.x[:, 0].tolist() == keys.argsort()[:50].tolist()

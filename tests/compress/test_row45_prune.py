@@ -8,12 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_models import FAMILIES, clone, expert, hugging_face, our_model, row_batches, token_batches
 from torch import Tensor
 
 import switchgear
+from switchgear import routing
 from switchgear.compress import calibrate, prune_experts
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.trace import Observation, observe
@@ -375,12 +377,32 @@ def test_experts_whose_outputs_are_not_finite_are_refused(options: dict[str, Any
     with torch.no_grad():
         model.layers[0].experts.down_proj[3] = torch.nan
     calibration = calibrate(model, row_batches())
-    with pytest.raises(ValueError, match=r"calibration: expected finite outputs of the experts of layers.0"):
+    with pytest.raises(
+        ValueError, match=r"calibration: expected finite (outputs|statistics) of the experts of layers.0"
+    ):
         prune_experts(model, 4, **{"criterion": "reconstruction", **options}, calibration=calibration)
     assert model.layers[0].experts.down_proj.shape[0] == 8
 
 
+def test_constants_of_statistics_that_are_not_finite_are_refused() -> None:
+    model, batches = our_model(), row_batches()
+    batches[0]["x"][0, 3] = torch.nan
+    calibration = calibrate(model, batches)
+    finite = calibration.layers["layers.0"].sums().outputs.isfinite().all(1)
+    keep = {"layers.0": finite.nonzero().flatten().tolist()}
+    with pytest.raises(ValueError, match=r"calibration: expected finite statistics of the experts of layers\.0"):
+        prune_experts(model, keep, calibration=calibration, replace="constant")
+    assert type(model.layers[0].experts) is switchgear.Experts
+    assert len(model.layers[0].experts.down_proj) == 8
+
+
+def test_integers_of_numpy_are_numbers_of_experts() -> None:
+    assert len(prune_experts(our_model(), np.int64(4), "random").layers["layers.0"].kept) == 4
+
+
 def test_refused_layers() -> None:
+    with pytest.raises(ValueError, match=r"layers.0: expected a linear router without score=, got score=Cosine"):
+        prune_experts(our_model(score=routing.Cosine(16, 8)), 4, "random")
     with pytest.raises(TypeError, match=r"keep: expected a list of experts for layers.0, got int"):
         prune_experts(our_model(), {"layers.0": 3}, "random")  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="calibration: expected one of this model"):

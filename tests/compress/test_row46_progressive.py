@@ -12,6 +12,7 @@ from small_models import clone, our_model
 from torch import Tensor, nn
 
 import switchgear
+from switchgear import routing
 from switchgear.compress import ProgressivePruner
 from switchgear.compress.progressive import wire_device
 from switchgear.trace import observe
@@ -184,3 +185,26 @@ def test_refused_models() -> None:
         ProgressivePruner(nn.Linear(2, 2), 20)
     with pytest.raises(ValueError, match=r"layers.0: expected a softmax or normalize=True"):
         ProgressivePruner(our_model(score_function="sigmoid"), 20)
+    with pytest.raises(ValueError, match=r"layers.0: expected switchgear.Experts, got VirtualExperts"):
+        ProgressivePruner(our_model(null_experts=2), 20)
+    with pytest.raises(ValueError, match=r"layers.0: expected scale_input=False, got True"):
+        ProgressivePruner(our_model(scale_input=True), 20)
+
+
+@pytest.mark.parametrize("options", [
+    {"scale": 2.5}, {"normalize": False, "score_function": "sigmoid"}, {"normalize": True},
+])  # fmt: skip
+def test_a_layer_that_is_no_network_is_not_exported(options: dict[str, Any]) -> None:
+    """The weight of the expert left is 1 only in the last case."""
+    model = our_model(top_k=None, select=routing.TopK(2, **options)).train()
+    with ProgressivePruner(model, 4, windows=1) as pruner:
+        train(model, pruner, 2)
+        model.eval()
+        if options == {"normalize": True}:
+            x = torch.randn(30, 16)
+            torch.testing.assert_close(pruner.export()["layers.0"](x), model.layers[0](x))
+        else:
+            with pytest.raises(ValueError, match=r"layers.0: expected the weight 1 of expert \d, the one left, got"):
+                pruner.export()
+    with pytest.raises(ValueError, match="outside of the `with` block"):
+        pruner.export()

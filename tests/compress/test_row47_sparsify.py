@@ -139,3 +139,15 @@ def test_wrong_arguments(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match="calibration: expected one of this model"):
         prune_weights(model, 0.5, calibration=calibrate(our_model(seed=1), row_batches()))
     assert all(int((p == 0).sum()) == 0 for p in model.parameters() if p.dim() == 3)
+
+
+@pytest.mark.parametrize("metric", ["wanda", "router_wanda"])
+def test_statistics_that_are_not_finite_are_refused(metric: str) -> None:
+    model, batches = our_model(), row_batches()
+    calibration = calibrate(model, batches)
+    calibration.layers["layers.1"].domains["a"].hidden[2, 0] = torch.inf
+    calibration.layers["layers.1"].domains["a"].gated_hidden[2, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"calibration: expected finite statistics of the experts of layers\.1"):
+        prune_weights(model, 0.5, metric, calibration=calibration)
+    assert bool(model.layers[0].experts.down_proj.all())  # the layer before it
+    prune_weights(model, 0.5, metric, calibration=calibration, domains="b")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_models import clone, expert, hugging_face, our_model, row_batches, token_batches
@@ -88,6 +89,31 @@ def test_gptq_survives_dead_and_few_inputs() -> None:
     assert bool(decoded(found, 3, 0).isfinite().all())
     nothing = gptq(weight, torch.zeros(2, 64, 64), 3, 32)
     assert torch.equal(nothing.q, rounded(weight, 3, 32, True).q)
+
+
+def test_a_singular_hessian_is_damped_as_little_as_it_needs() -> None:
+    """Two equal inputs and no damping: the error is that of a little damping, not of as much as the diagonal."""
+    weight, _ = problem(64)
+    x = torch.randn(2, 500, 64, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 64)
+    x[:, :, 7] = x[:, :, 8]
+    hessian = x.mT @ x
+    errors = {
+        damping: float(row_errors(weight - decoded(gptq(weight, hessian, 3, 0, damping=damping), 3, 0), hessian).sum())
+        for damping in (0, 1e-6, 1)
+    }
+    assert errors[0] < (errors[1e-6] + errors[1]) / 2
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_hessians_that_are_not_finite_are_refused(method: str) -> None:
+    model, batches = our_model(), row_batches()
+    batches[0]["x"][0, 3] = torch.nan
+    calibration = calibrate(model, batches, hessians=True)
+    message = r"calibration: expected finite statistics of the experts of layers\.0"
+    with pytest.raises(ValueError, match=message):
+        quantize(model, 3, method=method, calibration=calibration)
+    with pytest.raises(ValueError, match=message):
+        expert_errors(model, calibration)
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -337,3 +363,42 @@ def test_refused_models() -> None:
         compress.expert_errors(our_model(), None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="domains: expected some of"):
         compress.expert_errors(our_model(), calibration, group_size=32, domains="other")
+
+
+@pytest.mark.parametrize("switch", ["symmetric", "store", "act_order"])
+def test_words_are_no_switches(switch: str) -> None:
+    with pytest.raises(TypeError, match=f"{switch}: expected bool, got str"):
+        quantize(our_model(), 3, **{switch: "no"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"bits": 0}, ValueError, "bits: expected 1"),
+        ({"bits": 9}, ValueError, "bits: expected 1 to 8, got 9"),
+        ({"weight": torch.ones(4, 32)}, ValueError, r"weight: expected shape \[n,N,C\]"),
+        ({"weight": [1]}, TypeError, "weight: expected Tensor, got list"),
+        ({"hessian": torch.eye(16)[None]}, ValueError, "hessian: expected shape"),
+        ({"hessian": torch.full((1, 32, 32), torch.nan)}, ValueError, "hessian: expected finite numbers"),
+        ({"group_size": -1}, ValueError, "group_size: expected 0"),
+        ({"damping": -1}, ValueError, "damping: expected a number from 0 on, got -1"),
+        ({"act_order": "no"}, TypeError, "act_order: expected bool, got str"),
+    ],
+)
+def test_wrong_arguments_of_gptq(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gptq(
+            **{"weight": torch.ones(1, 4, 32), "hessian": torch.eye(32)[None], "bits": 3, "group_size": 0, **arguments}
+        )
+
+
+def test_integers_of_numpy_are_numbers_of_bits() -> None:
+    found = quantize(our_model(), {"layers.0": np.int64(3), "layers.1": [np.int32(2)] * 8}, group_size=32)
+    assert found.layers["layers.0"].bits == [3] * 8
+    assert found.layers["layers.1"].bits == [2] * 8
+
+
+def test_errors_of_no_widths_are_refused() -> None:
+    model, calibration = our_model(), calibrate(our_model(), row_batches())
+    with pytest.raises(ValueError, match="bits: expected at least one width, got none"):
+        expert_errors(model, calibration, bits=())

@@ -115,3 +115,12 @@ def test_wrong_arguments() -> None:
         skip_experts(our_model(), calibration),
     ):
         pass
+
+
+def test_an_importance_that_is_no_function() -> None:
+    model, batches = our_model(), row_batches()
+    with (
+        pytest.raises(TypeError, match="importance: expected a function of x, got int"),
+        skip_experts(model, calibrate(model, batches), importance=3),  # type: ignore[arg-type]
+    ):
+        pass

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,26 @@ def test_plain_experts_pass() -> None:
     select(model)
     finetune.unfreeze(model)
     check_plain("model", model)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: switchgear.store(m, "int8", low_memory="no"), "low_memory: expected bool, got str"),
+        (lambda m: switchgear.store(m, "auto", lossless="no"), "lossless: expected bool, got str"),
+        (lambda m: switchgear.store(m, "auto", tokens_per_step=math.nan), "tokens_per_step: expected an integer"),
+        (lambda m: switchgear.store(m, "auto", tokens_per_step=True), "tokens_per_step: expected an integer"),
+        (lambda m: switchgear.store(m, "auto", tokens_per_step="1"), "tokens_per_step: expected an integer"),
+        (lambda m: switchgear.store(m, ["int8"]), "form: expected a name or an object of a form, got list"),
+        (lambda m: switchgear.store(None, "int8"), "model: expected torch.nn.Module, got NoneType"),
+        (lambda m: switchgear.restore(None), "model: expected torch.nn.Module, got NoneType"),
+        (lambda m: switchgear.store(m, "groups", symmetric="no"), "symmetric: expected bool, got str"),
+        (lambda m: switchgear.store(m, "int4", symmetric=2), "symmetric: expected bool, got int"),
+        (lambda m: switchgear.store(m, "groups", bits=None), "bits: expected int, or a list of them, got NoneType"),
+    ],
+)
+def test_arguments_of_another_type_are_named(call: Callable[[Any], Any], message: str) -> None:
+    model = switchgear.MoE(32, 32, 4, 2)
+    with pytest.raises(TypeError, match=message):
+        call(model)
+    assert isinstance(model.experts.down_proj, torch.nn.Parameter)

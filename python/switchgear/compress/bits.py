@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchgear.complaints import integer
 from switchgear.functional import as_number
 from switchgear.reference import check_size
 
@@ -121,10 +122,11 @@ def _costs(
     given = bits if bits is not None else errors.bits if isinstance(errors, ExpertErrors) else None
     if given is None:
         raise ValueError("bits: expected the widths of the columns of errors, got none")
-    check_widths(given)
-    widths = list(given)
-    if not widths or widths != sorted(set(widths)):
-        raise ValueError(f"bits: expected different widths in ascending order, got {list(given)}")
+    widths = as_widths(given)
+    if widths != sorted(set(widths)):
+        raise ValueError(f"bits: expected different widths in ascending order, got {widths}")
+    if not isinstance(errors, (ExpertErrors, Mapping)):
+        raise TypeError(f"errors: expected ExpertErrors or costs by layer, got {type(errors).__name__}")
     if not isinstance(errors, ExpertErrors):
         costs = {name: torch.as_tensor(cost).double() for name, cost in errors.items()}
     else:
@@ -146,12 +148,16 @@ def _costs(
     return widths, costs
 
 
-def check_widths(bits: Any) -> None:
+def as_widths(bits: Any) -> list[int]:
     """Raises TypeError or ValueError for what is no list of widths."""
     if isinstance(bits, str) or not isinstance(bits, Sequence):
         raise TypeError(f"bits: expected a list of int, got {type(bits).__name__}")
-    for width in bits:
+    if not bits:
+        raise ValueError("bits: expected at least one width, got none")
+    widths = [integer("bits", width) for width in bits]
+    for width in widths:
         check_size("bits", width)
+    return widths
 
 
 def _needed(widths: Sequence[int], count: int, budget: int, at_least: Mapping[int, int] | None) -> list[int]:
@@ -160,6 +166,8 @@ def _needed(widths: Sequence[int], count: int, budget: int, at_least: Mapping[in
         needed = [int(width in (2, 3)) for width in widths]
         rest = (count - sum(needed)) * widths[0] + sum(n * w for n, w in zip(needed, widths, strict=True))
         return needed if sum(needed) <= count and rest <= budget else [0] * len(widths)
+    if not isinstance(at_least, Mapping):
+        raise TypeError(f"at_least: expected numbers of experts by width, got {type(at_least).__name__}")
     if unknown := sorted(set(at_least) - set(widths)):
         raise ValueError(f"at_least: expected widths of {list(widths)}, got {unknown[0]}")
     for number in at_least.values():

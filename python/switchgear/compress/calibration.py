@@ -43,7 +43,7 @@ class Calibration:
         return f"Calibration({len(self.layers)} layers, domains {self.domains})"
 
     def __add__(self, other: Calibration) -> Calibration:
-        """Raises ValueError for a calibration of another model."""
+        """Raises ValueError for a calibration of another model, or if one alone has Hessians."""
         if not isinstance(other, Calibration):
             return NotImplemented
         self._check(other.layers)
@@ -117,6 +117,12 @@ def check_calibration(
     if not isinstance(calibration, Calibration):
         raise TypeError(f"calibration: expected Calibration, got {type(calibration).__name__}")
     calibration.check(model, names, domains)
+
+
+def check_finite(name: str, *statistics: Tensor) -> None:
+    """Raises ValueError, which names the layer, for statistics with NaN or infinities."""
+    if not all(bool(tensor.isfinite().all()) for tensor in statistics):
+        raise ValueError(f"calibration: expected finite statistics of the experts of {name}, got NaN or infinities")
 
 
 def _loaded(file: Any, index: int, layer: Mapping[str, Any]) -> LayerCalibration:

@@ -7,11 +7,12 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from switchgear.compress.calibration import Calibration
+from switchgear.compress.calibration import Calibration, check_finite
 from switchgear.compress.layer import ExpertLayer
 from switchgear.compress.subsets import best_subset
 from switchgear.compress.sums import Domains, LayerCalibration
@@ -63,8 +64,7 @@ def choose(
         else:
             assert calibration is not None
             scores[name] = scores_of(calibration.layers[name], criterion, domains)
-            if not bool(scores[name].isfinite().all()):
-                raise ValueError(f"calibration: expected finite outputs of the experts of {name}, got others")
+            check_finite(name, scores[name])
     if scope == "layer":
         kept = {name: _top(layers[name], score, counts[name]) for name, score in scores.items()}
         padding = dict.fromkeys(kept, 0)
@@ -115,12 +115,13 @@ def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
 
 def count_of(layer: ExpertLayer, keep: int | float) -> int:
     """The number of experts to keep. Raises ValueError if it is too small or too large."""
-    count = keep
     if isinstance(keep, float):
         if not 0 < keep < 1:
             raise ValueError(f"keep: expected a fraction in (0, 1), or a number of experts, got {keep}")
         count = max(round(keep * layer.num_experts), 1)
-    if isinstance(count, bool) or not isinstance(count, int):
+    elif isinstance(keep, Integral) and not isinstance(keep, bool):
+        count = int(keep)
+    else:
         raise TypeError(f"keep: expected int, float or a dict of lists, got {type(keep).__name__}")
     least = layer.block.top_k or 1
     if not least <= count <= layer.num_experts:

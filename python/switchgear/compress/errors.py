@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from switchgear.complaints import check_module
-from switchgear.compress.bits import ExpertErrors, check_widths
-from switchgear.compress.calibration import Calibration, check_calibration
+from switchgear.compress.bits import ExpertErrors, as_widths
+from switchgear.compress.calibration import Calibration, check_calibration, check_finite
 from switchgear.compress.layer import expert_layers
 from switchgear.compress.levels import (
     METHODS,
@@ -44,7 +44,7 @@ def expert_errors(
     """
     check_module("model", model)
     check_choice("method", method, METHODS)
-    check_widths(bits)
+    bits = as_widths(bits)
     form = Groups(4, group_size, symmetric)
     parts = expert_layers(model, layers)
     check_calibration(calibration, model, parts, domains)
@@ -57,6 +57,7 @@ def expert_errors(
         sample, sums = known.sample(domains), known.sums(domains)
         if sample is None:
             raise ValueError(f"calibration: expected a sample of tokens of {name}, got none (samples=0)")
+        check_finite(name, sample.x, sample.topk_weights, sums.weights)
         device = layer.projection(0).device
         rows = layer.rows(sample.x.to(device), sample.topk_ids.to(device), sample.topk_weights.to(device))
         columns = []

@@ -4,12 +4,17 @@ that follow, such that the output on the calibration data changes least. All exp
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from switchgear.reference import groups
+from switchgear.complaints import check_switch
+from switchgear.functional import as_number
+from switchgear.reference import check_size, groups
+from switchgear.reference.checks import check
 
 BLOCK = 128  # columns whose updates of the rest are applied together
 
@@ -58,7 +63,13 @@ def gptq(
     first; groups and their scales are then those of the weight before.
 
     A row is independent of the others, and gets the plain rounding if that has the smaller error: GPTQ is greedy.
+
+    Raises TypeError or ValueError for an option out of range, another shape, or numbers that are not finite.
     """
+    _check(weight, hessian, bits, group_size)
+    check_damping(damping)
+    check_switch("symmetric", symmetric)
+    check_switch("act_order", act_order)
     plain = rounded(weight, bits, group_size, symmetric)
     target = weight.float()
     hessian = hessian.float()
@@ -74,6 +85,28 @@ def gptq(
         target - decoded(plain, bits, group_size), hessian
     )
     return Levels(*(torch.where(better[..., None], new, old) for new, old in zip(found, plain, strict=True)))
+
+
+def check_damping(damping: Any) -> None:
+    if not 0 <= as_number("damping", damping) < math.inf:
+        raise ValueError(f"damping: expected a number from 0 on, got {damping}")
+
+
+def _check(weight: Any, hessian: Any, bits: Any, group_size: Any) -> None:
+    for name, tensor in {"weight": weight, "hessian": hessian}.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected Tensor, got {type(tensor).__name__}")
+    if weight.dim() != 3 or 0 in weight.shape:
+        raise ValueError(f"weight: expected shape [n,N,C], with sizes of at least 1, got {list(weight.shape)}")
+    count, _, columns = weight.shape
+    check("hessian", hessian, [count, columns, columns])
+    for name, tensor in {"weight": weight, "hessian": hessian}.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
+    check_size("bits", bits)
+    if bits > 8:
+        raise ValueError(f"bits: expected 1 to 8, got {bits}")
+    check_size("group_size", group_size, 0)
 
 
 def row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
@@ -105,7 +138,7 @@ def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     mean = diagonal.mean(1, keepdim=True)
     result = torch.empty_like(hessian)
     for expert, matrix in enumerate(hessian):
-        for share in (damping, 10 * damping, 100 * damping, 1.0):
+        for share in _shares(damping):
             damped = matrix + torch.diag(share * mean[expert].expand(len(matrix)))
             lower, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
@@ -115,8 +148,18 @@ def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
                 result[expert] = upper
                 break
         else:
-            raise ValueError("hessians: expected finite ones, got others")
+            raise ValueError("hessian: expected Xᵀ X of finite inputs, got one that damping does not make definite")
     return result
+
+
+def _shares(damping: float) -> Iterator[float]:
+    """The damping, and what is tried if that is not enough: powers of ten up to the mean of the diagonal."""
+    yield damping
+    share = max(10 * damping, 1e-6)
+    while share < 1:
+        yield share
+        share *= 10
+    yield 1.0
 
 
 def _compensated(

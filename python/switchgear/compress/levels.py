@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.compress.calibration import Calibration, check_calibration
+from switchgear.complaints import integer
+from switchgear.compress.calibration import Calibration, check_calibration, check_finite
 from switchgear.compress.gptq import Levels, decoded, gptq, rounded
 from switchgear.compress.layer import ExpertLayer
 from switchgear.compress.sums import Hessians
@@ -22,9 +24,10 @@ _TOGETHER = 8  # experts: bounds the memory of float32 copies and factors
 
 def widths_of(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
     given = bits[layer.name] if isinstance(bits, Mapping) else bits
-    if isinstance(given, str) or not isinstance(given, (int, Sequence)):
+    if isinstance(given, str) or not isinstance(given, (Integral, Sequence)):
         raise TypeError(f"bits: expected int, or a list of them, got {type(given).__name__}")
-    widths = [given] * layer.num_experts if isinstance(given, int) else list(given)
+    each = given if isinstance(given, Sequence) else [given] * layer.num_experts
+    widths = [integer("bits", width) for width in each]
     if len(widths) != layer.num_experts:
         raise ValueError(f"bits: expected {layer.num_experts} numbers for {layer.name}, got {len(widths)}")
     for width in widths:
@@ -47,6 +50,7 @@ def hessians_of(
     for name in layers:
         hessians = calibration.layers[name].hessians
         if hessians is not None:
+            check_finite(name, hessians.inputs, hessians.hidden)
             found[name] = hessians
         elif method == "gptq":
             raise ValueError(f"calibration: expected one with hessians=True, got none of {name}")

@@ -85,7 +85,8 @@ def merge_experts(
     cluster="dominant", align=True.
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face.
+        model: has switchgear's MoE layers or those of Hugging Face. Give the whole model, not a part of it: the config
+            and the balance loss are those of the whole.
         keep: experts per layer that remain: a number, or a fraction in (0, 1). At least top_k. Grouped routers merge
             within their groups.
         calibration: of this model, with a sample of tokens for similarity="outputs".

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
+from switchgear.compress.surgery import choice_of
+from switchgear.experts import Experts
 from switchgear.functional import Routing, as_number
+from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.modules import MoE
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.change import Change
@@ -113,6 +116,7 @@ class ProgressivePruner:
         if windows > self._forced:
             raise ValueError(f"windows: expected at most {self._forced} steps of pruning, got {windows}")
         self.criterion, self.windows, self.beta, self.group = criterion, windows, beta, group
+        self._model = model
         self._blocks = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
         if not self._blocks:
             raise ValueError("model: expected switchgear's MoE layers, got none")
@@ -169,14 +173,17 @@ class ProgressivePruner:
 
     def export(self) -> dict[str, nn.Module]:
         """A dense FFN per layer, SharedExperts with the expert left: what the routed part of the layer computes now.
-        Raises ValueError while a layer has more than one."""
+        Raises ValueError while a layer has more than one, and for a layer that weights the one left by another number
+        than 1, or not for all tokens."""
         from switchgear.compress.dense import dense_expert
 
         found: dict[str, nn.Module] = {}
+        blocks = {block.block: block for block in moe_blocks(self._model).values()}
         for name, experts in self.survivors.items():
             if len(experts) > 1:
                 raise ValueError(f"{name}: expected one expert left, got {experts}; it is after step {self._forced}")
             found[name] = dense_expert(name, self._blocks[name].experts, experts[0])
+            _check_weight(name, blocks[self._blocks[name]], experts[0])
         return found
 
 
@@ -191,8 +198,27 @@ def _wrapper(layer: _Layer, criterion: str) -> Callable[[Select], Select]:
     return lambda select: _Surviving(select, layer, criterion)
 
 
+def _check_weight(name: str, block: MoeBlock, expert: int) -> None:
+    """Raises ValueError unless the layer gives the expert left the weight 1, and no other any, for random tokens."""
+    weight: Tensor = block.block.gate.weight  # type: ignore[union-attr, assignment]
+    x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    ids, weights = choice_of(block, x)
+    shares = torch.stack([weights.masked_fill(ids != expert, 0).sum(-1), weights.masked_fill(ids < 0, 0).sum(-1)])
+    if not torch.allclose(shares, torch.ones_like(shares), rtol=0, atol=8 * torch.finfo(weight.dtype).eps):
+        low, high = shares[0].min(), shares[0].max()
+        raise ValueError(
+            f"{name}: expected the weight 1 of expert {expert}, the one left, got {low:.4g} to {high:.4g}; no network "
+            "without a router computes that (a scale, a score that is not normalised, a capacity?), and outside of the "
+            "`with` block all experts are back"
+        )
+
+
 def _layer(name: str, block: MoE) -> _Layer:
     router = block.gate
+    if type(block.experts) is not Experts:
+        raise ValueError(f"{name}: expected switchgear.Experts, got {type(block.experts).__name__}")
+    if block.scale_input:
+        raise ValueError(f"{name}: expected scale_input=False, got True")
     if router.select is None and router.score_function != "softmax" and not router.normalize:
         raise ValueError(f"{name}: expected a softmax or normalize=True, so that one expert left has the weight 1")
     if router.select is None and router.scale != 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module, check_seed
-from switchgear.compress.calibration import Calibration, check_calibration
+from switchgear.compress.calibration import Calibration, check_calibration, check_finite
 from switchgear.compress.choose import Keep, PrunedLayer, choose, split_experts
 from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, LayerCalibration
@@ -77,7 +77,8 @@ def prune_experts(
         model.save_pretrained(path)
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face.
+        model: has switchgear's MoE layers or those of Hugging Face. Give the whole model, not a part of it: the config
+            and the balance loss are those of the whole.
         keep: experts per layer: a number, a fraction in (0, 1) of each layer, or the ids to keep by layer. At least
             top_k. Grouped routers keep equally many of each group.
         criterion: which experts to keep.
@@ -119,7 +120,9 @@ def prune_experts(
         assert calibration is not None
         _check_constant(layers)
         changes = [_with_constants(layer, found[name].kept) for name, layer in layers.items()]
-        means = {name: _mean_outputs(calibration.layers[name], domains) for name in layers}
+        means = {name: _mean_outputs(calibration.layers[name], found[name].removed, domains) for name in layers}
+        for name, mean in means.items():
+            check_finite(name, mean)
         commit(model, changes)
         for name, layer in layers.items():
             _put_constants(layer, found[name], means[name])
@@ -185,9 +188,9 @@ def _with_constants(layer: ExpertLayer, kept: Sequence[int]) -> Change:
     return Change(layer, len(kept), kept_gate(layer.block, [*kept, *removed]), kept_experts(layer, kept))
 
 
-def _mean_outputs(layer: LayerCalibration, domains: Domains) -> Tensor:
+def _mean_outputs(layer: LayerCalibration, experts: Sequence[int], domains: Domains) -> Tensor:
     sums = layer.sums(domains)
-    return sums.outputs / sums.counts.clamp(min=1)[:, None]
+    return sums.outputs[experts] / sums.counts[experts].clamp(min=1)[:, None]
 
 
 def _put_constants(layer: ExpertLayer, pruned: PrunedLayer, means: Tensor) -> None:
@@ -195,6 +198,6 @@ def _put_constants(layer: ExpertLayer, pruned: PrunedLayer, means: Tensor) -> No
     virtual = VirtualExperts(block.experts, constant=len(pruned.removed))
     assert virtual.constants is not None or not pruned.removed
     if virtual.constants is not None:
-        virtual.constants.copy_(means[pruned.removed])
+        virtual.constants.copy_(means)
         block.experts = virtual.train(block.training)
     block.gate.num_experts = layer.block.num_experts

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.complaints import check_module, check_switch
 from switchgear.compress.bits import BitAllocation, packed_bytes
 from switchgear.compress.calibration import Calibration
-from switchgear.compress.gptq import Levels, decoded, row_errors
+from switchgear.compress.gptq import Levels, check_damping, decoded, row_errors
 from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.levels import METHODS, Bits, hessians_of, quantized_projection, starved_experts, widths_of
 from switchgear.compress.sums import Hessians
-from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import check_choice, check_size, groups
 from switchgear.weights.change import StoredChange, Target, memory_of
@@ -114,8 +112,9 @@ def quantize(
     check_module("model", model)
     check_choice("method", method, METHODS)
     check_size("min_tokens", min_tokens, 0)
-    if not 0 <= as_number("damping", damping) < math.inf:
-        raise ValueError(f"damping: expected a number from 0 on, got {damping}")
+    check_damping(damping)
+    for switch, value in {"symmetric": symmetric, "store": store, "act_order": act_order}.items():
+        check_switch(switch, value)
     layers = expert_layers(model, bits if isinstance(bits, Mapping) else None, "bits")
     widths = {name: widths_of(layer, bits, 4 if store else 8) for name, layer in layers.items()}
     form = Groups(4, group_size, symmetric)  # checks the options

@@ -66,6 +66,8 @@ def skip_experts(
     check_module("model", model)
     if not 0 <= as_number("protect", protect) <= 1:
         raise ValueError(f"protect: expected a share of the tokens in [0, 1], got {protect}")
+    if importance is not None and not callable(importance):
+        raise TypeError(f"importance: expected a function of x, got {type(importance).__name__}")
     check_calibration(calibration, model, domains=domains)
     blocks = moe_blocks(model)
     ratios = {name: calibration.layers[name].ratio_median(domains) for name in blocks}

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
-from switchgear.compress.calibration import Calibration, check_calibration
+from switchgear.compress.calibration import Calibration, check_calibration, check_finite
 from switchgear.compress.layer import expert_layers
 from switchgear.compress.sums import Domains, ExpertSums
 from switchgear.reference import check_choice
 
 METRICS = ("router_wanda", "wanda", "magnitude")
+_SQUARES = {"wanda": ("inputs", "hidden"), "router_wanda": ("gated_inputs", "gated_hidden")}  # of ExpertSums
 _ROWS = 1024  # scored at once
 
 
@@ -83,10 +84,15 @@ def prune_weights(
         raise ValueError(f"calibration: expected one for {metric}, got None")
     if calibration is not None:
         check_calibration(calibration, model, domains=domains)
+    known: dict[str, ExpertSums] = {}
+    if calibration is not None and metric != "magnitude":
+        known = {name: calibration.layers[name].sums(domains) for name in layers}
+    for name, all_sums in known.items():
+        check_finite(name, *(getattr(all_sums, squares) for squares in _SQUARES[metric]))
     done = {}
     for name, layer in layers.items():
-        sums = calibration.layers[name].sums(domains) if calibration is not None else None
-        starved = (sums.counts == 0).nonzero().flatten().tolist() if sums and metric != "magnitude" else []
+        sums = known.get(name)
+        starved = (sums.counts == 0).nonzero().flatten().tolist() if sums is not None else []
         zeros = total = 0
         for index in (0, 1):
             for expert, weight in enumerate(layer.projection(index)):
@@ -122,8 +128,7 @@ def mask_of(weight: Tensor, norms: Tensor | None, sparsity: float | str) -> Tens
 
 def _norms(sums: ExpertSums | None, metric: str, index: int, expert: int) -> Tensor | None:
     """‖x_j‖ of the inputs of a projection of an expert, [C]."""
-    if sums is None or metric == "magnitude":
+    if sums is None:
         return None
-    names = {"wanda": ("inputs", "hidden"), "router_wanda": ("gated_inputs", "gated_hidden")}[metric]
-    squares: Tensor = getattr(sums, names[index])[expert]
+    squares: Tensor = getattr(sums, _SQUARES[metric][index])[expert]
     return squares.sqrt()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -129,7 +129,7 @@ def hessians_of(rows: ExpertRows) -> Hessians:
 @dataclass(frozen=True, eq=False)
 class Samples:
     """At most `limit` tokens of a domain: those with the smallest of random keys, hence a uniform sample in any order
-    of batches, and of the union when samples are joined."""
+    of batches, and of the union when samples are added: then at most the smaller limit."""
 
     limit: int
     keys: Tensor  # [n] int64
@@ -141,12 +141,16 @@ class Samples:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def __add__(self, other: Samples) -> Samples:
-        width = max(self.topk_ids.shape[1], other.topk_ids.shape[1])
-        keys = torch.cat([self.keys, other.keys])
-        limit = max(self.limit, other.limit)
+        return Samples.joined([self, other], min(self.limit, other.limit))  # more would favour the larger one
+
+    @classmethod
+    def joined(cls, parts: Sequence[Samples], limit: int) -> Samples:
+        """The tokens of all parts with the smallest keys."""
+        width = max(part.topk_ids.shape[1] for part in parts)
+        keys = torch.cat([part.keys for part in parts])
         order = keys.argsort(stable=True)[:limit]
-        return Samples(limit, keys[order], *(
-            torch.cat([_padded(getattr(part, name), width, fill) for part in (self, other)])[order]
+        return cls(limit, keys[order], *(
+            torch.cat([_padded(getattr(part, name), width, fill) for part in parts])[order]
             for name, fill in (("x", None), ("topk_ids", -1), ("topk_weights", 0))
         ))  # fmt: skip
 
@@ -191,13 +195,7 @@ class LayerCalibration:
     def sample(self, domains: Domains = None) -> Samples | None:
         """The tokens kept of some domains, all by default."""
         parts = [self.samples[name] for name in self._chosen(domains) if name in self.samples]
-        if not parts:
-            return None
-        limit = sum(part.limit for part in parts)
-        joined = replace(parts[0], limit=limit)
-        for part in parts[1:]:
-            joined = joined + part
-        return joined
+        return Samples.joined(parts, sum(part.limit for part in parts)) if parts else None
 
     def _chosen(self, domains: Domains) -> list[str]:
         if domains is None:
@@ -213,9 +211,12 @@ class LayerCalibration:
         return (int((counts < (total + 1) // 2).sum()) + 0.5) / RATIO_BINS
 
     def __add__(self, other: LayerCalibration) -> LayerCalibration:
+        """Raises ValueError if one part has Hessians and the other has tokens, but none."""
         hessians = self.hessians if other.hessians is None else other.hessians
         if self.hessians is not None and other.hessians is not None:
             hessians = self.hessians + other.hessians
+        elif hessians is not None and any(part.domains and part.hessians is None for part in (self, other)):
+            raise ValueError("calibration: expected both parts with hessians=True, or none, got one of them")
         return replace(
             self, domains=_joined(self.domains, other.domains), samples=_joined(self.samples, other.samples),
             hessians=hessians,

@@ -63,6 +63,9 @@ def gate_places(block: MoeBlock) -> list[Place]:
     where = block.name or "model"
     weight = block.gate_weight()
     if weight is None or block.gate is None:
+        score = getattr(block.gate, "score", None)
+        if score is not None:
+            raise ValueError(f"{where}: expected a linear router without score=, got score={type(score).__name__}(…)")
         raise ValueError(f"{where}: expected a linear router, got {type(block.gate).__name__}")
     classes, hidden_size = weight.shape
     if classes != block.num_experts:

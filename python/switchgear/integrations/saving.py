@@ -50,11 +50,13 @@ def _saving_plain(original: Any) -> Any:
             )
         given = call.arguments.get("state_dict")
         call.arguments["state_dict"] = _plain(self, self.state_dict() if given is None else given)
+        of = "model" if len(forms) == 1 else "experts"  # of the layers that have this form
         for name, form in forms.items():
             if form.suffixes:
+                again = ", ".join([of, repr(form.name), *form.options()])
                 warn_once(
                     f"save_pretrained writes the experts stored as {name} as plain weights; after from_pretrained, "
-                    f"call switchgear.accelerate(model) and switchgear.store(model, {form.name!r})"
+                    f"call switchgear.accelerate(model) and switchgear.store({again})"
                 )
         return original(*call.args, **call.kwargs)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from switchgear import backends, ops
+from switchgear.complaints import at_least, check_switch
 from switchgear.weights.layout import Layout, layout_of
 from switchgear.weights.module import stored_of
 
@@ -34,10 +35,10 @@ def candidates(
     model: nn.Module, tokens_per_step: int, lossless: bool, bits: int | Sequence[int] | None = None
 ) -> list[Candidate]:
     """The forms to try, in order. Raises ValueError if tokens_per_step is below 1, or for bits of lossless forms."""
+    check_switch("lossless", lossless)
     if bits is not None and lossless:
         raise ValueError(f"bits: expected none of a lossless form, got {bits}; pass lossless=False")
-    if tokens_per_step < 1:
-        raise ValueError(f"tokens_per_step: expected at least 1, got {tokens_per_step}")
+    tokens_per_step = at_least(1, "tokens_per_step", tokens_per_step)
     devices = {
         p.device.type for module in model.modules() if layout_of(module) is not None for p in module.parameters()
     }

@@ -35,12 +35,16 @@ class Form(ABC):
         parts: 2 if the rows are all gates, then all ups, which are stored separately; else 1.
         """
 
-    def __str__(self) -> str:
-        options = [
+    def options(self) -> list[str]:
+        """The options that are not the default, as a call has them."""
+        return [
             f"{field.name}={getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != field.default
         ]
+
+    def __str__(self) -> str:
+        options = self.options()
         return f"{self.name}({', '.join(options)})" if options else self.name
 
 

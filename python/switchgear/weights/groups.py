@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from switchgear.complaints import check_switch, integer
 from switchgear.reference import check_size, groups
 from switchgear.reference.minifloat import COLUMNS
 from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages
@@ -49,12 +51,16 @@ class Groups(KeyedForm):
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        for bits in (self.bits,) if isinstance(self.bits, int) else self.bits:
+        if isinstance(self.bits, str) or not isinstance(self.bits, (Integral, Sequence)):
+            raise TypeError(f"bits: expected int, or a list of them, got {type(self.bits).__name__}")
+        each = self.bits if isinstance(self.bits, Sequence) else (self.bits,)
+        widths = tuple(integer("bits", bits) for bits in each)
+        for bits in widths:
             check_size("bits", bits, 1)
             if bits > groups.MOST_BITS:
                 raise ValueError(f"bits: expected 1 to {groups.MOST_BITS}, got {bits}")
-        if not isinstance(self.bits, int):
-            object.__setattr__(self, "bits", tuple(self.bits))
+        object.__setattr__(self, "bits", widths if isinstance(self.bits, Sequence) else widths[0])
+        check_switch("symmetric", self.symmetric)
         check_size("group_size", self.group_size, 0)
         if self.group_size % COLUMNS:
             raise ValueError(

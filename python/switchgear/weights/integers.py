@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from switchgear.complaints import check_switch
 from switchgear.reference import check_size, integers
 from switchgear.reference.formats import BITS
 from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages
@@ -30,6 +31,7 @@ class _Integers(KeyedForm):
     symmetric: bool = True
 
     def __post_init__(self) -> None:
+        check_switch("symmetric", self.symmetric)
         size = self.group_size
         check_size("group_size", size, 0)
         if size and (size < 16 or size & (size - 1) or size > _MOST_COLUMNS):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_dense
+from switchgear.complaints import check_dense, check_module, check_switch
 from switchgear.reference import check_size
 from switchgear.weights.adapted import lends
 from switchgear.weights.auto import Candidate, candidates
@@ -68,6 +68,8 @@ def form_named(form: str | Form, options: dict[str, Any]) -> Form:
         if options:
             raise ValueError(f"{next(iter(options))}: expected no options beside {form}")
         return form
+    if not isinstance(form, str):
+        raise TypeError(f"form: expected a name or an object of a form, got {type(form).__name__}")
     if form not in FORMS:
         names = ", ".join(FORMS)
         raise ValueError(f"form: expected one of {names}, an object of theirs, or in `store` alone auto, got {form!r}")
@@ -133,6 +135,8 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
             by a parametrization, of an unsupported dtype or shape, not finite, or in another form (`restore` first).
             The message names the module, and no module is changed.
     """
+    check_module("model", model)
+    check_switch("low_memory", low_memory)
     if form == "auto":
         _check_options(form, options, ("tokens_per_step", "lossless", "bits"))
         done = _store_best(model, low_memory, **options)
@@ -146,6 +150,7 @@ def restore(model: nn.Module) -> int:
     """Undoes `store`: restores the parameters in their original dtype. They have the same bits if the form is lossless,
     else the decoded values. Returns the number of changed modules. All weights are decoded before any module changes,
     so on failure none does."""
+    check_module("model", model)
     copies = Copies()
     parameters: dict[Tie, nn.Parameter] = {}
     plain: dict[tuple[object, ...], Tensor] = {}

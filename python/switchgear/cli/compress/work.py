@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from switchgear import compress as functions
+from switchgear.complaints import first_line
 from switchgear.compress import Calibration, calibrate
 from switchgear.files import LOCK, locked, unfinished_of, write_whole
 from switchgear.weights import restore
@@ -45,7 +46,7 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
         if done:
             yield f"going on after step {len(done)} of {len(recipe.steps)}"
         try:
-            model = load_model(partial.model() if done else source, dtype)
+            model = load_model(partial.model() if done else source, dtype, whole=True)
         except BaseException:
             partial.discard_if_empty()
             raise
@@ -69,7 +70,10 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
     finally:
         partial.close()
     if any(step.do == "quantize" and not step.options["store"] for step in recipe.steps):
-        yield "rounded weights are saved as plain ones, which transformers loads; docs/cli.md says how to store them"
+        yield (
+            "rounded weights are saved as plain ones, which transformers loads; docs/cli.md says how to store them, "
+            "and what GPTQ loses then"
+        )
     yield f"{out}: {sum(file.stat().st_size for file in out.glob('*.safetensors')) / 1e6:,.1f} MB"
 
 
@@ -115,6 +119,8 @@ def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes]
             return calibrate(model, counted(), hessians=hessians)
         except ValueError as error:
             raise CommandError(f"cannot calibrate: {error}") from None
+        except (AttributeError, TypeError, RuntimeError) as error:  # of the model's own code
+            raise CommandError(f"cannot calibrate: {first_line(error)}") from None
 
 
 def identity(source: Path, recipe: Recipe, texts: dict[str, bytes], dtype: str) -> str:

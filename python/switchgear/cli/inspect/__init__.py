@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     for name, draw in plots.PLOTS.items():
         draw(found, out / name)
     (out / "report.md").write_text(report.report(found), encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(found.as_dict()) + "\n")
+    (out / "results.json").write_text(json.dumps(found.as_dict(), allow_nan=False) + "\n")
     print(report.summary(found))
     print(f"report: {out / 'report.md'}")
     return 0

@@ -69,7 +69,7 @@ class Layer:
             "router_entropy": _number(self.router_entropy), "load_entropy": self.load_entropy,
             "max_violation": self.max_violation, "unused": self.unused, "hits": self.hits, "locality": self.locality,
             "experts_per_segment": self.experts_per_segment, "mean_similarity": _number(self.mean_similarity),
-            "alike": self.alike(), "together": self.together(),
+            "alike": [(i, j, _number(value)) for i, j, value in self.alike()], "together": self.together(),
         }  # fmt: skip
 
 
@@ -84,7 +84,8 @@ class Inspection:
     def as_dict(self) -> dict[str, Any]:
         layers = [layer.as_dict() for layer in self.layers]
         return {
-            **self.about, "domains": self.domains, "losses": self.losses, "segment": self.segment, "layers": layers,
+            **self.about, "domains": self.domains, "segment": self.segment, "layers": layers,
+            "losses": {name: _number(loss) for name, loss in self.losses.items()},
         }  # fmt: skip
 
 
@@ -143,7 +144,8 @@ def similarity_of(block: MoeBlock) -> Tensor | None:
     except ValueError:
         return None
     products = torch.zeros(block.num_experts, block.num_experts, dtype=torch.float64)
-    for weight in (weights.gate_up, weights.down):
+    for stacked in (weights.gate_up, weights.down):
+        weight = stacked[: block.num_experts]  # LongCat's first one has rows of zero experts, too
         for part in torch.split(weight.detach().flatten(1), max(COLUMNS // block.num_experts, 1), dim=1):
             rows = part.cpu().double()
             products += rows @ rows.T
@@ -163,4 +165,5 @@ def _largest(matrix: Tensor, count: int) -> list[tuple[int, int, float]]:
 
 
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    """None for what JSON cannot say."""
+    return value if math.isfinite(value) else None
