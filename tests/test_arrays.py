@@ -79,6 +79,16 @@ def test_numpy_errors(backend: str) -> None:
         switchgear.moe()
 
 
+def test_masks_are_not_ignored() -> None:
+    masked = np.ma.masked_array(np.ones((2, 4), dtype=np.float32), mask=np.eye(2, 4))
+    with pytest.raises(TypeError, match="h: expected an array without a mask, got a MaskedArray"):
+        switchgear.glu(masked)
+    layer = make_layer(CASE)
+    x, gate_up, down, ids, weights = (t.numpy() for t in (*layer[:3], *layer[5:]))
+    with pytest.raises(TypeError, match="topk_weights: expected an array without a mask"):
+        switchgear.moe(x, gate_up, down, ids, np.ma.masked_array(weights))
+
+
 def test_a_library_that_only_speaks_dlpack(backend: str) -> None:
     """Only the protocol matters: a class with __dlpack__, and from_dlpack in its namespace."""
 

@@ -254,6 +254,36 @@ def test_vmap_of_stages(backend: str) -> None:
     torch.testing.assert_close(grads, wanted)
 
 
+def test_batched_gradients(backend: str) -> None:
+    """Of torch.autograd, whose vmap is another than torch.func's."""
+    layer = make_layer(CASE)
+    leaves = [layer.x, layer.gate_up_proj, layer.down_proj, layer.topk_weights]
+    leaves = [leaf.double().requires_grad_() for leaf in leaves]
+
+    def fused(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor) -> Tensor:
+        return switchgear.moe(x, gate_up_proj, down_proj, layer.topk_ids, topk_weights)
+
+    def staged(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_weights: Tensor) -> Tensor:
+        plan = switchgear.plan(layer.topk_ids, len(gate_up_proj))
+        h = switchgear.grouped_gemm(switchgear.permute(x, plan), gate_up_proj, plan.expert_offsets)
+        y = switchgear.grouped_gemm(switchgear.glu(h), down_proj, plan.expert_offsets)
+        return switchgear.combine(y, plan, topk_weights)
+
+    for function in (fused, staged):
+        y = function(*leaves)
+        seeds = torch.stack([torch.ones_like(y), y.detach()])
+        got = torch.autograd.grad(y, leaves, seeds, is_grads_batched=True, retain_graph=True)
+        wanted = zip(*(torch.autograd.grad(y, leaves, seed, retain_graph=True) for seed in seeds), strict=True)
+        for grad, parts in zip(got, wanted, strict=True):
+            torch.testing.assert_close(grad, torch.stack(parts))
+
+    def first_token(x: Tensor) -> Tensor:
+        return fused(x, *leaves[1:])[0]
+
+    jacobian = torch.autograd.functional.jacobian(first_token, leaves[0], vectorize=True)
+    torch.testing.assert_close(jacobian, torch.func.jacrev(first_token)(leaves[0]))
+
+
 def test_what_is_not_supported_raises(backend: str) -> None:
     """Forward mode and second derivatives raise an error and never return zeros."""
     layer = make_layer(CASE)

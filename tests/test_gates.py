@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Recognition of a model's gate."""
 
+import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import switchgear
 from switchgear.integrations.gates import ACTIVATIONS, gate_of, own_gate, recognise
@@ -74,6 +79,95 @@ def test_changes_are_noticed() -> None:
     module.act_fn = nn.Tanh()
     assert gate_of(module) is None
     assert own_gate(module)(torch.ones(1, 4)).shape == (1, 2)
+
+
+class Swish(nn.Module):
+    """Starts as silu."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+class SiLUWithDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(nn.functional.silu(x), 0.5, self.training)
+
+
+def replaced_forward(activation: Any) -> None:
+    activation.forward = nn.functional.silu
+
+
+CALLS = {
+    "forward hook": lambda a: a.register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda a: a.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda a: a.register_full_backward_hook(lambda *_: None),
+    "backward pre-hook": lambda a: a.register_full_backward_pre_hook(lambda *_: None),
+    "replaced forward": replaced_forward,
+}
+
+
+@pytest.mark.parametrize("change", CALLS.values(), ids=CALLS)
+def test_an_activation_that_must_be_called_is_called(change: Callable[[nn.Module], None]) -> None:
+    module = Experts()
+    assert gate_of(module) == GluOptions("silu", limit=7.0)
+    change(module.act_fn)
+    assert gate_of(module) is None
+    assert gate_of(Experts()) == GluOptions("silu", limit=7.0)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [Swish(), nn.Sequential(Swish())],
+    ids=["itself", "a part of it"],
+)
+def test_learnt_activations_are_in_no_family(activation: nn.Module) -> None:
+    module = Experts()
+    module.act_fn = activation
+    assert gate_of(module) is None
+
+
+def test_functions_that_hold_something_are_in_no_family() -> None:
+    module: Any = Experts()
+    beta = torch.ones((), requires_grad=True)
+    bound = functools.partial(lambda betas, x: x * torch.sigmoid(betas[0] * x), [beta])
+    for function, wanted in ((lambda x: x * torch.sigmoid(beta * x), None), (bound, None), (F.silu, "silu")):
+        del module.act_fn
+        module.act_fn = function
+        family = gate_of(module)
+        assert (family and family.activation) == wanted
+
+
+def test_training_matters_where_the_activation_depends_on_it() -> None:
+    module = Experts()
+    module.act_fn = SiLUWithDropout().eval()
+    assert gate_of(module) == GluOptions("silu", limit=7.0)
+    assert gate_of(module.train()) is None
+    assert gate_of(module.eval()) == GluOptions("silu", limit=7.0)
+
+
+def test_a_replaced_gate_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = Experts()
+    assert gate_of(module) is not None
+    module._apply_gate = torch.tanh
+    assert gate_of(module) is None
+    del module._apply_gate
+    monkeypatch.setattr(Experts, "_apply_gate", lambda self, h: silu_gate(h))
+    assert gate_of(module) == GluOptions("silu")
+    monkeypatch.undo()
+    monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: torch.relu(x))
+    assert gate_of(module) == GluOptions("relu", limit=7.0)
+
+
+def test_modules_that_are_alike_are_recognised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Experts(), Experts()
+    first.act_fn, second.act_fn = (transformers.activations.GELUTanh() for _ in range(2))
+    assert gate_of(first) == GluOptions("gelu_tanh", limit=7.0)
+    monkeypatch.delattr("switchgear.integrations.gates.recognise")
+    assert gate_of(second) == gate_of(first)
 
 
 def test_surroundings_do_not_matter() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 
@@ -84,6 +85,41 @@ def test_from_pretrained(tmp_path: Any) -> None:
 )  # fmt: skip
 def test_path(model_type: str, path: str) -> None:
     assert {replacement.path for replacement in accelerate(build(model_type))} == {path}
+
+
+class Swish(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+def test_learnt_activation() -> None:
+    """At the start it is silu, which has a kernel."""
+    module = experts_of(build("qwen3_moe"))
+    module.act_fn = Swish()
+    beta, arguments = module.act_fn.beta, choices(module)
+    for value in (1.0, 3.0):
+        with torch.no_grad():
+            beta.fill_(value)
+        got, want = module(*arguments), eager(module, *arguments)
+        assert relative(got, want) < 1e-5
+        assert relative(*(torch.autograd.grad(y.square().sum(), beta)[0] for y in (got, want))) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama4_text", "longcat_flash"])
+def test_hooks_on_the_activation_after_a_forward(model_type: str) -> None:
+    model = build(model_type)
+    accelerated, inputs = copy.deepcopy(model), example_inputs(model)
+    accelerate(accelerated)
+    accelerated(**inputs)
+    for changed in (model, accelerated):
+        for module in changed.modules():
+            if type(module).__name__.endswith("Experts"):
+                module.act_fn.register_forward_hook(lambda module, args, output: output / 2)
+    assert relative(accelerated(**inputs).logits, model(**inputs).logits) < 1e-5
 
 
 # ---- what the function honours ---------------------------------------------------------------------------------------
@@ -305,6 +341,27 @@ def test_compile_one_layer_of_experts(model_type: str) -> None:
     arguments = choices(module) if patch is None else patch.sample(module, torch.Generator().manual_seed(0))
     got, want = (run(*arguments) for run in (torch.compile(module, fullgraph=True, backend="aot_eager"), module))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "gemma4_text", "llama4_text", "longcat_flash"])
+def test_layers_compiled_one_by_one_share_a_graph(model_type: str) -> None:
+    """More layers than torch.compile has recompilations; another value of the gate makes another graph."""
+    torch._dynamo.reset()
+    model = build(model_type)
+    first: Any = model.get_submodule(accelerate(model)[-1].name)
+    patch = patch_of(first)
+    arguments = choices(first) if patch is None else patch.sample(first, torch.Generator().manual_seed(0))
+    counter = CompileCounter()
+    for layer in [first, *(copy.deepcopy(first) for _ in range(9))]:
+        nn.init.normal_(layer.down_proj if hasattr(layer, "down_proj") else layer.experts.down_proj)
+        want = layer(*arguments)
+        layer.compile(backend=counter, fullgraph=True)
+        torch.testing.assert_close(layer(*arguments), want, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+    if model_type == "gpt_oss":
+        first.limit = 0.05
+        torch.testing.assert_close(first(*arguments), eager(first, *arguments), rtol=1e-5, atol=1e-5)
+        assert counter.frame_count == 2
 
 
 def test_export() -> None:

@@ -90,6 +90,8 @@ def to_torch(value: Any, name: str = "array") -> Any:
     """
     if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
         return value
+    if hasattr(value, "mask"):  # numpy's masked arrays, which export what they mask
+        raise TypeError(f"{name}: expected an array without a mask, got a {type(value).__name__}")
     try:
         try:
             return from_dlpack(_Checked(value, name))

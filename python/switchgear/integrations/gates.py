@@ -6,13 +6,15 @@ result with every family that the kernels support:
 
     {concatenated, interleaved} x {silu, gelu, gelu_tanh, relu, relu2} x {plain, clamped at a limit}, and swiglu_oai
 
-A gate that matches none (a softcap, a learnt activation, a random one) runs as the model defines it.
+A gate that matches none (a softcap, a learnt activation, a random one) runs as the model defines it. So does one whose
+activation has hooks or a replaced forward.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import weakref
+import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchgear.common.compiling import constant_when_compiled
+from switchgear.integrations.parts import has_hooks
 from switchgear.ops import GluOptions
 
 ACTIVATION_NAMES = ("act_fn", "activation", "activation_fn", "act")  # of attributes of modules
@@ -36,12 +39,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
     """The model's own gate: [rows, 2I] -> [rows, I], or [rows, I] -> [rows, I] for ungated experts."""
-    activation: Callable[[Tensor], Tensor] = _activation(module)
-    if not getattr(module, "has_gate", True):
-        return activation
-    if hasattr(module, "_apply_gate"):
+    is_gated = getattr(module, "has_gate", True)
+    if is_gated and hasattr(module, "_apply_gate"):
         apply_gate: Callable[[Tensor], Tensor] = module._apply_gate
         return apply_gate
+    activation: Callable[[Tensor], Tensor] = _activation(module)
+    if not is_gated:
+        return activation
 
     def gated(h: Tensor) -> Tensor:
         gate, up = h.chunk(2, dim=-1)
@@ -50,47 +54,97 @@ def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
     return gated
 
 
-@constant_when_compiled
 def gate_of(module: nn.Module) -> GluOptions | None:
-    """The family that the module's gate belongs to, or None. Asked anew when the activation or a number changes."""
-    numbers = [
-        value for value in vars(module).values() if type(value) in (int, float)
-    ]  # cheap, since it runs at each call
-    key = (type(module), _activation(module), numbers)
-    known = _known.get(module)
-    if known is None or known[0] != key:
-        # Fake tensors, tracing, autocast, grad mode and default devices are per thread; a new thread has none.
-        with ThreadPoolExecutor(max_workers=1) as fresh:
-            known = _known[module] = key, fresh.submit(_recognise_module, module).result()
-    return known[1]
+    """The family that the module's gate belongs to, or None. Asked at each call, since its parts may have changed.
+
+    What decides is classes and values, never which module it is: layers that are alike share one answer, and one graph
+    of torch.compile. A gate that reads anything else, such as a parameter, is in no family.
+    """
+    if "_apply_gate" in vars(module):  # replaced
+        return None
+    own = type(module), getattr(type(module), "_apply_gate", None), _values(module)
+    for name in ACTIVATION_NAMES:
+        activation = module._modules.get(name)
+        if activation is not None:
+            if has_hooks(activation) or "forward" in vars(activation):
+                return None
+            return _family_of(own, name, (type(activation), type(activation).forward, _values(activation)))
+    return _family_of(own)
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], GluOptions | None]] = weakref.WeakKeyDictionary()
+_PLAIN = {int, float, bool, str, type(None)}
+_FUNCTIONS = {types.FunctionType, types.BuiltinFunctionType}
+_Values = tuple[tuple[Any, ...], ...]
+_Known = tuple[type[nn.Module], Any, _Values]  # the class of a module, its function, and its values
 
 
-def _activation(module: nn.Module) -> Any:
+def _values(module: nn.Module) -> _Values:
+    """The attributes that are plain, and activations that are functions."""
+    attributes = vars(module)
+    values: list[tuple[Any, ...]] = [(name, value) for name, value in attributes.items() if type(value) in _PLAIN]
+    if torch.compiler.is_compiling():  # guards a float by its value only as an element of a set
+        values = [(name, frozenset([value])) for name, value in values]
+    for name in ACTIVATION_NAMES:
+        if (function := attributes.get(name)) is None:
+            continue
+        if type(function) in _FUNCTIONS:
+            values.append((name, function))
+        elif type(function) is functools.partial and _is_plain(function):  # equal ones are not the same object
+            values.append((name, function.func, function.args, frozenset(function.keywords.items())))
+    return tuple(values)
+
+
+def _is_plain(function: functools.partial[Any]) -> bool:
+    bound = (*function.args, *function.keywords.values())
+    return type(function.func) in _FUNCTIONS and all(type(value) in _PLAIN for value in bound)
+
+
+def _activation(module: Any) -> Any:
     for name in ACTIVATION_NAMES:
         if (activation := getattr(module, name, None)) is not None:
             return activation
     return None
 
 
-def _numbers(attributes: dict[str, Any], named: Iterable[str] = ("",)) -> list[float]:
-    """Positive numbers among the attributes whose name contains one of `named`: candidates for a limit or an alpha."""
-    return [
-        value
-        for name, value in attributes.items()
-        if type(value) in (int, float) and 0 < value < float("inf") and any(part in name for part in named)
-    ]
+@constant_when_compiled
+def _family_of(own: _Known, name: str = "", activation: _Known | None = None) -> GluOptions | None:
+    return _recognised(own, name, activation)
 
 
-def _recognise_module(module: nn.Module) -> GluOptions | None:
-    config = vars(getattr(module, "config", None) or object)
-    numbers = _numbers(vars(module)) + _numbers(dict(config), named=("alpha", "limit", "clamp"))
+@functools.lru_cache(maxsize=1024)  # classes that parametrisations make are kept no longer
+def _recognised(own: _Known, name: str, activation: _Known | None) -> GluOptions | None:
+    # Fake tensors, tracing, autocast, grad mode and default devices are per thread; a new thread has none.
+    with ThreadPoolExecutor(max_workers=1) as fresh:
+        return fresh.submit(_recognise_alike, own, name, activation).result()
+
+
+def _recognise_alike(own: _Known, name: str, activation: _Known | None) -> GluOptions | None:
+    module = _alike(own)
+    if activation is not None:
+        setattr(module, name, _alike(activation))
     try:
-        return recognise(own_gate(module), gated=getattr(module, "has_gate", True), numbers=numbers)
-    except (RuntimeError, TypeError):  # a gate that needs another dtype, device or width is not one of ours
+        return recognise(own_gate(module), gated=getattr(module, "has_gate", True), numbers=_numbers(module))
+    # A gate that reads more than values, or needs another dtype, device or width, is not one of ours.
+    except (AttributeError, RuntimeError, TypeError):
         return None
+
+
+def _alike(known: _Known) -> nn.Module:
+    """A module of the same class with these values alone, and functions that depend on their arguments alone."""
+    cls, _, values = known
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    for name, value, *bound in values:
+        if isinstance(value, frozenset):
+            (vars(module)[name],) = value
+        elif not getattr(value, "__closure__", None):  # which may hold a parameter
+            vars(module)[name] = functools.partial(value, *bound[0], **dict(bound[1])) if bound else value
+    return module
+
+
+def _numbers(module: nn.Module) -> list[float]:
+    """Positive numbers among the attributes: candidates for a limit or an alpha."""
+    return [value for value in vars(module).values() if type(value) in (int, float) and 0 < value < float("inf")]
 
 
 @torch.no_grad()

@@ -84,10 +84,14 @@ def _check(part: nn.Module, name: str, expected: PartClass) -> None:
 
 
 def _check_call(part: nn.Module, name: str) -> None:
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+    if has_hooks(part):
         raise Bypassed(f"{name} has hooks")
     if (forward := part.__dict__.get("forward")) is not None and not is_swap(forward):
         raise Bypassed(f"the forward of {name} was replaced")
+
+
+def has_hooks(part: nn.Module) -> bool:
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
 
 def wrapped_part_of(module: nn.Module, name: str, expected: PartClass) -> tuple[nn.Module, Lent]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType, ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -184,7 +184,9 @@ def register(
     torch.library.register_fake(f"switchgear::{name}", without_data, lib=_lib)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.switchgear, name))(flops)
-    torch.library.register_vmap(f"switchgear::{name}", _loop_over_batch(op), lib=_lib)
+    rule = _loop_over_batch(op)
+    torch.library.register_vmap(f"switchgear::{name}", rule, lib=_lib)
+    _lib.impl(name, _batched_by_autograd(rule), "Batched")
     return op
 
 
@@ -196,7 +198,7 @@ def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
             return [element(item, item_dim, index) for item, item_dim in zip(arg, dim, strict=True)]
         return arg if dim is None else arg.select(dim, index)
 
-    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+    def rule(info: BatchInfo, in_dims: Sequence[Any], *args: Any) -> Any:
         pairs = list(zip(args, in_dims, strict=True))
         results = [op(*(element(arg, dim, index) for arg, dim in pairs)) for index in range(info.batch_size)]
         if results[0] is None:  # it changed its arguments
@@ -206,6 +208,37 @@ def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
 
     return rule
+
+
+class BatchInfo(NamedTuple):
+    batch_size: int
+
+
+def _batched_by_autograd(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule for torch.autograd.grad(is_grads_batched=True), which has a vmap of its own without explicit batches."""
+
+    def batched(*args: Any) -> Any:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        sizes = set()
+
+        def unbatched(arg: Any) -> tuple[Any, Any]:
+            if isinstance(arg, (list, tuple)):
+                pairs = [unbatched(item) for item in arg]
+                return [item for item, _ in pairs], [dim for _, dim in pairs]
+            if not isinstance(arg, Tensor) or not torch._C._functorch.is_legacy_batchedtensor(arg):
+                return arg, None
+            whole = torch._remove_batch_dim(arg, level, 0, 0)  # the size is that of tensors without a batch
+            sizes.add(len(whole))
+            return whole, 0
+
+        values, dims = zip(*map(unbatched, args), strict=True)
+        outputs, _ = rule(BatchInfo(sizes.pop()), dims, *values)
+        if isinstance(outputs, tuple):
+            return tuple(torch._add_batch_dim(output, 0, level) for output in outputs)
+        return None if outputs is None else torch._add_batch_dim(outputs, 0, level)
+
+    return batched
 
 
 def _tensors_of(op: Any, args: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
