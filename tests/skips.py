@@ -14,6 +14,7 @@ ALLOWED = (
     r"no FP8 experts in this version",
     r"this transformers has no argument cache",
     r"this torch has no Muon",
+    r"this torch cannot trace the attributes of a module",
     r"inductor needs a C\+\+ compiler",
     r"neither objdump nor llvm-objdump is installed",
     r"no cuobjdump and nvdisasm: .*",

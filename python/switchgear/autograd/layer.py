@@ -114,8 +114,7 @@ class Moe(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor | None, _: None) -> Any:
         if grad_y is None:
             return (None,) * 12
-        *needs, _, need_weights = ctx.needs_input_grad[:7]
-        needs.append(need_weights)
+        needs = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[6]]  # not of topk_ids
         options = ctx.options
         saved = ctx.saved_tensors  # read once: a checkpoint recomputes them
         x, gate_up_proj, down_proj, *others, h = saved

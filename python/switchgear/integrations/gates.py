@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchgear.common.compiling import constant_when_compiled
+from switchgear.common.compiling import constant_when_compiled, not_compiled
 from switchgear.integrations.parts import has_hooks
 from switchgear.ops import GluOptions
 
@@ -60,17 +60,20 @@ def gate_of(module: nn.Module) -> GluOptions | None:
     What decides is classes and values, never which module it is: layers that are alike share one answer, and one graph
     of torch.compile. A gate that reads anything else, such as a parameter, is in no family.
     """
-    if "_apply_gate" in vars(module):  # replaced
+    if "_apply_gate" in module.__dict__:  # replaced
         return None
     own = type(module), getattr(type(module), "_apply_gate", None), _values(module)
     for name in ACTIVATION_NAMES:
         activation = module._modules.get(name)
         if activation is not None:
-            if has_hooks(activation) or "forward" in vars(activation):
+            if has_hooks(activation) or "forward" in activation.__dict__:
                 return None
             return _family_of(own, name, (type(activation), type(activation).forward, _values(activation)))
     return _family_of(own)
 
+
+if torch.__version__ < "2.13":  # whose compiler cannot go through the attributes of a module
+    gate_of = not_compiled(gate_of)
 
 _PLAIN = {int, float, bool, str, type(None)}
 _FUNCTIONS = {types.FunctionType, types.BuiltinFunctionType}
@@ -80,7 +83,7 @@ _Known = tuple[type[nn.Module], Any, _Values]  # the class of a module, its func
 
 def _values(module: nn.Module) -> _Values:
     """The attributes that are plain, and activations that are functions."""
-    attributes = vars(module)
+    attributes = module.__dict__
     values: list[tuple[Any, ...]] = [(name, value) for name, value in attributes.items() if type(value) in _PLAIN]
     if torch.compiler.is_compiling():  # guards a float by its value only as an element of a set
         values = [(name, frozenset([value])) for name, value in values]

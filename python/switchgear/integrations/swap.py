@@ -39,7 +39,7 @@ def swap_forward(module: nn.Module, trial: bool = True) -> Callable[[], None] | 
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether the instance runs a forward from the table, itself or below a hook of Hugging Face's accelerate."""
-    own = vars(module)
+    own = module.__dict__
     return is_swap(own.get("forward")) or is_swap(own.get("_old_forward"))
 
 

@@ -219,9 +219,9 @@ def _read(parts: list[Part], lent: Lent | None = None) -> list[Any]:
 
 
 def _longcat_sites(module: Any) -> list[Part]:
-    first, second = _stacked_sites(module)
     # gate_up_proj also has rows for the zero experts; nothing reads them.
-    return [first._replace(weight=module.gate_up_proj[: module.num_routed_experts]), second]
+    weights = module.gate_up_proj[: module.num_routed_experts], module.down_proj
+    return [Part(module, name, name, weight) for name, weight in zip(TARGETS, weights, strict=True)]
 
 
 _DBRX_MLP = of_model("dbrx", "DbrxExpertGLU")

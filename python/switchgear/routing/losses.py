@@ -161,9 +161,9 @@ class ImportanceLoad:
         _check_numbers(importance=self.importance, load=self.load, noise_std=self.noise_std)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
-        ids, weights, logits, num_experts = routing[:4]
-        loss = self.importance * balance.importance_loss(ids, weights, num_experts)
-        smooth = balance.smooth_load(logits, (ids >= 0).sum(1), self.noise_std)
+        ids = routing.topk_ids
+        loss = self.importance * balance.importance_loss(ids, routing.topk_weights, routing.num_experts)
+        smooth = balance.smooth_load(routing.router_logits, (ids >= 0).sum(1), self.noise_std)
         return loss + self.load * balance.squared_variation(smooth)
 
 

@@ -62,13 +62,13 @@ def lends(wrapper: nn.Module) -> bool:
 
 def adapters_of(module: nn.Module) -> dict[str, Lora]:
     """A module's own adapters by projection."""
-    found: dict[str, Lora] = vars(module).get("_switchgear_adapters") or {}
+    found: dict[str, Lora] = module.__dict__.get("_switchgear_adapters") or {}
     return found
 
 
 def has_adapters(module: nn.Module) -> bool:
     """Whether a module has adapters, own or lent, that reading its parameters would miss."""
-    attributes = vars(module)
+    attributes = module.__dict__
     if attributes.get("_switchgear_lent"):
         return True
     return any(lora.merged is None for lora in adapters_of(module).values())
@@ -76,7 +76,7 @@ def has_adapters(module: nn.Module) -> bool:
 
 def read_by(module: nn.Module) -> list[Tensor]:
     """The tensors with gradients that a call of the module may read: its parameters, and lent factors."""
-    lent: Lent = vars(module).get("_switchgear_lent") or {}
+    lent: Lent = module.__dict__.get("_switchgear_lent") or {}
     factors = [tensor for all_of_name in lent.values() for factor in all_of_name for tensor in factor[:2]]
     return [*module.parameters(), *factors]
 
@@ -86,7 +86,7 @@ def adapted(module: nn.Module, name: str, weight: Any, *, transposed: bool = Fal
 
     transposed: `weight` is the parameter's last dimensions swapped. lent: factors that a caller found itself.
     """
-    attributes = vars(module)
+    attributes = module.__dict__
     own = attributes.get("_switchgear_adapters")
     lent = attributes.get("_switchgear_lent") if lent is None else lent
     if not own and not lent:

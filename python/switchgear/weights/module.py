@@ -188,7 +188,7 @@ def _viewed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def stored_of(module: nn.Module) -> StoredProjections | None:
     """How a module stores its projections; None if they are parameters."""
-    return vars(module).get("_switchgear_stored")
+    return module.__dict__.get("_switchgear_stored")
 
 
 def freeze_stored(module: nn.Module) -> None:
@@ -206,7 +206,7 @@ def attribute(module: nn.Module, name: str) -> Any:
 def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
     """The two projections [E,out,in] for `moe`: tensors if they are parameters, else Weights; with their adapters, if
     any. `layout` is that of the module's parameters."""
-    attributes = vars(module)
+    attributes = module.__dict__
     stored = attributes.get("_switchgear_stored")
     adapters = attributes.get("_switchgear_adapters") or attributes.get("_switchgear_lent")
     selection = attributes.get("_switchgear_selection")

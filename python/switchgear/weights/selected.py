@@ -118,7 +118,7 @@ def _version(tensor: Tensor) -> int | None:
 
 def selection_of(module: nn.Module) -> Selection | None:
     """What is trained alone in a module, or None."""
-    return vars(module).get("_switchgear_selection")
+    return module.__dict__.get("_switchgear_selection")
 
 
 def select(module: nn.Module, names: Sequence[str], experts: Tensor) -> list[nn.Parameter]:
@@ -134,7 +134,7 @@ def select(module: nn.Module, names: Sequence[str], experts: Tensor) -> list[nn.
         getattr(module, name).requires_grad_(False)
         module.register_parameter(name + SUFFIX, parameter)
     module.register_buffer(_EXPERTS, experts, persistent=False)
-    if "_switchgear_selection" not in vars(module):  # the hooks do nothing without a selection
+    if "_switchgear_selection" not in module.__dict__:  # the hooks do nothing without a selection
         hooked: Any = module
         hooked.register_state_dict_pre_hook(_before_save)
         hooked.register_state_dict_post_hook(_save)
