@@ -52,7 +52,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.switchgear-
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 TORCH_VENV := build/torch-$(TORCH)
-CORE_TESTS := $(foreach op,route policy_ops plan permute grouped_gemm glu moe adapters,tests/test_$(op).py)
+CORE_TESTS := $(foreach op,route policy_ops plan permute grouped_gemm glu moe adapters compile,tests/test_$(op).py)
 PACKAGE := pyproject.toml constraints.txt CMakeLists.txt $(shell find include csrc python -type f -not -name '*.pyc')
 CXX_FILES = $(shell find include csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 

@@ -129,7 +129,8 @@ class Moe(torch.autograd.Function):
             gate_up_proj, down_proj, *others, h = saved
             layer = ([gate_up_proj], (), [down_proj], (), *others)
             outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs)
-            return tuple(output if need else None for output, need in zip(outputs, needs, strict=False))
+            # torch 2.8 compiles neither a generator here nor strict=False
+            return tuple([output if need else None for output, need in zip(outputs[:6], needs, strict=True)])
 
         *grad_inputs, grad_weights = once(grads, grad_y, *saved)
         return *grad_inputs, None, grad_weights, *[None] * 5
@@ -167,7 +168,8 @@ class SelectedMoe(torch.autograd.Function):
             *others, experts, _, _, _, _, h = saved
             layer = ([gate_up_proj], (), [down_proj], (), *others)
             outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs, experts=experts)
-            return tuple(output if need else None for output, need in zip(outputs, needs, strict=False))
+            # torch 2.8 compiles neither a generator here nor strict=False
+            return tuple([output if need else None for output, need in zip(outputs[:6], needs, strict=True)])
 
         grad_x, *grad_trained, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
         return grad_x, *[None] * 5, grad_weights, None, *grad_trained, *[None] * 5
