@@ -340,7 +340,8 @@ def test_compile_one_layer_of_experts(model_type: str) -> None:
     module: Any = model.get_submodule(accelerate(model)[-1].name)
     patch = patch_of(module)
     arguments = choices(module) if patch is None else patch.sample(module, torch.Generator().manual_seed(0))
-    got, want = (run(*arguments) for run in (torch.compile(module, fullgraph=_IS_ONE_GRAPH, backend="aot_eager"), module))
+    compiled = torch.compile(module, fullgraph=_IS_ONE_GRAPH, backend="aot_eager")
+    got, want = (run(*arguments) for run in (compiled, module))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
