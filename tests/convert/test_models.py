@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,18 @@ def test_qwen3_moe_without_head_dim(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "moe")
     convert.run({"operation": "dense"}, tmp_path / "moe", tmp_path / "dense")
     assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(done))
+
+
+def test_qwen3_without_head_dim(tmp_path: Path) -> None:
+    """Its default is 128, and that of Qwen3-MoE is hidden_size // heads."""
+    model = dense("qwen3", head_dim=128)
+    model.save_pretrained(tmp_path / "dense")
+    config = json.loads((tmp_path / "dense/config.json").read_text())
+    del config["head_dim"]
+    (tmp_path / "dense/config.json").write_text(json.dumps(config))
+    convert.run({"operation": "upcycle", "num_experts": 2, "top_k": 1}, tmp_path / "dense", tmp_path / "moe")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert logits(loaded).sub(logits(model)).abs().max() < 1e-5
 
 
 def test_experts_of_an_odd_width_are_padded() -> None:
