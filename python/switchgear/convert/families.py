@@ -58,7 +58,6 @@ FAMILIES = {
         Family("qwen3_moe", "Qwen3Moe", "mlp", PARTS, "num_experts", "moe_intermediate_size", False, True),
     )
 }
-QWEN3_HEAD_DIM = 128  # of a config without it; Qwen3-MoE's heads share hidden_size
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,6 @@ def moe_config(config: Mapping[str, Any], family: Family, size: Size) -> dict[st
     if family.model_type == "mixtral":
         made.pop("attention_bias", None)
     if family.model_type == "qwen3_moe":
-        made.setdefault("head_dim", QWEN3_HEAD_DIM)
         made["use_sliding_window"] = "sliding_attention" in set(config.get("layer_types") or ())
         made.pop("layer_types", None)
     return made
@@ -202,7 +200,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "architectures": [name.replace(family.prefix, DENSE[target], 1) for name in names],
     }  # fmt: skip
     if target == "qwen3":
-        if made.get("head_dim") is None:  # Qwen3-MoE's default
+        if made.get("head_dim") is None:  # Qwen3-MoE's default; that of Qwen3 is 128
             made["head_dim"] = int(config["hidden_size"]) // int(config["num_attention_heads"])
         made["max_window_layers"] = 0 if config.get("use_sliding_window") else count
     return made, sparse
