@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ class Routing(NamedTuple):
     scores: Tensor | None = None
     losses: dict[str, Tensor] = {}  # noqa: RUF012  replaced as a whole, never written to
     num_dropped: Tensor | None = None
+
+
+def _replaced(routing: Routing, /, **changes: Any) -> Routing:
+    return Routing(**{**dict(zip(Routing._fields, routing, strict=True)), **changes})
+
+
+if torch.__version__ < "2.13":  # whose compiler does not trace that of NamedTuple
+    Routing._replace = _replaced  # type: ignore[method-assign, assignment]
 
 
 class Plan(NamedTuple):

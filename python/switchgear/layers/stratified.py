@@ -88,7 +88,8 @@ class StratifiedMoE(WithLosses):
             here = position == stratum
             normed = self.norms[stratum](x)
             logits = gate(normed, self.gates[stratum])
-            ids, weights, _, num_visible = route(logits, self.top_k, normalize=self.normalize)[:4]
+            routing = route(logits, self.top_k, normalize=self.normalize)
+            ids, weights, num_visible = routing.topk_ids, routing.topk_weights, routing.num_experts
             if self.aux_loss:
                 losses.append(_gate_loss(logits, ids, here, num_visible))
             ids = torch.where(here[:, None], ids + first, -1)

@@ -177,8 +177,11 @@ def wrapped(select: Any) -> Iterator[Any]:
 
 def scored(select: Any) -> Any:
     """The part of a selection that has the score function: itself, or what it wraps."""
-    parts = list(wrapped(select))
-    return next((part for part in parts if hasattr(part, "score_function")), parts[-1])
+    part = select
+    for part in wrapped(select):
+        if hasattr(part, "score_function"):
+            break
+    return part
 
 
 def most_experts(select: Any) -> int | None:

@@ -294,18 +294,22 @@ class Router(FillsBuffers, KeepsFloat32):
         `complete`."""
         if self._is_plain():
             return self._route(router_logits)
-        select = self.selection()
         if self.capacity is not None:
             context = replace(context, changes=[])
-        wanted = routing = select(router_logits, context, self.e_score_correction_bias)
+        wanted = routing = self._select(router_logits, context)
         if self.capacity is not None:
             if routing.scores is None and getattr(self.capacity, "needs_scores", False):
-                routing = routing._replace(scores=scores_of(routing.router_logits, _score_function(select)))
+                routing = routing._replace(scores=scores_of(routing.router_logits, _score_function(self.selection())))
             routing = self._limited(routing, context)
         if self.training and self.balance:
             self._count(wanted, context)
             routing = routing._replace(losses=self._losses(wanted._replace(num_dropped=routing.num_dropped), context))
         return routing
+
+    def _select(self, router_logits: Tensor, context: Context) -> Routing:
+        if self.select is None and not self.overrides:
+            return self._route(router_logits)
+        return self.selection()(router_logits, context, self.e_score_correction_bias)
 
     def _limited(self, routing: Routing, context: Context) -> Routing:
         """The routing within the capacity, under the interventions that the selection left in context.changes."""
