@@ -218,7 +218,7 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_time_that_is_used_up(tmp_path: Path) -> None:
-    rows = guided(tmp_path, "--cases", "8", "--seconds", "2", limit=6)  # 4 s to start
+    rows = guided(tmp_path, "--cases", "20", "--seconds", "2", limit=12)  # 10 s to start
     assert verdicts(rows)[0] == "passed"
     assert "time" in verdicts(rows)
     assert verdicts(rows)[-1] == "left out"
@@ -241,7 +241,8 @@ def test_a_device_that_always_hangs_is_given_up(tmp_path: Path, monkeypatch: pyt
 )
 def test_a_plain_program(tmp_path: Path, kind: str | None, verdict: str) -> None:
     options = ["--plain", *(["--fault", kind] if kind else [])]
-    row = watch.run("plain", watch.Program([*FAKE, *options], tmp_path / "log", ROOT), 2.0)
+    limit = 2.0 if kind == "hang" else 30.0
+    row = watch.run("plain", watch.Program([*FAKE, *options], tmp_path / "log", ROOT), limit)
     assert row["verdict"] == verdict
     if kind == "raise":
         assert "illegal memory access" in row["detail"]  # the last line of its log

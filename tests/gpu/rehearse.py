@@ -36,6 +36,7 @@ VERDICT = {  # of a program with lines
 }  # fmt: skip
 PLAIN = {"hang": "time", "talk": "time", "slow": "time", "finding": "failed"}  # of a program without lines
 LEAST = 1.0  # seconds: of a limit, however small the scale, since a process of Python takes a fifth to start
+PATIENCE = 20.0  # seconds of silence of a program that does not fail: a busy machine may take some to start it
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,11 @@ def stand_in(fault: Fault | None, scale: float, jobs: dict[str, int]) -> run.Cha
         seconds = step.assumed * scale / jobs[step.name] / CASES
         options = ["--cases", str(CASES), "--seconds", f"{seconds:.4f}", *([] if job.silence else ["--plain"])]
         command = python("tests/gpu/fake_device.py", *options)
-        if fault is not None and step.name == fault.step and step.name not in seen:
+        silence = max(PATIENCE, job.silence * scale) if job.silence else 0.0
+        if fault is not None and is_faulty and step.name not in seen:
             seen.add(step.name)
             command = ["no-such-program"] if fault.kind == "missing" else [*command, "--fault", fault.kind]
-        silence = max(LEAST, job.silence * scale) if job.silence else 0.0
+            silence = max(LEAST, job.silence * scale) if job.silence else 0.0
         return replace(job, command=command, limit=max(15 * LEAST, job.limit * scale), silence=silence)
 
     return change
