@@ -220,9 +220,11 @@ struct RowsOfB {
 // kDotColumns. Up to two rows of A stay in L1; on some processors one prefetched line here and there is enough then. More
 // rows partly come from L2 and must not wait in L1's miss buffers behind lines from memory, so all of B is prefetched well
 // ahead. If rows of A exceed L1, kDotColumns columns share each read of them. From kChunkedRows on they are multiplied chunk
-// by chunk instead, as measured on processors that follow streams.
+// by chunk instead, as measured on processors that follow streams; but with 8 lanes, which need more chains than the sums of
+// so many rows, always kDotColumns at a time.
 constexpr int64_t kShortRow = 1024, kFitting = 24576;  // bytes: of a row of B, of all rows of A
 constexpr int64_t kChunkedRows = 4;
+constexpr bool kHasFewLanes = kLanes <= 8;
 static_assert(kTileRows * kChunkWords * 4 <= kFitting);
 template <typename Words>
 constexpr bool kIsNarrow = kLanes * Words::kDepth * sizeof(Element<Words>) < 32;
@@ -285,7 +287,8 @@ void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words
     if (fastest_reads() == Reads::kStreams) return add_streams<kRows, kColumns, Words>(product, a, b, depth);
   }
   const int64_t a_bytes = depth * 4 / Words::kDepth, b_bytes = depth * kElement;
-  choose_walk<Words>(kRows, a_bytes, b_bytes, kFitting, [&]<int kColumns, Asks kAsks>() {
+  constexpr int64_t kFits = kHasFewLanes && kRows >= kChunkedRows ? 0 : kFitting;
+  choose_walk<Words>(kRows, a_bytes, b_bytes, kFits, [&]<int kColumns, Asks kAsks>() {
     const RowsOfB rows(b, stride * kElement, product.num_columns, b_bytes, lead_of(kAsks), next);
     for_columns<kColumns>(rows, [&]<int kCount>(int64_t n) {
       add_dot_tile<kRows, kCount, kAsks, Words>(product.c + n, a, b + n * stride, stride, depth,
@@ -363,7 +366,7 @@ void dot_products_of(const Product& product) {
   if (b.k_stride == 1 && product.num_rows <= kTileRows) {
     const bool widens = !kPairs && b.dtype != DType::kFloat32;
     const bool exceeds = product.num_rows * depth * 4 / Words::kDepth > kFitting;
-    const bool in_chunks = exceeds && product.num_rows >= kChunkedRows && !kIsNarrow<Words> && follows_streams();
+    const bool in_chunks = exceeds && product.num_rows >= kChunkedRows && !kHasFewLanes && follows_streams();
     const int64_t most = widens ? kMaxRows / kTileRows * kChunk : in_chunks ? kChunk : depth;
     for (int64_t k = 0; k < depth; k += most) {
       const Rows rows = rows_from(product, b.dtype, kPairs, k, length(k, most), widened_rows);
