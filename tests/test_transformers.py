@@ -16,6 +16,7 @@ import switchgear
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, is_decorated, path_of
 from switchgear.integrations.undecorated import patch_of
+from test_gates import Swish
 
 BFLOAT16 = torch.finfo(torch.bfloat16).eps
 _IS_ONE_GRAPH = torch.__version__ >= "2.13"  # whether torch.compile goes through the attributes of a module
@@ -86,15 +87,6 @@ def test_from_pretrained(tmp_path: Any) -> None:
 )  # fmt: skip
 def test_path(model_type: str, path: str) -> None:
     assert {replacement.path for replacement in accelerate(build(model_type))} == {path}
-
-
-class Swish(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.beta = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.beta * x)
 
 
 def test_learnt_activation() -> None:

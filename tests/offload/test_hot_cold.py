@@ -195,7 +195,8 @@ def test_bad_input() -> None:
             call()
     for wrong in (E, E + 1, -2):
         ids = torch.tensor([[-1, 0], [1, wrong]])
-        with pytest.raises(ValueError, match=rf"topk_ids: expected values in \[-1, {E}\), got {wrong} at \[1, 1\]"):
+        got = f"{min(-1, wrong)} to {max(1, wrong)}"
+        with pytest.raises(ValueError, match=f"topk_ids: expected -1 to {E - 1}, got {got}"):
             HotColdSplit(experts, "cpu")(torch.zeros(2, H), ids, torch.ones(2, K))
     for device, words in (("meta", "a device with memory, got meta"), ("foo", "a device, got 'foo'")):
         with pytest.raises(ValueError, match=f"hot: expected {words}"):

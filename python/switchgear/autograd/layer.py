@@ -94,6 +94,11 @@ def _nothing_of(weight: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(indices, values, weight.shape, is_coalesced=True, check_invariants=False)
 
 
+def _needed(outputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The first outputs, None where not needed. torch 2.8 compiles neither a generator here nor strict=False."""
+    return tuple([output if need else None for output, need in zip(outputs[: len(needs)], needs, strict=True)])
+
+
 class Moe(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -129,8 +134,7 @@ class Moe(torch.autograd.Function):
             gate_up_proj, down_proj, *others, h = saved
             layer = ([gate_up_proj], (), [down_proj], (), *others)
             outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs)
-            # torch 2.8 compiles neither a generator here nor strict=False
-            return tuple([output if need else None for output, need in zip(outputs[:6], needs, strict=True)])
+            return _needed(outputs, needs)
 
         *grad_inputs, grad_weights = once(grads, grad_y, *saved)
         return *grad_inputs, None, grad_weights, *[None] * 5
@@ -168,8 +172,7 @@ class SelectedMoe(torch.autograd.Function):
             *others, experts, _, _, _, _, h = saved
             layer = ([gate_up_proj], (), [down_proj], (), *others)
             outputs = ops.moe_backward(grad_y, x, h, *layer, *options, needs, experts=experts)
-            # torch 2.8 compiles neither a generator here nor strict=False
-            return tuple([output if need else None for output, need in zip(outputs[:6], needs, strict=True)])
+            return _needed(outputs, needs)
 
         grad_x, *grad_trained, grad_weights = once(grads, grad_y, *ctx.saved_tensors)
         return grad_x, *[None] * 5, grad_weights, None, *grad_trained, *[None] * 5

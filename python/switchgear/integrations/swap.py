@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.backends import warn_once
+from switchgear.common.modes import evaluating
 from switchgear.integrations.bypass import refuse_bypass
 from switchgear.integrations.experts import not_plain, tensors_of
 from switchgear.integrations.forwards import replace_forward, runs_own_forward
@@ -100,16 +101,15 @@ def _trial(module: nn.Module, patch: Patch) -> str | None:
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Without dropout, and without hooks of parts, which belong to the model's own calls."""
-    before = [(part, name, getattr(part, name)) for part in module.modules() for name in ("training", *_HOOKS)]
+    before = [(part, name, getattr(part, name)) for part in module.modules() for name in _HOOKS]
     try:
-        module.eval()
         for part, name, _ in before:
-            if name in _HOOKS:
-                setattr(part, name, OrderedDict())
-        yield
+            setattr(part, name, OrderedDict())
+        with evaluating(module):
+            yield
     finally:
-        for part, name, was in before:
-            setattr(part, name, was)
+        for part, name, hooks in before:
+            setattr(part, name, hooks)
 
 
 def _result(output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -17,6 +17,7 @@ from switchgear.complaints import as_device, at_least
 from switchgear.experts import Experts
 from switchgear.offload.device import Device, device_of
 from switchgear.offload.moving import Mover
+from switchgear.reference import check_range
 from switchgear.weights import stored_of
 
 
@@ -128,9 +129,7 @@ class HotColdSplit(nn.Module):
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """As Experts; hidden_states [T,H]."""
         topk_ids = topk_ids.cpu()
-        if len(wrong := ((topk_ids < -1) | (topk_ids >= self.num_experts)).nonzero()):
-            got, at = int(topk_ids[tuple(wrong[0])]), wrong[0].tolist()
-            raise ValueError(f"topk_ids: expected values in [-1, {self.num_experts}), got {got} at {at}")
+        check_range("topk_ids", topk_ids, -1, self.num_experts)
         hot = self.hot_experts(topk_ids)
         number = torch.full((self.num_experts + 1,), -1, dtype=torch.int32)  # the last one is that of -1
         number[hot] = torch.arange(len(hot), dtype=torch.int32)
