@@ -56,7 +56,10 @@ struct Dropping : FitCapacity {
 
 struct Rerouting : FitCapacity {
   static constexpr const char* kName = "fit_capacity_reroute";
-  explicit Rerouting(const Case& c) : FitCapacity(c), scores(Tensor(DType::kFloat32, c.T, c.E).random(1.0, 1)) {}
+  explicit Rerouting(const Case& c) : FitCapacity(c), scores(Tensor(DType::kFloat32, c.T, c.E).random(1.0, 1)) {
+    float* values = scores.as<float>();  // above 0: others take nothing over
+    std::transform(values, values + scores.numel(), values, [](float value) { return std::abs(value) + 0.125f; });
+  }
 
   void run() { fit(scores); }
   // No expert has too many choices or a token twice, and a choice is lost only if all of the token's other experts are full.
