@@ -112,6 +112,8 @@ def test_a_domain_has_experts_of_its_own() -> None:
 def test_mistakes_are_named(
     checkpoint: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from safetensors.torch import load_file, save_file
+
     def complaint(*arguments: str) -> str:
         assert main(["inspect", *arguments, "--out", str(tmp_path / "out")]) == 2
         return capsys.readouterr().err
@@ -128,6 +130,12 @@ def test_mistakes_are_named(
         model, "--text", texts[0], "--length", "400", "--tokens", "100"
     )
     weights = checkpoint / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    assert "expected all tensors of OlmoeForCausalLM, 1 missing, such as model.norm.weight" in complaint(
+        model, "--text", *texts
+    )
     weights.write_bytes(weights.read_bytes()[:1000])  # a truncated shard
     assert "cannot load" in complaint(model, "--text", *texts)
     dense = tmp_path / "dense"
@@ -138,6 +146,16 @@ def test_mistakes_are_named(
     other = tmp_path / "other"
     olmoe(300).save_pretrained(other)
     assert "has no tokenizer" in complaint(str(other), "--text", *texts)
+
+
+def test_a_type_without_a_causal_language_model_of_its_own(tmp_path: Path, texts: list[str]) -> None:
+    from switchgear.integrations.tiny_models import build
+
+    build("qwen3_vl_moe").save_pretrained(tmp_path / "model")
+    out = tmp_path / "report"
+    assert main(["inspect", str(tmp_path / "model"), "--text", *texts, "--out", str(out), "--length", "32"]) == 0
+    layers = json.loads((out / "results.json").read_text())["layers"]
+    assert {layer["name"].rpartition(".layers.")[0] for layer in layers} == {"model.language_model"}
 
 
 def test_a_layer_of_one_expert_is_drawn_without_warnings(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 OLDEST = (8, 0)  # compute capability: the first with cp.async and bfloat16 tensor cores
+NO_MODULE = "this build has no CUDA module: it was built without a CUDA compiler (nvcc), or with SWITCHGEAR_CUDA=OFF"
 
 
 @functools.cache
@@ -20,7 +21,7 @@ def _load() -> tuple[Any, str | None]:
     try:
         return importlib.import_module("switchgear._cuda"), None
     except ModuleNotFoundError:
-        return None, "this build has no CUDA module, since no CUDA compiler (nvcc) was found when it was built"
+        return None, NO_MODULE
     except ImportError as error:
         return None, f"the CUDA module does not load ({error})"
 

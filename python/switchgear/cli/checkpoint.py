@@ -37,34 +37,38 @@ def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any
     loaded, with the reason: a truncated shard, a missing file, an unknown type.
 
     whole: every tensor of the checkpoint, for commands that write it again. Otherwise the causal language model alone,
-    which may be a part of it."""
+    which may be a part of it, where transformers has one for its type."""
     import switchgear
 
     transformers = require("transformers")
     transformers.logging.set_verbosity_error()
     try:
-        kind = _class_of(folder) if whole else transformers.AutoModelForCausalLM
+        kind = _class_of(folder, whole)
         model, loaded = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except CommandError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds
         reason = str(error).strip().partition("\n")[0]
         raise CommandError(f"cannot load {folder}: {type(error).__name__}: {reason}") from None
+    name = type(model).__name__
+    if missing := sorted(loaded["missing_keys"]):  # transformers has drawn them
+        raise CommandError(f"{folder}: expected all tensors of {name}, {len(missing)} missing, such as {missing[0]}")
     if whole and (unused := sorted(loaded["unexpected_keys"])):  # without those that transformers ignores itself
-        name, count = type(model).__name__, len(unused)
-        raise CommandError(f"{folder}: expected tensors of {name} alone, got {count} others, such as {unused[0]}")
+        raise CommandError(f"{folder}: expected tensors of {name} alone, got {len(unused)} others, such as {unused[0]}")
     model.eval()
     with suppress(ValueError):  # a class that switchgear does not run: the model's own code does
         switchgear.accelerate(model)
     return model
 
 
-def _class_of(folder: Path) -> Any:
-    """The class that the config names, with all parts of the model. Without a name, that of causal language models."""
+def _class_of(folder: Path, whole: bool) -> Any:
+    """The class that the config names, with all parts of the model. Without a name, and for parts, that of causal
+    language models."""
     transformers = require("transformers")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    if not config.architectures:
-        return transformers.AutoModelForCausalLM
+    causal = transformers.AutoModelForCausalLM
+    if not config.architectures or (not whole and type(config) in causal._model_mapping):
+        return causal
     found = getattr(transformers, config.architectures[0], None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise CommandError(f"{folder}: expected a class of transformers, got {config.architectures[0]}")

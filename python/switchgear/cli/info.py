@@ -15,6 +15,7 @@ import torch
 from switchgear import _C
 
 from ..common import machine, optional
+from ..cuda import NO_MODULE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +37,7 @@ def _cuda_backend() -> dict[str, Any]:
     module, reason = optional("switchgear._cuda")
     if module is None:
         missing = "No module named" in reason or "cannot import name" in reason
-        why = "this build has no CUDA module: no CUDA compiler was found when it was built" if missing else reason
-        return {"available": False, "module": False, "reason": why}
+        return {"available": False, "module": False, "reason": NO_MODULE if missing else reason}
     info: dict[str, Any] = {"module": True, "archs": list(module.built_archs()), "kernels": module.cuda_kernels()}
     try:
         count = module.device_count()
