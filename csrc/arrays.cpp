@@ -116,7 +116,7 @@ DType dtype_of(const char* name, DLDataType dtype) {
     if (dtype.code == kDLUInt && dtype.bits == 8) return DType::kUInt8;
   }
   constexpr std::array<const char*, 7> kKinds{"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-  const std::string kind = dtype.code < kKinds.size() ? kKinds[dtype.code] : join("DLPack type ", int{dtype.code}, '/');
+  const std::string kind = dtype.code < kKinds.size() ? kKinds[dtype.code] : "float";  // of 8 bits and less
   throw TypeError(join(name, ": expected float32, bfloat16, float16, int32, int64, int8 or uint8, got ", kind,
                        int{dtype.bits}, dtype.lanes == 1 ? "" : " vectors"));
 }

@@ -45,6 +45,18 @@ def grads(experts: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in experts.parameters() if parameter.grad is not None]
 
 
+def test_x_may_be_a_part_of_a_gradient() -> None:
+    experts = make()
+    step(experts, 0)
+    x = experts.gate_up_proj.grad[0, :5]
+    ids, weights = torch.zeros(5, 1, dtype=torch.int32), torch.ones(5, 1)
+    other = make()
+    other(x.clone(), ids, weights).sum().backward()
+    wanted = [mine.grad + its.grad for mine, its in zip(experts.parameters(), other.parameters(), strict=True)]
+    experts(x, ids, weights).sum().backward()
+    assert all(torch.equal(p.grad, w) for p, w in zip(experts.parameters(), wanted, strict=True))
+
+
 class Spy:
     """Counts the calls of the kernel that adds."""
 

@@ -116,6 +116,11 @@ def test_a_library_that_only_speaks_dlpack(backend: str) -> None:
     assert torch.equal(a.tensor, switchgear.glu(h))
 
 
+def test_a_dtype_without_kernels_is_named() -> None:
+    with pytest.raises(TypeError, match=r"h: expected float32, .* got float8$"):
+        switchgear.glu(torch.randn(3, 8).to(torch.float8_e4m3fn))
+
+
 def test_any_number_of_types_of_arrays() -> None:
     """Calls with arrays of types that were seen before keep nothing."""
     types = [type(f"Tensor{i}", (torch.Tensor,), {}) for i in range(40)]

@@ -218,6 +218,7 @@ def test_vmap(backend: str) -> None:
     xs = torch.randn(3, *layer.x.shape)
     losses = torch.func.vmap(loss, (0, None, None, None))(xs, *arguments[1:])
     assert torch.equal(losses, torch.stack([loss(x, *arguments[1:]) for x in xs]))
+    assert torch.func.vmap(loss, (0, None, None, None))(xs[:0], *arguments[1:]).shape == (0,)
 
     stacked = torch.randn(*layer.gate_up_proj.shape[:1], 3, *layer.gate_up_proj.shape[1:])
     losses = torch.func.vmap(loss, (None, 1, None, None))(layer.x, stacked, *arguments[2:])

@@ -29,6 +29,12 @@ def test_glu(backend: str, options: GluOptions, dtype: torch.dtype) -> None:
         assert_close(ops.glu_backward(grad_a, h, *options), wanted, "gradient of h")
 
 
+def test_results_are_contiguous_as_a_graph_expects(backend: str) -> None:
+    a = ops.glu(torch.randn(10, 8).t(), *GluOptions())
+    assert a.shape == (8, 5)
+    assert a.is_contiguous()
+
+
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_far_from_zero(backend: str, activation: str) -> None:
     """Results stay finite and correct where exponentials over- and underflow."""

@@ -269,6 +269,14 @@ def test_autocast(backend: str) -> None:
         assert call(layer.double()).dtype == torch.float64
 
 
+def test_autocast_casts_floating_tensors_alone(backend: str) -> None:
+    layer = make_layer(SMALL, torch.float32, bias=True)
+    for name, dtype in {"x": torch.int32, "gate_up_proj": torch.int8, "down_bias": torch.complex64}.items():
+        wrong = layer._replace(**{name: getattr(layer, name).to(dtype)})
+        with pytest.raises(TypeError, match=name), torch.autocast("cpu", torch.bfloat16):
+            call(wrong)
+
+
 def test_float64_runs_on_the_reference() -> None:
     layer = make_layer(SMALL, torch.float64, bias=True)
     with switchgear.use_backend("native"):

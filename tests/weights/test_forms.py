@@ -125,6 +125,14 @@ def test_autocast(case: FormCase) -> None:
 
 
 @forms
+def test_biases_are_floating(case: FormCase) -> None:
+    stored = case.stored(case.experts(bias=True))
+    stored.down_bias = torch.nn.Parameter(torch.ones_like(stored.down_bias, dtype=torch.int32), requires_grad=False)
+    with torch.no_grad(), pytest.raises(TypeError, match="down_bias: expected"):
+        stored(*case.inputs(5))
+
+
+@forms
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled(case: FormCase, backend: str) -> None:
     stored = case.stored(case.experts(bias=True))

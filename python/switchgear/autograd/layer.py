@@ -33,6 +33,9 @@ def _gradients_there(
     first, second = (weight.grad if need else None for weight, need in zip(weights, needs, strict=True))
     if first is not None and second is not None and _overlap(first, second):  # as of one parameter for both
         return None
+    read = {tensor.untyped_storage().data_ptr() for tensor in others if tensor is not None}
+    if any(grad is not None and grad.untyped_storage().data_ptr() in read for grad in (first, second)):
+        return None
     return (first, second) if _is_alone() else None
 
 

@@ -25,19 +25,27 @@ def as_ids(name: str, ids: Tensor) -> Tensor:
 
 def as_weights(name: str, weights: T, dtype: torch.dtype) -> T:
     """Converts token weights to float32 (float64 if `dtype` is float64), differentiably."""
-    wanted = reference.weight_dtype(dtype)
-    if weights is None or weights.dtype is wanted:
-        return weights
-    if not weights.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {weights.dtype}")
-    return weights.to(wanted)
+    return as_dtype(name, weights, reference.weight_dtype(dtype))
+
+
+def as_dtype(name: str, tensor: T, dtype: torch.dtype) -> T:
+    """Converts a floating tensor, differentiably."""
+    if tensor is None or tensor.dtype is dtype:
+        return tensor
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    return tensor.to(dtype)
 
 
 def in_autocast_dtype(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Casts the tensors to autocast's dtype, except uint8 and float64 (as torch does)."""
+    """Casts the floating tensors to autocast's dtype, except float64 (as torch does)."""
     dtype = torch.get_autocast_dtype(device_type)
-    stay = (torch.float64, torch.uint8)
-    return tuple(tensor if tensor is None or tensor.dtype in stay else tensor.to(dtype) for tensor in tensors)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        stays = tensor is None or tensor.dtype is torch.float64 or not tensor.is_floating_point()
+        return tensor if stays else tensor.to(dtype)
+
+    return tuple(map(cast, tensors))
 
 
 def flat(name: str, tensor: Tensor) -> Tensor:

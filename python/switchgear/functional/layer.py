@@ -14,6 +14,7 @@ from switchgear.arrays import accepts_arrays
 from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.functional.arguments import (
+    as_dtype,
     as_ids,
     as_limit,
     as_number,
@@ -76,8 +77,8 @@ def moe(
         activation, gated, interleaved, alpha, limit: see glu.
         gate_up_bias, down_bias: [E,N] and [E,H].
 
-    Returns y with the shape and dtype of x. Other float tensors than topk_weights must have x's dtype;
-    torch.autocast casts all to its own.
+    Returns y with the shape and dtype of x. Other float tensors than topk_weights must have x's dtype, except biases
+    beside a Weight, which are converted; torch.autocast casts all to its own.
 
     Differentiable in x, plain projections, adapters, the biases and topk_weights. Only requested gradients are
     computed; an expert without tokens gets zeros. The graph saves h = x · W_guᵀ + b_gu [T·K,N] and the arguments.
@@ -165,9 +166,8 @@ def _moe_of_stored(
     if in_autocast(x.device.type) or needs_autograd(x, *biases, topk_ids, topk_weights, *factors):
         return None
     adapters = tuple(weight.adapter(x.dtype) for weight in adapted)
-    one, other = biases
-    if one is not None or other is not None:
-        biases = (None if one is None else one.to(x.dtype), None if other is None else other.to(x.dtype))
+    if biases[0] is not None or biases[1] is not None:
+        biases = _biases_like(x, biases)
     routing = (topk_ids, topk_weights)
     layer = (first.tensors, first.form, second.tensors, second.form, *biases, *routing, *options)
     tensors = (*biases, *routing, *adapters[0], *adapters[1]) if adapters else (*biases, *routing)
@@ -217,11 +217,7 @@ def _moe_of_parts(
     if isinstance(first, Tensor) and isinstance(second, Tensor) and not has_adapters:
         named = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, **options.keywords()}
         return moe(x, first, second, topk_ids, topk_weights, **named)
-    if gate_up_bias is not None:
-        gate_up_bias = gate_up_bias.to(x.dtype)
-    if down_bias is not None:
-        down_bias = down_bias.to(x.dtype)
-    others = (gate_up_bias, down_bias, topk_ids, topk_weights)
+    others = (*_biases_like(x, biases), topk_ids, topk_weights)
     (tensors, form), (down_tensors, down_form) = _parts_of(first), _parts_of(second)
     seed = dropout_seed(x.device) if any(dropout) else None
     if wants_gradients:
@@ -241,6 +237,11 @@ def _moe_of_parts(
         y = ops.moe_forward_on_host(x, *layer, *options, *late)
         return y
     return ops.moe_forward(x, *layer, *options, False, *adapters, seed, dropout)[0]
+
+
+def _biases_like(x: Tensor, biases: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    one, other = biases
+    return as_dtype("gate_up_bias", one, x.dtype), as_dtype("down_bias", other, x.dtype)
 
 
 def accumulate(
@@ -264,9 +265,8 @@ def accumulate(
     trained += [tensor for adapter in adapters for tensor in adapter[:2]]
     if needs_autograd(sums, x, *biases, topk_weights, *trained):
         raise ValueError("moe_accumulate: expected no tensor that needs a gradient, or torch.no_grad()")
-    one, other = (None if bias is None else bias.to(x.dtype) for bias in biases)
     layer = (*_parts_of(_taken(first, x.dtype)), *_parts_of(_taken(second, x.dtype)))
-    ops.moe_accumulate(x, *layer, one, other, topk_ids, topk_weights, *options, sums, *adapters)
+    ops.moe_accumulate(x, *layer, *_biases_like(x, biases), topk_ids, topk_weights, *options, sums, *adapters)
 
 
 class _Layer(NamedTuple):

@@ -12,7 +12,7 @@ from switchgear import autograd, ops, reference
 from switchgear.arrays import accepts_arrays
 from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
-from switchgear.functional.arguments import dropout_seed, in_autocast_dtype
+from switchgear.functional.arguments import as_dtype, dropout_seed, in_autocast_dtype
 from switchgear.weights.offloaded import OffloadedWeight
 from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight, taken_by_grouped_gemm
 
@@ -74,7 +74,7 @@ def _stored_grouped_gemm(
         if isinstance(taken, Tensor):
             return grouped_gemm(x, taken, expert_offsets, bias=bias, token_indices=token_indices)
     if bias is not None and not weight.is_lossless:
-        bias = bias.to(x.dtype)
+        bias = as_dtype("bias", bias, x.dtype)
     if wants_gradients:
         args = (x, bias, expert_offsets, token_indices, weight.form, *weight.tensors)
         out: Tensor = apply(autograd.StoredGroupedGemm, *args)

@@ -196,16 +196,20 @@ def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
     def element(arg: Any, dim: Any, index: int) -> Any:
         if isinstance(dim, (list, tuple)):
             return [element(item, item_dim, index) for item, item_dim in zip(arg, dim, strict=True)]
-        return arg if dim is None else arg.select(dim, index)
+        if dim is None:
+            return arg
+        return arg.select(dim, index) if arg.shape[dim] else arg.new_zeros(arg.shape[:dim] + arg.shape[dim + 1 :])
 
     def rule(info: BatchInfo, in_dims: Sequence[Any], *args: Any) -> Any:
         pairs = list(zip(args, in_dims, strict=True))
-        results = [op(*(element(arg, dim, index) for arg, dim in pairs)) for index in range(info.batch_size)]
+        count = max(info.batch_size, 1)  # of no element, one call gives the shapes
+        results = [op(*(element(arg, dim, index) for arg, dim in pairs)) for index in range(count)]
         if results[0] is None:  # it changed its arguments
             return None, None
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
+            return torch.stack(results)[: info.batch_size], 0
+        stacked = (torch.stack(outputs)[: info.batch_size] for outputs in zip(*results, strict=True))
+        return tuple(stacked), (0,) * len(results[0])
 
     return rule
 

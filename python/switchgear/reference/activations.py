@@ -100,7 +100,7 @@ def glu(h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float
     check_options(activation, gated, alpha, limit)
     check("h", h, (None, None))
     intermediate_size_of("h", h.shape[1], gated)
-    return glu_of(wide(h), activation, gated, interleaved, alpha, limit).to(h.dtype)
+    return glu_of(wide(h), activation, gated, interleaved, alpha, limit).to(h.dtype).contiguous()
 
 
 def glu_backward(
