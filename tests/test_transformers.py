@@ -164,7 +164,7 @@ def test_experts_in_another_dtype(model_type: str, dtypes: tuple[torch.dtype, to
     """As in transformers' default: computed in the dtype of the experts, returned in that of the hidden states."""
     module = experts_of(build(model_type)).to(dtypes[1])
     for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
+        parameter.data.copy_(0.5 * torch.randn(parameter.shape))  # what is drawn in 16 bits depends on torch's version
     x, *others = choices(module, dtype=dtypes[0])
     x.requires_grad_()
     got = module(x, *others)

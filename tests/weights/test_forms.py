@@ -127,7 +127,8 @@ def test_autocast(case: FormCase) -> None:
 @forms
 def test_biases_are_floating(case: FormCase) -> None:
     stored = case.stored(case.experts(bias=True))
-    stored.down_bias = torch.nn.Parameter(torch.ones_like(stored.down_bias, dtype=torch.int32), requires_grad=False)
+    bias = torch.ones_like(stored.down_proj_bias, dtype=torch.int32)
+    stored.down_proj_bias = torch.nn.Parameter(bias, requires_grad=False)
     with torch.no_grad(), pytest.raises(TypeError, match="down_bias: expected"):
         stored(*case.inputs(5))
 
