@@ -19,6 +19,7 @@ from switchgear.routing import (
     AdaptiveCoefficient,
     AdaptiveSparsity,
     LossFreeBias,
+    Masked,
     RunningCap,
     TopK,
     TopP,
@@ -508,6 +509,20 @@ def test_two_opposite_tokens_conflict(backend: str) -> None:
     aligned = gradient_conflicts(grad.expand(3, 8), routed)
     assert not aligned.any()
     assert gradient_conflict_loss(routed, aligned) == 0
+
+
+def test_the_loss_of_conflicts_leaves_closed_experts_out() -> None:
+    """The softmax of -z would be theirs alone. The second token has no expert: its row is closed."""
+    is_shut = torch.tensor([[True, False, False, False], [True, True, True, True]])
+    logits = torch.randn(2, 4, requires_grad=True)
+    masked = Masked(TopK(2), lambda logits, context: ~is_shut)(logits)
+    loss = gradient_conflict_loss(masked, masked.topk_ids >= 0)
+    best = logits.detach()[0, 1:].double().requires_grad_()
+    wanted = -(-best).log_softmax(-1)[masked.topk_ids[0].long() - 1].mean()
+    torch.testing.assert_close(loss.double(), wanted)
+    (grad,), (wanted_grad,) = torch.autograd.grad(loss, logits), torch.autograd.grad(wanted, best)
+    torch.testing.assert_close(grad[0, 1:].double(), wanted_grad)
+    assert not grad[is_shut].any()
 
 
 def test_conflicts_are_cosines_with_the_mean() -> None:

@@ -22,6 +22,7 @@ from switchgear.routing import (
     Context,
     DepthChoice,
     GatingResidual,
+    Masked,
     Router,
     TopK,
 )
@@ -254,3 +255,14 @@ def test_gating_residual_without_a_layer_before_is_linear() -> None:
     router, x = Router(H, E, 2, score=GatingResidual), torch.randn(4, H)
     torch.testing.assert_close(router(x).router_logits, x @ router.score.weight.T)
     assert not router.score.residual.any()
+
+
+def test_gating_residual_leaves_experts_out_that_a_mask_closed() -> None:
+    score, x, before = GatingResidual(H, E), torch.randn(4, H), torch.randn(4, E)
+    nn.init.normal_(score.residual)
+    allowed = torch.arange(E) % 2 == 0
+    masked = Masked(TopK(2), lambda logits, context: allowed)(before).router_logits
+    logits = score(x, Context(fields={"previous_logits": masked}))
+    torch.testing.assert_close(logits, x @ score.weight.T + (before * allowed) @ score.residual.T)
+    (grad,) = torch.autograd.grad(logits.sum(), score.residual)
+    torch.testing.assert_close(grad, (before * allowed).sum(0).expand(E, E))

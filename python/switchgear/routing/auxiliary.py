@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from switchgear import ops
 from switchgear.functional import Routing, permute, plan
+from switchgear.routing.ranking import is_open
 
 
 def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -90,8 +91,11 @@ def gradient_conflicts(grad_y: Tensor, routing: Routing, tau: float = 0.0) -> Te
 
 def gradient_conflict_loss(routing: Routing, conflicts: Tensor) -> Tensor:
     """mean over conflicting choices of -log softmax(-z)[e]; lowers the logit of that expert (STGC, arXiv:2406.19905;
-    the form is unverified). conflicts [T,K] bool. 0 without conflicts."""
-    losses = -(-routing.router_logits.float()).log_softmax(-1).gather(1, routing.topk_ids.clamp(min=0).long())
+    the form is unverified). The softmax is over the experts that a mask leaves open. conflicts [T,K] bool. 0 without
+    conflicts."""
+    logits = routing.router_logits.float()
+    against = (-logits).masked_fill(~is_open(routing.router_logits), torch.finfo(logits.dtype).min)
+    losses = -against.log_softmax(-1).gather(1, routing.topk_ids.clamp(min=0).long())
     return (losses * conflicts).sum() / conflicts.sum().clamp(min=1)
 
 

@@ -15,7 +15,7 @@ from switchgear.complaints import at_least
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice
 from switchgear.routing.context import Context, check_scope, is_per_sequence, sequences
-from switchgear.routing.ranking import choose, left_aligned, scores_of, total_weight, uniform
+from switchgear.routing.ranking import choose, is_open, left_aligned, scores_of, total_weight, uniform
 
 DROPS = ("order", "choice", "score", "reverse", "random")
 OVERFLOWS = ("drop", "reroute", "overselect")
@@ -229,8 +229,7 @@ def _ratio(scores: Tensor, new_ids: Tensor, old_ids: Tensor) -> Tensor:
 
 def _open(routing: Routing, scores: Tensor) -> Tensor:
     """scores [T,E] with 0 for experts that Masked closes."""
-    logits = routing.router_logits
-    return scores.masked_fill(logits <= torch.finfo(logits.dtype).min, 0)
+    return scores.masked_fill(~is_open(routing.router_logits), 0)
 
 
 def _others(routing: Routing, scores: Tensor, expand: float | None) -> tuple[Tensor, int]:

@@ -24,7 +24,7 @@ from switchgear.reference import check_choice, check_finite, check_range, check_
 from switchgear.routing import balance
 from switchgear.routing.balance import count_tokens, router_probabilities
 from switchgear.routing.context import Context, groups_of, is_recomputing, made, sequences
-from switchgear.routing.ranking import wide
+from switchgear.routing.ranking import is_open, wide
 
 if TYPE_CHECKING:
     from switchgear.routing.controllers import AdaptiveCoefficient
@@ -347,8 +347,8 @@ class ClusterVariance(_PerExpert):
         super().__init__(_sums_of(groups, num_experts), coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
-        is_open = routing.router_logits > torch.finfo(routing.router_logits.dtype).min  # Masked closes with the lowest
-        return self.coefficient * balance.cluster_variance_loss(self._probabilities(routing), self.vector, is_open)
+        probabilities, counted = self._probabilities(routing), is_open(routing.router_logits)
+        return self.coefficient * balance.cluster_variance_loss(probabilities, self.vector, counted)
 
 
 class LocalizedBalance(_PerExpert):

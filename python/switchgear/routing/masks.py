@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ Mask = Callable[[Tensor, Context], Tensor | None]
 class Masked(nn.Module):
     """Another selection restricted to the experts that a mask allows. The others get probability zero, no gradient and
     no tokens. A token with fewer than K allowed experts has empty choices. So has a token for which a selection bias
-    lifts a masked expert above the others.
+    lifts a masked expert above the others. In Routing.router_logits they have the lowest number of the dtype.
 
         switchgear.MoE(256, 128, 16, select=partial(Masked, TopK(2), partial(ClusterDropout, 4)))
 
@@ -110,10 +110,12 @@ class Temperature(LoadsScalars):
 @dataclass(frozen=True)
 class ExpertDropout:
     """A mask that in training hides each expert with probability `rate`: per token, or with level = "batch" from all
-    tokens (sigma-MoE, arXiv:2310.10837: 0.05)."""
+    tokens (sigma-MoE, arXiv:2310.10837: 0.05). A router's losses are of the logits of all experts, hidden ones too, as
+    in the paper: the next call hides others."""
 
     rate: float
     level: str = "token"
+    hides_at_random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("level", self.level, ("token", "batch"))

@@ -49,6 +49,11 @@ def wide(values: Tensor) -> Tensor:
     return values.to(reference.weight_dtype(values.dtype))
 
 
+def is_open(router_logits: Tensor) -> Tensor:
+    """Whether Masked leaves each expert open, [T,E] bool: it gives the others the lowest number of the dtype."""
+    return router_logits > torch.finfo(router_logits.dtype).min
+
+
 def normalized(weights: Tensor) -> Tensor:
     """Divides each row by its sum."""
     return weights / (weights.sum(-1, keepdim=True) + reference.NORMALIZE_EPSILON)

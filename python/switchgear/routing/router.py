@@ -31,6 +31,7 @@ from switchgear.routing.context import (
     made,
     modules_in,
     scored,
+    wrapped,
 )
 from switchgear.routing.handover import Handover
 from switchgear.routing.interventions import intervene
@@ -302,9 +303,16 @@ class Router(FillsBuffers, KeepsFloat32):
                 routing = routing._replace(scores=scores_of(routing.router_logits, _score_function(self.selection())))
             routing = self._limited(routing, context)
         if self.training and self.balance:
+            if self._hides_at_random():
+                wanted = wanted._replace(router_logits=router_logits)
             self._count(wanted, context)
             routing = routing._replace(losses=self._losses(wanted._replace(num_dropped=routing.num_dropped), context))
         return routing
+
+    def _hides_at_random(self) -> bool:
+        """Whether a mask hides experts from the choice alone, so that losses are of the logits of all."""
+        masks = (getattr(part, "mask", None) for part in wrapped(self.select))
+        return any(getattr(mask, "hides_at_random", False) for mask in masks)
 
     def _select(self, router_logits: Tensor, context: Context) -> Routing:
         if self.select is None and not self.overrides:

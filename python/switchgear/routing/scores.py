@@ -17,7 +17,7 @@ from switchgear.common.scalars import LoadsScalars
 from switchgear.functional import gate
 from switchgear.reference import check_choice, check_fraction
 from switchgear.routing.context import Context, made
-from switchgear.routing.ranking import sigmoid, wide
+from switchgear.routing.ranking import is_open, sigmoid, wide
 
 INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -252,7 +252,7 @@ class SwitchMixture(nn.Module):
 class GatingResidual(nn.Module):
     """router_logits = W x + R z, with the logits z of the layer before: a pathway-aware router (MoE++,
     arXiv:2410.07348). z is the field "previous_logits" [T,E] of the context; without it, as in the first layer, the
-    score is linear.
+    score is linear. Experts that a mask closed there add nothing.
 
         logits = None
         for moe in layers:                              # each with return_routing=True
@@ -289,6 +289,7 @@ class GatingResidual(nn.Module):
             return logits
         if before.shape != logits.shape:
             raise ValueError(f"previous_logits: expected shape {list(logits.shape)}, got {list(before.shape)}")
+        before = before.masked_fill(~is_open(before), 0)
         return logits + gate(before.to(x.dtype), self.residual)
 
 
