@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,9 @@ from switchgear.routing import (
     TopK,
     TopP,
 )
-from switchgear.routing.ranking import scores_of
+from switchgear.routing.auxiliary import anchor_loss
+from switchgear.routing.change import per_expert
+from switchgear.routing.ranking import gumbel, scores_of, uniform
 
 T, E = 24, 8
 
@@ -465,3 +469,40 @@ def test_functions_are_parts() -> None:
     x = torch.randn(2, 5, 16)
     assert moe(x).shape == x.shape
     assert isinstance(a_score, routing.Score)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: uniform((3, 64), Context(), torch.device("cpu")),
+        lambda: gumbel((3, 64), Context(), torch.device("cpu")),
+        lambda: Random(3)(torch.zeros(4, 64, dtype=torch.float32))[:2],
+        lambda: TokenIdMask.of_frequencies(torch.zeros(50), 64, frequent_from=1, rare_experts=3).visible,
+        lambda: Lookup.hashed(50, 64, 3).table,
+        lambda: Lookup(torch.zeros(4, 3))(torch.zeros(1, 64), Context(token_ids=torch.arange(1))).topk_weights,
+        lambda: ClusterDropout(2, 0.5, num_experts=64).closed,
+        lambda: routing.Linear(64, 16, orthogonal=0.1, dtype=torch.bfloat16).weight.detach(),
+        lambda: per_expert({1: 1.3}, 1.0, 4, torch.device("cpu")),
+        lambda: anchor_loss(torch.ones(2, 4, dtype=torch.float32) / 3, 1),
+    ],
+    ids=["uniform", "gumbel", "Random", "TokenIdMask", "hashed", "Lookup", "clusters", "orthogonal", "gain", "anchor"],
+)
+def test_the_default_dtype_changes_no_draw(draw: Any) -> None:
+    """In bfloat16 eight bits would make ties, and weights of 1/3 would be rounded."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.manual_seed(0)
+        with default_dtype(dtype):
+            found.append(draw())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)

@@ -64,7 +64,7 @@ def anchor_loss(router_probabilities: Tensor, expert: int) -> Tensor:
     if not 0 <= expert < num_experts:
         raise ValueError(f"expert: expected 0 to {num_experts - 1}, got {expert}")
     g = router_probabilities.float()
-    target = torch.zeros(num_experts, device=g.device)
+    target = g.new_zeros(num_experts)
     target[expert] = 1
     distance = (g - target).square().sum(-1)
     return distance.sum() / max(distance.numel(), 1)

@@ -179,7 +179,7 @@ class ClusterDropout(FillsBuffers):
         self.groups, self.kept = self._groups.to(device, copy=True), kept[self._groups].to(device)
 
     def _draw(self) -> Tensor:
-        noise = torch.rand(self.groups.shape, device=self.groups.device)
+        noise = torch.rand(self.groups.shape, device=self.groups.device, dtype=torch.float32)
         same = self.groups[:, None] == self.groups
         rank = (same & (noise < noise[:, None])).sum(1)  # of the expert within its cluster
         return rank >= self.kept
@@ -213,6 +213,10 @@ def _rows_of(table: Tensor, context: Context, user: str, num_tokens: int) -> Ten
     return table[token_ids.long()]  # an index of uint8 would be a mask
 
 
+def _random_orders(rows: int, num_experts: int, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(rows, num_experts, generator=generator, dtype=torch.float32).argsort(1)
+
+
 class TokenIdMask(nn.Module):
     """A mask by vocabulary id: `visible` [V,E] bool, a buffer. Needs Context.token_ids (MaskMoE, arXiv:2407.09816)."""
 
@@ -235,7 +239,7 @@ class TokenIdMask(nn.Module):
     ) -> TokenIdMask:
         """Random experts for each id: rare_experts for ids that occur fewer than frequent_from times in the corpus (the
         paper's threshold is unverified), frequent_experts (all if None) for the others. counts [V]."""
-        order = torch.rand(counts.shape[0], num_experts, generator=generator).argsort(1)
+        order = _random_orders(counts.shape[0], num_experts, generator)
         sizes = torch.where(counts.cpu() < frequent_from, rare_experts, frequent_experts or num_experts)
         return cls(order < sizes[:, None])
 
@@ -267,10 +271,10 @@ class Lookup(nn.Module):
             raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
         if top_k == 1:
             return cls(torch.randint(num_experts, (vocabulary_size,), generator=generator))
-        return cls(torch.rand(vocabulary_size, num_experts, generator=generator).argsort(1)[:, :top_k])
+        return cls(_random_orders(vocabulary_size, num_experts, generator)[:, :top_k])
 
     def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         num_experts = router_logits.shape[-1]
         ids = _rows_of(self.table, context, "Lookup", router_logits.numel() // num_experts)
-        weights = torch.where(ids < 0, 0.0, self.weight).to(torch.float32)
+        weights = torch.full_like(ids, self.weight, dtype=torch.float32).masked_fill(ids < 0, 0)
         return Routing(ids, weights, router_logits, num_experts)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from switchgear.backends import without_autocast
 from switchgear.common.scalars import LoadsScalars
 from switchgear.functional import gate
-from switchgear.reference import check_choice, check_fraction
+from switchgear.reference import check_choice, check_fraction, weight_dtype
 from switchgear.routing.context import Context, made
 from switchgear.routing.ranking import is_open, sigmoid, wide
 
@@ -99,9 +99,10 @@ class Linear(nn.Module):
         """Initialises the weight as torch.nn.Linear does, normal, or orthogonal; noise_weight starts at zero."""
         if self.orthogonal is not None:
             if not self.weight.is_meta:
-                wide = torch.empty(self.weight.shape, device=self.weight.device)  # QR does not support half precision
+                dtype = weight_dtype(self.weight.dtype)  # QR does not support half precision
+                initial = torch.empty(self.weight.shape, device=self.weight.device, dtype=dtype)
                 with torch.no_grad():
-                    self.weight.copy_(nn.init.orthogonal_(wide, self.orthogonal))
+                    self.weight.copy_(nn.init.orthogonal_(initial, self.orthogonal))
         elif self.init_std is not None:
             nn.init.normal_(self.weight, std=self.init_std)
         else:

@@ -258,5 +258,5 @@ class Random:
         else:
             ids = choose(uniform((count, num_experts), context, device), self.top_k)
         ids = ids if index is None else ids[index]
-        weights = torch.full(ids.shape, 1 / self.top_k, device=device)
+        weights = torch.full(ids.shape, 1 / self.top_k, device=device, dtype=torch.float32)
         return Routing(ids, weights, router_logits, num_experts)
