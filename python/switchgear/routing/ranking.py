@@ -117,6 +117,12 @@ def uniform(shape: tuple[int, ...], context: Context, device: torch.device) -> T
     return torch.rand(shape, generator=context.generator, device=device, dtype=torch.float32)
 
 
+def jittered(x: Tensor, jitter: float, context: Context, float32: bool) -> Tensor:
+    """x times uniform noise in [1 - jitter, 1 + jitter], both in float32 if `float32`, else in the dtype of x."""
+    x = wide(x) if float32 else x
+    return x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter, generator=context.generator)
+
+
 def gumbel(shape: tuple[int, ...], context: Context, device: torch.device) -> Tensor:
     """-log(-log u), float32: the argmax of log-probabilities plus this noise is a draw from them.
 

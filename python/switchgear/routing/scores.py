@@ -17,7 +17,7 @@ from switchgear.common.scalars import LoadsScalars
 from switchgear.functional import gate
 from switchgear.reference import check_choice, check_fraction, weight_dtype
 from switchgear.routing.context import Context, made
-from switchgear.routing.ranking import is_open, sigmoid, wide
+from switchgear.routing.ranking import is_open, jittered, sigmoid, wide
 
 INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -44,7 +44,8 @@ class Linear(nn.Module):
 
     Args:
         bias: a learned bias [E]. float32: compute in float32, whatever the dtype of model and autocast.
-        jitter: in training the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] (arXiv:2101.03961).
+        jitter: in training the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] (arXiv:2101.03961); in
+            float32 with float32, else in the dtype of x (see Router).
         noise: learned Gaussian noise on the logits in training, randn · softplus(x · noise_weightᵀ) (arXiv:1701.06538).
         normalize: "zscore" normalises the logits of each token to mean 0 and standard deviation lam (Skywork-MoE,
             arXiv:2406.06563, lam = 1).
@@ -123,8 +124,7 @@ class Linear(nn.Module):
         elif self.input_transform is not None:
             x = self.input_transform(x)
         if self.jitter and self.training:
-            noise = torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter, generator=context.generator)
-            x = x * noise
+            x = jittered(x, self.jitter, context, self.float32)
         logits = gate(x, self.weight, self.bias, float32=self.float32)
         if self.noise_weight is not None and self.training:
             deviation = F.softplus(gate(x, self.noise_weight)).to(logits.dtype)
