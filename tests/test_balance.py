@@ -346,6 +346,7 @@ def test_losses_of_no_tokens_are_zero(loss: Any, shape: tuple[int, int, int]) ->
         (losses.ChoiceLoss, "coefficient"),
         (losses.ImportanceLoad, "importance"),
         (partial(losses.DeviceBalance, GROUPS), "coefficient"),
+        (lambda value: losses.LocalizedBalance(GROUPS, delta=value), "delta"),
         (LossFreeBias, "rate"),
         (AdaptiveCoefficient, "xi"),
         (lambda value: AdaptiveCoefficient(alpha_max=value), "alpha_max"),
@@ -394,6 +395,23 @@ def test_groups_of_experts_are_checked(make: Any, name: str) -> None:
     if name == "groups":
         with pytest.raises(ValueError, match=r"^groups: expected 0 to 5, got 0 to 6"):
             make([0, 0, 0, 0, 1, 6])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        losses.ParamPenalty,
+        losses.DeviceBalance,
+        losses.AlignmentLoss,
+        losses.ClusterVariance,
+        partial(losses.LocalityLoss, node=0),
+        losses.LocalizedBalance,
+    ],
+)
+def test_a_vector_has_a_number_for_each_expert(make: Any) -> None:
+    moe = switchgear.MoE(8, 6, E, K, balance=[make([0, 0, 1, 1, 1])])
+    with pytest.raises(ValueError, match=f"^{moe.gate.balance[0].name}: expected {E} experts, got 5"):
+        moe(torch.randn(2, 3, 8), embedding=torch.arange(2))
 
 
 def test_a_number_of_null_experts_is_not_negative() -> None:

@@ -246,10 +246,13 @@ class _PerExpert(FillsBuffers, KeepsFloat32):
         """Copies the given vector."""
         self.vector = self._given.to(device, copy=True)
 
-    def _probabilities(self, routing: Routing) -> Tensor:
+    def _prepare(self, routing: Routing) -> None:
         if self.vector.shape != (routing.num_experts,):
             raise ValueError(f"{self.name}: expected {routing.num_experts} experts, got {self.vector.numel()}")
         self.fill_on(routing.router_logits.device)
+
+    def _probabilities(self, routing: Routing) -> Tensor:
+        self._prepare(routing)
         return router_probabilities(routing, self.score_function)
 
 
@@ -363,9 +366,11 @@ class LocalizedBalance(_PerExpert):
 
     def __init__(self, expert_types: Sequence[int] | Tensor, delta: float = 0.1, coefficient: float = 0.1) -> None:
         super().__init__(expert_types, coefficient, None)
+        _check_numbers(delta=delta)
         self.delta = delta
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
+        self._prepare(routing)
         types = context.require("embedding", "LocalizedBalance").reshape(-1)
         ids, num_sequences = sequences(context, routing.topk_ids.shape[0], routing.topk_ids.device)
         if len(types) != num_sequences and len(ids):
