@@ -14,7 +14,7 @@ from switchgear import ops, reference
 from switchgear.complaints import at_least
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice
-from switchgear.routing.context import Context, check_scope, is_per_sequence, sequences
+from switchgear.routing.context import Context, check_positive, check_scope, is_per_sequence, sequences
 from switchgear.routing.ranking import choose, is_open, left_aligned, scores_of, total_weight, uniform
 
 DROPS = ("order", "choice", "score", "reverse", "random")
@@ -92,8 +92,8 @@ class Capacity:
         check_scope(self.scope)
         for name in ("factor", "evaluation_factor"):
             value = getattr(self, name)
-            if value is not None and not as_number(name, value) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+            if value is not None:
+                check_positive(name, value)
         if self.expand is not None and not 1 <= as_number("expand", self.expand) < math.inf:
             raise ValueError(f"expand: expected a finite number of at least 1, got {self.expand}")
         at_least(0, "minimum", self.minimum)

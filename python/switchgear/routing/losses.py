@@ -23,7 +23,7 @@ from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite, check_range, check_size
 from switchgear.routing import balance
 from switchgear.routing.balance import count_tokens, router_probabilities
-from switchgear.routing.context import Context, groups_of, is_recomputing, made, sequences
+from switchgear.routing.context import Context, check_positive, groups_of, is_recomputing, made, sequences
 from switchgear.routing.ranking import is_open, wide
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ class ImportanceLoad:
 
     def __post_init__(self) -> None:
         _check_numbers(importance=self.importance, load=self.load, noise_std=self.noise_std)
+        check_positive("noise_std", self.noise_std)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         ids = routing.topk_ids

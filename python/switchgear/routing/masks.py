@@ -13,9 +13,20 @@ from torch import Tensor, nn
 
 from switchgear.common.buffers import FillsBuffers
 from switchgear.common.scalars import LoadsScalars
-from switchgear.functional import Routing
-from switchgear.reference import check_choice, check_fraction, check_range
-from switchgear.routing.context import NOTHING_KNOWN, Context, Select, can_be_read, groups_of, made, wrapped
+from switchgear.complaints import at_least, check_tensor
+from switchgear.functional import Routing, as_number
+from switchgear.reference import check_choice, check_finite, check_fraction, check_range
+from switchgear.routing.context import (
+    NOTHING_KNOWN,
+    Context,
+    Select,
+    can_be_read,
+    check_positive,
+    check_share,
+    groups_of,
+    made,
+    wrapped,
+)
 from switchgear.routing.ranking import keep_choices, scores_of, uniform, wide
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -85,8 +96,8 @@ class Temperature(LoadsScalars):
     ) -> None:
         super().__init__()
         for name, value in (("tau", tau), ("fixed", fixed), ("min_tau", min_tau)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+            if value is not None:
+                check_positive(name, value)
         if tau < min_tau:
             raise ValueError(f"tau: expected at least {min_tau} (min_tau), got {tau}")
         self.select, self.tau, self.fixed, self.min_tau = made(select, num_experts=num_experts), tau, fixed, min_tau
@@ -119,8 +130,7 @@ class ExpertDropout:
 
     def __post_init__(self) -> None:
         check_choice("level", self.level, ("token", "batch"))
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"rate: expected a number in [0, 1], got {self.rate}")
+        check_share("rate", self.rate)
 
     def __call__(self, router_logits: Tensor, context: Context) -> Tensor | None:
         if not context.training or not self.rate:
@@ -156,9 +166,8 @@ class ClusterDropout(FillsBuffers):
         num_experts: int | None = None,
     ) -> None:
         super().__init__()
-        check_fraction("rate", rate)
-        if interval < 1:
-            raise ValueError(f"interval: expected at least 1, got {interval}")
+        check_fraction("rate", as_number("rate", rate))
+        at_least(1, "interval", interval)
         self.rate, self.interval = rate, interval
         self._groups = groups_of(groups, num_experts)
         for name in ("groups", "kept"):
@@ -224,6 +233,7 @@ class TokenIdMask(nn.Module):
 
     def __init__(self, visible: Tensor) -> None:
         super().__init__()
+        check_tensor("visible", visible)
         self.register_buffer("visible", visible.bool())
 
     @classmethod
@@ -259,6 +269,9 @@ class Lookup(nn.Module):
 
     def __init__(self, table: Tensor, weight: float | None = None) -> None:
         super().__init__()
+        check_tensor("table", table)
+        if weight is not None:
+            check_finite("weight", as_number("weight", weight))
         self.register_buffer("table", (table if table.dim() == 2 else table[:, None]).to(torch.int32))
         self.weight = 1 / self.table.shape[1] if weight is None else weight
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
 from switchgear.common.scalars import LoadsScalars
-from switchgear.functional import gate
+from switchgear.functional import as_number, gate
 from switchgear.reference import check_choice, check_fraction, weight_dtype
-from switchgear.routing.context import Context, made
+from switchgear.routing.context import Context, check_positive, made
 from switchgear.routing.ranking import is_open, jittered, sigmoid, wide
 
 INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -86,7 +86,7 @@ class Linear(nn.Module):
             check_choice("normalize", normalize, ("zscore",))
         if isinstance(input_transform, str):
             check_choice("input_transform", input_transform, tuple(INPUT_TRANSFORMS))
-        check_fraction("jitter", jitter)
+        check_fraction("jitter", as_number("jitter", jitter))
         self.hidden_size, self.num_experts = hidden_size, num_experts
         self.float32, self.jitter, self.normalize, self.lam = float32, jitter, normalize, lam
         self.input_transform, self.equal_rows = input_transform, equal_rows
@@ -166,8 +166,7 @@ class Cosine(LoadsScalars):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not tau > 0:
-            raise ValueError(f"tau: expected a positive number, got {tau}")
+        check_positive("tau", tau)
         self.hidden_size, self.num_experts, self.dim = hidden_size, num_experts, dim or max(num_experts // 2, 1)
         self.tau, self.min_tau, self.normalize_input, self.perturb = tau, min_tau, normalize_input, perturb
         self.projection = nn.Parameter(torch.empty(self.dim, hidden_size, device=device, dtype=dtype))
