@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from switchgear.experts import Experts
 from switchgear.functional import gate, route
-from switchgear.layers.common import WithLosses, first_choice
+from switchgear.layers.common import WithLosses, check_rows, first_choice
 from switchgear.reference import weight_dtype
 from switchgear.routing.balance import switch_loss
 
@@ -81,6 +81,7 @@ class StratifiedMoE(WithLosses):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
+        check_rows(hidden_states, self.experts.hidden_size, self.gates[0].dtype)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         position = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # the stratum of each token's next gate
         losses = []
