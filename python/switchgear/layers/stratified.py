@@ -33,8 +33,9 @@ class StratifiedMoE(WithLosses):
         activation, gated, bias: options of Experts.
 
     Parameters: norms.{i}.weight and bias [H], gates.{i} [E_i,H], where stratum i sees E_i experts, and those of
-    experts. The layer includes norm and residual: it replaces both and the MoE of a block. There is one pass per
-    stratum, over the tokens that are at its gate.
+    experts. The layer includes norm and residual: it replaces both and the MoE of a block. So under autocast the result
+    has the dtype of hidden_states, as x + MoE(norm(x)) has. There is one pass per stratum, over the tokens that are at
+    its gate.
     """
 
     not_matrices = ("gates",)  # for optim.muon_groups
