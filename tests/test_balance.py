@@ -511,6 +511,18 @@ def test_padding_may_be_nan(loss: Any) -> None:
     assert spoilt[1].grad.any(-1).equal(mask > 0)
 
 
+@pytest.mark.parametrize("loss", [consistency_loss, output_regularization])
+def test_a_logit_of_minus_infinity_in_both_passes_adds_nothing(loss: Any) -> None:
+    """As if the class did not exist; gradients too."""
+    without = [torch.randn(2, 8, requires_grad=True) for _ in range(2)]
+    given = [nn.functional.pad(logits, (0, 1), value=-torch.inf).detach().requires_grad_() for logits in without]
+    wanted, found = loss(*without), loss(*given)
+    torch.testing.assert_close(found, wanted)
+    wanted.backward()
+    found.backward()
+    torch.testing.assert_close(given[1].grad, nn.functional.pad(without[1].grad, (0, 1)))
+
+
 def test_two_opposite_tokens_conflict(backend: str) -> None:
     """Expert 0 has two tokens that agree and one that conflicts with them; expert 1 has one token, expert 2 none."""
     ids = torch.tensor([[0, 1], [0, -1], [0, -1]], dtype=torch.int32)
