@@ -363,7 +363,9 @@ LAYERS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("wrong", [None, [[0.0] * 8], torch.zeros(2, 3, 9), torch.tensor(1.0)], ids=["None", "list", "width", "scalar"])
+@pytest.mark.parametrize(
+    "wrong", [None, [[0.0] * 8], torch.zeros(2, 3, 9), torch.tensor(1.0)], ids=["None", "list", "width", "scalar"]
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_wrong_input_of_a_composed_layer(name: str, wrong: Any) -> None:
     layer = presets.build(8, 4, 16, **LAYERS[name]())
