@@ -19,6 +19,7 @@ from switchgear.routing import (
     AdaptiveCoefficient,
     AdaptiveSparsity,
     LossFreeBias,
+    Masked,
     RunningCap,
     TopK,
     TopP,
@@ -345,6 +346,7 @@ def test_losses_of_no_tokens_are_zero(loss: Any, shape: tuple[int, int, int]) ->
         (losses.ChoiceLoss, "coefficient"),
         (losses.ImportanceLoad, "importance"),
         (partial(losses.DeviceBalance, GROUPS), "coefficient"),
+        (lambda value: losses.LocalizedBalance(GROUPS, delta=value), "delta"),
         (LossFreeBias, "rate"),
         (AdaptiveCoefficient, "xi"),
         (lambda value: AdaptiveCoefficient(alpha_max=value), "alpha_max"),
@@ -393,6 +395,23 @@ def test_groups_of_experts_are_checked(make: Any, name: str) -> None:
     if name == "groups":
         with pytest.raises(ValueError, match=r"^groups: expected 0 to 5, got 0 to 6"):
             make([0, 0, 0, 0, 1, 6])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        losses.ParamPenalty,
+        losses.DeviceBalance,
+        losses.AlignmentLoss,
+        losses.ClusterVariance,
+        partial(losses.LocalityLoss, node=0),
+        losses.LocalizedBalance,
+    ],
+)
+def test_a_vector_has_a_number_for_each_expert(make: Any) -> None:
+    moe = switchgear.MoE(8, 6, E, K, balance=[make([0, 0, 1, 1, 1])])
+    with pytest.raises(ValueError, match=f"^{moe.gate.balance[0].name}: expected {E} experts, got 5"):
+        moe(torch.randn(2, 3, 8), embedding=torch.arange(2))
 
 
 def test_a_number_of_null_experts_is_not_negative() -> None:
@@ -492,6 +511,18 @@ def test_padding_may_be_nan(loss: Any) -> None:
     assert spoilt[1].grad.any(-1).equal(mask > 0)
 
 
+@pytest.mark.parametrize("loss", [consistency_loss, output_regularization])
+def test_a_logit_of_minus_infinity_in_both_passes_adds_nothing(loss: Any) -> None:
+    """As if the class did not exist; gradients too."""
+    without = [torch.randn(2, 8, requires_grad=True) for _ in range(2)]
+    given = [nn.functional.pad(logits, (0, 1), value=-torch.inf).detach().requires_grad_() for logits in without]
+    wanted, found = loss(*without), loss(*given)
+    torch.testing.assert_close(found, wanted)
+    wanted.backward()
+    found.backward()
+    torch.testing.assert_close(given[1].grad, nn.functional.pad(without[1].grad, (0, 1)))
+
+
 def test_two_opposite_tokens_conflict(backend: str) -> None:
     """Expert 0 has two tokens that agree and one that conflicts with them; expert 1 has one token, expert 2 none."""
     ids = torch.tensor([[0, 1], [0, -1], [0, -1]], dtype=torch.int32)
@@ -508,6 +539,20 @@ def test_two_opposite_tokens_conflict(backend: str) -> None:
     aligned = gradient_conflicts(grad.expand(3, 8), routed)
     assert not aligned.any()
     assert gradient_conflict_loss(routed, aligned) == 0
+
+
+def test_the_loss_of_conflicts_leaves_closed_experts_out() -> None:
+    """The softmax of -z would be theirs alone. The second token has no expert: its row is closed."""
+    is_shut = torch.tensor([[True, False, False, False], [True, True, True, True]])
+    logits = torch.randn(2, 4, requires_grad=True)
+    masked = Masked(TopK(2), lambda logits, context: ~is_shut)(logits)
+    loss = gradient_conflict_loss(masked, masked.topk_ids >= 0)
+    best = logits.detach()[0, 1:].double().requires_grad_()
+    wanted = -(-best).log_softmax(-1)[masked.topk_ids[0].long() - 1].mean()
+    torch.testing.assert_close(loss.double(), wanted)
+    (grad,), (wanted_grad,) = torch.autograd.grad(loss, logits), torch.autograd.grad(wanted, best)
+    torch.testing.assert_close(grad[0, 1:].double(), wanted_grad)
+    assert not grad[is_shut].any()
 
 
 def test_conflicts_are_cosines_with_the_mean() -> None:

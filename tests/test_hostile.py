@@ -19,7 +19,7 @@ from torch import Tensor
 
 import switchgear
 from fuzz.forged_arrays import Forged
-from switchgear import _C
+from switchgear import _C, presets
 from switchgear.routing import Capacity, SkipBelow, TopK, ZLoss
 from switchgear.testing import Case, make_layer
 from switchgear.weights import Int4
@@ -351,6 +351,46 @@ def test_wrong_input_of_a_module(name: str) -> None:
     for module in (moe, moe.gate):
         with pytest.raises((ValueError, TypeError), match=r"^hidden_states: expected .*, got"):
             module(WRONG_INPUTS[name])
+
+
+LAYERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "multi_head": presets.multi_head,
+    "stratified": presets.stratified,
+    "soft_moe": presets.soft_moe,
+    "merged": presets.merged,
+    "autonomy_of_experts": presets.autonomy_of_experts,
+    "monet": partial(presets.monet, top_k=2),
+}
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, [[0.0] * 8], torch.zeros(2, 3, 9), torch.tensor(1.0)], ids=["None", "list", "width", "scalar"]
+)
+@pytest.mark.parametrize("name", LAYERS)
+def test_wrong_input_of_a_composed_layer(name: str, wrong: Any) -> None:
+    layer = presets.build(8, 4, 16, **LAYERS[name]())
+    with pytest.raises((ValueError, TypeError), match=r"^hidden_states: expected .*, got"):
+        layer(wrong)
+    assert layer(torch.zeros(2, 3, 8)).shape == (2, 3, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64])
+@pytest.mark.parametrize("name", ["multi_head", "stratified", "monet"])
+def test_wrong_dtype_of_a_composed_layer(name: str, dtype: torch.dtype) -> None:
+    layer = presets.build(8, 4, 16, **LAYERS[name]())
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    with pytest.raises(TypeError, match=rf"^hidden_states: expected torch\.float32 like the weights, got {dtype}"):
+        layer(torch.ones(2, 3, 8, dtype=dtype))
+    assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+    if dtype.is_floating_point:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(torch.zeros(2, 3, 8, dtype=torch.bfloat16)).shape == (2, 3, 8)
+
+
+@pytest.mark.parametrize("name", ["multi_head", "soft_moe"])
+def test_a_layer_of_sequences_needs_two_dimensions(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^hidden_states: expected shape \[\.\.\., T, H=8\], got \[8\]"):
+        presets.build(8, 4, 16, **LAYERS[name]())(torch.zeros(8))
 
 
 def test_rows_of_another_dtype() -> None:

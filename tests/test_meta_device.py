@@ -23,6 +23,7 @@ from switchgear.routing import (
     AdaptiveSparsity,
     ClusterDropout,
     DeviceBalance,
+    LocalizedBalance,
     LossFreeBias,
     Masked,
     ParamPenalty,
@@ -49,6 +50,7 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "coefficient": adaptive,
     "sparsity": partial(MoE, 2, balance=[partial(AdaptiveSparsity, 2)]),
     "devices": partial(MoE, 2, balance=[partial(DeviceBalance, 2)]),
+    "types": partial(MoE, 2, balance=[partial(LocalizedBalance, [0, 0, 0, 1, 1, 1])]),
     "widths": partial(MoE, 2, balance=[partial(ParamPenalty, range(E))]),
     "cap": partial(MoE, select=partial(RunningCap, TopK(2), 1.0)),
     "clusters": clustered,
@@ -70,8 +72,9 @@ def trained(module: nn.Module, default: str = "cpu") -> list[Tensor]:
         x = torch.randn(2, T, H)
         routes = isinstance(module, (HeterogeneousExperts, LowRankExperts))
         routed = () if not routes else (torch.randint(E, (2, T, 2), dtype=torch.int32), torch.rand(2, T, 2))
+        types = {"embedding": torch.arange(2)} if isinstance(module, switchgear.MoE) else {}
         with torch.device(default):
-            y = module(x, *routed)
+            y = module(x, *routed, **types)
             losses = getattr(module, "losses", {}).values()
             sum(losses, y.square().sum()).backward()
             switchgear.after_step(module)

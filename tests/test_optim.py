@@ -133,6 +133,25 @@ def test_routers_of_hugging_face_are_no_matrices(model_type: str) -> None:
     assert {p.dim() for p in matrices} == {2, 3}
 
 
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_a_transposed_layer_takes_the_same_steps(adjust: str) -> None:
+    """[E,in,out] are the same matrices as [E,out,in], with the same rate."""
+    usual = switchgear.Experts(16, 48, 3)
+    other = switchgear.Experts(16, 48, 3, transposed=True)
+    before = [parameter.detach().clone() for parameter in usual.parameters()]
+    for mine, parameter in zip(other.parameters(), usual.parameters(), strict=True):
+        mine.data.copy_(parameter.mT)
+        parameter.grad = torch.randn_like(parameter)
+        mine.grad = parameter.grad.mT.contiguous()
+    for layer in (usual, other):
+        matrices, _ = optim.muon_groups(layer)
+        assert len(matrices) == 2
+        optim.Muon(matrices, 0.1, adjust_lr_fn=adjust).step()
+    for mine, parameter, old in zip(other.parameters(), usual.parameters(), before, strict=True):
+        moved = (parameter - old).norm()
+        assert (mine.mT - parameter).norm() <= 0.05 * moved  # both iterate in bfloat16
+
+
 def test_it_trains() -> None:
     torch.manual_seed(0)
     moe = switchgear.MoE(16, 16, 4, 2)

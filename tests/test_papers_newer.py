@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from switchgear.routing import (
     Context,
     DepthChoice,
     GatingResidual,
+    Linear,
+    Masked,
     Router,
     TopK,
 )
@@ -234,6 +237,9 @@ def test_fields_of_ones_own_reach_every_part() -> None:
         moe(torch.randn(3, H))
 
 
+JITTERY = partial(Linear, jitter=0.01, float32=True)
+
+
 def test_row1_switch_takes_another_jitter() -> None:
     """The docstring's example of overriding what a preset sets."""
     x = torch.randn(30, H)
@@ -242,6 +248,20 @@ def test_row1_switch_takes_another_jitter() -> None:
     noisy = layer_of(presets.switch(jitter=0.3), return_routing=True)
     ratio = (noisy(torch.eye(H))[1].router_logits / noisy.gate.score.weight.T).detach()
     assert 0.7 <= float(ratio.min()) < 0.9 < 1.1 < float(ratio.max()) <= 1.3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [presets.switch(), {"top_k": 1, "jitter": 0.01, "float32": True}, {"top_k": 1, "score": JITTERY}],
+    ids=["switch", "router", "score"],
+)
+def test_row1_jitter_of_a_float32_router_is_even_in_bfloat16(options: dict[str, Any]) -> None:
+    """x and noise are float32 then, as in Hugging Face's Switch router: numbers of bfloat16 lie closer below 1."""
+    router, x = Router(1, 4, **options, dtype=torch.bfloat16), torch.ones(1 << 14, 1, dtype=torch.bfloat16)
+    nn.init.ones_(router.weight if router.score is None else router.score.weight)
+    noise = router(x).router_logits[:, 0].detach().double()
+    assert abs(float(noise.mean()) - 1) < 6 * 0.01 / math.sqrt(3 * len(x))  # six standard deviations of the mean
+    assert 0.99 <= float(noise.min()) < 0.9901 < 1.0099 < float(noise.max()) <= 1.01
 
 
 def test_a_preset_of_several_layers_says_what_to_call() -> None:
@@ -254,3 +274,14 @@ def test_gating_residual_without_a_layer_before_is_linear() -> None:
     router, x = Router(H, E, 2, score=GatingResidual), torch.randn(4, H)
     torch.testing.assert_close(router(x).router_logits, x @ router.score.weight.T)
     assert not router.score.residual.any()
+
+
+def test_gating_residual_leaves_experts_out_that_a_mask_closed() -> None:
+    score, x, before = GatingResidual(H, E), torch.randn(4, H), torch.randn(4, E)
+    nn.init.normal_(score.residual)
+    allowed = torch.arange(E) % 2 == 0
+    masked = Masked(TopK(2), lambda logits, context: allowed)(before).router_logits
+    logits = score(x, Context(fields={"previous_logits": masked}))
+    torch.testing.assert_close(logits, x @ score.weight.T + (before * allowed) @ score.residual.T)
+    (grad,) = torch.autograd.grad(logits.sum(), score.residual)
+    torch.testing.assert_close(grad, (before * allowed).sum(0).expand(E, E))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import switchgear
-from loops import E, H, I, assert_agrees, best, expert, layer_of, mixture, switch_loss
+from loops import E, H, I, assert_agrees, assert_same, best, expert, layer_of, mixture, switch_loss
 from switchgear import presets
 from switchgear.routing import (
     ActivationNorm,
@@ -133,6 +133,19 @@ def test_sigma_moe_is_a_loop_of_sigmoids(backend: str) -> None:
         return top_k_loop(layer, x, logits, 4, logits.sigmoid()), 0.1 * sum(p * p.log() for p in mean)
 
     assert_agrees(layer, loop, torch.randn(20, H))
+
+
+def test_row11_the_entropy_loss_of_sigma_moe_sees_hidden_experts() -> None:
+    """It is of softmax(W·x): dropout hides experts from the choice alone."""
+    layer, x = layer_of(presets.sigma_moe(expert_dropout=0.5, top_k=2, entropy=1.0)), torch.randn(64, H)
+    weight = layer.gate.score.weight
+    layer(x)
+    (grad,) = torch.autograd.grad(layer.losses["batch_entropy"], weight, retain_graph=True)
+    twin = weight.detach().double().requires_grad_()
+    mean = (x.double() @ twin.T).softmax(-1).mean(0)
+    wanted = sum(p * p.log() for p in mean)
+    assert_same(layer.losses["batch_entropy"].detach(), wanted.detach(), 256, "loss")
+    assert_same(grad, *torch.autograd.grad(wanted, twin), 256, "gradient")
 
 
 def test_sigma_moe_begins_with_experts_of_one_norm() -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,9 @@ from switchgear.routing import (
     TopK,
     TopP,
 )
-from switchgear.routing.ranking import scores_of
+from switchgear.routing.auxiliary import anchor_loss
+from switchgear.routing.change import per_expert
+from switchgear.routing.ranking import gumbel, scores_of, uniform
 
 T, E = 24, 8
 
@@ -306,6 +310,17 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
         ("top_k", partial(Lookup.hashed, 10, 4, 5)),
         ("top_k", partial(Lookup.hashed, 10, 4, 0)),
         ("routing", partial(SkipBelow.calibrate, TopK(1)(torch.zeros(3, E)))),
+        ("routing: expected at least 1 token", partial(SkipBelow.calibrate, TopK(2)(torch.zeros(0, E)))),
+        ("router_logits: expected at least 1 token", partial(Threshold.calibrate, torch.zeros(0, E), 2.0)),
+        ("experts_per_token", partial(Threshold.calibrate, torch.zeros(3, E), math.nan)),
+        ("threshold", partial(Threshold, math.nan)),
+        ("entropy_above: expected a number, got nan", partial(Broadcast, TopK(2), math.nan)),
+        ("noise_std", partial(routing.ImportanceLoad, noise_std=0.0)),
+        ("noise_std", partial(routing.ImportanceLoad, noise_std=-1.0)),
+        ("scale", partial(TopK, 2, scale=math.nan)),
+        ("scale", partial(TopP, 0.5, scale=math.inf)),
+        ("scale", partial(SampledTopK, 2, scale=math.nan)),
+        ("weight", partial(Lookup, torch.zeros(3), math.nan)),
         ("max_experts", partial(TopP, 0.4, 0)),
         ("min_experts", partial(Threshold, 0.1, -1)),
         ("max_experts", partial(Threshold, 0.1, 3, 2)),
@@ -358,6 +373,39 @@ def test_bad_options_are_named(name: str, make: Any) -> None:
     ("name", "make"),
     [
         ("p", partial(TopP, "a")),
+        ("top_k", partial(TopK, 2.0)),
+        ("top_k", partial(TopK, "2")),
+        ("num_groups", partial(TopK, 2, num_groups="4")),
+        ("scale", partial(Dense, scale="a")),
+        ("top_k", partial(Grouped, "2", 4)),
+        ("num_groups", partial(Grouped, 2, "4")),
+        ("topk_groups", partial(Grouped, 2, 4, 1.5)),
+        ("ratio", partial(SkipBelow, TopK(2), "a")),
+        ("protect", partial(SkipBelow, TopK(2), 0.5, "a")),
+        ("entropy_above", partial(Broadcast, TopK(2), "a")),
+        ("max_fraction", partial(Broadcast, TopK(2), 1.0, "a")),
+        ("threshold", partial(Threshold, "a")),
+        ("min_experts", partial(Threshold, 0.1, "1")),
+        ("max_experts", partial(Threshold, 0.1, 1, 2.5)),
+        ("top_k", partial(SampledTopK, "2")),
+        ("p_sample", partial(SampledTopK, 2, "a")),
+        ("top_k", partial(NoisyTopK, 2.5)),
+        ("noise", partial(NoisyTopK, 2, "a")),
+        ("top_k", partial(SparseMixer, "2")),
+        ("jitter", partial(SparseMixer, 2, "a")),
+        ("tau", partial(GumbelSoftmax, "a")),
+        ("samples", partial(GumbelSoftmax, samples=1.5)),
+        ("top_k", partial(Random, 1.5)),
+        ("rate", partial(ExpertDropout, "a")),
+        ("rate", partial(ClusterDropout, 2, "a", num_experts=4)),
+        ("interval", partial(ClusterDropout, 2, interval=2.5, num_experts=4)),
+        ("tau", partial(routing.Temperature, TopK(2), "a")),
+        ("max_iterations", partial(BalancedAssignment, max_iterations=2.5)),
+        ("eps", partial(BalancedAssignment, None)),
+        ("table", partial(Lookup, [0, 1])),
+        ("visible", partial(TokenIdMask, [[True, False]])),
+        ("noise_std", partial(routing.ImportanceLoad, noise_std="a")),
+        ("jitter", partial(routing.Linear, 16, E, jitter="a")),
         ("ranks", partial(RankK, torch.tensor([0, 1]))),
         ("ranks", partial(RankK, (0.5,))),
         ("ranks", partial(RankK, "01")),
@@ -465,3 +513,40 @@ def test_functions_are_parts() -> None:
     x = torch.randn(2, 5, 16)
     assert moe(x).shape == x.shape
     assert isinstance(a_score, routing.Score)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: uniform((3, 64), Context(), torch.device("cpu")),
+        lambda: gumbel((3, 64), Context(), torch.device("cpu")),
+        lambda: Random(3)(torch.zeros(4, 64, dtype=torch.float32))[:2],
+        lambda: TokenIdMask.of_frequencies(torch.zeros(50), 64, frequent_from=1, rare_experts=3).visible,
+        lambda: Lookup.hashed(50, 64, 3).table,
+        lambda: Lookup(torch.zeros(4, 3))(torch.zeros(1, 64), Context(token_ids=torch.arange(1))).topk_weights,
+        lambda: ClusterDropout(2, 0.5, num_experts=64).closed,
+        lambda: routing.Linear(64, 16, orthogonal=0.1, dtype=torch.bfloat16).weight.detach(),
+        lambda: per_expert({1: 1.3}, 1.0, 4, torch.device("cpu")),
+        lambda: anchor_loss(torch.ones(2, 4, dtype=torch.float32) / 3, 1),
+    ],
+    ids=["uniform", "gumbel", "Random", "TokenIdMask", "hashed", "Lookup", "clusters", "orthogonal", "gain", "anchor"],
+)
+def test_the_default_dtype_changes_no_draw(draw: Any) -> None:
+    """In bfloat16 eight bits would make ties, and weights of 1/3 would be rounded."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.manual_seed(0)
+        with default_dtype(dtype):
+            found.append(draw())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)

@@ -84,6 +84,12 @@ def as_device(name: str, value: Any) -> torch.device:
     raise ValueError(f"{name}: expected a device, got {value!r}")
 
 
+def check_tensor(name: str, tensor: Any) -> None:
+    """Raises TypeError for what is no tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected Tensor, got {type(tensor).__name__}")
+
+
 def check_dense(name: str, tensor: Tensor) -> None:
     """Raises TypeError for sparse, nested and other tensors that are not strided memory."""
     if tensor.is_nested:
@@ -132,8 +138,7 @@ def list_of_names(name: str, names: str | Iterable[str]) -> list[str]:
 def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
     """Raises for an input of a router that is no tensor [..., hidden_size] with the device and dtype of `like`, its
     weight, which may be float32 for rows of 16 bits. Returns if it is valid."""
-    if not isinstance(rows, Tensor):
-        raise TypeError(f"{name}: expected Tensor, got {type(rows).__name__}")
+    check_tensor(name, rows)
     check_dense(name, rows)
     if rows.dim() == 0 or rows.shape[-1] != hidden_size:
         raise ValueError(f"{name}: expected shape [..., H={hidden_size}], got {list(rows.shape)}")

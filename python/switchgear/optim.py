@@ -24,9 +24,11 @@ from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.layers import MonetRouter
 from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.router import Router
+from switchgear.weights.layout import layout_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al., 2024)
 _CACHED = 1 << 19  # elements of a batch on a CPU
+_TRANSPOSED = "is_transposed"  # an attribute of parameters [E,in,out]
 _RATES = ("original", "match_rms_adamw")
 
 
@@ -67,7 +69,8 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: parameters of 2 or more dimensions, or groups of them (muon_groups).
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps: as in torch.optim.Muon.
-        adjust_lr_fn: None or "original" multiplies lr by √max(1, N/C), "match_rms_adamw" by 0.2·√max(N, C).
+        adjust_lr_fn: None or "original" multiplies lr by √max(1, N/C), "match_rms_adamw" by 0.2·√max(N, C). N is the
+            size of the output; of experts that are stored transposed, [E,C,N], muon_groups marks it.
 
     Raises ValueError for an option out of range, or a parameter of fewer dimensions.
     """
@@ -124,7 +127,10 @@ class Muon(torch.optim.Optimizer):
         options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "eps": group["eps"]}
         update = of_matrices(partial(orthogonalized, **options), update)
         parameter.mul_(1 - lr * group["weight_decay"])
-        parameter.add_(update, alpha=-lr * _ratio(group["adjust_lr_fn"], *parameter.shape[-2:]))
+        rows, columns = parameter.shape[-2:]
+        if getattr(parameter, _TRANSPOSED, False):
+            rows, columns = columns, rows
+        parameter.add_(update, alpha=-lr * _ratio(group["adjust_lr_fn"], rows, columns))
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -157,7 +163,8 @@ def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list
     names in `not_matrices`; and the parameters of the modules or the names in `others`, to which the output layer
     belongs ("lm_head"). Each parameter is in one list, once.
 
-    Raises ValueError for a name in `others` that the model does not have.
+    Projections of experts get an attribute is_transposed, for Muon. Raises ValueError for a name in `others` that the
+    model does not have.
     """
     check_module("model", model)
     names = dict(model.named_parameters(remove_duplicate=False))
@@ -176,6 +183,9 @@ def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list
         for name, parameter in module.named_parameters():
             if name.partition(".")[0] in getattr(module, "not_matrices", ()):
                 excluded.add(id(parameter))
+        if (layout := layout_of(module)) is not None:
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(parameter, _TRANSPOSED, layout.transposed and name.startswith(layout.names))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [p for p in trained if id(p) not in excluded], [p for p in trained if id(p) in excluded]
 

@@ -45,7 +45,8 @@ class _Surviving:
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         dropped = ~self.layer.alive.to(router_logits.device)
-        never = torch.zeros(len(dropped), device=router_logits.device).masked_fill(dropped, -math.inf)
+        never = torch.zeros(len(dropped), device=router_logits.device, dtype=torch.float32)
+        never = never.masked_fill(dropped, -math.inf)
         masked = router_logits.masked_fill(dropped, -math.inf)
         routing = self.select(masked, context, never if bias is None else bias + never)
         gone = [expert for expert, alive in enumerate(self.layer.alive.tolist()) if not alive]

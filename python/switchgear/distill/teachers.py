@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchgear.functional import Routing
 from switchgear.reference import check_size
-from switchgear.routing.auxiliary import mean_of_tokens, without_padding
+from switchgear.routing.auxiliary import kl_divergence, mean_of_tokens, without_padding
 from switchgear.routing.balance import load_balancing_loss
 from switchgear.routing.context import Select, most_experts, scored
 from switchgear.routing.interventions import override
@@ -31,9 +31,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | No
     may be NaN. Differentiable in both."""
     student_logits, teacher_logits = without_padding(student_logits, mask), without_padding(teacher_logits, mask)
     log_q, log_p = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
-    absent = log_q == -torch.inf  # 0 · log 0 is 0; masked before and after, so that gradients are finite
-    log_ratio = (log_q.masked_fill(absent, 0) - log_p.masked_fill(absent, 0)).masked_fill(absent, 0)
-    return mean_of_tokens((log_q.exp() * log_ratio).sum(-1), mask)
+    return mean_of_tokens(kl_divergence(log_q, log_p), mask)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, plan
-from switchgear.layers.common import WithLosses
+from switchgear.layers.common import WithLosses, check_rows
 from switchgear.reference import ACTIVATIONS, check_choice
 from switchgear.routing.context import Balance, Limit, context_of
 from switchgear.routing.router import Router
@@ -79,6 +79,7 @@ class AutonomousMoE(WithLosses):
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor | tuple[Tensor, Routing]:
         """[..., H] -> [..., H], or (y, Routing); same keyword arguments as MoE."""
+        check_rows(hidden_states, self.gate.hidden_size)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         score = self.gate.score
         assert isinstance(score, ActivationNorm)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.backends import in_autocast
+from switchgear.complaints import check_tensor
 from switchgear.experts import Experts
 
 if TYPE_CHECKING:
@@ -43,6 +45,18 @@ def check_returns_rows(name: str, layer: nn.Module) -> None:
     """Raises ValueError for a layer whose forward returns the routing, too."""
     if getattr(layer, "return_routing", False):
         raise ValueError(f"{name}: expected a layer that returns y alone, got one with return_routing=True")
+
+
+def check_rows(rows: Any, hidden_size: int, dtype: torch.dtype | None = None, *, of_sequences: bool = False) -> None:
+    """Raises for hidden_states that are no tensor [..., H], or [..., T, H] of_sequences; outside of autocast also for
+    another dtype than that of the layer's weights, if given and not compressed."""
+    check_tensor("hidden_states", rows)
+    if rows.dim() < 1 + of_sequences or rows.shape[-1] != hidden_size:
+        shape = f"[...,{' T,' * of_sequences} H={hidden_size}]"
+        raise ValueError(f"hidden_states: expected shape {shape}, got {list(rows.shape)}")
+    is_plain = dtype is not None and dtype.is_floating_point
+    if is_plain and rows.dtype is not dtype and not in_autocast(rows.device.type):
+        raise TypeError(f"hidden_states: expected {dtype} like the weights, got {rows.dtype}")
 
 
 def repeat_context(context: dict[str, object], times: int) -> dict[str, object]:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from switchgear.experts import Experts
 from switchgear.functional import Routing, combine, glu, grouped_gemm, moe, plan
-from switchgear.layers.common import WithLosses
+from switchgear.layers.common import WithLosses, check_rows
 from switchgear.reference import check_choice, weight_dtype
 from switchgear.routing.context import context_of, sequences
 from switchgear.weights.adapted import has_adapters
@@ -92,6 +92,7 @@ class MergedExperts(WithLosses):
         """hidden_states [B,L,H] -> [B,L,H]; or [T,H] with sequence_ids [T] of sequences or tasks. Experts are merged
         once for each. num_sequences: as in `Context`."""
         experts = self.experts
+        check_rows(hidden_states, experts.hidden_size)
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         if sequence_ids is None:
             if hidden_states.dim() != 3:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from switchgear.common.buffers import KeepsFloat32
 from switchgear.functional import gate
+from switchgear.layers.common import check_rows
 from switchgear.reference import weight_dtype
 from switchgear.routing.context import is_recomputing
 
@@ -233,5 +234,6 @@ class Monet(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
+        check_rows(hidden_states, self.experts.hidden_size, self.router.weight.dtype)
         y: Tensor = self.experts(hidden_states, self.router(hidden_states))
         return y

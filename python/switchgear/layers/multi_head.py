@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from switchgear.layers.common import check_returns_rows, losses_of, repeat_context
+from switchgear.layers.common import check_returns_rows, check_rows, losses_of, repeat_context
 
 
 class MultiHeadMoE(nn.Module):
@@ -49,6 +49,7 @@ class MultiHeadMoE(nn.Module):
 
     def forward(self, hidden_states: Tensor, **context: object) -> Tensor:
         """[..., H] -> [..., H]. token_ids and sequence_ids, if given, refer to whole tokens."""
+        check_rows(hidden_states, self.head_proj.in_features, self.head_proj.weight.dtype, of_sequences=True)
         pieces = self.head_proj(hidden_states).unflatten(-1, (self.heads, -1))
         pieces = pieces.flatten(-3, -2)  # [..., S·heads, H/heads]: the pieces of a sequence stay one sequence
         y: Tensor = self.moe(pieces, **repeat_context(context, self.heads))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
 from switchgear.common.scalars import LoadsScalars
+from switchgear.layers.common import check_rows
 
 
 def per_conv_tokens(features: Tensor) -> Tensor:
@@ -78,6 +79,7 @@ class SoftMoE(LoadsScalars):
 
         mask [..., T]: False for padding, which adds nothing to the slots and gets zeros.
         """
+        check_rows(hidden_states, self.hidden_size, of_sequences=True)
         if mask is not None:
             mask = mask.bool()[..., None]
             hidden_states = hidden_states.masked_fill(~mask, 0)  # padding may hold anything

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from switchgear.experts import Experts
 from switchgear.functional import gate, route
-from switchgear.layers.common import WithLosses, first_choice
+from switchgear.layers.common import WithLosses, check_rows, first_choice
 from switchgear.reference import weight_dtype
 from switchgear.routing.balance import switch_loss
 
@@ -33,8 +33,9 @@ class StratifiedMoE(WithLosses):
         activation, gated, bias: options of Experts.
 
     Parameters: norms.{i}.weight and bias [H], gates.{i} [E_i,H], where stratum i sees E_i experts, and those of
-    experts. The layer includes norm and residual: it replaces both and the MoE of a block. There is one pass per
-    stratum, over the tokens that are at its gate.
+    experts. The layer includes norm and residual: it replaces both and the MoE of a block. So under autocast the result
+    has the dtype of hidden_states, as x + MoE(norm(x)) has. There is one pass per stratum, over the tokens that are at
+    its gate.
     """
 
     not_matrices = ("gates",)  # for optim.muon_groups
@@ -81,6 +82,7 @@ class StratifiedMoE(WithLosses):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
+        check_rows(hidden_states, self.experts.hidden_size, self.gates[0].dtype)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         position = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # the stratum of each token's next gate
         losses = []

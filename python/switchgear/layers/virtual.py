@@ -77,9 +77,10 @@ class VirtualExperts(nn.Module):
             total = topk_weights.sum(-1, keepdim=True)
             topk_weights = topk_weights / torch.where(total == 0, torch.ones_like(total), total)
         y: Tensor = self.experts(hidden_states, topk_ids.masked_fill(~is_real, -1), topk_weights)
+        rows = hidden_states.to(y.dtype)  # autocast's, if it is on
         if self.copy:
             copied = (topk_ids >= first_copy) & (topk_ids < first_constant)
-            y = y + hidden_states * topk_weights.masked_fill(~copied, 0).sum(-1, keepdim=True).to(y.dtype)
+            y = y + rows * topk_weights.masked_fill(~copied, 0).sum(-1, keepdim=True).to(y.dtype)
         if self.constants is not None:
             which = (topk_ids - first_constant).clamp(min=-1).long() + 1
             weight = topk_weights.new_zeros(*topk_ids.shape[:-1], self.constant + 1)
@@ -88,7 +89,7 @@ class VirtualExperts(nn.Module):
                 logits = F.linear(hidden_states, self.mixing.flatten(0, 1))
                 logits = logits.to(weight.dtype).view(*weight.shape, 2)
                 of_x, of_v = logits.softmax(-1).unbind(-1)
-                y = y + hidden_states * (weight * of_x).sum(-1, keepdim=True).to(y.dtype)
+                y = y + rows * (weight * of_x).sum(-1, keepdim=True).to(y.dtype)
                 weight = weight * of_v
             y = y + weight.to(y.dtype) @ self.constants.to(y.dtype)
         return y

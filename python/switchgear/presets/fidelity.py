@@ -35,7 +35,12 @@ FIDELITY = {
     "cluster_task": Fidelity("selection", 32, PAPER),
     "deep_mixture": Fidelity("structure", 26, PAPER, "margin"),
     "deepseek_moe": Fidelity("structure", 3, PAPER, "device_balance"),
-    "deepseek_v3": Fidelity("model", None, f"{PAPER} and of the code in Hugging Face transformers"),
+    "deepseek_v3": Fidelity(
+        "model",
+        None,
+        f"{PAPER} and of the code in Hugging Face transformers; the loss counts the experts that tokens use, which "
+        f"bias and groups chose, the paper's those of the largest scores: {OURS}",
+    ),
     "dynamic_top_p": Fidelity("selection", 7, f"{PAPER}; its code leaves out an expert that meets p exactly"),
     "expert_choice": Fidelity("selection", 2, PAPER, "capacity_factor; λ and the rounds of the cap"),
     "global_balance": Fidelity("balance", 5, PAPER, "top_k, balance"),

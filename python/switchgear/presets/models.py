@@ -41,6 +41,9 @@ def deepseek_v3(
 
     Paper: DeepSeek-V3 Technical Report, arXiv:2412.19437
     Example: MoE(64, 32, 32, **presets.deepseek_v3())(x)
+
+    The loss counts the experts that tokens use. Equation 18 of the paper counts those of the largest scores, whatever
+    bias and groups choose.
     """
     return {
         "top_k": top_k,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from switchgear import ops
-from switchgear.functional import Routing, route
+from switchgear.complaints import at_least
+from switchgear.functional import Routing, as_number, route
 from switchgear.reference import check_choice
-from switchgear.routing.context import NOTHING_KNOWN, Context, check_at_least, check_scope, is_per_sequence, sequences
+from switchgear.routing.context import NOTHING_KNOWN, Context, check_scope, is_per_sequence, sequences
 from switchgear.routing.ranking import SCORE_FUNCTIONS, scores_of
 
 
@@ -45,8 +46,8 @@ class BalancedAssignment:
     def __post_init__(self) -> None:
         check_scope(self.scope)
         check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
-        check_at_least("max_iterations", self.max_iterations, 1)
-        if self.eps != "auto" and (isinstance(self.eps, str) or not self.eps > 0):
+        at_least(1, "max_iterations", self.max_iterations)
+        if self.eps != "auto" and (isinstance(self.eps, str) or not as_number("eps", self.eps) > 0):
             raise ValueError(f"eps: expected a positive number or 'auto', got {self.eps!r}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from switchgear import ops
 from switchgear.functional import Routing, permute, plan
+from switchgear.routing.ranking import is_open
 
 
 def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -26,15 +27,22 @@ def mean_of_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) [...] of log-probabilities [..., V], without the terms of p = 0, whose logarithm is -inf."""
+    absent = log_p == -torch.inf  # 0 · log 0 is 0; masked before and after, so that gradients are finite
+    log_ratio = (log_p.masked_fill(absent, 0) - log_q.masked_fill(absent, 0)).masked_fill(absent, 0)
+    return (log_p.exp() * log_ratio).sum(-1)
+
+
 def consistency_loss(first_logits: Tensor, second_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(p1 || p2) + KL(p2 || p1) of two passes with different experts, averaged over tokens (THOR, arXiv:2110.04260).
 
     first_logits, second_logits: [..., V], the model's output; p = softmax. mask [...]: False for padding, whose logits
-    may be NaN. The loss is symmetric, and 0 for equal passes.
+    may be NaN. A logit may be -inf in both passes. The loss is symmetric, and 0 for equal passes.
     """
     first_logits, second_logits = without_padding(first_logits, mask), without_padding(second_logits, mask)
     log_p, log_q = first_logits.float().log_softmax(-1), second_logits.float().log_softmax(-1)
-    return mean_of_tokens(((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1), mask)
+    return mean_of_tokens(kl_divergence(log_p, log_q) + kl_divergence(log_q, log_p), mask)
 
 
 def output_regularization(
@@ -44,14 +52,14 @@ def output_regularization(
     got new experts (Lifelong-MoE, arXiv:2305.12281; Learning without Forgetting, arXiv:1606.09282).
 
     old_logits, new_logits: [..., V]; p = softmax(logits / temperature). The old ones get no gradient. mask [...]: False
-    for padding, whose logits may be NaN. 0 for equal outputs.
+    for padding, whose logits may be NaN. An old logit may be -inf. 0 for equal outputs.
     """
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     old_logits, new_logits = without_padding(old_logits, mask), without_padding(new_logits, mask)
     log_p = (old_logits.detach().float() / temperature).log_softmax(-1)
     log_q = (new_logits.float() / temperature).log_softmax(-1)
-    return mean_of_tokens(temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1), mask)
+    return mean_of_tokens(temperature**2 * kl_divergence(log_p, log_q), mask)
 
 
 def anchor_loss(router_probabilities: Tensor, expert: int) -> Tensor:
@@ -63,7 +71,7 @@ def anchor_loss(router_probabilities: Tensor, expert: int) -> Tensor:
     if not 0 <= expert < num_experts:
         raise ValueError(f"expert: expected 0 to {num_experts - 1}, got {expert}")
     g = router_probabilities.float()
-    target = torch.zeros(num_experts, device=g.device)
+    target = g.new_zeros(num_experts)
     target[expert] = 1
     distance = (g - target).square().sum(-1)
     return distance.sum() / max(distance.numel(), 1)
@@ -90,8 +98,11 @@ def gradient_conflicts(grad_y: Tensor, routing: Routing, tau: float = 0.0) -> Te
 
 def gradient_conflict_loss(routing: Routing, conflicts: Tensor) -> Tensor:
     """mean over conflicting choices of -log softmax(-z)[e]; lowers the logit of that expert (STGC, arXiv:2406.19905;
-    the form is unverified). conflicts [T,K] bool. 0 without conflicts."""
-    losses = -(-routing.router_logits.float()).log_softmax(-1).gather(1, routing.topk_ids.clamp(min=0).long())
+    the form is unverified). The softmax is over the experts that a mask leaves open. conflicts [T,K] bool. 0 without
+    conflicts."""
+    logits = routing.router_logits.float()
+    against = (-logits).masked_fill(~is_open(routing.router_logits), torch.finfo(logits.dtype).min)
+    losses = -against.log_softmax(-1).gather(1, routing.topk_ids.clamp(min=0).long())
     return (losses * conflicts).sum() / conflicts.sum().clamp(min=1)
 
 

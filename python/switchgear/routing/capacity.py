@@ -14,8 +14,8 @@ from switchgear import ops, reference
 from switchgear.complaints import at_least
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice
-from switchgear.routing.context import Context, check_scope, is_per_sequence, sequences
-from switchgear.routing.ranking import choose, left_aligned, scores_of, total_weight, uniform
+from switchgear.routing.context import Context, check_positive, check_scope, is_per_sequence, sequences
+from switchgear.routing.ranking import choose, is_open, left_aligned, scores_of, total_weight, uniform
 
 DROPS = ("order", "choice", "score", "reverse", "random")
 OVERFLOWS = ("drop", "reroute", "overselect")
@@ -92,8 +92,8 @@ class Capacity:
         check_scope(self.scope)
         for name in ("factor", "evaluation_factor"):
             value = getattr(self, name)
-            if value is not None and not as_number(name, value) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+            if value is not None:
+                check_positive(name, value)
         if self.expand is not None and not 1 <= as_number("expand", self.expand) < math.inf:
             raise ValueError(f"expand: expected a finite number of at least 1, got {self.expand}")
         at_least(0, "minimum", self.minimum)
@@ -229,8 +229,7 @@ def _ratio(scores: Tensor, new_ids: Tensor, old_ids: Tensor) -> Tensor:
 
 def _open(routing: Routing, scores: Tensor) -> Tensor:
     """scores [T,E] with 0 for experts that Masked closes."""
-    logits = routing.router_logits
-    return scores.masked_fill(logits <= torch.finfo(logits.dtype).min, 0)
+    return scores.masked_fill(~is_open(routing.router_logits), 0)
 
 
 def _others(routing: Routing, scores: Tensor, expand: float | None) -> tuple[Tensor, int]:

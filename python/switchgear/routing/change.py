@@ -96,7 +96,7 @@ def _check_ids(name: str, experts: Any, num_experts: int) -> None:
 
 def per_expert(values: PerExpert | None, default: float, num_experts: int, device: torch.device) -> Tensor:
     if values is None or isinstance(values, Mapping):
-        result = torch.full((num_experts,), default, device=device)
+        result = torch.full((num_experts,), default, device=device, dtype=torch.float32)
         for expert, value in (values or {}).items():
             result[expert] = value
         return result

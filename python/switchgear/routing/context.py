@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -19,7 +20,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from switchgear.functional import Routing
+from switchgear.complaints import check_tensor
+from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_range, check_size
 from switchgear.routing.change import Change
 
@@ -61,8 +63,8 @@ class Context:
     def __post_init__(self) -> None:
         for name in ("token_ids", "sequence_ids", "embedding", "importance"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, Tensor):
-                raise TypeError(f"{name}: expected Tensor, got {type(value).__name__}")
+            if value is not None:
+                check_tensor(name, value)
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator: expected torch.Generator, got {type(self.generator).__name__}")
 
@@ -260,9 +262,24 @@ def check_scope(scope: str) -> None:
     check_choice("scope", scope, SCOPES)
 
 
-def check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+def check_number(name: str, value: float) -> None:
+    if math.isnan(as_number(name, value)):
+        raise ValueError(f"{name}: expected a number, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not as_number(name, value) > 0:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    if not as_number(name, value) >= 0:
+        raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+
+
+def check_share(name: str, value: float) -> None:
+    if not 0 <= as_number(name, value) <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
 
 
 SCOPES: Sequence[str] = ("batch", "sequence")

@@ -14,7 +14,7 @@ from switchgear.common.buffers import KeepsFloat32
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite
 from switchgear.routing.balance import count_tokens
-from switchgear.routing.context import Context, is_recomputing, made
+from switchgear.routing.context import Context, check_not_negative, check_share, is_recomputing, made
 from switchgear.routing.ranking import finite
 
 RULES = ("sign", "proportional")
@@ -69,8 +69,7 @@ class AdaptiveCoefficient(KeepsFloat32):
         initial = alpha_max if initial is None else initial
         for name, value in {"xi": xi, "alpha_max": alpha_max, "beta": beta, "initial": initial}.items():
             check_finite(name, as_number(name, value))
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+        check_share("beta", beta)
         self.xi, self.alpha_max, self.beta, self.initial = xi, alpha_max, beta, initial
         self.register_buffer("value", torch.tensor(self.initial, dtype=torch.float32))
         self._seen: Tensor | None = None  # [2]: dropped choices and all choices in this step
@@ -196,8 +195,7 @@ class RunningCap(KeepsFloat32):
 
     def __init__(self, select: Any, margin: float, num_experts: int) -> None:
         super().__init__()
-        if not as_number("margin", margin) >= 0:
-            raise ValueError(f"margin: expected a number of at least 0, got {margin}")
+        check_not_negative("margin", margin)
         self.select, self.margin = made(select, num_experts=num_experts), margin
         self.register_buffer("totals", torch.zeros(num_experts, dtype=torch.float32))
 

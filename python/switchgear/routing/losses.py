@@ -23,8 +23,8 @@ from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite, check_range, check_size
 from switchgear.routing import balance
 from switchgear.routing.balance import count_tokens, router_probabilities
-from switchgear.routing.context import Context, groups_of, is_recomputing, made, sequences
-from switchgear.routing.ranking import wide
+from switchgear.routing.context import Context, check_positive, groups_of, is_recomputing, made, sequences
+from switchgear.routing.ranking import is_open, wide
 
 if TYPE_CHECKING:
     from switchgear.routing.controllers import AdaptiveCoefficient
@@ -159,6 +159,7 @@ class ImportanceLoad:
 
     def __post_init__(self) -> None:
         _check_numbers(importance=self.importance, load=self.load, noise_std=self.noise_std)
+        check_positive("noise_std", self.noise_std)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         ids = routing.topk_ids
@@ -246,10 +247,13 @@ class _PerExpert(FillsBuffers, KeepsFloat32):
         """Copies the given vector."""
         self.vector = self._given.to(device, copy=True)
 
-    def _probabilities(self, routing: Routing) -> Tensor:
+    def _prepare(self, routing: Routing) -> None:
         if self.vector.shape != (routing.num_experts,):
             raise ValueError(f"{self.name}: expected {routing.num_experts} experts, got {self.vector.numel()}")
         self.fill_on(routing.router_logits.device)
+
+    def _probabilities(self, routing: Routing) -> Tensor:
+        self._prepare(routing)
         return router_probabilities(routing, self.score_function)
 
 
@@ -347,8 +351,8 @@ class ClusterVariance(_PerExpert):
         super().__init__(_sums_of(groups, num_experts), coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
-        is_open = routing.router_logits > torch.finfo(routing.router_logits.dtype).min  # Masked closes with the lowest
-        return self.coefficient * balance.cluster_variance_loss(self._probabilities(routing), self.vector, is_open)
+        probabilities, counted = self._probabilities(routing), is_open(routing.router_logits)
+        return self.coefficient * balance.cluster_variance_loss(probabilities, self.vector, counted)
 
 
 class LocalizedBalance(_PerExpert):
@@ -363,9 +367,11 @@ class LocalizedBalance(_PerExpert):
 
     def __init__(self, expert_types: Sequence[int] | Tensor, delta: float = 0.1, coefficient: float = 0.1) -> None:
         super().__init__(expert_types, coefficient, None)
+        _check_numbers(delta=delta)
         self.delta = delta
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
+        self._prepare(routing)
         types = context.require("embedding", "LocalizedBalance").reshape(-1)
         ids, num_sequences = sequences(context, routing.topk_ids.shape[0], routing.topk_ids.device)
         if len(types) != num_sequences and len(ids):

@@ -6,16 +6,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from switchgear.common.buffers import FillsBuffers
 from switchgear.common.scalars import LoadsScalars
-from switchgear.functional import Routing
-from switchgear.reference import check_choice, check_fraction, check_range
-from switchgear.routing.context import NOTHING_KNOWN, Context, Select, can_be_read, groups_of, made, wrapped
+from switchgear.complaints import at_least, check_tensor
+from switchgear.functional import Routing, as_number
+from switchgear.reference import check_choice, check_finite, check_fraction, check_range
+from switchgear.routing.context import (
+    NOTHING_KNOWN,
+    Context,
+    Select,
+    can_be_read,
+    check_positive,
+    check_share,
+    groups_of,
+    made,
+    wrapped,
+)
 from switchgear.routing.ranking import keep_choices, scores_of, uniform, wide
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -27,7 +38,7 @@ Mask = Callable[[Tensor, Context], Tensor | None]
 class Masked(nn.Module):
     """Another selection restricted to the experts that a mask allows. The others get probability zero, no gradient and
     no tokens. A token with fewer than K allowed experts has empty choices. So has a token for which a selection bias
-    lifts a masked expert above the others.
+    lifts a masked expert above the others. In Routing.router_logits they have the lowest number of the dtype.
 
         switchgear.MoE(256, 128, 16, select=partial(Masked, TopK(2), partial(ClusterDropout, 4)))
 
@@ -85,8 +96,8 @@ class Temperature(LoadsScalars):
     ) -> None:
         super().__init__()
         for name, value in (("tau", tau), ("fixed", fixed), ("min_tau", min_tau)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+            if value is not None:
+                check_positive(name, value)
         if tau < min_tau:
             raise ValueError(f"tau: expected at least {min_tau} (min_tau), got {tau}")
         self.select, self.tau, self.fixed, self.min_tau = made(select, num_experts=num_experts), tau, fixed, min_tau
@@ -110,15 +121,16 @@ class Temperature(LoadsScalars):
 @dataclass(frozen=True)
 class ExpertDropout:
     """A mask that in training hides each expert with probability `rate`: per token, or with level = "batch" from all
-    tokens (sigma-MoE, arXiv:2310.10837: 0.05)."""
+    tokens (sigma-MoE, arXiv:2310.10837: 0.05). A router's losses are of the logits of all experts, hidden ones too, as
+    in the paper: the next call hides others."""
 
     rate: float
     level: str = "token"
+    hides_at_random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("level", self.level, ("token", "batch"))
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"rate: expected a number in [0, 1], got {self.rate}")
+        check_share("rate", self.rate)
 
     def __call__(self, router_logits: Tensor, context: Context) -> Tensor | None:
         if not context.training or not self.rate:
@@ -154,9 +166,8 @@ class ClusterDropout(FillsBuffers):
         num_experts: int | None = None,
     ) -> None:
         super().__init__()
-        check_fraction("rate", rate)
-        if interval < 1:
-            raise ValueError(f"interval: expected at least 1, got {interval}")
+        check_fraction("rate", as_number("rate", rate))
+        at_least(1, "interval", interval)
         self.rate, self.interval = rate, interval
         self._groups = groups_of(groups, num_experts)
         for name in ("groups", "kept"):
@@ -177,7 +188,7 @@ class ClusterDropout(FillsBuffers):
         self.groups, self.kept = self._groups.to(device, copy=True), kept[self._groups].to(device)
 
     def _draw(self) -> Tensor:
-        noise = torch.rand(self.groups.shape, device=self.groups.device)
+        noise = torch.rand(self.groups.shape, device=self.groups.device, dtype=torch.float32)
         same = self.groups[:, None] == self.groups
         rank = (same & (noise < noise[:, None])).sum(1)  # of the expert within its cluster
         return rank >= self.kept
@@ -211,6 +222,10 @@ def _rows_of(table: Tensor, context: Context, user: str, num_tokens: int) -> Ten
     return table[token_ids.long()]  # an index of uint8 would be a mask
 
 
+def _random_orders(rows: int, num_experts: int, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(rows, num_experts, generator=generator, dtype=torch.float32).argsort(1)
+
+
 class TokenIdMask(nn.Module):
     """A mask by vocabulary id: `visible` [V,E] bool, a buffer. Needs Context.token_ids (MaskMoE, arXiv:2407.09816)."""
 
@@ -218,6 +233,7 @@ class TokenIdMask(nn.Module):
 
     def __init__(self, visible: Tensor) -> None:
         super().__init__()
+        check_tensor("visible", visible)
         self.register_buffer("visible", visible.bool())
 
     @classmethod
@@ -233,7 +249,7 @@ class TokenIdMask(nn.Module):
     ) -> TokenIdMask:
         """Random experts for each id: rare_experts for ids that occur fewer than frequent_from times in the corpus (the
         paper's threshold is unverified), frequent_experts (all if None) for the others. counts [V]."""
-        order = torch.rand(counts.shape[0], num_experts, generator=generator).argsort(1)
+        order = _random_orders(counts.shape[0], num_experts, generator)
         sizes = torch.where(counts.cpu() < frequent_from, rare_experts, frequent_experts or num_experts)
         return cls(order < sizes[:, None])
 
@@ -253,6 +269,9 @@ class Lookup(nn.Module):
 
     def __init__(self, table: Tensor, weight: float | None = None) -> None:
         super().__init__()
+        check_tensor("table", table)
+        if weight is not None:
+            check_finite("weight", as_number("weight", weight))
         self.register_buffer("table", (table if table.dim() == 2 else table[:, None]).to(torch.int32))
         self.weight = 1 / self.table.shape[1] if weight is None else weight
 
@@ -265,10 +284,10 @@ class Lookup(nn.Module):
             raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
         if top_k == 1:
             return cls(torch.randint(num_experts, (vocabulary_size,), generator=generator))
-        return cls(torch.rand(vocabulary_size, num_experts, generator=generator).argsort(1)[:, :top_k])
+        return cls(_random_orders(vocabulary_size, num_experts, generator)[:, :top_k])
 
     def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         num_experts = router_logits.shape[-1]
         ids = _rows_of(self.table, context, "Lookup", router_logits.numel() // num_experts)
-        weights = torch.where(ids < 0, 0.0, self.weight).to(torch.float32)
+        weights = torch.full_like(ids, self.weight, dtype=torch.float32).masked_fill(ids < 0, 0)
         return Routing(ids, weights, router_logits, num_experts)

@@ -49,6 +49,11 @@ def wide(values: Tensor) -> Tensor:
     return values.to(reference.weight_dtype(values.dtype))
 
 
+def is_open(router_logits: Tensor) -> Tensor:
+    """Whether Masked leaves each expert open, [T,E] bool: it gives the others the lowest number of the dtype."""
+    return router_logits > torch.finfo(router_logits.dtype).min
+
+
 def normalized(weights: Tensor) -> Tensor:
     """Divides each row by its sum."""
     return weights / (weights.sum(-1, keepdim=True) + reference.NORMALIZE_EPSILON)
@@ -109,7 +114,13 @@ def trim(routing: Routing) -> Routing:
 
 def uniform(shape: tuple[int, ...], context: Context, device: torch.device) -> Tensor:
     """Float32 random numbers in [0, 1)."""
-    return torch.rand(shape, generator=context.generator, device=device)
+    return torch.rand(shape, generator=context.generator, device=device, dtype=torch.float32)
+
+
+def jittered(x: Tensor, jitter: float, context: Context, float32: bool) -> Tensor:
+    """x times uniform noise in [1 - jitter, 1 + jitter], both in float32 if `float32`, else in the dtype of x."""
+    x = wide(x) if float32 else x
+    return x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter, generator=context.generator)
 
 
 def gumbel(shape: tuple[int, ...], context: Context, device: torch.device) -> Tensor:

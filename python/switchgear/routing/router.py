@@ -31,10 +31,11 @@ from switchgear.routing.context import (
     made,
     modules_in,
     scored,
+    wrapped,
 )
 from switchgear.routing.handover import Handover
 from switchgear.routing.interventions import intervene
-from switchgear.routing.ranking import scores_of
+from switchgear.routing.ranking import jittered, scores_of
 from switchgear.routing.scores import Uniform
 from switchgear.routing.selection import TopK
 from switchgear.weights.selected import selection_of
@@ -73,7 +74,9 @@ class Router(FillsBuffers, KeepsFloat32):
             (arXiv:2408.15664). It starts at zero, is in the state dict, and stays float32 when the model is cast.
         num_groups, topk_groups, group_score: device-limited routing; see `route`.
         jitter: in training, multiply the router's input by uniform noise in [1 - jitter, 1 + jitter] (Switch
-            Transformer, arXiv:2101.03961).
+            Transformer, arXiv:2101.03961). A float32 router, or score, does so in float32, as Hugging Face's Switch
+            router. Others draw in the dtype of hidden_states, as Hugging Face's Mixtral and Phi-3.5-MoE: in bfloat16
+            the mean of the noise is below 1 (0.994 for 0.01), since its numbers lie closer below 1 than above.
         float32: compute the logits in float32, whatever the dtype of the model and autocast.
         bias: a learned bias [E] of the logits (gpt-oss).
         score: computes the logits instead of the linear layer (see `Score`); excludes float32 and bias.
@@ -191,10 +194,8 @@ class Router(FillsBuffers, KeepsFloat32):
     def logits(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Tensor:
         """router_logits [T,E] of hidden_states [T,H]."""
         if self.jitter and self.training:
-            noise = torch.empty_like(hidden_states)
-            hidden_states = hidden_states * noise.uniform_(
-                1 - self.jitter, 1 + self.jitter, generator=context.generator
-            )
+            float32 = self.float32 or getattr(self.score, "float32", False)
+            hidden_states = jittered(hidden_states, self.jitter, context, float32)
         if self.score is not None:
             logits: Tensor = self.score(hidden_states, context)
             if logits.shape[-1] != self.num_experts:
@@ -302,9 +303,16 @@ class Router(FillsBuffers, KeepsFloat32):
                 routing = routing._replace(scores=scores_of(routing.router_logits, _score_function(self.selection())))
             routing = self._limited(routing, context)
         if self.training and self.balance:
+            if self._hides_at_random():
+                wanted = wanted._replace(router_logits=router_logits)
             self._count(wanted, context)
             routing = routing._replace(losses=self._losses(wanted._replace(num_dropped=routing.num_dropped), context))
         return routing
+
+    def _hides_at_random(self) -> bool:
+        """Whether a mask hides experts from the choice alone, so that losses are of the logits of all."""
+        masks = (getattr(part, "mask", None) for part in wrapped(self.select))
+        return any(getattr(mask, "hides_at_random", False) for mask in masks)
 
     def _select(self, router_logits: Tensor, context: Context) -> Routing:
         if self.select is None and not self.overrides:

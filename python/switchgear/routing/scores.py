@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
 from switchgear.common.scalars import LoadsScalars
-from switchgear.functional import gate
-from switchgear.reference import check_choice, check_fraction
-from switchgear.routing.context import Context, made
-from switchgear.routing.ranking import sigmoid, wide
+from switchgear.functional import as_number, gate
+from switchgear.reference import check_choice, check_fraction, weight_dtype
+from switchgear.routing.context import Context, check_positive, made
+from switchgear.routing.ranking import is_open, jittered, sigmoid, wide
 
 INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -44,7 +44,8 @@ class Linear(nn.Module):
 
     Args:
         bias: a learned bias [E]. float32: compute in float32, whatever the dtype of model and autocast.
-        jitter: in training the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] (arXiv:2101.03961).
+        jitter: in training the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] (arXiv:2101.03961); in
+            float32 with float32, else in the dtype of x (see Router).
         noise: learned Gaussian noise on the logits in training, randn · softplus(x · noise_weightᵀ) (arXiv:1701.06538).
         normalize: "zscore" normalises the logits of each token to mean 0 and standard deviation lam (Skywork-MoE,
             arXiv:2406.06563, lam = 1).
@@ -85,7 +86,7 @@ class Linear(nn.Module):
             check_choice("normalize", normalize, ("zscore",))
         if isinstance(input_transform, str):
             check_choice("input_transform", input_transform, tuple(INPUT_TRANSFORMS))
-        check_fraction("jitter", jitter)
+        check_fraction("jitter", as_number("jitter", jitter))
         self.hidden_size, self.num_experts = hidden_size, num_experts
         self.float32, self.jitter, self.normalize, self.lam = float32, jitter, normalize, lam
         self.input_transform, self.equal_rows = input_transform, equal_rows
@@ -99,9 +100,10 @@ class Linear(nn.Module):
         """Initialises the weight as torch.nn.Linear does, normal, or orthogonal; noise_weight starts at zero."""
         if self.orthogonal is not None:
             if not self.weight.is_meta:
-                wide = torch.empty(self.weight.shape, device=self.weight.device)  # QR does not support half precision
+                dtype = weight_dtype(self.weight.dtype)  # QR does not support half precision
+                initial = torch.empty(self.weight.shape, device=self.weight.device, dtype=dtype)
                 with torch.no_grad():
-                    self.weight.copy_(nn.init.orthogonal_(wide, self.orthogonal))
+                    self.weight.copy_(nn.init.orthogonal_(initial, self.orthogonal))
         elif self.init_std is not None:
             nn.init.normal_(self.weight, std=self.init_std)
         else:
@@ -122,8 +124,7 @@ class Linear(nn.Module):
         elif self.input_transform is not None:
             x = self.input_transform(x)
         if self.jitter and self.training:
-            noise = torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter, generator=context.generator)
-            x = x * noise
+            x = jittered(x, self.jitter, context, self.float32)
         logits = gate(x, self.weight, self.bias, float32=self.float32)
         if self.noise_weight is not None and self.training:
             deviation = F.softplus(gate(x, self.noise_weight)).to(logits.dtype)
@@ -165,8 +166,7 @@ class Cosine(LoadsScalars):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not tau > 0:
-            raise ValueError(f"tau: expected a positive number, got {tau}")
+        check_positive("tau", tau)
         self.hidden_size, self.num_experts, self.dim = hidden_size, num_experts, dim or max(num_experts // 2, 1)
         self.tau, self.min_tau, self.normalize_input, self.perturb = tau, min_tau, normalize_input, perturb
         self.projection = nn.Parameter(torch.empty(self.dim, hidden_size, device=device, dtype=dtype))
@@ -252,7 +252,7 @@ class SwitchMixture(nn.Module):
 class GatingResidual(nn.Module):
     """router_logits = W x + R z, with the logits z of the layer before: a pathway-aware router (MoE++,
     arXiv:2410.07348). z is the field "previous_logits" [T,E] of the context; without it, as in the first layer, the
-    score is linear.
+    score is linear. Experts that a mask closed there add nothing.
 
         logits = None
         for moe in layers:                              # each with return_routing=True
@@ -289,6 +289,7 @@ class GatingResidual(nn.Module):
             return logits
         if before.shape != logits.shape:
             raise ValueError(f"previous_logits: expected shape {list(logits.shape)}, got {list(before.shape)}")
+        before = before.masked_fill(~is_open(before), 0)
         return logits + gate(before.to(x.dtype), self.residual)
 
 

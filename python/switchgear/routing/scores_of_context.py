@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear.complaints import at_least
 from switchgear.functional import gate
-from switchgear.routing.context import Context, Score, check_at_least, made, sequences
+from switchgear.routing.context import Context, Score, check_positive, made, sequences
 
 
 class FromEmbedding(nn.Module):
@@ -32,7 +33,7 @@ class FromEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_at_least("dim", dim, 1)
+        at_least(1, "dim", dim)
         self.linear = nn.Linear(dim, num_experts, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -105,8 +106,7 @@ class ClusterPrior(nn.Module):
         super().__init__()
         if num_experts not in (None, len(centroids)):
             raise ValueError(f"centroids: expected {num_experts} rows, got {len(centroids)}")
-        if not tau > 0:
-            raise ValueError(f"tau: expected a positive number, got {tau}")
+        check_positive("tau", tau)
         self.register_buffer("centroids", centroids.to(device=device, dtype=dtype, copy=True))
         self.weight, self.tau = weight, tau
 

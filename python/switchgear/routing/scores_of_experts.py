@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
+from switchgear.complaints import at_least
 from switchgear.functional import gate
 from switchgear.reference import check_choice
-from switchgear.routing.context import Context, check_at_least
+from switchgear.routing.context import Context
 from switchgear.routing.scores import init_uniform
 
 
@@ -33,7 +34,7 @@ class ActivationNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_at_least("d_low", d_low, 1)
+        at_least(1, "d_low", d_low)
         self.hidden_size = hidden_size
         self.down = nn.Parameter(torch.empty(num_experts, d_low, hidden_size, device=device, dtype=dtype))
         self.reset_parameters()

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from switchgear.complaints import at_least
 from switchgear.functional import Routing, as_number, route, route_dynamic
-from switchgear.reference import GROUP_SCORES, check_choice
+from switchgear.reference import GROUP_SCORES, check_choice, check_finite
 from switchgear.routing.context import (
     NOTHING_KNOWN,
     Context,
     Select,
-    check_at_least,
+    check_not_negative,
+    check_number,
     check_scope,
+    check_share,
     is_per_sequence,
     sequences,
 )
@@ -44,6 +47,11 @@ from switchgear.routing.ranking import (
 
 def _rows(router_logits: Tensor) -> Tensor:
     return router_logits if router_logits.dim() == 2 else router_logits.reshape(-1, router_logits.shape[-1])
+
+
+def check_weights(score_function: str, scale: float) -> None:
+    check_choice("score_function", score_function, SCORE_FUNCTIONS)
+    check_finite("scale", as_number("scale", scale))
 
 
 def take(
@@ -70,9 +78,10 @@ class TopK:
     group_score: str = "max"
 
     def __post_init__(self) -> None:
-        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        check_weights(self.score_function, self.scale)
         check_choice("group_score", self.group_score, GROUP_SCORES)
-        check_at_least("top_k", self.top_k, 1)
+        for name in ("top_k", "num_groups", "topk_groups"):
+            at_least(1, name, getattr(self, name))
         if self.score_function == "sqrt_softplus" and self.num_groups != 1:
             raise ValueError(f"num_groups: expected 1 for sqrt_softplus, got {self.num_groups}")
 
@@ -99,7 +108,7 @@ class Dense:
     uses_bias: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        check_weights(self.score_function, self.scale)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = _rows(router_logits)
@@ -138,7 +147,7 @@ class RankK:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
+        check_weights(self.score_function, self.scale)
         if not isinstance(self.ranks, Sequence) or not all(hasattr(rank, "__index__") for rank in self.ranks):
             raise TypeError(f"ranks: expected a sequence of integers, got {self.ranks!r}")
         if not self.ranks or min(self.ranks) < 0 or len(set(self.ranks)) < len(self.ranks):
@@ -171,10 +180,10 @@ class TopP:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not as_number("p", self.p) >= 0:
-            raise ValueError(f"p: expected a number of at least 0, got {self.p}")
+        check_not_negative("p", self.p)
+        check_weights("softmax", self.scale)
         if self.max_experts is not None:
-            check_at_least("max_experts", self.max_experts, 1)
+            at_least(1, "max_experts", self.max_experts)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         num_experts = router_logits.shape[-1]
@@ -199,10 +208,11 @@ class Threshold:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
-        check_at_least("min_experts", self.min_experts, 0)
+        check_weights(self.score_function, self.scale)
+        check_number("threshold", self.threshold)
+        at_least(0, "min_experts", self.min_experts)
         if self.max_experts is not None:
-            check_at_least("max_experts", self.max_experts, max(self.min_experts, 1))
+            at_least(max(self.min_experts, 1), "max_experts", self.max_experts)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         num_experts = router_logits.shape[-1]
@@ -225,8 +235,12 @@ class Threshold:
     def calibrate(
         router_logits: Tensor, experts_per_token: float, *, min_experts: int = 1, score_function: str = "softmax"
     ) -> float:
-        """The threshold at which these tokens [T,E] use experts_per_token experts on average."""
+        """The threshold at which these tokens [T,E] use experts_per_token experts on average. Raises ValueError for no
+        tokens, or a number of experts that they cannot use."""
         scores = scores_of(_rows(router_logits.detach()), score_function)
+        check_finite("experts_per_token", as_number("experts_per_token", experts_per_token))
+        if not len(scores):
+            raise ValueError("router_logits: expected at least 1 token, got 0")
         free = scores.sort(-1, descending=True).values[:, min_experts:].flatten().sort(descending=True).values
         wanted = round(scores.shape[0] * (experts_per_token - min_experts))
         if not 0 <= wanted <= free.numel():
@@ -260,8 +274,10 @@ class Grouped:
 
     def __post_init__(self) -> None:
         check_choice("group_score", self.group_score, ("sum", *GROUP_SCORES))
-        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
-        if not 1 <= self.topk_groups <= self.num_groups:
+        check_weights(self.score_function, self.scale)
+        for name in ("top_k", "num_groups", "topk_groups"):
+            at_least(1, name, getattr(self, name))
+        if self.topk_groups > self.num_groups:
             raise ValueError(f"topk_groups: expected 1 to {self.num_groups} (num_groups), got {self.topk_groups}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
@@ -305,9 +321,8 @@ class SkipBelow:
     protect: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("ratio", "protect"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        check_share("ratio", self.ratio)
+        check_share("protect", self.protect)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         routing = self.select(router_logits, context, bias)
@@ -322,9 +337,12 @@ class SkipBelow:
 
     @staticmethod
     def calibrate(routing: Routing) -> float:
-        """The median of second weight / first weight. Raises ValueError for fewer than two experts per token."""
+        """The median of second weight / first weight. Raises ValueError for fewer than two experts per token, and for
+        no tokens."""
         if routing.topk_weights.shape[1] < 2:
             raise ValueError(f"routing: expected at least 2 experts per token, got {routing.topk_weights.shape[1]}")
+        if not len(routing.topk_weights):
+            raise ValueError("routing: expected at least 1 token, got 0")
         best = routing.topk_weights.detach().sort(-1, descending=True).values
         return float((best[:, 1] / best[:, 0]).median())
 
@@ -360,8 +378,8 @@ class Broadcast:
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        if not 0 <= self.max_fraction <= 1:
-            raise ValueError(f"max_fraction: expected a number in [0, 1], got {self.max_fraction}")
+        check_number("entropy_above", self.entropy_above)
+        check_share("max_fraction", self.max_fraction)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         routing = self.select(router_logits, context, bias)

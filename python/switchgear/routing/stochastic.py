@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 from switchgear.autograd import apply
+from switchgear.complaints import at_least
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
-from switchgear.routing.context import NOTHING_KNOWN, Context, check_at_least, sequences
-from switchgear.routing.ranking import SCORE_FUNCTIONS, choose, draw, finite, gumbel, scores_of, uniform
-from switchgear.routing.selection import Dense, take
+from switchgear.routing.context import (
+    NOTHING_KNOWN,
+    Context,
+    check_not_negative,
+    check_positive,
+    check_share,
+    sequences,
+)
+from switchgear.routing.ranking import choose, draw, finite, gumbel, scores_of, uniform
+from switchgear.routing.selection import Dense, check_weights, take
 
 LEVELS = ("token", "sequence", "batch")
 
@@ -43,10 +51,9 @@ class SampledTopK:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_at_least("top_k", self.top_k, 1)
-        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
-        if not 0 <= self.p_sample <= 1:
-            raise ValueError(f"p_sample: expected a number in [0, 1], got {self.p_sample}")
+        at_least(1, "top_k", self.top_k)
+        check_weights(self.score_function, self.scale)
+        check_share("p_sample", self.p_sample)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -76,10 +83,9 @@ class NoisyTopK:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_at_least("top_k", self.top_k, 1)
-        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
-        if not self.noise >= 0:
-            raise ValueError(f"noise: expected a number of at least 0, got {self.noise}")
+        at_least(1, "top_k", self.top_k)
+        check_weights(self.score_function, self.scale)
+        check_not_negative("noise", self.noise)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -132,9 +138,8 @@ class SparseMixer:
     jitter: float = 0.01
 
     def __post_init__(self) -> None:
-        check_at_least("top_k", self.top_k, 1)
-        if not self.jitter >= 0:
-            raise ValueError(f"jitter: expected a number of at least 0, got {self.jitter}")
+        at_least(1, "top_k", self.top_k)
+        check_not_negative("jitter", self.jitter)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -198,10 +203,9 @@ class GumbelSoftmax:
         return 1 if self.hard else None
 
     def __post_init__(self) -> None:
-        check_at_least("samples", self.samples, 0)
+        at_least(0, "samples", self.samples)
         check_choice("level", self.level, LEVELS)
-        if not self.tau > 0:
-            raise ValueError(f"tau: expected a positive number, got {self.tau}")
+        check_positive("tau", self.tau)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -237,7 +241,7 @@ class Random:
     uses_logits = False
 
     def __post_init__(self) -> None:
-        check_at_least("top_k", self.top_k, 1)
+        at_least(1, "top_k", self.top_k)
         check_choice("level", self.level, LEVELS)
         check_choice("evaluation", self.evaluation, ("random", "ensemble"))
 
@@ -258,5 +262,5 @@ class Random:
         else:
             ids = choose(uniform((count, num_experts), context, device), self.top_k)
         ids = ids if index is None else ids[index]
-        weights = torch.full(ids.shape, 1 / self.top_k, device=device)
+        weights = torch.full(ids.shape, 1 / self.top_k, device=device, dtype=torch.float32)
         return Routing(ids, weights, router_logits, num_experts)
