@@ -38,8 +38,8 @@ FIDELITY = {
     "deepseek_v3": Fidelity(
         "model",
         None,
-        f"{PAPER} and of the code in Hugging Face transformers; the loss counts the experts that tokens use, which "
-        f"bias and groups chose, the paper's those of the largest scores: {OURS}",
+        f"{PAPER} and of the code in Hugging Face transformers; the loss counts the experts that tokens use; the "
+        f"paper counts those of the largest scores, whatever bias and groups choose: {OURS}",
     ),
     "dynamic_top_p": Fidelity("selection", 7, f"{PAPER}; its code leaves out an expert that meets p exactly"),
     "expert_choice": Fidelity("selection", 2, PAPER, "capacity_factor; λ and the rounds of the cap"),
