@@ -5,8 +5,10 @@ as formulas."""
 from __future__ import annotations
 
 import copy
+import io
 import math
 import socket
+import threading
 import warnings
 from functools import partial
 from typing import Any
@@ -198,18 +200,27 @@ def controlled() -> switchgear.Router:
 
 def _bias_of(rank: int, port: int, x: Tensor, state: dict[str, Tensor], queue: Any) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    router = controlled()
-    router.load_state_dict(state)
-    router(x[rank], Context(group=dist.group.WORLD))
-    router.after_step()
-    queue.put((rank, router.e_score_correction_bias.tolist(), float(router.balance[1].coefficient.value)))
+    for context in (Context(group=dist.group.WORLD), NOTHING_KNOWN):
+        queue.put(_stepped(x[rank], state, context))
+    dist.barrier()
     dist.destroy_process_group()
 
 
+def _stepped(x: Tensor, state: dict[str, Tensor], context: Context) -> tuple[list[float], float]:
+    router = controlled()
+    router.load_state_dict(state)
+    wrapped = nn.parallel.DistributedDataParallel(router)
+    for sequence in x:
+        wrapped(sequence[None], context).topk_weights.sum().backward()
+    router.after_step()
+    return router.e_score_correction_bias.tolist(), float(router.balance[1].coefficient.value)
+
+
 def test_loss_free_balancing_and_skywork_count_over_processes() -> None:
-    """Two processes with a sequence each update bias and coefficient like one process with both."""
+    """Two processes with two sequences each, one per call, update bias and coefficient like one process with all four:
+    under DistributedDataParallel, which overwrites buffers at each call, with a group and without one."""
     whole = controlled()
-    state, x = copy.deepcopy(whole.state_dict()), torch.randn(2, 1, 30, H)
+    state, x = copy.deepcopy(whole.state_dict()), torch.randn(2, 2, 30, H)
     assert whole(x.flatten(0, 1)).num_dropped > 0
     whole.after_step()
     with socket.socket() as free:
@@ -220,13 +231,33 @@ def test_loss_free_balancing_and_skywork_count_over_processes() -> None:
     processes = [context.Process(target=_bias_of, args=(rank, port, x, state, queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    found = [queue.get() for _ in processes]
+    found = [queue.get() for _ in range(4)]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    for _, bias, coefficient in found:
+    for bias, coefficient in found:
         torch.testing.assert_close(torch.tensor(bias), whole.e_score_correction_bias)
         assert coefficient == pytest.approx(float(whole.balance[1].coefficient.value))
+
+
+def test_a_router_is_copied_and_saved_without_its_process_group() -> None:
+    router = controlled()
+    router(torch.randn(1, 7, H), Context(group=threading.Lock()))  # like a group, it is no object to copy
+    saved = io.BytesIO()
+    torch.save(router, saved)
+    saved.seek(0)
+    for copied in (copy.deepcopy(router), torch.load(saved, weights_only=False)):
+        assert torch.equal(copied.tokens_per_expert, router.tokens_per_expert)
+
+
+def test_counts_follow_a_router_that_is_moved() -> None:
+    router, x = switchgear.Router(H, E, 2, balance=[LossFreeBias(0.1)], device="meta"), torch.randn(7, H)
+    router.to_empty(device="cpu").reset_parameters()
+    counts = count_tokens(router(x).topk_ids, E)
+    assert torch.equal(router.double().tokens_per_expert, counts)
+    router.tokens_per_expert = router.tokens_per_expert.to("meta")  # as after load_state_dict(assign=True)
+    router.after_step()
+    assert torch.equal(router.tokens_per_expert, torch.zeros(E, dtype=torch.int64))
 
 
 # ---- global balance --------------------------------------------------------------------------------------------------

@@ -198,8 +198,8 @@ class MoE(WithLosses):
 
         Raises:
             ValueError: an option out of range, or a layer that cannot grow: distributed, stored or virtual experts,
-                experts of different widths, adapters, a router that is not linear or has a part for E experts only.
-                Nothing is changed.
+                experts of different widths, adapters, a router that is not linear or has a part for E experts only, or
+                a SwitchLoss with accumulate in the middle of a step. Nothing is changed.
         """
         from switchgear.layers.expand import expand
 

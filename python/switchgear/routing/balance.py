@@ -77,9 +77,15 @@ def count_tokens(topk_ids: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add(0, shifted, torch.ones_like(shifted))[1:]
 
 
+def spans_processes(group: Any) -> bool:
+    """Whether counts are summed over processes: those of `group`, or of the default group if it is None and there is
+    one."""
+    return group is not None or (dist.is_available() and dist.is_initialized())
+
+
 def sum_over_processes(counts: Tensor, group: Any) -> Tensor:
-    """counts, summed in place over the processes of `group`, or of the default group if it is None and there is one."""
-    if group is not None or (dist.is_available() and dist.is_initialized()):
+    """counts, summed in place over these processes."""
+    if spans_processes(group):
         dist.all_reduce(counts, group=group)
     return counts
 

@@ -37,7 +37,8 @@ class Context:
         embedding: [T,D], or [B,D] with a row per sequence: a task, domain or instance.
         importance: [T], of tokens to be protected (SkipBelow).
         generator: for all random numbers; torch's default generator if None.
-        group: a torch.distributed process group over which counts are summed.
+        group: a torch.distributed process group over which counts are summed; the default group, if there is one, if
+            None.
         fields: by name, whatever a policy of your own needs: moe(x, fields={"previous_logits": z}).
         isolated: tokens compete only with tokens of their own sequence, whatever the scope of the policy.
         training: set by the router.
@@ -136,7 +137,7 @@ class Balance(Protocol):
     It sees the choice before the capacity limit (what the router wanted), and num_dropped after it.
 
     A controller has, instead or in addition, after_step(tokens_per_expert, router). Router.after_step calls it once per
-    optimizer step with the counts [E] int64 since the last one, summed over Context.group. A controller that updates
+    optimizer step with the counts [E] int64 since the last one, summed over the processes. A controller that updates
     the selection bias (router.e_score_correction_bias) has an attribute needs_selection_bias = True.
     """
 

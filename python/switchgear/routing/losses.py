@@ -97,6 +97,11 @@ class SwitchLoss(nn.Module):
         weighted: Tensor = loss * (coefficient(routing) if isinstance(coefficient, nn.Module) else coefficient)
         return weighted
 
+    @property
+    def has_counts(self) -> bool:
+        """Whether calls since the last step are counted."""
+        return self._counts is not None
+
     def _gather(self, counts: Tensor, probabilities: Tensor, group: Any) -> Tensor:
         """The counts over processes and, with accumulate, over the step. `probabilities` [E], summed over the tokens,
         tell which call a recomputation repeats."""
