@@ -592,3 +592,32 @@ def test_a_balance_of_a_function_and_of_objects_adds_up() -> None:
 def test_masks_given_as_partials_know_the_number_of_experts() -> None:
     moe = switchgear.MoE(H, I, E, select=partial(Masked, TopK(2), partial(ClusterDropout, 2, 0.5)))
     assert moe.gate.select.mask.closed.view(2, 4).sum(1).tolist() == [2, 2]
+
+
+# ---- calls that fail -------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_fails_counts_nothing() -> None:
+    """In the router, a loss, a coefficient, or a selection; whether a loss, the router or an expert raises."""
+    raising, sparsity = SwitchLoss(1.0, "sequence"), partial(AdaptiveSparsity, 2)
+    balance = [SwitchLoss(scope="global", accumulate=True), *controlled().balance, sparsity, raising]
+    moe = switchgear.MoE(H, I, E, select=partial(RunningCap, TopK(2), 1.0), balance=balance)
+    x = torch.randn(2, 7, H)
+
+    def state() -> list[Any]:
+        named = ("tokens_per_expert", "totals", "_counts", "_seen", "losses")
+        found = [(name, getattr(part, name)) for part in moe.modules() for name in named if hasattr(part, name)]
+        return [(name, value.tolist() if isinstance(value, Tensor) else value) for name, value in found]
+
+    for _ in range(2):
+        before = state()
+        for wrong, error in ((x.bfloat16(), TypeError), (x[..., 1:], ValueError), (x.flatten(0, 1), ValueError)):
+            with pytest.raises(error, match=r"^\w+: .*, got"):
+                moe(wrong)
+            assert str(state()) == str(before)
+        moe(x)
+        assert str(state()) != str(before)
+    router = switchgear.Router(H, E, 2, balance=[LossFreeBias(), raising])
+    with pytest.raises(ValueError, match=r"sequence_length: .*, got"):
+        router(x.flatten(0, 1))
+    assert not router.tokens_per_expert.any()

@@ -18,6 +18,7 @@ from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.reference import check_size
 from switchgear.routing.context import context_of
+from switchgear.routing.counting import uncounted_on_failure
 from switchgear.routing.router import Router, RouterOptions
 
 if TYPE_CHECKING:
@@ -162,12 +163,16 @@ class MoE(WithLosses):
 
         Keyword arguments are attributes of Context: token_ids and sequence_ids [...], embedding [..., D], generator, ….
         """
+        if not self.training or torch.compiler.is_compiling():
+            return self._forward(hidden_states, context)
+        with uncounted_on_failure(self.gate):
+            return self._forward(hidden_states, context)
+
+    def _forward(self, hidden_states: Tensor, context: Mapping[str, Any]) -> Tensor | tuple[Tensor, Routing]:
         if context:
             routing: Routing = self.gate(hidden_states, context_of(**context))
         else:
             routing = self.gate(hidden_states)
-        if routing.losses or self.losses:
-            self.losses = routing.losses
         rows = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.scale_input:
             y = scaled_input(self.experts, rows, routing.topk_ids, routing.topk_weights)
@@ -176,6 +181,8 @@ class MoE(WithLosses):
         y = y.reshape(hidden_states.shape)
         if self.shared_experts is not None:
             y = y + self.shared_experts(hidden_states)
+        if routing.losses or self.losses:
+            self.losses = routing.losses
         return (y, routing) if self.return_routing else y
 
     def expand(

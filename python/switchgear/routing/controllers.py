@@ -67,6 +67,7 @@ class AdaptiveCoefficient(KeepsFloat32):
     Buffers: value [] float32, also in a model of another dtype; in the state dict.
     """
 
+    counted = ("_seen",)
     value: Tensor
 
     def __init__(
@@ -128,6 +129,7 @@ class AdaptiveSparsity(KeepsFloat32):
     """
 
     name = "sparsity"
+    counted = ("_seen",)
     value: Tensor
 
     def __init__(
@@ -192,6 +194,7 @@ class RunningCap(KeepsFloat32):
     Buffers: totals [E] float32, also in a model of another dtype; in the state dict.
     """
 
+    counted = ("totals",)
     totals: Tensor
 
     def __init__(self, select: Any, margin: float, num_experts: int) -> None:

@@ -56,6 +56,8 @@ class SwitchLoss(nn.Module):
     Counts are taken before any capacity limit. Even load: α times that mean number, or α with per_choice.
     """
 
+    counted = ("_counts", "_calls")
+
     def __init__(
         self,
         coefficient: float | AdaptiveCoefficient | Callable[[], AdaptiveCoefficient] = 1e-2,

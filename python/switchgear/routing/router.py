@@ -97,6 +97,7 @@ class Router(KeepsFloat32):
     bias: nn.Parameter | None
     e_score_correction_bias: Tensor | None
     tokens_per_expert: Tensor | None
+    counted = ("tokens_per_expert",)
     takes: Handover | None = None  # hidden states of the block before, to choose by: a pre-gate (see pregate)
     hands_on: Handover | None = None  # those of this block, for the next one
 
@@ -311,8 +312,9 @@ class Router(KeepsFloat32):
                 routing = routing._replace(scores=scores_of(routing.router_logits, _score_function(self.selection())))
             routing = self._limited(routing, context)
         if self.training and self.balance:
-            self._count(wanted, context)
-            routing = routing._replace(losses=self._losses(wanted._replace(num_dropped=routing.num_dropped), context))
+            losses = self._losses(wanted._replace(num_dropped=routing.num_dropped), context)
+            routing = routing._replace(losses=losses)
+            self._count(wanted, context)  # last, as a loss may raise
         return routing
 
     def _select(self, router_logits: Tensor, context: Context) -> Routing:
