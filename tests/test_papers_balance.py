@@ -135,6 +135,17 @@ def test_controllers_step_by_the_same_amounts_in_a_model_of_another_dtype(dtype:
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_buffers_stay_float32_when_a_state_of_16_bits_is_assigned(device: str) -> None:
+    state = {name: value.bfloat16() for name, value in controlled().state_dict().items()}
+    router = controlled().to(device)
+    router.load_state_dict(state, assign=True)
+    assert router.weight.dtype is torch.bfloat16
+    for name, buffer in router.named_buffers():
+        assert buffer.dtype is torch.float32
+        assert torch.equal(buffer, state[name].float()), name
+
+
 def test_buffers_that_stay_float32_follow_a_model_to_another_device() -> None:
     router = controlled().bfloat16()
     assert router.to("meta", torch.float16).e_score_correction_bias.is_meta
