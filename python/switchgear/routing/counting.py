@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,24 +13,30 @@ from torch import Tensor, nn
 
 @contextmanager
 def uncounted_on_failure(router: nn.Module) -> Iterator[None]:
-    """If the block raises, nothing in the router has counted its call: what parts name in `counted` is as before."""
-    parts = [part for part in router.modules() if hasattr(part, "counted")]
-    before = [(part, {name: _copied(getattr(part, name)) for name in part.counted}) for part in parts]
+    """If the block raises, the router has not counted its calls."""
+    restore = kept_counts(router)
     try:
         yield
     except BaseException:
-        for part, values in before:
-            for name, value in values.items():
-                _restore(part, name, value)
+        restore()
         raise
+
+
+def kept_counts(router: nn.Module) -> Callable[[], None]:
+    """A function that puts back what parts of the router, itself among them, have counted by now: what they name in
+    `counted`."""
+    parts = [part for part in router.modules() if hasattr(part, "counted")]
+    before = [(part, name, _copied(getattr(part, name))) for part in parts for name in part.counted]
+
+    def restore() -> None:
+        for part, name, value in before:
+            if name in part._buffers:
+                getattr(part, name).copy_(value)
+            else:
+                setattr(part, name, value)
+
+    return restore
 
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else copy.copy(value)
-
-
-def _restore(part: nn.Module, name: str, value: Any) -> None:
-    if name in part._buffers:
-        getattr(part, name).copy_(value)
-    else:
-        setattr(part, name, value)
