@@ -36,7 +36,8 @@ class Context:
         sequence_length: for consecutive sequences of equal length; sequence_ids take precedence.
         embedding: [T,D], or [B,D] with a row per sequence: a task, domain or instance.
         importance: [T], of tokens to be protected (SkipBelow).
-        generator: for all random numbers; torch's default generator if None.
+        generator: for all random numbers; torch's default generator if None. Activation checkpointing repeats draws of
+            the default generator alone, so a layer that draws from another one raises ValueError there.
         group: a torch.distributed process group over which counts are summed; the default group, if there is one, if
             None.
         fields: by name, whatever a policy of your own needs: moe(x, fields={"previous_logits": z}).
@@ -66,6 +67,15 @@ class Context:
                 raise TypeError(f"{name}: expected Tensor, got {type(value).__name__}")
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator: expected torch.Generator, got {type(self.generator).__name__}")
+
+    def source(self) -> torch.Generator | None:
+        """The generator, to draw from. Raises ValueError where other numbers would come than in the forward."""
+        if self.generator is not None and is_recomputing():
+            raise ValueError(
+                "generator: expected None under activation checkpointing, which restores the state of torch's default "
+                "generator alone, got another one"
+            )
+        return self.generator
 
     def require(self, name: str, user: str) -> Any:
         """The attribute or field `name`. Raises ValueError, naming it and its user, if it is None."""

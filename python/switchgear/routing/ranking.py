@@ -109,7 +109,7 @@ def trim(routing: Routing) -> Routing:
 
 def uniform(shape: tuple[int, ...], context: Context, device: torch.device) -> Tensor:
     """Float32 random numbers in [0, 1)."""
-    return torch.rand(shape, generator=context.generator, device=device)
+    return torch.rand(shape, generator=context.source(), device=device)
 
 
 def gumbel(shape: tuple[int, ...], context: Context, device: torch.device) -> Tensor:

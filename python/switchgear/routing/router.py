@@ -202,9 +202,7 @@ class Router(KeepsFloat32):
         """router_logits [T,E] of hidden_states [T,H]."""
         if self.jitter and self.training:
             noise = torch.empty_like(hidden_states)
-            hidden_states = hidden_states * noise.uniform_(
-                1 - self.jitter, 1 + self.jitter, generator=context.generator
-            )
+            hidden_states = hidden_states * noise.uniform_(1 - self.jitter, 1 + self.jitter, generator=context.source())
         if self.score is not None:
             logits: Tensor = self.score(hidden_states, context)
             if logits.shape[-1] != self.num_experts:

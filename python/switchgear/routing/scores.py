@@ -122,12 +122,12 @@ class Linear(nn.Module):
         elif self.input_transform is not None:
             x = self.input_transform(x)
         if self.jitter and self.training:
-            noise = torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter, generator=context.generator)
+            noise = torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter, generator=context.source())
             x = x * noise
         logits = gate(x, self.weight, self.bias, float32=self.float32)
         if self.noise_weight is not None and self.training:
             deviation = F.softplus(gate(x, self.noise_weight)).to(logits.dtype)
-            logits = logits + deviation * torch.empty_like(logits).normal_(generator=context.generator)
+            logits = logits + deviation * torch.empty_like(logits).normal_(generator=context.source())
         return logits if self.normalize is None else zscore(logits, self.lam)
 
     def extra_repr(self) -> str:
