@@ -31,7 +31,7 @@ class KeepsFloat32(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         before = self._float32_buffers()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         for name in before:
             self._buffers[name] = self._buffers[name].float()  # type: ignore[union-attr]
 

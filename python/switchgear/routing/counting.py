@@ -25,7 +25,7 @@ def uncounted_on_failure(router: nn.Module) -> Iterator[None]:
 def kept_counts(router: nn.Module) -> Callable[[], None]:
     """A function that puts back what parts of the router, itself among them, have counted by now: what they name in
     `counted`."""
-    parts = [part for part in router.modules() if hasattr(part, "counted")]
+    parts: list[Any] = [part for part in router.modules() if hasattr(part, "counted")]
     before = [(part, name, _copied(getattr(part, name))) for part in parts for name in part.counted]
 
     def restore() -> None:
