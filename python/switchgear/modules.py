@@ -163,7 +163,8 @@ class MoE(WithLosses):
 
         Keyword arguments are attributes of Context: token_ids and sequence_ids [...], embedding [..., D], generator, ….
         """
-        if not self.training or torch.compiler.is_compiling():
+        may_count = self.training and isinstance(self.gate, Router) and not self.gate._is_plain()
+        if not may_count or torch.compiler.is_compiling():
             return self._forward(hidden_states, context)
         with uncounted_on_failure(self.gate):
             return self._forward(hidden_states, context)
