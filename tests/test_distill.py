@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import distill
-from switchgear.routing import SkipBelow, TopK
+from switchgear.routing import LossFreeBias, SkipBelow, TopK
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -102,6 +102,19 @@ def test_row51_a_step_changes_the_router_only() -> None:
         assert torch.equal(tensor, before[name]) == (".gate." not in name), name
     assert [parameter.requires_grad for parameter in teacher.parameters()] == flags
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_row51_gradients_and_counts_of_the_teacher_stay() -> None:
+    teacher = nn.Sequential(switchgear.MoE(8, 6, 4, 2, balance=[LossFreeBias()]), nn.Linear(8, 5))
+    x, optimizer = torch.randn(64, 8), torch.optim.SGD(distill.router_parameters(teacher), 0.5)
+    teacher(x).sum().backward()
+    grads = [parameter.grad.clone() for parameter in teacher.parameters()]
+    counts = teacher[0].gate.tokens_per_expert.tolist()
+    distill.student_aware_router(teacher, torch.randn(64, 5), optimizer, x)
+    distill.knowledge_augment(teacher, x)
+    for parameter, grad in zip(teacher.parameters(), grads, strict=True):
+        assert torch.equal(parameter.grad, grad)
+    assert teacher[0].gate.tokens_per_expert.tolist() == counts
 
 
 def test_row51_balance_of_the_routers() -> None:

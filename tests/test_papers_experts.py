@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import diagnostics, finetune
-from switchgear.routing import ExpertChoice, Gaussian, LossFreeBias, anchor_loss, output_regularization
+from switchgear.routing import ExpertChoice, Gaussian, LossFreeBias, SwitchLoss, anchor_loss, output_regularization
 from switchgear.routing.balance import router_probabilities
 
 
@@ -173,12 +173,28 @@ def test_row60_nothing_grows_on_failure(options: Any, arguments: Any, message: s
     assert [(name, id(p), p.shape) for name, p in moe.named_parameters()] == before
 
 
+def test_row60_nothing_grows_within_a_step_that_a_loss_counts() -> None:
+    moe = make_moe(balance=[SwitchLoss(scope="global", accumulate=True)])
+    moe(data(0))
+    with pytest.raises(ValueError, match=r"gate: expected .*after_step.*, got"):
+        moe.expand(1)
+    assert moe.gate.num_experts == len(moe.gate.weight) == 4
+    switchgear.after_step(moe)
+    moe.expand(1)
+    moe(data(0))
+    assert moe.gate.balance[0].has_counts
+
+
 def test_row60_controllers_and_other_selections() -> None:
     moe = make_moe(balance=[LossFreeBias()])
-    moe.expand(2)
+    moe.expand(2, freeze_old=False)
     moe(data(0))
     switchgear.after_step(moe)
     assert moe.gate.e_score_correction_bias.shape == moe.gate.tokens_per_expert.shape == (6,)
+    moe(data(0))
+    counts = moe.gate.tokens_per_expert.tolist()
+    moe.expand(1, freeze_old=False)
+    assert moe.gate.tokens_per_expert.tolist() == [*counts, 0]
     torch.manual_seed(0)
     choice = switchgear.MoE(16, 8, 4, select=ExpertChoice(2.0))
     choice.expand(2)

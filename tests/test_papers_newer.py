@@ -272,8 +272,11 @@ def test_a_preset_of_several_layers_says_what_to_call() -> None:
 
 def test_gating_residual_without_a_layer_before_is_linear() -> None:
     router, x = Router(H, E, 2, score=GatingResidual), torch.randn(4, H)
-    torch.testing.assert_close(router(x).router_logits, x @ router.score.weight.T)
+    logits = router(x).router_logits
+    torch.testing.assert_close(logits, x @ router.score.weight.T)
     assert not router.score.residual.any()
+    logits.sum().backward()  # a parameter without gradient would stop DistributedDataParallel
+    assert torch.equal(router.score.residual.grad, torch.zeros(E, E))
 
 
 def test_gating_residual_leaves_experts_out_that_a_mask_closed() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import switchgear
 from switchgear import routing
@@ -231,6 +232,26 @@ def test_a_generator_decides_all_draws(name: str) -> None:
         results.append(copy.deepcopy(SELECTIONS[name])(logits, context_of(seed=seed)))
     assert torch.equal(results[0].topk_ids, results[1].topk_ids)
     assert torch.equal(results[0].topk_weights, results[1].topk_weights)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"select": routing.SampledTopK(2, 1.0)},
+        {"select": routing.Random()},
+        {"top_k": 2, "jitter": 0.1},
+        {"top_k": 2, "score": partial(routing.Linear, noise=True)},
+    ],
+)
+def test_a_draw_that_checkpointing_cannot_repeat_is_refused(options: Any) -> None:
+    """Draws from torch's default generator are repeated, and a router that draws nothing may get a generator."""
+    x, generator = torch.randn(6, 16, requires_grad=True), torch.Generator()
+    moe, plain = switchgear.MoE(16, 12, 8, **options), switchgear.MoE(16, 12, 8, 2)
+    checkpoint(moe, x, use_reentrant=False).sum().backward()
+    checkpoint(partial(plain, generator=generator), x, use_reentrant=False).sum().backward()
+    y = checkpoint(partial(moe, generator=generator), x, use_reentrant=False)
+    with pytest.raises(ValueError, match=r"generator: expected None .*, got"):
+        y.sum().backward()
 
 
 @selections

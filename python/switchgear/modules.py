@@ -166,8 +166,6 @@ class MoE(WithLosses):
             routing: Routing = self.gate(hidden_states, context_of(**context))
         else:
             routing = self.gate(hidden_states)
-        if routing.losses or self.losses:
-            self.losses = routing.losses
         rows = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.scale_input:
             y = scaled_input(self.experts, rows, routing.topk_ids, routing.topk_weights)
@@ -176,6 +174,8 @@ class MoE(WithLosses):
         y = y.reshape(hidden_states.shape)
         if self.shared_experts is not None:
             y = y + self.shared_experts(hidden_states)
+        if routing.losses or self.losses:
+            self.losses = routing.losses
         return (y, routing) if self.return_routing else y
 
     def expand(
@@ -198,8 +198,8 @@ class MoE(WithLosses):
 
         Raises:
             ValueError: an option out of range, or a layer that cannot grow: distributed, stored or virtual experts,
-                experts of different widths, adapters, a router that is not linear or has a part for E experts only.
-                Nothing is changed.
+                experts of different widths, adapters, a router that is not linear or has a part for E experts only, or
+                a SwitchLoss with accumulate in the middle of a step. Nothing is changed.
         """
         from switchgear.layers.expand import expand
 

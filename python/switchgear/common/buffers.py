@@ -14,19 +14,29 @@ _META = torch.device("meta")
 
 
 class KeepsFloat32(nn.Module):
-    """A module whose own float32 buffers keep their dtype and values in .half(), .double(), .to(dtype) and the like.
+    """A module whose own float32 buffers keep their dtype and values in .half(), .double(), .to(dtype) and the like,
+    and their dtype in load_state_dict(assign=True).
 
     16 bits would round away the small steps of a sum. Other conversions, as of devices, are as usual.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = {name: b for name, b in self._buffers.items() if b is not None and b.dtype is torch.float32}
+        before = self._float32_buffers()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             after = self._buffers[name]
             if after is not None and after.dtype is not torch.float32:
                 self._buffers[name] = buffer.to(after.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = self._float32_buffers()
+        super()._load_from_state_dict(*args, **kwargs)
+        for name in before:
+            self._buffers[name] = self._buffers[name].float()  # type: ignore[union-attr]
+
+    def _float32_buffers(self) -> dict[str, Tensor]:
+        return {name: b for name, b in self._buffers.items() if b is not None and b.dtype is torch.float32}
 
 
 class FillsBuffers(nn.Module):

@@ -18,6 +18,7 @@ from switchgear.reference import check_size
 from switchgear.routing.auxiliary import kl_divergence, mean_of_tokens, without_padding
 from switchgear.routing.balance import load_balancing_loss
 from switchgear.routing.context import Select, most_experts, scored
+from switchgear.routing.counting import kept_counts
 from switchgear.routing.interventions import override
 from switchgear.routing.ranking import choose
 from switchgear.routing.router import Router
@@ -63,7 +64,7 @@ def knowledge_augment(
     def sampled(router: Router, options: dict[str, Any]) -> Select:
         return SampledTopK(max(router.num_experts - 1, 1), p_sample, **options)
 
-    with torch.no_grad(), _selecting(teacher, sampled):
+    with torch.no_grad(), _uncounted(teacher), _selecting(teacher, sampled):
         return [_logits(teacher(*inputs, **keywords)) for _ in range(samples)]
 
 
@@ -77,7 +78,8 @@ def student_aware_router(
     **keywords: Any,
 ) -> Tensor:
     """One step of the teacher's routers on reverse_kl(student, teacher) + beta · load_balancing_loss, then the
-    teacher's logits with all experts under the new routers, without gradients (student-aware router).
+    teacher's logits with all experts under the new routers, without gradients (student-aware router). Gradients that
+    the parameters had, and what controllers have counted, stay.
 
     Args:
         teacher: called as in knowledge_augment. Its other parameters get no gradients.
@@ -96,6 +98,7 @@ def student_aware_router(
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
+        stack.enter_context(_uncounted(teacher))
         for router in _routers(teacher).values():
             stack.callback(router.register_forward_hook(lambda r, _, routing: seen.append((r, routing))).remove)
         stack.enter_context(all_experts(teacher))
@@ -105,10 +108,9 @@ def student_aware_router(
                 loss = loss + beta * torch.stack([_balance(*pair) for pair in seen]).mean()
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, grad in zip(parameters, grads, strict=True):
+            stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = grad
         optimizer.step()
-        for parameter in parameters:
-            parameter.grad = None
         with torch.no_grad():
             return _logits(teacher(*inputs, **keywords))
 
@@ -124,6 +126,15 @@ def _routers(teacher: nn.Module) -> dict[str, Router]:
     if not routers:
         raise ValueError("teacher: expected one with switchgear's routers, got none")
     return routers
+
+
+@contextmanager
+def _uncounted(teacher: nn.Module) -> Iterator[None]:
+    """Routers count nothing inside the block: its choices are not theirs."""
+    with ExitStack() as stack:
+        for router in _routers(teacher).values():
+            stack.callback(kept_counts(router))
+        yield
 
 
 @contextmanager

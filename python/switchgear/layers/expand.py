@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from switchgear.experts import Experts
 from switchgear.functional import as_number
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.context import modules_in
+from switchgear.routing.losses import SwitchLoss
 from switchgear.routing.router import Router
 from switchgear.weights import advise_huge_pages, stored_of
 from switchgear.weights.selected import select, selection_of
 
-_OWN = {"weight", "bias", "e_score_correction_bias", "tokens_per_expert"}  # tensors of a linear router
+_OWN = {"weight", "bias", "e_score_correction_bias"}  # tensors of a linear router
 
 
 class Grown(NamedTuple):
@@ -92,6 +94,8 @@ def _parts(moe: Any, count: int) -> tuple[Experts, Router]:
             for tensor in (*module.parameters(), *module.buffers())
         ):
             raise ValueError(f"gate: expected no part for {gate.num_experts} experts only, got {type(part).__name__}")
+        if isinstance(part, SwitchLoss) and part.has_counts:
+            raise ValueError("gate: expected switchgear.after_step(model) first, got counts of a step in SwitchLoss")
     if (experts.num_experts + count) % gate.num_groups:
         total = experts.num_experts + count
         raise ValueError(f"n_new: expected a multiple of {gate.num_groups} groups of experts in all, got {total}")
@@ -120,14 +124,10 @@ def _fresh(module: Experts | Router, count: int) -> Experts | Router:
     """A module of `count` experts, initialised like `module`."""
     like: Tensor = next(module.parameters())
     if isinstance(module, Router):
-        made: Experts | Router = Router(
+        return Router(
             module.hidden_size, count, 1, bias=module.bias is not None,
             selection_bias=module.e_score_correction_bias is not None, device=like.device, dtype=like.dtype,
         )  # fmt: skip
-        if module.tokens_per_expert is not None:
-            counts = torch.zeros(count, dtype=torch.int64, device=like.device)
-            made.register_buffer("tokens_per_expert", counts, persistent=False)
-        return made
     return Experts(
         module.hidden_size, module.intermediate_size, count, activation=module.activation, gated=module.gated,
         bias=module.down_proj_bias is not None, interleaved=module.interleaved, transposed=module.transposed,
@@ -150,6 +150,8 @@ def _grow(
             else:
                 module._buffers[name] = tensor
     experts.num_experts = gate.num_experts = len(next(experts.parameters()))
+    if gate.tokens_per_expert is not None:
+        gate.tokens_per_expert = pad(gate.tokens_per_expert, (0, gate.num_experts - old))
     if not freeze_old:
         return [parameter for module, _ in grown for parameter in module._parameters.values() if parameter is not None]
     new_experts = torch.arange(old, experts.num_experts, dtype=torch.int32)

@@ -9,9 +9,11 @@ with coefficients. T tokens, E experts, K choices per token.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from switchgear.arrays import accepts_arrays
 from switchgear.functional import Routing
@@ -73,6 +75,19 @@ def count_tokens(topk_ids: Tensor, num_experts: int) -> Tensor:
     shifted = topk_ids.flatten().long() + 1  # holes are counted at index 0
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids.device)
     return counts.scatter_add(0, shifted, torch.ones_like(shifted))[1:]
+
+
+def spans_processes(group: Any) -> bool:
+    """Whether counts are summed over processes: those of `group`, or of the default group if it is None and there is
+    one."""
+    return group is not None or (dist.is_available() and dist.is_initialized())
+
+
+def sum_over_processes(counts: Tensor, group: Any) -> Tensor:
+    """counts, summed in place over these processes."""
+    if spans_processes(group):
+        dist.all_reduce(counts, group=group)
+    return counts
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:

@@ -38,8 +38,10 @@ class Context:
         sequence_length: for consecutive sequences of equal length; sequence_ids take precedence.
         embedding: [T,D], or [B,D] with a row per sequence: a task, domain or instance.
         importance: [T], of tokens to be protected (SkipBelow).
-        generator: for all random numbers; torch's default generator if None.
-        group: a torch.distributed process group over which counts are summed.
+        generator: for all random numbers; torch's default generator if None. Activation checkpointing repeats draws of
+            the default generator alone, so a layer that draws from another one raises ValueError there.
+        group: a torch.distributed process group over which counts are summed; the default group, if there is one, if
+            None.
         fields: by name, whatever a policy of your own needs: moe(x, fields={"previous_logits": z}).
         isolated: tokens compete only with tokens of their own sequence, whatever the scope of the policy.
         training: set by the router.
@@ -67,6 +69,15 @@ class Context:
                 check_tensor(name, value)
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator: expected torch.Generator, got {type(self.generator).__name__}")
+
+    def source(self) -> torch.Generator | None:
+        """The generator, to draw from. Raises ValueError where other numbers would come than in the forward."""
+        if self.generator is not None and is_recomputing():
+            raise ValueError(
+                "generator: expected None under activation checkpointing, which restores the state of torch's default "
+                "generator alone, got another one"
+            )
+        return self.generator
 
     def require(self, name: str, user: str) -> Any:
         """The attribute or field `name`. Raises ValueError, naming it and its user, if it is None."""
@@ -138,7 +149,7 @@ class Balance(Protocol):
     It sees the choice before the capacity limit (what the router wanted), and num_dropped after it.
 
     A controller has, instead or in addition, after_step(tokens_per_expert, router). Router.after_step calls it once per
-    optimizer step with the counts [E] int64 since the last one, summed over Context.group. A controller that updates
+    optimizer step with the counts [E] int64 since the last one, summed over the processes. A controller that updates
     the selection bias (router.e_score_correction_bias) has an attribute needs_selection_bias = True.
     """
 

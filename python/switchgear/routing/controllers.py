@@ -8,16 +8,23 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from switchgear.common.buffers import KeepsFloat32
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite
-from switchgear.routing.balance import count_tokens
+from switchgear.routing.balance import count_tokens, spans_processes, sum_over_processes
 from switchgear.routing.context import Context, check_not_negative, check_share, is_recomputing, made
 from switchgear.routing.ranking import finite
 
 RULES = ("sign", "proportional")
+
+
+def _over_processes(seen: Tensor | None, router: nn.Module, device: torch.device) -> Tensor | None:
+    """The two counts of a step, summed as Router.after_step sums its own; None if there was no call."""
+    group = getattr(router, "_group", None)
+    if seen is None and spans_processes(group):  # others wait for those of this process
+        seen = torch.zeros(2, dtype=torch.int64, device=device)
+    return None if seen is None else sum_over_processes(seen, group)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class AdaptiveCoefficient(KeepsFloat32):
     Buffers: value [] float32, also in a model of another dtype; in the state dict.
     """
 
+    counted = ("_seen",)
     value: Tensor
 
     def __init__(
@@ -89,12 +97,8 @@ class AdaptiveCoefficient(KeepsFloat32):
         return self.value
 
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
-        """One step of the rule, with the drops since the last one, over all processes in the group of the router's last
-        Context."""
-        seen, group = self._seen, getattr(router, "_group", None)
-        if group is not None:
-            seen = torch.zeros(2, dtype=torch.int64, device=self.value.device) if seen is None else seen
-            dist.all_reduce(seen, group=group)
+        """One step of the rule, with the drops since the last one, over all processes."""
+        seen = _over_processes(self._seen, router, self.value.device)
         if seen is not None:
             self.update(seen[0] / seen[1].clamp(min=1))
         self._seen = None
@@ -124,6 +128,7 @@ class AdaptiveSparsity(KeepsFloat32):
     """
 
     name = "sparsity"
+    counted = ("_seen",)
     value: Tensor
 
     def __init__(
@@ -160,11 +165,8 @@ class AdaptiveSparsity(KeepsFloat32):
 
     @torch.no_grad()
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
-        """One step of the rule, over all processes in the group of the router's last Context."""
-        seen, group = self._seen, getattr(router, "_group", None)
-        if group is not None:
-            seen = torch.zeros(2, dtype=torch.int64, device=self.value.device) if seen is None else seen
-            dist.all_reduce(seen, group=group)
+        """One step of the rule, over all processes."""
+        seen = _over_processes(self._seen, router, self.value.device)
         if seen is not None:
             pairs = seen[1].clamp(min=1) * self.num_experts
             too_dense = seen[0] / pairs - self.top_k / self.num_experts  # (1 - K/E) - S
@@ -191,6 +193,7 @@ class RunningCap(KeepsFloat32):
     Buffers: totals [E] float32, also in a model of another dtype; in the state dict.
     """
 
+    counted = ("totals",)
     totals: Tensor
 
     def __init__(self, select: Any, margin: float, num_experts: int) -> None:

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from switchgear.common.buffers import FillsBuffers, KeepsFloat32
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite, check_range, check_size
 from switchgear.routing import balance
-from switchgear.routing.balance import count_tokens, router_probabilities
+from switchgear.routing.balance import count_tokens, router_probabilities, sum_over_processes
 from switchgear.routing.context import Context, check_positive, groups_of, is_recomputing, made, sequences
 from switchgear.routing.ranking import is_open, wide
 
@@ -57,6 +56,8 @@ class SwitchLoss(nn.Module):
     Counts are taken before any capacity limit. Even load: α times that mean number, or α with per_choice.
     """
 
+    counted = ("_counts", "_calls")
+
     def __init__(
         self,
         coefficient: float | AdaptiveCoefficient | Callable[[], AdaptiveCoefficient] = 1e-2,
@@ -79,6 +80,7 @@ class SwitchLoss(nn.Module):
         self.scope, self.accumulate, self.per_choice = scope, accumulate, per_choice
         self.score_function, self.num_null, self.name = score_function, num_null, name
         self._counts: Tensor | None = None  # [E+1]: tokens per expert, then tokens; since the last step
+        self._calls: list[tuple[Tensor, Tensor]] = []  # in this step: the sum of the probabilities, and _counts
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         probabilities = router_probabilities(routing, self.score_function)
@@ -90,26 +92,44 @@ class SwitchLoss(nn.Module):
             counts = count_tokens(routing.topk_ids, routing.num_experts)
             counts = torch.cat((counts, counts.new_full((1,), num_tokens)))
             if self.scope == "global":
-                counts = self._gather(counts, context.group)
+                counts = self._gather(counts, probabilities, context.group)
             of = counts[:-1].sum() if self.per_choice else counts[-1]
             loss = balance.null_aware_switch_loss(probabilities, counts[:-1], of, self.num_null)
         coefficient: Any = self.coefficient
         weighted: Tensor = loss * (coefficient(routing) if isinstance(coefficient, nn.Module) else coefficient)
         return weighted
 
-    def _gather(self, counts: Tensor, group: Any) -> Tensor:
+    @property
+    def has_counts(self) -> bool:
+        """Whether calls since the last step are counted."""
+        return self._counts is not None
+
+    def _gather(self, counts: Tensor, probabilities: Tensor, group: Any) -> Tensor:
+        """The counts over processes and, with accumulate, over the step. The probabilities [T,E], summed over the
+        tokens, tell which call a recomputation repeats."""
         if self._counts is not None and is_recomputing():
-            return self._counts  # which have this call's
-        if group is not None or (dist.is_available() and dist.is_initialized()):
-            dist.all_reduce(counts, group=group)
+            return self._repeated(probabilities.detach().sum(0))
+        counts = sum_over_processes(counts, group)
         if self.accumulate:
             counts = counts if self._counts is None else counts + self._counts
             self._counts = counts
+            if not torch.compiler.is_compiling():  # whose graphs would depend on the number of calls
+                self._calls.append((probabilities.detach().sum(0), counts))
         return counts
+
+    def _repeated(self, probabilities: Tensor) -> Tensor:
+        """The counts that the repeated call saw: later micro-batches may have been counted since. Its probabilities are
+        the nearest ones, as a recomputation may round differently."""
+        if not self._calls:
+            assert self._counts is not None
+            return self._counts
+        sums, counts = (torch.stack(part) for part in zip(*self._calls, strict=True))
+        nearest = (sums - probabilities).abs().sum(1).argmin(keepdim=True)
+        return counts.index_select(0, nearest)[0]  # unlike an index, not read by the host
 
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
         """Resets the counts of the step."""
-        self._counts = None
+        self._counts, self._calls = None, []
         coefficient: Any = self.coefficient
         if isinstance(coefficient, nn.Module):
             coefficient.after_step(tokens_per_expert, router)  # type: ignore[operator]

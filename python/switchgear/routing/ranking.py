@@ -114,13 +114,13 @@ def trim(routing: Routing) -> Routing:
 
 def uniform(shape: tuple[int, ...], context: Context, device: torch.device) -> Tensor:
     """Float32 random numbers in [0, 1)."""
-    return torch.rand(shape, generator=context.generator, device=device, dtype=torch.float32)
+    return torch.rand(shape, generator=context.source(), device=device, dtype=torch.float32)
 
 
 def jittered(x: Tensor, jitter: float, context: Context, float32: bool) -> Tensor:
     """x times uniform noise in [1 - jitter, 1 + jitter], both in float32 if `float32`, else in the dtype of x."""
     x = wide(x) if float32 else x
-    return x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter, generator=context.generator)
+    return x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter, generator=context.source())
 
 
 def gumbel(shape: tuple[int, ...], context: Context, device: torch.device) -> Tensor:

@@ -7,16 +7,17 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.buffers import FillsBuffers, KeepsFloat32
+from switchgear.common.buffers import KeepsFloat32
 from switchgear.complaints import check_float_dtype, complain_about_rows
 from switchgear.functional import Routing, as_number, gate, gate_route, route
 from switchgear.reference import check_choice, check_finite, check_fraction, check_size
-from switchgear.routing.balance import count_tokens
+from switchgear.routing.balance import count_tokens, sum_over_processes
 from switchgear.routing.change import Change, PerExpert
 from switchgear.routing.context import (
     NOTHING_KNOWN,
@@ -59,7 +60,7 @@ class RouterOptions(TypedDict, total=False):
     isolation: str
 
 
-class Router(FillsBuffers, KeepsFloat32):
+class Router(KeepsFloat32):
     """Linear router: router_logits = x · weightᵀ, then `route`. Returns the Routing, so forward hooks see all of it.
 
         router = Router(2048, 64, 8, normalize=True)
@@ -99,6 +100,7 @@ class Router(FillsBuffers, KeepsFloat32):
     bias: nn.Parameter | None
     e_score_correction_bias: Tensor | None
     tokens_per_expert: Tensor | None
+    counted = ("tokens_per_expert",)
     takes: Handover | None = None  # hidden states of the block before, to choose by: a pre-gate (see pregate)
     hands_on: Handover | None = None  # those of this block, for the next one
 
@@ -170,8 +172,9 @@ class Router(FillsBuffers, KeepsFloat32):
         self.register_buffer("e_score_correction_bias", correction)
         inside = [module for part in modules_in(self.select) for module in part.modules()]
         self._controllers = [part for part in (*self.balance, *inside) if hasattr(part, "after_step")]
-        counts = torch.zeros(num_experts, device=device, dtype=torch.int64) if self._controllers else None
-        self.register_buffer("tokens_per_expert", counts, persistent=False)
+        # of this step; no buffer, which DistributedDataParallel would overwrite with that of rank 0
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=device) if self._controllers else None
+        self.tokens_per_expert = counts
         self._group: Any = None
         self.reset_parameters()
 
@@ -182,14 +185,21 @@ class Router(FillsBuffers, KeepsFloat32):
             nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-        for buffer in (self.e_score_correction_bias, self.tokens_per_expert):
-            if buffer is not None:
-                nn.init.zeros_(buffer)
+        for counts in (self.e_score_correction_bias, self.tokens_per_expert):
+            if counts is not None:
+                nn.init.zeros_(counts)
 
-    def fill_buffers(self, device: torch.device) -> None:
-        """Zero counts."""
-        if self.tokens_per_expert is not None:
-            self.tokens_per_expert = torch.zeros(self.num_experts, device=device, dtype=torch.int64)
+    def _counts_on(self, device: torch.device) -> Tensor:
+        """tokens_per_expert, which follow the router to its device."""
+        counts = self.tokens_per_expert
+        assert counts is not None
+        if counts.device != device and device.type != "meta":
+            counts = torch.zeros_like(counts, device=device) if counts.is_meta else counts.to(device)
+            self.tokens_per_expert = counts
+        return counts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": None}  # of this process, and of the last call
 
     def logits(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Tensor:
         """router_logits [T,E] of hidden_states [T,H]."""
@@ -305,8 +315,9 @@ class Router(FillsBuffers, KeepsFloat32):
         if self.training and self.balance:
             if self._hides_at_random():
                 wanted = wanted._replace(router_logits=router_logits)
-            self._count(wanted, context)
-            routing = routing._replace(losses=self._losses(wanted._replace(num_dropped=routing.num_dropped), context))
+            losses = self._losses(wanted._replace(num_dropped=routing.num_dropped), context)
+            routing = routing._replace(losses=losses)
+            self._count(wanted, context)  # last, as a loss may raise
         return routing
 
     def _hides_at_random(self) -> bool:
@@ -356,21 +367,19 @@ class Router(FillsBuffers, KeepsFloat32):
     def _count(self, routing: Routing, context: Context) -> None:
         if self.tokens_per_expert is not None and not is_recomputing():
             self._group = context.group
-            self.fill_on(routing.topk_ids.device)
-            self.tokens_per_expert += count_tokens(routing.topk_ids, self.num_experts)
+            self._counts_on(routing.topk_ids.device).add_(count_tokens(routing.topk_ids, self.num_experts))
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Call once per optimizer step. Passes the controllers the counts since the last call, summed over the process
-        group of the last Context. Does nothing without controllers."""
+        group of the last Context, or over the default group if there is one. Does nothing without controllers."""
         if self.tokens_per_expert is None:
             return
-        counts = self.tokens_per_expert.clone()
-        if self._group is not None:
-            torch.distributed.all_reduce(counts, group=self._group)
+        counts = self._counts_on(next(chain(self.buffers(), self.parameters()), self.tokens_per_expert).device)
+        total = sum_over_processes(counts.clone(), self._group)
         for controller in self._controllers:
-            controller.after_step(counts, self)
-        self.tokens_per_expert.zero_()
+            controller.after_step(total, self)
+        counts.zero_()
 
     def extra_repr(self) -> str:
         parts = [f"{self.hidden_size}, num_experts={self.num_experts}"]

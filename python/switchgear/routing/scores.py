@@ -128,7 +128,7 @@ class Linear(nn.Module):
         logits = gate(x, self.weight, self.bias, float32=self.float32)
         if self.noise_weight is not None and self.training:
             deviation = F.softplus(gate(x, self.noise_weight)).to(logits.dtype)
-            logits = logits + deviation * torch.empty_like(logits).normal_(generator=context.generator)
+            logits = logits + deviation * torch.empty_like(logits).normal_(generator=context.source())
         return logits if self.normalize is None else zscore(logits, self.lam)
 
     def extra_repr(self) -> str:
@@ -286,7 +286,7 @@ class GatingResidual(nn.Module):
         logits = gate(x, self.weight)
         before = (context.fields or {}).get("previous_logits")
         if before is None:
-            return logits
+            return logits + 0 * self.residual.sum()  # so that it has a gradient, of zeros
         if before.shape != logits.shape:
             raise ValueError(f"previous_logits: expected shape {list(logits.shape)}, got {list(before.shape)}")
         before = before.masked_fill(~is_open(before), 0)

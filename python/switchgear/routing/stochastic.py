@@ -258,7 +258,7 @@ class Random:
             odds = gumbel((count, num_experts), context, device)
             ids, index = choose((odds if index is None else odds[index]) + bias, self.top_k), None
         elif self.top_k == 1:
-            ids = torch.randint(num_experts, (count, 1), generator=context.generator, dtype=torch.int32, device=device)
+            ids = torch.randint(num_experts, (count, 1), generator=context.source(), dtype=torch.int32, device=device)
         else:
             ids = choose(uniform((count, num_experts), context, device), self.top_k)
         ids = ids if index is None else ids[index]
