@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..files import write_whole
+
 
 class CommandError(Exception):
     """An error that the user can fix: shown without a traceback, exit status 2."""
@@ -45,9 +47,24 @@ def check_writable(folder: Path) -> None:
 
 
 def check_file(option: str, path: str | Path) -> None:
-    """Creates the file if there is none. CommandError if it cannot be written."""
+    """Creates the file if there is none. CommandError if `write_file` could not write it."""
     try:
         open(path, "ab").close()
+        if Path(path).is_file():
+            with tempfile.TemporaryFile(dir=Path(path).resolve().parent):
+                pass
+    except OSError as error:
+        raise CommandError(f"--{option}: cannot write {path}: {error.strerror}") from None
+
+
+def write_file(option: str, path: str | Path, text: str) -> None:
+    """Replaces a file at once; a pipe, which has nothing to keep, is written to. CommandError if it cannot be."""
+    target = Path(path)
+    try:
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+        else:
+            write_whole(target, text)
     except OSError as error:
         raise CommandError(f"--{option}: cannot write {path}: {error.strerror}") from None
 
