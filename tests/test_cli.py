@@ -31,7 +31,7 @@ from switchgear.bench.targets import Verdict, judge
 from switchgear.bench.timing import FEWEST_TURNS, Timed, interleave
 from switchgear.bench.verify import expected, relative_error, tolerance
 from switchgear.bench.worker import Task, run_case
-from switchgear.cli import COMMANDS, main
+from switchgear.cli import COMMANDS, info, main
 from switchgear.cli.demo.agreement import check_gradients, check_logits, check_losses, equal_choices, loss_floor
 from switchgear.cli.demo.corpus import batches, load_corpus
 from switchgear.common import CommandError, check_file, machine
@@ -83,6 +83,32 @@ def test_output_that_cannot_be_written_is_named(
 def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["info"]) == 0
+
+
+def test_errors_of_a_library_are_not_those_of_the_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: Any) -> int:
+        raise OSError("cannot identify a picture")
+
+    monkeypatch.setattr(info, "run", fails)
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == "switchgear info: cannot identify a picture\n"
+
+
+def test_errors_may_be_closed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`switchgear convert 2>&-`: they go nowhere, not to the output, nor to the next file that is opened."""
+    kept = os.dup(2)
+    os.close(2)
+    try:
+        monkeypatch.setattr(sys, "stderr", None)
+        assert main(["convert"]) == 2
+        assert os.path.samestat(os.fstat(2), os.stat(os.devnull))
+        assert os.get_inheritable(2)
+        assert not capsys.readouterr().out
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def test_help_shows_defaults_that_are_not_empty(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +164,10 @@ def test_openmp_runtimes_are_told_apart() -> None:
         (["demo", "--model", "gpt5"], "invalid choice"),
         (["demo", "--steps", "0"], "--steps: expected an integer of at least 1, got '0'"),
         (["demo", "--sequence-length", "1"], "at least 2"),
+        (["demo", "--learning-rate", "nan"], "--learning-rate: expected a number of at least 0, got 'nan'"),
+        (["demo", "--seed", str(2**63)], "--seed: expected an integer of 64 bits, got '9223372036854775808'"),
+        (["train-tiny", "--seed", str(-(2**63) - 1)], "--seed: expected an integer of 64 bits"),
+        (["train-tiny", "--seed", "one"], "--seed: expected an integer of 64 bits, got 'one'"),
         (["bench", "--routing", "skewed"], "invalid choice"),
         (["bench", "--dtypes", "fp6"], "--dtypes: expected a list of bf16"),
         (["bench", "--modes", "backward"], "--modes: expected a list of forward, train"),
@@ -167,6 +197,12 @@ def test_argparse_names_the_mistake(arguments: list[str], message: str, capsys: 
         (["demo", "--text", "/nowhere/text"], "--text: cannot read"),
         (["demo", "--text", "/dev/zero"], "--text: expected a regular file"),
         (["demo", "--out", "/dev/null/report"], "--out: cannot write to"),
+        (["offload-plan", "/nowhere", "--memory", "1G", "--plot", "hits.pdf"],
+         "--plot: expected a name that ends in .png, got hits.pdf"),
+        (["offload-plan", "/nowhere", "--memory", "1G", "--plot", "hits"], "--plot: expected a name that ends in .png"),
+        (["compress", "/nowhere", "--recipe", "r.json", "--out", "/dev/null"], "--out: expected a folder that does not"),
+        (["offload-store", "/nowhere", "--out", "/dev/null"], "--out: expected a folder that does not exist"),
+        (["convert", "/nowhere", "--out", "/dev/null", "--operation", "split"], "--out: expected a folder that does not"),
     ],
 )
 def test_commands_name_the_mistake(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
