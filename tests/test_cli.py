@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from full_disk import full_disk
 
 import switchgear
+from full_disk import full_disk
 from switchgear.bench.case import forward, make_case, make_inputs, make_weights, train
 from switchgear.bench.markdown import case_table, fill
 from switchgear.bench.markdown import write as write_markdown
@@ -197,12 +198,23 @@ def test_argparse_names_the_mistake(arguments: list[str], message: str, capsys: 
         (["demo", "--text", "/nowhere/text"], "--text: cannot read"),
         (["demo", "--text", "/dev/zero"], "--text: expected a regular file"),
         (["demo", "--out", "/dev/null/report"], "--out: cannot write to"),
-        (["offload-plan", "/nowhere", "--memory", "1G", "--plot", "hits.pdf"],
-         "--plot: expected a name that ends in .png, got hits.pdf"),
-        (["offload-plan", "/nowhere", "--memory", "1G", "--plot", "hits"], "--plot: expected a name that ends in .png"),
-        (["compress", "/nowhere", "--recipe", "r.json", "--out", "/dev/null"], "--out: expected a folder that does not"),
+        (
+            ["offload-plan", "/nowhere", "--memory", "1G", "--plot", "/nowhere/hits.pdf"],
+            "--plot: expected a name that ends in .png, got /nowhere/hits.pdf",
+        ),
+        (
+            ["offload-plan", "/nowhere", "--memory", "1G", "--plot", "/nowhere/hits"],
+            "--plot: expected a name that ends in .png",
+        ),
+        (
+            ["compress", "/nowhere", "--recipe", "r.json", "--out", "/dev/null"],
+            "--out: expected a folder that does not",
+        ),
         (["offload-store", "/nowhere", "--out", "/dev/null"], "--out: expected a folder that does not exist"),
-        (["convert", "/nowhere", "--out", "/dev/null", "--operation", "split"], "--out: expected a folder that does not"),
+        (
+            ["convert", "/nowhere", "--out", "/dev/null", "--operation", "split"],
+            "--out: expected a folder that does not",
+        ),
     ],
 )
 def test_commands_name_the_mistake(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -615,10 +627,17 @@ def test_a_full_disk_leaves_files_as_they_were(bench_results: str, tmp_path: Pat
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/comm").exists(), reason="needs Linux")
-def test_a_file_that_cannot_be_replaced_is_named_before_the_work() -> None:
-    with pytest.raises(CommandError, match="--csv: cannot write /proc/self/comm"):
-        check_file("csv", "/proc/self/comm")
+def test_a_file_that_cannot_be_replaced_is_named_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder takes no other file."""
+
+    def denied(**_: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    with pytest.raises(CommandError, match=r"--csv: cannot write .*table.csv: Permission denied"):
+        check_file("csv", tmp_path / "table.csv")
 
 
 def test_a_case_runs_in_the_environment_of_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:

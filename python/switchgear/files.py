@@ -7,7 +7,7 @@ import ctypes
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import IO
@@ -37,7 +37,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         yield unfinished
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
-        if path.exists():
+        with suppress(OSError):  # no earlier file, or a file system without permissions
             shutil.copymode(path, unfinished)
         os.replace(unfinished, path)
     except BaseException:
