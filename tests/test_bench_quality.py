@@ -65,7 +65,7 @@ def test_row37_tables_follow_from_the_losses(
 
 
 def test_row37_the_document_has_the_table_of_the_results() -> None:
-    from switchgear.bench.markdown import fill_blocks
+    from switchgear.bench.documents import fill_blocks
     from switchgear.bench.results import read_json
 
     root = Path(__file__).parent.parent

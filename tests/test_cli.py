@@ -9,8 +9,10 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,20 @@ import pytest
 import torch
 
 import switchgear
+from full_disk import full_disk
 from switchgear.bench.case import forward, make_case, make_inputs, make_weights, train
-from switchgear.bench.markdown import fill, whole
-from switchgear.bench.results import SCHEMA, completed, load, merge, save, undisturbed, write_json
+from switchgear.bench.markdown import case_table, fill
+from switchgear.bench.markdown import write as write_markdown
+from switchgear.bench.results import SCHEMA, completed, load, merge, save, undisturbed, write_csv, write_json
 from switchgear.bench.shapes import SHAPES, Shape, forward_flops, train_flops
 from switchgear.bench.targets import Verdict, judge
 from switchgear.bench.timing import FEWEST_TURNS, Timed, interleave
 from switchgear.bench.verify import expected, relative_error, tolerance
 from switchgear.bench.worker import Task, run_case
-from switchgear.cli import COMMANDS, main
+from switchgear.cli import COMMANDS, info, main
 from switchgear.cli.demo.agreement import check_gradients, check_logits, check_losses, equal_choices, loss_floor
 from switchgear.cli.demo.corpus import batches, load_corpus
-from switchgear.common import CommandError, machine
+from switchgear.common import CommandError, check_file, machine
 
 SMALL = Shape(32, 48, 4, 2, "of the tests")
 
@@ -80,6 +84,32 @@ def test_output_that_cannot_be_written_is_named(
 def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["info"]) == 0
+
+
+def test_errors_of_a_library_are_not_those_of_the_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: Any) -> int:
+        raise OSError("cannot identify a picture")
+
+    monkeypatch.setattr(info, "run", fails)
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == "switchgear info: cannot identify a picture\n"
+
+
+def test_errors_may_be_closed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`switchgear convert 2>&-`: they go nowhere, not to the output, nor to the next file that is opened."""
+    kept = os.dup(2)
+    os.close(2)
+    try:
+        monkeypatch.setattr(sys, "stderr", None)
+        assert main(["convert"]) == 2
+        assert os.path.samestat(os.fstat(2), os.stat(os.devnull))
+        assert os.get_inheritable(2)
+        assert not capsys.readouterr().out
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def test_help_shows_defaults_that_are_not_empty(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +165,10 @@ def test_openmp_runtimes_are_told_apart() -> None:
         (["demo", "--model", "gpt5"], "invalid choice"),
         (["demo", "--steps", "0"], "--steps: expected an integer of at least 1, got '0'"),
         (["demo", "--sequence-length", "1"], "at least 2"),
+        (["demo", "--learning-rate", "nan"], "--learning-rate: expected a number of at least 0, got 'nan'"),
+        (["demo", "--seed", str(2**63)], "--seed: expected an integer of 64 bits, got '9223372036854775808'"),
+        (["train-tiny", "--seed", str(-(2**63) - 1)], "--seed: expected an integer of 64 bits"),
+        (["train-tiny", "--seed", "one"], "--seed: expected an integer of 64 bits, got 'one'"),
         (["bench", "--routing", "skewed"], "invalid choice"),
         (["bench", "--dtypes", "fp6"], "--dtypes: expected a list of bf16"),
         (["bench", "--modes", "backward"], "--modes: expected a list of forward, train"),
@@ -164,6 +198,23 @@ def test_argparse_names_the_mistake(arguments: list[str], message: str, capsys: 
         (["demo", "--text", "/nowhere/text"], "--text: cannot read"),
         (["demo", "--text", "/dev/zero"], "--text: expected a regular file"),
         (["demo", "--out", "/dev/null/report"], "--out: cannot write to"),
+        (
+            ["offload-plan", "/nowhere", "--memory", "1G", "--plot", "/nowhere/hits.pdf"],
+            "--plot: expected a name that ends in .png, got /nowhere/hits.pdf",
+        ),
+        (
+            ["offload-plan", "/nowhere", "--memory", "1G", "--plot", "/nowhere/hits"],
+            "--plot: expected a name that ends in .png",
+        ),
+        (
+            ["compress", "/nowhere", "--recipe", "r.json", "--out", "/dev/null"],
+            "--out: expected a folder that does not",
+        ),
+        (["offload-store", "/nowhere", "--out", "/dev/null"], "--out: expected a folder that does not exist"),
+        (
+            ["convert", "/nowhere", "--out", "/dev/null", "--operation", "split"],
+            "--out: expected a folder that does not",
+        ),
     ],
 )
 def test_commands_name_the_mistake(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -476,7 +527,7 @@ def test_results_of_runs_share_a_file() -> None:
 def test_no_target_is_judged_by_a_case_that_others_disturbed_throughout() -> None:
     results = bench_results_of(bench_row("switchgear", 2.0), bench_row("sglang", 1.5, quiet_turns=0))
     assert undisturbed(results) == []
-    assert "| forward, disturbed |" in whole(results)
+    assert "| forward, disturbed |" in case_table(results)
     results["results"][1]["quiet_turns"] = 1
     assert undisturbed(results) == [results["results"]]
 
@@ -502,6 +553,91 @@ def test_tables_go_where_a_document_wants_them() -> None:
     assert fill(filled, results) == filled
     with pytest.raises(CommandError, match="the document wants 'everything'"):
         fill(text.replace("summary", "everything"), results)
+
+
+@pytest.fixture
+def bench_results(tmp_path: Path) -> str:
+    path = tmp_path / "results.json"
+    save(bench_results_of(bench_row("switchgear", 2.0), bench_row("hf_grouped_mm", 7.0)), str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# Mine\n\nmuch work\n", "expected a new file, or a document with pairs of lines"),
+        ("# Mine\n<!--bench:cases-->\n<!--/bench:cases-->\n", "got '<!--bench:cases-->' without the other in"),
+        ("# Mine\n<!-- bench:cases -->\nmuch work\n", "got '<!-- bench:cases -->' without the other in"),
+        ("<!-- bench:cases -->\n<!-- bench:summary -->\n<!-- /bench:summary -->\n<!-- /bench:cases -->\n", "without"),
+        ("<!-- bench:cases -->\n<!-- /bench:cases -->\n<!-- /bench:summary -->\n", "got '<!-- /bench:summary -->'"),
+        ("<!-- bench:cases -->\n<!-- /bench:cases -->\ncaf\xe9\n", "expected text in UTF-8"),
+    ],
+)
+def test_a_document_without_places_for_tables_is_left_as_it_is(
+    text: str, message: str, bench_results: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_bytes(text.encode("latin-1"))
+    table = tmp_path / "table.csv"
+    assert main(["bench", "--from", bench_results, "--csv", str(table), "--markdown", str(page)]) == 2
+    error = capsys.readouterr().err
+    assert "--markdown: expected" in error
+    assert message in error
+    assert page.read_bytes() == text.encode("latin-1")
+    assert not table.read_bytes()  # the document is read before the work
+
+
+def test_a_document_keeps_its_text_its_ends_of_lines_and_its_permissions(bench_results: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_bytes(
+        "é `<!-- bench:cases -->`\r\n  <!-- bench:cases -->\r\nold\r\n  <!-- /bench:cases --> \r\nend".encode()
+    )
+    page.chmod(0o600)
+    assert main(["bench", "--from", bench_results, "--markdown", str(page)]) == 0
+    text = page.read_bytes().decode()
+    assert text.startswith("é `<!-- bench:cases -->`\r\n  <!-- bench:cases -->\r\n|")
+    assert text.endswith("|\r\n  <!-- /bench:cases --> \r\nend")
+    assert "old" not in text
+    assert text.count("\n") == text.count("\r\n")
+    assert page.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_new_document_can_be_filled_again(bench_results: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    command = ["bench", "--from", bench_results, "--markdown", str(page)]
+    assert main(command) == 0
+    text = page.read_text()
+    assert re.findall("<!-- bench:(.*) -->", text) == ["machine", "cases", "targets"]
+    page.write_text(text.replace("7.00", "1.00"))
+    assert main(command) == 0
+    assert page.read_text() == text
+
+
+def test_a_full_disk_leaves_files_as_they_were(bench_results: str, tmp_path: Path) -> None:
+    page, table = tmp_path / "page.md", tmp_path / "table.csv"
+    page.write_text("<!-- bench:cases -->\n<!-- /bench:cases -->\n")
+    table.write_text("before")
+    results = load(bench_results, "--from")
+    with full_disk(), pytest.raises(CommandError, match=r"--markdown: cannot write .*page.md: File too large"):
+        write_markdown(results, str(page))
+    with full_disk(), pytest.raises(CommandError, match=r"--csv: cannot write .*table.csv: File too large"):
+        write_csv(results["results"], str(table))
+    assert page.read_text() == "<!-- bench:cases -->\n<!-- /bench:cases -->\n"
+    assert table.read_text() == "before"
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_file_that_cannot_be_replaced_is_named_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder takes no other file."""
+
+    def denied(**_: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    with pytest.raises(CommandError, match=r"--csv: cannot write .*table.csv: Permission denied"):
+        check_file("csv", tmp_path / "table.csv")
 
 
 def test_a_case_runs_in_the_environment_of_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -308,6 +308,34 @@ def test_all_parts_of_a_model_are_written(tmp_path: Path) -> None:
     assert config["text_config"]["num_local_experts"] == 2
 
 
+def test_a_step_that_the_model_refuses_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    recipe = write(tmp_path / "model", {"do": "quantize", "bits": 4}, text=[])
+    assert run(tmp_path / "model", recipe) == 2
+    assert "recipe: steps[0]: quantize: model: expected" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "recipe.json"]
+
+
+def test_a_link_that_leads_nowhere_is_in_the_way(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder cannot replace it; that is said before the work."""
+    (model.parent / "small").symlink_to("nowhere")
+    recipe = write(model, PRUNE)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *_: pytest.fail("loaded"))
+    commands = (
+        ["compress", str(model), "--recipe", recipe], ["offload-store", str(model)],
+        ["convert", str(model), "--operation", "split"],
+    )  # fmt: skip
+    for command in commands:
+        assert main([*command, "--out", str(model.parent / "small")]) == 2
+        assert "--out: expected a folder that does not exist, got" in capsys.readouterr().err
+    assert not (model.parent / "small.partial").exists()
+
+
 def test_tensors_that_would_be_lost_are_named(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -62,6 +62,9 @@ def test_mistakes_are_named(dense: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert wrong.partition("=")[0] in found, (wrong, found)
         assert "expected" in found, (wrong, found)
     assert "--set: expected NAME=VALUE" in complaint("--operation", "upcycle", "--set", "experts")
+    assert "--set: expected NAME=VALUE" in complaint("--operation", "upcycle", "--set", "operation=split")
+    twice = complaint("--operation", "upcycle", "--set", "num_experts=4", "--set", "num_experts=8")
+    assert "--set: expected each option once, got num_experts twice" in twice
     assert "expected either --recipe" in complaint("--recipe", "r.json", "--operation", "upcycle")
     assert "recipe: expected a dict or a JSON file" in complaint("--recipe", "/nowhere/r.json")
     weights = dense / "model.safetensors"

@@ -183,6 +183,73 @@ def test_a_full_disk_leaves_what_was_there(
 
 
 @pytest.mark.usefixtures("small")
+def test_a_trained_model_stays_if_it_cannot_replace_another(
+    domains: list[Domain], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from switchgear.tiny.model import build
+    from switchgear.tiny.train import QUICK
+
+    model, folder = build(0), tmp_path / "model"
+    save(model, QUICK, domains, FEW, folder)
+    (folder / "mark").touch()
+    rename = Path.rename
+
+    def busy(path: Path, target: Path) -> Path:
+        if target == folder and not path.name.endswith("-before"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(CommandError, match=r"Device or resource busy; the trained model is in ") as error:
+        save(model, QUICK, domains, FEW, folder)
+    assert (folder / "mark").exists()
+    assert load(str(error.value).rpartition(" ")[2]).domains
+    assert len(list(tmp_path.iterdir())) == 2
+    (folder / "tiny.json").unlink()  # while the model was trained
+    with pytest.raises(CommandError, match=r"it is no model of train-tiny; the trained model is in "):
+        save(model, QUICK, domains, FEW, folder)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_folder_is_one_that_can_be_replaced(
+    domains: list[Domain], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be is refused before the training; a link is followed."""
+    from switchgear.tiny import train
+
+    empty, link, loop = tmp_path / "empty", tmp_path / "link", tmp_path / "loop"
+    empty.mkdir()
+    link.symlink_to(tmp_path / "model")
+    loop.symlink_to(loop)
+    command = ["train-tiny", "--steps", "1", "--again", "--out"]
+    for _ in range(2):
+        assert main([*command, str(link)]) in (0, 1)
+    assert link.is_symlink()
+    assert (tmp_path / "model" / "tiny.json").exists()
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.chdir(empty)
+    for out, message in (
+        (".", "--out: expected a folder that can be replaced"),
+        (str(loop), "--out: expected a new folder"),
+        ("/dev/null/model", "--out: cannot write to /dev/null"),
+    ):
+        assert main([*command, out]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+@pytest.mark.usefixtures("small")
+def test_a_folder_without_room_for_files_is_named_before_the_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from switchgear.tiny import train
+
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained"))
+    assert main(["train-tiny", "--steps", "1", "--out", "/proc/model"]) == 2
+    assert "--out: cannot write to /proc" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small")
 def test_calibration_does_not_read_the_held_out_text(domains: list[Domain], tmp_path: Path) -> None:
     from switchgear.cli.checkpoint import read_texts
     from switchgear.tiny.model import build

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import IO
@@ -29,13 +30,15 @@ def unfinished_of(path: Path) -> Path:
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """The name to write a file under. It replaces `path`, or what a link there leads to, at once and durably when the
-    block ends; if the block fails, `path` stays as it was."""
+    block ends, with the permissions of that; if the block fails, `path` stays as it was."""
     path = Path(path).resolve()
     unfinished = unfinished_of(path)
     try:
         yield unfinished
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
+        with suppress(OSError):  # no earlier file, or a file system without permissions
+            shutil.copymode(path, unfinished)
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
@@ -43,9 +46,9 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file at once, durably. Raises OSError."""
+    """Replaces a file at once, durably, with the text in UTF-8 and its ends of lines. Raises OSError."""
     with replacing(path) as unfinished:
-        unfinished.write_text(text)
+        unfinished.write_bytes(text.encode())
 
 
 def locked(folder: Path) -> IO[str]:

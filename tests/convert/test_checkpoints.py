@@ -290,8 +290,10 @@ def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
     with pytest.raises(convert.ConversionError, match="another recipe or source"):
         convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
     assert not convert.run(other, tmp_path / "dense", tmp_path / "moe", resume=False).resumed
-    with pytest.raises(convert.ConversionError, match="does not exist"):
-        convert.run(other, tmp_path / "dense", tmp_path / "moe")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("moe", "link"):
+        with pytest.raises(convert.ConversionError, match="does not exist"):
+            convert.run(other, tmp_path / "dense", tmp_path / name)
 
 
 @pytest.mark.parametrize("option", ["importance", "router", "base"])

@@ -82,8 +82,10 @@ def test_a_store_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
     store = offload.write_store(model, tmp_path / "s")
     cache = offload.offload(model, store, slots=1)
     (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError, match="path: expected a folder that does not exist"):
-        offload.save_pretrained(model, tmp_path / "there")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("there", "link"):
+        with pytest.raises(ValueError, match="path: expected a folder that does not exist"):
+            offload.save_pretrained(model, tmp_path / name)
     with pytest.raises(ValueError, match="max_shard_size: expected a number of bytes, got '5GB'"):
         offload.save_pretrained(model, tmp_path / "out", max_shard_size="5GB")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model: expected one of transformers, got Linear"):
@@ -95,7 +97,7 @@ def test_a_store_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"layers\.0\.mlp\.experts, expert 0"):
         offload.save_pretrained(model, tmp_path / "out")
     cache.close(restore=False)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["s", "there"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "s", "there"]
 
 
 def test_the_store_is_that_of_the_running_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

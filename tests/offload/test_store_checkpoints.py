@@ -184,10 +184,11 @@ def test_the_command_writes_a_store(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert store.form == "int4(group_size=16)"
     assert f"{out}: 32 experts of 4 layers as int4(group_size=16), " in capsys.readouterr().out
     for arguments, message in (
-        ([str(path), "--out", out], "does not exist"),
+        ([str(path), "--out", out], "--out: expected a folder that does not exist"),
         ([str(path), "--out", out + "2", "--form", "zip"], "form: expected"),
         ([str(path), "--out", out + "2", "--set", "form=int4"], "--set: expected"),
         ([str(path), "--out", out + "2", "--set", "bits=3"], "bits"),
+        ([str(path), "--out", out + "2", "--set", "seed=1", "--set", "seed=2"], "--set: expected each option once"),
         ([str(tmp_path), "--out", out + "2"], "config.json"),
     ):
         assert main(["offload-store", *arguments]) == 2

@@ -182,6 +182,12 @@ def test_equal_link_and_experts_hide_all_but_a_chunk() -> None:
         assert pipeline(1.0, 2.0, 1.0, chunks).hidden == pytest.approx(1 - 1 / chunks)
 
 
+def test_an_exchange_in_one_piece_hides_nothing() -> None:
+    """Nor less than nothing, by rounding."""
+    for dispatch, experts in itertools.product((0.1, 0.2, 0.3), (0.1, 0.4, 0.7, 1.1)):
+        assert 0 <= pipeline(dispatch, experts, 0.1, 1).hidden <= 1e-15
+
+
 def test_chunks_grow_with_the_rows() -> None:
     link = Link(bandwidth=1e9, overhead=1e-3)
     chosen = [choose_chunks(tokens, 2, 4, 4096, link) for tokens in (0, 16, 256, 1024, 4096, 65536)]
@@ -285,6 +291,15 @@ def test_a_trace_fits_the_model(
     torch.save(torch.tensor(ids), trace)
     assert main(["plan-parallel", "--model", "mixtral", "--tokens", "8", "--trace", str(trace)]) == 2
     assert f"--trace: {message}" in capsys.readouterr().err
+
+
+def test_a_trace_of_something_else_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.txt"
+    trace.write_text("0 1\n")
+    assert main(["plan-parallel", "--trace", str(trace)]) == 2
+    error = capsys.readouterr().err
+    assert f"--trace: cannot read {trace}: " in error
+    assert error.count("\n") == 1
 
 
 def test_bench_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,9 +42,23 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
             continue
         sizes = _sizes(module)
         if sizes is not None:
-            window = getattr(module, "sliding_window", None)
+            window = _window(module)
             found.append(AttentionLayer(name, *sizes, window if isinstance(window, int) and window > 0 else None))
     return found
+
+
+def _window(module: Any) -> Any:
+    """As the cache of transformers takes it: from the kind of the layer, if the config lists kinds. A module may have a
+    window that its layer does not use, and a config one that the module does not repeat."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else None
+    sliding, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    if kind is None:
+        return getattr(module, "sliding_window", None) or sliding or chunk
+    if kind in ("sliding_attention", "hybrid_sliding"):
+        return getattr(module, "sliding_window", None) or sliding
+    return chunk if kind == "chunked_attention" else None
 
 
 def _is_outside(name: str) -> bool:

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
     results = read_json(args.source, "--from", SCHEMA) if args.source else _measure_all(args, about)
     if args.source and not args.markdown:
         print(markdown(results))
-    write_outputs(args, results, {"adapters": lambda: markdown(results)}, lambda: markdown(results))
+    write_outputs(args, results, {"adapters": lambda: markdown(results)})
     return 1 if any(row["ms"] is None for case in results["cases"] for row in case["results"]) else 0
 
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
         tiny = cache.load(args.checkpoint) if args.checkpoint else cache.newest()
         results = {"schema": SCHEMA, "machine": about, **measure(tiny, quick=args.quick)}
     print(tables.text(results))
-    write_outputs(args, results, tables.blocks(results), lambda: tables.whole(results))
+    write_outputs(args, results, tables.blocks(results))
     if args.plot:
         tables.plot(results, Path(args.plot))
     return 0

@@ -11,7 +11,7 @@ from typing import Any
 from ..common import markdown_table, threads
 from ..common.plots import FAINT, colors, pyplot, save
 from .compress_variants import BASE
-from .markdown import Blocks
+from .documents import Blocks
 from .results import Row
 
 FAR = 3.0  # standard deviations of the random prunings by which a criterion must beat their mean

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from statistics import median
 from typing import Any
 
 from ..common import markdown_table, table
 from .case import Case
+from .documents import write_blocks
 from .published import FIGURES, OP_FIGURES
 from .results import Row, write_csv, write_json
 from .shapes import GPU_TOKENS
@@ -149,4 +150,4 @@ def write(results: dict[str, Any], outputs: dict[str, str]) -> None:
     if "csv" in outputs:
         write_csv(complete(results)["results"], outputs["csv"])
     if "markdown" in outputs:
-        Path(outputs["markdown"]).write_text(markdown(results))
+        write_blocks(outputs["markdown"], {"cuda": partial(markdown, results)})

@@ -226,7 +226,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
     console().print(markdown(results))
     for case in results["cases"]:
         console().print(*(f"{entry['implementation']}: {entry['reason']}" for entry in case["skipped"]), sep="\n")
-    write_outputs(args, results, {"generate": lambda: markdown(results)}, lambda: markdown(results))
+    write_outputs(args, results, {"generate": lambda: markdown(results)})
     return 0
 
 

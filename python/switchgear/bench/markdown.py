@@ -1,54 +1,37 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables of a benchmark for documents.
-
-A document marks their places by pairs of lines: `<!-- bench:cases -->` and `<!-- /bench:cases -->`. The text between
-them is replaced. A new file, or one without such lines, gets the machine, the cases and the targets.
-"""
+"""Tables of a benchmark for documents (documents.py). A new one gets the machine, the cases and the targets."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from ..common import CommandError, markdown_table, threads
+from ..common import markdown_table, threads
+from .documents import Blocks, fill_blocks, write_blocks
 from .minifloats import STORED
 from .results import Row, cases_of, extras, is_undisturbed, undisturbed, write_json
 from .targets import is_ours, judge, ours_in
 
 BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what transformers offers today
 SUMMARY = (("forward", 1), ("forward", 512), ("train", 512))  # columns: mode and tokens
-Blocks = dict[str, Callable[[], str]]
+NEW = ("machine", "cases", "targets")  # tables of a new document
 
 
 def write(results: dict[str, Any], path: str) -> None:
     """Fills in the tables of the document at `path`, or makes a new document."""
-    write_blocks(path, _blocks(results), lambda: whole(results))
+    write_blocks(path, _blocks(results), NEW)
 
 
-def write_blocks(path: str, blocks: Blocks, otherwise: Callable[[], str]) -> None:
-    file = Path(path)
-    text = file.read_text() if file.exists() else ""
-    file.write_text(fill_blocks(text, blocks) if "<!-- bench:" in text else otherwise())
-
-
-def write_outputs(
-    args: argparse.Namespace, results: dict[str, Any], blocks: Blocks, otherwise: Callable[[], str]
-) -> None:
+def write_outputs(args: argparse.Namespace, results: dict[str, Any], blocks: Blocks) -> None:
     """What --json and --markdown ask for."""
     if args.json:
         write_json(results, args.json)
     if args.markdown:
-        write_blocks(args.markdown, blocks, otherwise)
+        write_blocks(args.markdown, blocks, list(blocks))
         print(f"wrote {args.markdown}")
-
-
-def whole(results: dict[str, Any]) -> str:
-    return "\n".join(BLOCKS[name](results) for name in ("machine", "cases", "targets"))
 
 
 def fill(text: str, results: dict[str, Any]) -> str:
@@ -58,16 +41,6 @@ def fill(text: str, results: dict[str, Any]) -> str:
 
 def _blocks(results: dict[str, Any]) -> Blocks:
     return {name: partial(make, results) for name, make in BLOCKS.items()}
-
-
-def fill_blocks(text: str, blocks: Blocks) -> str:
-    def block(found: re.Match[str]) -> str:
-        name = found.group(1)
-        if name not in blocks:
-            raise CommandError(f"--markdown: expected tables of {', '.join(blocks)}; the document wants {name!r}")
-        return f"<!-- bench:{name} -->\n{blocks[name]()}<!-- /bench:{name} -->"
-
-    return re.sub(r"<!-- bench:(\w+) -->\n.*?<!-- /bench:\1 -->", block, text, flags=re.DOTALL)
 
 
 def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:

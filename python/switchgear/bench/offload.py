@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
     """about: the machine, for --json."""
     results = read_json(args.source, "--from", SCHEMA) if args.source else _measured(args, about)
     print(tables.text(results))
-    write_outputs(args, results, tables.blocks(results), lambda: tables.whole(results))
+    write_outputs(args, results, tables.blocks(results))
     return 1 if any(row["wrong"] for row in results["results"]) else 0
 
 

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from ..common import markdown_table, threads
-from .markdown import Blocks
+from .documents import Blocks
 from .results import Row
 
 OFFLOAD, PREFETCH, REPLAY, FITS = "offload", "prefetch", "replay", "all fits"

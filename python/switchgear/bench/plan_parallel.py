@@ -19,6 +19,7 @@ from switchgear.parallel.placement import Placement, place_experts
 from switchgear.parallel.wire import WIRES
 
 from ..common import CommandError, above_zero, at_least, console, not_negative, positive, require, table
+from ..complaints import first_line
 from .results import open_outputs, write_json
 
 NOTICE = "PREDICTIONS of a model, not measurements."
@@ -142,7 +143,7 @@ def _routing(args: argparse.Namespace, layer: Layer) -> torch.Tensor:
     try:
         ids = torch.load(args.trace, weights_only=True)
     except Exception as error:
-        raise CommandError(f"--trace: cannot read {args.trace}: {error}") from None
+        raise CommandError(f"--trace: cannot read {args.trace}: {first_line(error)}") from None
     integers = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
     if not isinstance(ids, torch.Tensor) or ids.dtype not in integers or ids.dim() != 2 or not ids.numel():
         raise CommandError("--trace: expected integers [tokens, top_k], as saved by torch.save")

@@ -165,7 +165,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
         steps = QUICK_STEPS if args.quick else STEPS
         results = {"schema": SCHEMA, "machine": about, "steps": steps, "results": measure(load_domains(), steps)}
     print(table(results), verdict(results), sep="")
-    write_outputs(args, results, {"quality": lambda: markdown(results)}, lambda: markdown(results))
+    write_outputs(args, results, {"quality": lambda: markdown(results)})
     return 0
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
-from ..common import CommandError, check_file
+from ..common import CommandError, check_file, write_file
 from ..complaints import first_line
-from ..files import write_whole
+from . import documents
 from .case import flops_of, moved_bytes
 from .shapes import SHAPES
 
@@ -50,16 +51,8 @@ def completed(row: Row) -> Row:
 
 
 def write_json(value: dict[str, Any], path: str) -> None:
-    """One line per object in a list, numbers rounded to DIGITS digits: small files with readable diffs. The file is
-    replaced at once. CommandError if it cannot be written."""
-    text, target = _lines(rounded(value)) + "\n", Path(path)
-    try:
-        if target.exists() and not target.is_file():  # a pipe, which has nothing to keep
-            target.write_text(text)
-        else:
-            write_whole(target, text)
-    except OSError as error:
-        raise CommandError(f"--json: cannot write {path}: {error.strerror}") from None
+    """One line per object in a list, numbers rounded to DIGITS digits: small files with readable diffs."""
+    write_file("json", path, _lines(rounded(value)) + "\n")
 
 
 def rounded(value: Any) -> Any:
@@ -120,18 +113,21 @@ def load(path: str, option: str) -> dict[str, Any]:
 def write_csv(rows: list[Row], path: str) -> None:
     """All columns that any row has."""
     columns = dict.fromkeys(column for row in rows for column in row) or ["shape"]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file("csv", path, text.getvalue())
 
 
 def open_outputs(args: argparse.Namespace) -> dict[str, str]:
-    """Paths by kind, all writable. CommandError for one that is not."""
+    """Paths by kind, all writable. CommandError for one that is not, and for a document without places of tables."""
     outputs = {kind: path for kind in ("json", "csv", "markdown", "plot") if (path := getattr(args, kind, None))}
     for kind, path in outputs.items():
         if kind != "plot":
             check_file(kind, path)
+            if kind == "markdown":
+                documents.check(path)
             continue
         try:
             Path(path).mkdir(parents=True, exist_ok=True)

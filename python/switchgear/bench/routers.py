@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
             if args.json:
                 write_json(results, args.json)
     results["shapes"].sort(key=lambda measured: list(ROUTER_SHAPES).index(measured["shape"]))
-    write_outputs(args, results, {"routers": lambda: markdown(results)}, lambda: markdown(results))
+    write_outputs(args, results, {"routers": lambda: markdown(results)})
     wrong = sum(not row["equal"] for measured in results["shapes"] for row in measured["results"])
     return 1 if wrong else 0
 

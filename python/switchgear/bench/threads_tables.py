@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
     results = read_json(args.source, "--from", SCHEMA) if args.source else _record_all(args, about)
     if args.source and not args.markdown:
         print(markdown(results))
-    write_outputs(args, results, {"threads": partial(markdown, results)}, partial(markdown, results))
+    write_outputs(args, results, {"threads": partial(markdown, results)})
     return 0
 
 

@@ -59,8 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong arguments or a missing package."""
-    if sys.stdout is None:  # closed by the caller
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    _open_closed()
     args = build_parser().parse_args(argv)
     try:
         status = int(_command(args.command).run(args))
@@ -78,9 +77,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:  # of a file; without a name it is the output's
             raise
+        if error.errno is None:  # nor of the system, but of a library
+            print(f"switchgear {args.command}: {error}", file=sys.stderr)
+            return 1
         print(f"switchgear {args.command}: cannot write: {error.strerror}", file=sys.stderr)
         _end_output()
         return 1
+
+
+def _open_closed() -> None:
+    """Outputs that the caller has closed lead nowhere. Their numbers are taken, or the next file would get them."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            os.set_inheritable(number, True)  # dup2 does so if the numbers differ
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _end_output() -> None:

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from ..common import CommandError, require
+from ..common import CommandError, check_new, require, settings
 from ..common.progress import progress
 
 
@@ -35,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.sources or not args.out:
         raise CommandError("expected SOURCE and --out")
+    check_new("out", args.out)
     recipe = recipe_of(args)
     try:
         with progress("converting") as advance:
@@ -61,14 +61,4 @@ def recipe_of(args: argparse.Namespace) -> Any:
         return args.recipe
     if not args.operation:
         raise CommandError("expected --recipe or --operation")
-    return {"operation": args.operation, **dict(map(_setting, args.set))}
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise CommandError(f"--set: expected NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value  # a word
+    return {"operation": args.operation, **settings(args.set, "the operation", ("operation",))}

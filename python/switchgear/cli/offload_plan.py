@@ -122,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
     require("rich")
     if args.plot:
         require("matplotlib")
+        if Path(args.plot).suffix.lower() != ".png":
+            raise CommandError(f"--plot: expected a name that ends in .png, got {args.plot}")
         check_file("plot", args.plot)
     torch.set_num_threads(args.threads)
     folder = folder_of(args.model)

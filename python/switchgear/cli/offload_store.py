@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
 
 import torch
 
-from ..common import CommandError, require
+from ..common import CommandError, check_new, require, settings
 from ..common.progress import progress
 from .checkpoint import DTYPES, folder_of
 
@@ -35,9 +33,10 @@ def run(args: argparse.Namespace) -> int:
     require("safetensors")
     from ..offload import StoreError, write_store
 
+    check_new("out", args.out)
     folder = folder_of(args.checkpoint)
     dtype = None if args.dtype == _OF_CONFIG else getattr(torch, args.dtype)
-    options = dict(_option(text) for text in args.set)
+    options = settings(args.set, "the form", ("source", "path", "form", "dtype", "progress", "resume"))
     try:
         with progress("writing") as advance:
             store = write_store(
@@ -50,13 +49,3 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from None
     print(store)
     return 0
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier() or name in ("source", "path", "form", "dtype", "progress", "resume"):
-        raise CommandError(f"--set: expected NAME=VALUE, an option of the form, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value  # a word

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
 
-from ..common import CommandError, positive, require
+from ..common import CommandError, check_writable, positive, require, seed
 from ..common.progress import progress
 from ..tiny.cache import Tiny, folder_of, load, save
 from ..tiny.sensitivity import Sensitivity
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help=f"{QUICK.steps} steps: 90 seconds, for tests of the machinery")
     add("--steps", type=positive, metavar="N", help=f"training steps (default: {FULL.steps})")
-    add("--seed", type=int, default=0, help="seed of weights and batches")
+    add("--seed", type=seed, default=0, help="seed of weights and batches")
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
     add("--out", metavar="DIR", help="folder of the checkpoint (default: a place in ~/.cache/switchgear)")
     add("--again", action="store_true", help="train although the cache has the model")
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.steps:
         recipe = recipe._replace(steps=args.steps)
     domains = load_domains()
-    folder = Path(args.out) if args.out else folder_of(recipe, domains)
+    folder = Path(os.path.realpath(args.out or folder_of(recipe, domains)))  # a link stays, and what it names changes
     if (folder / "tiny.json").exists() and not args.again:
         return show(load(folder), "in the cache" if not args.out else "trained earlier; --again trains anew")
     _check_place(folder)
@@ -53,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_place(folder: Path) -> None:
     """Before minutes of work."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "tiny.json").exists())):
+    is_taken = os.path.lexists(folder)  # a link that leads to itself is
+    if is_taken and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "tiny.json").exists())):
         raise CommandError(f"--out: expected a new folder, or one of train-tiny, got {folder}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"cannot write to {folder.parent}: {error.strerror}") from None
+    if Path.cwd().is_relative_to(folder):
+        raise CommandError(f"--out: expected a folder that can be replaced, got {folder}, where this command runs")
+    check_writable(folder.parent)
 
 
 def show(tiny: Tiny, words: str) -> int:

@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from ..complaints import check_seed
+from ..files import write_whole
 
 
 class CommandError(Exception):
@@ -44,10 +49,31 @@ def check_writable(folder: Path) -> None:
         raise CommandError(f"--out: cannot write to {folder}: {error.strerror}") from None
 
 
+def check_new(option: str, path: str | Path) -> None:
+    """CommandError if there is something, also a link that leads nowhere."""
+    if os.path.lexists(path):
+        raise CommandError(f"--{option}: expected a folder that does not exist, got {path}")
+
+
 def check_file(option: str, path: str | Path) -> None:
-    """Creates the file if there is none. CommandError if it cannot be written."""
+    """Creates the file if there is none. CommandError if `write_file` could not write it."""
     try:
         open(path, "ab").close()
+        if Path(path).is_file():
+            with tempfile.TemporaryFile(dir=Path(path).resolve().parent):
+                pass
+    except OSError as error:
+        raise CommandError(f"--{option}: cannot write {path}: {error.strerror}") from None
+
+
+def write_file(option: str, path: str | Path, text: str) -> None:
+    """Replaces a file at once; a pipe, which has nothing to keep, is written to. CommandError if it cannot be."""
+    target = Path(path)
+    try:
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+        else:
+            write_whole(target, text)
     except OSError as error:
         raise CommandError(f"--{option}: cannot write {path}: {error.strerror}") from None
 
@@ -124,6 +150,15 @@ def not_negative(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """Integers that torch's generators take."""
+    try:
+        check_seed(value := int(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}") from None
+    return value
+
+
 def positives(text: str) -> tuple[int, ...]:
     """A comma-separated list."""
     return tuple(map(positive, text.split(",")))
@@ -147,3 +182,20 @@ def choose(option: str, text: str, known: Collection[str]) -> list[str]:
         return listed(known)(text)
     except argparse.ArgumentTypeError as error:
         raise CommandError(f"--{option}: {error}") from None
+
+
+def settings(texts: Iterable[str], what: str, taken: Collection[str] = ()) -> dict[str, Any]:
+    """The options of `what` that --set NAME=VALUE gives, a value as JSON or a word. CommandError for a text of another
+    form, a name that the command sets itself, and a name that comes twice."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in taken:
+            raise CommandError(f"--set: expected NAME=VALUE, an option of {what}, got {text!r}")
+        if name in found:
+            raise CommandError(f"--set: expected each option once, got {name} twice")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

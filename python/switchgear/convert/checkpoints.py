@@ -165,7 +165,7 @@ def run(
     """
     recipe, target = Recipe.of(recipe), Path(target)
     paths = [Path(source)] if isinstance(source, (str, os.PathLike)) else [Path(path) for path in source]
-    if target.exists():
+    if os.path.lexists(target):
         raise ConversionError(f"target: expected a directory that does not exist, got {target}")
     if not paths or (len(paths) > 1 and recipe.operation not in ("experts", "merge")):
         raise RecipeError(f"source: expected one directory for {recipe.operation}, got {len(paths)}")

@@ -51,7 +51,7 @@ def save_pretrained(model: Any, path: str | os.PathLike[str], *, max_shard_size:
         raise ValueError(f"model: expected one of transformers, got {type(model).__name__}")
     if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise ValueError(f"max_shard_size: expected a number of bytes, got {max_shard_size!r}")
-    if target.exists():
+    if os.path.lexists(target):
         raise ValueError(f"path: expected a folder that does not exist, got {target}")
     layers = _offloaded(model)
     unfinished = target.with_name(target.name + _SUFFIX)

@@ -147,7 +147,7 @@ class Timeline(NamedTuple):
     @property
     def hidden(self) -> float:
         """The fraction of the link's time that is hidden."""
-        return 1 - self.exposed / self.link if self.link else 1.0
+        return max(0.0, 1 - self.exposed / self.link) if self.link else 1.0
 
 
 def pipeline(

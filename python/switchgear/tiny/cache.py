@@ -10,6 +10,7 @@ A folder is complete or absent: it is written beside its place and renamed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -62,7 +63,8 @@ def folder_of(recipe: Recipe, domains: Sequence[Domain]) -> Path:
 
 
 def save(model: Any, recipe: Recipe, domains: Sequence[Domain], sensitivity: Sensitivity, folder: Path) -> Tiny:
-    """Writes the folder, in place of an earlier one. CommandError if it cannot; then nothing has changed."""
+    """Writes the folder, in place of an earlier one. CommandError if it cannot; then nothing there has changed, and a
+    model that is complete stays beside it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -80,21 +82,32 @@ def save(model: Any, recipe: Recipe, domains: Sequence[Domain], sensitivity: Sen
             "sensitivity": sensitivity.as_dict(),
         }  # fmt: skip
         (beside / "tiny.json").write_text(json.dumps(about, indent=1) + "\n")
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CommandError(f"cannot write {folder}: {error.strerror or error}") from None
+        raise
+    try:
         _replace(folder, beside)
     except OSError as error:
-        raise CommandError(f"cannot write {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        raise CommandError(f"cannot replace {folder}: {error.strerror}; the trained model is in {beside}") from None
     return load(folder)
 
 
 def _replace(folder: Path, new: Path) -> None:
     """Only a model of train-tiny is replaced, never a folder of something else."""
+    before = new.with_name(f"{new.name}-before")
     if folder.exists():
         if any(folder.iterdir()) and not (folder / "tiny.json").exists():
-            raise CommandError(f"{folder} exists and is no model of train-tiny; it was left as it is")
-        shutil.rmtree(folder)
-    new.rename(folder)
+            raise FileExistsError(errno.EEXIST, "it is no model of train-tiny")
+        folder.rename(before)
+    try:
+        new.rename(folder)
+    except OSError:
+        if before.exists():
+            before.rename(folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def load(folder: str | Path) -> Tiny:

@@ -32,7 +32,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(
-    model: nn.Module, tokens_per_step: int, lossless: bool, bits: int | Sequence[int] | None = None
+    model: nn.Module, tokens_per_step: int = 1, lossless: bool = True, bits: int | Sequence[int] | None = None
 ) -> list[Candidate]:
     """The forms to try, in order. Raises ValueError if tokens_per_step is below 1, or for bits of lossless forms."""
     check_switch("lossless", lossless)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -138,8 +139,7 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
     check_module("model", model)
     check_switch("low_memory", low_memory)
     if form == "auto":
-        _check_options(form, options, ("tokens_per_step", "lossless", "bits"))
-        done = _store_best(model, low_memory, **options)
+        done = _store_best(model, low_memory, options)
     else:
         done = _store(model, form_named(form, options), low_memory)
     _logger.info("stored %s", done)
@@ -289,16 +289,11 @@ def _report(form: Form, modules: list[nn.Module], done: list[StoredChange | Plai
 # ---- auto ------------------------------------------------------------------------------------------------------------
 
 
-def _store_best(
-    model: nn.Module,
-    low_memory: bool,
-    tokens_per_step: int = 1,
-    lossless: bool = True,
-    bits: int | Sequence[int] | None = None,
-) -> Stored:
+def _store_best(model: nn.Module, low_memory: bool, options: dict[str, Any]) -> Stored:
+    _check_options("auto", options, list(inspect.signature(candidates).parameters)[1:])
     refused = []
     candidate: Candidate
-    for candidate in candidates(model, tokens_per_step, lossless, bits):
+    for candidate in candidates(model, **options):
         try:
             done = _store(model, FORMS[candidate.form](**candidate.options), low_memory)
         except ValueError as error:

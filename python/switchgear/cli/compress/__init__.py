@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ...common import CommandError, positive, require
+from ...common import check_new, positive, require
 from ..checkpoint import DTYPES, TINY, folder_of
 
 
@@ -38,10 +38,8 @@ def run(args: argparse.Namespace) -> int:
     from .work import compress
 
     torch.set_num_threads(args.threads)
-    out = Path(args.out)
-    if out.exists():
-        raise CommandError(f"--out: expected a folder that does not exist, got {out}")
+    check_new("out", args.out)
     recipe = read(args.recipe)
-    for line in compress(folder_of(args.model), recipe, out, args.dtype, fresh=args.fresh):
+    for line in compress(folder_of(args.model), recipe, Path(args.out), args.dtype, fresh=args.fresh):
         print(line, flush=True)
     return 0

@@ -45,11 +45,7 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
         done = partial.steps()
         if done:
             yield f"going on after step {len(done)} of {len(recipe.steps)}"
-        try:
-            model = load_model(partial.model() if done else source, dtype, whole=True)
-        except BaseException:
-            partial.discard_if_empty()
-            raise
+        model = load_model(partial.model() if done else source, dtype, whole=True)
         for i, step in enumerate(recipe.steps[len(done) :], len(done)):
             restore(model)  # of weights that a step has stored: a resumed run reads plain ones, too
             calibration = partial.calibration(i)
@@ -155,12 +151,10 @@ class Partial:
             raise CommandError(f"--out: cannot write to {self.folder}: {error.strerror}") from None
 
     def close(self) -> None:
-        self._lock.close()
-
-    def discard_if_empty(self) -> None:
-        """Leaves nothing behind if no step is finished."""
+        """Leaves nothing behind if neither a step nor its calibration is finished."""
         if not self._journal["steps"] and not self._journal["calibrations"]:
             self._remove()
+        self._lock.close()
 
     def steps(self) -> list[dict[str, Any]]:
         return list(self._journal["steps"])

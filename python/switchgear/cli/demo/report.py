@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ...common import write_file
 from . import plots
 from .text import report, sample
 
@@ -60,7 +61,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
     plots.losses(results, folder / "losses.png")
     plots.speed(summary, results, folder / "speed.png")
     plots.expert_load(results, folder / "expert_load.png")
-    (folder / "sample.txt").write_text(sample(results), encoding="utf-8")
-    (folder / "report.md").write_text(report(results, summary, verdict(results), WARM_UP), encoding="utf-8")
+    write_file("out", folder / "sample.txt", sample(results))
+    write_file("out", folder / "report.md", report(results, summary, verdict(results), WARM_UP))
     text = json.dumps(results | {"summary": summary}, default=lambda data: data.decode("latin-1"))
-    (folder / "results.json").write_text(text + "\n")
+    write_file("out", folder / "results.json", text + "\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...common import CommandError, at_least, check_writable, positive, require
+from ...common import CommandError, at_least, check_writable, positive, require, write_file
 from ...common.progress import progress
 from ..checkpoint import DTYPES, LENGTH, TINY, batches_of, folder_of, length_for, load_model, read_texts
 
@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     found.about["model"] = folder.name
     for name, draw in plots.PLOTS.items():
         draw(found, out / name)
-    (out / "report.md").write_text(report.report(found), encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(found.as_dict(), allow_nan=False) + "\n")
+    write_file("out", out / "report.md", report.report(found))
+    write_file("out", out / "results.json", json.dumps(found.as_dict(), allow_nan=False) + "\n")
     print(report.summary(found))
     print(f"report: {out / 'report.md'}")
     return 0
