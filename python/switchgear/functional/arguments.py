@@ -42,8 +42,9 @@ def in_autocast_dtype(device_type: str, *tensors: Tensor | None) -> tuple[Any, .
     dtype = torch.get_autocast_dtype(device_type)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
-        stays = tensor is None or tensor.dtype is torch.float64 or not tensor.is_floating_point()
-        return tensor if stays else tensor.to(dtype)
+        if tensor is None or tensor.dtype is torch.float64 or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(dtype)
 
     return tuple(map(cast, tensors))
 
