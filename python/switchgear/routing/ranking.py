@@ -23,7 +23,8 @@ def scores_of(router_logits: Tensor, score_function: str) -> Tensor:
     if score_function == "sigmoid":
         return sigmoid(logits)
     reference.check_choice("score_function", score_function, SCORE_FUNCTIONS)
-    softplus = logits.clamp(min=0) + _power(logits).log1p()
+    above = torch.where(logits < 0, 0.0, logits)  # at 0, clamp has a gradient of 1 or, from torch 2.14 on, of 0
+    softplus = above + _power(logits).log1p()
     return softplus.clamp(min=torch.finfo(softplus.dtype).tiny).sqrt()  # the gradient of sqrt at 0 is infinite
 
 
