@@ -204,6 +204,16 @@ def test_row59_a_new_expert_leaves_the_logits_of_others() -> None:
     assert moe.experts.num_experts == moe.gate.num_experts == 3
 
 
+@pytest.mark.parametrize("layout", [{"interleaved": True}, {"interleaved": True, "transposed": True}])
+def test_collected_and_added_experts_of_any_layout(layout: dict[str, bool]) -> None:
+    mlp, embeddings = SharedExperts(H, WIDTH, bias=True).double(), torch.randn(2, 7, dtype=torch.float64)
+    moe = convert.from_dense_experts([mlp, mlp], 1, embeddings=embeddings, normalize=True, **layout)
+    convert.add_domain_expert(moe, mlp, torch.randn(7, dtype=torch.float64))
+    x = torch.randn(9, H, dtype=torch.float64)
+    y = moe.experts(x, torch.arange(9)[:, None] % 3, torch.ones_like(x[:, :1]))
+    assert y.sub(mlp(x)).abs().max() < 1e-12
+
+
 def test_row59_one_model_is_the_seed_plus_one_expert() -> None:
     seed, mlp, x = SharedExperts(H, WIDTH), SharedExperts(H, WIDTH), torch.randn(9, H)
     moe = convert.from_dense_experts([mlp], 1, shared=seed, embeddings=torch.randn(1, 7))

@@ -257,14 +257,25 @@ def test_row44_domain_masks() -> None:
             assert close(moe(x), masked(mlp, x, mask))
 
 
-def test_row44_experts_of_different_widths_and_an_empty_one() -> None:
+LAYOUTS = [{"interleaved": True}, {"transposed": True}, {"interleaved": True, "transposed": True}]
+
+
+@pytest.mark.parametrize("layout", [{}, *LAYOUTS])
+def test_row44_experts_of_different_widths_and_an_empty_one(layout: dict[str, bool]) -> None:
     mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
     ragged = convert.Partition(
         (torch.arange(5), torch.arange(5, 40), torch.arange(0)), torch.arange(40, WIDTH), is_split=True
     )
-    moe = convert.split_dense(mlp, 3, method=ragged)
+    moe = convert.split_dense(mlp, 3, method=ragged, **layout)
     assert close(moe(x), mlp(x))
     assert moe.experts.intermediate_sizes == (16, 48, 16)  # padded to what the kernels like
+    assert {name for name in ("interleaved", "transposed") if getattr(moe.experts.slices, name)} == set(layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_split_experts_of_any_layout(layout: dict[str, bool]) -> None:
+    mlp, x = SharedExperts(H, WIDTH, bias=True), torch.randn(11, H)
+    assert close(convert.split_dense(mlp, 8, **layout)(x), mlp(x))
 
 
 def test_bad_input_is_named() -> None:

@@ -92,6 +92,16 @@ def test_row53_upcycled_layer_is_the_dense_network(name: str, top_k: int) -> Non
     assert moe(x).double().sub(loop(mlp, moe, x, top_k)).abs().max() < 1e-5
 
 
+LAYOUTS = [{"interleaved": True}, {"transposed": True}, {"interleaved": True, "transposed": True}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["llama", "llama with biases"])
+def test_upcycled_experts_of_any_layout(name: str, layout: dict[str, bool]) -> None:
+    mlp, x = MODULES[name]().double(), torch.randn(17, 32, dtype=torch.float64)
+    assert convert.upcycle(mlp, 5, 2, **layout)(x).sub(mlp(x)).abs().max() < 1e-12
+
+
 def test_row53_softmax_before_topk_is_no_identity() -> None:
     mlp = Llama()
     moe = convert.upcycle(mlp, 8, 2, normalize=False, router_init=1.0)

@@ -140,7 +140,7 @@ def add_domain_expert(moe: MoE, mlp: nn.Module | Mapping[str, Tensor], embedding
     if type(experts) is not Experts:
         raise ValueError("moe: expected plain Experts in this process")
     check_plain("moe", experts)
-    given = mlp if isinstance(mlp, Mapping) else feed_forward(mlp).expert()
+    given = mlp if isinstance(mlp, Mapping) else feed_forward(mlp).expert(experts.interleaved)
     wanted = dict(experts.named_parameters(recurse=False))
     rows = {name: tensor.mT if experts.transposed and tensor.dim() == 2 else tensor for name, tensor in given.items()}
     if {name: row.shape for name, row in rows.items()} != {name: p.shape[1:] for name, p in wanted.items()}:

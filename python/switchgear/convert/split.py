@@ -169,6 +169,7 @@ def _built(dense: FeedForward, parts: Partition, router_init: float, seed: int, 
     moe = MoE(dense.hidden_size, size, len(networks), shared_intermediate_size=width, **layout, **options)
     if is_ragged:
         layout.pop("bias")
+        layout |= {name: options[name] for name in ("interleaved", "transposed", "limit") if name in options}
         moe.experts = HeterogeneousExperts(dense.hidden_size, widths, **layout)
         fill_ragged(moe.experts, networks)
     else:
@@ -199,9 +200,7 @@ def fill(experts: Any, networks: list[FeedForward]) -> None:
     """Copies networks of one width into Experts."""
     assert isinstance(experts, Experts)
     for expert, network in enumerate(networks):
-        for name, tensor in network.expert().items():
-            parameter = experts.get_parameter(name)
-            parameter[expert] = tensor.mT if experts.transposed and tensor.dim() == 2 else tensor
+        _put(experts, expert, network)
 
 
 @torch.no_grad()
@@ -212,8 +211,12 @@ def fill_ragged(experts: HeterogeneousExperts, networks: list[FeedForward]) -> N
         first = int(experts.first_slice[expert])
         for place in range(network.intermediate_size // unit):
             index = torch.arange(place * unit, (place + 1) * unit, device=network.up.device)
-            for name, tensor in network.neurons(index).expert().items():
-                slices.get_parameter(name)[first + place] = tensor
+            _put(slices, first + place, network.neurons(index))
+
+
+def _put(experts: Experts, expert: int, network: FeedForward) -> None:
+    for name, tensor in network.expert(experts.interleaved).items():
+        experts.get_parameter(name)[expert] = tensor.mT if experts.transposed and tensor.dim() == 2 else tensor
 
 
 @torch.no_grad()
