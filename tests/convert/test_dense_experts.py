@@ -146,6 +146,33 @@ def test_row61_perplexity_picks_the_model_that_wrote_the_text() -> None:
     assert routing.topk_ids.view(15, 40).eq(perplexities.argmin(1)[:, None]).all()
 
 
+class Averaging(Markov):
+    """The mean of the known tokens so far predicts, each with its position; dropout in training."""
+
+    def forward(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        rows = self.table[ids] * (1 + position_ids[..., None]) * attention_mask[..., None]
+        return F.dropout(rows.cumsum(1) / attention_mask.cumsum(1).clamp(min=1)[..., None], training=self.training)
+
+
+@pytest.mark.parametrize("make", [Markov, Averaging])
+def test_perplexity_of_padded_sequences_is_that_of_their_tokens(make: type[Markov]) -> None:
+    model, ids = make(0), torch.randint(12, (2, 9))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 5:] = False
+    alone = [convert.sequence_perplexities([model], ids[i : i + 1, :n], mask[i : i + 1, :n])
+             for i, n in ((0, 5), (1, 9))]  # fmt: skip
+    assert model.training
+    assert convert.sequence_perplexities([model], ids, mask).allclose(torch.cat(alone))  # padded at the end
+    ids[0], mask[0] = ids[0].roll(4), mask[0].roll(4)
+    if make is Averaging:
+        assert convert.sequence_perplexities([model], ids, mask).allclose(torch.cat(alone))
+    else:
+        with pytest.raises(ValueError, match="mask: expected padding behind the tokens for Markov"):
+            convert.sequence_perplexities([model], ids, mask)
+    with pytest.raises(ValueError, match=r"mask: expected \[2, 9\]"):
+        convert.sequence_perplexities([model], ids, mask[:, 1:])
+
+
 def test_row61_experts_of_another_size() -> None:
     narrow = convert.Projected(SharedExperts(16, 20), H, 16)
     moe = switchgear.MoE(H, WIDTH, 2, 2, normalize=True)
