@@ -24,7 +24,7 @@ H, WIDTH = 24, 32
 
 
 def ties(deltas: list[list[float]], keep: int, weights: list[float]) -> list[float]:
-    """TIES-Merging, section 3, element by element."""
+    """TIES-Merging, section 3, element by element; a negative weight turns the sign of its model, as in mergekit."""
     trimmed = []
     for delta in deltas:
         order = sorted(range(len(delta)), key=lambda i: -abs(delta[i]))[:keep]
@@ -32,19 +32,19 @@ def ties(deltas: list[list[float]], keep: int, weights: list[float]) -> list[flo
     merged = []
     for values in zip(*trimmed, strict=True):
         sign = 1 if sum(w * v for w, v in zip(weights, values, strict=True)) >= 0 else -1
-        agreeing = [(w, v) for w, v in zip(weights, values, strict=True) if v * sign > 0]
+        agreeing = [(w, v) for w, v in zip(weights, values, strict=True) if w * v * sign > 0]
         total = sum(w for w, _ in agreeing)
-        merged.append(sum(w * v for w, v in agreeing) / total if agreeing else 0.0)
+        merged.append(sum(w * v for w, v in agreeing) / (total or 1))
     return merged
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, 3.0, 2.0]])
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0, 2.0], [2.0, -1.4, 0.9], [1.0, -1.0, 1.0]])
 def test_row61_ties_trims_elects_and_averages_what_agrees(weights: list[float] | None) -> None:
-    base = torch.randn(20, dtype=torch.float64)
-    deltas = torch.randn(3, 20, dtype=torch.float64)
+    base = torch.randn(200, dtype=torch.float64)
+    deltas = torch.randn(3, 200, dtype=torch.float64)
     models = [{"w": base + delta} for delta in deltas]
     found = convert.merge_models(models, "ties", base={"w": base}, density=0.3, weights=weights, scale=0.7)
-    expected = ties([(m["w"] - base).tolist() for m in models], 6, weights or [1.0] * 3)
+    expected = ties([(m["w"] - base).tolist() for m in models], 60, weights or [1.0] * 3)
     assert found["w"].sub(base + 0.7 * torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-12
     assert float(found["w"].sub(base).eq(0).double().mean()) > 0  # some element was trimmed from all
 

@@ -69,7 +69,7 @@ class Merging:
             for index, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
                 merged += weight * self._dropped(key, index, delta)
         else:
-            merged = self._ties(deltas, weights)
+            merged = self._ties(deltas, shares)
         return (origin + self.scale * merged).to(base.dtype)
 
     def _dropped(self, key: str, index: int, delta: Tensor) -> Tensor:
@@ -78,19 +78,17 @@ class Merging:
         kept = torch.rand(delta.shape, generator=generator).to(delta.device) < self.density
         return torch.where(kept, delta / self.density, torch.zeros_like(delta))
 
-    def _ties(self, deltas: list[Tensor], weights: list[float]) -> Tensor:
-        """Trim, elect the sign, and average what agrees with it."""
-        total, trimmed = torch.zeros_like(deltas[0]), []
-        for weight, delta in zip(weights, deltas, strict=True):
-            trimmed.append(_largest(delta, self.density))
-            total += weight * trimmed[-1]
-        elected = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
-        merged, count = torch.zeros_like(total), torch.zeros_like(total)
-        for weight, delta in zip(weights, trimmed, strict=True):
-            agrees = (delta.sign() == elected).to(total.dtype)
-            merged += weight * delta * agrees
-            count += weight * agrees
-        return torch.where(count > 0, merged / count.clamp(min=1e-30), torch.zeros_like(merged))
+    def _ties(self, deltas: list[Tensor], shares: Sequence[float]) -> Tensor:
+        """Trim, elect the sign of the weighted sum, and average what agrees with it: Σ w δ / Σ w, or Σ w δ where these
+        weights cancel."""
+        weighted = [share * _largest(delta, self.density) for share, delta in zip(shares, deltas, strict=True)]
+        elected = torch.where(sum(weighted, torch.zeros_like(deltas[0])) >= 0, 1.0, -1.0)
+        merged, total = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+        for share, delta in zip(shares, weighted, strict=True):
+            agrees = (delta.sign() == elected).to(delta.dtype)
+            merged += delta * agrees
+            total += share * agrees
+        return merged / torch.where(total == 0, 1.0, total)
 
 
 def _largest(delta: Tensor, density: float) -> Tensor:
