@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,42 @@ def test_models_that_compute_with_other_tensors_are_not_merged() -> None:
     adapters.add_lora(adapted, 2)
     with pytest.raises(ValueError, match=r"base\.0\.experts: expected experts without adapters"):
         convert.merge_models(models[:1], "ties", base=adapted)
+
+
+class Tied(nn.Module):
+    """An embedding that is the head, too."""
+
+    def __init__(self, tie: bool = True) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        if tie:
+            self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "dare"])
+def test_tied_tensors_are_merged_once(method: str) -> None:
+    base, *models = (Tied() for _ in range(3))
+    options: dict[str, Any] = {"method": method, "base": base, "density": 0.5}
+    made = convert.merge_models(models, **options)
+    assert made.head.weight is made.embedding.weight
+    once = [{"embedding.weight": model.embedding.weight} for model in (base, *models)]
+    expected = convert.merge_models(once[1:], **{**options, "base": once[0]})["embedding.weight"]
+    copies = {name: tensor.clone() for name, tensor in models[1].state_dict().items()}  # equal, as a file has them
+    merged = [dict(made.state_dict()), convert.merge_models([m.state_dict() for m in models], **options),
+              convert.merge_models([models[0], copies], **options).state_dict()]  # fmt: skip
+    for state in merged:
+        assert torch.equal(state["embedding.weight"], expected)
+        assert torch.equal(state["head.weight"], expected)
+
+
+def test_models_that_do_not_tie_what_the_first_ties_are_not_merged() -> None:
+    tied, untied = Tied(), Tied(tie=False)
+    for name, models, base in (("models[1]", [tied, untied], tied), ("base", [tied, tied], untied)):
+        with pytest.raises(ValueError, match=re.escape(f"{name}: expected head.weight equal to embedding.weight")):
+            convert.merge_models(models, "ties", base=base)
+    made = convert.merge_models([untied, tied])
+    assert torch.equal(made.head.weight, (untied.head.weight + tied.head.weight) / 2)
+    assert torch.equal(made.embedding.weight, (untied.embedding.weight + tied.embedding.weight) / 2)
 
 
 class Markov(nn.Module):

@@ -137,11 +137,11 @@ def merge_models(
         seed: of the dropping.
 
     Returns a copy of the first module with the merged tensors, or a state dict. Integer tensors are those of the base,
-    or of the first model.
+    or of the first model. Tensors that the first model ties are merged once.
 
     Raises:
-        TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, float8 tensors,
-            stored experts, or adapters.
+        TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, or where the first
+            model ties them, float8 tensors, stored experts, or adapters.
     """
     if not models:
         raise ValueError("models: expected at least one, got none")
@@ -149,15 +149,21 @@ def merge_models(
     merging.check(len(models), base is not None)
     states = [_state(model, f"models[{index}]") for index, model in enumerate(models)]
     origin = None if base is None else _state(base, "base")
+    tied = _tied(states[0])
     for name, state in [*((f"models[{i}]", s) for i, s in enumerate(states)), *([("base", origin)] if origin else [])]:
         check_same(
             name, {k: tuple(v.shape) for k, v in state.items()}, {k: tuple(v.shape) for k, v in states[0].items()}
         )
         check_wide(name, {k: v.dtype for k, v in state.items()})
+        for key, first in tied.items():
+            if _place(state[key]) != _place(state[first]) and not torch.equal(state[key], state[first]):
+                raise ValueError(f"{name}: expected {key} equal to {first}, which the first model ties, got another")
     merged = {
         key: merging(key, [state[key].detach() for state in states], None if origin is None else origin[key].detach())
         for key in states[0]
+        if key not in tied
     }
+    merged = {key: merged[tied.get(key, key)] for key in states[0]}
     if isinstance(models[0], Mapping):
         return merged
     made = copy.deepcopy(models[0])
@@ -187,3 +193,14 @@ def _state(model: Any, name: str) -> Mapping[str, Tensor]:
     check_module(name, model)
     check_state_dict(name, model)
     return model.state_dict()  # type: ignore[no-any-return]
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of tensors that have an earlier name too, with that."""
+    seen: dict[Any, str] = {}
+    names = {key: seen.setdefault(_place(v), key) for key, v in state.items() if v.numel() and not v.is_meta}
+    return {key: first for key, first in names.items() if key != first}
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
