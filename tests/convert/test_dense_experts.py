@@ -352,6 +352,13 @@ class TestModels:
                 mean = seen[0].detach().double().reshape(-1, 32).mean(0)
                 row = done.model.model.layers[layer].mlp.gate.weight[expert].double()
                 assert row.sub(mean / mean.norm()).abs().max() < 1e-5
+        dropping = copy.deepcopy(models[0]).train()
+        for layer in dropping.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        other = convert.from_dense_experts([dropping, *models[1:]], 1, router="hidden", prompts=prompts)
+        assert dropping.training
+        for ours, theirs in zip(other.model.model.layers, done.model.model.layers, strict=True):
+            assert torch.equal(ours.mlp.gate.weight, theirs.mlp.gate.weight)
         with pytest.raises(ValueError, match="prompts"):
             convert.from_dense_experts(models, 1, router="hidden", prompts=prompts[:2])
 
