@@ -191,6 +191,22 @@ def test_bad_input_changes_nothing() -> None:
         convert.upcycle("llama", 2, 1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("option", [
+    {"null_experts": 1}, {"copy_experts": 1}, {"constant_experts": 1}, {"widths": [1, 3]}, {"dtype": torch.bfloat16},
+    {"device": "cpu"}, {"bias": True}, {"shared_intermediate_size": 8}, {"num_shared_experts": 1},
+], ids=lambda option: next(iter(option)))  # fmt: skip
+def test_options_that_the_network_decides_are_named(option: dict[str, object]) -> None:
+    mlp, name = SharedExperts(16, 24), next(iter(option))
+    calls = (
+        lambda: convert.upcycle(mlp, 2, 2, **option),
+        lambda: convert.split_dense(mlp, 2, **option),  # type: ignore[arg-type]
+        lambda: convert.from_dense_experts([mlp, mlp], **option),  # type: ignore[arg-type]
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^{name}: expected none, since the dense networks decide it"):
+            call()
+
+
 def test_a_module_of_another_function_is_refused() -> None:
     class Scaled(Llama):
         def forward(self, x: Tensor) -> Tensor:

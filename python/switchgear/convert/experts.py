@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
 from switchgear.convert.modules import is_transformers
-from switchgear.convert.split import fill, initialize_router
+from switchgear.convert.split import fill, initialize_router, layer_like
 from switchgear.experts import Experts
 from switchgear.layers.expand import _appended
 from switchgear.modules import MoE
@@ -59,7 +59,7 @@ def from_dense_experts(
         merge, base, weights, density, seed: how all other tensors are merged; see merge_models.
         attention: "merged" like all others; "experts" or "shared_kv": a soft MixtureOfAttention of the models'
             attention layers (BAM), which only switchgear loads.
-        layers, family: see upcycle. options: of MoE, for feed-forward modules.
+        layers, family, options: see upcycle.
 
     Raises:
         TypeError, ValueError: models that differ in type, size or activation, or an option out of range.
@@ -108,10 +108,7 @@ def _layer(
         options.setdefault("normalize", True)
     if "select" not in options:
         options["top_k"] = top_k
-    moe = MoE(
-        first.hidden_size, first.intermediate_size, len(networks), shared_intermediate_size=width,
-        **first.options(), **options,
-    )  # fmt: skip
+    moe = layer_like(first, first.intermediate_size, len(networks), options, width)
     fill(moe.experts, networks)
     if of_shared is not None:
         fill_shared(moe.shared_experts, of_shared)  # type: ignore[arg-type]

@@ -24,6 +24,12 @@ from switchgear.routing.selection import TopK
 
 UNIT = 16  # neurons; experts of different widths are padded with zeros to multiples, which the kernels' slices like
 
+# Options of MoE that follow from the networks: their sizes, and which experts there are.
+DECIDED = {
+    "hidden_size", "intermediate_size", "num_experts", "activation", "gated", "bias", "device", "dtype", "widths",
+    "null_experts", "copy_experts", "constant_experts", "shared_intermediate_size", "num_shared_experts", "shared_gate",
+}  # fmt: skip
+
 
 def split_dense(
     mlp: nn.Module | FeedForward,
@@ -74,7 +80,7 @@ def split_dense(
         router_init: standard deviation of the router.
         seed: of the random partition, of k-means, and of the router.
         layers, family: of a model; see upcycle.
-        options: of MoE, such as balance=[ImportanceLoad(1e-2)].
+        options: of MoE, such as balance=[ImportanceLoad(1e-2)]; none that the network decides, such as dtype or widths.
 
     Raises:
         TypeError, ValueError: the module is no dense feed-forward network, or an option is out of range.
@@ -164,10 +170,10 @@ def _built(dense: FeedForward, parts: Partition, router_init: float, seed: int, 
     is_ragged = len(set(widths)) > 1
     if is_ragged and dense.has_bias:
         raise ValueError("mlp: expected no biases for experts of different widths, got some")
-    layout, width = dense.options(), 0 if shared is None else shared.intermediate_size
-    size = UNIT if is_ragged else widths[0]
-    moe = MoE(dense.hidden_size, size, len(networks), shared_intermediate_size=width, **layout, **options)
+    size, width = UNIT if is_ragged else widths[0], 0 if shared is None else shared.intermediate_size
+    moe = layer_like(dense, size, len(networks), options, width)
     if is_ragged:
+        layout = dense.options()
         layout.pop("bias")
         layout |= {name: options[name] for name in ("interleaved", "transposed", "limit") if name in options}
         moe.experts = HeterogeneousExperts(dense.hidden_size, widths, **layout)
@@ -193,6 +199,18 @@ def pieces(dense: FeedForward, parts: Partition) -> tuple[list[FeedForward], Fee
         share = 0.0 if shared is not None else 1 / len(networks) if parts.is_split else 1.0
         networks = [replace(network, down_bias=dense.down_bias * share) for network in networks]
     return networks, shared
+
+
+def layer_like(
+    dense: FeedForward, width: int, num_experts: int, options: Mapping[str, Any], shared_width: int = 0
+) -> MoE:
+    """An MoE with experts of `width` neurons like the dense network's, before its weights are copied. Raises ValueError
+    for an option that the network decides."""
+    if taken := next((name for name in options if name in DECIDED), None):
+        raise ValueError(f"{taken}: expected none, since the dense networks decide it, got {options[taken]!r}")
+    return MoE(
+        dense.hidden_size, width, num_experts, shared_intermediate_size=shared_width, **dense.options(), **options
+    )
 
 
 @torch.no_grad()
