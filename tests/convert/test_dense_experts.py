@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import switchgear
 from switchgear import adapters, convert
 from switchgear.layers.shared import SharedExperts
+from switchgear.routing import AdaptiveSparsity, LossFreeBias, SwitchLoss
 
 H, WIDTH = 24, 32
 
@@ -263,9 +264,45 @@ def test_row59_a_new_expert_leaves_the_logits_of_others() -> None:
         convert.add_domain_expert(moe, new, torch.randn(6))
     with pytest.raises(ValueError, match="mlp"):
         convert.add_domain_expert(moe, SharedExperts(H, 31), embedding)
+    with pytest.raises(ValueError, match="mlp: expected activation 'silu', got 'gelu'"):
+        convert.add_domain_expert(moe, SharedExperts(H, WIDTH, activation="gelu"), embedding)
     with pytest.raises(ValueError, match="Domain"):
         convert.add_domain_expert(convert.upcycle(new, 2, 1), new, embedding)
     assert moe.experts.num_experts == moe.gate.num_experts == 3
+
+
+def test_a_new_expert_is_counted_and_biased_as_the_others() -> None:
+    mlps, x = [SharedExperts(H, WIDTH) for _ in range(4)], torch.randn(9, H)
+    moe = convert.from_dense_experts(mlps[:3], 1, embeddings=torch.randn(3, 7), balance=[LossFreeBias(1e-2)])
+    moe(x)
+    before, bias = moe.gate.tokens_per_expert.clone(), moe.gate.e_score_correction_bias.fill_(0.5)
+    convert.add_domain_expert(moe, mlps[3], torch.randn(7))
+    assert moe.gate.tokens_per_expert.tolist() == [*before.tolist(), 0]
+    assert moe.gate.e_score_correction_bias.tolist() == [*bias.tolist(), 0]
+    routing = moe.gate(x)
+    assert moe.gate.tokens_per_expert.sum() == 18
+    y = moe(x)
+    for token in range(9):
+        expected = routing.topk_weights[token, 0] * mlps[int(routing.topk_ids[token, 0])](x[token])
+        assert y[token].sub(expected).abs().max() < 1e-5
+    switchgear.after_step(moe)
+    assert moe.gate.tokens_per_expert.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"balance": [SwitchLoss(1e-2, scope="global", accumulate=True)]}, "moe: expected switchgear.after_step"),
+    ({"balance": [AdaptiveSparsity(1.0, 4)]}, "moe: expected no part for 4 experts only, got AdaptiveSparsity"),
+    ({"num_groups": 2}, "moe: expected a multiple of 2 groups"),
+])  # fmt: skip
+def test_a_router_that_does_not_grow_is_refused(options: dict[str, Any], message: str) -> None:
+    mlp = SharedExperts(H, WIDTH)
+    moe = convert.from_dense_experts([mlp] * 4, 1, embeddings=torch.randn(4, 7), **options)
+    moe(torch.randn(9, H))
+    before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        convert.add_domain_expert(moe, mlp, torch.randn(7))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in moe.state_dict().items())
+    assert moe.experts.num_experts == moe.gate.num_experts == 4
 
 
 @pytest.mark.parametrize("layout", [{"interleaved": True}, {"interleaved": True, "transposed": True}])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
 from switchgear.convert.modules import is_transformers
@@ -127,9 +128,14 @@ def add_domain_expert(moe: MoE, mlp: nn.Module | Mapping[str, Tensor], embedding
     embedding of its domain, from which the router computes its row. The logits of old experts do not change.
 
     Merge the other tensors with merge_models([old, new], weights=[n, 1]).
+
+    Raises:
+        TypeError, ValueError: another router, an expert of another shape or activation, an embedding of another size,
+            experts that are not plain, a router with a part for E experts only, or a SwitchLoss with accumulate in the
+            middle of a step. Nothing is changed.
     """
     experts: Any = moe.experts
-    score = moe.gate.score
+    gate, score = moe.gate, moe.gate.score
     if not isinstance(score, Domain):
         raise ValueError(
             f"moe: expected a Domain router, got {type(score).__name__}; see MoE.add_expert for linear ones"
@@ -137,7 +143,17 @@ def add_domain_expert(moe: MoE, mlp: nn.Module | Mapping[str, Tensor], embedding
     if type(experts) is not Experts:
         raise ValueError("moe: expected plain Experts in this process")
     check_plain("moe", experts)
-    given = mlp if isinstance(mlp, Mapping) else feed_forward(mlp).expert(experts.interleaved)
+    gate.check_resizable("moe")
+    count = experts.num_experts + 1
+    if count % gate.num_groups:
+        raise ValueError(f"moe: expected a multiple of {gate.num_groups} groups of experts in all, got {count}")
+    if isinstance(mlp, Mapping):
+        given = mlp
+    else:
+        network = feed_forward(mlp)
+        if network.activation != experts.activation:
+            raise ValueError(f"mlp: expected activation {experts.activation!r}, got {network.activation!r}")
+        given = network.expert(experts.interleaved)
     wanted = dict(experts.named_parameters(recurse=False))
     rows = {name: tensor.mT if experts.transposed and tensor.dim() == 2 else tensor for name, tensor in given.items()}
     if {name: row.shape for name, row in rows.items()} != {name: p.shape[1:] for name, p in wanted.items()}:
@@ -149,8 +165,11 @@ def add_domain_expert(moe: MoE, mlp: nn.Module | Mapping[str, Tensor], embedding
     for name, tensor in grown.items():
         experts._parameters[name] = nn.Parameter(tensor, requires_grad=wanted[name].requires_grad)
     score.add_expert(embedding)
-    experts.num_experts = moe.gate.num_experts = experts.num_experts + 1
-    return int(experts.num_experts) - 1
+    if (bias := gate.e_score_correction_bias) is not None:
+        gate.e_score_correction_bias = pad(bias, (0, 1))
+    gate.resize_counts(count)
+    experts.num_experts = gate.num_experts = count
+    return int(count) - 1
 
 
 class Projected(nn.Module):
