@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 import switchgear
 from switchgear import adapters, convert
 from switchgear.layers.shared import SharedExperts
+from switchgear.routing import AdaptiveSparsity, LossFreeBias, SwitchLoss
 
 H, WIDTH = 24, 32
 
@@ -24,7 +26,7 @@ H, WIDTH = 24, 32
 
 
 def ties(deltas: list[list[float]], keep: int, weights: list[float]) -> list[float]:
-    """TIES-Merging, section 3, element by element."""
+    """TIES-Merging, section 3, element by element; a negative weight turns the sign of its model, as in mergekit."""
     trimmed = []
     for delta in deltas:
         order = sorted(range(len(delta)), key=lambda i: -abs(delta[i]))[:keep]
@@ -32,19 +34,19 @@ def ties(deltas: list[list[float]], keep: int, weights: list[float]) -> list[flo
     merged = []
     for values in zip(*trimmed, strict=True):
         sign = 1 if sum(w * v for w, v in zip(weights, values, strict=True)) >= 0 else -1
-        agreeing = [(w, v) for w, v in zip(weights, values, strict=True) if v * sign > 0]
+        agreeing = [(w, v) for w, v in zip(weights, values, strict=True) if w * v * sign > 0]
         total = sum(w for w, _ in agreeing)
-        merged.append(sum(w * v for w, v in agreeing) / total if agreeing else 0.0)
+        merged.append(sum(w * v for w, v in agreeing) / (total or 1))
     return merged
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, 3.0, 2.0]])
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0, 2.0], [2.0, -1.4, 0.9], [1.0, -1.0, 1.0]])
 def test_row61_ties_trims_elects_and_averages_what_agrees(weights: list[float] | None) -> None:
-    base = torch.randn(20, dtype=torch.float64)
-    deltas = torch.randn(3, 20, dtype=torch.float64)
+    base = torch.randn(200, dtype=torch.float64)
+    deltas = torch.randn(3, 200, dtype=torch.float64)
     models = [{"w": base + delta} for delta in deltas]
     found = convert.merge_models(models, "ties", base={"w": base}, density=0.3, weights=weights, scale=0.7)
-    expected = ties([(m["w"] - base).tolist() for m in models], 6, weights or [1.0] * 3)
+    expected = ties([(m["w"] - base).tolist() for m in models], 60, weights or [1.0] * 3)
     assert found["w"].sub(base + 0.7 * torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-12
     assert float(found["w"].sub(base).eq(0).double().mean()) > 0  # some element was trimmed from all
 
@@ -113,6 +115,42 @@ def test_models_that_compute_with_other_tensors_are_not_merged() -> None:
         convert.merge_models(models[:1], "ties", base=adapted)
 
 
+class Tied(nn.Module):
+    """An embedding that is the head, too."""
+
+    def __init__(self, tie: bool = True) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        if tie:
+            self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "dare"])
+def test_tied_tensors_are_merged_once(method: str) -> None:
+    base, *models = (Tied() for _ in range(3))
+    options: dict[str, Any] = {"method": method, "base": base, "density": 0.5}
+    made = convert.merge_models(models, **options)
+    assert made.head.weight is made.embedding.weight
+    once = [{"embedding.weight": model.embedding.weight} for model in (base, *models)]
+    expected = convert.merge_models(once[1:], **{**options, "base": once[0]})["embedding.weight"]
+    copies = {name: tensor.clone() for name, tensor in models[1].state_dict().items()}  # equal, as a file has them
+    merged = [dict(made.state_dict()), convert.merge_models([m.state_dict() for m in models], **options),
+              convert.merge_models([models[0], copies], **options).state_dict()]  # fmt: skip
+    for state in merged:
+        assert torch.equal(state["embedding.weight"], expected)
+        assert torch.equal(state["head.weight"], expected)
+
+
+def test_models_that_do_not_tie_what_the_first_ties_are_not_merged() -> None:
+    tied, untied = Tied(), Tied(tie=False)
+    for name, models, base in (("models[1]", [tied, untied], tied), ("base", [tied, tied], untied)):
+        with pytest.raises(ValueError, match=re.escape(f"{name}: expected head.weight equal to embedding.weight")):
+            convert.merge_models(models, "ties", base=base)
+    made = convert.merge_models([untied, tied])
+    assert torch.equal(made.head.weight, (untied.head.weight + tied.head.weight) / 2)
+    assert torch.equal(made.embedding.weight, (untied.embedding.weight + tied.embedding.weight) / 2)
+
+
 class Markov(nn.Module):
     """A language model whose next token depends on the last one."""
 
@@ -144,6 +182,33 @@ def test_row61_perplexity_picks_the_model_that_wrote_the_text() -> None:
     moe(x, fields={"sequence_logits": -perplexities})
     routing = moe.gate(x, switchgear.Context(fields={"sequence_logits": -perplexities}))
     assert routing.topk_ids.view(15, 40).eq(perplexities.argmin(1)[:, None]).all()
+
+
+class Averaging(Markov):
+    """The mean of the known tokens so far predicts, each with its position; dropout in training."""
+
+    def forward(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        rows = self.table[ids] * (1 + position_ids[..., None]) * attention_mask[..., None]
+        return F.dropout(rows.cumsum(1) / attention_mask.cumsum(1).clamp(min=1)[..., None], training=self.training)
+
+
+@pytest.mark.parametrize("make", [Markov, Averaging])
+def test_perplexity_of_padded_sequences_is_that_of_their_tokens(make: type[Markov]) -> None:
+    model, ids = make(0), torch.randint(12, (2, 9))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 5:] = False
+    alone = [convert.sequence_perplexities([model], ids[i : i + 1, :n], mask[i : i + 1, :n])
+             for i, n in ((0, 5), (1, 9))]  # fmt: skip
+    assert model.training
+    assert convert.sequence_perplexities([model], ids, mask).allclose(torch.cat(alone))  # padded at the end
+    ids[0], mask[0] = ids[0].roll(4), mask[0].roll(4)
+    if make is Averaging:
+        assert convert.sequence_perplexities([model], ids, mask).allclose(torch.cat(alone))
+    else:
+        with pytest.raises(ValueError, match="mask: expected padding behind the tokens for Markov"):
+            convert.sequence_perplexities([model], ids, mask)
+    with pytest.raises(ValueError, match=r"mask: expected \[2, 9\]"):
+        convert.sequence_perplexities([model], ids, mask[:, 1:])
 
 
 def test_row61_experts_of_another_size() -> None:
@@ -199,9 +264,55 @@ def test_row59_a_new_expert_leaves_the_logits_of_others() -> None:
         convert.add_domain_expert(moe, new, torch.randn(6))
     with pytest.raises(ValueError, match="mlp"):
         convert.add_domain_expert(moe, SharedExperts(H, 31), embedding)
+    with pytest.raises(ValueError, match="mlp: expected activation 'silu', got 'gelu'"):
+        convert.add_domain_expert(moe, SharedExperts(H, WIDTH, activation="gelu"), embedding)
     with pytest.raises(ValueError, match="Domain"):
         convert.add_domain_expert(convert.upcycle(new, 2, 1), new, embedding)
     assert moe.experts.num_experts == moe.gate.num_experts == 3
+
+
+def test_a_new_expert_is_counted_and_biased_as_the_others() -> None:
+    mlps, x = [SharedExperts(H, WIDTH) for _ in range(4)], torch.randn(9, H)
+    moe = convert.from_dense_experts(mlps[:3], 1, embeddings=torch.randn(3, 7), balance=[LossFreeBias(1e-2)])
+    moe(x)
+    before, bias = moe.gate.tokens_per_expert.clone(), moe.gate.e_score_correction_bias.fill_(0.5)
+    convert.add_domain_expert(moe, mlps[3], torch.randn(7))
+    assert moe.gate.tokens_per_expert.tolist() == [*before.tolist(), 0]
+    assert moe.gate.e_score_correction_bias.tolist() == [*bias.tolist(), 0]
+    routing = moe.gate(x)
+    assert moe.gate.tokens_per_expert.sum() == 18
+    y = moe(x)
+    for token in range(9):
+        expected = routing.topk_weights[token, 0] * mlps[int(routing.topk_ids[token, 0])](x[token])
+        assert y[token].sub(expected).abs().max() < 1e-5
+    switchgear.after_step(moe)
+    assert moe.gate.tokens_per_expert.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"balance": [SwitchLoss(1e-2, scope="global", accumulate=True)]}, "moe: expected switchgear.after_step"),
+    ({"balance": [AdaptiveSparsity(1.0, 4)]}, "moe: expected no part for 4 experts only, got AdaptiveSparsity"),
+    ({"num_groups": 2}, "moe: expected a multiple of 2 groups"),
+])  # fmt: skip
+def test_a_router_that_does_not_grow_is_refused(options: dict[str, Any], message: str) -> None:
+    mlp = SharedExperts(H, WIDTH)
+    moe = convert.from_dense_experts([mlp] * 4, 1, embeddings=torch.randn(4, 7), **options)
+    moe(torch.randn(9, H))
+    before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        convert.add_domain_expert(moe, mlp, torch.randn(7))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in moe.state_dict().items())
+    assert moe.experts.num_experts == moe.gate.num_experts == 4
+
+
+@pytest.mark.parametrize("layout", [{"interleaved": True}, {"interleaved": True, "transposed": True}])
+def test_collected_and_added_experts_of_any_layout(layout: dict[str, bool]) -> None:
+    mlp, embeddings = SharedExperts(H, WIDTH, bias=True).double(), torch.randn(2, 7, dtype=torch.float64)
+    moe = convert.from_dense_experts([mlp, mlp], 1, embeddings=embeddings, normalize=True, **layout)
+    convert.add_domain_expert(moe, mlp, torch.randn(7, dtype=torch.float64))
+    x = torch.randn(9, H, dtype=torch.float64)
+    y = moe.experts(x, torch.arange(9)[:, None] % 3, torch.ones_like(x[:, :1]))
+    assert y.sub(mlp(x)).abs().max() < 1e-12
 
 
 def test_row59_one_model_is_the_seed_plus_one_expert() -> None:
@@ -278,6 +389,13 @@ class TestModels:
                 mean = seen[0].detach().double().reshape(-1, 32).mean(0)
                 row = done.model.model.layers[layer].mlp.gate.weight[expert].double()
                 assert row.sub(mean / mean.norm()).abs().max() < 1e-5
+        dropping = copy.deepcopy(models[0]).train()
+        for layer in dropping.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        other = convert.from_dense_experts([dropping, *models[1:]], 1, router="hidden", prompts=prompts)
+        assert dropping.training
+        for ours, theirs in zip(other.model.model.layers, done.model.model.layers, strict=True):
+            assert torch.equal(ours.mlp.gate.weight, theirs.mlp.gate.weight)
         with pytest.raises(ValueError, match="prompts"):
             convert.from_dense_experts(models, 1, router="hidden", prompts=prompts[:2])
 

@@ -52,12 +52,13 @@ def test_row58_mergekit_moe_has_the_same_tensors(paths: list[Path], tmp_path: Pa
     }
 
 
-def test_row61_mergekit_ties_has_the_same_bits(paths: list[Path]) -> None:
+@pytest.mark.parametrize("shares", [[1.0, 2.0, 1.0], [0.3, -0.7, 1.1], [1.0, -1.0, 1.0]])
+def test_row61_mergekit_ties_has_the_same_bits(paths: list[Path], shares: list[float]) -> None:
     base, *models = [state(path) for path in paths]
-    ours = convert.merge_models(models, "ties", base=base, density=0.3, weights=[1, 2, 1])
+    ours = convert.merge_models(models, "ties", base=base, density=0.3, weights=shares)
     for key, origin in base.items():
         deltas = torch.stack([magnitude(model[key] - origin, 0.3) for model in models])
-        weights = torch.tensor([1.0, 2.0, 1.0]).view(-1, *[1] * origin.dim())
+        weights = torch.tensor(shares).view(-1, *[1] * origin.dim())
         mask = get_mask(deltas * weights)
         divisor = (weights * mask).sum(0)
         divisor[divisor == 0] = 1

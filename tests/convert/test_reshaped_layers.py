@@ -163,6 +163,22 @@ def test_layers_are_distilled_without_dropout() -> None:
     assert results[0].layers == results[1].layers
 
 
+def test_layers_are_distilled_without_padding() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.block(x)
+
+    model, x, mask = Masked(), torch.randn(2, 5, H), torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    results = [convert.distill_layers(copy.deepcopy(model), 4, [batch], 2, steps=3, batch_size=4)
+               for batch in ({"x": x, "attention_mask": mask}, x[mask.bool()])]  # fmt: skip
+    assert results[0].layers == results[1].layers
+    assert results[0].layers[0].num_tokens == 7
+
+
 def test_layers_are_distilled_with_importance_by_layer() -> None:
     model, x = nn.Sequential(Block(), Block()), torch.randn(64, H)
     scores = convert.layer_importance(model, [x], lambda y: y.square().mean())

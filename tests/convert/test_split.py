@@ -204,6 +204,24 @@ def test_row44_activity_of_neurons() -> None:
         convert.layer_importance(nn.Sequential(SharedExperts(H, WIDTH)), [x])
 
 
+class Dropping(Blocks):
+    """Takes a mask that changes nothing; dropout in training."""
+
+    def forward(self, x: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        return super().forward(F.dropout(x, 0.5, self.training), labels)
+
+
+@pytest.mark.parametrize("by", ["activation", "gradient"])
+def test_importance_is_that_of_known_tokens_in_eval(by: str) -> None:
+    model, x, mask = Dropping(), torch.randn(2, 5, H), torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    padded = {"x": x, "labels": torch.randn(2, 5, H) * mask[..., None], "attention_mask": mask}
+    tokens = {"x": x[mask.bool()], "labels": padded["labels"][mask.bool()] * 7 / 10}  # a loss is a mean over 10
+    found, expected = (convert.layer_importance(model, [batch], by=by) for batch in (padded, tokens))
+    assert model.training
+    for layer in range(3):
+        assert found[layer].sub(expected[layer]).abs().max() < 1e-5
+
+
 def test_row56_contiguous_slices_and_straight_through_gates() -> None:
     mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
     moe = convert.split_dense(mlp, 4, 2, method="contiguous")
@@ -257,14 +275,25 @@ def test_row44_domain_masks() -> None:
             assert close(moe(x), masked(mlp, x, mask))
 
 
-def test_row44_experts_of_different_widths_and_an_empty_one() -> None:
+LAYOUTS = [{"interleaved": True}, {"transposed": True}, {"interleaved": True, "transposed": True}]
+
+
+@pytest.mark.parametrize("layout", [{}, *LAYOUTS])
+def test_row44_experts_of_different_widths_and_an_empty_one(layout: dict[str, bool]) -> None:
     mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
     ragged = convert.Partition(
         (torch.arange(5), torch.arange(5, 40), torch.arange(0)), torch.arange(40, WIDTH), is_split=True
     )
-    moe = convert.split_dense(mlp, 3, method=ragged)
+    moe = convert.split_dense(mlp, 3, method=ragged, **layout)
     assert close(moe(x), mlp(x))
     assert moe.experts.intermediate_sizes == (16, 48, 16)  # padded to what the kernels like
+    assert {name for name in ("interleaved", "transposed") if getattr(moe.experts.slices, name)} == set(layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_split_experts_of_any_layout(layout: dict[str, bool]) -> None:
+    mlp, x = SharedExperts(H, WIDTH, bias=True), torch.randn(11, H)
+    assert close(convert.split_dense(mlp, 8, **layout)(x), mlp(x))
 
 
 def test_bad_input_is_named() -> None:

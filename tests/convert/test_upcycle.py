@@ -92,6 +92,16 @@ def test_row53_upcycled_layer_is_the_dense_network(name: str, top_k: int) -> Non
     assert moe(x).double().sub(loop(mlp, moe, x, top_k)).abs().max() < 1e-5
 
 
+LAYOUTS = [{"interleaved": True}, {"transposed": True}, {"interleaved": True, "transposed": True}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["llama", "llama with biases"])
+def test_upcycled_experts_of_any_layout(name: str, layout: dict[str, bool]) -> None:
+    mlp, x = MODULES[name]().double(), torch.randn(17, 32, dtype=torch.float64)
+    assert convert.upcycle(mlp, 5, 2, **layout)(x).sub(mlp(x)).abs().max() < 1e-12
+
+
 def test_row53_softmax_before_topk_is_no_identity() -> None:
     mlp = Llama()
     moe = convert.upcycle(mlp, 8, 2, normalize=False, router_init=1.0)
@@ -179,6 +189,22 @@ def test_bad_input_changes_nothing() -> None:
         convert.upcycle(nn.Linear(4, 4), 2, 1)
     with pytest.raises(TypeError, match="mlp"):
         convert.upcycle("llama", 2, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [
+    {"null_experts": 1}, {"copy_experts": 1}, {"constant_experts": 1}, {"widths": [1, 3]}, {"dtype": torch.bfloat16},
+    {"device": "cpu"}, {"bias": True}, {"shared_intermediate_size": 8}, {"num_shared_experts": 1},
+], ids=lambda option: next(iter(option)))  # fmt: skip
+def test_options_that_the_network_decides_are_named(option: dict[str, object]) -> None:
+    mlp, name = SharedExperts(16, 24), next(iter(option))
+    calls = (
+        lambda: convert.upcycle(mlp, 2, 2, **option),
+        lambda: convert.split_dense(mlp, 2, **option),  # type: ignore[arg-type]
+        lambda: convert.from_dense_experts([mlp, mlp], **option),  # type: ignore[arg-type]
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^{name}: expected none, since the dense networks decide it"):
+            call()
 
 
 def test_a_module_of_another_function_is_refused() -> None:

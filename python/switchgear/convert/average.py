@@ -69,7 +69,7 @@ class Merging:
             for index, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
                 merged += weight * self._dropped(key, index, delta)
         else:
-            merged = self._ties(deltas, weights)
+            merged = self._ties(deltas, shares)
         return (origin + self.scale * merged).to(base.dtype)
 
     def _dropped(self, key: str, index: int, delta: Tensor) -> Tensor:
@@ -78,19 +78,17 @@ class Merging:
         kept = torch.rand(delta.shape, generator=generator).to(delta.device) < self.density
         return torch.where(kept, delta / self.density, torch.zeros_like(delta))
 
-    def _ties(self, deltas: list[Tensor], weights: list[float]) -> Tensor:
-        """Trim, elect the sign, and average what agrees with it."""
-        total, trimmed = torch.zeros_like(deltas[0]), []
-        for weight, delta in zip(weights, deltas, strict=True):
-            trimmed.append(_largest(delta, self.density))
-            total += weight * trimmed[-1]
-        elected = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
-        merged, count = torch.zeros_like(total), torch.zeros_like(total)
-        for weight, delta in zip(weights, trimmed, strict=True):
-            agrees = (delta.sign() == elected).to(total.dtype)
-            merged += weight * delta * agrees
-            count += weight * agrees
-        return torch.where(count > 0, merged / count.clamp(min=1e-30), torch.zeros_like(merged))
+    def _ties(self, deltas: list[Tensor], shares: Sequence[float]) -> Tensor:
+        """Trim, elect the sign of the weighted sum, and average what agrees with it: Σ w δ / Σ w, or Σ w δ where these
+        weights cancel."""
+        weighted = [share * _largest(delta, self.density) for share, delta in zip(shares, deltas, strict=True)]
+        elected = torch.where(sum(weighted, torch.zeros_like(deltas[0])) >= 0, 1.0, -1.0)
+        merged, total = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+        for share, delta in zip(shares, weighted, strict=True):
+            agrees = (delta.sign() == elected).to(delta.dtype)
+            merged += delta * agrees
+            total += share * agrees
+        return merged / torch.where(total == 0, 1.0, total)
 
 
 def _largest(delta: Tensor, density: float) -> Tensor:
@@ -139,11 +137,11 @@ def merge_models(
         seed: of the dropping.
 
     Returns a copy of the first module with the merged tensors, or a state dict. Integer tensors are those of the base,
-    or of the first model.
+    or of the first model. Tensors that the first model ties are merged once.
 
     Raises:
-        TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, float8 tensors,
-            stored experts, or adapters.
+        TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, or where the first
+            model ties them, float8 tensors, stored experts, or adapters.
     """
     if not models:
         raise ValueError("models: expected at least one, got none")
@@ -151,15 +149,21 @@ def merge_models(
     merging.check(len(models), base is not None)
     states = [_state(model, f"models[{index}]") for index, model in enumerate(models)]
     origin = None if base is None else _state(base, "base")
+    tied = _tied(states[0])
     for name, state in [*((f"models[{i}]", s) for i, s in enumerate(states)), *([("base", origin)] if origin else [])]:
         check_same(
             name, {k: tuple(v.shape) for k, v in state.items()}, {k: tuple(v.shape) for k, v in states[0].items()}
         )
         check_wide(name, {k: v.dtype for k, v in state.items()})
+        for key, first in tied.items():
+            if _place(state[key]) != _place(state[first]) and not torch.equal(state[key], state[first]):
+                raise ValueError(f"{name}: expected {key} equal to {first}, which the first model ties, got another")
     merged = {
         key: merging(key, [state[key].detach() for state in states], None if origin is None else origin[key].detach())
         for key in states[0]
+        if key not in tied
     }
+    merged = {key: merged[tied.get(key, key)] for key in states[0]}
     if isinstance(models[0], Mapping):
         return merged
     made = copy.deepcopy(models[0])
@@ -189,3 +193,14 @@ def _state(model: Any, name: str) -> Mapping[str, Tensor]:
     check_module(name, model)
     check_state_dict(name, model)
     return model.state_dict()  # type: ignore[no-any-return]
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of tensors that have an earlier name too, with that."""
+    seen: dict[Any, str] = {}
+    names = {key: seen.setdefault(_place(v), key) for key, v in state.items() if v.numel() and not v.is_meta}
+    return {key: first for key, first in names.items() if key != first}
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()

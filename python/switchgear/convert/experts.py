@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
 from switchgear.convert.modules import is_transformers
-from switchgear.convert.split import fill, initialize_router
+from switchgear.convert.split import fill, initialize_router, layer_like
 from switchgear.experts import Experts
 from switchgear.layers.expand import _appended
 from switchgear.modules import MoE
@@ -59,7 +60,7 @@ def from_dense_experts(
         merge, base, weights, density, seed: how all other tensors are merged; see merge_models.
         attention: "merged" like all others; "experts" or "shared_kv": a soft MixtureOfAttention of the models'
             attention layers (BAM), which only switchgear loads.
-        layers, family: see upcycle. options: of MoE, for feed-forward modules.
+        layers, family, options: see upcycle.
 
     Raises:
         TypeError, ValueError: models that differ in type, size or activation, or an option out of range.
@@ -108,10 +109,7 @@ def _layer(
         options.setdefault("normalize", True)
     if "select" not in options:
         options["top_k"] = top_k
-    moe = MoE(
-        first.hidden_size, first.intermediate_size, len(networks), shared_intermediate_size=width,
-        **first.options(), **options,
-    )  # fmt: skip
+    moe = layer_like(first, first.intermediate_size, len(networks), options, width)
     fill(moe.experts, networks)
     if of_shared is not None:
         fill_shared(moe.shared_experts, of_shared)  # type: ignore[arg-type]
@@ -130,9 +128,14 @@ def add_domain_expert(moe: MoE, mlp: nn.Module | Mapping[str, Tensor], embedding
     embedding of its domain, from which the router computes its row. The logits of old experts do not change.
 
     Merge the other tensors with merge_models([old, new], weights=[n, 1]).
+
+    Raises:
+        TypeError, ValueError: another router, an expert of another shape or activation, an embedding of another size,
+            experts that are not plain, a router with a part for E experts only, or a SwitchLoss with accumulate in the
+            middle of a step. Nothing is changed.
     """
     experts: Any = moe.experts
-    score = moe.gate.score
+    gate, score = moe.gate, moe.gate.score
     if not isinstance(score, Domain):
         raise ValueError(
             f"moe: expected a Domain router, got {type(score).__name__}; see MoE.add_expert for linear ones"
@@ -140,7 +143,17 @@ def add_domain_expert(moe: MoE, mlp: nn.Module | Mapping[str, Tensor], embedding
     if type(experts) is not Experts:
         raise ValueError("moe: expected plain Experts in this process")
     check_plain("moe", experts)
-    given = mlp if isinstance(mlp, Mapping) else feed_forward(mlp).expert()
+    gate.check_resizable("moe")
+    count = experts.num_experts + 1
+    if count % gate.num_groups:
+        raise ValueError(f"moe: expected a multiple of {gate.num_groups} groups of experts in all, got {count}")
+    if isinstance(mlp, Mapping):
+        given = mlp
+    else:
+        network = feed_forward(mlp)
+        if network.activation != experts.activation:
+            raise ValueError(f"mlp: expected activation {experts.activation!r}, got {network.activation!r}")
+        given = network.expert(experts.interleaved)
     wanted = dict(experts.named_parameters(recurse=False))
     rows = {name: tensor.mT if experts.transposed and tensor.dim() == 2 else tensor for name, tensor in given.items()}
     if {name: row.shape for name, row in rows.items()} != {name: p.shape[1:] for name, p in wanted.items()}:
@@ -152,8 +165,11 @@ def add_domain_expert(moe: MoE, mlp: nn.Module | Mapping[str, Tensor], embedding
     for name, tensor in grown.items():
         experts._parameters[name] = nn.Parameter(tensor, requires_grad=wanted[name].requires_grad)
     score.add_expert(embedding)
-    experts.num_experts = moe.gate.num_experts = experts.num_experts + 1
-    return int(experts.num_experts) - 1
+    if (bias := gate.e_score_correction_bias) is not None:
+        gate.e_score_correction_bias = pad(bias, (0, 1))
+    gate.resize_counts(count)
+    experts.num_experts = gate.num_experts = count
+    return int(count) - 1
 
 
 class Projected(nn.Module):

@@ -114,15 +114,19 @@ class FeedForward:
             self, gate_bias=gate, up_bias=bias(self.up_bias, self.up), down_bias=bias(self.down_bias, self.down)
         )
 
-    def expert(self) -> dict[str, Tensor]:
+    def expert(self, interleaved: bool = False) -> dict[str, Tensor]:
         """Its weights by name of the parameters of Experts: gate_up_proj [2I,H] (up_proj [I,H]), down_proj [H,I], …."""
+
+        def joined(gate: Tensor | None, up: Tensor) -> Tensor:
+            if gate is None:
+                return up
+            return torch.stack((gate, up), 1).flatten(0, 1) if interleaved else torch.cat((gate, up))
+
         first = "up_proj" if self.gate is None else "gate_up_proj"
-        found = {first: self.up if self.gate is None else torch.cat((self.gate, self.up)), "down_proj": self.down}
+        found = {first: joined(self.gate, self.up), "down_proj": self.down}
         if self.down_bias is not None:
             assert self.up_bias is not None
-            found[f"{first}_bias"] = (
-                self.up_bias if self.gate_bias is None else torch.cat((self.gate_bias, self.up_bias))
-            )
+            found[f"{first}_bias"] = joined(self.gate_bias, self.up_bias)
             found["down_proj_bias"] = self.down_bias
         return found
 

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.modes import evaluating
 from switchgear.complaints import check_module
 from switchgear.convert.ffn import NAMES, is_feed_forward
-from switchgear.convert.modules import called, chosen_layers, dense_layers
+from switchgear.convert.modules import called, chosen_layers, dense_layers, watched_rows
 from switchgear.reference import check_choice
 
 DOWN = tuple(dict.fromkeys(down for _, _, down in NAMES))
@@ -22,7 +23,7 @@ def neuron_importance(
     module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], *, mlp: nn.Module | None = None
 ) -> Tensor:
     """[I] float32: the first-order change of the loss if a neuron is removed, |Σ w · ∂loss/∂w| over its column of the
-    down projection, summed over batches (LLaMA-MoE v2, arXiv:2411.15708).
+    down projection, summed over batches, in eval() (LLaMA-MoE v2, arXiv:2411.15708).
 
     Args:
         module: computes the loss: loss(module(batch)); a mapping is passed as keywords.
@@ -30,7 +31,8 @@ def neuron_importance(
 
     Gradients of parameters are left as they are.
     """
-    (total,) = _gradients(module, batches, loss, [_down(module if mlp is None else mlp)])
+    with evaluating(module):
+        (total,) = _gradients(module, batches, loss, [_down(module if mlp is None else mlp)])
     return total
 
 
@@ -42,8 +44,8 @@ def layer_importance(
     by: str = "gradient",
     layers: str | Sequence[int] = "all",
 ) -> dict[int, Tensor]:
-    """The importance [I] float32 of the neurons of each dense feed-forward layer of a model, in one pass over batches:
-    split_dense(model, 8, 2, method="gradient", importance=…). For domain masks, stack those of each domain.
+    """The importance [I] float32 of the neurons of each dense feed-forward layer of a model, in one pass over batches
+    in eval(): split_dense(model, 8, 2, method="gradient", importance=…). For domain masks, stack those of each domain.
 
         scores = [layer_importance(llama, texts, by="activation") for texts in domains]
         masks = {layer: torch.stack([score[layer] for score in scores]) for layer in scores[0]}
@@ -51,7 +53,8 @@ def layer_importance(
     Args:
         batches: passed to the model; a mapping as keywords.
         loss: of the model's output; by default its attribute `loss`. Not used for activations.
-        by: "gradient", see neuron_importance; "activation": the mean |activation| of the neuron.
+        by: "gradient", see neuron_importance; "activation": the mean |activation| of the neuron, without padding
+            (attention_mask 0).
         layers: indices of feed-forward layers; the keys of the result.
 
     Raises:
@@ -61,16 +64,17 @@ def layer_importance(
     check_choice("by", by, ("gradient", "activation"))
     found = dense_layers(model)
     chosen = chosen_layers(layers, len(found))
-    downs = [_down(found[layer][1]) for layer in chosen]
-    if by == "activation":
-        totals = _activations(model, batches, downs)
-    else:
-        totals = _gradients(model, batches, _loss_of if loss is None else loss, downs)
+    downs = {name: _down(mlp) for name, mlp in (found[layer] for layer in chosen)}
+    with evaluating(model):
+        if by == "activation":
+            totals = _activations(model, batches, downs)
+        else:
+            totals = _gradients(model, batches, _loss_of if loss is None else loss, downs.values())
     return dict(zip(chosen, totals, strict=True))
 
 
 def _gradients(
-    module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], downs: list[nn.Linear]
+    module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], downs: Iterable[nn.Linear]
 ) -> list[Tensor]:
     weights = [down.weight for down in downs]
     totals: list[Tensor] | None = None
@@ -87,21 +91,18 @@ def _gradients(
 
 
 @torch.no_grad()
-def _activations(model: nn.Module, batches: Iterable[Any], downs: list[nn.Linear]) -> list[Tensor]:
-    sums = [torch.zeros(down.in_features, device=down.weight.device) for down in downs]
-    counts = [0] * len(downs)
-    with ExitStack() as stack:
-        for index, down in enumerate(downs):
+def _activations(model: nn.Module, batches: Iterable[Any], downs: Mapping[str, nn.Linear]) -> list[Tensor]:
+    sums = {name: torch.zeros(down.in_features, device=down.weight.device) for name, down in downs.items()}
+    counts = dict.fromkeys(downs, 0)
 
-            def add(_: Any, inputs: tuple[Tensor, ...], index: int = index) -> None:
-                rows = inputs[0].detach().flatten(0, -2)
-                sums[index] += rows.float().abs().sum(0)
-                counts[index] += len(rows)
+    def add(name: str, rows: Tensor) -> None:
+        sums[name] += rows.float().abs().sum(0)
+        counts[name] += len(rows)
 
-            stack.callback(down.register_forward_pre_hook(add).remove)
+    with watched_rows(model, downs, add):
         for batch in batches:
             called(model, batch)
-    return _some([total / count for total, count in zip(sums, counts, strict=True)] if all(counts) else None)
+    return _some([sums[name] / counts[name] for name in downs] if all(counts.values()) else None)
 
 
 def _some(totals: list[Tensor] | None) -> list[Tensor]:

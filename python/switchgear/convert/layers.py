@@ -5,7 +5,6 @@ arXiv:2408.04278)."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from switchgear.common.modes import evaluating
 from switchgear.complaints import check_module
 from switchgear.convert.ffn import is_feed_forward
-from switchgear.convert.modules import called, chosen_layers, dense_layers, put
+from switchgear.convert.modules import called, chosen_layers, dense_layers, put, watched_rows
 from switchgear.convert.split import split_dense
 from switchgear.modules import MoE
 from switchgear.reference import check_size
@@ -63,7 +62,8 @@ def distill_layers(
             and the result's `model` is the MoE.
         num_experts, top_k, method, options: of split_dense, which makes the initial experts. Weights are
             E · softmax over the chosen experts. importance may be a dict by layer.
-        tokens: how many inputs of each layer are kept; 100,000 in the paper (unverified).
+        tokens: how many inputs of each layer are kept; 100,000 in the paper (unverified). Padding (attention_mask 0) is
+            left out.
         steps, batch_size, lr, seed: of Adam. Experts and router train.
 
     Raises:
@@ -128,13 +128,7 @@ def _inputs(model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[A
     if "" in modules:
         rows[""] = [batch.reshape(-1, batch.shape[-1]) for batch in batches]
     else:
-        with ExitStack() as stack, torch.no_grad():
-            for name, module in modules.items():
-
-                def keep(_: Any, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                    rows[name].append(inputs[0].detach().flatten(0, -2))
-
-                stack.callback(module.register_forward_pre_hook(keep).remove)
+        with watched_rows(model, modules, lambda name, x: rows[name].append(x)), torch.no_grad():
             for batch in batches:
                 called(model, batch)
                 if all(sum(map(len, kept)) >= tokens for kept in rows.values()):

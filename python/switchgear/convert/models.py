@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,10 +12,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from switchgear.common.modes import evaluating
 from switchgear.convert.attention import attention_from_experts
 from switchgear.convert.average import Merging
 from switchgear.convert.checks import finite_numbers
 from switchgear.convert.families import layers_of
+from switchgear.convert.modules import watched_rows
 from switchgear.convert.plans import Plan, StateDict
 from switchgear.convert.recipes import dense_plan, experts_plan, split_plan, upcycle_plan
 from switchgear.convert.result import Conversion, Converted
@@ -157,17 +158,12 @@ def router_rows(
 
 @torch.no_grad()
 def _mean_inputs(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-    """The mean input [H] float32 of each feed-forward layer, which is what the layer's router will see."""
-    found: dict[int, Tensor] = {}
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-
-            def keep(_: Any, inputs: tuple[Tensor, ...], layer: int = layer) -> None:
-                found[layer] = inputs[0].float().flatten(0, -2).mean(0)
-
-            stack.callback(model.model.layers[layer].mlp.register_forward_pre_hook(keep).remove)
+    """The mean input [H] float32 of each feed-forward layer in eval(), which is what the layer's router will see."""
+    found: dict[str, Tensor] = {}
+    modules = {f"model.layers.{layer}.mlp": model.model.layers[layer].mlp for layer in layers}
+    with evaluating(model), watched_rows(model, modules, lambda name, x: found.update({name: x.float().mean(0)})):
         model(input_ids)
-    return found
+    return dict(zip(layers, (found[name] for name in modules), strict=True))
 
 
 @torch.no_grad()

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.result import Conversion, Converted
+from switchgear.trace.observe import inputs_of
 
 OURS = "switchgear"  # the family of models with layers of ours
 
@@ -43,6 +45,25 @@ def put(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
 def called(module: nn.Module, batch: Any) -> Any:
     """The module's output for a batch; a mapping, such as what a tokenizer returns, is passed as keywords."""
     return module(**batch) if isinstance(batch, Mapping) else module(batch)
+
+
+@contextmanager
+def watched_rows(
+    model: nn.Module, modules: Mapping[str, nn.Module], function: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Inside the block, function(name, rows [T,H]) is called with the input of each module that the model calls.
+    Padding (attention_mask 0) is left out."""
+    with ExitStack() as stack:
+        inputs = stack.enter_context(inputs_of(model))
+        for name, module in modules.items():
+
+            def see(_: Any, args: tuple[Tensor, ...], name: str = name) -> None:
+                rows = args[0].detach().flatten(0, -2)
+                mask = inputs.mask(name, len(rows))
+                function(name, rows if mask is None else rows[mask.to(rows.device)])
+
+            stack.callback(module.register_forward_pre_hook(see).remove)
+        yield
 
 
 def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -4,6 +4,7 @@ arXiv:2502.00997)."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear.common.modes import evaluating
+from switchgear.complaints import check_tensor
 from switchgear.routing.context import Context, sequences
 
 
@@ -18,20 +21,42 @@ from switchgear.routing.context import Context, sequences
 def sequence_perplexities(models: Sequence[nn.Module], input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """[B,E] float32: the perplexity of each sequence under each causal language model, over its known tokens.
 
-    models: called with input_ids; they return logits [B,S,V] or an object with them. mask [B,S]: False for padding.
+    models: called in eval() with input_ids, and with the mask as attention_mask if they take one; they return logits
+    [B,S,V] or an object with them. mask [B,S]: False for padding. Padding before a token needs models that take one.
     """
     if input_ids.dim() != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [B,S] with at least two tokens, got {list(input_ids.shape)}")
+    if mask is not None:
+        check_tensor("mask", mask)
+        if mask.shape != input_ids.shape:
+            raise ValueError(f"mask: expected {list(input_ids.shape)} like input_ids, got {list(mask.shape)}")
     counted = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    masks = [{} if mask is None else _masks(model, counted) for model in models]
     counted = counted[:, 1:] & counted[:, :-1]
     columns = []
-    for model in models:
-        output: Any = model(input_ids)
+    for model, named in zip(models, masks, strict=True):
+        with evaluating(model):
+            output: Any = model(input_ids, **named)
         logits = output if isinstance(output, Tensor) else output.logits
         losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
         losses = losses.view_as(counted).masked_fill(~counted, 0)
         columns.append((losses.sum(1) / counted.sum(1).clamp(min=1)).exp())
     return torch.stack(columns, 1)
+
+
+def _masks(model: nn.Module, known: Tensor) -> dict[str, Tensor]:
+    """The keyword arguments that keep padding from the known tokens [B,S]: those that the model's forward names."""
+    taken = inspect.signature(model.forward).parameters
+    if "attention_mask" in taken:
+        positions = (known.cumsum(1) - 1).clamp(min=0)
+        named = {"attention_mask": known.long(), "position_ids": positions}
+        return {name: tensor for name, tensor in named.items() if name in taken}
+    if (known[:, 1:] & ~known[:, :-1]).any():
+        raise ValueError(
+            f"mask: expected padding behind the tokens for {type(model).__name__}, which takes no attention_mask, "
+            "got some before a token"
+        )
+    return {}
 
 
 class SequenceLogits(nn.Module):

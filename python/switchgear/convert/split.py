@@ -24,6 +24,12 @@ from switchgear.routing.selection import TopK
 
 UNIT = 16  # neurons; experts of different widths are padded with zeros to multiples, which the kernels' slices like
 
+# Options of MoE that follow from the networks: their sizes, and which experts there are.
+DECIDED = {
+    "hidden_size", "intermediate_size", "num_experts", "activation", "gated", "bias", "device", "dtype", "widths",
+    "null_experts", "copy_experts", "constant_experts", "shared_intermediate_size", "num_shared_experts", "shared_gate",
+}  # fmt: skip
+
 
 def split_dense(
     mlp: nn.Module | FeedForward,
@@ -74,7 +80,7 @@ def split_dense(
         router_init: standard deviation of the router.
         seed: of the random partition, of k-means, and of the router.
         layers, family: of a model; see upcycle.
-        options: of MoE, such as balance=[ImportanceLoad(1e-2)].
+        options: of MoE, such as balance=[ImportanceLoad(1e-2)]; none that the network decides, such as dtype or widths.
 
     Raises:
         TypeError, ValueError: the module is no dense feed-forward network, or an option is out of range.
@@ -164,11 +170,12 @@ def _built(dense: FeedForward, parts: Partition, router_init: float, seed: int, 
     is_ragged = len(set(widths)) > 1
     if is_ragged and dense.has_bias:
         raise ValueError("mlp: expected no biases for experts of different widths, got some")
-    layout, width = dense.options(), 0 if shared is None else shared.intermediate_size
-    size = UNIT if is_ragged else widths[0]
-    moe = MoE(dense.hidden_size, size, len(networks), shared_intermediate_size=width, **layout, **options)
+    size, width = UNIT if is_ragged else widths[0], 0 if shared is None else shared.intermediate_size
+    moe = layer_like(dense, size, len(networks), options, width)
     if is_ragged:
+        layout = dense.options()
         layout.pop("bias")
+        layout |= {name: options[name] for name in ("interleaved", "transposed", "limit") if name in options}
         moe.experts = HeterogeneousExperts(dense.hidden_size, widths, **layout)
         fill_ragged(moe.experts, networks)
     else:
@@ -194,14 +201,24 @@ def pieces(dense: FeedForward, parts: Partition) -> tuple[list[FeedForward], Fee
     return networks, shared
 
 
+def layer_like(
+    dense: FeedForward, width: int, num_experts: int, options: Mapping[str, Any], shared_width: int = 0
+) -> MoE:
+    """An MoE with experts of `width` neurons like the dense network's, before its weights are copied. Raises ValueError
+    for an option that the network decides."""
+    if taken := next((name for name in options if name in DECIDED), None):
+        raise ValueError(f"{taken}: expected none, since the dense networks decide it, got {options[taken]!r}")
+    return MoE(
+        dense.hidden_size, width, num_experts, shared_intermediate_size=shared_width, **dense.options(), **options
+    )
+
+
 @torch.no_grad()
 def fill(experts: Any, networks: list[FeedForward]) -> None:
     """Copies networks of one width into Experts."""
     assert isinstance(experts, Experts)
     for expert, network in enumerate(networks):
-        for name, tensor in network.expert().items():
-            parameter = experts.get_parameter(name)
-            parameter[expert] = tensor.mT if experts.transposed and tensor.dim() == 2 else tensor
+        _put(experts, expert, network)
 
 
 @torch.no_grad()
@@ -212,8 +229,12 @@ def fill_ragged(experts: HeterogeneousExperts, networks: list[FeedForward]) -> N
         first = int(experts.first_slice[expert])
         for place in range(network.intermediate_size // unit):
             index = torch.arange(place * unit, (place + 1) * unit, device=network.up.device)
-            for name, tensor in network.neurons(index).expert().items():
-                slices.get_parameter(name)[first + place] = tensor
+            _put(slices, first + place, network.neurons(index))
+
+
+def _put(experts: Experts, expert: int, network: FeedForward) -> None:
+    for name, tensor in network.expert(experts.interleaved).items():
+        experts.get_parameter(name)[expert] = tensor.mT if experts.transposed and tensor.dim() == 2 else tensor
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from switchgear.convert.checks import check_moe, check_random
 from switchgear.convert.ffn import FeedForward, feed_forward, is_feed_forward
 from switchgear.convert.modules import OURS, is_transformers, replaced
 from switchgear.convert.plans import noise_of
-from switchgear.convert.split import fill, initialize_router
+from switchgear.convert.split import fill, initialize_router, layer_like
 from switchgear.modules import MoE
 
 
@@ -51,7 +51,8 @@ def upcycle(
         family: model type of a Hugging Face result: "mixtral", "qwen2_moe" or "qwen3_moe". By default Mixtral for Llama
             and Mistral, Qwen2-MoE for Qwen2 (and for chosen layers of Llama), Qwen3-MoE for Qwen3. "switchgear"
             replaces the feed-forward modules of any model in place, by layers that only switchgear loads.
-        options: of MoE, such as balance=[SwitchLoss(1e-2)] or capacity; none for Hugging Face models.
+        options: of MoE, such as balance=[SwitchLoss(1e-2)] or capacity; none that the network decides, such as dtype or
+            null_experts, and none for Hugging Face models.
 
     Raises:
         TypeError, ValueError: no feed-forward network is found, an option is out of range, or the family cannot express
@@ -92,7 +93,7 @@ def _layer(
 ) -> MoE:  # fmt: skip
     if "select" not in options:
         options |= {"top_k": top_k, "normalize": normalize}
-    moe = MoE(dense.hidden_size, dense.intermediate_size, num_experts, **dense.options(), **options)
+    moe = layer_like(dense, dense.intermediate_size, num_experts, options)
     fill(moe.experts, [dense] * num_experts)
     initialize_router(moe, router_init, seed)
     if noise:

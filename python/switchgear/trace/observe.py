@@ -113,10 +113,8 @@ def pick(sources: Mapping[str, Source], layers: Collection[str] | None) -> dict[
 @contextmanager
 def watch(model: nn.Module, sources: Mapping[str, Source], function: Observer) -> Iterator[None]:
     """As `observe`, for given sources."""
-    inputs = _Inputs()
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(inputs.remember, with_kwargs=True).remove)
-        stack.callback(inputs.forget)
+        inputs = stack.enter_context(inputs_of(model))
         for name, source in sources.items():
             if source.router is not None:
                 hook = _router_hook(name, source, inputs, function)
@@ -129,11 +127,21 @@ def watch(model: nn.Module, sources: Mapping[str, Source], function: Observer) -
         yield
 
 
+@contextmanager
+def inputs_of(model: nn.Module) -> Iterator[Inputs]:
+    """Inside the block, the inputs of the model's current forward."""
+    inputs = Inputs()
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(inputs.remember, with_kwargs=True).remove)
+        stack.callback(inputs.forget)
+        yield inputs
+
+
 def _router(block: MoeBlock) -> Router | None:
     return block.gate if isinstance(block.gate, Router) else None
 
 
-def _router_hook(name: str, source: Source, inputs: _Inputs, function: Observer) -> Callable[..., None]:
+def _router_hook(name: str, source: Source, inputs: Inputs, function: Observer) -> Callable[..., None]:
     def hook(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
         if is_recomputing():
             return
@@ -147,7 +155,7 @@ def _router_hook(name: str, source: Source, inputs: _Inputs, function: Observer)
     return hook
 
 
-def _choice_hook(name: str, block: MoeBlock, inputs: _Inputs, function: Observer) -> Callable[[Any], None]:
+def _choice_hook(name: str, block: MoeBlock, inputs: Inputs, function: Observer) -> Callable[[Any], None]:
     def hook(choice: Any) -> None:
         if is_recomputing():
             return
@@ -162,7 +170,7 @@ def _choice_hook(name: str, block: MoeBlock, inputs: _Inputs, function: Observer
     return hook
 
 
-class _Inputs:
+class Inputs:
     """The token ids and attention masks of the model's current forward."""
 
     def __init__(self) -> None:
