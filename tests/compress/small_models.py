@@ -34,6 +34,12 @@ def our_model(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any)
     return OurModel(**options).to(dtype).eval()
 
 
+def in_a_step(model: OurModel) -> OurModel:
+    """The model after a forward in training, so that routers have counts."""
+    model.train()(torch.randn(9, 16))
+    return model
+
+
 def random_gates(model: nn.Module, seed: int = 0, scale: float = 1.0) -> nn.Module:
     """Routers that choose clearly, with correction biases where they have them."""
     generator = torch.Generator().manual_seed(seed)

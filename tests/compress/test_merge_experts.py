@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import FAMILIES, clone, expert, hugging_face, our_model, row_batches, token_batches
+from small_models import FAMILIES, clone, expert, hugging_face, in_a_step, our_model, row_batches, token_batches
 
 import switchgear
 from switchgear.compress import calibrate, merge_experts
 from switchgear.compress.clusters import around_dominant, hierarchical
 from switchgear.diagnostics.similarity import matching
 from switchgear.integrations.moe_blocks import moe_blocks
+from switchgear.routing import LossFreeBias, SwitchLoss
 
 
 def with_twins(model: Any, noise: float = 0.0) -> Any:
@@ -201,6 +202,23 @@ def test_grouped_routers_merge_within_groups() -> None:
     for layer in result.layers.values():
         assert [{e // 4 for e in group} for group in layer.groups] == [{0}, {0}, {1}, {1}]
     model(**{key: value for key, value in token_batches(1)[0].items() if key != "domain"})
+
+
+@pytest.mark.parametrize("router", ["average", "dominant"])
+def test_merged_layers_train_and_count(router: str) -> None:
+    """A merged expert goes on with the counts of its group, and the bias follows them."""
+    model, x = in_a_step(our_model(balance=[SwitchLoss(), LossFreeBias(0.5)])), torch.randn(30, 16)
+    old = model.layers[0].gate.tokens_per_expert.tolist()
+    groups = (
+        merge_experts(model, 3, calibration=calibrate(model, row_batches()), router=router).layers["layers.0"].groups
+    )
+    layer, counts = model.layers[0], torch.tensor([sum(old[expert] for expert in group) for group in groups])
+    assert torch.equal(layer.gate.tokens_per_expert, counts)
+    counts += 2 * layer.gate(x).topk_ids.flatten().bincount(minlength=3)  # of layer(x), too
+    (layer(x).sum() + layer.losses["switch"]).backward()
+    bias = layer.gate.e_score_correction_bias.clone()
+    switchgear.after_step(model)
+    assert torch.equal(layer.gate.e_score_correction_bias, bias + 0.5 * (counts.float().mean() - counts).sign())
 
 
 def test_mean_outputs_are_over_all_tokens() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import FAMILIES, clone, expert, hugging_face, our_model, row_batches, token_batches
+from small_models import FAMILIES, clone, expert, hugging_face, in_a_step, our_model, row_batches, token_batches
 from torch import Tensor
 
 import switchgear
@@ -322,6 +322,33 @@ def test_pruned_experts_still_run_on_switchgear_and_train() -> None:
     model.train()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "experts" in name)
+
+
+@pytest.mark.parametrize(("criterion", "replace"), [("reap", "none"), ("reconstruction", "none"), ("reap", "constant")])
+def test_pruned_layers_train_and_count(criterion: str, replace: str) -> None:
+    """The step goes on with the counts of the experts that are kept, and the bias follows them."""
+    model, x = in_a_step(our_model(balance=[routing.SwitchLoss(), routing.LossFreeBias(0.5)])), torch.randn(30, 16)
+    counts = model.layers[0].gate.tokens_per_expert.clone()
+    calibration = calibrate(model, row_batches())
+    pruned = prune_experts(model, 5, criterion, calibration=calibration, replace=replace).layers["layers.0"]
+    layer = model.layers[0]
+    counts = counts[[*pruned.kept, *pruned.removed] if replace == "constant" else pruned.kept]
+    assert torch.equal(layer.gate.tokens_per_expert, counts)
+    counts += 2 * layer.gate(x).topk_ids.flatten().bincount(minlength=len(counts))  # of layer(x), too
+    (layer(x).sum() + layer.losses["switch"]).backward()
+    assert torch.equal(layer.gate.tokens_per_expert, counts)
+    switchgear.after_step(model)
+    assert torch.equal(layer.gate.e_score_correction_bias, 0.5 * (counts.float().mean() - counts).sign())
+
+
+def test_counts_of_a_loss_in_the_middle_of_a_step_are_refused() -> None:
+    model = in_a_step(our_model(balance=[routing.SwitchLoss(scope="global", accumulate=True)]))
+    with pytest.raises(ValueError, match=r"layers\.0: expected switchgear\.after_step\(model\) first, got counts of a"):
+        prune_experts(model, 4, "random")
+    assert len(model.layers[0].gate.weight) == len(model.layers[0].gate.tokens_per_expert) == 8
+    switchgear.after_step(model)
+    prune_experts(model, 4, "random")
+    model(torch.randn(9, 16))
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from switchgear.compress.clusters import around_dominant, hierarchical, rows_in_
 from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
+    STEP_COUNTS,
     Change,
     Place,
     check_config,
@@ -231,7 +232,9 @@ def _of_router(place: Place, groups: Sequence[Sequence[int]], weights: Sequence[
     rows = []
     for group, share in zip(groups, weights, strict=True):
         best = group[int(share.argmax())]
-        if router == "dominant" or not tensor.is_floating_point() or len(group) == 1:
+        if place.name == STEP_COUNTS:
+            rows.append(tensor[list(group)].sum(0))
+        elif router == "dominant" or not tensor.is_floating_point() or len(group) == 1:
             rows.append(tensor[best])
         else:
             average = torch.tensordot(share.to(tensor.device), tensor[list(group)].double(), 1)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from switchgear.compress.layer import ExpertLayer
 from switchgear.experts import Experts
 from switchgear.integrations.moe_blocks import MoeBlock
-from switchgear.routing.context import modules_in
 from switchgear.routing.router import Router
 from switchgear.weights import advise_huge_pages
 from switchgear.weights.selected import selection_of
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+STEP_COUNTS = "tokens_per_expert"  # of a Router
 NO_EXPERT = -1  # among the experts to keep: a place that no token gets
 
 
@@ -31,18 +31,20 @@ class Place(NamedTuple):
     dim: int
 
     @property
+    def holder(self) -> dict[str, Any]:
+        """The dict of the module that has the tensor. A router's counts of a step are no buffer."""
+        holders: tuple[Any, ...] = (self.module._parameters, self.module._buffers, vars(self.module))
+        return next(holder for holder in holders if holder.get(self.name) is not None)
+
+    @property
     def tensor(self) -> Tensor:
-        found: Any = self.module._parameters.get(self.name)
-        tensor: Any = found if found is not None else self.module._buffers[self.name]
-        result: Tensor = tensor.detach()
+        result: Tensor = self.holder[self.name].detach()
         return result
 
     def put(self, tensor: Tensor) -> None:
-        old = self.module._parameters.get(self.name)
-        if old is not None:
-            self.module._parameters[self.name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        else:
-            self.module._buffers[self.name] = tensor
+        old = self.holder[self.name]
+        is_parameter = isinstance(old, nn.Parameter)
+        self.holder[self.name] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,11 @@ def gate_places(block: MoeBlock) -> list[Place]:
     classes, hidden_size = weight.shape
     if classes != block.num_experts:
         raise ValueError(f"{where}: expected a router of {block.num_experts} classes, as experts, got {classes}")
+    found: list[Place] = []
     if isinstance(block.gate, Router):
-        _check_router(where, block.gate)
-    found = []
+        if selection_of(block.gate) is not None:
+            raise ValueError(f"{where}: expected no experts that train alone; call finetune.unfreeze(model) first")
+        block.gate.check_resizable(where)
     beside = [m for m in block.block.children() if m not in (block.gate, block.experts, block.shared)]
     owners = [*block.gate.modules(), block.block, *(m for m in beside if not list(m.children()))]
     for owner in dict.fromkeys(owners):
@@ -87,21 +91,9 @@ def gate_places(block: MoeBlock) -> list[Place]:
                     found.append(Place(owner, name, 0 if tensor.shape[0] == classes else tensor.dim() - 1))
             elif inside and not tensor.is_floating_point():
                 raise ValueError(f"{where}: expected a router without tables, got {name} of {type(owner).__name__}")
+    if isinstance(block.gate, Router) and block.gate.tokens_per_expert is not None:
+        found.append(Place(block.gate, STEP_COUNTS, 0))
     return found
-
-
-def _check_router(where: str, gate: Router) -> None:
-    if selection_of(gate) is not None:
-        raise ValueError(f"{where}: expected no experts that train alone; call finetune.unfreeze(model) first")
-    for part in (gate.select, gate.capacity, *gate.balance):
-        if getattr(part, "num_experts", None) is not None or any(
-            tensor.dim() and tensor.shape[0] == gate.num_experts
-            for module in modules_in(part)
-            for tensor in (*module.parameters(), *module.buffers())
-        ):
-            raise ValueError(
-                f"{where}: expected no part for {gate.num_experts} experts only, got {type(part).__name__}"
-            )
 
 
 def expert_places(layer: ExpertLayer) -> list[Place]:
@@ -117,16 +109,13 @@ def expert_places(layer: ExpertLayer) -> list[Place]:
 
 def check_unshared(model: nn.Module, layers: Iterable[ExpertLayer]) -> None:
     """Raises ValueError for parameters that several blocks share: they may lose different experts."""
-    owners = {
-        id(place.module._parameters.get(place.name)): layer.name
-        for layer in layers
-        for place in (*gate_places(layer.block), *expert_places(layer))
-    }
-    seen: set[int] = set()
+    places = [place for layer in layers for place in (*gate_places(layer.block), *expert_places(layer))]
+    mine = {id(place.holder[place.name]) for place in places}
+    seen: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in owners and id(parameter) in seen:
-            raise ValueError(f"model: expected parameters of one block, got {name} shared with {owners[id(parameter)]}")
-        seen.add(id(parameter))
+        first = seen.setdefault(id(parameter), name)
+        if id(parameter) in mine and first != name:
+            raise ValueError(f"model: expected parameters of one block, got {name} shared with {first}")
 
 
 def check_cuttable(layer: ExpertLayer) -> None:
@@ -304,9 +293,7 @@ def _choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
 @contextmanager
 def with_gate(block: MoeBlock, gate: Sequence[tuple[Place, Tensor]], count: int) -> Iterator[MoeBlock]:
     """Inside the `with` block, the router has other tensors, for `count` experts."""
-    old = [
-        (place, place.module._parameters.get(place.name), place.module._buffers.get(place.name)) for place, _ in gate
-    ]
+    old = [(place, place.holder[place.name]) for place, _ in gate]
     names = {module: {name: vars(module)[name] for name in (*_COUNTS, "out_features") if name in vars(module)}
              for module in block.block.modules()}  # fmt: skip
     try:
@@ -315,11 +302,8 @@ def with_gate(block: MoeBlock, gate: Sequence[tuple[Place, Tensor]], count: int)
         _set_counts(block, count)
         yield replace(block, num_experts=count)
     finally:
-        for place, parameter, buffer in old:
-            if parameter is not None:
-                place.module._parameters[place.name] = parameter
-            else:
-                place.module._buffers[place.name] = buffer
+        for place, tensor in old:
+            place.holder[place.name] = tensor
         for module, values in names.items():
             for name, value in values.items():
                 setattr(module, name, value)

@@ -8,13 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from switchgear.experts import Experts
 from switchgear.functional import as_number
 from switchgear.reference import check_choice, check_size
-from switchgear.routing.context import modules_in
-from switchgear.routing.losses import SwitchLoss
 from switchgear.routing.router import Router
 from switchgear.weights import advise_huge_pages, stored_of
 from switchgear.weights.selected import select, selection_of
@@ -87,15 +84,7 @@ def _parts(moe: Any, count: int) -> tuple[Experts, Router]:
         raise ValueError("experts: expected none that train alone already; call finetune.unfreeze(model) first")
     if gate.weight is None:
         raise ValueError(f"gate: expected a linear router, got one with score={type(gate.score).__name__}")
-    for part in (gate.select, gate.capacity, *gate.balance):
-        if getattr(part, "num_experts", None) is not None or any(
-            tensor.dim() and tensor.shape[0] == gate.num_experts
-            for module in modules_in(part)
-            for tensor in (*module.parameters(), *module.buffers())
-        ):
-            raise ValueError(f"gate: expected no part for {gate.num_experts} experts only, got {type(part).__name__}")
-        if isinstance(part, SwitchLoss) and part.has_counts:
-            raise ValueError("gate: expected switchgear.after_step(model) first, got counts of a step in SwitchLoss")
+    gate.check_resizable("gate")
     if (experts.num_experts + count) % gate.num_groups:
         total = experts.num_experts + count
         raise ValueError(f"n_new: expected a multiple of {gate.num_groups} groups of experts in all, got {total}")
@@ -150,8 +139,7 @@ def _grow(
             else:
                 module._buffers[name] = tensor
     experts.num_experts = gate.num_experts = len(next(experts.parameters()))
-    if gate.tokens_per_expert is not None:
-        gate.tokens_per_expert = pad(gate.tokens_per_expert, (0, gate.num_experts - old))
+    gate.resize_counts(gate.num_experts)
     if not freeze_old:
         return [parameter for module, _ in grown for parameter in module._parameters.values() if parameter is not None]
     new_experts = torch.arange(old, experts.num_experts, dtype=torch.int32)

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from switchgear.common.buffers import KeepsFloat32
 from switchgear.complaints import check_float_dtype, complain_about_rows
@@ -197,6 +198,25 @@ class Router(KeepsFloat32):
             counts = torch.zeros_like(counts, device=device) if counts.is_meta else counts.to(device)
             self.tokens_per_expert = counts
         return counts
+
+    def check_resizable(self, where: str) -> None:
+        """Raises ValueError, which begins with `where`, for a part that is made for num_experts experts only, or that
+        holds counts of a step in the middle."""
+        for part in (self.select, self.capacity, *self.balance):
+            modules = [module for each in modules_in(part) for module in each.modules()]
+            own = [chain(module.parameters(recurse=False), module.buffers(recurse=False)) for module in modules]
+            fits = any(tensor.dim() and tensor.shape[0] == self.num_experts for tensor in chain(*own))
+            kind = type(part).__name__
+            if fits or getattr(part, "num_experts", None) is not None:
+                raise ValueError(f"{where}: expected no part for {self.num_experts} experts only, got {kind}")
+            if any(getattr(module, "has_counts", False) for module in modules):
+                step = "switchgear.after_step(model) first"
+                raise ValueError(f"{where}: expected {step}, got counts of a step in {kind}")
+
+    def resize_counts(self, num_experts: int) -> None:
+        """Makes tokens_per_expert fit num_experts: the counts of old experts stay, those of new ones are zero."""
+        if self.tokens_per_expert is not None:
+            self.tokens_per_expert = pad(self.tokens_per_expert, (0, num_experts - len(self.tokens_per_expert)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": None}  # of this process, and of the last call
