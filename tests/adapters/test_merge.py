@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """merge and unmerge: values, bits, memory and refusals."""
 
+import importlib
+import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -86,7 +89,7 @@ def test_without_keeping_the_adapters() -> None:
     assert lora_of(experts) == {}
 
 
-def unchanged(experts: nn.Module, error: type[Exception], match: str, call: Any = merge) -> None:
+def unchanged(experts: nn.Module, error: type[BaseException], match: str, call: Any = merge) -> None:
     before = {name: bits(p) for name, p in experts.named_parameters()}
     with pytest.raises(error, match=match):
         call(experts)
@@ -132,8 +135,6 @@ def test_what_is_refused() -> None:
 
 
 def test_a_failure_halfway_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-
     module = importlib.import_module("switchgear.adapters.merge")
     original, calls = module._lost, []
 
@@ -144,4 +145,32 @@ def test_a_failure_halfway_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         return original(*args)
 
     monkeypatch.setattr(module, "_lost", run_out)
-    unchanged(layer(), MemoryError, "")
+    unchanged(layer(), MemoryError, "^$")
+
+
+@pytest.mark.parametrize("call", [merge, partial(merge, keep_adapters=False), unmerge])
+@pytest.mark.parametrize(("name", "last"), [("_write", 1), ("_write", 5), ("_set", 2)])
+@pytest.mark.parametrize("is_done", [False, True])
+def test_an_interruption_changes_nothing(
+    call: Any, name: str, last: int, is_done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as by Ctrl-C, before or after a step is done. The call works afterwards."""
+    experts, wanted = layer(torch.bfloat16), layer(torch.bfloat16)
+    for each in (experts, wanted) if call is unmerge else ():
+        merge(each)
+    call(wanted)
+    module, steps = importlib.import_module("switchgear.adapters.merge"), itertools.count(1)
+    original = getattr(module, name)
+
+    def interrupted(*args: Any) -> None:
+        is_last = next(steps) == last
+        if is_done or not is_last:
+            original(*args)
+        if is_last:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        unchanged(experts, KeyboardInterrupt, "^$", call)
+    call(experts)
+    assert all(torch.equal(bits(p), bits(q)) for p, q in zip(experts.parameters(), wanted.parameters(), strict=True))

@@ -34,6 +34,15 @@ def our_model(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any)
     return OurModel(**options).to(dtype).eval()
 
 
+def tied_model() -> OurModel:
+    """The second layer has the first one's down_proj, and its gate_up_proj is in the same memory."""
+    model = our_model()
+    first, second = (layer.experts for layer in model.layers)
+    second.down_proj = first.down_proj
+    second.gate_up_proj.data = first.gate_up_proj.data
+    return model
+
+
 def in_a_step(model: OurModel) -> OurModel:
     """The model after a forward in training, so that routers have counts."""
     model.train()(torch.randn(9, 16))

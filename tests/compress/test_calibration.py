@@ -93,6 +93,17 @@ def test_row45_statistics_of_hugging_face(model_type: str) -> None:
     assert all(int(layer.sums().tokens) == tokens for layer in calibration.layers.values())
 
 
+def test_masks_of_other_shapes_leave_padding_out() -> None:
+    model, x, mask = our_model(), torch.randn(2, 6, 16), torch.ones(2, 6, dtype=torch.bool)
+    mask[0, :2], mask[1, 3:] = False, False
+    want = calibrate(model, [{"x": x, "attention_mask": mask}]).layers["layers.1"].sums().tensors()
+    added = torch.zeros(2, 6).masked_fill(~mask, torch.finfo(torch.float32).min)
+    for other in (mask[:, None, None], mask[:, None].long(), added[:, None, None]):
+        got = calibrate(model, [{"x": x, "attention_mask": other}]).layers["layers.1"].sums().tensors()
+        assert all(torch.equal(got[key], value) for key, value in want.items())
+    assert int(want["tokens"]) == int(mask.sum())
+
+
 @pytest.mark.parametrize("options", [{}, {"normalize": True}, {"interleaved": True, "transposed": True}])
 def test_row47_statistics_of_ours(options: dict[str, Any]) -> None:
     model, batches = our_model(**options), row_batches()

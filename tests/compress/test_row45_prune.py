@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import FAMILIES, clone, expert, hugging_face, in_a_step, our_model, row_batches, token_batches
+from small_models import (
+    FAMILIES,
+    clone,
+    expert,
+    hugging_face,
+    in_a_step,
+    our_model,
+    row_batches,
+    tied_model,
+    token_batches,
+)
 from torch import Tensor
 
 import switchgear
@@ -398,6 +408,20 @@ def test_unknown_domains_are_refused(domains: Any, got: str) -> None:
             prune_experts(model, 4, criterion, calibration=calibration, domains=3)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("keep", "options"), [(4, {}), (4, {"criterion": "frequency"}), ({"layers.1": [0, 1]}, {"replace": "constant"})]
+)
+def test_layers_without_tokens_are_refused(keep: Any, options: dict[str, Any]) -> None:
+    """All scores would be zero, and the first experts kept."""
+    model = our_model()
+    calibration = calibrate(model, row_batches())
+    del calibration.layers["layers.1"].domains["b"]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"calibration: expected tokens in all layers, got none in layers\.1$"):
+        prune_experts(model, keep, calibration=calibration, domains="b", **options)
+    assert all(len(layer.experts.down_proj) == 8 for layer in model.layers)
+    prune_experts(model, 4, "random", calibration=calibration, domains="b")
+
+
 @pytest.mark.parametrize("options", [{"criterion": "reap"}, {}, {"exact_subsets": 1}])
 def test_experts_whose_outputs_are_not_finite_are_refused(options: dict[str, Any]) -> None:
     model = our_model()
@@ -428,6 +452,8 @@ def test_integers_of_numpy_are_numbers_of_experts() -> None:
 
 
 def test_refused_layers() -> None:
+    with pytest.raises(ValueError, match=r"got layers\.1\.experts\.(\w+) shared with layers\.0\.experts\.\1$"):
+        prune_experts(tied_model(), 4, "random")
     with pytest.raises(ValueError, match=r"layers.0: expected a linear router without score=, got score=Cosine"):
         prune_experts(our_model(score=routing.Cosine(16, 8)), 4, "random")
     with pytest.raises(TypeError, match=r"keep: expected a list of experts for layers.0, got int"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import clone, expert, hugging_face, our_model, row_batches, token_batches
+from small_models import clone, expert, hugging_face, our_model, row_batches, tied_model, token_batches
 from torch import Tensor
 
 from switchgear.compress import calibrate, prune_weights
@@ -138,6 +138,15 @@ def test_wrong_arguments(arguments: tuple[Any, ...], message: str) -> None:
         prune_weights(model, 0.5, calibration="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="calibration: expected one of this model"):
         prune_weights(model, 0.5, calibration=calibrate(our_model(seed=1), row_batches()))
+    assert all(int((p == 0).sum()) == 0 for p in model.parameters() if p.dim() == 3)
+
+
+@pytest.mark.parametrize("metric", ["wanda", "magnitude"])
+def test_shared_experts_are_refused(metric: str) -> None:
+    """Each layer would add its zeros to those of the other."""
+    model = tied_model()
+    with pytest.raises(ValueError, match=r"got layers\.1\.experts\.(\w+) shared with layers\.0\.experts\.\1$"):
+        prune_weights(model, 0.5, metric, calibration=calibrate(model, row_batches()))
     assert all(int((p == 0).sum()) == 0 for p in model.parameters() if p.dim() == 3)
 
 

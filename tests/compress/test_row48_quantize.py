@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import clone, expert, hugging_face, our_model, row_batches, token_batches
+from small_models import clone, expert, hugging_face, our_model, row_batches, tied_model, token_batches
 from torch import Tensor, nn
 
 import switchgear
@@ -262,15 +262,6 @@ def test_inference_mode() -> None:
     x = torch.randn(3, 16, requires_grad=True)
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x)
     assert bool(gradient.any())
-
-
-def tied_model() -> Any:
-    """The second layer has the first one's down_proj, and its gate_up_proj is in the same memory."""
-    model = our_model()
-    first, second = (layer.experts for layer in model.layers)
-    second.down_proj = first.down_proj
-    second.gate_up_proj.data = first.gate_up_proj.data
-    return model
 
 
 @pytest.mark.parametrize("store", [True, False])

@@ -9,8 +9,9 @@ W'' = W. D is computed anew, by a product whose bits depend on nothing but its o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,9 @@ from switchgear.weights.offloaded import OffloadedWeight
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _INT8 = torch.iinfo(torch.int8)
+
+
+Written = list[tuple[Site, int, Callable[[], Tensor]]]  # experts that are written, and what they had before
 
 
 class Lost(NamedTuple):
@@ -54,7 +58,7 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
     nothing. Forward then runs as without adapters. Returns the number of merged projections.
 
     keep_adapters: `unmerge` restores the original weights bit for bit. It keeps up to a byte per weight for that.
-        Otherwise the adapters are removed, and merging needs no memory beyond one expert.
+        Otherwise the adapters are removed, and that memory is needed while merging, for the case of a failure.
 
     While merged, adapters are not trained, and a state dict has both the merged weights and the adapters: `unmerge`
     before saving it. `save_peft` can be called at any time.
@@ -72,37 +76,36 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
                 raise ValueError(
                     f"model: expected finite sums of weights and adapters, got others in {site.where}[{e}]"
                 )
-    done: list[tuple[Site, list[Lost]]] = []
+    kept: list[Merged] = []
+    written: Written = []
     try:
         for site in sites:
+            a, b = (parameter.detach().clone() for parameter in site.adapter())
             lost: list[Lost] = []
-            done.append((site, lost))
             for e in range(site.shape[0]):
-                merged = _sum(site, e, *site.adapter())
-                if keep_adapters:
-                    lost.append(_lost(site, e, merged))
-                _write(site, e, merged)
+                merged = _sum(site, e, a, b)
+                lost.append(_lost(site, e, merged, a, b))
+                _replace(written, site, e, merged, partial(_original, site, e, a, b, lost[e]))
+            kept.append(Merged(a, b, lost, _sum_of_bits(site), _arithmetic()))
+        for site, state in zip(sites, kept, strict=True):
+            _set(site, state)
     except BaseException:
-        for site, lost in reversed(done):
-            for e in range(len(lost)):
-                _write(site, e, _original(site, e, *site.adapter(), lost[e]))
+        _restore(written)
+        for site in sites:
+            _set(site, None)
         raise
     if not keep_adapters:
         detach(model)
-        return len(sites)
-    for site, lost in done:
-        a, b = (parameter.detach().clone() for parameter in site.adapter())
-        _set(site, Merged(a, b, lost, _sum_of_bits(site), _arithmetic()))
     return len(sites)
 
 
 def unmerge(model: nn.Module) -> int:
-    """Undoes `merge`: the weights have their original bits, and the adapters act again. Returns the number of
-    projections.
+    """Undoes `merge`: the weights have their original bits, and the adapters act again. A failure changes nothing.
+    Returns the number of projections.
 
     Raises:
         ValueError: no merged adapters; weights that have changed since, or were stored in another form; another ISA or
-            backend than at the merge. Nothing is changed then.
+            backend than at the merge.
     """
     found = [(site, merged) for site in _sites(model) if (merged := _options(site).merged) is not None]
     if not found:
@@ -116,10 +119,19 @@ def unmerge(model: nn.Module) -> int:
             )
         if not torch.equal(merged.sum_of_bits, _sum_of_bits(site)):
             raise ValueError(f"model: expected weights as they were merged, got others in {site.where}")
-    for site, merged in found:
-        for e in range(site.shape[0]):
-            _write(site, e, _original(site, e, merged.a, merged.b, merged.lost[e]))
-        _set(site, None)
+    written: Written = []
+    try:
+        for site, merged in found:
+            for e in range(site.shape[0]):
+                weight = _original(site, e, merged.a, merged.b, merged.lost[e])
+                _replace(written, site, e, weight, partial(_sum, site, e, merged.a, merged.b))
+        for site, _ in found:
+            _set(site, None)
+    except BaseException:
+        _restore(written)
+        for site, merged in found:
+            _set(site, merged)
+        raise
     return len(found)
 
 
@@ -194,13 +206,26 @@ def _write(site: Site, e: int, weight: Tensor) -> None:
         _matrix(site, e).copy_(weight)
 
 
+def _replace(written: Written, site: Site, e: int, weight: Tensor, before: Callable[[], Tensor]) -> None:
+    """Writes a weight; `before` computes the old one from it. Wherever that is interrupted, `written` can restore."""
+    copy = _matrix(site, e).clone()
+    written.append((site, e, lambda: copy))
+    _write(site, e, weight)
+    written[-1] = (site, e, before)
+
+
+def _restore(written: Written) -> None:
+    for site, e, before in reversed(written):
+        _write(site, e, before())
+
+
 def _bits(weight: Tensor) -> Tensor:
     return weight.contiguous().view(_INTEGERS[weight.element_size()])
 
 
-def _lost(site: Site, e: int, merged: Tensor) -> Lost:
+def _lost(site: Site, e: int, merged: Tensor, a: Tensor, b: Tensor) -> Lost:
     weight = _matrix(site, e)
-    difference = _bits(weight) - _bits(_without(site, e, merged, *site.adapter()))  # wraps around
+    difference = _bits(weight) - _bits(_without(site, e, merged, a, b))  # wraps around
     fits = (difference >= _INT8.min) & (difference <= _INT8.max)
     places = (~fits).flatten().nonzero().squeeze(1)
     small = torch.where(fits, difference, 0).to(torch.int8)

@@ -178,8 +178,9 @@ def calibrate(
         calibration = calibrate(model, ({**tokenizer(text), "domain": "code"} for text in texts), hessians=True)
         calibration.save("calibration.safetensors")
 
-    Batches stream: memory does not grow with their number. Padding (attention_mask 0) is left out. Statistics are
-    computed from what the experts get, so the weights are renormalised if the model does that.
+    Batches stream: memory does not grow with their number. Padding is left out, of which the model's attention_mask
+    [B,S] or [B,1,1,S] tells. Statistics are computed from what the experts get, so the weights are renormalised if the
+    model does that.
 
     Args:
         model: has switchgear's MoE layers or those of Hugging Face; see moe_blocks.

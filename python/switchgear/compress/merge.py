@@ -26,6 +26,7 @@ from switchgear.compress.surgery import (
     commit,
     expert_places,
     gate_places,
+    places_of,
 )
 from switchgear.diagnostics.similarity import cosines_of_products, matching, neurons
 from switchgear.experts import Experts
@@ -115,7 +116,7 @@ def merge_experts(
     layers = expert_layers(model)
     for layer in layers.values():
         check_cuttable(layer)
-    check_unshared(model, layers.values())
+    check_unshared(model, places_of(layers.values()))
     check_calibration(calibration, model, domains=domains)
     counts = {name: count_of(layer, keep) for name, layer in layers.items()}
     if router != "keep":

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from switchgear.compress.surgery import (
     commit,
     kept_experts,
     kept_gate,
+    places_of,
     with_gate,
 )
 from switchgear.integrations.moe_blocks import moe_blocks
@@ -87,7 +88,7 @@ def prune_experts(
                 All subsets are tried if there are at most `exact_subsets`; else experts are removed one by one
                 (of grouped routers: swapped).
             "frequency": the most tokens. "random": by `seed`.
-        calibration: of this model, for all but "random".
+        calibration: of this model, for all but "random", with tokens in each layer.
         scope: "layer", or "global": keep so many on average, with the best scores of all layers. A Hugging Face config
             holds one number for all layers, so the others are padded with places that no token gets, if the router has
             a bias, and refused if not.
@@ -108,12 +109,14 @@ def prune_experts(
     layers = _layers_of(model, keep)
     for layer in layers.values():
         check_cuttable(layer)
-    check_unshared(model, layers.values())
+    check_unshared(model, places_of(layers.values()))
     needs = criterion != "random" and not isinstance(keep, Mapping)
     if (needs or replace == "constant") and calibration is None:
         raise ValueError(f"calibration: expected one for {criterion if needs else 'replace=constant'}, got None")
     if calibration is not None:
         check_calibration(calibration, model, layers, domains)
+        if needs or replace == "constant":
+            _check_seen(calibration, layers, domains)
     found = choose(layers, keep, criterion, calibration, scope, domains, seed, exact_subsets)
     before = sum(parameter.numel() for parameter in model.parameters())
     if replace == "constant":
@@ -142,6 +145,12 @@ def _layers_of(model: nn.Module, keep: Keep) -> dict[str, ExpertLayer]:
     if rest:
         raise ValueError(f"keep: expected all layers of a Hugging Face model, got none for {rest[0]}")
     return layers
+
+
+def _check_seen(calibration: Calibration, names: Iterable[str], domains: Domains) -> None:
+    for name in names:
+        if not bool(calibration.layers[name].sums(domains).counts.any()):
+            raise ValueError(f"calibration: expected tokens in all layers, got none in {name}")
 
 
 # ---- the changes -----------------------------------------------------------------------------------------------------

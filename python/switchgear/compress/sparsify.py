@@ -13,6 +13,7 @@ from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration, check_calibration, check_finite
 from switchgear.compress.layer import expert_layers
 from switchgear.compress.sums import Domains, ExpertSums
+from switchgear.compress.surgery import Place, check_unshared
 from switchgear.reference import check_choice
 
 METRICS = ("router_wanda", "wanda", "magnitude")
@@ -71,8 +72,8 @@ def prune_weights(
 
     The zeros make no product faster: there is no kernel for them. Of equal weights those of the first columns go.
 
-    Raises ValueError for an option out of range, a calibration of another model, or experts that are not plain. Nothing
-    is changed then.
+    Raises ValueError for an option out of range, a calibration of another model, or experts that are not plain or are
+    shared. Nothing is changed then.
     """
     check_module("model", model)
     check_choice("metric", metric, METRICS)
@@ -80,6 +81,7 @@ def prune_weights(
     for layer in layers.values():
         for index in (0, 1):
             zeros_per_row(sparsity, layer.projection(index).shape[2])  # checks
+    check_unshared(model, [Place(each.owner(i), each.key(i), 0) for each in layers.values() for i in (0, 1)])
     if calibration is None and metric != "magnitude":
         raise ValueError(f"calibration: expected one for {metric}, got None")
     if calibration is not None:

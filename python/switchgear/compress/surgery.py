@@ -16,6 +16,7 @@ from switchgear.experts import Experts
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.router import Router
 from switchgear.weights import advise_huge_pages
+from switchgear.weights.change import memory_of
 from switchgear.weights.selected import selection_of
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
@@ -107,15 +108,23 @@ def expert_places(layer: ExpertLayer) -> list[Place]:
     ]
 
 
-def check_unshared(model: nn.Module, layers: Iterable[ExpertLayer]) -> None:
-    """Raises ValueError for parameters that several blocks share: they may lose different experts."""
-    places = [place for layer in layers for place in (*gate_places(layer.block), *expert_places(layer))]
-    mine = {id(place.holder[place.name]) for place in places}
-    seen: dict[int, str] = {}
+def places_of(layers: Iterable[ExpertLayer]) -> list[Place]:
+    """All tensors of blocks that have a dimension of experts."""
+    return [place for layer in layers for place in (*gate_places(layer.block), *expert_places(layer))]
+
+
+def check_unshared(model: nn.Module, places: Iterable[Place]) -> None:
+    """Raises ValueError for parameters that are elsewhere, too: blocks may lose different experts or weights."""
+    mine = {_memory(place.holder[place.name]) for place in places}
+    seen: dict[object, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = seen.setdefault(id(parameter), name)
-        if id(parameter) in mine and first != name:
+        first = seen.setdefault(_memory(parameter), name)
+        if first != name and _memory(parameter) in mine:
             raise ValueError(f"model: expected parameters of one block, got {name} shared with {first}")
+
+
+def _memory(tensor: Tensor) -> object:
+    return id(tensor) if tensor.is_meta or type(tensor) is not nn.Parameter else memory_of(tensor)
 
 
 def check_cuttable(layer: ExpertLayer) -> None:

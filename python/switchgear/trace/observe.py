@@ -29,7 +29,8 @@ class Observation:
         topk_ids: [T,K], -1 for an empty slot.
         topk_weights: [T,K].
         block: the layer; None for a Router of ours without experts beside it.
-        token_mask: [T] bool, False for padding; None if the model got no attention_mask [B,S] for these tokens.
+        token_mask: [T] bool, False for padding; None if the model got no attention_mask [B,S] or [B,1,1,S] for these
+            tokens. It is 0 for padding; floating-point numbers [B,1,1,S], which are added to scores, are not 0.
         token_ids: [T] integers; None if the model got none for these tokens.
         num_experts: E.
         num_dropped: choices that a capacity limit dropped, or None.
@@ -191,8 +192,9 @@ class Inputs:
             if found is not None:
                 self._ids[prefix] = found
             mask = named.get(f"{prefix}attention_mask")
-            if isinstance(mask, Tensor) and mask.dim() == 2:
-                self._masks[prefix] = mask
+            if isinstance(mask, Tensor) and mask.dim() >= 2 and mask.shape[1:-1].numel() == 1:
+                is_added = mask.is_floating_point() and mask.dim() > 2
+                self._masks[prefix] = (mask == 0 if is_added else mask.bool()).flatten(1)
 
     def ids(self, name: str, tokens: int) -> Tensor | None:
         """[T], for a layer of this name with T tokens."""
@@ -205,7 +207,7 @@ class Inputs:
         if mask is None or not tokens or not len(mask) or tokens % len(mask):
             return None
         length = tokens // len(mask)
-        return None if length > mask.shape[1] else mask[:, -length:].reshape(-1).bool()
+        return None if length > mask.shape[1] else mask[:, -length:].reshape(-1)
 
     def _of(self, values: Mapping[str, Tensor], name: str) -> Tensor | None:
         side = "decoder_" if "decoder" in name.split(".") and "decoder_" in self._ids else ""

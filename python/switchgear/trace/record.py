@@ -49,7 +49,8 @@ class RoutingTrace:
         layers: names of the modules to record; all if None.
         tokens: how many inputs a layer keeps with "inputs", as a uniform sample of all.
 
-    Padding does not count: tokens for which the model's argument attention_mask [B,S] is 0.
+    Padding does not count: tokens for which the model's argument attention_mask [B,S] or [B,1,1,S] is 0, or, if it is
+    a floating-point one [B,1,1,S], which is added to scores, is not 0.
 
     Raises:
         ValueError: if the model has no such layer, a layer cannot record this, or a trace is entered while it records.
