@@ -3,7 +3,6 @@
 
 import importlib
 import itertools
-from functools import partial
 from typing import Any
 
 import pytest
@@ -148,7 +147,7 @@ def test_a_failure_halfway_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     unchanged(layer(), MemoryError, "^$")
 
 
-@pytest.mark.parametrize("call", [merge, partial(merge, keep_adapters=False), unmerge])
+@pytest.mark.parametrize("call", [merge, unmerge])
 @pytest.mark.parametrize(("name", "last"), [("_write", 1), ("_write", 5), ("_set", 2)])
 @pytest.mark.parametrize("is_done", [False, True])
 def test_an_interruption_changes_nothing(
@@ -174,3 +173,33 @@ def test_an_interruption_changes_nothing(
         unchanged(experts, KeyboardInterrupt, "^$", call)
     call(experts)
     assert all(torch.equal(bits(p), bits(q)) for p, q in zip(experts.parameters(), wanted.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_an_interruption_counts_each_adapter_once(is_done: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what unmerging needs, an expert is merged and its B is zero, or nothing of it has changed."""
+    experts, plain, merged = layer(torch.bfloat16), layer(torch.bfloat16), layer(torch.bfloat16)
+    merge(merged)
+    module, steps = importlib.import_module("switchgear.adapters.merge"), itertools.count(1)
+    original = module._write
+
+    def interrupted(*args: Any) -> None:
+        is_last = next(steps) == 5
+        if is_done or not is_last:
+            original(*args)
+        if is_last:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(experts, keep_adapters=False)
+    monkeypatch.undo()
+    names = ("gate_up_proj", "down_proj")
+    states = [(name, e) for name in names for e in range(experts.num_experts)]
+    for number, (name, e) in enumerate(states):
+        is_merged = number < 4
+        assert torch.equal(getattr(experts, name)[e], getattr(merged if is_merged else plain, name)[e])
+        b = getattr(experts, f"{name}_lora_B")[e]
+        assert torch.equal(b, torch.zeros_like(b) if is_merged else getattr(plain, f"{name}_lora_B")[e])
+    merge(experts, keep_adapters=False)
+    assert all(torch.equal(getattr(experts, name), getattr(merged, name)) for name in names)

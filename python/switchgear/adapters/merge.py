@@ -54,11 +54,12 @@ class Merged:
 
 
 def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
-    """Adds the adapters of `add_lora` and `load_peft` to the weights, in place, expert by expert. A failure changes
-    nothing. Forward then runs as without adapters. Returns the number of merged projections.
+    """Adds the adapters of `add_lora` and `load_peft` to the weights, in place, expert by expert. Forward then runs as
+    without adapters. Returns the number of merged projections.
 
-    keep_adapters: `unmerge` restores the original weights bit for bit. It keeps up to a byte per weight for that.
-        Otherwise the adapters are removed, and that memory is needed while merging, for the case of a failure.
+    keep_adapters: `unmerge` restores the original weights bit for bit. It keeps up to a byte per weight for that. A
+        failure changes nothing. Otherwise the adapters are removed, and merging needs no memory beyond one expert: an
+        interruption leaves some experts merged, with a B of zeros, so that the model computes the same.
 
     While merged, adapters are not trained, and a state dict has both the merged weights and the adapters: `unmerge`
     before saving it. `save_peft` can be called at any time.
@@ -76,6 +77,12 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
                 raise ValueError(
                     f"model: expected finite sums of weights and adapters, got others in {site.where}[{e}]"
                 )
+    if not keep_adapters:
+        for site in sites:
+            for e in range(site.shape[0]):
+                _absorb(site, e)
+        detach(model)
+        return len(sites)
     kept: list[Merged] = []
     written: Written = []
     try:
@@ -94,8 +101,6 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
         for site in sites:
             _set(site, None)
         raise
-    if not keep_adapters:
-        detach(model)
     return len(sites)
 
 
@@ -204,6 +209,19 @@ def _sum(site: Site, e: int, a: Tensor, b: Tensor) -> Tensor:
 def _write(site: Site, e: int, weight: Tensor) -> None:
     with torch.no_grad():
         _matrix(site, e).copy_(weight)
+
+
+def _absorb(site: Site, e: int) -> None:
+    """Merges an expert and makes its B zero: both or none."""
+    a, b = (parameter.detach() for parameter in site.adapter())
+    weight, delta = _matrix(site, e).clone(), b[e].clone()
+    try:
+        _write(site, e, _sum(site, e, a, b))
+        b[e].zero_()
+    except BaseException:
+        _write(site, e, weight)
+        b[e].copy_(delta)
+        raise
 
 
 def _replace(written: Written, site: Site, e: int, weight: Tensor, before: Callable[[], Tensor]) -> None:
