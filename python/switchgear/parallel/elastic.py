@@ -30,6 +30,7 @@ from switchgear.parallel.moves import Lost, Moved, parallel_experts, redistribut
 from switchgear.parallel.placement import Placement, place_experts
 from switchgear.parallel.transfer import agree, average, gather
 from switchgear.reference import check_choice
+from switchgear.routing.counting import kept_counts
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import has_adapters
 
@@ -116,8 +117,8 @@ def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
     """One step of training, on all ranks or on none. Returns the closure's loss.
 
     closure: runs forward and backward, and returns the loss. It is called again if a rank is lost before the step is
-    applied, then with other values of parallel.rank and parallel.size. Gradients of parameters other than experts are
-    averaged over the ranks.
+    applied, then with other values of parallel.rank and parallel.size; what routers and controllers counted in the
+    first call is taken back. Gradients of parameters other than experts are averaged over the ranks.
 
     With on_failure="continue", ranks that want to join are let in after the step, and this rank joins again if the
     others have gone on without it, for instance since it was stopped.
@@ -125,6 +126,7 @@ def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
     parallel, membership = training.parallel, training.membership
     begun = membership.steps
     while True:
+        uncount = kept_counts(training.model)
         try:
             training.optimizer.zero_grad()
             loss = closure().detach()
@@ -135,6 +137,8 @@ def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
             looks = parallel.rank == 0 and training.on_failure == "continue"
             waiting = commit(training, "step", lambda: _apply(training), membership.num_waiting() if looks else 0)
         except ExpertParallelError as error:
+            recount = kept_counts(training.model)
+            uncount()  # before a join, which brings the buffers of the others
             if training.on_failure == "raise" or error.kind == "disagrees":
                 raise
         else:
@@ -146,6 +150,7 @@ def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
         if membership.id in change.joined:
             begun = membership.steps
         if membership.steps > begun:
+            recount()
             return loss
 
 
