@@ -26,7 +26,7 @@ from switchgear.parallel.errors import ExpertParallelError
 from switchgear.parallel.experts import expert_parameters
 from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.membership import Membership
-from switchgear.parallel.moves import Lost, Moved, parallel_experts, redistribute
+from switchgear.parallel.moves import Lost, Moved, keys, parallel_experts, redistribute
 from switchgear.parallel.placement import Placement, place_experts
 from switchgear.parallel.transfer import agree, average, gather
 from switchgear.reference import check_choice
@@ -77,8 +77,9 @@ class Training:
 
     Raises:
         ValueError: an option out of range; experts that cannot move: stored ones, those of several widths or with
-            adapters, and those beside tensor parallelism; copies beside a capacity; DistributedDataParallel in the
-            model, or parameters that FSDP has sharded.
+            adapters, and those beside tensor parallelism; state of the optimizer that is neither a scalar nor a row per
+            expert, such as Adafactor's of their biases; copies beside a capacity; DistributedDataParallel in the model,
+            or parameters that FSDP has sharded.
     """
 
     model: nn.Module
@@ -99,6 +100,7 @@ class Training:
         _check_replicas(self.parallel, self.num_replicas)
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm: expected None or a number above 0, got {self.max_norm}")
+        keys(self, parallel_experts(self.model))
         if not self.membership.empty and self.parallel.rank == 0:
             self.membership.publish(_structure(self))
 
@@ -122,8 +124,12 @@ def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
 
     With on_failure="continue", ranks that want to join are let in after the step, and this rank joins again if the
     others have gone on without it, for instance since it was stopped.
+
+    Raises:
+        ValueError: the optimizer's state, which its first step makes, cannot move with the experts (see Training).
     """
     parallel, membership = training.parallel, training.membership
+    keys(training, parallel_experts(training.model))  # before a rank is lost, which it would stop
     begun = membership.steps
     while True:
         uncount = kept_counts(training.model)
