@@ -83,6 +83,27 @@ def test_a_read_that_fails_empties_its_slot(seed: int) -> None:
     assert len(errors) > 5
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_an_error_is_raised_once(seed: int) -> None:
+    """All reads that a call begins fail, guesses too, and are over when it ends. The next call reads anew."""
+    model, steps, wanted, cache, reader = offloaded(seed, 5)
+    reader.late, last = False, 10**9
+    failed: list[int] = []
+
+    def fail(ticket: int) -> None:
+        if ticket <= last:
+            failed.append(ticket)
+            reader.fail(ticket, OSError(5, "Input/output error"), ends=True)
+
+    reader.on_wait = fail
+    with pytest.raises(StoreError, match="Input/output error"):
+        outputs_of(model, steps[:1])
+    last = reader.number
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+    assert len(failed) > 1
+    check(cache)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_an_interrupt_at_any_line(seed: int) -> None:
     """A KeyboardInterrupt is raised at a random line of the cache's files, as a signal would."""

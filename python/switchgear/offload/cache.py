@@ -91,10 +91,20 @@ class Cache:
                 del self.pending[key]
             elif not knows(pool.reader, ticket):  # it was waited for, and the outcome is lost
                 del self.pending[key], self.rows[key]
+            elif pool.is_over(ticket):  # the next call must not raise what went wrong in this one
+                try:
+                    pool.reader.wait(ticket, 0.0)
+                except TimeoutError:
+                    continue
+                except OSError:
+                    del self.rows[key]
+                del self.pending[key]
         for key, (row, ticket) in list(self.guesses.items()):
             pool = self.layer_of(key).pool
             if row in pool.draining or not knows(pool.reader, ticket):
                 del self.guesses[key]
+            elif pool.is_over(ticket):  # it may have failed, too
+                self.drop_guess(key)
         for key in list(self.rows):
             if key not in self.layer_of(key).residency:
                 self.release(key)
