@@ -292,11 +292,21 @@ def test_a_forked_child() -> None:
     thread.start()
     taken.wait()
     if (child := os.fork()) == 0:
+        for call in (lambda: outputs_of(model, steps[:1]), cache.close, lambda: cache.close(restore=False)):
+            try:
+                call()
+            except StoreError as error:
+                if "the cache belongs to process" not in str(error):
+                    os._exit(2)
+            else:
+                os._exit(3)
         try:
-            outputs_of(model, steps[:1])
-        except StoreError as error:
-            os._exit(0 if "the cache belongs to process" in str(error) else 2)
-        os._exit(3)
+            with cache:
+                raise RuntimeError("the block's")
+        except RuntimeError:
+            os._exit(0)
+        finally:
+            os._exit(4)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     done.set()
     thread.join()
