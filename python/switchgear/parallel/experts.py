@@ -178,7 +178,7 @@ class ParallelExperts(Experts):
         self._number = static.register(self._layer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._number = static.register(self._layer)  # a copy has a layer of its own
 
     def _options(self) -> GluOptions:
