@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +256,18 @@ def test_recomputed_tokens_of_a_hugging_face_model_count_once() -> None:
     with switchgear.RoutingTrace(model) as trace:
         model(**inputs, use_cache=False).logits.sum().backward()
     assert {layer.num_tokens for layer in trace.layers.values()} == {inputs["input_ids"].numel()}
+
+
+def test_only_a_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe and a folder are refused before anything is written."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    monkeypatch.setattr(torch, "save", None)
+    with pytest.raises(ValueError, match=r"path: expected a file, got .*pipe, which is a pipe or a device"):
+        RoutingTrace().save(pipe)
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        RoutingTrace().save(tmp_path)
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_failed_save_keeps_the_earlier_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,8 +31,14 @@ def unfinished_of(path: Path) -> Path:
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """The name to write a file under. It replaces `path`, or what a link there leads to, at once and durably when the
-    block ends, with the permissions of that; if the block fails, `path` stays as it was."""
-    path = Path(path).resolve()
+    block ends, with the permissions of that; if the block fails, `path` stays as it was. Raises IsADirectoryError for a
+    folder, and ValueError for a pipe or a device, which a file would replace, before the block."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"path: expected a file, got {path}, which is a pipe or a device")
+    path = path.resolve()
     unfinished = unfinished_of(path)
     try:
         yield unfinished

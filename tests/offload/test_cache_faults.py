@@ -83,6 +83,27 @@ def test_a_read_that_fails_empties_its_slot(seed: int) -> None:
     assert len(errors) > 5
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_an_error_is_raised_once(seed: int) -> None:
+    """All reads that a call begins fail, guesses too, and are over when it ends. The next call reads anew."""
+    model, steps, wanted, cache, reader = offloaded(seed, 5)
+    reader.late, last = False, 10**9
+    failed: list[int] = []
+
+    def fail(ticket: int) -> None:
+        if ticket <= last:
+            failed.append(ticket)
+            reader.fail(ticket, OSError(5, "Input/output error"), ends=True)
+
+    reader.on_wait = fail
+    with pytest.raises(StoreError, match="Input/output error"):
+        outputs_of(model, steps[:1])
+    last = reader.number
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+    assert len(failed) > 1
+    check(cache)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_an_interrupt_at_any_line(seed: int) -> None:
     """A KeyboardInterrupt is raised at a random line of the cache's files, as a signal would."""
@@ -271,11 +292,21 @@ def test_a_forked_child() -> None:
     thread.start()
     taken.wait()
     if (child := os.fork()) == 0:
+        for call in (lambda: outputs_of(model, steps[:1]), cache.close, lambda: cache.close(restore=False)):
+            try:
+                call()
+            except StoreError as error:
+                if "the cache belongs to process" not in str(error):
+                    os._exit(2)
+            else:
+                os._exit(3)
         try:
-            outputs_of(model, steps[:1])
-        except StoreError as error:
-            os._exit(0 if "the cache belongs to process" in str(error) else 2)
-        os._exit(3)
+            with cache:
+                raise RuntimeError("the block's")
+        except RuntimeError:
+            os._exit(0)
+        finally:
+            os._exit(4)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     done.set()
     thread.join()

@@ -11,9 +11,12 @@ import pytest
 import torch
 from queued_device import QueuedDevice
 from staging_mistakes import MISTAKES, Mistake, planted
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from switchgear import MoE
+import switchgear
+from switchgear import MoE, finetune
+from switchgear.adapters import add_lora
 from switchgear.experts import Experts
 from switchgear.offload import HotColdSplit, SplitCost, hot_cold, moving
 
@@ -59,6 +62,14 @@ def test_row43_the_output_does_not_depend_on_the_split(options: dict[str, Any]) 
             assert split(x, ids, weights).dtype == experts(x, ids, weights).dtype
     empty = split(x[:0], ids[:0], weights[:0])
     assert empty.shape == (0, H)
+
+
+def test_leading_dimensions_are_those_of_the_experts() -> None:
+    experts = experts_of()
+    x, ids, weights = (tensor.reshape(4, 10, -1) for tensor in skewed())
+    for threshold in (0, 5, 1000):
+        y = HotColdSplit(experts, "cpu", threshold)(x, ids, weights)
+        torch.testing.assert_close(y, experts(x, ids, weights), rtol=1e-5, atol=1e-6)
 
 
 def test_row43_gradients_and_the_layer() -> None:
@@ -182,6 +193,30 @@ def test_a_mistake_is_detected(mistake: Mistake) -> None:
 
     with planted(mistake):
         assert any(map(fails, range(12)))
+
+
+def parametrized(moe: MoE) -> None:
+    parametrize.register_parametrization(moe.experts, "down_proj", nn.Identity())
+
+
+CHANGES = {
+    "expected experts without adapters": lambda moe: add_lora(moe, rank=2),
+    "expected plain weights, got int8; restore": lambda moe: switchgear.store(moe, "int8"),
+    "expected no experts that train alone": lambda moe: finetune.freeze_except(moe, {"experts": [1]}),
+    "expected plain weights, got a down_proj that is computed": parametrized,
+    f"expected all {2 * E} of a layer, got {E} of a rank": lambda moe: setattr(moe.experts, "num_experts", 2 * E),
+}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_experts_that_are_more_than_their_parameters_are_refused(words: str) -> None:
+    """Before the split, and at a call if they change under it."""
+    moe = MoE(H, I, E, K)
+    split = HotColdSplit(moe.experts, "cpu", 1)  # type: ignore[arg-type]
+    CHANGES[words](moe)
+    for call in (lambda: HotColdSplit(moe.experts, "cpu", 1), lambda: split(*skewed())):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"^experts: {words}"):
+            call()
 
 
 def test_bad_input() -> None:

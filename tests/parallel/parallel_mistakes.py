@@ -92,7 +92,7 @@ MISTAKES = {
     ),
     "moving": (
         Mistake("moves.py", "the optimizer's state stays",
-                "sorted(state) if checkpoint.is_rows(state[key], parameter)]", "()]"),
+                "for key in sorted(rows)]", "for key in ()]"),
         Mistake("moves.py", "experts are in another order", "in enumerate(mine):", "in enumerate(reversed(mine)):"),
         Mistake("moves.py", "the first experts of a rank move", "[number[e] for experts in sent for e in experts]",
                 "[place for experts in sent for place in range(len(experts))]"),
@@ -110,7 +110,7 @@ MISTAKES = {
     membership.prepare(apply)
 """),
         Mistake("elastic.py", "a step that others have applied is repeated",
-                "        if membership.steps > begun:\n            return loss\n", ""),
+                "        if membership.steps > begun:\n            recount()\n            return loss\n", ""),
     ),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import io
 import os
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 import switchgear
-from switchgear.parallel import ExpertParallel, Placement, checkpoint
+from switchgear.parallel import ExpertParallel, Placement, Training, checkpoint, elastic_step, rebalance
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 EXPERTS = 7
@@ -242,6 +243,33 @@ def reload_factors(rank: int, path: str) -> None:
         state["blocks"] = torch.zeros(4)
         with pytest.raises(ValueError, match=r"/blocks: expected a scalar or a row per expert, got shape \[4\]"):
             checkpoint.save(model, path, optimizer)
+
+
+@pytest.mark.parametrize("num_experts", [4, 1])
+def test_means_over_experts_are_refused(num_experts: int) -> None:
+    """Adafactor's of their biases, which look like rows where a rank has one expert."""
+    with ExpertParallel(timeout=20) as parallel:
+        model = switchgear.MoE(16, 12, num_experts, 1, bias=True, parallel=parallel)
+        optimizer = torch.optim.Adafactor(model.parameters(), lr=0.1)
+        training = Training(model, optimizer)
+
+        def closure() -> torch.Tensor:
+            loss = model(torch.randn(20, 16)).square().mean()
+            loss.backward()
+            return loss
+
+        elastic_step(training, closure)
+        before = copy.deepcopy(model.state_dict())
+        message = r"^optimizer/experts\.\w+_bias/\w+_var: expected a scalar or a row per expert, got shape \[1, "
+        for call in (
+            lambda: checkpoint.state_dict(model, optimizer),
+            lambda: Training(model, optimizer),
+            lambda: elastic_step(training, closure),
+            lambda: rebalance(training, {"experts": [1.0] * num_experts}),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_state_that_has_a_row_per_expert(pool: Pool, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,18 +39,20 @@ from switchgear.parallel import (
     rebalance,
     shrink,
 )  # fmt: skip
+from switchgear.parallel.errors import Failure
 from switchgear.parallel.moves import parallel_experts
 from switchgear.parallel.placement import keep_experts
+from switchgear.routing import LossFreeBias, RunningCap, TopK
 
 EXPERTS, HIDDEN, TOKENS = 8, 16, 48  # tokens of a step, over all ranks
 TIMEOUT = 8.0
 
 
 class Model(nn.Module):
-    def __init__(self, parallel: ExpertParallel | None) -> None:
+    def __init__(self, parallel: ExpertParallel | None, **more: Any) -> None:
         super().__init__()
         self.first = nn.Linear(HIDDEN, HIDDEN)
-        options = {"normalize": True, "bias": True, "parallel": parallel}
+        options = {"normalize": True, "bias": True, "parallel": parallel, **more}
         self.layers = nn.ModuleList(switchgear.MoE(HIDDEN, 8, EXPERTS, 2, **options) for _ in range(2))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,9 +62,9 @@ class Model(nn.Module):
         return x
 
 
-def make(parallel: ExpertParallel, **options: Any) -> Training:
+def make(parallel: ExpertParallel, balance: Any = (), **options: Any) -> Training:
     torch.manual_seed(0)
-    model = Model(parallel)
+    model = Model(parallel, balance=balance)
     return Training(model, torch.optim.AdamW(model.parameters(), lr=0.01), **options)
 
 
@@ -119,7 +123,7 @@ def loses(rank: int, culprit: int, options: dict[str, Any]) -> Any:
     placement, capacity = (options.pop(name, None) for name in ("placement", "capacity"))
     group = {"placement": placement, "capacity": capacity, "invariant": capacity is None}
     with ExpertParallel(timeout=TIMEOUT, **group) as parallel:
-        training = make(parallel, on_failure="continue", on_change=seen.append, **options)
+        training = make(parallel, [LossFreeBias], on_failure="continue", on_change=seen.append, **options)
         run(training, 3)
         if rank == culprit:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -127,6 +131,9 @@ def loses(rank: int, culprit: int, options: dict[str, Any]) -> Any:
             warnings.simplefilter("always")
             run(training, 8)
         messages = [str(warning.message) for warning in caught if "experts" in str(warning.message)]
+        for layer in training.model.layers:  # type: ignore[union-attr]
+            counted = int(layer.gate.tokens_per_expert.sum())  # type: ignore[union-attr,operator]
+            assert counted == 2 * (3 * TOKENS // 4 + 5 * TOKENS // 3)  # nothing of the step that was repeated
         chosen = training.model.layers[0].gate(torch.randn(1000, HIDDEN)).topk_ids  # type: ignore[index,union-attr]
         return digests(training), seen, messages, set(chosen.flatten().tolist())
 
@@ -241,6 +248,48 @@ def test_no_step_is_half_applied(four: Pool, who: str) -> None:
     assert {steps for *_, steps, _ in seen} == {4}
     # With `rank 0`, it goes on with four ranks until its next step.
     assert [size for *_, size in seen] == ([4, 3, 3] if who == "rank 0" else [3, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "steps", "tokens", "total"),
+    [("repeated", 2, 10, 10.0), ("applied", 2, 10, 10.0), ("joined", 2, 10, 5.0 + 7 * EXPERTS), ("raised", 1, 5, 5.0)],
+)
+def test_a_failed_attempt_counts_nothing(
+    outcome: str, steps: int, tokens: int, total: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless its step is applied after all. A rank that joins again has the buffers of the others, here of sevens."""
+    with ExpertParallel(timeout=TIMEOUT) as parallel:
+        select = partial(RunningCap, TopK(2, normalize=True), margin=1e9)
+        moe = switchgear.MoE(HIDDEN, 8, EXPERTS, select=select, balance=[LossFreeBias], parallel=parallel)
+        on_failure = "raise" if outcome == "raised" else "continue"
+        training = Training(moe, torch.optim.SGD(moe.parameters(), lr=0.1), on_failure=on_failure)
+        gate, membership, failures = moe.gate, training.membership, [Failure(0, "lost", "commit", 1)]
+        commit = elastic.commit
+
+        def commits(*args: Any) -> int:
+            if membership.steps == 1 and failures:
+                raise ExpertParallelError(failures.pop())
+            return commit(*args)
+
+        def attempt() -> Tensor:
+            loss = moe(torch.ones(5, HIDDEN)).square().sum()
+            loss.backward()
+            return loss
+
+        def shrinks(training: Training) -> SimpleNamespace:
+            membership.steps += outcome == "applied"
+            if outcome == "joined":
+                gate.select.totals.fill_(7.0)
+            return SimpleNamespace(joined=(membership.id,) if outcome == "joined" else ())
+
+        monkeypatch.setattr(elastic, "commit", commits)
+        monkeypatch.setattr(elastic, "shrink", shrinks)
+        elastic_step(training, attempt)
+        with pytest.raises(ExpertParallelError) if outcome == "raised" else nullcontext():
+            elastic_step(training, attempt)
+        assert membership.steps == steps
+        assert int(gate.tokens_per_expert.sum()) == 2 * tokens
+        assert float(gate.select.totals.sum()) == pytest.approx(total, rel=1e-5)
 
 
 def undisturbed(rank: int, steps: int) -> Any:

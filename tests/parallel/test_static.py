@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from typing import Any
 
 import pytest
@@ -204,6 +206,19 @@ def test_what_a_capacity_excludes() -> None:
         layer = layers(parallel)[0].experts._layer
         with pytest.raises(ValueError, match="capacity: expected None beside experts that are no ParallelExperts"):
             exchange_moe(layer, torch.zeros(1, HIDDEN), torch.zeros(1, 1), torch.zeros(1, 1), None, None)
+
+
+def test_a_copy_outlives_the_original() -> None:
+    with ExpertParallel(capacity=8) as parallel:
+        moe, whole = layers(parallel)
+        x = torch.randn(8, HIDDEN)
+        with torch.no_grad():
+            wanted = whole(x)
+        moe = copy.deepcopy(copy.copy(moe))
+        gc.collect()
+        y = moe(x)
+        close(y.detach(), wanted, TOP_K * 32)
+        y.sum().backward()
 
 
 def copies(rank: int) -> None:

@@ -176,7 +176,8 @@ class Offloaded:
         try:
             self.close()
         except StoreError:
-            self.close(restore=False)  # the error of the block is the one to see
+            with suppress(StoreError):  # the error of the block is the one to see
+                self.close(restore=False)
 
     @torch.inference_mode(False)  # the parameters may be trained
     def close(self, restore: bool | None = None) -> None:
@@ -189,8 +190,10 @@ class Offloaded:
             model.requires_grad_(False) and by PEFT.
 
         Raises:
-            StoreError: the store cannot be read; the model stays offloaded.
+            StoreError: the store cannot be read, or the process is a fork of the cache's; the model stays offloaded.
         """
+        if not self._cache.is_closed:
+            self._cache.check_process("cache")
         with self._cache.lock:
             if self._cache.is_closed:
                 return

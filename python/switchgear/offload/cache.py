@@ -54,6 +54,11 @@ class Cache:
         self.moment = 0
         self.is_disturbed = self.is_closed = False
 
+    def check_process(self, name: str) -> None:
+        """Raises StoreError in a forked child. It comes before the lock, which a thread may have held at the fork."""
+        if os.getpid() != self.process:
+            raise StoreError(f"{name}: the cache belongs to process {self.process}; offload in this one")
+
     def layer_of(self, key: int) -> CachedLayer:
         return self.layers[key // self.width]
 
@@ -91,10 +96,20 @@ class Cache:
                 del self.pending[key]
             elif not knows(pool.reader, ticket):  # it was waited for, and the outcome is lost
                 del self.pending[key], self.rows[key]
+            elif pool.is_over(ticket):  # the next call must not raise what went wrong in this one
+                try:
+                    pool.reader.wait(ticket, 0.0)
+                except TimeoutError:
+                    continue
+                except OSError:
+                    del self.rows[key]
+                del self.pending[key]
         for key, (row, ticket) in list(self.guesses.items()):
             pool = self.layer_of(key).pool
             if row in pool.draining or not knows(pool.reader, ticket):
                 del self.guesses[key]
+            elif pool.is_over(ticket):  # it may have failed, too
+                self.drop_guess(key)
         for key in list(self.rows):
             if key not in self.layer_of(key).residency:
                 self.release(key)
@@ -183,8 +198,7 @@ class CachedLayer:
         together: bool = False,
     ) -> Any:
         cache = self.cache
-        if os.getpid() != cache.process:  # before the lock, which another thread may have held at the fork
-            raise StoreError(f"{self.name}: the cache belongs to process {cache.process}; offload in this one")
+        cache.check_process(self.name)
         if cache.device is not None and cache.device.is_capturing():
             raise RuntimeError(f"{self.name}: expected no capture of a CUDA graph, which cannot load experts, got one")
         experts = _distinct(topk_ids, self.num_experts)

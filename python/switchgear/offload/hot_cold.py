@@ -18,7 +18,7 @@ from switchgear.experts import Experts
 from switchgear.offload.device import Device, device_of
 from switchgear.offload.moving import Mover
 from switchgear.reference import check_range
-from switchgear.weights import stored_of
+from switchgear.weights.checks import check_plain
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class HotColdSplit(nn.Module):
     others go through a buffer. With gradients, or with hot="cpu", the cold part runs in a thread.
 
     Args:
-        experts: with plain weights; they stay on their device.
+        experts: with plain weights, at each call too: no other form, no adapters, no experts that train alone, none of
+            other ranks. They stay on their device.
         hot: the fast device, that of x.
         threshold: experts with at least this many tokens are hot. "bytes": where the rows of an expert, there and back,
             n_e·2·H·b, are not fewer bytes than its parameters. "auto": the number of hot experts, by descending n_e,
@@ -85,8 +86,7 @@ class HotColdSplit(nn.Module):
         super().__init__()
         if not isinstance(experts, Experts):
             raise TypeError(f"experts: expected Experts, got {type(experts).__name__}")
-        if (stored := stored_of(experts)) is not None:
-            raise ValueError(f"experts: expected plain weights, got {stored.form}")
+        _check_experts(experts)
         if isinstance(threshold, str) and threshold not in ("auto", "bytes"):
             raise ValueError(f"threshold: expected auto, bytes or a number of tokens, got {threshold!r}")
         if not isinstance(threshold, str):
@@ -127,7 +127,12 @@ class HotColdSplit(nn.Module):
         return sorted(e for e in used if counts[e] >= int(self.threshold))
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """As Experts; hidden_states [T,H]."""
+        """As Experts."""
+        _check_experts(self.experts)
+        x, ids, weights = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, topk_ids, topk_weights))
+        return self._split(x, ids, weights).reshape(hidden_states.shape)
+
+    def _split(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         topk_ids = topk_ids.cpu()
         check_range("topk_ids", topk_ids, -1, self.num_experts)
         hot = self.hot_experts(topk_ids)
@@ -204,6 +209,17 @@ class HotColdSplit(nn.Module):
             moved, values, (x.to(self.hot), local.to(self.hot), weights.to(self.hot))
         )
         return y.to(x.device)
+
+
+def _check_experts(experts: Experts) -> None:
+    """Raises ValueError unless the parameters, a row per expert, are all that the experts compute with."""
+    check_plain("experts", experts)
+    for name in experts._layout.names:
+        parameter = experts._parameters.get(name)  # a parametrization replaces it by a computed attribute
+        if parameter is None:
+            raise ValueError(f"experts: expected plain weights, got a {name} that is computed")
+        if len(parameter) != experts.num_experts:
+            raise ValueError(f"experts: expected all {experts.num_experts} of a layer, got {len(parameter)} of a rank")
 
 
 def _used(ids: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import contextlib
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +75,31 @@ def state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
             if parameter.requires_grad and has_state and not state:
                 raise ValueError(f"optimizer: expected a state of {name}, got none; see init_optimizer")
             ids = experts.get(name)
+            rows = () if ids is None else row_states(name, parameter, state or {})
             for key, value in (state or {}).items():
-                if ids is None or is_rows(value, parameter):
-                    add(f"optimizer/{name}/{key}", value, ids)
-                elif isinstance(value, Tensor) and value.numel() > 1:
-                    got = f"shape {list(value.shape)}"
-                    raise ValueError(f"optimizer/{name}/{key}: expected a scalar or a row per expert, got {got}")
-                else:
-                    add(f"optimizer/{name}/{key}", value, None)
+                add(f"optimizer/{name}/{key}", value, ids if key in rows else None)
     return entries
 
 
-def is_rows(value: Any, parameter: Tensor) -> bool:
-    """Whether an optimizer's state of a parameter of experts has a row per expert, as the parameter has."""
-    return isinstance(value, Tensor) and value.dim() == parameter.dim()
+def row_states(name: str, parameter: Tensor, state: Mapping[str, Any]) -> list[str]:
+    """The parts of an optimizer's state that have a row per expert, as the parameter `name` of experts has.
+
+    Raises:
+        ValueError: another part has several numbers, or is a mean over experts, such as Adafactor's of biases.
+    """
+    found = []
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        fits = value.dim() == parameter.dim() and len(value) == len(parameter)
+        # With one expert here, a mean over the experts of their biases has a bias's shape; means of biases go with it.
+        is_mean = fits and parameter.dim() == 2 and len(parameter) == 1 and value.shape != parameter.shape
+        if is_mean or (value.numel() > 1 and not fits):
+            got = f"shape {list(value.shape)} beside {list(parameter.shape)}"
+            raise ValueError(f"optimizer/{name}/{key}: expected a scalar or a row per expert, got {got}")
+        if fits:
+            found.append(key)
+    return found
 
 
 def init_optimizer(optimizer: torch.optim.Optimizer) -> None:

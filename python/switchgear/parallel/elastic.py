@@ -26,10 +26,11 @@ from switchgear.parallel.errors import ExpertParallelError
 from switchgear.parallel.experts import expert_parameters
 from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.membership import Membership
-from switchgear.parallel.moves import Lost, Moved, parallel_experts, redistribute
+from switchgear.parallel.moves import Lost, Moved, keys, parallel_experts, redistribute
 from switchgear.parallel.placement import Placement, place_experts
 from switchgear.parallel.transfer import agree, average, gather
 from switchgear.reference import check_choice
+from switchgear.routing.counting import kept_counts
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import has_adapters
 
@@ -76,8 +77,9 @@ class Training:
 
     Raises:
         ValueError: an option out of range; experts that cannot move: stored ones, those of several widths or with
-            adapters, and those beside tensor parallelism; copies beside a capacity; DistributedDataParallel in the
-            model, or parameters that FSDP has sharded.
+            adapters, and those beside tensor parallelism; state of the optimizer that is neither a scalar nor a row per
+            expert, such as Adafactor's of their biases; copies beside a capacity; DistributedDataParallel in the model,
+            or parameters that FSDP has sharded.
     """
 
     model: nn.Module
@@ -98,6 +100,7 @@ class Training:
         _check_replicas(self.parallel, self.num_replicas)
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm: expected None or a number above 0, got {self.max_norm}")
+        keys(self, parallel_experts(self.model))
         if not self.membership.empty and self.parallel.rank == 0:
             self.membership.publish(_structure(self))
 
@@ -116,15 +119,20 @@ def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
     """One step of training, on all ranks or on none. Returns the closure's loss.
 
     closure: runs forward and backward, and returns the loss. It is called again if a rank is lost before the step is
-    applied, then with other values of parallel.rank and parallel.size. Gradients of parameters other than experts are
-    averaged over the ranks.
+    applied, then with other values of parallel.rank and parallel.size; what routers and controllers counted in the
+    first call is taken back. Gradients of parameters other than experts are averaged over the ranks.
 
     With on_failure="continue", ranks that want to join are let in after the step, and this rank joins again if the
     others have gone on without it, for instance since it was stopped.
+
+    Raises:
+        ValueError: the optimizer's state, which its first step makes, cannot move with the experts (see Training).
     """
     parallel, membership = training.parallel, training.membership
+    keys(training, parallel_experts(training.model))  # before a rank is lost, which it would stop
     begun = membership.steps
     while True:
+        uncount = kept_counts(training.model)
         try:
             training.optimizer.zero_grad()
             loss = closure().detach()
@@ -135,6 +143,8 @@ def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
             looks = parallel.rank == 0 and training.on_failure == "continue"
             waiting = commit(training, "step", lambda: _apply(training), membership.num_waiting() if looks else 0)
         except ExpertParallelError as error:
+            recount = kept_counts(training.model)
+            uncount()  # before a join, which brings the buffers of the others
             if training.on_failure == "raise" or error.kind == "disagrees":
                 raise
         else:
@@ -146,6 +156,7 @@ def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
         if membership.id in change.joined:
             begun = membership.steps
         if membership.steps > begun:
+            recount()
             return loss
 
 

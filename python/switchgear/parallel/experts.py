@@ -177,6 +177,10 @@ class ParallelExperts(Experts):
             static.check_layer(self._layer)
         self._number = static.register(self._layer)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = static.register(self._layer)  # a copy has a layer of its own
+
     def _options(self) -> GluOptions:
         return GluOptions(self.activation, self.gated, self.interleaved, float(self.alpha), as_limit(self.limit))
 

@@ -133,18 +133,20 @@ def _state(training: Training, layers: dict[str, ParallelExperts]) -> dict[str, 
         "backend": training.parallel.default_backend,
         "held": {name: [] if empty else list(module._mine) for name, module in layers.items()},
         "lost": {name: list(module.lost) for name, module in layers.items()},
-        "rows": [] if empty else _keys(training, layers),
+        "rows": [] if empty else keys(training, layers),
     }
 
 
-def _keys(training: Training, layers: dict[str, ParallelExperts]) -> list[list[str]]:
-    """(layer, parameter, state) of all tensors with a row per expert; the state "" is the parameter itself."""
+def keys(training: Training, layers: dict[str, ParallelExperts]) -> list[list[str]]:
+    """(layer, parameter, state) of all tensors with a row per expert; the state "" is the parameter itself. Raises
+    ValueError for a state of experts that can neither move nor stay."""
     found = []
     for name, module in layers.items():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             state = training.optimizer.state.get(parameter, {})
             found.append([name, parameter_name, ""])
-            found += [[name, parameter_name, key] for key in sorted(state) if checkpoint.is_rows(state[key], parameter)]
+            rows = checkpoint.row_states(f"{name}.{parameter_name}".lstrip("."), parameter, state)
+            found += [[name, parameter_name, key] for key in sorted(rows)]
     return found
 
 
@@ -159,13 +161,15 @@ def _common(training: Training) -> dict[str, Any]:
     model, optimizer, experts = training.model, training.optimizer, expert_parameters(training.model)
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors = chain(model.named_parameters(), model.named_buffers())
+
+    def shared(name: str, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        rows = checkpoint.row_states(name, parameter, state) if name in experts else ()
+        return {key: value for key, value in state.items() if key not in rows}
+
     return {
         "model": {name: tensor.detach() for name, tensor in tensors if name not in experts},
         "optimizer": {
-            names[parameter]: {
-                key: value for key, value in state.items()
-                if names[parameter] not in experts or not checkpoint.is_rows(value, parameter)
-            }
+            names[parameter]: shared(names[parameter], parameter, state)
             for parameter, state in optimizer.state.items() if parameter in names
         },
         "groups": [

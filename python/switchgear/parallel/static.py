@@ -14,6 +14,7 @@ while a CUDA graph is captured, nor can they when it is replayed.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from switchgear.parallel.recorded import Module
 
 _layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 class Buckets(NamedTuple):
@@ -108,8 +110,8 @@ def _routes(layer: Layer, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def register(layer: Layer) -> int:
-    """A number for the layer, which an op can take."""
-    number = id(layer)
+    """A number for the layer, which an op can take. No other layer ever has it."""
+    number = next(_numbers)
     _layers[number] = layer
     return number
 

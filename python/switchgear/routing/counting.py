@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def kept_counts(router: nn.Module) -> Callable[[], None]:
-    """A function that puts back what parts of the router, itself among them, have counted by now: what they name in
-    `counted`."""
-    parts: list[Any] = [part for part in router.modules() if hasattr(part, "counted")]
+def kept_counts(module: nn.Module) -> Callable[[], None]:
+    """A function that puts back what parts of a router or a model, itself among them, have counted by now: what they
+    name in `counted`."""
+    parts: list[Any] = [part for part in module.modules() if hasattr(part, "counted")]
     before = [(part, name, _copied(getattr(part, name))) for part in parts for name in part.counted]
 
     def restore() -> None:
