@@ -40,7 +40,9 @@ from switchgear.weights import FINDERS, HINTS, Layout, stored_of, weights_of
 
 NAME = "switchgear"
 _logger = logging.getLogger(__name__)
-MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # of use_experts_implementation, since transformers 5.0
+# What use_experts_implementation sets on a module and on its class, since transformers 5.0.
+MARKS = ("config", "is_transposed", "has_bias")
+CLASS_MARK = "_apply_gate"
 
 
 def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -308,7 +310,8 @@ wrappers.READERS.append(_reads_lent)
 
 def is_decorated(module: nn.Module) -> bool:
     """Whether the module's class has transformers' decorator `use_experts_implementation`."""
-    return all(hasattr(module, mark) for mark in MARKS)
+    own = vars(module)  # getattr of a wrapper, as of torch.compile, answers for the module inside
+    return all(mark in own for mark in MARKS) and hasattr(type(module), CLASS_MARK)
 
 
 def _has_post_norm(module: nn.Module) -> bool:
@@ -346,6 +349,6 @@ def _nothing_found(model: nn.Module) -> str:
         return f"model: expected experts that run their own forward, other code has replaced that of {', '.join(taken)}"
     return (
         f"model: expected routed experts, {type(model).__name__} has none that switchgear knows. Looked for modules "
-        f"with the attributes {', '.join(MARKS)} (transformers' use_experts_implementation) and for the classes "
+        f"with the attributes {', '.join((*MARKS, CLASS_MARK))} (transformers' use_experts_implementation) and for the classes "
         f"{', '.join(name.split('.')[-1] for name in PATCHES)}"
     )
