@@ -138,7 +138,8 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
 
     Decorated modules get `experts_implementation="switchgear"` in their own config. Modules of the classes in
     `undecorated.PATCHES` get a new `forward` on the instance. Parameters and state dict do not change. Decorated
-    modules of one model share a config, so a part of a model, such as one of its layers, takes the others along.
+    modules that share a config object change together: those of a model for a part of it, such as one layer, and those
+    of all models made from one config object, as with transformers' own `set_experts_implementation`.
 
     Args:
         whole_blocks: also run the blocks of OLMoE, Qwen3 MoE and Mixtral as a whole when no gradient is needed: router
