@@ -350,6 +350,6 @@ def _nothing_found(model: nn.Module) -> str:
         return f"model: expected experts that run their own forward, other code has replaced that of {', '.join(taken)}"
     return (
         f"model: expected routed experts, {type(model).__name__} has none that switchgear knows. Looked for modules "
-        f"with the attributes {', '.join((*MARKS, CLASS_MARK))} (transformers' use_experts_implementation) and for the classes "
-        f"{', '.join(name.split('.')[-1] for name in PATCHES)}"
+        f"with the attributes {', '.join((*MARKS, CLASS_MARK))} (transformers' use_experts_implementation) and for the "
+        f"classes {', '.join(name.split('.')[-1] for name in PATCHES)}"
     )
