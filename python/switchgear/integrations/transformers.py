@@ -239,7 +239,7 @@ def _hint_of(module: nn.Module) -> str | None:
         return None
     path = path_of(module)
     if patch_of(module) is not None and is_swapped(module):
-        return f"{type(module).__name__} cannot be stored, it runs as {path}"
+        return f"{type(module).__name__} runs as {path}, but its class has no stored layout"
     return f"{type(module).__name__} runs as {path}" if path == "grouped_gemm" else path
 
 
