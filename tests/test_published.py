@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
-from switchgear.integrations.checkpoint_files import INDEX
-from switchgear.integrations.published import load_published
+from switchgear.integrations.checkpoint_files import INDEX, Reader
+from switchgear.integrations.published import load_published, planned
 from switchgear.integrations.tiny_configs import tiny_config
-from switchgear.integrations.tiny_models import example_inputs
+from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import is_decorated, path_of
 from switchgear.reference import minifloat
 from switchgear.weights import restore, stored_of
@@ -277,6 +277,37 @@ def test_experts_that_were_not_quantised_stay_plain(published: Callable[[str], P
         assert torch.equal(ours, theirs), name
 
 
+def saved(path: Path, model_type: str) -> Any:
+    """A tiny model in float32, and its checkpoint, not quantised."""
+    model = build(model_type)
+    model.save_pretrained(path)
+    return model
+
+
+def test_a_name_that_is_the_models_own_is_not_renamed(tmp_path: Path) -> None:
+    """DeepSeek-V4's renamings are for norms of parts too, and would catch the model's last one."""
+    want = saved(tmp_path, "deepseek_v4").state_dict()
+    plan = planned(tmp_path, torch.float32)
+    reader = Reader(plan.files.headers)
+    assert plan.reads.keys() == want.keys()
+    for target, read in plan.reads.items():
+        assert torch.equal(cast(Tensor, read(reader, torch.device("cpu"))), want[target]), target
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("kimi_linear", r"conv1d.weight: expected one tensor, got 3 \(transformers joins them, here only those of exp"),
+        ("longcat_flash", r"experts.down_proj: expected one tensor, got \d+ \(transformers joins them"),
+        ("lara_mini", r"expected a tensor for each .* got .*linear_attn.in_proj.weight, which transformers splits"),
+    ],
+)
+def test_tensors_that_are_joined_or_split_are_named(tmp_path: Path, model_type: str, message: str) -> None:
+    saved(tmp_path, model_type)
+    with pytest.raises(ValueError, match=f"^path: .*{message}"):
+        planned(tmp_path, torch.float32)
+
+
 def test_layers_that_transformers_leaves_out_are_left_out(published: Callable[[str], Path], tmp_path: Path) -> None:
     key = "model.layers.61.mlp.experts.0.up_proj.weight"  # DeepSeek's multi-token prediction layer
     load_published(copied(published("deepseek_v3"), tmp_path, lambda tensors: tensors.update({key: torch.ones(2, 2)})))
@@ -375,7 +406,7 @@ def configure(path: Path, quantization: dict[str, Any] | None) -> None:
 PEAK = """
 import sys
 from switchgear.integrations import checkpoint_files
-from switchgear.integrations.published import load_published
+from switchgear.integrations.published import load_published, planned
 
 def kilobytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))

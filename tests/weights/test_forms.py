@@ -599,7 +599,7 @@ def test_ties_stay_when_a_state_dict_is_loaded(case: FormCase) -> None:
 def test_errors(case: FormCase) -> None:
     form = case.form
     for model, reason in (
-        (nn.Linear(2, 2), "Linear has none that run on the fused kernel"),
+        (nn.Linear(2, 2), "Linear has none with a stored layout"),
         (case.experts(device="meta"), "gate_up_proj is on meta"),
     ):
         with pytest.raises(ValueError, match=rf"model: expected experts that can be stored as .*; {reason}"):

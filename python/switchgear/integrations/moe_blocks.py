@@ -170,7 +170,7 @@ def _hugging_face(model: nn.Module) -> Iterator[MoeBlock]:
             block_name, experts = name, getattr(module, "experts", module)
         else:
             block_name = name.rpartition(".")[0]
-            while block_name and is_wrapper(model.get_submodule(block_name)):  # of PEFT, around the experts
+            while block_name and _wraps_experts(model.get_submodule(block_name)):
                 block_name = block_name.rpartition(".")[0]
             block, experts = (model.get_submodule(block_name) if name else module), module
         gate = _child(block, _GATES)
@@ -178,6 +178,12 @@ def _hugging_face(model: nn.Module) -> Iterator[MoeBlock]:
         shared = _child(block, SHARED)
         top_k = _top_k(gate, block, experts)
         yield MoeBlock(block_name, block, gate, experts, num_experts, top_k, shared, name, config)
+
+
+def _wraps_experts(module: nn.Module) -> bool:
+    """Whether a parent of experts is a wrapper: of PEFT, with copies in a ModuleDict, or one that passes attributes on,
+    as those of torch.compile and torch's checkpointing do."""
+    return is_wrapper(module) or isinstance(module, nn.ModuleDict) or hasattr(module, "_apply_gate")
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:

@@ -246,6 +246,10 @@ def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks, pack
     if packing is not None and published_groups.is_packed(pieces) and len(shape) == 2:
         published_groups.check(target, pieces, Piece(), shape, packing, checks)
         return lambda reader, device: _decode_packed(target, shape, pieces, reader, packing).to(device, dtype)
+    if (joined := len({piece[1:] for piece in pieces})) > 1:
+        reason = "transformers joins them, here only those of experts with a stored layout are"
+        checks.problems.append(f"{target}: expected one tensor, got {joined} ({reason})")
+        return _nothing
     is_fp8 = Piece(SCALE) in pieces and len(shape) == 2
     if not checks.expect_all(target, pieces, [Piece(), Piece(SCALE)] if is_fp8 else [Piece()]):
         return _nothing

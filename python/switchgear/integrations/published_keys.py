@@ -44,9 +44,13 @@ def pieces_of(model: Any, keys: Iterable[str], state: dict[str, Tensor]) -> dict
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     sources = {pattern: index for entry in converters for index, pattern in enumerate(entry.source_patterns)}
+    split = {pattern for entry in converters if len(entry.target_patterns) > 1 for pattern in entry.source_patterns}
 
     def target_of(key: str) -> tuple[str, str | None]:
-        return rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if target not in state and key in state:  # as transformers does: a renaming was not meant for this key
+            return key, None
+        return target, pattern
 
     found: dict[str, Pieces] = defaultdict(dict)
     for key in keys:
@@ -55,6 +59,8 @@ def pieces_of(model: Any, keys: Iterable[str], state: dict[str, Tensor]) -> dict
         target, pattern = target_of(name)
         if suffix and target not in state:  # a name that only happens to end so
             suffix, (target, pattern) = "", target_of(key)
+        if pattern in split:
+            raise ValueError(f"path: expected a tensor for each of the model's, got {key}, which transformers splits")
         expert = re.search(r"\bexperts\.(\d+)\.", key) if pattern is not None else None
         piece = Piece(suffix, int(expert[1]) if expert else None, sources.get(pattern or "", 0))
         if (other := found[target].setdefault(piece, key)) != key:

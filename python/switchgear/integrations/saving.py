@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -49,7 +51,7 @@ def _saving_plain(original: Any) -> Any:
                 "call switchgear.restore(model) first"
             )
         given = call.arguments.get("state_dict")
-        call.arguments["state_dict"] = _plain(self, self.state_dict() if given is None else given)
+        state_dict = call.arguments["state_dict"] = _plain(self, self.state_dict() if given is None else given)
         of = "model" if len(forms) == 1 else "experts"  # of the layers that have this form
         for name, form in forms.items():
             if form.suffixes:
@@ -58,7 +60,8 @@ def _saving_plain(original: Any) -> Any:
                     f"save_pretrained writes the experts stored as {name} as plain weights; after from_pretrained, "
                     f"call switchgear.accelerate(model) and switchgear.store({again})"
                 )
-        return original(*call.args, **call.kwargs)
+        with _showing(state_dict, self):
+            return original(*call.args, **call.kwargs)
 
     save_pretrained.switchgear_original = original  # type: ignore[attr-defined]
     return save_pretrained
@@ -67,6 +70,26 @@ def _saving_plain(original: Any) -> Any:
 def _saves_adapters(model: Any) -> bool:
     """Whether transformers writes those that it has loaded, and nothing else."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def _showing(state_dict: dict[str, Any], model: nn.Module) -> Iterator[None]:
+    """transformers' conversions ask the model for parameters, to know their shapes. Those of stored experts are only in
+    the state dict."""
+
+    def get_parameter(target: str) -> Any:
+        try:
+            return type(model).get_parameter(model, target)
+        except AttributeError:
+            if target not in state_dict:
+                raise
+            return state_dict[target]
+
+    vars(model)["get_parameter"] = get_parameter
+    try:
+        yield
+    finally:
+        del vars(model)["get_parameter"]
 
 
 def _plain(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,9 @@ from switchgear.weights import FINDERS, HINTS, Layout, stored_of, weights_of
 
 NAME = "switchgear"
 _logger = logging.getLogger(__name__)
-MARKS = ("config", "is_transposed", "has_bias", "_apply_gate")  # of use_experts_implementation, since transformers 5.0
+# What use_experts_implementation sets on a module and on its class, since transformers 5.0.
+MARKS = ("config", "is_transposed", "has_bias")
+CLASS_MARK = "_apply_gate"
 
 
 def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -136,7 +138,8 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
 
     Decorated modules get `experts_implementation="switchgear"` in their own config. Modules of the classes in
     `undecorated.PATCHES` get a new `forward` on the instance. Parameters and state dict do not change. Decorated
-    modules of one model share a config, so a part of a model, such as one of its layers, takes the others along.
+    modules that share a config object change together: those of a model for a part of it, such as one layer, and those
+    of all models made from one config object, as with transformers' own `set_experts_implementation`.
 
     Args:
         whole_blocks: also run the blocks of OLMoE, Qwen3 MoE and Mixtral as a whole when no gradient is needed: router
@@ -236,7 +239,7 @@ def _hint_of(module: nn.Module) -> str | None:
         return None
     path = path_of(module)
     if patch_of(module) is not None and is_swapped(module):
-        return f"{type(module).__name__} cannot be stored, it runs as {path}"
+        return f"{type(module).__name__} runs as {path}, but its class has no stored layout"
     return f"{type(module).__name__} runs as {path}" if path == "grouped_gemm" else path
 
 
@@ -308,7 +311,8 @@ wrappers.READERS.append(_reads_lent)
 
 def is_decorated(module: nn.Module) -> bool:
     """Whether the module's class has transformers' decorator `use_experts_implementation`."""
-    return all(hasattr(module, mark) for mark in MARKS)
+    own = vars(module)  # getattr of a wrapper, as of torch.compile, answers for the module inside
+    return all(mark in own for mark in MARKS) and hasattr(type(module), CLASS_MARK)
 
 
 def _has_post_norm(module: nn.Module) -> bool:
@@ -346,6 +350,6 @@ def _nothing_found(model: nn.Module) -> str:
         return f"model: expected experts that run their own forward, other code has replaced that of {', '.join(taken)}"
     return (
         f"model: expected routed experts, {type(model).__name__} has none that switchgear knows. Looked for modules "
-        f"with the attributes {', '.join(MARKS)} (transformers' use_experts_implementation) and for the classes "
-        f"{', '.join(name.split('.')[-1] for name in PATCHES)}"
+        f"with the attributes {', '.join((*MARKS, CLASS_MARK))} (transformers' use_experts_implementation) and for the "
+        f"classes {', '.join(name.split('.')[-1] for name in PATCHES)}"
     )

@@ -230,8 +230,8 @@ def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module
     if not targets and not present:
         hint = hint_for(model)
         raise ValueError(
-            f"model: expected experts that can be stored as {form}; {type(model).__name__} has none that run on the "
-            f"fused kernel ({hint})"
+            f"model: expected experts that can be stored as {form}; {type(model).__name__} has none with a stored "
+            f"layout ({hint})"
         )
     return targets, present
 
