@@ -281,6 +281,17 @@ def test_output_that_is_no_text_is_no_obstacle(tmp_path: Path) -> None:
     assert [(row["case"], row["verdict"], row["value"]) for row in rows] == [("a", "passed", 3)]
 
 
+def test_a_program_may_take_a_while_to_end(tmp_path: Path) -> None:
+    """As one does that frees a device's memory, after its last output."""
+    code = (
+        "import os, time; from gpu.lines import say; say(cases=['a']); say(starts=0); say(ends=0);"
+        "os.close(1); time.sleep(0.5)"
+    )
+    program = watch.Program([sys.executable, "-c", code], tmp_path / "log", ROOT / "tests")
+    rows = watch.Guide("slow end", program, lambda row: None, limit=20, silence=5).run()
+    assert [(row["case"], row["verdict"]) for row in rows] == [("a", "passed")]
+
+
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 

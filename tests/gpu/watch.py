@@ -25,6 +25,7 @@ from gpu.lines import MARK
 Row = dict[str, Any]  # case, verdict, seconds, detail, and results of the case
 GOOD = ("passed", "finding", "skipped")
 GRACE = 1.0  # seconds between asking a program to end and killing it
+ENDING = 10.0  # seconds that a program has after its last output: a device's memory is freed then
 MOST_RESTARTS = 6  # each costs the start of a process, and a device that hangs six times is not worth more
 MOST_LINE = 1 << 20  # bytes; a longer line is no line of lines.py
 
@@ -65,7 +66,9 @@ def verdict_of(status: int | None) -> tuple[str, str]:
     """(verdict, detail) of an exit status."""
     if status == 0:
         return "passed", ""
-    if status is not None and status < 0:
+    if status is None:
+        return "failed", "it did not end"
+    if status < 0:
         return "fault", f"killed by {signal.Signals(-status).name}"
     return "failed", f"exit status {status}"
 
@@ -211,7 +214,7 @@ class Guide:
                 self._take(line)
             if not quiet:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE)
+                    process.wait(ENDING)
         finally:
             end_group(process)
             if process.stdout is not None:
