@@ -30,7 +30,6 @@ from switchgear.weights.offloaded import OffloadedWeight
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _INT8 = torch.iinfo(torch.int8)
 
-
 Written = list[tuple[Site, int, Callable[[], Tensor]]]  # experts that are written, and what they had before
 
 
@@ -214,13 +213,13 @@ def _write(site: Site, e: int, weight: Tensor) -> None:
 def _absorb(site: Site, e: int) -> None:
     """Merges an expert and makes its B zero: both or none."""
     a, b = (parameter.detach() for parameter in site.adapter())
-    weight, delta = _matrix(site, e).clone(), b[e].clone()
+    weight, factor = _matrix(site, e).clone(), b[e].clone()
     try:
         _write(site, e, _sum(site, e, a, b))
         b[e].zero_()
     except BaseException:
         _write(site, e, weight)
-        b[e].copy_(delta)
+        b[e].copy_(factor)
         raise
 
 

@@ -30,7 +30,7 @@ def write_outputs(args: argparse.Namespace, results: dict[str, Any], blocks: Blo
     if args.json:
         write_json(results, args.json)
     if args.markdown:
-        write_blocks(args.markdown, blocks, list(blocks))
+        write_blocks(args.markdown, blocks)
         print(f"wrote {args.markdown}")
 
 
