@@ -16,6 +16,7 @@ from switchgear.bench import threads_tables
 from switchgear.bench.shapes import Shape
 from switchgear.bench.threads_model import (
     PLACEMENTS,
+    Cores,
     Loop,
     Machine,
     Recording,
@@ -135,7 +136,7 @@ def test_predictions_keep_their_bounds(nodes: int, sockets: int, placement: str)
     tasks = [(0.1 + i % 7 / 10, i % 3 * 10_000_000_000) for i in range(200)]
     recording = made(*tasks)
     on = machine(64, nodes, sockets, placement)
-    found = predict(recording, on, 0.001)
+    found = predict(recording, on, Cores(0.001, 40e9))
     fork = 0.001 + 62 * 1e-7
     busy = sum(seconds for seconds, _ in tasks)
     moved = sum(moved for _, moved in tasks)
@@ -149,21 +150,21 @@ def test_predictions_keep_their_bounds(nodes: int, sockets: int, placement: str)
 
 
 def test_memory_binds_the_nodes_it_is_on() -> None:
-    """64 tasks of 1 s and 38 GB each demand 2432 GB/s of a socket's 380. One of four nodes has a quarter of it."""
+    """64 tasks that read 38 GB in 1 s each ask for 2432 GB/s of a socket's 380. One of four nodes has a quarter of it."""
     recording = made(*[(1.0, 38_000_000_000)] * 64)
-    seconds = {p: predict(recording, machine(64, 4, 1, p), 0.0).seconds - 0.5 - 62e-7 for p in PLACEMENTS}
+    seconds = {p: predict(recording, machine(64, 4, 1, p), Cores(0.0, 38e9)).seconds - 0.5 - 62e-7 for p in PLACEMENTS}
     assert seconds["interleaved"] == seconds["local"] == pytest.approx(6.4)
     assert seconds["first node"] == pytest.approx(4 * 6.4)
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("num_threads", 0), ("num_nodes", 0), ("num_sockets", 3), ("node_bandwidth", 0.0), ("link_bandwidth", float("nan")),
-    ("placement", "elsewhere"), ("bytes", [1, 2]),
+    ("num_threads", 0), ("num_nodes", 0), ("num_sockets", 3), ("core_bandwidth", 0.0), ("node_bandwidth", 0.0),
+    ("link_bandwidth", float("nan")), ("placement", "elsewhere"), ("bytes", [1, 2]),
 ])  # fmt: skip
 def test_arguments_are_checked(name: str, value: object) -> None:
     arguments = {
         "seconds": [1.0], "bytes": [1], "in_shares": True, "num_threads": 2, "num_nodes": 2, "num_sockets": 1,
-        "node_bandwidth": 1.0, "link_bandwidth": 1.0, "placement": "local",
+        "core_bandwidth": 1.0, "node_bandwidth": 1.0, "link_bandwidth": 1.0, "placement": "local",
     }  # fmt: skip
     with pytest.raises(ValueError, match=name):
         _C.simulate_loop(**(arguments | {name: value}))

@@ -65,14 +65,15 @@ constexpr Names<cpu::Placement, 3> kPlacements{{{"first node", cpu::Placement::k
                                                 {"local", cpu::Placement::kLocal}}};
 
 py::tuple simulate_loop(const std::vector<double>& seconds, const std::vector<int64_t>& bytes, bool in_shares,
-                        int num_threads, int num_nodes, int num_sockets, double node_bandwidth, double link_bandwidth,
-                        std::string_view placement) {
+                        int num_threads, int num_nodes, int num_sockets, double core_bandwidth, double node_bandwidth,
+                        double link_bandwidth, std::string_view placement) {
   if (seconds.size() != bytes.size())
     throw ValueError(join("bytes: expected as many as seconds, ", seconds.size(), ", got ", bytes.size()));
   if (num_threads < 1) throw ValueError(join("num_threads: expected at least 1, got ", num_threads));
   if (num_nodes < 1) throw ValueError(join("num_nodes: expected at least 1, got ", num_nodes));
   if (num_sockets < 1 || num_nodes % num_sockets != 0)
     throw ValueError(join("num_sockets: expected a divisor of the ", num_nodes, " nodes, got ", num_sockets));
+  if (!(core_bandwidth > 0)) throw ValueError(join("core_bandwidth: expected more than 0, got ", core_bandwidth));
   if (!(node_bandwidth > 0)) throw ValueError(join("node_bandwidth: expected more than 0, got ", node_bandwidth));
   if (!(link_bandwidth > 0)) throw ValueError(join("link_bandwidth: expected more than 0, got ", link_bandwidth));
   for (size_t i = 0; i < seconds.size(); ++i) {
@@ -80,8 +81,13 @@ py::tuple simulate_loop(const std::vector<double>& seconds, const std::vector<in
       throw ValueError(join("seconds: expected finite numbers of at least 0, got ", seconds[i], " at [", i, ']'));
     if (bytes[i] < 0) throw ValueError(join("bytes: expected at least 0, got ", bytes[i], " at [", i, ']'));
   }
-  const cpu::Machine machine{num_threads,    num_nodes,      num_sockets,
-                             node_bandwidth, link_bandwidth, parse("placement", kPlacements, placement)};
+  const cpu::Machine machine{num_threads,
+                             num_nodes,
+                             num_sockets,
+                             core_bandwidth,
+                             node_bandwidth,
+                             link_bandwidth,
+                             parse("placement", kPlacements, placement)};
   std::vector<cpu::SimulatedTask> tasks(seconds.size());
   for (size_t i = 0; i < tasks.size(); ++i) tasks[i] = {seconds[i], bytes[i]};
   cpu::SimulatedLoop loop;
@@ -193,8 +199,8 @@ void define_module(py::module_& m) {
   m.def("simulate_loop", &simulate_loop,
         "A recorded loop on other threads and nodes: (seconds, seconds that threads were busy, bytes from each node, "
         "bytes from other nodes, the thread of each task).",
-        "seconds"_a, "bytes"_a, "in_shares"_a, "num_threads"_a, "num_nodes"_a, "num_sockets"_a, "node_bandwidth"_a,
-        "link_bandwidth"_a, "placement"_a);
+        "seconds"_a, "bytes"_a, "in_shares"_a, "num_threads"_a, "num_nodes"_a, "num_sockets"_a, "core_bandwidth"_a,
+        "node_bandwidth"_a, "link_bandwidth"_a, "placement"_a);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
   m.def("kept_bytes", &cpu::kept_bytes, "Bytes that are kept for the next tensors of a Buffer.");
   py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")

@@ -41,6 +41,7 @@ def simulate_loop(
     num_threads: int,
     num_nodes: int,
     num_sockets: int,
+    core_bandwidth: float,
     node_bandwidth: float,
     link_bandwidth: float,
     placement: str,

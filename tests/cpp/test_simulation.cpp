@@ -15,8 +15,9 @@ using cpu::Machine, cpu::Placement, cpu::SimulatedLoop, cpu::SimulatedTask;
 
 constexpr double kEndless = 1e30;
 
+// Cores that read 10 bytes/s: a task of 10 bytes and 1 s only reads.
 Machine machine(int threads, double bandwidth = kEndless) {
-  return {threads, 1, 1, bandwidth, kEndless, Placement::kFirstNode};
+  return {threads, 1, 1, 10, bandwidth, kEndless, Placement::kFirstNode};
 }
 
 bool is_near(double got, double want) { return std::abs(got - want) <= 1e-9 * std::max(1.0, std::abs(want)); }
@@ -45,19 +46,42 @@ TEST(one_thread_needs_the_sum_and_many_the_longest) {
   CHECK(is_near(cpu::simulate({}, true, machine(4)).seconds, 0));
 }
 
-TEST(memory_is_shared_and_small_demands_are_not_slowed) {
-  // Demands of 10, 10 and 2 bytes/s on 12: the small one gets its 2, the others 5 each until it ends at 1, then 6.
-  const std::vector<SimulatedTask> tasks = {{1, 10}, {1, 10}, {1, 2}};
+TEST(memory_is_shared_among_those_that_read) {
+  // 10, 10 and 0 bytes: of 12 bytes/s the first two get 6 each, and of 20 all that they ask for.
+  const std::vector<SimulatedTask> tasks = {{1, 10}, {1, 10}, {1, 0}};
   const SimulatedLoop loop = cpu::simulate(tasks, false, machine(3, 12));
-  CHECK(is_near(loop.seconds, 1 + 5.0 / 6), loop.seconds, " s");
-  CHECK(is_near(loop.bytes[0], 22) && is_near(loop.remote_bytes, 0));
-  CHECK(is_near(cpu::simulate(tasks, false, machine(3, 22)).seconds, 1));
+  CHECK(is_near(loop.seconds, 10.0 / 6), loop.seconds, " s");
+  CHECK(is_near(loop.bytes[0], 20) && is_near(loop.remote_bytes, 0));
+  CHECK(is_near(cpu::simulate(tasks, false, machine(3, 20)).seconds, 1));
+}
+
+TEST(computing_is_not_slowed_by_memory) {
+  // A task that reads for half a second and computes for half. Memory with a third of the speed: it reads for 1.5 s.
+  CHECK(is_near(cpu::simulate({{1, 5}}, false, machine(1, 10.0 / 3)).seconds, 2));
+}
+
+TEST(two_that_read_half_their_time_meet_sometimes) {
+  // Cores read 10 bytes/s each, and 15 together. Two tasks read a part u of their time at a rate r: memory delivers
+  // 2 u (1 - u) 10 + u² 15 = 2 u r, so r = 10 - 2.5 u. On one core they read half of their second, so u = 5/r / (1/2 + 5/r).
+  // Hence u²/4 - 2 u + 1 = 0: u = 4 - 2 √3 and r = 5 √3.
+  const SimulatedLoop loop = cpu::simulate({{1, 5}, {1, 5}}, false, machine(2, 15));
+  const double want = 0.5 + 1 / std::sqrt(3.0);
+  CHECK(std::abs(loop.seconds - want) < 1e-5, loop.seconds, " s instead of ", want);
+}
+
+TEST(many_readers_get_all_that_a_memory_has_and_few_are_not_slowed) {
+  // 128 threads that read nine tenths of their time ask for more than there is; a tenth, for less.
+  const std::vector<SimulatedTask> greedy(128, {1, 9}), modest(128, {1, 1});
+  const double seconds = cpu::simulate(greedy, false, machine(128, 100)).seconds;
+  CHECK(seconds > 0.999 * 128 * 9 / 100.0 && seconds < 1.01 * 128 * 9 / 100.0, seconds, " s");
+  const double fast = cpu::simulate(modest, false, machine(128, 300)).seconds;
+  CHECK(fast >= 1 && fast < 1.001, fast, " s");
 }
 
 TEST(placement_decides_which_memory_and_which_links_are_used) {
-  // Four threads on two sockets, 10 bytes at 10 bytes/s each; a memory delivers 20 and a link 5.
+  // Four threads on two sockets read 10 bytes each, at 10 bytes/s alone; a memory delivers 20 and a link 5.
   const std::vector<SimulatedTask> tasks(4, {1, 10});
-  Machine two{4, 2, 2, 20, 5, Placement::kLocal};
+  Machine two{4, 2, 2, 10, 20, 5, Placement::kLocal};
   const auto seconds = [&](Placement placement) {
     two.placement = placement;
     return cpu::simulate(tasks, true, two);

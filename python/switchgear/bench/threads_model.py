@@ -6,8 +6,8 @@ the bytes of weights that it reads or writes. csrc/cpu/simulation.cpp then sched
 csrc/cpu/threads.h. The rest of a call is serial.
 
 Assumed, not measured: the memory of a socket and the links between sockets (Machine), and what a loop costs to start
-and join beyond two threads (FORK_PER_THREAD). Cores are those of this machine: caches, clock and the rate at which one
-core reads. Not modelled: the clock at many busy cores, L3 that cores share, and contention for the counters of a loop.
+and join beyond two threads (FORK_PER_THREAD). Cores are those of this machine (Cores): caches, clock and the rate at
+which one core reads. Not modelled: the clock at many busy cores, L3 that cores share, and contention for the counters of a loop.
 """
 
 from __future__ import annotations
@@ -155,15 +155,21 @@ class Prediction(NamedTuple):
         return one_core / (self.machine.threads * self.seconds)
 
 
-def predict(recording: Recording, on: Machine, fork: float) -> Prediction:
-    """fork: seconds to start and join a loop on two threads."""
+class Cores(NamedTuple):
+    """Measured on this machine."""
+
+    fork: float  # seconds to start and join a loop on two threads
+    read: float  # bytes/s that one core reads alone
+
+
+def predict(recording: Recording, on: Machine, cores: Cores) -> Prediction:
     threads = recording.threads
-    each = fork + FORK_PER_THREAD * (threads - 2)
+    each = cores.fork + FORK_PER_THREAD * (threads - 2)
     forks = each * sum(loop.threads > 1 for loop in recording.loops)
     in_loops = busy = remote = moved = 0.0
     for loop in recording.loops:
         times, sizes = [task.seconds for task in loop.tasks], [task.bytes for task in loop.tasks]
-        where = (threads, on.nodes, on.sockets, on.node_bandwidth, on.link_bandwidth, on.placement)
+        where = (threads, on.nodes, on.sockets, cores.read, on.node_bandwidth, on.link_bandwidth, on.placement)
         seconds, spent, by_node, elsewhere, _ = _C.simulate_loop(times, sizes, loop.in_shares, *where)
         in_loops, busy, remote, moved = in_loops + seconds, busy + spent, remote + elsewhere, moved + sum(by_node)
     seconds = recording.serial + forks + in_loops
@@ -176,24 +182,28 @@ def predict(recording: Recording, on: Machine, fork: float) -> Prediction:
 
 
 class Measured(NamedTuple):
-    """Medians on all threads of this machine."""
+    """Medians on this machine."""
 
-    seconds: float  # of a call
-    read: float  # bytes/s of plain reading
+    seconds: float  # of a call on all threads
+    read: float  # bytes/s of plain reading on all threads
+    core_read: float  # and on one
 
 
-def measured(call: Callable[[int], object], read: Callable[[int], int], threads: int, repeats: int) -> Measured:
-    """Real calls and reads in turns, since the speed of a shared memory drifts. read returns the bytes that it read."""
-    seconds, rates = [], []
+def measured(call: Callable[[int], object], read: Callable[[int, int], int], threads: int, repeats: int) -> Measured:
+    """Real calls and reads in turns, since the speed of a shared memory drifts. read(number, threads) returns the bytes
+    that it read."""
+    seconds = []
+    rates: dict[int, list[float]] = {threads: [], 1: []}
     with cut_for(threads):
         for number in range(repeats + 1):
             start = perf_counter()
             call(number)
             seconds.append(perf_counter() - start)
-            start = perf_counter()
-            count = read(number)
-            rates.append(count / (perf_counter() - start))
-    return Measured(median(seconds[1:]), median(rates[1:]))
+            for index, of in enumerate(rates.items()):
+                start = perf_counter()
+                count = read(2 * number + index, of[0])
+                of[1].append(count / (perf_counter() - start))
+    return Measured(median(seconds[1:]), median(rates[threads][1:]), median(rates[1][1:]))
 
 
 def fork_seconds(repeats: int = 300) -> float:

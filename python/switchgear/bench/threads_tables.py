@@ -26,7 +26,7 @@ from .case import DECODE_TOKENS, FORMATS, ROUTINGS, Inputs, call_of, make_case, 
 from .markdown import write_outputs
 from .results import Row, check_same_machine, read_json, write_json
 from .shapes import SHAPES, Shape
-from .threads_model import LOSSES, MACHINES, as_row, fork_seconds, machine, measured, predict, record
+from .threads_model import LOSSES, MACHINES, Cores, as_row, fork_seconds, machine, measured, predict, record
 
 SCHEMA = "switchgear-threads-model/1"
 MODEL_SHAPES = {
@@ -105,8 +105,8 @@ def make_call(task: Task) -> Callable[[int], object]:
     return make_calls(task)[0]
 
 
-def make_calls(task: Task) -> tuple[Callable[[int], object], Callable[[int], int]]:
-    """A call of the layer, and one that reads the weights of some experts, others each time. Experts whose weights do
+def make_calls(task: Task) -> tuple[Callable[[int], object], Callable[[int, int], int]]:
+    """A call of the layer, and one that reads the weights of some experts on some threads, others each time. Experts whose weights do
     not fit share those of others."""
     shape, dtype = MODEL_SHAPES[task.shape], FORMATS[task.dtype].dtype
     stored = min(shape.num_experts, MOST_BYTES // _expert_bytes(shape, task.dtype))
@@ -114,10 +114,10 @@ def make_calls(task: Task) -> tuple[Callable[[int], object], Callable[[int], int
     case = make_case(task.shape, shape, task.dtype, task.tokens, task.mode, task.routing, weights)
     few = max(min(stored, shape.top_k), 1)
 
-    def read(number: int) -> int:
+    def read(number: int, threads: int) -> int:
         experts = [(number * few + index) % stored for index in range(few)]
         tensors = [weight[expert].detach() for expert in experts for weight in weights]
-        _C.read(tensors, 2)
+        _C.read(tensors, threads)
         return sum(tensor.nbytes for tensor in tensors)
 
     if stored == shape.num_experts:
@@ -143,13 +143,13 @@ def evaluate(task: Task, machines: Any = MACHINES) -> Row:
     cuts = {n: record(call, n, repeats, routings) for n in sorted({1, *(m.threads for m in machines)})}
     before = record(call, 2, repeats, routings)
     real = measured(call, read, 2, 2 * repeats)
-    here = machine(2)._replace(node_bandwidth=real.read)
+    here, cores = machine(2)._replace(node_bandwidth=real.read), Cores(fork, real.core_read)
     after = record(call, 2, repeats, routings)  # speed drifts
-    two = median(predict(recording, here, fork).seconds for recording in (before, after))
+    two = median(predict(recording, here, cores).seconds for recording in (before, after))
     one = cuts[1].seconds
-    predictions = [predict(cuts[on.threads], on, fork) for on in machines]
+    predictions = [predict(cuts[on.threads], on, cores) for on in machines]
     row = task._asdict() | {
-        "one_core_ms": 1e3 * one, "bytes": cuts[1].bytes, "fork_us": 1e6 * fork, "read": real.read,
+        "one_core_ms": 1e3 * one, "bytes": cuts[1].bytes, "fork_us": 1e6 * fork, "read": real.read, "core_read": real.core_read,
         "two_predicted_ms": 1e3 * two, "two_measured_ms": 1e3 * real.seconds,
         "loops": [{"name": loop.name, "ms": 1e3 * loop.seconds, "tasks": len(loop.tasks), "bytes": loop.bytes}
                   for loop in cuts[1].loops],
