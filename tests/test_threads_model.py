@@ -150,7 +150,7 @@ def test_predictions_keep_their_bounds(nodes: int, sockets: int, placement: str)
 
 
 def test_memory_binds_the_nodes_it_is_on() -> None:
-    """64 tasks that read 38 GB in 1 s each ask for 2432 GB/s of a socket's 380. One of four nodes has a quarter of it."""
+    """64 tasks that read 38 GB in 1 s each ask for 2432 GB/s of a socket's 380. One of four nodes has a quarter."""
     recording = made(*[(1.0, 38_000_000_000)] * 64)
     seconds = {p: predict(recording, machine(64, 4, 1, p), Cores(0.0, 38e9)).seconds - 0.5 - 62e-7 for p in PLACEMENTS}
     assert seconds["interleaved"] == seconds["local"] == pytest.approx(6.4)

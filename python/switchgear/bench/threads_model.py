@@ -7,7 +7,8 @@ csrc/cpu/threads.h. The rest of a call is serial.
 
 Assumed, not measured: the memory of a socket and the links between sockets (Machine), and what a loop costs to start
 and join beyond two threads (FORK_PER_THREAD). Cores are those of this machine (Cores): caches, clock and the rate at
-which one core reads. Not modelled: the clock at many busy cores, L3 that cores share, and contention for the counters of a loop.
+which one core reads. Not modelled: the clock at many busy cores, L3 that cores share, and contention for the counters
+of a loop.
 """
 
 from __future__ import annotations

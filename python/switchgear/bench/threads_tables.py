@@ -106,8 +106,8 @@ def make_call(task: Task) -> Callable[[int], object]:
 
 
 def make_calls(task: Task) -> tuple[Callable[[int], object], Callable[[int, int], int]]:
-    """A call of the layer, and one that reads the weights of some experts on some threads, others each time. Experts whose weights do
-    not fit share those of others."""
+    """A call of the layer, and a read of the weights of some experts by some threads, of others each time. Experts
+    whose weights do not fit share those of others."""
     shape, dtype = MODEL_SHAPES[task.shape], FORMATS[task.dtype].dtype
     stored = min(shape.num_experts, MOST_BYTES // _expert_bytes(shape, task.dtype))
     weights = make_weights(shape._replace(num_experts=stored), dtype)
@@ -149,7 +149,8 @@ def evaluate(task: Task, machines: Any = MACHINES) -> Row:
     one = cuts[1].seconds
     predictions = [predict(cuts[on.threads], on, cores) for on in machines]
     row = task._asdict() | {
-        "one_core_ms": 1e3 * one, "bytes": cuts[1].bytes, "fork_us": 1e6 * fork, "read": real.read, "core_read": real.core_read,
+        "one_core_ms": 1e3 * one, "bytes": cuts[1].bytes, "fork_us": 1e6 * fork,
+        "read": real.read, "core_read": real.core_read,
         "two_predicted_ms": 1e3 * two, "two_measured_ms": 1e3 * real.seconds,
         "loops": [{"name": loop.name, "ms": 1e3 * loop.seconds, "tasks": len(loop.tasks), "bytes": loop.bytes}
                   for loop in cuts[1].loops],
