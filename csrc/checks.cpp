@@ -127,10 +127,19 @@ void check_pointer(const char* name, const void* data, DType dtype) {
                    ": expected data aligned to its elements (", name_of(dtype), "), got the address ", data);
 }
 
-Call::Call(Execution exec) {
+void check_host(const char* name, const TensorView& tensor) {
+  SWITCHGEAR_CHECK(ValueError, readable(tensor), name, ": expected a tensor in host memory, got ", describe(tensor));
+  if (tensor.numel() > 0) check_pointer(name, tensor.data, tensor.dtype);
+}
+
+bool share_memory(const TensorView& a, const TensorView& b) { return overlap(extent_of(a), extent_of(b)); }
+
+void check_threads(Execution exec) {
   SWITCHGEAR_CHECK(ValueError, exec.num_threads >= 0 && exec.num_threads <= kMaxThreads,
                    "num_threads: expected 0 (the default) to ", kMaxThreads, ", got ", exec.num_threads);
 }
+
+Call::Call(Execution exec) { check_threads(exec); }
 
 void Call::check_device(const char* name, const TensorView& tensor) {
   const Device device = tensor.device;

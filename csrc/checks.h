@@ -35,6 +35,8 @@ enum class Layout : uint8_t {
   kMatrices,  // [experts, rows, columns]: any strides, but the rows or the columns are contiguous
 };
 
+void check_threads(Execution exec);
+
 class Call {
  public:
   using Shape = std::initializer_list<Dim*>;
@@ -97,6 +99,8 @@ class Call {
 // its kernels skip what is out of range.
 inline bool readable(const TensorView& tensor) { return tensor.device.type == DeviceType::kCPU; }
 void check_pointer(const char* name, const void* data, DType dtype);  // not null, and aligned to elements
+void check_host(const char* name, const TensorView& tensor);          // on the CPU, and its pointer
+bool share_memory(const TensorView& a, const TensorView& b);
 void check_range(const char* name, const TensorView& indices, int64_t low, int64_t high);  // all in [low, high)
 void check_experts(const char* name, const TensorView& experts,
                    int64_t num_experts);  // ascending, all in [0, num_experts)

@@ -103,6 +103,13 @@ void check_sequences(Call& call, TensorView& sequence_ids, TensorView& limits, c
 
 // ---- options ---
 
+// Enumerations come from other languages too.
+template <typename Enum>
+void check_known(const char* name, Enum value, Enum last) {
+  SWITCHGEAR_CHECK(ValueError, value <= last, name, ": expected 0 to ", static_cast<int>(last), ", got ",
+                   static_cast<int>(value));
+}
+
 void check_options(const RouteOptions& options, const Dim& E) {
   const int64_t k = options.top_k, groups = options.num_groups, chosen = options.topk_groups;
   SWITCHGEAR_CHECK(ValueError, k >= 1 && k <= E.size, "top_k: expected 1 to E=", E.size, ", got ", k);
@@ -113,9 +120,12 @@ void check_options(const RouteOptions& options, const Dim& E) {
   SWITCHGEAR_CHECK(ValueError, chosen * (E.size / groups) >= k, "topk_groups: expected groups with at least top_k=", k,
                    " experts, got ", chosen, " of ", E.size / groups, " each");
   SWITCHGEAR_CHECK(ValueError, std::isfinite(options.scale), "scale: expected a finite number, got ", options.scale);
+  check_known("score_function", options.score_function, ScoreFunction::kSigmoid);
+  check_known("group_score", options.group_score, GroupScore::kTop2Sum);
 }
 
 void check_options(const GluOptions& options) {
+  check_known("activation", options.activation, Activation::kSwigluOai);
   SWITCHGEAR_CHECK(ValueError, options.gated || options.activation != Activation::kSwigluOai,
                    "activation: expected gated experts for swiglu_oai, got gated=False");
   SWITCHGEAR_CHECK(ValueError, options.limit >= 0 && std::isfinite(options.limit),
@@ -351,6 +361,8 @@ void fit_capacity(const FitCapacityArgs& given, Execution exec) {
   SWITCHGEAR_CHECK(ValueError, E.size >= 1 && E.size <= kMostIndices, "num_experts: expected 1 to 2^31 - 1, got ",
                    E.size);
   call.input("topk_ids", args.topk_ids, kInt32, {&T, &K});
+  check_known("drop", options.drop, Drop::kPriority);
+  SWITCHGEAR_CHECK(ValueError, options.candidates >= 0, "candidates: expected at least 0, got ", options.candidates);
   if (options.drop == Drop::kPriority) call.input("priorities", args.priorities, kFloat32, {&T, &K});
   call.optional_input("scores", args.scores, kFloat32, {&T, &E});
   call.optional_input("sequence_ids", args.sequence_ids, kInt32, {&T});

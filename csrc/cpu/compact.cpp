@@ -5,6 +5,7 @@
 #include <array>
 #include <vector>
 
+#include "checks.h"
 #include "switchgear/check.h"
 #include "threads.h"
 
@@ -121,7 +122,7 @@ void expand_row(Bits* out, const CompactRow& row, int64_t cols) {
 }
 
 // weight [E,N,C] bfloat16 or float32, contiguous; compact [E,N,B] uint8, its experts contiguous
-void check_shapes(const TensorView& weight, const TensorView& compact, bool is_contiguous) {
+void check(const TensorView& weight, const TensorView& compact, bool is_contiguous) {
   SWITCHGEAR_CHECK(
       ValueError,
       (weight.dtype == DType::kBFloat16 || weight.dtype == DType::kFloat32) && weight.ndim == 3 && weight.contiguous(),
@@ -134,6 +135,10 @@ void check_shapes(const TensorView& weight, const TensorView& compact, bool is_c
       compact.dtype == DType::kUInt8 && compact.ndim == 3 && is_contiguous && compact.shape[0] == weight.shape[0] &&
           compact.shape[1] == weight.shape[1] && header >= kCompactHeader && header % kCompactHeader == 0,
       "compact: expected contiguous uint8 rows for weight ", describe(weight), ", got ", describe(compact));
+  check_host("weight", weight);
+  check_host("compact", compact);
+  SWITCHGEAR_CHECK(ValueError, !share_memory(weight, compact),
+                   "compact: expected memory of its own, got memory shared with weight");
 }
 
 // Calls function(tag); the tag's type holds the bits of an element.
@@ -150,7 +155,8 @@ int64_t compact_row_bytes(int64_t cols, int64_t exceptions, DType dtype) {
 }
 
 int64_t pack_compact(const TensorView& weight, const TensorView& compact, Execution exec) {
-  check_shapes(weight, compact, compact.contiguous());
+  check_threads(exec);
+  check(weight, compact, compact.contiguous());
   const int64_t num_experts = weight.shape[0], rows = weight.shape[1], cols = weight.shape[2];
   const int64_t row_bytes = compact.shape[2], header = compact_header(row_bytes, cols, weight.dtype);
   std::vector<int64_t> most(static_cast<size_t>(num_experts), 0);  // most exceptions in a row, by expert
@@ -169,7 +175,8 @@ int64_t pack_compact(const TensorView& weight, const TensorView& compact, Execut
 }
 
 void expand_compact(const TensorView& compact, const TensorView& weight, Execution exec) {
-  check_shapes(weight, compact, compact.contiguous() || (compact.ndim == 3 && compact.contiguous_apart()));
+  check_threads(exec);
+  check(weight, compact, compact.contiguous() || (compact.ndim == 3 && compact.contiguous_apart()));
   SWITCHGEAR_CHECK(TypeError,
                    compact.numel() == 0 || compact.as<uint8_t>()[kCompactElementBytes] == size_of(weight.dtype),
                    "compact: expected compact ", name_of(weight.dtype), " like weight, got compact elements of ",

@@ -113,7 +113,6 @@ void define_module(py::module_& m) {
       "dot_rate",
       [](int bits, int num_threads) {
         const py::gil_scoped_release release;
-        if (bits != 8 && bits != 4) throw ValueError(join("bits: expected 8 or 4, got ", bits));
         return integer_multiply_rate(bits, {.num_threads = num_threads});
       },
       "Products of int8 and weights of 8 or 4 bits in registers, and their additions, in operations/s.", "bits"_a,

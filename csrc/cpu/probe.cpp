@@ -4,10 +4,15 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <memory>
+#include <new>
 
+#include "checks.h"
 #include "integers/kernels.h"
 #include "kernels.h"
+#include "pages.h"
 #include "switchgear/backend.h"
+#include "switchgear/check.h"
 #include "threads.h"
 #include "workspace.h"
 
@@ -15,6 +20,11 @@ namespace switchgear {
 namespace {
 
 constexpr int kRepeats = 5;
+constexpr std::align_val_t kAlignment{64};
+
+struct Free {
+  void operator()(char* data) const { ::operator delete(data, kAlignment); }
+};
 
 // The best rate of a few runs of `work` on all threads; work(thread) returns the amount done.
 template <typename Work>
@@ -33,6 +43,9 @@ double best_rate(int num_threads, Work&& work) {
 }  // namespace
 
 double multiply_rate(DType dtype, Execution exec) {
+  check_threads(exec);
+  SWITCHGEAR_CHECK(TypeError, dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16,
+                   "dtype: expected float32, bfloat16 or float16, got ", name_of(dtype));
   constexpr int64_t kIterations = 400'000;  // about 10 ms
   const cpu::Kernels& k = cpu::kernels();
   return best_rate(cpu::resolve_threads(exec.num_threads),
@@ -40,18 +53,22 @@ double multiply_rate(DType dtype, Execution exec) {
 }
 
 double integer_multiply_rate(int bits, Execution exec) {
+  check_threads(exec);
+  SWITCHGEAR_CHECK(ValueError, bits == 4 || bits == 8, "bits: expected 8 or 4, got ", bits);
   constexpr int64_t kIterations = 400'000;
   const cpu::IntegerKernels& k = cpu::integer_kernels();
   return best_rate(cpu::resolve_threads(exec.num_threads), [&](int64_t) { return k.multiply_rate(bits, kIterations); });
 }
 
 double read_bandwidth(Execution exec) {
+  check_threads(exec);
   constexpr int64_t kBytes = int64_t{512} << 20;  // far beyond the caches
   const int num_threads = cpu::resolve_threads(exec.num_threads);
   const cpu::Kernels& k = cpu::kernels();
   const int64_t part = kBytes / num_threads / 512 * 512;
-  cpu::Workspace workspace(kBytes);
-  char* const data = static_cast<char*>(workspace.take_bytes(kBytes));
+  const std::unique_ptr<char, Free> block(static_cast<char*>(::operator new(kBytes, kAlignment)));
+  char* const data = block.get();
+  cpu::advise_huge_pages(data, kBytes);
   std::memset(data, 1, kBytes);
   std::atomic<uint64_t> sink{0};
   return best_rate(num_threads, [&](int64_t thread) {
@@ -61,6 +78,8 @@ double read_bandwidth(Execution exec) {
 }
 
 void read(const std::vector<TensorView>& tensors, Execution exec) {
+  check_threads(exec);
+  for (const TensorView& tensor : tensors) check_host("tensors", tensor);
   const int num_threads = cpu::resolve_threads(exec.num_threads);
   const cpu::Kernels& k = cpu::kernels();
   std::atomic<uint64_t> sink{0};  // keeps the loads alive

@@ -234,8 +234,8 @@ void combine_weight_backward(const CombineBackwardArgs& args, Execution exec = {
 // ---- grouped_gemm ------------------------------------------------------------------------------------------------------
 
 // out[s,n] = Σ_k x[r(s),k] · weight[e(s)][n,k] + bias[e(s),n];  r(s) = token_indices[s] if given, else s.
-// Columns past an expert's row_count and rows past expert_offsets[E] are zero. `transposed`, for integer and minifloat
-// weights (plain ones have strides for it): out[s,c] = Σ_n x[r(s),n] · weight[e(s)][n,c], which gradients of x need.
+// Columns past an expert's row_count and rows past expert_offsets[E] are zero. `transposed`, for integers, minifloats
+// and groups (plain weights have strides for it): out[s,c] = Σ_n x[r(s),n] · weight[e(s)][n,c], which gradients of x need.
 struct GroupedGemmArgs {
   TensorView x;               // [R,C] float, rows contiguous; transposed: [R,N]
   Weight weight;              // [E,N,C]; not in panels; plain with input_gradient

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What each op refuses: options at both sides of their limits, and indices out of range.
+#include <limits>
+
 #include "checked_ops.h"
+#include "switchgear/compact.h"
 
 namespace switchgear::test {
 namespace {
@@ -17,6 +20,10 @@ void check_route_options(Limits<Args>&& l, bool writes_weights) {
   l.accepts("as many groups as experts", [](Args& a) { a.options.num_groups = 5, a.options.topk_groups = 2; });
   l.refuses("scale: expected a finite number, got inf", [](Args& a) { a.options.scale = kInf; });
   if (writes_weights) l.accepts("a scale of 0", [](Args& a) { a.options.scale = 0.0f; });
+  l.refuses("score_function: expected 0 to 1, got 2",
+            [](Args& a) { a.options.score_function = static_cast<ScoreFunction>(2); });
+  l.refuses("group_score: expected 0 to 1, got 255",
+            [](Args& a) { a.options.group_score = static_cast<GroupScore>(255); });
 }
 
 TEST(routers_refuse_options_past_their_limits) {
@@ -65,12 +72,25 @@ void check_limits(Limits<Args>& l) {
   l.refuses("limits: expected B of at least 1", [](Args& a) { a.limits.shape[0] = 0; });
 }
 
+TEST(probes_refuse_what_they_cannot_measure) {
+  CHECK(complaint_of([] { multiply_rate(DType::kInt32); }) ==
+        "TypeError: dtype: expected float32, bfloat16 or float16, got int32");
+  CHECK(complaint_of([] { integer_multiply_rate(5); }) == "bits: expected 8 or 4, got 5");
+  CHECK(complaint_of([] { read({view(nullptr, DType::kFloat32, 8)}); }) ==
+        "tensors: expected data, got a null pointer");
+}
+
 TEST(policies_refuse_options_past_their_limits) {
   auto columns = limits_of(column_topk_args(), column_topk_op);
   check_limits(columns);
 
   auto fit = limits_of(fit_capacity_args(), fit_capacity_op);
   check_limits(fit);
+  fit.refuses("drop: expected 0 to 3, got 4", [](FitCapacityArgs& a) { a.options.drop = static_cast<Drop>(4); });
+  for (const int64_t candidates : {int64_t{-1}, std::numeric_limits<int64_t>::min()}) {
+    fit.refuses("candidates: expected at least 0, got ",
+                [candidates](FitCapacityArgs& a) { a.options.candidates = candidates; });
+  }
   fit.index(fit.args.topk_ids, 3, 5, "topk_ids: expected values in [-1, 5), got 5 at [1, 1]");
   fit.index(fit.args.topk_ids, 3, -2, "topk_ids: expected values in [-1, 5), got -2 at [1, 1]");
   for (const int32_t id : {-1, 4}) fit.index(fit.args.topk_ids, 3, id, nullptr);
@@ -158,6 +178,7 @@ TEST(ops_refuse_plans_out_of_range) {
 
 template <typename Args>
 void check_glu_options(Limits<Args>&& l) {
+  l.refuses("activation: expected 0 to 5, got 6", [](Args& a) { a.options.activation = static_cast<Activation>(6); });
   l.refuses("activation: expected gated experts for swiglu_oai",
             [](Args& a) { a.options = {.activation = Activation::kSwigluOai, .gated = false}; });
   l.refuses("limit: expected 0 (none) or a positive number, got -1", [](Args& a) { a.options.limit = -1.0f; });
@@ -192,8 +213,20 @@ TEST(layers_refuse_options_past_their_limits) {
         std::swap(a.weight.data.stride[1], a.weight.data.stride[2]), a.transposed = true;
   });
   for (const int threads : {-1, 4097}) {
-    const std::string complaint = complaint_of([&] { glu(keep(glu_args()), {threads}); });
-    CHECK(complaint.find("num_threads: expected 0 (the default) to 4096, got ") == 0, complaint);
+    const Execution exec{threads};
+    const std::function<void()> calls[] = {
+        [&] { glu(keep(glu_args()), exec); },
+        [&] { pack_compact({}, {}, exec); },
+        [&] { expand_compact({}, {}, exec); },
+        [&] { multiply_rate(DType::kFloat32, exec); },
+        [&] { integer_multiply_rate(8, exec); },
+        [&] { read_bandwidth(exec); },
+        [&] { read({}, exec); },
+    };
+    for (const auto& call : calls) {
+      const std::string complaint = complaint_of(call);
+      CHECK(complaint.find("num_threads: expected 0 (the default) to 4096, got ") == 0, complaint);
+    }
   }
 }
 

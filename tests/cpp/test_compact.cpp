@@ -166,6 +166,12 @@ TEST(other_shapes_are_errors) {
     refused("weight: expected contiguous", [](TensorView& w, TensorView&) { w.dtype = DType::kFloat16; });
     refused("weight: expected contiguous", [](TensorView& w, TensorView&) { ++w.stride[1]; });
     refused("weight: expected contiguous", [](TensorView& w, TensorView&) { w.ndim = 2; });
+    refused("weight: expected data, got a null pointer", [](TensorView& w, TensorView&) { w.data = nullptr; });
+    refused("compact: expected data, got a null pointer", [](TensorView&, TensorView& c) { c.data = nullptr; });
+    refused("weight: expected data aligned", [](TensorView& w, TensorView&) { w.data = w.as<char>() + 1; });
+    refused("weight: expected a tensor in host memory",
+            [](TensorView& w, TensorView&) { w.device = {DeviceType::kCUDA, 0}; });
+    refused("compact: expected memory of its own", [](TensorView& w, TensorView& c) { c.data = w.data; });
   }
 }
 
