@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.integrations.moe_blocks import MoeBlock
-from switchgear.integrations.routers import Given, InManner, Manner, is_looked_up
+from switchgear.integrations.routers import Given, RoutingMethod, SelectByMethod, is_looked_up
 from switchgear.routing.context import Context, Select
 
 
@@ -36,11 +36,11 @@ Watch = Callable[[Choice], None]
 
 
 @contextmanager
-def overridden(block: MoeBlock, manner: Manner, wrapper: Wrapper) -> Iterator[None]:
+def overridden(block: MoeBlock, method: RoutingMethod, wrapper: Wrapper) -> Iterator[None]:
     """Inside the `with` block, `wrapper` of the router's selection selects, and the experts get that. As in
     Router.overrides, the last wrapper is the outermost."""
     with _tapped(block) as tap:
-        tap.manner = manner
+        tap.method = method
         tap.overrides.append(wrapper)
         try:
             yield
@@ -73,7 +73,7 @@ class _Tap:
 
     def __init__(self, block: MoeBlock) -> None:
         self.block, self.users = block, 0
-        self.manner: Manner | None = None
+        self.method: RoutingMethod | None = None
         self.overrides: list[Wrapper] = []
         self.watches: list[Watch] = []
         self.logits: Tensor | None = None
@@ -82,20 +82,20 @@ class _Tap:
 
     def pass_by(self, choice: Choice) -> Choice:
         if self.overrides:
-            choice = self._anew(choice)
+            choice = self._reselect(choice)
         for watch in self.watches:
             watch(choice)
         return choice
 
-    def _anew(self, choice: Choice) -> Choice:
+    def _reselect(self, choice: Choice) -> Choice:
         logits = choice.router_logits
-        assert self.manner is not None
-        manner: Manner = self.manner
+        assert self.method is not None
+        method: RoutingMethod = self.method
         if logits is None:
             raise ValueError(f"{self.block.name or 'model'}: expected a router that ran before the experts, got none")
         if is_looked_up(self.block):
-            manner = Given(manner, choice.topk_ids)
-        select: Select = InManner(manner, choice.topk_ids.shape[1])
+            method = Given(method, choice.topk_ids)
+        select: Select = SelectByMethod(method, choice.topk_ids.shape[1])
         for wrapper in self.overrides:
             select = wrapper(select)
         routing = select(logits, Context(training=self.block.block.training), None)
