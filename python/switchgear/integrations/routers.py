@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear.common.modes import evaluating
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.context import NOTHING_KNOWN, Context
@@ -266,15 +267,10 @@ def _probe(block: MoeBlock) -> tuple[_Seen, list[tuple[RoutingMethod, bool]]]:
     hide how a bias is used.
     """
     gate: Any = block.gate
-    training = {module: module.training for module in gate.modules()}
     devices = {p.device for p in gate.parameters() if p.is_cuda}
     with _randomized(block), torch.random.fork_rng(list(devices)):
-        try:
-            gate.eval()  # jitter and sampling are not part of the method
+        with evaluating(gate):  # jitter and sampling are not part of the method
             seen = _answer(block)
-        finally:
-            for module, was in training.items():
-                module.training = was
         found = []
         for method in _candidates(block):
             found.append((method, _reproduces(method, seen, block)))
