@@ -16,6 +16,7 @@ from switchgear.compress.sums import Domains
 from switchgear.functional import Routing, as_number
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 from switchgear.routing.selection import SkipBelow
 
@@ -78,9 +79,7 @@ def skip_experts(
     with ExitStack() as stack:
         for name, block in blocks.items():
             if isinstance(block.gate, Router):
-                wrapper = _wrapper(ratios[name], protect, done)
-                block.gate.overrides.append(wrapper)
-                stack.callback(block.gate.overrides.remove, wrapper)
+                stack.enter_context(overridden_router(block.gate, _wrapper(ratios[name], protect, done)))
             else:
                 options = (methods[name], ratios[name], protect, importance or _norm, done)
                 _on_hugging_face(stack, block, *options)
