@@ -136,7 +136,7 @@ class AtExperts:
     def read(self, block: MoeBlock, x: Tensor, ids: Tensor, weights: Tensor, logits: Tensor | None) -> Choice:
         ids = ids.reshape(-1, ids.shape[-1])
         classes = block.num_experts
-        if logits is not None and not _is_decorated(block):
+        if logits is not None and not _has_apply_gate(block):
             classes = max(classes, logits.shape[-1])  # LongCat: identities
         ids = torch.where((ids < 0) | (ids >= classes), -1, ids)  # sentinels of expert parallelism
         return Choice(x.reshape(-1, x.shape[-1]), ids, weights.reshape(ids.shape), logits)
@@ -145,7 +145,7 @@ class AtExperts:
         """ids and weights as the experts take them. An empty slot has the id E if they skip it, else 0 with the weight
         0: transformers' grouped_mm would leave the rows of id E undefined."""
         empty = choice.topk_ids < 0
-        if _is_decorated(block):
+        if _has_apply_gate(block):
             empty = empty | (choice.topk_ids >= block.num_experts)  # Zaya: the class of skipped tokens
         ids = torch.where(empty, block.num_experts if _skips_the_last_id(block) else 0, choice.topk_ids)
         return ids.long(), choice.topk_weights.masked_fill(empty, 0)
@@ -172,13 +172,13 @@ class AtExperts:
         return handles
 
 
-def _is_decorated(block: MoeBlock) -> bool:
+def _has_apply_gate(block: MoeBlock) -> bool:
     return hasattr(block.experts, "_apply_gate")
 
 
 def _skips_the_last_id(block: MoeBlock) -> bool:
     config = getattr(block.experts, "config", None)
-    return _is_decorated(block) and getattr(config, "_experts_implementation", None) in ("eager", "switchgear")
+    return _has_apply_gate(block) and getattr(config, "_experts_implementation", None) in ("eager", "switchgear")
 
 
 class _Zaya(AtExperts):
