@@ -15,7 +15,7 @@ from switchgear import backends
 from switchgear.integrations import transformers
 from switchgear.integrations.swap import is_swapped, swap_forward
 from switchgear.integrations.tiny_models import build, example_inputs
-from switchgear.integrations.transformers import accelerate, path_of, restore
+from switchgear.integrations.transformers import accelerate, path_of, undo_accelerate
 from switchgear.integrations.undecorated import patch_of
 
 
@@ -36,7 +36,7 @@ def test_accelerate_and_restore(model_type: str) -> None:
         assert path_of(module) == replacement.path
     assert list(model.state_dict()) == keys
     assert relative(model(**inputs).logits, want) < 1e-5
-    restore(replacements)
+    undo_accelerate(replacements)
     assert all(path_of(model.get_submodule(r.name)).startswith("not replaced") for r in replacements)
     assert torch.equal(model(**inputs).logits, want)
 
@@ -45,9 +45,9 @@ def test_accelerate_twice_changes_nothing() -> None:
     model = build("llama4_text")
     first = accelerate(model)
     forward = model.model.layers[0].feed_forward.forward
-    restore(accelerate(model))
+    undo_accelerate(accelerate(model))
     assert model.model.layers[0].feed_forward.forward == forward
-    restore(first)
+    undo_accelerate(first)
     assert "forward" not in vars(model.model.layers[0].feed_forward)
 
 
@@ -58,7 +58,7 @@ def test_two_calls_are_undone_in_any_order(order: tuple[int, int]) -> None:
     before = config._experts_implementation
     given = [accelerate(model), accelerate(model, whole_blocks=True)]
     for index in order:
-        restore(given[index])
+        undo_accelerate(given[index])
     assert config._experts_implementation == before != "switchgear"
     assert all("forward" not in vars(module) for module in model.modules())
 
@@ -69,7 +69,7 @@ def test_wrong_arguments_are_named() -> None:
     replacements = accelerate(build("olmoe"))
     for wrong in (None, replacements[0], [*replacements, 3]):
         with pytest.raises(TypeError, match=r"replacements: expected .*, got"):
-            restore(wrong)  # type: ignore[arg-type]
+            undo_accelerate(wrong)  # type: ignore[arg-type]
 
 
 def test_accelerate_says_when_there_is_nothing() -> None:
@@ -273,8 +273,8 @@ def swappable(model_type: str) -> tuple[nn.Module, Any]:
 @pytest.mark.parametrize(
     "order",
     [
-        "hook swap restore remove", "hook swap remove restore", "swap hook restore remove", "swap hook remove restore",
-        "swap hook restore swap remove",
+        "hook swap undo remove", "hook swap remove undo", "swap hook undo remove", "swap hook remove undo",
+        "swap hook undo swap remove",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("model_type", ["step3p7", "llama4_text", "jetmoe", "dbrx", "switch_transformers"])
@@ -294,12 +294,12 @@ def test_hooks_of_accelerate_come_and_go(model_type: str, order: str) -> None:
             hooks.add_hook_to_module(module, Half())
         elif event == "swap":
             given = accelerate(model)
-        elif event == "restore":
-            restore(given)
+        elif event == "undo":
+            undo_accelerate(given)
         else:
             hooks.remove_hook_from_module(module)
         hooked = event == "hook" or (hooked and event != "remove")
-        swapped = event == "swap" or (swapped and event != "restore")
+        swapped = event == "swap" or (swapped and event != "undo")
         assert is_swapped(module) == swapped
         got = _tensor(module(*arguments)) * (2 if hooked else 1)
         assert relative(got, want) < 1e-5 if swapped else torch.equal(got, want)
@@ -318,7 +318,7 @@ def test_experts_that_accelerate_offloads(order: tuple[str, str]) -> None:
         else:
             library.cpu_offload(model, torch.device("cpu"))
     assert relative(model(**inputs).logits, want) < 1e-5
-    restore(given)
+    undo_accelerate(given)
     assert torch.equal(model(**inputs).logits, want)
 
 
@@ -347,16 +347,16 @@ def test_restore_leaves_what_has_wrapped_a_swap() -> None:
     given = accelerate(model)
     forward = module.forward
     module.forward = lambda *args: 2 * forward(*args)
-    restore(given)
+    undo_accelerate(given)
     assert relative(module(*arguments), want) < 1e-5
 
 
 def test_a_second_restore_changes_nothing() -> None:
     model, module = swappable("step3p7")
     given = accelerate(model)
-    restore(given)
+    undo_accelerate(given)
     accelerate(model)
-    restore(given)
+    undo_accelerate(given)
     assert is_swapped(module)
 
 

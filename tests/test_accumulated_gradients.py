@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weight gradients that are added to .grad by the kernel have the bits of those that autograd adds, and its manners."""
+"""Weight gradients that the kernel adds to .grad have the bits of those that autograd adds, and behave like them."""
 
 from __future__ import annotations
 

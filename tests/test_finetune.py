@@ -519,7 +519,7 @@ def test_row71_hugging_face_models(model_type: str, tmp_path: Path) -> None:
 
 def test_other_implementations_of_selected_experts_are_refused() -> None:
     tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
-    from switchgear.integrations.transformers import restore
+    from switchgear.integrations.transformers import undo_accelerate
 
     model = tiny.build("mixtral")
     inputs = tiny.example_inputs(model)
@@ -530,7 +530,7 @@ def test_other_implementations_of_selected_experts_are_refused() -> None:
         logits = model(**inputs).logits
     switchgear.adapters.add_lora(model.model.layers[1], 2)
     switchgear.adapters.remove_lora(model)
-    restore(replaced)
+    undo_accelerate(replaced)
     message = r"MixtralExperts has experts that train alone, but does not run .*finetune\.unfreeze\(model\)"
     with pytest.raises(RuntimeError, match=message):
         model(**inputs)

@@ -278,12 +278,12 @@ def test_empty_slots_on_other_implementations(implementation: str) -> None:
 
 def test_no_tokens() -> None:
     """Routers that choose groups first, and choices that are looked up, take an empty batch."""
-    from switchgear.integrations.routers import Given, InManner, Top
+    from switchgear.integrations.routers import Given, SelectByMethod, Top
 
     block = next(iter(moe_blocks(build("deepseek_v3")).values()))
     block.gate.num_group, block.gate.topk_group = 2, 1  # type: ignore[union-attr, assignment]
     top = Top(block, "sigmoid", "sigmoid", normalize=True, scaled=False, group_score="top2")
     logits = torch.zeros(0, block.num_experts)
-    for manner in (top, Given(top, torch.zeros(0, 2, dtype=torch.int64))):
-        routing = InManner(manner, 2)(logits)
+    for method in (top, Given(top, torch.zeros(0, 2, dtype=torch.int64))):
+        routing = SelectByMethod(method, 2)(logits)
         assert routing.topk_ids.shape == routing.topk_weights.shape == (0, 2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import switchgear
 from switchgear.adapters import wrappers
 from switchgear.integrations.tiny_models import build, example_inputs
-from switchgear.integrations.transformers import accelerate, path_of, restore
+from switchgear.integrations.transformers import accelerate, path_of, undo_accelerate
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -92,7 +92,7 @@ def test_wrapped_parts_run_on_the_kernels(model_type: str, class_name: str, orde
         merged = model.merge_and_unload()
     assert path_of(layer_of(merged, class_name)) == "moe"
     assert (merged(**inputs).logits - got).abs().max() < 1e-4 * got.abs().max()
-    restore(replacements)
+    undo_accelerate(replacements)
     assert (merged(**inputs).logits - got).abs().max() < 1e-4 * got.abs().max()
 
 

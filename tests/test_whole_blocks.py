@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import switchgear
 from switchgear.integrations import whole_blocks
 from switchgear.integrations.tiny_models import build, example_inputs
-from switchgear.integrations.transformers import accelerate, restore
+from switchgear.integrations.transformers import accelerate, undo_accelerate
 
 TYPES = ("olmoe", "qwen3_moe", "mixtral")
 
@@ -60,7 +60,7 @@ def blocks_of(model: nn.Module) -> list[Any]:
 def test_results_are_those_of_the_modules(model: Any, calls: list[Any]) -> None:
     replaced = accelerate(model)
     want = output(model)
-    restore(replaced)
+    undo_accelerate(replaced)
     accelerate(model, whole_blocks=True)
     got = output(model)
     assert len(calls) == len(blocks_of(model)) > 0
@@ -89,7 +89,7 @@ def test_generate(model: Any, calls: list[Any]) -> None:
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     replaced = accelerate(model)
     want = model.generate(**inputs, **options)
-    restore(replaced)
+    undo_accelerate(replaced)
     accelerate(model, whole_blocks=True)
     assert torch.equal(model.generate(**inputs, **options), want)
     assert len(calls) == 6 * len(blocks_of(model))
@@ -152,7 +152,7 @@ def test_forwards_replaced_on_a_class_take_the_modules(
                 output(model)
                 assert len(calls) > 0
                 calls.clear()
-            restore(replaced)
+            undo_accelerate(replaced)
 
 
 @torch.no_grad()
@@ -167,7 +167,7 @@ def test_a_loaded_model_joins_its_blocks_again(model: Any, calls: list[Any]) -> 
     replaced = accelerate(loaded, whole_blocks=True)
     assert torch.equal(output(loaded), want)
     assert calls == blocks_of(loaded)
-    restore(replaced)
+    undo_accelerate(replaced)
     assert all("forward" not in vars(module) for module in loaded.modules())
 
 
@@ -207,7 +207,7 @@ def test_restore(model: Any, calls: list[Any]) -> None:
     want = output(model)
     replaced = accelerate(model, whole_blocks=True)
     assert [r.path for r in replaced].count("whole block") == len(blocks_of(model))
-    restore(replaced)
+    undo_accelerate(replaced)
     assert torch.equal(output(model), want)
     assert not calls
     assert all("forward" not in vars(module) for module in model.modules())
@@ -233,7 +233,7 @@ def test_hooks_of_accelerate_stay_on_a_block(model: Any, calls: list[Any], order
             replaced = accelerate(model, whole_blocks=True)
     torch.testing.assert_close(2 * block(x), want, rtol=1e-4, atol=1e-5)
     assert len(calls) == 1
-    restore(replaced)
+    undo_accelerate(replaced)
     assert torch.equal(2 * block(x), want)
     hooks.remove_hook_from_module(block)
     assert torch.equal(block(x), want)

@@ -96,12 +96,12 @@ class SelfContrast:
         blocks = {} if routers else moe_blocks(model)
         if not routers and not blocks:
             raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
-        manners = _manners(blocks)
+        methods = _routing_methods(blocks)
         with ExitStack() as stack:
             for router in routers.values():
                 stack.enter_context(overridden_router(router, lambda own: Halves(self.strong or own, self.weak)))
-            for block, manner in manners:
-                stack.enter_context(_overridden_block(block, manner, self))
+            for block, method in methods:
+                stack.enter_context(_overridden_block(block, method, self))
             doubled = _Doubled(self)
             stack.callback(doubled.forget)
             # Before the hooks of traces and the like, so that those see the tokens that the layers see.
@@ -149,23 +149,24 @@ def _sliced(context: Context, at: slice, num_tokens: int) -> Context:
     return replace(context, **{name: value[at] for name, value in rows.items()}) if rows else context
 
 
-def _manners(blocks: Mapping[str, MoeBlock]) -> list[tuple[MoeBlock, Any]]:
+def _routing_methods(blocks: Mapping[str, MoeBlock]) -> list[tuple[MoeBlock, Any]]:
     """How the routers of Hugging Face select. Raises ValueError for one that is not known."""
     if not blocks:
         return []
-    from switchgear.integrations.routers import manner_of
+    from switchgear.integrations.routers import routing_method_of
 
-    return [(block, manner_of(block)) for block in blocks.values()]
+    return [(block, routing_method_of(block)) for block in blocks.values()]
 
 
-def _overridden_block(block: MoeBlock, manner: Any, contrast: SelfContrast) -> AbstractContextManager[None]:
+def _overridden_block(block: MoeBlock, method: Any, contrast: SelfContrast) -> AbstractContextManager[None]:
     from switchgear.integrations.choices import overridden
-    from switchgear.integrations.routers import InManner
+    from switchgear.integrations.routers import SelectByMethod
 
     strong, weak = (
-        None if select is None else InManner.of(block, manner, select) for select in (contrast.strong, contrast.weak)
+        None if select is None else SelectByMethod.of(block, method, select)
+        for select in (contrast.strong, contrast.weak)
     )
-    return overridden(block, manner, lambda own: Halves(strong or own, weak or own, whole=not strong))
+    return overridden(block, method, lambda own: Halves(strong or own, weak or own, whole=not strong))
 
 
 class _Doubled:

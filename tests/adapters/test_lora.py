@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import switchgear
 from switchgear.adapters import add_lora, lora_of, merge, remove_lora, unmerge
 from switchgear.integrations.tiny_models import build, example_inputs
-from switchgear.integrations.transformers import accelerate, restore
+from switchgear.integrations.transformers import accelerate, undo_accelerate
 from switchgear.layers import MergedExperts
 
 HIDDEN, INNER, EXPERTS = 64, 32, 4
@@ -209,13 +209,13 @@ def test_adapters_are_never_bypassed(model_type: str) -> None:
     replacements = accelerate(net)
     add_lora(net, 2)
     net(**inputs)
-    restore(replacements)
+    undo_accelerate(replacements)
     with pytest.raises(RuntimeError, match=r"has adapters of switchgear.adapters, but does not run on switchgear"):
         net(**inputs)
     accelerate(net)
     net(**inputs)
     remove_lora(net)
-    restore(accelerate(net))
+    undo_accelerate(accelerate(net))
     net(**inputs)
 
 

@@ -14,7 +14,7 @@ from switchgear.adapters import add_lora, load_peft, lora_of, merge, remove_lora
 from switchgear.adapters.sites import Site, sites_of
 from switchgear.integrations.tiny_configs import MODEL_TYPES
 from switchgear.integrations.tiny_models import build, example_inputs
-from switchgear.integrations.transformers import accelerate, restore
+from switchgear.integrations.transformers import accelerate, undo_accelerate
 
 # Gated, transposed with biases, ungated, stacked without a decorator, one linear layer per expert, one matrix for all
 # experts, an own gate, and a norm after the experts.
@@ -154,7 +154,7 @@ def saved_and_loaded(model: nn.Module, other: Any, inputs: dict[str, Any], want:
     assert len(loaded) == 2 * len(lora_of(model))
     assert torch.equal(output(other, inputs), want)
     remove_lora(other)
-    restore(replacements)
+    undo_accelerate(replacements)
     peft = pytest.importorskip("peft", reason="peft is not installed")
     fresh = copy.deepcopy(other)
     wrapped = loaded_by_peft(peft, other, path)

@@ -193,11 +193,11 @@ def test_row57_threshold_meets_the_average_number_of_experts() -> None:
     moe = result.model
     for wanted in (1.3, 2.0, 3.7):
         moe_copy = copy.deepcopy(moe)
-        convert.threshold_for(moe_copy, x, wanted)
+        convert.use_threshold(moe_copy, x, wanted)
         used = float((moe_copy.gate(x).topk_ids >= 0).float().sum(1).mean())
         assert abs(used / wanted - 1) < 0.01
     with pytest.raises(ValueError, match="moe"):
-        convert.threshold_for(moe_copy, x, 2.0)
+        convert.use_threshold(moe_copy, x, 2.0)
 
 
 def test_row57_nothing_is_replaced_on_failure() -> None:

@@ -22,6 +22,7 @@ from switchgear.modules import MoE
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.change import Change
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
+from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 
 CRITERIA = ("alpha", "hit_rate")
@@ -133,9 +134,7 @@ class ProgressivePruner:
 
     def __enter__(self) -> ProgressivePruner:
         for layer in self._layers.values():
-            wrapper = _wrapper(layer, self.criterion)
-            layer.router.overrides.append(wrapper)
-            self._stack.callback(layer.router.overrides.remove, wrapper)
+            self._stack.enter_context(overridden_router(layer.router, _wrapper(layer, self.criterion)))
         return self
 
     def __exit__(

@@ -22,7 +22,7 @@ from switchgear.reference import check_choice, check_size, groups
 from switchgear.weights.change import StoredChange, Target, memory_of
 from switchgear.weights.groups import Groups, weight_of
 from switchgear.weights.layout import hint_for, layout_of
-from switchgear.weights.module import Kind, Projection, StoredProjections, Tie
+from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, stored_of
 from switchgear.weights.weight import Weight
 
 
@@ -268,7 +268,7 @@ def bits_of(model: nn.Module) -> BitAllocation:
     """The bits of a model's experts that are stored as groups, by layer."""
     found = {}
     for name, block in moe_blocks(model).items():
-        stored: Any = vars(block.experts).get("_switchgear_stored")
+        stored = stored_of(block.experts)
         if stored is not None and isinstance(stored.form, Groups):
             found[name] = list(stored.form.bits_of(block.num_experts))
     return BitAllocation(found)

@@ -16,6 +16,7 @@ from switchgear.compress.sums import Domains
 from switchgear.functional import Routing, as_number
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 from switchgear.routing.selection import SkipBelow
 
@@ -74,27 +75,25 @@ def skip_experts(
     if empty := [name for name, ratio in ratios.items() if ratio != ratio]:
         raise ValueError(f"calibration: expected tokens with two experts, got none in {empty[0]}")
     done = Skipped(ratios)
-    manners = _manners(blocks)  # raises before anything changes
+    methods = _routing_methods(blocks)  # raises before anything changes
     with ExitStack() as stack:
         for name, block in blocks.items():
             if isinstance(block.gate, Router):
-                wrapper = _wrapper(ratios[name], protect, done)
-                block.gate.overrides.append(wrapper)
-                stack.callback(block.gate.overrides.remove, wrapper)
+                stack.enter_context(overridden_router(block.gate, _wrapper(ratios[name], protect, done)))
             else:
-                options = (manners[name], ratios[name], protect, importance or _norm, done)
+                options = (methods[name], ratios[name], protect, importance or _norm, done)
                 _on_hugging_face(stack, block, *options)
         yield done
 
 
-def _manners(blocks: Mapping[str, MoeBlock]) -> dict[str, Any]:
+def _routing_methods(blocks: Mapping[str, MoeBlock]) -> dict[str, Any]:
     """How routers of Hugging Face weigh their choices; none for ours."""
     foreign = {name: block for name, block in blocks.items() if not block.is_ours}
     if not foreign:
         return {}
-    from switchgear.integrations.routers import manner_of
+    from switchgear.integrations.routers import routing_method_of
 
-    return {name: manner_of(block) for name, block in foreign.items()}
+    return {name: routing_method_of(block) for name, block in foreign.items()}
 
 
 def _wrapper(ratio: float, protect: float, done: Skipped) -> Callable[[Select], Select]:
@@ -158,7 +157,7 @@ class _Seen:
 
 
 def _on_hugging_face(
-    stack: ExitStack, block: MoeBlock, manner: Any, ratio: float, protect: float, importance: Importance, done: Skipped
+    stack: ExitStack, block: MoeBlock, method: Any, ratio: float, protect: float, importance: Importance, done: Skipped
 ) -> None:
     from switchgear.integrations.choices import overridden
 
@@ -171,4 +170,4 @@ def _on_hugging_face(
     if protect:
         stack.callback(block.gate.register_forward_pre_hook(keep).remove)
     wrapper: Callable[[Select], Select] = lambda select: _Skip(select, ratio, protect, done, seen)  # noqa: E731
-    stack.enter_context(overridden(block, manner, wrapper))
+    stack.enter_context(overridden(block, method, wrapper))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.common.modes import evaluating
 from switchgear.compress.layer import ExpertLayer
 from switchgear.experts import Experts
 from switchgear.integrations.moe_blocks import MoeBlock
@@ -262,16 +263,11 @@ class _Chosen(Exception):
 def choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
     """(topk_ids [T,K] int64, topk_weights [T,K] float64) that the experts of a block get for its input x [T,H], in eval
     mode. Raises ValueError for a block that needs more than x."""
-    modes = {module: module.training for module in block.block.modules()}
-    block.block.eval()
-    try:
+    with evaluating(block.block):
         if isinstance(block.gate, Router):
             routing = block.gate(x)
             return routing.topk_ids.long(), routing.topk_weights.double()
         return _choice_of(block, x)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:

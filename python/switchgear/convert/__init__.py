@@ -6,7 +6,7 @@ To one model:  to_dense, merge_models
 Checkpoints:   run(recipe, source, target), Recipe, Report; ConversionError, RecipeError, DamagedCheckpoint, DiskFull
 Modules:       MixtureOfAttention, ParallelBlock; Projected, ModuleExperts; SequenceLogits; EqualTopK
 Parts:         FeedForward, feed_forward; Partition, partition, balanced_kmeans, neuron_importance, layer_importance;
-               add_domain_expert, sequence_perplexities, threshold_for, prior_approximate
+               add_domain_expert, sequence_perplexities, use_threshold, prior_approximate
 """
 
 from switchgear.convert.attention import MixtureOfAttention, ParallelBlock, attention_from_experts, attention_to_moe
@@ -18,7 +18,7 @@ from switchgear.convert.experts import ModuleExperts, Projected, add_domain_expe
 from switchgear.convert.ffn import FeedForward, feed_forward
 from switchgear.convert.gates import EqualTopK, prior_approximate
 from switchgear.convert.importance import layer_importance, neuron_importance
-from switchgear.convert.layers import Distillation, Distilled, distill_layers, threshold_for
+from switchgear.convert.layers import Distillation, Distilled, distill_layers, use_threshold
 from switchgear.convert.partitions import Partition, balanced_kmeans, partition
 from switchgear.convert.perplexity import SequenceLogits, sequence_perplexities
 from switchgear.convert.result import Conversion, Converted
@@ -59,7 +59,7 @@ __all__ = [
     "run",
     "sequence_perplexities",
     "split_dense",
-    "threshold_for",
     "to_dense",
     "upcycle",
+    "use_threshold",
 ]

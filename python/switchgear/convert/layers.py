@@ -109,9 +109,9 @@ def relative_error(layer: nn.Module, x: Tensor, y: Tensor) -> float:
     return error / max(float(y.float().square().sum()), 1e-30)
 
 
-def threshold_for(moe: MoE, x: Tensor, experts_per_token: float) -> float:
-    """Lets a layer choose as many experts as their scores call for, experts_per_token on average over x [T,H]
-    (Threshold); returns the threshold. The weights are scaled as before: their sum stays that of top-k."""
+def use_threshold(moe: MoE, x: Tensor, experts_per_token: float) -> float:
+    """Replaces the layer's TopK by a Threshold at which tokens get experts_per_token on average over x [T,H]. Returns
+    the threshold. The weights are scaled as before: their sum stays that of top-k."""
     select: Any = moe.gate.select
     if not isinstance(select, TopK) or select.score_function != "softmax" or moe.gate.weight is None:
         raise ValueError(f"moe: expected a linear router with TopK by softmax, got {type(select).__name__}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.integrations.moe_blocks import MoeBlock
-from switchgear.integrations.routers import Given, InManner, Manner, is_looked_up
+from switchgear.integrations.routers import Given, RoutingMethod, SelectByMethod, is_looked_up
 from switchgear.routing.context import Context, Select
 
 
@@ -36,11 +36,11 @@ Watch = Callable[[Choice], None]
 
 
 @contextmanager
-def overridden(block: MoeBlock, manner: Manner, wrapper: Wrapper) -> Iterator[None]:
+def overridden(block: MoeBlock, method: RoutingMethod, wrapper: Wrapper) -> Iterator[None]:
     """Inside the `with` block, `wrapper` of the router's selection selects, and the experts get that. As in
     Router.overrides, the last wrapper is the outermost."""
     with _tapped(block) as tap:
-        tap.manner = manner
+        tap.method = method
         tap.overrides.append(wrapper)
         try:
             yield
@@ -73,7 +73,7 @@ class _Tap:
 
     def __init__(self, block: MoeBlock) -> None:
         self.block, self.users = block, 0
-        self.manner: Manner | None = None
+        self.method: RoutingMethod | None = None
         self.overrides: list[Wrapper] = []
         self.watches: list[Watch] = []
         self.logits: Tensor | None = None
@@ -82,20 +82,20 @@ class _Tap:
 
     def pass_by(self, choice: Choice) -> Choice:
         if self.overrides:
-            choice = self._anew(choice)
+            choice = self._reselect(choice)
         for watch in self.watches:
             watch(choice)
         return choice
 
-    def _anew(self, choice: Choice) -> Choice:
+    def _reselect(self, choice: Choice) -> Choice:
         logits = choice.router_logits
-        assert self.manner is not None
-        manner: Manner = self.manner
+        assert self.method is not None
+        method: RoutingMethod = self.method
         if logits is None:
             raise ValueError(f"{self.block.name or 'model'}: expected a router that ran before the experts, got none")
         if is_looked_up(self.block):
-            manner = Given(manner, choice.topk_ids)
-        select: Select = InManner(manner, choice.topk_ids.shape[1])
+            method = Given(method, choice.topk_ids)
+        select: Select = SelectByMethod(method, choice.topk_ids.shape[1])
         for wrapper in self.overrides:
             select = wrapper(select)
         routing = select(logits, Context(training=self.block.block.training), None)
@@ -136,7 +136,7 @@ class AtExperts:
     def read(self, block: MoeBlock, x: Tensor, ids: Tensor, weights: Tensor, logits: Tensor | None) -> Choice:
         ids = ids.reshape(-1, ids.shape[-1])
         classes = block.num_experts
-        if logits is not None and not _is_decorated(block):
+        if logits is not None and not _has_apply_gate(block):
             classes = max(classes, logits.shape[-1])  # LongCat: identities
         ids = torch.where((ids < 0) | (ids >= classes), -1, ids)  # sentinels of expert parallelism
         return Choice(x.reshape(-1, x.shape[-1]), ids, weights.reshape(ids.shape), logits)
@@ -145,7 +145,7 @@ class AtExperts:
         """ids and weights as the experts take them. An empty slot has the id E if they skip it, else 0 with the weight
         0: transformers' grouped_mm would leave the rows of id E undefined."""
         empty = choice.topk_ids < 0
-        if _is_decorated(block):
+        if _has_apply_gate(block):
             empty = empty | (choice.topk_ids >= block.num_experts)  # Zaya: the class of skipped tokens
         ids = torch.where(empty, block.num_experts if _skips_the_last_id(block) else 0, choice.topk_ids)
         return ids.long(), choice.topk_weights.masked_fill(empty, 0)
@@ -172,13 +172,13 @@ class AtExperts:
         return handles
 
 
-def _is_decorated(block: MoeBlock) -> bool:
+def _has_apply_gate(block: MoeBlock) -> bool:
     return hasattr(block.experts, "_apply_gate")
 
 
 def _skips_the_last_id(block: MoeBlock) -> bool:
     config = getattr(block.experts, "config", None)
-    return _is_decorated(block) and getattr(config, "_experts_implementation", None) in ("eager", "switchgear")
+    return _has_apply_gate(block) and getattr(config, "_experts_implementation", None) in ("eager", "switchgear")
 
 
 class _Zaya(AtExperts):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from switchgear.integrations.transformers import Replacement, accelerate, is_decorated, restore
+from switchgear.integrations.transformers import Replacement, accelerate, is_decorated, undo_accelerate
 
 
 class Difference(NamedTuple):
@@ -39,7 +39,7 @@ def compare(model: nn.Module, inputs: Mapping[str, Any]) -> Comparison:
         if is_decorated(module):
             module.config._experts_implementation_internal = "eager"
     replacements = accelerate(model)
-    restore(replacements)
+    undo_accelerate(replacements)
     modules = {replacement.name: model.get_submodule(replacement.name) for replacement in replacements}
     parameters = [parameter for module in modules.values() for parameter in _trained(module)]
     calls = _record(model, inputs, modules)
@@ -51,7 +51,7 @@ def compare(model: nn.Module, inputs: Mapping[str, Any]) -> Comparison:
     want = evaluate()
     replacements = accelerate(model)
     got = evaluate()
-    restore(replacements)
+    undo_accelerate(replacements)
     whole, *parts = (_difference(*pair) for pair in zip(got, want, strict=True))
     worst = Difference(max(part.forward for part in parts), max(part.gradient for part in parts))
     return Comparison(replacements, worst, whole)

@@ -34,7 +34,7 @@ from switchgear.integrations.published_keys import (
     matches,
     pieces_of,
 )
-from switchgear.integrations.transformers import accelerate, restore
+from switchgear.integrations.transformers import accelerate, undo_accelerate
 from switchgear.reference import groups, minifloat, nf4
 from switchgear.weights import Form, Fp8, Groups, Layout, Mxfp4, Nf4, Weight, advise_huge_pages, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
@@ -116,13 +116,13 @@ def planned(
     try:
         return Planned(made, files, replacements, plan_of(made, files, packing))
     except BaseException:
-        restore(replacements)
+        undo_accelerate(replacements)
         raise
 
 
 def undo(plan: Planned) -> None:
     """The experts of the model run as before."""
-    restore(plan.replacements)
+    undo_accelerate(plan.replacements)
 
 
 def config_of(files: CheckpointFiles) -> Any:

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.integrations.routers import Given, Mixer, Scaled, Top, is_looked_up, manner_of
+from switchgear.integrations.routers import Given, Mixer, Scaled, Top, is_looked_up, routing_method_of
 from switchgear.integrations.tiny_configs import MODEL_TYPES
 from switchgear.integrations.tiny_models import BARE, build, example_inputs
 from switchgear.routing import override, record, replay
@@ -47,31 +47,31 @@ This page is generated: `python -m switchgear.integrations.router_table docs/mod
 
 
 def selection_of(block: MoeBlock) -> str:
-    """The manner of a router in words. Raises ValueError if it has none."""
-    manner: Any = manner_of(block)
+    """The routing method of a router in words. Raises ValueError if it has none."""
+    method: Any = routing_method_of(block)
     if is_looked_up(block):
-        return f"by token id, {_in_words(manner)}"
-    return _in_words(manner)
+        return f"by token id, {_in_words(method)}"
+    return _in_words(method)
 
 
-def _in_words(manner: Any) -> str:
-    if isinstance(manner, Mixer):
+def _in_words(method: Any) -> str:
+    if isinstance(method, Mixer):
         return "SparseMixer"
-    if isinstance(manner, Scaled):
-        return f"{_in_words(manner.inner)}, scaled per expert"
-    if isinstance(manner, Given):
-        return _in_words(manner.inner)
-    assert isinstance(manner, Top)
-    words = [manner.weight if manner.weight != "logits" else "softmax over the chosen"]
-    if manner.score_function == "logits" and manner.weight == "sigmoid":
+    if isinstance(method, Scaled):
+        return f"{_in_words(method.inner)}, scaled per expert"
+    if isinstance(method, Given):
+        return _in_words(method.inner)
+    assert isinstance(method, Top)
+    words = [method.weight if method.weight != "logits" else "softmax over the chosen"]
+    if method.score_function == "logits" and method.weight == "sigmoid":
         words.append("chosen by logits")
-    if manner.block.selection_bias() is not None:
+    if method.block.selection_bias() is not None:
         words.append("bias")
-    groups = manner.block.groups()
-    if manner.group_score and groups is not None:
-        words.append(f"groups by {manner.group_score}")
-    words += [word for word, holds in (("normalised", manner.normalize), ("scaled", manner.scaled)) if holds]
-    return ", ".join([*words, *(["divided by top_k"] if manner.by_top_k else [])])
+    groups = method.block.groups()
+    if method.group_score and groups is not None:
+        words.append(f"groups by {method.group_score}")
+    words += [word for word, holds in (("normalised", method.normalize), ("scaled", method.scaled)) if holds]
+    return ", ".join([*words, *(["divided by top_k"] if method.by_top_k else [])])
 
 
 def row(model_type: str) -> tuple[str, bool, bool, bool]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Selection anew from the logits of a Hugging Face router, in its own manner.
+"""Makes a Hugging Face router's selection again from its logits, by its own routing method.
 
 transformers has some seventy router classes, and few ways to select: a score, groups or none, a bias for the choice,
-and weights that are normalised or scaled. `manner_of` tries them on the router with random tokens. The one that
-reproduces its choice and its weights is its manner; if none does, the router cannot be overridden.
+and weights that are normalised or scaled. `routing_method_of` tries them on the router with random tokens. The one that
+reproduces its choice and its weights is its routing method; if none does, the router cannot be overridden.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear.common.modes import evaluating
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.context import NOTHING_KNOWN, Context
@@ -36,7 +37,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Manner(Protocol):
+class RoutingMethod(Protocol):
     """How a router selects and weighs."""
 
     @property
@@ -116,9 +117,9 @@ class Top:
 
 @dataclass(frozen=True)
 class Scaled:
-    """Another manner, and a learned factor per expert (Gemma 4)."""
+    """Another routing method, and a learned factor per expert (Gemma 4)."""
 
-    inner: Manner
+    inner: RoutingMethod
     gate: Any
 
     @property
@@ -164,7 +165,7 @@ class Mixer:
 class Given:
     """A choice that the model looks up (DeepSeek V4 by token id). What it chose comes first, then the best scores."""
 
-    inner: Manner
+    inner: RoutingMethod
     topk_ids: Tensor
 
     @property
@@ -185,27 +186,27 @@ class Given:
 
 
 @dataclass(frozen=True)
-class InManner:
-    """A Select: the choice of `select`, or the manner's own if None, with the weights of the manner."""
+class SelectByMethod:
+    """A Select: the choice of `select`, or the method's own if None, with the weights of the method."""
 
-    manner: Manner
+    method: RoutingMethod
     top_k: int
     select: Any = None
     selection_bias: Tensor | None = None
 
     @classmethod
-    def of(cls, block: MoeBlock, manner: Manner, select: Any) -> InManner:
+    def of(cls, block: MoeBlock, method: RoutingMethod, select: Any) -> SelectByMethod:
         """Another selection for the router of `block`, which scores and weighs as the model does."""
-        assert block.top_k is not None  # manner_of has checked it
-        return cls(manner, block.top_k, scored_like(select, manner.score_function), block.selection_bias())
+        assert block.top_k is not None  # routing_method_of has checked it
+        return cls(method, block.top_k, scored_like(select, method.score_function), block.selection_bias())
 
     @property
     def score_function(self) -> str:
-        return self.manner.score_function
+        return self.method.score_function
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         if self.select is None:
-            scores, ids = self.manner.rank(router_logits, bias).topk(self.top_k, dim=-1)
+            scores, ids = self.method.rank(router_logits, bias).topk(self.top_k, dim=-1)
             ids = ids.masked_fill(scores == -math.inf, -1)
         else:
             seen, total = router_logits.detach(), bias
@@ -214,7 +215,7 @@ class InManner:
             elif own is not None:
                 total = own.float() if bias is None else own.float() + bias
             ids = self.select(seen, context, total).topk_ids.long()
-        weights = self.manner.weigh(router_logits, ids)
+        weights = self.method.weigh(router_logits, ids)
         return Routing(ids, weights, router_logits, router_logits.shape[1])
 
 
@@ -227,10 +228,10 @@ def scored_like(select: Any, score_function: str) -> Any:
     return replace(select, score_function=score_function) if "score_function" in names else select
 
 
-# ---- the manner of a router ------------------------------------------------------------------------------------------
+# ---- the routing method of a router ----------------------------------------------------------------------------------
 
 
-def manner_of(block: MoeBlock) -> Manner:
+def routing_method_of(block: MoeBlock) -> RoutingMethod:
     """How the block's router selects, verified on random tokens.
 
     Raises:
@@ -239,10 +240,10 @@ def manner_of(block: MoeBlock) -> Manner:
     name = block.name or "model"
     if block.gate is None or not block.top_k:
         raise ValueError(f"{name}: expected a router to select anew, got none")
-    seen, manners = _probe(block)
-    for manner, matches in manners:
+    seen, methods = _probe(block)
+    for method, matches in methods:
         if matches:
-            return manner
+            return method
     raise ValueError(
         f"{name}: expected a router whose selection is known, got {type(block.gate).__name__}, which no known score, "
         f"groups and normalisation reproduce on {len(seen.ids)} random tokens"
@@ -259,25 +260,20 @@ class _Seen(NamedTuple):
 
 
 @torch.no_grad()
-def _probe(block: MoeBlock) -> tuple[_Seen, list[tuple[Manner, bool]]]:
-    """What the router does with random tokens, and which manners do the same; the first that does ends the list.
+def _probe(block: MoeBlock) -> tuple[_Seen, list[tuple[RoutingMethod, bool]]]:
+    """What the router does with random tokens, and which routing methods do the same; the first of those ends the list.
 
     Its weights and its bias are random during the probe, since those of a new model tell little: zeros make ties, and
     hide how a bias is used.
     """
     gate: Any = block.gate
-    training = {module: module.training for module in gate.modules()}
     devices = {p.device for p in gate.parameters() if p.is_cuda}
     with _randomized(block), torch.random.fork_rng(list(devices)):
-        try:
-            gate.eval()  # jitter and sampling are not the manner
+        with evaluating(gate):  # jitter and sampling are not part of the method
             seen = _answer(block)
-        finally:
-            for module, was in training.items():
-                module.training = was
         found = []
-        for manner in _candidates(block):
-            found.append((manner, _reproduces(manner, seen, block)))
+        for method in _candidates(block):
+            found.append((method, _reproduces(method, seen, block)))
             if found[-1][1]:
                 break
     return seen, found
@@ -350,7 +346,7 @@ def _input_dtype(block: MoeBlock, like: Tensor) -> torch.dtype:
     return next(floating, like.dtype)
 
 
-def _candidates(block: MoeBlock) -> Iterator[Manner]:
+def _candidates(block: MoeBlock) -> Iterator[RoutingMethod]:
     gate: Any = block.gate
     if type(gate).__name__ == "PhimoeTopKRouter":
         yield Mixer(gate)
@@ -368,15 +364,15 @@ def _candidates(block: MoeBlock) -> Iterator[Manner]:
         yield Scaled(top, gate) if isinstance(getattr(gate, "per_expert_scale", None), nn.Parameter) else top
 
 
-def _reproduces(manner: Manner, seen: _Seen, block: MoeBlock) -> bool:
-    """Whether the manner gives the weights that were seen, and ranks what was chosen above the rest."""
-    weights = manner.weigh(seen.logits, seen.ids)
+def _reproduces(method: RoutingMethod, seen: _Seen, block: MoeBlock) -> bool:
+    """Whether the routing method gives the weights that were seen, and ranks what was chosen above the rest."""
+    weights = method.weigh(seen.logits, seen.ids)
     error = (weights - seen.weights.masked_fill(seen.ids < 0, 0)).abs().amax(-1)
     if bool((error > seen.tolerance * seen.weights.abs().amax(-1)).any()):
         return False
     if is_looked_up(block):
         return True
-    scores = manner.rank(seen.logits, None)
+    scores = method.rank(seen.logits, None)
     index = seen.ids.clamp(min=0)
     least = scores.gather(1, index).amin(-1)
     rest = scores.scatter(1, index, -math.inf).amax(-1)

@@ -146,7 +146,7 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
             and experts without calls of their modules, unless these have hooks. It is faster for one token. The logits
             of the router may differ in the last bit.
 
-    Returns a Replacement for each module; `restore(replacements)` of this module undoes the call.
+    Returns a Replacement for each module; `undo_accelerate(replacements)` of this module undoes the call.
 
     Raises:
         ValueError: the model has no experts module that switchgear supports.
@@ -159,7 +159,7 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
         if whole_blocks:
             _join_blocks(model, replacements)
     except BaseException:
-        restore(replacements)
+        undo_accelerate(replacements)
         raise
     if not replacements:
         raise ValueError(_nothing_found(model))
@@ -188,7 +188,7 @@ def _join_blocks(model: nn.Module, replacements: list[Replacement]) -> None:
             replacements.append(Replacement(name, type(module).__name__, "whole block", "forward", undo))
 
 
-def restore(replacements: Iterable[Replacement]) -> None:
+def undo_accelerate(replacements: Iterable[Replacement]) -> None:
     """Undoes `accelerate`. What an earlier call of it replaced belongs to that call. Hooks and forwards of other code
     stay; a wrapper that has taken switchgear's forward for the module's own goes on calling it."""
     given: list[Any] = list(replacements) if isinstance(replacements, Iterable) else [None]

@@ -14,6 +14,7 @@ from switchgear.functional import as_number
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.router import Router
 from switchgear.weights import advise_huge_pages, stored_of
+from switchgear.weights.adapted import adapters_of
 from switchgear.weights.selected import select, selection_of
 
 _OWN = {"weight", "bias", "e_score_correction_bias"}  # tensors of a linear router
@@ -78,7 +79,7 @@ def _parts(moe: Any, count: int) -> tuple[Experts, Router]:
         raise ValueError(f"experts: expected switchgear.Experts, all in this process, got {type(experts).__name__}")
     if (stored := stored_of(experts)) is not None:
         raise ValueError(f"experts: expected plain weights, got {stored.form}; restore(model) first")
-    if vars(experts).get("_switchgear_adapters") is not None:
+    if adapters_of(experts):
         raise ValueError("experts: expected none with adapters")
     if selection_of(experts) is not None or selection_of(gate) is not None:
         raise ValueError("experts: expected none that train alone already; call finetune.unfreeze(model) first")

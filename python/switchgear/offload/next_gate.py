@@ -64,7 +64,7 @@ class FromPreGate(NextGate):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, layers_ahead=1, experts=None)
         for name, block in list(moe_blocks(model).items())[1:]:
-            if getattr(block.gate, "takes", None) is None:
+            if getattr(block.gate, "reads_from", None) is None:
                 raise ValueError(f"model: expected pre-gates (routing.pregate), got a gate of its own in {name}")
 
 
@@ -85,18 +85,18 @@ def _ours(router: Router) -> _Gate:
 
 def _hugging_face(block: MoeBlock) -> _Gate:
     from switchgear.integrations.choices import logits_of
-    from switchgear.integrations.routers import call_gate, is_looked_up, manner_of
+    from switchgear.integrations.routers import call_gate, is_looked_up, routing_method_of
 
     if is_looked_up(block):
         raise ValueError(f"{block.name}: expected a gate of hidden states, got one that looks up token ids")
-    manner = manner_of(block)  # raises ValueError for a gate that cannot be probed
+    method = routing_method_of(block)  # raises ValueError for a gate that cannot be probed
     assert block.top_k is not None
     top_k = block.top_k
 
     def choose(x: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits_of(block, call_gate(block, x))
         assert logits is not None
-        ids = manner.rank(logits, None).topk(top_k, dim=-1).indices
-        return ids, manner.weigh(logits, ids)
+        ids = method.rank(logits, None).topk(top_k, dim=-1).indices
+        return ids, method.weigh(logits, ids)
 
     return choose

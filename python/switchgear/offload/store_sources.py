@@ -16,6 +16,7 @@ from switchgear import _C
 from switchgear.weights.form import Form
 from switchgear.weights.layout import Layout, hint_for, layout_of
 from switchgear.weights.module import stored_of
+from switchgear.weights.selected import selection_of
 from switchgear.weights.weight import Weight
 
 AS_PUBLISHED = "as published"
@@ -88,7 +89,7 @@ def _refuse(module: nn.Module, where: str) -> None:
 
 
 def _check_plain(module: nn.Module, layout: Layout, where: str) -> None:
-    if vars(module).get("_switchgear_selection") is not None:
+    if selection_of(module) is not None:
         raise ValueError(f"{where}: expected no experts that train alone: call switchgear.finetune.unfreeze(source)")
     for name in layout.names:
         parameter = module._parameters.get(name)

@@ -14,6 +14,7 @@ from switchgear.offload.store_records import Records
 from switchgear.weights.layout import Layout, hint_for, layout_of
 from switchgear.weights.module import Kind, StoredProjections, stored_of
 from switchgear.weights.offloaded import OffloadedProjections
+from switchgear.weights.selected import selection_of
 from switchgear.weights.store import wrapper_of
 
 
@@ -94,7 +95,7 @@ def _some(store: Store) -> str:
 
 
 def _check(where: str, module: nn.Module, layout: Layout, records: Records) -> None:
-    if vars(module).get("_switchgear_selection") is not None:
+    if selection_of(module) is not None:
         raise ValueError(f"{where}: expected no experts that train alone: call switchgear.finetune.unfreeze(model)")
     stored = stored_of(module)
     if isinstance(stored, OffloadedProjections):

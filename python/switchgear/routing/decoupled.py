@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A PreRouter at work: it hears a model's embeddings, and its choices can replace those of the model's routers."""
+"""A PreRouter at work: it reads a model's embeddings, and its choices can replace those of the model's routers."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Listener:
         self.pre_router, self.top_k = pre_router, top_k
         self.topk_ids: list[Tensor] | None = None  # [T,K] of each layer
         self._before: Tensor | None = None
-        self._handle = embedding.register_forward_hook(self._hear)
+        self._handle = embedding.register_forward_hook(self._on_embedding)
 
-    def _hear(self, module: nn.Module, args: Any, embeddings: Tensor) -> None:
+    def _on_embedding(self, module: nn.Module, args: Any, embeddings: Tensor) -> None:
         x = embeddings.detach()
         x = x[None] if x.dim() == 2 else x
         count = x.shape[1]
@@ -70,16 +70,16 @@ def decouple(model: nn.Module, pre_router: PreRouter, embedding: nn.Module, top_
         own = layer.num_classes if layer.num_classes is not None else layer.block.num_experts
         if own != count:
             raise ValueError(f"pre_router: expected {own} experts in {name}, got {count}")
-    manners = {name: layer.manner() for name, layer in found.items()}
+    methods = {name: layer.routing_method() for name, layer in found.items()}
     listener = Listener(pre_router, embedding, top_k)
 
     def wrapper(layer: int, name: str) -> Callable[[Select], Select]:
-        return lambda own: _Decoupled(listener, layer, manners[name])
+        return lambda own: _Decoupled(listener, layer, methods[name])
 
     with ExitStack() as stack:
         stack.callback(listener.close)
         for i, (name, layer) in enumerate(found.items()):
-            stack.enter_context(layer.overridden(wrapper(i, name), manners[name]))
+            stack.enter_context(layer.overridden(wrapper(i, name), methods[name]))
         yield
 
 
@@ -87,7 +87,7 @@ def decouple(model: nn.Module, pre_router: PreRouter, embedding: nn.Module, top_
 class _Decoupled:
     listener: Listener
     layer: int
-    manner: Any
+    method: Any
     uses_bias: ClassVar[bool] = False
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
@@ -96,5 +96,5 @@ class _Decoupled:
             got = "none" if chosen is None else len(chosen[self.layer])
             raise ValueError(f"embedding: expected an output for {len(router_logits)} tokens, got {got}")
         ids = chosen[self.layer].to(router_logits.device)
-        weights = self.manner.weigh(router_logits, ids.long())
+        weights = self.method.weigh(router_logits, ids.long())
         return Routing(ids, weights, router_logits, router_logits.shape[1])

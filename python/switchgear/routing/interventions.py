@@ -130,7 +130,7 @@ def override(
 @contextmanager
 def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Change) -> Iterator[None]:
     from switchgear.integrations.choices import overridden, selection_under
-    from switchgear.integrations.routers import InManner, is_looked_up, manner_of
+    from switchgear.integrations.routers import SelectByMethod, is_looked_up, routing_method_of
 
     for name, block in blocks.items():
         try:
@@ -140,18 +140,18 @@ def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Chan
             raise ValueError(f"{error} ({name})") from None
         if is_looked_up(block) and change.bias is not None and select is None:
             raise ValueError(f"bias: expected none for {name}, whose experts are looked up by token id")
-    manners = {name: manner_of(block) for name, block in blocks.items()}  # raises before anything changes
+    methods = {name: routing_method_of(block) for name, block in blocks.items()}  # raises before anything changes
 
-    def wrapper(block: Any, manner: Any) -> Callable[[Select], Select]:
+    def wrapper(block: Any, method: Any) -> Callable[[Select], Select]:
         def wrap(own: Select) -> Select:
             chosen = own
             if select is not None:
-                chosen = InManner.of(block, manner, select)
+                chosen = SelectByMethod.of(block, method, select)
             return Changed(chosen, change, block.num_experts)
 
         return wrap
 
     with ExitStack() as stack:
         for name, block in blocks.items():
-            stack.enter_context(overridden(block, manners[name], wrapper(block, manners[name])))
+            stack.enter_context(overridden(block, methods[name], wrapper(block, methods[name])))
         yield

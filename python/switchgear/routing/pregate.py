@@ -36,8 +36,8 @@ def pregate(model: nn.Module, enabled: bool = True) -> list[str]:
         raise ValueError(f"model: expected blocks of one hidden size, got {sorted(sizes)}")
     names, gates = list(blocks), list(blocks.values())
     for gate in gates:
-        gate.takes = gate.hands_on = None
+        gate.reads_from = gate.passes_to = None
     if enabled:
         for name, before, gate in zip(names[1:], gates, gates[1:], strict=False):
-            before.hands_on = gate.takes = Handover(name)
+            before.passes_to = gate.reads_from = Handover(name)
     return names[1:]

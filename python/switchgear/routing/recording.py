@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from switchgear.routing.batches import Batch, batch_of
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.records import RoutingRecord
-from switchgear.routing.routed_layers import heard, key_of, layers_of
+from switchgear.routing.routed_layers import key_of, layers_of, observed
 from switchgear.routing.widths import stacked
 
 
@@ -54,7 +54,7 @@ def record(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
         for name, layer in found.items():
-            stack.enter_context(heard(layer, seen.listener(name)))
+            stack.enter_context(observed(layer, seen.listener(name)))
         stack.callback(model.register_forward_hook(after).remove)  # behind those of a layer that is the model
         yield result
     seen.finish(result)

@@ -59,7 +59,7 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
         raise ValueError(f"choices: expected layers of the model, {', '.join(found)}; got {missing[0]}")
     chosen = {name: layer for name, layer in found.items() if name in names}
     state = _Replay(choices, sequences, {n: layer.num_classes for n, layer in chosen.items()})
-    manners = {name: layer.manner() for name, layer in chosen.items()}
+    methods = {name: layer.routing_method() for name, layer in chosen.items()}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not is_recomputing():
@@ -70,12 +70,12 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
             state.end()
 
     def wrapper(name: str) -> Callable[[Select], Select]:
-        return lambda own: _Replayed(own, name, state, manners[name])
+        return lambda own: _Replayed(own, name, state, methods[name])
 
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
         for name, layer in chosen.items():
-            stack.enter_context(layer.overridden(wrapper(name), manners[name]))
+            stack.enter_context(layer.overridden(wrapper(name), methods[name]))
         stack.callback(model.register_forward_hook(after).remove)
         yield
 
@@ -210,7 +210,7 @@ class _Replayed:
     select: Select
     name: str
     state: _Replay
-    manner: Any  # weigh(router_logits, ids)
+    method: Any  # weigh(router_logits, ids)
     uses_bias: ClassVar[bool] = False
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
@@ -222,6 +222,6 @@ class _Replayed:
         own_weights = pad(own.topk_weights, (0, width - own.topk_weights.shape[1]))
         ids = torch.where(known[:, None], ids, own_ids)
         same = (ids == own_ids).all(1, keepdim=True)
-        weights = self.manner.weigh(own.router_logits, ids).to(own_weights.dtype)
+        weights = self.method.weigh(own.router_logits, ids).to(own_weights.dtype)
         weights = torch.where(same, own_weights, weights)
         return own._replace(topk_ids=ids.to(own.topk_ids.dtype), topk_weights=weights)

@@ -33,20 +33,20 @@ class RoutedLayer:
         """None if only the logits tell."""
         return None if self.router is None else self.router.num_experts
 
-    def manner(self) -> Any:
+    def routing_method(self) -> Any:
         """What weighs any choice as the router does. Raises ValueError if there is none."""
         if self.router is not None:
-            return _RouterManner.of(self.name, self.router)
-        from switchgear.integrations.routers import manner_of
+            return _RouterMethod.of(self.name, self.router)
+        from switchgear.integrations.routers import routing_method_of
 
-        return manner_of(self.block)
+        return routing_method_of(self.block)
 
     @contextmanager
-    def overridden(self, wrapper: Callable[[Select], Select], manner: Any) -> Iterator[None]:
+    def overridden(self, wrapper: Callable[[Select], Select], method: Any) -> Iterator[None]:
         if self.router is None:
             from switchgear.integrations.choices import overridden
 
-            with overridden(self.block, manner, wrapper):
+            with overridden(self.block, method, wrapper):
                 yield
             return
         with overridden_router(self.router, wrapper):
@@ -54,7 +54,7 @@ class RoutedLayer:
 
 
 @dataclass(frozen=True)
-class _RouterManner:
+class _RouterMethod:
     """The weights of our selections that follow from scores: score_function, normalize, scale."""
 
     score_function: str
@@ -66,20 +66,20 @@ class _RouterManner:
         return (normalized(weights) if self.normalize else weights) * self.scale
 
     @classmethod
-    def of(cls, name: str, router: Router) -> _RouterManner:
+    def of(cls, name: str, router: Router) -> _RouterMethod:
         """Verified on random logits, with the router's own selection."""
         select = router.selection()
         source: Any = scored(select)
-        manner = cls(
+        method = cls(
             str(getattr(source, "score_function", "softmax")), bool(getattr(source, "normalize", False)),
             float(getattr(source, "scale", 1.0)),
         )  # fmt: skip
-        if not manner._is_that_of(select, router):
-            wrong = next((s for s in reversed(list(wrapped(select))) if not manner._is_that_of(s, router)), select)
+        if not method._is_that_of(select, router):
+            wrong = next((s for s in reversed(list(wrapped(select))) if not method._is_that_of(s, router)), select)
             raise ValueError(
                 f"{name}: expected a selection whose weights are scores of the choice, got {type(wrong).__name__}"
             )
-        return manner
+        return method
 
     @torch.no_grad()
     def _is_that_of(self, select: Select, router: Router) -> bool:
@@ -111,7 +111,7 @@ def layers_of(model: nn.Module, layers: Collection[str] | None) -> dict[str, Rou
 
 
 @contextmanager
-def heard(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Iterator[None]:
+def observed(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Iterator[None]:
     """Inside the block, function(topk_ids [T,K], num_classes) is called at each choice that is not repeated."""
     if layer.router is not None:
 

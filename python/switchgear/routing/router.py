@@ -102,8 +102,8 @@ class Router(KeepsFloat32):
     e_score_correction_bias: Tensor | None
     tokens_per_expert: Tensor | None
     counted = ("tokens_per_expert",)
-    takes: Handover | None = None  # hidden states of the block before, to choose by: a pre-gate (see pregate)
-    hands_on: Handover | None = None  # those of this block, for the next one
+    reads_from: Handover | None = None  # hidden states of the block before, to choose by: a pre-gate (see pregate)
+    passes_to: Handover | None = None  # those of this block, for the next one
 
     def __init__(
         self,
@@ -277,7 +277,7 @@ class Router(KeepsFloat32):
 
     def forward(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
         """Routing of hidden_states [..., H]; leading dimensions are flattened to T."""
-        if self.takes is not None or self.hands_on is not None:
+        if self.reads_from is not None or self.passes_to is not None:
             hidden_states = self._handed_over(hidden_states)
         try:
             rows = hidden_states
@@ -296,9 +296,9 @@ class Router(KeepsFloat32):
 
     def _handed_over(self, hidden_states: Tensor) -> Tensor:
         """What a pre-gate chooses by; leaves its block's own for the next one."""
-        taken = hidden_states if self.takes is None else self.takes.take(hidden_states)
-        if self.hands_on is not None:
-            self.hands_on.hidden_states = hidden_states
+        taken = hidden_states if self.reads_from is None else self.reads_from.take(hidden_states)
+        if self.passes_to is not None:
+            self.passes_to.hidden_states = hidden_states
         return taken
 
     def _is_plain(self) -> bool:

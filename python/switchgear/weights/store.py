@@ -36,6 +36,7 @@ from switchgear.weights.module import FLOATS, StoredProjections, Tie, stored_of,
 from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.panels import Panels
 from switchgear.weights.plain import Copies, Plain, Relaid
+from switchgear.weights.selected import selection_of
 from switchgear.weights.weight import Weight
 
 _logger = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ def wrapper_of(model: nn.Module, name: str) -> str | None:
 
 def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
     """Why the projections of a module cannot be stored; None if they can."""
-    if vars(module).get("_switchgear_selection") is not None:
+    if selection_of(module) is not None:
         return "some of them are trained alone: call switchgear.finetune.unfreeze(model) first"
     if isinstance(form, Plain) and not layout.transposed:
         return None  # nothing to do
