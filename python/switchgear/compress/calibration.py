@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.modes import evaluating
 from switchgear.complaints import check_module, check_seed, check_switch, list_of_names
 from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, ExpertSums, Hessians, LayerCalibration, Samples, hessians_of, sums_of
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.reference import check_size
 from switchgear.trace import Observation, observe
+from switchgear.utils.modes import evaluating
 
 _FORMAT = "switchgear calibration 1"
 

@@ -12,7 +12,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from switchgear.common.modes import evaluating
 from switchgear.convert.attention import attention_from_experts
 from switchgear.convert.average import Merging
 from switchgear.convert.checks import finite_numbers
@@ -21,6 +20,7 @@ from switchgear.convert.modules import watched_rows
 from switchgear.convert.plans import Plan, StateDict
 from switchgear.convert.recipes import dense_plan, experts_plan, split_plan, upcycle_plan
 from switchgear.convert.result import Conversion, Converted
+from switchgear.utils.modes import evaluating
 from switchgear.weights.checks import check_state_dict
 
 

@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
-from switchgear.common.compiling import not_compiled
 from switchgear.experts import Experts
 from switchgear.functional import as_ids, as_limit, as_weights, in_autocast_dtype
 from switchgear.ops import GluOptions
@@ -23,6 +22,7 @@ from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
 from switchgear.parallel.transport import on_cpu
+from switchgear.utils.compiling import not_compiled
 from switchgear.weights import stored_of, weights_of
 from switchgear.weights.adapted import has_adapters, read_by
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchgear.autograd import apply
-from switchgear.common.compiling import not_compiled
 from switchgear.parallel import exchange
 from switchgear.parallel.rows import Link
+from switchgear.utils.compiling import not_compiled
 
 if TYPE_CHECKING:
     from switchgear.parallel.exchange import Layer
