@@ -117,7 +117,7 @@ def test_two_level_pipelines(between: float, within: float, experts: float, tail
     assert line.seconds <= 2 * (between + within) + experts + tail + 1e-9
     assert line.seconds >= max(2 * between, 2 * within, experts + tail) - 1e-9
     for lane in ("link", "near", "experts"):
-        spans = sorted((i.begin, i.end) for i in line.intervals if i.lane == lane)
+        spans = sorted((i.begin, i.end) for i in line.events if i.lane == lane)
         assert len(spans) == {"experts": chunks + (tail > 0)}.get(lane, 2 * chunks)
         assert all(first[1] <= second[0] + 1e-9 for first, second in itertools.pairwise(spans))
     one = two_level_pipeline((between, between), (within, within), experts, 1, tail=tail)
@@ -173,7 +173,7 @@ def test_pipelines(dispatch: float, experts: float, combine: float, tail: float,
     assert one.seconds == pytest.approx(max(dispatch + experts + combine, dispatch + experts + tail))
     assert line.seconds <= least + (dispatch + combine + experts) / chunks + 1e-9 or dispatch + combine > experts
     for lane in ("link", "experts"):  # intervals of a lane do not overlap
-        spans = sorted((i.begin, i.end) for i in line.intervals if i.lane == lane)
+        spans = sorted((i.begin, i.end) for i in line.events if i.lane == lane)
         assert all(first[1] <= second[0] + 1e-9 for first, second in itertools.pairwise(spans))
 
 

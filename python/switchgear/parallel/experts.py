@@ -242,7 +242,7 @@ class ParallelExperts(Experts):
         if len(topk_ids) != len(x):
             raise ValueError(f"topk_ids: expected {len(x)} rows as x has, got {len(topk_ids)}")
         run = super().forward if self._mine else self._no_experts
-        return static.exchange_moe(self._layer, self._number, x, topk_ids, topk_weights, run).reshape(shape)
+        return static.exchange_with_capacity(self._layer, self._number, x, topk_ids, topk_weights, run).reshape(shape)
 
     def _no_experts(self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Zeros, with gradients for everything, since backward is collective too. All rows are zeros."""
