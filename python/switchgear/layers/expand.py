@@ -129,7 +129,7 @@ def _grow(
 ) -> list[nn.Parameter]:
     """Appends the rows to the tensors of both modules. Returns their parameters that train."""
     old = experts.num_experts
-    grown = [Grown(module, {name: _appended(tensor, new[name]) for name, tensor in _tensors(module).items()})
+    grown = [Grown(module, {name: appended(tensor, new[name]) for name, tensor in _tensors(module).items()})
              for module, new in ((experts, rows), (gate, of_gate))]  # fmt: skip
     for module, tensors in grown:  # everything is allocated
         for name, tensor in tensors.items():
@@ -150,7 +150,7 @@ def _grow(
     ]
 
 
-def _appended(old: Tensor, new: Tensor) -> Tensor:
+def appended(old: Tensor, new: Tensor) -> Tensor:
     data = torch.empty(len(old) + len(new), *old.shape[1:], dtype=old.dtype, device=old.device)
     advise_huge_pages(data)
     data[: len(old)], data[len(old) :] = old.detach(), new

@@ -76,7 +76,7 @@ class Saved(NamedTuple):
     relaying: Relaying | None = None  # with two levels
 
 
-def _terms(
+def terms_of(
     layer: Layer, dtype: torch.dtype, hidden_size: int, top_k: int, gradients: int, backward: bool
 ) -> header.Terms:
     parallel = layer.parallel
@@ -91,7 +91,7 @@ def _terms(
     )  # fmt: skip
 
 
-def _agree(
+def exchange_headers(
     transfers: Transfers, terms: header.Terms, num_tokens: int, phase: str, choice: layout.Choice | None = None
 ) -> list[header.Sizes]:
     """Sizes from each source; raises the common error if ranks disagree."""
@@ -136,8 +136,8 @@ def forward(
     num_tokens = len(topk_ids)
     relays_out, relays_in = _relays(parallel)
     choice = layout.choose(topk_ids, layer.rank_of, layer.local_of, parallel.size, relays_out)
-    terms = _terms(layer, x.dtype, x.shape[1], top_k, gradients, False)
-    sizes = _agree(transfers, terms, all_tokens, "agree", choice)
+    terms = terms_of(layer, x.dtype, x.shape[1], top_k, gradients, False)
+    sizes = exchange_headers(transfers, terms, all_tokens, "agree", choice)
     row_bytes = WIRES[parallel.wire].out.row_bytes(x.shape[1], x.element_size())
     num_chunks = parallel.num_chunks or choose_chunks(
         max(size.num_tokens for size in sizes), top_k, parallel.num_stops, row_bytes, parallel.link
@@ -220,8 +220,8 @@ def backward(
     sending, receiving = saved.sending, saved.receiving
     x, pair_weights, *hs = saved.tensors
     num_chunks = len(sending.rows)
-    terms = _terms(layer, grad_y.dtype, grad_y.shape[1], saved.top_k, gradients, True)
-    _agree(transfers, terms, saved.all_tokens, "backward agree")
+    terms = terms_of(layer, grad_y.dtype, grad_y.shape[1], saved.top_k, gradients, True)
+    exchange_headers(transfers, terms, saved.all_tokens, "backward agree")
 
     peers.enter("backward dispatch")
     returning = receiving.pairs_of_chunk if each else receiving.rows

@@ -66,9 +66,9 @@ class _Gather(torch.autograd.Function):
 
 
 def _agreed(layer: Layer, values: Tensor, backward: bool) -> Transfers:
-    terms = exchange._terms(layer, values.dtype, values.shape[1], 0, -4, backward)
+    terms = exchange.terms_of(layer, values.dtype, values.shape[1], 0, -4, backward)
     phase = "backward agree" if backward else "agree"
     transfers = Transfers(layer.parallel, values.device)
-    exchange._agree(transfers, terms, 0, phase)
+    exchange.exchange_headers(transfers, terms, 0, phase)
     layer.parallel.peers.enter("backward dispatch" if backward else "dispatch")
     return transfers

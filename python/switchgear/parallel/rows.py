@@ -16,7 +16,7 @@ from torch import Tensor
 
 from switchgear.parallel.layout import Sending
 from switchgear.parallel.record import Event
-from switchgear.parallel.transport import Work, _Done
+from switchgear.parallel.transport import Done, Work
 from switchgear.parallel.wire import WIRES, Format
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Transfers:
             self.record.between_nodes[kind] += far * row
         if self._alone:
             output.copy_(input)
-            return _Done()
+            return Done()
         work = parallel.transport_for(self.device, channel).all_to_all(output, input, output_rows, input_rows)
         if self.record.events is not None:
             work = _Timed(work, "near" if channel.startswith("within") else "link", kind, self.record.events)

@@ -209,8 +209,8 @@ def _transfer(layer: Layer, phase: str, parts: list[Tensor], overflow: Tensor | 
         transfers = Transfers(parallel, device)
         backward = phase.startswith("backward")
         rows, is_dispatch = parts[0], overflow is not None
-        terms = exchange._terms(layer, rows.dtype, rows.shape[1], len(parts), -2 - is_dispatch, backward)
-        exchange._agree(transfers, terms, 0, "backward agree" if backward else "agree")
+        terms = exchange.terms_of(layer, rows.dtype, rows.shape[1], len(parts), -2 - is_dispatch, backward)
+        exchange.exchange_headers(transfers, terms, 0, "backward agree" if backward else "agree")
         parallel.peers.enter(phase)
         if overflow is not None:
             if device.type == "cpu" and int(overflow[-1]):

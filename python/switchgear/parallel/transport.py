@@ -46,7 +46,7 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-class _Done:
+class Done:
     def wait_for(self, seconds: float) -> bool:
         return True
 
