@@ -357,13 +357,13 @@ def test_flop_that_the_bench_counts(is_plain: bool, mode: str, monkeypatch: pyte
 def test_a_throttled_link(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 of nodes (0, 1) and (2, 3): each direction of each link is busy for its bytes, whatever the order."""
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
-    network = Network((True, True, False, False), 10.0, 100.0, 0.0)
+    network = Network((True, True, False, False), 10.0, 100.0)
     assert network.send(0, [9, 0, 0, 0], [9, 0, 0, 0], 10) == (100, 100)
     assert network.send(0, [9, 0, 1, 2], [9, 0, 2, 0], 10) == (100, 103)  # 30 bytes come, 20 leave
     assert network.send(0, [0, 0, 0, 1], [0, 0, 1, 1], 10) == (103, 104)  # 40 bytes each way
     assert network.send(0, [0, 5, 0, 0], [0, 1, 0, 0], 10) == (100, 100.5)  # within the node
     assert network.send(0, [0, 1, 0, 0], [0, 0, 0, 1], 10) == (104, 105)
-    assert Network((True, True, False, False), 10.0, None, 1.0).send(0, [0, 2, 1, 0], [0, 0, 0, 0], 10) == (100, 104)
+    assert Network((True, True, False, False), 10.0, None).send(0, [0, 2, 1, 0], [0, 0, 0, 0], 10) == (100, 103)
 
 
 def test_nodes_of_the_bench_must_divide(capsys: pytest.CaptureFixture[str]) -> None:
