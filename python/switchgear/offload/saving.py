@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from switchgear.convert.errors import ConversionError
 from switchgear.convert.plans import Item
 from switchgear.convert.writer import shards_of, size_of, write_shard, write_text
-from switchgear.offload.change import read_all
+from switchgear.offload.attachment import read_all
 from switchgear.offload.errors import StoreError
 from switchgear.offload.store import Store
 from switchgear.weights.module import in_layout, stored_of
