@@ -37,8 +37,8 @@ from switchgear.convert.writer import (
     write_shard,
     write_text,
 )
+from switchgear.files import AnyPath
 
-Path_ = str | os.PathLike[str]
 INDEX, REPORT = "model.safetensors.index.json", "conversion.json"
 COPIED = (
     "tokenizer*", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -88,7 +88,7 @@ class Recipe:
             raise RecipeError(f"options: expected plain JSON, got {error}") from None
 
     @classmethod
-    def of(cls, given: Recipe | Mapping[str, Any] | Path_) -> Recipe:
+    def of(cls, given: Recipe | Mapping[str, Any] | AnyPath) -> Recipe:
         """From a dict {"operation": …, "num_experts": …}, or a JSON file with one."""
         if isinstance(given, Recipe):
             return given
@@ -137,9 +137,9 @@ class Report:
 
 
 def run(
-    recipe: Recipe | Mapping[str, Any] | Path_,
-    source: Path_ | Sequence[Path_],
-    target: Path_,
+    recipe: Recipe | Mapping[str, Any] | AnyPath,
+    source: AnyPath | Sequence[AnyPath],
+    target: AnyPath,
     progress: Progress | None = None,
     *,
     resume: bool = True,

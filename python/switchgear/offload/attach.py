@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import at_least, check_module, check_seconds
+from switchgear.files import AnyPath
 from switchgear.offload.attachment import Attachment, Read, end_read, read_all
 from switchgear.offload.cache import Cache, CachedLayer
 from switchgear.offload.device import device_of
@@ -34,7 +35,7 @@ from switchgear.weights.weight import Weight
 
 def offload(
     model: nn.Module,
-    store: Store | str | Path,
+    store: Store | AnyPath,
     *,
     slots: int | None = None,
     bytes: int | None = None,
@@ -94,7 +95,7 @@ def offload(
     prefetch_slots = at_least(1, "prefetch_slots", prefetch_slots)
     staging_slots = at_least(2, "staging_slots", staging_slots)
     threads = at_least(1, "threads", threads)
-    store = Store.open(store) if isinstance(store, (str, Path)) else store
+    store = Store.open(store) if isinstance(store, (str, os.PathLike)) else store
     if not hasattr(store, "open_reader"):
         raise TypeError(f"store: expected a Store or its path, got {type(store).__name__}")
     targets = matched(model, store)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The attachment of a cache to one module: its parameters, or stored weights, make room for those of the cache, and come
-back."""
+"""The attachment of a cache to one module: its parameters, or stored weights, make room for its own, and come back."""
 
 from __future__ import annotations
 
