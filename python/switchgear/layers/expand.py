@@ -30,7 +30,7 @@ def expand(
     moe: nn.Module, count: int, init: str, sources: Sequence[int] | None, freeze_old: bool
 ) -> list[nn.Parameter]:
     """See MoE.expand."""
-    check_size("n_new", count)
+    check_size("num_new", count)
     check_choice("init", init, ("copy", "random"))
     experts, gate = _parts(moe, count)
     chosen = _sources(sources, init, count, experts.num_experts)
@@ -87,7 +87,7 @@ def _parts(moe: Any, count: int) -> tuple[Experts, Router]:
     gate.check_resizable("gate")
     if (experts.num_experts + count) % gate.num_groups:
         total = experts.num_experts + count
-        raise ValueError(f"n_new: expected a multiple of {gate.num_groups} groups of experts in all, got {total}")
+        raise ValueError(f"num_new: expected a multiple of {gate.num_groups} groups of experts in all, got {total}")
     return experts, gate
 
 

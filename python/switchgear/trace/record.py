@@ -98,10 +98,10 @@ class RoutingTrace:
         """Clears the recording."""
         self.layers.clear()
 
-    def log_to(self, writer: Any, *, every: int = 1, layers: int = 8, prefix: str = "moe") -> Log:
+    def log_to(self, writer: Any, *, every: int = 1, max_layers: int = 8, prefix: str = "moe") -> Log:
         """Returns a function to call after each step, which writes the load since it last wrote to TensorBoard, wandb
         or a function; see switchgear.monitoring."""
-        return log_to(self, writer, every=every, layers=layers, prefix=prefix)
+        return log_to(self, writer, every=every, max_layers=max_layers, prefix=prefix)
 
     def _see(self, name: str, seen: Observation) -> None:
         layer = self.layers.get(name)
