@@ -86,7 +86,7 @@ def _measure_all(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, A
     ]
     if args.budget:
         tasks = [task._replace(seconds=args.budget / len(tasks)) for task in tasks]
-    results = {"schema": SCHEMA, "machine": about, "cases": earlier_cases(args, SCHEMA, about)}
+    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": earlier_cases(args, SCHEMA, about)}
     for task in tasks:
         with closing(Child(task.title, _serve, task)) as child:
             case = child.receive()

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
 
 
 def _record_all(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
-    results = {"schema": SCHEMA, "machine": about, "cases": earlier_cases(args, SCHEMA, about)}
+    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": earlier_cases(args, SCHEMA, about)}
     for shape in choose("shapes", args.shapes or ",".join(MODEL_SHAPES), MODEL_SHAPES):
         for dtype in args.dtypes or ("bf16",):
             for mode in args.modes:
