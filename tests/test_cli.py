@@ -234,7 +234,8 @@ def test_a_missing_extra_says_what_to_install(
 
 
 def test_info_needs_torch_alone() -> None:
-    """So do the other commands, up to the point where they need more. Nothing imports torch's compiler."""
+    """So do the other commands, up to the point where they need more. Nothing imports torch's compiler, and the package
+    itself nothing of the commands."""
     expected = {
         "info": (0, "native CPU"), "demo": (2, "needs"), "bench": (2, "needs rich"), "train-tiny": (2, "needs transf"),
         "inspect tiny": (2, "needs transf"), "compress tiny --recipe r --out o": (2, "needs transf"),
@@ -242,6 +243,8 @@ def test_info_needs_torch_alone() -> None:
     code = f"""
 import contextlib, io, json, sys
 sys.modules.update(dict.fromkeys(["numpy", "rich", "matplotlib", "transformers", "PIL"]))
+import switchgear
+assert "switchgear.common" not in sys.modules
 from switchgear.cli import main
 for command in {list(expected)}:
     text = io.StringIO()

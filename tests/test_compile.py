@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import ops, reference
-from switchgear.common.compiling import not_compiled
 from switchgear.ops import registration
 from switchgear.routing import Capacity, DeviceBalance, ImportanceLoad, SwitchLoss, TopP
 from switchgear.testing import Case, GluOptions, Layer, make_layer
+from switchgear.utils.compiling import not_compiled
 
 CASE = Case("compile", 9, 2, 4, 12, 6, "holes")
 NO_TOKENS = CASE._replace(num_tokens=0)

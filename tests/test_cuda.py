@@ -34,7 +34,7 @@ needs_module = pytest.mark.skipif(not HAS_MODULE, reason="built without a CUDA m
 @pytest.fixture
 def forget() -> Any:
     """Clears what cuda.py caches about this machine, before and after."""
-    caches = (cuda._load, cuda.reason_against, native._on_cuda)
+    caches = (cuda._load, cuda.reason_against, native.cuda_kernels_of)
     for cache in caches:
         cache.cache_clear()
     yield

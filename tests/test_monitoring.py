@@ -65,7 +65,7 @@ def test_statistics_are_those_of_a_loop() -> None:
     with RoutingTrace(model) as trace:
         model(torch.randn(40, 16))
     counts = next(iter(trace.layers.values())).tokens_per_expert.tolist()
-    read = LoadMeter(trace, layers=0).read()
+    read = LoadMeter(trace, max_layers=0).read()
     shares = [count / sum(counts) for count in counts]
     assert read["moe/max_violation/worst"] == pytest.approx(max(counts) / (sum(counts) / 4) - 1)
     assert read["moe/load_entropy/mean"] == pytest.approx(-sum(s * math.log(s) for s in shares if s) / math.log(4))
@@ -84,17 +84,17 @@ def test_the_worst_layer_is_the_one_that_it_says() -> None:
         assert read[f"moe/{statistic}/mean"] == pytest.approx(sum(values) / 3)
 
 
-@pytest.mark.parametrize("layers", [0, 1, 3, 100])
-def test_the_number_of_keys_is_bounded_and_they_stay(layers: int) -> None:
+@pytest.mark.parametrize("max_layers", [0, 1, 3, 100])
+def test_the_number_of_keys_is_bounded_and_they_stay(max_layers: int) -> None:
     model = Layers(12)
     with RoutingTrace(model) as trace:
-        meter = LoadMeter(trace, layers=layers)
+        meter = LoadMeter(trace, max_layers=max_layers)
         model(torch.randn(9, 16))
         keys = set(meter.read())
         model(torch.randn(9, 16))
         assert set(meter.read()) == keys
-    assert len(keys) == 5 * (2 + min(layers, 12))
-    if layers == 3:
+    assert len(keys) == 5 * (2 + min(max_layers, 12))
+    if max_layers == 3:
         assert {key.split("/")[2] for key in keys} >= {"layers.0.gate", "layers.11.gate"}
 
 
@@ -167,12 +167,12 @@ def test_mistakes_are_named() -> None:
             log_to(trace, 3)
         with pytest.raises(ValueError, match=r"every: expected 1 to 2\^31 - 1, got 0"):
             log_to(trace, print, every=0)
-        with pytest.raises(ValueError, match=r"layers: expected 0 to 2\^31 - 1, got -1"):
-            log_to(trace, print, layers=-1)
+        with pytest.raises(ValueError, match=r"max_layers: expected 0 to 2\^31 - 1, got -1"):
+            log_to(trace, print, max_layers=-1)
         with pytest.raises(TypeError, match="every: expected int, got float"):
             log_to(trace, print, every=1.5)
-        with pytest.raises(TypeError, match="layers: expected int, got str"):
-            LoadMeter(trace, layers="8")
+        with pytest.raises(TypeError, match="max_layers: expected int, got str"):
+            LoadMeter(trace, max_layers="8")
     with pytest.raises(TypeError, match="trace: expected RoutingTrace, got NoneType"):
         LoadMeter(None)
 
@@ -201,8 +201,8 @@ def test_the_trainer_reports_it_to_all_its_reporters(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer = transformers.Trainer(model, arguments, train_dataset=ids, eval_dataset=ids, callbacks=[Reporter()])
     own = FakeRun()
-    with pytest.raises(ValueError, match=r"layers: expected 0 to .*, got -1"):
-        ExpertLoadCallback(layers=-1)
+    with pytest.raises(ValueError, match=r"max_layers: expected 0 to .*, got -1"):
+        ExpertLoadCallback(max_layers=-1)
     callback = ExpertLoadCallback(own).attach(trainer)
     trainer.train()
     with_load = [logs for logs in seen if "moe/max_violation/mean" in logs]

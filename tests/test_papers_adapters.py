@@ -294,7 +294,7 @@ def test_row68_phatgoose_trains_the_gates_only() -> None:
         losses.append((model(x) - target).square().mean())
         return losses[-1]
 
-    trained = train_gate(model, of_task, loss, steps=60, learning_rate=0.1)
+    trained = train_gate(model, of_task, loss, steps=60, lr=0.1)
     assert losses[-1] < losses[0] / 2
     assert trained.gates["up"][0] == trained.gates["up"].abs().max()
     assert of_task.gates is None

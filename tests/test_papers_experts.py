@@ -154,15 +154,15 @@ def test_row60_an_expert_of_another_model() -> None:
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
-        ({}, {"n_new": 0}, "n_new"),
-        ({}, {"n_new": 1, "init": "zero"}, "init"),
-        ({}, {"n_new": 1, "sources": [4]}, "sources"),
-        ({}, {"n_new": 1, "sources": [0, 1]}, "sources"),
-        ({}, {"n_new": 1, "init": "random", "sources": [0]}, "sources"),
-        ({"num_groups": 2}, {"n_new": 1}, "n_new"),
-        ({"null_experts": 1}, {"n_new": 1}, "VirtualExperts"),
-        ({"widths": [1, 1, 2, 4]}, {"n_new": 1}, "Heterogeneous"),
-        ({"score": Gaussian}, {"n_new": 1}, "score=Gaussian"),
+        ({}, {"num_new": 0}, "num_new"),
+        ({}, {"num_new": 1, "init": "zero"}, "init"),
+        ({}, {"num_new": 1, "sources": [4]}, "sources"),
+        ({}, {"num_new": 1, "sources": [0, 1]}, "sources"),
+        ({}, {"num_new": 1, "init": "random", "sources": [0]}, "sources"),
+        ({"num_groups": 2}, {"num_new": 1}, "num_new"),
+        ({"null_experts": 1}, {"num_new": 1}, "VirtualExperts"),
+        ({"widths": [1, 1, 2, 4]}, {"num_new": 1}, "Heterogeneous"),
+        ({"score": Gaussian}, {"num_new": 1}, "score=Gaussian"),
     ],
 )
 def test_row60_nothing_grows_on_failure(options: Any, arguments: Any, message: str) -> None:

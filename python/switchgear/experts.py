@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.sharded import replicated
 from switchgear.complaints import check_float_dtype
 from switchgear.functional import as_limit, as_number, moe
 from switchgear.reference import ACTIVATIONS, check_choice, check_finite, check_size
+from switchgear.utils.sharded import replicated
 from switchgear.weights import FINDERS, Layout, advise_huge_pages, stored_of, weights_of
 from switchgear.weights.module import attribute
 

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from os import PathLike
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +19,8 @@ try:
 except ImportError:  # not on Windows, where directories are not locked
     fcntl = None  # type: ignore[assignment]
 
+AnyPath = str | os.PathLike[str]
+
 LOCK = "lock"  # a file in a directory that is written
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 
@@ -29,7 +30,7 @@ def unfinished_of(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: str | PathLike[str]) -> Iterator[Path]:
+def replacing(path: AnyPath) -> Iterator[Path]:
     """The name to write a file under. It replaces `path`, or what a link there leads to, at once and durably when the
     block ends, with the permissions of that; if the block fails, `path` stays as it was. Raises IsADirectoryError for a
     folder, and ValueError for a pipe or a device, which a file would replace, before the block."""

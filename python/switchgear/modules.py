@@ -179,13 +179,13 @@ class MoE(WithLosses):
         return (y, routing) if self.return_routing else y
 
     def expand(
-        self, n_new: int, *, init: str = "copy", sources: Sequence[int] | None = None, freeze_old: bool = True
+        self, num_new: int, *, init: str = "copy", sources: Sequence[int] | None = None, freeze_old: bool = True
     ) -> list[nn.Parameter]:
         """Appends experts and their rows of the router, and returns the parameters that train (Lifelong-MoE,
         arXiv:2305.12281).
 
         Args:
-            n_new: number of new experts. Their ids follow the old ones.
+            num_new: number of new experts. Their ids follow the old ones.
             init: "copy" copies experts with their rows of the router; ties go to the old ones. "random" initialises new
                 ones.
             sources: the experts to copy; by default 0, 1, ….
@@ -203,7 +203,7 @@ class MoE(WithLosses):
         """
         from switchgear.layers.expand import expand
 
-        return expand(self, n_new, init, sources, freeze_old)
+        return expand(self, num_new, init, sources, freeze_old)
 
     def add_expert(
         self,

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.sharded import of_matrices
 from switchgear.complaints import check_module
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.layers import MonetRouter
 from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.router import Router
+from switchgear.utils.sharded import of_matrices
 from switchgear.weights.layout import layout_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al., 2024)

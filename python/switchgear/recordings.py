@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from os import PathLike
 from typing import Any, TypeVar
 
 import torch
 
 from switchgear.complaints import first_line
+from switchgear.files import AnyPath
 
 _Recording = TypeVar("_Recording")
 
 
 def load_recording(
-    path: str | PathLike[str], kind: str, file_format: int, of_data: Callable[[dict[str, Any]], _Recording]
+    path: AnyPath, kind: str, file_format: int, of_data: Callable[[dict[str, Any]], _Recording]
 ) -> _Recording:
     """of_data(the dict in the file). ValueError, which names the class `kind`, for any other file."""
     with open(path, "rb") as file:

@@ -39,6 +39,17 @@ def test_a_store_on_disk(form: str, tmp_path: Path) -> None:
         assert all(map(same_bits, outputs_of(model, steps), wanted))
 
 
+def test_any_path_names_a_store(tmp_path: Path) -> None:
+    class Named:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "experts")
+
+    model = make_model()
+    offload.write_store(model, Named())
+    with offload.offload(model, Named(), slots=2) as cache:
+        assert not cache.is_inert
+
+
 def test_a_store_that_changes_while_it_runs(tmp_path: Path) -> None:
     """Truncated, and written over: the error names layer and expert, and what is in memory still runs."""
     model, steps = make_model(), steps_of()

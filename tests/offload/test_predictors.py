@@ -64,7 +64,7 @@ def test_row41_the_next_gate_of_a_hugging_face_model() -> None:
     model = transformers.MixtralForCausalLM(config).eval()
     for block in moe_blocks(model).values():
         torch.nn.init.normal_(block.gate_weight())
-    predictor = NextGate(model, experts=2)
+    predictor = NextGate(model, top_k=2)
     x = torch.randn(1, 16)
     for layer in range(2):
         weight = list(moe_blocks(model).values())[layer + 1].gate_weight()
@@ -128,7 +128,7 @@ def test_row42_argmax_of_the_empirical_conditional(order: int, num_layers: int, 
     for seed in range(4):
         steps = singles(seed, num_layers)
         chain = [next(iter(experts)) for step in steps for experts in step]  # by moment
-        predictor = Follows.of(Accesses.of(steps, num_experts=E), order=order, experts=1)
+        predictor = Follows.of(Accesses.of(steps, num_experts=E), order=order, top_k=1)
         for moment, expert in enumerate(chain):
             layer = moment % num_layers
             ids = torch.tensor([[expert]])
@@ -152,7 +152,7 @@ def test_row42_argmax_of_the_empirical_conditional(order: int, num_layers: int, 
 
 def test_row42_sets_of_experts_average_and_unseen_ones_fall_back() -> None:
     steps = [[{0, 1}, {0}], [{1, 2}, {1, 2}], [{0}, {0, 2}]]
-    follows = Follows.of(Accesses.of(steps, num_experts=4), experts=4)
+    follows = Follows.of(Accesses.of(steps, num_experts=4), top_k=4)
     # P(j | 0): 0 in 2 of 2, 2 in 1 of 2. P(j | 1): 0, 1, 2 each in 1 of 2. Mean: 0.75, 0.25, 0.5.
     assert follows.predict(0, torch.empty(1, 0), torch.tensor([[0, 1]])) == [(1, 0), (1, 2), (1, 1)]
     assert follows.predict(0, torch.empty(1, 0), torch.tensor([[0, -1]])) == [(1, 0), (1, 2)]
@@ -180,7 +180,7 @@ def test_row42_smoothing_is_the_stated_formula() -> None:
 
 def test_row42_other_tokens_than_before_fall_back_to_order_1() -> None:
     run = Accesses.of(singles(0), num_experts=E)
-    first, second = (Follows.of(run, order=order, experts=2) for order in (1, 2))
+    first, second = (Follows.of(run, order=order, top_k=2) for order in (1, 2))
     ids = torch.tensor([[1], [2]])
     second.observe(0, torch.tensor([[1]]))
     assert second.predict(1, torch.empty(2, 0), ids) == first.predict(1, torch.empty(2, 0), ids)
@@ -191,7 +191,7 @@ def test_bad_input() -> None:
     run = Accesses.of(singles(0), num_experts=E)
     for words, call in {
         "layers_ahead: expected 1 to .*, got 0": lambda: NextGate(model, 0),
-        "experts: expected 1 to .*, got 0": lambda: NextGate(model, experts=0),
+        "top_k: expected 1 to .*, got 0": lambda: NextGate(model, top_k=0),
         "model: expected one with MoE layers": lambda: NextGate(torch.nn.Linear(2, 2)),
         "expected pre-gates": lambda: FromPreGate(model),
         "order: expected 1 or 2, got 3": lambda: Follows.of(run, order=3),

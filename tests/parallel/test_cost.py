@@ -117,7 +117,7 @@ def test_two_level_pipelines(between: float, within: float, experts: float, tail
     assert line.seconds <= 2 * (between + within) + experts + tail + 1e-9
     assert line.seconds >= max(2 * between, 2 * within, experts + tail) - 1e-9
     for lane in ("link", "near", "experts"):
-        spans = sorted((i.begin, i.end) for i in line.intervals if i.lane == lane)
+        spans = sorted((i.begin, i.end) for i in line.events if i.lane == lane)
         assert len(spans) == {"experts": chunks + (tail > 0)}.get(lane, 2 * chunks)
         assert all(first[1] <= second[0] + 1e-9 for first, second in itertools.pairwise(spans))
     one = two_level_pipeline((between, between), (within, within), experts, 1, tail=tail)
@@ -173,7 +173,7 @@ def test_pipelines(dispatch: float, experts: float, combine: float, tail: float,
     assert one.seconds == pytest.approx(max(dispatch + experts + combine, dispatch + experts + tail))
     assert line.seconds <= least + (dispatch + combine + experts) / chunks + 1e-9 or dispatch + combine > experts
     for lane in ("link", "experts"):  # intervals of a lane do not overlap
-        spans = sorted((i.begin, i.end) for i in line.intervals if i.lane == lane)
+        spans = sorted((i.begin, i.end) for i in line.events if i.lane == lane)
         assert all(first[1] <= second[0] + 1e-9 for first, second in itertools.pairwise(spans))
 
 
@@ -357,13 +357,13 @@ def test_flop_that_the_bench_counts(is_plain: bool, mode: str, monkeypatch: pyte
 def test_a_throttled_link(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 of nodes (0, 1) and (2, 3): each direction of each link is busy for its bytes, whatever the order."""
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
-    network = Network((True, True, False, False), 10.0, 100.0, 0.0)
+    network = Network((True, True, False, False), 10.0, 100.0)
     assert network.send(0, [9, 0, 0, 0], [9, 0, 0, 0], 10) == (100, 100)
     assert network.send(0, [9, 0, 1, 2], [9, 0, 2, 0], 10) == (100, 103)  # 30 bytes come, 20 leave
     assert network.send(0, [0, 0, 0, 1], [0, 0, 1, 1], 10) == (103, 104)  # 40 bytes each way
     assert network.send(0, [0, 5, 0, 0], [0, 1, 0, 0], 10) == (100, 100.5)  # within the node
     assert network.send(0, [0, 1, 0, 0], [0, 0, 0, 1], 10) == (104, 105)
-    assert Network((True, True, False, False), 10.0, None, 1.0).send(0, [0, 2, 1, 0], [0, 0, 0, 0], 10) == (100, 104)
+    assert Network((True, True, False, False), 10.0, None).send(0, [0, 2, 1, 0], [0, 0, 0, 0], 10) == (100, 103)
 
 
 def test_nodes_of_the_bench_must_divide(capsys: pytest.CaptureFixture[str]) -> None:

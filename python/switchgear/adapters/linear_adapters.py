@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from switchgear.adapters.peft_format import PeftConfig, peft_config, read_config, read_tensors
+from switchgear.files import AnyPath
 from switchgear.reference import check_finite
 
 
@@ -40,7 +41,7 @@ class Adapter:
     gates: Mapping[str, Tensor] | None = None
 
 
-Source = Adapter | Mapping[str, Any] | str | os.PathLike[str] | tuple[Mapping[str, Tensor], Any]
+Source = Adapter | Mapping[str, Any] | AnyPath | tuple[Mapping[str, Tensor], Any]
 
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<letter>[AB])(?:\.[^.]+)?\.weight$")
 

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from switchgear.adapters.linear_adapters import LowRank
 from switchgear.backends import in_autocast
-from switchgear.common.buffers import FillsBuffers
 from switchgear.functional import as_number, combine, grouped_gemm, plan
 from switchgear.reference import check_finite, check_fraction, check_range, check_size, weight_dtype
 from switchgear.routing.context import can_be_read
+from switchgear.utils.buffers import FillsBuffers
 
 # The columns of A per choice, E·r / K, up to which the product with all experts takes less time than that with chosen
 # ones. Measured with 512 tokens, H = 2048, ranks of 4 to 32, bfloat16 and float32, two cores: 50 to 120.

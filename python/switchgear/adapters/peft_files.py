@@ -40,7 +40,7 @@ from switchgear.adapters.peft_format import (
 )
 from switchgear.adapters.sites import Site, adapted_sites, local_experts, sites_of
 from switchgear.complaints import check_float_dtype
-from switchgear.files import replacing
+from switchgear.files import AnyPath, replacing
 from switchgear.weights.adapted import Lora, adapters_of
 from switchgear.weights.form import on_huge_pages
 
@@ -55,7 +55,7 @@ class _Keys(NamedTuple):
     modules: tuple[str, ...]  # paths of PEFT's wrappers: one, or one per expert
 
 
-def save_peft(model: nn.Module, path: str | Path) -> None:
+def save_peft(model: nn.Module, path: AnyPath) -> None:
     """Writes the adapters of a model for PEFT and other readers of its files.
 
         save_peft(model, "adapters")
@@ -111,7 +111,7 @@ def _refuse_mixture(model: nn.Module) -> None:
             )
 
 
-def load_peft(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None) -> list[nn.Parameter]:
+def load_peft(model: nn.Module, path: AnyPath, *, dtype: torch.dtype | None = None) -> list[nn.Parameter]:
     """Adds the adapters of PEFT's file to a model, and freezes its other parameters. A failure changes nothing.
 
     Args:

@@ -21,7 +21,7 @@ def train_gate(
     loss: Callable[[nn.Module], Tensor],
     *,
     steps: int = 100,
-    learning_rate: float = 5e-3,
+    lr: float = 5e-3,
 ) -> Adapter:
     """Trains a vector v for each layer of an adapter, y = base(x) + sigmoid(v · x) · adapter(x), everything else frozen
     (PHATGOOSE, arXiv:2402.05859). Returns the adapter with these gates; the model is as before.
@@ -55,7 +55,7 @@ def train_gate(
             layer.gate.to(wide)
             vectors[name] = layer.gate.weight.requires_grad_(True)
             nn.init.zeros_(vectors[name])
-        optimizer = torch.optim.Adam(vectors.values(), learning_rate)
+        optimizer = torch.optim.Adam(vectors.values(), lr)
         with torch.enable_grad():
             for _ in range(steps):
                 optimizer.zero_grad()

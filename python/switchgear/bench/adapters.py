@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from .case import FORMATS, Case, Inputs, make_case, make_weights
 from .competitors import Skip
 from .markdown import write_outputs
 from .minifloats import in_bfloat16, make_stored
-from .results import Row, check_same_machine, read_json, rounded, write_json
+from .results import Row, earlier_cases, read_json, rounded, write_json
 from .shapes import SHAPES, Shape
 from .timing import interleave
 from .verify import SAMPLED_TOKENS
@@ -87,11 +86,7 @@ def _measure_all(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, A
     ]
     if args.budget:
         tasks = [task._replace(seconds=args.budget / len(tasks)) for task in tasks]
-    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": []}
-    if args.json and Path(args.json).exists() and Path(args.json).stat().st_size:
-        earlier = read_json(args.json, "--json", SCHEMA)
-        check_same_machine(earlier, results, args.json)
-        results["cases"] = earlier["cases"]
+    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": earlier_cases(args, SCHEMA, about)}
     for task in tasks:
         with closing(Child(task.title, _serve, task)) as child:
             case = child.receive()

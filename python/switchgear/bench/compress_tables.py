@@ -11,7 +11,7 @@ from typing import Any
 from ..common import markdown_table, threads
 from ..common.plots import FAINT, colors, pyplot, save
 from .compress_variants import BASE
-from .documents import Blocks
+from .documents import Blocks, section
 from .results import Row
 
 FAR = 3.0  # standard deviations of the random prunings by which a criterion must beat their mean
@@ -23,7 +23,7 @@ def blocks(results: dict[str, Any]) -> Blocks:
 
 
 def whole(results: dict[str, Any]) -> str:
-    return f"{note(results)}\n{table(results)}\n{''.join(f'- {line}' + chr(10) for line in verdicts(results))}"
+    return section(note(results), table(results), verdicts(results))
 
 
 def text(results: dict[str, Any]) -> str:

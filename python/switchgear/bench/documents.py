@@ -8,7 +8,7 @@ them is replaced, and nothing else is. A document with text but without such pai
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..common import CommandError, write_file
@@ -19,6 +19,11 @@ _MARK = re.compile(f"{_LINE}.*", re.MULTILINE)
 _PLACE = re.compile(
     rf"^([ \t]*<!-- bench:(\w+) -->[ \t]*(\r?\n))((?!{_LINE}).*\n)*([ \t]*<!-- /bench:\2 -->)", re.MULTILINE
 )
+
+
+def section(note: str, table: str, verdicts: Iterable[str]) -> str:
+    """A block with a table between a note and a list."""
+    return "\n".join([note, table, *(f"- {verdict}" for verdict in verdicts)]) + "\n"
 
 
 def check(path: str) -> None:

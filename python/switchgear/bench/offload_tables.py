@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from ..common import markdown_table, threads
-from .documents import Blocks
+from .documents import Blocks, section
 from .results import Row
 
 OFFLOAD, PREFETCH, REPLAY, FITS = "offload", "prefetch", "replay", "all fits"
@@ -31,7 +31,7 @@ def blocks(results: dict[str, Any]) -> Blocks:
 
 
 def whole(results: dict[str, Any]) -> str:
-    return f"{note(results)}\n{table(results)}\n{''.join(f'- {line}' + chr(10) for line in verdicts(results))}"
+    return section(note(results), table(results), verdicts(results))
 
 
 def text(results: dict[str, Any]) -> str:

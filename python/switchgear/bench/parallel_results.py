@@ -193,7 +193,7 @@ def _predicted(
     forward = line("forward", parts[0], overhead / 2)
     backward = line("backward", parts[1], overhead / 2, parts[2])
     whole = (a + b for a, b in zip(forward[1:], backward[1:], strict=True))
-    return Timeline([*forward.intervals, *backward.intervals], *whole)
+    return Timeline([*forward.events, *backward.events], *whole)
 
 
 def _share(step: Step, name: str) -> float:

@@ -156,6 +156,16 @@ def check_same_machine(earlier: dict[str, Any], later: dict[str, Any], path: str
             raise CommandError(f"--json: {path} is of {name} {there}, this run of {here}")
 
 
+def earlier_cases(args: argparse.Namespace, schema: str, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases in the file of --json, to which this run adds. CommandError if it is of another machine."""
+    if not (args.json and Path(args.json).exists() and Path(args.json).stat().st_size):
+        return []
+    earlier = read_json(args.json, "--json", schema)
+    check_same_machine(earlier, {"machine": about}, args.json)
+    cases: list[dict[str, Any]] = earlier["cases"]
+    return cases
+
+
 def cases_of(results: dict[str, Any]) -> list[list[Row]]:
     """The rows grouped by case, in order."""
     groups: dict[tuple[Any, ...], list[Row]] = {}

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from ..common import threads as threads_of
 from ..common.processes import Child
 from .case import DECODE_TOKENS, FORMATS, ROUTINGS, Inputs, call_of, make_case, make_weights
 from .markdown import write_outputs
-from .results import Row, check_same_machine, read_json, write_json
+from .results import Row, earlier_cases, read_json, write_json
 from .shapes import SHAPES, Shape
 from .threads_model import LOSSES, MACHINES, Cores, as_row, fork_seconds, machine, measured, predict, record
 
@@ -60,11 +59,7 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
 
 
 def _record_all(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
-    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": []}
-    if args.json and Path(args.json).exists() and Path(args.json).stat().st_size:
-        earlier = read_json(args.json, "--json", SCHEMA)
-        check_same_machine(earlier, results, args.json)
-        results["cases"] = earlier["cases"]
+    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": earlier_cases(args, SCHEMA, about)}
     for shape in choose("shapes", args.shapes or ",".join(MODEL_SHAPES), MODEL_SHAPES):
         for dtype in args.dtypes or ("bf16",):
             for mode in args.modes:

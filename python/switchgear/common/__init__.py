@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from ..complaints import check_seed
-from ..files import write_whole
+from ..files import AnyPath, write_whole
 
 
 class CommandError(Exception):
@@ -49,13 +49,13 @@ def check_writable(folder: Path) -> None:
         raise CommandError(f"--out: cannot write to {folder}: {error.strerror}") from None
 
 
-def check_new(option: str, path: str | Path) -> None:
+def check_new(option: str, path: AnyPath) -> None:
     """CommandError if there is something, also a link that leads nowhere."""
     if os.path.lexists(path):
         raise CommandError(f"--{option}: expected a folder that does not exist, got {path}")
 
 
-def check_file(option: str, path: str | Path) -> None:
+def check_file(option: str, path: AnyPath) -> None:
     """Creates the file if there is none. CommandError if `write_file` could not write it."""
     try:
         open(path, "ab").close()
@@ -66,7 +66,7 @@ def check_file(option: str, path: str | Path) -> None:
         raise CommandError(f"--{option}: cannot write {path}: {error.strerror}") from None
 
 
-def write_file(option: str, path: str | Path, text: str) -> None:
+def write_file(option: str, path: AnyPath, text: str) -> None:
     """Replaces a file at once; a pipe, which has nothing to keep, is written to. CommandError if it cannot be."""
     target = Path(path)
     try:

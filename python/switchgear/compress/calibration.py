@@ -7,19 +7,19 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.modes import evaluating
 from switchgear.complaints import check_module, check_seed, check_switch, list_of_names
 from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, ExpertSums, Hessians, LayerCalibration, Samples, hessians_of, sums_of
+from switchgear.files import AnyPath
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.reference import check_size
 from switchgear.trace import Observation, observe
+from switchgear.utils.modes import evaluating
 
 _FORMAT = "switchgear calibration 1"
 
@@ -72,7 +72,7 @@ class Calibration:
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Writes a safetensors file; its metadata is JSON. Needs the package safetensors."""
         from safetensors.torch import save_file
 
@@ -93,7 +93,7 @@ class Calibration:
         save_file(tensors, path, {"format": _FORMAT, "layers": json.dumps(layers)})
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Calibration:
+    def load(cls, path: AnyPath) -> Calibration:
         """Reads a file of `save`. Raises ValueError for any other file."""
         from safetensors import SafetensorError, safe_open
 

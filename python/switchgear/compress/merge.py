@@ -18,7 +18,7 @@ from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
     STEP_COUNTS,
-    Change,
+    Cut,
     Place,
     check_config,
     check_cuttable,
@@ -121,16 +121,16 @@ def merge_experts(
     counts = {name: count_of(layer, keep) for name, layer in layers.items()}
     if router != "keep":
         check_config(model, [layer.block for layer in layers.values()], list(counts.values()))
-    done, changes = {}, []
+    done, cuts = {}, []
     for name, layer in layers.items():
         known = calibration.layers[name]
         frequency = known.sums(domains).counts.double()
         groups = _groups(layer, known, frequency, counts[name], similarity, cluster, domains)
         weights = [_shares(frequency[group]) for group in groups]
         done[name] = MergedLayer(name, groups, [share.tolist() for share in weights])
-        changes.append(_change(layer, groups, weights, align, router))
+        cuts.append(_cut(layer, groups, weights, align, router))
     before = sum(parameter.numel() for parameter in model.parameters())
-    commit(model, changes)
+    commit(model, cuts)
     after = sum(parameter.numel() for parameter in model.parameters())
     return Merged(done, router, before, after)
 
@@ -198,9 +198,9 @@ def _shares(frequency: Tensor) -> Tensor:
 # ---- averages --------------------------------------------------------------------------------------------------------
 
 
-def _change(
+def _cut(
     layer: ExpertLayer, groups: Sequence[Sequence[int]], weights: Sequence[Tensor], align: bool, router: str
-) -> Change:
+) -> Cut:
     orders = _orders(layer, groups, weights) if align else {}
     keeps = router == "keep"
     owner = {expert: index for index, group in enumerate(groups) for expert in group}
@@ -213,9 +213,9 @@ def _change(
             merged = merged[[owner[expert] for expert in range(layer.num_experts)]]
         experts.append((place, merged))
     if keeps:
-        return Change(layer, layer.num_experts, [], experts)
+        return Cut(layer, layer.num_experts, [], experts)
     gate = [(place, _of_router(place, groups, weights, router)) for place in gate_places(layer.block)]
-    return Change(layer, len(groups), gate, experts)
+    return Cut(layer, len(groups), gate, experts)
 
 
 def _average(

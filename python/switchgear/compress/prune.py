@@ -17,7 +17,7 @@ from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
     NO_EXPERT,
-    Change,
+    Cut,
     check_config,
     check_cuttable,
     check_unshared,
@@ -122,11 +122,11 @@ def prune_experts(
     if replace == "constant":
         assert calibration is not None
         _check_constant(layers)
-        changes = [_with_constants(layer, found[name].kept) for name, layer in layers.items()]
+        cuts = [_with_constants(layer, found[name].kept) for name, layer in layers.items()]
         means = {name: _mean_outputs(calibration.layers[name], found[name].removed, domains) for name in layers}
         for name, mean in means.items():
             check_finite(name, mean)
-        commit(model, changes)
+        commit(model, cuts)
         for name, layer in layers.items():
             _put_constants(layer, found[name], means[name])
     else:
@@ -153,15 +153,15 @@ def _check_seen(calibration: Calibration, names: Iterable[str], domains: Domains
             raise ValueError(f"calibration: expected tokens in all layers, got none in {name}")
 
 
-# ---- the changes -----------------------------------------------------------------------------------------------------
+# ---- the cuts --------------------------------------------------------------------------------------------------------
 
 
-def _without(layer: ExpertLayer, pruned: PrunedLayer) -> Change:
+def _without(layer: ExpertLayer, pruned: PrunedLayer) -> Cut:
     keep = [*pruned.kept, *[NO_EXPERT] * pruned.padding]
     gate = kept_gate(layer.block, keep)
     if pruned.padding:
         _check_padding(layer, pruned, gate)
-    return Change(layer, len(keep), gate, kept_experts(layer, keep))
+    return Cut(layer, len(keep), gate, kept_experts(layer, keep))
 
 
 def _check_padding(layer: ExpertLayer, pruned: PrunedLayer, gate: Any) -> None:
@@ -191,10 +191,10 @@ def _check_constant(layers: Mapping[str, ExpertLayer]) -> None:
             raise ValueError(f"replace: expected none for {layer.name}, whose router is grouped or scales its input")
 
 
-def _with_constants(layer: ExpertLayer, kept: Sequence[int]) -> Change:
+def _with_constants(layer: ExpertLayer, kept: Sequence[int]) -> Cut:
     """The router's rows of the experts kept, then of the others."""
     kept, removed = split_experts(layer, kept)
-    return Change(layer, len(kept), kept_gate(layer.block, [*kept, *removed]), kept_experts(layer, kept))
+    return Cut(layer, len(kept), kept_gate(layer.block, [*kept, *removed]), kept_experts(layer, kept))
 
 
 def _mean_outputs(layer: LayerCalibration, experts: Sequence[int], domains: Domains) -> Tensor:

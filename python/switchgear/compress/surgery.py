@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.modes import evaluating
 from switchgear.compress.layer import ExpertLayer
 from switchgear.experts import Experts
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.router import Router
+from switchgear.utils.modes import evaluating
 from switchgear.weights import advise_huge_pages
 from switchgear.weights.change import memory_of
 from switchgear.weights.selected import selection_of
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Change:
+class Cut:
     """New tensors of a block with `count` experts. Nothing of the model is changed before `commit`."""
 
     layer: ExpertLayer
@@ -183,17 +183,17 @@ def kept_experts(layer: ExpertLayer, keep: Sequence[int]) -> list[tuple[Place, T
     return [(place, rows(place.tensor)) for place in expert_places(layer)]
 
 
-def commit(model: nn.Module, changes: Sequence[Change]) -> None:
-    """Applies the changes to a model; they have all been computed. Configs of Hugging Face follow."""
-    old = changes[0].layer.block.num_experts
-    fields = [] if changes[0].layer.block.is_ours else _config_fields([change.layer.block for change in changes])
-    for change in changes:
-        for place, tensor in (*change.gate, *change.experts):
+def commit(model: nn.Module, cuts: Sequence[Cut]) -> None:
+    """Applies the cuts to a model; they have all been computed. Configs of Hugging Face follow."""
+    old = cuts[0].layer.block.num_experts
+    fields = [] if cuts[0].layer.block.is_ours else _config_fields([cut.layer.block for cut in cuts])
+    for cut in cuts:
+        for place, tensor in (*cut.gate, *cut.experts):
             place.put(tensor)
-        _set_counts(change.layer.block, change.count)
+        _set_counts(cut.layer.block, cut.count)
     if not fields:
         return
-    count = changes[0].count
+    count = cuts[0].count
     for config, name in fields:
         value = getattr(config, name)
         setattr(config, name, [count] * len(value) if isinstance(value, (list, tuple)) else count)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.complaints import check_module, first_line
+from switchgear.convert.checks import check_moe
 from switchgear.convert.gates import EqualTopK
 from switchgear.functional import as_number
 from switchgear.reference import check_fraction, check_size
@@ -240,13 +241,10 @@ def attention_to_moe(
     something else, such as interleaved rotary embeddings: the layer is compared with its mixture on random rows.
     """
     found = _read(attention, "attention")
-    check_size("num_experts", num_experts)
+    top_k = num_experts if top_k is None else top_k
+    check_moe(num_experts, top_k)
     if found["kv_heads"] % num_experts:
         raise ValueError(f"num_experts: expected a divisor of {found['kv_heads']} heads of keys, got {num_experts}")
-    top_k = num_experts if top_k is None else top_k
-    check_size("top_k", top_k)
-    if top_k > num_experts:
-        raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
     chosen = EqualTopK(top_k, num_experts / top_k) if select is None else select
     made = MixtureOfAttention(
         found["hidden_size"], num_experts, found["heads"] // num_experts, found["kv_heads"] // num_experts,

@@ -24,7 +24,7 @@ from switchgear.convert.checks import finite_numbers
 from switchgear.convert.directory import CONFIG, Directory, full_config
 from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
 from switchgear.convert.layouts import layout_plan
-from switchgear.convert.plans import Item, Plan
+from switchgear.convert.plans import ConversionPlan, Item
 from switchgear.convert.recipes import dense_plan, experts_plan, merge_plan, split_plan, upcycle_plan
 from switchgear.convert.writer import (
     JOURNAL,
@@ -37,8 +37,8 @@ from switchgear.convert.writer import (
     write_shard,
     write_text,
 )
+from switchgear.files import AnyPath
 
-Path_ = str | os.PathLike[str]
 INDEX, REPORT = "model.safetensors.index.json", "conversion.json"
 COPIED = (
     "tokenizer*", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -88,7 +88,7 @@ class Recipe:
             raise RecipeError(f"options: expected plain JSON, got {error}") from None
 
     @classmethod
-    def of(cls, given: Recipe | Mapping[str, Any] | Path_) -> Recipe:
+    def of(cls, given: Recipe | Mapping[str, Any] | AnyPath) -> Recipe:
         """From a dict {"operation": …, "num_experts": …}, or a JSON file with one."""
         if isinstance(given, Recipe):
             return given
@@ -137,9 +137,9 @@ class Report:
 
 
 def run(
-    recipe: Recipe | Mapping[str, Any] | Path_,
-    source: Path_ | Sequence[Path_],
-    target: Path_,
+    recipe: Recipe | Mapping[str, Any] | AnyPath,
+    source: AnyPath | Sequence[AnyPath],
+    target: AnyPath,
     progress: Progress | None = None,
     *,
     resume: bool = True,
@@ -216,7 +216,7 @@ def _write(journal: Journal, shards: Mapping[str, list[Item]], resumed: Sequence
             raise DamagedCheckpoint(f"{name}: {error}") from error
 
 
-def plan_of(recipe: Recipe, sources: Sequence[Directory]) -> Plan:
+def plan_of(recipe: Recipe, sources: Sequence[Directory]) -> ConversionPlan:
     """The plan of a recipe: all checks of shapes and of the family, and no data. RecipeError for what is impossible."""
     options = dict(recipe.options)
     try:
@@ -227,17 +227,17 @@ def plan_of(recipe: Recipe, sources: Sequence[Directory]) -> Plan:
         raise RecipeError(str(error)) from error
 
 
-def _upcycle(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+def _upcycle(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
     return upcycle_plan(full_config(sources[0]), sources[0], **options)
 
 
-def _split(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+def _split(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
     if (path := options.get("importance")) is not None:
         options["importance"] = _by_layer("importance", path)
     return split_plan(full_config(sources[0]), sources[0], **options)
 
 
-def _experts(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+def _experts(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
     base, router, merging = options.pop("base", None), options.pop("router", "random"), _merging(options, "merge")
     origin = _base(base)
     rows = None if router in ROUTERS else _by_layer("router", router)
@@ -251,7 +251,7 @@ def _experts(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
     )  # fmt: skip
 
 
-def _merge(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+def _merge(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
     base, merging = options.pop("base", None), _merging(options, "method")
     origin = _base(base)
     return merge_plan(
@@ -274,15 +274,15 @@ def _merging(options: dict[str, Any], method: str) -> Merging:
     )  # fmt: skip
 
 
-def _dense(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+def _dense(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
     return dense_plan(full_config(sources[0]), sources[0], **options)
 
 
-def _layout(sources: Sequence[Directory], options: dict[str, Any]) -> Plan:
+def _layout(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
     return layout_plan(sources[0].config(), sources[0], options["to"])
 
 
-PLANS: dict[str, Callable[[Sequence[Directory], dict[str, Any]], Plan]] = {
+PLANS: dict[str, Callable[[Sequence[Directory], dict[str, Any]], ConversionPlan]] = {
     "upcycle": _upcycle, "split": _split, "experts": _experts, "merge": _merge, "dense": _dense, "layout": _layout,
 }  # fmt: skip
 
@@ -301,8 +301,8 @@ def _by_layer(name: str, path: Any) -> dict[int, Tensor]:
 
 
 def _finish(
-    journal: Journal, recipe: Recipe, source: Path, target: Path, plan: Plan, shards: Mapping[str, list[Item]],
-    resumed: tuple[str, ...],
+    journal: Journal, recipe: Recipe, source: Path, target: Path, plan: ConversionPlan,
+    shards: Mapping[str, list[Item]], resumed: tuple[str, ...],
 ) -> Report:  # fmt: skip
     """Writes what is beside the shards, and gives the directory its name."""
     folder = journal.folder

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from switchgear.convert.errors import DamagedCheckpoint
 from switchgear.convert.writer import NAMES
+from switchgear.files import AnyPath
 
 CONFIG = "config.json"
 
@@ -21,7 +21,7 @@ CONFIG = "config.json"
 class Directory:
     """A Source of a checkpoint directory (safetensors)."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: AnyPath) -> None:
         from switchgear.integrations.checkpoint_files import CheckpointFiles, Reader  # import safetensors
 
         self.path = Path(path)

@@ -16,7 +16,7 @@ from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_fe
 from switchgear.convert.modules import is_transformers
 from switchgear.convert.split import fill, initialize_router, layer_like
 from switchgear.experts import Experts
-from switchgear.layers.expand import _appended
+from switchgear.layers.expand import appended
 from switchgear.modules import MoE
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.scores_of_experts import Domain
@@ -161,7 +161,7 @@ def add_domain_expert(moe: MoE, mlp: nn.Module | Mapping[str, Tensor], embedding
         raise ValueError(f"mlp: expected {shapes}, got { {name: list(row.shape) for name, row in rows.items()} }")
     if embedding.numel() != score.domain_embeddings.shape[1]:
         raise ValueError(f"embedding: expected [{score.domain_embeddings.shape[1]}], got {list(embedding.shape)}")
-    grown = {name: _appended(parameter.detach(), rows[name].detach()[None]) for name, parameter in wanted.items()}
+    grown = {name: appended(parameter.detach(), rows[name].detach()[None]) for name, parameter in wanted.items()}
     for name, tensor in grown.items():
         experts._parameters[name] = nn.Parameter(tensor, requires_grad=wanted[name].requires_grad)
     score.add_expert(embedding)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.modes import evaluating
 from switchgear.complaints import check_module
 from switchgear.convert.ffn import NAMES, is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, watched_rows
 from switchgear.reference import check_choice
+from switchgear.utils.modes import evaluating
 
 DOWN = tuple(dict.fromkeys(down for _, _, down in NAMES))
 

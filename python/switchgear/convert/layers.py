@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.modes import evaluating
 from switchgear.complaints import check_module
 from switchgear.convert.ffn import is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, put, watched_rows
@@ -19,6 +18,7 @@ from switchgear.convert.split import split_dense
 from switchgear.modules import MoE
 from switchgear.reference import check_size
 from switchgear.routing.selection import Threshold, TopK
+from switchgear.utils.modes import evaluating
 
 
 @dataclass(frozen=True)

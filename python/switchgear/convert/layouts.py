@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from switchgear.convert.families import FAMILIES, PARTS, Family, check_unquantized
-from switchgear.convert.plans import Item, Plan, Source, copied
+from switchgear.convert.plans import ConversionPlan, Item, Source, copied
 from switchgear.reference import check_choice
 
 LAYOUTS = ("per_expert", "fused", "megatron", "megatron_te", "megatron_grouped")
@@ -30,7 +30,7 @@ class Found:
     keys: frozenset[str]
 
 
-def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> Plan:
+def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> ConversionPlan:
     """Rearranges the experts of an MoE checkpoint, and renames routers; all values stay.
 
     per_expert        model.layers.0.mlp.experts.3.gate_proj.weight [I,H], …   (as published; Mixtral: w1, w3, w2)
@@ -60,7 +60,7 @@ def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> Plan:
         hidden, width, dtype = read.sizes(layer)
         items += _written(to, family, layer, count, hidden, width, dtype, read)
     done = tuple((f"model.layers.{layer}", found.layout, count, to) for layer, count in sorted(found.experts.items()))
-    return Plan(dict(config), tuple(items), done)
+    return ConversionPlan(dict(config), tuple(items), done)
 
 
 def find(source: Source, family: Family) -> Found:

@@ -12,15 +12,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from switchgear.common.modes import evaluating
 from switchgear.convert.attention import attention_from_experts
 from switchgear.convert.average import Merging
 from switchgear.convert.checks import finite_numbers
 from switchgear.convert.families import layers_of
 from switchgear.convert.modules import watched_rows
-from switchgear.convert.plans import Plan, StateDict
+from switchgear.convert.plans import ConversionPlan, StateDict
 from switchgear.convert.recipes import dense_plan, experts_plan, split_plan, upcycle_plan
 from switchgear.convert.result import Conversion, Converted
+from switchgear.utils.modes import evaluating
 from switchgear.weights.checks import check_state_dict
 
 
@@ -61,7 +61,7 @@ def tensors_of(model: Any) -> StateDict:
     return StateDict({key: tensor for key, tensor in model.state_dict().items() if key not in tied})
 
 
-def built(model: Any, plan: Plan) -> Conversion:
+def built(model: Any, plan: ConversionPlan) -> Conversion:
     """A new model of the plan's config with its tensors, in the mode and on the device of the old one. Raises
     ValueError for tensors of several dtypes, since transformers gives a model one."""
     dtype = _dtype_of(plan)
@@ -83,7 +83,7 @@ def built(model: Any, plan: Plan) -> Conversion:
     return Conversion(made, layers, plan.notes)
 
 
-def _dtype_of(plan: Plan) -> torch.dtype:
+def _dtype_of(plan: ConversionPlan) -> torch.dtype:
     """The floating dtype that all tensors have."""
     first, *others = (item for item in plan.items if item.dtype.is_floating_point)
     for item in others:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.common.modes import evaluating
 from switchgear.complaints import check_tensor
 from switchgear.routing.context import Context, sequences
+from switchgear.utils.modes import evaluating
 
 
 @torch.no_grad()

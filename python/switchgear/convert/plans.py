@@ -60,7 +60,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """A whole conversion: the new config, the tensors, and what is done to each layer with experts."""
 
     config: dict[str, Any]

@@ -27,7 +27,7 @@ from switchgear.convert.families import (
     num_experts_of,
 )
 from switchgear.convert.ffn import FeedForward, feed_forward
-from switchgear.convert.plans import Item, Once, Plan, Source, Split, collected, copied, split, upcycled
+from switchgear.convert.plans import ConversionPlan, Item, Once, Source, Split, collected, copied, split, upcycled
 
 PADDED = 8  # neurons; transformers' grouped_mm reads rows of multiples of 16 bytes
 
@@ -36,7 +36,7 @@ def upcycle_plan(
     config: Mapping[str, Any], source: Source, *, num_experts: int = 8, top_k: int = 2,
     layers: str | Sequence[int] = "all", router_init: float = 0.02, noise: float = 0.0, seed: int = 0,
     family: str | None = None,
-) -> Plan:  # fmt: skip
+) -> ConversionPlan:  # fmt: skip
     """See upcycle."""
     check_dense(config)
     check_moe(num_experts, top_k)
@@ -47,7 +47,7 @@ def upcycle_plan(
     items = upcycled(source, found, size, router_init=router_init, noise=noise, seed=seed)
     how = f"{found.model_type}, copies" + (f" with noise {noise}" if noise else "")
     done = tuple((f"model.layers.{layer}.mlp", "dense", num_experts, how) for layer in size.layers)
-    return Plan(moe_config(config, found, size), tuple(items), done, notes)
+    return ConversionPlan(moe_config(config, found, size), tuple(items), done, notes)
 
 
 def _padded(width: int) -> tuple[int, tuple[str, ...]]:
@@ -60,7 +60,7 @@ def split_plan(
     config: Mapping[str, Any], source: Source, *, num_experts: int, top_k: int, layers: str | Sequence[int] = "all",
     method: str = "random", shared: int | float = 0, importance: Mapping[int, Tensor] | None = None, keep: float = 0.5,
     rescale: bool = True, router_init: float = 0.02, seed: int = 0, family: str | None = None,
-) -> Plan:  # fmt: skip
+) -> ConversionPlan:  # fmt: skip
     """See split_dense. Each expert is E times its neurons (K times without rescale), since weights sum to 1."""
     check_dense(config)
     check_moe(num_experts, top_k)
@@ -89,14 +89,14 @@ def split_plan(
         notes.append(f"experts are padded with zeros to {size.width} neurons, the shared one to {size.shared_width}")
     text = f"{found.model_type}, split by {method}, {size.width} neurons each"
     done = tuple((f"model.layers.{layer}.mlp", "dense", num_experts, text) for layer in chosen)
-    return Plan(moe_config(config, found, size), tuple(items), done, tuple(notes))
+    return ConversionPlan(moe_config(config, found, size), tuple(items), done, tuple(notes))
 
 
 def experts_plan(
     models: Sequence[tuple[Mapping[str, Any], Source]], base: tuple[Mapping[str, Any], Source] | None, *, top_k: int,
     layers: str | Sequence[int] = "all", family: str | None = None, router: Mapping[int, Tensor] | None = None,
     router_init: float = 0.02, merging: Merging, seed: int = 0, noise: float = 0.0,
-) -> Plan:  # fmt: skip
+) -> ConversionPlan:  # fmt: skip
     """See from_dense_experts."""
     check_moe(len(models), top_k)
     check_random(seed, router_init=router_init, noise=noise)
@@ -118,7 +118,7 @@ def experts_plan(
     )  # fmt: skip
     how = f"{found.model_type}, one per model; other tensors by {merging.method}"
     done = tuple((f"model.layers.{layer}.mlp", "dense", size.num_experts, how) for layer in size.layers)
-    return Plan(moe_config(config, found, size), tuple(items), done, notes)
+    return ConversionPlan(moe_config(config, found, size), tuple(items), done, notes)
 
 
 def _check_router(router: Mapping[int, Tensor], size: Size, hidden: int) -> None:
@@ -135,14 +135,14 @@ def _check_router(router: Mapping[int, Tensor], size: Size, hidden: int) -> None
 
 def merge_plan(
     models: Sequence[tuple[Mapping[str, Any], Source]], base: tuple[Mapping[str, Any], Source] | None, merging: Merging
-) -> Plan:
+) -> ConversionPlan:
     """See merge_models."""
     for own, _ in [*models, *([base] if base is not None else [])]:
         check_unquantized(own)
     sources = [source for _, source in models]
     make = merged_items(sources, None if base is None else base[1], merging)
     config = dict(models[0][0] if base is None else base[0])
-    return Plan(config, tuple(make(key) for key in sources[0].keys()))  # noqa: SIM118  (not a mapping)
+    return ConversionPlan(config, tuple(make(key) for key in sources[0].keys()))  # noqa: SIM118  (not a mapping)
 
 
 def merged_items(sources: Sequence[Source], base: Source | None, merging: Merging) -> Callable[[str], Item]:
@@ -169,7 +169,7 @@ def merged_items(sources: Sequence[Source], base: Source | None, merging: Mergin
 def dense_plan(
     config: Mapping[str, Any], source: Source, method: str = "mean", *, weights: Sequence[float] | None = None,
     rank: int | None = None,
-) -> Plan:  # fmt: skip
+) -> ConversionPlan:  # fmt: skip
     """A dense model of an MoE one: mixtral -> mistral, qwen3_moe -> qwen3; see to_dense."""
     made, layers = dense_config(config)
     family = FAMILIES[str(config["model_type"])]
@@ -210,4 +210,4 @@ def dense_plan(
             items.append(Item(dense_key(layer, part), shape, dtype, make))
     kept = [key for key in source.keys() if key not in set(replaced)]  # noqa: SIM118
     done = tuple((f"model.layers.{layer}.mlp", f"{count} experts", 1, f"dense by {method}") for layer in layers)
-    return Plan(made, (*(copied(source, key) for key in kept), *items), done)
+    return ConversionPlan(made, (*(copied(source, key) for key in kept), *items), done)

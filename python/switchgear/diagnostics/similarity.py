@@ -9,24 +9,24 @@ from torch import Tensor, nn
 from switchgear import ops
 
 
-def expert_similarity(weights: Tensor, how: str = "matrices") -> Tensor:
+def expert_similarity(weights: Tensor, method: str = "matrices") -> Tensor:
     """Cosine similarity of the experts of weights [E,I,D] with a row per neuron (see `neurons`), [E,E] float64.
 
-    how:
+    method:
         "matrices": of the whole matrices. Neurons have no order, so experts that compute the same may differ here.
         "neurons": of the mean neuron of each expert, which no order changes.
         "reordered": of the matrices after the best one-to-one assignment of their neurons (by the sum of cosines; the
             Hungarian algorithm). Takes E²/2 assignments of I neurons.
     """
     weights = weights.detach().double()
-    if how == "matrices":
+    if method == "matrices":
         return _cosines(weights.flatten(1))
     if weights.dim() != 3:
-        raise ValueError(f"weights: expected [E,I,D] for {how}, got {list(weights.shape)}")
-    if how == "neurons":
+        raise ValueError(f"weights: expected [E,I,D] for {method}, got {list(weights.shape)}")
+    if method == "neurons":
         return _cosines(weights.mean(1))
-    if how != "reordered":
-        raise ValueError(f"how: expected matrices, neurons or reordered, got {how}")
+    if method != "reordered":
+        raise ValueError(f"method: expected matrices, neurons or reordered, got {method}")
     result = torch.eye(weights.shape[0], dtype=torch.float64)
     for i in range(weights.shape[0]):
         for j in range(i):
@@ -72,15 +72,15 @@ def neurons(gate_up_proj: Tensor, down_proj: Tensor, *, transposed: bool = False
     return torch.cat([*parts, down.transpose(1, 2)], -1)
 
 
-def output_similarity(outputs: Tensor, how: str = "cosine") -> Tensor:
+def output_similarity(outputs: Tensor, method: str = "cosine") -> Tensor:
     """How alike the outputs [E,T,H] of the experts are, [E,E] float64: "cosine", the mean over tokens of the cosine
     similarity; "cka", linear centred kernel alignment (arXiv:1905.00414), which ignores rotations."""
     outputs = outputs.detach().double()
-    if how == "cosine":
+    if method == "cosine":
         units = _unit(outputs)
         return torch.einsum("ith,jth->ij", units, units) / max(outputs.shape[1], 1)
-    if how != "cka":
-        raise ValueError(f"how: expected cosine or cka, got {how}")
+    if method != "cka":
+        raise ValueError(f"method: expected cosine or cka, got {method}")
     centred = outputs - outputs.mean(1, keepdim=True)
     number = outputs.shape[0]
     products = torch.zeros(number, number, dtype=torch.float64, device=outputs.device)

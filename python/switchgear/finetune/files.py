@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module, first_line
-from switchgear.files import replacing
+from switchgear.files import AnyPath, replacing
 from switchgear.weights import Layout, layout_of
 from switchgear.weights.selected import SUFFIX, selection_of
 
 _FORMAT = 1  # version of the file format
 
 
-def save_selected(model: nn.Module, path: str | PathLike[str]) -> None:
+def save_selected(model: nn.Module, path: AnyPath) -> None:
     """Writes the experts that freeze_except lets train, and the parameters that train beside them, with torch.save.
 
     Raises ValueError if no experts are trained alone.
@@ -45,7 +44,7 @@ def save_selected(model: nn.Module, path: str | PathLike[str]) -> None:
         torch.save({"format": _FORMAT, "experts": experts, "others": others, "layouts": layouts}, unfinished)
 
 
-def load_selected(model: nn.Module, path: str | PathLike[str]) -> dict[str, list[int]]:
+def load_selected(model: nn.Module, path: AnyPath) -> dict[str, list[int]]:
     """Writes the experts of a file of save_selected into a model, whether or not it is frozen. Other experts keep their
     values. Returns the experts by name of their module.
 
@@ -111,7 +110,7 @@ def _fitting(module: nn.Module, name: str, key: str, ids: Tensor, values: Tensor
     return parameter
 
 
-def _read(path: str | PathLike[str]) -> Any:
+def _read(path: AnyPath) -> Any:
     with open(path, "rb") as file:
         try:
             data = torch.load(file, weights_only=True)

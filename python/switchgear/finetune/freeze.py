@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.sites import Site, guard, sites_at, unguard
-from switchgear.common.sharded import is_sharded
 from switchgear.complaints import check_module
 from switchgear.finetune.scores import Selected
 from switchgear.routing.router import Router
+from switchgear.utils.sharded import is_sharded
 from switchgear.weights import layout_of, stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.layout import hint_for

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from switchgear.autograd import needs_autograd
 from switchgear.backends import in_autocast
-from switchgear.common.compiling import not_compiled
 from switchgear.functional.waves import Layer, Rows, Sums, adds_in_order_of_experts, renumbered
 from switchgear.ops import GluOptions
+from switchgear.utils.compiling import not_compiled
 from switchgear.weights.offloaded import OffloadedWeight, Source, Wave
 from switchgear.weights.weight import AdaptedWeight, Weight
 

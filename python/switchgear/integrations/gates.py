@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchgear.common.compiling import constant_when_compiled, not_compiled
 from switchgear.integrations.parts import has_hooks
 from switchgear.ops import GluOptions
+from switchgear.utils.compiling import constant_when_compiled, not_compiled
 
 ACTIVATION_NAMES = ("act_fn", "activation", "activation_fn", "act")  # of attributes of modules
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

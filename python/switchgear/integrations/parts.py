@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from switchgear.adapters.wrappers import is_wrapper, unwrapped
-from switchgear.common.compiling import constant_when_compiled
+from switchgear.utils.compiling import constant_when_compiled
 from switchgear.weights.adapted import Lent
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from switchgear.files import AnyPath
 from switchgear.integrations import published_groups, published_nf4
 from switchgear.integrations.checkpoint_files import CONFIG, CheckpointFiles, Reader
 from switchgear.integrations.published_groups import Packing
@@ -45,7 +45,7 @@ Read = Callable[[Reader, torch.device], Tensor | Weight]
 
 
 def load_published(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     model: nn.Module | None = None,
     *,
     dtype: torch.dtype = torch.bfloat16,

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.common.modes import evaluating
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.context import NOTHING_KNOWN, Context
 from switchgear.routing.ranking import SCORE_FUNCTIONS
+from switchgear.utils.modes import evaluating
 
 _SCALES = ("routed_scaling_factor", "route_scale", "router_scaling_factor")
 _TOKENS = 64  # of the probe

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.backends import warn_once
-from switchgear.common.modes import evaluating
 from switchgear.integrations.bypass import refuse_bypass
 from switchgear.integrations.experts import not_plain, tensors_of
 from switchgear.integrations.forwards import replace_forward, runs_own_forward
 from switchgear.integrations.parts import Bypassed, is_swap
 from switchgear.integrations.undecorated import Patch, patch_of
+from switchgear.utils.modes import evaluating
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 

@@ -31,7 +31,7 @@ def expand(
     moe: nn.Module, count: int, init: str, sources: Sequence[int] | None, freeze_old: bool
 ) -> list[nn.Parameter]:
     """See MoE.expand."""
-    check_size("n_new", count)
+    check_size("num_new", count)
     check_choice("init", init, ("copy", "random"))
     experts, gate = _parts(moe, count)
     chosen = _sources(sources, init, count, experts.num_experts)
@@ -88,7 +88,7 @@ def _parts(moe: Any, count: int) -> tuple[Experts, Router]:
     gate.check_resizable("gate")
     if (experts.num_experts + count) % gate.num_groups:
         total = experts.num_experts + count
-        raise ValueError(f"n_new: expected a multiple of {gate.num_groups} groups of experts in all, got {total}")
+        raise ValueError(f"num_new: expected a multiple of {gate.num_groups} groups of experts in all, got {total}")
     return experts, gate
 
 
@@ -130,7 +130,7 @@ def _grow(
 ) -> list[nn.Parameter]:
     """Appends the rows to the tensors of both modules. Returns their parameters that train."""
     old = experts.num_experts
-    grown = [Grown(module, {name: _appended(tensor, new[name]) for name, tensor in _tensors(module).items()})
+    grown = [Grown(module, {name: appended(tensor, new[name]) for name, tensor in _tensors(module).items()})
              for module, new in ((experts, rows), (gate, of_gate))]  # fmt: skip
     for module, tensors in grown:  # everything is allocated
         for name, tensor in tensors.items():
@@ -151,7 +151,7 @@ def _grow(
     ]
 
 
-def _appended(old: Tensor, new: Tensor) -> Tensor:
+def appended(old: Tensor, new: Tensor) -> Tensor:
     data = torch.empty(len(old) + len(new), *old.shape[1:], dtype=old.dtype, device=old.device)
     advise_huge_pages(data)
     data[: len(old)], data[len(old) :] = old.detach(), new

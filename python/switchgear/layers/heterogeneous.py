@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from switchgear.common.buffers import FillsBuffers
 from switchgear.layers.common import experts_class
 from switchgear.reference import check_range
 from switchgear.routing.context import can_be_read
+from switchgear.utils.buffers import FillsBuffers
 from switchgear.weights.checks import check_plain
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.buffers import KeepsFloat32
 from switchgear.functional import gate
 from switchgear.layers.common import check_rows
 from switchgear.reference import weight_dtype
 from switchgear.routing.context import is_recomputing
+from switchgear.utils.buffers import KeepsFloat32
 
 MODES = ("horizontal", "vertical")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
-from switchgear.common.scalars import LoadsScalars
 from switchgear.layers.common import check_rows
+from switchgear.utils.scalars import LoadsScalars
 
 
 def per_conv_tokens(features: Tensor) -> Tensor:

@@ -25,14 +25,14 @@ class ExpertLoadCallback(TrainerCallback):
 
     Args:
         writer: where to write, besides the logs: see switchgear.monitoring.sinks.write_of. None: nowhere else.
-        layers: at most so many layers have keys of their own.
+        max_layers: at most so many layers have keys of their own.
         prefix: of the keys.
     """
 
-    def __init__(self, writer: Any = None, *, layers: int = 8, prefix: str = "moe") -> None:
-        check_size("layers", layers, 0)
+    def __init__(self, writer: Any = None, *, max_layers: int = 8, prefix: str = "moe") -> None:
+        check_size("max_layers", max_layers, 0)
         self._write = None if writer is None else write_of(writer)
-        self._layers, self._prefix = layers, prefix
+        self._max_layers, self._prefix = max_layers, prefix
         self.trace: RoutingTrace | None = None
         self._meter: LoadMeter | None = None
         self._recording = False
@@ -45,7 +45,7 @@ class ExpertLoadCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._stop()
         self.trace = RoutingTrace(model)
-        self._meter = LoadMeter(self.trace, layers=self._layers, prefix=self._prefix)
+        self._meter = LoadMeter(self.trace, max_layers=self._max_layers, prefix=self._prefix)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trace is not None and not self._recording:

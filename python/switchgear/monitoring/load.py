@@ -29,10 +29,10 @@ class LoadMeter:
 
     Args:
         trace: a RoutingTrace; it may be recording.
-        layers: at most so many layers have keys of their own; 0 for the statistics over all layers alone.
+        max_layers: at most so many layers have keys of their own; 0 for the statistics over all layers alone.
         prefix: of the keys.
 
-    A reading has at most 5 · (2 + layers) keys, such as "moe/max_violation/mean", "moe/max_violation/worst" and
+    A reading has at most 5 · (2 + max_layers) keys, such as "moe/max_violation/mean", "moe/max_violation/worst" and
     "moe/max_violation/model.layers.3.mlp":
         max_violation: max load / mean load - 1; 0 is balanced.
         load_entropy: of the load, divided by log E; 1 is balanced.
@@ -41,11 +41,11 @@ class LoadMeter:
         dropped: choices dropped by a capacity limit, as a fraction.
     """
 
-    def __init__(self, trace: RoutingTrace, *, layers: int = 8, prefix: str = "moe") -> None:
+    def __init__(self, trace: RoutingTrace, *, max_layers: int = 8, prefix: str = "moe") -> None:
         if not hasattr(trace, "layers"):
             raise TypeError(f"trace: expected RoutingTrace, got {type(trace).__name__}")
-        check_size("layers", layers, 0)
-        self.trace, self.layers, self.prefix = trace, layers, prefix
+        check_size("max_layers", max_layers, 0)
+        self.trace, self.max_layers, self.prefix = trace, max_layers, prefix
         self._before: dict[str, tuple[LayerTrace, Tensor]] = {}
         self._named: list[str] = []
 
@@ -86,8 +86,8 @@ class LoadMeter:
 
     def _with_keys(self, names: list[str]) -> list[str]:
         """The layers that have keys of their own, chosen once: the first, the last and those between."""
-        if not self._named and self.layers:
-            last, count = len(names) - 1, min(self.layers, len(names))
+        if not self._named and self.max_layers:
+            last, count = len(names) - 1, min(self.max_layers, len(names))
             self._named = [names[round(i * last / max(count - 1, 1))] for i in range(count)]
         return self._named
 

@@ -58,7 +58,7 @@ class Log:
         return metrics
 
 
-def log_to(trace: RoutingTrace, writer: Any, *, every: int = 1, layers: int = 8, prefix: str = "moe") -> Log:
+def log_to(trace: RoutingTrace, writer: Any, *, every: int = 1, max_layers: int = 8, prefix: str = "moe") -> Log:
     """A Log of the trace to `writer` (see write_of), with the keys of LoadMeter.
 
     with RoutingTrace(model) as trace:
@@ -67,4 +67,4 @@ def log_to(trace: RoutingTrace, writer: Any, *, every: int = 1, layers: int = 8,
             train(model, batch)
             log(step)
     """
-    return Log(LoadMeter(trace, layers=layers, prefix=prefix), writer, every)
+    return Log(LoadMeter(trace, max_layers=max_layers, prefix=prefix), writer, every)

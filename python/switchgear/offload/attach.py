@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import at_least, check_module, check_seconds
+from switchgear.files import AnyPath
+from switchgear.offload.attachment import Attachment, Read, end_read, read_all
 from switchgear.offload.cache import Cache, CachedLayer
-from switchgear.offload.change import Change, Read, end_read, read_all
 from switchgear.offload.device import device_of
 from switchgear.offload.errors import StoreError
 from switchgear.offload.policies import LRU, Policy
 from switchgear.offload.pool import Pool, arena
 from switchgear.offload.predictors import Predictor
 from switchgear.offload.residency import Residency
-from switchgear.offload.sizes import Plan, groups_of, plans_of
+from switchgear.offload.sizes import CachePlan, groups_of, plans_of
 from switchgear.offload.staging import Staging
 from switchgear.offload.statistics import LayerStatistics, Statistics
 from switchgear.offload.store import Store
@@ -34,7 +35,7 @@ from switchgear.weights.weight import Weight
 
 def offload(
     model: nn.Module,
-    store: Store | str | Path,
+    store: Store | AnyPath,
     *,
     slots: int | None = None,
     bytes: int | None = None,
@@ -94,7 +95,7 @@ def offload(
     prefetch_slots = at_least(1, "prefetch_slots", prefetch_slots)
     staging_slots = at_least(2, "staging_slots", staging_slots)
     threads = at_least(1, "threads", threads)
-    store = Store.open(store) if isinstance(store, (str, Path)) else store
+    store = Store.open(store) if isinstance(store, (str, os.PathLike)) else store
     if not hasattr(store, "open_reader"):
         raise TypeError(f"store: expected a Store or its path, got {type(store).__name__}")
     targets = matched(model, store)
@@ -144,8 +145,8 @@ class Offloaded:
         slots: experts that the cache holds, of all layers. nbytes: its memory, with the other rows.
     """
 
-    def __init__(self, cache: Cache, changes: Sequence[Change], plans: Sequence[Plan], path: str) -> None:
-        self._cache, self._changes, self._path = cache, list(changes), path
+    def __init__(self, cache: Cache, attachments: Sequence[Attachment], plans: Sequence[CachePlan], path: str) -> None:
+        self._cache, self._attachments, self._path = cache, list(attachments), path
         self._trained: list[nn.Parameter] = []  # the model's other ones, which show whether it is frozen meanwhile
         self.is_inert = not cache.layers
         self.slots = sum(sum(plan.capacities) for plan in plans)
@@ -198,20 +199,20 @@ class Offloaded:
             if self._cache.is_closed:
                 return
             loaded: list[tuple[Weight, Weight] | None] = []
-            for change in self._changes:
-                wanted = change.had_weights if restore is None else restore
-                reads = (self._cache.reader, change.target.records, change.reads, self._cache.timeout)
+            for attachment in self._attachments:
+                wanted = attachment.had_weights if restore is None else restore
+                reads = (self._cache.reader, attachment.target.records, attachment.reads, self._cache.timeout)
                 loaded.append(read_all(*reads) if wanted else None)
             self._cache.is_closed = True
             if self._cache.device is not None:
                 self._cache.device.synchronize()  # before its memory is freed
             ties: dict[Tie, nn.Parameter] = {}
             is_frozen = bool(self._trained) and not any(parameter.requires_grad for parameter in self._trained)
-            for change, weights in zip(self._changes, loaded, strict=True):
+            for attachment, weights in zip(self._attachments, loaded, strict=True):
                 if is_frozen:
-                    freeze_stored(change.target.module)
-                change.end(weights, ties)
-            self._changes.clear()
+                    freeze_stored(attachment.target.module)
+                attachment.end(weights, ties)
+            self._attachments.clear()
             self._trained.clear()
             self._cache.reader.close()
 
@@ -223,7 +224,7 @@ def _attach(
     cache: Cache,
     store: Store,
     targets: Sequence[Target],
-    plans: Sequence[Plan],
+    plans: Sequence[CachePlan],
     policy: Policy,
     is_checked: bool,
     place: torch.device,
@@ -240,21 +241,21 @@ def _attach(
         weights = _cached(cache, targets, files, plans, policy, staging_slots)
     ties: dict[int, Tie] = {}
     form = OffloadedForm(str(store.path.absolute()))
-    changes = [
-        Change.of(target, form, own, file, ties) for target, own, file in zip(targets, weights, files, strict=True)
+    attachments = [
+        Attachment.of(target, form, own, file, ties) for target, own, file in zip(targets, weights, files, strict=True)
     ]
-    done: list[Change] = []
+    done: list[Attachment] = []
     try:
-        for change in changes:
-            done.append(change)
-            change.commit()
+        for attachment in attachments:
+            done.append(attachment)
+            attachment.commit()
     except BaseException:
-        for change in done:
-            change.undo()
+        for attachment in done:
+            attachment.undo()
         raise
-    for change in changes:
-        change.forget()
-    return Offloaded(cache, changes, plans, str(store.path))
+    for attachment in attachments:
+        attachment.forget()
+    return Offloaded(cache, attachments, plans, str(store.path))
 
 
 @torch.inference_mode(False)
@@ -262,7 +263,7 @@ def _cached(
     cache: Cache,
     targets: Sequence[Target],
     files: Sequence[Sequence[Read]],
-    plans: Sequence[Plan],
+    plans: Sequence[CachePlan],
     policy: Policy,
     staging_slots: int,
 ) -> list[tuple[OffloadedWeight, OffloadedWeight]]:
@@ -295,7 +296,7 @@ def _cached(
     return weights
 
 
-def _pool(cache: Cache, plan: Plan, staging_slots: int) -> Pool:
+def _pool(cache: Cache, plan: CachePlan, staging_slots: int) -> Pool:
     size = plan.rows, plan.group.record_bytes
     if cache.device is None:
         return Pool(cache.reader, arena(*size), plan.guess_rows)

@@ -28,11 +28,11 @@ class Follows:
     Attributes:
         tables: `[order][layer]`: P of the layer's experts, [E,…,E] with a dimension for each layer before; the last
             dimension is the layer's own. tables[0] has the frequencies.
-        experts: predicted per token; as many as it has choices if None.
+        top_k: experts predicted per token; as many as it has choices if None.
     """
 
-    def __init__(self, tables: Sequence[Sequence[Tensor]], experts: int | None = None) -> None:
-        self.tables, self.experts = tables, experts
+    def __init__(self, tables: Sequence[Sequence[Tensor]], top_k: int | None = None) -> None:
+        self.tables, self.top_k = tables, top_k
         self._seen: list[tuple[int, Tensor]] = []  # layers and their choices, the latest last
 
     @property
@@ -41,21 +41,19 @@ class Follows:
         return len(self.tables) - 1
 
     @classmethod
-    def of(
-        cls, source: Accesses | Source, order: int = 1, experts: int | None = None, smoothing: float = 0.0
-    ) -> Follows:
+    def of(cls, source: Accesses | Source, order: int = 1, top_k: int | None = None, smoothing: float = 0.0) -> Follows:
         """From Accesses, or what `Accesses.of` takes: token by token.
 
         Args:
             order: layers that a prediction looks back on, 1 or 2. A table has E^(order+1) float32 per layer.
-            experts: see the class.
+            top_k: see the class.
             smoothing: steps s added to each context, with the P of one layer less: P(j | i) = (n(i, j) + s·P(j)) /
                 (n(i) + s). 0: none.
         """
         if order not in (1, 2):
             raise ValueError(f"order: expected 1 or 2, got {order}")
-        if experts is not None:
-            check_size("experts", experts)
+        if top_k is not None:
+            check_size("top_k", top_k)
         if not 0 <= smoothing < float("inf"):
             raise ValueError(f"smoothing: expected a number of at least 0, got {smoothing}")
         run = source if isinstance(source, Accesses) else Accesses.of(source)
@@ -65,14 +63,14 @@ class Follows:
         for length in range(1, order + 1):
             fewer = tables[-1]
             tables.append([_conditional(used, layer, length, fewer[layer], smoothing) for layer in range(len(used))])
-        return cls(tables, experts)
+        return cls(tables, top_k)
 
     @torch.no_grad()
     def predict(self, layer: int, hidden_states: Tensor, topk_ids: Tensor) -> Iterable[Expert]:
         num_layers = len(self.tables[0])
         ahead = (layer + 1) % num_layers
         scores = self._scores(ahead, [*self._before(layer, topk_ids), topk_ids])
-        count = min(topk_ids.shape[1] if self.experts is None else self.experts, scores.shape[1])
+        count = min(topk_ids.shape[1] if self.top_k is None else self.top_k, scores.shape[1])
         weights, ids = scores.sort(dim=1, descending=True, stable=True)
         weights, ids = weights[:, :count], ids[:, :count]
         ids = ids.masked_fill(weights <= 0, -1)

@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from switchgear.files import AnyPath
 from switchgear.offload.store import Store
 
 
 def load_model(
-    checkpoint: str | os.PathLike[str],
-    store: Store | str | os.PathLike[str],
+    checkpoint: AnyPath,
+    store: Store | AnyPath,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",

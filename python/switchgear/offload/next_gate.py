@@ -24,20 +24,20 @@ class NextGate:
     Args:
         model: with switchgear's MoE layers, or a Hugging Face model.
         layers_ahead: how far the later layer is; the paper has 1 and 2. The last layers predict nothing.
-        experts: of each token, its best; at most as many as the gate chooses. The paper has 1 to 2.
+        top_k: experts of each token, its best; at most as many as the gate chooses. The paper has 1 to 2.
 
     Raises:
         ValueError: a model without such layers, or a gate that is no function of hidden states alone.
     """
 
-    def __init__(self, model: nn.Module, layers_ahead: int = 1, experts: int | None = 2) -> None:
+    def __init__(self, model: nn.Module, layers_ahead: int = 1, top_k: int | None = 2) -> None:
         check_size("layers_ahead", layers_ahead)
-        if experts is not None:
-            check_size("experts", experts)
+        if top_k is not None:
+            check_size("top_k", top_k)
         blocks = list(moe_blocks(model).values())
         if not blocks:
             raise ValueError("model: expected one with MoE layers, got none")
-        self.layers_ahead, self.experts = layers_ahead, experts
+        self.layers_ahead, self.top_k = layers_ahead, top_k
         self.num_experts = [block.num_experts for block in blocks]
         self._gates = [_gate_of(block) if i >= layers_ahead else None for i, block in enumerate(blocks)]
 
@@ -48,8 +48,8 @@ class NextGate:
         if gate is None:
             return []
         ids, weights = gate(hidden_states)
-        if self.experts is not None and self.experts < ids.shape[1]:
-            weights, best = weights.masked_fill(ids < 0, -torch.inf).topk(self.experts, dim=1)
+        if self.top_k is not None and self.top_k < ids.shape[1]:
+            weights, best = weights.masked_fill(ids < 0, -torch.inf).topk(self.top_k, dim=1)
             ids = ids.gather(1, best)
         return [(ahead, expert) for expert in ranked(ids, weights, self.num_experts[ahead])]
 
@@ -62,7 +62,7 @@ class FromPreGate(NextGate):
     one, so it is known here, all of it (arXiv:2308.12066)."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model, layers_ahead=1, experts=None)
+        super().__init__(model, layers_ahead=1, top_k=None)
         for name, block in list(moe_blocks(model).items())[1:]:
             if getattr(block.gate, "reads_from", None) is None:
                 raise ValueError(f"model: expected pre-gates (routing.pregate), got a gate of its own in {name}")

@@ -73,12 +73,12 @@ class Recall:
         return tuple(LayerRecall(name, *counts) for name, counts in zip(self.names, self._counts, strict=True))
 
 
-def recall(predictor: Predictor, run: Accesses) -> tuple[LayerRecall, ...]:
+def recall(predictor: Predictor, accesses: Accesses) -> tuple[LayerRecall, ...]:
     """Replays a recorded run through a predictor that needs no hidden states, such as `Follows`; it gets the experts of
     a step as those of one token. `watch` counts any predictor while a model runs."""
-    found = Recall(run.layers, run.num_experts)
+    found = Recall(accesses.layers, accesses.num_experts)
     nothing = torch.empty(1, 0)
-    for step in run.steps:
+    for step in accesses.steps:
         for layer, experts in enumerate(step):
             ids = torch.tensor([experts], dtype=torch.int32)
             found.used(layer, ids)

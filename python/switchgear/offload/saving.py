@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from switchgear.convert.errors import ConversionError
 from switchgear.convert.plans import Item
 from switchgear.convert.writer import shards_of, size_of, write_shard, write_text
-from switchgear.offload.change import read_all
+from switchgear.files import AnyPath
+from switchgear.offload.attachment import read_all
 from switchgear.offload.errors import StoreError
 from switchgear.offload.store import Store
 from switchgear.weights.module import in_layout, stored_of
@@ -27,7 +28,7 @@ from switchgear.weights.weight import Weight
 _SUFFIX, _TIMEOUT = ".partial", 600.0
 
 
-def save_pretrained(model: Any, path: str | os.PathLike[str], *, max_shard_size: int = 5 * 10**9) -> None:
+def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: int = 5 * 10**9) -> None:
     """Writes the whole model for `from_pretrained`: config, what is in memory, and the experts from their store, as the
     plain weights that it represents. One layer is in memory at a time. The folder appears when it is complete.
 

@@ -22,7 +22,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """Of a group. capacities: slots of each layer, or one number for all of them.
 
     rows: of the arena: the slots, those that the experts of a step pass through if they are more than the slots, and
@@ -55,7 +55,9 @@ def groups_of(record_bytes: Sequence[int], num_experts: Sequence[int]) -> list[G
     return result
 
 
-def plans_of(groups: Sequence[Group], slots: int | None, size: int | None, shared: bool, guess_rows: int) -> list[Plan]:
+def plans_of(
+    groups: Sequence[Group], slots: int | None, size: int | None, shared: bool, guess_rows: int
+) -> list[CachePlan]:
     """For `slots` per layer, or as many as fit in `size` bytes."""
     slots = None if slots is None else integer("slots", slots)
     size = None if size is None else integer("bytes", size)
@@ -70,7 +72,7 @@ def plans_of(groups: Sequence[Group], slots: int | None, size: int | None, share
     most = max(count for group in groups for count in group.num_experts)
     steps = max(len(group.layers) for group in groups) if shared else 1
 
-    def plans(count: int) -> list[Plan]:
+    def plans(count: int) -> list[CachePlan]:
         found = []
         for group in groups:
             each = [min(-(-count // steps), experts) for experts in group.num_experts]
@@ -92,19 +94,19 @@ def plans_of(groups: Sequence[Group], slots: int | None, size: int | None, share
     return plans(low)
 
 
-def _plan(group: Group, each: Sequence[int], shared: bool, guess_rows: int) -> Plan:
+def _plan(group: Group, each: Sequence[int], shared: bool, guess_rows: int) -> CachePlan:
     total, most = sum(group.num_experts), max(group.num_experts)
     if shared:
         capacity = min(sum(each), total)
         # Experts that are resident and leave can have higher numbers than those that take their slots. Then both are
         # in memory, at most half of a layer's; and one more passes through.
         extra = 0 if capacity >= most else min(capacity, most // 2) + 1
-        plan = Plan(group, (capacity,), capacity + extra, guess_rows)
+        plan = CachePlan(group, (capacity,), capacity + extra, guess_rows)
     else:
         pairs = [(min(own, experts), experts) for own, experts in zip(each, group.num_experts, strict=True)]
         extra = max((min(own, experts - own) + 1 for own, experts in pairs if own < experts), default=0)
         capacities = tuple(own for own, _ in pairs)
-        plan = Plan(group, capacities, sum(capacities) + extra, guess_rows)
+        plan = CachePlan(group, capacities, sum(capacities) + extra, guess_rows)
     if plan.fits:
-        return Plan(group, plan.capacities, total, 0)
-    return Plan(group, plan.capacities, plan.rows + guess_rows, guess_rows)
+        return CachePlan(group, plan.capacities, total, 0)
+    return CachePlan(group, plan.capacities, plan.rows + guess_rows, guess_rows)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from switchgear import _C
+from switchgear.files import AnyPath
 from switchgear.offload import store_index, store_sources, store_writer
 from switchgear.offload.errors import StoreError
 from switchgear.offload.store_records import PAGE, Records
@@ -51,7 +52,7 @@ class Store:
         )
 
     @staticmethod
-    def open(path: str | os.PathLike[str]) -> Store:
+    def open(path: AnyPath) -> Store:
         """Opens a store. Raises StoreError, which names the file, if one is missing, truncated or does not fit the
         others. Records are checked when they are read."""
         folder = Path(path)
@@ -113,8 +114,8 @@ def _verify(reader: _C.Reader, records: Records, reads: list[tuple[int, int, int
 
 
 def write_store(
-    source: nn.Module | str | os.PathLike[str],
-    path: str | os.PathLike[str],
+    source: nn.Module | AnyPath,
+    path: AnyPath,
     form: str | Form = "plain",
     *,
     dtype: torch.dtype | None = None,

@@ -51,13 +51,13 @@ class Timeline:
         return sum(map(sum, self.waits))
 
 
-def pregated(run: Accesses) -> list[list[tuple[int, ...]]]:
+def pregated(accesses: Accesses) -> list[list[tuple[int, ...]]]:
     """The guesses of pre-gates: all that a layer needs, but for the first layer of a step, whose gate is its own."""
-    return [[() if layer == 0 else experts for layer, experts in enumerate(step)] for step in run.steps]
+    return [[() if layer == 0 else experts for layer, experts in enumerate(step)] for step in accesses.steps]
 
 
 def timeline(
-    run: Accesses,
+    accesses: Accesses,
     guesses: Sequence[Sequence[Collection[int]]] | None = None,
     *,
     copy_seconds: float,
@@ -74,7 +74,7 @@ def timeline(
     for name, value in (("copy_seconds", copy_seconds), ("compute_seconds", compute_seconds)):
         if not (value >= 0 and isfinite(value)):
             raise ValueError(f"{name}: expected at least 0, got {value}")
-    needed = [experts for step in run.steps for experts in step]
+    needed = [experts for step in accesses.steps for experts in step]
     guessed = [()] * len(needed) if guesses is None else [tuple(g) for step in guesses for g in step]
     if len(guessed) != len(needed):
         raise ValueError(f"guesses: expected those of {len(needed)} layers, got {len(guessed)}")
@@ -98,7 +98,7 @@ def timeline(
     lane.waiting.clear()
     used = {(moment, e) for moment, experts in enumerate(needed) for e in experts}
     wasted = sum((c.moment, c.expert) not in used for c in lane.intervals)
-    width = max(len(run.layers), 1)
+    width = max(len(accesses.layers), 1)
     rows = tuple(tuple(waits[i : i + width]) for i in range(0, len(waits), width))
     intervals = tuple(sorted([*computing, *lane.intervals], key=lambda i: (i.begin, i.end)))
     return Timeline(routed, rows, len(lane.intervals), wasted, lane.peak(), intervals)

@@ -109,6 +109,6 @@ host = Kernels(_C, torch.get_num_threads, _kept_like, frozenset(FORMATS))
 
 
 @functools.cache
-def _on_cuda(index: int) -> Kernels:
+def cuda_kernels_of(index: int) -> Kernels:
     module = cuda.module()
     return Kernels(module, cuda.Execution(module, index), formats=_CUDA_FORMATS)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from switchgear import backends, cuda, reference
 from switchgear.complaints import check_dense
-from switchgear.ops.native import Kernels, _on_cuda, host
+from switchgear.ops.native import Kernels, cuda_kernels_of, host
 from switchgear.reference.formats import format_of
 
 _lib: Any = torch.library.Library("switchgear", "DEF")  # type: ignore[no-untyped-call]
@@ -146,7 +146,7 @@ def register(
         if reason is not None:
             backends.announce_reference(device, reason)
             return in_torch(*args)
-        kernels = _on_cuda(device.index)
+        kernels = cuda_kernels_of(device.index)
         if not (is_everywhere or hasattr(kernels.module, name)):
             return in_torch(*args)
         for index in forms:

@@ -61,7 +61,7 @@ class _Copy:
 
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
         output.copy_(input)
-        return transports._Done()
+        return transports.Done()
 
     def abort(self) -> None:
         pass

@@ -13,7 +13,6 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from switchgear.complaints import first_line
 from switchgear.experts import Experts
+from switchgear.files import AnyPath
 from switchgear.parallel.checkpoint_metadata import Reader, read_metadata
 from switchgear.parallel.experts import ParallelExperts
 
@@ -121,7 +121,7 @@ def init_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def save(
-    model: nn.Module, path: str | Path, optimizer: torch.optim.Optimizer | None = None, *,
+    model: nn.Module, path: AnyPath, optimizer: torch.optim.Optimizer | None = None, *,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
     """Writes a checkpoint into the folder `path`, collectively over process_group. Replicas are written once."""
@@ -130,7 +130,7 @@ def save(
 
 
 def load(
-    model: nn.Module, path: str | Path, optimizer: torch.optim.Optimizer | None = None, *,
+    model: nn.Module, path: AnyPath, optimizer: torch.optim.Optimizer | None = None, *,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
     """Reads a checkpoint of the same model in place, whatever the number of ranks that wrote it. Runs no code from it.
@@ -156,7 +156,7 @@ def load(
         load_tensors(wanted, storage_reader=Reader(path, metadata), process_group=process_group, no_dist=alone)
 
 
-def load_entries(entries: dict[str, Tensor], path: str | Path) -> None:
+def load_entries(entries: dict[str, Tensor], path: AnyPath) -> None:
     """Reads these entries of a checkpoint in place, on this process alone. Names and shapes are those of `state_dict`.
 
     Raises:
@@ -168,7 +168,7 @@ def load_entries(entries: dict[str, Tensor], path: str | Path) -> None:
         load_tensors(entries, storage_reader=Reader(path, metadata), no_dist=True)
 
 
-def load_whole(path: str | Path) -> dict[str, Tensor]:
+def load_whole(path: AnyPath) -> dict[str, Tensor]:
     """All tensors of a checkpoint except the optimizer's, on this process, in Hugging Face's layout: experts stacked to
     [E, ...] under their names. For load_state_dict of a model without `parallel`. Runs no code from the checkpoint.
 
@@ -214,7 +214,7 @@ def _quietly_alone() -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def _naming(path: AnyPath) -> Iterator[None]:
     """What goes wrong on a rank while it reads arrives on all as a BaseException, which `except Exception` misses."""
     try:
         yield

@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from switchgear.files import AnyPath
+
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -74,7 +76,7 @@ class _Unpickler(pickle.Unpickler):
 class Reader(FileSystemReader):
     """Reads the tensors of a checkpoint whose metadata was read by `read_metadata`."""
 
-    def __init__(self, path: str | Path, metadata: Metadata) -> None:
+    def __init__(self, path: AnyPath, metadata: Metadata) -> None:
         super().__init__(path)
         self._metadata = metadata
 
@@ -82,7 +84,7 @@ class Reader(FileSystemReader):
         return self._metadata
 
 
-def read_metadata(path: str | Path) -> Metadata:
+def read_metadata(path: AnyPath) -> Metadata:
     """Raises:
     ValueError: it is not the metadata of a checkpoint, names anything else, or does not fit the files beside it.
     """

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from switchgear.parallel.nodes import Nodes
 from switchgear.parallel.placement import Placement
+from switchgear.parallel.record import Event
 from switchgear.parallel.wire import WIRES
 
 CHUNKS = (1, 2, 4, 8)
@@ -130,15 +131,8 @@ def draw_routing(
 # ---- seconds ---------------------------------------------------------------------------------------------------------
 
 
-class Interval(NamedTuple):
-    lane: str  # "link", "near" or "experts"
-    name: str
-    begin: float
-    end: float
-
-
 class Timeline(NamedTuple):
-    intervals: list[Interval]
+    events: list[Event]
     seconds: float
     link: float  # time during which the links are busy: with two levels that of both together
     experts: float
@@ -155,39 +149,39 @@ def pipeline(
 ) -> Timeline:
     """Timeline of equal chunks that take seconds on the link, in the experts, and on the link again. tail: work of the
     experts after the last chunk (weight gradients). overhead: added to each chunk's time in the experts."""
-    intervals: list[Interval] = []
+    events: list[Event] = []
     arrived = []
     free = 0.0
     for c in range(num_chunks):
-        intervals.append(Interval("link", f"dispatch {c}", free, free + dispatch / num_chunks))
-        free = intervals[-1].end
+        events.append(Event("link", f"dispatch {c}", free, free + dispatch / num_chunks))
+        free = events[-1].end
         arrived.append(free)
     done = 0.0
     for c in range(num_chunks):
         begin = max(done, arrived[c])
         done = begin + experts / num_chunks + overhead
-        intervals.append(Interval("experts", f"experts {c}", begin, done))
+        events.append(Event("experts", f"experts {c}", begin, done))
         start = max(free, done)
         free = start + combine / num_chunks
-        intervals.append(Interval("link", f"combine {c}", start, free))
+        events.append(Event("link", f"combine {c}", start, free))
     if tail:
-        intervals.append(Interval("experts", "weight gradients", done, done + tail))
+        events.append(Event("experts", "weight gradients", done, done + tail))
         done += tail
     total = max(done, free)
     busy = experts + num_chunks * overhead + tail
-    return Timeline(intervals, total, dispatch + combine, busy, total - busy)
+    return Timeline(events, total, dispatch + combine, busy, total - busy)
 
 
 class _Lane:
     """A link that serialises transfers."""
 
-    def __init__(self, lane: str, intervals: list[Interval]) -> None:
-        self._lane, self._intervals, self.free = lane, intervals, 0.0
+    def __init__(self, lane: str, events: list[Event]) -> None:
+        self._lane, self._events, self.free = lane, events, 0.0
 
     def send(self, name: str, now: float, seconds: float) -> float:
         begin = max(now, self.free)
         self.free = begin + seconds
-        self._intervals.append(Interval(self._lane, name, begin, self.free))
+        self._events.append(Event(self._lane, name, begin, self.free))
         return self.free
 
 
@@ -198,8 +192,8 @@ def two_level_pipeline(
     """As pipeline, with two levels (two_level.py): seconds of all chunks between nodes and within a node, to the
     experts and back. A chunk is passed on while the rank waits, or at the only look during an experts' chunk, after
     this part of it."""
-    intervals: list[Interval] = []
-    far, near = _Lane("link", intervals), _Lane("near", intervals)
+    events: list[Event] = []
+    far, near = _Lane("link", events), _Lane("near", events)
     out, inside, inside_back, back = (each / num_chunks for each in (between[0], *within, between[1]))
     came = [far.send(f"dispatch {c}", 0.0, out) for c in range(num_chunks)]
     passed: list[float] = []  # when each chunk is at its experts
@@ -228,17 +222,17 @@ def two_level_pipeline(
     for c in range(num_chunks):
         now = wait(now, lambda c=c: passed[c] if c < len(passed) else None)  # type: ignore[misc]
         work = experts / num_chunks + overhead
-        intervals.append(Interval("experts", f"experts {c}", now, now + work))
+        events.append(Event("experts", f"experts {c}", now, now + work))
         pass_on(now + look * work)
         now += work
         done.append(near.send(f"combine within {c}", now, inside_back))
     now = wait(now, lambda: done[-1] if len(returned) == num_chunks else None)
     if tail:
-        intervals.append(Interval("experts", "weight gradients", now, now + tail))
+        events.append(Event("experts", "weight gradients", now, now + tail))
         now += tail
     total = max(now, far.free)
     busy = experts + num_chunks * overhead + tail
-    return Timeline(intervals, total, sum(between) + sum(within), busy, total - busy)
+    return Timeline(events, total, sum(between) + sum(within), busy, total - busy)
 
 
 class Machine(NamedTuple):

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from switchgear.files import AnyPath
 from switchgear.parallel.errors import ExpertParallelError
 from switchgear.parallel.experts import expert_parameters
 from switchgear.parallel.group import ExpertParallel
@@ -85,7 +85,7 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     on_failure: str = "raise"
-    checkpoint: str | Path | None = None
+    checkpoint: AnyPath | None = None
     lost: str = "reroute"
     num_replicas: int = 0
     max_norm: float | None = None

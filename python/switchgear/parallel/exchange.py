@@ -26,9 +26,9 @@ from torch import Tensor
 
 from switchgear import ops
 from switchgear.ops import GluOptions
-from switchgear.parallel import header, layout, local, recorded
+from switchgear.parallel import header, layout, local, module_experts
 from switchgear.parallel.cost import choose_chunks
-from switchgear.parallel.rows import Direct, Link, Rows
+from switchgear.parallel.rows import Direct, Rows, Transfers
 from switchgear.parallel.transport import Work
 from switchgear.parallel.two_level import Relaying, TwoLevel, finish_routes, start_routes
 from switchgear.parallel.wire import WIRES
@@ -72,11 +72,11 @@ class Saved(NamedTuple):
     num_tokens: int  # of this rank's part
     top_k: int
     tensors: tuple[Tensor, ...]  # x [R,H] all arrived rows, weights [P] of the pairs, and h of each chunk
-    runs: tuple[recorded.Run | None, ...] = ()  # of each chunk, if a module has run the experts
+    runs: tuple[module_experts.Run | None, ...] = ()  # of each chunk, if a module has run the experts
     relaying: Relaying | None = None  # with two levels
 
 
-def _terms(
+def terms_of(
     layer: Layer, dtype: torch.dtype, hidden_size: int, top_k: int, gradients: int, backward: bool
 ) -> header.Terms:
     parallel = layer.parallel
@@ -91,11 +91,11 @@ def _terms(
     )  # fmt: skip
 
 
-def _agree(
-    link: Link, terms: header.Terms, num_tokens: int, phase: str, choice: layout.Choice | None = None
+def exchange_headers(
+    transfers: Transfers, terms: header.Terms, num_tokens: int, phase: str, choice: layout.Choice | None = None
 ) -> list[header.Sizes]:
     """Sizes from each source; raises the common error if ranks disagree."""
-    parallel = link.parallel
+    parallel = transfers.parallel
     parallel.peers.enter(phase)
     nothing = [0] * parallel.size
     pairs, rows = (nothing, [nothing] * layout.PIECES) if choice is None else (choice.pairs, choice.rows)
@@ -103,7 +103,7 @@ def _agree(
     sent = header.encode(terms, num_tokens, pairs, rows, relayed)
     received = torch.empty_like(sent)
     ones = [1] * parallel.size
-    control = Link(parallel, torch.device("cpu"))
+    control = Transfers(parallel, torch.device("cpu"))
     control.wait(control.start("header", received, sent, ones, ones))
     all_terms, sizes = header.decode(received)
     failure = header.disagreement(all_terms) or header.unequal_tokens(all_terms, sizes, parallel.twins)
@@ -118,7 +118,7 @@ def _agree(
 
 def forward(
     layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gradients: int,
-    weights: local.Weights | None, module: recorded.Module,
+    weights: local.Weights | None, module: module_experts.Module,
 ) -> tuple[Tensor, Saved | None]:  # fmt: skip
     """y [T,H] of x [T,H], topk_ids [T,K] int32 and topk_weights [T,K] float32.
 
@@ -127,7 +127,7 @@ def forward(
     """
     parallel = layer.parallel
     peers, record = parallel.peers, parallel.record
-    link = Link(parallel, x.device)
+    transfers = Transfers(parallel, x.device)
     all_tokens, top_k = topk_ids.shape
     each, saves = parallel.invariant, gradients >= 0
     _check_ids(topk_ids, layer.num_experts)
@@ -136,8 +136,8 @@ def forward(
     num_tokens = len(topk_ids)
     relays_out, relays_in = _relays(parallel)
     choice = layout.choose(topk_ids, layer.rank_of, layer.local_of, parallel.size, relays_out)
-    terms = _terms(layer, x.dtype, x.shape[1], top_k, gradients, False)
-    sizes = _agree(link, terms, all_tokens, "agree", choice)
+    terms = terms_of(layer, x.dtype, x.shape[1], top_k, gradients, False)
+    sizes = exchange_headers(transfers, terms, all_tokens, "agree", choice)
     row_bytes = WIRES[parallel.wire].out.row_bytes(x.shape[1], x.element_size())
     num_chunks = parallel.num_chunks or choose_chunks(
         max(size.num_tokens for size in sizes), top_k, parallel.num_stops, row_bytes, parallel.link
@@ -152,22 +152,22 @@ def forward(
     columns = own_weights.contiguous().view(torch.int32).view(len(own_weights), own_weights.element_size() // 4)
     pairs_out = torch.cat((sending.pair_codes[:, None], columns), 1)
     pairs = pairs_out.new_empty(sum(pairs_in), pairs_out.shape[1])
-    pairs_work = link.start("pairs", pairs, pairs_out, pairs_in, sending.pairs)
+    pairs_work = transfers.start("pairs", pairs, pairs_out, pairs_in, sending.pairs)
     routes = None
     rows: Rows
     if relays_in is None:
-        rows = Direct(link, sending, x.detach(), each, arriving, None)
+        rows = Direct(transfers, sending, x.detach(), each, arriving, None)
     else:
         passing = layout.merge_pieces(
             [[size.relayed[piece] for size in sizes] for piece in range(layout.PIECES)], num_chunks
         )
         received = layout.merge_sources(arriving, relays_in)
-        rows = levels = TwoLevel(link, sending, x.detach(), each, received, None, passing, None)
-        routes = start_routes(link, choice, sending, passing)
+        rows = levels = TwoLevel(transfers, sending, x.detach(), each, received, None, passing, None)
+        routes = start_routes(transfers, choice, sending, passing)
     rows.send(x.detach())
     if routes is not None:
-        levels.relaying = finish_routes(link, routes)
-    link.wait(pairs_work)
+        levels.relaying = finish_routes(transfers, routes)
+    transfers.wait(pairs_work)
     receiving = layout.plan_receiving(arriving, pairs_in, pairs[:, 0].contiguous(), layer.num_local, relays_in)
     rows.returning = receiving.pairs_of_chunk if each else receiving.rows
     # A copy of at most one row too, whose columns count as contiguous but do not begin where a float64 may.
@@ -175,7 +175,7 @@ def forward(
     pair_weights = columns_in.view(topk_weights.dtype).view(-1)
 
     hs = []
-    runs: list[recorded.Run | None] = []
+    runs: list[module_experts.Run | None] = []
     for c in range(num_chunks):
         rows.receive(c)
         if c == 0:
@@ -191,7 +191,7 @@ def forward(
                 returned = arrived
                 runs.append(None)
             else:
-                run = recorded.run(module, arrived, chunk, pairs, pair_weights, each, saves)
+                run = module_experts.run(module, arrived, chunk, pairs, pair_weights, each, saves)
                 returned = run.y.detach()
                 runs.append(run if saves else None)
         rows.give_back(returned)
@@ -199,7 +199,7 @@ def forward(
     results = rows.finish()
     with record.event("experts", "sum"):
         y = _sum_results(results, sending, topk_weights.detach(), each)
-    y = _join_parts(link, y, all_tokens)
+    y = _join_parts(transfers, y, all_tokens)
     if not saves:
         return y, None
     relaying = None if relays_in is None else levels.relaying
@@ -215,28 +215,28 @@ def backward(
     parameters of a module that has run the experts."""
     parallel = layer.parallel
     peers, record = parallel.peers, parallel.record
-    link = Link(parallel, grad_y.device)
+    transfers = Transfers(parallel, grad_y.device)
     each = parallel.invariant
     sending, receiving = saved.sending, saved.receiving
     x, pair_weights, *hs = saved.tensors
     num_chunks = len(sending.rows)
-    terms = _terms(layer, grad_y.dtype, grad_y.shape[1], saved.top_k, gradients, True)
-    _agree(link, terms, saved.all_tokens, "backward agree")
+    terms = terms_of(layer, grad_y.dtype, grad_y.shape[1], saved.top_k, gradients, True)
+    exchange_headers(transfers, terms, saved.all_tokens, "backward agree")
 
     peers.enter("backward dispatch")
     returning = receiving.pairs_of_chunk if each else receiving.rows
     rows: Rows
     if saved.relaying is None:
-        rows = Direct(link, sending, grad_y, each, receiving.rows, returning)
+        rows = Direct(transfers, sending, grad_y, each, receiving.rows, returning)
     else:
         passing = saved.relaying.rows
-        rows = TwoLevel(link, sending, grad_y, each, receiving.rows, returning, passing, saved.relaying)
+        rows = TwoLevel(transfers, sending, grad_y, each, receiving.rows, returning, passing, saved.relaying)
     rows.send(grad_y[_part(parallel, saved.all_tokens)])
-    experts: local.Backward | recorded.Backward
+    experts: local.Backward | module_experts.Backward
     if isinstance(weights, local.Weights):
         experts = local.Backward(x, hs, rows.buffer, receiving, pair_weights, weights, layer.options, each, rows.look)
     else:
-        experts = recorded.Backward(saved.runs, rows.buffer, receiving, pair_weights, weights, each)
+        experts = module_experts.Backward(saved.runs, rows.buffer, receiving, pair_weights, weights, each)
     grad_pairs = pair_weights.new_empty(len(receiving.slot_pairs))
     back: list[Work] = []
     for c in range(num_chunks):
@@ -251,11 +251,13 @@ def backward(
             rows.give_back(returned)
     grad_choices = grad_pairs.new_empty(sum(sending.pairs))
     if needs[1]:
-        back.append(link.start("weights", grad_choices[:, None], grad_pairs[:, None], sending.pairs, receiving.pairs))
+        back.append(
+            transfers.start("weights", grad_choices[:, None], grad_pairs[:, None], sending.pairs, receiving.pairs)
+        )
     rows.flush()
     with record.event("experts", "weight gradients"):
         grads = experts.gradients(needs[2:])
-    grads = _sum_copies(link, layer, grads)
+    grads = _sum_copies(transfers, layer, grads)
     if parallel.average_gradients and parallel.size > 1:
         for grad in grads:
             if grad is not None:
@@ -263,7 +265,7 @@ def backward(
     peers.enter("backward combine")
     results = rows.finish()
     for work in back:
-        link.wait(work)
+        transfers.wait(work)
     grad_x = grad_weights = None
     with record.event("experts", "sum"):
         if needs[0]:
@@ -273,7 +275,7 @@ def backward(
             flat[sending.pair_choices] = grad_choices
             grad_weights = flat.view(saved.num_tokens, saved.top_k)
     grad_x, grad_weights = (
-        None if grad is None else _join_parts(link, grad, saved.all_tokens) for grad in (grad_x, grad_weights)
+        None if grad is None else _join_parts(transfers, grad, saved.all_tokens) for grad in (grad_x, grad_weights)
     )
     return grad_x, grad_weights, *grads
 
@@ -297,9 +299,9 @@ def _part(parallel: ExpertParallel, num_tokens: int, rank: int | None = None) ->
     return slice(num_tokens * number // len(ranks), num_tokens * (number + 1) // len(ranks))
 
 
-def _join_parts(link: Link, part: Tensor, num_tokens: int) -> Tensor:
+def _join_parts(transfers: Transfers, part: Tensor, num_tokens: int) -> Tensor:
     """Gathers the rows of all tokens from the ranks that hold the same tokens."""
-    parallel = link.parallel
+    parallel = transfers.parallel
     if len(parallel.twins) == parallel.size:
         return part
     whole = part.new_empty(num_tokens, part.shape[1])
@@ -309,7 +311,7 @@ def _join_parts(link: Link, part: Tensor, num_tokens: int) -> Tensor:
         lengths[rank] = own.stop - own.start
     to_each = [len(part) if rank in parallel.own_twins else 0 for rank in range(parallel.size)]
     copies = part.repeat(len(parallel.own_twins), 1)
-    link.wait(link.start("join", whole, copies, lengths, to_each))
+    transfers.wait(transfers.start("join", whole, copies, lengths, to_each))
     return whole
 
 
@@ -331,7 +333,7 @@ def _sum_results(results: Tensor, sending: layout.Sending, weights: Tensor | Non
     return ops.combine(results, offsets, indices, table.contiguous(), weights)
 
 
-def _sum_copies(link: Link, layer: Layer, grads: list[Tensor | None]) -> list[Tensor | None]:
+def _sum_copies(transfers: Transfers, layer: Layer, grads: list[Tensor | None]) -> list[Tensor | None]:
     """Sums the gradients of replicated experts over their copies, ranks ascending, so that all have the same bits."""
     if not layer.has_copies:
         return grads
@@ -345,7 +347,7 @@ def _sum_copies(link: Link, layer: Layer, grads: list[Tensor | None]) -> list[Te
             continue
         mine = grad[numbers].flatten(1).contiguous()
         others = mine.new_empty(sum(counts), mine.shape[1])
-        link.wait(link.start("copies", others, mine[order], counts, counts))
+        transfers.wait(transfers.start("copies", others, mine[order], counts, counts))
         for place, copy in enumerate(layer.copies):
             parts = [
                 mine[place] if r == rank else others[sum(counts[:r]) + to_rank[r].index(place)] for r in copy.ranks

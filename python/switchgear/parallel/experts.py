@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
-from switchgear.common.compiling import not_compiled
 from switchgear.experts import Experts
 from switchgear.functional import as_ids, as_limit, as_weights, in_autocast_dtype
 from switchgear.ops import GluOptions
@@ -23,6 +22,7 @@ from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
 from switchgear.parallel.transport import on_cpu
+from switchgear.utils.compiling import not_compiled
 from switchgear.weights import stored_of, weights_of
 from switchgear.weights.adapted import has_adapters, read_by
 
@@ -136,10 +136,7 @@ def exchange_moe(
         (x,) = in_autocast_dtype(x.device.type, x)
         if weights is not None:
             weights = Weights(*in_autocast_dtype(x.device.type, *weights))
-    topk_ids = as_ids("topk_ids", topk_ids.reshape(-1, topk_ids.shape[-1]))
-    topk_weights = as_weights("topk_weights", topk_weights.reshape(topk_ids.shape), x.dtype)
-    if len(topk_ids) != len(x):
-        raise ValueError(f"topk_ids: expected {len(x)} rows as x has, got {len(topk_ids)}")
+    topk_ids, topk_weights = _choices_like(x, topk_ids, topk_weights)
     if weights is not None and needs_autograd(x, topk_weights, *weights):
         y: Tensor = apply(_Exchange, x, topk_weights, *weights, topk_ids, layer)
     elif weights is None and needs_autograd(x, topk_weights, *parameters):
@@ -151,6 +148,15 @@ def exchange_moe(
             given = weights if module is None or looks else None
             y, _ = exchange.forward(layer, x, topk_ids, topk_weights, -1, given, module)
     return y if len(shape) == 2 else y.reshape(shape)
+
+
+def _choices_like(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """[T,K] ids and weights, for x [T,H]."""
+    topk_ids = as_ids("topk_ids", topk_ids.reshape(-1, topk_ids.shape[-1]))
+    topk_weights = as_weights("topk_weights", topk_weights.reshape(topk_ids.shape), x.dtype)
+    if len(topk_ids) != len(x):
+        raise ValueError(f"topk_ids: expected {len(x)} rows as x has, got {len(topk_ids)}")
+    return topk_ids, topk_weights
 
 
 class ParallelExperts(Experts):
@@ -237,12 +243,9 @@ class ParallelExperts(Experts):
         x = hidden_states.reshape(-1, shape[-1])
         if in_autocast(x.device.type):
             (x,) = in_autocast_dtype(x.device.type, x)
-        topk_ids = as_ids("topk_ids", topk_ids.reshape(-1, topk_ids.shape[-1]))
-        topk_weights = as_weights("topk_weights", topk_weights.reshape(topk_ids.shape), x.dtype)
-        if len(topk_ids) != len(x):
-            raise ValueError(f"topk_ids: expected {len(x)} rows as x has, got {len(topk_ids)}")
+        topk_ids, topk_weights = _choices_like(x, topk_ids, topk_weights)
         run = super().forward if self._mine else self._no_experts
-        return static.exchange_moe(self._layer, self._number, x, topk_ids, topk_weights, run).reshape(shape)
+        return static.exchange_with_capacity(self._layer, self._number, x, topk_ids, topk_weights, run).reshape(shape)
 
     def _no_experts(self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Zeros, with gradients for everything, since backward is collective too. All rows are zeros."""

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchgear.autograd import apply
-from switchgear.common.compiling import not_compiled
 from switchgear.parallel import exchange
-from switchgear.parallel.rows import Link
+from switchgear.parallel.rows import Transfers
+from switchgear.utils.compiling import not_compiled
 
 if TYPE_CHECKING:
     from switchgear.parallel.exchange import Layer
@@ -35,10 +35,10 @@ class _Gather(torch.autograd.Function):
         parallel = layer.parallel
         held = [len(experts) for experts in placement.experts_of_rank]
         with parallel.peers.exchange():
-            link = _agreed(layer, values, False)
+            transfers = _agreed(layer, values, False)
             gathered = values.new_empty(sum(held), values.shape[1])
             copies = values.repeat(parallel.size, 1)
-            link.wait(link.start("gather", gathered, copies, held, [len(values)] * parallel.size))
+            transfers.wait(transfers.start("gather", gathered, copies, held, [len(values)] * parallel.size))
         starts = [sum(held[:rank]) for rank in range(parallel.size)]
         first = [starts[ranks[0]] + placement.experts_of_rank[ranks[0]].index(e)
                  for e, ranks in enumerate(placement.owners)]  # fmt: skip
@@ -53,9 +53,9 @@ class _Gather(torch.autograd.Function):
         mine = held[parallel.rank]
         order = torch.tensor([e for experts in placement.experts_of_rank for e in experts], dtype=torch.int64)
         with parallel.peers.exchange():
-            link = _agreed(layer, grad, True)
+            transfers = _agreed(layer, grad, True)
             parts = grad.new_empty(parallel.size * mine, grad.shape[1])
-            link.wait(link.start("gather", parts, grad[order.to(grad.device)], [mine] * parallel.size, held))
+            transfers.wait(transfers.start("gather", parts, grad[order.to(grad.device)], [mine] * parallel.size, held))
         each = parts.view(parallel.size, mine, grad.shape[1])
         total = torch.zeros_like(each[0])
         for ranks in sorted(parallel.twins):  # ranks with the same tokens have the same gradients
@@ -65,10 +65,10 @@ class _Gather(torch.autograd.Function):
         return total, None, None
 
 
-def _agreed(layer: Layer, values: Tensor, backward: bool) -> Link:
-    terms = exchange._terms(layer, values.dtype, values.shape[1], 0, -4, backward)
+def _agreed(layer: Layer, values: Tensor, backward: bool) -> Transfers:
+    terms = exchange.terms_of(layer, values.dtype, values.shape[1], 0, -4, backward)
     phase = "backward agree" if backward else "agree"
-    link = Link(layer.parallel, values.device)
-    exchange._agree(link, terms, 0, phase)
+    transfers = Transfers(layer.parallel, values.device)
+    exchange.exchange_headers(transfers, terms, 0, phase)
     layer.parallel.peers.enter("backward dispatch" if backward else "dispatch")
-    return link
+    return transfers

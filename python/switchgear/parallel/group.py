@@ -321,11 +321,11 @@ class ExpertParallel:
         if machines > 1:
             raise ValueError(f"{name}: expected {others}, ranks are on {machines} machines")
 
-    def throttle(self, bandwidth: float, latency: float = 0.0, near_bandwidth: float | None = None) -> None:
+    def throttle(self, bandwidth: float, near_bandwidth: float | None = None) -> None:
         """Limits this rank's transfers to a link of `bandwidth` bytes/s, and those within its node to another one of
         near_bandwidth if given: for measurements on one machine."""
         near = [node == self.nodes.node_of[self.rank] for node in self.nodes.node_of]
-        self._network = transports.Network(near, bandwidth, near_bandwidth, latency)
+        self._network = transports.Network(near, bandwidth, near_bandwidth)
         for device, transport in self._transports.items():
             below = transport.below if isinstance(transport, transports.ThrottledTransport) else transport
             self._transports[device] = self._throttled(below)

@@ -157,6 +157,11 @@ class Receiving:
     all_slots: Tensor  # [P] int64: the position in that order of each slot of a chunk
 
 
+def expert_of(codes: Tensor) -> Tensor:
+    """The local expert numbers of pair_codes."""
+    return codes % _FIRST
+
+
 def rows_in_buffer(rows: list[list[int]], order: Sequence[int], device: torch.device) -> tuple[Tensor, list[int]]:
     """Rows arrive in chunks: [R] where each one of the order (source, chunk, token) lies in the buffer of all rows, in
     which a chunk has the sources in the given order; and where each chunk begins there [C+1]."""
@@ -199,7 +204,7 @@ def plan_receiving(
     device = codes.device
     num_pairs, num_rows = len(codes), sum(map(sum, rows))
     via = range(num_ranks) if via is None else via
-    first, expert = codes >= _FIRST, (codes % _FIRST).long()
+    first, expert = codes >= _FIRST, expert_of(codes).long()
     ordinal = first.cumsum(0) - 1  # rows in the order (source, chunk, token)
     if num_pairs and (int(ordinal[-1]) + 1 != num_rows or not bool(first[0]) or int(expert.max()) >= num_experts):
         raise ValueError(f"codes: expected {num_rows} rows of {num_experts} experts")

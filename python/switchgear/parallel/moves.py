@@ -29,7 +29,7 @@ Lost = dict[str, tuple[int, ...]]  # experts by layer
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExpertMoves:
     """Of a layer: who has which experts, who shall have them, and who sends them."""
 
     held: tuple[tuple[int, ...], ...]  # by rank
@@ -88,7 +88,7 @@ def redistribute(
     for name, module in layers.items():
         held = tuple(tuple(state["held"][name]) for state in states)
         placement = (wanted or {}).get(name) or keep_experts(held, module.num_experts, training.num_replicas)
-        plans[name] = Plan(held, placement)
+        plans[name] = ExpertMoves(held, placement)
 
     num_bytes = 0
     incoming: dict[tuple[str, str, str], dict[int, Tensor]] = {}  # rows by (layer, parameter, state), then expert
@@ -183,7 +183,7 @@ def _common(training: Training) -> dict[str, Any]:
 # ---- what comes ------------------------------------------------------------------------------------------------------
 
 
-def _exchange_rows(training: Training, plan: Plan, rows: Tensor) -> dict[int, Tensor]:
+def _exchange_rows(training: Training, plan: ExpertMoves, rows: Tensor) -> dict[int, Tensor]:
     """The rows that this rank receives, by expert."""
     if not plan.num_moves():
         return {}
@@ -197,7 +197,7 @@ def _exchange_rows(training: Training, plan: Plan, rows: Tensor) -> dict[int, Te
 
 
 def _restore(
-    training: Training, plans: dict[str, Plan], incoming: dict[tuple[str, str, str], dict[int, Tensor]]
+    training: Training, plans: dict[str, ExpertMoves], incoming: dict[tuple[str, str, str], dict[int, Tensor]]
 ) -> tuple[Lost, Lost]:
     """Experts that nobody has: read from the checkpoint by those who get them, or lost. By layer, on all ranks."""
     missing = {name: plan.missing() for name, plan in plans.items() if plan.missing()}
@@ -254,7 +254,7 @@ def _install_common(training: Training, common: Mapping[str, Any]) -> None:
 
 
 def _install_layer(
-    training: Training, name: str, module: ParallelExperts, plan: Plan,
+    training: Training, name: str, module: ParallelExperts, plan: ExpertMoves,
     incoming: dict[tuple[str, str, str], dict[int, Tensor]], lost: tuple[int, ...],
 ) -> None:  # fmt: skip
     rank = training.parallel.rank

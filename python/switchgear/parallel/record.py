@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Event(NamedTuple):
-    """An interval of the timeline, in seconds of time.monotonic()."""
+    """An interval of a timeline, in seconds (of time.monotonic(), if it was measured)."""
 
     lane: str  # "link", "near" (within a node, with two levels) or "experts"
     name: str

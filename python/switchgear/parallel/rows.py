@@ -16,14 +16,14 @@ from torch import Tensor
 
 from switchgear.parallel.layout import Sending
 from switchgear.parallel.record import Event
-from switchgear.parallel.transport import Work, _Done
+from switchgear.parallel.transport import Done, Work
 from switchgear.parallel.wire import WIRES, Format
 
 if TYPE_CHECKING:
     from switchgear.parallel.group import ExpertParallel
 
 
-class Link:
+class Transfers:
     """Starts, awaits and counts the transfers of one exchange."""
 
     def __init__(self, parallel: ExpertParallel, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Link:
             self.record.between_nodes[kind] += far * row
         if self._alone:
             output.copy_(input)
-            return _Done()
+            return Done()
         work = parallel.transport_for(self.device, channel).all_to_all(output, input, output_rows, input_rows)
         if self.record.events is not None:
             work = _Timed(work, "near" if channel.startswith("within") else "link", kind, self.record.events)
@@ -77,9 +77,10 @@ class Leg:
     """The transfers of all chunks in one direction over one channel; chunks are consecutive in `output`."""
 
     def __init__(
-        self, link: Link, kind: str, output: Tensor, received: list[list[int]], sent: list[list[int]], channel: str = ""
-    ) -> None:
-        self._link, self._kind, self._channel, self._output = link, kind, channel, output
+        self, transfers: Transfers, kind: str, output: Tensor, received: list[list[int]], sent: list[list[int]],
+        channel: str = "",
+    ) -> None:  # fmt: skip
+        self._transfers, self._kind, self._channel, self._output = transfers, kind, channel, output
         self._received, self._sent = received, sent
         self._edges = [0, *accumulate(map(sum, received))]
         self._works: list[Work | None] = []  # None: has arrived
@@ -92,7 +93,7 @@ class Leg:
         """Sends the rows of the next chunk."""
         c = len(self._works)
         counts = self._received[c], self._sent[c]
-        self._works.append(self._link.start(self._kind, self.chunk(c), rows, *counts, self._channel))
+        self._works.append(self._transfers.start(self._kind, self.chunk(c), rows, *counts, self._channel))
 
     def start_all(self, rows: Tensor) -> None:
         for part in torch.split(rows, [sum(counts) for counts in self._sent]):
@@ -112,7 +113,7 @@ class Leg:
     def wait(self, c: int, busy: Busy | None = None) -> None:
         """busy: what else goes on, once at least and while this waits."""
         if self._works[c] is not None or busy is not None:
-            self._link.wait(_Arrival(self, c, busy))
+            self._transfers.wait(_Arrival(self, c, busy))
 
 
 class Busy(Protocol):
@@ -184,14 +185,14 @@ class Direct:
     """One transfer per chunk each way."""
 
     def __init__(
-        self, link: Link, sending: Sending, like: Tensor, each: bool, received: list[list[int]],
+        self, transfers: Transfers, sending: Sending, like: Tensor, each: bool, received: list[list[int]],
         returning: list[list[int]] | None,
     ) -> None:  # fmt: skip
         """like: [*,H] of the rows' dtype. received [C][W]: the rows that come from each rank."""
-        self._wire = WIRES[link.parallel.wire]
-        self._sending, self._each, self._link, self.returning = sending, each, link, returning
+        self._wire = WIRES[transfers.parallel.wire]
+        self._sending, self._each, self._transfers, self.returning = sending, each, transfers, returning
         self.buffer, arriving = buffers(self._wire.out, sum(map(sum, received)), like)
-        self._out = Leg(link, "dispatch", arriving, received, sending.rows)
+        self._out = Leg(transfers, "dispatch", arriving, received, sending.rows)
         self._decoded = Decoder(self._wire.out, self.buffer, self._out)
         self._results = result_buffer(like, sending, each)
         self._back: Leg | None = None
@@ -208,7 +209,7 @@ class Direct:
             assert self.returning is not None
             returned = returned_rows(self._sending, self._each)
             self._returned = results_as_sent(self._wire.back, self._results, sum(map(sum, returned)))
-            self._back = Leg(self._link, "combine", self._returned, returned, self.returning)
+            self._back = Leg(self._transfers, "combine", self._returned, returned, self.returning)
         self._back.start(self._wire.back.encode(rows))
 
     def look(self) -> None:

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from switchgear.autograd import apply
 from switchgear.parallel import exchange
-from switchgear.parallel.rows import Link
+from switchgear.parallel.rows import Transfers
 from switchgear.reference import weight_dtype
 
 if TYPE_CHECKING:
     from switchgear.parallel.exchange import Layer
-    from switchgear.parallel.recorded import Module
+    from switchgear.parallel.module_experts import Module
 
 _layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -74,7 +74,7 @@ def fill_buckets(topk_ids: Tensor, rank_of: Tensor, local_of: Tensor, num_ranks:
     )
 
 
-def exchange_moe(
+def exchange_with_capacity(
     layer: Layer, number: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, module: Module
 ) -> Tensor:  # fmt: skip
     """y [T,H] of x [T,H]; module(x, local ids, weights) runs this rank's experts. Differentiable, and traceable.
@@ -206,17 +206,17 @@ def _transfer(layer: Layer, phase: str, parts: list[Tensor], overflow: Tensor | 
             transport.all_to_all(into, part.contiguous(), counts, counts).join()  # type: ignore[attr-defined]
         return moved
     with parallel.peers.exchange():
-        link = Link(parallel, device)
+        transfers = Transfers(parallel, device)
         backward = phase.startswith("backward")
         rows, is_dispatch = parts[0], overflow is not None
-        terms = exchange._terms(layer, rows.dtype, rows.shape[1], len(parts), -2 - is_dispatch, backward)
-        exchange._agree(link, terms, 0, "backward agree" if backward else "agree")
+        terms = exchange.terms_of(layer, rows.dtype, rows.shape[1], len(parts), -2 - is_dispatch, backward)
+        exchange.exchange_headers(transfers, terms, 0, "backward agree" if backward else "agree")
         parallel.peers.enter(phase)
         if overflow is not None:
             if device.type == "cpu" and int(overflow[-1]):
                 raise ValueError(f"topk_ids: expected -1 to {layer.num_experts - 1}, got {int(overflow[-1])} others")
             parallel.overflow.add(overflow[:-1])
         pairs = zip(moved, parts, strict=True)
-        for work in [link.start(phase, into, part.contiguous(), counts, counts) for into, part in pairs]:
-            link.wait(work)
+        for work in [transfers.start(phase, into, part.contiguous(), counts, counts) for into, part in pairs]:
+            transfers.wait(work)
     return moved

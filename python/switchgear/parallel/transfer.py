@@ -16,7 +16,7 @@ from torch import Tensor
 from switchgear.parallel import header
 from switchgear.parallel.errors import MORE_PHASES
 from switchgear.parallel.layout import PIECES
-from switchgear.parallel.rows import Link
+from switchgear.parallel.rows import Transfers
 
 if TYPE_CHECKING:
     from switchgear.parallel.group import ExpertParallel
@@ -62,8 +62,8 @@ def send_rows(
 
 def _all_to_all(parallel: ExpertParallel, kind: str, rows: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
     received = rows.new_empty(sum(of), *rows.shape[1:])
-    link = Link(parallel, rows.device)
-    link.wait(link.start(kind, received, rows, of, to))
+    transfers = Transfers(parallel, rows.device)
+    transfers.wait(transfers.start(kind, received, rows, of, to))
     return received
 
 

@@ -46,7 +46,7 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-class _Done:
+class Done:
     def wait_for(self, seconds: float) -> bool:
         return True
 
@@ -173,9 +173,9 @@ class BackendTransport:
 class Network:
     """A rank's links, for measurements on one machine: one to other nodes, and one to the ranks of its node."""
 
-    def __init__(self, near: Sequence[bool], bandwidth: float, near_bandwidth: float | None, latency: float) -> None:
+    def __init__(self, near: Sequence[bool], bandwidth: float, near_bandwidth: float | None) -> None:
         """near[r]: whether rank r is on this node. near_bandwidth: None if all ranks share the one link."""
-        self._near, self._latency = near, latency
+        self._near = near
         self._speeds = {False: bandwidth} if near_bandwidth is None else {False: bandwidth, True: near_bandwidth}
         self._free_at = {(link, direction): 0.0 for link in self._speeds for direction in range(2)}  # in and out
 
@@ -188,7 +188,7 @@ class Network:
             for direction, counts in enumerate((output_rows, input_rows)):
                 rows = sum(count for r, count in enumerate(counts) if r != rank and self._link_to(r) == link)
                 if rows:
-                    end = max(now, self._free_at[link, direction]) + self._latency + rows * row / speed
+                    end = max(now, self._free_at[link, direction]) + rows * row / speed
                     self._free_at[link, direction] = end
                     spans.append((end, min(begin, end)))
         end, begin = max(spans)
@@ -202,8 +202,8 @@ class ThrottledTransport:
     """Wraps another transport in links of a given speed, for measurements on one machine.
 
     Each rank has full-duplex links that serialise its transfers in each direction. A transfer is done when the
-    underlying transport is, but not before latency + bytes / bandwidth after its link became free. Waiting costs no
-    processor time, as with a network card. A rank's rows for itself do not use a link.
+    underlying transport is, but not before bytes / bandwidth after its link became free. Waiting costs no processor
+    time, as with a network card. A rank's rows for itself do not use a link.
     """
 
     def __init__(self, below: Transport, rank: int, network: Network) -> None:

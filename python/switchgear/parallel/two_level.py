@@ -33,8 +33,8 @@ from switchgear.parallel.local import sum_rows
 from switchgear.parallel.rows import (
     Decoder,
     Leg,
-    Link,
     Look,
+    Transfers,
     buffers,
     decode_into,
     result_buffer,
@@ -133,9 +133,9 @@ class Routes(NamedTuple):
     rows: list[list[int]]
 
 
-def start_routes(link: Link, choice: Choice, sending: Sending, rows: list[list[int]]) -> Routes:
+def start_routes(transfers: Transfers, choice: Choice, sending: Sending, rows: list[list[int]]) -> Routes:
     """Sends the routes of this rank's rows to their relays; rows [C][W] as announced by each source."""
-    parallel = link.parallel
+    parallel = transfers.parallel
     nodes = parallel.nodes
     width = max(map(len, nodes.members))
     num_ranks = parallel.size
@@ -152,31 +152,31 @@ def start_routes(link: Link, choice: Choice, sending: Sending, rows: list[list[i
     to_each = [sum(column) for column in zip(*sending.rows, strict=True)]
     from_each = [sum(column) for column in zip(*rows, strict=True)]
     received = sent.new_empty(sum(from_each), width)
-    work = link.start(
+    work = transfers.start(
         "routes", received.view(torch.uint8), sent.view(torch.uint8), from_each, to_each, "between dispatch"
     )  # fmt: skip
     return Routes(work, received, rows)
 
 
-def finish_routes(link: Link, routes: Routes) -> Relaying:
-    link.wait(routes.work)
-    return plan_relaying(routes.rows, routes.received, link.parallel.nodes.same(link.parallel.rank))
+def finish_routes(transfers: Transfers, routes: Routes) -> Relaying:
+    transfers.wait(routes.work)
+    return plan_relaying(routes.rows, routes.received, transfers.parallel.nodes.same(transfers.parallel.rank))
 
 
 class TwoLevel:
     """See Rows."""
 
     def __init__(
-        self, link: Link, sending: Sending, like: Tensor, each: bool, received: list[list[int]],
+        self, transfers: Transfers, sending: Sending, like: Tensor, each: bool, received: list[list[int]],
         returning: list[list[int]] | None, relayed: list[list[int]], relaying: Relaying | None,
     ) -> None:  # fmt: skip
         """As Direct. relayed [C][W]: rows that each source sends through this rank. relaying: None until it is set."""
-        self._wire = WIRES[link.parallel.wire]
-        self._sending, self._each, self._link = sending, each, link
+        self._wire = WIRES[transfers.parallel.wire]
+        self._sending, self._each, self._transfers = sending, each, transfers
         self._received, self.returning, self.relaying = received, returning, relaying
         self._like = like[:0]
         self._passing = self._wire.out.empty(sum(map(sum, relayed)), like)
-        self._between = Leg(link, "dispatch", self._passing, relayed, sending.rows, "between dispatch")
+        self._between = Leg(transfers, "dispatch", self._passing, relayed, sending.rows, "between dispatch")
         self.buffer, self._arriving = buffers(self._wire.out, sum(map(sum, received)), like)
         self._results = result_buffer(like, sending, each)
         self._within: Leg | None = None
@@ -208,7 +208,7 @@ class TwoLevel:
             self._pass_back(back, wait=True)
 
     def look(self) -> None:
-        self._link.wait(Look(self))
+        self._transfers.wait(Look(self))
 
     def flush(self) -> None:
         back = self._within_back
@@ -239,7 +239,9 @@ class TwoLevel:
         if self._within is None:
             assert self.relaying is not None
             sent = self.relaying.sent
-            self._within = Leg(self._link, "dispatch within", self._arriving, self._received, sent, "within dispatch")
+            self._within = Leg(
+                self._transfers, "dispatch within", self._arriving, self._received, sent, "within dispatch"
+            )
             self._decoded = Decoder(self._wire.out, self.buffer, self._within)
             self._sent_edges = [0, *accumulate(map(sum, sent))]
         return self._within
@@ -260,8 +262,8 @@ class TwoLevel:
             returned = returned_rows(self._sending, self._each)
             within = form.empty(sum(map(sum, inside)), self._like)
             self._returned = results_as_sent(form, self._results, sum(map(sum, returned)))
-            self._within_back = Leg(self._link, "combine within", within, inside, self.returning, "within combine")
-            self._between_back = Leg(self._link, "combine", self._returned, returned, outside, "between combine")
+            self._within_back = Leg(self._transfers, "combine within", within, inside, self.returning, "within combine")
+            self._between_back = Leg(self._transfers, "combine", self._returned, returned, outside, "between combine")
         return self._within_back
 
     def _pass_back(self, back: Leg, wait: bool) -> None:

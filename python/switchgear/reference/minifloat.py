@@ -122,6 +122,18 @@ def finite_experts(weight: Tensor, name: str) -> Iterator[Tensor]:
         yield w
 
 
+def encode_experts(
+    weight: Tensor, name: str, encode: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Values and scales of each matrix of a weight; `encode` makes those of some rows [n,C]."""
+
+    def of_matrix(w: Tensor) -> tuple[Tensor, Tensor]:
+        values, scales = zip(*map(encode, row_slices(w)), strict=True)
+        return torch.cat(values), torch.cat(scales)
+
+    return [of_matrix(w) for w in finite_experts(weight, name)]
+
+
 def encoded(weight: Tensor, matrices: list[tuple[Tensor, Tensor]], decode: Callable[..., Tensor]) -> Encoded:
     values, scales = (torch.stack(tensors) for tensors in zip(*matrices, strict=True))
     lossless = all(
@@ -192,11 +204,7 @@ def encode_mxfp4(weight: Tensor, name: str = "weight") -> Encoded:
         codes = torch.where(halve[..., None], halves, codes)
         return codes[..., ::2] | codes[..., 1::2] << 4, (scale + halve).to(torch.uint8)
 
-    def encode_in_slices(w: Tensor) -> tuple[Tensor, Tensor]:
-        blocks, scales = zip(*map(encode, row_slices(w)), strict=True)
-        return torch.cat(blocks), torch.cat(scales)
-
-    matrices = [encode_in_slices(w) for w in finite_experts(weight, name)]
+    matrices = encode_experts(weight, name, encode)
     return encoded(weight, matrices, lambda blocks, scales: decode_mxfp4(blocks, scales, weight.shape[2]))
 
 

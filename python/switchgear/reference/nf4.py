@@ -15,7 +15,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from switchgear.reference.minifloat import NF4_BLOCK, Encoded, encoded, finite_experts, pad_zeros, row_slices
+from switchgear.reference.minifloat import NF4_BLOCK, Encoded, encode_experts, encoded, pad_zeros, row_slices
 
 # Of codes 0..15, from the paper's appendix E, as float32.
 VALUES = (
@@ -69,11 +69,7 @@ def encode_nf4(weight: Tensor, name: str = "weight") -> Encoded:
         codes = nf4_codes(blocks / torch.where(absmax == 0, 1.0, absmax)[..., None]).flatten(1)
         return (codes[:, ::2] << 4 | codes[:, 1::2])[:, : -(-columns // 2)], absmax
 
-    def encode_in_slices(w: Tensor) -> tuple[Tensor, Tensor]:
-        values, absmax = zip(*map(encode, row_slices(w)), strict=True)
-        return torch.cat(values), torch.cat(absmax)
-
-    matrices = [encode_in_slices(w) for w in finite_experts(weight, name)]
+    matrices = encode_experts(weight, name, encode)
     return encoded(weight, matrices, lambda values, absmax: decode_nf4(values, absmax, columns))
 
 

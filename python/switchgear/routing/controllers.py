@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.buffers import KeepsFloat32
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite
 from switchgear.routing.balance import count_tokens, spans_processes, sum_over_processes
 from switchgear.routing.context import Context, check_not_negative, check_share, is_recomputing, made
 from switchgear.routing.ranking import finite
+from switchgear.utils.buffers import KeepsFloat32
 
 RULES = ("sign", "proportional")
 

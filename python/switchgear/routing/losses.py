@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.common.buffers import FillsBuffers, KeepsFloat32
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite, check_range, check_size
 from switchgear.routing import balance
 from switchgear.routing.balance import count_tokens, router_probabilities, sum_over_processes
 from switchgear.routing.context import Context, check_positive, groups_of, is_recomputing, made, sequences
 from switchgear.routing.ranking import is_open, wide
+from switchgear.utils.buffers import FillsBuffers, KeepsFloat32
 
 if TYPE_CHECKING:
     from switchgear.routing.controllers import AdaptiveCoefficient

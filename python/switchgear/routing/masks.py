@@ -11,8 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.buffers import FillsBuffers
-from switchgear.common.scalars import LoadsScalars
 from switchgear.complaints import at_least, check_tensor
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite, check_fraction, check_range
@@ -28,6 +26,8 @@ from switchgear.routing.context import (
     wrapped,
 )
 from switchgear.routing.ranking import keep_choices, scores_of, uniform, wide
+from switchgear.utils.buffers import FillsBuffers
+from switchgear.utils.scalars import LoadsScalars
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from switchgear.files import replacing
+from switchgear.files import AnyPath, replacing
 from switchgear.recordings import load_recording
 from switchgear.reference.checks import MAX_EXPERTS, check_range
 from switchgear.routing.widths import stacked
@@ -183,7 +182,7 @@ class RoutingRecord:
         )
         return RoutingRecord.of(ids, torch.cat([record.lengths for record in records]), classes, tokens)
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Writes the record with torch.save."""
         with replacing(path) as unfinished:
             torch.save(self._state(), unfinished)
@@ -193,7 +192,7 @@ class RoutingRecord:
         return {"format": _FORMAT, "layers": layers, "lengths": self.lengths, "token_ids": self.token_ids}
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> RoutingRecord:
+    def load(cls, path: AnyPath) -> RoutingRecord:
         """Loads a saved record. Raises ValueError for any other file."""
         return load_recording(path, "RoutingRecord", _FORMAT, cls._of_state)
 

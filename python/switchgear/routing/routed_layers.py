@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.buffers import on_copies
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
 from switchgear.routing.context import Context, Select, is_recomputing, modules_in, scored, wrapped
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.ranking import normalized, scores_of
 from switchgear.routing.router import Router
+from switchgear.utils.buffers import on_copies
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from switchgear.common.buffers import KeepsFloat32
 from switchgear.complaints import check_float_dtype, complain_about_rows
 from switchgear.functional import Routing, as_number, gate, gate_route, route
 from switchgear.reference import check_choice, check_finite, check_fraction, check_size
@@ -40,6 +39,7 @@ from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import jittered, scores_of
 from switchgear.routing.scores import Uniform
 from switchgear.routing.selection import TopK
+from switchgear.utils.buffers import KeepsFloat32
 from switchgear.weights.selected import selection_of
 
 

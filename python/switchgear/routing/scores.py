@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
-from switchgear.common.scalars import LoadsScalars
 from switchgear.functional import as_number, gate
 from switchgear.reference import check_choice, check_fraction, weight_dtype
 from switchgear.routing.context import Context, check_positive, made
 from switchgear.routing.ranking import is_open, jittered, sigmoid, wide
+from switchgear.utils.scalars import LoadsScalars
 
 INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..common import CommandError, require
+from ..files import AnyPath
 from .model import CONFIG
 from .sensitivity import Sensitivity
 from .text import Domain, tensor
@@ -110,7 +111,7 @@ def _replace(folder: Path, new: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def load(folder: str | Path) -> Tiny:
+def load(folder: AnyPath) -> Tiny:
     """CommandError if the folder has no model of train-tiny."""
     folder = Path(folder)
     try:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..common import CommandError
+from ..files import AnyPath
 
 HELD_OUT_EVERY = 20
 MOST_BYTES = 4 * 2**20  # of a domain, for training
@@ -35,7 +36,7 @@ class Domain(NamedTuple):
     held_out: Tensor  # [m] uint8
 
 
-def _files(folders: Iterable[str | Path], patterns: Iterable[str]) -> Iterator[bytes]:
+def _files(folders: Iterable[AnyPath], patterns: Iterable[str]) -> Iterator[bytes]:
     for folder in map(Path, folders):
         found = {file for pattern in patterns for file in folder.glob(pattern)}
         for file in sorted(found, key=lambda file: file.as_posix()):

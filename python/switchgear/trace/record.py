@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import ExitStack
-from os import PathLike
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from switchgear.files import replacing
+from switchgear.files import AnyPath, replacing
 from switchgear.monitoring.sinks import Log, log_to
 from switchgear.recordings import load_recording
 from switchgear.reference import check_size
@@ -99,10 +98,10 @@ class RoutingTrace:
         """Clears the recording."""
         self.layers.clear()
 
-    def log_to(self, writer: Any, *, every: int = 1, layers: int = 8, prefix: str = "moe") -> Log:
+    def log_to(self, writer: Any, *, every: int = 1, max_layers: int = 8, prefix: str = "moe") -> Log:
         """Returns a function to call after each step, which writes the load since it last wrote to TensorBoard, wandb
         or a function; see switchgear.monitoring."""
-        return log_to(self, writer, every=every, layers=layers, prefix=prefix)
+        return log_to(self, writer, every=every, max_layers=max_layers, prefix=prefix)
 
     def _see(self, name: str, seen: Observation) -> None:
         layer = self.layers.get(name)
@@ -135,7 +134,7 @@ class RoutingTrace:
             lines.append(f"{row.name:<{width}}  {sizes}  {balance}")
         return "\n".join(lines)
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Any:
+    def plot(self, path: AnyPath | None = None) -> Any:
         """Plots the load with a row per layer: each expert's load divided by the mean load. Returns matplotlib's
         figure, and writes it to `path` if given. Needs matplotlib."""
         if not self.layers:
@@ -159,14 +158,14 @@ class RoutingTrace:
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: AnyPath) -> None:
         """Writes the recording with torch.save, moved to the CPU."""
         layers = {name: layer.state() for name, layer in self.layers.items()}
         with replacing(path) as unfinished:
             torch.save({"format": _FORMAT, "by_token_id": self.by_token_id, "layers": layers}, unfinished)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> RoutingTrace:
+    def load(cls, path: AnyPath) -> RoutingTrace:
         """Loads a saved trace for inspection. Raises ValueError for any other file."""
         return load_recording(path, "RoutingTrace", _FORMAT, cls._of_data)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.common.compiling import not_compiled
-from switchgear.common.sharded import is_sharded
+from switchgear.utils.compiling import not_compiled
+from switchgear.utils.sharded import is_sharded
 from switchgear.weights.layout import Layout
 from switchgear.weights.weight import SelectedWeight
 

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.parallel import layout
-from switchgear.parallel.layout import Receiving
+from switchgear.parallel.layout import Receiving, expert_of
 from switchgear.parallel.local import Chunk, dot_rows
 
 Module = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, local ids, weights) -> y
@@ -32,7 +31,7 @@ def run(
     module: Module, rows: Tensor, chunk: Chunk, pairs: Tensor, pair_weights: Tensor, each: bool, record: bool
 ) -> Run:
     """Runs the experts on a chunk. each: one token per pair, with weight 1. record: with gradients."""
-    experts = (pairs[:, 0] % layout._FIRST).int()
+    experts = expert_of(pairs[:, 0]).int()
     if each:
         slots = chunk.returned_slots[:, 0].long()
         ids = experts[chunk.slot_pairs[slots]][:, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The change of one module: its parameters, or stored weights, make room for those of a cache, and come back."""
+"""The attachment of a cache to one module: its parameters, or stored weights, make room for its own, and come back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Read = tuple[int, int, int, int | None]  # file, offset, bytes and checksum of a
 
 
 @dataclass
-class Change:
+class Attachment:
     """reads: of each expert. original: how the module stored its experts; None: as parameters. had_weights: whether
     it had their numbers, and place where. held: its parameters or stored weights, until all modules are changed."""
 
@@ -37,7 +37,7 @@ class Change:
     @staticmethod
     def of(
         target: Target, form: OffloadedForm, weights: tuple[Any, Any], reads: Sequence[Read], ties: dict[int, Tie]
-    ) -> Change:
+    ) -> Attachment:
         module, layout, original = target.module, target.layout, target.stored
         held: Sequence[Any] = ()
         if isinstance(original, OffloadedProjections):  # closed
@@ -57,7 +57,7 @@ class Change:
                 projections.append(Projection(kind, held[index].requires_grad, tie))
         stored = OffloadedProjections(form, layout, (projections[0], projections[1]), weights, target.records)
         place = held[0].device if had_weights else torch.device("cpu")
-        return Change(target, reads, stored, original, had_weights, held, place)
+        return Attachment(target, reads, stored, original, had_weights, held, place)
 
     def commit(self) -> None:
         if self.original is not None:

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Helpers for modules: float32 buffers, sharded parameters, functions left out of graphs, eval()."""
