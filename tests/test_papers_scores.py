@@ -191,18 +191,23 @@ def test_sigma_moe_of_width_one_is_a_sparse_feed_forward_layer() -> None:
 # ---- Skywork-MoE -----------------------------------------------------------------------------------------------------
 
 
-def test_skywork_is_a_loop_of_normalised_logits(backend: str) -> None:
+def test_row13_skywork_is_a_loop_of_normalised_logits(backend: str) -> None:
+    """z = W x + b, g = softmax(lam · (z - mean) / deviation), y = Σ_chosen g_e · expert_e(x) / Σ_chosen g_e."""
     layer = layer_of(presets.skywork(lam=1.5, capacity_factor=8.0))
 
     def loop(layer: Any, x: Tensor) -> Any:
-        rows = []
-        for row in x @ layer.gate.score.weight.T:
-            mean = sum(row) / E
-            rows.append(1.5 * (row - mean) / (sum((z - mean) ** 2 for z in row) / E + 1e-12).sqrt())
-        logits = torch.stack(rows)
-        ids = [best(row, 2) for row in logits]
+        score, rows, ids, probabilities = layer.gate.score, [], [], []
+        for row in x:
+            z = score.weight @ row + score.bias
+            deviation = (sum((z - z.mean()) ** 2) / E + 1e-12).sqrt()  # keeps equal logits finite
+            g = (1.5 * (z - z.mean()) / deviation).exp()
+            g = g / sum(g)
+            chosen = best(g, 2)
+            rows.append(sum(g[e] * expert(layer.experts, e, row) for e in chosen) / sum(g[e] for e in chosen))
+            ids.append(chosen)
+            probabilities.append(g)
         coefficient = layer.gate.balance[0].coefficient.value
-        return top_k_loop(layer, x, logits, 2), coefficient * switch_loss(logits.softmax(-1), ids)
+        return torch.stack(rows), coefficient * switch_loss(torch.stack(probabilities), ids)
 
     assert_agrees(layer, loop, torch.randn(20, H))
 

@@ -83,12 +83,14 @@ def skywork(
     Paper: Skywork-MoE: A Deep Dive into Training Techniques for Mixture-of-Experts Language Models, arXiv:2406.06563
     Example: MoE(64, 32, 8, **presets.skywork())(x)
 
-    switchgear.after_step(model) updates the coefficient. top_k and the capacity factor are unverified.
+    The weights of the chosen experts sum to 1. The deviation is that of the population; the paper does not say which.
+    The loss is SwitchLoss; the paper prints Σ_e (1/E - P_e)², P_e the mean probability, as that of Switch Transformer.
+    switchgear.after_step(model) updates the coefficient. The capacity factor is unverified.
     """
     coefficient = partial(AdaptiveCoefficient, xi, alpha_max, beta)
     return {
-        "score": partial(Linear, normalize="zscore", lam=lam),
-        "select": TopK(top_k),
+        "score": partial(Linear, bias=True, normalize="zscore", lam=lam),
+        "select": TopK(top_k, normalize=True),
         "capacity": Capacity(capacity_factor),
         "balance": [partial(SwitchLoss, coefficient)],
     }

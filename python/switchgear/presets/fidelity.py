@@ -102,7 +102,12 @@ FIDELITY = {
     "sam": Fidelity("selection", 15, f"{PAPER}; the form of alignment: {OURS}", "balance, alignment"),
     "self_moe": Fidelity("adapter", 69, f"{PAPER}; a router for each width of input: {OURS}", "rank, top_k"),
     "sigma_moe": Fidelity("score", 11, f"{PAPER}, with its initial values"),
-    "skywork": Fidelity("score", 13, PAPER, "top_k, capacity_factor, initial coefficient"),
+    "skywork": Fidelity(
+        "score",
+        13,
+        f"{PAPER}; population deviation, and SwitchLoss instead of the printed Σ_e (1/E - P_e)²: {OURS}",
+        "capacity_factor, initial coefficient",
+    ),
     "smola": Fidelity("adapter", 67, f"{PAPER}, with one set of experts for all modalities", "rank, slots"),
     "soft_moe": Fidelity("structure", 31, PAPER),
     "stratified": Fidelity("structure", 29, PAPER, "strata"),
