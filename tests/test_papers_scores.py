@@ -153,16 +153,20 @@ def test_sigma_moe_begins_with_experts_of_one_norm() -> None:
     torch.testing.assert_close(norms, norms[:1].expand(E))
 
 
-def test_row11_sigma_moe_is_plain_relu_with_the_paper_s_initial_values() -> None:
-    """Standard deviations 1/√H for keys and router, 1/√(E·G) for values; of n samples known to 1/√(2n), times 5."""
-    layer = presets.build(64, 32, 16, **presets.sigma_moe())
+@pytest.mark.parametrize(("num_layers", "factor"), [(None, 1.0), (18, 1 / 3)])
+def test_row11_sigma_moe_is_plain_relu_with_the_paper_s_initial_values(num_layers: int | None, factor: float) -> None:
+    """Standard deviations 1/√H for keys and router, 1/√(E·G) for values, times √(2 / layers); of n samples known to
+    1/√(2n), times 5."""
+    layer = presets.build(64, 32, 16, **presets.sigma_moe(num_layers=num_layers))
     assert not layer.experts.gated
     assert layer.experts.activation == "relu"
     for weight, std in ((layer.experts.up_proj, 64**-0.5), (layer.experts.down_proj, (16 * 32) ** -0.5)):
-        assert float(weight.detach().std()) == pytest.approx(std, rel=5 / math.sqrt(2 * weight.numel()))
+        assert float(weight.detach().std()) == pytest.approx(factor * std, rel=5 / math.sqrt(2 * weight.numel()))
     router = layer.gate.score.weight.detach()
-    assert float(router.norm(dim=1).mean()) == pytest.approx(1, rel=5 / math.sqrt(2 * router.numel()))
+    assert float(router.norm(dim=1).mean()) == pytest.approx(factor, rel=5 / math.sqrt(2 * router.numel()))
     torch.testing.assert_close(router.norm(dim=1), router.norm(dim=1)[:1].expand(16))
+    with pytest.raises(ValueError, match="num_layers"):
+        presets.sigma_moe(num_layers=0)
 
 
 def test_sigma_moe_never_chooses_a_hidden_expert() -> None:

@@ -101,7 +101,9 @@ FIDELITY = {
     "remoe": Fidelity("selection", None, f"{PAPER}; a coefficient for each layer instead of one for all: {OURS}"),
     "sam": Fidelity("selection", 15, f"{PAPER}; the form of alignment: {OURS}", "balance, alignment"),
     "self_moe": Fidelity("adapter", 69, f"{PAPER}; a router for each width of input: {OURS}", "rank, top_k"),
-    "sigma_moe": Fidelity("score", 11, f"{PAPER}, with its initial values"),
+    "sigma_moe": Fidelity(
+        "score", 11, f"{PAPER}, with its initial values; their factor √(2 / num_layers) only if num_layers is given"
+    ),
     "skywork": Fidelity(
         "score",
         13,
