@@ -156,9 +156,36 @@ def test_row55_importance_is_monotone_under_zeroing() -> None:
     for neuron in (5, 17):  # this loss is linear in the output, so its first-order change is the change
         keep = torch.ones(WIDTH, dtype=torch.float64)
         keep[neuron] = 0
-        change = ((masked(mlp, x, keep) - mlp(x)) * target).mean().abs()
-        assert abs(float(full[neuron]) - float(change.detach())) < 1e-6
+        changes = ((masked(mlp, x, keep) - mlp(x)) * target).detach().sum(1) / target.numel()
+        assert float(full[neuron]) == pytest.approx(sum(abs(float(change)) for change in changes), rel=1e-5)
     assert mlp.up_proj.weight.grad is None
+
+
+def test_row55_importance_does_not_cancel_over_tokens() -> None:
+    """Σ_t |h · ∂loss/∂h| of each token, here for two tokens with opposite gradients, in one batch or two."""
+    mlp, x, target = SharedExperts(H, WIDTH), torch.randn(1, H), torch.randn(1, H)
+    x, target = torch.cat((x, x)), torch.cat((target, -target))
+    gate, up, down = (part.weight.detach().double() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    expected = torch.zeros(WIDTH, dtype=torch.float64)
+    for row, goal in zip(x.double(), target.double(), strict=True):
+        expected += (F.silu(gate @ row) * (up @ row) * (goal @ down)).abs()
+    for split in ([[0, 1]], [[0], [1]]):
+        batches = [{"x": x[rows], "target": target[rows]} for rows in split]
+        found = convert.neuron_importance(Regression(mlp), batches, lambda loss: loss, mlp=mlp)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="mlp: expected a part of module"):
+        convert.neuron_importance(Regression(mlp), batches, lambda loss: loss, mlp=SharedExperts(H, WIDTH))
+
+
+class Regression(nn.Module):
+    """The sum of y · target over tokens."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return (self.mlp(x) * target).sum()
 
 
 class Blocks(nn.Module):
@@ -214,7 +241,7 @@ class Dropping(Blocks):
 @pytest.mark.parametrize("by", ["activation", "gradient"])
 def test_importance_is_that_of_known_tokens_in_eval(by: str) -> None:
     model, x, mask = Dropping(), torch.randn(2, 5, H), torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
-    padded = {"x": x, "labels": torch.randn(2, 5, H) * mask[..., None], "attention_mask": mask}
+    padded = {"x": x, "labels": torch.randn(2, 5, H), "attention_mask": mask}
     tokens = {"x": x[mask.bool()], "labels": padded["labels"][mask.bool()] * 7 / 10}  # a loss is a mean over 10
     found, expected = (convert.layer_importance(model, [batch], by=by) for batch in (padded, tokens))
     assert model.training
