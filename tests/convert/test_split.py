@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from switchgear import convert
 from switchgear.layers.shared import SharedExperts
-from switchgear.routing import ImportanceLoad, NoisyTopK
+from switchgear.routing import ImportanceLoad, Linear, TopK
 
 H, WIDTH = 24, 64
 
@@ -90,10 +91,12 @@ def test_row54_clusters_are_balanced_and_close() -> None:
 
 def test_row54_load_balance_and_noise_are_options() -> None:
     mlp, x = SharedExperts(H, WIDTH), torch.randn(40, H)
-    moe = convert.split_dense(mlp, 8, 2, select=NoisyTopK(2, normalize=True, scale=8.0), balance=[ImportanceLoad(1e-2)])
-    moe.train()(x).sum().backward()
-    assert moe.losses
-    assert moe.gate.weight.grad is not None
+    options = {"score": partial(Linear, noise=True), "select": TopK(2, normalize=True, scale=4.0)}
+    moe = convert.split_dense(mlp, 8, 2, balance=[ImportanceLoad(1e-2)], **options)
+    moe.train()(x)
+    sum(moe.losses.values()).backward()
+    assert moe.gate.score.weight.grad.any()
+    assert moe.gate.score.noise_weight.grad.any()
 
 
 def test_row52_interleaved_experts_contain_the_shared_block() -> None:
