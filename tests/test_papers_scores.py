@@ -105,7 +105,7 @@ def test_xmoe_loads_scalars() -> None:
 
 
 def test_row10_xmoe_balances_by_a_fixed_temperature(backend: str) -> None:
-    """As torchscale: the choice and its weight use the learned temperature, the loss 0.07."""
+    """The choice and its weight use the learned temperature, the loss 0.07."""
     layer = layer_of(presets.xmoe(top_k=2, balance=0.1, balance_tau=0.07))
     with torch.no_grad():
         layer.gate.select.log_tau.fill_(math.log(0.5))

@@ -38,7 +38,8 @@ def xmoe(
     Example: MoE(64, 32, 8, **presets.xmoe())(x)
 
     dim is E/2 if None. The initial tau and the coefficient are unverified. balance_tau: a fixed temperature for the
-    probabilities of the balance loss; the code in torchscale has 0.07. The learned one if None.
+    probabilities of the balance loss; the learned one if None, as in torchscale, whose code defines 0.07 for it and
+    does not use it.
     """
     score, select = partial(Cosine, dim=dim, tau=tau), TopK(top_k)
     losses: list[Any] = [partial(SwitchLoss, balance)]

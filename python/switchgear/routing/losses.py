@@ -306,7 +306,7 @@ class DeviceBalance(_PerExpert):
     """coefficient · Σ_g f'_g · P'_g over groups of experts, one per device (DeepSeekMoE, arXiv:2401.06066).
 
     groups: the device of each expert [E], from 0; or the number of devices, with equally many consecutive experts each.
-    coefficient: the 145B model uses 0.05 (unverified). num_experts: E, if groups is a number.
+    coefficient: the 145B model uses 0.05. num_experts: E, if groups is a number.
     """
 
     name = "device"
