@@ -75,7 +75,8 @@ FIDELITY = {
     "moe_plus_plus": Fidelity(
         "structure",
         None,
-        f"{PAPER}; initial values, no capacity by default: {OURS}; its code weighs null experts, scales x and routes otherwise",
+        f"{PAPER}; initial values, no capacity by default: {OURS}; "
+        "its code weighs null experts, scales x and routes otherwise",
         "tau, balance, capacity_factor",
     ),
     "moe_x": Fidelity("score", 22, f"{PAPER}; sign and normalisation of the score: {OURS}", "scale, top_k"),
