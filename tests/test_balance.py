@@ -18,9 +18,12 @@ from switchgear.functional import Routing
 from switchgear.routing import (
     AdaptiveCoefficient,
     AdaptiveSparsity,
+    Linear,
     LossFreeBias,
     Masked,
+    PerSequence,
     RunningCap,
+    Sum,
     TopK,
     TopP,
     balance,
@@ -147,6 +150,62 @@ def test_importance_and_load(ids: Tensor) -> None:
     (grad,) = torch.autograd.grad(balance.smooth_load(logits.requires_grad_(), counts, 0.7)[0], logits)
     assert grad.isfinite().all()
     assert grad[1:E].any(1).all()
+
+
+@pytest.mark.parametrize("normalize", [None, "zscore"])
+def test_the_load_under_learned_noise_is_that_of_its_equations(normalize: str | None) -> None:
+    """Σ_t Φ((x·w_e - kth_excluding(H, K, e)) / softplus(x·n_e)), H with noise (arXiv:1701.06538, equations 8 to 10),
+    over the experts that are open; values, and gradients of both weights."""
+    width, closed = 5, 1
+    score = partial(Linear, noise=True, normalize=normalize)
+    select, loss = partial(Masked, TopK(K), _closing(closed)), losses.ImportanceLoad(0.0, 0.5)
+    router = switchgear.Router(width, E, score=score, select=select, balance=[loss]).double()
+    weights = router.score.weight, router.score.noise_weight
+    nn.init.normal_(router.score.noise_weight)
+    x, generator = torch.randn(T, width, dtype=torch.float64), torch.Generator().manual_seed(0)
+    found = router(x, Context(generator=generator)).losses["importance_load"]
+    noise = torch.empty(T, E, dtype=torch.float64).normal_(generator=generator.manual_seed(0))
+
+    load = [torch.zeros((), dtype=torch.float64) for _ in range(E)]
+    for t in range(T):
+        clean, deviation = (w @ x[t] for w in weights)
+        deviation = (1 + deviation.exp()).log()
+        noisy = clean + deviation * noise[t]
+        for e in set(range(E)) - {closed}:
+            others = sorted((noisy[i] for i in range(E) if i not in (e, closed)), reverse=True)
+            z = (clean[e] - others[K - 1]) / deviation[e]
+            load[e] = load[e] + 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+    total = torch.stack(load)
+    wanted = 0.5 * total.var(correction=0) / total.mean() ** 2
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    for grad, expected in zip(torch.autograd.grad(found, weights), torch.autograd.grad(wanted, weights), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
+
+
+def _closing(expert: int) -> Any:
+    def mask(logits: Tensor, context: Context) -> Tensor:
+        return torch.arange(logits.shape[1]).expand_as(logits) != expert
+
+    return mask
+
+
+@pytest.mark.parametrize(
+    "score", [partial(Sum, partial(Linear, noise=True), Linear), partial(PerSequence, partial(Linear, noise=True))]
+)
+def test_noise_of_a_part_of_a_score_is_not_that_of_its_logits(score: Any) -> None:
+    router = switchgear.Router(5, E, score=score, select=TopK(K), balance=[losses.ImportanceLoad(0.0, 1.0)])
+    routed = router(torch.randn(3, 4, 5))
+    load = balance.smooth_load(routed.router_logits, K)
+    assert torch.equal(routed.losses["importance_load"], balance.squared_variation(load))
+
+
+@pytest.mark.parametrize("raw", [-1e3, -1e30, 1e30])
+def test_gradients_of_the_load_are_finite_for_any_deviation(raw: float) -> None:
+    logits = torch.randn(T, E, requires_grad=True)
+    deviation = torch.full((T, E), raw, requires_grad=True)
+    for top_k in (0, K, E):
+        load = balance.smooth_load(logits, top_k, nn.functional.softplus(deviation), logits * 2)
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(load.sum(), (logits, deviation)))
 
 
 def test_entropies(p: Tensor) -> None:
@@ -489,9 +548,11 @@ def test_global_counts_of_two_processes() -> None:
 
 def test_consistency_is_symmetric_and_zero_for_equal_passes() -> None:
     a, b = torch.randn(2, 4, 9), torch.randn(2, 4, 9)
-    p, q = a.softmax(-1), b.softmax(-1)
-    wanted = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean()
-    torch.testing.assert_close(consistency_loss(a, b), wanted)
+    wanted = 0.0
+    for first, second in zip(a.double().flatten(0, 1), b.double().flatten(0, 1), strict=True):
+        p, q = first.exp() / first.exp().sum(), second.exp() / second.exp().sum()
+        wanted += float(sum(p * (p / q).log()) + sum(q * (q / p).log())) / 2 / 8
+    assert float(consistency_loss(a, b)) == pytest.approx(wanted, rel=1e-5)
     torch.testing.assert_close(consistency_loss(a, b), consistency_loss(b, a))
     assert consistency_loss(a, a) == 0
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])

@@ -105,7 +105,7 @@ def test_xmoe_loads_scalars() -> None:
 
 
 def test_row10_xmoe_balances_by_a_fixed_temperature(backend: str) -> None:
-    """As torchscale: the choice and its weight use the learned temperature, the loss 0.07."""
+    """The choice and its weight use the learned temperature, the loss 0.07."""
     layer = layer_of(presets.xmoe(top_k=2, balance=0.1, balance_tau=0.07))
     with torch.no_grad():
         layer.gate.select.log_tau.fill_(math.log(0.5))
@@ -153,16 +153,20 @@ def test_sigma_moe_begins_with_experts_of_one_norm() -> None:
     torch.testing.assert_close(norms, norms[:1].expand(E))
 
 
-def test_row11_sigma_moe_is_plain_relu_with_the_paper_s_initial_values() -> None:
-    """Standard deviations 1/√H for keys and router, 1/√(E·G) for values; of n samples known to 1/√(2n), times 5."""
-    layer = presets.build(64, 32, 16, **presets.sigma_moe())
+@pytest.mark.parametrize(("num_layers", "factor"), [(None, 1.0), (18, 1 / 3)])
+def test_row11_sigma_moe_is_plain_relu_with_the_paper_s_initial_values(num_layers: int | None, factor: float) -> None:
+    """Standard deviations 1/√H for keys and router, 1/√(E·G) for values, times √(2 / layers); of n samples known to
+    1/√(2n), times 5."""
+    layer = presets.build(64, 32, 16, **presets.sigma_moe(num_layers=num_layers))
     assert not layer.experts.gated
     assert layer.experts.activation == "relu"
     for weight, std in ((layer.experts.up_proj, 64**-0.5), (layer.experts.down_proj, (16 * 32) ** -0.5)):
-        assert float(weight.detach().std()) == pytest.approx(std, rel=5 / math.sqrt(2 * weight.numel()))
+        assert float(weight.detach().std()) == pytest.approx(factor * std, rel=5 / math.sqrt(2 * weight.numel()))
     router = layer.gate.score.weight.detach()
-    assert float(router.norm(dim=1).mean()) == pytest.approx(1, rel=5 / math.sqrt(2 * router.numel()))
+    assert float(router.norm(dim=1).mean()) == pytest.approx(factor, rel=5 / math.sqrt(2 * router.numel()))
     torch.testing.assert_close(router.norm(dim=1), router.norm(dim=1)[:1].expand(16))
+    with pytest.raises(ValueError, match="num_layers"):
+        presets.sigma_moe(num_layers=0)
 
 
 def test_sigma_moe_never_chooses_a_hidden_expert() -> None:
@@ -191,18 +195,23 @@ def test_sigma_moe_of_width_one_is_a_sparse_feed_forward_layer() -> None:
 # ---- Skywork-MoE -----------------------------------------------------------------------------------------------------
 
 
-def test_skywork_is_a_loop_of_normalised_logits(backend: str) -> None:
+def test_row13_skywork_is_a_loop_of_normalised_logits(backend: str) -> None:
+    """z = W x + b, g = softmax(lam · (z - mean) / deviation), y = Σ_chosen g_e · expert_e(x) / Σ_chosen g_e."""
     layer = layer_of(presets.skywork(lam=1.5, capacity_factor=8.0))
 
     def loop(layer: Any, x: Tensor) -> Any:
-        rows = []
-        for row in x @ layer.gate.score.weight.T:
-            mean = sum(row) / E
-            rows.append(1.5 * (row - mean) / (sum((z - mean) ** 2 for z in row) / E + 1e-12).sqrt())
-        logits = torch.stack(rows)
-        ids = [best(row, 2) for row in logits]
+        score, rows, ids, probabilities = layer.gate.score, [], [], []
+        for row in x:
+            z = score.weight @ row + score.bias
+            deviation = (sum((z - z.mean()) ** 2) / E + 1e-12).sqrt()  # keeps equal logits finite
+            g = (1.5 * (z - z.mean()) / deviation).exp()
+            g = g / sum(g)
+            chosen = best(g, 2)
+            rows.append(sum(g[e] * expert(layer.experts, e, row) for e in chosen) / sum(g[e] for e in chosen))
+            ids.append(chosen)
+            probabilities.append(g)
         coefficient = layer.gate.balance[0].coefficient.value
-        return top_k_loop(layer, x, logits, 2), coefficient * switch_loss(logits.softmax(-1), ids)
+        return torch.stack(rows), coefficient * switch_loss(torch.stack(probabilities), ids)
 
     assert_agrees(layer, loop, torch.randn(20, H))
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from switchgear import convert
 from switchgear.layers.shared import SharedExperts
-from switchgear.routing import ImportanceLoad, NoisyTopK
+from switchgear.routing import ImportanceLoad, Linear, TopK
 
 H, WIDTH = 24, 64
 
@@ -90,10 +91,12 @@ def test_row54_clusters_are_balanced_and_close() -> None:
 
 def test_row54_load_balance_and_noise_are_options() -> None:
     mlp, x = SharedExperts(H, WIDTH), torch.randn(40, H)
-    moe = convert.split_dense(mlp, 8, 2, select=NoisyTopK(2, normalize=True, scale=8.0), balance=[ImportanceLoad(1e-2)])
-    moe.train()(x).sum().backward()
-    assert moe.losses
-    assert moe.gate.weight.grad is not None
+    options = {"score": partial(Linear, noise=True), "select": TopK(2, normalize=True, scale=4.0)}
+    moe = convert.split_dense(mlp, 8, 2, balance=[ImportanceLoad(1e-2)], **options)
+    moe.train()(x)
+    sum(moe.losses.values()).backward()
+    assert moe.gate.score.weight.grad.any()
+    assert moe.gate.score.noise_weight.grad.any()
 
 
 def test_row52_interleaved_experts_contain_the_shared_block() -> None:
@@ -156,9 +159,36 @@ def test_row55_importance_is_monotone_under_zeroing() -> None:
     for neuron in (5, 17):  # this loss is linear in the output, so its first-order change is the change
         keep = torch.ones(WIDTH, dtype=torch.float64)
         keep[neuron] = 0
-        change = ((masked(mlp, x, keep) - mlp(x)) * target).mean().abs()
-        assert abs(float(full[neuron]) - float(change.detach())) < 1e-6
+        changes = ((masked(mlp, x, keep) - mlp(x)) * target).detach().sum(1) / target.numel()
+        assert float(full[neuron]) == pytest.approx(sum(abs(float(change)) for change in changes), rel=1e-5)
     assert mlp.up_proj.weight.grad is None
+
+
+def test_row55_importance_does_not_cancel_over_tokens() -> None:
+    """Σ_t |h · ∂loss/∂h| of each token, here for two tokens with opposite gradients, in one batch or two."""
+    mlp, x, target = SharedExperts(H, WIDTH), torch.randn(1, H), torch.randn(1, H)
+    x, target = torch.cat((x, x)), torch.cat((target, -target))
+    gate, up, down = (part.weight.detach().double() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    expected = torch.zeros(WIDTH, dtype=torch.float64)
+    for row, goal in zip(x.double(), target.double(), strict=True):
+        expected += (F.silu(gate @ row) * (up @ row) * (goal @ down)).abs()
+    for split in ([[0, 1]], [[0], [1]]):
+        batches = [{"x": x[rows], "target": target[rows]} for rows in split]
+        found = convert.neuron_importance(Regression(mlp), batches, lambda loss: loss, mlp=mlp)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="mlp: expected a part of module"):
+        convert.neuron_importance(Regression(mlp), batches, lambda loss: loss, mlp=SharedExperts(H, WIDTH))
+
+
+class Regression(nn.Module):
+    """The sum of y · target over tokens."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return (self.mlp(x) * target).sum()
 
 
 class Blocks(nn.Module):
@@ -214,7 +244,7 @@ class Dropping(Blocks):
 @pytest.mark.parametrize("by", ["activation", "gradient"])
 def test_importance_is_that_of_known_tokens_in_eval(by: str) -> None:
     model, x, mask = Dropping(), torch.randn(2, 5, H), torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
-    padded = {"x": x, "labels": torch.randn(2, 5, H) * mask[..., None], "attention_mask": mask}
+    padded = {"x": x, "labels": torch.randn(2, 5, H), "attention_mask": mask}
     tokens = {"x": x[mask.bool()], "labels": padded["labels"][mask.bool()] * 7 / 10}  # a loss is a mean over 10
     found, expected = (convert.layer_importance(model, [batch], by=by) for batch in (padded, tokens))
     assert model.training
@@ -251,10 +281,12 @@ def test_row56_a_perfect_router_minimises_the_prior_loss() -> None:
     assert float(logits.grad.abs().max()) < 1e-6
     for _ in range(20):
         assert convert.prior_approximate(best + torch.randn(tokens, experts), outputs, dense, top_k) > loss
-    p, q = best.double().softmax(-1), torch.zeros(tokens, experts, dtype=torch.float64).softmax(-1)
-    expected = (p * (p / q).log()).sum(-1).mean()
-    found = convert.prior_approximate(torch.zeros(tokens, experts), outputs, dense, top_k)
-    assert abs(float(found) - float(expected)) < 1e-6
+    logits = torch.randn(tokens, experts)
+    expected = 0.0
+    for router, target in zip(logits.double().softmax(-1), best.double().softmax(-1), strict=True):
+        expected += sum(float(p * (p / q).log()) for p, q in zip(router, target, strict=True)) / tokens
+    found = convert.prior_approximate(logits, outputs, dense, top_k)
+    assert abs(float(found) - expected) < 1e-6
 
 
 def test_row44_domain_masks() -> None:

@@ -40,8 +40,9 @@ class EqualTopK:
 
 
 def prior_approximate(router_logits: Tensor, expert_outputs: Tensor, dense_output: Tensor, top_k: int) -> Tensor:
-    """KL(softmax(target) || softmax(router_logits)), a float32 scalar averaged over tokens: teaches the router of a
-    split network which experts come closest to it (FactorLLM's prior-approximate loss, arXiv:2408.11855).
+    """KL(softmax(router_logits) || softmax(target)), a float32 scalar averaged over tokens: teaches the router of a
+    split network which experts come closest to it (FactorLLM's prior-approximate loss, arXiv:2408.11855, in the
+    direction of its code).
 
     The target [T,E] is 1 for the top_k experts with the least mean squared error to dense_output · K / E, else 0, and
     has no gradient.
@@ -64,4 +65,4 @@ def prior_approximate(router_logits: Tensor, expert_outputs: Tensor, dense_outpu
         target = torch.zeros_like(errors).scatter_(1, choose(-errors, top_k).long(), 1.0)
         log_target = target.log_softmax(-1)
     log_router = router_logits.float().log_softmax(-1)
-    return (log_target.exp() * (log_target - log_router)).sum(-1).mean()
+    return (log_router.exp() * (log_router - log_target)).sum(-1).mean()

@@ -14,6 +14,7 @@ from switchgear.complaints import check_module
 from switchgear.convert.ffn import NAMES, is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, watched_rows
 from switchgear.reference import check_choice
+from switchgear.trace.observe import inputs_of
 from switchgear.utils.modes import evaluating
 
 DOWN = tuple(dict.fromkeys(down for _, _, down in NAMES))
@@ -22,8 +23,9 @@ DOWN = tuple(dict.fromkeys(down for _, _, down in NAMES))
 def neuron_importance(
     module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], *, mlp: nn.Module | None = None
 ) -> Tensor:
-    """[I] float32: the first-order change of the loss if a neuron is removed, |Σ w · ∂loss/∂w| over its column of the
-    down projection, summed over batches, in eval() (LLaMA-MoE v2, arXiv:2411.15708).
+    """[I] float32: the first-order change of the loss if a neuron is removed for a token, |h · ∂loss/∂h| of its
+    activation h, summed over tokens and batches, in eval() and without padding (LLaMA-MoE v2, arXiv:2411.15708). A loss
+    that sums over tokens gives the same for any division into batches.
 
     Args:
         module: computes the loss: loss(module(batch)); a mapping is passed as keywords.
@@ -31,8 +33,12 @@ def neuron_importance(
 
     Gradients of parameters are left as they are.
     """
+    down = _down(module if mlp is None else mlp)
+    name = next((name for name, part in module.named_modules() if part is down), None)
+    if name is None:
+        raise ValueError(f"mlp: expected a part of module, got another {type(mlp).__name__}")
     with evaluating(module):
-        (total,) = _gradients(module, batches, loss, [_down(module if mlp is None else mlp)])
+        (total,) = _gradients(module, batches, loss, {name: down})
     return total
 
 
@@ -53,7 +59,7 @@ def layer_importance(
     Args:
         batches: passed to the model; a mapping as keywords.
         loss: of the model's output; by default its attribute `loss`. Not used for activations.
-        by: "gradient", see neuron_importance; "activation": the mean |activation| of the neuron, without padding
+        by: "gradient", see neuron_importance; "activation": the mean |activation| of the neuron. Both without padding
             (attention_mask 0).
         layers: indices of feed-forward layers; the keys of the result.
 
@@ -69,25 +75,36 @@ def layer_importance(
         if by == "activation":
             totals = _activations(model, batches, downs)
         else:
-            totals = _gradients(model, batches, _loss_of if loss is None else loss, downs.values())
+            totals = _gradients(model, batches, _loss_of if loss is None else loss, downs)
     return dict(zip(chosen, totals, strict=True))
 
 
 def _gradients(
-    module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], downs: Iterable[nn.Linear]
+    module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], downs: Mapping[str, nn.Linear]
 ) -> list[Tensor]:
-    weights = [down.weight for down in downs]
-    totals: list[Tensor] | None = None
+    totals: dict[str, Tensor] = {}
+    seen: list[tuple[str, Tensor, Tensor | None]] = []  # in this forward: layer, activations, mask
     with ExitStack() as stack:
-        for weight in weights:
-            stack.callback(weight.requires_grad_, weight.requires_grad)
-            weight.requires_grad_(True)
+        stack.enter_context(torch.enable_grad())
+        inputs = stack.enter_context(inputs_of(module))
+        for name, down in downs.items():
+
+            def see(_: Any, args: tuple[Tensor, ...], name: str = name) -> Tensor:
+                h = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()  # if all before is frozen
+                seen.append((name, h, inputs.mask(name, h.shape[:-1].numel())))
+                return h
+
+            stack.callback(down.register_forward_pre_hook(see).remove)
         for batch in batches:
-            with torch.enable_grad():
-                grads = torch.autograd.grad(loss(called(module, batch)), weights)
-            changes = [(w.detach().float() * g.float()).sum(0).abs() for w, g in zip(weights, grads, strict=True)]
-            totals = changes if totals is None else [a + b for a, b in zip(totals, changes, strict=True)]
-    return _some(totals)
+            seen.clear()
+            value = loss(called(module, batch))
+            found = list(seen)  # without what checkpointing repeats in the backward pass
+            for (name, h, mask), grad in zip(found, torch.autograd.grad(value, [h for _, h, _ in found]), strict=True):
+                changes = (h.detach().float() * grad.float()).abs().reshape(-1, h.shape[-1])
+                if mask is not None:
+                    changes = changes[mask.to(changes.device)]
+                totals[name] = totals.get(name, 0) + changes.sum(0)
+    return _some([totals[name] for name in downs] if len(totals) == len(downs) else None)
 
 
 @torch.no_grad()

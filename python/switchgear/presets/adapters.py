@@ -74,7 +74,7 @@ def octavius(*, dim: int | None = None, rank: int = 32, top_k: int = 2) -> Optio
 
     dim: the width of Context.embedding, one instruction per sequence; if None, the mean of the layer's inputs over the
     sequence stands for it (a choice of ours, which sees later tokens too). rank, top_k and that the weights are a
-    softmax over the chosen logits are unverified; the paper has 4 to 6 experts.
+    softmax over the chosen logits are those of the authors' code, which has 3 to 6 experts.
     """
     score: Any = partial(_of_sequence) if dim is None else partial(FromEmbedding, dim=dim)
     return {"layer": adapted_linear, "rank": rank, "score": score, "select": TopK(top_k, normalize=True)}

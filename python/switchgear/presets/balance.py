@@ -36,8 +36,8 @@ def deepseek_moe(
     Example: MoE(64, 8, 64, **presets.deepseek_moe())(x)
 
     The paper's 2B model has 64 routed experts of a quarter of the usual width; its 16B model uses the coefficient
-    0.001. num_devices: adds the device loss. device_balance: its coefficient; if None, the 145B model's 0.05
-    (unverified).
+    0.001. num_devices: adds the device loss. device_balance: its coefficient; if None, the 145B model's 0.05, which has
+    balance = 0.003 beside it.
     """
     if num_devices is None and device_balance is not None:
         raise ValueError(f"num_devices: expected a number beside device_balance={device_balance}, got None")
@@ -83,12 +83,14 @@ def skywork(
     Paper: Skywork-MoE: A Deep Dive into Training Techniques for Mixture-of-Experts Language Models, arXiv:2406.06563
     Example: MoE(64, 32, 8, **presets.skywork())(x)
 
-    switchgear.after_step(model) updates the coefficient. top_k and the capacity factor are unverified.
+    The weights of the chosen experts sum to 1. The deviation is that of the population; the paper does not say which.
+    The loss is SwitchLoss; the paper prints Σ_e (1/E - P_e)², P_e the mean probability, as that of Switch Transformer.
+    switchgear.after_step(model) updates the coefficient. The capacity factor is unverified.
     """
     coefficient = partial(AdaptiveCoefficient, xi, alpha_max, beta)
     return {
-        "score": partial(Linear, normalize="zscore", lam=lam),
-        "select": TopK(top_k),
+        "score": partial(Linear, bias=True, normalize="zscore", lam=lam),
+        "select": TopK(top_k, normalize=True),
         "capacity": Capacity(capacity_factor),
         "balance": [partial(SwitchLoss, coefficient)],
     }
@@ -147,8 +149,8 @@ def openmoe(
     Example: MoE(64, 32, 32, **presets.openmoe(), num_shared_experts=1)(x)
 
     The paper uses 32 experts plus a dense path. It finds that later tokens of a sequence are dropped more often than
-    earlier ones. z, evaluation_factor and min_capacity are those of training code consistent with the paper; the
-    training factor and the coefficient are unverified.
+    earlier ones. balance and z are the paper's. evaluation_factor and min_capacity are those of training code
+    consistent with it; the training factor is unverified.
     """
     return {
         "select": TopK(top_k),

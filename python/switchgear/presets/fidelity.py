@@ -34,14 +34,14 @@ FIDELITY = {
     "cartesian": Fidelity("structure", 27, PAPER, "top_k, num_shared_experts, balance"),
     "cluster_task": Fidelity("selection", 32, PAPER),
     "deep_mixture": Fidelity("structure", 26, PAPER, "margin"),
-    "deepseek_moe": Fidelity("structure", 3, PAPER, "device_balance"),
+    "deepseek_moe": Fidelity("structure", 3, PAPER),
     "deepseek_v3": Fidelity(
         "model",
         None,
         f"{PAPER} and of the code in Hugging Face transformers; the loss counts the experts that tokens use; the "
         f"paper counts those of the largest scores, whatever bias and groups choose: {OURS}",
     ),
-    "dynamic_top_p": Fidelity("selection", 7, f"{PAPER}; its code leaves out an expert that meets p exactly"),
+    "dynamic_top_p": Fidelity("selection", 7, f"{PAPER}; its code takes one expert more if the sum meets p exactly"),
     "expert_choice": Fidelity("selection", 2, PAPER, "capacity_factor; λ and the rounds of the cap"),
     "global_balance": Fidelity("balance", 5, PAPER, "top_k, balance"),
     "gpt_oss": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
@@ -73,7 +73,11 @@ FIDELITY = {
     "mixtral": Fidelity("model", None, f"{PAPER} and of the code in Hugging Face transformers"),
     "mixture_of_depths": Fidelity("structure", None, f"{PAPER}, for a feed-forward block", "balance"),
     "moe_plus_plus": Fidelity(
-        "structure", None, f"{PAPER}; initial values, no capacity by default: {OURS}", "tau, balance, capacity_factor"
+        "structure",
+        None,
+        f"{PAPER}; initial values, no capacity by default: {OURS}; "
+        "its code weighs null experts, scales x and routes otherwise",
+        "tau, balance, capacity_factor",
     ),
     "moe_x": Fidelity("score", 22, f"{PAPER}; sign and normalisation of the score: {OURS}", "scale, top_k"),
     "moec": Fidelity(
@@ -86,13 +90,13 @@ FIDELITY = {
     "mor1e": Fidelity("adapter", 66, f"rank-1 experts: {PAPER}; form of the prior: {OURS}", "top_k, weight, tau"),
     "multi_head": Fidelity("structure", 28, PAPER, "heads, top_k, balance"),
     "octavius": Fidelity(
-        "adapter", 65, f"{PAPER}; the mean of a sequence without dim: {OURS}", "rank, top_k; the weights"
+        "adapter", 65, f"{PAPER}; rank, top_k, weights: {CODE}; the mean of a sequence without dim: {OURS}"
     ),
     "openmoe": Fidelity(
         "balance",
         35,
-        f"{PAPER}; z, evaluation_factor, min_capacity: of training code consistent with it",
-        "capacity_factor, balance",
+        f"{PAPER}; evaluation_factor, min_capacity: of training code consistent with it",
+        "capacity_factor",
     ),
     "phatgoose": Fidelity("adapter", 68, f"{PAPER}; learning rate of train_gate: {OURS}"),
     "phimoe": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
@@ -101,8 +105,15 @@ FIDELITY = {
     "remoe": Fidelity("selection", None, f"{PAPER}; a coefficient for each layer instead of one for all: {OURS}"),
     "sam": Fidelity("selection", 15, f"{PAPER}; the form of alignment: {OURS}", "balance, alignment"),
     "self_moe": Fidelity("adapter", 69, f"{PAPER}; a router for each width of input: {OURS}", "rank, top_k"),
-    "sigma_moe": Fidelity("score", 11, f"{PAPER}, with its initial values"),
-    "skywork": Fidelity("score", 13, PAPER, "top_k, capacity_factor, initial coefficient"),
+    "sigma_moe": Fidelity(
+        "score", 11, f"{PAPER}, with its initial values; their factor √(2 / num_layers) only if num_layers is given"
+    ),
+    "skywork": Fidelity(
+        "score",
+        13,
+        f"{PAPER}; population deviation, and SwitchLoss instead of the printed Σ_e (1/E - P_e)²: {OURS}",
+        "capacity_factor, initial coefficient",
+    ),
     "smola": Fidelity("adapter", 67, f"{PAPER}, with one set of experts for all modalities", "rank, slots"),
     "soft_moe": Fidelity("structure", 31, PAPER),
     "stratified": Fidelity("structure", 29, PAPER, "strata"),
@@ -110,5 +121,7 @@ FIDELITY = {
     "task_level": Fidelity("score", 34, PAPER, "tau"),
     "thor": Fidelity("selection", 18, PAPER),
     "word_experts": Fidelity("structure", 17, f"{PAPER}; the table is random, the paper's follows frequencies"),
-    "xmoe": Fidelity("score", 10, f"{PAPER}; balance_tau: {CODE}", "tau, balance"),
+    "xmoe": Fidelity(
+        "score", 10, f"{PAPER}; balance_tau: a constant that its code defines, but does not use", "tau, balance"
+    ),
 }

@@ -77,6 +77,10 @@ def moe_plus_plus(
     times as many tokens as real experts; without it nothing is dropped. Pass the logits on:
     y, routing = moe(x, fields={"previous_logits": z}), then z = routing.router_logits for the next layer. W_c and the
     residual start at zero (a choice of ours).
+
+    The published code differs from the paper: the weight of the null expert is set to zero before the two
+    weights are divided by their sum, all experts get 2·x, the router has two layers with a tanh between them, and
+    virtual experts come in the order constant, copy, null.
     """
     free = null + copy + constant
     penalty = partial(_zero_computation_penalty, tau=tau, coefficient=balance, free=free)

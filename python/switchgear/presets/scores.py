@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from switchgear.layers import sigma_moe_values
+from switchgear.reference import check_size
 from switchgear.routing import (
     BatchEntropy,
     Cosine,
@@ -37,7 +38,8 @@ def xmoe(
     Example: MoE(64, 32, 8, **presets.xmoe())(x)
 
     dim is E/2 if None. The initial tau and the coefficient are unverified. balance_tau: a fixed temperature for the
-    probabilities of the balance loss; the code in torchscale has 0.07. The learned one if None.
+    probabilities of the balance loss; the learned one if None, as in torchscale, whose code defines 0.07 for it and
+    does not use it.
     """
     score, select = partial(Cosine, dim=dim, tau=tau), TopK(top_k)
     losses: list[Any] = [partial(SwitchLoss, balance)]
@@ -47,22 +49,29 @@ def xmoe(
     return {"score": cosines, "select": partial(Temperature, select, tau, fixed=balance_tau), "balance": losses}
 
 
-def sigma_moe(*, top_k: int = 4, expert_dropout: float = 0.05, entropy: float = 1e-3) -> dict[str, Any]:
+def sigma_moe(
+    *, top_k: int = 4, expert_dropout: float = 0.05, entropy: float = 1e-3, num_layers: int | None = None
+) -> dict[str, Any]:
     """Narrow ReLU experts without a gate; sigmoid scores, which do not compete; random experts are hidden from tokens
     in training; an entropy loss spreads the batch over the experts.
 
     Paper: Approximating Two-Layer Feedforward Networks for Efficient Transformers, arXiv:2310.10837
     Example: MoE(64, 32, 8, **presets.sigma_moe())(x)
 
-    Initial values are those of the paper. The paper's experts are 128 wide.
+    Initial values are those of the paper, whose standard deviations have a factor √(2 / num_layers): num_layers is the
+    number of layers of the model; None leaves the factor out. The paper's experts are 128 wide.
     """
+    initialize: Any = sigma_moe_values
+    if num_layers is not None:
+        check_size("num_layers", num_layers)
+        initialize = partial(sigma_moe_values, scale=(2 / num_layers) ** 0.5)
     return {
         "score": partial(Linear, equal_rows=True),
         "select": partial(Masked, TopK(top_k, "sigmoid"), ExpertDropout(expert_dropout)),
         "balance": [BatchEntropy(entropy)],
         "activation": "relu",
         "gated": False,
-        "initialize": sigma_moe_values,
+        "initialize": initialize,
     }
 
 

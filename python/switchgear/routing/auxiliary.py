@@ -35,14 +35,15 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def consistency_loss(first_logits: Tensor, second_logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """KL(p1 || p2) + KL(p2 || p1) of two passes with different experts, averaged over tokens (THOR, arXiv:2110.04260).
+    """(KL(p1 || p2) + KL(p2 || p1)) / 2 of two passes with different experts, averaged over tokens (THOR,
+    arXiv:2110.04260).
 
     first_logits, second_logits: [..., V], the model's output; p = softmax. mask [...]: False for padding, whose logits
     may be NaN. A logit may be -inf in both passes. The loss is symmetric, and 0 for equal passes.
     """
     first_logits, second_logits = without_padding(first_logits, mask), without_padding(second_logits, mask)
     log_p, log_q = first_logits.float().log_softmax(-1), second_logits.float().log_softmax(-1)
-    return mean_of_tokens(kl_divergence(log_p, log_q) + kl_divergence(log_q, log_p), mask)
+    return mean_of_tokens((kl_divergence(log_p, log_q) + kl_divergence(log_q, log_p)) / 2, mask)
 
 
 def output_regularization(

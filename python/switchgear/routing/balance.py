@@ -20,6 +20,7 @@ from switchgear.functional import Routing
 from switchgear.routing.ranking import finite, wide
 
 _TINY = torch.finfo(torch.float32).tiny
+_LEAST_STD = 1e-30  # 40 / this is finite in float32
 
 
 @accepts_arrays
@@ -216,20 +217,26 @@ def importance_loss(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) ->
     return squared_variation(_total_weights(topk_ids, topk_weights, num_experts))
 
 
-def smooth_load(router_logits: Tensor, top_k: int | Tensor, noise_std: float = 1.0) -> Tensor:
+def smooth_load(
+    router_logits: Tensor, top_k: int | Tensor, noise_std: float | Tensor = 1.0, clean_logits: Tensor | None = None
+) -> Tensor:
     """[E]: the expected number of tokens that choose each expert if only its logit is redrawn with noise `noise_std`.
 
-    Σ_t Φ((z[t,e] - k-th largest of the others) / noise_std); differentiable, unlike counts (arXiv:1701.06538).
-    router_logits [T,E]. top_k: k, or that of each token, [T] integers from 0 on.
+    Σ_t Φ((c[t,e] - k-th largest z of the others) / noise_std); differentiable, unlike counts (arXiv:1701.06538,
+    equations 8 to 10). router_logits z [T,E]. top_k: k, or that of each token, [T] integers from 0 on. noise_std: a
+    number, or that of each logit, [T,E]. clean_logits c [T,E]: without the noise that z has; z if None.
     """
     logits = finite(router_logits)
+    clean = logits if clean_logits is None else finite(clean_logits)
+    std = finite(noise_std).clamp(min=_LEAST_STD) if isinstance(noise_std, Tensor) else noise_std
     end = logits.new_full((logits.shape[0], 1), math.inf)  # before the best, and its negative behind the last
     best = torch.cat((end, logits.sort(dim=-1, descending=True).values, -end), 1)
     k = torch.zeros_like(end, dtype=torch.int64) + (top_k[:, None] if isinstance(top_k, Tensor) else top_k)
     k = k.clamp(max=logits.shape[1])
     last_in, first_out = best.gather(1, k), best.gather(1, k + 1)
     threshold = torch.where(logits >= last_in, first_out, last_in)
-    load: Tensor = torch.special.ndtr((logits - threshold) / noise_std).sum(0)
+    distance = (clean - threshold).clamp(-40 * std, 40 * std)  # the gradient of an infinite one would be NaN
+    load: Tensor = torch.special.ndtr(distance / std).sum(0)
     return load
 
 

@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ from switchgear.complaints import check_tensor
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_range, check_size
 from switchgear.routing.change import Change
+
+
+class Noise(NamedTuple):
+    """What a score drew, [T,E] each."""
+
+    clean_logits: Tensor
+    noisy_logits: Tensor
+    deviation: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Context:
         training: set by the router.
         changes: set by a router with a capacity: the interventions whose disabled experts and gains it applies after
             the capacity.
+        noise: set by a router with losses in training: where a score leaves its noise for them.
     """
 
     token_ids: Tensor | None = None
@@ -61,6 +70,7 @@ class Context:
     isolated: bool = False
     training: bool = False
     changes: list[Change] | None = None
+    noise: list[Noise] | None = None
 
     def __post_init__(self) -> None:
         for name in ("token_ids", "sequence_ids", "embedding", "importance"):

@@ -169,7 +169,8 @@ class ZLoss:
 class ImportanceLoad:
     """importance · CV²(total weights) + load · CV²(smooth load) (arXiv:1701.06538; LLaMA-MoE, arXiv:2406.16554).
 
-    noise_std: the noise of the smooth load, in units of logits. Each token has as many places as it made choices.
+    noise_std: the noise of the smooth load, in units of logits. A score Linear(noise=True) has one of its own: then it
+    is that, and the load follows the logits without noise. Each token has as many places as it made choices.
     """
 
     importance: float = 1e-2
@@ -184,7 +185,13 @@ class ImportanceLoad:
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         ids = routing.topk_ids
         loss = self.importance * balance.importance_loss(ids, routing.topk_weights, routing.num_experts)
-        smooth = balance.smooth_load(routing.router_logits, (ids >= 0).sum(1), self.noise_std)
+        logits, std, clean = routing.router_logits, self.noise_std, None
+        if context.noise:
+            (noise,) = context.noise
+            closed = ~is_open(logits)
+            clean, logits = (z.masked_fill(closed, torch.finfo(z.dtype).min) for z in noise[:2])
+            std = noise.deviation
+        smooth = balance.smooth_load(logits, (ids >= 0).sum(1), std, clean)
         return loss + self.load * balance.squared_variation(smooth)
 
 
@@ -299,7 +306,7 @@ class DeviceBalance(_PerExpert):
     """coefficient · Σ_g f'_g · P'_g over groups of experts, one per device (DeepSeekMoE, arXiv:2401.06066).
 
     groups: the device of each expert [E], from 0; or the number of devices, with equally many consecutive experts each.
-    coefficient: the 145B model uses 0.05 (unverified). num_experts: E, if groups is a number.
+    coefficient: the 145B model uses 0.05. num_experts: E, if groups is a number.
     """
 
     name = "device"

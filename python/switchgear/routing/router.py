@@ -25,6 +25,7 @@ from switchgear.routing.context import (
     Balance,
     Context,
     Limit,
+    Noise,
     Score,
     Select,
     ignoring_bias,
@@ -372,7 +373,8 @@ class Router(KeepsFloat32):
         if context.importance is not None and context.importance.numel() != tokens:
             raise ValueError(f"importance: expected {tokens} tokens, got {context.importance.numel()}")
         isolated = context.isolated or self.isolation == "sequence"
-        return replace(context, **known, isolated=isolated, training=self.training)
+        noise: list[Noise] | None = [] if self.training and self.balance else None
+        return replace(context, **known, isolated=isolated, training=self.training, noise=noise)
 
     def _losses(self, routing: Routing, context: Context) -> dict[str, Tensor]:
         losses = dict(routing.losses)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from switchgear.backends import without_autocast
 from switchgear.functional import as_number, gate
 from switchgear.reference import check_choice, check_fraction, weight_dtype
-from switchgear.routing.context import Context, check_positive, made
+from switchgear.routing.context import Context, Noise, check_positive, made
 from switchgear.routing.ranking import is_open, jittered, sigmoid, wide
 from switchgear.utils.scalars import LoadsScalars
 
@@ -47,6 +48,7 @@ class Linear(nn.Module):
         jitter: in training the input is multiplied by uniform noise in [1 - jitter, 1 + jitter] (arXiv:2101.03961); in
             float32 with float32, else in the dtype of x (see Router).
         noise: learned Gaussian noise on the logits in training, randn · softplus(x · noise_weightᵀ) (arXiv:1701.06538).
+            ImportanceLoad counts with its deviation.
         normalize: "zscore" normalises the logits of each token to mean 0 and standard deviation lam (Skywork-MoE,
             arXiv:2406.06563, lam = 1).
         input_transform: M, a function or "tanh", "sigmoid", "normalize", "layer_norm" (bounded, as the theory of
@@ -128,7 +130,9 @@ class Linear(nn.Module):
         logits = gate(x, self.weight, self.bias, float32=self.float32)
         if self.noise_weight is not None and self.training:
             deviation = F.softplus(gate(x, self.noise_weight)).to(logits.dtype)
-            logits = logits + deviation * torch.empty_like(logits).normal_(generator=context.source())
+            clean, logits = logits, logits + deviation * torch.empty_like(logits).normal_(generator=context.source())
+            if context.noise is not None:
+                context.noise.append(Noise(clean, logits, deviation))
         return logits if self.normalize is None else zscore(logits, self.lam)
 
     def extra_repr(self) -> str:
@@ -311,6 +315,7 @@ class Sum(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""
+        context = replace(context, noise=None)  # that of one part is not that of the sum
         first, *others = (score(x, context) for score in self.scores)
         total: Tensor = sum(others, first)
         return total

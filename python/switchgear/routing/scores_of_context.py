@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class PerSequence(nn.Module):
         total = wide.new_zeros(count, x.shape[1]).index_add(0, index, wide)
         size = wide.new_zeros(count).index_add(0, index, torch.ones_like(wide[:, 0]))
         mean = (total / size.clamp(min=1)[:, None]).to(x.dtype)
-        logits: Tensor = self.score(mean, context)[index]
+        logits: Tensor = self.score(mean, replace(context, noise=None))[index]  # whose rows are sequences
         return logits
 
 
