@@ -228,7 +228,9 @@ def smooth_load(
     """
     logits = finite(router_logits)
     clean = logits if clean_logits is None else finite(clean_logits)
-    std = finite(noise_std).clamp(min=_LEAST_STD) if isinstance(noise_std, Tensor) else noise_std
+    if not isinstance(noise_std, Tensor):
+        noise_std = logits.new_full((), noise_std)
+    std = finite(noise_std).clamp(min=_LEAST_STD)
     end = logits.new_full((logits.shape[0], 1), math.inf)  # before the best, and its negative behind the last
     best = torch.cat((end, logits.sort(dim=-1, descending=True).values, -end), 1)
     k = torch.zeros_like(end, dtype=torch.int64) + (top_k[:, None] if isinstance(top_k, Tensor) else top_k)

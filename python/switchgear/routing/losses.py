@@ -185,13 +185,14 @@ class ImportanceLoad:
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         ids = routing.topk_ids
         loss = self.importance * balance.importance_loss(ids, routing.topk_weights, routing.num_experts)
-        logits, std, clean = routing.router_logits, self.noise_std, None
+        logits, chosen = routing.router_logits, (ids >= 0).sum(1)
         if context.noise:
             (noise,) = context.noise
             closed = ~is_open(logits)
-            clean, logits = (z.masked_fill(closed, torch.finfo(z.dtype).min) for z in noise[:2])
-            std = noise.deviation
-        smooth = balance.smooth_load(logits, (ids >= 0).sum(1), std, clean)
+            clean, noisy = (z.masked_fill(closed, torch.finfo(z.dtype).min) for z in noise[:2])
+            smooth = balance.smooth_load(noisy, chosen, noise.deviation, clean)
+        else:
+            smooth = balance.smooth_load(logits, chosen, self.noise_std)
         return loss + self.load * balance.squared_variation(smooth)
 
 
