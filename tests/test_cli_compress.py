@@ -181,6 +181,25 @@ def test_a_full_disk_leaves_no_checkpoint(
     assert not (model.parent / "small").exists()
 
 
+def test_a_half_copied_file_is_copied_again(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_text("fr")
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", full)
+        assert run(model, write(model, PRUNE)) == 2
+    partial = model.parent / "small.partial"
+    assert f"cannot write {partial / 'step-1' / 'LICENSE'}" in capsys.readouterr().err
+    (partial / "step-1" / "LICENSE.unfinished").write_text("fr")  # killed
+    assert run(model, write(model, PRUNE)) == 0
+    small = model.parent / "small"
+    assert (small / "LICENSE").read_text() == "free"
+    assert not list(small.glob("*.unfinished"))
+
+
 def test_a_folder_of_something_else_is_left_alone(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     partial = model.parent / "small.partial"
     partial.mkdir()

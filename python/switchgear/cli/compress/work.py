@@ -19,7 +19,7 @@ from typing import Any
 from switchgear import compress as functions
 from switchgear.complaints import first_line
 from switchgear.compress import Calibration, calibrate
-from switchgear.files import LOCK, locked, unfinished_of, write_whole
+from switchgear.files import LOCK, locked, replacing, unfinished_of, write_whole
 from switchgear.weights import restore
 
 from ...common import CommandError
@@ -58,7 +58,8 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
             yield f"{step.do}: {result}"
         partial.finish(source, {"recipe": recipe.as_dict(), "model": source.name, "steps": done})
     except OSError as error:  # a full disk, for one; safetensors' errors, too, have this base or the next
-        raise CommandError(f"cannot write {error.filename or partial.folder}: {error.strerror or error}") from None
+        path = error.filename2 or error.filename or partial.folder  # filename2: where a copy goes
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
@@ -184,7 +185,8 @@ class Partial:
         for pattern in COPIED:
             for file in source.glob(pattern):
                 if file.is_file() and not (result / file.name).exists():
-                    shutil.copyfile(file, result / file.name)
+                    with replacing(result / file.name) as unfinished:
+                        shutil.copyfile(file, unfinished)
         (result / "compression.json").write_text(json.dumps(about, indent=1) + "\n")
         result.rename(self.out)
         self._remove()
