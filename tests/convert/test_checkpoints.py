@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from switchgear import convert  # noqa: E402
-from switchgear.convert import writer  # noqa: E402
+from switchgear.convert import checkpoints, writer  # noqa: E402
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -366,6 +366,27 @@ def test_a_full_disk_is_named_and_the_conversion_goes_on_later(tmp_path: Path, m
         with pytest.raises(convert.DiskFull, match="1000 are free"):
             convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_files_beside_weights_are_copied_by_a_conversion_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "dense")
+    (tmp_path / "dense" / "additional_chat_templates").mkdir()
+    beside = ("video_preprocessor_config.json", "additional_chat_templates/tools.jinja", "tokenizer.json")
+    for name in beside:
+        (tmp_path / "dense" / name).write_text(f"the text of {name}")
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(checkpoints, "write_text", stop)  # after the copies
+        convert.run({**UPCYCLE, "max_shard_size": "5GB"}, tmp_path / "dense", tmp_path / "moe")
+    (tmp_path / "moe.partial" / "additional_chat_templates" / "old.jinja").write_text("gone since")
+    convert.run({**UPCYCLE, "max_shard_size": "5GB"}, tmp_path / "dense", tmp_path / "moe")
+    assert all((tmp_path / "moe" / name).read_text() == f"the text of {name}" for name in beside)
+    assert not (tmp_path / "moe" / "additional_chat_templates" / "old.jinja").exists()
 
 
 def test_a_truncated_or_missing_shard_is_named(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from switchgear import compress as functions
 from switchgear.complaints import first_line
 from switchgear.compress import Calibration, calibrate
+from switchgear.convert.directory import beside_weights
 from switchgear.files import LOCK, locked, replacing, unfinished_of, write_whole
 from switchgear.weights import restore
 
@@ -29,11 +30,6 @@ from .recipe import Recipe, Step
 
 JOURNAL = "journal.json"
 WRITTEN = (JOURNAL, unfinished_of(Path(JOURNAL)).name, "step-*", "calibration-*.safetensors")  # into OUT.partial
-# Besides weights and config, which save_pretrained writes.
-COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
-    "*.jinja", "LICENSE*",
-)  # fmt: skip
 
 
 def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fresh: bool = False) -> Iterator[str]:
@@ -182,11 +178,11 @@ class Partial:
 
     def finish(self, source: Path, about: dict[str, Any]) -> None:
         result = self.model()
-        for pattern in COPIED:
-            for file in source.glob(pattern):
-                if file.is_file() and not (result / file.name).exists():
-                    with replacing(result / file.name) as unfinished:
-                        shutil.copyfile(file, unfinished)
+        for name in beside_weights(source):
+            if not (result / name).exists():  # save_pretrained has written some
+                (result / name).parent.mkdir(exist_ok=True)
+                with replacing(result / name) as unfinished:
+                    shutil.copyfile(source / name, unfinished)
         (result / "compression.json").write_text(json.dumps(about, indent=1) + "\n")
         result.rename(self.out)
         self._remove()
