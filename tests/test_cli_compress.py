@@ -181,6 +181,25 @@ def test_a_full_disk_leaves_no_checkpoint(
     assert not (model.parent / "small").exists()
 
 
+def test_a_half_copied_file_is_copied_again(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_text("fr")
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", full)
+        assert run(model, write(model, PRUNE)) == 2
+    partial = model.parent / "small.partial"
+    assert f"cannot write {partial / 'step-1' / 'LICENSE'}" in capsys.readouterr().err
+    (partial / "step-1" / "LICENSE.unfinished").write_text("fr")  # killed
+    assert run(model, write(model, PRUNE)) == 0
+    small = model.parent / "small"
+    assert (small / "LICENSE").read_text() == "free"
+    assert not list(small.glob("*.unfinished"))
+
+
 def test_a_folder_of_something_else_is_left_alone(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     partial = model.parent / "small.partial"
     partial.mkdir()
@@ -298,6 +317,13 @@ def test_all_parts_of_a_model_are_written(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     with_pictures(tmp_path / "model")
+    beside = (
+        "tokenizer.model", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+        "chat_template.json", "additional_chat_templates/tools.jinja",
+    )  # fmt: skip
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    for name in beside:
+        (tmp_path / "model" / name).write_text(f"the text of {name}")
     random = {"do": "prune_experts", "keep": 2, "criterion": "random"}
     assert run(tmp_path / "model", write(tmp_path / "model", random, text=[])) == 0
     want, got = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "small"))
@@ -306,6 +332,7 @@ def test_all_parts_of_a_model_are_written(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert config["architectures"] == ["Llama4ForConditionalGeneration"]
     assert config["text_config"]["num_local_experts"] == 2
+    assert all((tmp_path / "small" / name).read_text() == f"the text of {name}" for name in beside)
 
 
 def test_a_step_that_the_model_refuses_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

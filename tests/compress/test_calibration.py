@@ -221,6 +221,15 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     model = our_model().train()
     with pytest.raises(ValueError, match="batches: expected tokens"):
         calibrate(model, [])
+    row = torch.zeros(2, 16)
+    for batches, got in ((5, "int"), (row, "Tensor"), ({"x": row}, "dict")):
+        with pytest.raises(TypeError, match=rf"batches: expected a list of batches, got {got} \(pass \[batch\]"):
+            calibrate(model, batches)  # type: ignore[arg-type]
+    for batch, got in (([1, 2], "list"), ({"x": [[1.0, 2.0]], "domain": "a"}, "dict"), ((), "tuple")):
+        with pytest.raises(TypeError, match=f"batches: expected tensors in each batch, got a {got} without any"):
+            calibrate(model, [batch])
+    with pytest.raises(TypeError, match="batches: expected dicts, tuples or tensors, got int"):
+        calibrate(model, [5])
     with pytest.raises(ValueError, match=r"layers: expected layers of layers.0, layers.1; got other"):
         calibrate(model, row_batches(), layers=["other"])
     with pytest.raises(TypeError, match="domain: expected a name"):

@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from switchgear import convert  # noqa: E402
-from switchgear.convert import writer  # noqa: E402
+from switchgear.convert import checkpoints, writer  # noqa: E402
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -368,6 +368,28 @@ def test_a_full_disk_is_named_and_the_conversion_goes_on_later(tmp_path: Path, m
     assert not (tmp_path / "again").exists()
 
 
+def test_files_beside_weights_are_copied_by_a_conversion_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "dense")
+    (tmp_path / "dense" / "additional_chat_templates").mkdir()
+    beside = ("video_preprocessor_config.json", "additional_chat_templates/tools.jinja", "tokenizer.json")
+    for name in beside:
+        (tmp_path / "dense" / name).write_text(f"the text of {name}")
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_text", stop)  # after the copies
+        with pytest.raises(Stopped):
+            convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
+    (tmp_path / "moe.partial" / "additional_chat_templates" / "old.jinja").write_text("gone since")
+    convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
+    assert all((tmp_path / "moe" / name).read_text() == f"the text of {name}" for name in beside)
+    assert not (tmp_path / "moe" / "additional_chat_templates" / "old.jinja").exists()
+
+
 def test_a_truncated_or_missing_shard_is_named(tmp_path: Path) -> None:
     saved(tmp_path / "dense")
     files = sorted((tmp_path / "dense").glob("*.safetensors"))
@@ -444,6 +466,17 @@ def test_a_wrong_recipe_is_named_and_nothing_is_written(recipe: Any, name: str, 
     with pytest.raises(convert.RecipeError, match=name):
         convert.run(recipe, tmp_path / "dense", tmp_path / "moe")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_not_merged(tmp_path: Path) -> None:
+    for name, value in (("one", 1.0), ("two", torch.nan)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        save_file({"w": torch.full((2,), value)}, tmp_path / name / "model.safetensors")
+    recipe = {"operation": "merge", "method": "ties", "base": str(tmp_path / "one")}
+    with pytest.raises(convert.ConversionError, match=r"models\[1\]: expected finite numbers, got NaN .* in w"):
+        convert.run(recipe, [tmp_path / "one", tmp_path / "two"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_wrong_rows_of_a_router_are_named_and_nothing_is_written(tmp_path: Path) -> None:

@@ -104,6 +104,20 @@ def test_row61_bad_input_is_named() -> None:
         convert.merge_models([nn.Linear(4, 3), nn.Linear(4, 3, bias=False)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_not_finite_are_not_merged(value: float, dtype: torch.dtype) -> None:
+    good = {"v": torch.zeros(3, dtype=dtype), "w": torch.randn(5, 4).to(dtype), "none": torch.zeros(0, dtype=dtype)}
+    bad = {**good, "w": good["w"].index_fill(0, torch.tensor(3), value)}
+    for method in ("average", "ties", "dare"):
+        with pytest.raises(ValueError, match=r"models\[1\]: expected finite numbers, got NaN or infinities in w"):
+            convert.merge_models([good, bad], method, base=good)
+        if method != "average":
+            with pytest.raises(ValueError, match=r"base: expected finite numbers, got NaN or infinities in w"):
+                convert.merge_models([good, good], method, base=bad)
+    assert torch.equal(convert.merge_models([good, bad], "base", base=good)["w"], good["w"])
+
+
 def test_models_that_compute_with_other_tensors_are_not_merged() -> None:
     models = [nn.Sequential(switchgear.MoE(8, 8, 4, 2)) for _ in range(2)]
     switchgear.store(models[1], "int8")

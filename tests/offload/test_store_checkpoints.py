@@ -194,3 +194,16 @@ def test_the_command_writes_a_store(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main(["offload-store", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["c", "s"]
+
+
+def test_the_command_says_that_published_experts_become_plain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(tmp_path / "c", "gpt_oss")
+    saved(tmp_path / "p", "gpt_oss")
+    hint = "the checkpoint is mxfp4: its experts become plain and larger; --form 'as published' keeps them\n"
+    for number, (source, form, is_said) in enumerate(
+        (("c", [], True), ("c", ["--form", "as published"], False), ("p", [], False))
+    ):
+        assert main(["offload-store", str(tmp_path / source), "--out", str(tmp_path / str(number)), *form]) == 0
+        assert capsys.readouterr().out.startswith(hint if is_said else f"{tmp_path}/{number}: ")

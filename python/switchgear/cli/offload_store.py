@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -32,11 +35,15 @@ def run(args: argparse.Namespace) -> int:
     require("transformers")
     require("safetensors")
     from ..offload import StoreError, write_store
+    from ..offload.store_sources import AS_PUBLISHED
 
     check_new("out", args.out)
     folder = folder_of(args.checkpoint)
     dtype = None if args.dtype == _OF_CONFIG else getattr(torch, args.dtype)
     options = settings(args.set, "the form", ("source", "path", "form", "dtype", "progress", "resume"))
+    if args.form == "plain" and (method := _quantization(folder)) is not None:
+        kept = f"--form {AS_PUBLISHED!r} keeps them"
+        print(f"the checkpoint is {method}: its experts become plain and larger; {kept}", flush=True)
     try:
         with progress("writing") as advance:
             store = write_store(
@@ -49,3 +56,10 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from None
     print(store)
     return 0
+
+
+def _quantization(folder: Path) -> str | None:
+    """The method that the config names. None without one, and for a config that write_store refuses."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return str(json.loads((folder / "config.json").read_bytes())["quantization_config"]["quant_method"])
+    return None

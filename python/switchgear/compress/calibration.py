@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from switchgear.complaints import check_module, check_seed, check_switch, list_of_names
 from switchgear.compress.layer import ExpertLayer, expert_layers
@@ -22,6 +24,7 @@ from switchgear.trace import Observation, observe
 from switchgear.utils.modes import evaluating
 
 _FORMAT = "switchgear calibration 1"
+_NO_TENSORS = (int, float, str, type(None))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -175,7 +178,8 @@ def calibrate(
 ) -> Calibration:
     """Runs the model on batches and keeps statistics of each MoE layer and domain.
 
-        calibration = calibrate(model, ({**tokenizer(text), "domain": "code"} for text in texts), hessians=True)
+        batches = ({**tokenizer(text, return_tensors="pt"), "domain": "code"} for text in texts)
+        calibration = calibrate(model, batches, hessians=True)
         calibration.save("calibration.safetensors")
 
     Batches stream: memory does not grow with their number. Padding is left out, of which the model's attention_mask
@@ -193,6 +197,7 @@ def calibrate(
         seed: of the sample. Give processes that calibrate on parts of the data different seeds.
 
     Raises:
+        TypeError: batches that are none, such as one tensor or lists of numbers.
         ValueError: no MoE layers, experts that are stored in another form or distributed over processes, no batches, or
             only padding.
     """
@@ -200,10 +205,10 @@ def calibrate(
     check_size("samples", samples, 0)
     check_switch("hessians", hessians)
     check_seed(seed)
-    parts = expert_layers(model, layers)
+    each, parts = _iterator(batches), expert_layers(model, layers)
     collector = _Collector(parts, hessians, samples, seed)
     with evaluating(model), observe(model, collector.see, layers=list(parts)):
-        for batch in batches:
+        for batch in each:
             collector.domain, arguments, named = _arguments(batch)
             model(*arguments, **named)
     if not any(layer.domains for layer in collector.layers.values()):
@@ -211,18 +216,32 @@ def calibrate(
     return Calibration(collector.layers)
 
 
+def _iterator(batches: Any) -> Iterator[Any]:
+    """TypeError for what has no batches, and for a tensor or a dict, which is one."""
+    if not isinstance(batches, (Tensor, Mapping)):
+        with suppress(TypeError):
+            return iter(batches)
+    got = type(batches).__name__
+    raise TypeError(f"batches: expected a list of batches, got {got} (pass [batch] for one)")
+
+
 def _arguments(batch: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Tensor):
-        return "", (batch,), {}
-    if isinstance(batch, (tuple, list)):
-        return "", tuple(batch), {}
-    if not isinstance(batch, Mapping):
+    arguments: tuple[Any, ...] = ()
+    named: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        named = dict(batch)
+    elif isinstance(batch, (tuple, list)):
+        arguments = tuple(batch)
+    elif isinstance(batch, Tensor):
+        arguments = (batch,)
+    else:
         raise TypeError(f"batches: expected dicts, tuples or tensors, got {type(batch).__name__}")
-    named = dict(batch)
     domain = named.pop("domain", "")
     if not isinstance(domain, str):
         raise TypeError(f"domain: expected a name, got {type(domain).__name__}")
-    return domain, (), named
+    if all(isinstance(leaf, _NO_TENSORS) for leaf in tree_leaves((arguments, named))):
+        raise TypeError(f"batches: expected tensors in each batch, got a {type(batch).__name__} without any")
+    return domain, arguments, named
 
 
 class _Collector:

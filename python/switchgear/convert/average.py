@@ -49,10 +49,13 @@ class Merging:
             )
 
     def __call__(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """One tensor from those of the models. The trimming and the dropping are per tensor."""
+        """One tensor from those of the models. The trimming and the dropping are per tensor. ValueError for NaN and
+        infinities."""
         first = tensors[0] if base is None else base
         if not first.is_floating_point() or self.method == "base":
             return first
+        for index, tensor in enumerate(tensors):
+            _check_finite(f"models[{index}]", key, tensor)
         wide = torch.float64 if first.dtype is torch.float64 else torch.float32
         shares = self.weights or (1.0,) * len(tensors)
         weights = [share / sum(shares) for share in shares]
@@ -62,6 +65,7 @@ class Merging:
                 total += weight * tensor.to(wide)
             return total.to(first.dtype)
         assert base is not None
+        _check_finite("base", key, base)
         origin = base.to(wide)
         deltas = [tensor.to(wide) - origin for tensor in tensors]
         if self.method == "dare":
@@ -111,6 +115,14 @@ def _largest(delta: Tensor, density: float) -> Tensor:
     return torch.where(kept, flat, torch.zeros_like(flat)).view_as(delta)
 
 
+def _check_finite(name: str, key: str, tensor: Tensor) -> None:
+    """Raises ValueError for NaN and infinities, which the extremes show without a mask as large as the tensor."""
+    if tensor.is_meta or not tensor.numel():
+        return
+    if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinities in {key}")
+
+
 def merge_models(
     models: Sequence[nn.Module | Mapping[str, Tensor]],
     method: str = "average",
@@ -141,7 +153,7 @@ def merge_models(
 
     Raises:
         TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, or where the first
-            model ties them, float8 tensors, stored experts, or adapters.
+            model ties them, NaN or infinities, float8 tensors, stored experts, or adapters.
     """
     if not models:
         raise ValueError("models: expected at least one, got none")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from switchgear.convert.average import Merging
 from switchgear.convert.checks import finite_numbers
-from switchgear.convert.directory import CONFIG, Directory, full_config
+from switchgear.convert.directory import CONFIG, TEMPLATES, Directory, beside_weights, full_config
 from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
 from switchgear.convert.layouts import layout_plan
 from switchgear.convert.plans import ConversionPlan, Item
@@ -40,10 +40,6 @@ from switchgear.convert.writer import (
 from switchgear.files import AnyPath
 
 INDEX, REPORT = "model.safetensors.index.json", "conversion.json"
-COPIED = (
-    "tokenizer*", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "chat_template*", "*.jinja", "preprocessor_config.json", "processor_config.json", "LICENSE*",
-)  # fmt: skip
 OPTIONS: dict[str, tuple[str, ...]] = {
     "upcycle": ("num_experts", "top_k", "layers", "router_init", "noise", "seed", "family"),
     "split": ("num_experts", "top_k", "layers", "method", "shared", "importance", "keep", "rescale", "router_init",
@@ -307,14 +303,14 @@ def _finish(
     """Writes what is beside the shards, and gives the directory its name."""
     folder = journal.folder
     total = sum(map(size_of, plan.items))
+    shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
     for file in folder.iterdir():  # of an earlier run that ended here
         if file.name not in journal.shards and file.name != JOURNAL:
             file.unlink()
-    for pattern in COPIED:
-        for file in source.glob(pattern):
-            if file.is_file():
-                with named_errors(file):
-                    shutil.copy2(file, folder / file.name)
+    for name in beside_weights(source):
+        with named_errors(source / name):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copy2(source / name, folder / name)
     if len(shards) > 1:
         weight_map = {item.key: name for name, items in shards.items() for item in items}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -16,6 +16,12 @@ from switchgear.convert.writer import NAMES
 from switchgear.files import AnyPath
 
 CONFIG = "config.json"
+TEMPLATES = "additional_chat_templates"  # a folder of a checkpoint
+BESIDE_WEIGHTS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+    "*.jinja", f"{TEMPLATES}/*.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "audio_tokenizer_config.json", "LICENSE*",
+)  # fmt: skip
 
 
 class Directory:
@@ -66,6 +72,12 @@ class Directory:
         if key not in self._files.headers:
             raise DamagedCheckpoint(f"path: expected {key} in {self.path}, got none")
         return self._files.headers[key]
+
+
+def beside_weights(folder: Path) -> list[Path]:
+    """The files of a checkpoint that go with it whatever becomes of weights and config; relative to its folder."""
+    found = {file for pattern in BESIDE_WEIGHTS for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(folder) for file in found)
 
 
 def full_config(source: Directory) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from typing import Any
 from switchgear import compress as functions
 from switchgear.complaints import first_line
 from switchgear.compress import Calibration, calibrate
-from switchgear.files import LOCK, locked, unfinished_of, write_whole
+from switchgear.convert.directory import beside_weights
+from switchgear.files import LOCK, locked, replacing, unfinished_of, write_whole
 from switchgear.weights import restore
 
 from ...common import CommandError
@@ -29,11 +30,6 @@ from .recipe import Recipe, Step
 
 JOURNAL = "journal.json"
 WRITTEN = (JOURNAL, unfinished_of(Path(JOURNAL)).name, "step-*", "calibration-*.safetensors")  # into OUT.partial
-# Besides weights and config, which save_pretrained writes.
-COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
-    "*.jinja", "LICENSE*",
-)  # fmt: skip
 
 
 def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fresh: bool = False) -> Iterator[str]:
@@ -58,7 +54,8 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
             yield f"{step.do}: {result}"
         partial.finish(source, {"recipe": recipe.as_dict(), "model": source.name, "steps": done})
     except OSError as error:  # a full disk, for one; safetensors' errors, too, have this base or the next
-        raise CommandError(f"cannot write {error.filename or partial.folder}: {error.strerror or error}") from None
+        path = error.filename2 or error.filename or partial.folder  # filename2: where a copy goes
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
@@ -181,10 +178,11 @@ class Partial:
 
     def finish(self, source: Path, about: dict[str, Any]) -> None:
         result = self.model()
-        for pattern in COPIED:
-            for file in source.glob(pattern):
-                if file.is_file() and not (result / file.name).exists():
-                    shutil.copyfile(file, result / file.name)
+        for name in beside_weights(source):
+            if not (result / name).exists():  # save_pretrained has written some
+                (result / name).parent.mkdir(exist_ok=True)
+                with replacing(result / name) as unfinished:
+                    shutil.copyfile(source / name, unfinished)
         (result / "compression.json").write_text(json.dumps(about, indent=1) + "\n")
         result.rename(self.out)
         self._remove()
