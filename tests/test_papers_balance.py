@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import switchgear
 from loops import E, H, I, assert_agrees, best, expert, layer_of, mixture, switch_loss
 from switchgear import presets
 from switchgear.functional import Routing
-from switchgear.layers import HeterogeneousExperts
+from switchgear.layers import HeterogeneousExperts, Monet
 from switchgear.routing import (
     AdaptiveCoefficient,
     AdaptiveSparsity,
@@ -201,6 +201,42 @@ def test_recomputation_by_checkpointing_counts_nothing(use_reentrant: bool, at_o
     recomputed.after_step()
     for name, value in plain.state_dict().items():
         assert torch.equal(recomputed.state_dict()[name], value), name
+
+
+COUNTING = {
+    "Switch": {"balance": [SwitchLoss]},
+    "several": {"balance": [SwitchLoss, partial(AdaptiveSparsity, 2), LossFreeBias(0.1)]},
+    "Skywork": {"balance": [partial(SwitchLoss, AdaptiveCoefficient)], "capacity": Capacity(1.0)},
+    "over a step": {"balance": [partial(SwitchLoss, scope="global", accumulate=True)]},
+    "RunningCap": {"top_k": None, "select": partial(RunningCap, TopK(2), math.inf), "balance": [SwitchLoss]},
+    "Monet": None,
+}
+
+
+@pytest.mark.parametrize("saved", ["", "aten.add.Tensor", "aten.mm"])
+@pytest.mark.parametrize("name", COUNTING)
+def test_selective_checkpointing_does_not_see_what_is_counted(name: str, saved: str) -> None:
+    """Two layers under policies that save all ops (""), or those with a name, have the bits of layers without."""
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if saved in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options = COUNTING[name]
+    layers = [
+        Monet(H, 6, 4, 2, top_k=2) if options is None else switchgear.MoE(H, 12, E, **{"top_k": 2, **options})
+        for _ in range(2)
+    ]
+    plain = nn.Sequential(*layers)
+    selective, x = copy.deepcopy(plain), torch.randn(2, 7, H)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    for model in (plain, selective):
+        y = model(x) if model is plain else checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+        (y.square().mean() + switchgear.balance_loss(model)).backward()
+        switchgear.after_step(model)
+    for parameter, wanted in zip(selective.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter.grad, wanted.grad)
+    for buffer, wanted in zip(selective.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(buffer, wanted)
 
 
 def controlled() -> switchgear.Router:

@@ -35,6 +35,7 @@ from switchgear.routing.context import (
     scored,
     wrapped,
 )
+from switchgear.routing.counting import aside
 from switchgear.routing.handover import Handover
 from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import jittered, scores_of
@@ -387,7 +388,10 @@ class Router(KeepsFloat32):
     def _count(self, routing: Routing, context: Context) -> None:
         if self.tokens_per_expert is not None and not is_recomputing():
             self._group = context.group
-            self._counts_on(routing.topk_ids.device).add_(count_tokens(routing.topk_ids, self.num_experts))
+            aside(self._add, routing.topk_ids)
+
+    def _add(self, topk_ids: Tensor) -> None:
+        self._counts_on(topk_ids.device).add_(count_tokens(topk_ids, self.num_experts))
 
     @torch.no_grad()
     def after_step(self) -> None:
