@@ -25,8 +25,8 @@ def unseen(*like: Any) -> AbstractContextManager[Any]:
 
 
 def aside(count: Callable[..., Any], *tensors: Tensor | None) -> Any:
-    """count(*tensors), unseen by dispatch modes and the transforms of torch.func. Under vmap the tensors have the rows of
-    all calls, in dimensions of their own at the front."""
+    """count(*tensors), unseen by dispatch modes and the transforms of torch.func. Under vmap the tensors have the rows
+    of all calls, in dimensions of their own at the front."""
     if torch.compiler.is_compiling():
         return count(*tensors)
     plain = [None if tensor is None else _unwrapped(tensor) for tensor in tensors]
