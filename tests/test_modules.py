@@ -5,6 +5,7 @@ import copy
 import inspect
 import io
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -137,6 +138,47 @@ def test_vmap_of_a_layer_with_a_loss_in_training(backend: str) -> None:
 
     got = torch.func.vmap(torch.func.grad(loss))(x)
     torch.testing.assert_close(got, torch.stack([torch.func.grad(loss)(rows) for rows in x]))
+
+
+COUNTING = {
+    "Switch": [routing.SwitchLoss],
+    "several": [routing.SwitchLoss, routing.LossFreeBias(0.1), partial(routing.AdaptiveSparsity, 2)],
+    "Skywork": [partial(routing.SwitchLoss, routing.AdaptiveCoefficient)],
+    "over a step": [partial(routing.SwitchLoss, scope="global", accumulate=True)],
+}
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "vmap(grad)", "vmap(vmap)", "ensemble"])
+@pytest.mark.parametrize("name", COUNTING)
+def test_transforms_count_like_a_loop(name: str, transform: str) -> None:
+    moe = switchgear.MoE(24, 10, 4, 2, capacity=routing.Capacity(1.0), balance=COUNTING[name]).double()
+    parameters, looped = dict(moe.named_parameters()), copy.deepcopy(moe)
+    x = torch.randn(3, 5, 24, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, moe: switchgear.MoE = moe) -> Tensor:
+        y: Tensor = torch.func.functional_call(moe, parameters, (x,))
+        return y.square().sum() + switchgear.balance_loss(moe)
+
+    if transform == "grad":
+        got = torch.func.grad(loss)(parameters, x[0])["gate.weight"]
+        x = x[:1]
+    elif transform == "vmap(grad)":
+        got = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)["gate.weight"].sum(0)
+    elif transform == "ensemble":
+        stacked, buffers = torch.func.stack_module_state([moe] * 3)
+        torch.func.vmap(lambda *args: torch.func.functional_call(moe, args[:2], args[2]))(stacked, buffers, x)
+    else:
+        run = torch.func.vmap(torch.func.vmap(moe)) if transform == "vmap(vmap)" else torch.func.vmap(moe)
+        run(x[None] if transform == "vmap(vmap)" else x)
+    for rows in x:
+        loss(dict(looped.named_parameters()), rows, looped).backward()
+    if "grad" in transform and not (name == "over a step" and len(x) > 1):  # whose calls see those before
+        torch.testing.assert_close(got, looped.gate.weight.grad)
+    assert torch.equal(moe.gate.tokens_per_expert, looped.gate.tokens_per_expert)
+    switchgear.after_step(moe)
+    switchgear.after_step(looped)
+    for (key, value), wanted in zip(moe.state_dict().items(), looped.state_dict().values(), strict=True):
+        assert torch.equal(value, wanted), key
 
 
 def test_non_leaf_weights(backend: str) -> None:

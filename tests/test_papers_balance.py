@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import switchgear
 from loops import E, H, I, assert_agrees, best, expert, layer_of, mixture, switch_loss
 from switchgear import presets
 from switchgear.functional import Routing
-from switchgear.layers import HeterogeneousExperts
+from switchgear.layers import HeterogeneousExperts, Monet
 from switchgear.routing import (
     AdaptiveCoefficient,
     AdaptiveSparsity,
@@ -38,6 +38,7 @@ from switchgear.routing import (
     NullAwareSwitchLoss,
     RunningCap,
     SwitchLoss,
+    Temperature,
     TopK,
     max_violation,
 )
@@ -106,6 +107,82 @@ def test_loss_free_balancing_moves_by_the_rate() -> None:
     assert not router.tokens_per_expert.any()
     with pytest.raises(ValueError, match="rule"):
         LossFreeBias(rule="cubic")
+
+
+def test_a_balance_that_is_changed_in_training_takes_effect() -> None:
+    """The rate of the bias falls to 0, as at the end of DeepSeek-V3's training; then other parts come and go."""
+    router, x = switchgear.Router(H, E, 2, balance=[LossFreeBias(0.1)]), torch.randn(7, H)
+    router(x)
+    router.after_step()
+    router(x)
+    bias, counts = router.e_score_correction_bias.clone(), router.tokens_per_expert.clone()
+    router.balance = [LossFreeBias(0.0)]
+    assert torch.equal(router.tokens_per_expert, counts)
+    router.after_step()
+    assert bias.any()
+    assert torch.equal(router.e_score_correction_bias, bias)
+    router.balance = [partial(SwitchLoss, partial(AdaptiveCoefficient, initial=0.5)), LossFreeBias(0.1)]
+    again = switchgear.Router(H, E, 2, balance=[partial(SwitchLoss, AdaptiveCoefficient), LossFreeBias(0.1)])
+    again.load_state_dict(router.state_dict())
+    assert again.balance[0].coefficient.value == 0.5
+    router(x).losses["switch"].backward()
+    assert router.weight.grad.any()
+    router.after_step()
+    assert not torch.equal(router.e_score_correction_bias, bias)
+    assert router.balance[0].coefficient.value < 0.5
+    router.balance = []
+    assert router.tokens_per_expert is None
+    assert list(router.state_dict()) == ["weight", "e_score_correction_bias"]
+    assert router(x).losses == {}
+    with pytest.raises(AttributeError):
+        router.balance.append(LossFreeBias())  # would be ignored
+
+
+def test_a_router_without_controllers_gets_them_in_training() -> None:
+    router, x = switchgear.Router(H, E, 2), torch.randn(7, H)
+    balance = [LossFreeBias(0.1), partial(SwitchLoss, scope="global", accumulate=True)]
+    router.balance = balance
+    given = switchgear.Router(H, E, 2, balance=balance)
+    given.load_state_dict(router.state_dict())
+    for each in (router, copy.deepcopy(router), given):
+        each(x)
+        each.after_step()
+        assert not each.balance[1].has_counts
+        assert torch.equal(each.e_score_correction_bias, router.e_score_correction_bias)
+    assert router.e_score_correction_bias.any()
+
+
+def test_select_and_capacity_may_change_in_training() -> None:
+    router, x = switchgear.Router(H, E, select=Temperature(TopK(2))), torch.randn(7, H)
+    router.capacity = partial(Capacity, 0.5)
+    assert int(router(x).num_dropped) > 0
+    router.capacity = None
+    router.select = TopK(3)  # no module, in the place of one
+    assert router(x).topk_ids.shape == (7, 3)
+    assert list(router.state_dict()) == ["weight"]
+    router.select = partial(RunningCap, TopK(1), math.inf)
+    assert list(router.state_dict()) == ["weight", "select.totals"]
+    assert router(x).topk_ids.shape == (7, 1)
+    assert router.select.totals.sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "expected"),
+    [
+        ("balance", 0.01, TypeError, "balance: expected a list"),
+        ("balance", [0.01], TypeError, "balance: expected a list of losses and controllers, got 0.01"),
+        ("capacity", 1.25, TypeError, "capacity: expected a callable"),
+        ("select", Dense(), ValueError, "balance: expected no LossFreeBias for Dense, whose choice no bias moves"),
+        ("select", None, ValueError, "select: expected a selection in a router without top_k"),
+    ],
+)
+def test_a_change_that_is_refused_changes_nothing(name: str, value: Any, error: type[Exception], expected: str) -> None:
+    router = switchgear.Router(H, E, select=TopK(2), balance=[LossFreeBias(0.1), SwitchLoss()])
+    before, state = getattr(router, name), copy.deepcopy(router.state_dict())
+    with pytest.raises(error, match=expected):
+        setattr(router, name, value)
+    assert getattr(router, name) is before
+    assert str(router.state_dict()) == str(state)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -201,6 +278,42 @@ def test_recomputation_by_checkpointing_counts_nothing(use_reentrant: bool, at_o
     recomputed.after_step()
     for name, value in plain.state_dict().items():
         assert torch.equal(recomputed.state_dict()[name], value), name
+
+
+COUNTING = {
+    "Switch": {"balance": [SwitchLoss]},
+    "several": {"balance": [SwitchLoss, partial(AdaptiveSparsity, 2), LossFreeBias(0.1)]},
+    "Skywork": {"balance": [partial(SwitchLoss, AdaptiveCoefficient)], "capacity": Capacity(1.0)},
+    "over a step": {"balance": [partial(SwitchLoss, scope="global", accumulate=True)]},
+    "RunningCap": {"top_k": None, "select": partial(RunningCap, TopK(2), math.inf), "balance": [SwitchLoss]},
+    "Monet": None,
+}
+
+
+@pytest.mark.parametrize("saved", ["", "aten.add.Tensor", "aten.mm"])
+@pytest.mark.parametrize("name", COUNTING)
+def test_selective_checkpointing_does_not_see_what_is_counted(name: str, saved: str) -> None:
+    """Two layers under policies that save all ops (""), or those with a name, have the bits of layers without."""
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if saved in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options = COUNTING[name]
+    layers = [
+        Monet(H, 6, 4, 2, top_k=2) if options is None else switchgear.MoE(H, 12, E, **{"top_k": 2, **options})
+        for _ in range(2)
+    ]
+    plain = nn.Sequential(*layers)
+    selective, x = copy.deepcopy(plain), torch.randn(2, 7, H)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    for model in (plain, selective):
+        y = model(x) if model is plain else checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+        (y.square().mean() + switchgear.balance_loss(model)).backward()
+        switchgear.after_step(model)
+    for parameter, wanted in zip(selective.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter.grad, wanted.grad)
+    for buffer, wanted in zip(selective.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(buffer, wanted)
 
 
 def controlled() -> switchgear.Router:

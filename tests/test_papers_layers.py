@@ -264,6 +264,12 @@ def test_stratified_moe_is_a_walk(backend: str) -> None:
     assert 0 < layer.losses["stratified"] < 0.2
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_vmap_of_stratified_layers(training: bool) -> None:
+    layer, x = StratifiedMoE(H, 12, [2, 3]).train(training), torch.randn(3, 5, H)
+    assert torch.equal(torch.func.vmap(layer)(x), torch.stack([layer(rows) for rows in x]))
+
+
 def test_stratified_moe_sends_every_token_through_the_last_stratum() -> None:
     layer, passes = StratifiedMoE(H, 12, [2, 2, 3]), []
     strata_loop(layer, torch.randn(60, H), passes)

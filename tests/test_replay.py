@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import switchgear
 from full_disk import full_disk
@@ -202,13 +202,20 @@ def checkpointed_forward(model: Model, ids: Tensor, use_reentrant: bool) -> Tens
     return x
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_of_the_whole_model_is_one_call(use_reentrant: bool) -> None:
+def save_all(*args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
+SELECTIVE = {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, save_all)}
+
+
+@pytest.mark.parametrize("how", [{"use_reentrant": True}, {"use_reentrant": False}, SELECTIVE])
+def test_checkpointing_of_the_whole_model_is_one_call(how: dict[str, Any]) -> None:
     model = nn.Sequential(MoE(H, 12, E, K), MoE(H, 12, E, K))
     batches = [torch.randn(2, 6, H, requires_grad=True) for _ in range(2)]
     with record(model) as choices:
         for x in batches:
-            checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+            checkpoint(model, x, **how).sum().backward()
     assert choices.lengths.tolist() == [6] * 4
     move(model)
     with replay(model, choices):
@@ -220,7 +227,7 @@ def test_checkpointing_of_the_whole_model_is_one_call(use_reentrant: bool) -> No
             want = choices.layers["1.gate"].topk_ids()[12 * i : 12 * (i + 1)]
             got: list[Tensor] = []
             with observe(model, lambda name, o: got.append(o.topk_ids), ["1"]):  # noqa: B023
-                checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+                checkpoint(model, x, **how).sum().backward()
             assert torch.equal(got[0], want)
 
 

@@ -233,15 +233,20 @@ def test_modules_with_a_forward_of_their_own() -> None:
     assert int(layer.tokens_per_expert.sum()) == 6 * config.num_experts_per_tok
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_recomputed_tokens_count_once(use_reentrant: bool) -> None:
-    from torch.utils.checkpoint import checkpoint
+@pytest.mark.parametrize("how", ["reentrant", "whole", "selective"])
+def test_recomputed_tokens_count_once(how: str) -> None:
+    """Selective checkpointing saves all ops here; those of the trace are none of them."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+    options: dict[str, Any] = {"use_reentrant": how == "reentrant"}
+    if how == "selective":
+        save_all = lambda *args, **kwargs: CheckpointPolicy.MUST_SAVE  # noqa: E731
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(save_all)
     model = switchgear.MoE(64, 64, 4, 2)
     x = torch.randn(6, 64, requires_grad=True)
     with switchgear.RoutingTrace(model) as trace:
-        checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
-        checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
+        checkpoint(model, x, **options).sum().backward()
+        checkpoint(model, x, **options).sum().backward()
     (layer,) = trace.layers.values()
     assert x.grad is not None
     assert (layer.num_calls, layer.num_tokens, int(layer.tokens_per_expert.sum())) == (2, 12, 24)

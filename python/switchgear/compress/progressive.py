@@ -22,6 +22,7 @@ from switchgear.modules import MoE
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.change import Change
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
+from switchgear.routing.counting import unseen
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 
@@ -54,7 +55,8 @@ class _Surviving:
         ids, weights = Change(disable=gone).edit(routing.topk_ids, routing.topk_weights, len(dropped))
         routing = routing._replace(topk_ids=ids, topk_weights=weights)
         if context.training and not is_recomputing():
-            self._count(routing)
+            with unseen(routing.topk_ids):
+                self._count(routing)
         return routing
 
     def _count(self, routing: Routing) -> None:

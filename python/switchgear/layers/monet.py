@@ -14,6 +14,7 @@ from switchgear.functional import gate
 from switchgear.layers.common import check_rows
 from switchgear.reference import weight_dtype
 from switchgear.routing.context import is_recomputing
+from switchgear.routing.counting import unseen
 from switchgear.utils.buffers import KeepsFloat32
 
 MODES = ("horizontal", "vertical")
@@ -85,7 +86,8 @@ class MonetRouter(KeepsFloat32):
         if self.training and len(logits):
             var, mean = torch.var_mean(logits, (0, 2), correction=0)
             if not is_recomputing():
-                self._follow(mean, var)
+                with unseen(mean):
+                    self._follow(mean, var)
         return (logits - mean[:, None]) / (var + self.eps).sqrt()[:, None]
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite
 from switchgear.routing.balance import count_tokens, spans_processes, sum_over_processes
 from switchgear.routing.context import Context, check_not_negative, check_share, is_recomputing, made
+from switchgear.routing.counting import aside, unseen
 from switchgear.routing.ranking import finite
 from switchgear.utils.buffers import KeepsFloat32
 
@@ -88,13 +89,15 @@ class AdaptiveCoefficient(KeepsFloat32):
 
     def forward(self, routing: Routing) -> Tensor:
         """The current coefficient; also counts what `routing` dropped."""
-        if is_recomputing():
-            return self.value
-        choices = (routing.topk_ids >= 0).sum()  # what the router wanted
-        dropped = torch.zeros_like(choices) if routing.num_dropped is None else routing.num_dropped
+        if not is_recomputing():
+            aside(self._see, routing.topk_ids, routing.num_dropped)
+        return self.value
+
+    def _see(self, topk_ids: Tensor, num_dropped: Tensor | None) -> None:
+        choices = (topk_ids >= 0).sum()  # what the router wanted
+        dropped = torch.zeros_like(choices) if num_dropped is None else num_dropped.sum()
         seen = torch.stack((dropped.to(choices.device), choices))
         self._seen = seen if self._seen is None else self._seen + seen
-        return self.value
 
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
         """One step of the rule, with the drops since the last one, over all processes."""
@@ -156,12 +159,15 @@ class AdaptiveSparsity(KeepsFloat32):
         num_tokens = positive.shape[0]
         counts = count_tokens(routing.topk_ids, self.num_experts)
         if not is_recomputing():
-            seen = torch.stack((counts.sum(), counts.new_full((), num_tokens)))
-            self._seen = seen if self._seen is None else self._seen + seen
+            aside(self._see, counts, routing.router_logits)
         total = positive.sum(0) / max(num_tokens, 1)
         if self.balance:
             total = total * counts.to(total.dtype) * (self.num_experts / (self.top_k * max(num_tokens, 1)))
         return self.value * total.sum()
+
+    def _see(self, counts: Tensor, router_logits: Tensor) -> None:
+        seen = torch.stack((counts.sum(), counts.new_full((), router_logits.numel() // self.num_experts)))
+        self._seen = seen if self._seen is None else self._seen + seen
 
     @torch.no_grad()
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
@@ -214,13 +220,15 @@ class RunningCap(KeepsFloat32):
         if bias is not None:  # it must not lift a closed expert
             bias = bias.masked_fill(closed, -torch.inf)
         routing: Routing = self.select(router_logits.masked_fill(closed, lowest), context, bias)
-        if is_recomputing():
-            return routing
-        ids, weights = routing.topk_ids, routing.topk_weights.detach()
+        if not is_recomputing():
+            with unseen(routing.topk_ids):
+                self._add(routing.topk_ids, routing.topk_weights.detach())
+        return routing
+
+    def _add(self, ids: Tensor, weights: Tensor) -> None:
         totals = self.totals.new_zeros(len(self.totals) + 1)
         totals = totals.scatter_add(0, ids.flatten().long() + 1, weights.flatten().to(totals.dtype))
         self.totals += totals[1:]
-        return routing
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}"

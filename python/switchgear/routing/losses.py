@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from switchgear.reference import check_choice, check_finite, check_range, check_
 from switchgear.routing import balance
 from switchgear.routing.balance import count_tokens, router_probabilities, sum_over_processes
 from switchgear.routing.context import Context, check_positive, groups_of, is_recomputing, made, sequences
+from switchgear.routing.counting import aside
 from switchgear.routing.ranking import is_open, wide
 from switchgear.utils.buffers import FillsBuffers, KeepsFloat32
 
@@ -47,7 +49,7 @@ class SwitchLoss(nn.Module):
             all processes of Context.group, or of the default group if there is one (arXiv:2501.11873). P_e, which
             carries the gradient, is always the mean probability of the call's (or sequence's) tokens.
         accumulate: with scope "global", also count over all calls since the last Router.after_step, that is over the
-            micro-batches of a step.
+            micro-batches of a step. The calls that torch.func.vmap makes at once count as one.
         per_choice: divide by the mean number of choices of a token, so that an even load gives α for any K
             (DeepSeekMoE, arXiv:2401.06066, equation 12). It is counted over the tokens of f_e; empty choices are none.
         score_function: see router_probabilities.
@@ -92,7 +94,7 @@ class SwitchLoss(nn.Module):
             counts = count_tokens(routing.topk_ids, routing.num_experts)
             counts = torch.cat((counts, counts.new_full((1,), num_tokens)))
             if self.scope == "global":
-                counts = self._gather(counts, probabilities, context.group)
+                counts = self._gathered(counts, probabilities, context.group)
             of = counts[:-1].sum() if self.per_choice else counts[-1]
             loss = balance.null_aware_switch_loss(probabilities, counts[:-1], of, self.num_null)
         coefficient: Any = self.coefficient
@@ -104,17 +106,23 @@ class SwitchLoss(nn.Module):
         """Whether calls since the last step are counted."""
         return self._counts is not None
 
-    def _gather(self, counts: Tensor, probabilities: Tensor, group: Any) -> Tensor:
-        """The counts over processes and, with accumulate, over the step. The probabilities [T,E], summed over the
-        tokens, tell which call a recomputation repeats."""
+    def _gathered(self, counts: Tensor, probabilities: Tensor, group: Any) -> Tensor:
+        """The counts over processes and, with accumulate, over the step."""
+        if not self.accumulate:
+            return sum_over_processes(counts, group)
+        total: Tensor = aside(partial(self._accumulated, group), counts, probabilities)
+        return total
+
+    def _accumulated(self, group: Any, counts: Tensor, probabilities: Tensor) -> Tensor:
+        """The probabilities [T,E], summed over the tokens, tell which call a recomputation repeats."""
+        sums = probabilities.detach().flatten(0, -2).sum(0)
         if self._counts is not None and is_recomputing():
-            return self._repeated(probabilities.detach().sum(0))
-        counts = sum_over_processes(counts, group)
-        if self.accumulate:
-            counts = counts if self._counts is None else counts + self._counts
-            self._counts = counts
-            if not torch.compiler.is_compiling():  # whose graphs would depend on the number of calls
-                self._calls.append((probabilities.detach().sum(0), counts))
+            return self._repeated(sums)
+        counts = sum_over_processes(counts.view(-1, counts.shape[-1]).sum(0), group)
+        counts = counts if self._counts is None else counts + self._counts
+        self._counts = counts
+        if not torch.compiler.is_compiling():  # whose graphs would depend on the number of calls
+            self._calls.append((sums, counts))
         return counts
 
     def _repeated(self, probabilities: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from switchgear.routing.batches import Batch, batch_of
 from switchgear.routing.context import is_recomputing
+from switchgear.routing.counting import unseen
 from switchgear.routing.records import RoutingRecord
 from switchgear.routing.routed_layers import key_of, layers_of, observed
 from switchgear.routing.widths import stacked
@@ -45,7 +46,8 @@ def record(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not is_recomputing():
-            seen.begin(batch_of(module, args, kwargs))
+            with unseen(*args, *kwargs.values()):
+                seen.begin(batch_of(module, args, kwargs))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if not is_recomputing():

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from switchgear.functional import Routing
 from switchgear.routing.batches import Batch, batch_of
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
+from switchgear.routing.counting import unseen
 from switchgear.routing.records import RoutingRecord
 from switchgear.routing.routed_layers import key_of, layers_of
 
@@ -63,7 +64,8 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not is_recomputing():
-            state.begin(batch_of(module, args, kwargs))
+            with unseen(*args, *kwargs.values()):
+                state.begin(batch_of(module, args, kwargs))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if not is_recomputing():
@@ -163,7 +165,8 @@ class _Replay:
 
     def choice(self, name: str, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         """(ids [T,K] int64, whether a token is recorded [T]) for this call of a layer."""
-        forward, key = self._call(name, router_logits)
+        with unseen(router_logits):
+            forward, key = self._call(name, router_logits)
         ids = self.ids[key]
         if ids.device != router_logits.device:
             ids = self.ids[key] = ids.to(router_logits.device)

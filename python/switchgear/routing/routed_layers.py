@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
 from switchgear.routing.context import Context, Select, is_recomputing, modules_in, scored, wrapped
+from switchgear.routing.counting import unseen
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.ranking import normalized, scores_of
 from switchgear.routing.router import Router
@@ -117,7 +118,8 @@ def observed(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Ite
 
         def hook(router: nn.Module, args: Any, routing: Routing) -> None:
             if not is_recomputing():
-                function(routing.topk_ids, routing.num_experts)
+                with unseen(routing.topk_ids):
+                    function(routing.topk_ids, routing.num_experts)
 
         handle = layer.router.register_forward_hook(hook)
         try:
@@ -132,7 +134,8 @@ def observed(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Ite
             classes = layer.block.num_experts
             if choice.router_logits is not None:
                 classes = max(classes, choice.router_logits.shape[1])
-            function(choice.topk_ids, classes)
+            with unseen(choice.topk_ids):
+                function(choice.topk_ids, classes)
 
     with watched(layer.block, see):
         yield

@@ -35,6 +35,7 @@ from switchgear.routing.context import (
     scored,
     wrapped,
 )
+from switchgear.routing.counting import aside
 from switchgear.routing.handover import Handover
 from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import jittered, scores_of
@@ -92,7 +93,8 @@ class Router(KeepsFloat32):
 
     score, select, capacity, and the items of balance may be classes or functools.partial objects; the router calls
     them: score with (hidden_size, num_experts, device=, dtype=), the others without arguments, or with num_experts= if
-    they take it. Objects that are modules move to `device`.
+    they take it. Objects that are modules move to `device`. select, capacity and balance may be set anew in training,
+    and are then made, checked and registered like those given here. The selection bias and counts stay.
 
     Parameters: weight [E,H], bias [E]; with `score`, those of the submodule score. ValueError for an option that is out
     of range or excluded by another.
@@ -103,6 +105,9 @@ class Router(KeepsFloat32):
     e_score_correction_bias: Tensor | None
     tokens_per_expert: Tensor | None
     counted = ("tokens_per_expert",)
+    select: Any
+    capacity: Any
+    balance: tuple[Any, ...]
     reads_from: Handover | None = None  # hidden states of the block before, to choose by: a pre-gate (see pregate)
     passes_to: Handover | None = None  # those of this block, for the next one
 
@@ -157,28 +162,64 @@ class Router(KeepsFloat32):
             score = Uniform
         self.score = made(score, hidden_size, num_experts, device=device, dtype=dtype)
         self.capacity = _part(capacity, num_experts, device)
-        self.balance: list[Any] = [_part(item, num_experts, device) for item in balance]
-        self.balance_modules = _registered(self.balance)
-        self.select_modules = None if isinstance(self.select, nn.Module) else _registered([self.select])
+        self.balance = tuple(_part(item, num_experts, device) for item in balance)
+        self._register()
         self.overrides: list[Callable[[Select], Select]] = []
         self.weight = self.bias = None
         if self.score is None:
             self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
-        movers = [type(item).__name__ for item in self.balance if getattr(item, "needs_selection_bias", False)]
-        selection_bias = selection_bias or bool(movers)
-        if selection_bias and (name := ignoring_bias(self.select)) is not None:
-            option = f"balance: expected no {movers[0]}" if movers else "selection_bias: expected False"
-            raise ValueError(f"{option} for {name}, whose choice no bias moves")
-        correction = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
-        self.register_buffer("e_score_correction_bias", correction)
-        inside = [module for part in modules_in(self.select) for module in part.modules()]
-        self._controllers = [part for part in (*self.balance, *inside) if hasattr(part, "after_step")]
+        self.register_buffer("e_score_correction_bias", None)
         # of this step; no buffer, which DistributedDataParallel would overwrite with that of rank 0
-        counts = torch.zeros(num_experts, dtype=torch.int64, device=device) if self._controllers else None
-        self.tokens_per_expert = counts
+        self.tokens_per_expert = None
+        self._count_and_correct(_needs_bias(self.select, self.balance, selection_bias), device)
         self._group: Any = None
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("select", "capacity", "balance") and hasattr(self, name):
+            self._change(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _change(self, name: str, value: Any) -> None:
+        """Another select, capacity or balance; nothing changes if it is refused."""
+        _check_parts(**{name: value})
+        if name == "select" and value is None and self.top_k is None:
+            raise ValueError("select: expected a selection in a router without top_k, got None")
+        tensor = next(chain(self.parameters(), self.buffers()), self.tokens_per_expert)
+        device = None if tensor is None else tensor.device
+        part: Any
+        if name == "balance":
+            part = tuple(_part(item, self.num_experts, device) for item in value)
+        else:
+            part = _part(value, self.num_experts, device)
+        parts = {"select": self.select, "balance": self.balance, name: part}
+        needs_bias = _needs_bias(parts["select"], parts["balance"], self.e_score_correction_bias is not None)
+        if not isinstance(part, nn.Module):
+            self._modules.pop(name, None)  # which would refuse it
+        super().__setattr__(name, part)
+        self._register()
+        self._count_and_correct(needs_bias, device)
+
+    def _register(self) -> None:
+        """The modules inside of select and balance."""
+        self.balance_modules = _registered(self.balance)
+        self.select_modules = None if isinstance(self.select, nn.Module) else _registered([self.select])
+
+    def _count_and_correct(self, needs_bias: bool, device: torch.device | str | None) -> None:
+        """Makes the selection bias and the counts that the parts need. Those that exist stay."""
+        if needs_bias and self.e_score_correction_bias is None:
+            self.e_score_correction_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
+        if not self._controllers:
+            self.tokens_per_expert = None
+        elif self.tokens_per_expert is None:
+            self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+
+    @property
+    def _controllers(self) -> list[Any]:
+        inside = [module for part in modules_in(self.select) for module in part.modules()]
+        return [part for part in (*self.balance, *inside) if hasattr(part, "after_step")]
 
     def reset_parameters(self) -> None:
         """Initialises like torch.nn.Linear; zeroes the correction bias. (A score initialises itself.)"""
@@ -304,7 +345,8 @@ class Router(KeepsFloat32):
 
     def _is_plain(self) -> bool:
         """Whether routing is just `route` on the logits."""
-        return self.select is None and self.capacity is None and not self.balance and not self.overrides
+        has_parts = self.select is not None or self.capacity is not None or len(self.balance) > 0  # not: no graph of it
+        return not has_parts and not self.overrides
 
     def _route(self, router_logits: Tensor) -> Routing:
         return route(router_logits, self.top_k, **self._options())  # type: ignore[arg-type]
@@ -389,7 +431,10 @@ class Router(KeepsFloat32):
     def _count(self, routing: Routing, context: Context) -> None:
         if self.tokens_per_expert is not None and not is_recomputing():
             self._group = context.group
-            self._counts_on(routing.topk_ids.device).add_(count_tokens(routing.topk_ids, self.num_experts))
+            aside(self._add, routing.topk_ids)
+
+    def _add(self, topk_ids: Tensor) -> None:
+        self._counts_on(topk_ids.device).add_(count_tokens(topk_ids, self.num_experts))
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -423,7 +468,7 @@ def _score_function(select: Any) -> str:
     return str(getattr(scored(select), "score_function", "softmax"))
 
 
-def _check_parts(score: Any, select: Any, capacity: Any, balance: Any) -> None:
+def _check_parts(score: Any = None, select: Any = None, capacity: Any = None, balance: Any = ()) -> None:
     """Raises TypeError for what cannot be a part of a router."""
     for name, part in {"score": score, "select": select, "capacity": capacity}.items():
         if part is not None and not callable(part):
@@ -433,6 +478,15 @@ def _check_parts(score: Any, select: Any, capacity: Any, balance: Any) -> None:
     for item in balance:
         if not callable(item) and not hasattr(item, "after_step"):
             raise TypeError(f"balance: expected a list of losses and controllers, got {item!r} in it")
+
+
+def _needs_bias(select: Any, balance: Sequence[Any], selection_bias: bool) -> bool:
+    """Whether there is a selection bias. Raises ValueError for one that moves no choice."""
+    movers = [type(item).__name__ for item in balance if getattr(item, "needs_selection_bias", False)]
+    if (movers or selection_bias) and (name := ignoring_bias(select)) is not None:
+        option = f"balance: expected no {movers[0]}" if movers else "selection_bias: expected False"
+        raise ValueError(f"{option} for {name}, whose choice no bias moves")
+    return selection_bias or bool(movers)
 
 
 def _part(part: Any, num_experts: int, device: torch.device | str | None) -> Any:

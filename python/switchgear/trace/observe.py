@@ -16,6 +16,7 @@ from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.routing.context import is_recomputing
+from switchgear.routing.counting import unseen
 from switchgear.routing.router import Router
 
 
@@ -146,12 +147,13 @@ def _router_hook(name: str, source: Source, inputs: Inputs, function: Observer) 
     def hook(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
         if is_recomputing():
             return
-        x = args[0].reshape(-1, args[0].shape[-1])
         tokens = routing.topk_ids.shape[0]
-        function(name, Observation(
-            x, routing.router_logits, routing.topk_ids, routing.topk_weights, source.block,
-            inputs.mask(name, tokens), inputs.ids(name, tokens), routing.num_experts, routing.num_dropped,
-        ))  # fmt: skip
+        with unseen(args[0]):
+            x = args[0].reshape(-1, args[0].shape[-1])
+            function(name, Observation(
+                x, routing.router_logits, routing.topk_ids, routing.topk_weights, source.block,
+                inputs.mask(name, tokens), inputs.ids(name, tokens), routing.num_experts, routing.num_dropped,
+            ))  # fmt: skip
 
     return hook
 
@@ -161,12 +163,13 @@ def _choice_hook(name: str, block: MoeBlock, inputs: Inputs, function: Observer)
         if is_recomputing():
             return
         ids = choice.topk_ids
-        ids = torch.where(ids < block.num_experts, ids, -1)  # classes without weights are no experts
         tokens = ids.shape[0]
-        function(name, Observation(
-            choice.x, choice.router_logits, ids, choice.topk_weights, block,
-            inputs.mask(name, tokens), inputs.ids(name, tokens), block.num_experts,
-        ))  # fmt: skip
+        with unseen(ids):
+            ids = torch.where(ids < block.num_experts, ids, -1)  # classes without weights are no experts
+            function(name, Observation(
+                choice.x, choice.router_logits, ids, choice.topk_weights, block,
+                inputs.mask(name, tokens), inputs.ids(name, tokens), block.num_experts,
+            ))  # fmt: skip
 
     return hook
 
