@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from switchgear.experts import Experts
 from switchgear.weights import stored_of
-from switchgear.weights.adapted import ON_WRAPPER, Factors, Lent
+from switchgear.weights.adapted import ON_WRAPPER, Factors, Lent, adapters_of
 from switchgear.weights.module import shown_as_parameters
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -33,9 +33,11 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def register() -> None:
-    """Lets PEFT find stored experts, and its wrappers lend their factors, from now on, if PEFT is imported. Idempotent."""
+    """If PEFT is imported, from now on it finds stored experts and refuses adapters of add_lora, and its wrappers lend
+    their factors. Idempotent."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     layer = sys.modules.get("peft.tuners.lora.layer")
+    _extend(getattr(tuners, "BaseTuner", None), "inject_adapter", _refusing_own)
     _extend(getattr(tuners, "BaseTuner", None), "_inject_parameters", _finding_stored)
     _extend(getattr(layer, "ParamWrapper", None), "_activate_lora", _lending)
 
@@ -47,6 +49,28 @@ def _extend(owner: Any, name: str, extended: Callable[[Any], Any]) -> None:
         method = extended(original)
         method.switchgear_original = original
         setattr(owner, name, method)
+
+
+def _refusing_own(original: Any) -> Any:
+    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _refuse_own(model)
+        return original(self, model, *args, **kwargs)
+
+    return inject_adapter
+
+
+def _refuse_own(model: nn.Module) -> None:
+    """Raises ValueError if PEFT would be the second one to adapt a model: the first time it freezes all that it finds."""
+    layers = sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer
+    if any(isinstance(module, layers) for module in model.modules()):
+        return
+    for path, module in model.named_modules():
+        for name in adapters_of(module):
+            raise ValueError(
+                f"model: expected no adapters of add_lora or load_peft, got those of {f'{path}.{name}' if path else name}, "
+                "which PEFT would freeze, not save and not disable; adapt experts with target_parameters=[…] of PEFT's "
+                "config instead (call remove_lora(model) first), or call add_lora after PEFT"
+            )
 
 
 def _finding_stored(original: Any) -> Any:

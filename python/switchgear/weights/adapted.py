@@ -42,7 +42,7 @@ class Factors(NamedTuple):
 
 Lent = Mapping[str, Sequence[Factors]]  # by name of the parameter
 
-# Called when a wrapper may be around a module, or may come. Makes wrappers that can lend their factors do so from then on.
+# Called when a wrapper is around a module or may come. Makes wrappers that can lend their factors do so from then on.
 ON_WRAPPER: list[Callable[[], None]] = []
 
 

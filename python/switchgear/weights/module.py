@@ -280,8 +280,8 @@ def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.
 
 @contextmanager
 def shown_as_parameters(model: nn.Module) -> Iterator[None]:
-    """Stored projections are parameters for a while, for code that asks for names, shapes, dtypes and devices. All their
-    numbers share the memory of one, so nothing is allocated."""
+    """Stored projections are parameters for a while, for code that asks for names, shapes, dtypes and devices. All
+    numbers of one share the memory of a single element."""
     shown = []
     for module in model.modules():
         if (stored := stored_of(module)) is not None:
