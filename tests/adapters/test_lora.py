@@ -281,7 +281,7 @@ def test_peft_refuses_a_model_with_adapters(targets: dict[str, Any]) -> None:
     trained = add_lora(net, 2)
     names = [name for name, _ in net.named_parameters()]
     config = peft.LoraConfig(r=2, **{"target_modules": [], **targets})
-    with pytest.raises(ValueError, match="expected no adapters of add_lora or load_peft, got those of 0.experts.gate_up"):
+    with pytest.raises(ValueError, match=r"expected no adapters of add_lora or load_peft, got those of 0\.exp"):
         peft.get_peft_model(net, config)
     assert [name for name, _ in net.named_parameters()] == names
     assert all(parameter.requires_grad for parameter in trained)

@@ -60,16 +60,17 @@ def _refusing_own(original: Any) -> Any:
 
 
 def _refuse_own(model: nn.Module) -> None:
-    """Raises ValueError if PEFT would be the second one to adapt a model: the first time it freezes all that it finds."""
+    """Raises ValueError if PEFT would adapt a model for the first time, and freeze adapters that it has."""
     layers = sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer
     if any(isinstance(module, layers) for module in model.modules()):
         return
     for path, module in model.named_modules():
         for name in adapters_of(module):
             raise ValueError(
-                f"model: expected no adapters of add_lora or load_peft, got those of {f'{path}.{name}' if path else name}, "
-                "which PEFT would freeze, not save and not disable; adapt experts with target_parameters=[…] of PEFT's "
-                "config instead (call remove_lora(model) first), or call add_lora after PEFT"
+                "model: expected no adapters of add_lora or load_peft, got those of "
+                f"{f'{path}.{name}' if path else name}, which PEFT would freeze, not save and not disable; call "
+                "remove_lora(model) first, and adapt experts with target_parameters=[…] of PEFT's config, or with "
+                "add_lora after PEFT"
             )
 
 
