@@ -28,9 +28,9 @@ from switchgear.weights.offloaded import OffloadedProjections
 def register() -> None:
     """Makes `PreTrainedModel.save_pretrained` write plain weights of stored experts. Models without them are saved as
     before. Adapters of `add_lora` keep their names."""
-    revert = modeling_utils.revert_weight_conversion
-    if not hasattr(revert, "switchgear_original"):
-        modeling_utils.revert_weight_conversion = _keeping_adapters(revert)
+    module: Any = modeling_utils
+    if not hasattr(module.revert_weight_conversion, "switchgear_original"):
+        module.revert_weight_conversion = _keeping_adapters(module.revert_weight_conversion)
     if not hasattr(PreTrainedModel.save_pretrained, "switchgear_original"):
         PreTrainedModel.save_pretrained = _saving_plain(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
 
