@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import switchgear
 from switchgear import backends
+from switchgear.adapters import add_lora
 from switchgear.integrations.tiny_models import build, example_inputs
 
 FORMS = ["int8", "int4", "fp8", "mxfp4", "nf4", "groups"]  # test_forms.py saves the lossless ones
@@ -91,6 +93,26 @@ def test_the_warning_has_the_options_of_the_form(tmp_path: Path) -> None:
     call = "switchgear.store(model, 'groups', bits=3, group_size=32, symmetric=False)"
     with pytest.warns(UserWarning, match=re.escape(call)):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("form", [None, "int8"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])  # of mixtral, checkpoints have other names of modules
+def test_adapters_are_saved_under_the_names_of_the_model(model_type: str, form: str | None, tmp_path: Path) -> None:
+    """A Trainer that resumes, or loads its best model, passes the file to load_state_dict."""
+    model = build(model_type)
+    switchgear.accelerate(model)
+    adapters = add_lora(model, 2)
+    if form is not None:
+        switchgear.store(model, form)
+    for parameter in adapters:
+        torch.nn.init.normal_(parameter)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], model.get_parameter(name)) for name in names)
+    others = {name for name in saved if not name.endswith(("_lora_A", "_lora_B"))}
+    build(model_type).save_pretrained(tmp_path)
+    assert others == load_file(tmp_path / "model.safetensors").keys()
 
 
 def test_other_models_are_saved_as_before(tmp_path: Path) -> None:

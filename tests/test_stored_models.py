@@ -4,6 +4,7 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from switchgear import backends
 from switchgear.adapters import add_lora, lora, sites
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate
+from switchgear.weights import stored_of
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +67,67 @@ def test_any_use_of_an_absent_weight(use: Any) -> None:
     assert "down_proj" not in vars(experts)
 
 
-def test_adapters_on_stored_weights() -> None:
+def peft_config(count: int = 2) -> Any:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = stored_model()
-    config = peft.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"])
-    with pytest.raises((ValueError, AttributeError), match=rf"target_parameters|{MESSAGE}"):
-        peft.get_peft_model(model, config)
+    targets = ["experts.down_proj", "experts.gate_up_proj"][:count]
+    return peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[], target_parameters=targets)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])  # [E,out,in] and [E,in,out]
+def test_adapters_of_peft_on_stored_weights(model_type: str, tmp_path: Path) -> None:
+    """The first one, one beside others, and one that is loaded: the names and the bits of adapters that came before."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    models = []
+    for stored_first in (False, True):
+        base = build(model_type)
+        accelerate(base)
+        if stored_first:
+            switchgear.store(base, "int8")
+        torch.manual_seed(1)
+        model = peft.get_peft_model(base, peft_config())
+        if not stored_first:
+            model.add_adapter("second", peft_config())
+            switchgear.store(base, "int8")
+        models.append(model)
+    before, after = models
+    before.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    after.add_adapter("second", peft_config())
+    after.load_adapter(tmp_path / "second", "second")
+    names = {name for name, _ in before.named_parameters()}
+    assert {name for name, _ in after.named_parameters()} == names
+    inputs = example_inputs(before.get_base_model())
+    for adapter in ("default", "second"):
+        for model in models:
+            model.set_adapter(adapter)
+        assert torch.equal(after(**inputs).logits, before(**inputs).logits)
+    experts = next(module for module in after.modules() if stored_of(module) is not None)
+    with pytest.raises(AttributeError, match=MESSAGE):
+        len(experts.down_proj)
+
+
+def test_adapters_of_peft_on_experts_of_switchgear() -> None:
+    """They are found in a model without transformers, if PEFT was imported before the model was stored."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = nn.Sequential(switchgear.MoE(64, 64, 4, 2))
+    switchgear.store(model, "int4")
+    wrapped = peft.get_peft_model(model, peft_config())
+    wrapped(torch.randn(3, 64)).square().sum().backward()
+    gradients = [parameter.grad for parameter in wrapped.parameters() if parameter.requires_grad]
+    assert len(gradients) == 4
+    assert all(gradient is not None and gradient.any() for gradient in gradients)
+
+
+def test_a_module_to_save_stays_stored() -> None:
+    """PEFT copies it beside the original, and the copy is as complete."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = build("mixtral")
+    accelerate(base)
+    switchgear.store(base, "int8")
+    inputs = example_inputs(base)
+    want = base(**inputs).logits
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["experts"]))
+    assert torch.equal(model(**inputs).logits, want)
 
 
 @pytest.mark.parametrize("nested", [1, 2])
@@ -80,9 +137,7 @@ def test_storing_weights_under_adapters(nested: int, form: str) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     base = build("mixtral")
     accelerate(base)
-    targets = ["experts.down_proj", "experts.gate_up_proj"][:nested]
-    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[], target_parameters=targets)
-    model = peft.get_peft_model(base, config)
+    model = peft.get_peft_model(base, peft_config(nested))
     inputs = example_inputs(base)
     assert switchgear.store(model, form).modules == 4
     got = model(**inputs).logits

@@ -273,6 +273,36 @@ def test_float32_adapters_of_a_stored_model_of_16_bits(order: str, dtype: torch.
     assert torch.equal(net.to(dtype)(x), y)
 
 
+@pytest.mark.parametrize("targets", [{"target_modules": ["1"]}, {"target_parameters": ["experts.down_proj"]}])
+def test_peft_refuses_a_model_with_adapters(targets: dict[str, Any]) -> None:
+    """It would freeze them, and its files would lack them."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    net = model()
+    trained = add_lora(net, 2)
+    names = [name for name, _ in net.named_parameters()]
+    config = peft.LoraConfig(r=2, **{"target_modules": [], **targets})
+    with pytest.raises(ValueError, match=r"expected no adapters of add_lora or load_peft, got those of 0\.exp"):
+        peft.get_peft_model(net, config)
+    assert [name for name, _ in net.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in trained)
+    remove_lora(net)
+    peft.get_peft_model(net, config)
+
+
+def test_adapters_after_those_of_peft() -> None:
+    """Both train if only the experts are passed, also beside a further adapter of PEFT."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    net = nn.Sequential(layer(), nn.Linear(HIDDEN, HIDDEN))
+    config = peft.LoraConfig(r=2, target_modules=["1"])
+    wrapped = peft.get_peft_model(net, config)
+    add_lora(net[0].experts, 2)
+    trained = randomised([parameter for parameter in wrapped.parameters() if parameter.requires_grad])
+    wrapped.add_adapter("second", config)
+    wrapped(tokens()).square().sum().backward()
+    assert len(trained) == 6
+    assert all(p.grad is not None and p.grad.any() for p in trained)
+
+
 def test_a_model_wrapped_by_peft_is_refused() -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     net = build("mixtral")

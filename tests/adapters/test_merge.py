@@ -125,6 +125,14 @@ def test_what_is_refused() -> None:
     with torch.no_grad():
         experts.down_proj[0, 0, 0] += 1
     unchanged(experts, ValueError, "expected weights as they were merged, got others in down_proj", unmerge)
+    converted = layer()
+    merge(converted)
+    converted.bfloat16()
+    unchanged(converted, ValueError, r"others in gate_up_proj, .* call merge\(model, keep_adapters=False\)", unmerge)
+    before = bits(converted.gate_up_proj)
+    assert merge(converted, keep_adapters=False) == 0
+    assert torch.equal(bits(converted.gate_up_proj), before)
+    assert lora_of(converted) == {}
     experts = layer()
     merge(experts)
     with switchgear.use_backend("reference"):

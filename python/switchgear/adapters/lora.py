@@ -14,7 +14,7 @@ from switchgear.complaints import check_float_dtype, check_module, integer, list
 from switchgear.functional import as_number
 from switchgear.reference import check_finite, check_fraction, check_size
 from switchgear.utils.sharded import is_sharded
-from switchgear.weights.adapted import Lora, adapters_of
+from switchgear.weights.adapted import Lora, adapters_of, notice_wrappers
 from switchgear.weights.module import freeze_stored
 from switchgear.weights.selected import selection_of
 
@@ -102,6 +102,7 @@ def attach(model: nn.Module, made: Sequence[tuple[Site, Tensor, Tensor, Lora]]) 
                 f"model: expected no experts that train alone, got those of {site.where}; "
                 "call finetune.unfreeze(model) first"
             )
+    notice_wrappers()
     adapters = [(site, nn.Parameter(a), nn.Parameter(b), lora) for site, a, b, lora in made]
     kept = {id(parameter) for adapter in lora_of(model).values() for parameter in adapter[:2]}
     for parameter in model.parameters():

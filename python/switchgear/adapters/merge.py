@@ -122,7 +122,10 @@ def unmerge(model: nn.Module) -> int:
                 f"{', '.join(_arithmetic())}"
             )
         if not torch.equal(merged.sum_of_bits, _sum_of_bits(site)):
-            raise ValueError(f"model: expected weights as they were merged, got others in {site.where}")
+            raise ValueError(
+                f"model: expected weights as they were merged, got others in {site.where}, changed or converted since; "
+                "call merge(model, keep_adapters=False), which keeps them as they are and removes the adapters"
+            )
     written: Written = []
     try:
         for site, merged in found:

@@ -4,7 +4,7 @@
 PEFT's ParamWrapper computes W + scale · B·A for each call and puts it in place of the parameter. A module that runs on
 switchgear gets A and B instead, as views, through the attribute _switchgear_lent. So nothing of the size of W is
 allocated, and W may be stored in any form. All else stays with PEFT: which adapters are active, disabled or merged, its
-state dict, its errors.
+state dict, its errors. While PEFT looks for parameters to adapt, it sees those of stored experts, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from switchgear.experts import Experts
 from switchgear.weights import stored_of
-from switchgear.weights.adapted import ON_WRAPPER, Factors, Lent
+from switchgear.weights.adapted import ON_WRAPPER, Factors, Lent, adapters_of
+from switchgear.weights.module import shown_as_parameters
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -32,13 +33,56 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def register() -> None:
-    """Lets the wrappers lend their factors, from now on, if PEFT is imported. Idempotent."""
+    """If PEFT is imported, from now on it finds stored experts and refuses adapters of add_lora, and its wrappers lend
+    their factors. Idempotent."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
     layer = sys.modules.get("peft.tuners.lora.layer")
-    wrapper: Any = getattr(layer, "ParamWrapper", None)
-    original: Any = getattr(wrapper, "_activate_lora", None)
-    if original is None or hasattr(original, "switchgear_original"):
-        return
+    _extend(getattr(tuners, "BaseTuner", None), "inject_adapter", _refusing_own)
+    _extend(getattr(tuners, "BaseTuner", None), "_inject_parameters", _finding_stored)
+    _extend(getattr(layer, "ParamWrapper", None), "_activate_lora", _lending)
 
+
+def _extend(owner: Any, name: str, extended: Callable[[Any], Any]) -> None:
+    """Replaces a method of PEFT by extended(method), once. Older versions may lack it."""
+    original = getattr(owner, name, None)
+    if original is not None and not hasattr(original, "switchgear_original"):
+        method = extended(original)
+        method.switchgear_original = original
+        setattr(owner, name, method)
+
+
+def _refusing_own(original: Any) -> Any:
+    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _refuse_own(model)
+        return original(self, model, *args, **kwargs)
+
+    return inject_adapter
+
+
+def _refuse_own(model: nn.Module) -> None:
+    """Raises ValueError if PEFT would adapt a model for the first time, and freeze adapters that it has."""
+    layers = sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer
+    if any(isinstance(module, layers) for module in model.modules()):
+        return
+    for path, module in model.named_modules():
+        for name in adapters_of(module):
+            raise ValueError(
+                "model: expected no adapters of add_lora or load_peft, got those of "
+                f"{f'{path}.{name}' if path else name}, which PEFT would freeze, not save and not disable; call "
+                "remove_lora(model) first, and adapt experts with target_parameters=[…] of PEFT's config, or with "
+                "add_lora after PEFT"
+            )
+
+
+def _finding_stored(original: Any) -> Any:
+    def inject_parameters(self: Any, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with shown_as_parameters(model):
+            return original(self, peft_config, model, *args, **kwargs)
+
+    return inject_parameters
+
+
+def _lending(original: Any) -> Any:
     @contextmanager
     def activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
         base = self.get_base_layer()
@@ -56,8 +100,7 @@ def register() -> None:
             if not lent:
                 vars(base).pop("_switchgear_lent", None)
 
-    activate_lora.switchgear_original = original  # type: ignore[attr-defined]
-    wrapper._activate_lora = activate_lora
+    return activate_lora
 
 
 def unwrapped(module: nn.Module) -> tuple[nn.Module, Lent]:

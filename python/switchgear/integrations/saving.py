@@ -3,6 +3,8 @@
 
 A state dict of stored experts has the keys of their form, which `from_pretrained` does not know: it would initialise
 the experts at random. So checkpoints of transformers get the plain weights that the form represents.
+
+Adapters keep the names of the model, even where a checkpoint has others: only `load_state_dict` reads them again.
 """
 
 from __future__ import annotations
@@ -14,19 +16,41 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 
 from switchgear.backends import warn_once
 from switchgear.weights import stored_of
+from switchgear.weights.adapted import adapters_of
 from switchgear.weights.module import plain_keys
 from switchgear.weights.offloaded import OffloadedProjections
 
 
 def register() -> None:
     """Makes `PreTrainedModel.save_pretrained` write plain weights of stored experts. Models without them are saved as
-    before."""
+    before. Adapters of `add_lora` keep their names."""
+    module: Any = modeling_utils
+    if not hasattr(module.revert_weight_conversion, "switchgear_original"):
+        module.revert_weight_conversion = _keeping_adapters(module.revert_weight_conversion)
     if not hasattr(PreTrainedModel.save_pretrained, "switchgear_original"):
         PreTrainedModel.save_pretrained = _saving_plain(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
+
+
+def _keeping_adapters(original: Any) -> Any:
+    @functools.wraps(original)
+    def revert_weight_conversion(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: state_dict[key] for key in _keys_of_adapters(model) if key in state_dict}
+        rest = {key: tensor for key, tensor in state_dict.items() if key not in kept}
+        return {**original(model, rest), **kept}
+
+    revert_weight_conversion.switchgear_original = original  # type: ignore[attr-defined]
+    return revert_weight_conversion
+
+
+def _keys_of_adapters(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name in adapters_of(module):
+            for letter in "AB":
+                yield f"{path}.{name}_lora_{letter}" if path else f"{name}_lora_{letter}"
 
 
 def _saving_plain(original: Any) -> Any:

@@ -42,21 +42,25 @@ class Factors(NamedTuple):
 
 Lent = Mapping[str, Sequence[Factors]]  # by name of the parameter
 
-# Called when a wrapper may be around a module. Makes wrappers that can lend their factors do so from then on.
+# Called when a wrapper is around a module or may come. Makes wrappers that can lend their factors do so from then on.
 ON_WRAPPER: list[Callable[[], None]] = []
+
+
+def notice_wrappers() -> None:
+    """Lets libraries of wrappers know switchgear from now on, if they are imported."""
+    for function in ON_WRAPPER:
+        function()
 
 
 def notice_wrapper(module: nn.Module) -> None:
     """Notices a wrapper that computes the module's parameters, since it does not know yet that it could lend."""
     if "parametrizations" in module._modules:
-        for function in ON_WRAPPER:
-            function()
+        notice_wrappers()
 
 
 def lends(wrapper: nn.Module) -> bool:
     """Whether a wrapper lends its factors to modules that run on switchgear."""
-    for function in ON_WRAPPER:
-        function()
+    notice_wrappers()
     return hasattr(getattr(type(wrapper), "_activate_lora", None), "switchgear_original")
 
 

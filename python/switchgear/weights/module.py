@@ -9,6 +9,7 @@ them or plain weights, which they encode. Floating-point scales are kept as bits
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -275,6 +276,28 @@ def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.
         module.register_parameter(name, parameter)
     if "_switchgear_stored" in vars(module):
         module._switchgear_stored = None  # type: ignore[assignment]
+
+
+@contextmanager
+def shown_as_parameters(model: nn.Module) -> Iterator[None]:
+    """Stored projections are parameters for a while, for code that asks for names, shapes, dtypes and devices. All
+    numbers of one share the memory of a single element."""
+    shown = []
+    for module in model.modules():
+        if (stored := stored_of(module)) is not None:
+            for name, weight in zip(stored.layout.names, stored.weights(module), strict=True):
+                one = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+                parameter = nn.Parameter(one.mT if stored.layout.transposed else one, requires_grad=False)
+                shown.append((module, name, parameter, vars(module)[name]))
+    for module, name, parameter, _ in shown:
+        del vars(module)[name]
+        module._parameters[name] = parameter
+    try:
+        yield
+    finally:
+        for module, name, _, absent in shown:
+            module._parameters[name] = None
+            vars(module)[name] = absent
 
 
 def in_layout(weight: Tensor, layout: Layout) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_dense, check_module, check_switch
 from switchgear.reference import check_size
-from switchgear.weights.adapted import lends
+from switchgear.weights.adapted import lends, notice_wrappers
 from switchgear.weights.auto import Candidate, candidates
 from switchgear.weights.change import (
     PlainChange,
@@ -139,6 +139,7 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
     """
     check_module("model", model)
     check_switch("low_memory", low_memory)
+    notice_wrappers()
     if form == "auto":
         done = _store_best(model, low_memory, options)
     else:
