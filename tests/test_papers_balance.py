@@ -410,7 +410,7 @@ def test_deepseek_moe_is_a_loop_with_shared_experts(backend: str) -> None:
 
 
 def test_deepseek_moe_has_no_device_loss_without_devices() -> None:
-    with pytest.raises(ValueError, match=r"^num_devices: expected a number beside device_balance=5.0, got None"):
+    with pytest.raises(ValueError, match=r"^num_devices: expected a number with device_balance=5.0, got None"):
         presets.deepseek_moe(device_balance=5.0)
 
 

@@ -127,7 +127,7 @@ def _read(path: str | PathLike[str]) -> Any:
                 raise ValueError("parameters that are no weights")
             for layout in data.get("layouts", {}).values():
                 if not all(isinstance(value, bool) for value in layout.values()):
-                    raise ValueError("layouts that are none")
+                    raise ValueError("invalid layouts")
             return data
         except Exception as error:  # torch.load raises many kinds for files of others
             reason = first_line(error)

@@ -206,6 +206,6 @@ def _named(model: nn.Module, also: Collection[str], parts: Sequence[Part]) -> se
         if not found:
             raise ValueError(f"also: expected names of modules or parameters, got {prefix!r}")
         if found <= selected:
-            raise ValueError(f"also: expected parameters beside selected experts, got those of {prefix!r}")
+            raise ValueError(f"also: expected parameters other than selected experts, got those of {prefix!r}")
         kept |= found - selected
     return kept

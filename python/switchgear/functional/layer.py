@@ -260,7 +260,7 @@ def accumulate(
     if dropout:
         raise ValueError(f"dropout: expected none in moe_accumulate, got {dropout}")
     if sums.dtype is not weight_dtype(x.dtype):
-        raise TypeError(f"sums: expected {weight_dtype(x.dtype)} beside x in {x.dtype}, got {sums.dtype}")
+        raise TypeError(f"sums: expected {weight_dtype(x.dtype)} for x in {x.dtype}, got {sums.dtype}")
     trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
     trained += [tensor for adapter in adapters for tensor in adapter[:2]]
     if needs_autograd(sums, x, *biases, topk_weights, *trained):

@@ -127,7 +127,9 @@ def _check_policy(policy: Policy) -> None:
         shown = policy.__name__ if isinstance(policy, type) else repr(policy)
         raise TypeError(f"policy: expected a policy such as LRU(), got {shown}")
     if policy.looks_ahead:
-        raise ValueError(f"policy: expected one that does not need the future, got {policy.name}; simulate plays it")
+        raise ValueError(
+            f"policy: expected one that does not look ahead, got {policy.name}, which only simulate can run"
+        )
 
 
 def _check_predictor(predictor: Predictor) -> None:

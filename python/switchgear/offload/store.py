@@ -168,5 +168,5 @@ def _form(form: str | Form, options: dict[str, Any]) -> Form | None:
     if form != store_sources.AS_PUBLISHED:
         return form_named(form, options)
     if options:
-        raise ValueError(f"{next(iter(options))}: expected no options beside {form}")
+        raise ValueError(f"{next(iter(options))}: expected no options with {form}, got {', '.join(options)}")
     return None

@@ -115,7 +115,7 @@ def check_dropout(seed: Tensor | None, probabilities: Sequence[float]) -> tuple[
         raise ValueError(f"dropout: expected two probabilities in [0, 1), got {list(probabilities)}")
     if any(probabilities):
         if seed is None:
-            raise ValueError("dropout_seed: expected a tensor beside dropout, got none")
+            raise ValueError("dropout_seed: expected a tensor with dropout, got None")
         check("dropout_seed", seed, (1,), torch.int64)
     return probabilities[0], probabilities[1]
 

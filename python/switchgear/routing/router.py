@@ -168,7 +168,7 @@ class Router(KeepsFloat32):
         selection_bias = selection_bias or bool(movers)
         if selection_bias and (name := ignoring_bias(self.select)) is not None:
             option = f"balance: expected no {movers[0]}" if movers else "selection_bias: expected False"
-            raise ValueError(f"{option} for {name}, whose choice no bias moves")
+            raise ValueError(f"{option} for {name}, which ignores a selection bias")
         correction = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", correction)
         inside = [module for part in modules_in(self.select) for module in part.modules()]
@@ -451,4 +451,4 @@ def _registered(parts: Sequence[Any]) -> nn.ModuleList | None:
 def _exclude(by: str, **options: bool) -> None:
     given = [name for name, differs in options.items() if differs]
     if given:
-        raise ValueError(f"{given[0]}: expected none beside {by}=, which decides it; got {', '.join(given)}")
+        raise ValueError(f"{given[0]}: expected the default with {by}=, got {', '.join(given)}")

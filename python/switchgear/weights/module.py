@@ -87,7 +87,7 @@ class StoredProjections:
         for name in self.layout.names:
             if parameters.get(name) is not None:  # as of torch.func.functional_call; it would be ignored
                 raise ValueError(
-                    f"{name}: expected none beside weights stored as {self.form.name}, got a parameter; restore the "
+                    f"{name}: expected none with weights stored as {self.form.name}, got a parameter; restore the "
                     "module first"
                 )
         if cached is not None:
