@@ -83,8 +83,8 @@ def merge_experts(
     """Merges the experts of each layer into `keep` ones, in place; on failure nothing is changed. A group's expert is
     the average of its experts, weighted by their numbers of tokens.
 
-    The defaults are HC-SMoE's (arXiv:2410.08589), but for the router. M-SMoE (arXiv:2310.01334) is similarity="logits",
-    cluster="dominant", align=True.
+    The defaults are HC-SMoE's (arXiv:2410.08589), except for the router. M-SMoE (arXiv:2310.01334) is
+    similarity="logits", cluster="dominant", align=True.
 
     Args:
         model: has switchgear's MoE layers or those of Hugging Face. Give the whole model, not a part of it: the config

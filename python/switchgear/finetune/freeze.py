@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 
 def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str] = ()) -> list[nn.Parameter]:
-    """Freezes the model but for the selected experts, and returns the parameters that train.
+    """Freezes the model except the selected experts, and returns the parameters that train.
 
     The matrices and biases of a layer's selected experts become parameters <name>_selected [n,…] beside the frozen
     <name> [E,…]. Gradients, optimizer state and weight decay exist for them only, and no others are computed. Outputs

@@ -117,7 +117,7 @@ def offload(
 
 
 def _end(reader: Any) -> None:
-    """Of a cache that nobody closed: no read outlives the memory that it fills."""
+    """Of a cache that was not closed: no read outlives the memory that it fills."""
     with suppress(OSError):  # a forked child's
         reader.close()
 

@@ -5,7 +5,7 @@ parallel = switchgear.parallel.ExpertParallel()                 # after torch.di
 moe = switchgear.MoE(2048, 1024, 64, 8, parallel=parallel)      # each rank has its share of the 64 experts
 
 training = switchgear.parallel.Training(model, optimizer, on_failure="continue")
-loss = switchgear.parallel.elastic_step(training, closure)      # goes on if ranks are lost
+loss = switchgear.parallel.elastic_step(training, closure)      # continues if ranks are lost
 
 group.py       ExpertParallel, the ranks that share experts; experts.py: ParallelExperts; recorded.py: experts with
                stored weights or adapters; transformers.py: the exchange in Hugging Face models

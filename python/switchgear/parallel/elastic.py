@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Training that goes on when ranks are lost and when others join, and that moves experts between steps.
+"""Training that continues when ranks are lost and when others join, and that moves experts between steps.
 
     training = Training(model, optimizer, on_failure="continue", checkpoint=folder)
     while training.steps < 1000:
@@ -174,7 +174,7 @@ def shrink(training: Training) -> Regrouped:
 
 
 def join(training: Training, timeout: float | None = None) -> Regrouped:
-    """Lets this process take part in a training that goes on: waits for the end of a step, then receives its share of
+    """Lets this process take part in a running training: waits for the end of a step, then receives its share of
     the experts and everything else. Its ExpertParallel was made with outside=True.
 
     Args:

@@ -50,7 +50,7 @@ class Plan:
         return [expert for source in range(len(self.held)) for expert in self.moved(source, rank)]
 
     def missing(self) -> list[int]:
-        """Experts that nobody has."""
+        """Experts that no rank has."""
         return sorted(set(range(self.placement.num_experts)).difference(*self.held))
 
     def num_moves(self) -> int:
@@ -199,7 +199,7 @@ def _exchange_rows(training: Training, plan: Plan, rows: Tensor) -> dict[int, Te
 def _restore(
     training: Training, plans: dict[str, Plan], incoming: dict[tuple[str, str, str], dict[int, Tensor]]
 ) -> tuple[Lost, Lost]:
-    """Experts that nobody has: read from the checkpoint by those who get them, or lost. By layer, on all ranks."""
+    """Experts that no rank has: read from the checkpoint by those that get them, or lost. By layer, on all ranks."""
     missing = {name: plan.missing() for name, plan in plans.items() if plan.missing()}
     if not missing:
         return {}, {}

@@ -343,7 +343,7 @@ def _loaded(
 
 
 def _in_memory_of(old: Weight, weight: Weight) -> Weight:
-    """`weight` in the memory of `old`, as parameters are loaded: modules that share it go on sharing it. One of another
+    """`weight` in the memory of `old`, as parameters are loaded: modules that share it still share it. One of another
     size, such as compact rows with longer headers, stays where it is."""
     pairs = list(zip(weight.tensors, old.tensors, strict=False))
     same_kind = Kind.of(weight)._replace(is_exact=old.is_exact) == Kind.of(old)
