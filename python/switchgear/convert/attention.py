@@ -176,7 +176,7 @@ class MixtureOfAttention(nn.Module):
 
 
 class ParallelBlock(nn.Module):
-    """x + moe(norm(x)) + attention(norm(x)): attention and feed-forward experts beside each other (BAM)."""
+    """x + moe(norm(x)) + attention(norm(x)): attention and feed-forward experts in parallel (BAM)."""
 
     def __init__(self, norm: nn.Module, moe: nn.Module, attention: MixtureOfAttention) -> None:
         super().__init__()

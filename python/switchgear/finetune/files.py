@@ -18,7 +18,7 @@ _FORMAT = 1  # version of the file format
 
 
 def save_selected(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Writes the experts that freeze_except lets train, and the parameters that train beside them, with torch.save.
+    """Writes the experts that freeze_except lets train, and the parameters that train with them, with torch.save.
 
     Raises ValueError if no experts are trained alone.
     """

@@ -39,7 +39,7 @@ class Part(NamedTuple):
 def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str] = ()) -> list[nn.Parameter]:
     """Freezes the model except the selected experts, and returns the parameters that train.
 
-    The matrices and biases of a layer's selected experts become parameters <name>_selected [n,…] beside the frozen
+    The matrices and biases of a layer's selected experts become parameters <name>_selected [n,…] next to the frozen
     <name> [E,…]. Gradients, optimizer state and weight decay exist for them only, and no others are computed. Outputs
     do not change. State dicts keep their keys and hold the trained values; they load as before. torch.compile breaks
     its graph once per such layer. FSDP is refused at the first forward, DistributedDataParallel works.

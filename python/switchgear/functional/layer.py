@@ -78,7 +78,7 @@ def moe(
         gate_up_bias, down_bias: [E,N] and [E,H].
 
     Returns y with the shape and dtype of x. Other float tensors than topk_weights must have x's dtype, except biases
-    beside a Weight, which are converted; torch.autocast casts all to its own.
+    next to a Weight, which are converted; torch.autocast casts all to its own.
 
     Differentiable in x, plain projections, adapters, the biases and topk_weights. Only requested gradients are
     computed; an expert without tokens gets zeros. The graph saves h = x · W_guᵀ + b_gu [T·K,N] and the arguments.

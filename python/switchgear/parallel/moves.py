@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What moves when ranks or placements change: experts and their optimizer state between ranks that stay, and everything
-to ranks that join. First all is received beside what is there; then, on all ranks or none, it is put in place."""
+to ranks that join. First all is received, next to the old; then, on all ranks or none, it is put in place."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class ExpertChoice:
         scale: multiplies the weights.
         ties: "index", to the lowest token, or "random".
         evaluation: whether a token is taken depends on later tokens, so a decoder cannot use expert choice. With
-            evaluation = n each token gets its n best experts in evaluation, with the same weights; so not beside
+            evaluation = n each token gets its n best experts in evaluation, with the same weights; so not with
             "softmax_over_tokens", which depends on later tokens. None: as in training.
     """
 
