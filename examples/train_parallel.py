@@ -42,7 +42,7 @@ from switchgear.parallel import (
 )  # fmt: skip
 
 HIDDEN, CLUSTERS, TOKENS, EXPERTS = 32, 4, 256, 8  # tokens per step, over all processes
-NOBODY = 3  # exit status of a process that found nobody to join
+NOBODY = 3  # exit status of a process that found no rank to join
 
 
 def tokens_and_targets(centers: Tensor, maps: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -181,7 +181,7 @@ def guard(steps: int, folder: str, period: float = 5.0) -> None:
             write(folder, process=process.pid, fault=fault)
             if fault == "stop":
                 process.send_signal(signal.SIGSTOP)
-                time.sleep(period - 1)  # longer than the timeout: the others go on without it
+                time.sleep(period - 1)  # longer than the timeout: the others continue without it
                 process.send_signal(signal.SIGCONT)
             else:
                 process.kill()

@@ -368,7 +368,7 @@ def test_wrong_arguments_are_named() -> None:
         "^alpha: expected 8": lambda: LoRAExperts(linear, E, 2, alpha=[1.0]),
         "^alpha: expected a finite": lambda: LoRAExperts(linear, E, 2, alpha=float("nan")),
         "^router: expected one of 8": lambda: LoRAExperts(linear, E, 2, router=switchgear.Router(H, 4, 1)),
-        "^router: expected None beside": lambda: LoRAExperts(linear, E, 2, router=switchgear.Router(H, E, 1), top_k=1),
+        "^router: expected None with": lambda: LoRAExperts(linear, E, 2, router=switchgear.Router(H, E, 1), top_k=1),
         "^gates: expected 1": lambda: LoRAExperts.from_adapters(linear, [low_rank(H, I, 2)], gates=[]),
         "^hidden_states": lambda: LoRAExperts(nn.Identity(), E, 2, features=(H, H), router=lambda x: switchgear.Routing(
             torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), x, E))(torch.randn(1, H + 1)),

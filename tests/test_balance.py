@@ -444,12 +444,12 @@ def test_groups_of_experts_are_checked(make: Any, name: str) -> None:
     for wrong, error, message in (
         ([-1, 0, 0, 0, 1, 1], ValueError, "expected 0 to [0-9]+, got -1 to 1"),
         ([0.5, 0, 0, 0, 1, 1], TypeError, "expected integers, got torch.float32"),
-        ([[0, 1]], ValueError, "expected that of each of E experts, got"),
-        (2, ValueError, "expected that of each expert, or num_experts beside"),
+        ([[0, 1]], ValueError, "expected the group of each of E experts, got"),
+        (2, ValueError, "expected the group of each expert, or num_experts with a number of groups; got 2 alone"),
     ):
         with pytest.raises(error, match=f"^{name}: {message}"):
             make(wrong)
-    with pytest.raises(ValueError, match=f"^{name}: expected that of each of {E} experts, got \\[2\\]"):
+    with pytest.raises(ValueError, match=f"^{name}: expected the group of each of {E} experts, got \\[2\\]"):
         make([0, 1], num_experts=E)
     if name == "groups":
         with pytest.raises(ValueError, match=r"^groups: expected 0 to 5, got 0 to 6"):

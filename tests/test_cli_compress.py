@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on(
     calls = []
     monkeypatch.setattr(work, "calibrate", lambda *args, **options: calls.append(args))
     assert run(model, recipe) == 0  # neither prunes nor calibrates again
-    assert "going on after step 1 of 2" in capsys.readouterr().out
+    assert "continuing after step 1 of 2" in capsys.readouterr().out
     assert not calls
     assert {file.name: file.read_bytes() for file in small.iterdir()} == want
 

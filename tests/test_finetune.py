@@ -172,7 +172,9 @@ def test_all_else_of_a_module_trains_beside_its_selected_experts() -> None:
 @pytest.mark.parametrize("name", ["0.experts", "0.experts.down_proj"])
 def test_selected_experts_do_not_train_as_a_whole(name: str) -> None:
     model = make_model()
-    with pytest.raises(ValueError, match=f"also: expected parameters beside selected experts, got those of '{name}'"):
+    with pytest.raises(
+        ValueError, match=f"also: expected parameters other than selected experts, got those of '{name}'"
+    ):
         finetune.freeze_except(model, {"0": [1]}, also=[name])
     assert all(parameter.requires_grad for parameter in model.parameters())
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The modules of switchgear have no import cycles: each can be read, and tested, after the modules that it imports."""
+"""The modules of switchgear have no import cycles: each can be read, and tested, after the modules that it imports.
+They keep the order of docs/architecture.md."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import switchgear
@@ -68,8 +71,13 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+@cache
+def imports() -> dict[str, set[str]]:
+    return {module: imported_by(module, path.read_text()) for module, path in FILES.items()}
+
+
 def test_there_are_no_circles() -> None:
-    graph = {module: imported_by(module, path.read_text()) for module, path in FILES.items()}
+    graph = imports()
     assert len(graph) > 100
     assert "switchgear.ops" in graph["switchgear.functional.layer"]
     assert "switchgear.weights" in graph["switchgear.functional.layer"]  # the package of weights.weight
@@ -84,3 +92,28 @@ def test_a_circle_is_found() -> None:
     assert imported_by("switchgear.ops.layer", "from . import native\ndef f():\n    import switchgear.trace") == {
         "switchgear.ops.native"
     }
+
+
+@cache
+def package_order() -> dict[str, int]:
+    """The number of each module's group in the list of docs/architecture.md."""
+    page = (Path(__file__).parents[1] / "docs/architecture.md").read_text()
+    (listed,) = re.findall(r"^```\n(files,[^`]+)", page, re.M)
+    return {name: index for index, group in enumerate(listed.split("→")) for name in re.findall(r"\w+", group)}
+
+
+def imports_from_later(module: str, imported: set[str]) -> list[str]:
+    group = {name: package_order().get(name.split(".")[1]) for name in {module, *imported} if "." in name}
+    own = group.get(module)  # the package itself and __main__ have none
+    return [] if own is None else [name for name in sorted(imported & set(group)) if (group[name] or 0) > own]
+
+
+def test_imports_keep_the_order() -> None:
+    assert {module.split(".")[1] for module in FILES if "." in module} - set(package_order()) == {"__main__"}
+    found = {module: imports_from_later(module, imported) for module, imported in imports().items()}
+    assert not {module: later for module, later in found.items() if later}
+
+
+def test_an_import_from_a_later_module_is_found() -> None:
+    imported = imported_by("switchgear.ops.layer", "from switchgear import reference, routing")
+    assert imports_from_later("switchgear.ops.layer", imported) == ["switchgear.routing"]

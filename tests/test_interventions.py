@@ -352,7 +352,7 @@ def test_draws_heed_force_and_disable(select: Any, training: bool) -> None:
 def test_a_selection_that_no_bias_moves_takes_no_force_and_no_bias(select: Any, change: dict[str, Any]) -> None:
     moe = layer(top_k=2)
     name = "Dense" if isinstance(select, Masked) else type(select).__name__
-    message = f"{next(iter(change))}: expected none for {name}, whose choice no bias moves"
+    message = f"{next(iter(change))}: expected none for {name}, which ignores a bias"
     with pytest.raises(ValueError, match=message), switchgear.override(moe, select=select, **change):
         pass
     assert not moe.gate.overrides

@@ -172,7 +172,7 @@ def test_select_and_capacity_may_change_in_training() -> None:
         ("balance", 0.01, TypeError, "balance: expected a list"),
         ("balance", [0.01], TypeError, "balance: expected a list of losses and controllers, got 0.01"),
         ("capacity", 1.25, TypeError, "capacity: expected a callable"),
-        ("select", Dense(), ValueError, "balance: expected no LossFreeBias for Dense, whose choice no bias moves"),
+        ("select", Dense(), ValueError, "balance: expected no LossFreeBias for Dense, which ignores a selection bias"),
         ("select", None, ValueError, "select: expected a selection in a router without top_k"),
     ],
 )
@@ -523,7 +523,7 @@ def test_deepseek_moe_is_a_loop_with_shared_experts(backend: str) -> None:
 
 
 def test_deepseek_moe_has_no_device_loss_without_devices() -> None:
-    with pytest.raises(ValueError, match=r"^num_devices: expected a number beside device_balance=5.0, got None"):
+    with pytest.raises(ValueError, match=r"^num_devices: expected a number with device_balance=5.0, got None"):
         presets.deepseek_moe(device_balance=5.0)
 
 

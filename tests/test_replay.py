@@ -408,7 +408,7 @@ def test_no_expert_is_forced_in_a_replay() -> None:
         model(ids)
     with replay(model, choices):
         for change in ({"force": [1]}, {"bias": {1: 2.0}}):
-            message = f"{next(iter(change))}: expected none for Replayed, whose choice no bias moves"
+            message = f"{next(iter(change))}: expected none for Replayed, which ignores a bias"
             with pytest.raises(ValueError, match=message), override(model, **change):
                 pass
             with pytest.raises(ValueError, match=message), model.layers[0].gate.intervene(**change):
@@ -476,7 +476,7 @@ def mixtral() -> Any:
 def test_no_expert_is_forced_in_a_replay_of_a_hugging_face_model(mixtral: Any) -> None:
     with record(mixtral) as choices:
         mixtral(torch.randint(3, 250, (1, 5)))
-    message = "force: expected none for Replayed, whose choice no bias moves"
+    message = "force: expected none for Replayed, which ignores a bias"
     with replay(mixtral, choices), pytest.raises(ValueError, match=message), override(mixtral, force=[1]):
         pass
 

@@ -136,7 +136,7 @@ class MoE(WithLosses):
             make_experts = experts_class(parallel)
             experts = make_experts(hidden_size, intermediate_size, num_experts, bias=bias, **layout, **options)
         elif bias:
-            raise ValueError("bias: expected False beside widths=, got True")
+            raise ValueError("bias: expected False with widths=, got True")
         else:
             sizes = _sizes(intermediate_size, num_experts, widths)
             experts = HeterogeneousExperts(hidden_size, sizes, parallel=parallel, **layout, **options)
@@ -146,9 +146,7 @@ class MoE(WithLosses):
         if any(virtual.values()):
             self.experts = VirtualExperts(experts, **virtual, renormalize=renormalize, mix_constants=mix_constants)
         if shared_intermediate_size and num_shared_experts:
-            raise ValueError(
-                f"num_shared_experts: expected 0 beside shared_intermediate_size, got {num_shared_experts}"
-            )
+            raise ValueError(f"num_shared_experts: expected 0 with shared_intermediate_size, got {num_shared_experts}")
         width = shared_intermediate_size or num_shared_experts * intermediate_size
         if shared_gate and not width:
             raise ValueError("shared_gate: expected shared experts with it, got none")

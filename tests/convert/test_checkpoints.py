@@ -205,7 +205,7 @@ def refused(recipe: dict[str, Any], source: Path, message: str) -> None:
 def test_experts_that_no_layout_holds_are_refused(layout: str, tmp_path: Path) -> None:
     recipe = {"operation": "layout", "to": layout}
     saved(tmp_path / "oss", "gpt_oss", num_local_experts=4, num_hidden_layers=1)
-    refused(recipe, tmp_path / "oss", "no tensors of experts beside the layout fused, got .*down_proj_bias")
+    refused(recipe, tmp_path / "oss", "no tensors of experts outside the layout fused, got .*down_proj_bias")
     saved(tmp_path / "moe", "mixtral", num_local_experts=4, num_hidden_layers=1)
     key = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     plain = tensors(tmp_path / "moe")[key]

@@ -240,15 +240,13 @@ def test_bad_input() -> None:
         "slots: expected at least 1, got 0": lambda: offload.simulate(accesses, LRU(), slots=0),
         "slots: expected slots or bytes, got neither": lambda: offload.simulate(accesses, LRU()),
         "slots: expected slots or bytes, got both": lambda: offload.simulate(accesses, LRU(), slots=1, bytes=1),
-        "record_bytes: expected a number beside bytes": lambda: offload.simulate(accesses, LRU(), bytes=9),
+        "record_bytes: expected a number with bytes": lambda: offload.simulate(accesses, LRU(), bytes=9),
         "bytes: expected at least 30": lambda: offload.simulate(accesses, LRU(), bytes=29, record_bytes=10),
         "record_bytes: expected more than 0, got 0": lambda: offload.simulate(accesses, LRU(), slots=1, record_bytes=0),
         r"record_bytes: expected \[.*\] numbers by layer": lambda: offload.simulate(
             accesses, LRU(), slots=1, record_bytes=[[1]]
         ),
-        "record_bytes: expected a number beside a band": lambda: offload.simulate(
-            accesses, LRU(), slots=1, bandwidth=1
-        ),
+        "record_bytes: expected a number with a band": lambda: offload.simulate(accesses, LRU(), slots=1, bandwidth=1),
         "bandwidth: expected more than 0, got nan": lambda: offload.simulate(
             accesses, LRU(), slots=1, record_bytes=1, bandwidth=math.nan
         ),

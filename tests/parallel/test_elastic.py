@@ -482,10 +482,10 @@ def refused(rank: int, name: str) -> None:
     with ExpertParallel(timeout=TIMEOUT, capacity=8) as parallel:
         model = Model(parallel)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with pytest.raises(ValueError, match="num_replicas: expected 0 beside a capacity, got 1"):
+        with pytest.raises(ValueError, match="num_replicas: expected 0 with a capacity, got 1"):
             Training(model, optimizer, num_replicas=1)
         training = Training(model, optimizer)
-        with pytest.raises(ValueError, match="num_replicas: expected 0 beside a capacity, got 2"):
+        with pytest.raises(ValueError, match="num_replicas: expected 0 with a capacity, got 2"):
             rebalance(training, {}, num_replicas=2)
 
 

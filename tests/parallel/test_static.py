@@ -196,7 +196,7 @@ def test_capacities_must_agree(pool: Pool) -> None:
 
 def test_what_a_capacity_excludes() -> None:
     for options in ({"invariant": True}, {"wire": "fp8"}, {"num_chunks": 2}, {"tp_group": [0]}):
-        with pytest.raises(ValueError, match=f"capacity: expected None beside {next(iter(options))}"):
+        with pytest.raises(ValueError, match=f"capacity: expected None with {next(iter(options))}"):
             ExpertParallel(capacity=4, **options)
     with pytest.raises(ValueError, match="capacity: expected a positive number of rows, got 0"):
         ExpertParallel(capacity=0)
@@ -204,7 +204,7 @@ def test_what_a_capacity_excludes() -> None:
         ExpertParallel(capacity=4, overflow="ignore")
     with ExpertParallel(capacity=4) as parallel:
         layer = layers(parallel)[0].experts._layer
-        with pytest.raises(ValueError, match="capacity: expected None beside experts that are no ParallelExperts"):
+        with pytest.raises(ValueError, match="capacity: expected None for modules other than ParallelExperts, got 4"):
             exchange_moe(layer, torch.zeros(1, HIDDEN), torch.zeros(1, 1), torch.zeros(1, 1), None, None)
 
 
@@ -225,7 +225,7 @@ def copies(rank: int) -> None:
     ranks = ((0, 1, 2), (3, 4, 5), (0, 1, 2), (3, 4, 5))
     with ExpertParallel(timeout=20, capacity=4, nodes=2, placement=Placement(EXPERTS, ranks)) as parallel:
         assert parallel.levels == 1
-        with pytest.raises(ValueError, match="placement: expected one rank for each expert beside a capacity"):
+        with pytest.raises(ValueError, match="placement: expected one rank per expert with a capacity, got repl"):
             layers(parallel)
 
 

@@ -122,7 +122,7 @@ def test_errors() -> None:
     first, second, _ = layer_of(FORM_CASES[2], torch.bfloat16)
     x, ids, weights = FORM_CASES[2].inputs(4)
     zeros, call = torch.zeros(4, 128), (first, second, ids, weights)
-    with pytest.raises(TypeError, match=r"sums: expected torch.float32 beside x in torch.bfloat16, got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"sums: expected torch.float32 for x in torch.bfloat16, got torch.bfloat16"):
         moe_accumulate(zeros.bfloat16(), x, *call)
     with pytest.raises(ValueError, match=r"sums, x: expected shape \[..., 128\], got \[3, 128\] and \[4, 128\]"):
         moe_accumulate(zeros[:3], x, *call)

@@ -644,7 +644,7 @@ def test_forms_by_name() -> None:
         switchgear.store(experts, "int3")
     with pytest.raises(ValueError, match=r"group: expected an option of int4 \(group_size, symmetric\)"):
         switchgear.store(experts, "int4", group=3)
-    with pytest.raises(ValueError, match=r"group_size: expected no options beside int8"):
+    with pytest.raises(ValueError, match=r"group_size: expected no options with int8, got group_size"):
         switchgear.store(experts, Int8(), group_size=32)
     with pytest.raises(ValueError, match="block: expected one of 128x128, row, got '64x64'"):
         switchgear.store(experts, "fp8", block="64x64")

@@ -78,7 +78,7 @@ class LoRAExperts(WithLosses):
         for name, value in {"slots": slots, "router": router}.items():
             others = [*given, *(["router"] if name == "slots" and router is not None else [])]
             if value is not None and others:
-                raise ValueError(f"{name}: expected None beside options of a router, got {', '.join(others)}")
+                raise ValueError(f"{name}: expected None with options of a router, got {', '.join(others)}")
         self.in_features, self.out_features = features_of(base) if features is None else features
         made = place_of(base, device, dtype)
         low_rank = LowRankExperts(
@@ -210,7 +210,7 @@ def features_of(base: nn.Module) -> tuple[int, int]:
         sizes = [getattr(base, name, None) for name in names]
         if all(isinstance(size, int) for size in sizes):
             return sizes[0], sizes[1]  # type: ignore[return-value]
-    raise ValueError(f"features: expected (in, out) beside {type(base).__name__}, which has no in_features, got None")
+    raise ValueError(f"features: expected (in, out) for {type(base).__name__}, which has no in_features, got None")
 
 
 def place_of(base: nn.Module, device: Any, dtype: torch.dtype | None) -> dict[str, Any]:

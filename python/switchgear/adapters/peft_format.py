@@ -18,7 +18,7 @@ CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "
 PREFIX = "base_model.model."  # of keys
 OURS = "switchgear"  # in the metadata of files that save_peft wrote
 
-# Options of LoraConfig that change what is computed or the base (PiSSA, …), and their values that do not, beside None.
+# Options of LoraConfig that change what is computed or the base (PiSSA, …), and their values that do not, besides None.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "use_dora": (False,), "bias": ("none",), "lora_bias": (False,), "modules_to_save": ([],),
     "layer_replication": ([],), "trainable_token_indices": ([],), "alora_invocation_tokens": ([],),

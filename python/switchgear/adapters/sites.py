@@ -136,7 +136,7 @@ def local_experts(module: nn.Module, count: int) -> tuple[int, list[int]]:
 
 
 def empty(site: Site, *shape: int, dtype: torch.dtype | None) -> Tensor:
-    """On huge pages: beside weights in 4 bits, the page walks of one token would take as long as reading A and B."""
+    """On huge pages: with weights in 4 bits, the page walks of one token would take as long as reading A and B."""
     tensor = torch.empty(*shape, dtype=dtype or site.like.dtype, device=site.like.device)
     advise_huge_pages(tensor)
     return tensor

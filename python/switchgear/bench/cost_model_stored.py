@@ -24,7 +24,7 @@ class StoredFormat(NamedTuple):
     name: str
     bytes_per_weight: float  # with scales
     group_steps: int  # of 32 columns, which share a scale
-    decode: int  # instructions of stored_sm90.cuh to decode a step, multiply it and go on
+    decode: int  # instructions of stored_sm90.cuh to decode a step, multiply it and continue
     add: int  # … to add a group's sums of 128 slots
 
 

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--step", type=above_zero, metavar="S", help="seconds of a whole step (default: those of all layers' experts)")
     add("--restart", type=not_negative, default=600.0, metavar="S", help="that a restart from a checkpoint takes")
     add("--checkpoint-every", type=not_negative, default=30.0, metavar="MIN", help="minutes between checkpoints")
-    add("--shrink", type=not_negative, default=10.0, metavar="S", help="until the other ranks go on after a failure")
+    add("--shrink", type=not_negative, default=10.0, metavar="S", help="until the other ranks continue after a failure")
     add("--join", type=not_negative, default=30.0, metavar="S", help="for which all ranks wait when one joins")
     add("--repair", type=not_negative, default=12.0, metavar="HOURS", help="until a lost rank joins again")
     add("--json", metavar="FILE", help="write the predictions")
@@ -218,7 +218,7 @@ def _print_failures(args: argparse.Namespace, rates: Rates, losses: Losses) -> N
     )
     out.print(
         f"lost a day: {losses.steps_restarting:.0f} steps ({losses.fraction_restarting:.2%}) restarting from "
-        f"checkpoints, {losses.steps_continuing:.0f} ({losses.fraction_continuing:.2%}) going on without the rank"
+        f"checkpoints, {losses.steps_continuing:.0f} ({losses.fraction_continuing:.2%}) continuing without the rank"
     )
     out.print(f"experts without a copy on a lost rank: {losses.experts_without_copy:.1f}")
 
@@ -239,7 +239,7 @@ def recommendations(
     if (load := predictions[best].load) > 1.25:
         lines.append(f"  the busiest rank has {load:.2f} times the mean: put busy experts on several (--replicas)")
     if losses.fraction_restarting - losses.fraction_continuing > 0.001:
-        lines.append(f"  going on after failures saves {losses.fraction_restarting - losses.fraction_continuing:.1%}")
+        lines.append(f"  continuing after failures saves {losses.fraction_restarting - losses.fraction_continuing:.1%}")
     return lines
 
 

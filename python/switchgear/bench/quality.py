@@ -2,7 +2,7 @@
 """`switchgear bench --quality`: five routers in the same small language model, trained on the same text.
 
 LibMoE (arXiv:2411.00918) compared these routers on large models and found no winner. Here the model is small: two
-layers that read bytes. All start from the same weights but for the router, see the same batches, and have the same
+layers that read bytes. All start from the same weights except the router's, see the same batches, and have the same
 balance loss. The question is whether their losses differ by more than seeds do.
 """
 

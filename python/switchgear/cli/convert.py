@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--operation", metavar="NAME", help="instead of a recipe: upcycle, split, experts, merge, dense or layout")
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="an option of it, the value as JSON")
     add("--out", metavar="DIR", help="folder of the result; it must not exist")
-    add("--fresh", action="store_true", help="discard what an interrupted conversion has written, instead of going on")
+    add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of continuing")
     add("--list", action="store_true", help="list the operations with their options, and stop")
 # fmt: on
 

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of a model's parts, and the experts that fit beside the resident ones."""
+    """Bytes of a model's parts, and the experts that fit in addition to the resident ones."""
 
     memory: int
     dense: int  # weights that are no routed experts

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plain, int8, int4, fp8, mxfp4, nf4, groups, ... (docs/weights.md); 'as published' keeps every bit")
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="an option of the form: group_size=64")
     add("--dtype", choices=DTYPES, default=_OF_CONFIG, help="of plain weights; auto: that of the checkpoint")
-    add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of going on")
+    add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of continuing")
     add("--verify", action="store_true", help="read the store and compare all checksums at the end")
 # fmt: on
 

@@ -40,6 +40,15 @@ def expert_errors(
     """What each layer's output loses if one expert alone is quantized: ‖F(x) − F'(x)‖ over the calibration's sample,
     for each expert and width (MC-MoE, arXiv:2410.06270, eq. 3). For `allocate_bits`.
 
+    Args:
+        bits: the widths to try, each 1 to 8.
+        group_size, method, symmetric: as for `quantize`.
+        domains: those of the calibration to take the sample from; by default all.
+        layers: names of blocks; by default all.
+
+    Returns:
+        ExpertErrors, whose errors [E,B] float64, by layer, have a column per width.
+
     Raises ValueError for a calibration of another model, or without a sample (or Hessians, for method="gptq").
     """
     check_module("model", model)

@@ -59,10 +59,16 @@ def gptq(
 ) -> Levels:
     """Quantizes weight [n,N,C] for Hessians Xᵀ X [n,C,C].
 
-    damping: this share of the mean of a Hessian's diagonal is added to it. act_order: columns with the largest diagonal
-    first; groups and their scales are then those of the weight before.
+    Args:
+        bits: 1 to 8.
+        group_size: columns that share a scale; 0 for the whole row.
+        symmetric: levels around zero; otherwise each group has a zero point, too.
+        damping: this share of the mean of a Hessian's diagonal is added to it.
+        act_order: columns with the largest diagonal first; groups and their scales are then those of the weight before.
 
-    A row is independent of the others, and gets the plain rounding if that has the smaller error: GPTQ is greedy.
+    Returns:
+        Levels. A row is independent of the others, and gets the plain rounding if that has the smaller error: GPTQ is
+        greedy.
 
     Raises TypeError or ValueError for an option out of range, another shape, or numbers that are not finite.
     """

@@ -83,7 +83,7 @@ def merge_experts(
     """Merges the experts of each layer into `keep` ones, in place; on failure nothing is changed. A group's expert is
     the average of its experts, weighted by their numbers of tokens.
 
-    The defaults are HC-SMoE's (arXiv:2410.08589), but for the router. M-SMoE (arXiv:2310.01334) is similarity="logits",
+    The defaults are HC-SMoE's (arXiv:2410.08589), except for the router. M-SMoE (arXiv:2310.01334) is similarity="logits",
     cluster="dominant", align=True; its dominant experts are the most frequent of the whole model, so the number that a
     layer keeps varies, while here it is the same for all layers.
 

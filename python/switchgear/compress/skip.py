@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""skip_experts: tokens skip experts whose weight is small beside that of their first, by a calibrated ratio."""
+"""skip_experts: tokens skip experts whose weight is small compared with that of their first, by a calibrated ratio."""
 
 from __future__ import annotations
 

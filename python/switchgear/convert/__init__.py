@@ -7,6 +7,18 @@ Checkpoints:   run(recipe, source, target), Recipe, Report; ConversionError, Rec
 Modules:       MixtureOfAttention, ParallelBlock; Projected, ModuleExperts; SequenceLogits; EqualTopK
 Parts:         FeedForward, feed_forward; Partition, partition, balanced_kmeans, neuron_importance, layer_importance;
                add_domain_expert, sequence_perplexities, use_threshold, prior_approximate
+
+models.py   whole models in memory; checkpoints.py: checkpoints in directories; result.py: what a conversion did;
+            errors.py: its errors
+recipes.py  plans of whole models; plans.py: how each tensor is made; families.py: which MoE family takes a dense
+            one; layouts.py: experts in checkpoints; directory.py: a checkpoint as a source; writer.py: the files;
+            checks.py: the options
+ffn.py      the weights of a feed-forward network; modules.py: where a model has them; partitions.py: their
+            neurons in groups; importance.py: how much a neuron matters
+upcycle.py  a network into experts that compute the same; split.py: into parts of it; layers.py: into experts
+            that learn its output; experts.py: networks that were trained apart; attention.py: attention layers
+gates.py    routers of these experts; perplexity.py: routing without training
+dense.py    experts into one network; average.py: models into one
 """
 
 from switchgear.convert.attention import MixtureOfAttention, ParallelBlock, attention_from_experts, attention_to_moe

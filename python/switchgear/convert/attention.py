@@ -177,7 +177,7 @@ class MixtureOfAttention(nn.Module):
 
 
 class ParallelBlock(nn.Module):
-    """x + moe(norm(x)) + attention(norm(x)): attention and feed-forward experts beside each other (BAM)."""
+    """x + moe(norm(x)) + attention(norm(x)): attention and feed-forward experts in parallel (BAM)."""
 
     def __init__(self, norm: nn.Module, moe: nn.Module, attention: MixtureOfAttention) -> None:
         super().__init__()
@@ -201,8 +201,11 @@ def attention_from_experts(
     """A soft mixture of attention layers that were trained apart (BAM). With shared_kv, keys and values are those of
     the average of the layers.
 
-    layers: attention of transformers: Linear layers q_proj, k_proj, v_proj, o_proj, and head_dim. Each is compared with
-        its mixture of one on random rows.
+    Args:
+        layers: attention of transformers: Linear layers q_proj, k_proj, v_proj, o_proj, and head_dim. Each is compared
+            with its mixture of one on random rows.
+        select: as for MixtureOfAttention.
+        router_init, seed: standard deviation of the router's weight, and the seed of its random numbers.
 
     Raises ValueError for attention that computes something else, and for layers that differ in size.
     """
@@ -236,6 +239,8 @@ def attention_to_moe(
     of the chosen ones times E / K, which all have equal weights (EqualTopK) unless `select` says otherwise.
 
     All groups are computed: keys and values are needed for later tokens in any case.
+
+    router_init, seed: standard deviation of the router's weight, and the seed of its random numbers.
 
     Raises ValueError if num_experts does not divide the heads of keys and values, and for attention that computes
     something else, such as interleaved rotary embeddings: the layer is compared with its mixture on random rows.

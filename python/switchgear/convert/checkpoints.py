@@ -143,7 +143,7 @@ def run(
     """Converts a checkpoint directory. Memory is that of one tensor of the result, and 64 MiB of mapped files.
 
     The result is written into a directory `target`.partial, which is renamed when all is done: there is never half a
-    checkpoint at `target`. A conversion that was interrupted goes on with the same call: finished shards are checked by
+    checkpoint at `target`. The same call continues a conversion that was interrupted: finished shards are checked by
     their sha256 and kept.
 
     Args:

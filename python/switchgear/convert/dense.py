@@ -108,7 +108,8 @@ def experts_of(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
                 for e in range(experts.num_experts)], shared  # fmt: skip
     if isinstance(experts, Experts):
         if experts.activation == "swiglu_oai" or experts.limit is not None:
-            raise ValueError("moe: expected an activation without alpha and limit")
+            got = f"{experts.activation} with limit={experts.limit}"
+            raise ValueError(f"moe: expected an activation without alpha and limit, got {got}")
         return [_of_ours(experts, expert) for expert in range(experts.num_experts)], shared
     first, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if isinstance(first, Tensor) and isinstance(down, Tensor) and (named := activation_of(experts)):

@@ -77,7 +77,8 @@ def from_dense_experts(
             raise ValueError(f"router: expected random, zeros or a tensor for feed-forward modules, got {router!r}")
         return _layer(models, top_k, shared, router, router_init, embeddings, seed, options)
     if not all(is_transformers(model) for model in models):
-        raise TypeError("models: expected Hugging Face models, or feed-forward modules")
+        kinds = ", ".join(sorted({type(model).__name__ for model in models}))
+        raise TypeError(f"models: expected Hugging Face models, or feed-forward modules, got {kinds}")
     check_choice("attention", attention, ("merged", "experts", "shared_kv"))
     if shared is not None or embeddings is not None or options:
         name = next(iter(options), "shared" if shared is not None else "embeddings")
@@ -141,7 +142,7 @@ def add_domain_expert(moe: MoE, mlp: nn.Module | Mapping[str, Tensor], embedding
             f"moe: expected a Domain router, got {type(score).__name__}; see MoE.add_expert for linear ones"
         )
     if type(experts) is not Experts:
-        raise ValueError("moe: expected plain Experts in this process")
+        raise ValueError(f"moe: expected plain Experts in this process, got {type(experts).__name__}")
     check_plain("moe", experts)
     gate.check_resizable("moe")
     count = experts.num_experts + 1

@@ -95,14 +95,16 @@ def find(source: Source, family: Family) -> Found:
         elif layout == "megatron_grouped":
             counts[layer] = source.shape(f"decoder.layers.{layer}.mlp.router.weight")[0]
         elif len(experts[layer]) != counts[layer]:
-            raise ValueError(f"source: expected experts 0 to {counts[layer] - 1} of layer {layer}, some are missing")
+            raise ValueError(
+                f"source: expected experts 0 to {counts[layer] - 1} of layer {layer}, got {len(experts[layer])} of them"
+            )
     return Found(layout, counts, frozenset(matches))
 
 
 def _check(source: Source, family: Family, found: Found, read: _Reader, hidden_size: int | None) -> None:
     """Raises ValueError unless the layout says all about the experts: every tensor, with its shape, in one dtype."""
     if others := sorted(key for key in set(source.keys()) - found.keys if re.match(EXPERTS, key)):
-        raise ValueError(f"source: expected no tensors of experts beside the layout {found.layout}, got {others[0]}")
+        raise ValueError(f"source: expected no tensors of experts outside the layout {found.layout}, got {others[0]}")
     for layer, count in sorted(found.experts.items()):
         hidden, width, dtype = read.sizes(layer)
         for item in _written(found.layout, family, layer, count, hidden_size or hidden, width, dtype, read):

@@ -135,7 +135,7 @@ def _importance(importance: Tensor | None, width: int, method: str) -> Tensor:
     if rows.dim() != 2 or rows.shape[1] != width:
         raise ValueError(f"importance: expected shape [{width}] or [G, {width}], got {list(importance.shape)}")
     if not rows.isfinite().all():
-        raise ValueError("importance: expected finite numbers")
+        raise ValueError("importance: expected finite numbers, got NaN or infinities")
     return rows
 
 
@@ -162,7 +162,7 @@ def _domain_masks(importance: Tensor, num_experts: int, keep: float, shared: int
     if importance.shape[0] != num_experts:
         raise ValueError(f"importance: expected {num_experts} rows, one per domain, got {importance.shape[0]}")
     if shared:
-        raise ValueError("shared: expected 0 for domain masks, whose intersection is shared")
+        raise ValueError(f"shared: expected 0 for domain masks, whose intersection is shared; got {shared}")
     width = importance.shape[1]
     count = round(keep * width)
     if not 0 < keep <= 1 or not count:

@@ -136,7 +136,8 @@ def _split_transformers(
     if not isinstance(method, str):
         raise ValueError("method: expected a name for a Hugging Face model, got a Partition")
     if importance is not None and not isinstance(importance, Mapping):
-        raise TypeError("importance: expected a mapping from layers to tensors for a Hugging Face model")
+        got = type(importance).__name__
+        raise TypeError(f"importance: expected a mapping from layers to tensors for a Hugging Face model, got {got}")
     top_k = (1 if method in ("domain_masks", "interleave") else num_experts) if top_k is None else top_k
     return split_model(
         model, num_experts=num_experts, top_k=top_k, layers=layers, family=family, method=method,

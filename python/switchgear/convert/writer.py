@@ -57,7 +57,7 @@ class Journal:
 
     @classmethod
     def opened(cls, target: Path, identity: str, resume: bool) -> Journal:
-        """Creates the directory beside the target, or goes on with it; without `resume`, empties it. ConversionError
+        """Creates the directory next to the target, or continues it; without `resume`, empties it. ConversionError
         for that of another conversion, and for a directory of something else."""
         folder = target.with_name(target.name + SUFFIX)
         journal = cls(folder, identity)

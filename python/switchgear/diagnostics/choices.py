@@ -130,7 +130,7 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
         nonlocal count
         rows = next((v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1), 0)
         if shape and rows == shape[0][1] and cached_tokens(module, args, kwargs):
-            return  # the rows of the call before go on
+            return  # the rows of the call before continue
         shape[:] = [(count, rows)]
         count += rows
 

@@ -8,7 +8,7 @@ reverse_kl            the loss of both
 
 From a teacher that the student was pruned from, expert by expert (MoE-Pruner, arXiv:2410.12013):
 expert_kd             the squared error of each expert's output
-distill_experts       trains a student on it, beside the student's own loss; pruned weights stay zero
+distill_experts       trains a student on it, together with the student's own loss; pruned weights stay zero
 keep_zeros            weights that are zero stay zero
 """
 

@@ -17,7 +17,7 @@ _FORMAT = 1  # version of the file format
 
 
 def save_selected(model: nn.Module, path: AnyPath) -> None:
-    """Writes the experts that freeze_except lets train, and the parameters that train beside them, with torch.save.
+    """Writes the experts that freeze_except lets train, and the parameters that train with them, with torch.save.
 
     Raises ValueError if no experts are trained alone.
     """
@@ -126,7 +126,7 @@ def _read(path: AnyPath) -> Any:
                 raise ValueError("parameters that are no weights")
             for layout in data.get("layouts", {}).values():
                 if not all(isinstance(value, bool) for value in layout.values()):
-                    raise ValueError("layouts that are none")
+                    raise ValueError("invalid layouts")
             return data
         except Exception as error:  # torch.load raises many kinds for files of others
             reason = first_line(error)

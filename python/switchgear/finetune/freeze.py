@@ -37,9 +37,9 @@ class Part(NamedTuple):
 
 
 def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str] = ()) -> list[nn.Parameter]:
-    """Freezes the model but for the selected experts, and returns the parameters that train.
+    """Freezes the model except the selected experts, and returns the parameters that train.
 
-    The matrices and biases of a layer's selected experts become parameters <name>_selected [n,…] beside the frozen
+    The matrices and biases of a layer's selected experts become parameters <name>_selected [n,…] next to the frozen
     <name> [E,…]. Gradients, optimizer state and weight decay exist for them only, and no others are computed. Outputs
     do not change. State dicts keep their keys and hold the trained values; they load as before. torch.compile breaks
     its graph once per such layer. FSDP is refused at the first forward, DistributedDataParallel works.
@@ -206,6 +206,6 @@ def _named(model: nn.Module, also: Collection[str], parts: Sequence[Part]) -> se
         if not found:
             raise ValueError(f"also: expected names of modules or parameters, got {prefix!r}")
         if found <= selected:
-            raise ValueError(f"also: expected parameters beside selected experts, got those of {prefix!r}")
+            raise ValueError(f"also: expected parameters other than selected experts, got those of {prefix!r}")
         kept |= found - selected
     return kept

@@ -78,7 +78,7 @@ def moe(
         gate_up_bias, down_bias: [E,N] and [E,H].
 
     Returns y with the shape and dtype of x. Other float tensors than topk_weights must have x's dtype, except biases
-    beside a Weight, which are converted; torch.autocast casts all to its own.
+    next to a Weight, which are converted; torch.autocast casts all to its own.
 
     Differentiable in x, plain projections, adapters, the biases and topk_weights. Only requested gradients are
     computed; an expert without tokens gets zeros. The graph saves h = x · W_guᵀ + b_gu [T·K,N] and the arguments.
@@ -260,7 +260,7 @@ def accumulate(
     if dropout:
         raise ValueError(f"dropout: expected none in moe_accumulate, got {dropout}")
     if sums.dtype is not weight_dtype(x.dtype):
-        raise TypeError(f"sums: expected {weight_dtype(x.dtype)} beside x in {x.dtype}, got {sums.dtype}")
+        raise TypeError(f"sums: expected {weight_dtype(x.dtype)} for x in {x.dtype}, got {sums.dtype}")
     trained = [weight for weight in (first, second) if isinstance(weight, Tensor)]
     trained += [tensor for adapter in adapters for tensor in adapter[:2]]
     if needs_autograd(sums, x, *biases, topk_weights, *trained):

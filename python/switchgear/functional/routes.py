@@ -164,7 +164,14 @@ def gate_route(
     topk_groups: int = 1,
     group_score: str = "max",
 ) -> Routing:
-    """`route` on the logits of `gate`, with the arguments of both: one op if no gradient is needed."""
+    """`route` on the logits of `gate`, with the arguments of both: one op if no gradient is needed.
+
+    Returns:
+        Routing with router_logits [T,E], topk_ids [T,K] int32 and topk_weights [T,K] float32 (float64 for float64).
+
+    Raises:
+        ValueError: a wrong shape, or an option out of range. TypeError: a wrong dtype.
+    """
     if needs_autograd(x, weight, bias):
         return route(
             gate(x, weight, bias, float32=float32),

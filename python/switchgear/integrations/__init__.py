@@ -1,2 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Integrations with other libraries. `switchgear.integrations.transformers` is for Hugging Face transformers."""
+"""Integrations with other libraries. `switchgear.integrations.transformers` is for Hugging Face transformers.
+
+transformers.py  the public functions; experts.py: one layer of experts; gates.py: recognises its gate
+swap.py          replaces a module's forward; forwards.py: and gives it back; undecorated.py: the table of forwards;
+                 parts.py: submodules whose parameters they read; bypass.py: refuses a class's own forward; samples.py:
+                 arguments for a trial
+moe_blocks.py    the MoE blocks of a model; whole_blocks.py: a block in one call
+choices.py       where choices can be seen and changed; routers.py: repeats a router's selection
+published.py     loads published checkpoints; published_keys.py: their names; published_groups.py: integers with
+                 scales; published_nf4.py: nf4; checkpoint_files.py: their files
+saving.py        save_pretrained with stored experts
+compare.py       a model on switchgear against itself in transformers
+tiny_models.py   tiny models of every type; tiny_configs.py: their configs; model_table.py, router_table.py: the pages
+                 that they fill
+"""

@@ -69,7 +69,7 @@ def watched(block: MoeBlock, watch: Watch) -> Iterator[None]:
 
 
 class _Tap:
-    """The hooks of a block, as long as somebody overrides or watches."""
+    """The hooks of a block, as long as a user overrides or watches."""
 
     def __init__(self, block: MoeBlock) -> None:
         self.block, self.users = block, 0

@@ -190,7 +190,7 @@ def _join_blocks(model: nn.Module, replacements: list[Replacement]) -> None:
 
 def undo_accelerate(replacements: Iterable[Replacement]) -> None:
     """Undoes `accelerate`. What an earlier call of it replaced belongs to that call. Hooks and forwards of other code
-    stay; a wrapper that has taken switchgear's forward for the module's own goes on calling it."""
+    stay; a wrapper that has taken switchgear's forward for the module's own still calls it."""
     given: list[Any] = list(replacements) if isinstance(replacements, Iterable) else [None]
     if not all(isinstance(replacement, Replacement) for replacement in given):
         raise TypeError(f"replacements: expected the list of accelerate(model), got {replacements!r}")

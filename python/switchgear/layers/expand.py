@@ -96,7 +96,7 @@ def _sources(sources: Sequence[int] | None, init: str, count: int, num_experts: 
     if sources is None:
         return [index % num_experts for index in range(count)]
     if init != "copy":
-        raise ValueError(f"sources: expected none beside init={init!r}")
+        raise ValueError(f"sources: expected None with init={init!r}, got {list(sources)}")
     if len(sources) != count or not all(0 <= expert < num_experts for expert in sources):
         raise ValueError(f"sources: expected {count} experts in 0 to {num_experts - 1}, got {list(sources)}")
     return list(sources)

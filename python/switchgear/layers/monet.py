@@ -215,7 +215,12 @@ class MonetExperts(nn.Module):
 
 
 class Monet(nn.Module):
-    """MonetRouter and MonetExperts as one layer. router: another layer's, to share it (the paper: four layers)."""
+    """MonetRouter and MonetExperts as one layer.
+
+    Args:
+        hidden_size, sqrt_n, dim, heads, top_k, mode: as for MonetRouter and MonetExperts.
+        router: another layer's, to share it (the paper: four layers).
+    """
 
     def __init__(
         self,

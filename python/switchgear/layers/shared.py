@@ -13,6 +13,10 @@ from switchgear.reference import check_size
 class SharedExperts(nn.Module):
     """A dense feed-forward network that every token passes through (arXiv:2401.06066): down(act(gate(x)) ⊙ up(x)).
 
+    Args:
+        hidden_size, intermediate_size: H, I.
+        activation, gated, bias, alpha, limit: as for Experts.
+
     Parameters: gate_proj.weight [I,H] if gated, up_proj.weight [I,H], down_proj.weight [H,I]; their biases if bias.
     """
 

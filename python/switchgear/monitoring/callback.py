@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A callback of transformers' Trainer that reports the load of the experts beside the loss."""
+"""A callback of transformers' Trainer that reports the load of the experts together with the loss."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class LoadMeter:
 
     Args:
         trace: a RoutingTrace; it may be recording.
-        max_layers: at most so many layers have keys of their own; 0 for the statistics over all layers alone.
+        max_layers: at most this many layers have keys of their own; 0 for the statistics over all layers alone.
         prefix: of the keys.
 
     A reading has at most 5 · (2 + max_layers) keys, such as "moe/max_violation/mean", "moe/max_violation/worst" and

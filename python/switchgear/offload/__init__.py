@@ -4,7 +4,22 @@
 `offload` runs a model whose experts are in a store (`write_store`, `load_model`). `Accesses.of` takes what
 `diagnostics.collect` or `routing.record` recorded; `simulate` and `simulate_all` count hits, misses and bytes.
 Predictors (`NextGate`, `Follows`, `FromPreGate`, `FromPreRouter`) say what the next layers need; `recall` and `watch`
-count how often they are right, and `timeline` what prefetch hides. docs/offload.md."""
+count how often they are right, and `timeline` what prefetch hides. docs/offload.md.
+
+attach.py      offload; attachment.py: the change of one module; targets.py: the modules that a store has the experts
+               of; sizes.py: how many rows of memory
+cache.py       the cache of a running model; residency.py: which experts it holds; policies.py: which one leaves;
+               pool.py: its memory; statistics.py: what it did
+device.py      streams and memory of a GPU; staging.py: reads through pinned memory; moving.py: experts of host
+               memory on a GPU; hot_cold.py: experts split between device and host
+store.py       Store, write_store; store_writer.py: layer by layer; store_sources.py: from a model or checkpoint;
+               store_index.py: index.json; store_records.py: the record of an expert; errors.py: StoreError
+load_model.py  a model without its experts; saving.py: save_pretrained of one
+predictors.py  what predictors share; next_gate.py, follows.py, from_pre_router.py: the predictors; recall.py: how
+               often they are right
+accesses.py    the experts that a run uses; simulation.py: hits and misses; timeline.py: what prefetch hides;
+               batches.py: requests that share experts
+"""
 
 from __future__ import annotations
 

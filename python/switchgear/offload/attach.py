@@ -118,7 +118,7 @@ def offload(
 
 
 def _end(reader: Any) -> None:
-    """Of a cache that nobody closed: no read outlives the memory that it fills."""
+    """Of a cache that was not closed: no read outlives the memory that it fills."""
     with suppress(OSError):  # a forked child's
         reader.close()
 
@@ -128,7 +128,9 @@ def _check_policy(policy: Policy) -> None:
         shown = policy.__name__ if isinstance(policy, type) else repr(policy)
         raise TypeError(f"policy: expected a policy such as LRU(), got {shown}")
     if policy.looks_ahead:
-        raise ValueError(f"policy: expected one that does not need the future, got {policy.name}; simulate plays it")
+        raise ValueError(
+            f"policy: expected one that does not look ahead, got {policy.name}, which only simulate can run"
+        )
 
 
 def _check_predictor(predictor: Predictor) -> None:

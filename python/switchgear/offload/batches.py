@@ -18,7 +18,7 @@ def expert_batches(
     """Groups waiting requests so that a batch needs few different experts. Returns the numbers of the requests of each
     batch; every request is in one.
 
-    Each expert has a queue of the requests that need it. A batch starts in the one with the most tokens, and goes on
+    Each expert has a queue of the requests that need it. A batch starts in the one with the most tokens, and continues
     with the requests that bring the fewest new experts: first those of the fullest queue, then those that wait longest.
     Time grows with the number of requests times that of different sets of experts.
 

@@ -9,7 +9,7 @@ Any exception, a KeyboardInterrupt too, can leave these behind what residency.py
 marked as disturbed, and the next one repairs it. A row is never reused while a read may write into it: each read is in
 `pending`, `guesses` or the pool's `draining` from its submission until it is over.
 
-On a GPU, reads and copies of records go on beside kernels (staging.py). A row is released once the kernels that read it
+On a GPU, reads and copies of records run while kernels do (staging.py). A row is released once the kernels that read it
 are queued, and the slots of a layer are uploaded before the kernels that use them.
 """
 
@@ -346,7 +346,7 @@ class CachedLayer:
             raise StoreError(f"{self.name}: {error}") from error
 
     def _row_by_force(self) -> int | None:
-        """A row for an expert without which the layer cannot go on."""
+        """A row for an expert without which the layer cannot continue."""
         while (row := self.pool.take()) is None:
             if self.pool.draining:
                 if not self.pool.drain(self.cache.timeout):
@@ -376,7 +376,7 @@ class CachedLayer:
             self.pool.reader.wait(ticket, cache.timeout)
         except TimeoutError as error:
             raise StoreError(
-                f"{self.name}: expected expert {key - self.first} to be read in {cache.timeout} s; it goes on"
+                f"{self.name}: expected expert {key - self.first} to be read in {cache.timeout} s; the read continues"
             ) from error
         except OSError as error:
             del cache.pending[key], cache.rows[key]

@@ -118,7 +118,7 @@ class CudaDevice:
             to.copy_(source, non_blocking=True)
 
     def upload(self, to: Tensor, table: Tensor) -> None:
-        # A pinned copy of its own, which torch's allocator gives to nobody before the transfer is done.
+        # A pinned copy of its own, which torch's allocator does not reuse before the transfer is done.
         to.copy_(table.pin_memory(), non_blocking=True)
 
 

@@ -28,7 +28,7 @@ class SplitCost:
     Attributes:
         bandwidth: bytes per second between the devices.
         hot_flops, cold_flops: floating-point operations per second of an expert's products.
-    The defaults are a GPU on PCIe 4.0 beside a CPU with AVX-512; measure your own.
+    The defaults are a GPU on PCIe 4.0 and a CPU with AVX-512; measure your own.
     """
 
     bandwidth: float = 25e9
@@ -230,7 +230,7 @@ def _used(ids: Tensor) -> Tensor:
 def overlapped(
     device: Device, sent: Sequence[Tensor], launch: Callable[[], Tensor], multiply: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """launch(), which queues work on the device, and beside it multiply(*sent) on the host, for later work there."""
+    """launch(), which queues work on the device, and meanwhile multiply(*sent) on the host, for later work there."""
     fetched, event = device.fetch(sent)  # before the launch, behind which it would wait
     y = launch()
     event.synchronize()

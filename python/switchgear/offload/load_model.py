@@ -19,7 +19,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Loads a causal language model of transformers on switchgear, in eval mode, but for the experts that `store` has:
+    """Loads a causal language model of transformers on switchgear, in eval mode, except the experts that `store` has:
     they stay on the meta device until `offload` attaches a cache, so that they are never in memory as a whole.
 
         store = offload.write_store("olmoe/", "olmoe-experts/", "int4")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Experts of host memory on a GPU for one call, copied beside its kernels."""
+"""Experts of host memory on a GPU for one call, copied while its kernels run."""
 
 from __future__ import annotations
 

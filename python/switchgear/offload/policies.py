@@ -45,6 +45,9 @@ class Now(NamedTuple):
 
 
 class Policy(Protocol):
+    """Which expert of a full cache makes room. `touch` gives an expert a group and a value after each use. On eviction
+    the expert with the lowest `score` leaves, and of equals the least recently used."""
+
     @property
     def name(self) -> str:
         """For tables."""

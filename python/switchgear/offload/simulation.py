@@ -103,7 +103,7 @@ def simulate(
     if not (compute_seconds >= 0 and isfinite(compute_seconds)):
         raise ValueError(f"compute_seconds: expected at least 0, got {compute_seconds}")
     if bandwidth is not None and record_bytes is None:
-        raise ValueError("record_bytes: expected a number beside a bandwidth, got None")
+        raise ValueError("record_bytes: expected a number with a bandwidth, got None")
     sizes = None if record_bytes is None else _sizes(accesses, record_bytes)
     room = None if sizes is None else [max(own, default=0) for own in sizes]
     capacities = _capacities(len(accesses.layers), slots, bytes, shared, room)
@@ -174,7 +174,7 @@ def _capacities(
     else:
         assert size is not None
         if room is None:
-            raise ValueError("record_bytes: expected a number beside bytes, got None")
+            raise ValueError("record_bytes: expected a number with bytes, got None")
         least = max(room, default=1) if shared else sum(room)
         each = size // max(least, 1)
         if each < 1:

@@ -127,8 +127,8 @@ def write_store(
 
         offload.write_store("olmoe/", "olmoe-experts/", "int4", group_size=64)
 
-    One layer is in memory at a time, beside `source` itself if it is a model. Biases, routers and all else stay in the
-    model. An interrupted call leaves the finished layers in `path` + ".partial"; the same call goes on with them.
+    One layer is in memory at a time, besides `source` itself if it is a model. Biases, routers and all else stay in the
+    model. An interrupted call leaves the finished layers in `path` + ".partial"; the same call continues with them.
 
     Args:
         source: a model with Experts, or with experts of transformers on the fused kernel, stored or not; or the folder
@@ -142,7 +142,7 @@ def write_store(
 
     Raises:
         ValueError: `source` has no experts, or some that cannot be stored so; `path` exists.
-        StoreError: a file cannot be written, for want of room among others; an unfinished store of another form,
+        StoreError: a file cannot be written, for example because the disk is full; an unfinished store of another form,
             dtype or model is in the way. There is no store then.
     """
     if not isinstance(source, (nn.Module, str, os.PathLike)):
@@ -169,5 +169,5 @@ def _form(form: str | Form, options: dict[str, Any]) -> Form | None:
     if form != store_sources.AS_PUBLISHED:
         return form_named(form, options)
     if options:
-        raise ValueError(f"{next(iter(options))}: expected no options beside {form}")
+        raise ValueError(f"{next(iter(options))}: expected no options with {form}, got {', '.join(options)}")
     return None

@@ -52,7 +52,7 @@ class Timeline:
 
 
 def pregated(accesses: Accesses) -> list[list[tuple[int, ...]]]:
-    """The guesses of pre-gates: all that a layer needs, but for the first layer of a step, whose gate is its own."""
+    """The guesses of pre-gates: all that a layer needs, except in the first layer of a step, which has its own gate."""
     return [[() if layer == 0 else experts for layer, experts in enumerate(step)] for step in accesses.steps]
 
 

@@ -95,7 +95,7 @@ def row_states(name: str, parameter: Tensor, state: Mapping[str, Any]) -> list[s
         # With one expert here, a mean over the experts of their biases has a bias's shape; means of biases go with it.
         is_mean = fits and parameter.dim() == 2 and len(parameter) == 1 and value.shape != parameter.shape
         if is_mean or (value.numel() > 1 and not fits):
-            got = f"shape {list(value.shape)} beside {list(parameter.shape)}"
+            got = f"shape {list(value.shape)} for a parameter of {list(parameter.shape)}"
             raise ValueError(f"optimizer/{name}/{key}: expected a scalar or a row per expert, got {got}")
         if fits:
             found.append(key)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Training that goes on when ranks are lost and when others join, and that moves experts between steps.
+"""Training that continues when ranks are lost and when others join, and that moves experts between steps.
 
     training = Training(model, optimizer, on_failure="continue", checkpoint=folder)
     while training.steps < 1000:
@@ -77,8 +77,8 @@ class Training:
 
     Raises:
         ValueError: an option out of range; experts that cannot move: stored ones, those of several widths or with
-            adapters, and those beside tensor parallelism; state of the optimizer that is neither a scalar nor a row per
-            expert, such as Adafactor's of their biases; copies beside a capacity; DistributedDataParallel in the model,
+            adapters, and those with tensor parallelism; state of the optimizer that is neither a scalar nor a row per
+            expert, such as Adafactor's of their biases; copies with a capacity; DistributedDataParallel in the model,
             or parameters that FSDP has sharded.
     """
 
@@ -174,7 +174,7 @@ def shrink(training: Training) -> Regrouped:
 
 
 def join(training: Training, timeout: float | None = None) -> Regrouped:
-    """Lets this process take part in a training that goes on: waits for the end of a step, then receives its share of
+    """Lets this process take part in a running training: waits for the end of a step, then receives its share of
     the experts and everything else. Its ExpertParallel was made with outside=True.
 
     Args:
@@ -208,7 +208,7 @@ def rebalance(training: Training, load: Any, *, num_replicas: int | None = None)
         num_replicas: copies beyond one per expert; training.num_replicas if None.
 
     Raises:
-        ValueError: the load of a layer is missing, or has another number of experts; copies beside a capacity.
+        ValueError: the load of a layer is missing, or has another number of experts; copies with a capacity.
         ExpertParallelError: a rank is lost. After `shrink`, the experts have moved on all ranks or on none.
     """
     begin, parallel = time.monotonic(), training.parallel
@@ -342,7 +342,7 @@ def _check_replicas(parallel: ExpertParallel, num_replicas: int) -> None:
     if num_replicas < 0:
         raise ValueError(f"num_replicas: expected 0 or more, got {num_replicas}")
     if num_replicas and parallel.capacity is not None:
-        raise ValueError(f"num_replicas: expected 0 beside a capacity, got {num_replicas}")
+        raise ValueError(f"num_replicas: expected 0 with a capacity, got {num_replicas}")
 
 
 def _parallel_of(model: nn.Module) -> ExpertParallel:

@@ -129,7 +129,9 @@ def exchange_moe(
     Inside torch.autocast all tensors are cast to its dtype.
     """
     if layer.parallel.capacity is not None:
-        raise ValueError("capacity: expected None beside experts that are no ParallelExperts")
+        raise ValueError(
+            f"capacity: expected None for modules other than ParallelExperts, got {layer.parallel.capacity}"
+        )
     shape = x.shape
     x = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if in_autocast(x.device.type):

@@ -28,7 +28,7 @@ class Losses(NamedTuple):
 
     failures: float
     steps_restarting: float  # lost if the job restarts from the last checkpoint
-    steps_continuing: float  # lost if the remaining ranks go on, and the lost one joins later
+    steps_continuing: float  # lost if the remaining ranks continue, and the lost one joins later
     fraction_restarting: float  # of the day
     fraction_continuing: float
     experts_without_copy: float  # on a lost rank, per failure: they come from the checkpoint

@@ -68,7 +68,7 @@ class ExpertParallel:
         wire: of rows on their way: "exact"; "fp8", 8 bits with a scale per row (wire.py states the error); or
             "fp8_dispatch", the rows to the experts only.
         capacity: rows that a rank sends to each rank, filled up with zeros, so that no host waits for sizes and shapes
-            are static, for torch.compile and CUDA graphs (static.py). Not beside invariant, tp_group, copies of
+            are static, for torch.compile and CUDA graphs (static.py). Not with invariant, tp_group, copies of
             experts, a wire that is not exact, and chunks; nodes are then not told apart.
         overflow: what happens to a token that does not fit: "raise" an error, or "drop" its choices on that rank.
             `overflow.count()` tells how many did not.
@@ -131,8 +131,8 @@ class ExpertParallel:
             raise ValueError(f"overflow: expected raise or drop, got {overflow!r}")
         others = {"invariant": invariant, "tp_group": tp_group is not None, "wire": wire != "exact",
                   "num_chunks": (num_chunks or 1) > 1}  # fmt: skip
-        if capacity is not None and (beside := [name for name, given in others.items() if given]):
-            raise ValueError(f"capacity: expected None beside {', '.join(beside)}, got {capacity}")
+        if capacity is not None and (excluded := [name for name, given in others.items() if given]):
+            raise ValueError(f"capacity: expected None with {', '.join(excluded)}, got {capacity}")
         self.capacity, self.overflow = capacity, Overflow(capacity, overflow)
         self.timeout, self.num_chunks, self.invariant = timeout, num_chunks, invariant
         self.wire, self._nodes_option = wire, nodes

@@ -2,7 +2,7 @@
 """Who is alive: the sets of ranks that follow one another, agreed on through a store of torch.distributed.
 
 A *generation* is a set of members, in the order of their ranks. Members keep their id when ranks change. After a loss,
-or when somebody wants to join, each member of generation g writes that it is here, and what it has done. Once all have
+or when a process wants to join, each member of generation g writes that it is here, and what it has done. Once all have
 that are not known to be gone, or the time is over, each proposes those it has seen as generation g + 1. The store takes
 the first proposal (compare_set), so all read the same one. It need not be a majority: there is one store, and so one
 successor of each generation. A member that is not in it is excluded, and may join again.
@@ -10,9 +10,9 @@ successor of each generation. A member that is not in it is excluded, and may jo
 If a member of g + 1 is lost before its group is connected, its members agree on g + 2 in the same way.
 
 A change of the training's state (a step of the optimizer, or experts that move) is *committed*: every member prepares
-it, they tell each other, and who has heard from all applies it. If a member is lost in between, some may have applied
-it and others not. Those who have, have heard from all: so all others have prepared it, and apply it before they go on.
-If none of the survivors has applied it, all drop it.
+it, they tell each other, and a member that has heard from all applies it. If a member is lost in between, some may have
+applied it and others not. A member that has applied it has heard from all: so all others have prepared it, and apply it
+before they continue. If none of the survivors has applied it, all drop it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What moves when ranks or placements change: experts and their optimizer state between ranks that stay, and everything
-to ranks that join. First all is received beside what is there; then, on all ranks or none, it is put in place."""
+to ranks that join. First all is received, next to the old; then, on all ranks or none, it is put in place."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ExpertMoves:
         return [expert for source in range(len(self.held)) for expert in self.moved(source, rank)]
 
     def missing(self) -> list[int]:
-        """Experts that nobody has."""
+        """Experts that no rank has."""
         return sorted(set(range(self.placement.num_experts)).difference(*self.held))
 
     def num_moves(self) -> int:
@@ -199,7 +199,7 @@ def _exchange_rows(training: Training, plan: ExpertMoves, rows: Tensor) -> dict[
 def _restore(
     training: Training, plans: dict[str, ExpertMoves], incoming: dict[tuple[str, str, str], dict[int, Tensor]]
 ) -> tuple[Lost, Lost]:
-    """Experts that nobody has: read from the checkpoint by those who get them, or lost. By layer, on all ranks."""
+    """Experts that no rank has: read from the checkpoint by those that get them, or lost. By layer, on all ranks."""
     missing = {name: plan.missing() for name, plan in plans.items() if plan.missing()}
     if not missing:
         return {}, {}

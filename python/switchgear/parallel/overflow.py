@@ -9,7 +9,7 @@ from torch import Tensor
 
 class Overflow:
     """Counts the tokens that did not fit. With "raise" it raises ValueError at once on the CPU; on other devices, where
-    nobody waits for the count, at a later exchange, once it has arrived."""
+    no host waits for the count, at a later exchange, once it has arrived."""
 
     def __init__(self, capacity: int | None, action: str) -> None:
         self._capacity, self._action = capacity, action

@@ -160,7 +160,7 @@ def place_experts(
 def keep_experts(holders: Sequence[Sequence[int]], num_experts: int, num_replicas: int = 0) -> Placement:
     """A placement that moves few experts: holders[r] are those that rank r has today. At most
     ⌈(E + num_replicas) / ranks⌉ are on a rank. Copies that exist stay as far as num_replicas allows, and further ones
-    go to the experts with the fewest. An expert that nobody has is placed too. Deterministic."""
+    go to the experts with the fewest. An expert that no rank has is placed too. Deterministic."""
     num_ranks = len(holders)
     held = [[rank for rank in range(num_ranks) if expert in holders[rank]] for expert in range(num_experts)]
     num_copies = min(num_experts + num_replicas, num_experts * num_ranks)

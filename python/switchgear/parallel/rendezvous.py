@@ -64,7 +64,7 @@ def get(store: Any, key: str, is_over: Callable[[], bool]) -> str:
     """The value of a key. Asks again and again, since a client of a store that waits blocks all its other users.
 
     Raises:
-        TimeoutError: is_over() became true before somebody set it.
+        TimeoutError: is_over() became true before the key was set.
     """
     pause = 1e-3
     while not store.check([key]):

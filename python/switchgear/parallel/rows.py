@@ -111,7 +111,7 @@ class Leg:
         return work is None
 
     def wait(self, c: int, busy: Busy | None = None) -> None:
-        """busy: what else goes on, once at least and while this waits."""
+        """busy: other work, which progresses once at least and while this waits."""
         if self._works[c] is not None or busy is not None:
             self._transfers.wait(_Arrival(self, c, busy))
 
@@ -121,7 +121,7 @@ class Busy(Protocol):
 
 
 class Look:
-    """One turn of what else goes on, as a wait, so that its failures are those of any transfer."""
+    """One turn of other work, as a wait, so that its failures are those of any transfer."""
 
     def __init__(self, busy: Busy) -> None:
         self._busy = busy
@@ -131,7 +131,7 @@ class Look:
         return True
 
 
-_TURN = 5e-4  # seconds between two looks at what else goes on
+_TURN = 5e-4  # seconds between two turns of other work
 
 
 class _Arrival:

@@ -119,7 +119,7 @@ def register(layer: Layer) -> int:
 def check_layer(layer: Layer) -> None:
     """Raises ValueError if the layer cannot be exchanged with a capacity."""
     if layer.has_copies:
-        raise ValueError("placement: expected one rank for each expert beside a capacity")
+        raise ValueError("placement: expected one rank per expert with a capacity, got replicated experts")
 
 
 # ---- transfers -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What ranks tell and send each other beside the rows of layers: that all do the same, values, rows of weights, and
+"""What ranks tell and send each other besides the rows of layers: that all do the same, values, rows of weights, and
 the mean of gradients. All on the transport of the exchange, with its failures."""
 
 from __future__ import annotations

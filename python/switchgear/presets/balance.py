@@ -40,7 +40,7 @@ def deepseek_moe(
     balance = 0.003 beside it.
     """
     if num_devices is None and device_balance is not None:
-        raise ValueError(f"num_devices: expected a number beside device_balance={device_balance}, got None")
+        raise ValueError(f"num_devices: expected a number with device_balance={device_balance}, got None")
     losses: list[Any] = [partial(SwitchLoss, balance, per_choice=True)]
     if num_devices is not None:
         losses.append(partial(DeviceBalance, num_devices, 0.05 if device_balance is None else device_balance))

@@ -5,7 +5,7 @@ A projection with an adapter multiplies by W + s_e · B_e[:, :r_e] · A_e[:r_e] 
 ops as tensors, none if there is no adapter:
 
     a [E,r,C], b [E,N,r]   in the dtype of x
-    scales [E] float32     s_e; float64 is allowed beside float64
+    scales [E] float32     s_e; float64 is allowed with float64
     ranks [E] int32        r_e in [0, r]; optional, r if absent
 
 Dropout with probability p multiplies the rows that A reads by a mask and s_e by 1 / (1 - p). The mask is a function of
@@ -115,7 +115,7 @@ def check_dropout(seed: Tensor | None, probabilities: Sequence[float]) -> tuple[
         raise ValueError(f"dropout: expected two probabilities in [0, 1), got {list(probabilities)}")
     if any(probabilities):
         if seed is None:
-            raise ValueError("dropout_seed: expected a tensor beside dropout, got none")
+            raise ValueError("dropout_seed: expected a tensor with dropout, got None")
         check("dropout_seed", seed, (1,), torch.int64)
     return probabilities[0], probabilities[1]
 

@@ -148,8 +148,8 @@ def moe_accumulate(
     """Adds what moe_forward rounds to y to sums [T,H], float32 (float64 for float64), one expert after the other.
 
     A token's experts are added in ascending order, equal ones in the order of its choices, each to the rounded sum of
-    those before. So calls whose topk_ids are -1 but for disjoint ranges of experts, ascending from call to call, add as
-    one call with all of them does.
+    those before. So calls whose topk_ids are -1 except in disjoint ranges of experts, ascending from call to call, add
+    as one call with all of them does.
     """
     check("sums", sums, x.shape, weight_dtype(x.dtype))
     projections = (gate_up_proj, gate_up_form, down_proj, down_form)

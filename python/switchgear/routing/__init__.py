@@ -15,6 +15,21 @@ Known early: pregate(model), PreRouter, decouple(model, pre_router, …)
 Temporary:   override(model, …), Router.intervene; record(model) and replay(model, record) of choices
 For a trainer: GradientConflict, anchor_loss, consistency_loss, output_regularization, load_balancing_loss, z_loss,
              max_violation
+
+router.py         Router; context.py: what its parts get besides tokens, and their signatures
+scores.py         scores of a token; scores_of_context.py: of a task or a sequence; scores_of_experts.py: from what each
+                  expert has
+selection.py      choices token by token; expert_choice.py: expert by expert; assignment.py: balanced;
+                  stochastic.py: random; masks.py: wrappers of selections, and tables
+ranking.py        the steps that selections share; widths.py: choices of different widths; pairs.py: from pairs
+capacity.py       how many tokens an expert accepts
+losses.py         losses as options of a router; balance.py: the functions; auxiliary.py: losses that a trainer calls
+controllers.py    balance without a loss; counting.py: what is counted in training
+pre_router.py     a router outside the model; decoupled.py: its choices in the model; pregate.py: routers that choose by
+                  the block before; handover.py: what a router leaves for the next one
+interventions.py  override; change.py: the change that an override makes to a choice
+recording.py      record; records.py: RoutingRecord; replaying.py: replay; routed_layers.py: the layers of all three;
+                  batches.py: sequence and position of each token
 """
 
 from switchgear.routing.assignment import BalancedAssignment

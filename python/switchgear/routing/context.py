@@ -214,7 +214,7 @@ def most_experts(select: Any) -> int | None:
 
 
 def ignoring_bias(select: Any) -> str | None:
-    """The name of the selection, or of one that it wraps, whose choice no bias moves; None if there is none."""
+    """The name of the selection, or of one that it wraps, which ignores a selection bias; None if there is none."""
     ignoring = (part for part in wrapped(select) if not getattr(part, "uses_bias", True))
     return next((type(part).__name__.lstrip("_") for part in ignoring), None)
 
@@ -225,13 +225,17 @@ def groups_of(groups: int | Sequence[int] | Tensor, num_experts: int | None, nam
     if not isinstance(groups, int):
         found = torch.as_tensor(groups, device="cpu").detach()
         if found.dim() != 1 or len(found) != (num_experts or len(found)):
-            raise ValueError(f"{name}: expected that of each of {num_experts or 'E'} experts, got {list(found.shape)}")
+            raise ValueError(
+                f"{name}: expected the group of each of {num_experts or 'E'} experts, got {list(found.shape)}"
+            )
         if found.is_floating_point() or found.dtype is torch.bool:
             raise TypeError(f"{name}: expected integers, got {found.dtype}")
         check_range(name, found, 0, 2**31)
         return found.long()
     if num_experts is None:
-        raise ValueError(f"{name}: expected that of each expert, or num_experts beside their number; got neither")
+        raise ValueError(
+            f"{name}: expected the group of each expert, or num_experts with a number of groups; got {groups} alone"
+        )
     if not 1 <= groups <= num_experts:
         raise ValueError(f"{name}: expected 1 to {num_experts} (num_experts), got {groups}")
     return torch.arange(num_experts, device="cpu") * groups // num_experts

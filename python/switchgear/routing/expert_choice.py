@@ -40,7 +40,7 @@ class ExpertChoice:
         scale: multiplies the weights.
         ties: "index", to the lowest token, or "random".
         evaluation: whether a token is taken depends on later tokens, so a decoder cannot use expert choice. With
-            evaluation = n each token gets its n best experts in evaluation, with the same weights; so not beside
+            evaluation = n each token gets its n best experts in evaluation, with the same weights; so not with
             "softmax_over_tokens", which depends on later tokens. None: as in training.
     """
 
@@ -72,7 +72,7 @@ class ExpertChoice:
             if getattr(self, name) is not None:
                 at_least(1, name, getattr(self, name))
         if self.evaluation is not None and self.weights == "softmax_over_tokens":
-            raise ValueError(f"evaluation: expected none beside weights='softmax_over_tokens', got {self.evaluation}")
+            raise ValueError(f"evaluation: expected None with weights='softmax_over_tokens', got {self.evaluation}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])

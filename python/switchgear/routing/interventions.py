@@ -52,7 +52,7 @@ def check_change(change: Change, select: Any, num_experts: int) -> None:
     change.check(num_experts, most_experts(select))
     name = "force" if change.force else "bias"
     if (change.force or change.bias is not None) and (ignoring := ignoring_bias(select)) is not None:
-        raise ValueError(f"{name}: expected none for {ignoring}, whose choice no bias moves")
+        raise ValueError(f"{name}: expected none for {ignoring}, which ignores a bias")
 
 
 @contextmanager

@@ -485,7 +485,7 @@ def _needs_bias(select: Any, balance: Sequence[Any], selection_bias: bool) -> bo
     movers = [type(item).__name__ for item in balance if getattr(item, "needs_selection_bias", False)]
     if (movers or selection_bias) and (name := ignoring_bias(select)) is not None:
         option = f"balance: expected no {movers[0]}" if movers else "selection_bias: expected False"
-        raise ValueError(f"{option} for {name}, whose choice no bias moves")
+        raise ValueError(f"{option} for {name}, which ignores a selection bias")
     return selection_bias or bool(movers)
 
 
@@ -507,4 +507,4 @@ def _registered(parts: Sequence[Any]) -> nn.ModuleList | None:
 def _exclude(by: str, **options: bool) -> None:
     given = [name for name, differs in options.items() if differs]
     if given:
-        raise ValueError(f"{given[0]}: expected none beside {by}=, which decides it; got {', '.join(given)}")
+        raise ValueError(f"{given[0]}: expected the default with {by}=, got {', '.join(given)}")

@@ -29,7 +29,7 @@ class Observation:
         router_logits: [T,E], or more classes than experts; None if the layer has no router.
         topk_ids: [T,K], -1 for an empty slot.
         topk_weights: [T,K].
-        block: the layer; None for a Router of ours without experts beside it.
+        block: the layer; None for a Router of ours without experts.
         token_mask: [T] bool, False for padding; None if the model got no attention_mask [B,S] or [B,1,1,S] for these
             tokens. It is 0 for padding; floating-point numbers [B,1,1,S], which are added to scores, are not 0.
         token_ids: [T] integers; None if the model got none for these tokens.

@@ -74,7 +74,7 @@ class RoutingTrace:
         if "norms" in self.record:
             for name, source in self._sources.items():
                 if source.block is None:
-                    raise ValueError(f"record: expected experts beside each router for norms, got none for {name}")
+                    raise ValueError(f"record: expected experts with each router for norms, got none for {name}")
                 check_outputs(source.block)
 
     # ---- recording ---------------------------------------------------------------------------------------------------

@@ -9,8 +9,11 @@ weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of whi
 form.py     the base class Form; plain.py, panels.py, compact.py, integers.py, minifloat.py, groups.py: its
             subclasses
 module.py   stored projections of a module, and its state dict; layout.py: layout of its parameters
-selected.py parameters of which some experts are trained alone; offloaded.py: experts in a store on disk
-store.py    all experts of a model; auto.py: the choice of a form; pages.py: huge pages
+absent.py   what a stored module has in place of a parameter
+selected.py parameters of which some experts are trained alone; offloaded.py: experts in a store on disk;
+            adapted.py: projections with low-rank adapters
+store.py    all experts of a model; change.py: the change of one module; auto.py: the choice of a form; pages.py: huge
+            pages
 checks.py   for code that reads parameters itself
 """
 

@@ -30,7 +30,7 @@ def check_replaceable(name: str, experts: nn.Module) -> None:
 
 
 def check_state_dict(name: str, model: nn.Module) -> None:
-    """As check_replaceable, but for code that reads the state dict, where lossless forms are plain, and experts that
+    """As check_replaceable, for code that reads the state dict, where lossless forms are plain, and experts that
     train alone are among the others."""
     for where, module in _named(name, model):
         _check_adapters(where, module)

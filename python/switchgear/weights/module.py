@@ -88,7 +88,7 @@ class StoredProjections:
         for name in self.layout.names:
             if parameters.get(name) is not None:  # as of torch.func.functional_call; it would be ignored
                 raise ValueError(
-                    f"{name}: expected none beside weights stored as {self.form.name}, got a parameter; restore the "
+                    f"{name}: expected none with weights stored as {self.form.name}, got a parameter; restore the "
                     "module first"
                 )
         if cached is not None:
@@ -366,7 +366,7 @@ def _loaded(
 
 
 def _in_memory_of(old: Weight, weight: Weight) -> Weight:
-    """`weight` in the memory of `old`, as parameters are loaded: modules that share it go on sharing it. One of another
+    """`weight` in the memory of `old`, as parameters are loaded: modules that share it still share it. One of another
     size, such as compact rows with longer headers, stays where it is."""
     pairs = list(zip(weight.tensors, old.tensors, strict=False))
     same_kind = Kind.of(weight)._replace(is_exact=old.is_exact) == Kind.of(old)

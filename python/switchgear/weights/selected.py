@@ -122,7 +122,7 @@ def selection_of(module: nn.Module) -> Selection | None:
 
 
 def select(module: nn.Module, names: Sequence[str], experts: Tensor) -> list[nn.Parameter]:
-    """Freezes parameters of a module but for the rows `experts`, which it returns as parameters. The module must call
+    """Freezes parameters of a module except the rows `experts`, which it returns as parameters. The module must call
     `Selection.update` before it reads them: `weights_of` does."""
     experts = experts.to(getattr(module, names[0]).device, torch.int32)
     made = {}

@@ -68,7 +68,7 @@ def form_named(form: str | Form, options: dict[str, Any]) -> Form:
     """The requested form. Raises ValueError for an unknown form or option."""
     if isinstance(form, Form):
         if options:
-            raise ValueError(f"{next(iter(options))}: expected no options beside {form}")
+            raise ValueError(f"{next(iter(options))}: expected no options with {form}, got {', '.join(options)}")
         return form
     if not isinstance(form, str):
         raise TypeError(f"form: expected a name or an object of a form, got {type(form).__name__}")

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--recipe", metavar="FILE", required=True, help="JSON, see docs/cli.md")
     add("--out", metavar="DIR", required=True, help="folder of the result; it must not exist")
     add("--dtype", choices=DTYPES, default="auto", help="of the model; auto: that of the checkpoint")
-    add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of going on")
+    add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of continuing")
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
 # fmt: on
 

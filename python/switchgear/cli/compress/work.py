@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Runs a recipe. The result appears at once or not at all, and an interrupted run goes on after its last finished step.
+"""Runs a recipe. The result appears at once or not at all, and an interrupted run continues after its last finished
+step.
 
 All is written into OUT.partial: the calibration and the model after each step, and then the result, which is renamed to
 OUT. journal.json there says that the folder is of this command, of which recipe and which checkpoint. Other files in it
@@ -40,7 +41,7 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
     try:
         done = partial.steps()
         if done:
-            yield f"going on after step {len(done)} of {len(recipe.steps)}"
+            yield f"continuing after step {len(done)} of {len(recipe.steps)}"
         model = load_model(partial.model() if done else source, dtype, whole=True)
         for i, step in enumerate(recipe.steps[len(done) :], len(done)):
             restore(model)  # of weights that a step has stored: a resumed run reads plain ones, too
@@ -139,7 +140,7 @@ class Partial:
             found = self._read()
             if found.get("identity") == identity and not fresh and self._is_there(found["steps"]):
                 self._journal = found
-            else:  # of another recipe, or its result has become OUT: it cannot go on
+            else:  # of another recipe, or its result has become OUT: it cannot continue
                 self._discard()
                 self._write()
         except BlockingIOError:
