@@ -82,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
     require("rich")
     model = MODELS[args.model]
     if args.stages > model.num_layers:
-        raise CommandError(f"--stages: expected at most {model.num_layers}, the layers of {args.model}, got {args.stages}")
+        raise CommandError(
+            f"--stages: expected at most {model.num_layers}, the layers of {args.model}, got {args.stages}"
+        )
     model = model._replace(num_layers=-(-model.num_layers // args.stages))
     if args.nodes is None:
         args.nodes = next(n for n in range(-(-args.ep // 8), args.ep + 1) if args.ep % n == 0)
