@@ -148,6 +148,16 @@ def test_compiled(case: FormCase, backend: str) -> None:
 
 
 @forms
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced(case: FormCase) -> None:
+    stored = case.stored(case.experts(bias=True))
+    with torch.no_grad():
+        traced = torch.jit.trace(stored, case.inputs(7), check_trace=False)  # before any other call
+        call = case.inputs(4)
+        assert torch.equal(traced(*call), stored(*call))
+
+
+@forms
 def test_grouped_gemm(backend: str, case: FormCase) -> None:
     """The product only, forward and backward, against the plain weight that the form represents."""
     if backend.startswith(("simt", "cuda")) and case.is_exact:

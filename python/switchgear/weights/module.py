@@ -8,7 +8,7 @@ them or plain weights, which they encode. Floating-point scales are kept as bits
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -183,7 +183,17 @@ def _float_of(format: str, field: str) -> torch.dtype | None:
 
 def _viewed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # there, unlike other views, it would be a tensor that autograd does not save
-        return tensor.view(dtype)
+        return _untraced(tensor.view, dtype) if torch.jit.is_tracing() else tensor.view(dtype)
+
+
+def _untraced(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), which a graph of torch.jit.trace has as a constant: it knows no views of another dtype."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        return function(*args)
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def stored_of(module: nn.Module) -> StoredProjections | None:
