@@ -156,10 +156,7 @@ class StoredProjections:
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> None:
         """Takes the weights out of a state dict, whose keys of this module start with `prefix`."""
         now = self.weights(module)
-        loaded = []  # both, before anything changes
-        for index, name in enumerate(self.layout.names):
-            weight = _loaded(self, index, now[index], state_dict, f"{prefix}{name}", missing)
-            loaded.append(now[index] if weight is None else weight)
+        loaded = self._read(now, state_dict, prefix, missing)  # both, before anything changes
         loaded = [_in_memory_of(old, weight) for old, weight in zip(now, loaded, strict=True)]
         projections = [
             Projection(Kind.of(weight), projection.trained, projection.tie)
@@ -169,6 +166,19 @@ class StoredProjections:
         self.take_out_of(module)
         changed.put_into(module, (loaded[0], loaded[1]))
         module._switchgear_stored = changed  # type: ignore[assignment]
+
+    def check_load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raises ValueError if `load` would."""
+        self._read(self.weights(module), dict(state_dict), prefix, [])
+
+    def _read(
+        self, now: tuple[Weight, Weight], state_dict: dict[str, Any], prefix: str, missing: list[str]
+    ) -> list[Weight]:
+        read = []
+        for index, name in enumerate(self.layout.names):
+            weight = _loaded(self, index, now[index], state_dict, f"{prefix}{name}", missing)
+            read.append(now[index] if weight is None else weight)
+        return read
 
 
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16}
@@ -318,6 +328,35 @@ def _load(
 ) -> None:
     if (stored := stored_of(module)) is not None:
         stored.load(module, state_dict, prefix, missing if strict else [])
+
+
+def check_before_load(model: nn.Module) -> None:
+    """From now on load_state_dict of a model, or of a module in it, changes nothing if a stored module refuses its
+    weights."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _hook_once(model, _check)
+    for name, module in modules.items():
+        if stored_of(module) is not None:
+            while name := name.rpartition(".")[0]:
+                _hook_once(modules[name], _check_alone)
+
+
+def _hook_once(module: nn.Module, hook: Callable[..., None]) -> None:
+    if "_switchgear_checks" not in vars(module):  # the hooks do nothing where no module is stored
+        hooked: Any = module
+        hooked.register_load_state_dict_pre_hook(hook)
+        hooked._switchgear_checks = True
+
+
+def _check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, inner in module.named_modules(remove_duplicate=False):
+        if name and (stored := stored_of(inner)) is not None:  # the module itself loads as a whole or not
+            stored.check_load(inner, state_dict, f"{prefix}{name}.")
+
+
+def _check_alone(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if not prefix:  # else the model around it has been checked
+        _check(module, state_dict, prefix)
 
 
 def _loaded(
