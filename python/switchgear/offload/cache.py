@@ -405,8 +405,9 @@ class CachedLayer:
 def _is_traced() -> bool:
     """Whether torch.jit.trace, make_fx or torch.export writes down the operations of this call."""
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # slow to import, and whoever traces has done so
-    has_proxies = proxies is not None and proxies.get_proxy_mode() is not None
-    return has_proxies or torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if proxies is not None and proxies.get_proxy_mode() is not None:
+        return True
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _distinct(topk_ids: Tensor, num_experts: int) -> list[int]:

@@ -193,7 +193,9 @@ def _float_of(format: str, field: str) -> torch.dtype | None:
 
 def _viewed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # there, unlike other views, it would be a tensor that autograd does not save
-        return _untraced(tensor.view, dtype) if torch.jit.is_tracing() else tensor.view(dtype)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return _untraced(tensor.view, dtype)
+        return tensor.view(dtype)
 
 
 def _untraced(function: Callable[..., Tensor], *args: Any) -> Tensor:
