@@ -139,6 +139,25 @@ def test_row62_counts_and_caches_of_tiny_models(model_type: str) -> None:
     assert found.kv_bytes(1) == 2 * kept
 
 
+def test_row62_experts_of_attention_are_counted_by_what_runs() -> None:
+    """The products of JetMoE, whose attention has experts, too; vectors are in `active`, and are no products."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from switchgear.integrations.tiny_models import build, example_inputs
+
+    model: Any = build("jetmoe").eval()
+    found, inputs = cost(model), example_inputs(model)
+    tokens = inputs["input_ids"].numel()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
+    assert tokens * (found.flops() - 2 * vectors) == products
+    assert found.experts == sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
+
+
 def test_row62_keys_and_values_of_different_widths() -> None:
     class OwnAttention(nn.Module):
         def __init__(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from memory_store import MemoryStore
 from offload_cases import check, make_model, outputs_of, same_bits, steps_of
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import switchgear
 from switchgear import MoE, offload, routing
@@ -214,6 +215,30 @@ def test_torch_compile_runs_the_layer_itself() -> None:
     assert all(map(same_bits, outputs_of(torch.compile(model, backend="eager"), steps), wanted))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "traced",
+    [
+        lambda model, x: torch.jit.trace(model, (x,), check_trace=False),
+        lambda model, x: make_fx(lambda given: model(given))(x),
+        lambda model, x: make_fx(lambda given: model(given), pre_dispatch=True)(x),
+        lambda model, x: torch.export.export(model, (x,), strict=False),
+    ],
+    ids=["jit", "make_fx", "pre_dispatch", "export"],
+)
+def test_a_graph_cannot_load_experts(traced: Any) -> None:
+    model, steps = make_model(dtype=torch.float32), steps_of(torch.float32, count=2)
+    wanted = outputs_of(model, steps)
+    cache = offload.offload(model, MemoryStore(model), slots=3)  # type: ignore[arg-type]
+    with torch.no_grad(), pytest.raises(ValueError, match=r"expected no trace or export of offloaded.* call close\(\)"):
+        traced(model, steps[0])
+    assert all(map(same_bits, outputs_of(model, steps), wanted))
+    check(cache)
+    cache.close()
+    with torch.no_grad(), offload.offload(model, MemoryStore(model), slots=6):  # type: ignore[arg-type]
+        torch.jit.trace(model, (steps[0],), check_trace=False)  # all experts are in memory
+
+
 @in_both_memories
 def test_autocast_and_other_dtypes() -> None:
     model, steps = make_model(dtype=torch.bfloat16), steps_of(torch.float32)
@@ -310,8 +335,10 @@ def test_state_dicts_copies_and_conversions_name_the_cache() -> None:
             use()
     with pytest.raises(RuntimeError, match=r"in the store .*memory and not in memory"):
         make_model().load_state_dict(state)
-    with pytest.raises(ValueError, match=r"0.experts.gate_up_proj: expected none for experts offloaded to .*memory"):
-        model.load_state_dict(before)
+    message = r"0.experts.gate_up_proj: expected none for experts offloaded to .*memory, got one; leave .* keys out"
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict({name: tensor + 1 for name, tensor in before.items()})
+    assert torch.equal(model.state_dict()["0.gate.weight"], before["0.gate.weight"])
     rest = {name: tensor for name, tensor in before.items() if "_proj" not in name}
     model.load_state_dict(rest)
     for copied in (copy.deepcopy, pickle.dumps):

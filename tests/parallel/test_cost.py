@@ -247,6 +247,8 @@ def test_plan_parallel_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--ep", "2", "--nodes", "1", "--replicas", "999"], "--replicas: num_replicas: expected 0 to 128"),
         (["--ep", "4", "--nodes", "4", "--levels", "2"], "--levels: expected 1 unless there are several nodes"),
         (["--ep", "8", "--gpus", "3"], "--gpus: expected at least 8 (--ep), got 3"),
+        (["--ep", "8", "--gpus", "12"], "--gpus: expected a multiple of 8 (--ep), got 12"),
+        (["--model", "mixtral", "--stages", "33"], "--stages: expected at most 32, the layers of mixtral, got 33"),
         (
             ["--ep", "1", "--nodes", "1", "--flops", "1e300", "--overhead", "0"],
             "expected speeds at which a step takes some time",

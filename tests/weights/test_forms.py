@@ -148,6 +148,16 @@ def test_compiled(case: FormCase, backend: str) -> None:
 
 
 @forms
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced(case: FormCase) -> None:
+    stored = case.stored(case.experts(bias=True))
+    with torch.no_grad():
+        traced = torch.jit.trace(stored, case.inputs(7), check_trace=False)  # before any other call
+        call = case.inputs(4)
+        assert torch.equal(traced(*call), stored(*call))
+
+
+@forms
 def test_grouped_gemm(backend: str, case: FormCase) -> None:
     """The product only, forward and backward, against the plain weight that the form represents."""
     if backend.startswith(("simt", "cuda")) and case.is_exact:
@@ -387,6 +397,32 @@ def test_bad_state_dicts(case: FormCase) -> None:
     with torch.no_grad():
         experts.gate_up_proj += 1
     same_results(case, [case.stored(experts), stored[0]])
+
+
+@forms
+@pytest.mark.parametrize("part", ["", "1"])
+def test_a_refused_state_dict_changes_nothing(case: FormCase, part: str) -> None:
+    """Neither other modules nor other experts, also where a part of a model is loaded, and of a copy."""
+
+    def made() -> nn.Module:
+        experts = [case.experts() for _ in range(2)]
+        return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), *experts))
+
+    model = made()
+    switchgear.store(model, case.form)
+    state = made().get_submodule(part).state_dict()
+    last = [name for name in state if name.endswith("down_proj")][-1]
+    bad = state | {last: state[last][..., :-1]}
+    for stored in (model, copy.deepcopy(model)):
+        before = {name: tensor.clone().view(torch.uint8) for name, tensor in stored.state_dict().items()}
+        with pytest.raises(ValueError, match=rf"{last}: expected shape"):
+            stored.get_submodule(part).load_state_dict(bad)
+        after = stored.state_dict()
+        assert all(torch.equal(after[name].view(torch.uint8), bits) for name, bits in before.items())
+        stored.get_submodule(part).load_state_dict(state)
+    switchgear.restore(model)
+    with pytest.raises(RuntimeError, match=f"size mismatch for {last}"):
+        model.get_submodule(part).load_state_dict(bad)
 
 
 @forms

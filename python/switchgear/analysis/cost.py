@@ -27,8 +27,8 @@ class Cost:
         experts: those of routed experts.
         active: those that a token uses: all without its experts' siblings. Where choices may be empty or virtual
             experts, the most that a token uses.
-        moe_layers: (num_experts, top_k, parameters of all its routed experts) for each. Virtual experts, which have no
-            weights, do not count as experts.
+        moe_layers: (num_experts, top_k, parameters of all its routed experts) for each, and for JetMoE's attentions,
+            which have experts, too. Virtual experts, which have no weights, do not count as experts.
         attention: the layers that keep keys and values; None if they are not known for this model.
     """
 
@@ -108,6 +108,7 @@ def cost(model: nn.Module | Any) -> Cost:
                 f"{block.name or 'model'}: expected a fixed number of experts per token, got one that varies"
             )
         layers.append((num_experts, min(block.top_k, num_experts), sum(parameter.numel() for parameter in own)))
+    layers += _attention_experts(model)
     every = {id(parameter): parameter.numel() for parameter in model.parameters()}
     parameters, experts = sum(every.values()), sum(size for _, _, size in layers)
     active = parameters - experts + sum(round(size * k / e) for e, k, size in layers)
@@ -149,6 +150,15 @@ def _routed(block: MoeBlock, experts: nn.Module, num_experts: int) -> Iterator[n
         stacked = parameter.dim() > 1 and parameter.shape[0] % rows == 0
         if id(parameter) not in others and (alone or stacked):
             yield parameter
+
+
+def _attention_experts(model: nn.Module) -> Iterator[tuple[int, int, int]]:
+    """moe_layers of JetMoE's attentions: experts of queries and outputs, behind a router of their own."""
+    module: Any
+    for module in model.modules():
+        if type(module).__name__ == "JetMoeMoA":
+            size = module.input_linear.weight.numel() + module.output_linear.weight.numel()
+            yield module.num_experts, module.top_k, size
 
 
 def _embedding(model: nn.Module) -> int:

@@ -81,6 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     require("rich")
     model = MODELS[args.model]
+    if args.stages > model.num_layers:
+        raise CommandError(
+            f"--stages: expected at most {model.num_layers}, the layers of {args.model}, got {args.stages}"
+        )
     model = model._replace(num_layers=-(-model.num_layers // args.stages))
     if args.nodes is None:
         args.nodes = next(n for n in range(-(-args.ep // 8), args.ep + 1) if args.ep % n == 0)
@@ -88,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--nodes: expected a divisor of {args.ep} (--ep), got {args.nodes}")
     if args.gpus is not None and args.gpus < args.ep:
         raise CommandError(f"--gpus: expected at least {args.ep} (--ep), got {args.gpus}")
+    if args.gpus is not None and args.gpus % args.ep:
+        raise CommandError(f"--gpus: expected a multiple of {args.ep} (--ep), got {args.gpus}")
     outputs = open_outputs(args)
     routing = _routing(args, model.layer)
     placement = _placement(args, model.layer, routing)

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from switchgear.integrations.moe_blocks import MoeBlock
+from switchgear.integrations.moe_blocks import MoeBlock, is_expert_parallel
 from switchgear.integrations.routers import Given, RoutingMethod, SelectByMethod, is_looked_up
 from switchgear.routing.context import Context, Select
 
@@ -177,6 +177,8 @@ def _has_apply_gate(block: MoeBlock) -> bool:
 
 
 def _skips_the_last_id(block: MoeBlock) -> bool:
+    if is_expert_parallel(block.experts):  # what sends ids to ranks knows none of it
+        return False
     config = getattr(block.experts, "config", None)
     return _has_apply_gate(block) and getattr(config, "_experts_implementation", None) in ("eager", "switchgear")
 

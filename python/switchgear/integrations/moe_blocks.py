@@ -186,11 +186,19 @@ def _wraps_experts(module: nn.Module) -> bool:
     return is_wrapper(module) or isinstance(module, nn.ModuleDict) or hasattr(module, "_apply_gate")
 
 
+def is_expert_parallel(experts: Any) -> bool:
+    """Whether transformers has spread the experts over ranks. Then experts.num_experts counts those of this rank, while
+    the ids that they are called with count all."""
+    return getattr(experts, "_is_expert_parallel", False) is True
+
+
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return next((child for name in names if (child := module._modules.get(name)) is not None), None)
 
 
 def _num_experts(experts: Any, gate: Any) -> int:
+    if is_expert_parallel(experts):
+        return int(next(iter(experts._parameters.values())).shape[0])  # of a DTensor: of all ranks together
     for owner, name in ((experts, "num_routed_experts"), (experts, "num_experts"), (gate, "num_experts")):
         if isinstance(count := getattr(owner, name, None), int):
             return count

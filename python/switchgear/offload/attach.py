@@ -28,7 +28,7 @@ from switchgear.offload.staging import Staging
 from switchgear.offload.statistics import LayerStatistics, Statistics
 from switchgear.offload.store import Store
 from switchgear.offload.targets import Target, matched, place_of
-from switchgear.weights.module import Tie, freeze_stored
+from switchgear.weights.module import Tie, check_before_load, freeze_stored
 from switchgear.weights.offloaded import OffloadedForm, OffloadedWeight
 from switchgear.weights.weight import Weight
 
@@ -114,6 +114,7 @@ def offload(
     except BaseException:
         reader.close()
         raise
+    check_before_load(model)
     return attached
 
 

@@ -16,6 +16,7 @@ are queued, and the slots of a layer are uploaded before the kernels that use th
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -201,6 +202,11 @@ class CachedLayer:
         cache.check_process(self.name)
         if cache.device is not None and cache.device.is_capturing():
             raise RuntimeError(f"{self.name}: expected no capture of a CUDA graph, which cannot load experts, got one")
+        if _is_traced():
+            raise ValueError(
+                f"{self.name}: expected no trace or export of offloaded experts, whose graph would use those of this "
+                "call for ever, got one; call close() of what offload returned first"
+            )
         experts = _distinct(topk_ids, self.num_experts)
         with cache.lock:
             if cache.is_closed:
@@ -394,6 +400,14 @@ class CachedLayer:
         self.predictions.clear()
         for key in [key for key in self.cache.guesses if self.cache.layer_of(key) is self and key not in needed]:
             self.cache.drop_guess(key)
+
+
+def _is_traced() -> bool:
+    """Whether torch.jit.trace, make_fx or torch.export writes down the operations of this call."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # slow to import, and whoever traces has done so
+    if proxies is not None and proxies.get_proxy_mode() is not None:
+        return True
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _distinct(topk_ids: Tensor, num_experts: int) -> list[int]:

@@ -8,7 +8,7 @@ them or plain weights, which they encode. Floating-point scales are kept as bits
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -157,10 +157,7 @@ class StoredProjections:
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> None:
         """Takes the weights out of a state dict, whose keys of this module start with `prefix`."""
         now = self.weights(module)
-        loaded = []  # both, before anything changes
-        for index, name in enumerate(self.layout.names):
-            weight = _loaded(self, index, now[index], state_dict, f"{prefix}{name}", missing)
-            loaded.append(now[index] if weight is None else weight)
+        loaded = self._read(now, state_dict, prefix, missing)  # both, before anything changes
         loaded = [_in_memory_of(old, weight) for old, weight in zip(now, loaded, strict=True)]
         projections = [
             Projection(Kind.of(weight), projection.trained, projection.tie)
@@ -170,6 +167,19 @@ class StoredProjections:
         self.take_out_of(module)
         changed.put_into(module, (loaded[0], loaded[1]))
         module._switchgear_stored = changed  # type: ignore[assignment]
+
+    def check_load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raises ValueError if `load` would."""
+        self._read(self.weights(module), dict(state_dict), prefix, [])
+
+    def _read(
+        self, now: tuple[Weight, Weight], state_dict: dict[str, Any], prefix: str, missing: list[str]
+    ) -> list[Weight]:
+        read = []
+        for index, name in enumerate(self.layout.names):
+            weight = _loaded(self, index, now[index], state_dict, f"{prefix}{name}", missing)
+            read.append(now[index] if weight is None else weight)
+        return read
 
 
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16}
@@ -184,7 +194,19 @@ def _float_of(format: str, field: str) -> torch.dtype | None:
 
 def _viewed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # there, unlike other views, it would be a tensor that autograd does not save
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return _untraced(tensor.view, dtype)
         return tensor.view(dtype)
+
+
+def _untraced(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), which a graph of torch.jit.trace has as a constant: it knows no views of another dtype."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        return function(*args)
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def stored_of(module: nn.Module) -> StoredProjections | None:
@@ -331,6 +353,35 @@ def _load(
 ) -> None:
     if (stored := stored_of(module)) is not None:
         stored.load(module, state_dict, prefix, missing if strict else [])
+
+
+def check_before_load(model: nn.Module) -> None:
+    """From now on load_state_dict of a model, or of a module in it, changes nothing if a stored module refuses its
+    weights."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _hook_once(model, _check)
+    for name, module in modules.items():
+        if stored_of(module) is not None:
+            while name := name.rpartition(".")[0]:
+                _hook_once(modules[name], _check_alone)
+
+
+def _hook_once(module: nn.Module, hook: Callable[..., None]) -> None:
+    if "_switchgear_checks" not in vars(module):  # the hooks do nothing where no module is stored
+        hooked: Any = module
+        hooked.register_load_state_dict_pre_hook(hook)
+        hooked._switchgear_checks = True
+
+
+def _check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, inner in module.named_modules(remove_duplicate=False):
+        if name and (stored := stored_of(inner)) is not None:  # the module itself loads as a whole or not
+            stored.check_load(inner, state_dict, f"{prefix}{name}.")
+
+
+def _check_alone(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if not prefix:  # else the model around it has been checked
+        _check(module, state_dict, prefix)
 
 
 def _loaded(

@@ -175,11 +175,14 @@ class OffloadedProjections(StoredProjections):
         raise ValueError(f"model: its experts are {self.form}; call close() of what offload returned instead")
 
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> None:
+        self.check_load(module, state_dict, prefix)
+
+    def check_load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         for name in self.layout.names:
             if f"{prefix}{name}" in state_dict:
                 raise ValueError(
-                    f"{prefix}{name}: expected none for experts {self.form}, got one; load the state dict before "
-                    "offload, or write another store"
+                    f"{prefix}{name}: expected none for experts {self.form}, got one; leave the experts' keys out "
+                    "to load the rest, load the state dict before offload, or write another store"
                 )
 
     def _refuse_copy(self, *_: Any) -> NoReturn:

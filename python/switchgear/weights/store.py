@@ -32,7 +32,7 @@ from switchgear.weights.groups import Groups
 from switchgear.weights.integers import Int4, Int8
 from switchgear.weights.layout import Layout, hint_for, layout_of
 from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
-from switchgear.weights.module import FLOATS, StoredProjections, Tie, stored_of, take_back
+from switchgear.weights.module import FLOATS, StoredProjections, Tie, check_before_load, stored_of, take_back
 from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.panels import Panels
 from switchgear.weights.plain import Copies, Plain, Relaid
@@ -207,6 +207,8 @@ def _store(model: nn.Module, form: Form, low_memory: bool) -> Stored:
         raise
     if isinstance(form, Plain):
         use_huge_pages(model)
+    else:
+        check_before_load(model)
     return _report(form, present + [target.module for target in targets], done)
 
 
