@@ -83,9 +83,9 @@ def merge_experts(
     """Merges the experts of each layer into `keep` ones, in place; on failure nothing is changed. A group's expert is
     the average of its experts, weighted by their numbers of tokens.
 
-    The defaults are HC-SMoE's (arXiv:2410.08589), except for the router. M-SMoE (arXiv:2310.01334) is similarity="logits",
-    cluster="dominant", align=True; its dominant experts are the most frequent of the whole model, so the number that a
-    layer keeps varies, while here it is the same for all layers.
+    The defaults are HC-SMoE's (arXiv:2410.08589), except for the router. M-SMoE (arXiv:2310.01334) is
+    similarity="logits", cluster="dominant", align=True; its dominant experts are the most frequent of the whole model,
+    so the number that a layer keeps varies, while here it is the same for all layers.
 
     Args:
         model: has switchgear's MoE layers or those of Hugging Face. Give the whole model, not a part of it: the config

@@ -7,8 +7,8 @@ moe = switchgear.MoE(2048, 1024, 64, 8, parallel=parallel)      # each rank has 
 training = switchgear.parallel.Training(model, optimizer, on_failure="continue")
 loss = switchgear.parallel.elastic_step(training, closure)      # continues if ranks are lost
 
-group.py       ExpertParallel, the ranks that share experts; experts.py: ParallelExperts; module_experts.py: experts with
-               stored weights or adapters; transformers.py: the exchange in Hugging Face models
+group.py       ExpertParallel, the ranks that share experts; experts.py: ParallelExperts; module_experts.py: experts
+               with stored weights or adapters; transformers.py: the exchange in Hugging Face models
 exchange.py    an exchange in chunks; layout.py: which rows go where; header.py: what ranks compare first;
                local.py: what the experts of a rank compute; static.py: a fixed size per pair of ranks;
                overflow.py: the tokens that did not fit
