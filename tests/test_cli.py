@@ -278,10 +278,11 @@ def test_failed_imports_say_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     broken = types.ModuleType("transformers")
     monkeypatch.setattr(broken, "__getattr__", lazy, raising=False)
-    monkeypatch.setitem(sys.modules, "transformers", broken)
     wanted = "needs rich (No module named 'rich.table'); pip install 'switchgear[bench]'"
-    with pytest.raises(CommandError, match=re.escape(wanted)):
-        require("transformers")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", broken)
+        with pytest.raises(CommandError, match=re.escape(wanted)):
+            require("transformers")
     for error, module, words in (
         (absent, "transformers", "needs numpy (No module named 'numpy'); pip install 'switchgear[transformers]'"),
         (absent, "matplotlib.pyplot", "needs numpy (No module named 'numpy'); pip install 'switchgear[bench]'"),
