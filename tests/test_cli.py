@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from switchgear.bench.worker import Task, run_case
 from switchgear.cli import COMMANDS, info, main
 from switchgear.cli.demo.agreement import check_gradients, check_logits, check_losses, equal_choices, loss_floor
 from switchgear.cli.demo.corpus import batches, load_corpus
-from switchgear.common import CommandError, check_file, machine
+from switchgear.common import CommandError, check_file, console, machine, require
+from switchgear.complaints import failed_import
 
 SMALL = Shape(32, 48, 4, 2, "of the tests")
 
@@ -79,6 +81,38 @@ def test_output_that_cannot_be_written_is_named(
         assert main(["info"]) == 1
         full.write("more")
     assert "switchgear info: cannot write: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_that_cannot_be_written_is_named(
+    argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for buffering in (-1, 1):  # it fails when it is flushed, or when argparse writes it
+        with open("/dev/full", "w", buffering) as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            assert main([argument]) == 1
+        assert capsys.readouterr().err == "switchgear: cannot write: No space left on device\n"
+
+
+def test_a_table_whose_reader_ends_early_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich", reason="rich is not installed")
+    monkeypatch.setattr(info, "run", lambda _: console().print("a table"))
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["info"]) == 141
+
+
+def test_an_interrupt_while_commands_are_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("switchgear.cli.build_parser", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "switchgear: interrupted\n"
 
 
 def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +265,34 @@ def test_a_missing_extra_says_what_to_install(
     error = capsys.readouterr().err
     assert f"needs {package}" in error
     assert "pip install 'switchgear[" in error
+
+
+def test_failed_imports_say_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    late = ModuleNotFoundError("Could not import module 'AutoConfig'. Are this object's requirements defined?")
+    late.__cause__ = ModuleNotFoundError("No module named 'rich.table'", name="rich.table")
+    absent = ModuleNotFoundError("No module named 'numpy'", name="numpy")
+    damaged = ImportError("libfoo.so is missing")
+
+    def lazy(name: str) -> Any:
+        raise late
+
+    broken = types.ModuleType("transformers")
+    monkeypatch.setattr(broken, "__getattr__", lazy, raising=False)
+    wanted = "needs rich (No module named 'rich.table'); pip install 'switchgear[bench]'"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", broken)
+        with pytest.raises(CommandError, match=re.escape(wanted)):
+            require("transformers")
+    for error, module, words in (
+        (absent, "transformers", "needs numpy (No module named 'numpy'); pip install 'switchgear[transformers]'"),
+        (absent, "matplotlib.pyplot", "needs numpy (No module named 'numpy'); pip install 'switchgear[bench]'"),
+        (damaged, "PIL.Image", "PIL is installed but cannot be imported: libfoo.so is missing"),
+        (damaged, "", "libfoo.so is missing"),
+    ):
+        assert failed_import(error, module) == words
+    monkeypatch.setattr(info, "run", lambda _: lazy(""))
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == f"switchgear info: {wanted}\n"
 
 
 def test_info_needs_torch_alone() -> None:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from full_disk import full_disk
 from switchgear.cli import main
+from switchgear.convert import ConversionError, run
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -41,9 +44,36 @@ def test_upcycling_keeps_the_logits(dense: Path, by_recipe: bool, capsys: pytest
     assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_it_lists_operations(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_lists_operations(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # import raises ImportError; a list needs none
     assert main(["convert", "--list"]) == 0
     assert "upcycle: num_experts, top_k" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named(
+    dense: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    out = dense.parent / "moe"
+    assert main(["convert", str(dense), "--operation", "upcycle", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("switchgear convert: needs transformers (")
+    assert error.endswith("pip install 'switchgear[transformers]'\n")
+    with pytest.raises(ConversionError, match="needs transformers"):
+        run({"operation": "upcycle"}, dense, out)
+    assert not out.exists()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(
+    dense: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    out = dense.parent / "moe"
+    assert main(["convert", str(dense), "--operation", "upcycle", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith("switchgear convert: no room for ")
+    with full_disk(10), pytest.raises(ConversionError, match=r"journal\.json"):
+        run({"operation": "upcycle"}, dense, out)
+    assert [file.name for file in dense.parent.iterdir()] == ["dense"]
 
 
 def test_mistakes_are_named(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert {"CUDA", "huge pages", "threads", "OpenMP runtimes", "allocator"} <= {row["subject"] for row in found}
     assert main(["doctor"]) == 0
     assert "-> wait" in capsys.readouterr().out
-    monkeypatch.setattr("switchgear.cli.doctor.check_speed", lambda: kernels.Finding("speed", "broken", ""))
-    assert main(["doctor"]) == 1
+
+
+@pytest.mark.parametrize(("subject", "status"), [("CPU, avx2", 1), ("CUDA, 0", 1), ("transformers", 0)])
+def test_only_broken_backends_fail(subject: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchgear.cli.doctor.diagnose", lambda: [kernels.Finding(subject, "broken", "")])
+    assert main(["doctor"]) == status
 
 
 def test_the_reference_is_named_as_what_is_slow(backend: str) -> None:
@@ -56,6 +61,20 @@ def test_the_reference_is_named_as_what_is_slow(backend: str) -> None:
     assert ("backend" in found) == (backend == "reference")
     if backend == "reference":
         assert found["backend"].remedy == "unset SWITCHGEAR_BACKEND"
+
+
+def test_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "installed_version", lambda _: None)
+    assert settings._transformers().verdict == "absent"
+    monkeypatch.setitem(sys.modules, "switchgear.integrations.transformers", None)
+    monkeypatch.setattr(settings, "installed_version", lambda _: "5.24.0")
+    found = settings._transformers()
+    assert found.verdict == "broken"
+    assert found.text.startswith("5.24.0: ModuleNotFoundError: ")
+    missing = ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
+    assert settings._remedy("4.57.1", missing) == "install transformers 5.0 or newer"
+    assert settings._remedy("5.24.0", missing) == "install safetensors"
+    assert settings._remedy("5.24.0", RuntimeError("wrong ABI")) == "pip install --force-reinstall transformers"
 
 
 def test_huge_pages() -> None:

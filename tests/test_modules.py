@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import runpy
 import warnings
 from functools import partial
 from typing import Any
@@ -408,6 +409,23 @@ def test_devices_without_kernels_are_announced(monkeypatch: pytest.MonkeyPatch) 
             backends.announce_reference(device)
     with switchgear.use_backend("reference"):
         backends.announce_reference(device)
+
+
+def test_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty one counts as unset. A wrong value is named at import."""
+
+    def imported(**environment: str) -> Any:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return runpy.run_path(backends.__file__)
+
+    found = imported(SWITCHGEAR_BACKEND="", SWITCHGEAR_STRICT="")
+    assert found["backend"]() == "native"
+    assert [imported(SWITCHGEAR_STRICT=value)["_is_strict"]() for value in ("", "0", "1")] == [False, False, True]
+    with pytest.raises(ValueError, match="SWITCHGEAR_STRICT: expected 0 or 1, got 'yes'"):
+        imported(SWITCHGEAR_STRICT="yes")
+    with pytest.raises(ValueError, match="SWITCHGEAR_BACKEND: expected one of native, reference, got 'cuda'"):
+        imported(SWITCHGEAR_BACKEND="cuda")
 
 
 def test_isa_is_a_name_from_the_list() -> None:

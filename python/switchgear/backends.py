@@ -28,8 +28,17 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_backend = _checked(os.environ.get("SWITCHGEAR_BACKEND", "native"), "SWITCHGEAR_BACKEND")
+_backend = _checked(os.environ.get("SWITCHGEAR_BACKEND") or "native", "SWITCHGEAR_BACKEND")
 _warned_about: set[str] = set()
+
+
+def _is_strict() -> bool:
+    if (value := os.environ.get("SWITCHGEAR_STRICT", "")) not in ("", "0", "1"):
+        raise ValueError(f"SWITCHGEAR_STRICT: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+_is_strict()  # a wrong value is named at import
 
 
 def backend() -> str:
@@ -78,7 +87,7 @@ def announce_format(device: torch.device, weights: str, remedy: str = "ops run o
 def _announce(subject: str, message: str) -> None:
     if _backend == "reference" or subject in _warned_about:
         return
-    if os.environ.get("SWITCHGEAR_STRICT") == "1":
+    if _is_strict():
         raise RuntimeError(message)
     _warned_about.add(subject)
     warnings.warn(message, RuntimeWarning, stacklevel=3)

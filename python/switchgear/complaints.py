@@ -25,6 +25,29 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
+def _origin(error: BaseException) -> BaseException:
+    """transformers imports its names late, and hides what failed behind errors of its own."""
+    while isinstance(error.__cause__, ImportError):
+        error = error.__cause__
+    return error
+
+
+def missing_package(error: BaseException) -> str | None:
+    """The package that an import lacks; None if it failed for another reason."""
+    error = _origin(error)
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    return name.partition(".")[0] if name else None
+
+
+def failed_import(error: ImportError, module: str = "") -> str:
+    """Why `module` could not be imported, in words for a user: what to install, or what is damaged."""
+    of, missing, reason = module.partition(".")[0], missing_package(error), _origin(error)
+    if missing is None:
+        return f"{of} is installed but cannot be imported: {reason}" if of else str(reason)
+    extra = "bench" if {missing, of} & {"rich", "matplotlib", "PIL"} else "transformers"
+    return f"needs {missing} ({reason}); pip install 'switchgear[{extra}]'"
+
+
 def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Raises TypeError for an argument whose type differs from the declared one or a tensor that is not dense, and
     ValueError for integers beyond 64 bits and for tensors without dimensions or on different devices. Returns if all

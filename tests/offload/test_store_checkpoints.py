@@ -92,6 +92,8 @@ def test_published_experts_keep_their_bits(tmp_path: Path, model_type: str) -> N
     publish(tmp_path / "c", model_type)
     store = write_store(tmp_path / "c", tmp_path / "s", "as published")
     same = write_store(tmp_path / "c", tmp_path / "t", MODELS[model_type])
+    assert ("layer as published, " if len(store.layers) == 1 else "layers as published, ") in str(store)
+    assert f" as {MODELS[model_type]}, " in str(same)
     plain = write_store(tmp_path / "c", tmp_path / "p")
     model = load_published(tmp_path / "c")
     for name, records in store.layers.items():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -40,3 +41,12 @@ def test_modules(
     assert [line.removeprefix("  error: ") for line in capsys.readouterr().out.splitlines() if "error" in line] == (
         complaints
     )
+
+
+def test_metadata_name_the_license_and_each_python_that_has_a_wheel() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "pyproject.toml").read_text()  # Python 3.10 has no tomllib
+    assert re.findall(r"Python :: 3\.(\d+)", text) == re.findall(r"cp3(\d+)-\*", text)
+    license_file = re.search(r'^license-files = \["(.*)"\]$', text, re.MULTILINE)
+    assert license_file is not None
+    assert (root / license_file[1]).is_file()

@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from .. import __version__
 from ..common import CommandError
+from ..complaints import failed_import
 
 COMMANDS = {
     "info": "versions, backends, threads and OpenMP runtimes of this installation",
@@ -39,13 +41,22 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help and versions that cannot be written are errors; argparse hides them."""
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
+
 def _command(name: str) -> ModuleType:
     return importlib.import_module(f"switchgear.{MODULES.get(name, f'cli.{name}').replace('-', '_')}")
 
 
 def build_parser() -> argparse.ArgumentParser:
     about = "Mixture-of-Experts layers on hand-written kernels."
-    parser = argparse.ArgumentParser(prog="switchgear", description=about)
+    parser = _Parser(prog="switchgear", description=about)
     parser.add_argument("--version", action="version", version=f"switchgear {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, text in COMMANDS.items():
@@ -60,16 +71,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong arguments or a missing package."""
     _open_closed()
-    args = build_parser().parse_args(argv)
+    program = "switchgear"
     try:
+        args = _parsed(argv)
+        program = f"switchgear {args.command}"
         status = int(_command(args.command).run(args))
         sys.stdout.flush()
         return status
     except CommandError as error:
-        print(f"switchgear {args.command}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"{program}: {failed_import(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"switchgear {args.command}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output has ended, as in `switchgear info | head -3`
         _end_output()
@@ -78,11 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is not None:  # of a file; without a name it is the output's
             raise
         if error.errno is None:  # nor of the system, but of a library
-            print(f"switchgear {args.command}: {error}", file=sys.stderr)
+            print(f"{program}: {error}", file=sys.stderr)
             return 1
-        print(f"switchgear {args.command}: cannot write: {error.strerror}", file=sys.stderr)
+        print(f"{program}: cannot write: {error.strerror}", file=sys.stderr)
         _end_output()
         return 1
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return build_parser().parse_args(argv)
+    finally:
+        sys.stdout.flush()  # argparse exits after --help
 
 
 def _open_closed() -> None:

@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    require("safetensors")
     from switchgear.convert import checkpoints
     from switchgear.convert.errors import ConversionError
 
@@ -34,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.sources or not args.out:
         raise CommandError("expected SOURCE and --out")
+    require("safetensors")
     check_new("out", args.out)
     recipe = recipe_of(args)
     try:

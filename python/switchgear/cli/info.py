@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -62,10 +62,10 @@ def collect() -> dict[str, Any]:
         )
     return {
         "versions": {
-            "switchgear": _version("switchgear"),
+            "switchgear": installed_version("switchgear"),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": _version("transformers"),
+            "transformers": installed_version("transformers"),
             "compiler": cpu_backend["build"]["compiler"],
         },
         "platform": platform.platform(),

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..complaints import check_seed
+from ..complaints import check_seed, failed_import
 from ..files import AnyPath, write_whole
 
 
@@ -22,13 +22,14 @@ class CommandError(Exception):
 
 
 def require(module: str) -> Any:
-    """Import an optional package (`rich`, `matplotlib.pyplot`, …). CommandError names the extra that provides it."""
+    """Import an optional package (`rich`, `matplotlib.pyplot`, …). CommandError says what is missing."""
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        if module == "transformers":
+            _ = found.AutoConfig  # its names are imported when they are used
+        return found
     except ImportError as error:
-        package = module.split(".")[0]
-        extras = "the extras bench and demo have it: pip install 'switchgear[bench]'"
-        raise CommandError(f"needs {package} ({error}); {extras}") from None
+        raise CommandError(failed_import(error, module)) from None
 
 
 def optional(module: str) -> tuple[ModuleType | None, str]:
@@ -84,9 +85,14 @@ def write_file(option: str, path: AnyPath, text: str) -> None:
 def console() -> Any:
     """A rich console that does not wrap tables when the output goes to a file."""
     made = require("rich.console").Console(highlight=False)
+    made.on_broken_pipe = _raise_again  # rich itself exits with 1
     if not made.is_terminal:
         made.width = 140
     return made
+
+
+def _raise_again() -> None:
+    raise
 
 
 def table(*columns: str, wrap: bool = False) -> Any:

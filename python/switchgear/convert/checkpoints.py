@@ -193,6 +193,7 @@ def _write(journal: Journal, shards: Mapping[str, list[Item]], resumed: Sequence
     total, done = sum(sizes.values()), 0
     missing = total - sum(sizes[name] for name in resumed)
     if (free := shutil.disk_usage(journal.folder).free) < missing:
+        journal.drop()
         raise DiskFull(errno.ENOSPC, f"no room for {journal.folder}: {missing} bytes are needed, {free} are free")
 
     def count(size: int, key: str) -> None:

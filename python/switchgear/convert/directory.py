@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.convert.errors import DamagedCheckpoint
+from switchgear.complaints import failed_import
+from switchgear.convert.errors import ConversionError, DamagedCheckpoint
 from switchgear.convert.writer import NAMES
 from switchgear.files import AnyPath
 
@@ -81,9 +82,11 @@ def beside_weights(folder: Path) -> list[Path]:
 
 
 def full_config(source: Directory) -> dict[str, Any]:
-    """The config with the defaults of its family."""
-    from transformers import CONFIG_MAPPING
-
+    """The config with the defaults of its family. ConversionError if transformers cannot be imported."""
+    try:
+        from transformers import CONFIG_MAPPING
+    except ImportError as error:
+        raise ConversionError(failed_import(error, "transformers")) from error
     found = source.config()
     model_type = str(found.get("model_type"))
     if model_type not in CONFIG_MAPPING:

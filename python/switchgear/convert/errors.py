@@ -18,3 +18,6 @@ class DamagedCheckpoint(ConversionError, ValueError):
 
 class DiskFull(ConversionError, OSError):
     """No room for the result. Finished shards stay, and the conversion resumes."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)  # OSError would begin with a number

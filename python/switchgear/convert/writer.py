@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Journal:
         is_ours = (folder / JOURNAL).is_file() or not folder.exists()
         if not is_ours and any(file.name != LOCK for file in folder.iterdir()):
             raise ConversionError(f"target: expected no {folder}, got a directory that is no unfinished conversion")
+        is_new = not folder.exists()
         with named_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         journal._lock()
@@ -74,6 +75,8 @@ class Journal:
                 journal._discard()
             journal._save()
         except BaseException:
+            if is_new:
+                journal.drop()
             journal.close()
             raise
         return journal
@@ -106,6 +109,14 @@ class Journal:
             self._locked = locked(self.folder)
         except BlockingIOError as error:
             raise ConversionError(f"target: another process is writing {self.folder}") from error
+
+    def drop(self) -> None:
+        """Removes the directory if no shard is finished."""
+        if not self.shards:
+            for name in (JOURNAL, LOCK):
+                (self.folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # there is more in it
+                self.folder.rmdir()
 
     def close(self) -> None:
         self._locked.close()

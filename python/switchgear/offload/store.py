@@ -46,8 +46,9 @@ class Store:
         records = self.layers.values()
         experts, count = sum(one.num_experts for one in records), len(records)
         largest = max(one.record_bytes for one in records)
+        form = self.form if self.form == store_sources.AS_PUBLISHED else f"as {self.form}"
         return (
-            f"{self.path}: {experts} experts of {count} layer{'s' * (count != 1)} as {self.form}, "
+            f"{self.path}: {experts} experts of {count} layer{'s' * (count != 1)} {form}, "
             f"{self.nbytes / 1e6:,.1f} MB, at most {largest / 1e6:,.2f} MB each"
         )
 

@@ -42,4 +42,4 @@ def run(args: argparse.Namespace) -> int:
             print(finding, flush=True)
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
-    return int(any(finding.verdict == "broken" for finding in findings))
+    return int(any(finding.verdict == "broken" and finding.is_of_backend for finding in findings))

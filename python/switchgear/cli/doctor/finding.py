@@ -9,13 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """verdict: ok; slow: it works, and could be faster; absent: a part that does not run here; broken: wrong results.
-    remedy: what to do about it, or empty."""
+    """verdict: ok; slow: it works, and could be faster; absent: a part that does not run here; broken: wrong results,
+    or a package that cannot be imported. remedy: what to do about it, or empty."""
 
     subject: str
     verdict: str
     text: str
     remedy: str = ""
+
+    @property
+    def is_of_backend(self) -> bool:
+        return self.subject.startswith(("CPU", "CUDA"))
 
     def __str__(self) -> str:
         indent = " " * 28

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 
 import torch
 
-from ...common import cgroup, machine, optional
+from ...common import cgroup, machine
+from ...complaints import first_line, missing_package
+from ..info import installed_version
 from .finding import Finding
 
 ALLOCATOR = " ".join(f"{name}={value}" for name, value in machine.TUNED_ALLOCATOR.items())
@@ -66,10 +69,20 @@ def _allocator(environment: os._Environ[str] | dict[str, str]) -> Finding:
 
 
 def _transformers() -> Finding:
-    found, reason = optional("transformers")
-    if found is None:
-        return Finding("transformers", "absent", reason, "pip install 'switchgear[transformers]' to run its models")
-    module, reason = optional("switchgear.integrations.transformers")
-    if module is None:
-        return Finding("transformers", "broken", f"{found.__version__}: {reason}", "install transformers 5.0 or newer")
-    return Finding("transformers", "ok", f'{found.__version__}: experts_implementation="switchgear" is registered')
+    version = installed_version("transformers")
+    if version is None:
+        remedy = "pip install 'switchgear[transformers]' to run its models"
+        return Finding("transformers", "absent", "not installed", remedy)
+    try:
+        importlib.import_module("switchgear.integrations.transformers")
+    except Exception as error:  # a broken installation can raise anything
+        return Finding("transformers", "broken", f"{version}: {first_line(error)}", _remedy(version, error))
+    return Finding("transformers", "ok", f'{version}: experts_implementation="switchgear" is registered')
+
+
+def _remedy(version: str, error: Exception) -> str:
+    if int(version.partition(".")[0]) < 5:
+        return "install transformers 5.0 or newer"
+    if missing := missing_package(error):
+        return f"install {missing}"
+    return "pip install --force-reinstall transformers"
