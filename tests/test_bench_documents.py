@@ -25,7 +25,7 @@ RESULTS = {  # of each document with tables: the mode of `switchgear bench`, and
     "docs/performance.md": ("", "cpu-avx512bf16"),
     "docs/performance_amx.md": ("", "cpu-amx"),
     "docs/performance_avx2.md": ("", "cpu-avx2-zen3"),
-    "docs/performance_threads.md": ("--threads-model", "threads-zen5"),
+    "docs/performance_threads.md": ("--threads-model", "threads-zen3"),
     "docs/performance_zen5.md": ("", "cpu-avx512bf16-zen5"),
     "docs/routing_costs.md": ("--routers", "routers-avx512bf16"),
     "docs/weights.md": ("", "cpu-avx512bf16-zen5-minifloat"),

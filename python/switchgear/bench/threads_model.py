@@ -122,7 +122,7 @@ def cut_for(threads: int) -> Iterator[None]:
 
 def record(call: Callable[[int], object], threads: int, repeats: int, routings: int = 1) -> Recording:
     """The medians of some recordings of call 0. Calls 1 to routings - 1 before each evict its weights. One round before
-    all warms up, unless calls are long."""
+    all warms up, if there are several."""
     with cut_for(threads):
         rounds = [[_C.record_loops(partial(call, number)) for number in reversed(range(routings))]
                   for _ in range(repeats + (repeats > 1))]  # fmt: skip
