@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from full_disk import full_disk
 from switchgear.cli import main
-from switchgear.convert import ConversionError, run
+from switchgear.convert import ConversionError, DiskFull, run
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -74,6 +75,23 @@ def test_a_full_disk_is_named_and_leaves_nothing(
     with full_disk(10), pytest.raises(ConversionError, match=r"journal\.json"):
         run({"operation": "upcycle"}, dense, out)
     assert [file.name for file in dense.parent.iterdir()] == ["dense"]
+
+
+def test_a_full_disk_after_a_killed_run_does_not_end_the_conversion(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, partial = dense.parent / "moe", dense.parent / "moe.partial"
+
+    def disk_usage(_: Path) -> SimpleNamespace:
+        (partial / "model.safetensors.unfinished").touch()  # as of a shard that was being written
+        return SimpleNamespace(free=1000)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", disk_usage)
+        with pytest.raises(DiskFull):
+            run({"operation": "upcycle"}, dense, out)
+    assert not partial.exists()
+    run({"operation": "upcycle"}, dense, out)
 
 
 def test_mistakes_are_named(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import switchgear
@@ -147,6 +148,22 @@ COUNTING = {
     "Skywork": [partial(routing.SwitchLoss, routing.AdaptiveCoefficient)],
     "over a step": [partial(routing.SwitchLoss, scope="global", accumulate=True)],
 }
+
+
+def test_a_traced_layer_counts_the_tokens_of_its_call() -> None:
+    moe = switchgear.MoE(16, 8, 4, 2, balance=[partial(routing.SwitchLoss, 1.0, scope="global", accumulate=True)])
+    first, second = torch.randn(2, 5, 16)
+
+    def loss(x: Tensor) -> Tensor:
+        moe(x)
+        return switchgear.balance_loss(moe)
+
+    with torch.no_grad():
+        traced = make_fx(loss)(first)
+        switchgear.after_step(moe)
+        found = traced(second)
+        switchgear.after_step(moe)
+        assert torch.equal(found, loss(second))
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "vmap(grad)", "vmap(vmap)", "ensemble"])

@@ -36,6 +36,7 @@ from switchgear.routing import (
     LossFreeBias,
     Masked,
     NullAwareSwitchLoss,
+    Random,
     RunningCap,
     SwitchLoss,
     Temperature,
@@ -172,7 +173,7 @@ def test_select_and_capacity_may_change_in_training() -> None:
         ("balance", 0.01, TypeError, "balance: expected a list"),
         ("balance", [0.01], TypeError, "balance: expected a list of losses and controllers, got 0.01"),
         ("capacity", 1.25, TypeError, "capacity: expected a callable"),
-        ("select", Dense(), ValueError, "balance: expected no LossFreeBias for Dense, which ignores a selection bias"),
+        ("select", Dense(), ValueError, "select: expected one that uses the selection bias, got Dense"),
         ("select", None, ValueError, "select: expected a selection in a router without top_k"),
     ],
 )
@@ -183,6 +184,33 @@ def test_a_change_that_is_refused_changes_nothing(name: str, value: Any, error: 
         setattr(router, name, value)
     assert getattr(router, name) is before
     assert str(router.state_dict()) == str(state)
+
+
+def test_a_router_that_chose_without_logits_has_none_to_choose_by() -> None:
+    router = switchgear.Router(H, E, select=Random(2))
+    with pytest.raises(ValueError, match="select: expected one without router_logits"):
+        router.select = TopK(2)
+    router.select = Random(3)
+    assert router(torch.randn(5, H)).topk_ids.shape == (5, 3)
+
+
+def test_losses_may_come_from_a_generator() -> None:
+    router = switchgear.Router(H, E, 2, balance=(SwitchLoss(rate) for rate in (0.1, 0.2)))
+    assert [loss.coefficient for loss in router.balance] == [0.1, 0.2]
+    router.balance = (SwitchLoss(rate) for rate in (0.3,))
+    assert [loss.coefficient for loss in router.balance] == [0.3]
+
+
+def test_subclasses_may_define_parts_of_a_router() -> None:
+    class Unlimited(switchgear.Router):
+        capacity = None
+
+    class First(switchgear.Router):
+        def select(self, router_logits: Tensor, context: Any, bias: Any = None) -> Any:
+            return TopK(1)(router_logits, context, bias)
+
+    assert Unlimited(H, E, 2)(torch.randn(5, H)).topk_ids.shape == (5, 2)
+    assert First(H, E, 2)(torch.randn(5, H)).topk_ids.shape == (5, 2)  # the option, as always
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

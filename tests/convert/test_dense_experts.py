@@ -118,6 +118,12 @@ def test_numbers_that_are_not_finite_are_not_merged(value: float, dtype: torch.d
     assert torch.equal(convert.merge_models([good, bad], "base", base=good)["w"], good["w"])
 
 
+def test_equal_masks_of_infinities_are_merged() -> None:
+    model = {"mask": torch.full((3, 3), -torch.inf).triu(1), "w": torch.randn(2)}
+    merged = convert.merge_models([model, {**model, "w": torch.randn(2)}], "ties", base=model)
+    assert torch.equal(merged["mask"], model["mask"])
+
+
 def test_models_that_compute_with_other_tensors_are_not_merged() -> None:
     models = [nn.Sequential(switchgear.MoE(8, 8, 4, 2)) for _ in range(2)]
     switchgear.store(models[1], "int8")

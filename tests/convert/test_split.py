@@ -252,6 +252,22 @@ def test_importance_is_that_of_known_tokens_in_eval(by: str) -> None:
         assert found[layer].sub(expected[layer]).abs().max() < 1e-5
 
 
+def test_importance_of_a_network_that_no_batch_reaches_is_an_error() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = SharedExperts(H, WIDTH), SharedExperts(H, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model = Skips()
+    with pytest.raises(ValueError, match=r"batches: expected some that reach idle\..*, got none"):
+        convert.neuron_importance(model, [torch.randn(3, H)], torch.sum, mlp=model.idle)
+    with pytest.raises(ValueError, match="batches: expected at least one"):
+        convert.neuron_importance(model, [], torch.sum, mlp=model.idle)
+
+
 def test_row56_contiguous_slices_and_straight_through_gates() -> None:
     mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
     moe = convert.split_dense(mlp, 4, 2, method="contiguous")
@@ -279,6 +295,9 @@ def test_row56_a_perfect_router_minimises_the_prior_loss() -> None:
     loss.backward()
     assert abs(float(loss.detach())) < 1e-6
     assert float(logits.grad.abs().max()) < 1e-6
+    closed = best.clone().index_fill(1, torch.tensor(0), -torch.inf).requires_grad_(True)
+    convert.prior_approximate(closed, outputs, dense, top_k).backward()
+    assert closed.grad.isfinite().all()
     for _ in range(20):
         assert convert.prior_approximate(best + torch.randn(tokens, experts), outputs, dense, top_k) > loss
     logits = torch.randn(tokens, experts)

@@ -54,8 +54,10 @@ class Merging:
         first = tensors[0] if base is None else base
         if not first.is_floating_point() or self.method == "base":
             return first
-        for index, tensor in enumerate(tensors):
-            _check_finite(f"models[{index}]", key, tensor)
+        if (index := next((i for i, tensor in enumerate(tensors) if not _is_finite(tensor)), None)) is not None:
+            if all(torch.equal(tensor, first) for tensor in tensors):
+                return first  # a mask with -inf; NaN equals nothing
+            raise _not_finite(f"models[{index}]", key)
         wide = torch.float64 if first.dtype is torch.float64 else torch.float32
         shares = self.weights or (1.0,) * len(tensors)
         weights = [share / sum(shares) for share in shares]
@@ -65,7 +67,8 @@ class Merging:
                 total += weight * tensor.to(wide)
             return total.to(first.dtype)
         assert base is not None
-        _check_finite("base", key, base)
+        if not _is_finite(base):
+            raise _not_finite("base", key)
         origin = base.to(wide)
         deltas = [tensor.to(wide) - origin for tensor in tensors]
         if self.method == "dare":
@@ -115,12 +118,13 @@ def _largest(delta: Tensor, density: float) -> Tensor:
     return torch.where(kept, flat, torch.zeros_like(flat)).view_as(delta)
 
 
-def _check_finite(name: str, key: str, tensor: Tensor) -> None:
-    """Raises ValueError for NaN and infinities, which the extremes show without a mask as large as the tensor."""
-    if tensor.is_meta or not tensor.numel():
-        return
-    if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
-        raise ValueError(f"{name}: expected finite numbers, got NaN or infinities in {key}")
+def _is_finite(tensor: Tensor) -> bool:
+    """The extremes show NaN and infinities without a mask as large as the tensor."""
+    return tensor.is_meta or not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+def _not_finite(name: str, key: str) -> ValueError:
+    return ValueError(f"{name}: expected finite numbers, got NaN or infinities in {key}")
 
 
 def merge_models(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from switchgear.functional import Routing
 from switchgear.reference import check_size
+from switchgear.routing.auxiliary import kl_divergence
 from switchgear.routing.context import NOTHING_KNOWN, Context
 from switchgear.routing.ranking import choose, scores_of
 from switchgear.routing.selection import take
@@ -65,4 +66,4 @@ def prior_approximate(router_logits: Tensor, expert_outputs: Tensor, dense_outpu
         target = torch.zeros_like(errors).scatter_(1, choose(-errors, top_k).long(), 1.0)
         log_target = target.log_softmax(-1)
     log_router = router_logits.float().log_softmax(-1)
-    return (log_router.exp() * (log_router - log_target)).sum(-1).mean()
+    return kl_divergence(log_router, log_target).mean()

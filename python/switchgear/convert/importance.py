@@ -95,16 +95,25 @@ def _gradients(
                 return h
 
             stack.callback(down.register_forward_pre_hook(see).remove)
-        for batch in batches:
-            seen.clear()
-            value = loss(called(module, batch))
-            found = list(seen)  # without what checkpointing repeats in the backward pass
-            for (name, h, mask), grad in zip(found, torch.autograd.grad(value, [h for _, h, _ in found]), strict=True):
-                changes = (h.detach().float() * grad.float()).abs().reshape(-1, h.shape[-1])
-                if mask is not None:
-                    changes = changes[mask.to(changes.device)]
-                totals[name] = totals.get(name, 0) + changes.sum(0)
-    return _some([totals[name] for name in downs] if len(totals) == len(downs) else None)
+        count = 0
+        for count, batch in enumerate(batches, 1):  # noqa: B007
+            for name, change in _changes(loss(called(module, batch)), seen):
+                totals[name] = totals.get(name, 0) + change
+    if count and (idle := [name for name in downs if name not in totals]):
+        raise ValueError(f"batches: expected some that reach {idle[0] or 'mlp'}, got none")
+    return _some([totals[name] for name in downs] if count else None)
+
+
+def _changes(loss: Tensor, seen: list[tuple[str, Tensor, Tensor | None]]) -> list[tuple[str, Tensor]]:
+    """|h · ∂loss/∂h| summed over the tokens of what `seen` has of a forward; empties it, so that nothing is kept."""
+    found = list(seen)  # without what checkpointing repeats in the backward pass
+    grads = torch.autograd.grad(loss, [h for _, h, _ in found]) if found else ()
+    seen.clear()
+    changes = []
+    for (name, h, mask), grad in zip(found, grads, strict=True):
+        rows = (h.detach().float() * grad.float()).abs().reshape(-1, h.shape[-1])
+        changes.append((name, (rows if mask is None else rows[mask.to(rows.device)]).sum(0)))
+    return changes
 
 
 @torch.no_grad()

@@ -113,8 +113,8 @@ class Journal:
     def drop(self) -> None:
         """Removes the directory if no shard is finished."""
         if not self.shards:
-            for name in (JOURNAL, LOCK):
-                (self.folder / name).unlink(missing_ok=True)
+            self._discard()  # also what an interrupted shard has left
+            (self.folder / LOCK).unlink(missing_ok=True)
             with suppress(OSError):  # there is more in it
                 self.folder.rmdir()
 

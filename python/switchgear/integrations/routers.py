@@ -239,7 +239,7 @@ def routing_method_of(block: MoeBlock) -> RoutingMethod:
     """
     name = block.name or "model"
     if block.gate is None or not block.top_k:
-        raise ValueError(f"{name}: expected a router to select anew, got none")
+        raise ValueError(f"{name}: expected a router whose selection can be repeated, got none")
     seen, methods = _probe(block)
     for method, matches in methods:
         if matches:

@@ -16,7 +16,6 @@ are queued, and the slots of a layer are uploaded before the kernels that use th
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -33,6 +32,7 @@ from switchgear.offload.predictors import Predictor, checked
 from switchgear.offload.residency import Residency
 from switchgear.offload.staging import knows
 from switchgear.offload.statistics import LayerStatistics
+from switchgear.utils.compiling import has_proxies
 from switchgear.weights.offloaded import Wave
 
 _FEW = 256  # ids, up to which a set of Python is faster than torch.unique
@@ -404,10 +404,8 @@ class CachedLayer:
 
 def _is_traced() -> bool:
     """Whether torch.jit.trace, make_fx or torch.export writes down the operations of this call."""
-    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # slow to import, and whoever traces has done so
-    if proxies is not None and proxies.get_proxy_mode() is not None:
-        return True
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    is_exported = has_proxies() or torch.compiler.is_exporting()
+    return is_exported or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _distinct(topk_ids: Tensor, num_experts: int) -> list[int]:

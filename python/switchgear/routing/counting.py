@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from switchgear.utils.compiling import has_proxies
+
 
 def unseen(*like: Any) -> AbstractContextManager[Any]:
     """Hides the ops inside, on tensors such as those in `like`, from dispatch modes: for what is not done again where
     checkpointing repeats a forward. Selective checkpointing numbers the ops of both runs."""
-    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or has_proxies() or not torch._C._len_torch_dispatch_stack():
         return nullcontext()
     if any(isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter) for value in like):
         return nullcontext()  # fake tensors and the like, which live in a mode
@@ -27,7 +29,7 @@ def unseen(*like: Any) -> AbstractContextManager[Any]:
 def aside(count: Callable[..., Any], *tensors: Tensor | None) -> Any:
     """count(*tensors), unseen by dispatch modes and the transforms of torch.func. Under vmap the tensors have the rows
     of all calls, in dimensions of their own at the front."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or has_proxies():
         return count(*tensors)
     plain = [None if tensor is None else _unwrapped(tensor) for tensor in tensors]
     with ExitStack() as stack:

@@ -194,8 +194,8 @@ class ImportanceLoad:
         ids = routing.topk_ids
         loss = self.importance * balance.importance_loss(ids, routing.topk_weights, routing.num_experts)
         logits, chosen = routing.router_logits, (ids >= 0).sum(1)
-        if context.noise:
-            (noise,) = context.noise
+        noise = context.noise[0] if context.noise is not None and len(context.noise) == 1 else None
+        if noise is not None and noise.noisy_logits.shape == logits.shape:
             closed = ~is_open(logits)
             clean, noisy = (z.masked_fill(closed, torch.finfo(z.dtype).min) for z in noise[:2])
             smooth = balance.smooth_load(noisy, chosen, noise.deviation, clean)

@@ -167,10 +167,8 @@ class _Replay:
         """(ids [T,K] int64, whether a token is recorded [T]) for this call of a layer."""
         with unseen(router_logits):
             forward, key = self._call(name, router_logits)
-        ids = self.ids[key]
-        if ids.device != router_logits.device:
-            ids = self.ids[key] = ids.to(router_logits.device)
-        rows = forward.rows.to(ids.device)
+            ids = self.ids[key] = self.ids[key].to(router_logits.device)
+            rows = forward.rows.to(ids.device)
         if len(rows) != len(router_logits):
             raise ValueError(f"{name}: expected the model's {len(rows)} tokens, got {len(router_logits)}")
         if not len(ids):

@@ -93,8 +93,9 @@ class Router(KeepsFloat32):
 
     score, select, capacity, and the items of balance may be classes or functools.partial objects; the router calls
     them: score with (hidden_size, num_experts, device=, dtype=), the others without arguments, or with num_experts= if
-    they take it. Objects that are modules move to `device`. select, capacity and balance may be set anew in training,
-    and are then made, checked and registered like those given here. The selection bias and counts stay.
+    they take it. Objects that are modules move to `device`. select, capacity and balance may be changed in training,
+    and are then made, checked and registered like those given here. The selection bias stays, and so do the counts of
+    the step as long as there are controllers.
 
     Parameters: weight [E,H], bias [E]; with `score`, those of the submodule score. ValueError for an option that is out
     of range or excluded by another.
@@ -142,6 +143,7 @@ class Router(KeepsFloat32):
             check_size("top_k", top_k)
         check_finite("scale", as_number("scale", scale))
         check_float_dtype("dtype", dtype)
+        balance = tuple(balance) if isinstance(balance, Iterable) else balance
         _check_parts(score, select, capacity, balance)
         if select is not None:
             _exclude("select", top_k=top_k is not None, score_function=score_function != "softmax", normalize=normalize,
@@ -177,16 +179,18 @@ class Router(KeepsFloat32):
         self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("select", "capacity", "balance") and hasattr(self, name):
+        if name in ("select", "capacity", "balance") and "overrides" in self.__dict__:  # after those of __init__
             self._change(name, value)
         else:
             super().__setattr__(name, value)
 
     def _change(self, name: str, value: Any) -> None:
         """Another select, capacity or balance; nothing changes if it is refused."""
+        if name == "balance" and isinstance(value, Iterable):
+            value = tuple(value)
         _check_parts(**{name: value})
-        if name == "select" and value is None and self.top_k is None:
-            raise ValueError("select: expected a selection in a router without top_k, got None")
+        if name == "select":
+            self._check_select(value)
         tensor = next(chain(self.parameters(), self.buffers()), self.tokens_per_expert)
         device = None if tensor is None else tensor.device
         part: Any
@@ -201,6 +205,15 @@ class Router(KeepsFloat32):
         super().__setattr__(name, part)
         self._register()
         self._count_and_correct(needs_bias, device)
+
+    def _check_select(self, select: Any) -> None:
+        """Raises ValueError for a selection that does not go with the other parts of this router."""
+        if select is None and self.top_k is None:
+            raise ValueError("select: expected a selection in a router without top_k, got None")
+        if self.e_score_correction_bias is not None and (name := ignoring_bias(select)) is not None:
+            raise ValueError(f"select: expected one that uses the selection bias, got {name}")
+        if not getattr(self.select, "uses_logits", True) and getattr(select, "uses_logits", True):
+            raise ValueError(f"select: expected one without router_logits, like {self.select}, got {select}")
 
     def _register(self) -> None:
         """The modules inside of select and balance."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Functions that torch.compile leaves out of its graphs.
+"""Functions that torch.compile leaves out of its graphs, and whether a call is traced.
 
 torch.compiler's decorators import torch's compiler, which takes longer than the import of torch. With these, it is
 imported by whoever compiles."""
@@ -32,6 +32,12 @@ def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]  # graphs end before it
     return wrapper
+
+
+def has_proxies() -> bool:
+    """Whether make_fx or torch.export traces this call."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # slow to import, and whoever traces has done so
+    return proxies is not None and proxies.get_proxy_mode() is not None
 
 
 def constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
