@@ -272,6 +272,8 @@ def test_failed_imports_say_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: 
     late.__cause__ = ModuleNotFoundError("No module named 'rich.table'", name="rich.table")
     absent = ModuleNotFoundError("No module named 'numpy'", name="numpy")
     damaged = ImportError("libfoo.so is missing")
+    within = ImportError("no name", name="transformers.generation")
+    other = ModuleNotFoundError("No module named 'peft'", name="peft")
 
     def lazy(name: str) -> Any:
         raise late
@@ -288,6 +290,8 @@ def test_failed_imports_say_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: 
         (absent, "matplotlib.pyplot", "needs numpy (No module named 'numpy'); pip install 'switchgear[bench]'"),
         (damaged, "PIL.Image", "PIL is installed but cannot be imported: libfoo.so is missing"),
         (damaged, "", "libfoo.so is missing"),
+        (within, "switchgear.integrations.transformers", "transformers is installed but cannot be imported: no name"),
+        (other, "", "needs peft (No module named 'peft'); pip install peft"),
     ):
         assert failed_import(error, module) == words
     monkeypatch.setattr(info, "run", lambda _: lazy(""))

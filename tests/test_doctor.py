@@ -64,8 +64,13 @@ def test_the_reference_is_named_as_what_is_slow(backend: str) -> None:
 
 
 def test_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "installed_version", lambda _: None)
-    assert settings._transformers().verdict == "absent"
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "installed_version", lambda _: None)
+        patch.setattr(settings.importlib.util, "find_spec", lambda _: None)
+        assert settings._transformers().verdict == "absent"
+        patch.setattr(settings.importlib.util, "find_spec", lambda name: name)  # a source tree has no version
+        patch.setitem(sys.modules, "switchgear.integrations.transformers", None)
+        assert settings._transformers().text.startswith("unknown version: ModuleNotFoundError: ")
     monkeypatch.setitem(sys.modules, "switchgear.integrations.transformers", None)
     monkeypatch.setattr(settings, "installed_version", lambda _: "5.24.0")
     found = settings._transformers()

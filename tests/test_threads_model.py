@@ -158,8 +158,9 @@ def test_memory_binds_the_nodes_it_is_on() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("num_threads", 0), ("num_nodes", 0), ("num_sockets", 3), ("core_bandwidth", 0.0), ("node_bandwidth", 0.0),
-    ("link_bandwidth", float("nan")), ("placement", "elsewhere"), ("bytes", [1, 2]),
+    ("num_threads", 0), ("num_nodes", 0), ("num_sockets", 3), ("core_bandwidth", 0.0),
+    ("core_bandwidth", float("inf")), ("node_bandwidth", 0.0), ("link_bandwidth", float("nan")),
+    ("placement", "elsewhere"), ("bytes", [1, 2]),
 ])  # fmt: skip
 def test_arguments_are_checked(name: str, value: object) -> None:
     arguments = {

@@ -73,7 +73,8 @@ py::tuple simulate_loop(const std::vector<double>& seconds, const std::vector<in
   if (num_nodes < 1) throw ValueError(join("num_nodes: expected at least 1, got ", num_nodes));
   if (num_sockets < 1 || num_nodes % num_sockets != 0)
     throw ValueError(join("num_sockets: expected a divisor of the ", num_nodes, " nodes, got ", num_sockets));
-  if (!(core_bandwidth > 0)) throw ValueError(join("core_bandwidth: expected more than 0, got ", core_bandwidth));
+  if (!(core_bandwidth > 0 && std::isfinite(core_bandwidth)))
+    throw ValueError(join("core_bandwidth: expected a finite number above 0, got ", core_bandwidth));
   if (!(node_bandwidth > 0)) throw ValueError(join("node_bandwidth: expected more than 0, got ", node_bandwidth));
   if (!(link_bandwidth > 0)) throw ValueError(join("link_bandwidth: expected more than 0, got ", link_bandwidth));
   for (size_t i = 0; i < seconds.size(); ++i) {

@@ -47,8 +47,9 @@ const Backend& cuda_backend();  // in libraries with CUDA kernels
 void register_backend(const Backend& backend);
 
 // ISAs of the CPU backend, best last: "generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx" on x86-64, and
-// "generic", "neon", "neondot" on Arm. Those with VNNI or dots differ from their predecessor only for quantised weights. `available` ISAs are built and supported by this machine. The
-// best one is the default; SWITCHGEAR_CPU_ISA, read at first use, selects another, and set_cpu_isa changes it later.
+// "generic", "neon", "neondot" on Arm. Those with VNNI or dots differ from their predecessor only for quantised weights.
+// `available` ISAs are built and supported by this machine. The best one is the default; SWITCHGEAR_CPU_ISA, read at first
+// use, selects another, and set_cpu_isa changes it later.
 std::vector<std::string> available_cpu_isas();
 std::string cpu_isa();
 void set_cpu_isa(const std::string& isa);  // ValueError if not available
@@ -58,8 +59,8 @@ void set_cpu_isa(const std::string& isa);  // ValueError if not available
 std::string cuda_kernels();
 void set_cuda_kernels(const std::string& kernels);  // ValueError for another name
 
-// The CPU's measured limits: register-only multiply-adds in flop/s (with the instruction that a dtype's
-// products use), about 50 ms each, and reads of 512 MiB of memory in bytes/s.
+// The CPU's measured limits: register-only multiply-adds in flop/s (with the instruction that a dtype's products use), about
+// 50 ms each, and reads of 512 MiB of memory in bytes/s.
 double multiply_rate(DType dtype, Execution exec = {});
 double integer_multiply_rate(int bits, Execution exec = {});  // for weights of 8 or 4 bits, in operations/s
 double read_bandwidth(Execution exec = {});

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+EXTRAS = {  # what they bring, for hints
+    "bench": {"rich", "matplotlib", "PIL"},
+    "transformers": {"transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy"},
+}
 MOST_SECONDS = 1e9  # of a timeout
 
 
@@ -43,9 +47,12 @@ def failed_import(error: ImportError, module: str = "") -> str:
     """Why `module` could not be imported, in words for a user: what to install, or what is damaged."""
     of, missing, reason = module.partition(".")[0], missing_package(error), _origin(error)
     if missing is None:
+        if of == "switchgear":  # one of its modules: a package that it needs
+            of = (getattr(reason, "name", None) or "").partition(".")[0]
         return f"{of} is installed but cannot be imported: {reason}" if of else str(reason)
-    extra = "bench" if {missing, of} & {"rich", "matplotlib", "PIL"} else "transformers"
-    return f"needs {missing} ({reason}); pip install 'switchgear[{extra}]'"
+    extra = next((extra for extra, packages in EXTRAS.items() if {missing, of} & packages), None)
+    wanted = missing if extra is None else f"'switchgear[{extra}]'"
+    return f"needs {missing} ({reason}); pip install {wanted}"
 
 
 def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:

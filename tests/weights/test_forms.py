@@ -425,6 +425,35 @@ def test_a_refused_state_dict_changes_nothing(case: FormCase, part: str) -> None
         model.get_submodule(part).load_state_dict(bad)
 
 
+def test_what_cannot_be_encoded_changes_nothing_and_nothing_is_encoded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 4), *(switchgear.Experts(64, 32, 2) for _ in range(2)))
+
+    model, state = made(), made().state_dict()
+    compiled = torch.compile(model)
+    for _ in range(2):
+        switchgear.store(compiled, "int8")
+        switchgear.restore(compiled)
+    switchgear.store(compiled, "int8")
+    bad = {**state, "2.down_proj": state["2.down_proj"].clone().index_fill_(0, torch.tensor(1), torch.nan)}
+    for top in (compiled, model):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        prefix = "_orig_mod." if top is compiled else ""
+        with pytest.raises(ValueError, match=r"2\.down_proj: expected finite numbers"):
+            top.load_state_dict({prefix + name: tensor for name, tensor in bad.items()})
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    encoded: list[str] = []
+    real = Int8.encode
+
+    def counted(form: Int8, name: str, *rest: Any) -> Any:
+        encoded.append(name)
+        return real(form, name, *rest)
+
+    monkeypatch.setattr(Int8, "encode", counted)
+    model.load_state_dict(state)
+    assert sorted(encoded) == ["1.down_proj", "1.gate_up_proj", "2.down_proj", "2.gate_up_proj"]
+
+
 @forms
 @pytest.mark.parametrize("made", [False, True])
 def test_inference_mode(case: FormCase, made: bool) -> None:

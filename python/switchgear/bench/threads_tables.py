@@ -27,7 +27,7 @@ from .results import Row, earlier_cases, read_json, write_json
 from .shapes import SHAPES, Shape
 from .threads_model import LOSSES, MACHINES, Cores, Measured, as_row, fork_seconds, machine, measured, predict, record
 
-SCHEMA = "switchgear-threads-model/1"
+SCHEMA = "switchgear-threads-model/2"
 MODEL_SHAPES = {
     "olmoe": SHAPES["olmoe"],
     "qwen3-30b-a3b": SHAPES["qwen3-30b-a3b"],

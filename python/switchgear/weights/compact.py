@@ -56,3 +56,7 @@ class Compact(Form):
         if (part := packed.nbytes / weight.nbytes) > WORTH:
             return f"{name} would still take {part:.0%} of its bytes"
         return packed
+
+    def check_values(self, name: str, weight: Tensor, parts: int) -> None:
+        if isinstance(reason := self.encode(name, weight, parts), str):
+            raise ValueError(f"{name}: expected a weight that can be stored as {self}; {reason}")

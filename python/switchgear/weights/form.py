@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from switchgear.reference.minifloat import finite_experts
 from switchgear.weights.pages import advise_huge_pages
 from switchgear.weights.weight import Weight
 
@@ -35,6 +36,9 @@ class Form(ABC):
         parts: 2 if the rows are all gates, then all ups, which are stored separately; else 1.
         """
 
+    def check_values(self, name: str, weight: Tensor, parts: int) -> None:  # noqa: B027  (many take any)
+        """Raises ValueError if `encode` refuses a weight of a shape and dtype that it takes, at less cost."""
+
     def options(self) -> list[str]:
         """The options that are not the default, as a call has them."""
         return [
@@ -50,6 +54,10 @@ class Form(ABC):
 
 class KeyedForm(Form):
     """A form with suffixes: its state dict does not have the plain weight."""
+
+    def check_values(self, name: str, weight: Tensor, parts: int) -> None:
+        for _ in finite_experts(weight, name):
+            pass
 
     @abstractmethod
     def save(self, weight: Weight) -> dict[str, Tensor]:

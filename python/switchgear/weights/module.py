@@ -157,7 +157,10 @@ class StoredProjections:
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> None:
         """Takes the weights out of a state dict, whose keys of this module start with `prefix`."""
         now = self.weights(module)
-        loaded = self._read(now, state_dict, prefix, missing)  # both, before anything changes
+        loaded = []  # both, before anything changes
+        for index, name in enumerate(self.layout.names):
+            weight = _loaded(self, index, now[index], state_dict, f"{prefix}{name}", missing)
+            loaded.append(now[index] if weight is None else weight)
         loaded = [_in_memory_of(old, weight) for old, weight in zip(now, loaded, strict=True)]
         projections = [
             Projection(Kind.of(weight), projection.trained, projection.tie)
@@ -169,17 +172,14 @@ class StoredProjections:
         module._switchgear_stored = changed  # type: ignore[assignment]
 
     def check_load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-        """Raises ValueError if `load` would."""
-        self._read(self.weights(module), dict(state_dict), prefix, [])
-
-    def _read(
-        self, now: tuple[Weight, Weight], state_dict: dict[str, Any], prefix: str, missing: list[str]
-    ) -> list[Weight]:
-        read = []
+        """Raises ValueError if `load` would. Plain weights are not encoded for that."""
         for index, name in enumerate(self.layout.names):
-            weight = _loaded(self, index, now[index], state_dict, f"{prefix}{name}", missing)
-            read.append(now[index] if weight is None else weight)
-        return read
+            key, now = f"{prefix}{name}", self.weights(module)[index]
+            plain = state_dict.get(key)
+            if plain is not None and _is_encoded_by(self.form, plain):
+                self.form.check_values(key, _plain(self, index, now, plain, key), self.layout.parts(index))
+            else:
+                _loaded(self, index, now, dict(state_dict), key, [])
 
 
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16}
@@ -370,7 +370,7 @@ def _hook_once(module: nn.Module, hook: Callable[..., None]) -> None:
     if "_switchgear_checks" not in vars(module):  # the hooks do nothing where no module is stored
         hooked: Any = module
         hooked.register_load_state_dict_pre_hook(hook)
-        hooked._switchgear_checks = True
+        vars(module)["_switchgear_checks"] = True  # setattr of a compiled module goes to the one inside
 
 
 def _check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -388,18 +388,11 @@ def _loaded(
     stored: StoredProjections, index: int, now: Weight, state_dict: dict[str, Any], key: str, missing: list[str]
 ) -> Weight | None:
     """The state dict's weight under `key`, or None; removes its keys from the state dict."""
-    form, layout = stored.form, stored.layout
+    form = stored.form
     plain = state_dict.get(key)
-    if plain is not None and not ("" in form.suffixes and plain.dtype is torch.float8_e4m3fn):
-        if plain.dtype not in FLOATS:
-            raise ValueError(f"{key}: expected a floating dtype of at least 16 bits, got {plain.dtype}")
+    if plain is not None and _is_encoded_by(form, plain):
+        weight = form.encode(key, _plain(stored, index, now, plain, key), stored.layout.parts(index))
         del state_dict[key]
-        shape = list(now.shape)
-        view = plain.mT if layout.transposed else plain
-        if list(view.shape) != shape:
-            expected = [shape[0], *reversed(shape[1:])] if layout.transposed else shape
-            raise ValueError(f"{key}: expected shape {expected}, got {list(plain.shape)}")
-        weight = form.encode(key, view.detach().to(now.device, now.dtype), layout.parts(index))
         if isinstance(weight, str):
             raise ValueError(f"{key}: expected a weight that can be stored as {form}; {weight}")
         return weight
@@ -414,6 +407,23 @@ def _loaded(
         return form.load(present, now)
     except ValueError as error:
         raise ValueError(f"{key}{error}") from None
+
+
+def _is_encoded_by(form: Form, tensor: Tensor) -> bool:
+    """Whether a tensor of a state dict is a plain weight; the key of an fp8 weight has no suffix either."""
+    return not ("" in form.suffixes and tensor.dtype is torch.float8_e4m3fn)
+
+
+def _plain(stored: StoredProjections, index: int, now: Weight, plain: Tensor, key: str) -> Tensor:
+    """A plain weight of a state dict as [E,N,C], with the dtype and on the device of `now`, which it replaces."""
+    if plain.dtype not in FLOATS:
+        raise ValueError(f"{key}: expected a floating dtype of at least 16 bits, got {plain.dtype}")
+    shape, layout = list(now.shape), stored.layout
+    view = plain.mT if layout.transposed else plain
+    if list(view.shape) != shape:
+        expected = [shape[0], *reversed(shape[1:])] if layout.transposed else shape
+        raise ValueError(f"{key}: expected shape {expected}, got {list(plain.shape)}")
+    return view.detach().to(now.device, now.dtype)
 
 
 def _in_memory_of(old: Weight, weight: Weight) -> Weight:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -70,9 +71,10 @@ def _allocator(environment: os._Environ[str] | dict[str, str]) -> Finding:
 
 def _transformers() -> Finding:
     version = installed_version("transformers")
-    if version is None:
+    if version is None and importlib.util.find_spec("transformers") is None:
         remedy = "pip install 'switchgear[transformers]' to run its models"
         return Finding("transformers", "absent", "not installed", remedy)
+    version = version or "unknown version"
     try:
         importlib.import_module("switchgear.integrations.transformers")
     except Exception as error:  # a broken installation can raise anything
@@ -81,7 +83,7 @@ def _transformers() -> Finding:
 
 
 def _remedy(version: str, error: Exception) -> str:
-    if int(version.partition(".")[0]) < 5:
+    if version.partition(".")[0] in ("3", "4"):
         return "install transformers 5.0 or newer"
     if missing := missing_package(error):
         return f"install {missing}"
