@@ -454,7 +454,7 @@ def test_models_that_it_does_not_run() -> None:
 def test_a_change_that_fails_halfway_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, steps = make_model(), steps_of()
     wanted = outputs_of(model, steps)
-    from switchgear.offload import change
+    from switchgear.offload import attachment
 
     calls = []
 
@@ -464,8 +464,8 @@ def test_a_change_that_fails_halfway_is_undone(monkeypatch: pytest.MonkeyPatch) 
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    original = change.put
-    monkeypatch.setattr(change, "put", put)
+    original = attachment.put
+    monkeypatch.setattr(attachment, "put", put)
     store = MemoryStore(model)
     with pytest.raises(KeyboardInterrupt):
         offload.offload(model, store, slots=2)  # type: ignore[arg-type]

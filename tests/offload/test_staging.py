@@ -100,7 +100,7 @@ class Kernels:
 
     @property
     def model_modules(self) -> list[Any]:
-        return [change.target.module for change in self.offloaded._changes]
+        return [attachment.target.module for attachment in self.offloaded._attachments]
 
     def finish(self) -> None:
         self.device.synchronize()
