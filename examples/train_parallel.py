@@ -42,7 +42,7 @@ from switchgear.parallel import (
 )  # fmt: skip
 
 HIDDEN, CLUSTERS, TOKENS, EXPERTS = 32, 4, 256, 8  # tokens per step, over all processes
-NOBODY = 3  # exit status of a process that found no rank to join
+NO_RANK = 3  # exit status of a process that found no rank to join
 
 
 def tokens_and_targets(centers: Tensor, maps: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ def go_on(steps: int, folder: str, comes_later: bool) -> None:
             join(training, timeout=10)
         except ExpertParallelError as error:
             note(error=str(error))
-            sys.exit(NOBODY)
+            sys.exit(NO_RANK)
     while training.steps < steps:
         error = elastic_step(training, loss_and_backward)
         note(step=training.steps - 1, ranks=parallel.size, error=error.item())
@@ -186,7 +186,7 @@ def guard(steps: int, folder: str, period: float = 5.0) -> None:
             else:
                 process.kill()
             continue
-        if status in (0, NOBODY):
+        if status in (0, NO_RANK):
             return
         process = subprocess.Popen([*command, "later"])
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from switchgear.experts import Experts
+from switchgear.utils.extending import extend_once
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import ON_WRAPPER, Factors, Lent, adapters_of
 from switchgear.weights.module import shown_as_parameters
@@ -37,18 +38,9 @@ def register() -> None:
     their factors. Idempotent."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     layer = sys.modules.get("peft.tuners.lora.layer")
-    _extend(getattr(tuners, "BaseTuner", None), "inject_adapter", _refusing_own)
-    _extend(getattr(tuners, "BaseTuner", None), "_inject_parameters", _finding_stored)
-    _extend(getattr(layer, "ParamWrapper", None), "_activate_lora", _lending)
-
-
-def _extend(owner: Any, name: str, extended: Callable[[Any], Any]) -> None:
-    """Replaces a method of PEFT by extended(method), once. Older versions may lack it."""
-    original = getattr(owner, name, None)
-    if original is not None and not hasattr(original, "switchgear_original"):
-        method = extended(original)
-        method.switchgear_original = original
-        setattr(owner, name, method)
+    extend_once(getattr(tuners, "BaseTuner", None), "inject_adapter", _refusing_own)
+    extend_once(getattr(tuners, "BaseTuner", None), "_inject_parameters", _finding_stored)
+    extend_once(getattr(layer, "ParamWrapper", None), "_activate_lora", _lending)
 
 
 def _refusing_own(original: Any) -> Any:

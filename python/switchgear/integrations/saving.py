@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 
 from switchgear.backends import warn_once
+from switchgear.utils.extending import extend_once
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.module import plain_keys
@@ -28,11 +29,8 @@ from switchgear.weights.offloaded import OffloadedProjections
 def register() -> None:
     """Makes `PreTrainedModel.save_pretrained` write plain weights of stored experts. Models without them are saved as
     before. Adapters of `add_lora` keep their names."""
-    module: Any = modeling_utils
-    if not hasattr(module.revert_weight_conversion, "switchgear_original"):
-        module.revert_weight_conversion = _keeping_adapters(module.revert_weight_conversion)
-    if not hasattr(PreTrainedModel.save_pretrained, "switchgear_original"):
-        PreTrainedModel.save_pretrained = _saving_plain(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
+    extend_once(modeling_utils, "revert_weight_conversion", _keeping_adapters)
+    extend_once(PreTrainedModel, "save_pretrained", _saving_plain)
 
 
 def _keeping_adapters(original: Any) -> Any:
@@ -42,7 +40,6 @@ def _keeping_adapters(original: Any) -> Any:
         rest = {key: tensor for key, tensor in state_dict.items() if key not in kept}
         return {**original(model, rest), **kept}
 
-    revert_weight_conversion.switchgear_original = original  # type: ignore[attr-defined]
     return revert_weight_conversion
 
 
@@ -87,7 +84,6 @@ def _saving_plain(original: Any) -> Any:
         with _showing(state_dict, self):
             return original(*call.args, **call.kwargs)
 
-    save_pretrained.switchgear_original = original  # type: ignore[attr-defined]
     return save_pretrained
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.utils.extending import is_extended
 from switchgear.weights.weight import AdaptedWeight, Weight
 
 
@@ -61,7 +62,7 @@ def notice_wrapper(module: nn.Module) -> None:
 def lends(wrapper: nn.Module) -> bool:
     """Whether a wrapper lends its factors to modules that run on switchgear."""
     notice_wrappers()
-    return hasattr(getattr(type(wrapper), "_activate_lora", None), "switchgear_original")
+    return is_extended(getattr(type(wrapper), "_activate_lora", None))
 
 
 def adapters_of(module: nn.Module) -> dict[str, Lora]:

@@ -173,8 +173,8 @@ class StoredProjections:
 
     def check_load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         """Raises ValueError if `load` would. Plain weights are not encoded for that."""
-        for index, name in enumerate(self.layout.names):
-            key, now = f"{prefix}{name}", self.weights(module)[index]
+        for index, (name, now) in enumerate(zip(self.layout.names, self.weights(module), strict=True)):
+            key = f"{prefix}{name}"
             plain = state_dict.get(key)
             if plain is not None and _is_encoded_by(self.form, plain):
                 self.form.check_values(key, _plain(self, index, now, plain, key), self.layout.parts(index))
@@ -302,8 +302,8 @@ def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.
 
 @contextmanager
 def shown_as_parameters(model: nn.Module) -> Iterator[None]:
-    """Stored projections are parameters for a while, for code that asks for names, shapes, dtypes and devices. All
-    numbers of one share the memory of a single element."""
+    """Within the block stored projections appear as parameters, so that other code finds their names, shapes, dtypes
+    and devices. Each takes the memory of one element."""
     shown = []
     for module in model.modules():
         if (stored := stored_of(module)) is not None:
