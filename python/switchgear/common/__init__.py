@@ -57,11 +57,15 @@ def check_new(option: str, path: AnyPath) -> None:
 
 
 def check_file(option: str, path: AnyPath) -> None:
-    """Creates the file if there is none. CommandError if `write_file` could not write it."""
+    """CommandError if `write_file` could not write it. Changes nothing."""
+    target = Path(path)
     try:
-        open(path, "ab").close()
-        if Path(path).is_file():
-            with tempfile.TemporaryFile(dir=Path(path).resolve().parent):
+        missing = not target.exists()
+        open(target, "ab").close()
+        if missing:
+            target.resolve().unlink()
+        if missing or target.is_file():
+            with tempfile.TemporaryFile(dir=target.resolve().parent):
                 pass
     except OSError as error:
         raise CommandError(f"--{option}: cannot write {path}: {error.strerror}") from None
