@@ -339,6 +339,20 @@ def test_moe_x_predicts_how_many_neurons_are_active() -> None:
         SparsityAware(H, E)(x, NOTHING_KNOWN)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_row22_biases_are_a_column_of_ones(gated: bool) -> None:
+    """What is silenced without a weight: W x + b of experts whose inputs have a 1 appended and biases among the weights."""
+    layer = switchgear.MoE(H, 24, E, **presets.moe_x() | {"gated": gated, "activation": "relu"}, bias=True).double()
+    first = "gate_up_proj" if gated else "up_proj"
+    weight, bias = getattr(layer.experts, first), getattr(layer.experts, f"{first}_bias")
+    with torch.no_grad():
+        bias.normal_().add_(torch.linspace(-2, 2, E, dtype=bias.dtype)[:, None])
+    x = torch.randn(9, H, dtype=torch.float64)
+    wide = torch.cat((weight, bias[..., None]), -1)[:, :24]
+    want = torch.stack([torch.stack([silent_share(w, row) for w in wide]) for row in F.pad(x, (0, 1), value=1.0)])
+    torch.testing.assert_close(layer.gate.score(x, NOTHING_KNOWN), want)
+
+
 def test_moe_x_is_a_wide_network_with_a_block_mask() -> None:
     layer = layer_of(presets.moe_x(), return_routing=True)
     x = torch.randn(9, H)

@@ -117,7 +117,7 @@ def batch_independent(*, top_k: int = 2) -> dict[str, Any]:
     return {"select": TopK(top_k), "capacity": Dropless(), "isolation": "sequence"}
 
 
-def base_layer(*, eps: float | str = "auto", max_iterations: int = 100) -> dict[str, Any]:
+def base_layer(*, eps: float | str = "auto", max_iterations: int = 1000) -> dict[str, Any]:
     """Balanced assignment in training, the best expert in evaluation, weighted by a sigmoid; no loss.
 
     Paper: BASE Layers: Simplifying Training of Large, Sparse Models, arXiv:2103.16716

@@ -62,8 +62,8 @@ def norms(activations: Tensor) -> Tensor:
 class SparsityAware(nn.Module):
     """Prefers experts whose hidden activations will be sparse (MoE-X, arXiv:2503.07639). If the columns of an expert's
     first projection are Gaussian, a pre-activation is N(mu, sigma²), mu = Σ_d x_d·mean_d and sigma² = Σ_d x_d²·var_d.
-    The logit is scale · Φ(-mu/sigma), the fraction of neurons that a ReLU silences (sign and normalisation are
-    unverified).
+    Biases are one more column, whose x_d is 1. The logit is scale · Φ(-mu/sigma), the fraction of neurons that a ReLU
+    silences (sign and normalisation are unverified).
 
     The MoE layer binds it to its experts. It reads their weights at each call, and gradients reach them. No parameters.
     With distributed experts each rank computes mean and var of its own, and sends them to the others: 8·H bytes each.
@@ -84,27 +84,32 @@ class SparsityAware(nn.Module):
             raise ValueError(f"score: SparsityAware reads the weights of Experts, got {type(experts).__name__}")
         self._experts = (experts,)
 
-    def _first_projection(self) -> Tensor:
+    def _first_projection(self) -> list[Tensor]:
+        """[E,I,H], and [E,I,1] of the biases if the experts have some."""
         if not self._experts:
             raise ValueError("score: SparsityAware must be bound to experts; see SparsityAware.bind")
         experts = self._experts[0]
-        weight: Tensor = experts.gate_up_proj if experts.gated else experts.up_proj
-        weight = weight.mT if experts.transposed else weight
+        name = "gate_up_proj" if experts.gated else "up_proj"
+        weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias", None)
+        parts = [weight.mT if experts.transposed else weight, *([] if bias is None else [bias[..., None]])]
         if experts.gated:
-            weight = weight[:, 0::2] if experts.interleaved else weight[:, : weight.shape[1] // 2]
-        return weight
+            parts = [part[:, 0::2] if experts.interleaved else part[:, : part.shape[1] // 2] for part in parts]
+        return parts
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E] float32."""
-        weight = self._first_projection()
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        parts = [part.to(wide) for part in self._first_projection()]
         with without_autocast(x.device.type):
-            mean = weight.to(wide).mean(1)
-            variance = weight.to(wide).var(1, correction=0)
+            mean = torch.cat([part.mean(1) for part in parts], -1)
+            variance = torch.cat([part.var(1, correction=0) for part in parts], -1)
             if (gathered := getattr(self._experts[0], "gathered", None)) is not None:  # experts of other ranks
                 mean, variance = gathered(torch.stack((mean, variance), 1)).unbind(1)
-            mu = gate(x.to(wide), mean)
-            sigma = (gate(x.to(wide).square(), variance) + torch.finfo(wide).tiny).sqrt()
+            x = x.to(wide)
+            if len(parts) > 1:
+                x = F.pad(x, (0, 1), value=1.0)
+            mu = gate(x, mean)
+            sigma = (gate(x.square(), variance) + torch.finfo(wide).tiny).sqrt()
             silent: Tensor = torch.special.ndtr(-mu / sigma)
             return self.scale * silent
 
