@@ -50,6 +50,15 @@ void drop_oldest(Pool& p) {
   p.idle.erase(p.idle.begin());
 }
 
+// A call that has outgrown all idle workspaces replaces the largest: calls that grow would keep each of their sizes.
+void drop_largest(Pool& p) {
+  const auto largest =
+      std::max_element(p.idle.begin(), p.idle.end(), [](const Block& a, const Block& b) { return a.size < b.size; });
+  if (largest == p.idle.end()) return;
+  free_block(*largest);
+  p.idle.erase(largest);
+}
+
 char* allocate(int64_t bytes) {
   auto* const data = static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64}));
   advise_huge_pages(data, bytes);  // one page fault instead of 512
@@ -71,7 +80,7 @@ Workspace::Workspace(int64_t bytes) : size_(padded(bytes)) {
       reuse = *best;
       p.idle.erase(best);
     } else {
-      drop_oldest(p);  // outgrown: replace one rather than keep both
+      drop_largest(p);
     }
   }
   if (reuse.data == nullptr) {
@@ -140,6 +149,14 @@ int64_t kept_bytes() {
   Pool& p = pool();
   const std::lock_guard lock(p.mutex);
   return p.idle_bytes;
+}
+
+int64_t idle_workspace_bytes() {
+  Pool& p = pool();
+  const std::lock_guard lock(p.mutex);
+  int64_t bytes = 0;
+  for (const Block& block : p.idle) bytes += block.size;
+  return bytes;
 }
 
 void release_workspaces() {

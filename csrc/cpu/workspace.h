@@ -48,7 +48,8 @@ class Buffer {
   int64_t size_;
 };
 
-int64_t kept_bytes();  // of idle buffers
+int64_t kept_bytes();            // of idle buffers
+int64_t idle_workspace_bytes();  // of idle workspaces: at most the largest of the calls that ran at once
 void release_workspaces();
 
 }  // namespace switchgear::cpu

@@ -28,7 +28,7 @@ TEST(workspaces_give_aligned_parts_in_order) {
     CHECK(other.take_bytes(64) != first, "in use");
   }
   {
-    Workspace larger(1 << 20), same(3 * 64 + 200), smaller(64);
+    Workspace same(3 * 64 + 200), larger(1 << 20), smaller(64);
     CHECK(same.take_bytes(0) == first, "the smallest that fits");
     CHECK(larger.take_bytes(0) != first && smaller.take_bytes(0) != first);
   }
@@ -49,6 +49,19 @@ TEST(nested_workspaces_are_reused_after_many_smaller_ones) {
     CHECK(call < 2 || (here == outer && there == inner), "call ", call);
     outer = here, inner = there;
   }
+  cpu::release_workspaces();
+}
+
+TEST(calls_that_grow_keep_the_last_size) {
+  cpu::release_workspaces();
+  const void* before = nullptr;
+  for (int call = 1; call <= 8; ++call) {
+    Workspace outer(call << 20), inner(64);
+    const void* const here = inner.take_bytes(1);
+    CHECK(call == 1 || here == before, "call ", call);  // the smaller block stays
+    before = here;
+  }
+  CHECK(cpu::idle_workspace_bytes() == (8 << 20) + 64);
   cpu::release_workspaces();
 }
 
