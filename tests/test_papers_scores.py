@@ -341,7 +341,7 @@ def test_moe_x_predicts_how_many_neurons_are_active() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_row22_biases_are_a_column_of_ones(gated: bool) -> None:
-    """What is silenced without a weight: W x + b of experts whose inputs have a 1 appended and biases among the weights."""
+    """W x + b is [W b] [x 1]: the share of the authors, of experts with one more input."""
     layer = switchgear.MoE(H, 24, E, **presets.moe_x() | {"gated": gated, "activation": "relu"}, bias=True).double()
     first = "gate_up_proj" if gated else "up_proj"
     weight, bias = getattr(layer.experts, first), getattr(layer.experts, f"{first}_bias")
