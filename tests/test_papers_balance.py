@@ -612,29 +612,44 @@ def test_adamoe_tokens_of_null_experts_alone_are_zeros_and_plans_hold_true_pairs
 # ---- heterogeneous experts -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("top_p", [None, 0.6])
 @pytest.mark.parametrize(("widths", "mean"), [("arithmetic", 32), ("geometric", 255), ("hybrid", 8)])
-def test_hmoe_is_a_loop_of_widths_with_a_penalty(widths: str, mean: int) -> None:
-    layer = presets.build(H, mean, 8, **presets.hmoe(widths=widths, penalty=0.1, entropy=0.1))
+def test_row9_hmoe_is_a_loop_of_widths_with_a_penalty(widths: str, mean: int, top_p: float | None) -> None:
+    """Equations 7 to 11 of the appendix, and 4 and 5: with top-p alone, the entropy of the router too."""
+    layer = presets.build(H, mean, 8, **presets.hmoe(widths=widths, top_p=top_p))
     sizes = list(layer.experts.intermediate_sizes)
     assert isinstance(layer.experts, HeterogeneousExperts)
     assert sum(sizes) == 8 * mean
 
+    def choice_of(row: Tensor) -> list[int]:
+        order = best(row, 8)
+        if top_p is None:
+            return order[:2]
+        return order[: next(t for t in range(1, 9) if sum(row[e] for e in order[:t]) >= top_p)]
+
     def loop(layer: Any, x: Tensor) -> Any:
         p = (x @ layer.gate.weight.T).softmax(-1)
-        ids, weights = chosen(p, 2)
+        ids = [choice_of(row) for row in p]
         rows = []
-        for row, choice, weight in zip(x, ids, weights, strict=True):
+        for row, choice, q in zip(x, ids, p, strict=True):
             y = torch.zeros_like(row)
-            for e, w in zip(choice, weight, strict=True):
+            for e in choice:
                 gate_up, down = layer.experts.weights_of(e)
                 gate, up = (gate_up @ row).chunk(2)
-                y = y + w * (down @ (F.silu(gate) * up))
+                y = y + q[e] / sum(q[i] for i in choice) * (down @ (F.silu(gate) * up))
             rows.append(y)
         load = [sum(e in choice for choice in ids) / len(x) * sizes[e] / mean for e in range(8)]
-        entropy = -sum(q * q.log() for row in p for q in row) / len(x)
-        return torch.stack(rows), 0.1 * 8 * sum(load[e] * p[:, e].mean() for e in range(8)) + 0.1 * entropy
+        loss = 0.1 * 8 * sum(load[e] * p[:, e].mean() for e in range(8))
+        if top_p is not None:
+            loss = loss + 0.03 * 8 * -sum(q * q.log() for row in p for q in row) / len(x)
+        return torch.stack(rows), loss
 
     assert_agrees(layer, loop, torch.randn(12, H), length=2 * max(sizes) + 64)
+
+
+def test_row9_hmoe_has_no_entropy_loss_without_top_p() -> None:
+    with pytest.raises(ValueError, match=r"^top_p: expected a number with entropy=0.1, got None"):
+        presets.hmoe(entropy=0.1)
 
 
 # ---- a deep mixture --------------------------------------------------------------------------------------------------

@@ -57,7 +57,9 @@ FIDELITY = {
     ),
     "gumbel_gate": Fidelity("selection", 25, PAPER, "tau"),
     "gw_moe": Fidelity("selection", 19, f"{PAPER}; its Switch code multiplies the experts' input instead"),
-    "hmoe": Fidelity("structure", 9, PAPER, "entropy"),
+    "hmoe": Fidelity(
+        "structure", 9, f"{PAPER}; widths relative to their mean in the penalty, and the entropy per token: {OURS}"
+    ),
     "isolated_expert_choice": Fidelity("capacity", 80, "the paper's defence: competition within a sequence"),
     "llama4": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
     "locmoe": Fidelity(
