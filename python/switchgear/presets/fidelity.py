@@ -85,8 +85,8 @@ FIDELITY = {
     "moec": Fidelity(
         "balance",
         20,
-        f"variances of open experts: {CODE}; their quotient as the loss: {OURS}",
-        "clusters, dropout, interval",
+        f"loss and constants: {CODE}, with means over tokens for its sums; losses of the learned temperature, and the "
+        f"softmax as weight, without the rest of the input: {OURS}",
     ),
     "monet": Fidelity("structure", 30, PAPER),
     "mor1e": Fidelity("adapter", 66, f"rank-1 experts: {PAPER}; form of the prior: {OURS}", "top_k, weight, tau"),
