@@ -351,15 +351,16 @@ def test_moe_x_is_a_wide_network_with_a_block_mask() -> None:
 # ---- Autonomy of Experts ---------------------------------------------------------------------------------------------
 
 
-def autonomous_loop(layer: Any, x: Tensor) -> Any:
+def autonomous_loop(layer: Any, x: Tensor, over_all: bool = False) -> Any:
     rows, chosen, probabilities = [], [], []
     for row in x:
         low = [down @ row for down in layer.gate.score.down]
         norms = torch.stack([(c * c).sum().sqrt() for c in low])
         p, ids = norms.softmax(-1), best(norms, layer.gate.top_k)
+        w = p if over_all else dict(zip(ids, norms[ids].softmax(-1), strict=True))
         y = torch.zeros_like(row)
         for e in ids:
-            y = y + p[e] * layer.down_proj[e] @ (F.silu(layer.up[e] @ low[e]) * (layer.v[e] @ row))
+            y = y + w[e] * layer.down_proj[e] @ (F.silu(layer.up[e] @ low[e]) * (layer.v[e] @ row))
         rows.append(y)
         chosen.append(ids)
         probabilities.append(p)
@@ -367,9 +368,15 @@ def autonomous_loop(layer: Any, x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("top_k", [1, 3, E])
-def test_autonomy_of_experts_is_a_loop_without_a_router(backend: str, top_k: int) -> None:
+def test_row23_autonomy_of_experts_is_a_loop_without_a_router(backend: str, top_k: int) -> None:
+    """Algorithm 2: the softmax is over the norms of the chosen experts."""
     layer = layer_of(presets.autonomy_of_experts(top_k=top_k, d_low=5, balance=0.1))
     assert_agrees(layer, autonomous_loop, torch.randn(20, H))
+
+
+def test_row23_autonomy_of_experts_of_its_code_is_a_softmax_over_all() -> None:
+    layer = layer_of(presets.autonomy_of_experts(top_k=3, d_low=5, balance=0.1, normalize=False))
+    assert_agrees(layer, partial(autonomous_loop, over_all=True), torch.randn(20, H))
 
 
 def test_autonomy_of_experts_has_as_many_parameters() -> None:

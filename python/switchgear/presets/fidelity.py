@@ -24,7 +24,7 @@ FIDELITY = {
     "adamoe": Fidelity(
         "structure", 8, f"{PAPER}; its code averages the null experts' load along another axis", "top_k"
     ),
-    "autonomy_of_experts": Fidelity("score", 23, PAPER, "balance"),
+    "autonomy_of_experts": Fidelity("score", 23, f"{PAPER}; normalize=False: {CODE}"),
     "base_layer": Fidelity("selection", 6, f"{PAPER}; the auction's bids and tolerance: {OURS}"),
     "batch_independent": Fidelity("capacity", 79, "the paper's defence: no capacity"),
     "bounded_gate": Fidelity("score", 24, f"{PAPER}; which bounded transform: {OURS}", "transform"),
