@@ -378,6 +378,23 @@ def test_thor_draws_every_expert_alike() -> None:
         assert (chosen == chosen[:, :1]).all()
 
 
+@pytest.mark.parametrize("evaluation", ["token", "sequence"])
+def test_row18_thor_draws_per_batch_in_training_and_per_token_or_sequence_in_evaluation(evaluation: str) -> None:
+    """8 sequences of 40 tokens. Eight draws of eight experts are all the same once in 2 million runs."""
+    select = presets.thor(**({} if evaluation == "token" else {"evaluation": evaluation}))["select"]
+    logits = torch.empty(320, E)
+    trained = select(logits, Context(training=True, sequence_length=40)).topk_ids
+    assert (trained == trained[0]).all()
+    drawn = select(logits, Context(sequence_length=40)).topk_ids.view(8, 40)
+    assert len(drawn.unique()) > 1
+    assert (drawn == drawn[:, :1]).all() == (evaluation == "sequence")
+
+
+def test_random_names_a_wrong_evaluation() -> None:
+    with pytest.raises(ValueError, match=r"^evaluation: expected .*token.*, got '?mean"):
+        Random(1, evaluation="mean")
+
+
 def test_thor_is_the_drawn_expert_or_the_mean_of_all(backend: str) -> None:
     layer = layer_of(presets.thor(evaluation="ensemble"), return_routing=True)
     x = torch.randn(6, H)

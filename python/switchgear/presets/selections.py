@@ -186,14 +186,15 @@ def maskmoe(
     return {"select": partial(Masked, TopK(top_k), mask), "balance": [partial(SwitchLoss, balance)]}
 
 
-def thor(*, level: str = "batch", evaluation: str = "random") -> dict[str, Any]:
-    """A random expert, drawn per batch, sequence or token; there is no router to train.
+def thor(*, level: str = "batch", evaluation: str = "token") -> dict[str, Any]:
+    """A random expert, drawn per batch in training and per token in evaluation; there is no router to train.
 
     Paper: Taming Sparsely Activated Transformer with Stochastic Experts, arXiv:2110.04260
     Example: MoE(64, 32, 8, **presets.thor())(x)
 
-    The trainer runs two passes and adds routing.consistency_loss of their outputs. evaluation = "ensemble" averages all
-    experts.
+    The trainer runs two passes and adds routing.consistency_loss of their outputs. level = "sequence" or "token" draws
+    for each of them in training. evaluation: "token" or "sequence", as in the authors' code, "random" for draws as in
+    training, or "ensemble" for the average of all experts.
     """
     return {"select": Random(1, level, evaluation)}
 
