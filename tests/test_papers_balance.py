@@ -550,6 +550,12 @@ def test_deepseek_moe_is_a_loop_with_shared_experts(backend: str) -> None:
     assert layer.shared_experts.up_proj.weight.shape == (2 * I, H)
 
 
+def test_row3_deepseek_moe_has_the_constants_of_the_16b_model() -> None:
+    layer = presets.build(H, I, 64, **presets.deepseek_moe())
+    (loss,) = layer.gate.balance
+    assert (layer.gate.select.top_k, layer.shared_experts.down_proj.in_features, loss.coefficient) == (6, 2 * I, 0.001)
+
+
 def test_deepseek_moe_has_no_device_loss_without_devices() -> None:
     with pytest.raises(ValueError, match=r"^num_devices: expected a number with device_balance=5.0, got None"):
         presets.deepseek_moe(device_balance=5.0)

@@ -68,10 +68,17 @@ def test_switch_transformer_keeps_the_first_and_passes_the_others_through() -> N
     assert routing.num_dropped == dropped.sum() > 0
     assert not y[dropped].any()
     assert torch.equal((x + y)[dropped], x[dropped])
-    even = torch.zeros(E, H).index_fill(0, torch.arange(0), 0)
     with torch.no_grad():
         layer.gate.score.weight.zero_()
-    assert layer(even)[1].num_dropped == E - math.ceil(1.25)  # ties: all to expert 0
+    assert layer(torch.zeros(40, H))[1].num_dropped == 40 - math.ceil(1.25 * 40 / E)  # ties: all to expert 0
+
+
+@pytest.mark.parametrize(("tokens", "room"), [(3, 4), (8, 4), (24, 4), (40, 7)])
+def test_row1_switch_transformer_experts_take_four_tokens_at_least(tokens: int, room: int) -> None:
+    layer = layer_of(presets.switch(), return_routing=True)
+    with torch.no_grad():
+        layer.gate.score.weight.zero_()  # ties: all to expert 0
+    assert layer(torch.randn(tokens, H))[1].num_dropped == max(tokens - room, 0)
 
 
 def test_switch_transformer_costs_alpha_under_a_uniform_load() -> None:

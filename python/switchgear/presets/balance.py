@@ -26,7 +26,7 @@ def deepseek_moe(
     *,
     top_k: int = 6,
     num_shared_experts: int = 2,
-    balance: float = 0.01,
+    balance: float = 0.001,
     num_devices: int | None = None,
     device_balance: float | None = None,
 ) -> dict[str, Any]:
@@ -35,9 +35,10 @@ def deepseek_moe(
     Paper: DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models, arXiv:2401.06066
     Example: MoE(64, 8, 64, **presets.deepseek_moe())(x)
 
-    The paper's 2B model has 64 routed experts of a quarter of the usual width; its 16B model uses the coefficient
-    0.001. num_devices: adds the device loss. device_balance: its coefficient; if None, the 145B model's 0.05, which has
-    balance = 0.003 beside it.
+    The constants are those of the paper's 16B model, which has 64 routed experts of a quarter of the usual width. The
+    2B model has 63, top_k = 7, one shared expert and balance = 0.01; the 145B model 128 of an eighth, top_k = 12, four
+    shared experts, balance = 0.003 and the device loss. num_devices: adds the device loss. device_balance: its
+    coefficient; if None, the paper's 0.05.
     """
     if num_devices is None and device_balance is not None:
         raise ValueError(f"num_devices: expected a number with device_balance={device_balance}, got None")

@@ -119,7 +119,7 @@ FIDELITY = {
     "smola": Fidelity("adapter", 67, f"{PAPER}, with one set of experts for all modalities", "rank, slots"),
     "soft_moe": Fidelity("structure", 31, PAPER),
     "stratified": Fidelity("structure", 29, PAPER, "strata"),
-    "switch": Fidelity("selection", 1, PAPER, "evaluation_factor, jitter"),
+    "switch": Fidelity("selection", 1, f"{PAPER}; evaluation_factor, jitter, min_capacity: of its code"),
     "task_level": Fidelity("score", 34, PAPER, "tau"),
     "thor": Fidelity("selection", 18, PAPER),
     "word_experts": Fidelity("structure", 17, f"{PAPER}; the table is random, the paper's follows frequencies"),

@@ -39,20 +39,22 @@ def switch(
     evaluation_factor: float = 2.0,
     jitter: float = 1e-2,
     balance: float = 1e-2,
+    min_capacity: int = 4,
 ) -> dict[str, Any]:
     """The best expert, weighted by its probability; a capacity in token order; a balance loss; a float32 router.
 
     Paper: Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity, arXiv:2101.03961
     Example: MoE(64, 32, 8, **presets.switch())(x)
 
-    A dropped token gets zeros, so only the residual passes it on. The paper trains with capacity_factor 1.0 to 1.25;
-    evaluation_factor and jitter are unverified.
+    A dropped token gets zeros, so only the residual passes it on. The paper trains with capacity_factor 1.0 to 1.25.
+    evaluation_factor, jitter and min_capacity, the least number of tokens that an expert accepts, are those of the
+    authors' code.
     """  # noqa: E501
     return {
         "score": partial(Linear, float32=True),
         "jitter": jitter,
         "select": TopK(1),
-        "capacity": Capacity(capacity_factor, evaluation_factor=evaluation_factor),
+        "capacity": Capacity(capacity_factor, evaluation_factor=evaluation_factor, minimum=min_capacity),
         "balance": [partial(SwitchLoss, balance)],
     }
 
