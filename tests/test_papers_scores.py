@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import switchgear
 from loops import E, H, I, assert_agrees, assert_same, best, expert, layer_of, mixture, switch_loss
 from switchgear import presets
+from switchgear.layers import sigma_moe_values
 from switchgear.routing import (
     ActivationNorm,
     ClusterPrior,
@@ -148,9 +149,21 @@ def test_row11_the_entropy_loss_of_sigma_moe_sees_hidden_experts() -> None:
     assert_same(grad, *torch.autograd.grad(wanted, twin), 256, "gradient")
 
 
-def test_sigma_moe_begins_with_experts_of_one_norm() -> None:
-    norms = layer_of(presets.sigma_moe()).gate.score.weight.norm(dim=1)
-    torch.testing.assert_close(norms, norms[:1].expand(E))
+def test_row11_sigma_moe_gives_each_row_of_the_router_their_root_mean_square_norm() -> None:
+    """The sum of all squares stays that of the normal draw, which is the last one."""
+    layer, drawn = layer_of(presets.sigma_moe()), []
+    normal = nn.init.normal_
+
+    def remembered(weight: Tensor, **options: Any) -> Tensor:
+        drawn.append(normal(weight, **options).double().clone())
+        return weight
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.init, "normal_", remembered)
+        sigma_moe_values(layer)
+    mean = math.sqrt(sum(float(value) ** 2 for row in drawn[-1] for value in row) / E)
+    for row, before in zip(layer.gate.score.weight.detach().double(), drawn[-1], strict=True):
+        torch.testing.assert_close(row, before / before.norm() * mean, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("num_layers", "factor"), [(None, 1.0), (18, 1 / 3)])

@@ -54,7 +54,8 @@ def loss_free(*, top_k: int = 6, rate: float = 1e-3, rule: str = "sign") -> dict
     Paper: Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664
     Example: MoE(64, 32, 8, **presets.loss_free())(x)
 
-    switchgear.after_step(model) updates the bias; call it once per optimizer step. Sigmoid scores are unverified.
+    switchgear.after_step(model) updates the bias; call it once per optimizer step. rule = "proportional" divides each
+    difference of load by the mean load; the paper's variant does not, so its rate is rate / the mean load.
     """
     return {"select": TopK(top_k, "sigmoid"), "balance": [LossFreeBias(rate, rule)]}
 

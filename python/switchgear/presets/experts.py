@@ -22,8 +22,8 @@ def adamoe(*, top_k: int = 4, null_experts: int = 16, balance: float = 1e-4) -> 
     Paper: AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models, arXiv:2406.13233
     Example: MoE(64, 32, 8, **presets.adamoe())(x)
 
-    Weights are normalised over the real experts of a token. 16 null experts and the coefficient are from the published
-    Mixtral configuration; top_k is unverified.
+    Weights are normalised over the real experts of a token. The constants are those of the published code for Mixtral,
+    which starts the router's row of null expert j as a copy of that of expert j mod E.
     """
     return {
         "select": TopK(top_k),

@@ -88,8 +88,7 @@ def expert_choice(
     Example: MoE(64, 32, 8, **presets.expert_choice())(x)
 
     Tokens compete with later tokens of the batch, so a decoder must set `evaluation`, the number of best experts per
-    token in evaluation. capacity_factor = 2 is unverified. max_experts_per_token is the cap of the paper's variants
-    CAP2 and CAP3.
+    token in evaluation. max_experts_per_token is the cap of the paper's variants CAP2 and CAP3.
     """
     select = ExpertChoice(
         capacity_factor, scope=scope, max_experts_per_token=max_experts_per_token, evaluation=evaluation

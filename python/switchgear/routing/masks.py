@@ -76,7 +76,7 @@ class Masked(nn.Module):
 
 class Temperature(LoadsScalars):
     """Another selection of router_logits / tau, with a learned tau. Losses see probabilities of the fixed temperature
-    `fixed` (X-MoE, arXiv:2204.09179; its code defines 0.07 and does not use it).
+    `fixed` (X-MoE, arXiv:2204.09179: 0.07 in the gate of MoEC's code; torchscale defines it and does not use it).
 
     Args: select: an object, class or partial. tau: the initial temperature, at least min_tau. fixed: of Routing.scores;
     if None, they are those of the selection. num_experts: E; the router passes it.
