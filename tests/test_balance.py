@@ -234,11 +234,15 @@ def test_cluster_variance() -> None:
     alike = torch.tensor([[0.3, 0.3, 0.1, 0.1, 0.1, 0.1], [0.05, 0.05, 0.05, 0.05, 0.4, 0.4]])
     within = torch.tensor([[0.3, 0.1, 0.3, 0.1, 0.1, 0.1]])
     assert balance.cluster_variance_loss(alike, groups).abs() < 1e-6
-    a = within[0]
-    centers = a.view(3, 2).mean(1, keepdim=True).expand(3, 2).flatten()
-    wanted = (a - centers).square().sum() / (a - a.mean()).square().sum()
-    torch.testing.assert_close(balance.cluster_variance_loss(within, groups), wanted)
-    assert balance.cluster_variance_loss(torch.full((3, E), 1 / E), groups) == 0
+    assert balance.cluster_variance_loss(torch.eye(E), groups).abs() < 1e-6  # sure of each token, even over all
+    a = within.double()[0]
+    torch.testing.assert_close(
+        balance.cluster_variance_loss(within.double(), groups), E * a.view(3, 2).var(1).mean(), rtol=1e-12, atol=0
+    )
+    is_open = torch.tensor([[True, False, True, True, False, False]])  # one, two and none stay
+    torch.testing.assert_close(
+        balance.cluster_variance_loss(within.double(), groups, is_open), E * a[2:4].var() / 2, rtol=1e-12, atol=0
+    )
 
 
 def test_localized_balance() -> None:

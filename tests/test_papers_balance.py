@@ -445,7 +445,7 @@ def _restore(counts: Tensor, module: Any, args: Any) -> None:
 
 
 def test_row20_moec_is_a_loop_over_what_its_clusters_leave_open(backend: str) -> None:
-    options = presets.moec(num_clusters=2, clusters=0.1, dropout=0.5, balance=0.1)
+    options = presets.moec(num_clusters=2, clusters=20.0, dropout=0.5, balance=0.1)
     layer = layer_of(options, capacity=None)
     closed = layer.gate.select.mask.closed.clone()
     assert closed.view(2, 4).sum(1).tolist() == [2] * 2
@@ -458,15 +458,9 @@ def test_row20_moec_is_a_loop_over_what_its_clusters_leave_open(backend: str) ->
             rows.append(torch.stack([low @ e / (low.norm() * e.norm()) for e in score.embeddings]))
         p = (torch.stack(rows) / score.log_tau.exp()).masked_fill(closed, -math.inf).softmax(-1)
         ids, weights = chosen(p, 1)
-        share = 0
-        for row in p:
-            clusters = [[e for e in (c, c + 1, c + 2, c + 3) if not closed[e]] for c in (0, 4)]
-            means = [sum(row[e] for e in cluster) / len(cluster) for cluster in clusters]
-            number = sum(len(cluster) for cluster in clusters)
-            within = sum((row[e] - m) ** 2 for m, cluster in zip(means, clusters, strict=True) for e in cluster)
-            between = sum(len(cluster) * (m - 1 / number) ** 2 for m, cluster in zip(means, clusters, strict=True))
-            share = share + within / (within + between) / len(x)
-        return mixture(layer.experts, x, ids, weights), 0.1 * switch_loss(p, ids) + 0.1 * share
+        clusters = [[e for e in (c, c + 1, c + 2, c + 3) if not closed[e]] for c in (0, 4)]
+        variances = [torch.stack([p[:, e].sum() / len(x) for e in cluster]).var() for cluster in clusters]
+        return mixture(layer.experts, x, ids, weights), 0.1 * switch_loss(p, ids) + 20 * E * sum(variances) / 2
 
     assert_agrees(layer, loop, torch.randn(20, H))
 
@@ -481,6 +475,12 @@ def test_row20_moec_asks_nothing_of_a_perfectly_clustered_router(dropout: float)
     assert abs(float(loss)) < 1e-6
 
 
+@pytest.mark.parametrize(("size", "rate", "stay"), [(5, 0.5, 2), (8, 0.75, 2), (10, 0.9, 1), (3, 0.9, 1), (7, 0.0, 7)])
+def test_row20_moec_keeps_the_whole_part_of_a_cluster_open(size: int, rate: float, stay: int) -> None:
+    mask = ClusterDropout(2, rate, num_experts=2 * size)
+    assert (~mask.closed).view(2, size).sum(1).tolist() == [stay] * 2
+
+
 def test_moec_closes_the_same_experts_for_an_interval() -> None:
     layer = presets.build(H, I, 24, **presets.moec(num_clusters=3, dropout=0.25, interval=4), return_routing=True)
     mask, seen = layer.gate.select.mask, []
@@ -488,7 +488,7 @@ def test_moec_closes_the_same_experts_for_an_interval() -> None:
         ids = layer(torch.randn(200, H))[1].topk_ids
         closed = mask.closed.nonzero().flatten()
         assert not torch.isin(ids, closed).any()
-        assert mask.closed.view(3, 8).sum(1).tolist() == [2, 2, 2]  # round(0.75 · 8) stay
+        assert mask.closed.view(3, 8).sum(1).tolist() == [2, 2, 2]  # 6 stay
         seen.append(tuple(closed.tolist()))
         switchgear.after_step(layer)
     assert [seen[k] == seen[k + 1] for k in range(11)] == [(k + 1) % 4 != 0 for k in range(11)]
@@ -548,6 +548,12 @@ def test_deepseek_moe_is_a_loop_with_shared_experts(backend: str) -> None:
 
     assert_agrees(layer, loop, torch.randn(20, H))
     assert layer.shared_experts.up_proj.weight.shape == (2 * I, H)
+
+
+def test_row3_deepseek_moe_has_the_constants_of_the_16b_model() -> None:
+    layer = presets.build(H, I, 64, **presets.deepseek_moe())
+    (loss,) = layer.gate.balance
+    assert (layer.gate.select.top_k, layer.shared_experts.down_proj.in_features, loss.coefficient) == (6, 2 * I, 0.001)
 
 
 def test_deepseek_moe_has_no_device_loss_without_devices() -> None:
@@ -612,29 +618,44 @@ def test_adamoe_tokens_of_null_experts_alone_are_zeros_and_plans_hold_true_pairs
 # ---- heterogeneous experts -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("top_p", [None, 0.6])
 @pytest.mark.parametrize(("widths", "mean"), [("arithmetic", 32), ("geometric", 255), ("hybrid", 8)])
-def test_hmoe_is_a_loop_of_widths_with_a_penalty(widths: str, mean: int) -> None:
-    layer = presets.build(H, mean, 8, **presets.hmoe(widths=widths, penalty=0.1, entropy=0.1))
+def test_row9_hmoe_is_a_loop_of_widths_with_a_penalty(widths: str, mean: int, top_p: float | None) -> None:
+    """Equations 7 to 11 of the appendix, and 4 and 5: with top-p alone, the entropy of the router too."""
+    layer = presets.build(H, mean, 8, **presets.hmoe(widths=widths, top_p=top_p))
     sizes = list(layer.experts.intermediate_sizes)
     assert isinstance(layer.experts, HeterogeneousExperts)
     assert sum(sizes) == 8 * mean
 
+    def choice_of(row: Tensor) -> list[int]:
+        order = best(row, 8)
+        if top_p is None:
+            return order[:2]
+        return order[: next(t for t in range(1, 9) if sum(row[e] for e in order[:t]) >= top_p)]
+
     def loop(layer: Any, x: Tensor) -> Any:
         p = (x @ layer.gate.weight.T).softmax(-1)
-        ids, weights = chosen(p, 2)
+        ids = [choice_of(row) for row in p]
         rows = []
-        for row, choice, weight in zip(x, ids, weights, strict=True):
+        for row, choice, q in zip(x, ids, p, strict=True):
             y = torch.zeros_like(row)
-            for e, w in zip(choice, weight, strict=True):
+            for e in choice:
                 gate_up, down = layer.experts.weights_of(e)
                 gate, up = (gate_up @ row).chunk(2)
-                y = y + w * (down @ (F.silu(gate) * up))
+                y = y + q[e] / sum(q[i] for i in choice) * (down @ (F.silu(gate) * up))
             rows.append(y)
         load = [sum(e in choice for choice in ids) / len(x) * sizes[e] / mean for e in range(8)]
-        entropy = -sum(q * q.log() for row in p for q in row) / len(x)
-        return torch.stack(rows), 0.1 * 8 * sum(load[e] * p[:, e].mean() for e in range(8)) + 0.1 * entropy
+        loss = 0.1 * 8 * sum(load[e] * p[:, e].mean() for e in range(8))
+        if top_p is not None:
+            loss = loss + 0.03 * 8 * -sum(q * q.log() for row in p for q in row) / len(x)
+        return torch.stack(rows), loss
 
     assert_agrees(layer, loop, torch.randn(12, H), length=2 * max(sizes) + 64)
+
+
+def test_row9_hmoe_has_no_entropy_loss_without_top_p() -> None:
+    with pytest.raises(ValueError, match=r"^top_p: expected a number with entropy=0.1, got None"):
+        presets.hmoe(entropy=0.1)
 
 
 # ---- a deep mixture --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import switchgear
 from loops import E, H, I, assert_agrees, assert_same, best, expert, layer_of, mixture, switch_loss
 from switchgear import presets
+from switchgear.layers import sigma_moe_values
 from switchgear.routing import (
     ActivationNorm,
     ClusterPrior,
@@ -148,9 +149,21 @@ def test_row11_the_entropy_loss_of_sigma_moe_sees_hidden_experts() -> None:
     assert_same(grad, *torch.autograd.grad(wanted, twin), 256, "gradient")
 
 
-def test_sigma_moe_begins_with_experts_of_one_norm() -> None:
-    norms = layer_of(presets.sigma_moe()).gate.score.weight.norm(dim=1)
-    torch.testing.assert_close(norms, norms[:1].expand(E))
+def test_row11_sigma_moe_gives_each_row_of_the_router_their_root_mean_square_norm() -> None:
+    """The sum of all squares stays that of the normal draw, which is the last one."""
+    layer, drawn = layer_of(presets.sigma_moe()), []
+    normal = nn.init.normal_
+
+    def remembered(weight: Tensor, **options: Any) -> Tensor:
+        drawn.append(normal(weight, **options).double().clone())
+        return weight
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.init, "normal_", remembered)
+        sigma_moe_values(layer)
+    mean = math.sqrt(sum(float(value) ** 2 for row in drawn[-1] for value in row) / E)
+    for row, before in zip(layer.gate.score.weight.detach().double(), drawn[-1], strict=True):
+        torch.testing.assert_close(row, before / before.norm() * mean, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("num_layers", "factor"), [(None, 1.0), (18, 1 / 3)])
@@ -365,15 +378,16 @@ def test_moe_x_is_a_wide_network_with_a_block_mask() -> None:
 # ---- Autonomy of Experts ---------------------------------------------------------------------------------------------
 
 
-def autonomous_loop(layer: Any, x: Tensor) -> Any:
+def autonomous_loop(layer: Any, x: Tensor, over_all: bool = False) -> Any:
     rows, chosen, probabilities = [], [], []
     for row in x:
         low = [down @ row for down in layer.gate.score.down]
         norms = torch.stack([(c * c).sum().sqrt() for c in low])
         p, ids = norms.softmax(-1), best(norms, layer.gate.top_k)
+        w = p if over_all else dict(zip(ids, norms[ids].softmax(-1), strict=True))
         y = torch.zeros_like(row)
         for e in ids:
-            y = y + p[e] * layer.down_proj[e] @ (F.silu(layer.up[e] @ low[e]) * (layer.v[e] @ row))
+            y = y + w[e] * layer.down_proj[e] @ (F.silu(layer.up[e] @ low[e]) * (layer.v[e] @ row))
         rows.append(y)
         chosen.append(ids)
         probabilities.append(p)
@@ -381,9 +395,15 @@ def autonomous_loop(layer: Any, x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("top_k", [1, 3, E])
-def test_autonomy_of_experts_is_a_loop_without_a_router(backend: str, top_k: int) -> None:
+def test_row23_autonomy_of_experts_is_a_loop_without_a_router(backend: str, top_k: int) -> None:
+    """Algorithm 2: the softmax is over the norms of the chosen experts."""
     layer = layer_of(presets.autonomy_of_experts(top_k=top_k, d_low=5, balance=0.1))
     assert_agrees(layer, autonomous_loop, torch.randn(20, H))
+
+
+def test_row23_autonomy_of_experts_of_its_code_is_a_softmax_over_all() -> None:
+    layer = layer_of(presets.autonomy_of_experts(top_k=3, d_low=5, balance=0.1, normalize=False))
+    assert_agrees(layer, partial(autonomous_loop, over_all=True), torch.randn(20, H))
 
 
 def test_autonomy_of_experts_has_as_many_parameters() -> None:

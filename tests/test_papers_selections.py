@@ -68,10 +68,17 @@ def test_switch_transformer_keeps_the_first_and_passes_the_others_through() -> N
     assert routing.num_dropped == dropped.sum() > 0
     assert not y[dropped].any()
     assert torch.equal((x + y)[dropped], x[dropped])
-    even = torch.zeros(E, H).index_fill(0, torch.arange(0), 0)
     with torch.no_grad():
         layer.gate.score.weight.zero_()
-    assert layer(even)[1].num_dropped == E - math.ceil(1.25)  # ties: all to expert 0
+    assert layer(torch.zeros(40, H))[1].num_dropped == 40 - math.ceil(1.25 * 40 / E)  # ties: all to expert 0
+
+
+@pytest.mark.parametrize(("tokens", "room"), [(3, 4), (8, 4), (24, 4), (40, 7)])
+def test_row1_switch_transformer_experts_take_four_tokens_at_least(tokens: int, room: int) -> None:
+    layer = layer_of(presets.switch(), return_routing=True)
+    with torch.no_grad():
+        layer.gate.score.weight.zero_()  # ties: all to expert 0
+    assert layer(torch.randn(tokens, H))[1].num_dropped == max(tokens - room, 0)
 
 
 def test_switch_transformer_costs_alpha_under_a_uniform_load() -> None:
@@ -377,6 +384,23 @@ def test_thor_draws_every_expert_alike() -> None:
     for level, groups in {"batch": 1, "sequence": 8}.items():
         chosen = Random(1, level)(torch.empty(40, E), context).topk_ids.view(groups, -1)
         assert (chosen == chosen[:, :1]).all()
+
+
+@pytest.mark.parametrize("evaluation", ["token", "sequence"])
+def test_row18_thor_draws_per_batch_in_training_and_per_token_or_sequence_in_evaluation(evaluation: str) -> None:
+    """8 sequences of 40 tokens. Eight draws of eight experts are all the same once in 2 million runs."""
+    select = presets.thor(**({} if evaluation == "token" else {"evaluation": evaluation}))["select"]
+    logits = torch.empty(320, E)
+    trained = select(logits, Context(training=True, sequence_length=40)).topk_ids
+    assert (trained == trained[0]).all()
+    drawn = select(logits, Context(sequence_length=40)).topk_ids.view(8, 40)
+    assert len(drawn.unique()) > 1
+    assert (drawn == drawn[:, :1]).all() == (evaluation == "sequence")
+
+
+def test_random_names_a_wrong_evaluation() -> None:
+    with pytest.raises(ValueError, match=r"^evaluation: expected .*token.*, got '?mean"):
+        Random(1, evaluation="mean")
 
 
 def test_thor_is_the_drawn_expert_or_the_mean_of_all(backend: str) -> None:

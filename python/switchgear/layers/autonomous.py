@@ -22,7 +22,7 @@ from switchgear.routing.scores_of_experts import ActivationNorm, norms
 
 class AutonomousMoE(WithLosses):
     """y = Σ_k w_k · W2_e (act(W_up,e c_e) ⊙ V_e x) with c_e = W_down,e x, over the experts with the largest ‖c_e‖; w is
-    the softmax of the norms over all experts (Autonomy-of-Experts, arXiv:2501.13074).
+    the softmax of their norms (Autonomy-of-Experts, arXiv:2501.13074).
 
     The projections c [T,E,d_low] of all experts are computed first. Their norms choose, and the chosen experts reuse c.
 
@@ -30,7 +30,7 @@ class AutonomousMoE(WithLosses):
 
     Args:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K. d_low: rows of W_down.
-        normalize: divide the weights of the chosen experts by their sum.
+        normalize: the softmax is over the chosen experts, as in the paper; else over all, as in its code.
         activation: act. capacity, balance, isolation: see Router.
         return_routing: forward returns (y, Routing).
 

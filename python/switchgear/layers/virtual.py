@@ -17,7 +17,8 @@ class VirtualExperts(nn.Module):
     """E real experts, then `null` that add nothing, `copy` that return x, and `constant` that return a learned vector.
 
     The ids of a router over E + null + copy + constant experts are in this order. Null experts: AdaMoE,
-    arXiv:2406.13233; zero, copy and constant experts: MoE++, arXiv:2410.07348.
+    arXiv:2406.13233; zero, copy and constant experts: MoE++, arXiv:2410.07348. AdaMoE's authors, who add null experts
+    to a trained model, start the router's row of null expert j as a copy of that of expert j mod E.
 
         experts = VirtualExperts(switchgear.Experts(256, 128, 16), null=16)
         router = switchgear.Router(256, experts.num_experts, top_k=4)

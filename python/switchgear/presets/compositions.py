@@ -39,16 +39,21 @@ def autonomous_moe(hidden_size: int, intermediate_size: int, num_experts: int, *
     return AutonomousMoE(hidden_size, intermediate_size, num_experts, **options)
 
 
-def autonomy_of_experts(*, top_k: int = 2, d_low: int | None = None, balance: float = 1e-2) -> Options:
+def autonomy_of_experts(
+    *, top_k: int = 2, d_low: int | None = None, balance: float = 1e-2, normalize: bool = True
+) -> Options:
     """Experts choose their tokens by the norm of their own first activation, which the chosen experts reuse.
 
     Paper: Autonomy-of-Experts Models, arXiv:2501.13074
     Example: presets.build(64, 32, 8, **presets.autonomy_of_experts())(x)
 
-    d_low: rank of the first projection; if None, the layer has as many parameters as one with a router. The coefficient
-    is unverified.
+    The weights are a softmax over the norms of the chosen experts; normalize = False: over those of all experts, as in
+    the released code. d_low: rank of the first projection; if None, the layer has as many parameters as one of gated
+    experts of this intermediate_size. The paper instead takes d_low, best near H/3, and sets intermediate_size to
+    (3·H·F - d_low·H) / (d_low + 2·H) (equation 5), which has as many as gated experts of width F.
     """
-    return {"layer": autonomous_moe, "top_k": top_k, "d_low": d_low, "balance": [partial(SwitchLoss, balance)]}
+    losses = [partial(SwitchLoss, balance)]
+    return {"layer": autonomous_moe, "top_k": top_k, "d_low": d_low, "balance": losses, "normalize": normalize}
 
 
 def stacked(

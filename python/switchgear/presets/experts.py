@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from switchgear.reference import check_choice
-from switchgear.routing import EntropyLoss, Lookup, NullAwareSwitchLoss, ParamPenalty, SparsityAware, TopK
+from switchgear.routing import EntropyLoss, Lookup, NullAwareSwitchLoss, ParamPenalty, SparsityAware, TopK, TopP
 
 WIDTHS = {
     "arithmetic": [9, 11, 13, 15, 17, 19, 21, 23],
@@ -22,8 +22,8 @@ def adamoe(*, top_k: int = 4, null_experts: int = 16, balance: float = 1e-4) -> 
     Paper: AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models, arXiv:2406.13233
     Example: MoE(64, 32, 8, **presets.adamoe())(x)
 
-    Weights are normalised over the real experts of a token. 16 null experts and the coefficient are from the published
-    Mixtral configuration; top_k is unverified.
+    Weights are normalised over the real experts of a token. The constants are those of the published code for Mixtral,
+    which starts the router's row of null expert j as a copy of that of expert j mod E.
     """
     return {
         "select": TopK(top_k),
@@ -32,20 +32,35 @@ def adamoe(*, top_k: int = 4, null_experts: int = 16, balance: float = 1e-4) -> 
     }
 
 
-def hmoe(*, widths: str = "arithmetic", top_k: int = 2, penalty: float = 1e-2, entropy: float = 1e-2) -> dict[str, Any]:
+def hmoe(
+    *,
+    widths: str = "arithmetic",
+    top_k: int = 2,
+    penalty: float = 0.1,
+    top_p: float | None = None,
+    entropy: float | None = None,
+) -> dict[str, Any]:
     """Eight experts of different widths, and a loss that penalises wide experts by their cost.
 
     Paper: HMoE: Heterogeneous Mixture of Experts for Language Modeling, arXiv:2408.10681
     Example: MoE(64, 32, 8, **presets.hmoe())(x)
 
-    widths: "arithmetic" 9, 11 … 23, "geometric" 1, 2 … 128, or "hybrid" 1, 1, 1, 1, 2, 2, 4, 4; intermediate_size is
-    their mean. penalty: the coefficient for widths of mean 1. The coefficient of the entropy loss is unverified.
-    select=TopP(0.6) gives the paper's other variant.
+    The weights of the chosen experts sum to 1. widths: "arithmetic" 9, 11 … 23, "geometric" 1, 2 … 128, or "hybrid" 1,
+    1, 1, 1, 2, 2, 4, 4; intermediate_size is their mean. penalty: the coefficient of the penalty, in which the paper's
+    h_ffn is the width relative to the mean, so that equal widths give the usual balance loss. top_p: chooses by
+    TopP(top_p) instead of the top_k best, with an entropy loss; the paper's other variant has 0.6. entropy: the
+    coefficient of that loss before the factor E of equation 5; if None, the paper's 0.03. The loss lowers the entropy
+    of each token; the sign that equation 5 prints would raise it.
     """
     check_choice("widths", widths, tuple(WIDTHS))
+    if top_p is None and entropy is not None:
+        raise ValueError(f"top_p: expected a number with entropy={entropy}, got None")
     ratios = WIDTHS[widths]
-    losses = [partial(ParamPenalty, ratios, penalty * 8 / sum(ratios)), EntropyLoss(entropy)]
-    return {"select": TopK(top_k), "balance": losses, "widths": ratios}
+    losses: list[Any] = [partial(ParamPenalty, ratios, penalty * len(ratios) / sum(ratios))]
+    if top_p is None:
+        return {"select": TopK(top_k, normalize=True), "balance": losses, "widths": ratios}
+    losses.append(EntropyLoss((0.03 if entropy is None else entropy) * len(ratios)))
+    return {"select": TopP(top_p, normalize=True), "balance": losses, "widths": ratios}
 
 
 def word_experts(*, vocabulary_size: int, top_k: int = 1) -> dict[str, Any]:

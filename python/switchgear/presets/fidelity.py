@@ -22,9 +22,9 @@ class Fidelity(NamedTuple):
 
 FIDELITY = {
     "adamoe": Fidelity(
-        "structure", 8, f"{PAPER}; its code averages the null experts' load along another axis", "top_k"
+        "structure", 8, f"{PAPER}; constants: {CODE}, which averages the null experts' load along another axis"
     ),
-    "autonomy_of_experts": Fidelity("score", 23, PAPER, "balance"),
+    "autonomy_of_experts": Fidelity("score", 23, f"{PAPER}; normalize=False: {CODE}"),
     "base_layer": Fidelity("selection", 6, f"{PAPER}; the auction's bids and tolerance: {OURS}"),
     "batch_independent": Fidelity("capacity", 79, "the paper's defence: no capacity"),
     "bounded_gate": Fidelity("score", 24, f"{PAPER}; which bounded transform: {OURS}", "transform"),
@@ -42,7 +42,7 @@ FIDELITY = {
         f"paper counts those of the largest scores, whatever bias and groups choose: {OURS}",
     ),
     "dynamic_top_p": Fidelity("selection", 7, f"{PAPER}; its code takes one expert more if the sum meets p exactly"),
-    "expert_choice": Fidelity("selection", 2, PAPER, "capacity_factor; λ and the rounds of the cap"),
+    "expert_choice": Fidelity("selection", 2, PAPER),
     "global_balance": Fidelity("balance", 5, PAPER, "top_k, balance"),
     "gpt_oss": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
     "gradient_conflict": Fidelity(
@@ -56,8 +56,14 @@ FIDELITY = {
         "capacity_factor, balance",
     ),
     "gumbel_gate": Fidelity("selection", 25, PAPER, "tau"),
-    "gw_moe": Fidelity("selection", 19, f"{PAPER}; its Switch code multiplies the experts' input instead"),
-    "hmoe": Fidelity("structure", 9, PAPER, "entropy"),
+    "gw_moe": Fidelity(
+        "selection",
+        19,
+        f"{PAPER}; its Switch code multiplies the experts' input instead, and counts the best expert alone in the loss",
+    ),
+    "hmoe": Fidelity(
+        "structure", 9, f"{PAPER}; widths relative to their mean in the penalty, and the entropy per token: {OURS}"
+    ),
     "isolated_expert_choice": Fidelity("capacity", 80, "the paper's defence: competition within a sequence"),
     "llama4": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
     "locmoe": Fidelity(
@@ -67,7 +73,7 @@ FIDELITY = {
         "top_k, locality, the unit of min_capacity",
     ),
     "loramoe": Fidelity("adapter", 64, f"{PAPER}; its code divides the loss by mean² instead", "delta, balance"),
-    "loss_free": Fidelity("balance", 4, PAPER, "sigmoid scores"),
+    "loss_free": Fidelity("balance", 4, f'{PAPER}; rule "proportional" divides by the mean load: {OURS}'),
     "maskmoe": Fidelity("selection", 16, PAPER, "frequent_from, top_k, balance"),
     "merged": Fidelity("structure", 49, f"{PAPER}; pooling, per_linear, bottleneck: after its code, form {OURS}"),
     "mixtral": Fidelity("model", None, f"{PAPER} and of the code in Hugging Face transformers"),
@@ -83,8 +89,8 @@ FIDELITY = {
     "moec": Fidelity(
         "balance",
         20,
-        f"variances of open experts: {CODE}; their quotient as the loss: {OURS}",
-        "clusters, dropout, interval",
+        f"loss and constants: {CODE}, with means over tokens for its sums; losses of the learned temperature, and the "
+        f"softmax as weight, without the rest of the input: {OURS}",
     ),
     "monet": Fidelity("structure", 30, PAPER),
     "mor1e": Fidelity("adapter", 66, f"rank-1 experts: {PAPER}; form of the prior: {OURS}", "top_k, weight, tau"),
@@ -117,11 +123,11 @@ FIDELITY = {
     "smola": Fidelity("adapter", 67, f"{PAPER}, with one set of experts for all modalities", "rank, slots"),
     "soft_moe": Fidelity("structure", 31, PAPER),
     "stratified": Fidelity("structure", 29, PAPER, "strata"),
-    "switch": Fidelity("selection", 1, PAPER, "evaluation_factor, jitter"),
+    "switch": Fidelity("selection", 1, f"{PAPER}; evaluation_factor, jitter, min_capacity: of its code"),
     "task_level": Fidelity("score", 34, PAPER, "tau"),
     "thor": Fidelity("selection", 18, PAPER),
     "word_experts": Fidelity("structure", 17, f"{PAPER}; the table is random, the paper's follows frequencies"),
     "xmoe": Fidelity(
-        "score", 10, f"{PAPER}; balance_tau: a constant that its code defines, but does not use", "tau, balance"
+        "score", 10, f"{PAPER}; tau and balance_tau: of MoEC's code; torchscale does not use balance_tau", "balance"
     ),
 }

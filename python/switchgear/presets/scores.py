@@ -37,9 +37,9 @@ def xmoe(
     Paper: On the Representation Collapse of Sparse Mixture of Experts, arXiv:2204.09179
     Example: MoE(64, 32, 8, **presets.xmoe())(x)
 
-    dim is E/2 if None. The initial tau and the coefficient are unverified. balance_tau: a fixed temperature for the
-    probabilities of the balance loss; the learned one if None, as in torchscale, whose code defines 0.07 for it and
-    does not use it.
+    dim is E/2 if None. The initial tau is that of this gate in MoEC's code; the coefficient is unverified. balance_tau:
+    a fixed temperature for the probabilities of the balance loss, 0.07 in that code; the learned one if None, as in
+    torchscale, which defines 0.07 for it and does not use it.
     """
     score, select = partial(Cosine, dim=dim, tau=tau), TopK(top_k)
     losses: list[Any] = [partial(SwitchLoss, balance)]

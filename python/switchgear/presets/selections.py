@@ -39,20 +39,22 @@ def switch(
     evaluation_factor: float = 2.0,
     jitter: float = 1e-2,
     balance: float = 1e-2,
+    min_capacity: int = 4,
 ) -> dict[str, Any]:
     """The best expert, weighted by its probability; a capacity in token order; a balance loss; a float32 router.
 
     Paper: Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity, arXiv:2101.03961
     Example: MoE(64, 32, 8, **presets.switch())(x)
 
-    A dropped token gets zeros, so only the residual passes it on. The paper trains with capacity_factor 1.0 to 1.25;
-    evaluation_factor and jitter are unverified.
+    A dropped token gets zeros, so only the residual passes it on. The paper trains with capacity_factor 1.0 to 1.25.
+    evaluation_factor, jitter and min_capacity, the least number of tokens that an expert accepts, are those of the
+    authors' code.
     """  # noqa: E501
     return {
         "score": partial(Linear, float32=True),
         "jitter": jitter,
         "select": TopK(1),
-        "capacity": Capacity(capacity_factor, evaluation_factor=evaluation_factor),
+        "capacity": Capacity(capacity_factor, evaluation_factor=evaluation_factor, minimum=min_capacity),
         "balance": [partial(SwitchLoss, balance)],
     }
 
@@ -86,8 +88,7 @@ def expert_choice(
     Example: MoE(64, 32, 8, **presets.expert_choice())(x)
 
     Tokens compete with later tokens of the batch, so a decoder must set `evaluation`, the number of best experts per
-    token in evaluation. capacity_factor = 2 is unverified. max_experts_per_token is the cap of the paper's variants
-    CAP2 and CAP3.
+    token in evaluation. max_experts_per_token is the cap of the paper's variants CAP2 and CAP3.
     """
     select = ExpertChoice(
         capacity_factor, scope=scope, max_experts_per_token=max_experts_per_token, evaluation=evaluation
@@ -186,14 +187,15 @@ def maskmoe(
     return {"select": partial(Masked, TopK(top_k), mask), "balance": [partial(SwitchLoss, balance)]}
 
 
-def thor(*, level: str = "batch", evaluation: str = "random") -> dict[str, Any]:
-    """A random expert, drawn per batch, sequence or token; there is no router to train.
+def thor(*, level: str = "batch", evaluation: str = "token") -> dict[str, Any]:
+    """A random expert, drawn per batch in training and per token in evaluation; there is no router to train.
 
     Paper: Taming Sparsely Activated Transformer with Stochastic Experts, arXiv:2110.04260
     Example: MoE(64, 32, 8, **presets.thor())(x)
 
-    The trainer runs two passes and adds routing.consistency_loss of their outputs. evaluation = "ensemble" averages all
-    experts.
+    The trainer runs two passes and adds routing.consistency_loss of their outputs. level = "sequence" or "token" draws
+    for each of them in training. evaluation: "token" or "sequence", as in the authors' code, "random" for draws as in
+    training, or "ensemble" for the average of all experts.
     """
     return {"select": Random(1, level, evaluation)}
 

@@ -270,23 +270,26 @@ def locality_loss(probabilities: Tensor, is_local: Tensor) -> Tensor:
 
 
 def cluster_variance_loss(probabilities: Tensor, groups: Tensor, is_open: Tensor | None = None) -> Tensor:
-    """The fraction of the variance of a token's probabilities within clusters of experts, averaged over tokens.
+    """E · the mean over clusters of the variance of P_e over the experts e of a cluster, with P_e the mean of
+    probabilities [T,E] over tokens: 0 if the experts of each cluster are equally likely in the batch, however sure the
+    router is of a token (the code of MoEC, arXiv:2207.09094, with coef-type 1).
 
-    0 if the experts of each cluster are equally likely and clusters differ; 1 if only the experts within clusters
-    differ (MoEC, arXiv:2207.09094; the paper compares the two variances, this quotient is a choice of ours).
-    probabilities [T,E], groups [E]: the cluster of each expert. is_open, broadcastable to [T,E]: means and variances
-    are those of these experts; all if None.
+    Variances divide by n - 1; those of single experts are 0. The code has sums over tokens instead of means: its
+    variance is T² times this one, beside a balance loss that is T times ours.
+
+    groups [E]: the cluster of each expert. is_open, broadcastable to [T,E]: experts that are closed for all tokens do
+    not count; all count if None.
     """
-    groups = groups.long()
-    counted = probabilities.new_ones(1, 1) if is_open is None else is_open.to(probabilities.dtype)
-    counted = counted.expand_as(probabilities)
-    probabilities = probabilities * counted
-    size = torch.zeros_like(counted).index_add(1, groups, counted).clamp(min=1)
-    center = (torch.zeros_like(probabilities).index_add(1, groups, probabilities) / size).index_select(1, groups)
-    mean = probabilities.sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp(min=1)
-    within = ((probabilities - center).square() * counted).sum(-1)
-    between = ((center - mean).square() * counted).sum(-1)
-    return (within / (within + between).clamp(min=_TINY)).sum() / max(len(probabilities), 1)
+    groups, mean = groups.long(), _mean(probabilities)
+    counted = torch.ones_like(mean)
+    if is_open is not None:
+        counted = is_open.expand_as(probabilities).any(0).to(mean.dtype)
+    zeros = torch.zeros_like(mean)  # there are at most E clusters
+    size = zeros.index_add(0, groups, counted)
+    center = zeros.index_add(0, groups, mean * counted) / size.clamp(min=1)
+    squares = zeros.index_add(0, groups, (mean - center.index_select(0, groups)).square() * counted)
+    loss: Tensor = (squares / (size - 1).clamp(min=1)).sum() / (size > 0).sum().clamp(min=1)
+    return len(mean) * loss
 
 
 def localized_balance_loss(

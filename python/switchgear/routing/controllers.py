@@ -33,7 +33,8 @@ class LossFreeBias:
     """Raises the selection bias of experts with too few tokens and lowers that of the others (arXiv:2408.15664).
 
     After a step with n_e tokens on expert e, bias_e += rate · sign(mean(n) - n_e), or with rule "proportional"
-    rate · (mean(n) - n_e) / mean(n). The bias affects the choice but not the weights; it has no gradient.
+    rate · (mean(n) - n_e) / mean(n), so that the rate does not depend on the batch; the paper's variant does not
+    divide. The bias affects the choice but not the weights; it has no gradient.
 
         moe = switchgear.MoE(256, 128, 16, 4, score_function="sigmoid", balance=[LossFreeBias(1e-3)])
         …; optimizer.step(); moe.gate.after_step()

@@ -31,12 +31,12 @@ class ExpertChoice:
             expert took; the expert then also chooses by logits (pMoE). "logit": the logits themselves, which may be
             negative (Mixture-of-Depths, arXiv:2404.02258).
         max_experts_per_token: a cap b. Scores are first replaced by the solution A of max ⟨S, A⟩ + λ·H(A) with
-            Σ_t A = k, Σ_e A <= b, 0 <= A <= 1 (λ = cap_lambda = 0.001 is unverified); choices that still exceed the cap
-            are removed. Each sequence is solved by itself, until a round changes no token's log A by more than
-            cap_tolerance, or for cap_iterations rounds: 2 to 20 are usual, 100 or more if the capacities of experts and
-            tokens are equal. With cap_iterations = 0 there is only the cut: a token keeps its b best. Without a cap the
-            largest number of experts of a token is read back from the device; a compiled or captured graph uses E
-            instead.
+            Σ_t A = k, Σ_e A <= b, 0 <= A <= 1 (λ = cap_lambda; the paper has 0.001, and 100 rounds at most); choices
+            that still exceed the cap are removed. Each sequence is solved by itself, until a round changes no token's
+            log A by more than cap_tolerance, or for cap_iterations rounds: 2 to 20 are usual, 100 or more if the
+            capacities of experts and tokens are equal. With cap_iterations = 0 there is only the cut: a token keeps its
+            b best. Without a cap the largest number of experts of a token is read back from the device; a compiled or
+            captured graph uses E instead.
         scale: multiplies the weights.
         ties: "index", to the lowest token, or "random".
         evaluation: whether a token is taken depends on later tokens, so a decoder cannot use expert choice. With

@@ -367,12 +367,11 @@ class LocalityLoss(_PerExpert):
 
 
 class ClusterVariance(_PerExpert):
-    """coefficient · the fraction of a token's variance within clusters (MoEC, arXiv:2207.09094; see
+    """coefficient · E · the variance of mean probabilities within clusters (MoEC, arXiv:2207.09094; see
     cluster_variance_loss).
 
     groups: the cluster of each expert [E], from 0; or the number of equal clusters of consecutive experts.
-    coefficient: a choice of ours. num_experts: E, if groups is a number. Experts that a mask closes for a token
-    (ClusterDropout) do not count for it.
+    num_experts: E, if groups is a number. Experts that a mask closes for all tokens (ClusterDropout) do not count.
     """
 
     name = "clusters"

@@ -76,7 +76,7 @@ class Masked(nn.Module):
 
 class Temperature(LoadsScalars):
     """Another selection of router_logits / tau, with a learned tau. Losses see probabilities of the fixed temperature
-    `fixed` (X-MoE, arXiv:2204.09179; its code defines 0.07 and does not use it).
+    `fixed` (X-MoE, arXiv:2204.09179: 0.07 in the gate of MoEC's code; torchscale defines it and does not use it).
 
     Args: select: an object, class or partial. tau: the initial temperature, at least min_tau. fixed: of Routing.scores;
     if None, they are those of the selection. num_experts: E; the router passes it.
@@ -146,7 +146,7 @@ class ClusterDropout(FillsBuffers):
 
     Args:
         groups: the cluster of each expert [E], from 0; or the number of equal clusters of consecutive experts.
-        rate: the fraction to close; round((1 - rate) · n) of n experts stay, at least one.
+        rate: the fraction to close; ⌊(1 - rate) · n⌋ of n experts stay, at least one.
         interval: steps between draws, which use torch's default generator.
         num_experts: E, if groups is a number.
 
@@ -184,7 +184,8 @@ class ClusterDropout(FillsBuffers):
 
     def fill_buffers(self, device: torch.device) -> None:
         """The given groups, and how many experts of each stay."""
-        kept = ((1 - self.rate) * torch.bincount(self._groups).double() + 0.5).floor().long().clamp(min=1)
+        share = (1 - self.rate) * torch.bincount(self._groups).double()
+        kept = (share + 1e-6).floor().long().clamp(min=1)  # (1 - 0.9) · 10 is less than 1
         self.groups, self.kept = self._groups.to(device, copy=True), kept[self._groups].to(device)
 
     def _draw(self) -> Tensor:

@@ -368,7 +368,8 @@ class Broadcast:
 
     A token is uncertain if the entropy of its probabilities is at least entropy_above (in nats). At most max_fraction
     of the tokens of the batch or sequence (scope) are, those of the largest entropy. (The authors' Switch code
-    multiplies the experts' input, the paper their output; this follows the paper.)
+    multiplies the experts' input, the paper their output; this follows the paper. Balance losses count an uncertain
+    token on every expert; that code counts its best expert alone.)
     """
 
     select: Select

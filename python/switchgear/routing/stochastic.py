@@ -231,8 +231,11 @@ class GumbelSoftmax:
 @dataclass(frozen=True)
 class Random:
     """top_k uniformly drawn experts, each with weight 1/top_k; one draw per token, sequence, or batch (THOR,
-    arXiv:2110.04260, where top_k = 1). Evaluation draws again, or with evaluation = "ensemble" averages all experts.
-    Uses only the shape of the logits: see scores.Uniform."""
+    arXiv:2110.04260, where top_k = 1). Uses only the shape of the logits: see scores.Uniform.
+
+    evaluation: "random" draws as in training, "token" and "sequence" draw for each of them, "ensemble" averages all
+    experts.
+    """
 
     top_k: int = 1
     level: str = "token"
@@ -243,7 +246,7 @@ class Random:
     def __post_init__(self) -> None:
         at_least(1, "top_k", self.top_k)
         check_choice("level", self.level, LEVELS)
-        check_choice("evaluation", self.evaluation, ("random", "ensemble"))
+        check_choice("evaluation", self.evaluation, ("random", "token", "sequence", "ensemble"))
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -253,7 +256,8 @@ class Random:
             everyone = Dense()(router_logits)
             weights = torch.full_like(everyone.topk_weights, 1 / num_experts, requires_grad=False)
             return everyone._replace(topk_weights=weights, scores=None)
-        count, index = _draws_per_token(self.level, context, num_tokens, device)
+        level = self.level if context.training or self.evaluation == "random" else self.evaluation
+        count, index = _draws_per_token(level, context, num_tokens, device)
         if bias is not None:
             odds = gumbel((count, num_experts), context, device)
             ids, index = choose((odds if index is None else odds[index]) + bias, self.top_k), None
