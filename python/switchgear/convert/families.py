@@ -164,8 +164,9 @@ def layers_of(config: Mapping[str, Any], layers: str | Sequence[int]) -> tuple[i
 
 
 def num_experts_of(config: Mapping[str, Any], family: Family) -> int:
-    """Published configs of Qwen3-MoE say num_experts, those of newer versions of transformers num_local_experts."""
-    for name in (family.num_experts, "num_experts", "num_local_experts"):
+    """Published configs of Qwen3-MoE say num_experts, those of newer versions of transformers num_local_experts; other
+    types have names of their own."""
+    for name in (family.num_experts, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         if isinstance(config.get(name), int):
             return int(config[name])
     raise ValueError(f"model: expected {family.num_experts} in its config, got none")

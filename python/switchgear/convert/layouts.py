@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,22 +13,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.convert.families import FAMILIES, PARTS, Family, check_unquantized
+from switchgear.complaints import failed_import
+from switchgear.convert.errors import ConversionError
+from switchgear.convert.families import FAMILIES, PARTS, Family, check_unquantized, num_experts_of
 from switchgear.convert.plans import ConversionPlan, Item, Source, copied
 from switchgear.reference import check_choice
 
 LAYOUTS = ("per_expert", "fused", "megatron", "megatron_te", "megatron_grouped")
 EXPERTS = r"(?:model|decoder)\.layers\.\d+\..*\.experts\."
 MEGATRON = r"decoder\.layers\.(\d+)\.mlp\.experts\."
+NAMINGS = (FAMILIES["qwen3_moe"], FAMILIES["mixtral"])  # of experts by themselves; most types have the first
+
+CORRECTION = "e_score_correction_bias"
+# Routers that are not called gate.weight, with CORRECTION beside it: in transformers, as published, in Megatron-Core
+ROUTERS = {
+    "afmoe": [
+        ("mlp.router.gate.weight", "mlp.router.gate.weight", "mlp.router.weight"),
+        ("mlp.expert_bias", "mlp.expert_bias", "mlp.router.expert_bias"),
+    ],
+    "bailing_hybrid": [(f"mlp.gate.{CORRECTION}", "mlp.gate.expert_bias", "mlp.router.expert_bias")],
+    "ernie4_5_moe": [
+        (f"mlp.gate.moe_statics.{CORRECTION}", f"mlp.moe_statics.{CORRECTION}", "mlp.router.expert_bias"),
+    ],
+    "exaone_moe": [(f"mlp.gate.{CORRECTION}", f"mlp.{CORRECTION}", "mlp.router.expert_bias")],
+    "hunyuan_v1_moe": [("mlp.gate.wg.weight", "mlp.gate.wg.weight", "mlp.router.weight")],
+    "hy_v3": [
+        ("mlp.gate.weight", "mlp.router.gate.weight", "mlp.router.weight"),
+        (f"mlp.{CORRECTION}", "mlp.expert_bias", "mlp.router.expert_bias"),
+    ],
+    "kolibri1": [(f"mlp.gate.{CORRECTION}", "moe.router.expert_bias", "mlp.router.expert_bias")],
+    "laguna": [(f"mlp.gate.{CORRECTION}", f"mlp.experts.{CORRECTION}", "mlp.router.expert_bias")],
+    "longcat_flash": [
+        ("mlp.router.classifier.weight", "mlp.router.classifier.weight", "mlp.router.weight"),
+        (f"mlp.router.{CORRECTION}", f"mlp.router.{CORRECTION}", "mlp.router.expert_bias"),
+    ],
+    "minimax_m2": [(f"mlp.{CORRECTION}", f"block_sparse_moe.{CORRECTION}", "mlp.router.expert_bias")],
+    "phimoe": [("mlp.router.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")],
+}
 
 
 @dataclass(frozen=True)
 class Found:
-    """The experts of a checkpoint: the layout, their number in each layer, and the keys that hold them."""
+    """The experts of a checkpoint: the layout, their number in each layer, the keys that hold them, and their naming if
+    the layout is per_expert."""
 
     layout: str
     experts: Mapping[int, int]
     keys: frozenset[str]
+    naming: Family
 
 
 def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> ConversionPlan:
@@ -39,23 +72,25 @@ def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> Conversio
     megatron_te       decoder.layers.0.mlp.experts.linear_fc1.weight3 [2I,H], linear_fc2.weight3 [H,I]
     megatron_grouped  decoder.layers.0.mlp.experts.weight1 [H,E·2I], weight2 [E·I,H]
 
-    Megatron's routers are decoder.layers.0.mlp.router.weight, and expert_bias for e_score_correction_bias. Other
+    Megatron's routers are decoder.layers.0.mlp.router.weight, and expert_bias [E] for e_score_correction_bias. Other
     tensors keep their names.
 
     Raises ValueError for experts that no layout holds: quantized, with biases or other tensors, of other shapes
-    (gpt-oss has [E,H,2I]), and of several dtypes in a layer.
+    (gpt-oss has [E,H,2I]), and of several dtypes in a layer. Also for per_expert where transformers reads fused experts
+    alone.
     """
     check_choice("to", to, LAYOUTS)
     check_unquantized(config)
-    family = _family(config)
-    found = find(source, family)
-    read = _Reader(source, family, found)
-    _check(source, family, found, read, config.get("hidden_size"))
-    items: list[Item] = []
-    for key in source.keys():  # noqa: SIM118  (not a mapping)
-        if key not in found.keys:
-            item = copied(source, key)
-            items.append(Item(_renamed(key, family, to), item.shape, item.dtype, item.make))
+    model_type = str(config.get("model_type"))
+    found = find(source, config)
+    read = _Reader(source, found)
+    _check(source, model_type, found, read, config.get("hidden_size"))
+    family = _naming(config, found, to)
+    items = [
+        _kept(source, key, _renamed(key, model_type, family, to))
+        for key in source.keys()  # noqa: SIM118  (not a mapping)
+        if key not in found.keys
+    ]
     for layer, count in sorted(found.experts.items()):
         hidden, width, dtype = read.sizes(layer)
         items += _written(to, family, layer, count, hidden, width, dtype, read)
@@ -63,26 +98,28 @@ def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> Conversio
     return ConversionPlan(dict(config), tuple(items), done)
 
 
-def find(source: Source, family: Family) -> Found:
+def find(source: Source, config: Mapping[str, Any]) -> Found:
     """Finds the experts. Raises ValueError if there are none, or in more than one layout."""
     keys = list(source.keys())
-    names = "|".join(family.names)
-    patterns = {
-        "per_expert": rf"model\.layers\.(\d+)\.{family.block}\.experts\.(\d+)\.(?:{names})\.weight",
-        "fused": r"model\.layers\.(\d+)\.mlp\.experts\.(?:gate_up_proj|down_proj)",
-        "megatron": MEGATRON + r"local_experts\.(\d+)\.linear_fc[12]\.weight",
-        "megatron_te": MEGATRON + r"linear_fc[12]\.weight(\d+)",
-        "megatron_grouped": MEGATRON + r"weight[12]",
-    }
-    by_layout: dict[str, dict[str, re.Match[str]]] = {}
-    for layout, pattern in patterns.items():
+    patterns = [
+        ("fused", NAMINGS[0], r"model\.layers\.(\d+)\.mlp\.experts\.(?:gate_up_proj|down_proj)"),
+        ("megatron", NAMINGS[0], MEGATRON + r"local_experts\.(\d+)\.linear_fc[12]\.weight"),
+        ("megatron_te", NAMINGS[0], MEGATRON + r"linear_fc[12]\.weight(\d+)"),
+        ("megatron_grouped", NAMINGS[0], MEGATRON + r"weight[12]"),
+    ]
+    for naming in NAMINGS:
+        names = "|".join(naming.names)
+        pattern = rf"model\.layers\.(\d+)\.{naming.block}\.experts\.(\d+)\.(?:{names})\.weight"
+        patterns.append(("per_expert", naming, pattern))
+    by_layout = []
+    for layout, naming, pattern in patterns:
         matches = {key: match for key in keys if (match := re.fullmatch(pattern, key))}
         if matches:
-            by_layout[layout] = matches
+            by_layout.append((layout, naming, matches))
     if len(by_layout) != 1:
-        got = ", ".join(by_layout) or "none"
+        got = ", ".join(layout for layout, *_ in by_layout) or "none"
         raise ValueError(f"source: expected experts in one layout ({', '.join(LAYOUTS)}), got {got}")
-    ((layout, matches),) = by_layout.items()
+    ((layout, naming, matches),) = by_layout
     experts: dict[int, set[int]] = {}
     for match in matches.values():
         layer = int(match.group(1))
@@ -93,21 +130,23 @@ def find(source: Source, family: Family) -> Found:
         if layout == "fused":
             counts[layer] = source.shape(f"model.layers.{layer}.mlp.experts.down_proj")[0]
         elif layout == "megatron_grouped":
-            counts[layer] = source.shape(f"decoder.layers.{layer}.mlp.router.weight")[0]
+            counts[layer] = num_experts_of(config, NAMINGS[0])  # routers may have more rows (LongCat)
         elif len(experts[layer]) != counts[layer]:
             raise ValueError(
                 f"source: expected experts 0 to {counts[layer] - 1} of layer {layer}, got {len(experts[layer])} of them"
             )
-    return Found(layout, counts, frozenset(matches))
+    return Found(layout, counts, frozenset(matches), naming)
 
 
-def _check(source: Source, family: Family, found: Found, read: _Reader, hidden_size: int | None) -> None:
+def _check(source: Source, model_type: str, found: Found, read: _Reader, hidden_size: int | None) -> None:
     """Raises ValueError unless the layout says all about the experts: every tensor, with its shape, in one dtype."""
-    if others := sorted(key for key in set(source.keys()) - found.keys if re.match(EXPERTS, key)):
+    others = sorted(key for key in set(source.keys()) - found.keys if re.match(EXPERTS, key))
+    others = [key for key in others if _router(key, model_type, found.naming) is None]  # Laguna's are among experts
+    if others:
         raise ValueError(f"source: expected no tensors of experts outside the layout {found.layout}, got {others[0]}")
     for layer, count in sorted(found.experts.items()):
         hidden, width, dtype = read.sizes(layer)
-        for item in _written(found.layout, family, layer, count, hidden_size or hidden, width, dtype, read):
+        for item in _written(found.layout, found.naming, layer, count, hidden_size or hidden, width, dtype, read):
             shape, own = source.shape(item.key), source.dtype(item.key)
             if (shape, own) != (item.shape, dtype):
                 expected = f"{item.key} of shape {list(item.shape)} in {dtype}, as layout {found.layout} has it"
@@ -117,8 +156,8 @@ def _check(source: Source, family: Family, found: Found, read: _Reader, hidden_s
 class _Reader:
     """Reads the projection `part` of an expert from any layout, as [out,in]."""
 
-    def __init__(self, source: Source, family: Family, found: Found) -> None:
-        self._source, self._family, self._found = source, family, found
+    def __init__(self, source: Source, found: Found) -> None:
+        self._source, self._found = source, found
 
     def sizes(self, layer: int) -> tuple[int, int, torch.dtype]:
         """H, I and the dtype."""
@@ -133,7 +172,7 @@ class _Reader:
     def __call__(self, layer: int, expert: int, part: str) -> Tensor:
         layout = self._found.layout
         if layout == "per_expert":
-            return self._source.read(self._family.expert(layer, expert, part))
+            return self._source.read(self._found.naming.expert(layer, expert, part))
         hidden, width, _ = self.sizes(layer)
         if layout == "megatron_grouped":
             prefix = f"decoder.layers.{layer}.mlp.experts."
@@ -149,7 +188,7 @@ class _Reader:
     def _key(self, layer: int, expert: int, part: str) -> str:
         layout, number = self._found.layout, 2 if part == "down_proj" else 1
         if layout == "per_expert":
-            return self._family.expert(layer, expert, part)
+            return self._found.naming.expert(layer, expert, part)
         if layout == "fused":
             return f"model.layers.{layer}.mlp.experts.{'down_proj' if number == 2 else 'gate_up_proj'}"
         return _megatron_key(layout, layer, expert, number)
@@ -223,22 +262,75 @@ def _stacked(count: int, make: Callable[[int], Tensor]) -> Tensor:
     return made
 
 
-def _family(config: Mapping[str, Any]) -> Family:
-    """The names of the model type; most publish mlp.experts.0.gate_proj.weight."""
+def _naming(config: Mapping[str, Any], found: Found, to: str) -> Family:
+    """The names of experts by themselves: those of the source, or those that published checkpoints of the type have."""
     model_type = str(config.get("model_type"))
-    return FAMILIES.get(model_type, Family(model_type, "", "mlp", PARTS, "num_experts", "moe_intermediate_size"))
+    if found.layout == "per_expert" or to != "per_expert":
+        return found.naming
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    reads = _reader_of_keys(config)
+    layer = min(found.experts)
+    for naming in NAMINGS:
+        if reads([naming.expert(layer, 0, part) for part in PARTS]):
+            return naming
+    others = ", ".join(LAYOUTS[1:])
+    raise ValueError(f"to: expected {others} for {model_type}, whose single experts transformers cannot read, got {to}")
 
 
-_CORRECTION = "e_score_correction_bias"  # of transformers; Megatron calls it expert_bias
+def _reader_of_keys(config: Mapping[str, Any]) -> Callable[[list[str]], bool]:
+    """Tells whether transformers has a place for all of some keys in a model of the config."""
+    try:
+        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+        from switchgear.integrations.published_keys import pieces_of
+    except ImportError as error:
+        raise ConversionError(failed_import(error, "transformers")) from error
+    made = AutoConfig.for_model(**config) if config.get("model_type") in CONFIG_MAPPING else None
+    if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return lambda keys: False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(made)  # type: ignore[no-untyped-call]
+    state = model.state_dict()
+    return lambda keys: all(target in state for target in pieces_of(model, keys, state))
 
 
-def _renamed(key: str, family: Family, to: str) -> str:
+def _renamed(key: str, model_type: str, family: Family, to: str) -> str:
     """The name of a router in the new layout; other keys stay."""
-    match = re.fullmatch(r"(?:model|decoder)\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router)\.(\w+)", key)
-    if match is None:
+    found = _router(key, model_type, family)
+    if found is None:
         return key
+    layer, names = found
+    prefix = "decoder" if to.startswith("megatron") else "model"
+    return f"{prefix}.layers.{layer}.{names[{'fused': 0, 'per_expert': 1}.get(to, 2)]}"
+
+
+def _router(key: str, model_type: str, family: Family) -> tuple[str, tuple[str, str, str]] | None:
+    """The layer and the names of a router's tensor, as in ROUTERS."""
+    match = re.fullmatch(r"(?:model|decoder)\.layers\.(\d+)\.(.+)", key)
+    if match is None:
+        return None
     layer, name = match.groups()
-    if to.startswith("megatron"):
-        return f"decoder.layers.{layer}.mlp.router.{'expert_bias' if name == _CORRECTION else name}"
-    name = _CORRECTION if name == "expert_bias" else name
-    return f"model.layers.{layer}.{family.block if to == 'per_expert' else 'mlp'}.gate.{name}"
+    names = next((names for names in ROUTERS.get(model_type, ()) if name in names), None) or _usual(name, family)
+    return None if names is None else (layer, names)
+
+
+def _usual(name: str, family: Family) -> tuple[str, str, str] | None:
+    """The names of a router's tensor where they are the usual ones."""
+    match = re.fullmatch(r"(?:mlp|block_sparse_moe)\.(?:gate|router)\.(\w+)", name)
+    if match is None:
+        return None
+    ours = CORRECTION if match[1] == "expert_bias" else match[1]
+    megatron = "expert_bias" if ours == CORRECTION else ours
+    return f"mlp.gate.{ours}", f"{family.block}.gate.{ours}", f"mlp.router.{megatron}"
+
+
+def _kept(source: Source, key: str, name: str) -> Item:
+    """The tensor under its new name. Ernie's correction is [1,E], Megatron's [E]."""
+    item = copied(source, key)
+    shape, made = item.shape, item.make
+    if name.endswith(".mlp.router.expert_bias"):
+        shape = (math.prod(shape),)
+    elif name.endswith(f".moe_statics.{CORRECTION}"):
+        shape = (1, math.prod(shape))
+    return Item(name, shape, item.dtype, lambda: made().reshape(shape))
