@@ -15,7 +15,7 @@ import switchgear
 from loops import E, H, I, assert_agrees, best, counts_of, layer_of, mixture
 from switchgear import presets
 from switchgear.functional import Routing
-from switchgear.routing import Capacity, Context, Dropless, ExpertChoice, Masked, SkipBelow, TopK
+from switchgear.routing import Capacity, CapacityByKind, Context, Dropless, ExpertChoice, Masked, SkipBelow, TopK
 from switchgear.routing.context import NOTHING_KNOWN
 
 K = 2
@@ -226,12 +226,11 @@ def test_row36_capacity_aware_inference_normalises_again_after_a_drop(backend: s
 
 
 def kept_by_loop(p: Tensor, capacity: int, overflow: str) -> list[list[int]]:
-    """Each token's experts after a capacity by score. Weights of choices are probabilities over their token's sum of
-    the best K, which is their precedence."""
+    """Each token's experts after a capacity by score: as in the authors' code an expert keeps the tokens of the largest
+    probability among all experts, which only then is divided by the sum of those that its token keeps."""
     p = p.detach()
     wanted = [best(row, K if overflow != "overselect" else 2 * K) for row in p]
-    whole = [sum(float(p[t, e]) for e in best(p[t], K)) for t in range(len(p))]
-    offers = sorted((-float(p[t, e]) / whole[t], t, k) for t, row in enumerate(wanted) for k, e in enumerate(row))
+    offers = sorted((-float(p[t, e]), t, k) for t, row in enumerate(wanted) for k, e in enumerate(row))
     room, kept, lost = [capacity] * E, [[] for _ in p], []
     for priority, t, k in offers:
         e = wanted[t][k]
@@ -250,6 +249,47 @@ def kept_by_loop(p: Tensor, capacity: int, overflow: str) -> list[list[int]]:
                     kept[offer[1]].append(e)
                     lost.remove(offer)
     return kept
+
+
+def test_row36_capacity_aware_inference_ranks_by_scores_before_they_are_normalised() -> None:
+    """Divided by its token's sum, 0.46 of the second token would exceed 0.50 of the first one."""
+    logits = torch.tensor([[0.50, 0.45, 0.05], [0.46, 0.28, 0.26]]).log()
+    for scale in (1.0, -2.0):
+        out = Capacity(0.7, "score")(TopK(2, normalize=True, scale=scale)(logits), NOTHING_KNOWN)
+        assert out.topk_ids.tolist() == [[0, 1], [-1, -1]]
+
+
+@pytest.mark.parametrize("limit", [Capacity(0.5, "score"), CapacityByKind(0, 1.0, Capacity(0.5, "score"))])
+@pytest.mark.parametrize("score_function", ["sigmoid", "sqrt_softplus"])
+def test_row36_capacity_aware_inference_ranks_by_the_scores_of_its_router(limit: Any, score_function: str) -> None:
+    """Of each expert alone, without the selection bias; the softmax of a token would depend on its other logits."""
+    router = switchgear.Router(H, E, select=TopK(2, score_function, normalize=True), capacity=limit, selection_bias=True)
+    router.e_score_correction_bias.copy_(torch.linspace(-2, 2, E))
+    x = 3 * torch.randn(40, H)
+    logits = (x @ router.weight.T).detach().double()
+    scores = logits.sigmoid() if score_function == "sigmoid" else logits.exp().log1p().sqrt()
+    wanted = [set(best(row, 2)) for row in scores + router.e_score_correction_bias]
+    for e in range(E):
+        tokens = sorted((t for t in range(40) if e in wanted[t]), key=lambda t: (-float(scores[t, e]), t))
+        kept = (router(x).topk_ids == e).any(1).nonzero().flatten().tolist()
+        assert kept == sorted(tokens[: math.ceil(0.5 * 2 * 40 / E)])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_row36_capacity_aware_inference_expanded_drop_of_the_authors_code(normalize: bool) -> None:
+    """All experts are candidates of each token: an expert keeps its best tokens, and a token all that keep it."""
+    layer = layer_of(presets.capacity_aware(gamma=1.0, overflow="overselect", normalize=normalize)).eval()
+    layer.gate.weight.data.mul_(4)
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        p = (x @ layer.gate.weight.T).softmax(-1)
+        taken = [best(p[:, e].detach(), math.ceil(K * len(x) / E)) for e in range(E)]
+        ids = [[e for e in range(E) if t in taken[e]] for t in range(len(x))]
+        assert max(map(len, ids)) > K
+        whole = [sum(p[t, e] for e in row) if normalize else 1 for t, row in enumerate(ids)]
+        return mixture(layer.experts, x, ids, [[p[t, e] / whole[t] for e in row] for t, row in enumerate(ids)])
+
+    assert_agrees(layer, loop, torch.randn(40, H))
 
 
 def test_row36_capacity_aware_inference_overselects_and_then_drops() -> None:

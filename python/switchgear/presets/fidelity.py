@@ -29,7 +29,10 @@ FIDELITY = {
     "batch_independent": Fidelity("capacity", 79, "the paper's defence: no capacity"),
     "bounded_gate": Fidelity("score", 24, f"{PAPER}; which bounded transform: {OURS}", "transform"),
     "capacity_aware": Fidelity(
-        "capacity", 36, f"{PAPER}; overselect: {CODE}, but that all survivors stay is {OURS}", "gamma"
+        "capacity",
+        36,
+        f"{PAPER}, reroute of its first version; which scores rank, and all experts as candidates: {CODE}",
+        "gamma",
     ),
     "cartesian": Fidelity("structure", 27, PAPER, "top_k, num_shared_experts, balance"),
     "cluster_task": Fidelity("selection", 32, PAPER),
