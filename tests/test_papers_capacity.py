@@ -399,6 +399,22 @@ def test_row35_openmoe_has_the_constants_of_its_training_code() -> None:
     assert int(layer.eval()(x)[1].num_dropped) == 2 * (32 - 16)
 
 
+def test_row35_openmoe_gives_places_to_first_choices_before_second_ones() -> None:
+    """As the training code's router of two experts: the places of second choices come after those of all first ones."""
+    layer, x = layer_of(presets.openmoe(), return_routing=True), torch.randn(64, H) + 2 * torch.randn(H)
+    layer.gate.weight.data.mul_(4)
+    ids = layer(x)[1].topk_ids
+    first, second = ([best(row, 2)[k] for row in x @ layer.gate.weight.T] for k in (0, 1))
+    capacity = math.ceil(1.25 * 2 * 64 / E)  # 20, an even number, as in that code
+    kept: list[list[int]] = []
+    for t in range(64):
+        before = first[:t].count(first[t]), first.count(second[t]) + second[:t].count(second[t])
+        kept.append([e if rank < capacity else -1 for e, rank in zip((first[t], second[t]), before, strict=True)])
+    assert ids.tolist() == kept
+    in_token_order, _ = limited(TopK(2)(x @ layer.gate.weight.T), capacity, "order")
+    assert in_token_order != kept
+
+
 # ---- buffer overflow, stolen prompts ---------------------------------------------------------------------------------
 
 

@@ -98,7 +98,7 @@ FIDELITY = {
     "openmoe": Fidelity(
         "balance",
         35,
-        f"{PAPER}; evaluation_factor, min_capacity: of training code consistent with it",
+        f"{PAPER}; first choices first, evaluation_factor, min_capacity: of training code; capacity rounded up: {OURS}",
         "capacity_factor",
     ),
     "phatgoose": Fidelity("adapter", 68, f"{PAPER}; learning rate of train_gate: {OURS}"),
