@@ -263,7 +263,9 @@ def test_row36_capacity_aware_inference_ranks_by_scores_before_they_are_normalis
 @pytest.mark.parametrize("score_function", ["sigmoid", "sqrt_softplus"])
 def test_row36_capacity_aware_inference_ranks_by_the_scores_of_its_router(limit: Any, score_function: str) -> None:
     """Of each expert alone, without the selection bias; the softmax of a token would depend on its other logits."""
-    router = switchgear.Router(H, E, select=TopK(2, score_function, normalize=True), capacity=limit, selection_bias=True)
+    router = switchgear.Router(
+        H, E, select=TopK(2, score_function, normalize=True), capacity=limit, selection_bias=True
+    )
     router.e_score_correction_bias.copy_(torch.linspace(-2, 2, E))
     x = 3 * torch.randn(40, H)
     logits = (x @ router.weight.T).detach().double()

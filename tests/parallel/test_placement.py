@@ -110,7 +110,7 @@ def test_row38_the_factor_by_hand() -> None:
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_row38_experts_go_where_the_formula_of_the_paper_is_least(num_ranks: int) -> None:
-    """Σ_m P_mn (A_m + S_am / 2) for expert a on rank n: A the mean share of the tokens of a batch, S its correlation."""
+    """Σ_m P_mn (A_m + S_am / 2) for expert a on rank n: A the mean share of a batch's tokens, S its correlation."""
     for seed in range(10):
         shares = torch.rand(8, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         shares = shares / shares.sum(0)

@@ -143,8 +143,8 @@ def openmoe(
     balance: float = 1e-2,
     z: float = 1e-4,
 ) -> dict[str, Any]:
-    """Two experts per token, a capacity that first choices fill before second ones, each in token order, and losses that
-    balance the load and keep logits small.
+    """Two experts per token, a capacity that first choices fill before second ones, each in token order, and losses
+    that balance the load and keep logits small.
 
     Paper: OpenMoE: An Early Effort on Open Mixture-of-Experts Language Models, arXiv:2402.01739
     Example: MoE(64, 32, 32, **presets.openmoe(), num_shared_experts=1)(x)
@@ -156,8 +156,6 @@ def openmoe(
     """
     return {
         "select": TopK(top_k),
-        "capacity": Capacity(
-            capacity_factor, drop="choice", evaluation_factor=evaluation_factor, minimum=min_capacity
-        ),
+        "capacity": Capacity(capacity_factor, drop="choice", evaluation_factor=evaluation_factor, minimum=min_capacity),
         "balance": [partial(SwitchLoss, balance), ZLoss(z)],
     }
