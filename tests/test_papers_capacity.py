@@ -15,7 +15,7 @@ import switchgear
 from loops import E, H, I, assert_agrees, best, counts_of, layer_of, mixture
 from switchgear import presets
 from switchgear.functional import Routing
-from switchgear.routing import Capacity, Context, Dropless, ExpertChoice, Masked, SkipBelow, TopK
+from switchgear.routing import Capacity, CapacityByKind, Context, Dropless, ExpertChoice, Masked, SkipBelow, TopK
 from switchgear.routing.context import NOTHING_KNOWN
 
 K = 2
@@ -226,12 +226,11 @@ def test_row36_capacity_aware_inference_normalises_again_after_a_drop(backend: s
 
 
 def kept_by_loop(p: Tensor, capacity: int, overflow: str) -> list[list[int]]:
-    """Each token's experts after a capacity by score. Weights of choices are probabilities over their token's sum of
-    the best K, which is their precedence."""
+    """Each token's experts after a capacity by score: as in the authors' code an expert keeps the tokens of the largest
+    probability among all experts, which only then is divided by the sum of those that its token keeps."""
     p = p.detach()
     wanted = [best(row, K if overflow != "overselect" else 2 * K) for row in p]
-    whole = [sum(float(p[t, e]) for e in best(p[t], K)) for t in range(len(p))]
-    offers = sorted((-float(p[t, e]) / whole[t], t, k) for t, row in enumerate(wanted) for k, e in enumerate(row))
+    offers = sorted((-float(p[t, e]), t, k) for t, row in enumerate(wanted) for k, e in enumerate(row))
     room, kept, lost = [capacity] * E, [[] for _ in p], []
     for priority, t, k in offers:
         e = wanted[t][k]
@@ -250,6 +249,49 @@ def kept_by_loop(p: Tensor, capacity: int, overflow: str) -> list[list[int]]:
                     kept[offer[1]].append(e)
                     lost.remove(offer)
     return kept
+
+
+def test_row36_capacity_aware_inference_ranks_by_scores_before_they_are_normalised() -> None:
+    """Divided by its token's sum, 0.46 of the second token would exceed 0.50 of the first one."""
+    logits = torch.tensor([[0.50, 0.45, 0.05], [0.46, 0.28, 0.26]]).log()
+    for scale in (1.0, -2.0):
+        out = Capacity(0.7, "score")(TopK(2, normalize=True, scale=scale)(logits), NOTHING_KNOWN)
+        assert out.topk_ids.tolist() == [[0, 1], [-1, -1]]
+
+
+@pytest.mark.parametrize("limit", [Capacity(0.5, "score"), CapacityByKind(0, 1.0, Capacity(0.5, "score"))])
+@pytest.mark.parametrize("score_function", ["sigmoid", "sqrt_softplus"])
+def test_row36_capacity_aware_inference_ranks_by_the_scores_of_its_router(limit: Any, score_function: str) -> None:
+    """Of each expert alone, without the selection bias; the softmax of a token would depend on its other logits."""
+    router = switchgear.Router(
+        H, E, select=TopK(2, score_function, normalize=True), capacity=limit, selection_bias=True
+    )
+    router.e_score_correction_bias.copy_(torch.linspace(-2, 2, E))
+    x = 3 * torch.randn(40, H)
+    logits = (x @ router.weight.T).detach().double()
+    scores = logits.sigmoid() if score_function == "sigmoid" else logits.exp().log1p().sqrt()
+    wanted = [set(best(row, 2)) for row in scores + router.e_score_correction_bias]
+    for e in range(E):
+        tokens = sorted((t for t in range(40) if e in wanted[t]), key=lambda t: (-float(scores[t, e]), t))
+        kept = (router(x).topk_ids == e).any(1).nonzero().flatten().tolist()
+        assert kept == sorted(tokens[: math.ceil(0.5 * 2 * 40 / E)])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_row36_capacity_aware_inference_expanded_drop_of_the_authors_code(normalize: bool) -> None:
+    """All experts are candidates of each token: an expert keeps its best tokens, and a token all that keep it."""
+    layer = layer_of(presets.capacity_aware(gamma=1.0, overflow="overselect", normalize=normalize)).eval()
+    layer.gate.weight.data.mul_(4)
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        p = (x @ layer.gate.weight.T).softmax(-1)
+        taken = [best(p[:, e].detach(), math.ceil(K * len(x) / E)) for e in range(E)]
+        ids = [[e for e in range(E) if t in taken[e]] for t in range(len(x))]
+        assert max(map(len, ids)) > K
+        whole = [sum(p[t, e] for e in row) if normalize else 1 for t, row in enumerate(ids)]
+        return mixture(layer.experts, x, ids, [[p[t, e] / whole[t] for e in row] for t, row in enumerate(ids)])
+
+    assert_agrees(layer, loop, torch.randn(40, H))
 
 
 def test_row36_capacity_aware_inference_overselects_and_then_drops() -> None:
@@ -357,6 +399,22 @@ def test_row35_openmoe_has_the_constants_of_its_training_code() -> None:
     assert int(layer(x)[1].num_dropped) == 2 * (32 - 10)  # ⌈1.25 · 2 · 32 / 8⌉ = 10
     assert int(layer(x[:6])[1].num_dropped) == 2 * (6 - 4)  # at least 4 instead of 2
     assert int(layer.eval()(x)[1].num_dropped) == 2 * (32 - 16)
+
+
+def test_row35_openmoe_gives_places_to_first_choices_before_second_ones() -> None:
+    """As the training code's router of two experts: the places of second choices come after those of all first ones."""
+    layer, x = layer_of(presets.openmoe(), return_routing=True), torch.randn(64, H) + 2 * torch.randn(H)
+    layer.gate.weight.data.mul_(4)
+    ids = layer(x)[1].topk_ids
+    first, second = ([best(row, 2)[k] for row in x @ layer.gate.weight.T] for k in (0, 1))
+    capacity = math.ceil(1.25 * 2 * 64 / E)  # 20, an even number, as in that code
+    kept: list[list[int]] = []
+    for t in range(64):
+        before = first[:t].count(first[t]), first.count(second[t]) + second[:t].count(second[t])
+        kept.append([e if rank < capacity else -1 for e, rank in zip((first[t], second[t]), before, strict=True)])
+    assert ids.tolist() == kept
+    in_token_order, _ = limited(TopK(2)(x @ layer.gate.weight.T), capacity, "order")
+    assert in_token_order != kept
 
 
 # ---- buffer overflow, stolen prompts ---------------------------------------------------------------------------------

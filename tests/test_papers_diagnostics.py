@@ -475,7 +475,7 @@ def test_row77_core_experts_are_checked() -> None:
     assert diagnostics.core_activation({"a": layer}, {"a": [1, 1]}).tolist() == [0.5]  # named twice, counted once
 
 
-# ---- 37: LibMoE's measures of routers --------------------------------------------------------------------------------
+# ---- 37: margin and change, which LibMoE defines otherwise, and its routers ------------------------------------------
 
 
 def test_row37_margin_saturation_and_change() -> None:

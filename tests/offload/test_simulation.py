@@ -15,7 +15,7 @@ import torch
 from replayed import Replay, as_sets, random_steps
 
 from switchgear import MoE, diagnostics, offload, routing
-from switchgear.offload import LRU, POLICIES, Accesses, Belady, FrequencyDistance, LeastStale, StaticFrequency
+from switchgear.offload import LIFO, LRU, POLICIES, Accesses, Belady, FrequencyDistance, LeastStale, StaticFrequency
 
 SEEDS = range(6)
 
@@ -47,6 +47,14 @@ def test_row38_hits_are_those_of_a_plain_simulator(trace: str, shared: bool) -> 
         found = offload.simulate(accesses, policy, slots=slots, shared=shared)
         assert [layer.hits for layer in found.layers] == wanted.hits, (policy.name, slots)
         assert [layer.misses for layer in found.layers] == wanted.misses, (policy.name, slots)
+
+
+def test_row38_last_in_first_out_counts_a_step_as_loaded_at_once() -> None:
+    """Two slots: a later load leaves first; of 1, 2 and 3, which one step loads, the lowest number does."""
+    for wanted, steps in ((1, [{0}, {1}, {2}, {0}]), (0, [{0}, {1}, {2}, {1}]), (0, [{1, 2, 3}, {1}])):
+        assert offload.simulate(Accesses.of([[step] for step in steps]), LIFO(), slots=2).hits == wanted
+    for kept in (2, 3):
+        assert offload.simulate(Accesses.of([[{1, 2, 3}], [{kept}]]), LIFO(), slots=2).hits == 1
 
 
 @pytest.mark.parametrize("shared", [False, True])

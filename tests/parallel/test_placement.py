@@ -79,36 +79,51 @@ def loads_by_batch(num_experts: int = 8, seed: int = 0) -> torch.Tensor:
 
 
 def test_row38_anticorrelated_experts_are_together() -> None:
-    """The busiest rank of each batch, averaged: apart, experts that are busy together share the work."""
+    """The busiest rank of each batch, averaged. Experts of equal loads, busy in turns: by loads alone, those that are
+    busy together share a rank; apart, they share the work."""
     for seed in range(5):
         batches = loads_by_batch(seed=seed)
-        load, correlation = batches.mean(1), torch.corrcoef(batches)
+        batches = batches / batches.mean(1, keepdim=True)
 
         def busiest(placement: Placement, batches: torch.Tensor = batches) -> float:
             ranks = torch.stack([batches[list(experts)].sum(0) for experts in placement.experts_of_rank])
             return float(ranks.amax(0).mean() / ranks.mean(0).mean())
 
-        greedy = place_experts(load, 2)
-        apart = place_experts(load, 2, correlation=correlation, method="anticorrelation")
-        assert busiest(apart) <= busiest(greedy)
-        assert busiest(apart) < busiest(Placement.contiguous(8, 2))
+        load, options = [1] * 8, {"correlation": torch.corrcoef(batches), "method": "anticorrelation"}
+        assert busiest(place_experts(load, 2, **options)) < 1.1  # type: ignore[arg-type]
+        assert busiest(place_experts(load, 2)) > 1.8
 
 
 def test_row38_the_factor_by_hand() -> None:
-    """Loads 4, 4, 2, 2 on two ranks: 0 and 1 are apart. Greedy gives 2 the first rank. 2 goes with 0 (its load counts
-    8) and alternates with 1 (0): the second rank."""
-    correlation = torch.eye(4)
-    for (i, j), value in {(0, 2): 1.0, (1, 2): -1.0, (0, 3): -1.0, (1, 3): 1.0}.items():
-        correlation[i, j] = correlation[j, i] = value
-    assert place_experts([4, 4, 2, 2], 2).experts_of_rank == ((0, 2), (1, 3))
-    apart = place_experts([4, 4, 2, 2], 2, correlation=correlation, method="anticorrelation")
-    assert apart.experts_of_rank == ((0, 3), (1, 2))
-    none = place_experts([4, 4, 2, 2], 2, correlation=torch.zeros(4, 4), method="anticorrelation")
-    assert none == place_experts([4, 4, 2, 2], 2)
+    """Shares 6/12, 3/12, 2/12, 1/12 on two ranks: 0 and 1 are apart. Greedy gives 2 the rank of 1. Beside 1, with which
+    it goes, 2 sees 3/12 + 0.6/2 there, and 6/12 beside 0."""
+    load, correlation = [6, 3, 2, 1], torch.eye(4)
+    correlation[1, 2] = correlation[2, 1] = 0.6
+    assert place_experts(load, 2).experts_of_rank == ((0, 3), (1, 2))
+    apart = place_experts(load, 2, correlation=correlation, method="anticorrelation")
+    assert apart.experts_of_rank == ((0, 2), (1, 3))
+    none = place_experts(load, 2, correlation=torch.zeros(4, 4), method="anticorrelation")
+    assert none == place_experts(load, 2)
+    idle = place_experts([0, 0, 0, 0], 2, correlation=correlation, method="anticorrelation")
+    assert idle == place_experts([0, 0, 0, 0], 2)
 
 
-@pytest.mark.parametrize("method", ["greedy", "anticorrelation"])
-def test_row38_no_rank_has_more_than_round_robin(method: str) -> None:
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_row38_experts_go_where_the_formula_of_the_paper_is_least(num_ranks: int) -> None:
+    """Σ_m P_mn (A_m + S_am / 2) for expert a on rank n: A the mean share of a batch's tokens, S its correlation."""
+    for seed in range(10):
+        shares = torch.rand(8, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        shares = shares / shares.sum(0)
+        mean, together = shares.mean(1), torch.corrcoef(shares)
+        ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+        for a in sorted(range(8), key=lambda e: -float(mean[e])):
+            free = [n for n in range(num_ranks) if len(ranks[n]) < 8 // num_ranks]
+            ranks[min(free, key=lambda n: sum(float(mean[m] + together[a, m] / 2) for m in ranks[n]))].append(a)
+        found = place_experts(1000 * mean, num_ranks, correlation=together, method="anticorrelation")
+        assert [list(experts) for experts in found.experts_of_rank] == [sorted(rank) for rank in ranks]
+
+
+def test_row38_no_rank_has_more_than_round_robin() -> None:
     """On recorded traces: tokens of a router whose experts are unequally popular."""
     for seed in range(10):
         torch.manual_seed(seed)
@@ -117,11 +132,9 @@ def test_row38_no_rank_has_more_than_round_robin(method: str) -> None:
             gate.bias.copy_(torch.randn(16).mul(0.3).sort().values)
             ids = gate(torch.randn(512, 16)).topk_ids
         load = torch.bincount(ids.flatten(), minlength=16)
-        by_batch = torch.stack([torch.bincount(part.flatten(), minlength=16) for part in ids.split(32)], 1)
-        options = {} if method == "greedy" else {"correlation": torch.corrcoef(by_batch.double()), "method": method}
         for num_ranks in (2, 4):
             turns = Placement(16, tuple(tuple(range(rank, 16, num_ranks)) for rank in range(num_ranks)))
-            found = place_experts(load, num_ranks, **options)  # type: ignore[arg-type]
+            found = place_experts(load, num_ranks)
             assert max(found.load_of_rank(load)) <= max(turns.load_of_rank(load))
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How decided and how stable a router is: margin, saturation and change between checkpoints (LibMoE,
-arXiv:2411.00918; OLMoE, arXiv:2409.02060)."""
+"""How decided and how stable a router is: margin, saturation (OLMoE, arXiv:2409.02060) and change between checkpoints.
+
+LibMoE (arXiv:2411.00918) measures margin and change too; the definitions here are ours. Its margin is the largest
+weight of a token minus the second one, its change the fraction of choices that differ, place by place.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ class Follows:
         """From Accesses, or what `Accesses.of` takes: token by token.
 
         Args:
-            order: layers that a prediction looks back on, 1 or 2. A table has E^(order+1) float32 per layer.
+            order: layers that a prediction looks back on, 1 or 2, as in EdgeMoE. A table has E^(order+1) float32 per
+                layer.
             top_k: see the class.
             smoothing: steps s added to each context, with the P of one layer less: P(j | i) = (n(i, j) + s·P(j)) /
                 (n(i) + s). 0: none.

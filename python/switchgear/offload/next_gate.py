@@ -23,7 +23,7 @@ class NextGate:
 
     Args:
         model: with switchgear's MoE layers, or a Hugging Face model.
-        layers_ahead: how far the later layer is; the paper has 1 and 2. The last layers predict nothing.
+        layers_ahead: how far the later layer is; the paper has 1, 2 and 10. The last layers predict nothing.
         top_k: experts of each token, its best; at most as many as the gate chooses. The paper has 1 to 2.
 
     Raises:

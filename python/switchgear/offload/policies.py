@@ -97,7 +97,11 @@ class LFU(_OneGroup):
 
 @dataclass(frozen=True)
 class LIFO(_OneGroup):
-    """Evicts the expert that was loaded last (arXiv:2303.06182): layers run in order, so that it is needed last."""
+    """Evicts the expert that was loaded last (arXiv:2303.06182): layers run in order, so that it is needed last.
+
+    Experts that a layer loads in one step count as loaded at once, and of those the lowest numbers leave first. The
+    paper loads them one by one: if a layer needs 1, 2 and 3 in two slots, its cache keeps 1 and 3, this one 2 and 3.
+    """
 
     name: str = "lifo"
 

@@ -101,14 +101,13 @@ def place_experts(
 ) -> Placement:
     """A placement that balances the load, with at most ⌈(E + num_replicas) / num_ranks⌉ experts on a rank.
 
-    Greedy (arXiv:2303.06182): num_replicas times, the expert with the largest load per copy gets another copy. Then
-    copies, by descending load, go to the rank with the least load that has space. Deterministic; ties go to the lowest
-    number.
+    Greedy: experts, by descending load, go to the rank with the least load that has space (arXiv:2303.06182).
+    Deterministic; ties go to the lowest number. Replicas are ours: num_replicas times, the expert with the largest load
+    per copy gets another copy, and copies are placed like experts.
 
     "anticorrelation" keeps experts apart that are busy at the same time, so that ranks are even in each batch and not
-    only on average: the load of an expert j on a rank counts (1 + correlation[e,j]) times when e seeks its rank. So it
-    counts double beside an expert that goes with it, and not at all beside one that alternates with it. (The paper
-    names the method; the factor is ours.)
+    only on average: when expert a seeks its rank, an expert m there counts A_m + correlation[a,m] / 2, where A_m is its
+    share of the total load (the same paper).
 
     Args:
         load: [E] tokens of each expert, or a trace of topk_ids [T,K] to count them from (then ids range from 0 to the
@@ -141,16 +140,14 @@ def place_experts(
         copies[max(candidates, key=lambda e: (loads[e] / copies[e], -e))] += 1
     room = -(-(num_experts + num_replicas) // num_ranks)
     ranks: list[set[int]] = [set() for _ in range(num_ranks)]
-    totals = [0.0] * num_ranks
+    totals, whole = [0.0] * num_ranks, sum(loads)
     # Among equal loads, experts with the most copies go first: distinct ranks are hardest to find for them.
     for expert in sorted(range(num_experts), key=lambda e: (-loads[e] / copies[e], -copies[e], e)):
         for _ in range(copies[expert]):
             free = [r for r in range(num_ranks) if len(ranks[r]) < room and expert not in ranks[r]]
             if not free:  # all ranks with space have it: another rank moves an expert away
                 free = [_make_room(ranks, totals, loads, copies, expert, room)]
-            beside = (
-                [sum(together[expert][e] * loads[e] / copies[e] for e in held) for held in ranks] if together else []
-            )
+            beside = [whole / 2 * sum(together[expert][e] for e in held) for held in ranks] if together else []
             best = min(free, key=lambda r: (totals[r] + (beside[r] if beside else 0.0), r))
             ranks[best].add(expert)
             totals[best] += loads[expert] / copies[expert]

@@ -148,17 +148,19 @@ def openmoe(
     balance: float = 1e-2,
     z: float = 1e-4,
 ) -> dict[str, Any]:
-    """Two experts per token, a capacity filled in token order, and losses that balance the load and keep logits small.
+    """Two experts per token, a capacity that first choices fill before second ones, each in token order, and losses
+    that balance the load and keep logits small.
 
     Paper: OpenMoE: An Early Effort on Open Mixture-of-Experts Language Models, arXiv:2402.01739
     Example: MoE(64, 32, 32, **presets.openmoe(), num_shared_experts=1)(x)
 
     The paper uses 32 experts plus a dense path. It finds that later tokens of a sequence are dropped more often than
-    earlier ones. balance and z are the paper's. evaluation_factor and min_capacity are those of training code
-    consistent with it; the training factor is unverified.
+    earlier ones. balance and z are the paper's. The order of choices, evaluation_factor and min_capacity are those of
+    training code (ColossalAI, whose capacity is ⌊factor · K·T/E⌋ made even, and flaxformer, where it is factor · T/E
+    rounded; here it is ⌈factor · K·T/E⌉). The training factor is unverified.
     """
     return {
         "select": TopK(top_k),
-        "capacity": Capacity(capacity_factor, evaluation_factor=evaluation_factor, minimum=min_capacity),
+        "capacity": Capacity(capacity_factor, drop="choice", evaluation_factor=evaluation_factor, minimum=min_capacity),
         "balance": [partial(SwitchLoss, balance), ZLoss(z)],
     }

@@ -29,7 +29,10 @@ FIDELITY = {
     "batch_independent": Fidelity("capacity", 79, "the paper's defence: no capacity"),
     "bounded_gate": Fidelity("score", 24, f"{PAPER}; which bounded transform: {OURS}", "transform"),
     "capacity_aware": Fidelity(
-        "capacity", 36, f"{PAPER}; overselect: {CODE}, but that all survivors stay is {OURS}", "gamma"
+        "capacity",
+        36,
+        f"{PAPER}, reroute of its first version; which scores rank, and all experts as candidates: {CODE}",
+        "gamma",
     ),
     "cartesian": Fidelity("structure", 27, PAPER, "top_k, num_shared_experts, balance"),
     "cluster_task": Fidelity("selection", 32, PAPER),
@@ -101,7 +104,7 @@ FIDELITY = {
     "openmoe": Fidelity(
         "balance",
         35,
-        f"{PAPER}; evaluation_factor, min_capacity: of training code consistent with it",
+        f"{PAPER}; first choices first, evaluation_factor, min_capacity: of training code; capacity rounded up: {OURS}",
         "capacity_factor",
     ),
     "phatgoose": Fidelity("adapter", 68, f"{PAPER}; learning rate of train_gate: {OURS}"),

@@ -242,16 +242,17 @@ def capacity_aware(
     expand: float | None = None,
     normalize: bool = False,
 ) -> dict[str, Any]:
-    """In evaluation only, an expert accepts at most gamma · K·T/E tokens, those of largest weight; the others go to
+    """In evaluation only, an expert accepts at most gamma · K·T/E tokens, those of largest score; the others go to
     experts with free capacity. Decoding steps have no limit.
 
     Paper: Capacity-Aware Inference: Mitigating the Straggler Effect in Mixture of Experts, arXiv:2503.05066
     Example: MoE(64, 32, 8, **presets.capacity_aware())(x)
 
-    gamma is 1 to 2 in the paper. overflow = "drop" is its token drop, "overselect" the rule of its code: each token
-    first chooses ⌈K · expand⌉ experts, and then tokens are dropped. expand: ⌈K · expand⌉ candidates per token, all
-    experts if None. normalize: for models that normalise the weights of a token, which are normalised again after a
-    drop.
+    gamma is 1 to 2 in the paper. overflow = "drop" is its token drop, "reroute" that of its first version, which later
+    ones replaced by the expanded drop, "overselect": each token first adds its device's experts to its best K, and then
+    each expert drops tokens. expand: ⌈K · expand⌉ candidates per token, as in a patch among its code; all experts if
+    None, as in its models on one device. normalize: for models that normalise the weights of a token, which are
+    normalised again after a drop. Scores are the probabilities before that, as in its code.
     """
     return {
         "select": TopK(top_k, normalize=normalize),

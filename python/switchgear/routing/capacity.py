@@ -54,11 +54,12 @@ class Capacity:
         drop: which choices an overfull expert keeps. "order": the first tokens, and each token's best choice first;
             other users' tokens earlier in the batch can then displace others (arXiv:2402.05526). "choice": first
             choices before second ones, then by order (GShard, arXiv:2006.16668). "reverse": the last ones. "score":
-            those of the largest weight. "random".
+            those of the largest score (Routing.scores, else the softmax of the logits), which no normalisation of a
+            token's weights changes. "random".
         overflow: "drop": the token gets nothing for this choice; or "reroute": the choice goes to the token's next best
             expert with free capacity, in the same order of precedence. Its weight is scaled by the ratio of the scores.
-            "overselect": each token first chooses all of its candidates, and then the others are dropped; so a token
-            may have more than K experts (that all survivors stay is a choice of ours).
+            "overselect": each token first chooses all of its candidates, and then each expert drops those beyond its
+            capacity; so a token may have more than K experts.
         expand: number of candidates of a token with k choices, ⌈k · expand⌉; all experts if None, but never those of
             score 0, as masked ones. With "reroute" a choice is dropped only if each candidate is full or already has
             the token.
@@ -83,8 +84,8 @@ class Capacity:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether full experts send tokens on to others, which takes the scores of all experts."""
-        return self.overflow != "drop"
+        """Whether full experts rank tokens by their scores, or send them on to others, which takes those of all."""
+        return self.drop == "score" or self.overflow != "drop"
 
     def __post_init__(self) -> None:
         check_choice("drop", self.drop, DROPS)
@@ -115,8 +116,11 @@ class Capacity:
             return routing._replace(num_dropped=dropped)
         limits, sequence = self._limits(factor, choices, num_experts, context)
         wanted, ranking, candidates = routing, None, top_k
+        scores = routing.scores
+        if scores is None and self.needs_scores:
+            scores = scores_of(routing.router_logits, "softmax")
         if self.overflow != "drop":
-            scores = routing.scores if routing.scores is not None else scores_of(routing.router_logits, "softmax")
+            assert scores is not None
             others, most = _open(routing, scores.detach()), num_experts - 1
             if self.overflow == "overselect" or self.expand is not None:
                 others, most = _others(routing, others, self.expand)
@@ -125,11 +129,12 @@ class Capacity:
             else:
                 ranking, candidates = others.float(), top_k + most
         kept_ids = ops.fit_capacity(
-            routing.topk_ids, self._priorities(routing, context), ranking, sequence, limits, num_experts,
+            routing.topk_ids, self._priorities(routing, scores, context), ranking, sequence, limits, num_experts,
             self.drop if self.drop in reference.DROPS else "priority", candidates,
         )  # fmt: skip
         weights = routing.topk_weights.masked_fill(kept_ids < 0, 0)
         if ranking is not None:
+            assert scores is not None
             moved = (kept_ids != ids) & (kept_ids >= 0)
             weights = torch.where(moved, weights * _ratio(scores, kept_ids, ids), weights)
         routing = routing._replace(topk_ids=kept_ids, topk_weights=weights)
@@ -152,9 +157,10 @@ class Capacity:
         limits = _rounded_up(total.double() * factor / num_experts)
         return limits.clamp(min=min(self.minimum, _MOST)).to(torch.int32), sequence
 
-    def _priorities(self, routing: Routing, context: Context) -> Tensor | None:
+    def _priorities(self, routing: Routing, scores: Tensor | None, context: Context) -> Tensor | None:
         if self.drop == "score":
-            return routing.topk_weights.detach().float()
+            assert scores is not None
+            return scores.detach().gather(1, routing.topk_ids.clamp(min=0).long()).float()
         if self.drop == "random":
             return uniform(tuple(routing.topk_ids.shape), context, routing.topk_ids.device)
         return None
@@ -178,6 +184,11 @@ class CapacityByKind:
         at_least(0, "free_experts", self.free_experts)
         if not 0 < as_number("tau", self.tau) < math.inf:
             raise ValueError(f"tau: expected a positive number, got {self.tau}")
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether its limit does."""
+        return self.limit.needs_scores
 
     def __call__(self, routing: Routing, context: Context) -> Routing:
         num_experts = routing.num_experts

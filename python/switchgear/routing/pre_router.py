@@ -18,6 +18,9 @@ from switchgear.routing.ranking import choose
 class PreRouter(nn.Module):
     """Logits of all layers' experts from embeddings [B,S,H]: `layers` causal transformer layers and a linear head.
 
+    The authors' router differs: one output of E experts for all layers, rotary positions and an embedding of its own,
+    trained on soft labels and the overlap of masks.
+
         pre = PreRouter(hidden_size, [64] * 16)
         loss = pre.loss(embeddings, [layer.topk_ids() for layer in record.layers.values()])   # distillation
 
