@@ -99,20 +99,38 @@ def test_row54_load_balance_and_noise_are_options() -> None:
     assert moe.gate.score.noise_weight.grad.any()
 
 
+def minimoe(order: list[int], num_experts: int) -> list[list[int]]:
+    """The neurons of each expert, as the paper's code takes them from a network whose neurons are in this order."""
+    size = len(order) // num_experts
+    num_shared = int(len(order) / num_experts * 2 / 3)
+    return [(order[:num_shared] + order[num_shared:][e::num_experts])[:size] for e in range(num_experts)]
+
+
 def test_row52_interleaved_experts_contain_the_shared_block() -> None:
-    """MiniMoE: each expert has 2/3 shared neurons and every E-th of the others; the best one is weighted by its
+    """MiniMoE: 2/3 of each expert are shared, the rest is every E-th of the others; the best one is weighted by its
     softmax."""
     mlp, x = SharedExperts(H, 48), torch.randn(11, H)
     moe = convert.split_dense(mlp, 4, method="interleave", shared=2 / 3, router_init=1.0)
-    assert moe.experts.intermediate_size == 32 + 16 // 4  # the parameter count
-    assert moe.experts.gate_up_proj.numel() + moe.experts.down_proj.numel() == 4 * 3 * H * 36
+    chosen = minimoe(list(range(48)), 4)
+    assert chosen[0] == [*range(8), 8, 12, 16, 20]  # neurons 24 to 47 are in none
+    assert moe.experts.intermediate_size == 12
     gate, up, down = (part.weight.detach().double() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     for token in x:
         scores = (moe.gate.weight.detach().double() @ token.double()).softmax(0)
         expert = int(scores.argmax())
-        neurons = list(range(32)) + list(range(32 + expert, 48, 4))
-        h = F.silu(gate[neurons] @ token.double()) * (up[neurons] @ token.double())
-        assert close(moe(token[None])[0], scores[expert] * (down[:, neurons] @ h))
+        h = F.silu(gate[chosen[expert]] @ token.double()) * (up[chosen[expert]] @ token.double())
+        assert close(moe(token[None])[0], scores[expert] * (down[:, chosen[expert]] @ h))
+
+
+def test_row52_neurons_are_interleaved_in_order_of_importance() -> None:
+    importance = torch.rand(48)
+    order = sorted(range(48), key=lambda n: -float(importance[n]))
+    dense = convert.feed_forward(SharedExperts(H, 48))
+    parts = convert.partition(dense, 4, "interleave", shared=2 / 3, importance=importance)
+    assert [sorted(expert) for expert in minimoe(order, 4)] == [index.tolist() for index in parts.experts]
+    whole = convert.partition(dense, 3, "interleave", shared=1, importance=importance)  # an expert more, in each
+    for e, index in enumerate(whole.experts):
+        assert index.tolist() == sorted(order[:12] + order[12:][e::3])
 
 
 def test_row52_one_expert_is_the_identity() -> None:

@@ -23,7 +23,7 @@ class Partition:
     """The neurons of each expert and of the shared expert, as ascending int64 indices.
 
     is_split: each neuron is in exactly one of them, so that all of them together are the dense network. Otherwise
-    neurons are in several experts (interleave with shared ones, domain masks), or in none.
+    neurons are in several experts, or in none (interleave with shared ones, domain masks).
     """
 
     experts: tuple[Tensor, ...]
@@ -61,7 +61,8 @@ def partition(
     width = weights.intermediate_size
     if method == "domain_masks":
         return _domain_masks(_importance(importance, width, method), num_experts, keep, shared)
-    num_shared = _num_shared(shared, num_experts, width)
+    in_each = method == "interleave" and isinstance(shared, float)  # a fraction of each expert, not of the network
+    num_shared = 0 if in_each else _num_shared(shared, num_experts, width)
     rest = width - num_shared
     if rest % num_experts or rest < num_experts:
         raise ValueError(
@@ -70,14 +71,15 @@ def partition(
         )
     if method == "gradient":
         return _gradient(_importance(importance, width, method), num_experts, num_shared)
-    if importance is None:
-        first, order = torch.arange(num_shared), torch.arange(num_shared, width)
-    else:  # the most important neurons are shared
+    ranked = torch.arange(width)
+    if importance is not None:  # the most important neurons are shared
         ranked = _importance(importance, width, method).mean(0).argsort(descending=True, stable=True)
-        first, order = ranked[:num_shared].sort().values, ranked[num_shared:].sort().values
     if method == "interleave":
-        experts = tuple(torch.cat((first, order[e::num_experts])).sort().values for e in range(num_experts))
-        return Partition(experts, first[:0], not num_shared or num_experts == 1)
+        size = rest // num_experts
+        if in_each:
+            return _interleaved(ranked, num_experts, _num_shared(shared, 1, size), size)
+        return _interleaved(ranked, num_experts, num_shared, num_shared + size)
+    first, order = ranked[:num_shared].sort().values, ranked[num_shared:].sort().values
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         order = order[torch.randperm(rest, generator=generator)]
@@ -124,6 +126,13 @@ def _num_shared(shared: int | float, num_experts: int, width: int) -> int:
     if not 0 <= shared < 1:
         raise ValueError(f"shared: expected a fraction in [0, 1) or a whole number, got {shared}")
     return width - (width - round(shared * width)) // num_experts * num_experts  # the rest divides
+
+
+def _interleaved(ranked: Tensor, num_experts: int, num_shared: int, size: int) -> Partition:
+    """Each expert has the first neurons and every E-th of the others, cut to its size: the last ones may be in none."""
+    shared, others = ranked[:num_shared], ranked[num_shared:]
+    experts = tuple(torch.cat((shared, others[e::num_experts]))[:size].sort().values for e in range(num_experts))
+    return Partition(experts, ranked[:0], not num_shared or num_experts == 1)
 
 
 def _importance(importance: Tensor | None, width: int, method: str) -> Tensor:

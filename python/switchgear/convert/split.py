@@ -62,8 +62,10 @@ def split_dense(
         method: how neurons are divided, or a Partition.
             "random": LLaMA-MoE (arXiv:2406.16554). "contiguous": FactorLLM (arXiv:2408.11855).
             "cluster": balanced k-means of the rows of the gate (LLaMA-MoE).
-            "interleave": every E-th neuron, and the shared ones in each expert (MiniMoE, arXiv:2305.12129); one expert
-            is meant to run (top_k = 1, the default then), weighted by its softmax.
+            "interleave": every E-th neuron, and the shared ones in each expert (MiniMoE, arXiv:2305.12129). A fraction
+            `shared` is one of each expert, which has I / E neurons, as in the paper's code with 2/3; neurons that no
+            expert has room for are left out. One expert is meant to run (top_k = 1, the default then), weighted by its
+            softmax. With `importance` neurons are taken in its order.
             "gradient": the most important neurons are shared; with importance [E,I] the others go to the expert to
             which they matter, with [I] each expert gets an equal share (LLaMA-MoE v2, arXiv:2411.15708).
             "domain_masks": importance [E,I] of E domains. Each keeps its best `keep · I` neurons; those in all masks
