@@ -89,6 +89,15 @@ def test_row54_clusters_are_balanced_and_close() -> None:
     assert parts.widths == (16,) * 4
 
 
+def test_row54_clusters_are_those_of_directions() -> None:
+    """Rows have length 1 in LLaMA-MoE's code: two directions that are close, with rows of two lengths each."""
+    directions = torch.eye(2, H).add(1.0).repeat_interleave(WIDTH // 2, 0)
+    mlp = SharedExperts(H, WIDTH)
+    mlp.gate_proj.weight.data.copy_(directions * torch.tensor([1.0, 50.0]).repeat(WIDTH // 2)[:, None])
+    parts = convert.partition(convert.feed_forward(mlp), 2, "cluster")
+    assert sorted(index.tolist() for index in parts.experts) == [list(range(32)), list(range(32, 64))]
+
+
 def test_row54_load_balance_and_noise_are_options() -> None:
     mlp, x = SharedExperts(H, WIDTH), torch.randn(40, H)
     options = {"score": partial(Linear, noise=True), "select": TopK(2, normalize=True, scale=4.0)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from switchgear import ops
 from switchgear.convert.ffn import FeedForward
@@ -85,7 +86,8 @@ def partition(
         order = order[torch.randperm(rest, generator=generator)]
     elif method == "cluster":
         rows = weights.up if weights.gate is None else weights.gate
-        ids = balanced_kmeans(rows[order.to(rows.device)].detach().float().cpu(), num_experts, seed)
+        directions = F.normalize(rows[order.to(rows.device)].detach().float().cpu(), dim=1)
+        ids = balanced_kmeans(directions, num_experts, seed)
         order = order[ids.argsort(stable=True)]
     return Partition(tuple(part.sort().values for part in order.chunk(num_experts)), first)
 

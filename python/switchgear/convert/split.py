@@ -61,7 +61,7 @@ def split_dense(
         num_experts, top_k: E and K; all experts by default.
         method: how neurons are divided, or a Partition.
             "random": LLaMA-MoE (arXiv:2406.16554). "contiguous": FactorLLM (arXiv:2408.11855).
-            "cluster": balanced k-means of the rows of the gate (LLaMA-MoE).
+            "cluster": balanced k-means of the rows of the gate, each of length 1 (LLaMA-MoE).
             "interleave": every E-th neuron, and the shared ones in each expert (MiniMoE, arXiv:2305.12129). A fraction
             `shared` is one of each expert, which has I / E neurons, as in the paper's code with 2/3; neurons that no
             expert has room for are left out. One expert is meant to run (top_k = 1, the default then), weighted by its
