@@ -90,12 +90,13 @@ def test_row54_clusters_are_balanced_and_close() -> None:
 
 
 def test_row54_clusters_are_those_of_directions() -> None:
-    """Rows have length 1 in LLaMA-MoE's code: two directions that are close, with rows of two lengths each."""
-    directions = torch.eye(2, H).add(1.0).repeat_interleave(WIDTH // 2, 0)
-    mlp = SharedExperts(H, WIDTH)
-    mlp.gate_proj.weight.data.copy_(directions * torch.tensor([1.0, 50.0]).repeat(WIDTH // 2)[:, None])
-    parts = convert.partition(convert.feed_forward(mlp), 2, "cluster")
-    assert sorted(index.tolist() for index in parts.experts) == [list(range(32)), list(range(32, 64))]
+    """LLaMA-MoE's code gives each row the length 1 first."""
+    mlp, lengths = SharedExperts(H, WIDTH), 2.0 ** torch.randint(-3, 4, (WIDTH, 1))
+    dense = convert.feed_forward(mlp)
+    expected = convert.partition(dense, 4, "cluster")
+    dense.gate.mul_(lengths)
+    found = convert.partition(dense, 4, "cluster")
+    assert all(torch.equal(*pair) for pair in zip(found.experts, expected.experts, strict=True))
 
 
 def test_row54_load_balance_and_noise_are_options() -> None:
@@ -168,6 +169,24 @@ def test_row55_each_expert_gets_the_neurons_that_matter_to_it() -> None:
         assert set(index.tolist()) == set(order[16 * expert : 16 * expert + 16].tolist())
 
 
+def test_row55_neurons_of_most_experts_are_shared() -> None:
+    """A loop as in LLaMA-MoE v2's code: neurons that most experts have among their best go to the shared expert, until
+    it is full. The scale of an expert's row changes nothing."""
+    num_shared, size = 16, 12
+    importance = torch.rand(4, WIDTH)
+    lists = [sorted(range(WIDTH), key=lambda n: -float(row[n])) for row in importance]  # noqa: B023
+    shared: list[int] = []
+    while len(shared) < num_shared:
+        votes = [sum(n in best[:size] for best in lists) for n in range(WIDTH)]
+        shared += [n for n in range(WIDTH) if votes[n] == max(votes)][: num_shared - len(shared)]
+        lists = [[n for n in best if n not in shared] for best in lists]
+    dense = convert.feed_forward(SharedExperts(H, WIDTH))
+    for scale in (torch.ones(4, 1), torch.tensor([[1.0], [1.0], [1.0], [100.0]])):
+        parts = convert.partition(dense, 4, "gradient", shared=0.25, importance=importance * scale)
+        assert parts.shared.tolist() == sorted(shared)
+        assert sorted(torch.cat((*parts.experts, parts.shared)).tolist()) == list(range(WIDTH))
+
+
 def test_row55_importance_is_monotone_under_zeroing() -> None:
     """A neuron whose column of the down projection shrinks matters less, in proportion; a zeroed one not at all."""
     torch.manual_seed(0)
@@ -187,18 +206,18 @@ def test_row55_importance_is_monotone_under_zeroing() -> None:
         keep = torch.ones(WIDTH, dtype=torch.float64)
         keep[neuron] = 0
         changes = ((masked(mlp, x, keep) - mlp(x)) * target).detach().sum(1) / target.numel()
-        assert float(full[neuron]) == pytest.approx(sum(abs(float(change)) for change in changes), rel=1e-5)
+        assert float(full[neuron]) == pytest.approx(sum(abs(float(change)) for change in changes) / 50, rel=1e-5)
     assert mlp.up_proj.weight.grad is None
 
 
 def test_row55_importance_does_not_cancel_over_tokens() -> None:
-    """Σ_t |h · ∂loss/∂h| of each token, here for two tokens with opposite gradients, in one batch or two."""
+    """The mean of |h · ∂loss/∂h| over tokens, here two with opposite gradients, in one batch or two."""
     mlp, x, target = SharedExperts(H, WIDTH), torch.randn(1, H), torch.randn(1, H)
     x, target = torch.cat((x, x)), torch.cat((target, -target))
     gate, up, down = (part.weight.detach().double() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     expected = torch.zeros(WIDTH, dtype=torch.float64)
     for row, goal in zip(x.double(), target.double(), strict=True):
-        expected += (F.silu(gate @ row) * (up @ row) * (goal @ down)).abs()
+        expected += (F.silu(gate @ row) * (up @ row) * (goal @ down)).abs() / 2
     for split in ([[0, 1]], [[0], [1]]):
         batches = [{"x": x[rows], "target": target[rows]} for rows in split]
         found = convert.neuron_importance(Regression(mlp), batches, lambda loss: loss, mlp=mlp)

@@ -153,18 +153,35 @@ def _importance(importance: Tensor | None, width: int, method: str) -> Tensor:
 def _gradient(importance: Tensor, num_experts: int, num_shared: int) -> Partition:
     """The most important neurons are shared. The others: with a row of importance per expert, such that the sum of the
     importance of each expert's neurons to it is near its maximum; with one row, dealt out in order of importance."""
-    groups = importance.shape[0]
+    groups = len(importance)
     if groups not in (1, num_experts):
         raise ValueError(f"importance: expected 1 or {num_experts} rows, one per expert, got {groups}")
-    ranked = importance.mean(0).argsort(descending=True, stable=True)
-    shared, rest = ranked[:num_shared].sort().values, ranked[num_shared:]
     if groups == 1:
-        turns = rest.view(-1, num_experts)
+        ranked = importance[0].argsort(descending=True, stable=True)
+        turns = ranked[num_shared:].view(-1, num_experts)
         turns = torch.where((torch.arange(len(turns)) % 2 == 1)[:, None], turns.flip(1), turns)  # boustrophedon
-        return Partition(tuple(turns[:, e].sort().values for e in range(num_experts)), shared)
+        return Partition(
+            tuple(turns[:, e].sort().values for e in range(num_experts)), ranked[:num_shared].sort().values
+        )
+    is_shared = _voted(importance, num_shared)
+    rest = (~is_shared).nonzero().flatten()
     values = importance[:, rest].T.contiguous()
     ids = ops.assign_balanced(values / values.abs().max().clamp(min=1e-30), None, 1, -1.0, 1000).long()
-    return Partition(tuple(rest[ids == e].sort().values for e in range(num_experts)), shared)
+    return Partition(tuple(rest[ids == e] for e in range(num_experts)), is_shared.nonzero().flatten())
+
+
+def _voted(importance: Tensor, count: int) -> Tensor:
+    """[I] bool: the `count` neurons that most experts have among the best of their row, as many as they get; after each
+    round of votes the best are those of the others (LLaMA-MoE v2)."""
+    num_experts, width = importance.shape
+    size = (width - count) // num_experts
+    ranked = importance.argsort(dim=1, descending=True, stable=True)
+    taken = torch.zeros(width, dtype=torch.bool)
+    while missing := count - int(taken.sum()):
+        votes = torch.bincount(ranked[:, :size].flatten(), minlength=width)
+        taken[(votes == votes.max()).nonzero().flatten()[:missing]] = True
+        ranked = ranked[~taken[ranked]].view(num_experts, -1)
+    return taken
 
 
 def _domain_masks(importance: Tensor, num_experts: int, keep: float, shared: int | float) -> Partition:
