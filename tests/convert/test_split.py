@@ -174,7 +174,7 @@ def test_row55_neurons_of_most_experts_are_shared() -> None:
     it is full. The scale of an expert's row changes nothing."""
     num_shared, size = 16, 12
     importance = torch.rand(4, WIDTH)
-    lists = [sorted(range(WIDTH), key=lambda n: -float(row[n])) for row in importance]  # noqa: B023
+    lists = [sorted(range(WIDTH), key=lambda n: -float(row[n])) for row in importance]
     shared: list[int] = []
     while len(shared) < num_shared:
         votes = [sum(n in best[:size] for best in lists) for n in range(WIDTH)]
