@@ -314,7 +314,7 @@ def test_importance_of_a_network_that_no_batch_reaches_is_an_error() -> None:
         convert.neuron_importance(model, [], torch.sum, mlp=model.idle)
 
 
-def test_row56_contiguous_slices_and_straight_through_gates() -> None:
+def test_row56_contiguous_slices_with_equal_weights() -> None:
     mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
     moe = convert.split_dense(mlp, 4, 2, method="contiguous")
     parts = convert.partition(convert.feed_forward(mlp), 4, "contiguous")
@@ -322,7 +322,7 @@ def test_row56_contiguous_slices_and_straight_through_gates() -> None:
     routing = moe.gate(x)
     assert (routing.topk_weights == 4 / 2).all()
     moe(x).square().sum().backward()
-    assert float(moe.gate.weight.grad.abs().max()) > 0  # straight through
+    assert float(moe.gate.weight.grad.abs().max()) > 0  # of the softmax
     assert (convert.split_dense(mlp, 4, 4, method="contiguous").gate(x).topk_weights == 1).all()  # K = E: scale 1
 
 
