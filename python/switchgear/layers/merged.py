@@ -47,8 +47,8 @@ class MergedExperts(WithLosses):
 
     Args: router: a module [B,H] -> Routing of B sequences. experts: Experts. down_router: a router [B,I] of its own for
     down_proj, which sees the pooled input of that projection, as in the authors' code; if None, both projections use
-    the same weights. pooling: "mean" or "attention". bottleneck: width of a bottleneck that is added to the input before
-    the router, x + relu(x · Aᵀ + a) · Bᵀ + b, 0 for none: the token-level attention of the authors' code, of width
+    the same weights. pooling: "mean" or "attention". bottleneck: width of a bottleneck added to the input before the
+    router, x + relu(x · Aᵀ + a) · Bᵀ + b, 0 for none: the token-level attention of the authors' code, of width
     H / 64, which has another before down_proj.
 
     Parameters: attention.weight [1,H] with "attention"; bottleneck_in.weight [width,H] and bias [width],
