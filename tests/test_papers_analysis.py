@@ -204,7 +204,7 @@ def test_row62_the_law_is_its_formula() -> None:
         saturated = 1 / (1 / (e - 1 + 1 / (1 / LAW.e_start - 1 / LAW.e_max)) + 1 / LAW.e_max)
         log_loss = math.log(LAW.A / n**LAW.a + LAW.B / saturated**LAW.b + LAW.C / d**LAW.c + LAW.F)
         log_loss += LAW.d * math.log(n) * math.log(saturated)
-        assert float(LAW.loss(n, e, d)) == pytest.approx(math.exp(log_loss))
+        assert float(LAW.loss(n, e, d)) == pytest.approx(math.exp(log_loss), rel=1e-12)
     assert float(LAW.effective_experts(1)) == pytest.approx(LAW.e_start)
     assert float(LAW.effective_experts(1e12)) == pytest.approx(LAW.e_max)
 
@@ -216,10 +216,37 @@ def test_row62_a_fit_recovers_the_constants() -> None:
         torch.testing.assert_close(found.loss(n, e, d), LAW.loss(n, e, d), rtol=1e-5, atol=0)
         if given:
             assert vars(found) == pytest.approx(vars(LAW), rel=1e-2)
+            assert (found.e_start, found.e_max) == (LAW.e_start, LAW.e_max)
     with pytest.raises(ValueError, match="losses: expected one of each of 10 runs or more"):
         MoEScalingLaw.fit([1e8], [4], [1e9], [2.0])
     with pytest.raises(ValueError, match="losses: expected positive numbers"):
         MoEScalingLaw.fit(n, e, d, -LAW.loss(n, e, d))
+    for wrong in (0.0, -1, math.inf, True, "1"):
+        error = ValueError if type(wrong) in (int, float) else TypeError
+        for name in ("e_start", "e_max"):
+            with pytest.raises(error, match=f"^{name}: expected"):
+                MoEScalingLaw.fit(n, e, d, LAW.loss(n, e, d), **{name: wrong})
+    with pytest.raises(ValueError, match=r"e_start: expected less than e_max, 2\.0, got 3\.0"):
+        MoEScalingLaw.fit(n, e, d, LAW.loss(n, e, d), e_start=3.0, e_max=2.0)
+
+
+def test_laws_name_numbers_that_are_not_above_zero() -> None:
+    scratch = PowerLaw(9.0, 0.4, 1.5)
+    for name, call in (
+        ("size", lambda: LAW.loss([1e8, -1.0], 4, 1e9)),
+        ("experts", lambda: LAW.loss(1e8, 0, 1e9)),
+        ("tokens", lambda: LAW.loss(1e8, 4, math.nan)),
+        ("experts", lambda: LAW.effective_experts(-1)),
+        ("experts", lambda: LAW.optimum(1e20, [4, 0])),
+        ("tokens", lambda: scratch.loss(-2.0)),
+        ("dense_tokens", lambda: UPCYCLED.loss(-1.0, 2.0)),
+        ("tokens", lambda: UPCYCLED.loss(1.0, 0.0)),
+        ("dense_tokens", lambda: UPCYCLED.crossover(0.0, scratch)),
+        ("most", lambda: UPCYCLED.crossover(4.0, scratch, most=0)),
+        ("most", lambda: UPCYCLED.crossover(4.0, scratch, most=1)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            call()
 
 
 def test_row62_the_optimum_within_a_budget_by_brute_force() -> None:
@@ -259,7 +286,7 @@ def test_row63_a_fit_recovers_the_constants() -> None:
     d1, d2 = meshed([1, 4, 16, 64], [2, 8, 40, 200])
     losses = UPCYCLED.loss(d1, d2)
     for a, b, loss in zip(d1.tolist(), d2.tolist(), losses.tolist(), strict=True):
-        assert loss == pytest.approx(8.0 * a**-0.12 * b ** (-0.3 + 0.02 * math.log(a)) + 1.5)
+        assert loss == pytest.approx(8.0 * a**-0.12 * b ** (-0.3 + 0.02 * math.log(a)) + 1.5, rel=1e-12)
     assert vars(UpcyclingLaw.fit(d1, d2, losses)) == pytest.approx(vars(UPCYCLED), rel=1e-4)
     noise = 1 + 1e-3 * torch.randn(16, dtype=torch.float64)
     assert float((UpcyclingLaw.fit(d1, d2, losses * noise).loss(d1, d2) / losses - 1).abs().max()) < 4e-3
@@ -281,3 +308,5 @@ def test_row63_crossover_with_training_from_scratch() -> None:
         crossings.append(closed / d1)
     assert crossings[1] < crossings[0]  # relative to the sunk tokens, upcycling pays for less and less
     assert UPCYCLED.crossover(4.0, PowerLaw(9.0, 0.01, 1.5)) is None
+    best = PowerLaw(1e-3, 0.4, 1.0)  # never behind
+    assert UPCYCLED.crossover(4.0, best, most=1e3) == pytest.approx(4e-3)

@@ -47,8 +47,8 @@ def meo(layer: MergedExperts, x: Tensor) -> tuple[Tensor, Tensor]:
     experts, outputs, total = layer.experts, [], x.new_zeros(2, E)
     for tokens in x:
         if layer.bottleneck_in is not None:
-            inner = (tokens @ layer.bottleneck_in.weight.T).relu()
-            tokens = tokens + inner @ layer.bottleneck_out.weight.T
+            inner = (tokens @ layer.bottleneck_in.weight.T + layer.bottleneck_in.bias).relu()
+            tokens = tokens + inner @ layer.bottleneck_out.weight.T + layer.bottleneck_out.bias
         scores = x.new_zeros(len(tokens), 1) if layer.attention is None else tokens @ layer.attention.weight.T
         chosen = gates(weight_of(layer.router) @ average(tokens, scores))
         h = sum(g * experts.up_proj[e] for e, g in chosen) @ tokens.T
@@ -101,6 +101,33 @@ def test_row49_meo_penalises_the_variation_of_weights() -> None:
     assert_agrees(layer, loop, torch.randn(4, 5, H))
     layer(torch.randn(4, 5, H))
     assert set(layer.losses) == {"importance_load", "down_importance_load"}
+
+
+def test_row49_meo_penalises_the_variation_of_the_smooth_load_with_noise() -> None:
+    """As in its code: of the probabilities that each expert is among the best K if its own noise is drawn again."""
+    layer, x = layer_of(noise=True, importance=0.1).double(), torch.randn(4, 5, H, dtype=torch.float64)
+    torch.manual_seed(3)
+    layer(x)
+    found = layer.losses["importance_load"]
+    torch.manual_seed(3)
+    score, means = layer.router.score, x.mean(1)
+    clean, deviation = means @ score.weight.T, nn.functional.softplus(means @ score.noise_weight.T)
+    noisy = clean + torch.randn_like(clean) * deviation
+    weights, load = torch.zeros(E, dtype=torch.float64), torch.zeros(E, dtype=torch.float64)
+    for row, own, spread in zip(noisy, clean, deviation, strict=True):
+        for e, gate in gates(row):
+            weights[e] += gate.detach()
+        for e in range(E):
+            best = torch.cat((row[:e], row[e + 1 :])).sort(descending=True).values
+            load[e] += torch.distributions.Normal(0.0, 1.0).cdf((own[e] - best[K - 1]) / spread[e]).detach()
+    expected = 0.1 * sum(total.var(correction=0) / total.mean() ** 2 for total in (weights, load))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_row49_a_bottleneck_starts_as_nothing() -> None:
+    layer = presets.build(H, I, E, **presets.merged(bottleneck=4))
+    assert layer.bottleneck_in.weight.any()
+    assert not any(p.any() for p in (layer.bottleneck_in.bias, *layer.bottleneck_out.parameters()))
 
 
 def test_row49_meo_draws_noise_in_training_alone() -> None:

@@ -15,6 +15,7 @@ import switchgear
 from switchgear import convert
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import SharedExperts
+from switchgear.routing import TopK
 
 H, WIDTH, E = 24, 32, 4
 
@@ -238,7 +239,7 @@ MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
 
 
 @pytest.mark.parametrize("options", [{}, {"attention_bias": True}, {"model_type": "qwen3"}, {"model_type": "qwen2"}])
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
 def test_row55_all_head_groups_are_the_attention(options: dict[str, Any], groups: int) -> None:
     model = llama(**options)
     expected, padded = logits(model, IDS), logits(model, IDS, attention_mask=MASK)
@@ -262,25 +263,78 @@ def test_row55_projections_with_and_without_bias(without: str) -> None:
     assert logits(model, IDS).sub(expected).abs().max() < 1e-5
 
 
-def test_row55_chosen_head_groups_are_rescaled() -> None:
-    """The paper's sum over chosen groups in float64, times E / K."""
-    attention = llama().model.layers[0].self_attn
-    moe = convert.attention_to_moe(attention, 4, 2, router_init=1.0)
-    x = torch.randn(2, 7, 32)
-    y, _ = moe(x)
-    ids = moe.gate(x).topk_ids
+def head_groups(attention: Any, moe: Any, x: Tensor, keys: str) -> Tensor:
+    """The loop of LLaMA-MoE v2 in float64, without rotations: a token attends in each group that it chose, to the
+    tokens before it that chose the group, too; or to all of them. Weights are those of the layer's router."""
+    batch, length, experts = x.shape[0], x.shape[1], moe.num_experts
+    routing = moe.gate(x)
+    ids, weights = routing.topk_ids.view(batch, length, -1), routing.topk_weights.double().view(batch, length, -1)
     q, k, v = (
-        linear(x).double().view(2, 7, -1, 4) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        linear(x).double().view(batch, length, -1, 4)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    output = attention.o_proj.weight.double()
-    for b in range(2):
-        for t in range(7):
-            expected = torch.zeros(32, dtype=torch.float64)
-            for group in ids.view(2, 7, 2)[b, t].tolist():
-                for head in (2 * group, 2 * group + 1):
-                    scores = (k[b, : t + 1, group] @ q[b, t, head] / 2).softmax(0)
-                    expected += 4 / 2 * output[:, 4 * head : 4 * head + 4] @ (scores @ v[b, : t + 1, group])
-            assert y[b, t].sub(expected).abs().max() < 1e-5
+    output, y = attention.o_proj.weight.double(), torch.zeros(batch, length, 32, dtype=torch.float64)
+    for b in range(batch):
+        for e in range(experts):
+            seen = [t for t in range(length) if keys == "all" or e in ids[b, t]]
+            for t in range(length):
+                if e in ids[b, t]:
+                    weight, before = weights[b, t, ids[b, t] == e].sum(), [s for s in seen if s <= t]
+                    for head in range(8 * e // experts, 8 * (e + 1) // experts):  # two heads have the keys of one
+                        scores = (k[b, before, head // 2] @ q[b, t, head] / 2).softmax(0)
+                        y[b, t] += weight * output[:, 4 * head : 4 * head + 4] @ (scores @ v[b, before, head // 2])
+    return y
+
+
+SOFTMAX = TopK(2, "softmax", normalize=True, scale=3.0)  # as in the paper's code
+
+
+@pytest.mark.parametrize(("groups", "options"), [
+    (4, {}), (2, {}), (8, {}), (4, {"select": SOFTMAX}), (4, {"keys": "all"}), (8, {"keys": "all", "select": SOFTMAX}),
+], ids=str)  # fmt: skip
+def test_row55_chosen_head_groups(groups: int, options: dict[str, Any]) -> None:
+    """With all keys, it is the sum of the chosen groups of the layer alone."""
+    attention, x = llama().model.layers[0].self_attn, torch.randn(2, 7, 32)
+    moe = convert.attention_to_moe(attention, groups, min(2, groups - 1), router_init=1.0, **options)
+    if not options:
+        assert (moe.gate(x).topk_weights == groups / min(2, groups - 1)).all()
+    y = moe(x)[0]
+    assert y.sub(head_groups(attention, moe, x, moe.keys)).abs().max() < 1e-5
+    y.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in moe.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_row55_tokens_that_did_not_choose_a_group_have_no_share_of_it(dtype: torch.dtype) -> None:
+    """The gradient of a token's output is exactly 0 for those that chose another group."""
+    attention, x = llama().model.layers[0].self_attn.to(dtype), torch.randn(1, 9, 32, dtype=dtype, requires_grad=True)
+    moe = convert.attention_to_moe(attention, 4, 1, router_init=1.0)
+    group = moe.gate(x).topk_ids.flatten()
+    for token in range(9):
+        (grad,) = torch.autograd.grad(moe(x)[0][0, token].sum(), x)
+        shares = (group == group[token]) & (torch.arange(9) <= token)
+        assert torch.equal(grad[0].any(1), shares)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_row55_a_cache_keeps_which_groups_were_chosen(cache: str | None) -> None:
+    model = llama()
+    for layer in model.model.layers:
+        layer.self_attn = convert.attention_to_moe(layer.self_attn, 4, 2, router_init=1.0)
+    whole = logits(model, IDS)
+    assert logits(model, IDS, attention_mask=MASK).isfinite().all()
+    padded = logits(model, torch.cat((IDS[:1, :2] * 0, IDS[:1, 2:]), 1), attention_mask=MASK[:1])
+    assert padded.sub(logits(model, IDS, attention_mask=MASK)[:1])[:, 2:].abs().max() < 1e-5
+    output, rows = model(IDS[:, :4], use_cache=True), []
+    name = "cache" if hasattr(output, "cache") else "past_key_values"
+    for token in IDS[:, 4:].T:
+        output = model(token[:, None], **{name: output[name]})
+        rows.append(output.logits[:, 0])
+    assert torch.stack(rows, 1).sub(whole[:, 4:]).abs().max() < 1e-5
+    step = model.generate(IDS, max_new_tokens=4, do_sample=False, cache_implementation=cache)
+    assert torch.equal(step[:, 9:], logits(model, step[:, :-1])[:, 8:].argmax(-1))
+    beams = model.generate(IDS, max_new_tokens=4, do_sample=False, num_beams=3)
+    assert torch.equal(beams, model.generate(IDS, max_new_tokens=4, do_sample=False, num_beams=3, use_cache=False))
 
 
 @pytest.mark.parametrize("shared_kv", [False, True])
@@ -374,6 +428,12 @@ def test_attention_bad_input() -> None:
     for name, groups, top_k in (("num_experts", 3, None), ("num_experts", 0, None), ("top_k", 2, 3)):
         with pytest.raises(ValueError, match=name):
             convert.attention_to_moe(attention, groups, top_k)
+    with pytest.raises(ValueError, match=r"^num_experts: expected a divisor of 4 .* divides 8 .*, got 16"):
+        convert.attention_to_moe(attention, 16)
+    with pytest.raises(ValueError, match=r"^keys: expected"):
+        convert.attention_to_moe(attention, 2, keys="some")
+    with pytest.raises(ValueError, match=r"^keys: expected 'all' with shared_kv"):
+        convert.MixtureOfAttention(32, 2, 4, shared_kv=True, keys="chosen")
     with pytest.raises(ValueError, match="attention"):
         convert.attention_to_moe(nn.Linear(3, 3), 1)
     with pytest.raises(ValueError, match=r"layers\[1\]"):

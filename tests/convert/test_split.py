@@ -89,6 +89,16 @@ def test_row54_clusters_are_balanced_and_close() -> None:
     assert parts.widths == (16,) * 4
 
 
+def test_row54_clusters_are_those_of_directions() -> None:
+    """LLaMA-MoE's code gives each row the length 1 first."""
+    mlp, lengths = SharedExperts(H, WIDTH), 2.0 ** torch.randint(-3, 4, (WIDTH, 1))
+    dense = convert.feed_forward(mlp)
+    expected = convert.partition(dense, 4, "cluster")
+    dense.gate.mul_(lengths)
+    found = convert.partition(dense, 4, "cluster")
+    assert all(torch.equal(*pair) for pair in zip(found.experts, expected.experts, strict=True))
+
+
 def test_row54_load_balance_and_noise_are_options() -> None:
     mlp, x = SharedExperts(H, WIDTH), torch.randn(40, H)
     options = {"score": partial(Linear, noise=True), "select": TopK(2, normalize=True, scale=4.0)}
@@ -99,20 +109,38 @@ def test_row54_load_balance_and_noise_are_options() -> None:
     assert moe.gate.score.noise_weight.grad.any()
 
 
+def minimoe(order: list[int], num_experts: int) -> list[list[int]]:
+    """The neurons of each expert, as the paper's code takes them from a network whose neurons are in this order."""
+    size = len(order) // num_experts
+    num_shared = int(len(order) / num_experts * 2 / 3)
+    return [(order[:num_shared] + order[num_shared:][e::num_experts])[:size] for e in range(num_experts)]
+
+
 def test_row52_interleaved_experts_contain_the_shared_block() -> None:
-    """MiniMoE: each expert has 2/3 shared neurons and every E-th of the others; the best one is weighted by its
+    """MiniMoE: 2/3 of each expert are shared, the rest is every E-th of the others; the best one is weighted by its
     softmax."""
     mlp, x = SharedExperts(H, 48), torch.randn(11, H)
     moe = convert.split_dense(mlp, 4, method="interleave", shared=2 / 3, router_init=1.0)
-    assert moe.experts.intermediate_size == 32 + 16 // 4  # the parameter count
-    assert moe.experts.gate_up_proj.numel() + moe.experts.down_proj.numel() == 4 * 3 * H * 36
+    chosen = minimoe(list(range(48)), 4)
+    assert chosen[0] == [*range(8), 8, 12, 16, 20]  # neurons 24 to 47 are in none
+    assert moe.experts.intermediate_size == 12
     gate, up, down = (part.weight.detach().double() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     for token in x:
         scores = (moe.gate.weight.detach().double() @ token.double()).softmax(0)
         expert = int(scores.argmax())
-        neurons = list(range(32)) + list(range(32 + expert, 48, 4))
-        h = F.silu(gate[neurons] @ token.double()) * (up[neurons] @ token.double())
-        assert close(moe(token[None])[0], scores[expert] * (down[:, neurons] @ h))
+        h = F.silu(gate[chosen[expert]] @ token.double()) * (up[chosen[expert]] @ token.double())
+        assert close(moe(token[None])[0], scores[expert] * (down[:, chosen[expert]] @ h))
+
+
+def test_row52_neurons_are_interleaved_in_order_of_importance() -> None:
+    importance = torch.rand(48)
+    order = sorted(range(48), key=lambda n: -float(importance[n]))
+    dense = convert.feed_forward(SharedExperts(H, 48))
+    parts = convert.partition(dense, 4, "interleave", shared=2 / 3, importance=importance)
+    assert [sorted(expert) for expert in minimoe(order, 4)] == [index.tolist() for index in parts.experts]
+    whole = convert.partition(dense, 3, "interleave", shared=1, importance=importance)  # an expert more, in each
+    for e, index in enumerate(whole.experts):
+        assert index.tolist() == sorted(order[:12] + order[12:][e::3])
 
 
 def test_row52_one_expert_is_the_identity() -> None:
@@ -141,6 +169,24 @@ def test_row55_each_expert_gets_the_neurons_that_matter_to_it() -> None:
         assert set(index.tolist()) == set(order[16 * expert : 16 * expert + 16].tolist())
 
 
+def test_row55_neurons_of_most_experts_are_shared() -> None:
+    """A loop as in LLaMA-MoE v2's code: neurons that most experts have among their best go to the shared expert, until
+    it is full. The scale of an expert's row changes nothing."""
+    num_shared, size = 16, 12
+    importance = torch.rand(4, WIDTH)
+    lists = [sorted(range(WIDTH), key=lambda n: -float(row[n])) for row in importance]
+    shared: list[int] = []
+    while len(shared) < num_shared:
+        votes = [sum(n in best[:size] for best in lists) for n in range(WIDTH)]
+        shared += [n for n in range(WIDTH) if votes[n] == max(votes)][: num_shared - len(shared)]
+        lists = [[n for n in best if n not in shared] for best in lists]
+    dense = convert.feed_forward(SharedExperts(H, WIDTH))
+    for scale in (torch.ones(4, 1), torch.tensor([[1.0], [1.0], [1.0], [100.0]])):
+        parts = convert.partition(dense, 4, "gradient", shared=0.25, importance=importance * scale)
+        assert parts.shared.tolist() == sorted(shared)
+        assert sorted(torch.cat((*parts.experts, parts.shared)).tolist()) == list(range(WIDTH))
+
+
 def test_row55_importance_is_monotone_under_zeroing() -> None:
     """A neuron whose column of the down projection shrinks matters less, in proportion; a zeroed one not at all."""
     torch.manual_seed(0)
@@ -160,18 +206,18 @@ def test_row55_importance_is_monotone_under_zeroing() -> None:
         keep = torch.ones(WIDTH, dtype=torch.float64)
         keep[neuron] = 0
         changes = ((masked(mlp, x, keep) - mlp(x)) * target).detach().sum(1) / target.numel()
-        assert float(full[neuron]) == pytest.approx(sum(abs(float(change)) for change in changes), rel=1e-5)
+        assert float(full[neuron]) == pytest.approx(sum(abs(float(change)) for change in changes) / 50, rel=1e-5)
     assert mlp.up_proj.weight.grad is None
 
 
 def test_row55_importance_does_not_cancel_over_tokens() -> None:
-    """Σ_t |h · ∂loss/∂h| of each token, here for two tokens with opposite gradients, in one batch or two."""
+    """The mean of |h · ∂loss/∂h| over tokens, here two with opposite gradients, in one batch or two."""
     mlp, x, target = SharedExperts(H, WIDTH), torch.randn(1, H), torch.randn(1, H)
     x, target = torch.cat((x, x)), torch.cat((target, -target))
     gate, up, down = (part.weight.detach().double() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     expected = torch.zeros(WIDTH, dtype=torch.float64)
     for row, goal in zip(x.double(), target.double(), strict=True):
-        expected += (F.silu(gate @ row) * (up @ row) * (goal @ down)).abs()
+        expected += (F.silu(gate @ row) * (up @ row) * (goal @ down)).abs() / 2
     for split in ([[0, 1]], [[0], [1]]):
         batches = [{"x": x[rows], "target": target[rows]} for rows in split]
         found = convert.neuron_importance(Regression(mlp), batches, lambda loss: loss, mlp=mlp)
@@ -268,7 +314,7 @@ def test_importance_of_a_network_that_no_batch_reaches_is_an_error() -> None:
         convert.neuron_importance(model, [], torch.sum, mlp=model.idle)
 
 
-def test_row56_contiguous_slices_and_straight_through_gates() -> None:
+def test_row56_contiguous_slices_with_equal_weights() -> None:
     mlp, x = SharedExperts(H, WIDTH), torch.randn(11, H)
     moe = convert.split_dense(mlp, 4, 2, method="contiguous")
     parts = convert.partition(convert.feed_forward(mlp), 4, "contiguous")
@@ -276,7 +322,7 @@ def test_row56_contiguous_slices_and_straight_through_gates() -> None:
     routing = moe.gate(x)
     assert (routing.topk_weights == 4 / 2).all()
     moe(x).square().sum().backward()
-    assert float(moe.gate.weight.grad.abs().max()) > 0  # straight through
+    assert float(moe.gate.weight.grad.abs().max()) > 0  # of the softmax
     assert (convert.split_dense(mlp, 4, 4, method="contiguous").gate(x).topk_weights == 1).all()  # K = E: scale 1
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from switchgear.analysis.least_squares import least_squares
+from switchgear.functional import as_number
 
 Numbers = Tensor | Sequence[float] | float
 
@@ -52,14 +53,13 @@ class MoEScalingLaw:
 
     def effective_experts(self, experts: Numbers) -> Tensor:
         """Ê."""
-        return _effective(_float64(experts), _float64(self.e_start), _float64(self.e_max))
+        return _effective(_positive("experts", experts), _float64(self.e_start), _float64(self.e_max))
 
     def loss(self, size: Numbers, experts: Numbers, tokens: Numbers) -> Tensor:
         """L for N, E and D, float64, broadcast."""
-        return _moe_log_loss(
-            torch.tensor([self.A, self.B, self.C, self.F, self.a, self.b, self.c, self.e_start, self.e_max]).double(),
-            _float64(self.d), _float64(size), _float64(experts), _float64(tokens),
-        ).exp()  # fmt: skip
+        positive = _float64([self.A, self.B, self.C, self.F, self.a, self.b, self.c, self.e_start, self.e_max])
+        n, e, d = _positive("size", size), _positive("experts", experts), _positive("tokens", tokens)
+        return _moe_log_loss(positive, _float64(self.d), n, e, d).exp()
 
     @classmethod
     def fit(
@@ -67,17 +67,22 @@ class MoEScalingLaw:
         *, e_start: float | None = None, e_max: float | None = None,
     ) -> MoEScalingLaw:  # fmt: skip
         """Fits the constants to runs by least squares of log L. E_start and E_max are fitted unless given; that needs
-        runs with E close to saturation."""
+        runs with E close to saturation. Raises ValueError for too few runs, and for numbers that are not above 0."""
         n, e, d, target = (_float64(values).flatten() for values in (size, experts, tokens, losses))
         _check_runs(8 + (e_start is None) + (e_max is None), n, e, d, target)
         free = [at for at, given in ((7, e_start), (8, e_max)) if given is None]
-        given = torch.tensor([e_start or 1.0, e_max or 300.0]).double().log()
+        ends = {"e_start": 1.0 if e_start is None else e_start, "e_max": 300.0 if e_max is None else e_max}
+        for name, end in ends.items():
+            _check_positive(name, end)
+        if not ends["e_start"] < ends["e_max"]:
+            raise ValueError(f"e_start: expected less than e_max, {ends['e_max']}, got {ends['e_start']}")
+        given = _float64(list(ends.values())).log()
 
         def unpacked(x: Tensor) -> tuple[Tensor, Tensor]:
-            ends = list(given)
+            last_two = list(given)
             for place, at in enumerate(free):
-                ends[at - 7] = x[8 + place]
-            return torch.cat([x[:7], torch.stack(ends)]).exp(), x[7]
+                last_two[at - 7] = x[8 + place]
+            return torch.cat([x[:7], torch.stack(last_two)]).exp(), x[7]
 
         def residuals(x: Tensor) -> Tensor:
             positive, slope = unpacked(x)
@@ -91,6 +96,7 @@ class MoEScalingLaw:
             starts.append(torch.tensor([*constants, 0.0, *(float(given[at - 7]) for at in free)]))
         positive, slope = unpacked(least_squares(residuals, starts))
         big_a, big_b, big_c, f, a, b, c, first, last = positive.tolist()
+        first, last = (fitted if end is None else float(end) for end, fitted in ((e_start, first), (e_max, last)))
         return cls(big_a, a, big_b, b, big_c, c, f, float(slope), first, last)
 
     def optimum(
@@ -108,10 +114,11 @@ class MoEScalingLaw:
 
         Raises ValueError if no size from 1e5 to 1e13 is within the budget, and for train_flops of no finite training.
         """
-        if not 0 < train_flops < math.inf:
-            raise ValueError(f"train_flops: expected a finite number above 0, got {train_flops}")
+        _check_positive("train_flops", train_flops)
         if not experts:
             raise ValueError("experts: expected at least one number, got none")
+        if min(as_number("experts", count) for count in experts) < 1:
+            raise ValueError(f"experts: expected numbers from 1 on, got {list(experts)}")
         of = moe_parameters if cost is None else cost
         best: Optimum | None = None
         for count in experts:
@@ -149,7 +156,7 @@ class PowerLaw:
 
     def loss(self, tokens: Numbers) -> Tensor:
         """L for D tokens, float64."""
-        return self.A * _float64(tokens) ** -self.a + self.E
+        return self.A * _positive("tokens", tokens) ** -self.a + self.E
 
     @classmethod
     def fit(cls, tokens: Numbers, losses: Numbers) -> PowerLaw:
@@ -184,7 +191,7 @@ class UpcyclingLaw:
 
     def loss(self, dense_tokens: Numbers, tokens: Numbers) -> Tensor:
         """L for D1 and D2, float64, broadcast."""
-        log1, log2 = _float64(dense_tokens).log(), _float64(tokens).log()
+        log1, log2 = _positive("dense_tokens", dense_tokens).log(), _positive("tokens", tokens).log()
         return self.A * (-self.a1 * log1 + (-self.a2 + self.a3 * log1) * log2).exp() + self.E
 
     @classmethod
@@ -208,8 +215,12 @@ class UpcyclingLaw:
         return cls(float(x[0].exp()), float(x[1]), float(x[2]), float(x[3]), float(x[4].exp()))
 
     def crossover(self, dense_tokens: float, scratch: PowerLaw, most: float = 1e9) -> float | None:
-        """D2*, the tokens from which a model trained from scratch on as many is as good as the upcycled one, up to
-        `most` times D1. None if it does not catch up."""
+        """D2*, the tokens from which a model trained from scratch on as many is as good as the upcycled one, from
+        D1 / `most` to `most` times D1. None if it does not catch up; D1 / `most` if it is never behind."""
+        _check_positive("dense_tokens", dense_tokens)
+        _check_positive("most", most)
+        if not most > 1:
+            raise ValueError(f"most: expected a number above 1, got {most}")
 
         def lead(log_tokens: float) -> float:
             tokens = math.exp(log_tokens)
@@ -220,7 +231,7 @@ class UpcyclingLaw:
         ahead = [lead(point) > 0 for point in grid]
         last = next((at for at in range(1, 2001) if ahead[at - 1] and not ahead[at]), None)
         if last is None:
-            return None
+            return None if any(ahead) else math.exp(low)
         low, high = grid[last - 1], grid[last]
         for _ in range(80):
             middle = (low + high) / 2
@@ -242,6 +253,20 @@ def _moe_log_loss(positive: Tensor, slope: Tensor, size: Tensor, experts: Tensor
 
 def _float64(values: Numbers) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64)
+
+
+def _positive(name: str, values: Numbers) -> Tensor:
+    found = _float64(values)
+    if not (found > 0).all():
+        raise ValueError(f"{name}: expected numbers above 0, got {float(found[~(found > 0)][0])}")
+    return found
+
+
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got bool")
+    if not 0 < as_number(name, value) < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
 def _check_runs(constants: int, *columns: Tensor) -> None:

@@ -72,7 +72,9 @@ def allocate_bits(
 
         min Σ_i φ_i^alpha · w_i^beta · ε_i,bits(i)^gamma        φ: frequency, w: mean weight, ε: error
 
-    The minimum is exact: a dynamic programme over the budget of a layer, not an integer programming solver.
+    w is the mean of the weights that the layer uses; the paper's code takes the softmax before the weights of the
+    chosen experts are made to sum to 1. The minimum is exact: a dynamic programme over the budget of a layer, not an
+    integer programming solver.
 
     Args:
         errors: of `expert_errors`; or costs by layer, [E,B] with a column per entry of `bits`, which are summed as they

@@ -79,11 +79,11 @@ class ProgressivePruner:
                 pruner.step()
         dense = pruner.export()          # a dense FFN per layer: {"layers.0": SharedExperts(…), …}
 
-    Steps up to force_at · total_steps are split into windows. In each, the proficiency of an expert is its share of the
-    normalised weights of all choices (criterion="alpha") or of the choices (criterion="hit_rate"). At the end of window
-    w of n, experts with less than beta · w/n of the mean share of those left are dropped; the best one stays. After the
-    last window only the best is left, and the rest of the training tunes one expert. `windows=1` is the eager variant:
-    all at once.
+    Steps up to force_at · total_steps are split into windows. In each, the proficiency of an expert is its share of
+    the normalised weights of all choices (criterion="alpha") or of the choices (criterion="hit_rate"), the same with
+    top_k = 1. At the end of window w of n, experts with less than beta · w/n of the mean share of those left are
+    dropped; the best one stays. After the last window only the best is left, and the rest of the training tunes one
+    expert. `windows=1` is the eager variant: all at once.
 
     Dropped experts get no tokens, and no gradients but zeros. Evaluation is pruned as well. Leaving the `with` block
     undoes the pruning, so call `export` inside.

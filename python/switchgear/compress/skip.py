@@ -56,7 +56,8 @@ def skip_experts(
 
     Args:
         model: has switchgear's MoE layers, whose selections become SkipBelow, or those of Hugging Face.
-        protect: the share of the tokens of a call that skip nothing (MC-MoE, arXiv:2410.06270: 0.02), by importance.
+        protect: the share of the tokens of a call that skip nothing (MC-MoE, arXiv:2410.06270: 0.02), by importance;
+            their number is rounded to the nearest, in the paper's code down.
         importance: x [T,H] -> [T], for Hugging Face; by default ‖x‖₁. (The paper multiplies it by the attention that a
             token receives, which a layer of experts does not see.) switchgear's layers take it from their context,
             moe(x, importance=…).

@@ -16,7 +16,7 @@ from switchgear.complaints import check_module, first_line
 from switchgear.convert.checks import check_moe
 from switchgear.convert.gates import EqualTopK
 from switchgear.functional import as_number
-from switchgear.reference import check_fraction, check_size
+from switchgear.reference import check_choice, check_fraction, check_size
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router
 from switchgear.routing.selection import Dense
@@ -35,6 +35,8 @@ class MixtureOfAttention(nn.Module):
         shared_kv: all experts attend to the keys and values of one projection, so the cache is as large as that of one
             attention layer (BAM's KV variant).
         select: which experts a token uses and their weights; by default all, by softmax (BAM). All are computed.
+        keys: "all": each expert attends to all tokens; "chosen": to those that chose it (LLaMA-MoE v2). Cached keys
+            then have a channel more, which tells whether the token chose the expert.
         bias, o_bias: of the projections q, k, v, and of o.
         qk_norm: RMSNorm of queries and keys per head (Qwen3), with this epsilon.
         scaling: of the scores; default 1/√head_dim.
@@ -54,6 +56,7 @@ class MixtureOfAttention(nn.Module):
         head_dim: int | None = None,
         shared_kv: bool = False,
         select: Any = None,
+        keys: str = "all",
         bias: bool = False,
         o_bias: bool = False,
         qk_norm: float | None = None,
@@ -73,10 +76,13 @@ class MixtureOfAttention(nn.Module):
             check_size(name, size)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of {num_heads} heads, got {num_kv_heads}")
+        check_choice("keys", keys, ("all", "chosen"))
+        if shared_kv and keys == "chosen":
+            raise ValueError("keys: expected 'all' with shared_kv, whose experts have the same keys, got 'chosen'")
         for name, share in {"dropout": dropout, "residual_dropout": residual_dropout}.items():
             check_fraction(name, as_number(name, share))
         self.hidden_size, self.num_experts, self.head_dim = hidden_size, num_experts, head_dim
-        self.num_heads, self.num_kv_heads, self.shared_kv = num_heads, num_kv_heads, shared_kv
+        self.num_heads, self.num_kv_heads, self.shared_kv, self.keys = num_heads, num_kv_heads, shared_kv, keys
         self.scaling = head_dim**-0.5 if scaling is None else scaling
         self.dropout, self.residual_dropout = dropout, residual_dropout
         self.qk_norm, self.causal, self.layer_idx = qk_norm, causal, layer_idx
@@ -128,6 +134,11 @@ class MixtureOfAttention(nn.Module):
         if position_embeddings is not None:
             cos, sin = (part.unsqueeze(1) for part in position_embeddings)
             q, k = (part * cos + _rotated(part) * sin for part in (q, k))
+        routing = self.gate(hidden_states, Context())
+        if self.keys == "chosen":
+            ones = torch.ones_like(routing.topk_weights)
+            is_chosen = self._by_expert(routing.topk_ids, ones, batch) > 0
+            q, k = F.pad(q, (0, 1), value=1.0), torch.cat((k, self._hidden(is_chosen, k)), -1)
         cache = past_key_values if cache is None else cache
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
@@ -136,24 +147,29 @@ class MixtureOfAttention(nn.Module):
         if mask is not None and mask.dtype is not torch.bool:
             mask = mask.to(q.dtype)
         is_causal = self.causal and mask is None and length > 1 and k.shape[2] == length
-        if self.causal and mask is None and length > 1 and not is_causal:  # after a cache
-            mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - length)
+        if self.causal and mask is None and length > 1 and not is_causal:  # a static cache has room for later keys
+            before = int(cache.get_seq_length(self.layer_idx)) - length
+            mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(before)
         dropout = self.dropout if self.training else 0.0
         a = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scaling)
         a = a.transpose(1, 2).reshape(batch, length, self.num_experts, -1)
-        weights = self._weights(hidden_states).to(a.dtype)
+        weights = self._by_expert(routing.topk_ids, routing.topk_weights, batch).to(a.dtype)
         y = torch.einsum("bsed,ehd->bsh", a * weights[..., None], self.o_proj)
         if self.o_bias is not None:
             y = y + weights @ self.o_bias
         return F.dropout(y, self.residual_dropout, self.training), None
 
-    def _weights(self, x: Tensor) -> Tensor:
-        """[B,S,E]: the weight of each expert, 0 for one that was not chosen."""
-        routing = self.gate(x, Context())
-        ids, given = routing.topk_ids, routing.topk_weights
-        weights = given.new_zeros(len(ids), self.num_experts + 1).scatter_add(1, ids.long() + 1, given)
-        chosen: Tensor = weights[:, 1:].view(*x.shape[:2], -1)
-        return chosen
+    def _by_expert(self, ids: Tensor, values: Tensor, batch: int) -> Tensor:
+        """[B,S,E]: the values [T,K] of the chosen experts [T,K], 0 for others."""
+        spread = values.new_zeros(len(ids), self.num_experts + 1).scatter_add(1, ids.long() + 1, values)
+        return spread[:, 1:].view(batch, -1, self.num_experts)
+
+    def _hidden(self, is_chosen: Tensor, keys: Tensor) -> Tensor:
+        """[B,E·kv,S,1]: the part of a score that makes the share of a token 0 in experts that it did not choose.
+        Finite, since rows without any chosen token must not be NaN; caches move, reorder and cut it with the keys."""
+        least = -min(1e4 / self.scaling, torch.finfo(keys.dtype).max / 2)
+        hidden = keys.new_zeros(is_chosen.shape).masked_fill(~is_chosen, least)
+        return hidden.transpose(1, 2).repeat_interleave(self.num_kv_heads, 1)[..., None]
 
     def _heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor:
         """[B,E·heads,S,dim]"""
@@ -231,29 +247,40 @@ def attention_from_experts(
 
 
 def attention_to_moe(
-    attention: nn.Module, num_experts: int, top_k: int | None = None, *, select: Any = None, router_init: float = 0.02,
-    seed: int = 0,
+    attention: nn.Module, num_experts: int, top_k: int | None = None, *, select: Any = None, keys: str = "chosen",
+    router_init: float = 0.02, seed: int = 0,
 ) -> MixtureOfAttention:  # fmt: skip
     """Head groups of an attention layer as experts (LLaMA-MoE v2): each has its keys and values with their queries, and
     its columns of the output projection. With all groups (top_k = E, the default) it is the layer; with fewer, the sum
-    of the chosen ones times E / K, which all have equal weights (EqualTopK) unless `select` says otherwise.
+    of the chosen ones times E / K, which all have equal weights (EqualTopK) unless `select` says otherwise. The paper's
+    code has select=TopK(top_k, "softmax", normalize=True, scale=…).
 
-    All groups are computed: keys and values are needed for later tokens in any case.
+    Groups are computed for all tokens, which saves no time.
 
-    router_init, seed: standard deviation of the router's weight, and the seed of its random numbers.
+    Args:
+        num_experts: a divisor of the heads of keys; or a multiple that divides the heads of queries: several experts
+            then start with the same keys and values, and train copies of them.
+        keys: "chosen": a token attends in a group to tokens that chose it (LLaMA-MoE v2); "all": to all tokens, so that
+            with fewer groups each head still computes what it did in the layer.
+        router_init, seed: standard deviation of the router's weight, and the seed of its random numbers.
 
-    Raises ValueError if num_experts does not divide the heads of keys and values, and for attention that computes
-    something else, such as interleaved rotary embeddings: the layer is compared with its mixture on random rows.
+    Raises ValueError if num_experts does not divide the heads, and for attention that computes something else, such as
+    interleaved rotary embeddings: the layer is compared with its mixture on random rows.
     """
     found = _read(attention, "attention")
     top_k = num_experts if top_k is None else top_k
     check_moe(num_experts, top_k)
-    if found["kv_heads"] % num_experts:
-        raise ValueError(f"num_experts: expected a divisor of {found['kv_heads']} heads of keys, got {num_experts}")
+    heads, kv_heads = found["heads"], found["kv_heads"]
+    copies = max(num_experts // kv_heads, 1)
+    if kv_heads * copies % num_experts or heads % num_experts:
+        raise ValueError(
+            f"num_experts: expected a divisor of {kv_heads} heads of keys, or a multiple that divides {heads} heads of "
+            f"queries, got {num_experts}"
+        )
     chosen = EqualTopK(top_k, num_experts / top_k) if select is None else select
     made = MixtureOfAttention(
-        found["hidden_size"], num_experts, found["heads"] // num_experts, found["kv_heads"] // num_experts,
-        select=chosen, **found["options"],
+        found["hidden_size"], num_experts, heads // num_experts, kv_heads * copies // num_experts, select=chosen,
+        keys=keys, **found["options"],
     )  # fmt: skip
     with torch.no_grad():
         for name, tensor in found["tensors"].items():
@@ -263,6 +290,8 @@ def attention_to_moe(
                 parts = (tensor / num_experts).expand(num_experts, -1)
             elif name.endswith("norm"):
                 parts = tensor.expand(num_experts, -1)
+            elif name[0] in "kv":
+                parts = torch.stack(tensor.chunk(num_experts // copies, 0)).repeat_interleave(copies, 0)
             else:
                 parts = torch.stack(tensor.chunk(num_experts, 0))
             made.get_parameter(name).copy_(parts)

@@ -24,8 +24,8 @@ def neuron_importance(
     module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], *, mlp: nn.Module | None = None
 ) -> Tensor:
     """[I] float32: the first-order change of the loss if a neuron is removed for a token, |h · ∂loss/∂h| of its
-    activation h, summed over tokens and batches, in eval() and without padding (LLaMA-MoE v2, arXiv:2411.15708). A loss
-    that sums over tokens gives the same for any division into batches.
+    activation h, the mean over the tokens of all batches, in eval() and without padding (LLaMA-MoE v2,
+    arXiv:2411.15708). A loss that sums over tokens gives the same for any division into batches.
 
     Args:
         module: computes the loss: loss(module(batch)); a mapping is passed as keywords.
@@ -51,7 +51,8 @@ def layer_importance(
     layers: str | Sequence[int] = "all",
 ) -> dict[int, Tensor]:
     """The importance [I] float32 of the neurons of each dense feed-forward layer of a model, in one pass over batches
-    in eval(): split_dense(model, 8, 2, method="gradient", importance=…). For domain masks, stack those of each domain.
+    in eval(): split_dense(model, 8, 2, method="gradient", importance=…). For a row per expert, and for domain masks,
+    stack those of the texts of each domain; each row is a mean over tokens, so long domains count no more than others.
 
         scores = [layer_importance(llama, texts, by="activation") for texts in domains]
         masks = {layer: torch.stack([score[layer] for score in scores]) for layer in scores[0]}
@@ -83,6 +84,7 @@ def _gradients(
     module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], downs: Mapping[str, nn.Linear]
 ) -> list[Tensor]:
     totals: dict[str, Tensor] = {}
+    counts = dict.fromkeys(downs, 0)
     seen: list[tuple[str, Tensor, Tensor | None]] = []  # in this forward: layer, activations, mask
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -97,22 +99,25 @@ def _gradients(
             stack.callback(down.register_forward_pre_hook(see).remove)
         count = 0
         for count, batch in enumerate(batches, 1):  # noqa: B007
-            for name, change in _changes(loss(called(module, batch)), seen):
+            for name, change, tokens in _changes(loss(called(module, batch)), seen):
                 totals[name] = totals.get(name, 0) + change
+                counts[name] += tokens
     if count and (idle := [name for name in downs if name not in totals]):
         raise ValueError(f"batches: expected some that reach {idle[0] or 'mlp'}, got none")
-    return _some([totals[name] for name in downs] if count else None)
+    return _some([totals[name] / max(counts[name], 1) for name in downs] if count else None)
 
 
-def _changes(loss: Tensor, seen: list[tuple[str, Tensor, Tensor | None]]) -> list[tuple[str, Tensor]]:
-    """|h · ∂loss/∂h| summed over the tokens of what `seen` has of a forward; empties it, so that nothing is kept."""
+def _changes(loss: Tensor, seen: list[tuple[str, Tensor, Tensor | None]]) -> list[tuple[str, Tensor, int]]:
+    """|h · ∂loss/∂h| summed over the tokens of what `seen` has of a forward, and how many they are; empties it, so that
+    nothing is kept."""
     found = list(seen)  # without what checkpointing repeats in the backward pass
     grads = torch.autograd.grad(loss, [h for _, h, _ in found]) if found else ()
     seen.clear()
     changes = []
     for (name, h, mask), grad in zip(found, grads, strict=True):
         rows = (h.detach().float() * grad.float()).abs().reshape(-1, h.shape[-1])
-        changes.append((name, (rows if mask is None else rows[mask.to(rows.device)]).sum(0)))
+        rows = rows if mask is None else rows[mask.to(rows.device)]
+        changes.append((name, rows.sum(0), len(rows)))
     return changes
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from switchgear import ops
 from switchgear.convert.ffn import FeedForward
@@ -23,7 +24,7 @@ class Partition:
     """The neurons of each expert and of the shared expert, as ascending int64 indices.
 
     is_split: each neuron is in exactly one of them, so that all of them together are the dense network. Otherwise
-    neurons are in several experts (interleave with shared ones, domain masks), or in none.
+    neurons are in several experts, or in none (interleave with shared ones, domain masks).
     """
 
     experts: tuple[Tensor, ...]
@@ -61,7 +62,8 @@ def partition(
     width = weights.intermediate_size
     if method == "domain_masks":
         return _domain_masks(_importance(importance, width, method), num_experts, keep, shared)
-    num_shared = _num_shared(shared, num_experts, width)
+    in_each = method == "interleave" and isinstance(shared, float)  # a fraction of each expert, not of the network
+    num_shared = 0 if in_each else _num_shared(shared, num_experts, width)
     rest = width - num_shared
     if rest % num_experts or rest < num_experts:
         raise ValueError(
@@ -70,20 +72,22 @@ def partition(
         )
     if method == "gradient":
         return _gradient(_importance(importance, width, method), num_experts, num_shared)
-    if importance is None:
-        first, order = torch.arange(num_shared), torch.arange(num_shared, width)
-    else:  # the most important neurons are shared
+    ranked = torch.arange(width)
+    if importance is not None:  # the most important neurons are shared
         ranked = _importance(importance, width, method).mean(0).argsort(descending=True, stable=True)
-        first, order = ranked[:num_shared].sort().values, ranked[num_shared:].sort().values
     if method == "interleave":
-        experts = tuple(torch.cat((first, order[e::num_experts])).sort().values for e in range(num_experts))
-        return Partition(experts, first[:0], not num_shared or num_experts == 1)
+        size = rest // num_experts
+        if in_each:
+            return _interleaved(ranked, num_experts, _num_shared(shared, 1, size), size)
+        return _interleaved(ranked, num_experts, num_shared, num_shared + size)
+    first, order = ranked[:num_shared].sort().values, ranked[num_shared:].sort().values
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         order = order[torch.randperm(rest, generator=generator)]
     elif method == "cluster":
         rows = weights.up if weights.gate is None else weights.gate
-        ids = balanced_kmeans(rows[order.to(rows.device)].detach().float().cpu(), num_experts, seed)
+        directions = F.normalize(rows[order.to(rows.device)].detach().float().cpu(), dim=1)
+        ids = balanced_kmeans(directions, num_experts, seed)
         order = order[ids.argsort(stable=True)]
     return Partition(tuple(part.sort().values for part in order.chunk(num_experts)), first)
 
@@ -126,6 +130,13 @@ def _num_shared(shared: int | float, num_experts: int, width: int) -> int:
     return width - (width - round(shared * width)) // num_experts * num_experts  # the rest divides
 
 
+def _interleaved(ranked: Tensor, num_experts: int, num_shared: int, size: int) -> Partition:
+    """Each expert has the first neurons and every E-th of the others, cut to its size: the last ones may be in none."""
+    shared, others = ranked[:num_shared], ranked[num_shared:]
+    experts = tuple(torch.cat((shared, others[e::num_experts]))[:size].sort().values for e in range(num_experts))
+    return Partition(experts, ranked[:0], not num_shared or num_experts == 1)
+
+
 def _importance(importance: Tensor | None, width: int, method: str) -> Tensor:
     """[G,I] float32 on the CPU."""
     if importance is None:
@@ -142,18 +153,35 @@ def _importance(importance: Tensor | None, width: int, method: str) -> Tensor:
 def _gradient(importance: Tensor, num_experts: int, num_shared: int) -> Partition:
     """The most important neurons are shared. The others: with a row of importance per expert, such that the sum of the
     importance of each expert's neurons to it is near its maximum; with one row, dealt out in order of importance."""
-    groups = importance.shape[0]
+    groups = len(importance)
     if groups not in (1, num_experts):
         raise ValueError(f"importance: expected 1 or {num_experts} rows, one per expert, got {groups}")
-    ranked = importance.mean(0).argsort(descending=True, stable=True)
-    shared, rest = ranked[:num_shared].sort().values, ranked[num_shared:]
     if groups == 1:
-        turns = rest.view(-1, num_experts)
+        ranked = importance[0].argsort(descending=True, stable=True)
+        turns = ranked[num_shared:].view(-1, num_experts)
         turns = torch.where((torch.arange(len(turns)) % 2 == 1)[:, None], turns.flip(1), turns)  # boustrophedon
-        return Partition(tuple(turns[:, e].sort().values for e in range(num_experts)), shared)
+        return Partition(
+            tuple(turns[:, e].sort().values for e in range(num_experts)), ranked[:num_shared].sort().values
+        )
+    is_shared = _voted(importance, num_shared)
+    rest = (~is_shared).nonzero().flatten()
     values = importance[:, rest].T.contiguous()
     ids = ops.assign_balanced(values / values.abs().max().clamp(min=1e-30), None, 1, -1.0, 1000).long()
-    return Partition(tuple(rest[ids == e].sort().values for e in range(num_experts)), shared)
+    return Partition(tuple(rest[ids == e] for e in range(num_experts)), is_shared.nonzero().flatten())
+
+
+def _voted(importance: Tensor, count: int) -> Tensor:
+    """[I] bool: the `count` neurons that most experts have among the best of their row, as many as they get; after each
+    round of votes the best are those of the others (LLaMA-MoE v2)."""
+    num_experts, width = importance.shape
+    size = (width - count) // num_experts
+    ranked = importance.argsort(dim=1, descending=True, stable=True)
+    taken = torch.zeros(width, dtype=torch.bool)
+    while missing := count - int(taken.sum()):
+        votes = torch.bincount(ranked[:, :size].flatten(), minlength=width)
+        taken[(votes == votes.max()).nonzero().flatten()[:missing]] = True
+        ranked = ranked[~taken[ranked]].view(num_experts, -1)
+    return taken
 
 
 def _domain_masks(importance: Tensor, num_experts: int, keep: float, shared: int | float) -> Partition:

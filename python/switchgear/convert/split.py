@@ -61,11 +61,15 @@ def split_dense(
         num_experts, top_k: E and K; all experts by default.
         method: how neurons are divided, or a Partition.
             "random": LLaMA-MoE (arXiv:2406.16554). "contiguous": FactorLLM (arXiv:2408.11855).
-            "cluster": balanced k-means of the rows of the gate (LLaMA-MoE).
-            "interleave": every E-th neuron, and the shared ones in each expert (MiniMoE, arXiv:2305.12129); one expert
-            is meant to run (top_k = 1, the default then), weighted by its softmax.
-            "gradient": the most important neurons are shared; with importance [E,I] the others go to the expert to
-            which they matter, with [I] each expert gets an equal share (LLaMA-MoE v2, arXiv:2411.15708).
+            "cluster": balanced k-means of the rows of the gate, each of length 1 (LLaMA-MoE).
+            "interleave": every E-th neuron, and the shared ones in each expert (MiniMoE, arXiv:2305.12129). A fraction
+            `shared` is one of each expert, which has I / E neurons, as in the paper's code with 2/3; neurons that no
+            expert has room for are left out. One expert is meant to run (top_k = 1, the default then), weighted by its
+            softmax. With `importance` neurons are taken in its order.
+            "gradient": the most important neurons are shared; with importance [I] each expert gets an equal share of
+            the others. With [E,I] those are shared that are among the best of most experts, and the others go to the
+            expert to which they matter: near the highest sum, where the paper's code is greedy (LLaMA-MoE v2,
+            arXiv:2411.15708).
             "domain_masks": importance [E,I] of E domains. Each keeps its best `keep · I` neurons; those in all masks
             are the shared expert (Read-ME, arXiv:2410.19123). Neurons in no mask are dropped, widths differ, and
             nothing is rescaled: the shared expert and expert e are the dense network under mask e. top_k is 1 by

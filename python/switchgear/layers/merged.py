@@ -16,10 +16,18 @@ from switchgear.weights.adapted import has_adapters
 from switchgear.weights.selected import selection_of
 
 
-class _FromZero(nn.Linear):
+class _BiasFromZero(nn.Linear):
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class _FromZero(_BiasFromZero):
     """Starts at zero: attention as the mean, a bottleneck as nothing."""
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         nn.init.zeros_(self.weight)
 
 
@@ -33,18 +41,19 @@ class MergedExperts(WithLosses):
     The paper's g is a softmax over the chosen logits, which is what normalize=True gives. Weights that sum to s < 1
     scale both projections, so a gated expert shrinks by up to s³.
 
-    The router sees one vector per sequence: the mean of its tokens, or with pooling "attention" their average under a
-    learned softmax (a choice of ours for the paper's token-level attention). Each sequence costs one expert, and K
-    experts' weights to read. A token's output depends on the tokens of its own sequence only.
+    The router sees one vector per sequence: the mean of its tokens, as in the authors' code, or with pooling
+    "attention" (ours) their average under a learned softmax. Each sequence costs one expert, and K experts' weights to
+    read. A token's output depends on the tokens of its own sequence only.
 
     Args: router: a module [B,H] -> Routing of B sequences. experts: Experts. down_router: a router [B,I] of its own for
-    down_proj, which sees the pooled input of that projection; if None, both projections use the same weights. pooling:
-    "mean" or "attention". bottleneck: width of a bottleneck added to the input, x + relu(x · A) · B; 0 for none. Only
-    that the authors' code gates each linear separately and has such a bottleneck at token level is known; what the
-    second router sees and where the bottleneck acts are choices of ours.
+    down_proj, which sees the pooled input of that projection, as in the authors' code; if None, both projections use
+    the same weights. pooling: "mean" or "attention". bottleneck: width of a bottleneck added to the input before the
+    router, x + relu(x · Aᵀ + a) · Bᵀ + b, 0 for none: the token-level attention of the authors' code, of width
+    H / 64, which has another before down_proj.
 
-    Parameters: attention.weight [1,H] with "attention"; bottleneck_in.weight [width,H] and bottleneck_out.weight
-    [H,width], initially zero; those of router, down_router and experts.
+    Parameters: attention.weight [1,H] with "attention"; bottleneck_in.weight [width,H] and bias [width],
+    bottleneck_out.weight [H,width] and bias [H], all but the first initially zero; those of router, down_router and
+    experts.
     """
 
     def __init__(
@@ -70,11 +79,11 @@ class MergedExperts(WithLosses):
         self.router, self.experts, self.down_router, self.pooling = router, experts, down_router, pooling
         like = experts.down_proj
 
-        def linear(kind: type[nn.Linear], size_in: int, size_out: int) -> nn.Linear:
-            return kind(size_in, size_out, bias=False, device=like.device, dtype=like.dtype)
+        def linear(kind: type[nn.Linear], size_in: int, size_out: int, bias: bool = True) -> nn.Linear:
+            return kind(size_in, size_out, bias=bias, device=like.device, dtype=like.dtype)
 
-        self.attention = linear(_FromZero, experts.hidden_size, 1) if pooling == "attention" else None
-        self.bottleneck_in = linear(nn.Linear, experts.hidden_size, bottleneck) if bottleneck else None
+        self.attention = linear(_FromZero, experts.hidden_size, 1, bias=False) if pooling == "attention" else None
+        self.bottleneck_in = linear(_BiasFromZero, experts.hidden_size, bottleneck) if bottleneck else None
         self.bottleneck_out = linear(_FromZero, bottleneck, experts.hidden_size) if bottleneck else None
 
     def merge(self, parameter: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

@@ -226,11 +226,11 @@ def merged(
     Example: presets.build(64, 32, 8, **presets.merged())(x)
 
     The weights are a softmax over the chosen logits. Options of the authors' code: per_linear, a router for each
-    projection; noise, learned, of the logits; importance, the coefficient of a CV² loss of the experts' weights. At
-    token level: pooling = "attention" and bottleneck, the width of one added to x. The forms of these options are
-    choices of ours.
+    projection; noise, learned, of the logits; importance, the coefficient (1e-2 there) of a CV² loss of the experts'
+    weights and, with noise, of their smooth load; its variance is E / (E - 1) times ours. At token level it has a
+    bottleneck of the width H / 64 added to x. pooling = "attention" is ours.
     """
-    losses = [ImportanceLoad(importance, 0.0)] if importance else []
+    losses = [ImportanceLoad(importance, importance if noise else 0.0)] if importance else []
     options = {"per_linear": per_linear, "bottleneck": bottleneck, "noise": noise, "balance": losses}
     return {
         "layer": merged_experts,

@@ -78,7 +78,7 @@ FIDELITY = {
     "loramoe": Fidelity("adapter", 64, f"{PAPER}; its code divides the loss by mean² instead", "delta, balance"),
     "loss_free": Fidelity("balance", 4, f'{PAPER}; rule "proportional" divides by the mean load: {OURS}'),
     "maskmoe": Fidelity("selection", 16, PAPER, "frequent_from, top_k, balance"),
-    "merged": Fidelity("structure", 49, f"{PAPER}; pooling, per_linear, bottleneck: after its code, form {OURS}"),
+    "merged": Fidelity("structure", 49, f"{PAPER}; other options: of its code; pooling: {OURS}"),
     "mixtral": Fidelity("model", None, f"{PAPER} and of the code in Hugging Face transformers"),
     "mixture_of_depths": Fidelity("structure", None, f"{PAPER}, for a feed-forward block", "balance"),
     "moe_plus_plus": Fidelity(

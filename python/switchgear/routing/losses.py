@@ -177,6 +177,8 @@ class ZLoss:
 class ImportanceLoad:
     """importance · CV²(total weights) + load · CV²(smooth load) (arXiv:1701.06538; LLaMA-MoE, arXiv:2406.16554).
 
+    CV² has the variance of the population, a mean over E; the code of LLaMA-MoE divides by E - 1.
+
     noise_std: the noise of the smooth load, in units of logits. A score Linear(noise=True) has one of its own: then it
     is that, and the load follows the logits without noise. Each token has as many places as it made choices.
     """
