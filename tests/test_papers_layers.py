@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import switchgear
 from flops import count_flops
-from loops import assert_agrees, expert, mixture
+from loops import assert_agrees, best, expert, mixture
+from switchgear import presets
 from switchgear.experts import Experts
 from switchgear.layers import (
     CartesianMoE,
@@ -275,6 +276,40 @@ def test_stratified_moe_sends_every_token_through_the_last_stratum() -> None:
     strata_loop(layer, torch.randn(60, H), passes)
     assert all(visited[-1] == 2 and visited.count(2) == 1 and len(visited) <= 3 for visited in passes)
     assert len({len(visited) for visited in passes}) == 3
+
+
+def test_row29_stratified_is_a_walk_of_two_relu_experts_with_a_capacity(backend: str) -> None:
+    """A pass of T_i tokens at a gate that sees E_i experts gives each at most ⌈2 · T_i / E_i⌉, first choices first."""
+    torch.manual_seed(1)
+    layer, x = presets.build(H, 12, 8, **presets.stratified(balance=0.0)), 2 * torch.randn(30, H)
+    dropped = 0
+
+    def loop(layer: StratifiedMoE, x: Tensor) -> Tensor:
+        nonlocal dropped
+        rows, position, stratum_of = list(x), [0] * len(x), [0, 0, 1, 1, 2, 2, 2, 2]
+        for stratum, first in enumerate((0, 2, 4)):
+            here = [t for t in range(len(x)) if position[t] == stratum]
+            norm, visible = layer.norms[stratum], 8 - first
+            normed = {t: F.layer_norm(rows[t], (H,), norm.weight, norm.bias) for t in here}
+            p = {t: (normed[t] @ layer.gates[stratum].T).softmax(-1) for t in here}
+            ids = {t: best(p[t], 2) for t in here}
+            free = [-(-2 * len(here) // visible)] * visible
+            for choice in (0, 1):
+                for t in here:
+                    e = ids[t][choice]
+                    free[e] -= 1
+                    dropped += free[e] < 0
+                    if free[e] >= 0:
+                        rows[t] = rows[t] + p[t][e] * expert(layer.experts, first + e, normed[t])
+            for t in here:
+                position[t] = stratum_of[first + ids[t][0]] + 1
+        assert position == [3] * len(x)
+        return torch.stack(rows)
+
+    assert_agrees(layer, loop, x, length=3 * 256)
+    assert dropped
+    with pytest.raises(TypeError, match="capacity: expected a Capacity or None, got float"):
+        StratifiedMoE(H, 12, [2, 2], capacity=1.25)
 
 
 def test_stratified_moe_of_one_stratum_is_norm_and_layer_and_residual() -> None:

@@ -116,7 +116,13 @@ FIDELITY = {
     ),
     "smola": Fidelity("adapter", 67, f"{PAPER}, with one set of experts for all modalities", "rank, slots"),
     "soft_moe": Fidelity("structure", 31, PAPER),
-    "stratified": Fidelity("structure", 29, PAPER, "strata"),
+    "stratified": Fidelity(
+        "structure",
+        29,
+        f"{PAPER}; its code normalises the two weights, norms the block's output too, adds residuals after the norm, and "
+        "divides the loss by the gates that tokens visit",
+        "capacity in evaluation, which choices it keeps",
+    ),
     "switch": Fidelity("selection", 1, PAPER, "evaluation_factor, jitter"),
     "task_level": Fidelity("score", 34, PAPER, "tau"),
     "thor": Fidelity("selection", 18, PAPER),
