@@ -182,6 +182,12 @@ def test_soft_moe_is_the_published_formula(backend: str, normalize: bool) -> Non
     assert_agrees(layer, loop, torch.randn(2, 7, H))
 
 
+def test_row31_soft_moe_of_the_preset_has_plain_logits() -> None:
+    layer, x = presets.build(H, 12, 4, **presets.soft_moe()).double(), torch.randn(5, H).double()
+    assert layer.slots == 1
+    torch.testing.assert_close(layer.logits(x), x @ layer.phi.T)
+
+
 def test_soft_moe_permutes_with_its_tokens_and_skips_padding() -> None:
     layer, x, order = SoftMoE(Experts(H, 12, 1)), torch.randn(9, H), torch.randperm(9)
     torch.testing.assert_close(layer(x[order]), layer(x)[order])
@@ -589,18 +595,31 @@ def test_monet_parameters_grow_with_the_root_of_the_experts() -> None:
 def test_monet_gates_are_softmaxes_of_what_exceeds_a_quantile() -> None:
     """The threshold applies to logits normalised per head; the softmax is of the original logits."""
     router, x = MonetRouter(H, 16, 2, top_k=3).double(), torch.randn(40, H).double()
-    first, second = router(x)
+    trained = router(x)
+    evaluated = router.eval()(x)  # by the statistics of training
     threshold = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - 3 / 16)).double()
-    for g, gate in enumerate((first, second)):
+    for g in range(2):
         for h in range(2):
             z = x @ router.weight.view(2, 2, 16, H)[g, h].T
-            normal = (z - z.mean()) / (z.var(correction=0) + 1e-5).sqrt()
-            for t in range(40):
-                kept = normal[t] >= normal[t].max().clamp(max=threshold)
-                torch.testing.assert_close(gate[t, h], z[t].masked_fill(~kept, -torch.inf).softmax(-1))
-    for _ in range(200):  # evaluation uses the statistics of training
+            running = (router.running_mean[2 * g + h].double(), router.running_var[2 * g + h].double())
+            for gates, (mean, var) in ((trained, (z.mean(), z.var(correction=0))), (evaluated, running)):
+                normal = (z - mean) / (var + 1e-5).sqrt()
+                for t in range(40):
+                    kept = normal[t] >= normal[t].max().clamp(max=threshold)
+                    torch.testing.assert_close(gates[g][t, h], z[t].masked_fill(~kept, -torch.inf).softmax(-1))
+
+
+def test_row30_monet_follows_the_statistics_of_a_batch_norm() -> None:
+    router = MonetRouter(H, 3, 2, top_k=1).double()
+    norms = [nn.BatchNorm1d(2, affine=False) for _ in range(2)]  # one per gate, a channel per head
+    for _ in range(3):
+        x = torch.randn(1, H).double()
+        z = (x @ router.weight.T).view(1, 2, 2, 3).detach()
+        for gate, norm in enumerate(norms):
+            norm(z[:, gate].mT.flatten(0, 1).float())
         router(x)
-    torch.testing.assert_close(router.eval()(x).first, first, rtol=1e-6, atol=1e-9)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(router, name), torch.cat([getattr(norm, name) for norm in norms]))
 
 
 def test_monet_gates() -> None:

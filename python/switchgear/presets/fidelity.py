@@ -33,7 +33,12 @@ FIDELITY = {
     ),
     "cartesian": Fidelity("structure", 27, PAPER, "top_k, num_shared_experts, balance"),
     "cluster_task": Fidelity("selection", 32, PAPER),
-    "deep_mixture": Fidelity("structure", 26, PAPER, "margin"),
+    "deep_mixture": Fidelity(
+        "structure",
+        26,
+        f"the cap: {PAPER}, with the totals from before each call; linear gates and experts of two layers: {OURS}",
+        "margin",
+    ),
     "deepseek_moe": Fidelity("structure", 3, PAPER),
     "deepseek_v3": Fidelity(
         "model",
@@ -55,7 +60,7 @@ FIDELITY = {
         f"{PAPER}, without random second experts; the loss counts both choices: {OURS}",
         "capacity_factor, balance",
     ),
-    "gumbel_gate": Fidelity("selection", 25, PAPER, "tau"),
+    "gumbel_gate": Fidelity("selection", 25, f"{PAPER}; bias, tau, samples: {CODE}"),
     "gw_moe": Fidelity("selection", 19, f"{PAPER}; its Switch code multiplies the experts' input instead"),
     "hmoe": Fidelity("structure", 9, PAPER, "entropy"),
     "isolated_expert_choice": Fidelity("capacity", 80, "the paper's defence: competition within a sequence"),
@@ -86,9 +91,9 @@ FIDELITY = {
         f"variances of open experts: {CODE}; their quotient as the loss: {OURS}",
         "clusters, dropout, interval",
     ),
-    "monet": Fidelity("structure", 30, PAPER),
+    "monet": Fidelity("structure", 30, f"{PAPER} and of its code, without auxiliary losses"),
     "mor1e": Fidelity("adapter", 66, f"rank-1 experts: {PAPER}; form of the prior: {OURS}", "top_k, weight, tau"),
-    "multi_head": Fidelity("structure", 28, PAPER, "heads, top_k, balance"),
+    "multi_head": Fidelity("structure", 28, f"{PAPER}; 4 heads: of the paper before it, arXiv:2404.15045", "balance"),
     "octavius": Fidelity(
         "adapter", 65, f"{PAPER}; rank, top_k, weights: {CODE}; the mean of a sequence without dim: {OURS}"
     ),
@@ -100,7 +105,11 @@ FIDELITY = {
     ),
     "phatgoose": Fidelity("adapter", 68, f"{PAPER}; learning rate of train_gate: {OURS}"),
     "phimoe": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
-    "pmoe": Fidelity("selection", 33, PAPER),
+    "pmoe": Fidelity(
+        "selection",
+        33,
+        f"{PAPER}; its code for CIFAR-10 and CelebA takes the softmax over all patches before the choice",
+    ),
     "qwen3": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
     "remoe": Fidelity("selection", None, f"{PAPER}; a coefficient for each layer instead of one for all: {OURS}"),
     "sam": Fidelity("selection", 15, f"{PAPER}; the form of alignment: {OURS}", "balance, alignment"),
@@ -115,16 +124,22 @@ FIDELITY = {
         "capacity_factor, initial coefficient",
     ),
     "smola": Fidelity("adapter", 67, f"{PAPER}, with one set of experts for all modalities", "rank, slots"),
-    "soft_moe": Fidelity("structure", 31, PAPER),
+    "soft_moe": Fidelity("structure", 31, f"{PAPER} and of its code, whose slots are ⌈T / E⌉"),
     "stratified": Fidelity(
         "structure",
         29,
-        f"{PAPER}; its code normalises the two weights, norms the block's output too, adds residuals after the norm, and "
-        "divides the loss by the gates that tokens visit",
+        f"{PAPER}; its code normalises the two weights, norms the block's output too, adds residuals after the norm, "
+        "and divides the loss by the gates that tokens visit",
         "capacity in evaluation, which choices it keeps",
     ),
     "switch": Fidelity("selection", 1, PAPER, "evaluation_factor, jitter"),
-    "task_level": Fidelity("score", 34, PAPER, "tau"),
+    "task_level": Fidelity(
+        "score",
+        34,
+        f"{PAPER}; its code has a router of two layers (64 units, GELU), tau = max(2·exp(-3e-4·step), 0.1), and noise in "
+        "evaluation too",
+        "tau",
+    ),
     "thor": Fidelity("selection", 18, PAPER),
     "word_experts": Fidelity("structure", 17, f"{PAPER}; the table is random, the paper's follows frequencies"),
     "xmoe": Fidelity(
