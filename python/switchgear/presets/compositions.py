@@ -112,8 +112,8 @@ def multi_head(*, heads: int = 4, top_k: int = 2, balance: float = 1e-2) -> Opti
     Paper: MH-MoE: Multi-Head Mixture-of-Experts, arXiv:2411.16205
     Example: presets.build(64, 32, 8, **presets.multi_head())(x)
 
-    The caller adapts intermediate_size and num_experts to equal FLOPs and parameters; see layers.MultiHeadMoE. The paper
-    has 2 heads with top_k = 2 and 40 experts, or 3 with 3 and 96; 4 heads are those of the paper before
+    The caller adapts intermediate_size and num_experts to equal FLOPs and parameters; see layers.MultiHeadMoE. The
+    paper has 2 heads with top_k = 2 and 40 experts, or 3 with 3 and 96; 4 heads are those of the paper before
     (arXiv:2404.15045). balance is unverified.
     """
     return {
@@ -191,8 +191,8 @@ def soft_moe(*, slots: int = 1, normalize: bool = False) -> Options:
     Example: presets.build(64, 32, 8, **presets.soft_moe())(x)
 
     layers.per_conv_tokens makes one token per position of a feature map; the paper finds that this is what matters. Its
-    code has slots = ⌈T / E⌉ for feature maps of T tokens. normalize: of the logits, as in the code of Soft MoE for images
-    (arXiv:2308.00951).
+    code has slots = ⌈T / E⌉ for feature maps of T tokens. normalize: of the logits, as in the code of Soft MoE for
+    images (arXiv:2308.00951).
     """
     return {"layer": soft_layer, "slots": slots, "normalize": normalize}
 

@@ -136,8 +136,8 @@ FIDELITY = {
     "task_level": Fidelity(
         "score",
         34,
-        f"{PAPER}; its code has a router of two layers (64 units, GELU), tau = max(2·exp(-3e-4·step), 0.1), and noise in "
-        "evaluation too",
+        f"{PAPER}; its code has a router of two layers (64 units, GELU), tau = max(2·exp(-3e-4·step), 0.1), and noise "
+        "in evaluation too",
         "tau",
     ),
     "thor": Fidelity("selection", 18, PAPER),
