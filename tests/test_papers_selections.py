@@ -267,6 +267,15 @@ def test_grin_draws_from_the_masked_softmax() -> None:
     assert torch.equal(again.topk_weights, routing.topk_weights)
 
 
+def test_phimoe_jitters_no_input_by_default() -> None:
+    for jitter in (0.0, 0.3):
+        router, x = (
+            layer_of(presets.phimoe(input_jitter=jitter) if jitter else presets.phimoe()).gate,
+            torch.randn(6, H),
+        )
+        assert torch.equal(router(x).router_logits, router.logits(x)) == (not jitter)
+
+
 def test_grin_without_jitter_takes_the_best() -> None:
     logits = torch.randn(40, E)
     for context in (TRAINING, NOTHING_KNOWN):
