@@ -28,8 +28,8 @@ def select_experts(trace: RoutingTrace, mass: float | None = None, by: str = "to
             all tokens, 0 for those that do not choose it. Unless the router normalises, these add up to less than 1;
             a routed_scaling_factor multiplies them.
 
-    Returns ids in ascending order, by layer; the lowest ids win ties. Where all scores add up to less than `mass`, these
-    are all experts with a score.
+    Returns ids in ascending order, by layer; the lowest ids win ties. Where all scores add up to less than `mass`,
+    these are all experts with a score.
 
     Raises:
         ValueError: an option out of range, an empty trace, or a layer without scores.

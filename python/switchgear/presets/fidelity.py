@@ -71,7 +71,12 @@ FIDELITY = {
         f"score: {PAPER}; the loss is its divergence reversed, as the printed one is infinite: {OURS}",
         "top_k, locality, the unit of min_capacity",
     ),
-    "loramoe": Fidelity("adapter", 64, f"{PAPER}; its code divides the loss by mean² instead", "delta, balance"),
+    "loramoe": Fidelity(
+        "adapter",
+        64,
+        f"{PAPER}; its code has a dropout mask for each expert, and the unbiased variance over mean² as the loss",
+        "delta, balance",
+    ),
     "loss_free": Fidelity("balance", 4, PAPER, "sigmoid scores"),
     "maskmoe": Fidelity("selection", 16, PAPER, "frequent_from, top_k, balance"),
     "merged": Fidelity("structure", 49, f"{PAPER}; pooling, per_linear, bottleneck: after its code, form {OURS}"),
@@ -95,7 +100,10 @@ FIDELITY = {
     "mor1e": Fidelity("adapter", 66, f"rank-1 experts: {PAPER}; form of the prior: {OURS}", "top_k, weight, tau"),
     "multi_head": Fidelity("structure", 28, f"{PAPER}; 4 heads: of the paper before it, arXiv:2404.15045", "balance"),
     "octavius": Fidelity(
-        "adapter", 65, f"{PAPER}; rank, top_k, weights: {CODE}; the mean of a sequence without dim: {OURS}"
+        "adapter",
+        65,
+        f"{PAPER}; rank, dropout, top_k, weights, no bias: {CODE}, which has shared_router=True; "
+        f"the mean of a sequence without dim: {OURS}",
     ),
     "openmoe": Fidelity(
         "balance",
@@ -103,8 +111,13 @@ FIDELITY = {
         f"{PAPER}; evaluation_factor, min_capacity: of training code consistent with it",
         "capacity_factor",
     ),
-    "phatgoose": Fidelity("adapter", 68, f"{PAPER}; learning rate of train_gate: {OURS}"),
-    "phimoe": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
+    "phatgoose": Fidelity("adapter", 68, f"{PAPER}; learning rate of train_gate: {CODE}, whose warm-up it lacks"),
+    "phimoe": Fidelity(
+        "model",
+        None,
+        "formula of the code in Hugging Face transformers; input_jitter reaches the router alone, there also the "
+        "experts, drawn twice",
+    ),
     "pmoe": Fidelity(
         "selection",
         33,
