@@ -139,7 +139,7 @@ def test_row64_loramoe_can_not_be_merged() -> None:
 
 @pytest.mark.parametrize("dim", [None, 5])
 def test_row65_octavius_routes_whole_samples(backend: str, dim: int | None) -> None:
-    layer, x = adapted(presets.octavius(dim=dim, rank=6)), torch.randn(3, 4, H)
+    layer, x = adapted(presets.octavius(dim=dim, rank=6, dropout=0.0)), torch.randn(3, 4, H)
     context = {} if dim is None else {"embedding": torch.randn(3, dim)}
 
     def loop(layer: LoRAExperts, x: Tensor) -> Tensor:
@@ -148,13 +148,14 @@ def test_row65_octavius_routes_whole_samples(backend: str, dim: int | None) -> N
             if dim is None:
                 logits = score.score.weight @ (sum(sample) / len(sample))
             else:
-                logits = score.linear.weight @ context["embedding"][s].to(x.dtype) + score.linear.bias
+                logits = score.linear.weight @ context["embedding"][s].to(x.dtype)
             outputs.append(routed(layer, sample, logits.expand(len(sample), -1), 2, over_chosen=True))
         return torch.stack(outputs)
 
     assert_agrees(layer, loop, x, **context)
     ids = layer.gate(x, switchgear.Context(**context)).topk_ids.view(3, 4, 2)
     assert (ids == ids[:, :1]).all()
+    assert presets.build(H, H, E, **presets.octavius()).low_rank.dropout == 0.1
 
 
 def test_row65_octavius_does_not_see_the_rest_of_the_batch(isa: str) -> None:

@@ -255,6 +255,13 @@ def test_row75_similarity_is_the_weighted_sum(olmoe: Any) -> None:
     torch.testing.assert_close(a.concatenated @ b.concatenated.T, a.similarity(b))
 
 
+def test_row75_prompt_is_that_of_the_code() -> None:
+    assert diagnostics.prompt_eol("a cat") == 'This sentence : "a cat." means in one word:"'
+    assert diagnostics.prompt_eol('a "big_cat"') == 'This sentence : "a \'big cat\'" means in one word:"'
+    assert diagnostics.prompt_eol("a cat?") == 'This sentence : "a cat?" means in one word:"'
+    assert diagnostics.prompt_eol("") == 'This sentence : "" means in one word:"'
+
+
 def test_row75_similarities_rank_texts_as_their_topics_do(olmoe: Any) -> None:
     """Spearman's correlation with "same topic", for texts whose words come from one of three ranges."""
     stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")

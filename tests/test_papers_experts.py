@@ -220,6 +220,22 @@ def test_row72_a_planted_expert_is_found() -> None:
     torch.testing.assert_close(scores[2].float(), mean)
 
 
+def test_row72_affinity_is_a_mean_over_texts_of_means_over_tokens() -> None:
+    moe, texts = make_moe().double(), [data(seed)[None, :length].double() for seed, length in enumerate((3, 3, 40))]
+    with diagnostics.collect(moe) as choices:
+        for text in texts:
+            moe(text)
+    wanted = torch.zeros(4, dtype=torch.float64)
+    for text in texts:
+        routing = moe.gate(text)
+        for ids, weights in zip(routing.topk_ids.tolist(), routing.topk_weights, strict=True):
+            for e, weight in zip(ids, weights, strict=True):
+                wanted[e] += weight.detach() / text.shape[1] / len(texts)
+    torch.testing.assert_close(diagnostics.affinity(choices)["gate"], wanted)
+    empty = diagnostics.LayerChoices(torch.zeros(0, 2), torch.zeros(0, 2), 4, examples=torch.zeros(0).long())
+    assert not diagnostics.affinity({"gate": empty})["gate"].any()
+
+
 def test_row72_anchor_is_zero_at_one_hot() -> None:
     g = nn.functional.one_hot(torch.full((5,), 1), 4).float()
     assert anchor_loss(g, 1) == 0

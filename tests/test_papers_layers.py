@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import switchgear
 from flops import count_flops
-from loops import assert_agrees, expert, mixture
+from loops import assert_agrees, best, expert, mixture
+from switchgear import presets
 from switchgear.experts import Experts
 from switchgear.layers import (
     CartesianMoE,
@@ -181,6 +182,12 @@ def test_soft_moe_is_the_published_formula(backend: str, normalize: bool) -> Non
     assert_agrees(layer, loop, torch.randn(2, 7, H))
 
 
+def test_row31_soft_moe_of_the_preset_has_plain_logits() -> None:
+    layer, x = presets.build(H, 12, 4, **presets.soft_moe()).double(), torch.randn(5, H).double()
+    assert layer.slots == 1
+    torch.testing.assert_close(layer.logits(x), x @ layer.phi.T)
+
+
 def test_soft_moe_permutes_with_its_tokens_and_skips_padding() -> None:
     layer, x, order = SoftMoE(Experts(H, 12, 1)), torch.randn(9, H), torch.randperm(9)
     torch.testing.assert_close(layer(x[order]), layer(x)[order])
@@ -275,6 +282,40 @@ def test_stratified_moe_sends_every_token_through_the_last_stratum() -> None:
     strata_loop(layer, torch.randn(60, H), passes)
     assert all(visited[-1] == 2 and visited.count(2) == 1 and len(visited) <= 3 for visited in passes)
     assert len({len(visited) for visited in passes}) == 3
+
+
+def test_row29_stratified_is_a_walk_of_two_relu_experts_with_a_capacity(backend: str) -> None:
+    """A pass of T_i tokens at a gate that sees E_i experts gives each at most ⌈2 · T_i / E_i⌉, first choices first."""
+    torch.manual_seed(1)
+    layer, x = presets.build(H, 12, 8, **presets.stratified(balance=0.0)), 2 * torch.randn(30, H)
+    dropped = 0
+
+    def loop(layer: StratifiedMoE, x: Tensor) -> Tensor:
+        nonlocal dropped
+        rows, position, stratum_of = list(x), [0] * len(x), [0, 0, 1, 1, 2, 2, 2, 2]
+        for stratum, first in enumerate((0, 2, 4)):
+            here = [t for t in range(len(x)) if position[t] == stratum]
+            norm, visible = layer.norms[stratum], 8 - first
+            normed = {t: F.layer_norm(rows[t], (H,), norm.weight, norm.bias) for t in here}
+            p = {t: (normed[t] @ layer.gates[stratum].T).softmax(-1) for t in here}
+            ids = {t: best(p[t], 2) for t in here}
+            free = [-(-2 * len(here) // visible)] * visible
+            for choice in (0, 1):
+                for t in here:
+                    e = ids[t][choice]
+                    free[e] -= 1
+                    dropped += free[e] < 0
+                    if free[e] >= 0:
+                        rows[t] = rows[t] + p[t][e] * expert(layer.experts, first + e, normed[t])
+            for t in here:
+                position[t] = stratum_of[first + ids[t][0]] + 1
+        assert position == [3] * len(x)
+        return torch.stack(rows)
+
+    assert_agrees(layer, loop, x, length=3 * 256)
+    assert dropped
+    with pytest.raises(TypeError, match="capacity: expected a Capacity or None, got float"):
+        StratifiedMoE(H, 12, [2, 2], capacity=1.25)
 
 
 def test_stratified_moe_of_one_stratum_is_norm_and_layer_and_residual() -> None:
@@ -554,18 +595,31 @@ def test_monet_parameters_grow_with_the_root_of_the_experts() -> None:
 def test_monet_gates_are_softmaxes_of_what_exceeds_a_quantile() -> None:
     """The threshold applies to logits normalised per head; the softmax is of the original logits."""
     router, x = MonetRouter(H, 16, 2, top_k=3).double(), torch.randn(40, H).double()
-    first, second = router(x)
+    trained = router(x)
+    evaluated = router.eval()(x)  # by the statistics of training
     threshold = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - 3 / 16)).double()
-    for g, gate in enumerate((first, second)):
+    for g in range(2):
         for h in range(2):
             z = x @ router.weight.view(2, 2, 16, H)[g, h].T
-            normal = (z - z.mean()) / (z.var(correction=0) + 1e-5).sqrt()
-            for t in range(40):
-                kept = normal[t] >= normal[t].max().clamp(max=threshold)
-                torch.testing.assert_close(gate[t, h], z[t].masked_fill(~kept, -torch.inf).softmax(-1))
-    for _ in range(200):  # evaluation uses the statistics of training
+            running = (router.running_mean[2 * g + h].double(), router.running_var[2 * g + h].double())
+            for gates, (mean, var) in ((trained, (z.mean(), z.var(correction=0))), (evaluated, running)):
+                normal = (z - mean) / (var + 1e-5).sqrt()
+                for t in range(40):
+                    kept = normal[t] >= normal[t].max().clamp(max=threshold)
+                    torch.testing.assert_close(gates[g][t, h], z[t].masked_fill(~kept, -torch.inf).softmax(-1))
+
+
+def test_row30_monet_follows_the_statistics_of_a_batch_norm() -> None:
+    router = MonetRouter(H, 3, 2, top_k=1).double()
+    norms = [nn.BatchNorm1d(2, affine=False) for _ in range(2)]  # one per gate, a channel per head
+    for _ in range(3):
+        x = torch.randn(1, H).double()
+        z = (x @ router.weight.T).view(1, 2, 2, 3).detach()
+        for gate, norm in enumerate(norms):
+            norm(z[:, gate].mT.flatten(0, 1).float())
         router(x)
-    torch.testing.assert_close(router.eval()(x).first, first, rtol=1e-6, atol=1e-9)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(router, name), torch.cat([getattr(norm, name) for norm in norms]))
 
 
 def test_monet_gates() -> None:

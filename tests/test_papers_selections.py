@@ -275,6 +275,15 @@ def test_grin_draws_from_the_masked_softmax() -> None:
     assert torch.equal(again.topk_weights, routing.topk_weights)
 
 
+def test_phimoe_jitters_no_input_by_default() -> None:
+    for jitter in (0.0, 0.3):
+        router, x = (
+            layer_of(presets.phimoe(input_jitter=jitter) if jitter else presets.phimoe()).gate,
+            torch.randn(6, H),
+        )
+        assert torch.equal(router(x).router_logits, router.logits(x)) == (not jitter)
+
+
 def test_grin_without_jitter_takes_the_best() -> None:
     logits = torch.randn(40, E)
     for context in (TRAINING, NOTHING_KNOWN):
@@ -466,15 +475,28 @@ def test_gw_moe_thresholds() -> None:
 
 
 def test_gumbel_gate_without_noise_is_a_softmax_mixture(backend: str) -> None:
-    layer = layer_of(presets.gumbel_gate(tau=0.5)).eval()
+    layer = layer_of(presets.gumbel_gate(tau=0.5, samples=0)).eval()
 
     def loop(layer: Any, x: Tensor) -> Tensor:
-        g = (linear(layer, x) / 0.5).softmax(-1)
+        g = ((linear(layer, x) + layer.gate.bias) / 0.5).softmax(-1)
         return mixture(layer.experts, x, [list(range(E))] * len(x), g)
 
     assert_agrees(layer, loop, torch.randn(12, H))
     x = torch.randn(5, H)
     assert torch.equal(layer(x), layer(x))
+
+
+def test_row25_gumbel_gate_averages_five_draws_in_evaluation() -> None:
+    torch.manual_seed(0)
+    router = layer_of(presets.gumbel_gate()).eval().gate.double()
+    x = 6 * torch.randn(1, H, dtype=torch.float64)
+    z = x @ router.weight.T + router.bias
+    weights = router(x.expand(4000, H)).topk_weights
+    draws = torch.nn.functional.gumbel_softmax(z.expand(20_000, E), tau=1.0)
+    error = 6 * (2 * draws.var(0) / 20_000).sqrt()  # six deviations of a difference of two means
+    assert ((weights.mean(0) - draws.mean(0)).abs() <= error).all()
+    assert ((z.softmax(-1)[0] - draws.mean(0)).abs() > error).any()
+    torch.testing.assert_close(weights.var(0).sum() * 5, draws.var(0).sum(), rtol=0.1, atol=0)
 
 
 def test_gumbel_gate_sums_to_one_and_is_straight_through() -> None:

@@ -181,7 +181,7 @@ def test_presets_of_routing_are_those_of_a_router(entry: Entry) -> None:
 
 @each
 def test_round_trip_copy_and_evaluation(entry: Entry) -> None:
-    """State dicts and deep copies give the same outputs; evaluation is deterministic, except for random experts."""
+    """State dicts and deep copies give the same outputs; evaluation is deterministic, except for draws."""
     _, layer = run(entry)
     _, other = run(entry)
     layer.eval()
@@ -192,7 +192,7 @@ def test_round_trip_copy_and_evaluation(entry: Entry) -> None:
     for twin in (other, copy.deepcopy(layer)):
         torch.manual_seed(3)
         assert torch.equal(run(entry, twin)[0], y)
-    if entry.name != "thor":
+    if entry.name not in ("thor", "gumbel_gate"):
         torch.manual_seed(4)
         assert torch.equal(run(entry, layer)[0], y)
 

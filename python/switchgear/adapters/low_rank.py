@@ -31,7 +31,7 @@ class LowRankExperts(FillsBuffers):
         num_experts: E.
         rank: r, or the rank of each expert.
         alpha: an expert's output is multiplied by alpha / rank; one for all, or one for each; rank if None.
-        dropout: probability of zeroing an element of x, in training.
+        dropout: probability of zeroing an element of x, in training; one draw for all experts.
 
     Parameters: lora_A [E,r,in] (uniform like torch.nn.Linear) and lora_B [E,r,out], which is B transposed (zeros, so
     the output is zero at first). r is the largest rank; an expert of a lower one has zeros in its last rows, and their

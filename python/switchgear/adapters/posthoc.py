@@ -33,7 +33,7 @@ def train_gate(
         adapter: see read_lora.
         loss: a function of the model that returns a scalar. It is called once per step, for the next batch of the
             adapter's task.
-        steps: of Adam from v = 0. The learning rate is a choice of ours.
+        steps, lr: of Adam from v = 0. The authors' code has the same, after a warm-up of 6 % of the steps.
 
     Raises:
         TypeError: a loss that is no function, or does not return a tensor.

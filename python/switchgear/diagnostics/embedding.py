@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RoutingEmbedding:
-    """The embeddings of N texts."""
+    """The embeddings of N texts. routing has the softmax; MoEE's code has raw logits for OLMoE and Qwen1.5-MoE."""
 
     routing: Tensor  # [N, Σ E]: the softmax over all experts, layer after layer
     hidden: Tensor | None  # [N,H]: the last hidden state of the same token, if the model returns it
@@ -28,16 +28,19 @@ class RoutingEmbedding:
 
     @property
     def concatenated(self) -> Tensor:
-        """Both parts as unit vectors side by side, [N, H + Σ E]: MoEE's other form, for an index of vectors. The dot
-        product of two is the weighted sum with alpha 1."""
+        """Both parts as unit vectors side by side, [N, H + Σ E], for an index of vectors: the dot product of two is the
+        weighted sum with alpha 1. MoEE's other form concatenates the parts as they are."""
         parts = [self.routing] if self.hidden is None else [self.hidden, self.routing]
         return torch.cat([nn.functional.normalize(part.float(), dim=-1) for part in parts], -1)
 
 
 def prompt_eol(text: str) -> str:
-    """PromptEOL (arXiv:2307.16645), the prompt whose last token is embedded: MoEE finds it better than the bare
-    text."""
-    return f'This sentence: "{text}" means in one word: "'
+    """PromptEOL (arXiv:2307.16645), the prompt whose last token is embedded: MoEE finds it better than the bare text.
+    As in its code, the text ends with a full stop if it has no mark at its end, and has no double quotes or
+    underscores."""
+    stop = "" if not text or text[-1] in ".?!\"'" else "."
+    sentence = (text + stop).replace('"', "'").replace("_", " ")
+    return f'This sentence : "{sentence}" means in one word:"'
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from switchgear.diagnostics.choices import LayerChoices, layers_of
 from switchgear.trace.layer import recorded
 
 if TYPE_CHECKING:
-    from switchgear.trace import RoutingTrace
+    from switchgear.trace import LayerTrace, RoutingTrace
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,24 @@ def gate_entropy(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, float]:
 
 
 def affinity(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, Tensor]:
-    """Each expert's mean weight over all tokens, [E] float64, by layer: how much the traced text depends on it.
+    """Each expert's mean weight, [E] float64, by layer: how much the traced texts depend on it.
 
-    Unlearning trains the expert with the largest one alone (SEUF, arXiv:2411.18797): finetune.freeze_except, with
+    Of what `collect` yields it is the mean over texts of the mean over the tokens of each (SEUF, arXiv:2411.18797). A
+    RoutingTrace does not tell texts apart, nor does `collect` on tokens without rows: there it is the mean over all
+    tokens, which is the same for texts of equal lengths.
+
+    Unlearning trains the expert with the largest one of all layers alone: finetune.freeze_except, with
     routing.anchor_loss."""
-    layers = layers_of(trace).items()
-    return {name: recorded(layer, "weight_per_expert").cpu() / max(layer.num_tokens, 1) for name, layer in layers}
+    return {name: _mean_weight(layer).cpu() for name, layer in layers_of(trace).items()}
+
+
+def _mean_weight(layer: LayerTrace | LayerChoices) -> Tensor:
+    """[E] float64: the mean over examples of their means, or over all tokens if there are no examples."""
+    if not isinstance(layer, LayerChoices) or layer.examples is None or not layer.num_tokens:
+        return recorded(layer, "weight_per_expert") / max(layer.num_tokens, 1)
+    lengths = layer.examples.bincount()
+    sums = activation_by_example({"": layer}, by="weight")[""]
+    return (sums / lengths.clamp(min=1)[:, None]).sum(0) / (lengths > 0).sum()
 
 
 def activation_by_example(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from switchgear.functional import as_number
@@ -24,11 +23,13 @@ def select_experts(trace: RoutingTrace, mass: float | None = None, by: str = "to
 
     Args:
         trace: a recording of a sample of the task; the paper uses 32 sequences of 4096 tokens.
-        mass: the share of the scores to reach, in (0, 1]; by default the paper's: 0.1 by gate, 0.2 by token.
-        by: the score of an expert. "token": the fraction of the choices that it serves. "gate": its fraction of the sum
-            of topk_weights; that is the paper's mean gate weight if the weights of a token add up to 1.
+        mass: the sum of scores to reach, in (0, 1]; by default the paper's: 0.1 by gate, 0.2 by token.
+        by: the score of an expert. "token": the fraction of the choices that it serves. "gate": its mean weight over
+            all tokens, 0 for those that do not choose it. Unless the router normalises, these add up to less than 1;
+            a routed_scaling_factor multiplies them.
 
-    Returns ids in ascending order, by layer; the lowest ids win ties.
+    Returns ids in ascending order, by layer; the lowest ids win ties. Where all scores add up to less than `mass`,
+    these are all experts with a score.
 
     Raises:
         ValueError: an option out of range, an empty trace, or a layer without scores.
@@ -41,14 +42,15 @@ def select_experts(trace: RoutingTrace, mass: float | None = None, by: str = "to
         raise TypeError(f"trace: expected RoutingTrace, got {type(trace).__name__}")
     if not trace.layers:
         raise ValueError("trace: expected one that has recorded something, got an empty one")
-    return {name: _smallest(name, shares(layer, by), mass) for name, layer in trace.layers.items()}
+    return {name: _smallest(name, _scores(layer, by), mass) for name, layer in trace.layers.items()}
 
 
-def shares(layer: LayerTrace, by: str) -> Tensor:
-    """Each expert's share of the layer's choices or weights, [E] float64."""
-    scores = recorded(layer, "tokens_per_expert" if by == "token" else "weight_per_expert").cpu().double()
-    total: Tensor = scores.sum()
-    return scores / total if total > 0 else torch.zeros_like(scores)
+def _scores(layer: LayerTrace, by: str) -> Tensor:
+    """Each expert's share of the layer's choices, or its mean weight, [E] float64."""
+    if by == "gate":
+        return recorded(layer, "weight_per_expert").cpu().double() / max(layer.num_tokens, 1)
+    counts = recorded(layer, "tokens_per_expert").cpu().double()
+    return counts / counts.sum().clamp(min=1)
 
 
 def _smallest(name: str, scores: Tensor, mass: float) -> list[int]:
@@ -56,5 +58,5 @@ def _smallest(name: str, scores: Tensor, mass: float) -> list[int]:
         raise ValueError(f"trace: expected choices in every layer, got none in {name}")
     order = scores.argsort(descending=True, stable=True)
     reached = scores[order].cumsum(0) >= mass * (1 - 1e-12)  # the sum of all shares is 1 up to rounding
-    count = int(reached.long().argmax()) + 1 if reached.any() else len(order)
+    count = int(reached.long().argmax()) + 1 if reached.any() else int((scores > 0).sum())
     return sorted(order[:count].tolist())

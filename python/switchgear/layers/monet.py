@@ -30,9 +30,9 @@ class MonetRouting(NamedTuple):
 class MonetRouter(KeepsFloat32):
     """Two gates per head; each keeps about `top_k` of n experts, by a threshold instead of a sort (arXiv:2412.04139).
 
-    The logits of each head and gate are normalised over tokens and experts (batch norm without parameters, one channel
-    per head). Logits whose normalised value exceeds Φ⁻¹(1 - top_k / n), or the largest if none does, go through a
-    softmax; the others get weight 0. A group of layers may share one router.
+    The logits of each head and gate are normalised over tokens and experts (torch's batch norm without parameters, one
+    channel per head). Logits whose normalised value exceeds Φ⁻¹(1 - top_k / n), or the largest if none does, go through
+    a softmax; the others get weight 0. A group of layers may share one router.
 
     Args: hidden_size, sqrt_n, heads: H, n and the number of heads. top_k: 32 of 512 in the paper.
     Parameters: weight [2·heads·n,H]. Buffers: running_mean, running_var [2·heads] float32, also
@@ -83,11 +83,12 @@ class MonetRouter(KeepsFloat32):
 
     def _normalize(self, logits: Tensor) -> Tensor:
         mean, var = self.running_mean.to(logits.dtype), self.running_var.to(logits.dtype)
-        if self.training and len(logits):
+        count = len(logits) * self.sqrt_n  # of a channel
+        if self.training and count:
             var, mean = torch.var_mean(logits, (0, 2), correction=0)
             if not is_recomputing():
                 with unseen(mean):
-                    self._follow(mean, var)
+                    self._follow(mean, var * (count / (count - 1)))  # unbiased, as in torch
         return (logits - mean[:, None]) / (var + self.eps).sqrt()[:, None]
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ class MultiHeadMoE(nn.Module):
 
     Parameters: head_proj.weight [H,H], merge_proj.weight [H,H], and those of moe. For the FLOPs of a layer without
     heads, intermediate_size must be smaller by 2·H / (3·K) with gated experts: the two projections cost 4·H² per
-    token, and one column of K experts costs 6·K·H (how the paper shrinks it is unverified).
+    token, and one column of K experts costs 6·K·H. Experts of two matrices: by H / K (the paper's equation 8).
     ValueError: hidden_size is not a multiple of heads.
     """
 

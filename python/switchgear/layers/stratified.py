@@ -15,6 +15,8 @@ from switchgear.functional import gate, route
 from switchgear.layers.common import WithLosses, check_rows, first_choice
 from switchgear.reference import weight_dtype
 from switchgear.routing.balance import switch_loss
+from switchgear.routing.capacity import Capacity
+from switchgear.routing.context import Context
 
 
 class StratifiedMoE(WithLosses):
@@ -28,8 +30,10 @@ class StratifiedMoE(WithLosses):
 
     Args:
         hidden_size, intermediate_size: H, I. strata: the number of experts of each stratum; E is their sum.
-        top_k: experts per pass; they may be in other strata than the best one.
+        top_k: experts per pass, 2 in the paper; they may be in other strata than the best one.
         normalize: divide their scores by their sum. aux_loss: coefficient of the balance loss, averaged over gates.
+        capacity: of the experts in each pass, among the tokens at its gate; nothing is dropped if None. A token whose
+            choices are dropped goes on to the next gate all the same.
         activation, gated, bias: options of Experts.
 
     Parameters: norms.{i}.weight and bias [H], gates.{i} [E_i,H], where stratum i sees E_i experts, and those of
@@ -49,6 +53,7 @@ class StratifiedMoE(WithLosses):
         top_k: int = 1,
         normalize: bool = False,
         aux_loss: float = 0.01,
+        capacity: Capacity | None = None,
         activation: str = "silu",
         gated: bool = True,
         bias: bool = False,
@@ -61,6 +66,9 @@ class StratifiedMoE(WithLosses):
         if not 1 <= top_k <= strata[-1]:
             raise ValueError(f"top_k: expected 1 to {strata[-1]} (experts of the last stratum), got {top_k}")
         self.strata, self.top_k, self.normalize, self.aux_loss = list(strata), top_k, normalize, aux_loss
+        self.capacity = capacity
+        if capacity is not None and not callable(capacity):
+            raise TypeError(f"capacity: expected a Capacity or None, got {type(capacity).__name__}")
         num_experts = sum(strata)
         self.first_expert = [0, *accumulate(strata)][:-1]
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size, device=device, dtype=dtype) for _ in strata)
@@ -91,20 +99,23 @@ class StratifiedMoE(WithLosses):
             normed = self.norms[stratum](x)
             logits = gate(normed, self.gates[stratum])
             routing = route(logits, self.top_k, normalize=self.normalize)
-            ids, weights, num_visible = routing.topk_ids, routing.topk_weights, routing.num_experts
+            routing = routing._replace(topk_ids=torch.where(here[:, None], routing.topk_ids, -1))
             if self.aux_loss:
-                losses.append(_gate_loss(logits, ids, here, num_visible))
-            ids = torch.where(here[:, None], ids + first, -1)
-            x = x + self.experts(normed, ids, weights)  # zeros for tokens at other gates
-            after = sum((ids[:, 0] >= first_of).long() for first_of in self.first_expert)  # its best expert's stratum
+                losses.append(_gate_loss(logits, routing.topk_ids, here, routing.num_experts))
+            best = routing.topk_ids[:, 0] + first
+            after = sum((best >= first_of).long() for first_of in self.first_expert)  # the stratum of the best expert
+            if self.capacity is not None:
+                routing = self.capacity(routing, Context(training=self.training))
+            ids = torch.where(routing.topk_ids >= 0, routing.topk_ids + first, -1)
+            x = x + self.experts(normed, ids, routing.topk_weights)  # zeros for tokens at other gates
             position = torch.where(here, after, position)
         self.losses = {"stratified": self.aux_loss * torch.stack(losses).mean()} if losses else {}
         return x.view(hidden_states.shape)
 
 
 def _gate_loss(logits: Tensor, ids: Tensor, here: Tensor, num_experts: int) -> Tensor:
-    """E_i · Σ_e f_e · p_e over the tokens at this gate; f counts first choices (equations 8 to 10)."""
+    """E_i · Σ_e f_e · p_e over the tokens at this gate, those with ids; f counts first choices (equations 8 to 10)."""
     probabilities = logits.to(weight_dtype(logits.dtype)).softmax(-1) * here[:, None]
-    counts = first_choice(torch.where(here[:, None], ids, -1), num_experts)
+    counts = first_choice(ids, num_experts)
     tokens = here.sum().clamp(min=1)
     return switch_loss(probabilities, counts, tokens) * (len(here) / tokens)

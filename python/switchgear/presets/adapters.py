@@ -66,18 +66,20 @@ def _of_sequence(hidden_size: int, num_experts: int, **place: Any) -> PerSequenc
     return PerSequence(Linear(hidden_size, num_experts, **place))
 
 
-def octavius(*, dim: int | None = None, rank: int = 32, top_k: int = 2) -> Options:
+def octavius(*, dim: int | None = None, rank: int = 32, dropout: float = 0.1, top_k: int = 2) -> Options:
     """The two best adapters of a sample, from its instruction; all of its tokens use them.
 
     Paper: Octavius: Mitigating Task Interference in MLLMs via LoRA-MoE, arXiv:2311.02684
     Example: presets.build(64, 64, 8, **presets.octavius(dim=24))(x, embedding=task)
 
     dim: the width of Context.embedding, one instruction per sequence; if None, the mean of the layer's inputs over the
-    sequence stands for it (a choice of ours, which sees later tokens too). rank, top_k and that the weights are a
-    softmax over the chosen logits are those of the authors' code, which has 3 to 6 experts.
+    sequence stands for it (a choice of ours, which sees later tokens too). rank, dropout, top_k and that the weights
+    are a softmax over the chosen logits are those of the authors' code, which has 3 to 6 experts and one router for the
+    whole model: adapters.add_lora_experts(model, 4, shared_router=True, **presets.octavius(dim=…)).
     """
-    score: Any = partial(_of_sequence) if dim is None else partial(FromEmbedding, dim=dim)
-    return {"layer": adapted_linear, "rank": rank, "score": score, "select": TopK(top_k, normalize=True)}
+    score: Any = partial(_of_sequence) if dim is None else partial(FromEmbedding, dim=dim, bias=False)
+    select = TopK(top_k, normalize=True)
+    return {"layer": adapted_linear, "rank": rank, "dropout": dropout, "score": score, "select": select}
 
 
 def _with_prior(

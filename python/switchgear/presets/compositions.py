@@ -22,7 +22,7 @@ from switchgear.layers import (
     StratifiedMoE,
 )
 from switchgear.modules import MoE
-from switchgear.routing import Dense, ImportanceLoad, Linear, Router, RunningCap, SwitchLoss, TopK
+from switchgear.routing import Capacity, Dense, ImportanceLoad, Linear, Router, RunningCap, SwitchLoss, TopK
 
 Options = dict[str, Any]
 
@@ -71,7 +71,8 @@ def deep_mixture(*, margin: float = 100.0, depth: int = 2) -> Options:
     Paper: Learning Factored Representations in a Deep Mixture of Experts, arXiv:1312.4314
     Example: presets.build(64, 32, 4, **presets.deep_mixture())(x)
 
-    Meant for early training: margin (unverified), in tokens, is an attribute of each layer's gate.select.
+    Meant for early training: margin (unverified), in tokens, is an attribute of each layer's gate.select. Gates are
+    linear and experts those of MoE; the paper's gate has a hidden layer with ReLU, and its experts are relu(W·x + b).
     """
     return {"layer": stacked, "depth": depth, "select": partial(RunningCap, Dense(), margin)}
 
@@ -116,7 +117,9 @@ def multi_head(*, heads: int = 4, top_k: int = 2, balance: float = 1e-2) -> Opti
     Paper: MH-MoE: Multi-Head Mixture-of-Experts, arXiv:2411.16205
     Example: presets.build(64, 32, 8, **presets.multi_head())(x)
 
-    The caller adapts intermediate_size to equal FLOPs (the paper's rule is unverified). The constants are unverified.
+    The caller adapts intermediate_size and num_experts to equal FLOPs and parameters; see layers.MultiHeadMoE. The
+    paper has 2 heads with top_k = 2 and 40 experts, or 3 with 3 and 96; 4 heads are those of the paper before
+    (arXiv:2404.15045). balance is unverified.
     """
     return {
         "layer": multi_head_moe,
@@ -137,15 +140,25 @@ def stratified_moe(
     return StratifiedMoE(hidden_size, intermediate_size, strata, **options)
 
 
-def stratified(*, strata: Sequence[int] | None = None, top_k: int = 1, balance: float = 1e-2) -> Options:
+def stratified(*, strata: Sequence[int] | None = None, top_k: int = 2, balance: float = 1e-2) -> Options:
     """Strata of experts: a token that an early stratum keeps passes the next gate too, so hard tokens get more experts.
 
     Paper: Towards Being Parameter-Efficient: A Stratified Sparsely Activated Transformer with Dynamic Capacity, arXiv:2305.02176
     Example: presets.build(64, 32, 8, **presets.stratified())(x)
 
-    The layer includes norm and residual. The default strata (E/4, E/4, E/2) are unverified.
+    The layer includes norm and residual. Experts accept at most top_k · T_i / E_i of the T_i tokens at a gate that sees
+    E_i experts. The default strata (E/4, E/4, E/2) are the paper's for 16 experts; its best are (2, 2, 2, 2) and
+    (4, 12). The authors' code divides the two weights by their sum (normalize=True), and differs in norms and residuals.
     """  # noqa: E501
-    return {"layer": stratified_moe, "strata": strata, "top_k": top_k, "aux_loss": balance}
+    return {
+        "layer": stratified_moe,
+        "strata": strata,
+        "top_k": top_k,
+        "aux_loss": balance,
+        "capacity": Capacity(1.0, drop="choice"),
+        "activation": "relu",
+        "gated": False,
+    }
 
 
 def monet_layer(hidden_size: int, intermediate_size: int, num_experts: int, **options: Any) -> Monet:
@@ -162,7 +175,8 @@ def monet(*, heads: int = 8, top_k: int = 32, mode: str = "vertical") -> Options
     Paper: Monet: Mixture of Monosemantic Experts for Transformers, arXiv:2412.04139
     Example: presets.build(64, 8, 64**2, **presets.monet())(x)
 
-    The paper has 512² experts of width 8, and one router per four layers: pass another layer's as Monet(router=).
+    The paper has 512² experts of width 8, and one router per four layers: pass another layer's as Monet(router=). There
+    are no auxiliary losses.
     """
     return {"layer": monet_layer, "heads": heads, "top_k": top_k, "mode": mode}
 
@@ -175,13 +189,15 @@ def soft_layer(
     return SoftMoE(experts, slots=slots, normalize=normalize, **_device(options))
 
 
-def soft_moe(*, slots: int = 1, normalize: bool = True) -> Options:
+def soft_moe(*, slots: int = 1, normalize: bool = False) -> Options:
     """Experts process mixtures of the tokens of a sequence, and tokens get mixtures of their outputs.
 
     Paper: Don't flatten, tokenize! Unlocking the key to SoftMoE's efficacy in deep RL, arXiv:2410.01930
     Example: presets.build(64, 32, 8, **presets.soft_moe())(x)
 
-    layers.per_conv_tokens makes one token per position of a feature map; the paper finds that this is what matters.
+    layers.per_conv_tokens makes one token per position of a feature map; the paper finds that this is what matters. Its
+    code has slots = ⌈T / E⌉ for feature maps of T tokens. normalize: of the logits, as in the code of Soft MoE for
+    images (arXiv:2308.00951).
     """
     return {"layer": soft_layer, "slots": slots, "normalize": normalize}
 

@@ -36,7 +36,12 @@ FIDELITY = {
     ),
     "cartesian": Fidelity("structure", 27, PAPER, "top_k, num_shared_experts, balance"),
     "cluster_task": Fidelity("selection", 32, PAPER),
-    "deep_mixture": Fidelity("structure", 26, PAPER, "margin"),
+    "deep_mixture": Fidelity(
+        "structure",
+        26,
+        f"the cap: {PAPER}, with the totals from before each call; linear gates and experts of two layers: {OURS}",
+        "margin",
+    ),
     "deepseek_moe": Fidelity("structure", 3, PAPER),
     "deepseek_v3": Fidelity(
         "model",
@@ -58,7 +63,7 @@ FIDELITY = {
         f"{PAPER}, without random second experts; the loss counts both choices: {OURS}",
         "capacity_factor, balance",
     ),
-    "gumbel_gate": Fidelity("selection", 25, PAPER, "tau"),
+    "gumbel_gate": Fidelity("selection", 25, f"{PAPER}; bias, tau, samples: {CODE}"),
     "gw_moe": Fidelity(
         "selection",
         19,
@@ -75,7 +80,12 @@ FIDELITY = {
         f"score: {PAPER}; the loss is its divergence reversed, as the printed one is infinite: {OURS}",
         "top_k, locality, the unit of min_capacity",
     ),
-    "loramoe": Fidelity("adapter", 64, f"{PAPER}; its code divides the loss by mean² instead", "delta, balance"),
+    "loramoe": Fidelity(
+        "adapter",
+        64,
+        f"{PAPER}; its code has a dropout mask for each expert, and the unbiased variance over mean² as the loss",
+        "delta, balance",
+    ),
     "loss_free": Fidelity("balance", 4, f'{PAPER}; rule "proportional" divides by the mean load: {OURS}'),
     "maskmoe": Fidelity("selection", 16, PAPER, "frequent_from, top_k, balance"),
     "merged": Fidelity("structure", 49, f"{PAPER}; other options: of its code; pooling: {OURS}"),
@@ -95,11 +105,14 @@ FIDELITY = {
         f"loss and constants: {CODE}, with means over tokens for its sums; losses of the learned temperature, and the "
         f"softmax as weight, without the rest of the input: {OURS}",
     ),
-    "monet": Fidelity("structure", 30, PAPER),
+    "monet": Fidelity("structure", 30, f"{PAPER} and of its code, without auxiliary losses"),
     "mor1e": Fidelity("adapter", 66, f"rank-1 experts: {PAPER}; form of the prior: {OURS}", "top_k, weight, tau"),
-    "multi_head": Fidelity("structure", 28, PAPER, "heads, top_k, balance"),
+    "multi_head": Fidelity("structure", 28, f"{PAPER}; 4 heads: of the paper before it, arXiv:2404.15045", "balance"),
     "octavius": Fidelity(
-        "adapter", 65, f"{PAPER}; rank, top_k, weights: {CODE}; the mean of a sequence without dim: {OURS}"
+        "adapter",
+        65,
+        f"{PAPER}; rank, dropout, top_k, weights, no bias: {CODE}, which has shared_router=True; "
+        f"the mean of a sequence without dim: {OURS}",
     ),
     "openmoe": Fidelity(
         "balance",
@@ -107,9 +120,18 @@ FIDELITY = {
         f"{PAPER}; first choices first, evaluation_factor, min_capacity: of training code; capacity rounded up: {OURS}",
         "capacity_factor",
     ),
-    "phatgoose": Fidelity("adapter", 68, f"{PAPER}; learning rate of train_gate: {OURS}"),
-    "phimoe": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
-    "pmoe": Fidelity("selection", 33, PAPER),
+    "phatgoose": Fidelity("adapter", 68, f"{PAPER}; learning rate of train_gate: {CODE}, whose warm-up it lacks"),
+    "phimoe": Fidelity(
+        "model",
+        None,
+        "formula of the code in Hugging Face transformers; input_jitter reaches the router alone, there also the "
+        "experts, drawn twice",
+    ),
+    "pmoe": Fidelity(
+        "selection",
+        33,
+        f"{PAPER}; its code for CIFAR-10 and CelebA takes the softmax over all patches before the choice",
+    ),
     "qwen3": Fidelity("model", None, "formula of the code in Hugging Face transformers"),
     "remoe": Fidelity("selection", None, f"{PAPER}; a coefficient for each layer instead of one for all: {OURS}"),
     "sam": Fidelity("selection", 15, f"{PAPER}; the form of alignment: {OURS}", "balance, alignment"),
@@ -124,10 +146,22 @@ FIDELITY = {
         "capacity_factor, initial coefficient",
     ),
     "smola": Fidelity("adapter", 67, f"{PAPER}, with one set of experts for all modalities", "rank, slots"),
-    "soft_moe": Fidelity("structure", 31, PAPER),
-    "stratified": Fidelity("structure", 29, PAPER, "strata"),
+    "soft_moe": Fidelity("structure", 31, f"{PAPER} and of its code, whose slots are ⌈T / E⌉"),
+    "stratified": Fidelity(
+        "structure",
+        29,
+        f"{PAPER}; its code normalises the two weights, norms the block's output too, adds residuals after the norm, "
+        "and divides the loss by the gates that tokens visit",
+        "capacity in evaluation, which choices it keeps",
+    ),
     "switch": Fidelity("selection", 1, f"{PAPER}; evaluation_factor, jitter, min_capacity: of its code"),
-    "task_level": Fidelity("score", 34, PAPER, "tau"),
+    "task_level": Fidelity(
+        "score",
+        34,
+        f"{PAPER}; its code has a router of two layers (64 units, GELU), tau = max(2·exp(-3e-4·step), 0.1), and noise "
+        "in evaluation too",
+        "tau",
+    ),
     "thor": Fidelity("selection", 18, PAPER),
     "word_experts": Fidelity("structure", 17, f"{PAPER}; the table is random, the paper's follows frequencies"),
     "xmoe": Fidelity(

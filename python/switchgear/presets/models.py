@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Routing of known models, with Hugging Face's parameter names where a checkpoint has them."""
+"""Routing of known models. Parameters have the names of MoE; Hugging Face's blocks of gpt-oss, Phi-3.5-MoE and Llama 4
+name their router differently (`router.…` instead of `gate.…`)."""
 
 from __future__ import annotations
 
@@ -80,10 +81,13 @@ def gpt_oss(*, top_k: int = 4) -> dict[str, Any]:
     }
 
 
-def phimoe(*, jitter: float = 0.01, input_jitter: float = 0.01) -> dict[str, Any]:
+def phimoe(*, jitter: float = 0.01, input_jitter: float = 0.0) -> dict[str, Any]:
     """The router of Phi-3.5-MoE: SparseMixer over two experts.
 
     Paper: Phi-3 Technical Report: A Highly Capable Language Model Locally on Your Phone, arXiv:2404.14219
     Example: MoE(64, 32, 16, **presets.phimoe())(x)
+
+    input_jitter reaches the router alone. That of Hugging Face's block, 0 by default, is drawn twice, first for router
+    and experts in place, then for the router.
     """
     return {"jitter": input_jitter, "select": SparseMixer(2, jitter)}

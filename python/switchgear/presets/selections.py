@@ -212,15 +212,16 @@ def gw_moe(*, top_k: int = 2, entropy_above: float = 0.0, max_fraction: float = 
     return {"select": Broadcast(TopK(top_k), entropy_above, max_fraction)}
 
 
-def gumbel_gate(*, tau: float = 1.0, samples: int = 0) -> dict[str, Any]:
-    """All experts, weighted by a softmax with Gumbel noise in training.
+def gumbel_gate(*, tau: float = 1.0, samples: int = 5) -> dict[str, Any]:
+    """All experts, weighted by a softmax with Gumbel noise; evaluation averages several draws.
 
     Paper: (GG) MoE vs. MLP on Tabular Data, arXiv:2502.03608
     Example: MoE(64, 32, 8, **presets.gumbel_gate())(x)
 
-    samples: number of draws averaged in evaluation; 0 gives the plain softmax. tau is unverified.
+    samples: number of draws averaged in evaluation; 0 gives the plain softmax, which is another function. tau, samples
+    and the router's bias are those of the authors' code.
     """
-    return {"select": GumbelSoftmax(tau, samples=samples)}
+    return {"router_bias": True, "select": GumbelSoftmax(tau, samples=samples)}
 
 
 def pmoe(*, patches: int = 4) -> dict[str, Any]:
@@ -228,6 +229,8 @@ def pmoe(*, patches: int = 4) -> dict[str, Any]:
 
     Paper: Patch-level Routing in Mixture-of-Experts is Provably Sample-efficient for Convolutional Neural Networks, arXiv:2306.04073
     Example: MoE(64, 32, 8, **presets.pmoe())(x)
+
+    The authors' code for CIFAR-10 and CelebA weighs the chosen patches by a softmax over all patches.
     """  # noqa: E501
     select = ExpertChoice(tokens_per_expert=patches, scope="sequence", weights="softmax_over_tokens", scale=1 / patches)
     return {"select": select}

@@ -303,7 +303,7 @@ def localized_balance_loss(
     """var(Z) / mean(Z) of Z[e,s] = I[e,s] · Q[e,s] (LoRAMoE, arXiv:2312.09979).
 
     Q is the weight that the tokens of sequence s give to expert e; I is 1 + delta if the types of expert and sequence
-    agree, else 1 - delta. (The published code divides by mean².) 0 without tokens.
+    agree, else 1 - delta. (The published code divides the unbiased variance by mean².) 0 without tokens.
 
     Args: topk_ids, topk_weights [T,K]; expert_types [E]; sequence_types [B]; sequence_ids [T] in [0, B). delta
     unverified.

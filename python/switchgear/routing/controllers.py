@@ -191,7 +191,8 @@ class RunningCap(KeepsFloat32):
         switchgear.MoE(256, 128, 16, select=partial(RunningCap, Dense(), margin=100.0))
 
     A closed expert gets the lowest logit, hence weight 0 under a softmax, and the others' weights sum to 1. Totals grow
-    in training only, once per call: all tokens of a call see the totals from before it. Recomputation by activation
+    in training only, once per call: all tokens of a call see the totals from before it (the paper's include the token
+    itself). Recomputation by activation
     checkpointing adds nothing, but sees the totals from after the call, so it may choose otherwise. It is meant for
     early training; set `margin` to infinity afterwards.
 

@@ -79,8 +79,9 @@ class Router(KeepsFloat32):
         num_groups, topk_groups, group_score: device-limited routing; see `route`.
         jitter: in training, multiply the router's input by uniform noise in [1 - jitter, 1 + jitter] (Switch
             Transformer, arXiv:2101.03961). A float32 router, or score, does so in float32, as Hugging Face's Switch
-            router. Others draw in the dtype of hidden_states, as Hugging Face's Mixtral and Phi-3.5-MoE: in bfloat16
-            the mean of the noise is below 1 (0.994 for 0.01), since its numbers lie closer below 1 than above.
+            router. Others draw in the dtype of hidden_states, in which Hugging Face's Mixtral and Phi-3.5-MoE draw the
+            noise of their whole block: in bfloat16 the mean of the noise is below 1 (0.994 for 0.01), since its numbers
+            lie closer below 1 than above.
         float32: compute the logits in float32, whatever the dtype of the model and autocast.
         bias: a learned bias [E] of the logits (gpt-oss).
         score: computes the logits instead of the linear layer (see `Score`); excludes float32 and bias.

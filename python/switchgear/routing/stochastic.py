@@ -181,7 +181,7 @@ class SparseMixer:
 @dataclass(frozen=True)
 class GumbelSoftmax:
     """All experts, weighted by softmax((z + g) / tau) with Gumbel noise g. Evaluation uses no noise, or the mean of
-    `samples` draws (GG MoE, arXiv:2502.03608; tau is unverified).
+    `samples` draws (GG MoE, arXiv:2502.03608; its code has tau = 1 and 5 samples).
 
     hard: only the best expert of (z + g), with weight 1; the gradient is that of its soft weight (straight-through).
     level: "token", "sequence" (one choice per sequence; task-level MoE, arXiv:2205.12701) or "batch" (one for all).
