@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.wrappers import is_wrapper
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
 from switchgear.routing.context import Context, Select, is_recomputing, modules_in, scored, wrapped
@@ -126,6 +125,8 @@ def layers_of(model: nn.Module, layers: Collection[str] | None) -> dict[str, Rou
 
 def _plain_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str:
     """The name of a layer without wrappers of the model, and of PEFT around its experts."""
+    from switchgear.adapters.wrappers import is_wrapper
+
     while name and is_wrapper(modules[parent := name.rpartition(".")[0]]):
         name = parent
     return name.removeprefix(f"{prefix}.") if prefix else name

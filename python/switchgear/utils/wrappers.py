@@ -27,7 +27,8 @@ def without_peft(model: nn.Module) -> nn.Module:
 
 def _inside(model: nn.Module) -> nn.Module | None:
     if isinstance(model, DistributedDataParallel):
-        return model.module
+        module: nn.Module = model.module
+        return module
     for name in _INSIDE:
         if name in model._modules:
             return model._modules[name]
