@@ -224,6 +224,34 @@ def test_row78_a_pass_equals_two_on_other_families(model_type: str) -> None:
     torch.testing.assert_close(found, contrast(strong, weak), atol=1e-4, rtol=1e-4)
 
 
+def test_row78_generate_of_a_peft_model(mixtral: Any) -> None:
+    """It calls the model inside."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    ids = torch.randint(1, V, (2, 5))
+    wanted = looped(mixtral, ids, 4)
+    wrapper = peft.get_peft_model(mixtral, peft.LoraConfig(target_modules=["q_proj"]))
+    with SelfContrast().applied(wrapper):
+        assert torch.equal(wrapper.generate(input_ids=ids, max_new_tokens=4, do_sample=False), wanted)
+        with pytest.raises(ValueError, match="model: expected one outside the block"):
+            SelfContrast().applied(mixtral).__enter__()
+
+
+def test_row78_a_part_of_the_model_is_refused(mixtral: Any) -> None:
+    """Its tokens are not doubled, also after a call of the model that raised."""
+    ids = torch.randint(1, V, (2, 5))
+    message = "model: expected calls of the model under SelfContrast, got one of a part of it"
+    with SelfContrast().applied(mixtral):
+        with pytest.raises(ValueError, match=message):
+            mixtral.model(ids)
+        with pytest.raises(IndexError):
+            mixtral(torch.full((2, 5), V))
+        with pytest.raises(ValueError, match=message):
+            mixtral.model(ids)
+    model = Model()
+    with SelfContrast().applied(model), pytest.raises(ValueError, match=message):
+        model.first(torch.randn(2, 4, H))
+
+
 def test_row78_padding_sampling_and_beams(mixtral: Any) -> None:
     """Each row of a padded batch as alone; a beam's score is the sum of its tokens' log-probabilities."""
     short = torch.randint(1, V, (1, 3))

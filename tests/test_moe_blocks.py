@@ -13,6 +13,7 @@ import switchgear
 from model_types import sampled
 from switchgear import MoE
 from switchgear.integrations.moe_blocks import moe_blocks
+from switchgear.routing.batches import real_tokens
 from switchgear.trace import Observation, observe
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -131,6 +132,42 @@ def test_our_blocks() -> None:
     torch.testing.assert_close(one.x, model[0](x).flatten(0, 1))
     with pytest.raises(ValueError, match="layers: expected some of"), observe(model, lambda *_: None, layers=["2"]):
         pass
+
+
+def test_padding_in_masks_of_more_dimensions() -> None:
+    """A token is padding if neither its own query nor a later one sees it; columns begin behind those of the cache."""
+    rows, length, cached, width = 3, 4, 2, 8
+    seen = torch.rand(rows, 1, length, width) < 0.3
+    wanted = [
+        [any(bool(seen[row, 0, query, cached + token]) for query in range(token, length)) for token in range(length)]
+        for row in range(rows)
+    ]
+    added = torch.where(seen, 0.0, -torch.inf)
+    for mask in (seen, seen.int(), added, seen[:, 0], {"full_attention": added, "sliding_attention": ~seen}):
+        assert real_tokens(mask, rows, length, cached).tolist() == wanted
+    assert real_tokens(seen[:1], rows, length, cached).tolist() == [wanted[0]] * rows
+    one = seen[:, :, :1]
+    assert torch.equal(real_tokens(one, rows, length, cached), one[:, 0, 0, cached : cached + length])
+    assert torch.equal(real_tokens(one, rows, length, None), one[:, 0, 0, width - length :])  # no cache that tells
+    assert torch.equal(real_tokens(one[:, 0, 0], rows, length, cached), one[:, 0, 0, width - length :])
+    for mask in (seen[:2], seen[:, :, :3], seen[..., : cached + length - 1], seen[0, 0, 0], {}, None):
+        assert real_tokens(mask, rows, length, cached) is None
+
+
+def test_padding_is_marked_with_a_static_cache() -> None:
+    model = build("mixtral")
+    ids = example_inputs(model)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    masks: list[Any] = []
+    with torch.no_grad(), observe(model, lambda _, one: masks.append(one.token_mask)):
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=3, do_sample=False, cache_implementation="static",
+            disable_compile=True,
+        )  # fmt: skip
+    layers = len(moe_blocks(model))
+    assert torch.equal(masks[0], mask.flatten().bool())
+    assert [m.tolist() for m in masks[layers:]] == [[True, True]] * (2 * layers)
 
 
 def test_padding_is_marked() -> None:

@@ -152,6 +152,47 @@ def test_a_transposed_layer_takes_the_same_steps(adjust: str) -> None:
         assert (mine.mT - parameter).norm() <= 0.05 * moved  # both iterate in bfloat16
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factors_of_adapters_are_never_transposed(transposed: bool) -> None:
+    """They have [E,r,in] and [E,out,r] in both layouts, so each matrix takes the step of a matrix on its own."""
+    layer = switchgear.Experts(16, 48, 3, transposed=transposed)
+    switchgear.adapters.add_lora(layer, rank=2)
+    factors = {name: p for name, p in layer.named_parameters() if "_lora_" in name}
+    for parameter in factors.values():
+        parameter.grad = torch.randn_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in factors.items()}
+    alone = [[nn.Parameter(matrix.clone()) for matrix in parameter] for parameter in before.values()]
+    for matrices, parameter in zip(alone, factors.values(), strict=True):
+        for matrix, grad in zip(matrices, parameter.grad, strict=True):
+            matrix.grad = grad.clone()
+    matrices, _ = optim.muon_groups(layer)
+    assert {id(p) for p in matrices} == {id(p) for p in factors.values()}
+    optim.Muon(matrices, 0.1).step()
+    optim.Muon([matrix for matrices in alone for matrix in matrices], 0.1).step()
+    for own, (name, parameter) in zip(alone, factors.items(), strict=True):
+        moved = (parameter - before[name]).norm()
+        assert (torch.stack(own) - parameter).norm() <= 0.05 * moved  # both iterate in bfloat16
+
+
+def test_rows_trained_alone_are_transposed_as_their_projection() -> None:
+    layer = switchgear.Experts(16, 48, 3, transposed=True)
+    finetune.freeze_except(layer, {"": [1]})
+    matrices, _ = optim.muon_groups(layer)
+    assert [p.is_transposed for p in matrices] == [True, True]
+
+
+def test_a_rate_in_a_tensor() -> None:
+    grad = torch.randn(3, 4)
+    steps = []
+    for lr in (0.02, torch.tensor(0.02, dtype=torch.float64), torch.tensor([0.02], dtype=torch.float64)):
+        parameter = nn.Parameter(torch.ones(3, 4))
+        parameter.grad = grad.clone()
+        optim.Muon([parameter], lr=lr).step()
+        steps.append(parameter.detach())
+    assert torch.equal(steps[0], steps[1])
+    assert torch.equal(steps[0], steps[2])
+
+
 def test_it_trains() -> None:
     torch.manual_seed(0)
     moe = switchgear.MoE(16, 16, 4, 2)

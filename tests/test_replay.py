@@ -569,6 +569,122 @@ def test_a_cache_without_a_mask_continues_sequences(mixtral: Any, name: str) -> 
     assert torch.equal(got, choices.layers["model.layers.3.mlp.experts"].topk_ids().long())
 
 
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+
+
+def test_a_static_cache_with_left_padding(mixtral: Any) -> None:
+    """transformers passes masks [B,1,S,L] and [B,1,1,L], whose last columns are unfilled."""
+    prompts, mask = torch.randint(3, 250, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    with record(mixtral) as choices:
+        out = mixtral.generate(prompts, **options, **STATIC)
+    assert choices.lengths.tolist() == [2 + 4, 6 + 4]
+    assert torch.equal(choices.token_ids.long(), torch.cat([out[0, 4:-1], out[1, :-1]]))
+    with record(mixtral) as dynamic:
+        mixtral.generate(prompts, **options)
+    for name, layer in choices.layers.items():
+        assert torch.equal(layer.topk_ids(), dynamic.layers[name].topk_ids())
+
+
+def test_a_mask_that_does_not_tell_padding_is_refused() -> None:
+    model, ids = Model(), torch.randint(50, (2, 5))
+    with record(model) as choices:
+        model(ids)
+    message = r"attention_mask: expected \[B,L\], .* got "
+    for mask in (torch.ones(2, 1, 3, 5), torch.ones(3, 1, 5, 5), torch.ones(2, 1, 1, 4)):
+        with pytest.raises(ValueError, match=message + r"\[."), record(model):
+            model(ids, mask)
+        with pytest.raises(ValueError, match=message + r"\[."), replay(model, choices):
+            model(ids, mask)
+    with pytest.raises(ValueError, match=message + "sliding_attention"), record(model):
+        model(ids, {"sliding_attention": torch.ones(2, 1, 5, 5)})
+
+
+def test_rejected_drafts_are_left_out(mixtral: Any) -> None:
+    """Of prompt lookup, within a generation and at its end; the prompt repeats itself, so drafts are found."""
+    prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    fed = []
+    hook = mixtral.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True)
+    for count in (3, 6):
+        fed.clear()
+        with record(mixtral) as choices:
+            first, second = (
+                mixtral.generate(prompt, max_new_tokens=count, do_sample=False, prompt_lookup_num_tokens=3)
+                for _ in range(2)
+            )
+        assert sum(ids.shape[1] for ids in fed) > 2 * (first.shape[1] - 1)  # drafts were rejected
+        assert choices.lengths.tolist() == [first.shape[1] - 1] * 2
+        assert torch.equal(choices.token_ids.long(), torch.cat([first[0, :-1], second[0, :-1]]))
+        with replay(mixtral, choices):
+            got = seen(mixtral, input_ids=first)["model.layers.3.mlp"][0]
+        assert torch.equal(got[:-1], tokens_of(choices, 0, "model.layers.3.mlp.experts").long())
+    hook.remove()
+
+
+def test_a_cropped_cache_goes_on_from_what_is_left(mixtral: Any) -> None:
+    """In a record, and in a replay that crops it as well."""
+    ids, drafts = torch.randint(3, 250, (2, 9)), torch.randint(3, 250, (2, 3))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+
+    def run(steps: list[Tensor]) -> None:
+        past = mixtral(input_ids=ids[:, :5], attention_mask=mask[:, :5], use_cache=True).past_key_values
+        for step in steps:
+            if drafted := past.get_seq_length() - 5:
+                past.crop(-drafted)
+            longer = torch.cat([mask[:, :5], torch.ones_like(step)], 1)
+            mixtral(input_ids=step, attention_mask=longer, past_key_values=past, use_cache=True)
+
+    with torch.no_grad(), record(mixtral) as choices:
+        run([drafts, ids[:, 5:]])
+    assert choices.lengths.tolist() == [7, 9]
+    assert torch.equal(choices.token_ids.long(), ids[mask.bool()])
+    with torch.no_grad(), replay(mixtral, choices):
+        run([ids[:, 5:], ids[:, 5:]])
+
+
+def test_padding_that_a_later_mask_names_is_left_out(mixtral: Any) -> None:
+    """A sequence that ends early is fed padding until the others end; the mask of the next turn tells."""
+    ids, mask = torch.randint(3, 250, (2, 10)), torch.ones(2, 10, dtype=torch.int64)
+    mask[0, 5:7] = 0
+    with torch.no_grad(), record(mixtral) as choices:
+        past = mixtral(input_ids=ids[:, :5], use_cache=True).past_key_values
+        for at in (5, 6):
+            mixtral(input_ids=ids[:, at : at + 1], past_key_values=past, use_cache=True)
+        mixtral(input_ids=ids[:, 7:], attention_mask=mask, past_key_values=past, use_cache=True)
+    assert choices.lengths.tolist() == [8, 10]
+    assert torch.equal(choices.token_ids.long(), ids[mask.bool()])
+    with replay(mixtral, choices):
+        got = seen(mixtral, input_ids=ids, attention_mask=mask)["model.layers.3.mlp"][0]
+    assert torch.equal(got[mask.flatten().bool()], choices.layers["model.layers.3.mlp.experts"].topk_ids().long())
+
+
+def test_records_of_a_model_and_of_its_wrapper_are_alike(mixtral: Any) -> None:
+    """PEFT's generate calls the model inside; the names of layers are those of that model."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    prompts, mask = torch.randint(3, 250, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with record(mixtral) as plain:
+        mixtral.generate(prompts, **options)
+    wrapper = peft.get_peft_model(
+        mixtral, peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    )
+    with record(wrapper) as choices:
+        out = wrapper.generate(input_ids=prompts, **options)
+    assert list(choices.layers) == list(plain.layers)
+    assert choices.lengths.tolist() == [4, 8]
+    assert torch.equal(choices.token_ids, plain.token_ids)
+    full = nn.functional.pad(mask, (0, 3), value=1)
+    with replay(wrapper, plain):
+        wrapper(input_ids=out, attention_mask=full)
+    with record(wrapper, layers=list(switchgear.RoutingTrace(wrapper)._sources)[:1]) as some:
+        wrapper(out, full)  # by position
+    assert list(some.layers) == list(plain.layers)[:1]
+    assert some.lengths.tolist() == [5, 9]
+
+
 def test_recorded_on_switchgear_and_replayed_in_transformers(mixtral: Any) -> None:
     ids = torch.randint(3, 250, (2, 9))
     mixtral.config._experts_implementation = "switchgear"

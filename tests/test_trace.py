@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import switchgear
 from full_disk import full_disk
 from switchgear import MoE, RoutingTrace
+from switchgear.diagnostics import collect
 from switchgear.routing import Capacity, TopP
 from test_interventions import olmoe  # noqa: F401  a fixture
 
@@ -214,6 +217,48 @@ def test_hugging_face(olmoe: Any, how: str) -> None:  # noqa: F811
         assert torch.equal(layer.tokens_per_expert, torch.bincount(chosen.flatten(), minlength=E))
         assert set(layer.tokens_by_id()) == set(ids.flatten().tolist())
     assert 0.9 < trace.summary()[0].router_entropy <= 1
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.moe = nn.Embedding(20, 16), MoE(16, 8, 4, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        y: Tensor = self.moe(self.embedding(input_ids))
+        return y
+
+
+def test_models_in_wrappers() -> None:
+    """Padding and ids are those of the model inside, however the wrapper is called."""
+    ids, mask = torch.randint(20, (2, 5)), torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for wrap in (lambda model: model, DistributedDataParallel, lambda model: torch.compile(model, backend="eager")):
+            model = wrap(Padded())
+            for args, kwargs in (((ids,), {"attention_mask": mask}), ((ids, mask), {})):
+                with RoutingTrace(model, by_token_id=True) as trace, collect(model) as choices:
+                    getattr(model, "_orig_mod", model)(*args, **kwargs)
+                (layer,), (kept,) = trace.layers.values(), choices.values()
+                assert layer.num_tokens == kept.num_tokens == 7
+                assert kept.examples.bincount().tolist() == [2, 5]
+                assert sum(int(row.sum()) for row in layer.tokens_by_id().values()) == 7 * 2
+    finally:
+        dist.destroy_process_group()
+
+
+def test_generate_of_a_peft_model() -> None:
+    """It calls the model inside."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from switchgear.integrations.tiny_models import build
+
+    model = peft.get_peft_model(build("mixtral"), peft.LoraConfig(target_modules=["q_proj"]))
+    ids, mask = torch.randint(3, 20, (2, 5)), torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
+    with RoutingTrace(model, by_token_id=True) as trace:
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    for layer in trace.layers.values():
+        assert layer.num_tokens == 7 + 2 * 2
+        assert sum(int(row.sum()) for row in layer.tokens_by_id().values()) == 11 * 2
 
 
 def test_modules_with_a_forward_of_their_own() -> None:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.routing.context import NOTHING_KNOWN, Context, Select
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 from switchgear.routing.selection import RankK
 from switchgear.routing.widths import stacked
+from switchgear.utils.wrappers import inner_model
 
 _MEDIA = ("pixel_", "image_", "video_", "input_features", "feature_")  # inputs with a row per image or clip
 _CACHES = ("cache", "past_key_values")  # transformers renamed it in 5.24
@@ -77,11 +78,12 @@ class SelfContrast:
         of your own with a cache or without. A cache begun outside has one half only and cannot be continued.
 
         model: its MoE layers are ours or Hugging Face's; it returns logits [B,S,V], alone or as `logits`. Other outputs
-            have the rows of both passes.
+            have the rows of both passes. It may be inside PEFT, DistributedDataParallel, FSDP or torch.compile.
 
         Raises:
             ValueError: a model inside such a block, an encoder-decoder model, one without MoE layers, a router with a
-                capacity (the passes would compete for it), or one of Hugging Face that `override` cannot select for.
+                capacity (the passes would compete for it), or one of Hugging Face that `override` cannot select for;
+                at a call, one of a part of the model.
         """
         check_module("model", model)
         if any(_is_doubled(module) for module in model.modules()):
@@ -96,31 +98,34 @@ class SelfContrast:
         blocks = {} if routers else moe_blocks(model)
         if not routers and not blocks:
             raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
-        methods = _routing_methods(blocks)
+        methods, doubled, inner = _routing_methods(blocks), _Doubled(self), inner_model(model)
         with ExitStack() as stack:
             for router in routers.values():
-                stack.enter_context(overridden_router(router, lambda own: Halves(self.strong or own, self.weak)))
+                stack.enter_context(overridden_router(router, doubled.halves))
             for block, method in methods:
-                stack.enter_context(_overridden_block(block, method, self))
-            doubled = _Doubled(self)
+                stack.enter_context(_overridden_block(block, method, doubled))
             stack.callback(doubled.forget)
             # Before the hooks of traces and the like, so that those see the tokens that the layers see.
-            stack.callback(model.register_forward_pre_hook(doubled.enter, prepend=True, with_kwargs=True).remove)
-            stack.callback(model.register_forward_hook(doubled.leave).remove)
+            stack.callback(inner.register_forward_pre_hook(doubled.enter, prepend=True, with_kwargs=True).remove)
+            stack.callback(inner.register_forward_hook(doubled.leave).remove)
+            stack.callback(inner.register_forward_hook(doubled.end, always_call=True).remove)
             yield
 
 
 @dataclass(frozen=True)
 class Halves:
-    """One selection for the first half of the tokens, another for the second.
+    """One selection for the first half of the tokens, another for the second, in calls of a model that is doubled.
 
     whole: the first selects for all tokens, as one that looks up each token must; its second half is not used."""
 
+    doubled: _Doubled
     first: Select
     second: Select
     whole: bool = False
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        if not self.doubled.is_running and not is_recomputing():
+            raise ValueError("model: expected calls of the model under SelfContrast, got one of a part of it")
         rows = router_logits.reshape(-1, router_logits.shape[-1])
         middle = _middle(rows.shape[0])
         halves = [
@@ -158,15 +163,15 @@ def _routing_methods(blocks: Mapping[str, MoeBlock]) -> list[tuple[MoeBlock, Any
     return [(block, routing_method_of(block)) for block in blocks.values()]
 
 
-def _overridden_block(block: MoeBlock, method: Any, contrast: SelfContrast) -> AbstractContextManager[None]:
+def _overridden_block(block: MoeBlock, method: Any, doubled: _Doubled) -> AbstractContextManager[None]:
     from switchgear.integrations.choices import overridden
     from switchgear.integrations.routers import SelectByMethod
 
     strong, weak = (
         None if select is None else SelectByMethod.of(block, method, select)
-        for select in (contrast.strong, contrast.weak)
+        for select in (doubled.contrast.strong, doubled.contrast.weak)
     )
-    return overridden(block, method, lambda own: Halves(strong or own, weak or own, whole=not strong))
+    return overridden(block, method, lambda own: Halves(doubled, strong or own, weak or own, whole=not strong))
 
 
 class _Doubled:
@@ -175,6 +180,11 @@ class _Doubled:
     def __init__(self, contrast: SelfContrast) -> None:
         self.contrast = contrast
         self.caches: list[Any] = []
+        self.is_running = False
+
+    def halves(self, own: Select) -> Halves:
+        """For a router of ours."""
+        return Halves(self, self.contrast.strong or own, self.contrast.weak)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("labels") is not None:
@@ -182,10 +192,15 @@ class _Doubled:
         batch = _batch_of(args, kwargs)
         for name in _CACHES:
             self._reorder_both(kwargs.get(name))
+        self.is_running = True
         return (
             tuple(_twice("", value, batch) for value in args),
             {name: value if name in _SHARED else _twice(name, value, batch) for name, value in kwargs.items()},
         )
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Of a call that raises, too."""
+        self.is_running = False
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, Tensor):

@@ -25,6 +25,7 @@ from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.router import Router
 from switchgear.utils.sharded import of_matrices
 from switchgear.weights.layout import layout_of
+from switchgear.weights.selected import SUFFIX
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al., 2024)
 _CACHED = 1 << 19  # elements of a batch on a CPU
@@ -68,7 +69,8 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: parameters of 2 or more dimensions, or groups of them (muon_groups).
-        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps: as in torch.optim.Muon.
+        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps: as in torch.optim.Muon. lr may be a tensor
+            of one number, of any shape.
         adjust_lr_fn: None or "original" multiplies lr by √max(1, N/C), "match_rms_adamw" by 0.2·√max(N, C). N is the
             size of the output; of experts that are stored transposed, [E,C,N], muon_groups marks it.
 
@@ -118,7 +120,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state, momentum, lr = self.state[parameter], group["momentum"], group["lr"]
+        state, momentum, lr = self.state[parameter], group["momentum"], float(group["lr"])
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(grad)
         buffer: Tensor = state["momentum_buffer"]
@@ -163,7 +165,7 @@ def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list
     names in `not_matrices`; and the parameters of the modules or the names in `others`, to which the output layer
     belongs ("lm_head"). Each parameter is in one list, once.
 
-    Projections of experts get an attribute is_transposed, for Muon. Raises ValueError for a name in `others` that the
+    Parameters of experts get an attribute is_transposed, for Muon. Raises ValueError for a name in `others` that the
     model does not have.
     """
     check_module("model", model)
@@ -185,7 +187,8 @@ def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list
                 excluded.add(id(parameter))
         if (layout := layout_of(module)) is not None:
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(parameter, _TRANSPOSED, layout.transposed and name.startswith(layout.names))
+                is_projection = name.removesuffix(SUFFIX) in layout.names  # factors of adapters are never transposed
+                setattr(parameter, _TRANSPOSED, layout.transposed and is_projection)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [p for p in trained if id(p) not in excluded], [p for p in trained if id(p) in excluded]
 

@@ -41,6 +41,7 @@ from switchgear.adapters.peft_format import (
 from switchgear.adapters.sites import Site, adapted_sites, local_experts, sites_of
 from switchgear.complaints import check_float_dtype
 from switchgear.files import AnyPath, replacing
+from switchgear.utils.wrappers import without_peft
 from switchgear.weights.adapted import Lora, adapters_of
 from switchgear.weights.form import on_huge_pages
 
@@ -74,7 +75,7 @@ def save_peft(model: nn.Module, path: AnyPath) -> None:
         ImportError: safetensors is not installed.
     """
     save_file = safetensors().save_file
-    model = _without_wrapper(model)
+    model = without_peft(model)
     _refuse_mixture(model)
     sites = adapted_sites(model)
     tensors: dict[str, Tensor] = {}
@@ -91,12 +92,6 @@ def save_peft(model: nn.Module, path: AnyPath) -> None:
     with replacing(folder / TENSORS) as tensors_file, replacing(folder / CONFIG) as config_file:
         save_file(tensors, tensors_file, metadata={"format": "pt", OURS: "1"})
         config_file.write_text(config, encoding="utf-8")
-
-
-def _without_wrapper(model: nn.Module) -> nn.Module:
-    """The model inside a PeftModel, from which PEFT's names start."""
-    wrapper: Any = model
-    return wrapper.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _refuse_mixture(model: nn.Module) -> None:
@@ -133,7 +128,7 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: torch.dtype | None = No
     folder = Path(path)
     config = peft_config(read_config(folder, "path"), str(folder / CONFIG), _PLAIN)
     tensors, is_ours = read_tensors(folder, "path")
-    sites = sites_of(_without_wrapper(model))
+    sites = sites_of(without_peft(model))
     targeted = [site for site in sites if _is_targeted(site, config, tensors)]
     made, used = [], set()
     for keys in _keys_of(targeted):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.routing.batches import cached_tokens
+from switchgear.routing.batches import arguments_by_name, cached_in
 from switchgear.routing.widths import stacked
+from switchgear.utils.wrappers import inner_model
 
 if TYPE_CHECKING:
     from switchgear.trace import LayerTrace, RoutingTrace
@@ -129,7 +130,7 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
         rows = next((v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1), 0)
-        if shape and rows == shape[0][1] and cached_tokens(module, args, kwargs):
+        if shape and rows == shape[0][1] and cached_in(arguments_by_name(module, args, kwargs)):
             return  # the rows of the call before continue
         shape[:] = [(count, rows)]
         count += rows
@@ -147,7 +148,7 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
         layer = name if seen.block is None else seen.block.layer
         choices.add(layer, LayerChoices(ids, weights, seen.num_experts, kept, examples))
 
-    handle = model.register_forward_pre_hook(enter, with_kwargs=True)
+    handle = inner_model(model).register_forward_pre_hook(enter, with_kwargs=True)
     try:
         with observe(model, see, layers):
             yield choices

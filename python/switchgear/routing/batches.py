@@ -2,12 +2,13 @@
 """Which sequence and position each token of a model's call has, from the model's arguments.
 
 A call has rows of tokens [B,S] with padding (attention_mask), or several sequences packed into a row (position_ids that
-begin anew, or sequence_ids). A call with a cache continues the sequences of the one before.
+begin anew, or sequence_ids). A call with more in its cache than the first of its sequences continues them.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +24,26 @@ class Batch:
         real: [T] bool, False for padding.
         sequence: [T] int64, counted from the first of the call; any value for padding.
         num_sequences: of the call.
-        continues: whether these are the next tokens of the sequences of the call before.
         token_ids: [T], or None.
+        rows: B; the tokens of a row follow each other.
+        cached: tokens of each row, padding included, that the cache holds before the call.
+        kept: [B,cached] bool, False for cached tokens that the call's mask calls padding; None if it does not tell.
+        cache: what counts `cached` now; None if nothing does.
     """
 
     real: Tensor
     sequence: Tensor
     num_sequences: int
-    continues: bool
     token_ids: Tensor | None
+    rows: int
+    cached: int
+    kept: Tensor | None = None
+    cache: Any = None
+
+    @property
+    def length(self) -> int:
+        """S: tokens of a row."""
+        return len(self.real) // max(self.rows, 1)
 
     def order(self) -> Tensor:
         """[T] int64: how many tokens of its sequence come before each one in this call."""
@@ -48,18 +60,25 @@ class Batch:
 
 
 def batch_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-    """Raises ValueError for a call that has no tokens among its arguments."""
-    named = _by_name(model, args, kwargs)
+    """Raises ValueError for a call that has no tokens among its arguments, or a mask that does not tell padding."""
+    named = arguments_by_name(model, args, kwargs)
     tokens = _tokens(named, args)
-    is_ids = not tokens.is_floating_point()
-    rows, length = _shape(tokens, is_ids)
+    rows, length = rows_and_length(tokens)
     device = tokens.device
-    mask = named.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < length:
-        mask = None
-    cached = mask.shape[1] - length if mask is not None else _cached(named)
-    real = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask[:, -length:].bool()
-    real = real.to(device)
+    mask, cache = named.get("attention_mask"), _cache(named)
+    counted = cached_in(named)
+    real = real_tokens(mask, rows, length, counted)
+    if real is None and (isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.dim() > 2)):
+        got = list(mask.shape) if isinstance(mask, Tensor) else ", ".join(map(str, mask))
+        raise ValueError(
+            f"attention_mask: expected [B,L], or [B,1,1,L] or [B,1,S,L] with {rows} rows and columns for the cache and "
+            f"{length} tokens, got {got}"
+        )
+    cached, kept = counted or 0, None
+    if real is not None and isinstance(mask, Tensor) and mask.dim() == 2:
+        cached = mask.shape[1] - length
+        kept = mask[:, :cached].bool().expand(rows, cached)
+    real = (torch.ones(rows, length, dtype=torch.bool) if real is None else real).to(device)
     row = torch.arange(rows, device=device)[:, None].expand(rows, length)
     sequence, count = row, rows
     if not cached:
@@ -77,9 +96,9 @@ def batch_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             if bool((starts.sum(1) > 1).any()):
                 sequence = starts.flatten().cumsum(0).view(rows, length) - 1
                 count = int(starts.sum())
-    return Batch(
-        real.flatten(), sequence.flatten(), count, cached > 0, tokens.reshape(-1) if is_ids else None
-    )  # fmt: skip
+    token_ids = None if tokens.is_floating_point() else tokens.reshape(-1)
+    counter = cache if counted == cached else None
+    return Batch(real.flatten(), sequence.flatten(), count, token_ids, rows, cached, kept, counter)
 
 
 def _tokens(named: dict[str, Any], args: tuple[Any, ...]) -> Tensor:
@@ -90,32 +109,60 @@ def _tokens(named: dict[str, Any], args: tuple[Any, ...]) -> Tensor:
     raise ValueError("model: expected tokens among its arguments, got none")
 
 
-def _shape(tokens: Tensor, is_ids: bool) -> tuple[int, int]:
-    """(B,S): leading dimensions are rows."""
-    shape = list(tokens.shape) if is_ids else list(tokens.shape[:-1])
+def rows_and_length(tokens: Tensor) -> tuple[int, int]:
+    """(B,S) of token ids [...,S] or embeddings [...,S,H]: leading dimensions are rows."""
+    shape = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
     length = shape[-1] if shape else 1
-    return (tokens.numel() if is_ids else tokens[..., 0].numel()) // max(length, 1), length
+    return shape.numel() // max(length, 1), length
 
 
-def cached_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Tokens of each sequence that a call of a model has in its cache: 0 unless it continues sequences."""
-    return _cached(_by_name(module, args, kwargs))
+def real_tokens(mask: Any, rows: int, length: int, cached: int | None) -> Tensor | None:
+    """[B,S] bool, False for padding, from a call's attention_mask; None if the mask does not tell.
+
+    A mask [B,L] is 0 for padding and ends with the call's tokens. A mask [B,1,Q,L] (Q is 1 or S) says what queries see:
+    True, or 0 if it is added to scores. The call's columns follow those of the cache; unfilled ones may be behind them.
+    A token is padding if neither its own query nor a later one sees it.
+
+    mask: a dict of masks by kind of layer, too, as transformers makes for some models; "full_attention" counts.
+    cached: None if the call has no cache that tells: columns end with the call's tokens.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.shape[0] not in (1, rows):
+        return None
+    first = mask.shape[-1] - length if mask.dim() == 2 or cached is None else cached
+    if first < 0 or first + length > mask.shape[-1]:
+        return None
+    own = mask[..., first : first + length]
+    if own.dim() == 2:
+        return own.bool().expand(rows, length)
+    seen = own == 0 if own.is_floating_point() else own.bool()
+    while seen.dim() > 3:
+        seen = seen.any(1)
+    if seen.shape[1] not in (1, length):
+        return None
+    return (seen[:, 0] if seen.shape[1] == 1 else seen.tril().any(1)).expand(rows, length)
 
 
-def _cached(named: dict[str, Any]) -> int:
-    """Tokens in the cache, by either name that transformers has for it."""
-    past: Any = named.get("past_key_values") if named.get("cache") is None else named["cache"]
+def cached_in(named: Mapping[str, Any]) -> int | None:
+    """Tokens of each row in the cache among a call's arguments; None without one that tells."""
     try:
-        return int(past.get_seq_length())
-    except (AttributeError, TypeError):
-        return 0
+        return int(_cache(named).get_seq_length())
+    except (AttributeError, TypeError, ValueError):  # ValueError: transformers' caches of linear attention alone
+        return None
 
 
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _cache(named: Mapping[str, Any]) -> Any:
+    """By either name that transformers has for it."""
+    return named.get("past_key_values") if named.get("cache") is None else named["cache"]
+
+
+def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by the names in the module's forward, those of its **kwargs among them."""
     if not args:
         return kwargs
     try:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):
         return kwargs
-    return {**bound, **bound.get("kwargs", {}), **bound.get("context", {}), **kwargs}
+    return {**bound, **kwargs}

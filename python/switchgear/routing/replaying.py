@@ -24,6 +24,7 @@ from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomp
 from switchgear.routing.counting import unseen
 from switchgear.routing.records import RoutingRecord
 from switchgear.routing.routed_layers import key_of, layers_of
+from switchgear.utils.wrappers import inner_model
 
 _FORWARDS = 64  # that gradient checkpointing may still repeat
 
@@ -44,7 +45,7 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
     chosen the same, weights are too.
 
     Args:
-        model: as in `record`; other weights, another attention implementation or other kernels do not matter.
+        model: as in `record`; other weights, wrappers, kernels or another attention implementation do not matter.
         choices: the record. Layers that it does not have are routed freely.
         sequences: which sequences of the record come, in this order; all if None.
 
@@ -55,7 +56,7 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
     if not isinstance(choices, RoutingRecord):
         raise TypeError(f"choices: expected RoutingRecord, got {type(choices).__name__}")
     names = {key.partition("#")[0] for key in choices.layers}
-    found = layers_of(model, None)
+    found, model = layers_of(model, None), inner_model(model)
     if missing := sorted(names - set(found)):
         raise ValueError(f"choices: expected layers of the model, {', '.join(found)}; got {missing[0]}")
     chosen = {name: layer for name, layer in found.items() if name in names}
@@ -87,8 +88,9 @@ class _Place:
     """How far the calls have come in the record."""
 
     next: int  # of the sequences that are replayed
-    current: Tensor  # [B] int64: sequences of the last call
-    filled: Tensor  # [B] int64: their tokens so far
+    current: Tensor  # int64: sequences of the last call
+    cached: int  # tokens in the cache before their first call
+    past: Tensor  # [B,C] bool: what was fed since, False for padding
 
 
 @dataclass
@@ -123,14 +125,11 @@ class _Replay:
     def begin(self, batch: Batch) -> None:
         """Finds the record's row of each token. Raises ValueError if there is none."""
         self.forwards = [forward for forward in self.forwards if forward.is_complete]  # the last call may have raised
-        place = self._place()
-        if not batch.continues:
-            place = self._next(place, batch.num_sequences)
-        elif len(place.current) != batch.num_sequences:
-            raise ValueError(f"past_key_values: expected {len(place.current)} sequences, got {batch.num_sequences}")
+        place = self._place(batch)
+        filled = place.past.sum(1) if place.past.shape[1] else torch.zeros(batch.num_sequences, dtype=torch.int64)
         real, within = batch.real.cpu(), batch.sequence.cpu()
         within = torch.where(real, within, 0)
-        position = place.filled[within] + batch.order().cpu()
+        position = filled[within] + batch.order().cpu()
         sequence = place.current[within]
         known = real & (position < self.choices.lengths[sequence])
         rows = torch.where(known, self.starts[sequence] + position, -1)
@@ -142,26 +141,33 @@ class _Replay:
                     f"input_ids: expected those of the record, got another at position {int(position[at])} of its "
                     f"sequence {int(sequence[at])}"
                 )
-        end = replace(place, filled=place.filled + batch.lengths().cpu())
+        end = replace(place, past=torch.cat([place.past, real.view(batch.rows, batch.length)], 1))
         self.forwards = [*self.forwards[1 - _FORWARDS :], _Forward(rows.to(batch.real.device), end)]
 
     def end(self) -> None:
         """The call did not raise."""
         self.forwards[-1].is_complete = True
 
-    def _place(self) -> _Place:
-        if self.forwards:
-            return self.forwards[-1].end
-        none = torch.zeros(0, dtype=torch.int64)
-        return _Place(0, none, none)
+    def _place(self, batch: Batch) -> _Place:
+        """Where a call's tokens go."""
+        before = self.forwards[-1].end if self.forwards else None
+        if before is None or batch.cached <= before.cached:
+            return self._next(0 if before is None else before.next, batch)
+        if len(before.current) != batch.num_sequences:
+            raise ValueError(f"past_key_values: expected {len(before.current)} sequences, got {batch.num_sequences}")
+        past = before.past[:, : batch.cached - before.cached]  # the cache may have been cropped
+        if batch.kept is not None:
+            past = past & batch.kept.cpu()[:, before.cached : before.cached + past.shape[1]]
+        return replace(before, past=past)
 
-    def _next(self, place: _Place, count: int) -> _Place:
-        """The next `count` sequences."""
-        start = 0 if place.next == len(self.sequences) else place.next
+    def _next(self, start: int, batch: Batch) -> _Place:
+        """The next sequences."""
+        count, start = batch.num_sequences, 0 if start == len(self.sequences) else start
         if start + count > len(self.sequences):
             left = len(self.sequences) - start
             raise ValueError(f"model: expected at most {left} more sequences of the record, got {count}")
-        return _Place(start + count, self.sequences[start : start + count], torch.zeros(count, dtype=torch.int64))
+        past = torch.zeros(batch.rows, 0, dtype=torch.bool)
+        return _Place(start + count, self.sequences[start : start + count], batch.cached, past)
 
     def choice(self, name: str, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         """(ids [T,K] int64, whether a token is recorded [T]) for this call of a layer."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from switchgear.routing.interventions import overridden_router
 from switchgear.routing.ranking import normalized, scores_of
 from switchgear.routing.router import Router
 from switchgear.utils.buffers import on_copies
+from switchgear.utils.wrappers import inner_model
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,37 @@ class _RouterMethod:
 
 
 def layers_of(model: nn.Module, layers: Collection[str] | None) -> dict[str, RoutedLayer]:
-    """The layers by name, as in a RoutingTrace. Raises ValueError for a model or a layer that cannot be replayed."""
+    """The layers by the names that they have in the model without wrappers. Raises ValueError for a model or a layer
+    that cannot be replayed.
+
+    layers: names of layers, as in a RoutingTrace of the model; all if None.
+    """
     from switchgear.trace.observe import pick, traceable
 
     check_module("model", model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"model: expected a decoder alone, got {type(model).__name__}")
-    found = {name: RoutedLayer(name, s.router, s.block) for name, s in pick(traceable(model), layers).items()}
+    inner = inner_model(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"model: expected a decoder alone, got {type(inner).__name__}")
+    picked = pick(traceable(model), layers)
+    modules = dict(model.named_modules())
+    prefix = next(name for name, module in modules.items() if module is inner)
+    found = {}
+    for name, source in picked.items():
+        plain = _plain_name(name, prefix, modules)
+        found[plain] = RoutedLayer(plain, source.router, source.block)
     for name, layer in found.items():
         if layer.router is not None and layer.router.capacity is not None:
             raise ValueError(f"{name}: expected a router without a capacity limit, got {layer.router.capacity}")
     return found
+
+
+def _plain_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str:
+    """The name of a layer without wrappers of the model, and of PEFT around its experts."""
+    from switchgear.adapters.wrappers import is_wrapper
+
+    while name and is_wrapper(modules[parent := name.rpartition(".")[0]]):
+        name = parent
+    return name.removeprefix(f"{prefix}.") if prefix else name
 
 
 @contextmanager

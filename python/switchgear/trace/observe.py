@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.routing.batches import arguments_by_name, cached_in, real_tokens, rows_and_length
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.router import Router
+from switchgear.utils.wrappers import inner_model
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Observation:
         topk_ids: [T,K], -1 for an empty slot.
         topk_weights: [T,K].
         block: the layer; None for a Router of ours without experts.
-        token_mask: [T] bool, False for padding; None if the model got no attention_mask [B,S] or [B,1,1,S] for these
-            tokens. It is 0 for padding; floating-point numbers [B,1,1,S], which are added to scores, are not 0.
+        token_mask: [T] bool, False for padding; None if the model got no attention_mask [B,L], [B,1,1,L] or [B,1,S,L]
+            for these tokens. It is 0 for padding; floating-point numbers of more dimensions, which are added to scores,
+            are not 0. Of [B,1,S,L] a token is padding if neither its own query nor a later one sees it.
         token_ids: [T] integers; None if the model got none for these tokens.
         num_experts: E.
         num_dropped: choices that a capacity limit dropped, or None.
@@ -134,7 +136,7 @@ def inputs_of(model: nn.Module) -> Iterator[Inputs]:
     """Inside the block, the inputs of the model's current forward."""
     inputs = Inputs()
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(inputs.remember, with_kwargs=True).remove)
+        stack.callback(inner_model(model).register_forward_pre_hook(inputs.remember, with_kwargs=True).remove)
         stack.callback(inputs.forget)
         yield inputs
 
@@ -178,15 +180,17 @@ class Inputs:
     """The token ids and attention masks of the model's current forward."""
 
     def __init__(self) -> None:
-        self._ids: dict[str, Tensor] = {}
-        self._masks: dict[str, Tensor] = {}
+        self.forget()
 
     def forget(self) -> None:
-        self._ids, self._masks = {}, {}
+        self._ids: dict[str, Tensor] = {}
+        self._masks: dict[str, Any] = {}
+        self._rows = 1
+        self._cached: int | None = None
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.forget()
-        named = _by_name(module, args, kwargs)
+        named = arguments_by_name(module, args, kwargs)
         for prefix in ("", "decoder_"):
             ids = [named.get(f"{prefix}input_ids"), named.get("token_ids")]
             if not prefix:
@@ -194,10 +198,12 @@ class Inputs:
             found = next((v for v in ids if isinstance(v, Tensor) and _has_integers(v)), None)
             if found is not None:
                 self._ids[prefix] = found
-            mask = named.get(f"{prefix}attention_mask")
-            if isinstance(mask, Tensor) and mask.dim() >= 2 and mask.shape[1:-1].numel() == 1:
-                is_added = mask.is_floating_point() and mask.dim() > 2
-                self._masks[prefix] = (mask == 0 if is_added else mask.bool()).flatten(1)
+            if (mask := named.get(f"{prefix}attention_mask")) is not None:
+                self._masks[prefix] = mask
+        tokens = (named.get("input_ids"), named.get("inputs_embeds"), *args)
+        self._rows = next((rows_and_length(v)[0] for v in tokens if isinstance(v, Tensor) and v.dim() > 0), 1)
+        if any(not isinstance(mask, Tensor) or mask.dim() > 2 for mask in self._masks.values()):
+            self._cached = cached_in(named)  # a mask [B,L] needs no reading of a device
 
     def ids(self, name: str, tokens: int) -> Tensor | None:
         """[T], for a layer of this name with T tokens."""
@@ -205,26 +211,18 @@ class Inputs:
         return None if ids is None or ids.numel() != tokens else ids.reshape(-1)
 
     def mask(self, name: str, tokens: int) -> Tensor | None:
-        """[T] bool. A mask is longer than the tokens if there is a cache: it ends with them."""
+        """[T] bool, False for padding."""
         mask = self._of(self._masks, name)
-        if mask is None or not tokens or not len(mask) or tokens % len(mask):
+        rows = len(mask) if isinstance(mask, Tensor) and mask.dim() > 1 and len(mask) != 1 else self._rows
+        if mask is None or not tokens or not rows or tokens % rows:
             return None
-        length = tokens // len(mask)
-        return None if length > mask.shape[1] else mask[:, -length:].reshape(-1)
+        real = real_tokens(mask, rows, tokens // rows, self._cached)
+        return None if real is None else real.reshape(-1)
 
-    def _of(self, values: Mapping[str, Tensor], name: str) -> Tensor | None:
+    def _of(self, values: Mapping[str, Any], name: str) -> Any:
         side = "decoder_" if "decoder" in name.split(".") and "decoder_" in self._ids else ""
         return values.get(side)
 
 
 def _has_integers(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
-
-
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    try:
-        return inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):
-        return kwargs

@@ -48,8 +48,9 @@ class RoutingTrace:
         layers: names of the modules to record; all if None.
         tokens: how many inputs a layer keeps with "inputs", as a uniform sample of all.
 
-    Padding does not count: tokens for which the model's argument attention_mask [B,S] or [B,1,1,S] is 0, or, if it is
-    a floating-point one [B,1,1,S], which is added to scores, is not 0.
+    Padding does not count: tokens for which the model's argument attention_mask [B,L] or [B,1,1,L] is 0, or, if it is
+    a floating-point one [B,1,1,L], which is added to scores, is not 0; of [B,1,S,L], those that neither their own query
+    nor a later one sees.
 
     Raises:
         ValueError: if the model has no such layer, a layer cannot record this, or a trace is entered while it records.

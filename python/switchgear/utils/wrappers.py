@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The model inside wrappers that pass its calls on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+_INSIDE = ("_orig_mod", "_fsdp_wrapped_module")  # names of the model in wrappers of torch.compile and FSDP
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside wrappers of PEFT, DistributedDataParallel, FSDP and torch.compile; itself if it has none.
+    `generate` of a wrapper calls it directly, so hooks belong there."""
+    while (inside := _inside(model)) is not None:
+        model = inside
+    return model
+
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """The model inside a PeftModel; itself if it is none."""
+    wrapper: Any = model
+    return wrapper.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, DistributedDataParallel):
+        module: nn.Module = model.module
+        return module
+    for name in _INSIDE:
+        if name in model._modules:
+            return model._modules[name]
+    base = without_peft(model)
+    return None if base is model else base
