@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import switchgear
 from switchgear import adapters, convert
@@ -81,6 +82,36 @@ def test_row61_dare_drops_rescales_and_keeps_the_mean() -> None:
     ]
     error = (torch.stack(draws).mean(0) - delta) / delta.abs()
     assert abs(float(error.square().mean().sqrt()) / (1 / 200) ** 0.5 - 1) < 0.05
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "dare"])
+def test_row61_merging_in_parts_has_the_same_bits_and_no_copies(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = torch.randn(40, 50)
+    models = [{"w": base + torch.randint(-3, 4, (40, 50)) / 4} for _ in range(3)]  # many are equal, or 0
+    options = {"base": {"w": base}, "weights": [1.0, 2.0, 1.5], "scale": 0.7, "seed": 3}
+    densities = (0.01, 0.3, 0.8, 0.95, 1.0)
+    expected = [convert.merge_models(models, method, density=density, **options)["w"] for density in densities]
+    monkeypatch.setattr("switchgear.convert.average._PART", 77)
+    for density, whole in zip(densities, expected, strict=True):
+        with Largest(base.nbytes) as large:
+            found = convert.merge_models(models, method, density=density, **options)["w"]
+        assert torch.equal(found, whole)
+        assert large.made <= {"ties": 4}.get(method, 1)  # the result, and magnitudes of one task vector at a time
+
+
+class Largest(TorchDispatchMode):
+    """Counts the tensors of at least so many bytes that operators make."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__()
+        self.num_bytes, self.made = num_bytes, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)]
+        if isinstance(result, Tensor) and result.nbytes >= self.num_bytes:
+            self.made += result.untyped_storage().data_ptr() not in given
+        return result
 
 
 def test_row61_average_of_modules_with_weights() -> None:
