@@ -439,11 +439,46 @@ def test_files_of_earlier_versions_load(tmp_path: Path) -> None:
 def test_memory_is_bounded() -> None:
     layer = switchgear.trace.LayerTrace(E, record=ALL, tokens=50)
     for _ in range(200):
-        layer.add(torch.randint(E, (30, K)), torch.rand(30, K), x=torch.randn(30, H), outputs=torch.randn(30, K, H))
+        layer.add(torch.randint(E, (30, K)), torch.rand(30, K), x=torch.randn(30, H), norms=torch.rand(30, K))
     assert len(layer.loads._waiting) < 64
     assert layer.sample is not None
     assert layer.sample.inputs.shape == (50, H)
     assert int(layer.tokens_per_expert.sum()) == 200 * 30 * K
+
+
+def test_a_sample_tells_tokens_apart() -> None:
+    """20,000 of 2^24 keys would be equal some ten times, and the largest ones soon be taken."""
+    sample = switchgear.trace.sample.TokenSample(20_000)
+    sample.add(torch.zeros(20_000, 1), torch.zeros(20_000, 1, dtype=torch.int32), torch.ones(20_000, 1))
+    keys, *rows = sample.state()
+    assert len(keys.unique()) == 20_000
+    earlier = switchgear.trace.sample.TokenSample.of_state([torch.tensor([0.25, 0.75]), *(row[:2] for row in rows)])
+    assert earlier.state()[0].tolist() == [2**60, 3 * 2**60]
+
+
+def test_many_tokens_of_a_call_are_recorded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, x = switchgear.MoE(H, 8, E, K), torch.randn(50, H)
+
+    def recorded() -> tuple[Tensor, Tensor]:
+        with RoutingTrace(moe, record=("norms", "coactivation")) as trace:
+            moe(x)
+        return trace.layers["gate"].norm_per_expert, trace.layers["gate"].coactivation
+
+    norms, together = recorded()
+    sizes: list[int] = []
+    forward = moe.experts.forward
+
+    def counted(x: Tensor, *choice: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return forward(x, *choice)
+
+    monkeypatch.setattr("switchgear.trace.layer._PAIRS", 3 * K * K)
+    monkeypatch.setattr("switchgear.trace.outputs._ROWS", 7 * K)
+    monkeypatch.setattr(moe.experts, "forward", counted)
+    found = recorded()
+    torch.testing.assert_close(found[0], norms)
+    assert torch.equal(found[1], together)
+    assert sorted(sizes) == [K, *[7 * K] * 7, 50]  # and the call itself
 
 
 def test_a_sample_is_uniform() -> None:
