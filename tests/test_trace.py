@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import switchgear
 from full_disk import full_disk
+from made_tensors import MadeTensors
 from switchgear import MoE, RoutingTrace
 from switchgear.routing import Capacity, TopP
 from test_interventions import olmoe  # noqa: F401  a fixture
@@ -456,29 +457,34 @@ def test_a_sample_tells_tokens_apart() -> None:
     assert earlier.state()[0].tolist() == [2**60, 3 * 2**60]
 
 
-def test_many_tokens_of_a_call_are_recorded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    moe, x = switchgear.MoE(H, 8, E, K), torch.randn(50, H)
+def test_norms_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, x, sizes = switchgear.MoE(H, 8, E, K), torch.randn(50, H), []
+    add = switchgear.trace.LayerTrace.add
 
-    def recorded() -> tuple[Tensor, Tensor]:
-        with RoutingTrace(moe, record=("norms", "coactivation")) as trace:
+    def seen(layer: Any, *args: Tensor | None) -> None:
+        sizes.extend(tensor.numel() for tensor in args if tensor is not None)
+        add(layer, *args)
+
+    monkeypatch.setattr(switchgear.trace.LayerTrace, "add", seen)
+    norms = []
+    for rows in (8192, 7 * K):
+        monkeypatch.setattr("switchgear.trace.outputs._ROWS", rows)
+        with RoutingTrace(moe, record=("norms",)) as trace:
             moe(x)
-        return trace.layers["gate"].norm_per_expert, trace.layers["gate"].coactivation
+        norms.append(trace.layers["gate"].norm_per_expert)
+    torch.testing.assert_close(*norms)
+    assert max(sizes) == 50 * H  # the input; all outputs would be K times as large
 
-    norms, together = recorded()
-    sizes: list[int] = []
-    forward = moe.experts.forward
 
-    def counted(x: Tensor, *choice: Tensor) -> Tensor:
-        sizes.append(len(x))
-        return forward(x, *choice)
-
-    monkeypatch.setattr("switchgear.trace.layer._PAIRS", 3 * K * K)
-    monkeypatch.setattr("switchgear.trace.outputs._ROWS", 7 * K)
-    monkeypatch.setattr(moe.experts, "forward", counted)
-    found = recorded()
-    torch.testing.assert_close(found[0], norms)
-    assert torch.equal(found[1], together)
-    assert sorted(sizes) == [K, *[7 * K] * 7, 50]  # and the call itself
+def test_pairs_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(E, (50, 6))
+    layers = [switchgear.trace.LayerTrace(E, record=("coactivation",)) for _ in range(2)]
+    layers[0].add(ids, torch.ones(50, 6))
+    monkeypatch.setattr("switchgear.trace.layer._PAIRS", 3 * 6 * 6)
+    with MadeTensors() as made:
+        layers[1].add(ids, torch.ones(50, 6))
+    assert torch.equal(layers[0].coactivation, layers[1].coactivation)
+    assert 0 < max(made.num_bytes) < 50 * 6 * 6 * 8
 
 
 def test_a_sample_is_uniform() -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import switchgear
+from made_tensors import MadeTensors
 from switchgear import adapters, convert
 from switchgear.layers.shared import SharedExperts
 from switchgear.routing import AdaptiveSparsity, LossFreeBias, SwitchLoss
@@ -93,25 +93,11 @@ def test_row61_merging_in_parts_has_the_same_bits_and_no_copies(method: str, mon
     expected = [convert.merge_models(models, method, density=density, **options)["w"] for density in densities]
     monkeypatch.setattr("switchgear.convert.average._PART", 77)
     for density, whole in zip(densities, expected, strict=True):
-        with Largest(base.nbytes) as large:
+        with MadeTensors() as made:
             found = convert.merge_models(models, method, density=density, **options)["w"]
         assert torch.equal(found, whole)
-        assert large.made <= {"ties": 4}.get(method, 1)  # the result, and magnitudes of one task vector at a time
-
-
-class Largest(TorchDispatchMode):
-    """Counts the tensors of at least so many bytes that operators make."""
-
-    def __init__(self, num_bytes: int) -> None:
-        super().__init__()
-        self.num_bytes, self.made = num_bytes, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)]
-        if isinstance(result, Tensor) and result.nbytes >= self.num_bytes:
-            self.made += result.untyped_storage().data_ptr() not in given
-        return result
+        large = sum(size >= base.nbytes for size in made.num_bytes)
+        assert large <= {"ties": 4}.get(method, 1)  # the result, and magnitudes of one task vector at a time
 
 
 def test_row61_average_of_modules_with_weights() -> None:
