@@ -261,6 +261,48 @@ def test_localized_balance() -> None:
     assert even.abs() < 1e-12
 
 
+def test_totals_of_many_weights_lose_no_digits() -> None:
+    tokens, eps = 200_000, torch.finfo(torch.float32).eps
+    ids, weights = torch.arange(E).repeat(tokens, 1).int(), torch.rand(tokens, E) + 0.5  # loads are nearly even
+    expert_types, sequence_types = torch.arange(E) % 2, torch.tensor([0, 1])
+    sequence = torch.arange(tokens) % 2
+    exact = weights.double()
+    totals = torch.tensor([float(exact[:, e].sum()) for e in range(E)], dtype=torch.float64)
+    of_sequence = torch.stack([exact[sequence == s].sum(0) for s in range(2)])
+    z = of_sequence * (0.9 + 0.2 * (expert_types == sequence_types[:, None]).double())
+    importance = balance.importance_loss(ids, weights, E)
+    localized = balance.localized_balance_loss(ids, weights, expert_types, sequence_types, sequence, 0.1)
+    assert importance.dtype is localized.dtype is torch.float32
+    for found, wanted in (
+        (importance, totals.var(correction=0) / totals.mean() ** 2),
+        (localized, z.var(correction=0) / z.mean()),
+    ):
+        assert abs(float(found) / float(wanted) - 1) < 2 * eps
+
+
+def test_losses_of_half_precision_are_those_in_float32(ids: Tensor) -> None:
+    p = torch.randn(T, E).softmax(-1).half()
+    weights, groups, sequence = p.gather(1, ids.clamp(min=0).long()), torch.arange(E) % 2, torch.arange(T) % 3
+    counts = torch.full((E,), 70_000)  # infinite in float16
+
+    def all_of_them(p: Tensor, weights: Tensor) -> list[Tensor]:
+        return [
+            balance.switch_loss(p, counts, 6 * 70_000),
+            balance.null_aware_switch_loss(p, counts, 6 * 70_000, 2),
+            balance.sequence_switch_loss(p, ids, sequence, 3),
+            balance.device_loss(p, ids, groups),
+            balance.alignment_loss(p, ids, groups),
+            balance.parameter_penalty(p, ids, torch.arange(E) * 20_000),
+            balance.importance_loss(ids, weights, E),
+            balance.entropy_loss(p),
+            balance.batch_entropy_loss(p),
+            balance.locality_loss(p, groups == 1),
+            balance.localized_balance_loss(ids, weights, groups, torch.tensor([0, 1, 1]), sequence),
+        ]
+
+    assert all(map(torch.equal, all_of_them(p, weights), all_of_them(p.float(), weights.float())))
+
+
 def test_gradients_in_float64(ids: Tensor) -> None:
     logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
     groups, sequence = torch.tensor([0, 1, 0, 2, 2, 2]), torch.arange(T) % 3
@@ -492,6 +534,16 @@ def test_micro_batches_of_a_step_are_counted_together() -> None:
             wanted = balance.switch_loss(logits[m].softmax(-1), counts, len(seen))
             torch.testing.assert_close(loss(routing(logits[m]), NOTHING_KNOWN), wanted)
         loss.after_step(counts, nn.Identity())
+
+
+def test_a_loop_without_steps_keeps_a_bounded_number_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchgear.routing.losses._MOST_CALLS", 3)
+    loss = losses.SwitchLoss(1.0, "global", accumulate=True)
+    for _ in range(5):
+        loss(routing(torch.randn(4, E)), NOTHING_KNOWN)
+    assert len(loss._calls) == 3
+    assert loss._counts is not None
+    assert loss._counts[-1] == 5 * 4  # tokens
 
 
 @pytest.mark.parametrize(

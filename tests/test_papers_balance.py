@@ -703,13 +703,22 @@ def test_deep_mixture_closes_experts_that_are_ahead() -> None:
     routing = select(logits, Context(training=True))
     assert not routing.topk_weights[:, 0].any()
     torch.testing.assert_close(routing.topk_weights.sum(1), torch.ones(10))
-    torch.testing.assert_close(select.totals, torch.tensor([20.0, 2, 1, 1]) + routing.topk_weights.sum(0))
+    torch.testing.assert_close(select.totals, torch.tensor([19.0, 1, 0, 0]) + routing.topk_weights.sum(0))
     torch.testing.assert_close(select(logits, NOTHING_KNOWN).topk_weights, logits.softmax(-1))
     for _ in range(200):  # in the end no total is ahead by more than the margin and one call
         select(logits, Context(training=True))
     assert select.totals.max() - select.totals.mean() < 5 + 10 + 14
     with pytest.raises(ValueError, match="margin"):
         RunningCap(Dense(), -1.0, 4)
+
+
+def test_deep_mixture_keeps_counting_after_many_tokens() -> None:
+    select = RunningCap(Dense(), margin=5.0, num_experts=4)
+    select.totals.fill_(2.0**30)  # as an earlier version would have saved it; the next float32 is 128 away
+    logits = torch.tensor([10.0, 0, 0, 0]).expand(9, 4)
+    select(logits, Context(training=True))
+    assert select(logits, Context(training=True)).topk_weights[:, 0].eq(0).all()
+    assert select.totals.max() < 20
 
 
 def test_deep_mixture_closes_experts_under_a_bias_too() -> None:

@@ -60,6 +60,18 @@ def test_remoe_coefficient_grows_while_too_many_experts_are_active() -> None:
         assert float(loss.value) == pytest.approx(before * factor)
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_remoe_coefficient_comes_back_from_a_long_way(top_k: int) -> None:
+    loss = AdaptiveSparsity(2, E, initial=1e-3)
+    ids = torch.arange(top_k, dtype=torch.int32).expand(2, top_k)
+    routing = switchgear.Routing(ids, torch.ones(2, top_k), torch.ones(2, E), E)
+    for _ in range(700):
+        loss(routing, Context())
+        loss.after_step(torch.zeros(E), nn.Module())
+    assert float(loss.value) == pytest.approx(1e-3 * (1e-6 if top_k == 1 else 1e10))
+    assert loss(routing, Context()).isfinite()
+
+
 def test_remoe_reaches_its_sparsity() -> None:
     layer, x = layer_of(presets.remoe(top_k=2, initial=1e-3), return_routing=True), torch.randn(64, H) + 1
     optimizer = torch.optim.AdamW(layer.parameters(), 1e-2)

@@ -161,6 +161,10 @@ def test_each_condition_can_fail(changes: dict[str, Any], condition: int) -> Non
     assert not changed.accepted
 
 
+def test_a_gain_has_its_sign() -> None:
+    assert "by frequency: -0.250 nat, at random +" in [*replace(FEW, by_frequency=-0.25).conditions()][1]
+
+
 @pytest.mark.usefixtures("small")
 def test_a_full_disk_leaves_what_was_there(
     domains: list[Domain], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -208,6 +212,34 @@ def test_a_trained_model_stays_if_it_cannot_replace_another(
     (folder / "tiny.json").unlink()  # while the model was trained
     with pytest.raises(CommandError, match=r"it is no model of train-tiny; the trained model is in "):
         save(model, QUICK, domains, FEW, folder)
+
+
+@pytest.mark.usefixtures("small")
+def test_an_earlier_model_is_not_taken_for_another(
+    domains: list[Domain], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from switchgear.tiny import text, train
+    from switchgear.tiny.model import build
+    from switchgear.tiny.train import QUICK
+
+    folder = save(build(0), QUICK, domains, FEW, tmp_path / "model").folder
+    command = ["train-tiny", "--out", str(folder)]
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained"))
+    assert main([*command, "--quick"]) == 0
+    assert "--again trains anew" in capsys.readouterr().out
+    for options, message in (
+        ([], f"--steps: expected 700, as in {folder}, got 5000; --again trains anew"),
+        (["--quick", "--seed", "1"], f"--seed: expected 0, as in {folder}, got 1"),
+    ):
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(text, "load_domains", lambda: domains[:1])
+    assert main([*command, "--quick"]) == 2
+    assert "--out: expected a model of the text of this machine" in capsys.readouterr().err
+    about = json.loads((folder / "tiny.json").read_text())
+    del about["text"]  # as earlier versions wrote it
+    (folder / "tiny.json").write_text(json.dumps(about))
+    assert main([*command, "--quick"]) == 0
 
 
 @pytest.mark.usefixtures("small")

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import switchgear
 from full_disk import full_disk
+from made_tensors import MadeTensors
 from switchgear import MoE, RoutingTrace
 from switchgear.diagnostics import collect
 from switchgear.routing import Capacity, TopP
@@ -484,11 +485,51 @@ def test_files_of_earlier_versions_load(tmp_path: Path) -> None:
 def test_memory_is_bounded() -> None:
     layer = switchgear.trace.LayerTrace(E, record=ALL, tokens=50)
     for _ in range(200):
-        layer.add(torch.randint(E, (30, K)), torch.rand(30, K), x=torch.randn(30, H), outputs=torch.randn(30, K, H))
+        layer.add(torch.randint(E, (30, K)), torch.rand(30, K), x=torch.randn(30, H), norms=torch.rand(30, K))
     assert len(layer.loads._waiting) < 64
     assert layer.sample is not None
     assert layer.sample.inputs.shape == (50, H)
     assert int(layer.tokens_per_expert.sum()) == 200 * 30 * K
+
+
+def test_a_sample_tells_tokens_apart() -> None:
+    """20,000 of 2^24 keys would be equal some ten times, and the largest ones soon be taken."""
+    sample = switchgear.trace.sample.TokenSample(20_000)
+    sample.add(torch.zeros(20_000, 1), torch.zeros(20_000, 1, dtype=torch.int32), torch.ones(20_000, 1))
+    keys, *rows = sample.state()
+    assert len(keys.unique()) == 20_000
+    earlier = switchgear.trace.sample.TokenSample.of_state([torch.tensor([0.25, 0.75]), *(row[:2] for row in rows)])
+    assert earlier.state()[0].tolist() == [2**60, 3 * 2**60]
+
+
+def test_norms_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, x, sizes = switchgear.MoE(H, 8, E, K), torch.randn(50, H), []
+    add = switchgear.trace.LayerTrace.add
+
+    def seen(layer: Any, *args: Tensor | None) -> None:
+        sizes.extend(tensor.numel() for tensor in args if tensor is not None)
+        add(layer, *args)
+
+    monkeypatch.setattr(switchgear.trace.LayerTrace, "add", seen)
+    norms = []
+    for rows in (8192, 7 * K):
+        monkeypatch.setattr("switchgear.trace.outputs._ROWS", rows)
+        with RoutingTrace(moe, record=("norms",)) as trace:
+            moe(x)
+        norms.append(trace.layers["gate"].norm_per_expert)
+    torch.testing.assert_close(*norms)
+    assert max(sizes) == 50 * H  # the input; all outputs would be K times as large
+
+
+def test_pairs_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(E, (50, 6))
+    layers = [switchgear.trace.LayerTrace(E, record=("coactivation",)) for _ in range(2)]
+    layers[0].add(ids, torch.ones(50, 6))
+    monkeypatch.setattr("switchgear.trace.layer._PAIRS", 3 * 6 * 6)
+    with MadeTensors() as made:
+        layers[1].add(ids, torch.ones(50, 6))
+    assert torch.equal(layers[0].coactivation, layers[1].coactivation)
+    assert 0 < max(made.num_bytes) < 50 * 6 * 6 * 8
 
 
 def test_a_sample_is_uniform() -> None:

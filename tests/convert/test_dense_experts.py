@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import switchgear
+from made_tensors import MadeTensors
 from switchgear import adapters, convert
 from switchgear.layers.shared import SharedExperts
 from switchgear.routing import AdaptiveSparsity, LossFreeBias, SwitchLoss
@@ -81,6 +82,22 @@ def test_row61_dare_drops_rescales_and_keeps_the_mean() -> None:
     ]
     error = (torch.stack(draws).mean(0) - delta) / delta.abs()
     assert abs(float(error.square().mean().sqrt()) / (1 / 200) ** 0.5 - 1) < 0.05
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "dare"])
+def test_row61_merging_in_parts_has_the_same_bits_and_no_copies(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = torch.randn(40, 50)
+    models = [{"w": base + torch.randint(-3, 4, (40, 50)) / 4} for _ in range(3)]  # many are equal, or 0
+    options = {"base": {"w": base}, "weights": [1.0, 2.0, 1.5], "scale": 0.7, "seed": 3}
+    densities = (0.01, 0.3, 0.8, 0.95, 1.0)
+    expected = [convert.merge_models(models, method, density=density, **options)["w"] for density in densities]
+    monkeypatch.setattr("switchgear.convert.average._PART", 77)
+    for density, whole in zip(densities, expected, strict=True):
+        with MadeTensors() as made:
+            found = convert.merge_models(models, method, density=density, **options)["w"]
+        assert torch.equal(found, whole)
+        large = sum(size >= base.nbytes for size in made.num_bytes)
+        assert large <= {"ties": 4}.get(method, 1)  # the result, and magnitudes of one task vector at a time
 
 
 def test_row61_average_of_modules_with_weights() -> None:

@@ -82,9 +82,11 @@ def test_experts_of_other_widths_refuse(change: str) -> None:
 def test_offloaded_experts_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(switchgear.MoE(H, 8, 4, 2))
     with offload.offload(model, offload.write_store(model, tmp_path / "experts"), slots=2):
-        for reader in ("to_dense", "prune_weights"):
-            with pytest.raises(ValueError, match="expected plain weights"):
+        for reader in ("to_dense", "calibrate", "prune_weights"):
+            with pytest.raises(ValueError, match=r"got offloaded to .*; call close\(\) of what offload"):
                 READERS[reader](model)
+        with pytest.raises(ValueError, match=r"; call close\(\) of what offload returned first"):
+            finetune.freeze_except(model, {"0": [1]})
 
 
 def test_merged_adapters_are_part_of_the_weights() -> None:

@@ -422,6 +422,15 @@ def test_arguments(backend: str) -> None:
         call(torch.randn(5, 32), matrix, torch.randn(2, 32), offsets, None, True)
 
 
+@pytest.mark.parametrize("form", [Int8(), Int4()])
+def test_rows_that_no_kernel_multiplies_are_not_stored(form: Form) -> None:
+    experts = switchgear.Experts(16, 2**16 + 32, 1)
+    before = dict(experts.named_parameters())
+    with pytest.raises(ValueError, match=r"down_proj has 65568 columns, and int. takes at most 65536"):
+        switchgear.store(experts, form)
+    assert [*experts.named_parameters()] == [*before.items()]
+
+
 def test_formats_that_there_are_not() -> None:
     for size in (-1, 8, 48):
         with pytest.raises(ValueError, match=f"group_size: expected 0 .* got {size}"):

@@ -23,7 +23,7 @@ from switchgear.adapters.lora_experts import LoRAExperts
 from switchgear.adapters.sites import Site, adapted_sites
 from switchgear.backends import backend, without_autocast
 from switchgear.functional import grouped_gemm
-from switchgear.weights import Weight, stored_of
+from switchgear.weights import Form, Weight, stored_of
 from switchgear.weights.adapted import Lora, adapters_of
 from switchgear.weights.offloaded import OffloadedWeight
 
@@ -159,10 +159,9 @@ def _check(sites: Sequence[Site]) -> None:
         if isinstance(site.weight, (Weight, OffloadedWeight)):
             stored = stored_of(site.module)
             held = site.weight.weight if isinstance(site.weight, OffloadedWeight) else site.weight
-            form = held.format if stored is None else stored.form
+            form, remedy = (held.format, Form.remedy) if stored is None else (stored.form, stored.form.remedy)
             raise ValueError(
-                f"model: expected plain weights to merge into, got {site.where} stored as {form}; call "
-                "switchgear.restore(model) first"
+                f"model: expected plain weights to merge into, got {site.where} stored as {form}; {remedy}"
             )
         if not site.linears and type(site.module._parameters.get(site.name)) is not nn.Parameter:
             raise ValueError(f"model: expected a parameter to merge into, got a computed {site.where}")

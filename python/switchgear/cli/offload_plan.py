@@ -215,18 +215,20 @@ def hit_table(found: Mapping[tuple[str, int], Any], steps: Sequence[int], fits: 
 
 def advice(found: Mapping[tuple[str, int], Any], budget: Budget, num_tokens: int) -> str:
     """The policy with the fewest misses of those that a running model can follow; of equals, the first in the table."""
-    if budget.slots == budget.num_experts:
-        return "recommended: no cache, since all experts fit"
     at = {name: one for (name, slots), one in found.items() if slots == budget.slots}
     best = min((name for name in at if not name.startswith("belady")), key=lambda name: at[name].misses)
     one = at[best]
+    rate = one.tokens_per_second
+    if budget.slots == budget.num_experts:
+        words = "recommended: no cache, since all experts fit"
+        return words if rate is None else f"{words}; {rate:.1f} tokens/s while each is loaded once"
     bound = max(at["belady"].hit_rate, at["belady, shared"].hit_rate)
     words = (
         f"recommended: {best}, {budget.slots} slots per layer: {one.hit_rate:.1%} hits (bound {bound:.1%}), "
         f"{_bytes(one.bytes / max(num_tokens, 1))} loaded per token"
     )
-    if one.tokens_per_second is not None:
-        words += f", {one.tokens_per_second:.1f} tokens/s if loads do not overlap with computation"
+    if rate is not None:
+        words += f", {rate:.1f} tokens/s if loads do not overlap with computation"
     even = budget.slots / budget.num_experts
     if one.hit_rate < even * 1.1:
         words += f"\nthe routing is hardly local: a cache of random experts would hit {even:.1%}"

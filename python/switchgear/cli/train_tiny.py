@@ -11,9 +11,9 @@ import torch
 
 from ..common import CommandError, check_writable, positive, require, seed
 from ..common.progress import progress
-from ..tiny.cache import Tiny, folder_of, load, save
+from ..tiny.cache import Tiny, folder_of, load, save, text_digest
 from ..tiny.sensitivity import Sensitivity
-from ..tiny.train import FULL, QUICK
+from ..tiny.train import FULL, QUICK, Recipe
 
 
 # fmt: off
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed, default=0, help="seed of weights and batches")
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
     add("--out", metavar="DIR", help="folder of the checkpoint (default: a place in ~/.cache/switchgear)")
-    add("--again", action="store_true", help="train although the cache has the model")
+    add("--again", action="store_true", help="train although the folder has a model, and replace it")
 # fmt: on
 
 
@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     domains = load_domains()
     folder = Path(os.path.realpath(args.out or folder_of(recipe, domains)))  # a link stays, and what it names changes
     if (folder / "tiny.json").exists() and not args.again:
-        return show(load(folder), "in the cache" if not args.out else "trained earlier; --again trains anew")
+        tiny = load(folder)
+        _check_same(tiny, recipe, text_digest(domains))
+        return show(tiny, "in the cache" if not args.out else "trained earlier; --again trains anew")
     _check_place(folder)
     for domain in domains:
         print(f"{domain.name}: {domain.train.numel() / 2**20:.1f} MiB of {domain.source}")
@@ -50,6 +52,17 @@ def run(args: argparse.Namespace) -> int:
         model = train(recipe, domains, advance)
     sensitivity = measure(model, domains, length=recipe.length)
     return show(save(model, recipe, domains, sensitivity, folder), "trained")
+
+
+def _check_same(tiny: Tiny, recipe: Recipe, text: str) -> None:
+    """Another model than the requested one is neither shown for it nor replaced unasked. CommandError for another."""
+    about = tiny.about
+    for name, wanted in recipe._asdict().items():
+        if (found := about["recipe"].get(name)) != wanted:
+            option = f"--{name}" if name in ("steps", "seed") else f"--out: a recipe with {name}"
+            raise CommandError(f"{option}: expected {found}, as in {tiny.folder}, got {wanted}; --again trains anew")
+    if about.get("text", text) != text:  # earlier models do not tell
+        raise CommandError(f"--out: expected a model of the text of this machine in {tiny.folder}; --again trains anew")
 
 
 def _check_place(folder: Path) -> None:

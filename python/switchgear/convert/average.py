@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import zlib
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from switchgear.reference import check_choice
 from switchgear.weights.checks import check_state_dict
 
 METHODS = ("average", "ties", "dare", "base")
+_PART = 2**20  # elements that are merged at a time
 
 
 @dataclass(frozen=True)
@@ -58,64 +60,97 @@ class Merging:
             if all(torch.equal(tensor, first) for tensor in tensors):
                 return first  # a mask with -inf; NaN equals nothing
             raise _not_finite(f"models[{index}]", key)
-        wide = torch.float64 if first.dtype is torch.float64 else torch.float32
+        if self.method != "average" and not _is_finite(first):  # the base
+            raise _not_finite("base", key)
+        return self._merged(key, [tensor.flatten() for tensor in tensors], first.flatten()).view(first.shape)
+
+    def _merged(self, key: str, tensors: list[Tensor], base: Tensor) -> Tensor:
+        """Of flat tensors, a part at a time: what lies beside them and the result is small, but for "ties" the
+        magnitudes of one task vector. The base of "average" gives only the dtype."""
+        wide = torch.float64 if base.dtype is torch.float64 else torch.float32
         shares = self.weights or (1.0,) * len(tensors)
         weights = [share / sum(shares) for share in shares]
-        if self.method == "average":
-            total = torch.zeros_like(first, dtype=wide)
-            for weight, tensor in zip(weights, tensors, strict=True):
-                total += weight * tensor.to(wide)
-            return total.to(first.dtype)
-        assert base is not None
-        if not _is_finite(base):
-            raise _not_finite("base", key)
-        origin = base.to(wide)
-        deltas = [tensor.to(wide) - origin for tensor in tensors]
-        if self.method == "dare":
-            merged = torch.zeros_like(origin)
-            for index, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
-                merged += weight * self._dropped(key, index, delta)
-        else:
-            merged = self._ties(deltas, shares)
-        return (origin + self.scale * merged).to(base.dtype)
+        cuts = [_cut(tensor, base, wide, self.density) for tensor in tensors] if self.method == "ties" else []
+        seeds = [zlib.crc32(f"{self.seed} {index} {key}".encode()) for index in range(len(tensors))]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        result = torch.empty_like(base)
+        for start in range(0, len(base), _PART):
+            part = slice(start, start + _PART)
+            if self.method == "average":
+                result[part] = _weighted_sum(weights, [tensor[part].to(wide) for tensor in tensors])
+                continue
+            origin = base[part].to(wide)
+            deltas = [tensor[part].to(wide) - origin for tensor in tensors]
+            if self.method == "dare":
+                dropped = [self._dropped(delta, random) for delta, random in zip(deltas, generators, strict=True)]
+                merged = _weighted_sum(weights, dropped)
+            else:
+                merged = _ties([_trimmed(delta, *cut, start) for delta, cut in zip(deltas, cuts, strict=True)], shares)
+            result[part] = origin + self.scale * merged
+        return result
 
-    def _dropped(self, key: str, index: int, delta: Tensor) -> Tensor:
+    def _dropped(self, delta: Tensor, generator: torch.Generator) -> Tensor:
         """Each element is kept with probability `density`, and divided by it."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {index} {key}".encode()))
-        kept = torch.rand(delta.shape, generator=generator).to(delta.device) < self.density
+        kept = torch.rand(delta.shape, generator=generator, dtype=torch.float32).to(delta.device) < self.density
         return torch.where(kept, delta / self.density, torch.zeros_like(delta))
 
-    def _ties(self, deltas: list[Tensor], shares: Sequence[float]) -> Tensor:
-        """Trim, elect the sign of the weighted sum, and average what agrees with it: Σ w δ / Σ w, or Σ w δ where these
-        weights cancel."""
-        weighted = [share * _largest(delta, self.density) for share, delta in zip(shares, deltas, strict=True)]
-        elected = torch.where(sum(weighted, torch.zeros_like(deltas[0])) >= 0, 1.0, -1.0)
-        merged, total = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-        for share, delta in zip(shares, weighted, strict=True):
-            agrees = (delta.sign() == elected).to(delta.dtype)
-            merged += delta * agrees
-            total += share * agrees
-        return merged / torch.where(total == 0, 1.0, total)
+
+def _weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(tensors[0])
+    for weight, tensor in zip(weights, tensors, strict=True):
+        total += weight * tensor
+    return total
 
 
-def _largest(delta: Tensor, density: float) -> Tensor:
-    """The density · n elements of largest magnitude, at least one, ties to the lowest index; the others are zero.
+def _ties(trimmed: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Elect the sign of the weighted sum, and average what agrees with it: Σ w δ / Σ w, or Σ w δ where these weights
+    cancel."""
+    elected = torch.where(_weighted_sum(shares, trimmed) >= 0, 1.0, -1.0)
+    merged, total = torch.zeros_like(trimmed[0]), torch.zeros_like(trimmed[0])
+    for share, delta in zip(shares, trimmed, strict=True):
+        weighted = share * delta
+        agrees = (weighted.sign() == elected).to(delta.dtype)
+        merged += weighted * agrees
+        total += share * agrees
+    return merged / torch.where(total == 0, 1.0, total)
 
-    The bits of a magnitude are an integer in the same order, so the smallest one that stays is found by halving: no
-    sorted copy of a large tensor, and no indices.
+
+def _cut(tensor: Tensor, base: Tensor, wide: torch.dtype, density: float) -> tuple[int, int]:
+    """(low, end): the density · n elements of largest |tensor - base|, at least one, ties to the lowest index, are
+    those of magnitude above `low`, and before index `end` those equal to it.
+
+    The bits of a magnitude are an integer in the same order, so both are found by halving: no sorted copy of a large
+    tensor, and no indices.
     """
-    flat = delta.flatten()
-    count = max(int(density * flat.numel()), min(flat.numel(), 1))
-    if count >= flat.numel():
-        return delta
-    bits = flat.abs().view(torch.int64 if flat.dtype is torch.float64 else torch.int32)
+    count = max(int(density * len(base)), min(len(base), 1))
+    if count >= len(base):
+        return -1, 0
+    magnitudes = torch.empty(len(base), dtype=wide, device=base.device)
+    for start in range(0, len(base), _PART):
+        part = slice(start, start + _PART)
+        magnitudes[part] = (tensor[part].to(wide) - base[part].to(wide)).abs()
+    bits = _bits(magnitudes)
     low, high = 0, int(bits.max())
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if int((bits >= middle).sum()) >= count else (low, middle - 1)
+    if low == 0:  # what is 0 need not be kept
+        return 0, 0
+    ties = count - int((bits > low).sum())
+    return low, bisect_left(range(len(bits)), ties, key=lambda end: int((bits[:end] == low).sum()))
+
+
+def _trimmed(delta: Tensor, low: int, end: int, start: int) -> Tensor:
+    """delta, whose first index is `start`, with zeros for what a `_cut` drops."""
+    bits = _bits(delta.abs())
     kept = bits > low
-    kept[(bits == low).nonzero().flatten()[: count - int(kept.sum())]] = True
-    return torch.where(kept, flat, torch.zeros_like(flat)).view_as(delta)
+    before = max(end - start, 0)
+    kept[:before] |= bits[:before] == low
+    return torch.where(kept, delta, torch.zeros_like(delta))
+
+
+def _bits(magnitudes: Tensor) -> Tensor:
+    return magnitudes.view(torch.int64 if magnitudes.dtype is torch.float64 else torch.int32)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -133,7 +133,7 @@ def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
     layout = layout_of(module)
     assert layout is not None
     if (stored := stored_of(module)) is not None:
-        raise ValueError(f"selection: expected plain weights in {where}, got {stored.form}; restore(model) first")
+        raise ValueError(f"selection: expected plain weights in {where}, got {stored.form}; {stored.form.remedy}")
     if (parallel := getattr(module, "parallel", None)) is not None:
         raise ValueError(f"selection: expected all experts of {where} in this process, got those of {parallel}")
     if adapters_of(module):

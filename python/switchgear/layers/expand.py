@@ -78,7 +78,7 @@ def _parts(moe: Any, count: int) -> tuple[Experts, Router]:
     if type(experts) is not Experts:
         raise ValueError(f"experts: expected switchgear.Experts, all in this process, got {type(experts).__name__}")
     if (stored := stored_of(experts)) is not None:
-        raise ValueError(f"experts: expected plain weights, got {stored.form}; restore(model) first")
+        raise ValueError(f"experts: expected plain weights, got {stored.form}; {stored.form.remedy}")
     if adapters_of(experts):
         raise ValueError("experts: expected none with adapters")
     if selection_of(experts) is not None or selection_of(gate) is not None:

@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from switchgear.arrays import accepts_arrays
 from switchgear.functional import Routing
+from switchgear.reference import weight_dtype
 from switchgear.routing.ranking import finite, wide
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -126,6 +127,7 @@ def switch_loss(probabilities: Tensor, tokens_per_expert: Tensor, num_tokens: Te
     The counts may cover more than these T tokens: all processes and all micro-batches of a step (arXiv:2501.11873).
     Switch Transformer, arXiv:2101.03961, equation 4. Returns a scalar, 0 without tokens.
     """
+    probabilities = wide(probabilities)
     fraction = tokens_per_expert.to(probabilities.dtype) / torch.as_tensor(
         num_tokens, device=tokens_per_expert.device
     ).clamp(min=1)
@@ -140,6 +142,7 @@ def sequence_switch_loss(
     probabilities [T,E], topk_ids [T,K], sequence_ids [T] in [0, num_sequences). Sequences without tokens contribute 0.
     per_choice: f_e is a fraction of the choices of the sequence, instead of its tokens.
     """
+    probabilities = wide(probabilities)
     num_experts = probabilities.shape[1]
     sequence_ids = sequence_ids.long()
     tokens = probabilities.new_zeros(num_sequences).index_add(0, sequence_ids, probabilities.new_ones(len(topk_ids)))
@@ -160,6 +163,7 @@ def device_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> Tens
     empty ones); P'_g is the sum of their mean probabilities. probabilities [T,E], topk_ids [T,K], groups [E]: the group
     of each expert. 1 for an even load.
     """
+    probabilities = wide(probabilities)
     num_experts = probabilities.shape[1]
     counts = count_tokens(topk_ids, num_experts).to(probabilities.dtype)
     fraction = counts * num_experts / counts.sum().clamp(min=1)
@@ -177,6 +181,7 @@ def alignment_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> T
     SAM, arXiv:2110.07431, aligns its two routers by such a term; this form of it is unverified. probabilities [T,E],
     topk_ids [T,K], groups [E]: the group of each expert.
     """
+    probabilities = wide(probabilities)
     is_chosen, ids, groups = topk_ids >= 0, topk_ids.clamp(min=0).long(), groups.long()
     least = probabilities.gather(1, ids).masked_fill(~is_chosen, math.inf).amin(1, keepdim=True)
     uses = torch.zeros_like(probabilities).scatter_add(1, groups[ids], is_chosen.to(probabilities.dtype))
@@ -190,7 +195,7 @@ def null_aware_switch_loss(
 ) -> Tensor:
     """switch_loss over E experts; the last `num_null` are null experts, whose load is averaged: they are
     interchangeable, so the loss must not prefer one over another (AdaMoE, arXiv:2406.13233)."""
-    load = tokens_per_expert.to(probabilities.dtype)
+    load = tokens_per_expert.to(weight_dtype(probabilities.dtype))
     if num_null:
         null = load[-num_null:]
         load = torch.cat((load[:-num_null], null.mean().expand_as(null)))
@@ -202,19 +207,22 @@ def parameter_penalty(probabilities: Tensor, topk_ids: Tensor, widths: Tensor) -
 
     It penalises wide experts by their cost. probabilities [T,E], topk_ids [T,K], widths [E] in any unit.
     """
-    load = count_tokens(topk_ids, probabilities.shape[1]) * widths.to(probabilities.dtype)
+    load = count_tokens(topk_ids, probabilities.shape[1]) * widths.to(weight_dtype(probabilities.dtype))
     return switch_loss(probabilities, load, probabilities.shape[0])
 
 
 def squared_variation(values: Tensor) -> Tensor:
     """CV² = variance / mean² of values [N], with the population variance; 0 if all are equal."""
-    mean = values.mean()
-    return (values - mean).square().mean() / mean.square().clamp(min=_TINY)
+    exact = values.to(_exact(values))
+    mean = exact.mean()
+    variation: Tensor = (exact - mean).square().mean() / mean.square().clamp(min=_TINY)
+    return variation.to(weight_dtype(values.dtype))
 
 
 def importance_loss(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Tensor:
     """CV² of the experts' total weights (Shazeer et al., arXiv:1701.06538)."""
-    return squared_variation(_total_weights(topk_ids, topk_weights, num_experts))
+    totals = _totals(topk_ids.long() + 1, topk_weights, num_experts + 1)[1:]
+    return squared_variation(totals).to(weight_dtype(topk_weights.dtype))
 
 
 def smooth_load(
@@ -238,7 +246,8 @@ def smooth_load(
     last_in, first_out = best.gather(1, k), best.gather(1, k + 1)
     threshold = torch.where(logits >= last_in, first_out, last_in)
     distance = (clean - threshold).clamp(-40 * std, 40 * std)  # the gradient of an infinite one would be NaN
-    load: Tensor = torch.special.ndtr(distance / std).sum(0)
+    chances = torch.special.ndtr(distance / std)
+    load: Tensor = chances.sum(0, dtype=_exact(chances)).to(chances.dtype)
     return load
 
 
@@ -247,12 +256,12 @@ def smooth_load(
 
 def entropy_loss(probabilities: Tensor) -> Tensor:
     """mean_t -Σ_e p log p: low if each token's distribution is peaked (arXiv:2403.07652)."""
-    return _entropy(probabilities).sum() / max(len(probabilities), 1)
+    return _entropy(wide(probabilities)).sum() / max(len(probabilities), 1)
 
 
 def batch_entropy_loss(probabilities: Tensor) -> Tensor:
     """-H(mean_t p): low if the batch uses all experts equally (sigma-MoE, arXiv:2310.10837)."""
-    return -_entropy(_mean(probabilities))
+    return -_entropy(_mean(wide(probabilities)))
 
 
 # ---- placement and clusters ------------------------------------------------------------------------------------------
@@ -265,7 +274,7 @@ def locality_loss(probabilities: Tensor, is_local: Tensor) -> Tensor:
     normalised. This is KL(D_local || D). The paper writes the reverse divergence, which is infinite as soon as one
     token leaves the node. 0 without tokens.
     """
-    share = (_mean(probabilities) * is_local).sum()
+    share = (_mean(wide(probabilities)) * is_local).sum()
     return -share.clamp(min=_TINY).log() * float(len(probabilities) > 0)
 
 
@@ -310,14 +319,12 @@ def localized_balance_loss(
     """
     num_experts, num_sequences = len(expert_types), len(sequence_types)
     cells = sequence_ids.long()[:, None] * (num_experts + 1) + topk_ids.long() + 1
-    weight = topk_weights.new_zeros(num_sequences * (num_experts + 1))
-    weight = weight.scatter_add(0, cells.flatten(), topk_weights.flatten())
-    weight = weight.view(num_sequences, num_experts + 1)[:, 1:]
+    weight = _totals(cells, topk_weights, num_sequences * (num_experts + 1)).view(num_sequences, num_experts + 1)[:, 1:]
     agrees = (sequence_types[:, None] == expert_types).to(weight.dtype)
     z = weight * (1 + delta * (2 * agrees - 1))
     count = max(z.numel(), 1)
     mean = z.sum() / count
-    return (z - mean).square().sum() / count / mean.clamp(min=_TINY)
+    return ((z - mean).square().sum() / count / mean.clamp(min=_TINY)).to(weight_dtype(topk_weights.dtype))
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
@@ -331,6 +338,13 @@ def _entropy(probabilities: Tensor) -> Tensor:
     return -(probabilities * probabilities.clamp(min=_TINY).log()).sum(-1)  # keeps the gradient finite at 0
 
 
-def _total_weights(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Tensor:
-    totals = topk_weights.new_zeros(num_experts + 1)
-    return totals.scatter_add(0, topk_ids.flatten().long() + 1, topk_weights.flatten())[1:]
+def _totals(cells: Tensor, weights: Tensor, num_cells: int) -> Tensor:
+    """[num_cells]: the sums of weights by cell, for weights and cells of one shape. One after another, millions of them
+    lose digits in float32, and none counts beside 2^24."""
+    totals = weights.new_zeros(num_cells, dtype=_exact(weights))
+    return totals.scatter_add(0, cells.flatten(), weights.flatten().to(totals.dtype))
+
+
+def _exact(values: Tensor) -> torch.dtype:
+    """float64, where a device has it."""
+    return torch.float32 if values.device.type == "mps" else torch.float64

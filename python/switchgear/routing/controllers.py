@@ -18,6 +18,7 @@ from switchgear.routing.ranking import finite
 from switchgear.utils.buffers import KeepsFloat32
 
 RULES = ("sign", "proportional")
+_LEAST_GROWTH, _MOST_GROWTH = 1e-6, 1e10  # of the λ of AdaptiveSparsity, which begins small
 
 
 def _over_processes(seen: Tensor | None, router: nn.Module, device: torch.device) -> Tensor | None:
@@ -124,7 +125,8 @@ class AdaptiveSparsity(KeepsFloat32):
 
     f_e = E / (K·T) · tokens_per_expert[e]; it balances the load, and is 1 with balance=False. Per step, with the
     fraction S of pairs (token, expert) that were not chosen, λ ← λ · rate^sign((1 - K/E) - S). The paper shares one λ
-    among all layers and divides by their number; here each layer has its own.
+    among all layers and divides by their number; here each layer has its own. λ stays within 1e-6 and 1e10 times
+    `initial`, a bound of ours: it comes back from there in about a hundred steps, and from 0 and infinity never.
 
     Args: top_k: K, the wanted average number of experts per token. initial, rate: of λ. balance. num_experts: E; the
     router passes it.
@@ -178,6 +180,7 @@ class AdaptiveSparsity(KeepsFloat32):
             pairs = seen[1].clamp(min=1) * self.num_experts
             too_dense = seen[0] / pairs - self.top_k / self.num_experts  # (1 - K/E) - S
             self.value.mul_(self.rate ** too_dense.sign())
+            self.value.clamp_(*sorted((self.initial * _LEAST_GROWTH, self.initial * _MOST_GROWTH)))
         self._seen = None
 
     def extra_repr(self) -> str:
@@ -194,7 +197,8 @@ class RunningCap(KeepsFloat32):
     in training only, once per call: all tokens of a call see the totals from before it (the paper's include the token
     itself). Recomputation by activation
     checkpointing adds nothing, but sees the totals from after the call, so it may choose otherwise. It is meant for
-    early training; set `margin` to infinity afterwards.
+    early training; set `margin` to infinity afterwards. The least total is subtracted from all before each addition:
+    only differences matter, and large numbers would stop growing.
 
     Args: select: the wrapped selection. margin: in tokens. num_experts: E; the router passes it.
 
@@ -230,6 +234,7 @@ class RunningCap(KeepsFloat32):
     def _add(self, ids: Tensor, weights: Tensor) -> None:
         totals = self.totals.new_zeros(len(self.totals) + 1)
         totals = totals.scatter_add(0, ids.flatten().long() + 1, weights.flatten().to(totals.dtype))
+        self.totals -= self.totals.min()
         self.totals += totals[1:]
 
     def extra_repr(self) -> str:

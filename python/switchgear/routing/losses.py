@@ -9,6 +9,7 @@ function (routing, context) -> scalar works too.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
     from switchgear.routing.controllers import AdaptiveCoefficient
 
 BALANCE_SCOPES = ("micro", "sequence", "global")
+_MOST_CALLS = 1024  # whose counts are kept for recomputations; more micro-batches never wait for their backward
+
+
+def _no_calls() -> deque[tuple[Tensor, Tensor]]:
+    """For the last calls of a step: the sum of the probabilities, and the counts by then."""
+    return deque(maxlen=_MOST_CALLS)
 
 
 def _check_numbers(**numbers: float) -> None:
@@ -82,7 +89,7 @@ class SwitchLoss(nn.Module):
         self.scope, self.accumulate, self.per_choice = scope, accumulate, per_choice
         self.score_function, self.num_null, self.name = score_function, num_null, name
         self._counts: Tensor | None = None  # [E+1]: tokens per expert, then tokens; since the last step
-        self._calls: list[tuple[Tensor, Tensor]] = []  # in this step: the sum of the probabilities, and _counts
+        self._calls = _no_calls()
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         probabilities = router_probabilities(routing, self.score_function)
@@ -137,7 +144,7 @@ class SwitchLoss(nn.Module):
 
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
         """Resets the counts of the step."""
-        self._counts, self._calls = None, []
+        self._counts, self._calls = None, _no_calls()
         coefficient: Any = self.coefficient
         if isinstance(coefficient, nn.Module):
             coefficient.after_step(tokens_per_expert, router)  # type: ignore[operator]

@@ -3,7 +3,7 @@
 
     config.json, model.safetensors     as save_pretrained writes them
     text/<domain>.calibration, .held_out    bytes: 64 KB that it was trained on, and text that it has never seen
-    tiny.json                          recipe, sources of the text, losses and sensitivity
+    tiny.json                          recipe, sources and digest of the text, losses and sensitivity
 
 A folder is complete or absent: it is written beside its place and renamed.
 """
@@ -57,10 +57,19 @@ def root() -> Path:
 
 def folder_of(recipe: Recipe, domains: Sequence[Domain]) -> Path:
     """The place of a model in the cache: another recipe or another text is another place."""
-    digest = hashlib.sha256(json.dumps([FORMAT, recipe, CONFIG], sort_keys=True).encode())
+    return root() / f"tiny-{_digest([FORMAT, recipe, CONFIG], domains)[:12]}"
+
+
+def text_digest(domains: Sequence[Domain]) -> str:
+    """Identifies the text that a model is trained and judged by."""
+    return _digest([], domains)
+
+
+def _digest(about: Sequence[Any], domains: Sequence[Domain]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for domain in domains:
         digest.update(domain.name.encode() + domain.train.numpy().tobytes() + domain.held_out.numpy().tobytes())
-    return root() / f"tiny-{digest.hexdigest()[:12]}"
+    return digest.hexdigest()
 
 
 def save(model: Any, recipe: Recipe, domains: Sequence[Domain], sensitivity: Sensitivity, folder: Path) -> Tiny:
@@ -80,7 +89,7 @@ def save(model: Any, recipe: Recipe, domains: Sequence[Domain], sensitivity: Sen
                 (beside / "text" / f"{domain.name}.{name}").write_bytes(text.numpy().tobytes())
         about = {
             "format": FORMAT, "recipe": recipe._asdict(), "domains": {d.name: d.source for d in domains},
-            "sensitivity": sensitivity.as_dict(),
+            "text": text_digest(domains), "sensitivity": sensitivity.as_dict(),
         }  # fmt: skip
         (beside / "tiny.json").write_text(json.dumps(about, indent=1) + "\n")
     except BaseException as error:
@@ -120,6 +129,7 @@ def load(folder: AnyPath) -> Tiny:
             Domain(name, source, *(_read(folder / "text" / f"{name}.{part}") for part in ("calibration", "held_out")))
             for name, source in about["domains"].items()
         ]
+        dict(about["recipe"])
         Sensitivity(**{key: value for key, value in about["sensitivity"].items() if key != "accepted"})
         return Tiny(folder, about, domains)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

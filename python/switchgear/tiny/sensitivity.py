@@ -51,7 +51,7 @@ class Sensitivity:
         """The three conditions in words, and whether they hold."""
         busiest = f"without each layer's busiest expert the loss grows by {self.all_busiest:.3f} nat"
         single = ", ".join(f"{cost:.3f}" for cost in self.busiest)
-        halves = f"half of the experts by frequency: +{self.by_frequency:.3f} nat, at random +{self.mean_at_random:.3f}"
+        halves = f"half of the experts by frequency: {self.by_frequency:+.3f} nat, at random {self.mean_at_random:+.3f}"
         routes = f"loads of two domains differ by {self.between_domains:.1%} of the choices"
         return {
             f"{busiest} (at least {LEAST_COST}; one layer alone: {single})": self.all_busiest >= LEAST_COST,

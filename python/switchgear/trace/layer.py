@@ -15,6 +15,7 @@ from switchgear.trace.sample import TokenSample
 
 KINDS = ("counts", "weights", "entropy", "probabilities", "norms", "inputs", "coactivation")
 DEFAULT = ("counts", "weights", "entropy")
+_PAIRS = 2**20  # of experts that are counted at a time
 
 
 def kinds_of(record: Collection[str]) -> tuple[str, ...]:
@@ -100,18 +101,17 @@ class LayerTrace:
         token_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
         x: Tensor | None = None,
-        outputs: Tensor | None = None,
+        norms: Tensor | None = None,
     ) -> None:
         """Adds one call: topk_ids and topk_weights [T,K], -1 for none; router_logits [T,E]; token_ids [T]; token_mask
-        [T], False for padding; x [T,H]; outputs [T,K,H] of the experts."""
+        [T], False for padding; x [T,H]; norms [T,K] of the experts' outputs."""
         if token_mask is not None:
             topk_ids = topk_ids.masked_fill(~token_mask[:, None], -1)
         slots = torch.where(topk_ids < 0, self.num_experts, topk_ids).long()
         self.loads.add(slots, topk_ids.shape[0] if token_mask is None else token_mask.sum(), num_dropped)
         if self.weight_per_expert is not None:
             self.weight_per_expert = self.weight_per_expert + self._by_expert(slots, topk_weights)
-        if self.norm_per_expert is not None and outputs is not None:
-            norms = outputs.float().norm(dim=-1)
+        if self.norm_per_expert is not None and norms is not None:
             self.norm_per_expert = self.norm_per_expert + self._by_expert(slots, norms)
         if self.coactivation is not None:
             self.coactivation = self.coactivation + self._together(slots)
@@ -130,9 +130,11 @@ class LayerTrace:
 
     def _together(self, slots: Tensor) -> Tensor:
         wide = self.num_experts + 1
-        pairs = (slots[:, :, None] * wide + slots[:, None, :]).flatten()
         counts = torch.zeros(wide * wide, dtype=torch.int64, device=slots.device)
-        return counts.scatter_add_(0, pairs, torch.ones_like(pairs)).view(wide, wide)[:-1, :-1]
+        for some in slots.split(max(1, _PAIRS // max(slots.shape[1], 1) ** 2)):
+            pairs = (some[:, :, None] * wide + some[:, None, :]).flatten()
+            counts.scatter_add_(0, pairs, torch.ones_like(pairs))
+        return counts.view(wide, wide)[:-1, :-1]
 
     def _add_logits(self, router_logits: Tensor | None, token_mask: Tensor | None) -> None:
         if router_logits is None or (self.entropy is None and self.probability_per_expert is None):

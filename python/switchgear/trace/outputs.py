@@ -24,31 +24,31 @@ def check_outputs(block: MoeBlock) -> None:
 
 
 @torch.no_grad()
-def chosen_outputs(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
-    """[T,K,H] in the dtype of x: expert topk_ids[t,k] of x[t], with weight 1; zeros for empty choices (-1).
+def chosen_norms(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
+    """[T,K] float32: norms of the outputs of expert topk_ids[t,k] for x[t], with weight 1; 0 for empty choices (-1).
 
-    The experts run a second time for it, as modules (hooks aside). x [T,H] as in an Observation.
+    The experts run a second time for it, as modules (hooks aside), with some thousand rows at a time. x [T,H] as in an
+    Observation.
     """
     check_outputs(block)
     num_tokens, top_k = topk_ids.shape
     at_once = max(1, _ROWS // max(top_k, 1))
     distributed = any(getattr(module, "parallel", None) is not None for module in block.experts.modules())
     if distributed:  # all ranks call their experts once, with tokens or without
-        return _outputs(block, x, topk_ids)
-    parts = [_outputs(block, x[i : i + at_once], topk_ids[i : i + at_once]) for i in range(0, num_tokens, at_once)]
-    if not parts:
-        return x.new_zeros(0, top_k, x.shape[1])
-    return torch.cat(parts)
+        return _norms(block, x, topk_ids)
+    parts = [_norms(block, x[i : i + at_once], topk_ids[i : i + at_once]) for i in range(0, num_tokens, at_once)]
+    return torch.cat(parts) if parts else x.new_zeros(0, top_k, dtype=torch.float32)
 
 
-def _outputs(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
+def _norms(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
     empty = topk_ids < 0
     rows = x.detach().repeat_interleave(topk_ids.shape[1], 0)
     ids = topk_ids.clamp(min=0).reshape(-1, 1)
     ones = torch.ones_like(ids, dtype=torch.float32 if block.is_ours else x.dtype)
     forward: Any = block.experts.forward  # not the module's call: hooks belong to the model's own calls
     y: Tensor = forward(rows, ids if block.is_ours else ids.long(), ones)
-    return y.reshape(*topk_ids.shape, y.shape[-1]).masked_fill(empty[..., None], 0)
+    norms: Tensor = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32)
+    return norms.reshape(topk_ids.shape).masked_fill(empty, 0)
 
 
 @torch.no_grad()

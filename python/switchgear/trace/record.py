@@ -21,7 +21,7 @@ from switchgear.recordings import load_recording
 from switchgear.reference import check_size
 from switchgear.trace.layer import DEFAULT, LayerTrace, kinds_of
 from switchgear.trace.observe import Observation, pick, traceable, watch
-from switchgear.trace.outputs import check_outputs, chosen_outputs
+from switchgear.trace.outputs import check_outputs, chosen_norms
 from switchgear.trace.summary import LayerSummary, summary_of
 
 _FORMAT = 1  # version of the file format
@@ -110,13 +110,13 @@ class RoutingTrace:
             layer = LayerTrace(seen.num_experts, seen.topk_ids.device, self.record, self.tokens)
             self.layers[name] = layer
         device = seen.topk_ids.device
-        outputs = None
+        norms = None
         if "norms" in self.record and seen.block is not None:
-            outputs = chosen_outputs(seen.block, seen.x, seen.topk_ids)
+            norms = chosen_norms(seen.block, seen.x, seen.topk_ids)
         layer.add(
             seen.topk_ids, seen.topk_weights, seen.router_logits, seen.num_dropped,
             seen.token_ids.to(device) if self.by_token_id and seen.token_ids is not None else None,
-            None if seen.token_mask is None else seen.token_mask.to(device), seen.x, outputs,
+            None if seen.token_mask is None else seen.token_mask.to(device), seen.x, norms,
         )  # fmt: skip
 
     # ---- inspection --------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from switchgear.routing.widths import stacked
 
+_KEYS = 2**62  # so many that none is the largest, as one of few would be before long, and no token equals another
+
 
 class TokenSample:
     """At most `size` tokens, each with the same probability: every token draws a key, and the largest keys stay.
@@ -21,11 +23,11 @@ class TokenSample:
         self.inputs = torch.zeros(0, 0)
         self.topk_ids = torch.zeros(0, 0, dtype=torch.int32)
         self.topk_weights = torch.zeros(0, 0)
-        self._keys = torch.zeros(0)
+        self._keys = torch.zeros(0, dtype=torch.int64)
         self._generator = torch.Generator().manual_seed(0)
 
     def add(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
-        keys = torch.rand(len(x), generator=self._generator)
+        keys = torch.randint(_KEYS, (len(x),), generator=self._generator)
         if len(self._keys) == self.size:
             index = (keys > self._keys.min()).nonzero().flatten()  # on the CPU: nothing waits for the device
         else:
@@ -54,6 +56,8 @@ class TokenSample:
             raise ValueError("inputs: expected a sample of tokens")
         if not len(keys) == len(inputs) == len(ids) or ids.dtype is not torch.int32:
             raise ValueError("inputs: expected as many inputs as choices")
+        if keys.is_floating_point():  # in [0, 1), of earlier versions
+            keys = (keys.double() * _KEYS).long()
         sample = cls(len(keys))
         sample._keys, sample.inputs, sample.topk_ids, sample.topk_weights = keys, inputs, ids, weights
         return sample

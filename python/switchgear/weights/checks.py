@@ -18,7 +18,7 @@ def check_plain(name: str, experts: nn.Module) -> None:
     for where, module in _named(name, experts):
         _check_adapters(where, module)
         if (stored := stored_of(module)) is not None:
-            raise ValueError(f"{where}: expected plain weights, got {stored.form}; restore(model) first")
+            raise ValueError(f"{where}: expected plain weights, got {stored.form}; {stored.form.remedy}")
         if selection_of(module) is not None:
             raise ValueError(f"{where}: expected no experts that train alone; call finetune.unfreeze(model) first")
 
@@ -36,7 +36,7 @@ def check_state_dict(name: str, model: nn.Module) -> None:
         _check_adapters(where, module)
         stored = stored_of(module)
         if stored is not None and stored.form.suffixes:
-            raise ValueError(f"{where}: expected plain weights, got {stored.form}; restore(model) first")
+            raise ValueError(f"{where}: expected plain weights, got {stored.form}; {stored.form.remedy}")
     _check_merged(name, model)
 
 

@@ -43,6 +43,8 @@ class _Integers(KeyedForm):
         return tuple(suffix for field, suffix in _SUFFIXES.items() if not (self.symmetric and field == "zeros"))
 
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
+        if weight.shape[2] > _MOST_COLUMNS:  # sums of more products do not fit int32
+            return f"{name} has {weight.shape[2]} columns, and {self.name} takes at most {_MOST_COLUMNS}"
         bits = BITS[self.name]
         levels = integers.quantize(weight.detach(), bits, self.group_size, self.symmetric, name)
         stored = integers.to_blocks(levels, bits, parts)

@@ -220,7 +220,7 @@ def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module
         if (stored := stored_of(module)) is not None:
             if stored.form != form:
                 stored.check_restore()
-                raise ValueError(f"{where}: expected plain weights, got {stored.form}; restore(model) first")
+                raise ValueError(f"{where}: expected plain weights, got {stored.form}; {stored.form.remedy}")
             present.append(module)
         elif (layout := layout_of(module)) is not None:
             if (wrapper := wrapper_of(model, name)) is not None:
