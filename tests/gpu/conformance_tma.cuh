@@ -28,7 +28,8 @@ __global__ void tma_load_3d_kernel(const __grid_constant__ CUtensorMap map, uint
 __global__ void tensor_map_replaced_kernel(const __grid_constant__ CUtensorMap like, const uint32_t* data,
                                            uint32_t* out, int offset) {
   SHARED_DYN(uint32_t, tile);
-  auto* const map = reinterpret_cast<CUtensorMap*>((reinterpret_cast<uintptr_t>(out + 4096) + 255) / 256 * 256 + offset);
+  auto* const map =
+      reinterpret_cast<CUtensorMap*>((reinterpret_cast<uintptr_t>(out + 4096) + 255) / 256 * 256 + offset);
   if (thread() == 0) {
     *map = like;
     ptx::tensor_map_replace_address(map, data);

@@ -139,8 +139,8 @@ void* static_shared(const void* key, size_t size, size_t alignment, Location at)
   // SHARED_DYN's alignment pads what comes before it.
   const size_t before_dynamic = grid.dynamic_shared > 0 ? rounded_up(total) : total;
   if (before_dynamic + grid.dynamic_shared > grid.shared_limit) {
-    fail("shared memory: " + std::to_string(before_dynamic) + " bytes of static and " + std::to_string(grid.dynamic_shared) +
-             " of dynamic, expected at most " + std::to_string(grid.shared_limit),
+    fail("shared memory: " + std::to_string(before_dynamic) + " bytes of static and " +
+             std::to_string(grid.dynamic_shared) + " of dynamic, expected at most " + std::to_string(grid.shared_limit),
          at);
   }
   const uint32_t step = static_cast<uint32_t>(alignment < 16 ? 16 : alignment);
