@@ -389,7 +389,8 @@ def test_compilers_that_build_the_module(tmp_path: Path) -> None:
     script = f"include({SOURCES}/nvcc.cmake)\n"
     for version in wanted:
         nvcc = tmp_path / f"nvcc{version}"
-        nvcc.write_text(f"#!/bin/sh\necho '{f'tools, release {version}, V{version}.40' if version else 'clang 19.1'}'\n")
+        text = f"Cuda compilation tools, release {version}, V{version}.40" if version else "clang version 19.1.7"
+        nvcc.write_text(f"#!/bin/sh\necho '{text}'\n")
         nvcc.chmod(0o755)
         script += f"""
 switchgear_nvcc_version({nvcc} version)
