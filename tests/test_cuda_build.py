@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -377,6 +378,31 @@ def test_shared_memory_of_tiles_is_what_the_table_says(file: str, pattern: str, 
         assert callable(size)
         assert size(*map(int, numbers)) == int(kilobytes) << 10
         assert int(kilobytes) <= 99  # the limit per block on sm_86, sm_89 and sm_120
+
+
+def test_compilers_that_build_the_module(tmp_path: Path) -> None:
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    older, newer = "80;90a-real", "80;90a-real;100-real;120-real"
+    wanted = {"12.4": "none", "12.5": older, "12.7": older, "12.8": newer, "13.0": newer, "": "none"}
+    script = f"include({SOURCES}/nvcc.cmake)\n"
+    for version in wanted:
+        nvcc = tmp_path / f"nvcc{version}"
+        text = f"Cuda compilation tools, release {version}, V{version}.40" if version else "clang version 19.1.7"
+        nvcc.write_text(f"#!/bin/sh\necho '{text}'\n")
+        nvcc.chmod(0o755)
+        script += f"""
+switchgear_nvcc_version({nvcc} version)
+set(archs none)
+if(version VERSION_GREATER_EQUAL switchgear_first_nvcc)
+  switchgear_cuda_archs(${{version}} archs)
+endif()
+message("${{version}} ${{archs}}")
+"""
+    (tmp_path / "ask.cmake").write_text(script)
+    run = subprocess.run([cmake, "-P", tmp_path / "ask.cmake"], capture_output=True, text=True, check=True)
+    assert run.stderr.splitlines() == [f"{version} {archs}" for version, archs in wanted.items()]
 
 
 # ---- the rules see what they are for ---------------------------------------------------------------------------------

@@ -226,6 +226,15 @@ def test_fit_capacity(backend: str, drop: str, order: str, reroute: bool, kind: 
             assert len({e for e in row if e >= 0}) == sum(e >= 0 for e in row)  # a token is on an expert at most once
 
 
+def test_rerouting_of_608_experts(backend: str) -> None:
+    """Between the limit of a CUDA launch's dynamic shared memory and the same less the kernel's static arrays."""
+    scores = torch.rand(12, 608)
+    ids = torch.randint(608, (12, 1)).int() // 300
+    limits = torch.tensor([2], dtype=torch.int32)
+    kept = ops.fit_capacity(ids, None, scores, None, limits, 608, "order", 3)
+    assert kept.tolist() == fitted(ids.tolist(), None, scores.tolist(), [0] * 12, [2], "order", 2)
+
+
 def test_fit_capacity_keeps_duplicates_apart(backend: str) -> None:
     """A token that chose one expert twice takes two places."""
     ids = torch.tensor([[1, 1], [1, 0], [0, -1]], dtype=torch.int32)
@@ -251,6 +260,13 @@ def test_assign_balanced_is_balanced(backend: str, kind: str, order: str, eps: f
             size = int((owner == sequence).sum())
             loads = torch.bincount(expert[owner == sequence].long(), minlength=num_experts)
             assert loads.tolist() == [size // num_experts + (e < size % num_experts) for e in range(num_experts)]
+
+
+def test_assign_balanced_of_550_experts(backend: str) -> None:
+    """Between the limit of a CUDA launch's dynamic shared memory and the same less the kernel's static arrays."""
+    values = torch.randn(20, 550)
+    expert = ops.assign_balanced(values, None, 1, -1.0, 2)
+    assert torch.equal(expert, on_reference("assign_balanced", values, None, 1, -1.0, 2))
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(64, 8), (96, 12), (130, 16), (512, 16)])

@@ -34,8 +34,8 @@ struct Rows {
 };
 
 // The matrix of one expert, for experts stored separately. On the device; each product writes it first (expert_weights.h).
-struct alignas(64) SeparateMatrix {
-  std::byte tensor_map[128];  // gemm_sm90 only: the matrix's CUtensorMap
+struct alignas(128) SeparateMatrix {
+  std::byte tensor_map[128];  // gemm_sm90 only: the matrix's CUtensorMap, which tensormap.replace wants aligned so
   const void* data;
   int64_t rows;  // rows from here on are zeros and are not read
 };

@@ -2,7 +2,7 @@
 // Tensor maps of experts in tensors of their own, for gemm_sm90.cuh: one per expert, written on the device.
 //
 // The maps of a projection differ in an address and in a number of rows, and the host encodes one of them, as for a packed
-// tensor. A thread per expert copies it to device memory and replaces the two fields, once per product: E·192 bytes written, one
+// tensor. A thread per expert copies it to device memory and replaces the two fields, once per product: E·256 bytes, one
 // small launch, which the list of addresses needs on sm_80 too. The addresses are kernel parameters, so nothing outlives the
 // call, and a CUDA graph keeps them. See docs/decisions.md.
 //

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Launches: launch(kernel, grid, block, shared_bytes, stream, arguments…) checks the limits, requests dynamic shared memory
-// above 48 KiB, and throws a std::runtime_error that names the kernel. The stream is the void* of Execution.
+// Launches: launch(kernel, grid, block, shared_bytes, stream, arguments…) checks the limits, requests shared memory above
+// 48 KiB, and throws a std::runtime_error that names the kernel. The stream is the void* of Execution.
 #pragma once
 #include <cxxabi.h>
 
 #include <cstdlib>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -49,6 +51,24 @@ inline void check_limits(const void* kernel, dim3 grid, dim3 block, size_t share
   if (threads > kMaxThreads || block.z > kMaxBlockZ) refuse("the block is too large");
 }
 
+// Blocks have 48 KiB of static and dynamic shared memory together, unless their kernel's limit on the dynamic part is set. It
+// belongs to the kernel on a device, and other launches rely on it, in other threads or in a graph: it is only ever raised.
+inline cudaError_t raise_shared_limit(const void* kernel, size_t shared_bytes) {
+  constexpr size_t kNeverTooMuch = 32 << 10;  // kernels with dynamic shared memory have at most 16 KiB of static
+  if (shared_bytes <= kNeverTooMuch) return cudaSuccess;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> limits;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard lock(mutex);
+  size_t& limit = limits[{kernel, device}];
+  if (shared_bytes <= limit) return cudaSuccess;
+  const cudaError_t error =
+      ::cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess) limit = shared_bytes;
+  return error;
+}
+
 // The attributes of a launch, at most two.
 struct LaunchAttributes {
   cudaLaunchAttribute values[2];
@@ -66,12 +86,12 @@ void launch_with(LaunchAttributes attributes, void (*kernel)(Parameters...), dim
                  void* stream, Arguments&&... arguments) {
   const void* const address = reinterpret_cast<const void*>(kernel);
   check_limits(address, grid, block, shared_bytes);
-  constexpr size_t kSharedWithoutAsking = 48 << 10;
-  if (shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t error =
-        ::cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) launch_failed(cudaGetErrorString(error), address, grid, block, shared_bytes);
-  }
+  const auto check = [&](cudaError_t error) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // else it would be taken for an error of somebody's next launch
+    launch_failed(cudaGetErrorString(error), address, grid, block, shared_bytes);
+  };
+  check(raise_shared_limit(address, shared_bytes));
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
@@ -79,8 +99,7 @@ void launch_with(LaunchAttributes attributes, void (*kernel)(Parameters...), dim
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes.values;
   config.numAttrs = attributes.count;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-  if (error != cudaSuccess) launch_failed(cudaGetErrorString(error), address, grid, block, shared_bytes);
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -20,6 +20,7 @@ cudaError_t run(int device, int* arch) {
   if (const cudaError_t error = cudaSetDevice(device)) return error;
   int* memory = nullptr;
   if (const cudaError_t error = cudaMalloc(&memory, sizeof(int))) return error;
+  cudaGetLastError();  // of others
   probe_kernel<<<1, 1>>>(memory);
   cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) error = cudaMemcpy(arch, memory, sizeof(int), cudaMemcpyDeviceToHost);

@@ -37,11 +37,11 @@ CUtensorMap make_tensor_map(const TensorMapArgs& args) {
                                      2 * static_cast<cuuint64_t>(args.stride[1])};
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(args.box_rows), 1};
   const cuuint32_t element_stride[] = {1, 1, 1};
-  // The driver requires a map aligned to 64 bytes, and g++ does not always align returned values that way.
-  std::byte memory[sizeof(CUtensorMap) + 64];
+  // The driver requires an aligned map, and g++ does not always align returned values that way.
+  std::byte memory[sizeof(CUtensorMap) + alignof(CUtensorMap)];
   void* place = memory;
   size_t space = sizeof memory;
-  std::align(64, sizeof(CUtensorMap), place, space);
+  std::align(alignof(CUtensorMap), sizeof(CUtensorMap), place, space);
   const CUresult result =
       encode(static_cast<CUtensorMap*>(place),
              args.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,

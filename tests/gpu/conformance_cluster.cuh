@@ -51,12 +51,12 @@ __global__ void multicast_kernel(const __grid_constant__ CUtensorMap map, uint32
   SHARED_DYN(uint64_t, shared);
   uint32_t* const tile = reinterpret_cast<uint32_t*>(shared) + 256;
   fill_shared(tile, kBoxBytes / 4, [](uint32_t i) { return ~mix(i); });
+  ptx::fence_proxy_async();
   const unsigned rank = ptx::cluster_rank();
   const bool receives = blocks >> rank & 1;
   if (thread() == 0) {
     ptx::mbar_init(shared, 1);
     ptx::fence_barrier_init();
-    ptx::fence_proxy_async();
     if (receives) ptx::mbar_expect_tx(shared, kBoxBytes);
   }
   cluster_barrier();

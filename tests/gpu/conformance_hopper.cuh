@@ -44,10 +44,10 @@ KERNEL(cp_async_mbar_arrive) {
 template <typename Copy>
 __device__ inline void copied(uint32_t* out, uint32_t* tile, uint64_t* bar, int bytes, const Copy& copy) {
   fill_shared(tile, bytes / 4, [](uint32_t i) { return ~mix(i); });
+  ptx::fence_proxy_async();
   if (thread() == 0) {
     ptx::mbar_init(bar, 1);
     ptx::fence_barrier_init();
-    ptx::fence_proxy_async();
   }
   __syncthreads();
   if (thread() == 0) {

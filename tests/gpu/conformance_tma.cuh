@@ -23,12 +23,13 @@ __global__ void tma_load_3d_kernel(const __grid_constant__ CUtensorMap map, uint
          [&] { ptx::tma_load_3d(tile, &map, reinterpret_cast<uint64_t*>(tile + 1024), x, y, z); });
 }
 
-// A copy of `like` in device memory, with another address and fewer rows. Its place in `out` is poisoned again afterwards, since
-// the bytes of a map are not compared.
+// A copy of `like` in device memory, `offset` bytes past a multiple of 256, with another address and fewer rows. Its place in
+// `out` is poisoned again afterwards, since the bytes of a map are not compared.
 __global__ void tensor_map_replaced_kernel(const __grid_constant__ CUtensorMap like, const uint32_t* data,
-                                           uint32_t* out) {
+                                           uint32_t* out, int offset) {
   SHARED_DYN(uint32_t, tile);
-  auto* const map = reinterpret_cast<CUtensorMap*>((reinterpret_cast<uintptr_t>(out + 4096) + 63) / 64 * 64);
+  auto* const map =
+      reinterpret_cast<CUtensorMap*>((reinterpret_cast<uintptr_t>(out + 4096) + 255) / 256 * 256 + offset);
   if (thread() == 0) {
     *map = like;
     ptx::tensor_map_replace_address(map, data);
@@ -39,7 +40,7 @@ __global__ void tensor_map_replaced_kernel(const __grid_constant__ CUtensorMap l
   copied(out, tile, reinterpret_cast<uint64_t*>(tile + 1024), 4096,
          [&] { ptx::tma_load_2d(tile, map, reinterpret_cast<uint64_t*>(tile + 1024), 0, 0); });
   __syncthreads();
-  for (int i = thread(); i < 48; i += 32) out[4096 + i] = kPoison;
+  for (int i = thread(); i < 160; i += 32) out[4096 + i] = kPoison;
 }
 
 template <int kDimensions>
@@ -64,10 +65,10 @@ __global__ void box_kernel(const __grid_constant__ CUtensorMap map, uint32_t* ou
   SHARED_DYN(uint64_t, shared);
   uint32_t* const tile = reinterpret_cast<uint32_t*>(shared) + 256;
   fill_shared(tile, bytes / 4, [](uint32_t i) { return ~mix(i); });
+  ptx::fence_proxy_async();
   if (thread() == 0) {
     ptx::mbar_init(shared, 1);
     ptx::fence_barrier_init();
-    ptx::fence_proxy_async();
   }
   __syncthreads();
   if (thread() == 0) {
@@ -120,10 +121,12 @@ inline void add_tensor_copies(std::vector<Case>& cases) {
 }
 
 inline void add_replaced_map(std::vector<Case>& cases) {
-  cases.push_back({"tensor_map_replaced", [](uint32_t* in, uint32_t* out) {
-                     launch(tensor_map_replaced_kernel, dim3(1), dim3(32), kShared, nullptr,
-                            map_of(in, 2, CU_TENSOR_MAP_SWIZZLE_128B), in + 64, out);
-                   }});
+  for (const int offset : {0, 128}) {
+    cases.push_back({"tensor_map_replaced at " + std::to_string(offset), [=](uint32_t* in, uint32_t* out) {
+                       launch(tensor_map_replaced_kernel, dim3(1), dim3(32), kShared, nullptr,
+                              map_of(in, 2, CU_TENSOR_MAP_SWIZZLE_128B), in + 64, out, offset);
+                     }});
+  }
 }
 
 // The boxes of the GEMM's tensor maps, at the edges of a matrix of 72 columns and 220 rows of 2 experts.

@@ -13,14 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_pool import Pool, subgroup
-from peer_memory_on_cpu import MULTIPROCESSORS, make_parallel
+from peer_memory_on_cpu import MULTIPROCESSORS, HostDevice, make_parallel
 from torch import Tensor
+from torch.distributed import HashStore
 
 import native_modules
 import switchgear
 from switchgear import cuda, ops
 from switchgear.parallel import ExpertParallel, ExpertParallelError, Placement
 from switchgear.parallel.header import LENGTH
+from switchgear.parallel.peer_memory import PeerMemoryTransport
 from switchgear.parallel.transport import GroupTransport
 from switchgear.testing import U32, C
 
@@ -348,6 +350,16 @@ def reserved_by_transfers(rank: int, num_chunks: int) -> tuple[set[int], set[int
 def test_experts_leave_multiprocessors_to_transfers_beside_them(pool: Pool) -> None:
     assert pool.run(reserved_by_transfers, 1) == [({0}, {MULTIPROCESSORS}, 0)] * 4
     assert pool.run(reserved_by_transfers, 4) == [({MULTIPROCESSORS}, {MULTIPROCESSORS}, 0)] * 4
+
+
+def test_peer_memory_refuses_rows_that_are_not_contiguous() -> None:
+    transport = PeerMemoryTransport(0, 1, HashStore(), HostDevice())
+    rows, turned = torch.ones(3, 4), torch.ones(4, 3).t()
+    with pytest.raises(ValueError, match=r"^output: expected a contiguous tensor, got strides \(1, 3\)$"):
+        transport.all_to_all(turned, rows, [3], [3])
+    with pytest.raises(ValueError, match=r"^input: expected a contiguous tensor, got strides \(1, 3\)$"):
+        transport.all_to_all(rows, turned, [3], [3])
+    transport.close()
 
 
 @pytest.mark.skipif(native_modules.SIMT_PATH is None, reason="SWITCHGEAR_SIMT names no module with the CUDA kernels")

@@ -42,7 +42,7 @@ DeviceMap* find(const void* map) {
 
 void check_map(const void* map, Location at) {
   if (device().major < 9) fail("this instruction needs sm_90", at);
-  if (address_of(map) % 64 != 0) fail("tensor map not aligned to 64 bytes", at);
+  if (address_of(map) % 128 != 0) fail("tensor map not aligned to 128 bytes", at);
   check_accessible(map, kMapBytes, "tensor map", at);
 }
 

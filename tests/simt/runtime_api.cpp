@@ -107,7 +107,8 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   if (threads > 1024 || block.z > 64) return remember(cudaErrorInvalidConfiguration);
   if (threads > launch_bound(kernel)) return remember(cudaErrorLaunchOutOfResources);
   const auto raised = dynamic_shared_limits.find(kernel);
-  const int limit = raised == dynamic_shared_limits.end() ? kSharedWithoutOptIn : raised->second;
+  const int limit = raised == dynamic_shared_limits.end() ? kSharedWithoutOptIn
+                                                          : std::min(raised->second, device().shared_memory_per_block);
   if (config.dynamicSmemBytes > static_cast<size_t>(limit)) return remember(cudaErrorInvalidValue);
   if (is_dependent(config) && device().major < 9) return remember(cudaErrorNotSupported);
   if (!is_cluster_possible(config)) return remember(cudaErrorInvalidClusterSize);

@@ -25,6 +25,8 @@ constexpr size_t kMaxStatic = 48 << 10;
 // multiple of 1024: the same for all blocks, since those of a cluster find each other's arrays by their own addresses.
 constexpr uint32_t kBaseOffsets[] = {16, 1008, 128, 0};
 
+size_t rounded_up(size_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
+
 size_t allocated_size(size_t size) { return (size + kAlignment) / kAlignment * kAlignment + kAlignment; }
 
 // Fills the array with NaN, and poisons the memory before it (at least one alignment unit) and after it. It starts `offset`
@@ -134,9 +136,11 @@ void* static_shared(const void* key, size_t size, size_t alignment, Location at)
   }
   if (total > kMaxStatic) fail("static shared memory: more than 48 KiB", at);
   const Grid& grid = *block.grid;
-  if (total + grid.dynamic_shared > grid.shared_limit) {
-    fail("shared memory: " + std::to_string(total) + " bytes of static and " + std::to_string(grid.dynamic_shared) +
-             " of dynamic, expected at most " + std::to_string(grid.shared_limit),
+  // SHARED_DYN's alignment pads what comes before it.
+  const size_t before_dynamic = grid.dynamic_shared > 0 ? rounded_up(total) : total;
+  if (before_dynamic + grid.dynamic_shared > grid.shared_limit) {
+    fail("shared memory: " + std::to_string(before_dynamic) + " bytes of static and " +
+             std::to_string(grid.dynamic_shared) + " of dynamic, expected at most " + std::to_string(grid.shared_limit),
          at);
   }
   const uint32_t step = static_cast<uint32_t>(alignment < 16 ? 16 : alignment);

@@ -48,9 +48,31 @@ __global__ void both_kernel(int* out) {
 }
 TEST(static_and_dynamic_shared_memory_count_together) {
   std::vector<int> out(32);
-  launch(both_kernel, 1, 32, (48 << 10) - 256, nullptr, out.data());
-  CHECK_FAILS("256 bytes of static and 49152 of dynamic, expected at most 49152",
-              launch(both_kernel, 1, 32, 48 << 10, nullptr, out.data()));
+  cudaLaunchConfig_t config{};
+  config.gridDim = 1;
+  config.blockDim = 32;
+  config.dynamicSmemBytes = 47 << 10;
+  CHECK(cudaLaunchKernelEx(&config, both_kernel, out.data()) == cudaSuccess);
+  config.dynamicSmemBytes += 16;
+  CHECK_FAILS("1024 bytes of static and 48144 of dynamic, expected at most 49152",  // 256, and padding
+              cudaLaunchKernelEx(&config, both_kernel, out.data()));
+  launch(both_kernel, 1, 32, config.dynamicSmemBytes, nullptr, out.data());  // requests it
+  CHECK(out[31] == 1);
+}
+
+__global__ void two_sizes_kernel(int* out) {
+  SHARED_DYN(int, tile);
+  tile[threadIdx.x] = out[threadIdx.x] = 1;
+}
+// A graph, or a launch in another thread, may be between the request of a larger size and its use.
+TEST(launches_of_less_shared_memory_leave_the_limit) {
+  std::vector<int> out(32);
+  cudaLaunchConfig_t config{};
+  config.gridDim = 1;
+  config.blockDim = 32;
+  config.dynamicSmemBytes = 64 << 10;
+  for (const int size : {50, 64, 50}) launch(two_sizes_kernel, 1, 32, size << 10, nullptr, out.data());
+  CHECK(cudaLaunchKernelEx(&config, two_sizes_kernel, out.data()) == cudaSuccess);
 }
 
 __global__ void __launch_bounds__(64) bounded_kernel() {}
@@ -62,7 +84,6 @@ TEST(blocks_stay_within_the_launch_bounds) {
 #if !defined(__clang__)
   CHECK_FAILS("cudaErrorLaunchOutOfResources", launch(bounded_kernel, 1, 65, 0, nullptr));
   CHECK_FAILS("cudaErrorLaunchOutOfResources", launch(bounded_template<3>, 1, 128, 0, nullptr));
-  cudaGetLastError();
 #endif
 }
 
@@ -75,14 +96,21 @@ TEST(shared_memory_has_the_size_of_the_device) {
         "cudaErrorInvalidValue",
         launch(fill_kernel, 1, 32, static_cast<size_t>(device.shared_memory_per_block) + 1, nullptr, out.data()));
   }
-  cudaGetLastError();
 }
 
 TEST(cooperative_grids_must_fit_the_device) {
   const unsigned resident = 4 * 2;  // multiprocessors, and blocks of 1024 threads on each
   launch_cooperative(empty_kernel, resident, 1024, 0, nullptr);
   CHECK_FAILS("CooperativeLaunchTooLarge", launch_cooperative(empty_kernel, resident + 1, 1024, 0, nullptr));
-  cudaGetLastError();
+}
+
+// The error has been reported, and is not one of a later launch.
+TEST(refused_launches_leave_no_error) {
+  CHECK_FAILS("CooperativeLaunchTooLarge", launch_cooperative(empty_kernel, 1000, 1024, 0, nullptr));
+  CHECK(cudaGetLastError() == cudaSuccess);
+  std::vector<int> out(32);
+  CHECK_FAILS("cudaErrorInvalidValue", launch(fill_kernel, 1, 32, 1 << 20, nullptr, out.data()));
+  CHECK(cudaGetLastError() == cudaSuccess);
 }
 
 TEST(streams_are_remembered) {

@@ -189,20 +189,29 @@ __global__ void load_replaced_kernel(CUtensorMap* map, uint16_t* out, MapUse use
   ptx::mbar_wait(&bar, 0);
   for (unsigned i = threadIdx.x; i < 8 * 64; i += 32) out[i] = tile[i];
 }
-void load_replaced(MapUse use) {
+void load_replaced(MapUse use, size_t offset = 0) {
   std::vector<uint16_t> first(8 * 64, 1), second(8 * 64), out(8 * 64);
   for (size_t i = 0; i < second.size(); ++i) second[i] = static_cast<uint16_t>(i + 1);
   const CUtensorMap like = simt::matrix_map(first.data(), 8, 64, 8, 64, CU_TENSOR_MAP_SWIZZLE_128B);
-  const auto map = std::make_unique<CUtensorMap>();
-  launch(replace_kernel, 1, 32, 0, nullptr, like, map.get(), second.data(), 5, use);
-  launch(load_replaced_kernel, 1, 32, out.size() * 2, nullptr, map.get(), out.data(), use);
+  struct alignas(256) DeviceMemory {
+    std::byte bytes[512];
+  };
+  const auto memory = std::make_unique<DeviceMemory>();
+  auto* const map = reinterpret_cast<CUtensorMap*>(memory->bytes + offset);
+  launch(replace_kernel, 1, 32, 0, nullptr, like, map, second.data(), 5, use);
+  launch(load_replaced_kernel, 1, 32, out.size() * 2, nullptr, map, out.data(), use);
   for (int r = 0; r < 8; ++r) {
     for (int c = 0; c < 64; ++c) {
       CHECK(out[static_cast<size_t>(swizzled_offset(r, c, 128) / 2)] == (r < 5 ? r * 64 + c + 1 : 0), "row ", r);
     }
   }
 }
-TEST(tma_takes_maps_that_kernels_wrote) { load_replaced(MapUse::kAsDocumented); }
+TEST(tma_takes_maps_that_kernels_wrote) {
+  for (const size_t offset : {0, 128}) load_replaced(MapUse::kAsDocumented, offset);
+}
+TEST(maps_that_kernels_write_are_aligned_to_128_bytes) {
+  CHECK_FAILS("tensor map not aligned to 128 bytes", load_replaced(MapUse::kAsDocumented, 64));
+}
 TEST(maps_need_both_fences) {
   CHECK_FAILS("nobody released this tensor map", load_replaced(MapUse::kNotReleased));
   CHECK_FAILS("without a fence.proxy.tensormap", load_replaced(MapUse::kNotAcquired));

@@ -113,6 +113,9 @@ class PeerMemoryTransport:
         self._works: weakref.WeakSet[_KernelWork] = weakref.WeakSet()
 
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
+        for name, tensor in (("output", output), ("input", input)):
+            if not tensor.is_contiguous():  # the kernel would get a copy, which nothing keeps until it has ended
+                raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
         row = input.shape[1:].numel() * input.element_size()
         send_bytes, receive_bytes = ([rows * row for rows in counts] for counts in (input_rows, output_rows))
         ended = self._device.exchange(
