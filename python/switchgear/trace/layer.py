@@ -131,7 +131,7 @@ class LayerTrace:
     def _together(self, slots: Tensor) -> Tensor:
         wide = self.num_experts + 1
         counts = torch.zeros(wide * wide, dtype=torch.int64, device=slots.device)
-        for some in slots.split(max(1, _PAIRS // max(slots.shape[1], 1) ** 2)):
+        for some in torch.split(slots, max(1, _PAIRS // max(slots.shape[1], 1) ** 2)):
             pairs = (some[:, :, None] * wide + some[:, None, :]).flatten()
             counts.scatter_add_(0, pairs, torch.ones_like(pairs))
         return counts.view(wide, wide)[:-1, :-1]
