@@ -104,7 +104,8 @@ def test_row49_meo_penalises_the_variation_of_weights() -> None:
 
 
 def test_row49_meo_penalises_the_variation_of_the_smooth_load_with_noise() -> None:
-    """As in its code: of the probabilities that each expert is among the best K if its own noise is drawn again."""
+    """Of the probabilities that each expert is among the best K if its own noise is drawn again. Its code adds 0.01 to
+    the noise, and has the unbiased variance."""
     layer, x = layer_of(noise=True, importance=0.1).double(), torch.randn(4, 5, H, dtype=torch.float64)
     torch.manual_seed(3)
     layer(x)

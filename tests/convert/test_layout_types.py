@@ -4,6 +4,7 @@ written, and all comes back."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -124,3 +125,20 @@ def test_a_type_that_transformers_does_not_know() -> None:
     assert {item.key for item in layout_plan(config, StateDict(single), "per_expert").items} == single.keys()
     with pytest.raises(ValueError, match=r"^to: expected fused, megatron, .* for another, .* got per_expert"):
         layout_plan(config, StateDict(fused), "per_expert")
+
+
+def test_the_config_is_written_as_it_was() -> None:
+    """transformers fills in entries of the dicts in it."""
+    model = build("glm4_moe")
+    config = model.config.to_dict() | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+    before = copy.deepcopy(config)
+    plan = layout_plan(config, StateDict(model.state_dict()), "per_expert")
+    assert config == before == plan.config
+
+
+def test_names_do_not_depend_on_how_attention_is_computed() -> None:
+    model = build("glm4_moe")
+    config = model.config.to_dict() | {"_attn_implementation": "flash_attention_2", "dtype": "nonsense"}
+    assert layout_plan(config, StateDict(model.state_dict()), "per_expert").items
+    with pytest.raises(ValueError, match=r"^config: expected one that transformers builds a model of, got KeyError"):
+        layout_plan(config | {"hidden_act": "nonsense"}, StateDict(model.state_dict()), "per_expert")

@@ -337,6 +337,51 @@ def test_row55_a_cache_keeps_which_groups_were_chosen(cache: str | None) -> None
     assert torch.equal(beams, model.generate(IDS, max_new_tokens=4, do_sample=False, num_beams=3, use_cache=False))
 
 
+def cache_of(model: Any, is_static: bool) -> Any:
+    from transformers.cache_utils import DynamicCache, StaticCache
+
+    return StaticCache(model.config, max_cache_len=20) if is_static else DynamicCache(config=model.config)
+
+
+@pytest.mark.parametrize("keys", ["all", "chosen"])
+@pytest.mark.parametrize("steps", [[7], [3, 4], [6, 1], [1] * 7], ids=str)
+@pytest.mark.parametrize("is_static", [False, True])
+def test_row55_without_a_mask_tokens_see_those_before_them(keys: str, steps: list[int], is_static: bool) -> None:
+    model, x = llama(), torch.randn(1, 7, 32)
+    moe = convert.attention_to_moe(model.model.layers[0].self_attn, 4, 2, keys=keys, router_init=1.0)
+    cache = cache_of(model, is_static)
+    y = torch.cat([moe(part, cache=cache)[0] for part in torch.split(x, steps, 1)], 1)
+    assert y.sub(moe(x)[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_row55_a_cache_with_a_window_shows_no_later_token(is_static: bool) -> None:
+    model = llama(model_type="mistral", sliding_window=4)
+    moe = convert.attention_to_moe(llama().model.layers[0].self_attn, 4, 2, router_init=1.0)
+    x, rows = torch.randn(1, 12, 32), []
+    for last in (0.0, 5.0):
+        cache = cache_of(model, is_static)
+        x[:, -1] += last
+        moe(x[:, :8], cache=cache)
+        rows.append(moe(x[:, 8:], cache=cache)[0])
+    assert torch.equal(rows[0][:, :3], rows[1][:, :3])
+    assert not torch.equal(rows[0][:, 3], rows[1][:, 3])
+
+
+def test_row55_what_hides_a_key_is_finite_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast rounds keys that rotations left in float32."""
+    seen, attend = [], F.scaled_dot_product_attention
+
+    def remember(q: Tensor, k: Tensor, *others: Any, **options: Any) -> Tensor:
+        seen.append(k)
+        return attend(q, k, *others, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", remember)
+    moe = convert.MixtureOfAttention(32, 4, 1, 1, head_dim=256, keys="chosen", select=TopK(1))
+    moe(torch.randn(1, 7, 32))
+    assert seen[0].half().isfinite().all()
+
+
 @pytest.mark.parametrize("shared_kv", [False, True])
 @pytest.mark.parametrize("options", [{"attention_bias": True}, {"model_type": "qwen3"}])
 def test_row58_identical_attention_experts_are_the_attention(options: dict[str, Any], shared_kv: bool) -> None:

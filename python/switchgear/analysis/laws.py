@@ -115,7 +115,7 @@ class MoEScalingLaw:
         Raises ValueError if no size from 1e5 to 1e13 is within the budget, and for train_flops of no finite training.
         """
         _check_positive("train_flops", train_flops)
-        if not experts:
+        if not len(experts):
             raise ValueError("experts: expected at least one number, got none")
         if min(as_number("experts", count) for count in experts) < 1:
             raise ValueError(f"experts: expected numbers from 1 on, got {list(experts)}")

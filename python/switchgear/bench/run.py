@@ -178,7 +178,8 @@ def measure_all(tasks: list[Task], args: argparse.Namespace) -> dict[str, Any]:
     screen = console()
     torch.set_num_threads(args.threads)
     about = describe_machine(args.threads)
-    earlier = load(args.json, "--json") if args.json and Path(args.json).stat().st_size else None
+    saved = Path(args.json) if args.json else None
+    earlier = load(args.json, "--json") if saved and saved.is_file() and saved.stat().st_size else None
     with screen.status("measuring the ceilings of this machine"):
         ceilings = measure(sorted({task.dtype for task in tasks}), args.threads, 0.2 if args.quick else 0.5)
     tables.print_machine(screen, about, ceilings)

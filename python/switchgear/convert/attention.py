@@ -146,9 +146,9 @@ class MixtureOfAttention(nn.Module):
         mask = attention_mask
         if mask is not None and mask.dtype is not torch.bool:
             mask = mask.to(q.dtype)
-        is_causal = self.causal and mask is None and length > 1 and k.shape[2] == length
-        if self.causal and mask is None and length > 1 and not is_causal:  # a static cache has room for later keys
-            before = int(cache.get_seq_length(self.layer_idx)) - length
+        is_causal = self.causal and mask is None and k.shape[2] == length
+        if self.causal and mask is None and not is_causal:  # a static cache has room for later keys, a sliding one cuts
+            before = min(int(cache.get_seq_length(self.layer_idx)), k.shape[2]) - length
             mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(before)
         dropout = self.dropout if self.training else 0.0
         a = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scaling)
@@ -166,8 +166,9 @@ class MixtureOfAttention(nn.Module):
 
     def _hidden(self, is_chosen: Tensor, keys: Tensor) -> Tensor:
         """[B,E·kv,S,1]: the part of a score that makes the share of a token 0 in experts that it did not choose.
-        Finite, since rows without any chosen token must not be NaN; caches move, reorder and cut it with the keys."""
-        least = -min(1e4 / self.scaling, torch.finfo(keys.dtype).max / 2)
+        Finite, also where autocast makes it float16: rows without any chosen token must not be NaN. Caches move,
+        reorder and cut it with the keys."""
+        least = -min(1e4 / self.scaling, torch.finfo(torch.float16).max / 2)
         hidden = keys.new_zeros(is_chosen.shape).masked_fill(~is_chosen, least)
         return hidden.transpose(1, 2).repeat_interleave(self.num_kv_heads, 1)[..., None]
 
@@ -188,8 +189,8 @@ class MixtureOfAttention(nn.Module):
         return heads.repeat(1, self.num_experts, 1, 1) if self.shared_kv else heads
 
     def extra_repr(self) -> str:
-        shared = ", shared_kv" if self.shared_kv else ""
-        return f"{self.hidden_size}, num_experts={self.num_experts}, heads={self.num_heads}/{self.num_kv_heads}{shared}"
+        kind = ", shared_kv" if self.shared_kv else f", keys={self.keys!r}"
+        return f"{self.hidden_size}, num_experts={self.num_experts}, heads={self.num_heads}/{self.num_kv_heads}{kind}"
 
 
 class ParallelBlock(nn.Module):
@@ -264,8 +265,8 @@ def attention_to_moe(
             with fewer groups each head still computes what it did in the layer.
         router_init, seed: standard deviation of the router's weight, and the seed of its random numbers.
 
-    Raises ValueError if num_experts does not divide the heads, and for attention that computes something else, such as
-    interleaved rotary embeddings: the layer is compared with its mixture on random rows.
+    Raises ValueError for other numbers of experts, and for attention that computes something else, such as interleaved
+    rotary embeddings: the layer is compared with its mixture on random rows.
     """
     found = _read(attention, "attention")
     top_k = num_experts if top_k is None else top_k

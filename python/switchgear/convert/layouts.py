@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -286,11 +287,21 @@ def _reader_of_keys(config: Mapping[str, Any]) -> Callable[[list[str]], bool]:
         from switchgear.integrations.published_keys import pieces_of
     except ImportError as error:
         raise ConversionError(failed_import(error, "transformers")) from error
-    made = AutoConfig.for_model(**config) if config.get("model_type") in CONFIG_MAPPING else None
-    if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if config.get("model_type") not in CONFIG_MAPPING:
         return lambda keys: False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(made)  # type: ignore[no-untyped-call]
+    unnamed = ("_attn_implementation", "attn_implementation", "dtype", "torch_dtype")  # names do not depend on these
+    options = {key: copy.deepcopy(value) for key, value in config.items() if key not in unnamed}  # which it changes
+    try:
+        made = AutoConfig.for_model(**options)
+        if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return lambda keys: False
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                made, attn_implementation="eager"
+            )
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"config: expected one that transformers builds a model of, got {got}") from error
     state = model.state_dict()
     return lambda keys: all(target in state for target in pieces_of(model, keys, state))
 

@@ -52,8 +52,8 @@ class MergedExperts(WithLosses):
     H / 64, which has another before down_proj.
 
     Parameters: attention.weight [1,H] with "attention"; bottleneck_in.weight [width,H] and bias [width],
-    bottleneck_out.weight [H,width] and bias [H], all but the first initially zero; those of router, down_router and
-    experts.
+    bottleneck_out.weight [H,width] and bias [H], all but bottleneck_in.weight initially zero; those of router,
+    down_router and experts.
     """
 
     def __init__(
