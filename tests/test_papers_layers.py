@@ -34,7 +34,7 @@ from switchgear.layers import (
     per_conv_tokens,
     with_virtual,
 )
-from switchgear.routing import ExpertChoice, Lookup
+from switchgear.routing import Capacity, ExpertChoice, Lookup
 
 H = 16
 
@@ -314,8 +314,17 @@ def test_row29_stratified_is_a_walk_of_two_relu_experts_with_a_capacity(backend:
 
     assert_agrees(layer, loop, x, length=3 * 256)
     assert dropped
-    with pytest.raises(TypeError, match="capacity: expected a Capacity or None, got float"):
+    with pytest.raises(TypeError, match=r"^capacity: expected a Capacity or None, got 1\.25"):
         StratifiedMoE(H, 12, [2, 2], capacity=1.25)
+
+
+def test_row29_sequences_do_not_compete_with_a_capacity_of_their_own() -> None:
+    layer = StratifiedMoE(H, 12, [2, 2, 4], top_k=2, capacity=Capacity(1.0, scope="sequence"))
+    x = torch.randn(3, 16, H)
+    y = layer(x)
+    torch.testing.assert_close(y[1:], layer(x[1:]))
+    layer.capacity = None
+    assert not torch.equal(y, layer(x))  # something was dropped
 
 
 def test_stratified_moe_of_one_stratum_is_norm_and_layer_and_residual() -> None:

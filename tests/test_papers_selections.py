@@ -277,10 +277,8 @@ def test_grin_draws_from_the_masked_softmax() -> None:
 
 def test_phimoe_jitters_no_input_by_default() -> None:
     for jitter in (0.0, 0.3):
-        router, x = (
-            layer_of(presets.phimoe(input_jitter=jitter) if jitter else presets.phimoe()).gate,
-            torch.randn(6, H),
-        )
+        options = presets.phimoe(input_jitter=jitter) if jitter else presets.phimoe()
+        router, x = layer_of(options).gate, torch.randn(6, H)
         assert torch.equal(router(x).router_logits, router.logits(x)) == (not jitter)
 
 

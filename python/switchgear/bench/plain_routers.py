@@ -248,5 +248,5 @@ def rerouted(logits: Tensor, k: int, factor: float) -> tuple[Tensor, Tensor]:
 
 
 def balanced_assignment(logits: Tensor) -> tuple[Tensor, Tensor]:
-    ids = policies.assign_balanced(logits.float(), None, 1, -1.0, 100)[:, None]
+    ids = policies.assign_balanced(logits.float(), None, 1, -1.0, 1000)[:, None]
     return ids, logits.float().sigmoid().gather(1, ids.long())

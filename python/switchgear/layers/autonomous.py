@@ -22,7 +22,7 @@ from switchgear.routing.scores_of_experts import ActivationNorm, norms
 
 class AutonomousMoE(WithLosses):
     """y = Σ_k w_k · W2_e (act(W_up,e c_e) ⊙ V_e x) with c_e = W_down,e x, over the experts with the largest ‖c_e‖; w is
-    the softmax of their norms (Autonomy-of-Experts, arXiv:2501.13074).
+    the softmax of these norms (Autonomy-of-Experts, arXiv:2501.13074).
 
     The projections c [T,E,d_low] of all experts are computed first. Their norms choose, and the chosen experts reuse c.
 
@@ -45,7 +45,7 @@ class AutonomousMoE(WithLosses):
         top_k: int,
         *,
         d_low: int,
-        normalize: bool = False,
+        normalize: bool = True,
         activation: str = "silu",
         capacity: Limit | Callable[..., Any] | None = None,
         balance: Sequence[Balance | Callable[..., Any]] = (),

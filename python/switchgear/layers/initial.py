@@ -13,8 +13,8 @@ from torch import Tensor, nn
 def sigma_moe_values(moe: Any, scale: float = 1.0) -> None:
     """Those of σ-MoE (arXiv:2310.10837) for an MoE of plain experts: standard deviation 1/√H for the router and the
     first projection (keys), 1/√(E·I) for the second one (values), all times `scale`. The rows of the router keep their
-    directions and all get their root mean square norm. Biases start at zero. The scale of the
-    paper's models is √(2 / layers)."""
+    directions and all get their root mean square norm. Biases start at zero. The scale of the paper's models is
+    √(2 / layers)."""
     experts = moe.experts
     hidden_size, values = experts.hidden_size, experts.num_experts * experts.intermediate_size
     router: Tensor = moe.gate.weight if moe.gate.score is None else moe.gate.score.weight

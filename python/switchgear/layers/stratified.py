@@ -66,9 +66,9 @@ class StratifiedMoE(WithLosses):
         if not 1 <= top_k <= strata[-1]:
             raise ValueError(f"top_k: expected 1 to {strata[-1]} (experts of the last stratum), got {top_k}")
         self.strata, self.top_k, self.normalize, self.aux_loss = list(strata), top_k, normalize, aux_loss
+        if capacity is not None and not isinstance(capacity, Capacity):
+            raise TypeError(f"capacity: expected a Capacity or None, got {capacity!r}")
         self.capacity = capacity
-        if capacity is not None and not callable(capacity):
-            raise TypeError(f"capacity: expected a Capacity or None, got {type(capacity).__name__}")
         num_experts = sum(strata)
         self.first_expert = [0, *accumulate(strata)][:-1]
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size, device=device, dtype=dtype) for _ in strata)
@@ -92,6 +92,7 @@ class StratifiedMoE(WithLosses):
         """[..., H] -> [..., H]."""
         check_rows(hidden_states, self.experts.hidden_size, self.gates[0].dtype)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        length = hidden_states.shape[-2] if hidden_states.dim() > 2 else None
         position = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # the stratum of each token's next gate
         losses = []
         for stratum, first in enumerate(self.first_expert):
@@ -105,7 +106,7 @@ class StratifiedMoE(WithLosses):
             best = routing.topk_ids[:, 0] + first
             after = sum((best >= first_of).long() for first_of in self.first_expert)  # the stratum of the best expert
             if self.capacity is not None:
-                routing = self.capacity(routing, Context(training=self.training))
+                routing = self.capacity(routing, Context(training=self.training, sequence_length=length))
             ids = torch.where(routing.topk_ids >= 0, routing.topk_ids + first, -1)
             x = x + self.experts(normed, ids, routing.topk_weights)  # zeros for tokens at other gates
             position = torch.where(here, after, position)

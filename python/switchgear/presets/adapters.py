@@ -75,7 +75,7 @@ def octavius(*, dim: int | None = None, rank: int = 32, dropout: float = 0.1, to
     dim: the width of Context.embedding, one instruction per sequence; if None, the mean of the layer's inputs over the
     sequence stands for it (a choice of ours, which sees later tokens too). rank, dropout, top_k and that the weights
     are a softmax over the chosen logits are those of the authors' code, which has 3 to 6 experts and one router for the
-    whole model: adapters.add_lora_experts(model, 4, shared_router=True, **presets.octavius(dim=…)).
+    whole model: adapters.add_lora_experts(model, 4, targets=[…], shared_router=True, **presets.octavius(dim=…)).
     """
     score: Any = partial(_of_sequence) if dim is None else partial(FromEmbedding, dim=dim, bias=False)
     select = TopK(top_k, normalize=True)

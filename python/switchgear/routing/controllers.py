@@ -195,10 +195,9 @@ class RunningCap(KeepsFloat32):
 
     A closed expert gets the lowest logit, hence weight 0 under a softmax, and the others' weights sum to 1. Totals grow
     in training only, once per call: all tokens of a call see the totals from before it (the paper's include the token
-    itself). Recomputation by activation
-    checkpointing adds nothing, but sees the totals from after the call, so it may choose otherwise. It is meant for
-    early training; set `margin` to infinity afterwards. The least total is subtracted from all before each addition:
-    only differences matter, and large numbers would stop growing.
+    itself). Recomputation by activation checkpointing adds nothing, but sees the totals from after the call, so it may
+    choose otherwise. It is meant for early training; set `margin` to infinity afterwards. The least total is subtracted
+    from all before each addition: only differences matter, and large numbers would stop growing.
 
     Args: select: the wrapped selection. margin: in tokens. num_experts: E; the router passes it.
 
