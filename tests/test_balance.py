@@ -271,11 +271,13 @@ def test_totals_of_many_weights_lose_no_digits() -> None:
     of_sequence = torch.stack([exact[sequence == s].sum(0) for s in range(2)])
     z = of_sequence * (0.9 + 0.2 * (expert_types == sequence_types[:, None]).double())
     importance = balance.importance_loss(ids, weights, E)
+    of_one = balance.sequence_switch_loss(weights, ids[:, :1], torch.zeros(tokens), 1)
     localized = balance.localized_balance_loss(ids, weights, expert_types, sequence_types, sequence, 0.1)
-    assert importance.dtype is localized.dtype is torch.float32
+    assert importance.dtype is localized.dtype is of_one.dtype is torch.float32
     for found, wanted in (
         (importance, totals.var(correction=0) / totals.mean() ** 2),
         (localized, z.var(correction=0) / z.mean()),
+        (of_one, E * totals[0] / tokens),
     ):
         assert abs(float(found) / float(wanted) - 1) < 2 * eps
 
@@ -297,6 +299,7 @@ def test_losses_of_half_precision_are_those_in_float32(ids: Tensor) -> None:
             balance.entropy_loss(p),
             balance.batch_entropy_loss(p),
             balance.locality_loss(p, groups == 1),
+            balance.cluster_variance_loss(p, groups),
             balance.localized_balance_loss(ids, weights, groups, torch.tensor([0, 1, 1]), sequence),
         ]
 

@@ -294,5 +294,6 @@ def test_row78_hugging_face_errors(mixtral: Any) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.SwitchTransformersConfig(vocab_size=V, d_model=16, d_ff=16, num_layers=2, num_heads=2, d_kv=8)
     model = transformers.SwitchTransformersForConditionalGeneration(config)
-    with pytest.raises(ValueError, match="encoder-decoder"), SelfContrast().applied(model):
-        pass
+    for wrapper in (model, torch.compile(model, backend="eager")):
+        with pytest.raises(ValueError, match="encoder-decoder"), SelfContrast().applied(wrapper):
+            pass

@@ -150,7 +150,7 @@ def test_padding_in_masks_of_more_dimensions() -> None:
     assert torch.equal(real_tokens(one, rows, length, cached), one[:, 0, 0, cached : cached + length])
     assert torch.equal(real_tokens(one, rows, length, None), one[:, 0, 0, width - length :])  # no cache that tells
     assert torch.equal(real_tokens(one[:, 0, 0], rows, length, cached), one[:, 0, 0, width - length :])
-    for mask in (seen[:2], seen[:, :, :3], seen[..., : cached + length - 1], seen[0, 0, 0], {}, None):
+    for mask in (seen[:2], seen[:, :, :3], seen[..., : length - 1], seen[0, 0, 0], {}, None):
         assert real_tokens(mask, rows, length, cached) is None
 
 

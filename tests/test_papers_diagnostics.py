@@ -315,6 +315,18 @@ def test_collect_counts_decoded_tokens_to_their_examples(olmoe: Any) -> None:
         assert layer.examples.tolist() == ([0] * 4 + [1] * 4 + [0, 1] * 2) + ([2] * 4 + [3] * 4 + [2, 3] * 2)
 
 
+def test_collect_begins_a_batch_after_a_prefix(olmoe: Any) -> None:
+    """Which is in the cache of every call."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    options = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    model, prompts = peft.get_peft_model(olmoe, options).eval(), torch.randint(1, 50, (2, 4))
+    with diagnostics.collect(model) as kept:
+        for _ in range(2):
+            model(input_ids=prompts, attention_mask=torch.ones_like(prompts))
+    for layer in kept.values():
+        assert layer.examples.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
 # ---- 76: Mixture of tunable experts ----------------------------------------------------------------------------------
 
 

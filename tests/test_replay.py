@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import switchgear
@@ -587,6 +588,30 @@ def test_a_static_cache_with_left_padding(mixtral: Any) -> None:
         assert torch.equal(layer.topk_ids(), dynamic.layers[name].topk_ids())
 
 
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize(("model_type", "window"), [("qwen2_moe", None), ("mixtral", 4), ("mixtral", 8)])
+def test_a_static_cache_of_other_masks(model_type: str, window: int | None, padding: int) -> None:
+    """A dict of masks, None where only what is causal is masked; a window that the cache has filled."""
+    build = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed").build
+    model, prompts, mask = build(model_type), torch.randint(3, 20, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :padding] = 0
+    model.config.sliding_window = window
+    with record(model) as choices:
+        model.generate(prompts, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False, **STATIC)
+    assert choices.lengths.tolist() == [10 - padding, 10]
+
+
+def test_names_leave_out_wrappers_of_blocks(mixtral: Any) -> None:
+    ids = torch.randint(3, 250, (2, 9))
+    with record(mixtral) as choices:
+        mixtral(ids)
+    mixtral.model.layers[1] = torch.compile(mixtral.model.layers[1], backend="eager")
+    mixtral.model.layers[2] = checkpoint_wrapper(mixtral.model.layers[2])
+    with record(mixtral) as wrapped, replay(mixtral, choices):
+        mixtral(ids)
+    assert list(wrapped.layers) == list(choices.layers)
+
+
 def test_a_mask_that_does_not_tell_padding_is_refused() -> None:
     model, ids = Model(), torch.randint(50, (2, 5))
     with record(model) as choices:
@@ -597,8 +622,6 @@ def test_a_mask_that_does_not_tell_padding_is_refused() -> None:
             model(ids, mask)
         with pytest.raises(ValueError, match=message + r"\[."), replay(model, choices):
             model(ids, mask)
-    with pytest.raises(ValueError, match=message + "sliding_attention"), record(model):
-        model(ids, {"sliding_attention": torch.ones(2, 1, 5, 5)})
 
 
 def test_rejected_drafts_are_left_out(mixtral: Any) -> None:

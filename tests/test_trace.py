@@ -239,7 +239,7 @@ def test_models_in_wrappers() -> None:
             model = wrap(Padded())
             for args, kwargs in (((ids,), {"attention_mask": mask}), ((ids, mask), {})):
                 with RoutingTrace(model, by_token_id=True) as trace, collect(model) as choices:
-                    getattr(model, "_orig_mod", model)(*args, **kwargs)
+                    getattr(model, "_orig_mod", model)(*args, **kwargs)  # as `generate` of a compiled model
                 (layer,), (kept,) = trace.layers.values(), choices.values()
                 assert layer.num_tokens == kept.num_tokens == 7
                 assert kept.examples.bincount().tolist() == [2, 5]
@@ -519,6 +519,9 @@ def test_norms_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         norms.append(trace.layers["gate"].norm_per_expert)
     torch.testing.assert_close(*norms)
     assert max(sizes) == 50 * H  # the input; all outputs would be K times as large
+    with RoutingTrace(moe.double(), record=("norms",)) as trace:
+        moe(x.double())
+    torch.testing.assert_close(trace.layers["gate"].norm_per_expert, norms[0], rtol=1e-5, atol=0)
 
 
 def test_pairs_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ class SelfContrast:
         check_module("model", model)
         if any(_is_doubled(module) for module in model.modules()):
             raise ValueError("model: expected one outside the block of a SelfContrast, got one inside")
-        config = getattr(model, "config", None)
+        config = getattr(inner_model(model), "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("model: expected a decoder, got an encoder-decoder model")
         routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}

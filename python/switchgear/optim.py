@@ -114,13 +114,14 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            lr = float(group["lr"])
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group, lr)
         return loss
 
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state, momentum, lr = self.state[parameter], group["momentum"], float(group["lr"])
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], lr: float) -> None:
+        state, momentum = self.state[parameter], group["momentum"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(grad)
         buffer: Tensor = state["momentum_buffer"]

@@ -81,7 +81,7 @@ def test_a_model_that_fits_needs_no_cache(checkpoint: Path, text: Path, capsys: 
     assert main([*arguments, "--memory", "1G"]) == 0
     assert "recommended: no cache, since all experts fit\n" in capsys.readouterr().out
     assert main([*arguments, "--memory", "1G", "--bandwidth", "1M"]) == 0
-    rate = re.search(r"all experts fit; ([\d.]+) tokens/s while each is loaded once", capsys.readouterr().out)
+    rate = re.search(r"all experts fit; ([\d.]+) tokens/s if each is loaded once", capsys.readouterr().out)
     assert rate is not None
     tokens = 64 // 2  # the first half of a text calibrates
     assert float(rate[1]) >= tokens * 2**20 / (2 * 6 * EXPERT) - 0.05  # two layers of six experts

@@ -87,6 +87,9 @@ def test_offloaded_experts_are_refused(tmp_path: Path) -> None:
                 READERS[reader](model)
         with pytest.raises(ValueError, match=r"; call close\(\) of what offload returned first"):
             finetune.freeze_except(model, {"0": [1]})
+        for options in ({}, {"form": "int8"}):
+            with pytest.raises(ValueError, match=r"got offloaded to .*; call close\(\) of what offload"):
+                offload.write_store(model, tmp_path / "again", **options)
 
 
 def test_merged_adapters_are_part_of_the_weights() -> None:

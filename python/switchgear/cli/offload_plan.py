@@ -221,7 +221,7 @@ def advice(found: Mapping[tuple[str, int], Any], budget: Budget, num_tokens: int
     rate = one.tokens_per_second
     if budget.slots == budget.num_experts:
         words = "recommended: no cache, since all experts fit"
-        return words if rate is None else f"{words}; {rate:.1f} tokens/s while each is loaded once"
+        return words if rate is None else f"{words}; {rate:.1f} tokens/s if each is loaded once, at first use"
     bound = max(at["belady"].hit_rate, at["belady, shared"].hit_rate)
     words = (
         f"recommended: {best}, {budget.slots} slots per layer: {one.hit_rate:.1%} hits (bound {bound:.1%}), "

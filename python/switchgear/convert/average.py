@@ -51,8 +51,8 @@ class Merging:
             )
 
     def __call__(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """One tensor from those of the models. The trimming and the dropping are per tensor. ValueError for NaN and
-        infinities."""
+        """One tensor from those of the models, contiguous. The trimming and the dropping are per tensor. ValueError for
+        NaN and infinities."""
         first = tensors[0] if base is None else base
         if not first.is_floating_point() or self.method == "base":
             return first

@@ -125,14 +125,15 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
 
     choices = Choices()
     shape: list[tuple[int, int]] = []  # of the running batch: rows before it, rows of it
-    count = 0
+    count = first = 0  # first: tokens in the cache before the batch, as those of a prefix
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal count
+        nonlocal count, first
         rows = next((v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1), 0)
-        if shape and rows == shape[0][1] and cached_in(arguments_by_name(module, args, kwargs)):
+        cached = cached_in(arguments_by_name(module, args, kwargs)) or 0
+        if shape and rows == shape[0][1] and cached > first:
             return  # the rows of the call before continue
-        shape[:] = [(count, rows)]
+        shape[:], first = [(count, rows)], cached
         count += rows
 
     def see(name: str, seen: Any) -> None:

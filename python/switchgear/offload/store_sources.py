@@ -16,6 +16,7 @@ from switchgear import _C
 from switchgear.weights.form import Form
 from switchgear.weights.layout import Layout, hint_for, layout_of
 from switchgear.weights.module import stored_of
+from switchgear.weights.offloaded import OffloadedForm
 from switchgear.weights.selected import selection_of
 from switchgear.weights.weight import Weight
 
@@ -55,6 +56,8 @@ def of_model(model: nn.Module, form: Form | None) -> Source:
         _refuse(module, where)
         stored, layout = stored_of(module), layout_of(module)
         if stored is not None:
+            if isinstance(stored.form, OffloadedForm):
+                raise ValueError(f"{where}: expected experts in memory, got {stored.form}; {stored.form.remedy}")
             if form is not None and stored.form != form:
                 raise ValueError(
                     f"{where}: expected plain weights, got {stored.form}; pass form={AS_PUBLISHED!r} or call "

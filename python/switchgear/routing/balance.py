@@ -145,15 +145,16 @@ def sequence_switch_loss(
     probabilities = wide(probabilities)
     num_experts = probabilities.shape[1]
     sequence_ids = sequence_ids.long()
-    tokens = probabilities.new_zeros(num_sequences).index_add(0, sequence_ids, probabilities.new_ones(len(topk_ids)))
+    exact = probabilities.to(_exact(probabilities))
+    tokens = exact.new_zeros(num_sequences).index_add(0, sequence_ids, exact.new_ones(len(topk_ids)))
     cells = sequence_ids[:, None] * (num_experts + 1) + topk_ids.long() + 1
-    counts = probabilities.new_zeros(num_sequences * (num_experts + 1))
-    counts = counts.scatter_add(0, cells.flatten(), counts.new_ones(cells.numel()))
+    counts = total_weights(cells, exact.new_ones(cells.shape), num_sequences * (num_experts + 1))
     counts = counts.view(num_sequences, num_experts + 1)[:, 1:]
-    totals = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequence_ids, probabilities)
+    totals = exact.new_zeros(num_sequences, num_experts).index_add(0, sequence_ids, exact)
     tokens = tokens.clamp(min=1)[:, None]
     of = counts.sum(1, keepdim=True).clamp(min=1) if per_choice else tokens
-    return num_experts * (counts / of * (totals / tokens)).sum() / max(num_sequences, 1)
+    loss = num_experts * (counts / of * (totals / tokens)).sum() / max(num_sequences, 1)
+    return loss.to(probabilities.dtype)
 
 
 def device_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ def squared_variation(values: Tensor) -> Tensor:
 
 def importance_loss(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Tensor:
     """CV² of the experts' total weights (Shazeer et al., arXiv:1701.06538)."""
-    totals = _totals(topk_ids.long() + 1, topk_weights, num_experts + 1)[1:]
+    totals = total_weights(topk_ids.long() + 1, topk_weights, num_experts + 1)[1:]
     return squared_variation(totals).to(weight_dtype(topk_weights.dtype))
 
 
@@ -289,7 +290,7 @@ def cluster_variance_loss(probabilities: Tensor, groups: Tensor, is_open: Tensor
     groups [E]: the cluster of each expert. is_open, broadcastable to [T,E]: experts that are closed for all tokens do
     not count; all count if None.
     """
-    groups, mean = groups.long(), _mean(probabilities)
+    groups, mean = groups.long(), _mean(wide(probabilities))
     counted = torch.ones_like(mean)
     if is_open is not None:
         counted = is_open.expand_as(probabilities).any(0).to(mean.dtype)
@@ -319,7 +320,9 @@ def localized_balance_loss(
     """
     num_experts, num_sequences = len(expert_types), len(sequence_types)
     cells = sequence_ids.long()[:, None] * (num_experts + 1) + topk_ids.long() + 1
-    weight = _totals(cells, topk_weights, num_sequences * (num_experts + 1)).view(num_sequences, num_experts + 1)[:, 1:]
+    weight = total_weights(cells, topk_weights, num_sequences * (num_experts + 1)).view(num_sequences, num_experts + 1)[
+        :, 1:
+    ]
     agrees = (sequence_types[:, None] == expert_types).to(weight.dtype)
     z = weight * (1 + delta * (2 * agrees - 1))
     count = max(z.numel(), 1)
@@ -338,7 +341,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
     return -(probabilities * probabilities.clamp(min=_TINY).log()).sum(-1)  # keeps the gradient finite at 0
 
 
-def _totals(cells: Tensor, weights: Tensor, num_cells: int) -> Tensor:
+def total_weights(cells: Tensor, weights: Tensor, num_cells: int) -> Tensor:
     """[num_cells]: the sums of weights by cell, for weights and cells of one shape. One after another, millions of them
     lose digits in float32, and none counts beside 2^24."""
     totals = weights.new_zeros(num_cells, dtype=_exact(weights))

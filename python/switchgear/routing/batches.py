@@ -65,14 +65,13 @@ def batch_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     tokens = _tokens(named, args)
     rows, length = rows_and_length(tokens)
     device = tokens.device
-    mask, cache = named.get("attention_mask"), _cache(named)
+    mask, cache = mask_of(named.get("attention_mask")), _cache(named)
     counted = cached_in(named)
     real = real_tokens(mask, rows, length, counted)
-    if real is None and (isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.dim() > 2)):
-        got = list(mask.shape) if isinstance(mask, Tensor) else ", ".join(map(str, mask))
+    if real is None and isinstance(mask, Tensor) and mask.dim() > 2:
         raise ValueError(
             f"attention_mask: expected [B,L], or [B,1,1,L] or [B,1,S,L] with {rows} rows and columns for the cache and "
-            f"{length} tokens, got {got}"
+            f"{length} tokens, got {list(mask.shape)}"
         )
     cached, kept = counted or 0, None
     if real is not None and isinstance(mask, Tensor) and mask.dim() == 2:
@@ -116,6 +115,12 @@ def rows_and_length(tokens: Tensor) -> tuple[int, int]:
     return shape.numel() // max(length, 1), length
 
 
+def mask_of(mask: Any) -> Any:
+    """A call's attention_mask; of a dict of masks by kind of layer, as transformers makes for some models, the one of
+    full attention if there is one, else the first. None: nothing is masked but what is causal."""
+    return mask.get("full_attention", next(iter(mask.values()), None)) if isinstance(mask, Mapping) else mask
+
+
 def real_tokens(mask: Any, rows: int, length: int, cached: int | None) -> Tensor | None:
     """[B,S] bool, False for padding, from a call's attention_mask; None if the mask does not tell.
 
@@ -123,15 +128,16 @@ def real_tokens(mask: Any, rows: int, length: int, cached: int | None) -> Tensor
     True, or 0 if it is added to scores. The call's columns follow those of the cache; unfilled ones may be behind them.
     A token is padding if neither its own query nor a later one sees it.
 
-    mask: a dict of masks by kind of layer, too, as transformers makes for some models; "full_attention" counts.
-    cached: None if the call has no cache that tells: columns end with the call's tokens.
+    mask: or a dict of masks, as in mask_of. cached: None if the call has no cache that tells: columns end with the
+    call's tokens.
     """
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention")
+    mask = mask_of(mask)
     if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.shape[0] not in (1, rows):
         return None
-    first = mask.shape[-1] - length if mask.dim() == 2 or cached is None else cached
-    if first < 0 or first + length > mask.shape[-1]:
+    first = mask.shape[-1] - length  # also where a sliding window has dropped the first columns
+    if mask.dim() > 2 and cached is not None:
+        first = min(first, cached)
+    if first < 0:
         return None
     own = mask[..., first : first + length]
     if own.dim() == 2:

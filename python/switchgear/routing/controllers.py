@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite
-from switchgear.routing.balance import count_tokens, spans_processes, sum_over_processes
+from switchgear.routing.balance import count_tokens, spans_processes, sum_over_processes, total_weights
 from switchgear.routing.context import Context, check_not_negative, check_share, is_recomputing, made
 from switchgear.routing.counting import aside, unseen
 from switchgear.routing.ranking import finite
@@ -126,7 +126,7 @@ class AdaptiveSparsity(KeepsFloat32):
     f_e = E / (K·T) · tokens_per_expert[e]; it balances the load, and is 1 with balance=False. Per step, with the
     fraction S of pairs (token, expert) that were not chosen, λ ← λ · rate^sign((1 - K/E) - S). The paper shares one λ
     among all layers and divides by their number; here each layer has its own. λ stays within 1e-6 and 1e10 times
-    `initial`, a bound of ours: it comes back from there in about a hundred steps, and from 0 and infinity never.
+    `initial`, a bound of ours: it comes back from there in 76 and 126 steps of 1.2, and from 0 and infinity never.
 
     Args: top_k: K, the wanted average number of experts per token. initial, rate: of λ. balance. num_experts: E; the
     router passes it.
@@ -147,6 +147,8 @@ class AdaptiveSparsity(KeepsFloat32):
             raise ValueError(f"top_k: expected a number in (0, {num_experts}] (num_experts), got {top_k}")
         if not rate > 1:
             raise ValueError(f"rate: expected a number above 1, got {rate}")
+        if not abs(initial) * _MOST_GROWTH < torch.finfo(torch.float32).max:
+            raise ValueError(f"initial: expected a number that may grow by {_MOST_GROWTH:g} in float32, got {initial}")
         self.top_k, self.num_experts = top_k, num_experts
         self.initial, self.rate, self.balance = initial, rate, balance
         self.register_buffer("value", torch.tensor(initial, dtype=torch.float32))
@@ -231,10 +233,9 @@ class RunningCap(KeepsFloat32):
         return routing
 
     def _add(self, ids: Tensor, weights: Tensor) -> None:
-        totals = self.totals.new_zeros(len(self.totals) + 1)
-        totals = totals.scatter_add(0, ids.flatten().long() + 1, weights.flatten().to(totals.dtype))
+        added = total_weights(ids.long() + 1, weights, len(self.totals) + 1)[1:]
         self.totals -= self.totals.min()
-        self.totals += totals[1:]
+        self.totals += added
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}"

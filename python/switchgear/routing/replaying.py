@@ -40,9 +40,8 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
     Call by call, the model's sequences are the next ones of the record, however they are padded or packed; after the
     last one it begins again. A call that raises does not count: the next one gets its sequences. A token beyond the end
     of its recorded sequence is routed freely, as is padding: the last token that `generate` returns was never an input.
-    Gradient checkpointing repeats the choices of its forward, so call
-    backward inside the block. Ids and order of the choices are bit-equal to the record. Where the router would have
-    chosen the same, weights are too.
+    Gradient checkpointing repeats the choices of its forward, so call backward inside the block. Ids and order of the
+    choices are bit-equal to the record. Where the router would have chosen the same, weights are too.
 
     Args:
         model: as in `record`; other weights, wrappers, kernels or another attention implementation do not matter.

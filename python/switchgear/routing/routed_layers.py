@@ -19,7 +19,7 @@ from switchgear.routing.interventions import overridden_router
 from switchgear.routing.ranking import normalized, scores_of
 from switchgear.routing.router import Router
 from switchgear.utils.buffers import on_copies
-from switchgear.utils.wrappers import inner_model
+from switchgear.utils.wrappers import inner_model, plain_name
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _plain_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str
 
     while name and is_wrapper(modules[parent := name.rpartition(".")[0]]):
         name = parent
-    return name.removeprefix(f"{prefix}.") if prefix else name
+    return plain_name(name.removeprefix(f"{prefix}.") if prefix else name)
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def load(folder: AnyPath) -> Tiny:
             Domain(name, source, *(_read(folder / "text" / f"{name}.{part}") for part in ("calibration", "held_out")))
             for name, source in about["domains"].items()
         ]
-        dict(about["recipe"])
+        about["recipe"].items()
         Sensitivity(**{key: value for key, value in about["sensitivity"].items() if key != "accepted"})
         return Tiny(folder, about, domains)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -47,7 +47,7 @@ def _norms(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
     ones = torch.ones_like(ids, dtype=torch.float32 if block.is_ours else x.dtype)
     forward: Any = block.experts.forward  # not the module's call: hooks belong to the model's own calls
     y: Tensor = forward(rows, ids if block.is_ours else ids.long(), ones)
-    norms: Tensor = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(y.float(), dim=-1)
     return norms.reshape(topk_ids.shape).masked_fill(empty, 0)
 
 

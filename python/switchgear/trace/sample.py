@@ -8,7 +8,7 @@ from torch import Tensor
 
 from switchgear.routing.widths import stacked
 
-_KEYS = 2**62  # so many that none is the largest, as one of few would be before long, and no token equals another
+_KEYS = 2**62  # enough that two tokens hardly ever draw the same key
 
 
 class TokenSample:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-_INSIDE = ("_orig_mod", "_fsdp_wrapped_module")  # names of the model in wrappers of torch.compile and FSDP
+# Names of the module inside wrappers of torch.compile, FSDP, and torch's for activation checkpointing
+_INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -23,6 +24,11 @@ def without_peft(model: nn.Module) -> nn.Module:
     """The model inside a PeftModel; itself if it is none."""
     wrapper: Any = model
     return wrapper.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def plain_name(name: str) -> str:
+    """The name of a module without those of wrappers of modules around it."""
+    return ".".join(part for part in name.split(".") if part not in _INSIDE)
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
