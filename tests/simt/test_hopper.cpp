@@ -169,7 +169,7 @@ enum class MapUse { kAsDocumented, kNotReleased, kNotAcquired, kChangedLater };
 __global__ void replace_kernel(const __grid_constant__ CUtensorMap like, CUtensorMap* map, const uint16_t* data,
                                uint32_t rows, MapUse use) {
   if (threadIdx.x != 0) return;
-  *map = like;
+  __builtin_memcpy(static_cast<void*>(map), &like, sizeof like);  // also where it is not aligned
   ptx::tensor_map_replace_address(map, data);
   ptx::tensor_map_replace_size<1>(map, rows);
   if (use != MapUse::kNotReleased) ptx::fence_tensor_map_release();
