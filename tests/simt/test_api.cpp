@@ -19,6 +19,16 @@ __global__ void fill_kernel(int* out) {
   out[threadIdx.x] = tile[threadIdx.x];
 }
 
+// Of one warp, past launch(), which requests shared memory.
+template <typename... Parameters>
+cudaError_t launch_plainly(void (*kernel)(Parameters...), size_t shared_bytes, Parameters... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = 1;
+  config.blockDim = 32;
+  config.dynamicSmemBytes = shared_bytes;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 TEST(launches_that_a_device_refuses) {
   CHECK_FAILS("the grid is empty", launch(empty_kernel, 0, 32, 0, nullptr));
   CHECK_FAILS("the grid is too large", launch(empty_kernel, dim3(1, 65536), 32, 0, nullptr));
@@ -29,15 +39,11 @@ TEST(launches_that_a_device_refuses) {
 
 TEST(shared_memory_above_48_kb_must_be_asked_for) {
   std::vector<int> out(32);
-  cudaLaunchConfig_t config{};
-  config.gridDim = 1;
-  config.blockDim = 32;
-  config.dynamicSmemBytes = 60 << 10;
-  CHECK(cudaLaunchKernelEx(&config, fill_kernel, out.data()) == cudaErrorInvalidValue);
+  CHECK(launch_plainly(fill_kernel, 60 << 10, out.data()) == cudaErrorInvalidValue);
   CHECK(cudaGetLastError() == cudaErrorInvalidValue && cudaGetLastError() == cudaSuccess);
   launch(fill_kernel, 1, 32, 60 << 10, nullptr, out.data());  // requests it
   CHECK(out[31] == 31);
-  CHECK(cudaLaunchKernelEx(&config, fill_kernel, out.data()) == cudaSuccess);
+  CHECK(launch_plainly(fill_kernel, 60 << 10, out.data()) == cudaSuccess);
 }
 
 __global__ void both_kernel(int* out) {
@@ -48,15 +54,11 @@ __global__ void both_kernel(int* out) {
 }
 TEST(static_and_dynamic_shared_memory_count_together) {
   std::vector<int> out(32);
-  cudaLaunchConfig_t config{};
-  config.gridDim = 1;
-  config.blockDim = 32;
-  config.dynamicSmemBytes = 47 << 10;
-  CHECK(cudaLaunchKernelEx(&config, both_kernel, out.data()) == cudaSuccess);
-  config.dynamicSmemBytes += 16;
+  constexpr size_t kMost = 47 << 10;
+  CHECK(launch_plainly(both_kernel, kMost, out.data()) == cudaSuccess);
   CHECK_FAILS("1024 bytes of static and 48144 of dynamic, expected at most 49152",  // 256, and padding
-              cudaLaunchKernelEx(&config, both_kernel, out.data()));
-  launch(both_kernel, 1, 32, config.dynamicSmemBytes, nullptr, out.data());  // requests it
+              launch_plainly(both_kernel, kMost + 16, out.data()));
+  launch(both_kernel, 1, 32, kMost + 16, nullptr, out.data());  // requests it
   CHECK(out[31] == 1);
 }
 
@@ -67,12 +69,8 @@ __global__ void two_sizes_kernel(int* out) {
 // A graph, or a launch in another thread, may be between the request of a larger size and its use.
 TEST(launches_of_less_shared_memory_leave_the_limit) {
   std::vector<int> out(32);
-  cudaLaunchConfig_t config{};
-  config.gridDim = 1;
-  config.blockDim = 32;
-  config.dynamicSmemBytes = 64 << 10;
   for (const int size : {50, 64, 50}) launch(two_sizes_kernel, 1, 32, size << 10, nullptr, out.data());
-  CHECK(cudaLaunchKernelEx(&config, two_sizes_kernel, out.data()) == cudaSuccess);
+  CHECK(launch_plainly(two_sizes_kernel, 64 << 10, out.data()) == cudaSuccess);
 }
 
 __global__ void __launch_bounds__(64) bounded_kernel() {}

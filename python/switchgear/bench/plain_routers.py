@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear.reference import policies
-from switchgear.routing import Context, ranking
+from switchgear.routing import BalancedAssignment, Context, ranking
 
 
 def plan(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,5 +248,5 @@ def rerouted(logits: Tensor, k: int, factor: float) -> tuple[Tensor, Tensor]:
 
 
 def balanced_assignment(logits: Tensor) -> tuple[Tensor, Tensor]:
-    ids = policies.assign_balanced(logits.float(), None, 1, -1.0, 1000)[:, None]
+    ids = policies.assign_balanced(logits.float(), None, 1, -1.0, BalancedAssignment.max_iterations)[:, None]
     return ids, logits.float().sigmoid().gather(1, ids.long())

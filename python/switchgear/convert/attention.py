@@ -149,7 +149,8 @@ class MixtureOfAttention(nn.Module):
         is_causal = self.causal and mask is None and k.shape[2] == length
         if self.causal and mask is None and not is_causal:  # a static cache has room for later keys, a sliding one cuts
             before = min(int(cache.get_seq_length(self.layer_idx)), k.shape[2]) - length
-            mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+            if before + 1 < k.shape[2]:  # else a single token sees all
+                mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(before)
         dropout = self.dropout if self.training else 0.0
         a = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scaling)
         a = a.transpose(1, 2).reshape(batch, length, self.num_experts, -1)

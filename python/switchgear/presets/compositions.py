@@ -148,8 +148,8 @@ def stratified(*, strata: Sequence[int] | None = None, top_k: int = 2, balance: 
 
     The layer includes norm and residual. Experts accept at most top_k · T_i / E_i of the T_i tokens at a gate that sees
     E_i experts, in evaluation too, so sequences of a batch compete; with Capacity(…, scope="sequence") they do not. The
-    default strata (E/4, E/4, E/2) are the paper's for 16 experts; its best are (2, 2, 2, 2) and
-    (4, 12). The authors' code divides the two weights by their sum (normalize=True), and differs in norms and residuals.
+    default strata (E/4, E/4, E/2) are the paper's for 16 experts; its best are (2, 2, 2, 2) and (4, 12). The authors'
+    code divides the two weights by their sum (normalize=True), and differs in norms and residuals.
     """  # noqa: E501
     return {
         "layer": stratified_moe,

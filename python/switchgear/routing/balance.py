@@ -320,9 +320,8 @@ def localized_balance_loss(
     """
     num_experts, num_sequences = len(expert_types), len(sequence_types)
     cells = sequence_ids.long()[:, None] * (num_experts + 1) + topk_ids.long() + 1
-    weight = total_weights(cells, topk_weights, num_sequences * (num_experts + 1)).view(num_sequences, num_experts + 1)[
-        :, 1:
-    ]
+    weight = total_weights(cells, topk_weights, num_sequences * (num_experts + 1))
+    weight = weight.view(num_sequences, num_experts + 1)[:, 1:]
     agrees = (sequence_types[:, None] == expert_types).to(weight.dtype)
     z = weight * (1 + delta * (2 * agrees - 1))
     count = max(z.numel(), 1)

@@ -62,7 +62,9 @@ class Batch:
 def batch_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
     """Raises ValueError for a call that has no tokens among its arguments, or a mask that does not tell padding."""
     named = arguments_by_name(model, args, kwargs)
-    tokens = _tokens(named, args)
+    tokens = tokens_of(named, args)
+    if tokens is None:
+        raise ValueError("model: expected tokens among its arguments, got none")
     rows, length = rows_and_length(tokens)
     device = tokens.device
     mask, cache = mask_of(named.get("attention_mask")), _cache(named)
@@ -100,12 +102,13 @@ def batch_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return Batch(real.flatten(), sequence.flatten(), count, token_ids, rows, cached, kept, counter)
 
 
-def _tokens(named: dict[str, Any], args: tuple[Any, ...]) -> Tensor:
+def tokens_of(named: Mapping[str, Any], args: tuple[Any, ...]) -> Tensor | None:
+    """The token ids [...,S] or embeddings [...,S,H] among a call's arguments."""
     names = ("input_ids", "token_ids", "inputs_embeds", "hidden_states", "x")
     for value in (*(named.get(name) for name in names), *args, *named.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
             return value
-    raise ValueError("model: expected tokens among its arguments, got none")
+    return None
 
 
 def rows_and_length(tokens: Tensor) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.routing.batches import arguments_by_name, cached_in, real_tokens, rows_and_length
+from switchgear.routing.batches import arguments_by_name, cached_in, real_tokens, rows_and_length, tokens_of
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.router import Router
@@ -200,8 +200,8 @@ class Inputs:
                 self._ids[prefix] = found
             if (mask := named.get(f"{prefix}attention_mask")) is not None:
                 self._masks[prefix] = mask
-        tokens = (named.get("input_ids"), named.get("inputs_embeds"), *args)
-        self._rows = next((rows_and_length(v)[0] for v in tokens if isinstance(v, Tensor) and v.dim() > 0), 1)
+        if (tokens := tokens_of(named, args)) is not None:
+            self._rows, _ = rows_and_length(tokens)
         if any(not isinstance(mask, Tensor) or mask.dim() > 2 for mask in self._masks.values()):
             self._cached = cached_in(named)  # a mask [B,L] needs no reading of a device
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Functions of other libraries that are extended in place, once however often that is asked for."""
+"""Extends functions of other libraries in place, once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _MARK = "switchgear_original"
 
 
 def extend_once(owner: Any, name: str, extended: Callable[[Any], Any]) -> None:
-    """Replaces a function of a class or a module by extended(function). Does nothing if the owner is None or lacks it,
-    as in other versions of a library."""
+    """Replaces a function of a class or a module by extended(function). Does nothing if that has been done, or if the
+    owner is None or lacks it, as in other versions of a library."""
     original = getattr(owner, name, None)
     if original is not None and not is_extended(original):
         function = extended(original)
