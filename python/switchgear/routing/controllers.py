@@ -126,7 +126,7 @@ class AdaptiveSparsity(KeepsFloat32):
     f_e = E / (K·T) · tokens_per_expert[e]; it balances the load, and is 1 with balance=False. Per step, with the
     fraction S of pairs (token, expert) that were not chosen, λ ← λ · rate^sign((1 - K/E) - S). The paper shares one λ
     among all layers and divides by their number; here each layer has its own. λ stays within 1e-6 and 1e10 times
-    `initial`, a bound of ours: it comes back from there in about 76 and 126 steps of 1.2, and from 0 and infinity never.
+    `initial`, a bound of ours: it comes back from there in about 76 and 126 steps of 1.2, from 0 and infinity never.
 
     Args: top_k: K, the wanted average number of experts per token. initial, rate: of λ. balance. num_experts: E; the
     router passes it.
