@@ -37,6 +37,8 @@ ALLOWED = (
     r"the system (gives no huge pages|has no list of nodes|does not interleave memory)",
     r"no control group can be made: .*",
     r"the kernel has no MADV_COLLAPSE .*",
+    # where the sources are from
+    r"not a clone of the repository",
     # what a device does not do
     r".* (is|are) for the CPU(, and weights on other devices are refused)?",
     r"values in device memory are not checked",

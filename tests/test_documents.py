@@ -207,6 +207,17 @@ def test_architecture_lists_the_package() -> None:
     assert len(folders) == len(set(folders))
 
 
+def test_architecture_names_every_folder_of_the_top_level() -> None:
+    """A folder that a command left behind must not be committed."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone of the repository")
+    command = ["git", "ls-files"]
+    tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    folders = {name.split("/")[0] for name in tracked if "/" in name} - {".github"}
+    text = (ROOT / "docs/architecture.md").read_text()
+    assert not [folder for folder in sorted(folders) if not re.search(rf"(?<!\w){re.escape(folder)}/", text)]
+
+
 def test_help_of_make_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)) - {"help"}
