@@ -91,7 +91,7 @@ MISTAKES = {
         Mistake("elastic.py", "gradients of experts are averaged", " and name not in experts\n", "\n"),
     ),
     "moving": (
-        Mistake("moves.py", "the optimizer's state stays",
+        Mistake("training.py", "the optimizer's state stays",
                 "for key in sorted(rows)]", "for key in ()]"),
         Mistake("moves.py", "experts are in another order", "in enumerate(mine):", "in enumerate(reversed(mine)):"),
         Mistake("moves.py", "the first experts of a rank move", "[number[e] for experts in sent for e in experts]",

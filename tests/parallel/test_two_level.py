@@ -188,8 +188,8 @@ def fixed_order(rank: int, case: Case) -> None:
         made(self, *args)
         self._free_order = False
 
-    def with_a_backend(parallel: ExpertParallel, device: torch.device, channel: str, store: Any) -> Any:
-        part = opened(parallel, device, channel, store)
+    def with_a_backend(*args: Any, **options: Any) -> Any:
+        part: Any = opened(*args, **options)
         part.below = BackendTransport(part.below._group)
         return part
 

@@ -18,7 +18,7 @@ ffn.py      the weights of a feed-forward network; modules.py: where a model has
 upcycle.py  a network into experts that compute the same; split.py: into parts of it; layers.py: into experts
             that learn its output; experts.py: networks that were trained apart; attention.py: attention layers
 gates.py    routers of these experts; perplexity.py: routing without training
-dense.py    experts into one network; average.py: models into one
+dense.py    an MoE layer into a dense one; one_network.py: networks into one; average.py: models into one
 """
 
 from switchgear.convert.attention import MixtureOfAttention, ParallelBlock, attention_from_experts, attention_to_moe

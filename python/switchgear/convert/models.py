@@ -173,7 +173,7 @@ def _mean_embedding(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dic
 
 
 def dense_model(
-    model: Any, method: str, *, weights: Sequence[float] | None = None, rank: int | None = None
+    model: Any, method: str, *, weights: Sequence[float] | Tensor | None = None, rank: int | None = None
 ) -> Conversion:
     """See to_dense."""
     plan = dense_plan(config_of(model), tensors_of(model), method, weights=weights, rank=rank)

@@ -6,13 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from switchgear.complaints import check_switch
 from switchgear.convert.average import Merging, check_same, check_wide
 from switchgear.convert.checks import check_moe, check_random
-from switchgear.convert.dense import PlainExperts, check_options, to_dense
 from switchgear.convert.families import (
     FAMILIES,
     PARTS,
@@ -26,7 +24,8 @@ from switchgear.convert.families import (
     moe_config,
     num_experts_of,
 )
-from switchgear.convert.ffn import FeedForward, feed_forward
+from switchgear.convert.ffn import FeedForward
+from switchgear.convert.one_network import check_options, one_network
 from switchgear.convert.plans import ConversionPlan, Item, Once, Source, Split, collected, copied, split, upcycled
 
 PADDED = 8  # neurons; transformers' grouped_mm reads rows of multiples of 16 bytes
@@ -167,14 +166,14 @@ def merged_items(sources: Sequence[Source], base: Source | None, merging: Mergin
 
 
 def dense_plan(
-    config: Mapping[str, Any], source: Source, method: str = "mean", *, weights: Sequence[float] | None = None,
-    rank: int | None = None,
+    config: Mapping[str, Any], source: Source, method: str = "mean", *,
+    weights: Sequence[float] | Tensor | None = None, rank: int | None = None,
 ) -> ConversionPlan:  # fmt: skip
     """A dense model of an MoE one: mixtral -> mistral, qwen3_moe -> qwen3; see to_dense."""
     made, layers = dense_config(config)
     family = FAMILIES[str(config["model_type"])]
     count = num_experts_of(config, family)
-    check_options(method, weights, rank, count)
+    shares = check_options(method, weights, rank, count)
     fused = f"model.layers.{{}}.{family.fused_block}.experts."
     width, hidden = int(made["intermediate_size"]), int(made["hidden_size"])
     items, replaced = [], []
@@ -188,12 +187,11 @@ def dense_plan(
         def network(layer: int = layer, keys: list[str] = keys, is_fused: bool = is_fused) -> FeedForward:
             if is_fused:
                 gate_up, down = (source.read(key) for key in keys)
+                networks = [FeedForward(*first.chunk(2), last) for first, last in zip(gate_up, down, strict=True)]
             else:
-                read = {p: [source.read(family.expert(layer, e, p)) for e in range(count)] for p in PARTS}
-                gate_up = torch.cat((torch.stack(read["gate_proj"]), torch.stack(read["up_proj"])), 1)
-                down = torch.stack(read["down_proj"])
-            experts = PlainExperts(gate_up, down, str(config.get("hidden_act", "silu")))
-            return feed_forward(to_dense(experts, method, weights=weights, rank=rank))
+                experts = ([source.read(family.expert(layer, e, part)) for part in PARTS] for e in range(count))
+                networks = [FeedForward(*tensors) for tensors in experts]
+            return one_network(networks, method, shares, rank)
 
         once = Once(network)
         for part, shape in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,9 @@ from torch._C._distributed_c10d import PrefixStore
 
 from switchgear.parallel import shared_memory
 from switchgear.parallel import transport as transports
+from switchgear.parallel.nodes import Nodes
+from switchgear.parallel.peers import Peers
 from switchgear.parallel.transport import Transport, Work
-
-if TYPE_CHECKING:
-    from switchgear.parallel.group import ExpertParallel
 
 CHANNELS = ("between dispatch", "within dispatch", "within combine", "between combine")
 
@@ -39,16 +38,21 @@ class Part:
         self.below.close()
 
 
-def open_channel(parallel: ExpertParallel, device: torch.device, channel: str, store: Any) -> Transport:
-    """Collective: all ranks open the same channels in the same order."""
-    nodes, rank = parallel.nodes, parallel.rank
+def open_channel(
+    channel: str, peers: Peers, nodes: Nodes, device: torch.device, store: Any, *, share_memory: bool
+) -> Transport:
+    """Collective: all ranks open the same channels in the same order.
+
+    share_memory: whether ranks of one machine may send rows through shared memory; else by gloo.
+    """
+    rank = peers.rank
     ranks = nodes.same(rank) if channel.startswith("within") else nodes.rail(rank)
     if len(ranks) == 1:
         return Part(_Copy(), ranks)
     # Ranks of another sub-group have keys of their own.
     own = PrefixStore(f"{channel}/{','.join(map(str, ranks))}", store)
     if device.type == "cpu":
-        return Part(_on_host(parallel, ranks, own), ranks)
+        return Part(_on_host(peers, ranks, own, share_memory), ranks)
     # dist.new_group takes all processes of the job, or names groups by their number, which may differ between ranks.
     if device.type != "cuda":
         raise ValueError(f"nodes: expected None for tensors on {device.type}")
@@ -70,13 +74,13 @@ class _Copy:
         pass
 
 
-def _on_host(parallel: ExpertParallel, ranks: Sequence[int], store: Any) -> Transport:
-    rank, size, seconds, is_over = ranks.index(parallel.rank), len(ranks), parallel.timeout, parallel.peers.is_over()
-    together = len({parallel.peers.hosts[r] for r in ranks}) == 1
-    if parallel._transport != "gloo" and together and shared_memory.available():
+def _on_host(peers: Peers, ranks: Sequence[int], store: Any, share_memory: bool) -> Transport:
+    rank, size, is_over = ranks.index(peers.rank), len(ranks), peers.is_over()
+    together = len({peers.hosts[r] for r in ranks}) == 1
+    if share_memory and together and shared_memory.available():
         made = shared_memory.SharedMemoryTransport(rank, size, store, is_over)
         if not made.problem:
             return made
         made.discard()
         warnings.warn(f"rows are sent by gloo, since shared memory cannot be opened: {made.problem}", stacklevel=2)
-    return transports.GlooTransport(rank, size, PrefixStore("instead", store), seconds, is_over)
+    return transports.GlooTransport(rank, size, PrefixStore("instead", store), peers.timeout, is_over)

@@ -297,7 +297,13 @@ class ExpertParallel:
         channel of a two-level exchange (channels.py)."""
         if channel and f"{device.type} {channel}" not in self._transports:
             store = PrefixStore(device.type, self._channel_store)
-            made = self.peers.run(lambda: {c: open_channel(self, device, c, store) for c in CHANNELS})
+            share_memory = self._transport != "gloo"
+
+            def open_channels() -> dict[str, transports.Transport]:
+                around = self.peers, self.nodes, device, store
+                return {channel: open_channel(channel, *around, share_memory=share_memory) for channel in CHANNELS}
+
+            made = self.peers.run(open_channels)
             for name, transport in made.items():
                 self._transports[f"{device.type} {name}"] = self._throttled(transport)
         if not channel and device.type not in self._transports:

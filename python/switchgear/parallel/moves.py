@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,10 @@ from switchgear.parallel import checkpoint
 from switchgear.parallel.errors import ExpertParallelError, Failure
 from switchgear.parallel.experts import ParallelExperts, expert_parameters
 from switchgear.parallel.placement import Placement, keep_experts
+from switchgear.parallel.training import Lost, Training, parallel_experts, row_keys
 from switchgear.parallel.transfer import agree, gather, of_bytes, send_rows, to_bytes
 from switchgear.routing.change import Change
 from switchgear.routing.interventions import Changed
-
-if TYPE_CHECKING:
-    from switchgear.parallel.elastic import Training
-
-Lost = dict[str, tuple[int, ...]]  # experts by layer
 
 
 @dataclass(frozen=True)
@@ -64,10 +60,6 @@ class Moved:
     bytes: int
     restored: Lost  # from the checkpoint
     lost: Lost
-
-
-def parallel_experts(model: nn.Module) -> dict[str, ParallelExperts]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, ParallelExperts)}
 
 
 def redistribute(
@@ -133,21 +125,8 @@ def _state(training: Training, layers: dict[str, ParallelExperts]) -> dict[str, 
         "backend": training.parallel.default_backend,
         "held": {name: [] if empty else list(module._mine) for name, module in layers.items()},
         "lost": {name: list(module.lost) for name, module in layers.items()},
-        "rows": [] if empty else keys(training, layers),
+        "rows": [] if empty else row_keys(training, layers),
     }
-
-
-def keys(training: Training, layers: dict[str, ParallelExperts]) -> list[list[str]]:
-    """(layer, parameter, state) of all tensors with a row per expert; the state "" is the parameter itself. Raises
-    ValueError for a state of experts that can neither move nor stay."""
-    found = []
-    for name, module in layers.items():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            state = training.optimizer.state.get(parameter, {})
-            found.append([name, parameter_name, ""])
-            rows = checkpoint.row_states(f"{name}.{parameter_name}".lstrip("."), parameter, state)
-            found += [[name, parameter_name, key] for key in sorted(rows)]
-    return found
 
 
 def _rows(training: Training, layer: str, parameter_name: str, state: str) -> Tensor:
