@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from switchgear.complaints import check_switch
@@ -186,12 +187,12 @@ def dense_plan(
 
         def network(layer: int = layer, keys: list[str] = keys, is_fused: bool = is_fused) -> FeedForward:
             if is_fused:
-                gate_up, down = (source.read(key) for key in keys)
-                networks = [FeedForward(*first.chunk(2), last) for first, last in zip(gate_up, down, strict=True)]
+                gate_up, downs = (source.read(key) for key in keys)
+                gates, ups = gate_up.chunk(2, 1)
             else:
-                experts = ([source.read(family.expert(layer, e, part)) for part in PARTS] for e in range(count))
-                networks = [FeedForward(*tensors) for tensors in experts]
-            return one_network(networks, method, shares, rank)
+                read = ([source.read(family.expert(layer, e, part)) for e in range(count)] for part in PARTS)
+                gates, ups, downs = map(torch.stack, read)
+            return one_network(list(map(FeedForward, gates, ups, downs)), method, shares, rank)
 
         once = Once(network)
         for part, shape in (
