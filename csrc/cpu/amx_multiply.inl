@@ -89,7 +89,7 @@ class RowProduct {
     float* const tiles = reinterpret_cast<float*>(scratch(kTilesBegin));
     pack(tiles, k, depth, steps);
     Ahead next = k + depth < p_.depth ? Ahead{} : ahead();
-    next.spread_over(kAsksPerStep * steps * tiles_of(groups_, 2) * 2);
+    next.spread_over(kPointsPerStep * steps * tiles_of(groups_, 2) * 2);
     float* const last_sums = reinterpret_cast<float*>(scratch(kSumsBegin));  // of fewer than 16 rows
     const bool adds = p_.accumulate || k > 0;
     for (int64_t g = 0; g < groups_; g += 2) {

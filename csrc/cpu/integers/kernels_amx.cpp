@@ -50,7 +50,7 @@ class TileProduct {
     if (product.next != nullptr) {
       ahead_ = {reinterpret_cast<const char*>(product.next), 1, 0, blocks_ * block_bytes_};
     }
-    ahead_.spread_over(kAsksPerStep * tiles_of(product.b.words, kTile) * tiles_of(groups_of_rows_, 2) *
+    ahead_.spread_over(kPointsPerStep * tiles_of(product.b.words, kTile) * tiles_of(groups_of_rows_, 2) *
                        tiles_of(blocks_, 2));
   }
 
