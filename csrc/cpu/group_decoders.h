@@ -39,9 +39,8 @@ constexpr int kSplitCode = 15;  // of 3 bits: bit 15 of each of three vectors
 #if defined(__AVX512BW__)
 typedef __m512i Codes;
 inline Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline Codes merge(Codes mask, Codes a, Codes b) {
-  return _mm512_ternarylogic_epi32(mask, a, b, 0xea);
-}  // mask & a | b
+// mask & a | b
+inline Codes merge(Codes mask, Codes a, Codes b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xea); }
 
 inline Codes split_codes(const Codes (&v)[3]) {
   const Codes low = _mm512_srli_epi16(v[0], 15);

@@ -26,8 +26,7 @@ class Counter {
   Counter(int64_t count, int) : count_(count) {}
 
   // passed: the shares that the thread has gone through. Returns -1 at the end.
-  int64_t take(int, int& passed) {
-    (void)passed;
+  int64_t take(int, int& /*passed*/) {
     const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
     return i < count_ ? i : -1;
   }
