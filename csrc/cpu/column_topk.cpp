@@ -64,7 +64,7 @@ void column_topk(const ColumnTopkArgs& args, const Context& context) {
   const Kernels& k = context.kernels;
   const TensorView& values = args.values;
   const int64_t num_tokens = values.shape[0], num_experts = values.shape[1], num_sequences = args.limits.shape[0];
-  const int32_t* sequence_ids = args.sequence_ids.defined() ? args.sequence_ids.as<const int32_t>() : nullptr;
+  const int32_t* sequence_ids = args.sequence_ids.as<const int32_t>();  // may be null
   const int32_t* limits = args.limits.as<const int32_t>();
   int32_t* topk_ids = args.topk_ids.as<int32_t>();
   const int num_threads = context.num_threads;

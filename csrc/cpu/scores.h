@@ -4,8 +4,10 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "ranking.h"
+#include "switchgear/tensor.h"
 
 namespace switchgear::cpu {
 
@@ -22,6 +24,17 @@ inline float max_of(const float* values, int64_t n) {
   }
   for (; i < n; ++i) lanes[0] = std::max(lanes[0], values[i]);
   return *std::max_element(lanes, lanes + kLanes);
+}
+
+// The selection bias of the experts, empty if there is none. -Inf, which closes an expert, and NaN become the lowest number.
+inline std::vector<float> sanitised_bias(const TensorView& selection_bias) {
+  std::vector<float> bias;
+  if (selection_bias.defined()) {
+    const float* values = selection_bias.as<const float>();
+    bias.assign(values, values + selection_bias.numel());
+    std::transform(bias.begin(), bias.end(), bias.begin(), sanitise);
+  }
+  return bias;
 }
 
 // Divides the weights of the chosen experts by their sum if `normalize`, then multiplies them by `scale`.
