@@ -19,8 +19,6 @@
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kGrainScores = 16384;
-
 // The precedence of choice i = t·K + k: the lowest value wins, and no two are equal.
 struct Precedence {
   Drop drop;
@@ -103,8 +101,7 @@ void fit_capacity(const FitCapacityArgs& args, const Context& context) {
     if (first_lost(t) >= 0) waiting.push_back({.token = static_cast<int32_t>(t)});
   }
   std::vector<int64_t> heaps(waiting.size() * num_experts);
-  const int64_t grain = std::max<int64_t>(1, kGrainScores / num_experts);
-  parallel_for_ranges(num_threads, std::ssize(waiting), grain, [&](int64_t begin, int64_t end, int) {
+  parallel_for_ranges(num_threads, std::ssize(waiting), grain_rows(num_experts), [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       Waiting& w = waiting[i];
       w.heap = heaps.data() + i * num_experts;

@@ -11,9 +11,6 @@
 
 namespace switchgear::cpu {
 
-constexpr int64_t kGrainLogits = 16384;  // about 50 µs of work; less is not worth waking a thread
-inline int64_t grain_rows(int64_t num_experts) { return std::max<int64_t>(1, kGrainLogits / num_experts); }
-
 inline float max_of(const float* values, int64_t n) {
   constexpr int kLanes = 8;  // breaks the chain of dependent comparisons
   float lanes[kLanes];

@@ -128,4 +128,7 @@ void parallel_for_ranges(int num_threads, int64_t count, int64_t grain, Task&& t
   parallel_for(num_threads, chunks, range, loop);
 }
 
+// A grain of rows of scores: about 50 µs of work. Less is not worth waking a thread.
+inline int64_t grain_rows(int64_t num_experts) { return num_experts < 16384 ? 16384 / num_experts : 1; }
+
 }  // namespace switchgear::cpu
