@@ -213,7 +213,8 @@ void register_cases(int all_threads) {
 }
 
 template <typename... Ops>
-int bench_main(int argc, char** argv, int all_threads) {
+int bench_main(int argc, char** argv) {
+  const int all_threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
   benchmark::AddCustomContext("isa", cpu_isa());
@@ -228,11 +229,6 @@ int bench_main(int argc, char** argv, int all_threads) {
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
   return 0;
-}
-
-template <typename... Ops>
-int bench_main(int argc, char** argv) {
-  return bench_main<Ops...>(argc, argv, static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
 }
 
 }  // namespace switchgear::bench

@@ -8,17 +8,13 @@ namespace {
 struct Matrices {
   Matrices(int64_t E, int64_t rows, int64_t cols, int64_t parts, int64_t bits, int64_t group_size, bool symmetric)
       : E(E), rows(rows), cols(cols), parts(parts), bits(bits), group_size(group_size) {
-    const int64_t B = parts * ((rows / parts + 15) / 16), W = (cols + 7) / 8 * (bits == 8 ? 2 : 1);
-    const int64_t G = group_size == 0 ? 1 : (cols + group_size - 1) / group_size;
-    values = bytes(DType::kUInt8, {E, B, W, 64}, 1, 1, 255);
-    scales = bytes(DType::kInt8, {E, B, G, 16}, 2, 60, 127);
+    values = bytes(E * B * W * 64, 1, 1, 255);
+    scales = bytes(E * B * G * 16, 2, 60, 127);
     row_scales.assign(static_cast<size_t>(E * B * 16),
                       static_cast<float>(1.0 / 60 / (bits == 8 ? 127 : 8) / std::sqrt(static_cast<double>(cols))));
-    if (!symmetric) zeros = bytes(DType::kUInt8, {E, B, G, 16}, 3, 100, 156);
+    if (!symmetric) zeros = bytes(E * B * G * 16, 3, 100, 156);
   }
-  static std::vector<uint8_t> bytes(DType, std::vector<int64_t> shape, uint64_t seed, int low, int high) {
-    int64_t count = 1;
-    for (const int64_t size : shape) count *= size;
+  static std::vector<uint8_t> bytes(int64_t count, uint64_t seed, int low, int high) {
     std::vector<uint8_t> data(static_cast<size_t>(count));
     test::Random random(seed);
     constexpr int64_t kPeriod = 999'983;
@@ -29,8 +25,6 @@ struct Matrices {
     return data;
   }
   Weight matrices() const {
-    const int64_t B = parts * ((rows / parts + 15) / 16), W = (cols + 7) / 8 * (bits == 8 ? 2 : 1);
-    const int64_t G = group_size == 0 ? 1 : (cols + group_size - 1) / group_size;
     Weight m{.format = bits == 8 ? Format::kInt8 : Format::kInt4,
              .data = view(const_cast<uint8_t*>(values.data()), DType::kUInt8, E, B, W, 64),
              .scales = view(const_cast<uint8_t*>(scales.data()), DType::kInt8, E, B, G, 16),
@@ -43,13 +37,12 @@ struct Matrices {
     return m;
   }
   double weight(int64_t e, int64_t row, int64_t col) const {  // as integers.h defines it
-    const Weight m = matrices();
     const int64_t per_part = rows / parts, block = row / per_part * ((per_part + 15) / 16) + row % per_part / 16;
-    const int64_t at = e * m.data.shape[1] + block, lane = 4 * (row % per_part % 16) + col % 4;
-    const int byte = values[static_cast<size_t>((at * m.data.shape[2] + col / (bits == 8 ? 4 : 8)) * 64 + lane)];
+    const int64_t at = e * B + block, lane = 4 * (row % per_part % 16) + col % 4;
+    const int byte = values[static_cast<size_t>((at * W + col / (bits == 8 ? 4 : 8)) * 64 + lane)];
     const int q = bits == 8 ? byte : col % 8 < 4 ? byte & 15 : byte >> 4;
     const int64_t g = group_size == 0 ? 0 : col / group_size;
-    const auto group = static_cast<size_t>((at * m.scales.shape[2] + g) * 16 + row % per_part % 16);
+    const auto group = static_cast<size_t>((at * G + g) * 16 + row % per_part % 16);
     const double zero = (zeros.empty() ? 128.0 : zeros[group]) / (bits == 8 ? 1 : 16);
     const auto row_at = static_cast<size_t>(at * 16 + row % per_part % 16);
     return static_cast<double>(row_scales[row_at]) * static_cast<int8_t>(scales[group]) * (q - zero);
@@ -57,6 +50,9 @@ struct Matrices {
   double num_bytes() const { return static_cast<double>(values.size() + scales.size() + zeros.size()); }
 
   int64_t E, rows, cols, parts, bits, group_size;
+  // Blocks of 16 rows, words of 64 bytes, and groups.
+  int64_t B = parts * ((rows / parts + 15) / 16), W = (cols + 7) / 8 * (bits == 8 ? 2 : 1);
+  int64_t G = group_size == 0 ? 1 : (cols + group_size - 1) / group_size;
   std::vector<uint8_t> values, scales, zeros;
   std::vector<float> row_scales;
 };

@@ -281,10 +281,7 @@ Arrays::Borrowed Arrays::borrow(const char* name, py::handle array, bool allocat
   return borrowed;
 }
 
-Arrays::Loaded Arrays::load(const char* name, py::handle array, bool allocated_by_op) {
-  const Borrowed borrowed = borrow(name, array, allocated_by_op);
-  return {view_of(name, borrowed.tensor), borrowed.read_only};
-}
+TensorView Arrays::in(const char* name, py::handle array) { return view_of(name, borrow(name, array).tensor); }
 
 void* Arrays::memory(const char* name, py::handle array, int64_t bytes) {
   const DLTensor tensor = borrow(name, array).tensor;
@@ -300,10 +297,11 @@ TensorView Arrays::out(const char* name, py::handle array) { return writable(nam
 TensorView Arrays::in_out(const char* name, py::handle array) { return writable(name, array, false); }
 
 TensorView Arrays::writable(const char* name, py::handle array, bool allocated_by_op) {
-  const Loaded loaded = load(name, array, allocated_by_op);
-  SWITCHGEAR_CHECK(ValueError, !loaded.read_only, name, ": expected a writable array, got a read-only ",
-                   describe(loaded.view));
-  return loaded.view;
+  const Borrowed borrowed = borrow(name, array, allocated_by_op);
+  const TensorView view = view_of(name, borrowed.tensor);
+  SWITCHGEAR_CHECK(ValueError, !borrowed.read_only, name, ": expected a writable array, got a read-only ",
+                   describe(view));
+  return view;
 }
 
 Weight Arrays::weight(const char* name, py::handle tensors, py::handle form) {

@@ -26,7 +26,7 @@ class Arrays {
   Arrays() = default;
   explicit Arrays(uintptr_t stream) : stream_(stream) {}  // a cudaStream_t; 0 is the default stream
 
-  TensorView in(const char* name, pybind11::handle array) { return load(name, array).view; }
+  TensorView in(const char* name, pybind11::handle array);
   TensorView in_or_none(const char* name, pybind11::handle array) {
     return array.is_none() ? TensorView{} : in(name, array);
   }
@@ -52,12 +52,7 @@ class Arrays {
 
  private:
   struct Borrowed;
-  struct Loaded {
-    TensorView view;
-    bool read_only = false;
-  };
   Borrowed borrow(const char* name, pybind11::handle array, bool allocated_by_op = false);
-  Loaded load(const char* name, pybind11::handle array, bool allocated_by_op = false);
   TensorView writable(const char* name, pybind11::handle array, bool allocated_by_op);
   Weight separate(const char* name, pybind11::sequence weights);
 

@@ -84,12 +84,10 @@ struct Extent {
 
 Extent extent_of(const TensorView& tensor) {
   if (tensor.numel() == 0) return {};
-  const auto item = static_cast<uintptr_t>(size_of(tensor.dtype));
-  uintptr_t last = 0;
-  for (int i = 0; i < tensor.ndim; ++i) last += static_cast<uintptr_t>(tensor.stride[i] * (tensor.shape[i] - 1));
   const auto begin = reinterpret_cast<uintptr_t>(tensor.data);
-  Extent extent{.begin = begin, .end = begin + (last + 1) * item};
+  Extent extent{.begin = begin, .end = begin + static_cast<uintptr_t>(tensor.extent())};
   if (tensor.ndim == 2 && unit_stride(tensor, 1)) {
+    const auto item = static_cast<uintptr_t>(size_of(tensor.dtype));
     extent.period = static_cast<uintptr_t>(tensor.stride[0]) * item;
     extent.width = static_cast<uintptr_t>(tensor.shape[1]) * item;
   }
@@ -158,22 +156,16 @@ void Call::check_device(const char* name, const TensorView& tensor) {
 void Call::check_type(const char* name, const TensorView& tensor, Kind kind, Shape shape) {
   SWITCHGEAR_CHECK(ValueError, tensor.defined(), name, ": expected shape ", to_string(shape), ", got none");
   check_device(name, tensor);
+  const auto check_dtype = [&](DType expected) {
+    SWITCHGEAR_CHECK(TypeError, tensor.dtype == expected, name, ": expected ", name_of(expected), ", got ",
+                     describe(tensor));
+  };
   switch (kind) {
-    case Kind::kInt32:
-      SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kInt32, name, ": expected int32, got ", describe(tensor));
-      break;
-    case Kind::kUInt8:
-      SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kUInt8, name, ": expected uint8, got ", describe(tensor));
-      break;
-    case Kind::kFloat16:
-      SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kFloat16, name, ": expected float16, got ", describe(tensor));
-      break;
-    case Kind::kInt8:
-      SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kInt8, name, ": expected int8, got ", describe(tensor));
-      break;
-    case Kind::kFloat32:
-      SWITCHGEAR_CHECK(TypeError, tensor.dtype == DType::kFloat32, name, ": expected float32, got ", describe(tensor));
-      break;
+    case Kind::kInt32: check_dtype(DType::kInt32); break;
+    case Kind::kUInt8: check_dtype(DType::kUInt8); break;
+    case Kind::kFloat16: check_dtype(DType::kFloat16); break;
+    case Kind::kInt8: check_dtype(DType::kInt8); break;
+    case Kind::kFloat32: check_dtype(DType::kFloat32); break;
     case Kind::kFloat:
       SWITCHGEAR_CHECK(TypeError, is_float(tensor.dtype), name, ": expected float32, bfloat16 or float16, got ",
                        describe(tensor));

@@ -19,14 +19,8 @@ struct Dim {
   int64_t size = kUnknown;
 };
 
-enum class Kind : uint8_t {
-  kFloat,
-  kFloat32,
-  kFloat16,
-  kInt32,
-  kInt8,
-  kUInt8
-};  // kFloat is one of three dtypes, the same throughout a call
+// kFloat is one of three dtypes, the same throughout a call.
+enum class Kind : uint8_t { kFloat, kFloat32, kFloat16, kInt32, kInt8, kUInt8 };
 
 enum class Layout : uint8_t {
   kContiguous,
@@ -44,7 +38,7 @@ class Call {
   explicit Call(Execution exec);
 
   void input(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
-  void input(const char* name, const Weight& plain, Shape shape);
+  void input(const char* name, const Weight& weight, Shape shape);  // plain
   void output(const char* name, const TensorView& tensor, Kind kind, Shape shape, Layout layout = Layout::kContiguous);
   void optional_input(const char* name, const TensorView& tensor, Kind kind, Shape shape,
                       Layout layout = Layout::kContiguous) {
@@ -102,8 +96,8 @@ void check_pointer(const char* name, const void* data, DType dtype);  // not nul
 void check_host(const char* name, const TensorView& tensor);          // on the CPU, and its pointer
 bool share_memory(const TensorView& a, const TensorView& b);
 void check_range(const char* name, const TensorView& indices, int64_t low, int64_t high);  // all in [low, high)
-void check_experts(const char* name, const TensorView& experts,
-                   int64_t num_experts);  // ascending, all in [0, num_experts)
+// Ascending, all in [0, num_experts).
+void check_experts(const char* name, const TensorView& experts, int64_t num_experts);
 void check_offsets(const char* name, const TensorView& expert_offsets, int64_t num_slots);
 
 }  // namespace switchgear

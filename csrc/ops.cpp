@@ -476,11 +476,9 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
   Call call(exec);
   Dim R{"R", 0}, C{"C"}, E{"E"}, N{"N"}, S{"S", 0};
   call.input("x", args.x, kFloat, {&R, args.transposed ? &N : &C}, kRows);
-  if (args.input_gradient) {
-    plain_weight_input(call, kWeight, args.weight, "input_gradient", E, N, C);
-  } else {
-    weight_input(call, kWeight, args.weight, E, N, C);
-  }
+  SWITCHGEAR_CHECK(ValueError, !args.input_gradient || args.weight.format == Format::kPlain,
+                   "weight: expected plain weights for input_gradient, got ", name_of(args.weight.format));
+  weight_input(call, kWeight, args.weight, E, N, C);
   SWITCHGEAR_CHECK(ValueError, args.weight.format != Format::kPanels, "weight: expected no panels in grouped_gemm");
   SWITCHGEAR_CHECK(ValueError, !args.transposed || multiplies_transposed(args.weight.format),
                    "weight: expected int8, int4, fp8, mxfp4, nf4 or groups to be transposed, got ",
@@ -507,10 +505,10 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& given, Execution exec) {
   call.optional_input("token_indices", args.token_indices, kInt32, {&S});
   call.input("grad_out", args.grad_out, kFloat, {args.token_indices.defined() ? &S : &R, &N}, kRows);
   Dim n{"n", 0};
-  const bool some = args.experts.defined();
-  if (some) call.input("experts", args.experts, kInt32, {&n});
-  call.output("grad_weight", args.grad_weight, kFloat, {some ? &n : &E, &N, &C}, kMatrices);
-  Dim offsets{"E+1", 2, some ? Dim::kUnknown : E.size + 1};
+  call.optional_input("experts", args.experts, kInt32, {&n});
+  const bool has_all = !args.experts.defined();
+  call.output("grad_weight", args.grad_weight, kFloat, {has_all ? &E : &n, &N, &C}, kMatrices);
+  Dim offsets{"E+1", 2, has_all ? E.size + 1 : Dim::kUnknown};
   call.input("expert_offsets", args.expert_offsets, kInt32, {&offsets});
   call.check_overlap();
   check_offsets(call, args.expert_offsets, args.grad_out.shape[0]);

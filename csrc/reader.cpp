@@ -377,7 +377,8 @@ void Reader::close() {
 namespace {
 
 // A product of the halves of the keyed word, which depends on the word's index in no linear way, plus the keyed word. A
-// change of one half of a word always changes it: by d (other half + 1), or d (other half + 2^32), never 0 modulo 2^64.
+// change of one half of the keyed word always changes it: by d (other half + 1), or d (other half + 2^32), never 0 modulo
+// 2^64. A change of the lower half of the word may carry into the upper half of the keyed word, and change both.
 inline uint64_t value_of(uint64_t word, uint64_t key) {
   const uint64_t keyed = word + key;
   return (keyed & 0xffffffff) * (keyed >> 32) + keyed;

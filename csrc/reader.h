@@ -35,7 +35,7 @@ enum class ReadStatus {
   kChecksum,   // the bytes are not those that were written
   kReplaced,   // as one of the three above, and the file at this path is another one than was opened, or was changed
   kCancelled,  // by `cancel`
-  kClosed,     // by `close`, before it began
+  kClosed,     // by `close`, before its last chunk began
 };
 
 struct ReadOutcome {
@@ -86,9 +86,9 @@ class Reader {
 
   int64_t submit(const ReadRequest& request);
 
-  // A read that was not waited for yet. Its outcome, or nothing if it is not done in time. The first outcome ends the
-  // ticket; others that have found the read before still get it.
-  std::shared_ptr<Read> find(int64_t ticket);
+  std::shared_ptr<Read> find(int64_t ticket);  // a read that was not waited for yet
+  // Its outcome, or nothing if it is not done in time. The first outcome ends the ticket; others that have found the read
+  // before still get it.
   std::optional<ReadOutcome> wait_for(const std::shared_ptr<Read>& read, std::chrono::nanoseconds timeout);
   std::optional<ReadOutcome> wait_for(int64_t ticket, std::chrono::nanoseconds timeout) {
     return wait_for(find(ticket), timeout);
@@ -100,7 +100,7 @@ class Reader {
   ReaderStatistics statistics();
   bool is_direct(int file);  // whether reads go past the page cache
   const std::string& file(int index) const;
-  void close();  // cancels what has not begun, waits for the rest, and ends the threads
+  void close();  // reads no further chunk, waits for those that threads are reading, and ends the threads
 
  private:
   void check_process() const;

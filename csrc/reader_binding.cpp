@@ -165,7 +165,7 @@ void define_reader(py::module_& m) {
           "Whether reads of a file go past the page cache.", "file"_a)
       .def(
           "close", [](Reader& reader) { without_gil([&] { reader.close(); }); },
-          "Cancels what has not begun, and waits for the rest.");
+          "Starts no further chunk of any read, and waits for those that threads are reading.");
 }
 
 }  // namespace switchgear

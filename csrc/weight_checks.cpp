@@ -188,11 +188,4 @@ void check_slots(Call& call, const WeightNames& names, Weight& w) {
   check_range(names.slots, w.slots, 0, w.num_stored());
 }
 
-void plain_weight_input(Call& call, const WeightNames& names, const Weight& w, const char* what, Dim& E, Dim& N,
-                        Dim& C) {
-  SWITCHGEAR_CHECK(ValueError, w.format == Format::kPlain, names.data, ": expected plain weights for ", what, ", got ",
-                   name_of(w.format));
-  weight_input(call, names, w, E, N, C);
-}
-
 }  // namespace switchgear

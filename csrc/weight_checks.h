@@ -22,8 +22,4 @@ void weight_input(Call& call, const WeightNames& names, const Weight& weight, Di
 // Copies a weight's slots and records and checks them. Called after the last tensor of the call, since it reads memory.
 void check_slots(Call& call, const WeightNames& names, Weight& weight);
 
-// The same as weight_input for a weight that must be plain; `what` names the ops that need it.
-void plain_weight_input(Call& call, const WeightNames& names, const Weight& weight, const char* what, Dim& E, Dim& N,
-                        Dim& C);
-
 }  // namespace switchgear

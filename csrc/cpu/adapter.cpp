@@ -24,6 +24,17 @@ void prefetch_bytes(const void* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
 }
 
+// Calls body(j, columns) for panels of columns, each from the j-th one on.
+template <typename Body>
+void for_panels(const TermColumns& all, int64_t panel, Body&& body) {
+  for (int64_t j = 0; j < all.num_columns; j += panel) {
+    TermColumns columns = all;
+    columns.column += j;
+    columns.num_columns = std::min(panel, all.num_columns - j);
+    body(j, columns);
+  }
+}
+
 }  // namespace
 
 AdapterProducts::AdapterProducts(const Adapter& adapter, uint32_t projection, const int32_t* expert_offsets,
@@ -105,26 +116,27 @@ void AdapterProducts::multiply(const SlotRows& out, const void* const* rows, Ada
   });
 }
 
-Matrix AdapterProducts::operand(const Term& term, AdapterSide side) const {
-  const ExpertMatrix matrix(side == AdapterSide::kA ? b_ : a_, term.expert, dtype_);
-  return side == AdapterSide::kA ? matrix.rows_from(term.column) : matrix.columns_from(term.column);
+Matrix AdapterProducts::operand(const TermColumns& of, AdapterSide side) const {
+  const ExpertMatrix matrix(side == AdapterSide::kA ? b_ : a_, of.expert, dtype_);
+  return side == AdapterSide::kA ? matrix.rows_from(of.column) : matrix.columns_from(of.column);
 }
 
-Product AdapterProducts::product(const Term& term, AdapterSide side, const ProductScratch& scratch) const {
-  return {.rows = term.rows,
-          .num_rows = term.num_rows,
-          .b = operand(term, side),
-          .num_columns = term.num_columns,
-          .depth = rank_of(term.expert),
+Product AdapterProducts::product(const TermColumns& of, const void* const* small_rows, AdapterSide side,
+                                 const ProductScratch& scratch) const {
+  return {.rows = small_rows + of.first_slot,
+          .num_rows = of.num_rows,
+          .b = operand(of, side),
+          .num_columns = of.num_columns,
+          .depth = rank_of(of.expert),
           .c = nullptr,
           .scratch = scratch.packing};
 }
 
-void AdapterProducts::prefetch(const Term& term, AdapterSide side) const {
-  const Matrix b = operand(term, side);
+void AdapterProducts::prefetch(const TermColumns& of, AdapterSide side) const {
+  const Matrix b = operand(of, side);
   const bool along_k = b.k_stride == 1;  // else n runs along memory
-  const int64_t depth = rank_of(term.expert), element = size_of(dtype_);
-  const int64_t rows = along_k ? term.num_columns : depth, width = (along_k ? depth : term.num_columns) * element;
+  const int64_t depth = rank_of(of.expert), element = size_of(dtype_);
+  const int64_t rows = along_k ? of.num_columns : depth, width = (along_k ? depth : of.num_columns) * element;
   const int64_t stride = (along_k ? b.n_stride : b.k_stride) * element;
   const char* row = static_cast<const char*>(b.data);
   if (stride == width) {
@@ -134,46 +146,40 @@ void AdapterProducts::prefetch(const Term& term, AdapterSide side) const {
   for (int64_t n = 0; n < rows; ++n, row += stride) prefetch_bytes(row, width);
 }
 
-void AdapterProducts::add(float* c, const Term& term, AdapterSide side, const ProductScratch& scratch,
-                          const Kernels& k) const {
-  if (rank_of(term.expert) == 0) return;
+void AdapterProducts::add_panel(float* c, int64_t stride, const TermColumns& to, const void* const* small_rows,
+                                AdapterSide side, const ProductScratch& scratch, const Kernels& k) const {
+  Product term = product(to, small_rows, side, scratch);
+  term.c = scratch.c;
+  k.multiply(term);
+  for (int64_t m = 0; m < to.num_rows; ++m) {
+    float* const row = scratch.c + m * k.panel;
+    // the mask applies to the term alone
+    if (side == AdapterSide::kB) mask_.apply(row, to.first_slot + m, to.column, to.num_columns);
+    k.add_scaled_row(c + m * stride, row, DType::kFloat32, 1.0f, to.num_columns);
+  }
+}
+
+void AdapterProducts::add(float* c, const TermColumns& to, const void* const* small_rows, AdapterSide side,
+                          const ProductScratch& scratch, const Kernels& k) const {
+  if (rank_of(to.expert) == 0) return;
   if (side == AdapterSide::kB && !drops()) {
-    Product whole = product(term, side, scratch);
+    Product whole = product(to, small_rows, side, scratch);
     whole.c = c;
     whole.accumulate = true;
     multiply_wide(k, whole);
     return;
   }
-  for (int64_t j = 0; j < term.num_columns; j += k.panel) {
-    Term panel = term;
-    panel.column += j;
-    panel.num_columns = std::min<int64_t>(k.panel, term.num_columns - j);
-    Product part = product(panel, side, scratch);
-    part.c = scratch.c;
-    k.multiply(part);
-    for (int64_t m = 0; m < term.num_rows; ++m) {
-      float* const row = scratch.c + m * k.panel;
-      // the mask applies to the term alone
-      if (side == AdapterSide::kB) mask_.apply(row, term.first_slot + m, panel.column, panel.num_columns);
-      k.add_scaled_row(c + j * term.num_rows + m * k.panel, row, DType::kFloat32, 1.0f, panel.num_columns);
-    }
-  }
+  for_panels(to, k.panel, [&](int64_t j, const TermColumns& panel) {
+    add_panel(c + j * to.num_rows, k.panel, panel, small_rows, side, scratch, k);
+  });
 }
 
-void AdapterProducts::add_to_rows(float* c, int64_t stride, const Term& term, const ProductScratch& scratch,
-                                  const Kernels& k) const {
-  if (rank_of(term.expert) == 0) return;
-  for (int64_t j = 0; j < term.num_columns; j += k.panel) {
-    Term panel = term;
-    panel.column += j;
-    panel.num_columns = std::min<int64_t>(k.panel, term.num_columns - j);
-    Product part = product(panel, AdapterSide::kA, scratch);
-    part.c = scratch.c;
-    k.multiply(part);
-    for (int64_t m = 0; m < term.num_rows; ++m) {
-      k.add_scaled_row(c + m * stride + j, scratch.c + m * k.panel, DType::kFloat32, 1.0f, panel.num_columns);
-    }
-  }
+void AdapterProducts::add_to_rows(float* c, int64_t stride, const TermColumns& to, const void* const* small_rows,
+                                  const ProductScratch& scratch, const Kernels& k) const {
+  if (rank_of(to.expert) == 0) return;
+  for_panels(to, k.panel, [&](int64_t j, const TermColumns& panel) {
+    add_panel(c + j, stride, panel, small_rows, AdapterSide::kA, scratch, k);
+  });
 }
 
 template <typename StartAt>
@@ -181,12 +187,11 @@ void AdapterProducts::multiply_terms_of(float* terms, const SlotRows& small_rows
                                         const ProductScratch& scratch, const Kernels& k, StartAt&& start_at) const {
   const int64_t width = adapter_.b.shape[1], panel = k.panel;
   const int64_t lead = ceil_div(kLeadBytes, adapter_.rank() * size_of(dtype_) * panel) * panel;
-  const void* const* const rows = small_rows.pointers() + tile.first_row;
   if (rank_of(tile.expert) == 0) return;
   for (int64_t column = tile.column; column < end; column += panel) {
     const int64_t columns = std::min(panel, end - column);
-    Product part =
-        product({tile.expert, tile.first_row, tile.num_rows, column, columns, rows}, AdapterSide::kA, scratch);
+    Product part = product({tile.expert, tile.first_row, tile.num_rows, column, columns}, small_rows.pointers(),
+                           AdapterSide::kA, scratch);
     part.c = scratch.c;
     part.next = start_at(column + lead);
     k.multiply(part);
@@ -203,7 +208,7 @@ void AdapterProducts::multiply_terms(float* terms, const SlotRows& small_rows, c
   const int num_threads = context.num_threads;
   const int64_t width = adapter_.b.shape[1], panel = k.panel, element = size_of(dtype_);
   const auto b_at = [&](int64_t expert, int64_t column) {
-    return operand({expert, 0, 0, std::min(column, width - 1), 0, nullptr}, AdapterSide::kA).start();
+    return operand({expert, 0, 0, std::min(column, width - 1), 0}, AdapterSide::kA).start();
   };
 
   // An expert for a thread: A and B are one stream, and threads wait for each other once.
@@ -269,31 +274,21 @@ void AdapterProducts::clear_past_ranks(const TensorView& gradient, AdapterSide s
 
 // ---- terms -----------------------------------------------------------------------------------------------------------------
 
-void AdapterTerms::prefetch(const Columns& of) const {
-  if (ahead != nullptr) return;
-  products->prefetch({of.expert, of.first_slot, of.num_rows, of.column, of.num_columns, nullptr}, side);
+void AdapterTerms::prefetch(const TermColumns& of) const {
+  if (ahead == nullptr) products->prefetch(of, side);
 }
 
-void AdapterTerms::add(float* c, const Columns& to, const ProductScratch& scratch, const Kernels& k) const {
-  const auto [expert, first_slot, num_rows, column, num_columns] = to;
-  if (ahead == nullptr) {
-    products->add(c, {expert, first_slot, num_rows, column, num_columns, small_rows + first_slot}, side, scratch, k);
-    return;
-  }
-  for (int64_t j = 0; j < num_columns; j += k.panel) {
-    const Columns panel{expert, first_slot, num_rows, column + j, std::min<int64_t>(k.panel, num_columns - j)};
-    add_to_rows(c + j * num_rows, k.panel, panel, scratch, k);
-  }
+void AdapterTerms::add(float* c, const TermColumns& to, const ProductScratch& scratch, const Kernels& k) const {
+  if (ahead == nullptr) return products->add(c, to, small_rows, side, scratch, k);
+  for_panels(to, k.panel, [&](int64_t j, const TermColumns& panel) {
+    add_to_rows(c + j * to.num_rows, k.panel, panel, scratch, k);
+  });
 }
 
-void AdapterTerms::add_to_rows(float* c, int64_t stride, const Columns& to, const ProductScratch& scratch,
+void AdapterTerms::add_to_rows(float* c, int64_t stride, const TermColumns& to, const ProductScratch& scratch,
                                const Kernels& k) const {
+  if (ahead == nullptr) return products->add_to_rows(c, stride, to, small_rows, scratch, k);
   const auto [expert, first_slot, num_rows, column, num_columns] = to;
-  if (ahead == nullptr) {
-    products->add_to_rows(c, stride, {expert, first_slot, num_rows, column, num_columns, small_rows + first_slot},
-                          scratch, k);
-    return;
-  }
   if (products->rank_of(expert) == 0) return;
   for (int64_t m = 0; m < num_rows; ++m) {
     k.add_scaled_row(c + m * stride, ahead + (first_slot + m) * width + column, DType::kFloat32, 1.0f, num_columns);

@@ -54,6 +54,11 @@ struct ThreadMemory {
   ProductScratch of(int thread) const { return ProductScratch(data + thread * stride); }
 };
 
+// The part of a projection's product that a term is added to.
+struct TermColumns {
+  int64_t expert, first_slot, num_rows, column, num_columns;
+};
+
 // The adapter of a projection in one call.
 class AdapterProducts {
  public:
@@ -71,28 +76,26 @@ class AdapterProducts {
   void multiply(const SlotRows& out, const void* const* rows, AdapterSide side, const ThreadMemory& memory,
                 const Context& context) const;
 
-  // Adds small rows times B_eᵀ (of side kA), or times A_e and masked (of side kB), to the columns from `column` on of a
-  // product: panels as multiply_wide leaves them. Of side kA it is summed on its own first, in scratch.c, as
-  // multiply_terms does: the same bits for any number of rows.
-  struct Term {
-    int64_t expert, first_slot, num_rows, column, num_columns;
-    const void* const* rows;  // of first_slot …
-  };
   // Prefetches what `add` reads: called before the projection's own product, which takes as long as memory needs.
-  void prefetch(const Term& term, AdapterSide side) const;
-  void add(float* c, const Term& term, AdapterSide side, const ProductScratch& scratch, const Kernels& k) const;
+  void prefetch(const TermColumns& of, AdapterSide side) const;
+  // Adds small rows [S] times B_eᵀ (of side kA), or times A_e and masked (of side kB), to columns of a product: panels as
+  // multiply_wide leaves them. Of side kA it is summed on its own first, in scratch.c, as multiply_terms does: the same
+  // bits for any number of rows.
+  void add(float* c, const TermColumns& to, const void* const* small_rows, AdapterSide side,
+           const ProductScratch& scratch, const Kernels& k) const;
+  // The same for side kA and a product whose rows are `stride` apart.
+  void add_to_rows(float* c, int64_t stride, const TermColumns& to, const void* const* small_rows,
+                   const ProductScratch& scratch, const Kernels& k) const;
   // multiply of side kA, and then small rows times B_eᵀ, all columns: terms[s] has as many floats as B_e has rows. Of an expert
   // of rank 0 they are undefined.
   void multiply_terms(float* terms, const SlotRows& small_rows, const void* const* rows, const ThreadMemory& memory,
                       const Context& context) const;
-  // The same for side kA and a product whose rows are `stride` apart.
-  void add_to_rows(float* c, int64_t stride, const Term& term, const ProductScratch& scratch, const Kernels& k) const;
 
   // Zeros in the gradient of a, or b, past each expert's rank, whatever x holds.
   void clear_past_ranks(const TensorView& gradient, AdapterSide side) const;
 
  private:
-  // What small rows of a side are multiplied by, from a column on.
+  // What rows are multiplied by to make small rows of a side, from a column on.
   Matrix factor(int64_t expert, int64_t column, AdapterSide side) const;
   // A tile of `multiply`: at most a panel of columns. `next` is read afterwards.
   void multiply_panel(const SlotRows& out, const void* const* rows, AdapterSide side, const Tile& tile,
@@ -101,8 +104,13 @@ class AdapterProducts {
   template <typename StartAt>
   void multiply_terms_of(float* terms, const SlotRows& small_rows, const Tile& tile, int64_t end,
                          const ProductScratch& scratch, const Kernels& k, StartAt&& start_at) const;
-  Matrix operand(const Term& term, AdapterSide side) const;
-  Product product(const Term& term, AdapterSide side, const ProductScratch& scratch) const;
+  // What small rows of a side are multiplied by to make a term, and that product without its c.
+  Matrix operand(const TermColumns& of, AdapterSide side) const;
+  Product product(const TermColumns& of, const void* const* small_rows, AdapterSide side,
+                  const ProductScratch& scratch) const;
+  // `add` for at most a panel of columns and rows of c that are `stride` apart.
+  void add_panel(float* c, int64_t stride, const TermColumns& to, const void* const* small_rows, AdapterSide side,
+                 const ProductScratch& scratch, const Kernels& k) const;
 
   const Adapter& adapter_;
   Weight a_, b_;
@@ -115,9 +123,6 @@ class AdapterProducts {
 // What the tiles of a projection add to their own products; by default nothing. `ahead`: terms of all columns, computed
 // before, in rows of `width`. Else each tile multiplies the small rows itself.
 struct AdapterTerms {
-  struct Columns {
-    int64_t expert, first_slot, num_rows, column, num_columns;
-  };
   const AdapterProducts* products = nullptr;
   AdapterSide side = AdapterSide::kA;
   const void* const* small_rows = nullptr;  // [S]
@@ -126,10 +131,10 @@ struct AdapterTerms {
 
   bool defined() const { return products != nullptr; }
   // Prefetches what `add` reads: called before the projection's own product, which takes as long as memory needs.
-  void prefetch(const Columns& columns) const;
+  void prefetch(const TermColumns& of) const;
   // To panels as multiply_wide leaves them, or to rows `stride` apart. scratch.c is not c.
-  void add(float* c, const Columns& columns, const ProductScratch& scratch, const Kernels& k) const;
-  void add_to_rows(float* c, int64_t stride, const Columns& columns, const ProductScratch& scratch,
+  void add(float* c, const TermColumns& to, const ProductScratch& scratch, const Kernels& k) const;
+  void add_to_rows(float* c, int64_t stride, const TermColumns& to, const ProductScratch& scratch,
                    const Kernels& k) const;
 };
 

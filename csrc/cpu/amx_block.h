@@ -26,12 +26,12 @@ struct Ahead {
   int64_t bursts() const {  // bursts left
     return rows * tiles_of(width, kBurst) + last_rows * tiles_of(last_width, kBurst) - at / kBurst;
   }
-  // Makes each of the next `count` calls of ask() prefetch its share.
+  // Makes each of the next `count` calls of prefetch_share() prefetch its share.
   void spread_over(int64_t count) {
     pace = bursts();
     calls = count;
   }
-  void ask() {
+  void prefetch_share() {
     for (due += pace; due >= calls && rows > 0; due -= calls) burst();
   }
   void burst() {
@@ -101,7 +101,7 @@ struct Block {
 
 // Prefetches are spread over this many points of a step. More than the 16 lines that a core can have outstanding would stall
 // tile loads.
-constexpr int64_t kAsksPerStep = 4;
+constexpr int64_t kPointsPerStep = 4;
 
 // One tile of each operand is in a register at a time, so a step of 2 x 2 uses six registers and five loads. Two tiles of
 // each would use eight and four. Both take 29 ns at best, from L1. With another virtual machine on the core the latter takes
@@ -117,15 +117,15 @@ void add_tiles(const Block<Sum>& of_caller, Ahead& ahead_of_caller) {
   int64_t first = 0, second = 0;
   for (int64_t i = 0; i < block.steps; ++i, first += block.first_step, second += kTileBytes) {
     tile_load<kFirst>(block.first[0] + first, block.first_stride);
-    ahead.ask();
+    ahead.prefetch_share();
     tile_load<kSecond>(block.second[0] + second, kStepBytes);
     multiply_tiles<Sum, kSums<0, 0>, kFirst, kSecond>();
-    ahead.ask();
+    ahead.prefetch_share();
     if constexpr (kSeconds > 1) {
       tile_load<kSecond>(block.second[1] + second, kStepBytes);
       multiply_tiles<Sum, kSums<0, 1>, kFirst, kSecond>();
     }
-    ahead.ask();
+    ahead.prefetch_share();
     if constexpr (kFirsts > 1) {
       tile_load<kFirst>(block.first[1] + first, block.first_stride);
       multiply_tiles<Sum, kSums<1, kSeconds - 1>, kFirst, kSecond>();
@@ -134,7 +134,7 @@ void add_tiles(const Block<Sum>& of_caller, Ahead& ahead_of_caller) {
         multiply_tiles<Sum, kSums<1, 0>, kFirst, kSecond>();
       }
     }
-    ahead.ask();
+    ahead.prefetch_share();
   }
   for_sums<kFirsts, kSeconds>(
       [&]<int kF, int kS>() { tile_store<kSums<kF, kS>>(block.sums[kS][kF], block.sum_stride); });

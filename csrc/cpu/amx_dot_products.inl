@@ -108,7 +108,7 @@ class DotProduct {
         transpose_rows(transposed() + g * steps * kTileFloats, p_.rows + g * kTile, rows_of(g), k, depth);
       }
     }
-    ahead.spread_over(kAsksPerStep * steps * tiles_of(groups_, 2) * tiles_of(blocks_, 2));
+    ahead.spread_over(kPointsPerStep * steps * tiles_of(groups_, 2) * tiles_of(blocks_, 2));
     const auto tiles = [&](int64_t group, int64_t step) {
       return p_.gathered != nullptr ? static_cast<const char*>(p_.gathered) +
                                           group * gathered_bytes(b.dtype, p_.depth) + (k / kStep + step) * kTileBytes

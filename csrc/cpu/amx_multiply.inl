@@ -89,7 +89,7 @@ class RowProduct {
     float* const tiles = reinterpret_cast<float*>(scratch(kTilesBegin));
     pack(tiles, k, depth, steps);
     Ahead next = k + depth < p_.depth ? Ahead{} : ahead();
-    next.spread_over(kAsksPerStep * steps * tiles_of(groups_, 2) * 2);
+    next.spread_over(kPointsPerStep * steps * tiles_of(groups_, 2) * 2);
     float* const last_sums = reinterpret_cast<float*>(scratch(kSumsBegin));  // of fewer than 16 rows
     const bool adds = p_.accumulate || k > 0;
     for (int64_t g = 0; g < groups_; g += 2) {
@@ -179,7 +179,7 @@ void transpose_left(float* out, const void* const* rows, int64_t num_rows, int64
 }
 
 // Stores 32 sums of a row as bfloat16. Tile sums are never subnormal, as the processor's own rounding requires.
-void leave(BFloat16* out, const float* sums, int64_t columns, bool past_caches) {
+void store_rounded(BFloat16* out, const float* sums, int64_t columns, bool past_caches) {
   const Floats low = load(sums), high = load(sums + kLanes);
   if (past_caches && columns >= 2 * kLanes) return stream_normals(out, low, high);
   alignas(kLine) BFloat16 line[2 * kLanes];
@@ -189,7 +189,7 @@ void leave(BFloat16* out, const float* sums, int64_t columns, bool past_caches) 
 }
 
 // Adds 32 sums of a row, rounded, to the bfloat16 that are there. Their sums may be subnormal.
-void add(BFloat16* out, const float* sums, int64_t columns) {
+void add_rounded(BFloat16* out, const float* sums, int64_t columns) {
   const Kernels& k = kernels_avx512bf16();
   const int64_t count = at_most(columns, 2 * kLanes);
   float total[2 * kLanes];
@@ -235,9 +235,9 @@ void gradient_panel(const GradientPanel& product) {
         for (int64_t i = 0; i < at_most(rows - m, 2 * kTile); ++i) {
           BFloat16* const out = static_cast<BFloat16*>(product.out) + (m + i) * product.out_stride + n;
           if (product.adds) {
-            add(out, sums + i * stride, product.num_columns - n);
+            add_rounded(out, sums + i * stride, product.num_columns - n);
           } else {
-            leave(out, sums + i * stride, product.num_columns - n, product.past_caches);
+            store_rounded(out, sums + i * stride, product.num_columns - n, product.past_caches);
           }
         }
       }

@@ -46,7 +46,7 @@ struct Auction {
         num_tokens(args.values.shape[0]),
         num_experts(args.values.shape[1]),
         num_sequences(args.num_sequences),
-        sequence_ids(args.sequence_ids.defined() ? args.sequence_ids.as<const int32_t>() : nullptr),
+        sequence_ids(args.sequence_ids.as<const int32_t>()),
         values(num_tokens * num_experts),
         step(num_sequences),
         most(num_sequences),
@@ -146,7 +146,7 @@ struct Auction {
 
   int num_threads;
   int64_t num_tokens, num_experts, num_sequences;
-  const int32_t* sequence_ids;
+  const int32_t* sequence_ids;                // null: all tokens are one sequence
   std::vector<float> values;                  // [T,E]
   std::vector<float> step, most;              // [B]: eps, and the upper bound of a lead
   std::vector<int64_t> places;                // [B·E]

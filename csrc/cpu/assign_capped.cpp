@@ -87,8 +87,7 @@ struct Assignment {
         num_tokens(args.values.shape[0]),
         num_experts(args.values.shape[1]),
         num_sequences(args.limits.shape[0]),
-        sequences(by_sequence(args.sequence_ids.defined() ? args.sequence_ids.as<const int32_t>() : nullptr, num_tokens,
-                              num_sequences)),
+        sequences(by_sequence(args.sequence_ids.as<const int32_t>(), num_tokens, num_sequences)),
         sequence(num_tokens),
         settled(num_sequences),
         by_token(num_tokens * num_experts) {

@@ -22,7 +22,6 @@ namespace switchgear::cpu {
 namespace {
 
 constexpr int64_t kColumns = 16;
-constexpr int64_t kGrainValues = 16384;
 constexpr int kBinBits = 11;
 constexpr int kShift = 32 - kBinBits;
 
@@ -64,11 +63,11 @@ void column_topk(const ColumnTopkArgs& args, const Context& context) {
   const Kernels& k = context.kernels;
   const TensorView& values = args.values;
   const int64_t num_tokens = values.shape[0], num_experts = values.shape[1], num_sequences = args.limits.shape[0];
-  const int32_t* sequence_ids = args.sequence_ids.defined() ? args.sequence_ids.as<const int32_t>() : nullptr;
+  const int32_t* sequence_ids = args.sequence_ids.as<const int32_t>();  // may be null
   const int32_t* limits = args.limits.as<const int32_t>();
   int32_t* topk_ids = args.topk_ids.as<int32_t>();
   const int num_threads = context.num_threads;
-  const int64_t grain = std::max<int64_t>(1, kGrainValues / num_experts);
+  const int64_t grain = grain_rows(num_experts);
 
   std::vector<int32_t> keys(num_tokens * num_experts);
   parallel_for_ranges(num_threads, num_tokens, grain, [&](int64_t begin, int64_t end, int) {

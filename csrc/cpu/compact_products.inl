@@ -72,10 +72,11 @@ inline void add_record(Floats (&acc)[kRows][kColumns], const float* const (&word
 }
 
 // kRows rows and kColumns columns of C += the products with rows of B, `stride` bytes apart. Prefetches kColumns rows from
-// `ahead` on, as add_dot_tile does; with kSomeLines one line in kAskedBytes.
-template <typename Record, int kRows, int kColumns, Asks kAsks>
+// `ahead` on, as add_dot_tile does; with kSomeLines one line in kSparseBytes.
+template <typename Record, int kRows, int kColumns, Prefetch kPrefetch>
 void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stride, int64_t depth, const char* ahead) {
-  constexpr int64_t kAsked = kColumns * Record::kBytes, kAskedStep = kAsks == Asks::kSomeLines ? kAskedBytes : kLine;
+  constexpr int64_t kAheadBytes = kColumns * Record::kBytes,
+                    kAheadStep = kPrefetch == Prefetch::kSomeLines ? kSparseBytes : kLine;
   constexpr int64_t kDepth = Record::Words::kDepth, kRecordWords = kCompactRecord / kDepth;
   const int64_t whole = depth / kCompactRecord, rest = depth % kCompactRecord;
   const Exponents exponents(b.exponents());
@@ -105,8 +106,8 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
     const int64_t chunk_end = r + kChunkWords / kRecordWords;
     for (; r < whole && r < chunk_end; ++r) {
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < kAsked; i += kAskedStep) __builtin_prefetch(ahead + i, 0, 2);
-      ahead += kAsked;
+      for (int64_t i = 0; i < kAheadBytes; i += kAheadStep) __builtin_prefetch(ahead + i, 0, 2);
+      ahead += kAheadBytes;
       Record records[kColumns];
       unpack(records, r);
       add_record(acc, words, records, Record::kParts);
@@ -129,11 +130,11 @@ void add_compact_tile(float* c, const Rows& a, const CompactRow& b, int64_t stri
 }
 
 // All columns of a few tiles of rows. The first tile brings a row of B into L1 for the others.
-template <typename Record, int kFew, Asks kAsks>
+template <typename Record, int kFew, Prefetch kPrefetch>
 void add_compact_columns(const Product& product, const Rows& a, const CompactRow& b) {
   const int64_t stride = product.b.n_stride;
-  const RowsOfB rows(b.data, stride, product.num_columns, stride, lead_of(kAsks), product.next.data);
-  constexpr int kMost = kAsks == Asks::kSomeLines ? 2 : kTileRows;  // rows of a tile: see choose_walk
+  const RowsOfB rows(b.data, stride, product.num_columns, stride, lead_of(kPrefetch), product.next.data);
+  constexpr int kMost = kPrefetch == Prefetch::kSomeLines ? 2 : kTileRows;  // rows of a tile: see choose_walk
   const int64_t tiles = num_row_tiles(product.num_rows);
   for_columns<kFew>(rows, [&]<int kColumns>(int64_t n) {
     const CompactRow row{b.data + n * rows.stride, b.header};
@@ -141,8 +142,8 @@ void add_compact_columns(const Product& product, const Rows& a, const CompactRow
       count = (product.num_rows - m) / (tiles - t);
       const char* const ahead = t == 0 ? rows.ahead_of(n) : rows.row(n);
       with_constant<kMost>(count, [&]<int kRows>() {
-        add_compact_tile<Record, kRows, kColumns, kAsks>(product.c + m * kPanel + n, {a.rows + m, a.offset}, row,
-                                                         rows.stride, product.depth, ahead);
+        add_compact_tile<Record, kRows, kColumns, kPrefetch>(product.c + m * kPanel + n, {a.rows + m, a.offset}, row,
+                                                             rows.stride, product.depth, ahead);
       });
     }
   });
@@ -186,9 +187,10 @@ void compact_products_of(const Product& product) {
   __builtin_memset(product.c, 0, sizeof(float) * kPanel * static_cast<size_t>(product.num_rows));
   if (product.num_rows <= kCompactRows) {
     const Rows rows = rows_from(product, product.b.dtype, kPairs, 0, depth, widened_rows);
-    choose_walk<Words>(
-        product.num_rows, depth * 4 / Words::kDepth, product.b.n_stride, kCompactFitting,
-        [&]<int kColumns, Asks kAsks>() { add_compact_columns<Record, kColumns, kAsks>(product, rows, b); });
+    choose_walk<Words>(product.num_rows, depth * 4 / Words::kDepth, product.b.n_stride, kCompactFitting,
+                       [&]<int kColumns, Prefetch kPrefetch>() {
+                         add_compact_columns<Record, kColumns, kPrefetch>(product, rows, b);
+                       });
     return;
   }
   const auto* const unpacked = static_cast<const Element<Packed>*>(product.scratch);

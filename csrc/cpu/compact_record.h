@@ -108,8 +108,7 @@ struct UnpackedBFloat16 : UnpackedElements {
   void unpack(const uint8_t* record, const Exponents& exponents) {
     const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80)), low_code = _mm256_set1_epi8(0x0f);
 #pragma GCC unroll 4
-    for (int quarter = 0; quarter < 4;
-         ++quarter) {  // 32 bytes of a half: its elements [0, 16) and [32, 48), or 16 later
+    for (int quarter = 0; quarter < 4; ++quarter) {  // 32 bytes of a half: elements [0, 16) and [32, 48), or 16 later
       const int half = quarter / 2, first = quarter % 2 * 32;
       const auto load_bytes = [&](int at) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(record + at + first));

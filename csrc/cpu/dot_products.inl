@@ -47,10 +47,10 @@ inline void add_lanes(float* c, const Floats (&acc)[kRows][kColumns]) {
   }
 }
 
-// What a tile prefetches: one or two rows anywhere, or kColumns consecutive rows, of which it names every line or one in
-// kAskedBytes.
-enum class Asks { kNothing, kOneRow, kTwoRows, kEveryLine, kSomeLines };
-constexpr int64_t kAskedBytes = 256;
+// What a tile prefetches: one or two rows anywhere, or kColumns consecutive rows, every line of them or one in
+// kSparseBytes.
+enum class Prefetch { kNothing, kOneRow, kTwoRows, kEveryLine, kSomeLines };
+constexpr int64_t kSparseBytes = 256;
 
 // A depth below one step: a single step under a mask. Not in add_dot_tile, whose loops then compile to slower code.
 template <int kRows, int kColumns, typename Words>
@@ -71,7 +71,7 @@ template <int kRows, int kColumns, typename Words>
 }
 
 // Rows [0, kRows) and columns [0, kColumns) of C += the products over `depth`, chunk by chunk. Prefetches `ahead`.
-template <int kRows, int kColumns, Asks kAsks, typename Words>
+template <int kRows, int kColumns, Prefetch kPrefetch, typename Words>
 void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stride, int64_t depth,
                   const char* const (&ahead)[2]) {
   constexpr int64_t kStep = kLanes * Words::kDepth, kBytes = kStep * sizeof(Element<Words>);
@@ -93,16 +93,16 @@ void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stri
       Floats column[kColumns];
 #pragma GCC unroll 8
       for (int j = 0; j < kColumns; ++j) column[j] = Words::load_whole(b + j * stride);
-      if constexpr (kAsks == Asks::kEveryLine) {
+      if constexpr (kPrefetch == Prefetch::kEveryLine) {
 #pragma GCC unroll 8
         for (int64_t i = 0; i < kColumns * kBytes; i += kLine) __builtin_prefetch(first + i, 0, 2);
         first += kColumns * kBytes;
       }
-      if constexpr (kAsks == Asks::kOneRow || kAsks == Asks::kTwoRows) {
+      if constexpr (kPrefetch == Prefetch::kOneRow || kPrefetch == Prefetch::kTwoRows) {
         __builtin_prefetch(first, 0, 2);
         first += kBytes;
       }
-      if constexpr (kAsks == Asks::kTwoRows) {
+      if constexpr (kPrefetch == Prefetch::kTwoRows) {
         __builtin_prefetch(second, 0, 2);
         second += kBytes;
       }
@@ -115,11 +115,11 @@ void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stri
       k += kStep;
       b += kStep;
     };
-    if constexpr (kAsks == Asks::kSomeLines) {
-      constexpr int64_t kSteps = kAskedBytes / kBytes;
+    if constexpr (kPrefetch == Prefetch::kSomeLines) {
+      constexpr int64_t kSteps = kSparseBytes / kBytes;
       while (k + kSteps * kStep <= end) {
         __builtin_prefetch(first, 0, 2);
-        first += kAskedBytes;
+        first += kSparseBytes;
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kSteps; ++i) advance();
       }
@@ -145,7 +145,7 @@ void add_dot_tile(float* c, const Rows& a, const Element<Words>* b, int64_t stri
 }
 
 // Rows of memory, `stride` bytes apart, whose prefetches `tiles` tiles of C share evenly.
-struct Asking {
+struct RowPrefetches {
   const char* row = nullptr;
   int64_t stride = 0, rows = 0, tiles = 1;
   int64_t due = 0;
@@ -168,29 +168,31 @@ struct DotChunk {
 // kRows rows of C += those of A times a chunk. `next_rows` are the next kRows rows of A, to prefetch.
 template <int kRows, typename Words>
 void add_dot_rows(float* c, const Rows& a, const void* const* next_rows, const DotChunk<Element<Words>>& chunk,
-                  Asking& next_b) {
+                  RowPrefetches& next_b) {
   const auto [b, stride, num_columns, depth] = chunk;
   const int64_t tiles = num_columns / kDotColumns;
   int64_t row = 0, due = 0;  // of next_rows
   int64_t n = 0;
   for (; n + kDotColumns <= num_columns; n += kDotColumns) {
     const char* ahead[2] = {};
-    int asks = 0;
+    int num_ahead = 0;
     if (next_rows != nullptr && (due += kRows) >= tiles) {
       due -= tiles;
-      ahead[asks++] = static_cast<const char*>(next_rows[row++]) + a.offset;
+      ahead[num_ahead++] = static_cast<const char*>(next_rows[row++]) + a.offset;
     }
     next_b.due += next_b.rows;
-    while (asks < 2 && next_b.due >= next_b.tiles) ahead[asks++] = next_b.take();
+    while (num_ahead < 2 && next_b.due >= next_b.tiles) ahead[num_ahead++] = next_b.take();
     const auto* const column = b + n * stride;
-    switch (asks) {
-      case 0: add_dot_tile<kRows, kDotColumns, Asks::kNothing, Words>(c + n, a, column, stride, depth, ahead); break;
-      case 1: add_dot_tile<kRows, kDotColumns, Asks::kOneRow, Words>(c + n, a, column, stride, depth, ahead); break;
-      default: add_dot_tile<kRows, kDotColumns, Asks::kTwoRows, Words>(c + n, a, column, stride, depth, ahead);
+    switch (num_ahead) {
+      case 0:
+        add_dot_tile<kRows, kDotColumns, Prefetch::kNothing, Words>(c + n, a, column, stride, depth, ahead);
+        break;
+      case 1: add_dot_tile<kRows, kDotColumns, Prefetch::kOneRow, Words>(c + n, a, column, stride, depth, ahead); break;
+      default: add_dot_tile<kRows, kDotColumns, Prefetch::kTwoRows, Words>(c + n, a, column, stride, depth, ahead);
     }
   }
   for (; n < num_columns; ++n) {
-    add_dot_tile<kRows, 1, Asks::kNothing, Words>(c + n, a, b + n * stride, stride, depth, {});
+    add_dot_tile<kRows, 1, Prefetch::kNothing, Words>(c + n, a, b + n * stride, stride, depth, {});
   }
 }
 
@@ -228,16 +230,16 @@ constexpr bool kHasFewLanes = kLanes <= 8;
 static_assert(kTileRows * kChunkWords * 4 <= kFitting);
 template <typename Words>
 constexpr bool kIsNarrow = kLanes * Words::kDepth * sizeof(Element<Words>) < 32;
-constexpr int64_t lead_of(Asks asks) { return asks == Asks::kEveryLine ? 32768 : 8192; }  // bytes
+constexpr int64_t lead_of(Prefetch prefetch) { return prefetch == Prefetch::kEveryLine ? 32768 : 8192; }  // bytes
 
-// Calls walk.operator()<columns at a time, Asks>() for num_rows rows of `a_bytes` each; rows of B have `b_bytes`.
+// Calls walk.operator()<columns at a time, Prefetch>() for num_rows rows of `a_bytes` each; rows of B have `b_bytes`.
 template <typename Words, typename Walk>
 void choose_walk(int64_t num_rows, int64_t a_bytes, int64_t b_bytes, int64_t fitting, Walk&& walk) {
   if (kIsNarrow<Words> || b_bytes <= kShortRow || num_rows * a_bytes > fitting) {
-    return walk.template operator()<kDotColumns, Asks::kEveryLine>();
+    return walk.template operator()<kDotColumns, Prefetch::kEveryLine>();
   }
-  if (num_rows <= 2 && fastest_reads() == Reads::kSomeLines) return walk.template operator()<1, Asks::kSomeLines>();
-  walk.template operator()<1, Asks::kEveryLine>();
+  if (num_rows <= 2 && fastest_reads() == Reads::kSomeLines) return walk.template operator()<1, Prefetch::kSomeLines>();
+  walk.template operator()<1, Prefetch::kEveryLine>();
 }
 
 // Calls tile.operator()<kColumns>(n) for all columns of `rows`.
@@ -261,11 +263,11 @@ void add_streams(const Product& product, const Rows& a, const Element<Words>* b,
       }
     };
     for_sums([](float& sum, float& c) { sum = c; });
-    add_dot_tile<kRows, kColumns, Asks::kNothing, Words>(sums, a, b + n * stride, stride * part, depth, {});
+    add_dot_tile<kRows, kColumns, Prefetch::kNothing, Words>(sums, a, b + n * stride, stride * part, depth, {});
     for_sums([](float& sum, float& c) { c = sum; });
   }
   for (int64_t n = part * kColumns; n < product.num_columns; ++n) {
-    add_dot_tile<kRows, 1, Asks::kNothing, Words>(product.c + n, a, b + n * stride, stride, depth, {});
+    add_dot_tile<kRows, 1, Prefetch::kNothing, Words>(product.c + n, a, b + n * stride, stride, depth, {});
   }
 }
 
@@ -288,11 +290,11 @@ void add_few_dot_rows(const Product& product, const Rows& a, const Element<Words
   }
   const int64_t a_bytes = depth * 4 / Words::kDepth, b_bytes = depth * kElement;
   constexpr int64_t kFits = kHasFewLanes && kRows >= kChunkedRows ? 0 : kFitting;
-  choose_walk<Words>(kRows, a_bytes, b_bytes, kFits, [&]<int kColumns, Asks kAsks>() {
-    const RowsOfB rows(b, stride * kElement, product.num_columns, b_bytes, lead_of(kAsks), next);
+  choose_walk<Words>(kRows, a_bytes, b_bytes, kFits, [&]<int kColumns, Prefetch kPrefetch>() {
+    const RowsOfB rows(b, stride * kElement, product.num_columns, b_bytes, lead_of(kPrefetch), next);
     for_columns<kColumns>(rows, [&]<int kCount>(int64_t n) {
-      add_dot_tile<kRows, kCount, kAsks, Words>(product.c + n, a, b + n * stride, stride, depth,
-                                                {rows.ahead_of(n), nullptr});
+      add_dot_tile<kRows, kCount, kPrefetch, Words>(product.c + n, a, b + n * stride, stride, depth,
+                                                    {rows.ahead_of(n), nullptr});
     });
   });
 }
@@ -334,7 +336,7 @@ template <typename Words>
 void add_dot_chunk(const Product& product, const Rows& a, const DotChunk<Element<Words>>& chunk, const void* next,
                    int64_t next_stride) {
   const int64_t tiles = num_row_tiles(product.num_rows);
-  Asking next_b;
+  RowPrefetches next_b;
   if (next != nullptr) {
     next_b = {.row = static_cast<const char*>(next),
               .stride = next_stride,

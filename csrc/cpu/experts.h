@@ -161,7 +161,7 @@ int64_t columns_for(int64_t most, int64_t least, int num_threads, Tasks&& tasks)
   return columns;
 }
 
-// The narrowest task of products with few rows: two lines of a row of `a`, and whole tiles of AMX.
+// The narrowest task of products with few rows: a cache line of float32, and a tile of AMX.
 constexpr int64_t kFewestColumns = 16;
 
 // A piece of one expert's product: slots [first_row, first_row + num_rows), columns from `column` on.

@@ -19,8 +19,6 @@
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kGrainScores = 16384;
-
 // The precedence of choice i = t·K + k: the lowest value wins, and no two are equal.
 struct Precedence {
   Drop drop;
@@ -66,7 +64,7 @@ void fit_capacity(const FitCapacityArgs& args, const Context& context) {
   const int64_t num_pairs = num_tokens * top_k;
   const auto* topk_ids = args.topk_ids.as<const int32_t>();
   const auto* limits = args.limits.as<const int32_t>();
-  const auto* sequence_ids = args.sequence_ids.defined() ? args.sequence_ids.as<const int32_t>() : nullptr;
+  const auto* sequence_ids = args.sequence_ids.as<const int32_t>();  // may be null
   auto* kept_ids = args.kept_ids.as<int32_t>();
   const Precedence precedence{args.options.drop, args.priorities.as<const float>(), num_tokens, top_k};
   const int num_threads = context.num_threads;
@@ -92,25 +90,25 @@ void fit_capacity(const FitCapacityArgs& args, const Context& context) {
   if (rounds <= 0) return;
 
   const auto is_lost = [&](int64_t i) { return kept_ids[i] < 0 && topk_ids[i] >= 0; };
+  const auto first_lost = [&](int64_t token) -> int64_t {  // -1 if none is
+    for (int64_t i = token * top_k; i < (token + 1) * top_k; ++i) {
+      if (is_lost(i)) return i;
+    }
+    return -1;
+  };
   std::vector<Waiting> waiting;
   for (int64_t t = 0; t < num_tokens; ++t) {
-    for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
-      if (!is_lost(i)) continue;
-      waiting.push_back({.token = static_cast<int32_t>(t)});
-      break;
-    }
+    if (first_lost(t) >= 0) waiting.push_back({.token = static_cast<int32_t>(t)});
   }
   std::vector<int64_t> heaps(waiting.size() * num_experts);
-  parallel_for_ranges(num_threads, std::ssize(waiting), std::max<int64_t>(1, kGrainScores / num_experts),
-                      [&](int64_t begin, int64_t end, int) {
-                        for (int64_t w = begin; w < end; ++w) {
-                          const int64_t t = waiting[w].token;
-                          waiting[w].heap = heaps.data() + w * num_experts;
-                          waiting[w].candidates =
-                              make_candidates(args.scores.as<const float>() + t * num_experts, num_experts,
-                                              topk_ids + t * top_k, top_k, waiting[w].heap);
-                        }
-                      });
+  parallel_for_ranges(num_threads, std::ssize(waiting), grain_rows(num_experts), [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      Waiting& w = waiting[i];
+      w.heap = heaps.data() + i * num_experts;
+      w.candidates = make_candidates(args.scores.as<const float>() + w.token * num_experts, num_experts,
+                                     topk_ids + w.token * top_k, top_k, w.heap);
+    }
+  });
 
   std::vector<int32_t> offered(num_tokens);  // the expert to which a token offers a choice
   std::vector<int64_t> offers;
@@ -121,10 +119,8 @@ void fit_capacity(const FitCapacityArgs& args, const Context& context) {
       std::pop_heap(w.heap, w.heap + w.candidates);
       const int32_t expert = index_of(w.heap[--w.candidates]);
       if (room[group_of(w.token, expert)] == 0) continue;
-      int64_t i = w.token * top_k;
-      while (!is_lost(i)) ++i;
       offered[w.token] = expert;
-      offers.push_back(i);
+      offers.push_back(first_lost(w.token));
     }
     std::sort(offers.begin(), offers.end(), precedence.before());
     for (const int64_t i : offers) {
@@ -133,12 +129,7 @@ void fit_capacity(const FitCapacityArgs& args, const Context& context) {
       --places;
       kept_ids[i] = offered[i / top_k];
     }
-    std::erase_if(waiting, [&](const Waiting& w) {
-      int64_t i = w.token * top_k;
-      const int64_t end = i + top_k;
-      while (i < end && !is_lost(i)) ++i;
-      return w.candidates == 0 || i == end;
-    });
+    std::erase_if(waiting, [&](const Waiting& w) { return w.candidates == 0 || first_lost(w.token) < 0; });
   }
 }
 

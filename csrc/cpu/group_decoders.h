@@ -6,7 +6,7 @@
 // has more words than there are registers.
 //
 // The floor: 3 bits with a float16 scale for 128 columns are 3/8 + 2/128 = 0.39 bytes a weight, 200 bytes for a step of
-// 512 weights. A core of Zen 5 that reads 6 to 9 bytes a cycle has 23 to 33 cycles for it. Decoding and multiplying take 13
+// 512 weights. A core of Zen 5 that reads 6 to 9 bytes a cycle has 22 to 33 cycles for it. Decoding and multiplying take 13
 // cycles if all four vector pipes are busy (52 instructions: shifts run on pipes 2 and 3, permutations on 1 and 2,
 // multiply-adds on 0 and 1), and 19 as measured from L2. So memory binds down to 3 bits, instructions at 1 bit.
 // Vector instructions per step in AVX-512, besides the multiply-adds (16 for pairs of bfloat16, 32 for float32, per row):
@@ -39,9 +39,8 @@ constexpr int kSplitCode = 15;  // of 3 bits: bit 15 of each of three vectors
 #if defined(__AVX512BW__)
 typedef __m512i Codes;
 inline Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline Codes merge(Codes mask, Codes a, Codes b) {
-  return _mm512_ternarylogic_epi32(mask, a, b, 0xea);
-}  // mask & a | b
+// mask & a | b
+inline Codes merge(Codes mask, Codes a, Codes b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xea); }
 
 inline Codes split_codes(const Codes (&v)[3]) {
   const Codes low = _mm512_srli_epi16(v[0], 15);

@@ -53,8 +53,7 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
     const int64_t column = column_of(task);
     const ProductScratch scratch(memory + thread * ProductScratch::kBytes);
     const int64_t stored = std::min(panel, part_width - tile.column);
-    const int64_t columns =
-        std::clamp<int64_t>(matrix_of(task).rows() - column, 0, stored);  // the rest of `stored` is zero
+    const int64_t columns = std::clamp<int64_t>(matrix_of(task).rows() - column, 0, stored);  // the others are zero
     const auto multiply = args.input_gradient ? k.multiply : k.dot_products;
     multiply({.rows = rows + tile.first_row,
               .num_rows = tile.num_rows,

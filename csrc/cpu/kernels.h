@@ -183,7 +183,7 @@ struct Kernels {
                            const float* up, const GluOptions& options, int64_t n);
 
   // Probes of the machine's ceilings. multiply_rate: `iterations` times the multiply-adds of one tile, in registers; returns
-  // the flops done. read: sums `bytes` bytes (a multiple of 512).
+  // the flops done. read: sums the first `bytes` bytes, less a last part of fewer than 512.
   double (*multiply_rate)(DType dtype, int64_t iterations);
   uint64_t (*read)(const void* data, int64_t bytes);
 };

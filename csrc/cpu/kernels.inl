@@ -334,7 +334,7 @@ double multiply_rate(DType dtype, int64_t iterations) {
   return dtype == DType::kBFloat16 ? multiply_registers<kHasPairs>(iterations) : multiply_registers<false>(iterations);
 }
 
-// `bytes` from each of kCount places, `gap` bytes apart, in turns; a line in kAskedBytes is prefetched `lead` bytes ahead.
+// `bytes` from each of kCount places, `gap` bytes apart, in turns; a line in kSparseBytes is prefetched `lead` bytes ahead.
 template <int kCount>
 void read_streams(Ints (&total)[8], const char* p, int64_t bytes, int64_t gap, int64_t lead) {
   constexpr int kPart = sizeof(Ints), kRun = 512 / kCount;
@@ -342,7 +342,7 @@ void read_streams(Ints (&total)[8], const char* p, int64_t bytes, int64_t gap, i
 #pragma GCC unroll 4
     for (int stream = 0; stream < kCount; ++stream) {
       const char* const run = p + stream * gap + i;
-      for (int j = 0; lead > 0 && j < kRun; j += kAskedBytes) __builtin_prefetch(run + j + lead, 0, 2);
+      for (int j = 0; lead > 0 && j < kRun; j += kSparseBytes) __builtin_prefetch(run + j + lead, 0, 2);
 #pragma GCC unroll 32
       for (int k = 0; k < kRun / kPart; ++k) {
         Ints v;
@@ -363,7 +363,7 @@ uint64_t read_bytes(const void* data, int64_t bytes) {
       read_streams<kMostStreams>(total, p, kBlock / kMostStreams, kBlock / kMostStreams, 0);
     }
   }
-  read_streams<1>(total, p, bytes / 512 * 512, 0, reads == Reads::kSomeLines ? lead_of(Asks::kSomeLines) : 0);
+  read_streams<1>(total, p, bytes / 512 * 512, 0, reads == Reads::kSomeLines ? lead_of(Prefetch::kSomeLines) : 0);
   uint64_t result = 0;
   for (auto& v : total) {
     for (int i = 0; i < kLanes; ++i) result += static_cast<uint32_t>(v[i]);

@@ -6,7 +6,7 @@
 //   s = (m - 1) / (m + 1)                                        |s| < 0.1716
 //   log x = k · LN2_HIGH + (2 s + (s³ · (2/3 + 2/5 s² + … + 2/21 s¹⁸) + k · LN2_LOW))
 //
-// The series of 2 artanh(s) is cut after s²¹; the rest is below 2 s · s²² / 23 < 2^-58 of log m. LN2_HIGH has 32 bits, so that
+// The series of 2 artanh(s) is cut after s²¹; the rest is below 2 s · s²² / 23 < 2^-58 of log m. LN2_HIGH has 28 bits, so that
 // its product with k is exact. With rounding the error is below 3 ulp.
 #pragma once
 #include <cstdint>

@@ -15,7 +15,7 @@
 //   fp8, pairs     2 vpermi2b, which look up 7 bits in 128 bytes, for the lower and the upper byte of the bfloat16. The
 //                  sign is merged into the upper one. The order in storage makes interleaving both the pairs of 16 rows.
 //   fp8, float     the same and 4 shifts or masks. Without AVX512-VBMI through float16: the 7 bits of a magnitude, put
-//                  below the sign of a float16, are 2^-8 times the value, also if it is subnormal.
+//                  below the sign of a float16, are 2^-8 times the value, also if it is subnormal. NaN becomes 480.
 #pragma once
 #include "switchgear/minifloat.h"
 
@@ -128,8 +128,8 @@ inline void Decoder<Format::kFp8, true>::decode(Floats (&words)[kWords], const u
   };
   const __m512i codes = _mm512_loadu_si512(p), sign = _mm512_set1_epi8(static_cast<char>(0x80));
   const __m512i lower = look_up(codes, kLower.values);
-  const __m512i upper =
-      _mm512_ternarylogic_epi32(sign, codes, look_up(codes, kUpper.values), 0xea);  // sign & codes | it
+  // sign & codes | it
+  const __m512i upper = _mm512_ternarylogic_epi32(sign, codes, look_up(codes, kUpper.values), 0xea);
   words[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi8(lower, upper));
   words[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi8(lower, upper));
 }

@@ -11,6 +11,7 @@
 #include "reader_binding.h"
 #include "simulation.h"
 #include "switchgear/backend.h"
+#include "switchgear/check.h"
 #include "switchgear/compact.h"
 #include "switchgear/panels.h"
 #include "threads.h"
@@ -67,20 +68,20 @@ constexpr Names<cpu::Placement, 3> kPlacements{{{"first node", cpu::Placement::k
 py::tuple simulate_loop(const std::vector<double>& seconds, const std::vector<int64_t>& bytes, bool in_shares,
                         int num_threads, int num_nodes, int num_sockets, double core_bandwidth, double node_bandwidth,
                         double link_bandwidth, std::string_view placement) {
-  if (seconds.size() != bytes.size())
-    throw ValueError(join("bytes: expected as many as seconds, ", seconds.size(), ", got ", bytes.size()));
-  if (num_threads < 1) throw ValueError(join("num_threads: expected at least 1, got ", num_threads));
-  if (num_nodes < 1) throw ValueError(join("num_nodes: expected at least 1, got ", num_nodes));
-  if (num_sockets < 1 || num_nodes % num_sockets != 0)
-    throw ValueError(join("num_sockets: expected a divisor of the ", num_nodes, " nodes, got ", num_sockets));
-  if (!(core_bandwidth > 0 && std::isfinite(core_bandwidth)))
-    throw ValueError(join("core_bandwidth: expected a finite number above 0, got ", core_bandwidth));
-  if (!(node_bandwidth > 0)) throw ValueError(join("node_bandwidth: expected more than 0, got ", node_bandwidth));
-  if (!(link_bandwidth > 0)) throw ValueError(join("link_bandwidth: expected more than 0, got ", link_bandwidth));
+  SWITCHGEAR_CHECK(ValueError, seconds.size() == bytes.size(), "bytes: expected as many as seconds, ", seconds.size(),
+                   ", got ", bytes.size());
+  SWITCHGEAR_CHECK(ValueError, num_threads >= 1, "num_threads: expected at least 1, got ", num_threads);
+  SWITCHGEAR_CHECK(ValueError, num_nodes >= 1, "num_nodes: expected at least 1, got ", num_nodes);
+  SWITCHGEAR_CHECK(ValueError, num_sockets >= 1 && num_nodes % num_sockets == 0,
+                   "num_sockets: expected a divisor of the ", num_nodes, " nodes, got ", num_sockets);
+  SWITCHGEAR_CHECK(ValueError, core_bandwidth > 0 && std::isfinite(core_bandwidth),
+                   "core_bandwidth: expected a finite number above 0, got ", core_bandwidth);
+  SWITCHGEAR_CHECK(ValueError, node_bandwidth > 0, "node_bandwidth: expected more than 0, got ", node_bandwidth);
+  SWITCHGEAR_CHECK(ValueError, link_bandwidth > 0, "link_bandwidth: expected more than 0, got ", link_bandwidth);
   for (size_t i = 0; i < seconds.size(); ++i) {
-    if (!(seconds[i] >= 0 && std::isfinite(seconds[i])))
-      throw ValueError(join("seconds: expected finite numbers of at least 0, got ", seconds[i], " at [", i, ']'));
-    if (bytes[i] < 0) throw ValueError(join("bytes: expected at least 0, got ", bytes[i], " at [", i, ']'));
+    SWITCHGEAR_CHECK(ValueError, seconds[i] >= 0 && std::isfinite(seconds[i]),
+                     "seconds: expected finite numbers of at least 0, got ", seconds[i], " at [", i, ']');
+    SWITCHGEAR_CHECK(ValueError, bytes[i] >= 0, "bytes: expected at least 0, got ", bytes[i], " at [", i, ']');
   }
   const cpu::Machine machine{num_threads,
                              num_nodes,
@@ -143,7 +144,7 @@ void define_module(py::module_& m) {
         const TensorView view = arrays.in("tensor", tensor);
         cpu::advise_huge_pages(view.data, view.extent());
       },
-      "Asks for huge pages behind memory that is not in use yet.", "tensor"_a);
+      "Requests huge pages for memory that is not in use yet.", "tensor"_a);
   m.def(
       "collapse_into_huge_pages",
       [](handle tensor) {
@@ -167,7 +168,7 @@ void define_module(py::module_& m) {
         "capsule"_a);
   m.def(
       "pack_compact",
-      [](py::handle weight, py::handle compact, int num_threads) {
+      [](handle weight, handle compact, int num_threads) {
         Arrays arrays;
         const TensorView from = arrays.in("weight", weight), to = arrays.out("compact", compact);
         const py::gil_scoped_release release;
@@ -177,7 +178,7 @@ void define_module(py::module_& m) {
       "compact"_a, "num_threads"_a = 0);
   m.def(
       "expand_compact",
-      [](py::handle compact, py::handle weight, int num_threads) {
+      [](handle compact, handle weight, int num_threads) {
         Arrays arrays;
         const TensorView from = arrays.in("compact", compact), to = arrays.out("weight", weight);
         const py::gil_scoped_release release;

@@ -59,7 +59,7 @@ struct ActivationBackward {
   void run(const Tile& tile, const Start& next, const WideScratch& scratch, void* adapter_scratch,
            DecodedColumns& down_proj) const {
     const int64_t width = std::min(wide, weighted_a.shape[1] - tile.column);
-    const AdapterTerms::Columns term{tile.expert, tile.first_row, tile.num_rows, tile.column, width};
+    const TermColumns term{tile.expert, tile.first_row, tile.num_rows, tile.column, width};
     if (adapter.defined()) adapter.prefetch(term);
     multiply_wide(k, {.rows = grad_y_rows + tile.first_row,
                       .num_rows = tile.num_rows,

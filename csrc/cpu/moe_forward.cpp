@@ -63,7 +63,7 @@ struct FirstProjection {
     const GateColumns columns = gate_columns(args.options, a.width(), tile.column, count, k.panel);
     const ExpertMatrix matrix(args.weights.gate_up_proj, tile.expert, args.x.dtype);
     const auto term = [&](int i) {
-      return AdapterTerms::Columns{tile.expert, tile.first_row, tile.num_rows, columns.begin[i], columns.count[i]};
+      return TermColumns{tile.expert, tile.first_row, tile.num_rows, columns.begin[i], columns.count[i]};
     };
     for (int i = 0; i < 2 && adapter.defined(); ++i) adapter.prefetch(term(i));
     for (int i = 0; i < 2; ++i) {

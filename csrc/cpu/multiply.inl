@@ -78,8 +78,7 @@ struct PairWords {
   static Floats load_along_k(const BFloat16* p, int64_t count) {  // `count` elements of k, two per lane
     return count == 2 * kLanes ? load_whole(p) : load_neighbours(seen(p, count), count);
   }
-  static Floats load_along_n(const BFloat16* low, const BFloat16* high,
-                             int64_t count) {  // null: zeros (an odd end of k)
+  static Floats load_along_n(const BFloat16* low, const BFloat16* high, int64_t count) {  // high null: k ends, zeros
     BFloat16 l[kLanes] = {}, h[kLanes] = {};
     if (count == kLanes && high != nullptr) return load_pairs(low, high);
     __builtin_memcpy(l, low, static_cast<size_t>(count) * 2);
@@ -316,16 +315,16 @@ void multiply_tile(const Chunk& chunk, int64_t m, float* c, Ahead& ahead_of_all)
 
 int64_t num_row_tiles(int64_t num_rows) { return (num_rows + kTileRows - 1) / kTileRows; }
 
-// All rows, in tiles of nearly equal height. The first `asking` tiles prefetch one line per step.
+// All rows, in tiles of nearly equal height. The first `prefetching` tiles prefetch one line per step.
 template <bool kPairs>
-void multiply_rows(const Chunk& chunk, const Product& product, int64_t asking, Ahead& ahead) {
+void multiply_rows(const Chunk& chunk, const Product& product, int64_t prefetching, Ahead& ahead) {
   const int64_t num_rows = product.num_rows;
   float* const c = product.c;
   const int64_t tiles = num_row_tiles(num_rows);
   for (int64_t t = 0, m = 0; t < tiles; ++t) {
     const int64_t rows = (num_rows - m) / (tiles - t);
     with_constant<kTileRows>(rows, [&]<int kRows>() {
-      if (t < asking) {
+      if (t < prefetching) {
         multiply_tile<kRows, kPairs, 1>(chunk, m, c, ahead);
       } else {
         multiply_tile<kRows, kPairs, 0>(chunk, m, c, ahead);
@@ -396,11 +395,11 @@ void multiply_words(const Product& product) {
   }
 
   float* const panel = static_cast<float*>(product.scratch);
-  const int64_t tiles = num_row_tiles(product.num_rows), asking = tiles < kLinesPerWord ? tiles : kLinesPerWord;
+  const int64_t tiles = num_row_tiles(product.num_rows), prefetching = tiles < kLinesPerWord ? tiles : kLinesPerWord;
   for (int64_t k = 0; k < depth; k += kChunk) {
     const int64_t count = length(k, kChunk);
     Ahead ahead = ahead_of(product, k + kChunk, kChunk);
-    pack<Words>(panel, product, k, count, kLinesPerWord - asking, ahead);
+    pack<Words>(panel, product, k, count, kLinesPerWord - prefetching, ahead);
     const auto [rows, offset] = rows_from(product, product.b.dtype, kPairs, k, count, widened_rows);
     const Chunk chunk{.rows = rows,
                       .offset = offset,
@@ -408,7 +407,7 @@ void multiply_words(const Product& product) {
                       .words = count / Words::kDepth,
                       .half_word = count % Words::kDepth != 0,
                       .accumulate = product.accumulate || k > 0};
-    multiply_rows<kPairs>(chunk, product, asking, ahead);
+    multiply_rows<kPairs>(chunk, product, prefetching, ahead);
   }
 }
 

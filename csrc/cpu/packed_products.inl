@@ -86,8 +86,8 @@ void packed_products_of(const Product& product) {
       const int64_t due = next != nullptr ? num_columns * last / kParts : 0;
       const int64_t stride = count * static_cast<int64_t>(sizeof(T)) / (steps * (last - first));
       add_parts_of_rows<typename Words::Packed>(product, k, parts, [&](int64_t) {
-        if (prefetched >= due) return Ask{0, reinterpret_cast<const char*>(from), 0};
-        return Ask{1, reinterpret_cast<const char*>(next + prefetched++ * b.n_stride), stride};
+        if (prefetched >= due) return LinesAhead{0, reinterpret_cast<const char*>(from), 0};
+        return LinesAhead{1, reinterpret_cast<const char*>(next + prefetched++ * b.n_stride), stride};
       });
     });
   }

@@ -67,8 +67,7 @@ int64_t collapse_into_huge_pages(void* data, int64_t bytes) {
   advise_huge_pages(data, bytes);
   int64_t collapsed = 0;
   const auto [begin, end] = whole_pages(data, bytes);
-  for (uintptr_t page = begin; page < end;
-       page += kHugePage) {  // one by one: a page that fails does not stop the others
+  for (uintptr_t page = begin; page < end; page += kHugePage) {  // one by one: one that fails does not stop the others
     if (madvise(reinterpret_cast<void*>(page), kHugePage, kCollapse) == 0) collapsed += kHugePage;
   }
   return collapsed;

@@ -136,8 +136,8 @@ void add_parts(float* c, float* waiting, const void* const* a_rows, int64_t offs
 
 // Prefetches `bytes` of each of `count` rows from byte `offset` on: pieces too short for the processor to detect a stream.
 // Narrow vectors take so long for a piece that loads alone keep up; the prefetches would cost them 4 to 7 %.
-constexpr bool kAsksForRows = kLanes >= 16;
-inline void ask_for_rows(const void* const* rows, int64_t count, int64_t offset, int64_t bytes) {
+constexpr bool kPrefetchesRows = kLanes >= 16;
+inline void prefetch_rows(const void* const* rows, int64_t count, int64_t offset, int64_t bytes) {
   for (int64_t i = 0; i < count; ++i) {
     const char* const row = static_cast<const char*>(rows[i]) + offset;
     for (int64_t byte = 0; byte < bytes; byte += kLine) __builtin_prefetch(row + byte, 0, 2);
@@ -173,37 +173,38 @@ inline Guide guide_of(int64_t num_rows, int64_t tiles, int step_lines, int64_t s
 }
 
 // What a tile prefetches: `lines` lines per step, `stride` bytes after those of the step before.
-struct Ask {
+struct LinesAhead {
   int lines;
   const char* data;
   int64_t stride;
 };
 
-// All rows of C += the products of their words from `offset` on and parts of B, in tiles of nearly equal height. ask(tile) is
-// what a tile prefetches; one or two rows prefetch a line per step in any case.
-template <typename Words, typename AskOf>
-void add_parts_of_rows(const Product& product, int64_t offset, const PartsOfB<Element<Words>>& parts, AskOf&& ask) {
+// All rows of C += the products of their words from `offset` on and parts of B, in tiles of nearly equal height. ahead_of(tile)
+// is what a tile prefetches; one or two rows prefetch a line per step in any case.
+template <typename Words, typename AheadOf>
+void add_parts_of_rows(const Product& product, int64_t offset, const PartsOfB<Element<Words>>& parts,
+                       AheadOf&& ahead_of) {
   constexpr int kLines = lines_per_step<Words>();
   const int64_t tiles = num_row_tiles(product.num_rows), set_bytes = 4 * parts.steps * kClasses;
   const int64_t sets = (parts.end - parts.first + kGroups - 1) / kGroups;
   float* const waiting = static_cast<float*>(product.scratch);
   for (int64_t t = 0, m = 0, count; t < tiles; ++t, m += count) {
     count = (product.num_rows - m) / (tiles - t);
-    if (kAsksForRows && parts.first % kGroups == 0 && t + 1 < tiles) {  // rows are read here for the first time
-      ask_for_rows(product.rows + m + count, count, 4 * offset + parts.first / kGroups * set_bytes, sets * set_bytes);
+    if (kPrefetchesRows && parts.first % kGroups == 0 && t + 1 < tiles) {  // rows are read here for the first time
+      prefetch_rows(product.rows + m + count, count, 4 * offset + parts.first / kGroups * set_bytes, sets * set_bytes);
     }
-    const Ask asked = ask(t);
+    const LinesAhead ahead = ahead_of(t);
     with_constant<kTileRows>(count, [&]<int kRows>() {
-      const auto add = [&]<int kAsked>() {
-        add_parts<kRows, Words, kAsked>(product.c + m * kPanel, waiting + m * kPanel, product.rows + m, offset, parts,
-                                        asked.data, asked.stride);
+      const auto add = [&]<int kLinesAhead>() {
+        add_parts<kRows, Words, kLinesAhead>(product.c + m * kPanel, waiting + m * kPanel, product.rows + m, offset,
+                                             parts, ahead.data, ahead.stride);
       };
-      if (asked.lines == kLines) {
+      if (ahead.lines == kLines) {
         add.template operator()<kLines>();
       } else if constexpr (kRows <= kGuidedRows) {
         add.template operator()<1>();
       } else {
-        with_constant<3>(asked.lines + 1, [&]<int kCount>() { add.template operator()<kCount - 1>(); });
+        with_constant<3>(ahead.lines + 1, [&]<int kCount>() { add.template operator()<kCount - 1>(); });
       }
     });
   }
@@ -237,9 +238,9 @@ void panel_products_of(const Product& product) {
       if (ahead >= end && product.next.data != nullptr)
         ahead = static_cast<const char*>(product.next.data) + (ahead - end);
       add_parts_of_rows<Words>(product, k / Words::kDepth, parts, [&](int64_t t) {
-        const int64_t asking = t < guide.tiles ? t : guide.tiles;
-        return Ask{t < guide.tiles ? guide.lines : 0, ahead + asking * (last - first) * steps * guide.stride,
-                   guide.stride};
+        const int64_t tile = t < guide.tiles ? t : guide.tiles;
+        return LinesAhead{t < guide.tiles ? guide.lines : 0, ahead + tile * (last - first) * steps * guide.stride,
+                          guide.stride};
       });
       data += (last - first) * steps * kStep * kPanelVectors;
     });

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kGrainBytes = 65536;  // about 10 µs of copying; less is not worth waking a thread
 
-int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
+int64_t grain_of(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
 
 }  // namespace
 
@@ -62,7 +62,7 @@ void permute(const PermuteArgs& args, const Context& context) {
       }
     }
   };
-  parallel_for_ranges(context.num_threads, num_slots, grain_rows(row_bytes), gather);
+  parallel_for_ranges(context.num_threads, num_slots, grain_of(row_bytes), gather);
 }
 
 void combine(const CombineArgs& args, const Context& context) {
@@ -85,7 +85,7 @@ void combine(const CombineArgs& args, const Context& context) {
       k.store_row(row_of(args.y, t), input.dtype, sum.data(), hidden_size);
     }
   };
-  const int64_t grain = grain_rows(hidden_size * top_k * size_of(input.dtype));
+  const int64_t grain = grain_of(hidden_size * top_k * size_of(input.dtype));
   parallel_for_ranges(context.num_threads, num_tokens, grain, sum_slots);
 }
 
@@ -106,7 +106,7 @@ void combine_weight_backward(const CombineBackwardArgs& args, const Context& con
       grad_topk_weights[i] = k.dot_rows(row_of(grad_y, i / top_k), slot_row, grad_y.dtype, hidden_size);
     }
   };
-  const int64_t grain = grain_rows(hidden_size * top_k * size_of(grad_y.dtype));
+  const int64_t grain = grain_of(hidden_size * top_k * size_of(grad_y.dtype));
   parallel_for_ranges(context.num_threads, grad_y.shape[0], grain, dot);
 }
 

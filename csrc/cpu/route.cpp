@@ -121,12 +121,7 @@ void route(const RouteArgs& args, const Context& context) {
   const TensorView& input = args.router_logits;
   const int64_t num_experts = input.shape[1];
   const int64_t top_k = args.options.top_k;
-  std::vector<float> bias;
-  if (args.selection_bias.defined()) {
-    const float* values = args.selection_bias.as<const float>();
-    bias.assign(values, values + num_experts);
-    std::transform(bias.begin(), bias.end(), bias.begin(), sanitise);
-  }
+  const std::vector<float> bias = sanitised_bias(args.selection_bias);
   // Softmax is monotone: ranking logits avoids ties by rounding and needs K divisions instead of E.
   const bool by_logit =
       args.options.score_function == ScoreFunction::kSoftmax && bias.empty() && args.options.num_groups == 1;

@@ -61,12 +61,7 @@ void route_dynamic(const RouteDynamicArgs& args, const Context& context) {
   const TensorView& input = args.router_logits;
   const RouteDynamicOptions& options = args.options;
   const int64_t num_experts = input.shape[1], max_experts = args.topk_ids.shape[1];
-  std::vector<float> bias;
-  if (args.selection_bias.defined()) {
-    const float* values = args.selection_bias.as<const float>();
-    bias.assign(values, values + num_experts);
-    std::transform(bias.begin(), bias.end(), bias.begin(), sanitise);
-  }
+  const std::vector<float> bias = sanitised_bias(args.selection_bias);
   const auto route_rows = [&](int64_t begin, int64_t end, int) {
     Row row(num_experts);
     for (int64_t t = begin; t < end; ++t) {

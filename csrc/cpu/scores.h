@@ -4,13 +4,12 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "ranking.h"
+#include "switchgear/tensor.h"
 
 namespace switchgear::cpu {
-
-constexpr int64_t kGrainLogits = 16384;  // about 50 µs of work; less is not worth waking a thread
-inline int64_t grain_rows(int64_t num_experts) { return std::max<int64_t>(1, kGrainLogits / num_experts); }
 
 inline float max_of(const float* values, int64_t n) {
   constexpr int kLanes = 8;  // breaks the chain of dependent comparisons
@@ -22,6 +21,17 @@ inline float max_of(const float* values, int64_t n) {
   }
   for (; i < n; ++i) lanes[0] = std::max(lanes[0], values[i]);
   return *std::max_element(lanes, lanes + kLanes);
+}
+
+// The selection bias of the experts, empty if there is none. -Inf, which closes an expert, and NaN become the lowest number.
+inline std::vector<float> sanitised_bias(const TensorView& selection_bias) {
+  std::vector<float> bias;
+  if (selection_bias.defined()) {
+    const float* values = selection_bias.as<const float>();
+    bias.assign(values, values + selection_bias.numel());
+    std::transform(bias.begin(), bias.end(), bias.begin(), sanitise);
+  }
+  return bias;
 }
 
 // Divides the weights of the chosen experts by their sum if `normalize`, then multiplies them by `scale`.

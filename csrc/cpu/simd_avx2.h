@@ -12,7 +12,7 @@ namespace {
 using Floats = __m256;
 typedef int32_t Ints __attribute__((vector_size(32)));
 constexpr int kLanes = 8;
-constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 of B and 1 of A fill 16 registers
+constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 of B and 1 of A: 15 of 16 registers
 constexpr int kDotColumns = 2;    // of a tile of dot_products
 constexpr int64_t kPackingRows = 24, kWidenedPackingRows = 7;  // see Kernels
 constexpr int kSumOrder[kLanes] = {0, 2, 4, 6, 1, 3, 5, 7};    // of add_sums

@@ -10,8 +10,8 @@ namespace {
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
-constexpr int kPanelVectors = 2;                              // 6 x 2 accumulators, 2 of B and 1 of A fill 16 registers
-constexpr int kDotColumns = 2;                                // of a tile of dot_products
+constexpr int kPanelVectors = 2;  // 6 x 2 accumulators, 2 of B and 1 of A: 15 of 16 registers
+constexpr int kDotColumns = 2;    // of a tile of dot_products
 constexpr int64_t kPackingRows = 0, kWidenedPackingRows = 0;  // see Kernels
 constexpr int kSumOrder[kLanes] = {0, 2, 1, 3};               // of add_sums
 constexpr bool kHasPairs = false;

@@ -69,9 +69,9 @@ double delivered_part(int count, double reading, double each, double capacity) {
   // Probabilities relative to that of the likeliest n: those of the tails may round to 0.
   const double odds = reading / (1.0 - reading);
   const int likeliest = static_cast<int>(reading * (count + 1));
-  double asked = 0.0, delivered = 0.0;
+  double requested = 0.0, delivered = 0.0;
   const auto add = [&](int n, double probability) {
-    asked += probability * n * each;
+    requested += probability * n * each;
     delivered += probability * std::min(n * each, capacity);
   };
   double probability = 1.0;
@@ -84,21 +84,21 @@ double delivered_part(int count, double reading, double each, double capacity) {
     probability *= n / (odds * (count - n + 1));
     add(n - 1, probability);
   }
-  return delivered / asked;
+  return delivered / requested;
 }
 
 // bytes/s that a resource delivers on average to runners that read parts of their time.
 double mean_delivered(const Resource& resource, const std::vector<Runner>& runners) {
   int count = 0;
-  double parts = 0.0, asked = 0.0;
+  double parts = 0.0, requested = 0.0;
   for (const Runner& runner : runners) {
     const double share = resource.part[static_cast<size_t>(runner.node)];
     if (!runner.reads() || share == 0.0) continue;
     ++count;
     parts += runner.reading;
-    asked += runner.reading * share * runner.fastest;
+    requested += runner.reading * share * runner.fastest;
   }
-  return count == 0 ? 0.0 : asked * delivered_part(count, parts / count, asked / parts, resource.capacity);
+  return count == 0 ? 0.0 : requested * delivered_part(count, parts / count, requested / parts, resource.capacity);
 }
 
 // The rate λ at which min(fastest, λ) of the runners that are not fixed fills a resource; infinite if they never do.

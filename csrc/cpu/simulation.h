@@ -5,7 +5,7 @@
 //
 // Memory. A core reads and computes in turns. Of the d seconds that a task took on one core, it read its b bytes for b/R,
 // where R is what one core reads alone; more cores only slow this part. Each thread reads a part u of its time, so of P
-// threads a binomial number n reads at a time. n of them ask for n R bytes/s, and a memory of bandwidth B delivers
+// threads a binomial number n reads at a time. n of them request n R bytes/s, and a memory of bandwidth B delivers
 // E[min(n R, B)] on average: less than B, since sometimes few read. u follows from the rates and the rates from u, which is
 // solved by iteration. A node's memory, and the link that brings bytes of other sockets to one, are shared max-min fairly.
 // Nodes of one socket read each other's memory as fast as their own.

@@ -26,8 +26,7 @@ class Counter {
   Counter(int64_t count, int) : count_(count) {}
 
   // passed: the shares that the thread has gone through. Returns -1 at the end.
-  int64_t take(int, int& passed) {
-    (void)passed;
+  int64_t take(int, int& /*passed*/) {
     const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
     return i < count_ ? i : -1;
   }
@@ -128,5 +127,8 @@ void parallel_for_ranges(int num_threads, int64_t count, int64_t grain, Task&& t
   };
   parallel_for(num_threads, chunks, range, loop);
 }
+
+// A grain of rows of scores: about 50 µs of work. Less is not worth waking a thread.
+inline int64_t grain_rows(int64_t num_experts) { return num_experts < 16384 ? 16384 / num_experts : 1; }
 
 }  // namespace switchgear::cpu

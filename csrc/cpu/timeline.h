@@ -19,7 +19,7 @@ struct TaskWork {
   int64_t bytes = 0;    // of weights read from memory, or of their gradients written
 };
 
-// The name of a loop and the work of its tasks, for recordings. Loops without a name move too little to have any.
+// The name of a loop and the work of its tasks, for recordings. A loop without a name records no work.
 struct NoWork {
   TaskWork operator()(int64_t) const { return {}; }
 };

@@ -186,7 +186,7 @@ class TokenSum {
                             .sorted_rows = args_.sorted.has(args_.expert_offsets, e),
                             .rows_are_widened = args_.are_widened,
                             .gathered = args_.gathered.defined() ? args_.gathered.block(e, s) : nullptr};
-      const AdapterTerms::Columns term{e, s, rows, column, columns};
+      const TermColumns term{e, s, rows, column, columns};
       if (args_.adapter.defined()) args_.adapter.prefetch(term);
       args_.transposed ? multiply_wide(k, product) : dot_products_wide(k, product);
       if (args_.adapter.defined()) args_.adapter.add(scratch.c, term, ProductScratch(own + adapter_at_), k);

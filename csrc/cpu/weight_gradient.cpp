@@ -51,10 +51,11 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
                            is_whole_lines(static_cast<int64_t>(reinterpret_cast<uintptr_t>(args.gradient.data))) &&
                            (num_matrices == 1 || is_whole_lines(args.gradient.stride[0] * element)) &&
                            is_whole_lines(row_stride * element);
-  std::vector<Tile> tiles;
+  std::vector<Tile> tiles;  // whose expert is the index of the matrix
   int64_t left_bytes = 0, carried_bytes = 0;
+  const auto expert_of = [&](int64_t i) -> int64_t { return args.experts != nullptr ? args.experts[i] : i; };
   const auto slots_of = [&](int64_t i) {  // the first slot of matrix i, and their number
-    const int64_t e = args.experts != nullptr ? args.experts[i] : i, first = args.expert_offsets[e];
+    const int64_t e = expert_of(i), first = args.expert_offsets[e];
     return std::pair<int64_t, int64_t>(first, args.expert_offsets[e + 1] - first);
   };
   for (int64_t i = 0; i < num_matrices; ++i) {
@@ -70,7 +71,7 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
   const auto work = [&](int64_t task) {
     const Tile& tile = tiles[static_cast<size_t>(task)];
     const int64_t bytes = tile.num_rows * columns * element;
-    return TaskWork{tile.expert, slots_of(tile.expert).second, args.adds ? 2 * bytes : bytes};
+    return TaskWork{expert_of(tile.expert), slots_of(tile.expert).second, args.adds ? 2 * bytes : bytes};
   };
   const auto run_tile = [&](int64_t task, int thread) {
     const Tile& tile = tiles[static_cast<size_t>(task)];

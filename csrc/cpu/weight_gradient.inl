@@ -62,8 +62,8 @@ inline void add_rounded(Floats (&row)[kVectors], const T* p, int64_t columns) {
 // Stores a row of a tile, rounded. Whole lines that are not read soon go past the caches: a cached store first fetches the
 // line that it overwrites.
 template <typename T, int kVectors>
-inline void leave(T* p, const Floats (&row)[kVectors], int64_t columns, bool past_caches,
-                  [[maybe_unused]] bool may_be_subnormal) {
+inline void store_rounded(T* p, const Floats (&row)[kVectors], int64_t columns, bool past_caches,
+                          [[maybe_unused]] bool may_be_subnormal) {
   constexpr int kPerLine = kLine / sizeof(T) / kLanes;  // vectors per line
   if (past_caches && columns == kVectors * kLanes && kVectors % kPerLine == 0) {
 #pragma GCC unroll 4
@@ -153,7 +153,7 @@ void gradient_tile(const SlotChunk& chunk, const GradientPanel& to, int64_t m) {
   for (int i = 0; i < kRows; ++i) {
     T* const row = out + i * to.out_stride;
     if (to.adds) add_rounded(acc[i], row, to.num_columns);
-    leave(row, acc[i], to.num_columns, to.past_caches, to.adds);
+    store_rounded(row, acc[i], to.num_columns, to.past_caches, to.adds);
   }
 }
 

@@ -49,7 +49,7 @@ class Buffer {
 };
 
 int64_t kept_bytes();            // of idle buffers
-int64_t idle_workspace_bytes();  // of idle workspaces: at most the largest of the calls that ran at once
+int64_t idle_workspace_bytes();  // of idle workspaces, for tests
 void release_workspaces();
 
 }  // namespace switchgear::cpu

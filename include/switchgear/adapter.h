@@ -18,8 +18,7 @@ struct Adapter {
   TensorView ranks;      // [E] int32, optional: r_e in [0, r]
   double dropout = 0.0;  // in [0, 1)
   uint64_t seed = 0;
-  TensorView
-      device_seed;  // [1] int64 in memory of the device of a, instead of seed, so that no value is copied to the host
+  TensorView device_seed;  // [1] int64 on the device of a, used instead of seed: no value is copied to the host
 
   bool defined() const { return a.defined(); }
   int64_t rank() const { return a.shape[1]; }

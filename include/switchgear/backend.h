@@ -31,8 +31,8 @@ struct Backend {
   void (*fit_capacity)(const FitCapacityArgs&, Execution) = nullptr;
   void (*assign_balanced)(const AssignBalancedArgs&, Execution) = nullptr;
   void (*assign_capped)(const AssignCappedArgs&, Execution) = nullptr;
-  uint32_t formats =
-      1u << static_cast<int>(Format::kPlain);    // weight formats of grouped_gemm and moe_forward, one bit each
+  // Weight formats of grouped_gemm and moe_forward, one bit each.
+  uint32_t formats = 1u << static_cast<int>(Format::kPlain);
   PanelLayout (*panel_layout)(DType) = nullptr;  // for Format::kPanels
   bool takes_adapters = false;                   // in moe_forward and moe_backward
   bool adds_gradients = false;                   // MoeBackwardArgs::adds

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Compact weights: bfloat16 in 12 bits and float32 in 28, lossless, for moe_forward and grouped_gemm on the CPU.
+// Compact weights: bfloat16 in 12 bits and float32 in 28, lossless, for grouped_gemm and whole layers on the CPU.
 //
 // Trained weights use few of the 256 exponents: the 16 most frequent of an expert get codes of 4 bits. A tensor [E,rows,cols]
 // becomes a contiguous [E,rows,bytes] of uint8. A row is a header of 64 bytes or a multiple, then ⌈cols/128⌉ records of 192

@@ -7,6 +7,8 @@
 //                                                      mxfp4: scales 2^(s - 127), group_size 32
 //                                                      nf4: float32 scales, group_size 64
 //
+// No code of fp8 is NaN (0x7f, 0xff): some kernels would read it as ±480.
+//
 // Storage: `parts` equal shares of the rows, each in B = ⌈rows / parts / 16⌉ blocks of 16 rows, the last one padded. A block
 // has C = ⌈cols / 32⌉ steps of 32 columns, each 4 or 8 vectors of 64 bytes. Padding is zero.
 //   fp8    data [E,parts·B,C,512]   byte 16·(r / 4) + 8·(j / 2) + 2·(r % 4) + j % 2 of vector q is value[r, 4·q + j], j < 4

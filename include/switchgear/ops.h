@@ -101,8 +101,8 @@ void gate_route(const GateRouteArgs& args, Execution exec = {});
 // Values, scores and priorities may have any bits: NaN and -Inf rank last, +Inf first, and ties go to the lowest index.
 // Tokens compete only within a sequence (sequence_ids [T] in [0,B); all tokens are one sequence if absent).
 
-// For each token the fewest experts, best first, that together have a share of `top_p` of the scores; without experts whose
-// score is below `threshold`, but at least min_experts and at most M. Choices and weights are otherwise those of route.
+// For each token the fewest experts, best first, whose scores sum to `top_p` or more; without experts whose score is below
+// `threshold`, but at least min_experts and at most M. Choices and weights are otherwise those of route.
 struct RouteDynamicOptions {
   ScoreFunction score_function = ScoreFunction::kSoftmax;
   int64_t min_experts = 1;  // <= M
@@ -161,8 +161,8 @@ struct FitCapacityArgs {
 void fit_capacity(const FitCapacityArgs& args, Execution exec = {});
 
 // One expert for each token, and equally many tokens of a sequence for each expert (the first experts may have one more). The
-// total of values is within T·eps of the largest if the auction ends within max_iterations. NaN and -Inf count as a little
-// less than the finite values of the sequence, +Inf as a little more.
+// total of values is within T·eps of the largest if the auction ends within max_iterations. NaN and -Inf count as
+// min - (max - min) - 1 of the finite values of the sequence, +Inf as max + (max - min) + 1.
 struct AssignBalancedArgs {
   TensorView values;          // [T,E] float32, any bit pattern
   TensorView sequence_ids;    // [T] int32, optional

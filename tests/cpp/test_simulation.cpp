@@ -7,6 +7,7 @@
 #include "check.h"
 #include "cpu/simulation.h"
 #include "cpu/threads.h"
+#include "switchgear/ops.h"
 
 namespace switchgear::test {
 namespace {
@@ -134,6 +135,21 @@ TEST(a_recording_has_every_task_of_its_thread_alone) {
     CHECK(seen.expert == static_cast<int64_t>(i) && seen.rows == 2 * seen.expert && seen.bytes == 3 * seen.expert);
   }
   for (size_t i = 1; i < 3; ++i) CHECK(records[i].begin >= records[i - 1].end && records[i].end >= records[i].begin);
+}
+
+TEST(a_recording_names_experts_of_a_list_by_their_ids) {
+  std::vector<float> grad_out(3 * 2, 1.0f), x(3 * 4, 1.0f), grad_weight(2 * 2 * 4);
+  std::vector<int32_t> offsets{0, 1, 2, 3, 3}, experts{1, 3};
+  cpu::Timeline timeline;
+  cpu::record_on(&timeline);
+  grouped_gemm_wgrad({.grad_out = view(grad_out.data(), DType::kFloat32, 3, 2),
+                      .x = view(x.data(), DType::kFloat32, 3, 4),
+                      .expert_offsets = view(offsets.data(), DType::kInt32, 5),
+                      .experts = view(experts.data(), DType::kInt32, 2),
+                      .grad_weight = view(grad_weight.data(), DType::kFloat32, 2, 2, 4)});
+  cpu::record_on(nullptr);
+  const auto& tasks = timeline.records().back().tasks;
+  CHECK(tasks.size() == 2 && tasks[0].work.expert == 1 && tasks[1].work.expert == 3);
 }
 
 }  // namespace

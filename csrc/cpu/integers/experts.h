@@ -41,8 +41,8 @@ class IntegerMatrix {
   }
 
  private:
-  template <typename T>
-  const T* of(const TensorView& field) const {  // the expert's part
+  template <typename T>  // the expert's part
+  const T* of(const TensorView& field) const {
     return field.as<const T>() + slot_ * field.stride[0];
   }
 
@@ -50,7 +50,7 @@ class IntegerMatrix {
   int64_t slot_;
 };
 
-// Row stride and bytes, in the workspace, of rows in int8 for products with `weight`.
+// Rows in int8 for products with `weight`: whether they are wide (IntegerRows), their stride, and their bytes of a workspace.
 inline bool rows_are_wide(const Weight& weight, const IntegerKernels& kernels) {
   return !kernels.has_dot && bits_of(weight.format) == 8;
 }

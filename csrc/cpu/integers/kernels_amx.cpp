@@ -50,7 +50,7 @@ class TileProduct {
     if (product.next != nullptr) {
       ahead_ = {reinterpret_cast<const char*>(product.next), 1, 0, blocks_ * block_bytes_};
     }
-    ahead_.spread_over(kAsksPerStep * tiles_of(product.b.words, kTile) * tiles_of(groups_of_rows_, 2) *
+    ahead_.spread_over(kPointsPerStep * tiles_of(product.b.words, kTile) * tiles_of(groups_of_rows_, 2) *
                        tiles_of(blocks_, 2));
   }
 
@@ -82,12 +82,12 @@ class TileProduct {
   // Sums of 32 rows from m on (+)= products over `words` words from `word` on.
   void add_rows(int64_t m, const WeightTiles& weights, int64_t word, int64_t words, int32_t* sums, bool adds) {
     const int64_t steps = tiles_of(words, kTile);
-    const bool lies_so =
+    const bool is_in_place =
         p_.indices == nullptr && m + 2 * kTile <= p_.num_rows && 4 * word + steps * kStepBytes <= p_.rows.stride;
-    if (!lies_so) copy_rows(m, word, steps * kStepBytes);
-    const int64_t stride = lies_so ? p_.rows.stride : kCopiedRow;
+    if (!is_in_place) copy_rows(m, word, steps * kStepBytes);
+    const int64_t stride = is_in_place ? p_.rows.stride : kCopiedRow;
     const auto* const first =
-        reinterpret_cast<const char*>(lies_so ? p_.rows.values + m * p_.rows.stride + 4 * word : copies_[0]);
+        reinterpret_cast<const char*>(is_in_place ? p_.rows.values + m * p_.rows.stride + 4 * word : copies_[0]);
     int32_t* const below = sums + kTile * kIntegerPanel;
     for (int64_t j = 0; j < blocks_; j += 2) {
       const int64_t j1 = at_most(j + 1, blocks_ - 1);

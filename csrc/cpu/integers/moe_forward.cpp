@@ -275,8 +275,7 @@ void integer_moe_forward(const MoeForwardArgs& args, const Context& context) {
   const Kernels& k = context.kernels;
   const IntegerKernels& q = context.integers;
 
-  const int64_t slot_bytes = Slots::bytes(num_slots, num_experts);
-  Workspace plan_workspace(slot_bytes);
+  Workspace plan_workspace(Slots::bytes(num_slots, num_experts));
   const Slots slots = make_slots(plan_workspace, args.topk_ids, args.topk_weights, num_experts, context);
   const int64_t used_slots = slots.expert_offsets[num_experts];
   const Cut sizes = cut(args, slots.expert_offsets, num_threads);
