@@ -63,14 +63,14 @@ def distil(teacher: Teacher, probabilities: Tensor, method: str, steps: int) -> 
     teacher = copy.deepcopy(teacher)
     student = nn.Sequential(nn.Embedding(WORDS, 12), nn.Linear(12, 32), nn.SiLU(), nn.Linear(32, WORDS))
     optimizer = torch.optim.Adam(student.parameters(), 1e-2)
-    of_router = torch.optim.Adam(distill.router_parameters(teacher), 1e-3)
+    router_optimizer = torch.optim.Adam(distill.router_parameters(teacher), 1e-3)
     for step in range(steps):
         words, _ = sample(probabilities, 10**6 + step)
         logits = student(words)
         if method == "knowledge augmentation":
             passes = distill.knowledge_augment(teacher, words, samples=2)
         elif method == "student-aware router":
-            passes = [distill.student_aware_router(teacher, logits, of_router, words)]
+            passes = [distill.student_aware_router(teacher, logits, router_optimizer, words)]
         else:
             with torch.no_grad():
                 passes = [teacher(words)]
