@@ -3,7 +3,7 @@
 with knowledge augmentation (passes with sampled experts), and with a student-aware router.
 
 Both methods gain here, where each of eight experts is trained on half of the tokens. Of a teacher with one expert per
-token (top_k=1) the others know nothing of that token, and students of both methods are worse than that of plain routing.
+token (top_k=1) the others know nothing of it, and students of both methods are worse than that of routing alone.
 
     python examples/distill.py [--steps 200]
 """
