@@ -2,6 +2,9 @@
 """Distil a Mixture-of-Experts teacher into a small dense student (arXiv:2502.12947): from the teacher as it routes,
 with knowledge augmentation (passes with sampled experts), and with a student-aware router.
 
+Both methods gain here, where each of eight experts is trained on half of the tokens. Of a teacher with one expert per
+token (top_k=1) the others know nothing of it, and students of both methods are worse than that of routing alone.
+
     python examples/distill.py [--steps 200]
 """
 
@@ -26,7 +29,8 @@ class Teacher(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(WORDS, HIDDEN)
-        self.moe = switchgear.MoE(HIDDEN, 32, EXPERTS, top_k=1, balance=[switchgear.routing.SwitchLoss(1e-2)])
+        balance = [switchgear.routing.SwitchLoss(1e-2)]
+        self.moe = switchgear.MoE(HIDDEN, 32, EXPERTS, top_k=4, normalize=True, balance=balance)
         self.head = nn.Linear(HIDDEN, WORDS)
 
     def forward(self, words: Tensor) -> Tensor:
@@ -63,14 +67,14 @@ def distil(teacher: Teacher, probabilities: Tensor, method: str, steps: int) -> 
     teacher = copy.deepcopy(teacher)
     student = nn.Sequential(nn.Embedding(WORDS, 12), nn.Linear(12, 32), nn.SiLU(), nn.Linear(32, WORDS))
     optimizer = torch.optim.Adam(student.parameters(), 1e-2)
-    of_router = torch.optim.Adam(distill.router_parameters(teacher), 1e-3)
+    router_optimizer = torch.optim.Adam(distill.router_parameters(teacher), 1e-3)
     for step in range(steps):
         words, _ = sample(probabilities, 10**6 + step)
         logits = student(words)
         if method == "knowledge augmentation":
             passes = distill.knowledge_augment(teacher, words, samples=2)
         elif method == "student-aware router":
-            passes = [distill.student_aware_router(teacher, logits, of_router, words)]
+            passes = [distill.student_aware_router(teacher, logits, router_optimizer, words)]
         else:
             with torch.no_grad():
                 passes = [teacher(words)]

@@ -59,11 +59,9 @@ class Model(nn.Module):
 def split(text: bytes) -> Split:
     """Every tenth slice of 2 KB is held out."""
     slices = [text[i : i + 2048] for i in range(0, len(text), 2048)]
-    held_out = b"".join(slices[9::10])
-    train = b"".join(piece for i, piece in enumerate(slices) if i % 10 != 9)
-    return torch.frombuffer(bytearray(train), dtype=torch.uint8), torch.frombuffer(
-        bytearray(held_out), dtype=torch.uint8
-    )
+    held_out = bytearray(b"".join(slices[9::10]))
+    train = bytearray(b"".join(piece for i, piece in enumerate(slices) if i % 10 != 9))
+    return torch.frombuffer(train, dtype=torch.uint8), torch.frombuffer(held_out, dtype=torch.uint8)
 
 
 def domains() -> dict[str, Split]:

@@ -20,22 +20,15 @@ def main() -> float:
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape, dtype=np.float32)
 
-    x, gate_up_proj, down_proj = (
-        normal(TOKENS, HIDDEN),
-        normal(EXPERTS, 2 * INTERMEDIATE, HIDDEN),
-        normal(EXPERTS, HIDDEN, INTERMEDIATE),
-    )
+    x = normal(TOKENS, HIDDEN)
+    gate_up_proj, down_proj = normal(EXPERTS, 2 * INTERMEDIATE, HIDDEN), normal(EXPERTS, HIDDEN, INTERMEDIATE)
     router_logits = normal(TOKENS, EXPERTS)
     router_logits[0] = np.nan  # routing is total: any logits give distinct experts, ties go to the lowest id
 
     routing = switchgear.route(router_logits, TOP_K, normalize=True)
     plan = switchgear.plan(routing.topk_ids, EXPERTS)
     print("topk_ids      ", routing.topk_ids.tolist())
-    print(
-        "expert_offsets",
-        plan.expert_offsets.tolist(),
-        "(expert e owns slots [offsets[e], offsets[e + 1]))",
-    )
+    print("expert_offsets", plan.expert_offsets.tolist(), "(expert e owns slots [offsets[e], offsets[e + 1]))")
     print("token_indices ", plan.token_indices.tolist(), "(slot -> token)")
 
     h = switchgear.grouped_gemm(x, gate_up_proj, plan.expert_offsets, token_indices=plan.token_indices)

@@ -120,7 +120,8 @@ def test_finetune_experts_leaves_what_the_task_does_not_use(steps: int) -> None:
 def test_distill_teaches_a_student() -> None:
     results = load("distill")["main"](60)
     assert len(results) == 3
-    assert max(results.values()) < 1.6  # an untrained student is 2.5 nats away, a trained one 0.9 to 1.3
+    assert max(results.values()) < 1.6  # an untrained student is 2.5 nats away, a trained one 0.7 to 1.1
+    assert max(results, key=lambda name: results[name]) == "as it routes"  # both methods gain
 
 
 def test_each_example_is_tested() -> None:

@@ -23,10 +23,8 @@ def main() -> float:
         compiled = torch._inductor.aoti_load_package(package)
         longer = torch.randn(2, 100, 512)
         difference = float((compiled(longer) - moe(longer)).abs().max())
-        eager, packaged = (
-            timeit.timeit(lambda: moe(longer), number=20),
-            timeit.timeit(lambda: compiled(longer), number=20),
-        )
+        eager = timeit.timeit(lambda: moe(longer), number=20)
+        packaged = timeit.timeit(lambda: compiled(longer), number=20)
     times = f"{eager * 50:.1f} ms the layer | {packaged * 50:.1f} ms the package | {eager / packaged:.2f}x"
     print(f"| torch.export, AOTInductor | {times} | difference {difference:.1e} |")
     return difference
