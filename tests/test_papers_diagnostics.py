@@ -165,8 +165,10 @@ def test_row74_usage_and_entropy_of_known_choices() -> None:
 
 def test_row74_of_a_trace_as_of_the_choices() -> None:
     moe = MoE(H, WIDTH, E, 2)
+    x = torch.randn(T, H)
+    x[3] = math.nan
     with RoutingTrace(moe) as trace:
-        routing = moe.gate(torch.randn(T, H))
+        routing = moe.gate(x)
     kept = {"gate": LayerChoices(routing.topk_ids, routing.topk_weights, E, routing.router_logits)}
     assert torch.equal(diagnostics.usage(trace)["gate"].tokens, diagnostics.usage(kept)["gate"].tokens)
     assert diagnostics.gate_entropy(trace)["gate"] == pytest.approx(diagnostics.gate_entropy(kept)["gate"])
