@@ -172,14 +172,16 @@ def test_pipelines(dispatch: float, experts: float, combine: float, tail: float,
     assert least - 1e-9 <= line.seconds <= one.seconds + 1e-9
     assert one.seconds == pytest.approx(max(dispatch + experts + combine, dispatch + experts + tail))
     assert line.seconds <= least + (dispatch + combine + experts) / chunks + 1e-9 or dispatch + combine > experts
-    for lane in ("link", "experts"):  # intervals of a lane do not overlap
+    for lane, count in (("link", 2 * chunks), ("experts", chunks + (tail > 0))):  # intervals of a lane do not overlap
         spans = sorted((i.begin, i.end) for i in line.events if i.lane == lane)
+        assert len(spans) == count
         assert all(first[1] <= second[0] + 1e-9 for first, second in itertools.pairwise(spans))
 
 
 def test_equal_link_and_experts_hide_all_but_a_chunk() -> None:
     for chunks in CHUNKS:
         assert pipeline(1.0, 2.0, 1.0, chunks).hidden == pytest.approx(1 - 1 / chunks)
+    assert pipeline(0.0, 2.0, 0.0, 2).hidden == 1
 
 
 def test_an_exchange_in_one_piece_hides_nothing() -> None:
@@ -191,9 +193,8 @@ def test_an_exchange_in_one_piece_hides_nothing() -> None:
 def test_chunks_grow_with_the_rows() -> None:
     link = Link(bandwidth=1e9, overhead=1e-3)
     chosen = [choose_chunks(tokens, 2, 4, 4096, link) for tokens in (0, 16, 256, 1024, 4096, 65536)]
-    assert chosen == sorted(chosen)
-    assert chosen[0] == 1
-    assert chosen[-1] == 8
+    assert chosen == [1, 1, 2, 4, 8, 8]  # near the root of 2·T·1.3125·4096 bytes at 1 GB/s in ms
+    assert choose_chunks(1, 2, 4, 4096, Link(overhead=0.0)) == 8
 
 
 def test_plan_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
