@@ -88,6 +88,32 @@ def test_predicted_bytes_of_two_levels(pool: Pool, wire: str) -> None:
     assert int(levels.within.sum()) == int(traffic.rows.sum())  # a row for each token and rank, however it comes
 
 
+def test_predictions_by_hand() -> None:
+    """Four tokens of rank 0, two ranks on a node, two experts on each. To rank 1 goes a row of 40 bytes, 4 bytes/s, and
+    a choice; to 2 three rows and four choices, to 3 one of each, 10 bytes/s. Rank 2 multiplies for 24 s."""
+    ids = [torch.tensor([[0, 2], [4, 5], [4, 6], [5, -1]]), *[torch.empty(0, 2, dtype=torch.int64)] * 3]
+    placement, nodes = Placement.contiguous(8, 4), Nodes((0, 0, 1, 1))
+    layer, machine = Layer(10, 5, 8, 2), Machine(50.0, 10.0, 40.0, 2, overhead=0.25)
+    one = predict(layer, count(ids, placement), placement, machine, 4, 1)
+    assert (one.forward.seconds, one.backward.seconds) == (16 + 24.25 + 16, 16 + 24.25 + 24)
+    assert (one.forward.experts, one.backward.experts) == (24.25, 48.25)
+    assert (one.bytes_forward, one.bytes_backward) == (5 * 40 + 6 * 8, 5 * 40)
+    assert one.bytes_between_nodes == 4 * 40 + 5 * 8
+    assert (one.rows_without_sharing, one.load) == pytest.approx((6 / 5, 4 / (7 / 4)))
+    assert one.weight_bytes == 2 * 3 * 10 * 5 * 4
+    assert one.activation_bytes == 3 * 40 + 4 * (2 * 5 * 4 + 8)
+    # Three rows to the other node, each with its choices on two ranks in 2 bytes; one passes on from 2 to 3.
+    two = predict(
+        layer, count(ids, placement, nodes), placement, machine, 4, 1, levels=count_levels(ids, placement, nodes)
+    )
+    assert two.forward.seconds == pytest.approx(12 + 1 + 24.25 + 1 + 12)
+    assert two.backward.seconds == pytest.approx(12 + 1 + 24.25 + 1 + 24)
+    assert two.bytes_forward == (3 + 1) * 40 + 3 * 2 * 2 + 6 * 8
+    assert two.bytes_backward == (3 + 1) * 40 + 4 * 4  # of rank 2, which returns gradients of weights, too
+    assert two.bytes_between_nodes == 3 * 40 + 3 * 2 * 2 + 5 * 8
+    assert two.rows_without_sharing == pytest.approx(5 / 3)
+
+
 def test_copies_on_the_node_come_first() -> None:
     placement = Placement(2, ((0,), (0,), (1,), (0, 1)))
     near = [placement.routes(source, near=(2, 3))[0].tolist() for source in range(4)]
@@ -139,7 +165,10 @@ def test_losses_of_failures() -> None:
     assert got.steps_restarting == pytest.approx(got.failures * (600 + 900) / 10)
     assert got.steps_continuing == pytest.approx(got.failures * (5 + 10 + 30 + 43200 / 2048) / 10)
     assert got.fraction_restarting == pytest.approx(got.failures * 1500 / 86400)
+    assert got.fraction_continuing == pytest.approx(got.steps_continuing * 10 / 86400)
     assert got.experts_without_copy == pytest.approx(2 / 3)
+    often = expected_losses(rates._replace(mtbf=3600.0), Placement(1, ((0,),)))
+    assert (often.fraction_restarting, often.fraction_continuing) == (1, 1)
 
 
 def test_drawn_routings() -> None:
