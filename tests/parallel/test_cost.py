@@ -201,9 +201,9 @@ def test_pipelines(dispatch: float, experts: float, combine: float, tail: float,
     assert least - 1e-9 <= line.seconds <= one.seconds + 1e-9
     assert one.seconds == pytest.approx(max(dispatch + experts + combine, dispatch + experts + tail))
     assert line.seconds <= least + (dispatch + combine + experts) / chunks + 1e-9 or dispatch + combine > experts
-    for lane, count in (("link", 2 * chunks), ("experts", chunks + (tail > 0))):  # intervals of a lane do not overlap
+    for lane, number in (("link", 2 * chunks), ("experts", chunks + (tail > 0))):  # intervals of a lane do not overlap
         spans = sorted((i.begin, i.end) for i in line.events if i.lane == lane)
-        assert len(spans) == count
+        assert len(spans) == number
         assert all(first[1] <= second[0] + 1e-9 for first, second in itertools.pairwise(spans))
 
 
