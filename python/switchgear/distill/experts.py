@@ -128,8 +128,8 @@ def distill_experts(
         student: trained in the mode, train or eval, that it is in.
         batches: dicts of the forward's arguments, of both models; with labels for the default loss.
         optimizer: a new one, over parameters of the student.
-        weight: λ. None: |own loss| / expert_kd at the first step at which expert_kd is not 0, so that both start equal in
-            size.
+        weight: λ. None: |own loss| / expert_kd at the first step at which the student differs, so that both start
+            equal in size.
         loss: of the student for a batch, by default student(**batch).loss.
 
     Raises ValueError as expert_kd does, and for a loss that is not finite; steps before that remain.
