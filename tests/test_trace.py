@@ -505,6 +505,14 @@ def test_a_sample_tells_tokens_apart() -> None:
     assert earlier.state()[0].tolist() == [2**60, 3 * 2**60]
 
 
+def test_padding_is_not_sampled() -> None:
+    layer, x = switchgear.trace.LayerTrace(2, record=("inputs",)), torch.arange(5.0)[:, None]
+    ids, mask = torch.tensor([[0], [1], [0], [1], [1]]), torch.tensor([True, False, True, True, False])
+    layer.add(ids, torch.ones(5, 1), x=x, token_mask=mask)
+    pairs = torch.cat([layer.sample.inputs, layer.sample.topk_ids], 1).tolist()
+    assert sorted(pairs) == [[0, 0], [2, 0], [3, 1]]
+
+
 def test_norms_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     moe, x, sizes = switchgear.MoE(H, 8, E, K), torch.randn(50, H), []
     add = switchgear.trace.LayerTrace.add
