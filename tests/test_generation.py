@@ -22,7 +22,7 @@ THIRD = RankK((2,), normalize=True)
 def formula(strong: list[float], weak: list[float], beta: float, alpha: float) -> list[float]:
     """The paper's: a token is kept if its strong logit is at least the largest + log alpha."""
     best = max(strong)
-    kept = [s >= best + (math.log(alpha) if alpha else -math.inf) for s in strong]
+    kept = [s > -math.inf and s >= best + (math.log(alpha) if alpha else -math.inf) for s in strong]
     scores = [(1 + beta) * s - beta * w for s, w in zip(strong, weak, strict=True)]
     return [score if keep else -math.inf for score, keep in zip(scores, kept, strict=True)]
 
@@ -30,6 +30,7 @@ def formula(strong: list[float], weak: list[float], beta: float, alpha: float) -
 @pytest.mark.parametrize(("beta", "alpha"), [(0.5, 0.1), (0.0, 0.1), (1.5, 0.0), (0.5, 1.0)])
 def test_row78_scores_are_the_formula(beta: float, alpha: float) -> None:
     strong, weak = 3 * torch.randn(2, 4, V, dtype=torch.float64)
+    strong[0, 3] = weak[0, 3] = -math.inf  # a token that the model excludes
     found = SelfContrast(beta=beta, alpha=alpha)(strong, weak)
     for row in range(4):
         assert found[row].tolist() == pytest.approx(formula(strong[row].tolist(), weak[row].tolist(), beta, alpha))

@@ -18,9 +18,9 @@ from switchgear.monitoring.load import STATISTICS
 
 
 class Layers(nn.Module):
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, num_experts: int = 4) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(MoE(16, 8, num_experts=4, top_k=2) for _ in range(count))
+        self.layers = nn.ModuleList(MoE(16, 8, num_experts, top_k=2) for _ in range(count))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -60,17 +60,21 @@ def test_a_reading_is_of_the_steps_since_the_last_one() -> None:
     assert meter.read() == {}
 
 
-def test_statistics_are_those_of_a_loop() -> None:
-    model = Layers(1)
+@pytest.mark.parametrize("num_experts", [2, 4])
+def test_statistics_are_those_of_a_loop(num_experts: int) -> None:
+    model, x = Layers(1, num_experts), torch.randn(40, 16)
     with RoutingTrace(model) as trace:
-        model(torch.randn(40, 16))
+        model(x)
     counts = next(iter(trace.layers.values())).tokens_per_expert.tolist()
     read = LoadMeter(trace, max_layers=0).read()
     shares = [count / sum(counts) for count in counts]
-    assert read["moe/max_violation/worst"] == pytest.approx(max(counts) / (sum(counts) / 4) - 1)
-    assert read["moe/load_entropy/mean"] == pytest.approx(-sum(s * math.log(s) for s in shares if s) / math.log(4))
-    assert read["moe/unused/worst"] == counts.count(0) / 4
-    assert 0 < read["moe/router_entropy/mean"] <= 1
+    most = math.log(num_experts)
+    assert read["moe/max_violation/worst"] == pytest.approx(max(counts) / (sum(counts) / num_experts) - 1)
+    assert read["moe/load_entropy/mean"] == pytest.approx(-sum(s * math.log(s) for s in shares if s) / most)
+    assert read["moe/unused/worst"] == counts.count(0) / num_experts
+    rows = model.layers[0].gate.logits(x).softmax(-1).tolist()
+    entropies = [-sum(p * math.log(p) for p in row) for row in rows]
+    assert read["moe/router_entropy/mean"] == pytest.approx(sum(entropies) / 40 / most, rel=1e-5)
 
 
 def test_the_worst_layer_is_the_one_that_it_says() -> None:
@@ -93,6 +97,8 @@ def test_the_number_of_keys_is_bounded_and_they_stay(max_layers: int) -> None:
         keys = set(meter.read())
         model(torch.randn(9, 16))
         assert set(meter.read()) == keys
+        model.layers[3](torch.randn(9, 16))  # alone
+        assert set(meter.read()) <= keys
     assert len(keys) == 5 * (2 + min(max_layers, 12))
     if max_layers == 3:
         assert {key.split("/")[2] for key in keys} >= {"layers.0.gate", "layers.11.gate"}
@@ -114,10 +120,13 @@ def test_every_kind_of_writer_gets_the_same() -> None:
     model = Layers(2)
     board, run, called = FakeTensorBoard(), FakeRun(), []
     with RoutingTrace(model) as trace:
-        logs = [trace.log_to(writer) for writer in (board, run, lambda metrics, step: called.append((metrics, step)))]
+        writers = (board, run, lambda metrics, step: called.append((metrics, step)))
+        logs = [trace.log_to(writer, prefix="load") for writer in writers]
         model(torch.randn(9, 16))
         got = [log(7) for log in logs]
+        assert [log(8) for log in logs] == [{}] * 3  # nothing new, so nothing is written
     assert got[0] == got[1] == got[2]
+    assert {tag.partition("/")[0] for tag in got[0]} == {"load"}
     assert {tag: value for tag, value, _ in board.scalars} == got[0]
     assert {step for _, _, step in board.scalars} == {7}
     assert run.rows == [(got[0], 7)]
@@ -136,11 +145,11 @@ def test_what_is_not_recorded_has_no_key() -> None:
 def test_it_writes_every_nth_step() -> None:
     model, run = Layers(1), FakeRun()
     with RoutingTrace(model) as trace:
-        log = log_to(trace, run, every=3)
+        log = log_to(trace, run, every=2)
         for step in range(7):
             model(torch.randn(5, 16))
             log(step)
-    assert [step for _, step in run.rows] == [2, 5]
+    assert [step for _, step in run.rows] == [1, 3, 5]
 
 
 def test_what_could_not_be_written_is_in_the_next_reading() -> None:

@@ -265,6 +265,7 @@ def test_row62_the_optimum_within_a_budget_by_brute_force() -> None:
         assert found.cost <= budget
         assert found.tokens == pytest.approx(flops / (6 * found.size))
     free, tight = LAW.optimum(flops), LAW.optimum(flops, budget=5e8)
+    assert tight.cost == pytest.approx(5e8, rel=1e-5)  # all of the budget
     assert tight.size < free.size  # over-trained: smaller, on more tokens
     assert tight.tokens > free.tokens
     assert moe_parameters(3.0, 4) == 6.0

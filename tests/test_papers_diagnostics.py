@@ -165,8 +165,10 @@ def test_row74_usage_and_entropy_of_known_choices() -> None:
 
 def test_row74_of_a_trace_as_of_the_choices() -> None:
     moe = MoE(H, WIDTH, E, 2)
+    x = torch.randn(T, H)
+    x[3] = math.nan
     with RoutingTrace(moe) as trace:
-        routing = moe.gate(torch.randn(T, H))
+        routing = moe.gate(x)
     kept = {"gate": LayerChoices(routing.topk_ids, routing.topk_weights, E, routing.router_logits)}
     assert torch.equal(diagnostics.usage(trace)["gate"].tokens, diagnostics.usage(kept)["gate"].tokens)
     assert diagnostics.gate_entropy(trace)["gate"] == pytest.approx(diagnostics.gate_entropy(kept)["gate"])
@@ -513,6 +515,10 @@ def test_row37_margin_saturation_and_change() -> None:
     assert diagnostics.routing_change(flipped, late.topk_ids, E) == 0
     with pytest.raises(ValueError, match="top_k: expected 1 to 5"):
         diagnostics.router_margin(late.router_logits, E)
+    for name, function in (("final", diagnostics.router_saturation), ("next", diagnostics.routing_change)):
+        with pytest.raises(ValueError, match=f"{name}_ids: expected {T} tokens, got {T - 1}"):
+            function(early.topk_ids, late.topk_ids[1:], E)
+        assert function(early.topk_ids[:0], late.topk_ids[:0], E) == 0
 
 
 class Hyper(nn.Module):
@@ -569,6 +575,9 @@ def test_coactivation_counts_pairs() -> None:
     assert found.tolist() == wanted
     given = diagnostics.coactivation(layer.topk_ids, E, conditional=True)
     assert float(given[0, 1]) == pytest.approx(wanted[0][1] / wanted[0][0])
+    few = torch.tensor([[0, 1], [0, -1], [0, 3]])  # expert 2 is in no token, and 3 is none of three
+    assert diagnostics.coactivation(few, 3).tolist() == [[3, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert diagnostics.coactivation(few, 3, conditional=True)[1:].tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
 def test_cacheability_against_its_definition() -> None:
@@ -597,8 +606,12 @@ def test_cacheability_of_extremes() -> None:
     found = diagnostics.cacheability(spread, E, segment=E, slots=1)
     assert found.sch == pytest.approx(1 / E)
     assert found.srp == pytest.approx(2 / (E + 1))
+    alone = diagnostics.cacheability(spread, E, segment=1, slots=1, sequence_length=1)
+    assert (alone.srp, alone.sch, alone.experts_per_segment) == (1, 1, 1)
     for options, message in (
         ({"segment": 31}, "segment: expected 1 to 30"),
+        ({"segment": 0}, "segment: expected 1 to 30"),
+        ({"sequence_length": 0}, "sequence_length: expected a divisor of 30"),
         ({"slots": 7}, "slots: expected 1 to 6"),
         ({"sequence_length": 7}, "sequence_length: expected a divisor of 30"),
     ):

@@ -20,6 +20,7 @@ from full_disk import full_disk
 from made_tensors import MadeTensors
 from switchgear import MoE, RoutingTrace
 from switchgear.diagnostics import collect
+from switchgear.monitoring import LoadMeter
 from switchgear.routing import Capacity, TopP
 from test_interventions import olmoe  # noqa: F401  a fixture
 
@@ -53,6 +54,7 @@ def test_sums_are_those_of_the_routings() -> None:
         traced = [model(batch) for batch in inputs]
     assert all(torch.equal(a, b) for a, b in zip(plain, traced, strict=True))
     layer = trace.layers["first.gate"]
+    violation = float(layer.max_violation)  # before counts are read, which sums the calls that wait
     ids = torch.cat([routing.topk_ids for routing in seen])
     weights = torch.cat([routing.topk_weights for routing in seen]).double()
     assert torch.equal(layer.tokens_per_expert, torch.bincount(ids.flatten(), minlength=E))
@@ -65,7 +67,7 @@ def test_sums_are_those_of_the_routings() -> None:
         float(counts.max() / counts.double().mean() - 1)
         for counts in (torch.bincount(routing.topk_ids.flatten(), minlength=E) for routing in seen)
     ]
-    torch.testing.assert_close(float(layer.max_violation), sum(violations))
+    torch.testing.assert_close(violation, sum(violations))
 
     by_id = layer.tokens_by_id()
     tokens = torch.cat([batch.flatten() for batch in inputs])
@@ -84,7 +86,7 @@ def test_an_empty_batch_with_an_attention_mask_counts_nothing(shape: tuple[int, 
     with RoutingTrace(model, record=ALL, by_token_id=True) as trace:
         model(torch.zeros(shape, dtype=torch.int64), attention_mask=mask)
     layer = trace.layers["first.gate"]
-    assert (layer.num_tokens, layer.num_calls) == (0, 1)
+    assert (layer.num_tokens, layer.num_calls, float(layer.max_violation)) == (0, 1, 0)
     assert not layer.tokens_per_expert.any()
 
 
@@ -137,6 +139,7 @@ def test_drops_and_empty_choices() -> None:
     dropped = int(layer.num_dropped)
     assert dropped > 0
     assert summary.dropped == dropped / (dropped + int(layer.tokens_per_expert.sum()))
+    assert LoadMeter(trace).read()["moe/dropped/first.gate"] == summary.dropped
 
 
 def test_summary_of_a_known_trace() -> None:
@@ -500,6 +503,14 @@ def test_a_sample_tells_tokens_apart() -> None:
     assert len(keys.unique()) == 20_000
     earlier = switchgear.trace.sample.TokenSample.of_state([torch.tensor([0.25, 0.75]), *(row[:2] for row in rows)])
     assert earlier.state()[0].tolist() == [2**60, 3 * 2**60]
+
+
+def test_padding_is_not_sampled() -> None:
+    layer, x = switchgear.trace.LayerTrace(2, record=("inputs",)), torch.arange(5.0)[:, None]
+    ids, mask = torch.tensor([[0], [1], [0], [1], [1]]), torch.tensor([True, False, True, True, False])
+    layer.add(ids, torch.ones(5, 1), x=x, token_mask=mask)
+    pairs = torch.cat([layer.sample.inputs, layer.sample.topk_ids], 1).tolist()
+    assert sorted(pairs) == [[0, 0], [2, 0], [3, 1]]
 
 
 def test_norms_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,10 +67,10 @@ class SelfContrast:
         dtype = torch.promote_types(strong_logits.dtype, torch.float32)
         strong, weak = strong_logits.to(dtype), weak_logits.to(dtype)
         scores = (1 + self.beta) * strong - self.beta * weak
-        if self.alpha == 0:
-            return scores
-        least = strong.amax(-1, keepdim=True) + math.log(self.alpha)
-        return scores.masked_fill(strong < least, -math.inf)
+        excluded = strong == -math.inf  # by the model itself: the difference to the weak logits may be NaN
+        if self.alpha:
+            excluded = excluded | (strong < strong.amax(-1, keepdim=True) + math.log(self.alpha))
+        return scores.masked_fill(excluded, -math.inf)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

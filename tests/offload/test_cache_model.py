@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import threading
 from typing import Any
@@ -23,6 +24,7 @@ from switchgear.adapters import add_lora
 from switchgear.integrations.tiny_models import build
 from switchgear.integrations.transformers import accelerate
 from switchgear.offload import Belady, NextGate
+from switchgear.offload.sizes import groups_of, plans_of
 from switchgear.trace import RoutingTrace
 
 in_both_memories = pytest.mark.usefixtures("memory")
@@ -119,6 +121,16 @@ def test_bytes_bound_the_memory() -> None:
                 assert cache.is_inert == (rows >= 12)
     with pytest.raises(ValueError, match=r"bytes: expected at least \d+ for one slot in each layer, got 100"):
         offload.offload(model, store, bytes=100)  # type: ignore[arg-type]
+
+
+def test_all_experts_are_in_memory_where_their_bytes_are() -> None:
+    """Nearly all would take more: with them go rows for large steps and for guesses."""
+    for num_layers, shared, guess_rows in itertools.product((1, 2, 5), (False, True), (0, 16)):
+        groups = groups_of([64] * num_layers, [6] * num_layers)
+        (plan,) = plans_of(groups, None, 6 * num_layers * 64, shared, guess_rows)
+        assert (plan.fits, plan.rows) == (True, 6 * num_layers)
+    with pytest.raises(ValueError, match="bytes: expected at least 384 for one slot in each layer, got 383"):
+        plans_of(groups_of([64], [6]), None, 383, False, 16)
 
 
 # ---- other users of the weights --------------------------------------------------------------------------------------

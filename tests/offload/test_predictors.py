@@ -12,7 +12,7 @@ import torch
 from replayed import random_steps
 from stacks import residual
 
-from switchgear import offload
+from switchgear import diagnostics, offload
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.offload import Accesses, Follows, FromPreGate, NextGate
 
@@ -88,6 +88,20 @@ def test_row41_recall_is_reported_by_layer() -> None:
     for layer in others:
         assert layer.used == layer.predicted == 80
         assert layer.recall > 0.8 > 2 * 2 / E
+
+
+@torch.no_grad()
+def test_row41_virtual_experts_are_neither_predicted_nor_used() -> None:
+    """They have no weights to read: the cache refuses predictions of them."""
+    model = residual(null_experts=4).eval()
+    with diagnostics.collect(model) as choices, offload.watch(model, NextGate(model)) as found:
+        for x in torch.randn(20, 16):
+            model(x[None])
+    used = [int((layer.topk_ids < E).sum()) for layer in choices.values()]
+    assert [layer.used for layer in found.layers] == used
+    assert max(used) < 2 * 20
+    predicted = NextGate(model).predict(0, torch.randn(20, 16), torch.zeros(20, 2))
+    assert sorted(expert for _, expert in predicted) == list(range(E))
 
 
 def test_recall_counts_what_a_loop_counts() -> None:

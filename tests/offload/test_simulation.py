@@ -172,7 +172,7 @@ def test_records_of_different_sizes() -> None:
 
 
 def test_an_empty_trace() -> None:
-    empty = (Accesses.of([]), Accesses.of(TRACES["0"].steps[:0]), TRACES["recorded"].split(0)[0])
+    empty = (Accesses.of([]), Accesses.of({}), Accesses.of(TRACES["0"].steps[:0]), TRACES["recorded"].split(0)[0])
     for accesses, shared in itertools.product(empty, (False, True)):
         for found in offload.simulate_all(
             accesses, policies(accesses), slots=2, shared=shared, record_bytes=1
@@ -267,7 +267,7 @@ def test_bad_input() -> None:
         "run once in a pass, got a#1": lambda: Accesses.of(record),
         "expected 1 layers in each step, got 2": lambda: Accesses.of([[{0}], [{0}, {0}]]),
         "experts from -1 to 3 in layer 0, got 4": lambda: Accesses.of([[{4}]], num_experts=4),
-        "experts from -1 to 3 in layer 0, got -2": lambda: Accesses.of([[{-2}]], num_experts=4),
+        "experts from -1 to 3 in layer 0, got -2": lambda: Accesses.of([[{-2, 3}]], num_experts=4),
         "steps: expected 0 to 40, got 41": lambda: accesses.split(41),
         "parts: expected at least one": lambda: Accesses.join([]),
         "parts: expected runs of one model": lambda: Accesses.join([accesses, TRACES["recorded"]]),

@@ -88,6 +88,32 @@ def test_predicted_bytes_of_two_levels(pool: Pool, wire: str) -> None:
     assert int(levels.within.sum()) == int(traffic.rows.sum())  # a row for each token and rank, however it comes
 
 
+def test_predictions_by_hand() -> None:
+    """Four tokens of rank 0, two ranks on a node, two experts on each. To rank 1 goes a row of 40 bytes, 4 bytes/s, and
+    a choice; to 2 three rows and four choices, to 3 one of each, 10 bytes/s. Rank 2 multiplies for 24 s."""
+    ids = [torch.tensor([[0, 2], [4, 5], [4, 6], [5, -1]]), *[torch.empty(0, 2, dtype=torch.int64)] * 3]
+    placement, nodes = Placement.contiguous(8, 4), Nodes((0, 0, 1, 1))
+    layer, machine = Layer(10, 5, 8, 2), Machine(50.0, 10.0, 40.0, 2, overhead=0.25)
+    one = predict(layer, count(ids, placement), placement, machine, 4, 1)
+    assert (one.forward.seconds, one.backward.seconds) == (16 + 24.25 + 16, 16 + 24.25 + 24)
+    assert (one.forward.experts, one.backward.experts) == (24.25, 48.25)
+    assert (one.bytes_forward, one.bytes_backward) == (5 * 40 + 6 * 8, 5 * 40)
+    assert one.bytes_between_nodes == 4 * 40 + 5 * 8
+    assert (one.rows_without_sharing, one.load) == pytest.approx((6 / 5, 4 / (7 / 4)))
+    assert one.weight_bytes == 2 * 3 * 10 * 5 * 4
+    assert one.activation_bytes == 3 * 40 + 4 * (2 * 5 * 4 + 8)
+    # Three rows to the other node, each with its choices on two ranks in 2 bytes; one passes on from 2 to 3.
+    two = predict(
+        layer, count(ids, placement, nodes), placement, machine, 4, 1, levels=count_levels(ids, placement, nodes)
+    )
+    assert two.forward.seconds == pytest.approx(12 + 1 + 24.25 + 1 + 12)
+    assert two.backward.seconds == pytest.approx(12 + 1 + 24.25 + 1 + 24)
+    assert two.bytes_forward == (3 + 1) * 40 + 3 * 2 * 2 + 6 * 8
+    assert two.bytes_backward == (3 + 1) * 40 + 4 * 4  # of rank 2, which returns gradients of weights, too
+    assert two.bytes_between_nodes == 3 * 40 + 3 * 2 * 2 + 5 * 8
+    assert two.rows_without_sharing == pytest.approx(5 / 3)
+
+
 def test_copies_on_the_node_come_first() -> None:
     placement = Placement(2, ((0,), (0,), (1,), (0, 1)))
     near = [placement.routes(source, near=(2, 3))[0].tolist() for source in range(4)]
@@ -139,7 +165,10 @@ def test_losses_of_failures() -> None:
     assert got.steps_restarting == pytest.approx(got.failures * (600 + 900) / 10)
     assert got.steps_continuing == pytest.approx(got.failures * (5 + 10 + 30 + 43200 / 2048) / 10)
     assert got.fraction_restarting == pytest.approx(got.failures * 1500 / 86400)
+    assert got.fraction_continuing == pytest.approx(got.steps_continuing * 10 / 86400)
     assert got.experts_without_copy == pytest.approx(2 / 3)
+    often = expected_losses(rates._replace(mtbf=3600.0), Placement(1, ((0,),)))
+    assert (often.fraction_restarting, often.fraction_continuing) == (1, 1)
 
 
 def test_drawn_routings() -> None:
@@ -172,14 +201,16 @@ def test_pipelines(dispatch: float, experts: float, combine: float, tail: float,
     assert least - 1e-9 <= line.seconds <= one.seconds + 1e-9
     assert one.seconds == pytest.approx(max(dispatch + experts + combine, dispatch + experts + tail))
     assert line.seconds <= least + (dispatch + combine + experts) / chunks + 1e-9 or dispatch + combine > experts
-    for lane in ("link", "experts"):  # intervals of a lane do not overlap
+    for lane, number in (("link", 2 * chunks), ("experts", chunks + (tail > 0))):  # intervals of a lane do not overlap
         spans = sorted((i.begin, i.end) for i in line.events if i.lane == lane)
+        assert len(spans) == number
         assert all(first[1] <= second[0] + 1e-9 for first, second in itertools.pairwise(spans))
 
 
 def test_equal_link_and_experts_hide_all_but_a_chunk() -> None:
     for chunks in CHUNKS:
         assert pipeline(1.0, 2.0, 1.0, chunks).hidden == pytest.approx(1 - 1 / chunks)
+    assert pipeline(0.0, 2.0, 0.0, 2).hidden == 1
 
 
 def test_an_exchange_in_one_piece_hides_nothing() -> None:
@@ -191,9 +222,8 @@ def test_an_exchange_in_one_piece_hides_nothing() -> None:
 def test_chunks_grow_with_the_rows() -> None:
     link = Link(bandwidth=1e9, overhead=1e-3)
     chosen = [choose_chunks(tokens, 2, 4, 4096, link) for tokens in (0, 16, 256, 1024, 4096, 65536)]
-    assert chosen == sorted(chosen)
-    assert chosen[0] == 1
-    assert chosen[-1] == 8
+    assert chosen == [1, 1, 2, 4, 8, 8]  # near the root of 2·T·1.3125·4096 bytes at 1 GB/s in ms
+    assert choose_chunks(1, 2, 4, 4096, Link(overhead=0.0)) == 8
 
 
 def test_plan_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,15 @@ def test_a_trace_is_balanced_better_than_by_number() -> None:
     assert worst(place_experts(trace, 8, num_replicas=8)) < 1.02
 
 
+def test_an_expert_moves_where_a_copy_has_no_other_place() -> None:
+    """2 and 0 fill rank 0, as they are never busy together. Expert 1 has two copies: 0, lighter than 2, moves."""
+    correlation = torch.eye(3)
+    correlation[0, 2] = correlation[2, 0] = -0.9
+    found = place_experts([5, 7, 7], 2, num_replicas=1, correlation=correlation, method="anticorrelation")
+    assert found.experts_of_rank == ((1, 2), (0, 1))
+    assert place_experts([], 2) == Placement(0, ((), ()))
+
+
 def test_place_experts_refuses_more_copies_than_ranks() -> None:
     with pytest.raises(ValueError, match="num_replicas: expected 0 to 2"):
         place_experts([1, 2], 2, num_replicas=3)

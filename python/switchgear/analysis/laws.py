@@ -122,10 +122,9 @@ class MoEScalingLaw:
         of = moe_parameters if cost is None else cost
         best: Optimum | None = None
         for count in experts:
-            sizes = torch.logspace(5, 13, 1601, dtype=torch.float64)
+            grid = torch.logspace(5, 13, 1601, dtype=torch.float64)
             for _ in range(4):  # each round looks closer around the best
-                affordable = torch.tensor([of(float(n), count) <= budget for n in sizes])
-                sizes = sizes[affordable]
+                sizes = grid[torch.tensor([of(float(n), count) <= budget for n in grid])]  # the first ones
                 if not sizes.numel():
                     break
                 losses = self.loss(sizes, count, train_flops / (6 * sizes))
@@ -133,8 +132,8 @@ class MoEScalingLaw:
                 n = float(sizes[at])
                 if best is None or float(losses[at]) < best.loss:
                     best = Optimum(n, count, train_flops / (6 * n), float(losses[at]), of(n, count))
-                low, high = float(sizes[max(at - 1, 0)]), float(sizes[min(at + 1, len(sizes) - 1)]) * 1.02
-                sizes = torch.logspace(math.log10(low), math.log10(high), 41, dtype=torch.float64)
+                low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)])
+                grid = torch.logspace(math.log10(low), math.log10(high), 41, dtype=torch.float64)
         if best is None:
             raise ValueError(f"budget: expected one that some size from 1e5 to 1e13 is within, got {budget}")
         return best

@@ -50,8 +50,8 @@ class LayerChoices:
         """float64 scalar: the sum over tokens of the entropy of softmax(router_logits), NaN without logits."""
         if self.router_logits is None:
             return torch.tensor(torch.nan, dtype=torch.float64)
-        entropy: Tensor = torch.special.entr(self.router_logits.detach().double().softmax(-1)).sum()
-        return entropy
+        entropy: Tensor = torch.special.entr(self.router_logits.detach().double().softmax(-1))
+        return entropy.nan_to_num().sum()  # rows without finite logits: 0, as in a LayerTrace
 
 
 def layers_of(trace: RoutingTrace | Mapping[str, Any]) -> Mapping[str, LayerTrace | LayerChoices]:

@@ -128,7 +128,8 @@ def distill_experts(
         student: trained in the mode, train or eval, that it is in.
         batches: dicts of the forward's arguments, of both models; with labels for the default loss.
         optimizer: a new one, over parameters of the student.
-        weight: λ. None: |own loss| / expert_kd at the first step, so that both start equal in size.
+        weight: λ. None: |own loss| / expert_kd at the first step at which the student differs, so that both start
+            equal in size.
         loss: of the student for a batch, by default student(**batch).loss.
 
     Raises ValueError as expert_kd does, and for a loss that is not finite; steps before that remain.
@@ -144,16 +145,13 @@ def distill_experts(
                 raise ValueError("batches: expected labels, so that the student returns a loss, got none")
             experts = expert_kd(teacher, student, **{key: value for key, value in batch.items() if key != "labels"})
             losses = Losses(float(own.detach()), float(experts.detach()))
-            total = own + (_balance(losses) if weight is None else weight) * experts
+            if weight is None and losses.experts:
+                weight = abs(losses.own) / losses.experts
+            total = own if weight is None else own + weight * experts
             if not bool(total.isfinite()):
                 raise ValueError(f"batches: expected finite losses, got {losses}")
-            weight = _balance(losses) if weight is None else weight
             optimizer.zero_grad()
             torch.autograd.backward(total)
             optimizer.step()
             done.append(losses)
     return done
-
-
-def _balance(losses: Losses) -> float:
-    return abs(losses.own) / losses.experts if losses.experts else 0.0

@@ -50,6 +50,7 @@ class MoeBlock:
         gate: the router, a submodule of block. None if the block has none.
         experts: the module of the experts; of JetMoE the block itself.
         num_experts: E. Routers may have more classes: those of skipped tokens (Zaya) or of identities (LongCat) follow.
+            Our virtual experts count.
         top_k: choices per token; None if it varies.
         shared: the shared experts.
         layer: the name of the block in a RoutingTrace: that of our router, or that of Hugging Face's experts.
@@ -68,6 +69,11 @@ class MoeBlock:
     @property
     def is_ours(self) -> bool:
         return isinstance(self.gate, Router)
+
+    @property
+    def num_real(self) -> int:
+        """The experts that have weights. Virtual ones follow them."""
+        return int(getattr(self.experts, "num_real", self.num_experts))
 
     def gate_weight(self) -> nn.Parameter | None:
         """The weight of a linear gate, [E,H] (more rows if it has more classes); None for other gates."""

@@ -60,8 +60,6 @@ class LoadMeter:
                 before = torch.zeros_like(sums)
             if (row := _statistics(sums - before)) is not None:
                 rows[name] = row
-        if not rows:
-            return {}
         result: dict[str, float] = {}
         for statistic, worst in STATISTICS.items():
             values = [row[statistic] for row in rows.values() if not math.isnan(row[statistic])]
@@ -86,7 +84,7 @@ class LoadMeter:
 
     def _with_keys(self, names: list[str]) -> list[str]:
         """The layers that have keys of their own, chosen once: the first, the last and those between."""
-        if not self._named and self.max_layers:
+        if not self._named:
             last, count = len(names) - 1, min(self.max_layers, len(names))
             self._named = [names[round(i * last / max(count - 1, 1))] for i in range(count)]
         return self._named

@@ -316,7 +316,6 @@ class CachedLayer:
                 del cache.guesses[key]
                 if not pool.is_over(guess[1]):
                     pool.reader.promote(guess[1])
-                self._row_of[key - self.first] = guess[0]
                 self.counts.prefetched += 1
             else:
                 row = pool.take()

@@ -38,7 +38,7 @@ class NextGate:
         if not blocks:
             raise ValueError("model: expected one with MoE layers, got none")
         self.layers_ahead, self.top_k = layers_ahead, top_k
-        self.num_experts = [block.num_experts for block in blocks]
+        self.num_experts = [block.num_real for block in blocks]
         self._gates = [_gate_of(block) if i >= layers_ahead else None for i, block in enumerate(blocks)]
 
     @torch.no_grad()

@@ -60,8 +60,8 @@ class Recall:
             self._pending[layer].add(expert)
 
     def used(self, layer: int, topk_ids: Tensor) -> None:
-        """Counts what layer `layer` chose, against what was predicted for it."""
-        used = {expert for row in topk_ids.tolist() for expert in row} - {-1}
+        """Counts what layer `layer` chose, against what was predicted for it. Other ids than experts' are none."""
+        used = {expert for row in topk_ids.tolist() for expert in row if 0 <= expert < self.num_experts[layer]}
         counts, pending = self._counts[layer], self._pending[layer]
         for i, number in enumerate((len(used), len(pending), len(used & pending))):
             counts[i] += number
@@ -101,7 +101,7 @@ def watch(model: nn.Module, predictor: Predictor) -> Iterator[Recall]:
 
     blocks = moe_blocks(model)
     layers = {name: layer for layer, name in enumerate(blocks)}
-    found = Recall(tuple(blocks), [block.num_experts for block in blocks.values()])
+    found = Recall(tuple(blocks), [block.num_real for block in blocks.values()])
 
     def see(name: str, seen: Any) -> None:
         layer = layers[name]

@@ -81,17 +81,21 @@ def plans_of(
             found.append(_plan(group, each, shared, guess_rows))
         return found
 
+    if _nbytes(whole := plans(most * steps)) <= size:  # no other rows: fewer slots may take more memory
+        return whole
     low, high = 0, most * steps  # plans(low) fits
     while low < high:
         middle = (low + high + 1) // 2
-        is_within = sum(plan.nbytes for plan in plans(middle)) <= size and all(
-            min(p.capacities) > 0 for p in plans(middle)
-        )
+        is_within = _nbytes(plans(middle)) <= size and all(min(p.capacities) > 0 for p in plans(middle))
         low, high = (middle, high) if is_within else (low, middle - 1)
     if low == 0:
-        least = sum(plan.nbytes for plan in plans(steps))
+        least = min(_nbytes(plans(steps)), _nbytes(whole))
         raise ValueError(f"bytes: expected at least {least} for one slot in each layer, got {size}")
     return plans(low)
+
+
+def _nbytes(plans: Sequence[CachePlan]) -> int:
+    return sum(plan.nbytes for plan in plans)
 
 
 def _plan(group: Group, each: Sequence[int], shared: bool, guess_rows: int) -> CachePlan:
