@@ -117,6 +117,8 @@ def test_row61_bad_input_is_named() -> None:
             convert.merge_models(models, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"models\[1\]: expected weight of shape"):
         convert.merge_models([nn.Linear(4, 3), nn.Linear(5, 3)])
+    with pytest.raises(ValueError, match=r"base: expected the tensors of the first model, got a difference in bias"):
+        convert.merge_models(models, "ties", base={})
     with pytest.raises(ValueError, match=r"models\[1\].*bias"):
         convert.merge_models([nn.Linear(4, 3), nn.Linear(4, 3, bias=False)])
 

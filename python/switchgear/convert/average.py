@@ -201,7 +201,7 @@ def merge_models(
     states = [_state(model, f"models[{index}]") for index, model in enumerate(models)]
     origin = None if base is None else _state(base, "base")
     tied = _tied(states[0])
-    for name, state in [*((f"models[{i}]", s) for i, s in enumerate(states)), *([("base", origin)] if origin else [])]:
+    for name, state in [*((f"models[{i}]", s) for i, s in enumerate(states)), *([] if origin is None else [("base", origin)])]:
         check_same(
             name, {k: tuple(v.shape) for k, v in state.items()}, {k: tuple(v.shape) for k, v in states[0].items()}
         )
