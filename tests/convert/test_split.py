@@ -76,17 +76,16 @@ def test_row54_biases_are_counted_once() -> None:
         assert close(convert.split_dense(mlp, 8, shared=shared)(x), mlp(x))
 
 
-def test_row54_clusters_are_balanced_and_close() -> None:
-    centers = torch.randn(4, H) * 5
+@pytest.mark.parametrize("gated", [True, False])
+def test_row54_clusters_are_found_from_any_start(gated: bool) -> None:
+    """Of the gate's rows, or of the only ones. With these seeds the first centers are hardly ever of all clusters."""
     order = torch.randperm(WIDTH)
-    rows = centers.repeat_interleave(16, 0)[order] + 0.1 * torch.randn(WIDTH, H)
-    mlp = SharedExperts(H, WIDTH)
-    mlp.gate_proj.weight.data.copy_(rows)
-    parts = convert.partition(convert.feed_forward(mlp), 4, "cluster", seed=2)
-    spread = sum(float((rows[p] - rows[p].mean(0)).square().sum()) for p in parts.experts)
-    scattered = convert.partition(convert.feed_forward(mlp), 4, "random")
-    assert spread < 0.9 * sum(float((rows[p] - rows[p].mean(0)).square().sum()) for p in scattered.experts)
-    assert parts.widths == (16,) * 4
+    mlp = SharedExperts(H, WIDTH, activation="relu2", gated=gated)
+    rows = torch.randn(4, H).repeat_interleave(16, 0) + 0.02 * torch.randn(WIDTH, H)
+    (mlp.gate_proj if gated else mlp.up_proj).weight.data[order] = rows
+    for seed in range(5):
+        parts = convert.partition(convert.feed_forward(mlp), 4, "cluster", seed=seed)
+        assert {frozenset(p.tolist()) for p in parts.experts} == {frozenset(p.tolist()) for p in order.chunk(4)}
 
 
 def test_row54_clusters_are_those_of_directions() -> None:
@@ -153,8 +152,10 @@ def test_row55_important_neurons_are_shared_and_the_rest_is_dealt_out() -> None:
     importance = torch.rand(WIDTH)
     parts = convert.partition(convert.feed_forward(mlp), 7, "gradient", shared=1 / 8, importance=importance)
     assert set(parts.shared.tolist()) == set(importance.topk(8).indices.tolist())
-    sums = torch.tensor([float(importance[p].sum()) for p in parts.experts])
-    assert sums.max() / sums.min() < 1.1
+    dealt = [turn if number % 2 == 0 else turn[::-1] for number, turn in enumerate(
+        importance.argsort(descending=True)[8:].view(-1, 7).tolist()
+    )]  # fmt: skip
+    assert [p.tolist() for p in parts.experts] == [sorted(expert) for expert in zip(*dealt, strict=True)]
     moe = convert.split_dense(mlp, 7, method="gradient", shared=1 / 8, importance=importance)
     assert close(moe(x), mlp(x))  # residual and experts of weight 1
 
