@@ -309,8 +309,15 @@ def test_importance_of_a_network_that_no_batch_reaches_is_an_error() -> None:
             return self.used(x)
 
     model = Skips()
-    with pytest.raises(ValueError, match=r"batches: expected some that reach idle\..*, got none"):
+    with pytest.raises(ValueError, match=r"batches: expected tokens for idle\..*, got none"):
         convert.neuron_importance(model, [torch.randn(3, H)], torch.sum, mlp=model.idle)
+    with pytest.raises(ValueError, match="batches: expected tokens for idle, got none"):
+        convert.layer_importance(model, [torch.randn(3, H)], by="activation")
+    x = torch.randn(1, 3, H)
+    batch = {"x": x, "labels": x, "attention_mask": torch.zeros(1, 3)}
+    for by in ("activation", "gradient"):  # padding alone
+        with pytest.raises(ValueError, match="batches: expected tokens for layers.0, got none"):
+            convert.layer_importance(Dropping(), [batch], by=by)
     with pytest.raises(ValueError, match="batches: expected at least one"):
         convert.neuron_importance(model, [], torch.sum, mlp=model.idle)
 
