@@ -316,7 +316,7 @@ def test_importance_of_a_network_that_no_batch_reaches_is_an_error() -> None:
     x = torch.randn(1, 3, H)
     batch = {"x": x, "labels": x, "attention_mask": torch.zeros(1, 3)}
     for by in ("activation", "gradient"):  # padding alone
-        with pytest.raises(ValueError, match="batches: expected tokens for layers.0, got none"):
+        with pytest.raises(ValueError, match=r"batches: expected tokens for layers\.0, got none"):
             convert.layer_importance(Dropping(), [batch], by=by)
     with pytest.raises(ValueError, match="batches: expected at least one"):
         convert.neuron_importance(model, [], torch.sum, mlp=model.idle)
@@ -419,3 +419,25 @@ def test_bad_input_is_named() -> None:
             convert.split_dense(mlp, **{"num_experts": 8, **options})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model"):
         convert.split_dense(nn.Linear(3, 3), 2)
+
+
+def test_values_of_another_kind_are_named() -> None:
+    mlp, ids, logits = SharedExperts(H, WIDTH), torch.randn(2, H), torch.randn(3, 4)
+    masks = {"method": "domain_masks", "importance": torch.rand(4, WIDTH)}
+    for name, wrong in {
+        "importance": lambda: convert.split_dense(mlp, 4, method="gradient", importance=[1.0] * WIDTH),
+        "keep": lambda: convert.split_dense(mlp, 4, **masks, keep="half"),
+        "keep: expected a finite": lambda: convert.split_dense(mlp, 4, **masks, keep=torch.nan),
+        "lr": lambda: convert.distill_layers(mlp, 4, [ids], lr="fast"),
+        "router_init": lambda: convert.from_dense_experts([mlp, mlp], router_init="x"),
+        "seed": lambda: convert.from_dense_experts([mlp, mlp], seed="x"),
+        "router: expected finite": lambda: convert.from_dense_experts([mlp, mlp], router=torch.ones(2, H) / 0),
+        "input_ids": lambda: convert.sequence_perplexities([mlp], [[1, 2]]),
+        "models.1.*w": lambda: convert.merge_models([{"w": ids}, {"w": 1}]),
+        "num_heads": lambda: convert.MixtureOfAttention(32, 2, 0),
+        "dense_output": lambda: convert.prior_approximate(logits, torch.randn(3, 4, H), ids[:1], 2),  # of one token
+        "expert_outputs": lambda: convert.prior_approximate(logits, torch.randn(3, 5, H), torch.randn(3, H), 2),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=f"^{name}"):
+            wrong()
+    assert convert.prior_approximate(logits[:0], torch.randn(0, 4, H), ids[:0], 2) == 0

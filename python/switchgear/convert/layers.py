@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
+from switchgear.convert.checks import check_number
 from switchgear.convert.ffn import is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, put, watched_rows
 from switchgear.convert.split import split_dense
@@ -73,6 +74,7 @@ def distill_layers(
     for name, size in {"tokens": tokens, "batch_size": batch_size, "top_k": top_k}.items():
         check_size(name, size)
     check_size("steps", steps, 0)
+    check_number("lr", lr)
     options = {"weights": "softmax", **options}
     if is_feed_forward(model):
         chosen = {0: ("", model)}
