@@ -50,6 +50,8 @@ def test_row61_ties_trims_elects_and_averages_what_agrees(weights: list[float] |
     expected = ties([(m["w"] - base).tolist() for m in models], 60, weights or [1.0] * 3)
     assert found["w"].sub(base + 0.7 * torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-12
     assert float(found["w"].sub(base).eq(0).double().mean()) > 0  # some element was trimmed from all
+    opposite = [{"w": torch.tensor([sign])} for sign in (1.0, -1.0)]
+    assert convert.merge_models(opposite, "ties", base={"w": torch.zeros(1)})["w"] == 1  # the sign of 0 is that of +
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
