@@ -217,6 +217,8 @@ def test_state_dict_of_a_mixture() -> None:
         with pytest.raises(ValueError, match=f"^state_dict: expected.*{match}"):
             other.load_state_dict(wrong)
         assert_untouched(twin, before)
+    with pytest.raises(TypeError, match=r"^state_dict.*: expected Tensor, got int"):
+        other.load_state_dict({**state, key: 1})
     whole = copy.deepcopy(model)
     whole.load_state_dict(model.state_dict())
     assert torch.equal(whole(x), model(x))
@@ -381,12 +383,16 @@ def test_wrong_arguments_are_named() -> None:
         "^router: expected one that returns Routing, got Tensor": lambda: LoRAExperts(
             nn.Linear(H, I), E, 2, router=nn.Linear(H, E)
         )(torch.randn(2, H)),
+        "^router: expected a module, got int": lambda: LoRAExperts(linear, E, 2, router=5),
+        "^gates.0.: expected Tensor": lambda: LoRAExperts.from_adapters(linear, [low_rank(H, I, 2)], gates=[5]),
         "bits": lambda: LoRAExperts(linear, E, 2, bits=4),
         "^base: expected torch.nn.Module, got int": lambda: LoRAExperts(5, E, 2),
         "^model: expected torch.nn.Module, got int": lambda: add_lora_experts(5, E, 2, targets=["up"]),
         "^model: expected torch.nn.Module, got str": lambda: mixture("model", [adapter_of(2)]),
         "^targets: expected names, got int$": lambda: add_lora_experts(model, E, 2, targets=5),
         "^targets: expected names, got int in a list": lambda: add_lora_experts(model, E, 2, targets=[5]),
+        "^model: expected torch.nn.Module, got None": lambda: train_gate(None, adapter_of(2), lambda model: None),
+        "^lr: expected": lambda: train_gate(model, adapter_of(2), lambda model: None, lr="fast"),
         "^loss: expected a function": lambda: train_gate(model, adapter_of(2), 0.5),
         "^loss: expected it to return a tensor, got None": lambda: train_gate(model, adapter_of(2), lambda model: None),
         r"adapters\[0\]": lambda: LoRAExperts.from_adapters(linear, [torch.ones(2)]),
@@ -406,6 +412,9 @@ def test_train_gate_leaves_the_model_as_it_was_after_a_failure() -> None:
 
     with pytest.raises(RuntimeError, match="no data"):
         train_gate(model, adapter_of(2), fails)
+    assert_untouched(model, before)
+    with pytest.raises(ValueError, match=r"^loss: expected it to return a scalar, got shape \[4, 16\]"):
+        train_gate(model, adapter_of(2), lambda model: model(x))
     assert_untouched(model, before)
     with pytest.raises(ValueError, match=r"^loss: expected finite"):
         train_gate(model, adapter_of(2), lambda model: model(x).sum() * float("nan"), steps=1)

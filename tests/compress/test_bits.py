@@ -118,6 +118,8 @@ def test_row42_tolerance() -> None:
     assert allocate_bits(error, bits, tolerance=3.5)["layer"] == [4, 4, 4]
     assert allocate_bits(error, bits, tolerance=4.0)["layer"] == [4, 2, 4]
     assert allocate_bits(error, bits, tolerance=9.0)["layer"] == [2, 2, 2]
+    nothing = {"layer": torch.zeros(3)}  # what no token chooses counts, too: errors are neither weighted nor squared
+    assert allocate_bits(ExpertErrors(bits, error, nothing, nothing), tolerance=3.5)["layer"] == [4, 4, 4]
 
 
 def test_row42_bytes_are_bits_times_parameters() -> None:
@@ -140,6 +142,7 @@ def test_a_budget_above_all_widths_gives_the_widest() -> None:
         ({"bits": (2, 4)}, "bits"),
         ({"bits": 3}, "bits"),
         ({"average": 0.5}, "average"),
+        ({"average": math.nan}, "average"),
         ({"average": 1.0, "at_least": {3: 1}}, "average"),
         ({"at_least": {4: 1}}, "at_least"),
         ({"tolerance": -1.0}, "tolerance"),
@@ -151,8 +154,12 @@ def test_wrong_options(options: dict[str, object], name: str) -> None:
         allocate_bits(made_errors(0), **options)  # type: ignore[arg-type]
 
 
-def test_lists_are_no_mappings() -> None:
+def test_costs_of_another_kind() -> None:
     costs = torch.ones(3, 2)
+    with pytest.raises(ValueError, match=r"errors: expected \[E, 2\] for a, got \[3\]"):
+        allocate_bits({"a": costs[:, 0]}, (1, 2))
+    with pytest.raises(ValueError, match="bits: expected the widths of the columns of errors, got none"):
+        allocate_bits({"a": costs})
     with pytest.raises(TypeError, match="errors: expected ExpertErrors or costs by layer, got list"):
         allocate_bits([costs], (1, 2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="at_least: expected numbers of experts by width, got list"):

@@ -232,6 +232,8 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         calibrate(model, [5])
     with pytest.raises(ValueError, match=r"layers: expected layers of layers.0, layers.1; got other"):
         calibrate(model, row_batches(), layers=["other"])
+    with pytest.raises(TypeError, match="layers: expected names, got int"):
+        calibrate(model, row_batches(), layers=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="domain: expected a name"):
         calibrate(model, [{"x": torch.zeros(2, 16), "domain": 3}])
     for options in ({"hessians": "no"}, {"seed": "x"}):

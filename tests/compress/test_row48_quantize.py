@@ -204,6 +204,9 @@ def test_row48_errors_of_experts() -> None:
     sums = calibration.layers[name].sums()
     torch.testing.assert_close(errors.frequencies[name], sums.counts.double() / 80)
     torch.testing.assert_close(errors.weights[name], sums.weights / 80)
+    again = expert_errors(model, calibration, (3, 1, 3), group_size=32, layers=name)  # a name, as a list of one
+    assert again.bits == (1, 3)
+    assert torch.equal(again.errors[name], errors.errors[name])
     allocation = allocate_bits(errors, (1, 3), 2.0)
     result = quantize(model, allocation, group_size=32)
     assert result.average_bits == allocation.average <= 2.0

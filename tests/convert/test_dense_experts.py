@@ -50,6 +50,8 @@ def test_row61_ties_trims_elects_and_averages_what_agrees(weights: list[float] |
     expected = ties([(m["w"] - base).tolist() for m in models], 60, weights or [1.0] * 3)
     assert found["w"].sub(base + 0.7 * torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-12
     assert float(found["w"].sub(base).eq(0).double().mean()) > 0  # some element was trimmed from all
+    opposite = [{"w": torch.tensor([sign])} for sign in (1.0, -1.0)]
+    assert convert.merge_models(opposite, "ties", base={"w": torch.zeros(1)})["w"] == 1  # the sign of 0 is that of +
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -117,6 +119,8 @@ def test_row61_bad_input_is_named() -> None:
             convert.merge_models(models, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"models\[1\]: expected weight of shape"):
         convert.merge_models([nn.Linear(4, 3), nn.Linear(5, 3)])
+    with pytest.raises(ValueError, match=r"base: expected the tensors of the first model, got a difference in bias"):
+        convert.merge_models(models, "ties", base={})
     with pytest.raises(ValueError, match=r"models\[1\].*bias"):
         convert.merge_models([nn.Linear(4, 3), nn.Linear(4, 3, bias=False)])
 

@@ -15,7 +15,7 @@ import switchgear
 from switchgear import convert
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import SharedExperts
-from switchgear.routing import TopK
+from switchgear.routing import LossFreeBias, TopK
 
 H, WIDTH, E = 24, 32, 4
 
@@ -186,6 +186,7 @@ def test_layers_are_distilled_with_importance_by_layer() -> None:
     split = convert.split_dense(copy.deepcopy(model), 4, 2, method="gradient", importance=scores, weights="softmax")
     convert.distill_layers(model, 4, [x], 2, steps=0, method="gradient", importance=scores)
     assert torch.equal(model[1].mlp.experts.down_proj, split.model[1].mlp.experts.down_proj)
+    assert torch.equal(model[1].mlp.gate.weight, split.model[1].mlp.gate.weight)  # not that of the first layer
 
 
 def test_row57_threshold_meets_the_average_number_of_experts() -> None:
@@ -199,6 +200,15 @@ def test_row57_threshold_meets_the_average_number_of_experts() -> None:
         assert abs(used / wanted - 1) < 0.01
     with pytest.raises(ValueError, match="moe"):
         convert.use_threshold(moe_copy, x, 2.0)
+
+
+def test_measuring_a_layer_in_training_counts_no_tokens() -> None:
+    moe = convert.split_dense(SharedExperts(H, 64), 8, 2, weights="softmax", balance=[LossFreeBias(1e-2)])
+    x = torch.randn(9, H)
+    convert.layers.relative_error(moe, x, x)
+    convert.use_threshold(moe, x, 1.5)
+    assert moe.training
+    assert not moe.gate.tokens_per_expert.any()
 
 
 def test_row57_nothing_is_replaced_on_failure() -> None:

@@ -713,6 +713,8 @@ def test_forms_by_name() -> None:
         switchgear.store(experts, Int8(), group_size=32)
     with pytest.raises(ValueError, match="block: expected one of 128x128, row, got '64x64'"):
         switchgear.store(experts, "fp8", block="64x64")
+    with pytest.raises(ValueError, match=r"block: expected one of 128x128, row, got \[128, 128\]"):
+        switchgear.store(experts, "fp8", block=[128, 128])
     with pytest.raises(ValueError, match="weight: expected one that can be stored as compact; weight would still take"):
         encode(torch.randn(2, 8, 8), "compact")
     assert str(Int4(group_size=64, symmetric=False)) == "int4(group_size=64, symmetric=False)"

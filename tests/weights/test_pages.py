@@ -97,6 +97,8 @@ def test_views_and_strides() -> None:
 def test_what_is_no_tensor_is_refused() -> None:
     with pytest.raises(TypeError, match=r"weights: expected a module or tensors, got int at 1"):
         use_huge_pages([torch.ones(2), 3])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"weights: expected a module or tensors, got int$"):
+        use_huge_pages(3)  # type: ignore[arg-type]
 
 
 @needs_huge_pages

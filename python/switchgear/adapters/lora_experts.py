@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters.linear_adapters import LowRank, as_low_rank
 from switchgear.adapters.low_rank import LowRankExperts
-from switchgear.complaints import check_module
+from switchgear.complaints import check_module, check_tensor
 from switchgear.functional import Routing
 from switchgear.layers.common import WithLosses
 from switchgear.layers.soft import SoftMoE
@@ -86,6 +86,8 @@ class LoRAExperts(WithLosses):
         )
         if slots is None and router is None:
             router = router_of(self.in_features, num_experts, top_k, **router_options, **made)
+        if router is not None and not callable(router):
+            raise TypeError(f"router: expected a module, got {type(router).__name__}")
         seen = getattr(router, "num_experts", num_experts)
         if seen != num_experts:
             raise ValueError(f"router: expected one of {num_experts} experts, got {seen}")
@@ -234,6 +236,7 @@ def _check_gates(gates: Sequence[Tensor], num_experts: int, in_features: int) ->
     if len(gates) != num_experts:
         raise ValueError(f"gates: expected {num_experts}, one for each adapter, got {len(gates)}")
     for number, vector in enumerate(gates):
+        check_tensor(f"gates[{number}]", vector)
         if vector.numel() != in_features:
             raise ValueError(f"gates[{number}]: expected shape [{in_features}], got {list(vector.shape)}")
         if not bool(vector.isfinite().all()):

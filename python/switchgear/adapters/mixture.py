@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters.linear_adapters import Adapter, Source, layers_in_all, read_lora
 from switchgear.adapters.lora_experts import LoRAExperts, features_of, place_of, router_of
-from switchgear.complaints import check_module, list_of_names
+from switchgear.complaints import check_module, check_tensor, list_of_names
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, context_of
 from switchgear.routing.router import RouterOptions
@@ -111,6 +111,7 @@ class Mixture:
             kind = "a missing" if different[0] in own else "an unknown"
             raise ValueError(f"state_dict: expected the {len(own)} keys of this mixture, got {kind} key {different[0]}")
         for key, tensor in own.items():
+            check_tensor(f"state_dict[{key!r}]", state_dict[key])
             if tensor.shape != state_dict[key].shape:
                 got = list(state_dict[key].shape)
                 raise ValueError(f"state_dict: expected {key} of shape {list(tensor.shape)}, got {got}")

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from switchgear.adapters.linear_adapters import Adapter, Source, read_lora
 from switchgear.adapters.mixture import mixture
+from switchgear.complaints import check_module
+from switchgear.functional import as_number
 from switchgear.reference import check_size
 from switchgear.routing.router import Router
 
@@ -37,9 +39,12 @@ def train_gate(
 
     Raises:
         TypeError: a loss that is no function, or does not return a tensor.
-        ValueError: an adapter that does not fit the model, or a loss that makes the gates NaN or infinite.
+        ValueError: an adapter that does not fit the model, or a loss that is no scalar or makes the gates NaN or
+            infinite.
     """
+    check_module("model", model)
     check_size("steps", steps, 0)
+    as_number("lr", lr)
     if not callable(loss):
         raise TypeError(f"loss: expected a function of the model, got {type(loss).__name__}")
     adapter = read_lora(adapter)
@@ -62,6 +67,8 @@ def train_gate(
                 value = loss(model)
                 if not isinstance(value, Tensor):
                     raise TypeError(f"loss: expected it to return a tensor, got {value!r}")
+                if value.numel() != 1:
+                    raise ValueError(f"loss: expected it to return a scalar, got shape {list(value.shape)}")
                 value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         gates = {name: vector.detach()[0].clone() for name, vector in vectors.items()}

@@ -243,8 +243,6 @@ def within_tolerance(error: Tensor, widths: Sequence[int], tolerance: float) -> 
     columns = [len(widths) - 1] * len(error)
     for lower in range(len(widths) - 2, -1, -1):
         for expert in error[:, lower].argsort(stable=True).tolist():
-            if columns[expert] != lower + 1:
-                continue
             trial = [*columns[:expert], lower, *columns[expert + 1 :]]
             if _total(error, trial) > tolerance:
                 return columns

@@ -41,19 +41,19 @@ def expert_errors(
     for each expert and width (MC-MoE, arXiv:2410.06270, eq. 3). For `allocate_bits`.
 
     Args:
-        bits: the widths to try, each 1 to 8.
+        bits: the widths to try, each 1 to 8, in any order.
         group_size, method, symmetric: as for `quantize`. The paper's code rounds asymmetrically by default.
         domains: those of the calibration to take the sample from; by default all.
         layers: names of blocks; by default all.
 
     Returns:
-        ExpertErrors, whose errors [E,B] float64, by layer, have a column per width.
+        ExpertErrors, whose errors [E,B] float64, by layer, have a column per width, ascending.
 
     Raises ValueError for a calibration of another model, or without a sample (or Hessians, for method="gptq").
     """
     check_module("model", model)
     check_choice("method", method, METHODS)
-    bits = as_widths(bits)
+    bits = sorted(set(as_widths(bits)))
     form = Groups(4, group_size, symmetric)
     parts = expert_layers(model, layers)
     check_calibration(calibration, model, parts, domains)

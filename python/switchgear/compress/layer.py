@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import list_of_names
 from switchgear.experts import Experts
 from switchgear.functional import Plan, glu, grouped_gemm, plan
 from switchgear.integrations.gates import own_gate
@@ -141,6 +142,7 @@ def expert_layers(
     if not blocks:
         raise ValueError("model: expected MoE layers of switchgear or Hugging Face, got none")
     if names is not None:
+        names = list_of_names(argument, names)
         if missing := [name for name in names if name not in blocks]:
             raise ValueError(f"{argument}: expected layers of {', '.join(blocks)}; got {missing[0]}")
         if not names:

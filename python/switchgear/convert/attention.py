@@ -70,10 +70,11 @@ class MixtureOfAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        head_dim = hidden_size // num_heads if head_dim is None else head_dim
         for name, size in {"hidden_size": hidden_size, "num_experts": num_experts, "num_heads": num_heads,
-                           "num_kv_heads": num_kv_heads, "head_dim": head_dim}.items():  # fmt: skip
+                           "num_kv_heads": num_kv_heads}.items():  # fmt: skip
             check_size(name, size)
+        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        check_size("head_dim", head_dim)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of {num_heads} heads, got {num_kv_heads}")
         check_choice("keys", keys, ("all", "chosen"))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_seed
+from switchgear.complaints import check_module, check_seed, check_tensor
 from switchgear.convert.checks import check_number, finite_numbers
 from switchgear.reference import check_choice
 from switchgear.weights.checks import check_state_dict
@@ -201,7 +201,10 @@ def merge_models(
     states = [_state(model, f"models[{index}]") for index, model in enumerate(models)]
     origin = None if base is None else _state(base, "base")
     tied = _tied(states[0])
-    for name, state in [*((f"models[{i}]", s) for i, s in enumerate(states)), *([("base", origin)] if origin else [])]:
+    for name, state in [
+        *((f"models[{i}]", s) for i, s in enumerate(states)),
+        *([] if origin is None else [("base", origin)]),
+    ]:
         check_same(
             name, {k: tuple(v.shape) for k, v in state.items()}, {k: tuple(v.shape) for k, v in states[0].items()}
         )
@@ -240,6 +243,8 @@ def check_wide(name: str, dtypes: Mapping[str, torch.dtype]) -> None:
 
 def _state(model: Any, name: str) -> Mapping[str, Tensor]:
     if isinstance(model, Mapping):
+        for key, tensor in model.items():
+            check_tensor(f"{name}[{key!r}]", tensor)
         return model
     check_module(name, model)
     check_state_dict(name, model)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from switchgear.convert.checks import check_random
 from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
 from switchgear.convert.modules import is_transformers
 from switchgear.convert.split import fill, initialize_router, layer_like
@@ -70,6 +71,7 @@ def from_dense_experts(
     check_size("top_k", top_k)
     if top_k > len(models):
         raise ValueError(f"top_k: expected 1 to {len(models)} (models), got {top_k}")
+    check_random(seed, router_init=router_init)
     if isinstance(router, str) and router not in ROUTERS:
         raise ValueError(f"router: expected {', '.join(ROUTERS)} or a tensor, got {router!r}")
     if all(isinstance(model, FeedForward) or is_feed_forward(model) for model in models):
@@ -117,6 +119,8 @@ def _layer(
     if isinstance(router, Tensor):
         if moe.gate.weight is None or moe.gate.weight.shape != router.shape:
             raise ValueError(f"router: expected [{len(networks)}, {first.hidden_size}], got {list(router.shape)}")
+        if not router.isfinite().all():
+            raise ValueError("router: expected finite numbers, got NaN or infinities")
         with torch.no_grad():
             moe.gate.weight.copy_(router)
     else:

@@ -118,10 +118,7 @@ def family_for(config: Mapping[str, Any], size: Size, wanted: str | None = None)
         raise refuse("its attention has no biases")
     if config.get("attention_bias") and wanted != "qwen3_moe":
         raise refuse("its attention has no bias of the output projection")
-    kinds = set(config.get("layer_types") or ())
-    if wanted == "qwen3_moe" and len(kinds) > 1:
-        raise refuse("its layers share one kind of attention")
-    if wanted == "mixtral" and config.get("layer_types") and len(kinds) > 1:
+    if wanted != "qwen2_moe" and len(set(config.get("layer_types") or ())) > 1:
         raise refuse("its layers share one kind of attention")
     return family
 

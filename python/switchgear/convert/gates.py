@@ -10,6 +10,7 @@ from torch import Tensor
 
 from switchgear.functional import Routing
 from switchgear.reference import check_size
+from switchgear.reference.checks import check
 from switchgear.routing.auxiliary import kl_divergence
 from switchgear.routing.context import NOTHING_KNOWN, Context
 from switchgear.routing.ranking import choose, scores_of
@@ -58,13 +59,12 @@ def prior_approximate(router_logits: Tensor, expert_outputs: Tensor, dense_outpu
     check_size("top_k", top_k)
     if top_k > num_experts:
         raise ValueError(f"top_k: expected 1 to {num_experts}, got {top_k}")
-    shape = (num_tokens, num_experts, dense_output.shape[-1])
-    if expert_outputs.shape != shape:
-        raise ValueError(f"expert_outputs: expected shape {list(shape)}, got {list(expert_outputs.shape)}")
+    check("dense_output", dense_output, (num_tokens, None))
+    check("expert_outputs", expert_outputs, (num_tokens, num_experts, dense_output.shape[1]))
     with torch.no_grad():
         share = dense_output.float() * (top_k / num_experts)
         errors = (expert_outputs.float() - share[:, None]).square().mean(-1)
         target = torch.zeros_like(errors).scatter_(1, choose(-errors, top_k).long(), 1.0)
         log_target = target.log_softmax(-1)
     log_router = router_logits.float().log_softmax(-1)
-    return kl_divergence(log_router, log_target).mean()
+    return kl_divergence(log_router, log_target).sum() / max(num_tokens, 1)

@@ -65,7 +65,7 @@ def layer_importance(
         layers: indices of feed-forward layers; the keys of the result.
 
     Raises:
-        ValueError: the model has no dense feed-forward layers, or there are no batches.
+        ValueError: the model has no dense feed-forward layers, or no batch has tokens for one of them.
     """
     check_module("model", model)
     check_choice("by", by, ("gradient", "activation"))
@@ -85,6 +85,7 @@ def _gradients(
 ) -> list[Tensor]:
     totals: dict[str, Tensor] = {}
     counts = dict.fromkeys(downs, 0)
+    is_empty = True
     seen: list[tuple[str, Tensor, Tensor | None]] = []  # in this forward: layer, activations, mask
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -97,14 +98,12 @@ def _gradients(
                 return h
 
             stack.callback(down.register_forward_pre_hook(see).remove)
-        count = 0
-        for count, batch in enumerate(batches, 1):  # noqa: B007
+        for batch in batches:
+            is_empty = False
             for name, change, tokens in _changes(loss(called(module, batch)), seen):
                 totals[name] = totals.get(name, 0) + change
                 counts[name] += tokens
-    if count and (idle := [name for name in downs if name not in totals]):
-        raise ValueError(f"batches: expected some that reach {idle[0] or 'mlp'}, got none")
-    return _some([totals[name] / max(counts[name], 1) for name in downs] if count else None)
+    return _means(totals, counts, is_empty)
 
 
 def _changes(loss: Tensor, seen: list[tuple[str, Tensor, Tensor | None]]) -> list[tuple[str, Tensor, int]]:
@@ -125,6 +124,7 @@ def _changes(loss: Tensor, seen: list[tuple[str, Tensor, Tensor | None]]) -> lis
 def _activations(model: nn.Module, batches: Iterable[Any], downs: Mapping[str, nn.Linear]) -> list[Tensor]:
     sums = {name: torch.zeros(down.in_features, device=down.weight.device) for name, down in downs.items()}
     counts = dict.fromkeys(downs, 0)
+    is_empty = True
 
     def add(name: str, rows: Tensor) -> None:
         sums[name] += rows.float().abs().sum(0)
@@ -132,14 +132,18 @@ def _activations(model: nn.Module, batches: Iterable[Any], downs: Mapping[str, n
 
     with watched_rows(model, downs, add):
         for batch in batches:
+            is_empty = False
             called(model, batch)
-    return _some([sums[name] / counts[name] for name in downs] if all(counts.values()) else None)
+    return _means(sums, counts, is_empty)
 
 
-def _some(totals: list[Tensor] | None) -> list[Tensor]:
-    if totals is None:
+def _means(sums: Mapping[str, Tensor], counts: Mapping[str, int], is_empty: bool) -> list[Tensor]:
+    """Over the tokens of each layer. is_empty: there were no batches."""
+    if is_empty:
         raise ValueError("batches: expected at least one, got none")
-    return totals
+    if idle := [name for name, count in counts.items() if not count]:
+        raise ValueError(f"batches: expected tokens for {idle[0] or 'mlp'}, got none")
+    return [sums[name] / count for name, count in counts.items()]
 
 
 def _loss_of(output: Any) -> Tensor:

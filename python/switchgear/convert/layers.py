@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
+from switchgear.convert.checks import check_number
 from switchgear.convert.ffn import is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, put, watched_rows
 from switchgear.convert.split import split_dense
@@ -73,7 +74,8 @@ def distill_layers(
     for name, size in {"tokens": tokens, "batch_size": batch_size, "top_k": top_k}.items():
         check_size(name, size)
     check_size("steps", steps, 0)
-    options = {"weights": "softmax", "seed": seed, **options}
+    check_number("lr", lr)
+    options = {"weights": "softmax", **options}
     if is_feed_forward(model):
         chosen = {0: ("", model)}
     else:
@@ -89,7 +91,7 @@ def distill_layers(
         with torch.no_grad(), evaluating(module):
             y = torch.cat([module(part) for part in torch.split(x, batch_size)])
         given = importance.get(index) if isinstance(importance, Mapping) else importance
-        moe = split_dense(module, num_experts, top_k, method=method, importance=given, **options)
+        moe = split_dense(module, num_experts, top_k, method=method, importance=given, seed=seed + index, **options)
         before = relative_error(moe, x, y)
         _train(moe, x, y, steps, batch_size, lr, seed)
         made.append((name, moe.train(module.training)))
@@ -102,10 +104,11 @@ def distill_layers(
 
 @torch.no_grad()
 def relative_error(layer: nn.Module, x: Tensor, y: Tensor) -> float:
-    """mean (layer(x) - y)² / mean y²."""
+    """mean (layer(x) - y)² / mean y² in eval()."""
     error = 0.0
-    for rows, wanted in zip(torch.split(x, 4096), torch.split(y, 4096), strict=True):
-        error += float((layer(rows) - wanted).float().square().sum())
+    with evaluating(layer):
+        for rows, wanted in zip(torch.split(x, 4096), torch.split(y, 4096), strict=True):
+            error += float((layer(rows) - wanted).float().square().sum())
     return error / max(float(y.float().square().sum()), 1e-30)
 
 
@@ -115,7 +118,7 @@ def use_threshold(moe: MoE, x: Tensor, experts_per_token: float) -> float:
     select: Any = moe.gate.select
     if not isinstance(select, TopK) or select.score_function != "softmax" or moe.gate.weight is None:
         raise ValueError(f"moe: expected a linear router with TopK by softmax, got {type(select).__name__}")
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(moe.gate):  # in training it would count the tokens, and may add noise
         logits = moe.gate(x).router_logits
     threshold = Threshold.calibrate(logits, experts_per_token)
     moe.gate.select = Threshold(threshold, normalize=select.normalize, scale=select.scale)

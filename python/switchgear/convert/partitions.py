@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear import ops
+from switchgear.complaints import check_tensor
+from switchgear.convert.checks import check_number
 from switchgear.convert.ffn import FeedForward
 from switchgear.reference import check_choice, check_size
 
@@ -141,6 +143,7 @@ def _importance(importance: Tensor | None, width: int, method: str) -> Tensor:
     """[G,I] float32 on the CPU."""
     if importance is None:
         raise ValueError(f"importance: expected a tensor [I] or [G,I] for method={method!r}, got None")
+    check_tensor("importance", importance)
     rows = importance.detach().float().cpu()
     rows = rows[None] if rows.dim() == 1 else rows
     if rows.dim() != 2 or rows.shape[1] != width:
@@ -192,6 +195,7 @@ def _domain_masks(importance: Tensor, num_experts: int, keep: float, shared: int
     if shared:
         raise ValueError(f"shared: expected 0 for domain masks, whose intersection is shared; got {shared}")
     width = importance.shape[1]
+    check_number("keep", keep)
     count = round(keep * width)
     if not 0 < keep <= 1 or not count:
         raise ValueError(f"keep: expected a fraction in (0, 1] that keeps a neuron, got {keep}")

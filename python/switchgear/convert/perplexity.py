@@ -24,6 +24,7 @@ def sequence_perplexities(models: Sequence[nn.Module], input_ids: Tensor, mask: 
     models: called in eval() with input_ids, and with the mask as attention_mask if they take one; they return logits
     [B,S,V] or an object with them. mask [B,S]: False for padding. Padding before a token needs models that take one.
     """
+    check_tensor("input_ids", input_ids)
     if input_ids.dim() != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [B,S] with at least two tokens, got {list(input_ids.shape)}")
     if mask is not None:

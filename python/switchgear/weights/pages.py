@@ -59,6 +59,8 @@ def interleave_nodes(weights: nn.Module | Iterable[Tensor]) -> int:
 
 
 def _large(weights: nn.Module | Iterable[Tensor]) -> list[Tensor]:
+    if not isinstance(weights, (nn.Module, Iterable)):
+        raise TypeError(f"weights: expected a module or tensors, got {type(weights).__name__}")
     tensors = [*weights.parameters(), *weights.buffers()] if isinstance(weights, nn.Module) else list(weights)
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
