@@ -13,15 +13,13 @@ from switchgear.adapters.wrappers import is_wrapper
 from switchgear.routing.controllers import RunningCap
 from switchgear.routing.masks import Masked, Temperature
 from switchgear.routing.router import Router
+from switchgear.weights.auto import TOP_K_FIELDS
 
 _GATES = ("gate", "router")  # transformers has no third name
 SHARED = ("shared_experts", "shared_expert", "shared_mlp")
 _BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases", "moe_statics.e_score_correction_bias")
 _LINEARS = ("gate", "layer", "classifier", "wg", "proj")  # where a router holds its weight, if not itself
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K = (
-    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k",
-)  # fmt: skip
 
 
 class ExpertTensors(NamedTuple):
@@ -124,7 +122,7 @@ class MoeBlock:
             fields = vars(config)
             num_experts = next((n for n in _NUM_EXPERTS if _means(fields.get(n), self.num_experts)), None)
             if num_experts is not None:
-                return ConfigFields(config, num_experts, next((n for n in _TOP_K if n in fields), None))
+                return ConfigFields(config, num_experts, next((n for n in TOP_K_FIELDS if n in fields), None))
         raise ValueError(f"{self.name or 'model'}: expected a block of a Hugging Face model, got one without a config")
 
     @property
@@ -221,7 +219,7 @@ def _top_k(gate: Any, block: Any, experts: Any) -> int | None:
         if isinstance(top_k := getattr(owner, "top_k", None), int):
             return top_k
     for config in (getattr(owner, "config", None) for owner in (gate, experts)):
-        for field in _TOP_K:
+        for field in TOP_K_FIELDS:
             if isinstance(top_k := getattr(config, field, None), int):
                 return top_k
     return None

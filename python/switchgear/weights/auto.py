@@ -19,6 +19,9 @@ from switchgear.weights.layout import Layout, layout_of
 from switchgear.weights.module import stored_of
 
 FEW_ROWS = 4  # per expert; up to this number compact weights were faster than plain ones in every measured case
+TOP_K_FIELDS = (  # names of top_k in configs of Hugging Face models
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k",
+)  # fmt: skip
 WIDE_VECTORS = ("avx512", "amx")  # ISAs that unpack compact weights as fast as memory delivers them
 
 
@@ -86,7 +89,7 @@ def _num_experts(module: nn.Module, layout: Layout) -> int:
 def _top_k(model: nn.Module, module: nn.Module, experts: int) -> int:
     """Choices per token: from the model's config, or from a router with as many experts; 2 if neither has it."""
     config = getattr(module, "config", None)
-    for name in ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k"):
+    for name in (*TOP_K_FIELDS, "top_k"):
         if isinstance(value := getattr(config, name, None), int):
             return value
     for router in model.modules():
