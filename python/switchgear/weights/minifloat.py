@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from switchgear.reference import minifloat, nf4
+from switchgear.reference import check_choice, minifloat, nf4
 from switchgear.weights.form import Form, KeyedForm, check_loaded, on_huge_pages
 from switchgear.weights.weight import Weight
 
@@ -75,8 +75,7 @@ class Fp8(KeyedForm):
     block: str = "128x128"
 
     def __post_init__(self) -> None:
-        if self.block not in BLOCKS:
-            raise ValueError(f"block: expected one of {', '.join(BLOCKS)}, got {self.block!r}")
+        check_choice("block", self.block, tuple(BLOCKS))
 
     @property
     def suffixes(self) -> tuple[str, ...]:
