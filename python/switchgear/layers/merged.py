@@ -128,8 +128,8 @@ class MergedExperts(WithLosses):
             down, down_bias = self._merged("down_proj", first)
             self.losses = first.losses
             ones = rows.new_ones(len(rows), 1, dtype=torch.float32)
-            biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
-            y = moe(rows, gate_up, down, ids.int()[:, None], ones, **biases, **options)
+            options |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+            y = moe(rows, gate_up, down, ids.int()[:, None], ones, **options)
             return y.view(hidden_states.shape)
         layout = plan(ids.int()[:, None], len(gate_up))  # the second router needs the hidden activations
         h = grouped_gemm(rows, gate_up, layout.expert_offsets, bias=gate_up_bias, token_indices=layout.token_indices)
