@@ -94,6 +94,7 @@ def test_groups_of_a_model() -> None:
     assert len(matrices) + len(rest) == len(list(model.parameters()))
     shared = {name for name in names.values() if name.startswith("moe.shared") and name.endswith("weight")}
     assert named(matrices) == {"moe.experts.gate_up_proj", "moe.experts.down_proj"} | shared
+    assert named(optim.muon_groups(model, others="head")[0]) == named(matrices)
     with pytest.raises(ValueError, match="others"):
         optim.muon_groups(model, others=["lm_head"])
     with pytest.raises(TypeError, match=r"model: expected torch\.nn\.Module, got list"):

@@ -172,6 +172,14 @@ def test_packed_sequences_and_an_order() -> None:
     assert torch.equal(torch.cat([first, second, third]), want)
 
 
+def test_no_tokens_are_no_sequences() -> None:
+    model = Model()
+    with record(model) as choices:
+        model(torch.zeros(1, 0, dtype=torch.int64), sequence_ids=torch.zeros(0, dtype=torch.int64))
+    assert choices.lengths.tolist() == []
+    assert choices.layers["layers.1.gate"].num_tokens == 0
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_repeats_the_choices(use_reentrant: bool) -> None:
     """Two forwards, then one backward: each layer's repetition finds the choices of its own forward."""

@@ -84,7 +84,7 @@ class _Checked:
 
 
 def to_torch(value: Any, name: str = "array") -> Any:
-    """The array as a tensor that shares its memory, or a copy's if it has negative strides; other values unchanged.
+    """The array as a tensor that shares its memory, or that of a copy if strides are negative; other values unchanged.
 
     Raises TypeError or ValueError, naming the argument, for an array that torch cannot represent.
     """

@@ -92,7 +92,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def at_least(least: int, name: str, value: Any) -> int:
-    """The same for a count. Raises ValueError for a lower one."""
+    """`integer`, for a number of at least `least`. Raises ValueError for a lower one."""
     found = integer(name, value)
     if found < least:
         raise ValueError(f"{name}: expected at least {least}, got {found}")
@@ -100,7 +100,7 @@ def at_least(least: int, name: str, value: Any) -> int:
 
 
 def check_seconds(name: str, value: Any) -> None:
-    """Raises for what is no finite number of seconds above 0. Clocks of C++ end in some hundred years."""
+    """Raises for anything but a number of seconds above 0, at most MOST_SECONDS: clocks of C++ would overflow."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number of seconds, got {value!r}")
     if not 0 < float(value) <= MOST_SECONDS:
@@ -108,14 +108,14 @@ def check_seconds(name: str, value: Any) -> None:
 
 
 def as_device(name: str, value: Any) -> torch.device:
-    """A device of torch. Raises ValueError for what names none."""
+    """A device of torch. Raises ValueError for anything that names none."""
     with suppress(RuntimeError, TypeError):
         return torch.device(value)
     raise ValueError(f"{name}: expected a device, got {value!r}")
 
 
 def check_tensor(name: str, tensor: Any) -> None:
-    """Raises TypeError for what is no tensor."""
+    """Raises TypeError for anything but a tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected Tensor, got {type(tensor).__name__}")
 
@@ -129,19 +129,20 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def check_module(name: str, module: Any) -> None:
-    """Raises TypeError for what is no module."""
+    """Raises TypeError for anything but a module."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: expected torch.nn.Module, got {type(module).__name__}")
 
 
 def check_switch(name: str, value: Any) -> None:
-    """Raises TypeError for what is no bool."""
+    """Raises TypeError for anything but a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected bool, got {type(value).__name__}")
 
 
 def check_seed(seed: Any) -> None:
-    """Raises TypeError for what is no integer, and ValueError for one that torch's generators do not take."""
+    """Raises TypeError for anything but an integer, and ValueError for one beyond 64 bits, which torch's generators do
+    not take."""
     if not isinstance(seed, Integral) or isinstance(seed, bool):
         raise TypeError(f"seed: expected int, got {type(seed).__name__}")
     if not -(2**63) <= int(seed) < 2**63:
@@ -149,7 +150,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_float_dtype(name: str, dtype: Any) -> None:
-    """Raises TypeError for what is no floating dtype. None passes."""
+    """Raises TypeError for anything but a floating dtype. None passes."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"{name}: expected a floating dtype, got {dtype!r}")
 

@@ -94,10 +94,10 @@ def require(index: int = 0) -> None:
     loaded = module()
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
-            raise RuntimeError(f"switchgear: CUDA was asked for, but torch {torch.__version__} is built without CUDA")
+            raise RuntimeError(f"switchgear: CUDA was requested, but torch {torch.__version__} is built without CUDA")
         driver = loaded.driver_version()
         what = "no CUDA device is visible" if driver else "there is no CUDA driver on this machine"
-        raise RuntimeError(f"switchgear: CUDA was asked for, but {what}")
+        raise RuntimeError(f"switchgear: CUDA was requested, but {what}")
     reason = reason_against(index)
     if reason is not None:
         raise RuntimeError(f"switchgear: {reason}")

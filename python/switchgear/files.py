@@ -54,7 +54,7 @@ def replacing(path: AnyPath) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file at once, durably, with the text in UTF-8 and its ends of lines. Raises OSError."""
+    """Replaces a file at once, durably, with the text in UTF-8, line ends as they are. Raises OSError."""
     with replacing(path) as unfinished:
         unfinished.write_bytes(text.encode())
 

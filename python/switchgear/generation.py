@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
+from switchgear.integrations.choices import overridden
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.integrations.routers import SelectByMethod, routing_method_of
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
@@ -98,7 +100,8 @@ class SelfContrast:
         blocks = {} if routers else moe_blocks(model)
         if not routers and not blocks:
             raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
-        methods, doubled, inner = _routing_methods(blocks), _Doubled(self), inner_model(model)
+        methods = [(block, routing_method_of(block)) for block in blocks.values()]  # raises for one that is not known
+        doubled, inner = _Doubled(self), inner_model(model)
         with ExitStack() as stack:
             for router in routers.values():
                 stack.enter_context(overridden_router(router, doubled.halves))
@@ -154,19 +157,7 @@ def _sliced(context: Context, at: slice, num_tokens: int) -> Context:
     return replace(context, **{name: value[at] for name, value in rows.items()}) if rows else context
 
 
-def _routing_methods(blocks: Mapping[str, MoeBlock]) -> list[tuple[MoeBlock, Any]]:
-    """How the routers of Hugging Face select. Raises ValueError for one that is not known."""
-    if not blocks:
-        return []
-    from switchgear.integrations.routers import routing_method_of
-
-    return [(block, routing_method_of(block)) for block in blocks.values()]
-
-
 def _overridden_block(block: MoeBlock, method: Any, doubled: _Doubled) -> AbstractContextManager[None]:
-    from switchgear.integrations.choices import overridden
-    from switchgear.integrations.routers import SelectByMethod
-
     strong, weak = (
         None if select is None else SelectByMethod.of(block, method, select)
         for select in (doubled.contrast.strong, doubled.contrast.weak)
@@ -199,7 +190,7 @@ class _Doubled:
         )
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Of a call that raises, too."""
+        """Also runs after a call that raised."""
         self.is_running = False
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

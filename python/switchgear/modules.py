@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.functional import Routing
 from switchgear.layers.common import WithLosses, experts_class, scaled_input
+from switchgear.layers.expand import add_expert, expand
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts
@@ -199,8 +200,6 @@ class MoE(WithLosses):
                 experts of different widths, adapters, a router that is not linear or has a part for E experts only, or
                 a SwitchLoss with accumulate in the middle of a step. Nothing is changed.
         """
-        from switchgear.layers.expand import expand
-
         return expand(self, num_new, init, sources, freeze_old)
 
     def add_expert(
@@ -216,8 +215,6 @@ class MoE(WithLosses):
         expert: its weights by name of the parameters of `experts`, without the first dimension: gate_up_proj [2I,H],
         down_proj [H,I], …. gate_weight [H], gate_bias: its row of the router. Otherwise as `expand`.
         """
-        from switchgear.layers.expand import add_expert
-
         return add_expert(self, expert, gate_weight, gate_bias, freeze_old)
 
 
@@ -242,22 +239,18 @@ def balance_loss(model: nn.Module) -> Tensor | float:
         losses = vars(module).get("losses")  # layers of layers have a property `losses`: skip it
         for loss in losses.values() if isinstance(losses, dict) else ():
             total = total + loss
-            if (
-                module.training
-                and torch.is_grad_enabled()
-                and not getattr(loss, "requires_grad", True)
-                and _learns(module)
-            ):
-                warnings.warn(_WITHOUT_GRAPH, stacklevel=2)
+            trains = module.training and torch.is_grad_enabled()
+            if trains and not getattr(loss, "requires_grad", True) and _learns(module):
+                warnings.warn(
+                    "balance_loss: a loss has no graph, so it trains nothing; in activation checkpointing, pass "
+                    "use_reentrant=False",
+                    stacklevel=2,
+                )
     return total
 
 
-_WITHOUT_GRAPH = (
-    "balance_loss: a loss has no graph, so it trains nothing; in activation checkpointing, pass use_reentrant=False"
-)
-
-
 def _learns(layer: nn.Module) -> bool:
+    """Whether its router has parameters that train."""
     return any(parameter.requires_grad for parameter in getattr(layer, "gate", layer).parameters())
 
 

@@ -10,14 +10,14 @@ torch.optim.Muon takes matrices only; a stack of experts would have to be split 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.layers import MonetRouter
@@ -46,7 +46,7 @@ def orthogonalized(
         return matrices.bfloat16()
     matrix = matrices.shape[-2:]
     stack = matrices.reshape(-1, *matrix)
-    count = max(len(stack), 1) if stack.is_cuda else max(1, _CACHED // max(matrix.numel(), 1))
+    count = len(stack) if stack.is_cuda else max(1, _CACHED // matrix.numel())
     parts = [_orthogonalized(part, steps, coefficients, eps) for part in torch.split(stack, count)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(matrices.shape)
 
@@ -158,7 +158,7 @@ def _ratio(adjust: str | None, rows: int, columns: int) -> float:
     return math.sqrt(max(1, rows / columns))
 
 
-def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def muon_groups(model: nn.Module, *, others: Iterable[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Splits the parameters that require gradients: matrices of hidden layers for Muon, the rest for AdamW.
 
     The rest: vectors and scalars, also as matrices with a single row or column; biases of stacked experts, embeddings,
@@ -170,9 +170,10 @@ def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list
     model does not have.
     """
     check_module("model", model)
+    others = list_of_names("others", others)
     names = dict(model.named_parameters(remove_duplicate=False))
     for prefix in others:
-        if not any(name == prefix or name.startswith(f"{prefix}.") for name in names):
+        if not any(_is_in(name, prefix) for name in names):
             raise ValueError(f"others: expected names of modules or parameters, got {prefix!r}")
     kinds = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, Router, MonetRouter)
     modules = [block.gate for block in moe_blocks(model).values() if block.gate is not None]  # of Hugging Face, too
@@ -180,7 +181,7 @@ def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list
     excluded = {id(parameter) for module in modules for parameter in module.parameters()} | {
         id(parameter)
         for name, parameter in names.items()
-        if not _is_matrix(name, parameter) or any(name == prefix or name.startswith(f"{prefix}.") for prefix in others)
+        if not _is_matrix(name, parameter) or any(_is_in(name, prefix) for prefix in others)
     }
     for module in model.modules():
         for name, parameter in module.named_parameters():
@@ -192,6 +193,11 @@ def muon_groups(model: nn.Module, *, others: Collection[str] = ()) -> tuple[list
                 setattr(parameter, _TRANSPOSED, layout.transposed and is_projection)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [p for p in trained if id(p) not in excluded], [p for p in trained if id(p) in excluded]
+
+
+def _is_in(name: str, prefix: str) -> bool:
+    """Whether a parameter has the name `prefix`, or is in the module of that name."""
+    return name == prefix or name.startswith(f"{prefix}.")
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:

@@ -152,8 +152,7 @@ class Bounded(NamedTuple):
     def rounded(self, dtype: torch.dtype) -> Bounded:
         """The value rounded to `dtype`: the error grows by eps of its size, and by the smallest denormal."""
         limits = torch.finfo(dtype)
-        size = self.value.abs() + self.error
-        return Bounded(self.value, self.error + limits.eps * size + limits.tiny * limits.eps)
+        return Bounded(self.value, self.error + limits.eps * self.size() + limits.tiny * limits.eps)
 
     def size(self) -> Tensor:
         """The largest magnitude that a computed value may have."""

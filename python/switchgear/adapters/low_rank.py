@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from switchgear.backends import in_autocast
 from switchgear.functional import as_number, combine, grouped_gemm, plan
 from switchgear.reference import check_finite, check_fraction, check_range, check_size, weight_dtype
 from switchgear.routing.context import can_be_read
+from switchgear.routing.scores import init_uniform
 from switchgear.utils.buffers import FillsBuffers
 
 # The columns of A per choice, E·r / K, up to which the product with all experts takes less time than that with chosen
@@ -57,12 +57,9 @@ class LowRankExperts(FillsBuffers):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in {
-            "in_features": in_features,
-            "out_features": out_features,
-            "num_experts": num_experts,
-        }.items():
-            check_size(name, size)
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
+        check_size("num_experts", num_experts)
         self.hidden_size, self.out_features, self.num_experts = in_features, out_features, num_experts
         self.ranks: tuple[int, ...] = _per_expert("rank", rank, num_experts)
         for size in self.ranks:
@@ -82,7 +79,7 @@ class LowRankExperts(FillsBuffers):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A is uniform within ±1/√in, B is zero."""
-        nn.init.uniform_(self.lora_A, -1 / math.sqrt(self.hidden_size), 1 / math.sqrt(self.hidden_size))
+        init_uniform(self.lora_A, self.hidden_size)
         nn.init.zeros_(self.lora_B)
         if min(self.ranks) < max(self.ranks):
             rows = torch.arange(self.lora_A.shape[1], device=self.lora_A.device)

@@ -23,6 +23,7 @@ from switchgear.adapters.lora_experts import LoRAExperts
 from switchgear.adapters.sites import Site, adapted_sites
 from switchgear.backends import backend, without_autocast
 from switchgear.functional import grouped_gemm
+from switchgear.reference import weight_dtype
 from switchgear.weights import Form, Weight, stored_of
 from switchgear.weights.adapted import Lora, adapters_of
 from switchgear.weights.offloaded import OffloadedWeight
@@ -195,7 +196,7 @@ def _matrix(site: Site, e: int) -> Tensor:
 @torch.no_grad()
 def _delta(site: Site, e: int, a: Tensor, b: Tensor) -> Tensor:
     """D = scale · B·A [N,C] in float32, or float64 for float64 weights."""
-    dtype = torch.float64 if site.like.dtype is torch.float64 else torch.float32
+    dtype = weight_dtype(site.like.dtype)
     rows, columns = b[e].to(dtype).contiguous(), a[e].to(dtype).contiguous()
     offsets = torch.tensor([0, len(rows)], dtype=torch.int32, device=rows.device)
     with without_autocast(rows.device.type):

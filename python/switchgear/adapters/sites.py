@@ -98,11 +98,11 @@ def unguard(module: nn.Module) -> None:
         handle.remove()
 
 
-def refuse_wrapped(path: str, model: nn.Module) -> None:
+def refuse_wrapped(path: str, module: nn.Module) -> None:
     """Raises ValueError for a module that another library has wrapped."""
     if path.rpartition(".")[2] == "base_layer":
         raise ValueError(
-            f"{path}: expected experts without adapters of another library, got {type(model).__name__} in its wrapper"
+            f"{path}: expected experts without adapters of another library, got {type(module).__name__} in its wrapper"
         )
 
 

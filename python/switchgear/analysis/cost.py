@@ -23,10 +23,10 @@ class Cost:
 
     Attributes:
         parameters: all, tied ones once.
-        embedding: those that are looked up, not multiplied: tables that are no output layer too.
+        embedding: those that are looked up, not multiplied: tables that are not also an output layer.
         experts: those of routed experts.
-        active: those that a token uses: all without its experts' siblings. Where choices may be empty or virtual
-            experts, the most that a token uses.
+        active: those that a token uses: all but those of the experts that it does not choose. Where choices may be
+            empty or virtual experts, the most that a token uses.
         moe_layers: (num_experts, top_k, parameters of all its routed experts) for each, and for JetMoE's attentions,
             which have experts, too. Virtual experts, which have no weights, do not count as experts.
         attention: the layers that keep keys and values; None if they are not known for this model.

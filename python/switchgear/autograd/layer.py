@@ -247,8 +247,8 @@ class MoeOfParts(torch.autograd.Function):
             def compute(*_: Any) -> Any:
                 return ops.moe_backward(grad_y, x, h, *layer, *parts.options, needs, *adapters, *drops)
 
-            outputs = compute() if parts.source is None else parts.source.run(x, topk_ids, compute, together=True)
-            return tuple(output if need else None for output, need in zip(outputs, needs, strict=True))
+            outputs: Any = compute() if parts.source is None else parts.source.run(x, topk_ids, compute, together=True)
+            return _needed(outputs, needs)
 
         grad_x, grad_first, grad_second, *grad_biases, grad_weights, first_a, first_b, second_a, second_b = once(
             grads, grad_y, *ctx.saved_tensors

@@ -32,6 +32,13 @@ def _sum_by_row(grad_slots: Tensor, x: Tensor, token_indices: Tensor | None) -> 
     return total.to(x.dtype)
 
 
+def _sum_by_expert(grad_out: Tensor, expert_offsets: Tensor, experts: Tensor | None = None) -> Tensor:
+    """The gradient of a bias [E,N]: the sum of each expert's rows, as the weight gradient of a column of ones. With
+    `experts` [n], those of these experts [n,N]."""
+    ones = grad_out.new_ones(grad_out.shape[0], 1)
+    return ops.grouped_gemm_wgrad(grad_out, ones, expert_offsets, None, False, experts).squeeze(-1)
+
+
 def _grouped_gemm_grads(needs: Sequence[bool], grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
     """Gradients of x, bias and each weight; None where `needs` is false."""
     x, _, expert_offsets, token_indices, *weight = saved
@@ -43,9 +50,8 @@ def _grouped_gemm_grads(needs: Sequence[bool], grad_out: Tensor, *saved: Any) ->
         transposes = [_heighten(matrix, grad_out.shape[1]).mT for matrix in weight]
         grad_x = ops.grouped_gemm(grad_out, transposes, (), None, expert_offsets, None, False, True)
         grad_x = _sum_by_row(grad_x, x, token_indices)
-    if need_bias:  # the weight gradient of a column of ones
-        ones = grad_out.new_ones(grad_out.shape[0], 1)
-        grad_bias = ops.grouped_gemm_wgrad(grad_out, ones, expert_offsets, None, False).squeeze(-1)
+    if need_bias:
+        grad_bias = _sum_by_expert(grad_out, expert_offsets)
         for expert, matrix in enumerate(() if packed else weight):
             grad_bias[expert, matrix.shape[0] :] = 0  # columns past this expert's height
     if any(need_weight):
@@ -102,13 +108,13 @@ class StoredGroupedGemm(torch.autograd.Function):
         need_x, need_bias, *_ = ctx.needs_input_grad
         form = ctx.form
 
-        def grads(grad_out: Tensor, x: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+        def grads(grad_out: Tensor, x: Tensor, _: Any, *rest: Any) -> Any:
             expert_offsets, token_indices, *weight = rest
             grad_x = grad_bias = None
             if need_x:
                 grad_x = _sum_by_row(_times(grad_out, weight, form, expert_offsets), x, token_indices)
-            if need_bias and bias is not None:
-                grad_bias = _sum_slots(grad_out, bias, expert_offsets)
+            if need_bias:
+                grad_bias = _sum_by_expert(grad_out, expert_offsets)
             return grad_x, grad_bias
 
         saved = ctx.saved_tensors
@@ -121,12 +127,6 @@ def _times(rows: Tensor, weight: Sequence[Tensor], form: tuple[int, ...], expert
         return ops.grouped_gemm(rows, weight, form, None, expert_offsets, None, True, False)
     plain = formats.decode(weight, form, rows.dtype)
     return ops.grouped_gemm(rows, [plain.mT], (), None, expert_offsets, None, False, True)
-
-
-def _sum_slots(rows: Tensor, bias: Tensor, expert_offsets: Tensor) -> Tensor:
-    """The gradient of a bias [E,N]: the sum of each expert's rows."""
-    ones = rows.new_ones(rows.shape[0], 1)
-    return ops.grouped_gemm_wgrad(rows, ones, expert_offsets, None, False).squeeze(-1).to(bias.dtype)
 
 
 class SelectedGroupedGemm(torch.autograd.Function):
@@ -165,8 +165,7 @@ class SelectedGroupedGemm(torch.autograd.Function):
                 layout = is_transposed(trained)
                 grad_weight = ops.grouped_gemm_wgrad(grad_out, x, expert_offsets, token_indices, layout, experts)
             if need_bias:
-                ones = grad_out.new_ones(grad_out.shape[0], 1)
-                grad_bias = ops.grouped_gemm_wgrad(grad_out, ones, expert_offsets, None, False, experts).squeeze(-1)
+                grad_bias = _sum_by_expert(grad_out, expert_offsets, experts)
             return grad_x, grad_weight, grad_bias
 
         grad_x, *of_trained = once(grads, grad_out, *ctx.saved_tensors)

@@ -6,17 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from switchgear.routing.batches import arguments_by_name, cached_in
 from switchgear.routing.widths import stacked
+from switchgear.trace import LayerTrace, RoutingTrace, observe
 from switchgear.utils.wrappers import inner_model
-
-if TYPE_CHECKING:
-    from switchgear.trace import LayerTrace, RoutingTrace
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class LayerChoices:
     topk_weights: Tensor  # [T,K]
     num_experts: int
     router_logits: Tensor | None = None  # [T,E]
-    examples: Tensor | None = None  # [T] int64: the row of the model's input that the token is of, counted on
+    examples: Tensor | None = None  # [T] int64: the token's row of the model's input, counted over all calls
 
     @property
     def num_tokens(self) -> int:
@@ -121,8 +119,6 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
         logits: keep router_logits too, where the router has them.
         layers: names of layers; all if None.
     """
-    from switchgear.trace import observe
-
     choices = Choices()
     shape: list[tuple[int, int]] = []  # of the running batch: rows before it, rows of it
     count = first = 0  # first: tokens in the cache before the batch, as those of a prefix

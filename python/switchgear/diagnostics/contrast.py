@@ -6,17 +6,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from switchgear.diagnostics.choices import LayerChoices, layers_of
 from switchgear.diagnostics.usage import activation_by_example
+from switchgear.routing import override
+from switchgear.trace import RoutingTrace
 from switchgear.trace.layer import recorded
-
-if TYPE_CHECKING:
-    from switchgear.trace import RoutingTrace
 
 
 @dataclass(frozen=True)
@@ -165,8 +164,6 @@ def steered(
     their weights. Layers have the names that the trace shows. Raises ValueError as `override` does; nothing is changed
     then.
     """
-    from switchgear.routing import override
-
     if not (disable or force) and bias is None and gain is None:
         raise ValueError("disable: expected one of disable, force, bias and gain, got none")
     with ExitStack() as stack:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.trace import observe
+
 
 @dataclass(frozen=True)
 class RoutingEmbedding:
@@ -58,8 +60,6 @@ def routing_embedding(model: nn.Module, inputs: Tensor | Mapping[str, Any], toke
     Raises:
         ValueError: a layer hides its logits, or does not see one row per token.
     """
-    from switchgear.trace import observe
-
     if token not in ("last", "mean"):
         raise ValueError(f"token: expected last or mean, got {token}")
     arguments = {} if isinstance(inputs, Tensor) else dict(inputs)

@@ -49,8 +49,7 @@ def matching(similarity: Tensor) -> list[int]:
     except ImportError:
         values = similarity.cpu().float()
         step = max(float(values.max() - values.min()) * 1e-6, 1e-30)
-        ids = ops.assign_balanced(values, torch.zeros(len(values), dtype=torch.int32), 1, step, 10**6)
-        found: list[int] = ids.tolist()
+        found: list[int] = ops.assign_balanced(values, None, 1, step, 10**6).tolist()
         return found
     _, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
     result: list[int] = columns.tolist()

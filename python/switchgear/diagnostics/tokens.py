@@ -20,11 +20,8 @@ def token_id_specialization(tokens_by_id: TokensById) -> float:
     With K experts per token, the maximum is 1 - log K / H(expert).
     """
     counts = _table(tokens_by_id)
-    inside = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    total = counts.sum().clamp(min=1)
-    given_id = (torch.special.entr(inside).sum(1) * counts.sum(1)).sum() / total
-    whole = torch.special.entr(counts.sum(0) / total).sum()
-    return float(1 - given_id / whole) if whole > 0 else 0.0
+    whole = float(torch.special.entr(counts.sum(0) / counts.sum().clamp(min=1)).sum())
+    return 1 - dispatch_entropy(counts) / whole if whole > 0 else 0.0
 
 
 def routing_stability(before: TokensById, after: TokensById) -> float:
@@ -54,7 +51,7 @@ def drop_by_position(topk_ids: Tensor, sequence_length: int) -> Tensor:
 
 def dispatch_entropy(counts: Tensor) -> float:
     """H(cluster | expert) in nats for counts [E,C], the tokens of each cluster per expert. 0 if each expert sees one
-    cluster (Towards Understanding Mixture of Experts, arXiv:2208.02813)."""
+    cluster (Towards Understanding Mixture of Experts, arXiv:2208.02813). In general, H(column | row) of a table."""
     counts = counts.double()
     inside = counts / counts.sum(1, keepdim=True).clamp(min=1)
     return float((torch.special.entr(inside).sum(1) * counts.sum(1)).sum() / counts.sum().clamp(min=1))

@@ -6,16 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from switchgear.diagnostics.choices import LayerChoices, layers_of
+from switchgear.trace import LayerTrace, RoutingTrace
 from switchgear.trace.layer import recorded
-
-if TYPE_CHECKING:
-    from switchgear.trace import LayerTrace, RoutingTrace
 
 
 @dataclass(frozen=True)

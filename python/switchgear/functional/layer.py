@@ -154,8 +154,8 @@ def _moe_of_stored(
     topk_weights: Tensor,
     options: GluOptions,
 ) -> Tensor | None:
-    """moe of x [T,H] with lossy weights, and adapters of both or none, without gradients. None for all other calls:
-    what finds out which they are takes as long as a small kernel."""
+    """moe of x [T,H] with lossy weights, and adapters of both or none, without gradients. Returns None for all other
+    calls, which are told apart later: that takes as long as a small kernel."""
     first, second = weights
     adapted: tuple[AdaptedWeight, ...] = ()
     if type(first) is AdaptedWeight and type(second) is AdaptedWeight and not first.dropout and not second.dropout:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from switchgear.autograd import needs_autograd
 from switchgear.backends import in_autocast
-from switchgear.functional.waves import Layer, Rows, Sums, adds_in_order_of_experts, renumbered
+from switchgear.functional.waves import Biases, Rows, Sums, adds_in_order_of_experts, base_of, renumbered
 from switchgear.ops import GluOptions
 from switchgear.utils.compiling import not_compiled
 from switchgear.weights.offloaded import OffloadedWeight, Source, Wave
@@ -25,7 +25,7 @@ MoeOfWeights = Callable[..., Tensor]
 
 def source_of(weight: Any) -> Source | None:
     """Where the experts of a projection come from; None if they are in memory."""
-    inner: Any = weight.weight if type(weight) is AdaptedWeight else weight
+    inner = base_of(weight)
     return inner.source if type(inner) is OffloadedWeight else None
 
 
@@ -45,7 +45,7 @@ def moe_of_offloaded(
     accumulate: Callable[..., None],
     x: Tensor,
     weights: tuple[Any, Any],
-    biases: tuple[Tensor | None, Tensor | None],
+    biases: Biases,
     topk_ids: Tensor,
     topk_weights: Tensor,
     options: GluOptions,
@@ -54,22 +54,8 @@ def moe_of_offloaded(
     memory."""
     first, second = _in_memory(weights[0]), _in_memory(weights[1])
     by_row = not adds_in_order_of_experts(x)  # experts of plain weights: the kernels there take no slots
-    is_cast = False
-    for weight in (first, second):
-        base = _base(weight)
-        if base.device != x.device:
-            raise ValueError(
-                f"x: expected one on {base.device}, where the offloaded experts run, got {x.device}; pass device= to "
-                "offload"
-            )
-        if by_row and base.format == "plain":
-            base = base.with_slots(None)
-        if not base.multiplies(x.dtype):  # all experts would be expanded, with those that are not in memory
-            if x.dtype is base.dtype:
-                raise ValueError(f"x: expected {base.format} of the instruction set in use, got those of another")
-            if not in_autocast(x.device.type):
-                raise TypeError(f"x: expected {base.dtype} like the offloaded weights, got {x.dtype}")
-            is_cast = True
+    casts = [_must_cast(base_of(weight), x, by_row) for weight in (first, second)]  # checks both
+    is_cast = any(casts)
 
     def in_dtype_of_x(topk_ids: Tensor) -> tuple[Any, Any]:
         return _cast((first, second), topk_ids, x.dtype) if is_cast else (first, second)
@@ -78,7 +64,7 @@ def moe_of_offloaded(
     if len(topk_ids) != len(x):
         raise ValueError(f"topk_ids: expected {len(x)} rows like x, got shape {list(topk_ids.shape)}")
     if needs_autograd(x, *biases, topk_weights, *_adapters_of(first), *_adapters_of(second)):
-        if by_row and any(_base(weight).format == "plain" for weight in (first, second)):
+        if by_row and any(base_of(weight).format == "plain" for weight in (first, second)):
             raise ValueError("x: expected no gradients through plain experts that are offloaded to a GPU, got some")
 
         def compute_together(_: Any) -> Tensor:
@@ -88,9 +74,8 @@ def moe_of_offloaded(
         return source.run(x, topk_ids, compute_together, together=True)
 
     def multiply(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        layer = Layer(in_dtype_of_x(topk_ids), biases, options)
-        used, ids = renumbered(layer, topk_ids) if by_row else (layer, topk_ids)
-        return moe_of_weights(x, used.weights, used.biases, ids, topk_weights, options)
+        layer = (in_dtype_of_x(topk_ids), biases, topk_ids)
+        return moe_of_weights(x, *(renumbered(*layer) if by_row else layer), topk_weights, options)
 
     def add(sums: Tensor, topk_ids: Tensor) -> None:
         accumulate(sums, x, in_dtype_of_x(topk_ids), biases, topk_ids, topk_weights, options)
@@ -109,6 +94,25 @@ def moe_of_offloaded(
     return source.run(x, topk_ids, compute, together=_drops(first) or _drops(second))
 
 
+def _must_cast(weight: Any, x: Tensor, by_row: bool) -> bool:
+    """Whether a weight is multiplied in the dtype of x, which torch.autocast gave it, instead of its own. Raises
+    TypeError or ValueError for an x that it cannot be multiplied by."""
+    if weight.device != x.device:
+        raise ValueError(
+            f"x: expected one on {weight.device}, where the offloaded experts run, got {x.device}; pass device= to "
+            "offload"
+        )
+    if by_row and weight.format == "plain":
+        weight = weight.with_slots(None)
+    if weight.multiplies(x.dtype):
+        return False
+    if x.dtype is weight.dtype:  # all experts would be expanded, with those that are not in memory
+        raise ValueError(f"x: expected {weight.format} of the instruction set in use, got those of another")
+    if not in_autocast(x.device.type):
+        raise TypeError(f"x: expected {weight.dtype} like the offloaded weights, got {x.dtype}")
+    return True
+
+
 def _cast(weights: tuple[Any, Any], topk_ids: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
     """The weights with copies in `dtype` of the experts that ids name, which are in memory, where theirs is another."""
     chosen: Tensor = torch.unique(topk_ids[topk_ids >= 0]).long()
@@ -125,10 +129,6 @@ def _cast(weights: tuple[Any, Any], topk_ids: Tensor, dtype: torch.dtype) -> tup
         return Weight("plain", copies, weight.rows, weight.cols, dtype, slots=slots)
 
     return cast(weights[0]), cast(weights[1])
-
-
-def _base(weight: Any) -> Any:
-    return weight.weight if type(weight) is AdaptedWeight else weight
 
 
 def _adapters_of(weight: Any) -> tuple[Tensor, ...]:

@@ -12,28 +12,21 @@ and biases and adapters follow them. The order of the sums does not depend on th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from switchgear import ops
-from switchgear.ops import GluOptions
 from switchgear.reference import weight_dtype
 from switchgear.weights.weight import AdaptedWeight
+
+Biases = tuple[Tensor | None, Tensor | None]
 
 
 def adds_in_order_of_experts(x: Tensor) -> bool:
     """Whether the kernels for x do; else they add in the order of a token's choices."""
     return x.is_cpu
-
-
-class Layer(NamedTuple):
-    """weights: in memory, perhaps with adapters."""
-
-    weights: tuple[Any, Any]
-    biases: tuple[Tensor | None, Tensor | None]
-    options: GluOptions
 
 
 class Sums:
@@ -76,35 +69,40 @@ class Rows:
         return total
 
 
-def renumbered(layer: Layer, topk_ids: Tensor) -> tuple[Layer, Tensor]:
-    """The layer and ids [T,K] of experts that are in memory, where plain weights have slots: with a row's number in
-    place of an expert's. Experts that no id names may have the slot of another one."""
-    bases: list[Any] = [weight.weight if type(weight) is AdaptedWeight else weight for weight in layer.weights]
+def base_of(weight: Any) -> Any:
+    """A weight without its adapter."""
+    return weight.weight if type(weight) is AdaptedWeight else weight
+
+
+def renumbered(weights: tuple[Any, Any], biases: Biases, topk_ids: Tensor) -> tuple[tuple[Any, Any], Biases, Tensor]:
+    """The weights, which are in memory, the biases and ids [T,K], where plain weights have slots: with a row's number
+    in place of an expert's. Experts that no id names may have the slot of another one."""
+    bases = [base_of(weight) for weight in weights]
     if not all(base.format == "plain" for base in bases):
         if any(base.format == "plain" for base in bases):
             raise ValueError("weights: expected both projections plain on a GPU, or neither, got one")
-        return layer, topk_ids
+        return weights, biases, topk_ids
     slots, num_rows = bases[0].slots, len(bases[0].data)
     ids = torch.where(topk_ids < 0, -1, slots[topk_ids.clamp(min=0).long()])
-    adapted = any(type(weight) is AdaptedWeight for weight in layer.weights)
-    if not adapted and layer.biases == (None, None):
-        return Layer(_without_slots(layer.weights, None), layer.biases, layer.options), ids
-    experts = torch.zeros(num_rows + 1, dtype=torch.int64, device=slots.device)  # of each row; the last one is of none
+    adapted = any(type(weight) is AdaptedWeight for weight in weights)
+    if not adapted and biases == (None, None):
+        return _without_slots(weights, None), biases, ids
+    experts = torch.zeros(num_rows + 1, dtype=torch.int64, device=slots.device)  # of each row; the last: no expert
     at = torch.where(topk_ids < 0, num_rows, ids).flatten().long()
     experts = experts.scatter(0, at, topk_ids.clamp(min=0).flatten().long())[:num_rows]
-    first, second = (None if bias is None else bias[experts] for bias in layer.biases)
-    return Layer(_without_slots(layer.weights, experts), (first, second), layer.options), ids
+    first, second = (None if bias is None else bias[experts] for bias in biases)
+    return _without_slots(weights, experts), (first, second), ids
 
 
 def _without_slots(weights: tuple[Any, Any], experts: Tensor | None) -> tuple[Any, Any]:
     found = []
     for weight in weights:
+        base = base_of(weight).with_slots(None)
         if type(weight) is not AdaptedWeight:
-            found.append(weight.with_slots(None))
+            found.append(base)
             continue
-        base: Any = weight.weight
         a, b = weight.a[experts], weight.b[experts]
         scale = weight.scale[experts] if isinstance(weight.scale, Tensor) else weight.scale
         ranks = None if weight.ranks is None else weight.ranks[experts]
-        found.append(AdaptedWeight(base.with_slots(None), a, b, scale, ranks, weight.dropout))
+        found.append(AdaptedWeight(base, a, b, scale, ranks, weight.dropout))
     return found[0], found[1]

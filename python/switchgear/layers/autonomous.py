@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from switchgear.layers.common import WithLosses, check_rows
 from switchgear.reference import ACTIVATIONS, check_choice
 from switchgear.routing.context import Balance, Limit, context_of
 from switchgear.routing.router import Router
+from switchgear.routing.scores import init_uniform
 from switchgear.routing.scores_of_experts import ActivationNorm, norms
 
 
@@ -56,8 +56,6 @@ class AutonomousMoE(WithLosses):
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
-        if d_low < 1:
-            raise ValueError(f"d_low: expected at least 1, got {d_low}")
         self.num_experts, self.activation, self.return_routing = num_experts, activation, return_routing
         score: Callable[..., Any] = partial(ActivationNorm, d_low=d_low)
         self.gate = Router(
@@ -75,7 +73,7 @@ class AutonomousMoE(WithLosses):
     def reset_parameters(self) -> None:
         """Initialises each projection like torch.nn.Linear."""
         for weight in (self.up, self.v, self.down_proj):
-            nn.init.uniform_(weight, -1 / math.sqrt(weight.shape[-1]), 1 / math.sqrt(weight.shape[-1]))
+            init_uniform(weight, weight.shape[-1])
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor | tuple[Tensor, Routing]:
         """[..., H] -> [..., H], or (y, Routing); same keyword arguments as MoE."""

@@ -74,13 +74,6 @@ def repeat_context(context: dict[str, object], times: int) -> dict[str, object]:
     return repeated
 
 
-def first_choice(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """[E] int64: how many tokens have each expert as their first choice."""
-    first = topk_ids[:, 0].long() + 1
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids.device)
-    return counts.scatter_add(0, first, torch.ones_like(first))[1:]  # in place, torch.func.vmap would refuse it
-
-
 def scaled_input(experts: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """Σ_k expert_k(w_k · x) [T,H], for x [T,H]: the weights scale the input of the experts, not their output."""
     top_k = topk_ids.shape[1]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_tensor
 from switchgear.experts import Experts
 from switchgear.functional import as_number
 from switchgear.reference import check_choice, check_size
@@ -57,8 +58,7 @@ def add_expert(
     given = {**expert, "gate_weight": gate_weight}
     shapes = {name: tensor.shape[1:] for name, tensor in wanted.items()} | {"gate_weight": (gate.hidden_size,)}
     for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected Tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
         if tensor.shape != shapes[name]:
             raise ValueError(f"{name}: expected shape {list(shapes[name])}, got {list(tensor.shape)}")
     if as_number("gate_bias", gate_bias) != 0 and gate.bias is None:

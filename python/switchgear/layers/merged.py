@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 from switchgear.experts import Experts
 from switchgear.functional import Routing, combine, glu, grouped_gemm, moe, plan
 from switchgear.layers.common import WithLosses, check_rows
-from switchgear.reference import check_choice, weight_dtype
+from switchgear.reference import check_choice, wide
 from switchgear.routing.context import context_of, sequences
 from switchgear.weights.adapted import has_adapters
 from switchgear.weights.selected import selection_of
@@ -118,34 +120,20 @@ class MergedExperts(WithLosses):
         share = self.shares(rows, ids, num_sequences)
         first = self.router(pooled(rows, share, ids, num_sequences))
         gate_up, gate_up_bias = self._merged(experts._first, first)
+        options: dict[str, Any] = {
+            "activation": experts.activation, "gated": experts.gated, "interleaved": experts.interleaved,
+            "alpha": experts.alpha, "limit": experts.limit,
+        }  # fmt: skip
         if self.down_router is None:
             down, down_bias = self._merged("down_proj", first)
             self.losses = first.losses
-            y = moe(
-                rows,
-                gate_up,
-                down,
-                ids.int()[:, None],
-                rows.new_ones(len(rows), 1, dtype=torch.float32),
-                activation=experts.activation,
-                gated=experts.gated,
-                interleaved=experts.interleaved,
-                gate_up_bias=gate_up_bias,
-                down_bias=down_bias,
-                alpha=experts.alpha,
-                limit=experts.limit,
-            )
+            ones = rows.new_ones(len(rows), 1, dtype=torch.float32)
+            options |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+            y = moe(rows, gate_up, down, ids.int()[:, None], ones, **options)
             return y.view(hidden_states.shape)
         layout = plan(ids.int()[:, None], len(gate_up))  # the second router needs the hidden activations
         h = grouped_gemm(rows, gate_up, layout.expert_offsets, bias=gate_up_bias, token_indices=layout.token_indices)
-        a = glu(
-            h,
-            experts.activation,
-            gated=experts.gated,
-            interleaved=experts.interleaved,
-            alpha=experts.alpha,
-            limit=experts.limit,
-        )
+        a = glu(h, **options)
         at = layout.token_indices.long()
         second = self.down_router(pooled(a, share[at], ids[at], num_sequences))
         down, down_bias = self._merged("down_proj", second)
@@ -169,8 +157,7 @@ class MergedExperts(WithLosses):
         """[T,1]: the share of each token in the average of its sequence."""
         weight = torch.ones_like(rows[:, :1])
         if self.attention is not None:
-            score = self.attention(rows)
-            score = score.to(weight_dtype(score.dtype))
+            score = wide(self.attention(rows))
             highest = score.new_full((num_sequences, 1), -torch.inf)
             highest = highest.scatter_reduce(0, sequence_ids[:, None], score.detach(), "amax")
             weight = (score - highest[sequence_ids]).exp().to(rows.dtype)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from switchgear.functional import gate
 from switchgear.layers.common import check_rows
-from switchgear.reference import weight_dtype
+from switchgear.reference import check_choice, wide
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
+from switchgear.routing.scores import init_uniform
 from switchgear.utils.buffers import KeepsFloat32
 
 MODES = ("horizontal", "vertical")
@@ -66,15 +66,14 @@ class MonetRouter(KeepsFloat32):
 
     def reset_parameters(self) -> None:
         """Initialises like torch.nn.Linear, with the statistics of a standard normal distribution."""
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        nn.init.uniform_(self.weight, -bound, bound)
+        init_uniform(self.weight, self.weight.shape[1])
         nn.init.zeros_(self.running_mean)
         nn.init.ones_(self.running_var)
 
     def forward(self, hidden_states: Tensor) -> MonetRouting:
         """[..., H] -> MonetRouting of T tokens."""
         logits = gate(hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight)
-        logits = logits.to(weight_dtype(logits.dtype)).view(len(logits), 2 * self.heads, self.sqrt_n)
+        logits = wide(logits).view(len(logits), 2 * self.heads, self.sqrt_n)
         normalized = self._normalize(logits.detach())
         cutoff = normalized.amax(-1, keepdim=True).clamp(max=self.threshold)
         gates = logits.masked_fill(normalized < cutoff, -torch.inf).softmax(-1)
@@ -127,8 +126,7 @@ class MonetExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        check_choice("mode", mode, MODES)
         if mode == "vertical" and (dim % 2 or hidden_size % 2):
             raise ValueError(f"dim, hidden_size: expected even numbers for vertical experts, got {dim}, {hidden_size}")
         self.hidden_size, self.sqrt_n, self.dim, self.mode = hidden_size, sqrt_n, dim, mode
@@ -152,7 +150,7 @@ class MonetExperts(nn.Module):
             if "bias" in name:
                 nn.init.zeros_(value)
             else:
-                nn.init.uniform_(value, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+                init_uniform(value, fan_in)
 
     def disable(self, pairs: Tensor) -> None:
         """Removes the experts (i,j) of pairs [P,2] from now on; an empty [0,2] restores all."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
 from switchgear.layers.common import check_rows
+from switchgear.reference import wide
 from switchgear.utils.scalars import LoadsScalars
 
 
@@ -68,8 +69,8 @@ class SoftMoE(LoadsScalars):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[..., T, E·slots], at least float32."""
         with without_autocast(hidden_states.device.type):
-            wide = torch.promote_types(hidden_states.dtype, torch.float32)
-            x, phi = hidden_states.to(wide), self.phi.to(wide)
+            x = wide(hidden_states)
+            phi = self.phi.to(x.dtype)
             if self.scale is not None:
                 x, phi = F.normalize(x, dim=-1), F.normalize(phi, dim=-1) * self.scale
             return F.linear(x, phi)

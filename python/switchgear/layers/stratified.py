@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 
 from switchgear.experts import Experts
 from switchgear.functional import gate, route
-from switchgear.layers.common import WithLosses, check_rows, first_choice
-from switchgear.reference import weight_dtype
-from switchgear.routing.balance import switch_loss
+from switchgear.layers.common import WithLosses, check_rows
+from switchgear.reference import wide
+from switchgear.routing.balance import count_tokens, switch_loss
 from switchgear.routing.capacity import Capacity
 from switchgear.routing.context import Context
+from switchgear.routing.scores import init_uniform
 
 
 class StratifiedMoE(WithLosses):
@@ -85,8 +85,7 @@ class StratifiedMoE(WithLosses):
     def reset_parameters(self) -> None:
         """Initialises gates like torch.nn.Linear."""
         for weight in self.gates:
-            bound = 1 / math.sqrt(weight.shape[1])
-            nn.init.uniform_(weight, -bound, bound)
+            init_uniform(weight, weight.shape[1])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
@@ -116,7 +115,7 @@ class StratifiedMoE(WithLosses):
 
 def _gate_loss(logits: Tensor, ids: Tensor, here: Tensor, num_experts: int) -> Tensor:
     """E_i · Σ_e f_e · p_e over the tokens at this gate, those with ids; f counts first choices (equations 8 to 10)."""
-    probabilities = logits.to(weight_dtype(logits.dtype)).softmax(-1) * here[:, None]
-    counts = first_choice(ids, num_experts)
+    probabilities = wide(logits).softmax(-1) * here[:, None]
+    counts = count_tokens(ids[:, :1], num_experts)
     tokens = here.sum().clamp(min=1)
     return switch_loss(probabilities, counts, tokens) * (len(here) / tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch  # first: it brings the OpenMP runtime that the native module then shares
@@ -70,23 +71,15 @@ class Native(Protocol):
     def moe_backward(self, *args: Any) -> None: ...
 
 
+@dataclass(slots=True, eq=False)
 class Kernels:
     """A native module, the last argument of its functions, the allocator of weight gradients, and the weight formats
     that its kernels support."""
 
-    __slots__ = ("empty_weight", "execution", "formats", "module")
-
-    def __init__(
-        self,
-        module: Native,
-        execution: Callable[[], Any],
-        empty_weight: Callable[[Tensor], Tensor] = torch.empty_like,
-        formats: frozenset[str] = frozenset({"plain"}),
-    ) -> None:
-        self.module = module
-        self.execution = execution
-        self.empty_weight = empty_weight
-        self.formats = formats
+    module: Native
+    execution: Callable[[], Any]
+    empty_weight: Callable[[Tensor], Tensor] = torch.empty_like
+    formats: frozenset[str] = frozenset({"plain"})
 
 
 _KEPT_BYTES = 1 << 20  # malloc keeps the memory of smaller tensors anyway

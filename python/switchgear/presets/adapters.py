@@ -62,10 +62,6 @@ def loramoe(
     }
 
 
-def _of_sequence(hidden_size: int, num_experts: int, **place: Any) -> PerSequence:
-    return PerSequence(Linear(hidden_size, num_experts, **place))
-
-
 def octavius(*, dim: int | None = None, rank: int = 32, dropout: float = 0.1, top_k: int = 2) -> Options:
     """The two best adapters of a sample, from its instruction; all of its tokens use them.
 
@@ -77,7 +73,7 @@ def octavius(*, dim: int | None = None, rank: int = 32, dropout: float = 0.1, to
     are a softmax over the chosen logits are those of the authors' code, which has 3 to 6 experts and one router for the
     whole model: adapters.add_lora_experts(model, 4, targets=[…], shared_router=True, **presets.octavius(dim=…)).
     """
-    score: Any = partial(_of_sequence) if dim is None else partial(FromEmbedding, dim=dim, bias=False)
+    score: Any = partial(PerSequence, Linear) if dim is None else partial(FromEmbedding, dim=dim, bias=False)
     select = TopK(top_k, normalize=True)
     return {"layer": adapted_linear, "rank": rank, "dropout": dropout, "score": score, "select": select}
 

@@ -26,6 +26,7 @@ from switchgear.reference.checks import (
     check_range,
     check_size,
     weight_dtype,
+    wide,
 )
 from switchgear.reference.layer import moe_accumulate, moe_backward, moe_forward
 from switchgear.reference.policies import (
@@ -97,4 +98,5 @@ __all__ = [
     "segments",
     "to_slots",
     "weight_dtype",
+    "wide",
 ]

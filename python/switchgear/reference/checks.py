@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checks of arguments. They raise ValueError, or TypeError for a dtype, with the argument, what was expected and what
-was passed."""
+"""Checks of arguments, which raise ValueError, or TypeError for a dtype, with the argument, what was expected and what
+was passed; the dtype of sums; and a rounded division."""
 
 from __future__ import annotations
 
@@ -81,4 +81,10 @@ def weight_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide(tensor: Tensor) -> Tensor:
+    """Converts to float32; float64 stays."""
     return tensor.to(weight_dtype(tensor.dtype))
+
+
+def divide_up(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)

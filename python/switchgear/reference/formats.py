@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from switchgear.reference import compact, groups, integers, minifloat, nf4, panels
-from switchgear.reference.checks import check, check_range
+from switchgear.reference.checks import check, check_range, divide_up
 
 FORMATS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
 FIELDS = ("scales", "row_scales", "zeros", "records", "slots")
@@ -66,10 +66,6 @@ class Stored(NamedTuple):
     def num_stored(self) -> int:
         """The number of stored experts."""
         return len(self.data if self.records is None else self.records)
-
-
-def _divide_up(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def format_of(form: Sequence[int]) -> str:
@@ -181,8 +177,8 @@ def _check_minifloat(name: str, stored: Stored) -> None:
     if size < 0 or size % minifloat.COLUMNS or not (is_fp8 or size == wanted):
         allowed = "0 (the whole row) or a multiple of 32" if is_fp8 else wanted
         raise ValueError(f"{name}: expected a group_size of {allowed}, got {size}")
-    blocks = stored.parts * _divide_up(stored.rows // stored.parts, minifloat.ROWS)
-    steps, groups = _divide_up(stored.cols, minifloat.COLUMNS), _divide_up(stored.cols, size or stored.cols)
+    blocks = stored.parts * divide_up(stored.rows // stored.parts, minifloat.ROWS)
+    steps, groups = divide_up(stored.cols, minifloat.COLUMNS), divide_up(stored.cols, size or stored.cols)
     step_bytes = minifloat.ROWS * minifloat.COLUMNS * (8 if is_fp8 else 4) // 8
     experts = stored.data.shape[0]
     check(name, stored.data, (None, blocks, steps, step_bytes), torch.uint8)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from switchgear.reference.checks import check
+from switchgear.reference.checks import check, divide_up
+from switchgear.reference.integers import inverse
 from switchgear.reference.minifloat import COLUMNS, ROWS, finite_experts, row_slices
 
 MOST_BITS = 4
@@ -48,14 +49,6 @@ class Blocks(NamedTuple):
     records: Tensor  # [E, 2] int32: first plane and bits of each expert
 
 
-def _divide_up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0, 1 / scale)
-
-
 # ---- quantization ----------------------------------------------------------------------------------------------------
 
 
@@ -69,7 +62,7 @@ def quantize(
     """
     num_experts, rows, columns = weight.shape
     size = group_size or max(columns, 1)
-    groups = _divide_up(columns, size)
+    groups = divide_up(columns, size)
     present = (torch.arange(groups * size, device=weight.device) < columns).view(groups, size)
     q = weight.new_empty(weight.shape, dtype=torch.uint8)
     scales = weight.new_empty(num_experts, rows, groups, dtype=torch.float16)
@@ -109,7 +102,7 @@ def round_to_levels(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor
     """The nearest levels, uint8, of groups w [...,G,g] float32 for scales and zeros [...,G]."""
     if bits == 1:
         return ((w * scale[..., None]) >= 0).to(torch.uint8)
-    return (w * _inverse(scale.float())[..., None] + zero[..., None].float()).round_().clamp_(0, 2**bits - 1).byte()
+    return (w * inverse(scale.float())[..., None] + zero[..., None].float()).round_().clamp_(0, 2**bits - 1).byte()
 
 
 def fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -134,7 +127,7 @@ def fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
             scale = extreme * (-low_share / middle)
         else:
             scale = (high * high_share - low * low_share) / top
-            zero = (-low * low_share * _inverse(scale)).round_().clamp_(0, top).byte()
+            zero = (-low * low_share * inverse(scale)).round_().clamp_(0, top).byte()
         levels = round_to_levels(w, scale, zero, bits).float()
         centred = (levels - zero[..., None].float()) * weights
         norm = centred.square().sum(-1)
@@ -219,7 +212,7 @@ def _from_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
 def to_blocks(levels: Levels, parts: int = 1) -> Blocks:
     """Reorders levels into the storage that kernels read."""
     num_experts, rows, columns = levels.q.shape
-    blocks, steps = parts * _divide_up(rows // parts, ROWS), _divide_up(columns, COLUMNS)
+    blocks, steps = parts * divide_up(rows // parts, ROWS), divide_up(columns, COLUMNS)
     data = levels.q.new_empty(sum(levels.bits), blocks, steps, PLANE)
     scales = levels.scales.new_empty(num_experts, blocks, levels.scales.shape[2], ROWS)
     zeros = None if levels.zeros is None else levels.zeros.new_empty(scales.shape)
@@ -262,14 +255,14 @@ def check_storage(name: str, weight: Blocks, rows: int, columns: int, parts: int
         raise ValueError(
             f"{name}: expected a group_size of 0 (the whole row) or a multiple of {COLUMNS}, got {group_size}"
         )
-    blocks, groups = parts * _divide_up(rows // parts, ROWS), _divide_up(columns, group_size or columns)
-    check(name, weight.data, (None, blocks, _divide_up(columns, COLUMNS), PLANE), torch.uint8)
+    blocks, groups = parts * divide_up(rows // parts, ROWS), divide_up(columns, group_size or columns)
+    check(name, weight.data, (None, blocks, divide_up(columns, COLUMNS), PLANE), torch.uint8)
     check(f"{name}_records", weight.records, (None, 2), torch.int32)
     num_experts = len(weight.records)
     check(f"{name}_scales", weight.scales, (num_experts, blocks, groups, ROWS), torch.float16)
     if weight.zeros is not None:
         check(f"{name}_zeros", weight.zeros, (num_experts, blocks, groups, ROWS), torch.uint8)
-    planes, plane, stride = len(weight.data), blocks * _divide_up(columns, COLUMNS) * PLANE, weight.data.stride(0)
+    planes, plane, stride = len(weight.data), blocks * divide_up(columns, COLUMNS) * PLANE, weight.data.stride(0)
     end = (planes - 1) * stride + plane
     for i, (first, bits) in enumerate(weight.records.tolist()):
         if not 1 <= bits <= MOST_BITS:

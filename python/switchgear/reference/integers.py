@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.reference.checks import check
+from switchgear.reference.checks import check, divide_up
 from switchgear.reference.rows import segments
 
 BLOCK_ROWS = 16
@@ -41,10 +41,6 @@ class Quantized(NamedTuple):
     zeros: Tensor | None  # [E, parts·B, G, 16] uint8
 
 
-def _divide_up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 # Fractions of the range to try for scales: clipping the extremes a little reduces the error of a group. With zeros,
@@ -55,7 +51,8 @@ _STEPS = 2  # least-squares steps for each fraction
 _SLICE = 2**17  # elements at a time, of one expert or of several small ones, whose intermediate results fit in a cache
 
 
-def _inverse(scale: Tensor) -> Tensor:
+def inverse(scale: Tensor) -> Tensor:
+    """1 / scale; 0 for 0."""
     return torch.where(scale == 0, 0, 1 / scale)
 
 
@@ -70,7 +67,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: 
     if not bool(weight.isfinite().all()):
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
     size = group_size or columns
-    groups = _divide_up(columns, size)
+    groups = divide_up(columns, size)
     q = weight.new_empty(weight.shape, dtype=torch.uint8)
     scales = weight.new_empty(num_experts, rows, groups, dtype=torch.int8)
     row_scales = weight.new_empty(num_experts, rows, dtype=torch.float32)
@@ -86,7 +83,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: 
         # Scales as multiples of the row's largest over 127; a single group needs no rounding.
         largest = scale.abs().amax(1, keepdim=True)
         unit = largest if groups == 1 else largest / 127
-        code = (scale * _inverse(unit)).round_()
+        code = (scale * inverse(unit)).round_()
         levels = _levels(w, code * unit, zero, bits, symmetric)
         shape = plain.shape[:2]
         q[some] = levels.flatten(1)[:, :columns].to(torch.uint8).view(*shape, columns)
@@ -99,7 +96,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: 
 
 def _levels(w: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
     lowest = 1 if bits == 8 and symmetric else 0  # a symmetric range
-    return (w * _inverse(scale) + zero).round_().clamp_(lowest, 2**bits - 1)
+    return (w * inverse(scale) + zero).round_().clamp_(lowest, 2**bits - 1)
 
 
 def _round_zero(zero: Tensor, bits: int) -> Tensor:
@@ -119,7 +116,7 @@ def _fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
     else:
         start = (high - low) / top
     if bits == 8:
-        return start, half if symmetric else _round_zero(-low * _inverse(start), bits)
+        return start, half if symmetric else _round_zero(-low * inverse(start), bits)
 
     weights = present.to(w.dtype)
     count = weights.sum(-1, keepdim=True)
@@ -129,7 +126,7 @@ def _fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
             scale, zero = start * low_share, half
         else:
             scale = (high * high_share - low * low_share) / top
-            zero = _round_zero(-low * low_share * _inverse(scale), bits)
+            zero = _round_zero(-low * low_share * inverse(scale), bits)
         for _ in range(_STEPS):
             levels = _levels(w, scale, zero, bits, symmetric)
             if not symmetric:  # fit the line w = scale · (q - zero) to all (q, w)
@@ -137,7 +134,7 @@ def _fit(w: Tensor, present: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
                 centred = (levels - mean) * weights
                 norm = centred.square().sum(-1, keepdim=True)
                 scale = torch.where(norm > 0, (centred * w).sum(-1, keepdim=True) / norm, scale)
-                zero = _round_zero(mean - w.sum(-1, keepdim=True) / count * _inverse(scale), bits)
+                zero = _round_zero(mean - w.sum(-1, keepdim=True) / count * inverse(scale), bits)
             centred = (levels - zero) * weights  # the best scale for these levels and this zero
             norm = centred.square().sum(-1, keepdim=True)
             scale = torch.where(norm > 0, (centred * w).sum(-1, keepdim=True) / norm, scale)
@@ -169,7 +166,7 @@ def _pad_rows(tensor: Tensor, parts: int) -> Tensor:
     """[E,N,D] -> [E, parts·B, 16, D]; pads each part with zeros."""
     num_experts, rows, depth = tensor.shape
     part_rows = rows // parts
-    blocks = _divide_up(part_rows, BLOCK_ROWS)
+    blocks = divide_up(part_rows, BLOCK_ROWS)
     padded = tensor.new_zeros(num_experts, parts, blocks * BLOCK_ROWS, depth)
     padded[:, :, :part_rows] = tensor.reshape(num_experts, parts, part_rows, depth)
     return padded.view(num_experts, parts * blocks, BLOCK_ROWS, depth)
@@ -183,7 +180,7 @@ def _unpad_rows(blocks: Tensor, rows: int, parts: int) -> Tensor:
 def to_blocks(levels: Levels, bits: int, parts: int) -> Quantized:
     """Reorders levels into the blocks that kernels read."""
     q = levels.q
-    padded = torch.nn.functional.pad(q, (0, _divide_up(q.shape[2], 8) * 8 - q.shape[2]))
+    padded = torch.nn.functional.pad(q, (0, divide_up(q.shape[2], 8) * 8 - q.shape[2]))
     blocks = _pad_rows(padded, parts)
     halves = blocks.view(*blocks.shape[:3], -1, 8 // bits, 4)  # E, B, 16 rows, words, halves, 4 columns
     values = halves[..., 0, :] if bits == 8 else halves[..., 0, :] | halves[..., 1, :] << 4
@@ -231,7 +228,7 @@ def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     A block whose largest magnitude is below 2^-100 becomes zero. A block with an infinity or a NaN has scale NaN.
     """
     columns = x.shape[1]
-    count = _divide_up(columns, block)
+    count = divide_up(columns, block)
     x = torch.nn.functional.pad(x.float(), (0, count * block - columns)).view(-1, count, block)
     largest = x.abs().amax(-1)
     finite = largest.isfinite()
@@ -276,8 +273,8 @@ def check_storage(
         raise ValueError(
             f"{name}: expected a group_size of 0 (the whole row) or a power of two from 16 on, got {group_size}"
         )
-    blocks = parts * _divide_up(rows // parts, BLOCK_ROWS)
-    groups, words = _divide_up(columns, group_size or columns), _divide_up(columns, 8) * (2 if bits == 8 else 1)
+    blocks = parts * divide_up(rows // parts, BLOCK_ROWS)
+    groups, words = divide_up(columns, group_size or columns), divide_up(columns, 8) * (2 if bits == 8 else 1)
     check(name, weight.values, (None, blocks, words, 64), torch.uint8)
     num_experts = weight.values.shape[0]
     check(f"{name}_scales", weight.scales, (num_experts, blocks, groups, BLOCK_ROWS), torch.int8)

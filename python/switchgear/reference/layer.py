@@ -71,10 +71,9 @@ def _rows(
     check("x", x, (None, None))
     sizes = check_weight("gate_up_proj", gate_up_proj, gate_up_form, (None, None, x.shape[1]), x.dtype)
     num_experts, width, hidden_size = sizes
-    intermediate_size = intermediate_size_of("gate_up_proj", width, gated)
-    check_weight("down_proj", down_proj, down_form, (num_experts, hidden_size, intermediate_size), x.dtype)
+    down_sizes = (num_experts, hidden_size, intermediate_size_of("gate_up_proj", width, gated))
+    check_weight("down_proj", down_proj, down_form, down_sizes, x.dtype)
     check_layer(x, sizes, gate_up_bias, down_bias, topk_ids, topk_weights)
-    down_sizes = (num_experts, hidden_size, intermediate_size)
     num_slots = topk_ids.numel()
     first = adapter_of("gate_up_adapter", adapters[0], sizes, x.dtype, drops, 0, num_slots)
     second = adapter_of("down_adapter", adapters[1], down_sizes, x.dtype, drops, 1, num_slots)
@@ -226,9 +225,7 @@ def moe_backward(
     absent = x.new_empty(0)
     grad_x = grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = absent
     grad_weights = topk_weights.new_empty(0)
-
     grads_adapters = [absent] * 4
-
     rows_h = wide(h)
     grad_rows = rows_of(grad_y, token_indices)  # dy
     slot_weights = to_slots(topk_weights, slot_indices)[:, None]
@@ -238,12 +235,11 @@ def moe_backward(
     if need_down_bias and down_bias is not None:
         grad_down_bias = sum_rows(grad_rows * slot_weights, expert_offsets, down_bias, experts)
     grad_a = gemm(grad_rows, down.mT, None, expert_offsets)  # da'
-    if second is not None and down_adapter is not None:
+    if second is not None:
         grad_v = second.low_gradient(grad_rows, expert_offsets)
         grad_a += second.input_gradient(grad_v, expert_offsets)
         if any(need_adapters[2:]):
-            weighted_a = a * slot_weights
-            grads_adapters[2:] = second.gradients(weighted_a, grad_v, grad_rows, expert_offsets)
+            grads_adapters[2:] = second.gradients(a * slot_weights, grad_v, grad_rows, expert_offsets)
     if need_weights:
         grad_slot = (grad_a * a).sum(-1)
         if down_bias is not None:
@@ -252,20 +248,19 @@ def moe_backward(
         grad_weights = gather_rows(grad_slot, slot_indices)
     if need_x or need_gate_up or need_gate_up_bias or any(need_adapters[:2]):
         grad_h = glu_backward_of(grad_a * slot_weights, rows_h, *options)
+        rows_x = rows_of(x, token_indices)
         grad_u = None
-        if first is not None and gate_up_adapter is not None:
+        if first is not None:
             grad_u = first.low_gradient(grad_h, expert_offsets)
             if any(need_adapters[:2]):
-                rows = rows_of(x, token_indices)
-                grads_adapters[:2] = first.gradients(rows, grad_u, grad_h, expert_offsets)
+                grads_adapters[:2] = first.gradients(rows_x, grad_u, grad_h, expert_offsets)
         if need_x:
             grad_slots = gemm(grad_h, gate_up.mT, None, expert_offsets)
             if first is not None and grad_u is not None:
                 grad_slots += first.input_gradient(grad_u, expert_offsets)
             grad_x = combine(grad_slots, expert_offsets, token_indices, slot_indices, None).to(x.dtype)
         if need_gate_up:
-            rows_x, empty = rows_of(x, token_indices), empty_gradient(gate_up, experts)
-            grad_gate_up = wgrad_of(grad_h, rows_x, expert_offsets, empty, experts)
+            grad_gate_up = wgrad_of(grad_h, rows_x, expert_offsets, empty_gradient(gate_up, experts), experts)
         if need_gate_up_bias and gate_up_bias is not None:
             grad_gate_up_bias = sum_rows(grad_h, expert_offsets, gate_up_bias, experts)
     grads_adapters = [grad if need else absent for grad, need in zip(grads_adapters, need_adapters, strict=True)]

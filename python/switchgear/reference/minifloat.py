@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from switchgear.reference.checks import divide_up
+
 ROWS, COLUMNS = 16, 32  # of a step of the stored layout; mxfp4: 32 columns share a scale
 BLOCK = (128, 128)  # rows and columns that share a scale of fp8
 ROW = (1, 0)  # 0: all columns
@@ -41,10 +43,6 @@ class Encoded(NamedTuple):
     # fp8: float32 [E, parts · ⌈N/parts/group[0]⌉, ⌈C/group[1]⌉]; mxfp4: uint8 [E,N,⌈C/32⌉]; nf4: float32 [E,N,⌈C/64⌉]
     scales: Tensor
     lossless: bool  # whether decoding to the dtype of the weight gives the weight, bit for bit
-
-
-def _divide_up(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def row_slices(rows: Tensor, count: int = 64) -> list[Tensor]:
@@ -194,7 +192,7 @@ def encode_mxfp4(weight: Tensor, name: str = "weight") -> Encoded:
     """
 
     def encode(w: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = pad_zeros(w, -w.shape[1] % COLUMNS).view(len(w), _divide_up(w.shape[1], COLUMNS), COLUMNS)
+        tiles = pad_zeros(w, -w.shape[1] % COLUMNS).view(len(w), divide_up(w.shape[1], COLUMNS), COLUMNS)
         exponent = tiles.abs().amax(-1).view(torch.int32) >> 23  # biased by 127, like scale codes
         scale = (exponent - 2).clamp_(min=0)
         codes = e2m1_codes(tiles * e8m0_scales(254 - scale)[..., None])  # exact, except for what rounds to zero anyway
@@ -311,8 +309,8 @@ _WIDTHS = {"fp8": 1, "mxfp4": COLUMNS, "nf4": 2}  # columns of an index of their
 
 def blocks_shape(rows: int, columns: int, format: str, parts: int = 1) -> tuple[int, int, int]:
     """Shape of an expert's data, for a matrix [N,C]: blocks of 16 rows, steps of 32 columns, bytes per step."""
-    blocks = parts * _divide_up(rows // parts, ROWS)
-    return blocks, _divide_up(columns, COLUMNS), ROWS * COLUMNS // (1 if format == "fp8" else 2)
+    blocks = parts * divide_up(rows // parts, ROWS)
+    return blocks, divide_up(columns, COLUMNS), ROWS * COLUMNS // (1 if format == "fp8" else 2)
 
 
 def to_blocks(
@@ -357,7 +355,7 @@ def from_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The inverse of to_blocks: (values, scales) in the published layout."""
     num_experts, _, steps, _ = data.shape
-    width = 16 * steps if format == "mxfp4" else _divide_up(columns, _WIDTHS[format])
+    width = 16 * steps if format == "mxfp4" else divide_up(columns, _WIDTHS[format])
     values = data.new_empty(num_experts, rows, width)
     by_row = scales.new_empty(num_experts, rows, scales.shape[2])
     unpack = _unpack_fp8 if format == "fp8" else _unpack_mxfp4
@@ -384,15 +382,15 @@ def check_published(values: Tensor, scales: Tensor, format: str, parts: int, gro
     check_parts(rows, parts)
     if is_fp8:
         check_group(group)
-        groups = _divide_up(columns, group[1] or max(columns, 1))
+        groups = divide_up(columns, group[1] or max(columns, 1))
         _check("values", values, tuple(values.shape), (torch.uint8, torch.float8_e4m3fn))
-        _check("scales", scales, (num_experts, parts * _divide_up(rows // parts, group[0]), groups), (torch.float32,))
+        _check("scales", scales, (num_experts, parts * divide_up(rows // parts, group[0]), groups), (torch.float32,))
     elif format == "mxfp4":
         _check("values", values, (num_experts, rows, columns, 16), (torch.uint8,))
         _check("scales", scales, (num_experts, rows, columns), (torch.uint8,))
     else:
         _check("values", values, tuple(values.shape), (torch.uint8,))
-        _check("scales", scales, (num_experts, rows, _divide_up(2 * columns, NF4_BLOCK)), (torch.float32,))
+        _check("scales", scales, (num_experts, rows, divide_up(2 * columns, NF4_BLOCK)), (torch.float32,))
     for expert in range(num_experts):
         if is_fp8 and any(map(_has_nan, row_slices(values[expert].view(torch.uint8)))):
             raise ValueError(f"values: expected numbers, expert {expert} has NaN")

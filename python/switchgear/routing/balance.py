@@ -17,8 +17,8 @@ from torch import distributed as dist
 
 from switchgear.arrays import accepts_arrays
 from switchgear.functional import Routing
-from switchgear.reference import weight_dtype
-from switchgear.routing.ranking import finite, wide
+from switchgear.reference import weight_dtype, wide
+from switchgear.routing.ranking import finite
 
 _TINY = torch.finfo(torch.float32).tiny
 _LEAST_STD = 1e-30  # 40 / this is finite in float32
@@ -47,9 +47,7 @@ def load_balancing_loss(router_logits: Tensor, topk_ids: Tensor, attention_mask:
     if attention_mask is not None:
         router_logits = torch.where(attention_mask.reshape(-1, 1).bool(), router_logits, 0)
     probabilities = wide(router_logits).softmax(-1)
-    chosen = torch.zeros_like(probabilities).scatter_add(
-        1, topk_ids.clamp(min=0).long(), (topk_ids >= 0).to(probabilities.dtype)
-    )
+    chosen = times_chosen(topk_ids, probabilities)
     if attention_mask is None:
         counted = probabilities.new_ones(probabilities.shape[0], 1)
     else:
@@ -72,11 +70,16 @@ def z_loss(router_logits: Tensor) -> Tensor:
     return (squares * counted).sum() / counted.sum().clamp(min=1)
 
 
+def times_chosen(topk_ids: Tensor, like: Tensor) -> Tensor:
+    """[T,E], how often each token chose each expert in topk_ids [T,K], in the dtype of `like` [T,E]."""
+    return torch.zeros_like(like).scatter_add(1, topk_ids.clamp(min=0).long(), (topk_ids >= 0).to(like.dtype))
+
+
 def count_tokens(topk_ids: Tensor, num_experts: int) -> Tensor:
     """tokens_per_expert [E] int64: how many choices in topk_ids [T,K] selected each expert; holes (-1) do not count."""
     shifted = topk_ids.flatten().long() + 1  # holes are counted at index 0
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids.device)
-    return counts.scatter_add(0, shifted, torch.ones_like(shifted))[1:]
+    return counts.scatter_add(0, shifted, torch.ones_like(shifted))[1:]  # in place, torch.func.vmap would refuse it
 
 
 def spans_processes(group: Any) -> bool:
@@ -97,7 +100,7 @@ def max_violation(tokens_per_expert: Tensor) -> Tensor:
     (arXiv:2408.15664). No tokens give 0."""
     counts = tokens_per_expert.float()
     mean = counts.mean(-1)
-    return (counts.amax(-1) - mean) / mean.clamp(min=torch.finfo(torch.float32).tiny)
+    return (counts.amax(-1) - mean) / mean.clamp(min=_TINY)
 
 
 def router_probabilities(routing: Routing, score_function: str | None = None) -> Tensor:
@@ -128,9 +131,8 @@ def switch_loss(probabilities: Tensor, tokens_per_expert: Tensor, num_tokens: Te
     Switch Transformer, arXiv:2101.03961, equation 4. Returns a scalar, 0 without tokens.
     """
     probabilities = wide(probabilities)
-    fraction = tokens_per_expert.to(probabilities.dtype) / torch.as_tensor(
-        num_tokens, device=tokens_per_expert.device
-    ).clamp(min=1)
+    total = torch.as_tensor(num_tokens, device=tokens_per_expert.device).clamp(min=1)
+    fraction = tokens_per_expert.to(probabilities.dtype) / total
     return probabilities.shape[1] * (fraction * _mean(probabilities)).sum()
 
 
@@ -341,8 +343,8 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 def total_weights(cells: Tensor, weights: Tensor, num_cells: int) -> Tensor:
-    """[num_cells]: the sums of weights by cell, for weights and cells of one shape. One after another, millions of them
-    lose digits in float32, and none counts beside 2^24."""
+    """[num_cells]: the sums of weights by cell, for weights and cells of one shape. In float64: in float32, sums
+    of millions of them lose digits, and from 2^24 on adding 1 changes nothing."""
     totals = weights.new_zeros(num_cells, dtype=_exact(weights))
     return totals.scatter_add(0, cells.flatten(), weights.flatten().to(totals.dtype))
 

@@ -81,25 +81,28 @@ def batch_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         kept = mask[:, :cached].bool().expand(rows, cached)
     real = (torch.ones(rows, length, dtype=torch.bool) if real is None else real).to(device)
     row = torch.arange(rows, device=device)[:, None].expand(rows, length)
-    sequence, count = row, rows
-    if not cached:
-        if isinstance(ids := named.get("sequence_ids"), Tensor) and ids.numel() == rows * length:
-            _, numbers = torch.unique(ids.to(device).reshape(-1), return_inverse=True)
-            first = torch.full((int(numbers.max()) + 1,), rows * length, device=device)
-            first = first.scatter_reduce(0, numbers, torch.arange(rows * length, device=device), "amin")
-            sequence, count = (
-                first.argsort().argsort()[numbers].view(rows, length),
-                len(first),
-            )  # in order of appearance
-        elif isinstance(positions := named.get("position_ids"), Tensor) and positions.shape[-1] == length:
-            positions = positions.reshape(-1, length)[-rows:].to(device).expand(rows, length)
-            starts = (positions == 0) & real
-            if bool((starts.sum(1) > 1).any()):
-                sequence = starts.flatten().cumsum(0).view(rows, length) - 1
-                count = int(starts.sum())
+    packed = None if cached else _packed(named, real)
+    sequence, count = (row, rows) if packed is None else packed
     token_ids = None if tokens.is_floating_point() else tokens.reshape(-1)
     counter = cache if counted == cached else None
     return Batch(real.flatten(), sequence.flatten(), count, token_ids, rows, cached, kept, counter)
+
+
+def _packed(named: Mapping[str, Any], real: Tensor) -> tuple[Tensor, int] | None:
+    """The sequence of each token [B,S] int64, counted in order of appearance, and their number, if a call's arguments
+    tell of sequences in a row. real: [B,S], as of `real_tokens`."""
+    rows, length = real.shape
+    if isinstance(ids := named.get("sequence_ids"), Tensor) and ids.numel() == real.numel():
+        values, numbers = torch.unique(ids.to(real.device).reshape(-1), return_inverse=True)
+        places = torch.arange(real.numel(), device=real.device)
+        first = places.new_full(values.shape, real.numel()).scatter_reduce(0, numbers, places, "amin")
+        return first.argsort().argsort()[numbers].view(rows, length), len(values)
+    if isinstance(positions := named.get("position_ids"), Tensor) and positions.shape[-1] == length:
+        positions = positions.reshape(-1, length)[-rows:].to(real.device).expand(rows, length)
+        starts = (positions == 0) & real
+        if bool((starts.sum(1) > 1).any()):
+            return starts.flatten().cumsum(0).view(rows, length) - 1, int(starts.sum())
+    return None
 
 
 def tokens_of(named: Mapping[str, Any], args: tuple[Any, ...]) -> Tensor | None:

@@ -244,7 +244,7 @@ def _open(routing: Routing, scores: Tensor) -> Tensor:
 
 
 def _others(routing: Routing, scores: Tensor, expand: float | None) -> tuple[Tensor, int]:
-    """scores [T,E] with 0 for what a token does not get beyond its choices, and a bound of the number of the others."""
+    """scores [T,E] with 0 for all but a token's candidates beyond its choices, and the most that a token can have."""
     ids = routing.topk_ids
     top_k, num_experts = ids.shape[1], routing.num_experts
     had = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.bool, device=ids.device)

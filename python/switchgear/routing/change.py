@@ -36,7 +36,7 @@ class Change:
     gain: PerExpert | None = None
 
     def check(self, num_experts: int, top_k: int | None = None) -> None:
-        """Raises TypeError for what is no number of an expert, and ValueError for an expert that does not exist or for
+        """Raises TypeError for anything but numbers of experts, and ValueError for an expert that does not exist or for
         contradictory options."""
         for name in ("disable", "force"):
             _check_ids(name, getattr(self, name), num_experts)

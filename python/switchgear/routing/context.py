@@ -208,7 +208,7 @@ def scored(select: Any) -> Any:
 
 
 def most_experts(select: Any) -> int | None:
-    """The limit that a selection itself sets to the experts of a token, None if it has none."""
+    """The most experts of a token that a selection itself allows, None if it has no limit."""
     limits = (getattr(part, name, None) for part in wrapped(select) for name in ("top_k", "max_experts"))
     return next((limit for limit in limits if isinstance(limit, int)), None)
 

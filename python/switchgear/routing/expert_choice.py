@@ -198,8 +198,7 @@ def _softmax_over_tokens(logits: Tensor, ids: Tensor, sequence: Tensor | None, n
         return logits.softmax(0)
     index = sequence.long()[:, None].expand_as(logits)
     highest = logits.detach().new_full((num_sequences, logits.shape[1]), -math.inf)
-    highest = highest.scatter_reduce(0, index, logits.detach(), "amax").gather(0, index)
-    powers = (logits - highest).masked_fill(~taken, -math.inf).exp()
-    return powers / torch.zeros_like(logits[:1]).expand(num_sequences, -1).scatter_add(0, index, powers).gather(
-        0, index
-    )
+    highest = highest.scatter_reduce(0, index, logits.detach(), "amax")
+    powers = (logits - highest.gather(0, index)).masked_fill(~taken, -math.inf).exp()
+    totals = torch.zeros_like(highest).scatter_add(0, index, powers)
+    return powers / totals.gather(0, index)

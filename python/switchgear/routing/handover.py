@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Handover: what one router leaves for the next one within a forward."""
+"""Handover: how a pre-gate gets the hidden states of the block before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Handover:
         self.hidden_states: Tensor | None = None
 
     def take(self, like: Tensor) -> Tensor:
-        """What the block before left, once; `like` is the input of the block that asks."""
+        """What the block before left, once; `like` is the input of the block that takes it."""
         hidden_states, self.hidden_states = self.hidden_states, None
         if hidden_states is None:
             raise ValueError(

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.functional import Routing, as_number
-from switchgear.reference import check_choice, check_finite, check_range, check_size
+from switchgear.reference import check_choice, check_finite, check_range, check_size, wide
 from switchgear.routing import balance
 from switchgear.routing.balance import count_tokens, router_probabilities, sum_over_processes
 from switchgear.routing.context import Context, check_positive, groups_of, is_recomputing, made, sequences
 from switchgear.routing.counting import aside
-from switchgear.routing.ranking import is_open, wide
+from switchgear.routing.ranking import is_open
 from switchgear.utils.buffers import FillsBuffers, KeepsFloat32
 
 if TYPE_CHECKING:
@@ -150,10 +150,9 @@ class SwitchLoss(nn.Module):
             coefficient.after_step(tokens_per_expert, router)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
-        coefficient = "" if isinstance(self.coefficient, nn.Module) else f"{self.coefficient}, "
-        return (
-            f"{coefficient}scope={self.scope!r}" + ", per_choice" * self.per_choice + ", accumulate" * self.accumulate
-        )
+        parts = [] if isinstance(self.coefficient, nn.Module) else [str(self.coefficient)]
+        parts += [f"scope={self.scope!r}", *(name for name in ("per_choice", "accumulate") if getattr(self, name))]
+        return ", ".join(parts)
 
 
 class NullAwareSwitchLoss(SwitchLoss):
@@ -259,8 +258,8 @@ class ChoiceLoss:
         _check_numbers(coefficient=self.coefficient)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
-        logits, ids = wide(routing.router_logits), routing.topk_ids
-        chosen = torch.zeros_like(logits).scatter_add(1, ids.clamp(min=0).long(), (ids >= 0).to(logits.dtype))
+        logits = wide(routing.router_logits)
+        chosen = balance.times_chosen(routing.topk_ids, logits)
         loss = F.binary_cross_entropy_with_logits(logits, chosen, reduction="sum")
         return self.coefficient * loss / max(logits.numel(), 1)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import at_least, check_tensor
 from switchgear.functional import Routing, as_number
-from switchgear.reference import check_choice, check_finite, check_fraction, check_range
+from switchgear.reference import check_choice, check_finite, check_fraction, check_range, wide
 from switchgear.routing.context import (
     NOTHING_KNOWN,
     Context,
@@ -25,7 +25,7 @@ from switchgear.routing.context import (
     made,
     wrapped,
 )
-from switchgear.routing.ranking import keep_choices, scores_of, uniform, wide
+from switchgear.routing.ranking import keep_choices, scores_of, uniform
 from switchgear.utils.buffers import FillsBuffers
 from switchgear.utils.scalars import LoadsScalars
 
@@ -62,7 +62,7 @@ class Masked(nn.Module):
         allowed = allowed.expand(router_logits.shape)
         # not -Inf: softmax stays finite if a whole row is masked
         masked = router_logits.masked_fill(~allowed, torch.finfo(router_logits.dtype).min)
-        if self._draws_blindly:  # only the bias can tell it
+        if self._draws_blindly:  # it ignores the logits, so the bias has to exclude experts
             bias = torch.where(allowed, 0.0 if bias is None else bias, -torch.inf)
         elif bias is not None:  # must not select an expert that is masked for all tokens
             bias = bias.masked_fill(~allowed.any(0), -torch.inf)

@@ -42,12 +42,7 @@ def _power(values: Tensor) -> Tensor:
 
 def finite(values: Tensor) -> Tensor:
     """Converts as `wide` does; NaN and -Inf become the lowest finite number, +Inf the highest, without gradient."""
-    return reference.sanitize(wide(values))
-
-
-def wide(values: Tensor) -> Tensor:
-    """Converts to float32; float64 stays."""
-    return values.to(reference.weight_dtype(values.dtype))
+    return reference.sanitize(reference.wide(values))
 
 
 def is_open(router_logits: Tensor) -> Tensor:
@@ -55,9 +50,11 @@ def is_open(router_logits: Tensor) -> Tensor:
     return router_logits > torch.finfo(router_logits.dtype).min
 
 
-def normalized(weights: Tensor) -> Tensor:
-    """Divides each row by its sum."""
-    return weights / (weights.sum(-1, keepdim=True) + reference.NORMALIZE_EPSILON)
+def weighed(scores: Tensor, normalize: bool, scale: float) -> Tensor:
+    """The weights of choices with these scores [T,K], 0 for empty ones; normalize: divided by their sum."""
+    if normalize:
+        scores = scores / (scores.sum(-1, keepdim=True) + reference.NORMALIZE_EPSILON)
+    return scores * scale
 
 
 def choose(values: Tensor, count: int) -> Tensor:
@@ -70,8 +67,8 @@ def positions(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """A stable counting sort: how many earlier elements of groups [P] (integers, -1 for none) are equal, [P] int64, and
     the size of each group, [num_groups] int64."""
     offsets, _, slots = ops.plan(groups.to(torch.int32).view(-1, 1), num_groups)
-    wide = offsets.long()
-    return slots.view(-1) - wide[groups.clamp(min=0).long()], wide.diff()
+    offsets = offsets.long()
+    return slots.view(-1) - offsets[groups.clamp(min=0).long()], offsets.diff()
 
 
 def ranks(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
@@ -120,7 +117,7 @@ def uniform(shape: tuple[int, ...], context: Context, device: torch.device) -> T
 
 def jittered(x: Tensor, jitter: float, context: Context, float32: bool) -> Tensor:
     """x times uniform noise in [1 - jitter, 1 + jitter], both in float32 if `float32`, else in the dtype of x."""
-    x = wide(x) if float32 else x
+    x = reference.wide(x) if float32 else x
     return x * torch.empty_like(x).uniform_(1 - jitter, 1 + jitter, generator=context.source())
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.routing.batches import Batch, batch_of, cached_in
-from switchgear.routing.context import is_recomputing
-from switchgear.routing.counting import unseen
+from switchgear.routing.batches import Batch, cached_in
 from switchgear.routing.records import RoutingRecord
-from switchgear.routing.routed_layers import key_of, layers_of, observed
+from switchgear.routing.routed_layers import calls_followed, key_of, layers_of, observed
 from switchgear.routing.widths import stacked
 from switchgear.utils.wrappers import inner_model
 
@@ -44,23 +42,10 @@ def record(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[
         ValueError: a model without such layers, with capacity limits (dropped choices depend on other tokens), or with
             an encoder; a layer whose tokens are not those of the model; at a call, a mask that does not tell padding.
     """
-    found, model = layers_of(model, layers), inner_model(model)
     result, seen = RoutingRecord(), _Recorded()
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not is_recomputing():
-            with unseen(*args, *kwargs.values()):
-                seen.begin(batch_of(module, args, kwargs))
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        if not is_recomputing():
-            seen.end()
-
-    with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        for name, layer in found.items():
-            stack.enter_context(observed(layer, seen.listener(name)))
-        stack.callback(model.register_forward_hook(after).remove)  # behind those of a layer that is the model
+    found = layers_of(model, layers)
+    hooks = [observed(layer, seen.listener(name)) for name, layer in found.items()]
+    with calls_followed(inner_model(model), seen.begin, seen.end, hooks):
         yield result
     seen.finish(result)
 

@@ -59,16 +59,13 @@ class LayerRecord:
         bits = max(1, (num_classes + empty - 1).bit_length())
         codes = torch.where(ids < 0, num_classes, ids).flatten()
         # A multiple of 8 choices at a time fills whole bytes.
-        parts = [_packed(part, bits) for part in torch.split(codes, _ROWS)] if len(codes) else []
-        data = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
+        data = torch.cat([_packed(part, bits) for part in torch.split(codes, _ROWS)])
         return cls(num_classes, ids.shape[1], bits, data, len(ids))
 
     def topk_ids(self) -> Tensor:
         """[N,K] int32, -1 for none."""
-        count = self.num_tokens * self.top_k
-        whole = _ROWS * self.bits // 8
-        parts = [_unpacked(part, self.bits) for part in torch.split(self.data, whole)] if count else []
-        codes = torch.cat(parts)[:count] if parts else torch.zeros(0, dtype=torch.int32)
+        parts = torch.split(self.data, _ROWS * self.bits // 8)
+        codes = torch.cat([_unpacked(part, self.bits) for part in parts])[: self.num_tokens * self.top_k]
         return torch.where(codes == self.num_classes, -1, codes).view(self.num_tokens, self.top_k)
 
     def check(self, num_tokens: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from switchgear.functional import Routing
-from switchgear.routing.batches import Batch, batch_of
+from switchgear.routing.batches import Batch
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.records import RoutingRecord
-from switchgear.routing.routed_layers import key_of, layers_of
+from switchgear.routing.routed_layers import calls_followed, key_of, layers_of
 from switchgear.utils.wrappers import inner_model
 
 _FORWARDS = 64  # that gradient checkpointing may still repeat
@@ -55,30 +55,18 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
     if not isinstance(choices, RoutingRecord):
         raise TypeError(f"choices: expected RoutingRecord, got {type(choices).__name__}")
     names = {key.partition("#")[0] for key in choices.layers}
-    found, model = layers_of(model, None), inner_model(model)
+    found = layers_of(model, None)
     if missing := sorted(names - set(found)):
         raise ValueError(f"choices: expected layers of the model, {', '.join(found)}; got {missing[0]}")
     chosen = {name: layer for name, layer in found.items() if name in names}
     state = _Replay(choices, sequences, {n: layer.num_classes for n, layer in chosen.items()})
     methods = {name: layer.routing_method() for name, layer in chosen.items()}
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not is_recomputing():
-            with unseen(*args, *kwargs.values()):
-                state.begin(batch_of(module, args, kwargs))
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        if not is_recomputing():
-            state.end()
-
     def wrapper(name: str) -> Callable[[Select], Select]:
         return lambda own: _Replayed(own, name, state, methods[name])
 
-    with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        for name, layer in chosen.items():
-            stack.enter_context(layer.overridden(wrapper(name), methods[name]))
-        stack.callback(model.register_forward_hook(after).remove)
+    hooks = [layer.overridden(wrapper(name), methods[name]) for name, layer in chosen.items()]
+    with calls_followed(inner_model(model), state.begin, state.end, hooks):
         yield
 
 
@@ -86,7 +74,7 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
 class _Place:
     """How far the calls have come in the record."""
 
-    next: int  # of the sequences that are replayed
+    next: int  # index of the next sequence to replay
     current: Tensor  # int64: sequences of the last call
     cached: int  # tokens in the cache before their first call
     past: Tensor  # [B,C] bool: what was fed since, False for padding

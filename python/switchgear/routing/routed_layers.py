@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
+from switchgear.routing.batches import Batch, batch_of
 from switchgear.routing.context import Context, Select, is_recomputing, modules_in, scored, wrapped
 from switchgear.routing.counting import unseen
 from switchgear.routing.interventions import overridden_router
-from switchgear.routing.ranking import normalized, scores_of
+from switchgear.routing.ranking import scores_of, weighed
 from switchgear.routing.router import Router
 from switchgear.utils.buffers import on_copies
 from switchgear.utils.wrappers import inner_model, plain_name
@@ -64,8 +65,8 @@ class _RouterMethod:
     scale: float
 
     def weigh(self, router_logits: Tensor, ids: Tensor) -> Tensor:
-        weights = scores_of(router_logits, self.score_function).gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0)
-        return (normalized(weights) if self.normalize else weights) * self.scale
+        scores = scores_of(router_logits, self.score_function).gather(1, ids.clamp(min=0)).masked_fill(ids < 0, 0)
+        return weighed(scores, self.normalize, self.scale)
 
     @classmethod
     def of(cls, name: str, router: Router) -> _RouterMethod:
@@ -159,6 +160,33 @@ def observed(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Ite
                 function(choice.topk_ids, classes)
 
     with watched(layer.block, see):
+        yield
+
+
+@contextmanager
+def calls_followed(
+    model: nn.Module,
+    begin: Callable[[Batch], None],
+    end: Callable[[], None],
+    hooks: Iterable[AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Inside the block, begin(batch) is called before each call of the model that is not repeated, and end() after it
+    if it did not raise: behind `hooks`, those of the layers, as a layer may be the model."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not is_recomputing():
+            with unseen(*args, *kwargs.values()):
+                begin(batch_of(module, args, kwargs))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if not is_recomputing():
+            end()
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for hook in hooks:
+            stack.enter_context(hook)
+        stack.callback(model.register_forward_hook(after).remove)
         yield
 
 

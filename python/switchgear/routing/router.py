@@ -39,7 +39,7 @@ from switchgear.routing.counting import aside
 from switchgear.routing.handover import Handover
 from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import jittered, scores_of
-from switchgear.routing.scores import Uniform
+from switchgear.routing.scores import Uniform, init_uniform
 from switchgear.routing.selection import TopK
 from switchgear.utils.buffers import KeepsFloat32
 from switchgear.weights.selected import selection_of
@@ -237,11 +237,9 @@ class Router(KeepsFloat32):
 
     def reset_parameters(self) -> None:
         """Initialises like torch.nn.Linear; zeroes the correction bias. (A score initialises itself.)"""
-        bound = 1 / math.sqrt(self.hidden_size)
-        if self.weight is not None:
-            nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                init_uniform(parameter, self.hidden_size)
         for counts in (self.e_score_correction_bias, self.tokens_per_expert):
             if counts is not None:
                 nn.init.zeros_(counts)
@@ -341,8 +339,8 @@ class Router(KeepsFloat32):
                 rows = hidden_states.reshape(-1, hidden_states.shape[-1])
             if self.weight is not None and self._is_plain() and not (self.jitter and self.training):
                 weight, bias = self._linear()
-                logits = {"bias": bias, "float32": self.float32}
-                return gate_route(rows, weight, self.top_k, **logits, **self._options())  # type: ignore[arg-type]
+                options = {"bias": bias, "float32": self.float32, **self._options()}
+                return gate_route(rows, weight, self.top_k, **options)  # type: ignore[arg-type]
             context = self.complete(context, hidden_states)
             router_logits = self.logits(rows, context)
         except Exception:
@@ -359,7 +357,8 @@ class Router(KeepsFloat32):
 
     def _is_plain(self) -> bool:
         """Whether routing is just `route` on the logits."""
-        has_parts = self.select is not None or self.capacity is not None or len(self.balance) > 0  # not: no graph of it
+        # Not `not self.balance`, which would break a graph of torch.compile.
+        has_parts = self.select is not None or self.capacity is not None or len(self.balance) > 0
         return not has_parts and not self.overrides
 
     def _route(self, router_logits: Tensor) -> Routing:

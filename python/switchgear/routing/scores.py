@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
 from switchgear.functional import as_number, gate
-from switchgear.reference import check_choice, check_fraction, weight_dtype
+from switchgear.reference import check_choice, check_fraction, weight_dtype, wide
 from switchgear.routing.context import Context, Noise, check_positive, made
-from switchgear.routing.ranking import is_open, jittered, sigmoid, wide
+from switchgear.routing.ranking import is_open, jittered, sigmoid
 from switchgear.utils.scalars import LoadsScalars
 
 INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -37,6 +37,7 @@ def zscore(router_logits: Tensor, lam: float = 1.0, eps: float = 1e-6) -> Tensor
 
 
 def init_uniform(parameter: Tensor, fan_in: int) -> None:
+    """Draws from ±1/√fan_in, as torch.nn.Linear initialises its weight and bias."""
     nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from switchgear.complaints import at_least
 from switchgear.functional import gate
+from switchgear.reference import wide
 from switchgear.routing.context import Context, Score, check_positive, made, sequences
 
 
@@ -76,9 +77,9 @@ class PerSequence(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""
         index, count = sequences(context, x.shape[0], x.device)
-        wide = x if x.dtype == torch.float64 else x.float()
-        total = wide.new_zeros(count, x.shape[1]).index_add(0, index, wide)
-        size = wide.new_zeros(count).index_add(0, index, torch.ones_like(wide[:, 0]))
+        rows = wide(x)
+        total = rows.new_zeros(count, x.shape[1]).index_add(0, index, rows)
+        size = rows.new_zeros(count).index_add(0, index, torch.ones_like(rows[:, 0]))
         mean = (total / size.clamp(min=1)[:, None]).to(x.dtype)
         logits: Tensor = self.score(mean, replace(context, noise=None))[index]  # whose rows are sequences
         return logits

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from switchgear.backends import without_autocast
 from switchgear.complaints import at_least
 from switchgear.functional import gate
-from switchgear.reference import check_choice
+from switchgear.reference import check_choice, weight_dtype, wide
 from switchgear.routing.context import Context
 from switchgear.routing.scores import init_uniform
 
@@ -54,8 +54,7 @@ class ActivationNorm(nn.Module):
 
 def norms(activations: Tensor) -> Tensor:
     """The norm over the last dimension, in float32, with a gradient of zero (not NaN) at zero."""
-    wide = activations if activations.dtype == torch.float64 else activations.float()
-    norm: Tensor = torch.linalg.vector_norm(wide, dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(wide(activations), dim=-1)
     return norm
 
 
@@ -98,18 +97,18 @@ class SparsityAware(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E] float32."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        parts = [part.to(wide) for part in self._first_projection()]
+        dtype = weight_dtype(x.dtype)
+        parts = [part.to(dtype) for part in self._first_projection()]
         with without_autocast(x.device.type):
             mean = torch.cat([part.mean(1) for part in parts], -1)
             variance = torch.cat([part.var(1, correction=0) for part in parts], -1)
             if (gathered := getattr(self._experts[0], "gathered", None)) is not None:  # experts of other ranks
                 mean, variance = gathered(torch.stack((mean, variance), 1)).unbind(1)
-            x = x.to(wide)
+            x = x.to(dtype)
             if len(parts) > 1:
                 x = F.pad(x, (0, 1), value=1.0)
             mu = gate(x, mean)
-            sigma = (gate(x.square(), variance) + torch.finfo(wide).tiny).sqrt()
+            sigma = (gate(x.square(), variance) + torch.finfo(dtype).tiny).sqrt()
             silent: Tensor = torch.special.ndtr(-mu / sigma)
             return self.scale * silent
 
@@ -152,12 +151,12 @@ class Gaussian(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E] float32."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = weight_dtype(x.dtype)
         with without_autocast(x.device.type):
-            x, mean, log_std = x.to(wide), self.mean.to(wide), self.log_std.to(wide)
+            x, mean, log_std = x.to(dtype), self.mean.to(dtype), self.log_std.to(dtype)
             constant = -log_std.sum(-1) - 0.5 * self.hidden_size * math.log(2 * math.pi)
             if self.lower is not None:
-                factor = self.lower.to(wide).tril(-1) + torch.diag_embed(log_std.exp())
+                factor = self.lower.to(dtype).tril(-1) + torch.diag_embed(log_std.exp())
                 centred = (x[None] - mean[:, None]).mT  # [E,H,T]
                 squares = torch.linalg.solve_triangular(factor, centred, upper=False).square().sum(1).T
             else:  # Σ (x - m)² / s² as three products, without a [T,E,H] tensor

@@ -37,11 +37,11 @@ from switchgear.routing.ranking import (
     finite,
     keep_choices,
     left_aligned,
-    normalized,
     ranks,
     scores_of,
     total_weight,
     trim,
+    weighed,
 )
 
 
@@ -58,10 +58,8 @@ def take(
     router_logits: Tensor, scores: Tensor, topk_ids: Tensor, *, normalize: bool = False, scale: float = 1.0
 ) -> Routing:
     """The Routing with experts topk_ids [T,K], weighted by their scores [T,E]."""
-    weights = scores.gather(1, topk_ids.long())
-    if normalize:
-        weights = normalized(weights)
-    return Routing(topk_ids, weights * scale, router_logits, router_logits.shape[1], scores)
+    weights = weighed(scores.gather(1, topk_ids.long()), normalize, scale)
+    return Routing(topk_ids, weights, router_logits, router_logits.shape[1], scores)
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Dense:
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = _rows(router_logits)
         scores = scores_of(router_logits, self.score_function)
-        weights = (normalized(scores) if self.normalize else scores) * self.scale
+        weights = weighed(scores, self.normalize, self.scale)
         num_tokens, num_experts = router_logits.shape
         ids = torch.arange(num_experts, dtype=torch.int32, device=router_logits.device)
         return Routing(ids.expand(num_tokens, -1), weights, router_logits, num_experts, scores)
@@ -155,14 +153,13 @@ class RankK:
 
     @property
     def top_k(self) -> int:
-        """How many of the best are among them without a gap: so many experts can be forced."""
+        """How many of the best ranks are given without a gap: as many experts can be forced."""
         return next(k for k in range(len(self.ranks) + 1) if k not in self.ranks)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         best = TopK(max(self.ranks) + 1, self.score_function)(router_logits, context, bias)
         columns = torch.tensor(list(self.ranks), device=best.topk_ids.device)
-        weights = best.topk_weights.index_select(1, columns)
-        weights = (normalized(weights) if self.normalize else weights) * self.scale
+        weights = weighed(best.topk_weights.index_select(1, columns), self.normalize, self.scale)
         return best._replace(topk_ids=best.topk_ids.index_select(1, columns), topk_weights=weights)
 
 
@@ -229,7 +226,9 @@ class Threshold:
         best = TopK(count, self.score_function)(router_logits, context, bias)
         keep = best.topk_weights.detach() >= self.threshold
         keep[:, : self.min_experts] = True
-        return trim(left_aligned(_weighed(keep_choices(best, keep), self.normalize, self.scale)))
+        kept = keep_choices(best, keep)
+        weights = weighed(kept.topk_weights, self.normalize, self.scale)
+        return trim(left_aligned(kept._replace(topk_weights=weights)))
 
     @staticmethod
     def calibrate(
@@ -246,13 +245,6 @@ class Threshold:
         if not 0 <= wanted <= free.numel():
             raise ValueError(f"experts_per_token: expected {min_experts} to {scores.shape[1]}, got {experts_per_token}")
         return float(free[wanted - 1]) if wanted else math.inf
-
-
-def _weighed(routing: Routing, normalize: bool, scale: float) -> Routing:
-    if not normalize and scale == 1:
-        return routing
-    weights = normalized(routing.topk_weights) if normalize else routing.topk_weights
-    return routing._replace(topk_weights=weights * scale)
 
 
 @dataclass(frozen=True)

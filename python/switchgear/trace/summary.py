@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""LayerSummary: what a trace of a layer comes to, in a few numbers."""
+"""LayerSummary: the trace of a layer in a few numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LayerSummary:
 def summary_of(name: str, layer: LayerTrace) -> LayerSummary:
     counts = layer.tokens_per_expert.cpu().double()
     total, tokens = float(counts.sum()), max(layer.num_tokens, 1)
-    log_experts = float(torch.tensor(float(max(layer.num_experts, 2))).log())
+    log_experts = math.log(max(layer.num_experts, 2))
     dropped = int(layer.num_dropped)
     return LayerSummary(
         name=name,

@@ -123,13 +123,13 @@ def _with_lent(weight: Tensor | Weight, factors: Sequence[Factors], transposed: 
     """Several adapters are one of the sum of their ranks."""
     pairs = [_pair(weight, factor, transposed) for factor in factors]
     scales = [factor.scale for factor in factors]
-    a, b = pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs], 1), None)
-    if b is None and len(set(scales)) == 1:
-        b = torch.cat([b for _, b in pairs], 2)
-    if b is None:
-        b = torch.cat([b * scale for (_, b), scale in zip(pairs, scales, strict=True)], 2)
-        return AdaptedWeight(weight, a, b, 1.0)
-    return AdaptedWeight(weight, a, b, scales[0])
+    if len(pairs) == 1:
+        return AdaptedWeight(weight, *pairs[0], scales[0])
+    a = torch.cat([a for a, _ in pairs], 1)
+    if len(set(scales)) == 1:
+        return AdaptedWeight(weight, a, torch.cat([b for _, b in pairs], 2), scales[0])
+    scaled = [b * scale for (_, b), scale in zip(pairs, scales, strict=True)]
+    return AdaptedWeight(weight, a, torch.cat(scaled, 2), 1.0)
 
 
 def _pair(weight: Tensor | Weight, factors: Factors, transposed: bool) -> tuple[Tensor, Tensor]:

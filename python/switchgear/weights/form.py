@@ -37,8 +37,8 @@ class Form(ABC):
         parts: 2 if the rows are all gates, then all ups, which are stored separately; else 1.
         """
 
-    def check_values(self, name: str, weight: Tensor, parts: int) -> None:  # noqa: B027  (many take any)
-        """Raises ValueError if `encode` refuses a weight of a shape and dtype that it takes, at less cost."""
+    def check_values(self, name: str, weight: Tensor, parts: int) -> None:  # noqa: B027  (many forms take any)
+        """Raises ValueError if `encode` would refuse the numbers of a weight, without encoding it where possible."""
 
     def options(self) -> list[str]:
         """The options that are not the default, as a call has them."""

@@ -15,8 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from switchgear.weights.form import Form
-from switchgear.weights.pages import advise_huge_pages
+from switchgear.weights.form import Form, on_huge_pages
 from switchgear.weights.weight import Weight
 
 
@@ -42,9 +41,7 @@ class Copies:
     def of(self, weight: Tensor) -> Tensor:
         key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
         if key not in self._copies:
-            copy = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            advise_huge_pages(copy)
-            self._copies[key] = copy.copy_(weight)
+            self._copies[key] = on_huge_pages(weight)
         return self._copies[key]
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_dense, check_module, check_switch
+from switchgear.complaints import check_dense, check_module, check_switch, check_tensor
 from switchgear.reference import check_size
 from switchgear.weights.adapted import lends, notice_wrappers
-from switchgear.weights.auto import Candidate, candidates
+from switchgear.weights.auto import candidates
 from switchgear.weights.change import (
     PlainChange,
     StoredChange,
@@ -87,7 +87,7 @@ def _check_options(form: str, options: Iterable[str], known: Sequence[str]) -> N
 @torch.inference_mode(False)  # a backward pass may save the result
 def encode(weight: Tensor, form: str | Form, *, parts: int = 1, **options: Any) -> Weight:
     """Encodes a weight [E,N,C] for `moe` and `grouped_gemm`. parts: 2 if all gates precede all ups. Raises ValueError
-    with the reason if the form does not support the weight, and TypeError or ValueError for what is no weight."""
+    with the reason if the form does not support the weight, and TypeError or ValueError for anything but a weight."""
     _check_weight(weight, parts)
     encoded = form_named(form, options).encode("weight", weight, parts)
     if isinstance(encoded, str):
@@ -96,8 +96,7 @@ def encode(weight: Tensor, form: str | Form, *, parts: int = 1, **options: Any) 
 
 
 def _check_weight(weight: Any, parts: Any) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected Tensor, got {type(weight).__name__}")
+    check_tensor("weight", weight)
     check_dense("weight", weight)
     if weight.dtype not in FLOATS:
         raise TypeError(f"weight: expected a floating dtype of at least 16 bits, got {weight.dtype}")
@@ -271,7 +270,7 @@ def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
     return None
 
 
-def _report(form: Form, modules: list[nn.Module], done: list[StoredChange | PlainChange], reason: str = "") -> Stored:
+def _report(form: Form, modules: list[nn.Module], done: list[StoredChange | PlainChange]) -> Stored:
     before: dict[tuple[object, ...], int] = {}
     after: dict[tuple[object, ...], int] = {}
     is_exact = True
@@ -287,7 +286,7 @@ def _report(form: Form, modules: list[nn.Module], done: list[StoredChange | Plai
             before[memory_of(weight.data)] = experts * rows * cols * weight.dtype.itemsize
             after |= {memory_of(tensor): tensor.nbytes for tensor in weight.tensors}
             is_exact = is_exact and weight.is_exact
-    return Stored(form, len(modules), sum(before.values()), sum(after.values()), is_exact, reason)
+    return Stored(form, len(modules), sum(before.values()), sum(after.values()), is_exact)
 
 
 # ---- auto ------------------------------------------------------------------------------------------------------------
@@ -296,7 +295,6 @@ def _report(form: Form, modules: list[nn.Module], done: list[StoredChange | Plai
 def _store_best(model: nn.Module, low_memory: bool, options: dict[str, Any]) -> Stored:
     _check_options("auto", options, list(inspect.signature(candidates).parameters)[1:])
     refused = []
-    candidate: Candidate
     for candidate in candidates(model, **options):
         try:
             done = _store(model, FORMS[candidate.form](**candidate.options), low_memory)
@@ -305,5 +303,5 @@ def _store_best(model: nn.Module, low_memory: bool, options: dict[str, Any]) -> 
                 raise
             refused.append(f"not {candidate.form}: {str(error).rpartition('; ')[2]}")
             continue
-        return Stored(**{**vars(done), "reason": "; ".join([candidate.reason, *refused])})
+        return dataclasses.replace(done, reason="; ".join([candidate.reason, *refused]))
     raise AssertionError("there is always a plain form")

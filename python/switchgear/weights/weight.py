@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import backends, ops
+from switchgear.complaints import check_tensor
 from switchgear.reference import formats, panels, weight_dtype
 from switchgear.reference.checks import check, check_range
 from switchgear.weights.pages import advise_huge_pages
@@ -161,8 +162,7 @@ class Weight:
 
 
 def _check_order(order: Tensor, num_experts: int) -> None:
-    if not isinstance(order, Tensor):
-        raise TypeError(f"order: expected Tensor, got {type(order).__name__}")
+    check_tensor("order", order)
     if order.dtype not in _INTEGERS:
         raise TypeError(f"order: expected an integer dtype, got {order.dtype}")
     check("order", order, (None,), order.dtype)
