@@ -42,8 +42,8 @@
 # make test-torch TORCH=2.8  the core tests on that wheel with another release of torch
 # make clean                 remove what the targets above create, .venv included
 #
-# Each works on a fresh clone with Python >= 3.10 (and its venv), a C++20 compiler and make. Everything else it needs is
-# installed into the active virtual environment, or into .venv if none is active.
+# Each works on a fresh clone with Python >= 3.10 (and its venv), GCC 11 or Clang 14, or newer, and make. Everything else it
+# needs is installed into the active virtual environment, or into .venv if none is active.
 
 PYTHON ?= python3
 TORCH ?= 2.8
