@@ -413,7 +413,8 @@ def test_nothing_is_replaced_where_a_trial_fails_for_good(monkeypatch: pytest.Mo
 def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "switchgear.integrations.transformers")
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)  # import raises ImportError
-    with pytest.raises(ImportError, match=r"^switchgear\.accelerate: needs transformers .*'switchgear\[transformers\]'$"):
+    wanted = r"^switchgear\.accelerate: needs transformers .*; pip install 'switchgear\[transformers\]'$"
+    with pytest.raises(ImportError, match=wanted):
         _ = switchgear.accelerate
 
 

@@ -96,5 +96,5 @@ def test_a_compiler_that_is_too_old_is_named(tmp_path: Path) -> None:
     wanted = "switchgear needs GCC 11 or Clang 14, or newer, got {} (/usr/bin/c++). Environment CXX=…"
     for id, version in (("GNU", "10.2.1"), ("GNU", "9.4.0"), ("Clang", "13.0.1")):
         assert wanted.format(f"{id} {version}") in answer(id, version)
-    for id, version in (("GNU", "11.4.0"), ("GNU", "14.2.0"), ("Clang", "14.0.6"), ("Clang", "22.1.8"), ("NVHPC", "1.0")):
+    for id, version in (("GNU", "11.4.0"), ("GNU", "14.2.0"), ("Clang", "14.0.6"), ("NVHPC", "1.0")):
         assert not answer(id, version)

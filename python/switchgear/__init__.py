@@ -100,6 +100,7 @@ def __getattr__(name: str) -> Any:
         try:
             from switchgear.integrations.transformers import accelerate
         except ImportError as error:
-            raise ImportError(f"switchgear.accelerate: {failed_import(error, 'transformers')}", name=error.name) from error
+            reason = failed_import(error, "transformers")
+            raise ImportError(f"switchgear.accelerate: {reason}", name=error.name) from error
         return accelerate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
