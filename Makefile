@@ -70,7 +70,7 @@ run_preset = $(call build_preset,$(1)) && ctest --preset $(1)
 # those of tests/cpp/test_*.cpp, or all
 run_preset_tests = $(call build_preset,$(1)) $(if $(2),--target $(addprefix test_,$(2))) && \
   ctest --preset $(1) $(if $(2),--tests-regex '^($(subst $(space),|,$(strip $(2))))$$')
-this_python = -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+this_python = '-DPython_EXECUTABLE=$(abspath $(BIN)/python)'
 
 # ---- environment ---------------------------------------------------------------------------------------------------------
 
