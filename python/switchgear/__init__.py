@@ -91,7 +91,7 @@ __all__ = [
     "weights",
     "z_loss",
 ]
-if importlib.util.find_spec("transformers") is None:  # a star import takes every name of the list
+if not TYPE_CHECKING and importlib.util.find_spec("transformers") is None:  # a star import takes every name of the list
     __all__.remove("accelerate")
 
 
