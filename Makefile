@@ -42,8 +42,8 @@
 # make test-torch TORCH=2.8  the core tests on that wheel with another release of torch
 # make clean                 remove what the targets above create, .venv included
 #
-# Each works on a fresh clone with Python >= 3.10 (and its venv), a C++20 compiler and make. Everything else it needs is
-# installed into the active virtual environment, or into .venv if none is active.
+# Each works on a fresh clone with Python >= 3.10 (and its venv), GCC 11 or Clang 14, or newer, and make. Everything else it
+# needs is installed into the active virtual environment, or into .venv if none is active.
 
 PYTHON ?= python3
 TORCH ?= 2.8
@@ -70,7 +70,7 @@ run_preset = $(call build_preset,$(1)) && ctest --preset $(1)
 # those of tests/cpp/test_*.cpp, or all
 run_preset_tests = $(call build_preset,$(1)) $(if $(2),--target $(addprefix test_,$(2))) && \
   ctest --preset $(1) $(if $(2),--tests-regex '^($(subst $(space),|,$(strip $(2))))$$')
-this_python = -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+this_python = '-DPython_EXECUTABLE=$(abspath $(BIN)/python)'
 
 # ---- environment ---------------------------------------------------------------------------------------------------------
 

@@ -399,9 +399,9 @@ Weight Arrays::separate(const char* name, py::sequence weights) {
       known = true;
       return all.stride[i + 1] == matrix.stride[i];
     };
-    const bool same = same_stride(0, has_row_stride) & same_stride(1, has_column_stride);
-    SWITCHGEAR_CHECK(ValueError, same, item, ": expected strides [", all.stride[1], ", ", all.stride[2],
-                     "] like the experts before, got [", matrix.stride[0], ", ", matrix.stride[1], ']');
+    const bool same_rows = same_stride(0, has_row_stride), same_columns = same_stride(1, has_column_stride);
+    SWITCHGEAR_CHECK(ValueError, same_rows && same_columns, item, ": expected strides [", all.stride[1], ", ",
+                     all.stride[2], "] like the experts before, got [", matrix.stride[0], ", ", matrix.stride[1], ']');
     all.shape[1] = std::max(all.shape[1], matrix.shape[0]);
     own.base.push_back(matrix.data);
     own.row_count.push_back(matrix.shape[0]);

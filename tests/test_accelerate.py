@@ -3,6 +3,9 @@
 
 import copy
 import functools
+import importlib.util
+import runpy
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import switchgear
 from switchgear import backends
 from switchgear.integrations import transformers
 from switchgear.integrations.swap import is_swapped, swap_forward
@@ -404,3 +408,17 @@ def test_nothing_is_replaced_where_a_trial_fails_for_good(monkeypatch: pytest.Mo
         accelerate(model)
     assert len(calls) == 3
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "switchgear.integrations.transformers")
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)  # import raises ImportError
+    wanted = r"^switchgear\.accelerate: needs transformers .*; pip install 'switchgear\[transformers\]'$"
+    with pytest.raises(ImportError, match=wanted):
+        _ = switchgear.accelerate
+
+
+def test_a_star_import_needs_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    names = runpy.run_path(switchgear.__file__)["__all__"]
+    assert set(switchgear.__all__) - set(names) == {"accelerate"}

@@ -116,6 +116,12 @@ def test_a_library_that_only_speaks_dlpack(backend: str) -> None:
     assert torch.equal(a.tensor, switchgear.glu(h))
 
 
+def test_an_array_without_values_is_named() -> None:
+    tracer = type("Tracer", (), {"__dlpack__": None})()
+    with pytest.raises(TypeError, match=r"^h: expected an array with values, got a Tracer, as under jax\.jit$"):
+        switchgear.glu(tracer)
+
+
 def test_a_dtype_without_kernels_is_named() -> None:
     with pytest.raises(TypeError, match=r"h: expected float32, .* got float8$"):
         switchgear.glu(torch.randn(3, 8).to(torch.float8_e4m3fn))

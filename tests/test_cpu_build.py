@@ -7,10 +7,13 @@ instructions exist, that each tile has its role, and that nothing else uses tile
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +77,24 @@ def test_the_rules_see_what_is_planted() -> None:
     assert broken([*good, ("tdpbssd", ["tmm5", "tmm4", "tmm0"])]) == ["not tdpbssd tmm5 tmm4 tmm0"]
     written = "  10:\ttdpbf16ps %tmm5,%tmm4,%tmm0\n  15:\tcall 20 <tiles>\n  1a:\ttileloadd (%rdi,%rsi,1),%tmm5\n"
     assert instructions_on_tiles(written) == [("tdpbf16ps", ["tmm5", "tmm4", "tmm0"]), ("tileloadd", ["tmm5"])]
+
+
+def test_a_compiler_that_is_too_old_is_named(tmp_path: Path) -> None:
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    (tmp_path / "ask.cmake").write_text(
+        f"include({Path(__file__).parents[1]}/csrc/compiler.cmake)\n"
+        "set(CMAKE_CXX_COMPILER /usr/bin/c++)\n"
+        "switchgear_check_compiler(${id} ${version})\n"
+    )
+
+    def answer(id: str, version: str) -> str:
+        command = [cmake, f"-Did={id}", f"-Dversion={version}", "-P", tmp_path / "ask.cmake"]
+        return " ".join(subprocess.run(command, capture_output=True, text=True).stderr.split())
+
+    wanted = "switchgear needs GCC 11 or Clang 14, or newer, got {} (/usr/bin/c++). Environment CXX=…"
+    for id, version in (("GNU", "10.2.1"), ("GNU", "9.4.0"), ("Clang", "13.0.1")):
+        assert wanted.format(f"{id} {version}") in answer(id, version)
+    for id, version in (("GNU", "11.4.0"), ("GNU", "14.2.0"), ("Clang", "14.0.6"), ("NVHPC", "1.0")):
+        assert not answer(id, version)

@@ -28,8 +28,15 @@ namespace switchgear {
 namespace cpu {
 namespace {
 
+// These two by their bits: only recent compilers' __builtin_cpu_supports knows them.
+#if defined(SWITCHGEAR_HAVE_AVX2)
+bool supports_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
+}
+#endif
 #if defined(SWITCHGEAR_HAVE_AVXVNNI)
-bool supports_avxvnni() {  // leaf 7.1, which only recent compilers' __builtin_cpu_supports knows
+bool supports_avxvnni() {  // leaf 7.1
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
 }
@@ -52,9 +59,7 @@ bool grants_tiles() {
 
 // Whether the processor has what the compiler flags of an ISA allow and the operating system saves its registers.
 #if defined(SWITCHGEAR_HAVE_AVX2)
-bool runs_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
+bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c(); }
 #endif
 #if defined(SWITCHGEAR_HAVE_AVXVNNI)
 bool runs_avxvnni() { return runs_avx2() && supports_avxvnni(); }

@@ -25,10 +25,6 @@ inline void find_groups(Groups& groups, const Product& product) {
     groups[n / 8] = (b.first_column + last) / b.group_size - b.first_column / b.group_size;
   }
 }
-inline bool is_one_group(const Groups& groups) { return groups[kPanel / 8 - 1] == 0; }
-inline bool is_two_groups(const Groups& groups) {  // one in each half of a panel
-  return groups[kPanel / 16 - 1] == 0 && groups[kPanel / 16] == groups[kPanel / 8 - 1];
-}
 
 template <Format kFormat>
 constexpr bool kIsInteger = is_integer(kFormat);
@@ -110,6 +106,11 @@ inline Floats rounded_to(Floats v) {
 }
 
 #ifdef __AVX512BF16__
+inline bool is_one_group(const Groups& groups) { return groups[kPanel / 8 - 1] == 0; }
+inline bool is_two_groups(const Groups& groups) {  // one in each half of a panel
+  return groups[kPanel / 16 - 1] == 0 && groups[kPanel / 16] == groups[kPanel / 8 - 1];
+}
+
 // The bfloat16 of `low`, then those of `high`. Subnormal numbers become zero, as they do in the product itself.
 inline Floats round_columns(Floats low, Floats high) {
   return reinterpret_cast<Floats>(_mm512_cvtne2ps_pbh(high, low));

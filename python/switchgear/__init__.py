@@ -24,11 +24,13 @@ Logging:    the logger "switchgear" says at level INFO what of a model was chang
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import TYPE_CHECKING, Any
 
 from switchgear import adapters, compress, convert, distill, finetune, layers, offload, optim, presets, routing, weights
 from switchgear.backends import backend, use_backend
+from switchgear.complaints import failed_import
 from switchgear.cuda import cuda_kernels, set_cuda_kernels
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
@@ -89,11 +91,16 @@ __all__ = [
     "weights",
     "z_loss",
 ]
+if not TYPE_CHECKING and importlib.util.find_spec("transformers") is None:  # a star import takes every name of the list
+    __all__.remove("accelerate")
 
 
 def __getattr__(name: str) -> Any:
     if name == "accelerate":  # imports transformers, so only on first use
-        from switchgear.integrations.transformers import accelerate
-
+        try:
+            from switchgear.integrations.transformers import accelerate
+        except ImportError as error:
+            reason = failed_import(error, "transformers")
+            raise ImportError(f"switchgear.accelerate: {reason}", name=error.name) from error
         return accelerate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

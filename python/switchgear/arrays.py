@@ -92,6 +92,8 @@ def to_torch(value: Any, name: str = "array") -> Any:
         return value
     if hasattr(value, "mask"):  # numpy's masked arrays, which export what they mask
         raise TypeError(f"{name}: expected an array without a mask, got a {type(value).__name__}")
+    if not hasattr(value, "__dlpack_device__"):  # jax's tracers
+        raise TypeError(f"{name}: expected an array with values, got a {type(value).__name__}, as under jax.jit")
     try:
         try:
             return from_dlpack(_Checked(value, name))

@@ -106,7 +106,7 @@ TEST(any_bytes_stay_within_their_rows) {
   Random random(3);
   const Case c{"random bytes", 30, 200, 70, 3, 2};
   for (int round = 0; round < 20; ++round) {
-    const auto [_, dtype, stored] = kKinds[round % 3];
+    const DType dtype = kKinds[round % 3].dtype, stored = kKinds[round % 3].stored;
     const Layer l(c, dtype, {}, false, false, 5);
     const auto bytes = [&](int64_t rows, int64_t cols) {
       Array array(DType::kUInt8, {c.E, rows, compact_row_bytes(cols, 0, stored)});

@@ -381,7 +381,8 @@ TEST(strides_that_are_errors) {
                                                                    {&Weight::scales, "gate_up_proj_scales"},
                                                                    {&Weight::row_scales, "gate_up_proj_row_scales"},
                                                                    {&Weight::zeros, "gate_up_proj_zeros"}};
-    for (const auto& [field, name] : fields) {
+    for (const auto& [part, name] : fields) {
+      TensorView Weight::* const field = part;  // a lambda captures no structured binding before Clang 16
       if (!(whole.weight.*field).defined()) continue;
       const std::string wanted = name + ": expected contiguous experts, adjacent or a multiple of 64 bytes apart, got ";
       for (const int64_t by : {-1, 1}) {

@@ -42,6 +42,7 @@ from switchgear.parallel import (
 from switchgear.parallel.errors import Failure
 from switchgear.parallel.moves import parallel_experts
 from switchgear.parallel.placement import keep_experts
+from switchgear.parallel.transfer import of_bytes, to_bytes
 from switchgear.routing import LossFreeBias, RunningCap, TopK
 
 EXPERTS, HIDDEN, TOKENS = 8, 16, 48  # tokens of a step, over all ranks
@@ -507,3 +508,11 @@ def without_peers(rank: int) -> list[float]:
 
 def test_disagreement_is_not_a_loss(pool: Pool) -> None:
     assert pool.run(without_peers) == 4 * [[1.0]]
+
+
+def test_states_are_sent_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(tensor: Tensor) -> None:
+        raise RuntimeError("Numpy is not available")
+
+    monkeypatch.setattr(torch.Tensor, "numpy", missing)
+    assert of_bytes(to_bytes({"step": 3, "share": [0.5]})) == {"step": 3, "share": [0.5]}

@@ -4,6 +4,7 @@ the mean of gradients. All on the transport of the exchange, with its failures."
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 from collections import defaultdict
@@ -48,7 +49,7 @@ def gather(parallel: ExpertParallel, phase: str, value: Any) -> list[Any]:
     lengths = agree(parallel, phase, "gather", len(data))
     own = torch.frombuffer(bytearray(data), dtype=torch.uint8).repeat(parallel.size)
     received = send_rows(parallel, phase, "values", own, [len(data)] * parallel.size, lengths)
-    return [json.loads(bytes(part.numpy())) for part in torch.split(received, lengths)]
+    return [json.loads(_bytes(part)) for part in torch.split(received, lengths)]
 
 
 def send_rows(
@@ -97,6 +98,11 @@ def to_bytes(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
 
 
+def _bytes(data: Tensor) -> bytes:
+    """Of a contiguous uint8 tensor on the CPU. Tensor.numpy needs numpy, which torch does not bring."""
+    return ctypes.string_at(data.data_ptr(), data.numel())
+
+
 def of_bytes(data: Tensor) -> Any:
     """Runs no code from the data."""
-    return torch.load(io.BytesIO(bytes(data.numpy())), weights_only=True, map_location="cpu")
+    return torch.load(io.BytesIO(_bytes(data)), weights_only=True, map_location="cpu")
