@@ -46,7 +46,7 @@ def orthogonalized(
         return matrices.bfloat16()
     matrix = matrices.shape[-2:]
     stack = matrices.reshape(-1, *matrix)
-    count = max(len(stack), 1) if stack.is_cuda else max(1, _CACHED // max(matrix.numel(), 1))
+    count = len(stack) if stack.is_cuda else max(1, _CACHED // matrix.numel())
     parts = [_orthogonalized(part, steps, coefficients, eps) for part in torch.split(stack, count)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(matrices.shape)
 

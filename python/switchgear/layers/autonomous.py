@@ -56,8 +56,6 @@ class AutonomousMoE(WithLosses):
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
-        if d_low < 1:
-            raise ValueError(f"d_low: expected at least 1, got {d_low}")
         self.num_experts, self.activation, self.return_routing = num_experts, activation, return_routing
         score: Callable[..., Any] = partial(ActivationNorm, d_low=d_low)
         self.gate = Router(
