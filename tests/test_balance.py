@@ -646,6 +646,7 @@ def test_padding_may_be_nan(loss: Any) -> None:
     value.backward()
     assert spoilt[1].grad.isfinite().all()
     assert spoilt[1].grad.any(-1).equal(mask > 0)
+    assert loss(*spoilt, torch.zeros_like(mask)) == 0
 
 
 @pytest.mark.parametrize("loss", [consistency_loss, output_regularization])
