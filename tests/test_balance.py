@@ -492,6 +492,9 @@ def test_controllers_refuse_numbers_out_of_range() -> None:
             AdaptiveCoefficient(beta=beta)
     with pytest.raises(TypeError, match=r"^margin: expected float, got str"):
         RunningCap(TopK(2), "x", E)
+    for name, value in (("top_k", 0), ("top_k", E + 1), ("rate", 1.0), ("initial", 1e29)):
+        with pytest.raises(ValueError, match=f"^{name}: expected a number "):
+            AdaptiveSparsity(**{"top_k": 2, "num_experts": E, name: value})
 
 
 @pytest.mark.parametrize(
