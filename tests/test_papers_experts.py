@@ -74,14 +74,18 @@ def test_row60_outputs_stay_while_new_gates_are_closed(init: str) -> None:
 
 def test_row60_copies_of_experts() -> None:
     moe = make_moe()
-    moe.expand(2, sources=[3, 1])
+    moe.expand(2, sources=[3, 0])
     for tensor in (moe.experts.gate_up_proj, moe.experts.down_proj, moe.gate.weight):
-        assert torch.equal(tensor[4:], tensor[[3, 1]])
+        assert torch.equal(tensor[4:], tensor[[3, 0]])
     finetune.unfreeze(moe)
     whole = moe.expand(1, freeze_old=False)
     assert all(parameter.requires_grad and len(parameter) == 7 for parameter in whole)
     moe(data(0)).sum().backward()
     assert moe.experts.down_proj.grad.shape[0] == 7
+    fresh = make_moe()
+    fresh.expand(2, init="random")
+    for tensor in (fresh.experts.gate_up_proj, fresh.experts.down_proj, fresh.gate.weight):
+        assert not torch.isin(tensor[4:], tensor[:4]).all()
 
 
 def test_row60_output_regularization() -> None:
