@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
-from switchgear import diagnostics, finetune
+from switchgear import adapters, diagnostics, finetune
 from switchgear.routing import ExpertChoice, Gaussian, LossFreeBias, SwitchLoss, anchor_loss, output_regularization
 from switchgear.routing.balance import router_probabilities
 
@@ -175,6 +175,13 @@ def test_row60_nothing_grows_on_failure(options: Any, arguments: Any, message: s
     with pytest.raises(ValueError, match=message):
         moe.expand(**arguments)
     assert [(name, id(p), p.shape) for name, p in moe.named_parameters()] == before
+
+
+def test_row60_experts_with_adapters_do_not_grow() -> None:
+    moe = make_moe()
+    adapters.add_lora(moe, 2)
+    with pytest.raises(ValueError, match=r"^experts: expected none with adapters"):
+        moe.expand(1)
 
 
 def test_row60_nothing_grows_within_a_step_that_a_loss_counts() -> None:
