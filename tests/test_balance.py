@@ -413,28 +413,28 @@ def test_sequence_scope_is_stricter_than_the_batch_on_skewed_domains() -> None:
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
 
 
+LOSSES = [
+    losses.SwitchLoss(),
+    losses.SwitchLoss(scope="sequence", per_choice=True),
+    losses.SwitchLoss(scope="global", accumulate=True),
+    losses.NullAwareSwitchLoss(num_null=2),
+    losses.ZLoss(),
+    losses.ImportanceLoad(),
+    losses.EntropyLoss(),
+    losses.BatchEntropy(),
+    losses.ChoiceLoss(),
+    losses.ParamPenalty([1.0] * E),
+    losses.DeviceBalance(GROUPS),
+    losses.AlignmentLoss(GROUPS),
+    losses.LocalityLoss(GROUPS, 0),
+    losses.ClusterVariance(GROUPS),
+    losses.LocalizedBalance(GROUPS),
+    AdaptiveSparsity(2, E),
+]
+
+
 @pytest.mark.parametrize("shape", [(1, 0, 8), (0, 5, 8)])
-@pytest.mark.parametrize(
-    "loss",
-    [
-        losses.SwitchLoss(),
-        losses.SwitchLoss(scope="sequence", per_choice=True),
-        losses.SwitchLoss(scope="global", accumulate=True),
-        losses.NullAwareSwitchLoss(num_null=2),
-        losses.ZLoss(),
-        losses.ImportanceLoad(),
-        losses.EntropyLoss(),
-        losses.BatchEntropy(),
-        losses.ChoiceLoss(),
-        losses.ParamPenalty([1.0] * E),
-        losses.DeviceBalance(GROUPS),
-        losses.AlignmentLoss(GROUPS),
-        losses.LocalityLoss(GROUPS, 0),
-        losses.ClusterVariance(GROUPS),
-        losses.LocalizedBalance(GROUPS),
-    ],
-    ids=lambda loss: type(loss).__name__,
-)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
 def test_losses_of_no_tokens_are_zero(loss: Any, shape: tuple[int, int, int]) -> None:
     moe = switchgear.MoE(8, 6, E, K, balance=[loss])
     moe(torch.zeros(shape), embedding=torch.zeros(shape[0], dtype=torch.int64))
@@ -442,6 +442,18 @@ def test_losses_of_no_tokens_are_zero(loss: Any, shape: tuple[int, int, int]) ->
     assert value == 0
     value.backward()
     assert not moe.gate.weight.grad.any()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_a_token_costs_as_much_as_several_like_it(loss: Any) -> None:
+    """Losses are means over tokens; but LoRAMoE's is of total weights."""
+    moe, x = switchgear.MoE(8, 6, E, K, balance=[loss]), torch.randn(1, 1, 8)
+    found = []
+    for times in (1, 3):
+        moe(x.expand(1, times, 8), embedding=torch.zeros(1, dtype=torch.int64))
+        found += moe.losses.values()
+    factor = 3 if isinstance(loss, losses.LocalizedBalance) else 1
+    torch.testing.assert_close(found[1], factor * found[0], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -453,6 +465,8 @@ def test_losses_of_no_tokens_are_zero(loss: Any, shape: tuple[int, int, int]) ->
         (losses.BatchEntropy, "coefficient"),
         (losses.ChoiceLoss, "coefficient"),
         (losses.ImportanceLoad, "importance"),
+        (lambda value: losses.ImportanceLoad(load=value), "load"),
+        (lambda value: losses.ImportanceLoad(noise_std=value), "noise_std"),
         (partial(losses.DeviceBalance, GROUPS), "coefficient"),
         (lambda value: losses.LocalizedBalance(GROUPS, delta=value), "delta"),
         (LossFreeBias, "rate"),
@@ -478,6 +492,9 @@ def test_controllers_refuse_numbers_out_of_range() -> None:
             AdaptiveCoefficient(beta=beta)
     with pytest.raises(TypeError, match=r"^margin: expected float, got str"):
         RunningCap(TopK(2), "x", E)
+    for name, value in (("top_k", 0), ("top_k", E + 1), ("rate", 1.0), ("initial", 1e29)):
+        with pytest.raises(ValueError, match=f"^{name}: expected a number "):
+            AdaptiveSparsity(**{"top_k": 2, "num_experts": E, name: value})
 
 
 @pytest.mark.parametrize(
@@ -537,6 +554,9 @@ def test_micro_batches_of_a_step_are_counted_together() -> None:
             wanted = balance.switch_loss(logits[m].softmax(-1), counts, len(seen))
             torch.testing.assert_close(loss(routing(logits[m]), NOTHING_KNOWN), wanted)
         loss.after_step(counts, nn.Identity())
+    alone = losses.SwitchLoss(1.0, "global")  # of one process and call
+    for part in logits:
+        assert torch.equal(alone(routing(part), NOTHING_KNOWN), losses.SwitchLoss(1.0)(routing(part), NOTHING_KNOWN))
 
 
 def test_a_loop_without_steps_keeps_a_bounded_number_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,6 +649,7 @@ def test_padding_may_be_nan(loss: Any) -> None:
     value.backward()
     assert spoilt[1].grad.isfinite().all()
     assert spoilt[1].grad.any(-1).equal(mask > 0)
+    assert loss(*spoilt, torch.zeros_like(mask)) == 0
 
 
 @pytest.mark.parametrize("loss", [consistency_loss, output_regularization])

@@ -106,6 +106,12 @@ def test_loss_free_balancing_moves_by_the_rate() -> None:
     router.after_step()
     assert router.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.25]
     assert not router.tokens_per_expert.any()
+    router.balance = [LossFreeBias(0.25, rule="proportional")]
+    router.tokens_per_expert.copy_(torch.tensor([0, 0, 1, 1]))  # means below 1 divide, too
+    router.after_step()
+    assert router.e_score_correction_bias.tolist() == [0.0, 0.5, -0.25, 0.0]
+    router.after_step()
+    assert router.e_score_correction_bias.tolist() == [0.0, 0.5, -0.25, 0.0]
     with pytest.raises(ValueError, match="rule"):
         LossFreeBias(rule="cubic")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -184,6 +185,11 @@ def test_pmoe_of_all_patches_is_a_dense_mixture() -> None:
         select = ExpertChoice(tokens_per_expert=patches, scope="sequence", weights="softmax_over_tokens")
         ids = select(logits, Context(sequence_length=6)).topk_ids.view(2, -1)
         assert all(counts_of(sample) == [patches] * E for sample in ids)
+    select = ExpertChoice(tokens_per_expert=4, weights="softmax_over_tokens")
+    of_batch = select(logits)
+    of_one = replace(select, scope="sequence")(logits, Context(sequence_length=12))
+    assert torch.equal(of_batch.topk_ids, of_one.topk_ids)
+    torch.testing.assert_close(of_batch.topk_weights, of_one.topk_weights)
 
 
 @pytest.mark.parametrize(

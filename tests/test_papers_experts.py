@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
-from switchgear import diagnostics, finetune
+from switchgear import adapters, diagnostics, finetune
 from switchgear.routing import ExpertChoice, Gaussian, LossFreeBias, SwitchLoss, anchor_loss, output_regularization
 from switchgear.routing.balance import router_probabilities
 
@@ -74,25 +74,29 @@ def test_row60_outputs_stay_while_new_gates_are_closed(init: str) -> None:
 
 def test_row60_copies_of_experts() -> None:
     moe = make_moe()
-    moe.expand(2, sources=[3, 1])
+    moe.expand(2, sources=[3, 0])
     for tensor in (moe.experts.gate_up_proj, moe.experts.down_proj, moe.gate.weight):
-        assert torch.equal(tensor[4:], tensor[[3, 1]])
+        assert torch.equal(tensor[4:], tensor[[3, 0]])
     finetune.unfreeze(moe)
     whole = moe.expand(1, freeze_old=False)
     assert all(parameter.requires_grad and len(parameter) == 7 for parameter in whole)
     moe(data(0)).sum().backward()
     assert moe.experts.down_proj.grad.shape[0] == 7
+    fresh = make_moe()
+    fresh.expand(2, init="random")
+    for tensor in (fresh.experts.gate_up_proj, fresh.experts.down_proj, fresh.gate.weight):
+        assert not torch.isin(tensor[4:], tensor[:4]).all()
 
 
 def test_row60_output_regularization() -> None:
     old, new = torch.randn(5, 7, 11), torch.randn(5, 7, 11, requires_grad=True)
     assert output_regularization(old, old) == 0
-    p, q = (old / 2).softmax(-1).double(), (new / 2).softmax(-1).double()
-    wanted = 4 * (p * (p / q).log()).sum(-1)
-    loss = output_regularization(old, new, temperature=2.0)
+    p, q = (2 * old).softmax(-1).double(), (2 * new).softmax(-1).double()
+    wanted = 0.25 * (p * (p / q).log()).sum(-1)
+    loss = output_regularization(old, new, temperature=0.5)
     torch.testing.assert_close(loss.double(), wanted.mean())
     mask = torch.arange(7).expand(5, 7) < 3
-    torch.testing.assert_close(output_regularization(old, new, mask, temperature=2.0).double(), wanted[:, :3].mean())
+    torch.testing.assert_close(output_regularization(old, new, mask, temperature=0.5).double(), wanted[:, :3].mean())
     loss.backward()
     assert new.grad.any()
     with pytest.raises(ValueError, match="temperature"):
@@ -171,6 +175,13 @@ def test_row60_nothing_grows_on_failure(options: Any, arguments: Any, message: s
     with pytest.raises(ValueError, match=message):
         moe.expand(**arguments)
     assert [(name, id(p), p.shape) for name, p in moe.named_parameters()] == before
+
+
+def test_row60_experts_with_adapters_do_not_grow() -> None:
+    moe = make_moe()
+    adapters.add_lora(moe, 2)
+    with pytest.raises(ValueError, match=r"^experts: expected none with adapters"):
+        moe.expand(1)
 
 
 def test_row60_nothing_grows_within_a_step_that_a_loss_counts() -> None:

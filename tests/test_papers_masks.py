@@ -78,9 +78,13 @@ def test_sam_sends_a_token_to_one_group() -> None:
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("closed", [[5], [0, 3, 5], [4, 5]])
-def test_sam_keeps_a_group_open_without_some_of_its_experts(closed: list[int], score_function: str) -> None:
-    """A loop over tokens: closed experts add nothing to their groups, and a closed group is never chosen."""
-    logits, bias = torch.randn(100, 8), torch.linspace(-0.2, 0.2, 8)
+@pytest.mark.parametrize("least", [-0.2, -2.2])
+def test_sam_keeps_a_group_open_without_some_of_its_experts(
+    least: float, closed: list[int], score_function: str
+) -> None:
+    """A loop over tokens: closed experts add nothing to their groups, and a closed group is never chosen, even where
+    the sums of the others are negative."""
+    logits, bias = torch.randn(100, 8), torch.linspace(least, least + 0.4, 8)
     shut = bias.index_fill(0, torch.tensor(closed), -torch.inf)
     select = Grouped(2, 4, 2, score_function=score_function)
     chosen = []

@@ -139,6 +139,15 @@ def test_row49_meo_draws_noise_in_training_alone() -> None:
     torch.testing.assert_close(layer(x), meo(layer, x)[0])
 
 
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_row49_meo_in_bfloat16_sees_all_tokens_of_a_long_sequence(pooling: str) -> None:
+    """Sums are float32: in bfloat16, 256 + 1 is 256, and devices that add so would count the first tokens alone."""
+    layer, x = layer_of(per_linear=True, pooling=pooling).bfloat16(), torch.randn(1, 2, H).bfloat16()
+    x = x.repeat_interleave(500, 1)
+    torch.testing.assert_close(layer(x.flip(1)).flip(1), layer(x))
+    assert layer.shares(x[0], torch.zeros(1000, dtype=torch.int64), 1).dtype is torch.float32
+
+
 def test_row49_meo_of_tokens_in_any_order() -> None:
     """Sequences of different lengths, by numbers of their own or by promised ones."""
     layer, x = layer_of().double().eval(), torch.randn(9, H, dtype=torch.float64)

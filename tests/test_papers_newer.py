@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -195,6 +196,10 @@ def test_moe_plus_plus_limits_real_and_free_experts(backend: str, drop: str) -> 
             assert kept.topk_ids[at] == (e if place < places else -1)
             assert kept.topk_weights[at] == (routing.topk_weights[at] if place < places else 0)
     assert kept.num_dropped == (kept.topk_ids < 0).sum() > 0
+    whole = replace(limit, limit=replace(limit.limit, renormalize=True))(routing, Context(training=True))
+    assert torch.equal(whole.topk_ids, kept.topk_ids)
+    wanted = routing.topk_weights.sum(1) * (kept.topk_ids >= 0).any(1)
+    torch.testing.assert_close(whole.topk_weights.sum(1), wanted)
     with pytest.raises(ValueError, match="free_experts"):
         CapacityByKind(E + 5)(routing, Context())
     with pytest.raises(ValueError, match="tau"):

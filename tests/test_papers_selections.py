@@ -573,7 +573,10 @@ def test_knowledge_augmentation_samples_without_replacement() -> None:
     torch.testing.assert_close(torch.bincount(ids[:, 1], minlength=4) / 20_000, second, atol=0.015, rtol=0)
     some = SampledTopK(2, p_sample=0.05)(torch.randn(1, 8).expand(4000, 8), TRAINING).topk_ids
     assert 0 < (some != some.mode(0).values).any(1).float().mean() < 0.06
-    assert torch.equal(SampledTopK(2, p_sample=0.0)(logits).topk_ids, TopK(2)(logits).topk_ids)
+    for options in ({"score_function": "sigmoid"}, {"normalize": True, "scale": 2.5}):
+        best, wanted = SampledTopK(2, p_sample=0.0, **options)(logits), TopK(2, **options)(logits)
+        assert torch.equal(best.topk_ids, wanted.topk_ids)
+        torch.testing.assert_close(best.topk_weights, wanted.topk_weights)
 
 
 def test_deepseek_v3_chooses_within_groups_by_bias(backend: str) -> None:

@@ -241,6 +241,7 @@ def test_bad_arguments_are_named() -> None:
     for match, wrong in {
         "widths": lambda: presets.hmoe(widths="odd"),
         "intermediate_size: expected a multiple of 16": lambda: switchgear.MoE(64, 40, 8, **presets.hmoe()),
+        "intermediate_size: expected a multiple of 4 for": lambda: switchgear.MoE(64, 6, 3, 2, widths=[4, 4, 8]),
         "heads": lambda: presets.build(64, 32, 8, **presets.multi_head(heads=5)),
         "strata": lambda: presets.build(64, 32, 8, **presets.stratified(strata=[1, 2])),
         "num_experts: expected a square": lambda: presets.build(64, 32, 8, **presets.monet()),

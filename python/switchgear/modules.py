@@ -223,8 +223,8 @@ def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> l
     if len(widths) != num_experts or min(widths) < 1:
         raise ValueError(f"widths: expected {num_experts} positive numbers, got {list(widths)}")
     total = intermediate_size * num_experts
-    if any(width * total % sum(widths) for width in widths):
-        unit = sum(widths) // math.gcd(num_experts, sum(widths))
+    unit = sum(widths) // math.gcd(num_experts * math.gcd(*widths), sum(widths))
+    if intermediate_size % unit:
         raise ValueError(
             f"intermediate_size: expected a multiple of {unit} for the widths {list(widths)}, got {intermediate_size}"
         )

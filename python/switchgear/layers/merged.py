@@ -155,16 +155,18 @@ class MergedExperts(WithLosses):
 
     def shares(self, rows: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
         """[T,1]: the share of each token in the average of its sequence."""
-        weight = torch.ones_like(rows[:, :1])
+        # In 16 bits, sums of many tokens lose digits, and those of ones end at 256.
+        weight = wide(torch.ones_like(rows[:, :1]))
         if self.attention is not None:
             score = wide(self.attention(rows))
             highest = score.new_full((num_sequences, 1), -torch.inf)
             highest = highest.scatter_reduce(0, sequence_ids[:, None], score.detach(), "amax")
-            weight = (score - highest[sequence_ids]).exp().to(rows.dtype)
+            weight = (score - highest[sequence_ids]).exp()
         total = weight.new_zeros(num_sequences, 1).index_add(0, sequence_ids, weight)
         return weight / total[sequence_ids]
 
 
 def pooled(rows: Tensor, share: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
     """[B,…]: Σ share · rows over the tokens of each sequence; zeros for sequences without tokens."""
-    return rows.new_zeros(num_sequences, rows.shape[1]).index_add(0, sequence_ids, share.to(rows.dtype) * rows)
+    parts = share * rows
+    return parts.new_zeros(num_sequences, rows.shape[1]).index_add(0, sequence_ids, parts).to(rows.dtype)

@@ -29,8 +29,8 @@ def mean_of_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) [...] of log-probabilities [..., V], without the terms of p = 0, whose logarithm is -inf."""
-    absent = log_p == -torch.inf  # 0 · log 0 is 0; masked before and after, so that gradients are finite
-    log_ratio = (log_p.masked_fill(absent, 0) - log_q.masked_fill(absent, 0)).masked_fill(absent, 0)
+    absent = log_p == -torch.inf  # 0 · log 0 is 0; masked before, so that gradients are finite
+    log_ratio = log_p.masked_fill(absent, 0) - log_q.masked_fill(absent, 0)
     return (log_p.exp() * log_ratio).sum(-1)
 
 

@@ -139,8 +139,7 @@ class Capacity:
             weights = torch.where(moved, weights * _ratio(scores, kept_ids, ids), weights)
         routing = routing._replace(topk_ids=kept_ids, topk_weights=weights)
         if self.renormalize:
-            total, whole = total_weight(routing), total_weight(wanted)
-            weights = weights * (whole / torch.where(total == 0, torch.ones_like(total), total))
+            weights = _renormalized(routing, wanted)
         lost = _choices(wanted) - _choices(routing)
         return _narrowed(routing._replace(topk_weights=weights, num_dropped=dropped + lost.clamp(min=0).sum()))
 
@@ -205,7 +204,8 @@ class CapacityByKind:
         assert others.num_dropped is not None
         before = 0 if routing.num_dropped is None else routing.num_dropped
         num_dropped = limited.num_dropped + others.num_dropped - before
-        return routing._replace(topk_ids=topk_ids, topk_weights=topk_weights, num_dropped=num_dropped)
+        kept = routing._replace(topk_ids=topk_ids, topk_weights=topk_weights, num_dropped=num_dropped)
+        return kept._replace(topk_weights=_renormalized(kept, routing)) if self.limit.renormalize else kept
 
     def _limited(self, routing: Routing, kind: Tensor, scale: float, context: Context) -> Routing:
         """The choices of one kind, which only displace each other, within `scale` times the limit."""
@@ -214,6 +214,7 @@ class CapacityByKind:
             self.limit,
             factor=self.limit.factor * scale,
             evaluation_factor=None if evaluation is None else evaluation * scale,
+            renormalize=False,  # a token's weights of both kinds have one sum
         )
         part = routing._replace(topk_ids=routing.topk_ids.masked_fill(~kind, -1))
         return limit.limited(part, context, _choices(routing))
@@ -225,6 +226,12 @@ _MOST = 2**31 - 1  # of a limit, an int32
 def _choices(routing: Routing) -> Tensor:
     """The number of choices of each token, [T] int64."""
     return (routing.topk_ids >= 0).sum(1)
+
+
+def _renormalized(routing: Routing, wanted: Routing) -> Tensor:
+    """The weights [T,K] of routing, scaled to the sums of each token's in wanted."""
+    total, whole = total_weight(routing), total_weight(wanted)
+    return routing.topk_weights * (whole / torch.where(total == 0, torch.ones_like(total), total))
 
 
 def _rounded_up(values: Tensor) -> Tensor:

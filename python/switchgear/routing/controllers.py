@@ -55,7 +55,7 @@ class LossFreeBias:
         counts = tokens_per_expert.float()
         mean = counts.mean()
         error = mean - counts
-        error = error.sign() if self.rule == "sign" else error / mean.clamp(min=1)
+        error = error.sign() if self.rule == "sign" else error / mean.clamp(min=torch.finfo(mean.dtype).tiny)
         router.e_score_correction_bias.add_(error, alpha=self.rate)
 
 

@@ -83,9 +83,8 @@ class ExpertChoice:
         scores = scores_of(router_logits, "softmax") if by_score else finite(router_logits)
         values = scores.detach() if bias is None else scores.detach() + finite(bias)
         if num_tokens == 0:
-            return Routing(
-                router_logits.new_zeros(0, 1, dtype=torch.int32), scores[:, :1], router_logits, num_experts, scores
-            )
+            ids = router_logits.new_zeros(0, 1, dtype=torch.int32)
+            return Routing(ids, scores[:, :1], router_logits, num_experts, scores if by_score else None)
         sequence, limits = self._limits(context, num_tokens, num_experts, router_logits.device)
         if self.max_experts_per_token is not None and self.cap_iterations:
             values = self._capped(values, sequence, limits, context)

@@ -150,7 +150,7 @@ class Router(KeepsFloat32):
             _exclude("select", top_k=top_k is not None, score_function=score_function != "softmax", normalize=normalize,
                      scale=scale != 1, num_groups=num_groups != 1, topk_groups=topk_groups != 1,
                      group_score=group_score != "max")  # fmt: skip
-        elif top_k is None or not 1 <= top_k <= num_experts:
+        elif top_k is None or top_k > num_experts:
             raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
         if score is not None:
             _exclude("score", float32=float32, bias=bias)

@@ -278,10 +278,10 @@ class Grouped:
             return TopK(*options, self.group_score)(router_logits, context, bias)
         router_logits = _rows(router_logits)
         num_tokens, num_experts = router_logits.shape
-        if self.num_groups < 1 or num_experts % self.num_groups:
+        if num_experts % self.num_groups:
             raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {self.num_groups}")
         size = num_experts // self.num_groups
-        if not 1 <= self.top_k <= self.topk_groups * size:
+        if self.top_k > self.topk_groups * size:
             raise ValueError(f"top_k: expected 1 to {self.topk_groups * size} (eligible experts), got {self.top_k}")
         scores = scores_of(router_logits, self.score_function)
         values = in_sums = scores.detach()

@@ -143,7 +143,7 @@ class SparseMixer:
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
-        if not 1 <= self.top_k <= router_logits.shape[1]:
+        if self.top_k > router_logits.shape[1]:
             raise ValueError(f"top_k: expected 1 to {router_logits.shape[1]} (num_experts), got {self.top_k}")
         logits = finite(router_logits)
         lowest = torch.finfo(logits.dtype).min / 2  # stays above the value that marks "taken"
