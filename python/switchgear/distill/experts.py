@@ -144,16 +144,13 @@ def distill_experts(
                 raise ValueError("batches: expected labels, so that the student returns a loss, got none")
             experts = expert_kd(teacher, student, **{key: value for key, value in batch.items() if key != "labels"})
             losses = Losses(float(own.detach()), float(experts.detach()))
-            total = own + (_balance(losses) if weight is None else weight) * experts
+            if weight is None:
+                weight = abs(losses.own) / losses.experts if losses.experts else 0.0
+            total = own + weight * experts
             if not bool(total.isfinite()):
                 raise ValueError(f"batches: expected finite losses, got {losses}")
-            weight = _balance(losses) if weight is None else weight
             optimizer.zero_grad()
             torch.autograd.backward(total)
             optimizer.step()
             done.append(losses)
     return done
-
-
-def _balance(losses: Losses) -> float:
-    return abs(losses.own) / losses.experts if losses.experts else 0.0
