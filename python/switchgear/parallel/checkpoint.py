@@ -258,11 +258,11 @@ def _check(wanted: dict[str, Tensor], stored: dict[str, Any], experts: dict[str,
     _check_found(wanted, stored)
     for name in stored:
         found = _ENTRY.fullmatch(name)
-        if found is not None and int(found[2]) >= experts.get(found[1].split("/")[-1], 0):
-            known = found[1] if "/" not in found[1] else found[1].split("/")[1]
-            if int(found[2]) >= experts.get(known, 0):
-                raise ValueError(f"{name}: expected {experts.get(known, 0)} experts, got one more")
-        elif found is None and not name.startswith("optimizer/") and name not in wanted:
+        if found is not None:
+            parameter = found[1].split("/")[1] if found[1].startswith("optimizer/") else found[1]
+            if int(found[2]) >= experts.get(parameter, 0):
+                raise ValueError(f"{name}: expected {experts.get(parameter, 0)} experts, got one more")
+        elif not name.startswith("optimizer/") and name not in wanted:
             raise ValueError(f"{name}: expected none in the checkpoint, got one")
 
 
