@@ -247,7 +247,7 @@ def test_a_missing_extra_says_what_to_install(
 
 
 def test_an_error_that_begins_with_an_empty_line_has_a_reason() -> None:
-    assert first_line(ImportError("\nTrainer requires torch\npip install torch")) == "ImportError: Trainer requires torch"
+    assert first_line(ImportError("\nit requires torch\npip install torch")) == "ImportError: it requires torch"
 
 
 def test_failed_imports_say_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
