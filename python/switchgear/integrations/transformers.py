@@ -317,6 +317,7 @@ def is_decorated(module: nn.Module) -> bool:
 
 
 def has_post_norm(module: nn.Module) -> bool:
+    """Whether an experts module normalises each expert's output before it is weighted."""
     return getattr(module, "has_post_expert_norm", False)
 
 
