@@ -123,8 +123,6 @@ def test_published_bytes_of_a_weight() -> None:
 
 
 def test_multiplied_by_the_bytes_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    import switchgear
-
     case = small_case("fp8")
     got: list[Any] = []
 
@@ -132,7 +130,7 @@ def test_multiplied_by_the_bytes_themselves(monkeypatch: pytest.MonkeyPatch) -> 
         got.extend((gate_up, down))
         return x
 
-    monkeypatch.setattr(switchgear, "moe", moe)
+    monkeypatch.setattr("switchgear.bench.competitors.ours.moe", moe)
     layer = COMPETITORS["switchgear_fp8"].make(case)
     forward(layer, case.inputs[0])
     assert case.stored is not None

@@ -19,7 +19,7 @@ import torch
 import switchgear
 from switchgear.cli import COMMANDS, info, main
 from switchgear.common import CommandError, console, machine, require
-from switchgear.complaints import failed_import
+from switchgear.complaints import failed_import, first_line
 
 # ---- info ------------------------------------------------------------------------------------------------------------
 
@@ -244,6 +244,10 @@ def test_a_missing_extra_says_what_to_install(
     error = capsys.readouterr().err
     assert f"needs {package}" in error
     assert "pip install 'switchgear[" in error
+
+
+def test_an_error_that_begins_with_an_empty_line_has_a_reason() -> None:
+    assert first_line(ImportError("\nit requires torch\npip install torch")) == "ImportError: it requires torch"
 
 
 def test_failed_imports_say_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from switchgear.bench.threads_model import (
     predict,
     record,
 )
-from switchgear.bench.threads_tables import Task, evaluate, make_call
+from switchgear.bench.threads_tables import Task, evaluate, make_calls
 from switchgear.cli import main
 from switchgear.weights import encode
 
@@ -40,7 +40,7 @@ def _small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recorded(tokens: int, mode: str, threads: int, dtype: str = "fp32") -> Recording:
-    return record(make_call(Task("small", dtype, tokens, mode, "balanced")), threads, 1)
+    return record(make_calls(Task("small", dtype, tokens, mode, "balanced"))[0], threads, 1)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 64])

@@ -26,7 +26,7 @@ MOST_SECONDS = 1e9  # of a timeout
 
 def first_line(error: BaseException) -> str:
     """Type and first line of an error, for the message of another one."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _origin(error: BaseException) -> BaseException:

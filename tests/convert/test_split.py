@@ -264,6 +264,20 @@ def test_row55_importance_of_all_layers_in_one_pass() -> None:
     assert [layer.name for layer in moved.layers] == ["layers.0", "layers.2"]
 
 
+def test_row54_a_mapping_without_scores_is_none() -> None:
+    model = convert.split_dense(Blocks(), 8, importance={}, layers=[0]).model
+    assert model.layers[0].experts.num_experts == 8
+
+
+def test_a_module_that_is_read_keeps_its_modes() -> None:
+    mlp = SharedExperts(H, WIDTH)
+    assert mlp.up_proj is not None
+    mlp.up_proj.eval()
+    convert.feed_forward(mlp)
+    assert mlp.training
+    assert not mlp.up_proj.training
+
+
 def test_row44_activity_of_neurons() -> None:
     model, x = Blocks(), torch.randn(9, H)
     batch = {"x": x, "labels": torch.zeros(9, H)}

@@ -100,7 +100,7 @@ def switchgear(case: AdaptedCase) -> Adapted:
 
 def materialised(case: AdaptedCase) -> Adapted:
     """switchgear.moe on W + scale · B·A, built at each step, as parametrised weights are."""
-    gate_up, down = _plain(case)
+    gate_up, down = case.case.weights
 
     def layer(inputs: Inputs) -> Tensor:
         first, second = (
@@ -120,7 +120,7 @@ def peft_grouped_mm(case: AdaptedCase) -> Adapted:
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
     except ImportError as error:
         raise Skip(f"needs peft and transformers: {error}") from None
-    shape, (gate_up, down) = case.case.shape, _plain(case)
+    shape, (gate_up, down) = case.case.shape, case.case.weights
     config = MixtralConfig(
         hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
         num_local_experts=shape.num_experts, num_experts_per_tok=shape.top_k,
@@ -165,7 +165,7 @@ def peft_grouped_mm(case: AdaptedCase) -> Adapted:
 
 def split_torch(case: AdaptedCase) -> Adapted:
     """Split LoRA as formulas of torch: grouped_mm of the base, plus two of the adapters (Unsloth's formula)."""
-    gate_up, down = _plain(case)
+    gate_up, down = case.case.weights
     experts, top_k = case.case.shape.num_experts, case.case.shape.top_k
 
     def layer(inputs: Inputs) -> Tensor:
@@ -199,12 +199,6 @@ def _with_our_parameters(case: AdaptedCase, layer: Layer) -> Adapted:
 
 def _parameter(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
-
-
-def _plain(case: AdaptedCase) -> tuple[Tensor, Tensor]:
-    """The base in the dtype of activations, for those who cannot read stored weights."""
-    gate_up, down = case.case.weights
-    return gate_up, down
 
 
 BASE, OURS = "frozen base", "switchgear"

@@ -31,7 +31,7 @@ from .case import FORMATS, Case, Inputs, make_case, make_weights
 from .competitors import Skip
 from .markdown import write_outputs
 from .minifloats import in_bfloat16, make_stored
-from .results import Row, earlier_cases, read_json, rounded, write_json
+from .results import Row, earlier_results, read_json, rounded, write_json
 from .shapes import SHAPES, Shape
 from .timing import interleave
 from .verify import SAMPLED_TOKENS
@@ -87,7 +87,8 @@ def _measure_all(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, A
     ]
     if args.budget:
         tasks = [task._replace(seconds=args.budget / len(tasks)) for task in tasks]
-    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": earlier_cases(args, SCHEMA, about)}
+    earlier = earlier_results(args, SCHEMA, about)
+    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": earlier["cases"] if earlier else []}
     for task in tasks:
         with closing(Child(task.title, _serve, task)) as child:
             case = child.receive()

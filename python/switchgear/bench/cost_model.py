@@ -61,7 +61,7 @@ GPUS = (
 )
 LAUNCH_SECONDS = 2e-6
 DEPENDENT_LAUNCH_SECONDS = 1e-6  # of a product of sm90 after another: its blocks start before that one ends
-ROUND_TRIP = 0.5e-6  # to L2 or memory: blocks of sm90 ask for their first tile, in a gemm after reading all offsets
+ROUND_TRIP = 0.5e-6  # to L2 or memory: blocks of sm90 request their first tile, in a gemm after reading all offsets
 ITEM = 2  # bytes of bfloat16
 EXPECTED = 0.87  # of the predicted speed, from reviews of kernels of this structure against their measured speed
 

@@ -26,7 +26,7 @@ def write(results: dict[str, Any], path: str) -> None:
 
 
 def write_outputs(args: argparse.Namespace, results: dict[str, Any], blocks: Blocks) -> None:
-    """What --json and --markdown ask for."""
+    """Writes the files of --json and --markdown."""
     if args.json:
         write_json(results, args.json)
     if args.markdown:

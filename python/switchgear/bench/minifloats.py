@@ -83,10 +83,13 @@ def _weight(format: str, pool: Tensor, num_experts: int, rows: int, cols: int, p
             _group_scales(bits, num_experts, blocks, cols), records=groups.records_of((bits,) * num_experts),
             parts=parts, group_size=GROUP_SIZE,
         )  # fmt: skip
-    scales = (_fp8_scales if format == "fp8" else _mxfp4_scales)(num_experts, blocks, cols, parts)
+    if format == "fp8":
+        scales, group_size = _fp8_scales(num_experts, blocks, cols, parts), minifloat.BLOCK[1]
+    else:
+        scales, group_size = _mxfp4_scales(num_experts, blocks, cols), minifloat.COLUMNS
     return Weight(
         format, data.view(num_experts, blocks, steps, -1), rows, cols, torch.bfloat16, scales,
-        parts=parts, group_size=minifloat.BLOCK[1] if format == "fp8" else minifloat.COLUMNS,
+        parts=parts, group_size=group_size,
     )  # fmt: skip
 
 
@@ -103,7 +106,7 @@ def _fp8_scales(num_experts: int, blocks: int, cols: int, parts: int) -> Tensor:
     return by_block.repeat_interleave(minifloat.ROWS, 3)
 
 
-def _mxfp4_scales(num_experts: int, blocks: int, cols: int, parts: int) -> Tensor:
+def _mxfp4_scales(num_experts: int, blocks: int, cols: int) -> Tensor:
     """2^-7 and 2^-6, for values with a standard deviation of 2."""
     shape = (num_experts, blocks, cols // minifloat.COLUMNS, minifloat.ROWS)
     return torch.randint(120, 122, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(blocks))

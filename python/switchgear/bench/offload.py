@@ -30,7 +30,7 @@ from .markdown import write_outputs
 from .offload_disk import read_ahead, read_rate
 from .offload_files import CHECKPOINT, GGUF, STORE, Spec, drop_pages, write_checkpoint, write_llama
 from .offload_worker import Task
-from .results import Row, check_same_machine, read_json, rounded
+from .results import Row, earlier_results, read_json, rounded
 
 SCHEMA = "switchgear-bench-offload/1"
 LIMIT = 512 << 20
@@ -60,9 +60,7 @@ def _measured(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]
         require(package)
     names = choose("competitors", args.competitors, ALL) if args.competitors else list(ALL)
     names = [BASE, *(name for name in names if name != BASE)]
-    earlier = read_json(args.json, "--json", SCHEMA) if args.json and Path(args.json).stat().st_size else None
-    if earlier:
-        check_same_machine(earlier, {"machine": about}, args.json)
+    earlier = earlier_results(args, SCHEMA, about)
     with _folder(args.checkpoint) as folder:
         measured = measure(QUICK if args.quick else FULL, folder, names, args.threads, quick=args.quick)
     results = {"schema": SCHEMA, "machine": about, **measured}

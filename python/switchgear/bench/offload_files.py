@@ -119,7 +119,7 @@ def _shards(spec: Spec) -> Iterable[dict[str, Tensor]]:
         }  # fmt: skip
 
 
-def mapped_experts(spec: Spec, folder: Path) -> dict[str, Tensor]:
+def mapped_experts(folder: Path) -> dict[str, Tensor]:
     """The experts of the checkpoint by name, as pages of its files: nothing is read."""
     return {name: tensor for name, tensor in _mapped(folder).items() if ".experts." in name}
 

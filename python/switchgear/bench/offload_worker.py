@@ -27,7 +27,7 @@ from torch import Tensor
 from ..common import require
 from ..common.cgroup import MemoryGroup
 from .llama import Llama
-from .offload_files import CHECKPOINT, GGUF, STORE, Spec, mapped_experts
+from .offload_files import CHECKPOINT, GGUF, STORE, mapped_experts
 from .offload_replay import Recorder, Replay
 
 RESERVE = 28 << 20  # bytes of the limit left for activations, keys and values, and the allocator
@@ -98,7 +98,7 @@ def resident(task: Task) -> Decoder:
 def mapped(task: Task) -> Decoder:
     """The experts are pages of the checkpoint's files. The same kernels read them there; no code of a cache runs."""
     model = _without_experts(task)
-    for name, tensor in mapped_experts(Spec(**task.spec), Path(task.folder)).items():
+    for name, tensor in mapped_experts(Path(task.folder)).items():
         module, _, last = name.rpartition(".")
         model.get_submodule(module).register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
     return Decoder(_transformers(model))

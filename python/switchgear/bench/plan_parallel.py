@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     losses = expected_losses(rates, placement)
     _print(args, model, predictions, best)
     _print_failures(args, rates, losses)
-    for line in recommendations(args, model, predictions, best, others, losses):
+    for line in recommendations(predictions, best, others, losses):
         console().print(line)
     if outputs:
         write_json(_results(args, model, predictions, best, losses), outputs["json"])
@@ -230,9 +230,8 @@ def _print_failures(args: argparse.Namespace, rates: Rates, losses: Losses) -> N
 
 
 def recommendations(
-    args: argparse.Namespace, model: Model, predictions: Predictions, best: tuple[int, int], others: dict[str, float],
-    losses: Losses,
-) -> list[str]:  # fmt: skip
+    predictions: Predictions, best: tuple[int, int], others: dict[str, float], losses: Losses
+) -> list[str]:
     """What to choose, and what other choices would gain. others: the best seconds of a layer with other formats."""
     levels, chunks = best
     own = seconds(predictions[best])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear import MoE, balance_loss
+from switchgear import MoE, RoutingTrace, balance_loss
 from switchgear.routing import Cosine, Linear, SwitchLoss, TopK
 
 from ..common import markdown_table, threads
@@ -135,8 +135,6 @@ def train(router: str, seed: int, steps: int, domains: list[Domain]) -> dict[str
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     model.eval()
-    from switchgear import RoutingTrace
-
     with torch.no_grad(), RoutingTrace(model) as trace:
         losses = [float(loss_of(model, evenly(domain.held_out, 64, LENGTH))) for domain in domains]
     return {"loss": mean(losses), "max_violation": max(row.max_violation for row in trace.summary())}

@@ -55,13 +55,13 @@ def write_json(value: dict[str, Any], path: str) -> None:
     write_file("json", path, _lines(rounded(value)) + "\n")
 
 
-def rounded(value: Any) -> Any:
+def rounded(value: Any, digits: int = DIGITS) -> Any:
     """The value as stored in a file, so that tables of a run and of its file are equal."""
     if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
+        return {name: rounded(item, digits) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def _lines(value: Any) -> str:
@@ -124,15 +124,15 @@ def open_outputs(args: argparse.Namespace) -> dict[str, str]:
     """Paths by kind, all writable. CommandError for one that is not, and for a document without places of tables."""
     outputs = {kind: path for kind in ("json", "csv", "markdown", "plot") if (path := getattr(args, kind, None))}
     for kind, path in outputs.items():
-        if kind != "plot":
-            check_file(kind, path)
-            if kind == "markdown":
-                documents.check(path)
+        if kind == "plot":
+            try:
+                Path(path).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CommandError(f"--plot: cannot write {path}: {error.strerror}") from None
             continue
-        try:
-            Path(path).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandError(f"--{kind}: cannot write {path}: {error.strerror}") from None
+        check_file(kind, path)
+        if kind == "markdown":
+            documents.check(path)
     return outputs
 
 
@@ -156,14 +156,13 @@ def check_same_machine(earlier: dict[str, Any], later: dict[str, Any], path: str
             raise CommandError(f"--json: {path} is of {name} {there}, this run of {here}")
 
 
-def earlier_cases(args: argparse.Namespace, schema: str, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cases in the file of --json, to which this run adds. CommandError if it is of another machine."""
+def earlier_results(args: argparse.Namespace, schema: str, about: dict[str, Any]) -> dict[str, Any] | None:
+    """What the file of --json has, to which this run adds. CommandError if it is of another machine."""
     if not (args.json and Path(args.json).exists() and Path(args.json).stat().st_size):
-        return []
+        return None
     earlier = read_json(args.json, "--json", schema)
     check_same_machine(earlier, {"machine": about}, args.json)
-    cases: list[dict[str, Any]] = earlier["cases"]
-    return cases
+    return earlier
 
 
 def cases_of(results: dict[str, Any]) -> list[list[Row]]:

@@ -11,7 +11,6 @@ as many rows, and the layer's cost scales in proportion.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from . import plain_routers
 from .case import Case, Layer, forward, make_case, make_weights
 from .competitors.ours import switchgear
 from .markdown import write_outputs
-from .results import Row, check_same_machine, read_json, rounded, write_json
+from .results import Row, earlier_results, read_json, rounded, write_json
 from .router_policies import Policy, policies
 from .shapes import ROUTER_SHAPES, Shape, forward_flops
 from .timing import FEWEST_QUIET, interleave
@@ -48,7 +47,9 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
         for measured in results["shapes"]:
             show(measured, results["machine"])
     else:
-        results = {"schema": SCHEMA, "machine": about, "shapes": _earlier(args.json, about, names)}
+        earlier = earlier_results(args, SCHEMA, about)
+        others = [shape for shape in earlier["shapes"] if shape["shape"] not in names] if earlier else []
+        results = {"schema": SCHEMA, "machine": about, "shapes": others}
         torch.set_num_threads(args.threads)
         dtype = "bf16" if machine.has_fast_bfloat16() else "fp32"
         for name in names:
@@ -60,15 +61,6 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
     write_outputs(args, results, {"routers": lambda: markdown(results)})
     wrong = sum(not row["equal"] for measured in results["shapes"] for row in measured["results"])
     return int(not args.source and wrong > 0)
-
-
-def _earlier(path: str | None, about: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """Results for other shapes in a file of the same machine."""
-    if path is None or not Path(path).exists() or not Path(path).stat().st_size:
-        return []
-    earlier = read_json(path, "--json", SCHEMA)
-    check_same_machine(earlier, {"machine": about}, path)
-    return [measured for measured in earlier["shapes"] if measured["shape"] not in names]
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ..common import threads as threads_of
 from ..common.processes import Child
 from .case import DECODE_TOKENS, FORMATS, ROUTINGS, Inputs, call_of, make_case, make_weights
 from .markdown import write_outputs
-from .results import Row, earlier_cases, read_json, write_json
+from .results import Row, earlier_results, read_json, rounded, write_json
 from .shapes import SHAPES, Shape
 from .threads_model import LOSSES, MACHINES, Cores, Measured, as_row, fork_seconds, machine, measured, predict, record
 
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
 
 
 def _record_all(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
-    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": earlier_cases(args, SCHEMA, about)}
+    earlier = earlier_results(args, SCHEMA, about)
+    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "cases": earlier["cases"] if earlier else []}
     for shape in choose("shapes", args.shapes or ",".join(MODEL_SHAPES), MODEL_SHAPES):
         for dtype in args.dtypes or ("bf16",):
             for mode in args.modes:
@@ -95,11 +96,6 @@ def _serve(connection: Connection, task: Task) -> None:
 # ---- one case --------------------------------------------------------------------------------------------------------
 
 
-def make_call(task: Task) -> Callable[[int], object]:
-    """A call of the layer."""
-    return make_calls(task)[0]
-
-
 def make_calls(task: Task) -> tuple[Callable[[int], object], Callable[[int, int], int]]:
     """A call of the layer, and a read of the weights of some experts by some threads, of others each time. Experts
     whose weights do not fit share those of others."""
@@ -119,8 +115,7 @@ def make_calls(task: Task) -> tuple[Callable[[int], object], Callable[[int, int]
         return call_of(case, partial(_layer, weights)), read
     slots = torch.arange(shape.num_experts, dtype=torch.int32) % stored
     first, second = (Weight("plain", w.detach(), w.shape[1], w.shape[2], dtype, slots=slots) for w in weights)
-    shared = (first, second)
-    return call_of(case, partial(_layer, shared)), read
+    return call_of(case, partial(_layer, (first, second))), read
 
 
 def _layer(weights: tuple[Any, Any], inputs: Inputs) -> torch.Tensor:
@@ -150,7 +145,7 @@ def evaluate(task: Task, machines: Any = MACHINES) -> Row:
                   for loop in cuts[1].loops],
         "machines": [as_row(prediction, one) for prediction in predictions],
     }  # fmt: skip
-    result: Row = _short(row)
+    result: Row = rounded(row, 4)  # more digits than predictions are worth
     return result
 
 
@@ -162,15 +157,6 @@ def _turn(
     real = measured(call, read, 2, 2)
     here = machine(2)._replace(node_bandwidth=real.read)
     return predict(recording, here, Cores(fork, real.core_read)).seconds, real
-
-
-def _short(value: Any) -> Any:
-    """Predictions with four digits, which is more than they are worth."""
-    if isinstance(value, dict):
-        return {name: _short(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_short(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

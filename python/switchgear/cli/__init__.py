@@ -109,7 +109,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _open_closed() -> None:
-    """Outputs that the caller has closed lead nowhere. Their numbers are taken, or the next file would get them."""
+    """Discards outputs that the caller has closed. The next file would get their numbers if they stayed closed."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         try:
             os.fstat(number)
@@ -121,5 +121,5 @@ def _open_closed() -> None:
 
 
 def _end_output() -> None:
-    """Else Python complains when it flushes at exit."""
+    """Discards the rest of the output, or Python complains when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common import CommandError, require
+from ..complaints import first_line
 from ..tiny import cache
 
 TINY = "tiny"  # names the model of train-tiny that is in the cache
@@ -48,8 +49,7 @@ def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any
     except CommandError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds
-        reason = str(error).strip().partition("\n")[0]
-        raise CommandError(f"cannot load {folder}: {type(error).__name__}: {reason}") from None
+        raise CommandError(f"cannot load {folder}: {first_line(error)}") from None
     name = type(model).__name__
     if missing := sorted(loaded["missing_keys"]):  # transformers has drawn them
         raise CommandError(f"{folder}: expected all tensors of {name}, {len(missing)} missing, such as {missing[0]}")

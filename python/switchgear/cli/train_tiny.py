@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_same(tiny: Tiny, recipe: Recipe, text: str) -> None:
-    """Another model than the requested one is neither shown for it nor replaced unasked. CommandError for another."""
+    """CommandError for a model other than the requested one, which is neither shown for it nor replaced unasked."""
     about = tiny.about
     for name, wanted in recipe._asdict().items():
         if (found := about["recipe"].get(name)) != wanted:

@@ -69,20 +69,15 @@ def expert_errors(
         check_finite(name, sample.x, sample.topk_weights, sums.weights)
         device = layer.projection(0).device
         rows = layer.rows(sample.x.to(device), sample.topk_ids.to(device), sample.topk_weights.to(device))
+        few = starved_experts(layer, calibration, 1) if method == "gptq" else []
         columns = []
         for width in bits:
             widths = [width] * layer.num_experts
-            few = starved_experts(layer, calibration, 1) if method == "gptq" else []
-            first, second = (
-                plain_projection(
-                    layer,
-                    index,
-                    quantized_projection(layer, index, widths, form, hessians.get(name), method, few),
-                    form,
-                )
-                for index in (0, 1)
-            )
-            _, outputs = layer.apply(rows.inputs, rows.offsets, first, second)
+            weights = []
+            for index in (0, 1):
+                levels = quantized_projection(layer, index, widths, form, hessians.get(name), method, few)
+                weights.append(plain_projection(layer, index, levels, form))
+            _, outputs = layer.apply(rows.inputs, rows.offsets, *weights)
             change = ((outputs.double() - rows.outputs.double()) * rows.weights[:, None]).square().sum(1)
             total = change.new_zeros(layer.num_experts).index_add_(0, rows.experts, change)
             columns.append(total.sqrt().cpu())

@@ -30,9 +30,9 @@ class Levels(NamedTuple):
 def rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Levels:
     """Round to nearest, with the scales of `groups.fit`."""
     levels = groups.quantize(weight, (bits,) * len(weight), group_size, symmetric)
-    zeros = levels.zeros if levels.zeros is not None else torch.full_like(levels.scales, 0, dtype=torch.uint8)
-    if symmetric or bits == 1:
-        zeros = torch.full_like(zeros, 2 ** (bits - 1))
+    zeros = levels.zeros
+    if zeros is None or bits == 1:
+        zeros = torch.full_like(levels.scales, 2 ** (bits - 1), dtype=torch.uint8)
     return Levels(levels.q, levels.scales, zeros)
 
 

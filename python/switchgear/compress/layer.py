@@ -14,7 +14,7 @@ from switchgear.complaints import list_of_names
 from switchgear.experts import Experts
 from switchgear.functional import Plan, glu, grouped_gemm, plan
 from switchgear.integrations.gates import own_gate
-from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.integrations.moe_blocks import MoeBlock, is_transposed, moe_blocks
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.weights.checks import check_replaceable
 
@@ -151,7 +151,7 @@ def expert_layers(
 
 
 def expert_layer(block: MoeBlock) -> ExpertLayer:
-    """Raises ValueError, which names the block, if its experts are no plain stacked parameters in this process."""
+    """Of a block. Raises ValueError, which names it, unless its experts are plain stacked parameters here."""
     name = block.name or "model"
     experts: Any = block.experts
     if isinstance(experts, VirtualExperts):
@@ -165,9 +165,8 @@ def expert_layer(block: MoeBlock) -> ExpertLayer:
         weight = experts.get_submodule(owner)._parameters.get(key)
         if type(weight) is not nn.Parameter:
             raise ValueError(f"{name}: expected a plain parameter {path}, got {type(weight).__name__}")
-    is_llama4 = type(experts).__name__.startswith("Llama4")
-    transposed = is_llama4 or bool(getattr(experts, "is_transposed", getattr(experts, "transposed", False)))
-    scales_input = is_llama4 or bool(getattr(block.block, "scale_input", False))
+    scales_input = type(experts).__name__.startswith("Llama4") or bool(getattr(block.block, "scale_input", False))
+    transposed = is_transposed(experts)
     return ExpertLayer(name, block, experts, first, second, transposed, _activation(experts), scales_input)
 
 

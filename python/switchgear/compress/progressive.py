@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
+from switchgear.compress.dense import dense_expert
 from switchgear.compress.surgery import choice_of
 from switchgear.experts import Experts
 from switchgear.functional import Routing, as_number
@@ -177,8 +178,6 @@ class ProgressivePruner:
         """A dense FFN per layer, SharedExperts with the expert left: what the routed part of the layer computes now.
         Raises ValueError while a layer has more than one, and for a layer that weights the one left by another number
         than 1, or not for all tokens."""
-        from switchgear.compress.dense import dense_expert
-
         found: dict[str, nn.Module] = {}
         blocks = {block.block: block for block in moe_blocks(self._model).values()}
         for name, experts in self.survivors.items():

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,9 @@ from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration, check_calibration
 from switchgear.compress.sums import Domains
 from switchgear.functional import Routing, as_number
+from switchgear.integrations.choices import overridden
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.integrations.routers import routing_method_of
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
@@ -76,32 +78,22 @@ def skip_experts(
     if empty := [name for name, ratio in ratios.items() if ratio != ratio]:
         raise ValueError(f"calibration: expected tokens with two experts, got none in {empty[0]}")
     done = Skipped(ratios)
-    methods = _routing_methods(blocks)  # raises before anything changes
+    # Raises before anything changes.
+    methods = {name: routing_method_of(block) for name, block in blocks.items() if not block.is_ours}
     with ExitStack() as stack:
         for name, block in blocks.items():
             if isinstance(block.gate, Router):
                 stack.enter_context(overridden_router(block.gate, _wrapper(ratios[name], protect, done)))
             else:
-                options = (methods[name], ratios[name], protect, importance or _norm, done)
-                _on_hugging_face(stack, block, *options)
+                _on_hugging_face(stack, block, methods[name], ratios[name], protect, importance or _norm, done)
         yield done
 
 
-def _routing_methods(blocks: Mapping[str, MoeBlock]) -> dict[str, Any]:
-    """How routers of Hugging Face weigh their choices; none for ours."""
-    foreign = {name: block for name, block in blocks.items() if not block.is_ours}
-    if not foreign:
-        return {}
-    from switchgear.integrations.routers import routing_method_of
-
-    return {name: routing_method_of(block) for name, block in foreign.items()}
-
-
 def _wrapper(ratio: float, protect: float, done: Skipped) -> Callable[[Select], Select]:
-    return lambda select: _Skipping(select, ratio, protect, done)
+    return lambda select: _CountedSkipBelow(select, ratio, protect, done)
 
 
-class _Choices:
+class _CountedChoices:
     """A selection whose choices are counted."""
 
     def __init__(self, select: Select, done: Skipped) -> None:
@@ -113,11 +105,11 @@ class _Choices:
         return routing
 
 
-class _Skipping:
+class _CountedSkipBelow:
     """SkipBelow, counted. `select` leads to the selection that it wraps: routers look for its score function there."""
 
     def __init__(self, select: Select, ratio: float, protect: float, done: Skipped) -> None:
-        self.select, self.done = SkipBelow(_Choices(select, done), ratio, protect), done
+        self.select, self.done = SkipBelow(_CountedChoices(select, done), ratio, protect), done
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         before = self.done.choices
@@ -130,7 +122,7 @@ def _norm(x: Tensor) -> Tensor:
     return x.detach().float().abs().sum(-1)
 
 
-class _Skip:
+class _SkipOnHuggingFace:
     """A selection of Hugging Face's router without the choices of little weight; the number of places stays."""
 
     def __init__(self, select: Select, ratio: float, protect: float, done: Skipped, seen: _Seen) -> None:
@@ -160,8 +152,6 @@ class _Seen:
 def _on_hugging_face(
     stack: ExitStack, block: MoeBlock, method: Any, ratio: float, protect: float, importance: Importance, done: Skipped
 ) -> None:
-    from switchgear.integrations.choices import overridden
-
     seen = _Seen()
 
     def keep(gate: nn.Module, args: tuple[Any, ...]) -> None:
@@ -170,5 +160,5 @@ def _on_hugging_face(
     assert block.gate is not None
     if protect:
         stack.callback(block.gate.register_forward_pre_hook(keep).remove)
-    wrapper: Callable[[Select], Select] = lambda select: _Skip(select, ratio, protect, done, seen)  # noqa: E731
+    wrapper: Callable[[Select], Select] = lambda select: _SkipOnHuggingFace(select, ratio, protect, done, seen)  # noqa: E731
     stack.enter_context(overridden(block, method, wrapper))

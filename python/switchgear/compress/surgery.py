@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.compress.layer import ExpertLayer
 from switchgear.experts import Experts
+from switchgear.integrations.choices import Choice, watched
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.router import Router
 from switchgear.utils.modes import evaluating
@@ -271,8 +272,6 @@ def choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
-    from switchgear.integrations.choices import Choice, watched
-
     found: list[Choice] = []
 
     def stop(choice: Choice) -> None:

@@ -41,11 +41,6 @@ class Family:
     def shared_gate(self, layer: int) -> str:
         return f"{self._block(layer)}shared_expert_gate.weight"
 
-    @property
-    def fused_block(self) -> str:
-        """The block's name in a model of transformers, whose experts are fused."""
-        return "mlp"
-
     def _block(self, layer: int) -> str:
         return f"model.layers.{layer}.{self.block}."
 
@@ -118,7 +113,7 @@ def family_for(config: Mapping[str, Any], size: Size, wanted: str | None = None)
         raise refuse("its attention has no biases")
     if config.get("attention_bias") and wanted != "qwen3_moe":
         raise refuse("its attention has no bias of the output projection")
-    if wanted != "qwen2_moe" and len(set(config.get("layer_types") or ())) > 1:
+    if wanted in ("mixtral", "qwen3_moe") and len(set(config.get("layer_types") or ())) > 1:
         raise refuse("its layers share one kind of attention")
     return family
 

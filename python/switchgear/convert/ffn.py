@@ -16,6 +16,7 @@ from switchgear.complaints import check_module
 from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_of
 from switchgear.layers.shared import SharedExperts
 from switchgear.reference import activations
+from switchgear.utils.modes import evaluating
 
 # (gate, up, down) of the modules in use; None: not gated.
 NAMES = (
@@ -234,13 +235,11 @@ def _check_same(module: nn.Module, found: FeedForward, name: str) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, found.hidden_size, generator=generator).to(found.up)
-    was = module.training
     try:
-        y = module.eval()(x)
+        with evaluating(module):
+            y = module(x)
     except Exception as error:
         raise ValueError(f"{name}: expected a module of rows [T,H], got {type(module).__name__} ({error})") from error
-    finally:
-        module.train(was)
     expected = found(x)
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(x.dtype, 5e-2)
     scale = float(expected.abs().max()) + 1e-30

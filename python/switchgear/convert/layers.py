@@ -84,7 +84,7 @@ def distill_layers(
     importance = options.pop("importance", None)
     with evaluating(model):
         inputs = _inputs(model, dict(chosen.values()), batches, tokens)
-    made: list[tuple[str, MoE]] = []
+    made: dict[nn.Module, MoE] = {}
     done: list[Distilled] = []
     for index, (name, module) in chosen.items():
         x = inputs.pop(name)
@@ -94,11 +94,11 @@ def distill_layers(
         moe = split_dense(module, num_experts, top_k, method=method, importance=given, seed=seed + index, **options)
         before = relative_error(moe, x, y)
         _train(moe, x, y, steps, batch_size, lr, seed)
-        made.append((name, moe.train(module.training)))
+        made[module] = moe.train(module.training)
         done.append(Distilled(name, before, relative_error(moe, x, y), len(x)))
-    if made[0][0] == "":
-        return Distillation(made[0][1], tuple(done))
-    put(model, {module: moe for (_, module), (_, moe) in zip(chosen.values(), made, strict=True)})
+    if model in made:
+        return Distillation(made[model], tuple(done))
+    put(model, made)
     return Distillation(model, tuple(done))
 
 

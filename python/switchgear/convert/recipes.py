@@ -175,15 +175,14 @@ def dense_plan(
     family = FAMILIES[str(config["model_type"])]
     count = num_experts_of(config, family)
     shares = check_options(method, weights, rank, count)
-    fused = f"model.layers.{{}}.{family.fused_block}.experts."
     width, hidden = int(made["intermediate_size"]), int(made["hidden_size"])
     items, replaced = [], []
     for layer in layers:
-        prefix = fused.format(layer)
-        keys = [prefix + "gate_up_proj", prefix + "down_proj"]
+        block = f"model.layers.{layer}.mlp."  # as transformers names it; experts are fused there
+        keys = [f"{block}experts.gate_up_proj", f"{block}experts.down_proj"]
         is_fused = keys[0] in set(source.keys())
         published = [family.expert(layer, e, part) for e in range(count) for part in PARTS]
-        replaced += [*(keys if is_fused else published), family.router(layer), f"{fused.format(layer)[:-8]}gate.weight"]
+        replaced += [*(keys if is_fused else published), family.router(layer), f"{block}gate.weight"]
 
         def network(layer: int = layer, keys: list[str] = keys, is_fused: bool = is_fused) -> FeedForward:
             if is_fused:

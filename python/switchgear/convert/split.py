@@ -22,7 +22,7 @@ from switchgear.modules import MoE
 from switchgear.reference import check_choice
 from switchgear.routing.selection import TopK
 
-UNIT = 16  # neurons; experts of different widths are padded with zeros to multiples, which the kernels' slices like
+UNIT = 16  # neurons; experts of different widths are padded with zeros to multiples, as the kernels' slices need
 
 # Options of MoE that follow from the networks: their sizes, and which experts there are.
 DECIDED = {
@@ -100,10 +100,9 @@ def split_dense(
             )
         if family not in (None, OURS):
             raise ValueError(f"family: expected None for a {type(mlp).__name__}, which is no model of transformers")
-        found = importance if isinstance(importance, Mapping) else {}
 
         def layer_of(dense: FeedForward, index: int) -> MoE:
-            given = found.get(index) if found else importance
+            given = importance.get(index) if isinstance(importance, Mapping) else importance
             seeded = {**how, "seed": seed + index}
             made: MoE = split_dense(
                 dense, num_experts, top_k, method=method, importance=given, weights=weights, **seeded, **options
@@ -114,14 +113,13 @@ def split_dense(
     dense = feed_forward(mlp)
     if isinstance(importance, Mapping):
         raise TypeError("importance: expected a tensor for one feed-forward module, got a mapping by layer")
-    given = isinstance(method, Partition)
-    parts = method if isinstance(method, Partition) else partition(
-        dense, num_experts, method, shared=shared, importance=importance, keep=keep, seed=seed
-    )  # fmt: skip
-    if given:
+    if isinstance(method, Partition):
+        parts = method
         _check_partition(parts, num_experts, dense.intermediate_size)
+    else:
+        parts = partition(dense, num_experts, method, shared=shared, importance=importance, keep=keep, seed=seed)
     if top_k is None:
-        top_k = 1 if not parts.is_split else num_experts
+        top_k = num_experts if parts.is_split else 1
     check_moe(num_experts, top_k)
     if "select" not in options:
         options["select"] = _selection(parts, num_experts, top_k, weights, rescale)

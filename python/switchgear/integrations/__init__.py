@@ -2,7 +2,7 @@
 """Integrations with other libraries. `switchgear.integrations.transformers` is for Hugging Face transformers.
 
 transformers.py  the public functions; experts.py: one layer of experts; gates.py: recognises its gate
-swap.py          replaces a module's forward; forwards.py: and gives it back; undecorated.py: the table of forwards;
+swap.py          replaces a module's forward; forwards.py: how, and restores it; undecorated.py: the table of forwards;
                  parts.py: submodules whose parameters they read; bypass.py: refuses a class's own forward; samples.py:
                  arguments for a trial
 moe_blocks.py    the MoE blocks of a model; whole_blocks.py: a block in one call

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Adapters of switchgear.adapters and experts that train alone are known to switchgear's forwards only. So a hook of
-each such module of a Hugging Face model refuses a call of the class's own forward."""
+"""Adapters of switchgear.adapters and experts that train alone are known to switchgear's forwards only. So each
+such module of a Hugging Face model has a hook that refuses a call of its class's own forward."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Where the choices of a Hugging Face model's routers pass by: they can be seen and changed there, whatever runs the
-experts.
+"""Where the choices of a Hugging Face model's routers can be seen and changed, whatever runs the experts.
 
 The gate's output has the logits. The experts' arguments have the choice, after all that a block does to it. So most
 models are tapped at both. In a few, only the router's output says who is chosen.
@@ -37,8 +36,8 @@ Watch = Callable[[Choice], None]
 
 @contextmanager
 def overridden(block: MoeBlock, method: RoutingMethod, wrapper: Wrapper) -> Iterator[None]:
-    """Inside the `with` block, `wrapper` of the router's selection selects, and the experts get that. As in
-    Router.overrides, the last wrapper is the outermost."""
+    """Inside the `with` block, experts get what `wrapper` makes of the router's selection. As in Router.overrides, the
+    last wrapper is the outermost."""
     with _tapped(block) as tap:
         tap.method = method
         tap.overrides.append(wrapper)
@@ -88,9 +87,8 @@ class _Tap:
         return choice
 
     def _reselect(self, choice: Choice) -> Choice:
-        logits = choice.router_logits
-        assert self.method is not None
-        method: RoutingMethod = self.method
+        logits, method = choice.router_logits, self.method
+        assert method is not None
         if logits is None:
             raise ValueError(f"{self.block.name or 'model'}: expected a router that ran before the experts, got none")
         if is_looked_up(self.block):
@@ -151,9 +149,6 @@ class AtExperts:
         return ids.long(), choice.topk_weights.masked_fill(empty, 0)
 
     def attach(self, block: MoeBlock, tap: _Tap) -> list[Any]:
-        def keep_logits(gate: nn.Module, args: Any, output: Any) -> None:
-            tap.logits = logits_of(block, output)
-
         def before(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             names = ("hidden_states", "top_k_index", "top_k_weights")
             given = dict(zip(names, args, strict=False)) | kwargs
@@ -168,8 +163,16 @@ class AtExperts:
 
         handles = [block.experts.register_forward_pre_hook(before, with_kwargs=True)]
         if block.gate is not None:
-            handles.append(block.gate.register_forward_hook(keep_logits))
+            handles.append(_keep_logits(block, tap))
         return handles
+
+
+def _keep_logits(block: MoeBlock, tap: _Tap) -> Any:
+    def after(gate: nn.Module, args: Any, output: Any) -> None:
+        tap.logits = logits_of(block, output)
+
+    assert block.gate is not None
+    return block.gate.register_forward_hook(after)
 
 
 def _has_apply_gate(block: MoeBlock) -> bool:
@@ -177,7 +180,7 @@ def _has_apply_gate(block: MoeBlock) -> bool:
 
 
 def _skips_the_last_id(block: MoeBlock) -> bool:
-    if is_expert_parallel(block.experts):  # what sends ids to ranks knows none of it
+    if is_expert_parallel(block.experts):  # the dispatch to ranks does not know this id
         return False
     config = getattr(block.experts, "config", None)
     return _has_apply_gate(block) and getattr(config, "_experts_implementation", None) in ("eager", "switchgear")
@@ -196,9 +199,6 @@ class _Nllb(AtExperts):
     undecorated.py. They are seen as they run, and cannot be overridden."""
 
     def attach(self, block: MoeBlock, tap: _Tap) -> list[Any]:
-        def keep_logits(gate: nn.Module, args: Any, output: Any) -> None:
-            tap.logits = logits_of(block, output)
-
         def before(experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
             x, mask, probs = args
             by_expert = probs.new_zeros(len(probs), block.num_experts).scatter_add(1, mask, probs)
@@ -206,8 +206,7 @@ class _Nllb(AtExperts):
             logits, tap.logits = tap.logits, None
             tap.pass_by(Choice(x, ids, weights, logits))
 
-        assert block.gate is not None
-        return [block.experts.register_forward_pre_hook(before), block.gate.register_forward_hook(keep_logits)]
+        return [block.experts.register_forward_pre_hook(before), _keep_logits(block, tap)]
 
 
 class AtRouter(ABC):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The forward of one module instance, replaced and given back.
+"""Replaces the forward of one module instance, and restores it.
 
 A hook of Hugging Face's accelerate replaces `forward` too, and calls what it found, which it keeps in `_old_forward`.
-Such hooks come and go before and after ours. So ours lies where a hook calls it, and is taken from where it is by then.
+Such hooks come and go before and after ours. So ours is put where a hook calls it, and taken from where it is by then.
 """
 
 from __future__ import annotations

@@ -55,9 +55,9 @@ def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 def gate_of(module: nn.Module) -> GluOptions | None:
-    """The family that the module's gate belongs to, or None. Asked at each call, since its parts may have changed.
+    """The family that the module's gate belongs to, or None. Found at each call, since its parts may have changed.
 
-    What decides is classes and values, never which module it is: layers that are alike share one answer, and one graph
+    It depends on classes and values, never on which module it is: layers that are alike share one answer, and one graph
     of torch.compile. A gate that reads anything else, such as a parameter, is in no family.
     """
     if "_apply_gate" in module.__dict__:  # replaced

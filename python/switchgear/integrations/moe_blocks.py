@@ -114,7 +114,7 @@ class MoeBlock:
             raise ValueError(
                 f"{self.name or 'model'}: expected experts stacked in two parameters, got {type(experts).__name__}"
             )
-        return ExpertTensors(getattr(experts, first), experts.down_proj, _is_transposed(experts))
+        return ExpertTensors(getattr(experts, first), experts.down_proj, is_transposed(experts))
 
     def config_fields(self) -> ConfigFields:
         """Where a Hugging Face config says the number of experts and top_k. Raises ValueError for other models."""
@@ -230,7 +230,8 @@ def _is_stacked(experts: Any, name: str) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dim() == 3
 
 
-def _is_transposed(experts: Any) -> bool:
+def is_transposed(experts: Any) -> bool:
+    """Whether the weights of stacked experts are [E,in,out]."""
     if type(experts).__name__.startswith("Llama4"):
         return True
     return bool(getattr(experts, "is_transposed", getattr(experts, "transposed", False)))

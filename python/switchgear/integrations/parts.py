@@ -94,12 +94,13 @@ def has_hooks(part: nn.Module) -> bool:
     return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
 
-def wrapped_part_of(module: nn.Module, name: str, expected: PartClass) -> tuple[nn.Module, Lent]:
-    """The same for a part that PEFT may have wrapped, and the factors that its wrappers would apply now."""
+def lent_to(module: nn.Module, name: str, expected: PartClass) -> Lent:
+    """The factors that PEFT's wrappers around the submodule `name` would apply now. Raises Bypassed as `part_of`."""
     part = module._modules[name]
     assert part is not None
     if not is_wrapper(part):
-        return part_of(module, name, expected), {}
+        part_of(module, name, expected)
+        return {}
     wrapper: nn.Module | None = part
     while wrapper is not None and is_wrapper(wrapper):
         _check_call(wrapper, name)
@@ -107,7 +108,7 @@ def wrapped_part_of(module: nn.Module, name: str, expected: PartClass) -> tuple[
     assert wrapper is not None
     _check(wrapper, name, expected)
     try:
-        return unwrapped(part)
+        return unwrapped(part)[1]
     except ValueError as error:
         raise Bypassed(f"{name} {error}") from None
 

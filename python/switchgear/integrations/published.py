@@ -34,7 +34,7 @@ from switchgear.integrations.published_keys import (
     matches,
     pieces_of,
 )
-from switchgear.integrations.transformers import accelerate, undo_accelerate
+from switchgear.integrations.transformers import Replacement, accelerate, undo_accelerate
 from switchgear.reference import groups, minifloat, nf4
 from switchgear.weights import Form, Fp8, Groups, Layout, Mxfp4, Nf4, Weight, advise_huge_pages, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
@@ -86,7 +86,7 @@ class Planned(NamedTuple):
 
     model: Any
     files: CheckpointFiles
-    replacements: Any
+    replacements: list[Replacement]
     reads: dict[str, Read]  # by name in the state dict
 
     def experts(self) -> list[tuple[str, Layout, tuple[int, ...]]]:
@@ -121,7 +121,7 @@ def planned(
 
 
 def undo(plan: Planned) -> None:
-    """The experts of the model run as before."""
+    """Lets the experts of the model run as before."""
     undo_accelerate(plan.replacements)
 
 

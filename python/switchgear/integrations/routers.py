@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Makes a Hugging Face router's selection again from its logits, by its own routing method.
+"""Repeats a Hugging Face router's selection from its logits, by its own routing method.
 
 transformers has some seventy router classes, and few ways to select: a score, groups or none, a bias for the choice,
 and weights that are normalised or scaled. `routing_method_of` tries them on the router with random tokens. The one that
@@ -220,8 +220,7 @@ class SelectByMethod:
 
 
 def scored_like(select: Any, score_function: str) -> Any:
-    """A selection whose option score_function has its default, softmax, with the model's in its place; others as they
-    are."""
+    """The selection with the model's score function if its own is the default, softmax; otherwise as it is."""
     names = {f.name for f in fields(select)} if is_dataclass(select) else set()
     if score_function not in SCORE_FUNCTIONS or getattr(select, "score_function", None) != "softmax":
         return select
@@ -235,15 +234,14 @@ def routing_method_of(block: MoeBlock) -> RoutingMethod:
     """How the block's router selects, verified on random tokens.
 
     Raises:
-        ValueError: it has none, or selects in no way known here; the message names the block and the class.
+        ValueError: it has no router, or one of an unknown selection; the message names the block and the class.
     """
     name = block.name or "model"
     if block.gate is None or not block.top_k:
         raise ValueError(f"{name}: expected a router whose selection can be repeated, got none")
-    seen, methods = _probe(block)
-    for method, matches in methods:
-        if matches:
-            return method
+    seen, method = _probe(block)
+    if method is not None:
+        return method
     raise ValueError(
         f"{name}: expected a router whose selection is known, got {type(block.gate).__name__}, which no known score, "
         f"groups and normalisation reproduce on {len(seen.ids)} random tokens"
@@ -260,8 +258,8 @@ class _Seen(NamedTuple):
 
 
 @torch.no_grad()
-def _probe(block: MoeBlock) -> tuple[_Seen, list[tuple[RoutingMethod, bool]]]:
-    """What the router does with random tokens, and which routing methods do the same; the first of those ends the list.
+def _probe(block: MoeBlock) -> tuple[_Seen, RoutingMethod | None]:
+    """What the router does with random tokens, and the first routing method that does the same, if there is one.
 
     Its weights and its bias are random during the probe, since those of a new model tell little: zeros make ties, and
     hide how a bias is used.
@@ -271,12 +269,7 @@ def _probe(block: MoeBlock) -> tuple[_Seen, list[tuple[RoutingMethod, bool]]]:
     with _randomized(block), torch.random.fork_rng(list(devices)):
         with evaluating(gate):  # jitter and sampling are not part of the method
             seen = _answer(block)
-        found = []
-        for method in _candidates(block):
-            found.append((method, _reproduces(method, seen, block)))
-            if found[-1][1]:
-                break
-    return seen, found
+        return seen, next((method for method in _candidates(block) if _reproduces(method, seen, block)), None)
 
 
 @contextmanager
@@ -337,7 +330,7 @@ def call_gate(block: MoeBlock, x: Tensor, **extra: Any) -> Any:
     try:
         return gate.forward(x.clone(), **extra)  # some add jitter in place
     except (ValueError, RuntimeError, IndexError):
-        return gate.forward(x[None].clone(), **extra)  # it wants sequences
+        return gate.forward(x[None].clone(), **extra)  # it takes [B,S,H] only
 
 
 def _input_dtype(block: MoeBlock, like: Tensor) -> torch.dtype:

@@ -59,7 +59,7 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     """
     # int32 first saves a conversion in moe. Ids always fit: they index a router's logits.
     ids = torch.where(top_k_index < module.num_experts, top_k_index, -1).int()
-    weights = _weights(module)
+    weights = weights_in(module)
     if (reason := not_plain(weights)) is not None:
         refuse_bypass(module, reason)
         warn_once(f"{type(module).__name__} keeps its own implementation: {reason}")
@@ -71,7 +71,7 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         weights,
         gate_of(module),
         own_gate(module),
-        module.post_expert_norm if _has_post_norm(module) else None,
+        module.post_expert_norm if has_post_norm(module) else None,
     )
 
 
@@ -79,7 +79,8 @@ def _first(module: Any) -> str:
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"  # transformers 5.0 has only gated ones
 
 
-def _weights(module: Any) -> ExpertWeights:
+def weights_in(module: Any) -> ExpertWeights:
+    """The weights of a decorated experts module, as the kernels take them."""
     name = _first(module)
     gate_up_proj, down_proj = weights_of(module, Layout((name, "down_proj"), module.is_transposed, False))
     if not module.has_bias:
@@ -184,7 +185,7 @@ def _replace(model: nn.Module, replacements: list[Replacement]) -> None:
 
 def _join_blocks(model: nn.Module, replacements: list[Replacement]) -> None:
     for name, module in model.named_modules():
-        if (undo := join(module, _weights)) is not None:
+        if (undo := join(module, weights_in)) is not None:
             replacements.append(Replacement(name, type(module).__name__, "whole block", "forward", undo))
 
 
@@ -218,10 +219,10 @@ def path_of(module: Any) -> str:
     if stored_of(module) is not None:
         return "moe"
     # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors during one.
-    local = (weight for weight in _weights(module) if not isinstance(weight, DTensor))
+    local = (weight for weight in weights_in(module) if not isinstance(weight, DTensor))
     if (reason := not_plain(local)) is not None:
         return f"eager: {reason}"
-    return "grouped_gemm" if gate_of(module) is None or _has_post_norm(module) else "moe"
+    return "grouped_gemm" if gate_of(module) is None or has_post_norm(module) else "moe"
 
 
 def _layout_of(module: Any) -> Layout | None:
@@ -315,7 +316,8 @@ def is_decorated(module: nn.Module) -> bool:
     return all(mark in own for mark in MARKS) and hasattr(type(module), CLASS_MARK)
 
 
-def _has_post_norm(module: nn.Module) -> bool:
+def has_post_norm(module: nn.Module) -> bool:
+    """Whether an experts module normalises each expert's output before it is weighted."""
     return getattr(module, "has_post_expert_norm", False)
 
 

@@ -21,7 +21,7 @@ from switchgear.adapters.sites import TARGETS
 from switchgear.integrations import samples
 from switchgear.integrations.experts import ExpertWeights, project, run_experts
 from switchgear.integrations.gates import gate_of, own_gate
-from switchgear.integrations.parts import LINEAR, PartClass, inner, of_model, part_of, wrapped_part_of
+from switchgear.integrations.parts import LINEAR, PartClass, inner, lent_to, of_model, part_of
 from switchgear.weights import AdaptedWeight
 from switchgear.weights.adapted import Lent, adapted
 
@@ -232,7 +232,7 @@ _SWITCH_EXPERT = of_model("switch_transformers", "SwitchTransformersDenseActDens
 
 
 def _jetmoe_weights(module: Any) -> ExpertWeights:
-    lents = [wrapped_part_of(module, name, _JETMOE_LINEAR)[1] for name in ("input_linear", "output_linear")]
+    lents = [lent_to(module, name, _JETMOE_LINEAR) for name in ("input_linear", "output_linear")]
     parts = zip(_jetmoe_sites(module), lents, strict=True)
     return ExpertWeights(*(_read([part], lent)[0] for part, lent in parts))
 
@@ -247,8 +247,7 @@ def _jetmoe_linear_weights(module: Any) -> Sequence[Any]:
 
 
 def _llama4_weights(module: Any) -> ExpertWeights:
-    _, lent = wrapped_part_of(module, "experts", _LLAMA4_EXPERTS)
-    return ExpertWeights(*_read(_llama4_sites(module), lent))
+    return ExpertWeights(*_read(_llama4_sites(module), lent_to(module, "experts", _LLAMA4_EXPERTS)))
 
 
 def _llama4_sites(module: Any) -> list[Part]:
@@ -257,8 +256,7 @@ def _llama4_sites(module: Any) -> list[Part]:
 
 
 def _dbrx_weights(module: Any) -> Sequence[Any]:
-    _, lent = wrapped_part_of(module, "mlp", _DBRX_MLP)
-    return _read(_dbrx_sites(module), lent)
+    return _read(_dbrx_sites(module), lent_to(module, "mlp", _DBRX_MLP))
 
 
 def _dbrx_sites(module: Any) -> list[Part]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Whole MoE blocks of Hugging Face models in inference: router, choice and experts without a call of either module.
 
-A block between two calls costs more than its kernels for small models, and for all models the first time that Python
-code runs after the weights have emptied the caches. So a block of a known class goes from its input to `gate_route` and
+For small models the Python code of a block costs more than its kernels; for all models it does when it first runs after
+the weights have evicted it from the caches. So a block of a known class goes from its input to `gate_route` and
 `moe` directly. It does so only while calling its submodules would do nothing else: without gradients, hooks, replaced
-forwards or traces. Else the class's own forward runs.
+forwards or traces. Otherwise the class's own forward runs.
 
 The router's logits are sums of our own order, so they may differ from torch's in the last bit, and a choice between
 experts whose logits are that close may differ.

@@ -6,8 +6,8 @@
 Predictors (`NextGate`, `Follows`, `FromPreGate`, `FromPreRouter`) say what the next layers need; `recall` and `watch`
 count how often they are right, and `timeline` what prefetch hides. docs/offload.md.
 
-attach.py      offload; attachment.py: the change of one module; targets.py: the modules that a store has the experts
-               of; sizes.py: how many rows of memory
+attach.py      offload; attachment.py: the change of one module; targets.py: the modules whose experts a store has;
+               sizes.py: how many rows of memory
 cache.py       the cache of a running model; residency.py: which experts it holds; policies.py: which one leaves;
                pool.py: its memory; statistics.py: what it did
 device.py      streams and memory of a GPU; staging.py: reads through pinned memory; moving.py: experts of host

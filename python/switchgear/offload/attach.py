@@ -19,7 +19,7 @@ from switchgear.offload.attachment import Attachment, Read, end_read, read_all
 from switchgear.offload.cache import Cache, CachedLayer
 from switchgear.offload.device import device_of
 from switchgear.offload.errors import StoreError
-from switchgear.offload.policies import LRU, Policy
+from switchgear.offload.policies import LRU, Policy, check_policy
 from switchgear.offload.pool import Pool, arena
 from switchgear.offload.predictors import Predictor
 from switchgear.offload.residency import Residency
@@ -78,7 +78,7 @@ def offload(
         device: where the experts run, that of x: "cpu" or a CUDA device. By default that of the experts' parameters, or
             of the other ones if those are on meta.
         staging_slots: records of pinned host memory, at least 2, through which they get to a GPU.
-        threads: that read.
+        threads: how many read.
         verify: compares each record with its checksum.
         timeout: seconds for a read, after which a call raises StoreError.
 
@@ -88,7 +88,7 @@ def offload(
     """
     check_module("model", model)
     policy = LRU() if policy is None else policy
-    _check_policy(policy)
+    _check_causal(policy)
     if prefetch is not None:
         _check_predictor(prefetch)
     check_seconds("timeout", timeout)
@@ -124,10 +124,8 @@ def _end(reader: Any) -> None:
         reader.close()
 
 
-def _check_policy(policy: Policy) -> None:
-    if isinstance(policy, type) or not hasattr(policy, "touch"):
-        shown = policy.__name__ if isinstance(policy, type) else repr(policy)
-        raise TypeError(f"policy: expected a policy such as LRU(), got {shown}")
+def _check_causal(policy: Policy) -> None:
+    check_policy(policy)
     if policy.looks_ahead:
         raise ValueError(
             f"policy: expected one that does not look ahead, got {policy.name}, which only simulate can run"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The attachment of a cache to one module: its parameters, or stored weights, make room for its own, and come back."""
+"""The attachment of a cache to one module, whose parameters or stored weights it replaces, and restores at the end."""
 
 from __future__ import annotations
 

@@ -144,9 +144,7 @@ class Cache:
             target = self.layers[number]
             target.predictions.add(expert)
             key, pool = target.first + expert, target.pool
-            if key in self.rows or key in self.guesses:
-                continue
-            if not self._has_room_for_guess(pool):
+            if key in self.rows or key in self.guesses or not self._has_room_for_guess(pool):
                 continue
             if (row := pool.take()) is not None:
                 target.read((key,), (row,), self.guesses, is_urgent=False)

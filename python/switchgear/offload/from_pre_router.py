@@ -15,7 +15,7 @@ from switchgear.routing.pre_router import PreRouter
 
 
 class FromPreRouter:
-    """The experts of the next layers, from a PreRouter that hears the model's embeddings (Read-ME, arXiv:2410.19123).
+    """The experts of the next layers, from a PreRouter that reads the model's embeddings (Read-ME, arXiv:2410.19123).
 
     Args:
         pre_router: trained on the model's choices.
@@ -43,8 +43,8 @@ class FromPreRouter:
         return result
 
     def observe(self, layer: int, topk_ids: Tensor) -> None:
-        """Nothing: embeddings say all."""
+        """Does nothing: predictions depend on embeddings alone."""
 
     def close(self) -> None:
-        """Stops hearing the embedding."""
+        """Stops reading the embedding."""
         self._listener.close()

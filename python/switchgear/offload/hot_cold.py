@@ -59,8 +59,8 @@ class HotColdSplit(nn.Module):
         moe.experts = offload.HotColdSplit(moe.experts, hot="cuda")     # experts in host memory, x on the GPU
 
     The hot part's weights are copied to `hot` and multiplied there. The cold part's rows go to the experts' device,
-    whose product overlaps with the hot part. The two parts are rounded before they are added, so the result has not the
-    bits of one call.
+    whose product overlaps with the hot part. The two parts are rounded before they are added, so the result does
+    not have the bits of one call.
 
     On a GPU, copies and kernels of the hot part are queued first, and the CPU computes meanwhile. Experts in pinned
     memory (`p.data = p.data.pin_memory()`) are copied from where they are, and must not change before the GPU is done;

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from switchgear.integrations.choices import logits_of
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.integrations.routers import call_gate, is_looked_up, routing_method_of
 from switchgear.offload.predictors import Expert, ranked
 from switchgear.reference import check_size
 from switchgear.routing.context import Context
@@ -54,7 +56,7 @@ class NextGate:
         return [(ahead, expert) for expert in ranked(ids, weights, self.num_experts[ahead])]
 
     def observe(self, layer: int, topk_ids: Tensor) -> None:
-        """Nothing: hidden states say all."""
+        """Does nothing: predictions depend on hidden states alone."""
 
 
 class FromPreGate(NextGate):
@@ -84,9 +86,6 @@ def _ours(router: Router) -> _Gate:
 
 
 def _hugging_face(block: MoeBlock) -> _Gate:
-    from switchgear.integrations.choices import logits_of
-    from switchgear.integrations.routers import call_gate, is_looked_up, routing_method_of
-
     if is_looked_up(block):
         raise ValueError(f"{block.name}: expected a gate of hidden states, got one that looks up token ids")
     method = routing_method_of(block)  # raises ValueError for a gate that cannot be probed

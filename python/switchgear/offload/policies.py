@@ -63,6 +63,13 @@ class Policy(Protocol):
         """Of an expert that was used last at moment `last`; must grow with (value, last) in a group."""
 
 
+def check_policy(policy: Policy) -> None:
+    """Raises TypeError for what is no policy, such as the class of one."""
+    if isinstance(policy, type) or not hasattr(policy, "touch"):
+        shown = policy.__name__ if isinstance(policy, type) else repr(policy)
+        raise TypeError(f"policy: expected a policy such as LRU(), got {shown}")
+
+
 @dataclass(frozen=True)
 class _OneGroup:
     """The value is the score."""

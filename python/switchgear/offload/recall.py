@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Recall of a predictor by layer: how many of the experts that ran it predicted, and how many of its did not run."""
+"""Recall and precision of a predictor, by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.offload.accesses import Accesses
 from switchgear.offload.predictors import Expert, Predictor, checked
 from switchgear.reference.checks import MAX_EXPERTS
+from switchgear.trace import Observation, observe
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,11 @@ def watch(model: nn.Module, predictor: Predictor) -> Iterator[Recall]:
             model.generate(prompt, max_new_tokens=100)
         print([layer.recall for layer in found.layers])
     """
-    from switchgear.integrations.moe_blocks import moe_blocks
-    from switchgear.trace import observe
-
     blocks = moe_blocks(model)
     layers = {name: layer for layer, name in enumerate(blocks)}
     found = Recall(tuple(blocks), [block.num_real for block in blocks.values()])
 
-    def see(name: str, seen: Any) -> None:
+    def see(name: str, seen: Observation) -> None:
         layer = layers[name]
         found.used(layer, seen.topk_ids)
         found.predicted(predictor.predict(layer, seen.x.detach(), seen.topk_ids.detach()))

@@ -80,7 +80,7 @@ class Residency:
         return Turn(hits, misses, evicted)
 
     def forget(self, key: int) -> None:
-        """Its slot is empty: the load failed."""
+        """Empties its slot: the load failed."""
         self.last.pop(key, None)
 
     def _evict(self, now: Now) -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 
 from switchgear.offload.accesses import Accesses
-from switchgear.offload.policies import POLICIES, Policy
+from switchgear.offload.policies import POLICIES, Policy, check_policy
 from switchgear.offload.residency import Residency
 
 RecordBytes = int | Sequence[Sequence[int]]
@@ -92,9 +92,7 @@ def simulate(
     """
     if not isinstance(accesses, Accesses):
         raise TypeError(f"accesses: expected Accesses, got {type(accesses).__name__}; Accesses.of makes them")
-    if isinstance(policy, type) or not hasattr(policy, "touch"):
-        shown = policy.__name__ if isinstance(policy, type) else repr(policy)
-        raise TypeError(f"policy: expected a policy such as LRU(), got {shown}")
+    check_policy(policy)
     for name, count in (("slots", slots), ("bytes", bytes)):
         if count is not None and not isinstance(count, int):
             raise TypeError(f"{name}: expected an integer, got {count!r}")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from switchgear.complaints import integer
 
@@ -75,9 +75,7 @@ def plans_of(
     def plans(count: int) -> list[CachePlan]:
         found = []
         for group in groups:
-            each = [min(-(-count // steps), experts) for experts in group.num_experts]
-            if shared:
-                each = [min(count * len(group.layers) // steps, sum(group.num_experts))]
+            each = [count * len(group.layers) // steps] if shared else [count] * len(group.layers)
             found.append(_plan(group, each, shared, guess_rows))
         return found
 
@@ -86,7 +84,8 @@ def plans_of(
     low, high = 0, most * steps  # plans(low) fits
     while low < high:
         middle = (low + high + 1) // 2
-        is_within = _nbytes(plans(middle)) <= size and all(min(p.capacities) > 0 for p in plans(middle))
+        made = plans(middle)
+        is_within = _nbytes(made) <= size and all(min(plan.capacities) > 0 for plan in made)
         low, high = (middle, high) if is_within else (low, middle - 1)
     if low == 0:
         least = min(_nbytes(plans(steps)), _nbytes(whole))
@@ -105,12 +104,10 @@ def _plan(group: Group, each: Sequence[int], shared: bool, guess_rows: int) -> C
         # Experts that are resident and leave can have higher numbers than those that take their slots. Then both are
         # in memory, at most half of a layer's; and one more passes through.
         extra = 0 if capacity >= most else min(capacity, most // 2) + 1
-        plan = CachePlan(group, (capacity,), capacity + extra, guess_rows)
+        capacities: tuple[int, ...] = (capacity,)
     else:
         pairs = [(min(own, experts), experts) for own, experts in zip(each, group.num_experts, strict=True)]
         extra = max((min(own, experts - own) + 1 for own, experts in pairs if own < experts), default=0)
         capacities = tuple(own for own, _ in pairs)
-        plan = CachePlan(group, capacities, sum(capacities) + extra, guess_rows)
-    if plan.fits:
-        return CachePlan(group, plan.capacities, total, 0)
-    return CachePlan(group, plan.capacities, plan.rows + guess_rows, guess_rows)
+    plan = CachePlan(group, capacities, sum(capacities) + extra + guess_rows, guess_rows)
+    return replace(plan, rows=total, guess_rows=0) if plan.fits else plan

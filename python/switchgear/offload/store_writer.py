@@ -16,13 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where folders are not locked
-    fcntl = None  # type: ignore[assignment]
-
 from switchgear import _C
-from switchgear.files import bytes_of, unfinished_of, write_whole
+from switchgear.files import LOCK, bytes_of, locked, unfinished_of, write_whole
 from switchgear.offload import store_index
 from switchgear.offload.errors import StoreError
 from switchgear.offload.store_records import PAGE, Records, fill, records_for
@@ -30,7 +25,7 @@ from switchgear.offload.store_sources import Source
 from switchgear.weights.weight import Weight
 
 Progress = Callable[[int, int, str], None]
-JOURNAL, LOCK, SUFFIX = "journal.json", "lock", ".partial"
+JOURNAL, SUFFIX = "journal.json", ".partial"
 
 
 def write(source: Source, target: Path, form: str, progress: Progress, resume: bool) -> None:
@@ -140,8 +135,11 @@ class _Unfinished:
             if not is_ours and any(file.name != LOCK for file in folder.iterdir()):
                 raise StoreError(f"path: expected no {folder}, got a folder that is no unfinished store")
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / LOCK, "w") as lock:
-                unfinished._lock(lock)
+            try:
+                lock = locked(folder)
+            except BlockingIOError as error:
+                raise StoreError(f"path: another process is writing {folder}") from error
+            with lock:
                 unfinished._begin(resume)
                 try:
                     yield unfinished
@@ -149,13 +147,6 @@ class _Unfinished:
                     if not unfinished._layers:
                         unfinished._remove()
                     raise
-
-    def _lock(self, lock: Any) -> None:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise StoreError(f"path: another process is writing {self.folder}") from error
 
     def _begin(self, resume: bool) -> None:
         file = self.folder / JOURNAL

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The modules of a model that a store has the experts of."""
+"""The modules of a model whose experts a store has."""
 
 from __future__ import annotations
 

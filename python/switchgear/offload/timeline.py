@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""When copies of experts and the layers' computation run, by a clock of its own: what prefetch hides.
+"""When copies of experts and the layers' computation run, in simulated time: what prefetch hides.
 
 One lane copies a record at a time, the other computes a layer at a time. A layer's guesses are submitted when the layer
 before has routed. When it routes itself, those that turn out wrong and have not begun are dropped, and experts that
@@ -29,7 +29,8 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """
+    """A simulated run.
+
     Attributes:
         seconds: of the whole run.
         waits: `[S][L]`: seconds that each layer waits for experts, the exposed part of the copies.

@@ -236,7 +236,7 @@ def backward(
     if isinstance(weights, local.Weights):
         experts = local.Backward(x, hs, rows.buffer, receiving, pair_weights, weights, layer.options, each, rows.look)
     else:
-        experts = module_experts.Backward(saved.runs, rows.buffer, receiving, pair_weights, weights, each)
+        experts = module_experts.Backward(saved.runs, rows.buffer, pair_weights, weights, each)
     grad_pairs = pair_weights.new_empty(len(receiving.slot_pairs))
     back: list[Work] = []
     for c in range(num_chunks):

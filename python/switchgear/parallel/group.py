@@ -31,6 +31,7 @@ from switchgear.parallel.placement import Placement
 from switchgear.parallel.record import Record
 from switchgear.parallel.rendezvous import Background, get, own_client
 from switchgear.parallel.wire import WIRES
+from switchgear.reference import check_choice
 
 _alive: weakref.WeakSet[ExpertParallel] = weakref.WeakSet()
 _made: dict[str, int] = {}
@@ -119,12 +120,9 @@ class ExpertParallel:
         if num_chunks is not None and num_chunks not in CHUNKS:
             raise ValueError(f"num_chunks: expected one of {', '.join(map(str, CHUNKS))}, got {num_chunks}")
         check_seconds("timeout", timeout)
-        if transport not in TRANSPORTS:
-            raise ValueError(f"transport: expected one of {', '.join(TRANSPORTS)}, got {transport!r}")
-        if device_transport not in ("group", "peer_memory"):
-            raise ValueError(f"device_transport: expected group or peer_memory, got {device_transport!r}")
-        if wire not in WIRES:
-            raise ValueError(f"wire: expected one of {', '.join(WIRES)}, got {wire!r}")
+        check_choice("transport", transport, tuple(TRANSPORTS))
+        check_choice("device_transport", device_transport, ("group", "peer_memory"))
+        check_choice("wire", wire, tuple(WIRES))
         if capacity is not None and capacity < 1:
             raise ValueError(f"capacity: expected a positive number of rows, got {capacity}")
         if overflow not in ("raise", "drop"):
@@ -217,7 +215,7 @@ class ExpertParallel:
         _alive.add(self)
 
     def renew_default_group(self, backend: str) -> None:
-        """Replaces torch.distributed's default group by one of the ranks of today. Collective."""
+        """Replaces torch.distributed's default group by one of the present ranks. Collective."""
         number, rank, size = self.membership.generation.number, self.rank, self.size
         store = PrefixStore(f"generation/{number}/default", self.membership.store)
 

@@ -96,8 +96,7 @@ def disagreement(terms: Sequence[Terms]) -> Failure | None:
         usual = max(values, key=lambda value: (counts[value], -values.index(value)))
         rank = next(r for r, value in enumerate(values) if value != usual)
         reason = f"{name}: expected {_show(name, usual)} as most ranks have, got {_show(name, values[rank])}"
-        phase = "backward agree" if terms[rank].backward else "agree"
-        return Failure(rank, "disagrees", phase, terms[rank].exchange, reason)
+        return _disagrees(rank, terms[rank], reason)
     return None
 
 
@@ -108,8 +107,7 @@ def unequal_tokens(terms: Sequence[Terms], sizes: Sequence[Sizes], twins: Sequen
             want, got = sizes[ranks[0]].num_tokens, sizes[rank].num_tokens
             if want != got:
                 reason = f"num_tokens: expected {want} as on rank {ranks[0]}, which holds the same tokens, got {got}"
-                phase = "backward agree" if terms[rank].backward else "agree"
-                return Failure(rank, "disagrees", phase, terms[rank].exchange, reason)
+                return _disagrees(rank, terms[rank], reason)
     return None
 
 
@@ -121,6 +119,9 @@ def impossible_sizes(terms: Sequence[Terms], sizes: Sequence[Sizes]) -> Failure 
         wrong = min(*size.rows, *size.relayed, size.pairs) < 0 or sum(size.relayed) > size.num_tokens
         if wrong or rows > size.num_tokens or not rows <= size.pairs <= rows * term.top_k:
             reason = f"sizes: expected rows of {size.num_tokens} tokens, got {rows} with {size.pairs} choices"
-            phase = "backward agree" if term.backward else "agree"
-            return Failure(rank, "disagrees", phase, term.exchange, reason)
+            return _disagrees(rank, term, reason)
     return None
+
+
+def _disagrees(rank: int, terms: Terms, reason: str) -> Failure:
+    return Failure(rank, "disagrees", "backward agree" if terms.backward else "agree", terms.exchange, reason)

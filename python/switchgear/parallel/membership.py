@@ -199,7 +199,7 @@ class Membership:
         except (RuntimeError, OSError) as error:
             if isinstance(error, ExpertParallelError):
                 raise
-            reason = f"the store fails: {str(error).splitlines()[0]}"
+            reason = f"the store fails: {str(error).partition(chr(10))[0]}"
         work.give_up()
         self.fail("lost", reason)
 

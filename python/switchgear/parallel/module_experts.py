@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.parallel.layout import Receiving, expert_of
+from switchgear.parallel.layout import expert_of
 from switchgear.parallel.local import Chunk, dot_rows
 
 Module = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, local ids, weights) -> y
@@ -51,10 +51,9 @@ class Backward:
     """The same calls as local.Backward."""
 
     def __init__(
-        self, runs: Sequence[Run | None], grad_y: Tensor, receiving: Receiving, pair_weights: Tensor,
-        parameters: Sequence[Tensor], each: bool,
-    ) -> None:  # fmt: skip
-        self._runs, self._grad_y, self._receiving, self._each = runs, grad_y, receiving, each
+        self, runs: Sequence[Run | None], grad_y: Tensor, pair_weights: Tensor, parameters: Sequence[Tensor], each: bool
+    ) -> None:
+        self._runs, self._grad_y, self._each = runs, grad_y, each
         self._pair_weights, self._parameters = pair_weights, parameters
         self._grads: list[Tensor | None] = [None] * len(parameters)
 

@@ -7,8 +7,8 @@ Every rank has blocks that it writes and the others read. A board that all map d
 
 A sender fills a block, then the entry, and last the entry's first word, the flag. A reader that sees the flag copies
 its rows and sets its mark; a block is reused when all readers have. Flags are plain stores and loads, so the processor
-must keep their order (x86-64). Blocks and board are segments (segments.py). After
-construction this module never blocks: Peers waits and detects lost ranks.
+must keep their order (x86-64). Blocks and board are segments (segments.py). After construction this module never
+blocks: Peers waits and detects lost ranks.
 """
 
 from __future__ import annotations

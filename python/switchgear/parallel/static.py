@@ -8,7 +8,7 @@ Of a rank's tokens with experts on any one rank, its own too, the first C go the
 choices there are dropped, or an error is raised. Shapes depend on nothing but the number of tokens, so torch.compile
 traces a layer as a whole, and a CUDA graph can hold it. Results are summed rank by rank, as by default.
 
-Before each transfer the hosts compare headers, so that a mistake or a lost rank is the same error as ever. They do not
+Before each transfer the hosts compare headers, so that a mistake or a lost rank raises the usual error. They do not
 while a CUDA graph is captured, nor can they when it is replayed.
 """
 

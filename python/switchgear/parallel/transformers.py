@@ -61,9 +61,9 @@ class SwitchgearEP(EPImplementation):
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         module = self._module
-        weights = integration._weights(module)
+        weights = integration.weights_in(module)
         gate = gate_of(module)
-        if gate is None or integration._has_post_norm(module) or not_plain(weights) is not None:
+        if gate is None or integration.has_post_norm(module) or not_plain(weights) is not None:
             other: Tensor = self._other(hidden_states, top_k_index, top_k_weights)
             return other
         if self._layer is None:

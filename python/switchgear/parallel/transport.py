@@ -98,7 +98,7 @@ class GlooTransport:
 
     def __init__(self, rank: int, size: int, store: Any, timeout: float, is_over: Callable[[], bool]) -> None:
         """timeout: seconds after which gloo gives up connecting. is_over: whether this object is no longer needed."""
-        before = _socket_files()
+        before = set(_sockets())
         seconds = timeout + 1.0  # Peers, which knows the reason, comes first
         self._group: Any = dist.ProcessGroupGloo(own_client(store), rank, size, timedelta(seconds=seconds))
         self._connections = _connections_between(_new_sockets(before), rank, size, store, is_over)
@@ -233,10 +233,6 @@ class _ThrottledWork:
 
 
 # ---- the connections of a process group ------------------------------------------------------------------------------
-
-
-def _socket_files() -> set[str]:
-    return set(_sockets())
 
 
 def _sockets() -> dict[str, int]:

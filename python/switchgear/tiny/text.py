@@ -130,18 +130,20 @@ def tensor(data: bytes) -> Tensor:
 
 
 def windows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """`count` random windows of a text: [count, length] int64. CommandError for a text shorter than a window."""
-    last = text.numel() - length
-    if last < 0:
-        raise CommandError(f"the text is too short: {text.numel()} bytes, a window has {length}")
-    starts = torch.randint(last + 1, (count, 1), generator=generator)
+    """`count` random windows of a text: [count, length] int64."""
+    starts = torch.randint(_last_start(text, length) + 1, (count, 1), generator=generator)
     return text[starts + torch.arange(length)].long()
 
 
 def evenly(text: Tensor, count: int, length: int) -> Tensor:
     """`count` windows at equal distances: [count, length] int64, the same each time."""
+    starts = torch.linspace(0, _last_start(text, length), count).long()[:, None]
+    return text[starts + torch.arange(length)].long()
+
+
+def _last_start(text: Tensor, length: int) -> int:
+    """Where the last window begins. CommandError for a text shorter than a window."""
     last = text.numel() - length
     if last < 0:
         raise CommandError(f"the text is too short: {text.numel()} bytes, a window has {length}")
-    starts = torch.linspace(0, last, count).long()[:, None]
-    return text[starts + torch.arange(length)].long()
+    return last

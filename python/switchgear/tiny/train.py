@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Trains the tiny model: cross entropy of the next byte, and a balance loss over the whole batch, layer by layer.
 
-A batch has as many windows of each domain as of any other, and the balance loss sees all of them together. So an expert
-may serve one domain alone; a loss per sequence would forbid that (arXiv:2501.11873). transformers' own loss
-concatenates the layers, which lets one layer neglect the experts that another prefers; here each layer has its own.
+A batch has equally many windows of each domain, and the balance loss sees all of them together. So an expert may serve
+one domain alone; a loss per sequence would forbid that (arXiv:2501.11873). transformers' own loss concatenates the
+layers, which lets one layer neglect the experts that another prefers; here each layer has its own.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class LoadsScalars(nn.Module):
-    """State dicts that have a scalar for one of `once_scalars` load, too."""
+    """Loads state dicts that have a scalar for one of `once_scalars`, too."""
 
     once_scalars: tuple[str, ...] = ()
 

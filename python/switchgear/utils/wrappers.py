@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The model inside wrappers that pass its calls on."""
+"""The model inside wrappers that forward calls to it."""
 
 from __future__ import annotations
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from switchgear import moe, weights
+
 from ..case import Case, Layer
-from .registry import DECODED, competitor
+from .registry import COMPETITORS, DECODED, Competitor, competitor
 
 
 @competitor("switchgear", dtypes=DECODED)
 def switchgear(case: Case) -> Layer:
     """switchgear.moe on plain weights."""
-    from switchgear import moe
+    return _layer(case.gate_up_proj, case.down_proj)
 
-    return lambda inputs: moe(
-        inputs.x, case.gate_up_proj, case.down_proj, inputs.topk_ids, inputs.topk_weights, activation="silu"
-    )
+
+def _layer(gate_up: Any, down: Any) -> Layer:
+    return lambda inputs: moe(inputs.x, gate_up, down, inputs.topk_ids, inputs.topk_weights, activation="silu")
 
 
 def _stored(case: Case, form: str, **options: Any) -> Layer:
-    from switchgear import moe, weights
-
     gate_up, down = (
         weights.encode(weight, form, parts=parts, **options)
         for weight, parts in zip(case.weights, (2, 1), strict=True)  # gates precede ups
@@ -29,7 +29,7 @@ def _stored(case: Case, form: str, **options: Any) -> Layer:
     for weight in (gate_up, down):
         for tensor in weight.tensors:
             case.on_its_pages(tensor)
-    return lambda inputs: moe(inputs.x, gate_up, down, inputs.topk_ids, inputs.topk_weights, activation="silu")
+    return _layer(gate_up, down)
 
 
 @competitor("switchgear_compact", dtypes=("bf16", "fp32"), modes=("forward",))
@@ -57,44 +57,17 @@ def switchgear_int4(case: Case) -> Layer:
 
 
 def _as_stored(case: Case) -> Layer:
-    from switchgear import moe
-
+    """The weights of a case that has them in a form already."""
     assert case.stored is not None
-    gate_up, down = case.stored
-    return lambda inputs: moe(inputs.x, gate_up, down, inputs.topk_ids, inputs.topk_weights, activation="silu")
+    return _layer(*case.stored)
 
 
-@competitor("switchgear_groups4", dtypes=("groups4",), modes=("forward",))
-def switchgear_groups4(case: Case) -> Layer:
-    """weights stored as "groups" of 4 bits, a scale for 128 columns."""
-    return _as_stored(case)
-
-
-@competitor("switchgear_groups3", dtypes=("groups3",), modes=("forward",))
-def switchgear_groups3(case: Case) -> Layer:
-    """weights stored as "groups" of 3 bits, a scale for 128 columns."""
-    return _as_stored(case)
-
-
-@competitor("switchgear_groups2", dtypes=("groups2",), modes=("forward",))
-def switchgear_groups2(case: Case) -> Layer:
-    """weights stored as "groups" of 2 bits, a scale for 128 columns."""
-    return _as_stored(case)
-
-
-@competitor("switchgear_groups1", dtypes=("groups1",), modes=("forward",))
-def switchgear_groups1(case: Case) -> Layer:
-    """weights stored as "groups" of 1 bit, a scale for 128 columns."""
-    return _as_stored(case)
-
-
-@competitor("switchgear_fp8", dtypes=("fp8",), modes=("forward",))
-def switchgear_fp8(case: Case) -> Layer:
-    """weights stored as "fp8", a scale for 128 x 128."""
-    return _as_stored(case)
-
-
-@competitor("switchgear_mxfp4", dtypes=("mxfp4",), modes=("forward",))
-def switchgear_mxfp4(case: Case) -> Layer:
-    """weights stored as "mxfp4", a scale for 32 columns."""
-    return _as_stored(case)
+COMPETITORS |= {
+    f"switchgear_{format}": Competitor(_as_stored, (format,), ("forward",), True, f"weights stored as {about}.")
+    for format, about in {
+        **{f"groups{bits}": f'"groups" of {bits} bits, a scale for 128 columns' for bits in (4, 3, 2)},
+        "groups1": '"groups" of 1 bit, a scale for 128 columns',
+        "fp8": '"fp8", a scale for 128 x 128',
+        "mxfp4": '"mxfp4", a scale for 32 columns',
+    }.items()
+}
