@@ -554,6 +554,8 @@ def test_expert_skipping_between_nothing_and_all_but_the_best() -> None:
     torch.testing.assert_close(never.topk_weights, plain.topk_weights)
     assert torch.equal(SkipBelow(TopK(2), 1.0)(logits).topk_ids[:, 0], plain.topk_ids[:, 0])
     beta = SkipBelow.calibrate(plain)
+    some_empty = plain._replace(topk_weights=torch.cat((plain.topk_weights, torch.zeros(100, 2))))
+    assert SkipBelow.calibrate(some_empty) == beta
     half = SkipBelow(TopK(2, normalize=True), beta)(logits)
     assert 25 <= (half.topk_ids < 0).sum() <= 35
     torch.testing.assert_close(half.topk_weights.sum(1), torch.ones(60))

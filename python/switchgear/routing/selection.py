@@ -329,13 +329,14 @@ class SkipBelow:
 
     @staticmethod
     def calibrate(routing: Routing) -> float:
-        """The median of second weight / first weight. Raises ValueError for fewer than two experts per token, and for
-        no tokens."""
+        """The median of second weight / first weight over tokens with a choice. Raises ValueError for fewer than two
+        experts per token, and for no such token."""
         if routing.topk_weights.shape[1] < 2:
             raise ValueError(f"routing: expected at least 2 experts per token, got {routing.topk_weights.shape[1]}")
-        if not len(routing.topk_weights):
-            raise ValueError("routing: expected at least 1 token, got 0")
         best = routing.topk_weights.detach().sort(-1, descending=True).values
+        best = best[best[:, 0] > 0]
+        if not len(best):
+            raise ValueError("routing: expected at least 1 token with a choice, got 0")
         return float((best[:, 1] / best[:, 0]).median())
 
 
