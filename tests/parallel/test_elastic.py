@@ -39,6 +39,7 @@ from switchgear.parallel import (
     rebalance,
     shrink,
 )  # fmt: skip
+from switchgear.parallel import transfer
 from switchgear.parallel.errors import Failure
 from switchgear.parallel.moves import parallel_experts
 from switchgear.parallel.placement import keep_experts
@@ -516,3 +517,11 @@ def test_states_are_sent_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "numpy", missing)
     assert of_bytes(to_bytes({"step": 3, "share": [0.5]})) == {"step": 3, "share": [0.5]}
+
+
+def test_states_above_two_gigabytes_arrive_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, size = torch.zeros(1, dtype=torch.uint8), 2**32 + 5  # of which nothing is read
+    data: Any = SimpleNamespace(data_ptr=memory.data_ptr, numel=lambda: size, nbytes=size)
+    monkeypatch.setattr(transfer.io, "BytesIO", len)
+    monkeypatch.setattr(torch, "load", lambda length, **options: length)
+    assert of_bytes(data) == size
