@@ -444,7 +444,7 @@ class TestModels:
             assert torch.equal(ours.mlp.gate.weight, theirs.mlp.gate.weight)
         with pytest.raises(ValueError, match="prompts"):
             convert.from_dense_experts(models, 1, router="hidden", prompts=prompts[:2])
-        with pytest.raises(ValueError, match="^router: expected finite numbers"):
+        with pytest.raises(ValueError, match=r"^router: expected finite numbers"):
             convert.from_dense_experts(models, 1, router=torch.full((3, 32), torch.nan))
 
     def test_row58_identical_models_are_the_dense_model(self, models: list[Any]) -> None:

@@ -39,7 +39,6 @@ from switchgear.parallel import (
     rebalance,
     shrink,
 )  # fmt: skip
-from switchgear.parallel import transfer
 from switchgear.parallel.errors import Failure
 from switchgear.parallel.moves import parallel_experts
 from switchgear.parallel.placement import keep_experts
@@ -522,6 +521,6 @@ def test_states_are_sent_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_states_above_two_gigabytes_arrive_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     memory, size = torch.zeros(1, dtype=torch.uint8), 2**32 + 5  # of which nothing is read
     data: Any = SimpleNamespace(data_ptr=memory.data_ptr, numel=lambda: size, nbytes=size)
-    monkeypatch.setattr(transfer.io, "BytesIO", len)
+    monkeypatch.setattr("switchgear.parallel.transfer.io.BytesIO", len)
     monkeypatch.setattr(torch, "load", lambda length, **options: length)
     assert of_bytes(data) == size
