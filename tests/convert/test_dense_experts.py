@@ -362,6 +362,11 @@ def test_row59_one_model_is_the_seed_plus_one_expert() -> None:
     assert moe(x).sub(seed(x) + mlp(x)).abs().max() < 1e-5
 
 
+def test_row58_networks_and_a_router_on_meta_become_a_layer_on_meta() -> None:
+    mlps, router = [SharedExperts(H, WIDTH, device="meta")] * 2, torch.empty(2, H, device="meta")
+    assert all(p.is_meta for p in convert.from_dense_experts(mlps, 1, router=router).parameters())
+
+
 def test_row58_feed_forward_modules_become_experts() -> None:
     mlps, x = [SharedExperts(H, WIDTH) for _ in range(3)], torch.randn(9, H)
     router = torch.randn(3, H)
@@ -439,6 +444,8 @@ class TestModels:
             assert torch.equal(ours.mlp.gate.weight, theirs.mlp.gate.weight)
         with pytest.raises(ValueError, match="prompts"):
             convert.from_dense_experts(models, 1, router="hidden", prompts=prompts[:2])
+        with pytest.raises(ValueError, match=r"^router: expected finite numbers"):
+            convert.from_dense_experts(models, 1, router=torch.full((3, 32), torch.nan))
 
     def test_row58_identical_models_are_the_dense_model(self, models: list[Any]) -> None:
         base = models[0]

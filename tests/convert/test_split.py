@@ -445,6 +445,7 @@ def test_values_of_another_kind_are_named() -> None:
         "lr": lambda: convert.distill_layers(mlp, 4, [ids], lr="fast"),
         "router_init": lambda: convert.from_dense_experts([mlp, mlp], router_init="x"),
         "seed": lambda: convert.from_dense_experts([mlp, mlp], seed="x"),
+        "seed: expected int, got NoneType": lambda: convert.distill_layers(mlp, 4, [ids], seed=None),
         "router: expected finite": lambda: convert.from_dense_experts([mlp, mlp], router=torch.ones(2, H) / 0),
         "input_ids": lambda: convert.sequence_perplexities([mlp], [[1, 2]]),
         "models.1.*w": lambda: convert.merge_models([{"w": ids}, {"w": 1}]),

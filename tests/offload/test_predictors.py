@@ -102,6 +102,9 @@ def test_row41_virtual_experts_are_neither_predicted_nor_used() -> None:
     assert max(used) < 2 * 20
     predicted = NextGate(model).predict(0, torch.randn(20, 16), torch.zeros(20, 2))
     assert sorted(expert for _, expert in predicted) == list(range(E))
+    with offload.watch(model, Follows.of(choices)) as found:  # it saw virtual experts, too
+        model(torch.randn(20, 16))
+    assert 0 < found.layers[1].predicted <= E
 
 
 def test_recall_counts_what_a_loop_counts() -> None:

@@ -516,3 +516,11 @@ def test_states_are_sent_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "numpy", missing)
     assert of_bytes(to_bytes({"step": 3, "share": [0.5]})) == {"step": 3, "share": [0.5]}
+
+
+def test_states_above_two_gigabytes_arrive_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, size = torch.zeros(1, dtype=torch.uint8), 2**32 + 5  # of which nothing is read
+    data: Any = SimpleNamespace(data_ptr=memory.data_ptr, numel=lambda: size, nbytes=size)
+    monkeypatch.setattr("switchgear.parallel.transfer.io.BytesIO", len)
+    monkeypatch.setattr(torch, "load", lambda length, **options: length)
+    assert of_bytes(data) == size

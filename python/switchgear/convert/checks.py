@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 from switchgear.complaints import check_seed
 from switchgear.reference import check_size
 
@@ -24,6 +26,12 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for NaN and infinities. A tensor on meta has none."""
+    if not tensor.is_meta and not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
 
 
 def check_random(seed: Any, **deviations: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.complaints import check_module, check_seed
 from switchgear.convert.checks import check_number
 from switchgear.convert.ffn import is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, put, watched_rows
@@ -75,6 +75,7 @@ def distill_layers(
         check_size(name, size)
     check_size("steps", steps, 0)
     check_number("lr", lr)
+    check_seed(seed)
     options = {"weights": "softmax", **options}
     if is_feed_forward(model):
         chosen = {0: ("", model)}

@@ -99,12 +99,14 @@ def watch(model: nn.Module, predictor: Predictor) -> Iterator[Recall]:
     """
     blocks = moe_blocks(model)
     layers = {name: layer for layer, name in enumerate(blocks)}
-    found = Recall(tuple(blocks), [block.num_real for block in blocks.values()])
+    num_real, num_all = ([getattr(b, name) for b in blocks.values()] for name in ("num_real", "num_experts"))
+    found = Recall(tuple(blocks), num_real)
 
     def see(name: str, seen: Observation) -> None:
         layer = layers[name]
         found.used(layer, seen.topk_ids)
-        found.predicted(predictor.predict(layer, seen.x.detach(), seen.topk_ids.detach()))
+        predicted = checked("experts", predictor.predict(layer, seen.x.detach(), seen.topk_ids.detach()), num_all)
+        found.predicted((ahead, expert) for ahead, expert in predicted if expert < num_real[ahead])
         predictor.observe(layer, seen.topk_ids.detach())
 
     with observe(model, see):

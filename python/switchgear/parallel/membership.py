@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from switchgear.complaints import first_line
 from switchgear.parallel.errors import ExpertParallelError, Failure
 from switchgear.parallel.rendezvous import Background, get
 
@@ -199,7 +200,7 @@ class Membership:
         except (RuntimeError, OSError) as error:
             if isinstance(error, ExpertParallelError):
                 raise
-            reason = f"the store fails: {str(error).partition(chr(10))[0]}"
+            reason = f"the store fails: {first_line(error)}"
         work.give_up()
         self.fail("lost", reason)
 

@@ -4,7 +4,6 @@ the mean of gradients. All on the transport of the exchange, with its failures."
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 from collections import defaultdict
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from switchgear.files import bytes_of
 from switchgear.parallel import header
 from switchgear.parallel.errors import MORE_PHASES
 from switchgear.parallel.layout import PIECES
@@ -49,7 +49,7 @@ def gather(parallel: ExpertParallel, phase: str, value: Any) -> list[Any]:
     lengths = agree(parallel, phase, "gather", len(data))
     own = torch.frombuffer(bytearray(data), dtype=torch.uint8).repeat(parallel.size)
     received = send_rows(parallel, phase, "values", own, [len(data)] * parallel.size, lengths)
-    return [json.loads(_bytes(part)) for part in torch.split(received, lengths)]
+    return [json.loads(bytes(bytes_of(part))) for part in torch.split(received, lengths)]
 
 
 def send_rows(
@@ -98,11 +98,6 @@ def to_bytes(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
 
 
-def _bytes(data: Tensor) -> bytes:
-    """Of a contiguous uint8 tensor on the CPU. Tensor.numpy needs numpy, which torch does not bring."""
-    return ctypes.string_at(data.data_ptr(), data.numel())
-
-
 def of_bytes(data: Tensor) -> Any:
     """Runs no code from the data."""
-    return torch.load(io.BytesIO(_bytes(data)), weights_only=True, map_location="cpu")
+    return torch.load(io.BytesIO(bytes_of(data)), weights_only=True, map_location="cpu")
