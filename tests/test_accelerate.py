@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import runpy
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
-from switchgear import backends
+from switchgear import backends, complaints
 from switchgear.integrations import transformers
 from switchgear.integrations.swap import is_swapped, swap_forward
 from switchgear.integrations.tiny_models import build, example_inputs
@@ -416,6 +417,13 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
     wanted = r"^switchgear\.accelerate: needs transformers .*; pip install 'switchgear\[transformers\]'$"
     with pytest.raises(ImportError, match=wanted):
         _ = switchgear.accelerate
+
+
+@pytest.mark.parametrize("stub", [None, types.ModuleType("transformers")])
+def test_a_stub_of_transformers_is_none(stub: types.ModuleType | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tests and builds of documentation have: switchgear can be imported beside it."""
+    monkeypatch.setitem(sys.modules, "transformers", stub)
+    assert not complaints.is_installed("transformers")
 
 
 def test_a_star_import_needs_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

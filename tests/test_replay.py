@@ -49,7 +49,13 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(50, H)
         self.layers = nn.ModuleList(MoE(H, 12, E, **{"top_k": K, **options}) for _ in range(2))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **context: Any) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **context: Any,
+    ) -> Tensor:
         x: Tensor = self.embedding(input_ids)
         for layer in self.layers:
             x = x + layer(x, **context)
@@ -172,10 +178,13 @@ def test_packed_sequences_and_an_order() -> None:
     assert torch.equal(torch.cat([first, second, third]), want)
 
 
-def test_no_tokens_are_no_sequences() -> None:
-    model = Model()
+@pytest.mark.parametrize("name", ["sequence_ids", "position_ids"])
+def test_no_tokens_are_no_sequences(name: str) -> None:
+    model, none = Model(), torch.zeros(1, 0, dtype=torch.int64)
     with record(model) as choices:
-        model(torch.zeros(1, 0, dtype=torch.int64), sequence_ids=torch.zeros(0, dtype=torch.int64))
+        model(none, **{name: none})
+    with replay(model, choices):
+        model(none, **{name: none})
     assert choices.lengths.tolist() == []
     assert choices.layers["layers.1.gate"].num_tokens == 0
 

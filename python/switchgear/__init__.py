@@ -24,13 +24,12 @@ Logging:    the logger "switchgear" says at level INFO what of a model was chang
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from typing import TYPE_CHECKING, Any
 
 from switchgear import adapters, compress, convert, distill, finetune, layers, offload, optim, presets, routing, weights
 from switchgear.backends import backend, use_backend
-from switchgear.complaints import failed_import
+from switchgear.complaints import failed_import, is_installed
 from switchgear.cuda import cuda_kernels, set_cuda_kernels
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
@@ -91,7 +90,7 @@ __all__ = [
     "weights",
     "z_loss",
 ]
-if not TYPE_CHECKING and importlib.util.find_spec("transformers") is None:  # a star import takes every name of the list
+if not TYPE_CHECKING and not is_installed("transformers"):  # a star import takes every name of the list
     __all__.remove("accelerate")
 
 

@@ -4,6 +4,7 @@ nothing."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import operator
 import types
@@ -34,6 +35,13 @@ def _origin(error: BaseException) -> BaseException:
     while isinstance(error.__cause__, ImportError):
         error = error.__cause__
     return error
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package is found, without importing it. Not if something else stands for it in sys.modules."""
+    with suppress(ImportError, ValueError):  # of a finder that blocks it, and for a stub without __spec__
+        return importlib.util.find_spec(package) is not None
+    return False
 
 
 def missing_package(error: BaseException) -> str | None:

@@ -247,7 +247,8 @@ def _jetmoe_linear_weights(module: Any) -> Sequence[Any]:
 
 
 def _llama4_weights(module: Any) -> ExpertWeights:
-    return ExpertWeights(*_read(_llama4_sites(module), lent_to(module, "experts", _LLAMA4_EXPERTS)))
+    lent = lent_to(module, "experts", _LLAMA4_EXPERTS)  # first, since it tells whether there are sites
+    return ExpertWeights(*_read(_llama4_sites(module), lent))
 
 
 def _llama4_sites(module: Any) -> list[Part]:
@@ -256,7 +257,8 @@ def _llama4_sites(module: Any) -> list[Part]:
 
 
 def _dbrx_weights(module: Any) -> Sequence[Any]:
-    return _read(_dbrx_sites(module), lent_to(module, "mlp", _DBRX_MLP))
+    lent = lent_to(module, "mlp", _DBRX_MLP)  # first, as above
+    return _read(_dbrx_sites(module), lent)
 
 
 def _dbrx_sites(module: Any) -> list[Part]:

@@ -92,6 +92,8 @@ def _packed(named: Mapping[str, Any], real: Tensor) -> tuple[Tensor, int] | None
     """The sequence of each token [B,S] int64, counted in order of appearance, and their number, if a call's arguments
     tell of sequences in a row. real: [B,S], as of `real_tokens`."""
     rows, length = real.shape
+    if not real.numel():
+        return None
     if isinstance(ids := named.get("sequence_ids"), Tensor) and ids.numel() == real.numel():
         values, numbers = torch.unique(ids.to(real.device).reshape(-1), return_inverse=True)
         places = torch.arange(real.numel(), device=real.device)
