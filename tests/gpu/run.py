@@ -11,7 +11,7 @@
     --seconds N     for a stage (default: 540); steps that do not fit are left out
 
 Nothing that a case does ends the run: it may fail, hang, crash or be missing (watch.py). Written for a bare machine:
-needs python3 (3.10 or newer), a C++20 compiler, a checkout and a driver. What is missing is installed first, outside
+needs python3 (3.10 or newer), GCC 11 or newer, a checkout and a driver. What is missing is installed first, outside
 the clock; `make gpu-prepare` does that beforehand. Uses only Python's standard library.
 """
 
