@@ -334,10 +334,10 @@ class SkipBelow:
         if routing.topk_weights.shape[1] < 2:
             raise ValueError(f"routing: expected at least 2 experts per token, got {routing.topk_weights.shape[1]}")
         best = routing.topk_weights.detach().sort(-1, descending=True).values
-        best = best[best[:, 0] > 0]
-        if not len(best):
+        share = float((best[:, 1] / best[:, 0]).nanmedian())  # 0 / 0 for tokens without a choice
+        if math.isnan(share):
             raise ValueError("routing: expected at least 1 token with a choice, got 0")
-        return float((best[:, 1] / best[:, 0]).median())
+        return share
 
 
 def within_fraction(values: Tensor, fraction: float, context: Context, per_sequence: bool) -> Tensor:
