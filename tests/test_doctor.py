@@ -66,9 +66,9 @@ def test_the_reference_is_named_as_what_is_slow(backend: str) -> None:
 def test_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(settings, "installed_version", lambda _: None)
-        patch.setattr(settings.importlib.util, "find_spec", lambda _: None)
+        patch.setattr(settings, "is_installed", lambda _: False)
         assert settings._transformers().verdict == "absent"
-        patch.setattr(settings.importlib.util, "find_spec", lambda name: name)  # a source tree has no version
+        patch.setattr(settings, "is_installed", lambda _: True)  # a source tree has no version
         patch.setitem(sys.modules, "switchgear.integrations.transformers", None)
         assert settings._transformers().text.startswith("unknown version: ModuleNotFoundError: ")
     monkeypatch.setitem(sys.modules, "switchgear.integrations.transformers", None)

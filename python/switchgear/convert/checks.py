@@ -28,7 +28,7 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
+def check_all_finite(name: str, tensor: Tensor) -> None:
     """Raises ValueError for NaN and infinities. A tensor on meta has none."""
     if not tensor.is_meta and not bool(tensor.isfinite().all()):
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")

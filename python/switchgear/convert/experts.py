@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from switchgear.convert.checks import check_finite, check_random
+from switchgear.convert.checks import check_all_finite, check_random
 from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
 from switchgear.convert.modules import is_transformers
 from switchgear.convert.split import fill, initialize_router, layer_like
@@ -119,7 +119,7 @@ def _layer(
     if isinstance(router, Tensor):
         if moe.gate.weight is None or moe.gate.weight.shape != router.shape:
             raise ValueError(f"router: expected [{len(networks)}, {first.hidden_size}], got {list(router.shape)}")
-        check_finite("router", router)
+        check_all_finite("router", router)
         with torch.no_grad():
             moe.gate.weight.copy_(router)
     else:

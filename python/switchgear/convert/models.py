@@ -14,7 +14,7 @@ from torch import Tensor
 
 from switchgear.convert.attention import attention_from_experts
 from switchgear.convert.average import Merging
-from switchgear.convert.checks import check_finite, finite_numbers
+from switchgear.convert.checks import check_all_finite, finite_numbers
 from switchgear.convert.families import layers_of
 from switchgear.convert.modules import watched_rows
 from switchgear.convert.plans import ConversionPlan, StateDict
@@ -140,7 +140,7 @@ def router_rows(
             router = router[None].expand(len(layers), -1, -1)
         if router.shape != shape:
             raise ValueError(f"router: expected {list(shape)} or {list(shape[1:])}, got {list(router.shape)}")
-        check_finite("router", router)
+        check_all_finite("router", router)
         return dict(zip(layers, router, strict=True))
     if router not in ("hidden", "embedding"):
         return None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from switchgear.convert.checks import finite_numbers
 from switchgear.convert.ffn import FeedForward
-from switchgear.reference import check_choice, check_size
+from switchgear.reference import check_choice, check_size, wide
 
 METHODS = ("sum", "mean", "topk", "svd")
 
@@ -84,22 +84,22 @@ def side_by_side(networks: Sequence[FeedForward]) -> FeedForward:
 
 
 def _weighted_sum(networks: Sequence[FeedForward], shares: Sequence[float]) -> FeedForward:
-    def total(name: str) -> Any:
+    def combined(name: str) -> Any:
         parts = [getattr(network, name) for network in networks]
         if parts[0] is None:
             return None
-        wide = torch.float64 if parts[0].dtype is torch.float64 else torch.float32
-        return sum(share * part.to(wide) for share, part in zip(shares, parts, strict=True)).to(parts[0].dtype)
+        total: Any = sum(share * wide(part) for share, part in zip(shares, parts, strict=True))
+        return total.to(parts[0].dtype)
 
     names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-    return replace(networks[0], **{name: total(name) for name in names})
+    return replace(networks[0], **{name: combined(name) for name in names})
 
 
 def _low_rank(network: FeedForward, rank: int) -> FeedForward:
     def best(matrix: Tensor | None) -> Any:
         if matrix is None:
             return None
-        u, s, v = torch.linalg.svd(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), full_matrices=False)
+        u, s, v = torch.linalg.svd(wide(matrix), full_matrices=False)
         return ((u[:, :rank] * s[:rank]) @ v[:rank]).to(matrix.dtype)
 
     return replace(network, gate=best(network.gate), up=best(network.up), down=best(network.down))

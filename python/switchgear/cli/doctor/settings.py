@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Iterator
 
 import torch
 
 from ...common import cgroup, machine
-from ...complaints import first_line, missing_package
+from ...complaints import first_line, is_installed, missing_package
 from ..info import installed_version
 from .finding import Finding
 
@@ -71,7 +70,7 @@ def _allocator(environment: os._Environ[str] | dict[str, str]) -> Finding:
 
 def _transformers() -> Finding:
     version = installed_version("transformers")
-    if version is None and importlib.util.find_spec("transformers") is None:
+    if version is None and not is_installed("transformers"):
         remedy = "pip install 'switchgear[transformers]' to run its models"
         return Finding("transformers", "absent", "not installed", remedy)
     version = version or "unknown version"
