@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from switchgear.compress.layer import ExpertLayer
 from switchgear.experts import Experts
-from switchgear.integrations.choices import Choice, watched
+from switchgear.integrations.choices import watched
 from switchgear.integrations.moe_blocks import MoeBlock
+from switchgear.integrations.places import Choice
 from switchgear.routing.router import Router
 from switchgear.utils.modes import evaluating
 from switchgear.weights import advise_huge_pages

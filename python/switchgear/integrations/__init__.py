@@ -6,7 +6,8 @@ swap.py          replaces a module's forward; forwards.py: how, and restores it;
                  parts.py: submodules whose parameters they read; bypass.py: refuses a class's own forward; samples.py:
                  arguments for a trial
 moe_blocks.py    the MoE blocks of a model; whole_blocks.py: a block in one call
-choices.py       where choices can be seen and changed; routers.py: repeats a router's selection
+places.py        where a block says its choice; choices.py: sees and changes it; routers.py: repeats a router's
+                 selection
 published.py     loads published checkpoints; published_keys.py: their names; published_groups.py: integers with
                  scales; published_nf4.py: nf4; checkpoint_files.py: their files
 saving.py        save_pretrained with stored experts

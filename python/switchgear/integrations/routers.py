@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import MoeBlock
+from switchgear.integrations.places import routed
 from switchgear.routing.context import NOTHING_KNOWN, Context
 from switchgear.routing.ranking import SCORE_FUNCTIONS
 from switchgear.utils.modes import evaluating
@@ -293,8 +294,6 @@ def _randomized(block: MoeBlock) -> Iterator[None]:
 
 
 def _answer(block: MoeBlock) -> _Seen:
-    from switchgear.integrations.choices import routed
-
     gate: Any = block.gate
     name = block.name or "model"
     like = block.gate_weight()

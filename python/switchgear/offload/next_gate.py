@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from switchgear.integrations.choices import logits_of
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.integrations.places import logits_of
 from switchgear.integrations.routers import call_gate, is_looked_up, routing_method_of
 from switchgear.offload.predictors import Expert, ranked
 from switchgear.reference import check_size

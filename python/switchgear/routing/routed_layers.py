@@ -149,7 +149,8 @@ def observed(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Ite
         finally:
             handle.remove()
         return
-    from switchgear.integrations.choices import Choice, watched
+    from switchgear.integrations.choices import watched
+    from switchgear.integrations.places import Choice
 
     def see(choice: Choice) -> None:
         if not is_recomputing():
