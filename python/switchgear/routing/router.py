@@ -490,7 +490,7 @@ def _check_parts(score: Any = None, select: Any = None, capacity: Any = None, ba
         if part is not None and not callable(part):
             raise TypeError(f"{name}: expected a callable or None, got {part!r}")
     if type(score) is nn.Linear:
-        raise TypeError("score: expected a callable of (x, context), got a Linear of torch; a linear router is the default")
+        raise TypeError("score: expected a callable of (x, context), got a Linear; a linear router is the default")
     if not isinstance(balance, Iterable):
         raise TypeError(f"balance: expected a list of losses and controllers, got {type(balance).__name__}")
     for item in balance:
