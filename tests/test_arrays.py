@@ -57,6 +57,25 @@ def test_numpy_losses() -> None:
         switchgear.load_balancing_loss(logits, ids.tolist())
 
 
+class Foreign:
+    """An array of a library that makes none from others."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+
+def test_a_library_that_makes_no_arrays_of_others() -> None:
+    message = r"^h: expected an array of a library with from_dlpack, got Foreign; pass torch\.from_dlpack\(array\)$"
+    with pytest.raises(TypeError, match=message):
+        switchgear.glu(Foreign(torch.ones(2, 4)))  # type: ignore[arg-type]
+
+
 def test_numpy_memory(backend: str) -> None:
     """Inputs are not copied, including read-only and strided arrays."""
     x = np.arange(24, dtype=np.float32).reshape(4, 6)

@@ -318,6 +318,10 @@ def test_wrong_options_of_a_module(name: str, value: Any) -> None:
 def test_wrong_selections_and_context() -> None:
     with pytest.raises(TypeError, match=r"^select: expected .*, got 'topk'"):
         switchgear.MoE(4, 4, 4, select="topk")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^select: expected one that returns Routing, got tuple$"):
+        switchgear.MoE(4, 4, 4, select=lambda logits, context, bias: (logits, logits))(torch.randn(3, 4))
+    with pytest.raises(TypeError, match=r"^score: expected a callable of \(x, context\), got a Linear; .* default$"):
+        switchgear.MoE(4, 4, 4, 2, score=torch.nn.Linear(4, 4))
     with pytest.raises(TypeError, match=r"^dtype: expected"):
         switchgear.Experts(4, 4, 4, dtype=torch.int32)
     with pytest.raises(TypeError, match=r"^token_id: expected .*token_ids, .*, got"):

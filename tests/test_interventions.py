@@ -223,16 +223,16 @@ def test_errors(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "got"),
     [
-        (torch.tensor([1]), "Tensor"),
-        (torch.arange(8), "Tensor"),
-        (3, "int"),
-        ("3", "str"),
-        ([1.0], "float"),
-        (["1"], "str"),
+        (torch.tensor([1]), "a list of numbers of experts, got Tensor"),
+        (torch.arange(8), "a list of numbers of experts, got Tensor"),
+        (3, "a list of numbers of experts, got int"),
+        ("3", "a list of numbers of experts, got str"),
+        ([1.0], "numbers of experts, got float"),
+        (["1"], "numbers of experts, got str"),
     ],
 )
 def test_experts_are_numbers(name: str, given: Any, got: str) -> None:
-    moe, message = layer(top_k=2), f"{name}: expected numbers of experts, got {got}"
+    moe, message = layer(top_k=2), f"{name}: expected {got}"
     with pytest.raises(TypeError, match=message), switchgear.override(moe, **{name: given}):
         pass
     assert moe.gate.overrides == []

@@ -120,6 +120,7 @@ def test_choices_are_bit_equal_after_the_weights_moved(options: dict[str, Any]) 
     model.eval()
     with record(model) as choices:
         model(ids)
+    assert repr(choices) == f"RoutingRecord(2 layers, {len(ids)} sequences, {ids.numel()} tokens, with token ids)"
     want = seen(model, ids)
     with replay(model, choices):
         same = seen(model, ids)

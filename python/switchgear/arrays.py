@@ -33,7 +33,9 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
         with torch.no_grad():
             given = [_imported(name, value) for name, value in zip(names, args, strict=False)]
             given += args[len(names) :]  # too many; Python raises for them
-            result = wrapper(*given, **{name: _imported(name, value) for name, value in kwargs.items()})
+            named = {name: _imported(name, value) for name, value in kwargs.items()}
+            _namespace(first_name, first)
+            result = wrapper(*given, **named)
         converted: R = _map(lambda value: from_torch(value, like=first), result)
         return converted
 
@@ -110,8 +112,18 @@ def from_torch(value: Any, like: Any) -> Any:
     """The tensor as an array of the library of `like`; other values unchanged."""
     if not isinstance(value, torch.Tensor):
         return value
-    if hasattr(like, "__array_namespace__"):
-        namespace = like.__array_namespace__()
+    return _namespace("like", like).from_dlpack(value.detach())
+
+
+def _namespace(name: str, array: Any) -> Any:
+    """The library of an array, which makes arrays of results. Raises TypeError if it has no from_dlpack."""
+    if hasattr(array, "__array_namespace__"):
+        namespace = array.__array_namespace__()
     else:
-        namespace = importlib.import_module(type(like).__module__.partition(".")[0])
-    return namespace.from_dlpack(value.detach())
+        namespace = importlib.import_module(type(array).__module__.partition(".")[0])
+    if not hasattr(namespace, "from_dlpack"):
+        raise TypeError(
+            f"{name}: expected an array of a library with from_dlpack, got {type(array).__name__}; "
+            "pass torch.from_dlpack(array)"
+        )
+    return namespace

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from switchgear.functional import as_limit, as_number, moe
 from switchgear.reference import ACTIVATIONS, check_choice, check_finite, check_size
 from switchgear.utils.sharded import replicated
 from switchgear.weights import FINDERS, Layout, advise_huge_pages, stored_of, weights_of
-from switchgear.weights.module import attribute
+from switchgear.weights.module import attribute, complaint_about_stored
 
 
 class Experts(nn.Module):
@@ -123,6 +124,14 @@ class Experts(nn.Module):
             alpha=self.alpha,
             limit=self.limit,
         )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        complaint = complaint_about_stored(self, self._layout.names, state_dict, prefix)
+        if strict and complaint is not None:
+            lists[-1].append(complaint)
 
     def extra_repr(self) -> str:
         parts = [f"{self.hidden_size}, {self.intermediate_size}, num_experts={self.num_experts}", self.activation]

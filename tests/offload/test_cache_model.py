@@ -175,7 +175,8 @@ def test_gradients_of_x_and_adapters() -> None:
     assert len(got) == len(wanted)
     assert all(map(same_bits, got, wanted))
     check(cache)
-    with pytest.raises(ValueError, match="expected at most 2 experts in a step with gradients, the slots of the cache"):
+    too_many = r"expected at most 2 experts in a step with gradients, the slots .* under torch\.no_grad\(\)$"
+    with pytest.raises(ValueError, match=too_many):
         model(steps_of()[0].requires_grad_())
     assert all(map(same_bits, gradients(), wanted))
 

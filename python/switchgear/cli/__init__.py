@@ -50,6 +50,22 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
+class _CommandParser(_Parser):
+    """The parser of one command, which is imported only if it is called: some take seconds."""
+
+    command: str | None = None  # whose arguments are not added yet
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Unknown arguments are errors with the usage of the command; argparse leaves them to the program."""
+        if self.command is not None:
+            _command(self.command).add_arguments(self)
+            self.command = None
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
+
 def _command(name: str) -> ModuleType:
     return importlib.import_module(f"switchgear.{MODULES.get(name, f'cli.{name}').replace('-', '_')}")
 
@@ -58,13 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     about = "Mixture-of-Experts layers on hand-written kernels."
     parser = _Parser(prog="switchgear", description=about)
     parser.add_argument("--version", action="version", version=f"switchgear {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_CommandParser)
     for name, text in COMMANDS.items():
         sub = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".",
             formatter_class=_Help, allow_abbrev=False,
         )  # fmt: skip
-        _command(name).add_arguments(sub)
+        sub.command = name
     return parser
 
 

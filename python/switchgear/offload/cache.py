@@ -212,7 +212,8 @@ class CachedLayer:
             if together and len(experts) > self.residency.capacity:
                 raise ValueError(
                     f"{self.name}: expected at most {self.residency.capacity} experts in a step with gradients, the "
-                    f"slots of the cache, got {len(experts)}; pass more slots, or fewer tokens"
+                    f"slots of the cache, got {len(experts)}; pass more slots or "
+                    "fewer tokens, or call it under torch.no_grad()"
                 )
             if cache.is_disturbed:
                 cache.repair()

@@ -86,7 +86,7 @@ class Change:
 
 def _check_ids(name: str, experts: Any, num_experts: int) -> None:
     if not isinstance(experts, Collection) or isinstance(experts, (str, Tensor)):
-        raise TypeError(f"{name}: expected numbers of experts, got {type(experts).__name__}")
+        raise TypeError(f"{name}: expected a list of numbers of experts, got {type(experts).__name__}")
     for expert in experts:
         if not hasattr(expert, "__index__"):
             raise TypeError(f"{name}: expected numbers of experts, got {type(expert).__name__}")

@@ -117,6 +117,10 @@ class RoutingRecord:
         self.lengths = torch.zeros(0, dtype=torch.int64)
         self.token_ids: Tensor | None = None
 
+    def __repr__(self) -> str:
+        tokens, ids = int(self.lengths.sum()), "" if self.token_ids is None else ", with token ids"
+        return f"RoutingRecord({len(self.layers)} layers, {self.num_sequences} sequences, {tokens} tokens{ids})"
+
     @classmethod
     def of(
         cls,

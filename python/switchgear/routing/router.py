@@ -404,7 +404,10 @@ class Router(KeepsFloat32):
     def _select(self, router_logits: Tensor, context: Context) -> Routing:
         if self.select is None and not self.overrides:
             return self._route(router_logits)
-        return self.selection()(router_logits, context, self.e_score_correction_bias)
+        routing = self.selection()(router_logits, context, self.e_score_correction_bias)
+        if not isinstance(routing, Routing):
+            raise TypeError(f"select: expected one that returns Routing, got {type(routing).__name__}")
+        return routing
 
     def _limited(self, routing: Routing, context: Context) -> Routing:
         """The routing within the capacity, under the interventions that the selection left in context.changes."""
@@ -486,6 +489,8 @@ def _check_parts(score: Any = None, select: Any = None, capacity: Any = None, ba
     for name, part in {"score": score, "select": select, "capacity": capacity}.items():
         if part is not None and not callable(part):
             raise TypeError(f"{name}: expected a callable or None, got {part!r}")
+    if type(score) is nn.Linear:
+        raise TypeError("score: expected a callable of (x, context), got a Linear; a linear router is the default")
     if not isinstance(balance, Iterable):
         raise TypeError(f"balance: expected a list of losses and controllers, got {type(balance).__name__}")
     for item in balance:

@@ -8,7 +8,7 @@ them or plain weights, which they encode. Floating-point scales are kept as bits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -353,6 +353,21 @@ def _load(
 ) -> None:
     if (stored := stored_of(module)) is not None:
         stored.load(module, state_dict, prefix, missing if strict else [])
+
+
+def complaint_about_stored(
+    module: nn.Module, names: Sequence[str], state_dict: dict[str, Any], prefix: str
+) -> str | None:
+    """What to do if a state dict has stored weights, whose keys a module with plain ones does not know."""
+    if stored_of(module) is not None:
+        return None
+    keys = [prefix + name + suffix for name in names for suffix in ("_values", "_blocks", "_codes", "_scale_inv")]
+    if not (found := [key for key in keys if key in state_dict]):
+        return None
+    return (
+        f"{prefix}{names[0]}: expected a plain weight, got a state dict of stored ones ({', '.join(found)}); call "
+        "switchgear.store(model, …) as for the model that was saved, then load_state_dict"
+    )
 
 
 def check_before_load(model: nn.Module) -> None:
