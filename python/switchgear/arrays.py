@@ -34,9 +34,9 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
             given = [_imported(name, value) for name, value in zip(names, args, strict=False)]
             given += args[len(names) :]  # too many; Python raises for them
             named = {name: _imported(name, value) for name, value in kwargs.items()}
-            _namespace(first_name, first)
+            library = _library(first_name, first)  # before anything is computed
             result = wrapper(*given, **named)
-        converted: R = _map(lambda value: from_torch(value, like=first), result)
+        converted: R = _map(lambda value: from_torch(value, library), result)
         return converted
 
     @functools.wraps(function)
@@ -108,22 +108,20 @@ def to_torch(value: Any, name: str = "array") -> Any:
         raise TypeError(f"{name}: expected an array that torch can represent, got: {reason}") from error
 
 
-def from_torch(value: Any, like: Any) -> Any:
-    """The tensor as an array of the library of `like`; other values unchanged."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return _namespace("like", like).from_dlpack(value.detach())
+def from_torch(value: Any, library: Any) -> Any:
+    """The tensor as an array of a library; other values unchanged."""
+    return library.from_dlpack(value.detach()) if isinstance(value, torch.Tensor) else value
 
 
-def _namespace(name: str, array: Any) -> Any:
+def _library(name: str, array: Any) -> Any:
     """The library of an array, which makes arrays of results. Raises TypeError if it has no from_dlpack."""
     if hasattr(array, "__array_namespace__"):
-        namespace = array.__array_namespace__()
+        library = array.__array_namespace__()
     else:
-        namespace = importlib.import_module(type(array).__module__.partition(".")[0])
-    if not hasattr(namespace, "from_dlpack"):
+        library = importlib.import_module(type(array).__module__.partition(".")[0])
+    if not hasattr(library, "from_dlpack"):
         raise TypeError(
             f"{name}: expected an array of a library with from_dlpack, got {type(array).__name__}; "
             "pass torch.from_dlpack(array)"
         )
-    return namespace
+    return library

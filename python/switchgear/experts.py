@@ -126,12 +126,18 @@ class Experts(nn.Module):
         )
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-        complaint = complaint_about_stored(self, self._layout.names, state_dict, prefix)
-        if strict and complaint is not None:
-            lists[-1].append(complaint)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if stored_of(self) is None and (complaint := complaint_about_stored(self._layout.names, prefix, unexpected)):
+            errors.append(complaint)
 
     def extra_repr(self) -> str:
         parts = [f"{self.hidden_size}, {self.intermediate_size}, num_experts={self.num_experts}", self.activation]

@@ -355,14 +355,12 @@ def _load(
         stored.load(module, state_dict, prefix, missing if strict else [])
 
 
-def complaint_about_stored(
-    module: nn.Module, names: Sequence[str], state_dict: dict[str, Any], prefix: str
-) -> str | None:
-    """What to do if a state dict has stored weights, whose keys a module with plain ones does not know."""
-    if stored_of(module) is not None:
-        return None
-    keys = [prefix + name + suffix for name in names for suffix in ("_values", "_blocks", "_codes", "_scale_inv")]
-    if not (found := [key for key in keys if key in state_dict]):
+def complaint_about_stored(names: Sequence[str], prefix: str, unexpected: Sequence[str]) -> str | None:
+    """What to do if the keys that a module with plain weights does not know are of stored ones, such as
+    gate_up_proj_values."""
+    starts = tuple(f"{prefix}{name}_" for name in names)
+    found = [key for key in unexpected if key.startswith(starts) and not key.endswith("_bias")]
+    if not found:
         return None
     return (
         f"{prefix}{names[0]}: expected a plain weight, got a state dict of stored ones ({', '.join(found)}); call "
