@@ -83,7 +83,8 @@ def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
             first = first or (name, tensor)
             if tensor.device != first[1].device:
                 wanted = f"a tensor on {first[1].device} like {first[0]}"
-                raise ValueError(f"{name}: expected {wanted}, got one on {tensor.device}")
+                hint = ", without numbers: load them, or call switchgear.offload.offload" if tensor.is_meta else ""
+                raise ValueError(f"{name}: expected {wanted}, got one on {tensor.device}{hint}")
         if first is not None and getattr(value, "is_lossless", False) and value.dtype is not first[1].dtype:
             raise TypeError(
                 f"{argument}: expected {first[1].dtype} like {first[0]}, got weights stored as {value.format} in "

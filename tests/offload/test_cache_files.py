@@ -97,6 +97,8 @@ def test_load_model_and_generate(tmp_path: Path) -> None:
     wanted = whole.generate(prompt, max_new_tokens=8, do_sample=False)  # type: ignore[operator]
     store = offload.write_store(tmp_path / "checkpoint", tmp_path / "experts")
     model = offload.load_model(tmp_path / "checkpoint", store)
+    with pytest.raises(ValueError, match=r"on meta, without numbers: load them, or call switchgear\.offload\.offload"):
+        model(prompt)
     with offload.offload(model, store, slots=2):
         assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), wanted)
     with pytest.raises(RuntimeError, match="the cache is closed"):
