@@ -216,12 +216,11 @@ def path_of(module: Any) -> str:
     if module.config._experts_implementation != NAME:
         name = module.config._experts_implementation
         return f"not replaced: experts_implementation is {name!r}, call switchgear.accelerate(model)"
-    if stored_of(module) is not None:
-        return "moe"
-    # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors during one.
-    local = (weight for weight in weights_in(module) if not isinstance(weight, DTensor))
-    if (reason := not_plain(local)) is not None:
-        return f"eager: {reason}"
+    if stored_of(module) is None:
+        # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors during one.
+        local = (weight for weight in weights_in(module) if not isinstance(weight, DTensor))
+        if (reason := not_plain(local)) is not None:
+            return f"eager: {reason}"
     return "grouped_gemm" if gate_of(module) is None or has_post_norm(module) else "moe"
 
 
