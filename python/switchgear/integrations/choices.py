@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from switchgear.integrations.experts import skips_the_last_id
 from switchgear.integrations.moe_blocks import MoeBlock, is_expert_parallel
 from switchgear.integrations.routers import Given, RoutingMethod, SelectByMethod, is_looked_up
 from switchgear.routing.context import Context, Select
@@ -182,8 +183,10 @@ def _has_apply_gate(block: MoeBlock) -> bool:
 def _skips_the_last_id(block: MoeBlock) -> bool:
     if is_expert_parallel(block.experts):  # the dispatch to ranks does not know this id
         return False
-    config = getattr(block.experts, "config", None)
-    return _has_apply_gate(block) and getattr(config, "_experts_implementation", None) in ("eager", "switchgear")
+    implementation = getattr(getattr(block.experts, "config", None), "_experts_implementation", None)
+    if not _has_apply_gate(block) or implementation not in ("eager", "switchgear"):
+        return False
+    return implementation == "switchgear" or all(skips_the_last_id(part) for part in block.experts.modules())
 
 
 class _Zaya(AtExperts):
