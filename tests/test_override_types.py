@@ -149,8 +149,10 @@ def test_routers_that_are_not_known_are_named(model_type: str) -> None:
     inputs = example_inputs(model)
     plain, _ = run(model, inputs)
     name = NOT_OVERRIDDEN[model_type]
+    attributes = [dict(vars(block.gate)) for block in moe_blocks(model).values()]  # NLLB-MoE's: a capacity
     with pytest.raises(ValueError, match=name), switchgear.override(model, disable=[0]):
         pass
+    assert [vars(block.gate) for block in moe_blocks(model).values()] == attributes
     assert torch.equal(run(model, inputs)[0], plain)
 
 
