@@ -77,6 +77,8 @@ def test_experts_of_different_bits() -> None:
 def test_whatever_reads_the_absent_parameters_is_told_of_close() -> None:
     """`restore` would be refused."""
     model = make_model(1)
-    with offload.offload(model, MemoryStore(model), slots=2):  # type: ignore[arg-type]
-        with pytest.raises(AttributeError, match=r"call close\(\) of what offload returned before using"):
-            len(model[0].experts.down_proj)  # type: ignore[union-attr]
+    with (
+        offload.offload(model, MemoryStore(model), slots=2),  # type: ignore[arg-type]
+        pytest.raises(AttributeError, match=r"call close\(\) of what offload returned before using"),
+    ):
+        len(model[0].experts.down_proj)  # type: ignore[union-attr]

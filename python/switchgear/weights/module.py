@@ -281,7 +281,8 @@ def put(module: nn.Module, stored: StoredProjections, weights: tuple[Weight, Wei
     """Replaces the parameters of a module by `weights`."""
     for name in stored.layout.names:
         module.register_parameter(name, None)
-        vars(module)[name] = Absent(name, str(stored.form), stored.form.undo)  # found before the None in module._parameters
+        absent = Absent(name, str(stored.form), stored.form.undo)
+        vars(module)[name] = absent  # found before the None in module._parameters
     stored.put_into(module, weights)
     if "_switchgear_stored" not in vars(module):  # the hooks do nothing while a module is plain
         hooked: Any = module
