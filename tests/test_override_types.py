@@ -149,8 +149,10 @@ def test_routers_that_are_not_known_are_named(model_type: str) -> None:
     inputs = example_inputs(model)
     plain, _ = run(model, inputs)
     name = NOT_OVERRIDDEN[model_type]
+    attributes = [dict(vars(block.gate)) for block in moe_blocks(model).values()]  # NLLB-MoE's: a capacity
     with pytest.raises(ValueError, match=name), switchgear.override(model, disable=[0]):
         pass
+    assert [vars(block.gate) for block in moe_blocks(model).values()] == attributes
     assert torch.equal(run(model, inputs)[0], plain)
 
 
@@ -274,6 +276,27 @@ def test_empty_slots_on_other_implementations(implementation: str) -> None:
         with switchgear.override(model, select=select):
             outputs.append(run(model, example_inputs(model))[0])
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "nemotron_h", "openai_privacy_filter"])
+@pytest.mark.filterwarnings("ignore:.*keeps its own implementation")
+def test_empty_slots_where_the_class_takes_no_id_e(model_type: str) -> None:
+    """In eager, and where switchgear lets the class's own code run."""
+    outputs = []
+    for implementation, is_odd in (("switchgear", False), ("eager", False), ("switchgear", True)):
+        model = prepared(model_type)
+        model.set_experts_implementation(implementation)  # type: ignore[operator]
+        if is_odd:
+            for block in moe_blocks(model).values():
+                block.experts.down_proj = torch.nn.Parameter(block.experts.down_proj.detach().as_subclass(Odd))
+        with switchgear.override(model, disable=range(1, 8)):
+            outputs.append(run(model, example_inputs(model))[0])
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-4)
+
+
+class Odd(torch.Tensor):
+    """A weight that the kernels do not read."""
 
 
 def test_no_tokens() -> None:

@@ -15,7 +15,7 @@ import switchgear
 from switchgear import backends
 from switchgear.adapters import add_lora, lora, sites
 from switchgear.integrations.tiny_models import build, example_inputs
-from switchgear.integrations.transformers import accelerate
+from switchgear.integrations.transformers import accelerate, path_of
 from switchgear.weights import stored_of
 
 
@@ -45,6 +45,22 @@ def test_another_experts_implementation(model_type: str, implementation: str) ->
         model(**example_inputs(model))
     switchgear.restore(model)
     model(**example_inputs(model))
+
+
+def test_a_hook_of_the_activation_that_comes_after() -> None:
+    """The gate runs between two products then, and what needs the fused kernel says so."""
+    model = stored_model(form="fp8")
+    inputs, experts = example_inputs(model), model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        want = model(**inputs).logits
+        hook = experts.act_fn.register_forward_hook(lambda *_: None)
+        assert path_of(experts) == "grouped_gemm"
+        torch.testing.assert_close(model(**inputs).logits, want)
+        with pytest.raises(ValueError, match="expected layers whose experts run on the fused kernel"):
+            switchgear.finetune.freeze_except(model, {"model.layers.0.mlp.experts": [0]})
+        hook.remove()
+        assert path_of(experts) == "moe"
+        switchgear.restore(model)
 
 
 @pytest.mark.parametrize(

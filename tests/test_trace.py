@@ -513,6 +513,22 @@ def test_padding_is_not_sampled() -> None:
     assert sorted(pairs) == [[0, 0], [2, 0], [3, 1]]
 
 
+def test_norms_of_longcat() -> None:
+    """Also by its own loop, which fails with one choice per token."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from switchgear.integrations.tiny_models import build, example_inputs
+    from switchgear.integrations.transformers import accelerate
+
+    model, norms = build("longcat_flash"), []
+    for _ in range(2):
+        with RoutingTrace(model, record=("norms",)) as trace, torch.no_grad():
+            model(**example_inputs(model))
+        norms.append(torch.stack([layer.norm_per_expert for layer in trace.layers.values()]))
+        accelerate(model)
+    assert norms[0].any()
+    torch.testing.assert_close(*norms, rtol=1e-4, atol=1e-4)
+
+
 def test_norms_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     moe, x, sizes = switchgear.MoE(H, 8, E, K), torch.randn(50, H), []
     add = switchgear.trace.LayerTrace.add

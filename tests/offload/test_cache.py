@@ -72,3 +72,13 @@ def test_experts_of_different_bits() -> None:
         check(cache)
         cache.close()
         assert all(same_bits(a, b) for a, b in zip(outputs_of(model, steps), wanted, strict=True))
+
+
+def test_whatever_reads_the_absent_parameters_is_told_of_close() -> None:
+    """`restore` would be refused."""
+    model = make_model(1)
+    with (
+        offload.offload(model, MemoryStore(model), slots=2),  # type: ignore[arg-type]
+        pytest.raises(AttributeError, match=r"call close\(\) of what offload returned before using"),
+    ):
+        len(model[0].experts.down_proj)  # type: ignore[union-attr]

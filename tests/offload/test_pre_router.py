@@ -177,6 +177,16 @@ def test_row44_the_fullest_queue_goes_first() -> None:
     assert expert_batches([{(torch.tensor(e), 0)} for e in (5, 7, 5)], 2) == [[0, 2], [1]]
 
 
+@torch.no_grad()
+def test_a_model_of_another_dtype() -> None:
+    """A PreRouter in float32, the default, reads the embeddings of a model in bfloat16."""
+    model, pre = decoder().bfloat16(), PreRouter(H, [E] * L)
+    ids = torch.randint(WORDS, (2, 7))
+    assert torch.equal(pre(model.embedding(ids))[0], pre(model.embedding(ids).float())[0])
+    with routing.decouple(model, pre, model.embedding, K):
+        assert model(ids).dtype is torch.bfloat16
+
+
 def test_bad_input() -> None:
     model, pre = decoder(), PreRouter(H, [E] * L)
     x = torch.randn(4, H)

@@ -160,9 +160,9 @@ def _check(sites: Sequence[Site]) -> None:
         if isinstance(site.weight, (Weight, OffloadedWeight)):
             stored = stored_of(site.module)
             held = site.weight.weight if isinstance(site.weight, OffloadedWeight) else site.weight
-            form, remedy = (held.format, Form.remedy) if stored is None else (stored.form, stored.form.remedy)
+            form, undo = (held.format, Form.undo) if stored is None else (stored.form, stored.form.undo)
             raise ValueError(
-                f"model: expected plain weights to merge into, got {site.where} stored as {form}; {remedy}"
+                f"model: expected plain weights to merge into, got {site.where} stored as {form}; call {undo} first"
             )
         if not site.linears and type(site.module._parameters.get(site.name)) is not nn.Parameter:
             raise ValueError(f"model: expected a parameter to merge into, got a computed {site.where}")

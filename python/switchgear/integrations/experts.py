@@ -28,6 +28,15 @@ class ExpertWeights(NamedTuple):
     down_bias: Tensor | None = None  # [E, H]
 
 
+# Classes of experts whose own loop over experts takes ids below E only. Those of all others skip the id E.
+_WITHOUT_THE_LAST_ID = ("GptOssExperts", "NemotronHExperts", "OpenAIPrivacyFilterExperts")
+
+
+def skips_the_last_id(module: nn.Module) -> bool:
+    """Whether the class's own forward takes the id E for an empty slot."""
+    return type(module).__name__ not in _WITHOUT_THE_LAST_ID
+
+
 def run_experts(
     x: Tensor,
     topk_ids: Tensor,

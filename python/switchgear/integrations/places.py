@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from switchgear.integrations.experts import skips_the_last_id
 from switchgear.integrations.moe_blocks import MoeBlock, is_expert_parallel
 
 
@@ -88,8 +89,10 @@ def _has_apply_gate(block: MoeBlock) -> bool:
 def _skips_the_last_id(block: MoeBlock) -> bool:
     if is_expert_parallel(block.experts):  # the dispatch to ranks does not know this id
         return False
-    config = getattr(block.experts, "config", None)
-    return _has_apply_gate(block) and getattr(config, "_experts_implementation", None) in ("eager", "switchgear")
+    implementation = getattr(getattr(block.experts, "config", None), "_experts_implementation", None)
+    if not _has_apply_gate(block) or implementation not in ("eager", "switchgear"):
+        return False
+    return implementation == "switchgear" or all(skips_the_last_id(part) for part in block.experts.modules())
 
 
 class _Zaya(AtExperts):

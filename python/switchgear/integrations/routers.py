@@ -275,9 +275,12 @@ def _probe(block: MoeBlock) -> tuple[_Seen, RoutingMethod | None]:
 
 @contextmanager
 def _randomized(block: MoeBlock) -> Iterator[None]:
-    """Random matrices of the gate, and a random selection bias; afterwards the same tensors as before."""
+    """Random matrices of the gate, and a random selection bias; afterwards the same tensors as before, and the same
+    attributes: NLLB-MoE's router keeps the capacity of a call."""
     generator = torch.Generator().manual_seed(0)
     assert block.gate is not None
+    attributes = vars(block.gate)
+    own = dict(attributes)
     scales: dict[Tensor, float] = {p: 2 * p.shape[1] ** -0.5 for p in block.gate.parameters() if p.dim() == 2}
     if (bias := block.selection_bias(flat=False)) is not None:
         scales[bias] = 0.05
@@ -291,6 +294,9 @@ def _randomized(block: MoeBlock) -> Iterator[None]:
     finally:
         for tensor, data in before:
             tensor.data = data
+        for name in attributes.keys() - own.keys():
+            del attributes[name]
+        attributes.update(own)
 
 
 def _answer(block: MoeBlock) -> _Seen:

@@ -30,7 +30,7 @@ from switchgear.backends import warn_once
 from switchgear.complaints import check_module
 from switchgear.integrations import saving
 from switchgear.integrations.bypass import refuse_bypass
-from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts
+from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, skips_the_last_id
 from switchgear.integrations.forwards import runs_own_forward
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, obstacle, swap_forward
@@ -63,6 +63,8 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     if (reason := not_plain(weights)) is not None:
         refuse_bypass(module, reason)
         warn_once(f"{type(module).__name__} keeps its own implementation: {reason}")
+        if not skips_the_last_id(module):
+            top_k_index, top_k_weights = top_k_index.masked_fill(ids < 0, 0), top_k_weights.masked_fill(ids < 0, 0)
         return _decorated_forward(module)(module, hidden_states, top_k_index, top_k_weights)
     return run_experts(
         hidden_states,
@@ -216,12 +218,11 @@ def path_of(module: Any) -> str:
     if module.config._experts_implementation != NAME:
         name = module.config._experts_implementation
         return f"not replaced: experts_implementation is {name!r}, call switchgear.accelerate(model)"
-    if stored_of(module) is not None:
-        return "moe"
-    # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors during one.
-    local = (weight for weight in weights_in(module) if not isinstance(weight, DTensor))
-    if (reason := not_plain(local)) is not None:
-        return f"eager: {reason}"
+    if stored_of(module) is None:
+        # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors during one.
+        local = (weight for weight in weights_in(module) if not isinstance(weight, DTensor))
+        if (reason := not_plain(local)) is not None:
+            return f"eager: {reason}"
     return "grouped_gemm" if gate_of(module) is None or has_post_norm(module) else "moe"
 
 

@@ -67,11 +67,11 @@ class PreRouter(nn.Module):
         return len(self.layers) * (self.window - 1) + 1
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, ...]:
-        """Logits [T,E] of each MoE layer, for embeddings [B,S,H] or [S,H] of T tokens."""
+        """Logits [T,E] of each MoE layer, for embeddings [B,S,H] or [S,H] of T tokens, in any float dtype."""
         size = self.norm.normalized_shape[0]
         if embeddings.dim() not in (2, 3) or embeddings.shape[-1] != size:
             raise ValueError(f"embeddings: expected [B,S,{size}] or [S,{size}], got {list(embeddings.shape)}")
-        x = embeddings if embeddings.dim() == 3 else embeddings[None]
+        x = (embeddings if embeddings.dim() == 3 else embeddings[None]).to(self.head.weight.dtype)
         distance = torch.arange(x.shape[1], device=x.device)
         distance = distance[:, None] - distance
         mask = (distance >= 0) & (distance < self.window)

@@ -46,7 +46,7 @@ def _norms(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
     ids = topk_ids.clamp(min=0).reshape(-1, 1)
     ones = torch.ones_like(ids, dtype=torch.float32 if block.is_ours else x.dtype)
     forward: Any = block.experts.forward  # not the module's call: hooks belong to the model's own calls
-    y: Tensor = forward(rows, ids if block.is_ours else ids.long(), ones)
+    y: Tensor = forward(rows, *_one_choice(block.experts, ids if block.is_ours else ids.long(), ones))
     norms: Tensor = torch.linalg.vector_norm(y.float(), dim=-1)
     return norms.reshape(topk_ids.shape).masked_fill(empty, 0)
 
@@ -62,4 +62,11 @@ def expert_outputs(experts: nn.Module, x: Tensor, num_experts: int | None = None
         raise ValueError("num_experts: expected a number, as the module has none, got None")
     ids = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
     ones = torch.ones(x.shape[0], 1, device=x.device, dtype=x.dtype)
-    return torch.stack([experts(x, ids + expert, ones) for expert in range(count)])
+    return torch.stack([experts(x, *_one_choice(experts, ids + expert, ones)) for expert in range(count)])
+
+
+def _one_choice(experts: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """One choice per token, ids and weights [T,1], as the experts take it: LongCat's own loop takes two or more."""
+    if type(experts).__name__ != "LongcatFlashExperts":
+        return ids, weights
+    return ids.expand(-1, 2), torch.cat((weights, torch.zeros_like(weights)), 1)

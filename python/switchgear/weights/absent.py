@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_leaves
 class Absent:
     """Any use raises an AttributeError that says what to call."""
 
-    def __init__(self, name: str, form: str) -> None:
-        self.name, self.form = name, form
+    def __init__(self, name: str, form: str, undo: str) -> None:
+        self.name, self.form, self.undo = name, form, undo
 
     def __repr__(self) -> str:
         return f"<{self.name} is stored as {self.form}>"
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise AttributeError(
-            f"{self.name} is stored as {self.form}, which only switchgear reads: call switchgear.restore(model) before "
+            f"{self.name} is stored as {self.form}, which only switchgear reads: call {self.undo} before "
             "using its plain weight, as other experts implementations and adapter libraries do"
         )
 

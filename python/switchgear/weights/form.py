@@ -23,7 +23,12 @@ class Form(ABC):
     name: ClassVar[str]  # of the format; also its name in `store`
     devices: ClassVar[tuple[str, ...] | None] = None  # device types that can hold it; None: any
     one_dtype: ClassVar[bool] = False  # both projections of a layer need the same dtype
-    remedy: ClassVar[str] = "restore(model) first"  # where plain weights are needed
+    undo: ClassVar[str] = "switchgear.restore(model)"  # gives plain weights
+
+    @property
+    def remedy(self) -> str:
+        """What an error says where plain weights are needed."""
+        return f"call {self.undo} first"
 
     @property
     def suffixes(self) -> tuple[str, ...]:

@@ -268,7 +268,7 @@ def _warn_of_training(module: nn.Module, stored: StoredProjections) -> None:
         return
     warn_once(
         f"{type(module).__name__} is in training mode, but its experts are stored as {stored.form} and do not train; "
-        "call switchgear.restore(model) to train them, model.eval() for inference, or requires_grad_(False) on them "
+        f"call {stored.form.undo} to train them, model.eval() for inference, or requires_grad_(False) on them "
         "before storing if only the rest trains",
         stacklevel=3,
     )
@@ -281,7 +281,8 @@ def put(module: nn.Module, stored: StoredProjections, weights: tuple[Weight, Wei
     """Replaces the parameters of a module by `weights`."""
     for name in stored.layout.names:
         module.register_parameter(name, None)
-        vars(module)[name] = Absent(name, str(stored.form))  # found before the None in module._parameters
+        absent = Absent(name, str(stored.form), stored.form.undo)
+        vars(module)[name] = absent  # found before the None in module._parameters
     stored.put_into(module, weights)
     if "_switchgear_stored" not in vars(module):  # the hooks do nothing while a module is plain
         hooked: Any = module

@@ -73,7 +73,7 @@ class OffloadedForm(Form):
     """What `stored as …` says of such experts. It encodes nothing."""
 
     name: ClassVar[str] = "offloaded"
-    remedy: ClassVar[str] = "call close() of what offload returned first"
+    undo: ClassVar[str] = "close() of what offload returned"
     path: str
 
     def encode(self, name: str, weight: Tensor, parts: int) -> str:
