@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module, check_seed
-from switchgear.convert.checks import check_number
+from switchgear.convert.checks import check_number, seed_of
 from switchgear.convert.ffn import is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, put, watched_rows
 from switchgear.convert.split import split_dense
-from switchgear.modules import MoE
+from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.reference import check_size
 from switchgear.routing.selection import Threshold, TopK
 from switchgear.utils.modes import evaluating
@@ -65,7 +65,7 @@ def distill_layers(
             E · softmax over the chosen experts. importance may be a dict by layer.
         tokens: how many inputs of each layer are kept; 100,000 in the paper (unverified). Padding (attention_mask 0) is
             left out.
-        steps, batch_size, lr, seed: of Adam. Experts and router train.
+        steps, batch_size, lr, seed: of Adam. Experts and router train, on the losses of `balance` too, if given.
 
     Raises:
         ValueError: the model has no dense feed-forward modules, or batches has no tokens. Nothing is changed.
@@ -92,7 +92,7 @@ def distill_layers(
         with torch.no_grad(), evaluating(module):
             y = torch.cat([module(part) for part in torch.split(x, batch_size)])
         given = importance.get(index) if isinstance(importance, Mapping) else importance
-        moe = split_dense(module, num_experts, top_k, method=method, importance=given, seed=seed + index, **options)
+        moe = split_dense(module, num_experts, top_k, method=method, importance=given, seed=seed_of(seed, index), **options)
         before = relative_error(moe, x, y)
         _train(moe, x, y, steps, batch_size, lr, seed)
         made[module] = moe.train(module.training)
@@ -154,6 +154,7 @@ def _train(moe: MoE, x: Tensor, y: Tensor, steps: int, batch_size: int, lr: floa
             group["lr"] = lr * (1 - step / steps)
         index = torch.randint(len(x), (min(batch_size, len(x)),), generator=generator).to(x.device)
         optimizer.zero_grad()
-        loss = (moe(x[index]) - y[index]).float().square().mean() / scale
+        loss = (moe(x[index]) - y[index]).float().square().mean() / scale + balance_loss(moe)
         loss.backward()
         optimizer.step()
+        after_step(moe)
