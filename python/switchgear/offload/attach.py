@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import at_least, check_module, check_seconds
 from switchgear.files import AnyPath
+from switchgear.layers.virtual import VirtualExperts
 from switchgear.offload.attachment import Attachment, Read, end_read, read_all
 from switchgear.offload.cache import Cache, CachedLayer
 from switchgear.offload.device import device_of
@@ -107,7 +108,7 @@ def offload(
     reader = store.open_reader(threads)
     try:
         most = max(target.records.num_experts for target in targets)
-        cache = Cache(reader, most, prefetch, timeout, lanes)
+        cache = Cache(reader, most, prefetch, timeout, lanes, _num_routed(model, targets))
         weakref.finalize(cache, _end, reader).atexit = False
         attached = _attach(cache, store, targets, plans, policy, verify, place, staging_slots)
         attached._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -116,6 +117,12 @@ def offload(
         raise
     check_before_load(model)
     return attached
+
+
+def _num_routed(model: nn.Module, targets: Sequence[Target]) -> list[int]:
+    """How many experts the router of each target chooses from: virtual ones have no record."""
+    around = {part.experts: part.num_experts for part in model.modules() if isinstance(part, VirtualExperts)}
+    return [around.get(target.module, target.records.num_experts) for target in targets]
 
 
 def _end(reader: Any) -> None:

@@ -21,7 +21,7 @@ class Predictor(Protocol):
         """Experts of later layers, the most likely first. Called when `layer` has routed and its experts have not run.
 
         hidden_states [T,H] is the input of its experts, topk_ids [T,K] its choice, -1 for none. So may be an expert
-        that is predicted.
+        that is predicted. Virtual experts that are predicted are not read.
         """
 
     def observe(self, layer: int, topk_ids: Tensor) -> None:
