@@ -59,7 +59,7 @@ def check_rows(rows: Any, hidden_size: int, dtype: torch.dtype | None = None, *,
         raise TypeError(f"hidden_states: expected {dtype} like the weights, got {rows.dtype}")
 
 
-def repeat_context(context: dict[str, object], times: int) -> dict[str, object]:
+def repeat_context(context: dict[str, object], num_tokens: int, times: int) -> dict[str, object]:
     """The context if each token is split into `times` pieces, in the order of the tokens."""
     repeated = dict(context)
     for name in ("token_ids", "sequence_ids", "importance"):
@@ -69,8 +69,8 @@ def repeat_context(context: dict[str, object], times: int) -> dict[str, object]:
     if isinstance(context.get("sequence_length"), int):
         repeated["sequence_length"] = context["sequence_length"] * times  # type: ignore[operator]
     embedding = context.get("embedding")
-    if isinstance(embedding, Tensor) and embedding.dim() > 2:  # one per token
-        repeated["embedding"] = embedding.flatten(0, -2).repeat_interleave(times, 0)
+    if isinstance(embedding, Tensor) and embedding.dim() > 1 and embedding.shape[:-1].numel() == num_tokens:
+        repeated["embedding"] = embedding.flatten(0, -2).repeat_interleave(times, 0)  # one per token
     return repeated
 
 

@@ -52,6 +52,7 @@ class MultiHeadMoE(nn.Module):
         check_rows(hidden_states, self.head_proj.in_features, self.head_proj.weight.dtype, of_sequences=True)
         pieces = self.head_proj(hidden_states).unflatten(-1, (self.heads, -1))
         pieces = pieces.flatten(-3, -2)  # [..., S·heads, H/heads]: the pieces of a sequence stay one sequence
-        y: Tensor = self.moe(pieces, **repeat_context(context, self.heads))
+        num_tokens = hidden_states.shape[:-1].numel()
+        y: Tensor = self.moe(pieces, **repeat_context(context, num_tokens, self.heads))
         merged: Tensor = self.merge_proj(y.reshape(hidden_states.shape))
         return merged
