@@ -111,7 +111,7 @@ def test_swap_is_refused_where_a_class_has_changed(monkeypatch: pytest.MonkeyPat
 
 
 def test_swap_is_refused_where_the_patch_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, module = swappable("llama4_text")
+    _, module = swappable("llama4_text")
     patch = patch_of(module)
     assert patch is not None
     nan = patch._replace(forward=lambda module, weights, x: (x.reshape(-1, x.shape[-1]) * torch.nan, None))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters.linear_adapters import Adapter, Source, layers_in_all, read_lora
 from switchgear.adapters.lora_experts import LoRAExperts, features_of, place_of, router_of
-from switchgear.complaints import check_module, check_tensor, list_of_names
+from switchgear.complaints import check_module, check_several, check_tensor, list_of_names
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, context_of
 from switchgear.routing.router import RouterOptions
@@ -35,6 +35,7 @@ class SharedRouter(nn.Module):
 
     def __init__(self, widths: Iterable[int], num_experts: int, top_k: int | None = None, **options: Any) -> None:
         super().__init__()
+        check_several("widths", widths, "sizes")
         self.num_experts = num_experts
         self.routers = nn.ModuleDict(
             {str(width): router_of(width, num_experts, top_k, **options) for width in sorted(set(widths))}
@@ -271,7 +272,7 @@ def _check_tied(model: nn.Module, adapters: Sequence[Adapter], names: Sequence[s
     for name in names:
         other = first.setdefault(_linear(model, name), name)
         for number, adapter in enumerate(adapters):
-            if not all(map(torch.equal, _parts(adapter, name), _parts(adapter, other))):
+            if other != name and not all(map(torch.equal, _parts(adapter, name), _parts(adapter, other))):
                 raise ValueError(f"adapters[{number}]: expected equal ones of {other} and {name}, which are one layer")
 
 

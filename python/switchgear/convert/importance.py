@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.complaints import check_function, check_module, check_several
 from switchgear.convert.ffn import NAMES, is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, watched_rows
 from switchgear.reference import check_choice
@@ -33,6 +33,8 @@ def neuron_importance(
 
     Gradients of parameters are left as they are.
     """
+    check_module("module", module)
+    check_function("loss", loss)
     down = _down(module if mlp is None else mlp)
     name = next((name for name, part in module.named_modules() if part is down), None)
     if name is None:
@@ -69,6 +71,8 @@ def layer_importance(
     """
     check_module("model", model)
     check_choice("by", by, ("gradient", "activation"))
+    if loss is not None:
+        check_function("loss", loss)
     found = dense_layers(model)
     chosen = chosen_layers(layers, len(found))
     downs = {name: _down(mlp) for name, mlp in (found[layer] for layer in chosen)}
@@ -135,6 +139,7 @@ def _activations(model: nn.Module, batches: Iterable[Any], downs: Mapping[str, n
 
 def _at_least_one(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches. Raises ValueError if there are none."""
+    check_several("batches", batches, "batches")
     is_empty = True
     for batch in batches:
         is_empty = False

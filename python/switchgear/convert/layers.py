@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_seed
+from switchgear.complaints import check_module, check_seed, check_several, complain_about_rows
 from switchgear.convert.checks import check_number, seed_of
 from switchgear.convert.ffn import is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, put, watched_rows
@@ -75,7 +75,10 @@ def distill_layers(
         check_size(name, size)
     check_size("steps", steps, 0)
     check_number("lr", lr)
+    if lr < 0:
+        raise ValueError(f"lr: expected a number of at least 0, got {lr}")
     check_seed(seed)
+    check_several("batches", batches, "batches")
     options = {"weights": "softmax", **options}
     if is_feed_forward(model):
         chosen = {0: ("", model)}
@@ -92,7 +95,9 @@ def distill_layers(
         with torch.no_grad(), evaluating(module):
             y = torch.cat([module(part) for part in torch.split(x, batch_size)])
         given = importance.get(index) if isinstance(importance, Mapping) else importance
-        moe = split_dense(module, num_experts, top_k, method=method, importance=given, seed=seed_of(seed, index), **options)
+        moe = split_dense(
+            module, num_experts, top_k, method=method, importance=given, seed=seed_of(seed, index), **options
+        )
         before = relative_error(moe, x, y)
         _train(moe, x, y, steps, batch_size, lr, seed)
         made[module] = moe.train(module.training)
@@ -116,6 +121,9 @@ def relative_error(layer: nn.Module, x: Tensor, y: Tensor) -> float:
 def use_threshold(moe: MoE, x: Tensor, experts_per_token: float) -> float:
     """Replaces the layer's TopK by a Threshold at which tokens get experts_per_token on average over x [T,H]. Returns
     the threshold. The weights are scaled as before: their sum stays that of top-k."""
+    if not isinstance(moe, MoE):
+        raise TypeError(f"moe: expected MoE, got {type(moe).__name__}")
+    complain_about_rows("x", x, moe.gate.hidden_size, moe.gate.weight)
     select: Any = moe.gate.select
     if not isinstance(select, TopK) or select.score_function != "softmax" or moe.gate.weight is None:
         raise ValueError(f"moe: expected a linear router with TopK by softmax, got {type(select).__name__}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.sites import Site, guard, sites_at, unguard
-from switchgear.complaints import check_module
+from switchgear.complaints import check_module, list_of_names
 from switchgear.finetune.scores import Selected
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.routing.router import Router
@@ -203,6 +203,7 @@ def _named(model: nn.Module, also: Collection[str], parts: Sequence[Part]) -> se
     """The parameters that `also` means."""
     if isinstance(also, str):
         raise TypeError(f"also: expected a list of names, got {also!r}")
+    also = list_of_names("also", also)
     names = [name for name, _ in model.named_parameters()]
     selected: set[str] = set().union(*(part.paths for part in parts))
     kept: set[str] = set()

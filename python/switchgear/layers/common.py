@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.backends import in_autocast
-from switchgear.complaints import check_tensor
+from switchgear.complaints import check_module, check_tensor
 from switchgear.experts import Experts
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def losses_of(*layers: nn.Module) -> dict[str, Tensor]:
 
 
 def check_returns_rows(name: str, layer: nn.Module) -> None:
-    """Raises ValueError for a layer whose forward returns the routing, too."""
+    """Raises TypeError for what is no module, and ValueError for a layer whose forward returns the routing, too."""
+    check_module(name, layer)
     if getattr(layer, "return_routing", False):
         raise ValueError(f"{name}: expected a layer that returns y alone, got one with return_routing=True")
 
@@ -86,6 +87,8 @@ def experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
     """Experts, or ParallelExperts if `parallel` distributes them over ranks."""
     if parallel is None:
         return Experts
-    from switchgear.parallel import ParallelExperts  # imports torch.distributed, which others do not need
+    from switchgear.parallel import ExpertParallel, ParallelExperts  # imports torch.distributed: others do not need it
 
+    if not isinstance(parallel, ExpertParallel):
+        raise TypeError(f"parallel: expected ExpertParallel, got {type(parallel).__name__}")
     return functools.partial(ParallelExperts, parallel=parallel)

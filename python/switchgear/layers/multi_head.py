@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.layers.common import check_returns_rows, check_rows, losses_of, repeat_context
+from switchgear.reference import check_size
 
 
 class MultiHeadMoE(nn.Module):
@@ -34,7 +35,9 @@ class MultiHeadMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if heads < 1 or hidden_size % heads:
+        check_size("hidden_size", hidden_size)
+        check_size("heads", heads)
+        if hidden_size % heads:
             raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
         check_returns_rows("moe", moe)
         self.heads = heads

@@ -22,7 +22,7 @@ from switchgear.offload.device import device_of
 from switchgear.offload.errors import StoreError
 from switchgear.offload.policies import LRU, Policy, check_policy
 from switchgear.offload.pool import Pool, arena
-from switchgear.offload.predictors import Predictor
+from switchgear.offload.predictors import Predictor, check_predictor
 from switchgear.offload.residency import Residency
 from switchgear.offload.sizes import CachePlan, groups_of, plans_of
 from switchgear.offload.staging import Staging
@@ -91,7 +91,7 @@ def offload(
     policy = LRU() if policy is None else policy
     _check_causal(policy)
     if prefetch is not None:
-        _check_predictor(prefetch)
+        check_predictor("prefetch", prefetch)
     check_seconds("timeout", timeout)
     prefetch_slots = at_least(1, "prefetch_slots", prefetch_slots)
     staging_slots = at_least(2, "staging_slots", staging_slots)
@@ -137,12 +137,6 @@ def _check_causal(policy: Policy) -> None:
         raise ValueError(
             f"policy: expected one that does not look ahead, got {policy.name}, which only simulate can run"
         )
-
-
-def _check_predictor(predictor: Predictor) -> None:
-    if isinstance(predictor, type) or not hasattr(predictor, "predict") or not hasattr(predictor, "observe"):
-        shown = predictor.__name__ if isinstance(predictor, type) else repr(predictor)
-        raise TypeError(f"prefetch: expected a predictor such as NextGate(model), got {shown}")
 
 
 class Offloaded:

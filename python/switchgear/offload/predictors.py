@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ class Predictor(Protocol):
     def observe(self, layer: int, topk_ids: Tensor) -> None:
         """The choice [T,K] that a layer made, for predictors that remember. Called once per layer and step, before or
         after `predict` of this layer."""
+
+
+def check_predictor(name: str, predictor: Any) -> None:
+    """Raises TypeError for what cannot predict, such as a class."""
+    if isinstance(predictor, type) or not hasattr(predictor, "predict") or not hasattr(predictor, "observe"):
+        shown = predictor.__name__ if isinstance(predictor, type) else repr(predictor)
+        raise TypeError(f"{name}: expected a predictor such as NextGate(model), got {shown}")
 
 
 def checked(name: str, predicted: Iterable[Expert], num_experts: Sequence[int]) -> list[Expert]:
