@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import backends, complaints
-from switchgear.integrations import transformers
+from switchgear.integrations import swap, transformers
 from switchgear.integrations.swap import is_swapped, swap_forward
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of, undo_accelerate
@@ -108,6 +108,20 @@ def test_swap_is_refused_where_a_class_has_changed(monkeypatch: pytest.MonkeyPat
         pytest.raises(ValueError, match="none that switchgear knows"),
     ):
         accelerate(model)
+
+
+def test_swap_is_refused_where_the_patch_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, module = swappable("llama4_text")
+    patch = patch_of(module)
+    assert patch is not None
+    nan = patch._replace(forward=lambda module, weights, x: (x.reshape(-1, x.shape[-1]) * torch.nan, None))
+    monkeypatch.setattr(swap, "patch_of", lambda module: nan)
+    with pytest.warns(UserWarning, match="Llama4TextMoe is left alone, .*: difference nan"):
+        assert swap_forward(module) is None
+    nn.init.constant_(module.shared_expert.down_proj.weight, torch.inf)  # such weights compare with nothing
+    undo = swap_forward(module)
+    assert undo is not None
+    undo()
 
 
 def test_a_module_that_keeps_its_own_code_counts_as_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:

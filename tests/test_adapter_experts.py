@@ -183,6 +183,19 @@ def test_a_mixture_replaces_all_layers_and_undo_puts_them_back() -> None:
     assert torch.equal(model(x), plain)
 
 
+def test_a_tied_layer_has_one_adapter() -> None:
+    model, x, adapter = Model(), torch.randn(3, 4, H), adapter_of(2)
+    before, layers = snapshot(model), dict(adapter.layers)
+    both = {**layers, "blocks.1.down": low_rank(I, H, 2)}
+    with pytest.raises(ValueError, match=r"^adapters\[1\]: expected equal ones of blocks.0.down and blocks.1.down"):
+        mixture(model, [Adapter({**layers, "blocks.1.down": layers["blocks.0.down"]}), Adapter(both)])
+    assert_untouched(model, before)
+    twin = copy.deepcopy(model)
+    mixture(model, [adapter], top_k=1)
+    mixture(twin, [Adapter({**layers, "blocks.1.down": layers["blocks.0.down"]})], top_k=1)
+    assert torch.equal(model(x), twin(x))
+
+
 def test_new_experts_start_as_the_model() -> None:
     model, x = Model(), torch.randn(3, 4, H)
     plain = model(x)

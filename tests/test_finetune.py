@@ -77,6 +77,20 @@ def test_row71_selection_is_the_smallest_set(by: str, mass: float) -> None:
                 assert other < mass - 1e-12 if size < len(selected[name]) else other <= total + 1e-12
 
 
+def test_selected_virtual_experts_have_no_weights_to_train() -> None:
+    model = nn.Sequential(switchgear.MoE(16, 8, 4, 2, null_experts=2, constant_experts=1))
+    with switchgear.RoutingTrace(model) as trace, torch.no_grad():
+        model(torch.randn(64, 16))
+    selection = finetune.select_experts(trace, 1.0)
+    assert selection == {"0.gate": list(range(7))}
+    trained = finetune.freeze_except(model, selection)
+    assert finetune.selected_experts(model) == {"0.experts.experts": [0, 1, 2, 3]}
+    assert {len(parameter) for parameter in trained} == {4}
+    finetune.unfreeze(model)
+    with pytest.raises(ValueError, match="selection: expected experts 0 to 6 of 0, got"):
+        finetune.freeze_except(model, {"0": [7]})
+
+
 def test_row71_selection_errors() -> None:
     trace = switchgear.RoutingTrace()
     with pytest.raises(ValueError, match="trace"):

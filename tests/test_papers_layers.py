@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from switchgear.layers import (
     per_conv_tokens,
     with_virtual,
 )
-from switchgear.routing import Capacity, ExpertChoice, Lookup
+from switchgear.routing import Capacity, ExpertChoice, FromEmbedding, Lookup
 
 H = 16
 
@@ -83,6 +84,15 @@ def test_multi_head_moe_keeps_pieces_of_a_sequence_together() -> None:
     lookup.moe.gate.register_forward_hook(lambda module, args, output: seen.append(output.topk_ids))
     lookup(x, token_ids=torch.arange(12).view(2, 6) % 6)
     assert seen[3].flatten().tolist() == [t % 6 for t in range(12) for _ in range(4)]
+    task = partial(FromEmbedding, dim=3)
+    by_task = MultiHeadMoE(moe(hidden_size=H // 4, top_k=1, score=task), H, heads=4)
+    by_task.moe.gate.register_forward_hook(lambda module, args, output: seen.append(output.topk_ids))
+    rows, ids = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 1])
+    by_task(x[0], embedding=rows)  # of the tokens
+    by_task(x[0], embedding=rows[:2], sequence_ids=ids)  # of the sequences
+    wanted = (rows @ by_task.moe.gate.score.linear.weight.T + by_task.moe.gate.score.linear.bias).argmax(-1)
+    assert torch.equal(seen[4].view(6, 4), wanted[:, None].expand(6, 4).int())
+    assert torch.equal(seen[5].view(6, 4), wanted[ids][:, None].expand(6, 4).int())
     assert layer(torch.randn(5, H), sequence_length=5).shape == (5, H)
     assert lookup(torch.randn(0, H), token_ids=torch.zeros(0, dtype=torch.int64)).shape == (0, H)
 

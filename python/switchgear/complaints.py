@@ -108,6 +108,15 @@ def at_least(least: int, name: str, value: Any) -> int:
     return found
 
 
+def sizes(name: str, values: Any) -> tuple[int, ...]:
+    """At least one integer, each of at least 1, as int. Raises TypeError or ValueError for anything else."""
+    check_several(name, values, "integers")
+    found = tuple(at_least(1, name, value) for value in values)
+    if not found:
+        raise ValueError(f"{name}: expected at least one integer, got none")
+    return found
+
+
 def check_seconds(name: str, value: Any) -> None:
     """Raises for anything but a number of seconds above 0, at most MOST_SECONDS: clocks of C++ would overflow."""
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -141,6 +150,24 @@ def check_module(name: str, module: Any) -> None:
     """Raises TypeError for anything but a module."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: expected torch.nn.Module, got {type(module).__name__}")
+
+
+def check_function(name: str, value: Any) -> None:
+    """Raises TypeError for anything that cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises TypeError for anything but an optimizer of torch, or an object with its methods."""
+    if not all(callable(getattr(optimizer, name, None)) for name in ("step", "zero_grad")):
+        raise TypeError(f"optimizer: expected torch.optim.Optimizer, got {type(optimizer).__name__}")
+
+
+def check_several(name: str, values: Any, what: str) -> None:
+    """Raises TypeError for anything that does not have several of `what`. One text has none."""
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{name}: expected a list of {what}, got {type(values).__name__}")
 
 
 def check_switch(name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_function, sizes
 from switchgear.functional import Routing
 from switchgear.layers.common import WithLosses, experts_class, scaled_input
 from switchgear.layers.expand import add_expert, expand
@@ -154,6 +155,7 @@ class MoE(WithLosses):
         shared = GatedSharedExperts if shared_gate else SharedExperts
         self.shared_experts = shared(hidden_size, width, bias=bias, **options) if width else None
         if initialize is not None:
+            check_function("initialize", initialize)
             initialize(self)
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor | tuple[Tensor, Routing]:
@@ -220,8 +222,9 @@ class MoE(WithLosses):
 
 def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> list[int]:
     """The widths of the experts: their ratios are `widths`, and their mean is intermediate_size."""
-    if len(widths) != num_experts or min(widths) < 1:
-        raise ValueError(f"widths: expected {num_experts} positive numbers, got {list(widths)}")
+    widths = sizes("widths", widths)
+    if len(widths) != num_experts:
+        raise ValueError(f"widths: expected {num_experts} numbers, one for each expert, got {list(widths)}")
     total = intermediate_size * num_experts
     unit = sum(widths) // math.gcd(num_experts * math.gcd(*widths), sum(widths))
     if intermediate_size % unit:

@@ -15,7 +15,7 @@ import switchgear
 from switchgear import convert
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import SharedExperts
-from switchgear.routing import LossFreeBias, TopK
+from switchgear.routing import ImportanceLoad, LossFreeBias, TopK
 
 H, WIDTH, E = 24, 32, 4
 
@@ -178,6 +178,21 @@ def test_layers_are_distilled_without_padding() -> None:
                for batch in ({"x": x, "attention_mask": mask}, x[mask.bool()])]  # fmt: skip
     assert results[0].layers == results[1].layers
     assert results[0].layers[0].num_tokens == 7
+
+
+def test_layers_are_distilled_with_balance() -> None:
+    """Losses train the router, and controllers act after each step."""
+    torch.manual_seed(0)
+    mlp, x = SharedExperts(H, 64), torch.randn(64, H) + 1
+    skewed = []
+    for balance in ([], [ImportanceLoad(10.0)]):
+        options = {"steps": 20, "batch_size": 16, "lr": 1e-2, "router_init": 0.3, "balance": balance}
+        moe = convert.distill_layers(copy.deepcopy(mlp), 4, [x], 2, **options).model
+        skewed.append(moe.gate(x).router_logits.detach().softmax(-1).mean(0).var())
+    assert skewed[1] < 0.5 * skewed[0]
+    moe = convert.distill_layers(mlp, 4, [x], 2, steps=3, batch_size=16, balance=[LossFreeBias(1e-2)]).model
+    assert moe.gate.e_score_correction_bias.any()
+    assert not moe.gate.tokens_per_expert.any()
 
 
 def test_layers_are_distilled_with_importance_by_layer() -> None:

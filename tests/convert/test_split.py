@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import UserDict
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear import convert
+from switchgear.convert.checks import seed_of
 from switchgear.layers.shared import SharedExperts
 from switchgear.routing import ImportanceLoad, Linear, TopK
 
@@ -433,6 +435,17 @@ def test_bad_input_is_named() -> None:
             convert.split_dense(mlp, **{"num_experts": 8, **options})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model"):
         convert.split_dense(nn.Linear(3, 3), 2)
+
+
+def test_seeds_of_layers_go_on_after_the_largest() -> None:
+    last = 2**63 - 1
+    model = nn.Sequential(*[nn.Sequential(SharedExperts(H, WIDTH)) for _ in range(2)])
+    first = convert.split_dense(copy.deepcopy(model[0]), 4, seed=last).model
+    both = convert.split_dense(model, 4, seed=last).model
+    assert torch.equal(both[0][0].gate.weight, first[0].gate.weight)
+    assert [seed_of(seed, index) for seed, index in ((3, 2), (last, 0), (last, 1), (-(2**63), 1))] == [
+        5, last, -(2**63), 1 - 2**63
+    ]  # fmt: skip
 
 
 def test_values_of_another_kind_are_named() -> None:

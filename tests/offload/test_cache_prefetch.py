@@ -129,6 +129,23 @@ def test_predictions_are_integers_of_any_type_and_minus_one_is_none() -> None:
         check(cache)
 
 
+def test_virtual_experts_are_predicted_and_not_read() -> None:
+    model, steps = make_model(null_experts=2), steps_of()
+    with diagnostics.collect(model) as choices:
+        wanted = outputs_of(model, steps)
+    assert all(int(layer.topk_ids.max()) > 5 for layer in choices.values())
+    follows = offload.Follows.of(choices)
+    with offload.offload(model, MemoryStore(model), slots=2, prefetch=follows) as cache:  # type: ignore[arg-type]
+        assert all(map(same_bits, outputs_of(model, steps), wanted))
+        assert cache.statistics.recall is not None
+        check(cache)
+    with (
+        offload.offload(model, MemoryStore(model), slots=2, prefetch=Answers((1, 8))),  # type: ignore[arg-type]
+        pytest.raises(ValueError, match=r"prefetch: expected experts 0 to 7 of layer 1, got 8"),
+    ):
+        outputs_of(model, steps)
+
+
 @pytest.mark.parametrize(
     ("expert", "error", "message"),
     [

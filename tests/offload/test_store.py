@@ -132,6 +132,29 @@ def test_experts_of_different_bits(tmp_path: Path) -> None:
     assert torch.equal(switchgear.functional.moe(x, first, second, ids, weights), experts(x, ids, weights))
 
 
+def test_the_arena_and_slots_of_records_are_checked(tmp_path: Path) -> None:
+    write_store(nn.Sequential(switchgear.MoE(64, 96, 1, 1)), tmp_path / "one")
+    (records,) = Store.open(tmp_path / "one").layers.values()
+    size = records.record_bytes
+    arena, slots = torch.zeros(2, size, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+    records.weights(arena, slots)
+    records.weights(arena[:1])
+    hostile: list[tuple[str, Tensor, Tensor | None]] = [
+        ("arena: expected torch.uint8", arena.view(torch.int8), slots),
+        ("arena: expected torch.uint8", arena[0], slots),
+        ("arena: expected torch.uint8", arena[:, 1:], slots),
+        ("arena: expected contiguous records", torch.zeros(2, 2 * size, dtype=torch.uint8)[:, ::2], slots),
+        ("arena: expected contiguous records", torch.zeros(2, size + 1, dtype=torch.uint8)[:, :size], slots),
+        ("arena: expected contiguous records", arena[:1].expand(2, -1), slots),
+        ("arena: expected 1 records without slots", arena, None),
+        ("slots: expected torch.int32", arena, slots.long()),
+        ("slots: expected torch.int32", arena, slots[None]),
+    ]
+    for message, rows, places in hostile:
+        with pytest.raises(ValueError, match=message):
+            records.weights(rows, places)
+
+
 def test_bits_of_experts_in_an_index_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "s"
     write_store(small(1), path, "groups", **MIXED)
@@ -367,7 +390,10 @@ HOSTILE: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("version", lambda e: e.update(version=2)),
     ("format", lambda e: e.update(format="other")),
     ("layers", lambda e: e.update(layers=[])),
+    ("layers: expected at least one", lambda e: e["layers"].clear()),
     ("each name and file once", lambda e: e["layers"].append(e["layers"][0])),
+    ("each name and file once", lambda e: e["layers"][1].update(name=e["layers"][0]["name"])),
+    ("each name and file once", lambda e: e["layers"][1].update(file=e["layers"][0]["file"])),
     ("config_hash", lambda e: e["layers"][0].update(name="other")),
     ("file", lambda e: e["layers"][0].update(file="../layer-00000.records")),
     ("file", lambda e: e["layers"][0].update(file="/etc/passwd")),
@@ -389,7 +415,8 @@ HOSTILE: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("dtype", lambda e: e["layers"][0]["parts"][0].update(dtype="string")),
     ("parts", lambda e: e["layers"][0]["parts"].pop()),
     ("parts", lambda e: e["layers"][0]["parts"][0].update(field="scales")),
-    ("projection", lambda e: e["layers"][0]["parts"][0].update(projection=2)),
+    ("projection: expected 0 to 1", lambda e: e["layers"][0]["parts"][0].update(projection=2)),
+    ("dtype: expected a floating", lambda e: e["layers"][0]["projections"][0].update(dtype="int8")),
     ("rows", lambda e: e["layers"][0]["projections"][0].update(rows=0)),
     ("fields", lambda e: e["layers"][0]["projections"][0].update(fields=["data", "slots"])),
     ("projections", lambda e: e["layers"][0]["projections"].pop()),

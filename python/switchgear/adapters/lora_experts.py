@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters.linear_adapters import LowRank, as_low_rank
 from switchgear.adapters.low_rank import LowRankExperts
-from switchgear.complaints import check_module, check_tensor
+from switchgear.complaints import check_module, check_several, check_tensor, sizes
 from switchgear.functional import Routing
 from switchgear.layers.common import WithLosses
 from switchgear.layers.soft import SoftMoE
@@ -79,7 +79,7 @@ class LoRAExperts(WithLosses):
             others = [*given, *(["router"] if name == "slots" and router is not None else [])]
             if value is not None and others:
                 raise ValueError(f"{name}: expected None with options of a router, got {', '.join(others)}")
-        self.in_features, self.out_features = features_of(base) if features is None else features
+        self.in_features, self.out_features = features_of(base) if features is None else _pair(features)
         made = place_of(base, device, dtype)
         low_rank = LowRankExperts(
             self.in_features, self.out_features, num_experts, rank, alpha=alpha, dropout=dropout, **made
@@ -123,7 +123,9 @@ class LoRAExperts(WithLosses):
         Raises:
             ValueError: no adapters, shapes that do not fit the base, or numbers that are not finite.
         """
-        features = options.get("features") or features_of(base)
+        check_module("base", base)
+        check_several("adapters", adapters, "adapters")
+        features = _pair(options["features"]) if options.get("features") else features_of(base)
         pairs = [as_low_rank(f"adapters[{i}]", adapter, features) for i, adapter in enumerate(adapters)]
         if not pairs:
             raise ValueError("adapters: expected at least one, got none")
@@ -215,6 +217,13 @@ def features_of(base: nn.Module) -> tuple[int, int]:
     raise ValueError(f"features: expected (in, out) for {type(base).__name__}, which has no in_features, got None")
 
 
+def _pair(features: Sequence[int]) -> tuple[int, int]:
+    features = sizes("features", features)
+    if len(features) != 2:
+        raise ValueError(f"features: expected (in, out), got {tuple(features)}")
+    return features[0], features[1]
+
+
 def place_of(base: nn.Module, device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
     """device and dtype, by default those of the base's first parameter if it is not quantised."""
     weight = next(base.parameters(), None)
@@ -233,6 +242,7 @@ def router_of(in_features: int, num_experts: int, top_k: int | None, **options: 
 
 
 def _check_gates(gates: Sequence[Tensor], num_experts: int, in_features: int) -> None:
+    check_several("gates", gates, "tensors")
     if len(gates) != num_experts:
         raise ValueError(f"gates: expected {num_experts}, one for each adapter, got {len(gates)}")
     for number, vector in enumerate(gates):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters.linear_adapters import Adapter, Source, layers_in_all, read_lora
 from switchgear.adapters.lora_experts import LoRAExperts, features_of, place_of, router_of
-from switchgear.complaints import check_module, check_tensor, list_of_names
+from switchgear.complaints import check_module, check_several, check_tensor, list_of_names
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, context_of
 from switchgear.routing.router import RouterOptions
@@ -35,6 +35,7 @@ class SharedRouter(nn.Module):
 
     def __init__(self, widths: Iterable[int], num_experts: int, top_k: int | None = None, **options: Any) -> None:
         super().__init__()
+        check_several("widths", widths, "sizes")
         self.num_experts = num_experts
         self.routers = nn.ModuleDict(
             {str(width): router_of(width, num_experts, top_k, **options) for width in sorted(set(widths))}
@@ -149,6 +150,7 @@ def mixture(model: nn.Module, adapters: Sequence[Source], *, shared_router: bool
         raise ValueError("adapters: expected at least one, got none")
     names = layers_in_all(read)
     gates = _gates(read, names)
+    _check_tied(model, read, names)
     if "layer" in options:  # a preset, whose rank and alpha are for new experts
         options = {name: value for name, value in options.items() if name not in ("layer", "rank", "alpha")}
 
@@ -262,6 +264,23 @@ def _matching(model: nn.Module, targets: Sequence[str]) -> list[str]:
             raise ValueError(f"targets: expected names of layers of {type(model).__name__}, got {target!r}")
         found |= dict.fromkeys(matches)
     return list(found)
+
+
+def _check_tied(model: nn.Module, adapters: Sequence[Adapter], names: Sequence[str]) -> None:
+    """Raises ValueError if an adapter differs between two names of one layer."""
+    first: dict[nn.Module, str] = {}
+    for name in names:
+        other = first.setdefault(_linear(model, name), name)
+        for number, adapter in enumerate(adapters):
+            if other != name and not all(map(torch.equal, _parts(adapter, name), _parts(adapter, other))):
+                raise ValueError(f"adapters[{number}]: expected equal ones of {other} and {name}, which are one layer")
+
+
+def _parts(adapter: Adapter, name: str) -> list[Tensor]:
+    """All that an adapter has for a layer."""
+    pair = adapter.layers[name]
+    gates = [] if adapter.gates is None or name not in adapter.gates else [adapter.gates[name]]
+    return [pair.a, pair.b, torch.tensor(pair.alpha), *gates]
 
 
 def _gates(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[str, list[Tensor]] | None:

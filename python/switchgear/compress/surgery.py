@@ -209,6 +209,8 @@ def check_config(model: nn.Module, blocks: Sequence[MoeBlock], counts: Sequence[
     """Raises ValueError unless the config of Hugging Face blocks can say `counts`: one number for all layers."""
     if blocks[0].is_ours:
         return
+    if not any(hasattr(module, "save_pretrained") for module in model.modules()):
+        raise ValueError(f"model: expected a whole model, of whose config the numbers are, got {type(model).__name__}")
     _config_fields(blocks)
     if len(set(counts)) > 1 or len({block.num_experts for block in blocks}) > 1:
         raise ValueError(

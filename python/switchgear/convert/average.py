@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_seed, check_tensor
+from switchgear.complaints import check_module, check_seed, check_several, check_tensor
 from switchgear.convert.checks import check_number, finite_numbers
 from switchgear.reference import check_choice
 from switchgear.weights.checks import check_state_dict
@@ -194,6 +194,7 @@ def merge_models(
         TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, or where the first
             model ties them, NaN or infinities, float8 tensors, stored experts, or adapters.
     """
+    check_several("models", models, "models")
     if not models:
         raise ValueError("models: expected at least one, got none")
     merging = Merging(method, finite_numbers("weights", weights), density, scale, seed)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from switchgear.complaints import check_several
 from switchgear.convert.checks import check_all_finite, check_random
 from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
 from switchgear.convert.modules import is_transformers
@@ -66,6 +67,7 @@ def from_dense_experts(
     Raises:
         TypeError, ValueError: models that differ in type, size or activation, or an option out of range.
     """
+    check_several("models", models, "models")
     if not models:
         raise ValueError("models: expected at least one, got none")
     check_size("top_k", top_k)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from switchgear.complaints import check_tensor
 from switchgear.functional import Routing
 from switchgear.reference import check_size
 from switchgear.reference.checks import check
@@ -55,6 +56,11 @@ def prior_approximate(router_logits: Tensor, expert_outputs: Tensor, dense_outpu
         expert_outputs: [T,E,H], of every expert.
         dense_output: [T,H], of the network that was split.
     """
+    for name, tensor in (
+        ("router_logits", router_logits), ("expert_outputs", expert_outputs), ("dense_output", dense_output),
+    ):  # fmt: skip
+        check_tensor(name, tensor)
+    check("router_logits", router_logits, (None, None))
     num_tokens, num_experts = router_logits.shape
     check_size("top_k", top_k)
     if top_k > num_experts:

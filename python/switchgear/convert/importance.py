@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.complaints import check_function, check_module, check_several
 from switchgear.convert.ffn import NAMES, is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, watched_rows
 from switchgear.reference import check_choice
@@ -33,6 +33,8 @@ def neuron_importance(
 
     Gradients of parameters are left as they are.
     """
+    check_module("module", module)
+    check_function("loss", loss)
     down = _down(module if mlp is None else mlp)
     name = next((name for name, part in module.named_modules() if part is down), None)
     if name is None:
@@ -69,6 +71,8 @@ def layer_importance(
     """
     check_module("model", model)
     check_choice("by", by, ("gradient", "activation"))
+    if loss is not None:
+        check_function("loss", loss)
     found = dense_layers(model)
     chosen = chosen_layers(layers, len(found))
     downs = {name: _down(mlp) for name, mlp in (found[layer] for layer in chosen)}
@@ -85,7 +89,6 @@ def _gradients(
 ) -> list[Tensor]:
     totals: dict[str, Tensor] = {}
     counts = dict.fromkeys(downs, 0)
-    is_empty = True
     seen: list[tuple[str, Tensor, Tensor | None]] = []  # in this forward: layer, activations, mask
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -98,12 +101,11 @@ def _gradients(
                 return h
 
             stack.callback(down.register_forward_pre_hook(see).remove)
-        for batch in batches:
-            is_empty = False
+        for batch in _at_least_one(batches):
             for name, change, tokens in _changes(loss(called(module, batch)), seen):
                 totals[name] = totals.get(name, 0) + change
                 counts[name] += tokens
-    return _means(totals, counts, is_empty)
+    return _means(totals, counts)
 
 
 def _changes(loss: Tensor, seen: list[tuple[str, Tensor, Tensor | None]]) -> list[tuple[str, Tensor, int]]:
@@ -124,23 +126,30 @@ def _changes(loss: Tensor, seen: list[tuple[str, Tensor, Tensor | None]]) -> lis
 def _activations(model: nn.Module, batches: Iterable[Any], downs: Mapping[str, nn.Linear]) -> list[Tensor]:
     sums = {name: torch.zeros(down.in_features, device=down.weight.device) for name, down in downs.items()}
     counts = dict.fromkeys(downs, 0)
-    is_empty = True
 
     def add(name: str, rows: Tensor) -> None:
         sums[name] += rows.float().abs().sum(0)
         counts[name] += len(rows)
 
     with watched_rows(model, downs, add):
-        for batch in batches:
-            is_empty = False
+        for batch in _at_least_one(batches):
             called(model, batch)
-    return _means(sums, counts, is_empty)
+    return _means(sums, counts)
 
 
-def _means(sums: Mapping[str, Tensor], counts: Mapping[str, int], is_empty: bool) -> list[Tensor]:
-    """Over the tokens of each layer. is_empty: there were no batches."""
+def _at_least_one(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches. Raises ValueError if there are none."""
+    check_several("batches", batches, "batches")
+    is_empty = True
+    for batch in batches:
+        is_empty = False
+        yield batch
     if is_empty:
         raise ValueError("batches: expected at least one, got none")
+
+
+def _means(sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> list[Tensor]:
+    """Over the tokens of each layer."""
     if idle := [name for name, count in counts.items() if not count]:
         raise ValueError(f"batches: expected tokens for {idle[0] or 'mlp'}, got none")
     return [sums[name] / count for name, count in counts.items()]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_seed
-from switchgear.convert.checks import check_number
+from switchgear.complaints import check_module, check_seed, check_several, complain_about_rows
+from switchgear.convert.checks import check_number, seed_of
 from switchgear.convert.ffn import is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, put, watched_rows
 from switchgear.convert.split import split_dense
-from switchgear.modules import MoE
+from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.reference import check_size
 from switchgear.routing.selection import Threshold, TopK
 from switchgear.utils.modes import evaluating
@@ -65,7 +65,7 @@ def distill_layers(
             E · softmax over the chosen experts. importance may be a dict by layer.
         tokens: how many inputs of each layer are kept; 100,000 in the paper (unverified). Padding (attention_mask 0) is
             left out.
-        steps, batch_size, lr, seed: of Adam. Experts and router train.
+        steps, batch_size, lr, seed: of Adam. Experts and router train, on the losses of `balance` too, if given.
 
     Raises:
         ValueError: the model has no dense feed-forward modules, or batches has no tokens. Nothing is changed.
@@ -75,7 +75,10 @@ def distill_layers(
         check_size(name, size)
     check_size("steps", steps, 0)
     check_number("lr", lr)
+    if lr < 0:
+        raise ValueError(f"lr: expected a number of at least 0, got {lr}")
     check_seed(seed)
+    check_several("batches", batches, "batches")
     options = {"weights": "softmax", **options}
     if is_feed_forward(model):
         chosen = {0: ("", model)}
@@ -92,7 +95,9 @@ def distill_layers(
         with torch.no_grad(), evaluating(module):
             y = torch.cat([module(part) for part in torch.split(x, batch_size)])
         given = importance.get(index) if isinstance(importance, Mapping) else importance
-        moe = split_dense(module, num_experts, top_k, method=method, importance=given, seed=seed + index, **options)
+        moe = split_dense(
+            module, num_experts, top_k, method=method, importance=given, seed=seed_of(seed, index), **options
+        )
         before = relative_error(moe, x, y)
         _train(moe, x, y, steps, batch_size, lr, seed)
         made[module] = moe.train(module.training)
@@ -116,6 +121,9 @@ def relative_error(layer: nn.Module, x: Tensor, y: Tensor) -> float:
 def use_threshold(moe: MoE, x: Tensor, experts_per_token: float) -> float:
     """Replaces the layer's TopK by a Threshold at which tokens get experts_per_token on average over x [T,H]. Returns
     the threshold. The weights are scaled as before: their sum stays that of top-k."""
+    if not isinstance(moe, MoE):
+        raise TypeError(f"moe: expected MoE, got {type(moe).__name__}")
+    complain_about_rows("x", x, moe.gate.hidden_size, moe.gate.weight)
     select: Any = moe.gate.select
     if not isinstance(select, TopK) or select.score_function != "softmax" or moe.gate.weight is None:
         raise ValueError(f"moe: expected a linear router with TopK by softmax, got {type(select).__name__}")
@@ -154,6 +162,7 @@ def _train(moe: MoE, x: Tensor, y: Tensor, steps: int, batch_size: int, lr: floa
             group["lr"] = lr * (1 - step / steps)
         index = torch.randint(len(x), (min(batch_size, len(x)),), generator=generator).to(x.device)
         optimizer.zero_grad()
-        loss = (moe(x[index]) - y[index]).float().square().mean() / scale
+        loss = (moe(x[index]) - y[index]).float().square().mean() / scale + balance_loss(moe)
         loss.backward()
         optimizer.step()
+        after_step(moe)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from switchgear.convert.attention import attention_from_experts
 from switchgear.convert.average import Merging
-from switchgear.convert.checks import check_all_finite, finite_numbers
+from switchgear.convert.checks import check_all_finite, finite_numbers, seed_of
 from switchgear.convert.families import layers_of
 from switchgear.convert.modules import watched_rows
 from switchgear.convert.plans import ConversionPlan, StateDict
@@ -120,7 +120,7 @@ def collect_models(
         return done
     mixtures = [
         attention_from_experts([model.model.layers[layer].self_attn for model in models],
-                               shared_kv=attention == "shared_kv", router_init=router_init, seed=seed + layer)
+                               shared_kv=attention == "shared_kv", router_init=router_init, seed=seed_of(seed, layer))
         for layer in range(len(first.model.layers))
     ]  # fmt: skip
     for layer, mixture in zip(done.model.model.layers, mixtures, strict=True):  # type: ignore[union-attr, arg-type]

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear import ops
-from switchgear.complaints import check_tensor
+from switchgear.complaints import check_seed, check_tensor
 from switchgear.convert.checks import check_number
 from switchgear.convert.ffn import FeedForward
 from switchgear.reference import check_choice, check_size
+from switchgear.reference.checks import check
 
 METHODS = ("random", "contiguous", "interleave", "cluster", "gradient", "domain_masks")
 LLOYD_STEPS = 20
@@ -59,6 +60,8 @@ def partition(
     Raises:
         ValueError: an unknown method, a width that does not divide, or importance missing or of another shape.
     """
+    if not isinstance(weights, FeedForward):
+        raise TypeError(f"weights: expected FeedForward, got {type(weights).__name__}")
     check_size("num_experts", num_experts)
     check_choice("method", method, METHODS)
     width = weights.intermediate_size
@@ -97,6 +100,12 @@ def partition(
 def balanced_kmeans(rows: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
     """[N] int64: a cluster for each of rows [N,D] float32, all of N / C rows, by Lloyd's steps with the balanced
     assignment of the native op. The result with the least squared distance is returned."""
+    check_tensor("rows", rows)
+    check("rows", rows, (None, None), torch.float32)
+    check_size("num_clusters", num_clusters)
+    if num_clusters > len(rows):
+        raise ValueError(f"num_clusters: expected 1 to {len(rows)}, got {num_clusters}")
+    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     centers = rows[torch.randperm(len(rows), generator=generator)[:num_clusters]]
     best, best_ids = math.inf, torch.zeros(len(rows), dtype=torch.int64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from switchgear.convert.checks import check_number
+from switchgear.convert.checks import check_number, seed_of
 from switchgear.convert.families import PARTS, Family, Size, dense_key
 from switchgear.convert.ffn import FeedForward
 from switchgear.convert.partitions import Partition, partition
@@ -169,7 +169,7 @@ class Split:
         dense = FeedForward(weight, weight, weight.T)
         return partition(
             dense, self.num_experts, method, shared=self.shared, importance=importance, keep=self.keep,
-            seed=self.seed + layer,
+            seed=seed_of(self.seed, layer),
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_switch
-from switchgear.convert.checks import check_moe, check_random
+from switchgear.convert.checks import check_moe, check_random, seed_of
 from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
 from switchgear.convert.gates import EqualTopK
 from switchgear.convert.modules import OURS, is_transformers, replaced
@@ -103,7 +103,7 @@ def split_dense(
 
         def layer_of(dense: FeedForward, index: int) -> MoE:
             given = importance.get(index) if isinstance(importance, Mapping) else importance
-            seeded = {**how, "seed": seed + index}
+            seeded = {**how, "seed": seed_of(seed, index)}
             made: MoE = split_dense(
                 dense, num_experts, top_k, method=method, importance=given, weights=weights, **seeded, **options
             )

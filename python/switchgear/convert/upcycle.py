@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from switchgear.complaints import check_module
-from switchgear.convert.checks import check_moe, check_random
+from switchgear.convert.checks import check_moe, check_random, seed_of
 from switchgear.convert.ffn import FeedForward, feed_forward, is_feed_forward
 from switchgear.convert.modules import OURS, is_transformers, replaced
 from switchgear.convert.plans import noise_of
@@ -83,7 +83,7 @@ def upcycle(
     if family not in (None, OURS):
         raise ValueError(f"family: expected None for a {type(mlp).__name__}, which is no model of transformers")
     return replaced(mlp, layers, lambda dense, index: _layer(
-        dense, normalize=normalize, **{**made, "seed": seed + index}, **options
+        dense, normalize=normalize, **{**made, "seed": seed_of(seed, index)}, **options
     ))  # fmt: skip
 
 

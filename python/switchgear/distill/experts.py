@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.complaints import check_function, check_module, check_optimizer, check_several
 from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.functional import as_number
 from switchgear.trace import Observation, observe
@@ -137,10 +137,14 @@ def distill_experts(
     if weight is not None and not 0 <= as_number("weight", weight) < float("inf"):
         raise ValueError(f"weight: expected a finite number from 0 on, got {weight}")
     _pairs(teacher, student, None)
+    if loss is not None:
+        check_function("loss", loss)
+    check_optimizer(optimizer)
+    check_several("batches", batches, "batches")
     done: list[Losses] = []
     with keep_zeros(student):
         for batch in batches:
-            own = student(**batch).loss if loss is None else loss(student, batch)
+            own = getattr(student(**batch), "loss", None) if loss is None else loss(student, batch)
             if not isinstance(own, Tensor):
                 raise ValueError("batches: expected labels, so that the student returns a loss, got none")
             experts = expert_kd(teacher, student, **{key: value for key, value in batch.items() if key != "labels"})

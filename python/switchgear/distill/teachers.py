@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.functional import Routing
-from switchgear.reference import check_size
+from switchgear.complaints import check_module, check_optimizer, check_tensor
+from switchgear.functional import Routing, as_number
+from switchgear.reference import check_finite, check_size
 from switchgear.routing.auxiliary import kl_divergence, mean_of_tokens, without_padding
 from switchgear.routing.balance import load_balancing_loss
-from switchgear.routing.context import Select, most_experts, scored
+from switchgear.routing.context import Select, check_share, most_experts, scored
 from switchgear.routing.counting import kept_counts
 from switchgear.routing.interventions import override
 from switchgear.routing.ranking import choose
@@ -30,7 +31,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | No
     """KL(student || teacher) of the softmax over the last dimension of logits [..., V], averaged over tokens, in nats:
     a float32 scalar, 0 for equal logits. A student's logit may be -inf. mask [...]: False for padding, whose logits
     may be NaN. Differentiable in both."""
-    student_logits, teacher_logits = without_padding(student_logits, mask), without_padding(teacher_logits, mask)
+    student_logits, teacher_logits = without_padding(mask, student_logits=student_logits, teacher_logits=teacher_logits)
     log_q, log_p = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     return mean_of_tokens(kl_divergence(log_q, log_p), mask)
 
@@ -58,8 +59,7 @@ def knowledge_augment(
     Raises ValueError for an option out of range, or a teacher without routers.
     """
     check_size("samples", samples)
-    if not 0 <= p_sample <= 1:
-        raise ValueError(f"p_sample: expected a number in [0, 1], got {p_sample}")
+    check_share("p_sample", p_sample)
 
     def sampled(router: Router, options: dict[str, Any]) -> Select:
         return SampledTopK(max(router.num_experts - 1, 1), p_sample, **options)
@@ -89,6 +89,9 @@ def student_aware_router(
 
     Raises ValueError for a teacher without routers.
     """
+    check_tensor("student_logits", student_logits)
+    check_optimizer(optimizer)
+    check_finite("beta", as_number("beta", beta))
     parameters = router_parameters(teacher)
     flags = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
     seen: list[tuple[Router, Routing]] = []
@@ -122,6 +125,7 @@ def router_parameters(teacher: nn.Module) -> list[nn.Parameter]:
 
 
 def _routers(teacher: nn.Module) -> dict[str, Router]:
+    check_module("teacher", teacher)
     routers = {name: module for name, module in teacher.named_modules() if isinstance(module, Router)}
     if not routers:
         raise ValueError("teacher: expected one with switchgear's routers, got none")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.sites import Site, guard, sites_at, unguard
-from switchgear.complaints import check_module
+from switchgear.complaints import check_module, list_of_names
 from switchgear.finetune.scores import Selected
+from switchgear.layers.virtual import VirtualExperts
 from switchgear.routing.router import Router
 from switchgear.utils.sharded import is_sharded
 from switchgear.weights import layout_of, stored_of
@@ -47,7 +48,7 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
     Args:
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
         selection: experts by layer, as of select_experts: {"layers.0.gate": [3, 17]}. The name of a router, of an MoE
-            or of the module of experts. Layers that are not named are frozen.
+            or of the module of experts. Layers that are not named are frozen, and so are virtual experts.
         also: names of modules and parameters that train as before, for example routers. Of a module around selected
             experts, all else trains.
 
@@ -129,7 +130,7 @@ def selected_experts(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
-    where, module = _experts_named(model, name)
+    where, module, num_virtual = _experts_named(model, name)
     layout = layout_of(module)
     assert layout is not None
     if (stored := stored_of(module)) is not None:
@@ -145,10 +146,11 @@ def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
             raise ValueError(f"selection: expected a plain parameter {where}.{projection}, got none")
     count = module._parameters[layout.names[0]].shape[0]  # type: ignore[union-attr]
     ids = sorted(_ids(name, experts))
-    if ids and not 0 <= ids[0] <= ids[-1] < count:
-        raise ValueError(f"selection: expected experts 0 to {count - 1} of {name}, got {list(experts)}")
+    if ids and not 0 <= ids[0] <= ids[-1] < count + num_virtual:
+        raise ValueError(f"selection: expected experts 0 to {count + num_virtual - 1} of {name}, got {list(experts)}")
     if len(set(ids)) < len(ids):
         raise ValueError(f"selection: expected each expert of {name} once, got {list(experts)}")
+    ids = [expert for expert in ids if expert < count]
     biases = (f"{projection}_bias" for projection in layout.names)
     names = (*layout.names, *(bias for bias in biases if module._parameters.get(bias) is not None))
     site = next(iter(sites_at(where, module)), None)
@@ -162,8 +164,9 @@ def _ids(name: str, experts: Sequence[int]) -> list[int]:
         raise TypeError(f"selection: expected a list of integers for {name}, got {experts!r}") from None
 
 
-def _experts_named(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """The module of experts that a name of a router, of an MoE or of the experts means, and its name."""
+def _experts_named(model: nn.Module, name: str) -> tuple[str, nn.Module, int]:
+    """The module of experts that a name of a router, of an MoE or of the experts means, its name, and how many virtual
+    experts follow them."""
     where = name
     try:
         if isinstance(model.get_submodule(name), Router):
@@ -171,10 +174,12 @@ def _experts_named(model: nn.Module, name: str) -> tuple[str, nn.Module]:
         module = model.get_submodule(where)
     except AttributeError:
         raise ValueError(f"selection: expected names of layers with experts, got {name!r}") from None
+    num_virtual = 0
     while layout_of(module) is None and isinstance(inner := getattr(module, "experts", None), nn.Module):
+        num_virtual = module.num_experts - module.num_real if isinstance(module, VirtualExperts) else 0
         module, where = inner, f"{where}.experts" if where else "experts"
     if layout_of(module) is not None:
-        return where, module
+        return where, module, num_virtual
     hint = hint_for(model)
     raise ValueError(f"selection: expected layers whose experts run on the fused kernel, got {name!r} ({hint})")
 
@@ -198,6 +203,7 @@ def _named(model: nn.Module, also: Collection[str], parts: Sequence[Part]) -> se
     """The parameters that `also` means."""
     if isinstance(also, str):
         raise TypeError(f"also: expected a list of names, got {also!r}")
+    also = list_of_names("also", also)
     names = [name for name, _ in model.named_parameters()]
     selected: set[str] = set().union(*(part.paths for part in parts))
     kept: set[str] = set()

@@ -89,13 +89,15 @@ def _trial(module: nn.Module, patch: Patch) -> str | None:
             got = _result(patch.forward(module, weights, *arguments))
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
+    if not bool(want.isfinite().all()):
+        return None  # of such weights; nothing to compare
     # Tolerance: a few roundings to the storage dtype, and sums of `length` float32 products in another order (a random
     # walk of half ulps). A patch with another meaning differs by the size of the value itself.
     length = max(leaf.shape[-1] for leaf in leaves)
     relative = 16 * torch.finfo(want.dtype).eps + 4 * length**0.5 * torch.finfo(torch.float32).eps
     bound = relative * want.abs().max()
     difference = (got - want).abs().max()
-    return f"difference {difference:.1e} of {want.abs().max():.1e}" if difference > bound else None
+    return None if difference <= bound else f"difference {difference:.1e} of {want.abs().max():.1e}"  # NaN differs
 
 
 @contextmanager

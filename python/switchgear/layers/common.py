@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.backends import in_autocast
-from switchgear.complaints import check_tensor
+from switchgear.complaints import check_module, check_tensor
 from switchgear.experts import Experts
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def losses_of(*layers: nn.Module) -> dict[str, Tensor]:
 
 
 def check_returns_rows(name: str, layer: nn.Module) -> None:
-    """Raises ValueError for a layer whose forward returns the routing, too."""
+    """Raises TypeError for what is no module, and ValueError for a layer whose forward returns the routing, too."""
+    check_module(name, layer)
     if getattr(layer, "return_routing", False):
         raise ValueError(f"{name}: expected a layer that returns y alone, got one with return_routing=True")
 
@@ -59,7 +60,7 @@ def check_rows(rows: Any, hidden_size: int, dtype: torch.dtype | None = None, *,
         raise TypeError(f"hidden_states: expected {dtype} like the weights, got {rows.dtype}")
 
 
-def repeat_context(context: dict[str, object], times: int) -> dict[str, object]:
+def repeat_context(context: dict[str, object], num_tokens: int, times: int) -> dict[str, object]:
     """The context if each token is split into `times` pieces, in the order of the tokens."""
     repeated = dict(context)
     for name in ("token_ids", "sequence_ids", "importance"):
@@ -69,8 +70,8 @@ def repeat_context(context: dict[str, object], times: int) -> dict[str, object]:
     if isinstance(context.get("sequence_length"), int):
         repeated["sequence_length"] = context["sequence_length"] * times  # type: ignore[operator]
     embedding = context.get("embedding")
-    if isinstance(embedding, Tensor) and embedding.dim() > 2:  # one per token
-        repeated["embedding"] = embedding.flatten(0, -2).repeat_interleave(times, 0)
+    if isinstance(embedding, Tensor) and embedding.dim() > 1 and embedding.shape[:-1].numel() == num_tokens:
+        repeated["embedding"] = embedding.flatten(0, -2).repeat_interleave(times, 0)  # one per token
     return repeated
 
 
@@ -86,6 +87,8 @@ def experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
     """Experts, or ParallelExperts if `parallel` distributes them over ranks."""
     if parallel is None:
         return Experts
-    from switchgear.parallel import ParallelExperts  # imports torch.distributed, which others do not need
+    from switchgear.parallel import ExpertParallel, ParallelExperts  # imports torch.distributed: others do not need it
 
+    if not isinstance(parallel, ExpertParallel):
+        raise TypeError(f"parallel: expected ExpertParallel, got {type(parallel).__name__}")
     return functools.partial(ParallelExperts, parallel=parallel)

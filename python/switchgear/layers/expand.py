@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_tensor
+from switchgear.complaints import check_several, check_tensor, integer
 from switchgear.experts import Experts
 from switchgear.functional import as_number
 from switchgear.reference import check_choice, check_size
@@ -97,9 +97,11 @@ def _sources(sources: Sequence[int] | None, init: str, count: int, num_experts: 
         return [index % num_experts for index in range(count)]
     if init != "copy":
         raise ValueError(f"sources: expected None with init={init!r}, got {list(sources)}")
+    check_several("sources", sources, "experts")
+    sources = [integer("sources", expert) for expert in sources]
     if len(sources) != count or not all(0 <= expert < num_experts for expert in sources):
-        raise ValueError(f"sources: expected {count} experts in 0 to {num_experts - 1}, got {list(sources)}")
-    return list(sources)
+        raise ValueError(f"sources: expected {count} experts in 0 to {num_experts - 1}, got {sources}")
+    return sources
 
 
 def _tensors(module: Experts | Router) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from switchgear.complaints import sizes
 from switchgear.layers.common import experts_class
-from switchgear.reference import check_range
+from switchgear.reference import check_range, check_size
 from switchgear.routing.context import can_be_read
 from switchgear.utils.buffers import FillsBuffers
 from switchgear.weights.checks import check_plain
@@ -62,10 +63,10 @@ class HeterogeneousExperts(FillsBuffers):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not intermediate_sizes or min(intermediate_sizes) < 1:
-            raise ValueError(f"intermediate_sizes: expected positive widths, got {list(intermediate_sizes)}")
+        intermediate_sizes = sizes("intermediate_sizes", intermediate_sizes)
         unit = math.gcd(*intermediate_sizes) if unit is None else unit
-        if unit < 1 or any(width % unit for width in intermediate_sizes):
+        check_size("unit", unit)
+        if any(width % unit for width in intermediate_sizes):
             raise ValueError(f"unit: expected a divisor of {list(intermediate_sizes)}, got {unit}")
         self.hidden_size, self.intermediate_sizes, self.unit = hidden_size, tuple(intermediate_sizes), unit
         self.num_experts = len(self.intermediate_sizes)

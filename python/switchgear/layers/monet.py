@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from switchgear.functional import gate
 from switchgear.layers.common import check_rows
-from switchgear.reference import check_choice, wide
+from switchgear.reference import check_choice, check_size, wide
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.scores import init_uniform
@@ -55,7 +55,9 @@ class MonetRouter(KeepsFloat32):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k < sqrt_n:
+        for name, size in {"hidden_size": hidden_size, "sqrt_n": sqrt_n, "heads": heads, "top_k": top_k}.items():
+            check_size(name, size)
+        if top_k >= sqrt_n:
             raise ValueError(f"top_k: expected 1 to {sqrt_n - 1} (below sqrt_n), got {top_k}")
         self.heads, self.sqrt_n, self.momentum, self.eps = heads, sqrt_n, momentum, eps
         self.threshold = NormalDist().inv_cdf(1 - top_k / sqrt_n)
@@ -126,6 +128,8 @@ class MonetExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, size in {"hidden_size": hidden_size, "sqrt_n": sqrt_n, "dim": dim}.items():
+            check_size(name, size)
         check_choice("mode", mode, MODES)
         if mode == "vertical" and (dim % 2 or hidden_size % 2):
             raise ValueError(f"dim, hidden_size: expected even numbers for vertical experts, got {dim}, {hidden_size}")

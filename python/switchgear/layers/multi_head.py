@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.layers.common import check_returns_rows, check_rows, losses_of, repeat_context
+from switchgear.reference import check_size
 
 
 class MultiHeadMoE(nn.Module):
@@ -34,7 +35,9 @@ class MultiHeadMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if heads < 1 or hidden_size % heads:
+        check_size("hidden_size", hidden_size)
+        check_size("heads", heads)
+        if hidden_size % heads:
             raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
         check_returns_rows("moe", moe)
         self.heads = heads
@@ -52,6 +55,7 @@ class MultiHeadMoE(nn.Module):
         check_rows(hidden_states, self.head_proj.in_features, self.head_proj.weight.dtype, of_sequences=True)
         pieces = self.head_proj(hidden_states).unflatten(-1, (self.heads, -1))
         pieces = pieces.flatten(-3, -2)  # [..., S·heads, H/heads]: the pieces of a sequence stay one sequence
-        y: Tensor = self.moe(pieces, **repeat_context(context, self.heads))
+        num_tokens = hidden_states.shape[:-1].numel()
+        y: Tensor = self.moe(pieces, **repeat_context(context, num_tokens, self.heads))
         merged: Tensor = self.merge_proj(y.reshape(hidden_states.shape))
         return merged

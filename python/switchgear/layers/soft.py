@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
+from switchgear.complaints import at_least, check_module
 from switchgear.layers.common import check_rows
 from switchgear.reference import wide
 from switchgear.utils.scalars import LoadsScalars
@@ -51,8 +52,8 @@ class SoftMoE(LoadsScalars):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if slots < 1:
-            raise ValueError(f"slots: expected at least 1, got {slots}")
+        check_module("experts", experts)
+        slots = at_least(1, "slots", slots)
         self.experts, self.slots, self.normalize = experts, slots, normalize
         self.hidden_size, self.num_experts = int(experts.hidden_size), int(experts.num_experts)  # type: ignore[arg-type]
         rows = self.num_experts * slots

@@ -9,10 +9,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import sizes
 from switchgear.experts import Experts
 from switchgear.functional import gate, route
 from switchgear.layers.common import WithLosses, check_rows
-from switchgear.reference import wide
+from switchgear.reference import check_size, wide
 from switchgear.routing.balance import count_tokens, switch_loss
 from switchgear.routing.capacity import Capacity
 from switchgear.routing.context import Context
@@ -61,9 +62,10 @@ class StratifiedMoE(WithLosses):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not strata or min(strata) < 1:
-            raise ValueError(f"strata: expected at least one expert in each, got {list(strata)}")
-        if not 1 <= top_k <= strata[-1]:
+        check_size("hidden_size", hidden_size)
+        strata = sizes("strata", strata)
+        check_size("top_k", top_k)
+        if top_k > strata[-1]:
             raise ValueError(f"top_k: expected 1 to {strata[-1]} (experts of the last stratum), got {top_k}")
         self.strata, self.top_k, self.normalize, self.aux_loss = list(strata), top_k, normalize, aux_loss
         if capacity is not None and not isinstance(capacity, Capacity):

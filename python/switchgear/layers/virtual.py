@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear.complaints import at_least, check_module
 from switchgear.reference import check_range
 from switchgear.routing.context import can_be_read
 
@@ -46,8 +47,8 @@ class VirtualExperts(nn.Module):
         mix_constants: bool = False,
     ) -> None:
         super().__init__()
-        if min(null, copy, constant) < 0:
-            raise ValueError(f"null, copy, constant: expected none negative, got {null}, {copy}, {constant}")
+        check_module("experts", experts)
+        null, copy, constant = at_least(0, "null", null), at_least(0, "copy", copy), at_least(0, "constant", constant)
         self.experts, self.renormalize = experts, renormalize
         self.null, self.copy, self.constant = null, copy, constant
         self.hidden_size, self.num_real = int(experts.hidden_size), int(experts.num_experts)  # type: ignore[arg-type]

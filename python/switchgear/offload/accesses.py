@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchgear.complaints import integer
+from switchgear.complaints import at_least, check_several, integer
 from switchgear.diagnostics.choices import LayerChoices
 from switchgear.routing.records import RoutingRecord
 
@@ -91,9 +91,9 @@ class Accesses:
                 experts that are no integers.
         """
         if num_experts is not None:
-            num_experts = integer("num_experts", num_experts)
-        if prompt is not None and prompt < 0:
-            raise ValueError(f"prompt: expected None or a number of tokens, got {prompt}")
+            num_experts = at_least(1, "num_experts", num_experts)
+        if prompt is not None:
+            prompt = at_least(0, "prompt", prompt)
         if isinstance(source, RoutingRecord):
             ids = {name: layer.topk_ids() for name, layer in source.layers.items()}
             experts = {name: layer.num_classes for name, layer in source.layers.items()}
@@ -167,6 +167,11 @@ def _bounds(lengths: Sequence[int], prompt: int | None) -> list[tuple[int, int]]
 
 
 def _of_list(source: Sequence[Sequence[Iterable[int]]], num_experts: int | None) -> Accesses:
+    check_several("source", source, "steps")
+    for step in source:
+        check_several("source", step, "layers in each step")
+        for experts in step:
+            check_several("source", experts, "experts in each layer")
     steps = [[{integer("source", expert) for expert in experts} for experts in step] for step in source]
     num_layers = len(steps[0]) if steps else 0
     for step in steps:

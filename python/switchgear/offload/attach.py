@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from switchgear.complaints import at_least, check_module, check_seconds
 from switchgear.files import AnyPath
+from switchgear.layers.virtual import VirtualExperts
 from switchgear.offload.attachment import Attachment, Read, end_read, read_all
 from switchgear.offload.cache import Cache, CachedLayer
 from switchgear.offload.device import device_of
 from switchgear.offload.errors import StoreError
 from switchgear.offload.policies import LRU, Policy, check_policy
 from switchgear.offload.pool import Pool, arena
-from switchgear.offload.predictors import Predictor
+from switchgear.offload.predictors import Predictor, check_predictor
 from switchgear.offload.residency import Residency
 from switchgear.offload.sizes import CachePlan, groups_of, plans_of
 from switchgear.offload.staging import Staging
@@ -90,7 +91,7 @@ def offload(
     policy = LRU() if policy is None else policy
     _check_causal(policy)
     if prefetch is not None:
-        _check_predictor(prefetch)
+        check_predictor("prefetch", prefetch)
     check_seconds("timeout", timeout)
     prefetch_slots = at_least(1, "prefetch_slots", prefetch_slots)
     staging_slots = at_least(2, "staging_slots", staging_slots)
@@ -107,7 +108,7 @@ def offload(
     reader = store.open_reader(threads)
     try:
         most = max(target.records.num_experts for target in targets)
-        cache = Cache(reader, most, prefetch, timeout, lanes)
+        cache = Cache(reader, most, prefetch, timeout, lanes, _num_routed(model, targets))
         weakref.finalize(cache, _end, reader).atexit = False
         attached = _attach(cache, store, targets, plans, policy, verify, place, staging_slots)
         attached._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -116,6 +117,12 @@ def offload(
         raise
     check_before_load(model)
     return attached
+
+
+def _num_routed(model: nn.Module, targets: Sequence[Target]) -> list[int]:
+    """How many experts the router of each target chooses from: virtual ones have no record."""
+    around = {part.experts: part.num_experts for part in model.modules() if isinstance(part, VirtualExperts)}
+    return [around.get(target.module, target.records.num_experts) for target in targets]
 
 
 def _end(reader: Any) -> None:
@@ -130,12 +137,6 @@ def _check_causal(policy: Policy) -> None:
         raise ValueError(
             f"policy: expected one that does not look ahead, got {policy.name}, which only simulate can run"
         )
-
-
-def _check_predictor(predictor: Predictor) -> None:
-    if isinstance(predictor, type) or not hasattr(predictor, "predict") or not hasattr(predictor, "observe"):
-        shown = predictor.__name__ if isinstance(predictor, type) else repr(predictor)
-        raise TypeError(f"prefetch: expected a predictor such as NextGate(model), got {shown}")
 
 
 class Offloaded:

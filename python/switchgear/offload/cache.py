@@ -39,12 +39,20 @@ _FEW = 256  # ids, up to which a set of Python is faster than torch.unique
 
 
 class Cache:
-    """What the layers of a model share. device: that has the rows; None: the host."""
+    """What the layers of a model share. device: that has the rows; None: the host. num_routed: the experts that a
+    predictor may name of each layer; virtual ones follow those of the store."""
 
     def __init__(
-        self, reader: Any, width: int, predictor: Predictor | None, timeout: float, device: Device | None = None
+        self,
+        reader: Any,
+        width: int,
+        predictor: Predictor | None,
+        timeout: float,
+        device: Device | None = None,
+        num_routed: Sequence[int] = (),
     ) -> None:
         self.reader, self.width, self.predictor, self.timeout, self.device = reader, width, predictor, timeout, device
+        self.num_routed = num_routed
         self.stream: Stream | None = None if device is None else device.compute()  # of the last call
         self.layers: list[CachedLayer] = []
         self.rows: dict[int, int] = {}
@@ -139,9 +147,10 @@ class Cache:
         assert self.predictor is not None
         if (staging := self.layers[layer].pool.staging) is not None:
             staging.advance()
-        num_experts = [each.num_experts for each in self.layers]
-        for number, expert in checked("prefetch", self.predictor.predict(layer, x, topk_ids), num_experts):
+        for number, expert in checked("prefetch", self.predictor.predict(layer, x, topk_ids), self.num_routed):
             target = self.layers[number]
+            if expert >= target.num_experts:
+                continue
             target.predictions.add(expert)
             key, pool = target.first + expert, target.pool
             if key in self.rows or key in self.guesses or not self._has_room_for_guess(pool):

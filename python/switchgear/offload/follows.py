@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from switchgear.functional import as_number
 from switchgear.offload.accesses import Accesses, Source
 from switchgear.offload.predictors import Expert, ranked
 from switchgear.reference import check_size
@@ -55,7 +56,7 @@ class Follows:
             raise ValueError(f"order: expected 1 or 2, got {order}")
         if top_k is not None:
             check_size("top_k", top_k)
-        if not 0 <= smoothing < float("inf"):
+        if not 0 <= as_number("smoothing", smoothing) < float("inf"):
             raise ValueError(f"smoothing: expected a number of at least 0, got {smoothing}")
         run = source if isinstance(source, Accesses) else Accesses.of(source)
         used = [_memberships(run, layer) for layer in range(len(run.layers))]

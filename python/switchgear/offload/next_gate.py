@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_module
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.places import logits_of
 from switchgear.integrations.routers import call_gate, is_looked_up, routing_method_of
@@ -33,6 +34,7 @@ class NextGate:
     """
 
     def __init__(self, model: nn.Module, layers_ahead: int = 1, top_k: int | None = 2) -> None:
+        check_module("model", model)
         check_size("layers_ahead", layers_ahead)
         if top_k is not None:
             check_size("top_k", top_k)

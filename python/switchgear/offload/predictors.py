@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,12 +21,19 @@ class Predictor(Protocol):
         """Experts of later layers, the most likely first. Called when `layer` has routed and its experts have not run.
 
         hidden_states [T,H] is the input of its experts, topk_ids [T,K] its choice, -1 for none. So may be an expert
-        that is predicted.
+        that is predicted. Virtual experts that are predicted are not read.
         """
 
     def observe(self, layer: int, topk_ids: Tensor) -> None:
         """The choice [T,K] that a layer made, for predictors that remember. Called once per layer and step, before or
         after `predict` of this layer."""
+
+
+def check_predictor(name: str, predictor: Any) -> None:
+    """Raises TypeError for what cannot predict, such as a class."""
+    if isinstance(predictor, type) or not hasattr(predictor, "predict") or not hasattr(predictor, "observe"):
+        shown = predictor.__name__ if isinstance(predictor, type) else repr(predictor)
+        raise TypeError(f"{name}: expected a predictor such as NextGate(model), got {shown}")
 
 
 def checked(name: str, predicted: Iterable[Expert], num_experts: Sequence[int]) -> list[Expert]:

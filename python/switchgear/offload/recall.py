@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_module
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.offload.accesses import Accesses
-from switchgear.offload.predictors import Expert, Predictor, checked
+from switchgear.offload.predictors import Expert, Predictor, check_predictor, checked
 from switchgear.reference.checks import MAX_EXPERTS
 from switchgear.trace import Observation, observe
 
@@ -77,6 +78,9 @@ class Recall:
 def recall(predictor: Predictor, accesses: Accesses) -> tuple[LayerRecall, ...]:
     """Replays a recorded run through a predictor that needs no hidden states, such as `Follows`; it gets the experts of
     a step as those of one token. `watch` counts any predictor while a model runs."""
+    check_predictor("predictor", predictor)
+    if not isinstance(accesses, Accesses):
+        raise TypeError(f"accesses: expected Accesses, got {type(accesses).__name__}")
     found = Recall(accesses.layers, accesses.num_experts)
     nothing = torch.empty(1, 0)
     for step in accesses.steps:
@@ -97,6 +101,8 @@ def watch(model: nn.Module, predictor: Predictor) -> Iterator[Recall]:
             model.generate(prompt, max_new_tokens=100)
         print([layer.recall for layer in found.layers])
     """
+    check_module("model", model)
+    check_predictor("predictor", predictor)
     blocks = moe_blocks(model)
     layers = {name: layer for layer, name in enumerate(blocks)}
     num_real, num_all = ([getattr(b, name) for b in blocks.values()] for name in ("num_real", "num_experts"))

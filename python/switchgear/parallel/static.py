@@ -135,19 +135,19 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: Any) -> Any:
-        return *return_rows([grad_rows.contiguous(), grad_weights.contiguous()], ctx.layer, True), None, None, None
+        return *return_rows([grad_rows, grad_weights], ctx.layer, True), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, layer: int) -> Tensor:
         ctx.layer = layer
-        (returned,) = return_rows([rows.contiguous()], layer, False)
+        (returned,) = return_rows([rows], layer, False)
         return returned  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return return_rows([grad.contiguous()], ctx.layer, True)[0], None
+        return return_rows([grad], ctx.layer, True)[0], None
 
 
 class _ScaledGrad(torch.autograd.Function):
@@ -176,7 +176,7 @@ def dispatch_rows(
 def _dispatch_fake(
     rows: Tensor, weights: Tensor, ids: Tensor, overflow: Tensor, layer: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(rows), torch.empty_like(weights), torch.empty_like(ids)
+    return _like(rows), _like(weights), _like(ids)
 
 
 @torch.library.custom_op("switchgear_parallel::return_rows", mutates_args=())
@@ -186,15 +186,20 @@ def return_rows(rows: list[Tensor], layer: int, backward: bool) -> list[Tensor]:
 
 @return_rows.register_fake
 def _return_fake(rows: list[Tensor], layer: int, backward: bool) -> list[Tensor]:
-    return [torch.empty_like(part) for part in rows]
+    return [_like(part) for part in rows]
+
+
+def _like(part: Tensor) -> Tensor:
+    return torch.empty_like(part, memory_format=torch.contiguous_format)
 
 
 def _transfer(layer: Layer, phase: str, parts: list[Tensor], overflow: Tensor | None) -> list[Tensor]:
     """Each rank's C rows of every part, to all ranks."""
     parallel = layer.parallel
     device = parts[0].device
+    parts = [part.contiguous() for part in parts]
     counts = [parallel.capacity or 0] * parallel.size
-    moved = [torch.empty_like(part) for part in parts]
+    moved = [_like(part) for part in parts]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         if overflow is not None:
             parallel.overflow.add(overflow[:-1], captured=True)
@@ -203,7 +208,7 @@ def _transfer(layer: Layer, phase: str, parts: list[Tensor], overflow: Tensor | 
                 into.copy_(part)
                 continue
             transport = parallel.transport_for(device)
-            transport.all_to_all(into, part.contiguous(), counts, counts).join()  # type: ignore[attr-defined]
+            transport.all_to_all(into, part, counts, counts).join()  # type: ignore[attr-defined]
         return moved
     with parallel.peers.exchange():
         transfers = Transfers(parallel, device)
@@ -217,6 +222,6 @@ def _transfer(layer: Layer, phase: str, parts: list[Tensor], overflow: Tensor | 
                 raise ValueError(f"topk_ids: expected -1 to {layer.num_experts - 1}, got {int(overflow[-1])} others")
             parallel.overflow.add(overflow[:-1])
         pairs = zip(moved, parts, strict=True)
-        for work in [transfers.start(phase, into, part.contiguous(), counts, counts) for into, part in pairs]:
+        for work in [transfers.start(phase, into, part, counts, counts) for into, part in pairs]:
             transfers.wait(work)
     return moved

@@ -10,13 +10,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear import ops
+from switchgear.complaints import check_tensor
 from switchgear.functional import Routing, permute, plan
 from switchgear.routing.ranking import is_open
 
 
-def without_padding(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """logits [..., V], zeros where mask [...] is false: a NaN there would reach the gradient."""
-    return logits if mask is None else torch.where(mask.bool()[..., None], logits, 0)
+def without_padding(mask: Tensor | None, **logits: Tensor) -> list[Tensor]:
+    """Logits [..., V] of one shape, zeros where mask [...] is false: a NaN there would reach the gradient. Raises
+    TypeError or ValueError for another type or shape."""
+    shape: torch.Size | None = None
+    for name, tensor in logits.items():
+        check_tensor(name, tensor)
+        shape = tensor.shape if shape is None else shape
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if mask is None:
+        return list(logits.values())
+    check_tensor("mask", mask)
+    if shape is not None and mask.shape != shape[:-1]:
+        raise ValueError(f"mask: expected shape {list(shape[:-1])}, got {list(mask.shape)}")
+    return [torch.where(mask.bool()[..., None], tensor, 0) for tensor in logits.values()]
 
 
 def mean_of_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -41,7 +54,7 @@ def consistency_loss(first_logits: Tensor, second_logits: Tensor, mask: Tensor |
     first_logits, second_logits: [..., V], the model's output; p = softmax. mask [...]: False for padding, whose logits
     may be NaN. A logit may be -inf in both passes. The loss is symmetric, and 0 for equal passes.
     """
-    first_logits, second_logits = without_padding(first_logits, mask), without_padding(second_logits, mask)
+    first_logits, second_logits = without_padding(mask, first_logits=first_logits, second_logits=second_logits)
     log_p, log_q = first_logits.float().log_softmax(-1), second_logits.float().log_softmax(-1)
     return mean_of_tokens((kl_divergence(log_p, log_q) + kl_divergence(log_q, log_p)) / 2, mask)
 
@@ -57,7 +70,7 @@ def output_regularization(
     """
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    old_logits, new_logits = without_padding(old_logits, mask), without_padding(new_logits, mask)
+    old_logits, new_logits = without_padding(mask, old_logits=old_logits, new_logits=new_logits)
     log_p = (old_logits.detach().float() / temperature).log_softmax(-1)
     log_q = (new_logits.float() / temperature).log_softmax(-1)
     return mean_of_tokens(temperature**2 * kl_divergence(log_p, log_q), mask)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from switchgear.arrays import accepts_arrays
+from switchgear.complaints import check_tensor
 from switchgear.functional import Routing
 from switchgear.reference import weight_dtype, wide
 from switchgear.routing.ranking import finite
@@ -64,6 +65,8 @@ def z_loss(router_logits: Tensor) -> Tensor:
     router_logits [T,E]. The mean is over tokens with a logit above the lowest number, which masked experts have.
     Returns a scalar in float32 (float64 for float64); zero tokens give 0.
     """
+    if not router_logits.is_floating_point():
+        raise TypeError(f"router_logits: expected a floating dtype, got {router_logits.dtype}")
     closed = (router_logits <= torch.finfo(router_logits.dtype).min).all(-1, keepdim=True)
     squares = wide(torch.where(closed, 0, router_logits)).logsumexp(-1, keepdim=True).square()
     counted = (~closed).to(squares.dtype)
@@ -98,6 +101,7 @@ def sum_over_processes(counts: Tensor, group: Any) -> Tensor:
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
     """MaxVio = (max_e n_e - mean n) / mean n for tokens_per_expert [..., E]: [...] float32, 0 for an even load
     (arXiv:2408.15664). No tokens give 0."""
+    check_tensor("tokens_per_expert", tokens_per_expert)
     counts = tokens_per_expert.float()
     mean = counts.mean(-1)
     return (counts.amax(-1) - mean) / mean.clamp(min=_TINY)

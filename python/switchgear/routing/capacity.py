@@ -93,7 +93,7 @@ class Capacity:
         check_scope(self.scope)
         for name in ("factor", "evaluation_factor"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name == "factor":
                 check_positive(name, value)
         if self.expand is not None and not 1 <= as_number("expand", self.expand) < math.inf:
             raise ValueError(f"expand: expected a finite number of at least 1, got {self.expand}")

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import check_module
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
-from switchgear.routing.pre_router import PreRouter
+from switchgear.routing.pre_router import PreRouter, check_top_k
 from switchgear.routing.routed_layers import layers_of
 
 
@@ -25,8 +26,10 @@ class Listener:
     """
 
     def __init__(self, pre_router: PreRouter, embedding: nn.Module, top_k: int) -> None:
-        if not 1 <= top_k <= min(pre_router.num_experts):
-            raise ValueError(f"top_k: expected 1 to {min(pre_router.num_experts)}, got {top_k}")
+        if not isinstance(pre_router, PreRouter):
+            raise TypeError(f"pre_router: expected PreRouter, got {type(pre_router).__name__}")
+        check_module("embedding", embedding)
+        check_top_k(top_k, pre_router.num_experts)
         self.pre_router, self.top_k = pre_router, top_k
         self.topk_ids: list[Tensor] | None = None  # [T,K] of each layer
         self._before: Tensor | None = None

@@ -271,6 +271,8 @@ class Lookup(nn.Module):
     def __init__(self, table: Tensor, weight: float | None = None) -> None:
         super().__init__()
         check_tensor("table", table)
+        if table.dim() not in (1, 2) or not table.numel():
+            raise ValueError(f"table: expected shape [V] or [V,K], got {list(table.shape)}")
         if weight is not None:
             check_finite("weight", as_number("weight", weight))
         self.register_buffer("table", (table if table.dim() == 2 else table[:, None]).to(torch.int32))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear.complaints import check_several, check_tensor, complain_about_rows, sizes
 from switchgear.reference import check_size
 from switchgear.routing.ranking import choose
 
@@ -49,10 +50,7 @@ class PreRouter(nn.Module):
         check_size("layers", layers, 0)
         check_size("heads", heads)
         check_size("window", window)
-        if not num_experts:
-            raise ValueError("num_experts: expected a number for each layer, got none")
-        for count in num_experts:
-            check_size("num_experts", count)
+        num_experts = sizes("num_experts", num_experts)
         if hidden_size % heads:
             raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
         self.num_experts, self.window = tuple(num_experts), window
@@ -67,10 +65,13 @@ class PreRouter(nn.Module):
         return len(self.layers) * (self.window - 1) + 1
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, ...]:
-        """Logits [T,E] of each MoE layer, for embeddings [B,S,H] or [S,H] of T tokens, in any float dtype."""
+        """Logits [T,E] of each MoE layer, for embeddings [B,S,H] or [S,H] of T tokens, in the dtype
+        of the weights, or in 16 bits if that is float32."""
         size = self.norm.normalized_shape[0]
+        check_tensor("embeddings", embeddings)
         if embeddings.dim() not in (2, 3) or embeddings.shape[-1] != size:
             raise ValueError(f"embeddings: expected [B,S,{size}] or [S,{size}], got {list(embeddings.shape)}")
+        complain_about_rows("embeddings", embeddings, size, self.head.weight)
         x = (embeddings if embeddings.dim() == 3 else embeddings[None]).to(self.head.weight.dtype)
         distance = torch.arange(x.shape[1], device=x.device)
         distance = distance[:, None] - distance
@@ -83,23 +84,31 @@ class PreRouter(nn.Module):
     @torch.no_grad()
     def choose(self, embeddings: Tensor, top_k: int) -> list[Tensor]:
         """The best top_k experts [T,K] int32 of each MoE layer, the best first; ties go to the lowest id."""
-        if not 1 <= top_k <= min(self.num_experts):
-            raise ValueError(f"top_k: expected 1 to {min(self.num_experts)}, got {top_k}")
+        check_top_k(top_k, self.num_experts)
         return [choose(logits.float(), top_k) for logits in self(embeddings)]
 
     def loss(self, embeddings: Tensor, topk_ids: Sequence[Tensor]) -> Tensor:
         """The cross-entropy to recorded choices [T,K] of each layer, -1 for none: the mean over layers and choices."""
         logits = self(embeddings)
+        check_several("topk_ids", topk_ids, "tensors")
         if len(topk_ids) != len(logits):
             raise ValueError(f"topk_ids: expected the choices of {len(logits)} layers, got {len(topk_ids)}")
         losses = []
         for layer, (own, ids) in enumerate(zip(logits, topk_ids, strict=True)):
+            check_tensor("topk_ids", ids)
             if len(ids) != len(own):
                 raise ValueError(f"topk_ids: expected {len(own)} tokens in layer {layer}, got {len(ids)}")
             real = (ids >= 0).to(own.device)
             chosen = own.float().log_softmax(-1).gather(1, ids.to(own.device).long().clamp(min=0))
             losses.append(-(chosen * real).sum() / real.sum().clamp(min=1))
         return torch.stack(losses).mean()
+
+
+def check_top_k(top_k: int, num_experts: Sequence[int]) -> None:
+    """Raises for a number of choices that a layer does not have."""
+    check_size("top_k", top_k)
+    if top_k > min(num_experts):
+        raise ValueError(f"top_k: expected 1 to {min(num_experts)}, got {top_k}")
 
 
 class _Layer(nn.Module):

@@ -54,7 +54,7 @@ def weighed(scores: Tensor, normalize: bool, scale: float) -> Tensor:
     """The weights of choices with these scores [T,K], 0 for empty ones; normalize: divided by their sum."""
     if normalize:
         scores = scores / (scores.sum(-1, keepdim=True) + reference.NORMALIZE_EPSILON)
-    return scores * scale
+    return scores if scale == 1 else scores * scale
 
 
 def choose(values: Tensor, count: int) -> Tensor:

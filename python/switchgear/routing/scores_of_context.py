@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.complaints import at_least
-from switchgear.functional import gate
-from switchgear.reference import wide
+from switchgear.complaints import at_least, check_tensor
+from switchgear.functional import as_number, gate
+from switchgear.reference import check_finite, check_size, wide
 from switchgear.routing.context import Context, Score, check_positive, made, sequences
 
 
@@ -35,6 +35,7 @@ class FromEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_size("num_experts", num_experts)
         at_least(1, "dim", dim)
         self.linear = nn.Linear(dim, num_experts, bias=bias, device=device, dtype=dtype)
 
@@ -106,6 +107,10 @@ class ClusterPrior(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_tensor("centroids", centroids)
+        if centroids.dim() != 2:
+            raise ValueError(f"centroids: expected shape [E,D], got {list(centroids.shape)}")
+        check_finite("weight", as_number("weight", weight))
         if num_experts not in (None, len(centroids)):
             raise ValueError(f"centroids: expected {num_experts} rows, got {len(centroids)}")
         check_positive("tau", tau)
