@@ -226,6 +226,11 @@ def test_a_list_may_have_tensors() -> None:
     assert Accesses.of(of_tensors, num_experts=np.int64(6)) == Accesses.of(steps, num_experts=6)  # type: ignore[arg-type]
 
 
+def test_a_list_may_be_made_while_it_is_read() -> None:
+    steps = random_steps(0)
+    assert Accesses.of((map(iter, step) for step in steps)) == Accesses.of(steps)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("source", "num_experts", "message"),
     [

@@ -168,11 +168,10 @@ def _bounds(lengths: Sequence[int], prompt: int | None) -> list[tuple[int, int]]
 
 def _of_list(source: Sequence[Sequence[Iterable[int]]], num_experts: int | None) -> Accesses:
     check_several("source", source, "steps")
+    steps = []
     for step in source:
         check_several("source", step, "layers in each step")
-        for experts in step:
-            check_several("source", experts, "experts in each layer")
-    steps = [[{integer("source", expert) for expert in experts} for experts in step] for step in source]
+        steps.append([_integers(experts) for experts in step])
     num_layers = len(steps[0]) if steps else 0
     for step in steps:
         if len(step) != num_layers:
@@ -182,6 +181,11 @@ def _of_list(source: Sequence[Sequence[Iterable[int]]], num_experts: int | None)
     names = tuple(map(str, range(num_layers)))
     checked = tuple(tuple(_checked(step[i], width, names[i]) for i in range(num_layers)) for step in steps)
     return Accesses(names, (width,) * num_layers, checked, (1,) * len(checked))
+
+
+def _integers(experts: Iterable[int]) -> set[int]:
+    check_several("source", experts, "experts in each layer")
+    return {integer("source", expert) for expert in experts}
 
 
 def _checked(experts: set[int], num_experts: int, name: str) -> tuple[int, ...]:
