@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import switchgear
 from model_types import sampled
 from switchgear import MoE
-from switchgear.integrations import choices
+from switchgear.integrations import places
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.routing.batches import real_tokens
 from switchgear.trace import Observation, observe
@@ -112,10 +112,10 @@ def test_tokens_without_an_expert_are_seen_as_such() -> None:
     x, logits = torch.randn(3, 4), torch.randn(3, 2)
     mask, weights = torch.tensor([[0, 1], [0, 0], [1, 0]]), torch.rand(3, 1)
     block = moe_blocks(MoE(4, 8, 2, 1))[""]
-    choice = choices._Switch().read(block, x, (mask, weights, logits))
+    choice = places._Switch().read(block, x, (mask, weights, logits))
     assert choice.topk_ids.tolist() == [[1], [-1], [0]]
     ids = torch.tensor([[1], [0], [0]])
-    choice = choices._Zaya().read(block, x, ids, torch.tensor([[0.5], [0.0], [0.7]]), logits)
+    choice = places._Zaya().read(block, x, ids, torch.tensor([[0.5], [0.0], [0.7]]), logits)
     assert choice.topk_ids.tolist() == [[1], [-1], [0]]
 
 
