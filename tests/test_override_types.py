@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import switchgear
 from model_types import sampled
@@ -281,14 +282,16 @@ def test_empty_slots_on_other_implementations(implementation: str) -> None:
 @pytest.mark.parametrize("model_type", ["gpt_oss", "nemotron_h", "openai_privacy_filter"])
 @pytest.mark.filterwarnings("ignore:.*keeps its own implementation")
 def test_empty_slots_where_the_class_takes_no_id_e(model_type: str) -> None:
-    """In eager, and where switchgear lets the class's own code run."""
+    """In eager, and where switchgear lets the class's own code run. A parametrization gives the class another name."""
     outputs = []
-    for implementation, is_odd in (("switchgear", False), ("eager", False), ("switchgear", True)):
+    for implementation, change in (("switchgear", None), ("eager", None), ("switchgear", "odd"), ("eager", "class")):
         model = prepared(model_type)
         model.set_experts_implementation(implementation)  # type: ignore[operator]
-        if is_odd:
-            for block in moe_blocks(model).values():
+        for block in moe_blocks(model).values():
+            if change == "odd":
                 block.experts.down_proj = torch.nn.Parameter(block.experts.down_proj.detach().as_subclass(Odd))
+            elif change == "class":
+                register_parametrization(block.experts, "down_proj", torch.nn.Identity())
         with switchgear.override(model, disable=range(1, 8)):
             outputs.append(run(model, example_inputs(model))[0])
     for other in outputs[1:]:

@@ -514,7 +514,7 @@ def test_padding_is_not_sampled() -> None:
 
 
 def test_norms_of_longcat() -> None:
-    """Also by its own loop, which fails with one choice per token."""
+    """Also by its own loop, which fails with one choice per token, and in a class that extends the model's."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     from switchgear.integrations.tiny_models import build, example_inputs
     from switchgear.integrations.transformers import accelerate

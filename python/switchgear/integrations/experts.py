@@ -32,9 +32,15 @@ class ExpertWeights(NamedTuple):
 _WITHOUT_THE_LAST_ID = ("GptOssExperts", "NemotronHExperts", "OpenAIPrivacyFilterExperts")
 
 
+def is_of(module: nn.Module, *names: str) -> bool:
+    """Whether the class of a module, or one that it extends, has one of the names: FSDP2 and torch's parametrizations
+    put a class of another name before it."""
+    return any(base.__name__ in names for base in type(module).__mro__)
+
+
 def skips_the_last_id(module: nn.Module) -> bool:
     """Whether the class's own forward takes the id E for an empty slot."""
-    return type(module).__name__ not in _WITHOUT_THE_LAST_ID
+    return not is_of(module, *_WITHOUT_THE_LAST_ID)
 
 
 def run_experts(

@@ -92,7 +92,7 @@ def _skips_the_last_id(block: MoeBlock) -> bool:
     implementation = getattr(getattr(block.experts, "config", None), "_experts_implementation", None)
     if not _has_apply_gate(block) or implementation not in ("eager", "switchgear"):
         return False
-    return implementation == "switchgear" or all(skips_the_last_id(part) for part in block.experts.modules())
+    return implementation == "switchgear" or skips_the_last_id(block.experts)
 
 
 class _Zaya(AtExperts):

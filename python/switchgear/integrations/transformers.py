@@ -30,7 +30,7 @@ from switchgear.backends import warn_once
 from switchgear.complaints import check_module
 from switchgear.integrations import saving
 from switchgear.integrations.bypass import refuse_bypass
-from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts, skips_the_last_id
+from switchgear.integrations.experts import ExpertWeights, is_of, not_plain, run_experts, skips_the_last_id
 from switchgear.integrations.forwards import runs_own_forward
 from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, obstacle, swap_forward
@@ -323,7 +323,7 @@ def has_post_norm(module: nn.Module) -> bool:
 
 
 def _is_fp8(module: nn.Module) -> bool:
-    return any(base.__name__ == "FP8Experts" for base in type(module).__mro__)
+    return is_of(module, "FP8Experts")
 
 
 def _dispatch(name: str, module: Any, before: str | None) -> Replacement:

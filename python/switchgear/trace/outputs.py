@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.integrations.experts import is_of
 from switchgear.integrations.moe_blocks import MoeBlock
 
 _ROWS = 8192  # of experts' outputs at a time
@@ -67,6 +68,6 @@ def expert_outputs(experts: nn.Module, x: Tensor, num_experts: int | None = None
 
 def _one_choice(experts: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """One choice per token, ids and weights [T,1], as the experts take it: LongCat's own loop takes two or more."""
-    if type(experts).__name__ != "LongcatFlashExperts":
+    if not is_of(experts, "LongcatFlashExperts"):
         return ids, weights
     return ids.expand(-1, 2), torch.cat((weights, torch.zeros_like(weights)), 1)
