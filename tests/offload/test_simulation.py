@@ -267,7 +267,7 @@ def test_bad_input() -> None:
         "policies: expected different names, got lru, lru": lambda: offload.simulate_all(
             accesses, (LRU(), LRU()), slots=1
         ),
-        "prompt: expected None or a number": lambda: Accesses.of(record, prompt=-1),
+        "prompt: expected at least 0, got -1": lambda: Accesses.of(record, prompt=-1),
         "prompt: expected 0 for a list": lambda: Accesses.of([], prompt=1),
         "run once in a pass, got a#1": lambda: Accesses.of(record),
         "expected 1 layers in each step, got 2": lambda: Accesses.of([[{0}], [{0}, {0}]]),
