@@ -399,6 +399,14 @@ def test_bad_state_dicts(case: FormCase) -> None:
     same_results(case, [case.stored(experts), stored[0]])
 
 
+def test_adapters_in_a_state_dict_are_no_stored_weights() -> None:
+    model = nn.Sequential(make_experts(32, 16))
+    add_lora(model, 2)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*gate_up_proj_lora_A") as error:
+        nn.Sequential(make_experts(32, 16)).load_state_dict(model.state_dict())
+    assert "stored" not in str(error.value)
+
+
 @forms
 @pytest.mark.parametrize("part", ["", "1"])
 def test_a_refused_state_dict_changes_nothing(case: FormCase, part: str) -> None:

@@ -358,9 +358,10 @@ def _load(
 
 def complaint_about_stored(names: Sequence[str], prefix: str, unexpected: Sequence[str]) -> str | None:
     """What to do if the keys that a module with plain weights does not know are of stored ones, such as
-    gate_up_proj_values."""
+    gate_up_proj_values. Biases and adapters have such keys, too."""
     starts = tuple(f"{prefix}{name}_" for name in names)
-    found = [key for key in unexpected if key.startswith(starts) and not key.endswith("_bias")]
+    others = ("_bias", "_lora_A", "_lora_B")
+    found = [key for key in unexpected if key.startswith(starts) and not key.endswith(others)]
     if not found:
         return None
     return (
