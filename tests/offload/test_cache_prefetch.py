@@ -11,6 +11,7 @@ import torch
 from memory_store import MemoryStore
 from offload_cases import check, make_model, outputs_of, same_bits, steps_of
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from switchgear import diagnostics, offload
 
@@ -139,6 +140,8 @@ def test_virtual_experts_are_predicted_and_not_read() -> None:
         assert all(map(same_bits, outputs_of(model, steps), wanted))
         assert cache.statistics.recall is not None
         check(cache)
+    inner: Any = model[1].experts
+    inner.experts = checkpoint_wrapper(inner.experts)
     with (
         offload.offload(model, MemoryStore(model), slots=2, prefetch=Answers((1, 8))),  # type: ignore[arg-type]
         pytest.raises(ValueError, match=r"prefetch: expected experts 0 to 7 of layer 1, got 8"),

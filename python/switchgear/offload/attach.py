@@ -121,7 +121,8 @@ def offload(
 
 def _num_routed(model: nn.Module, targets: Sequence[Target]) -> list[int]:
     """How many experts the router of each target chooses from: virtual ones have no record."""
-    around = {part.experts: part.num_experts for part in model.modules() if isinstance(part, VirtualExperts)}
+    virtual = [part for part in model.modules() if isinstance(part, VirtualExperts)]
+    around = {inner: part.num_experts for part in virtual for inner in part.experts.modules()}  # wrapped or not
     return [around.get(target.module, target.records.num_experts) for target in targets]
 
 
