@@ -228,7 +228,7 @@ def test_a_list_may_have_tensors() -> None:
 
 def test_a_list_may_be_made_while_it_is_read() -> None:
     steps = random_steps(0)
-    assert Accesses.of((map(iter, step) for step in steps)) == Accesses.of(steps)  # type: ignore[arg-type]
+    assert Accesses.of(map(iter, step) for step in steps) == Accesses.of(steps)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
