@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import switchgear
 from model_types import sampled
 from switchgear import MoE
 from switchgear.integrations import places
-from switchgear.integrations.moe_blocks import moe_blocks
+from switchgear.integrations.moe_blocks import is_transposed, moe_blocks
 from switchgear.routing.batches import real_tokens
 from switchgear.trace import Observation, observe
+from switchgear.trace.outputs import check_outputs
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -117,6 +119,17 @@ def test_tokens_without_an_expert_are_seen_as_such() -> None:
     ids = torch.tensor([[1], [0], [0]])
     choice = places._Zaya().read(block, x, ids, torch.tensor([[0.5], [0.0], [0.7]]), logits)
     assert choice.topk_ids.tolist() == [[1], [-1], [0]]
+
+
+def test_a_class_that_extends_the_model_s_is_known() -> None:
+    """FSDP2 and torch's parametrizations extend the class of a module, under another name."""
+    own: Any = type("Llama4TextMoe", (nn.Module,), {})
+    extended = type("FSDPLlama4TextMoe", (own,), {})()
+    block = replace(moe_blocks(MoE(4, 8, 2, 1))[""], block=extended)
+    assert isinstance(places.place_of(block), places._Llama4)
+    with pytest.raises(ValueError, match="expected experts called with ids and weights"):
+        check_outputs(block)
+    assert is_transposed(type("FSDPLlama4TextExperts", (nn.Module,), {})())
 
 
 def test_our_blocks() -> None:

@@ -232,7 +232,7 @@ def _is_stacked(experts: Any, name: str) -> bool:
 
 def is_transposed(experts: Any) -> bool:
     """Whether the weights of stacked experts are [E,in,out]."""
-    if type(experts).__name__.startswith("Llama4"):
+    if "Llama4" in type(experts).__name__:
         return True
     return bool(getattr(experts, "is_transposed", getattr(experts, "transposed", False)))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from switchgear.integrations.experts import skips_the_last_id
+from switchgear.integrations.experts import is_of, skips_the_last_id
 from switchgear.integrations.moe_blocks import MoeBlock, is_expert_parallel
 
 
@@ -207,7 +207,7 @@ _PLACES: dict[str, Place] = {
 
 
 def place_of(block: MoeBlock) -> Place:
-    return _PLACES.get(type(block.block).__name__, AtExperts())
+    return next((place for name, place in _PLACES.items() if is_of(block.block, name)), AtExperts())
 
 
 def routed(block: MoeBlock, x: Tensor, output: Any) -> Choice | None:

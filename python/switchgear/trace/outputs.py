@@ -18,7 +18,7 @@ _OTHERS = ("JetMoeMoE", "Llama4TextMoe", "NllbMoeSparseMLP", "SwitchTransformers
 
 def check_outputs(block: MoeBlock) -> None:
     """Raises ValueError for a block whose experts' outputs cannot be had one by one."""
-    if type(block.block).__name__ in _OTHERS:
+    if is_of(block.block, *_OTHERS):
         raise ValueError(
             f"{block.name}: expected experts called with ids and weights, got {type(block.block).__name__}"
         )
