@@ -241,7 +241,8 @@ def test_wrong_arguments(tmp_path: Path) -> None:
             calibrate(model, row_batches(), **options)  # type: ignore[arg-type]
     assert model.training
     switchgear.store(model, "int8")
-    with pytest.raises(ValueError, match=r"layers.0: expected plain weights, got int8; call switchgear.restore\(model\) first"):
+    message = r"layers.0: expected plain weights, got int8; call switchgear.restore\(model\) first"
+    with pytest.raises(ValueError, match=message):
         calibrate(model, row_batches())
     (tmp_path / "x").write_bytes(b"no calibration")
     with pytest.raises(ValueError, match=r"path: expected a file of Calibration.save"):
