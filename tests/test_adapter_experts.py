@@ -190,6 +190,9 @@ def test_a_tied_layer_has_one_adapter() -> None:
     with pytest.raises(ValueError, match=r"^adapters\[1\]: expected equal ones of blocks.0.down and blocks.1.down"):
         mixture(model, [Adapter({**layers, "blocks.1.down": layers["blocks.0.down"]}), Adapter(both)])
     assert_untouched(model, before)
+    wrong = layers["blocks.0.down"]._replace(alpha=None)
+    with pytest.raises(TypeError, match=r"^adapters\[0\]: expected alpha to be a number"):
+        mixture(model, [Adapter({**layers, "blocks.1.down": wrong})])
     twin = copy.deepcopy(model)
     mixture(model, [adapter], top_k=1)
     mixture(twin, [Adapter({**layers, "blocks.1.down": layers["blocks.0.down"]})], top_k=1)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import ops, reference
+from switchgear.offload import FromPreRouter
 from switchgear.ops import registration
-from switchgear.routing import Capacity, DeviceBalance, ImportanceLoad, SwitchLoss, TopP
+from switchgear.routing import Capacity, DeviceBalance, ImportanceLoad, PreRouter, SwitchLoss, TopP
 from switchgear.testing import Case, GluOptions, Layer, make_layer
 from switchgear.utils.compiling import not_compiled
 
@@ -318,6 +319,13 @@ def test_negative_and_conjugate_views(backend: str) -> None:
     assert lazy.is_neg()
     rest = (layer.gate_up_proj, layer.down_proj, layer.topk_ids, layer.topk_weights)
     assert torch.equal(switchgear.moe(lazy, *rest), switchgear.moe(-x.imag, *rest))
+
+
+def test_a_pre_router_in_one_graph() -> None:
+    pre, x = PreRouter(8, [4, 4]), torch.randn(5, 8)
+    compiled = torch.compile(pre, backend="eager", fullgraph=True)
+    assert all(map(torch.equal, compiled(x), pre(x)))
+    FromPreRouter(compiled, nn.Embedding(3, 8), 1).close()
 
 
 def test_a_function_outside_of_graphs() -> None:

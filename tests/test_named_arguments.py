@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 import switchgear
 from switchgear import adapters, convert, distill, layers, offload, routing
@@ -36,6 +37,7 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
     "initialize": (lambda v: switchgear.MoE(H, 8, E, 1, initialize=v), [3]),
     "parallel": (lambda v: switchgear.MoE(H, 8, E, 1, parallel=v), [3, True]),
     "sources": (lambda v: switchgear.MoE(H, 8, E, 1).expand(2, sources=v), [3, [1.0, 2.0], [None, 1], [1]]),
+    "sources of none": (lambda v: switchgear.MoE(H, 8, E, 1).expand(2, init="random", sources=v), [3, [1, 2]]),
     "moe": (lambda v: layers.MultiHeadMoE(v, H, 4), [None, 3]),
     "heads": (lambda v: layers.MultiHeadMoE(MODEL[0], H, v), [None, 1.5, 0, 3, "a"]),
     "experts": (lambda v: (layers.VirtualExperts if v else layers.SoftMoE)(v), [None, 3]),
@@ -46,9 +48,10 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
     "top_k": (lambda v: layers.StratifiedMoE(H, 8, [2, 2], top_k=v), [None, 1.5, 0, 3]),
     "sqrt_n": (lambda v: layers.Monet(H, v, 4, 2), [None, 1.5, 0, "a"]),
     "intermediate_size": (lambda v: layers.AutonomousMoE(H, v, E, 1, d_low=4), [None, 1.5, 0]),
-    "num_experts": (lambda v: routing.PreRouter(H, v), [None, 3, [1.5], []]),
+    "num_experts": (lambda v: routing.PreRouter(H, v), [None, 3, [1.5], [], torch.tensor(4)]),
     "embeddings": (PRE, [None, 3, X.double(), X[:, 1:], X[0], X[None, None]]),
     "topk_ids": (lambda v: PRE.loss(X, v), [None, 3, [None, None], []]),
+    "pre_router of a model": (lambda v: routing.decouple(MODEL, v, MODEL, 1).__enter__(), [None]),
     "pre_router": (lambda v: offload.FromPreRouter(v, nn.Embedding(3, H), 1), [None]),
     "embedding": (lambda v: offload.FromPreRouter(PRE, v, 1), [None]),
     "centroids": (routing.ClusterPrior, [None, torch.zeros(3)]),
@@ -98,6 +101,30 @@ def test_wrong_arguments_are_named(name: str) -> None:
 def test_sizes_may_be_of_any_integer_type() -> None:
     moe = switchgear.MoE(H, 16, 2, 1, widths=np.array([1, 3]))
     assert moe.experts.intermediate_sizes == (8, 24)
+    two, small = np.int64(2), switchgear.MoE(H // 2, 8, E, 1)
+    assert layers.MultiHeadMoE(small, np.int64(H), two).heads == 2
+    assert layers.StratifiedMoE(H, 8, np.array([2, 2]), top_k=two).strata == [2, 2]
+    assert layers.MonetRouter(np.int64(H), np.int64(4), two, top_k=two).heads == 2
+    assert layers.AutonomousMoE(H, two, E, 1, d_low=4).up.shape == (E, 2, 4)
+    assert layers.HeterogeneousExperts(H, [8, 16], unit=two).unit == 2
+    assert routing.FromEmbedding(H, two, dim=3).linear.out_features == 2
+    assert PRE.choose(X, two)[0].shape == (5, 2)
+    assert convert.balanced_kmeans(X[:4], two).bincount().tolist() == [2, 2]
+
+
+class Set(Dataset[torch.Tensor]):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return [X][index]
+
+
+def test_lists_may_be_iterators_and_data_sets() -> None:
+    scores = [convert.neuron_importance(MLP, batches, lambda y: y.sum()) for batches in (Set(), [X], iter([X]))]
+    assert all(torch.equal(score, scores[0]) for score in scores)
+    assert convert.from_dense_experts(iter([MLP, MLP])).experts.num_experts == 2
+    assert torch.equal(convert.merge_models(iter([MLP, MLP])).down_proj.weight, MLP.down_proj.weight)
+    assert mixed(gates=iter(X[:1])).gate.num_experts == 1
+    ids = torch.zeros(5, 1, dtype=torch.int64)
+    assert PRE.loss(X, iter([ids, ids])) == PRE.loss(X, [ids, ids])
 
 
 def test_a_pre_router_takes_rows_of_16_bits() -> None:

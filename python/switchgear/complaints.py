@@ -165,8 +165,10 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_several(name: str, values: Any, what: str) -> None:
-    """Raises TypeError for anything that does not have several of `what`. One text has none."""
-    if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+    """Raises TypeError for anything that does not have several of `what`: one text or a tensor [] has none, a data set
+    of torch does, without __iter__."""
+    is_iterable = isinstance(values, Iterable) or hasattr(values, "__getitem__")
+    if not is_iterable or isinstance(values, (str, bytes)) or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"{name}: expected a list of {what}, got {type(values).__name__}")
 
 
@@ -216,8 +218,10 @@ def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | N
     keeps_float32 = like is not None and like.dtype is torch.float32 and rows.dtype.itemsize == 2
     if like is not None and rows.dtype is not like.dtype and not keeps_float32:
         raise TypeError(f"{name}: expected {like.dtype} like the weights, got {rows.dtype}")
-    if not rows.is_cpu or type(rows) not in (Tensor, nn.Parameter) or is_functorch_wrapped_tensor(rows):
+    if torch.compiler.is_compiling() or not rows.is_cpu or type(rows) not in (Tensor, nn.Parameter):
         return  # the rest is about memory, which fake and functorch's tensors do not show
+    if is_functorch_wrapped_tensor(rows):
+        return
     if rows.numel() and rows.untyped_storage().data_ptr() == 0:
         raise ValueError(f"{name}: expected data, got a tensor whose storage was freed")
     if rows.data_ptr() % rows.element_size() != 0:

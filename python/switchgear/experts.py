@@ -136,7 +136,11 @@ class Experts(nn.Module):
         errors: list[str],
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if stored_of(self) is None and (complaint := complaint_about_stored(self._layout.names, prefix, unexpected)):
+        if stored_of(self) is not None:
+            return
+        given = {name: state_dict.get(prefix + name) for name in self._layout.names}
+        lacking = [name for name, tensor in given.items() if tensor is None or tensor.itemsize == 1]  # 1: of fp8
+        if lacking and (complaint := complaint_about_stored(lacking, prefix, unexpected)):
             errors.append(complaint)
 
     def extra_repr(self) -> str:

@@ -273,7 +273,7 @@ def test_global_scope_is_refused_where_the_config_cannot_say_it() -> None:
     with pytest.raises(ValueError, match="keep: expected equal numbers of experts, since one number in the config"):
         prune_experts(model, {name: [0, 1, *[2] * (name[13] == "0")] for name in moe_blocks(model)})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match=r"model: expected a whole model, of whose config .* got MixtralDecoderLayer"):
+    with pytest.raises(ValueError, match=r"model: expected the whole model, whose config .* got MixtralDecoderLayer"):
         prune_experts(model.model.layers[0], 4, "random")
     assert model.config.num_local_experts == 8
 

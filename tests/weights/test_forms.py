@@ -393,6 +393,8 @@ def test_bad_state_dicts(case: FormCase) -> None:
     if case.form.suffixes:
         with pytest.raises(RuntimeError, match=r"0\.gate_up_proj: expected a plain weight, got .*switchgear\.store\("):
             nn.Sequential(case.experts(transposed=True)).load_state_dict(own)
+        plain = nn.Sequential(case.experts(transposed=True))
+        plain.load_state_dict(own | plain.state_dict(), strict=False)  # lacks nothing
     stored.load_state_dict({"0.gate_up_proj": state["0.gate_up_proj"]}, strict=False)
     with torch.no_grad():
         experts.gate_up_proj += 1
@@ -702,7 +704,8 @@ def test_errors(case: FormCase) -> None:
     stored = nn.Sequential(case.stored(case.experts()))
     for other in FORM_CASES:
         if other.form != form:
-            with pytest.raises(ValueError, match=r"model\.0: expected plain weights, got .*; restore\(model\) first"):
+            message = r"model\.0: expected plain weights, got .*; call switchgear\.restore\(model\) first"
+            with pytest.raises(ValueError, match=message):
                 switchgear.store(stored, other.form)
     x, ids, weights = case.inputs(3)
     with pytest.raises(ValueError, match=rf"x: expected shape \[..., {case.hidden_size}\], got \[3, "):

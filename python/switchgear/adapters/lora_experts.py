@@ -125,11 +125,13 @@ class LoRAExperts(WithLosses):
         """
         check_module("base", base)
         check_several("adapters", adapters, "adapters")
-        features = _pair(options["features"]) if options.get("features") else features_of(base)
+        features = features_of(base) if options.get("features") is None else _pair(options["features"])
         pairs = [as_low_rank(f"adapters[{i}]", adapter, features) for i, adapter in enumerate(adapters)]
         if not pairs:
             raise ValueError("adapters: expected at least one, got none")
         if gates is not None:
+            check_several("gates", gates, "tensors")
+            gates = list(gates)
             _check_gates(gates, len(pairs), features[0])
             if not set(options) & (set(RouterOptions.__annotations__) | {"router", "slots", "top_k"}):
                 options |= {"score": PosthocGate, "select": TopK(min(2, len(pairs)), normalize=True)}
@@ -220,7 +222,7 @@ def features_of(base: nn.Module) -> tuple[int, int]:
 def _pair(features: Sequence[int]) -> tuple[int, int]:
     features = sizes("features", features)
     if len(features) != 2:
-        raise ValueError(f"features: expected (in, out), got {tuple(features)}")
+        raise ValueError(f"features: expected (in, out), got {features}")
     return features[0], features[1]
 
 
@@ -242,7 +244,6 @@ def router_of(in_features: int, num_experts: int, top_k: int | None, **options: 
 
 
 def _check_gates(gates: Sequence[Tensor], num_experts: int, in_features: int) -> None:
-    check_several("gates", gates, "tensors")
     if len(gates) != num_experts:
         raise ValueError(f"gates: expected {num_experts}, one for each adapter, got {len(gates)}")
     for number, vector in enumerate(gates):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.linear_adapters import Adapter, Source, layers_in_all, read_lora
+from switchgear.adapters.linear_adapters import Adapter, Source, as_low_rank, layers_in_all, read_lora
 from switchgear.adapters.lora_experts import LoRAExperts, features_of, place_of, router_of
 from switchgear.complaints import check_module, check_several, check_tensor, list_of_names
 from switchgear.functional import Routing
@@ -271,16 +271,22 @@ def _check_tied(model: nn.Module, adapters: Sequence[Adapter], names: Sequence[s
     first: dict[nn.Module, str] = {}
     for name in names:
         other = first.setdefault(_linear(model, name), name)
+        if other == name:
+            continue
         for number, adapter in enumerate(adapters):
-            if other != name and not all(map(torch.equal, _parts(adapter, name), _parts(adapter, other))):
-                raise ValueError(f"adapters[{number}]: expected equal ones of {other} and {name}, which are one layer")
+            where = f"adapters[{number}]"
+            if not _are_equal(_of_layer(adapter, where, name), _of_layer(adapter, where, other)):
+                raise ValueError(f"{where}: expected equal ones of {other} and {name}, which are one layer")
 
 
-def _parts(adapter: Adapter, name: str) -> list[Tensor]:
-    """All that an adapter has for a layer."""
-    pair = adapter.layers[name]
-    gates = [] if adapter.gates is None or name not in adapter.gates else [adapter.gates[name]]
-    return [pair.a, pair.b, torch.tensor(pair.alpha), *gates]
+def _of_layer(adapter: Adapter, where: str, name: str) -> tuple[float, list[Tensor]]:
+    """All that an adapter has for a layer: alpha and tensors. where: what errors call the adapter."""
+    pair = as_low_rank(where, adapter.layers[name])
+    return pair.alpha, [pair.a, pair.b, *([adapter.gates[name]] if adapter.gates else [])]
+
+
+def _are_equal(one: tuple[float, list[Tensor]], other: tuple[float, list[Tensor]]) -> bool:
+    return one[0] == other[0] and all(map(torch.equal, one[1], other[1]))
 
 
 def _gates(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[str, list[Tensor]] | None:

@@ -210,7 +210,8 @@ def check_config(model: nn.Module, blocks: Sequence[MoeBlock], counts: Sequence[
     if blocks[0].is_ours:
         return
     if not any(hasattr(module, "save_pretrained") for module in model.modules()):
-        raise ValueError(f"model: expected a whole model, of whose config the numbers are, got {type(model).__name__}")
+        kind = type(model).__name__
+        raise ValueError(f"model: expected the whole model, whose config has the number of experts, got {kind}")
     _config_fields(blocks)
     if len(set(counts)) > 1 or len({block.num_experts for block in blocks}) > 1:
         raise ValueError(

@@ -195,6 +195,7 @@ def merge_models(
             model ties them, NaN or infinities, float8 tensors, stored experts, or adapters.
     """
     check_several("models", models, "models")
+    models = list(models)
     if not models:
         raise ValueError("models: expected at least one, got none")
     merging = Merging(method, finite_numbers("weights", weights), density, scale, seed)

@@ -68,6 +68,7 @@ def from_dense_experts(
         TypeError, ValueError: models that differ in type, size or activation, or an option out of range.
     """
     check_several("models", models, "models")
+    models = list(models)
     if not models:
         raise ValueError("models: expected at least one, got none")
     check_size("top_k", top_k)

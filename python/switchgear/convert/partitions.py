@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear import ops
-from switchgear.complaints import check_seed, check_tensor
+from switchgear.complaints import at_least, check_seed, check_tensor
 from switchgear.convert.checks import check_number
 from switchgear.convert.ffn import FeedForward
 from switchgear.reference import check_choice, check_size
@@ -102,7 +102,7 @@ def balanced_kmeans(rows: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
     assignment of the native op. The result with the least squared distance is returned."""
     check_tensor("rows", rows)
     check("rows", rows, (None, None), torch.float32)
-    check_size("num_clusters", num_clusters)
+    num_clusters = at_least(1, "num_clusters", num_clusters)
     if num_clusters > len(rows):
         raise ValueError(f"num_clusters: expected 1 to {len(rows)}, got {num_clusters}")
     check_seed(seed)

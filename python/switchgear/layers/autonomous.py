@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear.complaints import at_least
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, plan
 from switchgear.layers.common import WithLosses, check_rows
-from switchgear.reference import ACTIVATIONS, check_choice, check_size
+from switchgear.reference import ACTIVATIONS, check_choice
 from switchgear.routing.context import Balance, Limit, context_of
 from switchgear.routing.router import Router
 from switchgear.routing.scores import init_uniform
@@ -55,7 +56,7 @@ class AutonomousMoE(WithLosses):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("intermediate_size", intermediate_size)
+        at_least(1, "intermediate_size", intermediate_size)
         check_choice("activation", activation, ACTIVATIONS)
         self.num_experts, self.activation, self.return_routing = num_experts, activation, return_routing
         score: Callable[..., Any] = partial(ActivationNorm, d_low=d_low)

@@ -95,10 +95,10 @@ def _parts(moe: Any, count: int) -> tuple[Experts, Router]:
 def _sources(sources: Sequence[int] | None, init: str, count: int, num_experts: int) -> list[int]:
     if sources is None:
         return [index % num_experts for index in range(count)]
-    if init != "copy":
-        raise ValueError(f"sources: expected None with init={init!r}, got {list(sources)}")
     check_several("sources", sources, "experts")
     sources = [integer("sources", expert) for expert in sources]
+    if init != "copy":
+        raise ValueError(f"sources: expected None with init={init!r}, got {sources}")
     if len(sources) != count or not all(0 <= expert < num_experts for expert in sources):
         raise ValueError(f"sources: expected {count} experts in 0 to {num_experts - 1}, got {sources}")
     return sources

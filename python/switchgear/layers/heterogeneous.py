@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from switchgear.complaints import sizes
+from switchgear.complaints import at_least, sizes
 from switchgear.layers.common import experts_class
-from switchgear.reference import check_range, check_size
+from switchgear.reference import check_range
 from switchgear.routing.context import can_be_read
 from switchgear.utils.buffers import FillsBuffers
 from switchgear.weights.checks import check_plain
@@ -65,7 +65,7 @@ class HeterogeneousExperts(FillsBuffers):
         super().__init__()
         intermediate_sizes = sizes("intermediate_sizes", intermediate_sizes)
         unit = math.gcd(*intermediate_sizes) if unit is None else unit
-        check_size("unit", unit)
+        unit = at_least(1, "unit", unit)
         if any(width % unit for width in intermediate_sizes):
             raise ValueError(f"unit: expected a divisor of {list(intermediate_sizes)}, got {unit}")
         self.hidden_size, self.intermediate_sizes, self.unit = hidden_size, tuple(intermediate_sizes), unit

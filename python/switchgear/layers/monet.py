@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import at_least
 from switchgear.functional import gate
 from switchgear.layers.common import check_rows
-from switchgear.reference import check_choice, check_size, wide
+from switchgear.reference import check_choice, wide
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.scores import init_uniform
@@ -56,7 +57,7 @@ class MonetRouter(KeepsFloat32):
     ) -> None:
         super().__init__()
         for name, size in {"hidden_size": hidden_size, "sqrt_n": sqrt_n, "heads": heads, "top_k": top_k}.items():
-            check_size(name, size)
+            at_least(1, name, size)
         if top_k >= sqrt_n:
             raise ValueError(f"top_k: expected 1 to {sqrt_n - 1} (below sqrt_n), got {top_k}")
         self.heads, self.sqrt_n, self.momentum, self.eps = heads, sqrt_n, momentum, eps
@@ -129,7 +130,7 @@ class MonetExperts(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in {"hidden_size": hidden_size, "sqrt_n": sqrt_n, "dim": dim}.items():
-            check_size(name, size)
+            at_least(1, name, size)
         check_choice("mode", mode, MODES)
         if mode == "vertical" and (dim % 2 or hidden_size % 2):
             raise ValueError(f"dim, hidden_size: expected even numbers for vertical experts, got {dim}, {hidden_size}")

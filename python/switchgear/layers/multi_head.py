@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from switchgear.complaints import at_least
 from switchgear.layers.common import check_returns_rows, check_rows, losses_of, repeat_context
-from switchgear.reference import check_size
 
 
 class MultiHeadMoE(nn.Module):
@@ -35,8 +35,8 @@ class MultiHeadMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("hidden_size", hidden_size)
-        check_size("heads", heads)
+        hidden_size = at_least(1, "hidden_size", hidden_size)
+        heads = at_least(1, "heads", heads)
         if hidden_size % heads:
             raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
         check_returns_rows("moe", moe)

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import sizes
+from switchgear.complaints import at_least, sizes
 from switchgear.experts import Experts
 from switchgear.functional import gate, route
 from switchgear.layers.common import WithLosses, check_rows
@@ -64,7 +64,7 @@ class StratifiedMoE(WithLosses):
         super().__init__()
         check_size("hidden_size", hidden_size)
         strata = sizes("strata", strata)
-        check_size("top_k", top_k)
+        top_k = at_least(1, "top_k", top_k)
         if top_k > strata[-1]:
             raise ValueError(f"top_k: expected 1 to {strata[-1]} (experts of the last stratum), got {top_k}")
         self.strata, self.top_k, self.normalize, self.aux_loss = list(strata), top_k, normalize, aux_loss

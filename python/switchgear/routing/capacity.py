@@ -91,10 +91,9 @@ class Capacity:
         check_choice("drop", self.drop, DROPS)
         check_choice("overflow", self.overflow, OVERFLOWS)
         check_scope(self.scope)
-        for name in ("factor", "evaluation_factor"):
-            value = getattr(self, name)
-            if value is not None or name == "factor":
-                check_positive(name, value)
+        check_positive("factor", self.factor)
+        if self.evaluation_factor is not None:
+            check_positive("evaluation_factor", self.evaluation_factor)
         if self.expand is not None and not 1 <= as_number("expand", self.expand) < math.inf:
             raise ValueError(f"expand: expected a finite number of at least 1, got {self.expand}")
         at_least(0, "minimum", self.minimum)

@@ -26,8 +26,7 @@ class Listener:
     """
 
     def __init__(self, pre_router: PreRouter, embedding: nn.Module, top_k: int) -> None:
-        if not isinstance(pre_router, PreRouter):
-            raise TypeError(f"pre_router: expected PreRouter, got {type(pre_router).__name__}")
+        _check_pre_router(pre_router)
         check_module("embedding", embedding)
         check_top_k(top_k, pre_router.num_experts)
         self.pre_router, self.top_k = pre_router, top_k
@@ -64,6 +63,7 @@ def decouple(model: nn.Module, pre_router: PreRouter, embedding: nn.Module, top_
         ValueError: another number of layers or experts than the PreRouter has, or routers whose weights do not follow
             from a choice.
     """
+    _check_pre_router(pre_router)
     found = layers_of(model, None)
     if len(found) != len(pre_router.num_experts):
         raise ValueError(
@@ -84,6 +84,12 @@ def decouple(model: nn.Module, pre_router: PreRouter, embedding: nn.Module, top_
         for i, (name, layer) in enumerate(found.items()):
             stack.enter_context(layer.overridden(wrapper(i, name), methods[name]))
         yield
+
+
+def _check_pre_router(pre_router: Any) -> None:
+    """Raises TypeError for anything but a PreRouter, or what has its methods, as torch.compile of one."""
+    if not callable(getattr(pre_router, "choose", None)):
+        raise TypeError(f"pre_router: expected PreRouter, got {type(pre_router).__name__}")
 
 
 @dataclass(frozen=True)

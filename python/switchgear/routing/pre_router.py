@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.complaints import check_several, check_tensor, complain_about_rows, sizes
+from switchgear.complaints import at_least, check_several, check_tensor, complain_about_rows, sizes
 from switchgear.reference import check_size
 from switchgear.routing.ranking import choose
 
@@ -53,7 +53,7 @@ class PreRouter(nn.Module):
         num_experts = sizes("num_experts", num_experts)
         if hidden_size % heads:
             raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
-        self.num_experts, self.window = tuple(num_experts), window
+        self.num_experts, self.window = num_experts, window
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layers = nn.ModuleList(_Layer(hidden_size, heads, **kwargs) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden_size, **kwargs)
@@ -65,8 +65,8 @@ class PreRouter(nn.Module):
         return len(self.layers) * (self.window - 1) + 1
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, ...]:
-        """Logits [T,E] of each MoE layer, for embeddings [B,S,H] or [S,H] of T tokens, in the dtype
-        of the weights, or in 16 bits if that is float32."""
+        """Logits [T,E] of each MoE layer, for embeddings [B,S,H] or [S,H] of T tokens, in the dtype of the weights, or
+        in 16 bits if that is float32."""
         size = self.norm.normalized_shape[0]
         check_tensor("embeddings", embeddings)
         if embeddings.dim() not in (2, 3) or embeddings.shape[-1] != size:
@@ -91,6 +91,7 @@ class PreRouter(nn.Module):
         """The cross-entropy to recorded choices [T,K] of each layer, -1 for none: the mean over layers and choices."""
         logits = self(embeddings)
         check_several("topk_ids", topk_ids, "tensors")
+        topk_ids = list(topk_ids)
         if len(topk_ids) != len(logits):
             raise ValueError(f"topk_ids: expected the choices of {len(logits)} layers, got {len(topk_ids)}")
         losses = []
@@ -106,8 +107,7 @@ class PreRouter(nn.Module):
 
 def check_top_k(top_k: int, num_experts: Sequence[int]) -> None:
     """Raises for a number of choices that a layer does not have."""
-    check_size("top_k", top_k)
-    if top_k > min(num_experts):
+    if at_least(1, "top_k", top_k) > min(num_experts):
         raise ValueError(f"top_k: expected 1 to {min(num_experts)}, got {top_k}")
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from switchgear.complaints import at_least, check_tensor
 from switchgear.functional import as_number, gate
-from switchgear.reference import check_finite, check_size, wide
+from switchgear.reference import check_finite, wide
 from switchgear.routing.context import Context, Score, check_positive, made, sequences
 
 
@@ -35,7 +35,7 @@ class FromEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("num_experts", num_experts)
+        at_least(1, "num_experts", num_experts)
         at_least(1, "dim", dim)
         self.linear = nn.Linear(dim, num_experts, bias=bias, device=device, dtype=dtype)
 
