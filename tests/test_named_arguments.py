@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ def mixed(features: Any = None, **options: Any) -> nn.Module:
 
 
 CALLS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
+    "hidden_size": (lambda v: switchgear.MoE(v, 8, E, 2), [None, 1.5, True, np.array([8, 8]), np.float32(8), 0, X]),
     "widths": (lambda v: switchgear.MoE(H, 16, 2, 1, widths=v), [[1.0, 3.0], 3, [1], [], ["a", "b"], [0, 1]]),
     "initialize": (lambda v: switchgear.MoE(H, 8, E, 1, initialize=v), [3]),
     "parallel": (lambda v: switchgear.MoE(H, 8, E, 1, parallel=v), [3, True]),
@@ -102,6 +104,10 @@ def test_sizes_may_be_of_any_integer_type() -> None:
     moe = switchgear.MoE(H, 16, 2, 1, widths=np.array([1, 3]))
     assert moe.experts.intermediate_sizes == (8, 24)
     two, small = np.int64(2), switchgear.MoE(H // 2, 8, E, 1)
+    moe = switchgear.MoE(np.int64(H), np.int32(8), np.uint8(E), two)
+    owners = (moe.gate, "hidden_size num_experts top_k"), (moe.experts, "hidden_size intermediate_size num_experts")
+    assert all(type(getattr(owner, name)) is int for owner, names in owners for name in names.split())
+    assert torch.equal(copy.deepcopy(moe)(X), moe(X))
     assert layers.MultiHeadMoE(small, np.int64(H), two).heads == 2
     assert layers.StratifiedMoE(H, 8, np.array([2, 2]), top_k=two).strata == [2, 2]
     assert layers.MonetRouter(np.int64(H), np.int64(4), two, top_k=two).heads == 2

@@ -59,9 +59,9 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("hidden_size", hidden_size)
-        check_size("intermediate_size", intermediate_size)
-        check_size("num_experts", num_experts, 0)  # a rank may have none
+        hidden_size = check_size("hidden_size", hidden_size)
+        intermediate_size = check_size("intermediate_size", intermediate_size)
+        num_experts = check_size("num_experts", num_experts, 0)  # a rank may have none
         check_choice("activation", activation, ACTIVATIONS)
         check_float_dtype("dtype", dtype)
         check_finite("alpha", as_number("alpha", alpha))

@@ -107,14 +107,14 @@ class MoE(WithLosses):
             )
         if unknown := sorted(set(router_options) - set(RouterOptions.__annotations__)):
             raise TypeError(f"{unknown[0]}: expected an option of MoE, or of its Router, got one of neither")
-        for name, size in {"hidden_size": hidden_size, "intermediate_size": intermediate_size}.items():
-            check_size(name, size)
+        hidden_size = check_size("hidden_size", hidden_size)
+        intermediate_size = check_size("intermediate_size", intermediate_size)
         for name, size in {
             "shared_intermediate_size": shared_intermediate_size, "num_shared_experts": num_shared_experts,
             "null_experts": null_experts, "copy_experts": copy_experts, "constant_experts": constant_experts,
         }.items():  # fmt: skip
             check_size(name, size, 0)
-        check_size("num_experts", num_experts)
+        num_experts = check_size("num_experts", num_experts)
         if mix_constants and not constant_experts:
             raise ValueError("mix_constants: expected constant_experts with it, got none")
         self.return_routing, self.scale_input = return_routing, scale_input

@@ -57,9 +57,8 @@ class LowRankExperts(FillsBuffers):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
-        check_size("num_experts", num_experts)
+        in_features, out_features = check_size("in_features", in_features), check_size("out_features", out_features)
+        num_experts = check_size("num_experts", num_experts)
         self.hidden_size, self.out_features, self.num_experts = in_features, out_features, num_experts
         self.ranks: tuple[int, ...] = _per_expert("rank", rank, num_experts)
         for size in self.ranks:

@@ -5,7 +5,10 @@ was passed; the dtype of sums; and a rounded division."""
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,12 +54,21 @@ def check_experts(experts: Tensor | None, num_experts: int) -> None:
 MAX_EXPERTS = 1 << 24  # of a plan, whose memory grows with them; far more than the millions of any model
 
 
-def check_size(name: str, value: int, least: int = 1) -> None:
-    """Checks that a size is an integer of at least `least`."""
+def check_size(name: str, value: int, least: int = 1) -> int:
+    """A size of at least `least`, of any type of integers (numpy's too), as int. Raises TypeError or ValueError for
+    anything else."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected int, got {type(value).__name__}")
+        value = _index(name, value)
     if not least <= value < 2**31:
         raise ValueError(f"{name}: expected {least} to 2^31 - 1, got {value}")
+    return value
+
+
+def _index(name: str, value: Any) -> int:
+    if not isinstance(value, (bool, Tensor)):  # reading a tensor waits for its device
+        with suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name}: expected int, got {type(value).__name__}")
 
 
 def check_num_experts(num_experts: int) -> None:

@@ -49,7 +49,7 @@ class PreRouter(nn.Module):
         check_size("hidden_size", hidden_size)
         check_size("layers", layers, 0)
         check_size("heads", heads)
-        check_size("window", window)
+        window = check_size("window", window)
         num_experts = sizes("num_experts", num_experts)
         if hidden_size % heads:
             raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")

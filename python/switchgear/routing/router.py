@@ -138,10 +138,8 @@ class Router(KeepsFloat32):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("hidden_size", hidden_size)
-        check_size("num_experts", num_experts)
-        if top_k is not None:
-            check_size("top_k", top_k)
+        hidden_size, num_experts = check_size("hidden_size", hidden_size), check_size("num_experts", num_experts)
+        top_k = None if top_k is None else check_size("top_k", top_k)
         check_finite("scale", as_number("scale", scale))
         check_float_dtype("dtype", dtype)
         balance = tuple(balance) if isinstance(balance, Iterable) else balance
