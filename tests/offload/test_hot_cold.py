@@ -201,7 +201,7 @@ def parametrized(moe: MoE) -> None:
 
 CHANGES = {
     "expected experts without adapters": lambda moe: add_lora(moe, rank=2),
-    "expected plain weights, got int8; restore": lambda moe: switchgear.store(moe, "int8"),
+    "expected plain weights, got int8; call switchgear.restore": lambda moe: switchgear.store(moe, "int8"),
     "expected no experts that train alone": lambda moe: finetune.freeze_except(moe, {"experts": [1]}),
     "expected plain weights, got a down_proj that is computed": parametrized,
     f"expected all {2 * E} of a layer, got {E} of a rank": lambda moe: setattr(moe.experts, "num_experts", 2 * E),
