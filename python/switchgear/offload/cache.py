@@ -48,8 +48,8 @@ class Cache:
         width: int,
         predictor: Predictor | None,
         timeout: float,
-        device: Device | None = None,
-        num_routed: Sequence[int] = (),
+        device: Device | None,
+        num_routed: Sequence[int],
     ) -> None:
         self.reader, self.width, self.predictor, self.timeout, self.device = reader, width, predictor, timeout, device
         self.num_routed = num_routed
