@@ -8,6 +8,7 @@ that only torch's elementwise functions are shared with the library.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,6 +105,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+def limited(x: Tensor, low: float, high: float) -> Tensor:
+    """x.clamp(low, high), whose gradient passes at the ends, as in our kernels; that of clamp depends on the torch."""
+    return torch.where(x > high, high, torch.where(x < low, low, x))
+
+
 def split(h: Tensor, options: GluOptions) -> tuple[Tensor, Tensor]:
     """gate and up after the clamps, up including its +1; for plain experts up is 1."""
     if not options.gated:
@@ -113,8 +119,8 @@ def split(h: Tensor, options: GluOptions) -> tuple[Tensor, Tensor]:
     else:
         gate, up = h.chunk(2, dim=-1)
     if options.limit:
-        gate = gate.clamp(max=options.limit)
-        up = up.clamp(-options.limit, options.limit) if options.gated else up
+        gate = limited(gate, -math.inf, options.limit)
+        up = limited(up, -options.limit, options.limit) if options.gated else up
     return gate, up + 1 if options.activation == "swiglu_oai" else up
 
 
