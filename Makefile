@@ -40,6 +40,7 @@
 # make sdist                 dist/*.tar.gz
 # make sbom                  what an installation consists of, dist/*.cdx.json (CycloneDX)
 # make test-torch TORCH=2.8  the core tests on that wheel with another release of torch
+# make test-transformers TRANSFORMERS=5.20  the tests of its models on that wheel with another release of transformers
 # make clean                 remove what the targets above create, .venv included
 #
 # Each works on a fresh clone with Python >= 3.10 (and its venv), GCC 11 or Clang 14, or newer, and make. Everything else it
@@ -47,19 +48,23 @@
 
 PYTHON ?= python3
 TORCH ?= 2.8
+TRANSFORMERS ?= 5.20
 VENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.switchgear-
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 TORCH_VENV := build/torch-$(TORCH)
+TRANSFORMERS_VENV := build/transformers-$(TRANSFORMERS)
 CORE_TESTS := $(foreach op,route policy_ops plan permute grouped_gemm glu moe adapters compile,tests/test_$(op).py)
+MODEL_TESTS := $(foreach part,transformers accelerate saving override_types transformers_models published generation moe_blocks \
+  replay_types replay trace whole_blocks stored_models attention_cache papers_analysis gates,tests/test_$(part).py)
 PACKAGE := pyproject.toml constraints.txt CMakeLists.txt $(shell find include csrc python -type f -not -name '*.pyc')
 CXX_FILES = $(shell find include csrc tests bench examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help tools demo test test-slow test-slow-python test-slow-cpp test-python test-cpp try try-cuda bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
-        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm clients-transformers wheel wheels sdist sbom test-torch clean always
+        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm clients-transformers wheel wheels sdist sbom test-torch test-transformers clean always
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -276,6 +281,12 @@ test-torch: wheel
 	$(PYTHON) -m venv --clear $(TORCH_VENV)
 	$(TORCH_VENV)/bin/python -m pip install --disable-pip-version-check 'torch==$(TORCH).*' 'pytest>=8.2' hypothesis scipy 'numpy>=2.1' dist/*.whl
 	$(TORCH_VENV)/bin/python -m pytest $(CORE_TESTS) $(PYTEST_ARGS)
+
+test-transformers: wheel
+	$(PYTHON) -m venv --clear $(TRANSFORMERS_VENV)
+	$(TRANSFORMERS_VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+	  'transformers==$(TRANSFORMERS).*' 'pytest>=8.2' hypothesis scipy 'numpy>=2.1' accelerate peft dist/*.whl
+	$(TRANSFORMERS_VENV)/bin/python -m pytest -m "not slow" $(MODEL_TESTS) $(PYTEST_ARGS)
 
 # ---- work on the sources -------------------------------------------------------------------------------------------------
 

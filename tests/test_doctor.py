@@ -77,7 +77,8 @@ def test_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verdict == "broken"
     assert found.text.startswith("5.24.0: ModuleNotFoundError: ")
     missing = ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
-    assert settings._remedy("4.57.1", missing) == "install transformers 5.0 or newer"
+    for version in ("4.57.1", "5.19.0"):
+        assert settings._remedy(version, missing) == "pip install 'switchgear[transformers]'"
     assert settings._remedy("5.24.0", missing) == "install safetensors"
     assert settings._remedy("5.24.0", RuntimeError("wrong ABI")) == "pip install --force-reinstall transformers"
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -277,6 +278,8 @@ def test_row78_padding_sampling_and_beams(mixtral: Any) -> None:
 
 
 def test_row78_a_plain_loop_with_a_cache(mixtral: Any) -> None:
+    if "cache" not in inspect.signature(mixtral.forward).parameters:
+        pytest.skip("this transformers has no argument cache")
     ids = torch.randint(1, V, (2, 5))
     wanted = looped(mixtral, ids, 4)
     with SelfContrast().applied(mixtral), torch.no_grad():

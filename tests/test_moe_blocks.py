@@ -211,3 +211,12 @@ def test_padding_is_marked() -> None:
     layers = len(moe_blocks(model))
     assert torch.equal(masks[0], mask.flatten().bool())
     assert [m.tolist() for m in masks[layers:]] == [[True, True]] * (2 * layers)
+
+
+def test_outputs_of_routers_in_either_order() -> None:
+    """Granite's router returns (ids, weights, logits) before transformers 5.21."""
+    logits, weights, ids = torch.randn(3, 8), torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.int64)
+    for output in ((logits, weights, ids), (ids, weights, logits)):
+        first, _, last = places._logits_first(output)
+        assert first is logits
+        assert last is ids

@@ -363,7 +363,7 @@ def test_a_failed_save_keeps_the_earlier_file(tmp_path: Path) -> None:
         model(torch.randint(50, (2, 6)))
     path = tmp_path / "choices"
     choices.save(path)
-    with full_disk(), pytest.raises(RuntimeError):
+    with full_disk(), pytest.raises(OSError, match="File too large"):
         choices.save(path)
     assert RoutingRecord.load(path).num_sequences == 2
     assert list(tmp_path.iterdir()) == [path]

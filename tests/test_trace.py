@@ -329,7 +329,7 @@ def test_a_failed_save_keeps_the_earlier_file(tmp_path: Path) -> None:
         model(batches()[0])
     path = tmp_path / "trace"
     trace.save(path)
-    with full_disk(), pytest.raises(RuntimeError):
+    with full_disk(), pytest.raises(OSError, match="File too large"):
         trace.save(path)
     assert str(RoutingTrace.load(path)) == str(trace)
     assert list(tmp_path.iterdir()) == [path]

@@ -94,9 +94,11 @@ def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
 
 def integer(name: str, value: Any) -> int:
     """An integer of any type (numpy's too, and a tensor of one) as int. Raises TypeError for anything else."""
-    if not isinstance(value, bool):
-        with suppress(TypeError):
+    try:  # torch 2.8 compiles it, but not `suppress`
+        if not isinstance(value, bool):
             return operator.index(value)
+    except TypeError:
+        pass
     raise TypeError(f"{name}: expected an integer, got {value!r}")
 
 

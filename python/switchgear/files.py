@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import torch
 from torch import Tensor
 
 try:
@@ -57,6 +58,13 @@ def write_whole(path: Path, text: str) -> None:
     """Replaces a file at once, durably, with the text in UTF-8, line ends as they are. Raises OSError."""
     with replacing(path) as unfinished:
         unfinished.write_bytes(text.encode())
+
+
+def save_whole(path: AnyPath, value: object) -> None:
+    """torch.save, of a whole file or none. Raises OSError or RuntimeError."""
+    # Given a name, torch 2.8 takes no notice if the last bytes cannot be written.
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(value, file)
 
 
 def locked(folder: Path) -> IO[str]:

@@ -20,6 +20,7 @@ from switchgear.weights.form import on_huge_pages
 
 from .case import Case, Inputs, Layer
 from .competitors import Skip
+from .competitors.plain_torch import check_grouped_mm
 from .minifloats import decoded
 
 SCALE = 2.0  # alpha = 2·rank, as is usual
@@ -165,6 +166,7 @@ def peft_grouped_mm(case: AdaptedCase) -> Adapted:
 
 def split_torch(case: AdaptedCase) -> Adapted:
     """Split LoRA as formulas of torch: grouped_mm of the base, plus two of the adapters (Unsloth's formula)."""
+    check_grouped_mm()
     gate_up, down = case.case.weights
     experts, top_k = case.case.shape.num_experts, case.case.shape.top_k
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module, first_line
-from switchgear.files import AnyPath, replacing
+from switchgear.files import AnyPath, save_whole
 from switchgear.weights import Layout, layout_of
 from switchgear.weights.selected import SUFFIX, selection_of
 
@@ -40,8 +40,7 @@ def save_selected(model: nn.Module, path: AnyPath) -> None:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in inside
     }
-    with replacing(path) as unfinished:
-        torch.save({"format": _FORMAT, "experts": experts, "others": others, "layouts": layouts}, unfinished)
+    save_whole(path, {"format": _FORMAT, "experts": experts, "others": others, "layouts": layouts})
 
 
 def load_selected(model: nn.Module, path: AnyPath) -> dict[str, list[int]]:

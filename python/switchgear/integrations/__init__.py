@@ -15,3 +15,10 @@ compare.py       a model on switchgear against itself in transformers
 tiny_models.py   tiny models of every type; tiny_configs.py: their configs; model_table.py, router_table.py: the pages
                  that they fill
 """
+
+OLDEST_TRANSFORMERS = (5, 20)  # in earlier releases some routers return other outputs
+
+
+def is_too_old(version: str) -> bool:
+    """Whether a version of transformers, like "5.24.0", is before OLDEST_TRANSFORMERS."""
+    return tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRANSFORMERS

@@ -8,6 +8,7 @@ models are tapped at both. In a few, only the router's output says who is chosen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -222,18 +223,25 @@ def routed(block: MoeBlock, x: Tensor, output: Any) -> Choice | None:
     if isinstance(output, Tensor) and anew is not None:  # DBRX: the block chooses
         weights, ids = anew(logits)
     elif isinstance(output, (tuple, list)) and len(output) >= 3:
-        weights, ids = output[1], output[2]
+        _, weights, ids, *_ = _logits_first(output)
     else:
         return None
     return place.read(block, x, ids, weights, logits)
+
+
+def _logits_first(output: Sequence[Any]) -> Sequence[Any]:
+    """(logits, weights, ids, …) of a gate. Before transformers 5.21 Granite's returns (ids, weights, logits)."""
+    first = output[0]
+    return output[::-1] if isinstance(first, Tensor) and not first.is_floating_point() else output
 
 
 def logits_of(block: MoeBlock, output: Any) -> Tensor | None:
     """router_logits [T,E] in the output of the gate: the tensor itself, or the item that transformers records."""
     if isinstance(output, Tensor):
         return output.reshape(-1, output.shape[-1])
-    index = 2 if isinstance(place_of(block), _Nllb) else 0
-    logits = output[index] if isinstance(output, (tuple, list)) and len(output) > index else None
+    if not isinstance(output, (tuple, list)) or not output:
+        return None
+    logits = output[2] if isinstance(place_of(block), _Nllb) else _logits_first(output)[0]
     if not isinstance(logits, Tensor):
         return None
     logits = logits.reshape(-1, logits.shape[-1])

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface
@@ -28,7 +29,7 @@ from switchgear.adapters.sites import FINDERS as SITE_FINDERS
 from switchgear.adapters.sites import TARGETS, Site, refuse_wrapped
 from switchgear.backends import warn_once
 from switchgear.complaints import check_module
-from switchgear.integrations import saving
+from switchgear.integrations import OLDEST_TRANSFORMERS, is_too_old, saving
 from switchgear.integrations.bypass import refuse_bypass
 from switchgear.integrations.experts import ExpertWeights, is_of, not_plain, run_experts, skips_the_last_id
 from switchgear.integrations.forwards import runs_own_forward
@@ -38,9 +39,13 @@ from switchgear.integrations.undecorated import PATCHES, patch_of
 from switchgear.integrations.whole_blocks import join
 from switchgear.weights import FINDERS, HINTS, Layout, stored_of, weights_of
 
+if is_too_old(transformers.__version__):
+    needed = ".".join(map(str, OLDEST_TRANSFORMERS))
+    raise ImportError(f"expected transformers {needed} or newer, got {transformers.__version__}")
+
 NAME = "switchgear"
 _logger = logging.getLogger(__name__)
-# What use_experts_implementation sets on a module and on its class, since transformers 5.0.
+# What use_experts_implementation sets on a module and on its class.
 MARKS = ("config", "is_transposed", "has_bias")
 CLASS_MARK = "_apply_gate"
 
@@ -78,7 +83,7 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
 
 
 def _first(module: Any) -> str:
-    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"  # transformers 5.0 has only gated ones
+    return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
 
 
 def weights_in(module: Any) -> ExpertWeights:

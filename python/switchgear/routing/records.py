@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.files import AnyPath, replacing
+from switchgear.files import AnyPath, save_whole
 from switchgear.recordings import load_recording
 from switchgear.reference.checks import MAX_EXPERTS, check_range
 from switchgear.routing.widths import stacked
@@ -185,8 +185,7 @@ class RoutingRecord:
 
     def save(self, path: AnyPath) -> None:
         """Writes the record with torch.save."""
-        with replacing(path) as unfinished:
-            torch.save(self._state(), unfinished)
+        save_whole(path, self._state())
 
     def _state(self) -> dict[str, Any]:
         layers = {name: [r.num_classes, r.top_k, r.bits, r.data, r.num_tokens] for name, r in self.layers.items()}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from switchgear.files import AnyPath, replacing
+from switchgear.files import AnyPath, save_whole
 from switchgear.monitoring.sinks import Log, log_to
 from switchgear.recordings import load_recording
 from switchgear.reference import check_size
@@ -162,8 +162,7 @@ class RoutingTrace:
     def save(self, path: AnyPath) -> None:
         """Writes the recording with torch.save, moved to the CPU."""
         layers = {name: layer.state() for name, layer in self.layers.items()}
-        with replacing(path) as unfinished:
-            torch.save({"format": _FORMAT, "by_token_id": self.by_token_id, "layers": layers}, unfinished)
+        save_whole(path, {"format": _FORMAT, "by_token_id": self.by_token_id, "layers": layers})
 
     @classmethod
     def load(cls, path: AnyPath) -> RoutingTrace:

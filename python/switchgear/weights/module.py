@@ -49,10 +49,11 @@ class Kind(NamedTuple):
             weight.is_exact, fields,
         )  # fmt: skip
 
-    def weight(self, tensors: dict[str, Tensor]) -> Weight:
-        options: dict[str, Any] = {**self._asdict(), **tensors}
-        del options["fields"]
-        return Weight(**options)
+    def weight(self, tensors: dict[str, Any]) -> Weight:
+        return Weight(
+            format=self.format, rows=self.rows, cols=self.cols, dtype=self.dtype, parts=self.parts,
+            group_size=self.group_size, elements=self.elements, is_exact=self.is_exact, **tensors,
+        )  # fmt: skip
 
 
 class Tie:

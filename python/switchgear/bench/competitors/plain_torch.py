@@ -19,11 +19,16 @@ def _sorted_slots(inputs: Inputs, num_experts: int) -> tuple[Tensor, Tensor, Ten
     return order // top_k, weights, torch.bincount(inputs.topk_ids_int64.flatten(), minlength=num_experts)
 
 
+def check_grouped_mm() -> None:
+    """Raises Skip if this torch has no grouped_mm."""
+    if not hasattr(F, "grouped_mm"):
+        raise Skip("needs torch.nn.functional.grouped_mm (torch 2.10)")
+
+
 @competitor("torch_grouped_mm")
 def torch_grouped_mm(case: Case) -> Layer:
     """torch.nn.functional.grouped_mm and index_add, nothing else."""
-    if not hasattr(F, "grouped_mm"):
-        raise Skip("needs torch.nn.functional.grouped_mm (torch 2.10)")
+    check_grouped_mm()
 
     def layer(inputs: Inputs) -> Tensor:
         tokens, weights, counts = _sorted_slots(inputs, case.shape.num_experts)

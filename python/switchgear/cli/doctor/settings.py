@@ -11,6 +11,7 @@ import torch
 
 from ...common import cgroup, machine
 from ...complaints import first_line, is_installed, missing_package
+from ...integrations import is_too_old
 from ..info import installed_version
 from .finding import Finding
 
@@ -82,8 +83,8 @@ def _transformers() -> Finding:
 
 
 def _remedy(version: str, error: Exception) -> str:
-    if version.partition(".")[0] in ("3", "4"):
-        return "install transformers 5.0 or newer"
+    if version[0].isdigit() and is_too_old(version):
+        return "pip install 'switchgear[transformers]'"
     if missing := missing_package(error):
         return f"install {missing}"
     return "pip install --force-reinstall transformers"
