@@ -130,7 +130,7 @@ def test_row62_counts_and_caches_of_tiny_models(model_type: str) -> None:
         return
     with torch.no_grad():
         output = model(**example_inputs(model), use_cache=True)
-    cache = output.cache if hasattr(output, "cache") else output.past_key_values  # as transformers before 5.21 calls it
+    cache = output.cache if hasattr(output, "cache") else output.past_key_values  # as older releases call it
     kept = sum(
         tensor.shape[1] * tensor.shape[3]
         for layer in cache.layers
