@@ -38,7 +38,7 @@ SIZES = {
     },
 }
 models = pytest.mark.parametrize("model_type", MODELS)
-reads_in_any_dtype = pytest.mark.skipif(
+decodes_to_any_dtype = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.24"), reason="this transformers decodes to another dtype"
 )
 DEQUANTIZE = {"mxfp4": Mxfp4Config(dequantize=True), "fp8": FineGrainedFP8Config(dequantize=True)}
@@ -99,7 +99,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return of
 
 
-@reads_in_any_dtype
+@decodes_to_any_dtype
 @models
 def test_weights_are_those_that_transformers_reads(published: Callable[[str], Path], model_type: str) -> None:
     path, method = published(model_type), MODELS[model_type]
@@ -118,7 +118,7 @@ def test_weights_are_those_that_transformers_reads(published: Callable[[str], Pa
     assert not got.training
 
 
-@reads_in_any_dtype
+@decodes_to_any_dtype
 @models
 def test_logits_are_those_of_transformers(published: Callable[[str], Path], model_type: str) -> None:
     """In float32, with a tight tolerance: decoding is exact, or has one rounding of scale · value."""

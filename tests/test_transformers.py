@@ -2,6 +2,7 @@
 """The drop-in for Hugging Face transformers. test_transformers_models.py compares every model type."""
 
 import copy
+import importlib.util
 import warnings
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 
 import switchgear
+from switchgear.integrations import is_too_old
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, is_decorated, path_of
 from switchgear.integrations.undecorated import patch_of
@@ -387,3 +389,28 @@ def test_meta_device() -> None:
     assert model(ids).logits.shape == (2, 12, 256)
     with torch.device("meta"):
         assert len(accelerate(build("llama4_text"))) == 4  # the swap cannot be tried on meta, so it is accepted
+
+
+def test_a_release_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is registered, in a copy of the module."""
+    monkeypatch.setattr("transformers.__version__", "5.19.0")
+    spec = importlib.util.find_spec("switchgear.integrations.transformers")
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match=r"^expected transformers 5\.20 or newer, got 5\.19\.0$"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("4.57.1", True),
+        ("5.9.0", True),
+        ("5.19.3.dev0", True),
+        ("5.20.0rc1", False),
+        ("6.0", False),
+        ("unknown version", False),
+    ],
+)
+def test_versions_that_are_too_old(version: str, expected: bool) -> None:
+    assert is_too_old(version) == expected

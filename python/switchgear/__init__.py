@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 from switchgear import adapters, compress, convert, distill, finetune, layers, offload, optim, presets, routing, weights
 from switchgear.backends import backend, use_backend
-from switchgear.complaints import failed_import, is_installed
+from switchgear.complaints import failed_import, installed_version, is_installed
 from switchgear.cuda import cuda_kernels, set_cuda_kernels
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
+from switchgear.integrations import is_too_old
 from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
 from switchgear.routing import Context, Router, load_balancing_loss, override, z_loss
@@ -90,7 +91,8 @@ __all__ = [
     "weights",
     "z_loss",
 ]
-if not TYPE_CHECKING and not is_installed("transformers"):  # a star import takes every name of the list
+# A star import takes every name of the list.
+if not TYPE_CHECKING and (not is_installed("transformers") or is_too_old(installed_version("transformers") or "")):
     __all__.remove("accelerate")
 
 

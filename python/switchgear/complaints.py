@@ -4,6 +4,7 @@ nothing."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
 import operator
@@ -42,6 +43,13 @@ def is_installed(package: str) -> bool:
     with suppress(ImportError, ValueError):  # of a finder that blocks it, and for a stub without __spec__
         return importlib.util.find_spec(package) is not None
     return False
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def missing_package(error: BaseException) -> str | None:
@@ -94,11 +102,9 @@ def complain(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
 
 def integer(name: str, value: Any) -> int:
     """An integer of any type (numpy's too, and a tensor of one) as int. Raises TypeError for anything else."""
-    try:  # torch 2.8 compiles it, but not `suppress`
-        if not isinstance(value, bool):
+    if not isinstance(value, bool):
+        with suppress(TypeError):
             return operator.index(value)
-    except TypeError:
-        pass
     raise TypeError(f"{name}: expected an integer, got {value!r}")
 
 

@@ -16,9 +16,12 @@ tiny_models.py   tiny models of every type; tiny_configs.py: their configs; mode
                  that they fill
 """
 
+import re
+
 OLDEST_TRANSFORMERS = (5, 20)  # in earlier releases some routers return other outputs
 
 
 def is_too_old(version: str) -> bool:
-    """Whether a version of transformers, like "5.24.0", is before OLDEST_TRANSFORMERS."""
-    return tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRANSFORMERS
+    """Whether a version of transformers, like "5.24.0", is before OLDEST_TRANSFORMERS. An unknown one is not."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) < OLDEST_TRANSFORMERS

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -173,12 +174,16 @@ class DepthChoice:
     def __post_init__(self) -> None:
         if not 0 < as_number("fraction", self.fraction) <= 1:
             raise ValueError(f"fraction: expected a number in (0, 1], got {self.fraction}")
-        check_scope(self.scope)
+        self._largest  # noqa: B018  checks the scope, too; compiled calls only read it
+
+    @cached_property
+    def _largest(self) -> ExpertChoice:
+        return ExpertChoice(self.fraction, scope=self.scope, weights="logit")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         if self.causal and not context.training:
             return Positive()(router_logits, context, bias)
-        return ExpertChoice(self.fraction, scope=self.scope, weights="logit")(router_logits, context, bias)
+        return self._largest(router_logits, context, bias)
 
 
 def _must_not_read(tensor: Tensor) -> bool:

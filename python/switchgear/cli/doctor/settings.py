@@ -10,9 +10,8 @@ from collections.abc import Iterator
 import torch
 
 from ...common import cgroup, machine
-from ...complaints import first_line, is_installed, missing_package
+from ...complaints import first_line, installed_version, is_installed, missing_package
 from ...integrations import is_too_old
-from ..info import installed_version
 from .finding import Finding
 
 ALLOCATOR = " ".join(f"{name}={value}" for name, value in machine.TUNED_ALLOCATOR.items())
@@ -83,7 +82,7 @@ def _transformers() -> Finding:
 
 
 def _remedy(version: str, error: Exception) -> str:
-    if version[0].isdigit() and is_too_old(version):
+    if is_too_old(version):
         return "pip install 'switchgear[transformers]'"
     if missing := missing_package(error):
         return f"install {missing}"
