@@ -3,10 +3,10 @@
 
     rehearse.py [--scale 0.01] [--out DIR] [--fault STEP:KIND …]      KIND: see fake_device.py, or missing
 
-Where `make gpu STAGE=prepare` has built the C++ model, it runs the step conformance, in place of the device. Limits, and
-the times that steps are assumed to take, are shortened by `scale`. Without --fault each kind of failure is rehearsed once,
-in a run of its own of the stages that it concerns, and checked: it has a name, and all other results are there. Prints
-the wall time of each stage, and the table of assumed times.
+Where `make gpu STAGE=prepare` has built the C++ model, it runs the step conformance, in place of the device. Limits,
+and the times that steps are assumed to take, are shortened by `scale`. Without --fault each kind of failure is
+rehearsed once, in a run of its own of the stages that it concerns, and checked: it has a name, and all other results
+are there. Prints the wall time of each stage, and the table of assumed times.
 """
 
 from __future__ import annotations
