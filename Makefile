@@ -79,7 +79,7 @@ $(BIN)/python:
 # The package, built once for all of its extras. Others may install into an active environment too, so only .venv is
 # assumed to be current.
 has_cuda = $(BIN)/python -c 'from importlib.util import find_spec; raise SystemExit(not find_spec("switchgear._cuda"))'
-$(INSTALLED)package: $(PACKAGE) $(if $(VIRTUAL_ENV),always) | $(BIN)/python
+$(INSTALLED)package: $(PACKAGE) $(if $(VIRTUAL_ENV),FORCE) | $(BIN)/python
 	$(PIP) .
 	@$(has_cuda) || echo "switchgear: the CUDA kernels were left out: no GPU, or no nvcc. SWITCHGEAR_CUDA=ON pip install . builds them"
 	@touch $@
@@ -104,7 +104,7 @@ $(INSTALLED)tools: | $(BIN)/python
 	$(PIP) '.[test]' cmake ninja 'pybind11>=3.0' ruff clang-format mypy
 	@touch $(INSTALLED)package $(INSTALLED)test $@
 
-always:
+FORCE:
 
 build_tools := $(BIN)/cmake $(BIN)/ninja
 module_tools := $(INSTALLED)test $(build_tools) $(BIN)/pybind11-config
