@@ -13,7 +13,7 @@ from small_models import FAMILIES, clone, expert, hugging_face, in_a_step, our_m
 
 import switchgear
 from switchgear.compress import calibrate, merge_experts
-from switchgear.compress.clusters import around_dominant, hierarchical
+from switchgear.compress.merge import around_dominant, hierarchical
 from switchgear.diagnostics.similarity import matching
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.routing import LossFreeBias, SwitchLoss

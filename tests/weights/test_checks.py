@@ -14,7 +14,7 @@ from torch import nn
 
 import switchgear
 from switchgear import adapters, compress, convert, finetune, offload
-from switchgear.compress.dense import dense_expert
+from switchgear.compress.progressive import dense_expert
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.weights.checks import check_plain
 

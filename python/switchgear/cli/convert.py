@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from switchgear.convert import checkpoints
-    from switchgear.convert.errors import ConversionError
+    from switchgear.convert.directory import ConversionError
 
     if args.list:
         for operation, names in checkpoints.OPTIONS.items():

@@ -21,22 +21,29 @@ from torch import Tensor
 
 from switchgear.convert.average import Merging
 from switchgear.convert.checks import finite_numbers
-from switchgear.convert.directory import CONFIG, TEMPLATES, Directory, beside_weights, full_config
-from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
-from switchgear.convert.layouts import layout_plan
-from switchgear.convert.plans import ConversionPlan, Item
-from switchgear.convert.recipes import dense_plan, experts_plan, merge_plan, split_plan, upcycle_plan
-from switchgear.convert.writer import (
+from switchgear.convert.directory import (
+    CONFIG,
     JOURNAL,
+    TEMPLATES,
+    ConversionError,
+    DamagedCheckpoint,
+    Directory,
+    DiskFull,
     Journal,
     Progress,
+    RecipeError,
+    beside_weights,
     checksum,
+    full_config,
     named_errors,
     shards_of,
     size_of,
     write_shard,
     write_text,
 )
+from switchgear.convert.layouts import layout_plan
+from switchgear.convert.plans import ConversionPlan, Item
+from switchgear.convert.recipes import dense_plan, experts_plan, merge_plan, split_plan, upcycle_plan
 from switchgear.files import AnyPath
 
 INDEX, REPORT = "model.safetensors.index.json", "conversion.json"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from switchgear.complaints import failed_import
-from switchgear.convert.errors import ConversionError
+from switchgear.convert.directory import ConversionError
 from switchgear.convert.families import FAMILIES, PARTS, Family, check_unquantized, num_experts_of
 from switchgear.convert.plans import ConversionPlan, Item, Source, copied
 from switchgear.reference import check_choice

@@ -16,10 +16,9 @@ from switchgear.convert.attention import attention_from_experts
 from switchgear.convert.average import Merging
 from switchgear.convert.checks import check_all_finite, finite_numbers, seed_of
 from switchgear.convert.families import layers_of
-from switchgear.convert.modules import watched_rows
+from switchgear.convert.modules import Conversion, Converted, watched_rows
 from switchgear.convert.plans import ConversionPlan, StateDict
 from switchgear.convert.recipes import dense_plan, experts_plan, split_plan, upcycle_plan
-from switchgear.convert.result import Conversion, Converted
 from switchgear.utils.modes import evaluating
 from switchgear.weights.checks import check_state_dict
 

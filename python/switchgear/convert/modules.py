@@ -1,19 +1,46 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The dense feed-forward modules of a model, and their replacement: all or none."""
+"""The dense feed-forward modules of a model, their replacement, all or none, and what a conversion did."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from switchgear.convert.ffn import feed_forward, is_feed_forward
-from switchgear.convert.result import Conversion, Converted
 from switchgear.trace.observe import inputs_of
 
 OURS = "switchgear"  # the family of models with layers of ours
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One layer: its name, what it was, and its experts afterwards."""
+
+    name: str
+    was: str
+    num_experts: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model, and what was done to each of its layers."""
+
+    model: nn.Module
+    layers: tuple[Converted, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rows = [f"{layer.name}: {layer.was} -> {layer.num_experts} experts ({layer.how})" for layer in self.layers]
+        return "\n".join([*rows, *self.notes])
+
+    def summary(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return {"layers": [vars(layer) for layer in self.layers], "notes": list(self.notes)}
 
 
 def replaced(model: nn.Module, layers: str | Sequence[int], make: Any) -> Conversion:

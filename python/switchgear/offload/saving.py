@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.convert.errors import ConversionError
+from switchgear.convert.directory import ConversionError, shards_of, size_of, write_shard, write_text
 from switchgear.convert.plans import Item
-from switchgear.convert.writer import shards_of, size_of, write_shard, write_text
 from switchgear.files import AnyPath
 from switchgear.offload.attachment import read_all
 from switchgear.offload.errors import StoreError
