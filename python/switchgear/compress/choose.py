@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from switchgear.compress.calibration import Calibration, check_finite
-from switchgear.compress.layer import ExpertLayer
 from switchgear.compress.sums import Domains, LayerCalibration, Samples
-from switchgear.compress.surgery import choice_of, kept_choice
+from switchgear.compress.surgery import choice_among, choice_of
+from switchgear.integrations.blocks import ExpertLayer
 
 Keep = int | float | Mapping[str, Sequence[int]]
 
@@ -217,7 +217,7 @@ class Reconstruction:
 
     def error(self, keep: Sequence[int]) -> float:
         """‖F(x) − F_keep(x)‖ / ‖F(x)‖ over the sample."""
-        difference = self.wanted - self.combined(*kept_choice(self.layer.block, keep, self.x))
+        difference = self.wanted - self.combined(*choice_among(self.layer.block, keep, self.x))
         return float(difference.norm()) / max(self.norm, 1e-30)
 
 

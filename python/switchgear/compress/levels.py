@@ -14,8 +14,8 @@ from switchgear.complaints import check_module, integer
 from switchgear.compress.bits import ExpertErrors, as_widths
 from switchgear.compress.calibration import Calibration, check_calibration, check_finite
 from switchgear.compress.gptq import Levels, decoded, gptq, rounded
-from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, Hessians
+from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.reference import check_choice, check_size
 from switchgear.weights.groups import Groups
 

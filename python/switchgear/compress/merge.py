@@ -13,22 +13,26 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, check_switch
 from switchgear.compress.calibration import Calibration, check_calibration
 from switchgear.compress.choose import count_of, per_group_of
-from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
-    STEP_COUNTS,
     Cut,
-    Place,
     check_config,
     check_cuttable,
     check_unshared,
     commit,
-    expert_places,
-    gate_places,
-    places_of,
 )
 from switchgear.diagnostics.similarity import cosines_of_products, matching, neurons
 from switchgear.experts import Experts
+from switchgear.integrations.blocks import (
+    STEP_COUNTS,
+    ExpertLayer,
+    ExpertTensor,
+    expert_layers,
+    expert_tensors,
+    join_gate,
+    router_tensors,
+    split_gate,
+)
 from switchgear.integrations.gates import gate_of
 from switchgear.reference import check_choice
 
@@ -116,7 +120,7 @@ def merge_experts(
     layers = expert_layers(model)
     for layer in layers.values():
         check_cuttable(layer)
-    check_unshared(model, places_of(layers.values()))
+    check_unshared(model, expert_tensors(layers.values()))
     check_calibration(calibration, model, domains=domains)
     counts = {name: count_of(layer, keep) for name, layer in layers.items()}
     if router != "keep":
@@ -205,7 +209,7 @@ def _cut(
     keeps = router == "keep"
     owner = {expert: index for index, group in enumerate(groups) for expert in group}
     experts = []
-    for place in expert_places(layer):
+    for place in layer.tensors():
         merged = torch.stack(
             [_average(layer, place, group, share, orders) for group, share in zip(groups, weights, strict=True)]
         )
@@ -213,22 +217,22 @@ def _cut(
             merged = merged[[owner[expert] for expert in range(layer.num_experts)]]
         experts.append((place, merged))
     if keeps:
-        return Cut(layer, layer.num_experts, [], experts)
-    gate = [(place, _of_router(place, groups, weights, router)) for place in gate_places(layer.block)]
-    return Cut(layer, len(groups), gate, experts)
+        return Cut(layer, layer.num_experts, experts)
+    gate = [(place, _of_router(place, groups, weights, router)) for place in router_tensors(layer.block)]
+    return Cut(layer, len(groups), [*gate, *experts])
 
 
 def _average(
-    layer: ExpertLayer, place: Place, group: Sequence[int], share: Tensor, orders: Mapping[int, list[int]]
+    layer: ExpertLayer, place: ExpertTensor, group: Sequence[int], share: Tensor, orders: Mapping[int, list[int]]
 ) -> Tensor:
     tensor = place.tensor
     total = torch.zeros(tensor.shape[1:], dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
     for expert, weight in zip(group, share.tolist(), strict=True):
-        total += weight * _reordered(layer, place, tensor[expert], orders.get(expert))
+        total += weight * _reorder_neurons(layer, place, tensor[expert], orders.get(expert))
     return total.to(tensor.dtype)
 
 
-def _of_router(place: Place, groups: Sequence[Sequence[int]], weights: Sequence[Tensor], router: str) -> Tensor:
+def _of_router(place: ExpertTensor, groups: Sequence[Sequence[int]], weights: Sequence[Tensor], router: str) -> Tensor:
     tensor = place.tensor.movedim(place.dim, 0)
     rows = []
     for group, share in zip(groups, weights, strict=True):
@@ -276,19 +280,21 @@ def _neurons(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
     return neurons(first[None], second[None], interleaved=interleaved)[0].float()
 
 
-def _reordered(layer: ExpertLayer, place: Place, tensor: Tensor, order: list[int] | None) -> Tensor:
+def _reorder_neurons(layer: ExpertLayer, place: ExpertTensor, tensor: Tensor, order: list[int] | None) -> Tensor:
     """An expert's tensor with its neurons in another order."""
     if order is None:
         return tensor
+    index = torch.tensor(order, device=tensor.device)
+    (first, name, _), second = layer.parameters
+    if place == second:
+        return tensor.index_select(0 if layer.transposed else 1, index)
+    if place.module is not first or place.name not in (name, f"{name}_bias"):
+        return tensor
+    turns = layer.transposed and place.name == name
     parts, interleaved = _layout(layer)
-    rows = rows_in_order(order, parts, interleaved).to(tensor.device)
-    if place.module is layer.owner(0) and place.name == layer.key(0):
-        return tensor.index_select(1 if layer.transposed else 0, rows)
-    if place.module is layer.owner(0) and place.name == f"{layer.key(0)}_bias":
-        return tensor[rows]
-    if place.module is layer.owner(1) and place.name == layer.key(1):
-        return tensor.index_select(0 if layer.transposed else 1, torch.tensor(order, device=tensor.device))
-    return tensor
+    gate, up = split_gate(tensor.mT if turns else tensor, parts == 2, interleaved)
+    rows = join_gate(None if gate is None else gate[index], up[index], interleaved)
+    return rows.mT if turns else rows
 
 
 # ---- clusters --------------------------------------------------------------------------------------------------------
@@ -322,11 +328,3 @@ def around_dominant(similarity: Tensor, frequency: Tensor, count: int) -> list[l
             nearest = dominant[int(similarity[expert, dominant].argmax())]
             groups[nearest].append(expert)
     return sorted(sorted(group) for group in groups.values())
-
-
-def rows_in_order(order: Sequence[int], parts: int, interleaved: bool) -> Tensor:
-    """The rows of the first projection for neurons in `order`."""
-    index = torch.tensor(order)
-    if interleaved:
-        return (index[:, None] * parts + torch.arange(parts)).flatten()
-    return (torch.arange(parts)[:, None] * len(index) + index).flatten()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, check_seed
 from switchgear.compress.calibration import Calibration, check_calibration, check_finite
 from switchgear.compress.choose import Keep, PrunedLayer, choose, split_experts
-from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
     NO_EXPERT,
@@ -23,11 +22,11 @@ from switchgear.compress.surgery import (
     check_unshared,
     choice_of,
     commit,
-    kept_experts,
-    kept_gate,
-    places_of,
+    cut_experts,
+    cut_router,
     with_gate,
 )
+from switchgear.integrations.blocks import ExpertLayer, expert_layers, expert_tensors
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.reference import check_choice, check_size
@@ -109,7 +108,7 @@ def prune_experts(
     layers = _layers_of(model, keep)
     for layer in layers.values():
         check_cuttable(layer)
-    check_unshared(model, places_of(layers.values()))
+    check_unshared(model, expert_tensors(layers.values()))
     needs = criterion != "random" and not isinstance(keep, Mapping)
     if (needs or replace == "constant") and calibration is None:
         raise ValueError(f"calibration: expected one for {criterion if needs else 'replace=constant'}, got None")
@@ -158,10 +157,10 @@ def _check_seen(calibration: Calibration, names: Iterable[str], domains: Domains
 
 def _without(layer: ExpertLayer, pruned: PrunedLayer) -> Cut:
     keep = [*pruned.kept, *[NO_EXPERT] * pruned.padding]
-    gate = kept_gate(layer.block, keep)
+    gate = cut_router(layer.block, keep)
     if pruned.padding:
         _check_padding(layer, pruned, gate)
-    return Cut(layer, len(keep), gate, kept_experts(layer, keep))
+    return Cut(layer, len(keep), [*gate, *cut_experts(layer, keep)])
 
 
 def _check_padding(layer: ExpertLayer, pruned: PrunedLayer, gate: Any) -> None:
@@ -171,7 +170,7 @@ def _check_padding(layer: ExpertLayer, pruned: PrunedLayer, gate: Any) -> None:
     assert weight is not None
     x = torch.randn(64, layer.hidden_size, generator=generator).to(weight.device, layer.projection(0).dtype)
     results = []
-    for tensors, count in ((kept_gate(layer.block, pruned.kept), len(pruned.kept)), (gate, gate[0][1].shape[0])):
+    for tensors, count in ((cut_router(layer.block, pruned.kept), len(pruned.kept)), (gate, gate[0][1].shape[0])):
         with with_gate(layer.block, tensors, count) as block:
             results.append(choice_of(block, x))
     (ids, weights), (padded_ids, padded_weights) = results
@@ -194,7 +193,7 @@ def _check_constant(layers: Mapping[str, ExpertLayer]) -> None:
 def _with_constants(layer: ExpertLayer, kept: Sequence[int]) -> Cut:
     """The router's rows of the experts kept, then of the others."""
     kept, removed = split_experts(layer, kept)
-    return Cut(layer, len(kept), kept_gate(layer.block, [*kept, *removed]), kept_experts(layer, kept))
+    return Cut(layer, len(kept), [*cut_router(layer.block, [*kept, *removed]), *cut_experts(layer, kept)])
 
 
 def _mean_outputs(layer: LayerCalibration, experts: Sequence[int], domains: Domains) -> Tensor:

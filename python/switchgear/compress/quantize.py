@@ -14,9 +14,9 @@ from switchgear.complaints import check_module, check_switch
 from switchgear.compress.bits import BitAllocation, packed_bytes
 from switchgear.compress.calibration import Calibration
 from switchgear.compress.gptq import Levels, check_damping, decoded, row_errors
-from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.levels import METHODS, Bits, hessians_of, quantized_projection, starved_experts, widths_of
 from switchgear.compress.sums import Hessians
+from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import check_choice, check_size, groups
 from switchgear.weights.change import StoredChange, Target, memory_of
@@ -171,7 +171,7 @@ def _check_ties(
     places: list[tuple[str, nn.Module, str, Any]] = []  # (name of a module, the module, key, what its levels depend on)
     for name, layer in layers.items():
         levels = (widths[name], name if method == "gptq" else None)
-        places += [(name, layer.owner(index), layer.key(index), levels) for index in (0, 1)]
+        places += [(name, parameter.module, parameter.name, levels) for parameter in layer.parameters]
     mine = {(module, key) for _, module, key, _ in places}
     for name, module in model.named_modules():
         places += [(name, module, key, None) for key in module._parameters if (module, key) not in mine]
@@ -235,7 +235,7 @@ def _changes(form: Groups) -> Callable[..., StoredChange]:
                 levels = _joined([levels for _, levels in found[index]], widths, form)
                 weights[key] = weight_of(levels, plain.dtype, form.group_size, parts=parts)
             chosen.append(weights[key])
-            parameter = layer.owner(index)._parameters[layer.key(index)]
+            parameter = layer.parameters[index].value
             tie = ties.setdefault(id(parameter), Tie())
             projections.append(Projection(Kind.of(weights[key]), parameter.requires_grad, tie))
         bits = widths[0] if len(set(widths)) == 1 else tuple(widths)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration, check_calibration, check_finite
-from switchgear.compress.layer import expert_layers
 from switchgear.compress.sums import Domains, ExpertSums
-from switchgear.compress.surgery import Place, check_unshared
+from switchgear.compress.surgery import check_unshared
+from switchgear.integrations.blocks import expert_layers
 from switchgear.reference import check_choice
 
 METRICS = ("router_wanda", "wanda", "magnitude")
@@ -81,7 +81,7 @@ def prune_weights(
     for layer in layers.values():
         for index in (0, 1):
             zeros_per_row(sparsity, layer.projection(index).shape[2])  # checks
-    check_unshared(model, [Place(each.owner(i), each.key(i), 0) for each in layers.values() for i in (0, 1)])
+    check_unshared(model, [parameter for layer in layers.values() for parameter in layer.parameters])
     if calibration is None and metric != "magnitude":
         raise ValueError(f"calibration: expected one for {metric}, got None")
     if calibration is not None:

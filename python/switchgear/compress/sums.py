@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from switchgear import ops
-from switchgear.compress.layer import ExpertRows
+from switchgear.integrations.blocks import ExpertRows
 
 Domains = str | Collection[str] | None
 

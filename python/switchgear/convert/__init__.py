@@ -11,11 +11,11 @@ Parts:         FeedForward, feed_forward; Partition, partition, balanced_kmeans,
 models.py   whole models in memory; checkpoints.py: checkpoints in directories; directory.py: their files
 recipes.py  plans of whole models; plans.py: how each tensor is made; families.py: which MoE family takes a dense
             one; layouts.py: experts in checkpoints; checks.py: the options
-ffn.py      the weights of a feed-forward network; modules.py: where a model has them; partitions.py: their
+ffn.py      networks of modules, and networks into one; modules.py: where a model has them; partitions.py: their
             neurons in groups; importance.py: how much a neuron matters
 upcycle.py  a network into experts that compute the same; split.py: into parts of it; layers.py: into experts
             that learn its output; experts.py: networks that were trained apart; attention.py: attention layers
-dense.py    an MoE layer into a dense one; one_network.py: networks into one; average.py: models into one
+dense.py    an MoE layer into a dense one; average.py: models into one
 """
 
 from switchgear.convert.attention import MixtureOfAttention, ParallelBlock, attention_from_experts, attention_to_moe
@@ -31,13 +31,14 @@ from switchgear.convert.experts import (
     from_dense_experts,
     sequence_perplexities,
 )
-from switchgear.convert.ffn import FeedForward, feed_forward
+from switchgear.convert.ffn import feed_forward
 from switchgear.convert.importance import layer_importance, neuron_importance
 from switchgear.convert.layers import Distillation, Distilled, distill_layers, use_threshold
 from switchgear.convert.modules import Conversion, Converted
 from switchgear.convert.partitions import Partition, balanced_kmeans, partition
 from switchgear.convert.split import EqualTopK, prior_approximate, split_dense
 from switchgear.convert.upcycle import upcycle
+from switchgear.integrations.blocks import FeedForward
 
 __all__ = [
     "Conversion",

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.convert.ffn import FeedForward, activation_of, feed_forward
+from switchgear.convert.ffn import activation_of, check_options, feed_forward, one_network, side_by_side
 from switchgear.convert.modules import is_transformers
-from switchgear.convert.one_network import check_options, one_network, side_by_side
 from switchgear.experts import Experts
+from switchgear.integrations.blocks import FeedForward, read_network, split_gate
 from switchgear.integrations.moe_blocks import SHARED
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts
@@ -67,7 +66,7 @@ def experts_of(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
         if experts.activation == "swiglu_oai" or experts.limit is not None:
             got = f"{experts.activation} with limit={experts.limit}"
             raise ValueError(f"moe: expected an activation without alpha and limit, got {got}")
-        return [_of_ours(experts, expert) for expert in range(experts.num_experts)], shared
+        return [read_network(experts, expert) for expert in range(experts.num_experts)], shared
     first, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if isinstance(first, Tensor) and isinstance(down, Tensor) and (named := activation_of(experts)):
         gate_up, down = first.detach(), down.detach()
@@ -100,23 +99,5 @@ def _check_same(experts: Any, networks: list[FeedForward]) -> None:
         )
 
 
-def _of_ours(experts: Experts, expert: int) -> FeedForward:
-    first, down = experts.get_parameter(experts._first)[expert].detach(), experts.down_proj[expert].detach()
-    if experts.transposed:
-        first, down = first.mT, down.mT
-    bias = getattr(experts, f"{experts._first}_bias")
-    rows = None if bias is None else bias[expert].detach()
-    if experts.interleaved:
-        first = torch.cat((first[0::2], first[1::2]))
-        rows = None if rows is None else torch.cat((rows[0::2], rows[1::2]))
-    made = _network(first, down, activation=experts.activation, gated=experts.gated)
-    if rows is None:
-        return made
-    gate, up = rows.chunk(2) if experts.gated else (None, rows)
-    assert experts.down_proj_bias is not None
-    return replace(made, gate_bias=gate, up_bias=up, down_bias=experts.down_proj_bias[expert].detach())
-
-
 def _network(first: Tensor, down: Tensor, *, activation: str, gated: bool = True) -> FeedForward:
-    gate, up = first.detach().chunk(2) if gated else (None, first.detach())
-    return FeedForward(gate, up, down.detach(), activation)
+    return FeedForward(*split_gate(first.detach(), gated), down.detach(), activation)

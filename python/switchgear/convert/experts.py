@@ -17,10 +17,11 @@ from torch.nn.functional import pad
 
 from switchgear.complaints import check_several, check_tensor
 from switchgear.convert.checks import check_all_finite, check_random
-from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
+from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.modules import is_transformers
 from switchgear.convert.split import fill, initialize_router, layer_like
 from switchgear.experts import Experts
+from switchgear.integrations.blocks import FeedForward, write_shared
 from switchgear.layers.expand import appended
 from switchgear.modules import MoE
 from switchgear.reference import check_choice, check_size
@@ -123,7 +124,7 @@ def _layer(
     moe = layer_like(first, first.intermediate_size, len(networks), options, width)
     fill(moe.experts, networks)
     if of_shared is not None:
-        fill_shared(moe.shared_experts, of_shared)  # type: ignore[arg-type]
+        write_shared(moe.shared_experts, of_shared)  # type: ignore[arg-type]
     if isinstance(router, Tensor):
         if moe.gate.weight is None or moe.gate.weight.shape != router.shape:
             raise ValueError(f"router: expected [{len(networks)}, {first.hidden_size}], got {list(router.shape)}")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from switchgear import ops
 from switchgear.complaints import at_least, check_seed, check_tensor
 from switchgear.convert.checks import check_number
-from switchgear.convert.ffn import FeedForward
+from switchgear.integrations.blocks import FeedForward
 from switchgear.reference import check_choice, check_size
 from switchgear.reference.checks import check
 

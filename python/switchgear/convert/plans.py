@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from switchgear.convert.checks import check_number, seed_of
 from switchgear.convert.families import PARTS, Family, Size, dense_key
-from switchgear.convert.ffn import FeedForward
 from switchgear.convert.partitions import Partition, partition
+from switchgear.integrations.blocks import FeedForward
 
 T = TypeVar("T")
 

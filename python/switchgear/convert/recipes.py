@@ -25,9 +25,9 @@ from switchgear.convert.families import (
     moe_config,
     num_experts_of,
 )
-from switchgear.convert.ffn import FeedForward
-from switchgear.convert.one_network import check_options, one_network
+from switchgear.convert.ffn import check_options, one_network
 from switchgear.convert.plans import ConversionPlan, Item, Once, Source, Split, collected, copied, split, upcycled
+from switchgear.integrations.blocks import FeedForward
 
 PADDED = 8  # neurons; transformers' grouped_mm reads rows of multiples of 16 bytes
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_switch, check_tensor
 from switchgear.convert.checks import check_moe, check_random, seed_of
-from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
+from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.modules import OURS, is_transformers, replaced
 from switchgear.convert.partitions import Partition, partition
 from switchgear.experts import Experts
 from switchgear.functional import Routing
+from switchgear.integrations.blocks import FeedForward, write_network, write_shared
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.modules import MoE
 from switchgear.reference import check_choice, check_size
@@ -190,7 +191,7 @@ def _built(dense: FeedForward, parts: Partition, router_init: float, seed: int, 
         fill(moe.experts, networks)
     if shared is not None:
         assert moe.shared_experts is not None
-        fill_shared(moe.shared_experts, shared)  # type: ignore[arg-type]
+        write_shared(moe.shared_experts, shared)  # type: ignore[arg-type]
     initialize_router(moe, router_init, seed)
     return moe
 
@@ -226,7 +227,7 @@ def fill(experts: Any, networks: list[FeedForward]) -> None:
     """Copies networks of one width into Experts."""
     assert isinstance(experts, Experts)
     for expert, network in enumerate(networks):
-        _put(experts, expert, network)
+        write_network(experts, expert, network)
 
 
 @torch.no_grad()
@@ -237,12 +238,7 @@ def fill_ragged(experts: HeterogeneousExperts, networks: list[FeedForward]) -> N
         first = int(experts.first_slice[expert])
         for place in range(network.intermediate_size // unit):
             index = torch.arange(place * unit, (place + 1) * unit, device=network.up.device)
-            _put(slices, first + place, network.neurons(index))
-
-
-def _put(experts: Experts, expert: int, network: FeedForward) -> None:
-    for name, tensor in network.expert(experts.interleaved).items():
-        experts.get_parameter(name)[expert] = tensor.mT if experts.transposed and tensor.dim() == 2 else tensor
+            write_network(slices, first + place, network.neurons(index))
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from torch import nn
 
 from switchgear.complaints import check_module
 from switchgear.convert.checks import check_moe, check_random, seed_of
-from switchgear.convert.ffn import FeedForward, feed_forward, is_feed_forward
+from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.modules import OURS, is_transformers, replaced
 from switchgear.convert.plans import noise_of
 from switchgear.convert.split import fill, initialize_router, layer_like
+from switchgear.integrations.blocks import FeedForward
 from switchgear.modules import MoE
 
 
