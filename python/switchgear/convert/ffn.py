@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Dense networks (FeedForward): read from modules of any naming, and several combined into one (OneS, arXiv:2201.10890)."""
+"""Dense networks (FeedForward): read from modules of any naming, and combined into one (OneS, arXiv:2201.10890)."""
 
 from __future__ import annotations
 
