@@ -7,7 +7,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -135,6 +136,21 @@ def _zeros(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Item:
     return Item(key, shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
 
 
+class LayerCache(Generic[T]):
+    """Computes a value of a layer when it is first needed, and keeps it until that of another layer is: the items of a
+    plan go layer by layer, so one layer's value is in memory."""
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self._make = make
+        self._kept: dict[int, T] = {}
+
+    def __call__(self, layer: int) -> T:
+        if layer not in self._kept:
+            self._kept.clear()  # before the next one is made
+            self._kept[layer] = self._make(layer)
+        return self._kept[layer]
+
+
 # ---- splits ----------------------------------------------------------------------------------------------------------
 
 
@@ -177,10 +193,10 @@ def split(source: Source, family: Family, size: Size, how: Split, *, scale: floa
     """Each expert has its neurons, padded with zeros to the common width; down projections are multiplied by `scale`,
     since the family's weights sum to 1. The shared expert's are doubled, since its gate starts at sigmoid(0) = 1/2."""
     items = [copied(source, key) for key in outside_experts(source, size.layers)]
+    parts = LayerCache(partial(how.partition, source))
     for layer in size.layers:
         dtype, hidden = source.dtype(dense_key(layer, "gate_proj")), source.shape(dense_key(layer, "gate_proj"))[1]
         items.append(router_item(family, layer, size.num_experts, hidden, router_init, how.seed, dtype))
-        parts = Once(lambda layer=layer: how.partition(source, layer))  # type: ignore[misc]
         for expert in range(size.num_experts):
             for part in PARTS:
                 key = family.expert(layer, expert, part)
@@ -195,26 +211,6 @@ def split(source: Source, family: Family, size: Size, how: Split, *, scale: floa
     return items
 
 
-class Once(Generic[T]):
-    """Computes a value when it is first needed, and keeps it until the next one of the same kind is computed: plans go
-    layer by layer, so one layer's value is in memory."""
-
-    _last: ClassVar[list[Once[Any]]] = []
-
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
-        self._made: T | None = None
-
-    def __call__(self) -> T:
-        made = self._made
-        if made is None:
-            while Once._last:
-                Once._last.pop()._made = None
-            self._made = made = self._make()
-            Once._last.append(self)
-        return made
-
-
 def _slice(
     source: Source,
     layer: int,
@@ -222,7 +218,7 @@ def _slice(
     key: str,
     width: int,
     scale: float,
-    parts: Once[Partition],
+    parts: LayerCache[Partition],
     expert: int | None,
 ) -> Item:
     dense = dense_key(layer, part)
@@ -230,7 +226,7 @@ def _slice(
     hidden = source.shape(dense)[0 if is_down else 1]
 
     def make() -> Tensor:
-        index = parts().shared if expert is None else parts().experts[expert]
+        index = parts(layer).shared if expert is None else parts(layer).experts[expert]
         weight = source.read(dense)
         rows = (weight.T if is_down else weight)[index.to(weight.device)]
         made = rows.new_zeros(width, hidden)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from switchgear.convert.families import (
     num_experts_of,
 )
 from switchgear.convert.ffn import check_options, one_network
-from switchgear.convert.plans import ConversionPlan, Item, Once, Source, Split, collected, copied, split, upcycled
+from switchgear.convert.plans import ConversionPlan, Item, LayerCache, Source, Split, collected, copied, split, upcycled
 from switchgear.integrations.blocks import FeedForward
 
 PADDED = 8  # neurons; transformers' grouped_mm reads rows of multiples of 16 bytes
@@ -176,36 +177,38 @@ def dense_plan(
     count = num_experts_of(config, family)
     shares = check_options(method, weights, rank, count)
     width, hidden = int(made["intermediate_size"]), int(made["hidden_size"])
-    items, replaced = [], []
+    every = set(source.keys())
+
+    def fused_keys(layer: int) -> list[str]:
+        block = f"model.layers.{layer}.mlp."  # as transformers names it
+        return [f"{block}experts.gate_up_proj", f"{block}experts.down_proj"]
+
+    def published_keys(layer: int, part: str) -> list[str]:
+        return [family.expert(layer, expert, part) for expert in range(count)]
+
+    def combine(layer: int) -> FeedForward:
+        if fused_keys(layer)[0] in every:
+            gate_up, downs = map(source.read, fused_keys(layer))
+            gates, ups = gate_up.chunk(2, 1)
+        else:
+            gates, ups, downs = (torch.stack([*map(source.read, published_keys(layer, part))]) for part in PARTS)
+        return one_network(list(map(FeedForward, gates, ups, downs)), method, shares, rank)
+
+    networks = LayerCache(combine)
+
+    def make(layer: int, part: str) -> Tensor:
+        weight: Tensor = getattr(networks(layer), part.removesuffix("_proj"))
+        return weight
+
+    items, replaced = [], set[str]()
     for layer in layers:
-        block = f"model.layers.{layer}.mlp."  # as transformers names it; experts are fused there
-        keys = [f"{block}experts.gate_up_proj", f"{block}experts.down_proj"]
-        is_fused = keys[0] in set(source.keys())
-        published = [family.expert(layer, e, part) for e in range(count) for part in PARTS]
-        replaced += [*(keys if is_fused else published), family.router(layer), f"{block}gate.weight"]
-
-        def network(layer: int = layer, keys: list[str] = keys, is_fused: bool = is_fused) -> FeedForward:
-            if is_fused:
-                gate_up, downs = (source.read(key) for key in keys)
-                gates, ups = gate_up.chunk(2, 1)
-            else:
-                read = ([source.read(family.expert(layer, e, part)) for e in range(count)] for part in PARTS)
-                gates, ups, downs = map(torch.stack, read)
-            return one_network(list(map(FeedForward, gates, ups, downs)), method, shares, rank)
-
-        once = Once(network)
-        for part, shape in (
-            ("gate_proj", (width, hidden)),
-            ("up_proj", (width, hidden)),
-            ("down_proj", (hidden, width)),
-        ):
-            dtype = source.dtype(keys[0] if is_fused else published[0])
-
-            def make(part: str = part, once: Once[FeedForward] = once) -> Tensor:
-                weight: Tensor = getattr(once(), part.removesuffix("_proj"))
-                return weight
-
-            items.append(Item(dense_key(layer, part), shape, dtype, make))
-    kept = [key for key in source.keys() if key not in set(replaced)]  # noqa: SIM118
+        keys = fused_keys(layer)
+        if keys[0] not in every:
+            keys = [key for part in PARTS for key in published_keys(layer, part)]
+        replaced |= {*keys, family.router(layer), f"model.layers.{layer}.mlp.gate.weight"}
+        for part in PARTS:
+            shape = (hidden, width) if part == "down_proj" else (width, hidden)
+            items.append(Item(dense_key(layer, part), shape, source.dtype(keys[0]), partial(make, layer, part)))
+    kept = [key for key in source.keys() if key not in replaced]  # noqa: SIM118
     done = tuple((f"model.layers.{layer}.mlp", f"{count} experts", 1, f"dense by {method}") for layer in layers)
     return ConversionPlan(made, (*(copied(source, key) for key in kept), *items), done)
