@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.convert.ffn import activation_of, check_options, feed_forward, one_network, side_by_side
+from switchgear.convert.ffn import check_options, combine_networks, feed_forward, find_activation, join_networks
 from switchgear.convert.modules import is_transformers
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, read_network, split_gate
@@ -41,15 +41,15 @@ def to_dense(
             that are not merged, or experts that train alone.
     """
     if isinstance(moe, nn.Module) and is_transformers(moe):
-        from switchgear.convert.models import dense_model  # imports transformers
+        from switchgear.convert.models import make_dense  # imports transformers
 
-        return dense_model(moe, method, weights=weights, rank=rank)
-    networks, shared = experts_of(moe)
-    made = one_network(networks, method, check_options(method, weights, rank, len(networks)), rank)
-    return side_by_side([made, *([shared] if shared is not None else [])]).module()
+        return make_dense(moe, method, weights=weights, rank=rank)
+    networks, shared = read_networks(moe)
+    made = combine_networks(networks, method, check_options(method, weights, rank, len(networks)), rank)
+    return join_networks([made, *([shared] if shared is not None else [])]).module()
 
 
-def experts_of(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
+def read_networks(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
     """The networks of the experts of a layer, and of its shared experts. The tensors are those of the layer."""
     experts = getattr(moe, "experts", moe)
     if isinstance(experts, nn.Module):
@@ -60,7 +60,7 @@ def experts_of(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
     shared = None if shared_module is None else feed_forward(shared_module, "shared_experts")
     if isinstance(experts, HeterogeneousExperts):
         activation = experts.slices.activation
-        return [_network(*experts.weights_of(e), activation=activation, gated=experts.slices.gated)
+        return [_make_network(*experts.weights_of(e), activation=activation, gated=experts.slices.gated)
                 for e in range(experts.num_experts)], shared  # fmt: skip
     if isinstance(experts, Experts):
         if experts.activation == "swiglu_oai" or experts.limit is not None:
@@ -68,12 +68,12 @@ def experts_of(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
             raise ValueError(f"moe: expected an activation without alpha and limit, got {got}")
         return [read_network(experts, expert) for expert in range(experts.num_experts)], shared
     first, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-    if isinstance(first, Tensor) and isinstance(down, Tensor) and (named := activation_of(experts)):
+    if isinstance(first, Tensor) and isinstance(down, Tensor) and (named := find_activation(experts)):
         gate_up, down = first.detach(), down.detach()
         if getattr(experts, "is_transposed", False):
             gate_up, down = gate_up.mT, down.mT
         if gate_up.shape[1] == 2 * down.shape[2]:
-            networks = [_network(gate_up[e], down[e], activation=named) for e in range(len(gate_up))]
+            networks = [_make_network(gate_up[e], down[e], activation=named) for e in range(len(gate_up))]
             _check_same(experts, networks)
             return networks, shared
     raise ValueError(f"moe: expected MoE, or a block with experts gate_up_proj and down_proj, got {type(moe).__name__}")
@@ -99,5 +99,5 @@ def _check_same(experts: Any, networks: list[FeedForward]) -> None:
         )
 
 
-def _network(first: Tensor, down: Tensor, *, activation: str, gated: bool = True) -> FeedForward:
+def _make_network(first: Tensor, down: Tensor, *, activation: str, gated: bool = True) -> FeedForward:
     return FeedForward(*split_gate(first.detach(), gated), down.detach(), activation)

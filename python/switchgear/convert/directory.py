@@ -109,13 +109,13 @@ class Directory:
         return self._files.headers[key]
 
 
-def beside_weights(folder: Path) -> list[Path]:
+def list_beside_weights(folder: Path) -> list[Path]:
     """The files of a checkpoint that go with it whatever becomes of weights and config; relative to its folder."""
     found = {file for pattern in BESIDE_WEIGHTS for file in folder.glob(pattern) if file.is_file()}
     return sorted(file.relative_to(folder) for file in found)
 
 
-def full_config(source: Directory) -> dict[str, Any]:
+def read_full_config(source: Directory) -> dict[str, Any]:
     """The config with the defaults of its family. ConversionError if transformers cannot be imported."""
     try:
         from transformers import CONFIG_MAPPING
@@ -138,20 +138,20 @@ def full_config(source: Directory) -> dict[str, Any]:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def size_of(item: Item) -> int:
+def count_bytes(item: Item) -> int:
     return int(torch.Size(item.shape).numel()) * item.dtype.itemsize
 
 
-def shards_of(items: Sequence[Item], most: int) -> dict[str, list[Item]]:
+def divide_into_shards(items: Sequence[Item], most: int) -> dict[str, list[Item]]:
     """The tensors of each file, in order. A tensor larger than `most` has a file of its own."""
     groups: list[list[Item]] = [[]]
     total = 0
     for item in items:
-        if groups[-1] and total + size_of(item) > most:
+        if groups[-1] and total + count_bytes(item) > most:
             groups.append([])
             total = 0
         groups[-1].append(item)
-        total += size_of(item)
+        total += count_bytes(item)
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
@@ -174,7 +174,7 @@ class Journal:
         if not is_ours and any(file.name != LOCK for file in folder.iterdir()):
             raise ConversionError(f"target: expected no {folder}, got a directory that is no unfinished conversion")
         is_new = not folder.exists()
-        with named_errors(folder):
+        with name_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         journal._lock()
         try:
@@ -233,7 +233,7 @@ class Journal:
     def has(self, name: str) -> bool:
         """Whether a shard is finished, and its file has the bytes that were written."""
         entry, file = self.shards.get(name), self.folder / name
-        return entry is not None and file.is_file() and checksum(file) == entry["sha256"]
+        return entry is not None and file.is_file() and compute_sha256(file) == entry["sha256"]
 
     def add(self, name: str, sha256: str) -> None:
         self.shards[name] = {"sha256": sha256, "bytes": (self.folder / name).stat().st_size}
@@ -248,19 +248,19 @@ def write_shard(path: Path, items: Sequence[Item], progress: Callable[[int, str]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for item in items:
-        end = start + size_of(item)
+        end = start + count_bytes(item)
         header[item.key] = {"dtype": DTYPES[item.dtype], "shape": list(item.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, unfinished = hashlib.sha256(), unfinished_of(path)
-    with named_errors(path), open(unfinished, "wb") as file:
+    with name_errors(path), open(unfinished, "wb") as file:
         try:
             for part in (len(text).to_bytes(8, "little"), text):
                 file.write(part)
                 digest.update(part)
             for item in items:
-                data = _bytes(item)
+                data = _make_bytes(item)
                 file.write(data)
                 digest.update(data)
                 progress(len(data), item.key)
@@ -274,7 +274,7 @@ def write_shard(path: Path, items: Sequence[Item], progress: Callable[[int, str]
     return digest.hexdigest()
 
 
-def _bytes(item: Item) -> Any:
+def _make_bytes(item: Item) -> Any:
     tensor: Tensor = item.make()
     if tuple(tensor.shape) != item.shape or tensor.dtype is not item.dtype:
         raise DamagedCheckpoint(
@@ -287,11 +287,11 @@ def _bytes(item: Item) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    with named_errors(path):
+    with name_errors(path):
         write_whole(path, text)
 
 
-def checksum(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -300,7 +300,7 @@ def checksum(path: Path) -> str:
 
 
 @contextmanager
-def named_errors(path: Path) -> Iterator[None]:
+def name_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -19,7 +19,7 @@ from switchgear.complaints import check_several, check_tensor
 from switchgear.convert.checks import check_all_finite, check_random
 from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.modules import is_transformers
-from switchgear.convert.split import fill, initialize_router, layer_like
+from switchgear.convert.split import create_layer, initialize_router, write_networks
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, write_shared
 from switchgear.layers.expand import appended
@@ -121,8 +121,8 @@ def _layer(
         options.setdefault("normalize", True)
     if "select" not in options:
         options["top_k"] = top_k
-    moe = layer_like(first, first.intermediate_size, len(networks), options, width)
-    fill(moe.experts, networks)
+    moe = create_layer(first, first.intermediate_size, len(networks), options, width)
+    write_networks(moe.experts, networks)
     if of_shared is not None:
         write_shared(moe.shared_experts, of_shared)  # type: ignore[arg-type]
     if isinstance(router, Tensor):
@@ -259,7 +259,7 @@ def sequence_perplexities(models: Sequence[nn.Module], input_ids: Tensor, mask: 
         if mask.shape != input_ids.shape:
             raise ValueError(f"mask: expected {list(input_ids.shape)} like input_ids, got {list(mask.shape)}")
     counted = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-    masks = [{} if mask is None else _masks(model, counted) for model in models]
+    masks = [{} if mask is None else _make_masks(model, counted) for model in models]
     counted = counted[:, 1:] & counted[:, :-1]
     columns = []
     for model, named in zip(models, masks, strict=True):
@@ -272,7 +272,7 @@ def sequence_perplexities(models: Sequence[nn.Module], input_ids: Tensor, mask: 
     return torch.stack(columns, 1)
 
 
-def _masks(model: nn.Module, known: Tensor) -> dict[str, Tensor]:
+def _make_masks(model: nn.Module, known: Tensor) -> dict[str, Tensor]:
     """The keyword arguments that keep padding from the known tokens [B,S]: those that the model's forward names."""
     taken = inspect.signature(model.forward).parameters
     if "attention_mask" in taken:

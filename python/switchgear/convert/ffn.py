@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.complaints import check_module
-from switchgear.convert.checks import finite_numbers
+from switchgear.convert.checks import as_finite_numbers
 from switchgear.integrations.blocks import FeedForward
 from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_of
 from switchgear.layers.shared import SharedExperts
@@ -51,7 +51,7 @@ def feed_forward(module: nn.Module | FeedForward, name: str = "mlp") -> FeedForw
     if isinstance(module, FeedForward):
         return module
     check_module(name, module)
-    found = next(_readings(module), None)
+    found = next(_read_candidates(module), None)
     if found is None:
         raise ValueError(
             f"{name}: expected a dense feed-forward module with Linear layers gate_proj, up_proj, down_proj (or w1, "
@@ -63,23 +63,23 @@ def feed_forward(module: nn.Module | FeedForward, name: str = "mlp") -> FeedForw
 
 def is_feed_forward(module: nn.Module) -> bool:
     """Whether a module has the Linear layers of a dense feed-forward network."""
-    return next(_readings(module), None) is not None
+    return next(_read_candidates(module), None) is not None
 
 
-def _readings(module: nn.Module) -> Iterator[FeedForward]:
-    activation = activation_of(module)
+def _read_candidates(module: nn.Module) -> Iterator[FeedForward]:
+    activation = find_activation(module)
     if activation is None:
         return
     for gate, up, down in NAMES:
         if all(name is None or _is_linear(getattr(module, name, None)) for name in (gate, up, down)):
-            of_gate = (None, None) if gate is None else _tensors(getattr(module, gate))
-            of_up, of_down = _tensors(getattr(module, up)), _tensors(getattr(module, down))
+            of_gate = (None, None) if gate is None else _read_linear(getattr(module, gate))
+            of_up, of_down = _read_linear(getattr(module, up)), _read_linear(getattr(module, down))
             yield _made(of_gate, of_up, of_down, activation)
     if all(_is_linear(getattr(module, name, None)) for name in FUSED):
-        weight, bias = _tensors(module.gate_up_proj)
+        weight, bias = _read_linear(module.gate_up_proj)
         gates, ups = weight.chunk(2)
         biases = (None, None) if bias is None else bias.chunk(2)
-        yield _made((gates, biases[0]), (ups, biases[1]), _tensors(module.down_proj), activation)
+        yield _made((gates, biases[0]), (ups, biases[1]), _read_linear(module.down_proj), activation)
 
 
 def _made(gate: Any, up: Any, down: Any, activation: str) -> FeedForward:
@@ -93,11 +93,11 @@ def _is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _tensors(linear: Any) -> tuple[Tensor, Tensor | None]:
+def _read_linear(linear: Any) -> tuple[Tensor, Tensor | None]:
     return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
 
 
-def activation_of(module: Any) -> str | None:
+def find_activation(module: Any) -> str | None:
     """The name of the module's activation, found by its values."""
     if isinstance(module, SharedExperts):
         plain = module.activation in ACTIVATIONS and module.limit is None
@@ -138,7 +138,7 @@ def check_options(method: str, weights: Any, rank: Any, num_experts: int) -> tup
     """The weights as numbers. Raises TypeError or ValueError for an option of to_dense that is wrong, or not used by
     the method."""
     check_choice("method", method, METHODS)
-    shares = finite_numbers("weights", weights)
+    shares = as_finite_numbers("weights", weights)
     if shares is not None:
         if method not in ("sum", "mean"):
             raise ValueError(f"weights: expected None for method={method!r}, got {len(shares)} numbers")
@@ -153,7 +153,7 @@ def check_options(method: str, weights: Any, rank: Any, num_experts: int) -> tup
     return shares
 
 
-def one_network(
+def combine_networks(
     networks: Sequence[FeedForward], method: str, weights: Sequence[float] | None = None, rank: int | None = None
 ) -> FeedForward:
     """The network that a method of to_dense makes of those of the experts.
@@ -164,17 +164,17 @@ def one_network(
     if method != "topk" and len(widths) > 1:
         raise ValueError(f"moe: expected experts of one width for method={method!r}, got {sorted(widths)}")
     if method == "topk":
-        return _best_neurons(networks)
+        return _keep_best_neurons(networks)
     if method == "svd":
         smaller = min(networks[0].hidden_size, networks[0].intermediate_size)
         kept = -(-smaller // len(networks)) if rank is None else rank
-        return _weighted_sum([_low_rank(network, kept) for network in networks], [1.0] * len(networks))
+        return _weighted_sum([_reduce_rank(network, kept) for network in networks], [1.0] * len(networks))
     each = weights or (1.0,) * len(networks)
     total = sum(each) if method == "mean" else 1.0
     return _weighted_sum(networks, [share / total for share in each])
 
 
-def side_by_side(networks: Sequence[FeedForward]) -> FeedForward:
+def join_networks(networks: Sequence[FeedForward]) -> FeedForward:
     """The sum of networks as one: their neurons follow each other. Missing biases are zeros if there are others.
 
     Raises ValueError for networks with different activations, or of which some are gated.
@@ -212,7 +212,7 @@ def _weighted_sum(networks: Sequence[FeedForward], shares: Sequence[float]) -> F
     return replace(networks[0], **{name: combined(name) for name in names})
 
 
-def _low_rank(network: FeedForward, rank: int) -> FeedForward:
+def _reduce_rank(network: FeedForward, rank: int) -> FeedForward:
     def best(matrix: Tensor | None) -> Any:
         if matrix is None:
             return None
@@ -222,7 +222,7 @@ def _low_rank(network: FeedForward, rank: int) -> FeedForward:
     return replace(network, gate=best(network.gate), up=best(network.up), down=best(network.down))
 
 
-def _best_neurons(networks: Sequence[FeedForward]) -> FeedForward:
+def _keep_best_neurons(networks: Sequence[FeedForward]) -> FeedForward:
     """I / E neurons of each expert, one more of the first I mod E."""
     width = max(network.intermediate_size for network in networks)
     parts = []
@@ -232,5 +232,5 @@ def _best_neurons(networks: Sequence[FeedForward]) -> FeedForward:
         if network.gate is not None:
             norm = norm * network.gate.float().norm(dim=1)
         parts.append(network.neurons(norm.argsort(descending=True, stable=True)[:count].sort().values))
-    made = side_by_side(parts)
+    made = join_networks(parts)
     return made if made.down_bias is None else replace(made, down_bias=made.down_bias / len(networks))

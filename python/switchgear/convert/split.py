@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A dense feed-forward network, split into the experts of an MoE layer, with equal weights (EqualTopK) and the prior of
-FactorLLM."""
+"""A dense feed-forward network becomes the experts of an MoE layer: upcycle copies it into each, split_dense divides
+its neurons. EqualTopK routes a network that was split, and prior_approximate trains its router (FactorLLM)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_switch, check_tensor
-from switchgear.convert.checks import check_moe, check_random, seed_of
+from switchgear.complaints import check_module, check_switch, check_tensor
+from switchgear.convert.checks import check_moe, check_random, derive_seed
 from switchgear.convert.ffn import feed_forward, is_feed_forward
-from switchgear.convert.modules import OURS, is_transformers, replaced
+from switchgear.convert.modules import OURS, is_transformers, replace_layers
 from switchgear.convert.partitions import Partition, partition
+from switchgear.convert.plans import draw_noise
 from switchgear.experts import Experts
 from switchgear.functional import Routing
 from switchgear.integrations.blocks import FeedForward, write_network, write_shared
@@ -35,6 +36,92 @@ DECIDED = {
     "hidden_size", "intermediate_size", "num_experts", "activation", "gated", "bias", "device", "dtype", "widths",
     "null_experts", "copy_experts", "constant_experts", "shared_intermediate_size", "num_shared_experts", "shared_gate",
 }  # fmt: skip
+
+
+def upcycle(
+    mlp: nn.Module | FeedForward,
+    num_experts: int = 8,
+    top_k: int = 2,
+    *,
+    layers: str | Sequence[int] = "all",
+    router_init: float = 0.02,
+    noise: float = 0.0,
+    normalize: bool = True,
+    seed: int = 0,
+    family: str | None = None,
+    **options: Any,
+) -> Any:
+    """Copies a dense feed-forward network into every expert of an MoE layer (Llama 3 Meets MoE, arXiv:2412.09952).
+
+        moe = upcycle(layer.mlp, 8, 2)                     # an MoE with the same output
+        done = upcycle(llama, 8, 2)                        # done.model is a MixtralForCausalLM with the same logits
+
+    The output is the dense one for any router, since the weights of the chosen experts sum to 1: softmax over the
+    chosen logits (Mixtral's; the same as a softmax over all that is normalised). normalize=False leaves the softmax
+    over all experts, whose chosen weights sum to less than 1: the layer starts as a scaled copy.
+
+    Args:
+        mlp: a feed-forward module (returns an MoE), a Hugging Face model of a dense family (returns a Conversion with a
+            new model of an MoE family; the old one is unchanged), or another model (its feed-forward modules are
+            replaced in place; returns a Conversion, whose notes name dropout, which experts do not have).
+        layers: "all", or the indices of the feed-forward layers that become experts; negative ones count from the end.
+        router_init: standard deviation of the router's normal initial weights.
+        noise: standard deviation of normal noise on each expert's weights; 0 for exact copies.
+        seed: of the router and of the noise.
+        family: model type of a Hugging Face result: "mixtral", "qwen2_moe" or "qwen3_moe". By default Mixtral for Llama
+            and Mistral, Qwen2-MoE for Qwen2 (and for chosen layers of Llama), Qwen3-MoE for Qwen3. "switchgear"
+            replaces the feed-forward modules of any model in place, by layers that only switchgear loads.
+        options: of MoE, such as balance=[SwitchLoss(1e-2)] or capacity; none that the network decides, such as dtype or
+            null_experts, and none for Hugging Face models.
+
+    Raises:
+        TypeError, ValueError: no feed-forward network is found, an option is out of range, or the family cannot express
+            the result. Nothing is changed.
+    """
+    check_moe(num_experts, top_k)
+    check_random(seed, router_init=router_init, noise=noise)
+    made: dict[str, Any] = {
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "router_init": router_init,
+        "noise": noise,
+        "seed": seed,
+    }
+    if isinstance(mlp, FeedForward):
+        return _copy_into_layer(mlp, normalize=normalize, **made, **options)
+    check_module("mlp", mlp)
+    if is_feed_forward(mlp):
+        return _copy_into_layer(feed_forward(mlp), normalize=normalize, **made, **options)
+    if is_transformers(mlp) and family != OURS:
+        from switchgear.convert.models import upcycle_model  # imports transformers
+
+        if options or not normalize:
+            raise ValueError(
+                f"{next(iter(options), 'normalize')}: expected none for a Hugging Face model, whose family decides it"
+            )
+        return upcycle_model(mlp, layers=layers, family=family, **made)
+    if family not in (None, OURS):
+        raise ValueError(f"family: expected None for a {type(mlp).__name__}, which is no model of transformers")
+    return replace_layers(mlp, layers, lambda dense, index: _copy_into_layer(
+        dense, normalize=normalize, **{**made, "seed": derive_seed(seed, index)}, **options
+    ))  # fmt: skip
+
+
+def _copy_into_layer(
+    dense: FeedForward, num_experts: int, top_k: int, router_init: float, noise: float, seed: int, normalize: bool,
+    **options: Any,
+) -> MoE:  # fmt: skip
+    if "select" not in options:
+        options |= {"top_k": top_k, "normalize": normalize}
+    moe = create_layer(dense, dense.intermediate_size, num_experts, options)
+    write_networks(moe.experts, [dense] * num_experts)
+    initialize_router(moe, router_init, seed)
+    if noise:
+        with torch.no_grad():
+            for name, parameter in moe.experts.named_parameters():
+                if not name.endswith("bias"):
+                    parameter.add_((draw_noise(seed, name, parameter.shape) * noise).to(parameter))
+    return moe
 
 
 def split_dense(
@@ -109,13 +196,13 @@ def split_dense(
 
         def layer_of(dense: FeedForward, index: int) -> MoE:
             given = importance.get(index) if isinstance(importance, Mapping) else importance
-            seeded = {**how, "seed": seed_of(seed, index)}
+            seeded = {**how, "seed": derive_seed(seed, index)}
             made: MoE = split_dense(
                 dense, num_experts, top_k, method=method, importance=given, weights=weights, **seeded, **options
             )
             return made
 
-        return replaced(mlp, layers, layer_of)
+        return replace_layers(mlp, layers, layer_of)
     dense = feed_forward(mlp)
     if isinstance(importance, Mapping):
         raise TypeError("importance: expected a tensor for one feed-forward module, got a mapping by layer")
@@ -128,8 +215,8 @@ def split_dense(
         top_k = num_experts if parts.is_split else 1
     check_moe(num_experts, top_k)
     if "select" not in options:
-        options["select"] = _selection(parts, num_experts, top_k, weights, rescale)
-    return _built(dense, parts, router_init, seed, options)
+        options["select"] = _choose_selection(parts, num_experts, top_k, weights, rescale)
+    return _build_layer(dense, parts, router_init, seed, options)
 
 
 def _split_transformers(
@@ -153,7 +240,7 @@ def _split_transformers(
     )  # fmt: skip
 
 
-def _selection(parts: Partition, num_experts: int, top_k: int, weights: str, rescale: bool) -> Any:
+def _choose_selection(parts: Partition, num_experts: int, top_k: int, weights: str, rescale: bool) -> Any:
     if not parts.is_split and not len(parts.shared):  # MiniMoE: whole networks, not parts of a sum
         return TopK(top_k, "softmax", normalize=top_k > 1)
     scale = num_experts / top_k if rescale and parts.is_split else 1.0
@@ -173,22 +260,22 @@ def _check_partition(parts: Partition, num_experts: int, width: int) -> None:
         raise ValueError(f"method: expected a Partition with each of {width} neurons once (is_split)")
 
 
-def _built(dense: FeedForward, parts: Partition, router_init: float, seed: int, options: dict[str, Any]) -> MoE:
-    networks, shared = pieces(dense, parts)
+def _build_layer(dense: FeedForward, parts: Partition, router_init: float, seed: int, options: dict[str, Any]) -> MoE:
+    networks, shared = cut_network(dense, parts)
     widths = [network.intermediate_size for network in networks]
     is_ragged = len(set(widths)) > 1
     if is_ragged and dense.has_bias:
         raise ValueError("mlp: expected no biases for experts of different widths, got some")
     size, width = UNIT if is_ragged else widths[0], 0 if shared is None else shared.intermediate_size
-    moe = layer_like(dense, size, len(networks), options, width)
+    moe = create_layer(dense, size, len(networks), options, width)
     if is_ragged:
         layout = dense.options()
         layout.pop("bias")
         layout |= {name: options[name] for name in ("interleaved", "transposed", "limit") if name in options}
         moe.experts = HeterogeneousExperts(dense.hidden_size, widths, **layout)
-        fill_ragged(moe.experts, networks)
+        write_ragged(moe.experts, networks)
     else:
-        fill(moe.experts, networks)
+        write_networks(moe.experts, networks)
     if shared is not None:
         assert moe.shared_experts is not None
         write_shared(moe.shared_experts, shared)  # type: ignore[arg-type]
@@ -196,7 +283,7 @@ def _built(dense: FeedForward, parts: Partition, router_init: float, seed: int, 
     return moe
 
 
-def pieces(dense: FeedForward, parts: Partition) -> tuple[list[FeedForward], FeedForward | None]:
+def cut_network(dense: FeedForward, parts: Partition) -> tuple[list[FeedForward], FeedForward | None]:
     """The networks of the experts and of the shared expert. Their biases of the down projection add up to the dense
     network's: it is the shared expert's, or each of E experts has a share of 1 / E."""
     index = [part.to(dense.up.device) for part in parts.experts]
@@ -210,7 +297,7 @@ def pieces(dense: FeedForward, parts: Partition) -> tuple[list[FeedForward], Fee
     return networks, shared
 
 
-def layer_like(
+def create_layer(
     dense: FeedForward, width: int, num_experts: int, options: Mapping[str, Any], shared_width: int = 0
 ) -> MoE:
     """An MoE with experts of `width` neurons like the dense network's, before its weights are copied. Raises ValueError
@@ -223,7 +310,7 @@ def layer_like(
 
 
 @torch.no_grad()
-def fill(experts: Any, networks: list[FeedForward]) -> None:
+def write_networks(experts: Any, networks: list[FeedForward]) -> None:
     """Copies networks of one width into Experts."""
     assert isinstance(experts, Experts)
     for expert, network in enumerate(networks):
@@ -231,7 +318,7 @@ def fill(experts: Any, networks: list[FeedForward]) -> None:
 
 
 @torch.no_grad()
-def fill_ragged(experts: HeterogeneousExperts, networks: list[FeedForward]) -> None:
+def write_ragged(experts: HeterogeneousExperts, networks: list[FeedForward]) -> None:
     """Copies networks of the widths of the experts into their slices."""
     unit, slices = experts.unit, experts.slices
     for expert, network in enumerate(networks):

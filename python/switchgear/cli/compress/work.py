@@ -20,7 +20,7 @@ from typing import Any
 from switchgear import compress as functions
 from switchgear.complaints import first_line
 from switchgear.compress import Calibration, calibrate
-from switchgear.convert.directory import beside_weights
+from switchgear.convert.directory import list_beside_weights
 from switchgear.files import LOCK, locked, replacing, unfinished_of, write_whole
 from switchgear.weights import restore
 
@@ -179,7 +179,7 @@ class Partial:
 
     def finish(self, source: Path, about: dict[str, Any]) -> None:
         result = self.model()
-        for name in beside_weights(source):
+        for name in list_beside_weights(source):
             if not (result / name).exists():  # save_pretrained has written some
                 (result / name).parent.mkdir(exist_ok=True)
                 with replacing(result / name) as unfinished:
