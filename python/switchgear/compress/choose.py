@@ -16,7 +16,7 @@ from torch import Tensor
 
 from switchgear.compress.calibration import Calibration, check_finite
 from switchgear.compress.sums import Domains, LayerCalibration, Samples
-from switchgear.compress.surgery import choice_among, choice_of
+from switchgear.compress.surgery import compute_choice, compute_choice_among
 from switchgear.integrations.blocks import ExpertLayer
 
 Keep = int | float | Mapping[str, Sequence[int]]
@@ -46,16 +46,16 @@ def choose(
     exact_subsets: int,
 ) -> dict[str, PrunedLayer]:
     if isinstance(keep, Mapping):
-        return {name: _given(layer, keep[name]) for name, layer in layers.items()}
-    counts = {name: count_of(layer, keep) for name, layer in layers.items()}
+        return {name: _keep_given(layer, keep[name]) for name, layer in layers.items()}
+    counts = {name: count_kept(layer, keep) for name, layer in layers.items()}
     if criterion == "reconstruction":
         if scope == "global":
             raise ValueError("scope: expected layer for criterion='reconstruction', which compares subsets, got global")
         assert calibration is not None
         found = {}
         for name, layer in layers.items():
-            known, per_group = calibration.layers[name], per_group_of(layer, counts[name])
-            subset = best_subset(layer, known.sample(domains), counts[name], per_group, exact_subsets)
+            known, per_group = calibration.layers[name], count_per_group(layer, counts[name])
+            subset = find_subset(layer, known.sample(domains), counts[name], per_group, exact_subsets)
             found[name] = PrunedLayer(name, *split_experts(layer, subset.kept), None, subset.search, subset.error)
         return found
     generator = torch.Generator().manual_seed(seed)
@@ -65,13 +65,13 @@ def choose(
             scores[name] = torch.rand(layer.num_experts, generator=generator, dtype=torch.float64)
         else:
             assert calibration is not None
-            scores[name] = scores_of(calibration.layers[name], criterion, domains)
+            scores[name] = score_experts(calibration.layers[name], criterion, domains)
             check_finite(name, scores[name])
     if scope == "layer":
-        kept = {name: _top(layers[name], score, counts[name]) for name, score in scores.items()}
+        kept = {name: _choose_best(layers[name], score, counts[name]) for name, score in scores.items()}
         padding = dict.fromkeys(kept, 0)
     else:
-        kept = _top_of_all(layers, scores, sum(counts.values()))
+        kept = _choose_best_of_all(layers, scores, sum(counts.values()))
         most = max(map(len, kept.values()))
         ours = next(iter(layers.values())).block.is_ours
         padding = {name: 0 if ours else most - len(experts) for name, experts in kept.items()}
@@ -81,7 +81,7 @@ def choose(
     }
 
 
-def scores_of(layer: LayerCalibration, criterion: str, domains: Domains = None) -> Tensor:
+def score_experts(layer: LayerCalibration, criterion: str, domains: Domains = None) -> Tensor:
     """[E] float64: what each expert is worth. Experts without tokens are worth nothing."""
     sums = layer.sums(domains)
     counts = sums.counts.double()
@@ -94,7 +94,7 @@ def split_experts(layer: ExpertLayer, kept: Sequence[int]) -> tuple[list[int], l
     return sorted(kept), [expert for expert in range(layer.num_experts) if expert not in set(kept)]
 
 
-def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
+def _keep_given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
     if isinstance(experts, (str, int, float)):
         raise TypeError(f"keep: expected a list of experts for {layer.name}, got {type(experts).__name__}")
     try:
@@ -107,7 +107,7 @@ def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
         raise ValueError(
             f"keep: expected different experts of 0 to {layer.num_experts - 1} for {layer.name}, got {ids}"
         )
-    per_group = per_group_of(layer, count_of(layer, len(ids)))
+    per_group = count_per_group(layer, count_kept(layer, len(ids)))
     if per_group is not None:
         size = layer.num_experts // (len(ids) // per_group)
         if any(sum(expert // size == group for expert in ids) != per_group for group in range(len(ids) // per_group)):
@@ -115,7 +115,7 @@ def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
     return PrunedLayer(layer.name, *split_experts(layer, ids))
 
 
-def count_of(layer: ExpertLayer, keep: int | float) -> int:
+def count_kept(layer: ExpertLayer, keep: int | float) -> int:
     """The number of experts to keep. Raises ValueError if it is too small or too large."""
     if isinstance(keep, float):
         if not 0 < keep < 1:
@@ -128,11 +128,11 @@ def count_of(layer: ExpertLayer, keep: int | float) -> int:
     least = layer.block.top_k or 1
     if not least <= count <= layer.num_experts:
         raise ValueError(f"keep: expected {least} (top_k) to {layer.num_experts} experts in {layer.name}, got {count}")
-    per_group_of(layer, count)
+    count_per_group(layer, count)
     return count
 
 
-def per_group_of(layer: ExpertLayer, count: int) -> int | None:
+def count_per_group(layer: ExpertLayer, count: int) -> int | None:
     """Experts to keep of each group of a grouped router; None for other routers."""
     groups = layer.block.groups()
     if groups is None:
@@ -147,9 +147,9 @@ def per_group_of(layer: ExpertLayer, count: int) -> int | None:
     return count // total
 
 
-def _top(layer: ExpertLayer, scores: Tensor, count: int) -> list[int]:
+def _choose_best(layer: ExpertLayer, scores: Tensor, count: int) -> list[int]:
     """The best experts, of each group if there are groups; the lowest ids win ties."""
-    per_group = per_group_of(layer, count)
+    per_group = count_per_group(layer, count)
     if per_group is None:
         best: list[int] = scores.argsort(descending=True, stable=True)[:count].tolist()
         return best
@@ -158,12 +158,14 @@ def _top(layer: ExpertLayer, scores: Tensor, count: int) -> list[int]:
     return sorted((grouped + torch.arange(len(grouped))[:, None] * size).flatten().tolist())
 
 
-def _top_of_all(layers: Mapping[str, ExpertLayer], scores: Mapping[str, Tensor], total: int) -> dict[str, list[int]]:
+def _choose_best_of_all(
+    layers: Mapping[str, ExpertLayer], scores: Mapping[str, Tensor], total: int
+) -> dict[str, list[int]]:
     """The best experts of all layers, but at least top_k of each."""
     for layer in layers.values():
         if layer.block.groups() is not None:
             raise ValueError(f"scope: expected layer for the grouped router of {layer.name}, got global")
-    kept = {name: _top(layers[name], score, layers[name].block.top_k or 1) for name, score in scores.items()}
+    kept = {name: _choose_best(layers[name], score, layers[name].block.top_k or 1) for name, score in scores.items()}
     rest = sorted(
         (-float(score), index, expert, name)
         for index, (name, layer_scores) in enumerate(scores.items())
@@ -198,7 +200,7 @@ class Reconstruction:
         weight = layer.block.gate_weight()
         assert weight is not None
         self.x = sample.x.to(weight.device)
-        ids, weights = choice_of(layer.block, self.x)
+        ids, weights = compute_choice(layer.block, self.x)
         if not torch.equal(ids.sort(-1).values.cpu(), sample.topk_ids.long().sort(-1).values):
             raise ValueError(
                 f"{layer.name}: expected a router that reads the input of the experts, got other choices for it"
@@ -217,11 +219,11 @@ class Reconstruction:
 
     def error(self, keep: Sequence[int]) -> float:
         """‖F(x) − F_keep(x)‖ / ‖F(x)‖ over the sample."""
-        difference = self.wanted - self.combined(*choice_among(self.layer.block, keep, self.x))
+        difference = self.wanted - self.combined(*compute_choice_among(self.layer.block, keep, self.x))
         return float(difference.norm()) / max(self.norm, 1e-30)
 
 
-def best_subset(
+def find_subset(
     layer: ExpertLayer, sample: Samples | None, count: int, per_group: int | None, exact_subsets: int
 ) -> Subset:
     """The best of all subsets if there are at most `exact_subsets`; else what remains when the expert whose removal
@@ -230,11 +232,11 @@ def best_subset(
     groups = 1 if per_group is None else count // per_group
     size = layer.num_experts // groups
     if math.comb(size, count // groups) ** groups <= exact_subsets:
-        subsets = _subsets(groups, size, count // groups)
+        subsets = _list_subsets(groups, size, count // groups)
         error, kept = min((losses.error(subset), subset) for subset in subsets)
         return Subset(kept, "exact", error)
     if per_group is not None:
-        return _swapped(losses, groups, size, per_group)
+        return _swap_experts(losses, groups, size, per_group)
     kept = list(range(layer.num_experts))
     while len(kept) > count:
         _, removed = min((losses.error([e for e in kept if e != expert]), expert) for expert in kept)
@@ -242,7 +244,7 @@ def best_subset(
     return Subset(kept, "greedy", losses.error(kept))
 
 
-def _swapped(losses: Reconstruction, groups: int, size: int, per_group: int) -> Subset:
+def _swap_experts(losses: Reconstruction, groups: int, size: int, per_group: int) -> Subset:
     """For a grouped router, whose groups have one size: from the first experts of each group, the best swap of two
     experts of a group is made while one lowers the error."""
     kept = [group * size + expert for group in range(groups) for expert in range(per_group)]
@@ -260,7 +262,7 @@ def _swapped(losses: Reconstruction, groups: int, size: int, per_group: int) -> 
         error, kept = best, following
 
 
-def _subsets(groups: int, size: int, count: int) -> Iterator[list[int]]:
+def _list_subsets(groups: int, size: int, count: int) -> Iterator[list[int]]:
     per_group = [
         [[group * size + expert for expert in chosen] for chosen in itertools.combinations(range(size), count)]
         for group in range(groups)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, integer
 from switchgear.compress.bits import ExpertErrors, as_widths
 from switchgear.compress.calibration import Calibration, check_calibration, check_finite
-from switchgear.compress.gptq import Levels, decoded, gptq, rounded
+from switchgear.compress.gptq import Levels, decode, gptq, round_to_nearest
 from switchgear.compress.sums import Domains, Hessians
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.reference import check_choice, check_size
@@ -24,7 +24,7 @@ Bits = int | Mapping[str, int | Sequence[int]]
 _TOGETHER = 8  # experts: bounds the memory of float32 copies and factors
 
 
-def widths_of(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
+def read_widths(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
     given = bits[layer.name] if isinstance(bits, Mapping) else bits
     if isinstance(given, str) or not isinstance(given, (Integral, Sequence)):
         raise TypeError(f"bits: expected int, or a list of them, got {type(given).__name__}")
@@ -40,7 +40,7 @@ def widths_of(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
     return widths
 
 
-def hessians_of(
+def find_hessians(
     model: nn.Module, layers: Mapping[str, ExpertLayer], method: str, calibration: Calibration | None
 ) -> dict[str, Hessians]:
     if calibration is None:
@@ -59,13 +59,13 @@ def hessians_of(
     return found
 
 
-def starved_experts(layer: ExpertLayer, calibration: Calibration | None, min_tokens: int) -> list[int]:
+def find_starved(layer: ExpertLayer, calibration: Calibration | None, min_tokens: int) -> list[int]:
     assert calibration is not None
     counts = calibration.layers[layer.name].sums().counts
     return (counts < max(min_tokens, 1)).nonzero().flatten().tolist()
 
 
-def quantized_projection(
+def quantize_projection(
     layer: ExpertLayer,
     index: int,
     widths: Sequence[int],
@@ -85,7 +85,7 @@ def quantized_projection(
         mine = [expert for expert, bits in enumerate(widths) if bits == width]
         for expert in mine if method == "rtn" else [e for e in mine if e in few]:
             one = weight[expert : expert + 1].contiguous()
-            found[expert] = width, rounded(one, width, form.group_size, form.symmetric)
+            found[expert] = width, round_to_nearest(one, width, form.group_size, form.symmetric)
         rest = [expert for expert in mine if expert not in found]
         for some in (rest[at : at + _TOGETHER] for at in range(0, len(rest), _TOGETHER)):
             assert hessians is not None
@@ -99,8 +99,8 @@ def quantized_projection(
     return [found[expert] for expert in range(len(widths))]
 
 
-def plain_projection(layer: ExpertLayer, index: int, found: Sequence[tuple[int, Levels]], form: Groups) -> Tensor:
-    values = [decoded(levels, width, form.group_size) for width, levels in found]
+def decode_projection(layer: ExpertLayer, index: int, found: Sequence[tuple[int, Levels]], form: Groups) -> Tensor:
+    values = [decode(levels, width, form.group_size) for width, levels in found]
     return torch.cat(values).to(layer.projection(index).dtype)
 
 
@@ -139,11 +139,11 @@ def expert_errors(
     form = Groups(4, group_size, symmetric)
     parts = expert_layers(model, layers)
     check_calibration(calibration, model, parts, domains)
-    hessians = hessians_of(model, parts, method, calibration)
+    hessians = find_hessians(model, parts, method, calibration)
     result = ExpertErrors(tuple(bits), {}, {}, {})
     for name, layer in parts.items():
         for width in bits:
-            widths_of(layer, width, 8)
+            read_widths(layer, width, 8)
         known = calibration.layers[name]
         sample, sums = known.sample(domains), known.sums(domains)
         if sample is None:
@@ -151,14 +151,14 @@ def expert_errors(
         check_finite(name, sample.x, sample.topk_weights, sums.weights)
         device = layer.projection(0).device
         rows = layer.rows(sample.x.to(device), sample.topk_ids.to(device), sample.topk_weights.to(device))
-        few = starved_experts(layer, calibration, 1) if method == "gptq" else []
+        few = find_starved(layer, calibration, 1) if method == "gptq" else []
         columns = []
         for width in bits:
             widths = [width] * layer.num_experts
             weights = []
             for index in (0, 1):
-                levels = quantized_projection(layer, index, widths, form, hessians.get(name), method, few)
-                weights.append(plain_projection(layer, index, levels, form))
+                levels = quantize_projection(layer, index, widths, form, hessians.get(name), method, few)
+                weights.append(decode_projection(layer, index, levels, form))
             _, outputs = layer.apply(rows.inputs, rows.offsets, *weights)
             change = ((outputs.double() - rows.outputs.double()) * rows.weights[:, None]).square().sum(1)
             total = change.new_zeros(layer.num_experts).index_add_(0, rows.experts, change)

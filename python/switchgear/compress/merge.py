@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module, check_switch
 from switchgear.compress.calibration import Calibration, check_calibration
-from switchgear.compress.choose import count_of, per_group_of
+from switchgear.compress.choose import count_kept, count_per_group
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
     Cut,
@@ -122,17 +122,17 @@ def merge_experts(
         check_cuttable(layer)
     check_unshared(model, expert_tensors(layers.values()))
     check_calibration(calibration, model, domains=domains)
-    counts = {name: count_of(layer, keep) for name, layer in layers.items()}
+    counts = {name: count_kept(layer, keep) for name, layer in layers.items()}
     if router != "keep":
         check_config(model, [layer.block for layer in layers.values()], list(counts.values()))
     done, cuts = {}, []
     for name, layer in layers.items():
         known = calibration.layers[name]
         frequency = known.sums(domains).counts.double()
-        groups = _groups(layer, known, frequency, counts[name], similarity, cluster, domains)
-        weights = [_shares(frequency[group]) for group in groups]
+        groups = _group_experts(layer, known, frequency, counts[name], similarity, cluster, domains)
+        weights = [_weigh(frequency[group]) for group in groups]
         done[name] = MergedLayer(name, groups, [share.tolist() for share in weights])
-        cuts.append(_cut(layer, groups, weights, align, router))
+        cuts.append(_cut_layer(layer, groups, weights, align, router))
     before = sum(parameter.numel() for parameter in model.parameters())
     commit(model, cuts)
     after = sum(parameter.numel() for parameter in model.parameters())
@@ -142,7 +142,7 @@ def merge_experts(
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
 
-def _groups(
+def _group_experts(
     layer: ExpertLayer,
     known: LayerCalibration,
     frequency: Tensor,
@@ -152,10 +152,10 @@ def _groups(
     domains: Domains,
 ) -> list[list[int]]:
     """Of each group of a grouped router by itself."""
-    distances = _distances(layer, known, similarity, domains)
+    distances = _measure_distances(layer, known, similarity, domains)
     if not bool(distances.isfinite().all()):
         raise ValueError(f"{layer.name}: expected finite {similarity}, got NaN or infinities")
-    per_group = per_group_of(layer, count)
+    per_group = count_per_group(layer, count)
     parts = 1 if per_group is None else count // per_group
     size = layer.num_experts // parts
     found = []
@@ -163,14 +163,14 @@ def _groups(
         mine = slice(first, first + size)
         inside = distances[mine, mine]
         if cluster == "hierarchical":
-            groups = hierarchical(inside, count // parts)
+            groups = cluster_hierarchically(inside, count // parts)
         else:
-            groups = around_dominant(-inside, frequency[mine], count // parts)
+            groups = cluster_around_dominant(-inside, frequency[mine], count // parts)
         found += [[first + expert for expert in group] for group in groups]
     return found
 
 
-def _distances(layer: ExpertLayer, known: LayerCalibration, similarity: str, domains: Domains) -> Tensor:
+def _measure_distances(layer: ExpertLayer, known: LayerCalibration, similarity: str, domains: Domains) -> Tensor:
     if similarity == "logits":
         products = known.sums(domains).logits
         if not bool(products.any()):
@@ -193,7 +193,7 @@ def _distances(layer: ExpertLayer, known: LayerCalibration, similarity: str, dom
     return torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _shares(frequency: Tensor) -> Tensor:
+def _weigh(frequency: Tensor) -> Tensor:
     """Equal ones if no expert of the group has tokens."""
     total = frequency.sum()
     return frequency / total if total > 0 else torch.full_like(frequency, 1 / len(frequency))
@@ -202,10 +202,10 @@ def _shares(frequency: Tensor) -> Tensor:
 # ---- averages --------------------------------------------------------------------------------------------------------
 
 
-def _cut(
+def _cut_layer(
     layer: ExpertLayer, groups: Sequence[Sequence[int]], weights: Sequence[Tensor], align: bool, router: str
 ) -> Cut:
-    orders = _orders(layer, groups, weights) if align else {}
+    orders = _match_neurons(layer, groups, weights) if align else {}
     keeps = router == "keep"
     owner = {expert: index for index, group in enumerate(groups) for expert in group}
     experts = []
@@ -218,7 +218,7 @@ def _cut(
         experts.append((place, merged))
     if keeps:
         return Cut(layer, layer.num_experts, experts)
-    gate = [(place, _of_router(place, groups, weights, router)) for place in router_tensors(layer.block)]
+    gate = [(place, _merge_router(place, groups, weights, router)) for place in router_tensors(layer.block)]
     return Cut(layer, len(groups), [*gate, *experts])
 
 
@@ -232,7 +232,9 @@ def _average(
     return total.to(tensor.dtype)
 
 
-def _of_router(place: ExpertTensor, groups: Sequence[Sequence[int]], weights: Sequence[Tensor], router: str) -> Tensor:
+def _merge_router(
+    place: ExpertTensor, groups: Sequence[Sequence[int]], weights: Sequence[Tensor], router: str
+) -> Tensor:
     tensor = place.tensor.movedim(place.dim, 0)
     rows = []
     for group, share in zip(groups, weights, strict=True):
@@ -250,7 +252,7 @@ def _of_router(place: ExpertTensor, groups: Sequence[Sequence[int]], weights: Se
 # ---- the order of neurons --------------------------------------------------------------------------------------------
 
 
-def _layout(layer: ExpertLayer) -> tuple[int, bool]:
+def _find_layout(layer: ExpertLayer) -> tuple[int, bool]:
     """(projections in the first one, whether their rows alternate). Raises ValueError if the gate hides it."""
     parts = layer.projection(0).shape[1] // layer.intermediate_size
     if parts == 1:
@@ -261,21 +263,23 @@ def _layout(layer: ExpertLayer) -> tuple[int, bool]:
     return parts, bool(gate.interleaved)
 
 
-def _orders(layer: ExpertLayer, groups: Sequence[Sequence[int]], weights: Sequence[Tensor]) -> dict[int, list[int]]:
+def _match_neurons(
+    layer: ExpertLayer, groups: Sequence[Sequence[int]], weights: Sequence[Tensor]
+) -> dict[int, list[int]]:
     """For each expert, its neurons in the order of those of the most frequent expert of its group."""
-    _, interleaved = _layout(layer)
+    _, interleaved = _find_layout(layer)
     first, second = layer.projection(0), layer.projection(1)
     orders = {}
     for group, share in zip(groups, weights, strict=True):
         best = group[int(share.argmax())]
-        wanted = _neurons(first[best], second[best], interleaved)
+        wanted = _list_neurons(first[best], second[best], interleaved)
         for expert in group:
             if expert != best:
-                orders[expert] = matching(wanted @ _neurons(first[expert], second[expert], interleaved).mT)
+                orders[expert] = matching(wanted @ _list_neurons(first[expert], second[expert], interleaved).mT)
     return orders
 
 
-def _neurons(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
+def _list_neurons(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
     """[I,D] float32, of one expert."""
     return neurons(first[None], second[None], interleaved=interleaved)[0].float()
 
@@ -291,7 +295,7 @@ def _reorder_neurons(layer: ExpertLayer, place: ExpertTensor, tensor: Tensor, or
     if place.module is not first or place.name not in (name, f"{name}_bias"):
         return tensor
     turns = layer.transposed and place.name == name
-    parts, interleaved = _layout(layer)
+    parts, interleaved = _find_layout(layer)
     gate, up = split_gate(tensor.mT if turns else tensor, parts == 2, interleaved)
     rows = join_gate(None if gate is None else gate[index], up[index], interleaved)
     return rows.mT if turns else rows
@@ -300,7 +304,7 @@ def _reorder_neurons(layer: ExpertLayer, place: ExpertTensor, tensor: Tensor, or
 # ---- clusters --------------------------------------------------------------------------------------------------------
 
 
-def hierarchical(distances: Tensor, count: int) -> list[list[int]]:
+def cluster_hierarchically(distances: Tensor, count: int) -> list[list[int]]:
     """Agglomerative clustering of distances [E,E] with average linkage: the two closest clusters are joined until
     `count` are left (HC-SMoE, arXiv:2410.08589). Ascending lists, by their first item."""
     mean = distances.double().clone()
@@ -318,7 +322,7 @@ def hierarchical(distances: Tensor, count: int) -> list[list[int]]:
     return sorted(clusters.values())
 
 
-def around_dominant(similarity: Tensor, frequency: Tensor, count: int) -> list[list[int]]:
+def cluster_around_dominant(similarity: Tensor, frequency: Tensor, count: int) -> list[list[int]]:
     """The `count` most frequent experts, each with the others that are most similar to it (M-SMoE, arXiv:2310.01334).
     Ascending lists, by their first item."""
     dominant = frequency.argsort(descending=True, stable=True)[:count].tolist()

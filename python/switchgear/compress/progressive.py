@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
-from switchgear.compress.surgery import choice_of
+from switchgear.compress.surgery import compute_choice
 from switchgear.experts import Experts
 from switchgear.functional import Routing, as_number
 from switchgear.integrations.blocks import read_network, write_shared
@@ -127,7 +127,7 @@ class ProgressivePruner:
         self._blocks = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
         if not self._blocks:
             raise ValueError("model: expected switchgear's MoE layers, got none")
-        self._layers = {name: _layer(name, block) for name, block in self._blocks.items()}
+        self._layers = {name: _make_layer(name, block) for name, block in self._blocks.items()}
         self._ends = {round(self._forced * (w + 1) / windows): w + 1 for w in range(windows)}
         self._step = 0
         self._stack = ExitStack()
@@ -139,7 +139,7 @@ class ProgressivePruner:
 
     def __enter__(self) -> ProgressivePruner:
         for layer in self._layers.values():
-            self._stack.enter_context(overridden_router(layer.router, _wrapper(layer, self.criterion)))
+            self._stack.enter_context(overridden_router(layer.router, _make_wrapper(layer, self.criterion)))
         return self
 
     def __exit__(
@@ -163,7 +163,7 @@ class ProgressivePruner:
     def _prune(self, layer: _Layer, window: int) -> None:
         scores = layer.scores.clone()
         if self.group is not None:
-            scores = scores.to(wire_device(layer.router, self.group))
+            scores = scores.to(find_wire_device(layer.router, self.group))
             torch.distributed.all_reduce(scores, group=self.group)
             scores = scores.cpu()
         scores = scores.masked_fill(~layer.alive, -1)
@@ -185,19 +185,19 @@ class ProgressivePruner:
         for name, experts in self.survivors.items():
             if len(experts) > 1:
                 raise ValueError(f"{name}: expected one expert left, got {experts}; it is after step {self._forced}")
-            found[name] = dense_expert(name, self._blocks[name].experts, experts[0])
+            found[name] = copy_expert(name, self._blocks[name].experts, experts[0])
             _check_weight(name, blocks[self._blocks[name]], experts[0])
         return found
 
 
-def wire_device(router: Router, group: Any) -> torch.device:
+def find_wire_device(router: Router, group: Any) -> torch.device:
     """Where a group's backend takes tensors: NCCL on the router's device alone, gloo anywhere."""
     if torch.distributed.get_backend(group) != "nccl":
         return torch.device("cpu")
     return next((parameter.device for parameter in router.parameters()), torch.device("cuda"))
 
 
-def _wrapper(layer: _Layer, criterion: str) -> Callable[[Select], Select]:
+def _make_wrapper(layer: _Layer, criterion: str) -> Callable[[Select], Select]:
     return lambda select: _Surviving(select, layer, criterion)
 
 
@@ -205,7 +205,7 @@ def _check_weight(name: str, block: MoeBlock, expert: int) -> None:
     """Raises ValueError unless the layer gives the expert left the weight 1, and no other any, for random tokens."""
     weight: Tensor = block.block.gate.weight  # type: ignore[union-attr, assignment]
     x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    ids, weights = choice_of(block, x)
+    ids, weights = compute_choice(block, x)
     shares = torch.stack([weights.masked_fill(ids != expert, 0).sum(-1), weights.masked_fill(ids < 0, 0).sum(-1)])
     if not torch.allclose(shares, torch.ones_like(shares), rtol=0, atol=8 * torch.finfo(weight.dtype).eps):
         low, high = shares[0].min(), shares[0].max()
@@ -216,7 +216,7 @@ def _check_weight(name: str, block: MoeBlock, expert: int) -> None:
         )
 
 
-def _layer(name: str, block: MoE) -> _Layer:
+def _make_layer(name: str, block: MoE) -> _Layer:
     router = block.gate
     if type(block.experts) is not Experts:
         raise ValueError(f"{name}: expected switchgear.Experts, got {type(block.experts).__name__}")
@@ -230,7 +230,7 @@ def _layer(name: str, block: MoE) -> _Layer:
     return _Layer(router, torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.float64))
 
 
-def dense_expert(name: str, experts: nn.Module, expert: int) -> SharedExperts:
+def copy_expert(name: str, experts: nn.Module, expert: int) -> SharedExperts:
     """SharedExperts with a copy of the weights of `expert`. Raises ValueError, which names the layer, unless the
     experts are switchgear's, plain, and in this process."""
     if type(experts) is not Experts:

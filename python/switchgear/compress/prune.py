@@ -20,11 +20,11 @@ from switchgear.compress.surgery import (
     check_config,
     check_cuttable,
     check_unshared,
-    choice_of,
     commit,
+    compute_choice,
     cut_experts,
     cut_router,
-    with_gate,
+    replace_gate,
 )
 from switchgear.integrations.blocks import ExpertLayer, expert_layers, expert_tensors
 from switchgear.integrations.moe_blocks import moe_blocks
@@ -105,7 +105,7 @@ def prune_experts(
     check_choice("replace", replace, ("none", "constant"))
     check_size("exact_subsets", exact_subsets, 0)
     check_seed(seed)
-    layers = _layers_of(model, keep)
+    layers = _choose_layers(model, keep)
     for layer in layers.values():
         check_cuttable(layer)
     check_unshared(model, expert_tensors(layers.values()))
@@ -121,8 +121,8 @@ def prune_experts(
     if replace == "constant":
         assert calibration is not None
         _check_constant(layers)
-        cuts = [_with_constants(layer, found[name].kept) for name, layer in layers.items()]
-        means = {name: _mean_outputs(calibration.layers[name], found[name].removed, domains) for name in layers}
+        cuts = [_cut_to_constants(layer, found[name].kept) for name, layer in layers.items()]
+        means = {name: _average_outputs(calibration.layers[name], found[name].removed, domains) for name in layers}
         for name, mean in means.items():
             check_finite(name, mean)
         commit(model, cuts)
@@ -131,12 +131,12 @@ def prune_experts(
     else:
         counts = [len(layer.kept) + layer.padding for layer in found.values()]
         check_config(model, [layer.block for layer in layers.values()], counts)
-        commit(model, [_without(layer, found[name]) for name, layer in layers.items()])
+        commit(model, [_cut_layer(layer, found[name]) for name, layer in layers.items()])
     after = sum(parameter.numel() for parameter in model.parameters())
     return Pruned("the caller" if isinstance(keep, Mapping) else criterion, found, before, after)
 
 
-def _layers_of(model: nn.Module, keep: Keep) -> dict[str, ExpertLayer]:
+def _choose_layers(model: nn.Module, keep: Keep) -> dict[str, ExpertLayer]:
     if not isinstance(keep, Mapping):
         return expert_layers(model)
     layers = expert_layers(model, keep, "keep")
@@ -155,7 +155,7 @@ def _check_seen(calibration: Calibration, names: Iterable[str], domains: Domains
 # ---- the cuts --------------------------------------------------------------------------------------------------------
 
 
-def _without(layer: ExpertLayer, pruned: PrunedLayer) -> Cut:
+def _cut_layer(layer: ExpertLayer, pruned: PrunedLayer) -> Cut:
     keep = [*pruned.kept, *[NO_EXPERT] * pruned.padding]
     gate = cut_router(layer.block, keep)
     if pruned.padding:
@@ -171,8 +171,8 @@ def _check_padding(layer: ExpertLayer, pruned: PrunedLayer, gate: Any) -> None:
     x = torch.randn(64, layer.hidden_size, generator=generator).to(weight.device, layer.projection(0).dtype)
     results = []
     for tensors, count in ((cut_router(layer.block, pruned.kept), len(pruned.kept)), (gate, gate[0][1].shape[0])):
-        with with_gate(layer.block, tensors, count) as block:
-            results.append(choice_of(block, x))
+        with replace_gate(layer.block, tensors, count) as block:
+            results.append(compute_choice(block, x))
     (ids, weights), (padded_ids, padded_weights) = results
     if not torch.equal(ids, padded_ids) or not torch.allclose(weights, padded_weights, rtol=1e-5, atol=1e-7):
         raise ValueError(
@@ -190,13 +190,13 @@ def _check_constant(layers: Mapping[str, ExpertLayer]) -> None:
             raise ValueError(f"replace: expected none for {layer.name}, whose router is grouped or scales its input")
 
 
-def _with_constants(layer: ExpertLayer, kept: Sequence[int]) -> Cut:
+def _cut_to_constants(layer: ExpertLayer, kept: Sequence[int]) -> Cut:
     """The router's rows of the experts kept, then of the others."""
     kept, removed = split_experts(layer, kept)
     return Cut(layer, len(kept), [*cut_router(layer.block, [*kept, *removed]), *cut_experts(layer, kept)])
 
 
-def _mean_outputs(layer: LayerCalibration, experts: Sequence[int], domains: Domains) -> Tensor:
+def _average_outputs(layer: LayerCalibration, experts: Sequence[int], domains: Domains) -> Tensor:
     sums = layer.sums(domains)
     return sums.outputs[experts] / sums.counts[experts].clamp(min=1)[:, None]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, check_switch
 from switchgear.compress.bits import BitAllocation, packed_bytes
 from switchgear.compress.calibration import Calibration
-from switchgear.compress.gptq import Levels, check_damping, decoded, row_errors
-from switchgear.compress.levels import METHODS, Bits, hessians_of, quantized_projection, starved_experts, widths_of
+from switchgear.compress.gptq import Levels, check_damping, decode, sum_row_errors
+from switchgear.compress.levels import METHODS, Bits, find_hessians, find_starved, quantize_projection, read_widths
 from switchgear.compress.sums import Hessians
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.integrations.moe_blocks import moe_blocks
@@ -116,21 +116,21 @@ def quantize(
     for switch, value in {"symmetric": symmetric, "store": store, "act_order": act_order}.items():
         check_switch(switch, value)
     layers = expert_layers(model, bits if isinstance(bits, Mapping) else None, "bits")
-    widths = {name: widths_of(layer, bits, 4 if store else 8) for name, layer in layers.items()}
+    widths = {name: read_widths(layer, bits, 4 if store else 8) for name, layer in layers.items()}
     form = Groups(4, group_size, symmetric)  # checks the options
     _check_ties(model, layers, widths, method)
-    hessians = hessians_of(model, layers, method, calibration)
-    targets = _targets(model, layers) if store else {}
+    hessians = find_hessians(model, layers, method, calibration)
+    targets = _find_targets(model, layers) if store else {}
     done: dict[str, QuantizedLayer] = {}
     changes: list[StoredChange] = []
     values: list[tuple[Tensor, list[tuple[int, Levels]]]] = []
     before: dict[tuple[object, ...], int] = {}
     after: dict[tuple[object, ...], int] = {}
-    change_of = _changes(form)
+    change_of = _make_changes(form)
     for name, layer in layers.items():
-        few = starved_experts(layer, calibration, min_tokens) if method == "gptq" else []
+        few = find_starved(layer, calibration, min_tokens) if method == "gptq" else []
         found = [
-            quantized_projection(layer, index, widths[name], form, hessians.get(name), method, few, damping, act_order)
+            quantize_projection(layer, index, widths[name], form, hessians.get(name), method, few, damping, act_order)
             for index in (0, 1)
         ]
         done[name] = _report(layer, widths[name], few, found, hessians.get(name), form)
@@ -140,19 +140,19 @@ def quantize(
             changes.append(change_of(targets[name], layer, widths[name], found))
             after |= changes[-1].bytes_after
         else:
-            after |= {memory_of(weight): _packed(weight, widths[name], form) for weight in projections}
+            after |= {memory_of(weight): _count_packed_bytes(weight, widths[name], form) for weight in projections}
             values += zip(projections, found, strict=True)
     _commit(changes)
     for weight, experts in values:
         for expert, (width, levels) in enumerate(experts):
-            weight[expert] = decoded(levels, width, group_size)[0].to(weight.dtype)
+            weight[expert] = decode(levels, width, group_size)[0].to(weight.dtype)
     return Quantized(method, done, store, sum(before.values()), sum(after.values()))
 
 
 # ---- what is quantized -----------------------------------------------------------------------------------------------
 
 
-def _targets(model: nn.Module, layers: Mapping[str, ExpertLayer]) -> dict[str, Target]:
+def _find_targets(model: nn.Module, layers: Mapping[str, ExpertLayer]) -> dict[str, Target]:
     targets = {}
     for name, layer in layers.items():
         layout = layout_of(layer.experts)
@@ -203,23 +203,23 @@ def _report(
         for index in (0, 1):
             weight = layer.projection(index)[expert].float()
             width, levels = found[index][expert]
-            difference = weight - decoded(levels, width, form.group_size)[0]
+            difference = weight - decode(levels, width, form.group_size)[0]
             lost, whole = lost + float(difference.square().sum()), whole + float(weight.square().sum())
             if hessians is not None:
                 hessian = (hessians.inputs, hessians.hidden)[index][expert].to(weight.device)
-                lost_output += float(row_errors(difference[None], hessian[None]).sum())
-                whole_output += float(row_errors(weight[None], hessian[None]).sum())
+                lost_output += float(sum_row_errors(difference[None], hessian[None]).sum())
+                whole_output += float(sum_row_errors(weight[None], hessian[None]).sum())
         errors.append((lost / max(whole, 1e-30)) ** 0.5)
         outputs.append((max(lost_output, 0.0) / max(whole_output, 1e-30)) ** 0.5)
     return QuantizedLayer(layer.name, widths, few, errors, outputs if hessians is not None else None)
 
 
-def _packed(weight: Tensor, widths: Sequence[int], form: Groups) -> int:
+def _count_packed_bytes(weight: Tensor, widths: Sequence[int], form: Groups) -> int:
     _, rows, columns = weight.shape
     return sum(packed_bytes(rows, columns, width, form.group_size, not form.symmetric) for width in widths)
 
 
-def _changes(form: Groups) -> Callable[..., StoredChange]:
+def _make_changes(form: Groups) -> Callable[..., StoredChange]:
     """Returns a function that makes the change of a layer. Layers that share parameters share their weights."""
     weights: dict[tuple[object, ...], Weight] = {}
     ties: dict[int, Tie] = {}
@@ -232,7 +232,7 @@ def _changes(form: Groups) -> Callable[..., StoredChange]:
             plain, parts = layer.projection(index), target.layout.parts(index)
             key = (*memory_of(plain), parts)
             if key not in weights:
-                levels = _joined([levels for _, levels in found[index]], widths, form)
+                levels = _join_levels([levels for _, levels in found[index]], widths, form)
                 weights[key] = weight_of(levels, plain.dtype, form.group_size, parts=parts)
             chosen.append(weights[key])
             parameter = layer.parameters[index].value
@@ -246,7 +246,7 @@ def _changes(form: Groups) -> Callable[..., StoredChange]:
     return change_of
 
 
-def _joined(parts: Sequence[Levels], widths: Sequence[int], form: Groups) -> groups.Levels:
+def _join_levels(parts: Sequence[Levels], widths: Sequence[int], form: Groups) -> groups.Levels:
     """The levels of all experts of a projection."""
     q, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return groups.Levels(q, scales, None if form.symmetric else zeros, tuple(widths))

@@ -83,13 +83,13 @@ def skip_experts(
     with ExitStack() as stack:
         for name, block in blocks.items():
             if isinstance(block.gate, Router):
-                stack.enter_context(overridden_router(block.gate, _wrapper(ratios[name], protect, done)))
+                stack.enter_context(overridden_router(block.gate, _make_wrapper(ratios[name], protect, done)))
             else:
-                _on_hugging_face(stack, block, methods[name], ratios[name], protect, importance or _norm, done)
+                _skip_on_hugging_face(stack, block, methods[name], ratios[name], protect, importance or _norm, done)
         yield done
 
 
-def _wrapper(ratio: float, protect: float, done: Skipped) -> Callable[[Select], Select]:
+def _make_wrapper(ratio: float, protect: float, done: Skipped) -> Callable[[Select], Select]:
     return lambda select: _CountedSkipBelow(select, ratio, protect, done)
 
 
@@ -149,7 +149,7 @@ class _Seen:
     importance: Tensor | None = None
 
 
-def _on_hugging_face(
+def _skip_on_hugging_face(
     stack: ExitStack, block: MoeBlock, method: Any, ratio: float, protect: float, importance: Importance, done: Skipped
 ) -> None:
     seen = _Seen()

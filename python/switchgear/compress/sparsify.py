@@ -80,7 +80,7 @@ def prune_weights(
     layers = expert_layers(model)
     for layer in layers.values():
         for index in (0, 1):
-            zeros_per_row(sparsity, layer.projection(index).shape[2])  # checks
+            count_zeros(sparsity, layer.projection(index).shape[2])  # checks
     check_unshared(model, [parameter for layer in layers.values() for parameter in layer.parameters])
     if calibration is None and metric != "magnitude":
         raise ValueError(f"calibration: expected one for {metric}, got None")
@@ -98,15 +98,15 @@ def prune_weights(
         zeros = total = 0
         for index in (0, 1):
             for expert, weight in enumerate(layer.projection(index)):
-                norms = None if expert in starved else _norms(sums, metric, index, expert)
+                norms = None if expert in starved else _read_norms(sums, metric, index, expert)
                 for rows in weight.split(_ROWS):
-                    rows.masked_fill_(mask_of(rows, norms, sparsity), 0)
+                    rows.masked_fill_(choose_zeros(rows, norms, sparsity), 0)
                 zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
         done[name] = SparsifiedLayer(name, zeros / total, starved)
     return Sparsified(metric, done)
 
 
-def zeros_per_row(sparsity: float | str, columns: int) -> tuple[int, int]:
+def count_zeros(sparsity: float | str, columns: int) -> tuple[int, int]:
     """(zeros, of how many columns). Raises ValueError for a sparsity that such rows cannot have."""
     if sparsity == "2:4":
         if columns % 4:
@@ -117,9 +117,9 @@ def zeros_per_row(sparsity: float | str, columns: int) -> tuple[int, int]:
     return round(sparsity * columns), columns
 
 
-def mask_of(weight: Tensor, norms: Tensor | None, sparsity: float | str) -> Tensor:
+def choose_zeros(weight: Tensor, norms: Tensor | None, sparsity: float | str) -> Tensor:
     """Which weights of rows [N,C] become zero: those with the smallest |w| · norms [C]."""
-    zeros, of = zeros_per_row(sparsity, weight.shape[1])
+    zeros, of = count_zeros(sparsity, weight.shape[1])
     score = weight.abs().float()
     if norms is not None:
         score = score * norms.to(score.device, score.dtype)
@@ -128,7 +128,7 @@ def mask_of(weight: Tensor, norms: Tensor | None, sparsity: float | str) -> Tens
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(1)
 
 
-def _norms(sums: ExpertSums | None, metric: str, index: int, expert: int) -> Tensor | None:
+def _read_norms(sums: ExpertSums | None, metric: str, index: int, expert: int) -> Tensor | None:
     """‖x_j‖ of the inputs of a projection of an expert, [C]."""
     if sums is None:
         return None

@@ -41,15 +41,15 @@ class Cut(NamedTuple):
 
 def check_unshared(model: nn.Module, tensors: Iterable[ExpertTensor]) -> None:
     """Raises ValueError for parameters that are elsewhere, too: blocks may lose different experts or weights."""
-    mine = {_memory(tensor.value) for tensor in tensors}
+    mine = {_identify_memory(tensor.value) for tensor in tensors}
     seen: dict[object, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = seen.setdefault(_memory(parameter), name)
-        if first != name and _memory(parameter) in mine:
+        first = seen.setdefault(_identify_memory(parameter), name)
+        if first != name and _identify_memory(parameter) in mine:
             raise ValueError(f"model: expected parameters of one block, got {name} shared with {first}")
 
 
-def _memory(tensor: Tensor) -> object:
+def _identify_memory(tensor: Tensor) -> object:
     return id(tensor) if tensor.is_meta or type(tensor) is not nn.Parameter else memory_of(tensor)
 
 
@@ -113,7 +113,7 @@ def cut_experts(layer: ExpertLayer, keep: Sequence[int]) -> NewTensors:
 def commit(model: nn.Module, cuts: Sequence[Cut]) -> None:
     """Applies the cuts to a model; they have all been computed. Configs of Hugging Face follow."""
     old = cuts[0].layer.block.num_experts
-    fields = [] if cuts[0].layer.block.is_ours else _config_fields([cut.layer.block for cut in cuts])
+    fields = [] if cuts[0].layer.block.is_ours else _find_config_fields([cut.layer.block for cut in cuts])
     for cut in cuts:
         for place, tensor in cut.tensors:
             place.put(tensor)
@@ -137,7 +137,7 @@ def check_config(model: nn.Module, blocks: Sequence[MoeBlock], counts: Sequence[
     if not any(hasattr(module, "save_pretrained") for module in model.modules()):
         kind = type(model).__name__
         raise ValueError(f"model: expected the whole model, whose config has the number of experts, got {kind}")
-    _config_fields(blocks)
+    _find_config_fields(blocks)
     if len(set(counts)) > 1 or len({block.num_experts for block in blocks}) > 1:
         raise ValueError(
             f"keep: expected equal numbers of experts, since one number in the config holds for all layers of "
@@ -150,7 +150,7 @@ def check_config(model: nn.Module, blocks: Sequence[MoeBlock], counts: Sequence[
             raise ValueError(f"model: expected experts in MoE blocks alone, got some in {name}, of the same config")
 
 
-def _config_fields(blocks: Sequence[MoeBlock]) -> list[tuple[Any, str]]:
+def _find_config_fields(blocks: Sequence[MoeBlock]) -> list[tuple[Any, str]]:
     """(config, field) of all fields that say the number of experts."""
     found: dict[tuple[int, str], tuple[Any, str]] = {}
     for block in blocks:
@@ -190,17 +190,17 @@ class _Chosen(Exception):
 
 
 @torch.no_grad()
-def choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+def compute_choice(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
     """(topk_ids [T,K] int64, topk_weights [T,K] float64) that the experts of a block get for its input x [T,H], in eval
     mode. Raises ValueError for a block that needs more than x."""
     with evaluating(block.block):
         if isinstance(block.gate, Router):
             routing = block.gate(x)
             return routing.topk_ids.long(), routing.topk_weights.double()
-        return _choice_of(block, x)
+        return _watch_choice(block, x)
 
 
-def _choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+def _watch_choice(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
     found: list[Choice] = []
 
     def stop(choice: Choice) -> None:
@@ -224,7 +224,7 @@ def _choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def with_gate(block: MoeBlock, gate: NewTensors, count: int) -> Iterator[MoeBlock]:
+def replace_gate(block: MoeBlock, gate: NewTensors, count: int) -> Iterator[MoeBlock]:
     """Inside the `with` block, the router has other tensors, for `count` experts."""
     old = [(place, place.value) for place, _ in gate]
     names = {module: {name: vars(module)[name] for name in (*_COUNTS, "out_features") if name in vars(module)}
@@ -242,9 +242,9 @@ def with_gate(block: MoeBlock, gate: NewTensors, count: int) -> Iterator[MoeBloc
                 setattr(module, name, value)
 
 
-def choice_among(block: MoeBlock, keep: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
+def compute_choice_among(block: MoeBlock, keep: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
     """What `choice_of` returns if only the experts `keep` are left; ids are those of the whole block."""
-    with with_gate(block, cut_router(block, keep), len(keep)) as cut:
-        ids, weights = choice_of(cut, x)
+    with replace_gate(block, cut_router(block, keep), len(keep)) as cut:
+        ids, weights = compute_choice(cut, x)
     table = torch.tensor([*keep, -1], device=ids.device)
     return table[ids], weights
