@@ -21,7 +21,7 @@ class ExpertErrors:
     """What a layer loses if one expert is quantized alone; see `expert_errors`."""
 
     bits: tuple[int, ...]  # ascending
-    errors: dict[str, Tensor]  # by layer, [E,B] float64: the Frobenius norm of the change of the layer's output
+    errors: dict[str, Tensor]  # [E,B] float64 by layer: the Frobenius norm of the change of the layer's output
     frequencies: dict[str, Tensor]  # [E] float64: tokens of the expert / tokens
     weights: dict[str, Tensor]  # [E] float64: sum of its weights / tokens
 
@@ -31,7 +31,7 @@ class BitAllocation(Mapping[str, "list[int]"]):
     """Bits by layer and expert: a mapping that `quantize(model, bits=…)` takes."""
 
     layers: dict[str, list[int]]
-    costs: dict[str, float] = field(default_factory=dict)  # by layer, the minimised sum
+    costs: dict[str, float] = field(default_factory=dict)  # the minimised sum by layer
 
     def __getitem__(self, name: str) -> list[int]:
         return self.layers[name]
@@ -79,7 +79,7 @@ def allocate_bits(
     Args:
         errors: of `expert_errors`; or costs by layer, [E,B] with a column per entry of `bits`, which are summed as they
             are.
-        bits: the widths, ascending; those of `errors` by default.
+        bits: the widths, ascending; by default the ones that `errors` has.
         average: bits per expert of a layer.
         at_least: for a width, the number of experts that must have it. By default one at 3 and one at 2 bits, where
             `bits` has them and the budget and number of experts permit it, as in the paper.

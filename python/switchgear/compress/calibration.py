@@ -37,7 +37,7 @@ _NO_TENSORS = (int, float, str, type(None))
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
-    """Statistics of a model's MoE layers on some data. `+` joins those of parts of the data, as of several processes.
+    """Statistics of a model's MoE layers on some data. `+` joins parts of the data, such as several processes'.
 
     Attributes: layers, by name of the block (moe_blocks). Each has `domains`, `sums(domain)`, `sample(domain)`,
     `hessians` and `ratio_median(domain)`.
@@ -61,7 +61,7 @@ class Calibration:
         return Calibration({name: layer + other.layers[name] for name, layer in self.layers.items()})
 
     def check(self, model: nn.Module, names: Collection[str] | None = None, domains: Domains = None) -> None:
-        """Raises ValueError unless the layers (of these names) are those of the model, and the domains are known."""
+        """Raises ValueError unless the model has the layers (of these names), and the domains are known."""
         self._check({name: _describe_layer(layer) for name, layer in expert_layers(model, names).items()})
         if domains is None:
             return
@@ -195,7 +195,7 @@ def calibrate(
     model does that.
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face; see moe_blocks.
+        model: has MoE layers of switchgear or Hugging Face; see moe_blocks.
         batches: dicts of the forward's arguments, tuples of them, or single tensors. A dict may have the key "domain",
             a name. The model runs in eval mode.
         hessians: also keep Xᵀ X of both projections of each expert, which GPTQ needs: E · (H² + I²) · 4 bytes a layer.

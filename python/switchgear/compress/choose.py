@@ -29,7 +29,7 @@ class PrunedLayer:
     name: str
     kept: list[int]
     removed: list[int]
-    scores: list[float] | None = None  # of all experts by the criterion; None for "reconstruction" and given experts
+    scores: list[float] | None = None  # all experts' by the criterion; None for "reconstruction" and given experts
     search: str = ""  # "exact", "greedy" or "swaps", for "reconstruction"
     error: float | None = None  # ‖F(x) − F_kept(x)‖ / ‖F(x)‖ on the sample, for "reconstruction"
     padding: int = 0  # empty places, which no token gets
@@ -208,7 +208,7 @@ class Reconstruction:
         self.outputs = layer.every_expert(self.x)
         self.wanted = self.combined(ids, weights)
         self.norm = float(self.wanted.norm())
-        if not math.isfinite(self.norm):  # also if no token chose the expert: 0 · NaN is NaN
+        if not math.isfinite(self.norm):  # 0 · NaN is NaN, even if no token chose the expert
             raise ValueError(f"calibration: expected finite outputs of the experts of {layer.name}, got others")
 
     def combined(self, ids: Tensor, weights: Tensor) -> Tensor:
@@ -245,8 +245,8 @@ def find_subset(
 
 
 def _swap_experts(losses: Reconstruction, groups: int, size: int, per_group: int) -> Subset:
-    """For a grouped router, whose groups have one size: from the first experts of each group, the best swap of two
-    experts of a group is made while one lowers the error."""
+    """The subset for a grouped router, whose groups have one size: starts from the first experts of each group, and
+    makes the best swap of two experts of a group while one lowers the error."""
     kept = [group * size + expert for group in range(groups) for expert in range(per_group)]
     error = losses.error(kept)
     while True:

@@ -64,7 +64,7 @@ def gptq(
         group_size: columns that share a scale; 0 for the whole row.
         symmetric: levels around zero; otherwise each group has a zero point, too.
         damping: this share of the mean of a Hessian's diagonal is added to it.
-        act_order: columns with the largest diagonal first; groups and their scales are then those of the weight before.
+        act_order: columns with the largest diagonal first; groups and their scales are then computed before.
 
     Returns:
         Levels. A row is independent of the others, and gets the plain rounding if that has the smaller error: GPTQ is

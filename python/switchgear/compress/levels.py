@@ -125,7 +125,7 @@ def expert_errors(
     Args:
         bits: the widths to try, each 1 to 8, in any order.
         group_size, method, symmetric: as for `quantize`. The paper's code rounds asymmetrically by default.
-        domains: those of the calibration to take the sample from; by default all.
+        domains: where the calibration's sample is taken from; by default all.
         layers: names of blocks; by default all.
 
     Returns:

@@ -47,7 +47,7 @@ class MergedLayer:
 
     name: str
     groups: list[list[int]]
-    weights: list[list[float]]  # of the experts of each group in the average; they sum to 1
+    weights: list[list[float]]  # each expert's in the average of its group; they sum to 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Merged:
     parameters_after: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain types, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -91,8 +91,8 @@ def merge_experts(
     so the number that a layer keeps varies, while here it is the same for all layers.
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face. Give the whole model, not a part of it: the config
-            and the balance loss are those of the whole.
+        model: has MoE layers of switchgear or Hugging Face. Give the whole model, not a part of it: the config and the
+            balance loss count the experts of the whole.
         keep: experts per layer that remain: a number, or a fraction in (0, 1). At least top_k. Grouped routers merge
             within their groups.
         calibration: of this model, with a sample of tokens for similarity="outputs".
@@ -100,7 +100,7 @@ def merge_experts(
             router's logits over all tokens (cosine). "weights": all weights (cosine).
         cluster: "hierarchical" joins the two closest clusters, again and again (average linkage); "dominant" adds each
             expert to the most similar of the `keep` most frequent ones.
-        align: first permute the neurons of each expert to match those of the most frequent of its group; what an expert
+        align: first permute the neurons of each expert to match the most frequent one of its group; what an expert
             computes does not depend on their order.
         router: "average": a group has one row of the router, the average with the same weights, so the model is smaller
             and chooses top_k different experts. "dominant": the row of its most frequent expert. "keep", as in both
@@ -151,7 +151,7 @@ def _group_experts(
     cluster: str,
     domains: Domains,
 ) -> list[list[int]]:
-    """Of each group of a grouped router by itself."""
+    """The experts to merge into each new one. A grouped router's groups are divided one by one."""
     distances = _measure_distances(layer, known, similarity, domains)
     if not bool(distances.isfinite().all()):
         raise ValueError(f"{layer.name}: expected finite {similarity}, got NaN or infinities")
@@ -266,7 +266,7 @@ def _find_layout(layer: ExpertLayer) -> tuple[int, bool]:
 def _match_neurons(
     layer: ExpertLayer, groups: Sequence[Sequence[int]], weights: Sequence[Tensor]
 ) -> dict[int, list[int]]:
-    """For each expert, its neurons in the order of those of the most frequent expert of its group."""
+    """The order of each expert's neurons that matches the most frequent expert of its group best."""
     _, interleaved = _find_layout(layer)
     first, second = layer.projection(0), layer.projection(1)
     orders = {}

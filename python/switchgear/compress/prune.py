@@ -44,7 +44,7 @@ class Pruned:
     parameters_after: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain types, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -77,8 +77,8 @@ def prune_experts(
         model.save_pretrained(path)
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face. Give the whole model, not a part of it: the config
-            and the balance loss are those of the whole.
+        model: has MoE layers of switchgear or Hugging Face. Give the whole model, not a part of it: the config and the
+            balance loss count the experts of the whole.
         keep: experts per layer: a number, a fraction in (0, 1) of each layer, or the ids to keep by layer. At least
             top_k. Grouped routers keep equally many of each group.
         criterion: which experts to keep.

@@ -31,7 +31,7 @@ class QuantizedLayer:
     """What was done to a layer."""
 
     name: str
-    bits: list[int]  # of each expert
+    bits: list[int]  # each expert's
     rounded: list[int]  # experts that method="gptq" rounded to nearest, since they got too few tokens
     errors: list[float]  # ‖W − Q‖ / ‖W‖ of each expert
     output_errors: list[float] | None  # ‖X (W − Q)ᵀ‖ / ‖X Wᵀ‖ of each, if there are Hessians
@@ -43,13 +43,13 @@ class Quantized:
 
     method: str
     layers: dict[str, QuantizedLayer]
-    stored: bool  # in the form "groups"; else the parameters have the rounded values
-    bytes_before: int  # of the projections
-    bytes_after: int  # with scales, as packed
+    stored: bool  # whether in the form "groups"; else the parameters have the rounded values
+    bytes_before: int  # the projections'
+    bytes_after: int  # packed, with scales
 
     @property
     def average_bits(self) -> float:
-        """Without scales."""
+        """Bits per weight, scales not counted."""
         widths = [bits for layer in self.layers.values() for bits in layer.bits]
         return sum(widths) / len(widths)
 
@@ -59,7 +59,7 @@ class Quantized:
         return {name: layer.rounded for name, layer in self.layers.items() if layer.rounded}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain types, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -90,12 +90,12 @@ def quantize(
         print(compress.quantize(model, 3, method="gptq", calibration=calibration))
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face.
+        model: has MoE layers of switchgear or Hugging Face.
         bits: 1 to 4, of all experts or by layer; or a list by layer, a number per expert (allocate_bits). Layers that
             are not named stay as they are.
         group_size: columns that share a float16 scale: a multiple of 32, or 0 for the whole row.
         method: "rtn" rounds to nearest. "gptq" rounds such that the outputs on the calibration data change least
-            (arXiv:2210.17323); an expert's error there is never larger than that of "rtn".
+            (arXiv:2210.17323); an expert's error there is never larger than with "rtn".
         calibration: of this model, with hessians=True, for "gptq".
         symmetric: levels around zero; otherwise each group has a zero point, too.
         store: store the experts in the form "groups", which the kernels read; switchgear.restore(model) decodes them.

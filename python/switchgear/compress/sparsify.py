@@ -17,7 +17,7 @@ from switchgear.integrations.blocks import expert_layers
 from switchgear.reference import check_choice
 
 METRICS = ("router_wanda", "wanda", "magnitude")
-_SQUARES = {"wanda": ("inputs", "hidden"), "router_wanda": ("gated_inputs", "gated_hidden")}  # of ExpertSums
+_SQUARES = {"wanda": ("inputs", "hidden"), "router_wanda": ("gated_inputs", "gated_hidden")}  # fields of ExpertSums
 _ROWS = 1024  # scored at once
 
 
@@ -38,7 +38,7 @@ class Sparsified:
     layers: dict[str, SparsifiedLayer]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain types, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ def prune_weights(
     """Sets the least important weights of each row of each expert to zero, in place. Both projections.
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face.
+        model: has MoE layers of switchgear or Hugging Face.
         sparsity: the share of zeros in each row, in (0, 1); or "2:4": two of each four consecutive columns.
         metric: the importance of a weight w_ij. "magnitude": |w_ij|. "wanda": |w_ij| · ‖x_j‖ over the expert's tokens
             (arXiv:2306.11695). "router_wanda": |w_ij| · ‖g x_j‖ with the router's weights g (MoE-Pruner,
@@ -70,7 +70,7 @@ def prune_weights(
         calibration: of this model, for all but "magnitude".
         domains: the domains of the calibration to use; all by default.
 
-    The zeros make no product faster: there is no kernel for them. Of equal weights those of the first columns go.
+    The zeros make no product faster: there is no kernel for them. Of equal weights the ones in the first columns go.
 
     Raises ValueError for an option out of range, a calibration of another model, or experts that are not plain or are
     shared. Nothing is changed then.

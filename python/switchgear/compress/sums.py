@@ -15,7 +15,7 @@ from switchgear.integrations.blocks import ExpertRows
 
 Domains = str | Collection[str] | None
 
-RATIO_BINS = 4096  # of second weight / first weight, in [0, 1]
+RATIO_BINS = 4096  # bins of second weight / first weight, in [0, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def compute_hessians(rows: ExpertRows) -> Hessians:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """At most `limit` tokens of a domain: those with the smallest of random keys, hence a uniform sample in any order
+    """At most `limit` tokens of a domain: the ones with the smallest random keys, hence a uniform sample in any order
     of batches, and of the union when samples are added: then at most the smaller limit."""
 
     limit: int

@@ -22,7 +22,7 @@ from switchgear.weights import advise_huge_pages
 from switchgear.weights.change import memory_of
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
-NO_EXPERT = -1  # among the experts to keep: a place that no token gets
+NO_EXPERT = -1  # stands among the experts to keep for a place that no token gets
 
 
 NewTensors = list[tuple[ExpertTensor, Tensor]]  # what `put` will replace, and by what
@@ -93,7 +93,7 @@ def cut_router(block: MoeBlock, keep: Sequence[int]) -> NewTensors:
 
 
 def _never(bias: Tensor) -> float:
-    """So low that no score outweighs it, and finite, in the dtype of the bias."""
+    """A bias so low that no score outweighs it, and finite, in its dtype."""
     return -3e4 if bias.dtype is torch.float16 else -1e30
 
 
@@ -124,7 +124,7 @@ def commit(model: nn.Module, cuts: Sequence[Cut]) -> None:
     for config, name in fields:
         value = getattr(config, name)
         setattr(config, name, [count] * len(value) if isinstance(value, (list, tuple)) else count)
-    for module in model.modules():  # such as the number in a balance loss of the whole model
+    for module in model.modules():  # the number in a balance loss of the whole model, for one
         for name in _COUNTS:
             if vars(module).get(name) == old:
                 setattr(module, name, count)
@@ -243,7 +243,7 @@ def replace_gate(block: MoeBlock, gate: NewTensors, count: int) -> Iterator[MoeB
 
 
 def compute_choice_among(block: MoeBlock, keep: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
-    """What `choice_of` returns if only the experts `keep` are left; ids are those of the whole block."""
+    """What `compute_choice` returns if only the experts `keep` are left, with their ids in the whole block."""
     with replace_gate(block, cut_router(block, keep), len(keep)) as cut:
         ids, weights = compute_choice(cut, x)
     table = torch.tensor([*keep, -1], device=ids.device)

@@ -32,7 +32,7 @@ class MixtureOfAttention(nn.Module):
 
     Args:
         num_experts, num_heads, num_kv_heads, head_dim: E; the others are per expert.
-        shared_kv: all experts attend to the keys and values of one projection, so the cache is as large as that of one
+        shared_kv: all experts attend to the keys and values of one projection, so the cache is as large as for one
             attention layer (BAM's KV variant).
         select: which experts a token uses and their weights; by default all, by softmax (BAM). All are computed.
         keys: "all": each expert attends to all tokens; "chosen": to those that chose it (LLaMA-MoE v2). Cached keys
@@ -43,7 +43,7 @@ class MixtureOfAttention(nn.Module):
         dropout, residual_dropout: in train() only, of the weights of attention, and of the output.
 
     Parameters: q_proj [E,heads·dim,H], k_proj and v_proj [E,kv_heads·dim,H] (E = 1 with shared_kv), o_proj
-    [E,H,heads·dim]; q_bias, k_bias, v_bias, o_bias; q_norm, k_norm [E,dim]; those of gate.
+    [E,H,heads·dim]; q_bias, k_bias, v_bias, o_bias; q_norm, k_norm [E,dim]; the gate's own.
     """
 
     def __init__(

@@ -51,8 +51,8 @@ class Merging:
             )
 
     def __call__(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """One tensor from those of the models, contiguous. The trimming and the dropping are per tensor. ValueError for
-        NaN and infinities."""
+        """Merges tensors of the same name into a contiguous one. Each is trimmed, or dropped from, by itself. ValueError
+        for NaN and infinities."""
         first = tensors[0] if base is None else base
         if not first.is_floating_point() or self.method == "base":
             return first
@@ -65,7 +65,7 @@ class Merging:
         return self._merged(key, [tensor.flatten() for tensor in tensors], first.flatten()).view(first.shape)
 
     def _merged(self, key: str, tensors: list[Tensor], base: Tensor) -> Tensor:
-        """Of flat tensors, a part at a time: what lies beside them and the result is small, but for "ties" the
+        """Merges flat tensors a part at a time: little memory is needed beside them and the result, but for "ties" the
         magnitudes of one task vector. The base of "average" gives only the dtype."""
         wide = torch.float64 if base.dtype is torch.float64 else torch.float32
         shares = self.weights or (1.0,) * len(tensors)
@@ -119,7 +119,7 @@ def _merge_ties(trimmed: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 def _find_cut(tensor: Tensor, base: Tensor, wide: torch.dtype, density: float) -> tuple[int, int]:
     """(low, end): the density · n elements of largest |tensor - base|, at least one, ties to the lowest index, are
-    those of magnitude above `low`, and before index `end` those equal to it.
+    the ones of magnitude above `low`, and before index `end` the ones equal to it.
 
     The bits of a magnitude are an integer in the same order, so both are found by halving: no sorted copy of a large
     tensor, and no indices.
@@ -189,8 +189,8 @@ def merge_models(
         scale: λ.
         seed: of the dropping.
 
-    Returns a copy of the first module with the merged tensors, or a state dict. Integer tensors are those of the base,
-    or of the first model. Tensors that the first model ties are merged once.
+    Returns a copy of the first module with the merged tensors, or a state dict. Integer tensors come from the base,
+    or from the first model. Tensors that the first model ties are merged once.
 
     Raises:
         TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, or where the first

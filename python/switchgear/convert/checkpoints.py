@@ -92,7 +92,7 @@ class Recipe:
 
     @classmethod
     def of(cls, given: Recipe | Mapping[str, Any] | AnyPath) -> Recipe:
-        """From a dict {"operation": …, "num_experts": …}, or a JSON file with one."""
+        """Reads a dict {"operation": …, "num_experts": …}, or a JSON file with one."""
         if isinstance(given, Recipe):
             return given
         if not isinstance(given, Mapping):
@@ -147,7 +147,7 @@ def run(
     *,
     resume: bool = True,
 ) -> Report:
-    """Converts a checkpoint directory. Memory is that of one tensor of the result, and 64 MiB of mapped files.
+    """Converts a checkpoint directory. Needs memory for one tensor of the result, and 64 MiB for mapped files.
 
     The result is written into a directory `target`.partial, which is renamed when all is done: there is never half a
     checkpoint at `target`. The same call continues a conversion that was interrupted: finished shards are checked by
@@ -214,7 +214,7 @@ def _write(journal: Journal, shards: Mapping[str, list[Item]], resumed: Sequence
             continue
         try:
             journal.add(name, write_shard(journal.folder / name, items, count))
-        except (RuntimeError, ValueError) as error:  # of safetensors and torch, for files that changed meanwhile
+        except (RuntimeError, ValueError) as error:  # safetensors and torch raise them for files that changed meanwhile
             if isinstance(error, ConversionError):
                 raise
             raise DamagedCheckpoint(f"{name}: {error}") from error
@@ -312,7 +312,7 @@ def _finish(
     folder = journal.folder
     total = sum(map(count_bytes, plan.items))
     shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
-    for file in folder.iterdir():  # of an earlier run that ended here
+    for file in folder.iterdir():  # an earlier run ended here
         if file.name not in journal.shards and file.name != JOURNAL:
             file.unlink()
     for name in list_beside_weights(source):

@@ -32,7 +32,7 @@ def to_dense(
         moe: switchgear's MoE, or a block of a Hugging Face model (experts with gate_up_proj and down_proj): returns a
             SharedExperts. Or a whole Hugging Face model: Mixtral becomes Mistral and Qwen3-MoE Qwen3, in a Conversion.
         weights: [E], of the experts in "mean" and "sum", such as their share of tokens; "mean" divides by their sum.
-        rank: of "svd"; by default that of the smaller dimension divided by E, rounded up.
+        rank: of "svd"; by default the smaller dimension divided by E, rounded up.
 
     Shared experts of the layer are kept exactly: their neurons follow.
 
@@ -50,7 +50,7 @@ def to_dense(
 
 
 def read_networks(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
-    """The networks of the experts of a layer, and of its shared experts. The tensors are those of the layer."""
+    """The networks of the experts of a layer, and of its shared experts. They share the layer's memory."""
     experts = getattr(moe, "experts", moe)
     if isinstance(experts, nn.Module):
         check_plain("moe", experts)

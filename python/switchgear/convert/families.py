@@ -119,7 +119,7 @@ def choose_family(config: Mapping[str, Any], size: Size, wanted: str | None = No
 
 
 def make_moe_config(config: Mapping[str, Any], family: Family, size: Size) -> dict[str, Any]:
-    """The config.json of the result, from that of the dense model with all of its fields."""
+    """The config.json of the result. `config` is the dense model's, with all of its fields."""
     source = str(config["model_type"])
     made = {key: value for key, value in config.items() if key not in ("mlp_bias", "pretraining_tp", "auto_map")}
     made["model_type"] = family.model_type
@@ -156,8 +156,8 @@ def layers_of(config: Mapping[str, Any], layers: str | Sequence[int]) -> tuple[i
 
 
 def read_num_experts(config: Mapping[str, Any], family: Family) -> int:
-    """Published configs of Qwen3-MoE say num_experts, those of newer versions of transformers num_local_experts; other
-    types have names of their own."""
+    """Published configs of Qwen3-MoE say num_experts, transformers' newer ones num_local_experts; other types have names of
+    their own."""
     for name in (family.num_experts, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         if isinstance(config.get(name), int):
             return int(config[name])
@@ -193,7 +193,7 @@ def make_dense_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[i
         "architectures": [name.replace(family.prefix, DENSE[target], 1) for name in names],
     }  # fmt: skip
     if target == "qwen3":
-        if made.get("head_dim") is None:  # Qwen3-MoE's default; that of Qwen3 is 128
+        if made.get("head_dim") is None:  # Qwen3-MoE's default; Qwen3's is 128
             made["head_dim"] = int(config["hidden_size"]) // int(config["num_attention_heads"])
         made["max_window_layers"] = 0 if config.get("use_sliding_window") else count
     return made, sparse

@@ -35,14 +35,14 @@ TANH = functools.partial(F.gelu, approximate="tanh")
 STRINGS: dict[str, Any] = {
     "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "gelu_new": TANH, "gelu_pytorch_tanh": TANH,
 }  # fmt: skip
-METHODS = ("sum", "mean", "topk", "svd")  # of to_dense
+COMBINATIONS = ("sum", "mean", "topk", "svd")
 
 
 def feed_forward(module: nn.Module | FeedForward, name: str = "mlp") -> FeedForward:
     """The weights of a dense feed-forward module: two or three torch.nn.Linear, or two with gate and up fused.
 
     Knows LLaMA's, Mixtral's, Phi-3's and GPT's names, and SharedExperts. What was read is compared with the module on
-    random rows, so a module that computes something else is refused. The tensors are those of the module.
+    random rows, so a module that computes something else is refused. The result shares the module's memory.
 
     Raises:
         TypeError: no module.
@@ -137,7 +137,7 @@ def _check_same(module: nn.Module, found: FeedForward, name: str) -> None:
 def check_options(method: str, weights: Any, rank: Any, num_experts: int) -> tuple[float, ...] | None:
     """The weights as numbers. Raises TypeError or ValueError for an option of to_dense that is wrong, or not used by
     the method."""
-    check_choice("method", method, METHODS)
+    check_choice("method", method, COMBINATIONS)
     shares = as_finite_numbers("weights", weights)
     if shares is not None:
         if method not in ("sum", "mean"):
@@ -156,7 +156,7 @@ def check_options(method: str, weights: Any, rank: Any, num_experts: int) -> tup
 def combine_networks(
     networks: Sequence[FeedForward], method: str, weights: Sequence[float] | None = None, rank: int | None = None
 ) -> FeedForward:
-    """The network that a method of to_dense makes of those of the experts.
+    """Combines networks by a method of to_dense.
 
     Raises ValueError for networks of different widths unless the method is "topk".
     """

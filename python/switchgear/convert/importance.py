@@ -54,7 +54,7 @@ def layer_importance(
 ) -> dict[int, Tensor]:
     """The importance [I] float32 of the neurons of each dense feed-forward layer of a model, in one pass over batches
     in eval(): split_dense(model, 8, 2, method="gradient", importance=…). For a row per expert, and for domain masks,
-    stack those of the texts of each domain; each row is a mean over tokens, so long domains count no more than others.
+    stack the results for each domain's texts; each row is a mean over tokens, so long domains count no more than others.
 
         scores = [layer_importance(llama, texts, by="activation") for texts in domains]
         masks = {layer: torch.stack([score[layer] for score in scores]) for layer in scores[0]}
@@ -89,14 +89,14 @@ def _sum_gradients(
 ) -> list[Tensor]:
     totals: dict[str, Tensor] = {}
     counts = dict.fromkeys(downs, 0)
-    seen: list[tuple[str, Tensor, Tensor | None]] = []  # in this forward: layer, activations, mask
+    seen: list[tuple[str, Tensor, Tensor | None]] = []  # layer, activations, mask of this forward
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         inputs = stack.enter_context(inputs_of(module))
         for name, down in downs.items():
 
             def see(_: Any, args: tuple[Tensor, ...], name: str = name) -> Tensor:
-                h = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()  # if all before is frozen
+                h = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()  # all before may be frozen
                 seen.append((name, h, inputs.mask(name, h.shape[:-1].numel())))
                 return h
 
@@ -111,7 +111,7 @@ def _sum_gradients(
 def _sum_changes(loss: Tensor, seen: list[tuple[str, Tensor, Tensor | None]]) -> list[tuple[str, Tensor, int]]:
     """|h · ∂loss/∂h| summed over the tokens of what `seen` has of a forward, and how many they are; empties it, so that
     nothing is kept."""
-    found = list(seen)  # without what checkpointing repeats in the backward pass
+    found = list(seen)  # checkpointing adds more in the backward pass
     grads = torch.autograd.grad(loss, [h for _, h, _ in found]) if found else ()
     seen.clear()
     changes = []
@@ -149,7 +149,7 @@ def _require_batches(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _divide(sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> list[Tensor]:
-    """Over the tokens of each layer."""
+    """The means over the tokens of each layer."""
     if idle := [name for name, count in counts.items() if not count]:
         raise ValueError(f"batches: expected tokens for {idle[0] or 'mlp'}, got none")
     return [sums[name] / count for name, count in counts.items()]

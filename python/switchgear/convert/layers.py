@@ -121,14 +121,14 @@ def compute_error(layer: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def use_threshold(moe: MoE, x: Tensor, experts_per_token: float) -> float:
     """Replaces the layer's TopK by a Threshold at which tokens get experts_per_token on average over x [T,H]. Returns
-    the threshold. The weights are scaled as before: their sum stays that of top-k."""
-    if not isinstance(getattr(moe, "gate", None), Router):  # also in what torch.compile returns
+    the threshold. The weights are scaled as before: their sum stays the one of top-k."""
+    if not isinstance(getattr(moe, "gate", None), Router):  # torch.compile's wrapper has it, too
         raise TypeError(f"moe: expected MoE, got {type(moe).__name__}")
     complain_about_rows("x", x, moe.gate.hidden_size, moe.gate.weight)
     select: Any = moe.gate.select
     if not isinstance(select, TopK) or select.score_function != "softmax" or moe.gate.weight is None:
         raise ValueError(f"moe: expected a linear router with TopK by softmax, got {type(select).__name__}")
-    with torch.no_grad(), evaluating(moe.gate):  # in training it would count the tokens, and may add noise
+    with torch.no_grad(), evaluating(moe.gate):  # training counts the tokens, and may add noise
         logits = moe.gate(x).router_logits
     threshold = Threshold.calibrate(logits, experts_per_token)
     moe.gate.select = Threshold(threshold, normalize=select.normalize, scale=select.scale)

@@ -23,7 +23,7 @@ from switchgear.reference import check_choice
 LAYOUTS = ("per_expert", "fused", "megatron", "megatron_te", "megatron_grouped")
 EXPERTS = r"(?:model|decoder)\.layers\.\d+\..*\.experts\."
 MEGATRON = r"decoder\.layers\.(\d+)\.mlp\.experts\."
-NAMINGS = (FAMILIES["qwen3_moe"], FAMILIES["mixtral"])  # of experts by themselves; most types have the first
+NAMINGS = (FAMILIES["qwen3_moe"], FAMILIES["mixtral"])  # Single experts are named so; most types have the first.
 
 CORRECTION = "e_score_correction_bias"
 # Routers that are not called gate.weight, with CORRECTION beside it: in transformers, as published, in Megatron-Core
@@ -266,7 +266,7 @@ def _stack(count: int, make: Callable[[int], Tensor]) -> Tensor:
 
 
 def _choose_naming(config: Mapping[str, Any], found: Found, to: str) -> Family:
-    """The names of experts by themselves: those of the source, or those that published checkpoints of the type have."""
+    """The names of single experts: the source's, or the ones of published checkpoints of the type."""
     model_type = str(config.get("model_type"))
     if found.layout == "per_expert" or to != "per_expert":
         return found.naming
@@ -292,7 +292,7 @@ def _make_key_reader(config: Mapping[str, Any]) -> Callable[[list[str]], bool]:
     if config.get("model_type") not in CONFIG_MAPPING:
         return lambda keys: False
     unnamed = ("_attn_implementation", "attn_implementation", "dtype", "torch_dtype")  # names do not depend on these
-    options = {key: copy.deepcopy(value) for key, value in config.items() if key not in unnamed}  # which it changes
+    options = {key: copy.deepcopy(value) for key, value in config.items() if key not in unnamed}  # for_model changes it
     try:
         made = AutoConfig.for_model(**options)
         if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING:

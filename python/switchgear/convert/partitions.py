@@ -184,7 +184,7 @@ def _split_by_gradient(importance: Tensor, num_experts: int, num_shared: int) ->
 
 def _vote(importance: Tensor, count: int) -> Tensor:
     """[I] bool: the `count` neurons that most experts have among the best of their row, as many as they get; after each
-    round of votes the best are those of the others (LLaMA-MoE v2)."""
+    round of votes the best are chosen among the others (LLaMA-MoE v2)."""
     num_experts, width = importance.shape
     size = (width - count) // num_experts
     ranked = importance.argsort(dim=1, descending=True, stable=True)

@@ -139,8 +139,8 @@ def _fill_zeros(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Item:
 
 
 class LayerCache(Generic[T]):
-    """Computes a value of a layer when it is first needed, and keeps it until that of another layer is: the items of a
-    plan go layer by layer, so one layer's value is in memory."""
+    """Computes a layer's value when it is first needed, and keeps it until another layer's is: the items of a plan go
+    layer by layer, so one value is in memory."""
 
     def __init__(self, make: Callable[[int], T]) -> None:
         self._make = make
@@ -148,7 +148,7 @@ class LayerCache(Generic[T]):
 
     def __call__(self, layer: int) -> T:
         if layer not in self._kept:
-            self._kept.clear()  # before the next one is made
+            self._kept.clear()  # one value at a time
             self._kept[layer] = self._make(layer)
         return self._kept[layer]
 
@@ -173,7 +173,7 @@ class Split:
             raise TypeError(f"importance: expected a mapping by layer, got {type(self.importance).__name__}")
 
     def widths(self, source: Source, layer: int) -> tuple[int, int]:
-        """Of an expert and of the shared one. Domain masks need their importance, the others sizes alone."""
+        """The widths of an expert and of the shared one. Domain masks need their importance, the others sizes alone."""
         parts = self.partition(source, layer, shapes_only=True)
         return max(parts.widths), len(parts.shared)
 

@@ -190,7 +190,7 @@ def plan_dense(
     every = set(source.keys())
 
     def fused_keys(layer: int) -> list[str]:
-        block = f"model.layers.{layer}.mlp."  # as transformers names it
+        block = f"model.layers.{layer}.mlp."  # transformers' name
         return [f"{block}experts.gate_up_proj", f"{block}experts.down_proj"]
 
     def published_keys(layer: int, part: str) -> list[str]:

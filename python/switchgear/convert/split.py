@@ -344,8 +344,8 @@ def initialize_router(moe: MoE, std: float, seed: int) -> None:
 
 @dataclass(frozen=True)
 class EqualTopK:
-    """The top_k best experts, each with the weight `scale`, whatever its score; gradients are those of
-    scale · softmax, for the chosen experts. FactorLLM (arXiv:2408.11855) has equal weights, too, but its code passes no
+    """The top_k best experts, each with the weight `scale`, whatever its score, and the gradients of
+    scale · softmax. FactorLLM (arXiv:2408.11855) has equal weights, too, but its code passes no
     gradient: its router learns from `prior_approximate` alone.
 
     A dense network split into E experts is their sum, so scale is E / K where only K of them run.

@@ -29,7 +29,7 @@ from switchgear.routing.router import Router
 from switchgear.weights.checks import check_replaceable
 from switchgear.weights.selected import selection_of
 
-STEP_COUNTS = "tokens_per_expert"  # of a Router
+STEP_COUNTS = "tokens_per_expert"  # a Router's attribute
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class FeedForward:
 
 
 def join_gate(gate: Tensor | None, up: Tensor, interleaved: bool = False) -> Tensor:
-    """The rows of a first projection [2I,…] of those of gate and up [I,…]; up itself without a gate."""
+    """The rows of a first projection [2I,…], which has gate and up [I,…]; up itself without a gate."""
     if gate is None:
         return up
     return torch.stack((gate, up), 1).flatten(0, 1) if interleaved else torch.cat((gate, up))
@@ -155,7 +155,7 @@ def split_gate(rows: Tensor, gated: bool, interleaved: bool = False) -> tuple[Te
 
 
 def read_network(experts: Experts, expert: int) -> FeedForward:
-    """One of switchgear's experts. The tensors are those of the module, but for interleaved rows."""
+    """One of switchgear's experts. Shares the module's memory, unless its rows are interleaved."""
     first, down = experts.get_parameter(experts._first)[expert].detach(), experts.down_proj[expert].detach()
     if experts.transposed:
         first, down = first.mT, down.mT
@@ -265,7 +265,7 @@ def expert_tensors(layers: Iterable[ExpertLayer]) -> list[ExpertTensor]:
 
 
 class ExpertRows(NamedTuple):
-    """What the experts compute, a row per choice, in the order of the plan: those of expert 0 first. n rows are
+    """What the experts compute, a row per choice, in the order of the plan: expert 0 first. n rows are
     assigned."""
 
     experts: Tensor  # [n] int64
@@ -284,7 +284,7 @@ class ExpertLayer:
     name: str
     block: MoeBlock
     experts: Any  # the module that computes
-    parameters: tuple[ExpertTensor, ExpertTensor]  # of the first and of the second projection
+    parameters: tuple[ExpertTensor, ExpertTensor]  # the first and the second projection
     transposed: bool
     activate: Callable[[Tensor], Tensor]  # [n,N] -> [n,I]
     scales_input: bool  # weights multiply the input of the experts (Llama 4)
@@ -396,7 +396,7 @@ def expert_layers(
 
 
 def expert_layer(block: MoeBlock) -> ExpertLayer:
-    """Of a block. Raises ValueError, which names it, unless its experts are plain stacked parameters here."""
+    """The experts of a block. Raises ValueError, which names it, unless they are plain stacked parameters here."""
     name = block.name or "model"
     experts: Any = block.experts
     if isinstance(experts, VirtualExperts):
