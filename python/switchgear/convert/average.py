@@ -51,8 +51,8 @@ class Merging:
             )
 
     def __call__(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """Merges tensors of the same name into a contiguous one. Each is trimmed, or dropped from, by itself. ValueError
-        for NaN and infinities."""
+        """Merges tensors of the same name into a contiguous one. Each is trimmed, or dropped from, by itself.
+        ValueError for NaN and infinities."""
         first = tensors[0] if base is None else base
         if not first.is_floating_point() or self.method == "base":
             return first

@@ -156,8 +156,8 @@ def layers_of(config: Mapping[str, Any], layers: str | Sequence[int]) -> tuple[i
 
 
 def read_num_experts(config: Mapping[str, Any], family: Family) -> int:
-    """Published configs of Qwen3-MoE say num_experts, transformers' newer ones num_local_experts; other types have names of
-    their own."""
+    """Published configs of Qwen3-MoE say num_experts, transformers' newer ones num_local_experts; other types have
+    names of their own."""
     for name in (family.num_experts, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         if isinstance(config.get(name), int):
             return int(config[name])

@@ -54,7 +54,7 @@ def layer_importance(
 ) -> dict[int, Tensor]:
     """The importance [I] float32 of the neurons of each dense feed-forward layer of a model, in one pass over batches
     in eval(): split_dense(model, 8, 2, method="gradient", importance=…). For a row per expert, and for domain masks,
-    stack the results for each domain's texts; each row is a mean over tokens, so long domains count no more than others.
+    stack the results for each domain's texts; each row is a mean over tokens, so long domains count no more.
 
         scores = [layer_importance(llama, texts, by="activation") for texts in domains]
         masks = {layer: torch.stack([score[layer] for score in scores]) for layer in scores[0]}
