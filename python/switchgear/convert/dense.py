@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from switchgear.convert.ffn import check_options, combine_networks, feed_forward, find_activation, join_networks
 from switchgear.convert.modules import is_transformers
+from switchgear.convert.recipes import plan_dense
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, read_network, split_gate
 from switchgear.integrations.moe_blocks import SHARED
@@ -41,9 +42,9 @@ def to_dense(
             that are not merged, or experts that train alone.
     """
     if isinstance(moe, nn.Module) and is_transformers(moe):
-        from switchgear.convert.models import make_dense  # imports transformers
+        from switchgear.convert.models import convert_model  # imports transformers
 
-        return make_dense(moe, method, weights=weights, rank=rank)
+        return convert_model(moe, plan_dense, method=method, weights=weights, rank=rank)
     networks, shared = read_networks(moe)
     made = combine_networks(networks, method, check_options(method, weights, rank, len(networks)), rank)
     return join_networks([made, *([shared] if shared is not None else [])]).module()

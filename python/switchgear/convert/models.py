@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,33 +18,14 @@ from switchgear.convert.checks import as_finite_numbers, check_all_finite, deriv
 from switchgear.convert.families import layers_of
 from switchgear.convert.modules import Conversion, Converted, watch_rows
 from switchgear.convert.plans import ConversionPlan, StateDict
-from switchgear.convert.recipes import plan_dense, plan_experts, plan_split, plan_upcycle
+from switchgear.convert.recipes import plan_experts
 from switchgear.utils.modes import evaluating
 from switchgear.weights.checks import check_state_dict
 
 
-def upcycle_model(
-    model: Any, *, num_experts: int, top_k: int, layers: str | Sequence[int], router_init: float, noise: float,
-    seed: int, family: str | None,
-) -> Conversion:  # fmt: skip
-    """See upcycle."""
-    plan = plan_upcycle(
-        read_config(model), read_tensors(model), num_experts=num_experts, top_k=top_k, layers=layers,
-        router_init=router_init, noise=noise, seed=seed, family=family,
-    )  # fmt: skip
-    return build_model(model, plan)
-
-
-def split_model(
-    model: Any, *, num_experts: int, top_k: int, layers: str | Sequence[int] = "all", family: str | None = None,
-    **options: Any,
-) -> Conversion:  # fmt: skip
-    """See split_dense."""
-    plan = plan_split(
-        read_config(model), read_tensors(model), num_experts=num_experts, top_k=top_k, layers=layers, family=family,
-        **options,
-    )  # fmt: skip
-    return build_model(model, plan)
+def convert_model(model: Any, plan: Callable[..., ConversionPlan], **options: Any) -> Conversion:
+    """A new model by a plan of recipes.py, whose options the public function has checked."""
+    return build_model(model, plan(read_config(model), read_tensors(model), **options))
 
 
 def read_config(model: Any) -> dict[str, Any]:
@@ -172,11 +153,3 @@ def _mean_inputs(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[i
 def _mean_embedding(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
     mean: Tensor = model.get_input_embeddings()(input_ids).float().flatten(0, -2).mean(0)
     return dict.fromkeys(layers, mean)
-
-
-def make_dense(
-    model: Any, method: str, *, weights: Sequence[float] | Tensor | None = None, rank: int | None = None
-) -> Conversion:
-    """See to_dense."""
-    plan = plan_dense(read_config(model), read_tensors(model), method, weights=weights, rank=rank)
-    return build_model(model, plan)

@@ -17,6 +17,7 @@ from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.modules import OURS, is_transformers, replace_layers
 from switchgear.convert.partitions import Partition, partition
 from switchgear.convert.plans import draw_noise
+from switchgear.convert.recipes import plan_split, plan_upcycle
 from switchgear.experts import Experts
 from switchgear.functional import Routing
 from switchgear.integrations.blocks import FeedForward, write_network, write_shared
@@ -93,13 +94,13 @@ def upcycle(
     if is_feed_forward(mlp):
         return _copy_into_layer(feed_forward(mlp), normalize=normalize, **made, **options)
     if is_transformers(mlp) and family != OURS:
-        from switchgear.convert.models import upcycle_model  # imports transformers
+        from switchgear.convert.models import convert_model  # imports transformers
 
         if options or not normalize:
             raise ValueError(
                 f"{next(iter(options), 'normalize')}: expected none for a Hugging Face model, whose family decides it"
             )
-        return upcycle_model(mlp, layers=layers, family=family, **made)
+        return convert_model(mlp, plan_upcycle, layers=layers, family=family, **made)
     if family not in (None, OURS):
         raise ValueError(f"family: expected None for a {type(mlp).__name__}, which is no model of transformers")
     return replace_layers(mlp, layers, lambda dense, index: _copy_into_layer(
@@ -223,7 +224,7 @@ def _split_transformers(
     model: nn.Module, num_experts: int, top_k: int | None, method: Any, layers: Any, family: str | None,
     importance: Any, weights: str, how: dict[str, Any], options: dict[str, Any],
 ) -> Any:  # fmt: skip
-    from switchgear.convert.models import split_model  # imports transformers
+    from switchgear.convert.models import convert_model  # imports transformers
 
     if options or weights != "equal":
         name = next(iter(options), "weights")
@@ -234,8 +235,8 @@ def _split_transformers(
         got = type(importance).__name__
         raise TypeError(f"importance: expected a mapping from layers to tensors for a Hugging Face model, got {got}")
     top_k = (1 if method in ("domain_masks", "interleave") else num_experts) if top_k is None else top_k
-    return split_model(
-        model, num_experts=num_experts, top_k=top_k, layers=layers, family=family, method=method,
+    return convert_model(
+        model, plan_split, num_experts=num_experts, top_k=top_k, layers=layers, family=family, method=method,
         importance=importance, **how,
     )  # fmt: skip
 
