@@ -20,8 +20,10 @@ from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.routers import Given, Mixer, Scaled, Top, is_looked_up, routing_method_of
 from switchgear.integrations.tiny_configs import MODEL_TYPES
 from switchgear.integrations.tiny_models import BARE, build, example_inputs
-from switchgear.routing import override, record, replay
 from switchgear.trace import RoutingTrace
+from switchgear.trace.override import override
+from switchgear.trace.record import record
+from switchgear.trace.replay import replay
 
 PAGE = """# Routers of Hugging Face models
 

@@ -20,8 +20,7 @@ from switchgear.parallel.experts import ParallelExperts, expert_parameters
 from switchgear.parallel.placement import Placement, keep_experts
 from switchgear.parallel.training import Lost, Training, parallel_experts, row_keys
 from switchgear.parallel.transfer import agree, gather, of_bytes, send_rows, to_bytes
-from switchgear.routing.change import Change
-from switchgear.routing.interventions import Changed
+from switchgear.routing.change import Change, Changed
 
 
 @dataclass(frozen=True)
