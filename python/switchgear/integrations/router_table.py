@@ -22,8 +22,8 @@ from switchgear.integrations.tiny_configs import MODEL_TYPES
 from switchgear.integrations.tiny_models import BARE, build, example_inputs
 from switchgear.trace import RoutingTrace
 from switchgear.trace.override import override
+from switchgear.trace.record import record
 from switchgear.trace.replay import replay
-from switchgear.trace.routing_trace import record
 
 PAGE = """# Routers of Hugging Face models
 

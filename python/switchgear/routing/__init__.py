@@ -68,9 +68,9 @@ if TYPE_CHECKING:
     from switchgear.trace.override import override
     from switchgear.trace.pre_router import PreRouter
     from switchgear.trace.pregate import pregate
+    from switchgear.trace.record import record
     from switchgear.trace.replay import replay
     from switchgear.trace.routing_record import RoutingRecord
-    from switchgear.trace.routing_trace import record
 
 __all__ = [
     "ActivationNorm",
@@ -186,7 +186,7 @@ MOVED = {
     "output_regularization": "switchgear.papers.parts.auxiliary",
     "override": "switchgear.trace.override",
     "pregate": "switchgear.trace.pregate",
-    "record": "switchgear.trace.routing_trace",
+    "record": "switchgear.trace.record",
     "replay": "switchgear.trace.replay",
 }
 if not TYPE_CHECKING:

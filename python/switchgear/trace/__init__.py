@@ -20,9 +20,10 @@ from switchgear.trace.observe import Observation, observe
 from switchgear.trace.override import override
 from switchgear.trace.pre_router import PreRouter
 from switchgear.trace.pregate import pregate
+from switchgear.trace.record import record
 from switchgear.trace.replay import replay
 from switchgear.trace.routing_record import RoutingRecord
-from switchgear.trace.routing_trace import RoutingTrace, record
+from switchgear.trace.routing_trace import RoutingTrace
 from switchgear.trace.sinks import Log, log_to
 from switchgear.trace.summary import LayerSummary
 
