@@ -25,7 +25,7 @@ from switchgear.routing.change import overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.router import Router
 from switchgear.routing.selection import RankK
-from switchgear.trace.widths import stacked
+from switchgear.trace.batches import stacked
 from switchgear.utils.wrappers import inner_model
 
 _MEDIA = ("pixel_", "image_", "video_", "input_features", "feature_")  # inputs with a row per image or clip

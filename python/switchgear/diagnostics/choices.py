@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.trace import LayerTrace, RoutingTrace, observe
-from switchgear.trace.batches import arguments_by_name, cached_in
-from switchgear.trace.widths import stacked
+from switchgear.trace.batches import arguments_by_name, cached_in, stacked
 from switchgear.utils.wrappers import inner_model
 
 

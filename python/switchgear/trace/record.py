@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.trace.batches import Batch, cached_in
+from switchgear.trace.batches import Batch, cached_in, stacked
 from switchgear.trace.routed_layers import calls_followed, key_of, layers_of, observed
 from switchgear.trace.routing_record import RoutingRecord
-from switchgear.trace.widths import stacked
 from switchgear.utils.wrappers import inner_model
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from switchgear.files import AnyPath, save_whole
 from switchgear.reference.checks import MAX_EXPERTS, check_range
+from switchgear.trace.batches import stacked
 from switchgear.trace.files import load_recording
-from switchgear.trace.widths import stacked
 
 _FORMAT = 1  # version of the file format
 _ROWS = 1 << 16  # choices that are packed at a time
