@@ -292,7 +292,7 @@ def test_info_needs_torch_alone() -> None:
 import contextlib, io, json, sys
 sys.modules.update(dict.fromkeys(["numpy", "rich", "matplotlib", "transformers", "PIL"]))
 import switchgear
-assert not {"switchgear.cli.common", "switchgear_bench"} & set(sys.modules)
+assert not {{"switchgear.cli.common", "switchgear_bench"}} & set(sys.modules)
 from switchgear.cli import main
 for command in {list(expected)}:
     text = io.StringIO()

@@ -173,7 +173,7 @@ def _run(task: Task, limit: int | None) -> tuple[dict[str, Any], str]:
 def _process(task: Task, group: MemoryGroup | None) -> dict[str, Any]:
     result = Path(task.result)
     result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "switchgear.bench.offload_worker", json.dumps(task._asdict())]
+    command = [sys.executable, "-m", "switchgear_bench.offload_worker", json.dumps(task._asdict())]
     try:
         done = subprocess.run(
             group.command(command) if group else command, capture_output=True, text=True, timeout=LONGEST, check=False
