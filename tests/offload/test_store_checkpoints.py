@@ -22,7 +22,7 @@ from switchgear.cli import main
 from switchgear.integrations.published import load_published
 from switchgear.offload import Store, StoreError, write_store
 from switchgear.weights import stored_of
-from switchgear.weights.layout import layout_of
+from switchgear.weights.form import layout_of
 from tiny_configs import tiny_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
