@@ -24,9 +24,9 @@ from switchgear.convert.directory import beside_weights
 from switchgear.files import JOURNAL, LOCK, UNFINISHED, locked, replacing, write_whole
 from switchgear.weights import restore
 
-from ...common import CommandError
-from ...common.progress import progress
 from ..checkpoint import batches_of, length_for, load_model, read_texts
+from ..common import CommandError
+from ..progress import progress
 from .recipe import Recipe, Step
 
 WRITTEN = (JOURNAL, f"{JOURNAL}*{UNFINISHED}", "step-*", "calibration-*.safetensors")  # into OUT.partial
