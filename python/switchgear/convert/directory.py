@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchgear import files
 from switchgear.complaints import failed_import
 from switchgear.convert.plans import Item
 from switchgear.files import LOCK, AnyPath, bytes_of, locked, unfinished_of, write_whole
@@ -52,11 +53,8 @@ class DamagedCheckpoint(ConversionError, ValueError):
     """A source with missing, truncated or changed files."""
 
 
-class DiskFull(ConversionError, OSError):
+class DiskFull(ConversionError, files.DiskFull):
     """No room for the result. Finished shards stay, and the conversion resumes."""
-
-    def __str__(self) -> str:
-        return str(self.strerror)  # OSError would begin with a number
 
 
 class Directory:

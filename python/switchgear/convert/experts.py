@@ -24,9 +24,9 @@ from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, write_shared
 from switchgear.layers.expand import appended
 from switchgear.modules import MoE
+from switchgear.papers.parts.scores_of_experts import Domain
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.context import Context, sequences
-from switchgear.routing.scores_of_experts import Domain
 from switchgear.utils.modes import evaluating
 from switchgear.weights.checks import check_plain
 

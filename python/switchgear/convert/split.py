@@ -23,9 +23,9 @@ from switchgear.functional import Routing
 from switchgear.integrations.blocks import FeedForward, write_network, write_shared
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.modules import MoE
+from switchgear.papers.parts.auxiliary import kl_divergence
 from switchgear.reference import check_choice, check_size
 from switchgear.reference.checks import check
-from switchgear.routing.auxiliary import kl_divergence
 from switchgear.routing.context import NOTHING_KNOWN, Context
 from switchgear.routing.ranking import choose, scores_of
 from switchgear.routing.selection import TopK, take
