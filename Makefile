@@ -88,6 +88,13 @@ $(INSTALLED)%: $(INSTALLED)package
 	$(PIP) 'switchgear[$*]'
 	@touch $@
 
+# The benchmarks and the demo, a distribution of their own.
+$(INSTALLED)bench: $(INSTALLED)package bench/python/pyproject.toml $(shell find bench/python -name '*.py')
+	$(PIP) ./bench/python
+	@touch $@
+
+$(INSTALLED)test: $(INSTALLED)bench
+
 # cmake, ninja, ruff, mypy, …: packages with the name of their command
 $(BIN)/%: | $(BIN)/python
 	$(PIP) $*
@@ -101,8 +108,8 @@ $(BIN)/nvcc: | $(BIN)/python
 
 # Everything that tests and lint would install, in one step instead of several.
 $(INSTALLED)tools: | $(BIN)/python
-	$(PIP) '.[test]' cmake ninja 'pybind11>=3.0' ruff clang-format mypy
-	@touch $(INSTALLED)package $(INSTALLED)test $@
+	$(PIP) '.[test]' ./bench/python cmake ninja 'pybind11>=3.0' ruff clang-format mypy
+	@touch $(INSTALLED)package $(INSTALLED)bench $(INSTALLED)test $@
 
 FORCE:
 
@@ -112,7 +119,7 @@ nvcc := $(if $(wildcard /usr/local/cuda/bin/nvcc)$(shell command -v nvcc),,$(BIN
 
 # ---- use -----------------------------------------------------------------------------------------------------------------
 
-demo: $(INSTALLED)demo
+demo: $(INSTALLED)bench
 	$(BIN)/switchgear demo $(DEMO_ARGS)
 
 define bench.layers
@@ -346,6 +353,7 @@ release-check: | $(BIN)/python
 build: $(build_tools)
 	$(PIP) 'scikit-build-core>=0.11' 'pybind11>=3.0'
 	$(PIP) --no-build-isolation --config-settings=build-dir=build/dev --editable '.[test]'
+	$(PIP) --editable bench/python
 
 lint: $(INSTALLED)test $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy
 	$(BIN)/ruff check

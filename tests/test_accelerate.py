@@ -19,9 +19,9 @@ import switchgear
 from switchgear import backends, complaints
 from switchgear.integrations import swap, transformers
 from switchgear.integrations.swap import is_swapped, swap_forward
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of, undo_accelerate
 from switchgear.integrations.undecorated import patch_of
+from tiny_models import build, example_inputs
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -15,14 +15,14 @@ from model_types import sampled
 from switchgear import MoE
 from switchgear.integrations import places
 from switchgear.integrations.moe_blocks import is_transposed, moe_blocks
-from switchgear.routing.batches import real_tokens
 from switchgear.trace import Observation, observe
+from switchgear.trace.batches import real_tokens
 from switchgear.trace.outputs import check_outputs
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from switchgear.integrations.tiny_configs import MODEL_TYPES  # noqa: E402
-from switchgear.integrations.tiny_models import BARE, build, example_inputs  # noqa: E402
+from tiny_configs import MODEL_TYPES  # noqa: E402
+from tiny_models import BARE, build, example_inputs  # noqa: E402
 
 NO_BLOCKS = ("vitpose_backbone",)  # chooses by data set, not by token
 NO_GATE = (*NO_BLOCKS, *BARE)  # the experts module by itself

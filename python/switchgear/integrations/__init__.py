@@ -12,8 +12,6 @@ published.py     loads published checkpoints; published_keys.py: their names; pu
                  scales; published_nf4.py: nf4; checkpoint_files.py: their files
 saving.py        save_pretrained with stored experts
 compare.py       a model on switchgear against itself in transformers
-tiny_models.py   tiny models of every type; tiny_configs.py: their configs; model_table.py, router_table.py: the pages
-                 that they fill
 """
 
 import re
