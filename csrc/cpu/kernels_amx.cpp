@@ -8,7 +8,7 @@
 //   A core does M flop per byte of B, 1024 per cycle: if memory delivers 5 bytes of B per cycle it binds up to 200 rows.
 //   reached on 2 cores of a Xeon (family 6, model 207): a step in 25 to 29 ns with operands in L1, 2.6 TFLOP/s per core; 38
 //   ns if rows of B are 4 KB apart. While another virtual machine uses the same core, tile loads are three to four times
-//   slower (amx_block.h). Whole layers: docs/performance_amx.md.
+//   slower (amx_block.h). Whole layers: docs/performance.md.
 //
 // Order of each sum: for each 32 k, ascending, even and odd k are summed separately, from zero, by fused multiply-adds; the
 // sum of both is added to C. It depends only on the depth, not on M, N, chunks or the layout of B, so a row's result does not
