@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from .. import __version__
 from ..complaints import failed_import
+from ..ops import version
 from .common import CommandError
 
 COMMANDS = {
@@ -81,7 +81,7 @@ def _command(name: str) -> ModuleType:
 def build_parser() -> argparse.ArgumentParser:
     about = "Mixture-of-Experts layers on hand-written kernels."
     parser = _Parser(prog="switchgear", description=about)
-    parser.add_argument("--version", action="version", version=f"switchgear {__version__}")
+    parser.add_argument("--version", action="version", version=f"switchgear {version}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_CommandParser)
     for name, text in COMMANDS.items():
         sub = commands.add_parser(

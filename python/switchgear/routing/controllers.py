@@ -215,6 +215,11 @@ class RunningCap(KeepsFloat32):
         self.select, self.margin = made(select, num_experts=num_experts), margin
         self.register_buffer("totals", torch.zeros(num_experts, dtype=torch.float32))
 
+    @property
+    def top_k(self) -> int | None:
+        """Of the selection inside; None if it varies."""
+        return getattr(self.select, "top_k", None)
+
     def reset_parameters(self) -> None:
         """Zeroes the totals."""
         nn.init.zeros_(self.totals)
