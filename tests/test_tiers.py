@@ -41,7 +41,6 @@ MAY_IMPORT = {
 # Capabilities that know another one.
 PAIRS = {
     ("compress", "diagnostics"),  # merges the experts that are most alike
-    ("distill", "compress"),  # a student has the layers that calibration finds
     ("offload", "convert"),  # saves a model through a plan of tensors
     ("offload", "diagnostics"),  # the accesses of a trace
     ("offload", "parallel"),  # the experts of this rank

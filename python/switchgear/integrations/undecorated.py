@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import switchgear
+from switchgear import functional
 from switchgear.adapters.sites import TARGETS
 from switchgear.integrations import samples
 from switchgear.integrations.experts import ExpertWeights, project, run_experts
@@ -104,11 +104,11 @@ def _dbrx(module: Any, weights: Sequence[Any], hidden_states: Tensor, ids: Tenso
     x = hidden_states.reshape(-1, module.hidden_size)
     w1, v1, w2 = weights
     activation_fn = inner(module.mlp).activation_fn
-    plan = switchgear.plan(ids, module.num_experts)
+    plan = functional.plan(ids, module.num_experts)
     gate = project(x, w1, plan.expert_offsets, token_indices=plan.token_indices)
     up = project(x, v1, plan.expert_offsets, token_indices=plan.token_indices)
     permuted_y = project(activation_fn(gate) * up, w2, plan.expert_offsets)
-    y = switchgear.combine(permuted_y, plan, topk_weights).to(x.dtype)
+    y = functional.combine(permuted_y, plan, topk_weights).to(x.dtype)
     return y.view(hidden_states.shape[0], -1, x.shape[1])
 
 
@@ -122,7 +122,7 @@ class _Linears(NamedTuple):
     bias: list[Any]
     adapter: AdaptedWeight | None  # of `weight`
 
-    def project(self, x: Tensor, plan: switchgear.Plan, token_indices: Tensor | None = None) -> Tensor:
+    def project(self, x: Tensor, plan: functional.Plan, token_indices: Tensor | None = None) -> Tensor:
         bias = torch.stack(self.bias) if self.bias else None
         y = project(x, self.weight, plan.expert_offsets, bias, token_indices)
         if self.adapter is None:
@@ -165,7 +165,7 @@ def _dense_sites(*names: str) -> Callable[[Any], list[Part]]:
     return sites
 
 
-def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: switchgear.Plan) -> Tensor:
+def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: functional.Plan) -> Tensor:
     expert = module["expert_0"]  # all experts have the same activation and dropout
     h = weights[0].project(x, plan, plan.token_indices)
     return weights[1].project(expert.dropout(expert.act(h)), plan)
@@ -175,9 +175,9 @@ def _switch(
     module: Any, weights: Sequence[_Linears], hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor
 ) -> Tensor:
     taken, ids = selected_experts.max(dim=-1)  # one-hot [T, 1, E]; all zeros for a token past its expert's capacity
-    plan = switchgear.plan(torch.where(taken > 0, ids, -1), module.num_experts)
+    plan = functional.plan(torch.where(taken > 0, ids, -1), module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
-    return switchgear.combine(permuted_y, plan, routing_weights).to(hidden_states.dtype)
+    return functional.combine(permuted_y, plan, routing_weights).to(hidden_states.dtype)
 
 
 def _nllb(
@@ -188,18 +188,18 @@ def _nllb(
     # we return the same. Ids repeat within a token; summing their weights leaves two distinct ones.
     by_expert = router_probs.new_zeros(len(router_probs), module.num_experts).scatter_add(1, router_mask, router_probs)
     topk_weights, topk_ids = by_expert.topk(min(2, module.num_experts), dim=-1)
-    plan = switchgear.plan(topk_ids, module.num_experts)
+    plan = functional.plan(topk_ids, module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
     kept = 1 - module.moe_token_dropout
     permuted_y = module.token_dropout(permuted_y) if module.training else permuted_y * kept
-    return switchgear.combine(permuted_y, plan, topk_weights).to(hidden_states.dtype)
+    return functional.combine(permuted_y, plan, topk_weights).to(hidden_states.dtype)
 
 
 def _vitpose(module: Any, weights: Sequence[_Linears], hidden_state: Tensor, indices: Tensor) -> Tensor:
     batch, length, _ = hidden_state.shape  # one expert per image: indices [B, 1, 1]
-    plan = switchgear.plan(indices.reshape(batch, 1).expand(batch, length).reshape(-1, 1), module.num_experts)
+    plan = functional.plan(indices.reshape(batch, 1).expand(batch, length).reshape(-1, 1), module.num_experts)
     permuted_y = weights[0].project(hidden_state.flatten(0, 1), plan, plan.token_indices)
-    return switchgear.combine(permuted_y, plan).view(batch, length, -1)
+    return functional.combine(permuted_y, plan).view(batch, length, -1)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from switchgear import ops
 from switchgear.complaints import at_least
 from switchgear.functional import Routing, as_number, route
-from switchgear.reference import check_choice
+from switchgear.reference import check_choice, check_size
 from switchgear.routing.context import (
     NOTHING_KNOWN,
     Context,
@@ -38,7 +38,7 @@ from switchgear.routing.ranking import (
     total_weight,
     trim,
 )
-from switchgear.routing.selection import as_rows
+from switchgear.routing.selection import as_rows, take
 
 
 @dataclass(frozen=True)
@@ -236,3 +236,28 @@ class BalancedAssignment:
         else:
             ids = route(router_logits.detach(), 1, selection_bias=bias).topk_ids
         return Routing(ids, scores.gather(1, ids.long()), router_logits, num_experts, scores)
+
+
+@dataclass(frozen=True)
+class EqualTopK:
+    """The top_k best experts, each with the weight `scale`, whatever its score, and the gradients of
+    scale · softmax. FactorLLM (arXiv:2408.11855) has equal weights, too, but its code passes no
+    gradient: its router learns from `prior_approximate` alone.
+
+    A dense network split into E experts is their sum, so scale is E / K where only K of them run.
+    """
+
+    top_k: int
+    scale: float = 1.0
+    score_function: str = "softmax"
+
+    def __post_init__(self) -> None:
+        check_size("top_k", self.top_k)
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+        scores = scores_of(router_logits, self.score_function)
+        ids = choose(router_logits if bias is None else scores + bias, self.top_k)
+        routing = take(router_logits, scores, ids)
+        weights = routing.topk_weights
+        return routing._replace(topk_weights=self.scale * (1 + (weights - weights.detach())))
