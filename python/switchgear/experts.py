@@ -14,8 +14,9 @@ from switchgear.complaints import check_float_dtype
 from switchgear.functional import as_limit, as_number, moe
 from switchgear.reference import ACTIVATIONS, check_choice, check_finite, check_size
 from switchgear.utils.sharded import replicated
-from switchgear.weights import FINDERS, Layout, advise_huge_pages, stored_of, weights_of
+from switchgear.weights import Layout, advise_huge_pages, stored_of, weights_of
 from switchgear.weights.module import attribute, complaint_about_stored
+from switchgear.weights.state import extend
 
 
 class Experts(nn.Module):
@@ -160,4 +161,4 @@ def _find(module: nn.Module) -> Layout | None:
     return module._layout if isinstance(module, Experts) else None
 
 
-FINDERS.append(_find)
+extend("layout", _find)

@@ -14,9 +14,10 @@ from switchgear.complaints import check_float_dtype, check_module, integer, list
 from switchgear.functional import as_number
 from switchgear.reference import check_finite, check_fraction, check_size
 from switchgear.utils.sharded import is_sharded
-from switchgear.weights.adapted import Lora, adapters_of, notice_wrappers
+from switchgear.weights.adapted import adapters_of, notice_wrappers
 from switchgear.weights.module import freeze_stored
 from switchgear.weights.selected import selection_of
+from switchgear.weights.state import Lora, set_state
 
 
 class ExpertAdapter(NamedTuple):
@@ -113,7 +114,7 @@ def attach(model: nn.Module, made: Sequence[tuple[Site, Tensor, Tensor, Lora]]) 
     for site, a, b, lora in adapters:
         site.module.register_parameter(f"{site.name}_lora_A", a)
         site.module.register_parameter(f"{site.name}_lora_B", b)
-        site.module._switchgear_adapters = {**adapters_of(site.module), site.name: lora}  # type: ignore[assignment]
+        set_state(site.module, adapters={**adapters_of(site.module), site.name: lora})
         guard(site)
     return [parameter for _, a, b, _ in adapters for parameter in (a, b)]
 
@@ -155,7 +156,7 @@ def detach(model: nn.Module) -> int:
             count += 1
             for letter in "AB":
                 del module._parameters[f"{name}_lora_{letter}"]
-        vars(module).pop("_switchgear_adapters", None)
+        set_state(module, adapters={})
         if selection_of(module) is None:  # experts that train alone stay guarded
             unguard(module)
     return count

@@ -25,8 +25,9 @@ from switchgear.backends import backend, without_autocast
 from switchgear.functional import grouped_gemm
 from switchgear.reference import weight_dtype
 from switchgear.weights import Form, Weight, stored_of
-from switchgear.weights.adapted import Lora, adapters_of
+from switchgear.weights.adapted import adapters_of
 from switchgear.weights.offloaded import OffloadedWeight
+from switchgear.weights.state import Lora, set_state
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _INT8 = torch.iinfo(torch.int8)
@@ -177,7 +178,7 @@ def _options(site: Site) -> Lora:
 
 def _set(site: Site, merged: Merged | None) -> None:
     options = dataclasses.replace(_options(site), merged=merged)
-    site.module._switchgear_adapters = {**adapters_of(site.module), site.name: options}  # type: ignore[assignment]
+    set_state(site.module, adapters={**adapters_of(site.module), site.name: options})
 
 
 def _arithmetic() -> tuple[str, str]:

@@ -42,8 +42,9 @@ from switchgear.adapters.sites import Site, adapted_sites, local_experts, sites_
 from switchgear.complaints import check_float_dtype
 from switchgear.files import AnyPath, replacing
 from switchgear.utils.wrappers import without_peft
-from switchgear.weights.adapted import Lora, adapters_of
+from switchgear.weights.adapted import adapters_of
 from switchgear.weights.form import on_huge_pages
+from switchgear.weights.state import Lora
 
 # Options of LoraConfig that change which tensors are meant or how they lie, and their values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,), "layers_to_transform": ([],), "megatron_config": ()}

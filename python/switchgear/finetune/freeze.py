@@ -20,6 +20,7 @@ from switchgear.weights import layout_of, stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.layout import hint_for
 from switchgear.weights.selected import select, selection_of, unselect
+from switchgear.weights.state import get_state, set_state
 
 
 class Part(NamedTuple):
@@ -91,7 +92,7 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
             parameter.requires_grad_(False)
             parameter.grad = None
     for module, of_module in flags:  # those of an earlier call, without experts, stay
-        vars(module)["_switchgear_flags"] = {**of_module, **vars(module).get("_switchgear_flags", {})}
+        set_state(module, flags={**of_module, **get_state(module).flags})
     return [*trained, *(p for name, p in model.named_parameters() if name in kept and p.requires_grad)]
 
 
@@ -105,7 +106,8 @@ def unfreeze(model: nn.Module) -> None:
             unselect(module)
             unguard(module)
     for module in model.modules():
-        _set_flags(module, vars(module).pop("_switchgear_flags", {}))
+        _set_flags(module, get_state(module).flags)
+        set_state(module, flags={})
 
 
 def _flags(module: nn.Module) -> dict[str, bool]:

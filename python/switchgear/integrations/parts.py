@@ -14,7 +14,7 @@ from torch import nn
 
 from switchgear.adapters.wrappers import is_wrapper, unwrapped
 from switchgear.utils.compiling import constant_when_compiled
-from switchgear.weights.adapted import Lent
+from switchgear.weights.state import Borrowed
 
 
 class PartClass(NamedTuple):
@@ -94,7 +94,7 @@ def has_hooks(part: nn.Module) -> bool:
     return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
 
-def lent_to(module: nn.Module, name: str, expected: PartClass) -> Lent:
+def borrow(module: nn.Module, name: str, expected: PartClass) -> Borrowed:
     """The factors that PEFT's wrappers around the submodule `name` would apply now. Raises Bypassed as `part_of`."""
     part = module._modules[name]
     assert part is not None

@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ExpertsInterface
 
 from switchgear.adapters import wrappers
-from switchgear.adapters.sites import FINDERS as SITE_FINDERS
 from switchgear.adapters.sites import TARGETS, Site, refuse_wrapped
 from switchgear.backends import warn_once
 from switchgear.complaints import check_module
@@ -37,7 +36,8 @@ from switchgear.integrations.gates import gate_of, own_gate
 from switchgear.integrations.swap import is_swapped, obstacle, swap_forward
 from switchgear.integrations.undecorated import PATCHES, patch_of
 from switchgear.integrations.whole_blocks import join
-from switchgear.weights import FINDERS, HINTS, Layout, stored_of, weights_of
+from switchgear.weights import Layout, stored_of, weights_of
+from switchgear.weights.state import extend
 
 if is_too_old(transformers.__version__):
     needed = ".".join(map(str, OLDEST_TRANSFORMERS))
@@ -250,8 +250,8 @@ def _hint_of(module: nn.Module) -> str | None:
     return f"{type(module).__name__} runs as {path}" if path == "grouped_gemm" else path
 
 
-FINDERS.append(_layout_of)
-HINTS.append(_hint_of)
+extend("layout", _layout_of)
+extend("hint", _hint_of)
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -297,12 +297,15 @@ def _guard(module: Any, *_: Any) -> None:
         refuse_bypass(module, path_of(module))
 
 
-def _reads_lent(module: Any, name: str) -> bool:
-    """Whether a call of the module on switchgear reads what a wrapper lends for its parameter `name`."""
+def _reads_borrowed(module: Any, name: str) -> bool | None:
+    """Whether a call of the module on switchgear reads what it borrows for its parameter `name`."""
     if patch_of(module) is not None:
         own = _READ_BY_THEMSELVES.get(type(module).__name__, ())
-        return name in own and is_swapped(module) and not path_of(module).startswith("eager")
-    return is_decorated(module) and name in (_first(module), "down_proj") and path_of(module) in ("moe", "grouped_gemm")
+        reads = name in own and is_swapped(module) and not path_of(module).startswith("eager")
+    else:
+        own = _first(module), "down_proj"
+        reads = is_decorated(module) and name in own and path_of(module) in ("moe", "grouped_gemm")
+    return True if reads else None
 
 
 # Classes with a patch that PEFT can wrap as a whole.
@@ -312,8 +315,8 @@ _READ_BY_THEMSELVES = {
     "Step3p7Experts": TARGETS,
 }
 
-SITE_FINDERS.append(_sites_of)
-wrappers.READERS.append(_reads_lent)
+extend("site", _sites_of)
+extend("reader", _reads_borrowed)
 
 
 def is_decorated(module: nn.Module) -> bool:

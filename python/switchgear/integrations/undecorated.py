@@ -21,9 +21,10 @@ from switchgear.adapters.sites import TARGETS
 from switchgear.integrations import samples
 from switchgear.integrations.experts import ExpertWeights, project, run_experts
 from switchgear.integrations.gates import gate_of, own_gate
-from switchgear.integrations.parts import LINEAR, PartClass, inner, lent_to, of_model, part_of
+from switchgear.integrations.parts import LINEAR, PartClass, borrow, inner, of_model, part_of
 from switchgear.weights import AdaptedWeight
-from switchgear.weights.adapted import Lent, adapted
+from switchgear.weights.adapted import adapted
+from switchgear.weights.state import Borrowed
 
 
 class Part(NamedTuple):
@@ -213,9 +214,9 @@ def _stacked_sites(module: Any) -> list[Part]:
     return [Part(module, name, name, getattr(module, name)) for name in TARGETS]
 
 
-def _read(parts: list[Part], lent: Lent | None = None) -> list[Any]:
+def _read(parts: list[Part], borrowed: Borrowed | None = None) -> list[Any]:
     """The weights with their adapters."""
-    return [adapted(p.module, p.name, p.weight, transposed=p.transposed, lent=lent) for p in parts]
+    return [adapted(p.module, p.name, p.weight, transposed=p.transposed, borrowed=borrowed) for p in parts]
 
 
 def _longcat_sites(module: Any) -> list[Part]:
@@ -232,9 +233,9 @@ _SWITCH_EXPERT = of_model("switch_transformers", "SwitchTransformersDenseActDens
 
 
 def _jetmoe_weights(module: Any) -> ExpertWeights:
-    lents = [lent_to(module, name, _JETMOE_LINEAR) for name in ("input_linear", "output_linear")]
-    parts = zip(_jetmoe_sites(module), lents, strict=True)
-    return ExpertWeights(*(_read([part], lent)[0] for part, lent in parts))
+    borrowed = [borrow(module, name, _JETMOE_LINEAR) for name in ("input_linear", "output_linear")]
+    parts = zip(_jetmoe_sites(module), borrowed, strict=True)
+    return ExpertWeights(*(_read([part], factors)[0] for part, factors in parts))
 
 
 def _jetmoe_sites(module: Any) -> list[Part]:
@@ -247,8 +248,8 @@ def _jetmoe_linear_weights(module: Any) -> Sequence[Any]:
 
 
 def _llama4_weights(module: Any) -> ExpertWeights:
-    lent = lent_to(module, "experts", _LLAMA4_EXPERTS)  # first, since it tells whether there are sites
-    return ExpertWeights(*_read(_llama4_sites(module), lent))
+    borrowed = borrow(module, "experts", _LLAMA4_EXPERTS)  # first, since it tells whether there are sites
+    return ExpertWeights(*_read(_llama4_sites(module), borrowed))
 
 
 def _llama4_sites(module: Any) -> list[Part]:
@@ -257,8 +258,8 @@ def _llama4_sites(module: Any) -> list[Part]:
 
 
 def _dbrx_weights(module: Any) -> Sequence[Any]:
-    lent = lent_to(module, "mlp", _DBRX_MLP)  # first, as above
-    return _read(_dbrx_sites(module), lent)
+    borrowed = borrow(module, "mlp", _DBRX_MLP)  # first, as above
+    return _read(_dbrx_sites(module), borrowed)
 
 
 def _dbrx_sites(module: Any) -> list[Part]:

@@ -13,6 +13,7 @@ from switchgear.weights.form import Form
 from switchgear.weights.layout import Layout
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, in_layout, put, stored_of, take_back
 from switchgear.weights.plain import Copies, Plain, Relaid
+from switchgear.weights.state import set_state
 from switchgear.weights.weight import Weight
 
 
@@ -103,14 +104,14 @@ class PlainChange:
     def commit(self) -> None:
         if self._relaid.changes:
             self._relaid.commit()
-            self.target.module._switchgear_packed = self.target.layout.names  # type: ignore[assignment]
+            set_state(self.target.module, packed=self.target.layout.names)
 
     def forget(self) -> None:
         self._relaid.forget()
 
     def undo(self) -> bool:
         if self._relaid.undo():
-            vars(self.target.module).pop("_switchgear_packed", None)
+            set_state(self.target.module, packed=())
         return True
 
 

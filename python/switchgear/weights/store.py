@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_dense, check_module, check_switch, check_tensor
 from switchgear.reference import check_size
-from switchgear.weights.adapted import lends, notice_wrappers
+from switchgear.weights.adapted import can_borrow_from, notice_wrappers
 from switchgear.weights.auto import candidates
 from switchgear.weights.change import (
     PlainChange,
@@ -37,6 +37,7 @@ from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.panels import Panels
 from switchgear.weights.plain import Copies, Plain, Relaid
 from switchgear.weights.selected import selection_of
+from switchgear.weights.state import get_state, set_state
 from switchgear.weights.weight import Weight
 
 _logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def restore(model: nn.Module) -> int:
         if (stored := stored_of(module)) is not None:
             stored.check_restore()
             decoded.append((module, stored, plain_parameters(module, parameters, plain)))
-        elif (names := vars(module).get("_switchgear_packed")) is not None:
+        elif names := get_state(module).packed:
             relaid.append((module, Relaid(parameters_of(module, names), False, copies)))
     try:
         for _, change in relaid:
@@ -171,7 +172,7 @@ def restore(model: nn.Module) -> int:
             change.undo()
         raise
     for module, _ in relaid:
-        del vars(module)["_switchgear_packed"]
+        set_state(module, packed=())
     for module, stored, found in decoded:
         take_back(module, stored, found)
     changed = len(decoded) + sum(change.changes for _, change in relaid)
@@ -246,7 +247,7 @@ def wrapper_of(model: nn.Module, name: str) -> str | None:
     if last != "base_layer":
         return None
     wrapper = model.get_submodule(outer)
-    return None if lends(wrapper) else type(wrapper).__name__
+    return None if can_borrow_from(wrapper) else type(wrapper).__name__
 
 
 def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
