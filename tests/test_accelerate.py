@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import backends, complaints
-from switchgear.integrations import swap, transformers
-from switchgear.integrations.swap import is_swapped, swap_forward
+from switchgear.integrations.forwards import is_swapped
+from switchgear.integrations.modules import PatchedExperts
 from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of, undo_accelerate
 from switchgear.integrations.undecorated import patch_of
@@ -110,16 +110,16 @@ def test_swap_is_refused_where_a_class_has_changed(monkeypatch: pytest.MonkeyPat
         accelerate(model)
 
 
-def test_swap_is_refused_where_the_patch_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swap_is_refused_where_the_patch_gives_nan() -> None:
     _, module = swappable("llama4_text")
     patch = patch_of(module)
     assert patch is not None
     nan = patch._replace(forward=lambda module, weights, x: (x.reshape(-1, x.shape[-1]) * torch.nan, None))
-    monkeypatch.setattr(swap, "patch_of", lambda module: nan)
+    experts = PatchedExperts(module, nan)
     with pytest.warns(UserWarning, match="Llama4TextMoe is left alone, .*: difference nan"):
-        assert swap_forward(module) is None
+        assert experts.swap() is None
     nn.init.constant_(module.shared_expert.down_proj.weight, torch.inf)  # such weights compare with nothing
-    undo = swap_forward(module)
+    undo = experts.swap()
     assert undo is not None
     undo()
 
@@ -412,13 +412,15 @@ def test_nothing_is_replaced_where_a_trial_fails_for_good(monkeypatch: pytest.Mo
     model = build("jetmoe")
     calls = []
 
-    def run_out(module: nn.Module, trial: bool) -> Any:
-        calls.append(module)
+    swap = PatchedExperts.swap
+
+    def run_out(experts: PatchedExperts, trial: bool) -> Any:
+        calls.append(experts)
         if len(calls) == 3:
             raise MemoryError
-        return swap_forward(module, trial)
+        return swap(experts, trial)
 
-    monkeypatch.setattr(transformers, "swap_forward", run_out)
+    monkeypatch.setattr(PatchedExperts, "swap", run_out)
     with pytest.raises(MemoryError):
         accelerate(model)
     assert len(calls) == 3

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-import switchgear
+from switchgear import functional
 from switchgear.backends import in_autocast
 from switchgear.functional.products import AnyWeight
 from switchgear.ops import GluOptions
@@ -60,7 +60,7 @@ def run_experts(
         post_norm: applied to each expert's output before it is weighted. The fused kernel cannot run it.
     """
     if gate is not None and post_norm is None:
-        y = switchgear.moe(
+        y = functional.moe(
             _as_weights(x, weights.gate_up_proj),
             weights.gate_up_proj,
             weights.down_proj,
@@ -72,12 +72,12 @@ def run_experts(
         )
         return y.to(x.dtype)
 
-    plan = switchgear.plan(topk_ids, weights.gate_up_proj.shape[0])
+    plan = functional.plan(topk_ids, weights.gate_up_proj.shape[0])
     h = project(x, weights.gate_up_proj, plan.expert_offsets, weights.gate_up_bias, plan.token_indices)
     permuted_y = project(own_gate(h), weights.down_proj, plan.expert_offsets, weights.down_bias)
     if post_norm is not None:
         permuted_y = post_norm(permuted_y)
-    return switchgear.combine(permuted_y, plan, topk_weights).to(x.dtype)
+    return functional.combine(permuted_y, plan, topk_weights).to(x.dtype)
 
 
 def _as_weights(x: Tensor, weight: AnyWeight) -> Tensor:
@@ -99,7 +99,7 @@ def project(
     first: Any = weight
     if type(first) in (list, tuple):  # an AdaptedWeight is a NamedTuple, and no list of matrices
         first = first[0]
-    return switchgear.grouped_gemm(x.to(first.dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
+    return functional.grouped_gemm(x.to(first.dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
 
 
 def tensors_of(weights: Iterable[Any]) -> list[Any]:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchgear.integrations.parts import has_hooks
+from switchgear.integrations.forwards import has_hooks
 from switchgear.ops import GluOptions
 from switchgear.utils.compiling import constant_when_compiled, not_compiled
 

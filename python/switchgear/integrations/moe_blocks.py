@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from switchgear.adapters.wrappers import is_wrapper
+from switchgear.integrations.modules import recognize
 from switchgear.routing.controllers import RunningCap
 from switchgear.routing.masks import Masked, Temperature
 from switchgear.routing.router import Router
@@ -159,15 +160,10 @@ def _router_top_k(gate: Router) -> int | None:
 
 
 def _hugging_face(model: nn.Module) -> Iterator[MoeBlock]:
-    try:
-        from switchgear.integrations.transformers import is_decorated
-        from switchgear.integrations.undecorated import patch_of
-    except ImportError:  # transformers is not installed
-        return
     config = getattr(model, "config", None)
     for name, module in model.named_modules():
-        patch = patch_of(module)
-        if not is_decorated(module) and (patch is None or not patch.has_choice):
+        found = recognize(module)
+        if found is None or not found.has_choice:
             continue
         if _child(module, _GATES) is not None:  # Llama 4, JetMoE: the table's entry is the block
             block: Any = module

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import switchgear
+from switchgear import functional
 from switchgear.adapters.sites import TARGETS
-from switchgear.integrations import samples
+from switchgear.integrations import trial
 from switchgear.integrations.experts import ExpertWeights, project, run_experts
+from switchgear.integrations.forwards import LINEAR, PartClass, borrow, inner, of_model, part_of
 from switchgear.integrations.gates import gate_of, own_gate
-from switchgear.integrations.parts import LINEAR, PartClass, borrow, inner, of_model, part_of
 from switchgear.weights import AdaptedWeight
 from switchgear.weights.adapted import adapted
 from switchgear.weights.state import Borrowed
@@ -47,9 +47,10 @@ class Patch(NamedTuple):
     has_choice: bool = True  # whether it belongs to an MoE block with a choice per token
     gate: str | None = None  # the submodule ("" is the module itself) whose gate may be fused
     sites: Callable[[Any], list[Part]] = lambda _: []  # the projections that can have adapters
+    borrows: tuple[str, ...] = ()  # parameters that PEFT may wrap on the module itself, which reads their factors
 
     def path(self, module: nn.Module) -> str:
-        """ "moe" or "grouped_gemm", as `switchgear.integrations.transformers.path_of`."""
+        """ "moe" or "grouped_gemm", as `path_of` of transformers.py."""
         fused = self.gate is not None and gate_of(inner(module.get_submodule(self.gate))) is not None
         return "moe" if fused else "grouped_gemm"
 
@@ -105,11 +106,11 @@ def _dbrx(module: Any, weights: Sequence[Any], hidden_states: Tensor, ids: Tenso
     x = hidden_states.reshape(-1, module.hidden_size)
     w1, v1, w2 = weights
     activation_fn = inner(module.mlp).activation_fn
-    plan = switchgear.plan(ids, module.num_experts)
+    plan = functional.plan(ids, module.num_experts)
     gate = project(x, w1, plan.expert_offsets, token_indices=plan.token_indices)
     up = project(x, v1, plan.expert_offsets, token_indices=plan.token_indices)
     permuted_y = project(activation_fn(gate) * up, w2, plan.expert_offsets)
-    y = switchgear.combine(permuted_y, plan, topk_weights).to(x.dtype)
+    y = functional.combine(permuted_y, plan, topk_weights).to(x.dtype)
     return y.view(hidden_states.shape[0], -1, x.shape[1])
 
 
@@ -123,7 +124,7 @@ class _Linears(NamedTuple):
     bias: list[Any]
     adapter: AdaptedWeight | None  # of `weight`
 
-    def project(self, x: Tensor, plan: switchgear.Plan, token_indices: Tensor | None = None) -> Tensor:
+    def project(self, x: Tensor, plan: functional.Plan, token_indices: Tensor | None = None) -> Tensor:
         bias = torch.stack(self.bias) if self.bias else None
         y = project(x, self.weight, plan.expert_offsets, bias, token_indices)
         if self.adapter is None:
@@ -166,7 +167,7 @@ def _dense_sites(*names: str) -> Callable[[Any], list[Part]]:
     return sites
 
 
-def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: switchgear.Plan) -> Tensor:
+def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: functional.Plan) -> Tensor:
     expert = module["expert_0"]  # all experts have the same activation and dropout
     h = weights[0].project(x, plan, plan.token_indices)
     return weights[1].project(expert.dropout(expert.act(h)), plan)
@@ -176,9 +177,9 @@ def _switch(
     module: Any, weights: Sequence[_Linears], hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor
 ) -> Tensor:
     taken, ids = selected_experts.max(dim=-1)  # one-hot [T, 1, E]; all zeros for a token past its expert's capacity
-    plan = switchgear.plan(torch.where(taken > 0, ids, -1), module.num_experts)
+    plan = functional.plan(torch.where(taken > 0, ids, -1), module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
-    return switchgear.combine(permuted_y, plan, routing_weights).to(hidden_states.dtype)
+    return functional.combine(permuted_y, plan, routing_weights).to(hidden_states.dtype)
 
 
 def _nllb(
@@ -189,18 +190,18 @@ def _nllb(
     # we return the same. Ids repeat within a token; summing their weights leaves two distinct ones.
     by_expert = router_probs.new_zeros(len(router_probs), module.num_experts).scatter_add(1, router_mask, router_probs)
     topk_weights, topk_ids = by_expert.topk(min(2, module.num_experts), dim=-1)
-    plan = switchgear.plan(topk_ids, module.num_experts)
+    plan = functional.plan(topk_ids, module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
     kept = 1 - module.moe_token_dropout
     permuted_y = module.token_dropout(permuted_y) if module.training else permuted_y * kept
-    return switchgear.combine(permuted_y, plan, topk_weights).to(hidden_states.dtype)
+    return functional.combine(permuted_y, plan, topk_weights).to(hidden_states.dtype)
 
 
 def _vitpose(module: Any, weights: Sequence[_Linears], hidden_state: Tensor, indices: Tensor) -> Tensor:
     batch, length, _ = hidden_state.shape  # one expert per image: indices [B, 1, 1]
-    plan = switchgear.plan(indices.reshape(batch, 1).expand(batch, length).reshape(-1, 1), module.num_experts)
+    plan = functional.plan(indices.reshape(batch, 1).expand(batch, length).reshape(-1, 1), module.num_experts)
     permuted_y = weights[0].project(hidden_state.flatten(0, 1), plan, plan.token_indices)
-    return switchgear.combine(permuted_y, plan).view(batch, length, -1)
+    return functional.combine(permuted_y, plan).view(batch, length, -1)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -275,24 +276,25 @@ def _vitpose_sites(module: Any) -> list[Part]:
 
 # model folder and class in transformers -> how to run it
 PATCHES: dict[str, Patch] = {
-    "dbrx.DbrxExperts": Patch(_dbrx_weights, _dbrx, samples.dbrx, sites=_dbrx_sites),
-    "jetmoe.JetMoeMoE": Patch(_jetmoe_weights, _jetmoe, samples.jetmoe, gate="", sites=_jetmoe_sites),
+    "dbrx.DbrxExperts": Patch(_dbrx_weights, _dbrx, trial.dbrx, sites=_dbrx_sites),
+    "jetmoe.JetMoeMoE": Patch(_jetmoe_weights, _jetmoe, trial.jetmoe, gate="", sites=_jetmoe_sites),
     "jetmoe.JetMoeParallelExperts": Patch(
-        _jetmoe_linear_weights, _jetmoe_linear, samples.jetmoe_linear, has_choice=False
+        _jetmoe_linear_weights, _jetmoe_linear, trial.jetmoe_linear, has_choice=False, borrows=("weight",)
     ),
-    "llama4.Llama4TextMoe": Patch(_llama4_weights, _llama4, samples.llama4, gate="experts", sites=_llama4_sites),
+    "llama4.Llama4TextMoe": Patch(_llama4_weights, _llama4, trial.llama4, gate="experts", sites=_llama4_sites),
     "longcat_flash.LongcatFlashExperts": Patch(
-        lambda m: ExpertWeights(*_read(_longcat_sites(m))), _longcat, samples.longcat, gate="", sites=_longcat_sites
+        lambda m: ExpertWeights(*_read(_longcat_sites(m))), _longcat, trial.longcat, gate="", sites=_longcat_sites,
+        borrows=TARGETS,
     ),
     "nllb_moe.NllbMoeExperts": Patch(
-        _dense_experts(_NLLB_EXPERT, "fc1", "fc2"), _nllb, samples.nllb, sites=_dense_sites("fc1", "fc2")
+        _dense_experts(_NLLB_EXPERT, "fc1", "fc2"), _nllb, trial.nllb, sites=_dense_sites("fc1", "fc2")
     ),
-    "step3p7.Step3p7Experts": Patch(_stacked, _step3p7, samples.topk, gate="", sites=_stacked_sites),
+    "step3p7.Step3p7Experts": Patch(_stacked, _step3p7, trial.topk, gate="", sites=_stacked_sites, borrows=TARGETS),
     "switch_transformers.SwitchTransformersExperts": Patch(
-        _dense_experts(_SWITCH_EXPERT, "wi", "wo"), _switch, samples.switch, sites=_dense_sites("wi", "wo")
+        _dense_experts(_SWITCH_EXPERT, "wi", "wo"), _switch, trial.switch, sites=_dense_sites("wi", "wo")
     ),
     "vitpose_backbone.VitPoseNaiveMoe": Patch(
-        lambda m: (_linears(m, list(m._modules), "weight"),), _vitpose, samples.vitpose, has_choice=False,
+        lambda m: (_linears(m, list(m._modules), "weight"),), _vitpose, trial.vitpose, has_choice=False,
         sites=_vitpose_sites,
     ),
 }  # fmt: skip

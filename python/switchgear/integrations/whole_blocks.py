@@ -23,9 +23,15 @@ from switchgear.autograd import needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.functional import gate_route
 from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts
-from switchgear.integrations.forwards import replace_forward, runs_own_forward
+from switchgear.integrations.forwards import (
+    Bypassed,
+    PartClass,
+    of_model,
+    part_of,
+    replace_forward,
+    runs_own_forward,
+)
 from switchgear.integrations.gates import gate_of, own_gate
-from switchgear.integrations.parts import Bypassed, PartClass, of_model, part_of
 
 _has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
 

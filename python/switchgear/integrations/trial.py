@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Random arguments for the forward of each class in `undecorated.PATCHES`: eight tokens, in the weights' dtype."""
+"""A trial of an entry of `undecorated.PATCHES` on eight random tokens: does it compute what the class computes?"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from switchgear.integrations.experts import tensors_of
+from switchgear.utils.modes import evaluating
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 TOKENS = 8
 
 
@@ -76,3 +83,48 @@ def vitpose(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
     x = _x(module, generator, module[0].in_features)
     indices = torch.randint(module.num_experts, (2, 1, 1), generator=generator)
     return x.view(2, TOKENS // 2, -1), indices.to(x.device)
+
+
+# ---- the trial -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def find_difference(module: nn.Module, patch: Any, weights: Any) -> str | None:
+    """Runs the class's forward and the Patch on the same random rows. Returns how they differ, or None."""
+    leaves = tensors_of(weights)
+    if any(leaf.is_meta for leaf in leaves):
+        return None  # nothing to compare yet
+    arguments = patch.sample(module, torch.Generator().manual_seed(0))
+    try:
+        with _undisturbed(module):
+            want = _result(type(module).forward(module, *arguments))
+            got = _result(patch.forward(module, weights, *arguments))
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    if not bool(want.isfinite().all()):
+        return None  # of such weights; nothing to compare
+    # Tolerance: a few roundings to the storage dtype, and sums of `length` float32 products in another order (a random
+    # walk of half ulps). A patch with another meaning differs by the size of the value itself.
+    length = max(leaf.shape[-1] for leaf in leaves)
+    relative = 16 * torch.finfo(want.dtype).eps + 4 * length**0.5 * torch.finfo(torch.float32).eps
+    bound = relative * want.abs().max()
+    difference = (got - want).abs().max()
+    return None if difference <= bound else f"difference {difference:.1e} of {want.abs().max():.1e}"  # NaN differs
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Without dropout, and without hooks of parts, which belong to the model's own calls."""
+    before = [(part, name, getattr(part, name)) for part in module.modules() for name in _HOOKS]
+    try:
+        for part, name, _ in before:
+            setattr(part, name, OrderedDict())
+        with evaluating(module):
+            yield
+    finally:
+        for part, name, hooks in before:
+            setattr(part, name, hooks)
+
+
+def _result(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
