@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
-from switchgear.integrations.choices import overridden
+from switchgear.integrations.choices import override_selection
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.integrations.routers import SelectByMethod, routing_method_of
+from switchgear.integrations.routers import SelectByMethod, find_routing_method
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
@@ -100,7 +100,7 @@ class SelfContrast:
         blocks = {} if routers else moe_blocks(model)
         if not routers and not blocks:
             raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
-        methods = [(block, routing_method_of(block)) for block in blocks.values()]  # raises for one that is not known
+        methods = [(block, find_routing_method(block)) for block in blocks.values()]  # raises for one that is not known
         doubled, inner = _Doubled(self), inner_model(model)
         with ExitStack() as stack:
             for router in routers.values():
@@ -162,7 +162,7 @@ def _overridden_block(block: MoeBlock, method: Any, doubled: _Doubled) -> Abstra
         None if select is None else SelectByMethod.of(block, method, select)
         for select in (doubled.contrast.strong, doubled.contrast.weak)
     )
-    return overridden(block, method, lambda own: Halves(doubled, strong or own, weak or own, whole=not strong))
+    return override_selection(block, method, lambda own: Halves(doubled, strong or own, weak or own, whole=not strong))
 
 
 class _Doubled:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from switchgear.compress.layer import ExpertLayer
 from switchgear.experts import Experts
-from switchgear.integrations.choices import watched
+from switchgear.integrations.choices import watch_choices
+from switchgear.integrations.hook_points import Choice
 from switchgear.integrations.moe_blocks import MoeBlock
-from switchgear.integrations.places import Choice
 from switchgear.routing.router import Router
 from switchgear.utils.modes import evaluating
 from switchgear.weights import advise_huge_pages
@@ -283,7 +283,7 @@ def _choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
         raise _Chosen
 
     try:
-        with watched(block, stop):
+        with watch_choices(block, stop):
             block.block(x[None])
     except _Chosen:
         pass

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.integrations.routers import Given, Mixer, Scaled, Top, is_looked_up, routing_method_of
+from switchgear.integrations.routers import Given, Mixer, Scaled, Top, find_routing_method, is_looked_up
 from switchgear.integrations.tiny_configs import MODEL_TYPES
 from switchgear.integrations.tiny_models import BARE, build, example_inputs
 from switchgear.routing import override, record, replay
@@ -48,7 +48,7 @@ This page is generated: `python -m switchgear.integrations.router_table docs/mod
 
 def selection_of(block: MoeBlock) -> str:
     """The routing method of a router in words. Raises ValueError if it has none."""
-    method: Any = routing_method_of(block)
+    method: Any = find_routing_method(block)
     if is_looked_up(block):
         return f"by token id, {_in_words(method)}"
     return _in_words(method)

@@ -40,16 +40,16 @@ class RoutedLayer:
         """What weighs any choice as the router does. Raises ValueError if there is none."""
         if self.router is not None:
             return _RouterMethod.of(self.name, self.router)
-        from switchgear.integrations.routers import routing_method_of
+        from switchgear.integrations.routers import find_routing_method
 
-        return routing_method_of(self.block)
+        return find_routing_method(self.block)
 
     @contextmanager
     def overridden(self, wrapper: Callable[[Select], Select], method: Any) -> Iterator[None]:
         if self.router is None:
-            from switchgear.integrations.choices import overridden
+            from switchgear.integrations.choices import override_selection
 
-            with overridden(self.block, method, wrapper):
+            with override_selection(self.block, method, wrapper):
                 yield
             return
         with overridden_router(self.router, wrapper):
@@ -149,8 +149,8 @@ def observed(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Ite
         finally:
             handle.remove()
         return
-    from switchgear.integrations.choices import watched
-    from switchgear.integrations.places import Choice
+    from switchgear.integrations.choices import watch_choices
+    from switchgear.integrations.hook_points import Choice
 
     def see(choice: Choice) -> None:
         if not is_recomputing():
@@ -160,7 +160,7 @@ def observed(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Ite
             with unseen(choice.topk_ids):
                 function(choice.topk_ids, classes)
 
-    with watched(layer.block, see):
+    with watch_choices(layer.block, see):
         yield
 
 

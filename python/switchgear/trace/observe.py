@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
-from switchgear.integrations.choices import watched
+from switchgear.integrations.choices import watch_choices
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.routing.batches import arguments_by_name, cached_in, real_tokens, rows_and_length, tokens_of
 from switchgear.routing.context import is_recomputing
@@ -126,7 +126,7 @@ def watch(model: nn.Module, sources: Mapping[str, Source], function: Observer) -
                 stack.callback(source.router.register_forward_hook(hook).remove)
             else:
                 assert source.block is not None
-                stack.enter_context(watched(source.block, _choice_hook(name, source.block, inputs, function)))
+                stack.enter_context(watch_choices(source.block, _choice_hook(name, source.block, inputs, function)))
         yield
 
 

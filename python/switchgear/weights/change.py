@@ -111,7 +111,7 @@ class PlainChange:
 
     def undo(self) -> bool:
         if self._relaid.undo():
-            set_state(self.target.module, packed=())
+            set_state(self.target.module, packed=None)
         return True
 
 

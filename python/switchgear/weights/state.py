@@ -43,7 +43,7 @@ class State(NamedTuple):
     adapters: Mapping[str, Lora] = {}  # by name of the projection
     borrowed: Mapping[str, Sequence[Factors]] = {}  # factors of another library's wrapper, for the duration of a call
     selection: Any = None  # Selection: the parameters of which some experts train alone
-    packed: tuple[str, ...] = ()  # parameters that `store(model, "plain")` laid out anew
+    packed: tuple[str, str] | None = None  # parameters that `store(model, "plain")` laid out anew
     guard: Any = None  # the handle of a hook that refuses calls which would miss adapters or trained experts
     flags: Mapping[str, bool] = {}  # requires_grad of the parameters before freeze_except
     hooks: tuple[str, ...] = ()  # names of the hooks that the module has for good; they do nothing without the rest

@@ -162,7 +162,7 @@ def restore(model: nn.Module) -> int:
         if (stored := stored_of(module)) is not None:
             stored.check_restore()
             decoded.append((module, stored, plain_parameters(module, parameters, plain)))
-        elif names := get_state(module).packed:
+        elif (names := get_state(module).packed) is not None:
             relaid.append((module, Relaid(parameters_of(module, names), False, copies)))
     try:
         for _, change in relaid:
@@ -172,7 +172,7 @@ def restore(model: nn.Module) -> int:
             change.undo()
         raise
     for module, _ in relaid:
-        set_state(module, packed=())
+        set_state(module, packed=None)
     for module, stored, found in decoded:
         take_back(module, stored, found)
     changed = len(decoded) + sum(change.changes for _, change in relaid)
