@@ -17,7 +17,14 @@ import transformers
 from torch import Tensor, nn
 
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.integrations.routers import Given, Mixer, Scaled, Top, find_routing_method, is_looked_up
+from switchgear.integrations.routers import (
+    LookupMethod,
+    ScaledMethod,
+    SparseMixerMethod,
+    TopKMethod,
+    find_routing_method,
+    is_looked_up,
+)
 from switchgear.integrations.tiny_configs import MODEL_TYPES
 from switchgear.integrations.tiny_models import BARE, build, example_inputs
 from switchgear.routing import override, record, replay
@@ -55,13 +62,13 @@ def selection_of(block: MoeBlock) -> str:
 
 
 def _in_words(method: Any) -> str:
-    if isinstance(method, Mixer):
+    if isinstance(method, SparseMixerMethod):
         return "SparseMixer"
-    if isinstance(method, Scaled):
+    if isinstance(method, ScaledMethod):
         return f"{_in_words(method.inner)}, scaled per expert"
-    if isinstance(method, Given):
+    if isinstance(method, LookupMethod):
         return _in_words(method.inner)
-    assert isinstance(method, Top)
+    assert isinstance(method, TopKMethod)
     words = [method.weight if method.weight != "logits" else "softmax over the chosen"]
     if method.score_function == "logits" and method.weight == "sigmoid":
         words.append("chosen by logits")
