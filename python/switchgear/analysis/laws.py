@@ -14,7 +14,6 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from switchgear.analysis.least_squares import least_squares
 from switchgear.functional import as_number
 
 Numbers = Tensor | Sequence[float] | float
@@ -274,3 +273,45 @@ def _check_runs(constants: int, *columns: Tensor) -> None:
         raise ValueError(f"losses: expected one of each of {constants} runs or more, got {sorted(sizes)}")
     if not all(torch.isfinite(column).all() and (column > 0).all() for column in columns):
         raise ValueError("losses: expected positive numbers, got others")
+
+
+# ---- nonlinear least squares for a few parameters, in float64 --------------------------------------------------------
+
+
+def least_squares(residuals: Callable[[Tensor], Tensor], starts: Sequence[Tensor], steps: int = 400) -> Tensor:
+    """The parameters [P] float64 with the smallest sum of squared residuals(parameters) [N], over all `starts`, by the
+    method of Levenberg and Marquardt."""
+    found = [_descend(residuals, start.double(), steps) for start in starts]
+    best, value = min(found, key=lambda pair: pair[1])
+    if not value < float("inf"):
+        raise ValueError("losses: expected numbers that the law can be fitted to, got residuals that are not finite")
+    return best
+
+
+def _descend(residuals: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> tuple[Tensor, float]:
+    jacobian = torch.func.jacfwd(residuals)  # type: ignore[no-untyped-call, unused-ignore]
+    r = residuals(x)
+    value, damping = _sum(r), 1e-2
+    for _ in range(steps):
+        j = jacobian(x)
+        normal, slope = j.T @ j, j.T @ r
+        if not torch.isfinite(normal).all() or slope.abs().max() < 1e-15:
+            break
+        moved = False
+        for _ in range(12):
+            scale = torch.diag(normal.diagonal().clamp(min=1e-12))
+            step = torch.linalg.lstsq(normal + damping * scale, -slope[:, None]).solution[:, 0]
+            trial = residuals(x + step)
+            if _sum(trial) < value:
+                gained = value - _sum(trial)
+                x, r, value, damping, moved = x + step, trial, _sum(trial), damping / 5, True
+                break
+            damping *= 4
+        if not moved or gained < 1e-15 * value:
+            break
+    return x, value
+
+
+def _sum(r: Tensor) -> float:
+    value = float(r.square().sum())
+    return value if value == value else float("inf")
