@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_float_dtype
 from switchgear.functional import as_limit, as_number, moe
 from switchgear.reference import ACTIVATIONS, check_choice, check_finite, check_size
-from switchgear.utils.sharded import replicated
+from switchgear.utils.modules import replicated
 from switchgear.weights import Layout, advise_huge_pages, stored_of, weights_of
 from switchgear.weights.module import attribute, complaint_about_stored
 from switchgear.weights.state import extend

@@ -26,7 +26,7 @@ from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 from switchgear.routing.selection import RankK
 from switchgear.routing.widths import stacked
-from switchgear.utils.wrappers import inner_model
+from switchgear.utils.modules import inner_model
 
 _MEDIA = ("pixel_", "image_", "video_", "input_features", "feature_")  # inputs with a row per image or clip
 _CACHES = ("cache", "past_key_values")  # transformers renamed it in 5.24

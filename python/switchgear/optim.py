@@ -23,7 +23,7 @@ from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.layers import MonetRouter
 from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.router import Router
-from switchgear.utils.sharded import of_matrices
+from switchgear.utils.modules import of_matrices
 from switchgear.weights.form import layout_of
 from switchgear.weights.selected import SUFFIX
 

@@ -13,7 +13,7 @@ from switchgear.adapters.sites import TARGETS, Site, empty, guard, local_experts
 from switchgear.complaints import check_float_dtype, check_module, integer, list_of_names
 from switchgear.functional import as_number
 from switchgear.reference import check_finite, check_fraction, check_size
-from switchgear.utils.sharded import is_sharded
+from switchgear.utils.modules import is_sharded
 from switchgear.weights.adapted import adapters_of, notice_wrappers
 from switchgear.weights.module import freeze_stored
 from switchgear.weights.selected import selection_of

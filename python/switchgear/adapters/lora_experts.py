@@ -22,7 +22,7 @@ from switchgear.routing.router import Router, RouterOptions
 from switchgear.routing.scores import init_uniform
 from switchgear.routing.scores_of_experts import PosthocGate
 from switchgear.routing.selection import Dense, TopK
-from switchgear.utils.buffers import FillsBuffers
+from switchgear.utils.modules import FillsBuffers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -41,7 +41,7 @@ from switchgear.adapters.peft_format import (
 from switchgear.adapters.sites import Site, adapted_sites, local_experts, sites_of
 from switchgear.complaints import check_float_dtype
 from switchgear.files import AnyPath, replacing
-from switchgear.utils.wrappers import without_peft
+from switchgear.utils.modules import without_peft
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.form import on_huge_pages
 from switchgear.weights.state import Lora

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from switchgear.experts import Experts
-from switchgear.utils.extending import extend_once
+from switchgear.utils.functions import extend_once
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.module import shown_as_parameters

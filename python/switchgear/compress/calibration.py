@@ -21,7 +21,7 @@ from switchgear.files import AnyPath
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.reference import check_size
 from switchgear.trace import Observation, observe
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import evaluating
 
 _FORMAT = "switchgear calibration 1"
 _NO_TENSORS = (int, float, str, type(None))

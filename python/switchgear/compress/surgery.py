@@ -17,7 +17,7 @@ from switchgear.integrations.choices import watch_choices
 from switchgear.integrations.hook_points import Choice
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.router import Router
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import evaluating
 from switchgear.weights import advise_huge_pages
 from switchgear.weights.change import memory_of
 from switchgear.weights.selected import selection_of

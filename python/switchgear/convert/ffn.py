@@ -16,7 +16,7 @@ from switchgear.complaints import check_module
 from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_of
 from switchgear.layers.shared import SharedExperts
 from switchgear.reference import activations
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import evaluating
 
 # (gate, up, down) of the modules in use; None: not gated.
 NAMES = (

@@ -15,7 +15,7 @@ from switchgear.convert.ffn import NAMES, is_feed_forward
 from switchgear.convert.modules import called, chosen_layers, dense_layers, watched_rows
 from switchgear.reference import check_choice
 from switchgear.trace.observe import inputs_of
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import evaluating
 
 DOWN = tuple(dict.fromkeys(down for _, _, down in NAMES))
 

@@ -20,7 +20,7 @@ from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.reference import check_size
 from switchgear.routing.router import Router
 from switchgear.routing.selection import Threshold, TopK
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import evaluating
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from switchgear.convert.modules import watched_rows
 from switchgear.convert.plans import ConversionPlan, StateDict
 from switchgear.convert.recipes import dense_plan, experts_plan, split_plan, upcycle_plan
 from switchgear.convert.result import Conversion, Converted
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import evaluating
 from switchgear.weights.checks import check_state_dict
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from switchgear.complaints import check_tensor
 from switchgear.routing.context import Context, sequences
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import evaluating
 
 
 @torch.no_grad()

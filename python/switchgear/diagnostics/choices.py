@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from switchgear.routing.batches import arguments_by_name, cached_in
 from switchgear.routing.widths import stacked
 from switchgear.trace import LayerTrace, RoutingTrace, observe
-from switchgear.utils.wrappers import inner_model
+from switchgear.utils.modules import inner_model
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from switchgear.reference import check_choice
 from switchgear.routing.router import Router
 from switchgear.trace import LayerTrace, RoutingTrace
 from switchgear.trace.layer import recorded
-from switchgear.utils.sharded import is_sharded
+from switchgear.utils.modules import is_sharded
 from switchgear.weights import layout_of, stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.form import hint_for

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from switchgear.adapters.wrappers import is_wrapper, unwrapped
-from switchgear.utils.compiling import constant_when_compiled
+from switchgear.utils.functions import constant_when_compiled
 from switchgear.weights.state import Borrowed
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from switchgear.integrations.forwards import has_hooks
 from switchgear.ops import GluOptions
-from switchgear.utils.compiling import constant_when_compiled, not_compiled
+from switchgear.utils.functions import constant_when_compiled, not_compiled
 
 ACTIVATION_NAMES = ("act_fn", "activation", "activation_fn", "act")  # of attributes of modules
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -25,7 +25,7 @@ from switchgear.integrations.hook_points import read_choice
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.context import NOTHING_KNOWN, Context
 from switchgear.routing.ranking import SCORE_FUNCTIONS
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import evaluating
 
 _SCALES = ("routed_scaling_factor", "route_scale", "router_scaling_factor")
 _TOKENS = 64  # of the probe

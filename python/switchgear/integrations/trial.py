@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchgear.integrations.experts import tensors_of
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import evaluating
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 TOKENS = 8

@@ -16,7 +16,7 @@ from switchgear.routing.batches import Batch, cached_in
 from switchgear.routing.records import RoutingRecord
 from switchgear.routing.routed_layers import calls_followed, key_of, layers_of, observed
 from switchgear.routing.widths import stacked
-from switchgear.utils.wrappers import inner_model
+from switchgear.utils.modules import inner_model
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomp
 from switchgear.routing.counting import unseen
 from switchgear.routing.records import RoutingRecord
 from switchgear.routing.routed_layers import calls_followed, key_of, layers_of
-from switchgear.utils.wrappers import inner_model
+from switchgear.utils.modules import inner_model
 
 _FORWARDS = 64  # that gradient checkpointing may still repeat
 

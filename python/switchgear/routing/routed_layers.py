@@ -19,8 +19,7 @@ from switchgear.routing.counting import unseen
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.ranking import scores_of, weighed
 from switchgear.routing.router import Router
-from switchgear.utils.buffers import on_copies
-from switchgear.utils.wrappers import inner_model, plain_name
+from switchgear.utils.modules import inner_model, on_copies, plain_name
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from switchgear.routing.batches import arguments_by_name, cached_in, real_tokens
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.router import Router
-from switchgear.utils.wrappers import inner_model
+from switchgear.utils.modules import inner_model
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.utils.compiling import not_compiled
-from switchgear.utils.sharded import is_sharded
+from switchgear.utils.functions import not_compiled
+from switchgear.utils.modules import is_sharded
 from switchgear.weights.form import Layout
 from switchgear.weights.state import get_state, hook_once, set_state
 from switchgear.weights.weight import SelectedWeight
