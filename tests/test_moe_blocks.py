@@ -217,6 +217,6 @@ def test_outputs_of_routers_in_either_order() -> None:
     """Granite's router returns (ids, weights, logits) before transformers 5.21."""
     logits, weights, ids = torch.randn(3, 8), torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.int64)
     for output in ((logits, weights, ids), (ids, weights, logits)):
-        first, _, last = hook_points._logits_first(output)
+        first, _, last = hook_points._put_logits_first(output)
         assert first is logits
         assert last is ids

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.sites import TARGETS, Site, empty, guard, local_experts, sites_of, unguard
+from switchgear.adapters.sites import TARGETS, Site, allocate, find_sites, guard, list_local_experts, unguard
 from switchgear.complaints import check_float_dtype, check_module, integer, list_of_names
 from switchgear.functional import as_number
 from switchgear.reference import check_finite, check_fraction, check_size
@@ -69,11 +69,11 @@ def add_lora(
     dropout = as_number("dropout", dropout)
     check_fraction("dropout", dropout)
     check_float_dtype("dtype", dtype)
-    sites = chosen(sites_of(model), targets)
-    return attach(model, [(site, *_initial(site, rank, dtype), Lora(rank, alpha, dropout)) for site in sites])
+    sites = choose_sites(find_sites(model), targets)
+    return attach(model, [(site, *_initialize(site, rank, dtype), Lora(rank, alpha, dropout)) for site in sites])
 
 
-def chosen(sites: Sequence[Site], targets: Iterable[str]) -> list[Site]:
+def choose_sites(sites: Sequence[Site], targets: Iterable[str]) -> list[Site]:
     """The sites that `targets` name. Raises ValueError for an unknown one."""
     wanted = list_of_names("targets", targets)
     known = {*TARGETS, *(site.name for site in sites)}
@@ -119,16 +119,16 @@ def attach(model: nn.Module, made: Sequence[tuple[Site, Tensor, Tensor, Lora]]) 
     return [parameter for _, a, b, _ in adapters for parameter in (a, b)]
 
 
-def _initial(site: Site, rank: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _initialize(site: Site, rank: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """All ranks draw the numbers of all experts and keep their own, so that an expert has the same on any rank."""
     count, rows, cols = site.shape
-    a = empty(site, count, rank, cols, dtype=dtype)
-    other = empty(site, rank, cols, dtype=dtype)
-    total, mine = local_experts(site.module, count)
+    a = allocate(site, count, rank, cols, dtype=dtype)
+    other = allocate(site, rank, cols, dtype=dtype)
+    total, mine = list_local_experts(site.module, count)
     number_of = {expert: number for number, expert in enumerate(mine)}
     for expert in range(total):
         nn.init.uniform_(a[number_of[expert]] if expert in number_of else other, -(cols**-0.5), cols**-0.5)
-    return a, empty(site, count, rows, rank, dtype=a.dtype).zero_()
+    return a, allocate(site, count, rows, rank, dtype=a.dtype).zero_()
 
 
 def remove_lora(model: nn.Module) -> int:

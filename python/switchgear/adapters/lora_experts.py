@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.adapters.peft_format import LowRank, as_low_rank
+from switchgear.adapters.peft_format import LowRank, check_low_rank
 from switchgear.backends import in_autocast
 from switchgear.complaints import check_module, check_several, check_tensor, sizes
 from switchgear.functional import Routing, as_number, combine, grouped_gemm, plan
@@ -70,10 +70,10 @@ class LowRankExperts(FillsBuffers):
         in_features, out_features = check_size("in_features", in_features), check_size("out_features", out_features)
         num_experts = check_size("num_experts", num_experts)
         self.hidden_size, self.out_features, self.num_experts = in_features, out_features, num_experts
-        self.ranks: tuple[int, ...] = _per_expert("rank", rank, num_experts)
+        self.ranks: tuple[int, ...] = _repeat("rank", rank, num_experts)
         for size in self.ranks:
             check_size("rank", size)
-        alphas = self.ranks if alpha is None else _per_expert("alpha", alpha, num_experts)
+        alphas = self.ranks if alpha is None else _repeat("alpha", alpha, num_experts)
         self.alphas = tuple(as_number("alpha", one) for one in alphas)
         for one in self.alphas:
             check_finite("alpha", one)
@@ -145,9 +145,9 @@ class LowRankExperts(FillsBuffers):
             check_range("topk_ids", topk_ids, -1, self.num_experts)
         gates = topk_weights.new_zeros(len(x), self.num_experts + 1)
         gates = gates.scatter_add(1, topk_ids.long() + 1, topk_weights)[:, 1:] * self.scale
-        h = _product(x, self.lora_A.flatten(0, 1))
+        h = _multiply(x, self.lora_A.flatten(0, 1))
         h = (h.view(len(x), self.num_experts, h.shape[1] // self.num_experts) * gates[..., None]).to(h.dtype).flatten(1)
-        return _product(h, self.lora_B.flatten(0, 1).mT)
+        return _multiply(h, self.lora_B.flatten(0, 1).mT)
 
     def _chosen(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         slots = plan(topk_ids, self.num_experts)
@@ -162,13 +162,13 @@ class LowRankExperts(FillsBuffers):
         return text + (f", dropout={self.dropout}" if self.dropout else "")
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ, whose bits do not depend on the other rows."""
     offsets = torch.arange(2, dtype=torch.int32, device=x.device) * len(x)
     return grouped_gemm(x, weight[None], offsets)
 
 
-def _per_expert(name: str, values: Any, num_experts: int) -> tuple[Any, ...]:
+def _repeat(name: str, values: Any, num_experts: int) -> tuple[Any, ...]:
     if not isinstance(values, Sequence):
         return (values,) * num_experts
     if len(values) != num_experts:
@@ -234,13 +234,13 @@ class LoRAExperts(WithLosses):
             others = [*given, *(["router"] if name == "slots" and router is not None else [])]
             if value is not None and others:
                 raise ValueError(f"{name}: expected None with options of a router, got {', '.join(others)}")
-        self.in_features, self.out_features = features_of(base) if features is None else _pair(features)
-        made = place_of(base, device, dtype)
+        self.in_features, self.out_features = find_features(base) if features is None else _check_features(features)
+        made = find_device_and_dtype(base, device, dtype)
         low_rank = LowRankExperts(
             self.in_features, self.out_features, num_experts, rank, alpha=alpha, dropout=dropout, **made
         )
         if slots is None and router is None:
-            router = router_of(self.in_features, num_experts, top_k, **router_options, **made)
+            router = build_router(self.in_features, num_experts, top_k, **router_options, **made)
         if router is not None and not callable(router):
             raise TypeError(f"router: expected a module, got {type(router).__name__}")
         seen = getattr(router, "num_experts", num_experts)
@@ -280,8 +280,8 @@ class LoRAExperts(WithLosses):
         """
         check_module("base", base)
         check_several("adapters", adapters, "adapters")
-        features = features_of(base) if options.get("features") is None else _pair(options["features"])
-        pairs = [as_low_rank(f"adapters[{i}]", adapter, features) for i, adapter in enumerate(adapters)]
+        features = find_features(base) if options.get("features") is None else _check_features(options["features"])
+        pairs = [check_low_rank(f"adapters[{i}]", adapter, features) for i, adapter in enumerate(adapters)]
         if not pairs:
             raise ValueError("adapters: expected at least one, got none")
         if gates is not None:
@@ -365,7 +365,7 @@ class LoRAExperts(WithLosses):
         )
 
 
-def features_of(base: nn.Module) -> tuple[int, int]:
+def find_features(base: nn.Module) -> tuple[int, int]:
     """The sizes (in, out) of a Linear, or of a Conv1D of transformers."""
     for names in (("in_features", "out_features"), ("nx", "nf")):
         sizes = [getattr(base, name, None) for name in names]
@@ -374,14 +374,14 @@ def features_of(base: nn.Module) -> tuple[int, int]:
     raise ValueError(f"features: expected (in, out) for {type(base).__name__}, which has no in_features, got None")
 
 
-def _pair(features: Sequence[int]) -> tuple[int, int]:
+def _check_features(features: Sequence[int]) -> tuple[int, int]:
     features = sizes("features", features)
     if len(features) != 2:
         raise ValueError(f"features: expected (in, out), got {features}")
     return features[0], features[1]
 
 
-def place_of(base: nn.Module, device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
+def find_device_and_dtype(base: nn.Module, device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
     """device and dtype, by default those of the base's first parameter if it is not quantised."""
     weight = next(base.parameters(), None)
     if weight is None:
@@ -390,7 +390,7 @@ def place_of(base: nn.Module, device: Any, dtype: torch.dtype | None) -> dict[st
     return {"device": weight.device if device is None else device, "dtype": dtype or own}
 
 
-def router_of(in_features: int, num_experts: int, top_k: int | None, **options: Any) -> Router:
+def build_router(in_features: int, num_experts: int, top_k: int | None, **options: Any) -> Router:
     """A Router; of all experts if neither top_k nor select is given, and Dense takes over the options that it knows."""
     if top_k is None and options.get("select") is None:
         names = ("score_function", "normalize", "scale")

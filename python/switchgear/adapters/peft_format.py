@@ -45,20 +45,20 @@ class PeftConfig:
     version: str  # of PEFT; 0.17 and older wrote none
 
     def rank_of(self, layer: str) -> int | None:
-        rank: int | None = _matching(self.rank_pattern, layer, self.rank)
+        rank: int | None = _match(self.rank_pattern, layer, self.rank)
         return rank
 
     def alpha_of(self, layer: str, rank: int) -> float:
         """The alpha whose quotient by the rank is PEFT's scale."""
-        alpha = float(_matching(self.alpha_pattern, layer, self.alpha))
+        alpha = float(_match(self.alpha_pattern, layer, self.alpha))
         return alpha * math.sqrt(rank) if self.use_rslora else alpha
 
 
-def _matching(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
+def _match(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
     return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)), default)
 
 
-def peft_config(options: Any, where: str, plain: Mapping[str, tuple[Any, ...]], hint: str = "") -> PeftConfig:
+def parse_config(options: Any, where: str, plain: Mapping[str, tuple[Any, ...]], hint: str = "") -> PeftConfig:
     """Checks a LoraConfig, or its dict.
 
     Args:
@@ -89,12 +89,12 @@ def peft_config(options: Any, where: str, plain: Mapping[str, tuple[Any, ...]], 
         raise ValueError(f"target_parameters: expected a list of names in {where}, got {names!r}")
     return PeftConfig(
         rank, float(alpha), float(dropout),
-        _patterns(config, "rank_pattern", where), _patterns(config, "alpha_pattern", where),
+        _parse_patterns(config, "rank_pattern", where), _parse_patterns(config, "alpha_pattern", where),
         bool(config.get("use_rslora")), names, str(config.get("peft_version") or ""),
     )  # fmt: skip
 
 
-def _patterns(config: Mapping[str, Any], option: str, where: str) -> Mapping[str, Any]:
+def _parse_patterns(config: Mapping[str, Any], option: str, where: str) -> Mapping[str, Any]:
     patterns, is_valid = config.get(option) or {}, _is_rank if option == "rank_pattern" else _is_alpha
     wanted = "positive integers" if option == "rank_pattern" else "numbers"
     if not isinstance(patterns, Mapping) or not all(is_valid(value) for value in patterns.values()):
@@ -115,7 +115,7 @@ def _is_alpha(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -(2**31) < value < 2**31
 
 
-def safetensors() -> Any:
+def import_safetensors() -> Any:
     """The module safetensors.torch, or ImportError that says what to install."""
     try:
         import safetensors.torch
@@ -136,10 +136,10 @@ def read_config(folder: Path, name: str) -> Any:
 def read_tensors(folder: Path, name: str) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a directory, and whether save_peft wrote them. name: what messages call the directory."""
     if not (folder / TENSORS).is_file() and (folder / PICKLED).is_file():
-        return _unpickled(folder / PICKLED, name), False
+        return _unpickle(folder / PICKLED, name), False
     if not (file := folder / TENSORS).is_file():
         raise ValueError(f"{name}: expected a directory with {TENSORS} or {PICKLED}, got {folder} with neither")
-    safetensors()
+    import_safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -150,7 +150,7 @@ def read_tensors(folder: Path, name: str) -> tuple[dict[str, Tensor], bool]:
         raise ValueError(f"{name}: expected a safetensors file, got {file}: {error}") from error
 
 
-def _unpickled(file: Path, name: str) -> dict[str, Tensor]:
+def _unpickle(file: Path, name: str) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for files of others
@@ -221,7 +221,7 @@ def read_lora(source: Source, name: str = "adapter") -> Adapter:
     else:
         raise TypeError(f"{name}: expected a folder, an Adapter or (state dict, config), got {type(source).__name__}")
     hint = "; switchgear.adapters.load_peft reads those"
-    config = peft_config(options, f"the config of {name}", {"target_parameters": ([],)}, hint)
+    config = parse_config(options, f"the config of {name}", {"target_parameters": ([],)}, hint)
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
@@ -239,13 +239,13 @@ def read_lora(source: Source, name: str = "adapter") -> Adapter:
     for layer, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(f"{name}: expected lora_A and lora_B of {layer}, got lora_{next(iter(pair))} alone")
-        layers[layer] = as_low_rank(
-            f"{name}, {layer}", LowRank(pair["A"], pair["B"], _alpha(name, config, layer, pair["A"]))
+        layers[layer] = check_low_rank(
+            f"{name}, {layer}", LowRank(pair["A"], pair["B"], _find_alpha(name, config, layer, pair["A"]))
         )
     return Adapter(layers)
 
 
-def as_low_rank(name: str, adapter: Any, features: tuple[int, int] | None = None) -> LowRank:
+def check_low_rank(name: str, adapter: Any, features: tuple[int, int] | None = None) -> LowRank:
     """A checked LowRank. features: (in, out) of the layer that it is for."""
     if not isinstance(adapter, tuple) or len(adapter) != 3:
         raise TypeError(f"{name}: expected (A, B, alpha), got {type(adapter).__name__}")
@@ -274,14 +274,14 @@ def as_low_rank(name: str, adapter: Any, features: tuple[int, int] | None = None
     return LowRank(a, b, float(alpha))
 
 
-def _alpha(name: str, config: PeftConfig, layer: str, a: Any) -> float:
+def _find_alpha(name: str, config: PeftConfig, layer: str, a: Any) -> float:
     rank = a.shape[0] if isinstance(a, Tensor) and a.dim() else 0
     if rank and (wanted := config.rank_of(layer)) not in (None, rank):
         raise ValueError(f"{name}, {layer}: expected rank {wanted}, that of its config, got A of shape {list(a.shape)}")
     return config.alpha_of(layer, rank)
 
 
-def layers_in_all(adapters: Sequence[Adapter]) -> list[str]:
+def list_common_layers(adapters: Sequence[Adapter]) -> list[str]:
     """The layers of the adapters. ValueError if they differ."""
     first = set(adapters[0].layers)
     for number, adapter in enumerate(adapters):

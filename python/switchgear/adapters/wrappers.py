@@ -36,12 +36,12 @@ def register() -> None:
     their factors. Idempotent."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     layer = sys.modules.get("peft.tuners.lora.layer")
-    extend_once(getattr(tuners, "BaseTuner", None), "inject_adapter", _refusing_own)
-    extend_once(getattr(tuners, "BaseTuner", None), "_inject_parameters", _finding_stored)
-    extend_once(getattr(layer, "ParamWrapper", None), "_activate_lora", _lending)
+    extend_once(getattr(tuners, "BaseTuner", None), "inject_adapter", _extend_inject_adapter)
+    extend_once(getattr(tuners, "BaseTuner", None), "_inject_parameters", _extend_inject_parameters)
+    extend_once(getattr(layer, "ParamWrapper", None), "_activate_lora", _extend_activate_lora)
 
 
-def _refusing_own(original: Any) -> Any:
+def _extend_inject_adapter(original: Any) -> Any:
     def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _refuse_own(model)
         return original(self, model, *args, **kwargs)
@@ -64,7 +64,7 @@ def _refuse_own(model: nn.Module) -> None:
             )
 
 
-def _finding_stored(original: Any) -> Any:
+def _extend_inject_parameters(original: Any) -> Any:
     def inject_parameters(self: Any, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with shown_as_parameters(model):
             return original(self, peft_config, model, *args, **kwargs)
@@ -72,11 +72,11 @@ def _finding_stored(original: Any) -> Any:
     return inject_parameters
 
 
-def _lending(original: Any) -> Any:
+def _extend_activate_lora(original: Any) -> Any:
     @contextmanager
     def activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
         base = self.get_base_layer()
-        factors = _factors(self, active_adapters)
+        factors = _read_factors(self, active_adapters)
         if not factors or find("reader", base, self.parameter_name) is None:
             with original(self, active_adapters):
                 yield
@@ -91,7 +91,7 @@ def _lending(original: Any) -> Any:
     return activate_lora
 
 
-def unwrapped(module: nn.Module) -> tuple[nn.Module, Borrowed]:
+def unwrap(module: nn.Module) -> tuple[nn.Module, Borrowed]:
     """The module in nested wrappers, and what they would apply in a call now. Like ParamWrapper.forward, it undoes a
     merge of disabled adapters. Raises ValueError with the reason for a wrapper whose call does more."""
     borrowed: dict[str, Sequence[Factors]] = {}
@@ -101,7 +101,7 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, Borrowed]:
             if wrapper.merged:
                 wrapper.unmerge()
         elif not wrapper.merged:
-            factors = _factors(wrapper, wrapper.active_adapters)
+            factors = _read_factors(wrapper, wrapper.active_adapters)
             if factors is None:
                 raise ValueError("has adapters whose factors cannot be read")
             if factors:
@@ -110,7 +110,7 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, Borrowed]:
     return module, borrowed
 
 
-def _factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors] | None:
+def _read_factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors] | None:
     """The factors of the active adapters, or None if the kernels cannot read some."""
     base, dims = wrapper.get_base_layer(), 3
     if stored_of(base) is None:
@@ -125,7 +125,7 @@ def _factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors] | No
         a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
         if type(a) not in _PLAIN or type(b) not in _PLAIN:
             return None
-        left_right = factors_in_layout(a, b, wrapper.num_experts, dims, _is_swapped(wrapper))
+        left_right = arrange_factors(a, b, wrapper.num_experts, dims, _is_swapped(wrapper))
         if left_right is None:
             return None
         found.append(Factors(*left_right, wrapper.scaling[adapter]))
@@ -137,7 +137,7 @@ def _is_swapped(wrapper: Any) -> bool:
     return bool(getattr(wrapper, "_did_swap_in_out_features", False))
 
 
-def factors_in_layout(a: Tensor, b: Tensor, num_experts: int, dims: int, swapped: bool) -> tuple[Tensor, Tensor] | None:
+def arrange_factors(a: Tensor, b: Tensor, num_experts: int, dims: int, swapped: bool) -> tuple[Tensor, Tensor] | None:
     """Factors (left, right) of the parameter, as views, from PEFT's A [E·r,in] (experts one below the other) and
     B [out,r·E] (the expert fastest). None for a combination that PEFT cannot compute itself.
 

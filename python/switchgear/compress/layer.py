@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from switchgear.complaints import list_of_names
 from switchgear.experts import Experts
 from switchgear.functional import Plan, glu, grouped_gemm, plan
-from switchgear.integrations.gates import own_gate
+from switchgear.integrations.gates import get_own_gate
 from switchgear.integrations.moe_blocks import MoeBlock, is_transposed, moe_blocks
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.weights.checks import check_replaceable
@@ -190,7 +190,7 @@ def _is_stack(experts: nn.Module, path: str) -> bool:
 
 def _activation(experts: Any) -> Callable[[Tensor], Tensor]:
     if not isinstance(experts, Experts):
-        return own_gate(experts)
+        return get_own_gate(experts)
     options: dict[str, Any] = {
         "activation": experts.activation, "gated": experts.gated, "interleaved": experts.interleaved,
         "alpha": experts.alpha, "limit": experts.limit,

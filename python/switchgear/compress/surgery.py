@@ -17,7 +17,7 @@ from switchgear.integrations.choices import watch_choices
 from switchgear.integrations.hook_points import Choice
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.router import Router
-from switchgear.utils.modules import evaluating
+from switchgear.utils.modules import set_eval
 from switchgear.weights import advise_huge_pages
 from switchgear.weights.change import memory_of
 from switchgear.weights.selected import selection_of
@@ -268,7 +268,7 @@ class _Chosen(Exception):
 def choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
     """(topk_ids [T,K] int64, topk_weights [T,K] float64) that the experts of a block get for its input x [T,H], in eval
     mode. Raises ValueError for a block that needs more than x."""
-    with evaluating(block.block):
+    with set_eval(block.block):
         if isinstance(block.gate, Router):
             routing = block.gate(x)
             return routing.topk_ids.long(), routing.topk_weights.double()

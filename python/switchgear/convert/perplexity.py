@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from switchgear.complaints import check_tensor
 from switchgear.routing.context import Context, sequences
-from switchgear.utils.modules import evaluating
+from switchgear.utils.modules import set_eval
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def sequence_perplexities(models: Sequence[nn.Module], input_ids: Tensor, mask: 
     counted = counted[:, 1:] & counted[:, :-1]
     columns = []
     for model, named in zip(models, masks, strict=True):
-        with evaluating(model):
+        with set_eval(model):
             output: Any = model(input_ids, **named)
         logits = output if isinstance(output, Tensor) else output.logits
         losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")

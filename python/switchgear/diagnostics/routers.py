@@ -23,7 +23,7 @@ def coactivation(topk_ids: Tensor, num_experts: int, *, conditional: bool = Fals
     """
     result = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=topk_ids.device)
     for ids in torch.split(topk_ids, max(_CHUNK // max(num_experts, 1), 1)):
-        chosen = one_hot(ids, num_experts).float()  # sums of ones are exact below 2^24 tokens
+        chosen = encode_one_hot(ids, num_experts).float()  # sums of ones are exact below 2^24 tokens
         result += chosen.T @ chosen
     return result / result.diagonal()[:, None].clamp(min=1) if conditional else result
 
@@ -74,7 +74,7 @@ def cacheability(
     histogram = torch.zeros(segment + 1, dtype=torch.int64)  # of the counts of all (segment, expert)
     hits = segments = 0
     for ids in topk_ids.view(-1, length, top_k).unbind():
-        counts = _segment_counts(one_hot(ids, num_experts), segment)
+        counts = _count_segments(encode_one_hot(ids, num_experts), segment)
         histogram += torch.bincount(counts.flatten().cpu(), minlength=segment + 1)
         hits += int(counts.topk(slots, 1).values.sum())
         segments += counts.shape[0]
@@ -88,14 +88,14 @@ def cacheability(
     )
 
 
-def one_hot(topk_ids: Tensor, num_experts: int) -> Tensor:
+def encode_one_hot(topk_ids: Tensor, num_experts: int) -> Tensor:
     """[T,E] uint8: whether each token chose the expert."""
     ids = torch.where((topk_ids < 0) | (topk_ids >= num_experts), num_experts, topk_ids).long()
     chosen = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.uint8, device=ids.device)
     return chosen.scatter(1, ids, 1)[:, :-1]
 
 
-def _segment_counts(chosen: Tensor, segment: int) -> Tensor:
+def _count_segments(chosen: Tensor, segment: int) -> Tensor:
     """[L - segment + 1, E] int64: how many tokens of each segment chose each expert."""
     sums = torch.nn.functional.pad(chosen.long().cumsum(0), (0, 0, 1, 0))
     return sums[segment:] - sums[:-segment]
@@ -121,7 +121,7 @@ def router_margin(router_logits: Tensor, top_k: int = 1) -> Tensor:
 def router_saturation(topk_ids: Tensor, final_ids: Tensor, num_experts: int) -> float:
     """The fraction of the final checkpoint's choices that an earlier checkpoint makes too, for the same tokens: 1 if
     routing no longer changes (OLMoE). Choices [T,K], in any order within a token."""
-    before, after = one_hot(topk_ids, num_experts), one_hot(final_ids, num_experts)
+    before, after = encode_one_hot(topk_ids, num_experts), encode_one_hot(final_ids, num_experts)
     if before.shape != after.shape:
         raise ValueError(f"final_ids: expected {topk_ids.shape[0]} tokens, got {final_ids.shape[0]}")
     return int((before & after).sum()) / max(int(after.sum()), 1)
@@ -130,7 +130,7 @@ def router_saturation(topk_ids: Tensor, final_ids: Tensor, num_experts: int) -> 
 def routing_change(topk_ids: Tensor, next_ids: Tensor, num_experts: int) -> float:
     """The fraction of tokens whose set of experts differs between two checkpoints or two runs; bit-equal replay
     has 0."""
-    before, after = one_hot(topk_ids, num_experts), one_hot(next_ids, num_experts)
+    before, after = encode_one_hot(topk_ids, num_experts), encode_one_hot(next_ids, num_experts)
     if before.shape != after.shape:
         raise ValueError(f"next_ids: expected {topk_ids.shape[0]} tokens, got {next_ids.shape[0]}")
     return float((before != after).any(-1).double().mean()) if before.shape[0] else 0.0
@@ -150,7 +150,7 @@ def token_id_specialization(tokens_by_id: TokensById) -> float:
 
     With K experts per token, the maximum is 1 - log K / H(expert).
     """
-    counts = _table(tokens_by_id)
+    counts = _tabulate(tokens_by_id)
     whole = float(torch.special.entr(counts.sum(0) / counts.sum().clamp(min=1)).sum())
     return 1 - dispatch_entropy(counts) / whole if whole > 0 else 0.0
 
@@ -162,7 +162,7 @@ def routing_stability(before: TokensById, after: TokensById) -> float:
     ids = sorted(set(before) & set(after))
     if not ids:
         return 0.0
-    old, new = (_table({i: trace[i] for i in ids}) for trace in (before, after))
+    old, new = (_tabulate({i: trace[i] for i in ids}) for trace in (before, after))
     shares = [counts / counts.sum(1, keepdim=True).clamp(min=1) for counts in (old, new)]
     common = shares[0].minimum(shares[1]).sum(1)
     return float((common * old.sum(1)).sum() / old.sum())
@@ -188,7 +188,7 @@ def dispatch_entropy(counts: Tensor) -> float:
     return float((torch.special.entr(inside).sum(1) * counts.sum(1)).sum() / counts.sum().clamp(min=1))
 
 
-def _table(tokens_by_id: TokensById) -> Tensor:
+def _tabulate(tokens_by_id: TokensById) -> Tensor:
     """[ids, E] float64."""
     if not tokens_by_id:
         return torch.zeros(1, 1, dtype=torch.float64)

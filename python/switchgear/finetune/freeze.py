@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.sites import Site, guard, sites_at, unguard
+from switchgear.adapters.sites import Site, find_sites_at, guard, unguard
 from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import as_number
 from switchgear.layers.virtual import VirtualExperts
@@ -58,10 +58,10 @@ def select_experts(trace: RoutingTrace, mass: float | None = None, by: str = "to
         raise TypeError(f"trace: expected RoutingTrace, got {type(trace).__name__}")
     if not trace.layers:
         raise ValueError("trace: expected one that has recorded something, got an empty one")
-    return {name: _smallest(name, _scores(layer, by), mass) for name, layer in trace.layers.items()}
+    return {name: _choose_fewest(name, _score_experts(layer, by), mass) for name, layer in trace.layers.items()}
 
 
-def _scores(layer: LayerTrace, by: str) -> Tensor:
+def _score_experts(layer: LayerTrace, by: str) -> Tensor:
     """Each expert's share of the layer's choices, or its mean weight, [E] float64."""
     if by == "gate":
         return recorded(layer, "weight_per_expert").cpu().double() / max(layer.num_tokens, 1)
@@ -69,7 +69,7 @@ def _scores(layer: LayerTrace, by: str) -> Tensor:
     return counts / counts.sum().clamp(min=1)
 
 
-def _smallest(name: str, scores: Tensor, mass: float) -> list[int]:
+def _choose_fewest(name: str, scores: Tensor, mass: float) -> list[int]:
     if not scores.any():
         raise ValueError(f"trace: expected choices in every layer, got none in {name}")
     order = scores.argsort(descending=True, stable=True)
@@ -124,11 +124,11 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
         raise TypeError(f"selection: expected a dict of experts by layer, got {type(selection).__name__}")
     if any(selection_of(module) is not None for module in model.modules()):
         raise ValueError("model: expected no experts that are trained alone already; call unfreeze(model) first")
-    parts = [_part(model, name, experts) for name, experts in selection.items()]
+    parts = [_build_part(model, name, experts) for name, experts in selection.items()]
     _check_disjoint(model, parts)
     parts = [part for part in parts if len(part.experts)]
-    kept = _named(model, also, parts)
-    flags = [(module, _flags(module)) for module in model.modules()]
+    kept = _find_named(model, also, parts)
+    flags = [(module, _read_flags(module)) for module in model.modules()]
     done: list[nn.Module] = []
     trained: list[nn.Parameter] = []
     try:
@@ -168,7 +168,7 @@ def unfreeze(model: nn.Module) -> None:
         set_state(module, flags={})
 
 
-def _flags(module: nn.Module) -> dict[str, bool]:
+def _read_flags(module: nn.Module) -> dict[str, bool]:
     """Which of a module's own parameters require gradients."""
     return {name: parameter.requires_grad for name, parameter in module.named_parameters(recurse=False)}
 
@@ -189,8 +189,8 @@ def selected_experts(model: nn.Module) -> dict[str, list[int]]:
 # ---- what a selection names ------------------------------------------------------------------------------------------
 
 
-def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
-    where, module, num_virtual = _experts_named(model, name)
+def _build_part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
+    where, module, num_virtual = _find_experts(model, name)
     layout = layout_of(module)
     assert layout is not None
     if (stored := stored_of(module)) is not None:
@@ -205,7 +205,7 @@ def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
         if type(module._parameters.get(projection)) is not nn.Parameter:
             raise ValueError(f"selection: expected a plain parameter {where}.{projection}, got none")
     count = module._parameters[layout.names[0]].shape[0]  # type: ignore[union-attr]
-    ids = sorted(_ids(name, experts))
+    ids = sorted(_read_ids(name, experts))
     if ids and not 0 <= ids[0] <= ids[-1] < count + num_virtual:
         raise ValueError(f"selection: expected experts 0 to {count + num_virtual - 1} of {name}, got {list(experts)}")
     if len(set(ids)) < len(ids):
@@ -213,18 +213,18 @@ def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
     ids = [expert for expert in ids if expert < count]
     biases = (f"{projection}_bias" for projection in layout.names)
     names = (*layout.names, *(bias for bias in biases if module._parameters.get(bias) is not None))
-    site = next(iter(sites_at(where, module)), None)
+    site = next(iter(find_sites_at(where, module)), None)
     return Part(where, module, names, torch.tensor(ids, dtype=torch.int32), site)
 
 
-def _ids(name: str, experts: Sequence[int]) -> list[int]:
+def _read_ids(name: str, experts: Sequence[int]) -> list[int]:
     try:
         return [operator.index(expert) for expert in experts]
     except TypeError:
         raise TypeError(f"selection: expected a list of integers for {name}, got {experts!r}") from None
 
 
-def _experts_named(model: nn.Module, name: str) -> tuple[str, nn.Module, int]:
+def _find_experts(model: nn.Module, name: str) -> tuple[str, nn.Module, int]:
     """The module of experts that a name of a router, of an MoE or of the experts means, its name, and how many virtual
     experts follow them."""
     where = name
@@ -259,7 +259,7 @@ def _check_disjoint(model: nn.Module, parts: list[Part]) -> None:
                 )
 
 
-def _named(model: nn.Module, also: Collection[str], parts: Sequence[Part]) -> set[str]:
+def _find_named(model: nn.Module, also: Collection[str], parts: Sequence[Part]) -> set[str]:
     """The parameters that `also` means."""
     if isinstance(also, str):
         raise TypeError(f"also: expected a list of names, got {also!r}")

@@ -18,27 +18,27 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from switchgear.adapters.wrappers import is_wrapper, unwrapped
+from switchgear.adapters.wrappers import is_wrapper, unwrap
 from switchgear.utils.functions import constant_when_compiled
 from switchgear.weights.state import Borrowed
 
 
 def runs_own_forward(module: nn.Module) -> bool:
     """Whether the module runs the forward of its class, itself or below a hook."""
-    forward = vars(module).get(_attribute(module))
+    forward = vars(module).get(_get_attribute(module))
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Replaces the forward of a module that runs its own. Returns an undo function, which leaves those of others."""
     ours = types.MethodType(forward, module)
-    setattr(module, _attribute(module), ours)
+    setattr(module, _get_attribute(module), ours)
 
     def undo() -> None:
         if vars(module).get("forward") is ours:
             del module.forward
-        elif vars(module).get(_attribute(module)) is ours:
-            setattr(module, _attribute(module), types.MethodType(type(module).forward, module))
+        elif vars(module).get(_get_attribute(module)) is ours:
+            setattr(module, _get_attribute(module), types.MethodType(type(module).forward, module))
 
     return undo
 
@@ -53,7 +53,7 @@ def _is_swap(forward: object) -> bool:
     return hasattr(getattr(forward, "__func__", None), "switchgear_patch")
 
 
-def _attribute(module: nn.Module) -> str:
+def _get_attribute(module: nn.Module) -> str:
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 
@@ -99,7 +99,7 @@ def _has_own_forward(cls: type[nn.Module]) -> bool:
 LINEAR = PartClass("torch.nn.modules.linear", "Linear")
 
 
-def of_model(folder: str, name: str) -> PartClass:
+def name_model_class(folder: str, name: str) -> PartClass:
     """A class of a model of transformers."""
     return PartClass(f"transformers.models.{folder}.modeling_{folder}", name)
 
@@ -108,7 +108,7 @@ class Bypassed(Exception):
     """A submodule must be called; the message says which and why."""
 
 
-def part_of(module: nn.Module, name: str, expected: PartClass) -> nn.Module:
+def get_part(module: nn.Module, name: str, expected: PartClass) -> nn.Module:
     """The submodule `name`, whose parameters may be read. Raises Bypassed if it is of another class, or its call does
     more than the forward of the class."""
     part = module._modules[name]  # three times faster than the attribute; that pays for the checks
@@ -122,7 +122,7 @@ def _check(part: nn.Module, name: str, expected: PartClass) -> None:
     if not expected.matches(cls):
         if (cls.__module__, cls.__name__) == expected:
             raise Bypassed(f"the forward of {expected.name} was replaced")
-        raise Bypassed(f"{name} is a {_full_name(cls)}, not a {expected.name}")
+        raise Bypassed(f"{name} is a {_name_class(cls)}, not a {expected.name}")
     _check_call(part, name)
 
 
@@ -138,11 +138,11 @@ def has_hooks(part: nn.Module) -> bool:
 
 
 def borrow(module: nn.Module, name: str, expected: PartClass) -> Borrowed:
-    """The factors that PEFT's wrappers around the submodule `name` would apply now. Raises Bypassed as `part_of`."""
+    """The factors that PEFT's wrappers around the submodule `name` would apply now. Raises Bypassed as `get_part`."""
     part = module._modules[name]
     assert part is not None
     if not is_wrapper(part):
-        part_of(module, name, expected)
+        get_part(module, name, expected)
         return {}
     wrapper: nn.Module | None = part
     while wrapper is not None and is_wrapper(wrapper):
@@ -151,17 +151,17 @@ def borrow(module: nn.Module, name: str, expected: PartClass) -> Borrowed:
     assert wrapper is not None
     _check(wrapper, name, expected)
     try:
-        return unwrapped(part)[1]
+        return unwrap(part)[1]
     except ValueError as error:
         raise Bypassed(f"{name} {error}") from None
 
 
-def inner(part: Any) -> Any:
+def unwrap_part(part: Any) -> Any:
     """The module in wrappers of PEFT, if there are any."""
     while is_wrapper(part):
         part = part.base_layer
     return part
 
 
-def _full_name(cls: type) -> str:
+def _name_class(cls: type) -> str:
     return f"{cls.__module__.partition('.')[0]} {cls.__name__}"

@@ -223,13 +223,13 @@ def read_choice(block: MoeBlock, x: Tensor, output: Any) -> Choice | None:
     if isinstance(output, Tensor) and choose is not None:  # DBRX: the block chooses
         weights, ids = choose(logits)
     elif isinstance(output, (tuple, list)) and len(output) >= 3:
-        _, weights, ids, *_ = _logits_first(output)
+        _, weights, ids, *_ = _put_logits_first(output)
     else:
         return None
     return point.read(block, x, ids, weights, logits)
 
 
-def _logits_first(output: Sequence[Any]) -> Sequence[Any]:
+def _put_logits_first(output: Sequence[Any]) -> Sequence[Any]:
     """(logits, weights, ids, …) of a gate. Before transformers 5.21 Granite's returns (ids, weights, logits)."""
     first = output[0]
     return output[::-1] if isinstance(first, Tensor) and not first.is_floating_point() else output
@@ -241,7 +241,7 @@ def read_logits(block: MoeBlock, output: Any) -> Tensor | None:
         return output.reshape(-1, output.shape[-1])
     if not isinstance(output, (tuple, list)) or not output:
         return None
-    logits = output[2] if isinstance(find_hook_point(block), _Nllb) else _logits_first(output)[0]
+    logits = output[2] if isinstance(find_hook_point(block), _Nllb) else _put_logits_first(output)[0]
     if not isinstance(logits, Tensor):
         return None
     logits = logits.reshape(-1, logits.shape[-1])

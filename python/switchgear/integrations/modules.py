@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from switchgear.adapters.sites import TARGETS, Site, refuse_wrapped
 from switchgear.backends import warn_once
-from switchgear.integrations.experts import ExpertWeights, is_of, not_plain
+from switchgear.integrations.experts import ExpertWeights, find_unreadable, is_of
 from switchgear.integrations.forwards import Bypassed, is_swapped, replace_forward, runs_own_forward
-from switchgear.integrations.gates import gate_of
+from switchgear.integrations.gates import find_gate
 from switchgear.integrations.trial import find_difference
-from switchgear.integrations.undecorated import Patch, patch_of
+from switchgear.integrations.undecorated import Patch, find_patch
 from switchgear.weights import Layout, stored_of, weights_of
 from switchgear.weights.adapted import has_adapters
 from switchgear.weights.selected import selection_of
@@ -38,7 +38,7 @@ def recognize(module: nn.Module) -> DecoratedExperts | PatchedExperts | None:
     """What a module of experts is; None if switchgear does not know it."""
     if is_decorated(module):
         return DecoratedExperts(module)
-    patch = patch_of(module)
+    patch = find_patch(module)
     return None if patch is None else PatchedExperts(module, patch)
 
 
@@ -55,14 +55,14 @@ def has_post_norm(module: nn.Module) -> bool:
 
 def weights_in(module: Any) -> ExpertWeights:
     """The weights of a decorated experts module, as the kernels take them."""
-    first, second = names = _names(module)
+    first, second = names = _get_names(module)
     gate_up_proj, down_proj = weights_of(module, Layout(names, module.is_transposed, False))
     if not module.has_bias:
         return ExpertWeights(gate_up_proj, down_proj)
     return ExpertWeights(gate_up_proj, down_proj, getattr(module, f"{first}_bias"), getattr(module, f"{second}_bias"))
 
 
-def _names(module: Any) -> tuple[str, str]:
+def _get_names(module: Any) -> tuple[str, str]:
     """The names of a decorated module's projections."""
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"
 
@@ -93,9 +93,9 @@ class DecoratedExperts:
         if stored_of(self.module) is None:
             # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors during one.
             local = (weight for weight in weights_in(self.module) if not isinstance(weight, DTensor))
-            if (reason := not_plain(local)) is not None:
+            if (reason := find_unreadable(local)) is not None:
                 return f"eager: {reason}"
-        return "grouped_gemm" if gate_of(self.module) is None or has_post_norm(self.module) else "moe"
+        return "grouped_gemm" if find_gate(self.module) is None or has_post_norm(self.module) else "moe"
 
     def dispatch(self, before: str | None) -> Callable[[], None]:
         """Lets transformers call switchgear. Returns an undo function, to the implementation `before`."""
@@ -112,9 +112,9 @@ class DecoratedExperts:
         """How `store` stores the projections; None if the fused kernel does not run them."""
         if self.path() != "moe":
             return None
-        gate = gate_of(self.module)
+        gate = find_gate(self.module)
         assert gate is not None
-        return Layout(_names(self.module), self.module.is_transposed, gate.gated and not gate.interleaved)
+        return Layout(_get_names(self.module), self.module.is_transposed, gate.gated and not gate.interleaved)
 
     def hint(self) -> str:
         """Why there is no layout."""
@@ -125,8 +125,8 @@ class DecoratedExperts:
         """The projections that can have adapters. Raises ValueError if they cannot have any as they run now."""
         _check_path(path, self)
         module, stored = self.module, stored_of(self.module)
-        layout = Layout(_names(module), module.is_transposed, False)
-        weights: Any = stored.weights(module) if stored is not None else _plain_views(module, layout)
+        layout = Layout(_get_names(module), module.is_transposed, False)
+        weights: Any = stored.weights(module) if stored is not None else _view_plain(module, layout)
         return [
             Site(path, module, name, target, weight, module.is_transposed, (), module, refuse_other_implementation)
             for name, target, weight in zip(layout.names, TARGETS, weights, strict=True)
@@ -134,12 +134,12 @@ class DecoratedExperts:
 
     def reads_borrowed(self, name: str) -> bool:
         """Whether a call of the module reads the factors that it borrows for its parameter `name`."""
-        return name in _names(self.module) and self.path() in ("moe", "grouped_gemm")
+        return name in _get_names(self.module) and self.path() in ("moe", "grouped_gemm")
 
 
-def _plain_views(module: Any, layout: Layout) -> list[Tensor]:
+def _view_plain(module: Any, layout: Layout) -> list[Tensor]:
     weights = [getattr(module, name) for name in layout.names]
-    if (reason := not_plain(weights)) is not None:  # a DTensor, between forwards
+    if (reason := find_unreadable(weights)) is not None:  # a DTensor, between forwards
         raise ValueError(f"model: expected experts with plain weights, got others: {reason}")
     return [weight.mT if layout.transposed else weight for weight in weights]
 
@@ -171,7 +171,7 @@ class PatchedExperts:
             return None, str(error)
         except NotImplementedError as error:  # a format of another library, without the views that are needed
             return None, f"its weights cannot be read ({error})"
-        return weights, not_plain(weights)
+        return weights, find_unreadable(weights)
 
     def swap(self, trial: bool = True) -> Callable[[], None] | None:
         """Replaces the module's forward and returns an undo function. Returns None, with a warning, if other code has

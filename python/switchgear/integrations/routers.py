@@ -25,7 +25,7 @@ from switchgear.integrations.hook_points import read_choice
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.context import NOTHING_KNOWN, Context
 from switchgear.routing.ranking import SCORE_FUNCTIONS
-from switchgear.utils.modules import evaluating
+from switchgear.utils.modules import set_eval
 
 _SCALES = ("routed_scaling_factor", "route_scale", "router_scaling_factor")
 _TOKENS = 64  # of the probe
@@ -112,7 +112,7 @@ class TopKMethod:
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.scaled:
-            weights = weights * _scale(self.block.gate)
+            weights = weights * _multiply_scales(self.block.gate)
         return weights / (self.block.top_k or 1) if self.by_top_k else weights
 
 
@@ -267,14 +267,14 @@ def _probe(block: MoeBlock) -> tuple[_Seen, RoutingMethod | None]:
     """
     gate: Any = block.gate
     devices = {p.device for p in gate.parameters() if p.is_cuda}
-    with _randomized(block), torch.random.fork_rng(list(devices)):
-        with evaluating(gate):  # jitter and sampling are not part of the method
-            seen = _answer(block)
-        return seen, next((method for method in _candidates(block) if _reproduces(method, seen, block)), None)
+    with _randomize(block), torch.random.fork_rng(list(devices)):
+        with set_eval(gate):  # jitter and sampling are not part of the method
+            seen = _record_answer(block)
+        return seen, next((method for method in _list_candidates(block) if _reproduces(method, seen, block)), None)
 
 
 @contextmanager
-def _randomized(block: MoeBlock) -> Iterator[None]:
+def _randomize(block: MoeBlock) -> Iterator[None]:
     """Random matrices of the gate, and a random selection bias; afterwards the same tensors as before, and the same
     attributes: NLLB-MoE's router keeps the capacity of a call."""
     generator = torch.Generator().manual_seed(0)
@@ -299,7 +299,7 @@ def _randomized(block: MoeBlock) -> Iterator[None]:
         attributes.update(own)
 
 
-def _answer(block: MoeBlock) -> _Seen:
+def _record_answer(block: MoeBlock) -> _Seen:
     gate: Any = block.gate
     name = block.name or "model"
     like = block.gate_weight()
@@ -308,7 +308,7 @@ def _answer(block: MoeBlock) -> _Seen:
     if like is None or like.is_meta:
         raise ValueError(f"{name}: expected a router with weights to probe it, got none")
     generator = torch.Generator().manual_seed(1)
-    dtype = _input_dtype(block, like)
+    dtype = _find_input_dtype(block, like)
     x = torch.randn(_TOKENS, like.shape[1], generator=generator).to(like.device, dtype)
     extra: dict[str, Any] = {}
     if "input_ids" in inspect.signature(gate.forward).parameters:
@@ -338,13 +338,13 @@ def call_gate(block: MoeBlock, x: Tensor, **extra: Any) -> Any:
         return gate.forward(x[None].clone(), **extra)  # it takes [B,S,H] only
 
 
-def _input_dtype(block: MoeBlock, like: Tensor) -> torch.dtype:
+def _find_input_dtype(block: MoeBlock, like: Tensor) -> torch.dtype:
     """The dtype of hidden states: routers in float32 convert them."""
     floating = (p.dtype for p in block.experts.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
     return next(floating, like.dtype)
 
 
-def _candidates(block: MoeBlock) -> Iterator[RoutingMethod]:
+def _list_candidates(block: MoeBlock) -> Iterator[RoutingMethod]:
     gate: Any = block.gate
     if type(gate).__name__ == "PhimoeTopKRouter":
         yield SparseMixerMethod(gate)
@@ -352,7 +352,7 @@ def _candidates(block: MoeBlock) -> Iterator[RoutingMethod]:
     groups: list[tuple[str, float]] = [("", -math.inf)]
     if block.groups() is not None:
         groups = [*itertools.product(("top2", "max"), (-math.inf, 0.0)), *groups]
-    scales = [(True, False)] if _scale(gate) != 1 else [(False, False)]
+    scales = [(True, False)] if _multiply_scales(gate) != 1 else [(False, False)]
     scales.append((False, True))
     # the score of the choice, that of the weight
     pairs = [("softmax", "softmax"), ("sigmoid", "sigmoid"), ("sqrt_softplus", "sqrt_softplus")]
@@ -383,5 +383,5 @@ def is_looked_up(block: MoeBlock) -> bool:
     return hasattr(block.gate, "tid2eid")
 
 
-def _scale(gate: Any) -> Any:
+def _multiply_scales(gate: Any) -> Any:
     return math.prod(getattr(gate, name, 1.0) for name in _SCALES)

@@ -27,9 +27,9 @@ from switchgear.adapters import wrappers
 from switchgear.backends import warn_once
 from switchgear.complaints import check_module
 from switchgear.integrations import OLDEST_TRANSFORMERS, is_too_old, saving
-from switchgear.integrations.experts import not_plain, run_experts, skips_the_last_id
+from switchgear.integrations.experts import find_unreadable, run_experts, skips_the_last_id
 from switchgear.integrations.forwards import runs_own_forward
-from switchgear.integrations.gates import gate_of, own_gate
+from switchgear.integrations.gates import find_gate, get_own_gate
 from switchgear.integrations.modules import (
     CLASS_MARK,
     FP8_ADVICE,
@@ -81,24 +81,24 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     # int32 first saves a conversion in moe. Ids always fit: they index a router's logits.
     ids = torch.where(top_k_index < module.num_experts, top_k_index, -1).int()
     weights = weights_in(module)
-    if (reason := not_plain(weights)) is not None:
+    if (reason := find_unreadable(weights)) is not None:
         refuse_bypass(module, reason)
         warn_once(f"{type(module).__name__} keeps its own implementation: {reason}")
         if not skips_the_last_id(module):
             top_k_index, top_k_weights = top_k_index.masked_fill(ids < 0, 0), top_k_weights.masked_fill(ids < 0, 0)
-        return _decorated_forward(module)(module, hidden_states, top_k_index, top_k_weights)
+        return _get_class_forward(module)(module, hidden_states, top_k_index, top_k_weights)
     return run_experts(
         hidden_states,
         ids,
         top_k_weights,
         weights,
-        gate_of(module),
-        own_gate(module),
+        find_gate(module),
+        get_own_gate(module),
         module.post_expert_norm if has_post_norm(module) else None,
     )
 
 
-def _decorated_forward(module: Any) -> Callable[..., Tensor]:
+def _get_class_forward(module: Any) -> Callable[..., Tensor]:
     """The class's forward before `use_experts_implementation` wrapped it."""
     forward: Callable[..., Tensor] = type(module).forward.__wrapped__
     return forward
@@ -167,7 +167,7 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
         undo_accelerate(replacements)
         raise
     if not replacements:
-        raise ValueError(_nothing_found(model))
+        raise ValueError(_explain_nothing_found(model))
     for replacement in replacements:
         _logger.info("%s (%s): %s", replacement.name, replacement.class_name, replacement.path)
     return replacements
@@ -238,7 +238,7 @@ extend("site", _find_sites)
 extend("reader", _reads_borrowed)
 
 
-def _nothing_found(model: nn.Module) -> str:
+def _explain_nothing_found(model: nn.Module) -> str:
     known = [experts for module in model.modules() if (experts := recognize(module)) is not None]
     fp8 = sorted({type(e.module).__name__ for e in known if isinstance(e, DecoratedExperts)})
     if fp8:

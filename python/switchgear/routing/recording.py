@@ -16,7 +16,7 @@ from switchgear.routing.batches import Batch, cached_in
 from switchgear.routing.records import RoutingRecord
 from switchgear.routing.routed_layers import calls_followed, key_of, layers_of, observed
 from switchgear.routing.widths import stacked
-from switchgear.utils.modules import inner_model
+from switchgear.utils.modules import get_inner_model
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def record(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[
     result, seen = RoutingRecord(), _Recorded()
     found = layers_of(model, layers)
     hooks = [observed(layer, seen.listener(name)) for name, layer in found.items()]
-    with calls_followed(inner_model(model), seen.begin, seen.end, hooks):
+    with calls_followed(get_inner_model(model), seen.begin, seen.end, hooks):
         yield result
     seen.finish(result)
 

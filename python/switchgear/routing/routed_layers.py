@@ -19,7 +19,7 @@ from switchgear.routing.counting import unseen
 from switchgear.routing.interventions import overridden_router
 from switchgear.routing.ranking import scores_of, weighed
 from switchgear.routing.router import Router
-from switchgear.utils.modules import inner_model, on_copies, plain_name
+from switchgear.utils.modules import get_inner_model, on_copies, strip_wrapper_names
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def layers_of(model: nn.Module, layers: Collection[str] | None) -> dict[str, Rou
     from switchgear.trace.observe import pick, traceable
 
     check_module("model", model)
-    inner = inner_model(model)
+    inner = get_inner_model(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"model: expected a decoder alone, got {type(inner).__name__}")
     picked = pick(traceable(model), layers)
@@ -129,7 +129,7 @@ def _plain_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str
 
     while name and is_wrapper(modules[parent := name.rpartition(".")[0]]):
         name = parent
-    return plain_name(name.removeprefix(f"{prefix}.") if prefix else name)
+    return strip_wrapper_names(name.removeprefix(f"{prefix}.") if prefix else name)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from switchgear.routing.batches import arguments_by_name, cached_in, real_tokens
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.router import Router
-from switchgear.utils.modules import inner_model
+from switchgear.utils.modules import get_inner_model
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def inputs_of(model: nn.Module) -> Iterator[Inputs]:
     """Inside the block, the inputs of the model's current forward."""
     inputs = Inputs()
     with ExitStack() as stack:
-        stack.callback(inner_model(model).register_forward_pre_hook(inputs.remember, with_kwargs=True).remove)
+        stack.callback(get_inner_model(model).register_forward_pre_hook(inputs.remember, with_kwargs=True).remove)
         stack.callback(inputs.forget)
         yield inputs
 

@@ -104,7 +104,7 @@ def is_sharded(module: nn.Module, parameter: Tensor | None) -> bool:
     return hasattr(parameter, "device_mesh") or any("fsdp" in (getattr(h, "__module__", None) or "") for h in hooks)
 
 
-def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+def replicate(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor that every rank has, for operations with `like`."""
     mesh = getattr(like, "device_mesh", None)
     if mesh is None:
@@ -115,7 +115,7 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     return whole
 
 
-def of_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+def map_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """function(tensor [..., N, C]), which acts on each matrix by itself. A rank takes its own matrices, and those
     that are split among ranks."""
     mesh = getattr(tensor, "device_mesh", None)
@@ -135,7 +135,7 @@ def of_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def set_eval(model: nn.Module) -> Iterator[None]:
     """Inside the block, a model is in eval()."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -150,31 +150,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 _INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-def inner_model(model: nn.Module) -> nn.Module:
+def get_inner_model(model: nn.Module) -> nn.Module:
     """The model inside wrappers of PEFT, DistributedDataParallel, FSDP and torch.compile; itself if it has none.
     `generate` of a wrapper calls it directly, so hooks belong there."""
-    while (inside := _inside(model)) is not None:
+    while (inside := _get_inside(model)) is not None:
         model = inside
     return model
 
 
-def without_peft(model: nn.Module) -> nn.Module:
+def unwrap_peft(model: nn.Module) -> nn.Module:
     """The model inside a PeftModel; itself if it is none."""
     wrapper: Any = model
     return wrapper.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def plain_name(name: str) -> str:
+def strip_wrapper_names(name: str) -> str:
     """The name of a module without those of wrappers of modules around it."""
     return ".".join(part for part in name.split(".") if part not in _INSIDE)
 
 
-def _inside(model: nn.Module) -> nn.Module | None:
+def _get_inside(model: nn.Module) -> nn.Module | None:
     if isinstance(model, DistributedDataParallel):
         module: nn.Module = model.module
         return module
     for name in _INSIDE:
         if name in model._modules:
             return model._modules[name]
-    base = without_peft(model)
+    base = unwrap_peft(model)
     return None if base is model else base

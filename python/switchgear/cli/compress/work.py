@@ -26,7 +26,7 @@ from switchgear.weights import restore
 
 from ...common import CommandError
 from ...common.progress import progress
-from ..checkpoint import batches_of, length_for, load_model, read_texts
+from ..checkpoint import choose_length, cut_batches, load_model, read_texts
 from .recipe import Recipe, Step
 
 JOURNAL = "journal.json"
@@ -96,11 +96,11 @@ def _needs_text(recipe: Recipe) -> bool:
 
 
 def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes], hessians: bool) -> Calibration:
-    length = length_for(model, recipe.length)
+    length = choose_length(model, recipe.length)
     batches: list[dict[str, Any]] = [
         {"input_ids": rows, "domain": name, "use_cache": False}
         for name, text in texts.items()
-        for rows in batches_of(text, model, source, tokens=recipe.tokens, length=length, name=name)
+        for rows in cut_batches(text, model, source, tokens=recipe.tokens, length=length, name=name)
     ]
 
     def counted() -> Iterator[dict[str, Any]]:
