@@ -143,7 +143,7 @@ def test_what_is_refused() -> None:
 
 def test_a_failure_halfway_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("switchgear.adapters.merge")
-    original, calls = module._lost, []
+    original, calls = module._find_lost, []
 
     def run_out(*args: Any) -> Any:
         calls.append(args)
