@@ -95,6 +95,13 @@ $(INSTALLED)%: $(INSTALLED)package
 	$(PIP) 'switchgear[$*]'
 	@touch $@
 
+# The benchmarks and the demo, a distribution of their own.
+$(INSTALLED)bench: $(INSTALLED)package bench/python/pyproject.toml $(shell find bench/python -name '*.py')
+	$(PIP) ./bench/python
+	@touch $@
+
+$(INSTALLED)test: $(INSTALLED)bench
+
 # cmake, ninja, ruff, mypy, …: packages with the name of their command
 $(BIN)/%: | $(BIN)/python
 	$(PIP) $*
@@ -104,12 +111,12 @@ $(BIN)/pybind11-config: | $(BIN)/python
 
 # Everything the targets below would install, in one step instead of several at the same time.
 tools: | $(BIN)/python
-	$(PIP) '.[test]' cmake ninja 'pybind11>=3.0' ruff clang-format mypy
-	@touch $(INSTALLED)package $(INSTALLED)test
+	$(PIP) '.[test]' ./bench/python cmake ninja 'pybind11>=3.0' ruff clang-format mypy
+	@touch $(INSTALLED)package $(INSTALLED)bench $(INSTALLED)test
 
 # ---- use -----------------------------------------------------------------------------------------------------------------
 
-demo: $(INSTALLED)demo
+demo: $(INSTALLED)bench
 	$(BIN)/switchgear demo $(DEMO_ARGS)
 
 bench: $(INSTALLED)bench
@@ -299,6 +306,7 @@ test-transformers: wheel
 build: $(BIN)/cmake $(BIN)/ninja
 	$(PIP) 'scikit-build-core>=0.11' 'pybind11>=3.0'
 	$(PIP) --no-build-isolation --config-settings=build-dir=build/dev --editable '.[test]'
+	$(PIP) --editable bench/python
 
 lint: $(INSTALLED)test $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy
 	$(BIN)/ruff check

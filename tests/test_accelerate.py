@@ -19,9 +19,9 @@ import switchgear
 from switchgear import backends, complaints
 from switchgear.integrations.forwards import is_swapped
 from switchgear.integrations.modules import PatchedExperts
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of, undo_accelerate
 from switchgear.integrations.undecorated import find_patch
+from tiny_models import build, example_inputs
 
 
 def relative(got: Tensor, want: Tensor) -> float:

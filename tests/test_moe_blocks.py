@@ -21,8 +21,8 @@ from switchgear.trace.outputs import check_outputs
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from switchgear.integrations.tiny_configs import MODEL_TYPES  # noqa: E402
-from switchgear.integrations.tiny_models import BARE, build, example_inputs  # noqa: E402
+from tiny_configs import MODEL_TYPES  # noqa: E402
+from tiny_models import BARE, build, example_inputs  # noqa: E402
 
 NO_BLOCKS = ("vitpose_backbone",)  # chooses by data set, not by token
 NO_GATE = (*NO_BLOCKS, *BARE)  # the experts module by itself

@@ -18,8 +18,8 @@ from switchgear.trace import Observation, observe
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from switchgear.integrations.tiny_configs import MODEL_TYPES  # noqa: E402
-from switchgear.integrations.tiny_models import BARE, build, example_inputs  # noqa: E402
+from tiny_configs import MODEL_TYPES  # noqa: E402
+from tiny_models import BARE, build, example_inputs  # noqa: E402
 
 NOT_OVERRIDDEN = {
     "inkling_text": "InklingTopkRouter",  # the choice also weighs the shared experts, whose logits are not returned

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear.adapters import wrappers
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of, undo_accelerate
+from tiny_models import build, example_inputs
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

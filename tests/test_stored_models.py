@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import switchgear
 from switchgear import backends
 from switchgear.adapters import add_lora, lora, sites
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of
 from switchgear.weights import stored_of
+from tiny_models import build, example_inputs
 
 
 @pytest.fixture(autouse=True)

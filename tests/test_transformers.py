@@ -15,10 +15,10 @@ from transformers.integrations.moe import ExpertsInterface
 
 import switchgear
 from switchgear.integrations import is_too_old
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, is_decorated, path_of
 from switchgear.integrations.undecorated import find_patch
 from test_gates import Swish
+from tiny_models import build, example_inputs
 
 BFLOAT16 = torch.finfo(torch.bfloat16).eps
 _IS_ONE_GRAPH = torch.__version__ >= "2.13"  # whether torch.compile goes through the attributes of a module

@@ -15,8 +15,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import switchgear
 from switchgear.integrations import whole_blocks
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, undo_accelerate
+from tiny_models import build, example_inputs
 
 TYPES = ("olmoe", "qwen3_moe", "mixtral")
 

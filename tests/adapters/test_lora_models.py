@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from switchgear.adapters import add_lora, load_peft, lora_of, merge, remove_lora, save_peft, unmerge
 from switchgear.adapters.sites import Site, find_sites
-from switchgear.integrations.tiny_configs import MODEL_TYPES
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, undo_accelerate
+from tiny_configs import MODEL_TYPES
+from tiny_models import build, example_inputs
 
 # Gated, transposed with biases, ungated, stacked without a decorator, one linear layer per expert, one matrix for all
 # experts, an own gate, and a norm after the experts.

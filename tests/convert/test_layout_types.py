@@ -21,8 +21,8 @@ from transformers.core_model_loading import revert_weight_conversion  # noqa: E4
 
 from switchgear.convert.layouts import LAYOUTS, layout_plan  # noqa: E402
 from switchgear.convert.plans import StateDict  # noqa: E402
-from switchgear.integrations.tiny_configs import MODEL_TYPES  # noqa: E402
-from switchgear.integrations.tiny_models import BARE, build, example_inputs  # noqa: E402
+from tiny_configs import MODEL_TYPES  # noqa: E402
+from tiny_models import BARE, build, example_inputs  # noqa: E402
 
 # Their experts are elsewhere, have biases, or are stored in another form.
 REFUSED = """

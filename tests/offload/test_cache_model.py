@@ -21,12 +21,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import switchgear
 from switchgear import MoE, offload, routing
 from switchgear.adapters import add_lora
-from switchgear.integrations.tiny_models import build
 from switchgear.integrations.transformers import accelerate
 from switchgear.offload import Belady, NextGate
 from switchgear.offload.sizes import groups_of, plans_of
 from switchgear.trace import RoutingTrace
 from switchgear.weights import stored_of
+from tiny_models import build
 
 in_both_memories = pytest.mark.usefixtures("memory")
 FORMS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from switchgear import offload
 from switchgear.adapters import add_lora, load_peft, merge, save_peft
 from switchgear.integrations import saving
-from switchgear.integrations.tiny_models import build
 from switchgear.integrations.transformers import accelerate
 from switchgear.offload import StoreError
+from tiny_models import build
 
 
 def model_of(model_type: str) -> Any:

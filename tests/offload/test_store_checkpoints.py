@@ -20,10 +20,10 @@ import switchgear
 from switchgear import offload
 from switchgear.cli import main
 from switchgear.integrations.published import load_published
-from switchgear.integrations.tiny_configs import tiny_config
 from switchgear.offload import Store, StoreError, write_store
 from switchgear.weights import stored_of
 from switchgear.weights.form import layout_of
+from tiny_configs import tiny_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import test_published_groups

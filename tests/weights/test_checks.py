@@ -113,7 +113,7 @@ def test_merged_layers_do_not_average_experts_that_train_alone() -> None:
 
 
 def test_hugging_face_models() -> None:
-    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    tiny = pytest.importorskip("tiny_models", reason="transformers is not installed")
     for change in ("adapters", "stored"):
         model, (apply, message) = tiny.build("mixtral"), CHANGES[change]
         switchgear.accelerate(model)
@@ -136,7 +136,7 @@ def accelerated(tiny: Any, model_type: str) -> Any:
 
 
 def test_adapters_of_peft_are_refused() -> None:
-    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    tiny = pytest.importorskip("tiny_models", reason="transformers is not installed")
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = tiny.build("mixtral")
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]))

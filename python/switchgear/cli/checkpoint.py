@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import CommandError, require
 from ..complaints import first_line
-from ..tiny import cache
+from .common import CommandError, require
 
 TINY = "tiny"  # names the model of train-tiny that is in the cache
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -24,13 +25,51 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def find_folder(name: str) -> Path:
     """The folder of a checkpoint. CommandError if it is none."""
     if name == TINY:
-        return cache.newest().folder
+        return newest_tiny()
     folder = Path(name)
     if not (folder / "config.json").is_file():
         raise CommandError(
             f"expected a folder with a checkpoint of transformers (config.json), or {TINY!r}; got {name}"
         )
     return folder
+
+
+def cache_root() -> Path:
+    """$XDG_CACHE_HOME/switchgear, by default ~/.cache/switchgear."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchgear"
+
+
+def newest_tiny() -> Path:
+    """The folder of the model in the cache that train-tiny trained last, an accepted one before all others."""
+    found = []
+    for path in cache_root().glob("tiny-*/tiny.json"):
+        about = _about_tiny(path.parent)
+        found.append((bool(about["sensitivity"]["accepted"]), path.stat().st_mtime, path.parent))
+    if not found:
+        raise CommandError("no trained model in the cache; run `switchgear train-tiny` first, it takes ten minutes")
+    return max(found, key=lambda entry: entry[:2])[2]
+
+
+def tiny_texts(folder: Path, part: str) -> dict[str, bytes]:
+    """The texts that train-tiny keeps beside its model, by domain. part: "calibration" or "held_out"."""
+    domains = _about_tiny(folder)["domains"]
+    try:
+        return {name: (folder / "text" / f"{name}.{part}").read_bytes() for name in domains}
+    except OSError as error:
+        raise not_tiny(folder, error) from None
+
+
+def _about_tiny(folder: Path) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads((folder / "tiny.json").read_text())
+        about["sensitivity"]["accepted"], about["domains"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise not_tiny(folder, error) from None
+    return about
+
+
+def not_tiny(folder: Path, reason: Exception) -> CommandError:
+    return CommandError(f"{folder}: expected a model of `switchgear train-tiny` ({reason})")
 
 
 def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any:
@@ -83,8 +122,7 @@ def read_texts(
     if not files:
         if not (folder / "tiny.json").exists():
             raise CommandError(f"{option}: expected files, since {folder} has no text of its own")
-        domains = cache.load(folder).domains
-        return {domain.name: bytes((domain.train if to_calibrate else domain.held_out).tolist()) for domain in domains}
+        return tiny_texts(folder, "calibration" if to_calibrate else "held_out")
     texts: dict[str, bytes] = {}
     for file in map(Path, files):
         if file.exists() and not file.is_file():

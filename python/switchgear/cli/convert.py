@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..common import CommandError, check_new, require, settings
-from ..common.progress import progress
+from .common import CommandError, check_new, require, settings
+from .progress import progress
 
 
 # fmt: off

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import CommandError, above_zero, at_least, check_file, console, positive, require, table
-from ..common.progress import Advance, progress
 from .checkpoint import DTYPES, LENGTH, TINY, choose_length, cut_batches, find_folder, load_model, read_texts
+from .common import CommandError, above_zero, at_least, check_file, console, positive, require, table
+from .progress import Advance, progress
 
 UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", "K", "M", "G", "T"))}
 
@@ -236,7 +236,7 @@ def advice(found: Mapping[tuple[str, int], Any], budget: Budget, num_tokens: int
 
 
 def plot(found: Mapping[tuple[str, int], Any], steps: Sequence[int], budget: Budget, path: Path) -> None:
-    from ..common.plots import FAINT, colors, pyplot, save
+    from .plots import FAINT, colors, pyplot, save
 
     figure, axis = pyplot().subplots(figsize=(8, 4.5))
     names = list(dict.fromkeys(name for name, _ in found))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..common import CommandError, check_new, require, settings
-from ..common.progress import progress
 from .checkpoint import DTYPES, find_folder
+from .common import CommandError, check_new, require, settings
+from .progress import progress
 
 _OF_CONFIG = DTYPES[0]  # auto
 

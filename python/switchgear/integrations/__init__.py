@@ -11,9 +11,6 @@ hook_points.py   hooks that see and change a block's choice; choices.py: install
 published.py     loads published checkpoints; published_keys.py: their names; published_groups.py: integers with
                  scales; published_nf4.py: nf4; checkpoint_files.py: their files
 saving.py        save_pretrained with stored experts
-compare.py       a model on switchgear against itself in transformers
-tiny_models.py   tiny models of every type; tiny_configs.py: their configs; model_table.py, router_table.py: the pages
-                 that they fill
 """
 
 import re

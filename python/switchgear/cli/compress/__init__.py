@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ...common import check_new, positive, require
 from ..checkpoint import DTYPES, TINY, find_folder
+from ..common import check_new, positive, require
 
 
 # fmt: off

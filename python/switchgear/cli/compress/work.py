@@ -24,9 +24,9 @@ from switchgear.convert.directory import beside_weights
 from switchgear.files import LOCK, locked, replacing, unfinished_of, write_whole
 from switchgear.weights import restore
 
-from ...common import CommandError
-from ...common.progress import progress
 from ..checkpoint import choose_length, cut_batches, load_model, read_texts
+from ..common import CommandError
+from ..progress import progress
 from .recipe import Recipe, Step
 
 JOURNAL = "journal.json"

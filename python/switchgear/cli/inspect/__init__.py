@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ...common import CommandError, at_least, check_writable, positive, require, write_file
-from ...common.progress import progress
 from ..checkpoint import DTYPES, LENGTH, TINY, choose_length, cut_batches, find_folder, load_model, read_texts
+from ..common import CommandError, at_least, check_writable, positive, require, write_file
+from ..progress import progress
 
 
 # fmt: off
