@@ -15,12 +15,12 @@ from switchgear.backends import in_autocast
 from switchgear.complaints import check_module, check_several, check_tensor, sizes
 from switchgear.functional import Routing, as_number, combine, grouped_gemm, plan
 from switchgear.layers.common import WithLosses
-from switchgear.layers.soft import SoftMoE
+from switchgear.papers.layers.soft import SoftMoE
+from switchgear.papers.parts.scores_of_experts import PosthocGate
 from switchgear.reference import check_finite, check_fraction, check_range, check_size, weight_dtype
 from switchgear.routing.context import can_be_read, context_of
 from switchgear.routing.router import Router, RouterOptions
 from switchgear.routing.scores import init_uniform
-from switchgear.routing.scores_of_experts import PosthocGate
 from switchgear.routing.selection import Dense, TopK
 from switchgear.utils.modules import FillsBuffers
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from switchgear import files
+
 
 class ConversionError(Exception):
     """A checkpoint could not be converted."""
@@ -16,8 +18,5 @@ class DamagedCheckpoint(ConversionError, ValueError):
     """A source with missing, truncated or changed files."""
 
 
-class DiskFull(ConversionError, OSError):
+class DiskFull(ConversionError, files.DiskFull):
     """No room for the result. Finished shards stay, and the conversion resumes."""
-
-    def __str__(self) -> str:
-        return str(self.strerror)  # OSError would begin with a number

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from switchgear.adapters.wrappers import is_wrapper
 from switchgear.integrations.modules import recognize
+from switchgear.papers.parts.masks import Masked, Temperature
 from switchgear.routing.controllers import RunningCap
-from switchgear.routing.masks import Masked, Temperature
 from switchgear.routing.router import Router
 from switchgear.weights.store import TOP_K_FIELDS
 

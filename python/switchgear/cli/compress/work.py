@@ -21,7 +21,7 @@ from switchgear import compress as functions
 from switchgear.complaints import first_line
 from switchgear.compress import Calibration, calibrate
 from switchgear.convert.directory import beside_weights
-from switchgear.files import LOCK, locked, replacing, unfinished_of, write_whole
+from switchgear.files import JOURNAL, LOCK, UNFINISHED, locked, replacing, write_whole
 from switchgear.weights import restore
 
 from ..checkpoint import choose_length, cut_batches, load_model, read_texts
@@ -29,8 +29,7 @@ from ..common import CommandError
 from ..progress import progress
 from .recipe import Recipe, Step
 
-JOURNAL = "journal.json"
-WRITTEN = (JOURNAL, unfinished_of(Path(JOURNAL)).name, "step-*", "calibration-*.safetensors")  # into OUT.partial
+WRITTEN = (JOURNAL, f"{JOURNAL}*{UNFINISHED}", "step-*", "calibration-*.safetensors")  # into OUT.partial
 
 
 def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fresh: bool = False) -> Iterator[str]:
@@ -179,6 +178,8 @@ class Partial:
 
     def finish(self, source: Path, about: dict[str, Any]) -> None:
         result = self.model()
+        for left in result.rglob(f"*{UNFINISHED}"):  # by a run that was killed
+            left.unlink()
         for name in beside_weights(source):
             if not (result / name).exists():  # save_pretrained has written some
                 (result / name).parent.mkdir(exist_ok=True)
