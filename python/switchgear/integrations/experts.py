@@ -61,7 +61,7 @@ def run_experts(
     """
     if gate is not None and post_norm is None:
         y = functional.moe(
-            _as_weights(x, weights.gate_up_proj),
+            _cast(x, weights.gate_up_proj),
             weights.gate_up_proj,
             weights.down_proj,
             topk_ids,
@@ -80,7 +80,7 @@ def run_experts(
     return functional.combine(permuted_y, plan, topk_weights).to(x.dtype)
 
 
-def _as_weights(x: Tensor, weight: AnyWeight) -> Tensor:
+def _cast(x: Tensor, weight: AnyWeight) -> Tensor:
     """x in the dtype of the weights, in which models may keep their experts alone. Rounded weights take any dtype."""
     held = weight.weight if isinstance(weight, (AdaptedWeight, SelectedWeight)) else weight
     if held.dtype is x.dtype or in_autocast(x.device.type):
@@ -102,24 +102,24 @@ def project(
     return functional.grouped_gemm(x.to(first.dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
 
 
-def tensors_of(weights: Iterable[Any]) -> list[Any]:
+def list_tensors(weights: Iterable[Any]) -> list[Any]:
     """All that the kernels read of some weights: nested sequences, with adapters, or None for an absent bias."""
     found: list[Any] = []
     for weight in weights:
         if isinstance(weight, AdaptedWeight):
-            found += tensors_of((weight.weight, weight.a, weight.b))
+            found += list_tensors((weight.weight, weight.a, weight.b))
         elif isinstance(weight, SelectedWeight):
-            found += tensors_of(weight[:2])
+            found += list_tensors(weight[:2])
         elif isinstance(weight, (tuple, list)):
-            found += tensors_of(weight)
+            found += list_tensors(weight)
         elif weight is not None:
             found.append(weight)
     return found
 
 
-def not_plain(weights: Iterable[Any]) -> str | None:
+def find_unreadable(weights: Iterable[Any]) -> str | None:
     """Why the kernels cannot read some weight, or None. Tensor subclasses (torchao, DTensor) have their own format."""
-    for weight in tensors_of(weights):
+    for weight in list_tensors(weights):
         plain = type(weight) in (Tensor, nn.Parameter, Weight, OffloadedWeight)
         if not plain and not isinstance(weight, (FakeTensor, FunctionalTensor)):  # tracing: both stand for plain ones
             return f"a weight is a {type(weight).__name__}, not a plain tensor"

@@ -26,7 +26,7 @@ from switchgear.routing.balance import (
 from switchgear.routing.context import Context, groups_of, sequences
 from switchgear.routing.losses import SwitchLoss, check_numbers
 from switchgear.routing.ranking import is_open
-from switchgear.utils.buffers import FillsBuffers, KeepsFloat32
+from switchgear.utils.modules import FillsBuffers, KeepsFloat32
 
 
 def device_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from switchgear.routing.context import (
 from switchgear.routing.expert_choice import ExpertChoice
 from switchgear.routing.ranking import (
     SCORE_FUNCTIONS,
+    choose,
     finite,
     keep_choices,
     left_aligned,
