@@ -23,7 +23,7 @@ from switchgear import MoE, offload, routing
 from switchgear.adapters import add_lora
 from switchgear.integrations.transformers import accelerate
 from switchgear.offload import Belady, NextGate
-from switchgear.offload.sizes import groups_of, plans_of
+from switchgear.offload.residency import groups_of, plans_of
 from switchgear.trace import RoutingTrace
 from tiny_models import build
 

@@ -19,11 +19,11 @@ from torch import Tensor
 import switchgear
 from switchgear import offload
 from switchgear.offload import attach
-from switchgear.offload.staging import Staging
+from switchgear.offload.pool import Staging
 from switchgear.offload.store_records import PAGE
 from switchgear.weights.offloaded import Wave
 
-FILES = ("staging.py", "pool.py", "cache.py")
+FILES = ("pool.py", "cache.py")
 E = 6
 
 
