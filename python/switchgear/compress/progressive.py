@@ -21,10 +21,9 @@ from switchgear.functional import Routing, as_number
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.modules import MoE
 from switchgear.reference import check_choice, check_size
-from switchgear.routing.change import Change
+from switchgear.routing.change import Change, overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.counting import unseen
-from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 
 CRITERIA = ("alpha", "hit_rate")

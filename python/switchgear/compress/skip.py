@@ -17,8 +17,8 @@ from switchgear.functional import Routing, as_number
 from switchgear.integrations.choices import overridden
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.routers import routing_method_of
+from switchgear.routing.change import overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
-from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 from switchgear.routing.selection import SkipBelow
 

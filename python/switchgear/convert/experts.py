@@ -20,8 +20,8 @@ from switchgear.convert.split import fill, initialize_router, layer_like
 from switchgear.experts import Experts
 from switchgear.layers.expand import appended
 from switchgear.modules import MoE
+from switchgear.papers.parts.scores_of_experts import Domain
 from switchgear.reference import check_choice, check_size
-from switchgear.routing.scores_of_experts import Domain
 from switchgear.weights.checks import check_plain
 
 ROUTERS = ("random", "hidden", "embedding", "zeros")

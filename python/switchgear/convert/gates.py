@@ -10,9 +10,9 @@ from torch import Tensor
 
 from switchgear.complaints import check_tensor
 from switchgear.functional import Routing
+from switchgear.papers.parts.auxiliary import kl_divergence
 from switchgear.reference import check_size
 from switchgear.reference.checks import check
-from switchgear.routing.auxiliary import kl_divergence
 from switchgear.routing.context import NOTHING_KNOWN, Context
 from switchgear.routing.ranking import choose, scores_of
 from switchgear.routing.selection import take

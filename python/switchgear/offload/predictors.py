@@ -17,9 +17,9 @@ from switchgear.integrations.routers import call_gate, is_looked_up, routing_met
 from switchgear.offload.accesses import Accesses, Source
 from switchgear.reference import check_size
 from switchgear.routing.context import Context
-from switchgear.routing.decoupled import Listener
-from switchgear.routing.pre_router import PreRouter
 from switchgear.routing.router import Router
+from switchgear.trace.decouple import Listener
+from switchgear.trace.pre_router import PreRouter
 
 Expert = tuple[int, int]  # layer, expert
 
