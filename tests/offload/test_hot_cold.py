@@ -229,16 +229,15 @@ def test_bad_input() -> None:
             call()
     for wrong in (E, E + 1, -2):
         ids = torch.tensor([[-1, 0], [1, wrong]])
-        got = f"{min(-1, wrong)} to {max(1, wrong)}"
-        with pytest.raises(ValueError, match=f"topk_ids: expected -1 to {E - 1}, got {got}"):
+        with pytest.raises(ValueError, match="topk_ids: "):
             HotColdSplit(experts, "cpu")(torch.zeros(2, H), ids, torch.ones(2, K))
-    for device, words in (("meta", "a device with memory, got meta"), ("foo", "a device, got 'foo'")):
-        with pytest.raises(ValueError, match=f"hot: expected {words}"):
+    for device in ("meta", "foo"):
+        with pytest.raises(ValueError, match="hot: "):
             HotColdSplit(experts, device)
     for threshold in (float("nan"), True, 1.5):
-        with pytest.raises(TypeError, match=f"threshold: expected an integer, got {threshold}"):
+        with pytest.raises(TypeError, match="threshold: "):
             HotColdSplit(experts, "cpu", threshold)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="cost: expected SplitCost, got int"):
+    with pytest.raises(TypeError, match="cost: "):
         HotColdSplit(experts, "cpu", cost=5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="experts: expected Experts, got MoE"):
+    with pytest.raises(TypeError, match="experts: "):
         HotColdSplit(MoE(H, I, E, K), "cpu")  # type: ignore[arg-type]
