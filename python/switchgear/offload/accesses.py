@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,9 +186,14 @@ def _of_list(source: Sequence[Sequence[Iterable[int]]], num_experts: int | None)
     return Accesses(names, (width,) * num_layers, checked, (1,) * len(checked))
 
 
+def to_int(name: str, expert: Any) -> int:
+    """Converts an integer, also in a tensor. Raises TypeError for anything else."""
+    return integer(name, expert.item() if isinstance(expert, Tensor) and expert.numel() == 1 else expert)
+
+
 def _integers(experts: Iterable[int]) -> set[int]:
     check_several("source", experts, "experts in each layer")
-    return {integer("source", expert) for expert in experts}
+    return {to_int("source", expert) for expert in experts}
 
 
 def _checked(experts: set[int], num_experts: int, name: str) -> tuple[int, ...]:
@@ -252,7 +258,7 @@ def _key(expert: Hashable) -> Hashable:
     """Ids in tensors too, which are equal only to themselves."""
     if isinstance(expert, tuple):
         return tuple(map(_key, expert))
-    return integer("queue", expert) if isinstance(expert, Tensor) else expert
+    return to_int("queue", expert) if isinstance(expert, Tensor) else expert
 
 
 def _next(

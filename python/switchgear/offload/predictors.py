@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, integer
+from switchgear.complaints import check_module
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.places import logits_of
 from switchgear.integrations.routers import call_gate, is_looked_up, routing_method_of
-from switchgear.offload.accesses import Accesses, Source
+from switchgear.offload.accesses import Accesses, Source, to_int
 from switchgear.reference import check_size
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router
@@ -49,7 +49,7 @@ def check_predictor(name: str, predictor: Any) -> None:
 def checked(name: str, predicted: Iterable[Expert], num_experts: Sequence[int]) -> list[Expert]:
     """What a predictor says as pairs of int, without those of expert -1. num_experts: of each layer. Raises TypeError
     and ValueError for experts that do not exist."""
-    pairs = [(integer(name, layer), integer(name, expert)) for layer, expert in predicted]
+    pairs = [(to_int(name, layer), to_int(name, expert)) for layer, expert in predicted]
     for layer, expert in pairs:
         if not 0 <= layer < len(num_experts):
             raise ValueError(f"{name}: expected experts of layers 0 to {len(num_experts) - 1}, got layer {layer}")
