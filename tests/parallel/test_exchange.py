@@ -355,9 +355,9 @@ def test_experts_leave_multiprocessors_to_transfers_beside_them(pool: Pool) -> N
 def test_peer_memory_refuses_rows_that_are_not_contiguous() -> None:
     transport = PeerMemoryTransport(0, 1, HashStore(), HostDevice())
     rows, turned = torch.ones(3, 4), torch.ones(4, 3).t()
-    with pytest.raises(ValueError, match="^output: "):
+    with pytest.raises(ValueError, match="output: "):
         transport.all_to_all(turned, rows, [3], [3])
-    with pytest.raises(ValueError, match="^input: "):
+    with pytest.raises(ValueError, match="input: "):
         transport.all_to_all(rows, turned, [3], [3])
     transport.close()
 

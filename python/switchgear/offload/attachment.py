@@ -18,6 +18,7 @@ from switchgear.weights.form import Layout, hint_for, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, in_layout, put, stored_of
 from switchgear.weights.offloaded import OffloadedForm, OffloadedProjections
 from switchgear.weights.selected import selection_of
+from switchgear.weights.state import set_state
 from switchgear.weights.store import wrapper_of
 from switchgear.weights.weight import Weight
 
@@ -192,8 +193,7 @@ class Attachment:
             for name, parameter in zip(names, self.held, strict=True):
                 vars(module).pop(name, None)
                 module.register_parameter(name, parameter)
-        if "_switchgear_stored" in vars(module):
-            module._switchgear_stored = self.target.stored  # type: ignore[assignment]
+        set_state(module, stored=self.target.stored)
 
     def forget(self) -> None:
         """Frees what the module had."""
@@ -223,7 +223,7 @@ class Attachment:
                     ties[projection.tie] = nn.Parameter(plain.to(self.place), requires_grad=projection.trained)
                 vars(module).pop(name, None)
                 module.register_parameter(name, ties[projection.tie])
-        module._switchgear_stored = stored  # type: ignore[assignment]
+        set_state(module, stored=stored)
 
 
 def _contiguous(weight: Weight, place: torch.device) -> Weight:
