@@ -8,7 +8,7 @@
 # make test-cpp              those in C++
 # make try TEST=glu          build and run one C++ test, quickly: with the kernels of one instruction set (ISAS='avx2;avx512')
 # make try-cuda TEST=glu     the same for the CUDA kernels, which run on the CPU, in one order of threads
-# make bench                 time MoE layers at the shapes of real models (BENCH_ARGS=…)
+# make bench                 time MoE layers at the shapes of real models (BENCH_ARGS='routers --shapes olmoe': other subcommands)
 # make bench-cpp             time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
 # make lint                  formatting, lint, types, stubs
 # make format                reformat the sources for lint
@@ -120,7 +120,7 @@ demo: $(INSTALLED)bench
 	$(BIN)/switchgear demo $(DEMO_ARGS)
 
 bench: $(INSTALLED)bench
-	$(BIN)/switchgear bench $(BENCH_ARGS)
+	$(BIN)/switchgear bench $(or $(BENCH_ARGS),layers)
 
 bench-cpp: $(BIN)/cmake $(BIN)/ninja
 	$(call build_preset,cpu)

@@ -59,7 +59,7 @@ def undocumented(module: ModuleType) -> list[str]:
 
 
 def test_all_packages_have_a_page() -> None:
-    internal = {"autograd", "bench", "cli", "common", "functional", "integrations", "ops", "reference", "tiny", "utils"}
+    internal = {"autograd", "bench", "cli", "functional", "integrations", "ops", "reference", "utils"}
     inside = Path(switchgear.__file__).parent
     packages = {path.parent.name for path in inside.glob("*/__init__.py")} - internal
     assert {f"switchgear.{name}" for name in packages} <= set(PACKAGES)
