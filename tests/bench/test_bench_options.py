@@ -16,7 +16,7 @@ from switchgear_bench import COMMANDS
 
 
 @pytest.mark.parametrize("arguments", ["parallel 2 --from F", "generate --csv FILE", "model --markdown FILE",
-                                       "cuda --plot DIR", "threads --threads 9", "layers --checkpoint DIR"])  # fmt: skip
+                                       "cuda --plot DIR", "threads --threads 9", "layers --ranks 8"])  # fmt: skip
 def test_an_option_of_another_subcommand(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", *arguments.split()])
