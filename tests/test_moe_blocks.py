@@ -15,8 +15,8 @@ from model_types import sampled
 from switchgear import MoE
 from switchgear.integrations import places
 from switchgear.integrations.moe_blocks import is_transposed, moe_blocks
-from switchgear.routing.batches import real_tokens
 from switchgear.trace import Observation, observe
+from switchgear.trace.batches import real_tokens
 from switchgear.trace.outputs import check_outputs
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

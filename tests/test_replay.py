@@ -37,8 +37,8 @@ from switchgear.routing import (
     record,
     replay,
 )
-from switchgear.routing.records import LayerRecord
 from switchgear.trace import observe
+from switchgear.trace.routing_record import LayerRecord
 
 E, H, K = 8, 16, 2
 

@@ -16,6 +16,7 @@ BOUND = 1e-5
 # With transformers' own loop, one ulp of noise in the embeddings moves the gradients of these by 1e-5 to 1e-2.
 AMPLIFYING = ("diffusion_gemma", "gemma4_text", "muse_spark")
 
+pytestmark = pytest.mark.xdist_group("models")  # the last test wants the others in its process
 seen: set[str] = set()
 
 

@@ -21,11 +21,11 @@ from switchgear.functional import Routing
 from switchgear.integrations.choices import overridden
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.routers import SelectByMethod, routing_method_of
+from switchgear.routing.change import overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
-from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 from switchgear.routing.selection import RankK
-from switchgear.routing.widths import stacked
+from switchgear.trace.batches import stacked
 from switchgear.utils.wrappers import inner_model
 
 _MEDIA = ("pixel_", "image_", "video_", "input_features", "feature_")  # inputs with a row per image or clip

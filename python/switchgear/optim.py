@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
-from switchgear.layers import MonetRouter
+from switchgear.papers.layers.monet import MonetRouter
 from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.router import Router
 from switchgear.utils.sharded import of_matrices

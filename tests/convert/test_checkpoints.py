@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from switchgear import convert  # noqa: E402
-from switchgear.convert import checkpoints, writer  # noqa: E402
+from switchgear.convert import checkpoints, directory  # noqa: E402
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -346,7 +346,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_full_disk_is_named_and_the_conversion_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "dense")
     written: list[int] = []
-    real = writer.os.fsync
+    real = directory.os.fsync
 
     def fsync(descriptor: int) -> None:
         written.append(descriptor)
@@ -355,7 +355,7 @@ def test_a_full_disk_is_named_and_the_conversion_goes_on_later(tmp_path: Path, m
         real(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.os, "fsync", fsync)
+        patch.setattr(directory.os, "fsync", fsync)
         with pytest.raises(convert.DiskFull, match="no room for"):
             convert.run(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
     assert not (tmp_path / "moe").exists()

@@ -14,7 +14,7 @@ from torch import nn
 
 import switchgear
 from switchgear import adapters, compress, convert, finetune, offload
-from switchgear.compress.dense import dense_expert
+from switchgear.compress.progressive import copy_expert
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.weights.checks import check_plain
 
@@ -44,7 +44,7 @@ BATCH = {"input": torch.ones(2, 3, H)}
 READERS: dict[str, Callable[[Any], Any]] = {
     "to_dense": lambda model: convert.to_dense(model[0]),
     "add_domain_expert": lambda model: convert.add_domain_expert(model[0], nn.Identity(), torch.ones(4)),
-    "dense_expert": lambda model: dense_expert("0", model[0].experts, 0),
+    "dense_expert": lambda model: copy_expert("0", model[0].experts, 0),
     "calibrate": lambda model: compress.calibrate(model, [BATCH]),
     "prune_weights": lambda model: compress.prune_weights(model, 0.5),
     "quantize": lambda model: compress.quantize(model, 4),

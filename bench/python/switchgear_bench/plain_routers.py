@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from switchgear.papers.parts.assignment import BalancedAssignment
 from switchgear.reference import policies
-from switchgear.routing import BalancedAssignment, Context, ranking
+from switchgear.routing import Context, ranking
 
 
 def plan(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

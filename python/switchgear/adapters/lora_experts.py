@@ -14,10 +14,10 @@ from switchgear.adapters.low_rank import LowRankExperts
 from switchgear.complaints import check_module, check_several, check_tensor, sizes
 from switchgear.functional import Routing
 from switchgear.layers.common import WithLosses
-from switchgear.layers.soft import SoftMoE
+from switchgear.papers.layers.soft import SoftMoE
+from switchgear.papers.parts.scores_of_experts import PosthocGate
 from switchgear.routing.context import context_of
 from switchgear.routing.router import Router, RouterOptions
-from switchgear.routing.scores_of_experts import PosthocGate
 from switchgear.routing.selection import Dense, TopK
 
 if TYPE_CHECKING:

@@ -20,23 +20,30 @@ import torch
 from torch import Tensor
 
 from switchgear.convert.average import Merging
-from switchgear.convert.checks import finite_numbers
-from switchgear.convert.directory import CONFIG, TEMPLATES, Directory, beside_weights, full_config
-from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
-from switchgear.convert.layouts import layout_plan
-from switchgear.convert.plans import ConversionPlan, Item
-from switchgear.convert.recipes import dense_plan, experts_plan, merge_plan, split_plan, upcycle_plan
-from switchgear.convert.writer import (
+from switchgear.convert.checks import as_finite_numbers
+from switchgear.convert.directory import (
+    CONFIG,
     JOURNAL,
+    TEMPLATES,
+    ConversionError,
+    DamagedCheckpoint,
+    Directory,
+    DiskFull,
     Journal,
     Progress,
-    checksum,
-    named_errors,
-    shards_of,
-    size_of,
+    RecipeError,
+    compute_sha256,
+    count_bytes,
+    divide_into_shards,
+    list_beside_weights,
+    name_errors,
+    read_full_config,
     write_shard,
     write_text,
 )
+from switchgear.convert.layouts import plan_layout
+from switchgear.convert.plans import ConversionPlan, Item
+from switchgear.convert.recipes import plan_dense, plan_experts, plan_merge, plan_split, plan_upcycle
 from switchgear.files import AnyPath
 
 INDEX, REPORT = "model.safetensors.index.json", "conversion.json"
@@ -85,7 +92,7 @@ class Recipe:
 
     @classmethod
     def of(cls, given: Recipe | Mapping[str, Any] | AnyPath) -> Recipe:
-        """From a dict {"operation": …, "num_experts": …}, or a JSON file with one."""
+        """Reads a dict {"operation": …, "num_experts": …}, or a JSON file with one."""
         if isinstance(given, Recipe):
             return given
         if not isinstance(given, Mapping):
@@ -140,7 +147,7 @@ def run(
     *,
     resume: bool = True,
 ) -> Report:
-    """Converts a checkpoint directory. Memory is that of one tensor of the result, and 64 MiB of mapped files.
+    """Converts a checkpoint directory. Needs memory for one tensor of the result, and 64 MiB for mapped files.
 
     The result is written into a directory `target`.partial, which is renamed when all is done: there is never half a
     checkpoint at `target`. The same call continues a conversion that was interrupted: finished shards are checked by
@@ -166,8 +173,8 @@ def run(
     if not paths or (len(paths) > 1 and recipe.operation not in ("experts", "merge")):
         raise RecipeError(f"source: expected one directory for {recipe.operation}, got {len(paths)}")
     sources = [Directory(path) for path in paths]
-    plan = plan_of(recipe, sources)
-    shards = shards_of(plan.items, recipe.shard_bytes())
+    plan = plan_recipe(recipe, sources)
+    shards = divide_into_shards(plan.items, recipe.shard_bytes())
     journal = Journal.opened(target, _identity(recipe, sources), resume)
     try:
         resumed = tuple(name for name in shards if journal.has(name))
@@ -182,14 +189,14 @@ def _identity(recipe: Recipe, sources: Sequence[Directory]) -> str:
     base = recipe.options.get("base")
     folders = [*sources, *([Directory(base)] if base is not None else [])]
     named = [recipe.options[name] for name in ("importance", "router") if recipe.options.get(name) is not None]
-    files = [checksum(Path(path)) for path in named if path not in ROUTERS]
+    files = [compute_sha256(Path(path)) for path in named if path not in ROUTERS]
     about = [recipe.as_dict(), [folder.identity() for folder in folders], files, torch.__version__]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _write(journal: Journal, shards: Mapping[str, list[Item]], resumed: Sequence[str], progress: Progress) -> None:
     """Writes the shards that are not finished."""
-    sizes = {name: sum(map(size_of, items)) for name, items in shards.items()}
+    sizes = {name: sum(map(count_bytes, items)) for name, items in shards.items()}
     total, done = sum(sizes.values()), 0
     missing = total - sum(sizes[name] for name in resumed)
     if (free := shutil.disk_usage(journal.folder).free) < missing:
@@ -207,13 +214,13 @@ def _write(journal: Journal, shards: Mapping[str, list[Item]], resumed: Sequence
             continue
         try:
             journal.add(name, write_shard(journal.folder / name, items, count))
-        except (RuntimeError, ValueError) as error:  # of safetensors and torch, for files that changed meanwhile
+        except (RuntimeError, ValueError) as error:  # safetensors and torch raise them for files that changed meanwhile
             if isinstance(error, ConversionError):
                 raise
             raise DamagedCheckpoint(f"{name}: {error}") from error
 
 
-def plan_of(recipe: Recipe, sources: Sequence[Directory]) -> ConversionPlan:
+def plan_recipe(recipe: Recipe, sources: Sequence[Directory]) -> ConversionPlan:
     """The plan of a recipe: all checks of shapes and of the family, and no data. RecipeError for what is impossible."""
     options = dict(recipe.options)
     try:
@@ -225,58 +232,58 @@ def plan_of(recipe: Recipe, sources: Sequence[Directory]) -> ConversionPlan:
 
 
 def _upcycle(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    return upcycle_plan(full_config(sources[0]), sources[0], **options)
+    return plan_upcycle(read_full_config(sources[0]), sources[0], **options)
 
 
 def _split(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
     if (path := options.get("importance")) is not None:
-        options["importance"] = _by_layer("importance", path)
-    return split_plan(full_config(sources[0]), sources[0], **options)
+        options["importance"] = _read_layers("importance", path)
+    return plan_split(read_full_config(sources[0]), sources[0], **options)
 
 
 def _experts(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    base, router, merging = options.pop("base", None), options.pop("router", "random"), _merging(options, "merge")
-    origin = _base(base)
-    rows = None if router in ROUTERS else _by_layer("router", router)
+    base, router, merging = options.pop("base", None), options.pop("router", "random"), _read_merging(options, "merge")
+    origin = _open_base(base)
+    rows = None if router in ROUTERS else _read_layers("router", router)
     if router == "zeros":
         options["router_init"] = 0.0
     options.setdefault("top_k", min(2, len(sources)))
-    return experts_plan(
-        [(full_config(source), source) for source in sources],
-        None if origin is None else (full_config(origin), origin), router=rows, merging=merging,
+    return plan_experts(
+        [(read_full_config(source), source) for source in sources],
+        None if origin is None else (read_full_config(origin), origin), router=rows, merging=merging,
         seed=merging.seed, **options,
     )  # fmt: skip
 
 
 def _merge(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    base, merging = options.pop("base", None), _merging(options, "method")
-    origin = _base(base)
-    return merge_plan(
+    base, merging = options.pop("base", None), _read_merging(options, "method")
+    origin = _open_base(base)
+    return plan_merge(
         [(source.config(), source) for source in sources],
         None if origin is None else (origin.config(), origin),
         merging,
     )
 
 
-def _base(path: Any) -> Directory | None:
+def _open_base(path: Any) -> Directory | None:
     if path is not None and not isinstance(path, str):
         raise TypeError(f"base: expected a directory, got {type(path).__name__}")
     return None if path is None else Directory(path)
 
 
-def _merging(options: dict[str, Any], method: str) -> Merging:
+def _read_merging(options: dict[str, Any], method: str) -> Merging:
     return Merging(
-        options.pop(method, "average"), finite_numbers("weights", options.pop("weights", None)),
+        options.pop(method, "average"), as_finite_numbers("weights", options.pop("weights", None)),
         options.pop("density", 0.2), options.pop("scale", 1.0), options.pop("seed", 0),
     )  # fmt: skip
 
 
 def _dense(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    return dense_plan(full_config(sources[0]), sources[0], **options)
+    return plan_dense(read_full_config(sources[0]), sources[0], **options)
 
 
 def _layout(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    return layout_plan(sources[0].config(), sources[0], options["to"])
+    return plan_layout(sources[0].config(), sources[0], options["to"])
 
 
 PLANS: dict[str, Callable[[Sequence[Directory], dict[str, Any]], ConversionPlan]] = {
@@ -284,7 +291,7 @@ PLANS: dict[str, Callable[[Sequence[Directory], dict[str, Any]], ConversionPlan]
 }  # fmt: skip
 
 
-def _by_layer(name: str, path: Any) -> dict[int, Tensor]:
+def _read_layers(name: str, path: Any) -> dict[int, Tensor]:
     """The tensors "0", "1", … of a safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -303,13 +310,13 @@ def _finish(
 ) -> Report:  # fmt: skip
     """Writes what is beside the shards, and gives the directory its name."""
     folder = journal.folder
-    total = sum(map(size_of, plan.items))
+    total = sum(map(count_bytes, plan.items))
     shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
-    for file in folder.iterdir():  # of an earlier run that ended here
+    for file in folder.iterdir():  # an earlier run ended here
         if file.name not in journal.shards and file.name != JOURNAL:
             file.unlink()
-    for name in beside_weights(source):
-        with named_errors(source / name):
+    for name in list_beside_weights(source):
+        with name_errors(source / name):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy2(source / name, folder / name)
     if len(shards) > 1:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.routing.batches import arguments_by_name, cached_in
-from switchgear.routing.widths import stacked
 from switchgear.trace import LayerTrace, RoutingTrace, observe
+from switchgear.trace.batches import arguments_by_name, cached_in, stacked
 from switchgear.utils.wrappers import inner_model
 
 

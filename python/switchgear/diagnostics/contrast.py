@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from switchgear.diagnostics.choices import LayerChoices, layers_of
 from switchgear.diagnostics.usage import activation_by_example
-from switchgear.routing import override
 from switchgear.trace import RoutingTrace
 from switchgear.trace.layer import recorded
+from switchgear.trace.override import override
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_function, check_module, check_optimizer, check_several
-from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.functional import as_number
+from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.trace import Observation, observe
 
 
@@ -96,8 +96,7 @@ def keep_zeros(model: nn.Module, layers: Collection[str] | None = None) -> Itera
     check_module("model", model)
     with ExitStack() as stack:
         for layer in expert_layers(model, layers).values():
-            for index in (0, 1):
-                parameter = layer.owner(index)._parameters[layer.key(index)]
+            for parameter in (each.value for each in layer.parameters):
                 if parameter.requires_grad:
                     stack.callback(parameter.register_hook(_without(parameter.detach() == 0)).remove)
         yield

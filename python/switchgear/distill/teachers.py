@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module, check_optimizer, check_tensor
 from switchgear.functional import Routing, as_number
+from switchgear.papers.parts.auxiliary import kl_divergence, mean_of_tokens, without_padding
+from switchgear.papers.parts.stochastic import SampledTopK
 from switchgear.reference import check_finite, check_size
-from switchgear.routing.auxiliary import kl_divergence, mean_of_tokens, without_padding
 from switchgear.routing.balance import load_balancing_loss
 from switchgear.routing.context import Select, check_share, most_experts, scored
 from switchgear.routing.counting import kept_counts
-from switchgear.routing.interventions import override
 from switchgear.routing.ranking import choose
 from switchgear.routing.router import Router
 from switchgear.routing.selection import Dense
-from switchgear.routing.stochastic import SampledTopK
+from switchgear.trace.override import override
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:

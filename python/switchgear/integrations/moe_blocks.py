@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from switchgear.adapters.wrappers import is_wrapper
+from switchgear.papers.parts.masks import Masked, Temperature
 from switchgear.routing.controllers import RunningCap
-from switchgear.routing.masks import Masked, Temperature
 from switchgear.routing.router import Router
 from switchgear.weights.store import TOP_K_FIELDS
 

@@ -15,10 +15,10 @@ from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.choices import watched
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.routing.batches import arguments_by_name, cached_in, real_tokens, rows_and_length, tokens_of
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.router import Router
+from switchgear.trace.batches import arguments_by_name, cached_in, real_tokens, rows_and_length, tokens_of
 from switchgear.utils.wrappers import inner_model
 
 

@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.adapters.wrappers import is_wrapper
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
-from switchgear.routing.batches import Batch, batch_of
+from switchgear.integrations.choices import overridden, watched
+from switchgear.integrations.places import Choice
+from switchgear.integrations.routers import routing_method_of
+from switchgear.routing.change import overridden_router
 from switchgear.routing.context import Context, Select, is_recomputing, modules_in, scored, wrapped
 from switchgear.routing.counting import unseen
-from switchgear.routing.interventions import overridden_router
 from switchgear.routing.ranking import scores_of, weighed
 from switchgear.routing.router import Router
+from switchgear.trace.batches import Batch, batch_of
+from switchgear.trace.observe import pick, traceable
 from switchgear.utils.buffers import on_copies
 from switchgear.utils.wrappers import inner_model, plain_name
 
@@ -40,15 +45,11 @@ class RoutedLayer:
         """What weighs any choice as the router does. Raises ValueError if there is none."""
         if self.router is not None:
             return _RouterMethod.of(self.name, self.router)
-        from switchgear.integrations.routers import routing_method_of
-
         return routing_method_of(self.block)
 
     @contextmanager
     def overridden(self, wrapper: Callable[[Select], Select], method: Any) -> Iterator[None]:
         if self.router is None:
-            from switchgear.integrations.choices import overridden
-
             with overridden(self.block, method, wrapper):
                 yield
             return
@@ -105,8 +106,6 @@ def layers_of(model: nn.Module, layers: Collection[str] | None) -> dict[str, Rou
 
     layers: names of layers, as in a RoutingTrace of the model; all if None.
     """
-    from switchgear.trace.observe import pick, traceable
-
     check_module("model", model)
     inner = inner_model(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
@@ -126,8 +125,6 @@ def layers_of(model: nn.Module, layers: Collection[str] | None) -> dict[str, Rou
 
 def _plain_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str:
     """The name of a layer without wrappers of the model, and of PEFT around its experts."""
-    from switchgear.adapters.wrappers import is_wrapper
-
     while name and is_wrapper(modules[parent := name.rpartition(".")[0]]):
         name = parent
     return plain_name(name.removeprefix(f"{prefix}.") if prefix else name)
@@ -149,8 +146,6 @@ def observed(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Ite
         finally:
             handle.remove()
         return
-    from switchgear.integrations.choices import watched
-    from switchgear.integrations.places import Choice
 
     def see(choice: Choice) -> None:
         if not is_recomputing():

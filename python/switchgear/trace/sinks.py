@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from switchgear.monitoring.load import LoadMeter
 from switchgear.reference import check_size
+from switchgear.trace.load import LoadMeter
 
 if TYPE_CHECKING:
     from switchgear.trace import RoutingTrace

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from switchgear.monitoring.load import LoadMeter
-from switchgear.monitoring.sinks import write_of
 from switchgear.reference import check_size
 from switchgear.trace import RoutingTrace
+from switchgear.trace.load import LoadMeter
+from switchgear.trace.sinks import write_of
 
 
 class ExpertLoadCallback(TrainerCallback):
@@ -24,7 +24,7 @@ class ExpertLoadCallback(TrainerCallback):
     distributed run each process records its own tokens; the first one reports.
 
     Args:
-        writer: where to write, besides the logs: see switchgear.monitoring.sinks.write_of. None: nowhere else.
+        writer: where to write, besides the logs: see switchgear.trace.sinks.write_of. None: nowhere else.
         max_layers: at most so many layers have keys of their own.
         prefix: of the keys.
     """

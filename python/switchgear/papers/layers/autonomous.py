@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from switchgear.complaints import at_least
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, plan
 from switchgear.layers.common import WithLosses, check_rows
+from switchgear.papers.parts.scores_of_experts import ActivationNorm, norms
 from switchgear.reference import ACTIVATIONS, check_choice
 from switchgear.routing.context import Balance, Limit, context_of
 from switchgear.routing.router import Router
 from switchgear.routing.scores import init_uniform
-from switchgear.routing.scores_of_experts import ActivationNorm, norms
 
 
 class AutonomousMoE(WithLosses):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
-from switchgear.routing.pre_router import PreRouter, check_top_k
-from switchgear.routing.routed_layers import layers_of
+from switchgear.trace.pre_router import PreRouter, check_top_k
+from switchgear.trace.routed_layers import layers_of
 
 
 class Listener:

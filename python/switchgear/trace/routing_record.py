@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from switchgear.files import AnyPath, save_whole
-from switchgear.recordings import load_recording
 from switchgear.reference.checks import MAX_EXPERTS, check_range
-from switchgear.routing.widths import stacked
+from switchgear.trace.batches import stacked
+from switchgear.trace.files import load_recording
 
 _FORMAT = 1  # version of the file format
 _ROWS = 1 << 16  # choices that are packed at a time

@@ -8,7 +8,7 @@ begin anew, or sequence_ids). A call with more in its cache than the first of it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,3 +180,10 @@ def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     except (TypeError, ValueError):
         return kwargs
     return {**bound, **kwargs}
+
+
+def stacked(parts: Sequence[Tensor], fill: float = -1) -> Tensor:
+    """Rows [n,K] of at least one part, one after the other, with `fill` up to the largest K: -1 for ids, 0 for
+    weights."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])

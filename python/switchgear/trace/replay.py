@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from switchgear.functional import Routing
-from switchgear.routing.batches import Batch
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.counting import unseen
-from switchgear.routing.records import RoutingRecord
-from switchgear.routing.routed_layers import calls_followed, key_of, layers_of
+from switchgear.trace.batches import Batch
+from switchgear.trace.routed_layers import calls_followed, key_of, layers_of
+from switchgear.trace.routing_record import RoutingRecord
 from switchgear.utils.wrappers import inner_model
 
 _FORWARDS = 64  # that gradient checkpointing may still repeat

@@ -9,68 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import nn
 
-from switchgear.functional import Routing
-from switchgear.routing.change import Change, PerExpert
-from switchgear.routing.context import NOTHING_KNOWN, Context, Select, ignoring_bias, most_experts
-
-if TYPE_CHECKING:
-    from switchgear.routing.router import Router
-
-
-@dataclass(frozen=True)
-class Changed:
-    """A selection under a Change. num_experts is E, if the logits have more classes."""
-
-    select: Select
-    change: Change = field(default_factory=Change)
-    num_experts: int | None = None
-
-    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        classes = router_logits.shape[-1]
-        num_experts = self.num_experts or classes
-        extra = self.change.choice_bias(num_experts, router_logits.device)
-        if extra is not None:
-            extra = pad(extra, (0, classes - num_experts))
-            bias = extra if bias is None else bias + extra
-        routing = self.select(router_logits, context, bias)
-        change = self.change
-        if context.changes is not None:  # gains wait for the router's capacity
-            context.changes.append(change)
-            change = replace(change, gain=None)
-        ids, weights = change.edit(routing.topk_ids, routing.topk_weights, num_experts)
-        return routing._replace(topk_ids=ids, topk_weights=weights)
-
-
-def check_change(change: Change, select: Any, num_experts: int) -> None:
-    """Change.check for a selection. Raises ValueError too if its choice cannot be moved as the change wants."""
-    change.check(num_experts, most_experts(select))
-    name = "force" if change.force else "bias"
-    if (change.force or change.bias is not None) and (ignoring := ignoring_bias(select)) is not None:
-        raise ValueError(f"{name}: expected none for {ignoring}, which ignores a bias")
-
-
-@contextmanager
-def intervene(router: Router, change: Change) -> Iterator[None]:
-    check_change(change, router.selection(), router.num_experts)
-    with overridden_router(router, lambda select: Changed(select, change)):
-        yield
-
-
-@contextmanager
-def overridden_router(router: Router, wrapper: Callable[[Select], Select]) -> Iterator[None]:
-    """Inside the block, `wrapper` of the router's selection selects. The last wrapper is the outermost."""
-    router.overrides.append(wrapper)
-    try:
-        yield
-    finally:
-        at = next(i for i in reversed(range(len(router.overrides))) if router.overrides[i] is wrapper)
-        del router.overrides[at]
+from switchgear.integrations.choices import overridden, selection_under
+from switchgear.integrations.routers import SelectByMethod, is_looked_up, routing_method_of
+from switchgear.routing.change import Change, Changed, PerExpert, check_change, intervene, overridden_router
+from switchgear.routing.context import Select
+from switchgear.trace.observe import pick, traceable
 
 
 def _constant(select: Select) -> Callable[[Select], Select]:
@@ -107,8 +54,6 @@ def override(
         ValueError: an expert that a layer does not have, a layer that the model does not have, or a router of Hugging
             Face whose selection is not reproduced exactly from its logits; nothing is changed in that case.
     """
-    from switchgear.trace.observe import pick, traceable
-
     change = Change(disable, force, bias, gain)
     found = pick(traceable(model), layers)
     blocks = {name: source.block for name, source in found.items() if source.router is None}
@@ -129,9 +74,6 @@ def override(
 
 @contextmanager
 def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Change) -> Iterator[None]:
-    from switchgear.integrations.choices import overridden, selection_under
-    from switchgear.integrations.routers import SelectByMethod, is_looked_up, routing_method_of
-
     for name, block in blocks.items():
         try:
             change.check(block.num_experts, block.top_k if select is None else None)

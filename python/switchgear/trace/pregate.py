@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.routing.handover import Handover
 from switchgear.routing.router import Router
 
@@ -26,8 +27,6 @@ def pregate(model: nn.Module, enabled: bool = True) -> list[str]:
         ValueError: fewer than two blocks with routers of switchgear, or blocks of different hidden sizes. Nothing is
             changed.
     """
-    from switchgear.integrations.moe_blocks import moe_blocks
-
     blocks = {name: block.gate for name, block in moe_blocks(model).items() if isinstance(block.gate, Router)}
     if len(blocks) < 2 or len(set(map(id, blocks.values()))) < len(blocks):
         raise ValueError(f"model: expected at least two MoE layers with routers of switchgear, got {len(blocks)}")
