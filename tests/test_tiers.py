@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "monitoring": CORE | {"trace"},
     "cli": BELOW_CAPABILITIES | {*CAPABILITIES, "presets", "monitoring", "cli"},
     "__main__": frozenset({"cli"}),
+    "bench": frozenset(),  # another name of switchgear_bench
 }
 # Capabilities that know another one.
 PAIRS = {
