@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 
 from switchgear.offload.device import Device, Stream
-from switchgear.offload.errors import StoreError
-from switchgear.offload.pool import Pool
+from switchgear.offload.pool import Pool, knows
 from switchgear.offload.predictors import Predictor, checked
 from switchgear.offload.residency import Residency
-from switchgear.offload.staging import knows
 from switchgear.offload.statistics import LayerStatistics
-from switchgear.utils.compiling import has_proxies
+from switchgear.offload.store_records import StoreError
+from switchgear.utils.functions import has_proxies
 from switchgear.weights.offloaded import Wave
 
 _FEW = 256  # ids, up to which a set of Python is faster than torch.unique

@@ -22,7 +22,7 @@ from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
 from switchgear.parallel.transport import on_cpu
-from switchgear.utils.compiling import not_compiled
+from switchgear.utils.functions import not_compiled
 from switchgear.weights import stored_of, weights_of
 from switchgear.weights.adapted import has_adapters, read_by
 
@@ -256,6 +256,9 @@ class ParallelExperts(Experts):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {len(self._mine)} of them here, {self.parallel}"
+
+
+ExpertParallel.experts_class = ParallelExperts  # layers make their experts by it
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
