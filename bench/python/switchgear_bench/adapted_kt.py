@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.cli import machine
-
+from . import machine
 from .adapted_layers import SCALE, Adapted, AdaptedCase
 from .case import Inputs
 from .competitors import Skip, look_in_folder

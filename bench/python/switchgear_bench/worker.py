@@ -19,9 +19,9 @@ from unittest import mock
 
 import torch
 
-from switchgear.cli import machine
 from switchgear_bench.processes import Child
 
+from . import machine
 from .case import FORMATS, Case, Layer, call_of, make_case, make_weights
 from .ceilings import multiply_rate, read_probe
 from .competitors import COMPETITORS, Skip, look_in_folder

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from switchgear.cli import machine
 from switchgear.cli.common import CommandError, check_writable, require
 
+from .. import machine
 from . import report
 from .agreement import Check, check_gradients, check_logits, check_losses, equal_choices, loss_bounds, loss_floor
 from .corpus import batches, load_corpus

@@ -11,7 +11,7 @@ import torch
 
 from ...complaints import first_line, installed_version, is_installed, missing_package
 from ...integrations import is_too_old
-from .. import cgroup, machine
+from .. import machine
 from .finding import Finding
 
 ALLOCATOR = " ".join(f"{name}={value}" for name, value in machine.TUNED_ALLOCATOR.items())
@@ -22,7 +22,7 @@ def check_settings(backend: str) -> Iterator[Finding]:
     if backend == "reference":
         yield Finding("backend", "slow", "all ops run on the reference, in plain torch", "unset SWITCHGEAR_BACKEND")
     yield _huge_pages(machine.transparent_huge_pages())
-    yield _threads(torch.get_num_threads(), machine.cpu()["cores"], cgroup.cpu_quota())
+    yield _threads(torch.get_num_threads(), machine.cpu()["cores"], machine.cpu_quota())
     yield _openmp(machine.openmp_runtimes())
     yield _allocator(os.environ)
     yield _transformers()
