@@ -46,7 +46,7 @@ def test_bench_quick_writes_all_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [row["competitor"] for row in table] == [row["competitor"] for row in rows]
     assert all(int(row["repetitions"]) >= 1 for row in table)
     assert files["markdown"].read_text().count("| tiny |") == 2  # forward and train
-    assert 0 < (tmp_path / "pictures" / "tiny.png").stat().st_size < 100_000
+    assert 0 < (tmp_path / "pictures" / "relative.png").stat().st_size < 100_000
 
 
 def test_bench_leaves_out_what_does_not_fit_the_budget(tmp_path: Path) -> None:

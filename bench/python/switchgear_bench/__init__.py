@@ -21,6 +21,7 @@ COMMANDS = {
     "quality": "train a small language model with five routers, and compare the losses",
     "threads": "predict layers on 2 to 128 threads and 1 to 8 memory nodes from their tasks, recorded here",
     "model": "predict what the CUDA kernels cost, beside published figures",
+    "tables": "write the tables of documents again, from files of results",
     "demo": SWITCHGEAR["demo"],
     "train-tiny": SWITCHGEAR["train-tiny"],
 }

@@ -16,16 +16,15 @@ from .plot import plot
 from .report import Blocks, fill_blocks, threads, write_blocks
 from .results import Row, cases_of, extras, is_undisturbed, save, undisturbed, write_csv
 from .shapes import SHAPES
-from .targets import is_ours, judge, ours_in
+from .targets import BASELINES, is_ours, judge, ours_in
 
-BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what transformers offers today
 SUMMARY = (("forward", 1), ("forward", 512), ("train", 512))  # columns: mode and tokens
 NEW = ("machine", "cases", "targets")  # tables of a new document
 
 
-def write_document(results: dict[str, Any], path: str) -> None:
-    """Fills in the tables of the document at `path`, or makes a new document."""
-    write_blocks(path, _blocks(results), NEW)
+def write_document(results: dict[str, Any], path: str, source: str | None = None) -> None:
+    """Fills in the tables of the document at `path`, or makes a new document. source: the file of the results."""
+    write_blocks(path, _blocks(results), NEW, source)
 
 
 def fill(text: str, results: dict[str, Any]) -> str:
@@ -229,8 +228,8 @@ def print_verdicts(console: Any, results: dict[str, Any]) -> None:
         console.print("\n[bold]targets[/]", shown)
 
 
-def write(results: dict[str, Any], outputs: dict[str, str]) -> None:
-    """Writes the requested files: {"json" | "csv" | "markdown" | "plot": path}."""
+def write(results: dict[str, Any], outputs: dict[str, str], source: str | None = None) -> None:
+    """Writes the requested files: {"json" | "csv" | "markdown" | "plot": path}. source: the file of the results."""
     for kind, path in outputs.items():
         if kind == "plot":
             plot(results, path)
@@ -238,7 +237,7 @@ def write(results: dict[str, Any], outputs: dict[str, str]) -> None:
         if kind == "json":
             save(results, path)
         elif kind == "markdown":
-            write_document(results, path)
+            write_document(results, path, source or outputs.get("json"))
         else:
             write_csv(results["results"], path)
         print(f"wrote {path}")

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     about = begin(args, add_arguments)
     results = load(args.source, "--from") if args.source else measure_all(plan(args), args, about)
     tables.print_verdicts(console(), results)
-    tables.write(results, open_outputs(args))
+    tables.write(results, open_outputs(args), args.source)
     return int(not args.source and any(row["wrong"] for row in results["results"]))
 
 

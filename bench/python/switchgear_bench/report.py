@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Documents with tables of a benchmark.
 
-A document marks their places by pairs of lines: `<!-- bench:cases -->` and `<!-- /bench:cases -->`. The text between
-them is replaced, and nothing else is. A document with text but without such pairs is refused.
+A document marks their places by pairs of lines: `<!-- bench:cases cpu-amx -->` and `<!-- /bench:cases -->`. The text
+between them is replaced, and nothing else is. A mark that names a file of results is filled from that file alone, one
+without a name from any. A document with text but without such pairs is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Blocks = dict[str, Callable[[], str]]
 _LINE = r"^[ \t]*<!--[ \t]*/?[ \t]*bench:"  # of a mark, also of a mistyped one
 _MARK = re.compile(f"{_LINE}.*", re.MULTILINE)
 _PLACE = re.compile(
-    rf"^([ \t]*<!-- bench:(\w+) -->[ \t]*(\r?\n))((?!{_LINE}).*\n)*([ \t]*<!-- /bench:\2 -->)", re.MULTILINE
+    rf"^([ \t]*<!-- bench:(\w+)(?: ([\w-]+))? -->[ \t]*(\r?\n))((?!{_LINE}).*\n)*([ \t]*<!-- /bench:\2 -->)",
+    re.MULTILINE,
 )
 
 
@@ -33,17 +35,21 @@ def check(path: str) -> None:
     _read(path)
 
 
-def write_blocks(path: str, blocks: Blocks, new: Sequence[str] = ()) -> None:
-    """Fills in the tables of the document at `path`. A new one gets those of `new`, all of them by default."""
+def write_blocks(path: str, blocks: Blocks, new: Sequence[str] = (), source: str | None = None) -> None:
+    """Fills in the tables of the document at `path`. A new one gets those of `new`, all of them by default. source: the
+    file of the results."""
     text = _read(path) or "\n".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in new or blocks)
-    write_file("markdown", path, fill_blocks(text, blocks))
+    write_file("markdown", path, fill_blocks(text, blocks, Path(source or "").stem))
 
 
-def fill_blocks(text: str, blocks: Blocks) -> str:
-    """The text with its tables made anew, with its own ends of lines. CommandError for a table that `blocks` lacks."""
+def fill_blocks(text: str, blocks: Blocks, source: str = "") -> str:
+    """The text with its tables made anew, with its own ends of lines: those whose mark names no file or `source`.
+    CommandError for a table that `blocks` lacks."""
 
     def block(found: re.Match[str]) -> str:
-        first, name, newline, _, last = found.groups()
+        first, name, wanted, newline, _, last = found.groups()
+        if wanted not in (None, source):
+            return found[0]
         if name not in blocks:
             raise CommandError(f"--markdown: expected tables of {', '.join(blocks)}; the document wants {name!r}")
         return first + blocks[name]().replace("\n", newline) + last
@@ -72,12 +78,17 @@ def _read(path: str) -> str:
     return text
 
 
+def find_marks(text: str) -> list[tuple[str, str]]:
+    """The table and the file of results of each mark that names a file."""
+    return [(found[2], found[3]) for found in _PLACE.finditer(text) if found[3]]
+
+
 def write_outputs(args: argparse.Namespace, results: dict[str, Any], blocks: Blocks) -> None:
     """Writes the files of --json and --markdown."""
     if args.json:
         write_json(results, args.json)
     if args.markdown:
-        write_blocks(args.markdown, blocks)
+        write_blocks(args.markdown, blocks, source=args.source or args.json)
         print(f"wrote {args.markdown}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what transformers offers today
 OURS = (
     "switchgear", "switchgear_panels", "switchgear_compact", "switchgear_int8", "switchgear_int4", "switchgear_fp8",
     "switchgear_mxfp4", "switchgear_groups4", "switchgear_groups3", "switchgear_groups2", "switchgear_groups1",
