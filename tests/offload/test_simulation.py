@@ -14,6 +14,7 @@ import pytest
 import torch
 from replayed import Replay, as_sets, random_steps
 
+from errors import raises
 from switchgear import MoE, diagnostics, offload, routing
 from switchgear.offload import LIFO, LRU, POLICIES, Accesses, Belady, FrequencyDistance, LeastStale, StaticFrequency
 
@@ -281,16 +282,16 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match=words):
             call()
     choices = {name: diagnostics.LayerChoices(one[:n], one[:n].float(), 2) for name, n in (("a", 4), ("b", 3))}
-    with pytest.raises(ValueError, match="source: expected 4 tokens in b, got 3"):
+    with raises(ValueError, "source"):
         Accesses.of(choices)
-    for policy, got in (("lru", "'lru'"), (LRU, "LRU")):
-        with pytest.raises(TypeError, match=f"policy: expected a policy such as LRU.., got {got}"):
+    for policy in ("lru", LRU):
+        with raises(TypeError, "policy"):
             offload.simulate(accesses, policy, slots=1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"slots: expected an integer, got 1\.5"):
+    with raises(TypeError, "slots"):
         offload.simulate(accesses, LRU(), slots=1.5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"steps: expected an integer, got 1\.5"):
+    with raises(TypeError, "steps"):
         accesses.split(1.5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="accesses: expected Accesses, got list"):
+    with raises(TypeError, "accesses"):
         offload.simulate([], LRU(), slots=1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="source: expected LayerChoices in a, got Tensor"):
+    with raises(TypeError, "source"):
         Accesses.of({"a": one})  # type: ignore[dict-item]
