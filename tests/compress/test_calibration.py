@@ -238,7 +238,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     with raises(TypeError, "domain"):
         calibrate(model, [{"x": torch.zeros(2, 16), "domain": 3}])
     for options in ({"hessians": "no"}, {"seed": "x"}):
-        with raises(TypeError, "hessians"):
+        with raises(TypeError, next(iter(options))):
             calibrate(model, row_batches(), **options)  # type: ignore[arg-type]
     assert model.training
     switchgear.store(model, "int8")

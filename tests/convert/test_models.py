@@ -280,6 +280,5 @@ def test_stored_experts_are_restored_first(form: str) -> None:
         done = convert.to_dense(model).model.state_dict()
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in done.items())
         return
-    where = r"model\.model\.layers\.0\.mlp\.experts"
-    with raises(ValueError, where):
+    with raises(ValueError, "model.model.layers.0.mlp.experts"):
         convert.to_dense(model)
