@@ -230,9 +230,9 @@ def test_add_lora_changes_nothing_where_memory_runs_out(monkeypatch: pytest.Monk
         calls.append(args)
         if len(calls) == 6:  # three for each projection: the last one's B
             raise MemoryError
-        return sites.empty(*args, **options)
+        return sites.allocate(*args, **options)
 
-    monkeypatch.setattr(lora, "empty", run_out)
+    monkeypatch.setattr(lora, "allocate", run_out)
     with pytest.raises(MemoryError):
         add_lora(experts, 2)
     assert [name for name, _ in experts.named_parameters()] == ["gate_up_proj", "down_proj"]

@@ -3,8 +3,8 @@
 
 import pytest
 
+from compare_models import compare
 from pages.model_types import experts_classes
-from switchgear.integrations.compare import compare
 from switchgear.integrations.undecorated import NOT_EXPERTS
 from tiny_configs import MODEL_TYPES
 from tiny_models import build, example_inputs

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from errors import raises
 from switchgear.adapters import add_lora, load_peft, lora_of, merge, remove_lora, save_peft, unmerge
-from switchgear.adapters.sites import Site, sites_of
+from switchgear.adapters.sites import Site, find_sites
 from switchgear.integrations.transformers import accelerate, undo_accelerate
 from tiny_configs import MODEL_TYPES
 from tiny_models import build, example_inputs
@@ -52,7 +52,7 @@ def views(model: nn.Module, site: Site) -> list[Tensor]:
 
 def add_to(plain: nn.Module, model: nn.Module) -> None:
     with torch.no_grad():
-        for site in sites_of(model):
+        for site in find_sites(model):
             for weight, a, b in zip(views(plain, site), *site.adapter(), strict=True):
                 weight += SCALE * b @ a
 
@@ -113,7 +113,7 @@ def check_gradients(
     plain.zero_grad()
     output(plain, inputs).backward(weight)
     output(model, inputs).backward(weight)
-    for site in sites_of(model):
+    for site in find_sites(model):
         a, b = site.adapter()
         shadow = copy.copy(plain)  # the same modules; only gradients are read
         grads = []

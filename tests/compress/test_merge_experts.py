@@ -15,7 +15,7 @@ import switchgear
 from errors import raises
 from switchgear.compress import calibrate, merge_experts
 from switchgear.compress.merge import cluster_around_dominant, cluster_hierarchically
-from switchgear.diagnostics.similarity import matching
+from switchgear.diagnostics.similarity import match_rows
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.routing import LossFreeBias, SwitchLoss
 
@@ -59,9 +59,9 @@ def test_around_dominant() -> None:
 def test_matching_with_and_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     similarity = torch.randn(7, 7)
     best = max(itertools.permutations(range(7)), key=lambda p: float(similarity[range(7), list(p)].sum()))
-    assert matching(similarity) == list(best)
+    assert match_rows(similarity) == list(best)
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
-    assert matching(similarity) == list(best)
+    assert match_rows(similarity) == list(best)
 
 
 @pytest.mark.parametrize("similarity", ["outputs", "weights"])

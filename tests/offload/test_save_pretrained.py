@@ -175,7 +175,7 @@ def test_transformers_saves_its_adapters_alone(tmp_path: Path) -> None:
     def original(self: Any, save_directory: Any, state_dict: Any = None) -> None:
         seen.update(state_dict)
 
-    model, save = model_of("mixtral"), saving._saving_plain(original)
+    model, save = model_of("mixtral"), saving._extend_save(original)
     cache = offload.offload(model, offload.write_store(model, tmp_path / "s"), slots=1)
     with raises(ValueError):
         save(model, tmp_path)

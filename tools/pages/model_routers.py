@@ -17,7 +17,14 @@ import transformers
 from torch import Tensor, nn
 
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.integrations.routers import Given, Mixer, Scaled, Top, is_looked_up, routing_method_of
+from switchgear.integrations.routers import (
+    LookupMethod,
+    ScaledMethod,
+    SparseMixerMethod,
+    TopKMethod,
+    find_routing_method,
+    is_looked_up,
+)
 from switchgear.routing import override, record, replay
 from switchgear.trace import RoutingTrace
 from tiny_configs import MODEL_TYPES
@@ -48,20 +55,20 @@ This page is generated: `PYTHONPATH=tests python tools/pages/model_routers.py do
 
 def selection_of(block: MoeBlock) -> str:
     """The routing method of a router in words. Raises ValueError if it has none."""
-    method: Any = routing_method_of(block)
+    method: Any = find_routing_method(block)
     if is_looked_up(block):
         return f"by token id, {_in_words(method)}"
     return _in_words(method)
 
 
 def _in_words(method: Any) -> str:
-    if isinstance(method, Mixer):
+    if isinstance(method, SparseMixerMethod):
         return "SparseMixer"
-    if isinstance(method, Scaled):
+    if isinstance(method, ScaledMethod):
         return f"{_in_words(method.inner)}, scaled per expert"
-    if isinstance(method, Given):
+    if isinstance(method, LookupMethod):
         return _in_words(method.inner)
-    assert isinstance(method, Top)
+    assert isinstance(method, TopKMethod)
     words = [method.weight if method.weight != "logits" else "softmax over the chosen"]
     if method.score_function == "logits" and method.weight == "sigmoid":
         words.append("chosen by logits")

@@ -17,9 +17,9 @@ import transformers
 from torch import nn
 
 import switchgear
-from switchgear.integrations.compare import Comparison, compare
-from switchgear.integrations.gates import gate_of
-from switchgear.integrations.undecorated import NOT_EXPERTS, PATCHES, patch_of
+from compare_models import Comparison, compare
+from switchgear.integrations.gates import find_gate
+from switchgear.integrations.undecorated import NOT_EXPERTS, PATCHES, find_patch
 from switchgear.ops import GluOptions
 from tiny_configs import MODEL_TYPES
 from tiny_models import build, example_inputs
@@ -86,10 +86,10 @@ def _row(model_type: str, class_name: str, model: nn.Module, result: Comparison)
 
 def _gate(module: Any) -> str:
     """The gate in words: "silu", "swiglu_oai, limit 7, interleaved", or "own"."""
-    patch = patch_of(module)
+    patch = find_patch(module)
     if patch is not None and patch.gate is None:
         return "own"
-    gate: GluOptions | None = gate_of(module if patch is None else module.get_submodule(patch.gate))
+    gate: GluOptions | None = find_gate(module if patch is None else module.get_submodule(patch.gate))
     if gate is None:
         return "own"
     limit = f", limit {gate.limit:g}" if gate.limit else ""

@@ -22,7 +22,7 @@ LENGTH = 256
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def folder_of(name: str) -> Path:
+def find_folder(name: str) -> Path:
     """The folder of a checkpoint. CommandError if it is none."""
     if name == TINY:
         return newest_tiny()
@@ -83,7 +83,7 @@ def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any
     transformers = require("transformers")
     transformers.logging.set_verbosity_error()
     try:
-        kind = _class_of(folder, whole)
+        kind = _find_class(folder, whole)
         model, loaded = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except CommandError:
         raise
@@ -100,7 +100,7 @@ def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any
     return model
 
 
-def _class_of(folder: Path, whole: bool) -> Any:
+def _find_class(folder: Path, whole: bool) -> Any:
     """The class that the config names, with all parts of the model. Without a name, and for parts, that of causal
     language models."""
     transformers = require("transformers")
@@ -137,17 +137,17 @@ def read_texts(
     return texts
 
 
-def length_for(model: Any, wanted: int | None) -> int:
+def choose_length(model: Any, wanted: int | None) -> int:
     """Tokens of a sequence: by default LENGTH, or fewer if the model has fewer positions."""
     return wanted or min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
 
 
-def batches_of(
+def cut_batches(
     text: bytes, model: Any, folder: Path, *, tokens: int, length: int, rows: int = 8, name: str = ""
 ) -> list[Tensor]:
     """The first `tokens` tokens of a text in windows: batches [<= rows, length] int64. A model of 256 tokens without a
     tokenizer reads bytes. CommandError for a text shorter than a window."""
-    ids = _ids(text[: 16 * tokens], model, folder)[:tokens]  # a token has a few bytes
+    ids = _tokenize(text[: 16 * tokens], model, folder)[:tokens]  # a token has a few bytes
     count = ids.numel() // length
     if tokens < length:
         raise CommandError(f"tokens: expected at least a window of {length}, got {tokens}")
@@ -156,7 +156,7 @@ def batches_of(
     return list(torch.split(ids[: count * length].view(count, length), rows))
 
 
-def _ids(text: bytes, model: Any, folder: Path) -> Tensor:
+def _tokenize(text: bytes, model: Any, folder: Path) -> Tensor:
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
     if model.config.get_text_config().vocab_size == 256 and not has_tokenizer:
         return (

@@ -29,7 +29,7 @@ from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.reference import check_size
 from switchgear.trace import Observation, observe
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 
 _FORMAT = "switchgear calibration 1"
 _NO_TENSORS = (int, float, str, type(None))
@@ -215,7 +215,7 @@ def calibrate(
     check_seed(seed)
     each, parts = _iterate(batches), expert_layers(model, layers)
     collector = _Collector(parts, hessians, samples, seed)
-    with evaluating(model), observe(model, collector.see, layers=list(parts)):
+    with set_eval(model), observe(model, collector.see, layers=list(parts)):
         for batch in each:
             collector.domain, arguments, named = _split_batch(batch)
             model(*arguments, **named)

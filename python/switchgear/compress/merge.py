@@ -21,7 +21,7 @@ from switchgear.compress.surgery import (
     check_unshared,
     commit,
 )
-from switchgear.diagnostics.similarity import cosines_of_products, matching, neurons
+from switchgear.diagnostics.similarity import compute_product_cosines, match_rows, neurons
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import (
     STEP_COUNTS,
@@ -33,7 +33,7 @@ from switchgear.integrations.blocks import (
     router_tensors,
     split_gate,
 )
-from switchgear.integrations.gates import gate_of
+from switchgear.integrations.gates import find_gate
 from switchgear.reference import check_choice
 
 SIMILARITIES = ("outputs", "logits", "weights")
@@ -175,7 +175,7 @@ def _measure_distances(layer: ExpertLayer, known: LayerCalibration, similarity: 
         products = known.sums(domains).logits
         if not bool(products.any()):
             raise ValueError(f"similarity: expected another than logits for {layer.name}, whose router shows none")
-        return 1 - cosines_of_products(products)
+        return 1 - compute_product_cosines(products)
     if similarity == "weights":
         first, second = layer.projection(0), layer.projection(1)
         count = layer.num_experts
@@ -183,7 +183,7 @@ def _measure_distances(layer: ExpertLayer, known: LayerCalibration, similarity: 
         for weight in (first, second):
             rows = weight.reshape(count, -1).float()
             products += (rows @ rows.mT).double().cpu()
-        return 1 - cosines_of_products(products)
+        return 1 - compute_product_cosines(products)
     sample = known.sample(domains)
     if sample is None:
         raise ValueError(f"calibration: expected a sample of tokens of {layer.name}, got none (samples=0)")
@@ -257,7 +257,7 @@ def _find_layout(layer: ExpertLayer) -> tuple[int, bool]:
     parts = layer.projection(0).shape[1] // layer.intermediate_size
     if parts == 1:
         return 1, False
-    gate = layer.experts if isinstance(layer.experts, Experts) else gate_of(layer.experts)
+    gate = layer.experts if isinstance(layer.experts, Experts) else find_gate(layer.experts)
     if gate is None:
         raise ValueError(f"align: expected False for {layer.name}, since the order of its gate's rows is not known")
     return parts, bool(gate.interleaved)
@@ -275,7 +275,7 @@ def _match_neurons(
         wanted = _list_neurons(first[best], second[best], interleaved)
         for expert in group:
             if expert != best:
-                orders[expert] = matching(wanted @ _list_neurons(first[expert], second[expert], interleaved).mT)
+                orders[expert] = match_rows(wanted @ _list_neurons(first[expert], second[expert], interleaved).mT)
     return orders
 
 

@@ -14,9 +14,9 @@ from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration, check_calibration
 from switchgear.compress.sums import Domains
 from switchgear.functional import Routing, as_number
-from switchgear.integrations.choices import overridden
+from switchgear.integrations.choices import override_selection
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.integrations.routers import routing_method_of
+from switchgear.integrations.routers import find_routing_method
 from switchgear.routing.change import overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
 from switchgear.routing.router import Router
@@ -79,7 +79,7 @@ def skip_experts(
         raise ValueError(f"calibration: expected tokens with two experts, got none in {empty[0]}")
     done = Skipped(ratios)
     # Raises before anything changes.
-    methods = {name: routing_method_of(block) for name, block in blocks.items() if not block.is_ours}
+    methods = {name: find_routing_method(block) for name, block in blocks.items() if not block.is_ours}
     with ExitStack() as stack:
         for name, block in blocks.items():
             if isinstance(block.gate, Router):
@@ -161,4 +161,4 @@ def _skip_on_hugging_face(
     if protect:
         stack.callback(block.gate.register_forward_pre_hook(keep).remove)
     wrapper: Callable[[Select], Select] = lambda select: _SkipOnHuggingFace(select, ratio, protect, done, seen)  # noqa: E731
-    stack.enter_context(overridden(block, method, wrapper))
+    stack.enter_context(override_selection(block, method, wrapper))

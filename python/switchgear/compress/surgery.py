@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import ExpertLayer, ExpertTensor, router_tensors
-from switchgear.integrations.choices import watched
+from switchgear.integrations.choices import watch_choices
+from switchgear.integrations.hook_points import Choice
 from switchgear.integrations.moe_blocks import MoeBlock
-from switchgear.integrations.places import Choice
 from switchgear.routing.router import Router
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 from switchgear.weights import advise_huge_pages
 from switchgear.weights.change import memory_of
 
@@ -193,7 +193,7 @@ class _Chosen(Exception):
 def compute_choice(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
     """(topk_ids [T,K] int64, topk_weights [T,K] float64) that the experts of a block get for its input x [T,H], in eval
     mode. Raises ValueError for a block that needs more than x."""
-    with evaluating(block.block):
+    with set_eval(block.block):
         if isinstance(block.gate, Router):
             routing = block.gate(x)
             return routing.topk_ids.long(), routing.topk_weights.double()
@@ -208,7 +208,7 @@ def _watch_choice(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
         raise _Chosen
 
     try:
-        with watched(block, stop):
+        with watch_choices(block, stop):
             block.block(x[None])
     except _Chosen:
         pass

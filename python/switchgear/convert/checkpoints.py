@@ -23,20 +23,18 @@ from switchgear.convert.average import Merging
 from switchgear.convert.checks import as_finite_numbers
 from switchgear.convert.directory import (
     CONFIG,
-    JOURNAL,
+    CONVERSION,
     TEMPLATES,
     ConversionError,
     DamagedCheckpoint,
     Directory,
     DiskFull,
-    Journal,
     Progress,
     RecipeError,
     compute_sha256,
     count_bytes,
     divide_into_shards,
     list_beside_weights,
-    name_errors,
     read_full_config,
     write_shard,
     write_text,
@@ -44,7 +42,7 @@ from switchgear.convert.directory import (
 from switchgear.convert.layouts import plan_layout
 from switchgear.convert.plans import ConversionPlan, Item
 from switchgear.convert.recipes import plan_dense, plan_experts, plan_merge, plan_split, plan_upcycle
-from switchgear.files import AnyPath
+from switchgear.files import AnyPath, Unfinished
 
 INDEX, REPORT = "model.safetensors.index.json", "conversion.json"
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -175,13 +173,16 @@ def run(
     sources = [Directory(path) for path in paths]
     plan = plan_recipe(recipe, sources)
     shards = divide_into_shards(plan.items, recipe.shard_bytes())
-    journal = Journal.opened(target, _identity(recipe, sources), resume)
-    try:
-        resumed = tuple(name for name in shards if journal.has(name))
-        _write(journal, shards, resumed, progress or (lambda *_: None))
-        return _finish(journal, recipe, paths[0], target, plan, shards, resumed)
-    finally:
-        journal.close()
+    with Unfinished.opened(CONVERSION, target, _identity(recipe, sources), resume) as unfinished:
+        resumed = tuple(name for name in shards if _is_finished(unfinished, name))
+        _write(unfinished, shards, resumed, progress or (lambda *_: None))
+        return _finish(unfinished, recipe, paths[0], plan, shards, resumed)
+
+
+def _is_finished(unfinished: Unfinished, name: str) -> bool:
+    """Whether a shard has the bytes that were written."""
+    entry, file = unfinished.pieces.get(name), unfinished.folder / name
+    return entry is not None and file.is_file() and compute_sha256(file) == entry["sha256"]
 
 
 def _identity(recipe: Recipe, sources: Sequence[Directory]) -> str:
@@ -194,14 +195,16 @@ def _identity(recipe: Recipe, sources: Sequence[Directory]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _write(journal: Journal, shards: Mapping[str, list[Item]], resumed: Sequence[str], progress: Progress) -> None:
+def _write(
+    unfinished: Unfinished, shards: Mapping[str, list[Item]], resumed: Sequence[str], progress: Progress
+) -> None:
     """Writes the shards that are not finished."""
     sizes = {name: sum(map(count_bytes, items)) for name, items in shards.items()}
     total, done = sum(sizes.values()), 0
     missing = total - sum(sizes[name] for name in resumed)
-    if (free := shutil.disk_usage(journal.folder).free) < missing:
-        journal.drop()
-        raise DiskFull(errno.ENOSPC, f"no room for {journal.folder}: {missing} bytes are needed, {free} are free")
+    folder = unfinished.folder
+    if (free := shutil.disk_usage(folder).free) < missing:
+        raise DiskFull(errno.ENOSPC, f"no room for {folder}: {missing} bytes are needed, {free} are free")
 
     def count(size: int, key: str) -> None:
         nonlocal done
@@ -213,7 +216,8 @@ def _write(journal: Journal, shards: Mapping[str, list[Item]], resumed: Sequence
             count(sizes[name], name)
             continue
         try:
-            journal.add(name, write_shard(journal.folder / name, items, count))
+            sha256 = write_shard(folder / name, items, count)
+            unfinished.add(name, {"sha256": sha256, "bytes": (folder / name).stat().st_size})
         except (RuntimeError, ValueError) as error:  # safetensors and torch raise them for files that changed meanwhile
             if isinstance(error, ConversionError):
                 raise
@@ -305,18 +309,16 @@ def _read_layers(name: str, path: Any) -> dict[int, Tensor]:
 
 
 def _finish(
-    journal: Journal, recipe: Recipe, source: Path, target: Path, plan: ConversionPlan,
-    shards: Mapping[str, list[Item]], resumed: tuple[str, ...],
+    unfinished: Unfinished, recipe: Recipe, source: Path, plan: ConversionPlan, shards: Mapping[str, list[Item]],
+    resumed: tuple[str, ...],
 ) -> Report:  # fmt: skip
     """Writes what is beside the shards, and gives the directory its name."""
-    folder = journal.folder
+    folder, target = unfinished.folder, unfinished.target
     total = sum(map(count_bytes, plan.items))
     shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
-    for file in folder.iterdir():  # an earlier run ended here
-        if file.name not in journal.shards and file.name != JOURNAL:
-            file.unlink()
+    unfinished.clear(unfinished.pieces)  # an earlier run may have ended here
     for name in list_beside_weights(source):
-        with name_errors(source / name):
+        with CONVERSION.named_errors(source / name):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy2(source / name, folder / name)
     if len(shards) > 1:
@@ -325,10 +327,9 @@ def _finish(
         write_text(folder / INDEX, json.dumps(index, indent=2))
     report = {
         "recipe": recipe.as_dict(), "layers": [list(layer) for layer in plan.layers], "notes": list(plan.notes),
-        "shards": {name: journal.shards[name]["sha256"] for name in shards},
+        "shards": {name: unfinished.pieces[name]["sha256"] for name in shards},
     }  # fmt: skip
     write_text(folder / REPORT, json.dumps(report, indent=2))
     write_text(folder / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
-    os.rename(folder, target)
-    (target / JOURNAL).unlink()
+    unfinished.commit()
     return Report(target, plan.layers, plan.notes, total, report["shards"], resumed)  # type: ignore[arg-type]

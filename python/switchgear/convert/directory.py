@@ -7,12 +7,9 @@ After any of these errors the target does not exist.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from torch import Tensor
 from switchgear import files
 from switchgear.complaints import failed_import
 from switchgear.convert.plans import Item
-from switchgear.files import LOCK, AnyPath, bytes_of, locked, unfinished_of, write_whole
+from switchgear.files import AnyPath, bytes_of, write_whole, writing
 
 CONFIG = "config.json"
 TEMPLATES = "additional_chat_templates"  # a folder of a checkpoint
@@ -37,7 +34,6 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 NAMES = {name: dtype for dtype, name in DTYPES.items()}
-JOURNAL, SUFFIX = "journal.json", ".partial"
 Progress = Callable[[int, int, str], None]
 
 
@@ -55,6 +51,9 @@ class DamagedCheckpoint(ConversionError, ValueError):
 
 class DiskFull(ConversionError, files.DiskFull):
     """No room for the result. Finished shards stay, and the conversion resumes."""
+
+
+CONVERSION = files.Kind("conversion", "target", "shards", "recipe or source", ConversionError, DiskFull)
 
 
 class Directory:
@@ -155,92 +154,6 @@ def divide_into_shards(items: Sequence[Item], most: int) -> dict[str, list[Item]
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-class Journal:
-    """The finished shards of an unfinished conversion, in the directory where it is written."""
-
-    def __init__(self, folder: Path, identity: str) -> None:
-        self.folder, self._identity = folder, identity
-        self.shards: dict[str, dict[str, Any]] = {}
-
-    @classmethod
-    def opened(cls, target: Path, identity: str, resume: bool) -> Journal:
-        """Creates the directory next to the target, or continues it; without `resume`, empties it. ConversionError
-        for that of another conversion, and for a directory of something else."""
-        folder = target.with_name(target.name + SUFFIX)
-        journal = cls(folder, identity)
-        is_ours = (folder / JOURNAL).is_file() or not folder.exists()
-        if not is_ours and any(file.name != LOCK for file in folder.iterdir()):
-            raise ConversionError(f"target: expected no {folder}, got a directory that is no unfinished conversion")
-        is_new = not folder.exists()
-        with name_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        journal._lock()
-        try:
-            if resume:
-                journal._read()
-            else:
-                journal._discard()
-            journal._save()
-        except BaseException:
-            if is_new:
-                journal.drop()
-            journal.close()
-            raise
-        return journal
-
-    def _read(self) -> None:
-        """Takes over what an earlier run has finished."""
-        file = self.folder / JOURNAL
-        if not file.is_file():
-            return
-        try:
-            found = json.loads(file.read_text())
-            is_same = found["identity"] == self._identity
-        except (ValueError, KeyError, TypeError):
-            is_same = False
-        if not is_same:
-            raise ConversionError(
-                f"target: {self.folder} holds an unfinished conversion of another recipe or source; "
-                "remove it, or start again with resume=False (switchgear convert --fresh)"
-            )
-        self.shards = found["shards"]
-
-    def _discard(self) -> None:
-        for file in self.folder.iterdir():
-            if file.name != LOCK and file.is_file():
-                file.unlink()
-
-    def _lock(self) -> None:
-        """Until this object is closed, no other process writes here."""
-        try:
-            self._locked = locked(self.folder)
-        except BlockingIOError as error:
-            raise ConversionError(f"target: another process is writing {self.folder}") from error
-
-    def drop(self) -> None:
-        """Removes the directory if no shard is finished."""
-        if not self.shards:
-            self._discard()  # also what an interrupted shard has left
-            (self.folder / LOCK).unlink(missing_ok=True)
-            with suppress(OSError):  # there is more in it
-                self.folder.rmdir()
-
-    def close(self) -> None:
-        self._locked.close()
-
-    def has(self, name: str) -> bool:
-        """Whether a shard is finished, and its file has the bytes that were written."""
-        entry, file = self.shards.get(name), self.folder / name
-        return entry is not None and file.is_file() and compute_sha256(file) == entry["sha256"]
-
-    def add(self, name: str, sha256: str) -> None:
-        self.shards[name] = {"sha256": sha256, "bytes": (self.folder / name).stat().st_size}
-        self._save()
-
-    def _save(self) -> None:
-        write_text(self.folder / JOURNAL, json.dumps({"identity": self._identity, "shards": self.shards}, indent=1))
-
-
 def write_shard(path: Path, items: Sequence[Item], progress: Callable[[int, str], None]) -> str:
     """Writes a safetensors file, and returns its sha256. Until it is complete it has another name. Holds one tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -251,24 +164,16 @@ def write_shard(path: Path, items: Sequence[Item], progress: Callable[[int, str]
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, unfinished = hashlib.sha256(), unfinished_of(path)
-    with name_errors(path), open(unfinished, "wb") as file:
-        try:
-            for part in (len(text).to_bytes(8, "little"), text):
-                file.write(part)
-                digest.update(part)
-            for item in items:
-                data = _make_bytes(item)
-                file.write(data)
-                digest.update(data)
-                progress(len(data), item.key)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            file.close()
-            unfinished.unlink(missing_ok=True)
-            raise
-        os.replace(unfinished, path)
+    digest = hashlib.sha256()
+    with CONVERSION.named_errors(path), writing(path) as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            file.write(part)
+            digest.update(part)
+        for item in items:
+            data = _make_bytes(item)
+            file.write(data)
+            digest.update(data)
+            progress(len(data), item.key)
     return digest.hexdigest()
 
 
@@ -285,7 +190,7 @@ def _make_bytes(item: Item) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    with name_errors(path):
+    with CONVERSION.named_errors(path):
         write_whole(path, text)
 
 
@@ -295,17 +200,3 @@ def compute_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def name_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, ConversionError):
-            raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                error.errno, f"no room for {path.name}; free some and run the same conversion again"
-            ) from error
-        raise ConversionError(f"{path.name}: {error}") from error

@@ -27,7 +27,7 @@ from switchgear.modules import MoE
 from switchgear.papers.parts.scores_of_experts import Domain
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.context import Context, sequences
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 from switchgear.weights.checks import check_plain
 
 ROUTERS = ("random", "hidden", "embedding", "zeros")
@@ -263,7 +263,7 @@ def sequence_perplexities(models: Sequence[nn.Module], input_ids: Tensor, mask: 
     counted = counted[:, 1:] & counted[:, :-1]
     columns = []
     for model, named in zip(models, masks, strict=True):
-        with evaluating(model):
+        with set_eval(model):
             output: Any = model(input_ids, **named)
         logits = output if isinstance(output, Tensor) else output.logits
         losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")

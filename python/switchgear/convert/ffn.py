@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from switchgear.complaints import check_module
 from switchgear.convert.checks import as_finite_numbers
 from switchgear.integrations.blocks import FeedForward
-from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_of
+from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_activation
 from switchgear.layers.shared import SharedExperts
 from switchgear.reference import check_choice, check_size, wide
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 
 # (gate, up, down) of the modules in use; None: not gated.
 NAMES = (
@@ -107,7 +107,7 @@ def find_activation(module: Any) -> str | None:
         if isinstance(function, str):
             function = STRINGS.get(function)
         if callable(function):
-            return name_of(function)
+            return name_activation(function)
     return None
 
 
@@ -118,7 +118,7 @@ def _check_same(module: nn.Module, found: FeedForward, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, found.hidden_size, generator=generator).to(found.up)
     try:
-        with evaluating(module):
+        with set_eval(module):
             y = module(x)
     except Exception as error:
         raise ValueError(f"{name}: expected a module of rows [T,H], got {type(module).__name__} ({error})") from error

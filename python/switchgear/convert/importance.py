@@ -15,7 +15,7 @@ from switchgear.convert.ffn import NAMES, is_feed_forward
 from switchgear.convert.modules import call_model, choose_layers, find_dense_layers, watch_rows
 from switchgear.reference import check_choice
 from switchgear.trace.observe import inputs_of
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 
 DOWN = tuple(dict.fromkeys(down for _, _, down in NAMES))
 
@@ -39,7 +39,7 @@ def neuron_importance(
     name = next((name for name, part in module.named_modules() if part is down), None)
     if name is None:
         raise ValueError(f"mlp: expected a part of module, got another {type(mlp).__name__}")
-    with evaluating(module):
+    with set_eval(module):
         (total,) = _sum_gradients(module, batches, loss, {name: down})
     return total
 
@@ -76,7 +76,7 @@ def layer_importance(
     found = find_dense_layers(model)
     chosen = choose_layers(layers, len(found))
     downs = {name: _find_down(mlp) for name, mlp in (found[layer] for layer in chosen)}
-    with evaluating(model):
+    with set_eval(model):
         if by == "activation":
             totals = _sum_activations(model, batches, downs)
         else:

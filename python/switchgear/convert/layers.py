@@ -20,7 +20,7 @@ from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.reference import check_size
 from switchgear.routing.router import Router
 from switchgear.routing.selection import Threshold, TopK
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ def distill_layers(
         found = find_dense_layers(model)
         chosen = {index: found[index] for index in choose_layers(layers, len(found))}
     importance = options.pop("importance", None)
-    with evaluating(model):
+    with set_eval(model):
         inputs = _collect_inputs(model, dict(chosen.values()), batches, tokens)
     made: dict[nn.Module, MoE] = {}
     done: list[Distilled] = []
     for index, (name, module) in chosen.items():
         x = inputs.pop(name)
-        with torch.no_grad(), evaluating(module):
+        with torch.no_grad(), set_eval(module):
             y = torch.cat([module(part) for part in torch.split(x, batch_size)])
         given = importance.get(index) if isinstance(importance, Mapping) else importance
         moe = split_dense(
@@ -113,7 +113,7 @@ def distill_layers(
 def compute_error(layer: nn.Module, x: Tensor, y: Tensor) -> float:
     """mean (layer(x) - y)² / mean y² in eval()."""
     error = 0.0
-    with evaluating(layer):
+    with set_eval(layer):
         for rows, wanted in zip(torch.split(x, 4096), torch.split(y, 4096), strict=True):
             error += float((layer(rows) - wanted).float().square().sum())
     return error / max(float(y.float().square().sum()), 1e-30)
@@ -128,7 +128,7 @@ def use_threshold(moe: MoE, x: Tensor, experts_per_token: float) -> float:
     select: Any = moe.gate.select
     if not isinstance(select, TopK) or select.score_function != "softmax" or moe.gate.weight is None:
         raise ValueError(f"moe: expected a linear router with TopK by softmax, got {type(select).__name__}")
-    with torch.no_grad(), evaluating(moe.gate):  # training counts the tokens, and may add noise
+    with torch.no_grad(), set_eval(moe.gate):  # training counts the tokens, and may add noise
         logits = moe.gate(x).router_logits
     threshold = Threshold.calibrate(logits, experts_per_token)
     moe.gate.select = Threshold(threshold, normalize=select.normalize, scale=select.scale)

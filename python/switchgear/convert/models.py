@@ -19,7 +19,7 @@ from switchgear.convert.families import layers_of
 from switchgear.convert.modules import Conversion, Converted, watch_rows
 from switchgear.convert.plans import ConversionPlan, StateDict
 from switchgear.convert.recipes import plan_experts
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 from switchgear.weights.checks import check_state_dict
 
 
@@ -144,7 +144,7 @@ def _mean_inputs(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[i
     """The mean input [H] float32 of each feed-forward layer in eval(), which is what the layer's router will see."""
     found: dict[str, Tensor] = {}
     modules = {f"model.layers.{layer}.mlp": model.model.layers[layer].mlp for layer in layers}
-    with evaluating(model), watch_rows(model, modules, lambda name, x: found.update({name: x.float().mean(0)})):
+    with set_eval(model), watch_rows(model, modules, lambda name, x: found.update({name: x.float().mean(0)})):
         model(input_ids)
     return dict(zip(layers, (found[name] for name in modules), strict=True))
 

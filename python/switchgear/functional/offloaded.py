@@ -16,7 +16,7 @@ from switchgear.autograd import needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.functional.waves import Biases, Rows, Sums, adds_in_order_of_experts, base_of, renumbered
 from switchgear.ops import GluOptions
-from switchgear.utils.compiling import not_compiled
+from switchgear.utils.functions import not_compiled
 from switchgear.weights.offloaded import OffloadedWeight, Source, Wave
 from switchgear.weights.weight import AdaptedWeight, Weight
 

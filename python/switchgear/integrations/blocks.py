@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from switchgear.complaints import list_of_names
 from switchgear.experts import Experts
 from switchgear.functional import Plan, glu, grouped_gemm, plan
-from switchgear.integrations.gates import own_gate
+from switchgear.integrations.gates import get_own_gate
 from switchgear.integrations.moe_blocks import MoeBlock, is_transposed, moe_blocks
 from switchgear.layers.shared import SharedExperts
 from switchgear.layers.virtual import VirtualExperts
@@ -436,7 +436,7 @@ def _stacked(experts: nn.Module, path: str) -> ExpertTensor | None:
 
 def _activation(experts: Any) -> Callable[[Tensor], Tensor]:
     if not isinstance(experts, Experts):
-        return own_gate(experts)
+        return get_own_gate(experts)
     options: dict[str, Any] = {
         "activation": experts.activation, "gated": experts.gated, "interleaved": experts.interleaved,
         "alpha": experts.alpha, "limit": experts.limit,

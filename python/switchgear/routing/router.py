@@ -40,7 +40,7 @@ from switchgear.routing.handover import Handover
 from switchgear.routing.ranking import jittered, scores_of
 from switchgear.routing.scores import Uniform, init_uniform
 from switchgear.routing.selection import TopK
-from switchgear.utils.buffers import KeepsFloat32
+from switchgear.utils.modules import KeepsFloat32
 from switchgear.weights.selected import selection_of
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from switchgear.integrations.choices import overridden, selection_under
-from switchgear.integrations.routers import SelectByMethod, is_looked_up, routing_method_of
+from switchgear.integrations.choices import get_override, override_selection
+from switchgear.integrations.routers import SelectByMethod, find_routing_method, is_looked_up
 from switchgear.routing.change import Change, Changed, PerExpert, check_change, intervene, overridden_router
 from switchgear.routing.context import Select
 from switchgear.trace.observe import pick, traceable
@@ -77,12 +77,12 @@ def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Chan
     for name, block in blocks.items():
         try:
             change.check(block.num_experts, block.top_k if select is None else None)
-            check_change(change, selection_under(block) if select is None else select, block.num_experts)
+            check_change(change, get_override(block) if select is None else select, block.num_experts)
         except ValueError as error:
             raise ValueError(f"{error} ({name})") from None
         if is_looked_up(block) and change.bias is not None and select is None:
             raise ValueError(f"bias: expected none for {name}, whose experts are looked up by token id")
-    methods = {name: routing_method_of(block) for name, block in blocks.items()}  # raises before anything changes
+    methods = {name: find_routing_method(block) for name, block in blocks.items()}  # raises before anything changes
 
     def wrapper(block: Any, method: Any) -> Callable[[Select], Select]:
         def wrap(own: Select) -> Select:
@@ -95,5 +95,5 @@ def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Chan
 
     with ExitStack() as stack:
         for name, block in blocks.items():
-            stack.enter_context(overridden(block, methods[name], wrapper(block, methods[name])))
+            stack.enter_context(override_selection(block, methods[name], wrapper(block, methods[name])))
         yield

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from switchgear.trace.batches import Batch, cached_in, stacked
 from switchgear.trace.routed_layers import calls_followed, key_of, layers_of, observed
 from switchgear.trace.routing_record import RoutingRecord
-from switchgear.utils.wrappers import inner_model
+from switchgear.utils.modules import get_inner_model
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def record(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[
     result, seen = RoutingRecord(), _Recorded()
     found = layers_of(model, layers)
     hooks = [observed(layer, seen.listener(name)) for name, layer in found.items()]
-    with calls_followed(inner_model(model), seen.begin, seen.end, hooks):
+    with calls_followed(get_inner_model(model), seen.begin, seen.end, hooks):
         yield result
     seen.finish(result)
 

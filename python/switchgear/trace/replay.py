@@ -24,7 +24,7 @@ from switchgear.routing.counting import unseen
 from switchgear.trace.batches import Batch
 from switchgear.trace.routed_layers import calls_followed, key_of, layers_of
 from switchgear.trace.routing_record import RoutingRecord
-from switchgear.utils.wrappers import inner_model
+from switchgear.utils.modules import get_inner_model
 
 _FORWARDS = 64  # that gradient checkpointing may still repeat
 
@@ -66,7 +66,7 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
         return lambda own: _Replayed(own, name, state, methods[name])
 
     hooks = [layer.overridden(wrapper(name), methods[name]) for name, layer in chosen.items()]
-    with calls_followed(inner_model(model), state.begin, state.end, hooks):
+    with calls_followed(get_inner_model(model), state.begin, state.end, hooks):
         yield
 
 

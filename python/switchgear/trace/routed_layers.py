@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from switchgear.adapters.wrappers import is_wrapper
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
-from switchgear.integrations.choices import overridden, watched
-from switchgear.integrations.places import Choice
-from switchgear.integrations.routers import routing_method_of
+from switchgear.integrations.choices import override_selection, watch_choices
+from switchgear.integrations.hook_points import Choice
+from switchgear.integrations.routers import find_routing_method
 from switchgear.routing.change import overridden_router
 from switchgear.routing.context import Context, Select, is_recomputing, modules_in, scored, wrapped
 from switchgear.routing.counting import unseen
@@ -24,8 +24,7 @@ from switchgear.routing.ranking import scores_of, weighed
 from switchgear.routing.router import Router
 from switchgear.trace.batches import Batch, batch_of
 from switchgear.trace.observe import pick, traceable
-from switchgear.utils.buffers import on_copies
-from switchgear.utils.wrappers import inner_model, plain_name
+from switchgear.utils.modules import get_inner_model, on_copies, strip_wrapper_names
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,12 @@ class RoutedLayer:
         """What weighs any choice as the router does. Raises ValueError if there is none."""
         if self.router is not None:
             return _RouterMethod.of(self.name, self.router)
-        return routing_method_of(self.block)
+        return find_routing_method(self.block)
 
     @contextmanager
     def overridden(self, wrapper: Callable[[Select], Select], method: Any) -> Iterator[None]:
         if self.router is None:
-            with overridden(self.block, method, wrapper):
+            with override_selection(self.block, method, wrapper):
                 yield
             return
         with overridden_router(self.router, wrapper):
@@ -107,7 +106,7 @@ def layers_of(model: nn.Module, layers: Collection[str] | None) -> dict[str, Rou
     layers: names of layers, as in a RoutingTrace of the model; all if None.
     """
     check_module("model", model)
-    inner = inner_model(model)
+    inner = get_inner_model(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"model: expected a decoder alone, got {type(inner).__name__}")
     picked = pick(traceable(model), layers)
@@ -127,7 +126,7 @@ def _plain_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str
     """The name of a layer without wrappers of the model, and of PEFT around its experts."""
     while name and is_wrapper(modules[parent := name.rpartition(".")[0]]):
         name = parent
-    return plain_name(name.removeprefix(f"{prefix}.") if prefix else name)
+    return strip_wrapper_names(name.removeprefix(f"{prefix}.") if prefix else name)
 
 
 @contextmanager
@@ -155,7 +154,7 @@ def observed(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Ite
             with unseen(choice.topk_ids):
                 function(choice.topk_ids, classes)
 
-    with watched(layer.block, see):
+    with watch_choices(layer.block, see):
         yield
 
 

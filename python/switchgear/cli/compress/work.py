@@ -24,7 +24,7 @@ from switchgear.convert.directory import list_beside_weights
 from switchgear.files import JOURNAL, LOCK, UNFINISHED, locked, replacing, write_whole
 from switchgear.weights import restore
 
-from ..checkpoint import batches_of, length_for, load_model, read_texts
+from ..checkpoint import choose_length, cut_batches, load_model, read_texts
 from ..common import CommandError
 from ..progress import progress
 from .recipe import Recipe, Step
@@ -95,11 +95,11 @@ def _needs_text(recipe: Recipe) -> bool:
 
 
 def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes], hessians: bool) -> Calibration:
-    length = length_for(model, recipe.length)
+    length = choose_length(model, recipe.length)
     batches: list[dict[str, Any]] = [
         {"input_ids": rows, "domain": name, "use_cache": False}
         for name, text in texts.items()
-        for rows in batches_of(text, model, source, tokens=recipe.tokens, length=length, name=name)
+        for rows in cut_batches(text, model, source, tokens=recipe.tokens, length=length, name=name)
     ]
 
     def counted() -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from switchgear.reference import check_choice, wide
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.scores import init_uniform
-from switchgear.utils.buffers import KeepsFloat32
+from switchgear.utils.modules import KeepsFloat32
 
 MODES = ("horizontal", "vertical")
 

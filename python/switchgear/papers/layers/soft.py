@@ -13,7 +13,7 @@ from switchgear.backends import without_autocast
 from switchgear.complaints import at_least, check_module
 from switchgear.layers.common import check_rows
 from switchgear.reference import wide
-from switchgear.utils.scalars import LoadsScalars
+from switchgear.utils.modules import LoadsScalars
 
 
 def per_conv_tokens(features: Tensor) -> Tensor:

@@ -26,8 +26,7 @@ from switchgear.routing.context import (
     wrapped,
 )
 from switchgear.routing.ranking import keep_choices, scores_of, uniform
-from switchgear.utils.buffers import FillsBuffers
-from switchgear.utils.scalars import LoadsScalars
+from switchgear.utils.modules import FillsBuffers, LoadsScalars
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

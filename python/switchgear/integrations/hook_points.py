@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Where a Hugging Face block says which experts a token goes to, and how to write another choice there.
+"""Hook points of a Hugging Face block: which calls say where a token goes, and how to write another choice there.
 
 The gate's output has the logits. The experts' arguments have the choice, after all that a block does to it. So most
-models are tapped at both. In a few, only the router's output says who is chosen.
+blocks get a hook on both. In a few, only the router's output says who is chosen.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Choice(NamedTuple):
     router_logits: Tensor | None  # [T, classes of the router]
 
 
-class Tap(Protocol):
-    """What a place passes the choices to."""
+class Receiver(Protocol):
+    """Receives each routing decision; may replace it."""
 
     logits: Tensor | None  # of the gate's last call
 
-    def pass_by(self, choice: Choice) -> Choice:
-        """The choice that the experts get instead; the same object if nothing changes it."""
+    def receive(self, choice: Choice) -> Choice:
+        """Returns the choice that the experts get instead; the same object if nothing changes it."""
 
 
-class AtExperts:
-    """Experts called with (hidden_states, ids [T,K], weights [T,K])."""
+class ExpertsHook:
+    """A hook on experts called with (hidden_states, ids [T,K], weights [T,K])."""
 
     def read(self, block: MoeBlock, x: Tensor, ids: Tensor, weights: Tensor, logits: Tensor | None) -> Choice:
         ids = ids.reshape(-1, ids.shape[-1])
@@ -56,13 +56,13 @@ class AtExperts:
         ids = torch.where(empty, block.num_experts if _skips_the_last_id(block) else 0, choice.topk_ids)
         return ids.long(), choice.topk_weights.masked_fill(empty, 0)
 
-    def attach(self, block: MoeBlock, tap: Tap) -> list[Any]:
+    def register(self, block: MoeBlock, receiver: Receiver) -> list[Any]:
         def before(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             names = ("hidden_states", "top_k_index", "top_k_weights")
             given = dict(zip(names, args, strict=False)) | kwargs
-            logits, tap.logits = tap.logits, None
+            logits, receiver.logits = receiver.logits, None
             seen = self.read(block, given[names[0]], given[names[1]], given[names[2]], logits)
-            choice = tap.pass_by(seen)
+            choice = receiver.receive(seen)
             if choice is seen:
                 return None
             ids, weights = self.write(block, choice)
@@ -71,13 +71,13 @@ class AtExperts:
 
         handles = [block.experts.register_forward_pre_hook(before, with_kwargs=True)]
         if block.gate is not None:
-            handles.append(_keep_logits(block, tap))
+            handles.append(_keep_logits(block, receiver))
         return handles
 
 
-def _keep_logits(block: MoeBlock, tap: Tap) -> Any:
+def _keep_logits(block: MoeBlock, receiver: Receiver) -> Any:
     def after(gate: nn.Module, args: Any, output: Any) -> None:
-        tap.logits = logits_of(block, output)
+        receiver.logits = read_logits(block, output)
 
     assert block.gate is not None
     return block.gate.register_forward_hook(after)
@@ -96,7 +96,7 @@ def _skips_the_last_id(block: MoeBlock) -> bool:
     return implementation == "switchgear" or skips_the_last_id(block.experts)
 
 
-class _Zaya(AtExperts):
+class _Zaya(ExpertsHook):
     """Tokens that skip the experts come as expert 0 with the weight 0."""
 
     def read(self, block: MoeBlock, x: Tensor, ids: Tensor, weights: Tensor, logits: Tensor | None) -> Choice:
@@ -104,23 +104,23 @@ class _Zaya(AtExperts):
         return choice._replace(topk_ids=choice.topk_ids.masked_fill(choice.topk_weights == 0, -1))
 
 
-class _Nllb(AtExperts):
+class _Nllb(ExpertsHook):
     """(hidden_states, router_mask [T,C], router_probs [T,C]): the mask's values are used as ids of experts; see
     undecorated.py. They are seen as they run, and cannot be overridden."""
 
-    def attach(self, block: MoeBlock, tap: Tap) -> list[Any]:
+    def register(self, block: MoeBlock, receiver: Receiver) -> list[Any]:
         def before(experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
             x, mask, probs = args
             by_expert = probs.new_zeros(len(probs), block.num_experts).scatter_add(1, mask, probs)
             weights, ids = by_expert.topk(min(2, block.num_experts), dim=-1)
-            logits, tap.logits = tap.logits, None
-            tap.pass_by(Choice(x, ids, weights, logits))
+            logits, receiver.logits = receiver.logits, None
+            receiver.receive(Choice(x, ids, weights, logits))
 
-        return [block.experts.register_forward_pre_hook(before), _keep_logits(block, tap)]
+        return [block.experts.register_forward_pre_hook(before), _keep_logits(block, receiver)]
 
 
-class AtRouter(ABC):
-    """The router's output says all; `read` and `write` translate it."""
+class RouterHook(ABC):
+    """A hook on a router whose output says all; `read` and `write` translate it."""
 
     @abstractmethod
     def read(self, block: MoeBlock, x: Tensor, output: Any) -> Choice: ...
@@ -128,17 +128,17 @@ class AtRouter(ABC):
     @abstractmethod
     def write(self, block: MoeBlock, choice: Choice, output: Any) -> Any: ...
 
-    def attach(self, block: MoeBlock, tap: Tap) -> list[Any]:
+    def register(self, block: MoeBlock, receiver: Receiver) -> list[Any]:
         def after(gate: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             seen = self.read(block, args[0], output)
-            choice = tap.pass_by(seen)
+            choice = receiver.receive(seen)
             return None if choice is seen else self.write(block, choice, output)
 
         assert block.gate is not None
         return [block.gate.register_forward_hook(after)]
 
 
-class _Llama4(AtRouter):
+class _Llama4(RouterHook):
     """(scores [T,E], 0 for all others; logits). The scores multiply the experts' input."""
 
     def read(self, block: MoeBlock, x: Tensor, output: Any) -> Choice:
@@ -153,7 +153,7 @@ class _Llama4(AtRouter):
         return torch.zeros_like(scores).scatter_add(1, choice.topk_ids.clamp(min=0).long(), weights), logits
 
 
-class _JetMoe(AtRouter):
+class _JetMoe(RouterHook):
     """(order of the choices by expert, their tokens, their weights, counts of the experts, logits)."""
 
     def read(self, block: MoeBlock, x: Tensor, output: Any) -> Choice:
@@ -173,7 +173,7 @@ class _JetMoe(AtRouter):
         return order, tokens, gates, torch.bincount(experts, minlength=block.num_experts).tolist(), output[4]
 
 
-class _Switch(AtRouter):
+class _Switch(RouterHook):
     """(mask [..., E], all zeros for a token past its expert's capacity; weight [..., 1]; logits [..., E])."""
 
     def read(self, block: MoeBlock, x: Tensor, output: Any) -> Choice:
@@ -197,8 +197,8 @@ class _Switch(AtRouter):
 # Routers that return probabilities in place of logits.
 _PROBABILITIES = ("DiffusionGemmaTextRouter", "Gemma4TextRouter")
 
-Place = AtExperts | AtRouter
-_PLACES: dict[str, Place] = {
+HookPoint = ExpertsHook | RouterHook
+_HOOK_POINTS: dict[str, HookPoint] = {
     "JetMoeMoE": _JetMoe(),
     "Llama4TextMoe": _Llama4(),
     "NllbMoeSparseMLP": _Nllb(),
@@ -207,41 +207,41 @@ _PLACES: dict[str, Place] = {
 }
 
 
-def place_of(block: MoeBlock) -> Place:
-    return next((place for name, place in _PLACES.items() if is_of(block.block, name)), AtExperts())
+def find_hook_point(block: MoeBlock) -> HookPoint:
+    return next((point for name, point in _HOOK_POINTS.items() if is_of(block.block, name)), ExpertsHook())
 
 
-def routed(block: MoeBlock, x: Tensor, output: Any) -> Choice | None:
+def read_choice(block: MoeBlock, x: Tensor, output: Any) -> Choice | None:
     """The choice in the output of the router for x [T,H]; None if the output does not say."""
-    place = place_of(block)
-    if isinstance(place, _Nllb):
+    point = find_hook_point(block)
+    if isinstance(point, _Nllb):
         return None
-    if isinstance(place, AtRouter):
-        return place.read(block, x, output)
-    logits = logits_of(block, output)
-    anew = getattr(block.block, "route_tokens_to_experts", None)
-    if isinstance(output, Tensor) and anew is not None:  # DBRX: the block chooses
-        weights, ids = anew(logits)
+    if isinstance(point, RouterHook):
+        return point.read(block, x, output)
+    logits = read_logits(block, output)
+    choose = getattr(block.block, "route_tokens_to_experts", None)
+    if isinstance(output, Tensor) and choose is not None:  # DBRX: the block chooses
+        weights, ids = choose(logits)
     elif isinstance(output, (tuple, list)) and len(output) >= 3:
-        _, weights, ids, *_ = _logits_first(output)
+        _, weights, ids, *_ = _put_logits_first(output)
     else:
         return None
-    return place.read(block, x, ids, weights, logits)
+    return point.read(block, x, ids, weights, logits)
 
 
-def _logits_first(output: Sequence[Any]) -> Sequence[Any]:
+def _put_logits_first(output: Sequence[Any]) -> Sequence[Any]:
     """(logits, weights, ids, …) of a gate. Before transformers 5.21 Granite's returns (ids, weights, logits)."""
     first = output[0]
     return output[::-1] if isinstance(first, Tensor) and not first.is_floating_point() else output
 
 
-def logits_of(block: MoeBlock, output: Any) -> Tensor | None:
+def read_logits(block: MoeBlock, output: Any) -> Tensor | None:
     """router_logits [T,E] in the output of the gate: the tensor itself, or the item that transformers records."""
     if isinstance(output, Tensor):
         return output.reshape(-1, output.shape[-1])
     if not isinstance(output, (tuple, list)) or not output:
         return None
-    logits = output[2] if isinstance(place_of(block), _Nllb) else _logits_first(output)[0]
+    logits = output[2] if isinstance(find_hook_point(block), _Nllb) else _put_logits_first(output)[0]
     if not isinstance(logits, Tensor):
         return None
     logits = logits.reshape(-1, logits.shape[-1])
