@@ -327,9 +327,7 @@ inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const 
 // ---- scales --------------------------------------------------------------------------------------------------------------
 
 template <Format kFormat>
-constexpr int64_t kScaleBytes = kFormat == Format::kMxfp4 ? 1
-                                : has_bits(kFormat)       ? 2
-                                                          : 4;
+constexpr int64_t kScaleBytes = size_of(format_row(kFormat).scales);
 
 inline Ints load_bytes(const uint8_t* p) {
 #if defined(__AVX512BW__)
@@ -347,8 +345,8 @@ inline Ints load_bytes(const uint8_t* p) {
 
 template <Format kFormat>
 inline Floats load_scales(const uint8_t* p) {
-  if constexpr (has_bits(kFormat)) return load(reinterpret_cast<const Float16*>(p));
-  if constexpr (kFormat != Format::kMxfp4) return load(reinterpret_cast<const float*>(p));
+  if constexpr (format_row(kFormat).scales == DType::kFloat16) return load(reinterpret_cast<const Float16*>(p));
+  if constexpr (format_row(kFormat).scales == DType::kFloat32) return load(reinterpret_cast<const float*>(p));
   const Ints bits = load_bytes(p) << 23, smallest = Ints{} + 0x00400000;  // 2^-127 is subnormal
   const Floats scales = from_bits(bits > smallest ? bits : smallest);
   return multiply_add(scales, broadcast(0.0f), scales);  // code 255, infinity so far, becomes NaN

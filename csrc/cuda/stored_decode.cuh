@@ -25,16 +25,7 @@ constexpr int kStepRows = 16, kStepColumns = 32, kStepChunks = 4;
 
 // Bytes of a step, at most. kGroups: 64 for each bit.
 constexpr int most_step_bytes(Format format) {
-  return kStepRows * kStepColumns / 8 *
-         (format == Format::kGroups ? static_cast<int>(kMostBits) : static_cast<int>(bits_of(format)));
-}
-
-__host__ __device__ constexpr bool of_integers(Format format) {
-  return format == Format::kInt8 || format == Format::kInt4;
-}
-// Bits of a number; groups have those of their expert.
-__host__ __device__ constexpr int code_bits(Format format) {
-  return format == Format::kInt4 || format == Format::kMxfp4 || format == Format::kNf4 ? 4 : 8;
+  return kStepRows * kStepColumns / 8 * static_cast<int>(bits_of(format));
 }
 
 // Values of nf4 by stored code.
@@ -277,11 +268,6 @@ __device__ inline void decode_chunk(float (&v)[8], Format format, int bits, cons
 // ---- scales and zeros --------------------------------------------------------------------------------------------------------
 
 constexpr int kMostScaleBytes = 64, kMostZeroBytes = 32;  // of a step: float32, or two groups of 16 columns
-
-// Bytes of the scales of 16 rows of a group.
-__host__ __device__ constexpr int scale_bytes(Format format) {
-  return format == Format::kFp8 || format == Format::kNf4 ? 64 : format == Format::kGroups ? 32 : 16;
-}
 
 // The scale of row `row` among those of 16 rows; integers: without the row's own.
 __device__ inline float scale_at(Format format, const std::byte* scales, int row) {

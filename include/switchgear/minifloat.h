@@ -26,9 +26,7 @@ namespace switchgear {
 inline constexpr int64_t kMinifloatRows = 16, kMinifloatColumns = 32;
 
 // Columns that share a scale; 0: any multiple of 32, or the whole row.
-constexpr int64_t minifloat_group(Format format) {
-  return format == Format::kMxfp4 ? 32 : format == Format::kNf4 ? 64 : 0;
-}
+constexpr int64_t minifloat_group(Format format) { return format_row(format).group; }
 
 // The values of nf4 by code, float32. The middle one of the 16 is zero: 7 quantiles are negative, 8 are positive.
 inline constexpr int kNf4Zero = 7;

@@ -32,6 +32,29 @@ SMALLEST_SCALE = 2.0**-126  # of fp8: the smallest normal float32; below, amax /
 NF4_BLOCK = 64  # columns that share a scale of nf4
 MXFP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0..7; bit 3 is the sign
 NAN_SCALE = 255  # of e8m0
+
+
+class Minifloat(NamedTuple):
+    """A format of this file, and how a weight [E,N,C] is published."""
+
+    name: str
+    number: int  # of the format in a form
+    bits: int
+    group: int  # columns that share a scale; 0: any multiple of 32, or all
+    scales: torch.dtype  # as stored
+    shape: str  # of published values
+    width: int  # columns of an index of the third dimension of published values
+    row_scales: bool = False  # each row has one more scale, float32
+
+
+MINIFLOATS = {
+    kind.name: kind
+    for kind in (
+        Minifloat("fp8", 5, 8, 0, torch.float32, "[E,N,C]", 1),
+        Minifloat("mxfp4", 6, 4, COLUMNS, torch.uint8, "[E,N,C/32,16]", COLUMNS),
+        Minifloat("nf4", 7, 4, NF4_BLOCK, torch.float32, "[E,N,C/2]", 2),
+    )
+}
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -243,6 +266,22 @@ def decode_mxfp4(
     return out
 
 
+def decode(
+    format: str,
+    values: Tensor,
+    scales: Tensor,
+    row_scales: Tensor | None,
+    rows: int,
+    columns: int,
+    parts: int,
+    group: tuple[int, int],
+) -> Tensor:
+    """Decodes published values and scales of a format of this file to [E,N,C], float32."""
+    if format == "mxfp4":
+        return decode_mxfp4(values, scales, columns)
+    return decode_fp8(values, scales, group, parts)
+
+
 def rows_of_scales(scales: Tensor, rows: int, group: tuple[int, int], parts: int) -> Tensor:
     """Repeats scales of fp8 [E, parts·R, G] for each of N rows: [E,N,G]."""
     shares = scales.view(len(scales), parts, scales.shape[1] // parts, scales.shape[2])
@@ -303,14 +342,23 @@ def _from_rows_of_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
     return shares[:, : rows // parts].reshape(rows, blocks.shape[2])
 
 
-_SHAPES = {"fp8": "[E,N,C]", "mxfp4": "[E,N,C/32,16]", "nf4": "[E,N,C/2]"}  # of published values
-_WIDTHS = {"fp8": 1, "mxfp4": COLUMNS, "nf4": 2}  # columns of an index of their third dimension
-
-
 def blocks_shape(rows: int, columns: int, format: str, parts: int = 1) -> tuple[int, int, int]:
     """Shape of an expert's data, for a matrix [N,C]: blocks of 16 rows, steps of 32 columns, bytes per step."""
     blocks = parts * divide_up(rows // parts, ROWS)
-    return blocks, divide_up(columns, COLUMNS), ROWS * COLUMNS // (1 if format == "fp8" else 2)
+    return blocks, divide_up(columns, COLUMNS), ROWS * COLUMNS * MINIFLOATS[format].bits // 8
+
+
+def to_row_scales(tensor_scales: Tensor, rows: int) -> Tensor:
+    """Stores scales of parts, float32 [E,parts], for each row: [E,parts·B,16]. ValueError unless they are finite."""
+    if not bool(tensor_scales.isfinite().all()):
+        raise ValueError("tensor_scales: expected finite numbers, got others")
+    blocks = divide_up(rows // tensor_scales.shape[1], ROWS)
+    return tensor_scales.repeat_interleave(blocks, 1)[..., None].expand(-1, -1, ROWS).contiguous()
+
+
+def from_row_scales(row_scales: Tensor, parts: int) -> Tensor:
+    """The inverse of to_row_scales."""
+    return row_scales[:, :: row_scales.shape[1] // parts, 0]
 
 
 def to_blocks(
@@ -330,7 +378,7 @@ def to_blocks(
     is_fp8, (num_experts, rows) = format == "fp8", values.shape[:2]
     if is_fp8:
         scales = rows_of_scales(scales, rows, group, parts)
-    shape = blocks_shape(rows, values.shape[2] * _WIDTHS[format], format, parts)
+    shape = blocks_shape(rows, values.shape[2] * MINIFLOATS[format].width, format, parts)
     data, stored = out or (
         torch.empty(num_experts, *shape, dtype=torch.uint8, device=values.device),
         scales.new_empty(num_experts, shape[0], scales.shape[2], ROWS),
@@ -355,7 +403,7 @@ def from_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The inverse of to_blocks: (values, scales) in the published layout."""
     num_experts, _, steps, _ = data.shape
-    width = 16 * steps if format == "mxfp4" else divide_up(columns, _WIDTHS[format])
+    width = 16 * steps if format == "mxfp4" else divide_up(columns, MINIFLOATS[format].width)
     values = data.new_empty(num_experts, rows, width)
     by_row = scales.new_empty(num_experts, rows, scales.shape[2])
     unpack = _unpack_fp8 if format == "fp8" else _unpack_mxfp4
@@ -365,7 +413,7 @@ def from_blocks(
         by_row[expert] = _from_rows_of_blocks(scales[expert].mT, rows, parts)
     if format == "mxfp4":
         return values.view(num_experts, rows, steps, 16), by_row
-    if format == "nf4":
+    if format != "fp8":
         return values, by_row
     shares = by_row.view(num_experts, parts, rows // parts, scales.shape[2])
     return values, shares[:, :, :: group[0]].flatten(1, 2)
@@ -373,9 +421,10 @@ def from_blocks(
 
 def check_published(values: Tensor, scales: Tensor, format: str, parts: int, group: tuple[int, int] = BLOCK) -> None:
     """Raises ValueError or TypeError with the argument's name unless this is a finite weight in published layout."""
-    if format not in _SHAPES:
-        raise ValueError(f"format: expected 'fp8', 'mxfp4' or 'nf4', got {format!r}")
-    is_fp8, shape = format == "fp8", _SHAPES[format]
+    if format not in MINIFLOATS:
+        raise ValueError(f"format: expected one of {', '.join(MINIFLOATS)}, got {format!r}")
+    kind = MINIFLOATS[format]
+    is_fp8, shape = format == "fp8", kind.shape
     if values.dim() != shape.count(",") + 1:
         raise ValueError(f"values: expected {shape}, got {list(values.shape)}")
     num_experts, rows, columns = values.shape[:3]
@@ -390,7 +439,7 @@ def check_published(values: Tensor, scales: Tensor, format: str, parts: int, gro
         _check("scales", scales, (num_experts, rows, columns), (torch.uint8,))
     else:
         _check("values", values, tuple(values.shape), (torch.uint8,))
-        _check("scales", scales, (num_experts, rows, divide_up(2 * columns, NF4_BLOCK)), (torch.float32,))
+        _check("scales", scales, (num_experts, rows, divide_up(2 * columns, kind.group)), (kind.scales,))
     for expert in range(num_experts):
         if is_fp8 and any(map(_has_nan, row_slices(values[expert].view(torch.uint8)))):
             raise ValueError(f"values: expected numbers, expert {expert} has NaN")

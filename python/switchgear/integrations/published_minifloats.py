@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Matrices [N,C] in nf4 as bitsandbytes serialises them (Linear4bit), beside their names the suffixes
+"""Matrices [N,C] of 4 bits as published, one tensor for each: how they are named, checked and read.
+
+nf4 as bitsandbytes serialises it (Linear4bit), beside the names of matrices the suffixes
 
     (none)      uint8 [N·C/2, 1]    .absmax                           float32 [N·C/64]
     .quant_map  float32 [16]        .quant_state.bitsandbytes__nf4    JSON in uint8
@@ -15,35 +17,56 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from switchgear.integrations.checkpoint_files import Reader
-from switchgear.integrations.published_keys import (
-    ABSMAX,
-    NESTED_ABSMAX,
-    NESTED_MAP,
-    NF4_MAP,
-    NF4_STATE,
-    Checks,
-    Piece,
-    Pieces,
-)
+from switchgear.integrations.published_keys import Checks, Piece, Pieces
 from switchgear.reference import nf4
 from switchgear.reference.minifloat import NF4_BLOCK
 
+ABSMAX, NF4_MAP, NF4_STATE = ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4"
+NESTED_ABSMAX, NESTED_MAP = ".nested_absmax", ".nested_quant_map"
 NESTED_BLOCK = 256
 LONGEST_STATE = 4096  # bytes of JSON, about 170 in practice
 
 
-def is_nf4(pieces: Pieces) -> bool:
-    """Whether some of the tensors are of nf4."""
-    return any(piece.suffix == NF4_STATE for piece in pieces)
+METHODS = ("bitsandbytes",)  # of quantisation, in config.json
 
 
-def check(target: str, pieces: Pieces, of: Piece, shape: tuple[int, int], checks: Checks) -> None:
+def takes(options: dict[str, Any]) -> bool:
+    """Whether a quantization_config is one of matrices that are read here. ValueError for another kind of a method."""
+    if options.get("quant_method") == "bitsandbytes" and options.get("bnb_4bit_quant_type") != "nf4":
+        got = options.get("bnb_4bit_quant_type")
+        raise ValueError(f"path: expected bnb_4bit_quant_type nf4 in config.json, got {got}")
+    return options.get("quant_method") in METHODS
+
+
+class Matrices(NamedTuple):
+    """How a format of 4 bits is published."""
+
+    format: str  # of the weight
+    mark: str  # the suffix that only these have
+    suffixes: tuple[str, ...]  # of names; all
+    check: Callable[[str, Pieces, Piece, tuple[int, int], Checks], None]  # names, shapes and dtypes of one matrix
+    read: Callable[[Reader, Pieces, Piece, tuple[int, int]], tuple[Tensor, ...]]  # values and scales as published
+    decode: Callable[..., Tensor]  # of what is read, of all experts
+    ignored: tuple[str, ...] = ()  # suffixes of tensors that weights do not need
+
+
+def matrices_of(pieces: Pieces) -> Matrices | None:
+    """How the tensors are published; None if they are no matrices of 4 bits."""
+    suffixes = {piece.suffix for piece in pieces}
+    return next((kind for kind in KINDS if kind.mark in suffixes), None)
+
+
+# ---- nf4 -------------------------------------------------------------------------------------------------------------
+
+
+def _check_nf4(target: str, pieces: Pieces, of: Piece, shape: tuple[int, int], checks: Checks) -> None:
     """Checks names, shapes and dtypes of one matrix; `of` is the piece of its values."""
     own = {piece: key for piece, key in pieces.items() if piece._replace(suffix="") == of}
     is_nested = of._replace(suffix=NESTED_ABSMAX) in own
@@ -65,7 +88,7 @@ def check(target: str, pieces: Pieces, of: Piece, shape: tuple[int, int], checks
         checks.expect(key, size if size and size[0] <= LONGEST_STATE else (LONGEST_STATE,), ("U8",))
 
 
-def read(reader: Reader, pieces: Pieces, of: Piece, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _read_nf4(reader: Reader, pieces: Pieces, of: Piece, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The codes [N,C/2] and absmax [N,C/64], float32. ValueError unless the numbers beside them are those of nf4."""
 
     def tensor(suffix: str) -> Tensor:
@@ -99,3 +122,12 @@ def _state_of(text: bytes) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"{NF4_STATE}: expected a JSON object, got {text[:80]!r}")
     return state
+
+
+KINDS = (
+    Matrices(
+        "nf4", NF4_STATE, (ABSMAX, NF4_MAP, NF4_STATE, NESTED_ABSMAX, NESTED_MAP), _check_nf4, _read_nf4, nf4.decode_nf4
+    ),
+)  # fmt: skip
+SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
+IGNORED = tuple(suffix for kind in KINDS for suffix in kind.ignored)
