@@ -10,6 +10,7 @@
 //   fp8      [E,parts·B,C,512] uint8                float32 per group                               minifloat.h
 //   mxfp4    [E,parts·B,C,256] uint8                e8m0 per 32 columns                             minifloat.h
 //   nf4      [E,parts·B,C,256] uint8                float32 per 64 columns                          minifloat.h
+//   nvfp4    [E,parts·B,C,256] uint8                e4m3 per 16 columns, float32 per row            minifloat.h
 //   groups   [P,parts·B,C,64] uint8                 float16 per group, uint8 zeros                  groups.h
 //
 // Each tensor is contiguous, or each tensor[i] is, any multiple of 64 bytes after tensor[i - 1]: so all tensors of an
@@ -35,12 +36,13 @@ enum class Format : uint8_t {
   kMxfp4,
   kNf4,
   kGroups,
+  kNvfp4,
   kBits1,
   kBits2,
   kBits3,
   kBits4
 };
-inline constexpr Format kLastFormat = Format::kGroups;  // of a weight
+inline constexpr Format kLastFormat = Format::kNvfp4;  // of a weight
 
 // How the products of a format multiply.
 enum class Family : uint8_t {
@@ -74,6 +76,7 @@ inline constexpr FormatRow kFormats[] = {
     {"mxfp4", Family::kMinifloats, 4, DType::kUInt8, 32, false, Readers::kHopper},
     {"nf4", Family::kMinifloats, 4, DType::kFloat32, 64, false, Readers::kHopper},
     {"groups", Family::kGroups, 4, DType::kFloat16, 0, false, Readers::kHopper},
+    {"nvfp4", Family::kMinifloats, 4, DType::kUInt8, 16, true, Readers::kCuda},
     {"bits1", Family::kGroups, 1, DType::kFloat16, 0, false, Readers::kCpu},
     {"bits2", Family::kGroups, 2, DType::kFloat16, 0, false, Readers::kCpu},
     {"bits3", Family::kGroups, 3, DType::kFloat16, 0, false, Readers::kCpu},
@@ -86,8 +89,8 @@ const char* name_of(Format format);  // "plain", "panels", …; "unknown" for ot
 struct Weight {
   Format format = Format::kPlain;
   TensorView data;                     // with `base`: describes the matrices as [E,most rows,cols]; data unused
-  TensorView scales;                   // int8, int4, fp8, mxfp4, nf4, groups
-  TensorView row_scales;               // int8, int4: [E,parts·B,16] float32
+  TensorView scales;                   // all but the exact formats
+  TensorView row_scales;               // int8, int4, nvfp4: [E,parts·B,16] float32
   TensorView zeros;                    // int8, int4, groups; optional
   TensorView records;                  // groups: [S,2] int32, where experts are in `data`
   int64_t rows = 0, cols = 0;          // of a matrix; plain weights have those of `data`

@@ -11,6 +11,13 @@ With double quantisation .absmax is uint8, an index into .nested_quant_map [256]
     absmax = nested_quant_map[.absmax] · nested_absmax + nested_offset
 
 with a .nested_absmax for 256 of them and the offset in the JSON.
+
+nvfp4 as ModelOpt and compressed-tensors ("nvfp4-pack-quantized") write it; column 2i in the lower half of byte i
+    .weight         uint8 [N,C/2]      .weight_scale float8_e4m3fn [N,C/16]   .weight_scale_2      float32
+    .weight_packed  the same           .weight_scale the same                 .weight_global_scale float32 [1]
+
+The global scale is the reciprocal of .weight_scale_2. Scales of activations (.input_scale, .input_global_scale) and of
+caches (.k_scale, .v_scale) are not read: activations are not rounded.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ from torch import Tensor
 from switchgear.integrations.checkpoint_files import Reader
 from switchgear.integrations.published_keys import Checks, Piece, Pieces
 from switchgear.reference import nf4
-from switchgear.reference.minifloat import NF4_BLOCK
+from switchgear.reference.minifloat import NF4_BLOCK, NVFP4_BLOCK, decode_nvfp4
 
 ABSMAX, NF4_MAP, NF4_STATE = ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4"
 NESTED_ABSMAX, NESTED_MAP = ".nested_absmax", ".nested_quant_map"
@@ -34,7 +41,7 @@ NESTED_BLOCK = 256
 LONGEST_STATE = 4096  # bytes of JSON, about 170 in practice
 
 
-METHODS = ("bitsandbytes",)  # of quantisation, in config.json
+METHODS = ("bitsandbytes", "modelopt", "compressed-tensors")  # of quantisation, in config.json
 
 
 def takes(options: dict[str, Any]) -> bool:
@@ -42,6 +49,10 @@ def takes(options: dict[str, Any]) -> bool:
     if options.get("quant_method") == "bitsandbytes" and options.get("bnb_4bit_quant_type") != "nf4":
         got = options.get("bnb_4bit_quant_type")
         raise ValueError(f"path: expected bnb_4bit_quant_type nf4 in config.json, got {got}")
+    if options.get("quant_method") == "modelopt" and options.get("quant_algo") != "NVFP4":
+        raise ValueError(f"path: expected quant_algo NVFP4 in config.json, got {options.get('quant_algo')}")
+    if options.get("quant_method") == "compressed-tensors":
+        return options.get("format") == "nvfp4-pack-quantized"
     return options.get("quant_method") in METHODS
 
 
@@ -124,10 +135,41 @@ def _state_of(text: bytes) -> dict[str, Any]:
     return state
 
 
+# ---- nvfp4 -----------------------------------------------------------------------------------------------------------
+
+PACKED, BLOCK_SCALE, SCALE_2, GLOBAL = ".weight_packed", ".weight_scale", ".weight_scale_2", ".weight_global_scale"
+
+
+def _check_nvfp4(target: str, pieces: Pieces, of: Piece, shape: tuple[int, int], checks: Checks) -> None:
+    own = {piece: key for piece, key in pieces.items() if piece._replace(suffix="") == of}
+    values, whole = ("", SCALE_2) if of._replace(suffix=SCALE_2) in own else (PACKED, GLOBAL)
+    if shape[1] % NVFP4_BLOCK:
+        checks.problems.append(f"{target}: expected a multiple of {NVFP4_BLOCK} columns in nvfp4, got {shape[1]}")
+    if checks.expect_all(target, own, [of._replace(suffix=suffix) for suffix in (values, BLOCK_SCALE, whole)]):
+        checks.expect(own[of._replace(suffix=values)], (shape[0], shape[1] // 2), ("U8",))
+        checks.expect(own[of._replace(suffix=BLOCK_SCALE)], (shape[0], shape[1] // NVFP4_BLOCK), ("F8_E4M3",))
+        key = own[of._replace(suffix=whole)]
+        checks.expect(key, (1,) if checks.headers[key].shape == (1,) else (), ("F32",))
+
+
+def _read_nvfp4(reader: Reader, pieces: Pieces, of: Piece, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes [N,C/2], scales [N,C/16] and the tensor's scale [1]."""
+
+    def tensor(suffix: str) -> Tensor:
+        return reader.tensor(pieces[of._replace(suffix=suffix)])
+
+    if of._replace(suffix=SCALE_2) in pieces:
+        return tensor(""), tensor(BLOCK_SCALE), tensor(SCALE_2).view(1)
+    return tensor(PACKED), tensor(BLOCK_SCALE), tensor(GLOBAL).view(1).reciprocal()
+
+
+_OF_ACTIVATIONS = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
 KINDS = (
     Matrices(
         "nf4", NF4_STATE, (ABSMAX, NF4_MAP, NF4_STATE, NESTED_ABSMAX, NESTED_MAP), _check_nf4, _read_nf4, nf4.decode_nf4
     ),
+    Matrices("nvfp4", SCALE_2, (SCALE_2, BLOCK_SCALE), _check_nvfp4, _read_nvfp4, decode_nvfp4, _OF_ACTIVATIONS),
+    Matrices("nvfp4", GLOBAL, (GLOBAL, PACKED, BLOCK_SCALE), _check_nvfp4, _read_nvfp4, decode_nvfp4),
 )  # fmt: skip
 SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
 IGNORED = tuple(suffix for kind in KINDS for suffix in kind.ignored)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Fp8, Mxfp4 and Nf4: numbers of 8 or 4 bits with scales, as DeepSeek-V3, Qwen3 and gpt-oss publish them, and as
-QLoRA and bitsandbytes store them; see reference/minifloat.py and reference/nf4.py.
+"""Fp8, Mxfp4, Nf4 and Nvfp4: numbers of 8 or 4 bits with scales, as DeepSeek-V3, Qwen3 and gpt-oss publish them, as
+QLoRA and bitsandbytes store them, and as ModelOpt writes them; see reference/minifloat.py and reference/nf4.py.
 
 State dicts have the published layout, for saving and loading: fp8 as <name> float8_e4m3fn [E,N,C] and
 <name>_scale_inv, mxfp4 as <name>_blocks [E,N,C/32,16] and <name>_scales, nf4 as <name>_codes [E,N,C/2] and
-<name>_absmax. Weights are decoded and multiplied in floating point. Gradients reach x, topk_weights and biases.
+<name>_absmax, nvfp4 as <name>_packed [E,N,C/2], <name>_scale float8_e4m3fn [E,N,C/16] and <name>_scale_2 float32
+[E,parts]. Weights are decoded and multiplied in floating point. Gradients reach x, topk_weights and biases.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from switchgear.reference import check_choice, minifloat, nf4
 from switchgear.weights.form import Form, KeyedForm, check_loaded, on_huge_pages
 from switchgear.weights.weight import Weight
 
-__all__ = ["Fp8", "Mxfp4", "Nf4"]
+__all__ = ["Fp8", "Mxfp4", "Nf4", "Nvfp4"]
 
 BLOCKS = {"128x128": minifloat.BLOCK, "row": minifloat.ROW}
 
@@ -39,7 +40,7 @@ def _encoded(
     form: Form,
     weight: Tensor,
     parts: int,
-    encoded: minifloat.Encoded,
+    encoded: minifloat.Encoded | minifloat.EncodedNvfp4,
     group_size: int,
     block: tuple[int, int] = minifloat.BLOCK,
 ) -> Weight:
@@ -151,4 +152,33 @@ class Nf4(KeyedForm):
         experts, rows, cols = now.shape
         groups = -(-cols // minifloat.NF4_BLOCK)
         expected = (((experts, rows, -(-cols // 2)), torch.uint8), ((experts, rows, groups), torch.float32))
+        return _loaded(self, tensors, now, expected)
+
+
+@dataclass(frozen=True)
+class Nvfp4(KeyedForm):
+    """e2m1, with one e4m3 scale per 16 columns of a row, and one float32 for each expert, or each part of its rows."""
+
+    name: ClassVar[str] = "nvfp4"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return ("_packed", "_scale", "_scale_2")
+
+    def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
+        encoded = minifloat.encode_nvfp4(weight.detach(), parts, name)
+        return _encoded(self, weight, parts, encoded, minifloat.NVFP4_BLOCK)
+
+    def save(self, weight: Weight) -> dict[str, Tensor]:
+        saved = _saved(self, weight)
+        return saved | {"_scale": saved["_scale"].view(torch.float8_e4m3fn)}
+
+    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
+        experts, rows, cols = now.shape
+        groups = -(-cols // minifloat.NVFP4_BLOCK)
+        expected = (
+            ((experts, rows, -(-cols // 2)), torch.uint8),
+            ((experts, rows, groups), torch.float8_e4m3fn),
+            ((experts, now.parts), torch.float32),
+        )
         return _loaded(self, tensors, now, expected)
