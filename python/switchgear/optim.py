@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, list_of_names
+from switchgear.checks import checked, list_of_names
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.papers.layers.monet import MonetRouter
@@ -158,7 +158,8 @@ def _find_ratio(adjust: str | None, rows: int, columns: int) -> float:
     return math.sqrt(max(1, rows / columns))
 
 
-def muon_groups(model: nn.Module, *, others: Iterable[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+@checked
+def muon_groups(model: nn.Module, *, others: str | Iterable[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Splits the parameters that require gradients: matrices of hidden layers for Muon, the rest for AdamW.
 
     The rest: vectors and scalars, also as matrices with a single row or column; biases of stacked experts, embeddings,
@@ -169,7 +170,6 @@ def muon_groups(model: nn.Module, *, others: Iterable[str] = ()) -> tuple[list[n
     Parameters of experts get an attribute is_transposed, for Muon. Raises ValueError for a name in `others` that the
     model does not have.
     """
-    check_module("model", model)
     others = list_of_names("others", others)
     names = dict(model.named_parameters(remove_duplicate=False))
     for prefix in others:

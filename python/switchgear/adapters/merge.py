@@ -22,6 +22,7 @@ from switchgear.adapters.lora import detach, lora_of
 from switchgear.adapters.lora_experts import LoRAExperts
 from switchgear.adapters.sites import Site, find_adapted_sites
 from switchgear.backends import backend, without_autocast
+from switchgear.checks import checked
 from switchgear.functional import grouped_gemm
 from switchgear.reference import weight_dtype
 from switchgear.weights import Form, Weight, stored_of
@@ -54,6 +55,7 @@ class Merged:
     arithmetic: tuple[str, str]
 
 
+@checked
 def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
     """Adds the adapters of `add_lora` and `load_peft` to the weights, in place, expert by expert. Forward then runs as
     without adapters. Returns the number of merged projections.
@@ -105,6 +107,7 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
     return len(sites)
 
 
+@checked
 def unmerge(model: nn.Module) -> int:
     """Undoes `merge`: the weights have their original bits, and the adapters act again. A failure changes nothing.
     Returns the number of projections.

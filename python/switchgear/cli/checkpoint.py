@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..complaints import first_line
+from ..utils.packages import first_line
 from .common import CommandError, require
 
 TINY = "tiny"  # names the model of train-tiny that is in the cache

@@ -13,8 +13,8 @@ import torch
 
 from switchgear import _C
 
-from ..complaints import installed_version
 from ..cuda import NO_MODULE
+from ..utils.packages import installed_version
 from . import machine
 from .common import optional
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_optimizer, check_tensor
+from switchgear.checks import check_module, check_optimizer, check_tensor
 from switchgear.functional import Routing, as_number
 from switchgear.papers.parts.auxiliary import kl_divergence, mean_of_tokens, without_padding
 from switchgear.papers.parts.stochastic import SampledTopK

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ...complaints import first_line, installed_version, is_installed, missing_package
 from ...integrations import is_too_old
+from ...utils.packages import first_line, installed_version, is_installed, missing_package
 from .. import cgroup, machine
 from .finding import Finding
 
