@@ -69,7 +69,7 @@ class SelfContrast:
         dtype = torch.promote_types(strong_logits.dtype, torch.float32)
         strong, weak = strong_logits.to(dtype), weak_logits.to(dtype)
         scores = (1 + self.beta) * strong - self.beta * weak
-        excluded = strong == -math.inf  # by the model itself: the difference to the weak logits may be NaN
+        excluded = strong == -math.inf  # the model excludes these; the difference to the weak logits may be NaN
         if self.alpha:
             excluded = excluded | (strong < strong.amax(-1, keepdim=True) + math.log(self.alpha))
         return scores.masked_fill(excluded, -math.inf)

@@ -27,7 +27,7 @@ from switchgear.utils.modules import map_matrices
 from switchgear.weights.form import layout_of
 from switchgear.weights.selected import SUFFIX
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al., 2024)
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration (Jordan et al., 2024)
 _CACHED = 1 << 19  # elements of a batch on a CPU
 _TRANSPOSED = "is_transposed"  # an attribute of parameters [E,in,out]
 _RATES = ("original", "match_rms_adamw")
@@ -176,7 +176,7 @@ def muon_groups(model: nn.Module, *, others: str | Iterable[str] = ()) -> tuple[
         if not any(_is_in(name, prefix) for name in names):
             raise ValueError(f"others: expected names of modules or parameters, got {prefix!r}")
     kinds = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, Router, MonetRouter)
-    modules = [block.gate for block in moe_blocks(model).values() if block.gate is not None]  # of Hugging Face, too
+    modules = [block.gate for block in moe_blocks(model).values() if block.gate is not None]  # Hugging Face's, too
     modules += [module for module in model.modules() if isinstance(module, kinds)]
     excluded = {id(parameter) for module in modules for parameter in module.parameters()} | {
         id(parameter)

@@ -40,7 +40,7 @@ class Lost(NamedTuple):
     """What W'' lacks of an expert's W."""
 
     difference: Tensor | None  # [N,C] int8 of the bits; None: all zero
-    places: Tensor  # of weights whose difference does not fit
+    places: Tensor  # indices of the weights whose difference does not fit
     weights: Tensor  # the weights there
 
 
@@ -48,10 +48,10 @@ class Lost(NamedTuple):
 class Merged:
     """What unmerging a projection needs."""
 
-    a: Tensor  # as they were merged
+    a: Tensor  # A and B when they were merged
     b: Tensor
     lost: list[Lost]
-    sum_of_bits: Tensor  # of W', to notice other changes
+    sum_of_bits: Tensor  # sums over W', which show whether it has changed since
     arithmetic: tuple[str, str]
 
 

@@ -22,7 +22,7 @@ from switchgear.trace import Observation, observe
 class Losses(NamedTuple):
     """Of one step, before it."""
 
-    own: float  # of the student
+    own: float  # the student's loss
     experts: float  # expert_kd
 
 

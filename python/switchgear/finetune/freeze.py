@@ -29,7 +29,7 @@ from switchgear.weights.state import get_state, set_state
 Selected = Mapping[str, Sequence[int]]
 """Experts by layer: the layer's name in a trace, or that of its experts module."""
 
-MASS = {"gate": 0.1, "token": 0.2}  # of the paper
+MASS = {"gate": 0.1, "token": 0.2}  # the values of the paper
 
 
 @checked
@@ -82,11 +82,11 @@ def _choose_fewest(name: str, scores: Tensor, mass: float) -> list[int]:
 class Part(NamedTuple):
     """Experts of a module to train."""
 
-    name: str  # of the module
+    name: str  # the module's name
     module: nn.Module
     parameters: tuple[str, ...]  # projections and biases
     experts: Tensor  # [n] int32, ascending
-    site: Site | None  # of one of the projections; None in modules that add_lora does not know
+    site: Site | None  # one of the projections; None in modules that add_lora does not know
 
     @property
     def paths(self) -> set[str]:
@@ -145,7 +145,7 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Iterable[str] 
         if id(parameter) not in new and name not in kept:
             parameter.requires_grad_(False)
             parameter.grad = None
-    for module, of_module in flags:  # those of an earlier call, without experts, stay
+    for module, of_module in flags:  # flags of an earlier call without experts stay
         set_state(module, flags={**of_module, **get_state(module).flags})
     return [*trained, *(p for name, p in model.named_parameters() if name in kept and p.requires_grad)]
 

@@ -131,7 +131,7 @@ register()
 class Replacement:
     """One experts module that now runs on switchgear."""
 
-    name: str  # as in model.named_modules()
+    name: str  # the module's name in model.named_modules()
     class_name: str
     path: str  # see path_of
     replaced: str  # what was changed, in words
