@@ -95,7 +95,7 @@ def test_row71_selection_errors() -> None:
     trace = switchgear.RoutingTrace()
     with pytest.raises(ValueError, match="trace"):
         finetune.select_experts(trace)
-    with pytest.raises(TypeError, match="trace: expected RoutingTrace, got dict"):
+    with pytest.raises(TypeError, match="^trace: "):
         finetune.select_experts({})
     trace.layers["a"] = LayerTrace(4)
     with pytest.raises(ValueError, match="in a"):
@@ -463,7 +463,7 @@ def stored() -> nn.Module:
         (make_model, {"0": [-1]}, ValueError, "0 to 5"),
         (make_model, {"0": [1, 1]}, ValueError, "once"),
         (make_model, {"0": [1.5]}, TypeError, "integers"),
-        (make_model, ["0"], TypeError, "selection: expected a dict of experts by layer, got list"),
+        (make_model, ["0"], TypeError, "^selection: "),
         (make_model, {"0": [1], "0.gate": [2]}, ValueError, "once"),
         (shared_experts, {"2": [1]}, ValueError, "sharing"),
         (stored, {"2": [1]}, ValueError, "restore"),
