@@ -211,7 +211,7 @@ class LoRAExperts(WithLosses):
         alpha: float | Sequence[float] | None = None,
         dropout: float = 0.0,
         slots: int | None = None,
-        router: nn.Module | None = None,
+        router: Callable[..., Routing] | None = None,
         top_k: int | None = None,
         features: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
@@ -235,18 +235,17 @@ class LoRAExperts(WithLosses):
         )
         if slots is None and router is None:
             router = build_router(self.in_features, num_experts, top_k, **router_options, **made)
-        if router is not None and not callable(router):
-            raise TypeError(f"router: expected a module, got {type(router).__name__}")
         seen = getattr(router, "num_experts", num_experts)
         if seen != num_experts:
             raise ValueError(f"router: expected one of {num_experts} experts, got {seen}")
         self.experts: nn.Module = low_rank if slots is None else SoftMoE(low_rank, slots=slots, **made)
         self._gate: tuple[nn.Module, ...] = ()
         self.gate = None
-        if router is not None and getattr(router, "is_shared", False):
-            self._gate = (router,)  # a submodule of one layer only
-        elif router is not None:
-            self.gate = router
+        gate: Any = router
+        if gate is not None and getattr(gate, "is_shared", False):
+            self._gate = (gate,)  # a submodule of one layer only
+        elif gate is not None:
+            self.gate = gate
         self.known: dict[str, Any] = {}  # set by Mixture.context
         self.base = base
         self._was_trained = [name for name, p in base.named_parameters() if p.requires_grad]
