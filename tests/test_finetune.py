@@ -95,7 +95,7 @@ def test_row71_selection_errors() -> None:
     trace = switchgear.RoutingTrace()
     with pytest.raises(ValueError, match="trace"):
         finetune.select_experts(trace)
-    with pytest.raises(TypeError, match="^trace: "):
+    with pytest.raises(TypeError, match=r"^trace: "):
         finetune.select_experts({})
     trace.layers["a"] = LayerTrace(4)
     with pytest.raises(ValueError, match="in a"):
