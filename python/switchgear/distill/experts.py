@@ -95,6 +95,7 @@ def _compute_layer_loss(teacher: ExpertLayer, student: ExpertLayer, seen: Observ
 def keep_zeros(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[None]:
     """Inside the block, weights of the experts that are zero get no gradient, so optimizers without memory of earlier
     gradients leave them zero: the pattern of `compress.prune_weights` survives training. It takes a byte per weight."""
+    parameter: Any
     with ExitStack() as stack:
         for layer in expert_layers(model, layers).values():
             for parameter in (each.value for each in layer.parameters):
