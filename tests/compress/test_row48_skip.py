@@ -94,24 +94,24 @@ def test_wrong_arguments() -> None:
     model = our_model(top_k=1)
     calibration = calibrate(model, row_batches())
     with (
-        pytest.raises(ValueError, match="calibration: expected tokens with two experts"),
+        pytest.raises(ValueError, match=r"^calibration: expected"),
         skip_experts(model, calibration),
     ):
         pass
     with (
-        pytest.raises(ValueError, match="model: expected MoE layers"),
+        pytest.raises(ValueError, match=r"^model: expected"),
         skip_experts(torch.nn.Linear(2, 2), calibration),
     ):
         pass
     with (
-        pytest.raises(TypeError, match="calibration: expected Calibration, got str"),
+        pytest.raises(TypeError, match=r"^calibration: expected"),
         skip_experts(model, "x"),  # type: ignore[arg-type]
     ):
         pass
-    with pytest.raises(ValueError, match="protect: expected"), skip_experts(model, calibration, protect=2.0):
+    with pytest.raises(ValueError, match=r"^protect: expected"), skip_experts(model, calibration, protect=2.0):
         pass
     with (
-        pytest.raises(ValueError, match="calibration: expected one of this model"),
+        pytest.raises(ValueError, match=r"^calibration: expected"),
         skip_experts(our_model(), calibration),
     ):
         pass
@@ -120,7 +120,7 @@ def test_wrong_arguments() -> None:
 def test_an_importance_that_is_no_function() -> None:
     model, batches = our_model(), row_batches()
     with (
-        pytest.raises(TypeError, match="importance: expected a function of x, got int"),
+        pytest.raises(TypeError, match=r"^importance: expected"),
         skip_experts(model, calibrate(model, batches), importance=3),  # type: ignore[arg-type]
     ):
         pass

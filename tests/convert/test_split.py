@@ -225,7 +225,7 @@ def test_row55_importance_does_not_cancel_over_tokens() -> None:
         batches = [{"x": x[rows], "target": target[rows]} for rows in split]
         found = convert.neuron_importance(Regression(mlp), batches, lambda loss: loss, mlp=mlp)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="mlp: expected a part of module"):
+    with pytest.raises(ValueError, match=r"^mlp: expected"):
         convert.neuron_importance(Regression(mlp), batches, lambda loss: loss, mlp=SharedExperts(H, WIDTH))
 
 
@@ -325,16 +325,16 @@ def test_importance_of_a_network_that_no_batch_reaches_is_an_error() -> None:
             return self.used(x)
 
     model = Skips()
-    with pytest.raises(ValueError, match=r"batches: expected tokens for idle\..*, got none"):
+    with pytest.raises(ValueError, match=r"^batches: expected"):
         convert.neuron_importance(model, [torch.randn(3, H)], torch.sum, mlp=model.idle)
-    with pytest.raises(ValueError, match="batches: expected tokens for idle, got none"):
+    with pytest.raises(ValueError, match=r"^batches: expected"):
         convert.layer_importance(model, [torch.randn(3, H)], by="activation")
     x = torch.randn(1, 3, H)
     batch = {"x": x, "labels": x, "attention_mask": torch.zeros(1, 3)}
     for by in ("activation", "gradient"):  # padding alone
-        with pytest.raises(ValueError, match=r"batches: expected tokens for layers\.0, got none"):
+        with pytest.raises(ValueError, match=r"^batches: expected"):
             convert.layer_importance(Dropping(), [batch], by=by)
-    with pytest.raises(ValueError, match="batches: expected at least one"):
+    with pytest.raises(ValueError, match=r"^batches: expected"):
         convert.neuron_importance(model, [], torch.sum, mlp=model.idle)
 
 
@@ -454,12 +454,12 @@ def test_values_of_another_kind_are_named() -> None:
     for name, wrong in {
         "importance": lambda: convert.split_dense(mlp, 4, method="gradient", importance=[1.0] * WIDTH),
         "keep": lambda: convert.split_dense(mlp, 4, **masks, keep="half"),
-        "keep: expected a finite": lambda: convert.split_dense(mlp, 4, **masks, keep=torch.nan),
+        r"^keep: expected": lambda: convert.split_dense(mlp, 4, **masks, keep=torch.nan),
         "lr": lambda: convert.distill_layers(mlp, 4, [ids], lr="fast"),
         "router_init": lambda: convert.from_dense_experts([mlp, mlp], router_init="x"),
         "seed": lambda: convert.from_dense_experts([mlp, mlp], seed="x"),
-        "seed: expected int, got NoneType": lambda: convert.distill_layers(mlp, 4, [ids], seed=None),
-        "router: expected finite": lambda: convert.from_dense_experts([mlp, mlp], router=torch.ones(2, H) / 0),
+        r"^seed: expected": lambda: convert.distill_layers(mlp, 4, [ids], seed=None),
+        r"^router: expected": lambda: convert.from_dense_experts([mlp, mlp], router=torch.ones(2, H) / 0),
         "input_ids": lambda: convert.sequence_perplexities([mlp], [[1, 2]]),
         "models.1.*w": lambda: convert.merge_models([{"w": ids}, {"w": 1}]),
         "num_heads": lambda: convert.MixtureOfAttention(32, 2, 0),
