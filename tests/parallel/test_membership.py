@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import FileStore, HashStore, TCPStore
 
 from switchgear.parallel import ExpertParallelError
-from switchgear.parallel.membership import Membership
+from switchgear.parallel.elastic.membership import Membership
 
 SIZE = 4
 
@@ -232,7 +232,7 @@ class Stuck:
 
 
 def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchgear.parallel.membership.SLACK_SECONDS", 0.1)
+    monkeypatch.setattr("switchgear.parallel.elastic.membership.SLACK_SECONDS", 0.1)
     begin = time.monotonic()
     with pytest.raises(ExpertParallelError, match="the store does not answer") as error:
         Membership(Stuck(), SIZE, 1).agree(set, 0.1)

@@ -17,7 +17,7 @@ transport.py   asynchronous all-to-all; shared_memory.py: between processes of a
                peer_memory.py: between GPUs of a machine
 peers.py       which ranks are alive; connect.py: the connections for that, and steps that may block; errors.py: the
                error that all ranks raise
-elastic/       training that outlives a rank; membership.py: who is left
+elastic/       training that outlives a rank
 placement.py   which rank holds which experts; checkpoint.py: checkpoints of distributed experts
 record.py      what exchanges did; cost.py: a model of their cost, and of the cost of failures
 """

@@ -22,8 +22,8 @@ from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
 from switchgear.parallel.connect import Background, get, own_client
 from switchgear.parallel.cost import CHUNKS, Link
+from switchgear.parallel.elastic.membership import SLACK_SECONDS, Membership
 from switchgear.parallel.header import digest
-from switchgear.parallel.membership import SLACK_SECONDS, Membership
 from switchgear.parallel.nodes import CHANNELS, Nodes, NodesOption, node_label, nodes_of, open_channel
 from switchgear.parallel.peers import Outside, Peers
 from switchgear.parallel.placement import Placement
