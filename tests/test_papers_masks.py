@@ -15,10 +15,10 @@ from torch import Tensor
 import switchgear
 from loops import E, H, assert_agrees, best, layer_of, linear, mixture, switch_loss
 from switchgear import presets
+from switchgear.papers.parts.losses import alignment_loss
 from switchgear.parallel.cost import count as traffic
 from switchgear.parallel.placement import Placement
 from switchgear.routing import Context, Grouped, Lookup, Masked, Random, Router, TokenIdMask, TopK
-from switchgear.routing.balance import alignment_loss
 
 # ---- SAM -------------------------------------------------------------------------------------------------------------
 
