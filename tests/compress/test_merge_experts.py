@@ -12,6 +12,7 @@ import torch
 from small_models import FAMILIES, clone, expert, hugging_face, in_a_step, our_model, row_batches, token_batches
 
 import switchgear
+from errors import raises
 from switchgear.compress import calibrate, merge_experts
 from switchgear.compress.merge import cluster_around_dominant, cluster_hierarchically
 from switchgear.diagnostics.similarity import match_rows
@@ -235,13 +236,13 @@ def test_mean_outputs_are_over_all_tokens() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 1}, "keep: expected 2"),
-        ({"similarity": "names"}, "similarity: expected"),
-        ({"cluster": "kmeans"}, "cluster: expected"),
-        ({"router": "sum"}, "router: expected"),
-        ({"align": "no"}, "align: expected bool, got str"),
-        ({"calibration": None}, "calibration: expected Calibration, got NoneType"),
-        ({"domains": "other"}, "domains: expected some of 'a', 'b', got 'other'"),
+        ({"keep": 1}, r"^keep: expected"),
+        ({"similarity": "names"}, r"^similarity: expected"),
+        ({"cluster": "kmeans"}, r"^cluster: expected"),
+        ({"router": "sum"}, r"^router: expected"),
+        ({"align": "no"}, r"^align: expected"),
+        ({"calibration": None}, r"^calibration: expected"),
+        ({"domains": "other"}, r"^domains: expected"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
@@ -249,9 +250,9 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     calibration = calibrate(model, row_batches(), samples=0)
     with pytest.raises((TypeError, ValueError), match=message):
         merge_experts(model, **{"keep": 4, "calibration": calibration, **options})
-    with pytest.raises(ValueError, match="calibration: expected a sample"):
+    with raises(ValueError, "calibration"):
         merge_experts(model, 4, calibration=calibration)
     assert model.layers[0].experts.num_experts == 8
     switchgear.store(model, "int8")
-    with pytest.raises(ValueError, match="expected plain weights"):
+    with raises(ValueError):
         merge_experts(model, 4, calibration=calibration)

@@ -14,6 +14,7 @@ from small_models import clone, expert, hugging_face, our_model, row_batches, ti
 from torch import Tensor, nn
 
 import switchgear
+from errors import raises
 from switchgear import compress
 from switchgear.compress import allocate_bits, bits_of, calibrate, expert_errors, packed_bytes, quantize
 from switchgear.compress.gptq import decode, gptq, round_to_nearest, sum_row_errors
@@ -111,7 +112,7 @@ def test_hessians_that_are_not_finite_are_refused(method: str) -> None:
     model, batches = our_model(), row_batches()
     batches[0]["x"][0, 3] = torch.nan
     calibration = calibrate(model, batches, hessians=True)
-    message = r"calibration: expected finite statistics of the experts of layers\.0"
+    message = r"^calibration: expected"
     with pytest.raises(ValueError, match=message):
         quantize(model, 3, method=method, calibration=calibration)
     with pytest.raises(ValueError, match=message):
@@ -297,18 +298,18 @@ def test_ties_stay(store: bool) -> None:
 @pytest.mark.parametrize(
     ("bits", "options", "message"),
     [
-        (5, {}, "bits: expected 1 to 4, got 5; up to 8 with store=False"),
-        (9, {"store": False}, "bits: expected 1 to 8, got 9"),
-        ({"layers.0": [3] * 7}, {}, "bits: expected 8 numbers for layers.0, got 7"),
-        ({"other": 3}, {}, "bits: expected layers of layers.0, layers.1; got other"),
-        (3, {"group_size": 20}, "group_size: expected"),
-        (3, {"method": "awq"}, "method: expected"),
-        (3, {"method": "gptq"}, "calibration: expected one with hessians=True"),
-        ({}, {}, "bits: expected at least one layer of layers.0, layers.1, got none"),
-        (3, {"damping": -1.0}, "damping: expected a number from 0 on, got -1.0"),
-        (None, {}, "bits: expected int, or a list of them, got NoneType"),
-        ({"layers.0": None}, {}, "bits: expected int, or a list of them, got NoneType"),
-        (3, {"calibration": "x"}, "calibration: expected Calibration, got str"),
+        (5, {}, r"^bits: expected"),
+        (9, {"store": False}, r"^bits: expected"),
+        ({"layers.0": [3] * 7}, {}, r"^bits: expected"),
+        ({"other": 3}, {}, r"^bits: expected"),
+        (3, {"group_size": 20}, r"^group_size: expected"),
+        (3, {"method": "awq"}, r"^method: expected"),
+        (3, {"method": "gptq"}, r"^calibration: expected"),
+        ({}, {}, r"^bits: expected"),
+        (3, {"damping": -1.0}, r"^damping: expected"),
+        (None, {}, r"^bits: expected"),
+        ({"layers.0": None}, {}, r"^bits: expected"),
+        (3, {"calibration": "x"}, r"^calibration: expected"),
     ],
 )
 def test_wrong_arguments(bits: Any, options: dict[str, Any], message: str) -> None:
@@ -326,9 +327,7 @@ def test_ties_that_would_break_are_refused(bits: Any, store: bool) -> None:
     before = clone(model).state_dict()
     calibration = calibrate(model, row_batches(), hessians=True)
     method = "gptq" if bits == 3 else "rtn"
-    with pytest.raises(
-        ValueError, match=r"model: expected \w+ of its own for layers\.\S+, got one shared with layers\."
-    ):
+    with raises(ValueError, "model"):
         quantize(model, bits, method=method, calibration=calibration, store=store)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.layers[1].experts.down_proj is model.layers[0].experts.down_proj
@@ -337,48 +336,48 @@ def test_ties_that_would_break_are_refused(bits: Any, store: bool) -> None:
 def test_refused_models() -> None:
     model = our_model()
     calibration = calibrate(model, row_batches())
-    with pytest.raises(ValueError, match=r"calibration: expected one with hessians=True, got none of layers.0"):
+    with raises(ValueError, "calibration"):
         quantize(model, 3, method="gptq", calibration=calibration)
-    with pytest.raises(ValueError, match="calibration: expected one of this model"):
+    with raises(ValueError, "calibration"):
         quantize(our_model(seed=1), 3, calibration=calibration)
-    with pytest.raises(ValueError, match=r"store: expected False for .*accelerate"):
+    with raises(ValueError, "store"):
         quantize(hugging_face("mixtral"), 3)
     with torch.no_grad():
         model.layers[1].experts.down_proj[3] = torch.nan
-    with pytest.raises(ValueError, match=r"layers.1: expected finite weights"):
+    with raises(ValueError):
         quantize(model, 3)
     assert compress.bits_of(model).layers == {}
     assert str(compress.bits_of(model)) == "no experts"
-    with pytest.raises(TypeError, match="bits: expected int, or a list of them, got float"):
+    with raises(TypeError, "bits"):
         quantize(our_model(), 2.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"layers: expected layers of layers.0, layers.1; got other"):
+    with raises(ValueError, "layers"):
         compress.expert_errors(our_model(), calibration, layers=["other"])
-    with pytest.raises(TypeError, match="bits: expected a list of int, got int"):
+    with raises(TypeError, "bits"):
         compress.expert_errors(our_model(), calibration, 3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="calibration: expected Calibration, got NoneType"):
+    with raises(TypeError, "calibration"):
         compress.expert_errors(our_model(), None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="domains: expected some of"):
+    with raises(ValueError, "domains"):
         compress.expert_errors(our_model(), calibration, group_size=32, domains="other")
 
 
 @pytest.mark.parametrize("switch", ["symmetric", "store", "act_order"])
 def test_words_are_no_switches(switch: str) -> None:
-    with pytest.raises(TypeError, match=f"{switch}: expected bool, got str"):
+    with raises(TypeError, switch):
         quantize(our_model(), 3, **{switch: "no"})
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"bits": 0}, ValueError, "bits: expected 1"),
-        ({"bits": 9}, ValueError, "bits: expected 1 to 8, got 9"),
-        ({"weight": torch.ones(4, 32)}, ValueError, r"weight: expected shape \[n,N,C\]"),
-        ({"weight": [1]}, TypeError, "weight: expected Tensor, got list"),
-        ({"hessian": torch.eye(16)[None]}, ValueError, "hessian: expected shape"),
-        ({"hessian": torch.full((1, 32, 32), torch.nan)}, ValueError, "hessian: expected finite numbers"),
-        ({"group_size": -1}, ValueError, "group_size: expected 0"),
-        ({"damping": -1}, ValueError, "damping: expected a number from 0 on, got -1"),
-        ({"act_order": "no"}, TypeError, "act_order: expected bool, got str"),
+        ({"bits": 0}, ValueError, r"^bits: expected"),
+        ({"bits": 9}, ValueError, r"^bits: expected"),
+        ({"weight": torch.ones(4, 32)}, ValueError, r"^weight: expected"),
+        ({"weight": [1]}, TypeError, r"^weight: expected"),
+        ({"hessian": torch.eye(16)[None]}, ValueError, r"^hessian: expected"),
+        ({"hessian": torch.full((1, 32, 32), torch.nan)}, ValueError, r"^hessian: expected"),
+        ({"group_size": -1}, ValueError, r"^group_size: expected"),
+        ({"damping": -1}, ValueError, r"^damping: expected"),
+        ({"act_order": "no"}, TypeError, r"^act_order: expected"),
     ],
 )
 def test_wrong_arguments_of_gptq(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -396,5 +395,5 @@ def test_integers_of_numpy_are_numbers_of_bits() -> None:
 
 def test_errors_of_no_widths_are_refused() -> None:
     model, calibration = our_model(), calibrate(our_model(), row_batches())
-    with pytest.raises(ValueError, match="bits: expected at least one width, got none"):
+    with raises(ValueError, "bits"):
         expert_errors(model, calibration, bits=())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import switchgear
 from backends_in_use import SIMT_DEVICES, backend_named
+from errors import raises
 from switchgear import offload
 from switchgear.adapters import add_lora
 from switchgear.functional import offloaded
@@ -27,7 +28,7 @@ FORMS = ("plain", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
 @pytest.fixture(params=["reference", *SIMT_DEVICES])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(offloaded, "adds_in_order_of_experts", lambda x: False)
-    monkeypatch.setattr(attach, "device_of", lambda _: QueuedDevice(1, is_eager=True))
+    monkeypatch.setattr(attach, "find_device", lambda _: QueuedDevice(1, is_eager=True))
     with backend_named(request.param):
         yield request.param
 
@@ -89,7 +90,7 @@ def test_gradients(gpu: str) -> None:
     x = steps_of(torch.float32, count=2)[1]
     inputs = x.clone().requires_grad_()
     with offload.offload(model, MemoryStore(model), slots=2):  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="x: expected no gradients through plain experts that are offloaded to a"):
+        with raises(ValueError, "x"):
             model(inputs)
         with torch.no_grad():
             assert model(inputs).shape == x.shape

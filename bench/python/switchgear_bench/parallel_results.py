@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from switchgear.cli.common import console, table
+from switchgear.cli.machine import cpu
 from switchgear.cli.plots import FAINT, INK, pyplot, save
 from switchgear.parallel.cost import (
     PAIR_BYTES,
@@ -25,7 +26,6 @@ from switchgear.parallel.nodes import Nodes, find_nodes
 from switchgear.parallel.record import Event
 
 from .case import flops_of
-from .machine import cpu
 from .shapes import Shape
 
 
