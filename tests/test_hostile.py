@@ -113,7 +113,7 @@ def test_forged_arrays(name: str) -> None:
     with pytest.raises(error, match=r"router_logits: expected .*, got"):
         switchgear.route(array, 2)
     with pytest.raises((TypeError, ValueError), match=r"h: expected .*, got"):
-        _C.glu(array, torch.empty(2, 2), "silu", True, False, 1.0, 0.0, 1)
+        _C.glu((array,), ("silu", True, False, 1.0, 0.0), (torch.empty(2, 2),), 1)
 
 
 def test_no_capsule() -> None:

@@ -126,18 +126,17 @@ def _paced(function: Callable[..., T], flop: Callable[..., int], speed: float) -
     return paced
 
 
-def _forward_flop(_: Any, x: Tensor, gate_up: Any, *rest: Any) -> int:
+def _forward_flop(_: Any, x: Tensor, layer: ops.Layer, *rest: Any) -> int:
     """Of gated experts, for the choices that are not empty."""
-    first, topk_ids = gate_up if isinstance(gate_up, Tensor) else gate_up[0], rest[5]
-    return 3 * int((topk_ids >= 0).sum()) * first.shape[1] * x.shape[1]
+    return 3 * int((layer.topk_ids >= 0).sum()) * layer.gate_up_proj[0].shape[1] * x.shape[1]
 
 
 FLOP: dict[str, Callable[..., int]] = {  # of ops, from their results and arguments
     "grouped_gemm": lambda out, x, *_: 2 * out.numel() * x.shape[1],
     "grouped_gemm_wgrad": lambda out, rows, *_: 2 * len(rows) * out[0].numel(),
-    "moe_forward": _forward_flop,
+    "layer_forward": _forward_flop,
     "moe_forward_on_host": _forward_flop,
-    "moe_backward": lambda _, grad_y, x, h, *rest: 6 * h.numel() * x.shape[1],
+    "layer_backward": lambda _, grad_y, x, h, *rest: 6 * h.numel() * x.shape[1],
     "moe_backward_on_host": lambda _, there, grad_y, x, h, *rest: 6 * h.numel() * x.shape[1],
 }
 

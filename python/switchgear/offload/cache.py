@@ -32,6 +32,7 @@ from switchgear.offload.predictors import Predictor, checked
 from switchgear.offload.residency import Residency
 from switchgear.offload.staging import knows
 from switchgear.offload.statistics import LayerStatistics
+from switchgear.offload.waves import LoadsExperts
 from switchgear.utils.compiling import has_proxies
 from switchgear.weights.offloaded import Wave
 
@@ -165,7 +166,7 @@ class Cache:
         return guessed + len(pool.draining) < pool.guess_rows
 
 
-class CachedLayer:
+class CachedLayer(LoadsExperts):
     """The experts of one layer: the Source of its two weights.
 
     reads: (file, offset, bytes, checksum) of each expert's record.

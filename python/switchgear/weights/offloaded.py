@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from switchgear.weights.form import Form
 from switchgear.weights.layout import Layout
 from switchgear.weights.module import Projection, StoredProjections
+from switchgear.weights.operand import Operand
 from switchgear.weights.weight import Weight
 
 
@@ -27,7 +28,7 @@ class Wave(NamedTuple):
 
 
 class Source(Protocol):
-    """Loads the experts of a layer."""
+    """Loads the experts of a layer. offload.waves.LoadsExperts computes `moe` with them."""
 
     def run(
         self,
@@ -40,6 +41,10 @@ class Source(Protocol):
         """compute(waves), while the experts of topk_ids [T,K] int32 are loaded: None if all are in memory, else
         ascending ranges of experts, each resident until the next one is requested. together: all experts at once,
         or a ValueError."""
+
+    def moe(self, x: Tensor, weights: tuple[Any, Any], *arguments: Any) -> Tensor:
+        """switchgear.moe of x [T,H] with projections of which this is the source; `arguments` are the biases,
+        topk_ids, topk_weights and the options."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +65,9 @@ class OffloadedWeight:
     @property
     def device(self) -> torch.device:
         return self.weight.device
+
+    def operand(self, dtype: torch.dtype, autocast: str | None = None) -> Operand:
+        return Operand((), source=self.source)
 
     def plain(self) -> NoReturn:
         raise ValueError(
