@@ -77,6 +77,8 @@ run_preset_tests = $(call build_preset,$(1)) $(if $(2),--target $(addprefix test
   ctest --preset $(1) $(if $(2),--tests-regex '^($(subst $(space),|,$(strip $(2))))$$')
 this_python = '-DPython_EXECUTABLE=$(abspath $(BIN)/python)'
 
+has_cuda = $(BIN)/python -c 'from importlib.util import find_spec; raise SystemExit(not find_spec("switchgear._cuda"))'
+
 # ---- environment ---------------------------------------------------------------------------------------------------------
 
 $(BIN)/python:
@@ -86,6 +88,7 @@ $(BIN)/python:
 # assumed to be current.
 $(INSTALLED)package: $(PACKAGE) $(if $(VIRTUAL_ENV),always) | $(BIN)/python
 	$(PIP) .
+	@$(has_cuda) || echo "switchgear: the CUDA kernels were left out: no GPU, or no nvcc. SWITCHGEAR_CUDA=ON $(PIP) . builds them"
 	@touch $@
 
 $(INSTALLED)%: $(INSTALLED)package
@@ -223,6 +226,7 @@ ptx-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
 	$(BIN)/python tests/simt/ptx/planted.py build/ptx
 
 cuda-checks: $(INSTALLED)test
+	$(has_cuda) || SWITCHGEAR_CUDA=ON $(PIP) --force-reinstall --no-deps .
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python -m pytest -q tests/test_cuda_build.py tests/test_cuda.py tests/simt/test_ptx.py tests/simt/test_sources.py $(PYTEST_ARGS)
 

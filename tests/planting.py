@@ -25,7 +25,7 @@ class Mistake:
 @contextmanager
 def planted(package: str, mistake: Mistake) -> Iterator[None]:
     """All functions of the module have the mistake, wherever they have been imported."""
-    module = importlib.import_module(f"{package}.{mistake.file.removesuffix('.py')}")
+    module = importlib.import_module(f"{package}.{mistake.file.removesuffix('.py').replace('/', '.')}")
     source = Path(inspect.getfile(module)).read_text()
     assert source.count(mistake.before) == 1, f"{mistake.file}, {mistake.name}"
     right, wrong = map(_codes, (source, source.replace(mistake.before, mistake.after)))

@@ -60,34 +60,19 @@ def test_instructions_on_tiles() -> None:
     assert broken(code) == []
 
 
-def test_the_rules_see_what_is_planted() -> None:
-    good = [("ldtilecfg", []), ("tilezero", ["tmm0"]), ("tileloadd", ["tmm4"]), ("tilestored", ["tmm3"])]
-    good += [(product, list(roles)) for product in MULTIPLICATIONS for roles in PRODUCTS] + [("tilerelease", [])]
-    assert broken(good) == []
-    assert broken(good[:-1]) == ["no tilerelease"]
-    assert broken([one for one in good if one[1][-1:] not in (["tmm1"], ["tmm2"])]) == [
-        f"no {product} {roles}"
-        for product in ("tdpbf16ps", "tdpbsud")
-        for roles in ("tmm5 tmm4 tmm1", "tmm5 tmm4 tmm2")
-    ]
-    assert broken([*good, ("tdpbf16ps", ["tmm4", "tmm5", "tmm0"])]) == ["not tdpbf16ps tmm4 tmm5 tmm0"]
-    assert broken([*good, ("tilestored", ["tmm5"])]) == ["not tilestored tmm5"]
-    assert broken([*good, ("tileloadd", ["tmm6"])]) == ["not tileloadd tmm6"]
-    assert broken([*good, ("sttilecfg", [])]) == ["not sttilecfg "]
-    assert broken([*good, ("tdpbssd", ["tmm5", "tmm4", "tmm0"])]) == ["not tdpbssd tmm5 tmm4 tmm0"]
-    written = "  10:\ttdpbf16ps %tmm5,%tmm4,%tmm0\n  15:\tcall 20 <tiles>\n  1a:\ttileloadd (%rdi,%rsi,1),%tmm5\n"
-    assert instructions_on_tiles(written) == [("tdpbf16ps", ["tmm5", "tmm4", "tmm0"]), ("tileloadd", ["tmm5"])]
+def cmake() -> str:
+    found = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("cmake is not installed")
+    return found
 
 
 def test_a_compiler_that_is_too_old_is_named() -> None:
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if cmake is None:
-        pytest.skip("cmake is not installed")
-    script = Path(__file__).parents[1] / "csrc/compiler.cmake"
+    program, script = cmake(), Path(__file__).parents[1] / "csrc/compiler.cmake"
 
     def answer(id: str, version: str) -> str:
         names = {"": "/usr/bin/c++", "_ID": id, "_VERSION": version}
-        command = [cmake, *(f"-DCMAKE_CXX_COMPILER{name}={value}" for name, value in names.items()), "-P", script]
+        command = [program, *(f"-DCMAKE_CXX_COMPILER{name}={value}" for name, value in names.items()), "-P", script]
         return " ".join(subprocess.run(command, capture_output=True, text=True).stderr.split())
 
     wanted = "switchgear needs GCC 11 or Clang 14, or newer, got {} (/usr/bin/c++). Environment CXX=…"
@@ -97,3 +82,29 @@ def test_a_compiler_that_is_too_old_is_named() -> None:
     nameless = (("GNU", ""), ("", ""))  # in toolchain files
     for id, version in (*tried, ("NVHPC", "1.0"), *nameless):
         assert not answer(id, version)
+
+
+GPUS = [
+    (["9.0", "9.0"], "90a-real"),
+    (["8.9"], "89-real"),
+    (["12.0", "8.6"], "80-virtual;120-real;86-real"),  # one PTX for all
+    (["7.5"], ""),
+    (["[N/A]"], ""),
+]
+
+
+@pytest.mark.parametrize(("capabilities", "archs"), GPUS)
+def test_kernels_are_built_for_the_gpus_that_are_there(capabilities: list[str], archs: str, tmp_path: Path) -> None:
+    driver, script = tmp_path / "nvidia-smi", tmp_path / "print.cmake"
+    driver.write_text("#!/bin/sh\necho '" + "\n".join(capabilities) + "'\n")
+    driver.chmod(0o755)
+    nvcc = Path(__file__).parents[1] / "csrc/cuda/nvcc.cmake"
+    script.write_text(f'include({nvcc})\nswitchgear_gpu_archs(archs)\nmessage("<${{archs}}>")\n')
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+
+    def answer(**more: str) -> str:
+        return subprocess.run([cmake(), "-P", script], capture_output=True, text=True, env=environment | more).stderr
+
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    assert answer().strip() == f"<{archs}>"
+    assert answer(CUDA_VISIBLE_DEVICES="").strip() == "<>"

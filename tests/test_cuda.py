@@ -98,7 +98,7 @@ def test_require_without_a_module(forget: None, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(cuda.importlib, "import_module", load)
     for ask in (cuda.require, cuda.module):
-        with pytest.raises(RuntimeError, match="no CUDA module: it was built without a CUDA compiler"):
+        with pytest.raises(RuntimeError, match="no CUDA module"):
             ask()
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import switchgear
 from switchgear import adapters, finetune
 
-T, K, E, H, I = 10, 2, 8, 64, 32  # noqa: E741
+T, K, E, H, I = 10, 2, 8, 64, 64  # noqa: E741 (whole panels of every instruction set)
 GATE, FIRST, SECOND = 2 * T * E * H, 2 * T * K * 2 * I * H, 2 * T * K * H * I
 
 

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 OLDEST = (8, 0)  # compute capability: the first with cp.async and bfloat16 tensor cores
-NO_MODULE = "this build has no CUDA module: it was built without a CUDA compiler (nvcc), or with SWITCHGEAR_CUDA=OFF"
+NO_MODULE = (
+    "this build has no CUDA module: it was built where there was no GPU or no CUDA compiler (nvcc); "
+    "SWITCHGEAR_CUDA=ON pip install builds it"
+)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from switchgear.layers import MonetRouter
 from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.router import Router
 from switchgear.utils.sharded import of_matrices
-from switchgear.weights.layout import layout_of
+from switchgear.weights.form import layout_of
 from switchgear.weights.selected import SUFFIX
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al., 2024)

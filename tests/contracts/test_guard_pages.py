@@ -24,7 +24,7 @@ from fuzz.forged_arrays import Forged
 from switchgear import _C, reference
 from switchgear.reference import formats
 from switchgear.weights import Fp8, Groups, Int4, Int8, Mxfp4, Nf4, Panels, Weight
-from switchgear.weights.compact import compacted
+from switchgear.weights.exact import compacted
 
 on_every_isa = pytest.mark.parametrize("isa", QUANTIZED_ISAS, indirect=True)
 

@@ -26,7 +26,7 @@ import switchgear
 from switchgear import Experts, MoE, offload
 from switchgear.offload import Records, Store, StoreError, store_index, store_writer, write_store
 from switchgear.weights import stored_of, weights_of
-from switchgear.weights.layout import layout_of
+from switchgear.weights.form import layout_of
 from switchgear.weights.store import FORMS
 
 OPTIONS: dict[str, dict[str, Any]] = {

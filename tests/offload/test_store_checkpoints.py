@@ -23,7 +23,7 @@ from switchgear.integrations.published import load_published
 from switchgear.integrations.tiny_configs import tiny_config
 from switchgear.offload import Store, StoreError, write_store
 from switchgear.weights import stored_of
-from switchgear.weights.layout import layout_of
+from switchgear.weights.form import layout_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import test_published_groups

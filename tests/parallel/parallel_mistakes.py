@@ -86,30 +86,34 @@ MISTAKES = {
         Mistake("membership.py", "members without state propose", "if not own.empty and not missing", "if not missing"),
     ),
     "clipping": (
-        Mistake("elastic.py", "the norm counts each copy", "module.placement.owners[expert][0] == rank",
+        Mistake("elastic/steps.py", "the norm counts each copy", "module.placement.owners[expert][0] == rank",
                 "rank in module.placement.owners[expert]"),
-        Mistake("elastic.py", "gradients of experts are averaged", " and name not in experts\n", "\n"),
+        Mistake("elastic/steps.py", "gradients of experts are averaged", " and name not in experts\n", "\n"),
     ),
     "moving": (
-        Mistake("training.py", "the optimizer's state stays",
+        Mistake("elastic/training.py", "the optimizer's state stays",
                 "for key in sorted(rows)]", "for key in ()]"),
-        Mistake("moves.py", "experts are in another order", "in enumerate(mine):", "in enumerate(reversed(mine)):"),
-        Mistake("moves.py", "the first experts of a rank move", "[number[e] for experts in sent for e in experts]",
+        Mistake("elastic/moves.py", "experts are in another order",
+                "in enumerate(mine):", "in enumerate(reversed(mine)):"),
+        Mistake("elastic/moves.py", "the first experts of a rank move",
+                "[number[e] for experts in sent for e in experts]",
                 "[place for experts in sent for place in range(len(experts))]"),
     ),
     "joining": (
-        Mistake("moves.py", "the optimizer's options stay", "        group.update(options)\n", "        pass\n"),
-        Mistake("moves.py", "a newcomer counts its own steps", '    training.membership.steps = common["steps"]\n', ""),
+        Mistake("elastic/moves.py", "the optimizer's options stay",
+                "        group.update(options)\n", "        pass\n"),
+        Mistake("elastic/moves.py", "a newcomer counts its own steps",
+                '    training.membership.steps = common["steps"]\n', ""),
     ),
     "commits": (
-        Mistake("elastic.py", "a step is prepared once all are known to be there",
+        Mistake("elastic/steps.py", "a step is prepared once all are known to be there",
                 """    membership.prepare(apply)
     numbers = agree(training.parallel, "commit", (what, membership.done), number)
 """,
                 """    numbers = agree(training.parallel, "commit", (what, membership.done), number)
     membership.prepare(apply)
 """),
-        Mistake("elastic.py", "a step that others have applied is repeated",
+        Mistake("elastic/steps.py", "a step that others have applied is repeated",
                 "        if membership.steps > begun:\n            recount()\n            return loss\n", ""),
     ),
 }  # fmt: skip

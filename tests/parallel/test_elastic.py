@@ -33,16 +33,16 @@ from switchgear.parallel import (
     Placement,
     Training,
     checkpoint,
-    elastic,
     elastic_step,
     join,
     rebalance,
     shrink,
 )  # fmt: skip
+from switchgear.parallel.elastic import steps as elastic_steps
+from switchgear.parallel.elastic.moves import parallel_experts
+from switchgear.parallel.elastic.transfer import of_bytes, to_bytes
 from switchgear.parallel.errors import Failure
-from switchgear.parallel.moves import parallel_experts
 from switchgear.parallel.placement import keep_experts
-from switchgear.parallel.transfer import of_bytes, to_bytes
 from switchgear.routing import LossFreeBias, RunningCap, TopK
 
 EXPERTS, HIDDEN, TOKENS = 8, 16, 48  # tokens of a step, over all ranks
@@ -214,7 +214,7 @@ def half_commits(rank: int, who: str) -> Any:
     with ExpertParallel(timeout=TIMEOUT, invariant=True, placement=TWICE) as parallel:
         training = make(parallel, on_failure="continue", num_replicas=EXPERTS)
         run(training, 3)
-        agree, calls = elastic.agree, []
+        agree, calls = elastic_steps.agree, []
 
         def late(*args: Any) -> list[int]:
             if args[1] == "commit" and rank == 3 and who == "nobody":
@@ -229,11 +229,11 @@ def half_commits(rank: int, who: str) -> Any:
                     parallel.peers.check()  # as if the last header had not arrived
             return numbers
 
-        elastic.agree = late  # type: ignore[assignment]
+        elastic_steps.agree = late  # type: ignore[assignment]
         try:
             run(training, 4)
         finally:
-            elastic.agree = agree
+            elastic_steps.agree = agree
         steps, size = training.steps, training.parallel.size
         run(training, 6)
         return digests(training), training.membership.done, steps, size
@@ -265,7 +265,7 @@ def test_a_failed_attempt_counts_nothing(
         on_failure = "raise" if outcome == "raised" else "continue"
         training = Training(moe, torch.optim.SGD(moe.parameters(), lr=0.1), on_failure=on_failure)
         gate, membership, failures = moe.gate, training.membership, [Failure(0, "lost", "commit", 1)]
-        commit = elastic.commit
+        commit = elastic_steps.commit
 
         def commits(*args: Any) -> int:
             if membership.steps == 1 and failures:
@@ -283,8 +283,8 @@ def test_a_failed_attempt_counts_nothing(
                 gate.select.totals.copy_(torch.eye(EXPERTS)[0] * 7)
             return SimpleNamespace(joined=(membership.id,) if outcome == "joined" else ())
 
-        monkeypatch.setattr(elastic, "commit", commits)
-        monkeypatch.setattr(elastic, "shrink", shrinks)
+        monkeypatch.setattr(elastic_steps, "commit", commits)
+        monkeypatch.setattr(elastic_steps, "shrink", shrinks)
         elastic_step(training, attempt)
         with pytest.raises(ExpertParallelError) if outcome == "raised" else nullcontext():
             elastic_step(training, attempt)
@@ -521,6 +521,6 @@ def test_states_are_sent_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_states_above_two_gigabytes_arrive_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     memory, size = torch.zeros(1, dtype=torch.uint8), 2**32 + 5  # of which nothing is read
     data: Any = SimpleNamespace(data_ptr=memory.data_ptr, numel=lambda: size, nbytes=size)
-    monkeypatch.setattr("switchgear.parallel.transfer.io.BytesIO", len)
+    monkeypatch.setattr("switchgear.parallel.elastic.transfer.io.BytesIO", len)
     monkeypatch.setattr(torch, "load", lambda length, **options: length)
     assert of_bytes(data) == size

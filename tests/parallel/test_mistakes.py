@@ -132,7 +132,7 @@ def mistakes(detectors: Sequence[Callable[[Any], None]]) -> pytest.MarkDecorator
 def test_the_sources_have_their_texts() -> None:
     assert {detect.__name__ for detect in (*AT_ONCE, *SLOW)} == MISTAKES.keys()
     for mistake in chain(*MISTAKES.values()):
-        source = Path(parallel.__file__).with_name(mistake.file).read_text()
+        source = (Path(parallel.__file__).parent / mistake.file).read_text()
         assert source.count(mistake.before) == 1, (mistake.file, mistake.name)
 
 

@@ -8,7 +8,7 @@ import torch
 
 import switchgear
 from switchgear.weights import Groups, Int4, stored_of
-from switchgear.weights.auto import candidates, rows_per_expert
+from switchgear.weights.store import candidates, rows_per_expert
 
 
 def moe_of(hidden_size: int = 512, intermediate_size: int = 256, **options: object) -> switchgear.MoE:
@@ -22,7 +22,7 @@ def picked(model: torch.nn.Module, **options: object) -> tuple[str, str]:
 
 @pytest.fixture(autouse=True)
 def _a_wide_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchgear.weights.auto.ops.cpu_isa", lambda: "avx512bf16")
+    monkeypatch.setattr("switchgear.ops.cpu_isa", lambda: "avx512bf16")
 
 
 def test_rows_per_expert() -> None:
@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 def test_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchgear.weights.auto.ops.cpu_isa", lambda: "avx2")
+    monkeypatch.setattr("switchgear.ops.cpu_isa", lambda: "avx2")
     assert [c.form for c in candidates(moe_of(), 1, True)] == ["plain"]
     assert [c.form for c in candidates(moe_of(), 64, True)] == ["panels", "plain"]
     with switchgear.use_backend("reference"):

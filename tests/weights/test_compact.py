@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import switchgear
 from switchgear.reference import compact as reference_compact
 from switchgear.weights import Weight, stored_of
-from switchgear.weights.compact import compacted
+from switchgear.weights.exact import compacted
 
 H, I, E, K = 512, 384, 5, 2  # noqa: E741
 

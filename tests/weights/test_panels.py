@@ -16,7 +16,7 @@ import switchgear
 from switchgear.reference import panels as reference_panels
 from switchgear.reference.panels import PanelLayout
 from switchgear.weights import Weight, encode
-from switchgear.weights.panels import panel_layout
+from switchgear.weights.exact import panel_layout
 from switchgear.weights.weight import PANEL_DTYPES as DTYPES
 
 H, I, E, K = 128, 192, 5, 2  # noqa: E741

@@ -14,7 +14,7 @@ from switchgear.complaints import check_module
 from switchgear.experts import Experts
 from switchgear.weights import Weight, advise_huge_pages, stored_of
 from switchgear.weights.adapted import adapters_of
-from switchgear.weights.layout import hint_for
+from switchgear.weights.form import hint_for
 from switchgear.weights.offloaded import OffloadedWeight
 
 TARGETS = ("gate_up_proj", "down_proj")

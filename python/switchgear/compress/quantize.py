@@ -20,8 +20,8 @@ from switchgear.compress.sums import Hessians
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import check_choice, check_size, groups
 from switchgear.weights.change import StoredChange, Target, memory_of
+from switchgear.weights.form import hint_for, layout_of
 from switchgear.weights.groups import Groups, weight_of
-from switchgear.weights.layout import hint_for, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, stored_of
 from switchgear.weights.weight import Weight
 

@@ -18,7 +18,7 @@ from switchgear.routing.router import Router
 from switchgear.utils.sharded import is_sharded
 from switchgear.weights import layout_of, stored_of
 from switchgear.weights.adapted import adapters_of
-from switchgear.weights.layout import hint_for
+from switchgear.weights.form import hint_for
 from switchgear.weights.selected import select, selection_of, unselect
 
 

@@ -13,7 +13,7 @@ from switchgear.adapters.wrappers import is_wrapper
 from switchgear.routing.controllers import RunningCap
 from switchgear.routing.masks import Masked, Temperature
 from switchgear.routing.router import Router
-from switchgear.weights.auto import TOP_K_FIELDS
+from switchgear.weights.store import TOP_K_FIELDS
 
 _GATES = ("gate", "router")  # transformers has no third name
 SHARED = ("shared_experts", "shared_expert", "shared_mlp")

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import _C
-from switchgear.weights.form import Form
-from switchgear.weights.layout import Layout, hint_for, layout_of
+from switchgear.weights.form import Form, Layout, hint_for, layout_of
 from switchgear.weights.module import stored_of
 from switchgear.weights.offloaded import OffloadedForm
 from switchgear.weights.selected import selection_of

@@ -11,7 +11,7 @@ from torch import nn
 from switchgear.complaints import as_device
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import Records
-from switchgear.weights.layout import Layout, hint_for, layout_of
+from switchgear.weights.form import Layout, hint_for, layout_of
 from switchgear.weights.module import Kind, StoredProjections, stored_of
 from switchgear.weights.offloaded import OffloadedProjections
 from switchgear.weights.selected import selection_of

@@ -18,19 +18,17 @@ transport.py   asynchronous all-to-all; shared_memory.py: between processes of a
                peer_memory.py: between GPUs of a machine
 peers.py       which ranks are alive; connect.py: the connections for that; rendezvous.py: steps that may block;
                errors.py: the error that all ranks raise
-elastic.py     training that outlives a rank; training.py: what it consists of; membership.py: who is left; moves.py:
-               what moves; transfer.py: values and gradients between ranks
+elastic/       training that outlives a rank; membership.py: who is left
 placement.py   which rank holds which experts; gather.py: values of all experts
 checkpoint.py  checkpoints of distributed experts; checkpoint_metadata.py: their metadata, read safely
 record.py      what exchanges did; cost.py: a model of their cost; failure_cost.py: of the cost of failures
 """
 
-from switchgear.parallel.elastic import elastic_step, join, rebalance, shrink
+from switchgear.parallel.elastic import Regrouped, Training, elastic_step, join, rebalance, shrink
 from switchgear.parallel.errors import ExpertParallelError, Failure
 from switchgear.parallel.experts import ParallelExperts, expert_parameters
 from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.placement import Placement, place_experts
-from switchgear.parallel.training import Regrouped, Training
 
 __all__ = [
     "ExpertParallel",

@@ -22,7 +22,7 @@ from switchgear import ops, reference
 from switchgear.autograd import is_transposed
 from switchgear.ops import GluOptions
 from switchgear.parallel.layout import Receiving
-from switchgear.weights.panels import panel_layout
+from switchgear.weights.exact import panel_layout
 
 
 class Weights(NamedTuple):

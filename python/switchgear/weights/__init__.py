@@ -6,27 +6,22 @@ Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int
 docs/weights.md.
 
 weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of which some experts train
-form.py     the base class Form; plain.py, panels.py, compact.py, integers.py, minifloat.py, groups.py: its
-            subclasses
-module.py   stored projections of a module, and its state dict; layout.py: layout of its parameters
-absent.py   what a stored module has in place of a parameter
+form.py     the base class Form; Layout, how a module holds its projections
+exact.py, integers.py, minifloat.py, groups.py: the forms
+module.py   stored projections of a module, and its state dict
 selected.py parameters of which some experts are trained alone; offloaded.py: experts in a store on disk;
             adapted.py: projections with low-rank adapters
-store.py    all experts of a model; change.py: the change of one module; auto.py: the choice of a form; pages.py: huge
-            pages
+store.py    all experts of a model, and the choice of a form; change.py: the change of one module; pages.py: huge pages
 checks.py   for code that reads parameters itself
 """
 
-from switchgear.weights.compact import Compact
-from switchgear.weights.form import Form
+from switchgear.weights.exact import Compact, Panels, Plain
+from switchgear.weights.form import FINDERS, HINTS, Form, Layout, layout_of
 from switchgear.weights.groups import Groups
 from switchgear.weights.integers import Int4, Int8
-from switchgear.weights.layout import FINDERS, HINTS, Layout, layout_of
 from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
 from switchgear.weights.module import stored_of, weights_of
 from switchgear.weights.pages import advise_huge_pages, interleave_nodes, use_huge_pages
-from switchgear.weights.panels import Panels
-from switchgear.weights.plain import Plain
 from switchgear.weights.store import Stored, encode, restore, store
 from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from switchgear.weights.form import Form
-from switchgear.weights.layout import Layout
+from switchgear.weights.exact import Copies, Plain, Relaid
+from switchgear.weights.form import Form, Layout
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, in_layout, put, stored_of, take_back
-from switchgear.weights.plain import Copies, Plain, Relaid
 from switchgear.weights.weight import Weight
 
 

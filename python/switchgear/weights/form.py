@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Form: a way to store a weight, with its options. The base class of the forms in this folder."""
+"""Form: a way to store a weight, with its options; the base class of the forms in this folder. Layout: how a module of
+experts holds its projections; integrations register a finder for modules of other libraries."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchgear.reference.minifloat import finite_experts
 from switchgear.weights.pages import advise_huge_pages
@@ -88,3 +90,35 @@ def check_loaded(tensors: dict[str, Tensor], saved: dict[str, tuple[tuple[int, .
         got = tensors[suffix]
         if tuple(got.shape) != shape or got.dtype is not dtype:
             raise ValueError(f"{suffix}: expected {dtype} {list(shape)}, got {got.dtype} {list(got.shape)}")
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """How a module of experts holds its projections."""
+
+    names: tuple[str, str]  # of the parameters: first and second projection
+    transposed: bool  # parameters are [E,in,out] instead of [E,out,in]
+    split_gates: bool  # the first projection holds all gates, then all ups
+
+    def parts(self, index: int) -> int:
+        """Parts of a projection's rows that are stored separately: 2 for gates and ups, else 1."""
+        return 2 if index == 0 and self.split_gates else 1
+
+
+HINTS: list[Callable[[nn.Module], str | None]] = []
+"""Each says of modules of one kind why they have no layout now, or None for other modules."""
+FINDERS: list[Callable[[nn.Module], Layout | None]] = []
+"""Each recognizes one kind of module. Append one of your own to store experts of other modules."""
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """The layout of a module's projections; None if it has none that the fused kernel supports."""
+    return next((layout for find in FINDERS if (layout := find(module)) is not None), None)
+
+
+def hint_for(model: nn.Module) -> str:
+    """Why a model has no module with a layout, from the first module that an integration knows, or what to do."""
+    hints = (f"{name}: {hint}" for name, m in model.named_modules() for find in HINTS if (hint := find(m)) is not None)
+    return next(hints, "for a Hugging Face model, call switchgear.accelerate(model) first")

@@ -11,17 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from switchgear.backends import warn_once
 from switchgear.reference.formats import FIELDS
-from switchgear.weights.absent import Absent
 from switchgear.weights.adapted import adapted, notice_wrapper
-from switchgear.weights.form import Form, KeyedForm
-from switchgear.weights.layout import Layout
+from switchgear.weights.form import Form, KeyedForm, Layout
 from switchgear.weights.weight import Weight
 
 _FIELDS = ("data", *FIELDS)
@@ -54,6 +53,39 @@ class Kind(NamedTuple):
             format=self.format, rows=self.rows, cols=self.cols, dtype=self.dtype, parts=self.parts,
             group_size=self.group_size, elements=self.elements, is_exact=self.is_exact, **tensors,
         )  # fmt: skip
+
+
+class Absent:
+    """What a stored module has in place of the parameter of a projection.
+
+    Code that does not know stored weights reads the parameter: another experts implementation, an adapter library, an
+    initialisation. With None there, it would fail with a message about NoneType. Any use of an Absent raises an
+    AttributeError that says what to call.
+    """
+
+    def __init__(self, name: str, form: str, undo: str) -> None:
+        self.name, self.form, self.undo = name, form, undo
+
+    def __repr__(self) -> str:
+        return f"<{self.name} is stored as {self.form}>"
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise AttributeError(
+            f"{self.name} is stored as {self.form}, which only switchgear reads: call {self.undo} before "
+            "using its plain weight, as other experts implementations and adapter libraries do"
+        )
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)  # copy and pickle look for optional methods
+        self._refuse()
+
+    __getitem__ = __len__ = __iter__ = __call__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))._refuse()
 
 
 class Tie:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from switchgear.weights.form import Form
-from switchgear.weights.layout import Layout
+from switchgear.weights.form import Form, Layout
 from switchgear.weights.module import Projection, StoredProjections
 from switchgear.weights.operand import Operand
 from switchgear.weights.weight import Weight

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from switchgear.utils.compiling import not_compiled
 from switchgear.utils.sharded import is_sharded
-from switchgear.weights.layout import Layout
+from switchgear.weights.form import Layout
 from switchgear.weights.weight import SelectedWeight
 
 SUFFIX = "_selected"

@@ -3,7 +3,7 @@
 says which experts train.
 
 Every product accepts a Weight in place of a tensor [E,N,C]. It is immutable, has no gradient, and does not depend on
-modules; the forms do (plain.py, panels.py, …).
+modules; the forms do (exact.py, integers.py, …).
 """
 
 from __future__ import annotations

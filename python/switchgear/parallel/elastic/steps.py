@@ -18,12 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchgear.parallel.elastic.moves import Moved, redistribute
+from switchgear.parallel.elastic.training import (
+    Regrouped,
+    Training,
+    check_replicas,
+    parallel_experts,
+    row_keys,
+    structure,
+)
+from switchgear.parallel.elastic.transfer import agree, average, gather
 from switchgear.parallel.errors import ExpertParallelError
 from switchgear.parallel.experts import expert_parameters
-from switchgear.parallel.moves import Moved, redistribute
 from switchgear.parallel.placement import Placement, place_experts
-from switchgear.parallel.training import Regrouped, Training, check_replicas, parallel_experts, row_keys, structure
-from switchgear.parallel.transfer import agree, average, gather
 from switchgear.routing.counting import kept_counts
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.parallel import checkpoint
+from switchgear.parallel.elastic.training import Lost, Training, parallel_experts, row_keys
+from switchgear.parallel.elastic.transfer import agree, gather, of_bytes, send_rows, to_bytes
 from switchgear.parallel.errors import ExpertParallelError, Failure
 from switchgear.parallel.experts import ParallelExperts, expert_parameters
 from switchgear.parallel.placement import Placement, keep_experts
-from switchgear.parallel.training import Lost, Training, parallel_experts, row_keys
-from switchgear.parallel.transfer import agree, gather, of_bytes, send_rows, to_bytes
 from switchgear.routing.change import Change
 from switchgear.routing.interventions import Changed
 
