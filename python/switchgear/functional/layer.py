@@ -40,7 +40,17 @@ def rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, 
         topk_ids = flat("topk_ids", topk_ids)
     if topk_weights.dim() != 2:
         topk_weights = flat("topk_weights", topk_weights)
-    return x, as_ids("topk_ids", topk_ids), as_weights("topk_weights", topk_weights, x.dtype)
+    if topk_ids.dtype is not torch.int32:
+        topk_ids = as_ids("topk_ids", topk_ids)
+    if topk_weights.dtype is not torch.float32 or x.dtype is torch.float64:
+        topk_weights = as_weights("topk_weights", topk_weights, x.dtype)
+    return x, topk_ids, topk_weights
+
+
+def _options(activation: str, gated: bool, interleaved: bool, alpha: float, limit: float | None) -> tuple[Any, ...]:
+    """Those of GluOptions. Conversions that change nothing would cost a microsecond."""
+    alpha = alpha if type(alpha) is float else as_number("alpha", alpha)
+    return activation, gated, interleaved, alpha, 0.0 if limit is None else as_limit(limit)
 
 
 @accepts_arrays
@@ -83,7 +93,7 @@ def moe(
     Raises:
         ValueError: a wrong shape, or an id out of range. TypeError: a wrong dtype.
     """
-    options = (activation, gated, interleaved, as_number("alpha", alpha), as_limit(limit))
+    options = _options(activation, gated, interleaved, alpha, limit)
     weights, biases, shape, kind = (gate_up_proj, down_proj), (gate_up_bias, down_bias), x.shape, x.device.type
     if not isinstance(gate_up_proj, Tensor) and shape[-1] != gate_up_proj.shape[2]:
         raise ValueError(f"x: expected shape [..., {gate_up_proj.shape[2]}], got {list(shape)}")  # bytes do not show it
@@ -107,7 +117,12 @@ def apply_layer(
 ) -> Tensor:
     """moe of `rows_of`. autocast: the device type whose torch.autocast is on and gave x and biases their dtype. source:
     of the weights, if they are offloaded and in memory now."""
-    first, second = operand_of(weights[0], x.dtype, autocast), operand_of(weights[1], x.dtype, autocast)
+    gate_up_proj, down_proj = weights
+    if isinstance(gate_up_proj, Tensor) and isinstance(down_proj, Tensor) and autocast is None:
+        tensors = (x, gate_up_proj, down_proj, *biases, topk_ids, topk_weights)
+        if ops.needs_no_dispatch(*tensors) and not needs_autograd(*tensors):  # the way below takes microseconds more
+            return ops.plain_layer_on_host(*tensors, options)
+    first, second = operand_of(gate_up_proj, x.dtype, autocast), operand_of(down_proj, x.dtype, autocast)
     if (loads := first.source or second.source) is not None:
         y: Tensor = loads.moe(x, topk_ids, topk_weights, weights, biases, options, autocast)
         return y
@@ -116,18 +131,17 @@ def apply_layer(
             return _moe_in_stages(x, topk_ids, topk_weights, weights, biases, options)
         _check_both_trained(first, second, biases)
     layer = _layer_of(x, first, second, biases, topk_ids, topk_weights, options)
-    gate_up_bias, down_bias = layer.gate_up_bias, layer.down_bias
+    gate_up_bias, down_bias = layer[4:6]
     if needs_autograd(x, gate_up_bias, down_bias, topk_weights, *first.leaves, *second.leaves):
-        inputs = autograd.inputs_of(x, layer, (first.trained, second.trained), source)
+        inputs = autograd.inputs_of(x, Layer(*layer), (first.trained, second.trained), source)
         y = apply(autograd.Moe, *inputs)[0]
         return y
     known = first.needs_no_dispatch and second.needs_no_dispatch
     tensors = () if known else (*first.tensors, *second.tensors)
-    if ops.needs_no_dispatch(
-        x, gate_up_bias, down_bias, topk_ids, topk_weights, *tensors, *first.adapter, *second.adapter
-    ):
+    others = (*tensors, *first.adapter, *second.adapter)
+    if ops.needs_no_dispatch(x, gate_up_bias, down_bias, topk_ids, topk_weights, *others):
         return ops.moe_forward_on_host(x, layer)
-    return ops.layer_forward(x, layer, False)[0]
+    return ops.layer_forward(x, Layer(*layer), False)[0]
 
 
 def _layer_of(
@@ -138,22 +152,23 @@ def _layer_of(
     topk_ids: Tensor,
     topk_weights: Tensor,
     options: tuple[Any, ...],
-) -> Layer:
+) -> tuple[Any, ...]:
+    """The fields of Layer; making one takes a microsecond, which a forward of one token notices."""
     gate_up_bias, down_bias = biases
     if not first.form and first.tensors[0].dim() != 3:  # a list of matrices, of which a matrix alone would be one
         raise ValueError(f"gate_up_proj: expected shape [E, N, C], got {list(first.tensors[0].shape)}")
     if not second.form and second.tensors[0].dim() != 3:
         raise ValueError(f"down_proj: expected shape [E, N, C], got {list(second.tensors[0].shape)}")
-    if first.form or second.form or first.adapter or second.adapter:
+    adapter, down_adapter, seed, dropout = first.adapter, second.adapter, None, ()
+    if first.form or second.form or adapter or down_adapter:
         gate_up_bias = as_dtype("gate_up_bias", gate_up_bias, x.dtype)
         down_bias = as_dtype("down_bias", down_bias, x.dtype)
-    layer = (
+        if first.dropout or second.dropout:
+            seed, dropout = dropout_seed(x.device), (first.dropout, second.dropout)
+    return (
         first.tensors, first.form, second.tensors, second.form, gate_up_bias, down_bias, topk_ids, topk_weights,
-        *options, first.adapter, second.adapter,
+        *options, adapter, down_adapter, seed, dropout,
     )  # fmt: skip
-    if not (first.dropout or second.dropout):
-        return Layer(*layer)
-    return Layer(*layer, dropout_seed(x.device), (first.dropout, second.dropout))
 
 
 def _check_both_trained(first: Operand, second: Operand, biases: Biases) -> None:
@@ -216,7 +231,7 @@ def moe_accumulate(
     Raises:
         ValueError: a wrong shape, an id out of range, a gradient is needed. TypeError: a wrong dtype.
     """
-    options = (activation, gated, interleaved, as_number("alpha", alpha), as_limit(limit))
+    options = _options(activation, gated, interleaved, alpha, limit)
     columns = gate_up_proj.shape[2] if len(gate_up_proj.shape) == 3 else None
     if sums.shape != x.shape or (columns is not None and x.shape[-1] != columns):
         raise ValueError(f"sums, x: expected shape [..., {columns}], got {list(sums.shape)} and {list(x.shape)}")
@@ -253,4 +268,5 @@ def accumulate(
     if needs_autograd(sums, x, *biases, topk_weights, *first.leaves, *second.leaves):
         raise ValueError("moe_accumulate: expected no tensor that needs a gradient, or torch.no_grad()")
     biases = as_dtype("gate_up_bias", biases[0], x.dtype), as_dtype("down_bias", biases[1], x.dtype)
-    ops.layer_accumulate(x, _layer_of(x, first, second, biases, topk_ids, topk_weights, options), sums)
+    layer = _layer_of(x, first, second, biases, topk_ids, topk_weights, options)
+    ops.layer_accumulate(x, Layer(*layer), sums)

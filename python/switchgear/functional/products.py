@@ -53,8 +53,9 @@ def grouped_gemm(
     if isinstance(weight, Tensor) or hasattr(weight, "operand"):
         operand = _operand_of(weight, x, bias, autocast)
     else:
-        operand = Operand(list(weight) if autocast is None else in_autocast_dtype(autocast, *weight))
-        if not operand.tensors:
+        matrices = list(weight) if autocast is None else in_autocast_dtype(autocast, *weight)
+        operand = Operand(matrices, leaves=matrices)
+        if not matrices:
             raise ValueError("weight: expected at least one matrix, got none")
     if operand.trained is not None:
         check_trained("weight", operand, "bias", bias)
@@ -71,8 +72,7 @@ def _operand_of(weight: Any, x: Tensor, bias: Tensor | None, autocast: str | Non
     """What the product reads: plain weights instead of panels, and of other lossless forms if it is differentiated."""
     if isinstance(weight, Weight) and weight.is_lossless and weight.form:
         if weight.data.is_cpu and needs_autograd(x, bias):
-            plain = weight.plain()
-            return Operand((plain if autocast is None else in_autocast_dtype(autocast, plain)[0],))
+            return operand_of(weight.plain(), x.dtype, autocast)
         if weight.format == "panels":
             return weight.expanded(x.dtype, autocast, "weights in panels, in grouped_gemm")
     operand = operand_of(weight, x.dtype, autocast)

@@ -26,6 +26,7 @@ from switchgear.ops.layer import (
     moe_forward,
     moe_forward_on_host,
     needs_no_dispatch,
+    plain_layer_on_host,
 )
 from switchgear.ops.native import (
     Kernels,
@@ -105,6 +106,7 @@ __all__ = [
     "pack_compact",
     "panel_layout",
     "permute",
+    "plain_layer_on_host",
     "plan",
     "route",
     "route_backward",

@@ -47,7 +47,7 @@ def _layer_in(args: Sequence[Any], first: int) -> Layer:
     return Layer(tensors, form or (), down_tensors, down_form or (), *others, *optional)  # AOTInductor passes None
 
 
-def _for_kernels(layer: Layer) -> tuple[Any, ...]:
+def _for_kernels(layer: tuple[Any, ...]) -> tuple[Any, ...]:
     """The fields of a layer with tensors in layouts that kernels take."""
     (
         gate_up_proj, gate_up_form, down_proj, down_form, gate_up_bias, down_bias, topk_ids, topk_weights,
@@ -154,10 +154,30 @@ def needs_no_dispatch(x: Tensor, *others: Tensor | None) -> bool:
     return backends.runs_natively(x.dtype)
 
 
-def moe_forward_on_host(x: Tensor, layer: Layer) -> Tensor:
-    """y of moe_forward, for tensors that need no dispatch."""
+def moe_forward_on_host(x: Tensor, layer: tuple[Any, ...]) -> Tensor:
+    """y of moe_forward, for tensors that need no dispatch. layer: the fields of Layer."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     host.module.moe_forward((rows(x),), _for_kernels(layer), (y, None), host.execution())
+    return y
+
+
+def plain_layer_on_host(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    options: tuple[Any, ...],
+) -> Tensor:
+    """moe_forward_on_host with plain projections, without a microsecond for collecting them."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    layer = (
+        gate_up_proj, (), down_proj, (), rows(gate_up_bias), rows(down_bias), topk_ids.contiguous(),
+        topk_weights.contiguous(), *options, None, None, None, (),
+    )  # fmt: skip
+    host.module.moe_forward((rows(x),), layer, (y, None), host.execution())
     return y
 
 

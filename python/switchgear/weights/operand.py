@@ -25,17 +25,12 @@ class Operand(NamedTuple):
 
     tensors: Sequence[Tensor]  # of a stored weight, or one plain tensor, or matrices [N_e,C]
     form: tuple[int, ...] = ()  # empty: plain
+    leaves: Sequence[Tensor | None] = ()  # those that may need a gradient
     adapter: tuple[Tensor, ...] = ()  # a, b, scales and possibly ranks; empty: none
     dropout: float = 0.0  # of the adapter
     trained: TrainedExperts | None = None
     source: Any = None  # a Source: the experts are not in memory, and there are no tensors
     needs_no_dispatch: bool = False  # the tensors are known to be plain ones in CPU memory
-
-    @property
-    def leaves(self) -> tuple[Tensor | None, ...]:
-        """The tensors that may need a gradient."""
-        found = (*self.adapter[:2],) if self.form else (*self.tensors, *self.adapter[:2])
-        return found if self.trained is None else (*found, *self.trained[:2])
 
 
 class AnyOperand(Protocol):
@@ -53,5 +48,6 @@ class AnyOperand(Protocol):
 def operand_of(weight: Tensor | AnyOperand, dtype: torch.dtype, autocast: str | None = None) -> Operand:
     """The operand for an x of `dtype`. autocast: the device type whose torch.autocast is on and gave x its dtype."""
     if isinstance(weight, Tensor):
-        return Operand((weight if autocast is None else cast_in_autocast(autocast, weight)[0],))
+        tensors = (weight,) if autocast is None else cast_in_autocast(autocast, weight)
+        return Operand(tensors, (), tensors)
     return weight.operand(dtype, autocast)

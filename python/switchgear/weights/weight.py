@@ -85,7 +85,8 @@ class Weight:
             is_plain = is_plain and not any(tensor.is_neg() for tensor in tensors)
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "form", form)
-        object.__setattr__(self, "_operand", Operand(tensors, form, needs_no_dispatch=is_plain))
+        leaves = () if form else tensors
+        object.__setattr__(self, "_operand", Operand(tensors, form, leaves, needs_no_dispatch=is_plain))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -151,7 +152,8 @@ class Weight:
         if has_a_kernel_missing and not torch.compiler.is_compiling():
             backends.announce_format(self.device, subject, "each call expands them")
         plain = self.plain()
-        return Operand((plain if autocast is None else plain.to(dtype),))
+        tensors = (plain if autocast is None else plain.to(dtype),)
+        return Operand(tensors, (), tensors)
 
     def _is_of_this_isa(self) -> bool:
         """Whether panels have the order of the ISA in use. A graph cannot query the ISA; its op checks their shape."""
@@ -225,9 +227,8 @@ class AdaptedWeight(NamedTuple):
         adapter = self.adapter(dtype)
         if autocast is not None:
             adapter = (*cast_in_autocast(autocast, *adapter[:2]), *adapter[2:])
-        return Operand(
-            base.tensors, base.form, adapter, self.dropout, base.trained, base.source, base.needs_no_dispatch
-        )
+        leaves, known = (*base.leaves, *adapter[:2]), base.needs_no_dispatch
+        return Operand(base.tensors, base.form, leaves, adapter, self.dropout, base.trained, base.source, known)
 
     def adapter(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """The adapter as an argument of the ops (reference/adapters.py). dtype: of x; float32 factors are rounded to
@@ -278,4 +279,4 @@ class SelectedWeight(NamedTuple):
         weight, trained, bias = self.weight, self.trained, self.trained_bias
         if autocast is not None:
             weight, trained, bias = cast_in_autocast(autocast, weight, trained, bias)
-        return Operand((weight,), trained=TrainedExperts(trained, bias, self.experts))
+        return Operand((weight,), leaves=(weight, trained, bias), trained=TrainedExperts(trained, bias, self.experts))
