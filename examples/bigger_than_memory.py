@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from switchgear import cli, offload, routing
-from switchgear.common import CommandError
-from switchgear.tiny import cache
-from switchgear.tiny.cache import Tiny
+from switchgear.cli.common import CommandError
+from switchgear_bench.tiny import cache
+from switchgear_bench.tiny.cache import Tiny
 
 PROMPT, ANSWER = 56, 72  # bytes; the model has learned 128
 POLICIES = [policy for policy in offload.POLICIES if not policy.looks_ahead]

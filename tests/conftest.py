@@ -9,6 +9,7 @@ import signal
 import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,9 +57,16 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+PROCESSES = Path(__file__).parent / "parallel"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On simt, each thread order in SIMT_TURNS (default: all orders that run) runs its share of the tests marked
-    `in_turns`. `on` names the devices that these tests need."""
+    """Tests of processes share a pool of them, so pytest-xdist runs them in one process. On simt, each thread order in
+    SIMT_TURNS (default: all orders that run) runs its share of the tests marked `in_turns`. `on` names the devices that
+    these tests need."""
+    for item in items:
+        if PROCESSES in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("processes"))
     order = os.environ.get("SWITCHGEAR_SIMT_ORDER")
     turns = os.environ.get("SIMT_TURNS", "").split() or os.environ.get("SIMT_ORDERS", "").split() or ORDERS
     if order not in turns:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import backends, complaints
-from switchgear.integrations import swap, transformers
-from switchgear.integrations.swap import is_swapped, swap_forward
-from switchgear.integrations.tiny_models import build, example_inputs
+from switchgear.integrations.forwards import is_swapped
+from switchgear.integrations.modules import PatchedExperts
 from switchgear.integrations.transformers import accelerate, path_of, undo_accelerate
-from switchgear.integrations.undecorated import patch_of
+from switchgear.integrations.undecorated import find_patch
+from tiny_models import build, example_inputs
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -84,7 +84,7 @@ def test_accelerate_says_when_there_is_nothing() -> None:
 
 def sample(module: nn.Module) -> tuple[Any, ...]:
     """Arguments for the forward of a class in the table."""
-    patch = patch_of(module)
+    patch = find_patch(module)
     assert patch is not None
     return patch.sample(module, torch.Generator().manual_seed(0))
 
@@ -110,16 +110,16 @@ def test_swap_is_refused_where_a_class_has_changed(monkeypatch: pytest.MonkeyPat
         accelerate(model)
 
 
-def test_swap_is_refused_where_the_patch_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swap_is_refused_where_the_patch_gives_nan() -> None:
     _, module = swappable("llama4_text")
-    patch = patch_of(module)
+    patch = find_patch(module)
     assert patch is not None
     nan = patch._replace(forward=lambda module, weights, x: (x.reshape(-1, x.shape[-1]) * torch.nan, None))
-    monkeypatch.setattr(swap, "patch_of", lambda module: nan)
+    experts = PatchedExperts(module, nan)
     with pytest.warns(UserWarning, match="Llama4TextMoe is left alone, .*: difference nan"):
-        assert swap_forward(module) is None
+        assert experts.swap() is None
     nn.init.constant_(module.shared_expert.down_proj.weight, torch.inf)  # such weights compare with nothing
-    undo = swap_forward(module)
+    undo = experts.swap()
     assert undo is not None
     undo()
 
@@ -245,7 +245,8 @@ def test_what_wraps_a_part_before_the_swap_is_called(
     model_type: str, name: str, change: Callable[[nn.Module, str], None]
 ) -> None:
     model = build(model_type)
-    module: Any = next(module for module in model.modules() if patch_of(module) is not None and name in module._modules)
+    modules = (module for module in model.modules() if find_patch(module) is not None)
+    module: Any = next(module for module in modules if name in module._modules)
     arguments = sample(module)
     before = _tensor(module(*arguments))
     change(module, name)
@@ -286,7 +287,7 @@ def _tensor(output: Any) -> Tensor:
 def swappable(model_type: str) -> tuple[nn.Module, Any]:
     """A model, and its first module of a class in the table."""
     model = build(model_type)
-    return model, next(module for module in model.modules() if patch_of(module) is not None)
+    return model, next(module for module in model.modules() if find_patch(module) is not None)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +384,7 @@ def test_a_second_restore_changes_nothing() -> None:
 def test_parametrised_after_the_swap(model_type: str) -> None:
     model = build(model_type)
     module: Any = model.get_submodule(accelerate(model)[0].name)
-    path, patch = path_of(module), patch_of(module)
+    path, patch = path_of(module), find_patch(module)
     assert patch is not None
     arguments = patch.sample(module, torch.Generator().manual_seed(0))
     before = _tensor(module(*arguments))
@@ -412,13 +413,15 @@ def test_nothing_is_replaced_where_a_trial_fails_for_good(monkeypatch: pytest.Mo
     model = build("jetmoe")
     calls = []
 
-    def run_out(module: nn.Module, trial: bool) -> Any:
-        calls.append(module)
+    swap = PatchedExperts.swap
+
+    def run_out(experts: PatchedExperts, trial: bool) -> Any:
+        calls.append(experts)
         if len(calls) == 3:
             raise MemoryError
-        return swap_forward(module, trial)
+        return swap(experts, trial)
 
-    monkeypatch.setattr(transformers, "swap_forward", run_out)
+    monkeypatch.setattr(PatchedExperts, "swap", run_out)
     with pytest.raises(MemoryError):
         accelerate(model)
     assert len(calls) == 3

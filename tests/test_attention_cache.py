@@ -12,9 +12,9 @@ from switchgear.analysis import attention_layers
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from switchgear.integrations import tiny_configs
-from switchgear.integrations.tiny_configs import MODEL_TYPES
-from switchgear.integrations.tiny_models import build
+import tiny_configs
+from tiny_configs import MODEL_TYPES
+from tiny_models import build
 
 USUAL = (  # windows of the module, the config, and the kind of a layer; the slow run has all
     "exaone_moe", "gemma4_text", "gpt_oss", "inkling_text", "lara_mini", "llama4_text", "mimo_v2_flash", "mixtral",

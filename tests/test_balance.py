@@ -15,6 +15,13 @@ from torch import distributed as dist
 
 import switchgear
 from switchgear.functional import Routing
+from switchgear.papers.parts.auxiliary import (
+    GradientConflict,
+    consistency_loss,
+    gradient_conflict_loss,
+    gradient_conflicts,
+    output_regularization,
+)
 from switchgear.routing import (
     AdaptiveCoefficient,
     AdaptiveSparsity,
@@ -28,13 +35,6 @@ from switchgear.routing import (
     TopP,
     balance,
     losses,
-)
-from switchgear.routing.auxiliary import (
-    GradientConflict,
-    consistency_loss,
-    gradient_conflict_loss,
-    gradient_conflicts,
-    output_regularization,
 )
 from switchgear.routing.context import NOTHING_KNOWN, Context
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -17,8 +16,8 @@ import pytest
 import torch
 
 import switchgear
-from switchgear.cli import COMMANDS, info, main
-from switchgear.common import CommandError, console, machine, require
+from switchgear.cli import COMMANDS, info, machine, main
+from switchgear.cli.common import CommandError, console, require
 from switchgear.complaints import failed_import, first_line
 
 # ---- info ------------------------------------------------------------------------------------------------------------
@@ -293,7 +292,7 @@ def test_info_needs_torch_alone() -> None:
 import contextlib, io, json, sys
 sys.modules.update(dict.fromkeys(["numpy", "rich", "matplotlib", "transformers", "PIL"]))
 import switchgear
-assert "switchgear.common" not in sys.modules
+assert not {{"switchgear.cli.common", "switchgear_bench"}} & set(sys.modules)
 from switchgear.cli import main
 for command in {list(expected)}:
     text = io.StringIO()
@@ -308,14 +307,3 @@ for command in {list(expected)}:
     for (status, words), answer in zip(expected.values(), map(json.loads, answers), strict=True):
         assert answer[0] == status, answer[1]
         assert words in answer[1]
-
-
-def test_imports_go_one_way() -> None:
-    """cli → bench → common."""
-    package = Path(machine.__file__).parents[1]
-    for folder, others in (("bench", ("cli",)), ("common", ("cli", "bench"))):
-        for path in (package / folder).rglob("*.py"):
-            modules = [
-                node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
-            ]
-            assert not {part for module in modules for part in module.split(".")} & set(others), path

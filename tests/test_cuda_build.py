@@ -294,15 +294,6 @@ def test_the_exchange_loads_batches(arch: str) -> None:
     assert [most_loads_in_flight(instructions(arch)[symbol]) >= 4 for symbol in symbols] == [True]
 
 
-def test_loads_in_flight_are_counted() -> None:
-    def code(*names: str) -> list[Instruction]:
-        return [(16 * i, name) for i, name in enumerate(names)]
-
-    load, store = "LDG.E.128 R4, desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.64], R4"
-    assert most_loads_in_flight(code(load, "IADD3 R1, R1, 1, RZ", load, store, load, store)) == 2
-    assert most_loads_in_flight(code(load, store, load, store)) == 1
-
-
 @needs_module
 def test_wgmma_are_not_serialised_and_nothing_is_spilled_between_them() -> None:
     code = instructions("sm_90a")
@@ -333,22 +324,6 @@ def test_fragments_are_read_ahead_and_nothing_is_spilled_between_products(arch: 
                 assert reads_ahead(stage, "LDSM", "HMMA"), symbol
                 checked += 1
     assert checked >= 16
-
-
-def test_reading_ahead_is_seen() -> None:
-    stage = ["BAR.SYNC", "LDGSTS", "HMMA", "HMMA", "LDSM.16", "HMMA", "LDSM.16", "BRA"]
-    assert reads_ahead(stage, "LDSM", "HMMA")
-    assert not reads_ahead(["BAR.SYNC", "LDSM.16", "HMMA", "LDSM.16", "HMMA"], "LDSM", "HMMA")  # the first one waits
-    assert not reads_ahead(["BAR.SYNC", "HMMA", "HMMA", "LDSM.16"], "LDSM", "HMMA")
-    code = [
-        (0, "MOV"),
-        (16, "LDSM.16 R1, [R2]"),
-        (32, "BAR.SYNC 0x0"),
-        (48, "HMMA R1"),
-        (64, "@P0 BRA 0x10"),
-        (80, "BRA 0x0"),
-    ]
-    assert product_loops(code, "HMMA") == [["BAR.SYNC", "HMMA", "BRA", "LDSM.16"]]
 
 
 # ---- without the module ----------------------------------------------------------------------------------------------
@@ -448,32 +423,3 @@ __global__ void __launch_bounds__(1024, 2) spill_kernel(float* out, const float*
 
 __global__ void __launch_bounds__(128) atomic_kernel(float* out) { atomicAdd(out, 1.0f); }
 """
-
-
-@needs_nvcc
-@pytest.mark.skipif(not machine_code.has_tools(), reason=machine_code.MISSING_TOOLS)
-def test_the_rules_see_what_is_planted(tmp_path: Path) -> None:
-    (tmp_path / "planted.cu").write_text(PLANTED)
-    command = ["nvcc", "-arch=sm_90a", "-cubin", "planted.cu", "-o", "planted.cubin"]
-    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "serialized" in built.stdout + built.stderr  # ptxas's word
-    cubin = tmp_path / "planted.cubin"
-    found = machine_code.parse_resources(machine_code.dump(cubin, "--dump-resource-usage"))
-    code = machine_code.parse_instructions(machine_code.dump(cubin, "--dump-sass"))
-    assert sorted(kernel.name for kernel in found) == ["atomic_kernel", "spill_kernel", "wgmma_kernel", "wgmma_kernel"]
-    for kernel in found:
-        limits = Stated("planted.cu", 64, 0, 0)
-        assert (over_resources(kernel, limits) is not None) == (kernel.name == "spill_kernel")
-        assert over_resources(kernel, None) is not None
-        if kernel.name == "wgmma_kernel":
-            assert serialised(code[kernel.symbol]) == ("ILb1E" in kernel.symbol)
-            assert not local_memory_between_products(code[kernel.symbol], "HGMMA")
-            assert device_fence_between_products(code[kernel.symbol], "HGMMA") == ("ILb1E" in kernel.symbol)
-            promise = Promise("wgmma_kernel", "", ("sm_90a",), ("HGMMA.64x8x16",), ("HMMA",))
-            assert broken(promise, code[kernel.symbol]) == []
-            assert broken(promise._replace(has=("UTMALDG",)), code[kernel.symbol]) == ["UTMALDG"]
-            assert broken(promise._replace(has_not=("HGMMA",)), code[kernel.symbol])[0].startswith("not HGMMA")
-    spilling = next(code[kernel.symbol] for kernel in found if kernel.name == "spill_kernel")
-    assert any(opcode(text).startswith("STL") for _, text in spilling)
-    atomic = next(code[kernel.symbol] for kernel in found if kernel.name == "atomic_kernel")
-    assert any(re.match(r"(ATOM|RED)\w*(\.\w+)*\.F32", opcode(text)) for _, text in atomic)

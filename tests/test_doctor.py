@@ -12,9 +12,8 @@ import pytest
 
 import switchgear
 from switchgear import ops
-from switchgear.cli import main
+from switchgear.cli import cgroup, machine, main
 from switchgear.cli.doctor import kernels, settings
-from switchgear.common import cgroup, machine
 
 
 def test_every_instruction_set_is_ok() -> None:

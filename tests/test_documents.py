@@ -57,14 +57,6 @@ def test_python_blocks_run(document: Path, tmp_path: Path) -> None:
     assert exit_code == 0, output
 
 
-def test_a_script_that_fails_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text("print('said', flush=True)\nraise ValueError('wrong')")
-    exit_code, output = run_script(tmp_path / "script.py", timeout=60)
-    assert exit_code == 1
-    assert "said" in output
-    assert "ValueError: wrong" in output
-
-
 @documents
 def test_links_resolve(document: Path) -> None:
     broken = []
@@ -91,44 +83,6 @@ def test_linked_tests_exist(document: Path) -> None:
         if re.fullmatch(r"test_\w+", text) and _DEFINITION[target.suffix].format(text) not in target.read_text():
             missing.append(f"{text} in {link}")
     assert not missing
-
-
-# Words that promise something. The other pages are generated, or say why something was decided.
-_PROMISE = re.compile(
-    r"deterministic|determinism|batch.invarian|bit for bit|bit-equal|same bits|all or nothing|no code"
-    r"|within (the timeout|`timeout`|\w+ s\b|\w+ seconds)|lossless|without loss"
-    r"|not depend on its batch|independent of the batch",
-    re.IGNORECASE,
-)
-PROMISING = [
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in (
-        "adapter_experts", "adapters", "architecture", "cuda", "finetuning", "huggingface", "parallel", "reliability",
-        "routing", "security", "training", "weights",
-    )),
-]  # fmt: skip
-
-
-def blocks(text: str) -> list[str]:
-    """The paragraphs, list items and rows of tables, without headings."""
-    starts = re.sub(r"^(?=\s*(?:\||- |\d+\. |#))", "\n", text, flags=re.MULTILINE)
-    return [block for block in re.split(r"\n\s*\n", starts) if not block.lstrip().startswith("#")]
-
-
-def promises_without_a_test(text: str) -> list[str]:
-    return [block for block in blocks(text) if _PROMISE.search(block) and not re.search(r"\]\([^)]*tests/", block)]
-
-
-@pytest.mark.parametrize("document", PROMISING, ids=lambda path: path.name)
-def test_promises_link_to_their_tests(document: Path) -> None:
-    assert not promises_without_a_test(prose(document))
-
-
-def test_a_promise_without_a_test_is_found() -> None:
-    text = (
-        "Sums are deterministic ([test_x](tests/test_x.py)).\n- All or nothing.\n\n# Lossless\n| Lossless | [a](b.md) |"
-    )
-    assert promises_without_a_test(text) == ["- All or nothing.", "| Lossless | [a](b.md) |"]
 
 
 @documents

@@ -163,10 +163,10 @@ def test_upcycle_starts_at_the_loss_of_the_dense_model() -> None:
 def test_bigger_than_memory_writes_the_text_of_the_whole_model(tmp_path: Path) -> None:
     """The hits are those of the simulator, with each policy. The model is untrained, which changes no claim."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from switchgear.tiny import model, text
-    from switchgear.tiny.cache import save
-    from switchgear.tiny.sensitivity import Sensitivity
-    from switchgear.tiny.train import QUICK
+    from switchgear_bench.tiny import model, text
+    from switchgear_bench.tiny.cache import save
+    from switchgear_bench.tiny.sensitivity import Sensitivity
+    from switchgear_bench.tiny.train import QUICK
 
     bytes_of = torch.randint(256, (4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     domains = [text.Domain("random", "a generator", bytes_of, bytes_of)]

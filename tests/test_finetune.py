@@ -508,7 +508,7 @@ def test_frozen_models_are_not_frozen_again_or_stored() -> None:
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 def test_row71_hugging_face_models(model_type: str, tmp_path: Path) -> None:
-    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    tiny = pytest.importorskip("tiny_models", reason="transformers is not installed")
     model = tiny.build(model_type)
     inputs = tiny.example_inputs(model)
     switchgear.accelerate(model)
@@ -537,7 +537,7 @@ def test_row71_hugging_face_models(model_type: str, tmp_path: Path) -> None:
 
 
 def test_other_implementations_of_selected_experts_are_refused() -> None:
-    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    tiny = pytest.importorskip("tiny_models", reason="transformers is not installed")
     from switchgear.integrations.transformers import undo_accelerate
 
     model = tiny.build("mixtral")

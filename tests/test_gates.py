@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import switchgear
-from switchgear.integrations.gates import ACTIVATIONS, gate_of, own_gate, recognise
+from switchgear.integrations.gates import ACTIVATIONS, find_gate, get_own_gate, recognise
 from switchgear.ops import GluOptions
 
 FAMILIES = [
@@ -73,12 +73,12 @@ class Experts(nn.Module):
 
 def test_changes_are_noticed() -> None:
     module = Experts()
-    assert gate_of(module) == GluOptions("silu", limit=7.0)
+    assert find_gate(module) == GluOptions("silu", limit=7.0)
     module.limit = 9.0
-    assert gate_of(module) == GluOptions("silu", limit=9.0)
+    assert find_gate(module) == GluOptions("silu", limit=9.0)
     module.act_fn = nn.Tanh()
-    assert gate_of(module) is None
-    assert own_gate(module)(torch.ones(1, 4)).shape == (1, 2)
+    assert find_gate(module) is None
+    assert get_own_gate(module)(torch.ones(1, 4)).shape == (1, 2)
 
 
 class Swish(nn.Module):
@@ -113,10 +113,10 @@ CALLS = {
 @pytest.mark.parametrize("change", CALLS.values(), ids=CALLS)
 def test_an_activation_that_must_be_called_is_called(change: Callable[[nn.Module], None]) -> None:
     module = Experts()
-    assert gate_of(module) == GluOptions("silu", limit=7.0)
+    assert find_gate(module) == GluOptions("silu", limit=7.0)
     change(module.act_fn)
-    assert gate_of(module) is None
-    assert gate_of(Experts()) == GluOptions("silu", limit=7.0)
+    assert find_gate(module) is None
+    assert find_gate(Experts()) == GluOptions("silu", limit=7.0)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_an_activation_that_must_be_called_is_called(change: Callable[[nn.Module
 def test_learnt_activations_are_in_no_family(activation: nn.Module) -> None:
     module = Experts()
     module.act_fn = activation
-    assert gate_of(module) is None
+    assert find_gate(module) is None
 
 
 def test_functions_that_hold_something_are_in_no_family() -> None:
@@ -137,45 +137,45 @@ def test_functions_that_hold_something_are_in_no_family() -> None:
     for function, wanted in ((lambda x: x * torch.sigmoid(beta * x), None), (bound, None), (F.silu, "silu")):
         del module.act_fn
         module.act_fn = function
-        family = gate_of(module)
+        family = find_gate(module)
         assert (family and family.activation) == wanted
 
 
 def test_training_matters_where_the_activation_depends_on_it() -> None:
     module = Experts()
     module.act_fn = SiLUWithDropout().eval()
-    assert gate_of(module) == GluOptions("silu", limit=7.0)
-    assert gate_of(module.train()) is None
-    assert gate_of(module.eval()) == GluOptions("silu", limit=7.0)
+    assert find_gate(module) == GluOptions("silu", limit=7.0)
+    assert find_gate(module.train()) is None
+    assert find_gate(module.eval()) == GluOptions("silu", limit=7.0)
 
 
 def test_a_replaced_gate_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = Experts()
-    assert gate_of(module) is not None
+    assert find_gate(module) is not None
     module._apply_gate = torch.tanh
-    assert gate_of(module) is None
+    assert find_gate(module) is None
     del module._apply_gate
     monkeypatch.setattr(Experts, "_apply_gate", lambda self, h: silu_gate(h))
-    assert gate_of(module) == GluOptions("silu")
+    assert find_gate(module) == GluOptions("silu")
     monkeypatch.undo()
     monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: torch.relu(x))
-    assert gate_of(module) == GluOptions("relu", limit=7.0)
+    assert find_gate(module) == GluOptions("relu", limit=7.0)
 
 
 def test_modules_that_are_alike_are_recognised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = Experts(), Experts()
     first.act_fn, second.act_fn = (transformers.activations.GELUTanh() for _ in range(2))
-    assert gate_of(first) == GluOptions("gelu_tanh", limit=7.0)
+    assert find_gate(first) == GluOptions("gelu_tanh", limit=7.0)
     monkeypatch.delattr("switchgear.integrations.gates.recognise")
-    assert gate_of(second) == gate_of(first)
+    assert find_gate(second) == find_gate(first)
 
 
 def test_surroundings_do_not_matter() -> None:
     state = torch.get_rng_state()
     with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
-        assert gate_of(Experts()) == GluOptions("silu", limit=7.0)
+        assert find_gate(Experts()) == GluOptions("silu", limit=7.0)
     with torch._subclasses.FakeTensorMode():
-        assert gate_of(Experts()) == GluOptions("silu", limit=7.0)
+        assert find_gate(Experts()) == GluOptions("silu", limit=7.0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -183,4 +183,4 @@ def test_a_gate_that_cannot_be_called_is_unknown() -> None:
     module = Experts()
     module.limit = None  # type: ignore[assignment]
     module.act_fn = nn.Bilinear(1, 1, 1)
-    assert gate_of(module) is None
+    assert find_gate(module) is None

@@ -209,7 +209,7 @@ def test_row78_generate_equals_the_loop(mixtral: Any, cache: str | None) -> None
 @pytest.mark.parametrize("model_type", ["gpt_oss", "qwen2_moe", "deepseek_v3", "llama4_text", "jetmoe", "deepseek_v4"])
 def test_row78_a_pass_equals_two_on_other_families(model_type: str) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from switchgear.integrations.tiny_models import build, example_inputs
+    from tiny_models import build, example_inputs
 
     model: Any = build(model_type)
     for module in model.modules():  # DeepSeek V4's table from token ids to experts is not initialised

@@ -341,7 +341,7 @@ def test_after_a_hang_of_wgmma_the_rest_runs_on_the_kernels_of_sm80(tmp_path: Pa
 
 
 def test_a_run_that_is_killed_leaves_a_readable_report(tmp_path: Path) -> None:
-    """make gpu-report reads what is there: the case that ran is named."""
+    """make gpu STAGE=report reads what is there: the case that ran is named."""
     folder = Folder(tmp_path)
     folder.begin("smoke")
     folder.note("smoke", "auto-0", {"case": "layer", "verdict": "passed", "seconds": 0.1, "detail": ""})

@@ -149,7 +149,7 @@ def test_mistakes_are_named(
 
 
 def test_a_type_without_a_causal_language_model_of_its_own(tmp_path: Path, texts: list[str]) -> None:
-    from switchgear.integrations.tiny_models import build
+    from tiny_models import build
 
     build("qwen3_vl_moe").save_pretrained(tmp_path / "model")
     out = tmp_path / "report"
@@ -189,7 +189,7 @@ def test_zero_experts_have_no_similarity() -> None:
     """The first projection of LongCat has rows of them."""
     from switchgear.cli.inspect.measure import similarity_of
     from switchgear.integrations.moe_blocks import moe_blocks
-    from switchgear.integrations.tiny_models import build
+    from tiny_models import build
 
     block = next(iter(moe_blocks(build("longcat_flash")).values()))
     found = similarity_of(block)

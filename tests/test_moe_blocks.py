@@ -13,16 +13,16 @@ from torch import Tensor, nn
 import switchgear
 from model_types import sampled
 from switchgear import MoE
-from switchgear.integrations import places
+from switchgear.integrations import hook_points
 from switchgear.integrations.moe_blocks import is_transposed, moe_blocks
-from switchgear.routing.batches import real_tokens
 from switchgear.trace import Observation, observe
+from switchgear.trace.batches import real_tokens
 from switchgear.trace.outputs import check_outputs
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from switchgear.integrations.tiny_configs import MODEL_TYPES  # noqa: E402
-from switchgear.integrations.tiny_models import BARE, build, example_inputs  # noqa: E402
+from tiny_configs import MODEL_TYPES  # noqa: E402
+from tiny_models import BARE, build, example_inputs  # noqa: E402
 
 NO_BLOCKS = ("vitpose_backbone",)  # chooses by data set, not by token
 NO_GATE = (*NO_BLOCKS, *BARE)  # the experts module by itself
@@ -114,10 +114,10 @@ def test_tokens_without_an_expert_are_seen_as_such() -> None:
     x, logits = torch.randn(3, 4), torch.randn(3, 2)
     mask, weights = torch.tensor([[0, 1], [0, 0], [1, 0]]), torch.rand(3, 1)
     block = moe_blocks(MoE(4, 8, 2, 1))[""]
-    choice = places._Switch().read(block, x, (mask, weights, logits))
+    choice = hook_points._Switch().read(block, x, (mask, weights, logits))
     assert choice.topk_ids.tolist() == [[1], [-1], [0]]
     ids = torch.tensor([[1], [0], [0]])
-    choice = places._Zaya().read(block, x, ids, torch.tensor([[0.5], [0.0], [0.7]]), logits)
+    choice = hook_points._Zaya().read(block, x, ids, torch.tensor([[0.5], [0.0], [0.7]]), logits)
     assert choice.topk_ids.tolist() == [[1], [-1], [0]]
 
 
@@ -126,7 +126,7 @@ def test_a_class_that_extends_the_model_s_is_known() -> None:
     own: Any = type("Llama4TextMoe", (nn.Module,), {})
     extended = type("FSDPLlama4TextMoe", (own,), {})()
     block = replace(moe_blocks(MoE(4, 8, 2, 1))[""], block=extended)
-    assert isinstance(places.place_of(block), places._Llama4)
+    assert isinstance(hook_points.find_hook_point(block), hook_points._Llama4)
     with pytest.raises(ValueError, match="expected experts called with ids and weights"):
         check_outputs(block)
     assert is_transposed(type("FSDPLlama4TextExperts", (nn.Module,), {})())
@@ -217,6 +217,6 @@ def test_outputs_of_routers_in_either_order() -> None:
     """Granite's router returns (ids, weights, logits) before transformers 5.21."""
     logits, weights, ids = torch.randn(3, 8), torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.int64)
     for output in ((logits, weights, ids), (ids, weights, logits)):
-        first, _, last = places._logits_first(output)
+        first, _, last = hook_points._put_logits_first(output)
         assert first is logits
         assert last is ids

@@ -14,7 +14,7 @@ from torch import nn
 import switchgear
 from switchgear import MoE, RoutingTrace
 from switchgear.monitoring import LoadMeter, log_to
-from switchgear.monitoring.load import STATISTICS
+from switchgear.trace.load import STATISTICS
 
 
 class Layers(nn.Module):

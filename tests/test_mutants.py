@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import mutants
-from mutations import mutations, read_ledger, selection
+from mutations import mutations, selection
 
 # What is not mutated, since only a machine or a module that the tests do not have would tell.
 APART = {
@@ -50,14 +50,6 @@ def test_every_file_is_mutated_or_named() -> None:
     assert files - empty - APART == {f for f in mutants.FILES if f.startswith("cpu/")} - empty
 
 
-def test_a_selection_survives_edits_elsewhere() -> None:
-    source = "void f(int a, int b) {\n  if (a < b) g(a + b, a);\n  h(a - b);\n}\n"
-    before = selection({"f.cpp": mutations("f.cpp", source)}, 4, seed=3)
-    after = selection({"f.cpp": mutations("f.cpp", "// A comment: x < y\n\n" + source)}, 4, seed=3)
-    assert [(m.text, m.label) for m in before] == [(m.text, m.label) for m in after]
-    assert len({m.apply(source) for m in before} - {source}) == 4
-
-
 def test_kinds_of_edits() -> None:
     source = (
         'void f() {\n  check_range("a < b", 1);  // 2 + 3\n  y[i] = std::min(n - 1, ceil_div(m, 4));\n  return;\n}\n'
@@ -74,9 +66,3 @@ def test_kinds_of_edits() -> None:
         ("rounding", "ceil_div(m, 4) -> ((m) / (4))"),
         ("arguments", "m, 4 -> 4, m"),
     }
-
-
-def test_the_ledger_covers_lines_and_labels() -> None:
-    source = "void f() {\n  for (int i = 0; i < n; ++i) g(i + 1);\n}\n"
-    (line,) = read_ledger("# why\nf.cpp\n  for (int i = 0; i < n; ++i) g(i + 1);\n    + -> -  # g is even\n")
-    assert [m.label for m in mutations("f.cpp", source) if line.covers(m)] == ["+ -> -"]

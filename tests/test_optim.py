@@ -125,7 +125,7 @@ def test_vectors_routers_and_convolutions_are_no_matrices() -> None:
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text", "jetmoe"])
 def test_routers_of_hugging_face_are_no_matrices(model_type: str) -> None:
-    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    tiny = pytest.importorskip("tiny_models", reason="transformers is not installed")
     model = tiny.build(model_type)
     routers = {id(p) for block in moe_blocks(model).values() for p in block.gate.parameters()}
     matrices, rest = optim.muon_groups(model, others=["lm_head"])

@@ -18,8 +18,8 @@ from switchgear.trace import Observation, observe
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from switchgear.integrations.tiny_configs import MODEL_TYPES  # noqa: E402
-from switchgear.integrations.tiny_models import BARE, build, example_inputs  # noqa: E402
+from tiny_configs import MODEL_TYPES  # noqa: E402
+from tiny_models import BARE, build, example_inputs  # noqa: E402
 
 NOT_OVERRIDDEN = {
     "inkling_text": "InklingTopkRouter",  # the choice also weighs the shared experts, whose logits are not returned
@@ -305,12 +305,12 @@ class Odd(torch.Tensor):
 
 def test_no_tokens() -> None:
     """Routers that choose groups first, and choices that are looked up, take an empty batch."""
-    from switchgear.integrations.routers import Given, SelectByMethod, Top
+    from switchgear.integrations.routers import LookupMethod, SelectByMethod, TopKMethod
 
     block = next(iter(moe_blocks(build("deepseek_v3")).values()))
     block.gate.num_group, block.gate.topk_group = 2, 1  # type: ignore[union-attr, assignment]
-    top = Top(block, "sigmoid", "sigmoid", normalize=True, scaled=False, group_score="top2")
+    top = TopKMethod(block, "sigmoid", "sigmoid", normalize=True, scaled=False, group_score="top2")
     logits = torch.zeros(0, block.num_experts)
-    for method in (top, Given(top, torch.zeros(0, 2, dtype=torch.int64))):
+    for method in (top, LookupMethod(top, torch.zeros(0, 2, dtype=torch.int64))):
         routing = SelectByMethod(method, 2)(logits)
         assert routing.topk_ids.shape == routing.topk_weights.shape == (0, 2)

@@ -117,7 +117,7 @@ def test_row62_a_config_as_by_hand(form: str) -> None:
 def test_row62_counts_and_caches_of_tiny_models(model_type: str) -> None:
     """Parameters on meta are those of the built model; the cache that a forward fills is as predicted."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from switchgear.integrations.tiny_models import build, example_inputs
+    from tiny_models import build, example_inputs
 
     model: Any = build(model_type)
     found = cost(model.config)
@@ -145,7 +145,7 @@ def test_row62_experts_of_attention_are_counted_by_what_runs() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     from torch.utils.flop_counter import FlopCounterMode
 
-    from switchgear.integrations.tiny_models import build, example_inputs
+    from tiny_models import build, example_inputs
 
     model: Any = build("jetmoe").eval()
     found, inputs = cost(model), example_inputs(model)

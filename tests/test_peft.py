@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear.adapters import wrappers
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of, undo_accelerate
+from tiny_models import build, example_inputs
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -256,7 +256,7 @@ def test_weights_of_another_format_are_left_to_peft() -> None:
     wrapper = next(m for m in model.modules() if getattr(m, "base_layer", None) is not None and m.base_layer is experts)
     while wrapper.parameter_name != "down_proj":
         wrapper = next(m for m in model.modules() if getattr(m, "base_layer", None) is wrapper)
-    assert wrappers._factors(wrapper, ["default"]) is None
+    assert wrappers._read_factors(wrapper, ["default"]) is None
 
 
 @pytest.mark.parametrize(("model_type", "target"), [("switch_transformers", "wi"), ("nllb-moe", "fc1")])

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import switchgear
+from pages.presets import Entry, entries, options_of, page, written
 from switchgear import presets
 from switchgear.presets.fidelity import FIDELITY, GROUPS
-from switchgear.presets.page import Entry, entries, options_of, page, written
 from switchgear.routing import Router
 
 ENTRIES = entries()

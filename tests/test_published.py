@@ -21,11 +21,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, FineG
 
 from switchgear.integrations.checkpoint_files import INDEX, Reader
 from switchgear.integrations.published import load_published, planned
-from switchgear.integrations.tiny_configs import tiny_config
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import is_decorated, path_of
 from switchgear.reference import minifloat
 from switchgear.weights import restore, stored_of
+from tiny_configs import tiny_config
+from tiny_models import build, example_inputs
 
 MODELS = {"gpt_oss": "mxfp4", "qwen3_moe": "fp8", "deepseek_v3": "fp8", "mixtral": "fp8", "minimax_m2": "fp8"}
 SIZES = {

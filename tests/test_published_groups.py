@@ -19,9 +19,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from switchgear.integrations.published import load_published
 from switchgear.integrations.published_groups import _unpack, _unpack_awq
-from switchgear.integrations.tiny_configs import tiny_config
-from switchgear.integrations.tiny_models import example_inputs
 from switchgear.weights import Groups, restore, stored_of
+from tiny_configs import tiny_config
+from tiny_models import example_inputs
 
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 64, "shared_intermediate_size": 64}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from switchgear.integrations.published import load_published
-from switchgear.integrations.tiny_configs import tiny_config
-from switchgear.integrations.tiny_models import example_inputs
 from switchgear.reference import nf4
 from switchgear.weights import restore, stored_of
+from tiny_configs import tiny_config
+from tiny_models import example_inputs
 
 CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 64, "shared_intermediate_size": 64}

@@ -37,8 +37,8 @@ from switchgear.routing import (
     record,
     replay,
 )
-from switchgear.routing.records import LayerRecord
 from switchgear.trace import observe
+from switchgear.trace.routing_record import LayerRecord
 
 E, H, K = 8, 16, 2
 
@@ -488,7 +488,7 @@ def test_some_layers() -> None:
 
 @pytest.fixture
 def mixtral() -> Any:
-    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    tiny = pytest.importorskip("tiny_models", reason="transformers is not installed")
     return tiny.build("mixtral")
 
 
@@ -610,7 +610,7 @@ def test_a_static_cache_with_left_padding(mixtral: Any) -> None:
 @pytest.mark.parametrize(("model_type", "window"), [("qwen2_moe", None), ("mixtral", 4), ("mixtral", 8)])
 def test_a_static_cache_of_other_masks(model_type: str, window: int | None, padding: int) -> None:
     """A dict of masks, None where only what is causal is masked; a window that the cache has filled."""
-    build = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed").build
+    build = pytest.importorskip("tiny_models", reason="transformers is not installed").build
     model, prompts, mask = build(model_type), torch.randint(3, 20, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
     mask[0, :padding] = 0
     model.config.sliding_window = window
@@ -740,7 +740,7 @@ def test_recorded_on_switchgear_and_replayed_in_transformers(mixtral: Any) -> No
 
 
 def test_an_encoder_is_refused() -> None:
-    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    tiny = pytest.importorskip("tiny_models", reason="transformers is not installed")
     with pytest.raises(ValueError, match="model: expected a decoder alone"):
         record(tiny.build("switch_transformers")).__enter__()
     assert switchgear.routing.record is record

@@ -16,7 +16,7 @@ from test_override_types import TYPES, prepared
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from switchgear.integrations.moe_blocks import moe_blocks  # noqa: E402
-from switchgear.integrations.tiny_models import example_inputs  # noqa: E402
+from tiny_models import example_inputs  # noqa: E402
 
 NOT_REPLAYED = {
     "diffusion_gemma": "expected the model's 24 tokens, got 512",  # its decoder denoises a canvas of its own

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import switchgear
 from switchgear import routing
 from switchgear.functional import Routing
+from switchgear.papers.parts.auxiliary import anchor_loss
 from switchgear.routing import (
     BalancedAssignment,
     Broadcast,
@@ -48,7 +49,6 @@ from switchgear.routing import (
     TopK,
     TopP,
 )
-from switchgear.routing.auxiliary import anchor_loss
 from switchgear.routing.change import per_expert
 from switchgear.routing.ranking import gumbel, scores_of, uniform
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import switchgear
 from switchgear import backends
 from switchgear.adapters import add_lora
-from switchgear.integrations.tiny_models import build, example_inputs
+from tiny_models import build, example_inputs
 
 FORMS = ["int8", "int4", "fp8", "mxfp4", "nf4", "groups"]  # test_forms.py saves the lossless ones
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import switchgear
 from switchgear import backends
 from switchgear.adapters import add_lora, lora, sites
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, path_of
 from switchgear.weights import stored_of
+from tiny_models import build, example_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -229,9 +229,9 @@ def test_add_lora_changes_nothing_where_memory_runs_out(monkeypatch: pytest.Monk
         calls.append(args)
         if len(calls) == 6:  # three for each projection: the last one's B
             raise MemoryError
-        return sites.empty(*args, **options)
+        return sites.allocate(*args, **options)
 
-    monkeypatch.setattr(lora, "empty", run_out)
+    monkeypatch.setattr(lora, "allocate", run_out)
     with pytest.raises(MemoryError):
         add_lora(experts, 2)
     assert [name for name, _ in experts.named_parameters()] == ["gate_up_proj", "down_proj"]

@@ -254,7 +254,7 @@ def test_models_in_wrappers() -> None:
 def test_generate_of_a_peft_model() -> None:
     """It calls the model inside."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    from switchgear.integrations.tiny_models import build
+    from tiny_models import build
 
     model = peft.get_peft_model(build("mixtral"), peft.LoraConfig(target_modules=["q_proj"]))
     ids, mask = torch.randint(3, 20, (2, 5)), torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
@@ -302,7 +302,7 @@ def test_recomputed_tokens_count_once(how: str) -> None:
 
 
 def test_recomputed_tokens_of_a_hugging_face_model_count_once() -> None:
-    transformers = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    transformers = pytest.importorskip("tiny_models", reason="transformers is not installed")
     model = transformers.build("mixtral").train()
     switchgear.accelerate(model)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -434,7 +434,7 @@ def test_everything_of_our_layer() -> None:
 @pytest.mark.parametrize("how", ["eager", "switchgear"])
 @torch.no_grad()
 def test_everything_of_a_hugging_face_layer(how: str) -> None:
-    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    tiny = pytest.importorskip("tiny_models", reason="transformers is not installed")
     model = tiny.build("mixtral")
     model.config._experts_implementation = how
     gate, experts = model.model.layers[1].mlp.gate, model.model.layers[1].mlp.experts
@@ -516,8 +516,8 @@ def test_padding_is_not_sampled() -> None:
 def test_norms_of_longcat() -> None:
     """Also by its own loop, which fails with one choice per token, and in a class that extends the model's."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from switchgear.integrations.tiny_models import build, example_inputs
     from switchgear.integrations.transformers import accelerate
+    from tiny_models import build, example_inputs
 
     model, norms = build("longcat_flash"), []
     for _ in range(2):

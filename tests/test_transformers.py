@@ -15,10 +15,10 @@ from transformers.integrations.moe import ExpertsInterface
 
 import switchgear
 from switchgear.integrations import is_too_old
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, is_decorated, path_of
-from switchgear.integrations.undecorated import patch_of
+from switchgear.integrations.undecorated import find_patch
 from test_gates import Swish
+from tiny_models import build, example_inputs
 
 BFLOAT16 = torch.finfo(torch.bfloat16).eps
 _IS_ONE_GRAPH = torch.__version__ >= "2.13"  # whether torch.compile goes through the attributes of a module
@@ -332,7 +332,7 @@ def test_compile_one_layer_of_experts(model_type: str) -> None:
     torch._dynamo.reset()
     model = build(model_type)
     module: Any = model.get_submodule(accelerate(model)[-1].name)
-    patch = patch_of(module)
+    patch = find_patch(module)
     arguments = choices(module) if patch is None else patch.sample(module, torch.Generator().manual_seed(0))
     compiled = torch.compile(module, fullgraph=_IS_ONE_GRAPH, backend="aot_eager")
     got, want = (run(*arguments) for run in (compiled, module))
@@ -347,7 +347,7 @@ def test_layers_compiled_one_by_one_share_a_graph(model_type: str) -> None:
     torch._dynamo.reset()
     model = build(model_type)
     first: Any = model.get_submodule(accelerate(model)[-1].name)
-    patch = patch_of(first)
+    patch = find_patch(first)
     arguments = choices(first) if patch is None else patch.sample(first, torch.Generator().manual_seed(0))
     counter = CompileCounter()
     for layer in [first, *(copy.deepcopy(first) for _ in range(9))]:

@@ -3,11 +3,11 @@
 
 import pytest
 
-from switchgear.integrations.compare import compare
-from switchgear.integrations.model_table import experts_classes
-from switchgear.integrations.tiny_configs import MODEL_TYPES
-from switchgear.integrations.tiny_models import build, example_inputs
+from compare_models import compare
+from pages.model_types import experts_classes
 from switchgear.integrations.undecorated import NOT_EXPERTS
+from tiny_configs import MODEL_TYPES
+from tiny_models import build, example_inputs
 
 # max |got - want| / max |want| in float32. There are a few consecutive sums of 32 to 64 terms, so rounding explains a
 # few ulps (1.2e-7); a wrong gate, order or weight gives more than 1e-3.
@@ -16,6 +16,7 @@ BOUND = 1e-5
 # With transformers' own loop, one ulp of noise in the embeddings moves the gradients of these by 1e-5 to 1e-2.
 AMPLIFYING = ("diffusion_gemma", "gemma4_text", "muse_spark")
 
+pytestmark = pytest.mark.xdist_group("models")  # the last test wants the others in its process
 seen: set[str] = set()
 
 

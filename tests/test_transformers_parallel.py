@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import is_decorated, path_of
+from tiny_models import build, example_inputs
 
 parallel = pytest.importorskip("transformers.distributed", reason="needs transformers with DistributedConfig")
 

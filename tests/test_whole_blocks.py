@@ -15,8 +15,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import switchgear
 from switchgear.integrations import whole_blocks
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, undo_accelerate
+from tiny_models import build, example_inputs
 
 TYPES = ("olmoe", "qwen3_moe", "mixtral")
 
@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The inputs of blocks that ran as a whole."""
     seen: list[Any] = []
-    real = whole_blocks._whole
+    real = whole_blocks._run_whole
 
     def spied(block: Any, *args: Any) -> Any:
         y = real(block, *args)
@@ -44,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             seen.append(block)
         return y
 
-    monkeypatch.setattr(whole_blocks, "_whole", spied)
+    monkeypatch.setattr(whole_blocks, "_run_whole", spied)
     return seen
 
 
@@ -53,7 +53,7 @@ def output(model: Any) -> Tensor:
 
 
 def blocks_of(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if whole_blocks.class_of(module) is not None]
+    return [module for module in model.modules() if whole_blocks.find_class(module) is not None]
 
 
 @torch.no_grad()

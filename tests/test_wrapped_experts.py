@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import switchgear
 from switchgear.adapters import add_lora
 from switchgear.integrations.moe_blocks import moe_blocks
-from switchgear.integrations.tiny_models import build, example_inputs
+from tiny_models import build, example_inputs
 
 
 def compiled(experts: nn.Module) -> Any:

@@ -37,8 +37,8 @@ from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gem
 from switchgear.integrations import is_too_old
 from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
-from switchgear.routing import Context, Router, load_balancing_loss, override, z_loss
-from switchgear.trace import RoutingTrace
+from switchgear.routing import Context, Router, load_balancing_loss, z_loss
+from switchgear.trace import RoutingTrace, override
 from switchgear.weights import Weight, restore, store
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from switchgear.complaints import check_float_dtype
 from switchgear.functional import as_limit, as_number, moe
 from switchgear.reference import ACTIVATIONS, check_choice, check_finite, check_size
-from switchgear.utils.sharded import replicated
-from switchgear.weights import FINDERS, Layout, advise_huge_pages, stored_of, weights_of
+from switchgear.utils.modules import replicate
+from switchgear.weights import Layout, advise_huge_pages, stored_of, weights_of
 from switchgear.weights.module import attribute, complaint_about_stored
+from switchgear.weights.state import extend
 
 
 class Experts(nn.Module):
@@ -105,7 +106,7 @@ class Experts(nn.Module):
         if self.slice_counts is not None:
             down = self.down_proj
             factors = [1 / math.sqrt(count) for count in self.slice_counts]
-            down.mul_(replicated(torch.tensor(factors, dtype=down.dtype, device=down.device)[:, None, None], down))
+            down.mul_(replicate(torch.tensor(factors, dtype=down.dtype, device=down.device)[:, None, None], down))
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids [..., K] (-1 for none) and topk_weights [..., K] -> [..., H]; see `moe`."""
@@ -160,4 +161,4 @@ def _find(module: nn.Module) -> Layout | None:
     return module._layout if isinstance(module, Experts) else None
 
 
-FINDERS.append(_find)
+extend("layout", _find)

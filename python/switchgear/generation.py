@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.functional import Routing
-from switchgear.integrations.choices import overridden
+from switchgear.integrations.choices import override_selection
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.integrations.routers import SelectByMethod, routing_method_of
+from switchgear.integrations.routers import SelectByMethod, find_routing_method
+from switchgear.routing.change import overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
-from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 from switchgear.routing.selection import RankK
-from switchgear.routing.widths import stacked
-from switchgear.utils.wrappers import inner_model
+from switchgear.trace.batches import stacked
+from switchgear.utils.modules import get_inner_model
 
 _MEDIA = ("pixel_", "image_", "video_", "input_features", "feature_")  # inputs with a row per image or clip
 _CACHES = ("cache", "past_key_values")  # transformers renamed it in 5.24
@@ -90,7 +90,7 @@ class SelfContrast:
         check_module("model", model)
         if any(_is_doubled(module) for module in model.modules()):
             raise ValueError("model: expected one outside the block of a SelfContrast, got one inside")
-        config = getattr(inner_model(model), "config", None)
+        config = getattr(get_inner_model(model), "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("model: expected a decoder, got an encoder-decoder model")
         routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
@@ -100,13 +100,13 @@ class SelfContrast:
         blocks = {} if routers else moe_blocks(model)
         if not routers and not blocks:
             raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
-        methods = [(block, routing_method_of(block)) for block in blocks.values()]  # raises for one that is not known
-        doubled, inner = _Doubled(self), inner_model(model)
+        methods = [(block, find_routing_method(block)) for block in blocks.values()]  # raises for one that is not known
+        doubled, inner = _Doubled(self), get_inner_model(model)
         with ExitStack() as stack:
             for router in routers.values():
                 stack.enter_context(overridden_router(router, doubled.halves))
             for block, method in methods:
-                stack.enter_context(_overridden_block(block, method, doubled))
+                stack.enter_context(_override_block(block, method, doubled))
             stack.callback(doubled.forget)
             # Before the hooks of traces and the like, so that those see the tokens that the layers see.
             stack.callback(inner.register_forward_pre_hook(doubled.enter, prepend=True, with_kwargs=True).remove)
@@ -130,9 +130,9 @@ class Halves:
         if not self.doubled.is_running and not is_recomputing():
             raise ValueError("model: expected calls of the model under SelfContrast, got one of a part of it")
         rows = router_logits.reshape(-1, router_logits.shape[-1])
-        middle = _middle(rows.shape[0])
+        middle = _count_middle(rows.shape[0])
         halves = [
-            select(rows[at], _sliced(context, at, rows.shape[0]), bias)
+            select(rows[at], _slice(context, at, rows.shape[0]), bias)
             for select, at in (
                 (self.first, slice(None) if self.whole else slice(middle)),
                 (self.second, slice(middle, None)),
@@ -143,13 +143,13 @@ class Halves:
         return Routing(ids, weights, rows, rows.shape[1])
 
 
-def _middle(num_tokens: int) -> int:
+def _count_middle(num_tokens: int) -> int:
     if num_tokens % 2:
         raise ValueError(f"model: expected layers that see all tokens of both halves, got one with {num_tokens}")
     return num_tokens // 2
 
 
-def _sliced(context: Context, at: slice, num_tokens: int) -> Context:
+def _slice(context: Context, at: slice, num_tokens: int) -> Context:
     """The context of some of the tokens."""
     names = ("token_ids", "sequence_ids", "importance", "embedding")
     values = {name: getattr(context, name) for name in names}
@@ -157,12 +157,12 @@ def _sliced(context: Context, at: slice, num_tokens: int) -> Context:
     return replace(context, **{name: value[at] for name, value in rows.items()}) if rows else context
 
 
-def _overridden_block(block: MoeBlock, method: Any, doubled: _Doubled) -> AbstractContextManager[None]:
+def _override_block(block: MoeBlock, method: Any, doubled: _Doubled) -> AbstractContextManager[None]:
     strong, weak = (
         None if select is None else SelectByMethod.of(block, method, select)
         for select in (doubled.contrast.strong, doubled.contrast.weak)
     )
-    return overridden(block, method, lambda own: Halves(doubled, strong or own, weak or own, whole=not strong))
+    return override_selection(block, method, lambda own: Halves(doubled, strong or own, weak or own, whole=not strong))
 
 
 class _Doubled:
@@ -180,13 +180,13 @@ class _Doubled:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("labels") is not None:
             raise ValueError("labels: expected None under SelfContrast, got labels")
-        batch = _batch_of(args, kwargs)
+        batch = _find_batch(args, kwargs)
         for name in _CACHES:
             self._reorder_both(kwargs.get(name))
         self.is_running = True
         return (
-            tuple(_twice("", value, batch) for value in args),
-            {name: value if name in _SHARED else _twice(name, value, batch) for name, value in kwargs.items()},
+            tuple(_double("", value, batch) for value in args),
+            {name: value if name in _SHARED else _double(name, value, batch) for name, value in kwargs.items()},
         )
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -221,7 +221,7 @@ def _is_doubled(module: nn.Module) -> bool:
     return any(isinstance(getattr(hook, "__self__", None), _Doubled) for hook in module._forward_pre_hooks.values())
 
 
-def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _find_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """B of the model's first input [B,…]."""
     rest = [value for name, value in kwargs.items() if name not in _SHARED and not name.startswith(_MEDIA)]
     for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *rest):
@@ -230,11 +230,11 @@ def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     raise ValueError("model: expected an input [B,S] or [B,S,H] under SelfContrast, got none with two dimensions")
 
 
-def _twice(name: str, value: Any, batch: int) -> Any:
+def _double(name: str, value: Any, batch: int) -> Any:
     """A value with the batch doubled: rows of tensors, of tensors in mappings, and the second dimension of position ids
     [3,B,S]."""
     if isinstance(value, Mapping):
-        return {key: _twice(name, item, batch) for key, item in value.items()}
+        return {key: _double(name, item, batch) for key, item in value.items()}
     if not isinstance(value, Tensor) or value.dim() < 2:
         return value
     if name == "position_ids" and value.dim() == 3 and value.shape[1] == batch:

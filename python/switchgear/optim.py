@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
-from switchgear.layers import MonetRouter
+from switchgear.papers.layers.monet import MonetRouter
 from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.router import Router
-from switchgear.utils.sharded import of_matrices
+from switchgear.utils.modules import map_matrices
 from switchgear.weights.form import layout_of
 from switchgear.weights.selected import SUFFIX
 
@@ -47,11 +47,11 @@ def orthogonalized(
     matrix = matrices.shape[-2:]
     stack = matrices.reshape(-1, *matrix)
     count = len(stack) if stack.is_cuda else max(1, _CACHED // matrix.numel())
-    parts = [_orthogonalized(part, steps, coefficients, eps) for part in torch.split(stack, count)]
+    parts = [_orthogonalize(part, steps, coefficients, eps) for part in torch.split(stack, count)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(matrices.shape)
 
 
-def _orthogonalized(matrices: Tensor, steps: int, coefficients: tuple[float, float, float], eps: float) -> Tensor:
+def _orthogonalize(matrices: Tensor, steps: int, coefficients: tuple[float, float, float], eps: float) -> Tensor:
     a, b, c = coefficients
     x, is_tall = matrices.bfloat16(), matrices.shape[1] > matrices.shape[2]
     if is_tall:
@@ -128,12 +128,12 @@ class Muon(torch.optim.Optimizer):
         buffer.lerp_(grad, 1 - momentum)
         update = grad.lerp(buffer, momentum) if group["nesterov"] else buffer
         options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "eps": group["eps"]}
-        update = of_matrices(partial(orthogonalized, **options), update)
+        update = map_matrices(partial(orthogonalized, **options), update)
         parameter.mul_(1 - lr * group["weight_decay"])
         rows, columns = parameter.shape[-2:]
         if getattr(parameter, _TRANSPOSED, False):
             rows, columns = columns, rows
-        parameter.add_(update, alpha=-lr * _ratio(group["adjust_lr_fn"], rows, columns))
+        parameter.add_(update, alpha=-lr * _find_ratio(group["adjust_lr_fn"], rows, columns))
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ def _check(options: dict[str, Any]) -> None:
         check_choice("adjust_lr_fn", options["adjust_lr_fn"], _RATES)
 
 
-def _ratio(adjust: str | None, rows: int, columns: int) -> float:
+def _find_ratio(adjust: str | None, rows: int, columns: int) -> float:
     if adjust == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1, rows / columns))

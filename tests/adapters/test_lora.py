@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear.adapters import add_lora, lora_of, merge, remove_lora, unmerge
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate, undo_accelerate
 from switchgear.layers import MergedExperts
+from tiny_models import build, example_inputs
 
 HIDDEN, INNER, EXPERTS = 64, 32, 4
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters import add_lora, load_peft, lora_of, merge, remove_lora, save_peft, unmerge
-from switchgear.adapters.sites import Site, sites_of
-from switchgear.integrations.tiny_configs import MODEL_TYPES
-from switchgear.integrations.tiny_models import build, example_inputs
+from switchgear.adapters.sites import Site, find_sites
 from switchgear.integrations.transformers import accelerate, undo_accelerate
+from tiny_configs import MODEL_TYPES
+from tiny_models import build, example_inputs
 
 # Gated, transposed with biases, ungated, stacked without a decorator, one linear layer per expert, one matrix for all
 # experts, an own gate, and a norm after the experts.
@@ -51,7 +51,7 @@ def views(model: nn.Module, site: Site) -> list[Tensor]:
 
 def add_to(plain: nn.Module, model: nn.Module) -> None:
     with torch.no_grad():
-        for site in sites_of(model):
+        for site in find_sites(model):
             for weight, a, b in zip(views(plain, site), *site.adapter(), strict=True):
                 weight += SCALE * b @ a
 
@@ -112,7 +112,7 @@ def check_gradients(
     plain.zero_grad()
     output(plain, inputs).backward(weight)
     output(model, inputs).backward(weight)
-    for site in sites_of(model):
+    for site in find_sites(model):
         a, b = site.adapter()
         shadow = copy.copy(plain)  # the same modules; only gradients are read
         grads = []

@@ -143,7 +143,7 @@ def test_what_is_refused() -> None:
 
 def test_a_failure_halfway_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("switchgear.adapters.merge")
-    original, calls = module._lost, []
+    original, calls = module._find_lost, []
 
     def run_out(*args: Any) -> Any:
         calls.append(args)
@@ -151,12 +151,12 @@ def test_a_failure_halfway_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
             raise MemoryError
         return original(*args)
 
-    monkeypatch.setattr(module, "_lost", run_out)
+    monkeypatch.setattr(module, "_find_lost", run_out)
     unchanged(layer(), MemoryError, "^$")
 
 
 @pytest.mark.parametrize("call", [merge, unmerge])
-@pytest.mark.parametrize(("name", "last"), [("_write", 1), ("_write", 5), ("_set", 2)])
+@pytest.mark.parametrize(("name", "last"), [("_write", 1), ("_write", 5), ("_set_merged", 2)])
 @pytest.mark.parametrize("is_done", [False, True])
 def test_an_interruption_changes_nothing(
     call: Any, name: str, last: int, is_done: bool, monkeypatch: pytest.MonkeyPatch

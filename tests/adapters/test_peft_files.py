@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import switchgear
 from full_disk import full_disk
 from switchgear.adapters import add_lora, add_lora_experts, load_peft, lora_of, remove_lora, save_peft
-from switchgear.integrations.tiny_models import build, example_inputs
 from switchgear.integrations.transformers import accelerate
+from tiny_models import build, example_inputs
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")

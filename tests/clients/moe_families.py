@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel, set_seed
 
-from switchgear.integrations.tiny_configs import tiny_config
+from tiny_configs import tiny_config
 
 from .test_modeling_common import ModelTesterMixin
 from .test_training_mixin import TrainingTesterMixin

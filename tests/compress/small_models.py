@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
-from switchgear.integrations import tiny_models
+import tiny_models
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")

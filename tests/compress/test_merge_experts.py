@@ -13,8 +13,8 @@ from small_models import FAMILIES, clone, expert, hugging_face, in_a_step, our_m
 
 import switchgear
 from switchgear.compress import calibrate, merge_experts
-from switchgear.compress.clusters import around_dominant, hierarchical
-from switchgear.diagnostics.similarity import matching
+from switchgear.compress.merge import cluster_around_dominant, cluster_hierarchically
+from switchgear.diagnostics.similarity import match_rows
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.routing import LossFreeBias, SwitchLoss
 
@@ -47,20 +47,20 @@ def test_hierarchical_equals_a_loop(count: int) -> None:
         )
         joined = sorted(clusters[a] + clusters[b])
         clusters = [c for index, c in enumerate(clusters) if index not in (a, b)] + [joined]
-    assert hierarchical(distances, count) == sorted(clusters)
+    assert cluster_hierarchically(distances, count) == sorted(clusters)
 
 
 def test_around_dominant() -> None:
     similarity = torch.tensor([[1.0, 0.2, 0.9, 0.1], [0.2, 1, 0.3, 0.8], [0.9, 0.3, 1, 0.2], [0.1, 0.8, 0.2, 1]])
-    assert around_dominant(similarity, torch.tensor([5.0, 1, 2, 9]), 2) == [[0, 2], [1, 3]]
+    assert cluster_around_dominant(similarity, torch.tensor([5.0, 1, 2, 9]), 2) == [[0, 2], [1, 3]]
 
 
 def test_matching_with_and_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     similarity = torch.randn(7, 7)
     best = max(itertools.permutations(range(7)), key=lambda p: float(similarity[range(7), list(p)].sum()))
-    assert matching(similarity) == list(best)
+    assert match_rows(similarity) == list(best)
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
-    assert matching(similarity) == list(best)
+    assert match_rows(similarity) == list(best)
 
 
 @pytest.mark.parametrize("similarity", ["outputs", "weights"])
@@ -228,7 +228,7 @@ def test_mean_outputs_are_over_all_tokens() -> None:
     name = "layers.0"
     x, block = calibration.layers[name].sample().x, moe_blocks(model)[name]
     mean = torch.stack([expert(block, e, x)[1].mean(0) for e in range(8)])
-    want = hierarchical(torch.cdist(mean, mean), 3)
+    want = cluster_hierarchically(torch.cdist(mean, mean), 3)
     assert merge_experts(model, 3, calibration=calibration).layers[name].groups == want
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+import tiny_models
 from switchgear.compress import calibrate, prune_experts
-from switchgear.integrations import tiny_models
-from switchgear.integrations.tiny_configs import MODEL_TYPES
+from tiny_configs import MODEL_TYPES
 
 REFUSED = {
     "dbrx": "experts stacked in two parameters",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import switchgear
 from switchgear import routing
 from switchgear.compress import ProgressivePruner
-from switchgear.compress.progressive import wire_device
+from switchgear.compress.progressive import find_wire_device
 from switchgear.trace import observe
 
 
@@ -148,9 +148,9 @@ def test_row46_processes_add_their_proficiency(monkeypatch: pytest.MonkeyPatch) 
     assert pruner.survivors == {"layers.0": [5], "layers.1": [5]}
     assert asked == [("cpu", "all")] * 2
     router = our_model().layers[0].gate
-    assert wire_device(router, "all").type == "cpu"
+    assert find_wire_device(router, "all").type == "cpu"
     monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
-    assert wire_device(router.to("meta"), "all").type == "meta"
+    assert find_wire_device(router.to("meta"), "all").type == "meta"
 
 
 def test_nothing_is_dropped_before_its_time_and_all_is_undone() -> None:

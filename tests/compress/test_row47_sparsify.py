@@ -11,7 +11,7 @@ from small_models import clone, expert, hugging_face, our_model, row_batches, ti
 from torch import Tensor
 
 from switchgear.compress import calibrate, prune_weights
-from switchgear.compress.sparsify import mask_of
+from switchgear.compress.sparsify import choose_zeros
 from switchgear.integrations.moe_blocks import moe_blocks
 
 
@@ -115,8 +115,8 @@ def test_starved_experts_are_pruned_by_magnitude_and_named() -> None:
 
 
 def test_ties_go_to_the_first_columns() -> None:
-    assert mask_of(torch.ones(2, 8), None, 0.5).tolist() == [[True] * 4 + [False] * 4] * 2
-    assert mask_of(torch.ones(1, 8), None, "2:4").tolist() == [[True, True, False, False] * 2]
+    assert choose_zeros(torch.ones(2, 8), None, 0.5).tolist() == [[True] * 4 + [False] * 4] * 2
+    assert choose_zeros(torch.ones(1, 8), None, "2:4").tolist() == [[True, True, False, False] * 2]
 
 
 @pytest.mark.parametrize(

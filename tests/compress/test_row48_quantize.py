@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import switchgear
 from switchgear import compress
 from switchgear.compress import allocate_bits, bits_of, calibrate, expert_errors, packed_bytes, quantize
-from switchgear.compress.gptq import decoded, gptq, rounded, row_errors
+from switchgear.compress.gptq import decode, gptq, round_to_nearest, sum_row_errors
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import groups
 
@@ -53,18 +53,18 @@ def gptq_by_the_paper(weight: Tensor, hessian: Tensor, bits: int, size: int) -> 
 def test_row48_gptq_equals_the_paper(bits: int, columns: int, size: int) -> None:
     """A level may flip where float32 and float64 round a tie differently, so almost all rows agree, not all."""
     weight, hessian = problem(columns)
-    found = decoded(gptq(weight, hessian, bits, size), bits, size)
-    plain = decoded(rounded(weight, bits, size, True), bits, size)
+    found = decode(gptq(weight, hessian, bits, size), bits, size)
+    plain = decode(round_to_nearest(weight, bits, size, True), bits, size)
     for index in range(2):
         want = gptq_by_the_paper(weight[index], hessian[index], bits, size or columns)
         exact = hessian[index].double()[None]
         lost, from_rounding = (
-            row_errors((weight[index].double() - q.double())[None], exact)[0] for q in (want, plain[index])
+            sum_row_errors((weight[index].double() - q.double())[None], exact)[0] for q in (want, plain[index])
         )
         want = torch.where((lost < from_rounding)[:, None], want, plain[index].double())
         agree = (found[index].double() - want).abs().amax(1) < 1e-3
         assert agree.float().mean() > 0.8
-        total = row_errors((weight[index].double() - found[index].double())[None], exact).sum()
+        total = sum_row_errors((weight[index].double() - found[index].double())[None], exact).sum()
         assert float(total) <= float(torch.minimum(lost, from_rounding).sum()) * 1.02
 
 
@@ -73,9 +73,9 @@ def test_row48_gptq_equals_the_paper(bits: int, columns: int, size: int) -> None
 def test_row48_gptq_is_never_worse_than_rounding(bits: int, options: dict[str, Any]) -> None:
     weight, hessian = problem()
     symmetric = options.get("symmetric", True)
-    better = decoded(gptq(weight, hessian, bits, 32, **options), bits, 32)
-    plain = decoded(rounded(weight, bits, 32, symmetric), bits, 32)
-    errors = [row_errors((weight - q).double(), hessian.double()) for q in (better, plain)]
+    better = decode(gptq(weight, hessian, bits, 32, **options), bits, 32)
+    plain = decode(round_to_nearest(weight, bits, 32, symmetric), bits, 32)
+    errors = [sum_row_errors((weight - q).double(), hessian.double()) for q in (better, plain)]
     assert bool((errors[0] <= errors[1] * (1 + 1e-4)).all())
     assert float(errors[0].sum()) < 0.8 * float(errors[1].sum())
 
@@ -86,9 +86,9 @@ def test_gptq_survives_dead_and_few_inputs() -> None:
     x = torch.randn(2, 5, 64)
     x[:, :, 7] = 0
     found = gptq(weight, x.mT @ x, 3, 0)
-    assert bool(decoded(found, 3, 0).isfinite().all())
+    assert bool(decode(found, 3, 0).isfinite().all())
     nothing = gptq(weight, torch.zeros(2, 64, 64), 3, 32)
-    assert torch.equal(nothing.q, rounded(weight, 3, 32, True).q)
+    assert torch.equal(nothing.q, round_to_nearest(weight, 3, 32, True).q)
 
 
 def test_a_singular_hessian_is_damped_as_little_as_it_needs() -> None:
@@ -98,7 +98,9 @@ def test_a_singular_hessian_is_damped_as_little_as_it_needs() -> None:
     x[:, :, 7] = x[:, :, 8]
     hessian = x.mT @ x
     errors = {
-        damping: float(row_errors(weight - decoded(gptq(weight, hessian, 3, 0, damping=damping), 3, 0), hessian).sum())
+        damping: float(
+            sum_row_errors(weight - decode(gptq(weight, hessian, 3, 0, damping=damping), 3, 0), hessian).sum()
+        )
         for damping in (0, 1e-6, 1)
     }
     assert errors[0] < (errors[1e-6] + errors[1]) / 2

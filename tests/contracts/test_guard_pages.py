@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """No op reads or writes beside its operands. Each operand ends right before a page without access, then begins right
-after one (guarded.py), and the results have the bits that they have in ordinary memory. `make asan-python` runs this
-under the address sanitizer."""
+after one (guarded.py), and the results have the bits that they have in ordinary memory. `make sanitize KIND=python`
+runs this under the address sanitizer."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ FOLDERS = ("autograd", "functional", "ops", "routing", "layers")
 FILES = (
     "modules.py", "experts.py", "reference/policies.py", "weights/weight.py", "weights/module.py",
     "weights/adapted.py", "weights/selected.py",
-    "integrations/experts.py", "integrations/choices.py", "integrations/places.py",
-    "adapters/lora_experts.py", "adapters/low_rank.py", "adapters/posthoc.py",
+    "integrations/experts.py", "integrations/choices.py", "integrations/hook_points.py",
+    "adapters/lora_experts.py",
 )  # fmt: skip
 RECORDS = ("batches.py", "recording.py", "records.py", "replaying.py")  # of routing/; kept on the host
 IN_FOLDERS = sorted(path for name in FOLDERS for path in (PACKAGE / name).rglob("*.py") if path.name not in RECORDS)
@@ -48,8 +48,7 @@ ALLOWED = {
     "functional/layer.py _selected_moe": "two lists of experts that are not the same tensor",
     "functional/offloaded.py _cast": "autocast of experts in a cache, which waits for them anyway: only those in use",
     "adapters/lora_experts.py _check_gates": "once, when a layer is built",
-    "adapters/posthoc.py train_gate": "once, after training",
-    "integrations/places.py _JetMoe.write": "its layers take the numbers of tokens as a list",
+    "integrations/hook_points.py _JetMoe.write": "its layers take the numbers of tokens as a list",
     "layers/monet.py MonetExperts.disable": "called between steps",
     "reference/policies.py assign_balanced": "ends early on the CPU only",
     "reference/policies.py assign_capped": "ends early on the CPU only; layers pass longest and largest",

@@ -19,10 +19,10 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from transformers.core_model_loading import revert_weight_conversion  # noqa: E402
 
-from switchgear.convert.layouts import LAYOUTS, layout_plan  # noqa: E402
+from switchgear.convert.layouts import LAYOUTS, plan_layout  # noqa: E402
 from switchgear.convert.plans import StateDict  # noqa: E402
-from switchgear.integrations.tiny_configs import MODEL_TYPES  # noqa: E402
-from switchgear.integrations.tiny_models import BARE, build, example_inputs  # noqa: E402
+from tiny_configs import MODEL_TYPES  # noqa: E402
+from tiny_models import BARE, build, example_inputs  # noqa: E402
 
 # Their experts are elsewhere, have biases, or are stored in another form.
 REFUSED = """
@@ -42,14 +42,14 @@ TYPES = [t for t in MODEL_TYPES if t not in (*REFUSED, *BARE)]
 
 
 def written(model: Any, tensors: dict[str, Tensor], to: str) -> dict[str, Tensor]:
-    return {item.key: item.make() for item in layout_plan(model.config.to_dict(), StateDict(tensors), to).items}
+    return {item.key: item.make() for item in plan_layout(model.config.to_dict(), StateDict(tensors), to).items}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def tensors_of(model: Any) -> dict[str, Tensor]:
+def read_tensors(model: Any) -> dict[str, Tensor]:
     """The tensors in transformers' own names, tied ones once, with random biases of routers."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     state = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
@@ -68,7 +68,7 @@ def usual(types: Iterable[str]) -> list[Any]:
 @pytest.mark.parametrize("model_type", usual(TYPES))
 def test_layouts_of_every_type(model_type: str) -> None:
     model: Any = build(model_type)
-    fused = tensors_of(model)
+    fused = read_tensors(model)
     for to in ("megatron_grouped", "megatron_te"):
         megatron = written(model, fused, to)
         assert same(written(model, megatron, "fused"), fused)
@@ -95,7 +95,7 @@ def test_layouts_of_every_type(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", usual(t for t in TYPES if t not in FUSED_ALONE))
 def test_layouts_have_the_names_of_published_checkpoints(model_type: str) -> None:
     model: Any = build(model_type)
-    fused = tensors_of(model)
+    fused = read_tensors(model)
     published = {key: tensor.clone() for key, tensor in revert_weight_conversion(model, dict(fused)).items()}
     single = written(model, fused, "per_expert")
     renamed = single.keys() - fused.keys()
@@ -118,13 +118,13 @@ def test_other_types_are_refused(model_type: str) -> None:
 
 def test_a_type_that_transformers_does_not_know() -> None:
     model: Any = build("olmoe")
-    fused, config = tensors_of(model), {**model.config.to_dict(), "model_type": "another"}
+    fused, config = read_tensors(model), {**model.config.to_dict(), "model_type": "another"}
     single = written(model, fused, "per_expert")
     for tensors in (fused, single):  # single experts keep the names that they have
-        assert layout_plan(config, StateDict(tensors), "megatron").items
-    assert {item.key for item in layout_plan(config, StateDict(single), "per_expert").items} == single.keys()
+        assert plan_layout(config, StateDict(tensors), "megatron").items
+    assert {item.key for item in plan_layout(config, StateDict(single), "per_expert").items} == single.keys()
     with pytest.raises(ValueError, match=r"^to: expected fused, megatron, .* for another, .* got per_expert"):
-        layout_plan(config, StateDict(fused), "per_expert")
+        plan_layout(config, StateDict(fused), "per_expert")
 
 
 def test_the_config_is_written_as_it_was() -> None:
@@ -132,13 +132,13 @@ def test_the_config_is_written_as_it_was() -> None:
     model = build("glm4_moe")
     config = model.config.to_dict() | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
     before = copy.deepcopy(config)
-    plan = layout_plan(config, StateDict(model.state_dict()), "per_expert")
+    plan = plan_layout(config, StateDict(model.state_dict()), "per_expert")
     assert config == before == plan.config
 
 
 def test_names_do_not_depend_on_how_attention_is_computed() -> None:
     model = build("glm4_moe")
     config = model.config.to_dict() | {"_attn_implementation": "flash_attention_2", "dtype": "nonsense"}
-    assert layout_plan(config, StateDict(model.state_dict()), "per_expert").items
+    assert plan_layout(config, StateDict(model.state_dict()), "per_expert").items
     with pytest.raises(ValueError, match=r"^config: expected one that transformers builds a model of, got KeyError"):
-        layout_plan(config | {"hidden_act": "nonsense"}, StateDict(model.state_dict()), "per_expert")
+        plan_layout(config | {"hidden_act": "nonsense"}, StateDict(model.state_dict()), "per_expert")

@@ -184,7 +184,8 @@ def test_row53_other_families_in_place(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "olmoe", "qwen3_moe", "gpt_oss", "qwen2_moe", "granitemoe"])
 def test_row50_blocks_of_other_types(model_type: str) -> None:
     """One dense network of identical experts and the shared ones, or a reason."""
-    from switchgear.integrations import moe_blocks, tiny_models
+    import tiny_models
+    from switchgear.integrations import moe_blocks
 
     block = next(iter(moe_blocks.moe_blocks(tiny_models.build(model_type)).values()))
     if model_type in ("gpt_oss", "qwen2_moe"):

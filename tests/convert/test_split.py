@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear import convert
-from switchgear.convert.checks import seed_of
+from switchgear.convert.checks import derive_seed
 from switchgear.layers.shared import SharedExperts
 from switchgear.routing import ImportanceLoad, Linear, TopK
 
@@ -443,7 +443,7 @@ def test_seeds_of_layers_go_on_after_the_largest() -> None:
     first = convert.split_dense(copy.deepcopy(model[0]), 4, seed=last).model
     both = convert.split_dense(model, 4, seed=last).model
     assert torch.equal(both[0][0].gate.weight, first[0].gate.weight)
-    assert [seed_of(seed, index) for seed, index in ((3, 2), (last, 0), (last, 1), (-(2**63), 1))] == [
+    assert [derive_seed(seed, index) for seed, index in ((3, 2), (last, 0), (last, 1), (-(2**63), 1))] == [
         5, last, -(2**63), 1 - 2**63
     ]  # fmt: skip
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear import adapters, finetune, offload
-from switchgear.bench import plan_parallel
-from switchgear.common import CommandError
+from switchgear.cli import plan_parallel
+from switchgear.cli.common import CommandError
 from switchgear.parallel import checkpoint
 
 Tensors = dict[str, Tensor]
@@ -165,7 +165,7 @@ SHARD = "model-00001-of-00001.safetensors"
 def write_published(method: str, folder: Path) -> None:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from switchgear.integrations.tiny_configs import tiny_config
+    from tiny_configs import tiny_config
 
     kind = CONFIG_MAPPING[PUBLISHED[method]]
     tiny = tiny_config(kind).to_dict()

@@ -4,7 +4,7 @@
     conformance.py [--build DIR] [--model-only]
 
 Writes DIR/model.txt and DIR/conformance. The run on the device is `DIR/conformance --expected DIR/model.txt --group G`.
-The model needs no card: `make gpu-prepare` makes it beforehand.
+The model needs no card: `make gpu STAGE=prepare` makes it beforehand.
 """
 
 from __future__ import annotations

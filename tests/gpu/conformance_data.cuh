@@ -3,7 +3,7 @@
 #pragma once
 #include "ptx.cuh"
 
-// Elsewhere the kernels run on the CPU: as C++ models, or as interpreted PTX (make ptx).
+// Elsewhere the kernels run on the CPU: as C++ models, or as interpreted PTX (make simt KIND=ptx).
 #if defined(__CUDACC__) && !defined(INTERPRETED)
 #define ON_DEVICE
 #endif

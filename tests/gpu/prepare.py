@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Before a card is rented: `make gpu-prepare`. What a run needs, its size and time, and all that needs no card.
+"""Before a card is rented: `make gpu STAGE=prepare`. What a run needs, its size and time, and all that needs no card.
 
     prepare.py [--wheels DIR]      also download the wheels to this folder, for a machine without a network
                [--sweep]           also compile the variants of the tunables, a minute of nvcc each

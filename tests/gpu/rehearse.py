@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A run on a card without the card: `make gpu-rehearse`. All stages, with stand-ins that work, or fail.
+"""A run on a card without the card: `make gpu STAGE=rehearse`. All stages, with stand-ins that work, or fail.
 
     rehearse.py [--scale 0.01] [--out DIR] [--fault STEP:KIND …]      KIND: see fake_device.py, or missing
 
-Where `make gpu-prepare` has built the C++ model, it runs the step conformance, in place of the device. Limits, and the
-times that steps are assumed to take, are shortened by `scale`. Without --fault each kind of failure is rehearsed once,
-in a run of its own of the stages that it concerns, and checked: it has a name, and all other results are there. Prints
-the wall time of each stage, and the table of assumed times.
+Where `make gpu STAGE=prepare` has built the C++ model, it runs the step conformance, in place of the device. Limits,
+and the times that steps are assumed to take, are shortened by `scale`. Without --fault each kind of failure is
+rehearsed once, in a run of its own of the stages that it concerns, and checked: it has a name, and all other results
+are there. Prints the wall time of each stage, and the table of assumed times.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@
 
 Nothing that a case does ends the run: it may fail, hang, crash or be missing (watch.py). Written for a bare machine:
 needs python3 (3.10 or newer), GCC 11 or newer, a checkout and a driver. What is missing is installed first, outside
-the clock; `make gpu-prepare` does that beforehand. Uses only Python's standard library.
+the clock; `make gpu STAGE=prepare` does that beforehand. Uses only Python's standard library.
 """
 
 from __future__ import annotations

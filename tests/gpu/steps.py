@@ -107,7 +107,7 @@ def bench_job(out: Path, name: str, shape: str, limit: float, *options: str) -> 
              for part in (f"--{kind}", str(out / "bench" / f"{name}.{end}"))]  # fmt: skip
     budget = str(max(5, int(limit) - 20))  # of measuring; the rest is for the process and its ceilings
     command = ["-m", "switchgear", "bench", "--device", "cuda", "--shapes", shape, "--budget", budget, *options, *files]
-    return python_job(name, limit, *command)
+    return python_job(name, limit, *command, PYTHONPATH="bench/python")
 
 
 def first_bench(out: Path) -> list[Job]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from switchgear.offload import Records
 from switchgear.offload.store_records import fill, records_for
-from switchgear.weights import layout_of
+from switchgear.weights import layout_of, stored_of
 from switchgear.weights.weight import Weight
 
 
@@ -100,7 +100,7 @@ class MemoryStore:
         for name, module in model.named_modules():
             if (layout := layout_of(module)) is None:
                 continue
-            stored = vars(module).get("_switchgear_stored")
+            stored = stored_of(module)
             if stored is not None:
                 weights = stored.weights(module)
             else:

@@ -87,8 +87,8 @@ def test_a_store_that_changes_while_it_runs(tmp_path: Path) -> None:
 
 def test_load_model_and_generate(tmp_path: Path) -> None:
     """Experts that were never in memory."""
-    from switchgear.integrations.tiny_models import build
     from switchgear.integrations.transformers import accelerate
+    from tiny_models import build
 
     whole = build("mixtral").eval()
     accelerate(whole)

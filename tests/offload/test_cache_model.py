@@ -21,11 +21,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import switchgear
 from switchgear import MoE, offload, routing
 from switchgear.adapters import add_lora
-from switchgear.integrations.tiny_models import build
 from switchgear.integrations.transformers import accelerate
 from switchgear.offload import Belady, NextGate
 from switchgear.offload.sizes import groups_of, plans_of
 from switchgear.trace import RoutingTrace
+from switchgear.weights import stored_of
+from tiny_models import build
 
 in_both_memories = pytest.mark.usefixtures("memory")
 FORMS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
@@ -97,7 +98,7 @@ def test_all_in_memory_is_the_stored_model() -> None:
         store = MemoryStore(model)
         cache = offload.offload(model, store, **options)  # type: ignore[arg-type]
         assert cache.is_inert
-        assert type(model[0].experts._switchgear_stored.weights(model[0].experts)[0]) is switchgear.Weight  # type: ignore
+        assert type(stored_of(model[0].experts).weights(model[0].experts)[0]) is switchgear.Weight  # type: ignore
         begun = len(store.reader.begun)
         assert begun == 12
         assert all(map(same_bits, outputs_of(model, steps), wanted))
@@ -364,7 +365,7 @@ def test_state_dicts_copies_and_conversions_name_the_cache() -> None:
         offload.offload(model, MemoryStore(make_model()), slots=2)  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match=r"gate_up_proj is stored as offloaded to .*memory"):
         len(model[0].experts.gate_up_proj)  # type: ignore
-    weight = model[0].experts._switchgear_stored.weights(model[0].experts)[0]  # type: ignore
+    weight = stored_of(model[0].experts).weights(model[0].experts)[0]  # type: ignore
     with pytest.raises(ValueError, match="expected one in memory, got offloaded experts"):
         switchgear.grouped_gemm(steps[1][0], weight, torch.tensor([0] + [1] * 6, dtype=torch.int32))
     ids, weights = torch.tensor([[6]], dtype=torch.int32), torch.ones(1, 1)

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from switchgear import offload
 from switchgear.adapters import add_lora, load_peft, merge, save_peft
 from switchgear.integrations import saving
-from switchgear.integrations.tiny_models import build
 from switchgear.integrations.transformers import accelerate
 from switchgear.offload import StoreError
+from tiny_models import build
 
 
 def model_of(model_type: str) -> Any:
@@ -173,7 +173,7 @@ def test_transformers_saves_its_adapters_alone(tmp_path: Path) -> None:
     def original(self: Any, save_directory: Any, state_dict: Any = None) -> None:
         seen.update(state_dict)
 
-    model, save = model_of("mixtral"), saving._saving_plain(original)
+    model, save = model_of("mixtral"), saving._extend_save(original)
     cache = offload.offload(model, offload.write_store(model, tmp_path / "s"), slots=1)
     with pytest.raises(ValueError, match=r"call switchgear\.offload\.save_pretrained"):
         save(model, tmp_path)

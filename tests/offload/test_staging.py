@@ -21,6 +21,7 @@ from switchgear import offload
 from switchgear.offload import attach
 from switchgear.offload.staging import Staging
 from switchgear.offload.store_records import PAGE
+from switchgear.weights import stored_of
 from switchgear.weights.offloaded import Wave
 
 FILES = ("staging.py", "pool.py", "cache.py")
@@ -96,7 +97,7 @@ class Kernels:
 
     def weights(self, index: int) -> Any:
         module = self.model_modules[index]
-        return [weight.weight for weight in module._switchgear_stored.weights(module)]
+        return [weight.weight for weight in stored_of(module).weights(module)]
 
     @property
     def model_modules(self) -> list[Any]:

@@ -20,10 +20,10 @@ import switchgear
 from switchgear import offload
 from switchgear.cli import main
 from switchgear.integrations.published import load_published
-from switchgear.integrations.tiny_configs import tiny_config
 from switchgear.offload import Store, StoreError, write_store
 from switchgear.weights import stored_of
 from switchgear.weights.form import layout_of
+from tiny_configs import tiny_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import test_published_groups
@@ -80,7 +80,7 @@ def test_an_interrupted_store_goes_on_in_its_dtype_only(tmp_path: Path, monkeypa
     with pytest.raises(Stopped):
         write_store(path, tmp_path / "s", progress=stopping(1))
     written = written_layers(monkeypatch)
-    with pytest.raises(StoreError, match=r"expected dtype torch\.float32, got torch\.bfloat16"):
+    with pytest.raises(StoreError, match="path: "):
         write_store(path, tmp_path / "s", dtype=torch.float32)
     assert written == []
     store = write_store(path, tmp_path / "s", dtype=torch.bfloat16)  # that of the config

@@ -18,9 +18,6 @@ from hypothesis import strategies as st
 from parallel_pool import Pool
 
 from switchgear import moe, ops
-from switchgear.bench import parallel as bench
-from switchgear.bench.case import flops_of
-from switchgear.bench.shapes import SHAPES
 from switchgear.cli import main
 from switchgear.parallel import ExpertParallel, ParallelExperts, Placement
 from switchgear.parallel.cost import (
@@ -40,6 +37,9 @@ from switchgear.parallel.cost import (
 from switchgear.parallel.failure_cost import Rates, expected_losses
 from switchgear.parallel.nodes import Nodes
 from switchgear.parallel.transport import Network
+from switchgear_bench import parallel as bench
+from switchgear_bench.case import flops_of
+from switchgear_bench.shapes import SHAPES
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 96, 12, 3, 16
 

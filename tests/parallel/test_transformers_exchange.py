@@ -41,9 +41,9 @@ def load(rank: int, path: str) -> tuple[Any, Any]:
 
 
 def compare(rank: int, path: str) -> dict[str, Any]:
-    from switchgear.integrations.tiny_models import example_inputs
     from switchgear.integrations.transformers import is_decorated
     from switchgear.parallel.transformers import _groups
+    from tiny_models import example_inputs
 
     model, reference = load(rank, path)
     inputs = example_inputs(reference)
@@ -70,7 +70,7 @@ def watch(rank: int, path: str) -> None:
     from switchgear import RoutingTrace, diagnostics, override, routing
     from switchgear.generation import SelfContrast
     from switchgear.integrations.moe_blocks import moe_blocks
-    from switchgear.integrations.tiny_models import example_inputs
+    from tiny_models import example_inputs
 
     model, reference = load(rank, path)
     inputs = example_inputs(reference)
@@ -120,7 +120,7 @@ def pool() -> Iterator[Pool]:
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
 def test_two_processes_agree_with_one(name: str, pool: Pool, tmp_path: Path) -> None:
-    from switchgear.integrations.tiny_models import build
+    from tiny_models import build
 
     build(name).save_pretrained(tmp_path)
     sent = pool.run(compare, str(tmp_path), timeout=120)
@@ -128,7 +128,7 @@ def test_two_processes_agree_with_one(name: str, pool: Pool, tmp_path: Path) -> 
 
 
 def test_traces_and_overrides_know_the_experts_of_all_ranks(pool: Pool, tmp_path: Path) -> None:
-    from switchgear.integrations.tiny_models import build
+    from tiny_models import build
 
     build("qwen3_moe").save_pretrained(tmp_path)
     pool.run(watch, str(tmp_path), timeout=120)

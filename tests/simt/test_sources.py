@@ -32,22 +32,6 @@ def test_tensor_maps_are_grid_constants() -> None:
     assert {name: found for name, text in TEXTS.items() if (found := copied_tensor_maps(text, HOLDING))} == {}
 
 
-def test_narrow_offsets_are_seen() -> None:
-    wide = "static_cast<int64_t>(row) * static_cast<int32_t>(from.stride) + column;"
-    assert narrow_offsets(edited("gemm_sm90.cuh", wide, wide.replace("static_cast<int64_t>(row)", "row"))) != []
-    wide = "p.permuted_y + slot * p.permuted_stride + column, count"
-    narrow = wide.replace("* p.permuted_stride", "* static_cast<int32_t>(p.permuted_stride)")
-    assert narrow_offsets(edited("combine.cuh", wide, narrow)) != []
-
-
-def test_copied_tensor_maps_are_seen() -> None:
-    assert {"GemmParams", "WgradParams"} <= HOLDING
-    for file, kernel in (("gemm_sm90.cuh", "gemm_sm90_kernel"), ("gemm_sm90_wgrad.cuh", "wgrad_sm90_kernel")):
-        held = f"{kernel}(const __grid_constant__"
-        without = edited(file, held, held.removesuffix(" __grid_constant__"))
-        assert len(copied_tensor_maps(without, HOLDING)) == 1
-
-
 def ptx(source: Path, folder: Path, contract: bool) -> str:
     output = folder / f"{contract}.ptx"
     command = ["nvcc", "-std=c++20", "-O3", "-arch=compute_80", "-ptx", f"-fmad={str(contract).lower()}"]

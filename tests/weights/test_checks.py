@@ -14,7 +14,7 @@ from torch import nn
 
 import switchgear
 from switchgear import adapters, compress, convert, finetune, offload
-from switchgear.compress.dense import dense_expert
+from switchgear.compress.progressive import copy_expert
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.weights.checks import check_plain
 
@@ -44,7 +44,7 @@ BATCH = {"input": torch.ones(2, 3, H)}
 READERS: dict[str, Callable[[Any], Any]] = {
     "to_dense": lambda model: convert.to_dense(model[0]),
     "add_domain_expert": lambda model: convert.add_domain_expert(model[0], nn.Identity(), torch.ones(4)),
-    "dense_expert": lambda model: dense_expert("0", model[0].experts, 0),
+    "dense_expert": lambda model: copy_expert("0", model[0].experts, 0),
     "calibrate": lambda model: compress.calibrate(model, [BATCH]),
     "prune_weights": lambda model: compress.prune_weights(model, 0.5),
     "quantize": lambda model: compress.quantize(model, 4),
@@ -113,7 +113,7 @@ def test_merged_layers_do_not_average_experts_that_train_alone() -> None:
 
 
 def test_hugging_face_models() -> None:
-    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    tiny = pytest.importorskip("tiny_models", reason="transformers is not installed")
     for change in ("adapters", "stored"):
         model, (apply, message) = tiny.build("mixtral"), CHANGES[change]
         switchgear.accelerate(model)
@@ -136,7 +136,7 @@ def accelerated(tiny: Any, model_type: str) -> Any:
 
 
 def test_adapters_of_peft_are_refused() -> None:
-    tiny = pytest.importorskip("switchgear.integrations.tiny_models", reason="transformers is not installed")
+    tiny = pytest.importorskip("tiny_models", reason="transformers is not installed")
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = tiny.build("mixtral")
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]))

@@ -10,14 +10,12 @@ Trained adapters:      read_lora -> Adapter of LowRank; train_gate
 
 from __future__ import annotations
 
-from switchgear.adapters.linear_adapters import Adapter, LowRank, read_lora
 from switchgear.adapters.lora import ExpertAdapter, add_lora, lora_of, remove_lora
-from switchgear.adapters.lora_experts import LoRAExperts
-from switchgear.adapters.low_rank import LowRankExperts
+from switchgear.adapters.lora_experts import LoRAExperts, LowRankExperts
 from switchgear.adapters.merge import merge, unmerge
-from switchgear.adapters.mixture import Mixture, SharedRouter, add_lora_experts, mixture
+from switchgear.adapters.mixture import Mixture, SharedRouter, add_lora_experts, mixture, train_gate
 from switchgear.adapters.peft_files import load_peft, save_peft
-from switchgear.adapters.posthoc import train_gate
+from switchgear.adapters.peft_format import Adapter, LowRank, read_lora
 
 __all__ = [
     "Adapter",

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.sites import TARGETS, Site, empty, guard, local_experts, sites_of, unguard
+from switchgear.adapters.sites import TARGETS, Site, allocate, find_sites, guard, list_local_experts, unguard
 from switchgear.complaints import check_float_dtype, check_module, integer, list_of_names
 from switchgear.functional import as_number
 from switchgear.reference import check_finite, check_fraction, check_size
-from switchgear.utils.sharded import is_sharded
-from switchgear.weights.adapted import Lora, adapters_of, notice_wrappers
+from switchgear.utils.modules import is_sharded
+from switchgear.weights.adapted import adapters_of, notice_wrappers
 from switchgear.weights.module import freeze_stored
 from switchgear.weights.selected import selection_of
+from switchgear.weights.state import Lora, set_state
 
 
 class ExpertAdapter(NamedTuple):
@@ -68,11 +69,11 @@ def add_lora(
     dropout = as_number("dropout", dropout)
     check_fraction("dropout", dropout)
     check_float_dtype("dtype", dtype)
-    sites = chosen(sites_of(model), targets)
-    return attach(model, [(site, *_initial(site, rank, dtype), Lora(rank, alpha, dropout)) for site in sites])
+    sites = choose_sites(find_sites(model), targets)
+    return attach(model, [(site, *_initialize(site, rank, dtype), Lora(rank, alpha, dropout)) for site in sites])
 
 
-def chosen(sites: Sequence[Site], targets: Iterable[str]) -> list[Site]:
+def choose_sites(sites: Sequence[Site], targets: Iterable[str]) -> list[Site]:
     """The sites that `targets` name. Raises ValueError for an unknown one."""
     wanted = list_of_names("targets", targets)
     known = {*TARGETS, *(site.name for site in sites)}
@@ -113,21 +114,21 @@ def attach(model: nn.Module, made: Sequence[tuple[Site, Tensor, Tensor, Lora]]) 
     for site, a, b, lora in adapters:
         site.module.register_parameter(f"{site.name}_lora_A", a)
         site.module.register_parameter(f"{site.name}_lora_B", b)
-        site.module._switchgear_adapters = {**adapters_of(site.module), site.name: lora}  # type: ignore[assignment]
+        set_state(site.module, adapters={**adapters_of(site.module), site.name: lora})
         guard(site)
     return [parameter for _, a, b, _ in adapters for parameter in (a, b)]
 
 
-def _initial(site: Site, rank: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _initialize(site: Site, rank: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """All ranks draw the numbers of all experts and keep their own, so that an expert has the same on any rank."""
     count, rows, cols = site.shape
-    a = empty(site, count, rank, cols, dtype=dtype)
-    other = empty(site, rank, cols, dtype=dtype)
-    total, mine = local_experts(site.module, count)
+    a = allocate(site, count, rank, cols, dtype=dtype)
+    other = allocate(site, rank, cols, dtype=dtype)
+    total, mine = list_local_experts(site.module, count)
     number_of = {expert: number for number, expert in enumerate(mine)}
     for expert in range(total):
         nn.init.uniform_(a[number_of[expert]] if expert in number_of else other, -(cols**-0.5), cols**-0.5)
-    return a, empty(site, count, rows, rank, dtype=a.dtype).zero_()
+    return a, allocate(site, count, rows, rank, dtype=a.dtype).zero_()
 
 
 def remove_lora(model: nn.Module) -> int:
@@ -155,7 +156,7 @@ def detach(model: nn.Module) -> int:
             count += 1
             for letter in "AB":
                 del module._parameters[f"{name}_lora_{letter}"]
-        vars(module).pop("_switchgear_adapters", None)
+        set_state(module, adapters={})
         if selection_of(module) is None:  # experts that train alone stay guarded
             unguard(module)
     return count

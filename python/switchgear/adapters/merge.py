@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from switchgear import ops
 from switchgear.adapters.lora import detach, lora_of
 from switchgear.adapters.lora_experts import LoRAExperts
-from switchgear.adapters.sites import Site, adapted_sites
+from switchgear.adapters.sites import Site, find_adapted_sites
 from switchgear.backends import backend, without_autocast
 from switchgear.functional import grouped_gemm
 from switchgear.reference import weight_dtype
 from switchgear.weights import Form, Weight, stored_of
-from switchgear.weights.adapted import Lora, adapters_of
+from switchgear.weights.adapted import adapters_of
 from switchgear.weights.offloaded import OffloadedWeight
+from switchgear.weights.state import Lora, set_state
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _INT8 = torch.iinfo(torch.int8)
@@ -69,11 +70,11 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
             another form (`switchgear.restore` first), shared by several projections or computed; a sum that is not
             finite.
     """
-    sites = [site for site in _sites(model) if _options(site).merged is None]
+    sites = [site for site in _find_sites(model) if _get_options(site).merged is None]
     _check(sites)
     for site in sites:
         for e in range(site.shape[0]):
-            if not torch.isfinite(_sum(site, e, *site.adapter())).all():
+            if not torch.isfinite(_add_delta(site, e, *site.adapter())).all():
                 raise ValueError(
                     f"model: expected finite sums of weights and adapters, got others in {site.where}[{e}]"
                 )
@@ -90,16 +91,16 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
             a, b = (parameter.detach().clone() for parameter in site.adapter())
             lost: list[Lost] = []
             for e in range(site.shape[0]):
-                merged = _sum(site, e, a, b)
-                lost.append(_lost(site, e, merged, a, b))
-                _replace(written, site, e, merged, partial(_original, site, e, a, b, lost[e]))
-            kept.append(Merged(a, b, lost, _sum_of_bits(site), _arithmetic()))
+                merged = _add_delta(site, e, a, b)
+                lost.append(_find_lost(site, e, merged, a, b))
+                _replace(written, site, e, merged, partial(_recover, site, e, a, b, lost[e]))
+            kept.append(Merged(a, b, lost, _sum_bits(site), _name_arithmetic()))
         for site, state in zip(sites, kept, strict=True):
-            _set(site, state)
+            _set_merged(site, state)
     except BaseException:
         _restore(written)
         for site in sites:
-            _set(site, None)
+            _set_merged(site, None)
         raise
     return len(sites)
 
@@ -112,17 +113,17 @@ def unmerge(model: nn.Module) -> int:
         ValueError: no merged adapters; weights that have changed since, or were stored in another form; another ISA or
             backend than at the merge.
     """
-    found = [(site, merged) for site in _sites(model) if (merged := _options(site).merged) is not None]
+    found = [(site, merged) for site in _find_sites(model) if (merged := _get_options(site).merged) is not None]
     if not found:
         raise ValueError("model: expected merged adapters, got none that are merged")
     for site, merged in found:
         _check([site])
-        if merged.arithmetic != _arithmetic():
+        if merged.arithmetic != _name_arithmetic():
             raise ValueError(
                 f"model: expected the backend and the ISA of the merge, {', '.join(merged.arithmetic)}, got "
-                f"{', '.join(_arithmetic())}"
+                f"{', '.join(_name_arithmetic())}"
             )
-        if not torch.equal(merged.sum_of_bits, _sum_of_bits(site)):
+        if not torch.equal(merged.sum_of_bits, _sum_bits(site)):
             raise ValueError(
                 f"model: expected weights as they were merged, got others in {site.where}, changed or converted since; "
                 "call merge(model, keep_adapters=False), which keeps them as they are and removes the adapters"
@@ -131,14 +132,14 @@ def unmerge(model: nn.Module) -> int:
     try:
         for site, merged in found:
             for e in range(site.shape[0]):
-                weight = _original(site, e, merged.a, merged.b, merged.lost[e])
-                _replace(written, site, e, weight, partial(_sum, site, e, merged.a, merged.b))
+                weight = _recover(site, e, merged.a, merged.b, merged.lost[e])
+                _replace(written, site, e, weight, partial(_add_delta, site, e, merged.a, merged.b))
         for site, _ in found:
-            _set(site, None)
+            _set_merged(site, None)
     except BaseException:
         _restore(written)
         for site, merged in found:
-            _set(site, merged)
+            _set_merged(site, merged)
         raise
     return len(found)
 
@@ -146,12 +147,12 @@ def unmerge(model: nn.Module) -> int:
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _sites(model: nn.Module) -> list[Site]:
+def _find_sites(model: nn.Module) -> list[Site]:
     if not lora_of(model):
         for name, module in model.named_modules():
             if isinstance(module, LoRAExperts):
                 module.merge(name)
-    return adapted_sites(model)
+    return find_adapted_sites(model)
 
 
 def _check(sites: Sequence[Site]) -> None:
@@ -171,54 +172,54 @@ def _check(sites: Sequence[Site]) -> None:
         seen.add(first)
 
 
-def _options(site: Site) -> Lora:
+def _get_options(site: Site) -> Lora:
     return adapters_of(site.module)[site.name]
 
 
-def _set(site: Site, merged: Merged | None) -> None:
-    options = dataclasses.replace(_options(site), merged=merged)
-    site.module._switchgear_adapters = {**adapters_of(site.module), site.name: options}  # type: ignore[assignment]
+def _set_merged(site: Site, merged: Merged | None) -> None:
+    options = dataclasses.replace(_get_options(site), merged=merged)
+    set_state(site.module, adapters={**adapters_of(site.module), site.name: options})
 
 
-def _arithmetic() -> tuple[str, str]:
+def _name_arithmetic() -> tuple[str, str]:
     return backend(), ops.cpu_isa()
 
 
 # ---- one expert ------------------------------------------------------------------------------------------------------
 
 
-def _matrix(site: Site, e: int) -> Tensor:
+def _get_matrix(site: Site, e: int) -> Tensor:
     weight = site.weight
     assert not isinstance(weight, (Weight, OffloadedWeight))
     return weight[e].detach()
 
 
 @torch.no_grad()
-def _delta(site: Site, e: int, a: Tensor, b: Tensor) -> Tensor:
+def _compute_delta(site: Site, e: int, a: Tensor, b: Tensor) -> Tensor:
     """D = scale · B·A [N,C] in float32, or float64 for float64 weights."""
     dtype = weight_dtype(site.like.dtype)
     rows, columns = b[e].to(dtype).contiguous(), a[e].to(dtype).contiguous()
     offsets = torch.tensor([0, len(rows)], dtype=torch.int32, device=rows.device)
     with without_autocast(rows.device.type):
-        return grouped_gemm(rows, columns.mT[None], offsets) * _options(site).scale
+        return grouped_gemm(rows, columns.mT[None], offsets) * _get_options(site).scale
 
 
-def _sum(site: Site, e: int, a: Tensor, b: Tensor) -> Tensor:
-    weight, delta = _matrix(site, e), _delta(site, e, a, b)
+def _add_delta(site: Site, e: int, a: Tensor, b: Tensor) -> Tensor:
+    weight, delta = _get_matrix(site, e), _compute_delta(site, e, a, b)
     return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
 
 def _write(site: Site, e: int, weight: Tensor) -> None:
     with torch.no_grad():
-        _matrix(site, e).copy_(weight)
+        _get_matrix(site, e).copy_(weight)
 
 
 def _absorb(site: Site, e: int) -> None:
     """Merges an expert and makes its B zero: both or none."""
     a, b = (parameter.detach() for parameter in site.adapter())
-    weight, factor = _matrix(site, e).clone(), b[e].clone()
+    weight, factor = _get_matrix(site, e).clone(), b[e].clone()
     try:
-        _write(site, e, _sum(site, e, a, b))
+        _write(site, e, _add_delta(site, e, a, b))
         b[e].zero_()
     except BaseException:
         _write(site, e, weight)
@@ -228,7 +229,7 @@ def _absorb(site: Site, e: int) -> None:
 
 def _replace(written: Written, site: Site, e: int, weight: Tensor, before: Callable[[], Tensor]) -> None:
     """Writes a weight; `before` computes the old one from it. Wherever that is interrupted, `written` can restore."""
-    copy = _matrix(site, e).clone()
+    copy = _get_matrix(site, e).clone()
     written.append((site, e, lambda: copy))
     _write(site, e, weight)
     written[-1] = (site, e, before)
@@ -239,26 +240,26 @@ def _restore(written: Written) -> None:
         _write(site, e, before())
 
 
-def _bits(weight: Tensor) -> Tensor:
+def _view_bits(weight: Tensor) -> Tensor:
     return weight.contiguous().view(_INTEGERS[weight.element_size()])
 
 
-def _lost(site: Site, e: int, merged: Tensor, a: Tensor, b: Tensor) -> Lost:
-    weight = _matrix(site, e)
-    difference = _bits(weight) - _bits(_without(site, e, merged, a, b))  # wraps around
+def _find_lost(site: Site, e: int, merged: Tensor, a: Tensor, b: Tensor) -> Lost:
+    weight = _get_matrix(site, e)
+    difference = _view_bits(weight) - _view_bits(_subtract_delta(site, e, merged, a, b))  # wraps around
     fits = (difference >= _INT8.min) & (difference <= _INT8.max)
     places = (~fits).flatten().nonzero().squeeze(1)
     small = torch.where(fits, difference, 0).to(torch.int8)
     return Lost(small if small.any() else None, places, weight.flatten()[places])
 
 
-def _without(site: Site, e: int, merged: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    delta = _delta(site, e, a, b)
+def _subtract_delta(site: Site, e: int, merged: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    delta = _compute_delta(site, e, a, b)
     return (merged.to(delta.dtype) - delta).to(merged.dtype)
 
 
-def _original(site: Site, e: int, a: Tensor, b: Tensor, lost: Lost) -> Tensor:
-    near = _bits(_without(site, e, _matrix(site, e), a, b))
+def _recover(site: Site, e: int, a: Tensor, b: Tensor, lost: Lost) -> Tensor:
+    near = _view_bits(_subtract_delta(site, e, _get_matrix(site, e), a, b))
     if lost.difference is not None:
         near = near + lost.difference.to(near.dtype)
     weight = near.view(site.like.dtype).flatten()
@@ -266,6 +267,6 @@ def _original(site: Site, e: int, a: Tensor, b: Tensor, lost: Lost) -> Tensor:
     return weight.view(site.shape[1:])
 
 
-def _sum_of_bits(site: Site) -> Tensor:
+def _sum_bits(site: Site) -> Tensor:
     """[E]"""
-    return torch.stack([_bits(_matrix(site, e)).sum(dtype=torch.int64) for e in range(site.shape[0])])
+    return torch.stack([_view_bits(_get_matrix(site, e)).sum(dtype=torch.int64) for e in range(site.shape[0])])

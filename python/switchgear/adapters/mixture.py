@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.linear_adapters import Adapter, Source, as_low_rank, layers_in_all, read_lora
-from switchgear.adapters.lora_experts import LoRAExperts, features_of, place_of, router_of
+from switchgear.adapters.lora_experts import LoRAExperts, build_router, find_device_and_dtype, find_features
+from switchgear.adapters.peft_format import Adapter, Source, check_low_rank, list_common_layers, read_lora
 from switchgear.complaints import check_module, check_several, check_tensor, list_of_names
-from switchgear.functional import Routing
+from switchgear.functional import Routing, as_number
+from switchgear.reference import check_size
 from switchgear.routing.context import NOTHING_KNOWN, Context, context_of
-from switchgear.routing.router import RouterOptions
+from switchgear.routing.router import Router, RouterOptions
 
 _OF_ROUTERS = {"top_k", *RouterOptions.__annotations__}
 
@@ -38,7 +39,7 @@ class SharedRouter(nn.Module):
         check_several("widths", widths, "sizes")
         self.num_experts = num_experts
         self.routers = nn.ModuleDict(
-            {str(width): router_of(width, num_experts, top_k, **options) for width in sorted(set(widths))}
+            {str(width): build_router(width, num_experts, top_k, **options) for width in sorted(set(widths))}
         )
 
     def forward(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
@@ -148,8 +149,8 @@ def mixture(model: nn.Module, adapters: Sequence[Source], *, shared_router: bool
     read = [read_lora(source, f"adapters[{number}]") for number, source in enumerate(adapters)]
     if not read:
         raise ValueError("adapters: expected at least one, got none")
-    names = layers_in_all(read)
-    gates = _gates(read, names)
+    names = list_common_layers(read)
+    gates = _collect_gates(read, names)
     _check_tied(model, read, names)
     if "layer" in options:  # a preset, whose rank and alpha are for new experts
         options = {name: value for name, value in options.items() if name not in ("layer", "rank", "alpha")}
@@ -190,7 +191,7 @@ def add_lora_experts(
     """
     check_module("model", model)
     options.pop("layer", None)
-    names = _matching(model, list_of_names("targets", targets))
+    names = _find_targets(model, list_of_names("targets", targets))
 
     def make(name: str, base: nn.Module, options: dict[str, Any]) -> LoRAExperts:
         return LoRAExperts(base, num_experts, rank, **options)
@@ -207,12 +208,12 @@ def _replace(
     shared_router: bool,
 ) -> Mixture:
     """Makes all layers, then exchanges them."""
-    bases = {name: _linear(model, name) for name in names}
+    bases = {name: _get_linear(model, name) for name in names}
     made: dict[nn.Module, LoRAExperts] = {}
     if shared_router:
-        place = place_of(bases[names[0]], options.get("device"), options.get("dtype"))
+        place = find_device_and_dtype(bases[names[0]], options.get("device"), options.get("dtype"))
         given = {name: value for name, value in options.items() if name in _OF_ROUTERS}
-        router = SharedRouter((features_of(base)[0] for base in bases.values()), num_experts, **given, **place)
+        router = SharedRouter((find_features(base)[0] for base in bases.values()), num_experts, **given, **place)
         options = {name: value for name, value in options.items() if name not in given} | {"router": router}
     try:
         for name, base in bases.items():
@@ -236,7 +237,7 @@ def _exchange(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
             parent._modules[name] = new[child]
 
 
-def _linear(model: nn.Module, name: str) -> nn.Module:
+def _get_linear(model: nn.Module, name: str) -> nn.Module:
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -247,13 +248,13 @@ def _linear(model: nn.Module, name: str) -> nn.Module:
     if name == "":
         raise ValueError("model: expected a module with the layers inside, got the layer itself; use LoRAExperts")
     try:
-        features_of(module)
+        find_features(module)
     except ValueError:
         raise ValueError(f"{name}: expected a Linear layer, got {type(module).__name__}") from None
     return module
 
 
-def _matching(model: nn.Module, targets: Sequence[str]) -> list[str]:
+def _find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     if not targets:
         raise ValueError("targets: expected at least one name, got none")
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
@@ -270,18 +271,18 @@ def _check_tied(model: nn.Module, adapters: Sequence[Adapter], names: Sequence[s
     """Raises ValueError if an adapter differs between two names of one layer."""
     first: dict[nn.Module, str] = {}
     for name in names:
-        other = first.setdefault(_linear(model, name), name)
+        other = first.setdefault(_get_linear(model, name), name)
         if other == name:
             continue
         for number, adapter in enumerate(adapters):
             where = f"adapters[{number}]"
-            if not _are_equal(_of_layer(adapter, where, name), _of_layer(adapter, where, other)):
+            if not _are_equal(_collect_layer(adapter, where, name), _collect_layer(adapter, where, other)):
                 raise ValueError(f"{where}: expected equal ones of {other} and {name}, which are one layer")
 
 
-def _of_layer(adapter: Adapter, where: str, name: str) -> tuple[float, list[Tensor]]:
+def _collect_layer(adapter: Adapter, where: str, name: str) -> tuple[float, list[Tensor]]:
     """All that an adapter has for a layer: alpha and tensors. where: what errors call the adapter."""
-    pair = as_low_rank(where, adapter.layers[name])
+    pair = check_low_rank(where, adapter.layers[name])
     return pair.alpha, [pair.a, pair.b, *([adapter.gates[name]] if adapter.gates else [])]
 
 
@@ -289,7 +290,7 @@ def _are_equal(one: tuple[float, list[Tensor]], other: tuple[float, list[Tensor]
     return one[0] == other[0] and all(map(torch.equal, one[1], other[1]))
 
 
-def _gates(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[str, list[Tensor]] | None:
+def _collect_gates(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[str, list[Tensor]] | None:
     """The gates of each layer; None if no adapter has any."""
     if all(adapter.gates is None for adapter in adapters):
         return None
@@ -297,3 +298,70 @@ def _gates(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[str, list[
         if lacking := sorted(set(names) - set(adapter.gates or {})):
             raise ValueError(f"adapters[{number}]: expected a gate for {lacking[0]}, as others have; see train_gate")
     return {name: [adapter.gates[name] for adapter in adapters if adapter.gates] for name in names}
+
+
+# ---- gates of trained adapters ---------------------------------------------------------------------------------------
+
+
+def train_gate(
+    model: nn.Module,
+    adapter: Source,
+    loss: Callable[[nn.Module], Tensor],
+    *,
+    steps: int = 100,
+    lr: float = 5e-3,
+) -> Adapter:
+    """Trains a vector v for each layer of an adapter, y = base(x) + sigmoid(v · x) · adapter(x), everything else frozen
+    (PHATGOOSE, arXiv:2402.05859). Returns the adapter with these gates; the model is as before.
+
+        adapters = [train_gate(model, folder, loss_on_its_task) for folder, loss_on_its_task in …]
+        mix = mixture(model, adapters)                            # no joint training
+
+    Args:
+        adapter: see read_lora.
+        loss: a function of the model that returns a scalar. It is called once per step, for the next batch of the
+            adapter's task.
+        steps, lr: of Adam from v = 0. The authors' code has the same, after a warm-up of 6 % of the steps.
+
+    Raises:
+        TypeError: a loss that is no function, or does not return a tensor.
+        ValueError: an adapter that does not fit the model, or a loss that is no scalar or makes the gates NaN or
+            infinite.
+    """
+    check_module("model", model)
+    check_size("steps", steps, 0)
+    as_number("lr", lr)
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function of the model, got {type(loss).__name__}")
+    adapter = read_lora(adapter)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    mix = mixture(model, [replace(adapter, gates=None)], top_k=1, score_function="sigmoid")
+    try:
+        model.requires_grad_(False)
+        vectors: dict[str, Tensor] = {}
+        for name, layer in mix.layers.items():
+            assert isinstance(layer.gate, Router)
+            assert layer.gate.weight is not None
+            wide = torch.promote_types(layer.gate.weight.dtype, torch.float32)  # bfloat16 would lose Adam's steps
+            layer.gate.to(wide)
+            vectors[name] = layer.gate.weight.requires_grad_(True)
+            nn.init.zeros_(vectors[name])
+        optimizer = torch.optim.Adam(vectors.values(), lr)
+        with torch.enable_grad():
+            for _ in range(steps):
+                optimizer.zero_grad()
+                value = loss(model)
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"loss: expected it to return a tensor, got {value!r}")
+                if value.numel() != 1:
+                    raise ValueError(f"loss: expected it to return a scalar, got shape {list(value.shape)}")
+                value.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        gates = {name: vector.detach()[0].clone() for name, vector in vectors.items()}
+    finally:
+        mix.undo()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    if wrong := [name for name, gate in gates.items() if not bool(gate.isfinite().all())]:
+        raise ValueError(f"loss: expected finite gradients, got a gate of {wrong[0]} with NaN or infinity")
+    return replace(adapter, gates=gates)

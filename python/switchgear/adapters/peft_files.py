@@ -33,17 +33,18 @@ from switchgear.adapters.peft_format import (
     PREFIX,
     TENSORS,
     PeftConfig,
-    peft_config,
+    import_safetensors,
+    parse_config,
     read_config,
     read_tensors,
-    safetensors,
 )
-from switchgear.adapters.sites import Site, adapted_sites, local_experts, sites_of
+from switchgear.adapters.sites import Site, find_adapted_sites, find_sites, list_local_experts
 from switchgear.complaints import check_float_dtype
 from switchgear.files import AnyPath, replacing
-from switchgear.utils.wrappers import without_peft
-from switchgear.weights.adapted import Lora, adapters_of
+from switchgear.utils.modules import unwrap_peft
+from switchgear.weights.adapted import adapters_of
 from switchgear.weights.form import on_huge_pages
+from switchgear.weights.state import Lora
 
 # Options of LoraConfig that change which tensors are meant or how they lie, and their values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,), "layers_to_transform": ([],), "megatron_config": ()}
@@ -74,13 +75,13 @@ def save_peft(model: nn.Module, path: AnyPath) -> None:
             `Experts` without a module around it.
         ImportError: safetensors is not installed.
     """
-    save_file = safetensors().save_file
-    model = without_peft(model)
+    save_file = import_safetensors().save_file
+    model = unwrap_peft(model)
     _refuse_mixture(model)
-    sites = adapted_sites(model)
+    sites = find_adapted_sites(model)
     tensors: dict[str, Tensor] = {}
-    for keys in _keys_of(sites):
-        for module, (a, b) in zip(keys.modules, _to_file(keys.site), strict=True):
+    for keys in _find_keys(sites):
+        for module, (a, b) in zip(keys.modules, _convert_to_file(keys.site), strict=True):
             tensors[f"{PREFIX}{module}.lora_A.weight"] = a.detach().cpu().contiguous()
             tensors[f"{PREFIX}{module}.lora_B.weight"] = b.detach().cpu().contiguous()
     groups = [group for site in sites if (group := getattr(site.module, "parallel", None)) is not None]
@@ -88,7 +89,7 @@ def save_peft(model: nn.Module, path: AnyPath) -> None:
         return
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(_config(model, sites), indent=2, sort_keys=True) + "\n"
+    config = json.dumps(_build_config(model, sites), indent=2, sort_keys=True) + "\n"
     with replacing(folder / TENSORS) as tensors_file, replacing(folder / CONFIG) as config_file:
         save_file(tensors, tensors_file, metadata={"format": "pt", OURS: "1"})
         config_file.write_text(config, encoding="utf-8")
@@ -126,13 +127,13 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: torch.dtype | None = No
     if not isinstance(path, (str, PathLike)):
         raise TypeError(f"path: expected a path, got {type(path).__name__}")
     folder = Path(path)
-    config = peft_config(read_config(folder, "path"), str(folder / CONFIG), _PLAIN)
+    config = parse_config(read_config(folder, "path"), str(folder / CONFIG), _PLAIN)
     tensors, is_ours = read_tensors(folder, "path")
-    sites = sites_of(without_peft(model))
+    sites = find_sites(unwrap_peft(model))
     targeted = [site for site in sites if _is_targeted(site, config, tensors)]
     made, used = [], set()
-    for keys in _keys_of(targeted):
-        layer = _names_in_patterns(keys.site)[0]
+    for keys in _find_keys(targeted):
+        layer = _list_pattern_names(keys.site)[0]
         rank = config.rank_of(layer)
         if rank is None:
             raise ValueError(f"r: expected a positive integer in {folder / CONFIG}, got None")
@@ -140,8 +141,8 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: torch.dtype | None = No
         for module in keys.modules:
             names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
             used.update(names)
-            pairs.append(_tensors(tensors, names))
-        a, b = _from_file(keys, pairs, rank, not is_ours and _is_old(config))
+            pairs.append(_get_tensors(tensors, names))
+        a, b = _convert_from_file(keys, pairs, rank, not is_ours and _is_old(config))
         device, kind = keys.site.like.device, dtype or keys.site.like.dtype
         options = Lora(rank, config.alpha_of(layer, rank), config.dropout)
         a, b = (on_huge_pages(tensor.to(device, kind)) for tensor in (a, b))
@@ -159,7 +160,7 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: torch.dtype | None = No
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
-def _keys_of(sites: Iterable[Site]) -> Iterator[_Keys]:
+def _find_keys(sites: Iterable[Site]) -> Iterator[_Keys]:
     """The paths of PEFT's wrappers around the module of each site."""
     for _, group in groupby(sites, key=lambda site: site.path):
         of_module = list(group)
@@ -188,9 +189,9 @@ def _is_crossed(site: Site) -> bool:
     return site.transposed and not getattr(site.module, "is_transposed", False)
 
 
-def _count(site: Site) -> int:
+def _count_experts(site: Site) -> int:
     """The number of experts in PEFT's tensors: those of all ranks, and those of the parameter that no token reaches."""
-    count, _ = local_experts(site.module, site.shape[0])
+    count, _ = list_local_experts(site.module, site.shape[0])
     parameter = site.module._parameters.get(site.name)
     if parameter is not None and parameter.dim() == 2:
         raise ValueError(f"model: expected a matrix per expert, as PEFT adapts, got one of all experts, {site.where}")
@@ -203,19 +204,21 @@ def _count(site: Site) -> int:
     return count
 
 
-def _to_file(site: Site) -> list[tuple[Tensor, Tensor]]:
+def _convert_to_file(site: Site) -> list[tuple[Tensor, Tensor]]:
     a, b = site.adapter()
     if site.linears:
         return list(zip(a, b, strict=True))
     if (gathered := getattr(site.module, "gathered", None)) is not None:
         a, b = gathered(a.detach()), gathered(b.detach())
-    missing = _count(site) - len(a)
+    missing = _count_experts(site) - len(a)
     first, second = (b.mT, a.mT) if _is_crossed(site) else (a, b)
     first, second = (torch.cat((t, t.new_zeros(missing, *t.shape[1:]))) if missing else t for t in (first, second))
     return [(first.flatten(0, 1), second.permute(1, 2, 0).flatten(1))]
 
 
-def _from_file(keys: _Keys, pairs: Sequence[tuple[Tensor, Tensor]], rank: int, is_old: bool) -> tuple[Tensor, Tensor]:
+def _convert_from_file(
+    keys: _Keys, pairs: Sequence[tuple[Tensor, Tensor]], rank: int, is_old: bool
+) -> tuple[Tensor, Tensor]:
     """A [E,r,in] and B [E,out,r]. is_old: written by PEFT before 0.19, which took every parameter for [E,in,out]."""
     site = keys.site
     experts, rows, cols = site.shape
@@ -223,7 +226,7 @@ def _from_file(keys: _Keys, pairs: Sequence[tuple[Tensor, Tensor]], rank: int, i
         for module, (a, b) in zip(keys.modules, pairs, strict=True):
             _check_shapes(module, (a, b), [((rank, cols), (rows, rank))])
         return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
-    count, crossed = _count(site), _is_crossed(site)
+    count, crossed = _count_experts(site), _is_crossed(site)
     if is_old and (crossed or not site.transposed):
         crossed = not crossed
     direct, other = ((count * rank, cols), (rows, rank * count)), ((count * rank, rows), (cols, rank * count))
@@ -233,7 +236,7 @@ def _from_file(keys: _Keys, pairs: Sequence[tuple[Tensor, Tensor]], rank: int, i
         crossed = tuple(first.shape) == other[0]
     first = first.view(count, rank, first.shape[1])
     second = second.view(second.shape[0], rank, count).permute(2, 0, 1)
-    mine = local_experts(site.module, experts)[1]
+    mine = list_local_experts(site.module, experts)[1]
     first, second = (t[mine] if hasattr(site.module, "placement") else t[:experts] for t in (first, second))
     a, b = (second.mT, first.mT) if crossed else (first, second)
     return a.contiguous(), b.contiguous()
@@ -260,7 +263,7 @@ def _is_old(config: PeftConfig) -> bool:
     return version is None or (int(version[1]), int(version[2])) < (0, 19)
 
 
-def _tensors(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
+def _get_tensors(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, Tensor]:
     for name in names:
         if name not in tensors:
             raise ValueError(f"path: expected {name} in {TENSORS}, which the configuration targets, got none")
@@ -271,7 +274,7 @@ def _tensors(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, T
     return tensors[names[0]], tensors[names[1]]
 
 
-def _config(model: Any, sites: Sequence[Site]) -> dict[str, Any]:
+def _build_config(model: Any, sites: Sequence[Site]) -> dict[str, Any]:
     options = [adapters_of(site.module)[site.name] for site in sites]
     rank, alpha = options[0].rank, options[0].alpha
     of_sites = list(zip(sites, options, strict=True))
@@ -284,14 +287,14 @@ def _config(model: Any, sites: Sequence[Site]) -> dict[str, Any]:
         "lora_alpha": alpha,
         "lora_dropout": options[0].dropout if sites[0].linears else 0.0,
         "bias": "none",
-        "target_modules": _target_modules(sites),
+        "target_modules": _name_target_modules(sites),
         "target_parameters": [site.where for site in sites if not site.linears] or None,
-        "rank_pattern": {name: o.rank for s, o in of_sites if o.rank != rank for name in _names_in_patterns(s)},
-        "alpha_pattern": {name: o.alpha for s, o in of_sites if o.alpha != alpha for name in _names_in_patterns(s)},
+        "rank_pattern": {name: o.rank for s, o in of_sites if o.rank != rank for name in _list_pattern_names(s)},
+        "alpha_pattern": {name: o.alpha for s, o in of_sites if o.alpha != alpha for name in _list_pattern_names(s)},
     }
 
 
-def _target_modules(sites: Sequence[Site]) -> str | list[str]:
+def _name_target_modules(sites: Sequence[Site]) -> str | list[str]:
     """A regular expression for linear layers: a list of suffixes could match others in the model."""
     modules = [
         re.escape(f"{site.path}.") + re.sub(r"(?<![a-zA-Z])\d+", r"\\d+", re.escape(site.linears[0]))
@@ -301,5 +304,5 @@ def _target_modules(sites: Sequence[Site]) -> str | list[str]:
     return "|".join(modules) or []
 
 
-def _names_in_patterns(site: Site) -> list[str]:
+def _list_pattern_names(site: Site) -> list[str]:
     return [f"{site.path}.{linear}" for linear in site.linears] or [site.where]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Site: a projection that can have an adapter. Integrations register finders for modules of other libraries."""
+"""Site: a projection that can have an adapter."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from switchgear.weights import Weight, advise_huge_pages, stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.form import hint_for
 from switchgear.weights.offloaded import OffloadedWeight
+from switchgear.weights.state import extend, find, get_state, set_state
 
 TARGETS = ("gate_up_proj", "down_proj")
 
@@ -56,31 +57,26 @@ class Site:
         return self.module.get_parameter(f"{self.name}_lora_A"), self.module.get_parameter(f"{self.name}_lora_B")
 
 
-# Each finds the sites of one kind of module, or None: (path, module) -> sites. It raises ValueError if the module has
-# projections that cannot have adapters as it is now.
-FINDERS: list[Callable[[str, nn.Module], list[Site] | None]] = []
-
-
-def sites_of(model: nn.Module) -> list[Site]:
+def find_sites(model: nn.Module) -> list[Site]:
     """The projections of a model that can have adapters, in the order of its modules."""
     check_module("model", model)
     sites: list[Site] = []
     for path, module in model.named_modules():
-        sites += sites_at(path, module)
+        sites += find_sites_at(path, module)
     if not sites:
         hint = hint_for(model)
         raise ValueError(f"model: expected routed experts, {type(model).__name__} has none ({hint})")
     return sites
 
 
-def sites_at(path: str, module: nn.Module) -> list[Site]:
+def find_sites_at(path: str, module: nn.Module) -> list[Site]:
     """The projections of one module; empty if it has none that can have adapters."""
-    return next((found for find in FINDERS if (found := find(path, module)) is not None), [])
+    return find("site", path, module) or []
 
 
-def adapted_sites(model: nn.Module) -> list[Site]:
+def find_adapted_sites(model: nn.Module) -> list[Site]:
     """The projections of a model that have adapters, at least one."""
-    sites = [site for site in sites_of(model) if site.name in adapters_of(site.module)]
+    sites = [site for site in find_sites(model) if site.name in adapters_of(site.module)]
     if not sites:
         raise ValueError("model: expected adapters (add_lora, load_peft), got none")
     return sites
@@ -88,13 +84,14 @@ def adapted_sites(model: nn.Module) -> list[Site]:
 
 def guard(site: Site) -> None:
     """Lets the site's library refuse calls that would miss what switchgear adds to its weight."""
-    if site.guarded is not None and site.guard is not None and "_switchgear_guard" not in vars(site.guarded):
-        vars(site.guarded)["_switchgear_guard"] = site.guarded.register_forward_pre_hook(site.guard)
+    if site.guarded is not None and site.guard is not None and get_state(site.guarded).guard is None:
+        set_state(site.guarded, guard=site.guarded.register_forward_pre_hook(site.guard))
 
 
 def unguard(module: nn.Module) -> None:
     """Undoes `guard`, if the module has one."""
-    if (handle := vars(module).pop("_switchgear_guard", None)) is not None:
+    if (handle := get_state(module).guard) is not None:
+        set_state(module, guard=None)
         handle.remove()
 
 
@@ -106,7 +103,7 @@ def refuse_wrapped(path: str, module: nn.Module) -> None:
         )
 
 
-def _of_experts(path: str, module: nn.Module) -> list[Site] | None:
+def _find_sites_of_experts(path: str, module: nn.Module) -> list[Site] | None:
     if not isinstance(module, Experts):
         return None
     refuse_wrapped(path, module)
@@ -123,10 +120,10 @@ def _of_experts(path: str, module: nn.Module) -> list[Site] | None:
     ]
 
 
-FINDERS.append(_of_experts)
+extend("site", _find_sites_of_experts)
 
 
-def local_experts(module: nn.Module, count: int) -> tuple[int, list[int]]:
+def list_local_experts(module: nn.Module, count: int) -> tuple[int, list[int]]:
     """The number of experts on all ranks, and those of this rank; count: of this rank, if experts are not
     distributed."""
     placement: Any = getattr(module, "placement", None)
@@ -135,7 +132,7 @@ def local_experts(module: nn.Module, count: int) -> tuple[int, list[int]]:
     return placement.num_experts, list(module._mine)  # type: ignore[arg-type]
 
 
-def empty(site: Site, *shape: int, dtype: torch.dtype | None) -> Tensor:
+def allocate(site: Site, *shape: int, dtype: torch.dtype | None) -> Tensor:
     """On huge pages: with weights in 4 bits, the page walks of one token would take as long as reading A and B."""
     tensor = torch.empty(*shape, dtype=dtype or site.like.dtype, device=site.like.device)
     advise_huge_pages(tensor)

@@ -2,7 +2,7 @@
 """Wrappers of PEFT around experts (LoraConfig(target_parameters=[…])): their factors go to the kernels.
 
 PEFT's ParamWrapper computes W + scale · B·A for each call and puts it in place of the parameter. A module that runs on
-switchgear gets A and B instead, as views, through the attribute _switchgear_lent. So nothing of the size of W is
+switchgear borrows A and B instead, as views. So nothing of the size of W is
 allocated, and W may be stored in any form. All else stays with PEFT: which adapters are active, disabled or merged, its
 state dict, its errors. While PEFT looks for parameters to adapt, it sees those of stored experts, too.
 """
@@ -10,22 +10,20 @@ state dict, its errors. While PEFT looks for parameters to adapt, it sees those 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from switchgear.experts import Experts
-from switchgear.utils.extending import extend_once
+from switchgear.utils.functions import extend_once
 from switchgear.weights import stored_of
-from switchgear.weights.adapted import ON_WRAPPER, Factors, Lent, adapters_of
+from switchgear.weights.adapted import adapters_of
 from switchgear.weights.module import shown_as_parameters
+from switchgear.weights.state import Borrowed, Factors, extend, find, get_state, set_state
 
 _PLAIN = (Tensor, nn.Parameter)
-
-# Each says of one kind of module whether it would read the factors of its parameter `name` in a call.
-READERS: list[Callable[[nn.Module, str], bool]] = []
 
 
 def is_wrapper(module: nn.Module) -> bool:
@@ -38,12 +36,12 @@ def register() -> None:
     their factors. Idempotent."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     layer = sys.modules.get("peft.tuners.lora.layer")
-    extend_once(getattr(tuners, "BaseTuner", None), "inject_adapter", _refusing_own)
-    extend_once(getattr(tuners, "BaseTuner", None), "_inject_parameters", _finding_stored)
-    extend_once(getattr(layer, "ParamWrapper", None), "_activate_lora", _lending)
+    extend_once(getattr(tuners, "BaseTuner", None), "inject_adapter", _extend_inject_adapter)
+    extend_once(getattr(tuners, "BaseTuner", None), "_inject_parameters", _extend_inject_parameters)
+    extend_once(getattr(layer, "ParamWrapper", None), "_activate_lora", _extend_activate_lora)
 
 
-def _refusing_own(original: Any) -> Any:
+def _extend_inject_adapter(original: Any) -> Any:
     def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _refuse_own(model)
         return original(self, model, *args, **kwargs)
@@ -66,7 +64,7 @@ def _refuse_own(model: nn.Module) -> None:
             )
 
 
-def _finding_stored(original: Any) -> Any:
+def _extend_inject_parameters(original: Any) -> Any:
     def inject_parameters(self: Any, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with shown_as_parameters(model):
             return original(self, peft_config, model, *args, **kwargs)
@@ -74,47 +72,45 @@ def _finding_stored(original: Any) -> Any:
     return inject_parameters
 
 
-def _lending(original: Any) -> Any:
+def _extend_activate_lora(original: Any) -> Any:
     @contextmanager
     def activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
         base = self.get_base_layer()
-        factors = _factors(self, active_adapters)
-        if not factors or not any(reads(base, self.parameter_name) for reads in READERS):
+        factors = _read_factors(self, active_adapters)
+        if not factors or find("reader", base, self.parameter_name) is None:
             with original(self, active_adapters):
                 yield
             return
-        lent = vars(base).setdefault("_switchgear_lent", {})
-        lent[self.parameter_name] = factors
+        set_state(base, borrowed={**get_state(base).borrowed, self.parameter_name: factors})
         try:
             yield
         finally:
-            del lent[self.parameter_name]
-            if not lent:
-                vars(base).pop("_switchgear_lent", None)
+            borrowed = get_state(base).borrowed
+            set_state(base, borrowed={name: borrowed[name] for name in borrowed if name != self.parameter_name})
 
     return activate_lora
 
 
-def unwrapped(module: nn.Module) -> tuple[nn.Module, Lent]:
+def unwrap(module: nn.Module) -> tuple[nn.Module, Borrowed]:
     """The module in nested wrappers, and what they would apply in a call now. Like ParamWrapper.forward, it undoes a
     merge of disabled adapters. Raises ValueError with the reason for a wrapper whose call does more."""
-    lent: dict[str, Sequence[Factors]] = {}
+    borrowed: dict[str, Sequence[Factors]] = {}
     while is_wrapper(module):
         wrapper: Any = module
         if wrapper.disable_adapters:
             if wrapper.merged:
                 wrapper.unmerge()
         elif not wrapper.merged:
-            factors = _factors(wrapper, wrapper.active_adapters)
+            factors = _read_factors(wrapper, wrapper.active_adapters)
             if factors is None:
                 raise ValueError("has adapters whose factors cannot be read")
             if factors:
-                lent[wrapper.parameter_name] = factors
+                borrowed[wrapper.parameter_name] = factors
         module = wrapper.base_layer
-    return module, lent
+    return module, borrowed
 
 
-def _factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors] | None:
+def _read_factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors] | None:
     """The factors of the active adapters, or None if the kernels cannot read some."""
     base, dims = wrapper.get_base_layer(), 3
     if stored_of(base) is None:
@@ -129,7 +125,7 @@ def _factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors] | No
         a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
         if type(a) not in _PLAIN or type(b) not in _PLAIN:
             return None
-        left_right = factors_in_layout(a, b, wrapper.num_experts, dims, _is_swapped(wrapper))
+        left_right = arrange_factors(a, b, wrapper.num_experts, dims, _is_swapped(wrapper))
         if left_right is None:
             return None
         found.append(Factors(*left_right, wrapper.scaling[adapter]))
@@ -141,7 +137,7 @@ def _is_swapped(wrapper: Any) -> bool:
     return bool(getattr(wrapper, "_did_swap_in_out_features", False))
 
 
-def factors_in_layout(a: Tensor, b: Tensor, num_experts: int, dims: int, swapped: bool) -> tuple[Tensor, Tensor] | None:
+def arrange_factors(a: Tensor, b: Tensor, num_experts: int, dims: int, swapped: bool) -> tuple[Tensor, Tensor] | None:
     """Factors (left, right) of the parameter, as views, from PEFT's A [E·r,in] (experts one below the other) and
     B [out,r·E] (the expert fastest). None for a combination that PEFT cannot compute itself.
 
@@ -156,9 +152,9 @@ def factors_in_layout(a: Tensor, b: Tensor, num_experts: int, dims: int, swapped
     return (b, a) if swapped else (a.mT, b.mT)
 
 
-def _of_experts(module: nn.Module, name: str) -> bool:
-    return isinstance(module, Experts) and name in module._layout.names
+def _is_read_by_experts(module: nn.Module, name: str) -> bool | None:
+    return True if isinstance(module, Experts) and name in module._layout.names else None
 
 
-READERS.append(_of_experts)
-ON_WRAPPER.append(register)  # PEFT may be imported later than switchgear
+extend("reader", _is_read_by_experts)
+extend("wrapper", register)  # PEFT may be imported later than switchgear

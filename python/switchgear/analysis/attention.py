@@ -40,14 +40,14 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
             continue
         if _is_outside(name):
             continue
-        sizes = _sizes(module)
+        sizes = _find_sizes(module)
         if sizes is not None:
-            window = _window(module)
+            window = _find_window(module)
             found.append(AttentionLayer(name, *sizes, window if isinstance(window, int) and window > 0 else None))
     return found
 
 
-def _window(module: Any) -> Any:
+def _find_window(module: Any) -> Any:
     """As the cache of transformers takes it: from the kind of the layer, if the config lists kinds. A module may have a
     window that its layer does not use, and a config one that the module does not repeat."""
     config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
@@ -66,7 +66,7 @@ def _is_outside(name: str) -> bool:
     return any(part in parts for part in ("encoder", "cross_attention", "visual", "vision_tower", "audio_tower"))
 
 
-def _sizes(module: Any) -> tuple[int, int] | None:
+def _find_sizes(module: Any) -> tuple[int, int] | None:
     """(kept, width), or None for a module that holds no projections of its own."""
     config = getattr(module, "config", None)
     heads = getattr(module, "num_heads", None) or getattr(config, "num_attention_heads", None)

@@ -76,11 +76,11 @@ class Cost:
         return self.attention
 
     def __str__(self) -> str:
-        parts = [f"{_short(self.parameters)} parameters, {_short(self.active)} active"]
-        parts += [f"{_short(self.experts)} in {len(self.moe_layers)} layers of routed experts"]
+        parts = [f"{_shorten(self.parameters)} parameters, {_shorten(self.active)} active"]
+        parts += [f"{_shorten(self.experts)} in {len(self.moe_layers)} layers of routed experts"]
         if self.attention is not None:
             parts += [f"{self.kv_bytes(1) / 1024:.1f} KiB of keys and values per token"]
-        return ", ".join([*parts, f"{_short(self.flops())} flops per token without attention"])
+        return ", ".join([*parts, f"{_shorten(self.flops())} flops per token without attention"])
 
 
 def cost(model: nn.Module | Any) -> Cost:
@@ -96,19 +96,19 @@ def cost(model: nn.Module | Any) -> Cost:
     Raises:
         ValueError: a dict without a known model_type, or a layer whose number of experts per token varies.
     """
-    model = model if isinstance(model, nn.Module) else on_meta(model)
+    model = model if isinstance(model, nn.Module) else build_on_meta(model)
     blocks = list(moe_blocks(model).values())
     layers, routed = [], set()
     for block in blocks:
-        real, num_experts = _experts(block)
-        own = [p for p in _routed(block, real, num_experts) if id(p) not in routed]
+        real, num_experts = _count_experts(block)
+        own = [p for p in _list_routed(block, real, num_experts) if id(p) not in routed]
         routed |= {id(parameter) for parameter in own}
         if block.top_k is None:
             raise ValueError(
                 f"{block.name or 'model'}: expected a fixed number of experts per token, got one that varies"
             )
         layers.append((num_experts, min(block.top_k, num_experts), sum(parameter.numel() for parameter in own)))
-    layers += _attention_experts(model)
+    layers += _count_attention_experts(model)
     every = {id(parameter): parameter.numel() for parameter in model.parameters()}
     parameters, experts = sum(every.values()), sum(size for _, _, size in layers)
     active = parameters - experts + sum(round(size * k / e) for e, k, size in layers)
@@ -116,7 +116,7 @@ def cost(model: nn.Module | Any) -> Cost:
     return Cost(parameters, _embedding(model), experts, active, tuple(layers), tuple(attention) or None)
 
 
-def on_meta(config: Any) -> nn.Module:
+def build_on_meta(config: Any) -> nn.Module:
     """The model of a Hugging Face config, or of its dict, without memory for its weights."""
     transformers = importlib.import_module("transformers")
     if isinstance(config, Mapping):
@@ -134,14 +134,14 @@ def on_meta(config: Any) -> nn.Module:
     raise ValueError(f"model: expected a module or a Hugging Face config, got {type(config).__name__}")
 
 
-def _experts(block: MoeBlock) -> tuple[nn.Module, int]:
+def _count_experts(block: MoeBlock) -> tuple[nn.Module, int]:
     """The experts that have weights, and their number."""
     if isinstance(block.experts, VirtualExperts):
         return block.experts.experts, block.experts.num_real
     return block.experts, block.num_experts
 
 
-def _routed(block: MoeBlock, experts: nn.Module, num_experts: int) -> Iterator[nn.Parameter]:
+def _list_routed(block: MoeBlock, experts: nn.Module, num_experts: int) -> Iterator[nn.Parameter]:
     """The parameters of which a token uses K of E: stacked ones, or those of a module per expert."""
     others = {id(p) for part in (block.gate, block.shared) if part is not None for p in part.parameters()}
     rows = experts.slices.num_experts if isinstance(experts, HeterogeneousExperts) else num_experts
@@ -152,7 +152,7 @@ def _routed(block: MoeBlock, experts: nn.Module, num_experts: int) -> Iterator[n
             yield parameter
 
 
-def _attention_experts(model: nn.Module) -> Iterator[tuple[int, int, int]]:
+def _count_attention_experts(model: nn.Module) -> Iterator[tuple[int, int, int]]:
     """moe_layers of JetMoE's attentions: experts of queries and outputs, behind a router of their own."""
     module: Any
     for module in model.modules():
@@ -173,7 +173,7 @@ def _embedding(model: nn.Module) -> int:
     return sum(size for key, size in tables.items() if key not in multiplied)
 
 
-def _short(number: float) -> str:
+def _shorten(number: float) -> str:
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -14,7 +14,6 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from switchgear.analysis.least_squares import least_squares
 from switchgear.functional import as_number
 
 Numbers = Tensor | Sequence[float] | float
@@ -53,13 +52,13 @@ class MoEScalingLaw:
 
     def effective_experts(self, experts: Numbers) -> Tensor:
         """Ê."""
-        return _effective(_positive("experts", experts), _float64(self.e_start), _float64(self.e_max))
+        return _saturate(_read_positive("experts", experts), _to_float64(self.e_start), _to_float64(self.e_max))
 
     def loss(self, size: Numbers, experts: Numbers, tokens: Numbers) -> Tensor:
         """L for N, E and D, float64, broadcast."""
-        positive = _float64([self.A, self.B, self.C, self.F, self.a, self.b, self.c, self.e_start, self.e_max])
-        n, e, d = _positive("size", size), _positive("experts", experts), _positive("tokens", tokens)
-        return _moe_log_loss(positive, _float64(self.d), n, e, d).exp()
+        positive = _to_float64([self.A, self.B, self.C, self.F, self.a, self.b, self.c, self.e_start, self.e_max])
+        n, e, d = _read_positive("size", size), _read_positive("experts", experts), _read_positive("tokens", tokens)
+        return _compute_log_loss(positive, _to_float64(self.d), n, e, d).exp()
 
     @classmethod
     def fit(
@@ -68,7 +67,7 @@ class MoEScalingLaw:
     ) -> MoEScalingLaw:  # fmt: skip
         """Fits the constants to runs by least squares of log L. E_start and E_max are fitted unless given; that needs
         runs with E close to saturation. Raises ValueError for too few runs, and for numbers that are not above 0."""
-        n, e, d, target = (_float64(values).flatten() for values in (size, experts, tokens, losses))
+        n, e, d, target = (_to_float64(values).flatten() for values in (size, experts, tokens, losses))
         _check_runs(8 + (e_start is None) + (e_max is None), n, e, d, target)
         free = [at for at, given in ((7, e_start), (8, e_max)) if given is None]
         ends = {"e_start": 1.0 if e_start is None else e_start, "e_max": 300.0 if e_max is None else e_max}
@@ -76,7 +75,7 @@ class MoEScalingLaw:
             _check_positive(name, end)
         if not ends["e_start"] < ends["e_max"]:
             raise ValueError(f"e_start: expected less than e_max, {ends['e_max']}, got {ends['e_start']}")
-        given = _float64(list(ends.values())).log()
+        given = _to_float64(list(ends.values())).log()
 
         def unpacked(x: Tensor) -> tuple[Tensor, Tensor]:
             last_two = list(given)
@@ -86,7 +85,7 @@ class MoEScalingLaw:
 
         def residuals(x: Tensor) -> Tensor:
             positive, slope = unpacked(x)
-            return _moe_log_loss(positive, slope, n, e, d) - target.log()
+            return _compute_log_loss(positive, slope, n, e, d) - target.log()
 
         floor, middle = float(target.min()), float(target.max() - target.min()) / 3 + 1e-3
         starts = []
@@ -94,7 +93,7 @@ class MoEScalingLaw:
             sides = [middle * float(values.median()) ** power for values in (n, e, d)]
             constants = [math.log(value) for value in (*sides, floor * share, power, power, power)]
             starts.append(torch.tensor([*constants, 0.0, *(float(given[at - 7]) for at in free)]))
-        positive, slope = unpacked(least_squares(residuals, starts))
+        positive, slope = unpacked(fit_least_squares(residuals, starts))
         big_a, big_b, big_c, f, a, b, c, first, last = positive.tolist()
         first, last = (fitted if end is None else float(end) for end, fitted in ((e_start, first), (e_max, last)))
         return cls(big_a, a, big_b, b, big_c, c, f, float(slope), first, last)
@@ -155,12 +154,12 @@ class PowerLaw:
 
     def loss(self, tokens: Numbers) -> Tensor:
         """L for D tokens, float64."""
-        return self.A * _positive("tokens", tokens) ** -self.a + self.E
+        return self.A * _read_positive("tokens", tokens) ** -self.a + self.E
 
     @classmethod
     def fit(cls, tokens: Numbers, losses: Numbers) -> PowerLaw:
         """Fits the constants to runs by least squares of log L. Raises ValueError for fewer than 3 runs."""
-        d, target = (_float64(values).flatten() for values in (tokens, losses))
+        d, target = (_to_float64(values).flatten() for values in (tokens, losses))
         _check_runs(3, d, target)
 
         def residuals(x: Tensor) -> Tensor:
@@ -171,7 +170,7 @@ class PowerLaw:
             torch.tensor([math.log(spread * float(d.min()) ** power), math.log(power), math.log(share * target.min())])
             for power, share in product((0.1, 0.3, 0.6), (0.5, 0.95))
         ]
-        x = least_squares(residuals, starts)
+        x = fit_least_squares(residuals, starts)
         return cls(float(x[0].exp()), float(x[1].exp()), float(x[2].exp()))
 
 
@@ -190,13 +189,13 @@ class UpcyclingLaw:
 
     def loss(self, dense_tokens: Numbers, tokens: Numbers) -> Tensor:
         """L for D1 and D2, float64, broadcast."""
-        log1, log2 = _positive("dense_tokens", dense_tokens).log(), _positive("tokens", tokens).log()
+        log1, log2 = _read_positive("dense_tokens", dense_tokens).log(), _read_positive("tokens", tokens).log()
         return self.A * (-self.a1 * log1 + (-self.a2 + self.a3 * log1) * log2).exp() + self.E
 
     @classmethod
     def fit(cls, dense_tokens: Numbers, tokens: Numbers, losses: Numbers) -> UpcyclingLaw:
         """Fits the constants to runs by least squares of log L."""
-        d1, d2, target = (_float64(values).flatten() for values in (dense_tokens, tokens, losses))
+        d1, d2, target = (_to_float64(values).flatten() for values in (dense_tokens, tokens, losses))
         _check_runs(5, d1, d2, target)
         log1, log2, least = d1.log(), d2.log(), float(target.min())
 
@@ -210,7 +209,7 @@ class UpcyclingLaw:
             columns = torch.stack([torch.ones_like(log1), -log1, -log2, log1 * log2], 1)
             linear = torch.linalg.lstsq(columns, rest[:, None]).solution[:, 0]
             starts.append(torch.cat([linear, torch.tensor([math.log(share * least)])]))
-        x = least_squares(residuals, starts)
+        x = fit_least_squares(residuals, starts)
         return cls(float(x[0].exp()), float(x[1]), float(x[2]), float(x[3]), float(x[4].exp()))
 
     def crossover(self, dense_tokens: float, scratch: PowerLaw, most: float = 1e9) -> float | None:
@@ -238,24 +237,24 @@ class UpcyclingLaw:
         return math.exp(high)
 
 
-def _effective(experts: Tensor, start: Tensor, most: Tensor) -> Tensor:
+def _saturate(experts: Tensor, start: Tensor, most: Tensor) -> Tensor:
     return 1 / (1 / (experts - 1 + 1 / (1 / start - 1 / most)) + 1 / most)
 
 
-def _moe_log_loss(positive: Tensor, slope: Tensor, size: Tensor, experts: Tensor, tokens: Tensor) -> Tensor:
+def _compute_log_loss(positive: Tensor, slope: Tensor, size: Tensor, experts: Tensor, tokens: Tensor) -> Tensor:
     big_a, big_b, big_c, f, a, b, c, start, most = positive
-    effective = _effective(experts, start, most)
+    effective = _saturate(experts, start, most)
     total = big_a / size**a + big_b / effective**b + big_c / tokens**c + f
     log_loss: Tensor = total.log() + slope * size.log() * effective.log()
     return log_loss
 
 
-def _float64(values: Numbers) -> Tensor:
+def _to_float64(values: Numbers) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64)
 
 
-def _positive(name: str, values: Numbers) -> Tensor:
-    found = _float64(values)
+def _read_positive(name: str, values: Numbers) -> Tensor:
+    found = _to_float64(values)
     if not (found > 0).all():
         raise ValueError(f"{name}: expected numbers above 0, got {float(found[~(found > 0)][0])}")
     return found
@@ -274,3 +273,45 @@ def _check_runs(constants: int, *columns: Tensor) -> None:
         raise ValueError(f"losses: expected one of each of {constants} runs or more, got {sorted(sizes)}")
     if not all(torch.isfinite(column).all() and (column > 0).all() for column in columns):
         raise ValueError("losses: expected positive numbers, got others")
+
+
+# ---- nonlinear least squares for a few parameters, in float64 --------------------------------------------------------
+
+
+def fit_least_squares(residuals: Callable[[Tensor], Tensor], starts: Sequence[Tensor], steps: int = 400) -> Tensor:
+    """The parameters [P] float64 with the smallest sum of squared residuals(parameters) [N], over all `starts`, by the
+    method of Levenberg and Marquardt."""
+    found = [_descend(residuals, start.double(), steps) for start in starts]
+    best, value = min(found, key=lambda pair: pair[1])
+    if not value < float("inf"):
+        raise ValueError("losses: expected numbers that the law can be fitted to, got residuals that are not finite")
+    return best
+
+
+def _descend(residuals: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> tuple[Tensor, float]:
+    jacobian = torch.func.jacfwd(residuals)  # type: ignore[no-untyped-call, unused-ignore]
+    r = residuals(x)
+    value, damping = _sum_squares(r), 1e-2
+    for _ in range(steps):
+        j = jacobian(x)
+        normal, slope = j.T @ j, j.T @ r
+        if not torch.isfinite(normal).all() or slope.abs().max() < 1e-15:
+            break
+        moved = False
+        for _ in range(12):
+            scale = torch.diag(normal.diagonal().clamp(min=1e-12))
+            step = torch.linalg.lstsq(normal + damping * scale, -slope[:, None]).solution[:, 0]
+            trial = residuals(x + step)
+            if _sum_squares(trial) < value:
+                gained = value - _sum_squares(trial)
+                x, r, value, damping, moved = x + step, trial, _sum_squares(trial), damping / 5, True
+                break
+            damping *= 4
+        if not moved or gained < 1e-15 * value:
+            break
+    return x, value
+
+
+def _sum_squares(r: Tensor) -> float:
+    value = float(r.square().sum())
+    return value if value == value else float("inf")

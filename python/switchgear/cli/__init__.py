@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from .. import __version__
-from ..common import CommandError
 from ..complaints import failed_import
+from .common import CommandError
 
 COMMANDS = {
     "info": "versions, backends, threads and OpenMP runtimes of this installation",
@@ -28,7 +28,8 @@ COMMANDS = {
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",
 }
-MODULES = {"bench": "bench.run", "plan-parallel": "bench.plan_parallel"}  # in the package; the others are here
+BENCHES = {"bench": "run", "demo": "demo", "train-tiny": "train_tiny"}  # modules of the distribution switchgear-bench
+GET_BENCH = "pip install ./bench/python, in a clone of switchgear"
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -67,7 +68,14 @@ class _CommandParser(_Parser):
 
 
 def _command(name: str) -> ModuleType:
-    return importlib.import_module(f"switchgear.{MODULES.get(name, f'cli.{name}').replace('-', '_')}")
+    if name not in BENCHES:
+        return importlib.import_module(f".{name.replace('-', '_')}", __name__)
+    try:
+        return importlib.import_module(f"switchgear_bench.{BENCHES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name != "switchgear_bench":
+            raise
+        raise CommandError(f"needs the distribution switchgear-bench: {GET_BENCH}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import CommandError, require
 from ..complaints import first_line
-from ..tiny import cache
+from .common import CommandError, require
 
 TINY = "tiny"  # names the model of train-tiny that is in the cache
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -21,16 +22,54 @@ LENGTH = 256
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def folder_of(name: str) -> Path:
+def find_folder(name: str) -> Path:
     """The folder of a checkpoint. CommandError if it is none."""
     if name == TINY:
-        return cache.newest().folder
+        return newest_tiny()
     folder = Path(name)
     if not (folder / "config.json").is_file():
         raise CommandError(
             f"expected a folder with a checkpoint of transformers (config.json), or {TINY!r}; got {name}"
         )
     return folder
+
+
+def cache_root() -> Path:
+    """$XDG_CACHE_HOME/switchgear, by default ~/.cache/switchgear."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchgear"
+
+
+def newest_tiny() -> Path:
+    """The folder of the model in the cache that train-tiny trained last, an accepted one before all others."""
+    found = []
+    for path in cache_root().glob("tiny-*/tiny.json"):
+        about = _about_tiny(path.parent)
+        found.append((bool(about["sensitivity"]["accepted"]), path.stat().st_mtime, path.parent))
+    if not found:
+        raise CommandError("no trained model in the cache; run `switchgear train-tiny` first, it takes ten minutes")
+    return max(found, key=lambda entry: entry[:2])[2]
+
+
+def tiny_texts(folder: Path, part: str) -> dict[str, bytes]:
+    """The texts that train-tiny keeps beside its model, by domain. part: "calibration" or "held_out"."""
+    domains = _about_tiny(folder)["domains"]
+    try:
+        return {name: (folder / "text" / f"{name}.{part}").read_bytes() for name in domains}
+    except OSError as error:
+        raise not_tiny(folder, error) from None
+
+
+def _about_tiny(folder: Path) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads((folder / "tiny.json").read_text())
+        about["sensitivity"]["accepted"], about["domains"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise not_tiny(folder, error) from None
+    return about
+
+
+def not_tiny(folder: Path, reason: Exception) -> CommandError:
+    return CommandError(f"{folder}: expected a model of `switchgear train-tiny` ({reason})")
 
 
 def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any:
@@ -44,7 +83,7 @@ def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any
     transformers = require("transformers")
     transformers.logging.set_verbosity_error()
     try:
-        kind = _class_of(folder, whole)
+        kind = _find_class(folder, whole)
         model, loaded = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except CommandError:
         raise
@@ -61,7 +100,7 @@ def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any
     return model
 
 
-def _class_of(folder: Path, whole: bool) -> Any:
+def _find_class(folder: Path, whole: bool) -> Any:
     """The class that the config names, with all parts of the model. Without a name, and for parts, that of causal
     language models."""
     transformers = require("transformers")
@@ -83,8 +122,7 @@ def read_texts(
     if not files:
         if not (folder / "tiny.json").exists():
             raise CommandError(f"{option}: expected files, since {folder} has no text of its own")
-        domains = cache.load(folder).domains
-        return {domain.name: bytes((domain.train if to_calibrate else domain.held_out).tolist()) for domain in domains}
+        return tiny_texts(folder, "calibration" if to_calibrate else "held_out")
     texts: dict[str, bytes] = {}
     for file in map(Path, files):
         if file.exists() and not file.is_file():
@@ -99,17 +137,17 @@ def read_texts(
     return texts
 
 
-def length_for(model: Any, wanted: int | None) -> int:
+def choose_length(model: Any, wanted: int | None) -> int:
     """Tokens of a sequence: by default LENGTH, or fewer if the model has fewer positions."""
     return wanted or min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
 
 
-def batches_of(
+def cut_batches(
     text: bytes, model: Any, folder: Path, *, tokens: int, length: int, rows: int = 8, name: str = ""
 ) -> list[Tensor]:
     """The first `tokens` tokens of a text in windows: batches [<= rows, length] int64. A model of 256 tokens without a
     tokenizer reads bytes. CommandError for a text shorter than a window."""
-    ids = _ids(text[: 16 * tokens], model, folder)[:tokens]  # a token has a few bytes
+    ids = _tokenize(text[: 16 * tokens], model, folder)[:tokens]  # a token has a few bytes
     count = ids.numel() // length
     if tokens < length:
         raise CommandError(f"tokens: expected at least a window of {length}, got {tokens}")
@@ -118,7 +156,7 @@ def batches_of(
     return list(torch.split(ids[: count * length].view(count, length), rows))
 
 
-def _ids(text: bytes, model: Any, folder: Path) -> Tensor:
+def _tokenize(text: bytes, model: Any, folder: Path) -> Tensor:
     has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
     if model.config.get_text_config().vocab_size == 256 and not has_tokenizer:
         return (

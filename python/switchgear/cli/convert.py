@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..common import CommandError, check_new, require, settings
-from ..common.progress import progress
+from .common import CommandError, check_new, require, settings
+from .progress import progress
 
 
 # fmt: off
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from switchgear.convert import checkpoints
-    from switchgear.convert.errors import ConversionError
+    from switchgear.convert.directory import ConversionError
 
     if args.list:
         for operation, names in checkpoints.OPTIONS.items():
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("expected SOURCE and --out")
     require("safetensors")
     check_new("out", args.out)
-    recipe = recipe_of(args)
+    recipe = read_recipe(args)
     try:
         with progress("converting") as advance:
             report = checkpoints.run(recipe, args.sources, args.out, advance, resume=not args.fresh)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def recipe_of(args: argparse.Namespace) -> Any:
+def read_recipe(args: argparse.Namespace) -> Any:
     """The path of --recipe, or a dict of --operation and --set."""
     if args.recipe:
         if args.operation or args.set:

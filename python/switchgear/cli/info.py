@@ -13,9 +13,10 @@ import torch
 
 from switchgear import _C
 
-from ..common import machine, optional
 from ..complaints import installed_version
 from ..cuda import NO_MODULE
+from . import machine
+from .common import optional
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

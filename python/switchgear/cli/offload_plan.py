@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import CommandError, above_zero, at_least, check_file, console, positive, require, table
-from ..common.progress import Advance, progress
-from .checkpoint import DTYPES, LENGTH, TINY, batches_of, folder_of, length_for, load_model, read_texts
+from .checkpoint import DTYPES, LENGTH, TINY, choose_length, cut_batches, find_folder, load_model, read_texts
+from .common import CommandError, above_zero, at_least, check_file, console, positive, require, table
+from .progress import Advance, progress
 
 UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", "K", "M", "G", "T"))}
 
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
             raise CommandError(f"--plot: expected a name that ends in .png, got {args.plot}")
         check_file("plot", args.plot)
     torch.set_num_threads(args.threads)
-    folder = folder_of(args.model)
+    folder = find_folder(args.model)
     texts = read_texts(args.text, folder)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -135,9 +135,9 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"cannot load the config of {folder}: {reason}") from None
     budget = budget_of(config, args)
     model = load_model(folder, args.dtype)
-    length = length_for(model, args.length)
+    length = choose_length(model, args.length)
     batches = [
-        batches_of(text, model, folder, tokens=args.tokens, length=length, name=name) for name, text in texts.items()
+        cut_batches(text, model, folder, tokens=args.tokens, length=length, name=name) for name, text in texts.items()
     ]
     with progress("reading") as advance:
         try:
@@ -236,7 +236,7 @@ def advice(found: Mapping[tuple[str, int], Any], budget: Budget, num_tokens: int
 
 
 def plot(found: Mapping[tuple[str, int], Any], steps: Sequence[int], budget: Budget, path: Path) -> None:
-    from ..common.plots import FAINT, colors, pyplot, save
+    from .plots import FAINT, colors, pyplot, save
 
     figure, axis = pyplot().subplots(figsize=(8, 4.5))
     names = list(dict.fromkeys(name for name, _ in found))

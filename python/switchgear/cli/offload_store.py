@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..common import CommandError, check_new, require, settings
-from ..common.progress import progress
-from .checkpoint import DTYPES, folder_of
+from .checkpoint import DTYPES, find_folder
+from .common import CommandError, check_new, require, settings
+from .progress import progress
 
 _OF_CONFIG = DTYPES[0]  # auto
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from ..offload.store_sources import AS_PUBLISHED
 
     check_new("out", args.out)
-    folder = folder_of(args.checkpoint)
+    folder = find_folder(args.checkpoint)
     dtype = None if args.dtype == _OF_CONFIG else getattr(torch, args.dtype)
     options = settings(args.set, "the form", ("source", "path", "form", "dtype", "progress", "resume"))
     if args.form == "plain" and (method := _quantization(folder)) is not None:

@@ -21,7 +21,7 @@ class ExpertErrors:
     """What a layer loses if one expert is quantized alone; see `expert_errors`."""
 
     bits: tuple[int, ...]  # ascending
-    errors: dict[str, Tensor]  # by layer, [E,B] float64: the Frobenius norm of the change of the layer's output
+    errors: dict[str, Tensor]  # [E,B] float64 by layer: the Frobenius norm of the change of the layer's output
     frequencies: dict[str, Tensor]  # [E] float64: tokens of the expert / tokens
     weights: dict[str, Tensor]  # [E] float64: sum of its weights / tokens
 
@@ -31,7 +31,7 @@ class BitAllocation(Mapping[str, "list[int]"]):
     """Bits by layer and expert: a mapping that `quantize(model, bits=…)` takes."""
 
     layers: dict[str, list[int]]
-    costs: dict[str, float] = field(default_factory=dict)  # by layer, the minimised sum
+    costs: dict[str, float] = field(default_factory=dict)  # the minimised sum by layer
 
     def __getitem__(self, name: str) -> list[int]:
         return self.layers[name]
@@ -79,7 +79,7 @@ def allocate_bits(
     Args:
         errors: of `expert_errors`; or costs by layer, [E,B] with a column per entry of `bits`, which are summed as they
             are.
-        bits: the widths, ascending; those of `errors` by default.
+        bits: the widths, ascending; by default the ones that `errors` has.
         average: bits per expert of a layer.
         at_least: for a width, the number of experts that must have it. By default one at 3 and one at 2 bits, where
             `bits` has them and the budget and number of experts permit it, as in the paper.
@@ -89,12 +89,12 @@ def allocate_bits(
 
     Raises ValueError for an option out of range, or a budget below the smallest allocation.
     """
-    widths, costs = _costs(errors, bits, alpha, beta, gamma, plain=tolerance is not None)
+    widths, costs = _read_costs(errors, bits, alpha, beta, gamma, plain=tolerance is not None)
     if tolerance is not None:
         limit = as_number("tolerance", tolerance)
         if not limit >= 0:
             raise ValueError(f"tolerance: expected a number from 0 on, got {tolerance}")
-        found = {name: within_tolerance(cost, widths, limit) for name, cost in costs.items()}
+        found = {name: lower_within(cost, widths, limit) for name, cost in costs.items()}
     else:
         average = as_number("average", average)
         if not widths[0] <= average:
@@ -102,14 +102,14 @@ def allocate_bits(
         found = {}
         for name, cost in costs.items():
             budget = math.floor(min(average, widths[-1]) * len(cost) + 1e-9)
-            needed = _needed(widths, len(cost), budget, at_least)
-            found[name] = cheapest(cost, widths, budget, needed)
+            needed = _count_needed(widths, len(cost), budget, at_least)
+            found[name] = find_cheapest(cost, widths, budget, needed)
     layers = {name: [widths[column] for column in columns] for name, columns in found.items()}
-    totals = {name: _total(costs[name], columns) for name, columns in found.items()}
+    totals = {name: _sum_cost(costs[name], columns) for name, columns in found.items()}
     return BitAllocation(layers, totals)
 
 
-def _costs(
+def _read_costs(
     errors: ExpertErrors | Mapping[str, Tensor],
     bits: Sequence[int] | None,
     alpha: float,
@@ -162,7 +162,7 @@ def as_widths(bits: Any) -> list[int]:
     return widths
 
 
-def _needed(widths: Sequence[int], count: int, budget: int, at_least: Mapping[int, int] | None) -> list[int]:
+def _count_needed(widths: Sequence[int], count: int, budget: int, at_least: Mapping[int, int] | None) -> list[int]:
     """How many experts each width must have at least."""
     if at_least is None:
         needed = [int(width in (2, 3)) for width in widths]
@@ -177,7 +177,7 @@ def _needed(widths: Sequence[int], count: int, budget: int, at_least: Mapping[in
     return [at_least.get(width, 0) for width in widths]
 
 
-def cheapest(cost: Tensor, widths: Sequence[int], budget: int, needed: Sequence[int]) -> list[int]:
+def find_cheapest(cost: Tensor, widths: Sequence[int], budget: int, needed: Sequence[int]) -> list[int]:
     """The columns of cost [E,B] with the least sum, one per row, if the widths add up to at most `budget` and column b
     is used at least needed[b] times. Raises ValueError if there are none.
 
@@ -193,7 +193,7 @@ def cheapest(cost: Tensor, widths: Sequence[int], budget: int, needed: Sequence[
             if width <= budget:
                 moved = torch.full_like(start, torch.inf)
                 moved[..., width:] = steps[-1][..., : budget + 1 - width] + price
-                best = torch.minimum(best, _counted(moved, column))
+                best = torch.minimum(best, _count_use(moved, column))
         steps.append(best)
     final = steps[-1][tuple(needed)]
     if not bool(final.isfinite().any()):
@@ -202,12 +202,12 @@ def cheapest(cost: Tensor, widths: Sequence[int], budget: int, needed: Sequence[
     state = (*needed, int(final.argmin()))
     columns: list[int] = []
     for step in range(len(cost), 0, -1):
-        column, state = _before(steps[step - 1], float(steps[step][state]), state, cost[step - 1], widths, needed)
+        column, state = _step_back(steps[step - 1], float(steps[step][state]), state, cost[step - 1], widths, needed)
         columns.append(column)
     return columns[::-1]
 
 
-def _counted(moved: Tensor, column: int) -> Tensor:
+def _count_use(moved: Tensor, column: int) -> Tensor:
     """Counts one more use of a column: moves the states along its dimension. The last one stands for more, too."""
     last = moved.shape[column] - 1
     if not last:
@@ -219,7 +219,7 @@ def _counted(moved: Tensor, column: int) -> Tensor:
     return result
 
 
-def _before(
+def _step_back(
     best: Tensor, value: float, state: tuple[int, ...], row: Tensor, widths: Sequence[int], needed: Sequence[int]
 ) -> tuple[int, tuple[int, ...]]:
     """The column of an expert on the way to a state of cost `value`, and the state before it. Sums are repeated as they
@@ -236,7 +236,7 @@ def _before(
     raise AssertionError("every state has one before it")
 
 
-def within_tolerance(error: Tensor, widths: Sequence[int], tolerance: float) -> list[int]:
+def lower_within(error: Tensor, widths: Sequence[int], tolerance: float) -> list[int]:
     """EdgeMoE's rule for errors [E,B]: the widest uniform width is lowered, expert by expert in order of the error at
     the next width, while the sum of errors stays within the tolerance; then from that width to the next one. If even
     the widest width exceeds it, all experts get that."""
@@ -244,13 +244,13 @@ def within_tolerance(error: Tensor, widths: Sequence[int], tolerance: float) -> 
     for lower in range(len(widths) - 2, -1, -1):
         for expert in error[:, lower].argsort(stable=True).tolist():
             trial = [*columns[:expert], lower, *columns[expert + 1 :]]
-            if _total(error, trial) > tolerance:
+            if _sum_cost(error, trial) > tolerance:
                 return columns
             columns = trial
     return columns
 
 
-def _total(cost: Tensor, columns: Sequence[int]) -> float:
+def _sum_cost(cost: Tensor, columns: Sequence[int]) -> float:
     return float(cost.gather(1, torch.tensor(columns)[:, None]).sum())
 
 

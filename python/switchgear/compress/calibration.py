@@ -15,13 +15,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from switchgear.complaints import check_module, check_seed, check_switch, list_of_names
-from switchgear.compress.layer import ExpertLayer, expert_layers
-from switchgear.compress.sums import Domains, ExpertSums, Hessians, LayerCalibration, Samples, hessians_of, sums_of
+from switchgear.compress.sums import (
+    Domains,
+    ExpertSums,
+    Hessians,
+    LayerCalibration,
+    Samples,
+    compute_hessians,
+    sum_rows,
+)
 from switchgear.files import AnyPath
+from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.reference import check_size
 from switchgear.trace import Observation, observe
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 
 _FORMAT = "switchgear calibration 1"
 _NO_TENSORS = (int, float, str, type(None))
@@ -29,7 +37,7 @@ _NO_TENSORS = (int, float, str, type(None))
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
-    """Statistics of a model's MoE layers on some data. `+` joins those of parts of the data, as of several processes.
+    """Statistics of a model's MoE layers on some data. `+` joins parts of the data, such as several processes'.
 
     Attributes: layers, by name of the block (moe_blocks). Each has `domains`, `sums(domain)`, `sample(domain)`,
     `hessians` and `ratio_median(domain)`.
@@ -53,8 +61,8 @@ class Calibration:
         return Calibration({name: layer + other.layers[name] for name, layer in self.layers.items()})
 
     def check(self, model: nn.Module, names: Collection[str] | None = None, domains: Domains = None) -> None:
-        """Raises ValueError unless the layers (of these names) are those of the model, and the domains are known."""
-        self._check({name: _layer_of(layer) for name, layer in expert_layers(model, names).items()})
+        """Raises ValueError unless the model has the layers (of these names), and the domains are known."""
+        self._check({name: _describe_layer(layer) for name, layer in expert_layers(model, names).items()})
         if domains is None:
             return
         wanted = list_of_names("domains", domains)
@@ -106,7 +114,7 @@ class Calibration:
                 if metadata.get("format") != _FORMAT:
                     raise ValueError("another format")
                 layers = json.loads(metadata["layers"])
-                return cls({layer["name"]: _loaded(file, index, layer) for index, layer in enumerate(layers)})
+                return cls({layer["name"]: _load_layer(file, index, layer) for index, layer in enumerate(layers)})
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
@@ -128,7 +136,7 @@ def check_finite(name: str, *statistics: Tensor) -> None:
         raise ValueError(f"calibration: expected finite statistics of the experts of {name}, got NaN or infinities")
 
 
-def _loaded(file: Any, index: int, layer: Mapping[str, Any]) -> LayerCalibration:
+def _load_layer(file: Any, index: int, layer: Mapping[str, Any]) -> LayerCalibration:
     def tensors(*keys: str, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: file.get_tensor(".".join([str(index), *keys, name])) for name in names}
 
@@ -187,7 +195,7 @@ def calibrate(
     model does that.
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face; see moe_blocks.
+        model: has MoE layers of switchgear or Hugging Face; see moe_blocks.
         batches: dicts of the forward's arguments, tuples of them, or single tensors. A dict may have the key "domain",
             a name. The model runs in eval mode.
         hessians: also keep Xᵀ X of both projections of each expert, which GPTQ needs: E · (H² + I²) · 4 bytes a layer.
@@ -205,18 +213,18 @@ def calibrate(
     check_size("samples", samples, 0)
     check_switch("hessians", hessians)
     check_seed(seed)
-    each, parts = _iterator(batches), expert_layers(model, layers)
+    each, parts = _iterate(batches), expert_layers(model, layers)
     collector = _Collector(parts, hessians, samples, seed)
-    with evaluating(model), observe(model, collector.see, layers=list(parts)):
+    with set_eval(model), observe(model, collector.see, layers=list(parts)):
         for batch in each:
-            collector.domain, arguments, named = _arguments(batch)
+            collector.domain, arguments, named = _split_batch(batch)
             model(*arguments, **named)
     if not any(layer.domains for layer in collector.layers.values()):
         raise ValueError("batches: expected tokens that are not padding, got none")
     return Calibration(collector.layers)
 
 
-def _iterator(batches: Any) -> Iterator[Any]:
+def _iterate(batches: Any) -> Iterator[Any]:
     """TypeError for what has no batches, and for a tensor or a dict, which is one."""
     if not isinstance(batches, (Tensor, Mapping)):
         with suppress(TypeError):
@@ -225,7 +233,7 @@ def _iterator(batches: Any) -> Iterator[Any]:
     raise TypeError(f"batches: expected a list of batches, got {got} (pass [batch] for one)")
 
 
-def _arguments(batch: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+def _split_batch(batch: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     arguments: tuple[Any, ...] = ()
     named: dict[str, Any] = {}
     if isinstance(batch, Mapping):
@@ -250,7 +258,7 @@ class _Collector:
     def __init__(self, parts: Mapping[str, ExpertLayer], hessians: bool, samples: int, seed: int) -> None:
         self.parts, self.hessians, self.samples = parts, hessians, samples
         self.domain = ""
-        self.layers = {name: _layer_of(part) for name, part in parts.items()}
+        self.layers = {name: _describe_layer(part) for name, part in parts.items()}
         # One generator per layer: all layers keep the same tokens.
         self.keys = {name: torch.Generator().manual_seed(seed) for name in parts}
 
@@ -266,23 +274,23 @@ class _Collector:
         ids = torch.where((ids < 0) | (ids >= part.num_experts), -1, ids)
         weights = weights.masked_fill(ids < 0, 0)
         rows = part.rows(x, ids, weights)
-        sums = sums_of(rows, weights, logits, part.intermediate_size)
+        sums = sum_rows(rows, weights, logits, part.intermediate_size)
         keys = torch.randint(2**62, (len(x),), generator=self.keys[name])
         sample = Samples.of(self.samples, keys, x, ids, weights)
         layer = self.layers[name]
         self.layers[name] = layer + replace(
             layer, domains={self.domain: sums}, samples={self.domain: sample} if self.samples else {},
-            hessians=hessians_of(rows) if self.hessians else None,
+            hessians=compute_hessians(rows) if self.hessians else None,
         )  # fmt: skip
 
 
-def _layer_of(part: ExpertLayer) -> LayerCalibration:
+def _describe_layer(part: ExpertLayer) -> LayerCalibration:
     return LayerCalibration(
-        part.num_experts, part.block.top_k, part.hidden_size, part.intermediate_size, gate_hash(part.block)
+        part.num_experts, part.block.top_k, part.hidden_size, part.intermediate_size, hash_gate(part.block)
     )
 
 
-def gate_hash(block: MoeBlock) -> str:
+def hash_gate(block: MoeBlock) -> str:
     """Identifies the weight of a router."""
     weight = block.gate_weight()
     if weight is None or weight.is_meta:

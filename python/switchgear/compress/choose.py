@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which experts prune_experts keeps: by scores, by the best subset, or those given."""
+"""Which experts prune_experts keeps: by scores, by the subset that changes the layer's output least (NAEE,
+arXiv:2402.14800), or those given."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -13,9 +15,9 @@ import torch
 from torch import Tensor
 
 from switchgear.compress.calibration import Calibration, check_finite
-from switchgear.compress.layer import ExpertLayer
-from switchgear.compress.subsets import best_subset
-from switchgear.compress.sums import Domains, LayerCalibration
+from switchgear.compress.sums import Domains, LayerCalibration, Samples
+from switchgear.compress.surgery import compute_choice, compute_choice_among
+from switchgear.integrations.blocks import ExpertLayer
 
 Keep = int | float | Mapping[str, Sequence[int]]
 
@@ -27,7 +29,7 @@ class PrunedLayer:
     name: str
     kept: list[int]
     removed: list[int]
-    scores: list[float] | None = None  # of all experts by the criterion; None for "reconstruction" and given experts
+    scores: list[float] | None = None  # all experts' by the criterion; None for "reconstruction" and given experts
     search: str = ""  # "exact", "greedy" or "swaps", for "reconstruction"
     error: float | None = None  # ‖F(x) − F_kept(x)‖ / ‖F(x)‖ on the sample, for "reconstruction"
     padding: int = 0  # empty places, which no token gets
@@ -44,16 +46,16 @@ def choose(
     exact_subsets: int,
 ) -> dict[str, PrunedLayer]:
     if isinstance(keep, Mapping):
-        return {name: _given(layer, keep[name]) for name, layer in layers.items()}
-    counts = {name: count_of(layer, keep) for name, layer in layers.items()}
+        return {name: _keep_given(layer, keep[name]) for name, layer in layers.items()}
+    counts = {name: count_kept(layer, keep) for name, layer in layers.items()}
     if criterion == "reconstruction":
         if scope == "global":
             raise ValueError("scope: expected layer for criterion='reconstruction', which compares subsets, got global")
         assert calibration is not None
         found = {}
         for name, layer in layers.items():
-            known, per_group = calibration.layers[name], per_group_of(layer, counts[name])
-            subset = best_subset(layer, known.sample(domains), counts[name], per_group, exact_subsets)
+            known, per_group = calibration.layers[name], count_per_group(layer, counts[name])
+            subset = find_subset(layer, known.sample(domains), counts[name], per_group, exact_subsets)
             found[name] = PrunedLayer(name, *split_experts(layer, subset.kept), None, subset.search, subset.error)
         return found
     generator = torch.Generator().manual_seed(seed)
@@ -63,13 +65,13 @@ def choose(
             scores[name] = torch.rand(layer.num_experts, generator=generator, dtype=torch.float64)
         else:
             assert calibration is not None
-            scores[name] = scores_of(calibration.layers[name], criterion, domains)
+            scores[name] = score_experts(calibration.layers[name], criterion, domains)
             check_finite(name, scores[name])
     if scope == "layer":
-        kept = {name: _top(layers[name], score, counts[name]) for name, score in scores.items()}
+        kept = {name: _choose_best(layers[name], score, counts[name]) for name, score in scores.items()}
         padding = dict.fromkeys(kept, 0)
     else:
-        kept = _top_of_all(layers, scores, sum(counts.values()))
+        kept = _choose_best_of_all(layers, scores, sum(counts.values()))
         most = max(map(len, kept.values()))
         ours = next(iter(layers.values())).block.is_ours
         padding = {name: 0 if ours else most - len(experts) for name, experts in kept.items()}
@@ -79,7 +81,7 @@ def choose(
     }
 
 
-def scores_of(layer: LayerCalibration, criterion: str, domains: Domains = None) -> Tensor:
+def score_experts(layer: LayerCalibration, criterion: str, domains: Domains = None) -> Tensor:
     """[E] float64: what each expert is worth. Experts without tokens are worth nothing."""
     sums = layer.sums(domains)
     counts = sums.counts.double()
@@ -92,7 +94,7 @@ def split_experts(layer: ExpertLayer, kept: Sequence[int]) -> tuple[list[int], l
     return sorted(kept), [expert for expert in range(layer.num_experts) if expert not in set(kept)]
 
 
-def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
+def _keep_given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
     if isinstance(experts, (str, int, float)):
         raise TypeError(f"keep: expected a list of experts for {layer.name}, got {type(experts).__name__}")
     try:
@@ -105,7 +107,7 @@ def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
         raise ValueError(
             f"keep: expected different experts of 0 to {layer.num_experts - 1} for {layer.name}, got {ids}"
         )
-    per_group = per_group_of(layer, count_of(layer, len(ids)))
+    per_group = count_per_group(layer, count_kept(layer, len(ids)))
     if per_group is not None:
         size = layer.num_experts // (len(ids) // per_group)
         if any(sum(expert // size == group for expert in ids) != per_group for group in range(len(ids) // per_group)):
@@ -113,7 +115,7 @@ def _given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
     return PrunedLayer(layer.name, *split_experts(layer, ids))
 
 
-def count_of(layer: ExpertLayer, keep: int | float) -> int:
+def count_kept(layer: ExpertLayer, keep: int | float) -> int:
     """The number of experts to keep. Raises ValueError if it is too small or too large."""
     if isinstance(keep, float):
         if not 0 < keep < 1:
@@ -126,11 +128,11 @@ def count_of(layer: ExpertLayer, keep: int | float) -> int:
     least = layer.block.top_k or 1
     if not least <= count <= layer.num_experts:
         raise ValueError(f"keep: expected {least} (top_k) to {layer.num_experts} experts in {layer.name}, got {count}")
-    per_group_of(layer, count)
+    count_per_group(layer, count)
     return count
 
 
-def per_group_of(layer: ExpertLayer, count: int) -> int | None:
+def count_per_group(layer: ExpertLayer, count: int) -> int | None:
     """Experts to keep of each group of a grouped router; None for other routers."""
     groups = layer.block.groups()
     if groups is None:
@@ -145,9 +147,9 @@ def per_group_of(layer: ExpertLayer, count: int) -> int | None:
     return count // total
 
 
-def _top(layer: ExpertLayer, scores: Tensor, count: int) -> list[int]:
+def _choose_best(layer: ExpertLayer, scores: Tensor, count: int) -> list[int]:
     """The best experts, of each group if there are groups; the lowest ids win ties."""
-    per_group = per_group_of(layer, count)
+    per_group = count_per_group(layer, count)
     if per_group is None:
         best: list[int] = scores.argsort(descending=True, stable=True)[:count].tolist()
         return best
@@ -156,12 +158,14 @@ def _top(layer: ExpertLayer, scores: Tensor, count: int) -> list[int]:
     return sorted((grouped + torch.arange(len(grouped))[:, None] * size).flatten().tolist())
 
 
-def _top_of_all(layers: Mapping[str, ExpertLayer], scores: Mapping[str, Tensor], total: int) -> dict[str, list[int]]:
+def _choose_best_of_all(
+    layers: Mapping[str, ExpertLayer], scores: Mapping[str, Tensor], total: int
+) -> dict[str, list[int]]:
     """The best experts of all layers, but at least top_k of each."""
     for layer in layers.values():
         if layer.block.groups() is not None:
             raise ValueError(f"scope: expected layer for the grouped router of {layer.name}, got global")
-    kept = {name: _top(layers[name], score, layers[name].block.top_k or 1) for name, score in scores.items()}
+    kept = {name: _choose_best(layers[name], score, layers[name].block.top_k or 1) for name, score in scores.items()}
     rest = sorted(
         (-float(score), index, expert, name)
         for index, (name, layer_scores) in enumerate(scores.items())
@@ -171,3 +175,97 @@ def _top_of_all(layers: Mapping[str, ExpertLayer], scores: Mapping[str, Tensor],
     for _, _, expert, name in rest[: total - sum(map(len, kept.values()))]:
         kept[name].append(expert)
     return kept
+
+
+# ---- subsets ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subset:
+    kept: list[int]
+    search: str  # "exact", "greedy" or "swaps"
+    error: float  # ‖F(x) − F_kept(x)‖ / ‖F(x)‖
+
+
+class Reconstruction:
+    """The error of subsets on a sample. All experts are computed once for all tokens; the router is cut anew for each
+    subset, so weights are renormalised, and groups chosen, as the pruned layer does it."""
+
+    def __init__(self, layer: ExpertLayer, sample: Samples | None) -> None:
+        if sample is None or not len(sample.x):
+            raise ValueError(f"calibration: expected a sample of tokens of {layer.name}, got none (samples=0)")
+        if layer.scales_input:
+            raise ValueError(f"criterion: expected none of outputs for {layer.name}, which scales its input")
+        self.layer = layer
+        weight = layer.block.gate_weight()
+        assert weight is not None
+        self.x = sample.x.to(weight.device)
+        ids, weights = compute_choice(layer.block, self.x)
+        if not torch.equal(ids.sort(-1).values.cpu(), sample.topk_ids.long().sort(-1).values):
+            raise ValueError(
+                f"{layer.name}: expected a router that reads the input of the experts, got other choices for it"
+            )
+        self.outputs = layer.every_expert(self.x)
+        self.wanted = self.combined(ids, weights)
+        self.norm = float(self.wanted.norm())
+        if not math.isfinite(self.norm):  # 0 · NaN is NaN, even if no token chose the expert
+            raise ValueError(f"calibration: expected finite outputs of the experts of {layer.name}, got others")
+
+    def combined(self, ids: Tensor, weights: Tensor) -> Tensor:
+        dense = weights.new_zeros(len(ids), self.layer.num_experts + 1).scatter_add(
+            1, torch.where(ids < 0, self.layer.num_experts, ids), weights
+        )
+        return torch.bmm(dense[:, None, :-1].float(), self.outputs).squeeze(1).double()
+
+    def error(self, keep: Sequence[int]) -> float:
+        """‖F(x) − F_keep(x)‖ / ‖F(x)‖ over the sample."""
+        difference = self.wanted - self.combined(*compute_choice_among(self.layer.block, keep, self.x))
+        return float(difference.norm()) / max(self.norm, 1e-30)
+
+
+def find_subset(
+    layer: ExpertLayer, sample: Samples | None, count: int, per_group: int | None, exact_subsets: int
+) -> Subset:
+    """The best of all subsets if there are at most `exact_subsets`; else what remains when the expert whose removal
+    costs least is removed, again and again. Of equal ones the first."""
+    losses = Reconstruction(layer, sample)
+    groups = 1 if per_group is None else count // per_group
+    size = layer.num_experts // groups
+    if math.comb(size, count // groups) ** groups <= exact_subsets:
+        subsets = _list_subsets(groups, size, count // groups)
+        error, kept = min((losses.error(subset), subset) for subset in subsets)
+        return Subset(kept, "exact", error)
+    if per_group is not None:
+        return _swap_experts(losses, groups, size, per_group)
+    kept = list(range(layer.num_experts))
+    while len(kept) > count:
+        _, removed = min((losses.error([e for e in kept if e != expert]), expert) for expert in kept)
+        kept.remove(removed)
+    return Subset(kept, "greedy", losses.error(kept))
+
+
+def _swap_experts(losses: Reconstruction, groups: int, size: int, per_group: int) -> Subset:
+    """The subset for a grouped router, whose groups have one size: starts from the first experts of each group, and
+    makes the best swap of two experts of a group while one lowers the error."""
+    kept = [group * size + expert for group in range(groups) for expert in range(per_group)]
+    error = losses.error(kept)
+    while True:
+        swaps = [
+            sorted([*(e for e in kept if e != old), new])
+            for old in kept
+            for new in range(old // size * size, (old // size + 1) * size)
+            if new not in kept
+        ]
+        best, following = min(((losses.error(swap), swap) for swap in swaps), default=(error, kept))
+        if not best < error:
+            return Subset(kept, "swaps", error)
+        error, kept = best, following
+
+
+def _list_subsets(groups: int, size: int, count: int) -> Iterator[list[int]]:
+    per_group = [
+        [[group * size + expert for expert in chosen] for chosen in itertools.combinations(range(size), count)]
+        for group in range(groups)
+    ]
+    for parts in itertools.product(*per_group):
+        yield [expert for part in parts for expert in part]

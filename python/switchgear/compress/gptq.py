@@ -27,7 +27,7 @@ class Levels(NamedTuple):
     zeros: Tensor  # [n,N,G] uint8
 
 
-def rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Levels:
+def round_to_nearest(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Levels:
     """Round to nearest, with the scales of `groups.fit`."""
     levels = groups.quantize(weight, (bits,) * len(weight), group_size, symmetric)
     zeros = levels.zeros
@@ -36,7 +36,7 @@ def rounded(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Leve
     return Levels(levels.q, levels.scales, zeros)
 
 
-def decoded(quantized: Levels, bits: int, group_size: int) -> Tensor:
+def decode(quantized: Levels, bits: int, group_size: int) -> Tensor:
     """[n,N,C] float32."""
     columns = quantized.q.shape[2]
     size = group_size or columns
@@ -64,7 +64,7 @@ def gptq(
         group_size: columns that share a scale; 0 for the whole row.
         symmetric: levels around zero; otherwise each group has a zero point, too.
         damping: this share of the mean of a Hessian's diagonal is added to it.
-        act_order: columns with the largest diagonal first; groups and their scales are then those of the weight before.
+        act_order: columns with the largest diagonal first; groups and their scales are then computed before.
 
     Returns:
         Levels. A row is independent of the others, and gets the plain rounding if that has the smaller error: GPTQ is
@@ -76,19 +76,19 @@ def gptq(
     check_damping(damping)
     check_switch("symmetric", symmetric)
     check_switch("act_order", act_order)
-    plain = rounded(weight, bits, group_size, symmetric)
+    plain = round_to_nearest(weight, bits, group_size, symmetric)
     target = weight.float()
     hessian = hessian.float()
-    order = _order(hessian, act_order)
-    factor = _factor(hessian, order, damping)
-    found = _compensated(
-        _in_order(target, order), factor, bits, group_size, symmetric, plain if act_order else None, order
+    order = _order_columns(hessian, act_order)
+    factor = _factorize(hessian, order, damping)
+    found = _compensate(
+        _reorder(target, order), factor, bits, group_size, symmetric, plain if act_order else None, order
     )
     if act_order:
         back = order.argsort(1)
         found = found._replace(q=found.q.gather(2, back[:, None].expand_as(found.q)))
-    better = row_errors(target - decoded(found, bits, group_size), hessian) < row_errors(
-        target - decoded(plain, bits, group_size), hessian
+    better = sum_row_errors(target - decode(found, bits, group_size), hessian) < sum_row_errors(
+        target - decode(plain, bits, group_size), hessian
     )
     return Levels(*(torch.where(better[..., None], new, old) for new, old in zip(found, plain, strict=True)))
 
@@ -115,13 +115,13 @@ def _check(weight: Any, hessian: Any, bits: Any, group_size: Any) -> None:
     check_size("group_size", group_size, 0)
 
 
-def row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+def sum_row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     """‖X dᵀ‖² of each row d of [n,N,C], [n,N]."""
     errors: Tensor = torch.einsum("enc,enc->en", difference @ hessian.to(difference.dtype), difference)
     return errors
 
 
-def _order(hessian: Tensor, act_order: bool) -> Tensor:
+def _order_columns(hessian: Tensor, act_order: bool) -> Tensor:
     """[n,C]: the columns in the order in which they are quantized."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     if act_order:
@@ -129,22 +129,22 @@ def _order(hessian: Tensor, act_order: bool) -> Tensor:
     return torch.arange(hessian.shape[1], device=hessian.device).expand(len(hessian), -1)
 
 
-def _in_order(matrix: Tensor, order: Tensor) -> Tensor:
+def _reorder(matrix: Tensor, order: Tensor) -> Tensor:
     """A copy with the columns in order."""
     return matrix.gather(2, order[:, None].expand(-1, matrix.shape[1], -1))
 
 
-def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+def _factorize(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of each damped Hessian, in order of the columns. A Hessian that is not
     positive definite in float32 is damped more. Raises ValueError if that does not help."""
-    hessian = _in_order(hessian, order).transpose(1, 2)
-    hessian = _in_order(hessian, order)
+    hessian = _reorder(hessian, order).transpose(1, 2)
+    hessian = _reorder(hessian, order)
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     diagonal[diagonal == 0] = 1  # an input that is always zero; its column is independent of all others
     mean = diagonal.mean(1, keepdim=True)
     result = torch.empty_like(hessian)
     for expert, matrix in enumerate(hessian):
-        for share in _shares(damping):
+        for share in _try_shares(damping):
             damped = matrix + torch.diag(share * mean[expert].expand(len(matrix)))
             lower, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
@@ -158,7 +158,7 @@ def _factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     return result
 
 
-def _shares(damping: float) -> Iterator[float]:
+def _try_shares(damping: float) -> Iterator[float]:
     """The damping, and what is tried if that is not enough: powers of ten up to the mean of the diagonal."""
     yield damping
     share = max(10 * damping, 1e-6)
@@ -168,7 +168,7 @@ def _shares(damping: float) -> Iterator[float]:
     yield 1.0
 
 
-def _compensated(
+def _compensate(
     weight: Tensor,
     factor: Tensor,
     bits: int,

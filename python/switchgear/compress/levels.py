@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The levels of a layer's projections, each expert with its own number of bits, and the checks of what they need."""
+"""The levels of a layer's projections, each expert with its own number of bits, the checks of what they need, and
+expert_errors: what each layer's output loses if one expert alone is quantized."""
 
 from __future__ import annotations
 
@@ -9,12 +10,13 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import integer
+from switchgear.complaints import check_module, integer
+from switchgear.compress.bits import ExpertErrors, as_widths
 from switchgear.compress.calibration import Calibration, check_calibration, check_finite
-from switchgear.compress.gptq import Levels, decoded, gptq, rounded
-from switchgear.compress.layer import ExpertLayer
-from switchgear.compress.sums import Hessians
-from switchgear.reference import check_size
+from switchgear.compress.gptq import Levels, decode, gptq, round_to_nearest
+from switchgear.compress.sums import Domains, Hessians
+from switchgear.integrations.blocks import ExpertLayer, expert_layers
+from switchgear.reference import check_choice, check_size
 from switchgear.weights.groups import Groups
 
 METHODS = ("rtn", "gptq")
@@ -22,7 +24,7 @@ Bits = int | Mapping[str, int | Sequence[int]]
 _TOGETHER = 8  # experts: bounds the memory of float32 copies and factors
 
 
-def widths_of(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
+def read_widths(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
     given = bits[layer.name] if isinstance(bits, Mapping) else bits
     if isinstance(given, str) or not isinstance(given, (Integral, Sequence)):
         raise TypeError(f"bits: expected int, or a list of them, got {type(given).__name__}")
@@ -38,7 +40,7 @@ def widths_of(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
     return widths
 
 
-def hessians_of(
+def find_hessians(
     model: nn.Module, layers: Mapping[str, ExpertLayer], method: str, calibration: Calibration | None
 ) -> dict[str, Hessians]:
     if calibration is None:
@@ -57,13 +59,13 @@ def hessians_of(
     return found
 
 
-def starved_experts(layer: ExpertLayer, calibration: Calibration | None, min_tokens: int) -> list[int]:
+def find_starved(layer: ExpertLayer, calibration: Calibration | None, min_tokens: int) -> list[int]:
     assert calibration is not None
     counts = calibration.layers[layer.name].sums().counts
     return (counts < max(min_tokens, 1)).nonzero().flatten().tolist()
 
 
-def quantized_projection(
+def quantize_projection(
     layer: ExpertLayer,
     index: int,
     widths: Sequence[int],
@@ -83,7 +85,7 @@ def quantized_projection(
         mine = [expert for expert, bits in enumerate(widths) if bits == width]
         for expert in mine if method == "rtn" else [e for e in mine if e in few]:
             one = weight[expert : expert + 1].contiguous()
-            found[expert] = width, rounded(one, width, form.group_size, form.symmetric)
+            found[expert] = width, round_to_nearest(one, width, form.group_size, form.symmetric)
         rest = [expert for expert in mine if expert not in found]
         for some in (rest[at : at + _TOGETHER] for at in range(0, len(rest), _TOGETHER)):
             assert hessians is not None
@@ -97,6 +99,72 @@ def quantized_projection(
     return [found[expert] for expert in range(len(widths))]
 
 
-def plain_projection(layer: ExpertLayer, index: int, found: Sequence[tuple[int, Levels]], form: Groups) -> Tensor:
-    values = [decoded(levels, width, form.group_size) for width, levels in found]
+def decode_projection(layer: ExpertLayer, index: int, found: Sequence[tuple[int, Levels]], form: Groups) -> Tensor:
+    values = [decode(levels, width, form.group_size) for width, levels in found]
     return torch.cat(values).to(layer.projection(index).dtype)
+
+
+# ---- expert_errors ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def expert_errors(
+    model: nn.Module,
+    calibration: Calibration,
+    bits: Sequence[int] = (1, 2, 3),
+    *,
+    group_size: int = 128,
+    method: str = "rtn",
+    symmetric: bool = True,
+    domains: Domains = None,
+    layers: Collection[str] | None = None,
+) -> ExpertErrors:
+    """What each layer's output loses if one expert alone is quantized: ‖F(x) − F'(x)‖ over the calibration's sample,
+    for each expert and width (MC-MoE, arXiv:2410.06270, eq. 3). For `allocate_bits`.
+
+    Args:
+        bits: the widths to try, each 1 to 8, in any order.
+        group_size, method, symmetric: as for `quantize`. The paper's code rounds asymmetrically by default.
+        domains: where the calibration's sample is taken from; by default all.
+        layers: names of blocks; by default all.
+
+    Returns:
+        ExpertErrors, whose errors [E,B] float64, by layer, have a column per width, ascending.
+
+    Raises ValueError for a calibration of another model, or without a sample (or Hessians, for method="gptq").
+    """
+    check_module("model", model)
+    check_choice("method", method, METHODS)
+    bits = sorted(set(as_widths(bits)))
+    form = Groups(4, group_size, symmetric)
+    parts = expert_layers(model, layers)
+    check_calibration(calibration, model, parts, domains)
+    hessians = find_hessians(model, parts, method, calibration)
+    result = ExpertErrors(tuple(bits), {}, {}, {})
+    for name, layer in parts.items():
+        for width in bits:
+            read_widths(layer, width, 8)
+        known = calibration.layers[name]
+        sample, sums = known.sample(domains), known.sums(domains)
+        if sample is None:
+            raise ValueError(f"calibration: expected a sample of tokens of {name}, got none (samples=0)")
+        check_finite(name, sample.x, sample.topk_weights, sums.weights)
+        device = layer.projection(0).device
+        rows = layer.rows(sample.x.to(device), sample.topk_ids.to(device), sample.topk_weights.to(device))
+        few = find_starved(layer, calibration, 1) if method == "gptq" else []
+        columns = []
+        for width in bits:
+            widths = [width] * layer.num_experts
+            weights = []
+            for index in (0, 1):
+                levels = quantize_projection(layer, index, widths, form, hessians.get(name), method, few)
+                weights.append(decode_projection(layer, index, levels, form))
+            _, outputs = layer.apply(rows.inputs, rows.offsets, *weights)
+            change = ((outputs.double() - rows.outputs.double()) * rows.weights[:, None]).square().sum(1)
+            total = change.new_zeros(layer.num_experts).index_add_(0, rows.experts, change)
+            columns.append(total.sqrt().cpu())
+        tokens = sums.tokens.clamp(min=1).double()
+        result.errors[name] = torch.stack(columns, 1)
+        result.frequencies[name] = sums.counts.double() / tokens
+        result.weights[name] = sums.weights / tokens
+    return result

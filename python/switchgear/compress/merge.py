@@ -12,25 +12,28 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module, check_switch
 from switchgear.compress.calibration import Calibration, check_calibration
-from switchgear.compress.choose import count_of, per_group_of
-from switchgear.compress.clusters import around_dominant, hierarchical, rows_in_order
-from switchgear.compress.layer import ExpertLayer, expert_layers
+from switchgear.compress.choose import count_kept, count_per_group
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
-    STEP_COUNTS,
     Cut,
-    Place,
     check_config,
     check_cuttable,
     check_unshared,
     commit,
-    expert_places,
-    gate_places,
-    places_of,
 )
-from switchgear.diagnostics.similarity import cosines_of_products, matching, neurons
+from switchgear.diagnostics.similarity import compute_product_cosines, match_rows, neurons
 from switchgear.experts import Experts
-from switchgear.integrations.gates import gate_of
+from switchgear.integrations.blocks import (
+    STEP_COUNTS,
+    ExpertLayer,
+    ExpertTensor,
+    expert_layers,
+    expert_tensors,
+    join_gate,
+    router_tensors,
+    split_gate,
+)
+from switchgear.integrations.gates import find_gate
 from switchgear.reference import check_choice
 
 SIMILARITIES = ("outputs", "logits", "weights")
@@ -44,7 +47,7 @@ class MergedLayer:
 
     name: str
     groups: list[list[int]]
-    weights: list[list[float]]  # of the experts of each group in the average; they sum to 1
+    weights: list[list[float]]  # each expert's in the average of its group; they sum to 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Merged:
     parameters_after: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain types, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -88,8 +91,8 @@ def merge_experts(
     so the number that a layer keeps varies, while here it is the same for all layers.
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face. Give the whole model, not a part of it: the config
-            and the balance loss are those of the whole.
+        model: has MoE layers of switchgear or Hugging Face. Give the whole model, not a part of it: the config and the
+            balance loss count the experts of the whole.
         keep: experts per layer that remain: a number, or a fraction in (0, 1). At least top_k. Grouped routers merge
             within their groups.
         calibration: of this model, with a sample of tokens for similarity="outputs".
@@ -97,7 +100,7 @@ def merge_experts(
             router's logits over all tokens (cosine). "weights": all weights (cosine).
         cluster: "hierarchical" joins the two closest clusters, again and again (average linkage); "dominant" adds each
             expert to the most similar of the `keep` most frequent ones.
-        align: first permute the neurons of each expert to match those of the most frequent of its group; what an expert
+        align: first permute the neurons of each expert to match the most frequent one of its group; what an expert
             computes does not depend on their order.
         router: "average": a group has one row of the router, the average with the same weights, so the model is smaller
             and chooses top_k different experts. "dominant": the row of its most frequent expert. "keep", as in both
@@ -117,19 +120,19 @@ def merge_experts(
     layers = expert_layers(model)
     for layer in layers.values():
         check_cuttable(layer)
-    check_unshared(model, places_of(layers.values()))
+    check_unshared(model, expert_tensors(layers.values()))
     check_calibration(calibration, model, domains=domains)
-    counts = {name: count_of(layer, keep) for name, layer in layers.items()}
+    counts = {name: count_kept(layer, keep) for name, layer in layers.items()}
     if router != "keep":
         check_config(model, [layer.block for layer in layers.values()], list(counts.values()))
     done, cuts = {}, []
     for name, layer in layers.items():
         known = calibration.layers[name]
         frequency = known.sums(domains).counts.double()
-        groups = _groups(layer, known, frequency, counts[name], similarity, cluster, domains)
-        weights = [_shares(frequency[group]) for group in groups]
+        groups = _group_experts(layer, known, frequency, counts[name], similarity, cluster, domains)
+        weights = [_weigh(frequency[group]) for group in groups]
         done[name] = MergedLayer(name, groups, [share.tolist() for share in weights])
-        cuts.append(_cut(layer, groups, weights, align, router))
+        cuts.append(_cut_layer(layer, groups, weights, align, router))
     before = sum(parameter.numel() for parameter in model.parameters())
     commit(model, cuts)
     after = sum(parameter.numel() for parameter in model.parameters())
@@ -139,7 +142,7 @@ def merge_experts(
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
 
-def _groups(
+def _group_experts(
     layer: ExpertLayer,
     known: LayerCalibration,
     frequency: Tensor,
@@ -148,11 +151,11 @@ def _groups(
     cluster: str,
     domains: Domains,
 ) -> list[list[int]]:
-    """Of each group of a grouped router by itself."""
-    distances = _distances(layer, known, similarity, domains)
+    """The experts to merge into each new one. A grouped router's groups are divided one by one."""
+    distances = _measure_distances(layer, known, similarity, domains)
     if not bool(distances.isfinite().all()):
         raise ValueError(f"{layer.name}: expected finite {similarity}, got NaN or infinities")
-    per_group = per_group_of(layer, count)
+    per_group = count_per_group(layer, count)
     parts = 1 if per_group is None else count // per_group
     size = layer.num_experts // parts
     found = []
@@ -160,19 +163,19 @@ def _groups(
         mine = slice(first, first + size)
         inside = distances[mine, mine]
         if cluster == "hierarchical":
-            groups = hierarchical(inside, count // parts)
+            groups = cluster_hierarchically(inside, count // parts)
         else:
-            groups = around_dominant(-inside, frequency[mine], count // parts)
+            groups = cluster_around_dominant(-inside, frequency[mine], count // parts)
         found += [[first + expert for expert in group] for group in groups]
     return found
 
 
-def _distances(layer: ExpertLayer, known: LayerCalibration, similarity: str, domains: Domains) -> Tensor:
+def _measure_distances(layer: ExpertLayer, known: LayerCalibration, similarity: str, domains: Domains) -> Tensor:
     if similarity == "logits":
         products = known.sums(domains).logits
         if not bool(products.any()):
             raise ValueError(f"similarity: expected another than logits for {layer.name}, whose router shows none")
-        return 1 - cosines_of_products(products)
+        return 1 - compute_product_cosines(products)
     if similarity == "weights":
         first, second = layer.projection(0), layer.projection(1)
         count = layer.num_experts
@@ -180,7 +183,7 @@ def _distances(layer: ExpertLayer, known: LayerCalibration, similarity: str, dom
         for weight in (first, second):
             rows = weight.reshape(count, -1).float()
             products += (rows @ rows.mT).double().cpu()
-        return 1 - cosines_of_products(products)
+        return 1 - compute_product_cosines(products)
     sample = known.sample(domains)
     if sample is None:
         raise ValueError(f"calibration: expected a sample of tokens of {layer.name}, got none (samples=0)")
@@ -190,7 +193,7 @@ def _distances(layer: ExpertLayer, known: LayerCalibration, similarity: str, dom
     return torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _shares(frequency: Tensor) -> Tensor:
+def _weigh(frequency: Tensor) -> Tensor:
     """Equal ones if no expert of the group has tokens."""
     total = frequency.sum()
     return frequency / total if total > 0 else torch.full_like(frequency, 1 / len(frequency))
@@ -199,14 +202,14 @@ def _shares(frequency: Tensor) -> Tensor:
 # ---- averages --------------------------------------------------------------------------------------------------------
 
 
-def _cut(
+def _cut_layer(
     layer: ExpertLayer, groups: Sequence[Sequence[int]], weights: Sequence[Tensor], align: bool, router: str
 ) -> Cut:
-    orders = _orders(layer, groups, weights) if align else {}
+    orders = _match_neurons(layer, groups, weights) if align else {}
     keeps = router == "keep"
     owner = {expert: index for index, group in enumerate(groups) for expert in group}
     experts = []
-    for place in expert_places(layer):
+    for place in layer.tensors():
         merged = torch.stack(
             [_average(layer, place, group, share, orders) for group, share in zip(groups, weights, strict=True)]
         )
@@ -214,22 +217,24 @@ def _cut(
             merged = merged[[owner[expert] for expert in range(layer.num_experts)]]
         experts.append((place, merged))
     if keeps:
-        return Cut(layer, layer.num_experts, [], experts)
-    gate = [(place, _of_router(place, groups, weights, router)) for place in gate_places(layer.block)]
-    return Cut(layer, len(groups), gate, experts)
+        return Cut(layer, layer.num_experts, experts)
+    gate = [(place, _merge_router(place, groups, weights, router)) for place in router_tensors(layer.block)]
+    return Cut(layer, len(groups), [*gate, *experts])
 
 
 def _average(
-    layer: ExpertLayer, place: Place, group: Sequence[int], share: Tensor, orders: Mapping[int, list[int]]
+    layer: ExpertLayer, place: ExpertTensor, group: Sequence[int], share: Tensor, orders: Mapping[int, list[int]]
 ) -> Tensor:
     tensor = place.tensor
     total = torch.zeros(tensor.shape[1:], dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
     for expert, weight in zip(group, share.tolist(), strict=True):
-        total += weight * _reordered(layer, place, tensor[expert], orders.get(expert))
+        total += weight * _reorder_neurons(layer, place, tensor[expert], orders.get(expert))
     return total.to(tensor.dtype)
 
 
-def _of_router(place: Place, groups: Sequence[Sequence[int]], weights: Sequence[Tensor], router: str) -> Tensor:
+def _merge_router(
+    place: ExpertTensor, groups: Sequence[Sequence[int]], weights: Sequence[Tensor], router: str
+) -> Tensor:
     tensor = place.tensor.movedim(place.dim, 0)
     rows = []
     for group, share in zip(groups, weights, strict=True):
@@ -247,46 +252,83 @@ def _of_router(place: Place, groups: Sequence[Sequence[int]], weights: Sequence[
 # ---- the order of neurons --------------------------------------------------------------------------------------------
 
 
-def _layout(layer: ExpertLayer) -> tuple[int, bool]:
+def _find_layout(layer: ExpertLayer) -> tuple[int, bool]:
     """(projections in the first one, whether their rows alternate). Raises ValueError if the gate hides it."""
     parts = layer.projection(0).shape[1] // layer.intermediate_size
     if parts == 1:
         return 1, False
-    gate = layer.experts if isinstance(layer.experts, Experts) else gate_of(layer.experts)
+    gate = layer.experts if isinstance(layer.experts, Experts) else find_gate(layer.experts)
     if gate is None:
         raise ValueError(f"align: expected False for {layer.name}, since the order of its gate's rows is not known")
     return parts, bool(gate.interleaved)
 
 
-def _orders(layer: ExpertLayer, groups: Sequence[Sequence[int]], weights: Sequence[Tensor]) -> dict[int, list[int]]:
-    """For each expert, its neurons in the order of those of the most frequent expert of its group."""
-    _, interleaved = _layout(layer)
+def _match_neurons(
+    layer: ExpertLayer, groups: Sequence[Sequence[int]], weights: Sequence[Tensor]
+) -> dict[int, list[int]]:
+    """The order of each expert's neurons that matches the most frequent expert of its group best."""
+    _, interleaved = _find_layout(layer)
     first, second = layer.projection(0), layer.projection(1)
     orders = {}
     for group, share in zip(groups, weights, strict=True):
         best = group[int(share.argmax())]
-        wanted = _neurons(first[best], second[best], interleaved)
+        wanted = _list_neurons(first[best], second[best], interleaved)
         for expert in group:
             if expert != best:
-                orders[expert] = matching(wanted @ _neurons(first[expert], second[expert], interleaved).mT)
+                orders[expert] = match_rows(wanted @ _list_neurons(first[expert], second[expert], interleaved).mT)
     return orders
 
 
-def _neurons(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
+def _list_neurons(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
     """[I,D] float32, of one expert."""
     return neurons(first[None], second[None], interleaved=interleaved)[0].float()
 
 
-def _reordered(layer: ExpertLayer, place: Place, tensor: Tensor, order: list[int] | None) -> Tensor:
+def _reorder_neurons(layer: ExpertLayer, place: ExpertTensor, tensor: Tensor, order: list[int] | None) -> Tensor:
     """An expert's tensor with its neurons in another order."""
     if order is None:
         return tensor
-    parts, interleaved = _layout(layer)
-    rows = rows_in_order(order, parts, interleaved).to(tensor.device)
-    if place.module is layer.owner(0) and place.name == layer.key(0):
-        return tensor.index_select(1 if layer.transposed else 0, rows)
-    if place.module is layer.owner(0) and place.name == f"{layer.key(0)}_bias":
-        return tensor[rows]
-    if place.module is layer.owner(1) and place.name == layer.key(1):
-        return tensor.index_select(0 if layer.transposed else 1, torch.tensor(order, device=tensor.device))
-    return tensor
+    index = torch.tensor(order, device=tensor.device)
+    (first, name, _), second = layer.parameters
+    if place == second:
+        return tensor.index_select(0 if layer.transposed else 1, index)
+    if place.module is not first or place.name not in (name, f"{name}_bias"):
+        return tensor
+    turns = layer.transposed and place.name == name
+    parts, interleaved = _find_layout(layer)
+    gate, up = split_gate(tensor.mT if turns else tensor, parts == 2, interleaved)
+    rows = join_gate(None if gate is None else gate[index], up[index], interleaved)
+    return rows.mT if turns else rows
+
+
+# ---- clusters --------------------------------------------------------------------------------------------------------
+
+
+def cluster_hierarchically(distances: Tensor, count: int) -> list[list[int]]:
+    """Agglomerative clustering of distances [E,E] with average linkage: the two closest clusters are joined until
+    `count` are left (HC-SMoE, arXiv:2410.08589). Ascending lists, by their first item."""
+    mean = distances.double().clone()
+    mean.fill_diagonal_(torch.inf)
+    clusters = {index: [index] for index in range(len(mean))}
+    while len(clusters) > count:
+        one, other = divmod(int(mean.argmin()), len(mean))
+        one, other = min(one, other), max(one, other)
+        a, b = len(clusters[one]), len(clusters[other])
+        row = (a * mean[one] + b * mean[other]) / (a + b)  # inf for clusters that are gone, and for both
+        mean[one], mean[:, one] = row, row
+        mean[one, one] = torch.inf
+        mean[other], mean[:, other] = torch.inf, torch.inf
+        clusters[one] = sorted(clusters[one] + clusters.pop(other))
+    return sorted(clusters.values())
+
+
+def cluster_around_dominant(similarity: Tensor, frequency: Tensor, count: int) -> list[list[int]]:
+    """The `count` most frequent experts, each with the others that are most similar to it (M-SMoE, arXiv:2310.01334).
+    Ascending lists, by their first item."""
+    dominant = frequency.argsort(descending=True, stable=True)[:count].tolist()
+    groups = {expert: [expert] for expert in dominant}
+    for expert in range(len(frequency)):
+        if expert not in groups:
+            nearest = dominant[int(similarity[expert, dominant].argmax())]
+            groups[nearest].append(expert)
+    return sorted(sorted(group) for group in groups.values())

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
-from switchgear.compress.dense import dense_expert
-from switchgear.compress.surgery import choice_of
+from switchgear.compress.surgery import compute_choice
 from switchgear.experts import Experts
 from switchgear.functional import Routing, as_number
+from switchgear.integrations.blocks import read_network, write_shared
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.layers.shared import SharedExperts
 from switchgear.modules import MoE
 from switchgear.reference import check_choice, check_size
-from switchgear.routing.change import Change
+from switchgear.routing.change import Change, overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.counting import unseen
-from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
+from switchgear.weights.checks import check_plain
 
 CRITERIA = ("alpha", "hit_rate")
 
@@ -125,7 +126,7 @@ class ProgressivePruner:
         self._blocks = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
         if not self._blocks:
             raise ValueError("model: expected switchgear's MoE layers, got none")
-        self._layers = {name: _layer(name, block) for name, block in self._blocks.items()}
+        self._layers = {name: _make_layer(name, block) for name, block in self._blocks.items()}
         self._ends = {round(self._forced * (w + 1) / windows): w + 1 for w in range(windows)}
         self._step = 0
         self._stack = ExitStack()
@@ -137,7 +138,7 @@ class ProgressivePruner:
 
     def __enter__(self) -> ProgressivePruner:
         for layer in self._layers.values():
-            self._stack.enter_context(overridden_router(layer.router, _wrapper(layer, self.criterion)))
+            self._stack.enter_context(overridden_router(layer.router, _make_wrapper(layer, self.criterion)))
         return self
 
     def __exit__(
@@ -161,7 +162,7 @@ class ProgressivePruner:
     def _prune(self, layer: _Layer, window: int) -> None:
         scores = layer.scores.clone()
         if self.group is not None:
-            scores = scores.to(wire_device(layer.router, self.group))
+            scores = scores.to(find_wire_device(layer.router, self.group))
             torch.distributed.all_reduce(scores, group=self.group)
             scores = scores.cpu()
         scores = scores.masked_fill(~layer.alive, -1)
@@ -183,19 +184,19 @@ class ProgressivePruner:
         for name, experts in self.survivors.items():
             if len(experts) > 1:
                 raise ValueError(f"{name}: expected one expert left, got {experts}; it is after step {self._forced}")
-            found[name] = dense_expert(name, self._blocks[name].experts, experts[0])
+            found[name] = copy_expert(name, self._blocks[name].experts, experts[0])
             _check_weight(name, blocks[self._blocks[name]], experts[0])
         return found
 
 
-def wire_device(router: Router, group: Any) -> torch.device:
+def find_wire_device(router: Router, group: Any) -> torch.device:
     """Where a group's backend takes tensors: NCCL on the router's device alone, gloo anywhere."""
     if torch.distributed.get_backend(group) != "nccl":
         return torch.device("cpu")
     return next((parameter.device for parameter in router.parameters()), torch.device("cuda"))
 
 
-def _wrapper(layer: _Layer, criterion: str) -> Callable[[Select], Select]:
+def _make_wrapper(layer: _Layer, criterion: str) -> Callable[[Select], Select]:
     return lambda select: _Surviving(select, layer, criterion)
 
 
@@ -203,7 +204,7 @@ def _check_weight(name: str, block: MoeBlock, expert: int) -> None:
     """Raises ValueError unless the layer gives the expert left the weight 1, and no other any, for random tokens."""
     weight: Tensor = block.block.gate.weight  # type: ignore[union-attr, assignment]
     x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    ids, weights = choice_of(block, x)
+    ids, weights = compute_choice(block, x)
     shares = torch.stack([weights.masked_fill(ids != expert, 0).sum(-1), weights.masked_fill(ids < 0, 0).sum(-1)])
     if not torch.allclose(shares, torch.ones_like(shares), rtol=0, atol=8 * torch.finfo(weight.dtype).eps):
         low, high = shares[0].min(), shares[0].max()
@@ -214,7 +215,7 @@ def _check_weight(name: str, block: MoeBlock, expert: int) -> None:
         )
 
 
-def _layer(name: str, block: MoE) -> _Layer:
+def _make_layer(name: str, block: MoE) -> _Layer:
     router = block.gate
     if type(block.experts) is not Experts:
         raise ValueError(f"{name}: expected switchgear.Experts, got {type(block.experts).__name__}")
@@ -226,3 +227,17 @@ def _layer(name: str, block: MoE) -> _Layer:
         raise ValueError(f"{name}: expected scale=1, so that one expert left has the weight 1, got {router.scale}")
     count = router.num_experts
     return _Layer(router, torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.float64))
+
+
+def copy_expert(name: str, experts: nn.Module, expert: int) -> SharedExperts:
+    """SharedExperts with a copy of the weights of `expert`. Raises ValueError, which names the layer, unless the
+    experts are switchgear's, plain, and in this process."""
+    if type(experts) is not Experts:
+        raise ValueError(f"{name}: expected switchgear.Experts with plain weights, got {type(experts).__name__}")
+    check_plain(name, experts)
+    network = read_network(experts, expert)
+    dense = SharedExperts(
+        network.hidden_size, network.intermediate_size, alpha=experts.alpha, limit=experts.limit, **network.options()
+    )
+    write_shared(dense, network)
+    return dense.train(experts.training)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, check_seed
 from switchgear.compress.calibration import Calibration, check_calibration, check_finite
 from switchgear.compress.choose import Keep, PrunedLayer, choose, split_experts
-from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
     NO_EXPERT,
@@ -21,13 +20,13 @@ from switchgear.compress.surgery import (
     check_config,
     check_cuttable,
     check_unshared,
-    choice_of,
     commit,
-    kept_experts,
-    kept_gate,
-    places_of,
-    with_gate,
+    compute_choice,
+    cut_experts,
+    cut_router,
+    replace_gate,
 )
+from switchgear.integrations.blocks import ExpertLayer, expert_layers, expert_tensors
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.reference import check_choice, check_size
@@ -45,7 +44,7 @@ class Pruned:
     parameters_after: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain types, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -78,8 +77,8 @@ def prune_experts(
         model.save_pretrained(path)
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face. Give the whole model, not a part of it: the config
-            and the balance loss are those of the whole.
+        model: has MoE layers of switchgear or Hugging Face. Give the whole model, not a part of it: the config and the
+            balance loss count the experts of the whole.
         keep: experts per layer: a number, a fraction in (0, 1) of each layer, or the ids to keep by layer. At least
             top_k. Grouped routers keep equally many of each group.
         criterion: which experts to keep.
@@ -106,10 +105,10 @@ def prune_experts(
     check_choice("replace", replace, ("none", "constant"))
     check_size("exact_subsets", exact_subsets, 0)
     check_seed(seed)
-    layers = _layers_of(model, keep)
+    layers = _choose_layers(model, keep)
     for layer in layers.values():
         check_cuttable(layer)
-    check_unshared(model, places_of(layers.values()))
+    check_unshared(model, expert_tensors(layers.values()))
     needs = criterion != "random" and not isinstance(keep, Mapping)
     if (needs or replace == "constant") and calibration is None:
         raise ValueError(f"calibration: expected one for {criterion if needs else 'replace=constant'}, got None")
@@ -122,8 +121,8 @@ def prune_experts(
     if replace == "constant":
         assert calibration is not None
         _check_constant(layers)
-        cuts = [_with_constants(layer, found[name].kept) for name, layer in layers.items()]
-        means = {name: _mean_outputs(calibration.layers[name], found[name].removed, domains) for name in layers}
+        cuts = [_cut_to_constants(layer, found[name].kept) for name, layer in layers.items()]
+        means = {name: _average_outputs(calibration.layers[name], found[name].removed, domains) for name in layers}
         for name, mean in means.items():
             check_finite(name, mean)
         commit(model, cuts)
@@ -132,12 +131,12 @@ def prune_experts(
     else:
         counts = [len(layer.kept) + layer.padding for layer in found.values()]
         check_config(model, [layer.block for layer in layers.values()], counts)
-        commit(model, [_without(layer, found[name]) for name, layer in layers.items()])
+        commit(model, [_cut_layer(layer, found[name]) for name, layer in layers.items()])
     after = sum(parameter.numel() for parameter in model.parameters())
     return Pruned("the caller" if isinstance(keep, Mapping) else criterion, found, before, after)
 
 
-def _layers_of(model: nn.Module, keep: Keep) -> dict[str, ExpertLayer]:
+def _choose_layers(model: nn.Module, keep: Keep) -> dict[str, ExpertLayer]:
     if not isinstance(keep, Mapping):
         return expert_layers(model)
     layers = expert_layers(model, keep, "keep")
@@ -156,12 +155,12 @@ def _check_seen(calibration: Calibration, names: Iterable[str], domains: Domains
 # ---- the cuts --------------------------------------------------------------------------------------------------------
 
 
-def _without(layer: ExpertLayer, pruned: PrunedLayer) -> Cut:
+def _cut_layer(layer: ExpertLayer, pruned: PrunedLayer) -> Cut:
     keep = [*pruned.kept, *[NO_EXPERT] * pruned.padding]
-    gate = kept_gate(layer.block, keep)
+    gate = cut_router(layer.block, keep)
     if pruned.padding:
         _check_padding(layer, pruned, gate)
-    return Cut(layer, len(keep), gate, kept_experts(layer, keep))
+    return Cut(layer, len(keep), [*gate, *cut_experts(layer, keep)])
 
 
 def _check_padding(layer: ExpertLayer, pruned: PrunedLayer, gate: Any) -> None:
@@ -171,9 +170,9 @@ def _check_padding(layer: ExpertLayer, pruned: PrunedLayer, gate: Any) -> None:
     assert weight is not None
     x = torch.randn(64, layer.hidden_size, generator=generator).to(weight.device, layer.projection(0).dtype)
     results = []
-    for tensors, count in ((kept_gate(layer.block, pruned.kept), len(pruned.kept)), (gate, gate[0][1].shape[0])):
-        with with_gate(layer.block, tensors, count) as block:
-            results.append(choice_of(block, x))
+    for tensors, count in ((cut_router(layer.block, pruned.kept), len(pruned.kept)), (gate, gate[0][1].shape[0])):
+        with replace_gate(layer.block, tensors, count) as block:
+            results.append(compute_choice(block, x))
     (ids, weights), (padded_ids, padded_weights) = results
     if not torch.equal(ids, padded_ids) or not torch.allclose(weights, padded_weights, rtol=1e-5, atol=1e-7):
         raise ValueError(
@@ -191,13 +190,13 @@ def _check_constant(layers: Mapping[str, ExpertLayer]) -> None:
             raise ValueError(f"replace: expected none for {layer.name}, whose router is grouped or scales its input")
 
 
-def _with_constants(layer: ExpertLayer, kept: Sequence[int]) -> Cut:
+def _cut_to_constants(layer: ExpertLayer, kept: Sequence[int]) -> Cut:
     """The router's rows of the experts kept, then of the others."""
     kept, removed = split_experts(layer, kept)
-    return Cut(layer, len(kept), kept_gate(layer.block, [*kept, *removed]), kept_experts(layer, kept))
+    return Cut(layer, len(kept), [*cut_router(layer.block, [*kept, *removed]), *cut_experts(layer, kept)])
 
 
-def _mean_outputs(layer: LayerCalibration, experts: Sequence[int], domains: Domains) -> Tensor:
+def _average_outputs(layer: LayerCalibration, experts: Sequence[int], domains: Domains) -> Tensor:
     sums = layer.sums(domains)
     return sums.outputs[experts] / sums.counts[experts].clamp(min=1)[:, None]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module, check_switch
 from switchgear.compress.bits import BitAllocation, packed_bytes
 from switchgear.compress.calibration import Calibration
-from switchgear.compress.gptq import Levels, check_damping, decoded, row_errors
-from switchgear.compress.layer import ExpertLayer, expert_layers
-from switchgear.compress.levels import METHODS, Bits, hessians_of, quantized_projection, starved_experts, widths_of
+from switchgear.compress.gptq import Levels, check_damping, decode, sum_row_errors
+from switchgear.compress.levels import METHODS, Bits, find_hessians, find_starved, quantize_projection, read_widths
 from switchgear.compress.sums import Hessians
+from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import check_choice, check_size, groups
 from switchgear.weights.change import StoredChange, Target, memory_of
@@ -31,7 +31,7 @@ class QuantizedLayer:
     """What was done to a layer."""
 
     name: str
-    bits: list[int]  # of each expert
+    bits: list[int]  # each expert's
     rounded: list[int]  # experts that method="gptq" rounded to nearest, since they got too few tokens
     errors: list[float]  # ‖W − Q‖ / ‖W‖ of each expert
     output_errors: list[float] | None  # ‖X (W − Q)ᵀ‖ / ‖X Wᵀ‖ of each, if there are Hessians
@@ -43,13 +43,13 @@ class Quantized:
 
     method: str
     layers: dict[str, QuantizedLayer]
-    stored: bool  # in the form "groups"; else the parameters have the rounded values
-    bytes_before: int  # of the projections
-    bytes_after: int  # with scales, as packed
+    stored: bool  # whether in the form "groups"; else the parameters have the rounded values
+    bytes_before: int  # the projections'
+    bytes_after: int  # packed, with scales
 
     @property
     def average_bits(self) -> float:
-        """Without scales."""
+        """Bits per weight, scales not counted."""
         widths = [bits for layer in self.layers.values() for bits in layer.bits]
         return sum(widths) / len(widths)
 
@@ -59,7 +59,7 @@ class Quantized:
         return {name: layer.rounded for name, layer in self.layers.items() if layer.rounded}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain types, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -90,12 +90,12 @@ def quantize(
         print(compress.quantize(model, 3, method="gptq", calibration=calibration))
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face.
+        model: has MoE layers of switchgear or Hugging Face.
         bits: 1 to 4, of all experts or by layer; or a list by layer, a number per expert (allocate_bits). Layers that
             are not named stay as they are.
         group_size: columns that share a float16 scale: a multiple of 32, or 0 for the whole row.
         method: "rtn" rounds to nearest. "gptq" rounds such that the outputs on the calibration data change least
-            (arXiv:2210.17323); an expert's error there is never larger than that of "rtn".
+            (arXiv:2210.17323); an expert's error there is never larger than with "rtn".
         calibration: of this model, with hessians=True, for "gptq".
         symmetric: levels around zero; otherwise each group has a zero point, too.
         store: store the experts in the form "groups", which the kernels read; switchgear.restore(model) decodes them.
@@ -116,21 +116,21 @@ def quantize(
     for switch, value in {"symmetric": symmetric, "store": store, "act_order": act_order}.items():
         check_switch(switch, value)
     layers = expert_layers(model, bits if isinstance(bits, Mapping) else None, "bits")
-    widths = {name: widths_of(layer, bits, 4 if store else 8) for name, layer in layers.items()}
+    widths = {name: read_widths(layer, bits, 4 if store else 8) for name, layer in layers.items()}
     form = Groups(4, group_size, symmetric)  # checks the options
     _check_ties(model, layers, widths, method)
-    hessians = hessians_of(model, layers, method, calibration)
-    targets = _targets(model, layers) if store else {}
+    hessians = find_hessians(model, layers, method, calibration)
+    targets = _find_targets(model, layers) if store else {}
     done: dict[str, QuantizedLayer] = {}
     changes: list[StoredChange] = []
     values: list[tuple[Tensor, list[tuple[int, Levels]]]] = []
     before: dict[tuple[object, ...], int] = {}
     after: dict[tuple[object, ...], int] = {}
-    change_of = _changes(form)
+    change_of = _make_changes(form)
     for name, layer in layers.items():
-        few = starved_experts(layer, calibration, min_tokens) if method == "gptq" else []
+        few = find_starved(layer, calibration, min_tokens) if method == "gptq" else []
         found = [
-            quantized_projection(layer, index, widths[name], form, hessians.get(name), method, few, damping, act_order)
+            quantize_projection(layer, index, widths[name], form, hessians.get(name), method, few, damping, act_order)
             for index in (0, 1)
         ]
         done[name] = _report(layer, widths[name], few, found, hessians.get(name), form)
@@ -140,19 +140,19 @@ def quantize(
             changes.append(change_of(targets[name], layer, widths[name], found))
             after |= changes[-1].bytes_after
         else:
-            after |= {memory_of(weight): _packed(weight, widths[name], form) for weight in projections}
+            after |= {memory_of(weight): _count_packed_bytes(weight, widths[name], form) for weight in projections}
             values += zip(projections, found, strict=True)
     _commit(changes)
     for weight, experts in values:
         for expert, (width, levels) in enumerate(experts):
-            weight[expert] = decoded(levels, width, group_size)[0].to(weight.dtype)
+            weight[expert] = decode(levels, width, group_size)[0].to(weight.dtype)
     return Quantized(method, done, store, sum(before.values()), sum(after.values()))
 
 
 # ---- what is quantized -----------------------------------------------------------------------------------------------
 
 
-def _targets(model: nn.Module, layers: Mapping[str, ExpertLayer]) -> dict[str, Target]:
+def _find_targets(model: nn.Module, layers: Mapping[str, ExpertLayer]) -> dict[str, Target]:
     targets = {}
     for name, layer in layers.items():
         layout = layout_of(layer.experts)
@@ -171,7 +171,7 @@ def _check_ties(
     places: list[tuple[str, nn.Module, str, Any]] = []  # (name of a module, the module, key, what its levels depend on)
     for name, layer in layers.items():
         levels = (widths[name], name if method == "gptq" else None)
-        places += [(name, layer.owner(index), layer.key(index), levels) for index in (0, 1)]
+        places += [(name, parameter.module, parameter.name, levels) for parameter in layer.parameters]
     mine = {(module, key) for _, module, key, _ in places}
     for name, module in model.named_modules():
         places += [(name, module, key, None) for key in module._parameters if (module, key) not in mine]
@@ -203,23 +203,23 @@ def _report(
         for index in (0, 1):
             weight = layer.projection(index)[expert].float()
             width, levels = found[index][expert]
-            difference = weight - decoded(levels, width, form.group_size)[0]
+            difference = weight - decode(levels, width, form.group_size)[0]
             lost, whole = lost + float(difference.square().sum()), whole + float(weight.square().sum())
             if hessians is not None:
                 hessian = (hessians.inputs, hessians.hidden)[index][expert].to(weight.device)
-                lost_output += float(row_errors(difference[None], hessian[None]).sum())
-                whole_output += float(row_errors(weight[None], hessian[None]).sum())
+                lost_output += float(sum_row_errors(difference[None], hessian[None]).sum())
+                whole_output += float(sum_row_errors(weight[None], hessian[None]).sum())
         errors.append((lost / max(whole, 1e-30)) ** 0.5)
         outputs.append((max(lost_output, 0.0) / max(whole_output, 1e-30)) ** 0.5)
     return QuantizedLayer(layer.name, widths, few, errors, outputs if hessians is not None else None)
 
 
-def _packed(weight: Tensor, widths: Sequence[int], form: Groups) -> int:
+def _count_packed_bytes(weight: Tensor, widths: Sequence[int], form: Groups) -> int:
     _, rows, columns = weight.shape
     return sum(packed_bytes(rows, columns, width, form.group_size, not form.symmetric) for width in widths)
 
 
-def _changes(form: Groups) -> Callable[..., StoredChange]:
+def _make_changes(form: Groups) -> Callable[..., StoredChange]:
     """Returns a function that makes the change of a layer. Layers that share parameters share their weights."""
     weights: dict[tuple[object, ...], Weight] = {}
     ties: dict[int, Tie] = {}
@@ -232,10 +232,10 @@ def _changes(form: Groups) -> Callable[..., StoredChange]:
             plain, parts = layer.projection(index), target.layout.parts(index)
             key = (*memory_of(plain), parts)
             if key not in weights:
-                levels = _joined([levels for _, levels in found[index]], widths, form)
+                levels = _join_levels([levels for _, levels in found[index]], widths, form)
                 weights[key] = weight_of(levels, plain.dtype, form.group_size, parts=parts)
             chosen.append(weights[key])
-            parameter = layer.owner(index)._parameters[layer.key(index)]
+            parameter = layer.parameters[index].value
             tie = ties.setdefault(id(parameter), Tie())
             projections.append(Projection(Kind.of(weights[key]), parameter.requires_grad, tie))
         bits = widths[0] if len(set(widths)) == 1 else tuple(widths)
@@ -246,7 +246,7 @@ def _changes(form: Groups) -> Callable[..., StoredChange]:
     return change_of
 
 
-def _joined(parts: Sequence[Levels], widths: Sequence[int], form: Groups) -> groups.Levels:
+def _join_levels(parts: Sequence[Levels], widths: Sequence[int], form: Groups) -> groups.Levels:
     """The levels of all experts of a projection."""
     q, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return groups.Levels(q, scales, None if form.symmetric else zeros, tuple(widths))

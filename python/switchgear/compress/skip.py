@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""skip_experts: tokens skip experts whose weight is small compared with that of their first, by a calibrated ratio."""
+"""skip_experts: tokens skip experts whose weight is small beside their first expert's, by a calibrated ratio."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration, check_calibration
 from switchgear.compress.sums import Domains
 from switchgear.functional import Routing, as_number
-from switchgear.integrations.choices import overridden
+from switchgear.integrations.choices import override_selection
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.integrations.routers import routing_method_of
+from switchgear.integrations.routers import find_routing_method
+from switchgear.routing.change import overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
-from switchgear.routing.interventions import overridden_router
 from switchgear.routing.router import Router
 from switchgear.routing.selection import SkipBelow
 
@@ -48,7 +48,7 @@ def skip_experts(
     importance: Importance | None = None,
     domains: Domains = None,
 ) -> Iterator[Skipped]:
-    """Inside the block, a token skips the experts whose weight is below beta times that of its first, and the other
+    """Inside the block, a token skips the experts whose weight is below beta times its largest one, and the other
     weights are scaled up to the same sum. beta is the median of second / first weight in each layer of the calibration
     (NAEE, arXiv:2402.14800; `Skipped.ratios`).
 
@@ -57,7 +57,7 @@ def skip_experts(
         print(skipped.share)
 
     Args:
-        model: has switchgear's MoE layers, whose selections become SkipBelow, or those of Hugging Face.
+        model: has MoE layers of switchgear, whose selections become SkipBelow, or of Hugging Face.
         protect: the share of the tokens of a call that skip nothing (MC-MoE, arXiv:2410.06270: 0.02), by importance;
             their number is rounded to the nearest, in the paper's code down.
         importance: x [T,H] -> [T], for Hugging Face; by default ‖x‖₁. (The paper multiplies it by the attention that a
@@ -79,17 +79,17 @@ def skip_experts(
         raise ValueError(f"calibration: expected tokens with two experts, got none in {empty[0]}")
     done = Skipped(ratios)
     # Raises before anything changes.
-    methods = {name: routing_method_of(block) for name, block in blocks.items() if not block.is_ours}
+    methods = {name: find_routing_method(block) for name, block in blocks.items() if not block.is_ours}
     with ExitStack() as stack:
         for name, block in blocks.items():
             if isinstance(block.gate, Router):
-                stack.enter_context(overridden_router(block.gate, _wrapper(ratios[name], protect, done)))
+                stack.enter_context(overridden_router(block.gate, _make_wrapper(ratios[name], protect, done)))
             else:
-                _on_hugging_face(stack, block, methods[name], ratios[name], protect, importance or _norm, done)
+                _skip_on_hugging_face(stack, block, methods[name], ratios[name], protect, importance or _norm, done)
         yield done
 
 
-def _wrapper(ratio: float, protect: float, done: Skipped) -> Callable[[Select], Select]:
+def _make_wrapper(ratio: float, protect: float, done: Skipped) -> Callable[[Select], Select]:
     return lambda select: _CountedSkipBelow(select, ratio, protect, done)
 
 
@@ -149,7 +149,7 @@ class _Seen:
     importance: Tensor | None = None
 
 
-def _on_hugging_face(
+def _skip_on_hugging_face(
     stack: ExitStack, block: MoeBlock, method: Any, ratio: float, protect: float, importance: Importance, done: Skipped
 ) -> None:
     seen = _Seen()
@@ -161,4 +161,4 @@ def _on_hugging_face(
     if protect:
         stack.callback(block.gate.register_forward_pre_hook(keep).remove)
     wrapper: Callable[[Select], Select] = lambda select: _SkipOnHuggingFace(select, ratio, protect, done, seen)  # noqa: E731
-    stack.enter_context(overridden(block, method, wrapper))
+    stack.enter_context(override_selection(block, method, wrapper))

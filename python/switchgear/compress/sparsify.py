@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module
 from switchgear.compress.calibration import Calibration, check_calibration, check_finite
-from switchgear.compress.layer import expert_layers
 from switchgear.compress.sums import Domains, ExpertSums
-from switchgear.compress.surgery import Place, check_unshared
+from switchgear.compress.surgery import check_unshared
+from switchgear.integrations.blocks import expert_layers
 from switchgear.reference import check_choice
 
 METRICS = ("router_wanda", "wanda", "magnitude")
-_SQUARES = {"wanda": ("inputs", "hidden"), "router_wanda": ("gated_inputs", "gated_hidden")}  # of ExpertSums
+_SQUARES = {"wanda": ("inputs", "hidden"), "router_wanda": ("gated_inputs", "gated_hidden")}  # fields of ExpertSums
 _ROWS = 1024  # scored at once
 
 
@@ -38,7 +38,7 @@ class Sparsified:
     layers: dict[str, SparsifiedLayer]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain types, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ def prune_weights(
     """Sets the least important weights of each row of each expert to zero, in place. Both projections.
 
     Args:
-        model: has switchgear's MoE layers or those of Hugging Face.
+        model: has MoE layers of switchgear or Hugging Face.
         sparsity: the share of zeros in each row, in (0, 1); or "2:4": two of each four consecutive columns.
         metric: the importance of a weight w_ij. "magnitude": |w_ij|. "wanda": |w_ij| · ‖x_j‖ over the expert's tokens
             (arXiv:2306.11695). "router_wanda": |w_ij| · ‖g x_j‖ with the router's weights g (MoE-Pruner,
@@ -70,7 +70,7 @@ def prune_weights(
         calibration: of this model, for all but "magnitude".
         domains: the domains of the calibration to use; all by default.
 
-    The zeros make no product faster: there is no kernel for them. Of equal weights those of the first columns go.
+    The zeros make no product faster: there is no kernel for them. Of equal weights the ones in the first columns go.
 
     Raises ValueError for an option out of range, a calibration of another model, or experts that are not plain or are
     shared. Nothing is changed then.
@@ -80,8 +80,8 @@ def prune_weights(
     layers = expert_layers(model)
     for layer in layers.values():
         for index in (0, 1):
-            zeros_per_row(sparsity, layer.projection(index).shape[2])  # checks
-    check_unshared(model, [Place(each.owner(i), each.key(i), 0) for each in layers.values() for i in (0, 1)])
+            count_zeros(sparsity, layer.projection(index).shape[2])  # checks
+    check_unshared(model, [parameter for layer in layers.values() for parameter in layer.parameters])
     if calibration is None and metric != "magnitude":
         raise ValueError(f"calibration: expected one for {metric}, got None")
     if calibration is not None:
@@ -98,15 +98,15 @@ def prune_weights(
         zeros = total = 0
         for index in (0, 1):
             for expert, weight in enumerate(layer.projection(index)):
-                norms = None if expert in starved else _norms(sums, metric, index, expert)
+                norms = None if expert in starved else _read_norms(sums, metric, index, expert)
                 for rows in weight.split(_ROWS):
-                    rows.masked_fill_(mask_of(rows, norms, sparsity), 0)
+                    rows.masked_fill_(choose_zeros(rows, norms, sparsity), 0)
                 zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
         done[name] = SparsifiedLayer(name, zeros / total, starved)
     return Sparsified(metric, done)
 
 
-def zeros_per_row(sparsity: float | str, columns: int) -> tuple[int, int]:
+def count_zeros(sparsity: float | str, columns: int) -> tuple[int, int]:
     """(zeros, of how many columns). Raises ValueError for a sparsity that such rows cannot have."""
     if sparsity == "2:4":
         if columns % 4:
@@ -117,9 +117,9 @@ def zeros_per_row(sparsity: float | str, columns: int) -> tuple[int, int]:
     return round(sparsity * columns), columns
 
 
-def mask_of(weight: Tensor, norms: Tensor | None, sparsity: float | str) -> Tensor:
+def choose_zeros(weight: Tensor, norms: Tensor | None, sparsity: float | str) -> Tensor:
     """Which weights of rows [N,C] become zero: those with the smallest |w| · norms [C]."""
-    zeros, of = zeros_per_row(sparsity, weight.shape[1])
+    zeros, of = count_zeros(sparsity, weight.shape[1])
     score = weight.abs().float()
     if norms is not None:
         score = score * norms.to(score.device, score.dtype)
@@ -128,7 +128,7 @@ def mask_of(weight: Tensor, norms: Tensor | None, sparsity: float | str) -> Tens
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(1)
 
 
-def _norms(sums: ExpertSums | None, metric: str, index: int, expert: int) -> Tensor | None:
+def _read_norms(sums: ExpertSums | None, metric: str, index: int, expert: int) -> Tensor | None:
     """‖x_j‖ of the inputs of a projection of an expert, [C]."""
     if sums is None:
         return None

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from switchgear import ops
-from switchgear.compress.layer import ExpertRows
+from switchgear.integrations.blocks import ExpertRows
 
 Domains = str | Collection[str] | None
 
-RATIO_BINS = 4096  # of second weight / first weight, in [0, 1]
+RATIO_BINS = 4096  # bins of second weight / first weight, in [0, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class ExpertSums:
         return ExpertSums(**{name: tensor + getattr(other, name) for name, tensor in vars(self).items()})
 
 
-def sums_of(rows: ExpertRows, topk_weights: Tensor, router_logits: Tensor | None, intermediate: int) -> ExpertSums:
+def sum_rows(rows: ExpertRows, topk_weights: Tensor, router_logits: Tensor | None, intermediate: int) -> ExpertSums:
     """The sums of one call with T tokens."""
     num_experts, hidden_size = len(rows.offsets) - 1, rows.inputs.shape[1]
     total = ExpertSums.zeros(num_experts, hidden_size, intermediate)
@@ -84,12 +84,12 @@ def sums_of(rows: ExpertRows, topk_weights: Tensor, router_logits: Tensor | None
     return replace(
         total, tokens=torch.tensor(len(topk_weights)), counts=counts, weights=by_expert(rows.weights),
         saliency=by_expert(rows.weights * norms), norms=by_expert(norms),
-        outputs=of_rows(rows.outputs.to(wide), 1).squeeze(1), ratios=ratios_of(topk_weights), logits=logits,
+        outputs=of_rows(rows.outputs.to(wide), 1).squeeze(1), ratios=count_ratios(topk_weights), logits=logits,
         logit_sums=logit_sums, **squares,
     )  # fmt: skip
 
 
-def ratios_of(topk_weights: Tensor) -> Tensor:
+def count_ratios(topk_weights: Tensor) -> Tensor:
     """Histogram of second weight / first weight, over the tokens that have both."""
     if topk_weights.shape[1] < 2:
         return torch.zeros(RATIO_BINS, dtype=torch.int64)
@@ -113,7 +113,7 @@ class Hessians:
         return Hessians(self.inputs + other.inputs, self.hidden + other.hidden)
 
 
-def hessians_of(rows: ExpertRows) -> Hessians:
+def compute_hessians(rows: ExpertRows) -> Hessians:
     """Grouped products: the weight gradient of a layer whose output gradient is its input."""
 
     def products(values: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def hessians_of(rows: ExpertRows) -> Hessians:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """At most `limit` tokens of a domain: those with the smallest of random keys, hence a uniform sample in any order
+    """At most `limit` tokens of a domain: the ones with the smallest random keys, hence a uniform sample in any order
     of batches, and of the union when samples are added: then at most the smaller limit."""
 
     limit: int
@@ -150,7 +150,7 @@ class Samples:
         keys = torch.cat([part.keys for part in parts])
         order = keys.argsort(stable=True)[:limit]
         return cls(limit, keys[order], *(
-            torch.cat([_padded(getattr(part, name), width, fill) for part in parts])[order]
+            torch.cat([_pad(getattr(part, name), width, fill) for part in parts])[order]
             for name, fill in (("x", None), ("topk_ids", -1), ("topk_weights", 0))
         ))  # fmt: skip
 
@@ -163,7 +163,7 @@ class Samples:
         )  # fmt: skip
 
 
-def _padded(values: Tensor, width: int, fill: int | None) -> Tensor:
+def _pad(values: Tensor, width: int, fill: int | None) -> Tensor:
     if fill is None or values.shape[1] == width:
         return values
     return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
@@ -218,12 +218,12 @@ class LayerCalibration:
         elif hessians is not None and any(part.domains and part.hessians is None for part in (self, other)):
             raise ValueError("calibration: expected both parts with hessians=True, or none, got one of them")
         return replace(
-            self, domains=_joined(self.domains, other.domains), samples=_joined(self.samples, other.samples),
+            self, domains=_join(self.domains, other.domains), samples=_join(self.samples, other.samples),
             hessians=hessians,
         )  # fmt: skip
 
 
-def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _join(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(one)
     for name, value in other.items():
         result[name] = result[name] + value if name in result else value

@@ -5,134 +5,57 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.compress.layer import ExpertLayer
 from switchgear.experts import Experts
-from switchgear.integrations.choices import watched
+from switchgear.integrations.blocks import ExpertLayer, ExpertTensor, router_tensors
+from switchgear.integrations.choices import watch_choices
+from switchgear.integrations.hook_points import Choice
 from switchgear.integrations.moe_blocks import MoeBlock
-from switchgear.integrations.places import Choice
 from switchgear.routing.router import Router
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 from switchgear.weights import advise_huge_pages
 from switchgear.weights.change import memory_of
-from switchgear.weights.selected import selection_of
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
-STEP_COUNTS = "tokens_per_expert"  # of a Router
-NO_EXPERT = -1  # among the experts to keep: a place that no token gets
+NO_EXPERT = -1  # stands among the experts to keep for a place that no token gets
 
 
-class Place(NamedTuple):
-    """A tensor of a module, and its dimension of experts."""
-
-    module: nn.Module
-    name: str
-    dim: int
-
-    @property
-    def holder(self) -> dict[str, Any]:
-        """The dict of the module that has the tensor. A router's counts of a step are no buffer."""
-        holders: tuple[Any, ...] = (self.module._parameters, self.module._buffers, vars(self.module))
-        return next(holder for holder in holders if holder.get(self.name) is not None)
-
-    @property
-    def tensor(self) -> Tensor:
-        result: Tensor = self.holder[self.name].detach()
-        return result
-
-    def put(self, tensor: Tensor) -> None:
-        old = self.holder[self.name]
-        is_parameter = isinstance(old, nn.Parameter)
-        self.holder[self.name] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
+NewTensors = list[tuple[ExpertTensor, Tensor]]  # what `put` will replace, and by what
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """New tensors of a block with `count` experts. Nothing of the model is changed before `commit`."""
 
     layer: ExpertLayer
     count: int
-    gate: list[tuple[Place, Tensor]]
-    experts: list[tuple[Place, Tensor]] = field(default_factory=list)
+    tensors: NewTensors
 
 
-# ---- what a block has per expert -------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def gate_places(block: MoeBlock) -> list[Place]:
-    """The tensors of a router that have a dimension of experts. Raises ValueError for routers that cannot be cut."""
-    where = block.name or "model"
-    weight = block.gate_weight()
-    if weight is None or block.gate is None:
-        score = getattr(block.gate, "score", None)
-        if score is not None:
-            raise ValueError(f"{where}: expected a linear router without score=, got score={type(score).__name__}(…)")
-        raise ValueError(f"{where}: expected a linear router, got {type(block.gate).__name__}")
-    classes, hidden_size = weight.shape
-    if classes != block.num_experts:
-        raise ValueError(f"{where}: expected a router of {block.num_experts} classes, as experts, got {classes}")
-    found: list[Place] = []
-    if isinstance(block.gate, Router):
-        if selection_of(block.gate) is not None:
-            raise ValueError(f"{where}: expected no experts that train alone; call finetune.unfreeze(model) first")
-        block.gate.check_resizable(where)
-    beside = [m for m in block.block.children() if m not in (block.gate, block.experts, block.shared)]
-    owners = [*block.gate.modules(), block.block, *(m for m in beside if not list(m.children()))]
-    for owner in dict.fromkeys(owners):
-        inside = owner in set(block.gate.modules())
-        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
-            if tensor is weight:
-                found.append(Place(owner, name, 0))
-                continue
-            is_named = "bias" in name or "expert" in name
-            if tensor.numel() == classes and classes in (tensor.shape[0], tensor.shape[-1]) and tensor.dim() <= 2:
-                if is_named or (inside and classes != hidden_size):
-                    found.append(Place(owner, name, 0 if tensor.shape[0] == classes else tensor.dim() - 1))
-            elif inside and not tensor.is_floating_point():
-                raise ValueError(f"{where}: expected a router without tables, got {name} of {type(owner).__name__}")
-    if isinstance(block.gate, Router) and block.gate.tokens_per_expert is not None:
-        found.append(Place(block.gate, STEP_COUNTS, 0))
-    return found
-
-
-def expert_places(layer: ExpertLayer) -> list[Place]:
-    """The tensors [E,…] of the experts: projections, biases, and what else there is per expert."""
-    owners = dict.fromkeys([layer.owner(0), layer.owner(1)])
-    return [
-        Place(owner, name, 0)
-        for owner in owners
-        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
-        if tensor.dim() >= 2 and tensor.shape[0] == layer.num_experts
-    ]
-
-
-def places_of(layers: Iterable[ExpertLayer]) -> list[Place]:
-    """All tensors of blocks that have a dimension of experts."""
-    return [place for layer in layers for place in (*gate_places(layer.block), *expert_places(layer))]
-
-
-def check_unshared(model: nn.Module, places: Iterable[Place]) -> None:
+def check_unshared(model: nn.Module, tensors: Iterable[ExpertTensor]) -> None:
     """Raises ValueError for parameters that are elsewhere, too: blocks may lose different experts or weights."""
-    mine = {_memory(place.holder[place.name]) for place in places}
+    mine = {_identify_memory(tensor.value) for tensor in tensors}
     seen: dict[object, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = seen.setdefault(_memory(parameter), name)
-        if first != name and _memory(parameter) in mine:
+        first = seen.setdefault(_identify_memory(parameter), name)
+        if first != name and _identify_memory(parameter) in mine:
             raise ValueError(f"model: expected parameters of one block, got {name} shared with {first}")
 
 
-def _memory(tensor: Tensor) -> object:
+def _identify_memory(tensor: Tensor) -> object:
     return id(tensor) if tensor.is_meta or type(tensor) is not nn.Parameter else memory_of(tensor)
 
 
 def check_cuttable(layer: ExpertLayer) -> None:
     """Raises ValueError, which names the block, for experts or routers whose number cannot change."""
-    gate_places(layer.block)
+    router_tensors(layer.block)
     if layer.block.is_ours and type(layer.block.experts) is not Experts:
         raise ValueError(f"{layer.name}: expected switchgear.Experts, got {type(layer.block.experts).__name__}")
 
@@ -140,7 +63,7 @@ def check_cuttable(layer: ExpertLayer) -> None:
 # ---- changes ---------------------------------------------------------------------------------------------------------
 
 
-def taken(tensor: Tensor, dim: int, keep: Sequence[int], fill: float = 0.0) -> Tensor:
+def select_experts(tensor: Tensor, dim: int, keep: Sequence[int], fill: float = 0.0) -> Tensor:
     """The entries `keep` of a dimension, with `fill` for NO_EXPERT."""
     index = torch.tensor([max(expert, 0) for expert in keep], device=tensor.device)
     result = tensor.index_select(dim, index)
@@ -152,11 +75,11 @@ def taken(tensor: Tensor, dim: int, keep: Sequence[int], fill: float = 0.0) -> T
     return result
 
 
-def kept_gate(block: MoeBlock, keep: Sequence[int]) -> list[tuple[Place, Tensor]]:
+def cut_router(block: MoeBlock, keep: Sequence[int]) -> NewTensors:
     """The router's tensors for the experts `keep`."""
-    places = gate_places(block)
+    places = router_tensors(block)
     if NO_EXPERT not in keep:
-        return [(place, taken(place.tensor, place.dim, keep)) for place in places]
+        return [(place, select_experts(place.tensor, place.dim, keep)) for place in places]
     biases = [place for place in places if place.name == "bias" or place.name.endswith(("_bias", "_biases"))]
     if not biases:
         raise ValueError(
@@ -164,17 +87,19 @@ def kept_gate(block: MoeBlock, keep: Sequence[int]) -> list[tuple[Place, Tensor]
             f"{type(block.gate).__name__} without a bias cannot leave places empty; use scope='layer'"
         )
     return [
-        (place, taken(place.tensor, place.dim, keep, _never(place.tensor) if place in biases else 0.0))
+        (place, select_experts(place.tensor, place.dim, keep, _never(place.tensor) if place in biases else 0.0))
         for place in places
     ]
 
 
 def _never(bias: Tensor) -> float:
-    """So low that no score outweighs it, and finite, in the dtype of the bias."""
+    """A bias so low that no score outweighs it, and finite, in its dtype."""
     return -3e4 if bias.dtype is torch.float16 else -1e30
 
 
-def kept_experts(layer: ExpertLayer, keep: Sequence[int]) -> list[tuple[Place, Tensor]]:
+def cut_experts(layer: ExpertLayer, keep: Sequence[int]) -> NewTensors:
+    """The experts' tensors for the experts `keep`, with zeros for NO_EXPERT."""
+
     def rows(tensor: Tensor) -> Tensor:
         result = tensor.new_empty(len(keep), *tensor.shape[1:])
         advise_huge_pages(result)
@@ -182,15 +107,15 @@ def kept_experts(layer: ExpertLayer, keep: Sequence[int]) -> list[tuple[Place, T
             result[index] = 0 if expert == NO_EXPERT else tensor[expert]
         return result
 
-    return [(place, rows(place.tensor)) for place in expert_places(layer)]
+    return [(place, rows(place.tensor)) for place in layer.tensors()]
 
 
 def commit(model: nn.Module, cuts: Sequence[Cut]) -> None:
     """Applies the cuts to a model; they have all been computed. Configs of Hugging Face follow."""
     old = cuts[0].layer.block.num_experts
-    fields = [] if cuts[0].layer.block.is_ours else _config_fields([cut.layer.block for cut in cuts])
+    fields = [] if cuts[0].layer.block.is_ours else _find_config_fields([cut.layer.block for cut in cuts])
     for cut in cuts:
-        for place, tensor in (*cut.gate, *cut.experts):
+        for place, tensor in cut.tensors:
             place.put(tensor)
         _set_counts(cut.layer.block, cut.count)
     if not fields:
@@ -199,7 +124,7 @@ def commit(model: nn.Module, cuts: Sequence[Cut]) -> None:
     for config, name in fields:
         value = getattr(config, name)
         setattr(config, name, [count] * len(value) if isinstance(value, (list, tuple)) else count)
-    for module in model.modules():  # such as the number in a balance loss of the whole model
+    for module in model.modules():  # the number in a balance loss of the whole model, for one
         for name in _COUNTS:
             if vars(module).get(name) == old:
                 setattr(module, name, count)
@@ -212,7 +137,7 @@ def check_config(model: nn.Module, blocks: Sequence[MoeBlock], counts: Sequence[
     if not any(hasattr(module, "save_pretrained") for module in model.modules()):
         kind = type(model).__name__
         raise ValueError(f"model: expected the whole model, whose config has the number of experts, got {kind}")
-    _config_fields(blocks)
+    _find_config_fields(blocks)
     if len(set(counts)) > 1 or len({block.num_experts for block in blocks}) > 1:
         raise ValueError(
             f"keep: expected equal numbers of experts, since one number in the config holds for all layers of "
@@ -225,7 +150,7 @@ def check_config(model: nn.Module, blocks: Sequence[MoeBlock], counts: Sequence[
             raise ValueError(f"model: expected experts in MoE blocks alone, got some in {name}, of the same config")
 
 
-def _config_fields(blocks: Sequence[MoeBlock]) -> list[tuple[Any, str]]:
+def _find_config_fields(blocks: Sequence[MoeBlock]) -> list[tuple[Any, str]]:
     """(config, field) of all fields that say the number of experts."""
     found: dict[tuple[int, str], tuple[Any, str]] = {}
     for block in blocks:
@@ -265,17 +190,17 @@ class _Chosen(Exception):
 
 
 @torch.no_grad()
-def choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+def compute_choice(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
     """(topk_ids [T,K] int64, topk_weights [T,K] float64) that the experts of a block get for its input x [T,H], in eval
     mode. Raises ValueError for a block that needs more than x."""
-    with evaluating(block.block):
+    with set_eval(block.block):
         if isinstance(block.gate, Router):
             routing = block.gate(x)
             return routing.topk_ids.long(), routing.topk_weights.double()
-        return _choice_of(block, x)
+        return _watch_choice(block, x)
 
 
-def _choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+def _watch_choice(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
     found: list[Choice] = []
 
     def stop(choice: Choice) -> None:
@@ -283,7 +208,7 @@ def _choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
         raise _Chosen
 
     try:
-        with watched(block, stop):
+        with watch_choices(block, stop):
             block.block(x[None])
     except _Chosen:
         pass
@@ -299,9 +224,9 @@ def _choice_of(block: MoeBlock, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def with_gate(block: MoeBlock, gate: Sequence[tuple[Place, Tensor]], count: int) -> Iterator[MoeBlock]:
+def replace_gate(block: MoeBlock, gate: NewTensors, count: int) -> Iterator[MoeBlock]:
     """Inside the `with` block, the router has other tensors, for `count` experts."""
-    old = [(place, place.holder[place.name]) for place, _ in gate]
+    old = [(place, place.value) for place, _ in gate]
     names = {module: {name: vars(module)[name] for name in (*_COUNTS, "out_features") if name in vars(module)}
              for module in block.block.modules()}  # fmt: skip
     try:
@@ -311,15 +236,15 @@ def with_gate(block: MoeBlock, gate: Sequence[tuple[Place, Tensor]], count: int)
         yield replace(block, num_experts=count)
     finally:
         for place, tensor in old:
-            place.holder[place.name] = tensor
+            place.put(tensor)
         for module, values in names.items():
             for name, value in values.items():
                 setattr(module, name, value)
 
 
-def kept_choice(block: MoeBlock, keep: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
-    """What `choice_of` returns if only the experts `keep` are left; ids are those of the whole block."""
-    with with_gate(block, kept_gate(block, keep), len(keep)) as cut:
-        ids, weights = choice_of(cut, x)
+def compute_choice_among(block: MoeBlock, keep: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `compute_choice` returns if only the experts `keep` are left, with their ids in the whole block."""
+    with replace_gate(block, cut_router(block, keep), len(keep)) as cut:
+        ids, weights = compute_choice(cut, x)
     table = torch.tensor([*keep, -1], device=ids.device)
     return table[ids], weights

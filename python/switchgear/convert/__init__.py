@@ -8,34 +8,37 @@ Modules:       MixtureOfAttention, ParallelBlock; Projected, ModuleExperts; Sequ
 Parts:         FeedForward, feed_forward; Partition, partition, balanced_kmeans, neuron_importance, layer_importance;
                add_domain_expert, sequence_perplexities, use_threshold, prior_approximate
 
-models.py   whole models in memory; checkpoints.py: checkpoints in directories; result.py: what a conversion did;
-            errors.py: its errors
-recipes.py  plans of whole models; plans.py: how each tensor is made; families.py: which MoE family takes a dense
-            one; layouts.py: experts in checkpoints; directory.py: a checkpoint as a source; writer.py: the files;
-            checks.py: the options
-ffn.py      the weights of a feed-forward network; modules.py: where a model has them; partitions.py: their
-            neurons in groups; importance.py: how much a neuron matters
-upcycle.py  a network into experts that compute the same; split.py: into parts of it; layers.py: into experts
-            that learn its output; experts.py: networks that were trained apart; attention.py: attention layers
-gates.py    routers of these experts; perplexity.py: routing without training
-dense.py    an MoE layer into a dense one; one_network.py: networks into one; average.py: models into one
+split.py        a network into experts that compute the same, or into parts of it; partitions.py: its neurons in groups;
+                importance.py: how much a neuron matters
+layers.py       experts that learn the output of a layer; experts.py: of networks that were trained apart
+attention.py    attention layers as experts
+dense.py        an MoE layer into a dense one; average.py: models into one
+ffn.py          the networks of dense modules; modules.py: where a model has them; checks.py: options of all functions
+models.py       whole models in memory; checkpoints.py: checkpoints in directories; directory.py: their files
+recipes.py      plans of whole models; plans.py: how each tensor is made; families.py: which MoE family takes a dense
+                one; layouts.py: experts in checkpoints
 """
 
 from switchgear.convert.attention import MixtureOfAttention, ParallelBlock, attention_from_experts, attention_to_moe
 from switchgear.convert.average import merge_models
 from switchgear.convert.checkpoints import Recipe, Report, run
 from switchgear.convert.dense import to_dense
-from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
-from switchgear.convert.experts import ModuleExperts, Projected, add_domain_expert, from_dense_experts
-from switchgear.convert.ffn import FeedForward, feed_forward
-from switchgear.convert.gates import EqualTopK, prior_approximate
+from switchgear.convert.directory import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
+from switchgear.convert.experts import (
+    ModuleExperts,
+    Projected,
+    SequenceLogits,
+    add_domain_expert,
+    from_dense_experts,
+    sequence_perplexities,
+)
+from switchgear.convert.ffn import feed_forward
 from switchgear.convert.importance import layer_importance, neuron_importance
 from switchgear.convert.layers import Distillation, Distilled, distill_layers, use_threshold
+from switchgear.convert.modules import Conversion, Converted
 from switchgear.convert.partitions import Partition, balanced_kmeans, partition
-from switchgear.convert.perplexity import SequenceLogits, sequence_perplexities
-from switchgear.convert.result import Conversion, Converted
-from switchgear.convert.split import split_dense
-from switchgear.convert.upcycle import upcycle
+from switchgear.convert.split import EqualTopK, prior_approximate, split_dense, upcycle
+from switchgear.integrations.blocks import FeedForward
 
 __all__ = [
     "Conversion",

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from switchgear.complaints import check_module, first_line
 from switchgear.convert.checks import check_moe
-from switchgear.convert.gates import EqualTopK
+from switchgear.convert.split import EqualTopK
 from switchgear.functional import as_number
 from switchgear.reference import check_choice, check_fraction, check_size
 from switchgear.routing.context import Context
@@ -32,7 +32,7 @@ class MixtureOfAttention(nn.Module):
 
     Args:
         num_experts, num_heads, num_kv_heads, head_dim: E; the others are per expert.
-        shared_kv: all experts attend to the keys and values of one projection, so the cache is as large as that of one
+        shared_kv: all experts attend to the keys and values of one projection, so the cache is as large as for one
             attention layer (BAM's KV variant).
         select: which experts a token uses and their weights; by default all, by softmax (BAM). All are computed.
         keys: "all": each expert attends to all tokens; "chosen": to those that chose it (LLaMA-MoE v2). Cached keys
@@ -43,7 +43,7 @@ class MixtureOfAttention(nn.Module):
         dropout, residual_dropout: in train() only, of the weights of attention, and of the output.
 
     Parameters: q_proj [E,heads·dim,H], k_proj and v_proj [E,kv_heads·dim,H] (E = 1 with shared_kv), o_proj
-    [E,H,heads·dim]; q_bias, k_bias, v_bias, o_bias; q_norm, k_norm [E,dim]; those of gate.
+    [E,H,heads·dim]; q_bias, k_bias, v_bias, o_bias; q_norm, k_norm [E,dim]; the gate's own.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class MixtureOfAttention(nn.Module):
         v = self._heads(hidden_states, self.v_proj, self.v_bias, None)
         if position_embeddings is not None:
             cos, sin = (part.unsqueeze(1) for part in position_embeddings)
-            q, k = (part * cos + _rotated(part) * sin for part in (q, k))
+            q, k = (part * cos + _rotate(part) * sin for part in (q, k))
         routing = self.gate(hidden_states, Context())
         if self.keys == "chosen":
             ones = torch.ones_like(routing.topk_weights)
@@ -335,9 +335,9 @@ def _read(attention: Any, name: str) -> dict[str, Any]:
     options = {
         "head_dim": head_dim, "bias": "q_bias" in tensors, "o_bias": o.bias is not None,
         "qk_norm": norms["q_norm"].variance_epsilon if norms else None, "scaling": getattr(attention, "scaling", None),
-        "dropout": _dropout_of(attention, "attention_dropout"),
-        "residual_dropout": _dropout_of(attention, "residual_dropout"), "causal": getattr(attention, "is_causal", True),
-        "layer_idx": getattr(attention, "layer_idx", None),
+        "dropout": _read_dropout(attention, "attention_dropout"),
+        "residual_dropout": _read_dropout(attention, "residual_dropout"),
+        "causal": getattr(attention, "is_causal", True), "layer_idx": getattr(attention, "layer_idx", None),
         "device": q.weight.device, "dtype": q.weight.dtype,
     }  # fmt: skip
     found = {
@@ -348,7 +348,7 @@ def _read(attention: Any, name: str) -> dict[str, Any]:
     return found
 
 
-def _dropout_of(attention: Any, name: str) -> float:
+def _read_dropout(attention: Any, name: str) -> float:
     dropout = getattr(attention, name, None) or 0.0
     return float(getattr(dropout, "p", dropout))
 
@@ -402,6 +402,6 @@ def _check_same(attention: nn.Module, found: dict[str, Any], name: str) -> None:
         )
 
 
-def _rotated(x: Tensor) -> Tensor:
+def _rotate(x: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat((-second, first), -1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module, check_seed, check_several, check_tensor
-from switchgear.convert.checks import check_number, finite_numbers
+from switchgear.convert.checks import as_finite_numbers, check_number
 from switchgear.reference import check_choice
 from switchgear.weights.checks import check_state_dict
 
@@ -51,8 +51,8 @@ class Merging:
             )
 
     def __call__(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-        """One tensor from those of the models, contiguous. The trimming and the dropping are per tensor. ValueError for
-        NaN and infinities."""
+        """Merges tensors of the same name into a contiguous one. Each is trimmed, or dropped from, by itself.
+        ValueError for NaN and infinities."""
         first = tensors[0] if base is None else base
         if not first.is_floating_point() or self.method == "base":
             return first
@@ -65,12 +65,12 @@ class Merging:
         return self._merged(key, [tensor.flatten() for tensor in tensors], first.flatten()).view(first.shape)
 
     def _merged(self, key: str, tensors: list[Tensor], base: Tensor) -> Tensor:
-        """Of flat tensors, a part at a time: what lies beside them and the result is small, but for "ties" the
+        """Merges flat tensors a part at a time: little memory is needed beside them and the result, but for "ties" the
         magnitudes of one task vector. The base of "average" gives only the dtype."""
         wide = torch.float64 if base.dtype is torch.float64 else torch.float32
         shares = self.weights or (1.0,) * len(tensors)
         weights = [share / sum(shares) for share in shares]
-        cuts = [_cut(tensor, base, wide, self.density) for tensor in tensors] if self.method == "ties" else []
+        cuts = [_find_cut(tensor, base, wide, self.density) for tensor in tensors] if self.method == "ties" else []
         seeds = [zlib.crc32(f"{self.seed} {index} {key}".encode()) for index in range(len(tensors))]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         result = torch.empty_like(base)
@@ -85,7 +85,9 @@ class Merging:
                 dropped = [self._dropped(delta, random) for delta, random in zip(deltas, generators, strict=True)]
                 merged = _weighted_sum(weights, dropped)
             else:
-                merged = _ties([_trimmed(delta, *cut, start) for delta, cut in zip(deltas, cuts, strict=True)], shares)
+                merged = _merge_ties(
+                    [_trim(delta, *cut, start) for delta, cut in zip(deltas, cuts, strict=True)], shares
+                )
             result[part] = origin + self.scale * merged
         return result
 
@@ -102,7 +104,7 @@ def _weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor
     return total
 
 
-def _ties(trimmed: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+def _merge_ties(trimmed: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     """Elect the sign of the weighted sum, and average what agrees with it: Σ w δ / Σ w, or Σ w δ where these weights
     cancel."""
     elected = torch.where(_weighted_sum(shares, trimmed) >= 0, 1.0, -1.0)
@@ -115,9 +117,9 @@ def _ties(trimmed: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     return merged / torch.where(total == 0, 1.0, total)
 
 
-def _cut(tensor: Tensor, base: Tensor, wide: torch.dtype, density: float) -> tuple[int, int]:
+def _find_cut(tensor: Tensor, base: Tensor, wide: torch.dtype, density: float) -> tuple[int, int]:
     """(low, end): the density · n elements of largest |tensor - base|, at least one, ties to the lowest index, are
-    those of magnitude above `low`, and before index `end` those equal to it.
+    the ones of magnitude above `low`, and before index `end` the ones equal to it.
 
     The bits of a magnitude are an integer in the same order, so both are found by halving: no sorted copy of a large
     tensor, and no indices.
@@ -129,7 +131,7 @@ def _cut(tensor: Tensor, base: Tensor, wide: torch.dtype, density: float) -> tup
     for start in range(0, len(base), _PART):
         part = slice(start, start + _PART)
         magnitudes[part] = (tensor[part].to(wide) - base[part].to(wide)).abs()
-    bits = _bits(magnitudes)
+    bits = _view_bits(magnitudes)
     low, high = 0, int(bits.max())
     while low < high:
         middle = (low + high + 1) // 2
@@ -140,16 +142,16 @@ def _cut(tensor: Tensor, base: Tensor, wide: torch.dtype, density: float) -> tup
     return low, bisect_left(range(len(bits)), ties, key=lambda end: int((bits[:end] == low).sum()))
 
 
-def _trimmed(delta: Tensor, low: int, end: int, start: int) -> Tensor:
+def _trim(delta: Tensor, low: int, end: int, start: int) -> Tensor:
     """delta, whose first index is `start`, with zeros for what a `_cut` drops."""
-    bits = _bits(delta.abs())
+    bits = _view_bits(delta.abs())
     kept = bits > low
     before = max(end - start, 0)
     kept[:before] |= bits[:before] == low
     return torch.where(kept, delta, torch.zeros_like(delta))
 
 
-def _bits(magnitudes: Tensor) -> Tensor:
+def _view_bits(magnitudes: Tensor) -> Tensor:
     return magnitudes.view(torch.int64 if magnitudes.dtype is torch.float64 else torch.int32)
 
 
@@ -187,8 +189,8 @@ def merge_models(
         scale: λ.
         seed: of the dropping.
 
-    Returns a copy of the first module with the merged tensors, or a state dict. Integer tensors are those of the base,
-    or of the first model. Tensors that the first model ties are merged once.
+    Returns a copy of the first module with the merged tensors, or a state dict. Integer tensors come from the base,
+    or from the first model. Tensors that the first model ties are merged once.
 
     Raises:
         TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, or where the first
@@ -198,11 +200,11 @@ def merge_models(
     models = list(models)
     if not models:
         raise ValueError("models: expected at least one, got none")
-    merging = Merging(method, finite_numbers("weights", weights), density, scale, seed)
+    merging = Merging(method, as_finite_numbers("weights", weights), density, scale, seed)
     merging.check(len(models), base is not None)
-    states = [_state(model, f"models[{index}]") for index, model in enumerate(models)]
-    origin = None if base is None else _state(base, "base")
-    tied = _tied(states[0])
+    states = [_read_state(model, f"models[{index}]") for index, model in enumerate(models)]
+    origin = None if base is None else _read_state(base, "base")
+    tied = _find_tied(states[0])
     for name, state in [
         *((f"models[{i}]", s) for i, s in enumerate(states)),
         *([] if origin is None else [("base", origin)]),
@@ -212,7 +214,7 @@ def merge_models(
         )
         check_wide(name, {k: v.dtype for k, v in state.items()})
         for key, first in tied.items():
-            if _place(state[key]) != _place(state[first]) and not torch.equal(state[key], state[first]):
+            if _locate(state[key]) != _locate(state[first]) and not torch.equal(state[key], state[first]):
                 raise ValueError(f"{name}: expected {key} equal to {first}, which the first model ties, got another")
     merged = {
         key: merging(key, [state[key].detach() for state in states], None if origin is None else origin[key].detach())
@@ -243,7 +245,7 @@ def check_wide(name: str, dtypes: Mapping[str, torch.dtype]) -> None:
             raise TypeError(f"{name}: expected plain weights, got {key} in {dtype}")
 
 
-def _state(model: Any, name: str) -> Mapping[str, Tensor]:
+def _read_state(model: Any, name: str) -> Mapping[str, Tensor]:
     if isinstance(model, Mapping):
         for key, tensor in model.items():
             check_tensor(f"{name}[{key!r}]", tensor)
@@ -253,12 +255,12 @@ def _state(model: Any, name: str) -> Mapping[str, Tensor]:
     return model.state_dict()  # type: ignore[no-any-return]
 
 
-def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+def _find_tied(state: Mapping[str, Tensor]) -> dict[str, str]:
     """The names of tensors that have an earlier name too, with that."""
     seen: dict[Any, str] = {}
-    names = {key: seen.setdefault(_place(v), key) for key, v in state.items() if v.numel() and not v.is_meta}
+    names = {key: seen.setdefault(_locate(v), key) for key, v in state.items() if v.numel() and not v.is_meta}
     return {key: first for key, first in names.items() if key != first}
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def _locate(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()

@@ -20,24 +20,29 @@ import torch
 from torch import Tensor
 
 from switchgear.convert.average import Merging
-from switchgear.convert.checks import finite_numbers
-from switchgear.convert.directory import CONFIG, TEMPLATES, Directory, beside_weights, full_config
-from switchgear.convert.errors import ConversionError, DamagedCheckpoint, DiskFull, RecipeError
-from switchgear.convert.layouts import layout_plan
-from switchgear.convert.plans import ConversionPlan, Item
-from switchgear.convert.recipes import dense_plan, experts_plan, merge_plan, split_plan, upcycle_plan
-from switchgear.convert.writer import (
-    JOURNAL,
-    Journal,
+from switchgear.convert.checks import as_finite_numbers
+from switchgear.convert.directory import (
+    CONFIG,
+    CONVERSION,
+    TEMPLATES,
+    ConversionError,
+    DamagedCheckpoint,
+    Directory,
+    DiskFull,
     Progress,
-    checksum,
-    named_errors,
-    shards_of,
-    size_of,
+    RecipeError,
+    compute_sha256,
+    count_bytes,
+    divide_into_shards,
+    list_beside_weights,
+    read_full_config,
     write_shard,
     write_text,
 )
-from switchgear.files import AnyPath
+from switchgear.convert.layouts import plan_layout
+from switchgear.convert.plans import ConversionPlan, Item
+from switchgear.convert.recipes import plan_dense, plan_experts, plan_merge, plan_split, plan_upcycle
+from switchgear.files import AnyPath, Unfinished
 
 INDEX, REPORT = "model.safetensors.index.json", "conversion.json"
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -85,7 +90,7 @@ class Recipe:
 
     @classmethod
     def of(cls, given: Recipe | Mapping[str, Any] | AnyPath) -> Recipe:
-        """From a dict {"operation": …, "num_experts": …}, or a JSON file with one."""
+        """Reads a dict {"operation": …, "num_experts": …}, or a JSON file with one."""
         if isinstance(given, Recipe):
             return given
         if not isinstance(given, Mapping):
@@ -140,7 +145,7 @@ def run(
     *,
     resume: bool = True,
 ) -> Report:
-    """Converts a checkpoint directory. Memory is that of one tensor of the result, and 64 MiB of mapped files.
+    """Converts a checkpoint directory. Needs memory for one tensor of the result, and 64 MiB for mapped files.
 
     The result is written into a directory `target`.partial, which is renamed when all is done: there is never half a
     checkpoint at `target`. The same call continues a conversion that was interrupted: finished shards are checked by
@@ -166,15 +171,18 @@ def run(
     if not paths or (len(paths) > 1 and recipe.operation not in ("experts", "merge")):
         raise RecipeError(f"source: expected one directory for {recipe.operation}, got {len(paths)}")
     sources = [Directory(path) for path in paths]
-    plan = plan_of(recipe, sources)
-    shards = shards_of(plan.items, recipe.shard_bytes())
-    journal = Journal.opened(target, _identity(recipe, sources), resume)
-    try:
-        resumed = tuple(name for name in shards if journal.has(name))
-        _write(journal, shards, resumed, progress or (lambda *_: None))
-        return _finish(journal, recipe, paths[0], target, plan, shards, resumed)
-    finally:
-        journal.close()
+    plan = plan_recipe(recipe, sources)
+    shards = divide_into_shards(plan.items, recipe.shard_bytes())
+    with Unfinished.opened(CONVERSION, target, _identity(recipe, sources), resume) as unfinished:
+        resumed = tuple(name for name in shards if _is_finished(unfinished, name))
+        _write(unfinished, shards, resumed, progress or (lambda *_: None))
+        return _finish(unfinished, recipe, paths[0], plan, shards, resumed)
+
+
+def _is_finished(unfinished: Unfinished, name: str) -> bool:
+    """Whether a shard has the bytes that were written."""
+    entry, file = unfinished.pieces.get(name), unfinished.folder / name
+    return entry is not None and file.is_file() and compute_sha256(file) == entry["sha256"]
 
 
 def _identity(recipe: Recipe, sources: Sequence[Directory]) -> str:
@@ -182,19 +190,21 @@ def _identity(recipe: Recipe, sources: Sequence[Directory]) -> str:
     base = recipe.options.get("base")
     folders = [*sources, *([Directory(base)] if base is not None else [])]
     named = [recipe.options[name] for name in ("importance", "router") if recipe.options.get(name) is not None]
-    files = [checksum(Path(path)) for path in named if path not in ROUTERS]
+    files = [compute_sha256(Path(path)) for path in named if path not in ROUTERS]
     about = [recipe.as_dict(), [folder.identity() for folder in folders], files, torch.__version__]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _write(journal: Journal, shards: Mapping[str, list[Item]], resumed: Sequence[str], progress: Progress) -> None:
+def _write(
+    unfinished: Unfinished, shards: Mapping[str, list[Item]], resumed: Sequence[str], progress: Progress
+) -> None:
     """Writes the shards that are not finished."""
-    sizes = {name: sum(map(size_of, items)) for name, items in shards.items()}
+    sizes = {name: sum(map(count_bytes, items)) for name, items in shards.items()}
     total, done = sum(sizes.values()), 0
     missing = total - sum(sizes[name] for name in resumed)
-    if (free := shutil.disk_usage(journal.folder).free) < missing:
-        journal.drop()
-        raise DiskFull(errno.ENOSPC, f"no room for {journal.folder}: {missing} bytes are needed, {free} are free")
+    folder = unfinished.folder
+    if (free := shutil.disk_usage(folder).free) < missing:
+        raise DiskFull(errno.ENOSPC, f"no room for {folder}: {missing} bytes are needed, {free} are free")
 
     def count(size: int, key: str) -> None:
         nonlocal done
@@ -206,14 +216,15 @@ def _write(journal: Journal, shards: Mapping[str, list[Item]], resumed: Sequence
             count(sizes[name], name)
             continue
         try:
-            journal.add(name, write_shard(journal.folder / name, items, count))
-        except (RuntimeError, ValueError) as error:  # of safetensors and torch, for files that changed meanwhile
+            sha256 = write_shard(folder / name, items, count)
+            unfinished.add(name, {"sha256": sha256, "bytes": (folder / name).stat().st_size})
+        except (RuntimeError, ValueError) as error:  # safetensors and torch raise them for files that changed meanwhile
             if isinstance(error, ConversionError):
                 raise
             raise DamagedCheckpoint(f"{name}: {error}") from error
 
 
-def plan_of(recipe: Recipe, sources: Sequence[Directory]) -> ConversionPlan:
+def plan_recipe(recipe: Recipe, sources: Sequence[Directory]) -> ConversionPlan:
     """The plan of a recipe: all checks of shapes and of the family, and no data. RecipeError for what is impossible."""
     options = dict(recipe.options)
     try:
@@ -225,58 +236,58 @@ def plan_of(recipe: Recipe, sources: Sequence[Directory]) -> ConversionPlan:
 
 
 def _upcycle(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    return upcycle_plan(full_config(sources[0]), sources[0], **options)
+    return plan_upcycle(read_full_config(sources[0]), sources[0], **options)
 
 
 def _split(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
     if (path := options.get("importance")) is not None:
-        options["importance"] = _by_layer("importance", path)
-    return split_plan(full_config(sources[0]), sources[0], **options)
+        options["importance"] = _read_layers("importance", path)
+    return plan_split(read_full_config(sources[0]), sources[0], **options)
 
 
 def _experts(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    base, router, merging = options.pop("base", None), options.pop("router", "random"), _merging(options, "merge")
-    origin = _base(base)
-    rows = None if router in ROUTERS else _by_layer("router", router)
+    base, router, merging = options.pop("base", None), options.pop("router", "random"), _read_merging(options, "merge")
+    origin = _open_base(base)
+    rows = None if router in ROUTERS else _read_layers("router", router)
     if router == "zeros":
         options["router_init"] = 0.0
     options.setdefault("top_k", min(2, len(sources)))
-    return experts_plan(
-        [(full_config(source), source) for source in sources],
-        None if origin is None else (full_config(origin), origin), router=rows, merging=merging,
+    return plan_experts(
+        [(read_full_config(source), source) for source in sources],
+        None if origin is None else (read_full_config(origin), origin), router=rows, merging=merging,
         seed=merging.seed, **options,
     )  # fmt: skip
 
 
 def _merge(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    base, merging = options.pop("base", None), _merging(options, "method")
-    origin = _base(base)
-    return merge_plan(
+    base, merging = options.pop("base", None), _read_merging(options, "method")
+    origin = _open_base(base)
+    return plan_merge(
         [(source.config(), source) for source in sources],
         None if origin is None else (origin.config(), origin),
         merging,
     )
 
 
-def _base(path: Any) -> Directory | None:
+def _open_base(path: Any) -> Directory | None:
     if path is not None and not isinstance(path, str):
         raise TypeError(f"base: expected a directory, got {type(path).__name__}")
     return None if path is None else Directory(path)
 
 
-def _merging(options: dict[str, Any], method: str) -> Merging:
+def _read_merging(options: dict[str, Any], method: str) -> Merging:
     return Merging(
-        options.pop(method, "average"), finite_numbers("weights", options.pop("weights", None)),
+        options.pop(method, "average"), as_finite_numbers("weights", options.pop("weights", None)),
         options.pop("density", 0.2), options.pop("scale", 1.0), options.pop("seed", 0),
     )  # fmt: skip
 
 
 def _dense(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    return dense_plan(full_config(sources[0]), sources[0], **options)
+    return plan_dense(read_full_config(sources[0]), sources[0], **options)
 
 
 def _layout(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    return layout_plan(sources[0].config(), sources[0], options["to"])
+    return plan_layout(sources[0].config(), sources[0], options["to"])
 
 
 PLANS: dict[str, Callable[[Sequence[Directory], dict[str, Any]], ConversionPlan]] = {
@@ -284,7 +295,7 @@ PLANS: dict[str, Callable[[Sequence[Directory], dict[str, Any]], ConversionPlan]
 }  # fmt: skip
 
 
-def _by_layer(name: str, path: Any) -> dict[int, Tensor]:
+def _read_layers(name: str, path: Any) -> dict[int, Tensor]:
     """The tensors "0", "1", … of a safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -298,18 +309,16 @@ def _by_layer(name: str, path: Any) -> dict[int, Tensor]:
 
 
 def _finish(
-    journal: Journal, recipe: Recipe, source: Path, target: Path, plan: ConversionPlan,
-    shards: Mapping[str, list[Item]], resumed: tuple[str, ...],
+    unfinished: Unfinished, recipe: Recipe, source: Path, plan: ConversionPlan, shards: Mapping[str, list[Item]],
+    resumed: tuple[str, ...],
 ) -> Report:  # fmt: skip
     """Writes what is beside the shards, and gives the directory its name."""
-    folder = journal.folder
-    total = sum(map(size_of, plan.items))
+    folder, target = unfinished.folder, unfinished.target
+    total = sum(map(count_bytes, plan.items))
     shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
-    for file in folder.iterdir():  # of an earlier run that ended here
-        if file.name not in journal.shards and file.name != JOURNAL:
-            file.unlink()
-    for name in beside_weights(source):
-        with named_errors(source / name):
+    unfinished.clear(unfinished.pieces)  # an earlier run may have ended here
+    for name in list_beside_weights(source):
+        with CONVERSION.named_errors(source / name):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy2(source / name, folder / name)
     if len(shards) > 1:
@@ -318,10 +327,9 @@ def _finish(
         write_text(folder / INDEX, json.dumps(index, indent=2))
     report = {
         "recipe": recipe.as_dict(), "layers": [list(layer) for layer in plan.layers], "notes": list(plan.notes),
-        "shards": {name: journal.shards[name]["sha256"] for name in shards},
+        "shards": {name: unfinished.pieces[name]["sha256"] for name in shards},
     }  # fmt: skip
     write_text(folder / REPORT, json.dumps(report, indent=2))
     write_text(folder / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
-    os.rename(folder, target)
-    (target / JOURNAL).unlink()
+    unfinished.commit()
     return Report(target, plan.layers, plan.notes, total, report["shards"], resumed)  # type: ignore[arg-type]

@@ -43,12 +43,12 @@ def check_random(seed: Any, **deviations: Any) -> None:
             raise ValueError(f"{name}: expected a standard deviation of at least 0, got {deviation}")
 
 
-def seed_of(seed: int, index: int) -> int:
+def derive_seed(seed: int, index: int) -> int:
     """The seed of one of several layers: seed + index, which goes on at the lowest one after the largest."""
     return (int(seed) + index + 2**63) % 2**64 - 2**63
 
 
-def finite_numbers(name: str, values: Any) -> tuple[float, ...] | None:
+def as_finite_numbers(name: str, values: Any) -> tuple[float, ...] | None:
     """A list or a tensor of finite numbers as floats; None passes."""
     if values is None:
         return None

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.convert.ffn import FeedForward, activation_of, feed_forward
+from switchgear.convert.ffn import check_options, combine_networks, feed_forward, find_activation, join_networks
 from switchgear.convert.modules import is_transformers
-from switchgear.convert.one_network import check_options, one_network, side_by_side
+from switchgear.convert.recipes import plan_dense
 from switchgear.experts import Experts
+from switchgear.integrations.blocks import FeedForward, read_network, split_gate
 from switchgear.integrations.moe_blocks import SHARED
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts
@@ -33,7 +33,7 @@ def to_dense(
         moe: switchgear's MoE, or a block of a Hugging Face model (experts with gate_up_proj and down_proj): returns a
             SharedExperts. Or a whole Hugging Face model: Mixtral becomes Mistral and Qwen3-MoE Qwen3, in a Conversion.
         weights: [E], of the experts in "mean" and "sum", such as their share of tokens; "mean" divides by their sum.
-        rank: of "svd"; by default that of the smaller dimension divided by E, rounded up.
+        rank: of "svd"; by default the smaller dimension divided by E, rounded up.
 
     Shared experts of the layer are kept exactly: their neurons follow.
 
@@ -42,16 +42,16 @@ def to_dense(
             that are not merged, or experts that train alone.
     """
     if isinstance(moe, nn.Module) and is_transformers(moe):
-        from switchgear.convert.models import dense_model  # imports transformers
+        from switchgear.convert.models import convert_model  # imports transformers
 
-        return dense_model(moe, method, weights=weights, rank=rank)
-    networks, shared = experts_of(moe)
-    made = one_network(networks, method, check_options(method, weights, rank, len(networks)), rank)
-    return side_by_side([made, *([shared] if shared is not None else [])]).module()
+        return convert_model(moe, plan_dense, method=method, weights=weights, rank=rank)
+    networks, shared = read_networks(moe)
+    made = combine_networks(networks, method, check_options(method, weights, rank, len(networks)), rank)
+    return join_networks([made, *([shared] if shared is not None else [])]).module()
 
 
-def experts_of(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
-    """The networks of the experts of a layer, and of its shared experts. The tensors are those of the layer."""
+def read_networks(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
+    """The networks of the experts of a layer, and of its shared experts. They share the layer's memory."""
     experts = getattr(moe, "experts", moe)
     if isinstance(experts, nn.Module):
         check_plain("moe", experts)
@@ -61,20 +61,20 @@ def experts_of(moe: Any) -> tuple[list[FeedForward], FeedForward | None]:
     shared = None if shared_module is None else feed_forward(shared_module, "shared_experts")
     if isinstance(experts, HeterogeneousExperts):
         activation = experts.slices.activation
-        return [_network(*experts.weights_of(e), activation=activation, gated=experts.slices.gated)
+        return [_make_network(*experts.weights_of(e), activation=activation, gated=experts.slices.gated)
                 for e in range(experts.num_experts)], shared  # fmt: skip
     if isinstance(experts, Experts):
         if experts.activation == "swiglu_oai" or experts.limit is not None:
             got = f"{experts.activation} with limit={experts.limit}"
             raise ValueError(f"moe: expected an activation without alpha and limit, got {got}")
-        return [_of_ours(experts, expert) for expert in range(experts.num_experts)], shared
+        return [read_network(experts, expert) for expert in range(experts.num_experts)], shared
     first, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-    if isinstance(first, Tensor) and isinstance(down, Tensor) and (named := activation_of(experts)):
+    if isinstance(first, Tensor) and isinstance(down, Tensor) and (named := find_activation(experts)):
         gate_up, down = first.detach(), down.detach()
         if getattr(experts, "is_transposed", False):
             gate_up, down = gate_up.mT, down.mT
         if gate_up.shape[1] == 2 * down.shape[2]:
-            networks = [_network(gate_up[e], down[e], activation=named) for e in range(len(gate_up))]
+            networks = [_make_network(gate_up[e], down[e], activation=named) for e in range(len(gate_up))]
             _check_same(experts, networks)
             return networks, shared
     raise ValueError(f"moe: expected MoE, or a block with experts gate_up_proj and down_proj, got {type(moe).__name__}")
@@ -100,23 +100,5 @@ def _check_same(experts: Any, networks: list[FeedForward]) -> None:
         )
 
 
-def _of_ours(experts: Experts, expert: int) -> FeedForward:
-    first, down = experts.get_parameter(experts._first)[expert].detach(), experts.down_proj[expert].detach()
-    if experts.transposed:
-        first, down = first.mT, down.mT
-    bias = getattr(experts, f"{experts._first}_bias")
-    rows = None if bias is None else bias[expert].detach()
-    if experts.interleaved:
-        first = torch.cat((first[0::2], first[1::2]))
-        rows = None if rows is None else torch.cat((rows[0::2], rows[1::2]))
-    made = _network(first, down, activation=experts.activation, gated=experts.gated)
-    if rows is None:
-        return made
-    gate, up = rows.chunk(2) if experts.gated else (None, rows)
-    assert experts.down_proj_bias is not None
-    return replace(made, gate_bias=gate, up_bias=up, down_bias=experts.down_proj_bias[expert].detach())
-
-
-def _network(first: Tensor, down: Tensor, *, activation: str, gated: bool = True) -> FeedForward:
-    gate, up = first.detach().chunk(2) if gated else (None, first.detach())
-    return FeedForward(gate, up, down.detach(), activation)
+def _make_network(first: Tensor, down: Tensor, *, activation: str, gated: bool = True) -> FeedForward:
+    return FeedForward(*split_gate(first.detach(), gated), down.detach(), activation)

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Directory: a checkpoint as a source of tensors, which stay in their files until they are read."""
+"""Directories of checkpoints: read as a Source, whose tensors stay in their files until they are read, and written one
+tensor at a time, atomically and resumably. The errors of conversions.
+
+After any of these errors the target does not exist.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from switchgear import files
 from switchgear.complaints import failed_import
-from switchgear.convert.errors import ConversionError, DamagedCheckpoint
-from switchgear.convert.writer import NAMES
-from switchgear.files import AnyPath
+from switchgear.convert.plans import Item
+from switchgear.files import AnyPath, bytes_of, write_whole, writing
 
 CONFIG = "config.json"
 TEMPLATES = "additional_chat_templates"  # a folder of a checkpoint
@@ -23,6 +28,32 @@ BESIDE_WEIGHTS = (
     "*.jinja", f"{TEMPLATES}/*.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "audio_tokenizer_config.json", "LICENSE*",
 )  # fmt: skip
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+NAMES = {name: dtype for dtype, name in DTYPES.items()}
+Progress = Callable[[int, int, str], None]
+
+
+class ConversionError(Exception):
+    """A checkpoint could not be converted."""
+
+
+class RecipeError(ConversionError, ValueError):
+    """A recipe with an unknown operation or option, or one that the source cannot satisfy."""
+
+
+class DamagedCheckpoint(ConversionError, ValueError):
+    """A source with missing, truncated or changed files."""
+
+
+class DiskFull(ConversionError, files.DiskFull):
+    """No room for the result. Finished shards stay, and the conversion resumes."""
+
+
+CONVERSION = files.Kind("conversion", "target", "shards", "recipe or source", ConversionError, DiskFull)
 
 
 class Directory:
@@ -75,13 +106,13 @@ class Directory:
         return self._files.headers[key]
 
 
-def beside_weights(folder: Path) -> list[Path]:
+def list_beside_weights(folder: Path) -> list[Path]:
     """The files of a checkpoint that go with it whatever becomes of weights and config; relative to its folder."""
     found = {file for pattern in BESIDE_WEIGHTS for file in folder.glob(pattern) if file.is_file()}
     return sorted(file.relative_to(folder) for file in found)
 
 
-def full_config(source: Directory) -> dict[str, Any]:
+def read_full_config(source: Directory) -> dict[str, Any]:
     """The config with the defaults of its family. ConversionError if transformers cannot be imported."""
     try:
         from transformers import CONFIG_MAPPING
@@ -99,3 +130,73 @@ def full_config(source: Directory) -> dict[str, Any]:
         ) from error
     full: dict[str, Any] = made.to_dict()
     return {**full, "architectures": found.get("architectures")}
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def count_bytes(item: Item) -> int:
+    return int(torch.Size(item.shape).numel()) * item.dtype.itemsize
+
+
+def divide_into_shards(items: Sequence[Item], most: int) -> dict[str, list[Item]]:
+    """The tensors of each file, in order. A tensor larger than `most` has a file of its own."""
+    groups: list[list[Item]] = [[]]
+    total = 0
+    for item in items:
+        if groups[-1] and total + count_bytes(item) > most:
+            groups.append([])
+            total = 0
+        groups[-1].append(item)
+        total += count_bytes(item)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def write_shard(path: Path, items: Sequence[Item], progress: Callable[[int, str], None]) -> str:
+    """Writes a safetensors file, and returns its sha256. Until it is complete it has another name. Holds one tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for item in items:
+        end = start + count_bytes(item)
+        header[item.key] = {"dtype": DTYPES[item.dtype], "shape": list(item.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with CONVERSION.named_errors(path), writing(path) as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            file.write(part)
+            digest.update(part)
+        for item in items:
+            data = _make_bytes(item)
+            file.write(data)
+            digest.update(data)
+            progress(len(data), item.key)
+    return digest.hexdigest()
+
+
+def _make_bytes(item: Item) -> Any:
+    tensor: Tensor = item.make()
+    if tuple(tensor.shape) != item.shape or tensor.dtype is not item.dtype:
+        raise DamagedCheckpoint(
+            f"{item.key}: expected {list(item.shape)} {item.dtype}, got {list(tensor.shape)} {tensor.dtype}"
+        )
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if not flat.numel():
+        return b""
+    return bytes_of(flat)
+
+
+def write_text(path: Path, text: str) -> None:
+    with CONVERSION.named_errors(path):
+        write_whole(path, text)
+
+
+def compute_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

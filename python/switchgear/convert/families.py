@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from switchgear.convert.modules import chosen_layers
+from switchgear.convert.modules import choose_layers
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 DENSE = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # prefix of class names
@@ -90,7 +90,7 @@ def check_dense(config: Mapping[str, Any]) -> str:
     return str(model_type)
 
 
-def family_for(config: Mapping[str, Any], size: Size, wanted: str | None = None) -> Family:
+def choose_family(config: Mapping[str, Any], size: Size, wanted: str | None = None) -> Family:
     """The family that expresses the result exactly. Raises ValueError with the reason if there is none."""
     model_type, every = check_dense(config), len(size.layers) == config["num_hidden_layers"]
     if wanted is None:
@@ -118,8 +118,8 @@ def family_for(config: Mapping[str, Any], size: Size, wanted: str | None = None)
     return family
 
 
-def moe_config(config: Mapping[str, Any], family: Family, size: Size) -> dict[str, Any]:
-    """The config.json of the result, from that of the dense model with all of its fields."""
+def make_moe_config(config: Mapping[str, Any], family: Family, size: Size) -> dict[str, Any]:
+    """The config.json of the result. `config` is the dense model's, with all of its fields."""
     source = str(config["model_type"])
     made = {key: value for key, value in config.items() if key not in ("mlp_bias", "pretraining_tp", "auto_map")}
     made["model_type"] = family.model_type
@@ -152,19 +152,19 @@ def moe_config(config: Mapping[str, Any], family: Family, size: Size) -> dict[st
 
 
 def layers_of(config: Mapping[str, Any], layers: str | Sequence[int]) -> tuple[int, ...]:
-    return tuple(chosen_layers(layers, int(config["num_hidden_layers"])))
+    return tuple(choose_layers(layers, int(config["num_hidden_layers"])))
 
 
-def num_experts_of(config: Mapping[str, Any], family: Family) -> int:
-    """Published configs of Qwen3-MoE say num_experts, those of newer versions of transformers num_local_experts; other
-    types have names of their own."""
+def read_num_experts(config: Mapping[str, Any], family: Family) -> int:
+    """Published configs of Qwen3-MoE say num_experts, transformers' newer ones num_local_experts; other types have
+    names of their own."""
     for name in (family.num_experts, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         if isinstance(config.get(name), int):
             return int(config[name])
     raise ValueError(f"model: expected {family.num_experts} in its config, got none")
 
 
-def dense_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+def make_dense_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """The config of the dense family of an MoE one, and its layers with experts."""
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
@@ -193,7 +193,7 @@ def dense_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "architectures": [name.replace(family.prefix, DENSE[target], 1) for name in names],
     }  # fmt: skip
     if target == "qwen3":
-        if made.get("head_dim") is None:  # Qwen3-MoE's default; that of Qwen3 is 128
+        if made.get("head_dim") is None:  # Qwen3-MoE's default; Qwen3's is 128
             made["head_dim"] = int(config["hidden_size"]) // int(config["num_attention_heads"])
         made["max_window_layers"] = 0 if config.get("use_sliding_window") else count
     return made, sparse

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""FeedForward: the weights of one dense feed-forward network, read from a module of any naming."""
+"""Dense networks (FeedForward): read from modules of any naming, and combined into one (OneS, arXiv:2201.10890)."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.complaints import check_module
-from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_of
+from switchgear.convert.checks import as_finite_numbers
+from switchgear.integrations.blocks import FeedForward
+from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_activation
 from switchgear.layers.shared import SharedExperts
-from switchgear.reference import activations
-from switchgear.utils.modes import evaluating
+from switchgear.reference import check_choice, check_size, wide
+from switchgear.utils.modules import set_eval
 
 # (gate, up, down) of the modules in use; None: not gated.
 NAMES = (
@@ -33,134 +35,14 @@ TANH = functools.partial(F.gelu, approximate="tanh")
 STRINGS: dict[str, Any] = {
     "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "gelu_new": TANH, "gelu_pytorch_tanh": TANH,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """down · (act(gate · x) ⊙ (up · x)), or down · act(up · x) without a gate.
-
-    gate and up [I,H], down [H,I]; up_bias and gate_bias [I], down_bias [H].
-    """
-
-    gate: Tensor | None
-    up: Tensor
-    down: Tensor
-    activation: str = "silu"
-    gate_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return int(self.up.shape[1])
-
-    @property
-    def intermediate_size(self) -> int:
-        """I."""
-        return int(self.up.shape[0])
-
-    @property
-    def gated(self) -> bool:
-        """Whether there is a gate projection."""
-        return self.gate is not None
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the projections have biases."""
-        return self.down_bias is not None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [...,H] -> [...,H], in torch."""
-        h = F.linear(x, self.up, self.up_bias)
-        if self.gate is not None:
-            h = torch.cat((F.linear(x, self.gate, self.gate_bias), h), -1)
-        a = activations.glu_of(h.flatten(0, -2), self.activation, self.gated, False, 1.702, 0.0)
-        return F.linear(a.view(*h.shape[:-1], -1), self.down, self.down_bias)
-
-    def neurons(self, index: Tensor, scale: float = 1.0) -> FeedForward:
-        """The network of the neurons `index` [n] alone, its output multiplied by `scale`, down_bias included."""
-
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[index]
-
-        bias = self.down_bias if self.down_bias is None else self.down_bias * scale
-        return replace(
-            self, gate=rows(self.gate), up=self.up[index], down=self.down[:, index] * scale,
-            gate_bias=rows(self.gate_bias), up_bias=rows(self.up_bias), down_bias=bias,
-        )  # fmt: skip
-
-    def padded(self, width: int) -> FeedForward:
-        """The same function with zero neurons up to `width`; act(0) · 0 = 0 for every activation."""
-        more = width - self.intermediate_size
-
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, more))
-
-        padded = rows(self.up)
-        assert padded is not None
-        return replace(
-            self, gate=rows(self.gate), up=padded, down=F.pad(self.down, (0, more)), gate_bias=rows(self.gate_bias),
-            up_bias=rows(self.up_bias),
-        )  # fmt: skip
-
-    def biased(self) -> FeedForward:
-        """The same function with biases, zeros where there are none."""
-
-        def bias(given: Tensor | None, weight: Tensor) -> Tensor:
-            return weight.new_zeros(weight.shape[0]) if given is None else given
-
-        gate = None if self.gate is None else bias(self.gate_bias, self.gate)
-        return replace(
-            self, gate_bias=gate, up_bias=bias(self.up_bias, self.up), down_bias=bias(self.down_bias, self.down)
-        )
-
-    def expert(self, interleaved: bool = False) -> dict[str, Tensor]:
-        """Its weights by name of the parameters of Experts: gate_up_proj [2I,H] (up_proj [I,H]), down_proj [H,I], …."""
-
-        def joined(gate: Tensor | None, up: Tensor) -> Tensor:
-            if gate is None:
-                return up
-            return torch.stack((gate, up), 1).flatten(0, 1) if interleaved else torch.cat((gate, up))
-
-        first = "up_proj" if self.gate is None else "gate_up_proj"
-        found = {first: joined(self.gate, self.up), "down_proj": self.down}
-        if self.down_bias is not None:
-            assert self.up_bias is not None
-            found[f"{first}_bias"] = joined(self.gate_bias, self.up_bias)
-            found["down_proj_bias"] = self.down_bias
-        return found
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of Experts, SharedExperts and MoE that describe it."""
-        return {
-            "activation": self.activation, "gated": self.gated, "bias": self.has_bias,
-            "device": self.up.device, "dtype": self.up.dtype,
-        }  # fmt: skip
-
-    def module(self) -> SharedExperts:
-        """A SharedExperts with copies of these weights."""
-        made = SharedExperts(self.hidden_size, self.intermediate_size, **self.options())
-        fill_shared(made, self)
-        return made
-
-
-@torch.no_grad()
-def fill_shared(module: SharedExperts, weights: FeedForward) -> None:
-    """Copies the weights into a module of their size."""
-    parts = (("gate", module.gate_proj), ("up", module.up_proj), ("down", module.down_proj))
-    for name, linear in parts:
-        if linear is not None:
-            linear.weight.copy_(getattr(weights, name))
-            if linear.bias is not None:
-                linear.bias.copy_(getattr(weights, f"{name}_bias"))
+COMBINATIONS = ("sum", "mean", "topk", "svd")
 
 
 def feed_forward(module: nn.Module | FeedForward, name: str = "mlp") -> FeedForward:
     """The weights of a dense feed-forward module: two or three torch.nn.Linear, or two with gate and up fused.
 
     Knows LLaMA's, Mixtral's, Phi-3's and GPT's names, and SharedExperts. What was read is compared with the module on
-    random rows, so a module that computes something else is refused. The tensors are those of the module.
+    random rows, so a module that computes something else is refused. The result shares the module's memory.
 
     Raises:
         TypeError: no module.
@@ -169,7 +51,7 @@ def feed_forward(module: nn.Module | FeedForward, name: str = "mlp") -> FeedForw
     if isinstance(module, FeedForward):
         return module
     check_module(name, module)
-    found = next(_readings(module), None)
+    found = next(_read_candidates(module), None)
     if found is None:
         raise ValueError(
             f"{name}: expected a dense feed-forward module with Linear layers gate_proj, up_proj, down_proj (or w1, "
@@ -181,23 +63,23 @@ def feed_forward(module: nn.Module | FeedForward, name: str = "mlp") -> FeedForw
 
 def is_feed_forward(module: nn.Module) -> bool:
     """Whether a module has the Linear layers of a dense feed-forward network."""
-    return next(_readings(module), None) is not None
+    return next(_read_candidates(module), None) is not None
 
 
-def _readings(module: nn.Module) -> Iterator[FeedForward]:
-    activation = activation_of(module)
+def _read_candidates(module: nn.Module) -> Iterator[FeedForward]:
+    activation = find_activation(module)
     if activation is None:
         return
     for gate, up, down in NAMES:
         if all(name is None or _is_linear(getattr(module, name, None)) for name in (gate, up, down)):
-            of_gate = (None, None) if gate is None else _tensors(getattr(module, gate))
-            of_up, of_down = _tensors(getattr(module, up)), _tensors(getattr(module, down))
+            of_gate = (None, None) if gate is None else _read_linear(getattr(module, gate))
+            of_up, of_down = _read_linear(getattr(module, up)), _read_linear(getattr(module, down))
             yield _made(of_gate, of_up, of_down, activation)
     if all(_is_linear(getattr(module, name, None)) for name in FUSED):
-        weight, bias = _tensors(module.gate_up_proj)
+        weight, bias = _read_linear(module.gate_up_proj)
         gates, ups = weight.chunk(2)
         biases = (None, None) if bias is None else bias.chunk(2)
-        yield _made((gates, biases[0]), (ups, biases[1]), _tensors(module.down_proj), activation)
+        yield _made((gates, biases[0]), (ups, biases[1]), _read_linear(module.down_proj), activation)
 
 
 def _made(gate: Any, up: Any, down: Any, activation: str) -> FeedForward:
@@ -211,11 +93,11 @@ def _is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _tensors(linear: Any) -> tuple[Tensor, Tensor | None]:
+def _read_linear(linear: Any) -> tuple[Tensor, Tensor | None]:
     return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
 
 
-def activation_of(module: Any) -> str | None:
+def find_activation(module: Any) -> str | None:
     """The name of the module's activation, found by its values."""
     if isinstance(module, SharedExperts):
         plain = module.activation in ACTIVATIONS and module.limit is None
@@ -225,7 +107,7 @@ def activation_of(module: Any) -> str | None:
         if isinstance(function, str):
             function = STRINGS.get(function)
         if callable(function):
-            return name_of(function)
+            return name_activation(function)
     return None
 
 
@@ -236,7 +118,7 @@ def _check_same(module: nn.Module, found: FeedForward, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, found.hidden_size, generator=generator).to(found.up)
     try:
-        with evaluating(module):
+        with set_eval(module):
             y = module(x)
     except Exception as error:
         raise ValueError(f"{name}: expected a module of rows [T,H], got {type(module).__name__} ({error})") from error
@@ -247,3 +129,108 @@ def _check_same(module: nn.Module, found: FeedForward, name: str) -> None:
         raise ValueError(
             f"{name}: expected down(act(gate(x)) · up(x)), got a {type(module).__name__} that computes something else"
         )
+
+
+# ---- networks into one -----------------------------------------------------------------------------------------------
+
+
+def check_options(method: str, weights: Any, rank: Any, num_experts: int) -> tuple[float, ...] | None:
+    """The weights as numbers. Raises TypeError or ValueError for an option of to_dense that is wrong, or not used by
+    the method."""
+    check_choice("method", method, COMBINATIONS)
+    shares = as_finite_numbers("weights", weights)
+    if shares is not None:
+        if method not in ("sum", "mean"):
+            raise ValueError(f"weights: expected None for method={method!r}, got {len(shares)} numbers")
+        if len(shares) != num_experts:
+            raise ValueError(f"weights: expected {num_experts}, one per expert, got {len(shares)}")
+        if method == "mean" and not sum(shares) > 0:
+            raise ValueError(f"weights: expected numbers with a positive sum, got {list(shares)}")
+    if rank is not None:
+        check_size("rank", rank)
+        if method != "svd":
+            raise ValueError(f"rank: expected None for method={method!r}, got {rank}")
+    return shares
+
+
+def combine_networks(
+    networks: Sequence[FeedForward], method: str, weights: Sequence[float] | None = None, rank: int | None = None
+) -> FeedForward:
+    """Combines networks by a method of to_dense.
+
+    Raises ValueError for networks of different widths unless the method is "topk".
+    """
+    widths = {network.intermediate_size for network in networks}
+    if method != "topk" and len(widths) > 1:
+        raise ValueError(f"moe: expected experts of one width for method={method!r}, got {sorted(widths)}")
+    if method == "topk":
+        return _keep_best_neurons(networks)
+    if method == "svd":
+        smaller = min(networks[0].hidden_size, networks[0].intermediate_size)
+        kept = -(-smaller // len(networks)) if rank is None else rank
+        return _weighted_sum([_reduce_rank(network, kept) for network in networks], [1.0] * len(networks))
+    each = weights or (1.0,) * len(networks)
+    total = sum(each) if method == "mean" else 1.0
+    return _weighted_sum(networks, [share / total for share in each])
+
+
+def join_networks(networks: Sequence[FeedForward]) -> FeedForward:
+    """The sum of networks as one: their neurons follow each other. Missing biases are zeros if there are others.
+
+    Raises ValueError for networks with different activations, or of which some are gated.
+    """
+    for name in ("activation", "gated"):
+        if len(kinds := list(dict.fromkeys(getattr(network, name) for network in networks))) > 1:
+            raise ValueError(f"moe: expected experts and shared experts with {name}={kinds[0]}, got {kinds[1]}")
+    if any(network.has_bias for network in networks):
+        networks = [network.biased() for network in networks]
+
+    def rows(name: str, dim: int = 0) -> Tensor | None:
+        parts = [getattr(network, name) for network in networks]
+        return None if parts[0] is None else torch.cat(parts, dim)
+
+    up, down = rows("up"), rows("down", 1)
+    assert up is not None
+    assert down is not None
+    biases = [network.down_bias for network in networks if network.down_bias is not None]
+    total = torch.stack(biases).sum(0) if biases else None
+    return replace(
+        networks[0], gate=rows("gate"), up=up, down=down, gate_bias=rows("gate_bias"), up_bias=rows("up_bias"),
+        down_bias=total,
+    )  # fmt: skip
+
+
+def _weighted_sum(networks: Sequence[FeedForward], shares: Sequence[float]) -> FeedForward:
+    def combined(name: str) -> Any:
+        parts = [getattr(network, name) for network in networks]
+        if parts[0] is None:
+            return None
+        total: Any = sum(share * wide(part) for share, part in zip(shares, parts, strict=True))
+        return total.to(parts[0].dtype)
+
+    names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+    return replace(networks[0], **{name: combined(name) for name in names})
+
+
+def _reduce_rank(network: FeedForward, rank: int) -> FeedForward:
+    def best(matrix: Tensor | None) -> Any:
+        if matrix is None:
+            return None
+        u, s, v = torch.linalg.svd(wide(matrix), full_matrices=False)
+        return ((u[:, :rank] * s[:rank]) @ v[:rank]).to(matrix.dtype)
+
+    return replace(network, gate=best(network.gate), up=best(network.up), down=best(network.down))
+
+
+def _keep_best_neurons(networks: Sequence[FeedForward]) -> FeedForward:
+    """I / E neurons of each expert, one more of the first I mod E."""
+    width = max(network.intermediate_size for network in networks)
+    parts = []
+    for expert, network in enumerate(networks):
+        count = width // len(networks) + (expert < width % len(networks))
+        norm = network.up.float().norm(dim=1) * network.down.float().norm(dim=0)
+        if network.gate is not None:
+            norm = norm * network.gate.float().norm(dim=1)
+        parts.append(network.neurons(norm.argsort(descending=True, stable=True)[:count].sort().values))
+    made = join_networks(parts)
+    return made if made.down_bias is None else replace(made, down_bias=made.down_bias / len(networks))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_function, check_module, check_several
 from switchgear.convert.ffn import NAMES, is_feed_forward
-from switchgear.convert.modules import called, chosen_layers, dense_layers, watched_rows
+from switchgear.convert.modules import call_model, choose_layers, find_dense_layers, watch_rows
 from switchgear.reference import check_choice
 from switchgear.trace.observe import inputs_of
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 
 DOWN = tuple(dict.fromkeys(down for _, _, down in NAMES))
 
@@ -35,12 +35,12 @@ def neuron_importance(
     """
     check_module("module", module)
     check_function("loss", loss)
-    down = _down(module if mlp is None else mlp)
+    down = _find_down(module if mlp is None else mlp)
     name = next((name for name, part in module.named_modules() if part is down), None)
     if name is None:
         raise ValueError(f"mlp: expected a part of module, got another {type(mlp).__name__}")
-    with evaluating(module):
-        (total,) = _gradients(module, batches, loss, {name: down})
+    with set_eval(module):
+        (total,) = _sum_gradients(module, batches, loss, {name: down})
     return total
 
 
@@ -54,7 +54,7 @@ def layer_importance(
 ) -> dict[int, Tensor]:
     """The importance [I] float32 of the neurons of each dense feed-forward layer of a model, in one pass over batches
     in eval(): split_dense(model, 8, 2, method="gradient", importance=…). For a row per expert, and for domain masks,
-    stack those of the texts of each domain; each row is a mean over tokens, so long domains count no more than others.
+    stack the results for each domain's texts; each row is a mean over tokens, so long domains count no more.
 
         scores = [layer_importance(llama, texts, by="activation") for texts in domains]
         masks = {layer: torch.stack([score[layer] for score in scores]) for layer in scores[0]}
@@ -73,45 +73,45 @@ def layer_importance(
     check_choice("by", by, ("gradient", "activation"))
     if loss is not None:
         check_function("loss", loss)
-    found = dense_layers(model)
-    chosen = chosen_layers(layers, len(found))
-    downs = {name: _down(mlp) for name, mlp in (found[layer] for layer in chosen)}
-    with evaluating(model):
+    found = find_dense_layers(model)
+    chosen = choose_layers(layers, len(found))
+    downs = {name: _find_down(mlp) for name, mlp in (found[layer] for layer in chosen)}
+    with set_eval(model):
         if by == "activation":
-            totals = _activations(model, batches, downs)
+            totals = _sum_activations(model, batches, downs)
         else:
-            totals = _gradients(model, batches, _loss_of if loss is None else loss, downs)
+            totals = _sum_gradients(model, batches, _read_loss if loss is None else loss, downs)
     return dict(zip(chosen, totals, strict=True))
 
 
-def _gradients(
+def _sum_gradients(
     module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], downs: Mapping[str, nn.Linear]
 ) -> list[Tensor]:
     totals: dict[str, Tensor] = {}
     counts = dict.fromkeys(downs, 0)
-    seen: list[tuple[str, Tensor, Tensor | None]] = []  # in this forward: layer, activations, mask
+    seen: list[tuple[str, Tensor, Tensor | None]] = []  # layer, activations, mask of this forward
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         inputs = stack.enter_context(inputs_of(module))
         for name, down in downs.items():
 
             def see(_: Any, args: tuple[Tensor, ...], name: str = name) -> Tensor:
-                h = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()  # if all before is frozen
+                h = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()  # all before may be frozen
                 seen.append((name, h, inputs.mask(name, h.shape[:-1].numel())))
                 return h
 
             stack.callback(down.register_forward_pre_hook(see).remove)
-        for batch in _at_least_one(batches):
-            for name, change, tokens in _changes(loss(called(module, batch)), seen):
+        for batch in _require_batches(batches):
+            for name, change, tokens in _sum_changes(loss(call_model(module, batch)), seen):
                 totals[name] = totals.get(name, 0) + change
                 counts[name] += tokens
-    return _means(totals, counts)
+    return _divide(totals, counts)
 
 
-def _changes(loss: Tensor, seen: list[tuple[str, Tensor, Tensor | None]]) -> list[tuple[str, Tensor, int]]:
+def _sum_changes(loss: Tensor, seen: list[tuple[str, Tensor, Tensor | None]]) -> list[tuple[str, Tensor, int]]:
     """|h · ∂loss/∂h| summed over the tokens of what `seen` has of a forward, and how many they are; empties it, so that
     nothing is kept."""
-    found = list(seen)  # without what checkpointing repeats in the backward pass
+    found = list(seen)  # checkpointing adds more in the backward pass
     grads = torch.autograd.grad(loss, [h for _, h, _ in found]) if found else ()
     seen.clear()
     changes = []
@@ -123,7 +123,7 @@ def _changes(loss: Tensor, seen: list[tuple[str, Tensor, Tensor | None]]) -> lis
 
 
 @torch.no_grad()
-def _activations(model: nn.Module, batches: Iterable[Any], downs: Mapping[str, nn.Linear]) -> list[Tensor]:
+def _sum_activations(model: nn.Module, batches: Iterable[Any], downs: Mapping[str, nn.Linear]) -> list[Tensor]:
     sums = {name: torch.zeros(down.in_features, device=down.weight.device) for name, down in downs.items()}
     counts = dict.fromkeys(downs, 0)
 
@@ -131,13 +131,13 @@ def _activations(model: nn.Module, batches: Iterable[Any], downs: Mapping[str, n
         sums[name] += rows.float().abs().sum(0)
         counts[name] += len(rows)
 
-    with watched_rows(model, downs, add):
-        for batch in _at_least_one(batches):
-            called(model, batch)
-    return _means(sums, counts)
+    with watch_rows(model, downs, add):
+        for batch in _require_batches(batches):
+            call_model(model, batch)
+    return _divide(sums, counts)
 
 
-def _at_least_one(batches: Iterable[Any]) -> Iterator[Any]:
+def _require_batches(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches. Raises ValueError if there are none."""
     check_several("batches", batches, "batches")
     is_empty = True
@@ -148,14 +148,14 @@ def _at_least_one(batches: Iterable[Any]) -> Iterator[Any]:
         raise ValueError("batches: expected at least one, got none")
 
 
-def _means(sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> list[Tensor]:
-    """Over the tokens of each layer."""
+def _divide(sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> list[Tensor]:
+    """The means over the tokens of each layer."""
     if idle := [name for name, count in counts.items() if not count]:
         raise ValueError(f"batches: expected tokens for {idle[0] or 'mlp'}, got none")
     return [sums[name] / count for name, count in counts.items()]
 
 
-def _loss_of(output: Any) -> Tensor:
+def _read_loss(output: Any) -> Tensor:
     found = getattr(output, "loss", None)
     if not isinstance(found, Tensor):
         raise ValueError(
@@ -164,7 +164,7 @@ def _loss_of(output: Any) -> Tensor:
     return found
 
 
-def _down(mlp: nn.Module) -> nn.Linear:
+def _find_down(mlp: nn.Module) -> nn.Linear:
     linear = next((part for name in DOWN if isinstance(part := getattr(mlp, name, None), nn.Linear)), None)
     if linear is None or not is_feed_forward(mlp):
         raise ValueError(f"mlp: expected a dense feed-forward module, got {type(mlp).__name__}")

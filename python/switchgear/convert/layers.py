@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module, check_seed, check_several, complain_about_rows
-from switchgear.convert.checks import check_number, seed_of
+from switchgear.convert.checks import check_number, derive_seed
 from switchgear.convert.ffn import is_feed_forward
-from switchgear.convert.modules import called, chosen_layers, dense_layers, put, watched_rows
+from switchgear.convert.modules import call_model, choose_layers, find_dense_layers, replace_modules, watch_rows
 from switchgear.convert.split import split_dense
 from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.reference import check_size
 from switchgear.routing.router import Router
 from switchgear.routing.selection import Threshold, TopK
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 
 
 @dataclass(frozen=True)
@@ -84,36 +84,36 @@ def distill_layers(
     if is_feed_forward(model):
         chosen = {0: ("", model)}
     else:
-        found = dense_layers(model)
-        chosen = {index: found[index] for index in chosen_layers(layers, len(found))}
+        found = find_dense_layers(model)
+        chosen = {index: found[index] for index in choose_layers(layers, len(found))}
     importance = options.pop("importance", None)
-    with evaluating(model):
-        inputs = _inputs(model, dict(chosen.values()), batches, tokens)
+    with set_eval(model):
+        inputs = _collect_inputs(model, dict(chosen.values()), batches, tokens)
     made: dict[nn.Module, MoE] = {}
     done: list[Distilled] = []
     for index, (name, module) in chosen.items():
         x = inputs.pop(name)
-        with torch.no_grad(), evaluating(module):
+        with torch.no_grad(), set_eval(module):
             y = torch.cat([module(part) for part in torch.split(x, batch_size)])
         given = importance.get(index) if isinstance(importance, Mapping) else importance
         moe = split_dense(
-            module, num_experts, top_k, method=method, importance=given, seed=seed_of(seed, index), **options
+            module, num_experts, top_k, method=method, importance=given, seed=derive_seed(seed, index), **options
         )
-        before = relative_error(moe, x, y)
+        before = compute_error(moe, x, y)
         _train(moe, x, y, steps, batch_size, lr, seed)
         made[module] = moe.train(module.training)
-        done.append(Distilled(name, before, relative_error(moe, x, y), len(x)))
+        done.append(Distilled(name, before, compute_error(moe, x, y), len(x)))
     if model in made:
         return Distillation(made[model], tuple(done))
-    put(model, made)
+    replace_modules(model, made)
     return Distillation(model, tuple(done))
 
 
 @torch.no_grad()
-def relative_error(layer: nn.Module, x: Tensor, y: Tensor) -> float:
+def compute_error(layer: nn.Module, x: Tensor, y: Tensor) -> float:
     """mean (layer(x) - y)² / mean y² in eval()."""
     error = 0.0
-    with evaluating(layer):
+    with set_eval(layer):
         for rows, wanted in zip(torch.split(x, 4096), torch.split(y, 4096), strict=True):
             error += float((layer(rows) - wanted).float().square().sum())
     return error / max(float(y.float().square().sum()), 1e-30)
@@ -121,29 +121,31 @@ def relative_error(layer: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def use_threshold(moe: MoE, x: Tensor, experts_per_token: float) -> float:
     """Replaces the layer's TopK by a Threshold at which tokens get experts_per_token on average over x [T,H]. Returns
-    the threshold. The weights are scaled as before: their sum stays that of top-k."""
-    if not isinstance(getattr(moe, "gate", None), Router):  # also in what torch.compile returns
+    the threshold. The weights are scaled as before: their sum stays the one of top-k."""
+    if not isinstance(getattr(moe, "gate", None), Router):  # torch.compile's wrapper has it, too
         raise TypeError(f"moe: expected MoE, got {type(moe).__name__}")
     complain_about_rows("x", x, moe.gate.hidden_size, moe.gate.weight)
     select: Any = moe.gate.select
     if not isinstance(select, TopK) or select.score_function != "softmax" or moe.gate.weight is None:
         raise ValueError(f"moe: expected a linear router with TopK by softmax, got {type(select).__name__}")
-    with torch.no_grad(), evaluating(moe.gate):  # in training it would count the tokens, and may add noise
+    with torch.no_grad(), set_eval(moe.gate):  # training counts the tokens, and may add noise
         logits = moe.gate(x).router_logits
     threshold = Threshold.calibrate(logits, experts_per_token)
     moe.gate.select = Threshold(threshold, normalize=select.normalize, scale=select.scale)
     return threshold
 
 
-def _inputs(model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[Any], tokens: int) -> dict[str, Tensor]:
+def _collect_inputs(
+    model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[Any], tokens: int
+) -> dict[str, Tensor]:
     """The first `tokens` inputs of each module."""
     rows: dict[str, list[Tensor]] = {name: [] for name in modules}
     if "" in modules:
         rows[""] = [batch.reshape(-1, batch.shape[-1]) for batch in batches]
     else:
-        with watched_rows(model, modules, lambda name, x: rows[name].append(x)), torch.no_grad():
+        with watch_rows(model, modules, lambda name, x: rows[name].append(x)), torch.no_grad():
             for batch in batches:
-                called(model, batch)
+                call_model(model, batch)
                 if all(sum(map(len, kept)) >= tokens for kept in rows.values()):
                     break
     found = {name: torch.cat(kept)[:tokens] if kept else torch.empty(0) for name, kept in rows.items()}

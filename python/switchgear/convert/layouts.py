@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from switchgear.complaints import failed_import
-from switchgear.convert.errors import ConversionError
-from switchgear.convert.families import FAMILIES, PARTS, Family, check_unquantized, num_experts_of
-from switchgear.convert.plans import ConversionPlan, Item, Source, copied
+from switchgear.convert.directory import ConversionError
+from switchgear.convert.families import FAMILIES, PARTS, Family, check_unquantized, read_num_experts
+from switchgear.convert.plans import ConversionPlan, Item, Source, copy_item
 from switchgear.reference import check_choice
 
 LAYOUTS = ("per_expert", "fused", "megatron", "megatron_te", "megatron_grouped")
 EXPERTS = r"(?:model|decoder)\.layers\.\d+\..*\.experts\."
 MEGATRON = r"decoder\.layers\.(\d+)\.mlp\.experts\."
-NAMINGS = (FAMILIES["qwen3_moe"], FAMILIES["mixtral"])  # of experts by themselves; most types have the first
+NAMINGS = (FAMILIES["qwen3_moe"], FAMILIES["mixtral"])  # Single experts are named so; most types have the first.
 
 CORRECTION = "e_score_correction_bias"
 # Routers that are not called gate.weight, with CORRECTION beside it: in transformers, as published, in Megatron-Core
@@ -64,7 +64,7 @@ class Found:
     naming: Family
 
 
-def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> ConversionPlan:
+def plan_layout(config: Mapping[str, Any], source: Source, to: str) -> ConversionPlan:
     """Rearranges the experts of an MoE checkpoint, and renames routers; all values stay.
 
     per_expert        model.layers.0.mlp.experts.3.gate_proj.weight [I,H], …   (as published; Mixtral: w1, w3, w2)
@@ -83,23 +83,23 @@ def layout_plan(config: Mapping[str, Any], source: Source, to: str) -> Conversio
     check_choice("to", to, LAYOUTS)
     check_unquantized(config)
     model_type = str(config.get("model_type"))
-    found = find(source, config)
+    found = find_experts(source, config)
     read = _Reader(source, found)
     _check(source, model_type, found, read, config.get("hidden_size"))
-    family = _naming(config, found, to)
+    family = _choose_naming(config, found, to)
     items = [
-        _kept(source, key, _renamed(key, model_type, family, to))
+        _keep_item(source, key, _rename_router(key, model_type, family, to))
         for key in source.keys()  # noqa: SIM118  (not a mapping)
         if key not in found.keys
     ]
     for layer, count in sorted(found.experts.items()):
         hidden, width, dtype = read.sizes(layer)
-        items += _written(to, family, layer, count, hidden, width, dtype, read)
+        items += _plan_experts(to, family, layer, count, hidden, width, dtype, read)
     done = tuple((f"model.layers.{layer}", found.layout, count, to) for layer, count in sorted(found.experts.items()))
     return ConversionPlan(dict(config), tuple(items), done)
 
 
-def find(source: Source, config: Mapping[str, Any]) -> Found:
+def find_experts(source: Source, config: Mapping[str, Any]) -> Found:
     """Finds the experts. Raises ValueError if there are none, or in more than one layout."""
     keys = list(source.keys())
     patterns = [
@@ -131,7 +131,7 @@ def find(source: Source, config: Mapping[str, Any]) -> Found:
         if layout == "fused":
             counts[layer] = source.shape(f"model.layers.{layer}.mlp.experts.down_proj")[0]
         elif layout == "megatron_grouped":
-            counts[layer] = num_experts_of(config, NAMINGS[0])  # routers may have more rows (LongCat)
+            counts[layer] = read_num_experts(config, NAMINGS[0])  # routers may have more rows (LongCat)
         elif len(experts[layer]) != counts[layer]:
             raise ValueError(
                 f"source: expected experts 0 to {counts[layer] - 1} of layer {layer}, got {len(experts[layer])} of them"
@@ -142,12 +142,14 @@ def find(source: Source, config: Mapping[str, Any]) -> Found:
 def _check(source: Source, model_type: str, found: Found, read: _Reader, hidden_size: int | None) -> None:
     """Raises ValueError unless the layout says all about the experts: every tensor, with its shape, in one dtype."""
     others = sorted(key for key in set(source.keys()) - found.keys if re.match(EXPERTS, key))
-    others = [key for key in others if _router(key, model_type, found.naming) is None]  # Laguna's are among experts
+    others = [
+        key for key in others if _match_router(key, model_type, found.naming) is None
+    ]  # Laguna's are among experts
     if others:
         raise ValueError(f"source: expected no tensors of experts outside the layout {found.layout}, got {others[0]}")
     for layer, count in sorted(found.experts.items()):
         hidden, width, dtype = read.sizes(layer)
-        for item in _written(found.layout, found.naming, layer, count, hidden_size or hidden, width, dtype, read):
+        for item in _plan_experts(found.layout, found.naming, layer, count, hidden_size or hidden, width, dtype, read):
             shape, own = source.shape(item.key), source.dtype(item.key)
             if (shape, own) != (item.shape, dtype):
                 expected = f"{item.key} of shape {list(item.shape)} in {dtype}, as layout {found.layout} has it"
@@ -181,10 +183,10 @@ class _Reader:
                 return self._source.read(prefix + "weight2")[expert * width : (expert + 1) * width].T
             # [H, E·2I] is the memory of [E,H,2I], as Megatron views it
             rows = self._source.read(prefix + "weight1").reshape(-1, hidden, 2 * width)[expert].T
-            return _half(rows, part)
+            return _take_half(rows, part)
         weight = self._source.read(self._key(layer, expert, part))
         weight = weight[expert] if layout == "fused" else weight
-        return weight if part == "down_proj" else _half(weight, part)
+        return weight if part == "down_proj" else _take_half(weight, part)
 
     def _key(self, layer: int, expert: int, part: str) -> str:
         layout, number = self._found.layout, 2 if part == "down_proj" else 1
@@ -195,7 +197,7 @@ class _Reader:
         return _megatron_key(layout, layer, expert, number)
 
 
-def _half(rows: Tensor, part: str) -> Tensor:
+def _take_half(rows: Tensor, part: str) -> Tensor:
     gate, up = rows.chunk(2)
     return gate if part == "gate_proj" else up
 
@@ -207,7 +209,7 @@ def _megatron_key(layout: str, layer: int, expert: int, number: int) -> str:
     return f"{prefix}linear_fc{number}.weight{expert}"
 
 
-def _written(
+def _plan_experts(
     to: str, family: Family, layer: int, count: int, hidden: int, width: int, dtype: torch.dtype,
     read: Callable[[int, int, str], Tensor],
 ) -> list[Item]:  # fmt: skip
@@ -232,14 +234,14 @@ def _written(
     if to == "fused":
         prefix = f"model.layers.{layer}.mlp.experts."
         return [
-            item(prefix + "gate_up_proj", lambda: _stacked(count, first), count, 2 * width, hidden),
-            item(prefix + "down_proj", lambda: _stacked(count, second), count, hidden, width),
+            item(prefix + "gate_up_proj", lambda: _stack(count, first), count, 2 * width, hidden),
+            item(prefix + "down_proj", lambda: _stack(count, second), count, hidden, width),
         ]
     if to == "megatron_grouped":
         prefix = f"decoder.layers.{layer}.mlp.experts."
 
         def transposed(make: Callable[[int], Tensor], *shape: int) -> Callable[[], Tensor]:
-            return lambda: _stacked(count, lambda expert: make(expert).T).reshape(*shape)
+            return lambda: _stack(count, lambda expert: make(expert).T).reshape(*shape)
 
         sizes = (hidden, count * 2 * width), (count * width, hidden)
         return [
@@ -253,7 +255,7 @@ def _written(
     ]
 
 
-def _stacked(count: int, make: Callable[[int], Tensor]) -> Tensor:
+def _stack(count: int, make: Callable[[int], Tensor]) -> Tensor:
     """[E,…], one expert at a time."""
     first = make(0)
     made = torch.empty(count, *first.shape, dtype=first.dtype)
@@ -263,14 +265,14 @@ def _stacked(count: int, make: Callable[[int], Tensor]) -> Tensor:
     return made
 
 
-def _naming(config: Mapping[str, Any], found: Found, to: str) -> Family:
-    """The names of experts by themselves: those of the source, or those that published checkpoints of the type have."""
+def _choose_naming(config: Mapping[str, Any], found: Found, to: str) -> Family:
+    """The names of single experts: the source's, or the ones of published checkpoints of the type."""
     model_type = str(config.get("model_type"))
     if found.layout == "per_expert" or to != "per_expert":
         return found.naming
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    reads = _reader_of_keys(config)
+    reads = _make_key_reader(config)
     layer = min(found.experts)
     for naming in NAMINGS:
         if reads([naming.expert(layer, 0, part) for part in PARTS]):
@@ -279,7 +281,7 @@ def _naming(config: Mapping[str, Any], found: Found, to: str) -> Family:
     raise ValueError(f"to: expected {others} for {model_type}, whose single experts transformers cannot read, got {to}")
 
 
-def _reader_of_keys(config: Mapping[str, Any]) -> Callable[[list[str]], bool]:
+def _make_key_reader(config: Mapping[str, Any]) -> Callable[[list[str]], bool]:
     """Tells whether transformers has a place for all of some keys in a model of the config."""
     try:
         from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -290,7 +292,7 @@ def _reader_of_keys(config: Mapping[str, Any]) -> Callable[[list[str]], bool]:
     if config.get("model_type") not in CONFIG_MAPPING:
         return lambda keys: False
     unnamed = ("_attn_implementation", "attn_implementation", "dtype", "torch_dtype")  # names do not depend on these
-    options = {key: copy.deepcopy(value) for key, value in config.items() if key not in unnamed}  # which it changes
+    options = {key: copy.deepcopy(value) for key, value in config.items() if key not in unnamed}  # for_model changes it
     try:
         made = AutoConfig.for_model(**options)
         if type(made) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -306,9 +308,9 @@ def _reader_of_keys(config: Mapping[str, Any]) -> Callable[[list[str]], bool]:
     return lambda keys: all(target in state for target in pieces_of(model, keys, state))
 
 
-def _renamed(key: str, model_type: str, family: Family, to: str) -> str:
+def _rename_router(key: str, model_type: str, family: Family, to: str) -> str:
     """The name of a router in the new layout; other keys stay."""
-    found = _router(key, model_type, family)
+    found = _match_router(key, model_type, family)
     if found is None:
         return key
     layer, names = found
@@ -316,17 +318,19 @@ def _renamed(key: str, model_type: str, family: Family, to: str) -> str:
     return f"{prefix}.layers.{layer}.{names[{'fused': 0, 'per_expert': 1}.get(to, 2)]}"
 
 
-def _router(key: str, model_type: str, family: Family) -> tuple[str, tuple[str, str, str]] | None:
+def _match_router(key: str, model_type: str, family: Family) -> tuple[str, tuple[str, str, str]] | None:
     """The layer and the names of a router's tensor, as in ROUTERS."""
     match = re.fullmatch(r"(?:model|decoder)\.layers\.(\d+)\.(.+)", key)
     if match is None:
         return None
     layer, name = match.groups()
-    names = next((names for names in ROUTERS.get(model_type, ()) if name in names), None) or _usual(name, family)
+    names = next((names for names in ROUTERS.get(model_type, ()) if name in names), None) or _match_usual_router(
+        name, family
+    )
     return None if names is None else (layer, names)
 
 
-def _usual(name: str, family: Family) -> tuple[str, str, str] | None:
+def _match_usual_router(name: str, family: Family) -> tuple[str, str, str] | None:
     """The names of a router's tensor where they are the usual ones."""
     match = re.fullmatch(r"(?:mlp|block_sparse_moe)\.(?:gate|router)\.(\w+)", name)
     if match is None:
@@ -336,9 +340,9 @@ def _usual(name: str, family: Family) -> tuple[str, str, str] | None:
     return f"mlp.gate.{ours}", f"{family.block}.gate.{ours}", f"mlp.router.{megatron}"
 
 
-def _kept(source: Source, key: str, name: str) -> Item:
+def _keep_item(source: Source, key: str, name: str) -> Item:
     """The tensor under its new name. Ernie's correction is [1,E], Megatron's [E]."""
-    item = copied(source, key)
+    item = copy_item(source, key)
     shape, made = item.shape, item.make
     if name.endswith(".mlp.router.expert_bias"):
         shape = (math.prod(shape),)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,61 +14,41 @@ from torch import Tensor
 
 from switchgear.convert.attention import attention_from_experts
 from switchgear.convert.average import Merging
-from switchgear.convert.checks import check_all_finite, finite_numbers, seed_of
+from switchgear.convert.checks import as_finite_numbers, check_all_finite, derive_seed
 from switchgear.convert.families import layers_of
-from switchgear.convert.modules import watched_rows
+from switchgear.convert.modules import Conversion, Converted, watch_rows
 from switchgear.convert.plans import ConversionPlan, StateDict
-from switchgear.convert.recipes import dense_plan, experts_plan, split_plan, upcycle_plan
-from switchgear.convert.result import Conversion, Converted
-from switchgear.utils.modes import evaluating
+from switchgear.convert.recipes import plan_experts
+from switchgear.utils.modules import set_eval
 from switchgear.weights.checks import check_state_dict
 
 
-def upcycle_model(
-    model: Any, *, num_experts: int, top_k: int, layers: str | Sequence[int], router_init: float, noise: float,
-    seed: int, family: str | None,
-) -> Conversion:  # fmt: skip
-    """See upcycle."""
-    plan = upcycle_plan(
-        config_of(model), tensors_of(model), num_experts=num_experts, top_k=top_k, layers=layers,
-        router_init=router_init, noise=noise, seed=seed, family=family,
-    )  # fmt: skip
-    return built(model, plan)
+def convert_model(model: Any, plan: Callable[..., ConversionPlan], **options: Any) -> Conversion:
+    """A new model by a plan of recipes.py, whose options the public function has checked."""
+    return build_model(model, plan(read_config(model), read_tensors(model), **options))
 
 
-def split_model(
-    model: Any, *, num_experts: int, top_k: int, layers: str | Sequence[int] = "all", family: str | None = None,
-    **options: Any,
-) -> Conversion:  # fmt: skip
-    """See split_dense."""
-    plan = split_plan(
-        config_of(model), tensors_of(model), num_experts=num_experts, top_k=top_k, layers=layers, family=family,
-        **options,
-    )  # fmt: skip
-    return built(model, plan)
-
-
-def config_of(model: Any) -> dict[str, Any]:
+def read_config(model: Any) -> dict[str, Any]:
     """All fields of the config, with the architecture of the model."""
     config: dict[str, Any] = model.config.to_dict()
     return {**config, "architectures": [type(model).__name__]}
 
 
-def tensors_of(model: Any) -> StateDict:
+def read_tensors(model: Any) -> StateDict:
     """The tensors of the state dict, tied ones once. Raises ValueError for a model that computes with others."""
     check_state_dict("model", model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return StateDict({key: tensor for key, tensor in model.state_dict().items() if key not in tied})
 
 
-def built(model: Any, plan: ConversionPlan) -> Conversion:
+def build_model(model: Any, plan: ConversionPlan) -> Conversion:
     """A new model of the plan's config with its tensors, in the mode and on the device of the old one. Raises
     ValueError for tensors of several dtypes, since transformers gives a model one."""
-    dtype = _dtype_of(plan)
+    dtype = _find_dtype(plan)
     config = transformers.AutoConfig.for_model(**plan.config)
     made_class = getattr(transformers, plan.config["architectures"][0])
     like: Tensor = next(model.parameters())
-    state = {item.key: _fitting(item.make(), item.shape) for item in plan.items}
+    state = {item.key: _require_shape(item.make(), item.shape) for item in plan.items}
     made, info = made_class.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
@@ -83,7 +63,7 @@ def built(model: Any, plan: ConversionPlan) -> Conversion:
     return Conversion(made, layers, plan.notes)
 
 
-def _dtype_of(plan: ConversionPlan) -> torch.dtype:
+def _find_dtype(plan: ConversionPlan) -> torch.dtype:
     """The floating dtype that all tensors have."""
     first, *others = (item for item in plan.items if item.dtype.is_floating_point)
     for item in others:
@@ -93,7 +73,7 @@ def _dtype_of(plan: ConversionPlan) -> torch.dtype:
     return first.dtype
 
 
-def _fitting(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _require_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(tensor.shape) != shape:
         raise AssertionError(f"a tensor of shape {list(shape)} was planned, {list(tensor.shape)} was made")
     return tensor.contiguous()
@@ -106,21 +86,23 @@ def collect_models(
 ) -> Conversion:  # fmt: skip
     """See from_dense_experts."""
     first = models[0] if base is None else base
-    chosen = layers_of(config_of(first), layers)
-    rows = router_rows(first, len(models), chosen, router, prompts)
-    merging = Merging(merge, finite_numbers("weights", weights), density, 1.0, seed)
-    plan = experts_plan(
-        [(config_of(model), tensors_of(model)) for model in models],
-        None if base is None else (config_of(base), tensors_of(base)),
+    chosen = layers_of(read_config(first), layers)
+    rows = compute_router_rows(first, len(models), chosen, router, prompts)
+    merging = Merging(merge, as_finite_numbers("weights", weights), density, 1.0, seed)
+    plan = plan_experts(
+        [(read_config(model), read_tensors(model)) for model in models],
+        None if base is None else (read_config(base), read_tensors(base)),
         top_k=top_k, layers=layers, family=family, router=rows, router_init=0.0 if router == "zeros" else router_init,
         merging=merging, seed=seed,
     )  # fmt: skip
-    done = built(first, plan)
+    done = build_model(first, plan)
     if attention == "merged":
         return done
     mixtures = [
-        attention_from_experts([model.model.layers[layer].self_attn for model in models],
-                               shared_kv=attention == "shared_kv", router_init=router_init, seed=seed_of(seed, layer))
+        attention_from_experts(
+            [model.model.layers[layer].self_attn for model in models],
+            shared_kv=attention == "shared_kv", router_init=router_init, seed=derive_seed(seed, layer),
+        )
         for layer in range(len(first.model.layers))
     ]  # fmt: skip
     for layer, mixture in zip(done.model.model.layers, mixtures, strict=True):  # type: ignore[union-attr, arg-type]
@@ -129,7 +111,7 @@ def collect_models(
     return replace(done, notes=(*done.notes, note))
 
 
-def router_rows(
+def compute_router_rows(
     model: Any, num_experts: int, layers: Sequence[int], router: str | Tensor, prompts: Sequence[Tensor] | None
 ) -> dict[int, Tensor] | None:
     """The rows [E,H] of each layer's router, or None for random ones."""
@@ -162,7 +144,7 @@ def _mean_inputs(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[i
     """The mean input [H] float32 of each feed-forward layer in eval(), which is what the layer's router will see."""
     found: dict[str, Tensor] = {}
     modules = {f"model.layers.{layer}.mlp": model.model.layers[layer].mlp for layer in layers}
-    with evaluating(model), watched_rows(model, modules, lambda name, x: found.update({name: x.float().mean(0)})):
+    with set_eval(model), watch_rows(model, modules, lambda name, x: found.update({name: x.float().mean(0)})):
         model(input_ids)
     return dict(zip(layers, (found[name] for name in modules), strict=True))
 
@@ -171,11 +153,3 @@ def _mean_inputs(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[i
 def _mean_embedding(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
     mean: Tensor = model.get_input_embeddings()(input_ids).float().flatten(0, -2).mean(0)
     return dict.fromkeys(layers, mean)
-
-
-def dense_model(
-    model: Any, method: str, *, weights: Sequence[float] | Tensor | None = None, rank: int | None = None
-) -> Conversion:
-    """See to_dense."""
-    plan = dense_plan(config_of(model), tensors_of(model), method, weights=weights, rank=rank)
-    return built(model, plan)

@@ -1,25 +1,52 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The dense feed-forward modules of a model, and their replacement: all or none."""
+"""The dense feed-forward modules of a model, their replacement, all or none, and what a conversion did."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from switchgear.convert.ffn import feed_forward, is_feed_forward
-from switchgear.convert.result import Conversion, Converted
 from switchgear.trace.observe import inputs_of
 
 OURS = "switchgear"  # the family of models with layers of ours
 
 
-def replaced(model: nn.Module, layers: str | Sequence[int], make: Any) -> Conversion:
+@dataclass(frozen=True)
+class Converted:
+    """One layer: its name, what it was, and its experts afterwards."""
+
+    name: str
+    was: str
+    num_experts: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model, and what was done to each of its layers."""
+
+    model: nn.Module
+    layers: tuple[Converted, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rows = [f"{layer.name}: {layer.was} -> {layer.num_experts} experts ({layer.how})" for layer in self.layers]
+        return "\n".join([*rows, *self.notes])
+
+    def summary(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return {"layers": [vars(layer) for layer in self.layers], "notes": list(self.notes)}
+
+
+def replace_layers(model: nn.Module, layers: str | Sequence[int], make: Any) -> Conversion:
     """The model with its dense feed-forward modules `layers` replaced by make(weights, index): all or none."""
-    found = dense_layers(model)
-    chosen = chosen_layers(layers, len(found))
+    found = find_dense_layers(model)
+    chosen = choose_layers(layers, len(found))
     done, notes, modules = [], [], {}
     for index in chosen:
         name, module = found[index]
@@ -27,7 +54,7 @@ def replaced(model: nn.Module, layers: str | Sequence[int], make: Any) -> Conver
         modules[module] = made.train(module.training)
         done.append(Converted(name, type(module).__name__, made.experts.num_experts, made.gate.extra_repr()))
         notes += [f"{name}: its dropout of {p} is not kept" for p in _dropouts(module)]
-    put(model, modules)  # all are made
+    replace_modules(model, modules)  # all are made
     return Conversion(model, tuple(done), tuple(notes))
 
 
@@ -35,20 +62,20 @@ def _dropouts(module: nn.Module) -> list[float]:
     return [part.p for part in module.modules() if isinstance(part, nn.Dropout) and part.p > 0]
 
 
-def put(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
     """Replaces modules by others, wherever the model uses them."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in made:
             model.set_submodule(name, made[module])
 
 
-def called(module: nn.Module, batch: Any) -> Any:
+def call_model(module: nn.Module, batch: Any) -> Any:
     """The module's output for a batch; a mapping, such as what a tokenizer returns, is passed as keywords."""
     return module(**batch) if isinstance(batch, Mapping) else module(batch)
 
 
 @contextmanager
-def watched_rows(
+def watch_rows(
     model: nn.Module, modules: Mapping[str, nn.Module], function: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Inside the block, function(name, rows [T,H]) is called with the input of each module that the model calls.
@@ -66,7 +93,7 @@ def watched_rows(
         yield
 
 
-def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def find_dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The dense feed-forward modules inside a model, without the shared experts of its MoE layers."""
     found, inside = [], set()
     for name, module in model.named_modules():
@@ -79,7 +106,7 @@ def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def chosen_layers(layers: str | Sequence[int], count: int) -> list[int]:
+def choose_layers(layers: str | Sequence[int], count: int) -> list[int]:
     """Ascending indices below `count`. Raises ValueError for others."""
     if isinstance(layers, str):
         if layers != "all":

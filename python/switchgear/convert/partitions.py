@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from switchgear import ops
 from switchgear.complaints import at_least, check_seed, check_tensor
 from switchgear.convert.checks import check_number
-from switchgear.convert.ffn import FeedForward
+from switchgear.integrations.blocks import FeedForward
 from switchgear.reference import check_choice, check_size
 from switchgear.reference.checks import check
 
@@ -66,9 +66,9 @@ def partition(
     check_choice("method", method, METHODS)
     width = weights.intermediate_size
     if method == "domain_masks":
-        return _domain_masks(_importance(importance, width, method), num_experts, keep, shared)
+        return _split_by_masks(_read_importance(importance, width, method), num_experts, keep, shared)
     in_each = method == "interleave" and isinstance(shared, float)  # a fraction of each expert, not of the network
-    num_shared = 0 if in_each else _num_shared(shared, num_experts, width)
+    num_shared = 0 if in_each else _count_shared(shared, num_experts, width)
     rest = width - num_shared
     if rest % num_experts or rest < num_experts:
         raise ValueError(
@@ -76,15 +76,15 @@ def partition(
             f"got {num_experts}"
         )
     if method == "gradient":
-        return _gradient(_importance(importance, width, method), num_experts, num_shared)
+        return _split_by_gradient(_read_importance(importance, width, method), num_experts, num_shared)
     ranked = torch.arange(width)
     if importance is not None:  # the most important neurons are shared
-        ranked = _importance(importance, width, method).mean(0).argsort(descending=True, stable=True)
+        ranked = _read_importance(importance, width, method).mean(0).argsort(descending=True, stable=True)
     if method == "interleave":
         size = rest // num_experts
         if in_each:
-            return _interleaved(ranked, num_experts, _num_shared(shared, 1, size), size)
-        return _interleaved(ranked, num_experts, num_shared, num_shared + size)
+            return _interleave(ranked, num_experts, _count_shared(shared, 1, size), size)
+        return _interleave(ranked, num_experts, num_shared, num_shared + size)
     first, order = ranked[:num_shared].sort().values, ranked[num_shared:].sort().values
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -124,7 +124,7 @@ def balanced_kmeans(rows: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
     return best_ids
 
 
-def _num_shared(shared: int | float, num_experts: int, width: int) -> int:
+def _count_shared(shared: int | float, num_experts: int, width: int) -> int:
     """A whole number counts shared experts as wide as the others; a fraction is one of the neurons."""
     if isinstance(shared, bool) or not isinstance(shared, (int, float)):
         raise TypeError(f"shared: expected a number of experts or a fraction, got {type(shared).__name__}")
@@ -141,14 +141,14 @@ def _num_shared(shared: int | float, num_experts: int, width: int) -> int:
     return width - (width - round(shared * width)) // num_experts * num_experts  # the rest divides
 
 
-def _interleaved(ranked: Tensor, num_experts: int, num_shared: int, size: int) -> Partition:
+def _interleave(ranked: Tensor, num_experts: int, num_shared: int, size: int) -> Partition:
     """Each expert has the first neurons and every E-th of the others, cut to its size: the last ones may be in none."""
     shared, others = ranked[:num_shared], ranked[num_shared:]
     experts = tuple(torch.cat((shared, others[e::num_experts]))[:size].sort().values for e in range(num_experts))
     return Partition(experts, ranked[:0], not num_shared or num_experts == 1)
 
 
-def _importance(importance: Tensor | None, width: int, method: str) -> Tensor:
+def _read_importance(importance: Tensor | None, width: int, method: str) -> Tensor:
     """[G,I] float32 on the CPU."""
     if importance is None:
         raise ValueError(f"importance: expected a tensor [I] or [G,I] for method={method!r}, got None")
@@ -162,7 +162,7 @@ def _importance(importance: Tensor | None, width: int, method: str) -> Tensor:
     return rows
 
 
-def _gradient(importance: Tensor, num_experts: int, num_shared: int) -> Partition:
+def _split_by_gradient(importance: Tensor, num_experts: int, num_shared: int) -> Partition:
     """The most important neurons are shared. The others: with a row of importance per expert, such that the sum of the
     importance of each expert's neurons to it is near its maximum; with one row, dealt out in order of importance."""
     groups = len(importance)
@@ -175,16 +175,16 @@ def _gradient(importance: Tensor, num_experts: int, num_shared: int) -> Partitio
         return Partition(
             tuple(turns[:, e].sort().values for e in range(num_experts)), ranked[:num_shared].sort().values
         )
-    is_shared = _voted(importance, num_shared)
+    is_shared = _vote(importance, num_shared)
     rest = (~is_shared).nonzero().flatten()
     values = importance[:, rest].T.contiguous()
     ids = ops.assign_balanced(values / values.abs().max().clamp(min=1e-30), None, 1, -1.0, 1000).long()
     return Partition(tuple(rest[ids == e] for e in range(num_experts)), is_shared.nonzero().flatten())
 
 
-def _voted(importance: Tensor, count: int) -> Tensor:
+def _vote(importance: Tensor, count: int) -> Tensor:
     """[I] bool: the `count` neurons that most experts have among the best of their row, as many as they get; after each
-    round of votes the best are those of the others (LLaMA-MoE v2)."""
+    round of votes the best are chosen among the others (LLaMA-MoE v2)."""
     num_experts, width = importance.shape
     size = (width - count) // num_experts
     ranked = importance.argsort(dim=1, descending=True, stable=True)
@@ -196,7 +196,7 @@ def _voted(importance: Tensor, count: int) -> Tensor:
     return taken
 
 
-def _domain_masks(importance: Tensor, num_experts: int, keep: float, shared: int | float) -> Partition:
+def _split_by_masks(importance: Tensor, num_experts: int, keep: float, shared: int | float) -> Partition:
     """Read-ME: each domain keeps its top share of neurons; the intersection of all is shared, the rest of a mask is
     the domain's expert."""
     if importance.shape[0] != num_experts:

@@ -7,16 +7,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from switchgear.convert.checks import check_number, seed_of
+from switchgear.convert.checks import check_number, derive_seed
 from switchgear.convert.families import PARTS, Family, Size, dense_key
-from switchgear.convert.ffn import FeedForward
 from switchgear.convert.partitions import Partition, partition
+from switchgear.integrations.blocks import FeedForward
 
 T = TypeVar("T")
 
@@ -69,23 +70,23 @@ class ConversionPlan:
     notes: tuple[str, ...] = ()
 
 
-def noise_of(seed: int, key: str, shape: Sequence[int]) -> Tensor:
+def draw_noise(seed: int, key: str, shape: Sequence[int]) -> Tensor:
     """Standard normal numbers that depend on the seed and the tensor's name alone, so that a sharded conversion draws
     the same."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))  # 32 bits count
     return torch.randn(tuple(shape), generator=generator)
 
 
-def router_item(family: Family, layer: int, rows: int, hidden: int, std: float, seed: int, dtype: torch.dtype) -> Item:
+def draw_router(family: Family, layer: int, rows: int, hidden: int, std: float, seed: int, dtype: torch.dtype) -> Item:
     key = family.router(layer)
-    return Item(key, (rows, hidden), dtype, lambda: (noise_of(seed, key, (rows, hidden)) * std).to(dtype))
+    return Item(key, (rows, hidden), dtype, lambda: (draw_noise(seed, key, (rows, hidden)) * std).to(dtype))
 
 
-def copied(source: Source, key: str) -> Item:
+def copy_item(source: Source, key: str) -> Item:
     return Item(key, source.shape(key), source.dtype(key), lambda: source.read(key))
 
 
-def outside_experts(source: Source, layers: Sequence[int]) -> list[str]:
+def list_kept_keys(source: Source, layers: Sequence[int]) -> list[str]:
     """The keys that stay as they are."""
     replaced = {dense_key(layer, part) for layer in layers for part in PARTS}
     if missing := sorted(replaced - set(source.keys())):
@@ -93,21 +94,23 @@ def outside_experts(source: Source, layers: Sequence[int]) -> list[str]:
     return [key for key in source.keys() if key not in replaced]  # noqa: SIM118  (not a mapping)
 
 
-def upcycled(source: Source, family: Family, size: Size, *, router_init: float, noise: float, seed: int) -> list[Item]:
+def copy_networks(
+    source: Source, family: Family, size: Size, *, router_init: float, noise: float, seed: int
+) -> list[Item]:
     """Each expert is a copy of the dense network, plus noise."""
-    items = [copied(source, key) for key in outside_experts(source, size.layers)]
+    items = [copy_item(source, key) for key in list_kept_keys(source, size.layers)]
     for layer in size.layers:
         dtype, hidden = source.dtype(dense_key(layer, "gate_proj")), source.shape(dense_key(layer, "gate_proj"))[1]
-        items.append(router_item(family, layer, size.num_experts, hidden, router_init, seed, dtype))
+        items.append(draw_router(family, layer, size.num_experts, hidden, router_init, seed, dtype))
         for expert in range(size.num_experts):
             for part in PARTS:
                 key = family.expert(layer, expert, part)
-                items.append(_noisy(source, dense_key(layer, part), key, size.width, noise, seed))
-        items += no_shared(family, layer, hidden, dtype)
+                items.append(_copy_with_noise(source, dense_key(layer, part), key, size.width, noise, seed))
+        items += leave_out_shared(family, layer, hidden, dtype)
     return items
 
 
-def _noisy(source: Source, dense: str, key: str, width: int, noise: float, seed: int) -> Item:
+def _copy_with_noise(source: Source, dense: str, key: str, width: int, noise: float, seed: int) -> Item:
     """A matrix plus noise, with neurons of zeros up to `width`."""
     shape, dtype, dim = source.shape(dense), source.dtype(dense), int(dense.endswith("down_proj.weight"))
     more = width - shape[dim]
@@ -116,23 +119,38 @@ def _noisy(source: Source, dense: str, key: str, width: int, noise: float, seed:
         weight = source.read(dense)
         if noise:
             wide = weight.to(torch.promote_types(dtype, torch.float32))
-            weight = (wide + noise * noise_of(seed, key, shape).to(wide)).to(dtype)
+            weight = (wide + noise * draw_noise(seed, key, shape).to(wide)).to(dtype)
         return F.pad(weight, (0, more) if dim else (0, 0, 0, more)) if more else weight
 
     return Item(key, (shape[0], width) if dim else (width, shape[1]), dtype, make)
 
 
-def no_shared(family: Family, layer: int, hidden: int, dtype: torch.dtype) -> list[Item]:
+def leave_out_shared(family: Family, layer: int, hidden: int, dtype: torch.dtype) -> list[Item]:
     """A shared expert without neurons, where the family's layers have one."""
     if not family.has_shared:
         return []
     shapes = {part: (hidden, 0) if part == "down_proj" else (0, hidden) for part in PARTS}
-    items = [_zeros(family.shared(layer, part), shape, dtype) for part, shape in shapes.items()]
-    return [*items, _zeros(family.shared_gate(layer), (1, hidden), dtype)]
+    items = [_fill_zeros(family.shared(layer, part), shape, dtype) for part, shape in shapes.items()]
+    return [*items, _fill_zeros(family.shared_gate(layer), (1, hidden), dtype)]
 
 
-def _zeros(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Item:
+def _fill_zeros(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Item:
     return Item(key, shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+
+
+class LayerCache(Generic[T]):
+    """Computes a layer's value when it is first needed, and keeps it until another layer's is: the items of a plan go
+    layer by layer, so one value is in memory."""
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self._make = make
+        self._kept: dict[int, T] = {}
+
+    def __call__(self, layer: int) -> T:
+        if layer not in self._kept:
+            self._kept.clear()  # one value at a time
+            self._kept[layer] = self._make(layer)
+        return self._kept[layer]
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
@@ -155,7 +173,7 @@ class Split:
             raise TypeError(f"importance: expected a mapping by layer, got {type(self.importance).__name__}")
 
     def widths(self, source: Source, layer: int) -> tuple[int, int]:
-        """Of an expert and of the shared one. Domain masks need their importance, the others sizes alone."""
+        """The widths of an expert and of the shared one. Domain masks need their importance, the others sizes alone."""
         parts = self.partition(source, layer, shapes_only=True)
         return max(parts.widths), len(parts.shared)
 
@@ -169,60 +187,42 @@ class Split:
         dense = FeedForward(weight, weight, weight.T)
         return partition(
             dense, self.num_experts, method, shared=self.shared, importance=importance, keep=self.keep,
-            seed=seed_of(self.seed, layer),
+            seed=derive_seed(self.seed, layer),
         )  # fmt: skip
 
 
-def split(source: Source, family: Family, size: Size, how: Split, *, scale: float, router_init: float) -> list[Item]:
+def split_networks(
+    source: Source, family: Family, size: Size, how: Split, *, scale: float, router_init: float
+) -> list[Item]:
     """Each expert has its neurons, padded with zeros to the common width; down projections are multiplied by `scale`,
     since the family's weights sum to 1. The shared expert's are doubled, since its gate starts at sigmoid(0) = 1/2."""
-    items = [copied(source, key) for key in outside_experts(source, size.layers)]
+    items = [copy_item(source, key) for key in list_kept_keys(source, size.layers)]
+    parts = LayerCache(partial(how.partition, source))
     for layer in size.layers:
         dtype, hidden = source.dtype(dense_key(layer, "gate_proj")), source.shape(dense_key(layer, "gate_proj"))[1]
-        items.append(router_item(family, layer, size.num_experts, hidden, router_init, how.seed, dtype))
-        parts = Once(lambda layer=layer: how.partition(source, layer))  # type: ignore[misc]
+        items.append(draw_router(family, layer, size.num_experts, hidden, router_init, how.seed, dtype))
         for expert in range(size.num_experts):
             for part in PARTS:
                 key = family.expert(layer, expert, part)
-                items.append(_slice(source, layer, part, key, size.width, scale, parts, expert))
+                items.append(_copy_neurons(source, layer, part, key, size.width, scale, parts, expert))
         if size.shared_width:
             for part in PARTS:
                 key = family.shared(layer, part)
-                items.append(_slice(source, layer, part, key, size.shared_width, 2.0, parts, None))
-            items.append(_zeros(family.shared_gate(layer), (1, hidden), dtype))
+                items.append(_copy_neurons(source, layer, part, key, size.shared_width, 2.0, parts, None))
+            items.append(_fill_zeros(family.shared_gate(layer), (1, hidden), dtype))
         else:
-            items += no_shared(family, layer, hidden, dtype)
+            items += leave_out_shared(family, layer, hidden, dtype)
     return items
 
 
-class Once(Generic[T]):
-    """Computes a value when it is first needed, and keeps it until the next one of the same kind is computed: plans go
-    layer by layer, so one layer's value is in memory."""
-
-    _last: ClassVar[list[Once[Any]]] = []
-
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
-        self._made: T | None = None
-
-    def __call__(self) -> T:
-        made = self._made
-        if made is None:
-            while Once._last:
-                Once._last.pop()._made = None
-            self._made = made = self._make()
-            Once._last.append(self)
-        return made
-
-
-def _slice(
+def _copy_neurons(
     source: Source,
     layer: int,
     part: str,
     key: str,
     width: int,
     scale: float,
-    parts: Once[Partition],
+    parts: LayerCache[Partition],
     expert: int | None,
 ) -> Item:
     dense = dense_key(layer, part)
@@ -230,7 +230,7 @@ def _slice(
     hidden = source.shape(dense)[0 if is_down else 1]
 
     def make() -> Tensor:
-        index = parts().shared if expert is None else parts().experts[expert]
+        index = parts(layer).shared if expert is None else parts(layer).experts[expert]
         weight = source.read(dense)
         rows = (weight.T if is_down else weight)[index.to(weight.device)]
         made = rows.new_zeros(width, hidden)
@@ -243,23 +243,23 @@ def _slice(
 # ---- experts of several dense models ---------------------------------------------------------------------------------
 
 
-def collected(
+def collect_networks(
     base: Source, experts: Sequence[Source], family: Family, size: Size, *, router: Mapping[int, Tensor] | None,
     router_init: float, seed: int, merge: Callable[[str], Item], noise: float = 0.0,
 ) -> list[Item]:  # fmt: skip
     """Expert e of each layer is the feed-forward network of model e; other tensors are merge(key)."""
-    items = [merge(key) for key in outside_experts(base, size.layers)]
+    items = [merge(key) for key in list_kept_keys(base, size.layers)]
     for layer in size.layers:
         gate = dense_key(layer, "gate_proj")
         dtype, hidden = base.dtype(gate), base.shape(gate)[1]
         if router is None:
-            items.append(router_item(family, layer, size.num_experts, hidden, router_init, seed, dtype))
+            items.append(draw_router(family, layer, size.num_experts, hidden, router_init, seed, dtype))
         else:
             rows = router[layer].to(dtype)
             items.append(Item(family.router(layer), tuple(rows.shape), dtype, lambda rows=rows: rows))  # type: ignore[misc]
         for expert, source in enumerate(experts):
             for part in PARTS:
                 key = family.expert(layer, expert, part)
-                items.append(_noisy(source, dense_key(layer, part), key, size.width, noise, seed))
-        items += no_shared(family, layer, hidden, dtype)
+                items.append(_copy_with_noise(source, dense_key(layer, part), key, size.width, noise, seed))
+        items += leave_out_shared(family, layer, hidden, dtype)
     return items

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,21 +19,31 @@ from switchgear.convert.families import (
     Size,
     check_dense,
     check_unquantized,
-    dense_config,
+    choose_family,
     dense_key,
-    family_for,
     layers_of,
-    moe_config,
-    num_experts_of,
+    make_dense_config,
+    make_moe_config,
+    read_num_experts,
 )
-from switchgear.convert.ffn import FeedForward
-from switchgear.convert.one_network import check_options, one_network
-from switchgear.convert.plans import ConversionPlan, Item, Once, Source, Split, collected, copied, split, upcycled
+from switchgear.convert.ffn import check_options, combine_networks
+from switchgear.convert.plans import (
+    ConversionPlan,
+    Item,
+    LayerCache,
+    Source,
+    Split,
+    collect_networks,
+    copy_item,
+    copy_networks,
+    split_networks,
+)
+from switchgear.integrations.blocks import FeedForward
 
 PADDED = 8  # neurons; transformers' grouped_mm reads rows of multiples of 16 bytes
 
 
-def upcycle_plan(
+def plan_upcycle(
     config: Mapping[str, Any], source: Source, *, num_experts: int = 8, top_k: int = 2,
     layers: str | Sequence[int] = "all", router_init: float = 0.02, noise: float = 0.0, seed: int = 0,
     family: str | None = None,
@@ -41,22 +52,22 @@ def upcycle_plan(
     check_dense(config)
     check_moe(num_experts, top_k)
     check_random(seed, router_init=router_init, noise=noise)
-    width, notes = _padded(int(config["intermediate_size"]))
+    width, notes = _pad_width(int(config["intermediate_size"]))
     size = Size(num_experts, top_k, width, layers_of(config, layers))
-    found = family_for(config, size, family)
-    items = upcycled(source, found, size, router_init=router_init, noise=noise, seed=seed)
+    found = choose_family(config, size, family)
+    items = copy_networks(source, found, size, router_init=router_init, noise=noise, seed=seed)
     how = f"{found.model_type}, copies" + (f" with noise {noise}" if noise else "")
     done = tuple((f"model.layers.{layer}.mlp", "dense", num_experts, how) for layer in size.layers)
-    return ConversionPlan(moe_config(config, found, size), tuple(items), done, notes)
+    return ConversionPlan(make_moe_config(config, found, size), tuple(items), done, notes)
 
 
-def _padded(width: int) -> tuple[int, tuple[str, ...]]:
+def _pad_width(width: int) -> tuple[int, tuple[str, ...]]:
     """The width of experts that transformers can multiply, and a note if it is another."""
     wide = -(-width // PADDED) * PADDED
     return wide, () if wide == width else (f"experts are padded with zeros to {wide} neurons",)
 
 
-def split_plan(
+def plan_split(
     config: Mapping[str, Any], source: Source, *, num_experts: int, top_k: int, layers: str | Sequence[int] = "all",
     method: str = "random", shared: int | float = 0, importance: Mapping[int, Tensor] | None = None, keep: float = 0.5,
     rescale: bool = True, router_init: float = 0.02, seed: int = 0, family: str | None = None,
@@ -74,14 +85,14 @@ def split_plan(
     widths = [how.widths(source, layer) for layer in chosen]
     width, shared_width = (-(-max(sizes) // PADDED) * PADDED for sizes in zip(*widths, strict=True))
     size = Size(num_experts, top_k, width, chosen, shared_width)
-    found = family_for(config, size, family)
+    found = choose_family(config, size, family)
     if method == "interleave" and shared:
         scale = 1.0  # whole networks, not parts of a sum
     elif method == "domain_masks":
         scale = float(top_k)
     else:
         scale = float(num_experts if rescale else top_k)
-    items = split(source, found, size, how, scale=scale, router_init=router_init)
+    items = split_networks(source, found, size, how, scale=scale, router_init=router_init)
     notes = [f"down projections of experts are multiplied by {scale:g}, since {found.model_type}'s weights sum to 1"]
     if size.shared_width:
         notes.append("the shared expert is doubled, since its gate starts at sigmoid(0) = 1/2")
@@ -89,10 +100,10 @@ def split_plan(
         notes.append(f"experts are padded with zeros to {size.width} neurons, the shared one to {size.shared_width}")
     text = f"{found.model_type}, split by {method}, {size.width} neurons each"
     done = tuple((f"model.layers.{layer}.mlp", "dense", num_experts, text) for layer in chosen)
-    return ConversionPlan(moe_config(config, found, size), tuple(items), done, tuple(notes))
+    return ConversionPlan(make_moe_config(config, found, size), tuple(items), done, tuple(notes))
 
 
-def experts_plan(
+def plan_experts(
     models: Sequence[tuple[Mapping[str, Any], Source]], base: tuple[Mapping[str, Any], Source] | None, *, top_k: int,
     layers: str | Sequence[int] = "all", family: str | None = None, router: Mapping[int, Tensor] | None = None,
     router_init: float = 0.02, merging: Merging, seed: int = 0, noise: float = 0.0,
@@ -101,24 +112,24 @@ def experts_plan(
     check_moe(len(models), top_k)
     check_random(seed, router_init=router_init, noise=noise)
     config, origin = models[0] if base is None else base
-    merge = merged_items([source for _, source in models], None if base is None else base[1], merging)
+    merge = prepare_merge([source for _, source in models], None if base is None else base[1], merging)
     for index, (other, _) in enumerate(models):
         check_dense(other)
         for name in ("model_type", "hidden_act", "intermediate_size", "rms_norm_eps", "num_attention_heads"):
             if other.get(name) != config.get(name):
                 raise ValueError(f"models[{index}]: expected {name} {config.get(name)}, got {other.get(name)}")
-    width, notes = _padded(int(config["intermediate_size"]))
+    width, notes = _pad_width(int(config["intermediate_size"]))
     size = Size(len(models), top_k, width, layers_of(config, layers))
-    found = family_for(config, size, family)
+    found = choose_family(config, size, family)
     if router is not None:
         _check_router(router, size, int(config["hidden_size"]))
-    items = collected(
+    items = collect_networks(
         origin, [source for _, source in models], found, size, router=router, router_init=router_init, seed=seed,
         merge=merge, noise=noise,
     )  # fmt: skip
     how = f"{found.model_type}, one per model; other tensors by {merging.method}"
     done = tuple((f"model.layers.{layer}.mlp", "dense", size.num_experts, how) for layer in size.layers)
-    return ConversionPlan(moe_config(config, found, size), tuple(items), done, notes)
+    return ConversionPlan(make_moe_config(config, found, size), tuple(items), done, notes)
 
 
 def _check_router(router: Mapping[int, Tensor], size: Size, hidden: int) -> None:
@@ -133,19 +144,19 @@ def _check_router(router: Mapping[int, Tensor], size: Size, hidden: int) -> None
             raise ValueError(f"router: expected finite rows of layer {layer}, got others")
 
 
-def merge_plan(
+def plan_merge(
     models: Sequence[tuple[Mapping[str, Any], Source]], base: tuple[Mapping[str, Any], Source] | None, merging: Merging
 ) -> ConversionPlan:
     """See merge_models."""
     for own, _ in [*models, *([base] if base is not None else [])]:
         check_unquantized(own)
     sources = [source for _, source in models]
-    make = merged_items(sources, None if base is None else base[1], merging)
+    make = prepare_merge(sources, None if base is None else base[1], merging)
     config = dict(models[0][0] if base is None else base[0])
     return ConversionPlan(config, tuple(make(key) for key in sources[0].keys()))  # noqa: SIM118  (not a mapping)
 
 
-def merged_items(sources: Sequence[Source], base: Source | None, merging: Merging) -> Callable[[str], Item]:
+def prepare_merge(sources: Sequence[Source], base: Source | None, merging: Merging) -> Callable[[str], Item]:
     """Makes the item of a key of all models. Raises ValueError if their tensors differ in name or shape, TypeError for
     float8."""
     merging.check(len(sources), base is not None)
@@ -166,46 +177,48 @@ def merged_items(sources: Sequence[Source], base: Source | None, merging: Mergin
     return item
 
 
-def dense_plan(
+def plan_dense(
     config: Mapping[str, Any], source: Source, method: str = "mean", *,
     weights: Sequence[float] | Tensor | None = None, rank: int | None = None,
 ) -> ConversionPlan:  # fmt: skip
     """A dense model of an MoE one: mixtral -> mistral, qwen3_moe -> qwen3; see to_dense."""
-    made, layers = dense_config(config)
+    made, layers = make_dense_config(config)
     family = FAMILIES[str(config["model_type"])]
-    count = num_experts_of(config, family)
+    count = read_num_experts(config, family)
     shares = check_options(method, weights, rank, count)
     width, hidden = int(made["intermediate_size"]), int(made["hidden_size"])
-    items, replaced = [], []
+    every = set(source.keys())
+
+    def fused_keys(layer: int) -> list[str]:
+        block = f"model.layers.{layer}.mlp."  # transformers' name
+        return [f"{block}experts.gate_up_proj", f"{block}experts.down_proj"]
+
+    def published_keys(layer: int, part: str) -> list[str]:
+        return [family.expert(layer, expert, part) for expert in range(count)]
+
+    def combine(layer: int) -> FeedForward:
+        if fused_keys(layer)[0] in every:
+            gate_up, downs = map(source.read, fused_keys(layer))
+            gates, ups = gate_up.chunk(2, 1)
+        else:
+            gates, ups, downs = (torch.stack([*map(source.read, published_keys(layer, part))]) for part in PARTS)
+        return combine_networks(list(map(FeedForward, gates, ups, downs)), method, shares, rank)
+
+    networks = LayerCache(combine)
+
+    def make(layer: int, part: str) -> Tensor:
+        weight: Tensor = getattr(networks(layer), part.removesuffix("_proj"))
+        return weight
+
+    items, replaced = [], set[str]()
     for layer in layers:
-        block = f"model.layers.{layer}.mlp."  # as transformers names it; experts are fused there
-        keys = [f"{block}experts.gate_up_proj", f"{block}experts.down_proj"]
-        is_fused = keys[0] in set(source.keys())
-        published = [family.expert(layer, e, part) for e in range(count) for part in PARTS]
-        replaced += [*(keys if is_fused else published), family.router(layer), f"{block}gate.weight"]
-
-        def network(layer: int = layer, keys: list[str] = keys, is_fused: bool = is_fused) -> FeedForward:
-            if is_fused:
-                gate_up, downs = (source.read(key) for key in keys)
-                gates, ups = gate_up.chunk(2, 1)
-            else:
-                read = ([source.read(family.expert(layer, e, part)) for e in range(count)] for part in PARTS)
-                gates, ups, downs = map(torch.stack, read)
-            return one_network(list(map(FeedForward, gates, ups, downs)), method, shares, rank)
-
-        once = Once(network)
-        for part, shape in (
-            ("gate_proj", (width, hidden)),
-            ("up_proj", (width, hidden)),
-            ("down_proj", (hidden, width)),
-        ):
-            dtype = source.dtype(keys[0] if is_fused else published[0])
-
-            def make(part: str = part, once: Once[FeedForward] = once) -> Tensor:
-                weight: Tensor = getattr(once(), part.removesuffix("_proj"))
-                return weight
-
-            items.append(Item(dense_key(layer, part), shape, dtype, make))
-    kept = [key for key in source.keys() if key not in set(replaced)]  # noqa: SIM118
+        keys = fused_keys(layer)
+        if keys[0] not in every:
+            keys = [key for part in PARTS for key in published_keys(layer, part)]
+        replaced |= {*keys, family.router(layer), f"model.layers.{layer}.mlp.gate.weight"}
+        for part in PARTS:
+            shape = (hidden, width) if part == "down_proj" else (width, hidden)
+            items.append(Item(dense_key(layer, part), shape, source.dtype(keys[0]), partial(make, layer, part)))
+    kept = [key for key in source.keys() if key not in replaced]  # noqa: SIM118
     done = tuple((f"model.layers.{layer}.mlp", f"{count} experts", 1, f"dense by {method}") for layer in layers)
-    return ConversionPlan(made, (*(copied(source, key) for key in kept), *items), done)
+    return ConversionPlan(made, (*(copy_item(source, key) for key in kept), *items), done)

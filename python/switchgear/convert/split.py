@@ -1,26 +1,34 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A dense feed-forward network, split into the experts of an MoE layer."""
+"""A dense feed-forward network becomes the experts of an MoE layer: upcycle copies it into each, split_dense divides
+its neurons. EqualTopK routes a network that was split, and prior_approximate trains its router (FactorLLM)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_switch
-from switchgear.convert.checks import check_moe, check_random, seed_of
-from switchgear.convert.ffn import FeedForward, feed_forward, fill_shared, is_feed_forward
-from switchgear.convert.gates import EqualTopK
-from switchgear.convert.modules import OURS, is_transformers, replaced
+from switchgear.complaints import check_module, check_switch, check_tensor
+from switchgear.convert.checks import check_moe, check_random, derive_seed
+from switchgear.convert.ffn import feed_forward, is_feed_forward
+from switchgear.convert.modules import OURS, is_transformers, replace_layers
 from switchgear.convert.partitions import Partition, partition
+from switchgear.convert.plans import draw_noise
+from switchgear.convert.recipes import plan_split, plan_upcycle
 from switchgear.experts import Experts
+from switchgear.functional import Routing
+from switchgear.integrations.blocks import FeedForward, write_network, write_shared
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.modules import MoE
-from switchgear.reference import check_choice
-from switchgear.routing.selection import TopK
+from switchgear.papers.parts.auxiliary import kl_divergence
+from switchgear.reference import check_choice, check_size
+from switchgear.reference.checks import check
+from switchgear.routing.context import NOTHING_KNOWN, Context
+from switchgear.routing.ranking import choose, scores_of
+from switchgear.routing.selection import TopK, take
 
 UNIT = 16  # neurons; experts of different widths are padded with zeros to multiples, as the kernels' slices need
 
@@ -29,6 +37,92 @@ DECIDED = {
     "hidden_size", "intermediate_size", "num_experts", "activation", "gated", "bias", "device", "dtype", "widths",
     "null_experts", "copy_experts", "constant_experts", "shared_intermediate_size", "num_shared_experts", "shared_gate",
 }  # fmt: skip
+
+
+def upcycle(
+    mlp: nn.Module | FeedForward,
+    num_experts: int = 8,
+    top_k: int = 2,
+    *,
+    layers: str | Sequence[int] = "all",
+    router_init: float = 0.02,
+    noise: float = 0.0,
+    normalize: bool = True,
+    seed: int = 0,
+    family: str | None = None,
+    **options: Any,
+) -> Any:
+    """Copies a dense feed-forward network into every expert of an MoE layer (Llama 3 Meets MoE, arXiv:2412.09952).
+
+        moe = upcycle(layer.mlp, 8, 2)                     # an MoE with the same output
+        done = upcycle(llama, 8, 2)                        # done.model is a MixtralForCausalLM with the same logits
+
+    The output is the dense one for any router, since the weights of the chosen experts sum to 1: softmax over the
+    chosen logits (Mixtral's; the same as a softmax over all that is normalised). normalize=False leaves the softmax
+    over all experts, whose chosen weights sum to less than 1: the layer starts as a scaled copy.
+
+    Args:
+        mlp: a feed-forward module (returns an MoE), a Hugging Face model of a dense family (returns a Conversion with a
+            new model of an MoE family; the old one is unchanged), or another model (its feed-forward modules are
+            replaced in place; returns a Conversion, whose notes name dropout, which experts do not have).
+        layers: "all", or the indices of the feed-forward layers that become experts; negative ones count from the end.
+        router_init: standard deviation of the router's normal initial weights.
+        noise: standard deviation of normal noise on each expert's weights; 0 for exact copies.
+        seed: of the router and of the noise.
+        family: model type of a Hugging Face result: "mixtral", "qwen2_moe" or "qwen3_moe". By default Mixtral for Llama
+            and Mistral, Qwen2-MoE for Qwen2 (and for chosen layers of Llama), Qwen3-MoE for Qwen3. "switchgear"
+            replaces the feed-forward modules of any model in place, by layers that only switchgear loads.
+        options: of MoE, such as balance=[SwitchLoss(1e-2)] or capacity; none that the network decides, such as dtype or
+            null_experts, and none for Hugging Face models.
+
+    Raises:
+        TypeError, ValueError: no feed-forward network is found, an option is out of range, or the family cannot express
+            the result. Nothing is changed.
+    """
+    check_moe(num_experts, top_k)
+    check_random(seed, router_init=router_init, noise=noise)
+    made: dict[str, Any] = {
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "router_init": router_init,
+        "noise": noise,
+        "seed": seed,
+    }
+    if isinstance(mlp, FeedForward):
+        return _copy_into_layer(mlp, normalize=normalize, **made, **options)
+    check_module("mlp", mlp)
+    if is_feed_forward(mlp):
+        return _copy_into_layer(feed_forward(mlp), normalize=normalize, **made, **options)
+    if is_transformers(mlp) and family != OURS:
+        from switchgear.convert.models import convert_model  # imports transformers
+
+        if options or not normalize:
+            raise ValueError(
+                f"{next(iter(options), 'normalize')}: expected none for a Hugging Face model, whose family decides it"
+            )
+        return convert_model(mlp, plan_upcycle, layers=layers, family=family, **made)
+    if family not in (None, OURS):
+        raise ValueError(f"family: expected None for a {type(mlp).__name__}, which is no model of transformers")
+    return replace_layers(mlp, layers, lambda dense, index: _copy_into_layer(
+        dense, normalize=normalize, **{**made, "seed": derive_seed(seed, index)}, **options
+    ))  # fmt: skip
+
+
+def _copy_into_layer(
+    dense: FeedForward, num_experts: int, top_k: int, router_init: float, noise: float, seed: int, normalize: bool,
+    **options: Any,
+) -> MoE:  # fmt: skip
+    if "select" not in options:
+        options |= {"top_k": top_k, "normalize": normalize}
+    moe = create_layer(dense, dense.intermediate_size, num_experts, options)
+    write_networks(moe.experts, [dense] * num_experts)
+    initialize_router(moe, router_init, seed)
+    if noise:
+        with torch.no_grad():
+            for name, parameter in moe.experts.named_parameters():
+                if not name.endswith("bias"):
+                    parameter.add_((draw_noise(seed, name, parameter.shape) * noise).to(parameter))
+    return moe
 
 
 def split_dense(
@@ -103,13 +197,13 @@ def split_dense(
 
         def layer_of(dense: FeedForward, index: int) -> MoE:
             given = importance.get(index) if isinstance(importance, Mapping) else importance
-            seeded = {**how, "seed": seed_of(seed, index)}
+            seeded = {**how, "seed": derive_seed(seed, index)}
             made: MoE = split_dense(
                 dense, num_experts, top_k, method=method, importance=given, weights=weights, **seeded, **options
             )
             return made
 
-        return replaced(mlp, layers, layer_of)
+        return replace_layers(mlp, layers, layer_of)
     dense = feed_forward(mlp)
     if isinstance(importance, Mapping):
         raise TypeError("importance: expected a tensor for one feed-forward module, got a mapping by layer")
@@ -122,15 +216,15 @@ def split_dense(
         top_k = num_experts if parts.is_split else 1
     check_moe(num_experts, top_k)
     if "select" not in options:
-        options["select"] = _selection(parts, num_experts, top_k, weights, rescale)
-    return _built(dense, parts, router_init, seed, options)
+        options["select"] = _choose_selection(parts, num_experts, top_k, weights, rescale)
+    return _build_layer(dense, parts, router_init, seed, options)
 
 
 def _split_transformers(
     model: nn.Module, num_experts: int, top_k: int | None, method: Any, layers: Any, family: str | None,
     importance: Any, weights: str, how: dict[str, Any], options: dict[str, Any],
 ) -> Any:  # fmt: skip
-    from switchgear.convert.models import split_model  # imports transformers
+    from switchgear.convert.models import convert_model  # imports transformers
 
     if options or weights != "equal":
         name = next(iter(options), "weights")
@@ -141,13 +235,13 @@ def _split_transformers(
         got = type(importance).__name__
         raise TypeError(f"importance: expected a mapping from layers to tensors for a Hugging Face model, got {got}")
     top_k = (1 if method in ("domain_masks", "interleave") else num_experts) if top_k is None else top_k
-    return split_model(
-        model, num_experts=num_experts, top_k=top_k, layers=layers, family=family, method=method,
+    return convert_model(
+        model, plan_split, num_experts=num_experts, top_k=top_k, layers=layers, family=family, method=method,
         importance=importance, **how,
     )  # fmt: skip
 
 
-def _selection(parts: Partition, num_experts: int, top_k: int, weights: str, rescale: bool) -> Any:
+def _choose_selection(parts: Partition, num_experts: int, top_k: int, weights: str, rescale: bool) -> Any:
     if not parts.is_split and not len(parts.shared):  # MiniMoE: whole networks, not parts of a sum
         return TopK(top_k, "softmax", normalize=top_k > 1)
     scale = num_experts / top_k if rescale and parts.is_split else 1.0
@@ -167,30 +261,30 @@ def _check_partition(parts: Partition, num_experts: int, width: int) -> None:
         raise ValueError(f"method: expected a Partition with each of {width} neurons once (is_split)")
 
 
-def _built(dense: FeedForward, parts: Partition, router_init: float, seed: int, options: dict[str, Any]) -> MoE:
-    networks, shared = pieces(dense, parts)
+def _build_layer(dense: FeedForward, parts: Partition, router_init: float, seed: int, options: dict[str, Any]) -> MoE:
+    networks, shared = cut_network(dense, parts)
     widths = [network.intermediate_size for network in networks]
     is_ragged = len(set(widths)) > 1
     if is_ragged and dense.has_bias:
         raise ValueError("mlp: expected no biases for experts of different widths, got some")
     size, width = UNIT if is_ragged else widths[0], 0 if shared is None else shared.intermediate_size
-    moe = layer_like(dense, size, len(networks), options, width)
+    moe = create_layer(dense, size, len(networks), options, width)
     if is_ragged:
         layout = dense.options()
         layout.pop("bias")
         layout |= {name: options[name] for name in ("interleaved", "transposed", "limit") if name in options}
         moe.experts = HeterogeneousExperts(dense.hidden_size, widths, **layout)
-        fill_ragged(moe.experts, networks)
+        write_ragged(moe.experts, networks)
     else:
-        fill(moe.experts, networks)
+        write_networks(moe.experts, networks)
     if shared is not None:
         assert moe.shared_experts is not None
-        fill_shared(moe.shared_experts, shared)  # type: ignore[arg-type]
+        write_shared(moe.shared_experts, shared)  # type: ignore[arg-type]
     initialize_router(moe, router_init, seed)
     return moe
 
 
-def pieces(dense: FeedForward, parts: Partition) -> tuple[list[FeedForward], FeedForward | None]:
+def cut_network(dense: FeedForward, parts: Partition) -> tuple[list[FeedForward], FeedForward | None]:
     """The networks of the experts and of the shared expert. Their biases of the down projection add up to the dense
     network's: it is the shared expert's, or each of E experts has a share of 1 / E."""
     index = [part.to(dense.up.device) for part in parts.experts]
@@ -204,7 +298,7 @@ def pieces(dense: FeedForward, parts: Partition) -> tuple[list[FeedForward], Fee
     return networks, shared
 
 
-def layer_like(
+def create_layer(
     dense: FeedForward, width: int, num_experts: int, options: Mapping[str, Any], shared_width: int = 0
 ) -> MoE:
     """An MoE with experts of `width` neurons like the dense network's, before its weights are copied. Raises ValueError
@@ -217,27 +311,22 @@ def layer_like(
 
 
 @torch.no_grad()
-def fill(experts: Any, networks: list[FeedForward]) -> None:
+def write_networks(experts: Any, networks: list[FeedForward]) -> None:
     """Copies networks of one width into Experts."""
     assert isinstance(experts, Experts)
     for expert, network in enumerate(networks):
-        _put(experts, expert, network)
+        write_network(experts, expert, network)
 
 
 @torch.no_grad()
-def fill_ragged(experts: HeterogeneousExperts, networks: list[FeedForward]) -> None:
+def write_ragged(experts: HeterogeneousExperts, networks: list[FeedForward]) -> None:
     """Copies networks of the widths of the experts into their slices."""
     unit, slices = experts.unit, experts.slices
     for expert, network in enumerate(networks):
         first = int(experts.first_slice[expert])
         for place in range(network.intermediate_size // unit):
             index = torch.arange(place * unit, (place + 1) * unit, device=network.up.device)
-            _put(slices, first + place, network.neurons(index))
-
-
-def _put(experts: Experts, expert: int, network: FeedForward) -> None:
-    for name, tensor in network.expert(experts.interleaved).items():
-        experts.get_parameter(name)[expert] = tensor.mT if experts.transposed and tensor.dim() == 2 else tensor
+            write_network(slices, first + place, network.neurons(index))
 
 
 @torch.no_grad()
@@ -249,3 +338,64 @@ def initialize_router(moe: MoE, std: float, seed: int) -> None:
         moe.gate.weight.copy_(values)
         if moe.gate.bias is not None:
             moe.gate.bias.zero_()
+
+
+# ---- what trains and selects in a split network ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EqualTopK:
+    """The top_k best experts, each with the weight `scale`, whatever its score, and the gradients of
+    scale · softmax. FactorLLM (arXiv:2408.11855) has equal weights, too, but its code passes no
+    gradient: its router learns from `prior_approximate` alone.
+
+    A dense network split into E experts is their sum, so scale is E / K where only K of them run.
+    """
+
+    top_k: int
+    scale: float = 1.0
+    score_function: str = "softmax"
+
+    def __post_init__(self) -> None:
+        check_size("top_k", self.top_k)
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
+        scores = scores_of(router_logits, self.score_function)
+        ids = choose(router_logits if bias is None else scores + bias, self.top_k)
+        routing = take(router_logits, scores, ids)
+        weights = routing.topk_weights
+        return routing._replace(topk_weights=self.scale * (1 + (weights - weights.detach())))
+
+
+def prior_approximate(router_logits: Tensor, expert_outputs: Tensor, dense_output: Tensor, top_k: int) -> Tensor:
+    """KL(softmax(router_logits) || softmax(target)), a float32 scalar averaged over tokens: teaches the router of a
+    split network which experts come closest to it (FactorLLM's prior-approximate loss, arXiv:2408.11855, in the
+    direction of its code).
+
+    The target [T,E] is 1 for the top_k experts with the least mean squared error to dense_output · K / E, else 0, and
+    has no gradient.
+
+    Args:
+        router_logits: [T,E].
+        expert_outputs: [T,E,H], of every expert.
+        dense_output: [T,H], of the network that was split.
+    """
+    for name, tensor in (
+        ("router_logits", router_logits), ("expert_outputs", expert_outputs), ("dense_output", dense_output),
+    ):  # fmt: skip
+        check_tensor(name, tensor)
+    check("router_logits", router_logits, (None, None))
+    num_tokens, num_experts = router_logits.shape
+    check_size("top_k", top_k)
+    if top_k > num_experts:
+        raise ValueError(f"top_k: expected 1 to {num_experts}, got {top_k}")
+    check("dense_output", dense_output, (num_tokens, None))
+    check("expert_outputs", expert_outputs, (num_tokens, num_experts, dense_output.shape[1]))
+    with torch.no_grad():
+        share = dense_output.float() * (top_k / num_experts)
+        errors = (expert_outputs.float() - share[:, None]).square().mean(-1)
+        target = torch.zeros_like(errors).scatter_(1, choose(-errors, top_k).long(), 1.0)
+        log_target = target.log_softmax(-1)
+    log_router = router_logits.float().log_softmax(-1)
+    return kl_divergence(log_router, log_target).sum() / max(num_tokens, 1)

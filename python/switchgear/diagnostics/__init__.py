@@ -15,8 +15,19 @@ from switchgear.diagnostics.contrast import (
     steered,
 )
 from switchgear.diagnostics.embedding import RoutingEmbedding, prompt_eol, routing_embedding
-from switchgear.diagnostics.locality import Cacheability, cacheability, coactivation
-from switchgear.diagnostics.routers import router_margin, router_saturation, routing_change
+from switchgear.diagnostics.routers import (
+    Cacheability,
+    TokensById,
+    cacheability,
+    coactivation,
+    dispatch_entropy,
+    drop_by_position,
+    router_margin,
+    router_saturation,
+    routing_change,
+    routing_stability,
+    token_id_specialization,
+)
 from switchgear.diagnostics.similarity import (
     expert_similarity,
     gate_embedding_correlation,
@@ -25,13 +36,6 @@ from switchgear.diagnostics.similarity import (
     norm_vs_score_rank,
     output_similarity,
     principal_components,
-)
-from switchgear.diagnostics.tokens import (
-    TokensById,
-    dispatch_entropy,
-    drop_by_position,
-    routing_stability,
-    token_id_specialization,
 )
 from switchgear.diagnostics.usage import (
     Outcome,

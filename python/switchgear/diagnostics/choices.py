@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.routing.batches import arguments_by_name, cached_in
-from switchgear.routing.widths import stacked
 from switchgear.trace import LayerTrace, RoutingTrace, observe
-from switchgear.utils.wrappers import inner_model
+from switchgear.trace.batches import arguments_by_name, cached_in, stacked
+from switchgear.utils.modules import get_inner_model
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,12 @@ class LayerChoices:
     @property
     def tokens_per_expert(self) -> Tensor:
         """[E] int64."""
-        return _scattered(self, torch.ones_like(self.topk_ids, dtype=torch.int64))
+        return _scatter(self, torch.ones_like(self.topk_ids, dtype=torch.int64))
 
     @property
     def weight_per_expert(self) -> Tensor:
         """[E] float64."""
-        return _scattered(self, self.topk_weights.detach().double())
+        return _scatter(self, self.topk_weights.detach().double())
 
     @property
     def entropy(self) -> Tensor:
@@ -52,12 +51,12 @@ class LayerChoices:
         return entropy.nan_to_num().sum()  # rows without finite logits: 0, as in a LayerTrace
 
 
-def layers_of(trace: RoutingTrace | Mapping[str, Any]) -> Mapping[str, LayerTrace | LayerChoices]:
+def get_layers(trace: RoutingTrace | Mapping[str, Any]) -> Mapping[str, LayerTrace | LayerChoices]:
     """The layers of a RoutingTrace, or of what `collect` yields, by name."""
     return trace if isinstance(trace, Mapping) else trace.layers
 
 
-def _scattered(choices: LayerChoices, values: Tensor) -> Tensor:
+def _scatter(choices: LayerChoices, values: Tensor) -> Tensor:
     """[E]: the sums of values [T,K] by expert."""
     ids = choices.topk_ids.long().flatten()
     ids = torch.where(ids < 0, choices.num_experts, ids)
@@ -78,7 +77,7 @@ class Choices(Mapping[str, LayerChoices]):
     def __getitem__(self, name: str) -> LayerChoices:
         calls = self._calls[name]
         if len(calls) > 1:
-            calls[:] = [_joined(calls)]
+            calls[:] = [_join(calls)]
         return calls[0]
 
     def __iter__(self) -> Iterator[str]:
@@ -88,7 +87,7 @@ class Choices(Mapping[str, LayerChoices]):
         return len(self._calls)
 
 
-def _joined(calls: list[LayerChoices]) -> LayerChoices:
+def _join(calls: list[LayerChoices]) -> LayerChoices:
     def cat(of: Callable[[LayerChoices], Tensor | None]) -> Tensor | None:
         parts = [part for part in map(of, calls) if part is not None]
         return torch.cat(parts) if len(parts) == len(calls) else None
@@ -136,7 +135,7 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
         ids = seen.topk_ids.detach()
         weights = seen.topk_weights.detach()
         kept = seen.router_logits.detach().float() if logits and seen.router_logits is not None else None
-        examples = _examples(shape, ids)
+        examples = _number_examples(shape, ids)
         if seen.token_mask is not None:
             mask = seen.token_mask.bool()
             ids, weights = ids[mask], weights[mask]
@@ -145,7 +144,7 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
         layer = name if seen.block is None else seen.block.layer
         choices.add(layer, LayerChoices(ids, weights, seen.num_experts, kept, examples))
 
-    handle = inner_model(model).register_forward_pre_hook(enter, with_kwargs=True)
+    handle = get_inner_model(model).register_forward_pre_hook(enter, with_kwargs=True)
     try:
         with observe(model, see, layers):
             yield choices
@@ -153,7 +152,7 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
         handle.remove()
 
 
-def _examples(shape: list[tuple[int, int]], ids: Tensor) -> Tensor | None:
+def _number_examples(shape: list[tuple[int, int]], ids: Tensor) -> Tensor | None:
     """[T] int64, or None if the tokens are not those of a batch of equal rows."""
     before, rows = shape[0] if shape else (0, 0)
     if not rows or ids.shape[0] % rows:

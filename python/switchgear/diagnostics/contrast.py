@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.diagnostics.choices import LayerChoices, layers_of
+from switchgear.diagnostics.choices import LayerChoices, get_layers
 from switchgear.diagnostics.usage import activation_by_example
-from switchgear.routing import override
 from switchgear.trace import RoutingTrace
 from switchgear.trace.layer import recorded
+from switchgear.trace.override import override
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def ftri(
     sides = []
     for at, trace in enumerate((positive, negative)):
         side = {}
-        for name, layer in layers_of(trace).items():
+        for name, layer in get_layers(trace).items():
             number = _prompts(layer, name) if prompts is None else prompts[at]
             side[name] = recorded(layer, names[by]).cpu().double() / max(number, 1)
         sides.append(side)
-    return _difference(*sides)
+    return _subtract(*sides)
 
 
 def _prompts(layer: Any, name: str) -> int:
@@ -93,16 +93,16 @@ def contrastive_activation(
     """Contrastive expert activation (arXiv:2410.15438): how much more often an expert is chosen per token in one kind
     of text than in another, from -1 to 1. The core experts of the first have the largest scores, of the second the
     smallest."""
-    return _difference(_frequency(positive), _frequency(negative))
+    return _subtract(_count_frequency(positive), _count_frequency(negative))
 
 
-def _frequency(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, Tensor]:
+def _count_frequency(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, Tensor]:
     """The fraction of the tokens that choose each expert, [E] float64 by layer."""
-    layers = layers_of(trace).items()
+    layers = get_layers(trace).items()
     return {name: layer.tokens_per_expert.cpu().double() / max(layer.num_tokens, 1) for name, layer in layers}
 
 
-def _difference(positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> ExpertScores:
+def _subtract(positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> ExpertScores:
     if set(positive) != set(negative):
         missing = sorted(set(positive) ^ set(negative))
         raise ValueError(f"negative: expected the layers of positive, got another {missing[0]}")

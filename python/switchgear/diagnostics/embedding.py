@@ -23,10 +23,10 @@ class RoutingEmbedding:
     def similarity(self, other: RoutingEmbedding, alpha: float = 1.0) -> Tensor:
         """cos(hidden, hidden') + alpha · cos(routing, routing') of all pairs, [N,N'], MoEE's weighted sum; only the
         second term if a side has no hidden state."""
-        result = _cosines(self.routing, other.routing)
+        result = _compute_cosines(self.routing, other.routing)
         if self.hidden is None or other.hidden is None:
             return result
-        return _cosines(self.hidden, other.hidden) + alpha * result
+        return _compute_cosines(self.hidden, other.hidden) + alpha * result
 
     @property
     def concatenated(self) -> Tensor:
@@ -63,8 +63,8 @@ def routing_embedding(model: nn.Module, inputs: Tensor | Mapping[str, Any], toke
     if token not in ("last", "mean"):
         raise ValueError(f"token: expected last or mean, got {token}")
     arguments = {} if isinstance(inputs, Tensor) else dict(inputs)
-    first = inputs if isinstance(inputs, Tensor) else _tokens_of(inputs)
-    weights = _token_weights(first, arguments.get("attention_mask"), token)
+    first = inputs if isinstance(inputs, Tensor) else _find_tokens(inputs)
+    weights = _weigh_tokens(first, arguments.get("attention_mask"), token)
     layers: list[Tensor] = []
 
     def see(name: str, seen: Any) -> None:
@@ -73,26 +73,26 @@ def routing_embedding(model: nn.Module, inputs: Tensor | Mapping[str, Any], toke
             raise ValueError(f"model: expected routers whose logits can be seen, got {name}")
         if logits.shape[0] != weights.numel():
             raise ValueError(f"inputs: expected {weights.numel()} tokens in {name}, got {logits.shape[0]}")
-        layers.append(_weighed(logits.float().softmax(-1).view(*weights.shape, -1), weights))
+        layers.append(_weigh(logits.float().softmax(-1).view(*weights.shape, -1), weights))
 
     wants_hidden = "config" in vars(model) and isinstance(getattr(model.config, "model_type", None), str)
     extra = {"output_hidden_states": True} if wants_hidden else {}
     with observe(model, see):
         output = model(inputs) if isinstance(inputs, Tensor) else model(**{**arguments, **extra})
-    hidden = _hidden_of(output)
+    hidden = _find_hidden(output)
     if hidden is not None:
-        hidden = None if hidden.shape[:2] != weights.shape else _weighed(hidden.float(), weights)
+        hidden = None if hidden.shape[:2] != weights.shape else _weigh(hidden.float(), weights)
     return RoutingEmbedding(torch.cat(layers, -1), hidden)
 
 
-def _tokens_of(arguments: Mapping[str, Any]) -> Tensor:
+def _find_tokens(arguments: Mapping[str, Any]) -> Tensor:
     for value in (arguments.get("input_ids"), arguments.get("inputs_embeds"), *arguments.values()):
         if isinstance(value, Tensor) and value.dim() > 1:
             return value
     raise ValueError("inputs: expected a tensor [N,S] or [N,S,H] among them, got none")
 
 
-def _token_weights(first: Tensor, mask: Any, token: str) -> Tensor:
+def _weigh_tokens(first: Tensor, mask: Any, token: str) -> Tensor:
     """[N,S] float32: how much of each token is in the embedding."""
     if isinstance(mask, Tensor) and mask.dim() == 2:
         kept = mask.bool()
@@ -104,13 +104,13 @@ def _token_weights(first: Tensor, mask: Any, token: str) -> Tensor:
     return nn.functional.one_hot(places.argmax(1), kept.shape[1]).float()
 
 
-def _weighed(rows: Tensor, weights: Tensor) -> Tensor:
+def _weigh(rows: Tensor, weights: Tensor) -> Tensor:
     """[N,D] of rows [N,S,D]. Rows of weight 0 do not count, even if they are NaN (attention of padding may be)."""
     weights = weights.to(rows.device)[..., None]
     return (torch.where(weights > 0, rows, 0) * weights).sum(1)
 
 
-def _hidden_of(output: Any) -> Tensor | None:
+def _find_hidden(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
         return output if output.dim() == 3 else None
     states = getattr(output, "hidden_states", None)
@@ -118,7 +118,7 @@ def _hidden_of(output: Any) -> Tensor | None:
     return last if isinstance(last, Tensor) and last.dim() == 3 else None
 
 
-def _cosines(first: Tensor, second: Tensor) -> Tensor:
+def _compute_cosines(first: Tensor, second: Tensor) -> Tensor:
     units = (nn.functional.normalize(side.float(), dim=-1) for side in (first, second))
     a, b = units
     return a @ b.T

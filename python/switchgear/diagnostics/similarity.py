@@ -20,11 +20,11 @@ def expert_similarity(weights: Tensor, method: str = "matrices") -> Tensor:
     """
     weights = weights.detach().double()
     if method == "matrices":
-        return _cosines(weights.flatten(1))
+        return _compute_cosines(weights.flatten(1))
     if weights.dim() != 3:
         raise ValueError(f"weights: expected [E,I,D] for {method}, got {list(weights.shape)}")
     if method == "neurons":
-        return _cosines(weights.mean(1))
+        return _compute_cosines(weights.mean(1))
     if method != "reordered":
         raise ValueError(f"method: expected matrices, neurons or reordered, got {method}")
     result = torch.eye(weights.shape[0], dtype=torch.float64)
@@ -38,10 +38,10 @@ def expert_similarity(weights: Tensor, method: str = "matrices") -> Tensor:
 def neuron_order(first: Tensor, second: Tensor) -> Tensor:
     """The order of the neurons of `second` [I,D] that matches `first` best, [I] int64: the one-to-one assignment with
     the largest sum of cosines."""
-    return torch.tensor(matching(_unit(first.double()) @ _unit(second.double()).T))
+    return torch.tensor(match_rows(_normalize(first.double()) @ _normalize(second.double()).T))
 
 
-def matching(similarity: Tensor) -> list[int]:
+def match_rows(similarity: Tensor) -> list[int]:
     """For each row of [I,I] a different column, such that the sum of similarities is maximal. scipy's Hungarian method,
     or, without scipy, an auction that comes within I · 1e-6 of the range."""
     try:
@@ -76,7 +76,7 @@ def output_similarity(outputs: Tensor, method: str = "cosine") -> Tensor:
     similarity; "cka", linear centred kernel alignment (arXiv:1905.00414), which ignores rotations."""
     outputs = outputs.detach().double()
     if method == "cosine":
-        units = _unit(outputs)
+        units = _normalize(outputs)
         return torch.einsum("ith,jth->ij", units, units) / max(outputs.shape[1], 1)
     if method != "cka":
         raise ValueError(f"method: expected cosine or cka, got {method}")
@@ -111,7 +111,7 @@ def gate_embedding_correlation(gate_weight: Tensor, weights: Tensor) -> float:
     if weights.shape[0] != number or number < 3:
         raise ValueError(f"weights: expected {max(number, 3)} experts, got {weights.shape[0]}")
     pairs = torch.ones(number, number).tril(-1).bool()
-    sides = (_cosines(gate_weight.detach().double()), expert_similarity(weights, "neurons"))
+    sides = (_compute_cosines(gate_weight.detach().double()), expert_similarity(weights, "neurons"))
     first, second = (side[pairs.to(side.device)] for side in sides)
     return float(torch.corrcoef(torch.stack([first, second.to(first.device)]))[0, 1] ** 2)
 
@@ -126,16 +126,16 @@ def principal_components(rows: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
     return (u * s)[:, :count], (s.square() / s.square().sum())[:count]
 
 
-def cosines_of_products(products: Tensor) -> Tensor:
+def compute_product_cosines(products: Tensor) -> Tensor:
     """[E,E], of the products x_i · x_j; 0 for vectors of zeros."""
     norms = products.diagonal().clamp(min=0).sqrt()
     return products / (norms[:, None] * norms).clamp(min=1e-300)
 
 
-def _unit(rows: Tensor) -> Tensor:
+def _normalize(rows: Tensor) -> Tensor:
     return nn.functional.normalize(rows, dim=-1, eps=torch.finfo(torch.float64).tiny)
 
 
-def _cosines(rows: Tensor) -> Tensor:
-    units = _unit(rows)
+def _compute_cosines(rows: Tensor) -> Tensor:
+    units = _normalize(rows)
     return units @ units.T

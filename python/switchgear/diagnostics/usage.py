@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.diagnostics.choices import LayerChoices, layers_of
+from switchgear.diagnostics.choices import LayerChoices, get_layers
 from switchgear.trace import LayerTrace, RoutingTrace
 from switchgear.trace.layer import recorded
 
@@ -28,7 +28,7 @@ class Usage:
 def usage(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, Usage]:
     """How often each expert was used, by layer (arXiv:2502.17187 counts them on a benchmark)."""
     result = {}
-    for name, layer in layers_of(trace).items():
+    for name, layer in get_layers(trace).items():
         tokens = layer.tokens_per_expert.cpu()
         share = tokens.double() / max(int(tokens.sum()), 1)
         result[name] = Usage(tokens, share, tuple((tokens == 0).nonzero().flatten().tolist()))
@@ -38,7 +38,7 @@ def usage(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, Usage]:
 def gate_entropy(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, float]:
     """The mean entropy of the router's softmax in nats, by layer, from 0 (sure) to log E (uniform). NaN without
     logits."""
-    layers = layers_of(trace).items()
+    layers = get_layers(trace).items()
     return {name: float(recorded(layer, "entropy")) / max(layer.num_tokens, 1) for name, layer in layers}
 
 
@@ -51,10 +51,10 @@ def affinity(trace: RoutingTrace | Mapping[str, Any]) -> dict[str, Tensor]:
 
     Unlearning trains the expert with the largest one of all layers alone: finetune.freeze_except, with
     routing.anchor_loss."""
-    return {name: _mean_weight(layer).cpu() for name, layer in layers_of(trace).items()}
+    return {name: _average_weights(layer).cpu() for name, layer in get_layers(trace).items()}
 
 
-def _mean_weight(layer: LayerTrace | LayerChoices) -> Tensor:
+def _average_weights(layer: LayerTrace | LayerChoices) -> Tensor:
     """[E] float64: the mean over examples of their means, or over all tokens if there are no examples."""
     if not isinstance(layer, LayerChoices) or layer.examples is None or not layer.num_tokens:
         return recorded(layer, "weight_per_expert") / max(layer.num_tokens, 1)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_function, check_module, check_optimizer, check_several
-from switchgear.compress.layer import ExpertLayer, expert_layers
 from switchgear.functional import as_number
+from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.trace import Observation, observe
 
 
@@ -43,11 +43,11 @@ def expert_kd(
 
     Raises ValueError for models without MoE layers, or of different ones, and for experts that are not plain.
     """
-    pairs = _pairs(teacher, student, layers)
+    pairs = _pair_experts(teacher, student, layers)
     found: list[Tensor] = []
 
     def see(name: str, seen: Observation) -> None:
-        found.append(_layer_loss(*pairs[name], seen))
+        found.append(_compute_layer_loss(*pairs[name], seen))
 
     with torch.no_grad(), observe(teacher, see, layers=list(pairs)):
         teacher(*inputs, **keywords)
@@ -56,7 +56,7 @@ def expert_kd(
     return torch.stack(found).sum()
 
 
-def _pairs(
+def _pair_experts(
     teacher: nn.Module, student: nn.Module, layers: Collection[str] | None
 ) -> dict[str, tuple[ExpertLayer, ExpertLayer]]:
     check_module("teacher", teacher)
@@ -74,7 +74,7 @@ def _pairs(
     return {name: (layer, of_student[name]) for name, layer in of_teacher.items()}
 
 
-def _layer_loss(teacher: ExpertLayer, student: ExpertLayer, seen: Observation) -> Tensor:
+def _compute_layer_loss(teacher: ExpertLayer, student: ExpertLayer, seen: Observation) -> Tensor:
     x, ids, weights = seen.x, seen.topk_ids, seen.topk_weights
     if seen.token_mask is not None:
         kept = seen.token_mask.to(x.device)
@@ -96,14 +96,13 @@ def keep_zeros(model: nn.Module, layers: Collection[str] | None = None) -> Itera
     check_module("model", model)
     with ExitStack() as stack:
         for layer in expert_layers(model, layers).values():
-            for index in (0, 1):
-                parameter = layer.owner(index)._parameters[layer.key(index)]
+            for parameter in (each.value for each in layer.parameters):
                 if parameter.requires_grad:
-                    stack.callback(parameter.register_hook(_without(parameter.detach() == 0)).remove)
+                    stack.callback(parameter.register_hook(_leave_out(parameter.detach() == 0)).remove)
         yield
 
 
-def _without(zeros: Tensor) -> Callable[[Tensor], Tensor]:
+def _leave_out(zeros: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda grad: grad.masked_fill(zeros, 0)
 
 
@@ -136,7 +135,7 @@ def distill_experts(
     """
     if weight is not None and not 0 <= as_number("weight", weight) < float("inf"):
         raise ValueError(f"weight: expected a finite number from 0 on, got {weight}")
-    _pairs(teacher, student, None)
+    _pair_experts(teacher, student, None)
     if loss is not None:
         check_function("loss", loss)
     check_optimizer(optimizer)

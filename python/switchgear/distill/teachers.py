@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module, check_optimizer, check_tensor
 from switchgear.functional import Routing, as_number
+from switchgear.papers.parts.auxiliary import kl_divergence, mean_of_tokens, without_padding
+from switchgear.papers.parts.stochastic import SampledTopK
 from switchgear.reference import check_finite, check_size
-from switchgear.routing.auxiliary import kl_divergence, mean_of_tokens, without_padding
 from switchgear.routing.balance import load_balancing_loss
 from switchgear.routing.context import Select, check_share, most_experts, scored
 from switchgear.routing.counting import kept_counts
-from switchgear.routing.interventions import override
 from switchgear.routing.ranking import choose
 from switchgear.routing.router import Router
 from switchgear.routing.selection import Dense
-from switchgear.routing.stochastic import SampledTopK
+from switchgear.trace.override import override
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -102,7 +102,7 @@ def student_aware_router(
         for parameter in parameters:
             parameter.requires_grad_(True)
         stack.enter_context(_uncounted(teacher))
-        for router in _routers(teacher).values():
+        for router in _find_routers(teacher).values():
             stack.callback(router.register_forward_hook(lambda r, _, routing: seen.append((r, routing))).remove)
         stack.enter_context(all_experts(teacher))
         with torch.enable_grad():
@@ -120,11 +120,11 @@ def student_aware_router(
 
 def router_parameters(teacher: nn.Module) -> list[nn.Parameter]:
     """The parameters of a model's routers."""
-    found = [parameter for router in _routers(teacher).values() for parameter in router.parameters()]
+    found = [parameter for router in _find_routers(teacher).values() for parameter in router.parameters()]
     return list(dict.fromkeys(found))
 
 
-def _routers(teacher: nn.Module) -> dict[str, Router]:
+def _find_routers(teacher: nn.Module) -> dict[str, Router]:
     check_module("teacher", teacher)
     routers = {name: module for name, module in teacher.named_modules() if isinstance(module, Router)}
     if not routers:
@@ -136,7 +136,7 @@ def _routers(teacher: nn.Module) -> dict[str, Router]:
 def _uncounted(teacher: nn.Module) -> Iterator[None]:
     """Routers count nothing inside the block: its choices are not theirs."""
     with ExitStack() as stack:
-        for router in _routers(teacher).values():
+        for router in _find_routers(teacher).values():
             stack.callback(kept_counts(router))
         yield
 
@@ -145,7 +145,7 @@ def _uncounted(teacher: nn.Module) -> Iterator[None]:
 def _selecting(teacher: nn.Module, select: Callable[[Router, dict[str, Any]], Select]) -> Iterator[None]:
     """Inside the block each router selects with select(router, options); the options are those of its scores."""
     with ExitStack() as stack:
-        for name, router in _routers(teacher).items():
+        for name, router in _find_routers(teacher).items():
             now = scored(router.selection())
             options = {key: getattr(now, key) for key in ("score_function", "normalize", "scale") if hasattr(now, key)}
             stack.enter_context(override(teacher, select=select(router, options), layers=[name]))

@@ -10,14 +10,13 @@
     finetune.save_selected(model, "experts.pt")    # these experts only
     finetune.unfreeze(model)
 
-scores.py  which experts a task uses;  freeze.py  training them alone;  files.py  saving them
+freeze.py  which experts a task uses, and training them alone;  files.py  saving them
 """
 
 from __future__ import annotations
 
 from switchgear.finetune.files import load_selected, save_selected
-from switchgear.finetune.freeze import freeze_except, selected_experts, unfreeze
-from switchgear.finetune.scores import Selected, select_experts
+from switchgear.finetune.freeze import Selected, freeze_except, select_experts, selected_experts, unfreeze
 
 __all__ = [
     "Selected",

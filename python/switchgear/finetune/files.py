@@ -31,7 +31,7 @@ def save_selected(model: nn.Module, path: AnyPath) -> None:
         rows = {key: selection.trained(module, key).detach().cpu().contiguous() for key in selection.names}
         experts[name] = {"experts": selection.experts(module).cpu(), **rows}
         if (layout := layout_of(module)) is not None:
-            layouts[name] = _recorded(layout)
+            layouts[name] = _describe_layout(layout)
         inside |= {f"{name}.{key}{SUFFIX}" if name else key + SUFFIX for key in selection.names}
     if not experts:
         raise ValueError("model: expected experts that are trained alone (freeze_except), got none")
@@ -54,11 +54,11 @@ def load_selected(model: nn.Module, path: AnyPath) -> dict[str, list[int]]:
     data = _read(path)
     targets: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []  # parameter, rows or None for all, values
     for name, rows in data["experts"].items():
-        module, ids = _module(model, name), rows["experts"]
+        module, ids = _get_module(model, name), rows["experts"]
         _check_layout(module, name, data.get("layouts", {}).get(name))
         for key, values in rows.items():
             if key != "experts":
-                targets.append((_fitting(module, name, key, ids, values), ids.long(), values))
+                targets.append((_find_parameter(module, name, key, ids, values), ids.long(), values))
     parameters = dict(model.named_parameters())
     for name, values in data["others"].items():
         if name not in parameters or parameters[name].shape != values.shape:
@@ -79,14 +79,14 @@ def load_selected(model: nn.Module, path: AnyPath) -> dict[str, list[int]]:
     return {name: rows["experts"].tolist() for name, rows in data["experts"].items()}
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
+def _get_module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"path: expected experts of this model, got those of {name}") from None
 
 
-def _recorded(layout: Layout) -> dict[str, bool]:
+def _describe_layout(layout: Layout) -> dict[str, bool]:
     """What shapes do not tell."""
     return {"transposed": layout.transposed, "split_gates": layout.split_gates}
 
@@ -94,11 +94,11 @@ def _recorded(layout: Layout) -> dict[str, bool]:
 def _check_layout(module: nn.Module, name: str, recorded: dict[str, bool] | None) -> None:
     """Files of earlier versions, and modules that do not run on switchgear, have no layout to compare."""
     layout = layout_of(module)
-    if recorded is not None and layout is not None and recorded != _recorded(layout):
-        raise ValueError(f"path: expected experts of {name} with {_recorded(layout)}, got {recorded}")
+    if recorded is not None and layout is not None and recorded != _describe_layout(layout):
+        raise ValueError(f"path: expected experts of {name} with {_describe_layout(layout)}, got {recorded}")
 
 
-def _fitting(module: nn.Module, name: str, key: str, ids: Tensor, values: Tensor) -> nn.Parameter:
+def _find_parameter(module: nn.Module, name: str, key: str, ids: Tensor, values: Tensor) -> nn.Parameter:
     """The module's parameter `key`, if it has these rows."""
     parameter = module._parameters.get(key)
     if parameter is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""freeze_except and unfreeze: some experts of a model train, all else is frozen."""
+"""Some experts of a model train, all else is frozen: freeze_except and unfreeze, and select_experts for a task."""
 
 from __future__ import annotations
 
@@ -10,16 +10,75 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.sites import Site, guard, sites_at, unguard
+from switchgear.adapters.sites import Site, find_sites_at, guard, unguard
 from switchgear.complaints import check_module, list_of_names
-from switchgear.finetune.scores import Selected
+from switchgear.functional import as_number
 from switchgear.layers.virtual import VirtualExperts
+from switchgear.reference import check_choice
 from switchgear.routing.router import Router
-from switchgear.utils.sharded import is_sharded
+from switchgear.trace import LayerTrace, RoutingTrace
+from switchgear.trace.layer import recorded
+from switchgear.utils.modules import is_sharded
 from switchgear.weights import layout_of, stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.form import hint_for
 from switchgear.weights.selected import select, selection_of, unselect
+from switchgear.weights.state import get_state, set_state
+
+# ---- which experts a task uses most ----------------------------------------------------------------------------------
+
+
+Selected = Mapping[str, Sequence[int]]
+"""Experts by layer: the layer's name in a trace, or that of its experts module."""
+
+MASS = {"gate": 0.1, "token": 0.2}  # of the paper
+
+
+def select_experts(trace: RoutingTrace, mass: float | None = None, by: str = "token") -> dict[str, list[int]]:
+    """For each layer the smallest set of experts whose scores add up to `mass` (ESFT, arXiv:2407.01906).
+
+    Args:
+        trace: a recording of a sample of the task; the paper uses 32 sequences of 4096 tokens.
+        mass: the sum of scores to reach, in (0, 1]; by default the paper's: 0.1 by gate, 0.2 by token.
+        by: the score of an expert. "token": the fraction of the choices that it serves. "gate": its mean weight over
+            all tokens, 0 for those that do not choose it. Unless the router normalises, these add up to less than 1;
+            a routed_scaling_factor multiplies them.
+
+    Returns ids in ascending order, by layer; the lowest ids win ties. Where all scores add up to less than `mass`,
+    these are all experts with a score.
+
+    Raises:
+        ValueError: an option out of range, an empty trace, or a layer without scores.
+    """
+    check_choice("by", by, tuple(MASS))
+    mass = MASS[by] if mass is None else as_number("mass", mass)
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass: expected a number in (0, 1], got {mass}")
+    if not isinstance(trace, RoutingTrace):
+        raise TypeError(f"trace: expected RoutingTrace, got {type(trace).__name__}")
+    if not trace.layers:
+        raise ValueError("trace: expected one that has recorded something, got an empty one")
+    return {name: _choose_fewest(name, _score_experts(layer, by), mass) for name, layer in trace.layers.items()}
+
+
+def _score_experts(layer: LayerTrace, by: str) -> Tensor:
+    """Each expert's share of the layer's choices, or its mean weight, [E] float64."""
+    if by == "gate":
+        return recorded(layer, "weight_per_expert").cpu().double() / max(layer.num_tokens, 1)
+    counts = recorded(layer, "tokens_per_expert").cpu().double()
+    return counts / counts.sum().clamp(min=1)
+
+
+def _choose_fewest(name: str, scores: Tensor, mass: float) -> list[int]:
+    if not scores.any():
+        raise ValueError(f"trace: expected choices in every layer, got none in {name}")
+    order = scores.argsort(descending=True, stable=True)
+    reached = scores[order].cumsum(0) >= mass * (1 - 1e-12)  # the sum of all shares is 1 up to rounding
+    count = int(reached.long().argmax()) + 1 if reached.any() else int((scores > 0).sum())
+    return sorted(order[:count].tolist())
+
+
+# ---- training them alone ---------------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
@@ -65,11 +124,11 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
         raise TypeError(f"selection: expected a dict of experts by layer, got {type(selection).__name__}")
     if any(selection_of(module) is not None for module in model.modules()):
         raise ValueError("model: expected no experts that are trained alone already; call unfreeze(model) first")
-    parts = [_part(model, name, experts) for name, experts in selection.items()]
+    parts = [_build_part(model, name, experts) for name, experts in selection.items()]
     _check_disjoint(model, parts)
     parts = [part for part in parts if len(part.experts)]
-    kept = _named(model, also, parts)
-    flags = [(module, _flags(module)) for module in model.modules()]
+    kept = _find_named(model, also, parts)
+    flags = [(module, _read_flags(module)) for module in model.modules()]
     done: list[nn.Module] = []
     trained: list[nn.Parameter] = []
     try:
@@ -91,7 +150,7 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
             parameter.requires_grad_(False)
             parameter.grad = None
     for module, of_module in flags:  # those of an earlier call, without experts, stay
-        vars(module)["_switchgear_flags"] = {**of_module, **vars(module).get("_switchgear_flags", {})}
+        set_state(module, flags={**of_module, **get_state(module).flags})
     return [*trained, *(p for name, p in model.named_parameters() if name in kept and p.requires_grad)]
 
 
@@ -105,10 +164,11 @@ def unfreeze(model: nn.Module) -> None:
             unselect(module)
             unguard(module)
     for module in model.modules():
-        _set_flags(module, vars(module).pop("_switchgear_flags", {}))
+        _set_flags(module, get_state(module).flags)
+        set_state(module, flags={})
 
 
-def _flags(module: nn.Module) -> dict[str, bool]:
+def _read_flags(module: nn.Module) -> dict[str, bool]:
     """Which of a module's own parameters require gradients."""
     return {name: parameter.requires_grad for name, parameter in module.named_parameters(recurse=False)}
 
@@ -129,8 +189,8 @@ def selected_experts(model: nn.Module) -> dict[str, list[int]]:
 # ---- what a selection names ------------------------------------------------------------------------------------------
 
 
-def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
-    where, module, num_virtual = _experts_named(model, name)
+def _build_part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
+    where, module, num_virtual = _find_experts(model, name)
     layout = layout_of(module)
     assert layout is not None
     if (stored := stored_of(module)) is not None:
@@ -145,7 +205,7 @@ def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
         if type(module._parameters.get(projection)) is not nn.Parameter:
             raise ValueError(f"selection: expected a plain parameter {where}.{projection}, got none")
     count = module._parameters[layout.names[0]].shape[0]  # type: ignore[union-attr]
-    ids = sorted(_ids(name, experts))
+    ids = sorted(_read_ids(name, experts))
     if ids and not 0 <= ids[0] <= ids[-1] < count + num_virtual:
         raise ValueError(f"selection: expected experts 0 to {count + num_virtual - 1} of {name}, got {list(experts)}")
     if len(set(ids)) < len(ids):
@@ -153,18 +213,18 @@ def _part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
     ids = [expert for expert in ids if expert < count]
     biases = (f"{projection}_bias" for projection in layout.names)
     names = (*layout.names, *(bias for bias in biases if module._parameters.get(bias) is not None))
-    site = next(iter(sites_at(where, module)), None)
+    site = next(iter(find_sites_at(where, module)), None)
     return Part(where, module, names, torch.tensor(ids, dtype=torch.int32), site)
 
 
-def _ids(name: str, experts: Sequence[int]) -> list[int]:
+def _read_ids(name: str, experts: Sequence[int]) -> list[int]:
     try:
         return [operator.index(expert) for expert in experts]
     except TypeError:
         raise TypeError(f"selection: expected a list of integers for {name}, got {experts!r}") from None
 
 
-def _experts_named(model: nn.Module, name: str) -> tuple[str, nn.Module, int]:
+def _find_experts(model: nn.Module, name: str) -> tuple[str, nn.Module, int]:
     """The module of experts that a name of a router, of an MoE or of the experts means, its name, and how many virtual
     experts follow them."""
     where = name
@@ -199,7 +259,7 @@ def _check_disjoint(model: nn.Module, parts: list[Part]) -> None:
                 )
 
 
-def _named(model: nn.Module, also: Collection[str], parts: Sequence[Part]) -> set[str]:
+def _find_named(model: nn.Module, also: Collection[str], parts: Sequence[Part]) -> set[str]:
     """The parameters that `also` means."""
     if isinstance(also, str):
         raise TypeError(f"also: expected a list of names, got {also!r}")

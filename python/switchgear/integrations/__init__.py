@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Integrations with other libraries. `switchgear.integrations.transformers` is for Hugging Face transformers.
 
-transformers.py  the public functions; experts.py: one layer of experts; gates.py: recognises its gate
-swap.py          replaces a module's forward; forwards.py: how, and restores it; undecorated.py: the table of forwards;
-                 parts.py: submodules whose parameters they read; bypass.py: refuses a class's own forward; samples.py:
-                 arguments for a trial
-moe_blocks.py    the MoE blocks of a model; whole_blocks.py: a block in one call
-places.py        where a block says its choice; choices.py: sees and changes it; routers.py: repeats a router's
+transformers.py  the public functions; whole_blocks.py: a block in one call
+modules.py       what a module of experts is and how it runs; undecorated.py: the table of replaced forwards; trial.py:
+                 do they compute what their classes do; forwards.py: which forward a module or a part of it runs
+experts.py       one layer of experts; gates.py: recognises its gate
+moe_blocks.py    the MoE blocks of a model
+hook_points.py   hooks that see and change a block's choice; choices.py: installs them; routers.py: repeats a router's
                  selection
 published.py     loads published checkpoints; published_keys.py: their names; published_groups.py: integers with
                  scales; published_nf4.py: nf4; checkpoint_files.py: their files
 saving.py        save_pretrained with stored experts
-compare.py       a model on switchgear against itself in transformers
-tiny_models.py   tiny models of every type; tiny_configs.py: their configs; model_table.py, router_table.py: the pages
-                 that they fill
 """
 
 import re

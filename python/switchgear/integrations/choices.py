@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from switchgear.integrations.hook_points import Choice, find_hook_point
 from switchgear.integrations.moe_blocks import MoeBlock
-from switchgear.integrations.places import Choice, place_of
-from switchgear.integrations.routers import Given, RoutingMethod, SelectByMethod, is_looked_up
+from switchgear.integrations.routers import LookupMethod, RoutingMethod, SelectByMethod, is_looked_up
 from switchgear.routing.context import Context, Select
 
 Wrapper = Callable[[Select], Select]
@@ -20,40 +20,40 @@ Watch = Callable[[Choice], None]
 
 
 @contextmanager
-def overridden(block: MoeBlock, method: RoutingMethod, wrapper: Wrapper) -> Iterator[None]:
+def override_selection(block: MoeBlock, method: RoutingMethod, wrapper: Wrapper) -> Iterator[None]:
     """Inside the `with` block, experts get what `wrapper` makes of the router's selection. As in Router.overrides, the
     last wrapper is the outermost."""
-    with _tapped(block) as tap:
-        tap.method = method
-        tap.overrides.append(wrapper)
+    with _hook(block) as hooks:
+        hooks.method = method
+        hooks.overrides.append(wrapper)
         try:
             yield
         finally:
-            _remove(tap.overrides, wrapper)
+            _remove(hooks.overrides, wrapper)
 
 
-def selection_under(block: MoeBlock) -> Any:
+def get_override(block: MoeBlock) -> Any:
     """What the overrides in force make of the model's own selection; None if there are none."""
-    tap = _taps.get(block.experts)
+    hooks = _hooks.get(block.experts)
     select: Any = None
-    for wrapper in tap.overrides if tap is not None else ():
+    for wrapper in hooks.overrides if hooks is not None else ():
         select = wrapper(select)
     return select
 
 
 @contextmanager
-def watched(block: MoeBlock, watch: Watch) -> Iterator[None]:
+def watch_choices(block: MoeBlock, watch: Watch) -> Iterator[None]:
     """Inside the `with` block, `watch` sees each choice after all overrides."""
-    with _tapped(block) as tap:
-        tap.watches.append(watch)
+    with _hook(block) as hooks:
+        hooks.watches.append(watch)
         try:
             yield
         finally:
-            _remove(tap.watches, watch)
+            _remove(hooks.watches, watch)
 
 
-class _Tap:
-    """The hooks of a block, as long as a user overrides or watches."""
+class _Hooks:
+    """The hooks of a block, as long as a user overrides or watches. Receives its choices."""
 
     def __init__(self, block: MoeBlock) -> None:
         self.block, self.users = block, 0
@@ -61,10 +61,9 @@ class _Tap:
         self.overrides: list[Wrapper] = []
         self.watches: list[Watch] = []
         self.logits: Tensor | None = None
-        self.place = place_of(block)
-        self.handles = self.place.attach(block, self)
+        self.handles = find_hook_point(block).register(block, self)
 
-    def pass_by(self, choice: Choice) -> Choice:
+    def receive(self, choice: Choice) -> Choice:
         if self.overrides:
             choice = self._reselect(choice)
         for watch in self.watches:
@@ -77,7 +76,7 @@ class _Tap:
         if logits is None:
             raise ValueError(f"{self.block.name or 'model'}: expected a router that ran before the experts, got none")
         if is_looked_up(self.block):
-            method = Given(method, choice.topk_ids)
+            method = LookupMethod(method, choice.topk_ids)
         select: Select = SelectByMethod(method, choice.topk_ids.shape[1])
         for wrapper in self.overrides:
             select = wrapper(select)
@@ -86,23 +85,23 @@ class _Tap:
         return choice._replace(topk_ids=routing.topk_ids.long(), topk_weights=weights)
 
 
-_taps: WeakKeyDictionary[nn.Module, _Tap] = WeakKeyDictionary()  # by module of experts
+_hooks: WeakKeyDictionary[nn.Module, _Hooks] = WeakKeyDictionary()  # by module of experts
 
 
 @contextmanager
-def _tapped(block: MoeBlock) -> Iterator[_Tap]:
-    tap = _taps.get(block.experts)
-    if tap is None:
-        tap = _taps[block.experts] = _Tap(block)
-    tap.users += 1
+def _hook(block: MoeBlock) -> Iterator[_Hooks]:
+    hooks = _hooks.get(block.experts)
+    if hooks is None:
+        hooks = _hooks[block.experts] = _Hooks(block)
+    hooks.users += 1
     try:
-        yield tap
+        yield hooks
     finally:
-        tap.users -= 1
-        if not tap.users:
-            for handle in tap.handles:
+        hooks.users -= 1
+        if not hooks.users:
+            for handle in hooks.handles:
                 handle.remove()
-            del _taps[block.experts]
+            del _hooks[block.experts]
 
 
 def _remove(items: list[Any], item: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-import switchgear
+from switchgear import functional
 from switchgear.backends import in_autocast
 from switchgear.functional.products import AnyWeight
 from switchgear.ops import GluOptions
@@ -60,8 +60,8 @@ def run_experts(
         post_norm: applied to each expert's output before it is weighted. The fused kernel cannot run it.
     """
     if gate is not None and post_norm is None:
-        y = switchgear.moe(
-            _as_weights(x, weights.gate_up_proj),
+        y = functional.moe(
+            _cast(x, weights.gate_up_proj),
             weights.gate_up_proj,
             weights.down_proj,
             topk_ids,
@@ -72,15 +72,15 @@ def run_experts(
         )
         return y.to(x.dtype)
 
-    plan = switchgear.plan(topk_ids, weights.gate_up_proj.shape[0])
+    plan = functional.plan(topk_ids, weights.gate_up_proj.shape[0])
     h = project(x, weights.gate_up_proj, plan.expert_offsets, weights.gate_up_bias, plan.token_indices)
     permuted_y = project(own_gate(h), weights.down_proj, plan.expert_offsets, weights.down_bias)
     if post_norm is not None:
         permuted_y = post_norm(permuted_y)
-    return switchgear.combine(permuted_y, plan, topk_weights).to(x.dtype)
+    return functional.combine(permuted_y, plan, topk_weights).to(x.dtype)
 
 
-def _as_weights(x: Tensor, weight: AnyWeight) -> Tensor:
+def _cast(x: Tensor, weight: AnyWeight) -> Tensor:
     """x in the dtype of the weights, in which models may keep their experts alone. Rounded weights take any dtype."""
     held = weight.weight if isinstance(weight, (AdaptedWeight, SelectedWeight)) else weight
     if held.dtype is x.dtype or in_autocast(x.device.type):
@@ -99,27 +99,27 @@ def project(
     first: Any = weight
     if type(first) in (list, tuple):  # an AdaptedWeight is a NamedTuple, and no list of matrices
         first = first[0]
-    return switchgear.grouped_gemm(x.to(first.dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
+    return functional.grouped_gemm(x.to(first.dtype), weight, expert_offsets, bias=bias, token_indices=token_indices)
 
 
-def tensors_of(weights: Iterable[Any]) -> list[Any]:
+def list_tensors(weights: Iterable[Any]) -> list[Any]:
     """All that the kernels read of some weights: nested sequences, with adapters, or None for an absent bias."""
     found: list[Any] = []
     for weight in weights:
         if isinstance(weight, AdaptedWeight):
-            found += tensors_of((weight.weight, weight.a, weight.b))
+            found += list_tensors((weight.weight, weight.a, weight.b))
         elif isinstance(weight, SelectedWeight):
-            found += tensors_of(weight[:2])
+            found += list_tensors(weight[:2])
         elif isinstance(weight, (tuple, list)):
-            found += tensors_of(weight)
+            found += list_tensors(weight)
         elif weight is not None:
             found.append(weight)
     return found
 
 
-def not_plain(weights: Iterable[Any]) -> str | None:
+def find_unreadable(weights: Iterable[Any]) -> str | None:
     """Why the kernels cannot read some weight, or None. Tensor subclasses (torchao, DTensor) have their own format."""
-    for weight in tensors_of(weights):
+    for weight in list_tensors(weights):
         plain = type(weight) in (Tensor, nn.Parameter, Weight, OffloadedWeight)
         if not plain and not isinstance(weight, (FakeTensor, FunctionalTensor)):  # tracing: both stand for plain ones
             return f"a weight is a {type(weight).__name__}, not a plain tensor"

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Replaces the forward of one module instance, and restores it.
+"""Which forward of a module runs.
+
+Swapped forwards read the parameters of submodules instead of calling them. That is correct only while calling the
+submodule does nothing else: adapters wrap it, offloading replaces its forward, users hook it, at any time. So each call
+of a swapped forward checks its submodules, and calls the model's own code if one must be called. A parametrisation is
+no obstacle: reading the attribute computes it.
 
 A hook of Hugging Face's accelerate replaces `forward` too, and calls what it found, which it keeps in `_old_forward`.
 Such hooks come and go before and after ours. So ours is put where a hook calls it, and taken from where it is by then.
@@ -9,30 +14,154 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+
+from switchgear.adapters.wrappers import is_wrapper, unwrap
+from switchgear.utils.functions import constant_when_compiled
+from switchgear.weights.state import Borrowed
 
 
 def runs_own_forward(module: nn.Module) -> bool:
     """Whether the module runs the forward of its class, itself or below a hook."""
-    forward = vars(module).get(_place(module))
+    forward = vars(module).get(_get_attribute(module))
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Replaces the forward of a module that runs its own. Returns an undo function, which leaves those of others."""
     ours = types.MethodType(forward, module)
-    setattr(module, _place(module), ours)
+    setattr(module, _get_attribute(module), ours)
 
     def undo() -> None:
         if vars(module).get("forward") is ours:
             del module.forward
-        elif vars(module).get(_place(module)) is ours:
-            setattr(module, _place(module), types.MethodType(type(module).forward, module))
+        elif vars(module).get(_get_attribute(module)) is ours:
+            setattr(module, _get_attribute(module), types.MethodType(type(module).forward, module))
 
     return undo
 
 
-def _place(module: nn.Module) -> str:
+def is_swapped(module: nn.Module) -> bool:
+    """Whether the module runs a forward of `undecorated.PATCHES`, itself or below a hook."""
+    own = vars(module)
+    return _is_swap(own.get("forward")) or _is_swap(own.get("_old_forward"))
+
+
+def _is_swap(forward: object) -> bool:
+    return hasattr(getattr(forward, "__func__", None), "switchgear_patch")
+
+
+def _get_attribute(module: nn.Module) -> str:
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+# ---- submodules ------------------------------------------------------------------------------------------------------
+
+
+class PartClass(NamedTuple):
+    """The class of a submodule, by name: modules of transformers are not imported for it."""
+
+    module: str
+    name: str
+
+    def matches(self, cls: type[nn.Module]) -> bool:
+        """Whether `cls` is this class with its own forward, or a subclass with that, as parametrisations make."""
+        if cls.__name__ == self.name and cls.__module__ == self.module:
+            return _has_own_forward(cls)
+        bases = [base for base in cls.__mro__ if base.__name__ == self.name and base.__module__ == self.module]
+        return any(getattr(base, "forward", None) is cls.forward and _has_own_forward(base) for base in bases)
+
+
+_own_forwards: dict[type, Any] = {}  # by class of a library, as last recognised
+
+
+@constant_when_compiled
+def _has_own_forward(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a library's class is the one of its source, which decorators of the library may wrap."""
+    forward: Any = cls.forward
+    if _own_forwards.get(cls) is forward:
+        return True
+    names = getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)
+    if names != (cls.__module__, f"{cls.__qualname__}.forward"):
+        return False
+    library = cls.__module__.partition(".")[0]
+    wrapped = forward
+    while wrapped is not None:  # functools.wraps copies both names, but not where a function is from
+        if getattr(wrapped, "__globals__", {}).get("__name__", "").partition(".")[0] != library:
+            return False
+        wrapped = getattr(wrapped, "__wrapped__", None)
+    _own_forwards[cls] = forward
+    return True
+
+
+LINEAR = PartClass("torch.nn.modules.linear", "Linear")
+
+
+def name_model_class(folder: str, name: str) -> PartClass:
+    """A class of a model of transformers."""
+    return PartClass(f"transformers.models.{folder}.modeling_{folder}", name)
+
+
+class Bypassed(Exception):
+    """A submodule must be called; the message says which and why."""
+
+
+def get_part(module: nn.Module, name: str, expected: PartClass) -> nn.Module:
+    """The submodule `name`, whose parameters may be read. Raises Bypassed if it is of another class, or its call does
+    more than the forward of the class."""
+    part = module._modules[name]  # three times faster than the attribute; that pays for the checks
+    assert part is not None
+    _check(part, name, expected)
+    return part
+
+
+def _check(part: nn.Module, name: str, expected: PartClass) -> None:
+    cls = type(part)
+    if not expected.matches(cls):
+        if (cls.__module__, cls.__name__) == expected:
+            raise Bypassed(f"the forward of {expected.name} was replaced")
+        raise Bypassed(f"{name} is a {_name_class(cls)}, not a {expected.name}")
+    _check_call(part, name)
+
+
+def _check_call(part: nn.Module, name: str) -> None:
+    if has_hooks(part):
+        raise Bypassed(f"{name} has hooks")
+    if (forward := part.__dict__.get("forward")) is not None and not _is_swap(forward):
+        raise Bypassed(f"the forward of {name} was replaced")
+
+
+def has_hooks(part: nn.Module) -> bool:
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+
+
+def borrow(module: nn.Module, name: str, expected: PartClass) -> Borrowed:
+    """The factors that PEFT's wrappers around the submodule `name` would apply now. Raises Bypassed as `get_part`."""
+    part = module._modules[name]
+    assert part is not None
+    if not is_wrapper(part):
+        get_part(module, name, expected)
+        return {}
+    wrapper: nn.Module | None = part
+    while wrapper is not None and is_wrapper(wrapper):
+        _check_call(wrapper, name)
+        wrapper = wrapper._modules["base_layer"]
+    assert wrapper is not None
+    _check(wrapper, name, expected)
+    try:
+        return unwrap(part)[1]
+    except ValueError as error:
+        raise Bypassed(f"{name} {error}") from None
+
+
+def unwrap_part(part: Any) -> Any:
+    """The module in wrappers of PEFT, if there are any."""
+    while is_wrapper(part):
+        part = part.base_layer
+    return part
+
+
+def _name_class(cls: type) -> str:
+    return f"{cls.__module__.partition('.')[0]} {cls.__name__}"

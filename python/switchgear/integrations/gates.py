@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchgear.integrations.parts import has_hooks
+from switchgear.integrations.forwards import has_hooks
 from switchgear.ops import GluOptions
-from switchgear.utils.compiling import constant_when_compiled, not_compiled
+from switchgear.utils.functions import constant_when_compiled, not_compiled
 
 ACTIVATION_NAMES = ("act_fn", "activation", "activation_fn", "act")  # of attributes of modules
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -37,13 +37,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
+def get_own_gate(module: Any) -> Callable[[Tensor], Tensor]:
     """The model's own gate: [rows, 2I] -> [rows, I], or [rows, I] -> [rows, I] for ungated experts."""
     is_gated = getattr(module, "has_gate", True)
     if is_gated and hasattr(module, "_apply_gate"):
         apply_gate: Callable[[Tensor], Tensor] = module._apply_gate
         return apply_gate
-    activation: Callable[[Tensor], Tensor] = _activation(module)
+    activation: Callable[[Tensor], Tensor] = _get_activation(module)
     if not is_gated:
         return activation
 
@@ -54,7 +54,7 @@ def own_gate(module: Any) -> Callable[[Tensor], Tensor]:
     return gated
 
 
-def gate_of(module: nn.Module) -> GluOptions | None:
+def find_gate(module: nn.Module) -> GluOptions | None:
     """The family that the module's gate belongs to, or None. Found at each call, since its parts may have changed.
 
     It depends on classes and values, never on which module it is: layers that are alike share one answer, and one graph
@@ -62,18 +62,18 @@ def gate_of(module: nn.Module) -> GluOptions | None:
     """
     if "_apply_gate" in module.__dict__:  # replaced
         return None
-    own = type(module), getattr(type(module), "_apply_gate", None), _values(module)
+    own = type(module), getattr(type(module), "_apply_gate", None), _list_values(module)
     for name in ACTIVATION_NAMES:
         activation = module._modules.get(name)
         if activation is not None:
             if has_hooks(activation) or "forward" in activation.__dict__:
                 return None
-            return _family_of(own, name, (type(activation), type(activation).forward, _values(activation)))
-    return _family_of(own)
+            return _find_family(own, name, (type(activation), type(activation).forward, _list_values(activation)))
+    return _find_family(own)
 
 
 if torch.__version__ < "2.13":  # whose compiler cannot go through the attributes of a module
-    gate_of = not_compiled(gate_of)
+    find_gate = not_compiled(find_gate)
 
 _PLAIN = {int, float, bool, str, type(None)}
 _FUNCTIONS = {types.FunctionType, types.BuiltinFunctionType}
@@ -81,7 +81,7 @@ _Values = tuple[tuple[Any, ...], ...]
 _Known = tuple[type[nn.Module], Any, _Values]  # the class of a module, its function, and its values
 
 
-def _values(module: nn.Module) -> _Values:
+def _list_values(module: nn.Module) -> _Values:
     """The attributes that are plain, and activations that are functions."""
     attributes = module.__dict__
     values: list[tuple[Any, ...]] = [(name, value) for name, value in attributes.items() if type(value) in _PLAIN]
@@ -102,7 +102,7 @@ def _is_plain(function: functools.partial[Any]) -> bool:
     return type(function.func) in _FUNCTIONS and all(type(value) in _PLAIN for value in bound)
 
 
-def _activation(module: Any) -> Any:
+def _get_activation(module: Any) -> Any:
     for name in ACTIVATION_NAMES:
         if (activation := getattr(module, name, None)) is not None:
             return activation
@@ -110,29 +110,29 @@ def _activation(module: Any) -> Any:
 
 
 @constant_when_compiled
-def _family_of(own: _Known, name: str = "", activation: _Known | None = None) -> GluOptions | None:
-    return _recognised(own, name, activation)
+def _find_family(own: _Known, name: str = "", activation: _Known | None = None) -> GluOptions | None:
+    return _recognise_in_thread(own, name, activation)
 
 
 @functools.lru_cache(maxsize=1024)  # classes that parametrisations make are kept no longer
-def _recognised(own: _Known, name: str, activation: _Known | None) -> GluOptions | None:
+def _recognise_in_thread(own: _Known, name: str, activation: _Known | None) -> GluOptions | None:
     # Fake tensors, tracing, autocast, grad mode and default devices are per thread; a new thread has none.
     with ThreadPoolExecutor(max_workers=1) as fresh:
         return fresh.submit(_recognise_alike, own, name, activation).result()
 
 
 def _recognise_alike(own: _Known, name: str, activation: _Known | None) -> GluOptions | None:
-    module = _alike(own)
+    module = _build_alike(own)
     if activation is not None:
-        setattr(module, name, _alike(activation))
+        setattr(module, name, _build_alike(activation))
     try:
-        return recognise(own_gate(module), gated=getattr(module, "has_gate", True), numbers=_numbers(module))
+        return recognise(get_own_gate(module), gated=getattr(module, "has_gate", True), numbers=_list_numbers(module))
     # A gate that reads more than values, or needs another dtype, device or width, is not one of ours.
     except (AttributeError, RuntimeError, TypeError):
         return None
 
 
-def _alike(known: _Known) -> nn.Module:
+def _build_alike(known: _Known) -> nn.Module:
     """A module of the same class with these values alone, and functions that depend on their arguments alone."""
     cls, _, values = known
     module = cls.__new__(cls)
@@ -145,7 +145,7 @@ def _alike(known: _Known) -> nn.Module:
     return module
 
 
-def _numbers(module: nn.Module) -> list[float]:
+def _list_numbers(module: nn.Module) -> list[float]:
     """Positive numbers among the attributes: candidates for a limit or an alpha."""
     return [value for value in vars(module).values() if type(value) in (int, float) and 0 < value < float("inf")]
 
@@ -160,9 +160,9 @@ def recognise(
         gate: [rows, 2I] -> [rows, I] where `gated`, else [rows, I] -> [rows, I].
         numbers: candidates for `limit` and `alpha`. A clamp at any other number is not recognised.
     """
-    h = _probe()
+    h = _build_probe()
     got = gate(h)
-    for family in _families(gated, sorted({float(number) for number in numbers})):
+    for family in _list_families(gated, sorted({float(number) for number in numbers})):
         want, scale = _evaluate(family, h)
         # Gates may compute in float32, whose half ulp is 2^-24; a dozen roundings stay below 2^-20 of the scale.
         # The closest two families, gelu and gelu_tanh, are 2e-4 apart.
@@ -171,7 +171,7 @@ def recognise(
     return None
 
 
-def name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
+def name_activation(activation: Callable[[Tensor], Tensor]) -> str | None:
     """The name of an activation in ACTIVATIONS, found by its values."""
     try:
         family = recognise(activation, gated=False)
@@ -180,7 +180,7 @@ def name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
     return None if family is None else family.activation
 
 
-def _probe() -> Tensor:
+def _build_probe() -> Tensor:
     """[64, 128] float64, magnitudes 2^-8 to 2^17 of either sign: past float16's maximum, so any useful clamp acts."""
     generator = torch.Generator().manual_seed(0)
     exponent = torch.rand(64, 128, generator=generator, dtype=torch.float64) * 25 - 8
@@ -188,7 +188,7 @@ def _probe() -> Tensor:
     return sign * 2.0**exponent
 
 
-def _families(gated: bool, numbers: list[float]) -> Iterator[GluOptions]:
+def _list_families(gated: bool, numbers: list[float]) -> Iterator[GluOptions]:
     if not gated:
         yield from (GluOptions(activation, gated=False) for activation in ACTIVATIONS)
         return

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from switchgear.adapters.wrappers import is_wrapper
+from switchgear.integrations.modules import recognize
+from switchgear.papers.parts.masks import Masked, Temperature
 from switchgear.routing.controllers import RunningCap
-from switchgear.routing.masks import Masked, Temperature
 from switchgear.routing.router import Router
 from switchgear.weights.store import TOP_K_FIELDS
 
@@ -118,9 +119,9 @@ class MoeBlock:
 
     def config_fields(self) -> ConfigFields:
         """Where a Hugging Face config says the number of experts and top_k. Raises ValueError for other models."""
-        for config in _configs(self):
+        for config in _list_configs(self):
             fields = vars(config)
-            num_experts = next((n for n in _NUM_EXPERTS if _means(fields.get(n), self.num_experts)), None)
+            num_experts = next((n for n in _NUM_EXPERTS if _is_meant(fields.get(n), self.num_experts)), None)
             if num_experts is not None:
                 return ConfigFields(config, num_experts, next((n for n in TOP_K_FIELDS if n in fields), None))
         raise ValueError(f"{self.name or 'model'}: expected a block of a Hugging Face model, got one without a config")
@@ -136,21 +137,21 @@ def moe_blocks(model: nn.Module) -> dict[str, MoeBlock]:
     Ours are modules with a Router `gate` and `experts` (MoE). Those of Hugging Face are the parents of the experts
     modules that switchgear knows, whatever runs them now. Blocks without a router per token are left out.
     """
-    ours = {block.name: block for block in _ours(model)}
-    return ours or {block.name: block for block in _hugging_face(model)}
+    ours = {block.name: block for block in _find_ours(model)}
+    return ours or {block.name: block for block in _find_hugging_face(model)}
 
 
-def _ours(model: nn.Module) -> Iterator[MoeBlock]:
+def _find_ours(model: nn.Module) -> Iterator[MoeBlock]:
     module: Any
     for name, module in model.named_modules():
         gate, experts = getattr(module, "gate", None), getattr(module, "experts", None)
         if isinstance(gate, Router) and isinstance(experts, nn.Module):
             layer = f"{name}.gate" if name else "gate"
             shared = getattr(module, "shared_experts", None)
-            yield MoeBlock(name, module, gate, experts, gate.num_experts, _router_top_k(gate), shared, layer)
+            yield MoeBlock(name, module, gate, experts, gate.num_experts, _find_router_top_k(gate), shared, layer)
 
 
-def _router_top_k(gate: Router) -> int | None:
+def _find_router_top_k(gate: Router) -> int | None:
     """Its own, or that of its selection. Wrappers keep the number, except SkipBelow."""
     select: Any = gate if gate.top_k is not None else gate.select
     while isinstance(select, (Masked, RunningCap, Temperature)):
@@ -158,18 +159,13 @@ def _router_top_k(gate: Router) -> int | None:
     return getattr(select, "top_k", None)
 
 
-def _hugging_face(model: nn.Module) -> Iterator[MoeBlock]:
-    try:
-        from switchgear.integrations.transformers import is_decorated
-        from switchgear.integrations.undecorated import patch_of
-    except ImportError:  # transformers is not installed
-        return
+def _find_hugging_face(model: nn.Module) -> Iterator[MoeBlock]:
     config = getattr(model, "config", None)
     for name, module in model.named_modules():
-        patch = patch_of(module)
-        if not is_decorated(module) and (patch is None or not patch.has_choice):
+        found = recognize(module)
+        if found is None or not found.has_choice:
             continue
-        if _child(module, _GATES) is not None:  # Llama 4, JetMoE: the table's entry is the block
+        if _find_child(module, _GATES) is not None:  # Llama 4, JetMoE: the table's entry is the block
             block: Any = module
             block_name, experts = name, getattr(module, "experts", module)
         else:
@@ -177,10 +173,10 @@ def _hugging_face(model: nn.Module) -> Iterator[MoeBlock]:
             while block_name and _wraps_experts(model.get_submodule(block_name)):
                 block_name = block_name.rpartition(".")[0]
             block, experts = (model.get_submodule(block_name) if name else module), module
-        gate = _child(block, _GATES)
-        num_experts = _num_experts(experts, gate)
-        shared = _child(block, SHARED)
-        top_k = _top_k(gate, block, experts)
+        gate = _find_child(block, _GATES)
+        num_experts = _count_experts(experts, gate)
+        shared = _find_child(block, SHARED)
+        top_k = _find_top_k(gate, block, experts)
         yield MoeBlock(block_name, block, gate, experts, num_experts, top_k, shared, name, config)
 
 
@@ -196,11 +192,11 @@ def is_expert_parallel(experts: Any) -> bool:
     return getattr(experts, "_is_expert_parallel", False) is True
 
 
-def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+def _find_child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return next((child for name in names if (child := module._modules.get(name)) is not None), None)
 
 
-def _num_experts(experts: Any, gate: Any) -> int:
+def _count_experts(experts: Any, gate: Any) -> int:
     if is_expert_parallel(experts):
         return int(next(iter(experts._parameters.values())).shape[0])  # of a DTensor: of all ranks together
     for owner, name in ((experts, "num_routed_experts"), (experts, "num_experts"), (gate, "num_experts")):
@@ -209,7 +205,7 @@ def _num_experts(experts: Any, gate: Any) -> int:
     raise ValueError(f"model: expected a number of experts in {type(experts).__name__}, got none")
 
 
-def _top_k(gate: Any, block: Any, experts: Any) -> int | None:
+def _find_top_k(gate: Any, block: Any, experts: Any) -> int | None:
     name = type(block).__name__
     if "SwitchTransformers" in name:
         return 1
@@ -237,7 +233,7 @@ def is_transposed(experts: Any) -> bool:
     return bool(getattr(experts, "is_transposed", getattr(experts, "transposed", False)))
 
 
-def _configs(block: MoeBlock) -> Iterator[Any]:
+def _list_configs(block: MoeBlock) -> Iterator[Any]:
     """Configs that may describe the block: its own first, then the model's and the parts of that."""
     seen: set[int] = set()
     waiting = [getattr(owner, "config", None) for owner in (block.experts, block.gate, block.block)]
@@ -251,5 +247,5 @@ def _configs(block: MoeBlock) -> Iterator[Any]:
         waiting += [getattr(config, name, None) for name in config.sub_configs]
 
 
-def _means(value: Any, num_experts: int) -> bool:
+def _is_meant(value: Any, num_experts: int) -> bool:
     return value == num_experts or (isinstance(value, (list, tuple)) and num_experts in value)

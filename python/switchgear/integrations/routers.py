@@ -2,8 +2,8 @@
 """Repeats a Hugging Face router's selection from its logits, by its own routing method.
 
 transformers has some seventy router classes, and few ways to select: a score, groups or none, a bias for the choice,
-and weights that are normalised or scaled. `routing_method_of` tries them on the router with random tokens. The one that
-reproduces its choice and its weights is its routing method; if none does, the router cannot be overridden.
+and weights that are normalised or scaled. `find_routing_method` tries them on the router with random tokens. The one
+that reproduces its choice and its weights is its routing method; if none does, the router cannot be overridden.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.functional import Routing
+from switchgear.integrations.hook_points import read_choice
 from switchgear.integrations.moe_blocks import MoeBlock
-from switchgear.integrations.places import routed
 from switchgear.routing.context import NOTHING_KNOWN, Context
 from switchgear.routing.ranking import SCORE_FUNCTIONS
-from switchgear.utils.modes import evaluating
+from switchgear.utils.modules import set_eval
 
 _SCALES = ("routed_scaling_factor", "route_scale", "router_scaling_factor")
 _TOKENS = 64  # of the probe
@@ -53,7 +53,7 @@ class RoutingMethod(Protocol):
 
 
 @dataclass(frozen=True)
-class Top:
+class TopKMethod:
     """The top_k best scores, weighted by them.
 
     Attributes:
@@ -112,12 +112,12 @@ class Top:
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.scaled:
-            weights = weights * _scale(self.block.gate)
+            weights = weights * _multiply_scales(self.block.gate)
         return weights / (self.block.top_k or 1) if self.by_top_k else weights
 
 
 @dataclass(frozen=True)
-class Scaled:
+class ScaledMethod:
     """Another routing method, and a learned factor per expert (Gemma 4)."""
 
     inner: RoutingMethod
@@ -136,7 +136,7 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Mixer:
+class SparseMixerMethod:
     """SparseMixer of Phi-3.5 as in evaluation: one expert after the other, each weighted by a softmax over those near
     the best of the rest."""
 
@@ -163,7 +163,7 @@ class Mixer:
 
 
 @dataclass(frozen=True)
-class Given:
+class LookupMethod:
     """A choice that the model looks up (DeepSeek V4 by token id). What it chose comes first, then the best scores."""
 
     inner: RoutingMethod
@@ -198,8 +198,8 @@ class SelectByMethod:
     @classmethod
     def of(cls, block: MoeBlock, method: RoutingMethod, select: Any) -> SelectByMethod:
         """Another selection for the router of `block`, which scores and weighs as the model does."""
-        assert block.top_k is not None  # routing_method_of has checked it
-        return cls(method, block.top_k, scored_like(select, method.score_function), block.selection_bias())
+        assert block.top_k is not None  # find_routing_method has checked it
+        return cls(method, block.top_k, match_score(select, method.score_function), block.selection_bias())
 
     @property
     def score_function(self) -> str:
@@ -220,7 +220,7 @@ class SelectByMethod:
         return Routing(ids, weights, router_logits, router_logits.shape[1])
 
 
-def scored_like(select: Any, score_function: str) -> Any:
+def match_score(select: Any, score_function: str) -> Any:
     """The selection with the model's score function if its own is the default, softmax; otherwise as it is."""
     names = {f.name for f in fields(select)} if is_dataclass(select) else set()
     if score_function not in SCORE_FUNCTIONS or getattr(select, "score_function", None) != "softmax":
@@ -231,7 +231,7 @@ def scored_like(select: Any, score_function: str) -> Any:
 # ---- the routing method of a router ----------------------------------------------------------------------------------
 
 
-def routing_method_of(block: MoeBlock) -> RoutingMethod:
+def find_routing_method(block: MoeBlock) -> RoutingMethod:
     """How the block's router selects, verified on random tokens.
 
     Raises:
@@ -267,14 +267,14 @@ def _probe(block: MoeBlock) -> tuple[_Seen, RoutingMethod | None]:
     """
     gate: Any = block.gate
     devices = {p.device for p in gate.parameters() if p.is_cuda}
-    with _randomized(block), torch.random.fork_rng(list(devices)):
-        with evaluating(gate):  # jitter and sampling are not part of the method
-            seen = _answer(block)
-        return seen, next((method for method in _candidates(block) if _reproduces(method, seen, block)), None)
+    with _randomize(block), torch.random.fork_rng(list(devices)):
+        with set_eval(gate):  # jitter and sampling are not part of the method
+            seen = _record_answer(block)
+        return seen, next((method for method in _list_candidates(block) if _reproduces(method, seen, block)), None)
 
 
 @contextmanager
-def _randomized(block: MoeBlock) -> Iterator[None]:
+def _randomize(block: MoeBlock) -> Iterator[None]:
     """Random matrices of the gate, and a random selection bias; afterwards the same tensors as before, and the same
     attributes: NLLB-MoE's router keeps the capacity of a call."""
     generator = torch.Generator().manual_seed(0)
@@ -299,7 +299,7 @@ def _randomized(block: MoeBlock) -> Iterator[None]:
         attributes.update(own)
 
 
-def _answer(block: MoeBlock) -> _Seen:
+def _record_answer(block: MoeBlock) -> _Seen:
     gate: Any = block.gate
     name = block.name or "model"
     like = block.gate_weight()
@@ -308,7 +308,7 @@ def _answer(block: MoeBlock) -> _Seen:
     if like is None or like.is_meta:
         raise ValueError(f"{name}: expected a router with weights to probe it, got none")
     generator = torch.Generator().manual_seed(1)
-    dtype = _input_dtype(block, like)
+    dtype = _find_input_dtype(block, like)
     x = torch.randn(_TOKENS, like.shape[1], generator=generator).to(like.device, dtype)
     extra: dict[str, Any] = {}
     if "input_ids" in inspect.signature(gate.forward).parameters:
@@ -318,7 +318,7 @@ def _answer(block: MoeBlock) -> _Seen:
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
         kind = type(gate).__name__
         raise ValueError(f"{name}: expected a router that can be probed, got {kind} ({error})") from error
-    choice = routed(block, x, output)
+    choice = read_choice(block, x, output)
     if choice is None or choice.router_logits is None:
         raise ValueError(f"{name}: expected a router that returns its logits and choice, got {type(gate).__name__}")
     # Weights pass through a handful of roundings of float32 and a few to the dtype of the logits or of the model.
@@ -338,28 +338,28 @@ def call_gate(block: MoeBlock, x: Tensor, **extra: Any) -> Any:
         return gate.forward(x[None].clone(), **extra)  # it takes [B,S,H] only
 
 
-def _input_dtype(block: MoeBlock, like: Tensor) -> torch.dtype:
+def _find_input_dtype(block: MoeBlock, like: Tensor) -> torch.dtype:
     """The dtype of hidden states: routers in float32 convert them."""
     floating = (p.dtype for p in block.experts.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
     return next(floating, like.dtype)
 
 
-def _candidates(block: MoeBlock) -> Iterator[RoutingMethod]:
+def _list_candidates(block: MoeBlock) -> Iterator[RoutingMethod]:
     gate: Any = block.gate
     if type(gate).__name__ == "PhimoeTopKRouter":
-        yield Mixer(gate)
+        yield SparseMixerMethod(gate)
         return
     groups: list[tuple[str, float]] = [("", -math.inf)]
     if block.groups() is not None:
         groups = [*itertools.product(("top2", "max"), (-math.inf, 0.0)), *groups]
-    scales = [(True, False)] if _scale(gate) != 1 else [(False, False)]
+    scales = [(True, False)] if _multiply_scales(gate) != 1 else [(False, False)]
     scales.append((False, True))
     # the score of the choice, that of the weight
     pairs = [("softmax", "softmax"), ("sigmoid", "sigmoid"), ("sqrt_softplus", "sqrt_softplus")]
     pairs += [("logits", "logits"), ("logits", "sigmoid")]
     for pair, group, scale, normalize in itertools.product(pairs, groups, scales, (False, True)):
-        top = Top(block, *pair, normalize, *scale, *group)
-        yield Scaled(top, gate) if isinstance(getattr(gate, "per_expert_scale", None), nn.Parameter) else top
+        top = TopKMethod(block, *pair, normalize, *scale, *group)
+        yield ScaledMethod(top, gate) if isinstance(getattr(gate, "per_expert_scale", None), nn.Parameter) else top
 
 
 def _reproduces(method: RoutingMethod, seen: _Seen, block: MoeBlock) -> bool:
@@ -383,5 +383,5 @@ def is_looked_up(block: MoeBlock) -> bool:
     return hasattr(block.gate, "tid2eid")
 
 
-def _scale(gate: Any) -> Any:
+def _multiply_scales(gate: Any) -> Any:
     return math.prod(getattr(gate, name, 1.0) for name in _SCALES)

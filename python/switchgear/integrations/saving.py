@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 
 from switchgear.backends import warn_once
-from switchgear.utils.extending import extend_once
+from switchgear.utils.functions import extend_once
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.module import plain_keys
@@ -29,28 +29,28 @@ from switchgear.weights.offloaded import OffloadedProjections
 def register() -> None:
     """Makes `PreTrainedModel.save_pretrained` write plain weights of stored experts. Models without them are saved as
     before. Adapters of `add_lora` keep their names."""
-    extend_once(modeling_utils, "revert_weight_conversion", _keeping_adapters)
-    extend_once(PreTrainedModel, "save_pretrained", _saving_plain)
+    extend_once(modeling_utils, "revert_weight_conversion", _extend_revert)
+    extend_once(PreTrainedModel, "save_pretrained", _extend_save)
 
 
-def _keeping_adapters(original: Any) -> Any:
+def _extend_revert(original: Any) -> Any:
     @functools.wraps(original)
     def revert_weight_conversion(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-        kept = {key: state_dict[key] for key in _keys_of_adapters(model) if key in state_dict}
+        kept = {key: state_dict[key] for key in _list_adapter_keys(model) if key in state_dict}
         rest = {key: tensor for key, tensor in state_dict.items() if key not in kept}
         return {**original(model, rest), **kept}
 
     return revert_weight_conversion
 
 
-def _keys_of_adapters(model: nn.Module) -> Iterator[str]:
+def _list_adapter_keys(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules(remove_duplicate=False):
         for name in adapters_of(module):
             for letter in "AB":
                 yield f"{path}.{name}_lora_{letter}" if path else f"{name}_lora_{letter}"
 
 
-def _saving_plain(original: Any) -> Any:
+def _extend_save(original: Any) -> Any:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -72,7 +72,8 @@ def _saving_plain(original: Any) -> Any:
                 "call switchgear.restore(model) first"
             )
         given = call.arguments.get("state_dict")
-        state_dict = call.arguments["state_dict"] = _plain(self, self.state_dict() if given is None else given)
+        state_dict = _replace_stored_keys(self, self.state_dict() if given is None else given)
+        call.arguments["state_dict"] = state_dict
         of = "model" if len(forms) == 1 else "experts"  # of the layers that have this form
         for name, form in forms.items():
             if form.suffixes:
@@ -81,7 +82,7 @@ def _saving_plain(original: Any) -> Any:
                     f"save_pretrained writes the experts stored as {name} as plain weights; after from_pretrained, "
                     f"call switchgear.accelerate(model) and switchgear.store({again})"
                 )
-        with _showing(state_dict, self):
+        with _show_parameters(state_dict, self):
             return original(*call.args, **call.kwargs)
 
     return save_pretrained
@@ -93,7 +94,7 @@ def _saves_adapters(model: Any) -> bool:
 
 
 @contextmanager
-def _showing(state_dict: dict[str, Any], model: nn.Module) -> Iterator[None]:
+def _show_parameters(state_dict: dict[str, Any], model: nn.Module) -> Iterator[None]:
     """transformers' conversions ask the model for parameters, to know their shapes. Those of stored experts are only in
     the state dict."""
 
@@ -112,7 +113,7 @@ def _showing(state_dict: dict[str, Any], model: nn.Module) -> Iterator[None]:
         del vars(model)["get_parameter"]
 
 
-def _plain(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _replace_stored_keys(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
     state_dict = dict(state_dict)
     for name, module in model.named_modules(remove_duplicate=False):
         plain_keys(module, state_dict, f"{name}." if name else "")

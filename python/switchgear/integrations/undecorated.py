@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import switchgear
+from switchgear import functional
 from switchgear.adapters.sites import TARGETS
-from switchgear.integrations import samples
+from switchgear.integrations import trial
 from switchgear.integrations.experts import ExpertWeights, project, run_experts
-from switchgear.integrations.gates import gate_of, own_gate
-from switchgear.integrations.parts import LINEAR, PartClass, inner, lent_to, of_model, part_of
+from switchgear.integrations.forwards import LINEAR, PartClass, borrow, get_part, name_model_class, unwrap_part
+from switchgear.integrations.gates import find_gate, get_own_gate
 from switchgear.weights import AdaptedWeight
-from switchgear.weights.adapted import Lent, adapted
+from switchgear.weights.adapted import adapted
+from switchgear.weights.state import Borrowed
 
 
 class Part(NamedTuple):
@@ -46,10 +47,11 @@ class Patch(NamedTuple):
     has_choice: bool = True  # whether it belongs to an MoE block with a choice per token
     gate: str | None = None  # the submodule ("" is the module itself) whose gate may be fused
     sites: Callable[[Any], list[Part]] = lambda _: []  # the projections that can have adapters
+    borrows: tuple[str, ...] = ()  # parameters that PEFT may wrap on the module itself, which reads their factors
 
     def path(self, module: nn.Module) -> str:
-        """ "moe" or "grouped_gemm", as `switchgear.integrations.transformers.path_of`."""
-        fused = self.gate is not None and gate_of(inner(module.get_submodule(self.gate))) is not None
+        """ "moe" or "grouped_gemm", as `path_of` of transformers.py."""
+        fused = self.gate is not None and find_gate(unwrap_part(module.get_submodule(self.gate))) is not None
         return "moe" if fused else "grouped_gemm"
 
 
@@ -58,13 +60,13 @@ class Patch(NamedTuple):
 
 def _step3p7(module: Any, weights: ExpertWeights, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     ids = torch.where(ids < module.num_experts, ids, -1)
-    return run_experts(hidden_states, ids, topk_weights, weights, gate_of(module), own_gate(module))
+    return run_experts(hidden_states, ids, topk_weights, weights, find_gate(module), get_own_gate(module))
 
 
 def _longcat(module: Any, weights: ExpertWeights, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     routed = ids < module.num_routed_experts
     routed_ids = torch.where(routed, ids, -1)
-    y = run_experts(hidden_states, routed_ids, topk_weights, weights, gate_of(module), own_gate(module))
+    y = run_experts(hidden_states, routed_ids, topk_weights, weights, find_gate(module), get_own_gate(module))
     identity = topk_weights.masked_fill(routed, 0).sum(dim=-1, keepdim=True)  # the zero experts return their input
     return y + (hidden_states * identity).to(y.dtype)
 
@@ -76,8 +78,8 @@ def _llama4(module: Any, weights: ExpertWeights, hidden_states: Tensor) -> tuple
     # The score scales the expert's input, so each choice becomes its own row.
     rows = (x[:, None] * topk_weights[..., None]).flatten(0, 1)
     ones = torch.ones_like(rows[:, :1])
-    experts = inner(module.experts)
-    y = run_experts(rows, topk_ids.reshape(-1, 1), ones, weights, gate_of(experts), own_gate(experts))
+    experts = unwrap_part(module.experts)
+    y = run_experts(rows, topk_ids.reshape(-1, 1), ones, weights, find_gate(experts), get_own_gate(experts))
     return module.shared_expert(x) + y.view(-1, module.top_k, module.hidden_dim).sum(dim=1), router_logits
 
 
@@ -90,7 +92,7 @@ def _jetmoe(module: Any, weights: ExpertWeights, layer_input: Tensor) -> Tensor:
     shape = (x.shape[0], module.router.top_k)
     topk_ids = torch.zeros_like(sorted_ids).scatter(0, index_sorted_experts, sorted_ids).view(shape)
     topk_weights = torch.zeros_like(batch_gates).scatter(0, index_sorted_experts, batch_gates).view(shape)
-    y = run_experts(x, topk_ids, topk_weights, weights, gate_of(module), own_gate(module))
+    y = run_experts(x, topk_ids, topk_weights, weights, find_gate(module), get_own_gate(module))
     bias: Tensor = module.bias
     return y.view(layer_input.shape) + bias
 
@@ -103,12 +105,12 @@ def _jetmoe_linear(module: Any, weights: Sequence[Tensor], inputs: Tensor, exper
 def _dbrx(module: Any, weights: Sequence[Any], hidden_states: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     x = hidden_states.reshape(-1, module.hidden_size)
     w1, v1, w2 = weights
-    activation_fn = inner(module.mlp).activation_fn
-    plan = switchgear.plan(ids, module.num_experts)
+    activation_fn = unwrap_part(module.mlp).activation_fn
+    plan = functional.plan(ids, module.num_experts)
     gate = project(x, w1, plan.expert_offsets, token_indices=plan.token_indices)
     up = project(x, v1, plan.expert_offsets, token_indices=plan.token_indices)
     permuted_y = project(activation_fn(gate) * up, w2, plan.expert_offsets)
-    y = switchgear.combine(permuted_y, plan, topk_weights).to(x.dtype)
+    y = functional.combine(permuted_y, plan, topk_weights).to(x.dtype)
     return y.view(hidden_states.shape[0], -1, x.shape[1])
 
 
@@ -122,7 +124,7 @@ class _Linears(NamedTuple):
     bias: list[Any]
     adapter: AdaptedWeight | None  # of `weight`
 
-    def project(self, x: Tensor, plan: switchgear.Plan, token_indices: Tensor | None = None) -> Tensor:
+    def project(self, x: Tensor, plan: functional.Plan, token_indices: Tensor | None = None) -> Tensor:
         bias = torch.stack(self.bias) if self.bias else None
         y = project(x, self.weight, plan.expert_offsets, bias, token_indices)
         if self.adapter is None:
@@ -134,26 +136,26 @@ class _Linears(NamedTuple):
         return y + scale * project(project(x, a, plan.expert_offsets, None, token_indices), b, plan.expert_offsets)
 
 
-def _linears(owner: nn.Module, names: Sequence[str], adapter: str) -> _Linears:
-    return _joined(owner, [part_of(owner, name, LINEAR) for name in names], adapter)
+def _read_linears(owner: nn.Module, names: Sequence[str], adapter: str) -> _Linears:
+    return _join(owner, [get_part(owner, name, LINEAR) for name in names], adapter)
 
 
-def _joined(owner: nn.Module, layers: Sequence[Any], adapter: str) -> _Linears:
+def _join(owner: nn.Module, layers: Sequence[Any], adapter: str) -> _Linears:
     weight = [layer.weight for layer in layers]
     both = adapted(owner, adapter, weight)
     bias = [layer.bias for layer in layers if layer.bias is not None]
     return _Linears(weight, bias, both if isinstance(both, AdaptedWeight) else None)
 
 
-def _dense_experts(expert_class: PartClass, *names: str) -> Callable[[Any], Sequence[_Linears]]:
+def _build_dense_weights(expert_class: PartClass, *names: str) -> Callable[[Any], Sequence[_Linears]]:
     def weights(module: Any) -> Sequence[_Linears]:
-        experts = [part_of(module, f"expert_{e}", expert_class) for e in range(module.num_experts)]
-        return [_joined(module, [part_of(expert, name, LINEAR) for expert in experts], name) for name in names]
+        experts = [get_part(module, f"expert_{e}", expert_class) for e in range(module.num_experts)]
+        return [_join(module, [get_part(expert, name, LINEAR) for expert in experts], name) for name in names]
 
     return weights
 
 
-def _dense_sites(*names: str) -> Callable[[Any], list[Part]]:
+def _build_dense_sites(*names: str) -> Callable[[Any], list[Part]]:
     def sites(module: Any) -> list[Part]:
         found = []
         for name, target in zip(names, TARGETS, strict=True):
@@ -165,7 +167,7 @@ def _dense_sites(*names: str) -> Callable[[Any], list[Part]]:
     return sites
 
 
-def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: switchgear.Plan) -> Tensor:
+def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: functional.Plan) -> Tensor:
     expert = module["expert_0"]  # all experts have the same activation and dropout
     h = weights[0].project(x, plan, plan.token_indices)
     return weights[1].project(expert.dropout(expert.act(h)), plan)
@@ -175,9 +177,9 @@ def _switch(
     module: Any, weights: Sequence[_Linears], hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor
 ) -> Tensor:
     taken, ids = selected_experts.max(dim=-1)  # one-hot [T, 1, E]; all zeros for a token past its expert's capacity
-    plan = switchgear.plan(torch.where(taken > 0, ids, -1), module.num_experts)
+    plan = functional.plan(torch.where(taken > 0, ids, -1), module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
-    return switchgear.combine(permuted_y, plan, routing_weights).to(hidden_states.dtype)
+    return functional.combine(permuted_y, plan, routing_weights).to(hidden_states.dtype)
 
 
 def _nllb(
@@ -188,34 +190,34 @@ def _nllb(
     # we return the same. Ids repeat within a token; summing their weights leaves two distinct ones.
     by_expert = router_probs.new_zeros(len(router_probs), module.num_experts).scatter_add(1, router_mask, router_probs)
     topk_weights, topk_ids = by_expert.topk(min(2, module.num_experts), dim=-1)
-    plan = switchgear.plan(topk_ids, module.num_experts)
+    plan = functional.plan(topk_ids, module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
     kept = 1 - module.moe_token_dropout
     permuted_y = module.token_dropout(permuted_y) if module.training else permuted_y * kept
-    return switchgear.combine(permuted_y, plan, topk_weights).to(hidden_states.dtype)
+    return functional.combine(permuted_y, plan, topk_weights).to(hidden_states.dtype)
 
 
 def _vitpose(module: Any, weights: Sequence[_Linears], hidden_state: Tensor, indices: Tensor) -> Tensor:
     batch, length, _ = hidden_state.shape  # one expert per image: indices [B, 1, 1]
-    plan = switchgear.plan(indices.reshape(batch, 1).expand(batch, length).reshape(-1, 1), module.num_experts)
+    plan = functional.plan(indices.reshape(batch, 1).expand(batch, length).reshape(-1, 1), module.num_experts)
     permuted_y = weights[0].project(hidden_state.flatten(0, 1), plan, plan.token_indices)
-    return switchgear.combine(permuted_y, plan).view(batch, length, -1)
+    return functional.combine(permuted_y, plan).view(batch, length, -1)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def _stacked(module: Any) -> ExpertWeights:
-    return ExpertWeights(*_read(_stacked_sites(module)))
+    return ExpertWeights(*_read_parts(_stacked_sites(module)))
 
 
 def _stacked_sites(module: Any) -> list[Part]:
     return [Part(module, name, name, getattr(module, name)) for name in TARGETS]
 
 
-def _read(parts: list[Part], lent: Lent | None = None) -> list[Any]:
+def _read_parts(parts: list[Part], borrowed: Borrowed | None = None) -> list[Any]:
     """The weights with their adapters."""
-    return [adapted(p.module, p.name, p.weight, transposed=p.transposed, lent=lent) for p in parts]
+    return [adapted(p.module, p.name, p.weight, transposed=p.transposed, borrowed=borrowed) for p in parts]
 
 
 def _longcat_sites(module: Any) -> list[Part]:
@@ -224,21 +226,21 @@ def _longcat_sites(module: Any) -> list[Part]:
     return [Part(module, name, name, weight) for name, weight in zip(TARGETS, weights, strict=True)]
 
 
-_DBRX_MLP = of_model("dbrx", "DbrxExpertGLU")
-_JETMOE_LINEAR = of_model("jetmoe", "JetMoeParallelExperts")
-_LLAMA4_EXPERTS = of_model("llama4", "Llama4TextExperts")
-_NLLB_EXPERT = of_model("nllb_moe", "NllbMoeDenseActDense")
-_SWITCH_EXPERT = of_model("switch_transformers", "SwitchTransformersDenseActDense")
+_DBRX_MLP = name_model_class("dbrx", "DbrxExpertGLU")
+_JETMOE_LINEAR = name_model_class("jetmoe", "JetMoeParallelExperts")
+_LLAMA4_EXPERTS = name_model_class("llama4", "Llama4TextExperts")
+_NLLB_EXPERT = name_model_class("nllb_moe", "NllbMoeDenseActDense")
+_SWITCH_EXPERT = name_model_class("switch_transformers", "SwitchTransformersDenseActDense")
 
 
 def _jetmoe_weights(module: Any) -> ExpertWeights:
-    lents = [lent_to(module, name, _JETMOE_LINEAR) for name in ("input_linear", "output_linear")]
-    parts = zip(_jetmoe_sites(module), lents, strict=True)
-    return ExpertWeights(*(_read([part], lent)[0] for part, lent in parts))
+    borrowed = [borrow(module, name, _JETMOE_LINEAR) for name in ("input_linear", "output_linear")]
+    parts = zip(_jetmoe_sites(module), borrowed, strict=True)
+    return ExpertWeights(*(_read_parts([part], factors)[0] for part, factors in parts))
 
 
 def _jetmoe_sites(module: Any) -> list[Part]:
-    linears = (inner(module.input_linear), inner(module.output_linear))
+    linears = (unwrap_part(module.input_linear), unwrap_part(module.output_linear))
     return [Part(linear, "weight", target, linear.weight) for linear, target in zip(linears, TARGETS, strict=True)]
 
 
@@ -247,22 +249,22 @@ def _jetmoe_linear_weights(module: Any) -> Sequence[Any]:
 
 
 def _llama4_weights(module: Any) -> ExpertWeights:
-    lent = lent_to(module, "experts", _LLAMA4_EXPERTS)  # first, since it tells whether there are sites
-    return ExpertWeights(*_read(_llama4_sites(module), lent))
+    borrowed = borrow(module, "experts", _LLAMA4_EXPERTS)  # first, since it tells whether there are sites
+    return ExpertWeights(*_read_parts(_llama4_sites(module), borrowed))
 
 
 def _llama4_sites(module: Any) -> list[Part]:
-    experts = inner(module.experts)
+    experts = unwrap_part(module.experts)
     return [Part(experts, name, name, getattr(experts, name).mT, True) for name in TARGETS]
 
 
 def _dbrx_weights(module: Any) -> Sequence[Any]:
-    lent = lent_to(module, "mlp", _DBRX_MLP)  # first, as above
-    return _read(_dbrx_sites(module), lent)
+    borrowed = borrow(module, "mlp", _DBRX_MLP)  # first, as above
+    return _read_parts(_dbrx_sites(module), borrowed)
 
 
 def _dbrx_sites(module: Any) -> list[Part]:
-    mlp, sizes = inner(module.mlp), (module.num_experts, module.ffn_hidden_size, module.hidden_size)
+    mlp, sizes = unwrap_part(module.mlp), (module.num_experts, module.ffn_hidden_size, module.hidden_size)
     first = [Part(mlp, name, TARGETS[0], getattr(mlp, name).view(sizes)) for name in ("w1", "v1")]
     return [*first, Part(mlp, "w2", TARGETS[1], mlp.w2.view(sizes).mT, True)]
 
@@ -274,24 +276,25 @@ def _vitpose_sites(module: Any) -> list[Part]:
 
 # model folder and class in transformers -> how to run it
 PATCHES: dict[str, Patch] = {
-    "dbrx.DbrxExperts": Patch(_dbrx_weights, _dbrx, samples.dbrx, sites=_dbrx_sites),
-    "jetmoe.JetMoeMoE": Patch(_jetmoe_weights, _jetmoe, samples.jetmoe, gate="", sites=_jetmoe_sites),
+    "dbrx.DbrxExperts": Patch(_dbrx_weights, _dbrx, trial.dbrx, sites=_dbrx_sites),
+    "jetmoe.JetMoeMoE": Patch(_jetmoe_weights, _jetmoe, trial.jetmoe, gate="", sites=_jetmoe_sites),
     "jetmoe.JetMoeParallelExperts": Patch(
-        _jetmoe_linear_weights, _jetmoe_linear, samples.jetmoe_linear, has_choice=False
+        _jetmoe_linear_weights, _jetmoe_linear, trial.jetmoe_linear, has_choice=False, borrows=("weight",)
     ),
-    "llama4.Llama4TextMoe": Patch(_llama4_weights, _llama4, samples.llama4, gate="experts", sites=_llama4_sites),
+    "llama4.Llama4TextMoe": Patch(_llama4_weights, _llama4, trial.llama4, gate="experts", sites=_llama4_sites),
     "longcat_flash.LongcatFlashExperts": Patch(
-        lambda m: ExpertWeights(*_read(_longcat_sites(m))), _longcat, samples.longcat, gate="", sites=_longcat_sites
+        lambda m: ExpertWeights(*_read_parts(_longcat_sites(m))), _longcat, trial.longcat, gate="",
+        sites=_longcat_sites, borrows=TARGETS,
     ),
     "nllb_moe.NllbMoeExperts": Patch(
-        _dense_experts(_NLLB_EXPERT, "fc1", "fc2"), _nllb, samples.nllb, sites=_dense_sites("fc1", "fc2")
+        _build_dense_weights(_NLLB_EXPERT, "fc1", "fc2"), _nllb, trial.nllb, sites=_build_dense_sites("fc1", "fc2")
     ),
-    "step3p7.Step3p7Experts": Patch(_stacked, _step3p7, samples.topk, gate="", sites=_stacked_sites),
+    "step3p7.Step3p7Experts": Patch(_stacked, _step3p7, trial.topk, gate="", sites=_stacked_sites, borrows=TARGETS),
     "switch_transformers.SwitchTransformersExperts": Patch(
-        _dense_experts(_SWITCH_EXPERT, "wi", "wo"), _switch, samples.switch, sites=_dense_sites("wi", "wo")
+        _build_dense_weights(_SWITCH_EXPERT, "wi", "wo"), _switch, trial.switch, sites=_build_dense_sites("wi", "wo")
     ),
     "vitpose_backbone.VitPoseNaiveMoe": Patch(
-        lambda m: (_linears(m, list(m._modules), "weight"),), _vitpose, samples.vitpose, has_choice=False,
+        lambda m: (_read_linears(m, list(m._modules), "weight"),), _vitpose, trial.vitpose, has_choice=False,
         sites=_vitpose_sites,
     ),
 }  # fmt: skip
@@ -302,7 +305,7 @@ NOT_EXPERTS = {
 }
 
 
-def patch_of(module: nn.Module) -> Patch | None:
+def find_patch(module: nn.Module) -> Patch | None:
     """The entry for the module's class. A subclass made by a parametrisation counts as its class."""
     for cls in type(module).__mro__:
         folder, _, file = cls.__module__.removeprefix("transformers.models.").partition(".")

@@ -22,10 +22,16 @@ from switchgear import ops
 from switchgear.autograd import needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.functional import gate_route
-from switchgear.integrations.experts import ExpertWeights, not_plain, run_experts
-from switchgear.integrations.forwards import replace_forward, runs_own_forward
-from switchgear.integrations.gates import gate_of, own_gate
-from switchgear.integrations.parts import Bypassed, PartClass, of_model, part_of
+from switchgear.integrations.experts import ExpertWeights, find_unreadable, run_experts
+from switchgear.integrations.forwards import (
+    Bypassed,
+    PartClass,
+    get_part,
+    name_model_class,
+    replace_forward,
+    runs_own_forward,
+)
+from switchgear.integrations.gates import find_gate, get_own_gate
 
 _has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
 
@@ -40,37 +46,38 @@ class BlockClass(NamedTuple):
     rounds: bool  # weights to the dtype of the logits
 
 
-def _of(folder: str, name: str, always_normalizes: bool, rounds: bool) -> BlockClass:
-    block, router, experts = (of_model(folder, name + part) for part in ("SparseMoeBlock", "TopKRouter", "Experts"))
+def _name_classes(folder: str, name: str, always_normalizes: bool, rounds: bool) -> BlockClass:
+    parts = ("SparseMoeBlock", "TopKRouter", "Experts")
+    block, router, experts = (name_model_class(folder, name + part) for part in parts)
     return BlockClass(block, router, experts, always_normalizes, rounds)
 
 
 BLOCKS = (
-    _of("olmoe", "Olmoe", False, True),
-    _of("qwen3_moe", "Qwen3Moe", False, True),
-    _of("mixtral", "Mixtral", True, False),
+    _name_classes("olmoe", "Olmoe", False, True),
+    _name_classes("qwen3_moe", "Qwen3Moe", False, True),
+    _name_classes("mixtral", "Mixtral", True, False),
 )
 
 
-def class_of(block: nn.Module) -> BlockClass | None:
+def find_class(block: nn.Module) -> BlockClass | None:
     return next((known for known in BLOCKS if known.block.matches(type(block))), None)
 
 
 def join(block: nn.Module, weights_of: Callable[[Any], ExpertWeights]) -> Callable[[], None] | None:
     """Lets a block run as a whole where it can, and returns an undo function; None if its class is not known, or its
     forward was replaced before. weights_of: those of an experts module that runs on switchgear."""
-    known, own = class_of(block), type(block).forward
+    known, own = find_class(block), type(block).forward
     if known is None or not runs_own_forward(block):
         return None
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        y = _whole(self, known, weights_of, hidden_states) if type(self).forward is own else None
+        y = _run_whole(self, known, weights_of, hidden_states) if type(self).forward is own else None
         return type(self).forward(self, hidden_states) if y is None else y
 
     return replace_forward(block, forward)
 
 
-def _whole(
+def _run_whole(
     block: Any, known: BlockClass, weights_of: Callable[[Any], ExpertWeights], hidden_states: Tensor
 ) -> Tensor | None:
     """The block's output, or None if its own forward has to run."""
@@ -79,8 +86,8 @@ def _whole(
     if block.training and getattr(block, "jitter_noise", 0.0) > 0:
         return None
     try:
-        router: Any = part_of(block, "gate", known.router)
-        experts: Any = part_of(block, "experts", known.experts)
+        router: Any = get_part(block, "gate", known.router)
+        experts: Any = get_part(block, "experts", known.experts)
     except Bypassed:
         return None
     if experts.config._experts_implementation != "switchgear":
@@ -89,13 +96,13 @@ def _whole(
     x = hidden_states.view(-1, hidden_states.shape[-1])
     if needs_autograd(x, weight) or not ops.needs_no_dispatch(x, weight) or weight.dtype is not x.dtype:
         return None
-    weights, gate = weights_of(experts), gate_of(experts)
-    if gate is None or not_plain(weights) is not None:
+    weights, gate = weights_of(experts), find_gate(experts)
+    if gate is None or find_unreadable(weights) is not None:
         return None
     normalizes = known.always_normalizes or router.norm_topk_prob
     chosen = gate_route(x, weight, router.top_k, normalize=normalizes)
     topk_weights = chosen.topk_weights
     if known.rounds and x.dtype is not torch.float32:
         topk_weights = topk_weights.to(x.dtype)
-    y = run_experts(x, chosen.topk_ids, topk_weights, weights, gate, own_gate(experts))
+    y = run_experts(x, chosen.topk_ids, topk_weights, weights, gate, get_own_gate(experts))
     return y.view(hidden_states.shape)

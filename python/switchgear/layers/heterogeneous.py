@@ -15,7 +15,7 @@ from switchgear.complaints import at_least, sizes
 from switchgear.layers.common import experts_class
 from switchgear.reference import check_range
 from switchgear.routing.context import can_be_read
-from switchgear.utils.buffers import FillsBuffers
+from switchgear.utils.modules import FillsBuffers
 from switchgear.weights.checks import check_plain
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from switchgear.complaints import at_least, check_several, integer
 from switchgear.diagnostics.choices import LayerChoices
-from switchgear.routing.records import RoutingRecord
+from switchgear.trace.routing_record import RoutingRecord
 
 Source = Mapping[str, LayerChoices] | RoutingRecord | Sequence[Sequence[Iterable[int]]]
 

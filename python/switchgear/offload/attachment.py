@@ -16,6 +16,7 @@ from switchgear.offload.store_records import Records
 from switchgear.offload.targets import Target
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, in_layout, put
 from switchgear.weights.offloaded import OffloadedForm, OffloadedProjections
+from switchgear.weights.state import set_state
 from switchgear.weights.weight import Weight
 
 Read = tuple[int, int, int, int | None]  # file, offset, bytes and checksum of a record
@@ -72,8 +73,7 @@ class Attachment:
             for name, parameter in zip(names, self.held, strict=True):
                 vars(module).pop(name, None)
                 module.register_parameter(name, parameter)
-        if "_switchgear_stored" in vars(module):
-            module._switchgear_stored = self.target.stored  # type: ignore[assignment]
+        set_state(module, stored=self.target.stored)
 
     def forget(self) -> None:
         """Frees what the module had."""
@@ -103,7 +103,7 @@ class Attachment:
                     ties[projection.tie] = nn.Parameter(plain.to(self.place), requires_grad=projection.trained)
                 vars(module).pop(name, None)
                 module.register_parameter(name, ties[projection.tie])
-        module._switchgear_stored = stored  # type: ignore[assignment]
+        set_state(module, stored=stored)
 
 
 def _contiguous(weight: Weight, place: torch.device) -> Weight:

@@ -33,7 +33,7 @@ from switchgear.offload.residency import Residency
 from switchgear.offload.staging import knows
 from switchgear.offload.statistics import LayerStatistics
 from switchgear.offload.waves import LoadsExperts
-from switchgear.utils.compiling import has_proxies
+from switchgear.utils.functions import has_proxies
 from switchgear.weights.offloaded import Wave
 
 _FEW = 256  # ids, up to which a set of Python is faster than torch.unique

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from switchgear.offload.predictors import Expert, ranked
 from switchgear.reference import check_size
-from switchgear.routing.decoupled import Listener
-from switchgear.routing.pre_router import PreRouter
+from switchgear.trace.decouple import Listener
+from switchgear.trace.pre_router import PreRouter
 
 
 class FromPreRouter:

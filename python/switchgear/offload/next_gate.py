@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.complaints import check_module
+from switchgear.integrations.hook_points import read_logits
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.integrations.places import logits_of
-from switchgear.integrations.routers import call_gate, is_looked_up, routing_method_of
+from switchgear.integrations.routers import call_gate, find_routing_method, is_looked_up
 from switchgear.offload.predictors import Expert, ranked
 from switchgear.reference import check_size
 from switchgear.routing.context import Context
@@ -90,12 +90,12 @@ def _ours(router: Router) -> _Gate:
 def _hugging_face(block: MoeBlock) -> _Gate:
     if is_looked_up(block):
         raise ValueError(f"{block.name}: expected a gate of hidden states, got one that looks up token ids")
-    method = routing_method_of(block)  # raises ValueError for a gate that cannot be probed
+    method = find_routing_method(block)  # raises ValueError for a gate that cannot be probed
     assert block.top_k is not None
     top_k = block.top_k
 
     def choose(x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits_of(block, call_gate(block, x))
+        logits = read_logits(block, call_gate(block, x))
         assert logits is not None
         ids = method.rank(logits, None).topk(top_k, dim=-1).indices
         return ids, method.weigh(logits, ids)

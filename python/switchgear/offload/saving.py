@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.convert.errors import ConversionError
+from switchgear.convert.directory import ConversionError, count_bytes, divide_into_shards, write_shard, write_text
 from switchgear.convert.plans import Item
-from switchgear.convert.writer import shards_of, size_of, write_shard, write_text
 from switchgear.files import AnyPath
 from switchgear.offload.attachment import read_all
 from switchgear.offload.errors import StoreError
@@ -65,12 +64,12 @@ def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: int = 5 * 10**
             model.generation_config.save_pretrained(unfinished)
         with _Experts() as experts:
             items = list(_items(model, layers, experts))
-            shards = shards_of(items, max_shard_size)
+            shards = divide_into_shards(items, max_shard_size)
             for name, own in shards.items():
                 write_shard(unfinished / name, own, lambda *_: None)
         if len(shards) > 1:
             index = {
-                "metadata": {"total_size": sum(map(size_of, items))},
+                "metadata": {"total_size": sum(map(count_bytes, items))},
                 "weight_map": {item.key: name for name, own in shards.items() for item in own},
             }
             write_text(unfinished / "model.safetensors.index.json", json.dumps(index, indent=1))

@@ -22,7 +22,7 @@ from switchgear import ops
 from switchgear.autograd import needs_autograd
 from switchgear.functional.layer import Biases, accumulate, apply_layer
 from switchgear.reference import weight_dtype
-from switchgear.utils.compiling import not_compiled
+from switchgear.utils.functions import not_compiled
 from switchgear.weights.offloaded import OffloadedWeight, Wave
 from switchgear.weights.weight import AdaptedWeight, Weight
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from switchgear.autograd import apply
 from switchgear.parallel import exchange
 from switchgear.parallel.rows import Transfers
-from switchgear.utils.compiling import not_compiled
+from switchgear.utils.functions import not_compiled
 
 if TYPE_CHECKING:
     from switchgear.parallel.exchange import Layer

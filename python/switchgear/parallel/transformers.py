@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers.distributed.expert_parallel import AllToAllEP, EPImplementation, EPImplementationInterface
 
 from switchgear.integrations import transformers as integration
-from switchgear.integrations.experts import not_plain
-from switchgear.integrations.gates import gate_of
+from switchgear.integrations.experts import find_unreadable
+from switchgear.integrations.gates import find_gate
 from switchgear.parallel.experts import exchange_moe, make_layer
 from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Weights
@@ -62,8 +62,8 @@ class SwitchgearEP(EPImplementation):
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         module = self._module
         weights = integration.weights_in(module)
-        gate = gate_of(module)
-        if gate is None or integration.has_post_norm(module) or not_plain(weights) is not None:
+        gate = find_gate(module)
+        if gate is None or integration.has_post_norm(module) or find_unreadable(weights) is not None:
             other: Tensor = self._other(hidden_states, top_k_index, top_k_weights)
             return other
         if self._layer is None:

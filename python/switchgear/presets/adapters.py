@@ -10,17 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from switchgear.adapters import LoRAExperts
-from switchgear.routing import (
-    ClusterPrior,
-    Dense,
-    FromEmbedding,
-    Linear,
-    LocalizedBalance,
-    PerSequence,
-    PosthocGate,
-    Sum,
-    TopK,
-)
+from switchgear.papers.parts.scores_of_context import ClusterPrior, FromEmbedding, PerSequence
+from switchgear.papers.parts.scores_of_experts import PosthocGate
+from switchgear.routing import Dense, Linear, LocalizedBalance, Sum, TopK
 
 Options = dict[str, Any]
 

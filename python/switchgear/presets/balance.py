@@ -6,16 +6,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from switchgear.papers.parts.masks import ClusterDropout, Masked
 from switchgear.routing import (
     AdaptiveCoefficient,
     Capacity,
-    ClusterDropout,
     ClusterVariance,
     Cosine,
     DeviceBalance,
     Linear,
     LossFreeBias,
-    Masked,
     SwitchLoss,
     TopK,
     ZLoss,

@@ -12,16 +12,14 @@ from typing import Any
 from torch import nn
 
 from switchgear.experts import Experts
-from switchgear.layers import (
-    AutonomousMoE,
-    CartesianMoE,
-    MergedExperts,
-    Monet,
-    MultiHeadMoE,
-    SoftMoE,
-    StratifiedMoE,
-)
 from switchgear.modules import MoE
+from switchgear.papers.layers.autonomous import AutonomousMoE
+from switchgear.papers.layers.cartesian import CartesianMoE
+from switchgear.papers.layers.merged import MergedExperts
+from switchgear.papers.layers.monet import Monet
+from switchgear.papers.layers.multi_head import MultiHeadMoE
+from switchgear.papers.layers.soft import SoftMoE
+from switchgear.papers.layers.stratified import StratifiedMoE
 from switchgear.routing import Capacity, Dense, ImportanceLoad, Linear, Router, RunningCap, SwitchLoss, TopK
 
 Options = dict[str, Any]

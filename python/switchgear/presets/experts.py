@@ -6,8 +6,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from switchgear.papers.parts.masks import Lookup
+from switchgear.papers.parts.scores_of_experts import SparsityAware
 from switchgear.reference import check_choice
-from switchgear.routing import EntropyLoss, Lookup, NullAwareSwitchLoss, ParamPenalty, SparsityAware, TopK, TopP
+from switchgear.routing import EntropyLoss, NullAwareSwitchLoss, ParamPenalty, TopK, TopP
 
 WIDTHS = {
     "arithmetic": [9, 11, 13, 15, 17, 19, 21, 23],

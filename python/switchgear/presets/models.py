@@ -7,7 +7,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from switchgear.routing import LossFreeBias, SparseMixer, SwitchLoss
+from switchgear.papers.parts.stochastic import SparseMixer
+from switchgear.routing import LossFreeBias, SwitchLoss
 
 
 def mixtral(*, top_k: int = 2) -> dict[str, Any]:

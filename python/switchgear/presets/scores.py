@@ -6,22 +6,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from switchgear.layers import sigma_moe_values
+from switchgear.papers.layers.initial import sigma_moe_values
+from switchgear.papers.parts.masks import ExpertDropout, Masked, Temperature
+from switchgear.papers.parts.scores_of_context import FromEmbedding
+from switchgear.papers.parts.stochastic import GumbelSoftmax
 from switchgear.reference import check_size
-from switchgear.routing import (
-    BatchEntropy,
-    Cosine,
-    ExpertDropout,
-    FromEmbedding,
-    GroupedAvgPool,
-    GumbelSoftmax,
-    Linear,
-    LocalityLoss,
-    Masked,
-    SwitchLoss,
-    Temperature,
-    TopK,
-)
+from switchgear.routing import BatchEntropy, Cosine, GroupedAvgPool, Linear, LocalityLoss, SwitchLoss, TopK
 
 
 def xmoe(

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from switchgear.papers.parts.assignment import BalancedAssignment
+from switchgear.papers.parts.masks import Masked, TokenIdMask
+from switchgear.papers.parts.stochastic import GumbelSoftmax, NoisyTopK, Random, SparseMixer
 from switchgear.routing import (
     AlignmentLoss,
-    BalancedAssignment,
     Broadcast,
     Capacity,
     DeviceBalance,
@@ -19,15 +21,9 @@ from switchgear.routing import (
     EntropyLoss,
     ExpertChoice,
     Grouped,
-    GumbelSoftmax,
     Linear,
-    Masked,
-    NoisyTopK,
-    Random,
-    SparseMixer,
     SwitchLoss,
     SwitchMixture,
-    TokenIdMask,
     TopK,
     TopP,
 )

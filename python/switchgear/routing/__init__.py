@@ -17,30 +17,25 @@ For a trainer: GradientConflict, anchor_loss, consistency_loss, output_regulariz
              max_violation
 
 router.py         Router; context.py: what its parts get besides tokens, and their signatures
-scores.py         scores of a token; scores_of_context.py: of a task or a sequence; scores_of_experts.py: from what each
-                  expert has
-selection.py      choices token by token; expert_choice.py: expert by expert; assignment.py: balanced;
-                  stochastic.py: random; masks.py: wrappers of selections, and tables
-ranking.py        the steps that selections share; widths.py: choices of different widths; pairs.py: from pairs
+scores.py         scores of a token
+selection.py      choices token by token; expert_choice.py: expert by expert
+ranking.py        the steps that selections share; pairs.py: from pairs
 capacity.py       how many tokens an expert accepts
-losses.py         losses as options of a router; balance.py: the functions; auxiliary.py: losses that a trainer calls
+losses.py         losses as options of a router; balance.py: the functions
 controllers.py    balance without a loss; counting.py: what is counted in training
-pre_router.py     a router outside the model; decoupled.py: its choices in the model; pregate.py: routers that choose by
-                  the block before; handover.py: what a router leaves for the next one
-interventions.py  override; change.py: the change that an override makes to a choice
-recording.py      record; records.py: RoutingRecord; replaying.py: replay; routed_layers.py: the layers of all three;
-                  batches.py: sequence and position of each token
+change.py         the change that an intervention makes to a choice
+handover.py       what a router leaves for the next one: a pre-gate
+
+What only papers use is in switchgear.papers.parts; what sees and steers the routers of a model is in switchgear.trace.
 """
 
-from switchgear.routing.assignment import BalancedAssignment
-from switchgear.routing.auxiliary import GradientConflict, anchor_loss, consistency_loss, output_regularization
+from typing import TYPE_CHECKING
+
 from switchgear.routing.balance import load_balancing_loss, max_violation, z_loss
 from switchgear.routing.capacity import Capacity, CapacityByKind, Dropless, min_capacity
 from switchgear.routing.context import Balance, Context, Limit, Score, Select
 from switchgear.routing.controllers import AdaptiveCoefficient, AdaptiveSparsity, LossFreeBias, RunningCap
-from switchgear.routing.decoupled import decouple
 from switchgear.routing.expert_choice import DepthChoice, ExpertChoice
-from switchgear.routing.interventions import override
 from switchgear.routing.losses import (
     AlignmentLoss,
     BatchEntropy,
@@ -56,19 +51,26 @@ from switchgear.routing.losses import (
     SwitchLoss,
     ZLoss,
 )
-from switchgear.routing.masks import ClusterDropout, ExpertDropout, Lookup, Masked, Temperature, TokenIdMask
 from switchgear.routing.pairs import from_pairs
-from switchgear.routing.pre_router import PreRouter
-from switchgear.routing.pregate import pregate
-from switchgear.routing.recording import record
-from switchgear.routing.records import RoutingRecord
-from switchgear.routing.replaying import replay
 from switchgear.routing.router import Router
 from switchgear.routing.scores import Cosine, GatingResidual, GroupedAvgPool, Linear, Sum, SwitchMixture, Uniform
-from switchgear.routing.scores_of_context import ClusterPrior, FromEmbedding, PerSequence
-from switchgear.routing.scores_of_experts import ActivationNorm, Domain, Gaussian, PosthocGate, SparsityAware
 from switchgear.routing.selection import Broadcast, Dense, Grouped, Positive, RankK, SkipBelow, Threshold, TopK, TopP
-from switchgear.routing.stochastic import GumbelSoftmax, NoisyTopK, Random, SampledTopK, SparseMixer
+from switchgear.utils.moved import find_moved
+
+if TYPE_CHECKING:
+    from switchgear.papers.parts.assignment import BalancedAssignment
+    from switchgear.papers.parts.auxiliary import GradientConflict, anchor_loss, consistency_loss, output_regularization
+    from switchgear.papers.parts.masks import ClusterDropout, ExpertDropout, Lookup, Masked, Temperature, TokenIdMask
+    from switchgear.papers.parts.scores_of_context import ClusterPrior, FromEmbedding, PerSequence
+    from switchgear.papers.parts.scores_of_experts import ActivationNorm, Domain, Gaussian, PosthocGate, SparsityAware
+    from switchgear.papers.parts.stochastic import GumbelSoftmax, NoisyTopK, Random, SampledTopK, SparseMixer
+    from switchgear.trace.decouple import decouple
+    from switchgear.trace.override import override
+    from switchgear.trace.pre_router import PreRouter
+    from switchgear.trace.pregate import pregate
+    from switchgear.trace.record import record
+    from switchgear.trace.replay import replay
+    from switchgear.trace.routing_record import RoutingRecord
 
 __all__ = [
     "ActivationNorm",
@@ -152,3 +154,40 @@ __all__ = [
     "replay",
     "z_loss",
 ]
+
+# What only papers use, and what sees and steers the routers of a model, is defined elsewhere.
+MOVED = {
+    "ActivationNorm": "switchgear.papers.parts.scores_of_experts",
+    "BalancedAssignment": "switchgear.papers.parts.assignment",
+    "ClusterDropout": "switchgear.papers.parts.masks",
+    "ClusterPrior": "switchgear.papers.parts.scores_of_context",
+    "Domain": "switchgear.papers.parts.scores_of_experts",
+    "ExpertDropout": "switchgear.papers.parts.masks",
+    "FromEmbedding": "switchgear.papers.parts.scores_of_context",
+    "Gaussian": "switchgear.papers.parts.scores_of_experts",
+    "GradientConflict": "switchgear.papers.parts.auxiliary",
+    "GumbelSoftmax": "switchgear.papers.parts.stochastic",
+    "Lookup": "switchgear.papers.parts.masks",
+    "Masked": "switchgear.papers.parts.masks",
+    "NoisyTopK": "switchgear.papers.parts.stochastic",
+    "PerSequence": "switchgear.papers.parts.scores_of_context",
+    "PosthocGate": "switchgear.papers.parts.scores_of_experts",
+    "PreRouter": "switchgear.trace.pre_router",
+    "Random": "switchgear.papers.parts.stochastic",
+    "RoutingRecord": "switchgear.trace.routing_record",
+    "SampledTopK": "switchgear.papers.parts.stochastic",
+    "SparseMixer": "switchgear.papers.parts.stochastic",
+    "SparsityAware": "switchgear.papers.parts.scores_of_experts",
+    "Temperature": "switchgear.papers.parts.masks",
+    "TokenIdMask": "switchgear.papers.parts.masks",
+    "anchor_loss": "switchgear.papers.parts.auxiliary",
+    "consistency_loss": "switchgear.papers.parts.auxiliary",
+    "decouple": "switchgear.trace.decouple",
+    "output_regularization": "switchgear.papers.parts.auxiliary",
+    "override": "switchgear.trace.override",
+    "pregate": "switchgear.trace.pregate",
+    "record": "switchgear.trace.record",
+    "replay": "switchgear.trace.replay",
+}
+if not TYPE_CHECKING:
+    __getattr__ = find_moved(__name__, MOVED)

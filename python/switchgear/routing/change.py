@@ -4,12 +4,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from switchgear.functional import Routing
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select, ignoring_bias, most_experts
+
+if TYPE_CHECKING:
+    from switchgear.routing.router import Router
 
 PerExpert = Mapping[int, float] | Tensor | Sequence[float]
 
@@ -101,3 +109,53 @@ def per_expert(values: PerExpert | None, default: float, num_experts: int, devic
             result[expert] = value
         return result
     return torch.as_tensor(values, dtype=torch.float32, device=device).clone()
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A selection under a Change. num_experts is E, if the logits have more classes."""
+
+    select: Select
+    change: Change = field(default_factory=Change)
+    num_experts: int | None = None
+
+    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
+        classes = router_logits.shape[-1]
+        num_experts = self.num_experts or classes
+        extra = self.change.choice_bias(num_experts, router_logits.device)
+        if extra is not None:
+            extra = pad(extra, (0, classes - num_experts))
+            bias = extra if bias is None else bias + extra
+        routing = self.select(router_logits, context, bias)
+        change = self.change
+        if context.changes is not None:  # gains wait for the router's capacity
+            context.changes.append(change)
+            change = replace(change, gain=None)
+        ids, weights = change.edit(routing.topk_ids, routing.topk_weights, num_experts)
+        return routing._replace(topk_ids=ids, topk_weights=weights)
+
+
+def check_change(change: Change, select: Any, num_experts: int) -> None:
+    """Change.check for a selection. Raises ValueError too if its choice cannot be moved as the change wants."""
+    change.check(num_experts, most_experts(select))
+    name = "force" if change.force else "bias"
+    if (change.force or change.bias is not None) and (ignoring := ignoring_bias(select)) is not None:
+        raise ValueError(f"{name}: expected none for {ignoring}, which ignores a bias")
+
+
+@contextmanager
+def intervene(router: Router, change: Change) -> Iterator[None]:
+    check_change(change, router.selection(), router.num_experts)
+    with overridden_router(router, lambda select: Changed(select, change)):
+        yield
+
+
+@contextmanager
+def overridden_router(router: Router, wrapper: Callable[[Select], Select]) -> Iterator[None]:
+    """Inside the block, `wrapper` of the router's selection selects. The last wrapper is the outermost."""
+    router.overrides.append(wrapper)
+    try:
+        yield
+    finally:
+        at = next(i for i in reversed(range(len(router.overrides))) if router.overrides[i] is wrapper)
+        del router.overrides[at]

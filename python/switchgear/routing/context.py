@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from switchgear.complaints import check_tensor
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_range, check_size
-from switchgear.routing.change import Change
+
+if TYPE_CHECKING:
+    from switchgear.routing.change import Change
 
 
 class Noise(NamedTuple):

@@ -15,7 +15,7 @@ from switchgear.routing.balance import count_tokens, spans_processes, sum_over_p
 from switchgear.routing.context import Context, check_not_negative, check_share, is_recomputing, made
 from switchgear.routing.counting import aside, unseen
 from switchgear.routing.ranking import finite
-from switchgear.utils.buffers import KeepsFloat32
+from switchgear.utils.modules import KeepsFloat32
 
 RULES = ("sign", "proportional")
 _LEAST_GROWTH, _MOST_GROWTH = 1e-6, 1e10  # of the λ of AdaptiveSparsity, which begins small

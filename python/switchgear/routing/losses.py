@@ -26,7 +26,7 @@ from switchgear.routing.balance import count_tokens, router_probabilities, sum_o
 from switchgear.routing.context import Context, check_positive, groups_of, is_recomputing, made, sequences
 from switchgear.routing.counting import aside
 from switchgear.routing.ranking import is_open
-from switchgear.utils.buffers import FillsBuffers, KeepsFloat32
+from switchgear.utils.modules import FillsBuffers, KeepsFloat32
 
 if TYPE_CHECKING:
     from switchgear.routing.controllers import AdaptiveCoefficient

@@ -18,7 +18,7 @@ from switchgear.complaints import check_float_dtype, complain_about_rows
 from switchgear.functional import Routing, as_number, gate, gate_route, route
 from switchgear.reference import check_choice, check_finite, check_fraction, check_size
 from switchgear.routing.balance import count_tokens, sum_over_processes
-from switchgear.routing.change import Change, PerExpert
+from switchgear.routing.change import Change, PerExpert, intervene
 from switchgear.routing.context import (
     NOTHING_KNOWN,
     SCOPES,
@@ -37,11 +37,10 @@ from switchgear.routing.context import (
 )
 from switchgear.routing.counting import aside
 from switchgear.routing.handover import Handover
-from switchgear.routing.interventions import intervene
 from switchgear.routing.ranking import jittered, scores_of
 from switchgear.routing.scores import Uniform, init_uniform
 from switchgear.routing.selection import TopK
-from switchgear.utils.buffers import KeepsFloat32
+from switchgear.utils.modules import KeepsFloat32
 from switchgear.weights.selected import selection_of
 
 

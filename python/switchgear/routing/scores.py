@@ -18,7 +18,7 @@ from switchgear.functional import as_number, gate
 from switchgear.reference import check_choice, check_fraction, weight_dtype, wide
 from switchgear.routing.context import Context, Noise, check_positive, made
 from switchgear.routing.ranking import is_open, jittered, sigmoid
-from switchgear.utils.scalars import LoadsScalars
+from switchgear.utils.modules import LoadsScalars
 
 INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,

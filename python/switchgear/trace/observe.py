@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from switchgear.complaints import check_module, list_of_names
 from switchgear.functional import Routing
-from switchgear.integrations.choices import watched
+from switchgear.integrations.choices import watch_choices
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.routing.batches import arguments_by_name, cached_in, real_tokens, rows_and_length, tokens_of
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.router import Router
-from switchgear.utils.wrappers import inner_model
+from switchgear.trace.batches import arguments_by_name, cached_in, real_tokens, rows_and_length, tokens_of
+from switchgear.utils.modules import get_inner_model
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def watch(model: nn.Module, sources: Mapping[str, Source], function: Observer) -
                 stack.callback(source.router.register_forward_hook(hook).remove)
             else:
                 assert source.block is not None
-                stack.enter_context(watched(source.block, _choice_hook(name, source.block, inputs, function)))
+                stack.enter_context(watch_choices(source.block, _choice_hook(name, source.block, inputs, function)))
         yield
 
 
@@ -135,7 +135,7 @@ def inputs_of(model: nn.Module) -> Iterator[Inputs]:
     """Inside the block, the inputs of the model's current forward."""
     inputs = Inputs()
     with ExitStack() as stack:
-        stack.callback(inner_model(model).register_forward_pre_hook(inputs.remember, with_kwargs=True).remove)
+        stack.callback(get_inner_model(model).register_forward_pre_hook(inputs.remember, with_kwargs=True).remove)
         stack.callback(inputs.forget)
         yield inputs
 

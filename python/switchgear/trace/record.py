@@ -1,177 +1,180 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""RoutingTrace: records which experts a model's tokens go to, per layer and per token id, while it runs.
-
-A trace keeps only sums, on the model's device, so it may run over any number of batches. Nothing is read back until it
-is inspected.
-"""
+"""record: the choices of a model's routers while it runs, by sequence and position."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import ExitStack
-from types import TracebackType
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from switchgear.files import AnyPath, save_whole
-from switchgear.monitoring.sinks import Log, log_to
-from switchgear.recordings import load_recording
-from switchgear.reference import check_size
-from switchgear.trace.layer import DEFAULT, LayerTrace, kinds_of
-from switchgear.trace.observe import Observation, pick, traceable, watch
-from switchgear.trace.outputs import check_outputs, chosen_norms
-from switchgear.trace.summary import LayerSummary, summary_of
-
-_FORMAT = 1  # version of the file format
+from switchgear.trace.batches import Batch, cached_in, stacked
+from switchgear.trace.routed_layers import calls_followed, key_of, layers_of, observed
+from switchgear.trace.routing_record import RoutingRecord
+from switchgear.utils.modules import get_inner_model
 
 
-class RoutingTrace:
-    """Records the choices of a model's routers while it runs.
+@contextmanager
+def record(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[RoutingRecord]:
+    """Records the choices of all routers inside the block. The record is complete at its end.
 
-        with RoutingTrace(model) as trace:
-            for batch in batches:
-                model(batch)
-        print(trace)
-        trace.layers["layers.0.mlp.gate"].tokens_per_expert
+        with routing.record(model) as choices:
+            model.generate(prompts, attention_mask=mask, max_new_tokens=100)
+        choices.save("choices.pt")
 
-    Works on switchgear's routers, and on the MoE layers of Hugging Face models, whatever runs them. Entering it again
-    continues the recording. Calls that gradient checkpointing repeats during backward are not counted again.
+    Each call of the model adds its sequences: the rows of its tokens without padding (attention_mask), or, in a packed
+    row, what position_ids or sequence_ids separate. A call with a cache continues the sequences of the call before, as
+    in `generate`; beams, which exchange rows, are not followed. Tokens that are cropped from the cache, as rejected
+    drafts of assisted generation, are left out, and so are those that the mask [B,L] of a later call calls padding,
+    calls that raise, and calls that gradient checkpointing repeats.
 
     Args:
-        model: any module with such layers. None for a loaded trace.
-        record: what to keep, some of "counts", "weights", "entropy", "probabilities", "norms", "inputs",
-            "coactivation"; see LayerTrace. Counts are always kept. "norms" runs the experts a second time.
-        by_token_id: also count which experts serve which token id. The ids are the model's argument input_ids or
-            token_ids, or else its first integer tensor; they are ignored for layers with another number of tokens.
-        layers: names of the modules to record; all if None.
-        tokens: how many inputs a layer keeps with "inputs", as a uniform sample of all.
-
-    Padding does not count: tokens for which the model's argument attention_mask [B,L] or [B,1,1,L] is 0, or, if it is
-    a floating-point one [B,1,1,L], which is added to scores, is not 0; of [B,1,S,L], those that neither their own query
-    nor a later one sees.
+        model: has Routers, or routers of Hugging Face (moe_blocks), also inside PEFT, DistributedDataParallel, FSDP or
+            torch.compile. Layers have their names in the model inside, so its records and those of wrappers are alike.
+        layers: names of layers, as in a RoutingTrace; all if None.
 
     Raises:
-        ValueError: if the model has no such layer, a layer cannot record this, or a trace is entered while it records.
+        ValueError: a model without such layers, with capacity limits (dropped choices depend on other tokens), or with
+            an encoder; a layer whose tokens are not those of the model; at a call, a mask that does not tell padding.
     """
+    result, seen = RoutingRecord(), _Recorded()
+    found = layers_of(model, layers)
+    hooks = [observed(layer, seen.listener(name)) for name, layer in found.items()]
+    with calls_followed(get_inner_model(model), seen.begin, seen.end, hooks):
+        yield result
+    seen.finish(result)
 
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        *,
-        record: Collection[str] = DEFAULT,
-        by_token_id: bool = False,
-        layers: Collection[str] | None = None,
-        tokens: int = 1024,
-    ) -> None:
-        check_size("tokens", tokens)
-        self.layers: dict[str, LayerTrace] = {}
-        self.by_token_id, self.record, self.tokens = by_token_id, kinds_of(record), tokens
-        self._model = model
-        self._sources = {} if model is None else pick(traceable(model), layers)
-        self._hooks = ExitStack()
-        self._is_recording = False
-        if "norms" in self.record:
-            for name, source in self._sources.items():
-                if source.block is None:
-                    raise ValueError(f"record: expected experts with each router for norms, got none for {name}")
-                check_outputs(source.block)
 
-    # ---- recording ---------------------------------------------------------------------------------------------------
+@dataclass
+class _Call:
+    """A call of the model."""
 
-    def __enter__(self) -> RoutingTrace:
-        if self._model is None:
-            raise ValueError("model: expected one to record, got a trace that was loaded")
-        if self._is_recording:
-            raise ValueError("trace: expected one that is not recording, got one inside its own block")
-        self._hooks.enter_context(watch(self._model, self._sources, self._see))
-        self._is_recording = True
-        return self
+    batch: Batch
+    length: int  # of its rows, without what was cropped from the cache since
+    counts: Counter[str] = field(default_factory=Counter)  # calls of each layer
+    choices: dict[str, Tensor] = field(default_factory=dict)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._is_recording = False
-        self._hooks.close()
 
-    def reset(self) -> None:
-        """Clears the recording."""
-        self.layers.clear()
+@dataclass
+class _Group:
+    """The calls of some sequences: the first one, and those that continue it."""
 
-    def log_to(self, writer: Any, *, every: int = 1, max_layers: int = 8, prefix: str = "moe") -> Log:
-        """Returns a function to call after each step, which writes the load since it last wrote to TensorBoard, wandb
-        or a function; see switchgear.monitoring."""
-        return log_to(self, writer, every=every, max_layers=max_layers, prefix=prefix)
+    calls: list[_Call] = field(default_factory=list)
+    kept: Tensor | None = None  # as in Batch, of the last mask that told
 
-    def _see(self, name: str, seen: Observation) -> None:
-        layer = self.layers.get(name)
-        if layer is None:
-            layer = LayerTrace(seen.num_experts, seen.topk_ids.device, self.record, self.tokens)
-            self.layers[name] = layer
-        device = seen.topk_ids.device
-        norms = None
-        if "norms" in self.record and seen.block is not None:
-            norms = chosen_norms(seen.block, seen.x, seen.topk_ids)
-        layer.add(
-            seen.topk_ids, seen.topk_weights, seen.router_logits, seen.num_dropped,
-            seen.token_ids.to(device) if self.by_token_id and seen.token_ids is not None else None,
-            None if seen.token_mask is None else seen.token_mask.to(device), seen.x, norms,
-        )  # fmt: skip
+    def add(self, call: _Call) -> None:
+        batch = call.batch
+        self.crop(batch.cached)
+        if batch.kept is not None:
+            self.kept = batch.kept
+        call.batch = replace(batch, kept=None, cache=None)  # the group's are enough
+        self.calls.append(call)
 
-    # ---- inspection --------------------------------------------------------------------------------------------------
+    def crop(self, cached: int) -> None:
+        """Leaves out tokens that the cache no longer holds."""
+        for call in reversed(self.calls):
+            if call.batch.cached + call.length <= cached:
+                break
+            call.length = max(cached - call.batch.cached, 0)
+        if self.kept is not None:
+            self.kept = self.kept[:, :cached]
 
-    def summary(self) -> list[LayerSummary]:
-        """A summary of each layer, in the order in which they first ran."""
-        return [summary_of(name, layer) for name, layer in self.layers.items()]
+    def real(self, call: _Call) -> Tensor:
+        """[T] bool: the call's tokens that count in the end."""
+        batch = call.batch
+        real = batch.real.to("cpu", copy=True).view(batch.rows, batch.length)
+        real[:, call.length :] = False
+        if self.kept is not None:
+            kept = self.kept[:, batch.cached : batch.cached + call.length].cpu()
+            real[:, : kept.shape[1]] &= kept
+        return real.flatten()
 
-    def __str__(self) -> str:
-        rows = self.summary()
-        width = max([5, *(len(row.name) for row in rows)])
-        lines = [f"{'layer':<{width}}   tokens  experts  per token  busiest  max violation  unused  entropy  dropped"]
-        for row in rows:
-            sizes = f"{row.num_tokens:7}  {row.num_experts:7}  {row.experts_per_token:9.2f}  {row.busiest:7}"
-            balance = f"{row.max_violation:13.2f}  {row.never_used:6}  {row.router_entropy:7.2f}  {row.dropped:7.1%}"
-            lines.append(f"{row.name:<{width}}  {sizes}  {balance}")
-        return "\n".join(lines)
 
-    def plot(self, path: AnyPath | None = None) -> Any:
-        """Plots the load with a row per layer: each expert's load divided by the mean load. Returns matplotlib's
-        figure, and writes it to `path` if given. Needs matplotlib."""
-        if not self.layers:
-            raise ValueError("trace: expected one that has recorded something, got an empty one")
-        from matplotlib.figure import Figure
+class _Recorded:
+    """The choices of the calls so far."""
 
-        width = max(layer.num_experts for layer in self.layers.values())
-        image = torch.full((len(self.layers), width), torch.nan, dtype=torch.float64)
-        for row, layer in enumerate(self.layers.values()):
-            counts = layer.tokens_per_expert.cpu().double()
-            image[row, : layer.num_experts] = counts / counts.mean().clamp(min=1e-12)
-        figure = Figure(figsize=(min(4 + width / 8, 16), 1.5 + 0.3 * len(self.layers)), layout="constrained")
-        axes = figure.subplots()
-        shown = axes.imshow(image.numpy(), aspect="auto", interpolation="nearest", vmin=0, cmap="viridis")
-        axes.set_yticks(range(len(self.layers)), list(self.layers))
-        axes.set_xlabel("expert")
-        figure.colorbar(shown, ax=axes, label="load by mean load")
-        if path is not None:
-            figure.savefig(path)
-        return figure
+    def __init__(self) -> None:
+        self.groups: list[_Group] = []
+        self.running: _Call | None = None
+        self.cache: Any = None  # of the last call
+        self.classes: dict[str, int] = {}
 
-    # ---- files -------------------------------------------------------------------------------------------------------
+    def begin(self, batch: Batch) -> None:
+        if self._continues(batch):
+            count = self.groups[-1].calls[0].batch.num_sequences
+            if count != batch.num_sequences:
+                raise ValueError(
+                    f"past_key_values: expected {count} sequences, as in the call before, got {batch.num_sequences}"
+                )
+        else:
+            self._close()
+        self.running = _Call(batch, batch.length)  # in place of one that raised
 
-    def save(self, path: AnyPath) -> None:
-        """Writes the recording with torch.save, moved to the CPU."""
-        layers = {name: layer.state() for name, layer in self.layers.items()}
-        save_whole(path, {"format": _FORMAT, "by_token_id": self.by_token_id, "layers": layers})
+    def _continues(self, batch: Batch) -> bool:
+        return bool(self.groups) and batch.cached > self.groups[-1].calls[0].batch.cached
 
-    @classmethod
-    def load(cls, path: AnyPath) -> RoutingTrace:
-        """Loads a saved trace for inspection. Raises ValueError for any other file."""
-        return load_recording(path, "RoutingTrace", _FORMAT, cls._of_data)
+    def _close(self) -> None:
+        """The last sequences are complete. Their cache may have been cropped after the last call."""
+        left = cached_in({"cache": self.cache})
+        if left and self.groups:  # 0 after a reset
+            self.groups[-1].crop(left)
+        self.cache = None
 
-    @classmethod
-    def _of_data(cls, data: dict[str, Any]) -> RoutingTrace:
-        trace = cls(by_token_id=bool(data["by_token_id"]))
-        trace.layers = {str(name): LayerTrace.of_state(state) for name, state in data["layers"].items()}
-        trace.record = kinds_of({kind for layer in trace.layers.values() for kind in layer.record})
-        return trace
+    def end(self) -> None:
+        """The call did not raise."""
+        if (call := self.running) is not None:
+            self.cache = call.batch.cache
+            if not self._continues(call.batch):
+                self.groups.append(_Group())
+            self.groups[-1].add(call)
+        self.running = None
+
+    def listener(self, name: str) -> Callable[[Tensor, int], None]:
+        def listen(topk_ids: Tensor, num_classes: int) -> None:
+            if (call := self.running) is None:
+                raise ValueError("model: expected calls of the model that is recorded, got one of a part of it")
+            tokens = len(call.batch.real)
+            if len(topk_ids) != tokens:
+                raise ValueError(f"{name}: expected the model's {tokens} tokens, got {len(topk_ids)}")
+            key = key_of(name, call.counts[name])
+            call.counts[name] += 1
+            self.classes[key] = max(num_classes, self.classes.get(key, 0))
+            small = torch.int16 if num_classes < 1 << 15 else torch.int32
+            call.choices[key] = topk_ids.detach().to(small)
+
+        return listen
+
+    def finish(self, result: RoutingRecord) -> None:
+        self._close()
+        sequences, positions, tokens, lengths, first = [], [], [], [], 0
+        heard: list[tuple[_Call, Tensor]] = []  # the calls with their tokens
+        for group in self.groups:
+            filled = torch.zeros(group.calls[0].batch.num_sequences, dtype=torch.int64)
+            for call in group.calls:
+                real = group.real(call)
+                batch = replace(call.batch, real=real, sequence=call.batch.sequence.cpu())
+                sequence = batch.sequence[real]
+                positions.append(filled[sequence] + batch.order()[real])
+                sequences.append(sequence + first)
+                filled += batch.lengths()
+                tokens.append(None if batch.token_ids is None else batch.token_ids.cpu()[real])
+                heard.append((call, real))
+            lengths.append(filled)
+            first += len(filled)
+        if not heard:
+            return
+        longest = max(int(filled.max()) if len(filled) else 0 for filled in lengths) + 1
+        order = (torch.cat(sequences) * longest + torch.cat(positions)).argsort()
+        choices = {}
+        for key in dict.fromkeys(key for call, _ in heard for key in call.choices):
+            count = sum(key in call.choices for call, _ in heard)
+            if count < len(heard):
+                raise ValueError(f"{key}: expected this layer in each call of the model, got it in {count} calls")
+            choices[key] = stacked([call.choices[key].cpu()[real] for call, real in heard])[order]
+        token_ids = None if any(t is None for t in tokens) else torch.cat([t for t in tokens if t is not None])[order]
+        complete = RoutingRecord.of(choices, torch.cat(lengths), self.classes, token_ids)
+        result.layers, result.lengths, result.token_ids = complete.layers, complete.lengths, complete.token_ids

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from switchgear.routing.widths import stacked
+from switchgear.trace.batches import stacked
 
 _KEYS = 2**62  # enough that two tokens hardly ever draw the same key
 

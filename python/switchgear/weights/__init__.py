@@ -9,6 +9,7 @@ weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of whi
 form.py     the base class Form; Layout, how a module holds its projections
 exact.py, integers.py, minifloat.py, groups.py: the forms
 module.py   stored projections of a module, and its state dict
+state.py    State, what switchgear keeps on a module; extend, for modules of other libraries
 selected.py parameters of which some experts are trained alone; offloaded.py: experts in a store on disk;
             adapted.py: projections with low-rank adapters
 store.py    all experts of a model, and the choice of a form; change.py: the change of one module; pages.py: huge pages
@@ -16,14 +17,17 @@ checks.py   for code that reads parameters itself
 """
 
 from switchgear.weights.exact import Compact, Panels, Plain
-from switchgear.weights.form import FINDERS, HINTS, Form, Layout, layout_of
+from switchgear.weights.form import Form, Layout, layout_of
 from switchgear.weights.groups import Groups
 from switchgear.weights.integers import Int4, Int8
 from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
 from switchgear.weights.module import stored_of, weights_of
 from switchgear.weights.pages import advise_huge_pages, interleave_nodes, use_huge_pages
+from switchgear.weights.state import FINDERS as _FINDERS
 from switchgear.weights.store import Stored, encode, restore, store
 from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight
+
+FINDERS, HINTS = _FINDERS["layout"], _FINDERS["hint"]  # earlier names; `extend` adds to all of them
 
 __all__ = [
     "FINDERS",

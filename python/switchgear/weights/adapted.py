@@ -2,55 +2,27 @@
 """Low-rank adapters of a module's projections: where their state is, and how the projections are read with them.
 
 Own adapters, of `switchgear.adapters`, are the parameters <name>_lora_A [E,r,in] and <name>_lora_B [E,out,r] of the
-module that holds the parameter <name>; their options are in the attribute _switchgear_adapters. Lent adapters belong to
-another library's wrapper of the module, which lends their factors for the duration of a call.
+module that holds the parameter <name>; their options are in the module's State. Borrowed factors belong to another
+library's wrapper of the module, which lends them for the duration of a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.utils.extending import is_extended
+from switchgear.utils.functions import is_extended
+from switchgear.weights.state import FINDERS, Borrowed, Factors, Lora, get_state
 from switchgear.weights.weight import AdaptedWeight, Weight
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Options of a projection's own adapter: W + alpha/rank · B·A."""
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    merged: Any = None  # what unmerging needs, while the adapter is merged into W
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-
-class Factors(NamedTuple):
-    """An adapter of a parameter, in the parameter's own layout: parameter + scale · left·right for each expert."""
-
-    left: Tensor  # [E,D1,r], or [E·D1,r] for a parameter [E·D1,D2]
-    right: Tensor  # [E,r,D2], or [r,D2]
-    scale: float
-
-
-Lent = Mapping[str, Sequence[Factors]]  # by name of the parameter
-
-# Called when a wrapper is around a module or may come. Makes wrappers that can lend their factors do so from then on.
-ON_WRAPPER: list[Callable[[], None]] = []
 
 
 def notice_wrappers() -> None:
     """Lets libraries of wrappers know switchgear from now on, if they are imported."""
-    for function in ON_WRAPPER:
-        function()
+    for notice in FINDERS["wrapper"]:
+        notice()
 
 
 def notice_wrapper(module: nn.Module) -> None:
@@ -59,53 +31,50 @@ def notice_wrapper(module: nn.Module) -> None:
         notice_wrappers()
 
 
-def lends(wrapper: nn.Module) -> bool:
+def can_borrow_from(wrapper: nn.Module) -> bool:
     """Whether a wrapper lends its factors to modules that run on switchgear."""
     notice_wrappers()
     return is_extended(getattr(type(wrapper), "_activate_lora", None))
 
 
-def adapters_of(module: nn.Module) -> dict[str, Lora]:
+def adapters_of(module: nn.Module) -> Mapping[str, Lora]:
     """A module's own adapters by projection."""
-    found: dict[str, Lora] = module.__dict__.get("_switchgear_adapters") or {}
-    return found
+    return get_state(module).adapters
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Whether a module has adapters, own or lent, that reading its parameters would miss."""
-    attributes = module.__dict__
-    if attributes.get("_switchgear_lent"):
-        return True
-    return any(lora.merged is None for lora in adapters_of(module).values())
+    """Whether a module has adapters, own or borrowed, that reading its parameters would miss."""
+    state = get_state(module)
+    return bool(state.borrowed) or any(lora.merged is None for lora in state.adapters.values())
 
 
 def read_by(module: nn.Module) -> list[Tensor]:
-    """The tensors with gradients that a call of the module may read: its parameters, and lent factors."""
-    lent: Lent = module.__dict__.get("_switchgear_lent") or {}
-    factors = [tensor for all_of_name in lent.values() for factor in all_of_name for tensor in factor[:2]]
-    return [*module.parameters(), *factors]
+    """The tensors with gradients that a call of the module may read: its parameters, and borrowed factors."""
+    borrowed = [factor for factors in get_state(module).borrowed.values() for factor in factors]
+    return [*module.parameters(), *(tensor for factor in borrowed for tensor in factor[:2])]
 
 
-def adapted(module: nn.Module, name: str, weight: Any, *, transposed: bool = False, lent: Lent | None = None) -> Any:
+def adapted(
+    module: nn.Module, name: str, weight: Any, *, transposed: bool = False, borrowed: Borrowed | None = None
+) -> Any:
     """`weight`, the projection [E,N,C] read from the module's parameter `name`, with its adapters, if any.
 
-    transposed: `weight` is the parameter's last dimensions swapped. lent: factors that a caller found itself.
+    transposed: `weight` is the parameter's last dimensions swapped. borrowed: factors that a caller found itself.
     """
-    attributes = module.__dict__
-    own = attributes.get("_switchgear_adapters")
-    lent = attributes.get("_switchgear_lent") if lent is None else lent
-    if not own and not lent:
+    state = get_state(module)
+    borrowed = state.borrowed if borrowed is None else borrowed
+    if not state.adapters and not borrowed:
         notice_wrapper(module)
         return weight
-    lora = own.get(name) if own else None
-    factors = lent.get(name, ()) if lent else ()
+    lora = state.adapters.get(name)
+    factors = borrowed.get(name, ())
     if lora is not None and lora.merged is None:
         if factors:
             raise ValueError(
                 f"{name}: expected adapters of one library, got some of switchgear.adapters.add_lora and of a wrapper"
             )
         return _with_own(module, name, weight, lora)
-    return _with_lent(weight, factors, transposed) if factors else weight
+    return _with_borrowed(weight, factors, transposed) if factors else weight
 
 
 def _with_own(module: nn.Module, name: str, weight: Any, lora: Lora) -> AdaptedWeight:
@@ -119,7 +88,7 @@ def _with_own(module: nn.Module, name: str, weight: Any, lora: Lora) -> AdaptedW
     return AdaptedWeight(weight, a, b, lora.scale, dropout=lora.dropout if module.training else 0.0)
 
 
-def _with_lent(weight: Tensor | Weight, factors: Sequence[Factors], transposed: bool) -> AdaptedWeight:
+def _with_borrowed(weight: Tensor | Weight, factors: Sequence[Factors], transposed: bool) -> AdaptedWeight:
     """Several adapters are one of the sum of their ranks."""
     pairs = [_pair(weight, factor, transposed) for factor in factors]
     scales = [factor.scale for factor in factors]

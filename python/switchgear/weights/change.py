@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from switchgear.weights.exact import Copies, Plain, Relaid
 from switchgear.weights.form import Form, Layout
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, in_layout, put, stored_of, take_back
+from switchgear.weights.state import set_state
 from switchgear.weights.weight import Weight
 
 
@@ -102,14 +103,14 @@ class PlainChange:
     def commit(self) -> None:
         if self._relaid.changes:
             self._relaid.commit()
-            self.target.module._switchgear_packed = self.target.layout.names  # type: ignore[assignment]
+            set_state(self.target.module, packed=self.target.layout.names)
 
     def forget(self) -> None:
         self._relaid.forget()
 
     def undo(self) -> bool:
         if self._relaid.undo():
-            vars(self.target.module).pop("_switchgear_packed", None)
+            set_state(self.target.module, packed=None)
         return True
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from switchgear.reference.minifloat import finite_experts
 from switchgear.weights.pages import advise_huge_pages
+from switchgear.weights.state import find
 from switchgear.weights.weight import Weight
 
 
@@ -107,18 +107,13 @@ class Layout(NamedTuple):
         return 2 if index == 0 and self.split_gates else 1
 
 
-HINTS: list[Callable[[nn.Module], str | None]] = []
-"""Each says of modules of one kind why they have no layout now, or None for other modules."""
-FINDERS: list[Callable[[nn.Module], Layout | None]] = []
-"""Each recognizes one kind of module. Append one of your own to store experts of other modules."""
-
-
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a module's projections; None if it has none that the fused kernel supports."""
-    return next((layout for find in FINDERS if (layout := find(module)) is not None), None)
+    layout: Layout | None = find("layout", module)
+    return layout
 
 
 def hint_for(model: nn.Module) -> str:
     """Why a model has no module with a layout, from the first module that an integration knows, or what to do."""
-    hints = (f"{name}: {hint}" for name, m in model.named_modules() for find in HINTS if (hint := find(m)) is not None)
+    hints = (f"{name}: {hint}" for name, m in model.named_modules() if (hint := find("hint", m)) is not None)
     return next(hints, "for a Hugging Face model, call switchgear.accelerate(model) first")

@@ -21,6 +21,7 @@ from switchgear.backends import warn_once
 from switchgear.reference.formats import FIELDS
 from switchgear.weights.adapted import adapted, notice_wrapper
 from switchgear.weights.form import Form, KeyedForm, Layout
+from switchgear.weights.state import get_state, hook_once, set_state
 from switchgear.weights.weight import Weight
 
 _FIELDS = ("data", *FIELDS)
@@ -168,7 +169,7 @@ class StoredProjections:
 
     def freeze(self, module: nn.Module) -> None:
         """Lets `restore` return frozen parameters."""
-        module._switchgear_stored = StoredProjections(self.form, self.layout, self._frozen())  # type: ignore[assignment]
+        set_state(module, stored=StoredProjections(self.form, self.layout, self._frozen()))
 
     def _frozen(self) -> tuple[Projection, Projection]:
         first, second = self.projections
@@ -202,7 +203,7 @@ class StoredProjections:
         changed = StoredProjections(self.form, self.layout, (projections[0], projections[1]))
         self.take_out_of(module)
         changed.put_into(module, (loaded[0], loaded[1]))
-        module._switchgear_stored = changed  # type: ignore[assignment]
+        set_state(module, stored=changed)
 
     def check_load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         """Raises ValueError if `load` would. Plain weights are not encoded for that."""
@@ -244,7 +245,8 @@ def _untraced(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 def stored_of(module: nn.Module) -> StoredProjections | None:
     """How a module stores its projections; None if they are parameters."""
-    return module.__dict__.get("_switchgear_stored")
+    stored: StoredProjections | None = get_state(module).stored
+    return stored
 
 
 def freeze_stored(module: nn.Module) -> None:
@@ -262,10 +264,8 @@ def attribute(module: nn.Module, name: str) -> Any:
 def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
     """The two projections [E,out,in] for `moe`: tensors if they are parameters, else Weights; with their adapters, if
     any. `layout` is that of the module's parameters."""
-    attributes = module.__dict__
-    stored = attributes.get("_switchgear_stored")
-    adapters = attributes.get("_switchgear_adapters") or attributes.get("_switchgear_lent")
-    selection = attributes.get("_switchgear_selection")
+    state = get_state(module)
+    stored, adapters = state.stored, state.adapters or state.borrowed
     first: Any
     second: Any
     if stored is not None:
@@ -276,8 +276,8 @@ def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
         first, second = attribute(module, layout.names[0]), attribute(module, layout.names[1])
         if layout.transposed:
             first, second = _transposed(first), _transposed(second)
-        if selection is not None:
-            first, second = selection.around(module, layout, first, second)
+        if state.selection is not None:
+            first, second = state.selection.around(module, layout, first, second)
     if not adapters:
         notice_wrapper(module)
         return first, second
@@ -317,11 +317,13 @@ def put(module: nn.Module, stored: StoredProjections, weights: tuple[Weight, Wei
         absent = Absent(name, str(stored.form), stored.form.undo)
         vars(module)[name] = absent  # found before the None in module._parameters
     stored.put_into(module, weights)
-    if "_switchgear_stored" not in vars(module):  # the hooks do nothing while a module is plain
-        hooked: Any = module
-        hooked.register_state_dict_post_hook(_save)
-        hooked.register_load_state_dict_pre_hook(_load)
-    module._switchgear_stored = stored  # type: ignore[assignment]
+    hook_once(module, "stored", _register_hooks)
+    set_state(module, stored=stored)
+
+
+def _register_hooks(module: Any) -> None:
+    module.register_state_dict_post_hook(_save)
+    module.register_load_state_dict_pre_hook(_load)
 
 
 def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.Parameter]) -> None:
@@ -330,8 +332,7 @@ def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.
     for name, parameter in zip(stored.layout.names, parameters, strict=True):
         vars(module).pop(name, None)
         module.register_parameter(name, parameter)
-    if "_switchgear_stored" in vars(module):
-        module._switchgear_stored = None  # type: ignore[assignment]
+    set_state(module, stored=None)
 
 
 @contextmanager
@@ -407,18 +408,13 @@ def check_before_load(model: nn.Module) -> None:
     """From now on load_state_dict of a model, or of a module in it, changes nothing if a stored module refuses its
     weights."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    _hook_once(model, _check)
+    hook_once(model, "checks", lambda hooked: hooked.register_load_state_dict_pre_hook(_check))
     for name, module in modules.items():
         if stored_of(module) is not None:
             while name := name.rpartition(".")[0]:
-                _hook_once(modules[name], _check_alone)
-
-
-def _hook_once(module: nn.Module, hook: Callable[..., None]) -> None:
-    if "_switchgear_checks" not in vars(module):  # the hooks do nothing where no module is stored
-        hooked: Any = module
-        hooked.register_load_state_dict_pre_hook(hook)
-        vars(module)["_switchgear_checks"] = True  # setattr of a compiled module goes to the one inside
+                hook_once(
+                    modules[name], "checks", lambda hooked: hooked.register_load_state_dict_pre_hook(_check_alone)
+                )
 
 
 def _check(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.utils.compiling import not_compiled
-from switchgear.utils.sharded import is_sharded
+from switchgear.utils.functions import not_compiled
+from switchgear.utils.modules import is_sharded
 from switchgear.weights.form import Layout
+from switchgear.weights.state import get_state, hook_once, set_state
 from switchgear.weights.weight import SelectedWeight
 
 SUFFIX = "_selected"
@@ -118,7 +119,8 @@ def _version(tensor: Tensor) -> int | None:
 
 def selection_of(module: nn.Module) -> Selection | None:
     """What is trained alone in a module, or None."""
-    return module.__dict__.get("_switchgear_selection")
+    selection: Selection | None = get_state(module).selection
+    return selection
 
 
 def select(module: nn.Module, names: Sequence[str], experts: Tensor) -> list[nn.Parameter]:
@@ -134,12 +136,8 @@ def select(module: nn.Module, names: Sequence[str], experts: Tensor) -> list[nn.
         getattr(module, name).requires_grad_(False)
         module.register_parameter(name + SUFFIX, parameter)
     module.register_buffer(_EXPERTS, experts, persistent=False)
-    if "_switchgear_selection" not in module.__dict__:  # the hooks do nothing without a selection
-        hooked: Any = module
-        hooked.register_state_dict_pre_hook(_before_save)
-        hooked.register_state_dict_post_hook(_save)
-        hooked.register_load_state_dict_pre_hook(_load)
-    module._switchgear_selection = Selection(names)  # type: ignore[assignment]
+    hook_once(module, "selection", _register_hooks)
+    set_state(module, selection=Selection(names))
     return list(made.values())
 
 
@@ -153,10 +151,16 @@ def unselect(module: nn.Module) -> None:
         getattr(module, name).requires_grad_(True)
     del module._buffers[_EXPERTS]
     module._non_persistent_buffers_set.discard(_EXPERTS)
-    module._switchgear_selection = None  # type: ignore[assignment]
+    set_state(module, selection=None)
 
 
 # ---- state dicts -----------------------------------------------------------------------------------------------------
+
+
+def _register_hooks(module: Any) -> None:
+    module.register_state_dict_pre_hook(_before_save)
+    module.register_state_dict_post_hook(_save)
+    module.register_load_state_dict_pre_hook(_load)
 
 
 def _before_save(module: nn.Module, *_: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from switchgear import backends, ops
 from switchgear.complaints import at_least, check_dense, check_module, check_switch, check_tensor
 from switchgear.reference import check_size
-from switchgear.weights.adapted import lends, notice_wrappers
+from switchgear.weights.adapted import can_borrow_from, notice_wrappers
 from switchgear.weights.change import (
     PlainChange,
     StoredChange,
@@ -34,6 +34,7 @@ from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
 from switchgear.weights.module import FLOATS, StoredProjections, Tie, check_before_load, stored_of, take_back
 from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.selected import selection_of
+from switchgear.weights.state import get_state, set_state
 from switchgear.weights.weight import Weight
 
 _logger = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ def restore(model: nn.Module) -> int:
         if (stored := stored_of(module)) is not None:
             stored.check_restore()
             decoded.append((module, stored, plain_parameters(module, parameters, plain)))
-        elif (names := vars(module).get("_switchgear_packed")) is not None:
+        elif (names := get_state(module).packed) is not None:
             relaid.append((module, Relaid(parameters_of(module, names), False, copies)))
     try:
         for _, change in relaid:
@@ -175,7 +176,7 @@ def restore(model: nn.Module) -> int:
             change.undo()
         raise
     for module, _ in relaid:
-        del vars(module)["_switchgear_packed"]
+        set_state(module, packed=None)
     for module, stored, found in decoded:
         take_back(module, stored, found)
     changed = len(decoded) + sum(change.changes for _, change in relaid)
@@ -250,7 +251,7 @@ def wrapper_of(model: nn.Module, name: str) -> str | None:
     if last != "base_layer":
         return None
     wrapper = model.get_submodule(outer)
-    return None if lends(wrapper) else type(wrapper).__name__
+    return None if can_borrow_from(wrapper) else type(wrapper).__name__
 
 
 def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ...common import check_new, positive, require
-from ..checkpoint import DTYPES, TINY, folder_of
+from ..checkpoint import DTYPES, TINY, find_folder
+from ..common import check_new, positive, require
 
 
 # fmt: off
@@ -40,6 +40,6 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     check_new("out", args.out)
     recipe = read(args.recipe)
-    for line in compress(folder_of(args.model), recipe, Path(args.out), args.dtype, fresh=args.fresh):
+    for line in compress(find_folder(args.model), recipe, Path(args.out), args.dtype, fresh=args.fresh):
         print(line, flush=True)
     return 0

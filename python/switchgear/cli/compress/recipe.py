@@ -12,7 +12,7 @@ from typing import Any
 
 from switchgear import compress
 
-from ...common import CommandError
+from ..common import CommandError
 from .values import is_integer, mistake
 
 STEPS = ("prune_experts", "merge_experts", "prune_weights", "quantize")  # of switchgear.compress

@@ -20,17 +20,16 @@ from typing import Any
 from switchgear import compress as functions
 from switchgear.complaints import first_line
 from switchgear.compress import Calibration, calibrate
-from switchgear.convert.directory import beside_weights
-from switchgear.files import LOCK, locked, replacing, unfinished_of, write_whole
+from switchgear.convert.directory import list_beside_weights
+from switchgear.files import JOURNAL, LOCK, UNFINISHED, locked, replacing, write_whole
 from switchgear.weights import restore
 
-from ...common import CommandError
-from ...common.progress import progress
-from ..checkpoint import batches_of, length_for, load_model, read_texts
+from ..checkpoint import choose_length, cut_batches, load_model, read_texts
+from ..common import CommandError
+from ..progress import progress
 from .recipe import Recipe, Step
 
-JOURNAL = "journal.json"
-WRITTEN = (JOURNAL, unfinished_of(Path(JOURNAL)).name, "step-*", "calibration-*.safetensors")  # into OUT.partial
+WRITTEN = (JOURNAL, f"{JOURNAL}*{UNFINISHED}", "step-*", "calibration-*.safetensors")  # into OUT.partial
 
 
 def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fresh: bool = False) -> Iterator[str]:
@@ -44,7 +43,7 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
             yield f"continuing after step {len(done)} of {len(recipe.steps)}"
         model = load_model(partial.model() if done else source, dtype, whole=True)
         for i, step in enumerate(recipe.steps[len(done) :], len(done)):
-            restore(model)  # of weights that a step has stored: a resumed run reads plain ones, too
+            restore(model)  # a step may have stored weights; a resumed run reads plain ones, too
             calibration = partial.calibration(i)
             if calibration is None and step.needs_calibration:
                 calibration = _calibrate(model, source, recipe, texts, step.needs_hessians)
@@ -96,11 +95,11 @@ def _needs_text(recipe: Recipe) -> bool:
 
 
 def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes], hessians: bool) -> Calibration:
-    length = length_for(model, recipe.length)
+    length = choose_length(model, recipe.length)
     batches: list[dict[str, Any]] = [
         {"input_ids": rows, "domain": name, "use_cache": False}
         for name, text in texts.items()
-        for rows in batches_of(text, model, source, tokens=recipe.tokens, length=length, name=name)
+        for rows in cut_batches(text, model, source, tokens=recipe.tokens, length=length, name=name)
     ]
 
     def counted() -> Iterator[dict[str, Any]]:
@@ -113,7 +112,7 @@ def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes]
             return calibrate(model, counted(), hessians=hessians)
         except ValueError as error:
             raise CommandError(f"cannot calibrate: {error}") from None
-        except (AttributeError, TypeError, RuntimeError) as error:  # of the model's own code
+        except (AttributeError, TypeError, RuntimeError) as error:  # the model's own code raises them
             raise CommandError(f"cannot calibrate: {first_line(error)}") from None
 
 
@@ -179,7 +178,9 @@ class Partial:
 
     def finish(self, source: Path, about: dict[str, Any]) -> None:
         result = self.model()
-        for name in beside_weights(source):
+        for left in result.rglob(f"*{UNFINISHED}"):  # by a run that was killed
+            left.unlink()
+        for name in list_beside_weights(source):
             if not (result / name).exists():  # save_pretrained has written some
                 (result / name).parent.mkdir(exist_ok=True)
                 with replacing(result / name) as unfinished:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ...common import cgroup, machine
 from ...complaints import first_line, installed_version, is_installed, missing_package
 from ...integrations import is_too_old
+from .. import cgroup, machine
 from .finding import Finding
 
 ALLOCATOR = " ".join(f"{name}={value}" for name, value in machine.TUNED_ALLOCATOR.items())

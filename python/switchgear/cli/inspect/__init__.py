@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ...common import CommandError, at_least, check_writable, positive, require, write_file
-from ...common.progress import progress
-from ..checkpoint import DTYPES, LENGTH, TINY, batches_of, folder_of, length_for, load_model, read_texts
+from ..checkpoint import DTYPES, LENGTH, TINY, choose_length, cut_batches, find_folder, load_model, read_texts
+from ..common import CommandError, at_least, check_writable, positive, require, write_file
+from ..progress import progress
 
 
 # fmt: off
@@ -36,14 +36,14 @@ def run(args: argparse.Namespace) -> int:
     from .measure import inspect
 
     torch.set_num_threads(args.threads)
-    folder = folder_of(args.model)
+    folder = find_folder(args.model)
     texts = read_texts(args.text, folder)
     out = Path(args.out)
     check_writable(out)  # before minutes of work
     model = load_model(folder, args.dtype)
-    length = length_for(model, args.length)
+    length = choose_length(model, args.length)
     batches = {
-        name: batches_of(text, model, folder, tokens=args.tokens, length=length, name=name)
+        name: cut_batches(text, model, folder, tokens=args.tokens, length=length, name=name)
         for name, text in texts.items()
     }
     with progress("reading") as advance:

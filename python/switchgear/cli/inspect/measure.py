@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from switchgear.diagnostics import LayerChoices, cacheability, coactivation, collect, gate_entropy, usage
-from switchgear.diagnostics.similarity import cosines_of_products
+from switchgear.diagnostics.similarity import compute_product_cosines
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 
 SEGMENT = 16  # consecutive tokens that share a cache, or all of a shorter sequence
@@ -149,7 +149,7 @@ def similarity_of(block: MoeBlock) -> Tensor | None:
         for part in torch.split(weight.detach().flatten(1), max(COLUMNS // block.num_experts, 1), dim=1):
             rows = part.cpu().double()
             products += rows @ rows.T
-    return cosines_of_products(products)
+    return compute_product_cosines(products)
 
 
 def _pairs(matrix: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...common.plots import colors, pyplot, save
+from ..plots import colors, pyplot, save
 from .measure import Inspection, Layer
 
 MOST_MATRICES = 6  # layers whose matrices are shown: the first, the last and those between

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from ...common import markdown_table
+from ..common import markdown_table
 from .measure import Inspection, Layer
 
 FAVOURITE = 1.5  # an expert is a domain's own from this factor over the mean of all domains on

@@ -20,8 +20,7 @@ from switchgear.parallel.elastic.transfer import agree, gather, of_bytes, send_r
 from switchgear.parallel.errors import ExpertParallelError, Failure
 from switchgear.parallel.experts import ParallelExperts, expert_parameters
 from switchgear.parallel.placement import Placement, keep_experts
-from switchgear.routing.change import Change
-from switchgear.routing.interventions import Changed
+from switchgear.routing.change import Change, Changed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear bench --generate`: greedy decoding of whole models by `generate`, beside transformers and llama.cpp.
+
+Each implementation has a process of its own, with the same random weights. They decode in turns: one prompt token, then
+a token at a time. Before that, logits of a prompt are compared with transformers' own in the same dtype, and afterwards
+the tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import switchgear
+from switchgear.cli.common import CommandError, choose, console, markdown_table, require, threads
+from switchgear.cli.machine import busy_seconds_elsewhere
+from switchgear_bench.processes import Child
+
+from .competitors import Skip
+from .llama import Llama, packages, write_gguf
+from .markdown import write_outputs
+from .results import read_json, rounded
+from .timing import STIRRED, TICK, counted, wait_for_quiet
+
+SCHEMA = "switchgear-bench-generate/1"
+TOKENS, TURNS = 64, 7
+QUICK_TOKENS, QUICK_TURNS = 8, 3
+PROMPT, LENGTH = 16, 512  # tokens: whose logits are compared; of the longest text
+BASE = "transformers"
+# Root mean square. A layer rounds about 10 tensors to bfloat16, by 2^-9 of their size, and the roundings add up like a
+# random walk: 0.0125 for four layers. Experts chosen differently add to that.
+TOLERANCE = 0.05
+
+
+class Model(NamedTuple):
+    """An OLMoE with random weights."""
+
+    about: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    heads: int
+    vocabulary: int
+
+
+MODELS = {
+    "tiny": Model("fits in the cache", 4, 256, 128, 8, 2, 4, 1024),
+    "olmoe": Model("four of the sixteen layers of OLMoE-1B-7B", 4, 2048, 1024, 64, 8, 16, 50304),
+}
+
+
+class Decoder(Protocol):
+    """A model in one implementation."""
+
+    def logits(self, prompt: list[int]) -> Tensor:
+        """Of the token that follows, [vocabulary], float32."""
+
+    def decode(self, first: int, count: int) -> list[int]:
+        """The next tokens, greedily."""
+
+
+# ---- in transformers -------------------------------------------------------------------------------------------------
+
+
+def build(model: Model) -> Any:
+    """The model of transformers, in bfloat16."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    config = OlmoeConfig(
+        vocab_size=model.vocabulary, hidden_size=model.hidden_size, intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.layers, num_attention_heads=model.heads, num_key_value_heads=model.heads,
+        num_experts=model.num_experts, num_experts_per_tok=model.top_k, max_position_embeddings=LENGTH,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made: Any = OlmoeForCausalLM(config)
+        return made.eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+class InLlama:
+    """llama.cpp, with experts of a type of GGUF."""
+
+    def __init__(self, model: Model, folder: str, experts: str) -> None:
+        packages()
+        theirs, path = build(model), Path(folder, f"{experts}.gguf")
+        write_gguf(path, theirs.config.to_dict(), theirs.state_dict(), experts)
+        self._llama = Llama(path, model.vocabulary, LENGTH, torch.get_num_threads())
+
+    def logits(self, prompt: list[int]) -> Tensor:
+        self._llama.forget()
+        return self._llama.step(prompt)
+
+    def decode(self, first: int, count: int) -> list[int]:
+        self._llama.forget()
+        tokens = [first]
+        for _ in range(count):
+            tokens.append(int(self._llama.step(tokens[-1:]).argmax()))
+        return tokens[1:]
+
+
+class InTransformers:
+    """`generate`, after `prepare`."""
+
+    def __init__(self, model: Model, prepare: Callable[[Any], object]) -> None:
+        self._model = build(model)
+        prepare(self._model)
+
+    @torch.inference_mode()
+    def logits(self, prompt: list[int]) -> Tensor:
+        found: Tensor = self._model(torch.tensor([prompt])).logits[0, -1]
+        return found.float()
+
+    @torch.inference_mode()
+    def decode(self, first: int, count: int) -> list[int]:
+        ids = self._model.generate(torch.tensor([[first]]), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        tokens: list[int] = ids[0, 1:].tolist()
+        return tokens
+
+
+def _accelerate(model: Any, form: str = "plain", whole_blocks: bool = False) -> None:
+    """ "plain" moves the experts' weights to huge pages."""
+    switchgear.accelerate(model, whole_blocks=whole_blocks)
+    switchgear.store(model, form)
+
+
+MAKERS: dict[str, Callable[[Model, str], Decoder]] = {
+    BASE: lambda model, folder: InTransformers(model, lambda _: None),
+    "switchgear": lambda model, folder: InTransformers(model, _accelerate),
+    "switchgear, whole blocks": lambda model, folder: InTransformers(model, partial(_accelerate, whole_blocks=True)),
+    "llama.cpp": lambda model, folder: InLlama(model, folder, "BF16"),
+    "switchgear, experts in int4": lambda model, folder: InTransformers(
+        model, partial(_accelerate, form="int4", whole_blocks=True)
+    ),
+    "llama.cpp, experts in Q4_0": lambda model, folder: InLlama(model, folder, "Q4_0"),
+}
+LOSSY = {"switchgear, experts in int4", "llama.cpp, experts in Q4_0"}
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, name: str, model: Model, folder: str, thread_count: int) -> None:
+    torch.set_num_threads(thread_count)
+    try:
+        decoder = MAKERS[name](model, folder)
+    except Skip as reason:
+        connection.send(("ok", reason.args[0]))
+        return
+    connection.send(("ok", decoder.logits(list(range(1, PROMPT + 1)))))
+    while True:
+        count = connection.recv()
+        before, start = busy_seconds_elsewhere(), perf_counter()
+        tokens = decoder.decode(1, count)
+        seconds = perf_counter() - start
+        connection.send(("ok", (seconds, busy_seconds_elsewhere() - before, tokens)))
+
+
+def measure(name: str, count: int, turns: int, thread_count: int) -> dict[str, Any]:
+    """One model by all implementations."""
+    results: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    with ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory())
+        children: dict[str, Child] = {}
+        expected = torch.empty(0)
+        for maker in MAKERS:
+            child = Child(maker, _serve, maker, MODELS[name], folder, thread_count)
+            stack.callback(child.close)
+            found = child.receive()
+            if isinstance(found, str):
+                skipped.append({"implementation": maker, "reason": found})
+                continue
+            expected = found if maker == BASE else expected
+            error = float((found - expected).norm() / expected.norm())
+            if maker not in LOSSY and not error <= TOLERANCE:
+                raise CommandError(f"{name}: logits of {maker} differ from transformers' by {error:.2g}")
+            children[maker] = child
+            results.append({"implementation": maker, "error": error})
+        taken: dict[str, list[tuple[list[float], bool]]] = {maker: [] for maker in children}
+        tokens: dict[str, list[int]] = {}
+        for turn in range(turns + 1):  # the first one is not timed
+            for maker, child in children.items():
+                wait_for_quiet(1.0)
+                child.connection.send(count)
+                seconds, busy, tokens[maker] = child.receive()
+                if turn:
+                    taken[maker].append(([seconds], busy <= STIRRED * seconds + TICK))
+        for row in results:
+            maker = row["implementation"]
+            same = next((i for i in range(count) if tokens[maker][i] != tokens[BASE][i]), count)
+            quiet = sum(is_quiet for _, is_quiet in taken[maker])
+            rate = count / median(counted(taken[maker]))
+            row |= {"tokens_per_second": rate, "same_tokens": same, "quiet_turns": quiet}
+    return {"model": name, "tokens": count, "turns": turns, "results": rounded(results), "skipped": skipped}
+
+
+def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
+    """about: the machine, for --json."""
+    require("rich")
+    require("transformers")
+    if args.source:
+        results = read_json(args.source, "--from", SCHEMA)
+    else:
+        count, turns = (QUICK_TOKENS, QUICK_TURNS) if args.quick else (TOKENS, TURNS)
+        names = choose("shapes", args.shapes or ("tiny" if args.quick else ",".join(MODELS)), MODELS)
+        cases = list(map(partial(measure, count=count, turns=turns, thread_count=args.threads), names))
+        results = {"schema": SCHEMA, "machine": about, "cases": cases}
+    console().print(markdown(results))
+    for case in results["cases"]:
+        console().print(*(f"{entry['implementation']}: {entry['reason']}" for entry in case["skipped"]), sep="\n")
+    write_outputs(args, results, {"generate": lambda: markdown(results)})
+    return 0
+
+
+def markdown(results: dict[str, Any]) -> str:
+    lines = []
+    for case in results["cases"]:
+        base = case["results"][0]["tokens_per_second"]
+        for row in case["results"]:
+            rate = row["tokens_per_second"]
+            error = "" if row["implementation"] == BASE else f"{row['error']:.1%}"
+            speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+            lines.append([case["model"], row["implementation"], speed, f"{rate / base:.2f}", error,
+                          f"{row['same_tokens']} of {case['tokens']}"])  # fmt: skip
+    header = ["model", "implementation", "tokens/s", "of transformers'", "logits differ by", "same tokens"]
+    about = results["machine"]
+    note = f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}.\n"
+    return f"{markdown_table(header, lines, left=(0, 1))}\n{note}"

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tables of a benchmark for documents (documents.py). A new one gets the machine, the cases and the targets."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from switchgear.cli.common import markdown_table, threads
+
+from .documents import Blocks, fill_blocks, write_blocks
+from .minifloats import STORED
+from .results import Row, cases_of, extras, is_undisturbed, undisturbed, write_json
+from .targets import is_ours, judge, ours_in
+
+BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what transformers offers today
+SUMMARY = (("forward", 1), ("forward", 512), ("train", 512))  # columns: mode and tokens
+NEW = ("machine", "cases", "targets")  # tables of a new document
+
+
+def write(results: dict[str, Any], path: str) -> None:
+    """Fills in the tables of the document at `path`, or makes a new document."""
+    write_blocks(path, _blocks(results), NEW)
+
+
+def write_outputs(args: argparse.Namespace, results: dict[str, Any], blocks: Blocks) -> None:
+    """Writes the files of --json and --markdown."""
+    if args.json:
+        write_json(results, args.json)
+    if args.markdown:
+        write_blocks(args.markdown, blocks)
+        print(f"wrote {args.markdown}")
+
+
+def fill(text: str, results: dict[str, Any]) -> str:
+    """The text with its tables regenerated. CommandError for an unknown table."""
+    return fill_blocks(text, _blocks(results))
+
+
+def _blocks(results: dict[str, Any]) -> Blocks:
+    return {name: partial(make, results) for name, make in BLOCKS.items()}
+
+
+def ceiling_lines(ceilings: dict[str, Any]) -> list[str]:
+    """The ceilings and their sources, in words."""
+
+    def best(rates: dict[str, float], unit: str) -> str:
+        named = ", ".join(f"{name} {rates[name] / 1e9:,.1f}" for name in sorted(rates, key=rates.__getitem__)[::-1])
+        return f"{max(rates.values()) / 1e9:,.1f} {unit} ({named})"
+
+    lines = [f"ceiling {dtype}: {best(rates, 'GFLOP/s')}" for dtype, rates in ceilings["compute"].items()]
+    return [*lines, f"ceiling of reading: {best(ceilings['read'], 'GB/s')}"]
+
+
+def machine_note(results: dict[str, Any]) -> str:
+    """The machine, in a sentence."""
+    machine, rows = results["machine"], results["results"]
+    # the rates of int8 and int4 are not measured but derived from bfloat16's
+    rates = {dtype: [r["multiply_rate"] for r in rows if r["dtype"] == dtype] for dtype in ("bf16", "fp32")}
+    ceilings = [f"{dtype} {max(found) / 1e9:,.0f} GFLOP/s" for dtype, found in rates.items() if found]
+    read = max((r["weight_bytes"] / r["read_ms"] / 1e6 for r in rows if r["shape"] != "tiny"), default=0.0)
+    return (
+        f"{machine['model']}, {threads(machine['threads'])}, {machine['isa']}; torch {machine['torch']}, transformers "
+        f"{machine['transformers']}, switchgear {machine['switchgear']}. The highest ceilings in the turns of a case: "
+        f"{', '.join(ceilings)} in registers, {read:,.0f} GB/s of plain reading. Weights on "
+        f"{' and '.join(sorted({row['pages'] for row in rows}))} pages.\n"
+    )
+
+
+def case_table(results: dict[str, Any]) -> str:
+    """A row per case: switchgear, transformers' default, the best of all others."""
+    header = ["shape", "tokens", "weights", "mode", "switchgear, ms", "of floor", "transformers, ms", "best other, ms"]
+    lines = []
+    for rows in cases_of(results):
+        timed = _timed(rows)
+        ours = _fastest([timed[name] for name in ours_in(rows[0]["dtype"]) if name in timed])
+        lines.append([*_case_and_ours(rows, ours), _against_transformers(timed, ours), _against_others(timed, ours)])
+    return markdown_table(header, lines, left=(0, 2, 3))
+
+
+def decoded_table(results: dict[str, Any]) -> str:
+    """A row per case of fp8, mxfp4 and groups: multiplied as stored, beside the same weights decoded to bfloat16 by
+    switchgear and by transformers, and the best of all others."""
+    header = ["shape", "tokens", "weights", "mode", "as stored, ms", "of floor"]
+    header += ["decoded, ms", "decoded, transformers, ms", "best other, ms"]
+    lines = []
+    for rows in cases_of(results):
+        if rows[0]["dtype"] in STORED:
+            timed = _timed(rows)
+            ours = timed.get(f"switchgear_{rows[0]['dtype']}")
+            against = [_against(timed.get("switchgear"), ours, ""), _against_transformers(timed, ours)]
+            lines.append([*_case_and_ours(rows, ours), *against, _against_others(timed, ours)])
+    return markdown_table(header, lines, left=(0, 2, 3))
+
+
+def _timed(rows: list[Row]) -> dict[str, Row]:
+    return {row["competitor"]: row for row in rows if row["ms"]}
+
+
+def _case_and_ours(rows: list[Row], ours: Row | None) -> list[str]:
+    """The first six cells of a case."""
+    row = rows[0]
+    mode = [row["mode"], *extras(row["routing"], row["allocator"])]
+    mode += [] if is_undisturbed(rows) else ["disturbed"]
+    cells = [row["shape"], f"{row['tokens']:,}", row["dtype"], ", ".join(mode)]
+    return cells + ([_milliseconds(ours), f"{ours['percent_of_floor']:.0f} %"] if ours else ["", ""])
+
+
+def _against_transformers(timed: dict[str, Row], ours: Row | None) -> str:
+    return _against(_fastest([timed[name] for name in BASELINES if name in timed]), ours, "")
+
+
+def _against_others(timed: dict[str, Row], ours: Row | None) -> str:
+    other = _fastest([row for name, row in timed.items() if not is_ours(name) and not name.startswith("hf_")])
+    return _against(other, ours, other["competitor"] if other else "")
+
+
+def _milliseconds(row: Row) -> str:
+    """At least three digits: 0.0297, 2.90, 1,307."""
+    ms = float(row["ms"])
+    return f"{ms:,.{max(2 - math.floor(math.log10(ms)), 0)}f}"
+
+
+def _fastest(rows: list[Row]) -> Row | None:
+    return min(rows, key=lambda row: float(row["ms"]), default=None)
+
+
+def _against(theirs: Row | None, ours: Row | None, name: str) -> str:
+    if theirs is None:
+        return ""
+    ratio = f", {theirs['ms'] / ours['ms']:.2f}x" if ours else ""
+    return _milliseconds(theirs) + (f" ({name})" if name else "") + ratio
+
+
+def summary_table(results: dict[str, Any]) -> str:
+    """A row per shape and dtype: milliseconds, share of the floor, speed-up over transformers' default."""
+    found: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
+    for rows in undisturbed(results):
+        row, timed = rows[0], _timed(rows)
+        own = ours_in(row["dtype"])[0]
+        if (row["allocator"], row["routing"]) != ("default", "balanced") or not {own, BASELINES[0]} <= set(timed):
+            continue
+        ours, theirs = timed[own], timed[BASELINES[0]]
+        cell = f"{_milliseconds(ours)} ms, {ours['percent_of_floor']:.0f} %, **{theirs['ms'] / ours['ms']:.1f}x**"
+        found.setdefault((row["shape"], row["dtype"]), {})[row["mode"], row["tokens"]] = cell
+    header = ["shape", "dtype", *(f"{mode}, {tokens} token{'s' if tokens > 1 else ''}" for mode, tokens in SUMMARY)]
+    lines = [[*key, *(cells.get(column, "") for column in SUMMARY)] for key, cells in found.items()]
+    lines = [line for line in lines if any(line[2:])]
+    return markdown_table(header, lines, left=range(len(header)))
+
+
+def target_table(results: dict[str, Any]) -> str:
+    """A row per target and case, in the order of the targets."""
+    verdicts = judge(undisturbed(results))
+    lines = [[v.case, v.target, v.reached, "yes" if v.holds else "**no**"] for v in verdicts]
+    return markdown_table(["case", "at least", "reached", "holds"], lines, left=range(4))
+
+
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "machine": machine_note,
+    "cases": case_table,
+    "decoded": decoded_table,
+    "summary": summary_table,
+    "targets": target_table,
+}

@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checks of arguments by their annotations, once, where a public call comes in.
+
+    @checked
+    def calibrate(model: nn.Module, tokens: Size = 512, seed: Seed = 0, method: Literal["rtn", "gptq"] = "rtn") -> …
+
+`checked` binds the arguments, converts numbers of other libraries (numpy's integers) and raises before the function
+runs: TypeError for a wrong type, ValueError for a wrong value. Every message is "argument: expected …, got …".
+Hot functions are not wrapped: `explain_failure` reads the same annotations after a call has failed.
+
+    int, float, bool, str, Tensor, any class        isinstance; integers of any library become int, bool is no number
+    Literal["a", "b"]                               one of these
+    Size, Count, Seed, Share, Positive, …           numbers in a range, defined below
+    Annotated[Tensor, Shape("T", "H")]              sizes; a name is one size in the whole call, None any
+    X | None, Sequence[X], Iterable[X], Callable    as they say; items of lists and tuples are checked, too
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import functools
+import inspect
+import math
+import operator
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from numbers import Real
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+MOST_SECONDS = 1e9  # Clocks of C++ overflow beyond.
+
+
+# ---- constraints -----------------------------------------------------------------------------------------------------
+
+
+class Range(typing.NamedTuple):
+    """Numbers from `low` to `high`; `open` lists the ends that are excluded: "low", "high", "low high"."""
+
+    low: float
+    high: float
+    open: str = ""
+
+    def check(self, name: str, value: Any, sizes: dict[str, int]) -> None:
+        above = value > self.low if "low" in self.open else value >= self.low
+        below = value < self.high if "high" in self.open else value <= self.high
+        if not (above and below):  # NaN is neither
+            raise ValueError(f"{name}: expected {self}, got {value}")
+
+    def __str__(self) -> str:
+        if self == Range(-math.inf, math.inf, "low high"):
+            return "a finite number"
+        if self.low == -(2**63):
+            return "an integer of 64 bits"
+        if self.high == math.inf or self.high == 2**31 - 1:
+            return f"more than {self.low:g}" if "low" in self.open else f"at least {self.low:g}"
+        left, right = "(" if "low" in self.open else "[", ")" if "high" in self.open else "]"
+        return f"a number in {left}{self.low:g}, {self.high:g}{right}"
+
+
+class Shape:
+    """Sizes of a tensor: a number, a name for the same size in all arguments of a call, or None for any size."""
+
+    def __init__(self, *sizes: int | str | None) -> None:
+        self.sizes = sizes
+
+    def check(self, name: str, value: Tensor, sizes: dict[str, int]) -> None:
+        if value.dim() == len(self.sizes):
+            pairs = list(zip(self.sizes, value.shape, strict=True))
+            wanted = [sizes.setdefault(size, got) if isinstance(size, str) else size for size, got in pairs]
+            if all(size is None or size == got for size, got in zip(wanted, value.shape, strict=True)):
+                return
+        shown = [f"{size}={sizes[size]}" if isinstance(size, str) and size in sizes else size for size in self.sizes]
+        expected = ", ".join("any" if size is None else str(size) for size in shown)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
+
+
+class FloatingPoint:
+    """A tensor or a dtype of floating-point numbers."""
+
+    @staticmethod
+    def check(name: str, value: Any, sizes: dict[str, int]) -> None:
+        dtype = value.dtype if isinstance(value, Tensor) else value
+        if not dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating dtype, got {dtype}")
+
+
+class NotEmpty:
+    """At least one item."""
+
+    @staticmethod
+    def check(name: str, value: Any, sizes: dict[str, int]) -> None:
+        if len(value) == 0:
+            raise ValueError(f"{name}: expected at least one, got none")
+
+
+Size = Annotated[int, Range(1, 2**31 - 1)]
+Count = Annotated[int, Range(0, 2**31 - 1)]
+Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
+Finite = Annotated[float, Range(-math.inf, math.inf, "low high")]
+Positive = Annotated[float, Range(0, math.inf, "low high")]
+NotNegative = Annotated[float, Range(0, math.inf, "high")]
+Share = Annotated[float, Range(0, 1, "high")]  # A share or probability that 1 would make meaningless.
+Fraction = Annotated[float, Range(0, 1)]
+Seconds = Annotated[float, Range(0, MOST_SECONDS, "low")]
+FloatTensor = Annotated[Tensor, FloatingPoint]
+FloatDtype = Annotated[torch.dtype, FloatingPoint]
+Sizes = Annotated[Sequence[Size], NotEmpty]
+
+
+# ---- arguments of a call ---------------------------------------------------------------------------------------------
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Checks and converts the arguments of each call by the annotations of the function or method."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python's own error for too many or too few
+        convert_arguments(function, signature, bound.arguments)
+        return function(*bound.args, **bound.kwargs)
+
+    return wrapper
+
+
+def convert_arguments(function: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]) -> None:
+    """Checks `arguments`, and converts those of other libraries in place."""
+    hints = _read_hints(function)
+    sizes: dict[str, int] = {}
+    for name, value in arguments.items():
+        if name not in hints:
+            continue
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            arguments[name] = tuple(convert(name, item, hints[name], sizes) for item in value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            arguments[name] = {key: convert(key, item, hints[name], sizes) for key, item in value.items()}
+        else:
+            arguments[name] = convert(name, value, hints[name], sizes)
+
+
+@functools.cache
+def _read_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations by name. Those that only exist for type checkers are left out."""
+    function = inspect.unwrap(function)
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except NameError:
+        return dict(_evaluate_one_by_one(function))
+
+
+def _evaluate_one_by_one(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    for name, hint in function.__annotations__.items():
+        single = types.SimpleNamespace(__annotations__={name: hint})
+        with suppress(NameError):
+            yield name, typing.get_type_hints(single, function.__globals__, include_extras=True)[name]
+
+
+def convert(name: str, value: Any, hint: Any, sizes: dict[str, int] | None = None) -> Any:
+    """`value` as the annotation `hint` has it. Raises TypeError or ValueError naming the argument."""
+    sizes = {} if sizes is None else sizes
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = convert(name, value, options[0], sizes)
+        for constraint in options[1:]:
+            constraint.check(name, value, sizes)
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(name, value, options, hint, sizes)
+    if origin is typing.Literal:
+        if not any(value is option or (type(value) is type(option) and value == option) for option in options):
+            raise ValueError(f"{name}: expected one of {', '.join(map(str, options))}, got {value!r}")
+        return value
+    if hint is None or hint is type(None):
+        if value is not None:
+            raise TypeError(f"{name}: expected None, got {type(value).__name__}")
+        return value
+    if hint is int:
+        return integer(name, value)
+    if hint is float:
+        return _number(name, value)
+    if hint is Tensor:
+        check_tensor(name, value)
+        check_dense(name, value)
+        return value
+    if origin in _SERIES:
+        return _convert_series(name, value, origin, options, sizes)
+    kind = origin or hint
+    if _is_testable(kind) and not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {describe(hint)}, got {type(value).__name__}")
+    return value
+
+
+_SERIES = (collections.abc.Sequence, collections.abc.Iterable, list, tuple)
+
+
+def _convert_union(name: str, value: Any, options: Sequence[Any], hint: Any, sizes: dict[str, int]) -> Any:
+    if value is None and type(None) in options:
+        return value
+    errors: list[TypeError | ValueError] = []
+    for option in options:
+        if option is not type(None):
+            try:
+                return convert(name, value, option, sizes)
+            except (TypeError, ValueError) as error:
+                errors.append(error)
+    errors.sort(key=lambda error: isinstance(error, TypeError))  # the right type with a wrong value says most
+    if len(errors) == 1 or isinstance(errors[0], ValueError):
+        raise errors[0]
+    raise TypeError(f"{name}: expected {describe(hint)}, got {type(value).__name__}")
+
+
+def _convert_series(name: str, value: Any, origin: Any, options: Sequence[Any], sizes: dict[str, int]) -> Any:
+    if origin is not collections.abc.Iterable and not isinstance(value, (collections.abc.Sequence, origin)):
+        raise TypeError(f"{name}: expected {describe(origin[options])}, got {type(value).__name__}")
+    if not options or not isinstance(value, (list, tuple)):
+        check_several(name, value, describe(options[0]) if options else "items")
+        return value
+    if origin is tuple and options[-1] is not Ellipsis:
+        if len(value) != len(options):
+            raise ValueError(f"{name}: expected {len(options)} items, got {len(value)}")
+        items = [convert(name, item, option, sizes) for item, option in zip(value, options, strict=True)]
+    else:
+        items = [convert(name, item, options[0], sizes) for item in value]
+    if all(item is before for item, before in zip(items, value, strict=True)):
+        return value
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _is_testable(kind: Any) -> bool:
+    """Whether isinstance works with it: Any, type variables and most protocols are for type checkers alone."""
+    if not isinstance(kind, type):
+        return False
+    return not getattr(kind, "_is_protocol", False) or getattr(kind, "_is_runtime_protocol", False)
+
+
+def describe(hint: Any) -> str:
+    """The annotation in words."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return describe(options[0])
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(describe, options))
+    if origin in _SERIES:
+        return f"a list of {describe(options[0])}" if options else "a list"
+    if origin is typing.Literal:
+        return " or ".join(map(str, options))
+    if origin is collections.abc.Callable or hint is collections.abc.Callable:
+        return "a function"
+    if hint is nn.Module:
+        return "torch.nn.Module"
+    return "None" if hint is type(None) else str(getattr(origin or hint, "__name__", hint))
+
+
+def explain_failure(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises for the invalid argument of a call that has failed, so that valid calls cost nothing: for a type that
+    differs from the annotation, for integers beyond 64 bits, and for tensors that are not dense, have no dimension or
+    are on different devices. Returns if all arguments are valid."""
+    signature = inspect.signature(function)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:
+        return  # Python has raised for it
+    hints = _read_hints(function)
+    first: tuple[str, Tensor] | None = None
+    for argument, value in bound.arguments.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{argument}: expected an integer of 64 bits, got {value}")
+        for name, tensor in _find_tensors(argument, value, hints.get(argument, Any)):
+            check_dense(name, tensor)
+            if tensor.dim() == 0:
+                raise ValueError(f"{name}: expected at least one dimension, got shape []")
+            first = first or (name, tensor)
+            if tensor.device != first[1].device:
+                wanted = f"a tensor on {first[1].device} like {first[0]}"
+                hint = ", without numbers: load them, or call switchgear.offload.offload" if tensor.is_meta else ""
+                raise ValueError(f"{name}: expected {wanted}, got one on {tensor.device}{hint}")
+        if first is not None and getattr(value, "is_lossless", False) and value.dtype is not first[1].dtype:
+            raise TypeError(
+                f"{argument}: expected {first[1].dtype} like {first[0]}, got weights stored as {value.format} in "
+                f"{value.dtype}, which .to() does not convert: restore, convert and store them again"
+            )
+
+
+def _find_tensors(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in an argument. Raises unless the argument has the type of the hint."""
+    fields = getattr(hint, "_fields", None)  # of a NamedTuple
+    if fields is not None and isinstance(value, tuple) and len(value) == len(fields):
+        for field, item, item_hint in zip(fields, value, typing.get_type_hints(hint).values(), strict=True):
+            yield from _find_tensors(field, item, item_hint)
+        return
+    convert(name, value, hint)
+    if isinstance(value, Tensor):
+        yield name, value
+    elif hasattr(value, "tensors"):  # a Weight
+        yield from ((name, tensor) for tensor in value.tensors)
+    elif hasattr(value, "adapter"):  # an AdaptedWeight, whose tensors the ops name
+        yield from ((name, tensor) for tensor in (value.weight, *value[1:]) if isinstance(tensor, Tensor))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            if isinstance(item, Tensor):
+                yield f"{name}[{index}]", item
+
+
+# ---- single values ---------------------------------------------------------------------------------------------------
+
+
+def integer(name: str, value: Any) -> int:
+    """An integer of any library as int; a symbolic one stays. Raises TypeError for bool, tensors and anything else."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, (bool, Tensor)):  # reading a tensor waits for its device
+        with suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name}: expected int, got {type(value).__name__}")
+
+
+def _number(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected float, got {type(value).__name__}")
+    return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
+
+
+def at_least(least: int, name: str, value: Any) -> int:
+    """`integer`, for a number of at least `least`. Raises ValueError for a lower one."""
+    found = integer(name, value)
+    if found < least:
+        raise ValueError(f"{name}: expected at least {least}, got {found}")
+    return found
+
+
+def sizes(name: str, values: Any) -> tuple[int, ...]:
+    """At least one integer, each of at least 1, as int. Raises TypeError or ValueError for anything else."""
+    check_several(name, values, "int")
+    return tuple(convert(name, tuple(values), Sizes))
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Raises for anything but a number of seconds above 0, at most MOST_SECONDS."""
+    convert(name, value, Seconds)
+
+
+def as_device(name: str, value: Any) -> torch.device:
+    """A device of torch. Raises ValueError for anything that names none."""
+    with suppress(RuntimeError, TypeError):
+        return torch.device(value)
+    raise ValueError(f"{name}: expected a device, got {value!r}")
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Raises TypeError for anything but a tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected Tensor, got {type(tensor).__name__}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for sparse, nested and other tensors that are not strided memory."""
+    if tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {tensor.layout}")
+
+
+def check_module(name: str, module: Any) -> None:
+    """Raises TypeError for anything but a module."""
+    convert(name, module, nn.Module)
+
+
+def check_function(name: str, value: Any) -> None:
+    """Raises TypeError for anything that cannot be called."""
+    convert(name, value, collections.abc.Callable)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises TypeError for anything but an optimizer of torch, or an object with its methods."""
+    if not all(callable(getattr(optimizer, name, None)) for name in ("step", "zero_grad")):
+        raise TypeError(f"optimizer: expected torch.optim.Optimizer, got {type(optimizer).__name__}")
+
+
+def check_several(name: str, values: Any, what: str) -> None:
+    """Raises TypeError for anything that does not have several of `what`: one text or a tensor [] has none, a data set
+    of torch does, without __iter__."""
+    is_iterable = isinstance(values, Iterable) or hasattr(values, "__getitem__")
+    if not is_iterable or isinstance(values, (str, bytes)) or getattr(values, "ndim", 1) == 0:
+        raise TypeError(f"{name}: expected a list of {what}, got {type(values).__name__}")
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raises TypeError for anything but a bool."""
+    convert(name, value, bool)
+
+
+def check_seed(seed: Any) -> None:
+    """Raises TypeError for anything but an integer, and ValueError for one beyond 64 bits."""
+    convert("seed", seed, Seed)
+
+
+def check_float_dtype(name: str, dtype: Any) -> None:
+    """Raises TypeError for anything but a floating dtype. None passes."""
+    convert(name, dtype, typing.Optional[FloatDtype])  # noqa: UP045
+
+
+def list_of_names(name: str, names: str | Iterable[str]) -> list[str]:
+    """One name or several, as a list. Raises TypeError for anything else."""
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{name}: expected names, got {type(names).__name__}")
+    found = [names] if isinstance(names, str) else list(names)
+    for one in found:
+        if not isinstance(one, str):
+            raise TypeError(f"{name}: expected names, got {type(one).__name__} in a list")
+    return found
+
+
+def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
+    """Raises for an input of a router that is no tensor [..., hidden_size] with the device and dtype of `like`, its
+    weight, which may be float32 for rows of 16 bits. Returns if it is valid."""
+    check_tensor(name, rows)
+    check_dense(name, rows)
+    if rows.dim() == 0 or rows.shape[-1] != hidden_size:
+        raise ValueError(f"{name}: expected shape [..., H={hidden_size}], got {list(rows.shape)}")
+    if not rows.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {rows.dtype}")
+    if like is not None and rows.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device} like the weights, got one on {rows.device}")
+    keeps_float32 = like is not None and like.dtype is torch.float32 and rows.dtype.itemsize == 2
+    if like is not None and rows.dtype is not like.dtype and not keeps_float32:
+        raise TypeError(f"{name}: expected {like.dtype} like the weights, got {rows.dtype}")
+    if torch.compiler.is_compiling() or not rows.is_cpu or type(rows) not in (Tensor, nn.Parameter):
+        return  # Fake and functorch's tensors do not show their memory.
+    if is_functorch_wrapped_tensor(rows):
+        return
+    if rows.numel() and rows.untyped_storage().data_ptr() == 0:
+        raise ValueError(f"{name}: expected data, got a tensor whose storage was freed")
+    if rows.data_ptr() % rows.element_size() != 0:
+        raise ValueError(f"{name}: expected data aligned to its elements ({rows.dtype}), got {rows.data_ptr():#x}")

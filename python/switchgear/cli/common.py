@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Shared by the commands: one-line errors, optional packages, tables, argument types."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..complaints import check_seed, failed_import
+from ..files import AnyPath, write_whole
+
+DIGITS = 8  # of a number in a file of results
+
+
+class CommandError(Exception):
+    """An error that the user can fix: shown without a traceback, exit status 2."""
+
+
+def require(module: str) -> Any:
+    """Import an optional package (`rich`, `matplotlib.pyplot`, …). CommandError says what is missing."""
+    try:
+        found = importlib.import_module(module)
+        if module == "transformers":
+            _ = found.AutoConfig  # its names are imported when they are used
+        return found
+    except ImportError as error:
+        raise CommandError(failed_import(error, module)) from None
+
+
+def optional(module: str) -> tuple[ModuleType | None, str]:
+    """A package, or None and the reason why it cannot be imported."""
+    try:
+        return importlib.import_module(module), ""
+    except Exception as error:  # a broken installation can raise anything; only the reason matters here
+        return None, f"{type(error).__name__}: {error}"
+
+
+def check_writable(folder: Path) -> None:
+    """Creates the folder. CommandError if no file can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CommandError(f"--out: cannot write to {folder}: {error.strerror}") from None
+
+
+def check_new(option: str, path: AnyPath) -> None:
+    """CommandError if there is something, also a link that leads nowhere."""
+    if os.path.lexists(path):
+        raise CommandError(f"--{option}: expected a folder that does not exist, got {path}")
+
+
+def check_file(option: str, path: AnyPath) -> None:
+    """CommandError if `write_file` could not write it. Changes nothing."""
+    target = Path(path)
+    try:
+        missing = not target.exists()
+        open(target, "ab").close()
+        if missing:
+            target.resolve().unlink()
+        if missing or target.is_file():
+            with tempfile.TemporaryFile(dir=target.resolve().parent):
+                pass
+    except OSError as error:
+        raise CommandError(f"--{option}: cannot write {path}: {error.strerror}") from None
+
+
+def write_file(option: str, path: AnyPath, text: str) -> None:
+    """Replaces a file at once; a pipe, which has nothing to keep, is written to. CommandError if it cannot be."""
+    target = Path(path)
+    try:
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+        else:
+            write_whole(target, text)
+    except OSError as error:
+        raise CommandError(f"--{option}: cannot write {path}: {error.strerror}") from None
+
+
+def write_json(value: dict[str, Any], path: str) -> None:
+    """One line per object in a list, numbers rounded to DIGITS digits: small files with readable diffs."""
+    write_file("json", path, _lines(rounded(value)) + "\n")
+
+
+def rounded(value: Any, digits: int = DIGITS) -> Any:
+    """The value as stored in a file, so that tables of a run and of its file are equal."""
+    if isinstance(value, dict):
+        return {name: rounded(item, digits) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(map(_lines, value)) + "\n]"
+    if isinstance(value, dict):
+        separator = ",\n" if "schema" in value else ", "
+        return "{" + separator.join(f"{json.dumps(name)}: {_lines(item)}" for name, item in value.items()) + "}"
+    return json.dumps(value)
+
+
+# ---- tables and words ------------------------------------------------------------------------------------------------
+
+
+def console() -> Any:
+    """A rich console that does not wrap tables when the output goes to a file."""
+    made = require("rich.console").Console(highlight=False)
+    made.on_broken_pipe = _raise_again  # rich itself exits with 1
+    if not made.is_terminal:
+        made.width = 140
+    return made
+
+
+def _raise_again() -> None:
+    raise
+
+
+def table(*columns: str, wrap: bool = False) -> Any:
+    """A rich table: the first column is left-aligned; the others, numbers, are right-aligned."""
+    made = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left", no_wrap=not wrap)
+    return made
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """Columns in `left` are left-aligned; the others, numbers, are right-aligned."""
+    rule = ["---" if index in left else "---:" for index in range(len(header))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
+
+
+def threads(count: int) -> str:
+    """The count in words."""
+    return f"{count} thread{'s' if count != 1 else ''}"
+
+
+# ---- types of argparse -----------------------------------------------------------------------------------------------
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Integers >= `least`."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+        return value
+
+    return integer
+
+
+positive = at_least(1)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def above_zero(text: str) -> float:
+    """Finite numbers > 0."""
+    if not 0 < (value := _number(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """Finite numbers >= 0."""
+    if not 0 <= (value := _number(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    """Integers that torch's generators take."""
+    try:
+        check_seed(value := int(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}") from None
+    return value
+
+
+def positives(text: str) -> tuple[int, ...]:
+    """A comma-separated list."""
+    return tuple(map(positive, text.split(",")))
+
+
+def listed(known: Collection[str]) -> Callable[[str], list[str]]:
+    """A comma-separated list of known names."""
+
+    def names(text: str) -> list[str]:
+        found = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+        if not found or not set(found) <= set(known):
+            raise argparse.ArgumentTypeError(f"expected a list of {', '.join(known)}; got {text!r}")
+        return found
+
+    return names
+
+
+def choose(option: str, text: str, known: Collection[str]) -> list[str]:
+    """`listed`, for an option whose names depend on other options. CommandError for an unknown name."""
+    try:
+        return listed(known)(text)
+    except argparse.ArgumentTypeError as error:
+        raise CommandError(f"--{option}: {error}") from None
+
+
+def settings(texts: Iterable[str], what: str, taken: Collection[str] = ()) -> dict[str, Any]:
+    """The options of `what` that --set NAME=VALUE gives, a value as JSON or a word. CommandError for a text of another
+    form, a name that the command sets itself, and a name that comes twice."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in taken:
+            raise CommandError(f"--set: expected NAME=VALUE, an option of {what}, got {text!r}")
+        if name in found:
+            raise CommandError(f"--set: expected each option once, got {name} twice")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

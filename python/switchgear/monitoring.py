@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Expert load where training is watched: TensorBoard, Weights & Biases, any function, and transformers' Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from switchgear.utils.moved import find_moved
+
+if TYPE_CHECKING:
+    from switchgear.trace.callback import ExpertLoadCallback
+    from switchgear.trace.load import LoadMeter
+    from switchgear.trace.sinks import Log, log_to
+
+__all__ = ["ExpertLoadCallback", "LoadMeter", "Log", "log_to"]
+
+MOVED = {
+    "ExpertLoadCallback": "switchgear.trace.callback",  # imports transformers
+    "LoadMeter": "switchgear.trace.load",
+    "Log": "switchgear.trace.sinks",
+    "log_to": "switchgear.trace.sinks",
+}
+if not TYPE_CHECKING:
+    __getattr__ = find_moved(__name__, MOVED)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Temporary changes of a router's choice: experts disabled, forced, favoured or amplified, or another selection.
+
+Mixture of Tunable Experts (arXiv:2502.11096) disables or forces a few experts of a trained model; self-contrast
+(arXiv:2405.14507) runs it with a weaker selection. The router is restored afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from switchgear.integrations.choices import get_override, override_selection
+from switchgear.integrations.routers import SelectByMethod, find_routing_method, is_looked_up
+from switchgear.routing.change import Change, Changed, PerExpert, check_change, intervene, overridden_router
+from switchgear.routing.context import Select
+from switchgear.trace.observe import pick, traceable
+
+
+def _constant(select: Select) -> Callable[[Select], Select]:
+    return lambda _: select
+
+
+@contextmanager
+def override(
+    model: nn.Module,
+    *,
+    select: Select | None = None,
+    disable: Collection[int] = (),
+    force: Collection[int] = (),
+    bias: PerExpert | None = None,
+    gain: PerExpert | None = None,
+    layers: Collection[str] | None = None,
+) -> Iterator[list[str]]:
+    """Changes the choices of a model's routers inside the block. Yields the names of the affected layers.
+
+        with switchgear.override(model, disable=[3, 17]):
+            y = model(x)
+        with switchgear.override(model, select=RankK((2,)), layers=["layers.0.mlp.gate"]):
+            y = model(x)
+
+    Args:
+        model: its switchgear Routers are overridden, or the routers of a Hugging Face model, whatever runs it. There
+            the choice is made anew from the router's logits, and weighted as the model does.
+        select: the selection instead of the routers' own; see `switchgear.routing`. In a Hugging Face model it has the
+            model's score function, unless another than softmax is given.
+        disable, force, bias, gain: see `Change`; they apply to `select` too.
+        layers: names of modules, as in model.named_modules(); all if None.
+
+    Raises:
+        ValueError: an expert that a layer does not have, a layer that the model does not have, or a router of Hugging
+            Face whose selection is not reproduced exactly from its logits; nothing is changed in that case.
+    """
+    change = Change(disable, force, bias, gain)
+    found = pick(traceable(model), layers)
+    blocks = {name: source.block for name, source in found.items() if source.router is None}
+    if blocks:
+        with _hugging_face(blocks, select, change):
+            yield list(found)
+        return
+    routers = [source.router for source in found.values() if source.router is not None]
+    for router in routers:
+        check_change(change, router.selection() if select is None else select, router.num_experts)
+    with ExitStack() as stack:
+        for router in routers:
+            if select is not None:
+                stack.enter_context(overridden_router(router, _constant(select)))
+            stack.enter_context(intervene(router, change))
+        yield list(found)
+
+
+@contextmanager
+def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Change) -> Iterator[None]:
+    for name, block in blocks.items():
+        try:
+            change.check(block.num_experts, block.top_k if select is None else None)
+            check_change(change, get_override(block) if select is None else select, block.num_experts)
+        except ValueError as error:
+            raise ValueError(f"{error} ({name})") from None
+        if is_looked_up(block) and change.bias is not None and select is None:
+            raise ValueError(f"bias: expected none for {name}, whose experts are looked up by token id")
+    methods = {name: find_routing_method(block) for name, block in blocks.items()}  # raises before anything changes
+
+    def wrapper(block: Any, method: Any) -> Callable[[Select], Select]:
+        def wrap(own: Select) -> Select:
+            chosen = own
+            if select is not None:
+                chosen = SelectByMethod.of(block, method, select)
+            return Changed(chosen, change, block.num_experts)
+
+        return wrap
+
+    with ExitStack() as stack:
+        for name, block in blocks.items():
+            stack.enter_context(override_selection(block, methods[name], wrapper(block, methods[name])))
+        yield

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""RoutingTrace: records which experts a model's tokens go to, per layer and per token id, while it runs.
+
+A trace keeps only sums, on the model's device, so it may run over any number of batches. Nothing is read back until it
+is inspected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from switchgear.files import AnyPath, save_whole
+from switchgear.reference import check_size
+from switchgear.trace.files import load_recording
+from switchgear.trace.layer import DEFAULT, LayerTrace, kinds_of
+from switchgear.trace.observe import Observation, pick, traceable, watch
+from switchgear.trace.outputs import check_outputs, chosen_norms
+from switchgear.trace.sinks import Log, log_to
+from switchgear.trace.summary import LayerSummary, summary_of
+
+_FORMAT = 1  # version of the file format
+
+
+class RoutingTrace:
+    """Records the choices of a model's routers while it runs.
+
+        with RoutingTrace(model) as trace:
+            for batch in batches:
+                model(batch)
+        print(trace)
+        trace.layers["layers.0.mlp.gate"].tokens_per_expert
+
+    Works on switchgear's routers, and on the MoE layers of Hugging Face models, whatever runs them. Entering it again
+    continues the recording. Calls that gradient checkpointing repeats during backward are not counted again.
+
+    Args:
+        model: any module with such layers. None for a loaded trace.
+        record: what to keep, some of "counts", "weights", "entropy", "probabilities", "norms", "inputs",
+            "coactivation"; see LayerTrace. Counts are always kept. "norms" runs the experts a second time.
+        by_token_id: also count which experts serve which token id. The ids are the model's argument input_ids or
+            token_ids, or else its first integer tensor; they are ignored for layers with another number of tokens.
+        layers: names of the modules to record; all if None.
+        tokens: how many inputs a layer keeps with "inputs", as a uniform sample of all.
+
+    Padding does not count: tokens for which the model's argument attention_mask [B,L] or [B,1,1,L] is 0, or, if it is
+    a floating-point one [B,1,1,L], which is added to scores, is not 0; of [B,1,S,L], those that neither their own query
+    nor a later one sees.
+
+    Raises:
+        ValueError: if the model has no such layer, a layer cannot record this, or a trace is entered while it records.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *,
+        record: Collection[str] = DEFAULT,
+        by_token_id: bool = False,
+        layers: Collection[str] | None = None,
+        tokens: int = 1024,
+    ) -> None:
+        check_size("tokens", tokens)
+        self.layers: dict[str, LayerTrace] = {}
+        self.by_token_id, self.record, self.tokens = by_token_id, kinds_of(record), tokens
+        self._model = model
+        self._sources = {} if model is None else pick(traceable(model), layers)
+        self._hooks = ExitStack()
+        self._is_recording = False
+        if "norms" in self.record:
+            for name, source in self._sources.items():
+                if source.block is None:
+                    raise ValueError(f"record: expected experts with each router for norms, got none for {name}")
+                check_outputs(source.block)
+
+    # ---- recording ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> RoutingTrace:
+        if self._model is None:
+            raise ValueError("model: expected one to record, got a trace that was loaded")
+        if self._is_recording:
+            raise ValueError("trace: expected one that is not recording, got one inside its own block")
+        self._hooks.enter_context(watch(self._model, self._sources, self._see))
+        self._is_recording = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_recording = False
+        self._hooks.close()
+
+    def reset(self) -> None:
+        """Clears the recording."""
+        self.layers.clear()
+
+    def log_to(self, writer: Any, *, every: int = 1, max_layers: int = 8, prefix: str = "moe") -> Log:
+        """Returns a function to call after each step, which writes the load since it last wrote to TensorBoard, wandb
+        or a function; see switchgear.monitoring."""
+        return log_to(self, writer, every=every, max_layers=max_layers, prefix=prefix)
+
+    def _see(self, name: str, seen: Observation) -> None:
+        layer = self.layers.get(name)
+        if layer is None:
+            layer = LayerTrace(seen.num_experts, seen.topk_ids.device, self.record, self.tokens)
+            self.layers[name] = layer
+        device = seen.topk_ids.device
+        norms = None
+        if "norms" in self.record and seen.block is not None:
+            norms = chosen_norms(seen.block, seen.x, seen.topk_ids)
+        layer.add(
+            seen.topk_ids, seen.topk_weights, seen.router_logits, seen.num_dropped,
+            seen.token_ids.to(device) if self.by_token_id and seen.token_ids is not None else None,
+            None if seen.token_mask is None else seen.token_mask.to(device), seen.x, norms,
+        )  # fmt: skip
+
+    # ---- inspection --------------------------------------------------------------------------------------------------
+
+    def summary(self) -> list[LayerSummary]:
+        """A summary of each layer, in the order in which they first ran."""
+        return [summary_of(name, layer) for name, layer in self.layers.items()]
+
+    def __str__(self) -> str:
+        rows = self.summary()
+        width = max([5, *(len(row.name) for row in rows)])
+        lines = [f"{'layer':<{width}}   tokens  experts  per token  busiest  max violation  unused  entropy  dropped"]
+        for row in rows:
+            sizes = f"{row.num_tokens:7}  {row.num_experts:7}  {row.experts_per_token:9.2f}  {row.busiest:7}"
+            balance = f"{row.max_violation:13.2f}  {row.never_used:6}  {row.router_entropy:7.2f}  {row.dropped:7.1%}"
+            lines.append(f"{row.name:<{width}}  {sizes}  {balance}")
+        return "\n".join(lines)
+
+    def plot(self, path: AnyPath | None = None) -> Any:
+        """Plots the load with a row per layer: each expert's load divided by the mean load. Returns matplotlib's
+        figure, and writes it to `path` if given. Needs matplotlib."""
+        if not self.layers:
+            raise ValueError("trace: expected one that has recorded something, got an empty one")
+        from matplotlib.figure import Figure
+
+        width = max(layer.num_experts for layer in self.layers.values())
+        image = torch.full((len(self.layers), width), torch.nan, dtype=torch.float64)
+        for row, layer in enumerate(self.layers.values()):
+            counts = layer.tokens_per_expert.cpu().double()
+            image[row, : layer.num_experts] = counts / counts.mean().clamp(min=1e-12)
+        figure = Figure(figsize=(min(4 + width / 8, 16), 1.5 + 0.3 * len(self.layers)), layout="constrained")
+        axes = figure.subplots()
+        shown = axes.imshow(image.numpy(), aspect="auto", interpolation="nearest", vmin=0, cmap="viridis")
+        axes.set_yticks(range(len(self.layers)), list(self.layers))
+        axes.set_xlabel("expert")
+        figure.colorbar(shown, ax=axes, label="load by mean load")
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: AnyPath) -> None:
+        """Writes the recording with torch.save, moved to the CPU."""
+        layers = {name: layer.state() for name, layer in self.layers.items()}
+        save_whole(path, {"format": _FORMAT, "by_token_id": self.by_token_id, "layers": layers})
+
+    @classmethod
+    def load(cls, path: AnyPath) -> RoutingTrace:
+        """Loads a saved trace for inspection. Raises ValueError for any other file."""
+        return load_recording(path, "RoutingTrace", _FORMAT, cls._of_data)
+
+    @classmethod
+    def _of_data(cls, data: dict[str, Any]) -> RoutingTrace:
+        trace = cls(by_token_id=bool(data["by_token_id"]))
+        trace.layers = {str(name): LayerTrace.of_state(state) for name, state in data["layers"].items()}
+        trace.record = kinds_of({kind for layer in trace.layers.values() for kind in layer.record})
+        return trace

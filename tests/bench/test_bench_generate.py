@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`switchgear bench --generate`: decoders of a model, and the file for llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from switchgear_bench import generate, llama
+from switchgear_bench.competitors import Skip
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+SMALL = generate.Model(
+    "", layers=2, hidden_size=64, intermediate_size=32, num_experts=4, top_k=2, heads=2, vocabulary=96
+)
+
+
+def test_decoders_agree() -> None:
+    expected = generate.MAKERS[generate.BASE](SMALL, "").logits([5, 6, 7])
+    for name in generate.MAKERS:
+        if not name.startswith("switchgear"):
+            continue
+        decoder = generate.MAKERS[name](SMALL, "")
+        error = float((decoder.logits([5, 6, 7]) - expected).norm() / expected.norm())
+        assert error <= (1.0 if name in generate.LOSSY else generate.TOLERANCE), name
+        assert len(decoder.decode(1, 3)) == 3
+
+
+class Stand:
+    """Stands in for the process of a decoder: an untimed turn, three disturbed and slow ones, two quiet ones."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.answers: list[Any] = [torch.ones(4), *[(9.0, 5.0, [7])] * 4, *[(1.0, 0.0, [7])] * 2]
+        self.connection = SimpleNamespace(send=lambda count: None)
+
+    def receive(self) -> Any:
+        return self.answers.pop(0)
+
+    def close(self) -> None:
+        pass
+
+
+def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "Child", Stand)
+    monkeypatch.setattr(generate, "wait_for_quiet", lambda longest: None)
+    for row in generate.measure("tiny", 1, 5, 1)["results"]:
+        assert (row["tokens_per_second"], row["quiet_turns"]) == (1.0, 2)
+
+
+def test_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(llama.importlib, "import_module", missing)
+    with pytest.raises(Skip, match="gguf"):
+        generate.MAKERS["llama.cpp"](SMALL, str(tmp_path))
+
+
+class Recorder:
+    """Stands in for gguf.GGUFWriter."""
+
+    tensors: ClassVar[dict[str, tuple[tuple[int, ...], str]]] = {}
+
+    def __init__(self, path: Path, architecture: str) -> None:
+        assert architecture == "olmoe"
+
+    def add_tensor(self, name: str, data: np.ndarray, raw_dtype: str = "F32") -> None:
+        self.tensors[name] = data.shape, raw_dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def test_the_file_has_every_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {kind: kind for kind in ("BF16", "Q4_0")}
+    quants = SimpleNamespace(quantize=lambda values, kind: values)
+    stand_in = SimpleNamespace(GGUFWriter=Recorder, GGMLQuantizationType=kinds, quants=quants)
+    monkeypatch.setattr(llama, "packages", lambda: (stand_in, None))
+    model = generate.build(SMALL)
+    llama.write_gguf(tmp_path / "model.gguf", model.config.to_dict(), model.state_dict(), "Q4_0")
+    written = Recorder.tensors
+    elements = sum(int(np.prod(shape)) // (2 if kind == "BF16" else 1) for shape, kind in written.values())
+    assert elements == sum(parameter.numel() for parameter in model.parameters())
+    assert {kind for name, (_, kind) in written.items() if "_exps" in name} == {"Q4_0"}
+    assert written["blk.1.ffn_gate_exps.weight"][0] == (4, 32, 64)
+    assert written["blk.1.attn_q_norm.weight"][1] == "F32"
+
+
+def test_the_table() -> None:
+    row = {"error": 0.01, "tokens_per_second": 20.0, "same_tokens": 8, "quiet_turns": 3}
+    results = [row | {"implementation": name, "tokens_per_second": 10.0 * (i + 1)} for i, name in
+               enumerate([generate.BASE, "switchgear"])]  # fmt: skip
+    about = {"model": "a processor", "threads": 2, "isa": "avx2", "torch": "2.13"}
+    text = generate.markdown({"machine": about, "cases": [{"model": "tiny", "tokens": 8, "results": results}]})
+    assert "| tiny | switchgear | 20.0 | 2.00 | 1.0% | 8 of 8 |" in text
