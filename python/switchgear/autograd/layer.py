@@ -40,9 +40,11 @@ class Recipe(NamedTuple):
             first, second, gate_up_bias, down_bias = frozen
         adapter = () if factors[0] is None else (*factors[:2], *scales)
         down_adapter = () if factors[2] is None else (*factors[2:], *down_scales)
-        tensors = ((first, *more), self.forms[0], (second, *down_more), self.forms[1], gate_up_bias, down_bias)
-        layer = Layer(*tensors, topk_ids, topk_weights, *self.options, adapter, down_adapter, seed, self.dropout)
-        return layer, experts
+        fields: tuple[Any, ...] = (
+            (first, *more), self.forms[0], (second, *down_more), self.forms[1], gate_up_bias, down_bias,
+            topk_ids, topk_weights, *self.options, adapter, down_adapter, seed, self.dropout,
+        )  # fmt: skip
+        return Layer(*fields), experts
 
 
 def inputs_of(x: Tensor, layer: Layer, trained: Sequence[TrainedExperts | None], source: Any) -> tuple[Any, ...]:
@@ -51,7 +53,8 @@ def inputs_of(x: Tensor, layer: Layer, trained: Sequence[TrainedExperts | None],
     trained: experts of both projections that train alone, or None. Their gradients replace those of the projections and
     biases, which are frozen. source: of experts that are in memory now.
     """
-    given, frozen, experts = ops.differentiable(x, layer), (), None
+    frozen: tuple[Tensor | None, ...] = ()
+    given, experts = ops.differentiable(x, layer), None
     first, second = trained
     if first is not None and second is not None:
         frozen, experts = given[1:5], first.experts

@@ -137,8 +137,8 @@ def apply_layer(
         y = apply(autograd.Moe, *inputs)[0]
         return y
     known = first.needs_no_dispatch and second.needs_no_dispatch
-    tensors = () if known else (*first.tensors, *second.tensors)
-    others = (*tensors, *first.adapter, *second.adapter)
+    plain = () if known else (*first.tensors, *second.tensors)
+    others = (*plain, *first.adapter, *second.adapter)
     if ops.needs_no_dispatch(x, gate_up_bias, down_bias, topk_ids, topk_weights, *others):
         return ops.moe_forward_on_host(x, layer)
     return ops.layer_forward(x, Layer(*layer), False)[0]
@@ -159,7 +159,8 @@ def _layer_of(
         raise ValueError(f"gate_up_proj: expected shape [E, N, C], got {list(first.tensors[0].shape)}")
     if not second.form and second.tensors[0].dim() != 3:
         raise ValueError(f"down_proj: expected shape [E, N, C], got {list(second.tensors[0].shape)}")
-    adapter, down_adapter, seed, dropout = first.adapter, second.adapter, None, ()
+    adapter, down_adapter, seed = first.adapter, second.adapter, None
+    dropout: tuple[float, ...] = ()
     if first.form or second.form or adapter or down_adapter:
         gate_up_bias = as_dtype("gate_up_bias", gate_up_bias, x.dtype)
         down_bias = as_dtype("down_bias", down_bias, x.dtype)

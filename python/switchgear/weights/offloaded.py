@@ -41,9 +41,17 @@ class Source(Protocol):
         ascending ranges of experts, each resident until the next one is requested. together: all experts at once,
         or a ValueError."""
 
-    def moe(self, x: Tensor, weights: tuple[Any, Any], *arguments: Any) -> Tensor:
-        """switchgear.moe of x [T,H] with projections of which this is the source; `arguments` are the biases,
-        topk_ids, topk_weights and the options."""
+    def moe(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        weights: tuple[Any, Any],
+        biases: tuple[Tensor | None, Tensor | None],
+        options: tuple[Any, ...],
+        autocast: str | None,
+    ) -> Tensor:
+        """functional.layer.apply_layer, with weights of which this is the source."""
 
 
 @dataclass(frozen=True, eq=False)
