@@ -8,7 +8,7 @@
 #   TRANSFORMERS=5.20                the tests of its models on a wheel, with another release of transformers
 # make test-slow                     the slow tests; KIND=python, KIND=cpp: one of the two
 #   KIND=mutants                     edit the CPU kernels in hundreds of small ways; the C++ tests must detect 90 % (MUTANTS_ARGS=…)
-# make bench                         time MoE layers at the shapes of real models (BENCH_ARGS=…)
+# make bench                         time MoE layers at the shapes of real models (BENCH_ARGS='routers …': other benchmarks)
 #   KIND=cpp                         time single ops, in C++ (needs Google Benchmark; BENCH_ARGS=--benchmark_filter=…)
 # make lint                          formatting, lint, types, stubs
 # make format                        reformat the sources for lint
@@ -123,7 +123,7 @@ demo: $(INSTALLED)bench
 	$(BIN)/switchgear demo $(DEMO_ARGS)
 
 define bench.layers
-$(BIN)/switchgear bench $(BENCH_ARGS)
+$(BIN)/switchgear bench $(or $(BENCH_ARGS),layers)
 endef
 
 define bench.cpp

@@ -85,10 +85,10 @@ def test_a_table_whose_reader_ends_early_is_no_error(monkeypatch: pytest.MonkeyP
 def test_an_interrupt_while_commands_are_imported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted() -> Any:
+    def interrupted(_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("switchgear.cli.build_parser", interrupted)
+    monkeypatch.setattr("switchgear.cli.Program.parser", interrupted)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == "switchgear: interrupted\n"
 
@@ -181,14 +181,14 @@ def test_openmp_runtimes_are_told_apart() -> None:
         (["demo", "--seed", str(2**63)], "--seed: expected an integer of 64 bits, got '9223372036854775808'"),
         (["train-tiny", "--seed", str(-(2**63) - 1)], "--seed: expected an integer of 64 bits"),
         (["train-tiny", "--seed", "one"], "--seed: expected an integer of 64 bits, got 'one'"),
-        (["bench", "--routing", "skewed"], "invalid choice"),
-        (["bench", "--dtypes", "fp6"], "--dtypes: expected a list of bf16"),
-        (["bench", "--modes", "backward"], "--modes: expected a list of forward, train"),
-        (["bench", "--tokens", "1,-2"], "--tokens: expected an integer of at least 1, got '-2'"),
-        (["bench", "--tokens", "many"], "--tokens: expected an integer of at least 1, got 'many'"),
-        (["bench", "--budget", "nan"], "--budget: expected a number above 0, got 'nan'"),
-        (["bench", "--budget", "-1"], "--budget: expected a number above 0, got '-1'"),
-        (["bench", "--parallel", "2", "--bandwidth", "nan"], "--bandwidth: expected a number of at least 0, got 'nan'"),
+        (["bench", "layers", "--routing", "skewed"], "invalid choice"),
+        (["bench", "layers", "--dtypes", "fp6"], "--dtypes: expected a list of bf16"),
+        (["bench", "layers", "--modes", "backward"], "--modes: expected a list of forward, train"),
+        (["bench", "layers", "--tokens", "1,-2"], "--tokens: expected an integer of at least 1, got '-2'"),
+        (["bench", "layers", "--tokens", "many"], "--tokens: expected an integer of at least 1, got 'many'"),
+        (["bench", "layers", "--budget", "nan"], "--budget: expected a number above 0, got 'nan'"),
+        (["bench", "layers", "--budget", "-1"], "--budget: expected a number above 0, got '-1'"),
+        (["bench", "parallel", "2", "--bandwidth", "nan"], "--bandwidth: expected a number of at least 0, got 'nan'"),
     ],
 )
 def test_argparse_names_the_mistake(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,10 +201,10 @@ def test_argparse_names_the_mistake(arguments: list[str], message: str, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "--shapes", "mixtrall"], "--shapes: expected a list of tiny"),
-        (["bench", "--competitors", "megablocks"], "--competitors: expected"),
-        (["bench", "--json", "/nowhere/results.json"], "--json: cannot write"),
-        (["bench", "--from", "/nowhere/results.json"], "--from: cannot read"),
+        (["bench", "layers", "--shapes", "mixtrall"], "--shapes: expected a list of tiny"),
+        (["bench", "layers", "--competitors", "megablocks"], "--competitors: expected"),
+        (["bench", "layers", "--json", "/nowhere/results.json"], "--json: cannot write"),
+        (["bench", "layers", "--from", "/nowhere/results.json"], "--from: cannot read"),
         (["plan-parallel", "--json", "/nowhere/results.json"], "--json: cannot write"),
         (["demo", "--implementations", "eager,eager"], "--implementations: expected distinct names"),
         (["demo", "--text", "/nowhere/text"], "--text: cannot read"),
@@ -285,14 +285,15 @@ def test_info_needs_torch_alone() -> None:
     """So do the other commands, up to the point where they need more. Nothing imports torch's compiler, and the package
     itself nothing of the commands."""
     expected = {
-        "info": (0, "native CPU"), "demo": (2, "needs"), "bench": (2, "needs rich"), "train-tiny": (2, "needs transf"),
+        "info": (0, "native CPU"), "demo": (2, "needs"),
+        "bench layers": (2, "needs rich"), "train-tiny": (2, "needs transf"),
         "inspect tiny": (2, "needs transf"), "compress tiny --recipe r --out o": (2, "needs transf"),
     }  # fmt: skip
     code = f"""
 import contextlib, io, json, sys
 sys.modules.update(dict.fromkeys(["numpy", "rich", "matplotlib", "transformers", "PIL"]))
 import switchgear
-assert not {{"switchgear.cli.common", "switchgear_bench"}} & set(sys.modules)
+assert not {{"switchgear.cli", "switchgear_bench"}} & set(sys.modules)
 from switchgear.cli import main
 for command in {list(expected)}:
     text = io.StringIO()

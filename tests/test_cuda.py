@@ -249,9 +249,9 @@ def test_tensors_on_different_devices_are_named() -> None:
 
 @no_device
 def test_bench_on_cuda_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--device", "cuda"]) == 2
+    assert main(["bench", "cuda"]) == 2
     error = capsys.readouterr().err
-    assert "--device cuda: switchgear: " in error
+    assert "switchgear bench cuda: switchgear: " in error
     assert "CUDA" in error
 
 

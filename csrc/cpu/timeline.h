@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A recording of the loops of a call: every task with its time on one core and what it moves. `bench --threads-model` schedules
+// A recording of the loops of a call: every task with its time on one core and what it moves. `bench threads` schedules
 // it for more threads (simulation.h).
 //
 // While a thread records, its loops run on it alone, in the order of their shares and cut for the call's number of threads. So

@@ -25,7 +25,7 @@ SMALL = Shape(32, 48, 4, 2, "of the tests")
 def test_bench_quick_writes_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {kind: tmp_path / f"bench.{kind}" for kind in ("json", "csv", "markdown")}
     status = main([
-        "bench", "--quick", "--shapes", "tiny", "--tokens", "5", "--dtypes", "fp32", "--threads", "1",
+        "bench", "layers", "--quick", "--shapes", "tiny", "--tokens", "5", "--dtypes", "fp32", "--threads", "1",
         "--json", str(files["json"]), "--csv", str(files["csv"]), "--markdown", str(files["markdown"]),
         "--plot", str(tmp_path / "pictures"), "--budget", "600",
     ])  # fmt: skip
@@ -52,7 +52,22 @@ def test_bench_quick_writes_all_files(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_bench_leaves_out_what_does_not_fit_the_budget(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     assert (
-        main(["bench", "--quick", "--shapes", "tiny", "--budget", "1e-3", "--threads", "1", "--json", str(path)]) == 0
+        main(
+            [
+                "bench",
+                "layers",
+                "--quick",
+                "--shapes",
+                "tiny",
+                "--budget",
+                "1e-3",
+                "--threads",
+                "1",
+                "--json",
+                str(path),
+            ]
+        )
+        == 0
     )
     results = load(str(path), "--from")
     assert results["results"] == []
@@ -85,7 +100,7 @@ def test_competitors_that_are_not_installed_say_so(tmp_path: Path, monkeypatch: 
 
 
 def test_bench_lists_its_choices(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--list"]) == 0
+    assert main(["bench", "layers", "--list"]) == 0
     text = capsys.readouterr().out
     for name in (*SHAPES, "hf_grouped_mm", "zentorch"):
         assert name in text

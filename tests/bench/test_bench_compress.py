@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --compress` on an untrained model: it runs, tables follow from numbers, refusals are listed."""
+"""`switchgear bench compress` on an untrained model: it runs, tables follow from numbers, refusals are listed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_it_compares_all_ways(checkpoint: Path, tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     results, document = tmp_path / "results.json", tmp_path / "compression.md"
     document.write_text("before\n<!-- bench:compression -->\n<!-- /bench:compression -->\nafter\n")
-    command = ["bench", "--compress", "--quick", "--checkpoint", str(checkpoint), "--json", str(results)]
+    command = ["bench", "compress", "--quick", "--checkpoint", str(checkpoint), "--json", str(results)]
     assert main([*command, "--markdown", str(document), "--plot", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "left out" not in printed
@@ -65,7 +65,7 @@ def test_it_compares_all_ways(checkpoint: Path, tmp_path: Path, capsys: pytest.C
     assert text.startswith("before\n<!-- bench:compression -->\nThe model of `switchgear train-tiny`")
     assert "| 50 % pruned, reap |" in text
     assert (tmp_path / "compression.png").stat().st_size < 100_000
-    assert main(["bench", "--compress", "--from", str(results), "--markdown", str(document)]) == 0
+    assert main(["bench", "compress", "--from", str(results), "--markdown", str(document)]) == 0
     assert document.read_text() == text
 
 
@@ -103,7 +103,7 @@ def test_a_refusal_is_listed_with_its_reason(
         return prune(model, calibration, seed, keep=99, criterion="random")
 
     monkeypatch.setattr(compress, "VARIANTS", [VARIANTS[0], Variant("too many", "", refuse)])
-    assert main(["bench", "--compress", "--quick", "--checkpoint", str(checkpoint)]) == 0
+    assert main(["bench", "compress", "--quick", "--checkpoint", str(checkpoint)]) == 0
     assert "left out: too many: keep" in capsys.readouterr().out
 
 
@@ -111,5 +111,5 @@ def test_it_needs_a_trained_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert main(["bench", "--compress"]) == 2
+    assert main(["bench", "compress"]) == 2
     assert "run `switchgear train-tiny` first" in capsys.readouterr().err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The parts of `switchgear bench --device cuda` that need no GPU: arguments, cases, and processing of results."""
+"""The parts of `switchgear bench cuda` that need no GPU: arguments, cases, and processing of results."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_cases_are_those_of_published_figures_and_of_decoding() -> None:
 def test_mistakes_are_named_before_the_device_is_looked_for(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "--device", "cuda", *arguments]) == 2
+    assert main(["bench", "cuda", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --generate`: decoders of a model, and the file for llama.cpp."""
+"""`switchgear bench generate`: decoders of a model, and the file for llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --dtypes fp8,mxfp4`: its weights, its competitors and its targets."""
+"""`switchgear bench layers --dtypes fp8,mxfp4`: its weights, its competitors and its targets."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --offload`: its model, its runs, its limit and its tables, at a toy size."""
+"""`switchgear bench offload`: its model, its runs, its limit and its tables, at a toy size."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_command_at_a_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture
     path = tmp_path / "results.json"
     path.touch()
     names = "offload,mmap,all fits"
-    assert main(["bench", "--offload", "--quick", "--competitors", names, "--json", str(path)]) == 0
+    assert main(["bench", "offload", "--quick", "--competitors", names, "--json", str(path)]) == 0
     results = json.loads(path.read_text())
     assert [row["runner"] for row in results["results"]] == ["resident", "offload", "mmap", "all fits"]
     assert "with a slot for each expert" in capsys.readouterr().out
@@ -286,7 +286,7 @@ def test_tables_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     results["results"].append(row("replay", 2.0, **counted, replayed_bytes=2 * 10**9, replayed_seconds=1.0))
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))
-    assert main(["bench", "--offload", "--from", str(path)]) == 0
+    assert main(["bench", "offload", "--from", str(path)]) == 0
     text = capsys.readouterr().out
     assert "| **switchgear**, LRU | 5.00 | 3 | 100 | 25 % | 50 | equal, equal |" in text
     assert "6.0x accelerate, disk offload (at least 5x: yes)" in text
@@ -297,13 +297,13 @@ def test_tables_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "llama.cpp: not installed" in text
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench:offload -->\n<!-- /bench:offload -->\nafter\n")
-    assert main(["bench", "--offload", "--from", str(path), "--markdown", str(page)]) == 0
+    assert main(["bench", "offload", "--from", str(path), "--markdown", str(page)]) == 0
     assert page.read_text().startswith("before\n<!-- bench:offload -->\n8 layers of 16 experts, top 2")
     assert offload_tables.speed(results["results"][:3]) == 5.0
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert main(["bench", "--offload", "--quick", "--checkpoint", str(tmp_path)]) == 2
+    assert main(["bench", "offload", "--quick", "--checkpoint", str(tmp_path)]) == 2
     assert "expected a new folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

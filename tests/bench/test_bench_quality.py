@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --quality` (LibMoE, row 37): a router swap changes nothing else."""
+"""`switchgear bench quality` (LibMoE, row 37): a router swap changes nothing else."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_row37_tables_follow_from_the_losses(
     domains = [Domain(name, "of the test", *rows) for name, rows in zip("abcd", text, strict=True)]
     monkeypatch.setattr(quality, "load_domains", lambda: domains)
     results = tmp_path / "quality.json"
-    assert main(["bench", "--quality", "--quick", "--json", str(results)]) == 0
+    assert main(["bench", "quality", "--quick", "--json", str(results)]) == 0
     assert "HyperRouter" in capsys.readouterr().out
     found = json.loads(results.read_text())
     assert [row["router"] for row in found["results"]] == list(quality.ROUTERS)

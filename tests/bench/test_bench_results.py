@@ -77,7 +77,7 @@ def test_a_file_without_results_is_named(
 ) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"schema": SCHEMA} | content))
-    assert main(["bench", "--from", str(path)]) == 2
+    assert main(["bench", "layers", "--from", str(path)]) == 2
     assert f"--from: expected the results of a run in {path}, got " in capsys.readouterr().err
 
 
@@ -126,9 +126,9 @@ def test_no_target_is_judged_by_a_case_that_others_disturbed_throughout() -> Non
 def test_bench_makes_tables_of_a_file(tmp_path: Path) -> None:
     source, table = tmp_path / "results.json", tmp_path / "table.md"
     source.write_text("{}")
-    assert main(["bench", "--from", str(source)]) == 2
+    assert main(["bench", "layers", "--from", str(source)]) == 2
     save(bench_results_of(bench_row("switchgear", 2.0), bench_row("hf_grouped_mm", 7.0)), str(source))
-    assert main(["bench", "--from", str(source), "--markdown", str(table)]) == 0
+    assert main(["bench", "layers", "--from", str(source), "--markdown", str(table)]) == 0
     assert "| olmoe | 1 | bf16 | forward | 2.00 | 50 % | 7.00, 3.50x |  |" in table.read_text()
     assert "3x hf_grouped_mm" in table.read_text()
 
@@ -170,7 +170,7 @@ def test_a_document_without_places_for_tables_is_left_as_it_is(
     page = tmp_path / "page.md"
     page.write_bytes(text.encode("latin-1"))
     table = tmp_path / "table.csv"
-    assert main(["bench", "--from", bench_results, "--csv", str(table), "--markdown", str(page)]) == 2
+    assert main(["bench", "layers", "--from", bench_results, "--csv", str(table), "--markdown", str(page)]) == 2
     error = capsys.readouterr().err
     assert "--markdown: expected" in error
     assert message in error
@@ -184,7 +184,7 @@ def test_a_document_keeps_its_text_its_ends_of_lines_and_its_permissions(bench_r
         "é `<!-- bench:cases -->`\r\n  <!-- bench:cases -->\r\nold\r\n  <!-- /bench:cases --> \r\nend".encode()
     )
     page.chmod(0o600)
-    assert main(["bench", "--from", bench_results, "--markdown", str(page)]) == 0
+    assert main(["bench", "layers", "--from", bench_results, "--markdown", str(page)]) == 0
     text = page.read_bytes().decode()
     assert text.startswith("é `<!-- bench:cases -->`\r\n  <!-- bench:cases -->\r\n|")
     assert text.endswith("|\r\n  <!-- /bench:cases --> \r\nend")
@@ -195,7 +195,7 @@ def test_a_document_keeps_its_text_its_ends_of_lines_and_its_permissions(bench_r
 
 def test_a_new_document_can_be_filled_again(bench_results: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    command = ["bench", "--from", bench_results, "--markdown", str(page)]
+    command = ["bench", "layers", "--from", bench_results, "--markdown", str(page)]
     assert main(command) == 0
     text = page.read_text()
     assert re.findall("<!-- bench:(.*) -->", text) == ["machine", "cases", "targets"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --routers` compares equal routings and reports so."""
+"""`switchgear bench routers` compares equal routings and reports so."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(routers, "MOST_BYTES", 3 * 16 * 8 * 16)  # a slice of the layer
     page, file = tmp_path / "routers.md", tmp_path / "routers.json"
     page.write_text("# Costs\n\n<!-- bench:routers -->\nold\n<!-- /bench:routers -->\n\nThe end.\n")
-    arguments = ["bench", "--routers", "--shapes", "olmoe", "--threads", "1", "--markdown", str(page)]
+    arguments = ["bench", "routers", "--shapes", "olmoe", "--threads", "1", "--markdown", str(page)]
     assert main([*arguments, "--json", str(file)]) == 0
     assert "balanced assignment" in capsys.readouterr().out
     text = page.read_text()
@@ -74,7 +74,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     (measured,) = json.loads(file.read_text())["shapes"]
     assert measured["parts"] * measured["timed_tokens"] == 512
     again = tmp_path / "again.md"
-    assert main(["bench", "--routers", "--from", str(file), "--markdown", str(again)]) == 0
+    assert main(["bench", "routers", "--from", str(file), "--markdown", str(again)]) == 0
     assert again.read_text() in text
 
     wrong = Policy("wrong", POLICIES["top-k"].ours, POLICIES["rank-k"].plain)
@@ -86,10 +86,10 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "other.json"
     file.write_text('{"schema": "switchgear-bench/2"}')
-    assert main(["bench", "--routers", "--from", str(file)]) == 2
+    assert main(["bench", "routers", "--from", str(file)]) == 2
     assert "--from: expected a file of switchgear-bench-routers/1" in capsys.readouterr().err
 
 
 def test_unknown_shape(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--routers", "--shapes", "mixtral"]) == 2
+    assert main(["bench", "routers", "--shapes", "mixtral"]) == 2
     assert "--shapes: expected a list of olmoe, deepseek-v3" in capsys.readouterr().err

@@ -170,7 +170,7 @@ def test_published_figures_belong_to_a_shape() -> None:
 
 def test_bench_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "model.json"
-    assert main(["bench", "--model", "--shapes", "sonic-7b-n256", "--json", str(file)]) == 0
+    assert main(["bench", "model", "--shapes", "sonic-7b-n256", "--json", str(file)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith("PREDICTIONS of a model, not measurements")
     assert "predicted for H100" in text
@@ -234,7 +234,7 @@ def test_bytes_in_flight_bound_few_warps() -> None:
 
 
 def test_bench_model_names_the_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--model", "--shapes", "tiny"]) == 2
+    assert main(["bench", "model", "--shapes", "tiny"]) == 2
     assert "--shapes: expected a list of sonic-7b-n256" in capsys.readouterr().err
 
 

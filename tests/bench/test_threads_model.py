@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --threads-model`: recorded tasks are those of a call, and schedules obey their bounds."""
+"""`switchgear bench threads`: recorded tasks are those of a call, and schedules obey their bounds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import switchgear
 from switchgear import _C
 from switchgear.cli import main
 from switchgear.weights import encode
-from switchgear_bench import threads_tables
+from switchgear_bench import threads as threads_tables
 from switchgear_bench.shapes import Shape
+from switchgear_bench.threads import Task, evaluate, make_calls
 from switchgear_bench.threads_model import (
     PLACEMENTS,
     Cores,
@@ -29,7 +30,6 @@ from switchgear_bench.threads_model import (
     predict,
     record,
 )
-from switchgear_bench.threads_tables import Task, evaluate, make_calls
 
 SMALL = Shape(128, 192, 4, 2, "a small one")
 
@@ -180,7 +180,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     about = {"model": "m", "threads": 2, "isa": "i", "torch": "t", "transformers": "f"}
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"schema": threads_tables.SCHEMA, "machine": about, "cases": [case]}))
-    assert main(["bench", "--threads-model", "--from", str(path)]) == 0
+    assert main(["bench", "threads", "--from", str(path)]) == 0
     assert "| small | 4 | forward |" in capsys.readouterr().out
 
 

@@ -46,6 +46,7 @@ def prepare(folder: Path) -> None:
     (folder / "tests/__init__.py").touch()
     (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = ignore::pytest.PytestUnknownMarkWarning\n")
     (folder / "tests/moe_families.py").write_bytes(Path(__file__).with_name("moe_families.py").read_bytes())
+    (folder / "tiny_configs.py").write_bytes((Path(__file__).parents[1] / "tiny_configs.py").read_bytes())
 
 
 def outcomes(folder: Path, experts: str, families: str) -> dict[str, str]:

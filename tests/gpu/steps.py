@@ -106,7 +106,7 @@ def bench_job(out: Path, name: str, shape: str, limit: float, *options: str) -> 
     files = [part for kind, end in (("json", "json"), ("csv", "csv"), ("markdown", "md"))
              for part in (f"--{kind}", str(out / "bench" / f"{name}.{end}"))]  # fmt: skip
     budget = str(max(5, int(limit) - 20))  # of measuring; the rest is for the process and its ceilings
-    command = ["-m", "switchgear", "bench", "--device", "cuda", "--shapes", shape, "--budget", budget, *options, *files]
+    command = ["-m", "switchgear", "bench", "cuda", "--shapes", shape, "--budget", budget, *options, *files]
     return python_job(name, limit, *command, PYTHONPATH="bench/python")
 
 

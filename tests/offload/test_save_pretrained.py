@@ -84,11 +84,11 @@ def test_a_store_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("there", "link"):
-        with pytest.raises(ValueError, match="path: expected a folder that does not exist"):
+        with pytest.raises(ValueError, match="path: "):
             offload.save_pretrained(model, tmp_path / name)
-    with pytest.raises(ValueError, match="max_shard_size: expected a number of bytes, got '5GB'"):
+    with pytest.raises(ValueError, match="max_shard_size: "):
         offload.save_pretrained(model, tmp_path / "out", max_shard_size="5GB")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="model: expected one of transformers, got Linear"):
+    with pytest.raises(ValueError, match="model: "):
         offload.save_pretrained(torch.nn.Linear(2, 2), tmp_path / "out")
     file = tmp_path / "s" / next(iter(store.layers.values())).file
     data = bytearray(file.read_bytes())

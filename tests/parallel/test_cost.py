@@ -337,7 +337,7 @@ def test_a_trace_of_something_else_is_named_in_one_line(tmp_path: Path, capsys: 
 def test_bench_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It fails unless results agree and bytes are minimal; times are not tested."""
     out = tmp_path / "bench.json"
-    arguments = ["bench", "--parallel", "2", "--shapes", "tiny", "--tokens", "32", "--quick", "--modes", "train"]
+    arguments = ["bench", "parallel", "2", "--shapes", "tiny", "--tokens", "32", "--quick", "--modes", "train"]
     assert main([*arguments, "--json", str(out), "--plot", str(tmp_path)]) == 0
     (result,) = json.loads(out.read_text())["results"]
     plain, *ours = result["variants"]
@@ -350,7 +350,7 @@ def test_bench_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_bench_parallel_on_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bytes are minimal with both numbers of levels, and fewer between nodes with two; times are not tested."""
     out = tmp_path / "bench.json"
-    arguments = ["bench", "--parallel", "4", "--nodes", "2", "--shapes", "tiny", "--tokens", "32", "--quick"]
+    arguments = ["bench", "parallel", "4", "--nodes", "2", "--shapes", "tiny", "--tokens", "32", "--quick"]
     assert main([*arguments, "--modes", "train", "--json", str(out), "--plot", str(tmp_path)]) == 0
     (result,) = json.loads(out.read_text())["results"]
     ours = [variant for variant in result["variants"] if variant["chunks"]]
@@ -399,5 +399,5 @@ def test_a_throttled_link(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nodes_of_the_bench_must_divide(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--parallel", "4", "--nodes", "3"]) == 2
+    assert main(["bench", "parallel", "4", "--nodes", "3"]) == 2
     assert "--nodes: expected a divisor of 4" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def widths(rank: int, options: dict[str, Any], ranks: Any) -> tuple[int, int]:
             if expert in held:
                 assert all(map(torch.equal, experts.weights_of(expert), reference.weights_of(expert)))
             else:
-                with pytest.raises(ValueError, match=f"expert: expected one of this rank, got {expert}"):
+                with pytest.raises(ValueError, match="expert: "):
                     experts.weights_of(expert)
         parallel.record.clear()
         both(parallel, {})[0].experts(x, ids[mine], weights[mine])

@@ -86,5 +86,5 @@ def test_results_return_to_their_choices() -> None:
 
 @pytest.mark.parametrize("codes", [[0], [1 << 30, (1 << 30) + 1], [(1 << 30) + 5]])
 def test_codes_that_do_not_fit_are_refused(codes: list[int]) -> None:
-    with pytest.raises(ValueError, match="codes: expected 1 rows of 2 experts"):
+    with pytest.raises(ValueError, match="codes: "):
         layout.plan_receiving([[1]], [len(codes)], torch.tensor(codes, dtype=torch.int32), 2)

@@ -73,7 +73,7 @@ def test_an_expert_moves_where_a_copy_has_no_other_place() -> None:
 
 
 def test_place_experts_refuses_more_copies_than_ranks() -> None:
-    with pytest.raises(ValueError, match="num_replicas: expected 0 to 2"):
+    with pytest.raises(ValueError, match="num_replicas: "):
         place_experts([1, 2], 2, num_replicas=3)
 
 

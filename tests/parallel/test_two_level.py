@@ -282,7 +282,7 @@ def test_relays_deliver_each_row(node_of: list[int], top_k: int, num_chunks: int
 
 def test_routes_that_do_not_fit_are_refused() -> None:
     for routes in ([[0, 0]], [[-1, 2]], [[1, 0, 3]]):
-        with pytest.raises(ValueError, match="routes: expected choices on 2 ranks for each row"):
+        with pytest.raises(ValueError, match="routes: "):
             plan_relaying([[1, 0]], torch.tensor(routes, dtype=torch.int16), (0, 1))
 
 

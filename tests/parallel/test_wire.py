@@ -130,5 +130,5 @@ def test_sums(pool: Pool, nodes: Any, dtype: torch.dtype) -> None:
 
 
 def test_unknown_formats_are_refused() -> None:
-    with pytest.raises(ValueError, match="wire: expected one of exact, fp8, fp8_dispatch, got 'fp4'"):
+    with pytest.raises(ValueError, match="wire: "):
         ExpertParallel(wire="fp4")

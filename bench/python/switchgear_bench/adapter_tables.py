@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables of `switchgear bench --adapters`."""
+"""Tables of `switchgear bench adapters`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --adapters`: what LoRA on every expert costs, beside the frozen base and other implementations.
+"""`switchgear bench adapters`: what LoRA on every expert costs, beside the frozen base and other implementations.
 
 A step is forward and backward: gradients of x, of topk_weights, and of all A and B. One token is a forward alone. Each
 layer is compared with float64 before it is timed; all take turns in one process per case. Peak memory is what a step
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switchgear.cli import machine
-from switchgear.cli.common import CommandError, choose, require
+from switchgear.cli.common import choose, positives, require
 from switchgear.weights import Weight, encode, use_huge_pages
 from switchgear_bench.processes import Child
 
@@ -32,6 +32,7 @@ from .case import FORMATS, Case, Inputs, make_case, make_weights
 from .competitors import Skip
 from .markdown import write_outputs
 from .minifloats import in_bfloat16, make_stored
+from .options import add_budget, add_cases, add_competitors_folder, add_files, add_shapes, add_threads, begin
 from .results import Row, earlier_results, read_json, rounded, write_json
 from .shapes import SHAPES, Shape
 from .timing import interleave
@@ -62,8 +63,19 @@ class Task(NamedTuple):
         return f"{self.shape}, {self.dtype} base, rank {self.rank}, T={self.tokens}"
 
 
-def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
-    """about: the machine, for --json."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shapes(parser, SHAPES, DEFAULT_SHAPES)
+    add_cases(parser, DTYPES, "all", "1,16,512")
+    parser.add_argument("--ranks", metavar="LIST", type=positives, help="of the adapters (default: 8,16,64)")
+    parser.add_argument("--competitors", metavar="LIST", help=f"of {', '.join(OTHERS)}; or none (default: all)")
+    add_competitors_folder(parser)
+    add_budget(parser, f"{SECONDS:.0f} a case")
+    add_threads(parser)
+    add_files(parser, "source json markdown")
+
+
+def run(args: argparse.Namespace) -> int:
+    about = begin(args, add_arguments)
     require("rich")
     results = read_json(args.source, "--from", SCHEMA) if args.source else _measure_all(args, about)
     if args.source and not args.markdown:
@@ -74,8 +86,6 @@ def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
 
 
 def _measure_all(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
-    if unknown := sorted(set(args.dtypes or ()) - set(DTYPES)):
-        raise CommandError(f"--dtypes: expected some of {', '.join(DTYPES)} with --adapters, got {', '.join(unknown)}")
     others = (
         () if args.competitors == "none" else tuple(choose("competitors", args.competitors or ",".join(OTHERS), OTHERS))
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --compress`: what each way of compressing experts costs in loss, and saves in bytes and time.
+"""`switchgear bench compress`: what each way of compressing experts costs in loss, and saves in bytes and time.
 
 The model is that of `switchgear train-tiny`. Each variant is made from the same checkpoint and the same calibration,
 judged on text of four domains that neither has seen, and timed in turns with all others.
@@ -24,6 +24,7 @@ from switchgear.integrations.moe_blocks import moe_blocks
 from . import compress_tables as tables
 from .compress_variants import BASE, VARIANTS, Variant
 from .markdown import write_outputs
+from .options import add_files, add_quick, add_threads, begin
 from .results import Row, read_json, rounded
 from .timing import interleave
 from .tiny import cache
@@ -39,8 +40,15 @@ STEPS = {"decode": 1, "prefill": 256}  # tokens of the timed calls
 SCHEMA = "switchgear-bench-compress/1"
 
 
-def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
-    """about: the machine, for --json."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="DIR", help="folder of train-tiny (default: the one in the cache)")
+    add_quick(parser, "few windows of text, and short timings")
+    add_threads(parser)
+    add_files(parser, "source json markdown plot")
+
+
+def run(args: argparse.Namespace) -> int:
+    about = begin(args, add_arguments)
     if args.plot:
         require("matplotlib")
     if args.source:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Table and plot of `switchgear bench --compress`."""
+"""Table and plot of `switchgear bench compress`."""
 
 from __future__ import annotations
 

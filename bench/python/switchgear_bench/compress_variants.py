@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ways of compressing a model that `switchgear bench --compress` compares."""
+"""The ways of compressing a model that `switchgear bench compress` compares."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --device cuda`: MoE layers and single ops on a GPU, at the shapes of published figures.
+"""`switchgear bench cuda`: MoE layers and single ops on a GPU, at the shapes of published figures.
 
 Results are compared with float64 before they are timed, as on the CPU. Competitors take turns. Events time each call,
 or the replay of a CUDA graph of it, after reads that displace what L2 holds. The limits of the card are measured in the
@@ -28,6 +28,7 @@ from . import cuda_ops, cuda_tables
 from .case import Case, Inputs, Layer, call_of, make_inputs
 from .competitors import COMPETITORS, Skip
 from .cuda_clock import best_seconds, captured, in_turns, peak_memory
+from .options import add_budget, add_files, add_modes, add_routing, add_shapes, add_tokens
 from .results import Row, open_outputs
 from .shapes import GPU_SHAPES, GPU_TOKENS, Shape
 from .verify import verify
@@ -39,6 +40,17 @@ OPS = "ops"  # a name for --shapes: router, bare grouped GEMM, permutation
 BUDGET = 240.0  # seconds
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shapes(parser, (*GPU_SHAPES, OPS))
+    add_tokens(parser, "those of published figures, and few")
+    add_modes(parser)
+    default = ",".join(DEFAULT_COMPETITORS)
+    parser.add_argument("--competitors", metavar="LIST", help=f"of {', '.join(COMPETITORS_HERE)} (default: {default})")
+    add_routing(parser)
+    add_budget(parser, f"{BUDGET:.0f}")
+    add_files(parser, "json csv markdown")
+
+
 def run(args: argparse.Namespace) -> int:
     shapes = choose("shapes", args.shapes or ",".join((*GPU_SHAPES, OPS)), (*GPU_SHAPES, OPS))
     names = choose("competitors", args.competitors or ",".join(DEFAULT_COMPETITORS), COMPETITORS_HERE)
@@ -47,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         cuda.require()
     except RuntimeError as error:
-        raise CommandError(f"--device cuda: {error}") from None
+        raise CommandError(str(error)) from None
     results = measure_all(
         plan, names, OPS in shapes, args.routing, args.budget or BUDGET, partial(cuda_tables.write, outputs=outputs)
     )

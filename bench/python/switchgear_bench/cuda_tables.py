@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The output of `switchgear bench --device cuda`: plain data in, tables and files out; needs no GPU."""
+"""The output of `switchgear bench cuda`: plain data in, tables and files out; needs no GPU."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --generate`: greedy decoding of whole models by `generate`, beside transformers and llama.cpp.
+"""`switchgear bench generate`: greedy decoding of whole models by `generate`, beside transformers and llama.cpp.
 
 Each implementation has a process of its own, with the same random weights. They decode in turns: one prompt token, then
 a token at a time. Before that, logits of a prompt are compared with transformers' own in the same dtype, and afterwards
@@ -30,6 +30,7 @@ from switchgear_bench.processes import Child
 from .competitors import Skip
 from .llama import Llama, packages, write_gguf
 from .markdown import write_outputs
+from .options import add_competitors_folder, add_files, add_quick, add_shapes, add_threads, begin
 from .results import read_json, rounded
 from .timing import STIRRED, TICK, counted, wait_for_quiet
 
@@ -212,8 +213,16 @@ def measure(name: str, count: int, turns: int, thread_count: int) -> dict[str, A
     return {"model": name, "tokens": count, "turns": turns, "results": rounded(results), "skipped": skipped}
 
 
-def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
-    """about: the machine, for --json."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shapes(parser, MODELS)
+    add_competitors_folder(parser)
+    add_quick(parser, "a small model and few tokens")
+    add_threads(parser)
+    add_files(parser, "source json markdown")
+
+
+def run(args: argparse.Namespace) -> int:
+    about = begin(args, add_arguments)
     require("rich")
     require("transformers")
     if args.source:

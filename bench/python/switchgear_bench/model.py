@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --model`: predicted cost of the CUDA kernels (cost_model.py), beside published figures."""
+"""`switchgear bench model`: predicted cost of the CUDA kernels (cost_model.py), beside published figures."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from switchgear.cli.common import choose, console, table
 from .cost_model import EXPECTED, GPUS, Gpu, Kernel, Prediction, predict
 from .cost_model_stored import HOPPER, stored_rows
 from .decode_model import DecodeRow, decode_rows
+from .options import add_files, add_routing, add_shapes
 from .published import FIGURES, Figure
-from .results import Row, write_json
+from .results import Row, open_outputs, write_json
 from .shapes import GPU_SHAPES, GPU_TOKENS
 
 MODES = ("forward", "backward")
@@ -24,8 +25,15 @@ NOTICE = (
 )
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shapes(parser, GPU_SHAPES)
+    add_routing(parser)
+    add_files(parser, "json")
+
+
 def run(args: argparse.Namespace) -> int:
     names = choose("shapes", args.shapes or ",".join(GPU_SHAPES), GPU_SHAPES)
+    open_outputs(args)
     out = console()
     out.print(f"[bold]{NOTICE}[/]")
     cases = {

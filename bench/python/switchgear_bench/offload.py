@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --offload`: a model whose experts are three times as large as its memory, decoded greedily.
+"""`switchgear bench offload`: a model whose experts are three times as large as its memory, decoded greedily.
 
 Each run is a process of its own in a control group with the same limit, after the pages of the model's files have been
 dropped: our cache with and without prefetch, the same kernels on mapped files, accelerate's disk offload, llama.cpp.
@@ -30,6 +30,7 @@ from .markdown import write_outputs
 from .offload_disk import read_ahead, read_rate
 from .offload_files import CHECKPOINT, GGUF, STORE, Spec, drop_pages, write_checkpoint, write_llama
 from .offload_worker import Task
+from .options import add_competitors_folder, add_files, add_quick, add_threads, begin
 from .results import Row, earlier_results, read_json, rounded
 
 SCHEMA = "switchgear-bench-offload/1"
@@ -47,8 +48,19 @@ ALL = (BASE, "offload", "prefetch", "replay", "mmap", "accelerate", "llama.cpp",
 UNLIMITED = (BASE, FITS)
 
 
-def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
-    """about: the machine, for --json."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--competitors", metavar="LIST", help=f"of {', '.join(ALL)} (default: all)")
+    add_competitors_folder(parser)
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="where the model is kept, 7 GB (default: a temporary folder)"
+    )
+    add_quick(parser, "a small model")
+    add_threads(parser)
+    add_files(parser, "source json markdown")
+
+
+def run(args: argparse.Namespace) -> int:
+    about = begin(args, add_arguments)
     results = read_json(args.source, "--from", SCHEMA) if args.source else _measured(args, about)
     print(tables.text(results))
     write_outputs(args, results, tables.blocks(results))

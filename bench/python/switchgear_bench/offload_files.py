@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The model of `switchgear bench --offload` and its files: a Qwen3-MoE of random weights, larger than its memory.
+"""The model of `switchgear bench offload` and its files: a Qwen3-MoE of random weights, larger than its memory.
 
 Its text has the locality of a trained model. Token v is followed by v + 1, so greedy decoding never falls into a loop.
 An embedding is the sum of a part of its topic, one of its own and one that all share, so that a router of random

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables of `switchgear bench --offload`. A cell is the median of the runs."""
+"""Tables of `switchgear bench offload`. A cell is the median of the runs."""
 
 from __future__ import annotations
 

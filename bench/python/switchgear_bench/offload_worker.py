@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One run of `switchgear bench --offload` in a process of its own: `python -m switchgear_bench.offload_worker TASK`.
+"""One run of `switchgear bench offload` in a process of its own: `python -m switchgear_bench.offload_worker TASK`.
 
 TASK is JSON, a Task. The process decodes greedily and writes the result as JSON to the path in it. Files are in
 offload_files.py; each runner is a function from a Task to a Decoder.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --parallel N`: experts distributed over N processes of this machine.
+"""`switchgear bench parallel N`: experts distributed over N processes of this machine.
 
 It compares, around the same experts and over the same links, plain all_to_all_single with a row per choice, and
 switchgear's exchange with and without overlap. Sockets on one machine are memory copies that take processor time from
@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from switchgear import ops
-from switchgear.cli.common import CommandError
+from switchgear.cli.common import CommandError, not_negative, positive
 from switchgear.cli.machine import cpu, has_fast_bfloat16
 from switchgear.parallel import ExpertParallel, ParallelExperts
 from switchgear.parallel.cost import count, count_levels, draw_routing
@@ -40,6 +40,7 @@ from switchgear.parallel.record import Event
 from switchgear_bench.processes import Child
 
 from .case import FORMATS
+from .options import add_cases, add_files, add_modes, add_quick, add_routing, add_shapes
 from .parallel_plain import plain
 from .parallel_results import NEAR, PLAIN, Step, Task, base_of, plot, print_case, summarise, variants_of
 from .results import open_outputs, write_json
@@ -47,20 +48,39 @@ from .shapes import SHAPES
 
 DEFAULT_SHAPE, DEFAULT_TOKENS = "mixtral-half", 1024
 TURNS = 4
+TRAINED = [name for name, form in FORMATS.items() if "train" in form.modes]
 SMALL = ("header", "pairs", "routes")  # transfers that are not rows
 T = TypeVar("T")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ranks", type=positive, metavar="N", help="processes")
+    add_shapes(parser, SHAPES, DEFAULT_SHAPE)
+    add_cases(parser, TRAINED, "bf16, or fp32 where bf16 is emulated", str(DEFAULT_TOKENS))
+    add_modes(parser)
+    add_routing(parser)
+    add_quick(parser, "few turns")
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="that they are on, of equal size")
+    parser.add_argument(
+        "--bandwidth",
+        type=not_negative,
+        metavar="MB/s",
+        help="of their links (default: as fast as the experts; 0: no limit)",
+    )
+    parser.add_argument(
+        "--gflops", type=not_negative, default=0.0, metavar="GFLOP/s", help="of their experts (default: no limit)"
+    )
+    add_files(parser, "json plot")
 
 
 def run(args: argparse.Namespace) -> int:
     name = _one("shapes", (args.shapes or DEFAULT_SHAPE).split(","))
     if name not in SHAPES:
-        raise CommandError(f"--shapes: expected one of {', '.join(SHAPES)} beside --parallel, got {name!r}")
+        raise CommandError(f"--shapes: expected one of {', '.join(SHAPES)}, got {name!r}")
     dtype = _one("dtypes", args.dtypes or ["bf16" if has_fast_bfloat16() else "fp32"])
-    if "train" not in FORMATS[dtype].modes:
-        raise CommandError(f"--dtypes: expected bf16 or fp32 beside --parallel, got {dtype!r}")
-    tokens, size = _one("tokens", args.tokens or [DEFAULT_TOKENS]), args.parallel
+    tokens, size = _one("tokens", args.tokens or [DEFAULT_TOKENS]), args.ranks
     if size % args.nodes:
-        raise CommandError(f"--nodes: expected a divisor of {size} (--parallel), got {args.nodes}")
+        raise CommandError(f"--nodes: expected a divisor of {size} (the processes), got {args.nodes}")
     outputs = open_outputs(args)
     results = []
     for mode in args.modes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The baseline of `switchgear bench --parallel`: a layer of distributed experts by plain all_to_all_single."""
+"""The baseline of `switchgear bench parallel`: a layer of distributed experts by plain all_to_all_single."""
 
 from __future__ import annotations
 

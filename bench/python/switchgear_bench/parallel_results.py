@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Results of `switchgear bench --parallel`: medians beside predictions, a table and a plot."""
+"""Results of `switchgear bench parallel`: medians beside predictions, a table and a plot."""
 
 from __future__ import annotations
 

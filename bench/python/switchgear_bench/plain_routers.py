@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Routing policies in ordinary torch ops: the baseline of `switchgear bench --routers`.
+"""Routing policies in ordinary torch ops: the baseline of `switchgear bench routers`.
 
 Logits [T,E] in, topk_ids and topk_weights [T,K] out, -1 for an empty slot. There are no loops over experts. Policies
 sort where they need to, and ties break as in torch. The auction and rerouting are those of reference/policies.py.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --quality`: five routers in the same small language model, trained on the same text.
+"""`switchgear bench quality`: five routers in the same small language model, trained on the same text.
 
 LibMoE (arXiv:2411.00918) compared these routers on large models and found no winner. Here the model is small: two
 layers that read bytes. All start from the same weights except the router's, see the same batches, and have the same
@@ -24,6 +24,7 @@ from switchgear.cli.progress import progress
 from switchgear.routing import Cosine, Linear, SwitchLoss, TopK
 
 from .markdown import write_outputs
+from .options import add_files, add_quick, add_threads, begin
 from .results import read_json, rounded
 from .tiny.text import Domain, evenly, load_domains, windows
 
@@ -154,8 +155,14 @@ def measure(domains: list[Domain], steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
-    """about: the machine, for --json."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_quick(parser, "few steps of training")
+    add_threads(parser)
+    add_files(parser, "source json markdown")
+
+
+def run(args: argparse.Namespace) -> int:
+    about = begin(args, add_arguments)
     if args.source:
         results = read_json(args.source, "--from", SCHEMA)
     else:

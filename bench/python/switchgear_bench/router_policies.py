@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The policies that `switchgear bench --routers` times, each beside the same policy in torch ops (plain_routers.py)."""
+"""The policies that `switchgear bench routers` times, each beside the same policy in torch ops (plain_routers.py)."""
 
 from __future__ import annotations
 

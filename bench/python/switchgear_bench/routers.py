@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --routers`: the cost of routing policies, relative to their layer and to plain torch.
+"""`switchgear bench routers`: the cost of routing policies, relative to their layer and to plain torch.
 
 Each policy's choice and plan are timed from the same logits, in turns with the same policy in torch ops
 (router_policies.py) and with the layer, after both gave equal results. The layer is the experts' forward in the dtype
@@ -26,6 +26,7 @@ from . import plain_routers
 from .case import Case, Layer, forward, make_case, make_weights
 from .competitors.ours import switchgear
 from .markdown import write_outputs
+from .options import add_files, add_shapes, add_threads, begin
 from .results import Row, earlier_results, read_json, rounded, write_json
 from .router_policies import Policy, policies
 from .shapes import ROUTER_SHAPES, Shape, forward_flops
@@ -39,8 +40,14 @@ TRIES = 3  # if other processes disturb it
 SCHEMA = "switchgear-bench-routers/1"
 
 
-def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
-    """about: the machine, for --json."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shapes(parser, ROUTER_SHAPES)
+    add_threads(parser)
+    add_files(parser, "source json markdown")
+
+
+def run(args: argparse.Namespace) -> int:
+    about = begin(args, add_arguments)
     require("rich")
     names = choose("shapes", args.shapes or ",".join(ROUTER_SHAPES), ROUTER_SHAPES)
     if args.source:

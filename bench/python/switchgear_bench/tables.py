@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Prints the results of `switchgear bench` and writes its files."""
+"""Prints the results of `switchgear bench layers` and writes its files."""
 
 from __future__ import annotations
 

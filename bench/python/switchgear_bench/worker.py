@@ -37,7 +37,7 @@ READ, MULTIPLY = "(read)", "(multiply)"  # the probes, among the competitors tha
 
 
 class Task(NamedTuple):
-    """A case, and how to measure it. The strings are option values of `switchgear bench`."""
+    """A case, and how to measure it. The strings are option values of `switchgear bench layers`."""
 
     shape: str
     dtype: str

@@ -7,7 +7,9 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -28,8 +30,7 @@ COMMANDS = {
     "bench": "time MoE layers at the shapes of real models, against other implementations",
     "plan-parallel": "predict bytes, waiting and memory of experts distributed over many ranks",
 }
-BENCHES = {"bench": "run", "demo": "demo", "train-tiny": "train_tiny"}  # modules of the distribution switchgear-bench
-GET_BENCH = "pip install ./bench/python, in a clone of switchgear"
+BENCHES = ("bench", "demo", "train-tiny")  # run by the distribution switchgear-bench
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -54,82 +55,101 @@ class _Parser(argparse.ArgumentParser):
 class _CommandParser(_Parser):
     """The parser of one command, which is imported only if it is called: some take seconds."""
 
-    command: str | None = None  # whose arguments are not added yet
+    module: Callable[[], ModuleType] | None = None  # imports the command, whose arguments are not added yet
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Unknown arguments are errors with the usage of the command; argparse leaves them to the program."""
-        if self.command is not None:
-            _command(self.command).add_arguments(self)
-            self.command = None
+        if self.module is not None:
+            self.module().add_arguments(self)
+            self.module = None
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return known, unknown
 
 
-def _command(name: str) -> ModuleType:
-    if name not in BENCHES:
-        return importlib.import_module(f".{name.replace('-', '_')}", __name__)
-    try:
-        return importlib.import_module(f"switchgear_bench.{BENCHES[name]}")
-    except ModuleNotFoundError as error:
-        if error.name != "switchgear_bench":
-            raise
-        raise CommandError(f"needs the distribution switchgear-bench: {GET_BENCH}") from None
+@dataclass(frozen=True)
+class Program:
+    """A program whose commands are modules of a package, each with `add_arguments(parser)` and `run(args)`."""
+
+    name: str
+    about: str
+    package: str
+    commands: dict[str, str]  # what each does
+
+    def module(self, command: str) -> ModuleType:
+        return importlib.import_module(f"{self.package}.{command.replace('-', '_')}")
+
+    def parser(self) -> argparse.ArgumentParser:
+        parser = _Parser(prog=self.name, description=self.about)
+        parser.add_argument("--version", action="version", version=f"switchgear {__version__}")
+        commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_CommandParser)
+        for name, text in self.commands.items():
+            sub = commands.add_parser(
+                name, help=text, description=text[0].upper() + text[1:] + ".",
+                formatter_class=_Help, allow_abbrev=False,
+            )  # fmt: skip
+            sub.module = partial(self.module, name)
+        return parser
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Runs one command; returns the exit status: 0 done, 1 failed, 2 wrong arguments or a missing package."""
+        _open_closed()
+        program = self.name
+        try:
+            try:
+                args = self.parser().parse_args(argv)
+            finally:
+                sys.stdout.flush()  # argparse exits after --help
+            program = f"{self.name} {args.command}"
+            status = int(self.module(args.command).run(args))
+            sys.stdout.flush()
+            return status
+        except CommandError as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            return 2
+        except ImportError as error:
+            print(f"{program}: {failed_import(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{program}: interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader of the output has ended, as in `switchgear info | head -3`
+            _end_output()
+            return 141
+        except OSError as error:
+            if error.filename is not None:  # of a file; without a name it is the output's
+                raise
+            if error.errno is None:  # nor of the system, but of a library
+                print(f"{program}: {error}", file=sys.stderr)
+                return 1
+            print(f"{program}: cannot write: {error.strerror}", file=sys.stderr)
+            _end_output()
+            return 1
 
 
-def build_parser() -> argparse.ArgumentParser:
-    about = "Mixture-of-Experts layers on hand-written kernels."
-    parser = _Parser(prog="switchgear", description=about)
-    parser.add_argument("--version", action="version", version=f"switchgear {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_CommandParser)
-    for name, text in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".",
-            formatter_class=_Help, allow_abbrev=False,
-        )  # fmt: skip
-        sub.command = name
-    return parser
+PROGRAM = Program("switchgear", "Mixture-of-Experts layers on hand-written kernels.", __name__, COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong arguments or a missing package."""
-    _open_closed()
-    program = "switchgear"
+    """Runs one command of `switchgear`, and returns the exit status of `Program.main`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return _run_bench(arguments) if arguments and arguments[0] in BENCHES else PROGRAM.main(arguments)
+
+
+def _run_bench(arguments: list[str]) -> int:
+    """`switchgear bench layers` is `switchgear-bench layers`, `switchgear demo` is `switchgear-bench demo`."""
     try:
-        args = _parsed(argv)
-        program = f"switchgear {args.command}"
-        status = int(_command(args.command).run(args))
-        sys.stdout.flush()
-        return status
-    except CommandError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(f"{program}: {failed_import(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of the output has ended, as in `switchgear info | head -3`
-        _end_output()
-        return 141
-    except OSError as error:
-        if error.filename is not None:  # of a file; without a name it is the output's
+        import switchgear_bench
+    except ModuleNotFoundError as error:
+        if error.name != "switchgear_bench":
             raise
-        if error.errno is None:  # nor of the system, but of a library
-            print(f"{program}: {error}", file=sys.stderr)
-            return 1
-        print(f"{program}: cannot write: {error.strerror}", file=sys.stderr)
-        _end_output()
-        return 1
-
-
-def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    try:
-        return build_parser().parse_args(argv)
-    finally:
-        sys.stdout.flush()  # argparse exits after --help
+        how = "pip install ./bench/python, in a clone of switchgear"
+        print(f"switchgear {arguments[0]}: needs the distribution switchgear-bench; {how}", file=sys.stderr)
+        return 2
+    if arguments[0] == "bench":
+        return switchgear_bench.main(arguments[1:], "switchgear bench")
+    return switchgear_bench.main(arguments, "switchgear")
 
 
 def _open_closed() -> None:

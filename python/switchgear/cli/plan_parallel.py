@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`switchgear plan-parallel`: predicts the cost of experts on many ranks, from a routing and a few speeds.
 
-PREDICTIONS of parallel/cost.py, not measurements. `switchgear bench --parallel` compares the same model with
+PREDICTIONS of parallel/cost.py, not measurements. `switchgear bench parallel` compares the same model with
 measurements on one machine.
 """
 

@@ -16,19 +16,16 @@ from torch import Tensor, nn
 from switchgear.complaints import at_least, check_module, check_seconds
 from switchgear.files import AnyPath
 from switchgear.layers.virtual import VirtualExperts
-from switchgear.offload.attachment import Attachment, Read, end_read, read_all
+from switchgear.offload.attachment import Attachment, Read, Target, end_read, matched, place_of, read_all
 from switchgear.offload.cache import Cache, CachedLayer
 from switchgear.offload.device import device_of
-from switchgear.offload.errors import StoreError
 from switchgear.offload.policies import LRU, Policy, check_policy
-from switchgear.offload.pool import Pool, arena
+from switchgear.offload.pool import Pool, Staging, arena
 from switchgear.offload.predictors import Predictor, check_predictor
-from switchgear.offload.residency import Residency
-from switchgear.offload.sizes import CachePlan, groups_of, plans_of
-from switchgear.offload.staging import Staging
+from switchgear.offload.residency import CachePlan, Residency, groups_of, plans_of
 from switchgear.offload.statistics import LayerStatistics, Statistics
 from switchgear.offload.store import Store
-from switchgear.offload.targets import Target, matched, place_of
+from switchgear.offload.store_records import StoreError
 from switchgear.weights.module import Tie, check_before_load, freeze_stored
 from switchgear.weights.offloaded import OffloadedForm, OffloadedWeight
 from switchgear.weights.weight import Weight

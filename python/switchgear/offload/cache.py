@@ -26,12 +26,11 @@ import torch
 from torch import Tensor
 
 from switchgear.offload.device import Device, Stream
-from switchgear.offload.errors import StoreError
-from switchgear.offload.pool import Pool
+from switchgear.offload.pool import Pool, knows
 from switchgear.offload.predictors import Predictor, checked
 from switchgear.offload.residency import Residency
-from switchgear.offload.staging import knows
 from switchgear.offload.statistics import LayerStatistics
+from switchgear.offload.store_records import StoreError
 from switchgear.offload.waves import LoadsExperts
 from switchgear.utils.functions import has_proxies
 from switchgear.weights.offloaded import Wave

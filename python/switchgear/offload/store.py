@@ -18,8 +18,7 @@ from torch import nn
 from switchgear import _C
 from switchgear.files import AnyPath
 from switchgear.offload import store_index, store_sources, store_writer
-from switchgear.offload.errors import StoreError
-from switchgear.offload.store_records import PAGE, Records
+from switchgear.offload.store_records import PAGE, Records, StoreError
 from switchgear.weights.form import Form
 from switchgear.weights.store import form_named
 

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchgear.offload.errors import StoreError
-from switchgear.offload.store_records import ALIGNMENT, PAGE, Part, Records, whole_tensors
+from switchgear.offload.store_records import ALIGNMENT, PAGE, Part, Records, StoreError, whole_tensors
 from switchgear.reference import formats
 from switchgear.weights.module import Kind
 

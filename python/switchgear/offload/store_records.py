@@ -21,8 +21,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from switchgear.files import DiskFull
 from switchgear.weights.module import Kind
 from switchgear.weights.weight import Weight
+
+
+class StoreError(OSError):
+    """A store of experts cannot be written, opened or read. The message names the file, and the expert if it is one."""
+
+
+class StoreFull(StoreError, DiskFull):
+    """There is no room for a store. Finished layers stay, and the same call continues with them."""
+
+
+# ---- Records ---------------------------------------------------------------------------------------------------------
+
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 PAGE = 4096  # bytes: what O_DIRECT takes everywhere

@@ -16,8 +16,7 @@ from torch import Tensor
 from switchgear import _C
 from switchgear.files import Kind, Unfinished, bytes_of, write_whole, writing
 from switchgear.offload import store_index
-from switchgear.offload.errors import StoreError, StoreFull
-from switchgear.offload.store_records import PAGE, Records, fill, records_for
+from switchgear.offload.store_records import PAGE, Records, StoreError, StoreFull, fill, records_for
 from switchgear.offload.store_sources import Source
 from switchgear.weights.weight import Weight
 

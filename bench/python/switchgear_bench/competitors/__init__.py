@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The implementations that `switchgear bench` compares: one small function each.
+"""The implementations that `switchgear bench layers` compares: one small function each.
 
 A competitor is a function of a case. It does all preparation (modules, packed weights) and returns the layer:
 Inputs -> y [T,H], differentiable for training. It raises Skip if it cannot run. To add one:

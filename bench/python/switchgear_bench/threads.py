@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench --threads-model`: layers of real models on 2 to 128 threads and 1 to 8 memory nodes, predicted from
+"""`switchgear bench threads`: layers of real models on 2 to 128 threads and 1 to 8 memory nodes, predicted from
 their recorded tasks (threads_model.py), and on two threads beside the measurement."""
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from switchgear_bench.processes import Child
 
 from .case import DECODE_TOKENS, FORMATS, ROUTINGS, Inputs, call_of, make_case, make_weights
 from .markdown import write_outputs
+from .options import add_cases, add_files, add_modes, add_routing, add_shapes, begin
 from .results import Row, earlier_results, read_json, rounded, write_json
 from .shapes import SHAPES, Shape
 from .threads_model import LOSSES, MACHINES, Cores, Measured, as_row, fork_seconds, machine, measured, predict, record
@@ -48,8 +49,16 @@ class Task(NamedTuple):
     routing: str
 
 
-def run(args: argparse.Namespace, about: dict[str, Any]) -> int:
-    """about: the machine, for --json."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shapes(parser, MODEL_SHAPES)
+    add_cases(parser, FORMATS, "bf16", "1,16,512,2048; in training 512,2048")
+    add_modes(parser)
+    add_routing(parser)
+    add_files(parser, "source json markdown")
+
+
+def run(args: argparse.Namespace) -> int:
+    about = begin(args, add_arguments)
     require("rich")
     results = read_json(args.source, "--from", SCHEMA) if args.source else _record_all(args, about)
     if args.source and not args.markdown:
