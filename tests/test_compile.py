@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
+from errors import raises
 from switchgear import ops, reference
 from switchgear.offload import FromPreRouter
 from switchgear.ops.layer import _layer_in
@@ -295,13 +296,13 @@ def test_what_is_not_supported_raises(backend: str) -> None:
     def of_x(x: Tensor) -> Tensor:
         return loss(x, *others)
 
-    with pytest.raises(NotImplementedError, match="jvp"):
+    with raises(NotImplementedError):
         torch.func.jvp(of_x, (x,), (x,))
-    with pytest.raises(NotImplementedError, match="jvp"), torch.autograd.forward_ad.dual_level():
+    with raises(NotImplementedError), torch.autograd.forward_ad.dual_level():
         of_x(torch.autograd.forward_ad.make_dual(x, x))
-    with pytest.raises(RuntimeError, match="gradients can be taken once"):
+    with raises(RuntimeError):
         torch.func.grad(lambda x: torch.func.grad(of_x)(x).sum())(x)
-    with pytest.raises(NotImplementedError, match="jvp"):
+    with raises(NotImplementedError):
         torch.func.hessian(of_x)(x)
 
 
@@ -342,7 +343,7 @@ def test_a_function_outside_of_graphs() -> None:
         return 2 * outside(2 * x)
 
     x = torch.ones(2)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+    with raises(torch._dynamo.exc.Unsupported):
         torch.compile(around, backend="eager", fullgraph=True)(x)
     torch._dynamo.reset()
     compiled = torch.compile(around, backend="eager")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import switchgear
+from errors import raises
 from switchgear import Router, ops, routing, testing
 from switchgear.functional import gate_route
 from switchgear.testing import Bounded, assert_close, exact
@@ -291,16 +292,16 @@ def test_autocast(backend: str) -> None:
 )
 def test_bad_input(backend: str, error: type[Exception], name: str, changes: dict[str, Tensor]) -> None:
     arguments = {"x": torch.randn(5, 8), "weight": torch.randn(3, 8), "bias": torch.randn(3), **changes}
-    with pytest.raises(error, match=rf"{name}: expected"):
+    with raises(error, name):
         switchgear.gate(**arguments)
-    with pytest.raises(error, match=rf"{name}: expected"):
+    with raises(error, name):
         gate_route(top_k=2, **arguments)
 
 
 def test_bad_options_of_gate_route(backend: str) -> None:
     x, weight = torch.randn(5, 8), torch.randn(3, 8)
     for top_k in (0, 4, -1):
-        with pytest.raises(ValueError, match="top_k: expected"):
+        with raises(ValueError, "top_k"):
             gate_route(x, weight, top_k)
-    with pytest.raises(ValueError, match="selection_bias: expected"):
+    with raises(ValueError, "selection_bias"):
         gate_route(x, weight, 2, selection_bias=torch.randn(4))

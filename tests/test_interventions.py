@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
+from errors import raises
 from switchgear import MoE, Routing
 from switchgear.routing import (
     BalancedAssignment,
@@ -184,7 +185,7 @@ def test_blocks_nest_and_restore() -> None:
         assert 1 in routed(moe, tokens).topk_ids
         assert 0 not in routed(moe, tokens).topk_ids
     assert torch.equal(moe(tokens), before)
-    with pytest.raises(RuntimeError, match="inside"), moe.gate.intervene(disable=[0]):
+    with raises(RuntimeError), moe.gate.intervene(disable=[0]):
         raise RuntimeError("inside")
     assert torch.equal(moe(tokens), before)
     assert moe.gate.overrides == []
@@ -237,7 +238,7 @@ def test_experts_are_numbers(name: str, given: Any, got: str) -> None:
         pass
     assert moe.gate.overrides == []
     with (
-        pytest.raises(TypeError, match="gain: expected numbers of experts, got str"),
+        raises(TypeError, "gain"),
         moe.gate.intervene(gain={"1": 2.0}),
     ):
         pass
@@ -263,15 +264,15 @@ def test_another_selection_for_all_layers_or_some() -> None:
 
 
 def test_override_errors() -> None:
-    with pytest.raises(ValueError, match="model: expected"), switchgear.override(nn.Linear(2, 2), disable=[0]):
+    with raises(ValueError, "model"), switchgear.override(nn.Linear(2, 2), disable=[0]):
         pass
-    with pytest.raises(ValueError, match="layers: expected some of gate"):
+    with raises(ValueError, "layers"):
         switchgear.override(layer(top_k=2), disable=[0], layers=["router"]).__enter__()
-    with pytest.raises(ValueError, match="layers: expected some of gate; got router"):
+    with raises(ValueError, "layers"):
         switchgear.override(layer(top_k=2), disable=[0], layers="router").__enter__()
-    with pytest.raises(TypeError, match="layers: expected names, got int"):
+    with raises(TypeError, "layers"):
         switchgear.override(layer(top_k=2), disable=[0], layers=3).__enter__()  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="model: expected torch"):
+    with raises(TypeError, "model"):
         switchgear.override("model", disable=[0]).__enter__()  # type: ignore[arg-type]
     model = nn.Sequential(layer(top_k=2))
     for name in ("0.gate", "0"):  # a router, or its block, as in a RoutingTrace
@@ -311,7 +312,7 @@ def test_experts_of_a_hugging_face_model_are_disabled_and_amplified(olmoe: Any) 
             torch.testing.assert_close(olmoe(ids).logits, none)
         assert torch.equal(olmoe(ids).logits, plain)
     assert all(int(layer.tokens_per_expert.sum()) == 0 for layer in trace.layers.values())
-    with pytest.raises(ValueError, match="disable: expected experts from 0"), switchgear.override(olmoe, disable=[E]):
+    with raises(ValueError, "disable"), switchgear.override(olmoe, disable=[E]):
         pass
 
 
@@ -358,9 +359,9 @@ def test_a_selection_that_no_bias_moves_takes_no_force_and_no_bias(select: Any, 
     assert not moe.gate.overrides
     with pytest.raises(ValueError, match=message), layer(select=select).gate.intervene(**change):
         pass
-    with pytest.raises(ValueError, match=f"selection_bias: expected False for {name}"):
+    with raises(ValueError, "selection_bias"):
         layer(select=select, selection_bias=True)
-    with pytest.raises(ValueError, match=f"balance: expected no LossFreeBias for {name}"):
+    with raises(ValueError, "balance"):
         layer(select=select, balance=[LossFreeBias()])
 
 
@@ -369,12 +370,12 @@ def test_a_selection_that_no_bias_moves_takes_no_force_and_no_bias(select: Any, 
 )
 def test_no_more_experts_are_forced_than_a_selection_takes(select: Any) -> None:
     with (
-        pytest.raises(ValueError, match="force: expected at most"),
+        raises(ValueError, "force"),
         layer(select=select).gate.intervene(force=[1, 2, 3]),
     ):
         pass
     with (
-        pytest.raises(ValueError, match="force: expected at most"),
+        raises(ValueError, "force"),
         switchgear.override(layer(top_k=4), select=select, force=[1, 2, 3]),
     ):
         pass

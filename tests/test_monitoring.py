@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import switchgear
+from errors import raises
 from switchgear import MoE, RoutingTrace
 from switchgear.monitoring import LoadMeter, log_to
 from switchgear.trace.load import STATISTICS
@@ -163,7 +164,7 @@ def test_what_could_not_be_written_is_in_the_next_reading() -> None:
     with RoutingTrace(model) as trace:
         meter, log = LoadMeter(trace), log_to(trace, board)
         model(torch.randn(5, 16))
-        with pytest.raises(OSError, match="no space"):
+        with raises(OSError):
             log(0)
         model(torch.randn(5, 16))
         assert log(1) == meter.read()
@@ -172,17 +173,17 @@ def test_what_could_not_be_written_is_in_the_next_reading() -> None:
 
 def test_mistakes_are_named() -> None:
     with RoutingTrace(Layers(1)) as trace:
-        with pytest.raises(TypeError, match="writer: expected an object with add_scalar"):
+        with raises(TypeError, "writer"):
             log_to(trace, 3)
-        with pytest.raises(ValueError, match=r"every: expected 1 to 2\^31 - 1, got 0"):
+        with raises(ValueError, "every"):
             log_to(trace, print, every=0)
-        with pytest.raises(ValueError, match=r"max_layers: expected 0 to 2\^31 - 1, got -1"):
+        with raises(ValueError, "max_layers"):
             log_to(trace, print, max_layers=-1)
-        with pytest.raises(TypeError, match="every: expected int, got float"):
+        with raises(TypeError, "every"):
             log_to(trace, print, every=1.5)
-        with pytest.raises(TypeError, match="max_layers: expected int, got str"):
+        with raises(TypeError, "max_layers"):
             LoadMeter(trace, max_layers="8")
-    with pytest.raises(TypeError, match="trace: expected RoutingTrace, got NoneType"):
+    with raises(TypeError, "trace"):
         LoadMeter(None)
 
 
@@ -210,7 +211,7 @@ def test_the_trainer_reports_it_to_all_its_reporters(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer = transformers.Trainer(model, arguments, train_dataset=ids, eval_dataset=ids, callbacks=[Reporter()])
     own = FakeRun()
-    with pytest.raises(ValueError, match=r"max_layers: expected 0 to .*, got -1"):
+    with raises(ValueError, "max_layers"):
         ExpertLoadCallback(max_layers=-1)
     callback = ExpertLoadCallback(own).attach(trainer)
     trainer.train()

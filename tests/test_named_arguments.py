@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import switchgear
+from errors import raises
 from switchgear import adapters, convert, distill, layers, offload, routing
 from switchgear.layers.shared import SharedExperts
 
@@ -96,7 +97,7 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
 def test_wrong_arguments_are_named(name: str) -> None:
     call, values = CALLS[name]
     for value in values:
-        with pytest.raises((TypeError, ValueError), match=rf"^{name.partition(' ')[0]}(\[\d+\])?: expected"):
+        with raises((TypeError, ValueError), name.partition(" ")[0]):
             call(value)
 
 

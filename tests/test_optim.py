@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import switchgear
+from errors import raises
 from switchgear import finetune, optim
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.layers import MergedExperts, MonetRouter, SoftMoE, StratifiedMoE
@@ -95,9 +96,9 @@ def test_groups_of_a_model() -> None:
     shared = {name for name in names.values() if name.startswith("moe.shared") and name.endswith("weight")}
     assert named(matrices) == {"moe.experts.gate_up_proj", "moe.experts.down_proj"} | shared
     assert named(optim.muon_groups(model, others="head")[0]) == named(matrices)
-    with pytest.raises(ValueError, match="others"):
+    with raises(ValueError):
         optim.muon_groups(model, others=["lm_head"])
-    with pytest.raises(TypeError, match=r"model: expected torch\.nn\.Module, got list"):
+    with raises(TypeError, "model"):
         optim.muon_groups([])
     finetune.freeze_except(model, {"moe": [1, 2]})
     matrices, rest = optim.muon_groups(model)
@@ -212,21 +213,21 @@ def test_it_trains() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="params"):
+    with raises(ValueError):
         optim.Muon([nn.Parameter(torch.zeros(3))])
     matrix = nn.Parameter(torch.zeros(3, 3))
     muon = optim.Muon([matrix])
-    with pytest.raises(ValueError, match=r"params: expected parameters of at least 2 dimensions, got shape \[3\]"):
+    with raises(ValueError, "params"):
         muon.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     assert len(muon.param_groups) == 1
     wrong = {"lr": -1.0, "momentum": -0.1, "eps": -1.0, "ns_steps": 100, "ns_coefficients": (1.0, 2.0)}
     for name, value in {**wrong, "adjust_lr_fn": "none"}.items():
-        with pytest.raises(ValueError, match=name):
+        with raises(ValueError, name):
             optim.Muon([matrix], **{name: value})
-        with pytest.raises(ValueError, match=name):
+        with raises(ValueError, name):
             optim.Muon([{"params": [matrix], name: value}])
     for name, value in {"lr": "x", "eps": None, "ns_steps": 1.5, "ns_coefficients": (1.0, 2.0, "x")}.items():
-        with pytest.raises(TypeError, match=name):
+        with raises(TypeError, name):
             optim.Muon([matrix], **{name: value})
 
 

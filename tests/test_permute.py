@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from switchgear import reference, testing
 from switchgear.testing import CASES, Case, assert_close, exact, times, topk_ids_of
 
@@ -96,11 +97,11 @@ def test_tail_rows_do_not_matter(backend: str) -> None:
 
 def test_errors(backend: str) -> None:
     plan, x, permuted_y, weights = draw(Case("errors", 4, 2, 3, 5, 4), torch.float32)
-    with pytest.raises(ValueError, match=r"x|slot_indices"):
+    with raises(ValueError):
         switchgear.permute(x[:3], plan)
-    with pytest.raises(ValueError, match="permuted_y"):
+    with raises(ValueError, "permuted_y"):
         switchgear.combine(permuted_y[:3], plan)
-    with pytest.raises(ValueError, match="topk_weights"):
+    with raises(ValueError, "topk_weights"):
         switchgear.combine(permuted_y, plan, weights[:, :1])
-    with pytest.raises(TypeError, match="token_indices"):
+    with raises(TypeError, "token_indices"):
         switchgear.permute(x, plan._replace(token_indices=plan.token_indices.long()))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from errors import raises
 from switchgear.integrations.published import load_published
 from switchgear.reference import nf4
 from switchgear.weights import restore, stored_of
@@ -156,5 +157,5 @@ def test_other_types_of_bitsandbytes_are_refused(path: Path, tmp_path: Path) -> 
     config["quantization_config"] = CONFIG | {"bnb_4bit_quant_type": "fp4"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(load_file(path / "model.safetensors"), tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="path: expected bnb_4bit_quant_type nf4 in config"):
+    with raises(ValueError, "path"):
         load_published(tmp_path)

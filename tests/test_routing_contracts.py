@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import switchgear
+from errors import raises
 from switchgear import routing
 from switchgear.functional import Routing
 from switchgear.papers.parts.auxiliary import anchor_loss
@@ -250,7 +251,7 @@ def test_a_draw_that_checkpointing_cannot_repeat_is_refused(options: Any) -> Non
     checkpoint(moe, x, use_reentrant=False).sum().backward()
     checkpoint(partial(plain, generator=generator), x, use_reentrant=False).sum().backward()
     y = checkpoint(partial(moe, generator=generator), x, use_reentrant=False)
-    with pytest.raises(ValueError, match=r"generator: expected None .*, got"):
+    with raises(ValueError, "generator"):
         y.sum().backward()
 
 
@@ -386,7 +387,7 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
     ],
 )
 def test_bad_options_are_named(name: str, make: Any) -> None:
-    with pytest.raises(ValueError, match=name):
+    with raises(ValueError, name):
         make()
 
 
@@ -442,7 +443,7 @@ def test_bad_options_are_named(name: str, make: Any) -> None:
     ],
 )
 def test_options_of_another_type_are_named(name: str, make: Any) -> None:
-    with pytest.raises(TypeError, match=f"{name}: expected"):
+    with raises(TypeError, name):
         make()
 
 
@@ -451,18 +452,19 @@ def test_options_that_exceed_the_experts_are_named() -> None:
     for name, select in {
         "top_k": TopK(E + 1), "num_groups": Grouped(1, 3), "min_experts": Threshold(0.1, E + 1),
     }.items():  # fmt: skip
-        with pytest.raises(ValueError, match=name):
+        with raises(ValueError, name):
             select(logits)
-    with pytest.raises(ValueError, match="top_k"):
+    with raises(ValueError, "top_k"):
         Grouped(3, 4)(logits)
-    with pytest.raises(ValueError, match="top_k"):
+    with raises(ValueError, "top_k"):
         SparseMixer(E + 1)(logits)
     limit = Capacity(1.0, scope="sequence")
-    for name, context in {
-        "sequence_length: .* got None": Context(), "sequence_length: expected a divisor": Context(sequence_length=3),
-        "sequence_ids": Context(sequence_ids=torch.zeros(3)),
-    }.items():  # fmt: skip
-        with pytest.raises(ValueError, match=name):
+    for name, context in (
+        ("sequence_length", Context()),
+        ("sequence_length", Context(sequence_length=3)),
+        ("sequence_ids", Context(sequence_ids=torch.zeros(3))),
+    ):
+        with raises(ValueError, name):
             limit(TopK(1)(logits), context)
 
 

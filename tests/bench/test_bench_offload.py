@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from errors import raises
 from switchgear.cli import cgroup, main
 from switchgear.cli.cgroup import memory_limit
 
@@ -106,7 +107,7 @@ def test_a_replay_makes_the_same_reads_in_the_same_order(tmp_path: Path) -> None
     assert (nbytes, seconds > 0) == (4 * record, True)
     with path.open("r+b") as opened:
         opened.truncate(record)
-    with pytest.raises(OSError, match="expected"):
+    with raises(OSError):
         replay(reader.events)
     replay.close()
 
@@ -258,7 +259,7 @@ def test_the_rate_of_the_disk_counts_whole_records(folder: Path) -> None:
     drop_pages(folder)
     files = sorted((folder / CHECKPOINT).glob("*.safetensors"))
     assert read_rate(files, 4096, 2, 1 << 20) > 0
-    with pytest.raises(ValueError, match="at least one record"):
+    with raises(ValueError):
         read_rate(files, 1 << 30, 2, 1 << 30)
 
 

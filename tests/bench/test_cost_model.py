@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import raises
 from switchgear.cli import main
 from switchgear_bench.cost_model import (
     COOPERATIVE_EPILOGUE,
@@ -71,7 +72,7 @@ def test_tiles_are_picked_as_by_the_kernels() -> None:
     assert [pick_tile(GPUS[0], rows, 256, 64) for rows in (16.5, 17, 81)] == [
         Tile(16, 128, 2), Tile(64, 128, 2), Tile(128, 128, 2),
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="epilogue: expected one of store, glu, glu_backward, got relu"):
+    with raises(ValueError, "epilogue"):
         pick_tile(gpu, 1, 256, 64, "relu")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import switchgear
+from errors import raises
 from switchgear import _C
 from switchgear.cli import main
 from switchgear.weights import encode
@@ -167,7 +168,7 @@ def test_arguments_are_checked(name: str, value: object) -> None:
         "seconds": [1.0], "bytes": [1], "in_shares": True, "num_threads": 2, "num_nodes": 2, "num_sockets": 1,
         "core_bandwidth": 1.0, "node_bandwidth": 1.0, "link_bandwidth": 1.0, "placement": "local",
     }  # fmt: skip
-    with pytest.raises(ValueError, match=name):
+    with raises(ValueError, name):
         _C.simulate_loop(**(arguments | {name: value}))
 
 

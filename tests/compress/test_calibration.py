@@ -14,6 +14,7 @@ from small_models import FAMILIES, expert, hugging_face, our_model, row_batches,
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from switchgear.compress import Calibration, calibrate
 from switchgear.compress.sums import Samples
 from switchgear.integrations.moe_blocks import moe_blocks
@@ -180,12 +181,12 @@ def test_repr_is_short() -> None:
 
 def test_another_model_is_refused() -> None:
     calibration = calibrate(our_model(), row_batches())
-    for other, reason in (
-        (our_model(seed=1), "router's weight"), (our_model(num_experts=4), "num_experts"), (our_model(top_k=1), "top_k")
+    for other in (
+        our_model(seed=1), our_model(num_experts=4), our_model(top_k=1)
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"calibration: expected one of this model, got another .*{reason}"):
+        with raises(ValueError, "calibration"):
             calibration.check(other)
-        with pytest.raises(ValueError, match="calibration: expected"):
+        with raises(ValueError, "calibration"):
             calibration + calibrate(other, row_batches())
     calibration.check(our_model())
 
@@ -219,32 +220,32 @@ def test_files_with_other_shapes_are_refused(tmp_path: Path, key: str, shape: li
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     model = our_model().train()
-    with pytest.raises(ValueError, match="batches: expected tokens"):
+    with raises(ValueError, "batches"):
         calibrate(model, [])
     row = torch.zeros(2, 16)
-    for batches, got in ((5, "int"), (row, "Tensor"), ({"x": row}, "dict")):
-        with pytest.raises(TypeError, match=rf"batches: expected a list of batches, got {got} \(pass \[batch\]"):
+    for batches in (5, row, {"x": row}):
+        with raises(TypeError, "batches"):
             calibrate(model, batches)  # type: ignore[arg-type]
-    for batch, got in (([1, 2], "list"), ({"x": [[1.0, 2.0]], "domain": "a"}, "dict"), ((), "tuple")):
-        with pytest.raises(TypeError, match=f"batches: expected tensors in each batch, got a {got} without any"):
+    for batch in ([1, 2], {"x": [[1.0, 2.0]], "domain": "a"}, ()):
+        with raises(TypeError, "batches"):
             calibrate(model, [batch])
-    with pytest.raises(TypeError, match="batches: expected dicts, tuples or tensors, got int"):
+    with raises(TypeError, "batches"):
         calibrate(model, [5])
-    with pytest.raises(ValueError, match=r"layers: expected layers of layers.0, layers.1; got other"):
+    with raises(ValueError, "layers"):
         calibrate(model, row_batches(), layers=["other"])
-    with pytest.raises(TypeError, match="layers: expected names, got int"):
+    with raises(TypeError, "layers"):
         calibrate(model, row_batches(), layers=5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="domain: expected a name"):
+    with raises(TypeError, "domain"):
         calibrate(model, [{"x": torch.zeros(2, 16), "domain": 3}])
     for options in ({"hessians": "no"}, {"seed": "x"}):
-        with pytest.raises(TypeError, match=r"hessians: expected bool, got str|seed: expected int, got str"):
+        with raises(TypeError, next(iter(options))):
             calibrate(model, row_batches(), **options)  # type: ignore[arg-type]
     assert model.training
     switchgear.store(model, "int8")
-    with pytest.raises(ValueError, match=r"layers.0: expected plain weights, got int8; call switchgear\.restore\("):
+    with raises(ValueError):
         calibrate(model, row_batches())
     (tmp_path / "x").write_bytes(b"no calibration")
-    with pytest.raises(ValueError, match=r"path: expected a file of Calibration.save"):
+    with raises(ValueError, "path"):
         Calibration.load(tmp_path / "x")
 
 
@@ -253,7 +254,7 @@ def test_parts_with_and_without_hessians_are_refused() -> None:
     model, batches = our_model(), row_batches()
     one, other = calibrate(model, batches[:1], hessians=True), calibrate(model, batches[1:], seed=1)
     for first, second in ((one, other), (other, one)):
-        with pytest.raises(ValueError, match="calibration: expected both parts with hessians=True, or none"):
+        with raises(ValueError, "calibration"):
             first + second
 
 

@@ -12,6 +12,7 @@ import torch
 from small_models import FAMILIES, clone, expert, hugging_face, in_a_step, our_model, row_batches, token_batches
 
 import switchgear
+from errors import raises
 from switchgear.compress import calibrate, merge_experts
 from switchgear.compress.merge import cluster_around_dominant, cluster_hierarchically
 from switchgear.diagnostics.similarity import match_rows
@@ -249,9 +250,9 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     calibration = calibrate(model, row_batches(), samples=0)
     with pytest.raises((TypeError, ValueError), match=message):
         merge_experts(model, **{"keep": 4, "calibration": calibration, **options})
-    with pytest.raises(ValueError, match="calibration: expected a sample"):
+    with raises(ValueError, "calibration"):
         merge_experts(model, 4, calibration=calibration)
     assert model.layers[0].experts.num_experts == 8
     switchgear.store(model, "int8")
-    with pytest.raises(ValueError, match="expected plain weights"):
+    with raises(ValueError):
         merge_experts(model, 4, calibration=calibration)

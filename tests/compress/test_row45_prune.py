@@ -25,6 +25,7 @@ from small_models import (
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from switchgear import routing
 from switchgear.compress import calibrate, prune_experts
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
@@ -126,9 +127,9 @@ def test_row45_grouped_routers_keep_equally_many_of_each_group() -> None:
             assert layer.kept == sorted(best[0] + best[1])
         check_against_masked(model, pruned, token_batches(1)[0], kept)
     for keep in (5, 2):
-        with pytest.raises(ValueError, match="keep: expected a multiple of 2 groups"):
+        with raises(ValueError, "keep"):
             prune_experts(clone(model), keep, "random")
-    with pytest.raises(ValueError, match="keep: expected 2 experts of each group"):
+    with raises(ValueError, "keep"):
         prune_experts(clone(model), {name: [0, 1, 2, 4] for name in moe_blocks(model)})
 
 
@@ -266,14 +267,14 @@ def test_global_scope_is_refused_where_the_config_cannot_say_it() -> None:
     model = hugging_face("mixtral")
     before = clone(model).state_dict()
     calibration = calibrate(model, token_batches())
-    with pytest.raises(ValueError, match="expected equal numbers of experts in all layers, since a MixtralTopKRouter"):
+    with raises(ValueError):
         prune_experts(model, 4, "reap", calibration=calibration, scope="global")
-    with pytest.raises(ValueError, match="keep: expected all layers of a Hugging Face model"):
+    with raises(ValueError, "keep"):
         prune_experts(model, {"model.layers.0.mlp": [0, 1]})
-    with pytest.raises(ValueError, match="keep: expected equal numbers of experts, since one number in the config"):
+    with raises(ValueError, "keep"):
         prune_experts(model, {name: [0, 1, *[2] * (name[13] == "0")] for name in moe_blocks(model)})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match=r"model: expected the whole model, whose config .* got MixtralDecoderLayer"):
+    with raises(ValueError, "model"):
         prune_experts(model.model.layers[0], 4, "random")
     assert model.config.num_local_experts == 8
 
@@ -301,7 +302,7 @@ def test_constants_replace_removed_experts() -> None:
         torch.testing.assert_close(pruned.layers[index](x).double(), y, rtol=1e-4, atol=1e-5)
     assert result.parameters_after < result.parameters_before
     mixtral = hugging_face("mixtral")
-    with pytest.raises(ValueError, match=r"replace: expected none for .*, since MixtralSparseMoeBlock has no constant"):
+    with raises(ValueError, "replace"):
         prune_experts(mixtral, 4, "random", calibration=calibrate(mixtral, token_batches()), replace="constant")
 
 
@@ -355,7 +356,7 @@ def test_pruned_layers_train_and_count(criterion: str, replace: str) -> None:
 
 def test_counts_of_a_loss_in_the_middle_of_a_step_are_refused() -> None:
     model = in_a_step(our_model(balance=[routing.SwitchLoss(scope="global", accumulate=True)]))
-    with pytest.raises(ValueError, match=r"layers\.0: expected switchgear\.after_step\(model\) first, got counts of a"):
+    with raises(ValueError):
         prune_experts(model, 4, "random")
     assert len(model.layers[0].gate.weight) == len(model.layers[0].gate.tokens_per_expert) == 8
     switchgear.after_step(model)
@@ -404,9 +405,9 @@ def test_unknown_domains_are_refused(domains: Any, got: str) -> None:
     model = our_model()
     calibration = calibrate(model, row_batches())
     for criterion in ("reap", "reconstruction", "frequency"):
-        with pytest.raises(ValueError, match=f"domains: expected some of 'a', 'b', got {got}$"):
+        with raises(ValueError, "domains"):
             prune_experts(model, 4, criterion, calibration=calibration, domains=domains)
-        with pytest.raises(TypeError, match="domains: expected names, got int"):
+        with raises(TypeError, "domains"):
             prune_experts(model, 4, criterion, calibration=calibration, domains=3)  # type: ignore[arg-type]
 
 
@@ -418,7 +419,7 @@ def test_layers_without_tokens_are_refused(keep: Any, options: dict[str, Any]) -
     model = our_model()
     calibration = calibrate(model, row_batches())
     del calibration.layers["layers.1"].domains["b"]  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"calibration: expected tokens in all layers, got none in layers\.1$"):
+    with raises(ValueError, "calibration"):
         prune_experts(model, keep, calibration=calibration, domains="b", **options)
     assert all(len(layer.experts.down_proj) == 8 for layer in model.layers)
     prune_experts(model, 4, "random", calibration=calibration, domains="b")
@@ -430,9 +431,7 @@ def test_experts_whose_outputs_are_not_finite_are_refused(options: dict[str, Any
     with torch.no_grad():
         model.layers[0].experts.down_proj[3] = torch.nan
     calibration = calibrate(model, row_batches())
-    with pytest.raises(
-        ValueError, match=r"calibration: expected finite (outputs|statistics) of the experts of layers.0"
-    ):
+    with raises(ValueError, "calibration"):
         prune_experts(model, 4, **{"criterion": "reconstruction", **options}, calibration=calibration)
     assert model.layers[0].experts.down_proj.shape[0] == 8
 
@@ -443,7 +442,7 @@ def test_constants_of_statistics_that_are_not_finite_are_refused() -> None:
     calibration = calibrate(model, batches)
     finite = calibration.layers["layers.0"].sums().outputs.isfinite().all(1)
     keep = {"layers.0": finite.nonzero().flatten().tolist()}
-    with pytest.raises(ValueError, match=r"calibration: expected finite statistics of the experts of layers\.0"):
+    with raises(ValueError, "calibration"):
         prune_experts(model, keep, calibration=calibration, replace="constant")
     assert type(model.layers[0].experts) is switchgear.Experts
     assert len(model.layers[0].experts.down_proj) == 8
@@ -454,17 +453,17 @@ def test_integers_of_numpy_are_numbers_of_experts() -> None:
 
 
 def test_refused_layers() -> None:
-    with pytest.raises(ValueError, match=r"got layers\.1\.experts\.(\w+) shared with layers\.0\.experts\.\1$"):
+    with raises(ValueError):
         prune_experts(tied_model(), 4, "random")
-    with pytest.raises(ValueError, match=r"layers.0: expected a linear router without score=, got score=Cosine"):
+    with raises(ValueError):
         prune_experts(our_model(score=routing.Cosine(16, 8)), 4, "random")
-    with pytest.raises(TypeError, match=r"keep: expected a list of experts for layers.0, got int"):
+    with raises(TypeError, "keep"):
         prune_experts(our_model(), {"layers.0": 3}, "random")  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="calibration: expected one of this model"):
+    with raises(ValueError, "calibration"):
         prune_experts(our_model(), 4, "reap", calibration=calibrate(our_model(seed=1), row_batches()))
-    with pytest.raises(ValueError, match=r"layers.0: expected switchgear.Experts, got VirtualExperts"):
+    with raises(ValueError):
         prune_experts(our_model(null_experts=2), 4, "random")
-    with pytest.raises(ValueError, match="model: expected MoE layers"):
+    with raises(ValueError, "model"):
         prune_experts(torch.nn.Linear(2, 2), 4, "random")
-    with pytest.raises(TypeError, match=r"model: expected torch.nn.Module, got str"):
+    with raises(TypeError, "model"):
         prune_experts("model", 4, "random")  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from small_models import clone, expert, hugging_face, our_model, random_gates, r
 from torch import Tensor, nn
 
 import switchgear
+from errors import raises
 from switchgear import distill
 from switchgear.compress import calibrate, prune_experts, prune_weights
 from switchgear.integrations.moe_blocks import moe_blocks
@@ -141,17 +142,17 @@ def test_wrong_arguments() -> None:
     teacher, x = our_model(), torch.randn(4, 16)
     fewer = clone(teacher)
     prune_experts(fewer, 4, "random")
-    with pytest.raises(ValueError, match=r"student: expected the teacher's num_experts in layers.0, 8, got 4"):
+    with raises(ValueError, "student"):
         distill.expert_kd(teacher, fewer, x)
-    with pytest.raises(ValueError, match=r"student: .* the teacher's layers, got a difference in layers.1"):
+    with raises(ValueError, "student"):
         distill.expert_kd(teacher, nn.ModuleDict({"layers": nn.ModuleList([teacher.layers[0]])}), x)
-    with pytest.raises(ValueError, match="model: expected MoE layers"):
+    with raises(ValueError, "model"):
         distill.expert_kd(nn.Linear(2, 2), teacher, x)
     optimizer = torch.optim.SGD(teacher.parameters(), 0.1)
     for weight in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="weight: expected a finite number from 0 on"):
+        with raises(ValueError, "weight"):
             distill.distill_experts(teacher, clone(teacher), [{"x": x}], optimizer, weight=weight)
     student = clone(teacher)
-    with pytest.raises(ValueError, match="batches: expected finite losses"):
+    with raises(ValueError, "batches"):
         distill.distill_experts(teacher, student, [{"x": x}], optimizer, loss=lambda m, b: m(**b).sum() * float("nan"))
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))

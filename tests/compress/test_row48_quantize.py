@@ -14,6 +14,7 @@ from small_models import clone, expert, hugging_face, our_model, row_batches, ti
 from torch import Tensor, nn
 
 import switchgear
+from errors import raises
 from switchgear import compress
 from switchgear.compress import allocate_bits, bits_of, calibrate, expert_errors, packed_bytes, quantize
 from switchgear.compress.gptq import decode, gptq, round_to_nearest, sum_row_errors
@@ -326,9 +327,7 @@ def test_ties_that_would_break_are_refused(bits: Any, store: bool) -> None:
     before = clone(model).state_dict()
     calibration = calibrate(model, row_batches(), hessians=True)
     method = "gptq" if bits == 3 else "rtn"
-    with pytest.raises(
-        ValueError, match=r"model: expected \w+ of its own for layers\.\S+, got one shared with layers\."
-    ):
+    with raises(ValueError, "model"):
         quantize(model, bits, method=method, calibration=calibration, store=store)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.layers[1].experts.down_proj is model.layers[0].experts.down_proj
@@ -337,33 +336,33 @@ def test_ties_that_would_break_are_refused(bits: Any, store: bool) -> None:
 def test_refused_models() -> None:
     model = our_model()
     calibration = calibrate(model, row_batches())
-    with pytest.raises(ValueError, match=r"calibration: expected one with hessians=True, got none of layers.0"):
+    with raises(ValueError, "calibration"):
         quantize(model, 3, method="gptq", calibration=calibration)
-    with pytest.raises(ValueError, match="calibration: expected one of this model"):
+    with raises(ValueError, "calibration"):
         quantize(our_model(seed=1), 3, calibration=calibration)
-    with pytest.raises(ValueError, match=r"store: expected False for .*accelerate"):
+    with raises(ValueError, "store"):
         quantize(hugging_face("mixtral"), 3)
     with torch.no_grad():
         model.layers[1].experts.down_proj[3] = torch.nan
-    with pytest.raises(ValueError, match=r"layers.1: expected finite weights"):
+    with raises(ValueError):
         quantize(model, 3)
     assert compress.bits_of(model).layers == {}
     assert str(compress.bits_of(model)) == "no experts"
-    with pytest.raises(TypeError, match="bits: expected int, or a list of them, got float"):
+    with raises(TypeError, "bits"):
         quantize(our_model(), 2.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"layers: expected layers of layers.0, layers.1; got other"):
+    with raises(ValueError, "layers"):
         compress.expert_errors(our_model(), calibration, layers=["other"])
-    with pytest.raises(TypeError, match="bits: expected a list of int, got int"):
+    with raises(TypeError, "bits"):
         compress.expert_errors(our_model(), calibration, 3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="calibration: expected Calibration, got NoneType"):
+    with raises(TypeError, "calibration"):
         compress.expert_errors(our_model(), None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="domains: expected some of"):
+    with raises(ValueError, "domains"):
         compress.expert_errors(our_model(), calibration, group_size=32, domains="other")
 
 
 @pytest.mark.parametrize("switch", ["symmetric", "store", "act_order"])
 def test_words_are_no_switches(switch: str) -> None:
-    with pytest.raises(TypeError, match=f"{switch}: expected bool, got str"):
+    with raises(TypeError, switch):
         quantize(our_model(), 3, **{switch: "no"})
 
 
@@ -396,5 +395,5 @@ def test_integers_of_numpy_are_numbers_of_bits() -> None:
 
 def test_errors_of_no_widths_are_refused() -> None:
     model, calibration = our_model(), calibrate(our_model(), row_batches())
-    with pytest.raises(ValueError, match="bits: expected at least one width, got none"):
+    with raises(ValueError, "bits"):
         expert_errors(model, calibration, bits=())

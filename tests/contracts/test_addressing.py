@@ -15,6 +15,7 @@ from problems import DTYPES, equal_bits, on_kernels
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from switchgear import _C
 
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -85,7 +86,7 @@ def test_more_slots_than_int32_counts() -> None:
     """Slot numbers are int32, so 2^31 slots are refused before any of them is read."""
     topk_ids = sparse(2**31, torch.int32).view(2**30, 2)
     outputs = torch.empty(2, dtype=torch.int32), topk_ids.view(-1), topk_ids
-    with pytest.raises(ValueError, match="topk_ids: expected less than 2\\^31 slots"):
+    with raises(ValueError, "topk_ids"):
         _C.plan((topk_ids,), (), outputs, 1)
 
 

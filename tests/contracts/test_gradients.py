@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import switchgear
+from errors import raises
 from switchgear.testing import GluOptions
 
 
@@ -135,5 +136,5 @@ def test_gradients_can_be_taken_once(backend: str) -> None:
     x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(2, 6, 6, requires_grad=True)
     out = switchgear.grouped_gemm(x, weight, torch.tensor([0, 1, 4], dtype=torch.int32))
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once"):
+    with raises(RuntimeError):
         torch.autograd.grad(grad.sum(), x)

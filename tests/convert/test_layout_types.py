@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from errors import raises
 from model_types import sampled
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -77,7 +78,7 @@ def test_layouts_of_every_type(model_type: str) -> None:
         biases = [tensor for key, tensor in megatron.items() if key.endswith(".mlp.router.expert_bias")]
         assert all(bias.shape == (8,) for bias in biases)
     if model_type in FUSED_ALONE:
-        with pytest.raises(ValueError, match=f"^to: expected .* for {model_type}, .* got per_expert"):
+        with raises(ValueError, "to"):
             written(model, fused, "per_expert")
         return
     single = written(model, fused, "per_expert")
@@ -112,7 +113,7 @@ def test_layouts_have_the_names_of_published_checkpoints(model_type: str) -> Non
 def test_other_types_are_refused(model_type: str) -> None:
     model: Any = build(model_type)
     for to in LAYOUTS:
-        with pytest.raises(ValueError, match=r"^source: expected "):
+        with raises(ValueError, "source"):
             written(model, dict(model.state_dict()), to)
 
 
@@ -123,7 +124,7 @@ def test_a_type_that_transformers_does_not_know() -> None:
     for tensors in (fused, single):  # single experts keep the names that they have
         assert plan_layout(config, StateDict(tensors), "megatron").items
     assert {item.key for item in plan_layout(config, StateDict(single), "per_expert").items} == single.keys()
-    with pytest.raises(ValueError, match=r"^to: expected fused, megatron, .* for another, .* got per_expert"):
+    with raises(ValueError, "to"):
         plan_layout(config, StateDict(fused), "per_expert")
 
 
@@ -140,5 +141,5 @@ def test_names_do_not_depend_on_how_attention_is_computed() -> None:
     model = build("glm4_moe")
     config = model.config.to_dict() | {"_attn_implementation": "flash_attention_2", "dtype": "nonsense"}
     assert plan_layout(config, StateDict(model.state_dict()), "per_expert").items
-    with pytest.raises(ValueError, match=r"^config: expected one that transformers builds a model of, got KeyError"):
+    with raises(ValueError, "config"):
         plan_layout(config | {"hidden_act": "nonsense"}, StateDict(model.state_dict()), "per_expert")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import switchgear
+from errors import raises
 from switchgear import MoE, finetune
 from switchgear.adapters import add_lora
 from switchgear.experts import Experts
@@ -214,7 +215,7 @@ def test_experts_that_are_more_than_their_parameters_are_refused(words: str) -> 
     split = HotColdSplit(moe.experts, "cpu", 1)  # type: ignore[arg-type]
     CHANGES[words](moe)
     for call in (lambda: HotColdSplit(moe.experts, "cpu", 1), lambda: split(*skewed())):  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=f"^experts: {words}"):
+        with raises(ValueError, "experts"):
             call()
 
 
@@ -229,15 +230,15 @@ def test_bad_input() -> None:
             call()
     for wrong in (E, E + 1, -2):
         ids = torch.tensor([[-1, 0], [1, wrong]])
-        with pytest.raises(ValueError, match="topk_ids: "):
+        with raises(ValueError, "topk_ids"):
             HotColdSplit(experts, "cpu")(torch.zeros(2, H), ids, torch.ones(2, K))
     for device in ("meta", "foo"):
-        with pytest.raises(ValueError, match="hot: "):
+        with raises(ValueError, "hot"):
             HotColdSplit(experts, device)
     for threshold in (float("nan"), True, 1.5):
-        with pytest.raises(TypeError, match="threshold: "):
+        with raises(TypeError, "threshold"):
             HotColdSplit(experts, "cpu", threshold)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="cost: "):
+    with raises(TypeError, "cost"):
         HotColdSplit(experts, "cpu", cost=5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="experts: "):
+    with raises(TypeError, "experts"):
         HotColdSplit(MoE(H, I, E, K), "cpu")  # type: ignore[arg-type]

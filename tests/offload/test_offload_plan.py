@@ -12,6 +12,7 @@ import pytest
 import torch
 from replayed import Replay, as_sets
 
+from errors import raises
 from switchgear import diagnostics, offload
 from switchgear.cli import main, offload_plan
 
@@ -102,5 +103,5 @@ def test_sizes() -> None:
         8 << 30, 3 << 19, 3072, 7, 1 << 40,
     ]  # fmt: skip
     for text in ("", "8X", "-1G", "0", "G"):
-        with pytest.raises(argparse.ArgumentTypeError, match="expected a size like 8G"):
+        with raises(argparse.ArgumentTypeError):
             offload_plan.size(text)

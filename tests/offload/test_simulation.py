@@ -14,6 +14,7 @@ import pytest
 import torch
 from replayed import Replay, as_sets, random_steps
 
+from errors import raises
 from switchgear import MoE, diagnostics, offload, routing
 from switchgear.offload import LIFO, LRU, POLICIES, Accesses, Belady, FrequencyDistance, LeastStale, StaticFrequency
 
@@ -281,16 +282,16 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match=words):
             call()
     choices = {name: diagnostics.LayerChoices(one[:n], one[:n].float(), 2) for name, n in (("a", 4), ("b", 3))}
-    with pytest.raises(ValueError, match="source: "):
+    with raises(ValueError, "source"):
         Accesses.of(choices)
     for policy in ("lru", LRU):
-        with pytest.raises(TypeError, match="policy: "):
+        with raises(TypeError, "policy"):
             offload.simulate(accesses, policy, slots=1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="slots: "):
+    with raises(TypeError, "slots"):
         offload.simulate(accesses, LRU(), slots=1.5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="steps: "):
+    with raises(TypeError, "steps"):
         accesses.split(1.5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="accesses: "):
+    with raises(TypeError, "accesses"):
         offload.simulate([], LRU(), slots=1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="source: "):
+    with raises(TypeError, "source"):
         Accesses.of({"a": one})  # type: ignore[dict-item]

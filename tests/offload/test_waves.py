@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import switchgear
 from backends_in_use import SIMT_DEVICES, backend_named
+from errors import raises
 from switchgear import offload
 from switchgear.adapters import add_lora
 from switchgear.offload import attach, waves
@@ -88,7 +89,7 @@ def test_gradients(gpu: str) -> None:
     x = steps_of(torch.float32, count=2)[1]
     inputs = x.clone().requires_grad_()
     with offload.offload(model, MemoryStore(model), slots=2):  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="x: expected no gradients through plain experts that are offloaded to a"):
+        with raises(ValueError, "x"):
             model(inputs)
         with torch.no_grad():
             assert model(inputs).shape == x.shape

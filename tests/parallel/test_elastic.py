@@ -26,6 +26,7 @@ from test_wrappers import wrapped
 from torch import Tensor, nn
 
 import switchgear
+from errors import raises
 from switchgear.adapters import add_lora
 from switchgear.parallel import (
     ExpertParallel,
@@ -350,7 +351,7 @@ def by_hand(rank: int, folder: str) -> Any:
         run(training, 2)
         if rank == 0:
             os._exit(0)
-        with pytest.raises(ExpertParallelError, match="rank 0 died"):
+        with raises(ExpertParallelError):
             run(training, 3)
         change = shrink(training)
         run(training, 4)
@@ -386,7 +387,7 @@ def joins(rank: int, name: str) -> Any:
         torch.manual_seed(5)
         model = Model(parallel)
         training = Training(model, torch.optim.AdamW(model.parameters(), lr=0.5), on_failure="continue")
-        with pytest.raises(ValueError, match="expected a process that has joined"):
+        with raises(ValueError):
             elastic_step(training, lambda: closure(training))
         change = join(training)
         assert (change.joined, change.ranks, parallel.rank) == ((3,), 4, 3)
@@ -419,7 +420,7 @@ def rebalances(rank: int) -> Any:
             run(moving, 5)
         changes.append(rebalance(moving, trace))
         run(moving, 6)
-        with pytest.raises(ValueError, match="load: "):
+        with raises(ValueError, "load"):
             rebalance(moving, {})
         return before, digests(moving), changes, moving.model.layers[0].experts.placement
 
@@ -451,42 +452,42 @@ def refused(rank: int, name: str) -> None:
         ):
             with pytest.raises(ValueError, match=message):
                 Training(model, optimizer, **options)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="expected experts that one ExpertParallel distributes, got 0"):
+        with raises(ValueError):
             Training(nn.Linear(2, 2), optimizer)
-        with pytest.raises(ValueError, match="expected an ExpertParallel outside, got one of a group"):
+        with raises(ValueError):
             join(Training(model, optimizer))
-        with pytest.raises(ValueError, match="name: "):
+        with raises(ValueError, "name"):
             ExpertParallel(timeout=TIMEOUT, name=name)
-        with pytest.raises(ValueError, match="name: "):
+        with raises(ValueError, "name"):
             ExpertParallel(outside=True)
         wide = switchgear.MoE(HIDDEN, 12, EXPERTS, 2, widths=[1, 2] * 4, parallel=parallel)
-        with pytest.raises(ValueError, match=r"plain experts of one width without adapters, got others in experts"):
+        with raises(ValueError):
             Training(wide, optimizer)
         for change in (partial(switchgear.store, form="int8"), partial(add_lora, rank=2)):
             changed = Model(parallel).requires_grad_(False)
             change(changed)
-            with pytest.raises(ValueError, match=r"without adapters, got others in layers\.0\.experts"):
+            with raises(ValueError):
                 Training(changed, optimizer)
         for wrapper in ("ddp", "fsdp"):
-            with pytest.raises(ValueError, match="model: "):
+            with raises(ValueError, "model"):
                 Training(wrapped(Model(parallel), wrapper), optimizer)
         outside = ExpertParallel(timeout=TIMEOUT, name=name, outside=True)
         other = switchgear.MoE(HIDDEN, 8, EXPERTS, 2, parallel=outside)
         assert len(other.experts.down_proj) == 0  # nothing is allocated before it joins
-        with pytest.raises(ValueError, match=r"first\.weight: "):
+        with raises(ValueError):
             join(Training(other, torch.optim.SGD(other.parameters(), lr=0.1)))
         dist.barrier()
     with ExpertParallel(timeout=TIMEOUT, tp_group=[0, 1] if rank < 2 else [2, 3]) as parallel:
         model = Model(parallel)
-        with pytest.raises(ValueError, match="expected an ExpertParallel without tp_group"):
+        with raises(ValueError):
             Training(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with ExpertParallel(timeout=TIMEOUT, capacity=8) as parallel:
         model = Model(parallel)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with pytest.raises(ValueError, match="num_replicas: "):
+        with raises(ValueError, "num_replicas"):
             Training(model, optimizer, num_replicas=1)
         training = Training(model, optimizer)
-        with pytest.raises(ValueError, match="num_replicas: "):
+        with raises(ValueError, "num_replicas"):
             rebalance(training, {}, num_replicas=2)
 
 
@@ -501,7 +502,7 @@ def without_peers(rank: int) -> list[float]:
         run(training, 1)
         load = {name: [1.0] * EXPERTS for name in parallel_experts(training.model)}
         x = torch.zeros(4, HIDDEN)
-        with pytest.raises(ExpertParallelError, match="rank 2 disagrees"):
+        with raises(ExpertParallelError):
             training.model(x) if rank == 2 else rebalance(training, load)
         return [float(training.steps)]
 

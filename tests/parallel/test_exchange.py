@@ -19,6 +19,7 @@ from torch.distributed import HashStore
 
 import native_modules
 import switchgear
+from errors import raises
 from switchgear import cuda, ops
 from switchgear.parallel import ExpertParallel, ExpertParallelError, Placement
 from switchgear.parallel.header import LENGTH
@@ -355,9 +356,9 @@ def test_experts_leave_multiprocessors_to_transfers_beside_them(pool: Pool) -> N
 def test_peer_memory_refuses_rows_that_are_not_contiguous() -> None:
     transport = PeerMemoryTransport(0, 1, HashStore(), HostDevice())
     rows, turned = torch.ones(3, 4), torch.ones(4, 3).t()
-    with pytest.raises(ValueError, match="output: "):
+    with raises(ValueError, "output"):
         transport.all_to_all(turned, rows, [3], [3])
-    with pytest.raises(ValueError, match="input: "):
+    with raises(ValueError, "input"):
         transport.all_to_all(rows, turned, [3], [3])
     transport.close()
 

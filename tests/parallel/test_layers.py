@@ -14,6 +14,7 @@ from parallel_pool import Pool
 from torch import Tensor, nn
 
 import switchgear
+from errors import raises
 from switchgear.adapters import add_lora, load_peft, save_peft
 from switchgear.layers import HeterogeneousExperts
 from switchgear.parallel import ExpertParallel, Placement, checkpoint
@@ -71,7 +72,7 @@ def widths(rank: int, options: dict[str, Any], ranks: Any) -> tuple[int, int]:
             if expert in held:
                 assert all(map(torch.equal, experts.weights_of(expert), reference.weights_of(expert)))
             else:
-                with pytest.raises(ValueError, match="expert: "):
+                with raises(ValueError, "expert"):
                     experts.weights_of(expert)
         parallel.record.clear()
         both(parallel, {})[0].experts(x, ids[mine], weights[mine])

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import switchgear
+from errors import raises
 from switchgear import adapters, finetune, optim
 from switchgear.layers import HeterogeneousExperts, SoftMoE
 from switchgear.parallel import ExpertParallel, expert_parameters
@@ -195,13 +196,13 @@ def selected(rank: int) -> None:
         model, x = make(None), torch.randn(5, HIDDEN)
         finetune.freeze_except(model, {"1": [1, 4]})
         fully_shard(model)
-        with pytest.raises(ValueError, match="model: "):
+        with raises(ValueError, "model"):
             model(x) if forward else model.state_dict()
-        with pytest.raises(ValueError, match="model: "):
+        with raises(ValueError, "model"):
             finetune.unfreeze(model)
         assert finetune.selected_experts(model) == {"1.experts": [1, 4]}
     sharded = fully_shard(make(None))
-    with pytest.raises(ValueError, match="selection: "):
+    with raises(ValueError, "selection"):
         finetune.freeze_except(sharded, {"1": [1, 4]})
     assert not finetune.selected_experts(sharded)
 
@@ -214,7 +215,7 @@ def adapted(rank: int) -> None:
     """Before a forward, and after one, when the root's parameters are whole."""
     model = fully_shard(make(None))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"model: .* got 1\.experts\.gate_up_proj, which FSDP shards"):
+        with raises(ValueError, "model"):
             adapters.add_lora(model, 2)
         assert not adapters.lora_of(model)
         assert all(parameter.requires_grad for parameter in model.parameters())

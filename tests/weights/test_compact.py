@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import switchgear
+from errors import raises
 from switchgear.reference import compact as reference_compact
 from switchgear.weights import Weight, stored_of
 from switchgear.weights.exact import compacted
@@ -222,24 +223,24 @@ def test_autocast_and_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
         packed = compact(low)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(packed(x, ids, weights), low(x, ids, weights))
-    with pytest.raises(TypeError, match="gate_up_proj: expected"):
+    with raises(TypeError, "gate_up_proj"):
         packed(x.bfloat16(), ids, weights)
 
 
 def test_errors() -> None:
     mixed = make_experts()
     mixed.down_proj = nn.Parameter(mixed.down_proj.float())
-    for model, reason in (
-        (make_experts(dtype=torch.float16), r"gate_up_proj is torch.float16, not torch.bfloat16 or torch.float32"),
-        (mixed, r"gate_up_proj is torch.bfloat16, and down_proj torch.float32"),
-        (switchgear.Experts(64, 64, 2, dtype=torch.bfloat16), "gate_up_proj would still take 200% of its bytes"),
+    for model in (
+        make_experts(dtype=torch.float16),
+        mixed,
+        switchgear.Experts(64, 64, 2, dtype=torch.bfloat16),
     ):
-        with pytest.raises(ValueError, match=f"model: expected experts that can be stored as compact; .*{reason}"):
+        with raises(ValueError, "model"):
             switchgear.store(model, "compact")
         assert switchgear.restore(model) == 0
-    with pytest.raises(TypeError, match=r"weight: expected torch\.bfloat16 or torch\.float32, got torch\.float16"):
+    with raises(TypeError, "weight"):
         reference_compact.compact(torch.zeros(1, 1, 1, dtype=torch.float16))
-    with pytest.raises(ValueError, match="weight: expected at most 32768 columns, got 32769"):
+    with raises(ValueError, "weight"):
         reference_compact.compact(torch.zeros(1, 1, 32769, dtype=torch.bfloat16))
 
     first, second = stored_weights(compact(make_experts()))
@@ -260,14 +261,10 @@ def test_errors() -> None:
         rest = None, None, ids, weights, "silu", True, False, 1.702, 0.0, False
         return switchgear.ops.moe_forward(x, first.tensors, first.form, second.tensors, second.form, *rest)[0]
 
-    with pytest.raises(TypeError, match="gate_up_proj: expected float16 like x, got compact weights"):
+    with raises(TypeError, "gate_up_proj"):
         call(x.half(), first, second)
     rows = reference_compact.compact(torch.full((1, 4, 512), 0.1))
-    with pytest.raises(
-        TypeError, match="gate_up_proj: expected compact bfloat16 like x, got compact elements of 4 bytes"
-    ):
+    with raises(TypeError, "gate_up_proj"):
         call(x, *[Weight("compact", rows, 4, 512, torch.bfloat16, elements=torch.float32)] * 2)
-    with pytest.raises(
-        TypeError, match="compact: expected compact bfloat16 like weight, got compact elements of 4 bytes"
-    ):
+    with raises(TypeError, "compact"):
         weight_of(rows, 512, torch.bfloat16).plain()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import switchgear
 from backends_in_use import ISAS, SIMT_DEVICES, backend_named
+from errors import raises
 from switchgear.reference import groups
 from switchgear.weights import Groups, Weight, encode
 from switchgear.weights.groups import weight_of
@@ -156,11 +157,11 @@ def test_state_dicts_of_mixed_bits() -> None:
     first, second = copy.deepcopy(experts), copy.deepcopy(experts)
     switchgear.store(first, "groups", bits=MIXED)
     switchgear.store(second, Groups(bits=MIXED[::-1]))
-    with pytest.raises(ValueError, match=r"gate_up_proj_bits: expected \[3, 4, 3, 2, 1\], got \[1, 2, 3, 4, 3\]"):
+    with raises(ValueError, "gate_up_proj_bits"):
         second.load_state_dict(first.state_dict())
     broken = first.state_dict()
     broken["gate_up_proj_scales"] = broken["gate_up_proj_scales"].clone().fill_(torch.inf)
-    with pytest.raises(ValueError, match="gate_up_proj_scales: expected finite numbers"):
+    with raises(ValueError, "gate_up_proj_scales"):
         first.load_state_dict(broken)
     assert first.half().state_dict()["down_proj_scales"].dtype is torch.float16
 
@@ -172,10 +173,10 @@ def test_records_outside_the_data_are_refused(backend: str, record: list[int]) -
     records = weight.records.clone()
     records[1] = torch.tensor(record)
     x, offsets = torch.randn(2, 32), torch.tensor([0, 1, 2], dtype=torch.int32)
-    with pytest.raises(ValueError, match="weight_records: expected"):
+    with raises(ValueError, "weight_records"):
         switchgear.grouped_gemm(x, weight.with_tensors({"records": records}), offsets)
     for wrong in (weight.records.long(), weight.records[:1], weight.records[:, :1], None):
-        with pytest.raises((ValueError, TypeError), match="weight_"):
+        with raises((ValueError, TypeError)):
             switchgear.grouped_gemm(x, weight.with_tensors({"records": wrong}), offsets)
 
 
@@ -192,7 +193,7 @@ def test_weights_that_would_become_zero_are_refused(bits: int, symmetric: bool) 
     weight[1, 17, 40] = 1e-8  # what is left of pruning
     assert not encode(weight, form).plain()[1, 17, 32:64].any()
     weight[1] *= 1e-9
-    with pytest.raises(ValueError, match="scales fit float16, those of expert 1 would all be zero"):
+    with raises(ValueError):
         encode(weight, form)
 
 
@@ -205,9 +206,9 @@ def test_options() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Groups(**options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="bits: expected a number, or one of each of 3 experts, got 2"):
+    with raises(ValueError, "bits"):
         encode(torch.randn(3, 8, 32), Groups(bits=[2, 3]))
-    with pytest.raises(ValueError, match="expected weights whose scales fit float16, those of expert 1 do not"):
+    with raises(ValueError):
         encode(torch.tensor([1.0, 1e8]).view(2, 1, 1).expand(2, 8, 32), Groups())
     assert Groups(bits=[2, 3]) == Groups(bits=(2, 3))
     assert isinstance(encode(torch.zeros(1, 8, 32), Groups(bits=3)), Weight)

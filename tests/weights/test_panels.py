@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import switchgear
+from errors import raises
 from switchgear.reference import panels as reference_panels
 from switchgear.reference.panels import PanelLayout
 from switchgear.weights import Weight, encode
@@ -145,13 +146,12 @@ def test_op() -> None:
 
 
 def test_errors() -> None:
-    rows = panel_layout(torch.bfloat16).rows
-    for model, reason in (
-        (make_experts(dtype=torch.float64), "gate_up_proj is torch.float64, not torch.float32"),
-        (switchgear.Experts(H, 66, 2, dtype=torch.bfloat16), f"gate_up_proj has 132 rows, no multiple of {2 * rows}"),
-        (switchgear.Experts(72, I, 2, dtype=torch.bfloat16), "gate_up_proj has 72 columns, no multiple of 32"),
+    for model in (
+        make_experts(dtype=torch.float64),
+        switchgear.Experts(H, 66, 2, dtype=torch.bfloat16),
+        switchgear.Experts(72, I, 2, dtype=torch.bfloat16),
     ):
-        with pytest.raises(ValueError, match=f"model: expected experts that can be stored as panels; .*{reason}"):
+        with raises(ValueError, "model"):
             switchgear.store(model, "panels")
         assert switchgear.restore(model) == 0
     experts = make_experts()
@@ -160,8 +160,8 @@ def test_errors() -> None:
     rest = None, None, ids, weights, "silu", True, False, 1.702, 0.0, False
     cut = second.data[:, :, :-1].contiguous()
     for backend in switchgear.backends.BACKENDS:
-        with switchgear.use_backend(backend), pytest.raises(ValueError, match="down_proj: expected"):
+        with switchgear.use_backend(backend), raises(ValueError, "down_proj"):
             torch.ops.switchgear.moe_forward(x, first.tensors, first.form, (cut,), second.form, *rest)
     offsets = switchgear.plan(ids, E).expert_offsets
-    with pytest.raises(ValueError, match="weight: expected no panels in grouped_gemm"):
+    with raises(ValueError, "weight"):
         torch.ops.switchgear.grouped_gemm(x, first.tensors, first.form, None, offsets, None, False, False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from switchgear.testing import Case, Layer, make_layer
 from switchgear.weights import SelectedWeight
 
@@ -107,11 +108,11 @@ def test_errors() -> None:
         switchgear.moe(layer.x, first, second, *others, **biases)
 
     call(first, second)
-    with pytest.raises(ValueError, match="down_proj"):
+    with raises(ValueError, "down_proj"):
         call(first, second._replace(trained=trained[1][:2]))
-    with pytest.raises(ValueError, match="down_proj"):
+    with raises(ValueError, "down_proj"):
         call(first, second._replace(experts=torch.tensor([0, 2, 4], dtype=torch.int32)))
-    with pytest.raises(ValueError, match="gate_up_proj"):
+    with raises(ValueError, "gate_up_proj"):
         call(first._replace(weight=leaf(layer.gate_up_proj)), second)
-    with pytest.raises(ValueError, match="down_bias"):
+    with raises(ValueError, "down_bias"):
         call(first, second, down_bias=leaf(layer.down_bias))

@@ -13,6 +13,7 @@ from form_cases import FORM_CASES, FormCase, distance, forms, in_records
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from switchgear import ops, reference
 from switchgear.reference import formats
 from switchgear.weights import AdaptedWeight, Form, Fp8, Int4, Int8, Mxfp4, Weight, encode
@@ -48,9 +49,9 @@ def test_what_crosses(case: FormCase) -> None:
 
 def test_names() -> None:
     data = torch.zeros(2, 3, 4)
-    with pytest.raises(ValueError, match=r"format: expected one of plain, panels, compact, .* got 'packed'"):
+    with raises(ValueError, "format"):
         Weight("packed", data, 3, 4, torch.float32)
-    with pytest.raises(ValueError, match=r"tensors: expected names among data, scales, .* got order"):
+    with raises(ValueError, "tensors"):
         Weight("plain", data, 3, 4, torch.float32).with_tensors({"order": data})
     assert Weight("plain", data, 3, 4, torch.float32).form == ()
 
@@ -150,7 +151,7 @@ def test_strides_that_kernels_do_not_follow(backend: str, case: FormCase) -> Non
         stride = tensor.stride(0) - 1
         bad = tensor.as_strided(tensor.shape, (stride, *tensor.stride()[1:]))
         argument = "gate_up_proj" if name == "data" else f"gate_up_proj_{name}"
-        with pytest.raises(ValueError, match=rf"^{argument}: expected contiguous experts, adjacent or a multiple"):
+        with raises(ValueError, argument):
             switchgear.moe(x, apart.with_tensors({name: bad}), second, topk_ids, weights)
 
 
@@ -159,7 +160,7 @@ def test_strides_that_kernels_do_not_follow(backend: str, case: FormCase) -> Non
 def test_slots_out_of_range(backend: str, slots: list[int]) -> None:
     first, second, (x, _, weights) = layer_of(FORM_CASES[2])
     places = torch.tensor(slots, dtype=torch.int32)
-    with pytest.raises(ValueError, match="gate_up_proj_slots: expected"):
+    with raises(ValueError, "gate_up_proj_slots"):
         switchgear.moe(
             x, first.with_slots(places), second.with_slots(places), torch.zeros(11, 2, dtype=torch.int32), weights
         )
@@ -272,7 +273,7 @@ def test_no_kernel_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
         switchgear.backends.announce_format(device, "int8 weights")
     switchgear.backends.announce_format(device, "int8 weights")
     monkeypatch.setenv("SWITCHGEAR_STRICT", "1")
-    with pytest.raises(RuntimeError, match="switchgear has no kernels for fp8 weights on cuda"):
+    with raises(RuntimeError):
         switchgear.backends.announce_format(device, "fp8 weights")
 
 
@@ -287,5 +288,5 @@ def test_another_device_says_that_it_expands(form: str, monkeypatch: pytest.Monk
     assert torch.equal(y, switchgear.moe(call[0], first.plain(), second.plain(), *call[1:]))
     switchgear.backends._warned_about.clear()
     monkeypatch.setenv("SWITCHGEAR_STRICT", "1")
-    with pytest.raises(RuntimeError, match="switchgear has no kernels for"):
+    with raises(RuntimeError):
         switchgear.moe(call[0], first, second, *call[1:])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from switchgear.papers.parts.assignment import BalancedAssignment
+from switchgear.papers.parts.selections import BalancedAssignment
 from switchgear.reference import policies
 from switchgear.routing import Context, ranking
 

@@ -13,8 +13,8 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from .. import __version__
 from ..complaints import failed_import
+from ..ops import version
 from .common import CommandError
 
 COMMANDS = {
@@ -82,7 +82,7 @@ class Program:
 
     def parser(self) -> argparse.ArgumentParser:
         parser = _Parser(prog=self.name, description=self.about)
-        parser.add_argument("--version", action="version", version=f"switchgear {__version__}")
+        parser.add_argument("--version", action="version", version=f"switchgear {version}")
         commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_CommandParser)
         for name, text in self.commands.items():
             sub = commands.add_parser(

@@ -78,9 +78,9 @@ def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any
 
     whole: every tensor of the checkpoint, for commands that write it again. Otherwise the causal language model alone,
     which may be a part of it, where transformers has one for its type."""
-    import switchgear
-
     transformers = require("transformers")
+    from switchgear.integrations.transformers import accelerate
+
     transformers.logging.set_verbosity_error()
     try:
         kind = _find_class(folder, whole)
@@ -96,7 +96,7 @@ def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any
         raise CommandError(f"{folder}: expected tensors of {name} alone, got {len(unused)} others, such as {unused[0]}")
     model.eval()
     with suppress(ValueError):  # a class that switchgear does not run: the model's own code does
-        switchgear.accelerate(model)
+        accelerate(model)
     return model
 
 

@@ -17,10 +17,10 @@ from switchgear.functional import Routing, as_number
 from switchgear.integrations.choices import override_selection
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.routers import find_routing_method
+from switchgear.papers.parts.selections import SkipBelow
 from switchgear.routing.change import overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
 from switchgear.routing.router import Router
-from switchgear.routing.selection import SkipBelow
 
 Importance = Callable[[Tensor], Tensor]
 

@@ -37,8 +37,9 @@ from switchgear.convert.importance import layer_importance, neuron_importance
 from switchgear.convert.layers import Distillation, Distilled, distill_layers, use_threshold
 from switchgear.convert.modules import Conversion, Converted
 from switchgear.convert.partitions import Partition, balanced_kmeans, partition
-from switchgear.convert.split import EqualTopK, prior_approximate, split_dense, upcycle
+from switchgear.convert.split import prior_approximate, split_dense, upcycle
 from switchgear.integrations.blocks import FeedForward
+from switchgear.papers.parts.selections import EqualTopK
 
 __all__ = [
     "Conversion",

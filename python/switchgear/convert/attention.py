@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from switchgear.complaints import check_module, first_line
 from switchgear.convert.checks import check_moe
-from switchgear.convert.split import EqualTopK
 from switchgear.functional import as_number
+from switchgear.papers.parts.selections import EqualTopK
 from switchgear.reference import check_choice, check_fraction, check_size
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router

@@ -5,7 +5,7 @@ its neurons. EqualTopK routes a network that was split, and prior_approximate tr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,16 +19,15 @@ from switchgear.convert.partitions import Partition, partition
 from switchgear.convert.plans import draw_noise
 from switchgear.convert.recipes import plan_split, plan_upcycle
 from switchgear.experts import Experts
-from switchgear.functional import Routing
 from switchgear.integrations.blocks import FeedForward, write_network, write_shared
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.modules import MoE
 from switchgear.papers.parts.auxiliary import kl_divergence
+from switchgear.papers.parts.selections import EqualTopK
 from switchgear.reference import check_choice, check_size
 from switchgear.reference.checks import check
-from switchgear.routing.context import NOTHING_KNOWN, Context
-from switchgear.routing.ranking import choose, scores_of
-from switchgear.routing.selection import TopK, take
+from switchgear.routing.ranking import choose
+from switchgear.routing.selection import TopK
 
 UNIT = 16  # neurons; experts of different widths are padded with zeros to multiples, as the kernels' slices need
 
@@ -341,31 +340,6 @@ def initialize_router(moe: MoE, std: float, seed: int) -> None:
 
 
 # ---- what trains and selects in a split network ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EqualTopK:
-    """The top_k best experts, each with the weight `scale`, whatever its score, and the gradients of
-    scale · softmax. FactorLLM (arXiv:2408.11855) has equal weights, too, but its code passes no
-    gradient: its router learns from `prior_approximate` alone.
-
-    A dense network split into E experts is their sum, so scale is E / K where only K of them run.
-    """
-
-    top_k: int
-    scale: float = 1.0
-    score_function: str = "softmax"
-
-    def __post_init__(self) -> None:
-        check_size("top_k", self.top_k)
-
-    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        router_logits = router_logits.reshape(-1, router_logits.shape[-1])
-        scores = scores_of(router_logits, self.score_function)
-        ids = choose(router_logits if bias is None else scores + bias, self.top_k)
-        routing = take(router_logits, scores, ids)
-        weights = routing.topk_weights
-        return routing._replace(topk_weights=self.scale * (1 + (weights - weights.detach())))
 
 
 def prior_approximate(router_logits: Tensor, expert_outputs: Tensor, dense_output: Tensor, top_k: int) -> Tensor:

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from switchgear.adapters.wrappers import is_wrapper
 from switchgear.integrations.modules import recognize
-from switchgear.papers.parts.masks import Masked, Temperature
-from switchgear.routing.controllers import RunningCap
 from switchgear.routing.router import Router
 from switchgear.weights.store import TOP_K_FIELDS
 
@@ -152,11 +150,8 @@ def _find_ours(model: nn.Module) -> Iterator[MoeBlock]:
 
 
 def _find_router_top_k(gate: Router) -> int | None:
-    """Its own, or that of its selection. Wrappers keep the number, except SkipBelow."""
-    select: Any = gate if gate.top_k is not None else gate.select
-    while isinstance(select, (Masked, RunningCap, Temperature)):
-        select = select.select
-    return getattr(select, "top_k", None)
+    """Its own, or that of its selection."""
+    return gate.top_k if gate.top_k is not None else getattr(gate.select, "top_k", None)
 
 
 def _find_hugging_face(model: nn.Module) -> Iterator[MoeBlock]:

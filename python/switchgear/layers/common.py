@@ -87,8 +87,7 @@ def experts_class(parallel: ExpertParallel | None) -> Callable[..., Experts]:
     """Experts, or ParallelExperts if `parallel` distributes them over ranks."""
     if parallel is None:
         return Experts
-    from switchgear.parallel import ExpertParallel, ParallelExperts  # imports torch.distributed: others do not need it
-
-    if not isinstance(parallel, ExpertParallel):
+    distributed = getattr(parallel, "experts_class", None)
+    if distributed is None:
         raise TypeError(f"parallel: expected ExpertParallel, got {type(parallel).__name__}")
-    return functools.partial(ParallelExperts, parallel=parallel)
+    return functools.partial(distributed, parallel=parallel)

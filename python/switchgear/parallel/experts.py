@@ -258,6 +258,9 @@ class ParallelExperts(Experts):
         return f"{super().extra_repr()}, {len(self._mine)} of them here, {self.parallel}"
 
 
+ExpertParallel.experts_class = ParallelExperts  # layers make their experts by it
+
+
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The distributed parameters, by name as in model.named_parameters().
 

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -83,6 +83,8 @@ class ExpertParallel:
 
     Attribute `record`: bytes sent to other ranks, by kind, and seconds spent waiting.
     """
+
+    experts_class: ClassVar[type[Any]]  # ParallelExperts, whose module imports this one and sets it
 
     def __init__(
         self,

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from switchgear.adapters import LoRAExperts
-from switchgear.papers.parts.scores_of_context import ClusterPrior, FromEmbedding, PerSequence
+from switchgear.papers.parts.losses import LocalizedBalance
+from switchgear.papers.parts.scores import ClusterPrior, FromEmbedding, PerSequence
 from switchgear.papers.parts.scores_of_experts import PosthocGate
-from switchgear.routing import Dense, Linear, LocalizedBalance, Sum, TopK
+from switchgear.routing import Dense, Linear, Sum, TopK
 
 Options = dict[str, Any]
 

@@ -6,19 +6,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from switchgear.papers.parts.controllers import AdaptiveCoefficient
+from switchgear.papers.parts.losses import ClusterVariance, DeviceBalance
 from switchgear.papers.parts.masks import ClusterDropout, Masked
-from switchgear.routing import (
-    AdaptiveCoefficient,
-    Capacity,
-    ClusterVariance,
-    Cosine,
-    DeviceBalance,
-    Linear,
-    LossFreeBias,
-    SwitchLoss,
-    TopK,
-    ZLoss,
-)
+from switchgear.routing import Capacity, Cosine, Linear, LossFreeBias, SwitchLoss, TopK, ZLoss
 
 
 def deepseek_moe(

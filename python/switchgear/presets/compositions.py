@@ -20,7 +20,8 @@ from switchgear.papers.layers.monet import Monet
 from switchgear.papers.layers.multi_head import MultiHeadMoE
 from switchgear.papers.layers.soft import SoftMoE
 from switchgear.papers.layers.stratified import StratifiedMoE
-from switchgear.routing import Capacity, Dense, ImportanceLoad, Linear, Router, RunningCap, SwitchLoss, TopK
+from switchgear.papers.parts.controllers import RunningCap
+from switchgear.routing import Capacity, Dense, ImportanceLoad, Linear, Router, SwitchLoss, TopK
 
 Options = dict[str, Any]
 

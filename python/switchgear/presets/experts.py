@@ -6,10 +6,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from switchgear.papers.parts.losses import EntropyLoss, NullAwareSwitchLoss, ParamPenalty
 from switchgear.papers.parts.masks import Lookup
 from switchgear.papers.parts.scores_of_experts import SparsityAware
 from switchgear.reference import check_choice
-from switchgear.routing import EntropyLoss, NullAwareSwitchLoss, ParamPenalty, TopK, TopP
+from switchgear.routing import TopK, TopP
 
 WIDTHS = {
     "arithmetic": [9, 11, 13, 15, 17, 19, 21, 23],

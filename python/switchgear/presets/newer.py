@@ -6,17 +6,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from switchgear.routing import (
-    AdaptiveSparsity,
-    Capacity,
-    CapacityByKind,
-    ChoiceLoss,
-    DepthChoice,
-    GatingResidual,
-    ParamPenalty,
-    Positive,
-    TopK,
-)
+from switchgear.papers.parts.controllers import AdaptiveSparsity
+from switchgear.papers.parts.limits import CapacityByKind
+from switchgear.papers.parts.losses import ChoiceLoss, ParamPenalty
+from switchgear.papers.parts.scores import GatingResidual
+from switchgear.papers.parts.selections import DepthChoice, Positive
+from switchgear.routing import Capacity, TopK
 
 
 def remoe(*, top_k: float = 2, initial: float = 1e-8, rate: float = 1.2) -> dict[str, Any]:

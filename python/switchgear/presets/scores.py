@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 from switchgear.papers.layers.initial import sigma_moe_values
+from switchgear.papers.parts.losses import BatchEntropy, LocalityLoss
 from switchgear.papers.parts.masks import ExpertDropout, Masked, Temperature
-from switchgear.papers.parts.scores_of_context import FromEmbedding
+from switchgear.papers.parts.scores import FromEmbedding, GroupedAvgPool
 from switchgear.papers.parts.stochastic import GumbelSoftmax
 from switchgear.reference import check_size
-from switchgear.routing import BatchEntropy, Cosine, GroupedAvgPool, Linear, LocalityLoss, SwitchLoss, TopK
+from switchgear.routing import Cosine, Linear, SwitchLoss, TopK
 
 
 def xmoe(

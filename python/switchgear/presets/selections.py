@@ -9,24 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from switchgear.papers.parts.assignment import BalancedAssignment
+from switchgear.papers.parts.losses import AlignmentLoss, DeviceBalance, EntropyLoss
 from switchgear.papers.parts.masks import Masked, TokenIdMask
+from switchgear.papers.parts.scores import SwitchMixture
+from switchgear.papers.parts.selections import BalancedAssignment, Broadcast
 from switchgear.papers.parts.stochastic import GumbelSoftmax, NoisyTopK, Random, SparseMixer
-from switchgear.routing import (
-    AlignmentLoss,
-    Broadcast,
-    Capacity,
-    DeviceBalance,
-    Dropless,
-    EntropyLoss,
-    ExpertChoice,
-    Grouped,
-    Linear,
-    SwitchLoss,
-    SwitchMixture,
-    TopK,
-    TopP,
-)
+from switchgear.routing import Capacity, Dropless, ExpertChoice, Grouped, Linear, SwitchLoss, TopK, TopP
 
 
 def switch(

@@ -19,12 +19,11 @@ For a trainer: GradientConflict, anchor_loss, consistency_loss, output_regulariz
 router.py         Router; context.py: what its parts get besides tokens, and their signatures
 scores.py         scores of a token
 selection.py      choices token by token; expert_choice.py: expert by expert
-ranking.py        the steps that selections share; pairs.py: from pairs
+ranking.py        the steps that selections share
 capacity.py       how many tokens an expert accepts
-losses.py         losses as options of a router; balance.py: the functions
-controllers.py    balance without a loss; counting.py: what is counted in training
+losses.py         losses and LossFreeBias as options of a router; balance.py: the losses as functions
+counting.py       what is counted in training
 change.py         the change that an intervention makes to a choice
-handover.py       what a router leaves for the next one: a pre-gate
 
 What only papers use is in switchgear.papers.parts; what sees and steers the routers of a model is in switchgear.trace.
 """
@@ -32,37 +31,43 @@ What only papers use is in switchgear.papers.parts; what sees and steers the rou
 from typing import TYPE_CHECKING
 
 from switchgear.routing.balance import load_balancing_loss, max_violation, z_loss
-from switchgear.routing.capacity import Capacity, CapacityByKind, Dropless, min_capacity
+from switchgear.routing.capacity import Capacity, Dropless
 from switchgear.routing.context import Balance, Context, Limit, Score, Select
-from switchgear.routing.controllers import AdaptiveCoefficient, AdaptiveSparsity, LossFreeBias, RunningCap
-from switchgear.routing.expert_choice import DepthChoice, ExpertChoice
-from switchgear.routing.losses import (
-    AlignmentLoss,
-    BatchEntropy,
-    ChoiceLoss,
-    ClusterVariance,
-    DeviceBalance,
-    EntropyLoss,
-    ImportanceLoad,
-    LocalityLoss,
-    LocalizedBalance,
-    NullAwareSwitchLoss,
-    ParamPenalty,
-    SwitchLoss,
-    ZLoss,
-)
-from switchgear.routing.pairs import from_pairs
+from switchgear.routing.expert_choice import ExpertChoice
+from switchgear.routing.losses import ImportanceLoad, LossFreeBias, SwitchLoss, ZLoss
+from switchgear.routing.ranking import from_pairs
 from switchgear.routing.router import Router
-from switchgear.routing.scores import Cosine, GatingResidual, GroupedAvgPool, Linear, Sum, SwitchMixture, Uniform
-from switchgear.routing.selection import Broadcast, Dense, Grouped, Positive, RankK, SkipBelow, Threshold, TopK, TopP
+from switchgear.routing.scores import Cosine, Linear, Sum, Uniform
+from switchgear.routing.selection import Dense, Grouped, RankK, Threshold, TopK, TopP
 from switchgear.utils.moved import find_moved
 
 if TYPE_CHECKING:
-    from switchgear.papers.parts.assignment import BalancedAssignment
     from switchgear.papers.parts.auxiliary import GradientConflict, anchor_loss, consistency_loss, output_regularization
+    from switchgear.papers.parts.controllers import AdaptiveCoefficient, AdaptiveSparsity, RunningCap
+    from switchgear.papers.parts.limits import CapacityByKind, min_capacity
+    from switchgear.papers.parts.losses import (
+        AlignmentLoss,
+        BatchEntropy,
+        ChoiceLoss,
+        ClusterVariance,
+        DeviceBalance,
+        EntropyLoss,
+        LocalityLoss,
+        LocalizedBalance,
+        NullAwareSwitchLoss,
+        ParamPenalty,
+    )
     from switchgear.papers.parts.masks import ClusterDropout, ExpertDropout, Lookup, Masked, Temperature, TokenIdMask
-    from switchgear.papers.parts.scores_of_context import ClusterPrior, FromEmbedding, PerSequence
+    from switchgear.papers.parts.scores import (
+        ClusterPrior,
+        FromEmbedding,
+        GatingResidual,
+        GroupedAvgPool,
+        PerSequence,
+        SwitchMixture,
+    )
     from switchgear.papers.parts.scores_of_experts import ActivationNorm, Domain, Gaussian, PosthocGate, SparsityAware
+    from switchgear.papers.parts.selections import BalancedAssignment, Broadcast, DepthChoice, Positive, SkipBelow
     from switchgear.papers.parts.stochastic import GumbelSoftmax, NoisyTopK, Random, SampledTopK, SparseMixer
     from switchgear.trace.decouple import decouple
     from switchgear.trace.override import override
@@ -158,31 +163,53 @@ __all__ = [
 # What only papers use, and what sees and steers the routers of a model, is defined elsewhere.
 MOVED = {
     "ActivationNorm": "switchgear.papers.parts.scores_of_experts",
-    "BalancedAssignment": "switchgear.papers.parts.assignment",
+    "AdaptiveCoefficient": "switchgear.papers.parts.controllers",
+    "AdaptiveSparsity": "switchgear.papers.parts.controllers",
+    "AlignmentLoss": "switchgear.papers.parts.losses",
+    "BalancedAssignment": "switchgear.papers.parts.selections",
+    "BatchEntropy": "switchgear.papers.parts.losses",
+    "Broadcast": "switchgear.papers.parts.selections",
+    "CapacityByKind": "switchgear.papers.parts.limits",
+    "ChoiceLoss": "switchgear.papers.parts.losses",
     "ClusterDropout": "switchgear.papers.parts.masks",
-    "ClusterPrior": "switchgear.papers.parts.scores_of_context",
+    "ClusterPrior": "switchgear.papers.parts.scores",
+    "ClusterVariance": "switchgear.papers.parts.losses",
+    "DepthChoice": "switchgear.papers.parts.selections",
+    "DeviceBalance": "switchgear.papers.parts.losses",
     "Domain": "switchgear.papers.parts.scores_of_experts",
+    "EntropyLoss": "switchgear.papers.parts.losses",
     "ExpertDropout": "switchgear.papers.parts.masks",
-    "FromEmbedding": "switchgear.papers.parts.scores_of_context",
+    "FromEmbedding": "switchgear.papers.parts.scores",
+    "GatingResidual": "switchgear.papers.parts.scores",
     "Gaussian": "switchgear.papers.parts.scores_of_experts",
     "GradientConflict": "switchgear.papers.parts.auxiliary",
+    "GroupedAvgPool": "switchgear.papers.parts.scores",
     "GumbelSoftmax": "switchgear.papers.parts.stochastic",
+    "LocalityLoss": "switchgear.papers.parts.losses",
+    "LocalizedBalance": "switchgear.papers.parts.losses",
     "Lookup": "switchgear.papers.parts.masks",
     "Masked": "switchgear.papers.parts.masks",
     "NoisyTopK": "switchgear.papers.parts.stochastic",
-    "PerSequence": "switchgear.papers.parts.scores_of_context",
+    "NullAwareSwitchLoss": "switchgear.papers.parts.losses",
+    "ParamPenalty": "switchgear.papers.parts.losses",
+    "PerSequence": "switchgear.papers.parts.scores",
+    "Positive": "switchgear.papers.parts.selections",
     "PosthocGate": "switchgear.papers.parts.scores_of_experts",
     "PreRouter": "switchgear.trace.pre_router",
     "Random": "switchgear.papers.parts.stochastic",
     "RoutingRecord": "switchgear.trace.routing_record",
+    "RunningCap": "switchgear.papers.parts.controllers",
     "SampledTopK": "switchgear.papers.parts.stochastic",
+    "SkipBelow": "switchgear.papers.parts.selections",
     "SparseMixer": "switchgear.papers.parts.stochastic",
     "SparsityAware": "switchgear.papers.parts.scores_of_experts",
+    "SwitchMixture": "switchgear.papers.parts.scores",
     "Temperature": "switchgear.papers.parts.masks",
     "TokenIdMask": "switchgear.papers.parts.masks",
     "anchor_loss": "switchgear.papers.parts.auxiliary",
     "consistency_loss": "switchgear.papers.parts.auxiliary",
     "decouple": "switchgear.trace.decouple",
+    "min_capacity": "switchgear.papers.parts.limits",
     "output_regularization": "switchgear.papers.parts.auxiliary",
     "override": "switchgear.trace.override",
     "pregate": "switchgear.trace.pregate",

@@ -21,7 +21,7 @@ from switchgear.functional import Routing
 from switchgear.reference import weight_dtype, wide
 from switchgear.routing.ranking import finite
 
-_TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny
 _LEAST_STD = 1e-30  # 40 / this is finite in float32
 
 
@@ -104,7 +104,7 @@ def max_violation(tokens_per_expert: Tensor) -> Tensor:
     check_tensor("tokens_per_expert", tokens_per_expert)
     counts = tokens_per_expert.float()
     mean = counts.mean(-1)
-    return (counts.amax(-1) - mean) / mean.clamp(min=_TINY)
+    return (counts.amax(-1) - mean) / mean.clamp(min=TINY)
 
 
 def router_probabilities(routing: Routing, score_function: str | None = None) -> Tensor:
@@ -122,7 +122,7 @@ def router_probabilities(routing: Routing, score_function: str | None = None) ->
         scores = routing.scores
     else:
         return logits.softmax(-1)
-    return scores / scores.sum(-1, keepdim=True).clamp(min=_TINY)
+    return scores / scores.sum(-1, keepdim=True).clamp(min=TINY)
 
 
 # ---- load balance ----------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def switch_loss(probabilities: Tensor, tokens_per_expert: Tensor, num_tokens: Te
     probabilities = wide(probabilities)
     total = torch.as_tensor(num_tokens, device=tokens_per_expert.device).clamp(min=1)
     fraction = tokens_per_expert.to(probabilities.dtype) / total
-    return probabilities.shape[1] * (fraction * _mean(probabilities)).sum()
+    return probabilities.shape[1] * (fraction * mean_probabilities(probabilities)).sum()
 
 
 def sequence_switch_loss(
@@ -151,7 +151,7 @@ def sequence_switch_loss(
     probabilities = wide(probabilities)
     num_experts = probabilities.shape[1]
     sequence_ids = sequence_ids.long()
-    exact = probabilities.to(_exact(probabilities))
+    exact = probabilities.to(exact_dtype(probabilities))
     tokens = exact.new_zeros(num_sequences).index_add(0, sequence_ids, exact.new_ones(len(topk_ids)))
     cells = sequence_ids[:, None] * (num_experts + 1) + topk_ids.long() + 1
     counts = total_weights(cells, exact.new_ones(cells.shape), num_sequences * (num_experts + 1))
@@ -161,40 +161,6 @@ def sequence_switch_loss(
     of = counts.sum(1, keepdim=True).clamp(min=1) if per_choice else tokens
     loss = num_experts * (counts / of * (totals / tokens)).sum() / max(num_sequences, 1)
     return loss.to(probabilities.dtype)
-
-
-def device_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> Tensor:
-    """Σ_g f'_g · P'_g over groups of experts, one per device (DeepSeekMoE, arXiv:2401.06066).
-
-    f'_g is the mean over the group's experts of f_e = E · tokens_per_expert[e] / the number of choices (K·T without
-    empty ones); P'_g is the sum of their mean probabilities. probabilities [T,E], topk_ids [T,K], groups [E]: the group
-    of each expert. 1 for an even load.
-    """
-    probabilities = wide(probabilities)
-    num_experts = probabilities.shape[1]
-    counts = count_tokens(topk_ids, num_experts).to(probabilities.dtype)
-    fraction = counts * num_experts / counts.sum().clamp(min=1)
-    groups = groups.long()
-    sums = torch.stack((fraction, _mean(probabilities), torch.ones_like(fraction)))
-    fraction, mass, size = torch.zeros_like(sums).index_add(1, groups, sums)  # there are at most E groups
-    loss: Tensor = (fraction / size.clamp(min=1) * mass).sum()
-    return loss
-
-
-def alignment_loss(probabilities: Tensor, topk_ids: Tensor, groups: Tensor) -> Tensor:
-    """By how much experts of other groups exceed the least chosen one: mean_t Σ_e max(0, p_te - p_t,least), over the
-    experts e of groups that token t does not use. 0 if the choice among all experts is that inside the groups.
-
-    SAM, arXiv:2110.07431, aligns its two routers by such a term; this form of it is unverified. probabilities [T,E],
-    topk_ids [T,K], groups [E]: the group of each expert.
-    """
-    probabilities = wide(probabilities)
-    is_chosen, ids, groups = topk_ids >= 0, topk_ids.clamp(min=0).long(), groups.long()
-    least = probabilities.gather(1, ids).masked_fill(~is_chosen, math.inf).amin(1, keepdim=True)
-    uses = torch.zeros_like(probabilities).scatter_add(1, groups[ids], is_chosen.to(probabilities.dtype))
-    excess = (probabilities - least).clamp(min=0) * (uses.gather(1, groups.expand_as(probabilities)) == 0)
-    loss: Tensor = excess.sum() / max(len(topk_ids), 1)
-    return loss
 
 
 def null_aware_switch_loss(
@@ -209,20 +175,11 @@ def null_aware_switch_loss(
     return switch_loss(probabilities, load, num_tokens)
 
 
-def parameter_penalty(probabilities: Tensor, topk_ids: Tensor, widths: Tensor) -> Tensor:
-    """E · Σ_e M_e · P_e, with M_e = widths[e] · the fraction of tokens that chose e (HMoE, arXiv:2408.10681).
-
-    It penalises wide experts by their cost. probabilities [T,E], topk_ids [T,K], widths [E] in any unit.
-    """
-    load = count_tokens(topk_ids, probabilities.shape[1]) * widths.to(weight_dtype(probabilities.dtype))
-    return switch_loss(probabilities, load, probabilities.shape[0])
-
-
 def squared_variation(values: Tensor) -> Tensor:
     """CV² = variance / mean² of values [N], with the population variance; 0 if all are equal."""
-    exact = values.to(_exact(values))
+    exact = values.to(exact_dtype(values))
     mean = exact.mean()
-    variation: Tensor = (exact - mean).square().mean() / mean.square().clamp(min=_TINY)
+    variation: Tensor = (exact - mean).square().mean() / mean.square().clamp(min=TINY)
     return variation.to(weight_dtype(values.dtype))
 
 
@@ -254,105 +211,30 @@ def smooth_load(
     threshold = torch.where(logits >= last_in, first_out, last_in)
     distance = (clean - threshold).clamp(-40 * std, 40 * std)  # the gradient of an infinite one would be NaN
     chances = torch.special.ndtr(distance / std)
-    load: Tensor = chances.sum(0, dtype=_exact(chances)).to(chances.dtype)
+    load: Tensor = chances.sum(0, dtype=exact_dtype(chances)).to(chances.dtype)
     return load
 
 
 # ---- confidence of the router ----------------------------------------------------------------------------------------
 
 
-def entropy_loss(probabilities: Tensor) -> Tensor:
-    """mean_t -Σ_e p log p: low if each token's distribution is peaked (arXiv:2403.07652)."""
-    return _entropy(wide(probabilities)).sum() / max(len(probabilities), 1)
-
-
-def batch_entropy_loss(probabilities: Tensor) -> Tensor:
-    """-H(mean_t p): low if the batch uses all experts equally (sigma-MoE, arXiv:2310.10837)."""
-    return -_entropy(_mean(wide(probabilities)))
-
-
 # ---- placement and clusters ------------------------------------------------------------------------------------------
-
-
-def locality_loss(probabilities: Tensor, is_local: Tensor) -> Tensor:
-    """-log of the mean probability of local experts: 0 if every token stays local (LocMoE, arXiv:2401.13920).
-
-    Let D be the mean of probabilities [T,E], and D_local its part on this node's experts (is_local [E] bool),
-    normalised. This is KL(D_local || D). The paper writes the reverse divergence, which is infinite as soon as one
-    token leaves the node. 0 without tokens.
-    """
-    share = (_mean(wide(probabilities)) * is_local).sum()
-    return -share.clamp(min=_TINY).log() * float(len(probabilities) > 0)
-
-
-def cluster_variance_loss(probabilities: Tensor, groups: Tensor, is_open: Tensor | None = None) -> Tensor:
-    """E · the mean over clusters of the variance of P_e over the experts e of a cluster, with P_e the mean of
-    probabilities [T,E] over tokens: 0 if the experts of each cluster are equally likely in the batch, however sure the
-    router is of a token (the code of MoEC, arXiv:2207.09094, with coef-type 1).
-
-    Variances divide by n - 1; those of single experts are 0. The code has sums over tokens instead of means: its
-    variance is T² times this one, beside a balance loss that is T times ours.
-
-    groups [E]: the cluster of each expert. is_open, broadcastable to [T,E]: experts that are closed for all tokens do
-    not count; all count if None.
-    """
-    groups, mean = groups.long(), _mean(wide(probabilities))
-    counted = torch.ones_like(mean)
-    if is_open is not None:
-        counted = is_open.expand_as(probabilities).any(0).to(mean.dtype)
-    zeros = torch.zeros_like(mean)  # there are at most E clusters
-    size = zeros.index_add(0, groups, counted)
-    center = zeros.index_add(0, groups, mean * counted) / size.clamp(min=1)
-    squares = zeros.index_add(0, groups, (mean - center.index_select(0, groups)).square() * counted)
-    loss: Tensor = (squares / (size - 1).clamp(min=1)).sum() / (size > 0).sum().clamp(min=1)
-    return len(mean) * loss
-
-
-def localized_balance_loss(
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    expert_types: Tensor,
-    sequence_types: Tensor,
-    sequence_ids: Tensor,
-    delta: float = 0.1,
-) -> Tensor:
-    """var(Z) / mean(Z) of Z[e,s] = I[e,s] · Q[e,s] (LoRAMoE, arXiv:2312.09979).
-
-    Q is the weight that the tokens of sequence s give to expert e; I is 1 + delta if the types of expert and sequence
-    agree, else 1 - delta. (The published code divides the unbiased variance by mean².) 0 without tokens.
-
-    Args: topk_ids, topk_weights [T,K]; expert_types [E]; sequence_types [B]; sequence_ids [T] in [0, B). delta
-    unverified.
-    """
-    num_experts, num_sequences = len(expert_types), len(sequence_types)
-    cells = sequence_ids.long()[:, None] * (num_experts + 1) + topk_ids.long() + 1
-    weight = total_weights(cells, topk_weights, num_sequences * (num_experts + 1))
-    weight = weight.view(num_sequences, num_experts + 1)[:, 1:]
-    agrees = (sequence_types[:, None] == expert_types).to(weight.dtype)
-    z = weight * (1 + delta * (2 * agrees - 1))
-    count = max(z.numel(), 1)
-    mean = z.sum() / count
-    return ((z - mean).square().sum() / count / mean.clamp(min=_TINY)).to(weight_dtype(topk_weights.dtype))
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _mean(probabilities: Tensor) -> Tensor:
+def mean_probabilities(probabilities: Tensor) -> Tensor:
     return probabilities.sum(0) / max(len(probabilities), 1)
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    return -(probabilities * probabilities.clamp(min=_TINY).log()).sum(-1)  # keeps the gradient finite at 0
 
 
 def total_weights(cells: Tensor, weights: Tensor, num_cells: int) -> Tensor:
     """[num_cells]: the sums of weights by cell, for weights and cells of one shape. In float64: in float32, sums
     of millions of them lose digits, and from 2^24 on adding 1 changes nothing."""
-    totals = weights.new_zeros(num_cells, dtype=_exact(weights))
+    totals = weights.new_zeros(num_cells, dtype=exact_dtype(weights))
     return totals.scatter_add(0, cells.flatten(), weights.flatten().to(totals.dtype))
 
 
-def _exact(values: Tensor) -> torch.dtype:
+def exact_dtype(values: Tensor) -> torch.dtype:
     """float64, where a device has it."""
     return torch.float32 if values.device.type == "mps" else torch.float64

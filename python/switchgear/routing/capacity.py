@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,18 +18,6 @@ from switchgear.routing.ranking import choose, is_open, left_aligned, scores_of,
 
 DROPS = ("order", "choice", "score", "reverse", "random")
 OVERFLOWS = ("drop", "reroute", "overselect")
-
-
-def min_capacity(delta: float, hidden_size: int, num_experts: int) -> float:
-    """1 / (E · erfc(√(H·δ² / (2 - δ²)))): LocMoE's lower bound on the capacity of an expert (arXiv:2401.13920).
-
-    delta: the paper's δ, a threshold on the similarity of tokens and experts, measured there as about 0.03. The unit
-    of the bound is unverified. ValueError unless 0 < δ < √2.
-    """
-    if not 0 < delta < math.sqrt(2):
-        raise ValueError(f"delta: expected a number between 0 and √2, got {delta}")
-    tail = math.erfc(math.sqrt(hidden_size * delta**2 / (2 - delta**2)))
-    return 1 / (num_experts * tail) if tail else math.inf
 
 
 @dataclass(frozen=True)
@@ -99,7 +86,7 @@ class Capacity:
         at_least(0, "minimum", self.minimum)
 
     def __call__(self, routing: Routing, context: Context) -> Routing:
-        return self.limited(routing, context, _choices(routing))
+        return self.limited(routing, context, count_choices(routing))
 
     def limited(self, routing: Routing, context: Context, choices: Tensor) -> Routing:
         """The routing within the limits that follow from choices [T] int64, the number of choices of each token."""
@@ -138,8 +125,8 @@ class Capacity:
             weights = torch.where(moved, weights * _ratio(scores, kept_ids, ids), weights)
         routing = routing._replace(topk_ids=kept_ids, topk_weights=weights)
         if self.renormalize:
-            weights = _renormalized(routing, wanted)
-        lost = _choices(wanted) - _choices(routing)
+            weights = renormalize_weights(routing, wanted)
+        lost = count_choices(wanted) - count_choices(routing)
         return _narrowed(routing._replace(topk_weights=weights, num_dropped=dropped + lost.clamp(min=0).sum()))
 
     def _limits(
@@ -164,70 +151,15 @@ class Capacity:
         return None
 
 
-@dataclass(frozen=True)
-class CapacityByKind:
-    """Two capacities: ⌈factor · τ·K·T / (τ·N + F)⌉ tokens for each of N real experts, ⌈factor · K·T / (τ·N + F)⌉ for
-    each of the F = free_experts last ones, which cost nothing (MoE++, arXiv:2410.07348; constants unverified). K·T is
-    the number of choices, without empty ones.
-
-    limit: a Capacity that drops, whose factor is the formula's; evaluation_factor alike.
-    """
-
-    free_experts: int
-    tau: float = 0.75
-    limit: Capacity = field(default_factory=partial(Capacity, 1.1))
-
-    def __post_init__(self) -> None:
-        check_choice("limit.overflow", self.limit.overflow, ("drop",))
-        at_least(0, "free_experts", self.free_experts)
-        if not 0 < as_number("tau", self.tau) < math.inf:
-            raise ValueError(f"tau: expected a positive number, got {self.tau}")
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether its limit does."""
-        return self.limit.needs_scores
-
-    def __call__(self, routing: Routing, context: Context) -> Routing:
-        num_experts = routing.num_experts
-        if self.free_experts > num_experts:
-            raise ValueError(f"free_experts: expected at most {num_experts} (num_experts), got {self.free_experts}")
-        real = num_experts - self.free_experts
-        unit = num_experts / (self.tau * real + self.free_experts)  # factor 1 of a Capacity is choices / num_experts
-        is_free = routing.topk_ids >= real
-        limited = self._limited(routing, ~is_free, self.tau * unit, context)
-        others = self._limited(routing, is_free, unit, context)
-        topk_ids = torch.where(is_free, others.topk_ids, limited.topk_ids)
-        topk_weights = torch.where(is_free, others.topk_weights, limited.topk_weights)
-        assert limited.num_dropped is not None
-        assert others.num_dropped is not None
-        before = 0 if routing.num_dropped is None else routing.num_dropped
-        num_dropped = limited.num_dropped + others.num_dropped - before
-        kept = routing._replace(topk_ids=topk_ids, topk_weights=topk_weights, num_dropped=num_dropped)
-        return kept._replace(topk_weights=_renormalized(kept, routing)) if self.limit.renormalize else kept
-
-    def _limited(self, routing: Routing, kind: Tensor, scale: float, context: Context) -> Routing:
-        """The choices of one kind, which only displace each other, within `scale` times the limit."""
-        evaluation = self.limit.evaluation_factor
-        limit = replace(
-            self.limit,
-            factor=self.limit.factor * scale,
-            evaluation_factor=None if evaluation is None else evaluation * scale,
-            renormalize=False,  # a token's weights of both kinds have one sum
-        )
-        part = routing._replace(topk_ids=routing.topk_ids.masked_fill(~kind, -1))
-        return limit.limited(part, context, _choices(routing))
-
-
 _MOST = 2**31 - 1  # of a limit, an int32
 
 
-def _choices(routing: Routing) -> Tensor:
+def count_choices(routing: Routing) -> Tensor:
     """The number of choices of each token, [T] int64."""
     return (routing.topk_ids >= 0).sum(1)
 
 
-def _renormalized(routing: Routing, wanted: Routing) -> Tensor:
+def renormalize_weights(routing: Routing, wanted: Routing) -> Tensor:
     """The weights [T,K] of routing, scaled to the sums of each token's in wanted."""
     total, whole = total_weight(routing), total_weight(wanted)
     return routing.topk_weights * (whole / torch.where(total == 0, torch.ones_like(total), total))
@@ -260,7 +192,7 @@ def _others(routing: Routing, scores: Tensor, expand: float | None) -> tuple[Ten
         return scores, num_experts - 1
     most = min(math.ceil(top_k * expand) - top_k, num_experts - 1)
     best = choose(scores, max(most, 1))
-    count = _choices(routing)[:, None]
+    count = count_choices(routing)[:, None]
     within = torch.arange(best.shape[1], device=ids.device) < _rounded_up(count.double() * expand) - count
     return scores.masked_fill(~torch.zeros_like(had).scatter(1, best.long(), within), 0), most
 

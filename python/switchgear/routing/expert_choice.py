@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from switchgear.functional import Routing, as_number, route
 from switchgear.reference import check_choice, check_finite
 from switchgear.routing.context import NOTHING_KNOWN, Context, check_scope, is_per_sequence, sequences
 from switchgear.routing.ranking import choose, finite, scores_of, uniform
-from switchgear.routing.selection import Positive
 
 
 @dataclass(frozen=True)
@@ -156,34 +154,6 @@ class ExpertChoice:
             values, sequence, limits, self.max_experts_per_token, self.cap_lambda, self.cap_iterations,
             self.cap_tolerance, longest, min(largest, longest),
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class DepthChoice:
-    """Which tokens a block processes at all: in each sequence the `fraction` with the largest logits, weighted by their
-    logits (Mixture-of-Depths, arXiv:2404.02258). With E experts each takes fraction / E of the tokens.
-
-    causal: in evaluation, the tokens with a positive logit instead, which does not depend on later tokens; ChoiceLoss
-    trains the logits for that.
-    """
-
-    fraction: float = 0.125
-    causal: bool = True
-    scope: str = "sequence"
-
-    def __post_init__(self) -> None:
-        if not 0 < as_number("fraction", self.fraction) <= 1:
-            raise ValueError(f"fraction: expected a number in (0, 1], got {self.fraction}")
-        self._largest  # noqa: B018  checks the scope, too; compiled calls only read it
-
-    @cached_property
-    def _largest(self) -> ExpertChoice:
-        return ExpertChoice(self.fraction, scope=self.scope, weights="logit")
-
-    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        if self.causal and not context.training:
-            return Positive()(router_logits, context, bias)
-        return self._largest(router_logits, context, bias)
 
 
 def _must_not_read(tensor: Tensor) -> bool:

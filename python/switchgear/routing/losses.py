@@ -10,26 +10,34 @@ function (routing, context) -> scalar works too.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from switchgear.functional import Routing, as_number
-from switchgear.reference import check_choice, check_finite, check_range, check_size, wide
+from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing import balance
-from switchgear.routing.balance import count_tokens, router_probabilities, sum_over_processes
-from switchgear.routing.context import Context, check_positive, groups_of, is_recomputing, made, sequences
+from switchgear.routing.balance import (
+    count_tokens,
+    router_probabilities,
+    sum_over_processes,
+)
+from switchgear.routing.context import (
+    Context,
+    check_positive,
+    is_recomputing,
+    made,
+    sequences,
+)
 from switchgear.routing.counting import aside
 from switchgear.routing.ranking import is_open
-from switchgear.utils.modules import FillsBuffers, KeepsFloat32
 
 if TYPE_CHECKING:
-    from switchgear.routing.controllers import AdaptiveCoefficient
+    from switchgear.papers.parts.controllers import AdaptiveCoefficient
 
 BALANCE_SCOPES = ("micro", "sequence", "global")
 _MOST_CALLS = 1024  # whose counts are kept for recomputations; more micro-batches never wait for their backward
@@ -40,7 +48,7 @@ def _no_calls() -> deque[tuple[Tensor, Tensor]]:
     return deque(maxlen=_MOST_CALLS)
 
 
-def _check_numbers(**numbers: float) -> None:
+def check_numbers(**numbers: float) -> None:
     for name, number in numbers.items():
         check_finite(name, as_number(name, number))
 
@@ -85,7 +93,7 @@ class SwitchLoss(nn.Module):
         check_size("num_null", num_null, 0)
         self.coefficient = made(coefficient)
         if not isinstance(self.coefficient, nn.Module):
-            _check_numbers(coefficient=self.coefficient)
+            check_numbers(coefficient=self.coefficient)
         self.scope, self.accumulate, self.per_choice = scope, accumulate, per_choice
         self.score_function, self.num_null, self.name = score_function, num_null, name
         self._counts: Tensor | None = None  # [E+1]: tokens per expert, then tokens; since the last step
@@ -155,16 +163,6 @@ class SwitchLoss(nn.Module):
         return ", ".join(parts)
 
 
-class NullAwareSwitchLoss(SwitchLoss):
-    """SwitchLoss over real experts and, last, `num_null` null experts that share one load (AdaMoE, arXiv:2406.13233).
-
-    The default 1e-4 is the coefficient of the published Mixtral configuration.
-    """
-
-    def __init__(self, coefficient: float = 1e-4, *, num_null: int, **options: Any) -> None:
-        super().__init__(coefficient, num_null=num_null, **options)
-
-
 @dataclass(frozen=True)
 class ZLoss:
     """coefficient · mean_t (log Σ_e exp z_te)², of the logits (ST-MoE, arXiv:2202.08906; OpenMoE, arXiv:2402.01739)."""
@@ -173,7 +171,7 @@ class ZLoss:
     name: ClassVar[str] = "z"
 
     def __post_init__(self) -> None:
-        _check_numbers(coefficient=self.coefficient)
+        check_numbers(coefficient=self.coefficient)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.z_loss(routing.router_logits)
@@ -195,7 +193,7 @@ class ImportanceLoad:
     name: ClassVar[str] = "importance_load"
 
     def __post_init__(self) -> None:
-        _check_numbers(importance=self.importance, load=self.load, noise_std=self.noise_std)
+        check_numbers(importance=self.importance, load=self.load, noise_std=self.noise_std)
         check_positive("noise_std", self.noise_std)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
@@ -212,213 +210,34 @@ class ImportanceLoad:
         return loss + self.load * balance.squared_variation(smooth)
 
 
-@dataclass(frozen=True)
-class EntropyLoss:
-    """coefficient · mean_t H(p_t): makes routers with a variable number of experts per token choose few
-    (arXiv:2403.07652)."""
-
-    coefficient: float = 1e-4
-    score_function: str | None = None
-    name: ClassVar[str] = "entropy"
-
-    def __post_init__(self) -> None:
-        _check_numbers(coefficient=self.coefficient)
-
-    def __call__(self, routing: Routing, context: Context) -> Tensor:
-        return self.coefficient * balance.entropy_loss(router_probabilities(routing, self.score_function))
+RULES = ("sign", "proportional")
 
 
 @dataclass(frozen=True)
-class BatchEntropy:
-    """-coefficient · H(mean_t softmax(z_t)): spreads the batch over the experts (sigma-MoE, arXiv:2310.10837).
+class LossFreeBias:
+    """Raises the selection bias of experts with too few tokens and lowers that of the others (arXiv:2408.15664).
 
-    The softmax is always of the logits, whatever the score function.
+    After a step with n_e tokens on expert e, bias_e += rate · sign(mean(n) - n_e), or with rule "proportional"
+    rate · (mean(n) - n_e) / mean(n), so that the rate does not depend on the batch; the paper's variant does not
+    divide. The bias affects the choice but not the weights; it has no gradient.
+
+        moe = switchgear.MoE(256, 128, 16, 4, score_function="sigmoid", balance=[LossFreeBias(1e-3)])
+        …; optimizer.step(); moe.gate.after_step()
     """
 
-    coefficient: float = 1e-3
-    score_function: str | None = "softmax"
-    name: ClassVar[str] = "batch_entropy"
+    rate: float = 1e-3
+    rule: str = "sign"
+    needs_selection_bias: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_numbers(coefficient=self.coefficient)
+        check_finite("rate", as_number("rate", self.rate))
+        check_choice("rule", self.rule, RULES)
 
-    def __call__(self, routing: Routing, context: Context) -> Tensor:
-        return self.coefficient * balance.batch_entropy_loss(router_probabilities(routing, self.score_function))
-
-
-@dataclass(frozen=True)
-class ChoiceLoss:
-    """coefficient · mean binary cross-entropy between the sigmoid of a logit and whether it was chosen: chosen tokens
-    then have positive logits, the others negative ones (the auxiliary loss of Mixture-of-Depths, arXiv:2404.02258)."""
-
-    coefficient: float = 1e-2
-    name: ClassVar[str] = "choice"
-
-    def __post_init__(self) -> None:
-        _check_numbers(coefficient=self.coefficient)
-
-    def __call__(self, routing: Routing, context: Context) -> Tensor:
-        logits = wide(routing.router_logits)
-        chosen = balance.times_chosen(routing.topk_ids, logits)
-        loss = F.binary_cross_entropy_with_logits(logits, chosen, reduction="sum")
-        return self.coefficient * loss / max(logits.numel(), 1)
-
-
-def _sums_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> Tensor:
-    """groups_of, for sums by group in a tensor [E]."""
-    found = groups_of(groups, num_experts)
-    check_range("groups", found, 0, len(found))
-    return found
-
-
-class _PerExpert(FillsBuffers, KeepsFloat32):
-    """A loss with a fixed vector over the experts, which follows the router to its device."""
-
-    vector: Tensor
-
-    def __init__(self, vector: Sequence[Any] | Tensor, coefficient: float, score_function: str | None) -> None:
-        super().__init__()
-        _check_numbers(coefficient=coefficient)
-        self._given = torch.as_tensor(vector, device="cpu").detach()
-        self.register_buffer("vector", self._given.to(torch.get_default_device(), copy=True), persistent=False)
-        self.coefficient, self.score_function = coefficient, score_function
-
-    def reset_parameters(self) -> None:
-        """Restores the given vector."""
-        self.fill_buffers(self.vector.device)
-
-    def fill_buffers(self, device: torch.device) -> None:
-        """Copies the given vector."""
-        self.vector = self._given.to(device, copy=True)
-
-    def _prepare(self, routing: Routing) -> None:
-        if self.vector.shape != (routing.num_experts,):
-            raise ValueError(f"{self.name}: expected {routing.num_experts} experts, got {self.vector.numel()}")
-        self.fill_on(routing.router_logits.device)
-
-    def _probabilities(self, routing: Routing) -> Tensor:
-        self._prepare(routing)
-        return router_probabilities(routing, self.score_function)
-
-
-class ParamPenalty(_PerExpert):
-    """coefficient · E · Σ_e M_e · P_e, M_e: fraction of tokens on expert e times its width (HMoE, arXiv:2408.10681).
-
-    widths [E]: intermediate sizes in any unit; a common factor acts like the coefficient.
-    """
-
-    name = "parameters"
-
-    def __init__(
-        self, widths: Sequence[float] | Tensor, coefficient: float = 1e-2, score_function: str | None = None
-    ) -> None:
-        super().__init__(torch.as_tensor(widths, dtype=torch.float32, device="cpu"), coefficient, score_function)
-
-    def forward(self, routing: Routing, context: Context) -> Tensor:
-        probabilities = self._probabilities(routing)
-        return self.coefficient * balance.parameter_penalty(probabilities, routing.topk_ids, self.vector)
-
-
-class DeviceBalance(_PerExpert):
-    """coefficient · Σ_g f'_g · P'_g over groups of experts, one per device (DeepSeekMoE, arXiv:2401.06066).
-
-    groups: the device of each expert [E], from 0; or the number of devices, with equally many consecutive experts each.
-    coefficient: the 145B model uses 0.05. num_experts: E, if groups is a number.
-    """
-
-    name = "device"
-
-    def __init__(
-        self,
-        groups: int | Sequence[int] | Tensor,
-        coefficient: float = 0.05,
-        score_function: str | None = None,
-        num_experts: int | None = None,
-    ) -> None:
-        super().__init__(_sums_of(groups, num_experts), coefficient, score_function)
-
-    def forward(self, routing: Routing, context: Context) -> Tensor:
-        return self.coefficient * balance.device_loss(self._probabilities(routing), routing.topk_ids, self.vector)
-
-
-class AlignmentLoss(DeviceBalance):
-    """coefficient · the excess of experts in other groups over the least chosen expert (SAM, arXiv:2110.07431; see
-    alignment_loss). Arguments as for DeviceBalance; the coefficient is unverified."""
-
-    name = "alignment"
-
-    def forward(self, routing: Routing, context: Context) -> Tensor:
-        return self.coefficient * balance.alignment_loss(self._probabilities(routing), routing.topk_ids, self.vector)
-
-
-class LocalityLoss(_PerExpert):
-    """coefficient · -log(mean probability of this node's experts) (LocMoE, arXiv:2401.13920; see locality_loss).
-
-    placement: the node of each expert [E]; or the number of nodes, with equally many consecutive experts each. node:
-    this process's node. coefficient: the paper's μ (unverified). num_experts: E, if placement is a number.
-    """
-
-    name = "locality"
-
-    def __init__(
-        self,
-        placement: int | Sequence[int] | Tensor,
-        node: int,
-        coefficient: float = 1e-2,
-        score_function: str | None = None,
-        num_experts: int | None = None,
-    ) -> None:
-        super().__init__(groups_of(placement, num_experts, "placement") == node, coefficient, score_function)
-
-    def forward(self, routing: Routing, context: Context) -> Tensor:
-        return self.coefficient * balance.locality_loss(self._probabilities(routing), self.vector)
-
-
-class ClusterVariance(_PerExpert):
-    """coefficient · E · the variance of mean probabilities within clusters (MoEC, arXiv:2207.09094; see
-    cluster_variance_loss).
-
-    groups: the cluster of each expert [E], from 0; or the number of equal clusters of consecutive experts.
-    num_experts: E, if groups is a number. Experts that a mask closes for all tokens (ClusterDropout) do not count.
-    """
-
-    name = "clusters"
-
-    def __init__(
-        self,
-        groups: int | Sequence[int] | Tensor,
-        coefficient: float = 1.0,
-        score_function: str | None = None,
-        num_experts: int | None = None,
-    ) -> None:
-        super().__init__(_sums_of(groups, num_experts), coefficient, score_function)
-
-    def forward(self, routing: Routing, context: Context) -> Tensor:
-        probabilities, counted = self._probabilities(routing), is_open(routing.router_logits)
-        return self.coefficient * balance.cluster_variance_loss(probabilities, self.vector, counted)
-
-
-class LocalizedBalance(_PerExpert):
-    """coefficient · var(Z) / mean(Z), where Z is the weight per expert and sequence, increased if their types agree
-    (LoRAMoE, arXiv:2312.09979).
-
-    expert_types [E]. Context.embedding holds the types of the sequences: integers [B]. delta, coefficient: 0.1
-    (unverified).
-    """
-
-    name = "localized"
-
-    def __init__(self, expert_types: Sequence[int] | Tensor, delta: float = 0.1, coefficient: float = 0.1) -> None:
-        super().__init__(expert_types, coefficient, None)
-        _check_numbers(delta=delta)
-        self.delta = delta
-
-    def forward(self, routing: Routing, context: Context) -> Tensor:
-        self._prepare(routing)
-        types = context.require("embedding", "LocalizedBalance").reshape(-1)
-        ids, num_sequences = sequences(context, routing.topk_ids.shape[0], routing.topk_ids.device)
-        if len(types) != num_sequences and len(ids):
-            raise ValueError(f"embedding: expected a type for each of {num_sequences} sequences, got {len(types)}")
-        choice = routing.topk_ids, routing.topk_weights
-        loss = balance.localized_balance_loss(*choice, self.vector, types, ids, self.delta)
-        return self.coefficient * loss
+    @torch.no_grad()
+    def after_step(self, tokens_per_expert: Tensor, router: Any) -> None:
+        """tokens_per_expert [E]: of the step, over all processes."""
+        counts = tokens_per_expert.float()
+        mean = counts.mean()
+        error = mean - counts
+        error = error.sign() if self.rule == "sign" else error / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+        router.e_score_correction_bias.add_(error, alpha=self.rate)

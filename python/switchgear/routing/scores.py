@@ -17,7 +17,7 @@ from switchgear.backends import without_autocast
 from switchgear.functional import as_number, gate
 from switchgear.reference import check_choice, check_fraction, weight_dtype, wide
 from switchgear.routing.context import Context, Noise, check_positive, made
-from switchgear.routing.ranking import is_open, jittered, sigmoid
+from switchgear.routing.ranking import jittered, sigmoid
 from switchgear.utils.modules import LoadsScalars
 
 INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -195,21 +195,6 @@ class Cosine(LoadsScalars):
             return gate(low, embeddings, float32=True) / self.log_tau.exp().clamp(min=self.min_tau).to(low.dtype)
 
 
-class GroupedAvgPool(nn.Module):
-    """The mean of x over each of E slices of its features: orthogonal, fixed, no matrix product (LocMoE,
-    arXiv:2401.13920). hidden_size must be a multiple of num_experts. No parameters."""
-
-    def __init__(self, hidden_size: int, num_experts: int, *, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        if hidden_size % num_experts:
-            raise ValueError(f"hidden_size: expected a multiple of {num_experts} experts, got {hidden_size}")
-        self.num_experts = num_experts
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x [T,H] -> router_logits [T,E]."""
-        return x.view(x.shape[0], self.num_experts, x.shape[1] // self.num_experts).mean(-1)
-
-
 class Uniform(nn.Module):
     """Zeros that take no memory, for selections that ignore the logits (Lookup, Random). No parameters."""
 
@@ -220,82 +205,6 @@ class Uniform(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E], a single 0 expanded."""
         return x.new_zeros(1, 1).expand(x.shape[0], self.num_experts)
-
-
-class SwitchMixture(nn.Module):
-    """log softmax over groups + log softmax inside each group, from two linear routers. Its softmax is the product of
-    both; a Grouped selection with group_score = "sum" separates them again (SAM, arXiv:2110.07431).
-
-    Parameters: switch.weight [G,H], mixture.weight [E,H].
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        *,
-        num_groups: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if num_groups < 1 or num_experts % num_groups:
-            raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {num_groups}")
-        self.num_groups = num_groups
-        self.switch = nn.Linear(hidden_size, num_groups, bias=False, device=device, dtype=dtype)
-        self.mixture = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x [T,H] -> router_logits [T,E], float32."""
-        group = wide(gate(x, self.switch.weight)).log_softmax(-1)
-        size = self.mixture.out_features // self.num_groups
-        inside = wide(gate(x, self.mixture.weight)).view(x.shape[0], self.num_groups, size).log_softmax(-1)
-        logits: Tensor = (group[:, :, None] + inside).flatten(1)
-        return logits
-
-
-class GatingResidual(nn.Module):
-    """router_logits = W x + R z, with the logits z of the layer before: a pathway-aware router (MoE++,
-    arXiv:2410.07348). z is the field "previous_logits" [T,E] of the context; without it, as in the first layer, the
-    score is linear. Experts that a mask closed there add nothing.
-
-        logits = None
-        for moe in layers:                              # each with return_routing=True
-            y, routing = moe(x, fields={"previous_logits": logits})
-            logits = routing.router_logits
-
-    Parameters: weight [E,H]; residual [E,E], initially zero (a choice of ours).
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.hidden_size, self.num_experts = hidden_size, num_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.residual = nn.Parameter(torch.empty(num_experts, num_experts, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialises the weight like torch.nn.Linear; the residual starts at zero."""
-        init_uniform(self.weight, self.hidden_size)
-        nn.init.zeros_(self.residual)
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x [T,H] -> router_logits [T,E]."""
-        logits = gate(x, self.weight)
-        before = (context.fields or {}).get("previous_logits")
-        if before is None:
-            return logits + 0 * self.residual.sum()  # so that it has a gradient, of zeros
-        if before.shape != logits.shape:
-            raise ValueError(f"previous_logits: expected shape {list(logits.shape)}, got {list(before.shape)}")
-        before = before.masked_fill(~is_open(before), 0)
-        return logits + gate(before.to(x.dtype), self.residual)
 
 
 class Sum(nn.Module):

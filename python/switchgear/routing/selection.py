@@ -15,7 +15,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from switchgear.complaints import at_least
 from switchgear.functional import Routing, as_number, route, route_dynamic
@@ -23,13 +22,8 @@ from switchgear.reference import GROUP_SCORES, check_choice, check_finite
 from switchgear.routing.context import (
     NOTHING_KNOWN,
     Context,
-    Select,
     check_not_negative,
     check_number,
-    check_scope,
-    check_share,
-    is_per_sequence,
-    sequences,
 )
 from switchgear.routing.ranking import (
     SCORE_FUNCTIONS,
@@ -37,15 +31,13 @@ from switchgear.routing.ranking import (
     finite,
     keep_choices,
     left_aligned,
-    ranks,
     scores_of,
-    total_weight,
     trim,
     weighed,
 )
 
 
-def _rows(router_logits: Tensor) -> Tensor:
+def as_rows(router_logits: Tensor) -> Tensor:
     return router_logits if router_logits.dim() == 2 else router_logits.reshape(-1, router_logits.shape[-1])
 
 
@@ -90,7 +82,7 @@ class TopK:
                 scale=self.scale, selection_bias=bias, num_groups=self.num_groups, topk_groups=self.topk_groups,
                 group_score=self.group_score,
             )  # fmt: skip
-        router_logits = _rows(router_logits)
+        router_logits = as_rows(router_logits)
         scores = scores_of(router_logits, self.score_function)
         ids = choose(finite(router_logits) if bias is None else scores + finite(bias), self.top_k)
         return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
@@ -109,29 +101,12 @@ class Dense:
         check_weights(self.score_function, self.scale)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        router_logits = _rows(router_logits)
+        router_logits = as_rows(router_logits)
         scores = scores_of(router_logits, self.score_function)
         weights = weighed(scores, self.normalize, self.scale)
         num_tokens, num_experts = router_logits.shape
         ids = torch.arange(num_experts, dtype=torch.int32, device=router_logits.device)
         return Routing(ids.expand(num_tokens, -1), weights, router_logits, num_experts, scores)
-
-
-@dataclass(frozen=True)
-class Positive:
-    """The experts with positive logits, in ascending order, weighted by them: a ReLU as the router (ReMoE,
-    arXiv:2412.14711). A token may have none or all. The bias moves the choice only."""
-
-    score_function: ClassVar[str] = "sigmoid"  # a score of each expert alone, for losses and capacities
-
-    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        router_logits = _rows(router_logits)
-        logits = finite(router_logits)
-        num_tokens, num_experts = logits.shape
-        keep = (logits if bias is None else logits + finite(bias)) > 0
-        ids = torch.arange(num_experts, dtype=torch.int32, device=logits.device).expand(num_tokens, -1)
-        routing = Routing(ids, logits.relu(), router_logits, num_experts)
-        return trim(left_aligned(keep_choices(routing, keep)))
 
 
 @dataclass(frozen=True)
@@ -236,7 +211,7 @@ class Threshold:
     ) -> float:
         """The threshold at which these tokens [T,E] use experts_per_token experts on average. Raises ValueError for no
         tokens, or a number of experts that they cannot use."""
-        scores = scores_of(_rows(router_logits.detach()), score_function)
+        scores = scores_of(as_rows(router_logits.detach()), score_function)
         check_finite("experts_per_token", as_number("experts_per_token", experts_per_token))
         if not len(scores):
             raise ValueError("router_logits: expected at least 1 token, got 0")
@@ -276,7 +251,7 @@ class Grouped:
         options = (self.top_k, self.score_function, self.normalize, self.scale, self.num_groups, self.topk_groups)
         if self.group_score != "sum":
             return TopK(*options, self.group_score)(router_logits, context, bias)
-        router_logits = _rows(router_logits)
+        router_logits = as_rows(router_logits)
         num_tokens, num_experts = router_logits.shape
         if num_experts % self.num_groups:
             raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {self.num_groups}")
@@ -297,103 +272,3 @@ class Grouped:
         kept = kept.scatter(1, groups.long(), True).repeat_interleave(size, 1)
         ids = choose(values.masked_fill(~kept, -math.inf), self.top_k)
         return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
-
-
-@dataclass(frozen=True)
-class SkipBelow:
-    """Another selection without the experts that add little: those with a weight below `ratio` times the token's
-    largest. The other weights are scaled up to the same sum (arXiv:2402.14800, with the median ratio of a layer, which
-    `calibrate` measures). ratio = 0 skips nothing; ratio = 1 keeps only the best.
-
-    protect: the fraction of tokens, by largest Context.importance, that skip nothing (arXiv:2410.06270: 0.02).
-    """
-
-    select: Select
-    ratio: float
-    protect: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_share("ratio", self.ratio)
-        check_share("protect", self.protect)
-
-    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        routing = self.select(router_logits, context, bias)
-        weights = routing.topk_weights
-        keep = weights.detach() >= self.ratio * weights.detach().amax(-1, keepdim=True)
-        if self.protect:
-            importance = context.require("importance", "SkipBelow(protect=)").reshape(-1)
-            keep = keep | within_fraction(importance, self.protect, context, context.isolated)[:, None]
-        kept = keep_choices(routing, keep & (routing.topk_ids >= 0))
-        missing = total_weight(routing) / (total_weight(kept) + 1e-20)
-        return trim(left_aligned(kept._replace(topk_weights=kept.topk_weights * missing)))
-
-    @staticmethod
-    def calibrate(routing: Routing) -> float:
-        """The median of second weight / first weight over tokens with a choice. Raises ValueError for fewer than two
-        experts per token, and for no such token."""
-        if routing.topk_weights.shape[1] < 2:
-            raise ValueError(f"routing: expected at least 2 experts per token, got {routing.topk_weights.shape[1]}")
-        best = routing.topk_weights.detach().sort(-1, descending=True).values
-        share = float((best[:, 1] / best[:, 0]).nanmedian())  # 0 / 0 for tokens without a choice
-        if math.isnan(share):
-            raise ValueError("routing: expected at least 1 token with a choice, got 0")
-        return share
-
-
-def within_fraction(values: Tensor, fraction: float, context: Context, per_sequence: bool) -> Tensor:
-    """Whether each token is among the round(fraction · n) largest values [T]; n counts the tokens of the batch or, if
-    per_sequence, of its sequence."""
-    num_tokens = values.shape[0]
-    if per_sequence:
-        sequence, count = sequences(context, num_tokens, values.device)
-        sizes = torch.zeros(count, dtype=torch.int64, device=values.device)
-        sizes = sizes.scatter_add(0, sequence, torch.ones_like(sequence))
-        limits = (sizes.double() * fraction).round().long()[sequence]
-        return ranks(values, sequence, count) < limits
-    everyone = torch.zeros(num_tokens, dtype=torch.int64, device=values.device)
-    return ranks(values, everyone, 1) < round(fraction * num_tokens)
-
-
-@dataclass(frozen=True)
-class Broadcast:
-    """In training, sends tokens with uncertain routing to all experts, weighted by their probabilities. The other
-    tokens use another selection, as do all in evaluation (GW-MoE, arXiv:2406.12375).
-
-    A token is uncertain if the entropy of its probabilities is at least entropy_above (in nats). At most max_fraction
-    of the tokens of the batch or sequence (scope) are, those of the largest entropy. (The authors' Switch code
-    multiplies the experts' input, the paper their output; this follows the paper. Balance losses count an uncertain
-    token on every expert; that code counts its best expert alone.)
-    """
-
-    select: Select
-    entropy_above: float
-    max_fraction: float = 0.05
-    scope: str = "batch"
-
-    def __post_init__(self) -> None:
-        check_scope(self.scope)
-        check_number("entropy_above", self.entropy_above)
-        check_share("max_fraction", self.max_fraction)
-
-    def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        routing = self.select(router_logits, context, bias)
-        if not context.training:
-            return routing
-        probabilities = scores_of(routing.router_logits, "softmax")
-        detached = probabilities.detach()
-        entropy = torch.special.entr(detached).sum(-1)
-        unsure = (entropy >= self.entropy_above) & within_fraction(
-            entropy, self.max_fraction, context, is_per_sequence(self.scope, context)
-        )
-        num_experts = probabilities.shape[1]
-        missing = num_experts - routing.topk_ids.shape[1]
-        everyone = torch.arange(num_experts, dtype=torch.int32, device=probabilities.device)
-        ids = F.pad(routing.topk_ids, (0, missing), value=-1)
-        weights = F.pad(routing.topk_weights, (0, missing))
-        return trim(
-            routing._replace(
-                topk_ids=torch.where(unsure[:, None], everyone, ids),
-                topk_weights=torch.where(unsure[:, None], probabilities, weights),
-                scores=probabilities,
-            )
-        )

@@ -11,8 +11,7 @@ from __future__ import annotations
 from torch import nn
 
 from switchgear.integrations.moe_blocks import moe_blocks
-from switchgear.routing.handover import Handover
-from switchgear.routing.router import Router
+from switchgear.routing.router import Handover, Router
 
 
 def pregate(model: nn.Module, enabled: bool = True) -> list[str]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-import switchgear
-from switchgear import _C, cuda, ops, testing
+from switchgear import _C, cuda, functional, ops, testing
+from switchgear.modules import MoE
 from switchgear.ops import GluOptions
+from switchgear.weights import store
 
 from .finding import Finding
 
@@ -33,7 +34,7 @@ def _check_layer(dtype: torch.dtype, device: str) -> None:
     gradients = testing.moe_backward(grad_y, h.cpu(), layer, OPTIONS)
     tensors = [t.detach().requires_grad_() for t in (here.x, here.gate_up_proj, here.down_proj, here.topk_weights)]
     x, gate_up_proj, down_proj, topk_weights = tensors
-    y = switchgear.moe(x, gate_up_proj, down_proj, here.topk_ids, topk_weights)
+    y = functional.moe(x, gate_up_proj, down_proj, here.topk_ids, topk_weights)
     torch.autograd.backward(y, grad_y.to(device))
     wanted_of = (gradients[0], gradients[1], gradients[2], gradients[5])
     for name, tensor, bound in zip(("x", "gate_up_proj", "down_proj", "topk_weights"), tensors, wanted_of, strict=True):
@@ -65,10 +66,10 @@ def check_cpu() -> Iterator[Finding]:
     chosen, available = _C.cpu_isa(), _C.available_cpu_isas()
     try:
         for isa in available:
-            switchgear.set_cpu_isa(isa)
+            ops.set_cpu_isa(isa)
             yield _compare(f"CPU, {isa}", "cpu", "in use" if isa == chosen else "available")
     finally:
-        switchgear.set_cpu_isa(chosen)
+        ops.set_cpu_isa(chosen)
     if chosen != available[-1]:
         remedy = "unset SWITCHGEAR_CPU_ISA, or call switchgear.set_cpu_isa"
         yield Finding("instruction set", "slow", f"{chosen} is in use, {available[-1]} runs here", remedy)
@@ -96,8 +97,8 @@ def check_cuda() -> Iterator[Finding]:
 def check_speed() -> Finding:
     """Times decoding of a token with weights from memory, in turns with a plain read of as many bytes."""
     num_experts, top_k, width = 64, 8, 1024
-    moe = switchgear.MoE(width, width, num_experts, top_k, dtype=torch.bfloat16).eval().requires_grad_(False)
-    switchgear.store(moe, "plain")
+    moe = MoE(width, width, num_experts, top_k, dtype=torch.bfloat16).eval().requires_grad_(False)
+    store(moe, "plain")
     weights = [parameter.detach() for parameter in moe.experts.parameters()]
     groups = torch.arange(num_experts, dtype=torch.int32).view(-1, 1, top_k)  # of experts, each used once in a round
     topk_weights = torch.full((1, top_k), 1 / top_k)
@@ -110,7 +111,7 @@ def check_speed() -> Finding:
         begin = time.perf_counter()
         _C.read(parts, torch.get_num_threads())
         middle = time.perf_counter()
-        switchgear.moe(x, weights[0], weights[1], to_run, topk_weights)
+        functional.moe(x, weights[0], weights[1], to_run, topk_weights)
         reads.append(middle - begin)
         layers.append(time.perf_counter() - middle)
     read, layer = statistics.median(reads), statistics.median(layers)

@@ -52,6 +52,11 @@ class Masked(nn.Module):
         self.mask = made(mask, num_experts=num_experts)
         self._draws_blindly = any(not getattr(part, "uses_logits", True) for part in wrapped(self.select))
 
+    @property
+    def top_k(self) -> int | None:
+        """Of the selection inside; None if it varies."""
+        return getattr(self.select, "top_k", None)
+
     def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
         allowed = self.mask(router_logits, context)
@@ -102,6 +107,11 @@ class Temperature(LoadsScalars):
         self.select, self.tau, self.fixed, self.min_tau = made(select, num_experts=num_experts), tau, fixed, min_tau
         self.log_tau = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.reset_parameters()
+
+    @property
+    def top_k(self) -> int | None:
+        """Of the selection inside; None if it varies."""
+        return getattr(self.select, "top_k", None)
 
     def reset_parameters(self) -> None:
         """Resets τ."""

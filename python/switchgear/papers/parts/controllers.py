@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Balance without a loss: small controllers that Router.after_step calls once per optimizer step."""
+"""Controllers of single papers: Router.after_step calls them once per optimizer step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from switchgear.functional import Routing, as_number
-from switchgear.reference import check_choice, check_finite
+from switchgear.reference import check_finite
 from switchgear.routing.balance import count_tokens, spans_processes, sum_over_processes, total_weights
 from switchgear.routing.context import Context, check_not_negative, check_share, is_recomputing, made
 from switchgear.routing.counting import aside, unseen
 from switchgear.routing.ranking import finite
 from switchgear.utils.modules import KeepsFloat32
 
-RULES = ("sign", "proportional")
 _LEAST_GROWTH, _MOST_GROWTH = 1e-6, 1e10  # of the λ of AdaptiveSparsity, which begins small
 
 
@@ -27,36 +25,6 @@ def _over_processes(seen: Tensor | None, router: nn.Module, device: torch.device
     if seen is None and spans_processes(group):  # others wait for those of this process
         seen = torch.zeros(2, dtype=torch.int64, device=device)
     return None if seen is None else sum_over_processes(seen, group)
-
-
-@dataclass(frozen=True)
-class LossFreeBias:
-    """Raises the selection bias of experts with too few tokens and lowers that of the others (arXiv:2408.15664).
-
-    After a step with n_e tokens on expert e, bias_e += rate · sign(mean(n) - n_e), or with rule "proportional"
-    rate · (mean(n) - n_e) / mean(n), so that the rate does not depend on the batch; the paper's variant does not
-    divide. The bias affects the choice but not the weights; it has no gradient.
-
-        moe = switchgear.MoE(256, 128, 16, 4, score_function="sigmoid", balance=[LossFreeBias(1e-3)])
-        …; optimizer.step(); moe.gate.after_step()
-    """
-
-    rate: float = 1e-3
-    rule: str = "sign"
-    needs_selection_bias: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_finite("rate", as_number("rate", self.rate))
-        check_choice("rule", self.rule, RULES)
-
-    @torch.no_grad()
-    def after_step(self, tokens_per_expert: Tensor, router: Any) -> None:
-        """tokens_per_expert [E]: of the step, over all processes."""
-        counts = tokens_per_expert.float()
-        mean = counts.mean()
-        error = mean - counts
-        error = error.sign() if self.rule == "sign" else error / mean.clamp(min=torch.finfo(mean.dtype).tiny)
-        router.e_score_correction_bias.add_(error, alpha=self.rate)
 
 
 class AdaptiveCoefficient(KeepsFloat32):
@@ -214,6 +182,11 @@ class RunningCap(KeepsFloat32):
         check_not_negative("margin", margin)
         self.select, self.margin = made(select, num_experts=num_experts), margin
         self.register_buffer("totals", torch.zeros(num_experts, dtype=torch.float32))
+
+    @property
+    def top_k(self) -> int | None:
+        """Of the selection inside; None if it varies."""
+        return getattr(self.select, "top_k", None)
 
     def reset_parameters(self) -> None:
         """Zeroes the totals."""
