@@ -9,22 +9,7 @@
 namespace switchgear {
 
 const char* name_of(Format format) {
-  switch (format) {
-    case Format::kPlain: return "plain";
-    case Format::kPanels: return "panels";
-    case Format::kCompact: return "compact";
-    case Format::kInt8: return "int8";
-    case Format::kInt4: return "int4";
-    case Format::kFp8: return "fp8";
-    case Format::kMxfp4: return "mxfp4";
-    case Format::kNf4: return "nf4";
-    case Format::kGroups: return "groups";
-    case Format::kBits1: return "bits1";
-    case Format::kBits2: return "bits2";
-    case Format::kBits3: return "bits3";
-    case Format::kBits4: return "bits4";
-  }
-  return "unknown";
+  return static_cast<size_t>(format) < std::size(kFormats) ? format_row(format).name : "unknown";
 }
 
 namespace {
@@ -83,6 +68,15 @@ Dim blocks_of(const char* name, const Weight& w) {
 
 Dim groups_of(const Weight& w) { return {"groups", 1, w.group_size == 0 ? 1 : divide_up(w.cols, w.group_size)}; }
 
+Kind kind_of_scales(Format format) {
+  switch (format_row(format).scales) {
+    case DType::kInt8: return kInt8;
+    case DType::kUInt8: return kUInt8;
+    case DType::kFloat16: return kFloat16;
+    default: return kFloat32;
+  }
+}
+
 void integers_input(Call& call, const WeightNames& names, const Weight& w, Dim& experts) {
   const bool is_power = w.group_size >= 16 && (w.group_size & (w.group_size - 1)) == 0;
   SWITCHGEAR_CHECK(ValueError, w.group_size == 0 || is_power, names.data,
@@ -93,7 +87,8 @@ void integers_input(Call& call, const WeightNames& names, const Weight& w, Dim& 
   Dim blocks = blocks_of(names.data, w), groups = groups_of(w);
   Dim words{"words", 1, divide_up(w.cols, 8) * bits_of(w.format) / 4}, word_bytes{"64", 1, 64}, block_rows{"16", 1, 16};
   call.input(names.data, w.data, kUInt8, {&experts, &blocks, &words, &word_bytes}, Layout::kExperts);
-  call.input(names.scales, w.scales, kInt8, {&experts, &blocks, &groups, &block_rows}, Layout::kExperts);
+  call.input(names.scales, w.scales, kind_of_scales(w.format), {&experts, &blocks, &groups, &block_rows},
+             Layout::kExperts);
   call.input(names.row_scales, w.row_scales, kFloat32, {&experts, &blocks, &block_rows}, Layout::kExperts);
   if (w.zeros.defined())
     call.input(names.zeros, w.zeros, kUInt8, {&experts, &blocks, &groups, &block_rows}, Layout::kExperts);
@@ -108,8 +103,10 @@ void minifloat_input(Call& call, const WeightNames& names, const Weight& w, Dim&
   Dim blocks = blocks_of(names.data, w), groups = groups_of(w), steps{"steps", 1, divide_up(w.cols, kMinifloatColumns)};
   Dim step_bytes{"bytes", 1, minifloat_step_bytes(w.format)}, block_rows{"16", 1, kMinifloatRows};
   call.input(names.data, w.data, kUInt8, {&experts, &blocks, &steps, &step_bytes}, Layout::kExperts);
-  call.input(names.scales, w.scales, w.format == Format::kMxfp4 ? kUInt8 : kFloat32,
-             {&experts, &blocks, &groups, &block_rows}, Layout::kExperts);
+  call.input(names.scales, w.scales, kind_of_scales(w.format), {&experts, &blocks, &groups, &block_rows},
+             Layout::kExperts);
+  if (format_row(w.format).row_scales)
+    call.input(names.row_scales, w.row_scales, kFloat32, {&experts, &blocks, &block_rows}, Layout::kExperts);
 }
 
 void groups_input(Call& call, const WeightNames& names, const Weight& w, Dim& experts) {
@@ -121,7 +118,8 @@ void groups_input(Call& call, const WeightNames& names, const Weight& w, Dim& ex
   call.input(names.data, w.data, kUInt8, {&planes, &blocks, &steps, &bytes}, Layout::kExperts);
   SWITCHGEAR_CHECK(ValueError, w.records.defined(), names.records, ": expected a tensor, got none");
   call.input(names.records, w.records, kInt32, {&experts, &two});
-  call.input(names.scales, w.scales, kFloat16, {&experts, &blocks, &groups, &block_rows}, Layout::kExperts);
+  call.input(names.scales, w.scales, kind_of_scales(w.format), {&experts, &blocks, &groups, &block_rows},
+             Layout::kExperts);
   if (w.zeros.defined())
     call.input(names.zeros, w.zeros, kUInt8, {&experts, &blocks, &groups, &block_rows}, Layout::kExperts);
 }
@@ -146,14 +144,14 @@ void weight_input(Call& call, const WeightNames& names, const Weight& w, Dim& E,
     SWITCHGEAR_CHECK(ValueError, w.format <= kLastFormat && call.backend().takes(w.format), names.data,
                      ": expected plain weights on this device, got ", name_of(w.format), ": ", describe(w.data));
     check_sizes(names.data, w, N, C);
-    switch (w.format) {
-      case Format::kPanels: panels_input(call, names.data, w, experts); break;
-      case Format::kCompact: compact_input(call, names.data, w, experts); break;
-      case Format::kFp8:
-      case Format::kMxfp4:
-      case Format::kNf4: minifloat_input(call, names, w, experts); break;
-      case Format::kGroups: groups_input(call, names, w, experts); break;
-      default: integers_input(call, names, w, experts);
+    switch (format_row(w.format).family) {
+      case Family::kExact:
+        w.format == Format::kPanels ? panels_input(call, names.data, w, experts)
+                                    : compact_input(call, names.data, w, experts);
+        break;
+      case Family::kIntegers: integers_input(call, names, w, experts); break;
+      case Family::kMinifloats: minifloat_input(call, names, w, experts); break;
+      case Family::kGroups: groups_input(call, names, w, experts);
     }
   }
 }

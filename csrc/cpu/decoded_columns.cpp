@@ -50,10 +50,10 @@ Matrix columns_in_place(const Weight& weight, int64_t expert, int64_t column, DT
   whole.group_size = weight.group_size > 0 ? weight.group_size : std::max<int64_t>(weight.cols, 1);
   whole.data = row_of(weight.data, slot);
   whole.scales = row_of(weight.scales, slot);
-  if (is_integer(weight.format)) {
+  if (weight.row_scales.defined()) {
     whole.row_scales = weight.row_scales.as<const float>() + slot * weight.row_scales.stride[0];
-    if (weight.zeros.defined()) whole.zeros = row_of(weight.zeros, slot);
   }
+  if (weight.zeros.defined()) whole.zeros = row_of(weight.zeros, slot);
   return columns_at(whole, column, 0);
 }
 

@@ -53,6 +53,9 @@ class ExpertMatrix {
         if (w.format == Format::kGroups) whole_.n_stride *= bits_of(whole_.format);
         whole_.scale_stride = groups * kMinifloatRows * size_of(w.scales.dtype);
         whole_.scales = row_of(w.scales, slot);
+        if (w.row_scales.defined()) {
+          whole_.row_scales = w.row_scales.as<const float>() + slot * w.row_scales.stride[0];
+        }
         whole_.group_size = w.group_size > 0 ? w.group_size : w.data.shape[2] * kMinifloatColumns;
         return;
       }

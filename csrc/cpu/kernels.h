@@ -33,7 +33,7 @@ struct Matrix {
   int64_t group_size = 0;             // columns that share a scale, a multiple of 32; more than the depth: all of them
   int first_row = 0;                  // of the first block, where n = 0; a multiple of the lanes of a vector
   int64_t first_column = 0;           // of columns of integers or minifloats
-  const float* row_scales = nullptr;  // of integers
+  const float* row_scales = nullptr;  // of integers and some minifloats
   const void* zeros = nullptr;  // of integers, like scales; of groups, half the bytes of their scales; may be null
 
   Start start() const { return {data, scales}; }
@@ -50,6 +50,7 @@ struct Matrix {
       const int64_t row = first_row + n, block = row / kMinifloatRows;
       rest.data = static_cast<const char*>(data) + block * n_stride;
       rest.scales = static_cast<const char*>(scales) + block * scale_stride;
+      if (row_scales != nullptr) rest.row_scales = row_scales + block * kMinifloatRows;
       if (zeros != nullptr) rest.zeros = static_cast<const char*>(zeros) + block * scale_stride / 2;
       rest.first_row = static_cast<int>(row % kMinifloatRows);
     } else {
@@ -69,8 +70,7 @@ inline Matrix columns_at(const Matrix& b, int64_t n, int64_t k) {
   }
   const int64_t block = k / kMinifloatRows, column = b.first_column + n;
   const int64_t groups = column / b.group_size - b.first_column / b.group_size;
-  const int64_t scale_bytes = is_minifloat(b.format) && b.format != Format::kMxfp4 ? 4 : 1;
-  const int64_t offset = block * b.scale_stride + groups * kMinifloatRows * scale_bytes;
+  const int64_t offset = block * b.scale_stride + groups * kMinifloatRows * size_of(format_row(b.format).scales);
   rest.data = moved(b.data, block * b.n_stride + n * kMinifloatRows * bits_of(b.format) / 8);
   rest.scales = moved(b.scales, offset);
   rest.first_column = column;

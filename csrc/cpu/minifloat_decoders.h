@@ -324,12 +324,14 @@ inline void Decoder<Format::kFp8, false>::decode(Floats (&words)[kWords], const 
 }
 #endif
 
+// nvfp4 differs from mxfp4 in its scales.
+template <bool kPairs>
+struct Decoder<Format::kNvfp4, kPairs> : Decoder<Format::kMxfp4, kPairs> {};
+
 // ---- scales --------------------------------------------------------------------------------------------------------------
 
 template <Format kFormat>
-constexpr int64_t kScaleBytes = kFormat == Format::kMxfp4 ? 1
-                                : has_bits(kFormat)       ? 2
-                                                          : 4;
+constexpr int64_t kScaleBytes = size_of(format_row(kFormat).scales);
 
 inline Ints load_bytes(const uint8_t* p) {
 #if defined(__AVX512BW__)
@@ -345,10 +347,19 @@ inline Ints load_bytes(const uint8_t* p) {
 #endif
 }
 
+// e4m3 without a sign: the bits of a float32 over 2^120, but subnormal numbers as multiples of 2^-9, since the processor may
+// take subnormal float32 for zero.
+inline Floats load_e4m3(const uint8_t* p) {
+  const Ints codes = load_bytes(p);
+  const Floats normal = from_bits((codes << 20) + (120 << 23));
+  return codes < 8 ? __builtin_convertvector(codes, Floats) * broadcast(power_of_two(-9)) : normal;
+}
+
 template <Format kFormat>
 inline Floats load_scales(const uint8_t* p) {
-  if constexpr (has_bits(kFormat)) return load(reinterpret_cast<const Float16*>(p));
-  if constexpr (kFormat != Format::kMxfp4) return load(reinterpret_cast<const float*>(p));
+  if constexpr (kFormat == Format::kNvfp4) return load_e4m3(p);
+  if constexpr (format_row(kFormat).scales == DType::kFloat16) return load(reinterpret_cast<const Float16*>(p));
+  if constexpr (format_row(kFormat).scales == DType::kFloat32) return load(reinterpret_cast<const float*>(p));
   const Ints bits = load_bytes(p) << 23, smallest = Ints{} + 0x00400000;  // 2^-127 is subnormal
   const Floats scales = from_bits(bits > smallest ? bits : smallest);
   return multiply_add(scales, broadcast(0.0f), scales);  // code 255, infinity so far, becomes NaN

@@ -14,7 +14,7 @@
 //   86 to 88 %, 1.05 to 1.15 times plain bfloat16. Float32, 1 row: 77 % (mxfp4) and 89 % (fp8) of the read, bound by
 //   instructions. AVX2, 1 row: 64 bytes take 24 (mxfp4) and 17 (fp8) cycles, 27 and 38 % of the read.
 //
-// Order of each sum: steps of 32 columns ascend. A step is summed in float32 from zero, k ascending: pairs of bfloat16 by
+// Order of each sum: steps of 32 columns ascend, or of 16 where a scale is for 16. A step is summed in float32 from zero, k ascending: pairs of bfloat16 by
 // vdpbf16ps if rows are bfloat16 and the ISA has it, otherwise float32 multiply-adds. One multiply-add adds the sum, times
 // its scale, to the total. The order depends on the depth alone, so a row's result does not depend on its neighbours. If
 // the last step is shorter, A is padded with zeros, as the weights are. Zeros of groups: values are those of symmetric weights,
@@ -27,15 +27,19 @@ namespace {
 template <Format kFormat, bool kPairs>
 struct Minifloats {
   using Values = Decoder<kFormat, kPairs>;
-  static constexpr int64_t kStepBytes = minifloat_step_bytes(kFormat), kStepPieces = kStepBytes / Values::kBytes;
-  static constexpr int64_t kStepWords = kMinifloatColumns / (kPairs ? 2 : 1);
+  // Half a step of the storage if each half has a scale of its own.
+  static constexpr int64_t kStepColumns = minifloat_group(kFormat) == 16 ? 16 : kMinifloatColumns;
+  static constexpr int64_t kStepBytes = minifloat_step_bytes(kFormat) * kStepColumns / kMinifloatColumns;
+  static constexpr int64_t kStepPieces = kStepBytes / Values::kBytes;
+  static constexpr int64_t kStepWords = kStepColumns / (kPairs ? 2 : 1);
   static constexpr int64_t kChunkSteps = 32768 / (4 * kPanel * kStepWords);  // of a decoded chunk
 
   // Steps that share a scale.
   static int64_t group_steps(const Matrix& b) {
     constexpr int64_t kGroup = minifloat_group(kFormat);
-    return (kGroup > 0 ? kGroup : b.group_size) / kMinifloatColumns;
+    return (kGroup > 0 ? kGroup : b.group_size) / kStepColumns;
   }
+  static int64_t num_steps(const Product& product) { return (product.depth + kStepColumns - 1) / kStepColumns; }
   // Vector j of the columns: its lanes in the first step of their block, and their scales of the first group.
   static const uint8_t* data(const Matrix& b, int64_t j) {
     const int64_t row = b.first_row + j * kLanes;
@@ -47,8 +51,15 @@ struct Minifloats {
            row % kMinifloatRows * kScaleBytes<kFormat>;
   }
   static constexpr int64_t kGroupBytes = kMinifloatRows * kScaleBytes<kFormat>;
-  static Floats scale(const uint8_t* scales, int64_t group) {
-    return load_scales<kFormat>(scales + group * kGroupBytes);
+  // `rows` are the scales of rows: null if the format has none.
+  static Floats scale(const uint8_t* scales, int64_t group, const float* rows) {
+    const Floats own = load_scales<kFormat>(scales + group * kGroupBytes);
+    if constexpr (kHasRowScales) return own * load(rows);
+    return own;
+  }
+  static constexpr bool kHasRowScales = format_row(kFormat).row_scales;
+  static const float* row_scales(const Matrix& b, int64_t j) {
+    return kHasRowScales ? b.row_scales + b.first_row + j * kLanes : nullptr;
   }
 
   // The same for zeros, if there are any; 2^(bits-1) - zero is what is missing in the values.
@@ -65,7 +76,6 @@ struct Minifloats {
 };
 
 int64_t num_vectors(const Product& product) { return (product.num_columns + kLanes - 1) / kLanes; }
-int64_t num_steps(const Product& product) { return (product.depth + kMinifloatColumns - 1) / kMinifloatColumns; }
 
 // Rows of A from the first k of a step on, and with zeros the sum of each row in each step.
 struct StepRows {
@@ -139,7 +149,8 @@ struct StepColumns {
   const uint8_t* scales[kVectors];
   const uint8_t* data_ahead[kVectors];
   const uint8_t* scales_ahead[kVectors];
-  const uint8_t* zeros[kVectors];  // null if there are none
+  const uint8_t* zeros[kVectors];     // null if there are none
+  const float* row_scales[kVectors];  // the same
 };
 
 // Vectors of columns that share a block, so that one of them prefetches for all.
@@ -270,11 +281,11 @@ void add_step_tile(float* c, const StepRows& a, const StepColumns<kVectors>& b, 
   }
   const auto scale_of = [&](int v, int64_t group) {
     if (v % kBlockVectors<kVectors> == 0) __builtin_prefetch(b.scales_ahead[v] + group * Of::kGroupBytes, 0, 3);
-    return Of::scale(b.scales[v], group);
+    return Of::scale(b.scales[v], group, b.row_scales[v]);
   };
   int64_t s = first;
   if constexpr (minifloat_group(kFormat) > 0) {  // of 1 or 2 steps: each step loads its scales
-    constexpr int64_t kGroupSteps = minifloat_group(kFormat) / kMinifloatColumns;
+    constexpr int64_t kGroupSteps = minifloat_group(kFormat) / Of::kStepColumns;
     const auto scale = [&](int u, int v) { return scale_of(v, (s + u) / kGroupSteps); };
     constexpr const Floats* missing = nullptr;
     for (; s + kSteps <= last; s += kSteps) add_steps<kFormat, kPairs, kSteps>(total, rows, b, s, scale, a, missing);
@@ -315,7 +326,7 @@ void add_few_vectors(const Product& product, const StepRows& a, int64_t j, int64
   constexpr int64_t kLead = 8192;  // bytes of a block
   constexpr int kMostRows = kIsBlock && kVectors > 2 ? 4 : kTileRows;
   const Matrix& b = product.b;
-  const int64_t steps = num_steps(product), group_steps = Of::group_steps(b);
+  const int64_t steps = Of::num_steps(product), group_steps = Of::group_steps(b);
   const int64_t lead = kLead / Of::kStepBytes < steps ? kLead / Of::kStepBytes : steps, turn = steps - lead;
   StepColumns<kVectors> columns;
   const auto add = [&](int64_t begin, int64_t end) {
@@ -335,6 +346,7 @@ void add_few_vectors(const Product& product, const StepRows& a, int64_t j, int64
     columns.data[v] = Of::data(b, j + v);
     columns.scales[v] = Of::scales(b, j + v);
     columns.zeros[v] = Of::zeros(b, j + v);
+    columns.row_scales[v] = Of::row_scales(b, j + v);
     columns.data_ahead[v] = columns.data[v] + lead * Of::kStepBytes;
     columns.scales_ahead[v] = columns.scales[v] + (lead + group_steps - 1) / group_steps * Of::kGroupBytes;
   }
@@ -386,9 +398,10 @@ void decode_chunk(float* words, float* scales, float* missing, const Product& pr
     const uint8_t* p = Of::data(product.b, j) + first * Of::kStepBytes;
     const uint8_t* const own_scales = Of::scales(product.b, j);
     const uint8_t* const own_zeros = Of::zeros(product.b, j);
+    const float* const rows = Of::row_scales(product.b, j);
     float* out = words + j * kLanes;
     for (int64_t s = 0; s < steps; ++s) {
-      store(scales + s * kPanel + j * kLanes, Of::scale(own_scales, (first + s) / group_steps));
+      store(scales + s * kPanel + j * kLanes, Of::scale(own_scales, (first + s) / group_steps, rows));
       if constexpr (Of::kHasZeros) {
         if (missing != nullptr) {
           store(missing + s * kPanel + j * kLanes, Of::missing(own_zeros, (first + s) / group_steps));
@@ -405,9 +418,8 @@ void decode_chunk(float* words, float* scales, float* missing, const Product& pr
 }
 
 // kRows rows of C += the products of a chunk. Prefetches `lines` lines a step.
-template <int kRows, bool kPairs>
+template <int kRows, bool kPairs, int64_t kStepWords>
 void add_decoded_tile(float* c, const StepRows& a, const DecodedChunk& chunk, int64_t lines, Ahead& ahead) {
-  constexpr int64_t kStepWords = kMinifloatColumns / (kPairs ? 2 : 1);
   const char* rows[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) rows[i] = static_cast<const char*>(a.rows[i]) + a.offset;
@@ -465,7 +477,7 @@ void add_decoded_steps(const Product& product, const StepRows& a, int64_t first,
   decode_chunk<kFormat, kPairs>(words, scales, missing, product, first, steps);
 
   // While it is multiplied, the next chunk is prefetched, or the first one of the next product.
-  const int64_t all = num_steps(product), last = first + steps, tiles = num_row_tiles(product.num_rows);
+  const int64_t all = Of::num_steps(product), last = first + steps, tiles = num_row_tiles(product.num_rows);
   const int64_t blocks = (product.num_columns + kMinifloatRows - 1) / kMinifloatRows;
   const Start next = last < all ? b.start() : product.next;
   const int64_t begin = last < all ? last : 0, count = all - begin < Of::kChunkSteps ? all - begin : Of::kChunkSteps;
@@ -486,7 +498,7 @@ void add_decoded_steps(const Product& product, const StepRows& a, int64_t first,
   for (int64_t t = 0, m = 0, rows; t < tiles; ++t, m += rows) {
     rows = (product.num_rows - m) / (tiles - t);
     with_constant<kTileRows>(rows, [&]<int kRows>() {
-      add_decoded_tile<kRows, kPairs>(product.c + m * kPanel, a.from(m), chunk, lines, ahead);
+      add_decoded_tile<kRows, kPairs, Of::kStepWords>(product.c + m * kPanel, a.from(m), chunk, lines, ahead);
     });
   }
 }
@@ -524,7 +536,7 @@ void minifloat_products_of(const Product& product) {
   for (int64_t k = 0, count; k < depth; k += count) {
     count = k == whole ? depth - whole : whole - k < most ? whole - k : most;
     const auto [rows, offset] = step_rows(product, kPairs, k, count, made);
-    const int64_t first = k / kMinifloatColumns, last = first + (count + kMinifloatColumns - 1) / kMinifloatColumns;
+    const int64_t first = k / Of::kStepColumns, last = first + (count + Of::kStepColumns - 1) / Of::kStepColumns;
     StepRows a{rows, offset};
     if (has_zeros) {
       sum_steps(sums, {rows, offset}, num_rows, kPairs, last - first);
@@ -557,28 +569,21 @@ void minifloat_products_in(const Product& product) {
   minifloat_products_of<kFormat, false>(product);
 }
 
+constexpr bool has_decoder(Format format) { return is_minifloat(format) || has_bits(format); }
+
 void minifloat_products(const Product& product) {
-  switch (product.b.format) {
-    case Format::kFp8: return minifloat_products_in<Format::kFp8>(product);
-    case Format::kMxfp4: return minifloat_products_in<Format::kMxfp4>(product);
-    case Format::kBits1: return minifloat_products_in<Format::kBits1>(product);
-    case Format::kBits2: return minifloat_products_in<Format::kBits2>(product);
-    case Format::kBits3: return minifloat_products_in<Format::kBits3>(product);
-    case Format::kBits4: return minifloat_products_in<Format::kBits4>(product);
-    default: minifloat_products_in<Format::kNf4>(product);
-  }
+  with_format<has_decoder>(product.b.format, [&]<Format kFormat>() { minifloat_products_in<kFormat>(product); });
 }
 
 // ---- plain rows ----------------------------------------------------------------------------------------------------------
 
-// A step of the rows of vector j: out[r][c] = value · scale.
+// 32 columns of the rows of vector j: out[r][c] = value · scale.
 template <Format kFormat>
 void expand_step(float (&out)[kLanes][kMinifloatColumns], const Matrix& b, int64_t j, int64_t step) {
   using Of = Minifloats<kFormat, false>;
   constexpr int kWords = Of::Values::kWords;
-  const uint8_t* p = Of::data(b, j) + step * Of::kStepBytes;
-  const int64_t group = step / Of::group_steps(b);
-  const Floats scale = Of::scale(Of::scales(b, j), group);
+  const uint8_t* p = Of::data(b, j) + step * minifloat_step_bytes(kFormat);
+  const auto group_at = [&](int64_t column) { return (step * kMinifloatColumns + column) / b.group_size; };
   Floats words[kMinifloatColumns];
 #pragma GCC unroll 4
   for (int q = 0; q < kMinifloatColumns / kWords; ++q) {
@@ -588,12 +593,13 @@ void expand_step(float (&out)[kLanes][kMinifloatColumns], const Matrix& b, int64
   }
   if constexpr (Of::kHasZeros) {
     if (b.zeros != nullptr) {
-      const Floats missing = Of::missing(Of::zeros(b, j), group);
+      const Floats missing = Of::missing(Of::zeros(b, j), group_at(0));
       for (Floats& word : words) word = word + missing;
     }
   }
 #pragma GCC unroll 8
   for (int k = 0; k < kMinifloatColumns; k += kLanes) {
+    const Floats scale = Of::scale(Of::scales(b, j), group_at(k), Of::row_scales(b, j));
     Floats block[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) block[i] = words[k + i] * scale;
@@ -603,22 +609,14 @@ void expand_step(float (&out)[kLanes][kMinifloatColumns], const Matrix& b, int64
   }
 }
 
-void expand_minifloats(void* out, int64_t stride, DType dtype, const Matrix& b, int64_t num_rows, int64_t first,
-                       int64_t count) {
+template <Format kFormat>
+void expand_minifloats_in(void* out, int64_t stride, DType dtype, const Matrix& b, int64_t num_rows, int64_t first,
+                          int64_t count) {
   const int64_t element = size_of(dtype);
   for (int64_t n = 0; n < num_rows; n += kLanes) {
     for (int64_t k = 0; k < count; k += kMinifloatColumns) {
       float rows[kLanes][kMinifloatColumns];
-      const int64_t j = n / kLanes, step = (first + k) / kMinifloatColumns;
-      switch (b.format) {
-        case Format::kFp8: expand_step<Format::kFp8>(rows, b, j, step); break;
-        case Format::kMxfp4: expand_step<Format::kMxfp4>(rows, b, j, step); break;
-        case Format::kBits1: expand_step<Format::kBits1>(rows, b, j, step); break;
-        case Format::kBits2: expand_step<Format::kBits2>(rows, b, j, step); break;
-        case Format::kBits3: expand_step<Format::kBits3>(rows, b, j, step); break;
-        case Format::kBits4: expand_step<Format::kBits4>(rows, b, j, step); break;
-        default: expand_step<Format::kNf4>(rows, b, j, step);
-      }
+      expand_step<kFormat>(rows, b, n / kLanes, (first + k) / kMinifloatColumns);
       char* target = static_cast<char*>(out) + (n * stride + k) * element;
       const int64_t columns = count - k < kMinifloatColumns ? count - k : kMinifloatColumns;
       for (int64_t r = 0; r < kLanes && n + r < num_rows; ++r, target += stride * element) {
@@ -626,6 +624,13 @@ void expand_minifloats(void* out, int64_t stride, DType dtype, const Matrix& b, 
       }
     }
   }
+}
+
+void expand_minifloats(void* out, int64_t stride, DType dtype, const Matrix& b, int64_t num_rows, int64_t first,
+                       int64_t count) {
+  with_format<has_decoder>(b.format, [&]<Format kFormat>() {
+    expand_minifloats_in<kFormat>(out, stride, dtype, b, num_rows, first, count);
+  });
 }
 
 }  // namespace

@@ -41,8 +41,8 @@ template <Format kFormat>
 struct StoredBlock {
   const uint8_t* data;
   const uint8_t* scales;
-  const float* row_scales;  // these two for integers only
-  const uint8_t* zeros;
+  const float* row_scales;
+  const uint8_t* zeros;         // of integers
   int64_t ahead, scales_ahead;  // bytes to what is prefetched
   int64_t num_columns;
 
@@ -54,8 +54,9 @@ struct StoredBlock {
       const Floats zero = zeros == nullptr ? broadcast(128.0f) : widen(zeros + place);
       return {load(row_scales + row) * widen(reinterpret_cast<const int8_t*>(scales) + place), zero * broadcast(kUnit)};
     } else {
+      using Of = Minifloats<kFormat, false>;
       constexpr int64_t kBytes = kScaleBytes<kFormat>;
-      return {load_scales<kFormat>(scales + (g * kMinifloatRows + row) * kBytes), broadcast(0.0f)};
+      return {Of::scale(scales + row * kBytes, g, Of::kHasRowScales ? row_scales + row : nullptr), broadcast(0.0f)};
     }
   }
 
@@ -88,7 +89,7 @@ struct StoredBlock {
   // Of the group of column n; prefetches those of the next slice.
   RowScales scales_at(const Groups& groups, int64_t n, int row) const {
     const int64_t g = groups[n / 8];
-    constexpr int64_t kBytes = kIsInteger<kFormat> ? 1 : kScaleBytes<kFormat>;
+    constexpr int64_t kBytes = kScaleBytes<kFormat>;
     if (row == 0) __builtin_prefetch(scales + g * kMinifloatRows * kBytes + scales_ahead, 0, 2);
     return scales_of(g, row);
   }
@@ -321,15 +322,12 @@ void pack_stored_of(float* panel, const Product& product, int64_t k_begin, int64
   }
 }
 
+constexpr bool is_multiplied_in_place(Format format) { return is_integer(format) || is_minifloat(format); }
+
 template <typename Words>
 void pack_stored(float* panel, const Product& product, int64_t k, int64_t depth) {
-  switch (product.b.format) {
-    case Format::kInt8: pack_stored_of<Words, Format::kInt8>(panel, product, k, depth); break;
-    case Format::kInt4: pack_stored_of<Words, Format::kInt4>(panel, product, k, depth); break;
-    case Format::kFp8: pack_stored_of<Words, Format::kFp8>(panel, product, k, depth); break;
-    case Format::kMxfp4: pack_stored_of<Words, Format::kMxfp4>(panel, product, k, depth); break;
-    default: pack_stored_of<Words, Format::kNf4>(panel, product, k, depth);
-  }
+  with_format<is_multiplied_in_place>(
+      product.b.format, [&]<Format kFormat>() { pack_stored_of<Words, kFormat>(panel, product, k, depth); });
   if (Words::kDepth == 2 && depth % 2 != 0) {  // what follows the last row is padding, and may be NaN
     float* const last = panel + depth / 2 * kPanel;
     for (int n = 0; n < kPanel; ++n) {
@@ -350,7 +348,7 @@ void reorder_columns<PairWords>(const Product& product, bool back) {
   find_groups(groups, product);
   if (!is_one_group(groups) && !is_two_groups(groups)) return;
   if (product.b.format == Format::kInt4) return reorder<Format::kInt4>(product, back);
-  reorder<Format::kMxfp4>(product, back);  // nf4 has the same order
+  reorder<Format::kMxfp4>(product, back);  // all minifloats have the same order
 }
 #endif
 

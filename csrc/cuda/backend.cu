@@ -14,9 +14,9 @@ namespace switchgear {
 namespace cuda {
 namespace {
 
-constexpr uint32_t formats(std::initializer_list<Format> some) {
-  uint32_t bits = 0;
-  for (const Format format : some) bits |= 1u << static_cast<int>(format);
+constexpr uint32_t formats_with_kernels() {
+  uint32_t bits = 1u << static_cast<int>(Format::kPlain);
+  for (size_t i = 0; i < std::size(kFormats); ++i) bits |= uint32_t{has_cuda_kernels(static_cast<Format>(i))} << i;
   return bits;
 }
 
@@ -94,8 +94,7 @@ const Backend& cuda_backend() {
       .fit_capacity = on_its_device<FitCapacityArgs, cuda::fit_capacity>,
       .assign_balanced = on_its_device<AssignBalancedArgs, cuda::assign_balanced>,
       .assign_capped = on_its_device<AssignCappedArgs, cuda::assign_capped>,
-      .formats = formats(
-          {Format::kPlain, Format::kInt8, Format::kInt4, Format::kFp8, Format::kMxfp4, Format::kNf4, Format::kGroups}),
+      .formats = formats_with_kernels(),
       .takes_adapters = true};
   return kBackend;
 }

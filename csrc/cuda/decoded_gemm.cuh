@@ -19,6 +19,8 @@
 //   decoded_kernel: 255 registers, 64 of local memory
 // The local memory is that of the table of nf4, read once per block.
 #pragma once
+#include <stdexcept>
+
 #include "gemm_f32.cuh"
 #include "gemm_launch.cuh"
 #include "stored_load.cuh"
@@ -89,7 +91,7 @@ __device__ inline void decode_stage(std::byte* tile, const std::byte* steps, con
     if (inside) {
       const int group = w.group_size == 16 ? chunk / 2 * kStepRows : 0;
       float scale = scale_at(w.format, step + Place::kScales + group, row);
-      if (of_integers(w.format)) scale *= m.row_scales[static_cast<int64_t>(block) * kStepRows + row];
+      if (w.row_scales != nullptr) scale *= m.row_scales[static_cast<int64_t>(block) * kStepRows + row];
       const float shift =
           zero_shift(w.format, m.bits, m.zeros == nullptr ? nullptr : step + Place::kZeros + group, row);
       decode_chunk(v, w.format, m.bits, step, row, chunk, nf4);
@@ -208,6 +210,16 @@ void launch_decoded_gemm(const Gemm& g, const StoredOperand& w, void* stream) {
   const int shared = Tile::shared_bytes(g.low.rank > 0);
   launch(decoded_kernel<Product, kTransposed>, dim3(num_blocks(g, Tile::kConfig, shared)), dim3(Tile::kThreads),
          static_cast<size_t>(shared), stream, g, w, alignment_of(g));
+}
+
+template <typename Product>
+void launch_decoded_gemm(const Gemm& g, const StoredOperand& w, bool transposed, void* stream) {
+  if (transposed) return launch_decoded_gemm<Product, true>(g, w, stream);
+  if constexpr (sizeof(typename Product::Element) == 4) {
+    launch_decoded_gemm<Product, false>(g, w, stream);
+  } else {
+    throw std::logic_error("decoded_gemm: stored_gemm multiplies x·Wᵀ of 16 bits");
+  }
 }
 
 }  // namespace switchgear::cuda

@@ -39,14 +39,8 @@ void stored_forward(const Gemm& g, const StoredOperand& w, void* stream) {
     return g.allow_tf32 ? decoded_gemm_tf32(g, w, false, stream) : decoded_gemm_f32(g, w, false, stream);
   }
   if (sm90_takes(g, w)) return stored_sm90(g, w, stream);
-  switch (w.format) {
-    case Format::kFp8: return stored_gemm_fp8(g, w, stream);
-    case Format::kMxfp4: return stored_gemm_mxfp4(g, w, stream);
-    case Format::kNf4: return stored_gemm_nf4(g, w, stream);
-    case Format::kGroups: return stored_gemm_groups(g, w, stream);
-    case Format::kInt8: return stored_gemm_int8(g, w, stream);
-    case Format::kInt4: return stored_gemm_int4(g, w, stream);
-    default: throw std::logic_error("stored_gemm: no kernel for this format");
+  if (!with_format<has_cuda_kernels>(w.format, [&]<Format kFormat>() { stored_gemm_of<kFormat>(g, w, stream); })) {
+    throw std::logic_error("stored_gemm: no kernel for this format");
   }
 }
 
@@ -61,6 +55,9 @@ StoredOperand stored_operand(const char* name, const Weight& weight) {
   }
   const auto bytes = [](const TensorView& tensor) { return tensor.as<const std::byte>(); };
   StoredOperand w{.format = weight.format,
+                  .bits = static_cast<int32_t>(bits_of(weight.format)),
+                  .scale_bytes = static_cast<int32_t>(kMinifloatRows * size_of(format_row(weight.format).scales)),
+                  .unit = is_integer(weight.format) ? 8 : kStepColumns,
                   .data = bytes(weight.data),
                   .scales = bytes(weight.scales),
                   .row_scales = bytes(weight.row_scales),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Products with weights in fewer bits: int8, int4, fp8, mxfp4, nf4 and groups, in the storage of the CPU (minifloat.h,
+// Products with weights in fewer bits, the formats of weight.h that CUDA reads, in the storage of the CPU (minifloat.h,
 // integers.h, groups.h), which is kept since it suits a GPU as it is. A step, 16 rows x 32 columns, is 64 bytes for
 // each bit and contiguous, and so are the steps of a block of 16 rows: a copy of chunks of 16 bytes is coalesced, and a
 // weight moves between devices as it is.
@@ -16,9 +16,12 @@ namespace switchgear::cuda {
 // A weight on the device. Strides in bytes.
 struct StoredOperand {
   Format format = Format::kPlain;
+  int32_t bits = 8;         // of a code; groups have those of their expert
+  int32_t scale_bytes = 0;  // of the scales of 16 rows of a group
+  int32_t unit = 0;         // columns that a row is padded to a multiple of
   const std::byte* data = nullptr;
   const std::byte* scales = nullptr;
-  const std::byte* row_scales = nullptr;  // integers
+  const std::byte* row_scales = nullptr;  // in some formats
   const std::byte* zeros = nullptr;       // optional
   int64_t data_stride = 0, scales_stride = 0, row_scales_stride = 0, zeros_stride = 0;
   const int32_t* slots = nullptr;    // [E], optional: where each expert is stored
@@ -63,12 +66,8 @@ void backward_gemm(const Gemm& g, const char* name, const Weight& weight, void* 
 
 // ---- launchers, in files of their own so that they compile in parallel ---------------------------------------------------------
 
-void stored_gemm_fp8(const Gemm& g, const StoredOperand& w, void* stream);
-void stored_gemm_mxfp4(const Gemm& g, const StoredOperand& w, void* stream);
-void stored_gemm_nf4(const Gemm& g, const StoredOperand& w, void* stream);
-void stored_gemm_groups(const Gemm& g, const StoredOperand& w, void* stream);
-void stored_gemm_int8(const Gemm& g, const StoredOperand& w, void* stream);
-void stored_gemm_int4(const Gemm& g, const StoredOperand& w, void* stream);
+template <Format kFormat>
+void stored_gemm_of(const Gemm& g, const StoredOperand& w, void* stream);
 void decoded_gemm_bf16(const Gemm& g, const StoredOperand& w, bool transposed, void* stream);
 void decoded_gemm_f16(const Gemm& g, const StoredOperand& w, bool transposed, void* stream);
 void decoded_gemm_f32(const Gemm& g, const StoredOperand& w, bool transposed, void* stream);

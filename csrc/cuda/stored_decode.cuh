@@ -25,16 +25,7 @@ constexpr int kStepRows = 16, kStepColumns = 32, kStepChunks = 4;
 
 // Bytes of a step, at most. kGroups: 64 for each bit.
 constexpr int most_step_bytes(Format format) {
-  return kStepRows * kStepColumns / 8 *
-         (format == Format::kGroups ? static_cast<int>(kMostBits) : static_cast<int>(bits_of(format)));
-}
-
-__host__ __device__ constexpr bool of_integers(Format format) {
-  return format == Format::kInt8 || format == Format::kInt4;
-}
-// Bits of a number; groups have those of their expert.
-__host__ __device__ constexpr int code_bits(Format format) {
-  return format == Format::kInt4 || format == Format::kMxfp4 || format == Format::kNf4 ? 4 : 8;
+  return kStepRows * kStepColumns / 8 * static_cast<int>(bits_of(format));
 }
 
 // Values of nf4 by stored code.
@@ -119,6 +110,11 @@ struct Pairs<Format::kMxfp4, T> : NoTable {
     return fma_pair<T>(bits, power_pair<T>(kBf16 ? 126 : 14),
                        kMinusZeros);  // the exponents' biases are 1 and 127 or 15
   }
+};
+
+template <typename T>
+struct Pairs<Format::kNvfp4, T> : Pairs<Format::kMxfp4, T> {
+  using Pairs<Format::kMxfp4, T>::Pairs;
 };
 
 template <typename T>
@@ -278,12 +274,10 @@ __device__ inline void decode_chunk(float (&v)[8], Format format, int bits, cons
 
 constexpr int kMostScaleBytes = 64, kMostZeroBytes = 32;  // of a step: float32, or two groups of 16 columns
 
-// Bytes of the scales of 16 rows of a group.
-__host__ __device__ constexpr int scale_bytes(Format format) {
-  return format == Format::kFp8 || format == Format::kNf4 ? 64 : format == Format::kGroups ? 32 : 16;
-}
+// e4m3 without a sign, by its bits: those of a float32 over 2^120.
+__device__ inline float e4m3_scale(uint32_t code) { return __uint_as_float(code << 20) * 0x1p120f; }
 
-// The scale of row `row` among those of 16 rows; integers: without the row's own.
+// The scale of row `row` among those of 16 rows; without the row's own.
 __device__ inline float scale_at(Format format, const std::byte* scales, int row) {
   switch (format) {
     case Format::kFp8:
@@ -293,6 +287,7 @@ __device__ inline float scale_at(Format format, const std::byte* scales, int row
       const auto code = static_cast<uint32_t>(scales[row]);
       return __uint_as_float(code == 0 ? 1u << 22 : code << 23);  // 2^-127 is subnormal
     }
+    case Format::kNvfp4: return e4m3_scale(static_cast<uint32_t>(scales[row]));
     default: return static_cast<float>(static_cast<int8_t>(scales[row]));
   }
 }
@@ -309,6 +304,9 @@ __device__ inline float2 scale_pair(const std::byte* scales, int first) {
   } else if constexpr (kFormat == Format::kMxfp4) {
     const uint32_t w = half_word_at(scales + first), low = (w & 255) << 23, high = w >> 8 << 23;
     return make_float2(__uint_as_float(max(low, 1u << 22)), __uint_as_float(max(high, 1u << 22)));
+  } else if constexpr (kFormat == Format::kNvfp4) {
+    const uint32_t w = half_word_at(scales + first);
+    return make_float2(e4m3_scale(w & 255), e4m3_scale(w >> 8));
   } else {
     const uint32_t w = half_word_at(scales + first);
     return make_float2(static_cast<float>(static_cast<int8_t>(w & 255)),

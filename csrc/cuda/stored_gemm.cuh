@@ -48,7 +48,7 @@ struct StoredTile {
   // A stage: rows of a, steps, and for integers the scales of the rows.
   static constexpr int kStageSteps = kColumns / kStepRows * kSteps;
   static constexpr int kXScales = kABytes + kStageSteps * Place::kAll;
-  static constexpr int kStoredBytes = kXScales + (of_integers(kFormat) ? kRows * 4 : 0);
+  static constexpr int kStoredBytes = kXScales + (is_integer(kFormat) ? kRows * 4 : 0);
   static_assert(kThreads == kStoredThreads && kThreads >= kStageSteps * kThreadsPerStep);
 
   static constexpr int shared_bytes(bool adapter) {
@@ -60,7 +60,8 @@ struct StoredTile {
 // Multiplies the steps of a tile.
 template <Format kFormat, typename A, typename Tile>
 struct StoredProduct {
-  static constexpr bool kIntegers = of_integers(kFormat);
+  static constexpr bool kIntegers = is_integer(kFormat);
+  static constexpr bool kCanHalve = kIntegers || minifloat_group(kFormat) == 16;  // two groups in a step
   using Place = typename Tile::Place;
 
   const StoredOperand& w;
@@ -107,7 +108,7 @@ struct StoredProduct {
 
   // Step `step` of a stage; `ends`: the group's last one.
   __device__ void multiply(Sums<Tile>& sums, const std::byte* stage, int step, bool ends) {
-    const bool two_groups = kIntegers && w.group_size == 16;
+    const bool two_groups = kCanHalve && w.group_size == 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t a[Tile::kMmaRows][4];
@@ -184,7 +185,7 @@ __device__ inline void multiply_stored(Sums<Tile>& sums, LoadA& load_a, const Ro
   }
 }
 
-// The scales of rows of integers.
+// The scales of rows.
 template <typename Tile>
 __device__ inline void scale_rows(Sums<Tile>& sums, const StoredOperand& w, const StoredMatrix& m,
                                   const TileColumns& columns, const WarpPlace<Tile>& at) {
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kStoredThreads, stored_tile(kKind).blocks)
                                                                                g.a.stride, row_at, thread, aligned.a);
       multiply_stored<kFormat, A>(sums, load_a, row_at, w, m, columns, shared, reinterpret_cast<uint32_t*>(all_shared),
                                   at);
-      if constexpr (of_integers(kFormat)) scale_rows(sums, w, m, columns, at);
+      if constexpr (format_row(kFormat).row_scales) scale_rows(sums, w, m, columns, at);
     }
     if (g.low.rank > 0) {
       __syncthreads();  // the last stage has been read
@@ -302,6 +303,12 @@ void launch_integers(const Gemm& g, const StoredOperand& w, void* stream) {
   if (g.dtype == DType::kBFloat16) return launch_stored<kFormat, Bf16, Bf16, MmaProduct<Bf16>>(g, w, stream);
   if (g.dtype == DType::kFloat16) return launch_stored<kFormat, __half, Bf16, MmaProduct<__half>>(g, w, stream);
   launch_stored<kFormat, float, Bf16, FmaProduct>(g, w, stream);
+}
+
+template <Format kFormat>
+void stored_gemm_of(const Gemm& g, const StoredOperand& w, void* stream) {
+  if constexpr (is_integer(kFormat)) return launch_integers<kFormat>(g, w, stream);
+  launch_decoded<kFormat>(g, w, stream);
 }
 
 }  // namespace switchgear::cuda

@@ -33,7 +33,7 @@ struct StoredMatrix {
     const int32_t slot = !assigned ? -1 : w.slots != nullptr ? w.slots[expert] : expert;
     exists = slot >= 0 && slot < w.num_stored;
     int64_t place = exists ? slot : 0;
-    bits = code_bits(w.format);
+    bits = w.bits;
     if (w.format == Format::kGroups) {
       const int32_t first = exists ? w.records[2 * place] : 0, count = exists ? w.records[2 * place + 1] : 1;
       const int64_t offset = first * w.data_stride;
@@ -48,9 +48,7 @@ struct StoredMatrix {
     zeros = w.zeros == nullptr ? nullptr : w.zeros + place * w.zeros_stride;
     row_scales = reinterpret_cast<const float*>(w.row_scales + place * w.row_scales_stride);
     step_bytes = kStepRows * kStepColumns / 8 * bits;
-    // Integers end with a multiple of 8 columns, all others with a step.
-    const int32_t unit = of_integers(w.format) ? 8 : kStepColumns;
-    block_bytes = static_cast<int64_t>((w.cols + unit - 1) / unit) * (kStepRows / 8 * unit * bits);
+    block_bytes = static_cast<int64_t>((w.cols + w.unit - 1) / w.unit) * (kStepRows / 8 * w.unit * bits);
   }
 };
 
@@ -73,7 +71,7 @@ class StepCopy {
     // The first eight threads copy scales, the others zeros.
     const bool is_zero = part >= kThreadsPerStep / 2;
     const int chunk = part % (kThreadsPerStep / 2), groups = w.group_size == 16 ? 2 : 1;
-    row_bytes_ = is_zero ? kStepRows : scale_bytes(w.format);
+    row_bytes_ = is_zero ? kStepRows : w.scale_bytes;
     const bool has_one = chunk < row_bytes_ / kChunkBytes * groups && !(is_zero && m.zeros == nullptr);
     place_ = has_one ? (is_zero ? StepPlace<kBytes>::kZeros : StepPlace<kBytes>::kScales) + chunk * kChunkBytes : -1;
     numbers_ =

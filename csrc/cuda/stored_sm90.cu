@@ -32,19 +32,14 @@ bool takes_low(const LowRank& low) {
 bool sm90_takes(const Gemm& g, const StoredOperand& w) {
   constexpr int kHalfGroup = 16;  // columns: two groups in a step
   return (g.dtype == DType::kBFloat16 || g.dtype == DType::kFloat16) && g.num_experts > 0 &&
-         g.num_experts <= sm90::kMaxExperts && takes_low(g.low) && w.group_size != kHalfGroup && eights(w.cols) &&
-         aligned(g.a.data) && eights(g.a.stride) && takes_out(g) && on_hopper();
+         g.num_experts <= sm90::kMaxExperts && takes_low(g.low) && has_wgmma_kernels(w.format) &&
+         w.group_size != kHalfGroup && eights(w.cols) && aligned(g.a.data) && eights(g.a.stride) && takes_out(g) &&
+         on_hopper();
 }
 
 void stored_sm90(const Gemm& g, const StoredOperand& w, void* stream) {
-  switch (w.format) {
-    case Format::kFp8: return stored_sm90_fp8(g, w, stream);
-    case Format::kMxfp4: return stored_sm90_mxfp4(g, w, stream);
-    case Format::kNf4: return stored_sm90_nf4(g, w, stream);
-    case Format::kGroups: return stored_sm90_groups(g, w, stream);
-    case Format::kInt8: return stored_sm90_int8(g, w, stream);
-    case Format::kInt4: return stored_sm90_int4(g, w, stream);
-    default: throw std::logic_error("stored_sm90: no kernel for this format");
+  if (!with_format<has_wgmma_kernels>(w.format, [&]<Format kFormat>() { stored_sm90_of<kFormat>(g, w, stream); })) {
+    throw std::logic_error("stored_sm90: no kernel for this format");
   }
 }
 

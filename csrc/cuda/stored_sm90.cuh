@@ -44,7 +44,7 @@ struct StoredConfig {
   using A = Element;  // of rows of a and decoded weights
   static constexpr StoredRow kTile = kStoredTiles[kRow];
   static constexpr int kSlots = kTile.slots, kColumns = 128, kCluster = 1, kBand = kTile.band;
-  static constexpr bool kIntegers = of_integers(kFormat);
+  static constexpr bool kIntegers = is_integer(kFormat);
   using Place = StepPlace<most_step_bytes(kFormat)>;
   static constexpr int kSteps = kDepth / kStepColumns, kBlocks = kColumns / kStepRows;
   // A stage: rows of a, steps, and for integers the scales of the rows.
@@ -420,7 +420,7 @@ void launch_stored_sm90(const Gemm& g, const StoredOperand& w, void* stream) {
 
 template <Format kFormat, typename T>
 void launch_stored_sm90(const Gemm& g, const StoredOperand& w, void* stream) {
-  using A = std::conditional_t<of_integers(kFormat), __nv_bfloat16, T>;  // rows of integers come in bfloat16
+  using A = std::conditional_t<is_integer(kFormat), __nv_bfloat16, T>;  // rows of integers come in bfloat16
   const int64_t rows_per_expert = (g.num_slots + g.num_experts - 1) / g.num_experts;
   size_t picked = 0;
   while (rows_per_expert > kStoredTiles[picked].max_rows_per_expert) ++picked;
@@ -436,3 +436,12 @@ void launch_stored_sm90(const Gemm& g, const StoredOperand& w, void* stream) {
 }
 
 }  // namespace switchgear::cuda::sm90
+
+namespace switchgear::cuda {
+
+template <Format kFormat>
+void stored_sm90_of(const Gemm& g, const StoredOperand& w, void* stream) {
+  sm90::launch_stored_sm90<kFormat>(g, w, stream);
+}
+
+}  // namespace switchgear::cuda

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// x·Wᵀ with weights in fewer bits on wgmma: stored_sm90.cuh. The launchers of the formats are in files of their own, so that
-// they compile in parallel.
+// x·Wᵀ with weights in fewer bits on wgmma: stored_sm90.cuh. CMake writes a file for the launcher of each format, so that they
+// compile in parallel.
 #pragma once
 #include "stored.h"
 
@@ -10,11 +10,7 @@ namespace switchgear::cuda {
 bool sm90_takes(const Gemm& g, const StoredOperand& w);
 void stored_sm90(const Gemm& g, const StoredOperand& w, void* stream);
 
-void stored_sm90_fp8(const Gemm& g, const StoredOperand& w, void* stream);
-void stored_sm90_mxfp4(const Gemm& g, const StoredOperand& w, void* stream);
-void stored_sm90_nf4(const Gemm& g, const StoredOperand& w, void* stream);
-void stored_sm90_groups(const Gemm& g, const StoredOperand& w, void* stream);
-void stored_sm90_int8(const Gemm& g, const StoredOperand& w, void* stream);
-void stored_sm90_int4(const Gemm& g, const StoredOperand& w, void* stream);
+template <Format kFormat>
+void stored_sm90_of(const Gemm& g, const StoredOperand& w, void* stream);
 
 }  // namespace switchgear::cuda

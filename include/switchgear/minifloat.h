@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Weights in floating-point numbers of 8 or 4 bits: fp8 (e4m3fn: no infinities) and mxfp4 (OCP Microscaling v1.0: e2m1 values
 // with one e8m0 scale per 32), as DeepSeek-V3, Qwen3 and gpt-oss publish theirs; nf4 (QLoRA, arXiv:2305.14314: 16 quantiles
-// of the normal distribution from -1 to 1, the largest magnitude of 64 weights is the scale).
+// of the normal distribution from -1 to 1, the largest magnitude of 64 weights is the scale); nvfp4 (e2m1 values with an e4m3
+// scale per 16 and one float32 for the tensor, as ModelOpt and compressed-tensors publish it).
 //
 //   w[r,c] = scale[r, c / group] · value[r,c]          fp8: float32 scales, group_size a multiple of 32, or 0: the whole row
 //                                                      mxfp4: scales 2^(s - 127), group_size 32
 //                                                      nf4: float32 scales, group_size 64
+//   w[r,c] = (scale[r, c / 16] · row_scale[r]) · value[r,c]   nvfp4: e4m3 scales without a sign; the tensor's, for each row
+//
+// These products are float32, in this order.
 //
 // No code of fp8 is NaN (0x7f, 0xff): some kernels would read it as ±480.
 //
@@ -15,7 +19,9 @@
 //   mxfp4  data [E,parts·B,C,256]   byte 4·r + b of vector q, b < 4: value[r, 8·q + 4·(b % 2) + b / 2] in the lower half, and
 //                                   value[r, 8·q + 4·(b % 2) + 2 + b / 2] in the upper one
 //   nf4    as mxfp4, of codes XOR 7, so that 0 stands for the value 0
+//   nvfp4  as mxfp4
 //   scales [E,parts·B,G,16], G = ⌈cols / group_size⌉, float32 or uint8
+//   row_scales [E,parts·B,16] float32: nvfp4
 #pragma once
 #include <cstdint>
 
@@ -26,9 +32,7 @@ namespace switchgear {
 inline constexpr int64_t kMinifloatRows = 16, kMinifloatColumns = 32;
 
 // Columns that share a scale; 0: any multiple of 32, or the whole row.
-constexpr int64_t minifloat_group(Format format) {
-  return format == Format::kMxfp4 ? 32 : format == Format::kNf4 ? 64 : 0;
-}
+constexpr int64_t minifloat_group(Format format) { return format_row(format).group; }
 
 // The values of nf4 by code, float32. The middle one of the 16 is zero: 7 quantiles are negative, 8 are positive.
 inline constexpr int kNf4Zero = 7;

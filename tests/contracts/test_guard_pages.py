@@ -23,7 +23,7 @@ from backends_in_use import QUANTIZED_ISAS
 from fuzz.forged_arrays import Forged
 from switchgear import _C, reference
 from switchgear.reference import formats
-from switchgear.weights import Fp8, Groups, Int4, Int8, Mxfp4, Nf4, Panels, Weight
+from switchgear.weights import Fp8, Groups, Int4, Int8, Mxfp4, Nf4, Nvfp4, Panels, Weight
 from switchgear.weights.exact import compacted
 
 on_every_isa = pytest.mark.parametrize("isa", QUANTIZED_ISAS, indirect=True)
@@ -129,6 +129,7 @@ FORMS: dict[str, Callable[[Tensor, int], Weight | str]] = {
     "fp8 by row": lambda w, parts: Fp8(block="row").encode("weight", w, parts),
     "mxfp4": lambda w, parts: Mxfp4().encode("weight", w, parts),
     "nf4": lambda w, parts: Nf4().encode("weight", w, parts),
+    "nvfp4": lambda w, parts: Nvfp4().encode("weight", w, parts),
     "groups": lambda w, parts: Groups(bits=3, group_size=32).encode("weight", w, parts),
     "groups with zeros": lambda w, parts: Groups(bits=2, group_size=0, symmetric=False).encode("weight", w, parts),
 }

@@ -31,8 +31,8 @@ struct Stored {
 };
 
 Stored make(Random& random, Format format, DType dtype, int64_t E, int64_t rows, int64_t cols, int64_t parts) {
-  const int64_t blocks = parts * ((rows / parts + 15) / 16), group = format == Format::kNf4 ? 64 : 32,
-                groups = (cols + group - 1) / group;
+  const int64_t blocks = parts * ((rows / parts + 15) / 16),
+                group = minifloat_group(format) > 0 ? minifloat_group(format) : 32, groups = (cols + group - 1) / group;
   Stored s{.weight = {.format = format, .rows = rows, .cols = cols, .parts = 1}};
   Weight& w = s.weight;
   const auto in_blocks = [&](int64_t steps, int64_t step_bytes, DType scales) {
@@ -61,9 +61,13 @@ Stored make(Random& random, Format format, DType dtype, int64_t E, int64_t rows,
       in_blocks((cols + 7) / 8 * bits_of(format) / 4, 64, DType::kInt8);
       w.row_scales = s.add(random_array(random, DType::kFloat32, {E, blocks, 16}));
       break;
-    case Format::kFp8: in_blocks((cols + 31) / 32, minifloat_step_bytes(format), DType::kFloat32); break;
-    case Format::kMxfp4: in_blocks((cols + 31) / 32, minifloat_step_bytes(format), DType::kUInt8); break;
-    case Format::kNf4: in_blocks((cols + 31) / 32, minifloat_step_bytes(format), DType::kFloat32); break;
+    case Format::kFp8:
+    case Format::kMxfp4:
+    case Format::kNf4:
+    case Format::kNvfp4:
+      in_blocks((cols + 31) / 32, minifloat_step_bytes(format), format_row(format).scales);
+      if (format_row(format).row_scales) w.row_scales = s.add(random_array(random, DType::kFloat32, {E, blocks, 16}));
+      break;
     default: {  // groups of 1, 2, 3, 4, 1, … bits
       in_blocks((cols + 31) / 32, kPlaneBytes, DType::kFloat16);
       w.zeros = s.add(bytes(random, DType::kUInt8, {E, blocks, groups, 16}));
@@ -162,8 +166,8 @@ Stored in_records(const Weight& w, const Array& slots, int64_t num_slots) {
   return s;
 }
 
-constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8,  Format::kInt4,
-                               Format::kFp8,   Format::kMxfp4,  Format::kNf4,     Format::kGroups};
+constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8,   Format::kInt4,
+                               Format::kFp8,   Format::kMxfp4,  Format::kNf4,     Format::kGroups, Format::kNvfp4};
 
 TEST(experts_anywhere_have_the_bits_of_experts_in_order) {
   const Case c{"slots", 40, 128, 64, 5, 2};

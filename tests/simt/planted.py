@@ -72,7 +72,12 @@ def compilations(build: Path) -> list[tuple[str, list[str]]]:
     """The sources and commands of tests/simt. A source may belong to the library of kernels and to a program too."""
     entries = json.loads((build / "compile_commands.json").read_text())
     ours = [entry for entry in entries if "tests/simt" in entry["output"]]
-    return [(str(Path(entry["file"]).relative_to(ROOT)), shlex.split(entry["command"])) for entry in ours]
+    return [(_name_of(Path(entry["file"]), build), shlex.split(entry["command"])) for entry in ours]
+
+
+def _name_of(file: Path, build: Path) -> str:
+    """From the root; a file that CMake writes into the build tree has the same name from there."""
+    return str(file.relative_to(build if file.is_relative_to(build) else ROOT))
 
 
 def compilation(build: Path, source: str, link: list[str]) -> tuple[list[str], str]:
@@ -95,6 +100,8 @@ def build_mistake(build: Path, mistake: Mistake) -> list[str]:
         )
     (kernels / mistake.header).write_text(text.replace(mistake.before, mistake.after))
     source = kernels / Path(mistake.source).name if mistake.source.startswith("csrc") else ROOT / mistake.source
+    if not source.exists():
+        source = build / mistake.source
 
     link = list(link_command(build, mistake.program))
     result, program = home / "mistake.o", home / mistake.program

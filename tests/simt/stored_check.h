@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Runs one product with a weight of 1 to 8 bits through the op and compares it with float64, for tests of any kernel behind it.
 #pragma once
+#include <span>
+
 #include "gemm_problem.h"
 #include "stored_problem.h"
 
 namespace switchgear::test {
 
-inline constexpr Format kStoredFormats[] = {Format::kInt8,  Format::kInt4, Format::kFp8,
-                                            Format::kMxfp4, Format::kNf4,  Format::kGroups};
+inline constexpr Format kStoredFormats[] = {Format::kInt8, Format::kInt4,   Format::kFp8,  Format::kMxfp4,
+                                            Format::kNf4,  Format::kGroups, Format::kNvfp4};
+inline constexpr std::span<const Format> kWgmmaFormats = std::span(kStoredFormats).first(6);
+static_assert(!has_wgmma_kernels(Format::kNvfp4));
 
 struct StoredCase {
   Case c;  // I is N, H is C
@@ -17,7 +21,7 @@ struct StoredCase {
 
 // What the format allows of a case's group.
 inline int64_t group_of(Format format, int64_t group) {
-  if (format == Format::kMxfp4 || format == Format::kNf4) return minifloat_group(format);
+  if (minifloat_group(format) > 0) return minifloat_group(format);
   if (is_integer(format)) return group == 128 ? 512 : group;  // more columns than a block of activations
   return group == 16 ? 96 : group;
 }
@@ -72,7 +76,8 @@ inline void check_stored(const StoredProblem& p) {
   const auto factor = [&](int64_t e, int64_t n,
                           int64_t k) -> Bounded {  // of weights that are multiplied in floating point
     if (p.transposed || dtype == DType::kFloat32) return p.precision.factor(nearest(weights.decoded(e, n, k), dtype));
-    const double scale = weights.scale(e, n, k / weights.group_size()), value = weights.value(e, n, k);
+    const double scale = double{weights.scale(e, n, k / weights.group_size())} * weights.row_scale(e, n);
+    const double value = weights.value(e, n, k);
     const bool rounds = p.format == Format::kNf4;
     return {value * scale, rounds ? std::abs(value * scale) * std::ldexp(1.0, -mantissa_bits(dtype) - 1) : 0.0};
   };

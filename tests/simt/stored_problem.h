@@ -86,7 +86,8 @@ class StoredWeights {
       case Format::kInt8: return static_cast<float>(code - (s_.zeros ? zero : 128.0));
       case Format::kInt4: return static_cast<float>(code - (s_.zeros ? zero / 16 : 8.0));
       case Format::kNf4: return kNf4Values[code];
-      case Format::kMxfp4: {
+      case Format::kMxfp4:
+      case Format::kNvfp4: {
         constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
         return code & 8 ? -kValues[code & 7] : kValues[code & 7];
       }
@@ -105,7 +106,8 @@ class StoredWeights {
     return scale_[static_cast<size_t>((slot(e) * s_.N + n) * groups_ + g)];
   }
   float row_scale(int64_t e, int64_t n) const {
-    return is_integer(s_.format) ? row_scales_.view().as<const float>()[slot(e) * blocks_ * 16 + place(n)] : 1.0f;
+    return format_row(s_.format).row_scales ? row_scales_.view().as<const float>()[slot(e) * blocks_ * 16 + place(n)]
+                                            : 1.0f;
   }
   // The weight as the specification decodes it.
   float decoded(int64_t e, int64_t n, int64_t c) const {
@@ -144,18 +146,17 @@ class StoredWeights {
     } else if (integers) {
       data_ = Bytes(DType::kUInt8, {stored_, blocks_, blocks_of(s_.C, 8) * (s_.format == Format::kInt8 ? 2 : 1), 64});
       data_.fill(random);  // padding may be anything
-      row_scales_ = Bytes(DType::kFloat32, {stored_, blocks_, 16});
-      for (int64_t i = 0; i < stored_ * blocks_ * 16; ++i) {
-        row_scales_.view().as<float>()[i] = std::numeric_limits<float>::quiet_NaN();
-      }
     } else {
       data_ = Bytes(DType::kUInt8, {stored_, blocks_, steps, step});
       std::memset(data_.data(), 0, static_cast<size_t>(data_.size()));
     }
-    const DType dtype = integers                       ? DType::kInt8
-                        : s_.format == Format::kMxfp4  ? DType::kUInt8
-                        : s_.format == Format::kGroups ? DType::kFloat16
-                                                       : DType::kFloat32;
+    if (format_row(s_.format).row_scales) {
+      row_scales_ = Bytes(DType::kFloat32, {stored_, blocks_, 16});
+      for (int64_t i = 0; i < stored_ * blocks_ * 16; ++i) {
+        row_scales_.view().as<float>()[i] = std::numeric_limits<float>::quiet_NaN();
+      }
+    }
+    const DType dtype = format_row(s_.format).scales;
     scales_ = Bytes(dtype, {stored_, blocks_, groups_, 16});
     scales_.fill(random);  // of rows of padding: anything
     if (dtype == DType::kFloat32) std::memset(scales_.data(), 0xff, static_cast<size_t>(scales_.size()));
@@ -172,12 +173,16 @@ class StoredWeights {
   void set_scale(Random& random, int64_t i, int64_t n, int64_t g) {
     const int64_t at = scale_index(i, n, g);
     float scale = static_cast<float>(0.05 + random.unit()) * (random.below(2) == 0 ? 1.0f : -1.0f);
+    if (g == 0 && format_row(s_.format).row_scales)
+      row_scales_.view().as<float>()[i * blocks_ * 16 + place(n)] = static_cast<float>(0.001 * (1 + random.unit()));
     if (is_integer(s_.format)) {
       auto& stored = scales_.view().as<int8_t>()[at];
       stored = static_cast<int8_t>(random.below(255) - 127);
       scale = stored;
-      if (g == 0)
-        row_scales_.view().as<float>()[i * blocks_ * 16 + place(n)] = static_cast<float>(0.001 * (1 + random.unit()));
+    } else if (s_.format == Format::kNvfp4) {  // e4m3 without a sign
+      const int code = static_cast<int>(random.below(0x7f)), exponent = code >> 3, fraction = code & 7;
+      scales_.data()[at] = static_cast<uint8_t>(code);
+      scale = std::ldexp(static_cast<float>(exponent > 0 ? 8 + fraction : fraction), std::max(exponent, 1) - 10);
     } else if (s_.format == Format::kMxfp4) {
       scales_.data()[at] = static_cast<uint8_t>(120 + random.below(9));
       scale = std::ldexp(1.0f, scales_.data()[at] - 127);

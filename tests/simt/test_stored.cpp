@@ -58,13 +58,13 @@ TEST(stored_at_the_edges) { for_each_stored(kEdgeCases, true, check_stored); }
 TEST(stored_decodes_exactly) {
   simt::device() = simt::sm_80();
   int variant = 0;
-  for (const Format format : {Format::kFp8, Format::kMxfp4, Format::kNf4, Format::kGroups}) {
+  for (const Format format : {Format::kFp8, Format::kMxfp4, Format::kNf4, Format::kGroups, Format::kNvfp4}) {
     for (const Precision& precision : kPrecisions) {
       if (precision.tf32 || !takes_variant(variant++)) continue;
       note = join(name_of(format), " ", precision.name);
       Random random(3);
       const int64_t N = 33, C = 64;
-      const StoredWeights weights(random, {format, 4, N, C, 1, format == Format::kMxfp4 ? 32 : 64, false, false});
+      const StoredWeights weights(random, {format, 4, N, C, 1, group_of(format, 64), false, false});
       Array x(precision.dtype, {4 * C, C}), offsets(DType::kInt32, {5}), got(precision.dtype, {4 * C, N});
       x.fill([&](int64_t i) { return i / C % C == i % C ? 1.0 : 0.0; });
       offsets.fill([&](int64_t e) { return e * C; });
@@ -214,7 +214,7 @@ TEST(stored_survives_any_memory) {
   simt::device() = simt::sm_80();
   for (int64_t seed = 0; seed < 12; ++seed) {
     Random random(static_cast<uint64_t>(seed));
-    const Format format = kStoredFormats[seed % 6];
+    const Format format = kStoredFormats[static_cast<size_t>(seed) % std::size(kStoredFormats)];
     note = join("seed ", seed, " ", name_of(format));
     const int64_t T = 9, S = 20, E = 3, N = 24, C = 40;
     const auto wild = [&](int64_t n) {

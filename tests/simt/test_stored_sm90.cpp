@@ -37,7 +37,7 @@ void with_hopper(const char* what, bool takes, Body&& body) {
 void for_each_case(std::span<const StoredCase> cases, bool all) {
   int variant = 0;
   for (const StoredCase& c : cases) {
-    for (const Format format : kStoredFormats) {
+    for (const Format format : kWgmmaFormats) {
       for (const Precision& precision : {kPrecisions[2], kPrecisions[3]}) {
         const StoredProblem p{
             c, format, precision, false, variant % 2 == 0, variant % 3 != 0, variant % 5 == 1, Rows::kAligned};
@@ -74,7 +74,7 @@ TEST(stored_sm90_leaves_the_rest_to_sm80) {
 // Bits depend neither on the number of rows nor on the kernel: sm_80's adds in the same order.
 TEST(stored_sm90_has_the_bits_of_sm80) {
   int variant = 0;
-  for (const Format format : kStoredFormats) {
+  for (const Format format : kWgmmaFormats) {
     const Precision& precision = kPrecisions[2 + variant % 2];
     if (!takes_variant(variant++)) continue;
     Random random(5);
@@ -173,7 +173,7 @@ void check_layer(const LayerCase& c, Format format, const Precision& precision, 
 TEST(stored_sm90_layers_have_the_bits_of_sm80) {
   int variant = 0;
   for (const LayerCase& c : kLayers) {
-    for (const Format format : kStoredFormats) {
+    for (const Format format : kWgmmaFormats) {
       const Precision& precision = kPrecisions[2 + variant % 2];
       if (takes_variant(variant++)) check_layer(c, format, precision, variant % 2 == 0 ? 1 : 100);
     }
@@ -189,7 +189,7 @@ TEST(stored_sm90_survives_any_memory) {
   for (int64_t seed = 0; seed < 12; ++seed) {
     if (!takes_variant(seed)) continue;
     Random random(static_cast<uint64_t>(seed));
-    const Format format = kStoredFormats[seed % 6];
+    const Format format = kWgmmaFormats[static_cast<size_t>(seed) % 6];
     note = join("seed ", seed, " ", name_of(format));
     const int64_t T = 9, S = seed % 4 == 0 ? 300 : 20, E = 3, N = 24, C = 40;
     const auto wild = [&](int64_t n) {

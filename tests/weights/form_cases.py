@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import switchgear
-from switchgear.weights import Compact, Form, Fp8, Groups, Int4, Int8, Mxfp4, Nf4, Panels, Weight
+from switchgear.weights import Compact, Form, Fp8, Groups, Int4, Int8, Mxfp4, Nf4, Nvfp4, Panels, Weight
 
 E, K = 5, 2
 LOW, FULL = torch.bfloat16, torch.float32
@@ -67,6 +67,7 @@ FORM_CASES = (
     FormCase(Fp8(block="row"), ALL, 0.08),
     FormCase(Mxfp4(), ALL, 0.35),
     FormCase(Nf4(), ALL, 0.3),
+    FormCase(Nvfp4(), ALL, 0.3),
     FormCase(Groups(bits=4, group_size=32), ALL, 0.2),
     FormCase(Groups(bits=3, group_size=64, symmetric=False), ALL, 0.45),
     FormCase(Groups(bits=1, group_size=32), ALL, 1.2),

@@ -256,6 +256,7 @@ KEYS = {
     "fp8": {"", "_scale_inv"},
     "mxfp4": {"_blocks", "_scales"},
     "nf4": {"_codes", "_absmax"},
+    "nvfp4": {"_packed", "_scale", "_scale_2"},
     "groups": {"_values", "_bits", "_scales"},
 }
 

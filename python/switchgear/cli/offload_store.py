@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint of a Hugging Face model")
     add("--out", required=True, metavar="PATH", help="folder of the store; it must not exist")
     add("--form", default="plain", metavar="NAME",
-        help="plain, int8, int4, fp8, mxfp4, nf4, groups, ... (docs/weights.md); 'as published' keeps every bit")
+        help="plain, int8, fp8, ... (docs/weights.md); 'as published' keeps every bit")
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="an option of the form: group_size=64")
     add("--dtype", choices=DTYPES, default=_OF_CONFIG, help="of plain weights; auto: that of the checkpoint")
     add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of continuing")

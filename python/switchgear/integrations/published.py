@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from switchgear.files import AnyPath
-from switchgear.integrations import published_groups, published_nf4
+from switchgear.integrations import published_groups, published_minifloats
 from switchgear.integrations.checkpoint_files import CONFIG, CheckpointFiles, Reader
 from switchgear.integrations.published_groups import Packing
 from switchgear.integrations.published_keys import (
@@ -28,19 +28,23 @@ from switchgear.integrations.published_keys import (
     FLOATS,
     SCALE,
     SCALES,
+    SUFFIXES,
     Checks,
     Piece,
     Pieces,
     matches,
     pieces_of,
 )
+from switchgear.integrations.published_minifloats import Matrices
 from switchgear.integrations.transformers import Replacement, accelerate, undo_accelerate
-from switchgear.reference import groups, minifloat, nf4
-from switchgear.weights import Form, Fp8, Groups, Layout, Mxfp4, Nf4, Weight, advise_huge_pages, layout_of
+from switchgear.reference import groups, minifloat
+from switchgear.weights import Form, Groups, Layout, Weight, advise_huge_pages, layout_of
+from switchgear.weights.form import FORMS
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
 
-FORMS: dict[str, Form] = {"mxfp4": Mxfp4(), "fp8": Fp8(), "nf4": Nf4()}  # by format
-METHODS = ("mxfp4", "fp8", "bitsandbytes", *published_groups.METHODS)  # of quantisation
+METHODS = tuple(  # of quantisation
+    dict.fromkeys(("mxfp4", "fp8", *published_minifloats.METHODS, *published_groups.METHODS))
+)
 Read = Callable[[Reader, torch.device], Tensor | Weight]
 
 
@@ -164,12 +168,10 @@ def take_quantization(config: Any, is_needed: bool) -> Packing | None:
     method, block = options.get("quant_method"), options.get("weight_block_size")
     if method not in METHODS:  # it may be no string
         raise ValueError(f"path: expected quant_method {', '.join(METHODS)} in config.json, got {method}")
-    if method == "bitsandbytes" and options.get("bnb_4bit_quant_type") != "nf4":
-        got = options.get("bnb_4bit_quant_type")
-        raise ValueError(f"path: expected bnb_4bit_quant_type nf4 in config.json, got {got}")
     if method == "fp8" and block not in (minifloat.BLOCK, list(minifloat.BLOCK)):
         raise ValueError(f"path: expected weight_block_size {list(minifloat.BLOCK)} in config.json, got {block}")
-    packing = published_groups.packing_of(options) if method in published_groups.METHODS else None
+    is_minifloat = published_minifloats.takes(options)
+    packing = published_groups.packing_of(options) if method in published_groups.METHODS and not is_minifloat else None
     del config.quantization_config
     return packing
 
@@ -201,7 +203,8 @@ def plan_of(model: Any, files: CheckpointFiles, packing: Packing | None) -> dict
     """How to read each tensor of the model, by its name in the state dict."""
     state, projections, checks = model.state_dict(), _projections(model), Checks(files.headers)
     plan: dict[str, Read] = {}
-    found = pieces_of(model, files.headers, state)
+    keys = [key for key in files.headers if key in state or not key.endswith(published_minifloats.IGNORED)]
+    found = pieces_of(model, keys, state, (*SUFFIXES, *published_minifloats.SUFFIXES))
     for target, pieces in found.items():
         if target in projections and set(pieces) != {Piece()}:
             plan[target] = _plan_projection(target, projections[target], pieces, checks, packing)
@@ -238,11 +241,11 @@ def _scales_of(rows: int, columns: int) -> tuple[int, int]:
 
 
 def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks, packing: Packing | None) -> Read:
-    """Reads it as it is, or decodes it from fp8, nf4 or groups."""
+    """Reads it as it is, or decodes it from fp8, other minifloats or groups."""
     shape, dtype = tuple(like.shape), like.dtype
-    if published_nf4.is_nf4(pieces) and len(shape) == 2:
-        published_nf4.check(target, pieces, Piece(), shape, checks)
-        return lambda reader, device: _decode_nf4(target, shape, pieces, reader, device).to(dtype)
+    if (kind := published_minifloats.matrices_of(pieces)) is not None and len(shape) == 2:
+        kind.check(target, pieces, Piece(), shape, checks)
+        return lambda reader, device: _decode_matrix(target, shape, pieces, reader, device, kind).to(dtype)
     if packing is not None and published_groups.is_packed(pieces) and len(shape) == 2:
         published_groups.check(target, pieces, Piece(), shape, packing, checks)
         return lambda reader, device: _decode_packed(target, shape, pieces, reader, packing).to(device, dtype)
@@ -267,10 +270,12 @@ def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks, pack
     return read
 
 
-def _decode_nf4(target: str, shape: tuple[int, ...], pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
+def _decode_matrix(
+    target: str, shape: tuple[int, ...], pieces: Pieces, reader: Reader, device: torch.device, kind: Matrices
+) -> Tensor:
     with _naming(target):
-        codes, absmax = published_nf4.read(reader, pieces, Piece(), (shape[0], shape[1]))
-        return nf4.decode_nf4(codes[None].to(device), absmax[None].to(device))[0]
+        published = kind.read(reader, pieces, Piece(), (shape[0], shape[1]))
+        return kind.decode(*(tensor[None].to(device) for tensor in published))[0]
 
 
 def _decode_packed(target: str, shape: tuple[int, ...], pieces: Pieces, reader: Reader, packing: Packing) -> Tensor:
@@ -285,7 +290,7 @@ def _nothing(reader: Reader, device: torch.device) -> Tensor:
 
 
 def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks, packing: Packing | None) -> Read:
-    """Reads it as published: mxfp4 of all experts, or fp8, nf4, groups or plain numbers of each."""
+    """Reads it as published: mxfp4 of all experts, or other formats or plain numbers of each."""
     suffixes = {piece.suffix for piece in pieces}
     experts, rows, columns, *_ = wanted
     if suffixes & {BLOCKS, SCALES}:
@@ -300,7 +305,8 @@ def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks
     if wanted.transposed:
         checks.problems.append(f"{target}: expected weights of all experts in one tensor, since they are transposed")
     is_packed = packing is not None and published_groups.is_packed(pieces)
-    if is_packed or published_nf4.is_nf4(pieces):
+    kind = published_minifloats.matrices_of(pieces)
+    if is_packed or kind is not None:
         matrices = {Piece("", expert, source) for expert in range(experts) for source in range(wanted.parts)}
         checks.problems += [
             f"unexpected {key}" for piece, key in pieces.items() if piece._replace(suffix="") not in matrices
@@ -308,11 +314,12 @@ def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks
         for piece in sorted(matrices):
             if packing is not None:
                 published_groups.check(target, pieces, piece, shape, packing, checks)
-            else:
-                published_nf4.check(target, pieces, piece, shape, checks)
+            elif kind is not None:
+                kind.check(target, pieces, piece, shape, checks)
         if packing is not None:
             return lambda reader, device: _read_packed(target, wanted, pieces, reader, device, packing)
-        return lambda reader, device: _read_nf4(target, wanted, pieces, reader, device)
+        if kind is not None:
+            return lambda reader, device: _read_matrices(target, wanted, pieces, reader, device, kind)
     for suffix in sorted(suffixes):
         expected = [Piece(suffix, expert, source) for expert in range(experts) for source in range(wanted.parts)]
         these = {piece: key for piece, key in pieces.items() if piece.suffix == suffix}
@@ -351,17 +358,24 @@ def _read_fp8(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, devic
     return _weight("fp8", data, scales, wanted)
 
 
-def _read_nf4(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Weight:
+def _read_matrices(
+    target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device, kind: Matrices
+) -> Weight:
     """Gates and ups are published separately, and are stored so."""
-    data, scales = _empty("nf4", wanted, wanted.columns // minifloat.NF4_BLOCK, torch.float32, device)
+    format = minifloat.MINIFLOATS[kind.format]
+    data, scales = _empty(format.name, wanted, -(-wanted.columns // format.group), format.scales, device)
+    row_scales = scales.new_empty(*data.shape[:2], minifloat.ROWS, dtype=torch.float32) if format.row_scales else None
     blocks, shape = data.shape[1] // wanted.parts, (wanted.rows // wanted.parts, wanted.columns)
-    for piece in (piece for piece in pieces if not piece.suffix):
-        share = slice(piece.source * blocks, (piece.source + 1) * blocks)
-        out = data[piece.expert, None, share], scales[piece.expert, None, share]
-        with _naming(target, piece.expert):
-            codes, absmax = published_nf4.read(reader, pieces, piece, shape)
-            minifloat.to_blocks(codes[None].to(device), absmax[None].to(device), "nf4", out=out)
-    return _weight("nf4", data, scales, wanted)
+    for expert, source in itertools.product(range(wanted.experts), range(wanted.parts)):
+        share = slice(source * blocks, (source + 1) * blocks)
+        out = data[expert, None, share], scales[expert, None, share]
+        with _naming(target, expert):
+            published = kind.read(reader, pieces, Piece("", expert, source), shape)
+            values, own, *wholes = (tensor[None].to(device) for tensor in published)
+            minifloat.to_blocks(values, own, format.name, out=out)
+            if row_scales is not None:
+                row_scales[expert, share] = minifloat.to_row_scales(wholes[0], shape[0])[0]
+    return _weight(format.name, data, scales, wanted, row_scales)
 
 
 def _read_packed(
@@ -410,10 +424,11 @@ def _empty(format: str, wanted: Wanted, groups: int, dtype: torch.dtype, device:
     return data, torch.empty(wanted.experts, shape[0], groups, minifloat.ROWS, dtype=dtype, device=device)
 
 
-def _weight(format: str, data: Tensor, scales: Tensor, wanted: Wanted) -> Weight:
-    size = {"mxfp4": minifloat.COLUMNS, "fp8": minifloat.BLOCK[1], "nf4": minifloat.NF4_BLOCK}[format]
-    rows, columns, dtype, parts = wanted.rows, wanted.columns, wanted.dtype, wanted.parts
-    return Weight(format, data, rows, columns, dtype, scales, parts=parts, group_size=size, is_exact=True)
+def _weight(format: str, data: Tensor, scales: Tensor, wanted: Wanted, row_scales: Tensor | None = None) -> Weight:
+    return Weight(
+        format, data, wanted.rows, wanted.columns, wanted.dtype, scales, row_scales, parts=wanted.parts,
+        group_size=minifloat.MINIFLOATS[format].group or minifloat.BLOCK[1], is_exact=True,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -478,5 +493,5 @@ def _put(module: nn.Module, layout: Layout, weights: tuple[Weight, Weight]) -> N
 
 def form_of(weight: Weight) -> Form:
     if weight.records is None:
-        return FORMS[weight.format]
+        return FORMS[weight.format]()
     return Groups(int(weight.records[0, 1]), weight.group_size, weight.zeros is None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,20 +17,18 @@ from switchgear.integrations.checkpoint_files import Header
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of dtypes
 SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"  # suffixes of a weight's name
-ABSMAX, NF4_MAP, NF4_STATE = ".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4"
-NESTED_ABSMAX, NESTED_MAP = ".nested_absmax", ".nested_quant_map"
 QWEIGHT, QZEROS, QSCALES, GROUPS_OF = ".qweight", ".qzeros", ".scales", ".g_idx"  # instead of .weight
 CT_PACKED, CT_ZEROS, CT_SCALE = ".weight_packed", ".weight_zero_point", ".weight_scale"
 CT_SHAPE, CT_GROUPS = ".weight_shape", ".weight_g_idx"
 OF_GROUPS = (QWEIGHT, QZEROS, QSCALES, GROUPS_OF, CT_PACKED, CT_ZEROS, CT_SCALE, CT_SHAPE, CT_GROUPS)
-SUFFIXES = (SCALE, BLOCKS, SCALES, ABSMAX, NF4_MAP, NF4_STATE, NESTED_ABSMAX, NESTED_MAP, *OF_GROUPS)
+SUFFIXES = (SCALE, BLOCKS, SCALES, *OF_GROUPS)
 SHOWN = 8  # complaints listed at a time
 
 
 class Piece(NamedTuple):
     """Which part of a model's tensor a tensor of a checkpoint is."""
 
-    suffix: str = ""  # one of SUFFIXES; empty for the weight itself
+    suffix: str = ""  # one of pieces_of; empty for the weight itself
     expert: int | None = None  # None: all experts
     source: int = 0  # of tensors that are joined: 0 for gates, 1 for ups
 
@@ -38,8 +36,11 @@ class Piece(NamedTuple):
 Pieces = dict[Piece, str]  # each piece and its key
 
 
-def pieces_of(model: Any, keys: Iterable[str], state: dict[str, Tensor]) -> dict[str, Pieces]:
-    """The keys for each tensor of the model, by its name. transformers maps published names to its own."""
+def pieces_of(
+    model: Any, keys: Iterable[str], state: dict[str, Tensor], suffixes: Sequence[str] = SUFFIXES
+) -> dict[str, Pieces]:
+    """The keys for each tensor of the model, by its name. transformers maps published names to its own. `suffixes`
+    follow the name of a weight; those of groups, and those that begin with .weight_, stand instead of .weight."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -54,8 +55,9 @@ def pieces_of(model: Any, keys: Iterable[str], state: dict[str, Tensor]) -> dict
 
     found: dict[str, Pieces] = defaultdict(dict)
     for key in keys:
-        suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
-        name = key.removesuffix(suffix) + (".weight" if suffix in OF_GROUPS else "")
+        suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), "")
+        is_instead = suffix in OF_GROUPS or suffix.startswith(".weight_")
+        name = key.removesuffix(suffix) + (".weight" if is_instead else "")
         target, pattern = target_of(name)
         if suffix and target not in state:  # a name that only happens to end so
             suffix, (target, pattern) = "", target_of(key)

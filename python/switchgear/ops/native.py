@@ -12,7 +12,7 @@ import torch  # first: it brings the OpenMP runtime that the native module then 
 from torch import Tensor
 
 from switchgear import cuda
-from switchgear.reference.formats import FORMATS
+from switchgear.reference.formats import FORMATS, ON_CUDA
 
 try:
     from switchgear import _C
@@ -76,11 +76,10 @@ def _kept_like(tensor: Tensor) -> Tensor:
 
 
 # The others, panels and compact, have the order of a processor's kernels.
-_CUDA_FORMATS = frozenset({"plain", "int8", "int4", "fp8", "mxfp4", "nf4", "groups"})
 host = Kernels(_C, torch.get_num_threads, _kept_like, frozenset(FORMATS))
 
 
 @functools.cache
 def cuda_kernels_of(index: int) -> Kernels:
     module = cuda.module()
-    return Kernels(module, cuda.Execution(module, index), formats=_CUDA_FORMATS)
+    return Kernels(module, cuda.Execution(module, index), formats=frozenset(ON_CUDA))

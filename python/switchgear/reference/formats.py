@@ -28,22 +28,41 @@ from torch import Tensor
 from switchgear.reference import compact, groups, integers, minifloat, nf4, panels
 from switchgear.reference.checks import check, check_range, divide_up
 
-FORMATS = ("plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
 FIELDS = ("scales", "row_scales", "zeros", "records", "slots")
-BITS = {"int8": 8, "int4": 4}
-MINIFLOATS = ("fp8", "mxfp4", "nf4")
+
+
+class Format(NamedTuple):
+    """A format. Its kernels' side is the table of include/switchgear/weight.h, by the same numbers."""
+
+    name: str
+    number: int  # in a form
+    bits: int  # of a code; 0: of the dtype
+    family: str  # "exact", "integers", "minifloats" or "groups": how products multiply it
+    needed: tuple[str, ...] = ()  # tensors beside the data
+    on_cuda: bool = True  # CUDA's kernels read it
+
+
+def _minifloat(kind: minifloat.Minifloat) -> Format:
+    needed = ("scales", "row_scales") if kind.row_scales else ("scales",)
+    return Format(kind.name, kind.number, kind.bits, "minifloats", needed)
+
+
+_TABLE = (
+    Format("plain", 0, 0, "exact"),
+    Format("panels", 1, 0, "exact", on_cuda=False),
+    Format("compact", 2, 0, "exact", on_cuda=False),
+    Format("int8", 3, 8, "integers", ("scales", "row_scales")),
+    Format("int4", 4, 4, "integers", ("scales", "row_scales")),
+    *map(_minifloat, minifloat.MINIFLOATS.values()),
+    Format("groups", 8, 4, "groups", ("scales", "records")),
+)
+TABLE = {row.name: row for row in sorted(_TABLE, key=lambda row: row.number)}
+FORMATS = tuple(TABLE)  # by number
+LOSSLESS = tuple(row.name for row in _TABLE if row.family == "exact")
+ON_CUDA = tuple(row.name for row in _TABLE if row.on_cuda)
+BITS = {row.name: row.bits for row in _TABLE if row.family == "integers"}
+MINIFLOATS = tuple(minifloat.MINIFLOATS)
 DECODED = (*MINIFLOATS, "groups")  # multiplied in floating point, by exact values
-_NEEDED = {
-    "plain": (),
-    "panels": (),
-    "compact": (),
-    "int8": ("scales", "row_scales"),
-    "int4": ("scales", "row_scales"),
-    "fp8": ("scales",),
-    "mxfp4": ("scales",),
-    "nf4": ("scales",),
-    "groups": ("scales", "records"),
-}
 
 
 class Stored(NamedTuple):
@@ -104,7 +123,7 @@ def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Sto
     if not 0 <= fields < 1 << len(FIELDS) or len(names) != len(tensors):
         raise ValueError(f"{name}: expected {len(names)} tensors for the fields {fields}, got {len(tensors)}")
     found = dict(zip(names, tensors, strict=True))
-    for field in _NEEDED[FORMATS[number]]:
+    for field in TABLE[FORMATS[number]].needed:
         if field not in found:
             raise ValueError(f"{name}_{field}: expected a tensor, got none")
     if parts < 1 or rows % parts:
@@ -172,18 +191,16 @@ def _check_strides(name: str, tensor: Tensor | None) -> None:
 
 
 def _check_minifloat(name: str, stored: Stored) -> None:
-    is_fp8, size = stored.format == "fp8", stored.group_size
-    wanted = minifloat.NF4_BLOCK if stored.format == "nf4" else minifloat.COLUMNS
-    if size < 0 or size % minifloat.COLUMNS or not (is_fp8 or size == wanted):
-        allowed = "0 (the whole row) or a multiple of 32" if is_fp8 else wanted
+    kind, size = minifloat.MINIFLOATS[stored.format], stored.group_size
+    if size != kind.group and (kind.group or size < 0 or size % minifloat.COLUMNS):
+        allowed = kind.group or "0 (the whole row) or a multiple of 32"
         raise ValueError(f"{name}: expected a group_size of {allowed}, got {size}")
-    blocks = stored.parts * divide_up(stored.rows // stored.parts, minifloat.ROWS)
-    steps, groups = divide_up(stored.cols, minifloat.COLUMNS), divide_up(stored.cols, size or stored.cols)
-    step_bytes = minifloat.ROWS * minifloat.COLUMNS * (8 if is_fp8 else 4) // 8
-    experts = stored.data.shape[0]
-    check(name, stored.data, (None, blocks, steps, step_bytes), torch.uint8)
-    dtype = torch.uint8 if stored.format == "mxfp4" else torch.float32
-    check(f"{name}_scales", stored.scales, (experts, blocks, groups, minifloat.ROWS), dtype)
+    shape = minifloat.blocks_shape(stored.rows, stored.cols, kind.name, stored.parts)
+    experts, groups = stored.data.shape[0], divide_up(stored.cols, size or stored.cols)
+    check(name, stored.data, (None, *shape), torch.uint8)
+    check(f"{name}_scales", stored.scales, (experts, shape[0], groups, minifloat.ROWS), kind.scales)
+    if kind.row_scales:
+        check(f"{name}_row_scales", stored.row_scales, (experts, shape[0], minifloat.ROWS), torch.float32)
 
 
 _INDEXED = ("data", "scales", "row_scales", "zeros")  # by slots
@@ -237,14 +254,11 @@ def _decode_minifloat(stored: Stored) -> Tensor:
     """The weight in float32, exactly."""
     assert stored.scales is not None
     group = (1, stored.group_size)  # scales are stored for each row
-    values, scales = minifloat.from_blocks(
-        stored.data, stored.scales, stored.format, stored.rows, stored.cols, stored.parts, group
-    )
-    if stored.format == "mxfp4":
-        return minifloat.decode_mxfp4(values, scales, stored.cols)
+    sizes = (stored.rows, stored.cols, stored.parts)
+    values, scales = minifloat.from_blocks(stored.data, stored.scales, stored.format, *sizes, group)
     if stored.format == "nf4":
         return nf4.decode_nf4(values, scales, stored.cols)
-    return minifloat.decode_fp8(values, scales, group, stored.parts)
+    return minifloat.decode(stored.format, values, scales, stored.row_scales, *sizes, group)
 
 
 def multiply_integers(rows: Tensor, tensors: Sequence[Tensor], form: Sequence[int], expert_offsets: Tensor) -> Tensor:

@@ -6,7 +6,10 @@
 fp8: values are e4m3fn. There is one float32 scale per group of rows and columns, as DeepSeek-V3 and Qwen3 publish it
 (`weight_scale_inv`, 128 x 128), or per row. mxfp4 (OCP Microscaling v1.0): values are e2m1. There is one scale
 2^(s - 127) per 32 columns of a row, as gpt-oss publishes it (`_blocks` and `_scales`). nf4: nf4.py has its numbers, and
-its layouts are here.
+its layouts are here. nvfp4: values are e2m1. There is one scale in e4m3 per 16 columns of a row, and one float32 for
+each part of an expert's matrix, as ModelOpt and compressed-tensors publish it:
+
+    w = value · (scale · tensor_scale)      each product rounded to float32
 
 There are two layouts. The published one is in order of rows and columns. include/switchgear/minifloat.h defines the
 stored one, which the kernels read. to_blocks and from_blocks convert between them without changing a bit.
@@ -29,18 +32,44 @@ ROW = (1, 0)  # 0: all columns
 
 FP8_MAX = 448.0
 SMALLEST_SCALE = 2.0**-126  # of fp8: the smallest normal float32; below, amax / 448 loses bits, or is zero
-NF4_BLOCK = 64  # columns that share a scale of nf4
+NF4_BLOCK, NVFP4_BLOCK = 64, 16  # columns that share a scale
 MXFP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0..7; bit 3 is the sign
 NAN_SCALE = 255  # of e8m0
+
+
+class Minifloat(NamedTuple):
+    """A format of this file, and how a weight [E,N,C] is published."""
+
+    name: str
+    number: int  # of the format in a form
+    bits: int
+    group: int  # columns that share a scale; 0: any multiple of 32, or all
+    scales: torch.dtype  # as stored
+    shape: str  # of published values
+    width: int  # columns of an index of the third dimension of published values
+    row_scales: bool = False  # each row has one more scale, float32
+
+
+MINIFLOATS = {
+    kind.name: kind
+    for kind in (
+        Minifloat("fp8", 5, 8, 0, torch.float32, "[E,N,C]", 1),
+        Minifloat("mxfp4", 6, 4, COLUMNS, torch.uint8, "[E,N,C/32,16]", COLUMNS),
+        Minifloat("nf4", 7, 4, NF4_BLOCK, torch.float32, "[E,N,C/2]", 2),
+        Minifloat("nvfp4", 9, 4, NVFP4_BLOCK, torch.uint8, "[E,N,C/2]", 2, row_scales=True),
+    )
+}
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Encoded(NamedTuple):
     """A weight [E,N,C] in the published layout."""
 
-    # fp8: [E,N,C] codes; mxfp4: [E,N,⌈C/32⌉,16], column 2i in the lower half of byte i; nf4: [E,N,⌈C/2⌉], in the upper
+    # fp8: [E,N,C] codes; mxfp4: [E,N,⌈C/32⌉,16], column 2i in the lower half of byte i; nf4: [E,N,⌈C/2⌉], in the upper;
+    # nvfp4: [E,N,⌈C/2⌉], in the lower
     values: Tensor  # uint8
-    # fp8: float32 [E, parts · ⌈N/parts/group[0]⌉, ⌈C/group[1]⌉]; mxfp4: uint8 [E,N,⌈C/32⌉]; nf4: float32 [E,N,⌈C/64⌉]
+    # fp8: float32 [E, parts · ⌈N/parts/group[0]⌉, ⌈C/group[1]⌉]; mxfp4: uint8 [E,N,⌈C/32⌉]; nf4: float32 [E,N,⌈C/64⌉];
+    # nvfp4: uint8 [E,N,⌈C/16⌉]
     scales: Tensor
     lossless: bool  # whether decoding to the dtype of the weight gives the weight, bit for bit
 
@@ -206,6 +235,54 @@ def encode_mxfp4(weight: Tensor, name: str = "weight") -> Encoded:
     return encoded(weight, matrices, lambda blocks, scales: decode_mxfp4(blocks, scales, weight.shape[2]))
 
 
+class EncodedNvfp4(NamedTuple):
+    """A weight [E,N,C] in nvfp4."""
+
+    values: Tensor  # uint8 [E,N,⌈C/2⌉]
+    scales: Tensor  # uint8 [E,N,⌈C/16⌉], codes of e4m3
+    tensor_scales: Tensor  # float32 [E,parts]
+    lossless: bool
+
+
+def encode_nvfp4(weight: Tensor, parts: int = 1, name: str = "weight") -> EncodedNvfp4:
+    """Encodes a weight [E,N,C] in nvfp4. For each of the `parts` equal parts of an expert's rows,
+
+        tensor_scale = amax / (6 · 448)      amax of the part
+        scale = amax / 6 / tensor_scale      amax of 16 columns; rounded to the nearest e4m3 (ties to even)
+        value = w / (scale · tensor_scale)   rounded to the nearest e2m1 (ties to even, at most ±6)
+
+    in float32. A part of zeros has tensor_scale 1, other ones at least SMALLEST_SCALE. A scale that is rounded to zero
+    makes its 16 columns zeros. Zeros keep their signs and pad the last block.
+
+    ValueError for NaN and infinities; it names the weight by `name`.
+    """
+    check_parts(weight.shape[-2], parts)
+    columns = weight.shape[-1]
+
+    def encode_part(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        amax = w.abs().amax()
+        whole = torch.where(amax == 0, 1.0, (amax / (MXFP4_VALUES[-1] * FP8_MAX)).clamp_(min=SMALLEST_SCALE))
+        values, scales = [], []
+        for rows in row_slices(w):
+            tiles = pad_zeros(rows, -columns % NVFP4_BLOCK).view(len(rows), -1, NVFP4_BLOCK)
+            scales.append(e4m3_codes(tiles.abs().amax(-1) / MXFP4_VALUES[-1] / whole))
+            factors = nvfp4_scales(scales[-1], whole)
+            codes = e2m1_codes(tiles / torch.where(factors == 0, torch.inf, factors)[..., None]).flatten(1)
+            values.append((codes[:, ::2] | codes[:, 1::2] << 4)[:, : divide_up(columns, 2)])
+        return torch.cat(values), torch.cat(scales), whole
+
+    matrices = []
+    for w in finite_experts(weight, name):
+        values, scales, wholes = zip(*map(encode_part, w.chunk(parts)), strict=True)
+        matrices.append((torch.cat(values), torch.cat(scales), torch.stack(wholes)))
+    lossless = all(
+        torch.equal(_bits(decode_nvfp4(v[None], s[None], t[None], columns)[0].to(weight.dtype)), _bits(plain))
+        for (v, s, t), plain in zip(matrices, weight, strict=True)
+    )
+    stacked = [torch.stack(tensors) for tensors in zip(*matrices, strict=True)]
+    return EncodedNvfp4(stacked[0], stacked[1], stacked[2], lossless)
+
+
 # ---- decode ----------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +318,52 @@ def decode_mxfp4(
         decoded = pairs[block.int()].flatten(2).mul_(e8m0_scales(scale)[..., None])
         some.copy_(decoded.flatten(1)[:, :columns])
     return out
+
+
+def nvfp4_scales(codes: Tensor, tensor_scales: Tensor) -> Tensor:
+    """Codes of e4m3 times scales that broadcast to them, in float32."""
+    return codes.view(torch.float8_e4m3fn).float() * tensor_scales
+
+
+def decode_nvfp4(
+    values: Tensor,
+    scales: Tensor,
+    tensor_scales: Tensor,
+    columns: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Decodes published nvfp4 to [E,N,C]: value · (scale · tensor_scale), each product rounded to float32, and again to
+    a narrower `dtype`. `tensor_scales` is [E,parts]. Pass `columns`, C, if it is odd."""
+    columns = 2 * values.shape[2] if columns is None else columns
+    out = torch.empty(*values.shape[:2], columns, dtype=dtype, device=values.device)
+    table = _e2m1_values(values.device)
+    pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), -1)  # the two values of each byte
+    by_row = tensor_scales.repeat_interleave(values.shape[1] // tensor_scales.shape[1], 1)[..., None]
+    tensors = out, values, scales.view(torch.uint8), by_row
+    for some, codes, scale, whole in zip(*(row_slices(tensor.flatten(0, 1)) for tensor in tensors), strict=True):
+        decoded = pairs[codes.int()].flatten(1)[:, :columns]
+        factors = nvfp4_scales(scale, whole).repeat_interleave(NVFP4_BLOCK, 1)[:, :columns]
+        some.copy_(decoded.mul_(factors))
+    return out
+
+
+def decode(
+    format: str,
+    values: Tensor,
+    scales: Tensor,
+    row_scales: Tensor | None,
+    rows: int,
+    columns: int,
+    parts: int,
+    group: tuple[int, int],
+) -> Tensor:
+    """Decodes published values and scales of a format of this file to [E,N,C], float32."""
+    if format == "mxfp4":
+        return decode_mxfp4(values, scales, columns)
+    if format == "nvfp4":
+        assert row_scales is not None
+        return decode_nvfp4(values, scales, from_row_scales(row_scales, parts), columns)
+    return decode_fp8(values, scales, group, parts)
 
 
 def rows_of_scales(scales: Tensor, rows: int, group: tuple[int, int], parts: int) -> Tensor:
@@ -303,14 +426,23 @@ def _from_rows_of_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
     return shares[:, : rows // parts].reshape(rows, blocks.shape[2])
 
 
-_SHAPES = {"fp8": "[E,N,C]", "mxfp4": "[E,N,C/32,16]", "nf4": "[E,N,C/2]"}  # of published values
-_WIDTHS = {"fp8": 1, "mxfp4": COLUMNS, "nf4": 2}  # columns of an index of their third dimension
-
-
 def blocks_shape(rows: int, columns: int, format: str, parts: int = 1) -> tuple[int, int, int]:
     """Shape of an expert's data, for a matrix [N,C]: blocks of 16 rows, steps of 32 columns, bytes per step."""
     blocks = parts * divide_up(rows // parts, ROWS)
-    return blocks, divide_up(columns, COLUMNS), ROWS * COLUMNS // (1 if format == "fp8" else 2)
+    return blocks, divide_up(columns, COLUMNS), ROWS * COLUMNS * MINIFLOATS[format].bits // 8
+
+
+def to_row_scales(tensor_scales: Tensor, rows: int) -> Tensor:
+    """Stores scales of parts, float32 [E,parts], for each row: [E,parts·B,16]. ValueError unless they are finite."""
+    if not bool(tensor_scales.isfinite().all()):
+        raise ValueError("tensor_scales: expected finite numbers, got others")
+    blocks = divide_up(rows // tensor_scales.shape[1], ROWS)
+    return tensor_scales.repeat_interleave(blocks, 1)[..., None].expand(-1, -1, ROWS).contiguous()
+
+
+def from_row_scales(row_scales: Tensor, parts: int) -> Tensor:
+    """The inverse of to_row_scales."""
+    return row_scales[:, :: row_scales.shape[1] // parts, 0]
 
 
 def to_blocks(
@@ -326,11 +458,13 @@ def to_blocks(
 
     Raises ValueError for wrong shapes, and for NaN or infinite codes and scales, which kernels do not support.
     """
+    if scales.dtype is torch.float8_e4m3fn:  # copied as codes
+        scales = scales.view(torch.uint8)
     check_published(values, scales, format, parts, group)
     is_fp8, (num_experts, rows) = format == "fp8", values.shape[:2]
     if is_fp8:
         scales = rows_of_scales(scales, rows, group, parts)
-    shape = blocks_shape(rows, values.shape[2] * _WIDTHS[format], format, parts)
+    shape = blocks_shape(rows, values.shape[2] * MINIFLOATS[format].width, format, parts)
     data, stored = out or (
         torch.empty(num_experts, *shape, dtype=torch.uint8, device=values.device),
         scales.new_empty(num_experts, shape[0], scales.shape[2], ROWS),
@@ -355,7 +489,7 @@ def from_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The inverse of to_blocks: (values, scales) in the published layout."""
     num_experts, _, steps, _ = data.shape
-    width = 16 * steps if format == "mxfp4" else divide_up(columns, _WIDTHS[format])
+    width = 16 * steps if format == "mxfp4" else divide_up(columns, MINIFLOATS[format].width)
     values = data.new_empty(num_experts, rows, width)
     by_row = scales.new_empty(num_experts, rows, scales.shape[2])
     unpack = _unpack_fp8 if format == "fp8" else _unpack_mxfp4
@@ -365,7 +499,7 @@ def from_blocks(
         by_row[expert] = _from_rows_of_blocks(scales[expert].mT, rows, parts)
     if format == "mxfp4":
         return values.view(num_experts, rows, steps, 16), by_row
-    if format == "nf4":
+    if format != "fp8":
         return values, by_row
     shares = by_row.view(num_experts, parts, rows // parts, scales.shape[2])
     return values, shares[:, :, :: group[0]].flatten(1, 2)
@@ -373,9 +507,10 @@ def from_blocks(
 
 def check_published(values: Tensor, scales: Tensor, format: str, parts: int, group: tuple[int, int] = BLOCK) -> None:
     """Raises ValueError or TypeError with the argument's name unless this is a finite weight in published layout."""
-    if format not in _SHAPES:
-        raise ValueError(f"format: expected 'fp8', 'mxfp4' or 'nf4', got {format!r}")
-    is_fp8, shape = format == "fp8", _SHAPES[format]
+    if format not in MINIFLOATS:
+        raise ValueError(f"format: expected one of {', '.join(MINIFLOATS)}, got {format!r}")
+    kind = MINIFLOATS[format]
+    is_fp8, shape = format == "fp8", kind.shape
     if values.dim() != shape.count(",") + 1:
         raise ValueError(f"values: expected {shape}, got {list(values.shape)}")
     num_experts, rows, columns = values.shape[:3]
@@ -390,11 +525,14 @@ def check_published(values: Tensor, scales: Tensor, format: str, parts: int, gro
         _check("scales", scales, (num_experts, rows, columns), (torch.uint8,))
     else:
         _check("values", values, tuple(values.shape), (torch.uint8,))
-        _check("scales", scales, (num_experts, rows, divide_up(2 * columns, NF4_BLOCK)), (torch.float32,))
+        _check("scales", scales, (num_experts, rows, divide_up(2 * columns, kind.group)), (kind.scales,))
     for expert in range(num_experts):
         if is_fp8 and any(map(_has_nan, row_slices(values[expert].view(torch.uint8)))):
             raise ValueError(f"values: expected numbers, expert {expert} has NaN")
-        finite = scales[expert] != NAN_SCALE if format == "mxfp4" else scales[expert].isfinite()
+        if format == "nvfp4":
+            finite = scales[expert] < 0x7F  # codes of NaN, and of numbers with a sign, are above
+        else:
+            finite = scales[expert] != NAN_SCALE if format == "mxfp4" else scales[expert].isfinite()
         if not bool(finite.all()):
             raise ValueError(f"scales: expected finite numbers, expert {expert} has others")
 

@@ -2,8 +2,8 @@
 """How the weights of experts are stored.
 
 store(model, form) converts a model, restore(model) undoes it, encode(weight, form) converts one weight. `moe` accepts a
-Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Fp8, Mxfp4, Nf4, Groups. See
-docs/weights.md.
+Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Groups, and those of minifloat.py.
+See docs/weights.md.
 
 weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of which some experts train
 form.py     the base class Form; Layout, how a module holds its projections
@@ -16,11 +16,12 @@ store.py    all experts of a model, and the choice of a form; change.py: the cha
 checks.py   for code that reads parameters itself
 """
 
+from switchgear.weights import minifloat
 from switchgear.weights.exact import Compact, Panels, Plain
 from switchgear.weights.form import Form, Layout, layout_of
 from switchgear.weights.groups import Groups
 from switchgear.weights.integers import Int4, Int8
-from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
+from switchgear.weights.minifloat import *  # noqa: F403  (a new form needs no entry here)
 from switchgear.weights.module import stored_of, weights_of
 from switchgear.weights.pages import advise_huge_pages, interleave_nodes, use_huge_pages
 from switchgear.weights.state import FINDERS as _FINDERS
@@ -35,13 +36,10 @@ __all__ = [
     "AdaptedWeight",
     "Compact",
     "Form",
-    "Fp8",
     "Groups",
     "Int4",
     "Int8",
     "Layout",
-    "Mxfp4",
-    "Nf4",
     "Panels",
     "Plain",
     "SelectedWeight",
@@ -56,4 +54,5 @@ __all__ = [
     "stored_of",
     "use_huge_pages",
     "weights_of",
+    *minifloat.__all__,
 ]

@@ -12,10 +12,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.reference import formats
 from switchgear.reference.minifloat import finite_experts
 from switchgear.weights.pages import advise_huge_pages
 from switchgear.weights.state import find
 from switchgear.weights.weight import Weight
+
+FORMS: dict[str, type[Form]] = {}
+"""The class of each format's form, by name."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class Form(ABC):
     devices: ClassVar[tuple[str, ...] | None] = None  # device types that can hold it; None: any
     one_dtype: ClassVar[bool] = False  # both projections of a layer need the same dtype
     undo: ClassVar[str] = "switchgear.restore(model)"  # gives plain weights
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls) and vars(cls)["name"] in formats.FORMATS:
+            FORMS.setdefault(cls.name, cls)
 
     @property
     def remedy(self) -> str:

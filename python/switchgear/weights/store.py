@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchgear import backends, ops
 from switchgear.complaints import at_least, check_dense, check_module, check_switch, check_tensor
-from switchgear.reference import check_size
+from switchgear.reference import check_size, formats
 from switchgear.weights.adapted import can_borrow_from, notice_wrappers
 from switchgear.weights.change import (
     PlainChange,
@@ -26,11 +26,8 @@ from switchgear.weights.change import (
     plain_parameters,
     preparation_of,
 )
-from switchgear.weights.exact import Compact, Copies, Panels, Plain, Relaid
-from switchgear.weights.form import Form, Layout, hint_for, layout_of
-from switchgear.weights.groups import Groups
-from switchgear.weights.integers import Int4, Int8
-from switchgear.weights.minifloat import Fp8, Mxfp4, Nf4
+from switchgear.weights.exact import Copies, Plain, Relaid
+from switchgear.weights.form import FORMS, Form, Layout, hint_for, layout_of
 from switchgear.weights.module import FLOATS, StoredProjections, Tie, check_before_load, stored_of, take_back
 from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.selected import selection_of
@@ -38,11 +35,6 @@ from switchgear.weights.state import get_state, set_state
 from switchgear.weights.weight import Weight
 
 _logger = logging.getLogger(__name__)
-
-FORMS: dict[str, type[Form]] = {
-    form.name: form for form in (Plain, Panels, Compact, Int8, Int4, Fp8, Mxfp4, Nf4, Groups)
-}  # fmt: skip
-
 
 FEW_ROWS = 4  # per expert; up to this number compact weights were faster than plain ones in every measured case
 TOP_K_FIELDS = (  # names of top_k in configs of Hugging Face models
@@ -78,7 +70,7 @@ def form_named(form: str | Form, options: dict[str, Any]) -> Form:
     if not isinstance(form, str):
         raise TypeError(f"form: expected a name or an object of a form, got {type(form).__name__}")
     if form not in FORMS:
-        names = ", ".join(FORMS)
+        names = ", ".join(formats.FORMATS)
         raise ValueError(f"form: expected one of {names}, an object of theirs, or in `store` alone auto, got {form!r}")
     _check_options(form, options, [field.name for field in dataclasses.fields(FORMS[form])])
     return FORMS[form](**options)
@@ -127,9 +119,9 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
 
     Args:
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
-        form: "plain" (rows along the inner dimension; parameters stay, and all weights of the model move onto huge
-            pages), "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4", "groups" (1 to 4 bits, also of each
-            expert), or an object with options, Int4(group_size=64); "auto" chooses one for the machine and the use.
+        form: a name, such as "compact" or "int8" (docs/weights.md lists all), or an object with options,
+            Int4(group_size=64); "auto" chooses one for the machine and the use. "plain" (rows along the inner
+            dimension) keeps the parameters, and moves all weights of the model onto huge pages.
         options: those of the form. For "auto": tokens_per_step, the number of tokens per forward (1: decoding one
             text), lossless, whether weights must keep every bit, and if not, bits: 1 to 4, or a list of each expert's.
         low_memory: store one layer after the other and free its parameters at once. By default all layers are stored

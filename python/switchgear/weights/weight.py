@@ -24,7 +24,6 @@ from switchgear.reference.checks import check, check_range
 from switchgear.weights.operand import Operand, TrainedExperts, operand_of
 from switchgear.weights.pages import advise_huge_pages
 
-LOSSLESS = ("plain", "panels", "compact")
 PANEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 _FIELDS = ("data", *formats.FIELDS)
@@ -38,7 +37,7 @@ class Weight:
     their tensors, are those of include/switchgear/weight.h and reference/formats.py.
 
     Attributes:
-        format: "plain", "panels", "compact", "int8", "int4", "fp8", "mxfp4", "nf4" or "groups".
+        format: one of reference/formats.py's FORMATS, such as "plain" or "int8".
         data: the values, or their codes.
         rows, cols: N and C.
         dtype: of the plain weight.
@@ -107,7 +106,7 @@ class Weight:
     @property
     def is_lossless(self) -> bool:
         """Whether this format stores every weight of its dtype bit for bit."""
-        return self.format in LOSSLESS
+        return self.format in formats.LOSSLESS
 
     def plain(self) -> Tensor:
         """Decodes the weight to [E,N,C] in its dtype: the original bits if is_exact, else rounded values."""
@@ -129,7 +128,7 @@ class Weight:
     def multiplies(self, dtype: torch.dtype) -> bool:
         """Whether moe can multiply an x of `dtype` by this weight without expanding it: some formats support only one
         dtype or one device."""
-        if self.format not in LOSSLESS:
+        if self.format not in formats.LOSSLESS:
             return True  # any dtype; a device without kernels reports that itself
         if not _is_on_cpu(self):
             return self.format == "plain" and self.slots is None and dtype is self.dtype
