@@ -141,7 +141,7 @@ class Weight:
     def operand(self, dtype: torch.dtype, autocast: str | None = None) -> Operand:
         """What the ops of a layer multiply an x of `dtype` by: the weight itself if `multiplies(dtype)`, else a plain
         tensor, expanded for one call."""
-        if self.format not in LOSSLESS or self.multiplies(dtype):
+        if not self.is_lossless or self.multiplies(dtype):
             return self._operand
         return self.expanded(dtype, autocast, f"{self.format} weights")
 
