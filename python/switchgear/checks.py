@@ -12,7 +12,8 @@ Hot functions are not wrapped: `explain_failure` reads the same annotations afte
     Literal["a", "b"]                               one of these
     Size, Count, Seed, Share, Positive, …           numbers in a range, defined below
     Annotated[Tensor, Shape("T", "H")]              sizes; a name is one size in the whole call, None any
-    X | None, Sequence[X], Iterable[X], Callable    as they say; items of lists and tuples are checked, too
+    X | None, Sequence[X], Iterable[X], Callable    as they say; items of lists and tuples are checked, too,
+    Mapping[K, X]                                   and values of mappings
 """
 
 from __future__ import annotations
@@ -201,6 +202,9 @@ def convert(name: str, value: Any, hint: Any, sizes: dict[str, int] | None = Non
     kind = origin or hint
     if _is_testable(kind) and not isinstance(value, kind):
         raise TypeError(f"{name}: expected {describe(hint)}, got {type(value).__name__}")
+    if origin is collections.abc.Mapping:
+        for item in value.values():
+            convert(name, item, options[1], sizes)
     return value
 
 

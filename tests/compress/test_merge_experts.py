@@ -236,13 +236,13 @@ def test_mean_outputs_are_over_all_tokens() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 1}, "keep: expected 2"),
-        ({"similarity": "names"}, "similarity: expected"),
-        ({"cluster": "kmeans"}, "cluster: expected"),
-        ({"router": "sum"}, "router: expected"),
-        ({"align": "no"}, "align: expected bool, got str"),
-        ({"calibration": None}, "calibration: expected Calibration, got NoneType"),
-        ({"domains": "other"}, "domains: expected some of 'a', 'b', got 'other'"),
+        ({"keep": 1}, r"^keep: expected"),
+        ({"similarity": "names"}, r"^similarity: expected"),
+        ({"cluster": "kmeans"}, r"^cluster: expected"),
+        ({"router": "sum"}, r"^router: expected"),
+        ({"align": "no"}, r"^align: expected"),
+        ({"calibration": None}, r"^calibration: expected"),
+        ({"domains": "other"}, r"^domains: expected"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:

@@ -123,12 +123,12 @@ def test_ties_go_to_the_first_columns() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0,), "sparsity: expected a number in"),
-        ((1.0,), "sparsity: expected a number in"),
-        (("4:8",), "sparsity: expected a number in"),
-        ((None,), "sparsity: expected a number in"),
-        ((0.5, "obd"), "metric: expected"),
-        ((0.5, "wanda"), "calibration: expected one for wanda, got None"),
+        ((0.0,), r"^sparsity: expected"),
+        ((1.0,), r"^sparsity: expected"),
+        (("4:8",), r"^sparsity: expected"),
+        ((None,), r"^sparsity: expected"),
+        ((0.5, "obd"), r"^metric: expected"),
+        ((0.5, "wanda"), r"^calibration: expected"),
     ],
 )
 def test_wrong_arguments(arguments: tuple[Any, ...], message: str) -> None:

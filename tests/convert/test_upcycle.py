@@ -218,6 +218,6 @@ def test_a_module_of_another_function_is_refused() -> None:
 
 
 def test_noise_of_a_tensor_depends_on_seed_and_name() -> None:
-    draws = [convert.plans.noise_of(seed, key, (4,)) for seed in (0, 1) for key in ("a", "b")]
+    draws = [convert.plans.draw_noise(seed, key, (4,)) for seed in (0, 1) for key in ("a", "b")]
     assert len({float(draw[0]) for draw in draws}) == 4
-    assert torch.equal(draws[0], convert.plans.noise_of(0, "a", (4,)))
+    assert torch.equal(draws[0], convert.plans.draw_noise(0, "a", (4,)))

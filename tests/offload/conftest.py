@@ -15,5 +15,5 @@ from switchgear.offload import attach
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "gpu":
         seed = zlib.crc32(request.node.name.encode())
-        monkeypatch.setattr(attach, "device_of", lambda _: QueuedDevice(seed, is_eager=True))
+        monkeypatch.setattr(attach, "find_device", lambda _: QueuedDevice(seed, is_eager=True))
     return str(request.param)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.offload import Records
-from switchgear.offload.store_records import fill, records_for
+from switchgear.offload.store_records import fill, lay_out_records
 from switchgear.weights import layout_of, stored_of
 from switchgear.weights.weight import Weight
 
@@ -107,7 +107,7 @@ class MemoryStore:
                 plain = [getattr(module, n).detach() for n in layout.names]
                 plain = [(p.mT if layout.transposed else p).contiguous() for p in plain]
                 weights = tuple(Weight("plain", p, p.shape[1], p.shape[2], p.dtype, is_exact=True) for p in plain)
-            records = records_for(name, "", (weights[0], weights[1]))
+            records = lay_out_records(name, "", (weights[0], weights[1]))
             data = torch.zeros(records.nbytes, dtype=torch.uint8)
             for expert, (begin, size) in enumerate(zip(records.offsets, records.sizes, strict=True)):
                 fill(data[None, begin : begin + size], records, weights, expert)

@@ -24,7 +24,7 @@ from switchgear import MoE, offload, routing
 from switchgear.adapters import add_lora
 from switchgear.integrations.transformers import accelerate
 from switchgear.offload import Belady, NextGate
-from switchgear.offload.residency import groups_of, plans_of
+from switchgear.offload.residency import group_layers, plan_caches
 from switchgear.trace import RoutingTrace
 from switchgear.weights import stored_of
 from tiny_models import build
@@ -128,11 +128,11 @@ def test_bytes_bound_the_memory() -> None:
 def test_all_experts_are_in_memory_where_their_bytes_are() -> None:
     """Nearly all would take more: with them go rows for large steps and for guesses."""
     for num_layers, shared, guess_rows in itertools.product((1, 2, 5), (False, True), (0, 16)):
-        groups = groups_of([64] * num_layers, [6] * num_layers)
-        (plan,) = plans_of(groups, None, 6 * num_layers * 64, shared, guess_rows)
+        groups = group_layers([64] * num_layers, [6] * num_layers)
+        (plan,) = plan_caches(groups, None, 6 * num_layers * 64, shared, guess_rows)
         assert (plan.fits, plan.rows) == (True, 6 * num_layers)
     with raises(ValueError, "bytes"):
-        plans_of(groups_of([64], [6]), None, 383, False, 16)
+        plan_caches(group_layers([64], [6]), None, 383, False, 16)
 
 
 # ---- other users of the weights --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import switchgear
 from errors import raises
 from switchgear import MoE, offload
 from switchgear.offload import HotColdSplit, NextGate, attach, hot_cold
-from switchgear.offload.device import CudaDevice, device_of
+from switchgear.offload.device import CudaDevice, find_device
 from switchgear.offload.store_records import PAGE
 
 
@@ -57,7 +57,7 @@ class Calls:
         patch.setattr(torch.cuda, "synchronize", lambda device: self.queued.synchronize())
         patch.setattr(torch.cuda, "is_current_stream_capturing", self.queued.is_capturing)
         for module in (attach, hot_cold):
-            patch.setattr(module, "device_of", lambda _: CudaDevice(torch.device("cpu")))
+            patch.setattr(module, "find_device", lambda _: CudaDevice(torch.device("cpu")))
 
 
 @torch.no_grad()
@@ -119,9 +119,9 @@ def test_hot_experts_are_copied_on_the_copy_stream(monkeypatch: pytest.MonkeyPat
 
 
 def test_devices() -> None:
-    assert device_of(torch.device("cpu")) is None
+    assert find_device(torch.device("cpu")) is None
     with raises(ValueError, "device"):
-        device_of(torch.device("meta"))
+        find_device(torch.device("meta"))
     model = make_model()
     if not torch.cuda.is_available():
         with raises(ValueError, "device"):

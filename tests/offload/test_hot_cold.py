@@ -131,7 +131,7 @@ def test_row43_a_gpu_and_the_host_at_once(is_pinned: bool, monkeypatch: pytest.M
     """Without gradients the parts are queued on streams; with them torch copies."""
     device = QueuedDevice(1, is_eager=True)
     device.has_pinned = is_pinned
-    monkeypatch.setattr(hot_cold, "device_of", lambda _: device)
+    monkeypatch.setattr(hot_cold, "find_device", lambda _: device)
     experts = experts_of(bias=True)
     x, ids, weights = skewed()
     for threshold in (0, 3, 10, 1000):
@@ -171,7 +171,7 @@ def test_row43_both_parts_find_their_numbers(seed: int) -> None:
                 wrong.append("rows")
             return 3 * x
 
-        y, part = hot_cold.overlapped(device, (x,), launch, multiply)
+        y, part = hot_cold.overlap(device, (x,), launch, multiply)
 
         def add(y: Tensor = y, part: Tensor = part, values: Tensor = values) -> None:
             if not torch.equal(y + part, 5 * values):

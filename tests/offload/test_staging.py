@@ -47,7 +47,7 @@ class Kernels:
         self.device, self.chance, self.wrong, self.count = QueuedDevice(seed), chance, [], 0  # type: ignore[var-annotated]
         self.store = MemoryStore(model)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attach, "device_of", lambda _: self.device)
+            patch.setattr(attach, "find_device", lambda _: self.device)
             self.offloaded = offload.offload(model, self.store, **options)  # type: ignore[arg-type]
         self.cache = self.offloaded._cache
         self.reader = self.store.reader

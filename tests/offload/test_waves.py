@@ -27,7 +27,7 @@ FORMS = ("plain", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
 @pytest.fixture(params=["reference", *SIMT_DEVICES])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(waves, "adds_in_order_of_experts", lambda x: False)
-    monkeypatch.setattr(attach, "device_of", lambda _: QueuedDevice(1, is_eager=True))
+    monkeypatch.setattr(attach, "find_device", lambda _: QueuedDevice(1, is_eager=True))
     with backend_named(request.param):
         yield request.param
 

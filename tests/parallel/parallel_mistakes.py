@@ -76,14 +76,15 @@ MISTAKES = {
         Mistake("static.py", "gradients of experts are sums", "share = 1.0 / len(parallel.twins) if", "share = 1.0 if"),
     ),
     "a_change_by_all_or_none": (
-        Mistake("membership.py", "a change counts once all have applied it", "done = max(member.done for",
+        Mistake("elastic/membership.py", "a change counts once all have applied it", "done = max(member.done for",
                 "done = min(member.done for"),
-        Mistake("membership.py", "a change that is dropped is kept", "complete()\n        self._apply = None",
+        Mistake("elastic/membership.py", "a change that is dropped is kept", "complete()\n        self._apply = None",
                 "complete()"),
-        Mistake("membership.py", "half a change counts as none", "self.empty = True  # half", "pass  # half"),
+        Mistake("elastic/membership.py", "half a change counts as none", "self.empty = True  # half", "pass  # half"),
     ),
     "members_without_state": (
-        Mistake("membership.py", "members without state propose", "if not own.empty and not missing", "if not missing"),
+        Mistake("elastic/membership.py", "members without state propose",
+                "if not own.empty and not missing", "if not missing"),
     ),
     "clipping": (
         Mistake("elastic/steps.py", "the norm counts each copy", "module.placement.owners[expert][0] == rank",

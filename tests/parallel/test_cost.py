@@ -25,16 +25,17 @@ from switchgear.parallel.cost import (
     Layer,
     Link,
     Machine,
+    Rates,
     choose_chunks,
     count,
     count_levels,
     draw_routing,
+    expected_losses,
     pipeline,
     predict,
     rows_per_token,
     two_level_pipeline,
 )
-from switchgear.parallel.failure_cost import Rates, expected_losses
 from switchgear.parallel.nodes import Nodes
 from switchgear.parallel.transport import Network
 from switchgear_bench import parallel as bench

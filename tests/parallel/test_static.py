@@ -176,7 +176,7 @@ def raised(rank: int, ids: list[list[int]]) -> str:
 )  # fmt: skip
 def test_overflow_raises_on_all_ranks(pool: Pool, ids: list[list[int]], message: str) -> None:
     answers = pool.run(raised, ids)
-    assert answers[1] == f"ValueError: {message}"
+    assert answers[1].startswith(f"ValueError: {message}")
     assert answers[0] == answers[2] == answers[3]
     assert "rank 1 raised" in answers[0]
     assert message in answers[0]

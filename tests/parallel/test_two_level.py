@@ -18,9 +18,9 @@ from test_exchange import LAYERS, SHARDS, Case, compare, experts_forward, inputs
 
 import switchgear
 from errors import raises
-from switchgear.parallel import ExpertParallel, Placement, channels, group, layout
+from switchgear.parallel import ExpertParallel, Placement, group, layout
 from switchgear.parallel.header import LENGTH
-from switchgear.parallel.nodes import Nodes, find_nodes
+from switchgear.parallel.nodes import Nodes, find_nodes, open_channel
 from switchgear.parallel.transport import BackendTransport
 from switchgear.parallel.two_level import TwoLevel, plan_relaying
 
@@ -183,7 +183,7 @@ def test_relays_look_between_products(pool: Pool) -> None:
 
 def fixed_order(rank: int, case: Case) -> None:
     """The order of transfers on other devices, over backends as they are used there."""
-    made, opened = TwoLevel.__init__, channels.open_channel
+    made, opened = TwoLevel.__init__, open_channel
 
     def patched(self: TwoLevel, *args: Any) -> None:
         made(self, *args)

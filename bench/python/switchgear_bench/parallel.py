@@ -33,13 +33,14 @@ from torch import Tensor
 
 from switchgear import ops
 from switchgear.cli.common import CommandError, not_negative, positive
-from switchgear.cli.machine import cpu, has_fast_bfloat16
+from switchgear.cli.machine import cpu
 from switchgear.parallel import ExpertParallel, ParallelExperts
 from switchgear.parallel.cost import count, count_levels, draw_routing
 from switchgear.parallel.record import Event
 from switchgear_bench.processes import Child
 
 from .case import FORMATS
+from .machine import has_fast_bfloat16
 from .options import add_cases, add_files, add_modes, add_quick, add_routing, add_shapes
 from .parallel_plain import plain
 from .parallel_results import NEAR, PLAIN, Step, Task, base_of, plot, print_case, summarise, variants_of

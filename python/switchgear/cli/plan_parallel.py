@@ -12,8 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchgear.parallel.cost import CHUNKS, Layer, Machine, Prediction, count, count_levels, draw_routing, predict
-from switchgear.parallel.failure_cost import Losses, Rates, expected_losses
+from switchgear.parallel.cost import (
+    CHUNKS,
+    Layer,
+    Losses,
+    Machine,
+    Prediction,
+    Rates,
+    count,
+    count_levels,
+    draw_routing,
+    expected_losses,
+    predict,
+)
 from switchgear.parallel.nodes import Nodes
 from switchgear.parallel.placement import Placement, place_experts
 from switchgear.parallel.wire import WIRES

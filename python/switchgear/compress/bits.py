@@ -6,14 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from switchgear.complaints import integer
-from switchgear.functional import as_number
-from switchgear.reference import check_size
+from switchgear.checks import Count, Finite, Range, Sizes, checked
+
+AtLeastOne = Annotated[float, Range(1, math.inf)]
+FromZero = Annotated[float, Range(0, math.inf)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,16 +57,17 @@ class BitAllocation(Mapping[str, "list[int]"]):
         return f"{len(widths)} experts at {self.average:.3f} bits on average ({counts})"
 
 
+@checked
 def allocate_bits(
     errors: ExpertErrors | Mapping[str, Tensor],
-    bits: Sequence[int] | None = None,
-    average: float = 2.5,
+    bits: Sizes | None = None,
+    average: AtLeastOne = 2.5,
     *,
-    alpha: float = 1.0,
-    beta: float = 1.5,
-    gamma: float = 2.0,
-    at_least: Mapping[int, int] | None = None,
-    tolerance: float | None = None,
+    alpha: Finite = 1.0,
+    beta: Finite = 1.5,
+    gamma: Finite = 2.0,
+    at_least: Mapping[int, Count] | None = None,
+    tolerance: FromZero | None = None,
 ) -> BitAllocation:
     """Gives each expert of each layer one of `bits`, such that their mean is at most `average` and the sum of costs is
     minimal (MC-MoE, arXiv:2410.06270, eq. 4-5):
@@ -91,12 +93,8 @@ def allocate_bits(
     """
     widths, costs = _read_costs(errors, bits, alpha, beta, gamma, plain=tolerance is not None)
     if tolerance is not None:
-        limit = as_number("tolerance", tolerance)
-        if not limit >= 0:
-            raise ValueError(f"tolerance: expected a number from 0 on, got {tolerance}")
-        found = {name: lower_within(cost, widths, limit) for name, cost in costs.items()}
+        found = {name: lower_within(cost, widths, tolerance) for name, cost in costs.items()}
     else:
-        average = as_number("average", average)
         if not widths[0] <= average:
             raise ValueError(f"average: expected at least {widths[0]}, the smallest of bits, got {average}")
         found = {}
@@ -117,18 +115,12 @@ def _read_costs(
     gamma: float,
     plain: bool,
 ) -> tuple[list[int], dict[str, Tensor]]:
-    powers = {"alpha": alpha, "beta": beta, "gamma": gamma}
-    for name, power in powers.items():
-        if not math.isfinite(as_number(name, power)):
-            raise ValueError(f"{name}: expected a finite number, got {power}")
     given = bits if bits is not None else errors.bits if isinstance(errors, ExpertErrors) else None
     if given is None:
         raise ValueError("bits: expected the widths of the columns of errors, got none")
-    widths = as_widths(given)
+    widths = list(given)
     if widths != sorted(set(widths)):
         raise ValueError(f"bits: expected different widths in ascending order, got {widths}")
-    if not isinstance(errors, (ExpertErrors, Mapping)):
-        raise TypeError(f"errors: expected ExpertErrors or costs by layer, got {type(errors).__name__}")
     if not isinstance(errors, ExpertErrors):
         costs = {name: torch.as_tensor(cost).double() for name, cost in errors.items()}
     else:
@@ -150,30 +142,14 @@ def _read_costs(
     return widths, costs
 
 
-def as_widths(bits: Any) -> list[int]:
-    """Raises TypeError or ValueError for what is no list of widths."""
-    if isinstance(bits, str) or not isinstance(bits, Sequence):
-        raise TypeError(f"bits: expected a list of int, got {type(bits).__name__}")
-    if not bits:
-        raise ValueError("bits: expected at least one width, got none")
-    widths = [integer("bits", width) for width in bits]
-    for width in widths:
-        check_size("bits", width)
-    return widths
-
-
 def _count_needed(widths: Sequence[int], count: int, budget: int, at_least: Mapping[int, int] | None) -> list[int]:
     """How many experts each width must have at least."""
     if at_least is None:
         needed = [int(width in (2, 3)) for width in widths]
         rest = (count - sum(needed)) * widths[0] + sum(n * w for n, w in zip(needed, widths, strict=True))
         return needed if sum(needed) <= count and rest <= budget else [0] * len(widths)
-    if not isinstance(at_least, Mapping):
-        raise TypeError(f"at_least: expected numbers of experts by width, got {type(at_least).__name__}")
     if unknown := sorted(set(at_least) - set(widths)):
         raise ValueError(f"at_least: expected widths of {list(widths)}, got {unknown[0]}")
-    for number in at_least.values():
-        check_size("at_least", number, 0)
     return [at_least.get(width, 0) for width in widths]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from switchgear.complaints import check_module, check_seed, check_switch, list_of_names
+from switchgear.checks import Count, Seed, checked, list_of_names
 from switchgear.compress.sums import (
     Domains,
     ExpertSums,
@@ -27,7 +27,6 @@ from switchgear.compress.sums import (
 from switchgear.files import AnyPath
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.integrations.moe_blocks import MoeBlock
-from switchgear.reference import check_size
 from switchgear.trace import Observation, observe
 from switchgear.utils.modules import set_eval
 
@@ -121,15 +120,6 @@ class Calibration:
             raise ValueError(f"path: expected a file of Calibration.save, got {path} ({error})") from error
 
 
-def check_calibration(
-    calibration: Any, model: nn.Module, names: Collection[str] | None = None, domains: Domains = None
-) -> None:
-    """Raises TypeError for what is no Calibration, and ValueError as its `check`."""
-    if not isinstance(calibration, Calibration):
-        raise TypeError(f"calibration: expected Calibration, got {type(calibration).__name__}")
-    calibration.check(model, names, domains)
-
-
 def check_finite(name: str, *statistics: Tensor) -> None:
     """Raises ValueError, which names the layer, for statistics with NaN or infinities."""
     if not all(bool(tensor.isfinite().all()) for tensor in statistics):
@@ -174,15 +164,16 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 # ---- the pass --------------------------------------------------------------------------------------------------------
 
 
+@checked
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
     hessians: bool = False,
-    samples: int = 512,
+    samples: Count = 512,
     layers: Collection[str] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Calibration:
     """Runs the model on batches and keeps statistics of each MoE layer and domain.
 
@@ -209,10 +200,6 @@ def calibrate(
         ValueError: no MoE layers, experts that are stored in another form or distributed over processes, no batches, or
             only padding.
     """
-    check_module("model", model)
-    check_size("samples", samples, 0)
-    check_switch("hessians", hessians)
-    check_seed(seed)
     each, parts = _iterate(batches), expert_layers(model, layers)
     collector = _Collector(parts, hessians, samples, seed)
     with set_eval(model), observe(model, collector.see, layers=list(parts)):

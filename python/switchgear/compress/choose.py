@@ -9,17 +9,19 @@ import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from switchgear.checks import Count, Range, Size
 from switchgear.compress.calibration import Calibration, check_finite
 from switchgear.compress.sums import Domains, LayerCalibration, Samples
 from switchgear.compress.surgery import compute_choice, compute_choice_among
 from switchgear.integrations.blocks import ExpertLayer
 
-Keep = int | float | Mapping[str, Sequence[int]]
+OpenShare = Annotated[float, Range(0, 1, "low high")]
+Keep = Size | OpenShare | Mapping[str, Sequence[Count]]
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,9 @@ def split_experts(layer: ExpertLayer, kept: Sequence[int]) -> tuple[list[int], l
 
 
 def _keep_given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
-    if isinstance(experts, (str, int, float)):
-        raise TypeError(f"keep: expected a list of experts for {layer.name}, got {type(experts).__name__}")
     try:
-        if any(isinstance(expert, bool) for expert in experts):  # Python takes them for 0 and 1
-            raise TypeError
         ids = [operator.index(expert) for expert in experts]
-    except TypeError:
+    except TypeError:  # a tensor of floats
         raise TypeError(f"keep: expected a list of experts for {layer.name}, got {experts!r}") from None
     if len(set(ids)) != len(ids) or not all(0 <= expert < layer.num_experts for expert in ids):
         raise ValueError(
@@ -117,14 +115,7 @@ def _keep_given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
 
 def count_kept(layer: ExpertLayer, keep: int | float) -> int:
     """The number of experts to keep. Raises ValueError if it is too small or too large."""
-    if isinstance(keep, float):
-        if not 0 < keep < 1:
-            raise ValueError(f"keep: expected a fraction in (0, 1), or a number of experts, got {keep}")
-        count = max(round(keep * layer.num_experts), 1)
-    elif isinstance(keep, Integral) and not isinstance(keep, bool):
-        count = int(keep)
-    else:
-        raise TypeError(f"keep: expected int, float or a dict of lists, got {type(keep).__name__}")
+    count = keep if isinstance(keep, int) else max(round(keep * layer.num_experts), 1)
     least = layer.block.top_k or 1
     if not least <= count <= layer.num_experts:
         raise ValueError(f"keep: expected {least} (top_k) to {layer.num_experts} experts in {layer.name}, got {count}")

@@ -4,17 +4,14 @@ that follow, such that the output on the calibration data changes least. All exp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from switchgear.complaints import check_switch
-from switchgear.functional import as_number
-from switchgear.reference import check_size, groups
-from switchgear.reference.checks import check
+from switchgear.checks import Count, NotNegative, Range, Shape, checked
+from switchgear.reference import groups
 
 BLOCK = 128  # columns whose updates of the rest are applied together
 
@@ -47,14 +44,15 @@ def decode(quantized: Levels, bits: int, group_size: int) -> Tensor:
     return (q - quantized.zeros.float().repeat_interleave(size, -1)[..., :columns]) * scale
 
 
+@checked
 def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    bits: int,
-    group_size: int,
+    weight: Annotated[Tensor, Shape("n", "N", "C")],
+    hessian: Annotated[Tensor, Shape("n", "C", "C")],
+    bits: Annotated[int, Range(1, 8)],
+    group_size: Count,
     *,
     symmetric: bool = True,
-    damping: float = 0.01,
+    damping: NotNegative = 0.01,
     act_order: bool = False,
 ) -> Levels:
     """Quantizes weight [n,N,C] for Hessians Xᵀ X [n,C,C].
@@ -72,10 +70,11 @@ def gptq(
 
     Raises TypeError or ValueError for an option out of range, another shape, or numbers that are not finite.
     """
-    _check(weight, hessian, bits, group_size)
-    check_damping(damping)
-    check_switch("symmetric", symmetric)
-    check_switch("act_order", act_order)
+    if 0 in weight.shape:
+        raise ValueError(f"weight: expected sizes of at least 1, got {list(weight.shape)}")
+    for name, tensor in {"weight": weight, "hessian": hessian}.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
     plain = round_to_nearest(weight, bits, group_size, symmetric)
     target = weight.float()
     hessian = hessian.float()
@@ -91,28 +90,6 @@ def gptq(
         target - decode(plain, bits, group_size), hessian
     )
     return Levels(*(torch.where(better[..., None], new, old) for new, old in zip(found, plain, strict=True)))
-
-
-def check_damping(damping: Any) -> None:
-    if not 0 <= as_number("damping", damping) < math.inf:
-        raise ValueError(f"damping: expected a number from 0 on, got {damping}")
-
-
-def _check(weight: Any, hessian: Any, bits: Any, group_size: Any) -> None:
-    for name, tensor in {"weight": weight, "hessian": hessian}.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected Tensor, got {type(tensor).__name__}")
-    if weight.dim() != 3 or 0 in weight.shape:
-        raise ValueError(f"weight: expected shape [n,N,C], with sizes of at least 1, got {list(weight.shape)}")
-    count, _, columns = weight.shape
-    check("hessian", hessian, [count, columns, columns])
-    for name, tensor in {"weight": weight, "hessian": hessian}.items():
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
-    check_size("bits", bits)
-    if bits > 8:
-        raise ValueError(f"bits: expected 1 to 8, got {bits}")
-    check_size("group_size", group_size, 0)
 
 
 def sum_row_errors(difference: Tensor, hessian: Tensor) -> Tensor:

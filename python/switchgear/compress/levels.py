@@ -5,39 +5,44 @@ expert_errors: what each layer's output loses if one expert alone is quantized."
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Integral
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, integer
-from switchgear.compress.bits import ExpertErrors, as_widths
-from switchgear.compress.calibration import Calibration, check_calibration, check_finite
+from switchgear.checks import NotEmpty, Range, checked
+from switchgear.compress.bits import ExpertErrors
+from switchgear.compress.calibration import Calibration, check_finite
 from switchgear.compress.gptq import Levels, decode, gptq, round_to_nearest
 from switchgear.compress.sums import Domains, Hessians
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
-from switchgear.reference import check_choice, check_size
 from switchgear.weights.groups import Groups
 
-METHODS = ("rtn", "gptq")
-Bits = int | Mapping[str, int | Sequence[int]]
+Method = Literal["rtn", "gptq"]
+Width = Annotated[int, Range(1, 8)]
+Widths = Annotated[Sequence[Width], NotEmpty]
+Bits = Width | Mapping[str, Width | Sequence[Width]] | Sequence[Width]
 _TOGETHER = 8  # experts: bounds the memory of float32 copies and factors
 
 
-def read_widths(layer: ExpertLayer, bits: Bits, most: int) -> list[int]:
+def choose_form(bits: Bits, group_size: int, symmetric: bool, store: bool) -> Groups:
+    """The form of the levels. Raises ValueError for a group size that it does not have, and for more bits than it has
+    if they are to be stored."""
+    given = list(bits.values()) if isinstance(bits, Mapping) else [bits]
+    most = max((width for each in given for width in (each if isinstance(each, Sequence) else [each])), default=0)
+    if store and most > 4:
+        more = "up to 8 with store=False, or switchgear.store(model, 'int8')"
+        raise ValueError(f"bits: expected 1 to 4, got {most}; {more}")
+    return Groups(4, group_size, symmetric)
+
+
+def read_widths(layer: ExpertLayer, bits: Bits) -> list[int]:
+    """Bits of each expert of a layer."""
     given = bits[layer.name] if isinstance(bits, Mapping) else bits
-    if isinstance(given, str) or not isinstance(given, (Integral, Sequence)):
-        raise TypeError(f"bits: expected int, or a list of them, got {type(given).__name__}")
-    each = given if isinstance(given, Sequence) else [given] * layer.num_experts
-    widths = [integer("bits", width) for width in each]
+    widths = list(given) if isinstance(given, Sequence) else [given] * layer.num_experts
     if len(widths) != layer.num_experts:
         raise ValueError(f"bits: expected {layer.num_experts} numbers for {layer.name}, got {len(widths)}")
-    for width in widths:
-        check_size("bits", width)
-        if width > most:
-            more = "; up to 8 with store=False, or switchgear.store(model, 'int8')" if most == 4 else ""
-            raise ValueError(f"bits: expected 1 to {most}, got {width}{more}")
-    return widths
+    return [int(width) for width in widths]
 
 
 def find_hessians(
@@ -47,7 +52,7 @@ def find_hessians(
         if method == "gptq":
             raise ValueError("calibration: expected one with hessians=True for method='gptq', got None")
         return {}
-    check_calibration(calibration, model, layers)
+    calibration.check(model, layers)
     found = {}
     for name in layers:
         hessians = calibration.layers[name].hessians
@@ -107,14 +112,15 @@ def decode_projection(layer: ExpertLayer, index: int, found: Sequence[tuple[int,
 # ---- expert_errors ---------------------------------------------------------------------------------------------------
 
 
+@checked
 @torch.no_grad()
 def expert_errors(
     model: nn.Module,
     calibration: Calibration,
-    bits: Sequence[int] = (1, 2, 3),
+    bits: Widths = (1, 2, 3),
     *,
     group_size: int = 128,
-    method: str = "rtn",
+    method: Method = "rtn",
     symmetric: bool = True,
     domains: Domains = None,
     layers: Collection[str] | None = None,
@@ -133,17 +139,13 @@ def expert_errors(
 
     Raises ValueError for a calibration of another model, or without a sample (or Hessians, for method="gptq").
     """
-    check_module("model", model)
-    check_choice("method", method, METHODS)
-    bits = sorted(set(as_widths(bits)))
+    bits = sorted(set(bits))
     form = Groups(4, group_size, symmetric)
     parts = expert_layers(model, layers)
-    check_calibration(calibration, model, parts, domains)
+    calibration.check(model, parts, domains)
     hessians = find_hessians(model, parts, method, calibration)
     result = ExpertErrors(tuple(bits), {}, {}, {})
     for name, layer in parts.items():
-        for width in bits:
-            read_widths(layer, width, 8)
         known = calibration.layers[name]
         sample, sums = known.sample(domains), known.sums(domains)
         if sample is None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_switch
-from switchgear.compress.calibration import Calibration, check_calibration
-from switchgear.compress.choose import count_kept, count_per_group
+from switchgear.checks import Size, checked
+from switchgear.compress.calibration import Calibration
+from switchgear.compress.choose import OpenShare, count_kept, count_per_group
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
     Cut,
@@ -34,11 +34,6 @@ from switchgear.integrations.blocks import (
     split_gate,
 )
 from switchgear.integrations.gates import find_gate
-from switchgear.reference import check_choice
-
-SIMILARITIES = ("outputs", "logits", "weights")
-CLUSTERS = ("hierarchical", "dominant")
-ROUTERS = ("average", "dominant", "keep")
 
 
 @dataclass(frozen=True)
@@ -71,16 +66,17 @@ class Merged:
         return f"{layers}: {max(every)} experts merged into {max(groups)}, {share:.1%} fewer parameters"
 
 
+@checked
 @torch.no_grad()
 def merge_experts(
     model: nn.Module,
-    keep: int | float,
+    keep: Size | OpenShare,
     *,
     calibration: Calibration,
-    similarity: str = "outputs",
-    cluster: str = "hierarchical",
+    similarity: Literal["outputs", "logits", "weights"] = "outputs",
+    cluster: Literal["hierarchical", "dominant"] = "hierarchical",
     align: bool = False,
-    router: str = "average",
+    router: Literal["average", "dominant", "keep"] = "average",
     domains: Domains = None,
 ) -> Merged:
     """Merges the experts of each layer into `keep` ones, in place; on failure nothing is changed. A group's expert is
@@ -112,16 +108,11 @@ def merge_experts(
         ValueError: an option out of range, a calibration of another model, or a layer that cannot be merged, which the
             message names.
     """
-    check_module("model", model)
-    check_choice("similarity", similarity, SIMILARITIES)
-    check_choice("cluster", cluster, CLUSTERS)
-    check_choice("router", router, ROUTERS)
-    check_switch("align", align)
     layers = expert_layers(model)
     for layer in layers.values():
         check_cuttable(layer)
     check_unshared(model, expert_tensors(layers.values()))
-    check_calibration(calibration, model, domains=domains)
+    calibration.check(model, domains=domains)
     counts = {name: count_kept(layer, keep) for name, layer in layers.items()}
     if router != "keep":
         check_config(model, [layer.block for layer in layers.values()], list(counts.values()))

@@ -8,27 +8,24 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.checks import Range, Size, checked
 from switchgear.compress.surgery import compute_choice
 from switchgear.experts import Experts
-from switchgear.functional import Routing, as_number
+from switchgear.functional import Routing
 from switchgear.integrations.blocks import read_network, write_shared
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.layers.shared import SharedExperts
 from switchgear.modules import MoE
-from switchgear.reference import check_choice, check_size
 from switchgear.routing.change import Change, overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.router import Router
 from switchgear.weights.checks import check_plain
-
-CRITERIA = ("alpha", "hit_rate")
 
 
 @dataclass
@@ -99,25 +96,18 @@ class ProgressivePruner:
     Raises ValueError for a model without such layers, or an option out of range.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
-        total_steps: int,
+        total_steps: Size,
         *,
-        criterion: str = "alpha",
-        windows: int = 10,
-        beta: float = 1.0,
-        force_at: float = 0.5,
+        criterion: Literal["alpha", "hit_rate"] = "alpha",
+        windows: Size = 10,
+        beta: Annotated[float, Range(0, math.inf)] = 1.0,
+        force_at: Annotated[float, Range(0, 1, "low")] = 0.5,
         group: Any = None,
     ) -> None:
-        check_module("model", model)
-        check_size("total_steps", total_steps)
-        check_choice("criterion", criterion, CRITERIA)
-        check_size("windows", windows)
-        if not 0 < as_number("force_at", force_at) <= 1:
-            raise ValueError(f"force_at: expected a share of the steps in (0, 1], got {force_at}")
-        if not as_number("beta", beta) >= 0:
-            raise ValueError(f"beta: expected a number from 0 on, got {beta}")
         self._forced = max(round(force_at * total_steps), 1)
         if windows > self._forced:
             raise ValueError(f"windows: expected at most {self._forced} steps of pruning, got {windows}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_seed
-from switchgear.compress.calibration import Calibration, check_calibration, check_finite
+from switchgear.checks import Count, Seed, checked
+from switchgear.compress.calibration import Calibration, check_finite
 from switchgear.compress.choose import Keep, PrunedLayer, choose, split_experts
 from switchgear.compress.sums import Domains, LayerCalibration
 from switchgear.compress.surgery import (
@@ -29,9 +29,6 @@ from switchgear.compress.surgery import (
 from switchgear.integrations.blocks import ExpertLayer, expert_layers, expert_tensors
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.layers.virtual import VirtualExperts
-from switchgear.reference import check_choice, check_size
-
-CRITERIA = ("reap", "reconstruction", "frequency", "random")
 
 
 @dataclass(frozen=True)
@@ -56,18 +53,19 @@ class Pruned:
         return f"{layers}: {many} of {max(every)} experts kept by {self.criterion}, {share:.1%} fewer parameters"
 
 
+@checked
 @torch.no_grad()
 def prune_experts(
     model: nn.Module,
     keep: Keep,
-    criterion: str = "reap",
+    criterion: Literal["reap", "reconstruction", "frequency", "random"] = "reap",
     *,
     calibration: Calibration | None = None,
-    scope: str = "layer",
-    replace: str = "none",
+    scope: Literal["layer", "global"] = "layer",
+    replace: Literal["none", "constant"] = "none",
     domains: Domains = None,
-    seed: int = 0,
-    exact_subsets: int = 4096,
+    seed: Seed = 0,
+    exact_subsets: Count = 4096,
 ) -> Pruned:
     """Removes experts in place: their weights, their rows of the router and of its biases, and their number in the
     config. A pruned Hugging Face model can be saved, and loads in transformers. On failure nothing is changed.
@@ -99,12 +97,6 @@ def prune_experts(
         ValueError: an option out of range, a calibration of another model, or a layer that cannot be
             pruned, which the message names.
     """
-    check_module("model", model)
-    check_choice("criterion", criterion, CRITERIA)
-    check_choice("scope", scope, ("layer", "global"))
-    check_choice("replace", replace, ("none", "constant"))
-    check_size("exact_subsets", exact_subsets, 0)
-    check_seed(seed)
     layers = _choose_layers(model, keep)
     for layer in layers.values():
         check_cuttable(layer)
@@ -113,7 +105,7 @@ def prune_experts(
     if (needs or replace == "constant") and calibration is None:
         raise ValueError(f"calibration: expected one for {criterion if needs else 'replace=constant'}, got None")
     if calibration is not None:
-        check_calibration(calibration, model, layers, domains)
+        calibration.check(model, layers, domains)
         if needs or replace == "constant":
             _check_seen(calibration, layers, domains)
     found = choose(layers, keep, criterion, calibration, scope, domains, seed, exact_subsets)

@@ -10,15 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_switch
+from switchgear.checks import Count, NotNegative, checked
 from switchgear.compress.bits import BitAllocation, packed_bytes
 from switchgear.compress.calibration import Calibration
-from switchgear.compress.gptq import Levels, check_damping, decode, sum_row_errors
-from switchgear.compress.levels import METHODS, Bits, find_hessians, find_starved, quantize_projection, read_widths
+from switchgear.compress.gptq import Levels, decode, sum_row_errors
+from switchgear.compress.levels import (
+    Bits,
+    Method,
+    choose_form,
+    find_hessians,
+    find_starved,
+    quantize_projection,
+    read_widths,
+)
 from switchgear.compress.sums import Hessians
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.integrations.moe_blocks import moe_blocks
-from switchgear.reference import check_choice, check_size, groups
+from switchgear.reference import groups
 from switchgear.weights.change import StoredChange, Target, memory_of
 from switchgear.weights.form import hint_for, layout_of
 from switchgear.weights.groups import Groups, weight_of
@@ -69,19 +77,20 @@ class Quantized:
         return f"{len(self.layers)} layers at {self.average_bits:.2f} bits by {self.method}: {sizes}{note}"
 
 
+@checked
 @torch.no_grad()
 def quantize(
     model: nn.Module,
     bits: Bits = 4,
     *,
     group_size: int = 128,
-    method: str = "rtn",
+    method: Method = "rtn",
     calibration: Calibration | None = None,
     symmetric: bool = True,
     store: bool = True,
-    damping: float = 0.01,
+    damping: NotNegative = 0.01,
     act_order: bool = False,
-    min_tokens: int = 32,
+    min_tokens: Count = 32,
 ) -> Quantized:
     """Quantizes the experts of a model to few bits, in place; on failure nothing is changed.
 
@@ -109,15 +118,9 @@ def quantize(
         ValueError: an option out of range, a calibration of another model or without Hessians, experts that cannot be
             stored, or that share parameters and would get different values; the message names the layer.
     """
-    check_module("model", model)
-    check_choice("method", method, METHODS)
-    check_size("min_tokens", min_tokens, 0)
-    check_damping(damping)
-    for switch, value in {"symmetric": symmetric, "store": store, "act_order": act_order}.items():
-        check_switch(switch, value)
+    form = choose_form(bits, group_size, symmetric, store)
     layers = expert_layers(model, bits if isinstance(bits, Mapping) else None, "bits")
-    widths = {name: read_widths(layer, bits, 4 if store else 8) for name, layer in layers.items()}
-    form = Groups(4, group_size, symmetric)  # checks the options
+    widths = {name: read_widths(layer, bits) for name, layer in layers.items()}
     _check_ties(model, layers, widths, method)
     hessians = find_hessians(model, layers, method, calibration)
     targets = _find_targets(model, layers) if store else {}

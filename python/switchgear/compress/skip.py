@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
-from switchgear.compress.calibration import Calibration, check_calibration
+from switchgear.checks import Fraction, checked
+from switchgear.compress.calibration import Calibration
 from switchgear.compress.sums import Domains
-from switchgear.functional import Routing, as_number
+from switchgear.functional import Routing
 from switchgear.integrations.choices import override_selection
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.routers import find_routing_method
@@ -39,12 +39,13 @@ class Skipped:
         return self.skipped / max(self.choices, 1)
 
 
+@checked
 @contextmanager
 def skip_experts(
     model: nn.Module,
     calibration: Calibration,
     *,
-    protect: float = 0.0,
+    protect: Fraction = 0.0,
     importance: Importance | None = None,
     domains: Domains = None,
 ) -> Iterator[Skipped]:
@@ -67,12 +68,7 @@ def skip_experts(
     Raises ValueError for a calibration of another model, one without second choices, a router of Hugging Face whose
     selection is not known (override), or an option out of range.
     """
-    check_module("model", model)
-    if not 0 <= as_number("protect", protect) <= 1:
-        raise ValueError(f"protect: expected a share of the tokens in [0, 1], got {protect}")
-    if importance is not None and not callable(importance):
-        raise TypeError(f"importance: expected a function of x, got {type(importance).__name__}")
-    check_calibration(calibration, model, domains=domains)
+    calibration.check(model, domains=domains)
     blocks = moe_blocks(model)
     ratios = {name: calibration.layers[name].ratio_median(domains) for name in blocks}
     if empty := [name for name, ratio in ratios.items() if ratio != ratio]:

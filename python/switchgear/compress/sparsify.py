@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
-from switchgear.compress.calibration import Calibration, check_calibration, check_finite
+from switchgear.checks import Range, checked
+from switchgear.compress.calibration import Calibration, check_finite
 from switchgear.compress.sums import Domains, ExpertSums
 from switchgear.compress.surgery import check_unshared
 from switchgear.integrations.blocks import expert_layers
-from switchgear.reference import check_choice
 
-METRICS = ("router_wanda", "wanda", "magnitude")
+Sparsity = Annotated[float, Range(0, 1, "low high")] | Literal["2:4"]
 _SQUARES = {"wanda": ("inputs", "hidden"), "router_wanda": ("gated_inputs", "gated_hidden")}  # fields of ExpertSums
 _ROWS = 1024  # scored at once
 
@@ -50,11 +49,12 @@ class Sparsified:
         return f"{layers}: {share:.1%} of the experts' weights are zero, by {self.metric}{note}"
 
 
+@checked
 @torch.no_grad()
 def prune_weights(
     model: nn.Module,
-    sparsity: float | str = 0.5,
-    metric: str = "router_wanda",
+    sparsity: Sparsity = 0.5,
+    metric: Literal["router_wanda", "wanda", "magnitude"] = "router_wanda",
     *,
     calibration: Calibration | None = None,
     domains: Domains = None,
@@ -75,8 +75,6 @@ def prune_weights(
     Raises ValueError for an option out of range, a calibration of another model, or experts that are not plain or are
     shared. Nothing is changed then.
     """
-    check_module("model", model)
-    check_choice("metric", metric, METRICS)
     layers = expert_layers(model)
     for layer in layers.values():
         for index in (0, 1):
@@ -85,7 +83,7 @@ def prune_weights(
     if calibration is None and metric != "magnitude":
         raise ValueError(f"calibration: expected one for {metric}, got None")
     if calibration is not None:
-        check_calibration(calibration, model, domains=domains)
+        calibration.check(model, domains=domains)
     known: dict[str, ExpertSums] = {}
     if calibration is not None and metric != "magnitude":
         known = {name: calibration.layers[name].sums(domains) for name in layers}
@@ -112,9 +110,7 @@ def count_zeros(sparsity: float | str, columns: int) -> tuple[int, int]:
         if columns % 4:
             raise ValueError(f"sparsity: expected a share for rows of {columns} columns, no multiple of 4, got 2:4")
         return 2, 4
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 < sparsity < 1:
-        raise ValueError(f"sparsity: expected a number in (0, 1) or '2:4', got {sparsity!r}")
-    return round(sparsity * columns), columns
+    return round(float(sparsity) * columns), columns
 
 
 def choose_zeros(weight: Tensor, norms: Tensor | None, sparsity: float | str) -> Tensor:

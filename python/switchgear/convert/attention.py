@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.complaints import check_module, first_line
-from switchgear.convert.checks import check_moe
+from switchgear.checks import Size, check_module, checked
+from switchgear.convert.checks import check_top_k
 from switchgear.functional import as_number
 from switchgear.papers.parts.selections import EqualTopK
 from switchgear.reference import check_choice, check_fraction, check_size
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router
 from switchgear.routing.selection import Dense
+from switchgear.utils.packages import first_line
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 UNUSUAL = ("attn_logit_softcapping", "clip_qkv")  # a few random rows do not show them
@@ -249,8 +250,9 @@ def attention_from_experts(
     return made.train(layers[0].training)
 
 
+@checked
 def attention_to_moe(
-    attention: nn.Module, num_experts: int, top_k: int | None = None, *, select: Any = None, keys: str = "chosen",
+    attention: nn.Module, num_experts: Size, top_k: Size | None = None, *, select: Any = None, keys: str = "chosen",
     router_init: float = 0.02, seed: int = 0,
 ) -> MixtureOfAttention:  # fmt: skip
     """Head groups of an attention layer as experts (LLaMA-MoE v2): each has its keys and values with their queries, and
@@ -272,7 +274,7 @@ def attention_to_moe(
     """
     found = _read(attention, "attention")
     top_k = num_experts if top_k is None else top_k
-    check_moe(num_experts, top_k)
+    check_top_k(num_experts, top_k)
     heads, kv_heads = found["heads"], found["kv_heads"]
     copies = max(num_experts // kv_heads, 1)
     if kv_heads * copies % num_experts or heads % num_experts:

@@ -8,17 +8,15 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_seed, check_several, check_tensor
-from switchgear.convert.checks import as_finite_numbers, check_number
-from switchgear.reference import check_choice
+from switchgear.checks import Finite, Range, Seed, check_module, check_several, check_tensor, convert
+from switchgear.convert.checks import as_finite_numbers
 from switchgear.weights.checks import check_state_dict
 
-METHODS = ("average", "ties", "dare", "base")
 _PART = 2**20  # elements that are merged at a time
 
 
@@ -26,19 +24,15 @@ _PART = 2**20  # elements that are merged at a time
 class Merging:
     """How tensors of the same name become one; see merge_models."""
 
-    method: str = "average"
+    method: Literal["average", "ties", "dare", "base"] = "average"
     weights: tuple[float, ...] | None = None
-    density: float = 0.2
-    scale: float = 1.0
-    seed: int = 0
+    density: Annotated[float, Range(0, 1, "low")] = 0.2
+    scale: Finite = 1.0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, METHODS)
-        check_number("density", self.density)
-        check_number("scale", self.scale)
-        check_seed(self.seed)
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density: expected a fraction in (0, 1], got {self.density}")
+        for name, hint in get_type_hints(Merging, include_extras=True).items():
+            convert(name, getattr(self, name), hint)
         if self.weights is not None and not sum(self.weights) > 0:
             raise ValueError(f"weights: expected numbers with a positive sum, got {list(self.weights)}")
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from switchgear import files
-from switchgear.complaints import failed_import
 from switchgear.convert.plans import Item
 from switchgear.files import AnyPath, bytes_of, write_whole, writing
+from switchgear.utils.packages import failed_import
 
 CONFIG = "config.json"
 TEMPLATES = "additional_chat_templates"  # a folder of a checkpoint

@@ -8,15 +8,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import pad
 
-from switchgear.complaints import check_several, check_tensor
-from switchgear.convert.checks import check_all_finite, check_random
+from switchgear.checks import NotNegative, Seed, Shape, Size, checked
+from switchgear.convert.checks import check_all_finite, check_top_k
 from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.modules import is_transformers
 from switchgear.convert.split import create_layer, initialize_router, write_networks
@@ -25,7 +25,7 @@ from switchgear.integrations.blocks import FeedForward, write_shared
 from switchgear.layers.expand import appended
 from switchgear.modules import MoE
 from switchgear.papers.parts.scores_of_experts import Domain
-from switchgear.reference import check_choice, check_size
+from switchgear.reference import check_size
 from switchgear.routing.context import Context, sequences
 from switchgear.utils.modules import set_eval
 from switchgear.weights.checks import check_plain
@@ -33,21 +33,22 @@ from switchgear.weights.checks import check_plain
 ROUTERS = ("random", "hidden", "embedding", "zeros")
 
 
+@checked
 def from_dense_experts(
-    models: Sequence[nn.Module],
-    top_k: int = 2,
+    models: Sequence[nn.Module | FeedForward],
+    top_k: Size = 2,
     *,
     shared: nn.Module | None = None,
     router: str | Tensor = "random",
-    router_init: float = 0.02,
+    router_init: NotNegative = 0.02,
     prompts: Sequence[Tensor] | None = None,
     embeddings: Tensor | None = None,
     merge: str = "average",
-    attention: str = "merged",
+    attention: Literal["merged", "experts", "shared_kv"] = "merged",
     base: nn.Module | None = None,
     weights: Sequence[float] | None = None,
     density: float = 0.2,
-    seed: int = 0,
+    seed: Seed = 0,
     layers: str | Sequence[int] = "all",
     family: str | None = None,
     **options: Any,
@@ -73,14 +74,10 @@ def from_dense_experts(
     Raises:
         TypeError, ValueError: models that differ in type, size or activation, or an option out of range.
     """
-    check_several("models", models, "models")
     models = list(models)
     if not models:
         raise ValueError("models: expected at least one, got none")
-    check_size("top_k", top_k)
-    if top_k > len(models):
-        raise ValueError(f"top_k: expected 1 to {len(models)} (models), got {top_k}")
-    check_random(seed, router_init=router_init)
+    check_top_k(len(models), top_k)
     if isinstance(router, str) and router not in ROUTERS:
         raise ValueError(f"router: expected {', '.join(ROUTERS)} or a tensor, got {router!r}")
     if all(isinstance(model, FeedForward) or is_feed_forward(model) for model in models):
@@ -90,7 +87,6 @@ def from_dense_experts(
     if not all(is_transformers(model) for model in models):
         kinds = ", ".join(sorted({type(model).__name__ for model in models}))
         raise TypeError(f"models: expected Hugging Face models, or feed-forward modules, got {kinds}")
-    check_choice("attention", attention, ("merged", "experts", "shared_kv"))
     if shared is not None or embeddings is not None or options:
         name = next(iter(options), "shared" if shared is not None else "embeddings")
         raise ValueError(f"{name}: expected none for Hugging Face models, no family of which expresses it")
@@ -103,8 +99,8 @@ def from_dense_experts(
 
 
 def _layer(
-    models: Sequence[nn.Module], top_k: int, shared: nn.Module | None, router: str | Tensor, router_init: float,
-    embeddings: Tensor | None, seed: int, options: dict[str, Any],
+    models: Sequence[nn.Module | FeedForward], top_k: int, shared: nn.Module | None, router: str | Tensor,
+    router_init: float, embeddings: Tensor | None, seed: int, options: dict[str, Any],
 ) -> MoE:  # fmt: skip
     networks = [feed_forward(model, f"models[{index}]") for index, model in enumerate(models)]
     first = networks[0]
@@ -244,20 +240,20 @@ class ModuleExperts(nn.Module):
 # ---- routing without training ----------------------------------------------------------------------------------------
 
 
+@checked
 @torch.no_grad()
-def sequence_perplexities(models: Sequence[nn.Module], input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+def sequence_perplexities(
+    models: Sequence[nn.Module],
+    input_ids: Annotated[Tensor, Shape("B", "S")],
+    mask: Annotated[Tensor, Shape("B", "S")] | None = None,
+) -> Tensor:
     """[B,E] float32: the perplexity of each sequence under each causal language model, over its known tokens.
 
     models: called in eval() with input_ids, and with the mask as attention_mask if they take one; they return logits
     [B,S,V] or an object with them. mask [B,S]: False for padding. Padding before a token needs models that take one.
     """
-    check_tensor("input_ids", input_ids)
-    if input_ids.dim() != 2 or input_ids.shape[1] < 2:
+    if input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: expected [B,S] with at least two tokens, got {list(input_ids.shape)}")
-    if mask is not None:
-        check_tensor("mask", mask)
-        if mask.shape != input_ids.shape:
-            raise ValueError(f"mask: expected {list(input_ids.shape)} like input_ids, got {list(mask.shape)}")
     counted = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     masks = [{} if mask is None else _make_masks(model, counted) for model in models]
     counted = counted[:, 1:] & counted[:, :-1]

@@ -56,7 +56,7 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class Size:
+class Sizes:
     """The experts of a converted model. width: of an expert. shared_width: 0 for none. layers: with experts."""
 
     num_experts: int
@@ -90,7 +90,7 @@ def check_dense(config: Mapping[str, Any]) -> str:
     return str(model_type)
 
 
-def choose_family(config: Mapping[str, Any], size: Size, wanted: str | None = None) -> Family:
+def choose_family(config: Mapping[str, Any], size: Sizes, wanted: str | None = None) -> Family:
     """The family that expresses the result exactly. Raises ValueError with the reason if there is none."""
     model_type, every = check_dense(config), len(size.layers) == config["num_hidden_layers"]
     if wanted is None:
@@ -118,7 +118,7 @@ def choose_family(config: Mapping[str, Any], size: Size, wanted: str | None = No
     return family
 
 
-def make_moe_config(config: Mapping[str, Any], family: Family, size: Size) -> dict[str, Any]:
+def make_moe_config(config: Mapping[str, Any], family: Family, size: Sizes) -> dict[str, Any]:
     """The config.json of the result. `config` is the dense model's, with all of its fields."""
     source = str(config["model_type"])
     made = {key: value for key, value in config.items() if key not in ("mlp_bias", "pretraining_tp", "auto_map")}

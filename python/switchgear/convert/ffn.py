@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.complaints import check_module
+from switchgear.checks import check_module
 from switchgear.convert.checks import as_finite_numbers
 from switchgear.integrations.blocks import FeedForward
 from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_activation

@@ -5,21 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_function, check_module, check_several
+from switchgear.checks import checked
 from switchgear.convert.ffn import NAMES, is_feed_forward
 from switchgear.convert.modules import call_model, choose_layers, find_dense_layers, watch_rows
-from switchgear.reference import check_choice
 from switchgear.trace.observe import inputs_of
 from switchgear.utils.modules import set_eval
 
 DOWN = tuple(dict.fromkeys(down for _, _, down in NAMES))
 
 
+@checked
 def neuron_importance(
     module: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor], *, mlp: nn.Module | None = None
 ) -> Tensor:
@@ -33,8 +33,6 @@ def neuron_importance(
 
     Gradients of parameters are left as they are.
     """
-    check_module("module", module)
-    check_function("loss", loss)
     down = _find_down(module if mlp is None else mlp)
     name = next((name for name, part in module.named_modules() if part is down), None)
     if name is None:
@@ -44,12 +42,13 @@ def neuron_importance(
     return total
 
 
+@checked
 def layer_importance(
     model: nn.Module,
     batches: Iterable[Any],
     loss: Callable[[Any], Tensor] | None = None,
     *,
-    by: str = "gradient",
+    by: Literal["gradient", "activation"] = "gradient",
     layers: str | Sequence[int] = "all",
 ) -> dict[int, Tensor]:
     """The importance [I] float32 of the neurons of each dense feed-forward layer of a model, in one pass over batches
@@ -69,10 +68,6 @@ def layer_importance(
     Raises:
         ValueError: the model has no dense feed-forward layers, or no batch has tokens for one of them.
     """
-    check_module("model", model)
-    check_choice("by", by, ("gradient", "activation"))
-    if loss is not None:
-        check_function("loss", loss)
     found = find_dense_layers(model)
     chosen = choose_layers(layers, len(found))
     downs = {name: _find_down(mlp) for name, mlp in (found[layer] for layer in chosen)}
@@ -139,7 +134,6 @@ def _sum_activations(model: nn.Module, batches: Iterable[Any], downs: Mapping[st
 
 def _require_batches(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches. Raises ValueError if there are none."""
-    check_several("batches", batches, "batches")
     is_empty = True
     for batch in batches:
         is_empty = False

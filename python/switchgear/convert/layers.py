@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_seed, check_several, complain_about_rows
-from switchgear.convert.checks import check_number, derive_seed
+from switchgear.checks import Count, NotNegative, Seed, Size, checked, complain_about_rows
+from switchgear.convert.checks import derive_seed
 from switchgear.convert.ffn import is_feed_forward
 from switchgear.convert.modules import call_model, choose_layers, find_dense_layers, replace_modules, watch_rows
 from switchgear.convert.split import split_dense
 from switchgear.modules import MoE, after_step, balance_loss
-from switchgear.reference import check_size
 from switchgear.routing.router import Router
 from switchgear.routing.selection import Threshold, TopK
 from switchgear.utils.modules import set_eval
@@ -41,19 +40,20 @@ class Distillation:
     layers: tuple[Distilled, ...]
 
 
+@checked
 def distill_layers(
     model: nn.Module,
-    num_experts: int,
+    num_experts: Size,
     batches: Iterable[Any],
-    top_k: int = 2,
+    top_k: Size = 2,
     *,
     layers: str | Sequence[int] = "all",
-    tokens: int = 100_000,
-    steps: int = 200,
-    batch_size: int = 1024,
-    lr: float = 1e-3,
+    tokens: Size = 100_000,
+    steps: Count = 200,
+    batch_size: Size = 1024,
+    lr: NotNegative = 1e-3,
     method: str = "random",
-    seed: int = 0,
+    seed: Seed = 0,
     **options: Any,
 ) -> Distillation:
     """Replaces the dense feed-forward modules of a model, in place, by MoE layers that were trained on their inputs and
@@ -71,15 +71,6 @@ def distill_layers(
     Raises:
         ValueError: the model has no dense feed-forward modules, or batches has no tokens. Nothing is changed.
     """
-    check_module("model", model)
-    for name, size in {"tokens": tokens, "batch_size": batch_size, "top_k": top_k}.items():
-        check_size(name, size)
-    check_size("steps", steps, 0)
-    check_number("lr", lr)
-    if lr < 0:
-        raise ValueError(f"lr: expected a number of at least 0, got {lr}")
-    check_seed(seed)
-    check_several("batches", batches, "batches")
     options = {"weights": "softmax", **options}
     if is_feed_forward(model):
         chosen = {0: ("", model)}

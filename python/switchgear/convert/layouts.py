@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.complaints import failed_import
 from switchgear.convert.directory import ConversionError
 from switchgear.convert.families import FAMILIES, PARTS, Family, check_unquantized, read_num_experts
 from switchgear.convert.plans import ConversionPlan, Item, Source, copy_item
 from switchgear.reference import check_choice
+from switchgear.utils.packages import failed_import
 
 LAYOUTS = ("per_expert", "fused", "megatron", "megatron_te", "megatron_grouped")
 EXPERTS = r"(?:model|decoder)\.layers\.\d+\..*\.experts\."

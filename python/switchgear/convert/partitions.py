@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear import ops
-from switchgear.complaints import at_least, check_seed, check_tensor
-from switchgear.convert.checks import check_number
+from switchgear.checks import Finite, Seed, Shape, Size, checked
 from switchgear.integrations.blocks import FeedForward
-from switchgear.reference import check_choice, check_size
-from switchgear.reference.checks import check
 
-METHODS = ("random", "contiguous", "interleave", "cluster", "gradient", "domain_masks")
+Method = Literal["random", "contiguous", "interleave", "cluster", "gradient", "domain_masks"]
 LLOYD_STEPS = 20
 
 
@@ -45,25 +43,22 @@ class Partition:
         return len(self.experts)
 
 
+@checked
 def partition(
     weights: FeedForward,
-    num_experts: int,
-    method: str = "random",
+    num_experts: Size,
+    method: Method = "random",
     *,
     shared: int | float = 0,
     importance: Tensor | None = None,
-    keep: float = 0.5,
-    seed: int = 0,
+    keep: Finite = 0.5,
+    seed: Seed = 0,
 ) -> Partition:
     """Divides the neurons of a network; see split_dense for the methods.
 
     Raises:
         ValueError: an unknown method, a width that does not divide, or importance missing or of another shape.
     """
-    if not isinstance(weights, FeedForward):
-        raise TypeError(f"weights: expected FeedForward, got {type(weights).__name__}")
-    check_size("num_experts", num_experts)
-    check_choice("method", method, METHODS)
     width = weights.intermediate_size
     if method == "domain_masks":
         return _split_by_masks(_read_importance(importance, width, method), num_experts, keep, shared)
@@ -97,15 +92,14 @@ def partition(
     return Partition(tuple(part.sort().values for part in order.chunk(num_experts)), first)
 
 
-def balanced_kmeans(rows: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
+@checked
+def balanced_kmeans(rows: Annotated[Tensor, Shape("N", "D")], num_clusters: Size, seed: Seed = 0) -> Tensor:
     """[N] int64: a cluster for each of rows [N,D] float32, all of N / C rows, by Lloyd's steps with the balanced
     assignment of the native op. The result with the least squared distance is returned."""
-    check_tensor("rows", rows)
-    check("rows", rows, (None, None), torch.float32)
-    num_clusters = at_least(1, "num_clusters", num_clusters)
+    if rows.dtype is not torch.float32:
+        raise TypeError(f"rows: expected torch.float32, got {rows.dtype}")
     if num_clusters > len(rows):
         raise ValueError(f"num_clusters: expected 1 to {len(rows)}, got {num_clusters}")
-    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     centers = rows[torch.randperm(len(rows), generator=generator)[:num_clusters]]
     best, best_ids = math.inf, torch.zeros(len(rows), dtype=torch.int64)
@@ -126,8 +120,6 @@ def balanced_kmeans(rows: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
 
 def _count_shared(shared: int | float, num_experts: int, width: int) -> int:
     """A whole number counts shared experts as wide as the others; a fraction is one of the neurons."""
-    if isinstance(shared, bool) or not isinstance(shared, (int, float)):
-        raise TypeError(f"shared: expected a number of experts or a fraction, got {type(shared).__name__}")
     if not shared:
         return 0
     if isinstance(shared, int):
@@ -152,7 +144,6 @@ def _read_importance(importance: Tensor | None, width: int, method: str) -> Tens
     """[G,I] float32 on the CPU."""
     if importance is None:
         raise ValueError(f"importance: expected a tensor [I] or [G,I] for method={method!r}, got None")
-    check_tensor("importance", importance)
     rows = importance.detach().float().cpu()
     rows = rows[None] if rows.dim() == 1 else rows
     if rows.dim() != 2 or rows.shape[1] != width:
@@ -204,7 +195,6 @@ def _split_by_masks(importance: Tensor, num_experts: int, keep: float, shared: i
     if shared:
         raise ValueError(f"shared: expected 0 for domain masks, whose intersection is shared; got {shared}")
     width = importance.shape[1]
-    check_number("keep", keep)
     count = round(keep * width)
     if not 0 < keep <= 1 or not count:
         raise ValueError(f"keep: expected a fraction in (0, 1] that keeps a neuron, got {keep}")

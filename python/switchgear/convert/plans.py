@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from switchgear.convert.checks import check_number, derive_seed
-from switchgear.convert.families import PARTS, Family, Size, dense_key
+from switchgear.convert.checks import derive_seed
+from switchgear.convert.families import PARTS, Family, Sizes, dense_key
 from switchgear.convert.partitions import Partition, partition
 from switchgear.integrations.blocks import FeedForward
 
@@ -95,7 +95,7 @@ def list_kept_keys(source: Source, layers: Sequence[int]) -> list[str]:
 
 
 def copy_networks(
-    source: Source, family: Family, size: Size, *, router_init: float, noise: float, seed: int
+    source: Source, family: Family, size: Sizes, *, router_init: float, noise: float, seed: int
 ) -> list[Item]:
     """Each expert is a copy of the dense network, plus noise."""
     items = [copy_item(source, key) for key in list_kept_keys(source, size.layers)]
@@ -167,11 +167,6 @@ class Split:
     keep: float = 0.5
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_number("keep", self.keep)
-        if self.importance is not None and not isinstance(self.importance, Mapping):
-            raise TypeError(f"importance: expected a mapping by layer, got {type(self.importance).__name__}")
-
     def widths(self, source: Source, layer: int) -> tuple[int, int]:
         """The widths of an expert and of the shared one. Domain masks need their importance, the others sizes alone."""
         parts = self.partition(source, layer, shapes_only=True)
@@ -192,7 +187,7 @@ class Split:
 
 
 def split_networks(
-    source: Source, family: Family, size: Size, how: Split, *, scale: float, router_init: float
+    source: Source, family: Family, size: Sizes, how: Split, *, scale: float, router_init: float
 ) -> list[Item]:
     """Each expert has its neurons, padded with zeros to the common width; down projections are multiplied by `scale`,
     since the family's weights sum to 1. The shared expert's are doubled, since its gate starts at sigmoid(0) = 1/2."""
@@ -244,7 +239,7 @@ def _copy_neurons(
 
 
 def collect_networks(
-    base: Source, experts: Sequence[Source], family: Family, size: Size, *, router: Mapping[int, Tensor] | None,
+    base: Source, experts: Sequence[Source], family: Family, size: Sizes, *, router: Mapping[int, Tensor] | None,
     router_init: float, seed: int, merge: Callable[[str], Item], noise: float = 0.0,
 ) -> list[Item]:  # fmt: skip
     """Expert e of each layer is the feed-forward network of model e; other tensors are merge(key)."""

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.complaints import check_switch
+from switchgear.checks import Finite, NotNegative, Seed, Size, checked
 from switchgear.convert.average import Merging, check_same, check_wide
-from switchgear.convert.checks import check_moe, check_random
+from switchgear.convert.checks import check_top_k
 from switchgear.convert.families import (
     FAMILIES,
     PARTS,
-    Size,
+    Sizes,
     check_dense,
     check_unquantized,
     choose_family,
@@ -43,17 +43,17 @@ from switchgear.integrations.blocks import FeedForward
 PADDED = 8  # neurons; transformers' grouped_mm reads rows of multiples of 16 bytes
 
 
+@checked
 def plan_upcycle(
-    config: Mapping[str, Any], source: Source, *, num_experts: int = 8, top_k: int = 2,
-    layers: str | Sequence[int] = "all", router_init: float = 0.02, noise: float = 0.0, seed: int = 0,
+    config: Mapping[str, Any], source: Source, *, num_experts: Size = 8, top_k: Size = 2,
+    layers: str | Sequence[int] = "all", router_init: NotNegative = 0.02, noise: NotNegative = 0.0, seed: Seed = 0,
     family: str | None = None,
 ) -> ConversionPlan:  # fmt: skip
     """See upcycle."""
     check_dense(config)
-    check_moe(num_experts, top_k)
-    check_random(seed, router_init=router_init, noise=noise)
+    check_top_k(num_experts, top_k)
     width, notes = _pad_width(int(config["intermediate_size"]))
-    size = Size(num_experts, top_k, width, layers_of(config, layers))
+    size = Sizes(num_experts, top_k, width, layers_of(config, layers))
     found = choose_family(config, size, family)
     items = copy_networks(source, found, size, router_init=router_init, noise=noise, seed=seed)
     how = f"{found.model_type}, copies" + (f" with noise {noise}" if noise else "")
@@ -67,16 +67,15 @@ def _pad_width(width: int) -> tuple[int, tuple[str, ...]]:
     return wide, () if wide == width else (f"experts are padded with zeros to {wide} neurons",)
 
 
+@checked
 def plan_split(
-    config: Mapping[str, Any], source: Source, *, num_experts: int, top_k: int, layers: str | Sequence[int] = "all",
-    method: str = "random", shared: int | float = 0, importance: Mapping[int, Tensor] | None = None, keep: float = 0.5,
-    rescale: bool = True, router_init: float = 0.02, seed: int = 0, family: str | None = None,
+    config: Mapping[str, Any], source: Source, *, num_experts: Size, top_k: Size, layers: str | Sequence[int] = "all",
+    method: str = "random", shared: int | float = 0, importance: Mapping[int, Tensor] | None = None, keep: Finite = 0.5,
+    rescale: bool = True, router_init: NotNegative = 0.02, seed: Seed = 0, family: str | None = None,
 ) -> ConversionPlan:  # fmt: skip
     """See split_dense. Each expert is E times its neurons (K times without rescale), since weights sum to 1."""
     check_dense(config)
-    check_moe(num_experts, top_k)
-    check_random(seed, router_init=router_init)
-    check_switch("rescale", rescale)
+    check_top_k(num_experts, top_k)
     chosen = layers_of(config, layers)
     how = Split(num_experts, method, shared, importance, keep, seed)
     for layer in chosen:
@@ -84,7 +83,7 @@ def plan_split(
             raise ValueError(f"model: expected {dense_key(layer, 'gate_proj')} among its tensors, got none")
     widths = [how.widths(source, layer) for layer in chosen]
     width, shared_width = (-(-max(sizes) // PADDED) * PADDED for sizes in zip(*widths, strict=True))
-    size = Size(num_experts, top_k, width, chosen, shared_width)
+    size = Sizes(num_experts, top_k, width, chosen, shared_width)
     found = choose_family(config, size, family)
     if method == "interleave" and shared:
         scale = 1.0  # whole networks, not parts of a sum
@@ -103,14 +102,14 @@ def plan_split(
     return ConversionPlan(make_moe_config(config, found, size), tuple(items), done, tuple(notes))
 
 
+@checked
 def plan_experts(
-    models: Sequence[tuple[Mapping[str, Any], Source]], base: tuple[Mapping[str, Any], Source] | None, *, top_k: int,
+    models: Sequence[tuple[Mapping[str, Any], Source]], base: tuple[Mapping[str, Any], Source] | None, *, top_k: Size,
     layers: str | Sequence[int] = "all", family: str | None = None, router: Mapping[int, Tensor] | None = None,
-    router_init: float = 0.02, merging: Merging, seed: int = 0, noise: float = 0.0,
+    router_init: NotNegative = 0.02, merging: Merging, seed: Seed = 0, noise: NotNegative = 0.0,
 ) -> ConversionPlan:  # fmt: skip
     """See from_dense_experts."""
-    check_moe(len(models), top_k)
-    check_random(seed, router_init=router_init, noise=noise)
+    check_top_k(len(models), top_k)
     config, origin = models[0] if base is None else base
     merge = prepare_merge([source for _, source in models], None if base is None else base[1], merging)
     for index, (other, _) in enumerate(models):
@@ -119,7 +118,7 @@ def plan_experts(
             if other.get(name) != config.get(name):
                 raise ValueError(f"models[{index}]: expected {name} {config.get(name)}, got {other.get(name)}")
     width, notes = _pad_width(int(config["intermediate_size"]))
-    size = Size(len(models), top_k, width, layers_of(config, layers))
+    size = Sizes(len(models), top_k, width, layers_of(config, layers))
     found = choose_family(config, size, family)
     if router is not None:
         _check_router(router, size, int(config["hidden_size"]))
@@ -132,7 +131,7 @@ def plan_experts(
     return ConversionPlan(make_moe_config(config, found, size), tuple(items), done, notes)
 
 
-def _check_router(router: Mapping[int, Tensor], size: Size, hidden: int) -> None:
+def _check_router(router: Mapping[int, Tensor], size: Sizes, hidden: int) -> None:
     for layer in size.layers:
         if layer not in router:
             raise ValueError(f"router: expected rows of layer {layer}, got none")

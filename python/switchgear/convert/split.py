@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A dense feed-forward network becomes the experts of an MoE layer: upcycle copies it into each, split_dense divides
-its neurons. EqualTopK routes a network that was split, and prior_approximate trains its router (FactorLLM)."""
+its neurons. prior_approximate trains the router of a network that was split (FactorLLM)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_switch, check_tensor
-from switchgear.convert.checks import check_moe, check_random, derive_seed
+from switchgear.checks import Finite, FloatTensor, NotNegative, Seed, Shape, Size, checked
+from switchgear.convert.checks import check_top_k, derive_seed
 from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.modules import OURS, is_transformers, replace_layers
 from switchgear.convert.partitions import Partition, partition
@@ -24,8 +24,6 @@ from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.modules import MoE
 from switchgear.papers.parts.auxiliary import kl_divergence
 from switchgear.papers.parts.selections import EqualTopK
-from switchgear.reference import check_choice, check_size
-from switchgear.reference.checks import check
 from switchgear.routing.ranking import choose
 from switchgear.routing.selection import TopK
 
@@ -38,16 +36,17 @@ DECIDED = {
 }  # fmt: skip
 
 
+@checked
 def upcycle(
     mlp: nn.Module | FeedForward,
-    num_experts: int = 8,
-    top_k: int = 2,
+    num_experts: Size = 8,
+    top_k: Size = 2,
     *,
     layers: str | Sequence[int] = "all",
-    router_init: float = 0.02,
-    noise: float = 0.0,
+    router_init: NotNegative = 0.02,
+    noise: NotNegative = 0.0,
     normalize: bool = True,
-    seed: int = 0,
+    seed: Seed = 0,
     family: str | None = None,
     **options: Any,
 ) -> Any:
@@ -78,8 +77,7 @@ def upcycle(
         TypeError, ValueError: no feed-forward network is found, an option is out of range, or the family cannot express
             the result. Nothing is changed.
     """
-    check_moe(num_experts, top_k)
-    check_random(seed, router_init=router_init, noise=noise)
+    check_top_k(num_experts, top_k)
     made: dict[str, Any] = {
         "num_experts": num_experts,
         "top_k": top_k,
@@ -89,7 +87,6 @@ def upcycle(
     }
     if isinstance(mlp, FeedForward):
         return _copy_into_layer(mlp, normalize=normalize, **made, **options)
-    check_module("mlp", mlp)
     if is_feed_forward(mlp):
         return _copy_into_layer(feed_forward(mlp), normalize=normalize, **made, **options)
     if is_transformers(mlp) and family != OURS:
@@ -124,21 +121,22 @@ def _copy_into_layer(
     return moe
 
 
+@checked
 def split_dense(
     mlp: nn.Module | FeedForward,
-    num_experts: int,
-    top_k: int | None = None,
+    num_experts: Size,
+    top_k: Size | None = None,
     *,
     layers: str | Sequence[int] = "all",
     family: str | None = None,
     method: str | Partition = "random",
     shared: int | float = 0,
     importance: Tensor | Mapping[int, Tensor] | None = None,
-    keep: float = 0.5,
-    weights: str = "equal",
+    keep: Finite = 0.5,
+    weights: Literal["equal", "softmax"] = "equal",
     rescale: bool = True,
-    router_init: float = 0.02,
-    seed: int = 0,
+    router_init: NotNegative = 0.02,
+    seed: Seed = 0,
     **options: Any,
 ) -> Any:
     """An MoE layer whose experts are the neurons of a dense feed-forward network. With all experts (top_k = E) and
@@ -182,9 +180,6 @@ def split_dense(
     Raises:
         TypeError, ValueError: the module is no dense feed-forward network, or an option is out of range.
     """
-    check_choice("weights", weights, ("equal", "softmax"))
-    check_random(seed, router_init=router_init)
-    check_switch("rescale", rescale)
     how: dict[str, Any] = {"shared": shared, "keep": keep, "rescale": rescale, "router_init": router_init, "seed": seed}
     if isinstance(mlp, nn.Module) and not is_feed_forward(mlp):
         if is_transformers(mlp) and family != OURS:
@@ -213,7 +208,7 @@ def split_dense(
         parts = partition(dense, num_experts, method, shared=shared, importance=importance, keep=keep, seed=seed)
     if top_k is None:
         top_k = num_experts if parts.is_split else 1
-    check_moe(num_experts, top_k)
+    check_top_k(num_experts, top_k)
     if "select" not in options:
         options["select"] = _choose_selection(parts, num_experts, top_k, weights, rescale)
     return _build_layer(dense, parts, router_init, seed, options)
@@ -342,7 +337,13 @@ def initialize_router(moe: MoE, std: float, seed: int) -> None:
 # ---- what trains and selects in a split network ----------------------------------------------------------------------
 
 
-def prior_approximate(router_logits: Tensor, expert_outputs: Tensor, dense_output: Tensor, top_k: int) -> Tensor:
+@checked
+def prior_approximate(
+    router_logits: Annotated[FloatTensor, Shape("T", "E")],
+    expert_outputs: Annotated[FloatTensor, Shape("T", "E", "H")],
+    dense_output: Annotated[FloatTensor, Shape("T", "H")],
+    top_k: Size,
+) -> Tensor:
     """KL(softmax(router_logits) || softmax(target)), a float32 scalar averaged over tokens: teaches the router of a
     split network which experts come closest to it (FactorLLM's prior-approximate loss, arXiv:2408.11855, in the
     direction of its code).
@@ -355,17 +356,8 @@ def prior_approximate(router_logits: Tensor, expert_outputs: Tensor, dense_outpu
         expert_outputs: [T,E,H], of every expert.
         dense_output: [T,H], of the network that was split.
     """
-    for name, tensor in (
-        ("router_logits", router_logits), ("expert_outputs", expert_outputs), ("dense_output", dense_output),
-    ):  # fmt: skip
-        check_tensor(name, tensor)
-    check("router_logits", router_logits, (None, None))
     num_tokens, num_experts = router_logits.shape
-    check_size("top_k", top_k)
-    if top_k > num_experts:
-        raise ValueError(f"top_k: expected 1 to {num_experts}, got {top_k}")
-    check("dense_output", dense_output, (num_tokens, None))
-    check("expert_outputs", expert_outputs, (num_tokens, num_experts, dense_output.shape[1]))
+    check_top_k(num_experts, top_k)
     with torch.no_grad():
         share = dense_output.float() * (top_k / num_experts)
         errors = (expert_outputs.float() - share[:, None]).square().mean(-1)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from switchgear.complaints import at_least, check_module, check_seconds
 from switchgear.files import AnyPath
 from switchgear.layers.virtual import VirtualExperts
-from switchgear.offload.attachment import Attachment, Read, Target, end_read, matched, place_of, read_all
+from switchgear.offload.attachment import Attachment, Read, Target, choose_device, end_read, find_targets, read_all
 from switchgear.offload.cache import Cache, CachedLayer
-from switchgear.offload.device import device_of
+from switchgear.offload.device import find_device
 from switchgear.offload.policies import LRU, Policy, check_policy
 from switchgear.offload.pool import Pool, Staging, arena
 from switchgear.offload.predictors import Predictor, check_predictor
-from switchgear.offload.residency import CachePlan, Residency, groups_of, plans_of
+from switchgear.offload.residency import CachePlan, Residency, group_layers, plan_caches
 from switchgear.offload.statistics import LayerStatistics, Statistics
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import StoreError
@@ -96,16 +96,16 @@ def offload(
     store = Store.open(store) if isinstance(store, (str, os.PathLike)) else store
     if not hasattr(store, "open_reader"):
         raise TypeError(f"store: expected a Store or its path, got {type(store).__name__}")
-    targets = matched(model, store)
-    place = place_of(model, targets, device)
-    lanes = device_of(place)
+    targets = find_targets(model, store)
+    place = choose_device(model, targets, device)
+    lanes = find_device(place)
     records = [target.records for target in targets]
-    groups = groups_of([r.record_bytes for r in records], [r.num_experts for r in records])
-    plans = plans_of(groups, slots, bytes, shared, prefetch_slots if prefetch is not None else 0)
+    groups = group_layers([r.record_bytes for r in records], [r.num_experts for r in records])
+    plans = plan_caches(groups, slots, bytes, shared, prefetch_slots if prefetch is not None else 0)
     reader = store.open_reader(threads)
     try:
         most = max(target.records.num_experts for target in targets)
-        cache = Cache(reader, most, prefetch, timeout, lanes, _num_routed(model, targets))
+        cache = Cache(reader, most, prefetch, timeout, lanes, _count_routed(model, targets))
         weakref.finalize(cache, _end, reader).atexit = False
         attached = _attach(cache, store, targets, plans, policy, verify, place, staging_slots)
         attached._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -116,7 +116,7 @@ def offload(
     return attached
 
 
-def _num_routed(model: nn.Module, targets: Sequence[Target]) -> list[int]:
+def _count_routed(model: nn.Module, targets: Sequence[Target]) -> list[int]:
     """How many experts the router of each target chooses from: virtual ones have no record."""
     virtual = [part for part in model.modules() if isinstance(part, VirtualExperts)]
     around = {inner: part.num_experts for part in virtual for inner in part.experts.modules()}  # wrapped or not

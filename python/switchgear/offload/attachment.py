@@ -42,7 +42,7 @@ class Target:
         return [self.module._parameters[name] for name in self.layout.names]  # type: ignore[misc]
 
 
-def matched(model: nn.Module, store: Store) -> list[Target]:
+def find_targets(model: nn.Module, store: Store) -> list[Target]:
     """In the order of the model. Raises ValueError, which names the module, if the store is not of this model."""
     found: list[Target] = []
     for name, module in model.named_modules():
@@ -73,7 +73,7 @@ def matched(model: nn.Module, store: Store) -> list[Target]:
     return found
 
 
-def place_of(model: nn.Module, targets: list[Target], wanted: torch.device | str | None) -> torch.device:
+def choose_device(model: nn.Module, targets: list[Target], wanted: torch.device | str | None) -> torch.device:
     """Where the experts run: `wanted`, or where they are, or where the rest of the model is."""
     held = {tensor.device for target in targets for tensor in target.tensors() if not tensor.is_meta}
     if wanted is None:

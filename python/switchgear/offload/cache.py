@@ -27,7 +27,7 @@ from torch import Tensor
 
 from switchgear.offload.device import Device, Stream
 from switchgear.offload.pool import Pool, knows
-from switchgear.offload.predictors import Predictor, checked
+from switchgear.offload.predictors import Predictor, check_predictions
 from switchgear.offload.residency import Residency
 from switchgear.offload.statistics import LayerStatistics
 from switchgear.offload.store_records import StoreError
@@ -147,7 +147,9 @@ class Cache:
         assert self.predictor is not None
         if (staging := self.layers[layer].pool.staging) is not None:
             staging.advance()
-        for number, expert in checked("prefetch", self.predictor.predict(layer, x, topk_ids), self.num_routed):
+        for number, expert in check_predictions(
+            "prefetch", self.predictor.predict(layer, x, topk_ids), self.num_routed
+        ):
             target = self.layers[number]
             if expert >= target.num_experts:
                 continue

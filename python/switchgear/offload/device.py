@@ -122,7 +122,7 @@ class CudaDevice:
         to.copy_(table.pin_memory(), non_blocking=True)
 
 
-def device_of(device: torch.device) -> Device | None:
+def find_device(device: torch.device) -> Device | None:
     """None: the host, whose memory a record is read into."""
     if device.type == "cpu":
         return None

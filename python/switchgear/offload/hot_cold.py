@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from switchgear.autograd import needs_autograd
 from switchgear.complaints import as_device, at_least
 from switchgear.experts import Experts
-from switchgear.offload.device import Device, Event, device_of
+from switchgear.offload.device import Device, Event, find_device
 from switchgear.reference import check_range
 from switchgear.weights.checks import check_plain
 
@@ -192,7 +192,7 @@ class HotColdSplit(nn.Module):
             cold = self._to_cold(hidden_states, topk_ids, topk_weights)
             part = self.experts(*cold.inputs).to(hidden_states.device)
             return torch.zeros_like(hidden_states, dtype=part.dtype).index_copy(0, cold.rows, part)
-        mover = self._mover_of(hidden_states, topk_weights)
+        mover = self._find_mover(hidden_states, topk_weights)
         if not bool(((local < 0) & (topk_ids >= 0)).any()):
             return self._hot(mover, hot, hidden_states, local, topk_weights)
         cold_ids = topk_ids.masked_fill(local >= 0, -1)
@@ -208,7 +208,7 @@ class HotColdSplit(nn.Module):
                 return part
 
             sent = hidden_states[there], topk_weights[there]
-            y, part = overlapped(mover.device, sent, launch, multiply)
+            y, part = overlap(mover.device, sent, launch, multiply)
             return y.index_add(0, there, part.to(y))
         cold = self._to_cold(hidden_states, cold_ids, topk_weights)
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # a thread has its own
@@ -229,12 +229,12 @@ class HotColdSplit(nn.Module):
             y = self._hot(None, hot, hidden_states, local, topk_weights)
             return y.index_add(0, cold.rows, running.result().to(y))
 
-    def _mover_of(self, x: Tensor, weights: Tensor) -> Mover | None:
+    def _find_mover(self, x: Tensor, weights: Tensor) -> Mover | None:
         """None: copies are torch's, which have gradients."""
         params = dict(self.experts.named_parameters())
         if not self.experts.down_proj.is_cpu or needs_autograd(x, weights, *params.values()):
             return None
-        if self._mover is None and (device := device_of(self.hot)) is not None:
+        if self._mover is None and (device := find_device(self.hot)) is not None:
             self._mover = Mover(device, params)
         return self._mover
 
@@ -276,7 +276,7 @@ def _used(ids: Tensor) -> Tensor:
     return (ids >= 0).any(-1).nonzero()[:, 0]
 
 
-def overlapped(
+def overlap(
     device: Device, sent: Sequence[Tensor], launch: Callable[[], Tensor], multiply: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor]:
     """launch(), which queues work on the device, and meanwhile multiply(*sent) on the host, for later work there."""

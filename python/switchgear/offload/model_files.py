@@ -118,7 +118,7 @@ def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: int = 5 * 10**
         raise ValueError(f"max_shard_size: expected a number of bytes, got {max_shard_size!r}")
     if os.path.lexists(target):
         raise ValueError(f"path: expected a folder that does not exist, got {target}")
-    layers = _offloaded(model)
+    layers = _find_offloaded(model)
     unfinished = target.with_name(target.name + _SUFFIX)
     if unfinished.exists():
         raise ValueError(f"path: expected no {unfinished}, which an earlier call may have left; remove it")
@@ -146,7 +146,7 @@ def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: int = 5 * 10**
         raise
 
 
-def _offloaded(model: nn.Module) -> dict[str, OffloadedProjections]:
+def _find_offloaded(model: nn.Module) -> dict[str, OffloadedProjections]:
     """By the name of the module."""
     found = {}
     for name, module in model.named_modules():

@@ -46,7 +46,7 @@ def check_predictor(name: str, predictor: Any) -> None:
         raise TypeError(f"{name}: expected a predictor such as NextGate(model), got {shown}")
 
 
-def checked(name: str, predicted: Iterable[Expert], num_experts: Sequence[int]) -> list[Expert]:
+def check_predictions(name: str, predicted: Iterable[Expert], num_experts: Sequence[int]) -> list[Expert]:
     """What a predictor says as pairs of int, without those of expert -1. num_experts: of each layer. Raises TypeError
     and ValueError for experts that do not exist."""
     pairs = [(to_int(name, layer), to_int(name, expert)) for layer, expert in predicted]
@@ -58,7 +58,7 @@ def checked(name: str, predicted: Iterable[Expert], num_experts: Sequence[int]) 
     return [pair for pair in pairs if pair[1] != -1]
 
 
-def ranked(ids: Tensor, weights: Tensor, num_experts: int) -> list[int]:
+def rank_experts(ids: Tensor, weights: Tensor, num_experts: int) -> list[int]:
     """The experts among ids [T,k], by descending sum of their weights [T,k]; ties go to the lowest id. Ids outside
     [0, num_experts) are none."""
     real = (ids >= 0) & (ids < num_experts)
@@ -101,7 +101,7 @@ class NextGate:
             raise ValueError("model: expected one with MoE layers, got none")
         self.layers_ahead, self.top_k = layers_ahead, top_k
         self.num_experts = [block.num_real for block in blocks]
-        self._gates = [_gate_of(block) if i >= layers_ahead else None for i, block in enumerate(blocks)]
+        self._gates = [_find_gate(block) if i >= layers_ahead else None for i, block in enumerate(blocks)]
 
     @torch.no_grad()
     def predict(self, layer: int, hidden_states: Tensor, topk_ids: Tensor) -> Iterable[Expert]:
@@ -113,7 +113,7 @@ class NextGate:
         if self.top_k is not None and self.top_k < ids.shape[1]:
             weights, best = weights.masked_fill(ids < 0, -torch.inf).topk(self.top_k, dim=1)
             ids = ids.gather(1, best)
-        return [(ahead, expert) for expert in ranked(ids, weights, self.num_experts[ahead])]
+        return [(ahead, expert) for expert in rank_experts(ids, weights, self.num_experts[ahead])]
 
     def observe(self, layer: int, topk_ids: Tensor) -> None:
         """Does nothing: predictions depend on hidden states alone."""
@@ -130,7 +130,7 @@ class FromPreGate(NextGate):
                 raise ValueError(f"model: expected pre-gates (routing.pregate), got a gate of its own in {name}")
 
 
-def _gate_of(block: MoeBlock) -> _Gate:
+def _find_gate(block: MoeBlock) -> _Gate:
     """The gate's choice, without hooks: those are of the model's own calls."""
     if isinstance(block.gate, Router):
         return _ours(block.gate)
@@ -189,7 +189,7 @@ class FromPreRouter:
         for ahead in range(layer + 1, min(layer + 1 + self.layers_ahead, len(chosen))):
             ids = chosen[ahead]
             worth = torch.arange(ids.shape[1], 0, -1, device=ids.device)  # earlier choices are likelier
-            result += [(ahead, expert) for expert in ranked(ids, worth.expand_as(ids), num_experts[ahead])]
+            result += [(ahead, expert) for expert in rank_experts(ids, worth.expand_as(ids), num_experts[ahead])]
         return result
 
     def observe(self, layer: int, topk_ids: Tensor) -> None:
@@ -266,7 +266,7 @@ class Follows:
         weights, ids = scores.sort(dim=1, descending=True, stable=True)
         weights, ids = weights[:, :count], ids[:, :count]
         ids = ids.masked_fill(weights <= 0, -1)
-        return [(ahead, expert) for expert in ranked(ids, weights, scores.shape[1])]
+        return [(ahead, expert) for expert in rank_experts(ids, weights, scores.shape[1])]
 
     def observe(self, layer: int, topk_ids: Tensor) -> None:
         self._seen = [*self._seen, (layer, topk_ids)][-self.order - 1 :]

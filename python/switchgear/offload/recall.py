@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from switchgear.complaints import check_module
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.offload.accesses import Accesses
-from switchgear.offload.predictors import Expert, Predictor, check_predictor, checked
+from switchgear.offload.predictors import Expert, Predictor, check_predictions, check_predictor
 from switchgear.reference.checks import MAX_EXPERTS
 from switchgear.trace import Observation, observe
 
@@ -58,7 +58,7 @@ class Recall:
 
     def predicted(self, experts: Iterable[Expert]) -> None:
         """Counts a prediction."""
-        for layer, expert in checked("experts", experts, self.num_experts):
+        for layer, expert in check_predictions("experts", experts, self.num_experts):
             self._pending[layer].add(expert)
 
     def used(self, layer: int, topk_ids: Tensor) -> None:
@@ -111,7 +111,9 @@ def watch(model: nn.Module, predictor: Predictor) -> Iterator[Recall]:
     def see(name: str, seen: Observation) -> None:
         layer = layers[name]
         found.used(layer, seen.topk_ids)
-        predicted = checked("experts", predictor.predict(layer, seen.x.detach(), seen.topk_ids.detach()), num_all)
+        predicted = check_predictions(
+            "experts", predictor.predict(layer, seen.x.detach(), seen.topk_ids.detach()), num_all
+        )
         found.predicted((ahead, expert) for ahead, expert in predicted if expert < num_real[ahead])
         predictor.observe(layer, seen.topk_ids.detach())
 

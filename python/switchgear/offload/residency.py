@@ -52,7 +52,7 @@ class CachePlan:
         return self.rows * self.group.record_bytes
 
 
-def groups_of(record_bytes: Sequence[int], num_experts: Sequence[int]) -> list[Group]:
+def group_layers(record_bytes: Sequence[int], num_experts: Sequence[int]) -> list[Group]:
     sizes = sorted(set(record_bytes))
     result = []
     for size in sizes:
@@ -61,7 +61,7 @@ def groups_of(record_bytes: Sequence[int], num_experts: Sequence[int]) -> list[G
     return result
 
 
-def plans_of(
+def plan_caches(
     groups: Sequence[Group], slots: int | None, size: int | None, shared: bool, guess_rows: int
 ) -> list[CachePlan]:
     """For `slots` per layer, or as many as fit in `size` bytes."""

@@ -35,7 +35,7 @@ class Index(NamedTuple):
     layers: dict[str, Records]
 
 
-def hash_of(layers: Iterable[Records]) -> str:
+def hash_layers(layers: Iterable[Records]) -> str:
     """Identifies models whose experts fit the same store: names, numbers and sizes of the experts of each layer."""
     sizes = [[r.name, r.num_experts, *((kind.rows, kind.cols) for kind in r.kinds)] for r in layers]
     return hashlib.sha256(json.dumps(sizes, separators=(",", ":")).encode()).hexdigest()
@@ -44,18 +44,18 @@ def hash_of(layers: Iterable[Records]) -> str:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def text_of(index: Index) -> str:
+def encode_index(index: Index) -> str:
     entries = {
         "format": NAME,
         "version": VERSION,
         "form": index.form,
         "config_hash": index.config_hash,
-        "layers": [entry_of(records) for records in index.layers.values()],
+        "layers": [encode_records(records) for records in index.layers.values()],
     }
     return json.dumps({**entries, "digest": _digest(entries)}, indent=1)
 
 
-def entry_of(records: Records) -> dict[str, Any]:
+def encode_records(records: Records) -> dict[str, Any]:
     return {
         "name": records.name,
         "file": records.file,
@@ -118,7 +118,7 @@ def _index(found: Any, folder: Path) -> Index:
         raise Wrong("expected the text that its digest is of, got a changed one")
     layers: dict[str, Records] = {}
     for entry in _get(found, "layers", list):
-        records = records_from(entry)
+        records = decode_records(entry)
         if records.name in layers or any(records.file == other.file for other in layers.values()):
             raise Wrong(f"layers: expected each name and file once, got {records.name}, {records.file}")
         check_file(folder, records)
@@ -126,13 +126,13 @@ def _index(found: Any, folder: Path) -> Index:
     if not layers:
         raise Wrong("layers: expected at least one")
     config_hash = _get(found, "config_hash", str)
-    if config_hash != hash_of(layers.values()):
+    if config_hash != hash_layers(layers.values()):
         raise Wrong("config_hash: expected that of the layers, got another")
     return Index(_get(found, "form", str), config_hash, layers)
 
 
-def records_from(entry: Any) -> Records:
-    """The inverse of entry_of."""
+def decode_records(entry: Any) -> Records:
+    """The inverse of encode_records."""
     name, file = _get(entry, "name", str), _get(entry, "file", str)
     if not _FILE.fullmatch(file):
         raise Wrong(f"file: expected a name like layer-00000.records, got {file[:80]!r}")

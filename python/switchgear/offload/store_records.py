@@ -190,7 +190,7 @@ class Records:
         return data, found.to(arena.device)
 
 
-def records_for(name: str, file: str, weights: tuple[Weight, Weight]) -> Records:
+def lay_out_records(name: str, file: str, weights: tuple[Weight, Weight]) -> Records:
     """The layout of records of these weights: planes of bits, if any, come last."""
     kinds, tensors = [], []
     for index, weight in enumerate(weights):

@@ -16,7 +16,7 @@ from torch import Tensor
 from switchgear import _C
 from switchgear.files import Kind, Unfinished, bytes_of, write_whole, writing
 from switchgear.offload import store_index
-from switchgear.offload.store_records import PAGE, Records, StoreError, StoreFull, fill, records_for
+from switchgear.offload.store_records import PAGE, Records, StoreError, StoreFull, fill, lay_out_records
 from switchgear.offload.store_sources import Source
 from switchgear.weights.weight import Weight
 
@@ -32,17 +32,19 @@ def write(source: Source, target: Path, form: str, progress: Progress, resume: b
         done: dict[str, Records] = {}
         for number, layer in enumerate(source.layers):
             fingerprint = layer.fingerprint()
-            records = _finished(unfinished, layer.name, fingerprint)
+            records = _find_finished(unfinished, layer.name, fingerprint)
             if records is None:
                 file = f"layer-{number:05d}.records"
                 records = write_layer(unfinished.folder / file, layer.name, layer.weights())
-                unfinished.add(layer.name, {"fingerprint": fingerprint, "records": store_index.entry_of(records)})
+                unfinished.add(layer.name, {"fingerprint": fingerprint, "records": store_index.encode_records(records)})
             done[layer.name] = records
             progress(number + 1, len(source.layers), layer.name)
         index = unfinished.folder / store_index.INDEX
         unfinished.clear(keep={records.file for records in done.values()})
         with STORE.named_errors(index):
-            write_whole(index, store_index.text_of(store_index.Index(form, store_index.hash_of(done.values()), done)))
+            write_whole(
+                index, store_index.encode_index(store_index.Index(form, store_index.hash_layers(done.values()), done))
+            )
         unfinished.commit()
 
 
@@ -51,13 +53,13 @@ def _identity(source: Source, form: str) -> dict[str, Any]:
     return {"form": form, "dtype": str(source.dtype), "layers": layers, "version": store_index.VERSION}
 
 
-def _finished(unfinished: Unfinished, name: str, fingerprint: str) -> Records | None:
+def _find_finished(unfinished: Unfinished, name: str, fingerprint: str) -> Records | None:
     """Returns the records of a layer that an earlier run has written from the same numbers."""
     found = unfinished.pieces.get(name)
     if found is None or found.get("fingerprint") != fingerprint:
         return None
     try:
-        records = store_index.records_from(found["records"])
+        records = store_index.decode_records(found["records"])
         store_index.check_file(unfinished.folder, records)
     except (StoreError, store_index.Wrong, KeyError):
         return None
@@ -66,8 +68,8 @@ def _finished(unfinished: Unfinished, name: str, fingerprint: str) -> Records | 
 
 def write_layer(file: Path, name: str, weights: tuple[Weight, Weight]) -> Records:
     """Writes the records of a layer into a file, which is complete or not there."""
-    records = records_for(name, file.name, weights)
-    record = _aligned(records.record_bytes)
+    records = lay_out_records(name, file.name, weights)
+    record = _allocate_aligned(records.record_bytes)
     memory = bytes_of(record)
     checksums = []
     with STORE.named_errors(file), writing(file) as opened:
@@ -95,7 +97,7 @@ def _reserve(file: int, nbytes: int) -> None:
                 raise
 
 
-def _aligned(nbytes: int) -> Tensor:
+def _allocate_aligned(nbytes: int) -> Tensor:
     """Zeros that start at a page."""
     whole = torch.zeros(nbytes + PAGE, dtype=torch.uint8)
     begin = -whole.data_ptr() % PAGE

@@ -10,18 +10,16 @@ loss = switchgear.parallel.elastic_step(training, closure)      # continues if r
 group.py       ExpertParallel, the ranks that share experts; experts.py: ParallelExperts; module_experts.py: experts
                with stored weights or adapters; transformers.py: the exchange in Hugging Face models
 exchange.py    an exchange in chunks; layout.py: which rows go where; header.py: what ranks compare first;
-               local.py: what the experts of a rank compute; static.py: a fixed size per pair of ranks;
-               overflow.py: the tokens that did not fit
-rows.py        rows from rank to rank; two_level.py: once per node; nodes.py: which ranks share a node; channels.py:
-               sub-groups of ranks; wire.py: rows in 8 bits
+               local.py: what the experts of a rank compute; static.py: a fixed size per pair of ranks
+rows.py        rows from rank to rank; two_level.py: once per node; nodes.py: which ranks share a node, and the
+               transports within and between nodes; wire.py: rows in 8 bits
 transport.py   asynchronous all-to-all; shared_memory.py: between processes of a machine; segments.py: its memory;
                peer_memory.py: between GPUs of a machine
-peers.py       which ranks are alive; connect.py: the connections for that; rendezvous.py: steps that may block;
-               errors.py: the error that all ranks raise
-elastic/       training that outlives a rank; membership.py: who is left
-placement.py   which rank holds which experts; gather.py: values of all experts
-checkpoint.py  checkpoints of distributed experts; checkpoint_metadata.py: their metadata, read safely
-record.py      what exchanges did; cost.py: a model of their cost; failure_cost.py: of the cost of failures
+peers.py       which ranks are alive; connect.py: the connections for that, and steps that may block; errors.py: the
+               error that all ranks raise
+elastic/       training that outlives a rank
+placement.py   which rank holds which experts; checkpoint.py: checkpoints of distributed experts
+record.py      what exchanges did; cost.py: a model of their cost, and of the cost of failures
 """
 
 from switchgear.parallel.elastic import Regrouped, Training, elastic_step, join, rebalance, shrink

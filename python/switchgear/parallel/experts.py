@@ -17,14 +17,74 @@ from switchgear.experts import Experts
 from switchgear.functional import as_ids, as_limit, as_weights, in_autocast_dtype
 from switchgear.ops import GluOptions
 from switchgear.parallel import exchange, static
-from switchgear.parallel.gather import gather_experts
 from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
+from switchgear.parallel.rows import Transfers
 from switchgear.parallel.transport import on_cpu
 from switchgear.utils.functions import not_compiled
 from switchgear.weights import stored_of, weights_of
 from switchgear.weights.adapted import has_adapters, read_by
+
+# ---- Values of all experts -------------------------------------------------------------------------------------------
+
+
+@not_compiled
+def gather_experts(layer: exchange.Layer, placement: Placement, values: Tensor) -> Tensor:
+    """[E, …] of all experts from values [E', …] of this rank's; collective. The gradient of a value is the sum over
+    the ranks with different tokens, in order, or their mean if that is what gradients of weights are."""
+    flat = values.flatten(1)  # not reshape: there may be none
+    whole: Tensor = apply(_Gather, flat, layer, placement)
+    return whole.view(placement.num_experts, *values.shape[1:])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, layer: exchange.Layer, placement: Placement) -> Tensor:
+        ctx.layer, ctx.placement = layer, placement
+        parallel = layer.parallel
+        held = [len(experts) for experts in placement.experts_of_rank]
+        with parallel.peers.exchange():
+            transfers = _agreed(layer, values, False)
+            gathered = values.new_empty(sum(held), values.shape[1])
+            copies = values.repeat(parallel.size, 1)
+            transfers.wait(transfers.start("gather", gathered, copies, held, [len(values)] * parallel.size))
+        starts = [sum(held[:rank]) for rank in range(parallel.size)]
+        first = [starts[ranks[0]] + placement.experts_of_rank[ranks[0]].index(e)
+                 for e, ranks in enumerate(placement.owners)]  # fmt: skip
+        return gathered[torch.tensor(first, dtype=torch.int64, device=values.device)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        layer, placement = ctx.layer, ctx.placement
+        parallel = layer.parallel
+        held = [len(experts) for experts in placement.experts_of_rank]
+        mine = held[parallel.rank]
+        order = torch.tensor([e for experts in placement.experts_of_rank for e in experts], dtype=torch.int64)
+        with parallel.peers.exchange():
+            transfers = _agreed(layer, grad, True)
+            parts = grad.new_empty(parallel.size * mine, grad.shape[1])
+            transfers.wait(transfers.start("gather", parts, grad[order.to(grad.device)], [mine] * parallel.size, held))
+        each = parts.view(parallel.size, mine, grad.shape[1])
+        total = torch.zeros_like(each[0])
+        for ranks in sorted(parallel.twins):  # ranks with the same tokens have the same gradients
+            total += each[ranks[0]]
+        if parallel.average_gradients:
+            total /= len(parallel.twins)
+        return total, None, None
+
+
+def _agreed(layer: exchange.Layer, values: Tensor, backward: bool) -> Transfers:
+    terms = exchange.terms_of(layer, values.dtype, values.shape[1], 0, -4, backward)
+    phase = "backward agree" if backward else "agree"
+    transfers = Transfers(layer.parallel, values.device)
+    exchange.exchange_headers(transfers, terms, 0, phase)
+    layer.parallel.peers.enter("backward dispatch" if backward else "dispatch")
+    return transfers
+
+
+# ---- The module ------------------------------------------------------------------------------------------------------
 
 
 class _Exchange(torch.autograd.Function):

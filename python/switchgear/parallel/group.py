@@ -20,16 +20,14 @@ from torch.distributed.rendezvous import rendezvous
 from switchgear.complaints import check_seconds, integer
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
-from switchgear.parallel.channels import CHANNELS, open_channel
+from switchgear.parallel.connect import Background, get, own_client
 from switchgear.parallel.cost import CHUNKS, Link
+from switchgear.parallel.elastic.membership import SLACK_SECONDS, Membership
 from switchgear.parallel.header import digest
-from switchgear.parallel.membership import SLACK_SECONDS, Membership
-from switchgear.parallel.nodes import Nodes, NodesOption, node_label, nodes_of
-from switchgear.parallel.overflow import Overflow
+from switchgear.parallel.nodes import CHANNELS, Nodes, NodesOption, node_label, nodes_of, open_channel
 from switchgear.parallel.peers import Outside, Peers
 from switchgear.parallel.placement import Placement
-from switchgear.parallel.record import Record
-from switchgear.parallel.rendezvous import Background, get, own_client
+from switchgear.parallel.record import Overflow, Record
 from switchgear.parallel.wire import WIRES
 from switchgear.reference import check_choice
 
@@ -294,7 +292,7 @@ class ExpertParallel:
 
     def transport_for(self, device: torch.device, channel: str = "") -> transports.Transport:
         """What moves rows between ranks for tensors on `device`, connected at the first call: of all ranks, or of a
-        channel of a two-level exchange (channels.py)."""
+        channel of a two-level exchange (nodes.py)."""
         if channel and f"{device.type} {channel}" not in self._transports:
             store = PrefixStore(device.type, self._channel_store)
             share_memory = self._transport != "gloo"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from switchgear import cuda
-from switchgear.parallel.rendezvous import get, never
+from switchgear.parallel.connect import get, never
 from switchgear.parallel.transport import Work, poll
 
 SLOT_BYTES = 1 << 20

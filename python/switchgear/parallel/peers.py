@@ -31,9 +31,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 from switchgear.parallel import segments
-from switchgear.parallel.connect import Mesh, connect
+from switchgear.parallel.connect import Background, Mesh, connect, get
 from switchgear.parallel.errors import MORE_PHASES, PHASES, ExpertParallelError, Failure
-from switchgear.parallel.rendezvous import Background, get
 
 POLL_SECONDS = 0.02  # between checks of the control connections while waiting for data
 PING_SECONDS = 0.15  # within which a process that is not stopped answers

@@ -34,7 +34,7 @@ class Transfers:
         self, kind: str, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int],
         channel: str = "",
     ) -> Work:  # fmt: skip
-        """Sends input_rows[r] rows to each rank r. channel: "" for all ranks, or one of channels.CHANNELS."""
+        """Sends input_rows[r] rows to each rank r. channel: "" for all ranks, or one of nodes.CHANNELS."""
         parallel = self.parallel
         row = input.shape[1:].numel() * input.element_size()
         node_of = parallel.nodes.node_of

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from switchgear.parallel import segments
-from switchgear.parallel.rendezvous import get, never
+from switchgear.parallel.connect import get, never
 
 SLOTS = 64  # concurrent transfers of one rank; an exchange has at most 8 · 2 + 4
 _SMALLEST = 1 << 16

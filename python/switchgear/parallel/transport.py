@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from switchgear.parallel.rendezvous import get, own_client
+from switchgear.parallel.connect import get, own_client
 
 CLOSE_SECONDS = 0.5  # in which gloo usually ends
 

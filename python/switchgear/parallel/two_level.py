@@ -14,7 +14,7 @@ Pairs and headers go directly, as with one level. With the first rows each relay
 token's choices on each rank of the node, 2 bytes per rank of the largest node.
 
 A chunk is relayed when its transfer is noticed: while the rank waits, and between the products of its experts. So each
-of the four kinds of transfers has a channel of its own, in which only chunks ascend (channels.py). On other devices
+of the four kinds of transfers has a channel of its own, in which only chunks ascend (nodes.py). On other devices
 than the CPU the order over all channels is fixed, as NCCL requires.
 """
 

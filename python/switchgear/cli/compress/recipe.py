@@ -8,12 +8,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from switchgear import compress
+from switchgear.checks import Range, Size, convert, convert_arguments
+from switchgear.compress.levels import Widths, choose_form
 
 from ..common import CommandError
-from .values import is_integer, mistake
 
 STEPS = ("prune_experts", "merge_experts", "prune_weights", "quantize")  # of switchgear.compress
 GIVEN = ("model", "calibration")  # arguments that the command passes itself
@@ -83,12 +84,11 @@ def parse(data: Any, folder: Path) -> Recipe:
     files = how["text"] if isinstance(how["text"], list) else None
     if files is None or not all(isinstance(file, str) for file in files):
         raise CommandError(f"recipe: calibration.text: expected a list of files, got {how['text']!r}")
-    for name, least in (("tokens", 1), ("length", 2)):
-        is_left_out = name == "length" and how[name] is None
-        if not is_left_out and not is_integer(how[name], least):
-            raise CommandError(
-                f"recipe: calibration.{name}: expected an integer of at least {least}, got {how[name]!r}"
-            )
+    try:
+        convert("tokens", how["tokens"], Size)
+        convert("length", how["length"], Annotated[int, Range(2, 2**31 - 1)] | None)
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"recipe: calibration.{error}") from None
     steps = data.get("steps")
     if not isinstance(steps, list) or not steps:
         raise CommandError(f"recipe: steps: expected a list of at least one, got {steps!r}")
@@ -108,15 +108,32 @@ def _step(place: str, data: Any) -> Step:
             raise CommandError(f"{place}: expected options of {data['do']} ({', '.join(known)}), got {name!r}")
     if data["do"] == "quantize":
         options.setdefault("store", False)  # from_pretrained does not know the stored form
-        if Step(data["do"], options).distributes_bits:
-            _check_keys(f"{place}: bits", options["bits"], MIXED)
+    step = Step(data["do"], options)
+    if step.distributes_bits:
+        _check_keys(f"{place}: bits", options["bits"], MIXED)
     try:
         signature.bind(None, **options, calibration=None)  # all functions take one, and merge_experts needs it
-    except TypeError as error:
+        _check_values(step)
+    except (TypeError, ValueError) as error:
         raise CommandError(f"{place}: {data['do']}: {error}") from None
-    if found := mistake(options, distributes_bits=Step(data["do"], options).distributes_bits):
-        raise CommandError(f"{place}: {data['do']}: {found}")
-    return Step(data["do"], options)
+    return step
+
+
+def _check_values(step: Step) -> None:
+    """Raises TypeError or ValueError for values that suit no model, by the annotations of the functions."""
+    options = dict(step.options)
+    if step.distributes_bits:
+        bits = dict(options.pop("bits"))
+        convert("of", bits.pop("of", [1]), Widths)
+        _check(compress.allocate_bits, bits)
+    _check(step.function, options)
+    if step.do == "quantize":
+        defaults = {"bits": 1 if step.distributes_bits else 4, "group_size": 128, "symmetric": True}
+        choose_form(**{name: options.get(name, default) for name, default in defaults.items()}, store=options["store"])
+
+
+def _check(function: Callable[..., Any], options: dict[str, Any]) -> None:
+    convert_arguments(function, inspect.signature(function), options)
 
 
 def _check_keys(place: str, data: Any, known: tuple[str, ...]) -> None:

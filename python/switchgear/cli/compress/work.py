@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from switchgear import compress as functions
-from switchgear.complaints import first_line
 from switchgear.compress import Calibration, calibrate
 from switchgear.convert.directory import list_beside_weights
 from switchgear.files import JOURNAL, LOCK, UNFINISHED, locked, replacing, write_whole
+from switchgear.utils.packages import first_line
 from switchgear.weights import restore
 
 from ..checkpoint import choose_length, cut_batches, load_model, read_texts

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from switchgear.files import AnyPath
 from switchgear.parallel import checkpoint
+from switchgear.parallel.elastic.membership import Membership
 from switchgear.parallel.experts import ParallelExperts, expert_parameters
 from switchgear.parallel.group import ExpertParallel
-from switchgear.parallel.membership import Membership
 from switchgear.reference import check_choice
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import has_adapters

@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from switchgear.complaints import first_line
+from switchgear.parallel.connect import Background, get
 from switchgear.parallel.errors import ExpertParallelError, Failure
-from switchgear.parallel.rendezvous import Background, get
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1e-3, 0.03
 SLACK_SECONDS = 2.0  # for a store that answers late
