@@ -12,7 +12,7 @@ import pytest
 
 import switchgear
 from switchgear import ops
-from switchgear.cli import cgroup, machine, main
+from switchgear.cli import machine, main
 from switchgear.cli.doctor import kernels, settings
 
 
@@ -96,15 +96,15 @@ def test_threads() -> None:
 
 
 def test_quota_of_the_control_group(tmp_path: Path) -> None:
-    assert cgroup.cpu_quota(tmp_path) is None
+    assert machine.cpu_quota(tmp_path) is None
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu/cpu.cfs_quota_us").write_text("150000\n")
     (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert cgroup.cpu_quota(tmp_path) == 1.5
+    assert machine.cpu_quota(tmp_path) == 1.5
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert cgroup.cpu_quota(tmp_path) is None
+    assert machine.cpu_quota(tmp_path) is None
     (tmp_path / "cpu.max").write_text("200000 100000\n")
-    assert cgroup.cpu_quota(tmp_path) == 2
+    assert machine.cpu_quota(tmp_path) == 2
 
 
 def test_a_second_openmp_runtime() -> None:

@@ -18,7 +18,7 @@ from switchgear.weights import Weight
 from switchgear_bench.case import FORMATS, Case, forward, make_case
 from switchgear_bench.ceilings import read_probe
 from switchgear_bench.competitors import COMPETITORS, Skip, quantised
-from switchgear_bench.markdown import BLOCKS
+from switchgear_bench.layer_tables import BLOCKS
 from switchgear_bench.minifloats import STANDARD_DEVIATION, decoded, in_bfloat16, make_stored
 from switchgear_bench.results import SCHEMA, completed
 from switchgear_bench.shapes import Shape

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from errors import raises
-from switchgear.cli import cgroup, main
-from switchgear.cli.cgroup import memory_limit
+from switchgear.cli import main
+from switchgear_bench import memory_group as cgroup
+from switchgear_bench.memory_group import memory_limit
 
 pytest.importorskip("rich", reason="rich is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")

@@ -65,7 +65,7 @@ def test_row37_tables_follow_from_the_losses(
 
 
 def test_row37_the_document_has_the_table_of_the_results() -> None:
-    from switchgear_bench.documents import fill_blocks
+    from switchgear_bench.report import fill_blocks
     from switchgear_bench.results import read_json
 
     root = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ from errors import raises
 from full_disk import full_disk
 from switchgear.cli import main
 from switchgear.cli.common import CommandError, check_file
-from switchgear_bench.markdown import case_table, fill
-from switchgear_bench.markdown import write as write_markdown
+from switchgear_bench.layer_tables import case_table, fill
+from switchgear_bench.layer_tables import write_document as write_markdown
 from switchgear_bench.results import SCHEMA, completed, load, merge, save, undisturbed, write_csv, write_json
 from switchgear_bench.targets import Verdict, judge
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.cli import machine
+from switchgear.cli.machine import cpu
 
 from .adapted_layers import SCALE, Adapted, AdaptedCase
 from .case import Inputs
@@ -94,7 +94,7 @@ def _extension() -> Any:
     found = importlib.util.find_spec("kt_kernel")
     if found is None or found.origin is None:
         raise Skip("kt_kernel is not in the folder of competitors")
-    features = machine.cpu()["features"]
+    features = cpu()["features"]
     variant = "amx" if "amx_bf16" in features else "avx512_bf16" if "avx512_bf16" in features else None
     files = sorted(Path(found.origin).parent.glob(f"_kt_kernel_ext_{variant}.*.so"))
     if not files:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from switchgear.cli.common import console, markdown_table, table, threads
+from switchgear.cli.common import console, markdown_table, table
 
 from .adapted_layers import BASE, OURS
 from .adapter_floors import floor
+from .report import threads
 from .results import Row
 from .shapes import SHAPES
 from .timing import FEWEST_QUIET

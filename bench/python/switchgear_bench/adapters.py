@@ -20,19 +20,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switchgear.cli import machine
-from switchgear.cli.common import choose, positives, require
+from switchgear.cli.common import require
 from switchgear.weights import Weight, encode, use_huge_pages
 from switchgear_bench.processes import Child
 
+from . import machine
 from .adapted_kt import kt_kernel
 from .adapted_layers import BASE, LAYERS, OURS, Adapted, AdaptedCase, make_adapters
 from .adapter_tables import DTYPES, markdown, show
 from .case import FORMATS, Case, Inputs, make_case, make_weights
 from .competitors import Skip
-from .markdown import write_outputs
 from .minifloats import in_bfloat16, make_stored
-from .options import add_budget, add_cases, add_competitors_folder, add_files, add_shapes, add_threads, begin
+from .options import (
+    add_budget,
+    add_cases,
+    add_competitors_folder,
+    add_files,
+    add_shapes,
+    add_threads,
+    begin,
+    choose,
+    positives,
+)
+from .report import write_outputs
 from .results import Row, earlier_results, read_json, rounded, write_json
 from .shapes import SHAPES, Shape
 from .timing import interleave

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.cli import machine
 from switchgear.cli.common import CommandError, require
 from switchgear.cli.progress import progress
 from switchgear.compress import Calibration, calibrate
 from switchgear.integrations.moe_blocks import moe_blocks
 
 from . import compress_tables as tables
+from . import machine
 from .compress_variants import BASE, VARIANTS, Variant
-from .markdown import write_outputs
 from .options import add_files, add_quick, add_threads, begin
+from .report import write_outputs
 from .results import Row, read_json, rounded
 from .timing import interleave
 from .tiny import cache

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from switchgear.cli.common import markdown_table, threads
+from switchgear.cli.common import markdown_table
 from switchgear.cli.plots import FAINT, colors, pyplot, save
 
 from .compress_variants import BASE
-from .documents import Blocks, section
+from .report import Blocks, section, threads
 from .results import Row
 
 FAR = 3.0  # standard deviations of the random prunings by which a criterion must beat their mean

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from switchgear import cuda
-from switchgear.cli.common import CommandError, choose, console
+from switchgear.cli.common import CommandError, console
 
 from . import cuda_ops, cuda_tables
 from .case import Case, Inputs, Layer, call_of, make_inputs
 from .competitors import COMPETITORS, Skip
 from .cuda_clock import best_seconds, captured, in_turns, peak_memory
-from .options import add_budget, add_files, add_modes, add_routing, add_shapes, add_tokens
+from .options import add_budget, add_files, add_modes, add_routing, add_shapes, add_tokens, choose
 from .results import Row, open_outputs
 from .shapes import GPU_SHAPES, GPU_TOKENS, Shape
 from .verify import verify

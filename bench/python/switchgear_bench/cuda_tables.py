@@ -10,8 +10,8 @@ from typing import Any
 from switchgear.cli.common import markdown_table, table
 
 from .case import Case
-from .documents import write_blocks
 from .published import FIGURES, OP_FIGURES
+from .report import write_blocks
 from .results import Row, write_csv, write_json
 from .shapes import GPU_TOKENS
 

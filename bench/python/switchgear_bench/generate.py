@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 import switchgear
-from switchgear.cli.common import CommandError, choose, console, markdown_table, require, threads
-from switchgear.cli.machine import busy_seconds_elsewhere
+from switchgear.cli.common import CommandError, console, markdown_table, require
 from switchgear_bench.processes import Child
 
 from .competitors import Skip
 from .llama import Llama, packages, write_gguf
-from .markdown import write_outputs
-from .options import add_competitors_folder, add_files, add_quick, add_shapes, add_threads, begin
+from .machine import busy_seconds_elsewhere
+from .options import add_competitors_folder, add_files, add_quick, add_shapes, add_threads, begin, choose
+from .report import threads, write_outputs
 from .results import read_json, rounded
 from .timing import STIRRED, TICK, counted, wait_for_quiet
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from switchgear.cli import machine
-from switchgear.cli.common import choose, console, require
+from switchgear.cli.common import console, require
 
-from . import tables
+from . import layer_tables as tables
+from . import machine
 from .case import FORMATS
 from .ceilings import measure
 from .competitors import COMPETITORS
@@ -32,6 +32,7 @@ from .options import (
     add_shapes,
     add_threads,
     begin,
+    choose,
 )
 from .results import SCHEMA, load, merge, open_outputs, save
 from .shapes import SHAPES

@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from switchgear.cli.common import choose, console, table
+from switchgear.cli.common import console, table
 
 from .cost_model import EXPECTED, GPUS, Gpu, Kernel, Prediction, predict
 from .cost_model_stored import HOPPER, stored_rows
 from .decode_model import DecodeRow, decode_rows
-from .options import add_files, add_routing, add_shapes
+from .options import add_files, add_routing, add_shapes, choose
 from .published import FIGURES, Figure
 from .results import Row, open_outputs, write_json
 from .shapes import GPU_SHAPES, GPU_TOKENS

@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from switchgear import offload
-from switchgear.cli.cgroup import MemoryGroup, memory_limit
-from switchgear.cli.common import CommandError, choose, require
+from switchgear.cli.common import CommandError, require
 
 from . import offload_tables as tables
 from .competitors import Skip
 from .llama import packages
-from .markdown import write_outputs
+from .memory_group import MemoryGroup, memory_limit
 from .offload_disk import read_ahead, read_rate
 from .offload_files import CHECKPOINT, GGUF, STORE, Spec, drop_pages, write_checkpoint, write_llama
 from .offload_worker import Task
-from .options import add_competitors_folder, add_files, add_quick, add_threads, begin
+from .options import add_competitors_folder, add_files, add_quick, add_threads, begin, choose
+from .report import write_outputs
 from .results import Row, earlier_results, read_json, rounded
 
 SCHEMA = "switchgear-bench-offload/1"

@@ -7,9 +7,9 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from switchgear.cli.common import markdown_table, threads
+from switchgear.cli.common import markdown_table
 
-from .documents import Blocks, section
+from .report import Blocks, section, threads
 from .results import Row
 
 OFFLOAD, PREFETCH, REPLAY, FITS = "offload", "prefetch", "replay", "all fits"

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.cli.cgroup import MemoryGroup
 from switchgear.cli.common import require
 
 from .llama import Llama
+from .memory_group import MemoryGroup
 from .offload_files import CHECKPOINT, GGUF, STORE, mapped_experts
 from .offload_replay import Recorder, Replay
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
-import switchgear
-from switchgear.cli import machine
-from switchgear.cli.common import CommandError, above_zero, listed, optional, positive, positives
+from switchgear.cli.common import CommandError, above_zero, positive
 
+from . import machine
 from .competitors.registry import FOLDER
 from .results import open_outputs
 
@@ -78,6 +76,31 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
 
 
+def positives(text: str) -> tuple[int, ...]:
+    """A comma-separated list."""
+    return tuple(map(positive, text.split(",")))
+
+
+def listed(known: Collection[str]) -> Callable[[str], list[str]]:
+    """A comma-separated list of known names."""
+
+    def names(text: str) -> list[str]:
+        found = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+        if not found or not set(found) <= set(known):
+            raise argparse.ArgumentTypeError(f"expected a list of {', '.join(known)}; got {text!r}")
+        return found
+
+    return names
+
+
+def choose(option: str, text: str, known: Collection[str]) -> list[str]:
+    """`listed`, for an option whose names depend on other options. CommandError for an unknown name."""
+    try:
+        return listed(known)(text)
+    except argparse.ArgumentTypeError as error:
+        raise CommandError(f"--{option}: {error}") from None
+
+
 def begin(args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None]) -> dict[str, Any]:
     """Describes the machine, for --json. CommandError, before minutes of work, for a file that cannot be written, and
     for an option that --from would ignore."""
@@ -90,18 +113,4 @@ def begin(args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentPa
     if getattr(args, "competitors_folder", None):
         os.environ[FOLDER] = args.competitors_folder  # the processes of the cases inherit it
     open_outputs(args)
-    return describe_machine(getattr(args, "threads", torch.get_num_threads()))
-
-
-def describe_machine(threads: int) -> dict[str, Any]:
-    transformers, _ = optional("transformers")
-    return machine.cpu() | {
-        "threads": threads,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__.split("+")[0],
-        "transformers": getattr(transformers, "__version__", None),
-        "switchgear": switchgear.__version__,
-        "isa": switchgear.cpu_isa(),
-        "environment": machine.environment(),
-    }
+    return machine.describe(getattr(args, "threads", torch.get_num_threads()))

@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from switchgear.cli.common import threads
 from switchgear.cli.plots import FAINT, GRID, INK, colors, pyplot, save
 
+from .report import threads
 from .results import extras
 from .targets import is_ours
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear import MoE, RoutingTrace, balance_loss
-from switchgear.cli.common import markdown_table, threads
+from switchgear.cli.common import markdown_table
 from switchgear.cli.progress import progress
 from switchgear.routing import Cosine, Linear, SwitchLoss, TopK
 
-from .markdown import write_outputs
 from .options import add_files, add_quick, add_threads, begin
+from .report import threads, write_outputs
 from .results import read_json, rounded
 from .tiny.text import Domain, evenly, load_domains, windows
 

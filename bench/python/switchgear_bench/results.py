@@ -20,7 +20,7 @@ from switchgear.cli.common import rounded as rounded
 from switchgear.cli.common import write_json as write_json
 from switchgear.complaints import first_line
 
-from . import documents
+from . import report
 from .case import flops_of, moved_bytes
 from .shapes import SHAPES
 
@@ -111,7 +111,7 @@ def open_outputs(args: argparse.Namespace) -> dict[str, str]:
             continue
         check_file(kind, path)
         if kind == "markdown":
-            documents.check(path)
+            report.check(path)
     return outputs
 
 

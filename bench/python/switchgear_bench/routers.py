@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from switchgear import plan
-from switchgear.cli import machine
-from switchgear.cli.common import choose, console, markdown_table, require, table, threads
+from switchgear.cli.common import console, markdown_table, require, table
 from switchgear.functional import Routing
 
-from . import plain_routers
+from . import machine, plain_routers
 from .case import Case, Layer, forward, make_case, make_weights
 from .competitors.ours import switchgear
-from .markdown import write_outputs
-from .options import add_files, add_shapes, add_threads, begin
+from .options import add_files, add_shapes, add_threads, begin, choose
+from .report import threads, write_outputs
 from .results import Row, earlier_results, read_json, rounded, write_json
 from .router_policies import Policy, policies
 from .shapes import ROUTER_SHAPES, Shape, forward_flops

@@ -16,14 +16,14 @@ import torch
 
 import switchgear
 from switchgear import _C
-from switchgear.cli.common import choose, console, markdown_table, require, table
-from switchgear.cli.common import threads as threads_of
+from switchgear.cli.common import console, markdown_table, require, table
 from switchgear.weights import Weight
 from switchgear_bench.processes import Child
 
 from .case import DECODE_TOKENS, FORMATS, ROUTINGS, Inputs, call_of, make_case, make_weights
-from .markdown import write_outputs
-from .options import add_cases, add_files, add_modes, add_routing, add_shapes, begin
+from .options import add_cases, add_files, add_modes, add_routing, add_shapes, begin, choose
+from .report import threads as threads_of
+from .report import write_outputs
 from .results import Row, earlier_results, read_json, rounded, write_json
 from .shapes import SHAPES, Shape
 from .threads_model import LOSSES, MACHINES, Cores, Measured, as_row, fork_seconds, machine, measured, predict, record

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter, sleep
 from typing import NamedTuple, TypeVar
 
-from switchgear.cli.machine import busy_seconds_elsewhere
+from .machine import busy_seconds_elsewhere
 
 T = TypeVar("T")
 TURN_SECONDS = 0.05  # of timed calls in a turn

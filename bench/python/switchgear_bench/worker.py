@@ -19,9 +19,10 @@ from unittest import mock
 
 import torch
 
-from switchgear.cli import machine
+from switchgear.cli.machine import TUNED_ALLOCATOR, openmp_runtimes
 from switchgear_bench.processes import Child
 
+from . import machine
 from .case import FORMATS, Case, Layer, call_of, make_case, make_weights
 from .ceilings import multiply_rate, read_probe
 from .competitors import COMPETITORS, Skip, look_in_folder
@@ -64,7 +65,7 @@ class Measured(NamedTuple):
 
 def run_case(task: Task, say: Callable[[str], None]) -> Measured:
     """Measures a case in a new process; `say` receives progress messages."""
-    with mock.patch.dict(os.environ, machine.TUNED_ALLOCATOR if task.allocator == "tuned" else {}):
+    with mock.patch.dict(os.environ, TUNED_ALLOCATOR if task.allocator == "tuned" else {}):
         child = Child(task.title, _serve, task)  # glibc reads its variables when a process starts
     with closing(child):
         while isinstance(answer := child.receive(), str):
@@ -112,7 +113,7 @@ def measure(task: Task, say: Callable[[str], None]) -> Measured:
         })
         for name, timed in times.items()
     ]  # fmt: skip
-    return Measured(rows, found.skipped, [Path(path).name for path in machine.openmp_runtimes()])
+    return Measured(rows, found.skipped, [Path(path).name for path in openmp_runtimes()])
 
 
 def make(task: Task) -> Case:

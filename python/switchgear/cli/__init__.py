@@ -129,6 +129,7 @@ class Program:
 
 
 PROGRAM = Program("switchgear", "Mixture-of-Experts layers on hand-written kernels.", __name__, COMMANDS)
+build_parser = PROGRAM.parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -138,11 +138,6 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], left: 
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
 
 
-def threads(count: int) -> str:
-    """The count in words."""
-    return f"{count} thread{'s' if count != 1 else ''}"
-
-
 # ---- types of argparse -----------------------------------------------------------------------------------------------
 
 
@@ -192,31 +187,6 @@ def seed(text: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}") from None
     return value
-
-
-def positives(text: str) -> tuple[int, ...]:
-    """A comma-separated list."""
-    return tuple(map(positive, text.split(",")))
-
-
-def listed(known: Collection[str]) -> Callable[[str], list[str]]:
-    """A comma-separated list of known names."""
-
-    def names(text: str) -> list[str]:
-        found = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-        if not found or not set(found) <= set(known):
-            raise argparse.ArgumentTypeError(f"expected a list of {', '.join(known)}; got {text!r}")
-        return found
-
-    return names
-
-
-def choose(option: str, text: str, known: Collection[str]) -> list[str]:
-    """`listed`, for an option whose names depend on other options. CommandError for an unknown name."""
-    try:
-        return listed(known)(text)
-    except argparse.ArgumentTypeError as error:
-        raise CommandError(f"--{option}: {error}") from None
 
 
 def settings(texts: Iterable[str], what: str, taken: Collection[str] = ()) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,14 @@ TUNED_ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "THP_MEM_ALLOC_ENABLE": "1",
 }
+CGROUPS = Path("/sys/fs/cgroup")
 _FLAGS = (
     *("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
     *("asimd", "asimddp", "bf16", "sve"),
 )
 
 
-def _read(path: str) -> str | None:
+def read(path: str) -> str | None:
     try:
         return Path(path).read_text()
     except OSError:
@@ -44,7 +44,7 @@ def openmp_runtimes(maps: str | None = None) -> list[str]:
 
     More than one means two thread pools that spin against each other.
     """
-    text = maps if maps is not None else _read("/proc/self/maps") or ""
+    text = maps if maps is not None else read("/proc/self/maps") or ""
     fields = (line.split(maxsplit=5) for line in text.splitlines())  # range, rights, offset, device, inode, path
     paths = {line[5].strip() for line in fields if len(line) == 6}
     return sorted(path for path in paths if _OPENMP.search(path.removesuffix(" (deleted)")))
@@ -52,55 +52,8 @@ def openmp_runtimes(maps: str | None = None) -> list[str]:
 
 def transparent_huge_pages() -> str | None:
     """always, madvise or never: the bracketed word of the kernel's setting."""
-    found = re.search(r"\[(\w+)\]", _read("/sys/kernel/mm/transparent_hugepage/enabled") or "")
+    found = re.search(r"\[(\w+)\]", read("/sys/kernel/mm/transparent_hugepage/enabled") or "")
     return found.group(1) if found else None
-
-
-def busy_seconds_elsewhere() -> float:
-    """Core-seconds that everything but this process has used since boot, including time stolen by the host.
-    Only differences are meaningful, to 0.01 s; 0 where the system does not report it."""
-    found = re.search(r"cpu +([\d ]+)", _read("/proc/stat") or "")
-    if found is None:
-        return 0.0
-    ticks = [int(field) for field in found.group(1).split()[:8]]  # the last two are included in the first two
-    own = os.times()
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - own.user - own.system
-
-
-def free_memory_bytes() -> int | None:
-    """Memory that programs can still allocate without swapping."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo") or "")
-    return int(found.group(1)) * 1024 if found else None
-
-
-def peak_memory_bytes() -> int | None:
-    """The largest resident size of this process.
-
-    VmHWM belongs to the address space, so it starts at zero with exec. ru_maxrss on Linux keeps the size of the
-    process that forked this one, so it is only the fallback.
-    """
-    found = re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status") or "")
-    if found:
-        return int(found.group(1)) * 1024
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def peak_of(function: Callable[[], object]) -> int | None:
-    """Bytes by which this process grows at most while `function` runs; None if the system does not count it."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process keeps would hide allocations
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
-    except (OSError, AttributeError):
-        return None
-    before = peak_memory_bytes()
-    function()
-    after = peak_memory_bytes()
-    return None if before is None or after is None else after - before
 
 
 def _first(pattern: str, text: str | None) -> str | None:
@@ -117,10 +70,10 @@ def _model(cpuinfo: str | None) -> str:
 
 def cpu() -> dict[str, Any]:
     """Model, usable cores, instruction sets of interest, last-level cache and memory."""
-    cpuinfo = _read("/proc/cpuinfo")
+    cpuinfo = read("/proc/cpuinfo")
     flags = set((_first(r"^(?:flags|Features)\s*:(.*)$", cpuinfo) or "").split())
-    cache = _first(r"^(\d+)K", _read("/sys/devices/system/cpu/cpu0/cache/index3/size"))
-    memory = _first(r"^MemTotal:\s+(\d+) kB", _read("/proc/meminfo"))
+    cache = _first(r"^(\d+)K", read("/sys/devices/system/cpu/cpu0/cache/index3/size"))
+    memory = _first(r"^MemTotal:\s+(\d+) kB", read("/proc/meminfo"))
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "model": _model(cpuinfo),
@@ -133,9 +86,16 @@ def cpu() -> dict[str, Any]:
     }
 
 
-def has_fast_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 products; elsewhere they are emulated in float32."""
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu()["features"]))
+def cpu_quota(root: Path = CGROUPS) -> float | None:
+    """Processors that the control group grants, or None without a limit (cgroup v2, v1)."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        except OSError:
+            return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
 
 
 def gpus() -> list[dict[str, Any]]:

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from switchgear.cli import machine
 from switchgear.cli.common import CommandError, check_writable, require
+from switchgear.cli.machine import cpu
 
+from .. import machine
 from . import report
 from .agreement import Check, check_gradients, check_logits, check_losses, equal_choices, loss_bounds, loss_floor
 from .corpus import batches, load_corpus
@@ -87,7 +88,7 @@ def compare(settings: dict[str, Settings], names: Sequence[str], reference: str,
     return {
         "schema": "switchgear-demo/1",
         "settings": first._replace(implementation="")._asdict() | {"text": bool(first.text)},
-        "machine": machine.cpu() | {"torch": torch.__version__, "transformers": require("transformers").__version__},
+        "machine": cpu() | {"torch": torch.__version__, "transformers": require("transformers").__version__},
         "model": models[reference],
         "reference": reference,
         "implementations": {

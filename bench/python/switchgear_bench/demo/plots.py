@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from switchgear.cli.common import threads
 from switchgear.cli.plots import FAINT, colors, pyplot, save
+
+from ..report import threads
 
 
 def losses(results: dict[str, Any], path: Path) -> None:

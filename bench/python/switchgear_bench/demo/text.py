@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from switchgear.cli.common import markdown_table, threads
+from switchgear.cli.common import markdown_table
+
+from ..report import threads
 
 Summary = dict[str, dict[str, float]]  # by implementation; see report.summarise
 

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchgear.cli import machine
 from switchgear.cli.common import CommandError, require
 from switchgear.routing import load_balancing_loss
 from switchgear.trace import Observation, observe
 
+from .. import machine
 from .agreement import Gradient, Load
 from .clock import ExpertsClock
 from .corpus import batches, load_corpus

@@ -13,7 +13,7 @@ import torch
 
 from ...integrations import is_too_old
 from ...utils.packages import first_line, installed_version, is_installed, missing_package
-from .. import cgroup, machine
+from .. import machine
 
 ALLOCATOR = " ".join(f"{name}={value}" for name, value in machine.TUNED_ALLOCATOR.items())
 
@@ -44,7 +44,7 @@ def check_settings(backend: str) -> Iterator[Finding]:
     if backend == "reference":
         yield Finding("backend", "slow", "all ops run on the reference, in plain torch", "unset SWITCHGEAR_BACKEND")
     yield _check_huge_pages(machine.transparent_huge_pages())
-    yield _check_threads(torch.get_num_threads(), machine.cpu()["cores"], cgroup.cpu_quota())
+    yield _check_threads(torch.get_num_threads(), machine.cpu()["cores"], machine.cpu_quota())
     yield _check_openmp(machine.openmp_runtimes())
     yield _check_allocator(os.environ)
     yield _check_transformers()

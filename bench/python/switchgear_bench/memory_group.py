@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A limit on the memory of a process: a control group of Linux (v1 or v2), made for one run and removed after it.
-And the processors that the present group grants.
 
 The kernel counts the process's own pages and the pages of files that it is the first to read. A process that needs more
 than the limit loses pages of files, and is killed when there are none.
@@ -101,15 +100,3 @@ def _remove(folder: Path) -> None:
             return
         except OSError:
             time.sleep(0.05)
-
-
-def cpu_quota(root: Path = ROOT) -> float | None:
-    """Processors that the control group grants, or None without a limit (cgroup v2, v1)."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        except OSError:
-            return None
-    return None if quota in ("max", "-1") else int(quota) / int(period)

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables of a benchmark for documents (documents.py). A new one gets the machine, the cases and the targets."""
+"""Tables of `switchgear bench layers`: on the screen, and in documents (report.py)."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from switchgear.cli.common import markdown_table, threads
+from switchgear.cli.common import markdown_table, table
 
-from .documents import Blocks, fill_blocks, write_blocks
+from .competitors import COMPETITORS
 from .minifloats import STORED
-from .results import Row, cases_of, extras, is_undisturbed, undisturbed, write_json
+from .plot import plot
+from .report import Blocks, fill_blocks, threads, write_blocks
+from .results import Row, cases_of, extras, is_undisturbed, save, undisturbed, write_csv
+from .shapes import SHAPES
 from .targets import is_ours, judge, ours_in
 
 BASELINES = ("hf_grouped_mm", "hf_eager", "hf_batched_mm")  # what transformers offers today
@@ -21,18 +23,9 @@ SUMMARY = (("forward", 1), ("forward", 512), ("train", 512))  # columns: mode an
 NEW = ("machine", "cases", "targets")  # tables of a new document
 
 
-def write(results: dict[str, Any], path: str) -> None:
+def write_document(results: dict[str, Any], path: str) -> None:
     """Fills in the tables of the document at `path`, or makes a new document."""
     write_blocks(path, _blocks(results), NEW)
-
-
-def write_outputs(args: argparse.Namespace, results: dict[str, Any], blocks: Blocks) -> None:
-    """Writes the files of --json and --markdown."""
-    if args.json:
-        write_json(results, args.json)
-    if args.markdown:
-        write_blocks(args.markdown, blocks)
-        print(f"wrote {args.markdown}")
 
 
 def fill(text: str, results: dict[str, Any]) -> str:
@@ -166,3 +159,86 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "summary": summary_table,
     "targets": target_table,
 }
+
+
+# ---- on the screen, and files ----------------------------------------------------------------------------------------
+
+
+def print_choices() -> None:
+    print("shapes (H hidden size, I intermediate size, E experts, K per token)")
+    for name, shape in SHAPES.items():
+        print(f"  {name:<17} {shape.sizes}: {shape.model}")
+    print("competitors")
+    for name, competitor in COMPETITORS.items():
+        extra = "" if competitor.default else "  [only if named, or with --competitors]"
+        kinds = f"{'/'.join(competitor.dtypes)}, {'/'.join(competitor.modes)}"
+        print(f"  {name:<18} {competitor.about} {kinds}{extra}")
+
+
+def print_machine(console: Any, machine: dict[str, Any], ceilings: dict[str, Any]) -> None:
+    console.print(
+        f"[bold]{machine['model']}[/], {threads(machine['threads'])}; torch {machine['torch']}, "
+        f"transformers {machine['transformers'] or 'none'}, switchgear {machine['switchgear']} ({machine['isa']})"
+    )
+    for line in ceiling_lines(ceilings):
+        console.print(line)
+
+
+def print_case(console: Any, title: str, rows: list[dict[str, Any]], skipped: list[dict[str, str]]) -> None:
+    """One table, the fastest first. "x ours" is the time relative to switchgear's, for bf16 and fp32 on plain
+    weights."""
+    console.print(f"\n[bold]{title}[/]")
+    if rows:
+        row = rows[0]
+        console.print(
+            f"[dim]{SHAPES[row['shape']].sizes}; {row['touched_experts']:.0f} experts touched, read in "
+            f"{row['read_ms']:.3f} ms; registers {row['multiply_rate'] / 1e9:,.0f} GFLOP/s; at best "
+            f"{row['floor_ms']:.3f} ms, by {row['bound']}[/]"
+        )
+    ours = next((row["ms"] for row in rows if row["competitor"] in ours_in(row["dtype"])), None)
+    shown = table("competitor", "ms", "GFLOP/s", "GB/s", "floor", "x ours", "error", "calls", "quiet")
+    for row in sorted(rows, key=lambda row: row["ms"] or float("inf")):
+        error = f"{row['relative_error']:.0e}"
+        if row["wrong"]:
+            wrong = f"[red]{error} > {row['error_limit']:.0e}[/]"
+            shown.add_row(row["competitor"], "wrong", "", "", "", "", wrong)
+            continue
+        shown.add_row(
+            row["competitor"], f"{row['ms']:.3f}", f"{row['gflops']:,.0f}", f"{row['gbytes_per_s']:.1f}",
+            f"{row['percent_of_floor']:.0f} %", f"{row['ms'] / ours:.2f}" if ours else "", error,
+            str(row["repetitions"]), f"{row['quiet_turns']}/{row['turns']}",
+            style="bold" if is_ours(row["competitor"]) else None,
+        )  # fmt: skip
+    console.print(shown)
+    print_skipped(console, skipped)
+
+
+def print_skipped(console: Any, skipped: list[dict[str, str]]) -> None:
+    for entry in skipped:
+        what = entry["case"] if entry["competitor"] == "all" else entry["competitor"]
+        console.print(f"  [dim]{what}: {entry['reason']}[/]")
+
+
+def print_verdicts(console: Any, results: dict[str, Any]) -> None:
+    """The targets of the measured cases, missed ones last."""
+    verdicts = judge(undisturbed(results))
+    shown = table("case", "at least", "reached", "holds", wrap=True)
+    for verdict in sorted(verdicts, key=lambda verdict: not verdict.holds):
+        shown.add_row(*verdict[:3], "yes" if verdict.holds else "[red]no[/]")
+    if verdicts:
+        console.print("\n[bold]targets[/]", shown)
+
+
+def write(results: dict[str, Any], outputs: dict[str, str]) -> None:
+    """Writes the requested files: {"json" | "csv" | "markdown" | "plot": path}."""
+    for kind, path in outputs.items():
+        if kind == "plot":
+            plot(results, path)
+            continue
+        if kind == "json":
+            save(results, path)
+        elif kind == "markdown":
+            write_document(results, path)
+        else:
+            write_csv(results["results"], path)
+        print(f"wrote {path}")

@@ -7,11 +7,13 @@ them is replaced, and nothing else is. A document with text but without such pai
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from switchgear.cli.common import CommandError, write_file
+from switchgear.cli.common import CommandError, write_file, write_json
 
 Blocks = dict[str, Callable[[], str]]
 _LINE = r"^[ \t]*<!--[ \t]*/?[ \t]*bench:"  # of a mark, also of a mistyped one
@@ -68,3 +70,17 @@ def _read(path: str) -> str:
             f"<!-- /bench:NAME -->, got {path} without them"
         )
     return text
+
+
+def write_outputs(args: argparse.Namespace, results: dict[str, Any], blocks: Blocks) -> None:
+    """Writes the files of --json and --markdown."""
+    if args.json:
+        write_json(results, args.json)
+    if args.markdown:
+        write_blocks(args.markdown, blocks)
+        print(f"wrote {args.markdown}")
+
+
+def threads(count: int) -> str:
+    """The count in words."""
+    return f"{count} thread{'s' if count != 1 else ''}"
