@@ -137,7 +137,8 @@ bench: $(if $(filter cpp,$(KIND)),$(build_tools),$(INSTALLED)bench)
 
 # ---- tests ---------------------------------------------------------------------------------------------------------------
 
-# A process of tests on each processor. It takes 1 GB.
+# A process of tests on each processor. It takes 1 GB. All must collect the same tests, so sets have one order.
+export PYTHONHASHSEED ?= 0
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses logical --maxprocesses 16 --dist loadgroup
 

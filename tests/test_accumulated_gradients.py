@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Weight gradients that the kernel adds to .grad have the bits of those that autograd adds, and behave like them."""
+"""Gradients are torch's own by default. Inside accumulate_into_grad, those of weights that the kernel adds to .grad
+have the bits of those that autograd adds, and behave like them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import switchgear
 from backends_in_use import ISAS, kernels_of
 from errors import raises
-from switchgear import Experts, ops
-from switchgear.autograd import layer
+from switchgear import Experts, accumulate_into_grad, ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,23 +38,17 @@ def loss_of(experts: Experts, seed: int, tokens: int = 50) -> Tensor:
 
 
 def step(experts: Experts, seed: int, tokens: int = 50) -> None:
-    loss_of(experts, seed, tokens).backward()
+    loss = loss_of(experts, seed, tokens)
+    with accumulate_into_grad():
+        loss.backward()
+
+
+def torch_step(experts: Experts, seed: int) -> None:
+    loss_of(experts, seed).backward()
 
 
 def grads(experts: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in experts.parameters() if parameter.grad is not None]
-
-
-def test_x_may_be_a_part_of_a_gradient() -> None:
-    experts = make()
-    step(experts, 0)
-    x = experts.gate_up_proj.grad[0, :5]
-    ids, weights = torch.zeros(5, 1, dtype=torch.int32), torch.ones(5, 1)
-    other = make()
-    other(x.clone(), ids, weights).sum().backward()
-    wanted = [mine.grad + its.grad for mine, its in zip(experts.parameters(), other.parameters(), strict=True)]
-    experts(x, ids, weights).sum().backward()
-    assert all(torch.equal(p.grad, w) for p, w in zip(experts.parameters(), wanted, strict=True))
 
 
 class Spy:
@@ -77,16 +70,88 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     return Spy(monkeypatch)
 
 
-def by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "_can_add", lambda weight: False)
+# ---- by default ------------------------------------------------------------------------------------------------------
+
+
+def test_by_default_a_hook_of_the_accumulation_sees_the_whole_gradient(spy: Spy) -> None:
+    experts = make()
+    torch_step(experts, 0)
+    kept = experts.gate_up_proj.grad.clone()
+    seen: list[Tensor] = []
+    node = torch.autograd.graph.get_gradient_edge(experts.gate_up_proj).node
+    node.register_prehook(lambda grads: seen.append(grads[0].clone()))
+    torch_step(experts, 0)
+    assert spy.calls == 0
+    assert torch.equal(seen[0], kept)
+    assert torch.equal(experts.gate_up_proj.grad, 2 * kept)
+
+
+def test_by_default_threads_lose_no_gradient() -> None:
+    experts = make()
+    torch_step(experts, 0)
+    once = [grad.clone() for grad in grads(experts)]
+    workers = [threading.Thread(target=torch_step, args=(experts, 0)) for _ in range(7)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for grad, one in zip(grads(experts), once, strict=True):
+        torch.testing.assert_close(grad, 8 * one)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_gradient_that_is_its_own_weight(in_place: bool, spy: Spy) -> None:
+    """As in torch, which adds the whole gradient after it is computed."""
+    experts, other = make(), make()
+    torch_step(other, 0)
+    wanted = [parameter.detach() + parameter.grad for parameter in other.parameters()]
+    for parameter in experts.parameters():
+        parameter.grad = parameter.detach()
+    (step if in_place else torch_step)(experts, 0)
+    assert spy.calls == 0
+    assert all(torch.equal(grad, want) for grad, want in zip(grads(experts), wanted, strict=True))
+
+
+def test_the_switch_is_of_one_thread_and_ends(spy: Spy) -> None:
+    experts = make()
+    torch_step(experts, 0)
+    with accumulate_into_grad():
+        worker = threading.Thread(target=torch_step, args=(experts, 0))
+        worker.start()
+        worker.join()
+        assert spy.calls == 0
+        with accumulate_into_grad():
+            torch_step(experts, 0)
+        torch_step(experts, 0)
+        assert spy.calls == 2
+    with pytest.raises(ZeroDivisionError), accumulate_into_grad():
+        raise ZeroDivisionError
+    torch_step(experts, 0)
+    assert spy.calls == 2
+
+
+# ---- by the kernel ---------------------------------------------------------------------------------------------------
+
+
+def test_x_may_be_a_part_of_a_gradient(spy: Spy) -> None:
+    experts = make()
+    step(experts, 0)
+    x = experts.gate_up_proj.grad[0, :5]
+    ids, weights = torch.zeros(5, 1, dtype=torch.int32), torch.ones(5, 1)
+    other = make()
+    other(x.clone(), ids, weights).sum().backward()
+    wanted = [mine.grad + its.grad for mine, its in zip(experts.parameters(), other.parameters(), strict=True)]
+    y = experts(x, ids, weights).sum()
+    with accumulate_into_grad():
+        y.backward()
+    assert spy.calls == 0
+    assert all(torch.equal(p.grad, w) for p, w in zip(experts.parameters(), wanted, strict=True))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
-def test_sums_have_the_bits_of_autograd(
-    isa: str, dtype: torch.dtype, bias: bool, spy: Spy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sums_have_the_bits_of_autograd(isa: str, dtype: torch.dtype, bias: bool, spy: Spy) -> None:
     experts = make(dtype, bias=bias)
     with kernels_of(isa):
         for seed in range(3):
@@ -94,9 +159,8 @@ def test_sums_have_the_bits_of_autograd(
         assert spy.calls == 2
         got = [grad.clone() for grad in grads(experts)]
         experts.zero_grad()
-        by_autograd(monkeypatch)
         for seed in range(3):
-            step(experts, seed)
+            torch_step(experts, seed)
     assert spy.calls == 2
     assert len(got) == 2 + 2 * bias
     assert all(torch.equal(one, other) for one, other in zip(got, grads(experts), strict=True))
@@ -104,7 +168,7 @@ def test_sums_have_the_bits_of_autograd(
 
 @pytest.mark.parametrize("sizes", [(512, 256, 80), (2048, 96, 40)])  # past the caches, and lines of other rows
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_large_gradients(dtype: torch.dtype, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_gradients(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
     experts = make(dtype, sizes)
     step(experts, 1, 20)
     want = [grad.clone() for grad in grads(experts)]
@@ -121,7 +185,7 @@ def test_subnormal_sums_are_kept(isa: str) -> None:
         parameter.grad = torch.full_like(parameter, 1e-39)
     before = [grad.clone() for grad in grads(experts)]
     x = torch.zeros(2, 64, dtype=torch.bfloat16)
-    with kernels_of(isa):
+    with kernels_of(isa), accumulate_into_grad():
         experts(x, torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)).sum().backward()
     assert all(
         torch.equal(one, other) and bool((one != 0).all()) for one, other in zip(grads(experts), before, strict=True)
@@ -147,7 +211,8 @@ def test_gradients_that_are_asked_for_are_returned(spy: Spy) -> None:
     experts = make()
     step(experts, 0)
     kept = [grad.clone() for grad in grads(experts)]
-    found = torch.autograd.grad(loss_of(experts, 0), list(experts.parameters()))
+    with accumulate_into_grad():
+        found = torch.autograd.grad(loss_of(experts, 0), list(experts.parameters()))
     assert spy.calls == 0
     assert all(torch.equal(one, other) for one, other in zip(found, kept, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(grads(experts), kept, strict=True))
@@ -158,7 +223,8 @@ def test_only_inputs_of_backward_change(spy: Spy) -> None:
     step(experts, 0)
     kept = [grad.clone() for grad in grads(experts)]
     first, second = experts.parameters()
-    loss_of(experts, 0).backward(inputs=[first])
+    with accumulate_into_grad():
+        loss_of(experts, 0).backward(inputs=[first])
     assert torch.equal(first.grad, 2 * kept[0])
     assert torch.equal(second.grad, kept[1])
 
@@ -198,7 +264,8 @@ def test_anomalies_are_looked_for_in_real_gradients(spy: Spy) -> None:
 def test_second_derivatives_still_raise() -> None:
     experts = make()
     step(experts, 0)
-    loss_of(experts, 0).backward(create_graph=True)
+    with accumulate_into_grad():
+        loss_of(experts, 0).backward(create_graph=True)
     with raises(RuntimeError):
         grads(experts)[0].sum().backward()
 
@@ -239,7 +306,8 @@ def test_a_weight_that_is_used_twice(spy: Spy) -> None:
     once = [grad.clone() for grad in grads(experts)]
     experts.zero_grad()
     step(experts, 1)
-    (loss_of(experts, 0) + loss_of(experts, 0) + (experts.down_proj * 3).sum()).backward()
+    with accumulate_into_grad():
+        (loss_of(experts, 0) + loss_of(experts, 0) + (experts.down_proj * 3).sum()).backward()
     assert spy.calls == 2
     got = [grad.clone() for grad in grads(experts)]
     experts.zero_grad()
@@ -256,7 +324,7 @@ def test_an_error_changes_nothing(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> 
     loss = loss_of(experts, 0)
     with monkeypatch.context() as patch:
         patch.setattr(ops.native.host, "execution", lambda: "no number")
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError), accumulate_into_grad():
             loss.backward()
     assert all(torch.equal(one, other) for one, other in zip(grads(experts), kept, strict=True))
 
@@ -267,7 +335,8 @@ def test_a_projection_that_was_frozen_after_forward(spy: Spy) -> None:
     kept = [grad.clone() for grad in grads(experts)]
     loss = loss_of(experts, 0)
     experts.gate_up_proj.requires_grad_(False)
-    loss.backward()
+    with accumulate_into_grad():
+        loss.backward()
     assert spy.calls == 0
     assert torch.equal(experts.gate_up_proj.grad, kept[0])
     assert torch.equal(experts.down_proj.grad, 2 * kept[1])
@@ -281,7 +350,8 @@ def test_one_parameter_for_both_projections(tied: str, spy: Spy) -> None:
     ids, weights, x = torch.randint(4, (7, 2), dtype=torch.int32), torch.rand(7, 2), torch.randn(7, 16)
 
     def backward() -> None:
-        switchgear.moe(x, first, second, ids, weights, gated=False).sum().backward()
+        with accumulate_into_grad():
+            switchgear.moe(x, first, second, ids, weights, gated=False).sum().backward()
 
     backward()
     if tied == "gradient":
@@ -292,61 +362,14 @@ def test_one_parameter_for_both_projections(tied: str, spy: Spy) -> None:
     torch.testing.assert_close(first.grad, 2 * kept)
 
 
-def test_threads_at_one_weight() -> None:
-    experts = make()
-    step(experts, 0)
-    once = [grad.clone() for grad in grads(experts)]
-    workers = [threading.Thread(target=step, args=(experts, 0)) for _ in range(7)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    for grad, one in zip(grads(experts), once, strict=True):
-        torch.testing.assert_close(grad, 8 * one)
-
-
-@pytest.fixture
-def waiting() -> Iterator[Callable[[], object]]:
-    """What a thread waits for until the test ends."""
-    over = threading.Event()
-    yield over.wait
-    over.set()
-
-
-class Monitor(threading.Thread):
-    """A thread like those of progress bars."""
-
-
-@pytest.mark.parametrize("kind", ["thread", "progress bar", "queue"])
-def test_other_threads_may_be_in_a_backward_pass(
-    kind: str, spy: Spy, monkeypatch: pytest.MonkeyPatch, waiting: Callable[[], object]
-) -> None:
-    """torch adds the gradients of threads one by one, and knows nothing of additions of the kernel."""
-    experts = make()
-    step(experts, 0)
-    kept = [grad.clone() for grad in grads(experts)]
-    if kind == "progress bar":
-        monkeypatch.setattr(Monitor, "__module__", "tqdm._monitor")
-
-    def wait() -> None:
-        waiting()
-
-    wait.__module__ = "multiprocessing.queues" if kind == "queue" else __name__
-    Monitor(target=wait, daemon=True).start()
-    step(experts, 0)
-    assert spy.calls == (kind != "thread")
-    assert all(torch.equal(grad, 2 * one) for grad, one in zip(grads(experts), kept, strict=True))
-
-
 def test_checks_of_the_kernel() -> None:
     experts = make()
     x, ids, weights = torch.randn(3, 72), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
     h = torch.randn(3, 80)
-    tensors = (torch.randn(3, 72), x, h, experts.gate_up_proj, experts.down_proj, None, None, ids, weights)
-    tensors = tuple(t.detach() if isinstance(t, Tensor) else None for t in tensors)
-    options = ("silu", True, False, 1.0, 0.0)
+    weights_in = [experts.gate_up_proj.detach()], (), [experts.down_proj.detach()], ()
+    layer = ops.Layer(*weights_in, None, None, ids, weights, *ops.GluOptions())
     needs = (False, True, True, False, False, False)
     there = torch.zeros_like(experts.gate_up_proj), torch.zeros(5, 72, 41)
     with raises(ValueError, "grad_down_proj"):
-        ops.moe_backward_on_host(there, *tensors, *options, needs=needs)
+        ops.moe_backward_on_host(there, torch.randn(3, 72), x, h, layer, needs)
     assert not there[0].any()

@@ -14,7 +14,7 @@ import switchgear
 from errors import raises
 from switchgear import ops, reference
 from switchgear.offload import FromPreRouter
-from switchgear.ops import registration
+from switchgear.ops.layer import _layer_in
 from switchgear.routing import Capacity, DeviceBalance, ImportanceLoad, PreRouter, SwitchLoss, TopP
 from switchgear.testing import Case, GluOptions, Layer, make_layer
 from switchgear.utils.functions import not_compiled
@@ -191,8 +191,9 @@ def test_export(strict: bool) -> None:
 
 def test_an_empty_list_may_be_none() -> None:
     """As in a package of AOTInductor, which has no empty lists."""
-    weights = [torch.randn(2, 3, 4)]
-    assert registration._passed_on("wfo", None)((), 1, weights, None, 3) == (weights, (), 3, 1)
+    x, tensors, _, down_tensors, _, *others = make_layer(CASE).arguments()
+    layer = _layer_in((x, tensors, None, down_tensors, None, *others, *GluOptions(), False), 1)
+    assert layer == ops.Layer(tensors, (), down_tensors, (), *others, *GluOptions())
 
 
 def loss_of(layer: Layer) -> Any:

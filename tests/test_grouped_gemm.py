@@ -228,5 +228,5 @@ def test_weight_gradient_past_the_caches(isa: str, columns: int, dtype: torch.dt
         part = ops.grouped_gemm_wgrad(grad, x[:, first : first + 352].contiguous(), offsets, None, False)
         assert torch.equal(whole[:, :, first : first + 352], part)
     shifted = torch.empty(whole.numel() + 1, dtype=dtype)[1:].view(whole.shape)
-    _C.grouped_gemm_wgrad(grad, x, offsets, None, None, shifted, 1)
+    _C.grouped_gemm_wgrad((grad, x, offsets, None, None), (), (shifted,), 1)
     assert torch.equal(shifted, whole)

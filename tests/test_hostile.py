@@ -114,7 +114,7 @@ def test_forged_arrays(name: str) -> None:
     with raises(error, "router_logits"):
         switchgear.route(array, 2)
     with raises((TypeError, ValueError), "h"):
-        _C.glu(array, torch.empty(2, 2), "silu", True, False, 1.0, 0.0, 1)
+        _C.glu((array,), ("silu", True, False, 1.0, 0.0), (torch.empty(2, 2),), 1)
 
 
 def test_no_capsule() -> None:

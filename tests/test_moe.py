@@ -201,8 +201,8 @@ def test_only_wanted_gradients_are_computed(backend: str, monkeypatch: pytest.Mo
     layer = make_layer(SMALL, torch.float32, bias=True)
     everything = gradients(layer, torch.ones_like(layer.x))
     asked: list[list[bool]] = []
-    moe_backward = ops.moe_backward
-    monkeypatch.setattr(ops, "moe_backward", lambda *args: asked.append(list(args[-1])) or moe_backward(*args))
+    backward = ops.layer_backward
+    monkeypatch.setattr(ops, "layer_backward", lambda *args: asked.append(list(args[4][:6])) or backward(*args))
     for index, name in enumerate(GRADS):
         one = layer._replace(**{name: getattr(layer, name).detach().requires_grad_()})
         call(one).sum().backward()
@@ -283,7 +283,8 @@ def test_float64_runs_on_the_reference() -> None:
     with switchgear.use_backend("native"):
         y = call(layer)
     assert y.dtype == torch.float64
-    assert torch.equal(y, reference.moe_forward(*layer.arguments(), *DEFAULT, False)[0])
+    x, *others = layer.arguments()
+    assert torch.equal(y, reference.moe_forward(x, reference.Layer(*others, *DEFAULT), False)[0])
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------

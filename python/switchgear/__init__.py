@@ -17,7 +17,7 @@ Adapters:   adapters.add_lora(model, rank), load_peft, save_peft, merge; mixture
 Conversion: convert.upcycle, split_dense, from_dense_experts, merge_models, to_dense, …; convert.run for checkpoints
 Compression: compress calibrates, then prunes, merges, sparsifies or quantizes experts, with bits per expert
 Offload:    offload.write_store, offload.offload: experts on disk, cached and prefetched; simulate predicts the hits
-Training:   finetune trains some experts alone; distill; optim.Muon
+Training:   finetune trains some experts alone; distill; optim.Muon; accumulate_into_grad for micro-batches
 Backends:   use_backend, available_cpu_isas, cpu_isa, set_cpu_isa, cuda_kernels, set_cuda_kernels
 Logging:    the logger "switchgear" says at level INFO what of a model was changed, and at ERROR which rank failed
 """
@@ -28,6 +28,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from switchgear import adapters, compress, convert, distill, finetune, layers, offload, optim, presets, routing, weights
+from switchgear.autograd import accumulate_into_grad
 from switchgear.backends import backend, use_backend
 from switchgear.complaints import failed_import, installed_version, is_installed
 from switchgear.cuda import cuda_kernels, set_cuda_kernels
@@ -57,6 +58,7 @@ __all__ = [
     "Weight",
     "__version__",
     "accelerate",
+    "accumulate_into_grad",
     "adapters",
     "after_step",
     "available_cpu_isas",

@@ -16,8 +16,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("native", "reference")
 
@@ -65,6 +67,18 @@ def runs_natively(dtype: torch.dtype) -> bool:
 def in_autocast(device_type: str) -> bool:
     """Whether torch.autocast is enabled for a device type."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch raises for meta
+
+
+def cast_in_autocast(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Casts the floating tensors to autocast's dtype, except float64 (as torch does)."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.dtype is torch.float64 or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(dtype)
+
+    return tuple(map(cast, tensors))
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

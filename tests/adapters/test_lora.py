@@ -165,7 +165,7 @@ def test_another_dtype_of_adapters() -> None:
 def test_bad_options(argument: str, value: Any, error: type[Exception]) -> None:
     net = model()
     before = state_of(net)
-    with pytest.raises(error, match=rf"^{argument}: "):
+    with raises(error, argument):
         add_lora(net, **{"rank": 2, argument: value})
     assert state_of(net) == before
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from switchgear import _C, reference
-from switchgear.reference import weight_dtype
+from switchgear.reference import Layer, weight_dtype
 from switchgear.reference.formats import FORMATS
 
 BYTES = {"int8": torch.int8, "uint8": torch.uint8}
@@ -314,15 +314,15 @@ def weight_of(op: str, args: dict[str, Any], name: str) -> tuple[Any, tuple[int,
     return tensors, (*form, parts, args["group_size"], fields, 0)
 
 
-def handed_on(op: str, args: dict[str, Any], outputs: bool) -> list[Any]:
-    """The tensors of a call in order, with weights as their tensors and their form; with or without outputs."""
+def inputs_of(op: str, args: dict[str, Any]) -> list[Any]:
+    """The tensors of a call in order, with weights as their tensors and their form, without outputs."""
     weights = OPS[op].weights
     parts_of_weights = {f"{name}_{field}" for name in weights for field in FIELDS}
     given: list[Any] = []
     for name in OPS[op].tensors:
         if name in weights:
             given += weight_of(op, args, name)
-        elif name not in parts_of_weights and (outputs or not spec_of(op, name).out):
+        elif name not in parts_of_weights and not spec_of(op, name).out:
             given.append(args[name])
     return given
 
@@ -343,5 +343,19 @@ def poison(tensor: Tensor, byte: int = 0xA5) -> Tensor:
     return tensor
 
 
+def native_arguments(op: str, args: dict[str, Any]) -> tuple[Any, ...]:
+    """Inputs, options or a layer, outputs and execution: the arguments of the native function."""
+    inputs, options = inputs_of(op, args), options_of(op, args)
+    outputs = [args[name] for name in outputs_of(op)]
+    function, given = function_of(op), options
+    if function.startswith("moe_"):
+        first = 3 if function == "moe_backward" else 1  # inputs before the layer, which has eight of them
+        given = [*Layer(*inputs[first : first + 8], *options)]
+        del inputs[first : first + 8]
+    if function == "moe_backward":
+        outputs += [None, None, None, None, False]  # no adapters; it does not add
+    return tuple(inputs), tuple(given), tuple(outputs), args["num_threads"]
+
+
 def call(op: str, args: dict[str, Any]) -> None:
-    getattr(_C, function_of(op))(*handed_on(op, args, True), *options_of(op, args), args["num_threads"])
+    getattr(_C, function_of(op))(*native_arguments(op, args))

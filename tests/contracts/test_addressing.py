@@ -87,7 +87,7 @@ def test_more_slots_than_int32_counts() -> None:
     topk_ids = sparse(2**31, torch.int32).view(2**30, 2)
     outputs = torch.empty(2, dtype=torch.int32), topk_ids.view(-1), topk_ids
     with raises(ValueError, "topk_ids"):
-        _C.plan(topk_ids, *outputs, 1)
+        _C.plan((topk_ids,), (), outputs, 1)
 
 
 @pytest.mark.slow

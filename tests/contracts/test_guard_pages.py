@@ -8,14 +8,14 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from guarded import SIDES, Guards, Region, strides_of
-from native_calls import GLU, OPS, arguments, function_of, handed_on, options_of, outputs_of, poison, sizes_of, spec_of
+from native_calls import GLU, OPS, arguments, function_of, native_arguments, outputs_of, poison, sizes_of, spec_of
 from problems import DTYPES, counts
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class NativeCall(NamedTuple):
     """_C.<op>(*args). `layouts` has those of tensors that need not be contiguous, by id."""
 
     op: str
-    args: list[Any]
+    args: Sequence[Any]
     outputs: list[Tensor]
     layouts: dict[int, str]
 
@@ -43,7 +43,8 @@ class NativeCall(NamedTuple):
 
         def put(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
-                return [put(item) for item in value]
+                items = [put(item) for item in value]
+                return tuple(items) if isinstance(value, tuple) else items
             if not isinstance(value, Tensor):
                 return value
             changes[id(value)] = change(value)
@@ -93,9 +94,7 @@ def op_call(op: str, sizes: dict[str, int], dtype: torch.dtype, num_threads: int
     args = arguments(op, sizes, dtype)
     layouts = {id(args[name]): spec_of(op, name).layout for name in OPS[op].tensors}
     outputs = [args[name] for name in outputs_of(op)]
-    return NativeCall(
-        function_of(op), [*handed_on(op, args, True), *options_of(op, args), num_threads], outputs, layouts
-    )
+    return NativeCall(function_of(op), native_arguments(op, args | {"num_threads": num_threads}), outputs, layouts)
 
 
 @on_every_isa
@@ -169,18 +168,18 @@ def form_calls(form: str, rng: np.random.Generator, dtype: torch.dtype) -> Itera
     x, y, h = rows(sizes["T"], H), rows(sizes["T"], H, True), rows(sizes["S"], N, True)
     biases, weights = (rows(E, N), rows(E, H)), torch.rand(topk_ids.shape)
     weights_in = first.tensors, first.form, second.tensors, second.form
-    args = [x, *weights_in, *biases, topk_ids, weights, y, h, *GLU.values(), num_threads]
-    yield NativeCall("moe_forward", args, [y, h], layouts)
+    layer = tuple(reference.Layer(*weights_in, *biases, topk_ids, weights, *GLU.values()))
+    yield NativeCall("moe_forward", ((x,), layer, (y, h), num_threads), [y, h], layouts)
     if form == "panels":  # which grouped_gemm does not take
         return
     offsets, tokens, _ = reference.plan(topk_ids, E)
     out = rows(sizes["S"], N, True)
-    product = [x, first.tensors, first.form, biases[0], offsets, tokens, out, False, False, num_threads]
+    product = (x, first.tensors, first.form, biases[0], offsets, tokens), (False, False), (out,), num_threads
     yield NativeCall("grouped_gemm", product, [out], layouts)
     transposed = form not in ("plain", "compact")
     grad, grad_x = rows(sizes["S"], N), rows(sizes["S"], H, True)
     if transposed:
-        product = [grad, first.tensors, first.form, None, offsets, None, grad_x, True, False, num_threads]
+        product = (grad, first.tensors, first.form, None, offsets, None), (True, False), (grad_x,), num_threads
         yield NativeCall("grouped_gemm", product, [grad_x], layouts)
 
 
@@ -210,9 +209,8 @@ def test_matrices_of_their_own(isa: str, count: int) -> None:
         x = torch.randn(sizes["T"], sizes["H"]).to(dtype)
         out = poison(torch.empty(sizes["S"], max(heights), dtype=dtype))
         layouts = {id(x): "rows", id(out): "rows"}
-        call = NativeCall(
-            "grouped_gemm", [x, matrices, (), None, offsets, tokens, out, False, False, 1], [out], layouts
-        )
+        arguments = (x, matrices, (), None, offsets, tokens), (False, False), (out,), 1
+        call = NativeCall("grouped_gemm", arguments, [out], layouts)
         check_guarded(call, guards, SIDES[index % 2], False, int(rng.choice([0, 1, 9])))
 
 
@@ -269,7 +267,7 @@ def test_one_element_too_far(isa: str, side: str, name: str) -> None:
         tensors = {"h": torch.zeros(3, 34), "a": torch.zeros(3, 17)}
         placed = Region().place(tensors[name], strides_of(tensors[name].shape, "contiguous", 0), side)
         tensors[name] = Forged(tuple(placed.shape), data=placed.data_ptr() + 4 * shift)
-        _C.glu(tensors["h"], tensors["a"], *GLU.values(), 1)
+        _C.glu((tensors["h"],), tuple(GLU.values()), (tensors["a"],), 1)
 
     assert not ends_the_process(lambda: glu(0))
     assert ends_the_process(lambda: glu(1 if side == "after" else -1))

@@ -67,7 +67,7 @@ def run(batch: Batch) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
     for p, (ids, offsets, tokens, slots, num_tokens, top_k) in enumerate(parts):
         shape = (num_tokens, top_k)
         try:
-            _C.plan(ids.view(shape), offsets, tokens, slots.view(shape), 1)
+            _C.plan((ids.view(shape),), (), (offsets, tokens, slots.view(shape)), 1)
         except ValueError as error:
             assert str(error).startswith("topk_ids: expected values in [-1, ")  # noqa: PT017
             raised[p] = True

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native_calls import OPS, arguments, function_of, handed_on, is_optional, options_of, sizes_of, spec_of
+from native_calls import OPS, arguments, function_of, inputs_of, is_optional, options_of, sizes_of, spec_of
 from problems import DTYPES, counts
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def sample(op: str, seed: int) -> tuple[Any, ...]:
     for name in OPS[op].weights:
         if not args[f"{name}_form"]:
             args[name] = [args[name]]
-    tensors, options = handed_on(op, args, False), options_of(op, args)
+    tensors, options = inputs_of(op, args), options_of(op, args)
     match function_of(op):
         case "route" | "route_dynamic":
             return *tensors, sizes["K"], *options

@@ -19,15 +19,14 @@ from backends_in_use import SIMT_DEVICES, backend_named
 from errors import raises
 from switchgear import offload
 from switchgear.adapters import add_lora
-from switchgear.functional import offloaded
-from switchgear.offload import attach
+from switchgear.offload import attach, waves
 
 FORMS = ("plain", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
 
 
 @pytest.fixture(params=["reference", *SIMT_DEVICES])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(offloaded, "adds_in_order_of_experts", lambda x: False)
+    monkeypatch.setattr(waves, "adds_in_order_of_experts", lambda x: False)
     monkeypatch.setattr(attach, "find_device", lambda _: QueuedDevice(1, is_eager=True))
     with backend_named(request.param):
         yield request.param

@@ -251,11 +251,10 @@ def test_errors() -> None:
         (first.data.mT, "gate_up_proj: expected"),
     ):
         y = torch.full_like(x, 7)
+        weights_in = [bad], first.form, second.tensors, second.form, None, None
+        layer = switchgear.ops.Layer(*weights_in, ids, weights, *switchgear.ops.GluOptions())
         with pytest.raises(ValueError, match=reason):
-            switchgear.ops.host.module.moe_forward(
-                x, [bad], first.form, second.tensors, second.form, None, None, ids, weights, y, None,
-                "silu", True, False, 1.702, 0.0, switchgear.ops.host.execution(),
-            )  # fmt: skip
+            switchgear.ops.host.module.moe_forward((x,), layer, (y, None), switchgear.ops.host.execution())
         assert bool((y == 7).all())
 
     def call(x: Tensor, first: Weight, second: Weight) -> Tensor:

@@ -172,10 +172,12 @@ def test_ops_agree_with_the_reference(isa: str, case: FormCase) -> None:
     for dtype in case.dtypes:
         first, second, (x, topk_ids, weights) = layer_of(case, dtype)
         biases = torch.randn(E, first.rows).to(dtype), torch.randn(E, second.rows).to(dtype)
-        options = "silu", True, False, 1.702, 0.0, True
-        args = (x, first.tensors, first.form, second.tensors, second.form, *biases, topk_ids, weights, *options)
+        options = "silu", True, False, 1.702, 0.0
+        weights_in = first.tensors, first.form, second.tensors, second.form
+        layer = reference.Layer(*weights_in, *biases, topk_ids, weights, *options)
         bound = 4e-2 if case.form.name.startswith("int") else {torch.float32: 1e-5}.get(dtype, 2e-2)
-        for got, wanted in zip(ops.moe_forward(*args), reference.moe_forward(*args), strict=True):
+        pairs = zip(ops.layer_forward(x, layer, True), reference.moe_forward(x, layer, True), strict=True)
+        for got, wanted in pairs:
             assert distance(got, wanted) < bound
         if case.form.name not in ("panels", "compact"):
             offsets, indices, _ = ops.plan(topk_ids, E)

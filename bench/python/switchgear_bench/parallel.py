@@ -147,18 +147,19 @@ def _paced(function: Callable[..., T], flop: Callable[..., int], speed: float) -
     return paced
 
 
-def _forward_flop(_: Any, x: Tensor, gate_up: Any, *rest: Any) -> int:
-    """Of gated experts, for the choices that are not empty."""
-    first, topk_ids = gate_up if isinstance(gate_up, Tensor) else gate_up[0], rest[5]
-    return 3 * int((topk_ids >= 0).sum()) * first.shape[1] * x.shape[1]
+def _forward_flop(_: Any, x: Tensor, layer: Sequence[Any], *rest: Any) -> int:
+    """Of gated experts, for the choices that are not empty. layer: the fields of ops.Layer."""
+    (gate_up_proj, *_), topk_ids = layer[0], layer[6]
+    return 3 * int((topk_ids >= 0).sum()) * int(gate_up_proj.shape[1]) * x.shape[1]
 
 
 FLOP: dict[str, Callable[..., int]] = {  # of ops, from their results and arguments
     "grouped_gemm": lambda out, x, *_: 2 * out.numel() * x.shape[1],
     "grouped_gemm_wgrad": lambda out, rows, *_: 2 * len(rows) * out[0].numel(),
-    "moe_forward": _forward_flop,
+    "layer_forward": _forward_flop,
     "moe_forward_on_host": _forward_flop,
-    "moe_backward": lambda _, grad_y, x, h, *rest: 6 * h.numel() * x.shape[1],
+    "plain_layer_on_host": lambda y, x, first, *rest: 3 * int((rest[3] >= 0).sum()) * first.shape[1] * x.shape[1],
+    "layer_backward": lambda _, grad_y, x, h, *rest: 6 * h.numel() * x.shape[1],
     "moe_backward_on_host": lambda _, there, grad_y, x, h, *rest: 6 * h.numel() * x.shape[1],
 }
 

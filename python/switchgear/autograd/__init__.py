@@ -7,8 +7,9 @@ topk_weights.
 """
 
 from switchgear.autograd.common import apply, is_transposed, needs_autograd, once
-from switchgear.autograd.layer import Moe, MoeOfParts, Parts, SelectedMoe
-from switchgear.autograd.products import GroupedGemm, SelectedGroupedGemm, StoredGroupedGemm
+from switchgear.autograd.in_place import accumulate_into_grad
+from switchgear.autograd.layer import Moe, inputs_of
+from switchgear.autograd.products import GroupedGemm, gemm_inputs_of
 from switchgear.autograd.routes import Gate, Route, RouteDynamic
 from switchgear.autograd.rows import Combine, Glu, Permute
 
@@ -18,15 +19,13 @@ __all__ = [
     "Glu",
     "GroupedGemm",
     "Moe",
-    "MoeOfParts",
-    "Parts",
     "Permute",
     "Route",
     "RouteDynamic",
-    "SelectedGroupedGemm",
-    "SelectedMoe",
-    "StoredGroupedGemm",
+    "accumulate_into_grad",
     "apply",
+    "gemm_inputs_of",
+    "inputs_of",
     "is_transposed",
     "needs_autograd",
     "once",

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from switchgear import reference
+from switchgear.backends import cast_in_autocast as in_autocast_dtype
+
+__all__ = ["as_dtype", "as_ids", "as_limit", "as_number", "as_weights", "dropout_seed", "flat", "in_autocast_dtype"]
 
 T = TypeVar("T", Tensor, Tensor | None)
 _INT32 = torch.iinfo(torch.int32)
@@ -35,18 +38,6 @@ def as_dtype(name: str, tensor: T, dtype: torch.dtype) -> T:
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     return tensor.to(dtype)
-
-
-def in_autocast_dtype(device_type: str, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Casts the floating tensors to autocast's dtype, except float64 (as torch does)."""
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.dtype is torch.float64 or not tensor.is_floating_point():
-            return tensor
-        return tensor.to(dtype)
-
-    return tuple(map(cast, tensors))
 
 
 def flat(name: str, tensor: Tensor) -> Tensor:

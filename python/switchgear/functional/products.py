@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.functional.arguments import as_dtype, dropout_seed, in_autocast_dtype
 from switchgear.weights.offloaded import OffloadedWeight
-from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight, taken_by_grouped_gemm
+from switchgear.weights.operand import Operand, operand_of
+from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight
 
 AnyWeight = Tensor | Weight | AdaptedWeight | SelectedWeight | OffloadedWeight
 
@@ -43,69 +45,53 @@ def grouped_gemm(
     torch.autocast casts them to its own. Differentiable in x, a plain weight, adapters and bias; an expert without rows
     gets zero gradients.
     """
+    autocast = kind if in_autocast(kind := x.device.type) else None
     if isinstance(weight, AdaptedWeight):
         return _adapted_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
-    if isinstance(weight, Weight):
-        return _stored_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
-    if isinstance(weight, SelectedWeight):
-        return _selected_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
-    if isinstance(weight, OffloadedWeight):
-        raise ValueError("weight: expected one in memory, got offloaded experts, which only moe loads")
-    matrices = [weight] if isinstance(weight, Tensor) else list(weight)
-    if not matrices:
-        raise ValueError("weight: expected at least one matrix, got none")
-    if in_autocast(x.device.type):
-        x, bias, *matrices = in_autocast_dtype(x.device.type, x, bias, *matrices)
-    if needs_autograd(x, bias, *matrices):
-        out: Tensor = apply(autograd.GroupedGemm, x, bias, expert_offsets, token_indices, *matrices)
-        return out
-    return ops.grouped_gemm(x, matrices, (), bias, expert_offsets, token_indices, False, False)
-
-
-def _stored_grouped_gemm(
-    x: Tensor, weight: Weight, expert_offsets: Tensor, bias: Tensor | None, token_indices: Tensor | None
-) -> Tensor:
-    if in_autocast(x.device.type):
-        x, bias = in_autocast_dtype(x.device.type, x, bias)
-    wants_gradients = needs_autograd(x, bias)
-    if weight.is_lossless:
-        has_kernels = weight.data.is_cpu  # other devices warn about missing ones
-        taken = weight.plain() if wants_gradients and has_kernels else taken_by_grouped_gemm(weight, x.dtype)
-        if isinstance(taken, Tensor):
-            return grouped_gemm(x, taken, expert_offsets, bias=bias, token_indices=token_indices)
-    if bias is not None and not weight.is_lossless:
+    if autocast is not None:
+        x, bias = in_autocast_dtype(kind, x, bias)
+    if isinstance(weight, Tensor) or hasattr(weight, "operand"):
+        operand = _operand_of(weight, x, bias, autocast)
+    else:
+        matrices = list(weight) if autocast is None else in_autocast_dtype(autocast, *weight)
+        operand = Operand(matrices, leaves=matrices)
+        if not matrices:
+            raise ValueError("weight: expected at least one matrix, got none")
+    if operand.trained is not None:
+        check_trained("weight", operand, "bias", bias)
+    if operand.form and not getattr(weight, "is_lossless", False):
         bias = as_dtype("bias", bias, x.dtype)
-    if wants_gradients:
-        args = (x, bias, expert_offsets, token_indices, weight.form, *weight.tensors)
-        out: Tensor = apply(autograd.StoredGroupedGemm, *args)
+    if needs_autograd(x, bias, *operand.leaves):
+        inputs = autograd.gemm_inputs_of(x, bias, expert_offsets, token_indices, operand)
+        out: Tensor = apply(autograd.GroupedGemm, *inputs)
         return out
-    return ops.grouped_gemm(x, weight.tensors, weight.form, bias, expert_offsets, token_indices, False, False)
+    return ops.grouped_gemm(x, operand.tensors, operand.form, bias, expert_offsets, token_indices, False, False)
 
 
-def _selected_grouped_gemm(
-    x: Tensor, selected: SelectedWeight, expert_offsets: Tensor, bias: Tensor | None, token_indices: Tensor | None
-) -> Tensor:
-    check_selected("weight", selected, "bias", bias)
-    tensors = (x, selected.weight, bias, selected.trained, selected.trained_bias)
-    if in_autocast(x.device.type):
-        tensors = in_autocast_dtype(x.device.type, *tensors)
-    x, weight, bias, trained, trained_bias = tensors
-    if needs_autograd(x, trained, trained_bias):
-        args = (x, weight, bias, expert_offsets, token_indices, selected.experts, trained, trained_bias)
-        out: Tensor = apply(autograd.SelectedGroupedGemm, *args)
-        return out
-    return ops.grouped_gemm(x, [weight], (), bias, expert_offsets, token_indices, False, False)
+def _operand_of(weight: Any, x: Tensor, bias: Tensor | None, autocast: str | None) -> Operand:
+    """What the product reads: plain weights instead of panels, and of other lossless forms if it is differentiated."""
+    if isinstance(weight, Weight) and weight.is_lossless and weight.form:
+        if weight.data.is_cpu and needs_autograd(x, bias):
+            return operand_of(weight.plain(), x.dtype, autocast)
+        if weight.format == "panels":
+            return weight.expanded(x.dtype, autocast, "weights in panels, in grouped_gemm")
+    operand = operand_of(weight, x.dtype, autocast)
+    if operand.source is not None:
+        raise ValueError("weight: expected one in memory, got offloaded experts, which only moe loads")
+    return operand
 
 
-def check_selected(name: str, selected: SelectedWeight, bias_name: str, bias: Tensor | None) -> None:
+def check_trained(name: str, operand: Operand, bias_name: str, bias: Tensor | None) -> None:
     """Checks what no kernel sees: the trained experts' shapes, and that the rest is frozen."""
-    for frozen_name, frozen in ((name, selected.weight), (bias_name, bias)):
+    weight, trained = operand.tensors[0], operand.trained
+    assert trained is not None
+    for frozen_name, frozen in ((name, weight), (bias_name, bias)):
         if frozen is not None and frozen.requires_grad:
             raise ValueError(f"{frozen_name}: expected a frozen one, of which some experts are trained alone")
-    count, (_, rows, columns) = selected.experts.shape[0], selected.weight.shape
-    for trained, shape in ((selected.trained, (count, rows, columns)), (selected.trained_bias, (count, rows))):
-        if trained is not None and trained.shape != shape:
-            raise ValueError(f"{name}: expected trained experts of shape {list(shape)}, got {list(trained.shape)}")
+    count, (_, rows, columns) = trained.experts.shape[0], weight.shape
+    for tensor, shape in ((trained.weight, (count, rows, columns)), (trained.bias, (count, rows))):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: expected trained experts of shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def _adapted_grouped_gemm(

@@ -31,6 +31,7 @@ from switchgear.offload.predictors import Predictor, check_predictions
 from switchgear.offload.residency import Residency
 from switchgear.offload.statistics import LayerStatistics
 from switchgear.offload.store_records import StoreError
+from switchgear.offload.waves import LoadsExperts
 from switchgear.utils.functions import has_proxies
 from switchgear.weights.offloaded import Wave
 
@@ -166,7 +167,7 @@ class Cache:
         return guessed + len(pool.draining) < pool.guess_rows
 
 
-class CachedLayer:
+class CachedLayer(LoadsExperts):
     """The experts of one layer: the Source of its two weights.
 
     reads: (file, offset, bytes, checksum) of each expert's record.

@@ -4,25 +4,29 @@
 Only this package calls the ops of `_C` and `_cuda`. It is private: ops have no autograd formula, so use the public
 functions of functional/. Shapes and formats are those of include/switchgear/ops.h.
 
-An op is a schema, letters that say how its arguments are passed on, and a function that allocates its outputs. It runs
-on `_C` for tensors on the CPU, on `_cuda` for those on a CUDA device.
+An op is a schema, a function that allocates its outputs, and one that says what the native module gets. It runs on `_C`
+for tensors on the CPU, on `_cuda` for those on a CUDA device.
 
 native.py        the native modules
 registration.py  how an op is defined
 routing.py       the choice of experts: gate, route and the ops of routing policies
 stages.py        the stages of a layer: plan, permute, grouped_gemm, glu, combine
 layer.py         the whole layer in one op: moe_forward, moe_accumulate, moe_backward
-options.py       the options of the activation between the projections
-flops.py         the floating-point operations of ops that multiply matrices
 """
 
 from switchgear.ops.layer import (
+    GRADIENTS,
+    differentiable,
+    layer_accumulate,
+    layer_backward,
+    layer_forward,
     moe_accumulate,
     moe_backward,
     moe_backward_on_host,
     moe_forward,
     moe_forward_on_host,
     needs_no_dispatch,
+    plain_layer_on_host,
 )
 from switchgear.ops.native import (
     Kernels,
@@ -39,7 +43,6 @@ from switchgear.ops.native import (
     set_cpu_isa,
     version,
 )
-from switchgear.ops.options import GluOptions
 from switchgear.ops.routing import (
     assign_balanced,
     assign_capped,
@@ -62,10 +65,13 @@ from switchgear.ops.stages import (
     permute,
     plan,
 )
+from switchgear.reference.arguments import GluOptions, Layer
 
 __all__ = [
+    "GRADIENTS",
     "GluOptions",
     "Kernels",
+    "Layer",
     "advise_huge_pages",
     "assign_balanced",
     "assign_capped",
@@ -76,6 +82,7 @@ __all__ = [
     "combine",
     "combine_weight_backward",
     "cpu_isa",
+    "differentiable",
     "expand_compact",
     "fit_capacity",
     "gate",
@@ -87,6 +94,9 @@ __all__ = [
     "grouped_gemm_wgrad",
     "host",
     "interleave_pages",
+    "layer_accumulate",
+    "layer_backward",
+    "layer_forward",
     "moe_accumulate",
     "moe_backward",
     "moe_backward_on_host",
@@ -96,6 +106,7 @@ __all__ = [
     "pack_compact",
     "panel_layout",
     "permute",
+    "plain_layer_on_host",
     "plan",
     "route",
     "route_backward",

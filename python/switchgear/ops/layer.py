@@ -1,52 +1,137 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The whole layer in one op: moe_forward, moe_accumulate, moe_backward, and a call that bypasses torch's dispatcher."""
+"""The whole layer in one op: moe_forward, moe_accumulate, moe_backward, and a call that bypasses torch's dispatcher.
+
+The schemas list the fields of Layer; an op collects its arguments into one, which all that is beneath takes as it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from math import prod
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from switchgear import backends
-from switchgear.ops import flops
 from switchgear.ops.native import Kernels, host
-from switchgear.ops.registration import matrix, register, rows, usable
+from switchgear.ops.registration import alike, matrix, register, rows, usable
+from switchgear.reference.arguments import NUM_REQUIRED, Layer
 
-_LAYER = (
-    "Tensor[] gate_up_proj, int[] gate_up_form, Tensor[] down_proj, int[] down_form, Tensor? gate_up_bias, "
-    "Tensor? down_bias, Tensor topk_ids, Tensor topk_weights, "
-    "str activation, bool gated, bool interleaved, float alpha, float limit"
-)
-_ADAPTERS = "Tensor[]? gate_up_adapter=None, Tensor[]? down_adapter=None, Tensor? dropout_seed=None, float[] dropout=[]"
-_SAVE_H, _SUMS, _NEEDS = 14, 14, 16  # places among the arguments of moe_forward, moe_accumulate and moe_backward
+_TYPES = {
+    Sequence[Tensor]: "Tensor[]",
+    Sequence[int]: "int[]",
+    Sequence[float]: "float[]",
+    Sequence[Tensor] | None: "Tensor[]?",
+    Tensor | None: "Tensor?",
+    Tensor: "Tensor",
+}
+_DEFAULTS = {None: "=None", (): "=[]"}
+
+
+def _in_schema(name: str) -> str:
+    hint, defaults = get_type_hints(Layer)[name], Layer._field_defaults
+    return f"{_TYPES.get(hint) or hint.__name__} {name}{_DEFAULTS[defaults[name]] if name in defaults else ''}"
+
+
+_LAYER = ", ".join(map(_in_schema, Layer._fields[:NUM_REQUIRED]))
+_OPTIONAL = ", ".join(map(_in_schema, Layer._fields[NUM_REQUIRED:]))
+_ADAPTERS = ", ".join(map(_in_schema, Layer._fields[NUM_REQUIRED : NUM_REQUIRED + 2]))
+
+
+def _layer_in(args: Sequence[Any], first: int) -> Layer:
+    """The layer among an op's arguments: its required fields from `first` on, an argument of the op, optional ones."""
+    end = first + NUM_REQUIRED
+    tensors, form, down_tensors, down_form, *others = args[first:end]
+    optional = args[end + 1 : end + 1 + len(Layer._field_defaults)]
+    return Layer(tensors, form or (), down_tensors, down_form or (), *others, *optional)  # AOTInductor passes None
+
+
+def _for_kernels(layer: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The fields of a layer with tensors in layouts that kernels take."""
+    (
+        gate_up_proj, gate_up_form, down_proj, down_form, gate_up_bias, down_bias, topk_ids, topk_weights,
+        activation, gated, interleaved, alpha, limit, gate_up_adapter, down_adapter, dropout_seed, dropout,
+    ) = layer  # fmt: skip
+    return (
+        gate_up_proj if len(gate_up_proj) == 1 else alike(gate_up_proj),
+        gate_up_form,
+        down_proj if len(down_proj) == 1 else alike(down_proj),
+        down_form,
+        gate_up_bias if gate_up_bias is None else rows(gate_up_bias),
+        down_bias if down_bias is None else rows(down_bias),
+        topk_ids.contiguous(),
+        topk_weights.contiguous(),
+        activation, gated, interleaved, alpha, limit,
+        usable(gate_up_adapter) if gate_up_adapter else (),
+        usable(down_adapter) if down_adapter else (),
+        dropout_seed,
+        dropout,
+    )  # fmt: skip
+
+
+# ---- floating-point operations, from shapes --------------------------------------------------------------------------
+# A formula counts each of T·K choices, empty ones too. A multiply-add is two operations. The first projection takes
+# 2·T·K·N·H, the second 2·T·K·H·I; an adapter of rank r adds 2·T·K·r to each of its matrices' columns and rows.
+
+
+def _products(x: Sequence[int], layer: Any) -> tuple[int, int]:
+    """Operations of the first and of the second projection."""
+    width = layer.gate_up_form[1] if layer.gate_up_form else layer.gate_up_proj[0][1]  # stored bytes do not show it
+    per_column = 2 * prod(layer.topk_ids) * x[1]
+    return per_column * width, per_column * (width // 2 if layer.gated else width)
+
+
+def _low_rank_products(layer: Any) -> int:
+    """Operations of a [E,r,C] and b [E,N,r]."""
+    shapes = (shape for adapter in layer[NUM_REQUIRED : NUM_REQUIRED + 2] for shape in (adapter or ())[:2])
+    return sum(2 * prod(layer.topk_ids) * prod(shape[1:]) for shape in shapes)
+
+
+def _forward_flops(x: Sequence[int], *args: Any, **_: Any) -> int:
+    layer = _layer_in(args, 0)
+    return sum(_products(x, layer)) + _low_rank_products(layer)
+
+
+def _backward_flops(grad_y: Any, x: Sequence[int], h: Any, *args: Any, **_: Any) -> int:
+    """A product's gradients are a product each: of its input, and of its weight if it trains."""
+    layer, needs, experts = _layer_in(args, 0), args[NUM_REQUIRED], args[18] if len(args) > 18 else None
+    first, second = _products(x, layer)
+    of_inputs = second + (first if needs[0] else 0)
+    of_weights = (first if needs[1] else 0) + (second if needs[2] else 0)
+    if experts is not None:  # as if all experts had as many rows
+        of_weights = of_weights * experts[0] // layer.gate_up_proj[0][0]
+    return of_inputs + of_weights + 2 * _low_rank_products(layer)
 
 
 # ---- moe_forward -----------------------------------------------------------------------------------------------------
 
 
-def _allocate_moe_forward(
-    x: Tensor, gate_up_proj: Sequence[Tensor], gate_up_form: Sequence[int], *others: Any
-) -> tuple[Tensor, Tensor]:
-    topk_ids, save_h = others[4], others[_SAVE_H - 3]
+def _allocate_forward(x: Tensor, layer: Layer, save_h: bool) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(matrix("x", x), memory_format=torch.contiguous_format)
-    width = gate_up_form[1] if gate_up_form else matrix("gate_up_proj", gate_up_proj[0], 3).shape[1]
-    return y, x.new_empty(matrix("topk_ids", topk_ids).numel() if save_h else 0, width)
+    form = layer.gate_up_form
+    width = form[1] if form else matrix("gate_up_proj", layer.gate_up_proj[0], 3).shape[1]
+    return y, x.new_empty(matrix("topk_ids", layer.topk_ids).numel() if save_h else 0, width)
 
 
-def _moe_forward_writes(kernels: Kernels, *args: Any) -> tuple[Any, Any]:
-    y, h = _allocate_moe_forward(*args)
-    return (y, h), (y, h if args[_SAVE_H] else None)
+def _forward(kernels: Kernels, x: Tensor, layer: Layer, save_h: bool) -> tuple[Tensor, Tensor]:
+    y, h = _allocate_forward(x, layer, save_h)
+    kernels.module.moe_forward((rows(x),), _for_kernels(layer), (y, h if save_h else None), kernels.execution())
+    return y, h
 
 
 moe_forward: Callable[..., tuple[Tensor, Tensor]] = register(
-    f"moe_forward(Tensor x, {_LAYER}, bool save_h, {_ADAPTERS}) -> (Tensor y, Tensor h)",
-    "rwfwfrrddooooo-aann",
-    _allocate_moe_forward,
-    written=_moe_forward_writes,
-    flops=flops.moe_forward,
+    f"moe_forward(Tensor x, {_LAYER}, bool save_h, {_OPTIONAL}) -> (Tensor y, Tensor h)",
+    _allocate_forward,
+    run=_forward,
+    collect=lambda args: (args[0], _layer_in(args, 1), args[1 + NUM_REQUIRED]),
+    flops=_forward_flops,
 )
+
+
+def layer_forward(x: Tensor, layer: Layer, save_h: bool) -> tuple[Tensor, Tensor]:
+    """The op moe_forward."""
+    return moe_forward(x, *layer[:NUM_REQUIRED], save_h, *layer[NUM_REQUIRED:])
 
 
 # Torch's dispatcher costs more per call than the kernel's binding: 5 µs, and many times that if the caches were
@@ -69,115 +154,135 @@ def needs_no_dispatch(x: Tensor, *others: Tensor | None) -> bool:
     return backends.runs_natively(x.dtype)
 
 
-def moe_forward_on_host(
+def moe_forward_on_host(x: Tensor, layer: tuple[Any, ...]) -> Tensor:
+    """y of moe_forward, for tensors that need no dispatch. layer: the fields of Layer."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    host.module.moe_forward((rows(x),), _for_kernels(layer), (y, None), host.execution())
+    return y
+
+
+def plain_layer_on_host(
     x: Tensor,
-    gate_up_proj: Tensor | Sequence[Tensor],
-    gate_up_form: Sequence[int],
-    down_proj: Tensor | Sequence[Tensor],
-    down_form: Sequence[int],
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    *adapters: Any,
+    options: tuple[Any, ...],
 ) -> Tensor:
-    """y of moe_forward, for tensors that need no dispatch. A plain projection can be passed as a tensor. adapters: the
-    op's last arguments, if there are any."""
+    """moe_forward_on_host with plain projections, without a microsecond for collecting them."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if adapters:
-        adapters = (usable(adapters[0]), usable(adapters[1]), *adapters[2:])
-    host.module.moe_forward(
-        rows(x), gate_up_proj, gate_up_form, down_proj, down_form, rows(gate_up_bias), rows(down_bias),
-        topk_ids.contiguous(), topk_weights.contiguous(), y, None, activation, gated, interleaved, alpha, limit,
-        host.execution(), *adapters,
+    layer = (
+        gate_up_proj, (), down_proj, (), rows(gate_up_bias), rows(down_bias), topk_ids.contiguous(),
+        topk_weights.contiguous(), *options, None, None, None, (),
     )  # fmt: skip
+    host.module.moe_forward((rows(x),), layer, (y, None), host.execution())
     return y
 
 
 # ---- moe_accumulate --------------------------------------------------------------------------------------------------
 
 
-def _nothing(*args: Any) -> None:
-    """Without outputs: moe_accumulate changes `sums`."""
-
-
-def _moe_accumulate_writes(kernels: Kernels, *args: Any) -> tuple[None, tuple[Tensor]]:
-    return None, (args[_SUMS],)
+def _accumulate(kernels: Kernels, x: Tensor, layer: Layer, sums: Tensor) -> None:
+    kernels.module.moe_accumulate((rows(x),), _for_kernels(layer), (sums,), kernels.execution())
 
 
 moe_accumulate: Callable[..., None] = register(
-    f"moe_accumulate(Tensor x, {_LAYER}, Tensor(a!) sums, Tensor[]? gate_up_adapter=None, Tensor[]? down_adapter=None) "
-    "-> ()",
-    "rwfwfrrddooooo-aa",
-    _nothing,
-    written=_moe_accumulate_writes,
-    flops=flops.moe_forward,
+    f"moe_accumulate(Tensor x, {_LAYER}, Tensor(a!) sums, {_ADAPTERS}) -> ()",
+    lambda *_: None,  # it changes sums
+    run=_accumulate,
+    collect=lambda args: (args[0], _layer_in(args, 1), args[1 + NUM_REQUIRED]),
+    flops=_forward_flops,
 )
+
+
+def layer_accumulate(x: Tensor, layer: Layer, sums: Tensor) -> None:
+    """The op moe_accumulate, which takes no dropout."""
+    moe_accumulate(x, *layer[:NUM_REQUIRED], sums, layer.gate_up_adapter, layer.down_adapter)
 
 
 # ---- moe_backward ----------------------------------------------------------------------------------------------------
 
-
-def _trained(args: Sequence[Any]) -> tuple[Tensor | None, ...]:
-    """The arguments for which moe_backward computes gradients."""
-    _, x, _, gate_up_proj, _, down_proj, _, gate_up_bias, down_bias, _, topk_weights = args[:11]
-    adapters = (tensor for adapter in args[_NEEDS + 1 : _NEEDS + 3] for tensor in (*(adapter or ()), None, None)[:2])
-    return x, gate_up_proj[0], down_proj[0], gate_up_bias, down_bias, topk_weights, *adapters
-
-
-def _needs(args: Sequence[Any]) -> tuple[bool, ...]:
-    needs = args[_NEEDS]
-    return (*needs, *[False] * (10 - len(needs)))
+GRADIENTS = (
+    "x", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias", "topk_weights",
+    "gate_up_a", "gate_up_b", "down_a", "down_b",
+)  # fmt: skip
+"""The outputs of moe_backward are the gradients of these, in this order."""
 
 
-def _allocate_moe_backward(*args: Any) -> tuple[Tensor, ...]:
-    return _gradients(torch.empty_like, args)
+def differentiable(x: Tensor, layer: Layer) -> tuple[Tensor | None, ...]:
+    """The tensors of which GRADIENTS are the gradients; None for absent ones."""
+    first, second = layer.gate_up_adapter or (None, None), layer.down_adapter or (None, None)
+    weights = layer.gate_up_proj[0], layer.down_proj[0], layer.gate_up_bias, layer.down_bias
+    return x, *weights, layer.topk_weights, first[0], first[1], second[0], second[1]
 
 
-def _gradients(empty_weight: Callable[[Tensor], Tensor], args: Sequence[Any]) -> tuple[Tensor, ...]:
+def _all_needs(needs: Sequence[bool]) -> tuple[bool, ...]:
+    return (*needs, *[False] * (len(GRADIENTS) - len(needs)))
+
+
+def _allocate_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor,
+    layer: Layer,
+    needs: Sequence[bool],
+    experts: Tensor | None,
+    empty_weight: Callable[[Tensor], Tensor] = torch.empty_like,
+) -> tuple[Tensor, ...]:
     """Gradients of weights have the strides of the weights, so that an optimizer sees one layout. With a list of
     experts they are those of these experts only."""
-    x, experts = args[1], args[_NEEDS + 5]
     count = None if experts is None else matrix("experts", experts, 1).shape[0]  # at most E
 
-    def gradient(index: int, tensor: Tensor | None, need: bool) -> Tensor:
+    def gradient(name: str, tensor: Tensor | None, need: bool) -> Tensor:
         if tensor is None or not need:
             absent: Tensor = x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
             return absent
-        if count is not None and 0 < index < 5:
+        if count is not None and name.endswith(("_proj", "_bias")):
             tensor = tensor[:count]
-        if index in (1, 2) or index > 5:
+        if name.endswith(("_proj", "_a", "_b")):
             grad = empty_weight(tensor)
             if grad.stride(-1) == 1 or grad.stride(-2) == 1:
                 return grad  # otherwise the weight overlaps itself, so its strides are not usable
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
-    trained = _trained(args)
-    return tuple(gradient(index, *pair) for index, pair in enumerate(zip(trained, _needs(args), strict=True)))
+    pairs = zip(GRADIENTS, differentiable(x, layer), _all_needs(needs), strict=True)
+    return tuple([gradient(*pair) for pair in pairs])
 
 
-def _moe_backward_writes(kernels: Kernels, *args: Any) -> tuple[Any, Any]:
-    grads = _gradients(kernels.empty_weight, args)
-    pairs = zip(grads, _needs(args), _trained(args), strict=True)
-    return grads, tuple(grad if need and tensor is not None else None for grad, need, tensor in pairs)
+def _backward(
+    kernels: Kernels,
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor,
+    layer: Layer,
+    needs: Sequence[bool],
+    experts: Tensor | None,
+) -> tuple[Tensor, ...]:
+    grads = _allocate_backward(grad_y, x, h, layer, needs, experts, kernels.empty_weight)
+    pairs = zip(grads, _all_needs(needs), differentiable(x, layer), strict=True)
+    outputs = (grad if need and tensor is not None else None for grad, need, tensor in pairs)
+    inputs = (rows(grad_y), rows(x), rows(h), None if experts is None else experts.contiguous())
+    kernels.module.moe_backward(inputs, _for_kernels(layer), (*outputs, False), kernels.execution())
+    return grads
 
 
 moe_backward: Callable[..., tuple[Tensor, ...]] = register(
-    f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs, {_ADAPTERS}, Tensor? experts=None) "
-    "-> (Tensor grad_x, Tensor grad_gate_up_proj, Tensor grad_down_proj, Tensor grad_gate_up_bias, "
-    "Tensor grad_down_bias, Tensor grad_topk_weights, Tensor grad_gate_up_a, Tensor grad_gate_up_b, "
-    "Tensor grad_down_a, Tensor grad_down_b)",
-    "rrrwfwfrrddooooo-aannd",
-    _allocate_moe_backward,
-    written=_moe_backward_writes,
-    early=6,
-    flops=flops.moe_backward,
+    f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs, {_OPTIONAL}, Tensor? experts=None) "
+    f"-> ({', '.join(f'Tensor grad_{name}' for name in GRADIENTS)})",
+    _allocate_backward,
+    run=_backward,
+    collect=lambda args: (*args[:3], _layer_in(args, 3), args[3 + NUM_REQUIRED], args[-1]),
+    flops=_backward_flops,
 )
+
+
+def layer_backward(
+    grad_y: Tensor, x: Tensor, h: Tensor, layer: Layer, needs: Sequence[bool], experts: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The op moe_backward."""
+    return moe_backward(grad_y, x, h, *layer[:NUM_REQUIRED], needs, *layer[NUM_REQUIRED:], experts)
 
 
 def moe_backward_on_host(
@@ -185,28 +290,19 @@ def moe_backward_on_host(
     grad_y: Tensor,
     x: Tensor,
     h: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    *options: Any,
+    layer: Layer,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of moe_backward without those of the projections, for plain tensors that need no dispatch. These
-    are added to `weight_gradients`, which have the strides of the projections; None for one that is not needed."""
+    """The gradients of moe_backward, for plain projections without adapters that need no dispatch. Those of the
+    projections are added to `weight_gradients`, which have the strides of the projections, and are None here; None,
+    too, for one that is not needed."""
 
     def gradient(tensor: Tensor | None, need: bool) -> Tensor | None:
         return torch.empty_like(tensor, memory_format=torch.contiguous_format) if need and tensor is not None else None
 
-    need_x, _, _, *need_biases, need_weights = needs
+    need_x, _, _, *need_others = needs[:6]
     grad_x = gradient(x, need_x)
-    grad_biases = map(gradient, (gate_up_bias, down_bias), need_biases)
-    others = *grad_biases, gradient(topk_weights, need_weights)
-    host.module.moe_backward(
-        rows(grad_y), rows(x), h, gate_up_proj, (), down_proj, (), rows(gate_up_bias), rows(down_bias),
-        topk_ids.contiguous(), topk_weights.contiguous(), None, grad_x, *weight_gradients, *others, *options,
-        host.execution(), None, None, None, None, None, None, None, None, True,
-    )  # fmt: skip
-    return grad_x, *others
+    others = tuple(map(gradient, (layer.gate_up_bias, layer.down_bias, layer.topk_weights), need_others))
+    outputs = (grad_x, *weight_gradients, *others, None, None, None, None, True)
+    host.module.moe_backward((rows(grad_y), rows(x), h, None), _for_kernels(layer), outputs, host.execution())
+    return grad_x, None, None, *others, None, None, None, None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,35 +40,14 @@ set_cpu_isa = _C.set_cpu_isa
 version: str = _C.version
 
 
+Op = Callable[[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], Any], None]
+"""A function of a native module: (inputs, options, outputs, execution)."""
+
+
 class Native(Protocol):
-    """A native module: `_C`, `_cuda`. Its functions are named like the ops; see _ops.pyi."""
+    """A native module: `_C`, `_cuda`. Its functions are named like the ops."""
 
-    gate_route: Callable[..., None]
-
-    def moe_forward(
-        self,
-        x: Tensor,
-        gate_up_proj: Tensor | Sequence[Tensor],
-        gate_up_form: Sequence[int],
-        down_proj: Tensor | Sequence[Tensor],
-        down_form: Sequence[int],
-        gate_up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        y: Tensor,
-        h: Tensor | None,
-        activation: str,
-        gated: bool,
-        interleaved: bool,
-        alpha: float,
-        limit: float,
-        execution: Any,
-        /,
-        *adapters: Any,
-    ) -> None: ...
-
-    def moe_backward(self, *args: Any) -> None: ...
+    def __getattr__(self, name: str) -> Op: ...
 
 
 @dataclass(slots=True, eq=False)

@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Defines an op: its schema, how its arguments are passed to the native modules, its outputs, and torch.vmap.
+"""Defines an op: its schema, what of its arguments the native modules get, its outputs, and torch.vmap.
 
-An op is a schema, a letter for each argument that says how it is passed on, and `allocate`, which creates the outputs
-(and so is the fake implementation, too). A native function takes the tensors, then the outputs, then the options, then
-the execution argument, then what can be absent.
-
-    r  a tensor whose rows are contiguous, or None       d  a contiguous tensor, or None
-    w  the tensors of a weight                           f  the form of a weight
-    a  the tensors of an adapter, or None                n  another argument that can be absent
-    o  an option                                         -  not passed on: only the outputs depend on it
+An op is a schema, `allocate`, which creates the outputs (and so is the fake implementation, too), and `passes`: the
+inputs, in layouts that kernels take, and the options that a native function gets. It is called with these two, the
+outputs and the execution.
 """
 
 from __future__ import annotations
@@ -69,65 +64,53 @@ def usable(tensors: Sequence[Tensor] | None) -> Sequence[Tensor]:
     return tensors
 
 
-# An AOTInductor package passes None for an empty list.
-_INPUTS = {"r": "rows({})", "d": "dense({})", "w": "alike({})", "f": "{} or ()"}
-_LATE = {"a": "usable({})", "n": "{}"}
-
-
-def _passed_on(letters: str, early: int | None) -> Callable[..., tuple[Any, ...]]:
-    """Returns (given, execution, *arguments of the op) -> arguments of the native function. Outputs after the first
-    `early` can be absent.
-
-    It is one expression, compiled once: a loop over the arguments takes 0.5 to 1 µs, a tenth of a small op.
-    """
-    names = [f"argument{index}" for index in range(len(letters))]
-    inputs = [_INPUTS[letter].format(name) for letter, name in zip(letters, names, strict=True) if letter in _INPUTS]
-    late = [_LATE[letter].format(name) for letter, name in zip(letters, names, strict=True) if letter in _LATE]
-    options = [name for letter, name in zip(letters, names, strict=True) if letter == "o"]
-    outputs, others = ("*given", []) if early is None else (f"*given[:{early}]", [f"*given[{early}:]"])
-    values = ", ".join([*inputs, outputs, *options, "execution", *late, *others])
-    function: Callable[..., tuple[Any, ...]] = eval(
-        f"lambda given, execution, {', '.join(names)}: ({values})", globals()
-    )
-    return function
-
-
 # ---- definition ------------------------------------------------------------------------------------------------------
+
+Passes = Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
+
+
+def _run(name: str, allocate: Callable[..., Any], passes: Passes) -> Callable[..., Any]:
+    def run(kernels: Kernels, *args: Any) -> Any:
+        outputs = allocate(*args)
+        given = outputs if isinstance(outputs, tuple) else (outputs,)
+        getattr(kernels.module, name)(*passes(*args), given, kernels.execution())
+        return outputs
+
+    return run
 
 
 def register(
     schema: str,
-    letters: str,
     allocate: Callable[..., Any],
+    passes: Passes | None = None,
     *,
-    written: Callable[..., tuple[Any, Any]] | None = None,
+    run: Callable[..., Any] | None = None,
+    collect: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
     specified_in: ModuleType = reference,
-    early: int | None = None,
     flops: Callable[..., int] | None = None,
 ) -> Any:
     """Defines the op and returns its overload, which is faster to call than the packet.
 
-    written: (kernels, *arguments) -> the outputs, and those to pass to the native function. By default both are the
-        result of `allocate`.
-    early: the number of outputs that are passed on before the options; the others can be absent, and come last.
+    passes: (*arguments) -> inputs and options of the native function.
+    run: (kernels, *arguments) -> the outputs; calls the native function itself. By default it does what `passes` says.
+    collect: (arguments of the schema) -> those of allocate, run and the specification. By default they are the same.
     flops: (shapes of the tensors, other arguments, out_shape=) -> floating-point operations, for torch's counter.
     specified_in: the module of the specification. Ops outside `reference` run it if a native module lacks them.
     """
     name = schema.partition("(")[0]
     specification = getattr(specified_in, name)
     is_everywhere = specified_in is reference
-    passed_on = _passed_on(letters, early)
-    forms = [index for index, letter in enumerate(letters) if letter == "f"]
+    if run is None:
+        assert passes is not None
+        run = _run(name, allocate, passes)
+
+    def collected(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(args) < len(defaults):
+            args = (*args, *defaults[len(args) :])
+        return args if collect is None else collect(args)
 
     def native(kernels: Kernels, *args: Any) -> Any:
-        args = with_defaults(args)
-        if written is not None:
-            outputs, given = written(kernels, *args)
-        else:
-            outputs = allocate(*args)
-            given = outputs if isinstance(outputs, tuple) else (outputs,)
-        getattr(kernels.module, name)(*passed_on(given, kernels.execution(), *args))
-        return outputs
+        return run(kernels, *collected(args))
 
     on_host = MethodType(native, host)  # faster than passing `host` with the arguments
 
@@ -150,7 +133,7 @@ def register(
         if not (is_everywhere or hasattr(kernels.module, name)):
             return in_torch(*args)
         for index in forms:
-            if (format := format_of(args[index])) not in kernels.formats:
+            if (format := format_of(args[index] or ())) not in kernels.formats:
                 backends.announce_format(device, f"{format} weights")
                 return in_torch(*args)
         with cuda.current(device.index):
@@ -163,20 +146,16 @@ def register(
 
     def without_data(*args: Any) -> Any:  # meta tensors come here too, whatever the device of the others
         _check_devices(op, args)
-        return allocate(*with_defaults(args))
+        return allocate(*collected(args))
 
     def in_torch(*args: Any) -> Any:
         with backends.without_autocast(args[0].device.type):  # autocast would round every product in here
-            return specification(*args)
+            return specification(*collected(args))
 
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.switchgear, name).default
     defaults = [argument.default_value for argument in op._schema.arguments]
-    if len(defaults) != len(letters):
-        raise AssertionError(f"{name}: expected a letter for each of {len(defaults)} arguments, got {letters}")
-
-    def with_defaults(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if len(args) == len(defaults) else (*args, *defaults[len(args) :])
+    forms = [index for index, argument in enumerate(op._schema.arguments) if argument.name.endswith("form")]
 
     _lib.impl(name, on_cpu, "CPU")
     _lib.impl(name, on_cuda, "CUDA")

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from switchgear import reference
-from switchgear.ops import flops
 from switchgear.ops.native import host
 from switchgear.ops.registration import dense, matrix, register, rows
 from switchgear.reference import policies
@@ -31,8 +31,8 @@ def _allocate_route(router_logits: Tensor, selection_bias: Tensor | None, top_k:
 route: Callable[..., tuple[Tensor, Tensor]] = register(
     "route(Tensor router_logits, Tensor? selection_bias, int top_k, str score_function, bool normalize, float scale, "
     "int num_groups, int topk_groups, str group_score) -> (Tensor topk_ids, Tensor topk_weights)",
-    "rd-oooooo",
     _allocate_route,
+    lambda router_logits, selection_bias, _, *options: ((rows(router_logits), dense(selection_bias)), options),
 )
 
 
@@ -43,12 +43,19 @@ def _allocate_route_backward(grad_topk_weights: Tensor, router_logits: Tensor, *
 route_backward: Callable[..., Tensor] = register(
     "route_backward(Tensor grad_topk_weights, Tensor router_logits, Tensor topk_ids, str score_function, "
     "bool normalize, float scale) -> Tensor",
-    "drdooo",
     _allocate_route_backward,
+    lambda grad_topk_weights, router_logits, topk_ids, *options: (
+        (dense(grad_topk_weights), rows(router_logits), dense(topk_ids)),
+        options,
+    ),
 )
 
 
 # ---- gate ------------------------------------------------------------------------------------------------------------
+
+
+def _gate_flops(x: Sequence[int], weight: Sequence[int], *others: Any, **_: Any) -> int:
+    return 2 * x[0] * prod(weight)
 
 
 def _allocate_gate(x: Tensor, weight: Tensor, bias: Tensor | None, float32: bool) -> Tensor:
@@ -58,9 +65,9 @@ def _allocate_gate(x: Tensor, weight: Tensor, bias: Tensor | None, float32: bool
 
 gate: Callable[..., Tensor] = register(
     "gate(Tensor x, Tensor weight, Tensor? bias, bool float32) -> Tensor",
-    "rrd-",
     _allocate_gate,
-    flops=flops.gate,
+    lambda x, weight, bias, _: ((rows(x), rows(weight), dense(bias)), ()),
+    flops=_gate_flops,
 )
 
 
@@ -75,9 +82,12 @@ gate_route: Callable[..., tuple[Tensor, Tensor, Tensor]] = register(
     "gate_route(Tensor x, Tensor weight, Tensor? bias, Tensor? selection_bias, bool float32, int top_k, "
     "str score_function, bool normalize, float scale, int num_groups, int topk_groups, str group_score) "
     "-> (Tensor router_logits, Tensor topk_ids, Tensor topk_weights)",
-    "rrdd--oooooo",
     _allocate_gate_route,
-    flops=flops.gate,
+    lambda x, weight, bias, selection_bias, float32, top_k, *options: (
+        (rows(x), rows(weight), dense(bias), dense(selection_bias)),
+        options,
+    ),
+    flops=_gate_flops,
 )
 
 
@@ -98,9 +108,8 @@ def gate_route_on_host(
         topk_ids = x.new_empty(num_tokens, top_k, dtype=torch.int32)
         topk_weights = topk_ids.new_empty(num_tokens, top_k, dtype=torch.float32)
         outputs = weight.new_empty(num_tokens, weight.shape[0]), topk_ids, topk_weights
-    host.module.gate_route(
-        rows(x), rows(weight), dense(bias), dense(selection_bias), *outputs, *options, host.execution()
-    )
+    inputs = (rows(x), rows(weight), dense(bias), dense(selection_bias))
+    host.module.gate_route(inputs, options, outputs, host.execution())
     return outputs
 
 
@@ -120,8 +129,8 @@ def _allocate_route_dynamic(
 route_dynamic: Callable[..., tuple[Tensor, Tensor]] = register(
     "route_dynamic(Tensor router_logits, Tensor? selection_bias, int max_experts, int min_experts, str score_function, "
     "float top_p, float threshold, bool normalize, float scale) -> (Tensor topk_ids, Tensor topk_weights)",
-    "rd-oooooo",
     _allocate_route_dynamic,
+    lambda router_logits, selection_bias, _, *options: ((rows(router_logits), dense(selection_bias)), options),
     specified_in=policies,
 )
 
@@ -132,8 +141,8 @@ def _allocate_column_topk(values: Tensor, *_: Any) -> Tensor:
 
 column_topk: Callable[..., Tensor] = register(
     "column_topk(Tensor values, Tensor? sequence_ids, Tensor limits) -> Tensor",
-    "rdd",
     _allocate_column_topk,
+    lambda values, sequence_ids, limits: ((rows(values), dense(sequence_ids), dense(limits)), ()),
     specified_in=policies,
 )
 
@@ -145,8 +154,8 @@ def _allocate_fit_capacity(topk_ids: Tensor, *_: Any) -> Tensor:
 fit_capacity: Callable[..., Tensor] = register(
     "fit_capacity(Tensor topk_ids, Tensor? priorities, Tensor? scores, Tensor? sequence_ids, Tensor limits, "
     "int num_experts, str drop, int candidates) -> Tensor",
-    "dddddooo",
     _allocate_fit_capacity,
+    lambda *args: (tuple(map(dense, args[:5])), args[5:]),
     specified_in=policies,
 )
 
@@ -157,8 +166,8 @@ def _allocate_assign_balanced(values: Tensor, *_: Any) -> Tensor:
 
 assign_balanced: Callable[..., Tensor] = register(
     "assign_balanced(Tensor values, Tensor? sequence_ids, int num_sequences, float eps, int max_iterations) -> Tensor",
-    "ddooo",
     _allocate_assign_balanced,
+    lambda values, sequence_ids, *options: ((dense(values), dense(sequence_ids)), options),
     specified_in=policies,
 )
 
@@ -170,7 +179,7 @@ def _allocate_assign_capped(values: Tensor, *_: Any) -> Tensor:
 assign_capped: Callable[..., Tensor] = register(
     "assign_capped(Tensor values, Tensor? sequence_ids, Tensor limits, int cap, float entropy, int iterations, "
     "float tolerance=0.0, int? longest=None, int? largest=None) -> Tensor",
-    "rddoooo--",
     _allocate_assign_capped,
+    lambda values, sequence_ids, limits, *options: ((rows(values), dense(sequence_ids), dense(limits)), options[:4]),
     specified_in=policies,
 )

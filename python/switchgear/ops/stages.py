@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from switchgear import reference
-from switchgear.ops import flops
-from switchgear.ops.registration import matrix, register
+from switchgear.ops.registration import alike, dense, matrix, register, rows
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
@@ -28,8 +28,8 @@ def _allocate_plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
 
 plan: Callable[..., tuple[Tensor, Tensor, Tensor]] = register(
     "plan(Tensor topk_ids, int num_experts) -> (Tensor expert_offsets, Tensor token_indices, Tensor slot_indices)",
-    "d-",
     _allocate_plan,
+    lambda topk_ids, _: ((dense(topk_ids),), ()),
 )
 
 
@@ -43,8 +43,8 @@ def _allocate_permute(x: Tensor, expert_offsets: Tensor, token_indices: Tensor, 
 permute: Callable[..., Tensor] = register(
     "permute(Tensor x, Tensor expert_offsets, Tensor token_indices, Tensor slot_indices, Tensor? topk_weights) "
     "-> Tensor",
-    "rdddd",
     _allocate_permute,
+    lambda x, *others: ((rows(x), *map(dense, others)), ()),
 )
 
 
@@ -57,8 +57,8 @@ def _allocate_combine(
 combine: Callable[..., Tensor] = register(
     "combine(Tensor permuted_y, Tensor expert_offsets, Tensor token_indices, Tensor slot_indices, "
     "Tensor? topk_weights) -> Tensor",
-    "rdddd",
     _allocate_combine,
+    lambda permuted_y, *others: ((rows(permuted_y), *map(dense, others)), ()),
 )
 
 
@@ -71,8 +71,8 @@ def _allocate_combine_weight_backward(
 combine_weight_backward: Callable[..., Tensor] = register(
     "combine_weight_backward(Tensor grad_y, Tensor permuted_y, Tensor expert_offsets, Tensor token_indices, "
     "Tensor slot_indices) -> Tensor",
-    "rrddd",
     _allocate_combine_weight_backward,
+    lambda grad_y, permuted_y, *plan: ((rows(grad_y), rows(permuted_y), *map(dense, plan)), ()),
 )
 
 
@@ -99,16 +99,24 @@ def _allocate_grouped_gemm(
     transposed: bool,
     input_gradient: bool,
 ) -> Tensor:
-    rows = matrix("x", x).shape[0] if token_indices is None else token_indices.shape[0]
-    return x.new_empty(rows, _width(weight, form, transposed))
+    num_rows = matrix("x", x).shape[0] if token_indices is None else token_indices.shape[0]
+    return x.new_empty(num_rows, _width(weight, form, transposed))
+
+
+def _gemm_flops(x: Sequence[int], *others: Any, out_shape: Sequence[int], **_: Any) -> int:
+    """Either x [·,C] -> [S,N], or the gradient of x: [·,N] -> [S,C]."""
+    return 2 * prod(out_shape) * x[1]
 
 
 grouped_gemm: Callable[..., Tensor] = register(
     "grouped_gemm(Tensor x, Tensor[] weight, int[] form, Tensor? bias, Tensor expert_offsets, Tensor? token_indices, "
     "bool transposed=False, bool input_gradient=False) -> Tensor",
-    "rwfrddoo",
     _allocate_grouped_gemm,
-    flops=flops.grouped_gemm,
+    lambda x, weight, form, bias, expert_offsets, token_indices, *options: (
+        (rows(x), alike(weight), form or (), rows(bias), dense(expert_offsets), dense(token_indices)),
+        options,
+    ),
+    flops=_gemm_flops,
 )
 
 
@@ -120,17 +128,27 @@ def _allocate_grouped_gemm_wgrad(
     transposed: bool,
     experts: Tensor | None,
 ) -> Tensor:
-    rows, columns = matrix("grad_out", grad_out).shape[1], matrix("x", x).shape[1]
+    width, columns = matrix("grad_out", grad_out).shape[1], matrix("x", x).shape[1]
     count = expert_offsets.shape[0] - 1 if experts is None else matrix("experts", experts, 1).shape[0]
-    return reference.empty_weight(grad_out, count, rows, columns, transposed)
+    return reference.empty_weight(grad_out, count, width, columns, transposed)
+
+
+def _wgrad_flops(
+    grad_out: Sequence[int], x: Sequence[int], expert_offsets: Sequence[int], *others: Any, **_: Any
+) -> int:
+    experts, flops = others[2] if len(others) > 2 else None, 2 * prod(grad_out) * x[1]
+    return flops if experts is None else flops * experts[0] // (expert_offsets[0] - 1)  # as if all had as many rows
 
 
 grouped_gemm_wgrad: Callable[..., Tensor] = register(
     "grouped_gemm_wgrad(Tensor grad_out, Tensor x, Tensor expert_offsets, Tensor? token_indices, bool transposed, "
     "Tensor? experts=None) -> Tensor",
-    "rrdd-d",
     _allocate_grouped_gemm_wgrad,
-    flops=flops.grouped_gemm_wgrad,
+    lambda grad_out, x, expert_offsets, token_indices, _, experts: (
+        (rows(grad_out), rows(x), dense(expert_offsets), dense(token_indices), dense(experts)),
+        (),
+    ),
+    flops=_wgrad_flops,
 )
 
 
@@ -138,14 +156,14 @@ grouped_gemm_wgrad: Callable[..., Tensor] = register(
 
 
 def _allocate_glu(h: Tensor, activation: str, gated: bool, *_: Any) -> Tensor:
-    rows, width = matrix("h", h).shape
-    return h.new_empty(rows, width // 2 if gated else width)
+    num_rows, width = matrix("h", h).shape
+    return h.new_empty(num_rows, width // 2 if gated else width)
 
 
 glu: Callable[..., Tensor] = register(
     "glu(Tensor h, str activation, bool gated, bool interleaved, float alpha, float limit) -> Tensor",
-    "rooooo",
     _allocate_glu,
+    lambda h, *options: ((rows(h),), options),
 )
 
 
@@ -156,6 +174,6 @@ def _allocate_glu_backward(grad_a: Tensor, h: Tensor, *_: Any) -> Tensor:
 glu_backward: Callable[..., Tensor] = register(
     "glu_backward(Tensor grad_a, Tensor h, str activation, bool gated, bool interleaved, float alpha, float limit) "
     "-> Tensor",
-    "rrooooo",
     _allocate_glu_backward,
+    lambda grad_a, h, *options: ((rows(grad_a), rows(h)), options),
 )

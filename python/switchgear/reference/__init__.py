@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every op of switchgear in plain torch: the specification, and the backend "reference".
 
-The signatures are those of the torch ops in ops/, and the formats those of include/switchgear/ops.h. Any floating
-dtype works on any device. Sums are in float32 (float64 for float64) and are rounded once, at the end, to the dtype of
-the inputs. Gradients are explicit formulas, not autograd's, so that a gradcheck in float64 verifies the formulas that
-the kernels implement.
+The signatures are those of the torch ops in ops/, with a Layer for the arguments of a whole layer; the formats are
+those of include/switchgear/ops.h. Any floating dtype works on any device. Sums are in float32 (float64 for float64) and
+are rounded once, at the end, to the dtype of the inputs. Gradients are explicit formulas, not autograd's, so that a
+gradcheck in float64 verifies the formulas that the kernels implement.
 
 routing.py    the router's product and the choice of experts; policies.py: the ops of routing policies
 stages.py     plan, permute, combine; products.py: grouped_gemm; activations.py: the activation between the projections
 layer.py      the whole layer: moe_forward, moe_accumulate, moe_backward; adapters.py: low-rank adapters of projections
 formats.py    the tensors of a weight, by format: panels.py, compact.py, integers.py, minifloat.py, nf4.py, groups.py
-checks.py, rows.py  helpers of the others
+arguments.py  Layer; checks.py, rows.py: helpers of the others
 
 Letters: T tokens · K top_k · E experts · H hidden_size · I intermediate_size · S = T·K slots · N = 2I (gated) or I.
 Errors: ValueError, or TypeError for a dtype, with the argument, what was expected and what was passed.
@@ -18,6 +18,7 @@ Errors: ValueError, or TypeError for a dtype, with the argument, what was expect
 
 from switchgear.reference.activations import ACTIVATIONS, activate, glu, glu_backward, halves
 from switchgear.reference.adapters import keeps
+from switchgear.reference.arguments import GluOptions, Layer
 from switchgear.reference.checks import (
     check_choice,
     check_finite,
@@ -60,6 +61,8 @@ __all__ = [
     "GROUP_SCORES",
     "NORMALIZE_EPSILON",
     "SCORE_FUNCTIONS",
+    "GluOptions",
+    "Layer",
     "activate",
     "assign_balanced",
     "assign_capped",

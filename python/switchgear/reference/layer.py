@@ -11,6 +11,7 @@ from torch import Tensor
 
 from switchgear.reference.activations import check_options, glu_backward_of, glu_of, intermediate_size_of
 from switchgear.reference.adapters import adapter_of
+from switchgear.reference.arguments import Layer
 from switchgear.reference.checks import check, check_experts, weight_dtype, wide
 from switchgear.reference.formats import check_weight, decode, format_of
 from switchgear.reference.products import gemm, multiply, sum_rows, wgrad_of
@@ -18,21 +19,14 @@ from switchgear.reference.rows import gather_rows, rows_of, segments, to_slots
 from switchgear.reference.stages import combine, plan
 
 
-def check_layer(
-    x: Tensor,
-    sizes: tuple[int, int, int],
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-) -> None:
+def check_layer(x: Tensor, sizes: tuple[int, int, int], layer: Layer) -> None:
     """Checks the arguments other than weights. sizes: E, N, and H of the projections."""
     num_experts, width, hidden_size = sizes
     check("x", x, (None, hidden_size))
-    check("gate_up_bias", gate_up_bias, (num_experts, width), x.dtype)
-    check("down_bias", down_bias, (num_experts, hidden_size), x.dtype)
-    check("topk_ids", topk_ids, (x.shape[0], None), torch.int32)
-    check("topk_weights", topk_weights, topk_ids.shape, weight_dtype(x.dtype))
+    check("gate_up_bias", layer.gate_up_bias, (num_experts, width), x.dtype)
+    check("down_bias", layer.down_bias, (num_experts, hidden_size), x.dtype)
+    check("topk_ids", layer.topk_ids, (x.shape[0], None), torch.int32)
+    check("topk_weights", layer.topk_weights, layer.topk_ids.shape, weight_dtype(x.dtype))
 
 
 def _check_trained(name: str, form: Sequence[int], need: bool) -> None:
@@ -53,97 +47,46 @@ class _Rows(NamedTuple):
     plan: tuple[Tensor, Tensor, Tensor]
 
 
-def _rows(
-    x: Tensor,
-    projections: tuple[Sequence[Tensor], Sequence[int], Sequence[Tensor], Sequence[int]],
-    biases: tuple[Tensor | None, Tensor | None],
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    options: tuple[str, bool, bool, float, float],
-    adapters: tuple[Sequence[Tensor] | None, Sequence[Tensor] | None],
-    drops: tuple[Tensor | None, Sequence[float]] = (None, ()),
-) -> _Rows:
+def _rows(x: Tensor, layer: Layer) -> _Rows:
     """The layer up to the sum over a token's experts."""
-    gate_up_proj, gate_up_form, down_proj, down_form = projections
-    activation, gated, interleaved, alpha, limit = options
-    gate_up_bias, down_bias = biases
+    activation, gated, _, alpha, limit = options = layer.options
     check_options(activation, gated, alpha, limit)
     check("x", x, (None, None))
-    sizes = check_weight("gate_up_proj", gate_up_proj, gate_up_form, (None, None, x.shape[1]), x.dtype)
+    first_form, second_form = layer.gate_up_form, layer.down_form
+    sizes = check_weight("gate_up_proj", layer.gate_up_proj, first_form, (None, None, x.shape[1]), x.dtype)
     num_experts, width, hidden_size = sizes
     down_sizes = (num_experts, hidden_size, intermediate_size_of("gate_up_proj", width, gated))
-    check_weight("down_proj", down_proj, down_form, down_sizes, x.dtype)
-    check_layer(x, sizes, gate_up_bias, down_bias, topk_ids, topk_weights)
-    num_slots = topk_ids.numel()
-    first = adapter_of("gate_up_adapter", adapters[0], sizes, x.dtype, drops, 0, num_slots)
-    second = adapter_of("down_adapter", adapters[1], down_sizes, x.dtype, drops, 1, num_slots)
-    slots = plan(topk_ids, num_experts)
+    check_weight("down_proj", layer.down_proj, second_form, down_sizes, x.dtype)
+    check_layer(x, sizes, layer)
+    drops, num_slots = (layer.dropout_seed, layer.dropout), layer.topk_ids.numel()
+    first = adapter_of("gate_up_adapter", layer.gate_up_adapter, sizes, x.dtype, drops, 0, num_slots)
+    second = adapter_of("down_adapter", layer.down_adapter, down_sizes, x.dtype, drops, 1, num_slots)
+    slots = plan(layer.topk_ids, num_experts)
     expert_offsets, token_indices, _ = slots
     rows = rows_of(x, token_indices)
-    h = multiply(rows, x.dtype, gate_up_proj, gate_up_form, gate_up_bias, expert_offsets)
+    h = multiply(rows, x.dtype, layer.gate_up_proj, first_form, layer.gate_up_bias, expert_offsets)
     if first is not None:
         h += first.term(rows, expert_offsets)
-    a = glu_of(h, activation, gated, interleaved, alpha, limit)
-    permuted_y = multiply(a, x.dtype, down_proj, down_form, down_bias, expert_offsets)
+    a = glu_of(h, *options)
+    permuted_y = multiply(a, x.dtype, layer.down_proj, second_form, layer.down_bias, expert_offsets)
     if second is not None:
         permuted_y += second.term(a, expert_offsets)
     return _Rows(h, permuted_y, slots)
 
 
-def moe_forward(
-    x: Tensor,
-    gate_up_proj: Sequence[Tensor],
-    gate_up_form: Sequence[int],
-    down_proj: Sequence[Tensor],
-    down_form: Sequence[int],
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    save_h: bool,
-    gate_up_adapter: Sequence[Tensor] | None = None,
-    down_adapter: Sequence[Tensor] | None = None,
-    dropout_seed: Tensor | None = None,
-    dropout: Sequence[float] = (),
-) -> tuple[Tensor, Tensor]:
+def moe_forward(x: Tensor, layer: Layer, save_h: bool) -> tuple[Tensor, Tensor]:
     """y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), and h [S,N] = x·W_guᵀ + b_gu in slot order.
 
     h is [0,N] unless save_h. Each projection has a form (formats.py) and may have an adapter (adapters.py), which acts
     as a part of W. Integer weights are multiplied by activations rounded to int8: x, and a = glu(h) after rounding to
     the dtype of x. Adapters are multiplied by x and a themselves.
     """
-    projections = (gate_up_proj, gate_up_form, down_proj, down_form)
-    options, adapters = (activation, gated, interleaved, alpha, limit), (gate_up_adapter, down_adapter)
-    biases, drops = (gate_up_bias, down_bias), (dropout_seed, dropout)
-    h, permuted_y, slots = _rows(x, projections, biases, topk_ids, topk_weights, options, adapters, drops)
-    y = combine(permuted_y, *slots, topk_weights)
+    h, permuted_y, slots = _rows(x, layer)
+    y = combine(permuted_y, *slots, layer.topk_weights)
     return y.to(x.dtype), h.to(x.dtype) if save_h else x.new_empty(0, h.shape[1])
 
 
-def moe_accumulate(
-    x: Tensor,
-    gate_up_proj: Sequence[Tensor],
-    gate_up_form: Sequence[int],
-    down_proj: Sequence[Tensor],
-    down_form: Sequence[int],
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    sums: Tensor,
-    gate_up_adapter: Sequence[Tensor] | None = None,
-    down_adapter: Sequence[Tensor] | None = None,
-) -> None:
+def moe_accumulate(x: Tensor, layer: Layer, sums: Tensor) -> None:
     """Adds what moe_forward rounds to y to sums [T,H], float32 (float64 for float64), one expert after the other.
 
     A token's experts are added in ascending order, equal ones in the order of its choices, each to the rounded sum of
@@ -151,39 +94,16 @@ def moe_accumulate(
     as one call with all of them does.
     """
     check("sums", sums, x.shape, weight_dtype(x.dtype))
-    projections = (gate_up_proj, gate_up_form, down_proj, down_form)
-    options, adapters = (activation, gated, interleaved, alpha, limit), (gate_up_adapter, down_adapter)
-    rows = _rows(x, projections, (gate_up_bias, down_bias), topk_ids, topk_weights, options, adapters)
-    order = topk_ids.argsort(dim=-1, stable=True)
-    slot_indices, weights = rows.plan[2].gather(1, order), topk_weights.gather(1, order)
+    rows = _rows(x, layer)
+    order = layer.topk_ids.argsort(dim=-1, stable=True)
+    slot_indices, weights = rows.plan[2].gather(1, order), layer.topk_weights.gather(1, order)
     for slots, weight in zip(slot_indices.unbind(1), weights.unbind(1), strict=True):
         term = weight[:, None] * gather_rows(rows.permuted_y, slots)
         sums += term.masked_fill(slots[:, None] < 0, 0)
 
 
 def moe_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    h: Tensor,
-    gate_up_proj: Sequence[Tensor],
-    gate_up_form: Sequence[int],
-    down_proj: Sequence[Tensor],
-    down_form: Sequence[int],
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    needs: Sequence[bool],
-    gate_up_adapter: Sequence[Tensor] | None = None,
-    down_adapter: Sequence[Tensor] | None = None,
-    dropout_seed: Tensor | None = None,
-    dropout: Sequence[float] = (),
-    experts: Tensor | None = None,
+    grad_y: Tensor, x: Tensor, h: Tensor, layer: Layer, needs: Sequence[bool], experts: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Gradients of moe_forward from x and h; `a` is recomputed. Outputs that `needs` does not request (it may be
     shorter) are empty. With dy the rows of grad_y in slot order and w their weights:
@@ -203,24 +123,27 @@ def moe_backward(
 
     Stored projections are decoded to the dtype of x, and have no gradient.
     """
+    activation, gated, _, alpha, limit = options = layer.options
+    gate_up_form, down_form, down_bias = layer.gate_up_form, layer.down_form, layer.down_bias
+    topk_ids, topk_weights, gate_up_bias = layer.topk_ids, layer.topk_weights, layer.gate_up_bias
     check_options(activation, gated, alpha, limit)
-    sizes = check_weight("gate_up_proj", gate_up_proj, gate_up_form, (None, None, None), x.dtype)
+    sizes = check_weight("gate_up_proj", layer.gate_up_proj, gate_up_form, (None, None, None), x.dtype)
     num_experts, width, hidden_size = sizes
     down_sizes = (num_experts, hidden_size, intermediate_size_of("gate_up_proj", width, gated))
-    check_weight("down_proj", down_proj, down_form, down_sizes, x.dtype)
+    check_weight("down_proj", layer.down_proj, down_form, down_sizes, x.dtype)
     needs = (*needs, *[False] * (10 - len(needs)))
     need_x, need_gate_up, need_down, need_gate_up_bias, need_down_bias, need_weights, *need_adapters = needs
     _check_trained("gate_up_proj", gate_up_form, need_gate_up)
     _check_trained("down_proj", down_form, need_down)
-    check_layer(x, sizes, gate_up_bias, down_bias, topk_ids, topk_weights)
+    check_layer(x, sizes, layer)
     check("grad_y", grad_y, x.shape, x.dtype)
     check("h", h, (topk_ids.numel(), width), x.dtype)
     check_experts(experts, num_experts)
-    drops, num_slots = (dropout_seed, dropout), topk_ids.numel()
-    first = adapter_of("gate_up_adapter", gate_up_adapter, sizes, x.dtype, drops, 0, num_slots)
-    second = adapter_of("down_adapter", down_adapter, down_sizes, x.dtype, drops, 1, num_slots)
-    gate_up, down = decode(gate_up_proj, gate_up_form, x.dtype), decode(down_proj, down_form, x.dtype)
-    options = (activation, gated, interleaved, alpha, limit)
+    drops, num_slots = (layer.dropout_seed, layer.dropout), topk_ids.numel()
+    first = adapter_of("gate_up_adapter", layer.gate_up_adapter, sizes, x.dtype, drops, 0, num_slots)
+    second = adapter_of("down_adapter", layer.down_adapter, down_sizes, x.dtype, drops, 1, num_slots)
+    gate_up = decode(layer.gate_up_proj, gate_up_form, x.dtype)
+    down = decode(layer.down_proj, down_form, x.dtype)
     expert_offsets, token_indices, slot_indices = plan(topk_ids, num_experts)
     absent = x.new_empty(0)
     grad_x = grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = absent

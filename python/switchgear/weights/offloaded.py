@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from switchgear.weights.form import Form, Layout
 from switchgear.weights.module import Projection, StoredProjections
+from switchgear.weights.operand import Operand
 from switchgear.weights.weight import Weight
 
 
@@ -26,7 +27,7 @@ class Wave(NamedTuple):
 
 
 class Source(Protocol):
-    """Loads the experts of a layer."""
+    """Loads the experts of a layer. offload.waves.LoadsExperts computes `moe` with them."""
 
     def run(
         self,
@@ -39,6 +40,18 @@ class Source(Protocol):
         """compute(waves), while the experts of topk_ids [T,K] int32 are loaded: None if all are in memory, else
         ascending ranges of experts, each resident until the next one is requested. together: all experts at once,
         or a ValueError."""
+
+    def moe(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        weights: tuple[Any, Any],
+        biases: tuple[Tensor | None, Tensor | None],
+        options: tuple[Any, ...],
+        autocast: str | None,
+    ) -> Tensor:
+        """functional.layer.apply_layer, with weights of which this is the source."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +72,9 @@ class OffloadedWeight:
     @property
     def device(self) -> torch.device:
         return self.weight.device
+
+    def operand(self, dtype: torch.dtype, autocast: str | None = None) -> Operand:
+        return Operand((), source=self.source)
 
     def plain(self) -> NoReturn:
         raise ValueError(

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import backends, ops
+from switchgear.backends import cast_in_autocast
 from switchgear.complaints import check_tensor
 from switchgear.reference import formats, panels, weight_dtype
 from switchgear.reference.checks import check, check_range
+from switchgear.weights.operand import Operand, TrainedExperts, operand_of
 from switchgear.weights.pages import advise_huge_pages
 
 PANEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -64,7 +66,7 @@ class Weight:
     is_exact: bool = False
     tensors: tuple[Tensor, ...] = field(init=False, repr=False)  # arguments of the ops
     form: tuple[int, ...] = field(init=False, repr=False)
-    needs_no_dispatch: bool = field(init=False, repr=False)  # all tensors are plain torch tensors in CPU memory
+    _operand: Operand = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.format not in formats.FORMATS:
@@ -82,7 +84,8 @@ class Weight:
             is_plain = is_plain and not any(tensor.is_neg() for tensor in tensors)
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "form", form)
-        object.__setattr__(self, "needs_no_dispatch", is_plain)
+        leaves = () if form else tensors
+        object.__setattr__(self, "_operand", Operand(tensors, form, leaves, needs_no_dispatch=is_plain))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -135,6 +138,22 @@ class Weight:
             return dtype is self.dtype or dtype is self.elements
         return dtype is self.dtype and self._is_of_this_isa()
 
+    def operand(self, dtype: torch.dtype, autocast: str | None = None) -> Operand:
+        """What the ops of a layer multiply an x of `dtype` by: the weight itself if `multiplies(dtype)`, else a plain
+        tensor, expanded for one call."""
+        if not self.is_lossless or self.multiplies(dtype):
+            return self._operand
+        return self.expanded(dtype, autocast, f"{self.format} weights")
+
+    def expanded(self, dtype: torch.dtype, autocast: str | None, subject: str) -> Operand:
+        """The plain weight as an operand. Announces that kernels for `subject` are missing."""
+        has_a_kernel_missing = dtype is self.dtype or not _is_on_cpu(self)  # otherwise only the dtypes differ
+        if has_a_kernel_missing and not torch.compiler.is_compiling():
+            backends.announce_format(self.device, subject, "each call expands them")
+        plain = self.plain()
+        tensors = (plain if autocast is None else plain.to(dtype),)
+        return Operand(tensors, (), tensors)
+
     def _is_of_this_isa(self) -> bool:
         """Whether panels have the order of the ISA in use. A graph cannot query the ISA; its op checks their shape."""
         if torch.compiler.is_compiling():
@@ -158,6 +177,10 @@ class Weight:
             raise ValueError(f"tensors: expected names among {', '.join(_FIELDS)}, got {', '.join(unknown)}")
         given = {name: getattr(self, name) for name in _ARGUMENTS}
         return Weight(**{**given, **tensors})
+
+
+def _is_on_cpu(weight: Weight) -> bool:
+    return weight.data.is_cpu
 
 
 def _check_order(order: Tensor, num_experts: int) -> None:
@@ -196,6 +219,15 @@ class AdaptedWeight(NamedTuple):
     def dtype(self) -> torch.dtype:
         """That of the activations, as for the weight below the adapter."""
         return self.weight.dtype
+
+    def operand(self, dtype: torch.dtype, autocast: str | None = None) -> Operand:
+        """The weight below with this adapter."""
+        base = operand_of(self.weight, dtype, autocast)
+        adapter = self.adapter(dtype)
+        if autocast is not None:
+            adapter = (*cast_in_autocast(autocast, *adapter[:2]), *adapter[2:])
+        leaves, known = (*base.leaves, *adapter[:2]), base.needs_no_dispatch
+        return Operand(base.tensors, base.form, leaves, adapter, self.dropout, base.trained, base.source, known)
 
     def adapter(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """The adapter as an argument of the ops (reference/adapters.py). dtype: of x; float32 factors are rounded to
@@ -241,25 +273,9 @@ class SelectedWeight(NamedTuple):
         """That of the weight."""
         return self.weight.dtype
 
-
-def _is_on_cpu(weight: Weight) -> bool:
-    return weight.data.is_cpu
-
-
-def taken_by_moe(weight: Weight, dtype: torch.dtype) -> Tensor | Weight:
-    """The weight itself if moe can multiply an x of `dtype` by it, else the plain weight, expanded for one call."""
-    return weight if weight.multiplies(dtype) else _expanded(weight, dtype, f"{weight.format} weights")
-
-
-def taken_by_grouped_gemm(weight: Weight, dtype: torch.dtype) -> Tensor | Weight:
-    """The same for grouped_gemm, which cannot read panels."""
-    if weight.format == "panels":
-        return _expanded(weight, dtype, "weights in panels, in grouped_gemm")
-    return taken_by_moe(weight, dtype)
-
-
-def _expanded(weight: Weight, dtype: torch.dtype, subject: str) -> Tensor:
-    has_a_kernel_missing = dtype is weight.dtype or not _is_on_cpu(weight)  # otherwise only the dtypes differ
-    if has_a_kernel_missing and not torch.compiler.is_compiling():
-        backends.announce_format(weight.device, subject, "each call expands them")
-    return weight.plain()
+    def operand(self, dtype: torch.dtype, autocast: str | None = None) -> Operand:
+        """The frozen weight, with the experts that train beside it."""
+        weight, trained, bias = self.weight, self.trained, self.trained_bias
+        if autocast is not None:
+            weight, trained, bias = cast_in_autocast(autocast, weight, trained, bias)
+        return Operand((weight,), leaves=(weight, trained, bias), trained=TrainedExperts(trained, bias, self.experts))
