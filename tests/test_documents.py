@@ -89,7 +89,12 @@ def test_linked_tests_exist(document: Path) -> None:
 def test_names_exist(document: Path) -> None:
     """`switchgear.a.b`, `path/to/file`, `make target` and `SWITCHGEAR_…` in the text."""
     makefile = (ROOT / "Makefile").read_text()
-    files = [ROOT / "pyproject.toml", *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("python/**/*.py"), *ROOT.glob("bench/python/**/*.py")]
+    files = [
+        ROOT / "pyproject.toml",
+        *ROOT.glob("csrc/**/*.cpp"),
+        *ROOT.glob("python/**/*.py"),
+        *ROOT.glob("bench/python/**/*.py"),
+    ]
     sources = "".join(path.read_text() for path in files)
     missing = []
     for span in _SPAN.findall(prose(document)):
