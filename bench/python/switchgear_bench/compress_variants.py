@@ -33,7 +33,7 @@ def nothing(model: Any, calibration: Calibration, seed: int) -> None:
     pass
 
 
-def prune(model: Any, calibration: Calibration, seed: int, *, keep: float, criterion: str) -> object:
+def prune(model: Any, calibration: Calibration, seed: int, *, keep: float, criterion: Any) -> object:
     return compress.prune_experts(model, keep, criterion, calibration=calibration, seed=seed)
 
 
@@ -45,7 +45,7 @@ def stored(model: Any, calibration: Calibration, seed: int, *, form: str) -> obj
     return switchgear.store(model, form, group_size=GROUP_SIZE)
 
 
-def quantize(model: Any, calibration: Calibration, seed: int, *, bits: int, method: str) -> object:
+def quantize(model: Any, calibration: Calibration, seed: int, *, bits: int, method: Any) -> object:
     return compress.quantize(model, bits, group_size=GROUP_SIZE, method=method, calibration=calibration)
 
 

@@ -29,10 +29,10 @@ NewTensors = list[tuple[ExpertTensor, Tensor]]  # what `put` will replace, and b
 
 
 class Cut(NamedTuple):
-    """New tensors of a block with `count` experts. Nothing of the model is changed before `commit`."""
+    """New tensors of a block with `num_experts` experts. Nothing of the model is changed before `commit`."""
 
     layer: ExpertLayer
-    count: int
+    num_experts: int
     tensors: NewTensors
 
 
@@ -117,10 +117,10 @@ def commit(model: nn.Module, cuts: Sequence[Cut]) -> None:
     for cut in cuts:
         for place, tensor in cut.tensors:
             place.put(tensor)
-        _set_counts(cut.layer.block, cut.count)
+        _set_counts(cut.layer.block, cut.num_experts)
     if not fields:
         return
-    count = cuts[0].count
+    count = cuts[0].num_experts
     for config, name in fields:
         value = getattr(config, name)
         setattr(config, name, [count] * len(value) if isinstance(value, (list, tuple)) else count)

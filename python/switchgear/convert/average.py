@@ -20,11 +20,14 @@ from switchgear.weights.checks import check_state_dict
 _PART = 2**20  # elements that are merged at a time
 
 
+Merge = Literal["average", "ties", "dare", "base"]
+
+
 @dataclass(frozen=True)
 class Merging:
     """How tensors of the same name become one; see merge_models."""
 
-    method: Literal["average", "ties", "dare", "base"] = "average"
+    method: Merge = "average"
     weights: tuple[float, ...] | None = None
     density: Annotated[float, Range(0, 1, "low")] = 0.2
     scale: Finite = 1.0
@@ -160,7 +163,7 @@ def _not_finite(name: str, key: str) -> ValueError:
 
 def merge_models(
     models: Sequence[nn.Module | Mapping[str, Tensor]],
-    method: str = "average",
+    method: Merge = "average",
     *,
     base: nn.Module | Mapping[str, Tensor] | None = None,
     weights: Sequence[float] | None = None,

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.functional import pad
 
 from switchgear.checks import NotNegative, Seed, Shape, Size, checked
+from switchgear.convert.average import Merge
 from switchgear.convert.checks import check_all_finite, check_top_k
 from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.modules import is_transformers
@@ -43,7 +44,7 @@ def from_dense_experts(
     router_init: NotNegative = 0.02,
     prompts: Sequence[Tensor] | None = None,
     embeddings: Tensor | None = None,
-    merge: str = "average",
+    merge: Merge = "average",
     attention: Literal["merged", "experts", "shared_kv"] = "merged",
     base: nn.Module | None = None,
     weights: Sequence[float] | None = None,

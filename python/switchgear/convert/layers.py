@@ -15,6 +15,7 @@ from switchgear.checks import Count, NotNegative, Seed, Size, checked, complain_
 from switchgear.convert.checks import derive_seed
 from switchgear.convert.ffn import is_feed_forward
 from switchgear.convert.modules import call_model, choose_layers, find_dense_layers, replace_modules, watch_rows
+from switchgear.convert.partitions import Method
 from switchgear.convert.split import split_dense
 from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.routing.router import Router
@@ -52,7 +53,7 @@ def distill_layers(
     steps: Count = 200,
     batch_size: Size = 1024,
     lr: NotNegative = 1e-3,
-    method: str = "random",
+    method: Method = "random",
     seed: Seed = 0,
     **options: Any,
 ) -> Distillation:

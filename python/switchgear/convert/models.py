@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from switchgear.convert.attention import attention_from_experts
-from switchgear.convert.average import Merging
+from switchgear.convert.average import Merge, Merging
 from switchgear.convert.checks import as_finite_numbers, check_all_finite, derive_seed
 from switchgear.convert.families import layers_of
 from switchgear.convert.modules import Conversion, Converted, watch_rows
@@ -81,7 +81,7 @@ def _require_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def collect_models(
     models: Sequence[Any], *, top_k: int, router: str | Tensor, router_init: float, prompts: Sequence[Tensor] | None,
-    base: Any, layers: str | Sequence[int], family: str | None, merge: str, weights: Sequence[float] | None,
+    base: Any, layers: str | Sequence[int], family: str | None, merge: Merge, weights: Sequence[float] | None,
     density: float, seed: int, attention: str = "merged",
 ) -> Conversion:  # fmt: skip
     """See from_dense_experts."""

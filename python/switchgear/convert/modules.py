@@ -120,7 +120,7 @@ def choose_layers(layers: str | Sequence[int], count: int) -> list[int]:
     return sorted({index % count for index in wanted})
 
 
-def is_transformers(model: nn.Module) -> bool:
+def is_transformers(model: object) -> bool:
     """Whether a module is a model of transformers, which is not imported for it."""
     classes = (cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
     return any(cls.__name__ == "PreTrainedModel" for cls in classes)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from switchgear.convert.checks import derive_seed
 from switchgear.convert.families import PARTS, Family, Sizes, dense_key
-from switchgear.convert.partitions import Partition, partition
+from switchgear.convert.partitions import Method, Partition, partition
 from switchgear.integrations.blocks import FeedForward
 
 T = TypeVar("T")
@@ -161,7 +161,7 @@ class Split:
     """How each layer of a model is split; see split_dense."""
 
     num_experts: int
-    method: str = "random"
+    method: Method = "random"
     shared: int | float = 0
     importance: Mapping[int, Tensor] | None = None
     keep: float = 0.5

@@ -15,7 +15,7 @@ from switchgear.checks import Finite, FloatTensor, NotNegative, Seed, Shape, Siz
 from switchgear.convert.checks import check_top_k, derive_seed
 from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.modules import OURS, is_transformers, replace_layers
-from switchgear.convert.partitions import Partition, partition
+from switchgear.convert.partitions import Method, Partition, partition
 from switchgear.convert.plans import draw_noise
 from switchgear.convert.recipes import plan_split, plan_upcycle
 from switchgear.experts import Experts
@@ -129,7 +129,7 @@ def split_dense(
     *,
     layers: str | Sequence[int] = "all",
     family: str | None = None,
-    method: str | Partition = "random",
+    method: Method | Partition = "random",
     shared: int | float = 0,
     importance: Tensor | Mapping[int, Tensor] | None = None,
     keep: Finite = 0.5,

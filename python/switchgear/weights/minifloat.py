@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,9 +47,10 @@ def _encoded(
     """The Weight of `weight` [E,N,C]. encoded: values and scales in the published layout, and if they are exact."""
     _, rows, cols = weight.shape
     published = [tensor for tensor in encoded if isinstance(tensor, Tensor)]
+    tensors: dict[str, Any] = dict(_stored(form.name, published, parts, block))
     return Weight(
         form.name, rows=rows, cols=cols, dtype=weight.dtype, parts=parts, group_size=group_size,
-        is_exact=encoded.lossless, **_stored(form.name, published, parts, block),
+        is_exact=encoded.lossless, **tensors,
     )  # fmt: skip
 
 
