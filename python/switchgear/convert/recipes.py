@@ -72,7 +72,8 @@ def _pad_width(width: int) -> tuple[int, tuple[str, ...]]:
 def plan_split(
     config: Mapping[str, Any], source: Source, *, num_experts: Size, top_k: Size, layers: str | Sequence[int] = "all",
     method: Method = "random", shared: int | float = 0, importance: Mapping[int, Tensor] | None = None,
-    keep: Finite = 0.5, rescale: bool = True, router_init: NotNegative = 0.02, seed: Seed = 0, family: str | None = None,
+    keep: Finite = 0.5, rescale: bool = True, router_init: NotNegative = 0.02, seed: Seed = 0,
+    family: str | None = None,
 ) -> ConversionPlan:  # fmt: skip
     """See split_dense. Each expert is E times its neurons (K times without rescale), since weights sum to 1."""
     check_dense(config)
