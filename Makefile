@@ -23,7 +23,7 @@
 # make gpu                           on a machine with a GPU: conformance, tests, benchmarks, sanitizers (OUT=results GPU_ARGS=--dry-run)
 #   STAGE=1, 2, 3                    one of its three stages, of at most nine minutes
 #   STAGE=prepare                    before that, without a GPU: what it installs, sizes and times (WHEELS=folder downloads the wheels)
-#   STAGE=rehearse, STAGE=report     all of it with stand-ins that hang, crash or fail; the tables of a run, whole or cut off
+#   STAGE=report                     the tables of a run, whole or cut off
 # make site                          the documentation as a site, in build/site: no warning, no dead link, every public name
 # make clients                       recipes with other libraries, in an environment of their own (docs/clients.md)
 #   KIND=vllm                        the recipe with vLLM, whose packages are of other versions
@@ -104,7 +104,7 @@ $(BIN)/pybind11-config: | $(BIN)/python
 
 $(BIN)/nvcc: | $(BIN)/python
 	$(PIP) nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl
-	$(BIN)/python tests/gpu/nvcc_links.py
+	$(BIN)/python tools/gpu/nvcc_links.py
 
 # Everything that tests and lint would install, in one step instead of several.
 $(INSTALLED)tools: | $(BIN)/python
@@ -296,19 +296,15 @@ OUT ?= build/gpu-results
 gpu_python = $(if $(VIRTUAL_ENV),$(BIN)/python,$(PYTHON))
 
 define gpu.prepare
-$(gpu_python) tests/gpu/prepare.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
-endef
-
-define gpu.rehearse
-$(gpu_python) tests/gpu/rehearse.py $(GPU_ARGS)
+$(gpu_python) tools/gpu/prepare.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
 endef
 
 define gpu.report
-$(gpu_python) tests/gpu/report.py $(OUT) $(GPU_ARGS)
+$(gpu_python) tools/gpu/report.py $(OUT) $(GPU_ARGS)
 endef
 
 gpu:
-	$(or $(gpu.$(STAGE)),$(gpu_python) tests/gpu/run.py --out $(OUT) $(if $(STAGE),--stage $(STAGE)) $(GPU_ARGS))
+	$(or $(gpu.$(STAGE)),$(gpu_python) tools/gpu/run.py --out $(OUT) $(if $(STAGE),--stage $(STAGE)) $(GPU_ARGS))
 
 # ---- packages ------------------------------------------------------------------------------------------------------------
 

@@ -66,33 +66,33 @@ def test_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(settings, "installed_version", lambda _: None)
         patch.setattr(settings, "is_installed", lambda _: False)
-        assert settings._transformers().verdict == "absent"
+        assert settings._check_transformers().verdict == "absent"
         patch.setattr(settings, "is_installed", lambda _: True)  # a source tree has no version
         patch.setitem(sys.modules, "switchgear.integrations.transformers", None)
-        assert settings._transformers().text.startswith("unknown version: ModuleNotFoundError: ")
+        assert settings._check_transformers().text.startswith("unknown version: ModuleNotFoundError: ")
     monkeypatch.setitem(sys.modules, "switchgear.integrations.transformers", None)
     monkeypatch.setattr(settings, "installed_version", lambda _: "5.24.0")
-    found = settings._transformers()
+    found = settings._check_transformers()
     assert found.verdict == "broken"
     assert found.text.startswith("5.24.0: ModuleNotFoundError: ")
     missing = ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
     for version in ("4.57.1", "5.19.0"):
-        assert settings._remedy(version, missing) == "pip install 'switchgear[transformers]'"
-    assert settings._remedy("5.24.0", missing) == "install safetensors"
-    assert settings._remedy("5.24.0", RuntimeError("wrong ABI")) == "pip install --force-reinstall transformers"
+        assert settings._advise(version, missing) == "pip install 'switchgear[transformers]'"
+    assert settings._advise("5.24.0", missing) == "install safetensors"
+    assert settings._advise("5.24.0", RuntimeError("wrong ABI")) == "pip install --force-reinstall transformers"
 
 
 def test_huge_pages() -> None:
-    assert settings._huge_pages("never").verdict == "slow"
-    assert {settings._huge_pages(how).verdict for how in ("madvise", "always")} == {"ok"}
-    assert settings._huge_pages(None).verdict == "absent"
+    assert settings._check_huge_pages("never").verdict == "slow"
+    assert {settings._check_huge_pages(how).verdict for how in ("madvise", "always")} == {"ok"}
+    assert settings._check_huge_pages(None).verdict == "absent"
 
 
 def test_threads() -> None:
-    assert settings._threads(8, 8, None).verdict == "ok"
-    assert "set_num_threads(4)" in settings._threads(8, 8, 4.0).remedy
-    assert "set_num_threads(8)" in settings._threads(1, 8, None).remedy
-    assert "set_num_threads(1)" in settings._threads(2, 8, 0.5).remedy
+    assert settings._check_threads(8, 8, None).verdict == "ok"
+    assert "set_num_threads(4)" in settings._check_threads(8, 8, 4.0).remedy
+    assert "set_num_threads(8)" in settings._check_threads(1, 8, None).remedy
+    assert "set_num_threads(1)" in settings._check_threads(2, 8, 0.5).remedy
 
 
 def test_quota_of_the_control_group(tmp_path: Path) -> None:
@@ -108,11 +108,11 @@ def test_quota_of_the_control_group(tmp_path: Path) -> None:
 
 
 def test_a_second_openmp_runtime() -> None:
-    assert settings._openmp(machine.openmp_runtimes("")).verdict == "ok"
-    assert settings._openmp(["/a/libgomp.so.1", "/b/libomp.so"]).verdict == "slow"
+    assert settings._check_openmp(machine.openmp_runtimes("")).verdict == "ok"
+    assert settings._check_openmp(["/a/libgomp.so.1", "/b/libomp.so"]).verdict == "slow"
 
 
 def test_allocator() -> None:
-    assert settings._allocator({}).verdict == "slow"
-    assert settings._allocator({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}).verdict == "ok"
-    assert settings._allocator({"MALLOC_TRIM_THRESHOLD_": "1"}).verdict == "ok"
+    assert settings._check_allocator({}).verdict == "slow"
+    assert settings._check_allocator({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}).verdict == "ok"
+    assert settings._check_allocator({"MALLOC_TRIM_THRESHOLD_": "1"}).verdict == "ok"

@@ -187,12 +187,12 @@ def test_losses_and_similarities_that_are_not_finite_are_json() -> None:
 
 def test_zero_experts_have_no_similarity() -> None:
     """The first projection of LongCat has rows of them."""
-    from switchgear.cli.inspect.measure import similarity_of
+    from switchgear.cli.inspect.measure import measure_similarity
     from switchgear.integrations.moe_blocks import moe_blocks
     from tiny_models import build
 
     block = next(iter(moe_blocks(build("longcat_flash")).values()))
-    found = similarity_of(block)
+    found = measure_similarity(block)
     assert found is not None
     weights = block.expert_weights()
     rows = [torch.cat([w[e].flatten() for w in weights[:2]]).detach().double() for e in range(block.num_experts)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What only a device can show: CUDA graphs, streams that are not the default, and tensors of more than 2³¹ elements.
 
-`make gpu` runs them. tests/gpu/replay.py replays graphs with more routings.
+`make gpu` runs them. tools/gpu/replay.py replays graphs with more routings.
 """
 
 from __future__ import annotations

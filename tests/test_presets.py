@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import switchgear
-from pages.presets import Entry, entries, options_of, page, written
+from pages.presets import page, written
 from switchgear import presets
-from switchgear.presets.fidelity import FIDELITY, GROUPS
+from switchgear.presets.entry import GROUPS, PRESETS, Preset
 from switchgear.routing import Router
 
-ENTRIES = entries()
+ENTRIES = [PRESETS[name] for name in sorted(PRESETS)]
 each = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 
 # Options of MoE only; presets without them also work for a Router.
@@ -31,38 +31,35 @@ OF_EXPERTS = {"layer", "num_shared_experts", "widths", "null_experts", "activati
               "initialize"}  # fmt: skip
 
 
-class Recorder:
-    """Replaces MoE and build in an example: records the layer that is built, and calls it with the example's inputs."""
-
-    def __init__(self, **common: Any) -> None:
-        self.common, self.layers = common, []
-
-    def __call__(self, *sizes: Any, **options: Any) -> Any:
-        self.layers.append(presets.build(*sizes, **options, **self.common))
-        return self.layers[-1]
-
-
-class Presets:
-    def __init__(self, build: Recorder) -> None:
-        self.build = build
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(presets, name)
-
-
-def run(entry: Entry, layer: nn.Module | None = None, **common: Any) -> Any:
-    """Output and layer of the entry's example; builds the layer unless it is given."""
-    record = Recorder(**common) if layer is None else (lambda *sizes, **options: layer)
-    generator, dtype = torch.Generator().manual_seed(1), common.get("dtype", torch.float32)
-    x = common.pop("x", torch.randn(2, 12, 64, generator=generator).to(dtype))
-    names = {
-        "MoE": record, "presets": Presets(record), "torch": torch, "x": x,
-        "token_ids": torch.randint(100, x.shape[:2], generator=generator),
-        "task": torch.randn(len(x), 24, generator=generator).to(dtype), "kinds": torch.arange(len(x)),
+def make_inputs(rows: int = 2, length: int = 12, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tensors that the page names."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "x": torch.randn(rows, length, 64, generator=generator).to(dtype),
+        "token_ids": torch.randint(100, (rows, length), generator=generator),
+        "task": torch.randn(rows, 24, generator=generator).to(dtype), "kinds": torch.arange(rows),
     }  # fmt: skip
-    y = eval(entry.example, names)
-    y = y[0] if isinstance(y, tuple) else y
-    return y, record.layers[-1] if isinstance(record, Recorder) else layer
+
+
+def call(entry: Preset, layer: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+    """The output of the entry's example."""
+    y = layer(tensors["x"], **{name: tensors[tensor] for name, tensor in entry.example.inputs.items()})
+    output: Tensor = y[0] if isinstance(y, tuple) else y
+    return output
+
+
+def make_layer(entry: Preset, arguments: dict[str, Any] | None = None, **common: Any) -> nn.Module:
+    """The layer of the entry's example."""
+    options = {**entry.options(**(arguments or {})), **entry.example.options, **common}
+    return presets.build(*entry.example.sizes, **options)
+
+
+def run(entry: Preset, layer: nn.Module | None = None, **common: Any) -> Any:
+    """Output and layer of the entry's example; builds the layer unless it is given."""
+    x, dtype = common.pop("x", None), common.get("dtype", torch.float32)
+    tensors = make_inputs(dtype=dtype) if x is None else {**make_inputs(*x.shape[:2], dtype), "x": x}
+    layer = make_layer(entry, **common) if layer is None else layer
+    return call(entry, layer, tensors), layer
 
 
 def tensors(module: nn.Module) -> list[Tensor]:
@@ -70,13 +67,13 @@ def tensors(module: nn.Module) -> list[Tensor]:
 
 
 @each
-def test_fsdp2_can_shard_all_parameters(entry: Entry) -> None:
+def test_fsdp2_can_shard_all_parameters(entry: Preset) -> None:
     """It refuses scalars."""
     assert all(parameter.dim() > 0 for parameter in run(entry)[1].parameters())
 
 
 def test_page_is_current() -> None:
-    """python -m switchgear.presets > docs/presets.md"""
+    """python tools/pages/presets.py > docs/presets.md"""
     assert (Path(__file__).parents[1] / "docs/presets.md").read_text() == page()
 
 
@@ -88,14 +85,13 @@ def test_names_are_sorted_and_complete() -> None:
 
 def test_each_preset_says_how_close_it_is_to_its_paper() -> None:
     """Unverified constants are arguments of the preset, as far as they are names."""
-    assert set(FIDELITY) == {entry.name for entry in ENTRIES}
-    numbers = [found.number for found in FIDELITY.values() if found.number]
+    numbers = [entry.number for entry in ENTRIES if entry.number]
     assert len(set(numbers)) == len(numbers)
-    for name, found in FIDELITY.items():
-        assert found.group in GROUPS
-        arguments = inspect.signature(getattr(presets, name)).parameters
-        for constant in found.unverified.replace(";", ",").split(", "):
-            assert " " in constant or not constant or constant in arguments, (name, constant)
+    for entry in ENTRIES:
+        assert entry.group in GROUPS
+        arguments = inspect.signature(entry.function).parameters
+        for constant in entry.unverified.replace(";", ",").split(", "):
+            assert " " in constant or not constant or constant in arguments, (entry.name, constant)
 
 
 # Papers whose router, balance, capacity or layer is a preset.
@@ -114,7 +110,7 @@ def test_each_paper_has_a_preset() -> None:
 
 
 @each
-def test_example_runs_and_trains(entry: Entry) -> None:
+def test_example_runs_and_trains(entry: Preset) -> None:
     y, layer = run(entry)
     assert y.shape == (2, 12, 64)
     assert y.isfinite().all()
@@ -131,7 +127,7 @@ def test_example_runs_and_trains(entry: Entry) -> None:
 
 
 @each
-def test_no_tokens(entry: Entry) -> None:
+def test_no_tokens(entry: Preset) -> None:
     """No sequences, and sequences without tokens: results without elements, and gradients of zeros if there are any."""
     _, layer = run(entry)
     for shape, training in itertools.product(((0, 5, 64), (2, 0, 64), (0, 0, 64)), (True, False)):
@@ -162,8 +158,8 @@ def test_no_tokens_of_layers_that_are_no_preset() -> None:
 
 
 @each
-def test_layers_of_one_dict_share_nothing(entry: Entry) -> None:
-    options = options_of(entry)
+def test_layers_of_one_dict_share_nothing(entry: Preset) -> None:
+    options = entry.options()
     sizes = {"hmoe": (64, 32, 8), "moec": (64, 32, 64), "monet": (64, 8, 64**2)}.get(entry.name, (64, 32, 32))
     one, other = presets.build(*sizes, **options), presets.build(*sizes, **options)
     assert not {id(module) for module in one.modules()} & {id(module) for module in other.modules()}
@@ -171,8 +167,8 @@ def test_layers_of_one_dict_share_nothing(entry: Entry) -> None:
 
 
 @each
-def test_presets_of_routing_are_those_of_a_router(entry: Entry) -> None:
-    options = options_of(entry)
+def test_presets_of_routing_are_those_of_a_router(entry: Preset) -> None:
+    options = entry.options()
     if OF_EXPERTS & set(options):
         return
     router = Router(64, 64, **options)
@@ -180,7 +176,7 @@ def test_presets_of_routing_are_those_of_a_router(entry: Entry) -> None:
 
 
 @each
-def test_round_trip_copy_and_evaluation(entry: Entry) -> None:
+def test_round_trip_copy_and_evaluation(entry: Preset) -> None:
     """State dicts and deep copies give the same outputs; evaluation is deterministic, except for draws."""
     _, layer = run(entry)
     _, other = run(entry)
@@ -198,7 +194,7 @@ def test_round_trip_copy_and_evaluation(entry: Entry) -> None:
 
 
 @each
-def test_bfloat16_and_autocast(entry: Entry) -> None:
+def test_bfloat16_and_autocast(entry: Preset) -> None:
     y, layer = run(entry, dtype=torch.bfloat16)
     assert y.dtype is torch.bfloat16
     assert y.isfinite().all()
@@ -213,9 +209,9 @@ def test_bfloat16_and_autocast(entry: Entry) -> None:
 
 
 @each
-def test_meta_device(entry: Entry) -> None:
+def test_meta_device(entry: Preset) -> None:
     """Layers are created without memory; reset_parameters and a state dict fill them."""
-    options = options_of(entry)
+    options = entry.options()
     sizes = {"hmoe": (64, 32, 8), "moec": (64, 32, 64), "monet": (64, 8, 64**2)}.get(entry.name, (64, 32, 32))
     layer, real = presets.build(*sizes, **options, device="meta"), presets.build(*sizes, **options)
     assert all(t.is_meta for t in tensors(layer))
@@ -255,16 +251,16 @@ def test_bad_arguments_are_named() -> None:
             wrong()
 
 
-def short(entry: Entry) -> Entry:
-    """Limits the auction's iterations, since a graph contains each of them."""
-    return entry._replace(example=entry.example.replace("base_layer()", "base_layer(max_iterations=3)"))
+def make_short(entry: Preset, **common: Any) -> nn.Module:
+    """The example's layer with a limit of the auction's iterations, since a graph contains each of them."""
+    return make_layer(entry, {"max_iterations": 3} if entry.name == "base_layer" else None, **common)
 
 
 @each
-def test_compiles_without_a_break(entry: Entry) -> None:
+def test_compiles_without_a_break(entry: Preset) -> None:
     """One graph, also for policies that draw, with the results of eager mode."""
     torch.compiler.reset()
-    _, layer = run(short(entry))
+    layer = make_short(entry)
     torch.manual_seed(5)
     wanted, _ = run(entry, layer)
     torch.manual_seed(5)
@@ -274,19 +270,13 @@ def test_compiles_without_a_break(entry: Entry) -> None:
 
 
 @each
-def test_nothing_waits_for_the_device(entry: Entry) -> None:
+def test_nothing_waits_for_the_device(entry: Preset) -> None:
     """Meta tensors pass through: no decision on the host depends on a value. (With values, expert choice without a cap
     reads back the largest number of experts of a token.)"""
-    record = Recorder(device="meta")
-    names = {
-        "MoE": record, "presets": Presets(record), "torch": torch, "x": torch.empty(2, 12, 64, device="meta"),
-        "token_ids": torch.empty(2, 12, dtype=torch.int64, device="meta"), "task": torch.empty(2, 24, device="meta"),
-        "kinds": torch.empty(2, dtype=torch.int64, device="meta"),
-    }  # fmt: skip
-    y = eval(short(entry).example, names)
-    y = y[0] if isinstance(y, tuple) else y
-    (y.square().sum() + switchgear.balance_loss(record.layers[-1])).backward()
-    switchgear.after_step(record.layers[-1])
+    layer = make_short(entry, device="meta")
+    y = call(entry, layer, {name: tensor.to("meta") for name, tensor in make_inputs().items()})
+    (y.square().sum() + switchgear.balance_loss(layer)).backward()
+    switchgear.after_step(layer)
     assert y.is_meta
     assert y.shape == (2, 12, 64)
 
@@ -304,7 +294,7 @@ class Counting(TorchDispatchMode):
 
 
 @each
-def test_no_loop_over_experts(entry: Entry) -> None:
+def test_no_loop_over_experts(entry: Preset) -> None:
     """The number of ops in forward, backward and losses does not depend on the number of experts."""
     sizes = {"monet": ((64, 8, 64**2), (64, 8, 128**2)), "hmoe": ((64, 32, 8), (64, 32, 8)),
              "moec": ((64, 32, 64), (64, 32, 128)), "loramoe": ((64, 32, 8), (64, 32, 8)),
@@ -312,22 +302,18 @@ def test_no_loop_over_experts(entry: Entry) -> None:
              }.get(entry.name, ((64, 32, 32), (64, 32, 64)))  # fmt: skip
     numbers = []
     for size in sizes:
-        layer = presets.build(*size, **options_of(entry))
-        call = entry.example.removesuffix("[0]").rpartition(")(")[2].removesuffix(")")
-        names = {
-            "x": torch.randn(2, 12, 64, requires_grad=True), "token_ids": torch.randint(100, (2, 12)),
-            "task": torch.randn(2, 24), "kinds": torch.arange(2),
-        }  # fmt: skip
+        layer = presets.build(*size, **entry.options())
+        tensors = make_inputs()
+        tensors["x"].requires_grad_()
         with Counting() as counting:
-            y = eval(f"layer({call})", {"layer": layer, **names})
-            y = y[0] if isinstance(y, tuple) else y
+            y = call(entry, layer, tensors)
             (y.square().sum() + switchgear.balance_loss(layer)).backward()
         numbers.append(counting.number)
     assert numbers[0] == numbers[1]
 
 
 @each
-def test_training_reduces_the_loss(entry: Entry) -> None:
+def test_training_reduces_the_loss(entry: Preset) -> None:
     """The loss of a small regression, with the preset's own losses and controllers."""
     torch.manual_seed(0)
     _, layer = run(entry)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The tunables of the grouped GEMMs on wgmma (gemm_sm90.cuh): a row per tile, and pure functions that pick one. The launchers compile
-// a kernel for every row and epilogue it takes, so to try a tile is to add a row; tests/gpu/sweep.py times variants of the rows.
+// a kernel for every row and epilogue it takes, so to try a tile is to add a row; tools/gpu/sweep.py times variants of the rows.
 // The compiler checks each row's registers here and its shared memory in gemm_sm90.cuh.
 //
 // No row has been timed on a GPU: sizes follow from the derivations beside them.

@@ -242,7 +242,7 @@ def _convert_series(name: str, value: Any, origin: Any, options: Sequence[Any], 
 
 def _is_testable(kind: Any) -> bool:
     """Whether isinstance works with it: Any, type variables and most protocols are for type checkers alone."""
-    if not isinstance(kind, type):
+    if kind is Any or not isinstance(kind, type):
         return False
     return not getattr(kind, "_is_protocol", False) or getattr(kind, "_is_runtime_protocol", False)
 

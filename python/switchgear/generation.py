@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.checks import checked
 from switchgear.functional import Routing
 from switchgear.integrations.choices import override_selection
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
@@ -69,11 +69,12 @@ class SelfContrast:
         dtype = torch.promote_types(strong_logits.dtype, torch.float32)
         strong, weak = strong_logits.to(dtype), weak_logits.to(dtype)
         scores = (1 + self.beta) * strong - self.beta * weak
-        excluded = strong == -math.inf  # by the model itself: the difference to the weak logits may be NaN
+        excluded = strong == -math.inf  # the model excludes these; the difference to the weak logits may be NaN
         if self.alpha:
             excluded = excluded | (strong < strong.amax(-1, keepdim=True) + math.log(self.alpha))
         return scores.masked_fill(excluded, -math.inf)
 
+    @checked
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Inside the block, the model's logits are the scores, in `generate` with any of its strategies, or in a loop
@@ -87,7 +88,6 @@ class SelfContrast:
                 capacity (the passes would compete for it), or one of Hugging Face that `override` cannot select for;
                 at a call, one of a part of the model.
         """
-        check_module("model", model)
         if any(_is_doubled(module) for module in model.modules()):
             raise ValueError("model: expected one outside the block of a SelfContrast, got one inside")
         config = getattr(get_inner_model(model), "config", None)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, list_of_names
+from switchgear.checks import checked, list_of_names
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.papers.layers.monet import MonetRouter
@@ -27,7 +27,7 @@ from switchgear.utils.modules import map_matrices
 from switchgear.weights.form import layout_of
 from switchgear.weights.selected import SUFFIX
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al., 2024)
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration (Jordan et al., 2024)
 _CACHED = 1 << 19  # elements of a batch on a CPU
 _TRANSPOSED = "is_transposed"  # an attribute of parameters [E,in,out]
 _RATES = ("original", "match_rms_adamw")
@@ -158,7 +158,8 @@ def _find_ratio(adjust: str | None, rows: int, columns: int) -> float:
     return math.sqrt(max(1, rows / columns))
 
 
-def muon_groups(model: nn.Module, *, others: Iterable[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+@checked
+def muon_groups(model: nn.Module, *, others: str | Iterable[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Splits the parameters that require gradients: matrices of hidden layers for Muon, the rest for AdamW.
 
     The rest: vectors and scalars, also as matrices with a single row or column; biases of stacked experts, embeddings,
@@ -169,14 +170,13 @@ def muon_groups(model: nn.Module, *, others: Iterable[str] = ()) -> tuple[list[n
     Parameters of experts get an attribute is_transposed, for Muon. Raises ValueError for a name in `others` that the
     model does not have.
     """
-    check_module("model", model)
     others = list_of_names("others", others)
     names = dict(model.named_parameters(remove_duplicate=False))
     for prefix in others:
         if not any(_is_in(name, prefix) for name in names):
             raise ValueError(f"others: expected names of modules or parameters, got {prefix!r}")
     kinds = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd, Router, MonetRouter)
-    modules = [block.gate for block in moe_blocks(model).values() if block.gate is not None]  # of Hugging Face, too
+    modules = [block.gate for block in moe_blocks(model).values() if block.gate is not None]  # Hugging Face's, too
     modules += [module for module in model.modules() if isinstance(module, kinds)]
     excluded = {id(parameter) for module in modules for parameter in module.parameters()} | {
         id(parameter)

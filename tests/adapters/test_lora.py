@@ -147,26 +147,26 @@ def test_another_dtype_of_adapters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "match"),
+    ("argument", "value", "error"),
     [
-        ({"rank": 0}, ValueError, "rank: expected 1 to"),
-        ({"rank": 2.0}, TypeError, "rank: expected an integer, got 2.0"),
-        ({"rank": 2, "alpha": float("nan")}, ValueError, "alpha: expected a finite number, got nan"),
-        ({"rank": 2, "alpha": "8"}, TypeError, "alpha: expected float, got str"),
-        ({"rank": 2, "dropout": 1.0}, ValueError, "dropout: expected a number in .0, 1., got 1.0"),
-        ({"rank": 2, "targets": ["q_proj"]}, ValueError, "targets: expected some of down_proj, gate_up_proj.*'q_proj'"),
-        ({"rank": 2, "targets": []}, ValueError, r"targets: .*got \[\], none of this model"),
-        ({"rank": 2, "targets": 3}, TypeError, "targets: expected names, got int"),
-        ({"rank": 2, "targets": [3]}, TypeError, "targets: expected names, got int in a list"),
-        ({"rank": 2, "dtype": torch.int8}, TypeError, "dtype: expected a floating dtype, got torch.int8"),
-        ({"rank": 2, "dtype": "float32"}, TypeError, "dtype: expected a floating dtype, got 'float32'"),
+        ("rank", 0, ValueError),
+        ("rank", 2.0, TypeError),
+        ("alpha", float("nan"), ValueError),
+        ("alpha", "8", TypeError),
+        ("dropout", 1.0, ValueError),
+        ("targets", ["q_proj"], ValueError),
+        ("targets", [], ValueError),
+        ("targets", 3, TypeError),
+        ("targets", [3], TypeError),
+        ("dtype", torch.int8, TypeError),
+        ("dtype", "float32", TypeError),
     ],
 )
-def test_bad_options(options: dict[str, Any], error: type[Exception], match: str) -> None:
+def test_bad_options(argument: str, value: Any, error: type[Exception]) -> None:
     net = model()
     before = state_of(net)
-    with pytest.raises(error, match=match):
-        add_lora(net, **options)
+    with pytest.raises(error, match=rf"^{argument}: "):
+        add_lora(net, **{"rank": 2, argument: value})
     assert state_of(net) == before
 
 

@@ -24,15 +24,14 @@ PACKAGE = ROOT / "python/switchgear"
 # ---- Python ----------------------------------------------------------------------------------------------------------
 
 # What a layer runs on a device. The rest of the reference, for float64 and devices without kernels, waits.
-FOLDERS = ("autograd", "functional", "ops", "routing", "layers")
+FOLDERS = ("autograd", "functional", "ops", "routing", "layers", "papers")
 FILES = (
     "modules.py", "experts.py", "reference/policies.py", "weights/weight.py", "weights/module.py",
     "weights/adapted.py", "weights/selected.py",
     "integrations/experts.py", "integrations/choices.py", "integrations/hook_points.py",
     "adapters/lora_experts.py",
 )  # fmt: skip
-RECORDS = ("batches.py", "recording.py", "records.py", "replaying.py")  # of routing/; kept on the host
-IN_FOLDERS = sorted(path for name in FOLDERS for path in (PACKAGE / name).rglob("*.py") if path.name not in RECORDS)
+IN_FOLDERS = sorted(path for name in FOLDERS for path in (PACKAGE / name).rglob("*.py"))
 HOT = [PACKAGE / file for file in FILES] + IN_FOLDERS
 
 # Methods and functions of torch that wait for a device, or whose result has a size that depends on data.
@@ -49,14 +48,14 @@ ALLOWED = {
     "functional/offloaded.py _cast": "autocast of experts in a cache, which waits for them anyway: only those in use",
     "adapters/lora_experts.py _check_gates": "once, when a layer is built",
     "integrations/hook_points.py _JetMoe.write": "its layers take the numbers of tokens as a list",
-    "layers/monet.py MonetExperts.disable": "called between steps",
+    "papers/layers/monet.py MonetExperts.disable": "called between steps",
     "reference/policies.py assign_balanced": "ends early on the CPU only",
     "reference/policies.py assign_capped": "ends early on the CPU only; layers pass longest and largest",
     "routing/context.py sequences": "sequence_ids without num_sequences, as docs/routing.md says",
     "routing/expert_choice.py ExpertChoice.__call__": "without max_experts_per_token, as docs/routing.md says",
     "routing/expert_choice.py ExpertChoice._capped": "sequences of different lengths, as docs/routing.md says",
-    "routing/masks.py ClusterDropout.fill_buffers": "once, when a layer is built",
-    "routing/masks.py TokenIdMask.of_frequencies": "once, when a layer is built",
+    "papers/parts/masks.py ClusterDropout.fill_buffers": "once, when a layer is built",
+    "papers/parts/masks.py TokenIdMask.of_frequencies": "once, when a layer is built",
     "routing/pairs.py from_pairs": "without max_experts_per_token, as its docstring says",
     "routing/ranking.py trim": "on the CPU only",
 }

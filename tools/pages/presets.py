@@ -1,24 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Generates docs/presets.md from the presets' docstrings and return values."""
+"""Generates docs/presets.md from the entries of presets, their docstrings and what they return."""
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from switchgear import presets
-from switchgear.presets.fidelity import FIDELITY, GROUPS
-
-_PAPER = re.compile(r"^Paper: (?P<title>.+), (?P<source>arXiv:\d{4}\.\d{4,5}|https://\S+)$", re.MULTILINE)
-_EXAMPLE = re.compile(r"^Example: (?P<example>.+)$", re.MULTILINE)
+from switchgear.presets.entry import GROUPS, PRESETS, Preset, read_arguments
 
 HEADER = """# Presets
 
@@ -32,7 +25,7 @@ layers;
 ([adapter_experts.md](adapter_experts.md)); `build` makes one such layer, a Linear of hidden_size to intermediate_size.
 
 In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary ids, `task` [2,24] has one embedding per sequence,
-and `kinds` [2] are integers.
+`kinds` [2] are integers, `counts` [100] the frequencies of ids, and `table` [8,24] the centroids of clusters.
 The trainer adds the losses of `balance`: `loss + switchgear.balance_loss(model)`. Presets with a controller or an
 interval need `switchgear.after_step(model)` after each optimizer step. [routing.md](routing.md) describes the parts and
 how to write your own.
@@ -62,36 +55,19 @@ TITLES = {
 }
 
 
-class Entry(NamedTuple):
-    name: str
-    summary: str
-    title: str
-    source: str  # "arXiv:…" or an address
-    example: str
-
-
-def entries() -> list[Entry]:
-    """All presets, by name. ValueError if a docstring has no line "Paper: …, arXiv:…" or "Example: …"."""
-    found = []
-    for name in presets.__all__:
-        if name == "build":
-            continue
-        text = inspect.getdoc(getattr(presets, name)) or ""
-        paper, example = _PAPER.search(text), _EXAMPLE.search(text)
-        if paper is None or example is None:
-            raise ValueError(f"{name}: expected lines 'Paper: …, arXiv:…' and 'Example: …' in its docstring")
-        summary = " ".join(text.split("\n\n")[0].split())
-        found.append(Entry(name, summary, paper["title"], paper["source"], example["example"]))
-    return found
-
-
-def options_of(entry: Entry) -> dict[str, Any]:
-    """The dict that the preset returns for the arguments of its example."""
-    for node in ast.walk(ast.parse(entry.example, mode="eval")):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == entry.name:
-            options: dict[str, Any] = eval(ast.unparse(node), {"presets": presets, "torch": torch})
-            return options
-    raise ValueError(f"{entry.name}: expected presets.{entry.name}(…) in its example, got {entry.example!r}")
+def example_of(entry: Preset) -> str:
+    """The call of a preset's example as source code."""
+    options = entry.options()
+    sizes, arguments, inputs, others = entry.example
+    given = ", ".join(f"{name}={written(value)}" for name, value in read_arguments(arguments).items())
+    layer = "presets.build" if "layer" in options else "MoE"
+    parts = [
+        *map(str, sizes),
+        f"**presets.{entry.name}({given})",
+        *(f"{name}={written(others[name])}" for name in others),
+    ]
+    call = ", ".join(["x", *(f"{name}={tensor}" for name, tensor in inputs.items())])
+    return f"{layer}({', '.join(parts)})({call})" + "[0]" * bool(options.get("return_routing"))
 
 
 def written(value: Any) -> str:
@@ -130,18 +106,18 @@ def page() -> str:
     parts = [HEADER]
     for group in GROUPS:
         parts.append(TABLE.format(title=TITLES[group]))
-        parts.extend(_row(entry) for entry in entries() if FIDELITY[entry.name].group == group)
+        parts.extend(_row(PRESETS[name]) for name in sorted(PRESETS) if PRESETS[name].group == group)
     return "".join(parts)
 
 
-def _row(entry: Entry) -> str:
+def _row(entry: Preset) -> str:
     address = entry.source.replace("arXiv:", "https://arxiv.org/abs/")
-    paper = f"[{entry.title}]({address})" + f", {entry.source[6:]}" * entry.source.startswith("arXiv:")
-    found = FIDELITY[entry.name]
-    fidelity = found.formula + (f"; unverified: {found.unverified}" if found.unverified else "")
+    paper = f"[{entry.paper}]({address})" + f", {entry.source[6:]}" * entry.source.startswith("arXiv:")
+    summary = " ".join((inspect.getdoc(entry.function) or "").split("\n\n")[0].split())
+    fidelity = entry.fidelity + (f"; unverified: {entry.unverified}" if entry.unverified else "")
     cells = (
-        f"`{entry.name}`", str(found.number or ""), f"{entry.summary} {paper}", f"`{written(options_of(entry))}`",
-        fidelity, f"`{entry.example}`",
+        f"`{entry.name}`", str(entry.number or ""), f"{summary} {paper}", f"`{written(entry.options())}`", fidelity,
+        f"`{example_of(entry)}`",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |\n"
 

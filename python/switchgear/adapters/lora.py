@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.sites import TARGETS, Site, allocate, find_sites, guard, list_local_experts, unguard
-from switchgear.complaints import check_float_dtype, check_module, integer, list_of_names
-from switchgear.functional import as_number
-from switchgear.reference import check_finite, check_fraction, check_size
+from switchgear.checks import Finite, FloatDtype, Share, Size, checked, list_of_names
 from switchgear.utils.modules import is_sharded
 from switchgear.weights.adapted import adapters_of, notice_wrappers
 from switchgear.weights.module import freeze_stored
@@ -28,14 +26,15 @@ class ExpertAdapter(NamedTuple):
     options: Lora
 
 
+@checked
 def add_lora(
     model: nn.Module,
-    rank: int,
+    rank: Size,
     *,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    targets: Iterable[str] = TARGETS,
-    dtype: torch.dtype | None = None,
+    alpha: Finite | None = None,
+    dropout: Share = 0.0,
+    targets: str | Iterable[str] = TARGETS,
+    dtype: FloatDtype | None = None,
 ) -> list[nn.Parameter]:
     """Adds an adapter to projections of every expert, and freezes all other parameters of `model`. A failure
     changes nothing.
@@ -62,18 +61,12 @@ def add_lora(
         ValueError: an option out of range, an unknown target, no experts, or a projection that has an adapter or is
             sharded.
     """
-    rank = integer("rank", rank)
-    check_size("rank", rank)
-    alpha = float(rank) if alpha is None else as_number("alpha", alpha)
-    check_finite("alpha", alpha)
-    dropout = as_number("dropout", dropout)
-    check_fraction("dropout", dropout)
-    check_float_dtype("dtype", dtype)
+    alpha = float(rank) if alpha is None else float(alpha)
     sites = choose_sites(find_sites(model), targets)
     return attach(model, [(site, *_initialize(site, rank, dtype), Lora(rank, alpha, dropout)) for site in sites])
 
 
-def choose_sites(sites: Sequence[Site], targets: Iterable[str]) -> list[Site]:
+def choose_sites(sites: Sequence[Site], targets: str | Iterable[str]) -> list[Site]:
     """The sites that `targets` name. Raises ValueError for an unknown one."""
     wanted = list_of_names("targets", targets)
     known = {*TARGETS, *(site.name for site in sites)}
@@ -131,13 +124,13 @@ def _initialize(site: Site, rank: int, dtype: torch.dtype | None) -> tuple[Tenso
     return a, allocate(site, count, rows, rank, dtype=a.dtype).zero_()
 
 
+@checked
 def remove_lora(model: nn.Module) -> int:
     """Removes the adapters of `add_lora` and `load_peft`; the other parameters stay frozen. Returns their number.
 
     Raises ValueError if adapters are merged (`unmerge` first, or keep the merged weights with `merge(model,
     keep_adapters=False)`).
     """
-    check_module("model", model)
     modules = [module for module in model.modules() if adapters_of(module)]
     for module in modules:
         if any(lora.merged is not None for lora in adapters_of(module).values()):
@@ -162,9 +155,9 @@ def detach(model: nn.Module) -> int:
     return count
 
 
+@checked
 def lora_of(model: nn.Module) -> dict[str, ExpertAdapter]:
     """The adapters of a module or model, by the path of their projections; see `add_lora`, `load_peft`."""
-    check_module("model", model)
     return {
         f"{path}.{name}" if path else name: ExpertAdapter(
             module.get_parameter(f"{name}_lora_A"), module.get_parameter(f"{name}_lora_B"), lora

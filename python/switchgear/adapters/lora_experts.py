@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from switchgear.adapters.peft_format import LowRank, check_low_rank
 from switchgear.backends import in_autocast
-from switchgear.complaints import check_module, check_several, check_tensor, sizes
-from switchgear.functional import Routing, as_number, combine, grouped_gemm, plan
+from switchgear.checks import Finite, Share, Size, check_module, check_several, check_tensor, checked, sizes
+from switchgear.functional import Routing, combine, grouped_gemm, plan
 from switchgear.layers.common import WithLosses
 from switchgear.papers.layers.soft import SoftMoE
 from switchgear.papers.parts.scores_of_experts import PosthocGate
-from switchgear.reference import check_finite, check_fraction, check_range, check_size, weight_dtype
+from switchgear.reference import check_range, weight_dtype
 from switchgear.routing.context import can_be_read, context_of
 from switchgear.routing.router import Router, RouterOptions
 from switchgear.routing.scores import init_uniform
@@ -54,30 +54,24 @@ class LowRankExperts(FillsBuffers):
 
     scale: Tensor
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        num_experts: int,
-        rank: int | Sequence[int],
+        in_features: Size,
+        out_features: Size,
+        num_experts: Size,
+        rank: Size | Sequence[Size],
         *,
-        alpha: float | Sequence[float] | None = None,
-        dropout: float = 0.0,
+        alpha: Finite | Sequence[Finite] | None = None,
+        dropout: Share = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        in_features, out_features = check_size("in_features", in_features), check_size("out_features", out_features)
-        num_experts = check_size("num_experts", num_experts)
         self.hidden_size, self.out_features, self.num_experts = in_features, out_features, num_experts
         self.ranks: tuple[int, ...] = _repeat("rank", rank, num_experts)
-        for size in self.ranks:
-            check_size("rank", size)
         alphas = self.ranks if alpha is None else _repeat("alpha", alpha, num_experts)
-        self.alphas = tuple(as_number("alpha", one) for one in alphas)
-        for one in self.alphas:
-            check_finite("alpha", one)
-        check_fraction("dropout", as_number("dropout", dropout))
+        self.alphas = tuple(float(one) for one in alphas)
         self.dropout = dropout
         largest = max(self.ranks)
         self.lora_A = nn.Parameter(torch.empty(num_experts, largest, in_features, device=device, dtype=dtype))
@@ -207,16 +201,17 @@ class LoRAExperts(WithLosses):
 
     gate: nn.Module | None
 
+    @checked
     def __init__(
         self,
         base: nn.Module,
-        num_experts: int,
-        rank: int | Sequence[int],
+        num_experts: Size,
+        rank: Size | Sequence[Size],
         *,
         alpha: float | Sequence[float] | None = None,
         dropout: float = 0.0,
         slots: int | None = None,
-        router: nn.Module | None = None,
+        router: Callable[..., Routing] | None = None,
         top_k: int | None = None,
         features: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
@@ -224,7 +219,6 @@ class LoRAExperts(WithLosses):
         **router_options: Unpack[RouterOptions],
     ) -> None:
         super().__init__()
-        check_module("base", base)
         if unknown := sorted(set(router_options) - set(RouterOptions.__annotations__)):
             raise TypeError(f"{unknown[0]}: expected an option of LoRAExperts or of its Router, got one of neither")
         if isinstance(base, LoRAExperts):
@@ -241,18 +235,17 @@ class LoRAExperts(WithLosses):
         )
         if slots is None and router is None:
             router = build_router(self.in_features, num_experts, top_k, **router_options, **made)
-        if router is not None and not callable(router):
-            raise TypeError(f"router: expected a module, got {type(router).__name__}")
         seen = getattr(router, "num_experts", num_experts)
         if seen != num_experts:
             raise ValueError(f"router: expected one of {num_experts} experts, got {seen}")
         self.experts: nn.Module = low_rank if slots is None else SoftMoE(low_rank, slots=slots, **made)
         self._gate: tuple[nn.Module, ...] = ()
         self.gate = None
-        if router is not None and getattr(router, "is_shared", False):
-            self._gate = (router,)  # a submodule of one layer only
-        elif router is not None:
-            self.gate = router
+        gate: Any = router
+        if gate is not None and getattr(gate, "is_shared", False):
+            self._gate = (gate,)  # a submodule of one layer only
+        elif gate is not None:
+            self.gate = gate
         self.known: dict[str, Any] = {}  # set by Mixture.context
         self.base = base
         self._was_trained = [name for name, p in base.named_parameters() if p.requires_grad]

@@ -22,6 +22,7 @@ from switchgear.adapters.lora import detach, lora_of
 from switchgear.adapters.lora_experts import LoRAExperts
 from switchgear.adapters.sites import Site, find_adapted_sites
 from switchgear.backends import backend, without_autocast
+from switchgear.checks import checked
 from switchgear.functional import grouped_gemm
 from switchgear.reference import weight_dtype
 from switchgear.weights import Form, Weight, stored_of
@@ -39,7 +40,7 @@ class Lost(NamedTuple):
     """What W'' lacks of an expert's W."""
 
     difference: Tensor | None  # [N,C] int8 of the bits; None: all zero
-    places: Tensor  # of weights whose difference does not fit
+    places: Tensor  # indices of the weights whose difference does not fit
     weights: Tensor  # the weights there
 
 
@@ -47,13 +48,14 @@ class Lost(NamedTuple):
 class Merged:
     """What unmerging a projection needs."""
 
-    a: Tensor  # as they were merged
+    a: Tensor  # A and B when they were merged
     b: Tensor
     lost: list[Lost]
-    sum_of_bits: Tensor  # of W', to notice other changes
+    sum_of_bits: Tensor  # sums over W', which show whether it has changed since
     arithmetic: tuple[str, str]
 
 
+@checked
 def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
     """Adds the adapters of `add_lora` and `load_peft` to the weights, in place, expert by expert. Forward then runs as
     without adapters. Returns the number of merged projections.
@@ -105,6 +107,7 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
     return len(sites)
 
 
+@checked
 def unmerge(model: nn.Module) -> int:
     """Undoes `merge`: the weights have their original bits, and the adapters act again. A failure changes nothing.
     Returns the number of projections.

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from switchgear.adapters.lora_experts import LoRAExperts, build_router, find_device_and_dtype, find_features
 from switchgear.adapters.peft_format import Adapter, Source, check_low_rank, list_common_layers, read_lora
-from switchgear.complaints import check_module, check_several, check_tensor, list_of_names
-from switchgear.functional import Routing, as_number
-from switchgear.reference import check_size
+from switchgear.checks import Count, Size, check_module, check_several, check_tensor, checked, list_of_names
+from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, context_of
 from switchgear.routing.router import Router, RouterOptions
 
@@ -165,12 +164,13 @@ def mixture(model: nn.Module, adapters: Sequence[Source], *, shared_router: bool
     return _replace(model, names, make, len(read), options, shared_router)
 
 
+@checked
 def add_lora_experts(
     model: nn.Module,
-    num_experts: int,
-    rank: int | Sequence[int],
+    num_experts: Size,
+    rank: Size | Sequence[Size],
     *,
-    targets: Iterable[str],
+    targets: str | Iterable[str],
     shared_router: bool = False,
     **options: Any,
 ) -> Mixture:
@@ -189,7 +189,6 @@ def add_lora_experts(
     Raises:
         ValueError: a target that no Linear of the model matches, or a wrong option. The model is then as before.
     """
-    check_module("model", model)
     options.pop("layer", None)
     names = _find_targets(model, list_of_names("targets", targets))
 
@@ -303,12 +302,13 @@ def _collect_gates(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[st
 # ---- gates of trained adapters ---------------------------------------------------------------------------------------
 
 
+@checked
 def train_gate(
     model: nn.Module,
     adapter: Source,
     loss: Callable[[nn.Module], Tensor],
     *,
-    steps: int = 100,
+    steps: Count = 100,
     lr: float = 5e-3,
 ) -> Adapter:
     """Trains a vector v for each layer of an adapter, y = base(x) + sigmoid(v · x) · adapter(x), everything else frozen
@@ -328,11 +328,6 @@ def train_gate(
         ValueError: an adapter that does not fit the model, or a loss that is no scalar or makes the gates NaN or
             infinite.
     """
-    check_module("model", model)
-    check_size("steps", steps, 0)
-    as_number("lr", lr)
-    if not callable(loss):
-        raise TypeError(f"loss: expected a function of the model, got {type(loss).__name__}")
     adapter = read_lora(adapter)
     trained = [p for p in model.parameters() if p.requires_grad]
     mix = mixture(model, [replace(adapter, gates=None)], top_k=1, score_function="sigmoid")

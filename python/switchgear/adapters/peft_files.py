@@ -18,7 +18,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ from switchgear.adapters.peft_format import (
     read_tensors,
 )
 from switchgear.adapters.sites import Site, find_adapted_sites, find_sites, list_local_experts
-from switchgear.complaints import check_float_dtype
+from switchgear.checks import FloatDtype, checked
 from switchgear.files import AnyPath, replacing
 from switchgear.utils.modules import unwrap_peft
 from switchgear.weights.adapted import adapters_of
@@ -57,6 +56,7 @@ class _Keys(NamedTuple):
     modules: tuple[str, ...]  # paths of PEFT's wrappers: one, or one per expert
 
 
+@checked
 def save_peft(model: nn.Module, path: AnyPath) -> None:
     """Writes the adapters of a model for PEFT and other readers of its files.
 
@@ -107,7 +107,8 @@ def _refuse_mixture(model: nn.Module) -> None:
             )
 
 
-def load_peft(model: nn.Module, path: AnyPath, *, dtype: torch.dtype | None = None) -> list[nn.Parameter]:
+@checked
+def load_peft(model: nn.Module, path: AnyPath, *, dtype: FloatDtype | None = None) -> list[nn.Parameter]:
     """Adds the adapters of PEFT's file to a model, and freezes its other parameters. A failure changes nothing.
 
     Args:
@@ -123,9 +124,6 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: torch.dtype | None = No
             unknown tensors; numbers that are not finite; experts that have adapters. The message names the tensor.
         ImportError: safetensors is not installed.
     """
-    check_float_dtype("dtype", dtype)
-    if not isinstance(path, (str, PathLike)):
-        raise TypeError(f"path: expected a path, got {type(path).__name__}")
     folder = Path(path)
     config = parse_config(read_config(folder, "path"), str(folder / CONFIG), _PLAIN)
     tensors, is_ours = read_tensors(folder, "path")

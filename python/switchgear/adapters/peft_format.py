@@ -20,8 +20,8 @@ from switchgear.files import AnyPath
 from switchgear.reference import check_finite
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."  # of keys
-OURS = "switchgear"  # in the metadata of files that save_peft wrote
+PREFIX = "base_model.model."  # All keys begin with it.
+OURS = "switchgear"  # The metadata of save_peft's files have this key.
 
 # Options of LoraConfig that change what is computed or the base (PiSSA, …), and their values that do not, besides None.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -42,7 +42,7 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
     target_parameters: list[str]
-    version: str  # of PEFT; 0.17 and older wrote none
+    version: str  # PEFT's version; 0.17 and older wrote none
 
     def rank_of(self, layer: str) -> int | None:
         rank: int | None = _match(self.rank_pattern, layer, self.rank)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
 from switchgear.experts import Experts
 from switchgear.weights import Weight, advise_huge_pages, stored_of
 from switchgear.weights.adapted import adapters_of
@@ -25,10 +24,10 @@ TARGETS = ("gate_up_proj", "down_proj")
 class Site:
     """A projection of all experts. It describes the module as it is now, so it is made anew for each use."""
 
-    path: str  # of the module, as in model.named_modules()
+    path: str  # the module's name in model.named_modules()
     module: nn.Module  # holds the parameter `name`, and its adapters
     name: str
-    target: str  # of TARGETS: the layer's first or second product
+    target: str  # the layer's first or second product, a name in TARGETS
     weight: Tensor | Weight | OffloadedWeight | Sequence[Tensor]  # [E,N,C], or E matrices [N,C]: views, or stored
     transposed: bool = False  # the parameter has [E,in,out], or [E·in,out]
     linears: tuple[str, ...] = ()  # paths of E linear layers below the module, if the weight is a list
@@ -59,7 +58,6 @@ class Site:
 
 def find_sites(model: nn.Module) -> list[Site]:
     """The projections of a model that can have adapters, in the order of its modules."""
-    check_module("model", model)
     sites: list[Site] = []
     for path, module in model.named_modules():
         sites += find_sites_at(path, module)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..complaints import first_line
+from ..utils.packages import first_line
 from .common import CommandError, require
 
 TINY = "tiny"  # names the model of train-tiny that is in the cache
@@ -92,7 +92,7 @@ def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any
     name = type(model).__name__
     if missing := sorted(loaded["missing_keys"]):  # transformers has drawn them
         raise CommandError(f"{folder}: expected all tensors of {name}, {len(missing)} missing, such as {missing[0]}")
-    if whole and (unused := sorted(loaded["unexpected_keys"])):  # without those that transformers ignores itself
+    if whole and (unused := sorted(loaded["unexpected_keys"])):  # transformers leaves out what it ignores
         raise CommandError(f"{folder}: expected tensors of {name} alone, got {len(unused)} others, such as {unused[0]}")
     model.eval()
     with suppress(ValueError):  # a class that switchgear does not run: the model's own code does

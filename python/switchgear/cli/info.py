@@ -13,8 +13,8 @@ import torch
 
 from switchgear import _C
 
-from ..complaints import installed_version
 from ..cuda import NO_MODULE
+from ..utils.packages import installed_version
 from . import machine
 from .common import optional
 
@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-def _cpu_backend() -> dict[str, Any]:
+def _describe_cpu() -> dict[str, Any]:
     return {"isas_available": _C.available_cpu_isas(), "isa": _C.cpu_isa(), "build": dict(_C.build_info())}
 
 
-def _cuda_backend() -> dict[str, Any]:
+def _describe_cuda() -> dict[str, Any]:
     module, reason = optional("switchgear._cuda")
     if module is None:
         missing = "No module named" in reason or "cannot import name" in reason
@@ -45,8 +45,8 @@ def _cuda_backend() -> dict[str, Any]:
 
 def collect() -> dict[str, Any]:
     """Everything that `switchgear info` prints."""
-    cpu_backend = _cpu_backend()
-    cuda_backend = _cuda_backend()
+    cpu_backend = _describe_cpu()
+    cuda_backend = _describe_cuda()
     runtimes = machine.openmp_runtimes()
     warnings = []
     if len(runtimes) > 1:
@@ -75,11 +75,11 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _gib(size: int | None) -> str:
+def _format_gib(size: int | None) -> str:
     return f"{size / 2**30:.1f} GiB" if size else "unknown"
 
 
-def _rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _list_rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """(section, [(name, value)]), in printing order."""
     cpu, cpu_backend, cuda_backend = info["cpu"], info["backends"]["cpu"], info["backends"]["cuda"]
     l3 = f"{cpu['l3_bytes'] / 2**20:.0f} MiB" if cpu["l3_bytes"] else "unknown"
@@ -87,7 +87,7 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     build = {key: value for key, value in cpu_backend["build"].items() if key not in ("compiler", "cuda")}
     native = [("native CPU", cpu_backend["isa"] + (" (SWITCHGEAR_CPU_ISA)" if forced else ""))]
     native += [("ISAs that run here", ", ".join(cpu_backend["isas_available"]))]
-    native += [(f"build: {key}", _text(value)) for key, value in build.items()]
+    native += [(f"build: {key}", _format(value)) for key, value in build.items()]
     if cuda_backend["available"]:
         names = ", ".join(str(device.get("name", device)) for device in cuda_backend["devices"])
         cuda = f"yes: {names}; driver {cuda_backend['driver']}, runtime {cuda_backend['runtime']}"
@@ -104,7 +104,7 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
             ("platform", info["platform"]),
             ("CPU", f"{cpu['model']}, {cpu['cores']} usable cores, L3 {l3}"),
             ("CPU features", " ".join(cpu["features"]) or "unknown"),
-            ("memory", _gib(cpu["memory_bytes"])),
+            ("memory", _format_gib(cpu["memory_bytes"])),
             ("huge pages", cpu["transparent_huge_pages"] or "unknown"),
             ("GPU", ", ".join(f"{g['name']} ({g['capability']})" for g in info["gpus"]) or "none that torch can use"),
         ]),
@@ -117,7 +117,7 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     ]  # fmt: skip
 
 
-def _text(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(info, indent=2, default=str))
         return 0
-    for section, rows in _rows(info):
+    for section, rows in _list_rows(info):
         if rows:
             print(section)
         for name, value in rows:

@@ -119,7 +119,7 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
         layers: names of layers; all if None.
     """
     choices = Choices()
-    shape: list[tuple[int, int]] = []  # of the running batch: rows before it, rows of it
+    shape: list[tuple[int, int]] = []  # (rows before the running batch, its rows)
     count = first = 0  # first: tokens in the cache before the batch, as those of a prefix
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

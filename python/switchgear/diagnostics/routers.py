@@ -71,7 +71,7 @@ def cacheability(
     slots = min(2 * top_k, num_experts) if slots is None else slots
     if not 1 <= slots <= num_experts:
         raise ValueError(f"slots: expected 1 to {num_experts} experts, got {slots}")
-    histogram = torch.zeros(segment + 1, dtype=torch.int64)  # of the counts of all (segment, expert)
+    histogram = torch.zeros(segment + 1, dtype=torch.int64)  # counts of (segment, expert)
     hits = segments = 0
     for ids in topk_ids.view(-1, length, top_k).unbind():
         counts = _count_segments(encode_one_hot(ids, num_experts), segment)
@@ -80,7 +80,7 @@ def cacheability(
         segments += counts.shape[0]
     values = torch.arange(segment + 1)
     activations = int((histogram * values).sum())
-    matches = (histogram * values).flip(0).cumsum(0).flip(0)  # by threshold t: of the picks with a count >= t
+    matches = (histogram * values).flip(0).cumsum(0).flip(0)  # matches[t]: picks with a count >= t
     picks = histogram.flip(0).cumsum(0).flip(0) * segment
     f1 = 2 * matches.double() / (picks + activations).clamp(min=1)
     return Cacheability(

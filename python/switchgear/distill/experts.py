@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_function, check_module, check_optimizer, check_several
+from switchgear.checks import check_function, check_module, check_optimizer, check_several, checked
 from switchgear.functional import as_number
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.trace import Observation, observe
@@ -22,10 +22,11 @@ from switchgear.trace import Observation, observe
 class Losses(NamedTuple):
     """Of one step, before it."""
 
-    own: float  # of the student
+    own: float  # the student's loss
     experts: float  # expert_kd
 
 
+@checked
 def expert_kd(
     teacher: nn.Module, student: nn.Module, *inputs: Any, layers: Collection[str] | None = None, **keywords: Any
 ) -> Tensor:
@@ -89,11 +90,12 @@ def _compute_layer_loss(teacher: ExpertLayer, student: ExpertLayer, seen: Observ
         return loss
 
 
+@checked
 @contextmanager
 def keep_zeros(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[None]:
     """Inside the block, weights of the experts that are zero get no gradient, so optimizers without memory of earlier
     gradients leave them zero: the pattern of `compress.prune_weights` survives training. It takes a byte per weight."""
-    check_module("model", model)
+    parameter: Any
     with ExitStack() as stack:
         for layer in expert_layers(model, layers).values():
             for parameter in (each.value for each in layer.parameters):

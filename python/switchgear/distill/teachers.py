@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, check_optimizer, check_tensor
+from switchgear.checks import check_module, check_optimizer, check_tensor
 from switchgear.functional import Routing, as_number
 from switchgear.papers.parts.auxiliary import kl_divergence, mean_of_tokens, without_padding
 from switchgear.papers.parts.stochastic import SampledTopK
@@ -39,7 +39,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | No
 @contextmanager
 def all_experts(teacher: nn.Module) -> Iterator[None]:
     """Inside the block every token goes to all experts, weighted by their scores."""
-    with _selecting(teacher, lambda _, options: Dense(**options)):
+    with _override_selections(teacher, lambda _, options: Dense(**options)):
         yield
 
 
@@ -64,8 +64,8 @@ def knowledge_augment(
     def sampled(router: Router, options: dict[str, Any]) -> Select:
         return SampledTopK(max(router.num_experts - 1, 1), p_sample, **options)
 
-    with torch.no_grad(), _uncounted(teacher), _selecting(teacher, sampled):
-        return [_logits(teacher(*inputs, **keywords)) for _ in range(samples)]
+    with torch.no_grad(), _stop_counting(teacher), _override_selections(teacher, sampled):
+        return [_get_logits(teacher(*inputs, **keywords)) for _ in range(samples)]
 
 
 def student_aware_router(
@@ -96,26 +96,26 @@ def student_aware_router(
     flags = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
     seen: list[tuple[Router, Routing]] = []
     with ExitStack() as stack:
-        for parameter in flags:  # so that no gradients of other weights are computed
+        for parameter in flags:  # no other weights need gradients
             stack.callback(parameter.requires_grad_, flags[parameter])
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        stack.enter_context(_uncounted(teacher))
+        stack.enter_context(_stop_counting(teacher))
         for router in _find_routers(teacher).values():
             stack.callback(router.register_forward_hook(lambda r, _, routing: seen.append((r, routing))).remove)
         stack.enter_context(all_experts(teacher))
         with torch.enable_grad():
-            loss = reverse_kl(student_logits.detach(), _logits(teacher(*inputs, **keywords)), mask)
+            loss = reverse_kl(student_logits.detach(), _get_logits(teacher(*inputs, **keywords)), mask)
             if beta:
-                loss = loss + beta * torch.stack([_balance(*pair) for pair in seen]).mean()
+                loss = loss + beta * torch.stack([_balance_loss(*pair) for pair in seen]).mean()
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, grad in zip(parameters, grads, strict=True):
             stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = grad
         optimizer.step()
         with torch.no_grad():
-            return _logits(teacher(*inputs, **keywords))
+            return _get_logits(teacher(*inputs, **keywords))
 
 
 def router_parameters(teacher: nn.Module) -> list[nn.Parameter]:
@@ -133,7 +133,7 @@ def _find_routers(teacher: nn.Module) -> dict[str, Router]:
 
 
 @contextmanager
-def _uncounted(teacher: nn.Module) -> Iterator[None]:
+def _stop_counting(teacher: nn.Module) -> Iterator[None]:
     """Routers count nothing inside the block: its choices are not theirs."""
     with ExitStack() as stack:
         for router in _find_routers(teacher).values():
@@ -142,7 +142,7 @@ def _uncounted(teacher: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _selecting(teacher: nn.Module, select: Callable[[Router, dict[str, Any]], Select]) -> Iterator[None]:
+def _override_selections(teacher: nn.Module, select: Callable[[Router, dict[str, Any]], Select]) -> Iterator[None]:
     """Inside the block each router selects with select(router, options); the options are those of its scores."""
     with ExitStack() as stack:
         for name, router in _find_routers(teacher).items():
@@ -152,13 +152,13 @@ def _selecting(teacher: nn.Module, select: Callable[[Router, dict[str, Any]], Se
         yield
 
 
-def _balance(router: Router, routing: Routing) -> Tensor:
+def _balance_loss(router: Router, routing: Routing) -> Tensor:
     """load_balancing_loss of the experts that the router itself would choose."""
     logits = routing.router_logits
     top_k = router.top_k or most_experts(router.select) or 1
     return load_balancing_loss(logits, choose(logits.detach().float(), top_k))
 
 
-def _logits(output: Any) -> Tensor:
+def _get_logits(output: Any) -> Tensor:
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits

@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, first_line
+from switchgear.checks import checked
 from switchgear.files import AnyPath, save_whole
+from switchgear.utils.packages import first_line
 from switchgear.weights import Layout, layout_of
 from switchgear.weights.selected import SUFFIX, selection_of
 
 _FORMAT = 1  # version of the file format
 
 
+@checked
 def save_selected(model: nn.Module, path: AnyPath) -> None:
     """Writes the experts that freeze_except lets train, and the parameters that train with them, with torch.save.
 
     Raises ValueError if no experts are trained alone.
     """
-    check_module("model", model)
     experts: dict[str, dict[str, Tensor]] = {}
     layouts: dict[str, dict[str, bool]] = {}
     inside: set[str] = set()
@@ -43,6 +44,7 @@ def save_selected(model: nn.Module, path: AnyPath) -> None:
     save_whole(path, {"format": _FORMAT, "experts": experts, "others": others, "layouts": layouts})
 
 
+@checked
 def load_selected(model: nn.Module, path: AnyPath) -> dict[str, list[int]]:
     """Writes the experts of a file of save_selected into a model, whether or not it is frozen. Other experts keep their
     values. Returns the experts by name of their module.
@@ -50,7 +52,6 @@ def load_selected(model: nn.Module, path: AnyPath) -> dict[str, list[int]]:
     Raises ValueError for any other file, or one of a model of another shape or layout (transposed, interleaved), and
     OSError for none; nothing is changed.
     """
-    check_module("model", model)
     data = _read(path)
     targets: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []  # parameter, rows or None for all, values
     for name, rows in data["experts"].items():

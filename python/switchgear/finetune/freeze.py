@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.sites import Site, find_sites_at, guard, unguard
-from switchgear.complaints import check_module, list_of_names
-from switchgear.functional import as_number
+from switchgear.checks import checked
 from switchgear.layers.virtual import VirtualExperts
-from switchgear.reference import check_choice
 from switchgear.routing.router import Router
 from switchgear.trace import LayerTrace, RoutingTrace
 from switchgear.trace.layer import recorded
@@ -31,10 +29,13 @@ from switchgear.weights.state import get_state, set_state
 Selected = Mapping[str, Sequence[int]]
 """Experts by layer: the layer's name in a trace, or that of its experts module."""
 
-MASS = {"gate": 0.1, "token": 0.2}  # of the paper
+MASS = {"gate": 0.1, "token": 0.2}  # the values of the paper
 
 
-def select_experts(trace: RoutingTrace, mass: float | None = None, by: str = "token") -> dict[str, list[int]]:
+@checked
+def select_experts(
+    trace: RoutingTrace, mass: float | None = None, by: Literal["gate", "token"] = "token"
+) -> dict[str, list[int]]:
     """For each layer the smallest set of experts whose scores add up to `mass` (ESFT, arXiv:2407.01906).
 
     Args:
@@ -50,12 +51,9 @@ def select_experts(trace: RoutingTrace, mass: float | None = None, by: str = "to
     Raises:
         ValueError: an option out of range, an empty trace, or a layer without scores.
     """
-    check_choice("by", by, tuple(MASS))
-    mass = MASS[by] if mass is None else as_number("mass", mass)
+    mass = MASS[by] if mass is None else mass
     if not 0 < mass <= 1:
         raise ValueError(f"mass: expected a number in (0, 1], got {mass}")
-    if not isinstance(trace, RoutingTrace):
-        raise TypeError(f"trace: expected RoutingTrace, got {type(trace).__name__}")
     if not trace.layers:
         raise ValueError("trace: expected one that has recorded something, got an empty one")
     return {name: _choose_fewest(name, _score_experts(layer, by), mass) for name, layer in trace.layers.items()}
@@ -84,11 +82,11 @@ def _choose_fewest(name: str, scores: Tensor, mass: float) -> list[int]:
 class Part(NamedTuple):
     """Experts of a module to train."""
 
-    name: str  # of the module
+    name: str  # the module's name
     module: nn.Module
     parameters: tuple[str, ...]  # projections and biases
     experts: Tensor  # [n] int32, ascending
-    site: Site | None  # of one of the projections; None in modules that add_lora does not know
+    site: Site | None  # one of the projections; None in modules that add_lora does not know
 
     @property
     def paths(self) -> set[str]:
@@ -96,7 +94,8 @@ class Part(NamedTuple):
         return {f"{self.name}.{parameter}" if self.name else parameter for parameter in self.parameters}
 
 
-def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str] = ()) -> list[nn.Parameter]:
+@checked
+def freeze_except(model: nn.Module, selection: Selected, *, also: Iterable[str] = ()) -> list[nn.Parameter]:
     """Freezes the model except the selected experts, and returns the parameters that train.
 
     The matrices and biases of a layer's selected experts become parameters <name>_selected [n,…] next to the frozen
@@ -119,9 +118,6 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
             distributed over processes, sharded, or shared by two modules; a model with selected experts already; a name
             in `also` of selected experts alone. The message names the layer, and nothing is changed.
     """
-    check_module("model", model)
-    if not isinstance(selection, Mapping):
-        raise TypeError(f"selection: expected a dict of experts by layer, got {type(selection).__name__}")
     if any(selection_of(module) is not None for module in model.modules()):
         raise ValueError("model: expected no experts that are trained alone already; call unfreeze(model) first")
     parts = [_build_part(model, name, experts) for name, experts in selection.items()]
@@ -149,16 +145,16 @@ def freeze_except(model: nn.Module, selection: Selected, *, also: Collection[str
         if id(parameter) not in new and name not in kept:
             parameter.requires_grad_(False)
             parameter.grad = None
-    for module, of_module in flags:  # those of an earlier call, without experts, stay
+    for module, of_module in flags:  # flags of an earlier call without experts stay
         set_state(module, flags={**of_module, **get_state(module).flags})
     return [*trained, *(p for name, p in model.named_parameters() if name in kept and p.requires_grad)]
 
 
+@checked
 def unfreeze(model: nn.Module) -> None:
     """Undoes freeze_except, of a whole model or of a part of it: the parameters keep the trained values, and require
     gradients as before. The optimizer's state of the selected experts belongs to parameters that are gone. Does nothing
     if nothing is frozen."""
-    check_module("model", model)
     for module in model.modules():
         if selection_of(module) is not None:
             unselect(module)
@@ -179,9 +175,9 @@ def _set_flags(module: nn.Module, flags: Mapping[str, bool]) -> None:
             parameter.requires_grad_(flags[name])
 
 
+@checked
 def selected_experts(model: nn.Module) -> dict[str, list[int]]:
     """The experts that train alone, by name of their module."""
-    check_module("model", model)
     found = {name: (module, selection_of(module)) for name, module in model.named_modules()}
     return {name: s.experts(module).tolist() for name, (module, s) in found.items() if s is not None}
 
@@ -259,11 +255,8 @@ def _check_disjoint(model: nn.Module, parts: list[Part]) -> None:
                 )
 
 
-def _find_named(model: nn.Module, also: Collection[str], parts: Sequence[Part]) -> set[str]:
+def _find_named(model: nn.Module, also: Iterable[str], parts: Sequence[Part]) -> set[str]:
     """The parameters that `also` means."""
-    if isinstance(also, str):
-        raise TypeError(f"also: expected a list of names, got {also!r}")
-    also = list_of_names("also", also)
     names = [name for name, _ in model.named_parameters()]
     selected: set[str] = set().union(*(part.paths for part in parts))
     kept: set[str] = set()

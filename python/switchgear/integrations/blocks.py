@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.complaints import list_of_names
+from switchgear.checks import list_of_names
 from switchgear.experts import Experts
 from switchgear.functional import Plan, glu, grouped_gemm, plan
 from switchgear.integrations.gates import get_own_gate

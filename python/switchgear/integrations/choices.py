@@ -85,7 +85,7 @@ class _Hooks:
         return choice._replace(topk_ids=routing.topk_ids.long(), topk_weights=weights)
 
 
-_hooks: WeakKeyDictionary[nn.Module, _Hooks] = WeakKeyDictionary()  # by module of experts
+_hooks: WeakKeyDictionary[nn.Module, _Hooks] = WeakKeyDictionary()  # key: the module of experts
 
 
 @contextmanager

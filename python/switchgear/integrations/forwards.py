@@ -74,7 +74,7 @@ class PartClass(NamedTuple):
         return any(getattr(base, "forward", None) is cls.forward and _has_own_forward(base) for base in bases)
 
 
-_own_forwards: dict[type, Any] = {}  # by class of a library, as last recognised
+_own_forwards: dict[type, Any] = {}  # a library's class: its forward as last recognised
 
 
 @constant_when_compiled

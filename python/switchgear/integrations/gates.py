@@ -27,7 +27,7 @@ from switchgear.integrations.forwards import has_hooks
 from switchgear.ops import GluOptions
 from switchgear.utils.functions import constant_when_compiled, not_compiled
 
-ACTIVATION_NAMES = ("act_fn", "activation", "activation_fn", "act")  # of attributes of modules
+ACTIVATION_NAMES = ("act_fn", "activation", "activation_fn", "act")  # attributes that hold the activation
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,

@@ -30,7 +30,7 @@ class Choice(NamedTuple):
 class Receiver(Protocol):
     """Receives each routing decision; may replace it."""
 
-    logits: Tensor | None  # of the gate's last call
+    logits: Tensor | None  # the gate's last output
 
     def receive(self, choice: Choice) -> Choice:
         """Returns the choice that the experts get instead; the same object if nothing changes it."""
@@ -190,7 +190,7 @@ class _Switch(RouterHook):
         changed = torch.zeros_like(mask.reshape(-1, mask.shape[-1]))
         changed = changed.scatter(1, ids.clamp(min=0), (ids >= 0).to(mask.dtype)).view_as(mask)
         gate: Any = block.gate
-        changed = changed * (changed.cumsum(-2) <= gate.expert_capacity)  # as the router does
+        changed = changed * (changed.cumsum(-2) <= gate.expert_capacity)  # the router drops the same
         return changed, choice.topk_weights.reshape(weights.shape).to(weights.dtype), logits
 
 

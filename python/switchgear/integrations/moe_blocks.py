@@ -193,7 +193,7 @@ def _find_child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 def _count_experts(experts: Any, gate: Any) -> int:
     if is_expert_parallel(experts):
-        return int(next(iter(experts._parameters.values())).shape[0])  # of a DTensor: of all ranks together
+        return int(next(iter(experts._parameters.values())).shape[0])  # a DTensor has the experts of all ranks
     for owner, name in ((experts, "num_routed_experts"), (experts, "num_experts"), (gate, "num_experts")):
         if isinstance(count := getattr(owner, name, None), int):
             return count

@@ -28,7 +28,7 @@ from switchgear.routing.ranking import SCORE_FUNCTIONS
 from switchgear.utils.modules import set_eval
 
 _SCALES = ("routed_scaling_factor", "route_scale", "router_scaling_factor")
-_TOKENS = 64  # of the probe
+_TOKENS = 64  # The probe is this long.
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.float().softmax(-1),

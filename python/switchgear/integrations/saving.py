@@ -74,10 +74,10 @@ def _extend_save(original: Any) -> Any:
         given = call.arguments.get("state_dict")
         state_dict = _replace_stored_keys(self, self.state_dict() if given is None else given)
         call.arguments["state_dict"] = state_dict
-        of = "model" if len(forms) == 1 else "experts"  # of the layers that have this form
+        what = "model" if len(forms) == 1 else "experts"  # each form has its own layers
         for name, form in forms.items():
             if form.suffixes:
-                again = ", ".join([of, repr(form.name), *form.options()])
+                again = ", ".join([what, repr(form.name), *form.options()])
                 warn_once(
                     f"save_pretrained writes the experts stored as {name} as plain weights; after from_pretrained, "
                     f"call switchgear.accelerate(model) and switchgear.store({again})"

@@ -25,7 +25,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from switchgear.adapters import wrappers
 from switchgear.backends import warn_once
-from switchgear.complaints import check_module
+from switchgear.checks import checked
 from switchgear.integrations import OLDEST_TRANSFORMERS, is_too_old, saving
 from switchgear.integrations.experts import find_unreadable, run_experts, skips_the_last_id
 from switchgear.integrations.forwards import runs_own_forward
@@ -131,13 +131,14 @@ register()
 class Replacement:
     """One experts module that now runs on switchgear."""
 
-    name: str  # as in model.named_modules()
+    name: str  # the module's name in model.named_modules()
     class_name: str
     path: str  # see path_of
     replaced: str  # what was changed, in words
     undo: Callable[[], None] = field(repr=False, compare=False)
 
 
+@checked
 def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacement]:
     """Runs every experts module of a loaded model on switchgear, including those that transformers would not dispatch.
 
@@ -156,7 +157,6 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
     Raises:
         ValueError: the model has no experts module that switchgear supports.
     """
-    check_module("model", model)
     replacements: list[Replacement] = []
     wrappers.register()
     try:

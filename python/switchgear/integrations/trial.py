@@ -102,7 +102,7 @@ def find_difference(module: nn.Module, patch: Any, weights: Any) -> str | None:
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     if not bool(want.isfinite().all()):
-        return None  # of such weights; nothing to compare
+        return None  # weights that are not finite compare with nothing
     # Tolerance: a few roundings to the storage dtype, and sums of `length` float32 products in another order (a random
     # walk of half ulps). A patch with another meaning differs by the size of the value itself.
     length = max(leaf.shape[-1] for leaf in leaves)

@@ -122,7 +122,7 @@ class _Linears(NamedTuple):
 
     weight: list[Any]
     bias: list[Any]
-    adapter: AdaptedWeight | None  # of `weight`
+    adapter: AdaptedWeight | None  # `weight` with its adapter
 
     def project(self, x: Tensor, plan: functional.Plan, token_indices: Tensor | None = None) -> Tensor:
         bias = torch.stack(self.bias) if self.bias else None

@@ -8,119 +8,31 @@ A preset that composes several layers names their builder under "layer"; `build`
     layer = switchgear.presets.build(2048, 1024, 64, **switchgear.presets.multi_head())
 
 Callers may override what a preset sets: `{**presets.switch(), "jitter": 0.0}`. Parts with parameters or state are
-functools.partial objects, so one dict serves any number of layers. `python -m switchgear.presets` prints the table in
-docs/presets.md. Constants that could not be confirmed in the paper are arguments and are called unverified.
+functools.partial objects, so one dict serves any number of layers. docs/presets.md is
+their table. Constants that could not be confirmed in the paper are arguments and are called unverified.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from switchgear.modules import MoE
-from switchgear.presets.adapters import loramoe, mor1e, octavius, phatgoose, self_moe, smola
-from switchgear.presets.balance import (
-    deepseek_moe,
-    global_balance,
-    gradient_conflict,
-    loss_free,
-    moec,
-    openmoe,
-    skywork,
-)
-from switchgear.presets.compositions import (
-    autonomy_of_experts,
-    cartesian,
-    deep_mixture,
-    merged,
-    monet,
-    multi_head,
-    soft_moe,
-    stratified,
-)
-from switchgear.presets.experts import adamoe, hmoe, moe_x, word_experts
-from switchgear.presets.models import deepseek_v3, gpt_oss, mixtral, phimoe, qwen3
-from switchgear.presets.newer import llama4, mixture_of_depths, moe_plus_plus, remoe
-from switchgear.presets.scores import bounded_gate, locmoe, sigma_moe, task_level, xmoe
-from switchgear.presets.selections import (
-    base_layer,
-    batch_independent,
-    capacity_aware,
-    cluster_task,
-    dynamic_top_p,
-    expert_choice,
-    grin,
-    gshard,
-    gumbel_gate,
-    gw_moe,
-    isolated_expert_choice,
-    maskmoe,
-    pmoe,
-    sam,
-    switch,
-    thor,
-)
+from switchgear.presets.entry import PRESETS
 
-__all__ = [
-    "adamoe",
-    "autonomy_of_experts",
-    "base_layer",
-    "batch_independent",
-    "bounded_gate",
-    "build",
-    "capacity_aware",
-    "cartesian",
-    "cluster_task",
-    "deep_mixture",
-    "deepseek_moe",
-    "deepseek_v3",
-    "dynamic_top_p",
-    "expert_choice",
-    "global_balance",
-    "gpt_oss",
-    "gradient_conflict",
-    "grin",
-    "gshard",
-    "gumbel_gate",
-    "gw_moe",
-    "hmoe",
-    "isolated_expert_choice",
-    "llama4",
-    "locmoe",
-    "loramoe",
-    "loss_free",
-    "maskmoe",
-    "merged",
-    "mixtral",
-    "mixture_of_depths",
-    "moe_plus_plus",
-    "moe_x",
-    "moec",
-    "monet",
-    "mor1e",
-    "multi_head",
-    "octavius",
-    "openmoe",
-    "phatgoose",
-    "phimoe",
-    "pmoe",
-    "qwen3",
-    "remoe",
-    "sam",
-    "self_moe",
-    "sigma_moe",
-    "skywork",
-    "smola",
-    "soft_moe",
-    "stratified",
-    "switch",
-    "task_level",
-    "thor",
-    "word_experts",
-    "xmoe",
-]
+if TYPE_CHECKING:
+    from switchgear.presets.adapters import *  # noqa: F403
+    from switchgear.presets.balance import *  # noqa: F403
+    from switchgear.presets.compositions import *  # noqa: F403
+    from switchgear.presets.experts import *  # noqa: F403
+    from switchgear.presets.models import *  # noqa: F403
+    from switchgear.presets.newer import *  # noqa: F403
+    from switchgear.presets.scores import *  # noqa: F403
+    from switchgear.presets.selections import *  # noqa: F403
 
 
 def build(
@@ -128,3 +40,10 @@ def build(
 ) -> nn.Module:
     """Builds the layer of a preset: layer(hidden_size, intermediate_size, num_experts, **options)."""
     return layer(hidden_size, intermediate_size, num_experts, **options)
+
+
+if not TYPE_CHECKING:
+    for _module in pkgutil.iter_modules(__path__):  # noqa: F405  each enters its presets
+        importlib.import_module(f"{__name__}.{_module.name}")
+    globals().update({name: entry.function for name, entry in PRESETS.items()})
+    __all__ = sorted(["build", *PRESETS])

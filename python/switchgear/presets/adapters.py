@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from switchgear.adapters import LoRAExperts
 from switchgear.papers.parts.losses import LocalizedBalance
 from switchgear.papers.parts.scores import ClusterPrior, FromEmbedding, PerSequence
 from switchgear.papers.parts.scores_of_experts import PosthocGate
+from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
 from switchgear.routing import Dense, Linear, Sum, TopK
 
 Options = dict[str, Any]
@@ -27,6 +29,15 @@ def adapted_linear(
     return LoRAExperts(linear, num_experts, rank, **options)
 
 
+@preset(
+    "adapter",
+    64,
+    "LoRAMoE: Revolutionizing Mixture of Experts for Maintaining World Knowledge in Language Model "
+    "Alignment, arXiv:2312.09979",
+    f"{PAPER}; its code has a dropout mask for each expert, and the unbiased variance over mean² as the loss",
+    unverified="delta, balance",
+    example=Example((64, 64, 8), arguments={"expert_types": [0, 0, 0, 0, 1, 1, 1, 1]}, inputs={"embedding": "kinds"}),
+)
 def loramoe(
     *,
     expert_types: Sequence[int] | Tensor | None = None,
@@ -38,12 +49,9 @@ def loramoe(
 ) -> Options:
     """All adapters, weighted by a softmax; a loss balances each type of sequence over the experts of its type.
 
-    Paper: LoRAMoE: Revolutionizing Mixture of Experts for Maintaining World Knowledge in Language Model Alignment, arXiv:2312.09979
-    Example: presets.build(64, 64, 8, **presets.loramoe(expert_types=[0, 0, 0, 0, 1, 1, 1, 1]))(x, embedding=kinds)
-
     expert_types [E]: the type of each expert; Context.embedding [B] is that of each sequence. Without it there is no
     loss, as in the authors' scripts. delta and balance are unverified.
-    """  # noqa: E501
+    """
     losses = [] if expert_types is None else [partial(LocalizedBalance, expert_types, delta, balance)]
     return {
         "layer": adapted_linear,
@@ -55,11 +63,16 @@ def loramoe(
     }
 
 
+@preset(
+    "adapter",
+    65,
+    "Octavius: Mitigating Task Interference in MLLMs via LoRA-MoE, arXiv:2311.02684",
+    f"{PAPER}; rank, dropout, top_k, weights, no bias: {CODE}, which has shared_router=True; "
+    f"the mean of a sequence without dim: {OURS}",
+    example=Example((64, 64, 8), arguments={"dim": 24}, inputs={"embedding": "task"}),
+)
 def octavius(*, dim: int | None = None, rank: int = 32, dropout: float = 0.1, top_k: int = 2) -> Options:
     """The two best adapters of a sample, from its instruction; all of its tokens use them.
-
-    Paper: Octavius: Mitigating Task Interference in MLLMs via LoRA-MoE, arXiv:2311.02684
-    Example: presets.build(64, 64, 8, **presets.octavius(dim=24))(x, embedding=task)
 
     dim: the width of Context.embedding, one instruction per sequence; if None, the mean of the layer's inputs over the
     sequence stands for it (a choice of ours, which sees later tokens too). rank, dropout, top_k and that the weights
@@ -78,11 +91,18 @@ def _with_prior(
     return Sum(Linear(hidden_size, num_experts, **place), ClusterPrior(near.clone(), weight=weight, tau=tau))
 
 
+@preset(
+    "adapter",
+    66,
+    "Intuition-aware Mixture-of-Rank-1-Experts for Parameter Efficient Finetuning, arXiv:2404.08985",
+    f"rank-1 experts: {PAPER}; form of the prior: {OURS}",
+    unverified="top_k, weight, tau",
+    example=Example(
+        (64, 64, 8), arguments={"centroids": lambda: torch.ones(8, 24).cumsum(0)}, inputs={"embedding": "task"}
+    ),
+)
 def mor1e(centroids: Tensor, *, top_k: int = 2, weight: float = 1.0, tau: float = 1.0) -> Options:
     """Experts of rank 1; the closeness of an instance to clusters of the corpus is added to the router's logits.
-
-    Paper: Intuition-aware Mixture-of-Rank-1-Experts for Parameter Efficient Finetuning, arXiv:2404.08985
-    Example: presets.build(64, 64, 8, **presets.mor1e(torch.ones(8, 24).cumsum(0)))(x, embedding=task)
 
     centroids [E,D]: of a k-means of instances' embeddings, one cluster per expert; Context.embedding [B,D]. top_k,
     weight, tau and the form of the prior are unverified.
@@ -91,11 +111,16 @@ def mor1e(centroids: Tensor, *, top_k: int = 2, weight: float = 1.0, tau: float 
     return {"layer": adapted_linear, "rank": 1, "score": score, "select": TopK(top_k)}
 
 
+@preset(
+    "adapter",
+    67,
+    "Omni-SMoLA: Boosting Generalist Multimodal Models with Soft Mixture of Low-rank Experts, arXiv:2312.00968",
+    f"{PAPER}, with one set of experts for all modalities",
+    unverified="rank, slots",
+    example=Example((64, 64, 8)),
+)
 def smola(*, rank: int = 4, slots: int = 1) -> Options:
     """A soft mixture of low-rank experts, added to a frozen module: nothing is discrete.
-
-    Paper: Omni-SMoLA: Boosting Generalist Multimodal Models with Soft Mixture of Low-rank Experts, arXiv:2312.00968
-    Example: presets.build(64, 64, 8, **presets.smola())(x)
 
     Every token of a sequence affects every other, so not for causal models. rank and slots are unverified. One set of
     experts for all modalities.
@@ -103,11 +128,15 @@ def smola(*, rank: int = 4, slots: int = 1) -> Options:
     return {"layer": adapted_linear, "rank": rank, "slots": slots}
 
 
+@preset(
+    "adapter",
+    68,
+    "Learning to Route Among Specialized Experts for Zero-Shot Generalization, arXiv:2402.05859",
+    f"{PAPER}; learning rate of train_gate: {CODE}, whose warm-up it lacks",
+    example=Example((64, 64, 8)),
+)
 def phatgoose(*, rank: int = 16, top_k: int = 2) -> Options:
     """Adapters trained apart, each with a gate of its own: standardised gates and inputs make them comparable.
-
-    Paper: Learning to Route Among Specialized Experts for Zero-Shot Generalization, arXiv:2402.05859
-    Example: presets.build(64, 64, 8, **presets.phatgoose())(x)
 
     adapters.train_gate trains a gate, and adapters.mixture(model, adapters) is the paper's model. rank is that of new
     adapters.
@@ -116,11 +145,16 @@ def phatgoose(*, rank: int = 16, top_k: int = 2) -> Options:
     return {"layer": adapted_linear, "rank": rank, "score": PosthocGate, "select": select}
 
 
+@preset(
+    "adapter",
+    69,
+    "Self-MoE: Towards Compositional Large Language Models with Self-Specialized Experts, arXiv:2406.12034",
+    f"{PAPER}; a router for each width of input: {OURS}",
+    unverified="rank, top_k",
+    example=Example((64, 64, 8)),
+)
 def self_moe(*, rank: int = 8, top_k: int = 1) -> Options:
     """Adapters specialised on synthetic data, and a router that all layers share, trained last.
-
-    Paper: Self-MoE: Towards Compositional Large Language Models with Self-Specialized Experts, arXiv:2406.12034
-    Example: presets.build(64, 64, 8, **presets.self_moe())(x)
 
     In a model: adapters.mixture(model, adapters, shared_router=True, **presets.self_moe()). rank and top_k are
     unverified.

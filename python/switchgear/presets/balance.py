@@ -9,9 +9,17 @@ from typing import Any
 from switchgear.papers.parts.controllers import AdaptiveCoefficient
 from switchgear.papers.parts.losses import ClusterVariance, DeviceBalance
 from switchgear.papers.parts.masks import ClusterDropout, Masked
+from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
 from switchgear.routing import Capacity, Cosine, Linear, LossFreeBias, SwitchLoss, TopK, ZLoss
 
 
+@preset(
+    "structure",
+    3,
+    "DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models, arXiv:2401.06066",
+    PAPER,
+    example=Example((64, 8, 64)),
+)
 def deepseek_moe(
     *,
     top_k: int = 6,
@@ -21,9 +29,6 @@ def deepseek_moe(
     device_balance: float | None = None,
 ) -> dict[str, Any]:
     """Many narrow experts plus shared ones, and losses that balance experts and devices.
-
-    Paper: DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models, arXiv:2401.06066
-    Example: MoE(64, 8, 64, **presets.deepseek_moe())(x)
 
     The constants are those of the paper's 16B model, which has 64 routed experts of a quarter of the usual width. The
     2B model has 63, top_k = 7, one shared expert and balance = 0.01; the 145B model 128 of an eighth, top_k = 12, four
@@ -38,11 +43,14 @@ def deepseek_moe(
     return {"select": TopK(top_k), "balance": losses, "num_shared_experts": num_shared_experts}
 
 
+@preset(
+    "balance",
+    4,
+    "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664",
+    f'{PAPER}; rule "proportional" divides by the mean load: {OURS}',
+)
 def loss_free(*, top_k: int = 6, rate: float = 1e-3, rule: str = "sign") -> dict[str, Any]:
     """A selection bias rises for experts with too few tokens and falls for the others; there is no loss.
-
-    Paper: Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664
-    Example: MoE(64, 32, 8, **presets.loss_free())(x)
 
     switchgear.after_step(model) updates the bias; call it once per optimizer step. rule = "proportional" divides each
     difference of load by the mean load; the paper's variant does not, so its rate is rate / the mean load.
@@ -50,17 +58,29 @@ def loss_free(*, top_k: int = 6, rate: float = 1e-3, rule: str = "sign") -> dict
     return {"select": TopK(top_k, "sigmoid"), "balance": [LossFreeBias(rate, rule)]}
 
 
+@preset(
+    "balance",
+    5,
+    "Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized "
+    "Mixture-of-Expert Models, arXiv:2501.11873",
+    PAPER,
+    unverified="top_k, balance",
+)
 def global_balance(*, top_k: int = 2, balance: float = 1e-2) -> dict[str, Any]:
     """The balance loss counts over all processes and micro-batches of a step, so a single sequence may be unbalanced.
 
-    Paper: Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized Mixture-of-Expert Models, arXiv:2501.11873
-    Example: MoE(64, 32, 8, **presets.global_balance())(x)
-
     switchgear.after_step(model) ends a step. top_k and the coefficient are unverified.
-    """  # noqa: E501
+    """
     return {"select": TopK(top_k), "balance": [partial(SwitchLoss, balance, "global", accumulate=True)]}
 
 
+@preset(
+    "score",
+    13,
+    "Skywork-MoE: A Deep Dive into Training Techniques for Mixture-of-Experts Language Models, arXiv:2406.06563",
+    f"{PAPER}; population deviation, and SwitchLoss instead of the printed Σ_e (1/E - P_e)²: {OURS}",
+    unverified="capacity_factor, initial coefficient",
+)
 def skywork(
     *,
     top_k: int = 2,
@@ -71,9 +91,6 @@ def skywork(
     beta: float = 0.99,
 ) -> dict[str, Any]:
     """Logits normalised per token to mean 0 and deviation lam; a balance loss whose coefficient follows dropped tokens.
-
-    Paper: Skywork-MoE: A Deep Dive into Training Techniques for Mixture-of-Experts Language Models, arXiv:2406.06563
-    Example: MoE(64, 32, 8, **presets.skywork())(x)
 
     The weights of the chosen experts sum to 1. The deviation is that of the population; the paper does not say which.
     The loss is SwitchLoss; the paper prints Σ_e (1/E - P_e)², P_e the mean probability, as that of Switch Transformer.
@@ -88,6 +105,14 @@ def skywork(
     }
 
 
+@preset(
+    "balance",
+    20,
+    "MoEC: Mixture of Expert Clusters, arXiv:2207.09094",
+    f"loss and constants: {CODE}, with means over tokens for its sums; losses of the learned temperature, and the "
+    f"softmax as weight, without the rest of the input: {OURS}",
+    example=Example((64, 32, 64)),
+)
 def moec(
     *,
     num_clusters: int = 8,
@@ -98,9 +123,6 @@ def moec(
 ) -> dict[str, Any]:
     """Clusters of experts: a loss equalises probabilities inside a cluster, and in training part of each cluster is
     closed.
-
-    Paper: MoEC: Mixture of Expert Clusters, arXiv:2207.09094
-    Example: MoE(64, 32, 64, **presets.moec())(x)
 
     Constants are those of the published command, which has 64 experts. clusters: the coefficient of ClusterVariance.
     The code sums probabilities over the tokens of a process instead of averaging them, so its coefficient is 0.01 for
@@ -117,11 +139,15 @@ def moec(
     }
 
 
+@preset(
+    "balance",
+    21,
+    "Solving Token Gradient Conflict in Mixture-of-Experts for Large Vision-Language Model, arXiv:2406.19905",
+    f"test of conflict: {PAPER}; loss: {OURS}",
+    unverified="the tau of GradientConflict, balance",
+)
 def gradient_conflict(*, top_k: int = 2, balance: float = 1e-2) -> dict[str, Any]:
     """Tokens whose gradients conflict with those of their expert's other tokens are pushed away from it.
-
-    Paper: Solving Token Gradient Conflict in Mixture-of-Experts for Large Vision-Language Model, arXiv:2406.19905
-    Example: MoE(64, 32, 8, **presets.gradient_conflict())(x)[0]
 
     The loss needs gradients, so the trainer calls routing.GradientConflict(tau) with the layer's output and Routing,
     which the layer returns. tau, the form of the loss and the coefficient are unverified.
@@ -129,6 +155,14 @@ def gradient_conflict(*, top_k: int = 2, balance: float = 1e-2) -> dict[str, Any
     return {"select": TopK(top_k), "balance": [partial(SwitchLoss, balance)], "return_routing": True}
 
 
+@preset(
+    "balance",
+    35,
+    "OpenMoE: An Early Effort on Open Mixture-of-Experts Language Models, arXiv:2402.01739",
+    f"{PAPER}; first choices first, evaluation_factor, min_capacity: of training code; capacity rounded up: {OURS}",
+    unverified="capacity_factor",
+    example=Example((64, 32, 32), options={"num_shared_experts": 1}),
+)
 def openmoe(
     *,
     top_k: int = 2,
@@ -140,9 +174,6 @@ def openmoe(
 ) -> dict[str, Any]:
     """Two experts per token, a capacity that first choices fill before second ones, each in token order, and losses
     that balance the load and keep logits small.
-
-    Paper: OpenMoE: An Early Effort on Open Mixture-of-Experts Language Models, arXiv:2402.01739
-    Example: MoE(64, 32, 32, **presets.openmoe(), num_shared_experts=1)(x)
 
     The paper uses 32 experts plus a dense path. It finds that later tokens of a sequence are dropped more often than
     earlier ones. balance and z are the paper's. The order of choices, evaluation_factor and min_capacity are those of

@@ -21,6 +21,7 @@ from switchgear.papers.layers.multi_head import MultiHeadMoE
 from switchgear.papers.layers.soft import SoftMoE
 from switchgear.papers.layers.stratified import StratifiedMoE
 from switchgear.papers.parts.controllers import RunningCap
+from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
 from switchgear.routing import Capacity, Dense, ImportanceLoad, Linear, Router, SwitchLoss, TopK
 
 Options = dict[str, Any]
@@ -38,13 +39,11 @@ def autonomous_moe(hidden_size: int, intermediate_size: int, num_experts: int, *
     return AutonomousMoE(hidden_size, intermediate_size, num_experts, **options)
 
 
+@preset("score", 23, "Autonomy-of-Experts Models, arXiv:2501.13074", f"{PAPER}; normalize=False: {CODE}")
 def autonomy_of_experts(
     *, top_k: int = 2, d_low: int | None = None, balance: float = 1e-2, normalize: bool = True
 ) -> Options:
     """Experts choose their tokens by the norm of their own first activation, which the chosen experts reuse.
-
-    Paper: Autonomy-of-Experts Models, arXiv:2501.13074
-    Example: presets.build(64, 32, 8, **presets.autonomy_of_experts())(x)
 
     The weights are a softmax over the norms of the chosen experts; normalize = False: over those of all experts, as in
     the released code. d_low: rank of the first projection; if None, the layer has as many parameters as one of gated
@@ -64,11 +63,16 @@ def stacked(
     return nn.Sequential(*(MoE(hidden_size, intermediate_size, num_experts, **options) for _ in range(depth)))
 
 
+@preset(
+    "structure",
+    26,
+    "Learning Factored Representations in a Deep Mixture of Experts, arXiv:1312.4314",
+    f"the cap: {PAPER}, with the totals from before each call; linear gates and experts of two layers: {OURS}",
+    unverified="margin",
+    example=Example((64, 32, 4)),
+)
 def deep_mixture(*, margin: float = 100.0, depth: int = 2) -> Options:
     """Two consecutive layers that use all experts; those ahead of the others by a margin are closed.
-
-    Paper: Learning Factored Representations in a Deep Mixture of Experts, arXiv:1312.4314
-    Example: presets.build(64, 32, 4, **presets.deep_mixture())(x)
 
     Meant for early training: margin (unverified), in tokens, is an attribute of each layer's gate.select. Gates are
     linear and experts those of MoE; the paper's gate has a hidden layer with ReLU, and its experts are relu(W·x + b).
@@ -84,14 +88,19 @@ def cartesian_moe(hidden_size: int, intermediate_size: int, num_experts: int, **
     return CartesianMoE(first, second, hidden_size, **_device(options))
 
 
+@preset(
+    "structure",
+    27,
+    "CartesianMoE: Boosting Knowledge Sharing among Experts via Cartesian Product Routing in "
+    "Mixture-of-Experts, arXiv:2410.16077",
+    PAPER,
+    unverified="top_k, num_shared_experts, balance",
+)
 def cartesian(*, top_k: int = 2, num_shared_experts: int = 1, balance: float = 1e-2) -> Options:
     """Two consecutive layers of experts: E · E pairs that share halves, with the parameters of 2·E half-size experts.
 
-    Paper: CartesianMoE: Boosting Knowledge Sharing among Experts via Cartesian Product Routing in Mixture-of-Experts, arXiv:2410.16077
-    Example: presets.build(64, 32, 8, **presets.cartesian())(x)
-
     top_k, the shared experts and the coefficient are unverified.
-    """  # noqa: E501
+    """
     return {
         "layer": cartesian_moe,
         "select": TopK(top_k),
@@ -110,11 +119,15 @@ def multi_head_moe(
     return MultiHeadMoE(moe, hidden_size, heads, **_device(options))
 
 
+@preset(
+    "structure",
+    28,
+    "MH-MoE: Multi-Head Mixture-of-Experts, arXiv:2411.16205",
+    f"{PAPER}; 4 heads: of the paper before it, arXiv:2404.15045",
+    unverified="balance",
+)
 def multi_head(*, heads: int = 4, top_k: int = 2, balance: float = 1e-2) -> Options:
     """Routes each piece of a token separately.
-
-    Paper: MH-MoE: Multi-Head Mixture-of-Experts, arXiv:2411.16205
-    Example: presets.build(64, 32, 8, **presets.multi_head())(x)
 
     The caller adapts intermediate_size and num_experts to equal FLOPs and parameters; see layers.MultiHeadMoE. The
     paper has 2 heads with top_k = 2 and 40 experts, or 3 with 3 and 96; 4 heads are those of the paper before
@@ -139,17 +152,23 @@ def stratified_moe(
     return StratifiedMoE(hidden_size, intermediate_size, strata, **options)
 
 
+@preset(
+    "structure",
+    29,
+    "Towards Being Parameter-Efficient: A Stratified Sparsely Activated Transformer with Dynamic "
+    "Capacity, arXiv:2305.02176",
+    f"{PAPER}; its code normalises the two weights, norms the block's output too, adds residuals after the norm, "
+    "and divides the loss by the gates that tokens visit",
+    unverified="capacity in evaluation, which choices it keeps",
+)
 def stratified(*, strata: Sequence[int] | None = None, top_k: int = 2, balance: float = 1e-2) -> Options:
     """Strata of experts: a token that an early stratum keeps passes the next gate too, so hard tokens get more experts.
-
-    Paper: Towards Being Parameter-Efficient: A Stratified Sparsely Activated Transformer with Dynamic Capacity, arXiv:2305.02176
-    Example: presets.build(64, 32, 8, **presets.stratified())(x)
 
     The layer includes norm and residual. Experts accept at most top_k · T_i / E_i of the T_i tokens at a gate that sees
     E_i experts, in evaluation too, so sequences of a batch compete; with Capacity(…, scope="sequence") they do not. The
     default strata (E/4, E/4, E/2) are the paper's for 16 experts; its best are (2, 2, 2, 2) and (4, 12). The authors'
     code divides the two weights by their sum (normalize=True), and differs in norms and residuals.
-    """  # noqa: E501
+    """
     return {
         "layer": stratified_moe,
         "strata": strata,
@@ -169,11 +188,15 @@ def monet_layer(hidden_size: int, intermediate_size: int, num_experts: int, **op
     return Monet(hidden_size, root, intermediate_size, **options)
 
 
+@preset(
+    "structure",
+    30,
+    "Monet: Mixture of Monosemantic Experts for Transformers, arXiv:2412.04139",
+    f"{PAPER} and of its code, without auxiliary losses",
+    example=Example((64, 8, 64**2)),
+)
 def monet(*, heads: int = 8, top_k: int = 32, mode: str = "vertical") -> Options:
     """n² experts from 2·n halves: parameters and work grow with n.
-
-    Paper: Monet: Mixture of Monosemantic Experts for Transformers, arXiv:2412.04139
-    Example: presets.build(64, 8, 64**2, **presets.monet())(x)
 
     The paper has 512² experts of width 8, and one router per four layers: pass another layer's as Monet(router=). There
     are no auxiliary losses.
@@ -189,11 +212,14 @@ def soft_layer(
     return SoftMoE(experts, slots=slots, normalize=normalize, **_device(options))
 
 
+@preset(
+    "structure",
+    31,
+    "Don't flatten, tokenize! Unlocking the key to SoftMoE's efficacy in deep RL, arXiv:2410.01930",
+    f"{PAPER} and of its code, whose slots are ⌈T / E⌉",
+)
 def soft_moe(*, slots: int = 1, normalize: bool = False) -> Options:
     """Experts process mixtures of the tokens of a sequence, and tokens get mixtures of their outputs.
-
-    Paper: Don't flatten, tokenize! Unlocking the key to SoftMoE's efficacy in deep RL, arXiv:2410.01930
-    Example: presets.build(64, 32, 8, **presets.soft_moe())(x)
 
     layers.per_conv_tokens makes one token per position of a feature map; the paper finds that this is what matters. Its
     code has slots = ⌈T / E⌉ for feature maps of T tokens. normalize: of the logits, as in the code of Soft MoE for
@@ -227,6 +253,12 @@ def merged_experts(
     return MergedExperts(router(hidden_size), experts, down_router=down_router, pooling=pooling, bottleneck=bottleneck)
 
 
+@preset(
+    "structure",
+    49,
+    "Merging Experts into One: Improving Computational Efficiency of Mixture of Experts, arXiv:2310.09832",
+    f"{PAPER}; other options: of its code; pooling: {OURS}",
+)
 def merged(
     *,
     top_k: int = 2,
@@ -237,9 +269,6 @@ def merged(
     importance: float = 0.0,
 ) -> Options:
     """Averages the weights of a sequence's experts once, and runs one expert.
-
-    Paper: Merging Experts into One: Improving Computational Efficiency of Mixture of Experts, arXiv:2310.09832
-    Example: presets.build(64, 32, 8, **presets.merged())(x)
 
     The weights are a softmax over the chosen logits. Options of the authors' code: per_linear, a router for each
     projection; noise, learned, of the logits; importance, the coefficient (1e-2 there) of a CV² loss of the experts'

@@ -9,6 +9,7 @@ from typing import Any
 from switchgear.papers.parts.losses import EntropyLoss, NullAwareSwitchLoss, ParamPenalty
 from switchgear.papers.parts.masks import Lookup
 from switchgear.papers.parts.scores_of_experts import SparsityAware
+from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
 from switchgear.reference import check_choice
 from switchgear.routing import TopK, TopP
 
@@ -19,11 +20,14 @@ WIDTHS = {
 }
 
 
+@preset(
+    "structure",
+    8,
+    "AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models, arXiv:2406.13233",
+    f"{PAPER}; constants: {CODE}, which averages the null experts' load along another axis",
+)
 def adamoe(*, top_k: int = 4, null_experts: int = 16, balance: float = 1e-4) -> dict[str, Any]:
     """Null experts without cost, so each token uses as many real experts as it needs.
-
-    Paper: AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models, arXiv:2406.13233
-    Example: MoE(64, 32, 8, **presets.adamoe())(x)
 
     Weights are normalised over the real experts of a token. The constants are those of the published code for Mixtral,
     which starts the router's row of null expert j as a copy of that of expert j mod E.
@@ -35,6 +39,12 @@ def adamoe(*, top_k: int = 4, null_experts: int = 16, balance: float = 1e-4) -> 
     }
 
 
+@preset(
+    "structure",
+    9,
+    "HMoE: Heterogeneous Mixture of Experts for Language Modeling, arXiv:2408.10681",
+    f"{PAPER}; widths relative to their mean in the penalty, and the entropy per token: {OURS}",
+)
 def hmoe(
     *,
     widths: str = "arithmetic",
@@ -44,9 +54,6 @@ def hmoe(
     entropy: float | None = None,
 ) -> dict[str, Any]:
     """Eight experts of different widths, and a loss that penalises wide experts by their cost.
-
-    Paper: HMoE: Heterogeneous Mixture of Experts for Language Modeling, arXiv:2408.10681
-    Example: MoE(64, 32, 8, **presets.hmoe())(x)
 
     The weights of the chosen experts sum to 1. widths: "arithmetic" 9, 11 … 23, "geometric" 1, 2 … 128, or "hybrid" 1,
     1, 1, 1, 2, 2, 4, 4; intermediate_size is their mean. penalty: the coefficient of the penalty, in which the paper's
@@ -66,11 +73,15 @@ def hmoe(
     return {"select": TopP(top_p, normalize=True), "balance": losses, "widths": ratios}
 
 
+@preset(
+    "structure",
+    17,
+    "Memory Augmented Language Models through Mixture of Word Experts, arXiv:2311.10768",
+    f"{PAPER}; the table is random, the paper's follows frequencies",
+    example=Example((64, 8, 256), arguments={"vocabulary_size": 100}, inputs={"token_ids": "token_ids"}),
+)
 def word_experts(*, vocabulary_size: int, top_k: int = 1) -> dict[str, Any]:
     """A fixed random table maps each vocabulary id to its experts; there is no router to train.
-
-    Paper: Memory Augmented Language Models through Mixture of Word Experts, arXiv:2311.10768
-    Example: MoE(64, 8, 256, **presets.word_experts(vocabulary_size=100))(x, token_ids=token_ids)
 
     The paper uses tens of thousands of small experts and a routing vocabulary of up to a million ids; frequent ids have
     their own experts. Pass such a table as select=partial(Lookup, table).
@@ -78,11 +89,15 @@ def word_experts(*, vocabulary_size: int, top_k: int = 1) -> dict[str, Any]:
     return {"select": partial(Lookup.hashed, vocabulary_size, top_k=top_k)}
 
 
+@preset(
+    "score",
+    22,
+    "Mixture of Experts Made Intrinsically Interpretable, arXiv:2503.07639",
+    f"{PAPER}; sign and normalisation of the score: {OURS}",
+    unverified="scale, top_k",
+)
 def moe_x(*, top_k: int = 2, scale: float = 1.0) -> dict[str, Any]:
     """Wide ReLU experts, chosen by the activation sparsity that their weights predict.
-
-    Paper: Mixture of Experts Made Intrinsically Interpretable, arXiv:2503.07639
-    Example: MoE(64, 32, 8, **presets.moe_x())(x)
 
     The sign and normalisation of the score, scale, and top_k are unverified.
     """

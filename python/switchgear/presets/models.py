@@ -8,27 +8,36 @@ from functools import partial
 from typing import Any
 
 from switchgear.papers.parts.stochastic import SparseMixer
+from switchgear.presets.entry import OURS, PAPER, Example, preset
 from switchgear.routing import LossFreeBias, SwitchLoss
 
 
+@preset("model", None, "Mixtral of Experts, arXiv:2401.04088", f"{PAPER} and of the code in Hugging Face transformers")
 def mixtral(*, top_k: int = 2) -> dict[str, Any]:
-    """The best two experts, weighted by a softmax over them.
-
-    Paper: Mixtral of Experts, arXiv:2401.04088
-    Example: MoE(64, 32, 8, **presets.mixtral())(x)
-    """
+    """The best two experts, weighted by a softmax over them."""
     return {"top_k": top_k, "normalize": True}
 
 
+@preset(
+    "model",
+    None,
+    "Qwen3 Technical Report, arXiv:2505.09388",
+    "formula of the code in Hugging Face transformers",
+    example=Example((64, 32, 16)),
+)
 def qwen3(*, top_k: int = 8) -> dict[str, Any]:
-    """The best eight experts, normalised.
-
-    Paper: Qwen3 Technical Report, arXiv:2505.09388
-    Example: MoE(64, 32, 16, **presets.qwen3())(x)
-    """
+    """The best eight experts, normalised."""
     return {"top_k": top_k, "normalize": True}
 
 
+@preset(
+    "model",
+    None,
+    "DeepSeek-V3 Technical Report, arXiv:2412.19437",
+    f"{PAPER} and of the code in Hugging Face transformers; the loss counts the experts that tokens use; the "
+    f"paper counts those of the largest scores, whatever bias and groups choose: {OURS}",
+    example=Example((64, 32, 32)),
+)
 def deepseek_v3(
     *,
     top_k: int = 8,
@@ -40,9 +49,6 @@ def deepseek_v3(
 ) -> dict[str, Any]:
     """Sigmoid scores, only experts of the best groups, a shared expert; balanced by a bias and a small loss per
     sequence.
-
-    Paper: DeepSeek-V3 Technical Report, arXiv:2412.19437
-    Example: MoE(64, 32, 32, **presets.deepseek_v3())(x)
 
     The loss counts the experts that tokens use. Equation 18 of the paper counts those of the largest scores, whatever
     bias and groups choose.
@@ -64,12 +70,14 @@ def deepseek_v3(
     }
 
 
+@preset(
+    "model",
+    None,
+    "gpt-oss-120b & gpt-oss-20b Model Card, arXiv:2508.10925",
+    "formula of the code in Hugging Face transformers",
+)
 def gpt_oss(*, top_k: int = 4) -> dict[str, Any]:
-    """The best four experts, weighted by a softmax over them; biases everywhere and a clamped activation.
-
-    Paper: gpt-oss-120b & gpt-oss-20b Model Card, arXiv:2508.10925
-    Example: MoE(64, 32, 8, **presets.gpt_oss())(x)
-    """
+    """The best four experts, weighted by a softmax over them; biases everywhere and a clamped activation."""
     return {
         "top_k": top_k,
         "normalize": True,
@@ -82,11 +90,16 @@ def gpt_oss(*, top_k: int = 4) -> dict[str, Any]:
     }
 
 
+@preset(
+    "model",
+    None,
+    "Phi-3 Technical Report: A Highly Capable Language Model Locally on Your Phone, arXiv:2404.14219",
+    "formula of the code in Hugging Face transformers; input_jitter reaches the router alone, there also the "
+    "experts, drawn twice",
+    example=Example((64, 32, 16)),
+)
 def phimoe(*, jitter: float = 0.01, input_jitter: float = 0.0) -> dict[str, Any]:
     """The router of Phi-3.5-MoE: SparseMixer over two experts.
-
-    Paper: Phi-3 Technical Report: A Highly Capable Language Model Locally on Your Phone, arXiv:2404.14219
-    Example: MoE(64, 32, 16, **presets.phimoe())(x)
 
     input_jitter reaches the router alone. That of Hugging Face's block, 0 by default, is drawn twice, first for router
     and experts in place, then for the router.

@@ -32,7 +32,7 @@ class Factors(NamedTuple):
     scale: float
 
 
-Borrowed = Mapping[str, Sequence[Factors]]  # by name of the parameter
+Borrowed = Mapping[str, Sequence[Factors]]  # key: the parameter's name
 
 
 class State(NamedTuple):
@@ -40,7 +40,7 @@ class State(NamedTuple):
     DataParallel, share it and must not see each other's changes."""
 
     stored: Any = None  # StoredProjections: how the projections are stored
-    adapters: Mapping[str, Lora] = {}  # by name of the projection
+    adapters: Mapping[str, Lora] = {}  # key: the projection's name
     borrowed: Mapping[str, Sequence[Factors]] = {}  # factors of another library's wrapper, for the duration of a call
     selection: Any = None  # Selection: the parameters of which some experts train alone
     packed: tuple[str, str] | None = None  # parameters that `store(model, "plain")` laid out anew

@@ -84,7 +84,7 @@ def run(build: Path, program: Path, fault: Fault, order: str) -> str | None:
             sys.executable,
             str(Path(__file__).parent / "same_lines.py"),
             *command,
-            str(build / "tests/gpu/simt_conformance"),
+            str(build / "tools/gpu/simt_conformance"),
         ]
     variables = {**os.environ, "SWITCHGEAR_SIMT_ORDER": order}
     try:

@@ -11,13 +11,13 @@ switchgear_simt_test(exchange test_exchange.cpp ${object})
 target_link_libraries(simt_test_exchange PRIVATE simt_kernels switchgear_core)
 
 find_program(python NAMES python3 python)
-# Every wrapper of PTX on random data: the PTX writes the same bits as the C++ model (tests/gpu/conformance.cu).
+# Every wrapper of PTX on random data: the PTX writes the same bits as the C++ model (tools/gpu/conformance.cu).
 foreach(architecture IN ITEMS 80 90a)
   set(hopper "")
   if(architecture STREQUAL "90a")
     set(hopper -DHOPPER)
   endif()
-  switchgear_nvcc_object(${PROJECT_SOURCE_DIR}/tests/gpu/conformance.cu conformance_${architecture} ${architecture} object
+  switchgear_nvcc_object(${PROJECT_SOURCE_DIR}/tools/gpu/conformance.cu conformance_${architecture} ${architecture} object
     -I${PROJECT_SOURCE_DIR}/csrc/cuda -I${CMAKE_CURRENT_SOURCE_DIR} -DINTERPRETED ${hopper})
   add_executable(ptx_conformance_${architecture} ${object})
   set_target_properties(ptx_conformance_${architecture} PROPERTIES LINKER_LANGUAGE CXX)

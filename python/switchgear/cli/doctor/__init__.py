@@ -3,7 +3,6 @@
 
 kernels.py   runs each backend
 settings.py  what of the machine and the process costs speed
-finding.py   what a check returns
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from ...backends import backend, use_backend
-from .finding import Finding
 from .kernels import check_cpu, check_cuda, check_speed
-from .settings import check_settings
+from .settings import Finding, check_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

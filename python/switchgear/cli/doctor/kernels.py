@@ -15,7 +15,7 @@ from switchgear.modules import MoE
 from switchgear.ops import GluOptions
 from switchgear.weights import store
 
-from .finding import Finding
+from .settings import Finding
 
 CASE = testing.Case("doctor", num_tokens=37, top_k=2, num_experts=8, hidden_size=72, intermediate_size=40)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +42,7 @@ def _check_layer(dtype: torch.dtype, device: str) -> None:
         testing.assert_close(tensor.grad.cpu(), bound, f"gradient of {name}")
 
 
-def _failure(check: Callable[..., None], *arguments: Any) -> str:
+def _describe_failure(check: Callable[..., None], *arguments: Any) -> str:
     """What went wrong, or nothing."""
     try:
         check(*arguments)
@@ -54,7 +54,9 @@ def _failure(check: Callable[..., None], *arguments: Any) -> str:
 def _compare(subject: str, device: str, text: str) -> Finding:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        failures = {str(dtype).removeprefix("torch."): _failure(_check_layer, dtype, device) for dtype in DTYPES}
+        failures = {
+            str(dtype).removeprefix("torch."): _describe_failure(_check_layer, dtype, device) for dtype in DTYPES
+        }
     wrong = [f"{name}: {failure}" for name, failure in failures.items() if failure]
     if wrong:
         return Finding(subject, "broken", "; ".join(wrong), "report it with the output of switchgear info --json")
@@ -100,7 +102,7 @@ def check_speed() -> Finding:
     moe = MoE(width, width, num_experts, top_k, dtype=torch.bfloat16).eval().requires_grad_(False)
     store(moe, "plain")
     weights = [parameter.detach() for parameter in moe.experts.parameters()]
-    groups = torch.arange(num_experts, dtype=torch.int32).view(-1, 1, top_k)  # of experts, each used once in a round
+    groups = torch.arange(num_experts, dtype=torch.int32).view(-1, 1, top_k)  # a round uses each expert once
     topk_weights = torch.full((1, top_k), 1 / top_k)
     x = torch.randn(1, width, dtype=torch.bfloat16)
     reads, layers, nbytes = [], [], 0

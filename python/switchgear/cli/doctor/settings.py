@@ -1,34 +1,56 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Settings of the machine and of this process that cost speed."""
+"""What a check found, and the settings of the machine and of this process that cost speed."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from ...complaints import first_line, installed_version, is_installed, missing_package
 from ...integrations import is_too_old
+from ...utils.packages import first_line, installed_version, is_installed, missing_package
 from .. import cgroup, machine
-from .finding import Finding
 
 ALLOCATOR = " ".join(f"{name}={value}" for name, value in machine.TUNED_ALLOCATOR.items())
+
+
+@dataclass(frozen=True)
+class Finding:
+    """verdict: ok; slow: it works, and could be faster; absent: a part that does not run here; broken: wrong results,
+    or a package that cannot be imported. remedy: what to do about it, or empty."""
+
+    subject: str
+    verdict: str
+    text: str
+    remedy: str = ""
+
+    @property
+    def is_of_backend(self) -> bool:
+        return self.subject.startswith(("CPU", "CUDA"))
+
+    def __str__(self) -> str:
+        indent = " " * 28
+        lines = textwrap.wrap(self.text, 92)
+        lines += textwrap.wrap(f"-> {self.remedy}", 92, subsequent_indent="   ") if self.remedy else []
+        return f"{self.verdict:<8}{self.subject:<20}" + f"\n{indent}".join(lines or [""])
 
 
 def check_settings(backend: str) -> Iterator[Finding]:
     """One finding per setting. backend: the one that ops run on."""
     if backend == "reference":
         yield Finding("backend", "slow", "all ops run on the reference, in plain torch", "unset SWITCHGEAR_BACKEND")
-    yield _huge_pages(machine.transparent_huge_pages())
-    yield _threads(torch.get_num_threads(), machine.cpu()["cores"], cgroup.cpu_quota())
-    yield _openmp(machine.openmp_runtimes())
-    yield _allocator(os.environ)
-    yield _transformers()
+    yield _check_huge_pages(machine.transparent_huge_pages())
+    yield _check_threads(torch.get_num_threads(), machine.cpu()["cores"], cgroup.cpu_quota())
+    yield _check_openmp(machine.openmp_runtimes())
+    yield _check_allocator(os.environ)
+    yield _check_transformers()
 
 
-def _huge_pages(setting: str | None) -> Finding:
+def _check_huge_pages(setting: str | None) -> Finding:
     if setting == "never":
         remedy = "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled; store() then moves weights there"
         text = "turned off: reading weights misses the TLB at each page of 4 KB"
@@ -39,7 +61,7 @@ def _huge_pages(setting: str | None) -> Finding:
     return Finding("huge pages", "ok", f"{setting}: {how}")
 
 
-def _threads(threads: int, cores: int, quota: float | None) -> Finding:
+def _check_threads(threads: int, cores: int, quota: float | None) -> Finding:
     granted = cores if quota is None else min(cores, quota)
     limit = f" of which the control group grants {quota:g}" if quota is not None and quota < cores else ""
     text = f"torch uses {threads}; the process may run on {cores} cores{limit}"
@@ -51,14 +73,14 @@ def _threads(threads: int, cores: int, quota: float | None) -> Finding:
     return Finding("threads", "ok", text)
 
 
-def _openmp(runtimes: list[str]) -> Finding:
+def _check_openmp(runtimes: list[str]) -> Finding:
     if len(runtimes) > 1:
         text = f"{len(runtimes)} are loaded: {', '.join(runtimes)}. Their threads compete for the same cores"
         return Finding("OpenMP runtimes", "slow", text, "import torch first, or remove the package that brings its own")
     return Finding("OpenMP runtimes", "ok", runtimes[0] if runtimes else "none found in this process")
 
 
-def _allocator(environment: os._Environ[str] | dict[str, str]) -> Finding:
+def _check_allocator(environment: os._Environ[str] | dict[str, str]) -> Finding:
     preloaded = environment.get("LD_PRELOAD", "")
     if any(name in preloaded for name in ("jemalloc", "tcmalloc", "mimalloc")):
         return Finding("allocator", "ok", preloaded)
@@ -68,7 +90,7 @@ def _allocator(environment: os._Environ[str] | dict[str, str]) -> Finding:
     return Finding("allocator", "slow", text, f"only for training: start Python with {ALLOCATOR}")
 
 
-def _transformers() -> Finding:
+def _check_transformers() -> Finding:
     version = installed_version("transformers")
     if version is None and not is_installed("transformers"):
         remedy = "pip install 'switchgear[transformers]' to run its models"
@@ -77,11 +99,11 @@ def _transformers() -> Finding:
     try:
         importlib.import_module("switchgear.integrations.transformers")
     except Exception as error:  # a broken installation can raise anything
-        return Finding("transformers", "broken", f"{version}: {first_line(error)}", _remedy(version, error))
+        return Finding("transformers", "broken", f"{version}: {first_line(error)}", _advise(version, error))
     return Finding("transformers", "ok", f'{version}: experts_implementation="switchgear" is registered')
 
 
-def _remedy(version: str, error: Exception) -> str:
+def _advise(version: str, error: Exception) -> str:
     if is_too_old(version):
         return "pip install 'switchgear[transformers]'"
     if missing := missing_package(error):

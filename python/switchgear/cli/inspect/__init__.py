@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     folder = find_folder(args.model)
     texts = read_texts(args.text, folder)
     out = Path(args.out)
-    check_writable(out)  # before minutes of work
+    check_writable(out)  # The work takes minutes.
     model = load_model(folder, args.dtype)
     length = choose_length(model, args.length)
     batches = {

@@ -26,11 +26,11 @@ class Layer:
     name: str
     num_experts: int
     top_k: int
-    load: dict[str, list[float]]  # by domain: each expert's share of the choices
+    load: dict[str, list[float]]  # domain: each expert's share of the choices
     router_entropy: float  # divided by log E; NaN without logits
     coactivation: Tensor  # [i,j]: the fraction of the tokens of i that choose j too
     similarity: Tensor | None  # cosine of all weights; None if they are not stacked in two parameters
-    hits: dict[int, float]  # by slots: the best hit rate of a cache that is refilled every Inspection.segment tokens
+    hits: dict[int, float]  # slots: the best hit rate of a cache that is refilled every Inspection.segment tokens
     locality: float  # SRP, 0 to 1
     experts_per_segment: float
 
@@ -53,23 +53,23 @@ class Layer:
     @property
     def mean_similarity(self) -> float:
         """Of two different experts."""
-        return math.nan if self.similarity is None else float(_pairs(self.similarity).mean())
+        return math.nan if self.similarity is None else float(_list_pairs(self.similarity).mean())
 
     def alike(self, count: int = 3) -> list[tuple[int, int, float]]:
         """The pairs of experts with the most similar weights."""
-        return [] if self.similarity is None else _largest(self.similarity, count)
+        return [] if self.similarity is None else _find_largest(self.similarity, count)
 
     def together(self, count: int = 3) -> list[tuple[int, int, float]]:
         """The pairs that most often serve the same token."""
-        return _largest((self.coactivation + self.coactivation.T) / 2, count) if self.top_k > 1 else []
+        return _find_largest((self.coactivation + self.coactivation.T) / 2, count) if self.top_k > 1 else []
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "name": self.name, "num_experts": self.num_experts, "top_k": self.top_k, "load": self.load,
-            "router_entropy": _number(self.router_entropy), "load_entropy": self.load_entropy,
+            "router_entropy": _count(self.router_entropy), "load_entropy": self.load_entropy,
             "max_violation": self.max_violation, "unused": self.unused, "hits": self.hits, "locality": self.locality,
-            "experts_per_segment": self.experts_per_segment, "mean_similarity": _number(self.mean_similarity),
-            "alike": [(i, j, _number(value)) for i, j, value in self.alike()], "together": self.together(),
+            "experts_per_segment": self.experts_per_segment, "mean_similarity": _count(self.mean_similarity),
+            "alike": [(i, j, _count(value)) for i, j, value in self.alike()], "together": self.together(),
         }  # fmt: skip
 
 
@@ -85,7 +85,7 @@ class Inspection:
         layers = [layer.as_dict() for layer in self.layers]
         return {
             **self.about, "domains": self.domains, "segment": self.segment, "layers": layers,
-            "losses": {name: _number(loss) for name, loss in self.losses.items()},
+            "losses": {name: _count(loss) for name, loss in self.losses.items()},
         }  # fmt: skip
 
 
@@ -114,14 +114,15 @@ def inspect(
     first = next(iter(choices.values()))
     segment = min(SEGMENT, length)
     layers = [
-        _layer(blocks[name], {domain: of[name] for domain, of in choices.items()}, length, segment) for name in first
+        _measure_layer(blocks[name], {domain: of[name] for domain, of in choices.items()}, length, segment)
+        for name in first
     ]
     tokens = {domain: sum(ids.numel() for ids in rows) for domain, rows in batches.items()}
     about = {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
     return Inspection(layers, tokens, losses, segment, about)
 
 
-def _layer(block: MoeBlock, choices: Mapping[str, LayerChoices], length: int, segment: int) -> Layer:
+def _measure_layer(block: MoeBlock, choices: Mapping[str, LayerChoices], length: int, segment: int) -> Layer:
     ids = torch.cat([of.topk_ids for of in choices.values()])
     num_experts, top_k = block.num_experts, ids.shape[1]
     slots = sorted({min(many * top_k, num_experts) for many in (1, 2, 4)})
@@ -131,12 +132,12 @@ def _layer(block: MoeBlock, choices: Mapping[str, LayerChoices], length: int, se
         block.name, num_experts, top_k,
         {domain: usage({"": of})[""].share.tolist() for domain, of in choices.items()},
         sum(entropy) / len(ids) / math.log(max(num_experts, 2)),
-        coactivation(ids, num_experts, conditional=True), similarity_of(block),
+        coactivation(ids, num_experts, conditional=True), measure_similarity(block),
         {cache.slots: cache.sch for cache in caches}, caches[0].srp, caches[0].experts_per_segment,
     )  # fmt: skip
 
 
-def similarity_of(block: MoeBlock) -> Tensor | None:
+def measure_similarity(block: MoeBlock) -> Tensor | None:
     """Cosine similarity of the experts' weights, [E,E] float64, in slices: those of a whole layer in float64 could be
     larger than the model. None if the experts are not stacked."""
     try:
@@ -152,18 +153,18 @@ def similarity_of(block: MoeBlock) -> Tensor | None:
     return compute_product_cosines(products)
 
 
-def _pairs(matrix: Tensor) -> Tensor:
+def _list_pairs(matrix: Tensor) -> Tensor:
     above = torch.ones_like(matrix, dtype=torch.bool).triu(1)
     return matrix[above]
 
 
-def _largest(matrix: Tensor, count: int) -> list[tuple[int, int, float]]:
+def _find_largest(matrix: Tensor, count: int) -> list[tuple[int, int, float]]:
     above = torch.triu_indices(len(matrix), len(matrix), 1)
     values = matrix[above[0], above[1]]
     order = values.argsort(descending=True)[:count]
     return [(int(above[0, i]), int(above[1, i]), float(values[i])) for i in order]
 
 
-def _number(value: float) -> float | None:
+def _count(value: float) -> float | None:
     """None for what JSON cannot say."""
     return value if math.isfinite(value) else None

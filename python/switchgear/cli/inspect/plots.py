@@ -20,8 +20,8 @@ def load(found: Inspection, path: Path) -> None:
     """Each expert's load by layer; 1 is an equal share."""
     rows = [np.asarray(layer.mean_load) * layer.num_experts for layer in found.layers]
     figure, axis = pyplot().subplots(figsize=(8, 1.6 + 0.28 * len(rows)))
-    _image(figure, axis, _padded(rows), "load, 1 = equal share", vmax=4.0)
-    _layers(axis, found.layers)
+    _draw_image(figure, axis, _pad(rows), "load, 1 = equal share", vmax=4.0)
+    _label_layers(axis, found.layers)
     axis.set_title("Load of the experts")
     axis.set_xlabel("expert")
     save(figure, path)
@@ -38,8 +38,8 @@ def domains(found: Inspection, path: Path) -> None:
         for layer in found.layers:
             share, mean = np.asarray(layer.load[name]), np.asarray(layer.mean_load)
             rows.append(np.log2((share + 1e-4) / (mean + 1e-4)))
-        _image(figure, axis, _padded(rows), "", vmin=-2.0, vmax=2.0, cmap="RdBu_r")
-        _layers(axis, found.layers)
+        _draw_image(figure, axis, _pad(rows), "", vmin=-2.0, vmax=2.0, cmap="RdBu_r")
+        _label_layers(axis, found.layers)
         axis.set_title(f"{name}: used more (red) or less (blue) than by all, factors of 1/4 to 4")
     axes[-1, 0].set_xlabel("expert")
     save(figure, path)
@@ -55,7 +55,7 @@ def entropy(found: Inspection, path: Path) -> None:
         places, [layer.router_entropy for layer in found.layers], marker="o", color=palette["router"],
         label="router, mean over tokens",
     )  # fmt: skip
-    _numbered(axis, found.layers)
+    _number(axis, found.layers)
     axis.set_ylim(0, 1.05)
     axis.set_ylabel("entropy / log E")
     axis.set_title("Entropy: 1 is uniform")
@@ -71,7 +71,7 @@ def cacheability(found: Inspection, path: Path) -> None:
     for slots in sizes:
         points = [(i, layer.hits[slots]) for i, layer in enumerate(found.layers) if slots in layer.hits]
         axis.plot(*zip(*points, strict=True), marker="o", color=palette[f"{slots} slots"], label=f"{slots} slots")
-    _numbered(axis, found.layers)
+    _number(axis, found.layers)
     axis.set_ylim(0, 1.05)
     axis.set_ylabel("best hit rate")
     axis.set_title(f"A cache of experts that is refilled every {found.segment} tokens")
@@ -82,12 +82,12 @@ def cacheability(found: Inspection, path: Path) -> None:
 def similarity(found: Inspection, path: Path) -> None:
     """Cosine similarity of the experts' weights."""
     pairs = [(layer, layer.similarity) for layer in found.layers]
-    _matrices(pairs, "Similarity of the experts' weights", "cosine", path)
+    _draw_matrices(pairs, "Similarity of the experts' weights", "cosine", path)
 
 
 def coactivation(found: Inspection, path: Path) -> None:
     """Which experts serve the same tokens."""
-    _matrices(
+    _draw_matrices(
         [(layer, layer.coactivation) for layer in found.layers], "Tokens of an expert (row) that choose another, too",
         "fraction", path,
     )  # fmt: skip
@@ -99,7 +99,7 @@ PLOTS: dict[str, Callable[[Inspection, Path], None]] = {
 }  # fmt: skip
 
 
-def _matrices(pairs: Sequence[tuple[Layer, Any]], title: str, label: str, path: Path) -> None:
+def _draw_matrices(pairs: Sequence[tuple[Layer, Any]], title: str, label: str, path: Path) -> None:
     """Some layers' matrices, without their diagonals."""
     shown = [(layer, np.asarray(matrix, float)) for layer, matrix in pairs if matrix is not None]
     places = sorted({round(i * (len(shown) - 1) / max(MOST_MATRICES - 1, 1)) for i in range(MOST_MATRICES)})
@@ -109,29 +109,29 @@ def _matrices(pairs: Sequence[tuple[Layer, Any]], title: str, label: str, path: 
     figure, axes = pyplot().subplots(down, across, figsize=(3.6 * across, 0.6 + 3.3 * down), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    highest = max((float(np.abs(_off_diagonal(matrix)).max()) for _, matrix in shown), default=1.0)
+    highest = max((float(np.abs(_mask_diagonal(matrix)).max()) for _, matrix in shown), default=1.0)
     for axis, (layer, matrix) in zip(axes.flat, shown, strict=False):
         axis.axis("on")
         matrix = matrix.copy()
         np.fill_diagonal(matrix, np.nan)
-        _image(figure, axis, matrix, label, vmin=min(0.0, float(_off_diagonal(matrix).min())), vmax=highest)
+        _draw_image(figure, axis, matrix, label, vmin=min(0.0, float(_mask_diagonal(matrix).min())), vmax=highest)
         axis.set_title(layer.name, fontsize=8)
     figure.suptitle(title if shown else f"{title}: not available", x=0.01, ha="left", fontsize=10)
     save(figure, path)
 
 
-def _off_diagonal(matrix: Any) -> Any:
+def _mask_diagonal(matrix: Any) -> Any:
     return matrix[~np.eye(len(matrix), dtype=bool)] if len(matrix) > 1 else np.ones(1)
 
 
-def _padded(rows: Sequence[Any]) -> Any:
+def _pad(rows: Sequence[Any]) -> Any:
     image = np.full((len(rows), max(map(len, rows))), np.nan)
     for i, row in enumerate(rows):
         image[i, : len(row)] = row
     return image
 
 
-def _image(
+def _draw_image(
     figure: Any, axis: Any, values: Any, label: str, vmin: float = 0.0, vmax: float = 1.0, cmap: str = "YlGnBu"
 ) -> None:
     image = axis.imshow(
@@ -143,12 +143,12 @@ def _image(
     bar.outline.set_visible(False)
 
 
-def _layers(axis: Any, layers: Sequence[Layer]) -> None:
+def _label_layers(axis: Any, layers: Sequence[Layer]) -> None:
     step = -(-len(layers) // MOST_TICKS)
     axis.set_yticks(range(0, len(layers), step), [layer.name for layer in layers[::step]], fontsize=7)
 
 
-def _numbered(axis: Any, layers: Sequence[Layer]) -> None:
+def _number(axis: Any, layers: Sequence[Layer]) -> None:
     step = -(-len(layers) // MOST_TICKS)
     axis.set_xticks(range(0, len(layers), step))
     axis.set_xlabel("MoE layer")

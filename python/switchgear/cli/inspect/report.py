@@ -15,7 +15,7 @@ def summary(found: Inspection) -> str:
     """A few lines for the terminal."""
     worst = max(found.layers, key=lambda layer: layer.max_violation)
     unused = sum(layer.unused for layer in found.layers)
-    slots, hits = _hits(found)
+    slots, hits = _format_hits(found)
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in found.losses.items())
     return (
         f"{len(found.layers)} MoE layers; loss, nats per token: {losses}\n"
@@ -39,7 +39,7 @@ def report(found: Inspection) -> str:
 
 ## Layers
 
-{_layers(found)}
+{_write_layers(found)}
 *Busiest* and *unused*: of all text together, each domain counted alike. *Load entropy* and *router entropy* are divided
 by log E, 1 is uniform; a low load entropy with a low router entropy is a collapsed layer, a high one with a low one is
 a router that is sure and balanced. *Alike*: mean cosine of the weights of two experts. *Experts in {found.segment}*:
@@ -51,14 +51,14 @@ distinct experts that {found.segment} consecutive tokens use.
 
 ## Domains
 
-{_domains(found)}
+{_write_domains(found)}
 An expert is listed where a domain uses it at least {FAVOURITE} times as often as all domains do on average.
 
 ![domains](domains.png)
 
 ## Experts that are alike, and experts that work together
 
-{_pairs(found)}
+{_write_pairs(found)}
 Experts that are alike are candidates for merging (`switchgear compress`, docs/compression.md).
 
 ![similarity](similarity.png)
@@ -67,7 +67,7 @@ Experts that are alike are candidates for merging (`switchgear compress`, docs/c
 
 ## Does it suit a cache of experts?
 
-{_caches(found)}
+{_write_caches(found)}
 The share of choices that hit a cache of so many experts, filled for each {found.segment} consecutive tokens with
 those that they use most: a bound for a cache that is refilled as often (SCH of arXiv:2505.16056). *Locality* (SRP) is
 the best F1 of one set of experts per {found.segment} tokens: 1 if they choose alike.
@@ -76,7 +76,7 @@ the best F1 of one set of experts per {found.segment} tokens: 1 if they choose a
 """
 
 
-def _layers(found: Inspection) -> str:
+def _write_layers(found: Inspection) -> str:
     header = ["layer", "experts", "per token", "busiest, of mean", "unused", "load entropy", "router entropy", "alike",
               f"experts in {found.segment}"]  # fmt: skip
     rows = [
@@ -96,7 +96,7 @@ def favourites(layer: Layer, domain: str) -> list[int]:
     return sorted(own, key=lambda e: -share[e])
 
 
-def _domains(found: Inspection) -> str:
+def _write_domains(found: Inspection) -> str:
     header = ["domain", "loss", *(layer.name for layer in found.layers)]
     rows = []
     for name in found.domains:
@@ -106,7 +106,7 @@ def _domains(found: Inspection) -> str:
     return markdown_table(header, rows, left=(0, *range(2, 2 + len(found.layers))))
 
 
-def _pairs(found: Inspection) -> str:
+def _write_pairs(found: Inspection) -> str:
     def words(pairs: list[tuple[int, int, float]]) -> str:
         return ", ".join(f"{i} and {j} ({value:.2f})" for i, j, value in pairs)
 
@@ -114,7 +114,7 @@ def _pairs(found: Inspection) -> str:
     return markdown_table(["layer", "most alike (cosine)", "most often together"], rows, left=(0, 1, 2))
 
 
-def _caches(found: Inspection) -> str:
+def _write_caches(found: Inspection) -> str:
     sizes = sorted({slots for layer in found.layers for slots in layer.hits})
     rows = [
         [layer.name, *(f"{layer.hits[n]:.0%}" if n in layer.hits else "" for n in sizes), f"{layer.locality:.2f}"]
@@ -123,7 +123,7 @@ def _caches(found: Inspection) -> str:
     return markdown_table(["layer", *(f"{n} slots" for n in sizes), "locality"], rows)
 
 
-def _hits(found: Inspection) -> tuple[int, float]:
+def _format_hits(found: Inspection) -> tuple[int, float]:
     """Twice the experts per token: the size that the paper finds good; the mean over the layers."""
     slots = min(2 * found.layers[0].top_k, found.layers[0].num_experts)
     hits = [layer.hits[slots] for layer in found.layers if slots in layer.hits]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A machine that has a card and every tool, for rehearsals and tests: nothing is looked up or run."""
+"""A machine that has a card and every tool, for tests of tools/gpu: nothing is looked up or run."""
 
 from __future__ import annotations
 

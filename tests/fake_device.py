@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A stand-in for any program of a run on a card, which works, or fails in one way. For rehearsals and tests.
+"""A stand-in for any program of a run on a card, which works, or fails in one way. For tests of tools/gpu.
 
     fake_device.py [--cases N] [--seconds S] [--fault KIND] [--at N] [--plain] [--from N]
 
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from gpu.lines import Finding, parser_of, serve
 

@@ -39,7 +39,7 @@ def make_model(build: Path) -> int:
     options = ["-DSWITCHGEAR_SIMT=plain", "-DSWITCHGEAR_CUDA=OFF", "-DSWITCHGEAR_PYTHON=OFF", "-DSWITCHGEAR_WERROR=OFF"]
     run("cmake", "-S", ROOT, "-B", build / "model", "-G", "Ninja", *options)
     run("cmake", "--build", build / "model", "--target", "simt_conformance")
-    program = build / "model" / "tests" / "gpu" / "simt_conformance"
+    program = build / "model" / "tools" / "gpu" / "simt_conformance"
     results = [run(program, SWITCHGEAR_SIMT_ORDER=order) for order in ORDERS]
     if results[0] != results[1]:
         names = [
@@ -55,8 +55,8 @@ def device_command(build: Path, capability: str) -> list[str | Path]:
     hopper = capability == "9.0"
     kind = "90a" if hopper else capability.replace(".", "")
     flags = ["-gencode", f"arch=compute_{kind},code=sm_{kind}", *(["-DHOPPER"] if hopper else [])]
-    includes = [f"-I{ROOT / folder}" for folder in ("csrc/cuda", "csrc", "include", "tests/simt", "tests/gpu")]
-    sources = [ROOT / "tests/gpu/conformance.cu", *([ROOT / "csrc/cuda/tensor_map.cu"] if hopper else [])]
+    includes = [f"-I{ROOT / folder}" for folder in ("csrc/cuda", "csrc", "include", "tests/simt", "tools/gpu")]
+    sources = [ROOT / "tools/gpu/conformance.cu", *([ROOT / "csrc/cuda/tensor_map.cu"] if hopper else [])]
     return ["nvcc", "-std=c++20", *flags, *includes, *sources, "-o", build / "conformance"]
 
 
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     build = args.build if args.build.is_absolute() else ROOT / args.build
     build.mkdir(parents=True, exist_ok=True)
-    sources = [ROOT / "tests/gpu", ROOT / "csrc/cuda", ROOT / "tests/simt"]
+    sources = [ROOT / "tools/gpu", ROOT / "csrc/cuda", ROOT / "tests/simt"]
     newest = max(file.stat().st_mtime for folder in sources for file in folder.iterdir())
     model = build / "model.txt"
     if args.model_only or not model.exists() or model.stat().st_mtime < newest:

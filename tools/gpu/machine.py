@@ -114,7 +114,7 @@ def missing() -> list[list[str]]:
         commands.append(pip(*packages))
     if nvcc() is None:
         commands.append(pip(*NVCC_WHEELS))
-        commands.append(python("tests/gpu/nvcc_links.py"))
+        commands.append(python("tools/gpu/nvcc_links.py"))
     if compute_sanitizer() is None:
         commands.append(pip(SANITIZER_WHEEL))
     return commands

@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.build.mkdir(parents=True, exist_ok=True)
     main_object = args.build / "sweep.o"
     module = None if args.objects_only else args.module
-    subprocess.run(["nvcc", *FLAGS, "-c", str(ROOT / "tests/gpu/sweep.cu"), "-o", str(main_object)], check=True)
+    subprocess.run(["nvcc", *FLAGS, "-c", str(ROOT / "tools/gpu/sweep.cu"), "-o", str(main_object)], check=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         wrong = list(pool.map(lambda variant: build_one(variant, args.build, main_object, module), chosen))
     print("\n".join(text for text in wrong if text) or f"{len(chosen)} variants")

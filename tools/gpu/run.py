@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: BSD-3-Clause
-"""Everything that needs a GPU: `make gpu`, or python tests/gpu/run.py. Three stages of at most nine minutes on an H100:
+"""Everything that needs a GPU: `make gpu`, or python tools/gpu/run.py. Three stages of at most nine minutes on an H100:
 
     1  build; conformance; smoke; graphs; first benchmarks      2  tests; profiles      3  other benchmarks; sanitizers
 
@@ -24,7 +24,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -34,14 +33,14 @@ from gpu.folder import Folder, Row, write
 from gpu.machine import ROOT
 from gpu.steps import KERNELS, STAGE_SECONDS, Job, Step, steps
 
-Change = Callable[[Step, Job], Job]  # for rehearsals
+Change = Callable[[Step, Job], Job]  # for tests
 
 
 def environment(kernels: str) -> dict[str, str]:
     """Of all commands: this Python's programs and nvcc on PATH, and the CUDA module required."""
     compiler = machine.nvcc()
     path = [str(Path(sys.executable).parent), *([str(Path(compiler).parent)] if compiler else []), os.environ["PATH"]]
-    modules = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    modules = [str(ROOT / "tools"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     chosen = {KERNELS: kernels} if kernels != "auto" else {}
     return {"PATH": os.pathsep.join(path), "PYTHONPATH": os.pathsep.join(modules), "SWITCHGEAR_CUDA": "ON",
             "SWITCHGEAR_STRICT": "1", **chosen}  # fmt: skip
@@ -137,8 +136,8 @@ def select(all_steps: list[Step], only: str | None, skip: str | None, stages: st
             and (only is not None or str(step.stage) in stages.split(","))]  # fmt: skip
 
 
-def main(arguments: list[str] | None = None, change: Change | None = None, scale: float = 1.0) -> int:
-    """change, scale: for rehearsals, other programs and shorter limits."""
+def main(arguments: list[str] | None = None, change: Change | None = None) -> int:
+    """`change` replaces programs, for tests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", default="1,2,3", metavar="LIST", help="these stages")
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "build" / "gpu-results", help="for results")
@@ -164,11 +163,10 @@ def main(arguments: list[str] | None = None, change: Change | None = None, scale
         if reason := machine.old_driver():
             print(reason)
             return 1
-    chosen = [replace(step, limit=step.limit * scale) for step in chosen]
     run = Run(folder, change or (lambda step, job: job))
     try:
         for stage in sorted({step.stage for step in chosen}):
-            run.stage([step for step in chosen if step.stage == stage], args.seconds * scale)
+            run.stage([step for step in chosen if step.stage == stage], args.seconds)
     finally:
         report.write(folder)
     print(f"\n{report.summary(folder)}\n{folder.path / 'report.md'}")

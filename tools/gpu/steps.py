@@ -72,7 +72,7 @@ def build() -> list[Job]:
     return [
         Job("module", module, 200),
         python_job("info", 15, "-m", "switchgear", "info"),
-        python_job("conformance", 120, "tests/gpu/conformance.py", "--build", BUILD),
+        python_job("conformance", 120, "tools/gpu/conformance.py", "--build", BUILD),
     ]
 
 
@@ -89,17 +89,17 @@ def conformance() -> list[Job]:
 def smoke() -> list[Job]:
     hopper = machine.capability() == "9.0"
     jobs = [
-        python_job(f"auto-{shape}", 25, "tests/gpu/smoke.py", "--shapes", str(shape), silence=SILENCE_OF_SMOKE)
+        python_job(f"auto-{shape}", 25, "tools/gpu/smoke.py", "--shapes", str(shape), silence=SILENCE_OF_SMOKE)
         for shape in range(4)
     ]
     if hopper:
         old = {KERNELS: "sm_80"}
-        jobs.append(python_job("sm_80", 40, "tests/gpu/smoke.py", silence=SILENCE_OF_SMOKE, **old))
+        jobs.append(python_job("sm_80", 40, "tools/gpu/smoke.py", silence=SILENCE_OF_SMOKE, **old))
     return jobs
 
 
 def replay() -> list[Job]:
-    return [python_job("replay", 45, "tests/gpu/replay.py", silence=15)]
+    return [python_job("replay", 45, "tools/gpu/replay.py", silence=15)]
 
 
 def bench_job(out: Path, name: str, shape: str, limit: float, *options: str) -> Job:
@@ -135,7 +135,7 @@ def sweep() -> list[Job]:
     from gpu.sweep import variants
 
     programs = [Job(variant.name, [f"{BUILD}/sweep/{variant.name}"], 15, silence=8) for variant in variants()]
-    return [python_job("variants", 130, "tests/gpu/sweep.py", "--build", f"{BUILD}/sweep"), *programs]
+    return [python_job("variants", 130, "tools/gpu/sweep.py", "--build", f"{BUILD}/sweep"), *programs]
 
 
 def ncu(out: Path) -> list[Job]:
@@ -151,7 +151,7 @@ def ncu(out: Path) -> list[Job]:
         report = str(out / "ncu" / name)
         command = [program, "--clock-control", "none", "--set", "full", "--force-overwrite", "--export", report,
                    "--kernel-name", f"regex:{pattern}", "--launch-skip", skip, "--launch-count", "1",
-                   *python("tests/gpu/one_layer.py", *options)]  # fmt: skip
+                   *python("tools/gpu/one_layer.py", *options)]  # fmt: skip
         jobs.append(Job(name, command, 40))
     return jobs
 
@@ -180,7 +180,7 @@ def sanitizer() -> list[Job]:
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Job(tool, [program, "--tool", tool, "--error-exitcode", "99", "--print-limit", "5", *options, *more,
-                   *python("tests/gpu/smoke.py", "--shapes", shapes)], limit, silence=60, environment=uncached)
+                   *python("tools/gpu/smoke.py", "--shapes", shapes)], limit, silence=60, environment=uncached)
         for tool, limit, shapes, more in (
             ("memcheck", 90, "0,1,2,3", ["--leak-check", "no"]), ("racecheck", 90, "1,2", []),
             ("synccheck", 40, "1,2", []), ("initcheck", 40, "1,3", []),
