@@ -577,9 +577,9 @@ void minifloat_products(const Product& product) {
 
 // ---- plain rows ----------------------------------------------------------------------------------------------------------
 
-// 32 columns of the rows of vector j: out[r][c] = value · scale.
+// 32 columns of the rows of vector j, of which `columns` exist: out[r][c] = value · scale.
 template <Format kFormat>
-void expand_step(float (&out)[kLanes][kMinifloatColumns], const Matrix& b, int64_t j, int64_t step) {
+void expand_step(float (&out)[kLanes][kMinifloatColumns], const Matrix& b, int64_t j, int64_t step, int64_t columns) {
   using Of = Minifloats<kFormat, false>;
   constexpr int kWords = Of::Values::kWords;
   const uint8_t* p = Of::data(b, j) + step * minifloat_step_bytes(kFormat);
@@ -599,7 +599,7 @@ void expand_step(float (&out)[kLanes][kMinifloatColumns], const Matrix& b, int64
   }
 #pragma GCC unroll 8
   for (int k = 0; k < kMinifloatColumns; k += kLanes) {
-    const Floats scale = Of::scale(Of::scales(b, j), group_at(k), Of::row_scales(b, j));
+    const Floats scale = Of::scale(Of::scales(b, j), group_at(k < columns ? k : 0), Of::row_scales(b, j));
     Floats block[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) block[i] = words[k + i] * scale;
@@ -616,9 +616,9 @@ void expand_minifloats_in(void* out, int64_t stride, DType dtype, const Matrix& 
   for (int64_t n = 0; n < num_rows; n += kLanes) {
     for (int64_t k = 0; k < count; k += kMinifloatColumns) {
       float rows[kLanes][kMinifloatColumns];
-      expand_step<kFormat>(rows, b, n / kLanes, (first + k) / kMinifloatColumns);
-      char* target = static_cast<char*>(out) + (n * stride + k) * element;
       const int64_t columns = count - k < kMinifloatColumns ? count - k : kMinifloatColumns;
+      expand_step<kFormat>(rows, b, n / kLanes, (first + k) / kMinifloatColumns, columns);
+      char* target = static_cast<char*>(out) + (n * stride + k) * element;
       for (int64_t r = 0; r < kLanes && n + r < num_rows; ++r, target += stride * element) {
         store_row(target, dtype, rows[r], columns);
       }

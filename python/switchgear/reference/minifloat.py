@@ -442,7 +442,7 @@ def to_row_scales(tensor_scales: Tensor, rows: int) -> Tensor:
 
 def from_row_scales(row_scales: Tensor, parts: int) -> Tensor:
     """The inverse of to_row_scales."""
-    return row_scales[:, :: row_scales.shape[1] // parts, 0]
+    return row_scales[:, :: row_scales.shape[1] // parts, 0].contiguous()
 
 
 def to_blocks(
