@@ -44,8 +44,8 @@ REDUCTIONS = {"all", "any", "argmax", "argmin", "count_nonzero", "equal", "isfin
 
 # "file function": why it may wait.
 ALLOWED = {
-    "functional/layer.py _selected_moe": "two lists of experts that are not the same tensor",
-    "functional/offloaded.py _cast": "autocast of experts in a cache, which waits for them anyway: only those in use",
+    "functional/layer.py _check_both_trained": "two lists of experts that are not the same tensor",
+    "offload/waves.py _cast": "autocast of experts in a cache, which waits for them anyway: only those in use",
     "adapters/lora_experts.py _check_gates": "once, when a layer is built",
     "integrations/hook_points.py _JetMoe.write": "its layers take the numbers of tokens as a list",
     "papers/layers/monet.py MonetExperts.disable": "called between steps",
@@ -56,7 +56,7 @@ ALLOWED = {
     "routing/expert_choice.py ExpertChoice._capped": "sequences of different lengths, as docs/routing.md says",
     "papers/parts/masks.py ClusterDropout.fill_buffers": "once, when a layer is built",
     "papers/parts/masks.py TokenIdMask.of_frequencies": "once, when a layer is built",
-    "routing/pairs.py from_pairs": "without max_experts_per_token, as its docstring says",
+    "routing/ranking.py from_pairs": "without max_experts_per_token, as its docstring says",
     "routing/ranking.py trim": "on the CPU only",
 }
 
