@@ -28,7 +28,7 @@ FOLDERS = ("autograd", "functional", "ops", "routing", "layers", "papers")
 FILES = (
     "modules.py", "experts.py", "reference/policies.py", "weights/weight.py", "weights/module.py",
     "weights/adapted.py", "weights/selected.py",
-    "integrations/experts.py", "integrations/choices.py", "integrations/hook_points.py",
+    "offload/waves.py", "integrations/experts.py", "integrations/choices.py", "integrations/hook_points.py",
     "adapters/lora_experts.py",
 )  # fmt: skip
 IN_FOLDERS = sorted(path for name in FOLDERS for path in (PACKAGE / name).rglob("*.py"))
