@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import switchgear
 from errors import raises
-from switchgear import backends, complaints
+from switchgear import backends
 from switchgear.integrations.forwards import is_swapped
 from switchgear.integrations.modules import PatchedExperts
 from switchgear.integrations.transformers import accelerate, path_of, undo_accelerate
 from switchgear.integrations.undecorated import find_patch
+from switchgear.utils.packages import is_installed
 from tiny_models import build, example_inputs
 
 
@@ -441,7 +442,7 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
 def test_a_stub_of_transformers_is_none(stub: types.ModuleType | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As tests and builds of documentation have: switchgear can be imported beside it."""
     monkeypatch.setitem(sys.modules, "transformers", stub)
-    assert not complaints.is_installed("transformers")
+    assert not is_installed("transformers")
 
 
 def test_a_star_import_needs_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 import switchgear
 from switchgear.cli import COMMANDS, info, machine, main
 from switchgear.cli.common import CommandError, console, require
-from switchgear.complaints import failed_import, first_line
+from switchgear.utils.packages import failed_import, first_line
 
 # ---- info ------------------------------------------------------------------------------------------------------------
 

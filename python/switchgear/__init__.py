@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 from switchgear import adapters, compress, convert, distill, finetune, layers, offload, optim, presets, routing, weights
 from switchgear.autograd import accumulate_into_grad
 from switchgear.backends import backend, use_backend
-from switchgear.complaints import failed_import, installed_version, is_installed
 from switchgear.cuda import cuda_kernels, set_cuda_kernels
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
@@ -39,6 +38,7 @@ from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version
 from switchgear.routing import Context, Router, load_balancing_loss, z_loss
 from switchgear.trace import RoutingTrace, override
+from switchgear.utils.packages import failed_import, installed_version, is_installed
 from switchgear.weights import Weight, restore, store
 
 if TYPE_CHECKING:

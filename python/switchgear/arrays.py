@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from switchgear.complaints import complain
+from switchgear.checks import explain_failure
 from switchgear.ops import check_capsule
 
 P = ParamSpec("P")
@@ -49,7 +49,7 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except Exception:
-            complain(function, args, kwargs)
+            explain_failure(function, args, kwargs)
             raise
 
     return wrapper

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_float_dtype
+from switchgear.checks import check_float_dtype
 from switchgear.functional import as_limit, as_number, moe
 from switchgear.reference import ACTIVATIONS, check_choice, check_finite, check_size
 from switchgear.utils.modules import replicate

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_function, sizes
+from switchgear.checks import check_function, sizes
 from switchgear.functional import Routing
 from switchgear.layers.common import WithLosses, experts_class, scaled_input
 from switchgear.layers.expand import add_expert, expand

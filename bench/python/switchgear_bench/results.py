@@ -18,7 +18,7 @@ from typing import Any
 from switchgear.cli.common import CommandError, check_file, write_file
 from switchgear.cli.common import rounded as rounded
 from switchgear.cli.common import write_json as write_json
-from switchgear.complaints import first_line
+from switchgear.utils.packages import first_line
 
 from . import report
 from .case import flops_of, moved_bytes

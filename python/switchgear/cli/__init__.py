@@ -13,8 +13,8 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from ..complaints import failed_import
 from ..ops import version
+from ..utils.packages import failed_import
 from .common import CommandError
 
 COMMANDS = {

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..complaints import check_seed, failed_import
+from ..checks import check_seed
 from ..files import AnyPath, write_whole
+from ..utils.packages import failed_import
 
 DIGITS = 8  # of a number in a file of results
 

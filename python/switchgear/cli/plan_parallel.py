@@ -29,7 +29,7 @@ from switchgear.parallel.nodes import Nodes
 from switchgear.parallel.placement import Placement, place_experts
 from switchgear.parallel.wire import WIRES
 
-from ..complaints import first_line
+from ..utils.packages import first_line
 from .common import (
     CommandError,
     above_zero,

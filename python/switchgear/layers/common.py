@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.backends import in_autocast
-from switchgear.complaints import check_module, check_tensor
+from switchgear.checks import check_module, check_tensor
 from switchgear.experts import Experts
 
 if TYPE_CHECKING:

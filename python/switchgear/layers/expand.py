@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_several, check_tensor, integer
+from switchgear.checks import check_several, check_tensor, integer
 from switchgear.experts import Experts
 from switchgear.functional import as_number
 from switchgear.reference import check_choice, check_size

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from switchgear.complaints import at_least, sizes
+from switchgear.checks import at_least, sizes
 from switchgear.layers.common import experts_class
 from switchgear.reference import check_range
 from switchgear.routing.context import can_be_read

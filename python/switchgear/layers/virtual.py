@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.complaints import at_least, check_module
+from switchgear.checks import at_least, check_module
 from switchgear.reference import check_range
 from switchgear.routing.context import can_be_read
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.complaints import at_least, check_several, integer
+from switchgear.checks import at_least, check_several, integer
 from switchgear.diagnostics.choices import LayerChoices
 from switchgear.reference import check_size
 from switchgear.trace.routing_record import RoutingRecord

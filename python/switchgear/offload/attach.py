@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import at_least, check_module, check_seconds
+from switchgear.checks import at_least, check_module, check_seconds
 from switchgear.files import AnyPath
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.offload.attachment import Attachment, Read, Target, choose_device, end_read, find_targets, read_all

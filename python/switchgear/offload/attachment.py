@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from switchgear.complaints import as_device
+from switchgear.checks import as_device
 from switchgear.offload.pool import arena
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import Records, StoreError

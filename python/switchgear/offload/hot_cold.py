@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.autograd import needs_autograd
-from switchgear.complaints import as_device, at_least
+from switchgear.checks import as_device, at_least
 from switchgear.experts import Experts
 from switchgear.offload.device import Device, Event, find_device
 from switchgear.reference import check_range

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.checks import check_module
 from switchgear.functional import as_number
 from switchgear.integrations.hook_points import read_logits
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks

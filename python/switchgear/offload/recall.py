@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.checks import check_module
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.offload.accesses import Accesses
 from switchgear.offload.predictors import Expert, Predictor, check_predictions, check_predictor

@@ -9,7 +9,7 @@ from heapq import heapify, heappop, heappush
 from math import inf
 from typing import NamedTuple
 
-from switchgear.complaints import integer
+from switchgear.checks import integer
 from switchgear.offload.policies import Now, Policy, Use
 
 # ---- How many --------------------------------------------------------------------------------------------------------

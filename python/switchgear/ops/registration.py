@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from switchgear import backends, cuda, reference
-from switchgear.complaints import check_dense
+from switchgear.checks import check_dense
 from switchgear.ops.native import Kernels, cuda_kernels_of, host
 from switchgear.reference.formats import format_of
 

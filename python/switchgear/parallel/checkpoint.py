@@ -38,10 +38,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 
-from switchgear.complaints import first_line
 from switchgear.experts import Experts
 from switchgear.files import AnyPath
 from switchgear.parallel.experts import ParallelExperts
+from switchgear.utils.packages import first_line
 
 # ---- Metadata, read without running code from it ---------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from switchgear.complaints import check_seconds, integer
+from switchgear.checks import check_seconds, integer
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
 from switchgear.parallel.connect import Background, get, own_client

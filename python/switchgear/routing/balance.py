@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from switchgear.arrays import accepts_arrays
-from switchgear.complaints import check_tensor
+from switchgear.checks import check_tensor
 from switchgear.functional import Routing
 from switchgear.reference import weight_dtype, wide
 from switchgear.routing.ranking import finite

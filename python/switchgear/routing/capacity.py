@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from switchgear import ops, reference
-from switchgear.complaints import at_least
+from switchgear.checks import at_least
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice
 from switchgear.routing.context import Context, check_positive, check_scope, is_per_sequence, sequences

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_tensor
+from switchgear.checks import check_tensor
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_range, check_size
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from switchgear import ops
-from switchgear.complaints import at_least
+from switchgear.checks import at_least
 from switchgear.functional import Routing, as_number, route
 from switchgear.reference import check_choice, check_finite
 from switchgear.routing.context import NOTHING_KNOWN, Context, check_scope, is_per_sequence, sequences

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from switchgear.complaints import check_float_dtype, complain_about_rows
+from switchgear.checks import check_float_dtype, complain_about_rows
 from switchgear.functional import Routing, as_number, gate, gate_route, route
 from switchgear.reference import check_choice, check_finite, check_fraction, check_size
 from switchgear.routing.balance import count_tokens, sum_over_processes

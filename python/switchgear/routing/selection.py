@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from switchgear.complaints import at_least
+from switchgear.checks import at_least
 from switchgear.functional import Routing, as_number, route, route_dynamic
 from switchgear.reference import GROUP_SCORES, check_choice, check_finite
 from switchgear.routing.context import (

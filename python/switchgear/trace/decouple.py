@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module
+from switchgear.checks import check_module
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
 from switchgear.trace.pre_router import PreRouter, check_top_k

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from switchgear.complaints import first_line
 from switchgear.files import AnyPath
+from switchgear.utils.packages import first_line
 
 _Recording = TypeVar("_Recording")
 

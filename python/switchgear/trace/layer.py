@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.complaints import list_of_names
+from switchgear.checks import list_of_names
 from switchgear.trace.counts import LoadCounts, PairCounts
 from switchgear.trace.sample import TokenSample
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import check_module, list_of_names
+from switchgear.checks import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.choices import watch_choices
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.complaints import at_least, check_several, check_tensor, complain_about_rows, sizes
+from switchgear.checks import at_least, check_several, check_tensor, complain_about_rows, sizes
 from switchgear.reference import check_size
 from switchgear.routing.ranking import choose
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.wrappers import is_wrapper
-from switchgear.complaints import check_module
+from switchgear.checks import check_module
 from switchgear.functional import Routing
 from switchgear.integrations.choices import override_selection, watch_choices
 from switchgear.integrations.hook_points import Choice

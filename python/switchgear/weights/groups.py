@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from switchgear.complaints import check_switch, integer
+from switchgear.checks import check_switch, integer
 from switchgear.reference import check_size, groups
 from switchgear.reference.minifloat import COLUMNS
 from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from switchgear.complaints import check_switch
+from switchgear.checks import check_switch
 from switchgear.reference import check_size, integers
 from switchgear.reference.formats import BITS
 from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages

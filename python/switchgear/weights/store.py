@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import backends, ops
-from switchgear.complaints import at_least, check_dense, check_module, check_switch, check_tensor
+from switchgear.checks import at_least, check_dense, check_module, check_switch, check_tensor
 from switchgear.reference import check_size, formats
 from switchgear.weights.adapted import can_borrow_from, notice_wrappers
 from switchgear.weights.change import (

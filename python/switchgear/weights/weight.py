@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from switchgear import backends, ops
 from switchgear.backends import cast_in_autocast
-from switchgear.complaints import check_tensor
+from switchgear.checks import check_tensor
 from switchgear.reference import formats, panels, weight_dtype
 from switchgear.reference.checks import check, check_range
 from switchgear.weights.operand import Operand, TrainedExperts, operand_of

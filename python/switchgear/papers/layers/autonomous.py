@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.complaints import at_least
+from switchgear.checks import at_least
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, plan
 from switchgear.layers.common import WithLosses, check_rows
 from switchgear.papers.parts.scores_of_experts import ActivationNorm, norms

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import at_least
+from switchgear.checks import at_least
 from switchgear.functional import gate
 from switchgear.layers.common import check_rows
 from switchgear.reference import check_choice, wide

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import at_least
+from switchgear.checks import at_least
 from switchgear.layers.common import check_returns_rows, check_rows, losses_of, repeat_context
 
 

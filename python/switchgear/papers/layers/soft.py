@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
-from switchgear.complaints import at_least, check_module
+from switchgear.checks import at_least, check_module
 from switchgear.layers.common import check_rows
 from switchgear.reference import wide
 from switchgear.utils.modules import LoadsScalars

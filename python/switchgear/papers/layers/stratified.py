@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import at_least, sizes
+from switchgear.checks import at_least, sizes
 from switchgear.experts import Experts
 from switchgear.functional import gate, route
 from switchgear.layers.common import WithLosses, check_rows

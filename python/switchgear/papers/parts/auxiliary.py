@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear import ops
-from switchgear.complaints import check_tensor
+from switchgear.checks import check_tensor
 from switchgear.functional import Routing, permute, plan
 from switchgear.routing.ranking import is_open
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from switchgear.complaints import at_least
+from switchgear.checks import at_least
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice
 from switchgear.routing.capacity import (

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from switchgear.complaints import at_least, check_tensor
+from switchgear.checks import at_least, check_tensor
 from switchgear.functional import Routing, as_number
 from switchgear.reference import check_choice, check_finite, check_fraction, check_range, wide
 from switchgear.routing.context import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.complaints import at_least, check_tensor
+from switchgear.checks import at_least, check_tensor
 from switchgear.functional import as_number, gate
 from switchgear.reference import check_finite, wide
 from switchgear.routing.context import Context, Score, check_positive, made, sequences

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
-from switchgear.complaints import at_least
+from switchgear.checks import at_least
 from switchgear.functional import gate
 from switchgear.reference import check_choice, weight_dtype, wide
 from switchgear.routing.context import Context

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear import ops
-from switchgear.complaints import at_least
+from switchgear.checks import at_least
 from switchgear.functional import Routing, as_number, route
 from switchgear.reference import check_choice, check_size
 from switchgear.routing.context import (

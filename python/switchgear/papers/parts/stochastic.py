@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from switchgear.autograd import apply
-from switchgear.complaints import at_least
+from switchgear.checks import at_least
 from switchgear.functional import Routing
 from switchgear.reference import check_choice
 from switchgear.routing.context import (

@@ -23,9 +23,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from switchgear.complaints import first_line
 from switchgear.parallel.connect import Background, get
 from switchgear.parallel.errors import ExpertParallelError, Failure
+from switchgear.utils.packages import first_line
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1e-3, 0.03
 SLACK_SECONDS = 2.0  # for a store that answers late
