@@ -461,7 +461,7 @@ def stored() -> nn.Module:
         (make_model, {"0": [1], "2": [4]}, ValueError, "0 to 3 of 2"),
         (make_model, {"0": [-1]}, ValueError, "0 to 5"),
         (make_model, {"0": [1, 1]}, ValueError, "once"),
-        (make_model, {"0": [1.5]}, TypeError, "integers"),
+        (make_model, {"0": [1.5]}, TypeError, "int"),
         (make_model, ["0"], TypeError, "^selection: "),
         (make_model, {"0": [1], "0.gate": [2]}, ValueError, "once"),
         (shared_experts, {"2": [1]}, ValueError, "sharing"),
