@@ -228,19 +228,24 @@ def _convert_union(name: str, value: Any, options: Sequence[Any], hint: Any, siz
 
 
 def _convert_series(name: str, value: Any, origin: Any, options: Sequence[Any], sizes: dict[str, int]) -> Any:
-    if origin is not collections.abc.Iterable and not isinstance(value, (collections.abc.Sequence, origin)):
-        raise TypeError(f"{name}: expected {describe(origin[options])}, got {type(value).__name__}")
-    if not options or not isinstance(value, (list, tuple)):
-        check_several(name, value, describe(options[0]) if options else "items")
+    """A Sequence may be anything with items; what is no list or tuple becomes a list. An Iterable stays as it is."""
+    if origin in (list, tuple) and not isinstance(value, origin):
+        raise TypeError(f"{name}: expected {describe(origin[tuple(options)])}, got {type(value).__name__}")
+    check_several(name, value, describe(options[0]) if options else "items")
+    is_plain = isinstance(value, (list, tuple))
+    if not options or (origin is collections.abc.Iterable and not is_plain):
         return value
+    given = value if is_plain else list(value)
     if origin is tuple and options[-1] is not Ellipsis:
-        if len(value) != len(options):
-            raise ValueError(f"{name}: expected {len(options)} items, got {len(value)}")
-        items = [convert(name, item, option, sizes) for item, option in zip(value, options, strict=True)]
+        if len(given) != len(options):
+            raise ValueError(f"{name}: expected {len(options)} items, got {len(given)}")
+        items = [convert(name, item, option, sizes) for item, option in zip(given, options, strict=True)]
     else:
-        items = [convert(name, item, options[0], sizes) for item in value]
-    if all(item is before for item, before in zip(items, value, strict=True)):
+        items = [convert(name, item, options[0], sizes) for item in given]
+    if is_plain and all(item is before for item, before in zip(items, given, strict=True)):
         return value
+    if not is_plain:
+        return items
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
