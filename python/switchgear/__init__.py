@@ -8,7 +8,7 @@ Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) for routers with load balancing
 Models:     accelerate(model) runs a Hugging Face model on the kernels
 Weights:    store(model, form) converts the experts to a faster or smaller form: "auto", "plain", "panels", "compact",
-            "int8", "fp8" and others (docs/weights.md); restore(model) undoes it. The parts are in
+            "int8", "fp8" and others (docs/weights.md); restore(model) decodes it again. The parts are in
             switchgear.weights
 Analysis:   RoutingTrace records the choices of routers; override(model, …) changes them temporarily; diagnostics reads
             traces, choices and weights; analysis has costs and scaling laws; generation.SelfContrast decodes

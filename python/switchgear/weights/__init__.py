@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How the weights of experts are stored.
 
-store(model, form) converts a model, restore(model) undoes it, encode(weight, form) converts one weight. `moe` accepts a
+store(model, form) converts a model, restore(model) decodes it, encode(weight, form) converts one weight. `moe` accepts a
 Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Groups, and those of minifloat.py.
 See docs/weights.md.
 
