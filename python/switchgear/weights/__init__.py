@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How the weights of experts are stored.
 
-store(model, form) converts a model, restore(model) decodes it, encode(weight, form) converts one weight. `moe` accepts a
-Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Groups, and those of minifloat.py.
+store(model, form) converts a model, restore(model) decodes it, encode(weight, form) converts one weight. `moe` takes
+a Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Groups, and those of minifloat.py.
 See docs/weights.md.
 
 weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of which some experts train
