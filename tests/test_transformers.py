@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 
-import switchgear
 from errors import raises
+from switchgear import functional
 from switchgear.integrations import is_too_old
 from switchgear.integrations.transformers import accelerate, is_decorated, path_of
 from switchgear.integrations.undecorated import find_patch
@@ -196,13 +196,13 @@ def test_autocast(model_type: str) -> None:
 def test_weights_are_not_copied(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = experts_of(build(model_type))
     weights: list[Tensor] = []
-    moe = switchgear.moe
+    moe = functional.moe
 
     def keep(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weights.extend(args[:2])
         return moe(x, *args, **kwargs)
 
-    monkeypatch.setattr(switchgear, "moe", keep)
+    monkeypatch.setattr(functional, "moe", keep)
     module(*choices(module))
     assert [weight.data_ptr() for weight in weights] == [module.gate_up_proj.data_ptr(), module.down_proj.data_ptr()]
 

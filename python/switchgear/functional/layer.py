@@ -49,7 +49,7 @@ def rows_of(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, 
 
 def _options(activation: str, gated: bool, interleaved: bool, alpha: float, limit: float | None) -> tuple[Any, ...]:
     """Those of GluOptions. Conversions that change nothing would cost a microsecond."""
-    alpha = alpha if type(alpha) is float else as_number("alpha", alpha)
+    alpha = alpha if isinstance(alpha, float) else as_number("alpha", alpha)
     return activation, gated, interleaved, alpha, 0.0 if limit is None else as_limit(limit)
 
 
