@@ -307,8 +307,11 @@ void launch_integers(const Gemm& g, const StoredOperand& w, void* stream) {
 
 template <Format kFormat>
 void stored_gemm_of(const Gemm& g, const StoredOperand& w, void* stream) {
-  if constexpr (is_integer(kFormat)) return launch_integers<kFormat>(g, w, stream);
-  launch_decoded<kFormat>(g, w, stream);
+  if constexpr (is_integer(kFormat)) {
+    launch_integers<kFormat>(g, w, stream);
+  } else {
+    launch_decoded<kFormat>(g, w, stream);
+  }
 }
 
 }  // namespace switchgear::cuda
