@@ -60,6 +60,7 @@ def interruptible() -> Iterator[None]:
 PROCESSES = Path(__file__).parent / "parallel"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of processes share a pool of them, so pytest-xdist runs them in one process. On simt, each thread order in
     SIMT_TURNS (default: all orders that run) runs its share of the tests marked `in_turns`. `on` names the devices that

@@ -162,9 +162,9 @@ def test_plain_experts_pass() -> None:
     [
         (lambda m: switchgear.store(m, "int8", low_memory="no"), "low_memory: expected bool, got str"),
         (lambda m: switchgear.store(m, "auto", lossless="no"), "lossless: expected bool, got str"),
-        (lambda m: switchgear.store(m, "auto", tokens_per_step=math.nan), "tokens_per_step: expected an integer"),
-        (lambda m: switchgear.store(m, "auto", tokens_per_step=True), "tokens_per_step: expected an integer"),
-        (lambda m: switchgear.store(m, "auto", tokens_per_step="1"), "tokens_per_step: expected an integer"),
+        (lambda m: switchgear.store(m, "auto", tokens_per_step=math.nan), "tokens_per_step: expected int"),
+        (lambda m: switchgear.store(m, "auto", tokens_per_step=True), "tokens_per_step: expected int"),
+        (lambda m: switchgear.store(m, "auto", tokens_per_step="1"), "tokens_per_step: expected int"),
         (lambda m: switchgear.store(m, ["int8"]), "form: expected a name or an object of a form, got list"),
         (lambda m: switchgear.store(None, "int8"), "model: expected torch.nn.Module, got NoneType"),
         (lambda m: switchgear.restore(None), "model: expected torch.nn.Module, got NoneType"),
