@@ -31,8 +31,6 @@ from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight
 FINDERS, HINTS = _FINDERS["layout"], _FINDERS["hint"]  # earlier names; `extend` adds to all of them
 
 __all__ = [
-    "FINDERS",
-    "HINTS",
     "AdaptedWeight",
     "Compact",
     "Form",
