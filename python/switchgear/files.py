@@ -43,7 +43,7 @@ class DiskFull(OSError):
 
 
 def unfinished_of(path: Path) -> Path:
-    """A new name beside the path. Nobody can guess it, so no two processes write to it, and nobody plants a link."""
+    """A random name beside the path: no two processes write to the same file, and no link can be planted there."""
     return path.with_name(f"{path.name[:48]}.{secrets.token_hex(6)}{UNFINISHED}")
 
 
