@@ -24,7 +24,7 @@ layers;
 - those of *adapters as experts* are options of `switchgear.adapters.add_lora_experts(model, …)` and `mixture(model, …)`
 ([adapter_experts.md](adapter_experts.md)); `build` makes one such layer, a Linear of hidden_size to intermediate_size.
 
-In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary ids, `task` [2,24] has one embedding per sequence,
+No example: `MoE(64, 32, 8, **presets.NAME())(x)`. In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary ids, `task` [2,24] has one embedding per sequence,
 `kinds` [2] are integers, `counts` [100] the frequencies of ids, and `table` [8,24] the centroids of clusters.
 The trainer adds the losses of `balance`: `loss + switchgear.balance_loss(model)`. Presets with a controller or an
 interval need `switchgear.after_step(model)` after each optimizer step. [routing.md](routing.md) describes the parts and
@@ -112,12 +112,13 @@ def page() -> str:
 
 def _row(entry: Preset) -> str:
     address = entry.source.replace("arXiv:", "https://arxiv.org/abs/")
-    paper = f"[{entry.paper}]({address})" + f", {entry.source[6:]}" * entry.source.startswith("arXiv:")
+    paper = f"[{entry.paper}]({address})"
     summary = " ".join((inspect.getdoc(entry.function) or "").split("\n\n")[0].split())
+    example = example_of(entry)
     fidelity = entry.fidelity + (f"; unverified: {entry.unverified}" if entry.unverified else "")
     cells = (
         f"`{entry.name}`", str(entry.number or ""), f"{summary} {paper}", f"`{written(entry.options())}`", fidelity,
-        f"`{example_of(entry)}`",
+        f"`{example}`" * (example != f"MoE(64, 32, 8, **presets.{entry.name}())(x)"),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |\n"
 
