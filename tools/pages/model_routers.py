@@ -168,7 +168,10 @@ def table() -> str:
         print(f"{len(found):3} {model_type}", file=sys.stderr)
     lines, *kinds = zip(*found, strict=True)
     entropy, overridden, replayed = (sum(map(bool, kind)) for kind in kinds)
-    counts = f"Of {len(lines)} types, {entropy} have an entropy in `RoutingTrace`, {overridden} an `override`, {replayed} a replay."
+    counts = (
+        f"Of {len(lines)} types, {entropy} have an entropy in `RoutingTrace`, {overridden} an `override`, {replayed} a "
+        "replay."
+    )
     return PAGE.format(transformers=transformers.__version__, counts=counts, rows="\n".join(map(str, lines)))
 
 

@@ -40,7 +40,8 @@ def note(results: dict[str, Any]) -> str:
     return (
         f"The model of `switchgear train-tiny`: {read / 1e6:.1f} million bytes of {domains}. Weights in "
         f"{results['dtype']}; the loss on held-out text grows from {_mean(_base(results)):.3f} nats per byte. "
-        f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}, switchgear {about['switchgear']}.\n"
+        f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}, switchgear "
+        f"{about['switchgear']}.\n"
     )
 
 

@@ -212,7 +212,8 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append([
             case["shape"], f"{case['tokens']:,}", case["mode"], f"{case['one_core_ms']:.3g}",
             f"{case['two_predicted_ms']:.3g}, {case['two_measured_ms']:.3g}", f"{100 * case['two_error']:+.1f} %",
-            cell(case, 16, 1, 1), cell(case, 64, 1, 1), cell(case, 128, 2, 2), f"{worst[0]} {worst[1]:.0%}".replace("%", " %"),
+            cell(case, 16, 1, 1), cell(case, 64, 1, 1), cell(case, 128, 2, 2),
+            f"{worst[0]} {worst[1]:.0%}".replace("%", " %"),
         ])  # fmt: skip
     about = results["machine"]
     note = f"{about['model']}, {threads_of(about['threads'])}, {about['isa']}; torch {about['torch']}.\n"
