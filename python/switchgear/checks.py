@@ -102,6 +102,15 @@ class NotEmpty:
             raise ValueError(f"{name}: expected at least one, got none")
 
 
+class Steps:
+    """An optimizer of torch, or an object with its methods."""
+
+    @staticmethod
+    def check(name: str, value: Any, sizes: dict[str, int]) -> None:
+        if not all(callable(getattr(value, method, None)) for method in ("step", "zero_grad")):
+            raise TypeError(f"{name}: expected torch.optim.Optimizer, got {type(value).__name__}")
+
+
 Size = Annotated[int, Range(1, 2**31 - 1)]
 Count = Annotated[int, Range(0, 2**31 - 1)]
 Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
@@ -114,6 +123,7 @@ Seconds = Annotated[float, Range(0, MOST_SECONDS, "low")]
 FloatTensor = Annotated[Tensor, FloatingPoint]
 FloatDtype = Annotated[torch.dtype, FloatingPoint]
 Sizes = Annotated[Sequence[Size], NotEmpty]
+Optimizer = Annotated[Any, Steps]
 
 
 # ---- arguments of a call ---------------------------------------------------------------------------------------------
@@ -391,12 +401,6 @@ def check_module(name: str, module: Any) -> None:
 def check_function(name: str, value: Any) -> None:
     """Raises TypeError for anything that cannot be called."""
     convert(name, value, collections.abc.Callable)
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Raises TypeError for anything but an optimizer of torch, or an object with its methods."""
-    if not all(callable(getattr(optimizer, name, None)) for name in ("step", "zero_grad")):
-        raise TypeError(f"optimizer: expected torch.optim.Optimizer, got {type(optimizer).__name__}")
 
 
 def check_several(name: str, values: Any, what: str) -> None:
