@@ -213,8 +213,8 @@ def convert(name: str, value: Any, hint: Any, sizes: dict[str, int] | None = Non
     if _is_testable(kind) and not isinstance(value, kind):
         raise TypeError(f"{name}: expected {describe(hint)}, got {type(value).__name__}")
     if origin is collections.abc.Mapping:
-        for item in value.values():
-            convert(name, item, options[1], sizes)
+        for key, item in value.items():
+            convert(f"{name}[{key!r}]", item, options[1], sizes)
     return value
 
 
@@ -238,8 +238,9 @@ def _convert_union(name: str, value: Any, options: Sequence[Any], hint: Any, siz
 
 
 def _convert_series(name: str, value: Any, origin: Any, options: Sequence[Any], sizes: dict[str, int]) -> Any:
-    """A Sequence may be anything with items; what is no list or tuple becomes a list. An Iterable stays as it is."""
-    if origin in (list, tuple) and not isinstance(value, origin):
+    """A Sequence may be anything with items but a mapping; what is no list becomes one. An Iterable stays as it is."""
+    is_other = isinstance(value, Mapping) if origin is collections.abc.Sequence else not isinstance(value, origin)
+    if origin is not collections.abc.Iterable and is_other:
         raise TypeError(f"{name}: expected {describe(origin[tuple(options)])}, got {type(value).__name__}")
     check_several(name, value, describe(options[0]) if options else "items")
     is_plain = isinstance(value, (list, tuple))
@@ -249,9 +250,10 @@ def _convert_series(name: str, value: Any, origin: Any, options: Sequence[Any], 
     if origin is tuple and options[-1] is not Ellipsis:
         if len(given) != len(options):
             raise ValueError(f"{name}: expected {len(options)} items, got {len(given)}")
-        items = [convert(name, item, option, sizes) for item, option in zip(given, options, strict=True)]
+        pairs = enumerate(zip(given, options, strict=True))
+        items = [convert(f"{name}[{index}]", item, option, sizes) for index, (item, option) in pairs]
     else:
-        items = [convert(name, item, options[0], sizes) for item in given]
+        items = [convert(f"{name}[{index}]", item, options[0], sizes) for index, item in enumerate(given)]
     if is_plain and all(item is before for item, before in zip(items, given, strict=True)):
         return value
     if not is_plain:
