@@ -24,9 +24,9 @@ layers;
 - those of *adapters as experts* are options of `switchgear.adapters.add_lora_experts(model, …)` and `mixture(model, …)`
 ([adapter_experts.md](adapter_experts.md)); `build` makes one such layer, a Linear of hidden_size to intermediate_size.
 
-No example: `MoE(64, 32, 8, **presets.NAME())(x)`. In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary ids,
-`task` [2,24] has one embedding per sequence, `kinds` [2] are integers, `counts` [100] the frequencies of ids, and `table`
-[8,24] the centroids of clusters.
+No example: `MoE(64, 32, 8, **presets.NAME())(x)`. In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary
+ids, `task` [2,24] has one embedding per sequence, `kinds` [2] are integers, `counts` [100] the frequencies of ids, and
+`table` [8,24] the centroids of clusters.
 The trainer adds the losses of `balance`: `loss + switchgear.balance_loss(model)`. Presets with a controller or an
 interval need `switchgear.after_step(model)` after each optimizer step. [routing.md](routing.md) describes the parts and
 how to write your own.
