@@ -19,7 +19,7 @@ from switchgear.papers.parts.auxiliary import kl_divergence, mean_of_tokens, wit
 from switchgear.papers.parts.stochastic import SampledTopK
 from switchgear.reference import check_finite, check_size
 from switchgear.routing.balance import load_balancing_loss
-from switchgear.routing.context import Select, check_share, most_experts, scored
+from switchgear.routing.context import Select, most_experts, scored
 from switchgear.routing.counting import kept_counts
 from switchgear.routing.ranking import choose
 from switchgear.routing.router import Router
@@ -59,7 +59,6 @@ def knowledge_augment(
     Raises ValueError for an option out of range, or a teacher without routers.
     """
     check_size("samples", samples)
-    check_share("p_sample", p_sample)
 
     def sampled(router: Router, options: dict[str, Any]) -> Select:
         return SampledTopK(max(router.num_experts - 1, 1), p_sample, **options)

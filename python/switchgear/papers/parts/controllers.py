@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.functional import Routing, as_number
-from switchgear.reference import check_finite
+from switchgear.checks import Finite, Fraction, NotNegativeOrInf, checked
+from switchgear.functional import Routing
 from switchgear.routing.balance import count_tokens, spans_processes, sum_over_processes, total_weights
-from switchgear.routing.context import Context, check_not_negative, check_share, is_recomputing, made
+from switchgear.routing.context import Context, is_recomputing, made
 from switchgear.routing.counting import aside, unseen
 from switchgear.routing.ranking import finite
 from switchgear.utils.modules import KeepsFloat32
@@ -41,14 +41,12 @@ class AdaptiveCoefficient(KeepsFloat32):
     counted = ("_seen",)
     value: Tensor
 
+    @checked
     def __init__(
-        self, xi: float = 0.2, alpha_max: float = 0.01, beta: float = 0.99, initial: float | None = None
+        self, xi: Finite = 0.2, alpha_max: Finite = 0.01, beta: Fraction = 0.99, initial: Finite | None = None
     ) -> None:
         super().__init__()
         initial = alpha_max if initial is None else initial
-        for name, value in {"xi": xi, "alpha_max": alpha_max, "beta": beta, "initial": initial}.items():
-            check_finite(name, as_number(name, value))
-        check_share("beta", beta)
         self.xi, self.alpha_max, self.beta, self.initial = xi, alpha_max, beta, initial
         self.register_buffer("value", torch.tensor(self.initial, dtype=torch.float32))
         self._seen: Tensor | None = None  # [2]: dropped choices and all choices in this step
@@ -105,12 +103,11 @@ class AdaptiveSparsity(KeepsFloat32):
     counted = ("_seen",)
     value: Tensor
 
+    @checked
     def __init__(
-        self, top_k: float, num_experts: int, *, initial: float = 1e-8, rate: float = 1.2, balance: bool = True
+        self, top_k: Finite, num_experts: int, *, initial: Finite = 1e-8, rate: Finite = 1.2, balance: bool = True
     ) -> None:
         super().__init__()
-        for name, value in {"top_k": top_k, "initial": initial, "rate": rate}.items():
-            check_finite(name, as_number(name, value))
         if not 0 < top_k <= num_experts:
             raise ValueError(f"top_k: expected a number in (0, {num_experts}] (num_experts), got {top_k}")
         if not rate > 1:
@@ -177,9 +174,9 @@ class RunningCap(KeepsFloat32):
     counted = ("totals",)
     totals: Tensor
 
-    def __init__(self, select: Any, margin: float, num_experts: int) -> None:
+    @checked
+    def __init__(self, select: Any, margin: NotNegativeOrInf, num_experts: int) -> None:
         super().__init__()
-        check_not_negative("margin", margin)
         self.select, self.margin = made(select, num_experts=num_experts), margin
         self.register_buffer("totals", torch.zeros(num_experts, dtype=torch.float32))
 
