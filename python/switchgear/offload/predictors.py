@@ -18,8 +18,7 @@ from switchgear.offload.accesses import Accesses, Source, to_int
 from switchgear.reference import check_size
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router
-from switchgear.trace.decouple import Listener
-from switchgear.trace.pre_router import PreRouter
+from switchgear.trace.pre_router import Listener, PreRouter
 
 Expert = tuple[int, int]  # layer, expert
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from switchgear.papers.parts.controllers import AdaptiveCoefficient
 from switchgear.papers.parts.losses import ClusterVariance, DeviceBalance
@@ -49,7 +49,7 @@ def deepseek_moe(
     "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664",
     f'{PAPER}; rule "proportional" divides by the mean load: {OURS}',
 )
-def loss_free(*, top_k: int = 6, rate: float = 1e-3, rule: str = "sign") -> dict[str, Any]:
+def loss_free(*, top_k: int = 6, rate: float = 1e-3, rule: Literal["sign", "proportional"] = "sign") -> dict[str, Any]:
     """A selection bias rises for experts with too few tokens and falls for the others; there is no loss.
 
     switchgear.after_step(model) updates the bias; call it once per optimizer step. rule = "proportional" divides each

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from switchgear.modules import MoE
 from switchgear.papers.layers.autonomous import AutonomousMoE
 from switchgear.papers.layers.cartesian import CartesianMoE
 from switchgear.papers.layers.merged import MergedExperts
-from switchgear.papers.layers.monet import Monet
+from switchgear.papers.layers.monet import Mode, Monet
 from switchgear.papers.layers.multi_head import MultiHeadMoE
 from switchgear.papers.layers.soft import SoftMoE
 from switchgear.papers.layers.stratified import StratifiedMoE
@@ -195,7 +195,7 @@ def monet_layer(hidden_size: int, intermediate_size: int, num_experts: int, **op
     f"{PAPER} and of its code, without auxiliary losses",
     example=Example((64, 8, 64**2)),
 )
-def monet(*, heads: int = 8, top_k: int = 32, mode: str = "vertical") -> Options:
+def monet(*, heads: int = 8, top_k: int = 32, mode: Mode = "vertical") -> Options:
     """n² experts from 2·n halves: parameters and work grow with n.
 
     The paper has 512² experts of width 8, and one router per four layers: pass another layer's as Monet(router=). There
@@ -234,7 +234,7 @@ def merged_experts(
     num_experts: int,
     *,
     top_k: int,
-    pooling: str,
+    pooling: Literal["mean", "attention"],
     per_linear: bool = False,
     bottleneck: int = 0,
     noise: bool = False,
@@ -262,7 +262,7 @@ def merged_experts(
 def merged(
     *,
     top_k: int = 2,
-    pooling: str = "mean",
+    pooling: Literal["mean", "attention"] = "mean",
     per_linear: bool = False,
     bottleneck: int = 0,
     noise: bool = False,

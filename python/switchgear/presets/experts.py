@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+from switchgear.checks import checked
 from switchgear.papers.parts.losses import EntropyLoss, NullAwareSwitchLoss, ParamPenalty
 from switchgear.papers.parts.masks import Lookup
 from switchgear.papers.parts.scores_of_experts import SparsityAware
 from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
-from switchgear.reference import check_choice
 from switchgear.routing import TopK, TopP
 
 WIDTHS = {
@@ -45,9 +45,10 @@ def adamoe(*, top_k: int = 4, null_experts: int = 16, balance: float = 1e-4) -> 
     "HMoE: Heterogeneous Mixture of Experts for Language Modeling, arXiv:2408.10681",
     f"{PAPER}; widths relative to their mean in the penalty, and the entropy per token: {OURS}",
 )
+@checked
 def hmoe(
     *,
-    widths: str = "arithmetic",
+    widths: Literal["arithmetic", "geometric", "hybrid"] = "arithmetic",
     top_k: int = 2,
     penalty: float = 0.1,
     top_p: float | None = None,
@@ -62,7 +63,6 @@ def hmoe(
     coefficient of that loss before the factor E of equation 5; if None, the paper's 0.03. The loss lowers the entropy
     of each token; the sign that equation 5 prints would raise it.
     """
-    check_choice("widths", widths, tuple(WIDTHS))
     if top_p is None and entropy is not None:
         raise ValueError(f"top_p: expected a number with entropy={entropy}, got None")
     ratios = WIDTHS[widths]

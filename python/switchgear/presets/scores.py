@@ -6,14 +6,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from switchgear.checks import Size, checked
 from switchgear.papers.layers.initial import sigma_moe_values
 from switchgear.papers.parts.losses import BatchEntropy, LocalityLoss
 from switchgear.papers.parts.masks import ExpertDropout, Masked, Temperature
 from switchgear.papers.parts.scores import FromEmbedding, GroupedAvgPool
 from switchgear.papers.parts.stochastic import GumbelSoftmax
 from switchgear.presets.entry import OURS, PAPER, Example, preset
-from switchgear.reference import check_size
 from switchgear.routing import Cosine, Linear, SwitchLoss, TopK
+from switchgear.routing.scores import Transform
 
 
 @preset(
@@ -51,8 +52,9 @@ def xmoe(
     "Approximating Two-Layer Feedforward Networks for Efficient Transformers, arXiv:2310.10837",
     f"{PAPER}, with its initial values; their factor √(2 / num_layers) only if num_layers is given",
 )
+@checked
 def sigma_moe(
-    *, top_k: int = 4, expert_dropout: float = 0.05, entropy: float = 1e-3, num_layers: int | None = None
+    *, top_k: int = 4, expert_dropout: float = 0.05, entropy: float = 1e-3, num_layers: Size | None = None
 ) -> dict[str, Any]:
     """Narrow ReLU experts without a gate; sigmoid scores, which do not compete; random experts are hidden from tokens
     in training; an entropy loss spreads the batch over the experts.
@@ -62,7 +64,6 @@ def sigma_moe(
     """
     initialize: Any = sigma_moe_values
     if num_layers is not None:
-        check_size("num_layers", num_layers)
         initialize = partial(sigma_moe_values, scale=(2 / num_layers) ** 0.5)
     return {
         "score": partial(Linear, equal_rows=True),
@@ -105,7 +106,7 @@ def locmoe(
     f"{PAPER}; which bounded transform: {OURS}",
     unverified="transform",
 )
-def bounded_gate(*, top_k: int = 2, transform: str = "tanh") -> dict[str, Any]:
+def bounded_gate(*, top_k: int = 2, transform: Transform = "tanh") -> dict[str, Any]:
     """The router sees a bounded transform of x: with x itself, vanishing experts slow the estimation.
 
     The transform is unverified: "tanh", "sigmoid", "normalize" or "layer_norm".

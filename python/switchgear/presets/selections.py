@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from switchgear.papers.parts.losses import AlignmentLoss, DeviceBalance, Entropy
 from switchgear.papers.parts.masks import Masked, TokenIdMask
 from switchgear.papers.parts.scores import SwitchMixture
 from switchgear.papers.parts.selections import BalancedAssignment, Broadcast
-from switchgear.papers.parts.stochastic import GumbelSoftmax, NoisyTopK, Random, SparseMixer
+from switchgear.papers.parts.stochastic import GumbelSoftmax, Level, NoisyTopK, Random, SparseMixer
 from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
 from switchgear.routing import Capacity, Dropless, ExpertChoice, Grouped, Linear, SwitchLoss, TopK, TopP
+from switchgear.routing.capacity import Drop, Overflow
+from switchgear.routing.context import Scope
 
 
 @preset(
@@ -73,7 +75,7 @@ def expert_choice(
     *,
     capacity_factor: float = 2.0,
     max_experts_per_token: int | None = None,
-    scope: str = "batch",
+    scope: Scope = "batch",
     evaluation: int | None = None,
 ) -> dict[str, Any]:
     """Each expert takes its best capacity_factor · T/E tokens: the load is even without a loss.
@@ -115,7 +117,7 @@ def batch_independent(*, top_k: int = 2) -> dict[str, Any]:
     "BASE Layers: Simplifying Training of Large, Sparse Models, arXiv:2103.16716",
     f"{PAPER}; the auction's bids and tolerance: {OURS}",
 )
-def base_layer(*, eps: float | str = "auto", max_iterations: int = 1000) -> dict[str, Any]:
+def base_layer(*, eps: float | Literal["auto"] = "auto", max_iterations: int = 1000) -> dict[str, Any]:
     """Balanced assignment in training, the best expert in evaluation, weighted by a sigmoid; no loss.
 
     The caller adds the norm before the experts, the residual, and the paper's shuffling of tokens between processes.
@@ -199,7 +201,11 @@ def maskmoe(
 
 
 @preset("selection", 18, "Taming Sparsely Activated Transformer with Stochastic Experts, arXiv:2110.04260", PAPER)
-def thor(*, level: str = "batch", evaluation: str = "token") -> dict[str, Any]:
+def thor(
+    *,
+    level: Level = "batch",
+    evaluation: Literal["random", "token", "sequence", "ensemble"] = "token",
+) -> dict[str, Any]:
     """A random expert, drawn per batch in training and per token in evaluation; there is no router to train.
 
     The trainer runs two passes and adds routing.consistency_loss of their outputs. level = "sequence" or "token" draws
@@ -261,8 +267,8 @@ def capacity_aware(
     *,
     top_k: int = 2,
     gamma: float = 1.5,
-    drop: str = "score",
-    overflow: str = "reroute",
+    drop: Drop = "score",
+    overflow: Overflow = "reroute",
     expand: float | None = None,
     normalize: bool = False,
 ) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import check_module, list_of_names
+from switchgear.checks import check_module, checked, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.choices import watch_choices
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
@@ -62,6 +62,7 @@ class Source:
     router: Router | None
 
 
+@checked
 @contextmanager
 def observe(model: nn.Module, function: Observer, layers: Collection[str] | None = None) -> Iterator[list[str]]:
     """Inside the block, function(name, Observation) is called at each call of an MoE layer, before its experts run.
@@ -79,7 +80,6 @@ def observe(model: nn.Module, function: Observer, layers: Collection[str] | None
     Raises:
         ValueError: the model has no MoE layer, or none of a given name.
     """
-    check_module("model", model)
     sources = {block.name: Source(block, _router(block)) for block in moe_blocks(model).values()}
     picked = pick(sources, layers)
     with watch(model, picked, function):

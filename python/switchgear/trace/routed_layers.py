@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.wrappers import is_wrapper
-from switchgear.checks import check_module
 from switchgear.functional import Routing
 from switchgear.integrations.choices import override_selection, watch_choices
 from switchgear.integrations.hook_points import Choice
@@ -105,15 +104,14 @@ def layers_of(model: nn.Module, layers: Collection[str] | None) -> dict[str, Rou
 
     layers: names of layers, as in a RoutingTrace of the model; all if None.
     """
-    check_module("model", model)
+    sources = pick(traceable(model), layers)
     inner = get_inner_model(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"model: expected a decoder alone, got {type(inner).__name__}")
-    picked = pick(traceable(model), layers)
     modules = dict(model.named_modules())
     prefix = next(name for name, module in modules.items() if module is inner)
     found = {}
-    for name, source in picked.items():
+    for name, source in sources.items():
         plain = _plain_name(name, prefix, modules)
         found[plain] = RoutedLayer(plain, source.router, source.block)
     for name, layer in found.items():

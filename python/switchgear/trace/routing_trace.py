@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from switchgear.checks import Size, checked
 from switchgear.files import AnyPath, save_whole
-from switchgear.reference import check_size
-from switchgear.trace.files import load_recording
-from switchgear.trace.layer import DEFAULT, LayerTrace, kinds_of
+from switchgear.trace.layer import DEFAULT, LayerSummary, LayerTrace, kinds_of, summary_of
+from switchgear.trace.load import Log, log_to
 from switchgear.trace.observe import Observation, pick, traceable, watch
 from switchgear.trace.outputs import check_outputs, chosen_norms
-from switchgear.trace.sinks import Log, log_to
-from switchgear.trace.summary import LayerSummary, summary_of
+from switchgear.trace.routing_record import load_recording
 
 _FORMAT = 1  # version of the file format
 
@@ -56,6 +55,7 @@ class RoutingTrace:
         ValueError: if the model has no such layer, a layer cannot record this, or a trace is entered while it records.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -63,9 +63,8 @@ class RoutingTrace:
         record: Collection[str] = DEFAULT,
         by_token_id: bool = False,
         layers: Collection[str] | None = None,
-        tokens: int = 1024,
+        tokens: Size = 1024,
     ) -> None:
-        check_size("tokens", tokens)
         self.layers: dict[str, LayerTrace] = {}
         self.by_token_id, self.record, self.tokens = by_token_id, kinds_of(record), tokens
         self._model = model

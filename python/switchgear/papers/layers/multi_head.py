@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import at_least
+from switchgear.checks import Size, checked
 from switchgear.layers.common import check_returns_rows, check_rows, losses_of, repeat_context
 
 
@@ -25,18 +25,17 @@ class MultiHeadMoE(nn.Module):
     ValueError: hidden_size is not a multiple of heads.
     """
 
+    @checked
     def __init__(
         self,
         moe: nn.Module,
-        hidden_size: int,
-        heads: int,
+        hidden_size: Size,
+        heads: Size,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_size = at_least(1, "hidden_size", hidden_size)
-        heads = at_least(1, "heads", heads)
         if hidden_size % heads:
             raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
         check_returns_rows("moe", moe)
