@@ -117,7 +117,7 @@ def batch_independent(*, top_k: int = 2) -> dict[str, Any]:
     "BASE Layers: Simplifying Training of Large, Sparse Models, arXiv:2103.16716",
     f"{PAPER}; the auction's bids and tolerance: {OURS}",
 )
-def base_layer(*, eps: float | Literal["auto"] = "auto", max_iterations: int = 1000) -> dict[str, Any]:
+def base_layer(*, eps: float | str = "auto", max_iterations: int = 1000) -> dict[str, Any]:
     """Balanced assignment in training, the best expert in evaluation, weighted by a sigmoid; no loss.
 
     The caller adds the norm before the experts, the residual, and the paper's shuffling of tokens between processes.

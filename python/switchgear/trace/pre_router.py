@@ -197,7 +197,7 @@ def decouple(model: nn.Module, pre_router: PreRouter, embedding: nn.Module, top_
         own = layer.num_classes if layer.num_classes is not None else layer.block.num_experts
         if own != count:
             raise ValueError(f"pre_router: expected {own} experts in {name}, got {count}")
-    methods = {name: layer.routing_method() for name, layer in found.items()}
+    methods = {name: layer.routing_method(name) for name, layer in found.items()}
     listener = Listener(pre_router, embedding, top_k)
 
     def wrapper(layer: int, name: str) -> Callable[[Select], Select]:

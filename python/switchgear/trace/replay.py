@@ -60,7 +60,7 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
         raise ValueError(f"choices: expected layers of the model, {', '.join(found)}; got {missing[0]}")
     chosen = {name: layer for name, layer in found.items() if name in names}
     state = _Replay(choices, sequences, {n: layer.num_classes for n, layer in chosen.items()})
-    methods = {name: layer.routing_method() for name, layer in chosen.items()}
+    methods = {name: layer.routing_method(name) for name, layer in chosen.items()}
 
     def wrapper(name: str) -> Callable[[Select], Select]:
         return lambda own: _Replayed(own, name, state, methods[name])

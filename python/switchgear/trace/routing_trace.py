@@ -19,8 +19,9 @@ from switchgear.checks import Size, checked
 from switchgear.files import AnyPath, save_whole
 from switchgear.trace.layer import DEFAULT, LayerSummary, LayerTrace, kinds_of, summary_of
 from switchgear.trace.load import Log, log_to
-from switchgear.trace.observe import Observation, pick, traceable, watch
+from switchgear.trace.observe import Observation, watch
 from switchgear.trace.outputs import check_outputs, chosen_norms
+from switchgear.trace.routed_layers import pick, traceable
 from switchgear.trace.routing_record import load_recording
 
 _FORMAT = 1  # version of the file format
@@ -68,14 +69,14 @@ class RoutingTrace:
         self.layers: dict[str, LayerTrace] = {}
         self.by_token_id, self.record, self.tokens = by_token_id, kinds_of(record), tokens
         self._model = model
-        self._sources = {} if model is None else pick(traceable(model), layers)
+        self._found = {} if model is None else pick(traceable(model), layers)
         self._hooks = ExitStack()
         self._is_recording = False
         if "norms" in self.record:
-            for name, source in self._sources.items():
-                if source.block is None:
+            for name, layer in self._found.items():
+                if layer.block is None:
                     raise ValueError(f"record: expected experts with each router for norms, got none for {name}")
-                check_outputs(source.block)
+                check_outputs(layer.block)
 
     # ---- recording ---------------------------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ class RoutingTrace:
             raise ValueError("model: expected one to record, got a trace that was loaded")
         if self._is_recording:
             raise ValueError("trace: expected one that is not recording, got one inside its own block")
-        self._hooks.enter_context(watch(self._model, self._sources, self._see))
+        self._hooks.enter_context(watch(self._model, self._found, self._see))
         self._is_recording = True
         return self
 

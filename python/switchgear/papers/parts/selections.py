@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -190,12 +190,16 @@ class BalancedAssignment:
         balanced_in_evaluation: use the assignment in evaluation too.
     """
 
-    eps: PositiveOrInf | Literal["auto"] = "auto"
+    eps: PositiveOrInf | str = "auto"
     max_iterations: Size = 1000
     score_function: ScoreFunction = "sigmoid"
     scope: Scope = "batch"
     balanced_in_evaluation: bool = False
     top_k: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eps, str) and self.eps != "auto":
+            raise ValueError(f"eps: expected a positive number or 'auto', got {self.eps!r}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
