@@ -58,7 +58,7 @@ class SwitchLoss(nn.Module):
     @checked
     def __init__(
         self,
-        coefficient: Finite | nn.Module | type[nn.Module] | partial[nn.Module] = 1e-2,
+        coefficient: Finite | nn.Module | type[nn.Module] | partial[Any] = 1e-2,
         scope: Literal["micro", "sequence", "global"] = "micro",
         *,
         accumulate: bool = False,

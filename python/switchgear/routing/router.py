@@ -205,7 +205,7 @@ class Router(KeepsFloat32):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("select", "capacity", "balance") and "overrides" in self.__dict__:  # after those of __init__
-            self.set_policy(**{name: value})  # type: ignore[misc]
+            self.set_policy(**{name: value})
         else:
             super().__setattr__(name, value)
 
@@ -226,8 +226,10 @@ class Router(KeepsFloat32):
         tensor = next(chain(self.parameters(), self.buffers()), self.tokens_per_expert)
         device = None if tensor is None else tensor.device
         build = partial(_part, num_experts=self.num_experts, device=device)
-        built = {name: tuple(map(build, part)) if name == "balance" else build(part) for name, part in given.items()}
-        after: dict[str, Any] = {"select": self.select, "balance": self.balance, **built}
+        built: dict[str, Any] = {name: build(part) for name, part in given.items() if name != "balance"}
+        if "balance" in given:
+            built["balance"] = tuple(map(build, given["balance"]))
+        after = {"select": self.select, "balance": self.balance, **built}
         needs_bias = _needs_bias(after["select"], after["balance"], self.e_score_correction_bias is not None)
         for name, part in built.items():
             if not isinstance(part, nn.Module):

@@ -59,8 +59,9 @@ class AutonomousMoE(WithLosses):
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
         self.num_experts, self.activation, self.return_routing = num_experts, activation, return_routing
+        score: Callable[..., Any] = partial(ActivationNorm, d_low=d_low)
         self.gate = Router(
-            hidden_size, num_experts, top_k, normalize=normalize, score=partial(ActivationNorm, d_low=d_low),
+            hidden_size, num_experts, top_k, normalize=normalize, score=score,
             capacity=capacity, balance=balance, isolation=isolation, device=device, dtype=dtype,
         )  # fmt: skip
 

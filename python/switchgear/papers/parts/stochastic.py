@@ -21,9 +21,7 @@ from switchgear.routing.selection import Dense, take
 Level = Literal["token", "sequence", "batch"]
 
 
-def _draws_per_token(
-    level: Level, context: Context, num_tokens: int, device: torch.device
-) -> tuple[int, Tensor | None]:
+def _draws_per_token(level: str, context: Context, num_tokens: int, device: torch.device) -> tuple[int, Tensor | None]:
     """The number of draws at a level, and the index of each token's draw (None: every token has its own)."""
     if level == "token":
         return num_tokens, None
