@@ -74,7 +74,7 @@ def stacked(
 def deep_mixture(*, margin: float = 100.0, depth: int = 2) -> Options:
     """Two consecutive layers that use all experts; those ahead of the others by a margin are closed.
 
-    Meant for early training: margin (unverified), in tokens, is an attribute of each layer's gate.select. Gates are
+    Meant for early training: margin, in tokens, is an attribute of each layer's gate.select. Gates are
     linear and experts those of MoE; the paper's gate has a hidden layer with ReLU, and its experts are relu(W·x + b).
     """
     return {"layer": stacked, "depth": depth, "select": partial(RunningCap, Dense(), margin)}
@@ -97,10 +97,8 @@ def cartesian_moe(hidden_size: int, intermediate_size: int, num_experts: int, **
     unverified="top_k, num_shared_experts, balance",
 )
 def cartesian(*, top_k: int = 2, num_shared_experts: int = 1, balance: float = 1e-2) -> Options:
-    """Two consecutive layers of experts: E · E pairs that share halves, with the parameters of 2·E half-size experts.
-
-    top_k, the shared experts and the coefficient are unverified.
-    """
+    """Two consecutive layers of experts: E · E pairs that share halves, with the parameters of 2·E half-size
+    experts."""
     return {
         "layer": cartesian_moe,
         "select": TopK(top_k),
@@ -131,7 +129,7 @@ def multi_head(*, heads: int = 4, top_k: int = 2, balance: float = 1e-2) -> Opti
 
     The caller adapts intermediate_size and num_experts to equal FLOPs and parameters; see layers.MultiHeadMoE. The
     paper has 2 heads with top_k = 2 and 40 experts, or 3 with 3 and 96; 4 heads are those of the paper before
-    (arXiv:2404.15045). balance is unverified.
+    (arXiv:2404.15045).
     """
     return {
         "layer": multi_head_moe,
@@ -198,8 +196,7 @@ def monet_layer(hidden_size: int, intermediate_size: int, num_experts: int, **op
 def monet(*, heads: int = 8, top_k: int = 32, mode: Mode = "vertical") -> Options:
     """n² experts from 2·n halves: parameters and work grow with n.
 
-    The paper has 512² experts of width 8, and one router per four layers: pass another layer's as Monet(router=). There
-    are no auxiliary losses.
+    The paper has 512² experts of width 8, and one router per four layers: pass another layer's as Monet(router=).
     """
     return {"layer": monet_layer, "heads": heads, "top_k": top_k, "mode": mode}
 

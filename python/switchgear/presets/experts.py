@@ -97,10 +97,7 @@ def word_experts(*, vocabulary_size: int, top_k: int = 1) -> dict[str, Any]:
     unverified="scale, top_k",
 )
 def moe_x(*, top_k: int = 2, scale: float = 1.0) -> dict[str, Any]:
-    """Wide ReLU experts, chosen by the activation sparsity that their weights predict.
-
-    The sign and normalisation of the score, scale, and top_k are unverified.
-    """
+    """Wide ReLU experts, chosen by the activation sparsity that their weights predict."""
     return {
         "score": partial(SparsityAware, scale=scale),
         "select": TopK(top_k),

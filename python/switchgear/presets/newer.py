@@ -85,7 +85,7 @@ def moe_plus_plus(
     """Experts that return nothing, x, or a mix of x and a learned vector, beside real ones; the logits of the layer
     before enter the router.
 
-    The loss weighs these experts by tau. With a capacity_factor (the paper's is 1.1, unverified) they accept 1 / tau
+    The loss weighs these experts by tau. With a capacity_factor (the paper's is 1.1) they accept 1 / tau
     times as many tokens as real experts; without it nothing is dropped. Pass the logits on:
     y, routing = moe(x, fields={"previous_logits": z}), then z = routing.router_logits for the next layer. W_c and the
     residual start at zero (a choice of ours).

@@ -34,9 +34,9 @@ def xmoe(
 ) -> dict[str, Any]:
     """Cosine similarity with expert embeddings in a low-dimensional space, divided by a learned temperature.
 
-    dim is E/2 if None. The initial tau is that of this gate in MoEC's code; the coefficient is unverified. balance_tau:
-    a fixed temperature for the probabilities of the balance loss, 0.07 in that code; the learned one if None, as in
-    torchscale, which defines 0.07 for it and does not use it.
+    dim is E/2 if None. The initial tau is that of this gate in MoEC's code. balance_tau: a fixed temperature for the
+    probabilities of the balance loss, 0.07 in that code; the learned one if None, as in torchscale, which defines 0.07
+    for it and does not use it.
     """
     score, select = partial(Cosine, dim=dim, tau=tau), TopK(top_k)
     losses: list[Any] = [partial(SwitchLoss, balance)]
@@ -87,10 +87,10 @@ def locmoe(
 ) -> dict[str, Any]:
     """Logits are means of slices of x: orthogonal, without a matrix product. A loss keeps tokens on this node.
 
-    num_nodes: each has equally many consecutive experts; node: this process's node. locality is the paper's μ; it and
-    top_k are unverified. The loss is KL(D_local || D_c): the paper prints the reverse, which is infinite as soon as one
-    token leaves. The paper's lower bound of a capacity is an option: capacity=Capacity(factor, minimum=math.ceil(
-    routing.min_capacity(delta, H, E))); its unit is unverified.
+    num_nodes: each has equally many consecutive experts; node: this process's node. locality is the paper's μ. The loss
+    is KL(D_local || D_c): the paper prints the reverse, which is infinite as soon as one token leaves. The paper's
+    lower bound of a capacity is an option: capacity=Capacity(factor, minimum=math.ceil(
+    routing.min_capacity(delta, H, E))).
     """
     return {
         "score": GroupedAvgPool,
@@ -109,7 +109,7 @@ def locmoe(
 def bounded_gate(*, top_k: int = 2, transform: Transform = "tanh") -> dict[str, Any]:
     """The router sees a bounded transform of x: with x itself, vanishing experts slow the estimation.
 
-    The transform is unverified: "tanh", "sigmoid", "normalize" or "layer_norm".
+    transform: "tanh", "sigmoid", "normalize" or "layer_norm".
     """
     return {"score": partial(Linear, input_transform=transform), "select": TopK(top_k)}
 
@@ -126,7 +126,7 @@ def bounded_gate(*, top_k: int = 2, transform: Transform = "tanh") -> dict[str, 
 def task_level(*, dim: int, tau: float = 1.0) -> dict[str, Any]:
     """The embedding of a task chooses one expert for all of its tokens, by a straight-through Gumbel softmax.
 
-    dim: of the embedding [B,dim], one per sequence. tau is unverified.
+    dim: of the embedding [B,dim], one per sequence.
     """
     return {
         "score": partial(FromEmbedding, dim=dim),

@@ -60,8 +60,8 @@ def switch(
 def gshard(*, capacity_factor: float = 1.0, balance: float = 1e-2) -> dict[str, Any]:
     """The two best experts, normalised; first choices take capacity before second ones, in token order.
 
-    The capacity is capacity_factor · 2T/E; both constants are unverified. The paper's loss counts first choices only,
-    this one both. The paper's random skipping of second experts is not implemented.
+    The capacity is capacity_factor · 2T/E. The paper's loss counts first choices only, this one both. The paper's
+    random skipping of second experts is not implemented.
     """
     return {
         "select": TopK(2, normalize=True),
@@ -150,10 +150,7 @@ def dynamic_top_p(
 )
 def grin(*, top_k: int = 2, jitter: float = 0.01, balance: float = 1e-2) -> dict[str, Any]:
     """Training draws experts one after another, with the SparseMixer-v2 gradient estimate; balance over all
-    processes.
-
-    The coefficient of the balance loss is unverified.
-    """
+    processes."""
     return {"select": SparseMixer(top_k, jitter), "balance": [partial(SwitchLoss, balance, "global")]}
 
 
@@ -168,7 +165,6 @@ def sam(*, num_groups: int = 4, top_k: int = 2, balance: float = 1e-2, alignment
     """A router chooses one group of experts and another router top_k experts in it: a token uses one device.
 
     One loss balances groups. alignment > 0 adds AlignmentLoss, so that the best of all experts lie in the chosen group.
-    The paper's form of that term, and both coefficients, are unverified.
     """
     aligns = [partial(AlignmentLoss, num_groups, alignment)] if alignment else []
     return {
@@ -193,8 +189,7 @@ def maskmoe(
 ) -> dict[str, Any]:
     """A fixed random mask for each vocabulary id: rare ids see one expert, frequent ones all.
 
-    counts [V]: how often each id occurs in the corpus. frequent_from is the paper's threshold; it, top_k and the
-    coefficient are unverified.
+    counts [V]: how often each id occurs in the corpus. frequent_from is the paper's threshold.
     """
     mask = partial(TokenIdMask.of_frequencies, counts, frequent_from=frequent_from, rare_experts=rare_experts)
     return {"select": partial(Masked, TopK(top_k), mask), "balance": [partial(SwitchLoss, balance)]}
@@ -248,10 +243,7 @@ def gumbel_gate(*, tau: float = 1.0, samples: int = 5) -> dict[str, Any]:
     f"{PAPER}; its code for CIFAR-10 and CelebA takes the softmax over all patches before the choice",
 )
 def pmoe(*, patches: int = 4) -> dict[str, Any]:
-    """Each expert takes the `patches` best patches of a sample, weighted by a softmax over them, and averages.
-
-    The authors' code for CIFAR-10 and CelebA weighs the chosen patches by a softmax over all patches.
-    """
+    """Each expert takes the `patches` best patches of a sample, weighted by a softmax over them, and averages."""
     select = ExpertChoice(tokens_per_expert=patches, scope="sequence", weights="softmax_over_tokens", scale=1 / patches)
     return {"select": select}
 
