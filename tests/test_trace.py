@@ -541,7 +541,7 @@ def test_norms_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(switchgear.trace.LayerTrace, "add", seen)
     norms = []
     for rows in (8192, 7 * K):
-        monkeypatch.setattr("switchgear.trace.outputs._ROWS", rows)
+        monkeypatch.setattr("switchgear.trace.routing_trace._ROWS", rows)
         with RoutingTrace(moe, record=("norms",)) as trace:
             moe(x)
         norms.append(trace.layers["gate"].norm_per_expert)

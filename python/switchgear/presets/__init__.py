@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from switchgear.presets.compositions import *  # noqa: F403
     from switchgear.presets.experts import *  # noqa: F403
     from switchgear.presets.models import *  # noqa: F403
-    from switchgear.presets.newer import *  # noqa: F403
     from switchgear.presets.scores import *  # noqa: F403
     from switchgear.presets.selections import *  # noqa: F403
 

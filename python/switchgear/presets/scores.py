@@ -7,10 +7,9 @@ from functools import partial
 from typing import Any
 
 from switchgear.checks import Size, checked
-from switchgear.papers.layers.initial import sigma_moe_values
 from switchgear.papers.parts.losses import BatchEntropy, LocalityLoss
 from switchgear.papers.parts.masks import ExpertDropout, Masked, Temperature
-from switchgear.papers.parts.scores import FromEmbedding, GroupedAvgPool
+from switchgear.papers.parts.scores import FromEmbedding, GroupedAvgPool, sigma_moe_values
 from switchgear.papers.parts.stochastic import GumbelSoftmax
 from switchgear.presets.entry import OURS, PAPER, Example, preset
 from switchgear.routing import Cosine, Linear, SwitchLoss, TopK

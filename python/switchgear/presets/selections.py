@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from switchgear.papers.parts.controllers import AdaptiveSparsity
 from switchgear.papers.parts.losses import AlignmentLoss, DeviceBalance, EntropyLoss
 from switchgear.papers.parts.masks import Masked, TokenIdMask
 from switchgear.papers.parts.scores import SwitchMixture
-from switchgear.papers.parts.selections import BalancedAssignment, Broadcast
+from switchgear.papers.parts.selections import BalancedAssignment, Broadcast, Positive
 from switchgear.papers.parts.stochastic import GumbelSoftmax, Level, NoisyTopK, Random, SparseMixer
 from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
 from switchgear.routing import Capacity, Dropless, ExpertChoice, Grouped, Linear, SwitchLoss, TopK, TopP
@@ -288,3 +289,17 @@ def cluster_task(*, noise: float = 1.0) -> dict[str, Any]:
     examples/cluster_task.py contains the paper's task.
     """
     return {"select": NoisyTopK(1, noise)}
+
+
+@preset(
+    "selection",
+    None,
+    "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing, arXiv:2412.14711",
+    f"{PAPER}; a coefficient for each layer instead of one for all: {OURS}",
+)
+def remoe(*, top_k: float = 2, initial: float = 1e-8, rate: float = 1.2) -> dict[str, Any]:
+    """The experts with positive logits, weighted by them; the coefficient of an L1 loss follows the sparsity.
+
+    top_k: the average number of experts per token that the loss aims at. switchgear.after_step(model) updates λ.
+    """
+    return {"select": Positive(), "balance": [partial(AdaptiveSparsity, top_k, initial=initial, rate=rate)]}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Scores of single papers. Those of something larger than a token, a task, an instance or a sequence, give all of its
-tokens the same experts."""
+tokens the same experts. Initial values of papers, for the option `initialize` of MoE."""
 
 from __future__ import annotations
 
@@ -213,3 +213,22 @@ class ClusterPrior(nn.Module):
         embedding = context.require("embedding", "ClusterPrior")
         near = gate(F.normalize(embedding, dim=-1), F.normalize(self.centroids, dim=-1).to(embedding.dtype))
         return per_token(self.weight / self.tau * near, context, x)
+
+
+@torch.no_grad()
+def sigma_moe_values(moe: Any, scale: float = 1.0) -> None:
+    """Those of σ-MoE (arXiv:2310.10837) for an MoE of plain experts: standard deviation 1/√H for the router and the
+    first projection (keys), 1/√(E·I) for the second one (values), all times `scale`. The rows of the router keep their
+    directions and all get their root mean square norm. Biases start at zero. The scale of the paper's models is
+    √(2 / layers)."""
+    experts = moe.experts
+    hidden_size, values = experts.hidden_size, experts.num_experts * experts.intermediate_size
+    router: Tensor = moe.gate.weight if moe.gate.score is None else moe.gate.score.weight
+    for name, parameter in experts.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=scale * (values if name == "down_proj" else hidden_size) ** -0.5)
+    nn.init.normal_(router, std=scale * hidden_size**-0.5)
+    norms = router.norm(dim=1, keepdim=True)
+    router.mul_(norms.square().mean().sqrt() / norms.clamp(min=torch.finfo(norms.dtype).tiny))
