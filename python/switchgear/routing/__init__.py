@@ -2,20 +2,6 @@
 """Routing policies. A router combines a score, a selection, a capacity limit and balance terms; context.py defines
 their signatures, and docs/routing.md lists all of them.
 
-Scores:      Linear, Cosine, GroupedAvgPool, SwitchMixture, GatingResidual, Uniform, Sum; per expert ActivationNorm,
-             SparsityAware, Gaussian, Domain, PosthocGate; per task or sequence FromEmbedding, PerSequence, ClusterPrior
-Selections:  TopK, TopP, Threshold, Grouped, RankK, Dense, Positive, SkipBelow, Broadcast; ExpertChoice, DepthChoice,
-             BalancedAssignment; SampledTopK, NoisyTopK, SparseMixer, GumbelSoftmax, Random; Lookup; RunningCap;
-             Masked with TokenIdMask, ExpertDropout or ClusterDropout; Temperature
-Capacity:    Dropless, Capacity, CapacityByKind
-Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss, BatchEntropy, ParamPenalty,
-             DeviceBalance, AlignmentLoss, LocalityLoss, ClusterVariance, LocalizedBalance, ChoiceLoss
-Controllers: LossFreeBias, AdaptiveCoefficient, AdaptiveSparsity
-Known early: pregate(model), PreRouter, decouple(model, pre_router, …)
-Temporary:   override(model, …), Router.intervene; record(model) and replay(model, record) of choices
-For a trainer: GradientConflict, anchor_loss, consistency_loss, output_regularization, load_balancing_loss, z_loss,
-             max_violation
-
 router.py         Router; context.py: what its parts get besides tokens, and their signatures
 scores.py         scores of a token
 selection.py      choices token by token; expert_choice.py: expert by expert

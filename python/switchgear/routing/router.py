@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from switchgear.checks import Finite, FloatDtype, Share, Size, checked, complain_about_rows, convert
 from switchgear.functional import Routing, gate, gate_route, route
 from switchgear.routing.balance import count_tokens, sum_over_processes
-from switchgear.routing.change import Change, PerExpert, intervene
+from switchgear.routing.change import Change, Changed, PerExpert, check_change, overridden_router
 from switchgear.routing.context import (
     NOTHING_KNOWN,
     Balance,
@@ -350,7 +350,9 @@ class Router(KeepsFloat32):
 
         Raises ValueError for an expert that does not exist, or for contradictory options.
         """
-        with intervene(self, Change(disable, force, bias, gain)):
+        change = Change(disable, force, bias, gain)
+        check_change(change, self.selection(), self.num_experts)
+        with overridden_router(self, lambda select: Changed(select, change)):
             yield
 
     def _top_k(self) -> TopK:
