@@ -89,7 +89,7 @@ class SelfContrast:
         for name, layer in found.items():
             if layer.router is not None and layer.router.capacity is not None:
                 raise ValueError(f"model: expected routers without a capacity, got one in {name}")
-        blocks = [layer.block for layer in found.values() if layer.router is None and layer.block is not None]
+        blocks = [layer.block for layer in found.values() if layer.router is None]
         methods = [(block, find_routing_method(block)) for block in blocks]  # raises for one that is not known
         doubled, inner = _Doubled(self), get_inner_model(model)
         with ExitStack() as stack:

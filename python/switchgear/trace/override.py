@@ -70,7 +70,7 @@ def _check(name: str, layer: RoutedLayer, select: Select | None, change: Change)
     if layer.router is not None:
         check_change(change, layer.router.selection() if select is None else select, layer.router.num_experts)
         return
-    block: Any = layer.block
+    block = layer.block
     try:
         change.check(block.num_experts, block.top_k if select is None else None)
         check_change(change, get_override(block) if select is None else select, block.num_experts)
@@ -83,5 +83,5 @@ def _check(name: str, layer: RoutedLayer, select: Select | None, change: Change)
 def _wrap(own: Select, layer: RoutedLayer, method: Any, select: Select | None, change: Change) -> Select:
     if layer.router is not None:
         return Changed(own if select is None else select, change)
-    block: Any = layer.block
-    return Changed(own if select is None else SelectByMethod.of(block, method, select), change, block.num_experts)
+    chosen = own if select is None else SelectByMethod.of(layer.block, method, select)
+    return Changed(chosen, change, layer.block.num_experts)

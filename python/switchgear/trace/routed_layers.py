@@ -16,7 +16,7 @@ from switchgear.checks import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.choices import override_selection, watch_choices
 from switchgear.integrations.hook_points import Choice
-from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.integrations.routers import find_routing_method
 from switchgear.routing.change import overridden_router
 from switchgear.routing.context import Context, Select, is_recomputing, modules_in, scored, wrapped
@@ -31,7 +31,7 @@ from switchgear.utils.modules import get_inner_model, on_copies, strip_wrapper_n
 class RoutedLayer:
     """A layer whose choices can be seen and changed: a router of ours, or a block of Hugging Face."""
 
-    block: MoeBlock | None  # None for a router of ours without experts
+    block: Any  # a MoeBlock, or None for a router of ours without experts
     router: Router | None
 
     @property
@@ -49,7 +49,6 @@ class RoutedLayer:
         """Inside the block, `wrapper` of the router's selection selects. method: of a block of Hugging Face."""
         if self.router is not None:
             return overridden_router(self.router, wrapper)
-        assert self.block is not None
         return override_selection(self.block, method, wrapper)
 
     @contextmanager
@@ -70,9 +69,8 @@ class RoutedLayer:
             if self.router is not None:
                 stack.callback(self.router.register_forward_hook(hook, with_kwargs=True).remove)
             else:
-                block = self.block
-                assert block is not None
-                stack.enter_context(watch_choices(block, lambda choice: on_choice(choice, block.num_experts)))
+                num_experts = self.block.num_experts
+                stack.enter_context(watch_choices(self.block, lambda choice: on_choice(choice, num_experts)))
             yield
 
 
