@@ -121,7 +121,9 @@ class Halves:
         if not self.doubled.is_running and not is_recomputing():
             raise ValueError("model: expected calls of the model under SelfContrast, got one of a part of it")
         rows = router_logits.reshape(-1, router_logits.shape[-1])
-        middle = _count_middle(rows.shape[0])
+        middle, odd = divmod(rows.shape[0], 2)
+        if odd:
+            raise ValueError(f"model: expected layers that see all tokens of both halves, got one with {len(rows)}")
         halves = [
             select(rows[at], _slice(context, at, rows.shape[0]), bias)
             for select, at in (
@@ -132,12 +134,6 @@ class Halves:
         ids = stacked([half.topk_ids[:middle] for half in halves])
         weights = stacked([half.topk_weights[:middle] for half in halves], 0)
         return Routing(ids, weights, rows, rows.shape[1])
-
-
-def _count_middle(num_tokens: int) -> int:
-    if num_tokens % 2:
-        raise ValueError(f"model: expected layers that see all tokens of both halves, got one with {num_tokens}")
-    return num_tokens // 2
 
 
 def _slice(context: Context, at: slice, num_tokens: int) -> Context:

@@ -16,6 +16,7 @@ from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.virtual import VirtualExperts
 
 _OTHERS = ("LinearAttention", "Lightning", "Delta", "Vision", "Cross")  # a state of constant size, or not the decoder's
+_OUTSIDE = {"encoder", "cross_attention", "visual", "vision_tower", "audio_tower"}  # parts of names
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         kind = type(module).__name__.replace("KimiLinear", "Kimi")
         if not ("Attention" in kind or kind.endswith("MLA")) or any(part in kind for part in _OTHERS):
             continue
-        if _is_outside(name):
+        if _OUTSIDE & set(name.split(".")):
             continue
         sizes = _find_sizes(module)
         if sizes is not None:
@@ -232,11 +233,6 @@ def _find_window(module: Any) -> Any:
     if kind in ("sliding_attention", "hybrid_sliding"):
         return getattr(module, "sliding_window", None) or sliding
     return chunk if kind == "chunked_attention" else None
-
-
-def _is_outside(name: str) -> bool:
-    parts = name.split(".")
-    return any(part in parts for part in ("encoder", "cross_attention", "visual", "vision_tower", "audio_tower"))
 
 
 def _find_sizes(module: Any) -> tuple[int, int] | None:

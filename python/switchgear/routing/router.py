@@ -416,7 +416,8 @@ class Router(KeepsFloat32):
         wanted = routing = self._select(router_logits, context)
         if self.capacity is not None:
             if routing.scores is None and getattr(self.capacity, "needs_scores", False):
-                routing = routing._replace(scores=scores_of(routing.router_logits, _score_function(self.selection())))
+                score_function = getattr(scored(self.selection()), "score_function", "softmax")
+                routing = routing._replace(scores=scores_of(routing.router_logits, score_function))
             routing = self._limited(routing, context)
         if self.training and self.balance:
             if self._hides_at_random():
@@ -508,10 +509,6 @@ class Router(KeepsFloat32):
         if self.isolation != "batch":
             parts.append(f"isolation={self.isolation}")
         return ", ".join(parts)
-
-
-def _score_function(select: Any) -> str:
-    return str(getattr(scored(select), "score_function", "softmax"))
 
 
 def _needs_bias(select: Any, balance: Sequence[Any], selection_bias: bool) -> bool:

@@ -199,7 +199,6 @@ def chosen_norms(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
     The experts run a second time for it, as modules (hooks aside), with some thousand rows at a time. x [T,H] as in an
     Observation.
     """
-    check_outputs(block)
     num_tokens, top_k = topk_ids.shape
     at_once = max(1, _ROWS // max(top_k, 1))
     distributed = any(getattr(module, "parallel", None) is not None for module in block.experts.modules())
