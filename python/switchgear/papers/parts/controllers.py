@@ -31,10 +31,6 @@ class _Coefficient(KeepsFloat32):
         self.register_buffer("value", torch.tensor(initial, dtype=torch.float32))
         self._seen: Tensor | None = None  # [2], of this step
 
-    def reset_parameters(self) -> None:
-        """Resets to the first step."""
-        nn.init.constant_(self.value, self.initial)
-
     def _add(self, seen: Tensor) -> None:
         self._seen = seen if self._seen is None else self._seen + seen
 
@@ -63,6 +59,10 @@ class AdaptiveCoefficient(_Coefficient):
     ) -> None:
         super().__init__(alpha_max if initial is None else initial)
         self.xi, self.alpha_max, self.beta = xi, alpha_max, beta
+
+    def reset_parameters(self) -> None:
+        """Resets to the first step."""
+        nn.init.constant_(self.value, self.initial)
 
     def forward(self, routing: Routing) -> Tensor:
         """The current coefficient; also counts what `routing` dropped."""
@@ -120,6 +120,10 @@ class AdaptiveSparsity(_Coefficient):
         if not abs(initial) * _MOST_GROWTH < torch.finfo(torch.float32).max:
             raise ValueError(f"initial: expected a number that may grow by {_MOST_GROWTH:g} in float32, got {initial}")
         self.top_k, self.num_experts, self.rate, self.balance = top_k, num_experts, rate, balance
+
+    def reset_parameters(self) -> None:
+        """Resets λ."""
+        nn.init.constant_(self.value, self.initial)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         """The loss; also counts what was chosen."""
