@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Levels of matrices by rounding or by GPTQ (arXiv:2210.17323): columns are quantized one after the other, and each
-one's error is compensated by those that follow, such that the output on the calibration data changes least. The levels of a
-layer's projections, each expert with its own number of bits. expert_errors: what each layer's output loses if one
+one's error is compensated by those that follow, such that the output on the calibration data changes least. The levels
+of a layer's projections, each expert with its own number of bits. expert_errors: what each layer's output loses if one
 expert alone is quantized."""
 
 from __future__ import annotations
