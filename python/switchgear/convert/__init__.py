@@ -13,7 +13,7 @@ split.py        a network into experts that compute the same, or into parts of i
 layers.py       experts that learn the output of a layer; experts.py: of networks that were trained apart
 attention.py    attention layers as experts
 dense.py        an MoE layer into a dense one; average.py: models into one
-ffn.py          the networks of dense modules; modules.py: where a model has them; checks.py: options of all functions
+ffn.py          the networks of dense modules; modules.py: where a model has them
 models.py       whole models in memory; checkpoints.py: checkpoints in directories; directory.py: their files
 recipes.py      plans of whole models; plans.py: how each tensor is made; families.py: which MoE family takes a dense
                 one; layouts.py: experts in checkpoints

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from switchgear.convert.average import Merging
-from switchgear.convert.checks import as_finite_numbers
 from switchgear.convert.directory import (
     CONFIG,
     CONVERSION,
@@ -277,8 +276,8 @@ def _open_base(path: Any) -> Directory | None:
 
 def _read_merging(options: dict[str, Any], method: str) -> Merging:
     return Merging(
-        options.pop(method, "average"), as_finite_numbers("weights", options.pop("weights", None)),
-        options.pop("density", 0.2), options.pop("scale", 1.0), options.pop("seed", 0),
+        options.pop(method, "average"), options.pop("weights", None), options.pop("density", 0.2),
+        options.pop("scale", 1.0), options.pop("seed", 0),
     )  # fmt: skip
 
 

@@ -6,18 +6,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.checks import check_module
-from switchgear.convert.checks import as_finite_numbers
+from switchgear.checks import convert
 from switchgear.integrations.blocks import FeedForward
 from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_activation
 from switchgear.layers.shared import SharedExperts
-from switchgear.reference import check_choice, check_size, wide
+from switchgear.reference import wide
 from switchgear.utils.modules import set_eval
 
 # (gate, up, down) of the modules in use; None: not gated.
@@ -35,7 +34,7 @@ TANH = functools.partial(F.gelu, approximate="tanh")
 STRINGS: dict[str, Any] = {
     "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "gelu_new": TANH, "gelu_pytorch_tanh": TANH,
 }  # fmt: skip
-COMBINATIONS = ("sum", "mean", "topk", "svd")
+Combination = Literal["sum", "mean", "topk", "svd"]
 
 
 def feed_forward(module: nn.Module | FeedForward, name: str = "mlp") -> FeedForward:
@@ -50,7 +49,7 @@ def feed_forward(module: nn.Module | FeedForward, name: str = "mlp") -> FeedForw
     """
     if isinstance(module, FeedForward):
         return module
-    check_module(name, module)
+    convert(name, module, nn.Module)
     found = next(_read_candidates(module), None)
     if found is None:
         raise ValueError(
@@ -134,22 +133,20 @@ def _check_same(module: nn.Module, found: FeedForward, name: str) -> None:
 # ---- networks into one -----------------------------------------------------------------------------------------------
 
 
-def check_options(method: str, weights: Any, rank: Any, num_experts: int) -> tuple[float, ...] | None:
-    """The weights as numbers. Raises TypeError or ValueError for an option of to_dense that is wrong, or not used by
-    the method."""
-    check_choice("method", method, COMBINATIONS)
-    shares = as_finite_numbers("weights", weights)
+def read_shares(
+    method: str, weights: Sequence[float] | Tensor | None, rank: int | None, num_experts: int
+) -> list[float] | None:
+    """The weights as numbers. Raises ValueError for an option of to_dense that the method does not use."""
+    shares = None if weights is None else [float(share) for share in weights]
     if shares is not None:
         if method not in ("sum", "mean"):
             raise ValueError(f"weights: expected None for method={method!r}, got {len(shares)} numbers")
         if len(shares) != num_experts:
             raise ValueError(f"weights: expected {num_experts}, one per expert, got {len(shares)}")
         if method == "mean" and not sum(shares) > 0:
-            raise ValueError(f"weights: expected numbers with a positive sum, got {list(shares)}")
-    if rank is not None:
-        check_size("rank", rank)
-        if method != "svd":
-            raise ValueError(f"rank: expected None for method={method!r}, got {rank}")
+            raise ValueError(f"weights: expected numbers with a positive sum, got {shares}")
+    if rank is not None and method != "svd":
+        raise ValueError(f"rank: expected None for method={method!r}, got {rank}")
     return shares
 
 

@@ -9,18 +9,19 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from switchgear.checks import checked
 from switchgear.convert.directory import ConversionError
-from switchgear.convert.families import FAMILIES, PARTS, Family, check_unquantized, read_num_experts
+from switchgear.convert.families import FAMILIES, PARTS, Family, read_model_type, read_num_experts
 from switchgear.convert.plans import ConversionPlan, Item, Source, copy_item
-from switchgear.reference import check_choice
 from switchgear.utils.packages import failed_import
 
-LAYOUTS = ("per_expert", "fused", "megatron", "megatron_te", "megatron_grouped")
+Layout = Literal["per_expert", "fused", "megatron", "megatron_te", "megatron_grouped"]
+LAYOUTS = get_args(Layout)
 EXPERTS = r"(?:model|decoder)\.layers\.\d+\..*\.experts\."
 MEGATRON = r"decoder\.layers\.(\d+)\.mlp\.experts\."
 NAMINGS = (FAMILIES["qwen3_moe"], FAMILIES["mixtral"])  # Single experts are named so; most types have the first.
@@ -64,7 +65,8 @@ class Found:
     naming: Family
 
 
-def plan_layout(config: Mapping[str, Any], source: Source, to: str) -> ConversionPlan:
+@checked
+def plan_layout(config: Mapping[str, Any], source: Source, to: Layout) -> ConversionPlan:
     """Rearranges the experts of an MoE checkpoint, and renames routers; all values stay.
 
     per_expert        model.layers.0.mlp.experts.3.gate_proj.weight [I,H], …   (as published; Mixtral: w1, w3, w2)
@@ -80,9 +82,7 @@ def plan_layout(config: Mapping[str, Any], source: Source, to: str) -> Conversio
     (gpt-oss has [E,H,2I]), and of several dtypes in a layer. Also for per_expert where transformers reads fused experts
     alone.
     """
-    check_choice("to", to, LAYOUTS)
-    check_unquantized(config)
-    model_type = str(config.get("model_type"))
+    model_type = read_model_type(config)
     found = find_experts(source, config)
     read = _Reader(source, found)
     _check(source, model_type, found, read, config.get("hidden_size"))

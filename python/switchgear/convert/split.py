@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.checks import Finite, FloatTensor, NotNegative, Seed, Shape, Size, checked
-from switchgear.convert.checks import check_top_k, derive_seed
 from switchgear.convert.ffn import feed_forward, is_feed_forward
 from switchgear.convert.modules import OURS, is_transformers, replace_layers
 from switchgear.convert.partitions import Method, Partition, partition
-from switchgear.convert.plans import draw_noise
+from switchgear.convert.plans import derive_seed, draw_noise
 from switchgear.convert.recipes import plan_split, plan_upcycle
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, write_network, write_shared
@@ -77,17 +76,10 @@ def upcycle(
         TypeError, ValueError: no feed-forward network is found, an option is out of range, or the family cannot express
             the result. Nothing is changed.
     """
-    check_top_k(num_experts, top_k)
     made: dict[str, Any] = {
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "router_init": router_init,
-        "noise": noise,
-        "seed": seed,
-    }
-    if isinstance(mlp, FeedForward):
-        return _copy_into_layer(mlp, normalize=normalize, **made, **options)
-    if is_feed_forward(mlp):
+        "num_experts": num_experts, "top_k": top_k, "router_init": router_init, "noise": noise, "seed": seed,
+    }  # fmt: skip
+    if isinstance(mlp, FeedForward) or is_feed_forward(mlp):
         return _copy_into_layer(feed_forward(mlp), normalize=normalize, **made, **options)
     if is_transformers(mlp) and family != OURS:
         from switchgear.convert.models import convert_model  # imports transformers
@@ -208,7 +200,8 @@ def split_dense(
         parts = partition(dense, num_experts, method, shared=shared, importance=importance, keep=keep, seed=seed)
     if top_k is None:
         top_k = num_experts if parts.is_split else 1
-    check_top_k(num_experts, top_k)
+    if top_k > num_experts:  # EqualTopK does not know E
+        raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
     if "select" not in options:
         options["select"] = _choose_selection(parts, num_experts, top_k, weights, rescale)
     return _build_layer(dense, parts, router_init, seed, options)
@@ -357,7 +350,6 @@ def prior_approximate(
         dense_output: [T,H], of the network that was split.
     """
     num_tokens, num_experts = router_logits.shape
-    check_top_k(num_experts, top_k)
     with torch.no_grad():
         share = dense_output.float() * (top_k / num_experts)
         errors = (expert_outputs.float() - share[:, None]).square().mean(-1)
