@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.checks import Finite, FiniteTensor, Size, checked
-from switchgear.convert.ffn import (
+from switchgear.convert.modules import (
     Combination,
     combine_networks,
     feed_forward,
     find_activation,
+    is_transformers,
     join_networks,
     read_shares,
 )
-from switchgear.convert.modules import is_transformers
 from switchgear.convert.recipes import plan_dense
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, read_network, split_gate

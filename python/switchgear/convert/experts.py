@@ -17,8 +17,7 @@ from torch.nn.functional import pad
 
 from switchgear.checks import FiniteTensor, NotEmpty, NotNegative, Seed, Shape, Size, checked
 from switchgear.convert.average import Merge
-from switchgear.convert.ffn import feed_forward, is_feed_forward
-from switchgear.convert.modules import is_transformers
+from switchgear.convert.modules import feed_forward, is_feed_forward, is_transformers
 from switchgear.convert.split import create_layer, initialize_router, write_networks
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, write_shared

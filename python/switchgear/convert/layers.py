@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.checks import Count, NotNegative, Seed, Size, checked, complain_about_rows
-from switchgear.convert.ffn import is_feed_forward
-from switchgear.convert.modules import call_model, choose_layers, find_dense_layers, replace_modules, watch_rows
+from switchgear.convert.modules import (
+    call_model,
+    choose_layers,
+    find_dense_layers,
+    is_feed_forward,
+    replace_modules,
+    watch_rows,
+)
 from switchgear.convert.partitions import Method
 from switchgear.convert.plans import derive_seed
 from switchgear.convert.split import split_dense

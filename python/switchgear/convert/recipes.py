@@ -26,7 +26,7 @@ from switchgear.convert.families import (
     read_model_type,
     read_num_experts,
 )
-from switchgear.convert.ffn import Combination, combine_networks, read_shares
+from switchgear.convert.modules import Combination, combine_networks, read_shares
 from switchgear.convert.partitions import Method
 from switchgear.convert.plans import (
     ConversionPlan,

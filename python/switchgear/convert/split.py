@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.checks import Finite, FloatTensor, NotNegative, Seed, Shape, Size, checked
-from switchgear.convert.ffn import feed_forward, is_feed_forward
-from switchgear.convert.modules import OURS, is_transformers, replace_layers
+from switchgear.convert.modules import OURS, feed_forward, is_feed_forward, is_transformers, replace_layers
 from switchgear.convert.partitions import Method, Partition, partition
 from switchgear.convert.plans import derive_seed, draw_noise
 from switchgear.convert.recipes import plan_split, plan_upcycle
