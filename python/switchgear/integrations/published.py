@@ -375,9 +375,8 @@ def _read_packed(
     records = data.view(wanted.experts, parts * blocks, steps, bits * groups.PLANE)
     for expert, source in itertools.product(range(wanted.experts), range(parts)):
         with _naming(target, expert):
-            q, own, *its_zeros = (
-                tensor[None] for tensor in kind.read(reader, pieces, Piece("", expert, source), shape)
-            )
+            published = kind.read(reader, pieces, Piece("", expert, source), shape)
+        q, own, *its_zeros = (tensor[None] for tensor in published)
         stored = groups.to_blocks(groups.Levels(q, own, its_zeros[0] if its_zeros else None, (bits,)))
         share = slice(source * blocks, (source + 1) * blocks)
         records[expert, share] = stored.data.view(blocks, steps, bits * groups.PLANE)

@@ -53,6 +53,7 @@ from switchgear.integrations.published_keys import (
     CT_ZEROS,
     FLOATS,
     GROUPS_OF,
+    OF_GROUPS,
     QSCALES,
     QWEIGHT,
     QZEROS,
@@ -106,9 +107,9 @@ class Matrices(NamedTuple):
                 checks.expect(own[of._replace(suffix=suffix)], expected, dtypes)
 
     def read(self, reader: Reader, pieces: Pieces, of: Piece, shape: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Values and scales of one matrix as published. ValueError, by name, for numbers that its form does not hold."""
-        own = {piece.suffix: key for piece, key in pieces.items() if piece._replace(suffix="") == of}
-        return self.take({suffix: reader.tensor(key) for suffix, key in own.items()}, shape)
+        """Values and scales of one matrix as published. ValueError, by name, for numbers that no form holds."""
+        own = {suffix: pieces.get(of._replace(suffix=suffix)) for suffix in ("", *self.suffixes)}
+        return self.take({suffix: reader.tensor(key) for suffix, key in own.items() if key is not None}, shape)
 
 
 def matrices_of(pieces: Pieces, packed: Matrices | None) -> Matrices | None:
@@ -142,7 +143,7 @@ def find_packed(options: dict[str, Any]) -> Matrices | None:
         return None
     own = (partial(function, packing) for function in (_want_groups, _take_groups, _decode_groups))
     mark = CT_PACKED if method == "compressed-tensors" else QWEIGHT
-    return Matrices("groups", mark, (32, 32), *own, packing=packing)
+    return Matrices("groups", mark, (32, 32), *own, suffixes=OF_GROUPS, packing=packing)
 
 
 def _read_compressed(options: dict[str, Any]) -> Packing:
