@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import Count, NotEmpty, NotNegative, Range, Shape, checked
+from switchgear.checks import Count, FiniteTensor, NotEmpty, NotNegative, Range, Shape, checked
 from switchgear.compress.bits import ExpertErrors
 from switchgear.compress.calibration import Calibration, check_finite
 from switchgear.compress.sums import Domains, Hessians
@@ -58,9 +58,9 @@ def decode(quantized: Levels, bits: int, group_size: int) -> Tensor:
 
 @checked
 def gptq(
-    weight: Annotated[Tensor, Shape("n", "N", "C")],
-    hessian: Annotated[Tensor, Shape("n", "C", "C")],
-    bits: Annotated[int, Range(1, 8)],
+    weight: Annotated[FiniteTensor, Shape("n", "N", "C")],
+    hessian: Annotated[FiniteTensor, Shape("n", "C", "C")],
+    bits: Width,
     group_size: Count,
     *,
     symmetric: bool = True,
@@ -84,9 +84,6 @@ def gptq(
     """
     if 0 in weight.shape:
         raise ValueError(f"weight: expected sizes of at least 1, got {list(weight.shape)}")
-    for name, tensor in {"weight": weight, "hessian": hessian}.items():
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
     plain = round_to_nearest(weight, bits, group_size, symmetric)
     target = weight.float()
     hessian = hessian.float()
