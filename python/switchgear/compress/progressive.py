@@ -128,9 +128,8 @@ class ProgressivePruner:
 
     def __enter__(self) -> ProgressivePruner:
         for layer in self._layers.values():
-            self._stack.enter_context(
-                overridden_router(layer.router, partial(_Surviving, layer=layer, criterion=self.criterion))
-            )
+            wrapper = partial(_Surviving, layer=layer, criterion=self.criterion)
+            self._stack.enter_context(overridden_router(layer.router, wrapper))
         return self
 
     def __exit__(

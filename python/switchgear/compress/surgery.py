@@ -42,7 +42,7 @@ class Cut(NamedTuple):
 def find_layers(
     model: nn.Module, names: Collection[str] | None = None, argument: str = "layers"
 ) -> dict[str, ExpertLayer]:
-    """As `expert_layers`. Raises ValueError, which names the block, for experts or routers whose number cannot change."""
+    """As `expert_layers`. Raises ValueError for experts or routers whose number cannot change; it names the block."""
     layers = expert_layers(model, names, argument)
     for layer in layers.values():
         if layer.block.is_ours and type(layer.block.experts) is not Experts:
