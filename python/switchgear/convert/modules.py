@@ -186,41 +186,28 @@ def join_networks(networks: Sequence[FeedForward]) -> FeedForward:
     if any(network.has_bias for network in networks):
         networks = [network.biased() for network in networks]
 
-    def rows(name: str, dim: int = 0) -> Tensor | None:
+    def join(name: str, _: Tensor) -> Tensor:
         parts = [getattr(network, name) for network in networks]
-        return None if parts[0] is None else torch.cat(parts, dim)
+        return torch.stack(parts).sum(0) if name == "down_bias" else torch.cat(parts, int(name == "down"))
 
-    up, down = rows("up"), rows("down", 1)
-    assert up is not None
-    assert down is not None
-    biases = [network.down_bias for network in networks if network.down_bias is not None]
-    total = torch.stack(biases).sum(0) if biases else None
-    return replace(
-        networks[0], gate=rows("gate"), up=up, down=down, gate_bias=rows("gate_bias"), up_bias=rows("up_bias"),
-        down_bias=total,
-    )  # fmt: skip
+    return networks[0].map_tensors(join)
 
 
 def _weighted_sum(networks: Sequence[FeedForward], shares: Sequence[float]) -> FeedForward:
-    def combined(name: str) -> Any:
+    def combine(name: str, like: Tensor) -> Tensor:
         parts = [getattr(network, name) for network in networks]
-        if parts[0] is None:
-            return None
         total: Any = sum(share * wide(part) for share, part in zip(shares, parts, strict=True))
-        return total.to(parts[0].dtype)
+        return total.to(like.dtype)  # type: ignore[no-any-return]
 
-    names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-    return replace(networks[0], **{name: combined(name) for name in names})
+    return networks[0].map_tensors(combine)
 
 
 def _reduce_rank(network: FeedForward, rank: int) -> FeedForward:
-    def best(matrix: Tensor | None) -> Any:
-        if matrix is None:
-            return None
+    def approximate(_: str, matrix: Tensor) -> Tensor:
         u, s, v = torch.linalg.svd(wide(matrix), full_matrices=False)
         return ((u[:, :rank] * s[:rank]) @ v[:rank]).to(matrix.dtype)
 
-    return replace(network, gate=best(network.gate), up=best(network.up), down=best(network.down))
+    return network.map_tensors(approximate, ("gate", "up", "down"))
 
 
 def _keep_best_neurons(networks: Sequence[FeedForward]) -> FeedForward:
