@@ -192,9 +192,10 @@ def _name_key(layout: str, family: Family, layer: int, expert: int, part: str) -
     if layout == "fused":
         return f"model.layers.{layer}.mlp.experts.{part if number == 2 else 'gate_up_proj'}"
     name = {
-        "megatron": f"local_experts.{expert}.linear_fc{number}.weight", "megatron_te": f"linear_fc{number}.weight{expert}",
+        "megatron": f"local_experts.{expert}.linear_fc{number}.weight",
+        "megatron_te": f"linear_fc{number}.weight{expert}",
         "megatron_grouped": f"weight{number}",
-    }[layout]  # fmt: skip
+    }[layout]
     return f"decoder.layers.{layer}.mlp.experts.{name}"
 
 
