@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.functional import pad
 
 from switchgear.checks import FiniteTensor, NotEmpty, NotNegative, Seed, Shape, Size, checked
-from switchgear.convert.average import Merge
+from switchgear.convert.average import Merge, Merging
 from switchgear.convert.modules import feed_forward, is_feed_forward, is_transformers
 from switchgear.convert.split import create_layer, initialize_router, write_networks
 from switchgear.experts import Experts
@@ -84,7 +84,7 @@ def from_dense_experts(
 
     return collect_models(
         models, attention=attention, top_k=top_k, router=router, router_init=router_init, prompts=prompts, base=base,
-        layers=layers, family=family, merge=merge, weights=weights, density=density, seed=seed,
+        layers=layers, family=family, merging=Merging(merge, weights, density, 1.0, seed),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from switchgear.convert.attention import attention_from_experts
-from switchgear.convert.average import Merge, Merging, read_state
+from switchgear.convert.average import Merging, read_state
 from switchgear.convert.families import layers_of
 from switchgear.convert.modules import Conversion, Converted, watch_rows
 from switchgear.convert.plans import ConversionPlan, StateDict, derive_seed
@@ -78,19 +78,17 @@ def _require_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def collect_models(
     models: Sequence[Any], *, top_k: int, router: str | Tensor, router_init: float, prompts: Sequence[Tensor] | None,
-    base: Any, layers: str | Sequence[int], family: str | None, merge: Merge, weights: Sequence[float] | None,
-    density: float, seed: int, attention: str = "merged",
+    base: Any, layers: str | Sequence[int], family: str | None, merging: Merging, attention: str = "merged",
 ) -> Conversion:  # fmt: skip
     """See from_dense_experts."""
     first = models[0] if base is None else base
     chosen = layers_of(read_config(first), layers)
     rows = compute_router_rows(first, len(models), chosen, router, prompts)
-    merging = Merging(merge, weights, density, 1.0, seed)
     plan = plan_experts(
         [(read_config(model), read_tensors(model)) for model in models],
         None if base is None else (read_config(base), read_tensors(base)),
         top_k=top_k, layers=layers, family=family, router=rows, router_init=0.0 if router == "zeros" else router_init,
-        merging=merging, seed=seed,
+        merging=merging, seed=merging.seed,
     )  # fmt: skip
     done = build_model(first, plan)
     if attention == "merged":
@@ -98,7 +96,7 @@ def collect_models(
     mixtures = [
         attention_from_experts(
             [model.model.layers[layer].self_attn for model in models],
-            shared_kv=attention == "shared_kv", router_init=router_init, seed=derive_seed(seed, layer),
+            shared_kv=attention == "shared_kv", router_init=router_init, seed=derive_seed(merging.seed, layer),
         )
         for layer in range(len(first.model.layers))
     ]  # fmt: skip
