@@ -220,7 +220,8 @@ def convert(name: str, value: Any, hint: Any, sizes: dict[str, int] | None = Non
     if origin in _SERIES:
         return _convert_series(name, value, origin, options, sizes)
     kind = origin or hint
-    if _is_testable(kind) and not isinstance(value, kind):
+    is_class = isinstance(value, type) and getattr(kind, "_is_protocol", False)  # has the methods, and cannot run them
+    if _is_testable(kind) and (is_class or not isinstance(value, kind)):
         raise TypeError(f"{name}: expected {describe(hint)}, got {type(value).__name__}")
     if origin is collections.abc.Mapping:
         for key, item in value.items():
