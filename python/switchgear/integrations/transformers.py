@@ -95,7 +95,8 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         warn_once(f"{type(module).__name__} keeps its own implementation: {reason}")
         if not skips_the_last_id(module):
             top_k_index, top_k_weights = top_k_index.masked_fill(ids < 0, 0), top_k_weights.masked_fill(ids < 0, 0)
-        return _get_class_forward(module)(module, hidden_states, top_k_index, top_k_weights)
+        own: Callable[..., Tensor] = type(module).forward.__wrapped__  # as the decorator found it
+        return own(module, hidden_states, top_k_index, top_k_weights)
     return run_experts(
         hidden_states,
         ids,
@@ -105,12 +106,6 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         get_own_gate(module),
         module.post_expert_norm if has_post_norm(module) else None,
     )
-
-
-def _get_class_forward(module: Any) -> Callable[..., Tensor]:
-    """The class's forward before `use_experts_implementation` wrapped it."""
-    forward: Callable[..., Tensor] = type(module).forward.__wrapped__
-    return forward
 
 
 def _refuse_fp8(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
@@ -224,27 +219,15 @@ def path_of(module: Any) -> str:
     return "not an experts module that switchgear knows" if experts is None else experts.path()
 
 
-def _find_layout(module: nn.Module) -> Any:
-    return None if (experts := recognize(module)) is None else experts.layout()
+def _ask(module: nn.Module, question: str, *args: Any) -> Any:
+    """The answer of a module of experts; None from other modules."""
+    return None if (experts := recognize(module)) is None else getattr(experts, question)(*args)
 
 
-def _find_hint(module: nn.Module) -> str | None:
-    return None if (experts := recognize(module)) is None else experts.hint()
-
-
-def _find_sites(path: str, module: nn.Module) -> Any:
-    return None if (experts := recognize(module)) is None else experts.sites(path)
-
-
-def _reads_borrowed(module: nn.Module, name: str) -> bool | None:
-    experts = recognize(module)
-    return True if experts is not None and experts.reads_borrowed(name) else None
-
-
-extend("layout", _find_layout)
-extend("hint", _find_hint)
-extend("site", _find_sites)
-extend("reader", _reads_borrowed)
+extend("layout", lambda module: _ask(module, "layout"))
+extend("hint", lambda module: _ask(module, "hint"))
+extend("site", lambda path, module: _ask(module, "sites", path))
+extend("reader", lambda module, name: _ask(module, "reads_borrowed", name) or None)
 
 
 def _explain_nothing_found(model: nn.Module) -> str:

@@ -26,7 +26,6 @@ from switchgear.integrations.gates import find_gate, get_own_gate
 from switchgear.utils.modules import set_eval
 from switchgear.weights import AdaptedWeight
 from switchgear.weights.adapted import adapted
-from switchgear.weights.state import Borrowed
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _TOKENS = 8  # of a trial
@@ -281,17 +280,25 @@ def sample_vitpose(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def _stacked(module: Any) -> ExpertWeights:
-    return ExpertWeights(*_read_parts(_stacked_sites(module)))
-
-
 def _stacked_sites(module: Any) -> list[Part]:
     return [Part(module, name, name, getattr(module, name)) for name in TARGETS]
 
 
-def _read_parts(parts: list[Part], borrowed: Borrowed | None = None) -> list[Any]:
-    """The weights with their adapters."""
-    return [adapted(p.module, p.name, p.weight, transposed=p.transposed, borrowed=borrowed) for p in parts]
+def _build_weights(sites: Callable[[Any], list[Part]], **wrapped: PartClass) -> Callable[[Any], Sequence[Any]]:
+    """Reads the weights at `sites` with their adapters. wrapped: the submodules that PEFT may wrap and their classes,
+    one around all sites, or one around each."""
+
+    def weights(module: Any) -> Sequence[Any]:
+        borrowed = [borrow(module, name, cls) for name, cls in wrapped.items()]  # first: it tells if there are sites
+        parts = sites(module)
+        factors = borrowed if len(borrowed) == len(parts) else (borrowed or [None]) * len(parts)
+        found = [
+            adapted(p.module, p.name, p.weight, transposed=p.transposed, borrowed=own)
+            for p, own in zip(parts, factors, strict=True)
+        ]
+        return ExpertWeights(*found) if len(found) == 2 else found
+
+    return weights
 
 
 def _longcat_sites(module: Any) -> list[Part]:
@@ -307,34 +314,14 @@ _NLLB_EXPERT = name_model_class("nllb_moe", "NllbMoeDenseActDense")
 _SWITCH_EXPERT = name_model_class("switch_transformers", "SwitchTransformersDenseActDense")
 
 
-def _jetmoe_weights(module: Any) -> ExpertWeights:
-    borrowed = [borrow(module, name, _JETMOE_LINEAR) for name in ("input_linear", "output_linear")]
-    parts = zip(_jetmoe_sites(module), borrowed, strict=True)
-    return ExpertWeights(*(_read_parts([part], factors)[0] for part, factors in parts))
-
-
 def _jetmoe_sites(module: Any) -> list[Part]:
     linears = (unwrap_part(module.input_linear), unwrap_part(module.output_linear))
     return [Part(linear, "weight", target, linear.weight) for linear, target in zip(linears, TARGETS, strict=True)]
 
 
-def _jetmoe_linear_weights(module: Any) -> Sequence[Any]:
-    return (adapted(module, "weight", module.weight),)
-
-
-def _llama4_weights(module: Any) -> ExpertWeights:
-    borrowed = borrow(module, "experts", _LLAMA4_EXPERTS)  # first, since it tells whether there are sites
-    return ExpertWeights(*_read_parts(_llama4_sites(module), borrowed))
-
-
 def _llama4_sites(module: Any) -> list[Part]:
     experts = unwrap_part(module.experts)
     return [Part(experts, name, name, getattr(experts, name).mT, True) for name in TARGETS]
-
-
-def _dbrx_weights(module: Any) -> Sequence[Any]:
-    borrowed = borrow(module, "mlp", _DBRX_MLP)  # first, as above
-    return _read_parts(_dbrx_sites(module), borrowed)
 
 
 def _dbrx_sites(module: Any) -> list[Part]:
@@ -350,20 +337,27 @@ def _vitpose_sites(module: Any) -> list[Part]:
 
 # model folder and class in transformers -> how to run it
 PATCHES: dict[str, Patch] = {
-    "dbrx.DbrxExperts": Patch(_dbrx_weights, _dbrx, sample_dbrx, sites=_dbrx_sites),
-    "jetmoe.JetMoeMoE": Patch(_jetmoe_weights, _jetmoe, sample_jetmoe, gate="", sites=_jetmoe_sites),
-    "jetmoe.JetMoeParallelExperts": Patch(
-        _jetmoe_linear_weights, _jetmoe_linear, sample_jetmoe_linear, has_choice=False, borrows=("weight",)
+    "dbrx.DbrxExperts": Patch(_build_weights(_dbrx_sites, mlp=_DBRX_MLP), _dbrx, sample_dbrx, sites=_dbrx_sites),
+    "jetmoe.JetMoeMoE": Patch(
+        _build_weights(_jetmoe_sites, input_linear=_JETMOE_LINEAR, output_linear=_JETMOE_LINEAR), _jetmoe, sample_jetmoe,
+        gate="", sites=_jetmoe_sites,
     ),
-    "llama4.Llama4TextMoe": Patch(_llama4_weights, _llama4, sample_llama4, gate="experts", sites=_llama4_sites),
+    "jetmoe.JetMoeParallelExperts": Patch(
+        lambda m: (adapted(m, "weight", m.weight),), _jetmoe_linear, sample_jetmoe_linear, has_choice=False,
+        borrows=("weight",),
+    ),
+    "llama4.Llama4TextMoe": Patch(
+        _build_weights(_llama4_sites, experts=_LLAMA4_EXPERTS), _llama4, sample_llama4, gate="experts", sites=_llama4_sites
+    ),
     "longcat_flash.LongcatFlashExperts": Patch(
-        lambda m: ExpertWeights(*_read_parts(_longcat_sites(m))), _longcat, sample_longcat, gate="",
-        sites=_longcat_sites, borrows=TARGETS,
+        _build_weights(_longcat_sites), _longcat, sample_longcat, gate="", sites=_longcat_sites, borrows=TARGETS
     ),
     "nllb_moe.NllbMoeExperts": Patch(
         _build_dense_weights(_NLLB_EXPERT, "fc1", "fc2"), _nllb, sample_nllb, sites=_build_dense_sites("fc1", "fc2")
     ),
-    "step3p7.Step3p7Experts": Patch(_stacked, _step3p7, sample_topk, gate="", sites=_stacked_sites, borrows=TARGETS),
+    "step3p7.Step3p7Experts": Patch(
+        _build_weights(_stacked_sites), _step3p7, sample_topk, gate="", sites=_stacked_sites, borrows=TARGETS
+    ),
     "switch_transformers.SwitchTransformersExperts": Patch(
         _build_dense_weights(_SWITCH_EXPERT, "wi", "wo"), _switch, sample_switch, sites=_build_dense_sites("wi", "wo")
     ),
