@@ -339,15 +339,16 @@ def _vitpose_sites(module: Any) -> list[Part]:
 PATCHES: dict[str, Patch] = {
     "dbrx.DbrxExperts": Patch(_build_weights(_dbrx_sites, mlp=_DBRX_MLP), _dbrx, sample_dbrx, sites=_dbrx_sites),
     "jetmoe.JetMoeMoE": Patch(
-        _build_weights(_jetmoe_sites, input_linear=_JETMOE_LINEAR, output_linear=_JETMOE_LINEAR), _jetmoe, sample_jetmoe,
-        gate="", sites=_jetmoe_sites,
+        _build_weights(_jetmoe_sites, input_linear=_JETMOE_LINEAR, output_linear=_JETMOE_LINEAR),
+        _jetmoe, sample_jetmoe, gate="", sites=_jetmoe_sites,
     ),
     "jetmoe.JetMoeParallelExperts": Patch(
         lambda m: (adapted(m, "weight", m.weight),), _jetmoe_linear, sample_jetmoe_linear, has_choice=False,
         borrows=("weight",),
     ),
     "llama4.Llama4TextMoe": Patch(
-        _build_weights(_llama4_sites, experts=_LLAMA4_EXPERTS), _llama4, sample_llama4, gate="experts", sites=_llama4_sites
+        _build_weights(_llama4_sites, experts=_LLAMA4_EXPERTS), _llama4, sample_llama4, gate="experts",
+        sites=_llama4_sites,
     ),
     "longcat_flash.LongcatFlashExperts": Patch(
         _build_weights(_longcat_sites), _longcat, sample_longcat, gate="", sites=_longcat_sites, borrows=TARGETS
