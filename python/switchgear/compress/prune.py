@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from switchgear.checks import Count, Seed, checked
 from switchgear.compress.calibration import Calibration, check_finite
 from switchgear.compress.choose import Keep, PrunedLayer, choose
-from switchgear.compress.sums import Domains, LayerCalibration
+from switchgear.compress.sums import Domains
 from switchgear.compress.surgery import (
     NO_EXPERT,
     Cut,
@@ -112,9 +112,10 @@ def prune_experts(
     if replace == "constant":
         assert calibration is not None
         _check_constant(layers)
-        means = {name: _average_outputs(calibration.layers[name], found[name].removed, domains) for name in layers}
-        for name, mean in means.items():
-            check_finite(name, mean)
+        for name in layers:
+            sums, removed = calibration.layers[name].sums(domains), found[name].removed
+            means[name] = sums.outputs[removed] / sums.counts[removed].clamp(min=1)[:, None]
+            check_finite(name, means[name])
     commit(model, [_cut_layer(layer, found[name], replace == "constant") for name, layer in layers.items()])
     for name, mean in means.items():
         _put_constants(layers[name], found[name], mean)
@@ -159,11 +160,6 @@ def _check_constant(layers: Mapping[str, ExpertLayer]) -> None:
             raise ValueError(f"replace: expected none for {layer.name}, since {kind} has no constant experts")
         if layer.block.groups() is not None or layer.scales_input:
             raise ValueError(f"replace: expected none for {layer.name}, whose router is grouped or scales its input")
-
-
-def _average_outputs(layer: LayerCalibration, experts: Sequence[int], domains: Domains) -> Tensor:
-    sums = layer.sums(domains)
-    return sums.outputs[experts] / sums.counts[experts].clamp(min=1)[:, None]
 
 
 def _put_constants(layer: ExpertLayer, pruned: PrunedLayer, means: Tensor) -> None:

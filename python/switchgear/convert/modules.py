@@ -197,7 +197,8 @@ def _weighted_sum(networks: Sequence[FeedForward], shares: Sequence[float]) -> F
     def combine(name: str, like: Tensor) -> Tensor:
         parts = [getattr(network, name) for network in networks]
         total: Any = sum(share * wide(part) for share, part in zip(shares, parts, strict=True))
-        return total.to(like.dtype)  # type: ignore[no-any-return]
+        made: Tensor = total.to(like.dtype)
+        return made
 
     return networks[0].map_tensors(combine)
 
@@ -264,13 +265,10 @@ def replace_layers(model: nn.Module, layers: str | Sequence[int], make: Any) -> 
         made = make(feed_forward(module, name), index)
         modules[module] = made.train(module.training)
         done.append(Converted(name, type(module).__name__, made.experts.num_experts, made.gate.extra_repr()))
-        notes += [f"{name}: its dropout of {p} is not kept" for p in _dropouts(module)]
+        dropouts = [part.p for part in module.modules() if isinstance(part, nn.Dropout) and part.p > 0]
+        notes += [f"{name}: its dropout of {p} is not kept" for p in dropouts]
     replace_modules(model, modules)  # all are made
     return Conversion(model, tuple(done), tuple(notes))
-
-
-def _dropouts(module: nn.Module) -> list[float]:
-    return [part.p for part in module.modules() if isinstance(part, nn.Dropout) and part.p > 0]
 
 
 def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:

@@ -83,7 +83,8 @@ class FeedForward:
     def map_tensors(self, function: Callable[[str, Tensor], Tensor], names: Sequence[str] = TENSORS) -> FeedForward:
         """The network with function(name, tensor) for each tensor of these names that there is."""
         found = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
-        return replace(self, **{name: function(name, tensor) for name, tensor in found.items()})
+        made: dict[str, Any] = {name: function(name, tensor) for name, tensor in found.items()}
+        return replace(self, **made)
 
     def neurons(self, index: Tensor, scale: float = 1.0) -> FeedForward:
         """The network of the neurons `index` [n] alone, its output multiplied by `scale`, down_bias included."""

@@ -141,9 +141,10 @@ def find_packed(options: dict[str, Any]) -> Matrices | None:
         packing = Packing(method, int(bits or 0), size, is_symmetric, int(version == "gptq"))
     if packing is None:
         return None
-    own = (partial(function, packing) for function in (_want_groups, _take_groups, _decode_groups))
-    mark = CT_PACKED if method == "compressed-tensors" else QWEIGHT
-    return Matrices("groups", mark, (32, 32), *own, suffixes=OF_GROUPS, packing=packing)
+    return Matrices(
+        "groups", CT_PACKED if method == "compressed-tensors" else QWEIGHT, (32, 32), partial(_want_groups, packing),
+        partial(_take_groups, packing), partial(_decode_groups, packing), suffixes=OF_GROUPS, packing=packing,
+    )  # fmt: skip
 
 
 def _read_compressed(options: dict[str, Any]) -> Packing:

@@ -140,10 +140,6 @@ class _Linears(NamedTuple):
         return y + scale * project(project(x, a, plan.expert_offsets, None, token_indices), b, plan.expert_offsets)
 
 
-def _read_linears(owner: nn.Module, names: Sequence[str], adapter: str) -> _Linears:
-    return _join(owner, [get_part(owner, name, LINEAR) for name in names], adapter)
-
-
 def _join(owner: nn.Module, layers: Sequence[Any], adapter: str) -> _Linears:
     weight = [layer.weight for layer in layers]
     both = adapted(owner, adapter, weight)
@@ -242,14 +238,6 @@ def sample_dbrx(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
     return x[None], *_draw_choices(module, generator, module.num_experts)
 
 
-def sample_llama4(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
-    return (_draw_x(module, generator, module.hidden_dim),)
-
-
-def sample_jetmoe(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
-    return (_draw_x(module, generator, module.input_size)[None],)
-
-
 def sample_jetmoe_linear(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
     ids = torch.randint(module.num_experts, (_TOKENS,), generator=generator)
     expert_size = torch.bincount(ids, minlength=module.num_experts).tolist()
@@ -340,15 +328,15 @@ PATCHES: dict[str, Patch] = {
     "dbrx.DbrxExperts": Patch(_build_weights(_dbrx_sites, mlp=_DBRX_MLP), _dbrx, sample_dbrx, sites=_dbrx_sites),
     "jetmoe.JetMoeMoE": Patch(
         _build_weights(_jetmoe_sites, input_linear=_JETMOE_LINEAR, output_linear=_JETMOE_LINEAR),
-        _jetmoe, sample_jetmoe, gate="", sites=_jetmoe_sites,
+        _jetmoe, lambda m, random: (_draw_x(m, random, m.input_size)[None],), gate="", sites=_jetmoe_sites,
     ),
     "jetmoe.JetMoeParallelExperts": Patch(
         lambda m: (adapted(m, "weight", m.weight),), _jetmoe_linear, sample_jetmoe_linear, has_choice=False,
         borrows=("weight",),
     ),
     "llama4.Llama4TextMoe": Patch(
-        _build_weights(_llama4_sites, experts=_LLAMA4_EXPERTS), _llama4, sample_llama4, gate="experts",
-        sites=_llama4_sites,
+        _build_weights(_llama4_sites, experts=_LLAMA4_EXPERTS), _llama4,
+        lambda m, random: (_draw_x(m, random, m.hidden_dim),), gate="experts", sites=_llama4_sites,
     ),
     "longcat_flash.LongcatFlashExperts": Patch(
         _build_weights(_longcat_sites), _longcat, sample_longcat, gate="", sites=_longcat_sites, borrows=TARGETS
@@ -363,8 +351,8 @@ PATCHES: dict[str, Patch] = {
         _build_dense_weights(_SWITCH_EXPERT, "wi", "wo"), _switch, sample_switch, sites=_build_dense_sites("wi", "wo")
     ),
     "vitpose_backbone.VitPoseNaiveMoe": Patch(
-        lambda m: (_read_linears(m, list(m._modules), "weight"),), _vitpose, sample_vitpose, has_choice=False,
-        sites=_vitpose_sites,
+        lambda m: (_join(m, [get_part(m, name, LINEAR) for name in m._modules], "weight"),), _vitpose, sample_vitpose,
+        has_choice=False, sites=_vitpose_sites,
     ),
 }  # fmt: skip
 
