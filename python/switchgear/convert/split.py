@@ -198,8 +198,8 @@ def split_dense(
         chosen = top_k or (num_experts if parts.is_split else 1)
         if chosen > num_experts:  # EqualTopK does not know E
             raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {chosen}")
-        select = options.get("select") or _choose_selection(parts, num_experts, chosen, weights, rescale)
-        return _build_layer(dense, parts, router_init, own, {**options, "select": select})
+        select = _choose_selection(parts, num_experts, chosen, weights, rescale)
+        return _build_layer(dense, parts, router_init, own, {"select": select, **options})
 
     def make_model(model: nn.Module) -> Any:
         from switchgear.convert.models import convert_model  # imports transformers
@@ -208,10 +208,8 @@ def split_dense(
         if isinstance(method, Partition):
             raise ValueError("method: expected a name for a Hugging Face model, got a Partition")
         if importance is not None and not isinstance(importance, Mapping):
-            got = type(importance).__name__
-            raise TypeError(
-                f"importance: expected a mapping from layers to tensors for a Hugging Face model, got {got}"
-            )
+            got = f"a Hugging Face model, got {type(importance).__name__}"
+            raise TypeError(f"importance: expected a mapping from layers to tensors for {got}")
         default = 1 if method in ("domain_masks", "interleave") else num_experts
         return convert_model(
             model, plan_split, num_experts=num_experts, top_k=top_k or default, layers=layers, family=family,
