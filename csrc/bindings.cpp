@@ -24,12 +24,11 @@ constexpr Names<ScoreFunction, 2> kScoreFunctions{
 constexpr Names<GroupScore, 2> kGroupScores{{{"max", GroupScore::kMax}, {"top2_sum", GroupScore::kTop2Sum}}};
 constexpr Names<Drop, 4> kDrops{
     {{"order", Drop::kOrder}, {"reverse", Drop::kReverse}, {"choice", Drop::kChoice}, {"priority", Drop::kPriority}}};
-constexpr Names<Activation, 6> kActivations{{{"silu", Activation::kSilu},
-                                             {"gelu", Activation::kGelu},
-                                             {"gelu_tanh", Activation::kGeluTanh},
-                                             {"relu", Activation::kRelu},
-                                             {"relu2", Activation::kRelu2},
-                                             {"swiglu_oai", Activation::kSwigluOai}}};
+constexpr auto kActivations = [] {
+  Names<Activation, kActivationNames.size()> names;
+  for (size_t i = 0; i < names.size(); ++i) names[i] = {kActivationNames[i], static_cast<Activation>(i)};
+  return names;
+}();
 
 // The four arguments of a call.
 struct Call {
