@@ -93,6 +93,15 @@ class FloatingPoint:
             raise TypeError(f"{name}: expected a floating dtype, got {dtype}")
 
 
+class AllFinite:
+    """A tensor without NaN and infinities. One on meta has none."""
+
+    @staticmethod
+    def check(name: str, value: Tensor, sizes: dict[str, int]) -> None:
+        if not value.is_meta and not bool(value.isfinite().all()):
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
+
+
 class NotEmpty:
     """At least one item."""
 
@@ -124,6 +133,7 @@ Share = Annotated[float, Range(0, 1, "high")]  # A share or probability that 1 w
 Fraction = Annotated[float, Range(0, 1)]
 Seconds = Annotated[float, Range(0, MOST_SECONDS, "low")]
 FloatTensor = Annotated[Tensor, FloatingPoint]
+FiniteTensor = Annotated[Tensor, AllFinite]
 FloatDtype = Annotated[torch.dtype, FloatingPoint]
 Sizes = Annotated[Sequence[Size], NotEmpty]
 Optimizer = Annotated[Any, Steps]
