@@ -166,7 +166,7 @@ def test_row60_an_expert_of_another_model() -> None:
         ({}, {"num_new": 1, "init": "random", "sources": [0]}, "sources"),
         ({"num_groups": 2}, {"num_new": 1}, "num_new"),
         ({"null_experts": 1}, {"num_new": 1}, "VirtualExperts"),
-        ({"widths": [1, 1, 2, 4]}, {"num_new": 1}, "Heterogeneous"),
+        ({"widths": [1, 1, 2, 4]}, {"num_new": 1}, "experts"),
         ({"score": Gaussian}, {"num_new": 1}, "gate"),
     ],
 )

@@ -174,7 +174,7 @@ def test_bits_of_experts_in_an_index_are_checked(tmp_path: Path) -> None:
     for message, change in hostile:
         entries = copy.deepcopy(clean)
         change(entries["layers"][0])
-        if "last" in message:
+        if message == "parts":  # in an order whose offsets would be right
             at = 0
             for part in entries["layers"][0]["parts"]:
                 part["offset"] = at
