@@ -44,7 +44,8 @@ def get_own_gate(module: Any) -> Callable[[Tensor], Tensor]:
         apply_gate: Callable[[Tensor], Tensor] = module._apply_gate
         return apply_gate
     found = (getattr(module, name, None) for name in ACTIVATION_NAMES)
-    activation: Any = next((activation for activation in found if activation is not None), None)
+    named: Any = next((activation for activation in found if activation is not None), None)
+    activation: Callable[[Tensor], Tensor] = named
     if not is_gated:
         return activation
 
