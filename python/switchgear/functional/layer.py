@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear import autograd, ops
+from switchgear import ops
 from switchgear.arrays import accepts_arrays
-from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.functional.arguments import (
     as_dtype,
@@ -22,6 +21,8 @@ from switchgear.functional.arguments import (
     flat,
     in_autocast_dtype,
 )
+from switchgear.functional.gradients import apply, is_transformed, needs_autograd
+from switchgear.functional.layer_gradients import Moe, inputs_of
 from switchgear.functional.products import AnyWeight, check_trained, grouped_gemm
 from switchgear.functional.routes import plan
 from switchgear.functional.rows import combine, glu
@@ -132,14 +133,16 @@ def apply_layer(
         _check_both_trained(first, second, biases)
     layer = _layer_of(x, first, second, biases, topk_ids, topk_weights, options)
     gate_up_bias, down_bias = layer[4:6]
-    if needs_autograd(x, gate_up_bias, down_bias, topk_weights, *first.leaves, *second.leaves):
-        inputs = autograd.inputs_of(x, Layer(*layer), (first.trained, second.trained), source)
-        y = apply(autograd.Moe, *inputs)[0]
-        return y
     known = first.needs_no_dispatch and second.needs_no_dispatch
     plain = () if known else (*first.tensors, *second.tensors)
     others = (*plain, *first.adapter, *second.adapter)
-    if ops.needs_no_dispatch(x, gate_up_bias, down_bias, topk_ids, topk_weights, *others):
+    is_direct = ops.needs_no_dispatch(x, gate_up_bias, down_bias, topk_ids, topk_weights, *others)
+    if needs_autograd(x, gate_up_bias, down_bias, topk_weights, *first.leaves, *second.leaves):
+        is_direct = is_direct and not is_transformed()
+        inputs = inputs_of(x, Layer(*layer), (first.trained, second.trained), source, is_direct)
+        y = apply(Moe, *inputs)[0]
+        return y
+    if is_direct:
         return ops.moe_forward_on_host(x, layer)
     return ops.layer_forward(x, Layer(*layer), False)[0]
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import ops
-from switchgear.autograd import needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.functional import gate_route
+from switchgear.functional.gradients import needs_autograd
 from switchgear.integrations.experts import ExpertWeights, find_unreadable, run_experts
 from switchgear.integrations.forwards import (
     Bypassed,

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.autograd import needs_autograd
 from switchgear.checks import as_device, at_least
 from switchgear.experts import Experts
+from switchgear.functional.gradients import needs_autograd
 from switchgear.offload.device import Device, Event, find_device
 from switchgear.reference import check_range
 from switchgear.weights.checks import check_plain

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.autograd import apply
 from switchgear.checks import at_least
 from switchgear.functional import Routing
+from switchgear.functional.gradients import apply
 from switchgear.reference import check_choice
 from switchgear.routing.context import (
     NOTHING_KNOWN,
