@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from switchgear import backends
 from switchgear.ops.native import Kernels, host
 from switchgear.ops.registration import alike, matrix, register, rows, usable
+from switchgear.reference.activations import Activation
 from switchgear.reference.arguments import NUM_REQUIRED, Layer
 
 _TYPES = {
@@ -25,6 +26,7 @@ _TYPES = {
     Sequence[Tensor] | None: "Tensor[]?",
     Tensor | None: "Tensor?",
     Tensor: "Tensor",
+    Activation: "str",
 }
 _DEFAULTS = {None: "=None", (): "=[]"}
 

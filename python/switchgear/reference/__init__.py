@@ -10,7 +10,7 @@ routing.py    the router's product and the choice of experts; policies.py: the o
 stages.py     plan, permute, combine; products.py: grouped_gemm; activations.py: the activation between the projections
 layer.py      the whole layer: moe_forward, moe_accumulate, moe_backward; adapters.py: low-rank adapters of projections
 formats.py    the tensors of a weight, by format: panels.py, compact.py, integers.py, minifloat.py, nf4.py, groups.py
-arguments.py  Layer; checks.py, rows.py: helpers of the others
+arguments.py  Layer; checks.py: constraints of arguments
 
 Letters: T tokens · K top_k · E experts · H hidden_size · I intermediate_size · S = T·K slots · N = 2I (gated) or I.
 Errors: ValueError, or TypeError for a dtype, with the argument, what was expected and what was passed.
@@ -52,8 +52,15 @@ from switchgear.reference.routing import (
     sanitize,
     scores,
 )
-from switchgear.reference.rows import gather_rows, segments, to_slots
-from switchgear.reference.stages import combine, combine_weight_backward, permute, plan
+from switchgear.reference.stages import (
+    combine,
+    combine_weight_backward,
+    gather_rows,
+    permute,
+    plan,
+    segments,
+    to_slots,
+)
 
 __all__ = [
     "ACTIVATIONS",

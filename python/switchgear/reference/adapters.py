@@ -22,7 +22,7 @@ from torch import Tensor
 
 from switchgear.reference.checks import check, check_range, wide
 from switchgear.reference.products import gemm, wgrad_of
-from switchgear.reference.rows import segments
+from switchgear.reference.stages import segments
 
 _MASK = 0xFFFFFFFF
 
@@ -99,25 +99,17 @@ def adapter_of(
         used = torch.arange(rank, device=a.device) < ranks[0][:, None]
         a, b = torch.where(used[:, :, None], a, 0), torch.where(used[:, None, :], b, 0)
     seed, probabilities = dropout
-    p = check_dropout(seed, probabilities)[projection]
-    if p == 0:
+    if probabilities and (len(probabilities) != 2 or not all(0 <= p < 1 for p in probabilities)):
+        raise ValueError(f"dropout: expected two probabilities in [0, 1), got {list(probabilities)}")
+    if not any(probabilities):
         return AppliedAdapter(tensors, a, b, scales, None)
-    assert seed is not None
+    if seed is None:
+        raise ValueError("dropout_seed: expected a tensor with dropout, got None")
+    check("dropout_seed", seed, (1,), torch.int64)
+    if (p := probabilities[projection]) == 0:
+        return AppliedAdapter(tensors, a, b, scales, None)
     kept = keeps(seed, projection, num_slots, columns, p)
     return AppliedAdapter(tensors, a, b, scales.double() / (1 - p), kept)
-
-
-def check_dropout(seed: Tensor | None, probabilities: Sequence[float]) -> tuple[float, float]:
-    """Checks the arguments of dropout; returns the probabilities, (0, 0) for none."""
-    if not probabilities:
-        return 0.0, 0.0
-    if len(probabilities) != 2 or not all(0 <= p < 1 for p in probabilities):
-        raise ValueError(f"dropout: expected two probabilities in [0, 1), got {list(probabilities)}")
-    if any(probabilities):
-        if seed is None:
-            raise ValueError("dropout_seed: expected a tensor with dropout, got None")
-        check("dropout_seed", seed, (1,), torch.int64)
-    return probabilities[0], probabilities[1]
 
 
 def keeps(seed: Tensor, projection: int, num_slots: int, columns: int, p: float) -> Tensor:

@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from switchgear.checks import Finite, NotNegative
+from switchgear.reference.activations import Activation
+from switchgear.reference.checks import TopkIds, TopkWeights
+
 
 class GluOptions(NamedTuple):
     """The options of the activation between the projections; `switchgear.glu` documents them."""
@@ -40,13 +44,13 @@ class Layer(NamedTuple):
     down_form: Sequence[int]
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
-    topk_ids: Tensor
-    topk_weights: Tensor
-    activation: str
+    topk_ids: TopkIds
+    topk_weights: TopkWeights
+    activation: Activation
     gated: bool
     interleaved: bool
-    alpha: float
-    limit: float
+    alpha: Finite
+    limit: NotNegative
     gate_up_adapter: Sequence[Tensor] | None = None  # a, b, scales and possibly ranks (adapters.py)
     down_adapter: Sequence[Tensor] | None = None
     dropout_seed: Tensor | None = None

@@ -4,29 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from switchgear.reference.activations import check_options, glu_backward_of, glu_of, intermediate_size_of
-from switchgear.reference.adapters import adapter_of
+from switchgear.checks import checked
+from switchgear.reference.activations import find_intermediate_size, glu_backward_of, glu_of
+from switchgear.reference.adapters import AppliedAdapter, adapter_of
 from switchgear.reference.arguments import Layer
-from switchgear.reference.checks import check, check_experts, weight_dtype, wide
+from switchgear.reference.checks import Experts, Fields, Floats, Rows, Sums, check, check_experts, wide
 from switchgear.reference.formats import check_weight, decode, format_of
 from switchgear.reference.products import gemm, multiply, sum_rows, wgrad_of
-from switchgear.reference.rows import gather_rows, rows_of, segments, to_slots
-from switchgear.reference.stages import combine, plan
+from switchgear.reference.stages import combine, gather_rows, plan, rows_of, segments, to_slots
 
-
-def check_layer(x: Tensor, sizes: tuple[int, int, int], layer: Layer) -> None:
-    """Checks the arguments other than weights. sizes: E, N, and H of the projections."""
-    num_experts, width, hidden_size = sizes
-    check("x", x, (None, hidden_size))
-    check("gate_up_bias", layer.gate_up_bias, (num_experts, width), x.dtype)
-    check("down_bias", layer.down_bias, (num_experts, hidden_size), x.dtype)
-    check("topk_ids", layer.topk_ids, (x.shape[0], None), torch.int32)
-    check("topk_weights", layer.topk_weights, layer.topk_ids.shape, weight_dtype(x.dtype))
+CheckedLayer = Annotated[Layer, Fields]
 
 
 def _check_trained(name: str, form: Sequence[int], need: bool) -> None:
@@ -47,34 +39,41 @@ class _Rows(NamedTuple):
     plan: tuple[Tensor, Tensor, Tensor]
 
 
+def _check_layer(x: Tensor, layer: Layer) -> tuple[tuple[int, int], AppliedAdapter | None, AppliedAdapter | None]:
+    """Checks what annotations do not say: the sizes of weights, biases and adapters. Returns E, N and adapters."""
+    sizes = check_weight("gate_up_proj", layer.gate_up_proj, layer.gate_up_form, (None, None, x.shape[1]), x.dtype)
+    num_experts, width, hidden_size = sizes
+    size = find_intermediate_size("gate_up_proj", width, layer.activation, layer.gated)
+    down_sizes = (num_experts, hidden_size, size)
+    check_weight("down_proj", layer.down_proj, layer.down_form, down_sizes, x.dtype)
+    check("gate_up_bias", layer.gate_up_bias, (num_experts, width), x.dtype)
+    check("down_bias", layer.down_bias, (num_experts, hidden_size), x.dtype)
+    drops, num_slots = (layer.dropout_seed, layer.dropout), layer.topk_ids.numel()
+    return (
+        (num_experts, width),
+        adapter_of("gate_up_adapter", layer.gate_up_adapter, sizes, x.dtype, drops, 0, num_slots),
+        adapter_of("down_adapter", layer.down_adapter, down_sizes, x.dtype, drops, 1, num_slots),
+    )
+
+
 def _rows(x: Tensor, layer: Layer) -> _Rows:
     """The layer up to the sum over a token's experts."""
-    activation, gated, _, alpha, limit = options = layer.options
-    check_options(activation, gated, alpha, limit)
-    check("x", x, (None, None))
-    first_form, second_form = layer.gate_up_form, layer.down_form
-    sizes = check_weight("gate_up_proj", layer.gate_up_proj, first_form, (None, None, x.shape[1]), x.dtype)
-    num_experts, width, hidden_size = sizes
-    down_sizes = (num_experts, hidden_size, intermediate_size_of("gate_up_proj", width, gated))
-    check_weight("down_proj", layer.down_proj, second_form, down_sizes, x.dtype)
-    check_layer(x, sizes, layer)
-    drops, num_slots = (layer.dropout_seed, layer.dropout), layer.topk_ids.numel()
-    first = adapter_of("gate_up_adapter", layer.gate_up_adapter, sizes, x.dtype, drops, 0, num_slots)
-    second = adapter_of("down_adapter", layer.down_adapter, down_sizes, x.dtype, drops, 1, num_slots)
+    (num_experts, _), first, second = _check_layer(x, layer)
     slots = plan(layer.topk_ids, num_experts)
     expert_offsets, token_indices, _ = slots
     rows = rows_of(x, token_indices)
-    h = multiply(rows, x.dtype, layer.gate_up_proj, first_form, layer.gate_up_bias, expert_offsets)
+    h = multiply(rows, x.dtype, layer.gate_up_proj, layer.gate_up_form, layer.gate_up_bias, expert_offsets)
     if first is not None:
         h += first.term(rows, expert_offsets)
-    a = glu_of(h, *options)
-    permuted_y = multiply(a, x.dtype, layer.down_proj, second_form, layer.down_bias, expert_offsets)
+    a = glu_of(h, *layer.options)
+    permuted_y = multiply(a, x.dtype, layer.down_proj, layer.down_form, layer.down_bias, expert_offsets)
     if second is not None:
         permuted_y += second.term(a, expert_offsets)
     return _Rows(h, permuted_y, slots)
 
 
-def moe_forward(x: Tensor, layer: Layer, save_h: bool) -> tuple[Tensor, Tensor]:
+@checked
+def moe_forward(x: Rows, layer: CheckedLayer, save_h: bool) -> tuple[Tensor, Tensor]:
     """y[t] = Σ_k topk_weights[t,k] · (glu(x[t]·W_guᵀ + b_gu) · W_dᵀ + b_d), and h [S,N] = x·W_guᵀ + b_gu in slot order.
 
     h is [0,N] unless save_h. Each projection has a form (formats.py) and may have an adapter (adapters.py), which acts
@@ -86,14 +85,14 @@ def moe_forward(x: Tensor, layer: Layer, save_h: bool) -> tuple[Tensor, Tensor]:
     return y.to(x.dtype), h.to(x.dtype) if save_h else x.new_empty(0, h.shape[1])
 
 
-def moe_accumulate(x: Tensor, layer: Layer, sums: Tensor) -> None:
+@checked
+def moe_accumulate(x: Rows, layer: CheckedLayer, sums: Annotated[Tensor, Sums("T", "H")]) -> None:
     """Adds what moe_forward rounds to y to sums [T,H], float32 (float64 for float64), one expert after the other.
 
     A token's experts are added in ascending order, equal ones in the order of its choices, each to the rounded sum of
     those before. So calls whose topk_ids are -1 except in disjoint ranges of experts, ascending from call to call, add
     as one call with all of them does.
     """
-    check("sums", sums, x.shape, weight_dtype(x.dtype))
     rows = _rows(x, layer)
     order = layer.topk_ids.argsort(dim=-1, stable=True)
     slot_indices, weights = rows.plan[2].gather(1, order), layer.topk_weights.gather(1, order)
@@ -102,8 +101,14 @@ def moe_accumulate(x: Tensor, layer: Layer, sums: Tensor) -> None:
         sums += term.masked_fill(slots[:, None] < 0, 0)
 
 
+@checked
 def moe_backward(
-    grad_y: Tensor, x: Tensor, h: Tensor, layer: Layer, needs: Sequence[bool], experts: Tensor | None = None
+    grad_y: Rows,
+    x: Rows,
+    h: Annotated[Tensor, Floats("S", "N")],
+    layer: CheckedLayer,
+    needs: Sequence[bool],
+    experts: Experts | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of moe_forward from x and h; `a` is recomputed. Outputs that `needs` does not request (it may be
     shorter) are empty. With dy the rows of grad_y in slot order and w their weights:
@@ -123,25 +128,16 @@ def moe_backward(
 
     Stored projections are decoded to the dtype of x, and have no gradient.
     """
-    activation, gated, _, alpha, limit = options = layer.options
+    options = layer.options
     gate_up_form, down_form, down_bias = layer.gate_up_form, layer.down_form, layer.down_bias
     topk_ids, topk_weights, gate_up_bias = layer.topk_ids, layer.topk_weights, layer.gate_up_bias
-    check_options(activation, gated, alpha, limit)
-    sizes = check_weight("gate_up_proj", layer.gate_up_proj, gate_up_form, (None, None, None), x.dtype)
-    num_experts, width, hidden_size = sizes
-    down_sizes = (num_experts, hidden_size, intermediate_size_of("gate_up_proj", width, gated))
-    check_weight("down_proj", layer.down_proj, down_form, down_sizes, x.dtype)
+    (num_experts, width), first, second = _check_layer(x, layer)
+    check("h", h, (topk_ids.numel(), width), x.dtype)
+    check_experts(experts, num_experts)
     needs = (*needs, *[False] * (10 - len(needs)))
     need_x, need_gate_up, need_down, need_gate_up_bias, need_down_bias, need_weights, *need_adapters = needs
     _check_trained("gate_up_proj", gate_up_form, need_gate_up)
     _check_trained("down_proj", down_form, need_down)
-    check_layer(x, sizes, layer)
-    check("grad_y", grad_y, x.shape, x.dtype)
-    check("h", h, (topk_ids.numel(), width), x.dtype)
-    check_experts(experts, num_experts)
-    drops, num_slots = (layer.dropout_seed, layer.dropout), topk_ids.numel()
-    first = adapter_of("gate_up_adapter", layer.gate_up_adapter, sizes, x.dtype, drops, 0, num_slots)
-    second = adapter_of("down_adapter", layer.down_adapter, down_sizes, x.dtype, drops, 1, num_slots)
     gate_up = decode(layer.gate_up_proj, gate_up_form, x.dtype)
     down = decode(layer.down_proj, down_form, x.dtype)
     expert_offsets, token_indices, slot_indices = plan(topk_ids, num_experts)
