@@ -102,6 +102,15 @@ class NotEmpty:
             raise ValueError(f"{name}: expected at least one, got none")
 
 
+class Steps:
+    """An optimizer of torch, or an object with its methods."""
+
+    @staticmethod
+    def check(name: str, value: Any, sizes: dict[str, int]) -> None:
+        if not all(callable(getattr(value, method, None)) for method in ("step", "zero_grad")):
+            raise TypeError(f"{name}: expected torch.optim.Optimizer, got {type(value).__name__}")
+
+
 Size = Annotated[int, Range(1, 2**31 - 1)]
 Count = Annotated[int, Range(0, 2**31 - 1)]
 Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
@@ -114,6 +123,7 @@ Seconds = Annotated[float, Range(0, MOST_SECONDS, "low")]
 FloatTensor = Annotated[Tensor, FloatingPoint]
 FloatDtype = Annotated[torch.dtype, FloatingPoint]
 Sizes = Annotated[Sequence[Size], NotEmpty]
+Optimizer = Annotated[Any, Steps]
 
 
 # ---- arguments of a call ---------------------------------------------------------------------------------------------
@@ -200,11 +210,12 @@ def convert(name: str, value: Any, hint: Any, sizes: dict[str, int] | None = Non
     if origin in _SERIES:
         return _convert_series(name, value, origin, options, sizes)
     kind = origin or hint
-    if _is_testable(kind) and not isinstance(value, kind):
+    is_class = isinstance(value, type) and getattr(kind, "_is_protocol", False)  # has the methods, and cannot run them
+    if _is_testable(kind) and (is_class or not isinstance(value, kind)):
         raise TypeError(f"{name}: expected {describe(hint)}, got {type(value).__name__}")
     if origin is collections.abc.Mapping:
-        for item in value.values():
-            convert(name, item, options[1], sizes)
+        for key, item in value.items():
+            convert(f"{name}[{key!r}]", item, options[1], sizes)
     return value
 
 
@@ -228,8 +239,9 @@ def _convert_union(name: str, value: Any, options: Sequence[Any], hint: Any, siz
 
 
 def _convert_series(name: str, value: Any, origin: Any, options: Sequence[Any], sizes: dict[str, int]) -> Any:
-    """A Sequence may be anything with items; what is no list or tuple becomes a list. An Iterable stays as it is."""
-    if origin in (list, tuple) and not isinstance(value, origin):
+    """A Sequence may be anything with items but a mapping; what is no list becomes one. An Iterable stays as it is."""
+    is_other = isinstance(value, Mapping) if origin is collections.abc.Sequence else not isinstance(value, origin)
+    if origin is not collections.abc.Iterable and is_other:
         raise TypeError(f"{name}: expected {describe(origin[tuple(options)])}, got {type(value).__name__}")
     check_several(name, value, describe(options[0]) if options else "items")
     is_plain = isinstance(value, (list, tuple))
@@ -239,9 +251,10 @@ def _convert_series(name: str, value: Any, origin: Any, options: Sequence[Any], 
     if origin is tuple and options[-1] is not Ellipsis:
         if len(given) != len(options):
             raise ValueError(f"{name}: expected {len(options)} items, got {len(given)}")
-        items = [convert(name, item, option, sizes) for item, option in zip(given, options, strict=True)]
+        pairs = enumerate(zip(given, options, strict=True))
+        items = [convert(f"{name}[{index}]", item, option, sizes) for index, (item, option) in pairs]
     else:
-        items = [convert(name, item, options[0], sizes) for item in given]
+        items = [convert(f"{name}[{index}]", item, options[0], sizes) for index, item in enumerate(given)]
     if is_plain and all(item is before for item, before in zip(items, given, strict=True)):
         return value
     if not is_plain:
@@ -391,12 +404,6 @@ def check_module(name: str, module: Any) -> None:
 def check_function(name: str, value: Any) -> None:
     """Raises TypeError for anything that cannot be called."""
     convert(name, value, collections.abc.Callable)
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Raises TypeError for anything but an optimizer of torch, or an object with its methods."""
-    if not all(callable(getattr(optimizer, name, None)) for name in ("step", "zero_grad")):
-        raise TypeError(f"optimizer: expected torch.optim.Optimizer, got {type(optimizer).__name__}")
 
 
 def check_several(name: str, values: Any, what: str) -> None:

@@ -12,16 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import checked, list_of_names
+from switchgear.checks import Finite, Range, checked, convert, list_of_names
 from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.papers.layers.monet import MonetRouter
-from switchgear.reference import check_choice, check_finite, check_size
 from switchgear.routing.router import Router
 from switchgear.utils.modules import map_matrices
 from switchgear.weights.form import layout_of
@@ -30,7 +29,11 @@ from switchgear.weights.selected import SUFFIX
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration (Jordan et al., 2024)
 _CACHED = 1 << 19  # elements of a batch on a CPU
 _TRANSPOSED = "is_transposed"  # an attribute of parameters [E,in,out]
-_RATES = ("original", "match_rms_adamw")
+_HINTS = {
+    "ns_steps": Annotated[int, Range(0, 99)],
+    "ns_coefficients": tuple[Finite, Finite, Finite],
+    "adjust_lr_fn": Literal["original", "match_rms_adamw"] | None,
+}
 
 
 def orthogonalized(
@@ -141,15 +144,9 @@ def _check(options: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "momentum", "eps"):
         if not as_number(name, options[name]) >= 0:
             raise ValueError(f"{name}: expected a number of at least 0, got {options[name]}")
-    check_size("ns_steps", options["ns_steps"], 0)
-    if options["ns_steps"] >= 100:
-        raise ValueError(f"ns_steps: expected 0 to 99, got {options['ns_steps']}")
-    if len(options["ns_coefficients"]) != 3:
-        raise ValueError(f"ns_coefficients: expected 3 numbers, got {options['ns_coefficients']}")
-    for number in options["ns_coefficients"]:
-        check_finite("ns_coefficients", as_number("ns_coefficients", number))
-    if options["adjust_lr_fn"] is not None:
-        check_choice("adjust_lr_fn", options["adjust_lr_fn"], _RATES)
+    for name, hint in _HINTS.items():
+        value = options[name]
+        convert(name, tuple(value) if isinstance(value, list) else value, hint)
 
 
 def _find_ratio(adjust: str | None, rows: int, columns: int) -> float:

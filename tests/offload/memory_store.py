@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.offload import Records
+from switchgear.offload import Records, Store
 from switchgear.offload.store_records import fill, lay_out_records
 from switchgear.weights import layout_of, stored_of
 from switchgear.weights.weight import Weight
@@ -87,16 +87,16 @@ class MemoryReader:
         self.closed = True
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """The experts of a model, plain or stored."""
 
     path = Path("memory")
+    layers: dict[str, Records]
+    files: list[Tensor]
+    readers: list[MemoryReader]
 
     def __init__(self, model: nn.Module, late: bool = True) -> None:
-        self.layers: dict[str, Records] = {}
-        self.files: list[Tensor] = []
-        self.late = late
-        self.readers: list[MemoryReader] = []
+        vars(self).update(layers={}, files=[], late=late, readers=[])
         for name, module in model.named_modules():
             if (layout := layout_of(module)) is None:
                 continue

@@ -38,7 +38,7 @@ def test_row41_hits_are_those_of_an_independent_lru() -> None:
     wanted, accesses = recorded(model, steps)
     for slots, shared, policy in itertools.product((1, 2, 3, 5), (False, True), POLICIES):
         store = MemoryStore(model)
-        cache = offload.offload(model, store, slots=slots, shared=shared, policy=policy)  # type: ignore[arg-type]
+        cache = offload.offload(model, store, slots=slots, shared=shared, policy=policy)
         got = outputs_of(model, steps)
         assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True)), (slots, shared, policy)
         replay = Replay(policy.name, as_sets(accesses), slots, shared)
@@ -63,7 +63,7 @@ def test_experts_of_different_bits() -> None:
         store = MemoryStore(model)
         sizes = [records.sizes for records in store.layers.values()]
         assert len(set(sizes[0])) > 2
-        cache = offload.offload(model, store, slots=slots, shared=shared, policy=policy)  # type: ignore[arg-type]
+        cache = offload.offload(model, store, slots=slots, shared=shared, policy=policy)
         got = outputs_of(model, steps)
         assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True)), (slots, shared, policy)
         found = cache.statistics
@@ -79,7 +79,7 @@ def test_whatever_reads_the_absent_parameters_is_told_of_close() -> None:
     """`restore` would be refused."""
     model = make_model(1)
     with (
-        offload.offload(model, MemoryStore(model), slots=2),  # type: ignore[arg-type]
+        offload.offload(model, MemoryStore(model), slots=2),
         raises(AttributeError),
     ):
         len(model[0].experts.down_proj)  # type: ignore[union-attr]

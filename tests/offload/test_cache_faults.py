@@ -47,7 +47,7 @@ def offloaded(seed: int, slots: int = 2) -> Any:
     shared, prefetch = bool(seed % 2), Guesses(seed) if seed % 3 else None
     cache = offload.offload(
         model,
-        store,  # type: ignore[arg-type]
+        store,
         slots=slots,
         shared=shared,
         prefetch=prefetch,
@@ -165,7 +165,7 @@ def test_gradients_while_reads_go_on() -> None:
 
     wanted = gradient()
     store = MemoryStore(model)
-    cache = offload.offload(model, store, slots=2)  # type: ignore[arg-type]
+    cache = offload.offload(model, store, slots=2)
     reader, pool = store.reader, cache._cache.layers[0].pool
     reader.cancel = lambda ticket: False  # type: ignore[method-assign]
     reader.is_done = lambda ticket: False  # type: ignore[method-assign]
@@ -183,7 +183,7 @@ def test_gradients_while_reads_go_on() -> None:
 def test_a_model_that_is_dropped_ends_its_reads() -> None:
     model, steps = make_model(), steps_of()
     store = MemoryStore(model)
-    cache = offload.offload(model, store, slots=2, prefetch=Guesses(1))  # type: ignore[arg-type]
+    cache = offload.offload(model, store, slots=2, prefetch=Guesses(1))
     outputs_of(model, steps)
     del cache
     gc.collect()
@@ -242,7 +242,7 @@ def test_ids_that_change_during_a_call() -> None:
     x, ids, weights = torch.randn(5, 32), torch.arange(5, dtype=torch.int32)[:, None], torch.ones(5, 1)
     wanted, kept = experts(x, ids, weights), ids.clone()
     store = MemoryStore(experts)
-    cache = offload.offload(experts, store, slots=2)  # type: ignore[arg-type]
+    cache = offload.offload(experts, store, slots=2)
 
     def change(_: int) -> None:
         ids.fill_(5)
@@ -265,10 +265,10 @@ def test_a_store_that_cannot_be_read_changes_nothing(monkeypatch: pytest.MonkeyP
         with monkeypatch.context() as patch:
             patch.setattr(MemoryReader, "wait", wait)
             with raises(StoreError):
-                offload.offload(model, store, slots=slots)  # type: ignore[arg-type]
+                offload.offload(model, store, slots=slots)
         assert store.reader.closed
         assert all(map(same_bits, outputs_of(model, steps), wanted))
-        cache = offload.offload(model, store, slots=slots)  # type: ignore[arg-type]
+        cache = offload.offload(model, store, slots=slots)
         with monkeypatch.context() as patch:
             patch.setattr(MemoryReader, "wait", wait)
             with raises(StoreError):

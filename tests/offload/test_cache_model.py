@@ -41,7 +41,7 @@ def test_the_bits_of_the_resident_model(form: str, isa: str) -> None:
     if form != "plain":
         switchgear.store(model, form)
     wanted = outputs_of(model, steps)
-    cache = offload.offload(model, MemoryStore(model), slots=3)  # type: ignore[arg-type]
+    cache = offload.offload(model, MemoryStore(model), slots=3)
     assert all(map(same_bits, outputs_of(model, steps), wanted))
     assert cache.statistics.misses > 0
     check(cache)
@@ -65,7 +65,7 @@ def test_generate(model_type: str) -> None:
         for key in ("gate_up_proj", "down_proj"):
             parameter = getattr(experts, key)
             setattr(experts, key, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
-    with offload.offload(model, store, slots=2) as cache:  # type: ignore[arg-type]
+    with offload.offload(model, store, slots=2) as cache:
         with torch.no_grad(), routing.record(model) as choices, RoutingTrace(model) as trace:
             got = model.generate(prompt, **options)
         assert torch.equal(got.sequences, wanted.sequences)
@@ -77,7 +77,7 @@ def test_generate(model_type: str) -> None:
         check(cache)
     with raises(RuntimeError):
         model(prompt)
-    with offload.offload(model, store, slots=2):  # type: ignore[arg-type]
+    with offload.offload(model, store, slots=2):
         assert torch.equal(model.generate(prompt, **options).sequences, wanted.sequences)
 
 
@@ -86,7 +86,7 @@ def test_overrides() -> None:
     model, steps = make_model(), steps_of()
     with routing.override(model, disable=[0, 1]):
         wanted = outputs_of(model, steps)
-        offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+        offload.offload(model, MemoryStore(model), slots=2)
         assert all(map(same_bits, outputs_of(model, steps), wanted))
 
 
@@ -97,7 +97,7 @@ def test_all_in_memory_is_the_stored_model() -> None:
     wanted = outputs_of(model, steps)
     for options in ({"slots": 6}, {"slots": 99}, {"bytes": 1 << 30}, {"slots": 6, "shared": True}):
         store = MemoryStore(model)
-        cache = offload.offload(model, store, **options)  # type: ignore[arg-type]
+        cache = offload.offload(model, store, **options)
         assert cache.is_inert
         assert type(stored_of(model[0].experts).weights(model[0].experts)[0]) is switchgear.Weight  # type: ignore
         begun = len(store.reader.begun)
@@ -117,12 +117,12 @@ def test_bytes_bound_the_memory() -> None:
     record = store.layers["0.experts"].record_bytes
     for rows in range(4, 14):
         for shared in (False, True):
-            with offload.offload(model, store, bytes=rows * record + 7, shared=shared) as cache:  # type: ignore[arg-type]
+            with offload.offload(model, store, bytes=rows * record + 7, shared=shared) as cache:
                 assert 0 < cache.nbytes <= rows * record + 7
                 assert all(map(same_bits, outputs_of(model, steps), wanted))
                 assert cache.is_inert == (rows >= 12)
     with raises(ValueError, "bytes"):
-        offload.offload(model, store, bytes=100)  # type: ignore[arg-type]
+        offload.offload(model, store, bytes=100)
 
 
 def test_all_experts_are_in_memory_where_their_bytes_are() -> None:
@@ -146,7 +146,7 @@ def test_adapters_in_waves() -> None:
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
     wanted = outputs_of(model, steps)
-    cache = offload.offload(model, MemoryStore(model), slots=1)  # type: ignore[arg-type]
+    cache = offload.offload(model, MemoryStore(model), slots=1)
     assert all(map(same_bits, outputs_of(model, steps), wanted))
     cache.close()
     assert all(map(same_bits, outputs_of(model, steps), wanted))
@@ -172,7 +172,7 @@ def test_gradients_of_x_and_adapters() -> None:
 
     wanted = gradients()
     assert len(wanted) > 4
-    cache = offload.offload(model, MemoryStore(model), slots=1, shared=True)  # type: ignore[arg-type]
+    cache = offload.offload(model, MemoryStore(model), slots=1, shared=True)
     got = gradients()
     assert len(got) == len(wanted)
     assert all(map(same_bits, got, wanted))
@@ -186,7 +186,7 @@ def test_gradients_of_x_and_adapters() -> None:
 @pytest.mark.parametrize("slots", [3, 6])
 def test_closed_under_inference_mode_it_trains(slots: int) -> None:
     model, x = make_model(dtype=torch.float32), torch.randn(3, 32, requires_grad=True)
-    with torch.inference_mode(), offload.offload(model, MemoryStore(model), slots=slots):  # type: ignore[arg-type]
+    with torch.inference_mode(), offload.offload(model, MemoryStore(model), slots=slots):
         model(x.detach())
     model(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -195,7 +195,7 @@ def test_closed_under_inference_mode_it_trains(slots: int) -> None:
 def test_adapters_of_an_inert_cache_made_under_inference_mode_train() -> None:
     model, x = make_model(dtype=torch.float32), torch.randn(3, 32, requires_grad=True)
     with torch.inference_mode():
-        offload.offload(model, MemoryStore(model), slots=6)  # type: ignore[arg-type]
+        offload.offload(model, MemoryStore(model), slots=6)
     add_lora(model, rank=2)
     model(x).sum().backward()
     assert x.grad is not None
@@ -208,7 +208,7 @@ def test_a_model_that_is_frozen_meanwhile_stays_frozen(form: str | None) -> None
         model = make_model()
         if form is not None:
             switchgear.store(model, form)
-        with offload.offload(model, MemoryStore(model), slots=3):  # type: ignore[arg-type]
+        with offload.offload(model, MemoryStore(model), slots=3):
             (model if frozen else model[0]).requires_grad_(False)
         switchgear.restore(model)
         assert [model[1].experts.down_proj.requires_grad, model[1].gate.weight.requires_grad] == [not frozen] * 2
@@ -218,7 +218,7 @@ def test_peft_freezes_a_model_that_is_offloaded() -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model: Any = build("olmoe").eval()
     accelerate(model)
-    with offload.offload(model, MemoryStore(model), slots=3):  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=3):
         wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
     assert all("lora" in name for name, parameter in wrapped.named_parameters() if parameter.requires_grad)
 
@@ -226,7 +226,7 @@ def test_peft_freezes_a_model_that_is_offloaded() -> None:
 def test_torch_compile_runs_the_layer_itself() -> None:
     model, steps = make_model(), steps_of(count=4)
     wanted = outputs_of(model, steps)
-    offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+    offload.offload(model, MemoryStore(model), slots=2)
     assert all(map(same_bits, outputs_of(torch.compile(model, backend="eager"), steps), wanted))
 
 
@@ -244,13 +244,13 @@ def test_torch_compile_runs_the_layer_itself() -> None:
 def test_a_graph_cannot_load_experts(traced: Any) -> None:
     model, steps = make_model(dtype=torch.float32), steps_of(torch.float32, count=2)
     wanted = outputs_of(model, steps)
-    cache = offload.offload(model, MemoryStore(model), slots=3)  # type: ignore[arg-type]
+    cache = offload.offload(model, MemoryStore(model), slots=3)
     with torch.no_grad(), raises(ValueError):
         traced(model, steps[0])
     assert all(map(same_bits, outputs_of(model, steps), wanted))
     check(cache)
     cache.close()
-    with torch.no_grad(), offload.offload(model, MemoryStore(model), slots=6):  # type: ignore[arg-type]
+    with torch.no_grad(), offload.offload(model, MemoryStore(model), slots=6):
         torch.jit.trace(model, (steps[0],), check_trace=False)  # all experts are in memory
 
 
@@ -259,7 +259,7 @@ def test_autocast_and_other_dtypes() -> None:
     model, steps = make_model(dtype=torch.bfloat16), steps_of(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         wanted = outputs_of(model, steps)
-        offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+        offload.offload(model, MemoryStore(model), slots=2)
         assert all(map(same_bits, outputs_of(model, steps), wanted))
     ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
     with raises(TypeError, "x"):
@@ -294,12 +294,12 @@ def test_autocast_casts_the_experts_in_use(form: str, dtype: torch.dtype) -> Non
     with torch.autocast("cpu", torch.bfloat16):
         wanted = outputs_of(model, steps)
     wanted_gradients = gradients()
-    with offload.offload(model, MemoryStore(model), slots=2) as cache:  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=2) as cache:
         with torch.autocast("cpu", torch.bfloat16):
             assert all(map(same_bits, outputs_of(model, steps), wanted))
         assert cache.statistics.misses > 12
         check(cache)
-    with offload.offload(model, MemoryStore(model), slots=5, shared=True):  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=5, shared=True):
         assert all(map(same_bits, gradients(), wanted_gradients))
 
 
@@ -307,7 +307,7 @@ def test_autocast_casts_the_experts_in_use(form: str, dtype: torch.dtype) -> Non
 def test_threads_take_turns() -> None:
     model, steps = make_model(), steps_of()
     wanted = outputs_of(model, steps)
-    cache = offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+    cache = offload.offload(model, MemoryStore(model), slots=2)
     failures: list[object] = []
 
     def run() -> None:
@@ -331,7 +331,7 @@ def test_state_dicts_copies_and_conversions_name_the_cache() -> None:
     model, steps = make_model(), steps_of()
     before = model.state_dict()
     wanted = outputs_of(model, steps)
-    cache = offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+    cache = offload.offload(model, MemoryStore(model), slots=2)
     state = model.state_dict()  # has shapes, and no numbers that anything could take for those of experts
     assert list(state) == list(before)
     assert all(state[name].shape == tensor.shape for name, tensor in before.items())
@@ -363,7 +363,7 @@ def test_state_dicts_copies_and_conversions_name_the_cache() -> None:
         with raises(ValueError):
             change(model)
     with raises(ValueError):
-        offload.offload(model, MemoryStore(make_model()), slots=2)  # type: ignore[arg-type]
+        offload.offload(model, MemoryStore(make_model()), slots=2)
     with raises(AttributeError):
         len(model[0].experts.gate_up_proj)  # type: ignore
     weight = stored_of(model[0].experts).weights(model[0].experts)[0]  # type: ignore
@@ -446,24 +446,24 @@ def test_counts_may_be_integers_of_numpy() -> None:
     model, steps = make_model(), steps_of()
     wanted = outputs_of(model, steps)
     for options in ({"slots": np.int64(2), "threads": np.int32(2)}, {"bytes": np.int64(1 << 20)}):
-        with offload.offload(model, MemoryStore(model), **options) as cache:  # type: ignore[arg-type]
+        with offload.offload(model, MemoryStore(model), **options) as cache:
             assert all(map(same_bits, outputs_of(model, steps), wanted))
             assert type(cache.slots) is int
 
 
 def test_models_that_it_does_not_run() -> None:
     with raises(ValueError, "model"):
-        offload.offload(nn.Linear(2, 2), MemoryStore(make_model()), slots=1)  # type: ignore[arg-type]
+        offload.offload(nn.Linear(2, 2), MemoryStore(make_model()), slots=1)
     model: Any = build("mixtral")
     accelerate(model)
     store = MemoryStore(model)
     model.set_experts_implementation("eager")
     with raises(ValueError):
-        offload.offload(model, store, slots=1)  # type: ignore[arg-type]
+        offload.offload(model, store, slots=1)
     stored = make_model()
     switchgear.store(stored, "int4")
     with raises(ValueError):
-        offload.offload(stored, MemoryStore(make_model()), slots=1)  # type: ignore[arg-type]
+        offload.offload(stored, MemoryStore(make_model()), slots=1)
 
 
 def test_a_change_that_fails_halfway_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,7 +483,7 @@ def test_a_change_that_fails_halfway_is_undone(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(attachment, "put", put)
     store = MemoryStore(model)
     with pytest.raises(KeyboardInterrupt):
-        offload.offload(model, store, slots=2)  # type: ignore[arg-type]
+        offload.offload(model, store, slots=2)
     assert store.reader.closed
     assert all(map(same_bits, outputs_of(model, steps), wanted))
     assert len(model.state_dict()) == 6
@@ -493,12 +493,12 @@ def test_experts_that_are_all_ours_but_in_other_processes() -> None:
     model = make_model()
     model[0].experts.parallel = "ExpertParallel(2)"  # type: ignore[assignment]
     with raises(ValueError):
-        offload.offload(model, MemoryStore(make_model()), slots=2)  # type: ignore[arg-type]
+        offload.offload(model, MemoryStore(make_model()), slots=2)
 
 
 def test_moe_without_tokens() -> None:
     model = make_model()
-    cache = offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+    cache = offload.offload(model, MemoryStore(model), slots=2)
     assert outputs_of(model, [torch.empty(1, 0, 32, dtype=torch.bfloat16)])[0].shape == (1, 0, 32)
     assert (cache.statistics.hits, cache.statistics.misses) == (0, 0)
     assert isinstance(model[0], MoE)

@@ -53,11 +53,11 @@ def test_row41_an_oracle_has_a_recall_of_one_and_wastes_nothing() -> None:
     wanted = outputs_of(model, steps)
     choices = recorded(model, steps)
     store = MemoryStore(model)
-    with offload.offload(model, store, slots=2) as cache:  # type: ignore[arg-type]
+    with offload.offload(model, store, slots=2) as cache:
         outputs_of(model, steps)
         plain = cache.statistics
     script = Script(choices)
-    with offload.offload(model, store, slots=2, prefetch=script) as cache:  # type: ignore[arg-type]
+    with offload.offload(model, store, slots=2, prefetch=script) as cache:
         assert all(map(same_bits, outputs_of(model, steps), wanted))
         found = cache.statistics
         assert [(a.hits, a.misses, a.bytes) for a in found.layers] == [
@@ -80,7 +80,7 @@ def test_row41_wrong_predictions_are_wasted_bytes() -> None:
     choices = [set(range(6)) - experts for experts in recorded(model, steps)]
     for late in (False, True):
         store = MemoryStore(model, late)
-        with offload.offload(model, store, slots=2, prefetch=Script(choices), prefetch_slots=4) as cache:  # type: ignore[arg-type]
+        with offload.offload(model, store, slots=2, prefetch=Script(choices), prefetch_slots=4) as cache:
             assert all(map(same_bits, outputs_of(model, steps), wanted))
             found, reader = cache.statistics, store.reader
             assert found.recall == 0
@@ -101,7 +101,7 @@ def test_predictions_take_no_more_rows_than_they_may() -> None:
         for shared in (False, True):
             store = MemoryStore(model, late=rows == 2)
             options: dict[str, Any] = {"slots": 1, "shared": shared, "prefetch_slots": rows}
-            with offload.offload(model, store, prefetch=Script(everything), **options) as cache:  # type: ignore[arg-type]
+            with offload.offload(model, store, prefetch=Script(everything), **options) as cache:
                 for x, y in zip(steps, wanted, strict=True):
                     assert same_bits(outputs_of(model, [x])[0], y)
                     assert len(cache._cache.guesses) <= rows
@@ -125,7 +125,7 @@ def test_predictions_are_integers_of_any_type_and_minus_one_is_none() -> None:
     model, steps = make_model(), steps_of()
     wanted = outputs_of(model, steps)
     answers = Answers((1, -1), (torch.tensor(1), torch.tensor(2)), (np.int64(0), np.int64(3)), (0, torch.tensor(3)))
-    with offload.offload(model, MemoryStore(model), slots=2, prefetch=answers) as cache:  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=2, prefetch=answers) as cache:
         assert all(map(same_bits, outputs_of(model, steps), wanted))
         assert all(type(key) is int for key in (*cache._cache.rows, *cache._cache.guesses))
         check(cache)
@@ -137,14 +137,14 @@ def test_virtual_experts_are_predicted_and_not_read() -> None:
         wanted = outputs_of(model, steps)
     assert all(int(layer.topk_ids.max()) > 5 for layer in choices.values())
     follows = offload.Follows.of(choices)
-    with offload.offload(model, MemoryStore(model), slots=2, prefetch=follows) as cache:  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=2, prefetch=follows) as cache:
         assert all(map(same_bits, outputs_of(model, steps), wanted))
         assert cache.statistics.recall is not None
         check(cache)
     inner: Any = model[1].experts
     inner.experts = checkpoint_wrapper(inner.experts)
     with (
-        offload.offload(model, MemoryStore(model), slots=2, prefetch=Answers((1, 8))),  # type: ignore[arg-type]
+        offload.offload(model, MemoryStore(model), slots=2, prefetch=Answers((1, 8))),
         raises(ValueError, "prefetch"),
     ):
         outputs_of(model, steps)
@@ -165,7 +165,7 @@ def test_predictions_of_no_expert_are_errors(expert: Any, error: type[Exception]
     model, steps = make_model(), steps_of()
     wanted = outputs_of(model, steps)
     answers = Answers((0, 1), expert)
-    with offload.offload(model, MemoryStore(model), slots=2, prefetch=answers) as cache:  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=2, prefetch=answers) as cache:
         with raises(error, "prefetch"):
             outputs_of(model, steps)
         assert not cache._cache.guesses
@@ -178,7 +178,7 @@ def test_predictions_of_no_expert_are_errors(expert: Any, error: type[Exception]
 
 def test_the_table() -> None:
     model, steps = make_model(), steps_of()
-    with offload.offload(model, MemoryStore(model), slots=2, prefetch=Script([set()] * 99)) as cache:  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=2, prefetch=Script([set()] * 99)) as cache:
         outputs_of(model, steps)
         lines = str(cache).splitlines()
     assert " ".join(lines[0].split()) == "layer hits misses hit rate MB read s waited recall MB wasted"

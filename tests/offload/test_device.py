@@ -68,7 +68,7 @@ def test_records_are_copied_from_pinned_memory_on_the_copy_stream(monkeypatch: p
     record = store.layers["0.experts"].record_bytes
     with monkeypatch.context() as patch:
         calls = Calls(patch)
-        cache = offload.offload(model, store, slots=2, staging_slots=3)  # type: ignore[arg-type]
+        cache = offload.offload(model, store, slots=2, staging_slots=3)
         assert calls.pinned == 3 * record + PAGE
         assert all(map(same_bits, outputs_of(model, steps), wanted))
         found = cache.statistics
@@ -98,7 +98,7 @@ def test_gradients_and_inference_in_turns(memory: str) -> None:
 
     wanted = results()
     with torch.inference_mode():
-        cache = offload.offload(model, MemoryStore(model), slots=2)  # type: ignore[arg-type]
+        cache = offload.offload(model, MemoryStore(model), slots=2)
     for _ in range(3):
         assert all(map(same_bits, results(), wanted))
     assert cache.statistics.misses > 0
@@ -125,18 +125,18 @@ def test_devices() -> None:
     model = make_model()
     if not torch.cuda.is_available():
         with raises(ValueError, "device"):
-            offload.offload(model, MemoryStore(model), slots=2, device="cuda:1")  # type: ignore[arg-type]
+            offload.offload(model, MemoryStore(model), slots=2, device="cuda:1")
     with raises(ValueError, "staging_slots"):
-        offload.offload(model, MemoryStore(model), slots=2, staging_slots=1)  # type: ignore[arg-type]
+        offload.offload(model, MemoryStore(model), slots=2, staging_slots=1)
     wide = make_model(size=512)
     switchgear.store(wide, "compact")
     with raises(ValueError):
-        offload.offload(wide, MemoryStore(wide), slots=2, device="cuda:0")  # type: ignore[arg-type]
+        offload.offload(wide, MemoryStore(wide), slots=2, device="cuda:0")
 
 
 def test_x_on_another_device() -> None:
     model = make_model()
-    with offload.offload(model, MemoryStore(model), slots=2):  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=2):
         x = torch.empty(1, 32, dtype=torch.bfloat16, device="meta")
         ids, weights = torch.zeros(1, 1, dtype=torch.int32, device="meta"), torch.ones(1, 1, device="meta")
         with raises(ValueError, "x"):
@@ -161,7 +161,7 @@ def test_the_bits_of_the_resident_model_on_a_gpu(form: str, tmp_path: Path) -> N
         {"slots": 4, "prefetch": NextGate(model)},
         {"slots": 16},
     ):
-        with offload.offload(model, store, **options) as cache:  # type: ignore[arg-type]
+        with offload.offload(model, store, **options) as cache:
             assert all(map(same_bits, outputs_of(model, steps), wanted))
             assert cache.is_inert == (options["slots"] == 16)
         assert all(map(same_bits, outputs_of(model, steps), wanted))

@@ -203,7 +203,7 @@ def test_bad_input() -> None:
         "pre_router: expected 6 experts in blocks.1.gate": lambda: routing.decouple(
             model, PreRouter(H, [E, 4, E]), model.embedding, 1
         ).__enter__(),
-        "max_tokens: expected 1 to": lambda: expert_batches([], 0),
+        "max_tokens: expected at least 1, got 0": lambda: expert_batches([], 0),
         "tokens: expected 1 numbers, got 2": lambda: expert_batches([{0}], 1, [1, 2]),
     }.items():
         with pytest.raises(ValueError, match=words):

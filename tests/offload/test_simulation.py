@@ -256,7 +256,7 @@ def test_bad_input() -> None:
         "slots: expected slots or bytes, got both": lambda: offload.simulate(accesses, LRU(), slots=1, bytes=1),
         "record_bytes: expected a number with bytes": lambda: offload.simulate(accesses, LRU(), bytes=9),
         "bytes: expected at least 30": lambda: offload.simulate(accesses, LRU(), bytes=29, record_bytes=10),
-        "record_bytes: expected more than 0, got 0": lambda: offload.simulate(accesses, LRU(), slots=1, record_bytes=0),
+        "record_bytes: expected at least 1, got 0": lambda: offload.simulate(accesses, LRU(), slots=1, record_bytes=0),
         r"record_bytes: expected \[.*\] numbers by layer": lambda: offload.simulate(
             accesses, LRU(), slots=1, record_bytes=[[1]]
         ),

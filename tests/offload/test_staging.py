@@ -48,7 +48,7 @@ class Kernels:
         self.store = MemoryStore(model)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attach, "find_device", lambda _: self.device)
-            self.offloaded = offload.offload(model, self.store, **options)  # type: ignore[arg-type]
+            self.offloaded = offload.offload(model, self.store, **options)
         self.cache = self.offloaded._cache
         self.reader = self.store.reader
 

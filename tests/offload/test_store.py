@@ -25,7 +25,8 @@ from errors import raises
 from full_disk import full_disk
 from switchgear import Experts, MoE, offload
 from switchgear.files import DiskFull
-from switchgear.offload import Records, Store, StoreError, store_index, store_writer, write_store
+from switchgear.offload import Records, Store, StoreError, store_index, write_store
+from switchgear.offload import store as stores
 from switchgear.weights import stored_of, weights_of
 from switchgear.weights.form import layout_of
 from switchgear.weights.store import FORMS
@@ -263,13 +264,13 @@ def stopping(after: int) -> Callable[[int, int, str], None]:
 
 def written_layers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     written: list[str] = []
-    write_layer = store_writer.write_layer
+    write_layer = stores.write_layer
 
     def counted(file: Path, name: str, weights: Any) -> Records:
         written.append(name)
         return write_layer(file, name, weights)
 
-    monkeypatch.setattr(store_writer, "write_layer", counted)
+    monkeypatch.setattr(stores, "write_layer", counted)
     return written
 
 

@@ -56,7 +56,7 @@ def test_forms(form: str, gpu: str) -> None:
         switchgear.store(model, form)
     wanted = outputs_of(model, steps)
     for options in ({"slots": 1}, {"slots": 3, "shared": True}):
-        with offload.offload(model, MemoryStore(model), **options) as cache:  # type: ignore[arg-type]
+        with offload.offload(model, MemoryStore(model), **options) as cache:
             check_equal(gpu, outputs_of(model, steps), wanted)
             assert cache.statistics.misses > 0
             check(cache)
@@ -67,7 +67,7 @@ def test_dtypes_and_layouts(dtype: torch.dtype, gpu: str) -> None:
     options: dict[str, Any] = {"gated": False, "activation": "gelu"} if dtype is torch.float16 else {}
     model, steps = make_model(dtype=dtype, top_k=3, **options), steps_of(dtype, count=7)
     wanted = outputs_of(model, steps)
-    with offload.offload(model, MemoryStore(model), slots=2):  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=2):
         check_equal(gpu, outputs_of(model, steps), wanted)
 
 
@@ -79,7 +79,7 @@ def test_adapters(form: str, gpu: str) -> None:
     add_lora(model, rank=8)
     randomized(model)
     wanted = outputs_of(model, steps)
-    with offload.offload(model, MemoryStore(model), slots=1, shared=True):  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=1, shared=True):
         check_equal(gpu, outputs_of(model, steps), wanted)
 
 
@@ -88,7 +88,7 @@ def test_gradients(gpu: str) -> None:
     model = make_model(dtype=torch.float32)
     x = steps_of(torch.float32, count=2)[1]
     inputs = x.clone().requires_grad_()
-    with offload.offload(model, MemoryStore(model), slots=2):  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=2):
         with raises(ValueError, "x"):
             model(inputs)
         with torch.no_grad():
@@ -96,7 +96,7 @@ def test_gradients(gpu: str) -> None:
     switchgear.store(model, "int8")
     model(inputs).square().sum().backward()
     wanted, inputs.grad = inputs.grad, None
-    with offload.offload(model, MemoryStore(model), slots=2, shared=True):  # type: ignore[arg-type]
+    with offload.offload(model, MemoryStore(model), slots=2, shared=True):
         model(inputs).square().sum().backward()
     assert inputs.grad is not None
     assert wanted is not None

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.adapters.peft_format import LowRank, check_low_rank
+from switchgear.adapters.peft_format import LowRank, as_low_rank
 from switchgear.backends import in_autocast
-from switchgear.checks import Finite, Share, Size, check_module, check_several, check_tensor, checked, sizes
+from switchgear.checks import Finite, Share, Size, checked
 from switchgear.functional import Routing, combine, grouped_gemm, plan
 from switchgear.layers.common import WithLosses
 from switchgear.papers.layers.soft import SoftMoE
@@ -213,7 +213,7 @@ class LoRAExperts(WithLosses):
         slots: int | None = None,
         router: Callable[..., Routing] | None = None,
         top_k: int | None = None,
-        features: tuple[int, int] | None = None,
+        features: tuple[Size, Size] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **router_options: Unpack[RouterOptions],
@@ -228,7 +228,7 @@ class LoRAExperts(WithLosses):
             others = [*given, *(["router"] if name == "slots" and router is not None else [])]
             if value is not None and others:
                 raise ValueError(f"{name}: expected None with options of a router, got {', '.join(others)}")
-        self.in_features, self.out_features = find_features(base) if features is None else _check_features(features)
+        self.in_features, self.out_features = features or find_features(base)
         made = find_device_and_dtype(base, device, dtype)
         low_rank = LowRankExperts(
             self.in_features, self.out_features, num_experts, rank, alpha=alpha, dropout=dropout, **made
@@ -252,12 +252,14 @@ class LoRAExperts(WithLosses):
         base.requires_grad_(False)  # last, so that an error leaves it as it was
 
     @classmethod
+    @checked
     def from_adapters(
         cls,
         base: nn.Module,
         adapters: Sequence[LowRank | tuple[Tensor, Tensor, float]],
         *,
         gates: Sequence[Tensor] | None = None,
+        features: tuple[Size, Size] | None = None,
         **options: Any,
     ) -> LoRAExperts:
         """Trained adapters as experts, with their own ranks.
@@ -266,24 +268,21 @@ class LoRAExperts(WithLosses):
             adapters: one or more (A [r,in], B [out,r], alpha), as in PEFT; `read_lora` reads a checkpoint.
             gates: a vector [in] for each adapter, from train_gate (PHATGOOSE, arXiv:2402.05859). Without other options
                 of the router, it is then PosthocGate with the two best experts.
-            options: those of LoRAExperts but rank and alpha.
+            features, options: those of LoRAExperts but rank and alpha.
 
         Raises:
             ValueError: no adapters, shapes that do not fit the base, or numbers that are not finite.
         """
-        check_module("base", base)
-        check_several("adapters", adapters, "adapters")
-        features = find_features(base) if options.get("features") is None else _check_features(options["features"])
-        pairs = [check_low_rank(f"adapters[{i}]", adapter, features) for i, adapter in enumerate(adapters)]
+        features = features or find_features(base)
+        pairs = [as_low_rank(f"adapters[{i}]", adapter, features) for i, adapter in enumerate(adapters)]
         if not pairs:
             raise ValueError("adapters: expected at least one, got none")
         if gates is not None:
-            check_several("gates", gates, "tensors")
-            gates = list(gates)
             _check_gates(gates, len(pairs), features[0])
             if not set(options) & (set(RouterOptions.__annotations__) | {"router", "slots", "top_k"}):
                 options |= {"score": PosthocGate, "select": TopK(min(2, len(pairs)), normalize=True)}
-        layer = cls(base, len(pairs), [p.rank for p in pairs], alpha=[p.alpha for p in pairs], **options)
+        ranks, alphas = [pair.rank for pair in pairs], [pair.alpha for pair in pairs]
+        layer = cls(base, len(pairs), ranks, alpha=alphas, features=features, **options)
         try:
             if gates is not None:
                 _set_gates(layer, gates)
@@ -367,13 +366,6 @@ def find_features(base: nn.Module) -> tuple[int, int]:
     raise ValueError(f"features: expected (in, out) for {type(base).__name__}, which has no in_features, got None")
 
 
-def _check_features(features: Sequence[int]) -> tuple[int, int]:
-    features = sizes("features", features)
-    if len(features) != 2:
-        raise ValueError(f"features: expected (in, out), got {features}")
-    return features[0], features[1]
-
-
 def find_device_and_dtype(base: nn.Module, device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
     """device and dtype, by default those of the base's first parameter if it is not quantised."""
     weight = next(base.parameters(), None)
@@ -395,7 +387,6 @@ def _check_gates(gates: Sequence[Tensor], num_experts: int, in_features: int) ->
     if len(gates) != num_experts:
         raise ValueError(f"gates: expected {num_experts}, one for each adapter, got {len(gates)}")
     for number, vector in enumerate(gates):
-        check_tensor(f"gates[{number}]", vector)
         if vector.numel() != in_features:
             raise ValueError(f"gates[{number}]: expected shape [{in_features}], got {list(vector.shape)}")
         if not bool(vector.isfinite().all()):

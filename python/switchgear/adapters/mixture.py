@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.lora_experts import LoRAExperts, build_router, find_device_and_dtype, find_features
-from switchgear.adapters.peft_format import Adapter, Source, check_low_rank, list_common_layers, read_lora
-from switchgear.checks import Count, Size, check_module, check_several, check_tensor, checked, list_of_names
+from switchgear.adapters.peft_format import Adapter, Source, as_low_rank, list_common_layers, read_lora
+from switchgear.checks import Count, Size, checked, list_of_names
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, context_of
 from switchgear.routing.router import Router, RouterOptions
@@ -33,9 +33,9 @@ class SharedRouter(nn.Module):
 
     is_shared = True
 
+    @checked
     def __init__(self, widths: Iterable[int], num_experts: int, top_k: int | None = None, **options: Any) -> None:
         super().__init__()
-        check_several("widths", widths, "sizes")
         self.num_experts = num_experts
         self.routers = nn.ModuleDict(
             {str(width): build_router(width, num_experts, top_k, **options) for width in sorted(set(widths))}
@@ -103,6 +103,7 @@ class Mixture:
             }
         return tensors
 
+    @checked
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copies the tensors of another mixture with the same layers, sizes and kind of router; ValueError, and nothing
@@ -112,7 +113,6 @@ class Mixture:
             kind = "a missing" if different[0] in own else "an unknown"
             raise ValueError(f"state_dict: expected the {len(own)} keys of this mixture, got {kind} key {different[0]}")
         for key, tensor in own.items():
-            check_tensor(f"state_dict[{key!r}]", state_dict[key])
             if tensor.shape != state_dict[key].shape:
                 got = list(state_dict[key].shape)
                 raise ValueError(f"state_dict: expected {key} of shape {list(tensor.shape)}, got {got}")
@@ -124,6 +124,7 @@ class Mixture:
         _exchange(self.model, {layer: layer.release() for layer in self.layers.values()})
 
 
+@checked
 def mixture(model: nn.Module, adapters: Sequence[Source], *, shared_router: bool = False, **options: Any) -> Mixture:
     """Replaces every Linear of the model that the adapters adapt by a LoRAExperts of them.
 
@@ -142,9 +143,6 @@ def mixture(model: nn.Module, adapters: Sequence[Source], *, shared_router: bool
         ValueError: no adapters, different layers, wrong shapes, numbers that are not finite, layers that the model does
             not have, or that have LoRAExperts already. The model is then as before.
     """
-    check_module("model", model)
-    if isinstance(adapters, (str, Mapping)) or not isinstance(adapters, Sequence):
-        raise TypeError(f"adapters: expected a list of adapters, got {type(adapters).__name__}")
     read = [read_lora(source, f"adapters[{number}]") for number, source in enumerate(adapters)]
     if not read:
         raise ValueError("adapters: expected at least one, got none")
@@ -281,7 +279,7 @@ def _check_tied(model: nn.Module, adapters: Sequence[Adapter], names: Sequence[s
 
 def _collect_layer(adapter: Adapter, where: str, name: str) -> tuple[float, list[Tensor]]:
     """All that an adapter has for a layer: alpha and tensors. where: what errors call the adapter."""
-    pair = check_low_rank(where, adapter.layers[name])
+    pair = as_low_rank(where, adapter.layers[name])
     return pair.alpha, [pair.a, pair.b, *([adapter.gates[name]] if adapter.gates else [])]
 
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from switchgear.checks import Finite, convert
 from switchgear.files import AnyPath
-from switchgear.reference import check_finite
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # All keys begin with it.
@@ -239,14 +239,15 @@ def read_lora(source: Source, name: str = "adapter") -> Adapter:
     for layer, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(f"{name}: expected lora_A and lora_B of {layer}, got lora_{next(iter(pair))} alone")
-        layers[layer] = check_low_rank(
+        layers[layer] = as_low_rank(
             f"{name}, {layer}", LowRank(pair["A"], pair["B"], _find_alpha(name, config, layer, pair["A"]))
         )
     return Adapter(layers)
 
 
-def check_low_rank(name: str, adapter: Any, features: tuple[int, int] | None = None) -> LowRank:
-    """A checked LowRank. features: (in, out) of the layer that it is for."""
+def as_low_rank(name: str, adapter: Any, features: tuple[int, int] | None = None) -> LowRank:
+    """(A, B, alpha) as a LowRank. Raises TypeError or ValueError, which `name`s it, for what is none, or does not fit a
+    layer of `features` (in, out)."""
     if not isinstance(adapter, tuple) or len(adapter) != 3:
         raise TypeError(f"{name}: expected (A, B, alpha), got {type(adapter).__name__}")
     a, b, alpha = adapter
@@ -265,13 +266,11 @@ def check_low_rank(name: str, adapter: Any, features: tuple[int, int] | None = N
         raise ValueError(
             f"{name}: expected A [r, {features[0]}] and B [{features[1]}, r], got {list(a.shape)} and {list(b.shape)}"
         )
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise TypeError(f"{name}: expected alpha to be a number, got {type(alpha).__name__}")
-    check_finite(f"{name}, alpha", float(alpha))
+    alpha = float(convert(f"{name}, alpha", alpha, Finite))
     for letter, tensor in (("A", a), ("B", b)):
         if not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}: expected finite numbers in {letter}, got NaN or infinity")
-    return LowRank(a, b, float(alpha))
+    return LowRank(a, b, alpha)
 
 
 def _find_alpha(name: str, config: PeftConfig, layer: str, a: Any) -> float:

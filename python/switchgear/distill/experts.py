@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import check_function, check_module, check_optimizer, check_several, checked
-from switchgear.functional import as_number
+from switchgear.checks import NotNegative, Optimizer, checked
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.trace import Observation, observe
 
@@ -60,10 +59,7 @@ def expert_kd(
 def _pair_experts(
     teacher: nn.Module, student: nn.Module, layers: Collection[str] | None
 ) -> dict[str, tuple[ExpertLayer, ExpertLayer]]:
-    check_module("teacher", teacher)
-    check_module("student", student)
-    of_teacher = expert_layers(teacher, layers)
-    of_student = expert_layers(student, layers)
+    of_teacher, of_student = expert_layers(teacher, layers), expert_layers(student, layers)
     if list(of_teacher) != list(of_student):
         missing = sorted(set(of_teacher) ^ set(of_student))[0]
         raise ValueError(f"student: expected the teacher's layers, got a difference in {missing}")
@@ -100,21 +96,20 @@ def keep_zeros(model: nn.Module, layers: Collection[str] | None = None) -> Itera
         for layer in expert_layers(model, layers).values():
             for parameter in (each.value for each in layer.parameters):
                 if parameter.requires_grad:
-                    stack.callback(parameter.register_hook(_leave_out(parameter.detach() == 0)).remove)
+                    zeros = parameter.detach() == 0
+                    hook = parameter.register_hook(lambda grad, zeros=zeros: grad.masked_fill(zeros, 0))
+                    stack.callback(hook.remove)
         yield
 
 
-def _leave_out(zeros: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda grad: grad.masked_fill(zeros, 0)
-
-
+@checked
 def distill_experts(
     teacher: nn.Module,
     student: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     *,
-    weight: float | None = None,
+    weight: NotNegative | None = None,
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
 ) -> list[Losses]:
     """One step on loss + weight · expert_kd per batch. The student's weights that are zero stay zero.
@@ -135,13 +130,7 @@ def distill_experts(
 
     Raises ValueError as expert_kd does, and for a loss that is not finite; steps before that remain.
     """
-    if weight is not None and not 0 <= as_number("weight", weight) < float("inf"):
-        raise ValueError(f"weight: expected a finite number from 0 on, got {weight}")
-    _pair_experts(teacher, student, None)
-    if loss is not None:
-        check_function("loss", loss)
-    check_optimizer(optimizer)
-    check_several("batches", batches, "batches")
+    _pair_experts(teacher, student, None)  # before a step
     done: list[Losses] = []
     with keep_zeros(student):
         for batch in batches:

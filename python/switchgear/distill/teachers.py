@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import check_module, check_optimizer, check_tensor
-from switchgear.functional import Routing, as_number
+from switchgear.checks import Finite, Optimizer, Size, checked
+from switchgear.functional import Routing
 from switchgear.papers.parts.auxiliary import kl_divergence, mean_of_tokens, without_padding
 from switchgear.papers.parts.stochastic import SampledTopK
-from switchgear.reference import check_finite, check_size
 from switchgear.routing.balance import load_balancing_loss
-from switchgear.routing.context import Select, check_share, most_experts, scored
+from switchgear.routing.context import Select, most_experts, scored
 from switchgear.routing.counting import kept_counts
 from switchgear.routing.ranking import choose
 from switchgear.routing.router import Router
@@ -36,6 +35,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | No
     return mean_of_tokens(kl_divergence(log_q, log_p), mask)
 
 
+@checked
 @contextmanager
 def all_experts(teacher: nn.Module) -> Iterator[None]:
     """Inside the block every token goes to all experts, weighted by their scores."""
@@ -43,8 +43,9 @@ def all_experts(teacher: nn.Module) -> Iterator[None]:
         yield
 
 
+@checked
 def knowledge_augment(
-    teacher: nn.Module, *inputs: Any, samples: int = 2, p_sample: float = 0.05, **keywords: Any
+    teacher: nn.Module, *inputs: Any, samples: Size = 2, p_sample: float = 0.05, **keywords: Any
 ) -> list[Tensor]:
     """The teacher's logits [..., V] in each of `samples` passes, with all experts of a layer but one (knowledge
     augmentation).
@@ -58,8 +59,6 @@ def knowledge_augment(
 
     Raises ValueError for an option out of range, or a teacher without routers.
     """
-    check_size("samples", samples)
-    check_share("p_sample", p_sample)
 
     def sampled(router: Router, options: dict[str, Any]) -> Select:
         return SampledTopK(max(router.num_experts - 1, 1), p_sample, **options)
@@ -68,12 +67,13 @@ def knowledge_augment(
         return [_get_logits(teacher(*inputs, **keywords)) for _ in range(samples)]
 
 
+@checked
 def student_aware_router(
     teacher: nn.Module,
     student_logits: Tensor,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     *inputs: Any,
-    beta: float = 0.01,
+    beta: Finite = 0.01,
     mask: Tensor | None = None,
     **keywords: Any,
 ) -> Tensor:
@@ -89,9 +89,6 @@ def student_aware_router(
 
     Raises ValueError for a teacher without routers.
     """
-    check_tensor("student_logits", student_logits)
-    check_optimizer(optimizer)
-    check_finite("beta", as_number("beta", beta))
     parameters = router_parameters(teacher)
     flags = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
     seen: list[tuple[Router, Routing]] = []
@@ -118,6 +115,7 @@ def student_aware_router(
             return _get_logits(teacher(*inputs, **keywords))
 
 
+@checked
 def router_parameters(teacher: nn.Module) -> list[nn.Parameter]:
     """The parameters of a model's routers."""
     found = [parameter for router in _find_routers(teacher).values() for parameter in router.parameters()]
@@ -125,7 +123,6 @@ def router_parameters(teacher: nn.Module) -> list[nn.Parameter]:
 
 
 def _find_routers(teacher: nn.Module) -> dict[str, Router]:
-    check_module("teacher", teacher)
     routers = {name: module for name, module in teacher.named_modules() if isinstance(module, Router)}
     if not routers:
         raise ValueError("teacher: expected one with switchgear's routers, got none")

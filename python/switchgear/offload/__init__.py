@@ -7,13 +7,13 @@ Predictors (`NextGate`, `Follows`, `FromPreGate`, `FromPreRouter`) say what the 
 count how often they are right, and `timeline` what prefetch hides. docs/offload.md.
 
 attach.py      offload; attachment.py: the modules whose experts a store has, and the change of each
-cache.py       the cache of a running model; residency.py: how many experts it holds, and which; policies.py: which one
-               leaves; pool.py: its memory, on a GPU with pinned buffers; statistics.py: what it did
+cache.py       the cache of a running model; residency.py: how many experts it holds, which, and what it did;
+               policies.py: which one leaves; pool.py: its memory, on a GPU with pinned buffers
 device.py      streams and memory of a GPU; hot_cold.py: experts split between device and host
-store.py       Store, write_store; store_writer.py: layer by layer; store_sources.py: from a model or checkpoint;
-               store_index.py: index.json; store_records.py: the record of an expert, StoreError
+store.py       Store, write_store; store_sources.py: from a model or checkpoint; store_index.py: index.json;
+               store_records.py: the record of an expert, StoreError
 model_files.py load_model, a model without its experts, and save_pretrained of one
-predictors.py  which experts the next layers need; recall.py: how often that is right
+predictors.py  which experts the next layers need, and how often that is right
 accesses.py    the experts that a run uses, and batches of requests; simulation.py: hits, misses, what prefetch hides
 """
 
@@ -37,8 +37,18 @@ from switchgear.offload.policies import (
     StaticFrequency,
     Use,
 )
-from switchgear.offload.predictors import Follows, FromPreGate, FromPreRouter, NextGate, Predictor
-from switchgear.offload.recall import LayerRecall, Recall, recall, watch
+from switchgear.offload.predictors import (
+    Follows,
+    FromPreGate,
+    FromPreRouter,
+    LayerRecall,
+    NextGate,
+    Predictor,
+    Recall,
+    recall,
+    watch,
+)
+from switchgear.offload.residency import LayerStatistics, Statistics
 from switchgear.offload.simulation import (
     Interval,
     LayerHits,
@@ -49,7 +59,6 @@ from switchgear.offload.simulation import (
     simulate_all,
     timeline,
 )
-from switchgear.offload.statistics import LayerStatistics, Statistics
 from switchgear.offload.store import Store, write_store
 from switchgear.offload.store_records import Part, Records, StoreError
 

@@ -6,17 +6,16 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from switchgear.checks import at_least, check_several, integer
+from switchgear.checks import Count, NotEmpty, Size, checked, integer
 from switchgear.diagnostics.choices import LayerChoices
-from switchgear.reference import check_size
 from switchgear.trace.routing_record import RoutingRecord
 
-Source = Mapping[str, LayerChoices] | RoutingRecord | Sequence[Sequence[Iterable[int]]]
+Source = Mapping[str, LayerChoices] | RoutingRecord | Sequence[Sequence[Iterable[int | Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,18 @@ class Accesses:
                     result[layer, expert] = result.get((layer, expert), 0) + 1
         return result
 
+    @checked
     def split(self, steps: int) -> tuple[Accesses, Accesses]:
         """The first steps and the others: to calibrate on one part, and to replay the other."""
-        steps = integer("steps", steps)
         if not 0 <= steps <= len(self.steps):
             raise ValueError(f"steps: expected 0 to {len(self.steps)}, got {steps}")
         first = Accesses(self.layers, self.num_experts, self.steps[:steps], self.tokens[:steps])
         return first, Accesses(self.layers, self.num_experts, self.steps[steps:], self.tokens[steps:])
 
     @staticmethod
-    def join(parts: Sequence[Accesses]) -> Accesses:
+    @checked
+    def join(parts: Annotated[Sequence[Accesses], NotEmpty]) -> Accesses:
         """Several runs of one model, one after the other."""
-        if not parts:
-            raise ValueError("parts: expected at least one run, got none")
         first = parts[0]
         for part in parts:
             if (part.layers, part.num_experts) != (first.layers, first.num_experts):
@@ -76,7 +74,8 @@ class Accesses:
         return Accesses(first.layers, first.num_experts, steps, tuple(n for part in parts for n in part.tokens))
 
     @staticmethod
-    def of(source: Source, *, prompt: int | None = 0, num_experts: int | None = None) -> Accesses:
+    @checked
+    def of(source: Source, *, prompt: Count | None = 0, num_experts: Size | None = None) -> Accesses:
         """The accesses of a recorded run.
 
         Args:
@@ -93,32 +92,20 @@ class Accesses:
                 drops tokens); an expert out of range; rows of different lengths. TypeError:
                 experts that are no integers.
         """
-        if num_experts is not None:
-            num_experts = at_least(1, "num_experts", num_experts)
-        if prompt is not None:
-            prompt = at_least(0, "prompt", prompt)
         if isinstance(source, RoutingRecord):
             ids = {name: layer.topk_ids() for name, layer in source.layers.items()}
             experts = {name: layer.num_classes for name, layer in source.layers.items()}
-            _run_once(ids)
+            if (twice := next((name for name in ids if "#" in name), None)) is not None:
+                raise ValueError(f"source: expected layers that run once in a pass, got {twice}")
             return _of_ids(ids, experts, source.lengths.tolist(), prompt, num_experts)
         if isinstance(source, Mapping):
             choices = {name: source[name] for name in source}
-            for name, layer in choices.items():
-                if not isinstance(layer, LayerChoices):
-                    raise TypeError(f"source: expected LayerChoices in {name}, got {type(layer).__name__}")
             ids = {name: layer.topk_ids for name, layer in choices.items()}
             experts = {name: layer.num_experts for name, layer in choices.items()}
             return _of_ids(ids, experts, _lengths(choices), prompt, num_experts)
         if prompt != 0:
             raise ValueError(f"prompt: expected 0 for a list, whose steps are given, got {prompt}")
         return _of_list(source, num_experts)
-
-
-def _run_once(names: Iterable[str]) -> None:
-    for name in names:
-        if "#" in name:
-            raise ValueError(f"source: expected layers that run once in a pass, got {name}")
 
 
 def _lengths(choices: Mapping[str, LayerChoices]) -> list[int]:
@@ -169,12 +156,8 @@ def _bounds(lengths: Sequence[int], prompt: int | None) -> list[tuple[int, int]]
     return result
 
 
-def _of_list(source: Sequence[Sequence[Iterable[int]]], num_experts: int | None) -> Accesses:
-    check_several("source", source, "steps")
-    steps = []
-    for step in source:
-        check_several("source", step, "layers in each step")
-        steps.append([_integers(experts) for experts in step])
+def _of_list(source: Sequence[Sequence[Iterable[int | Tensor]]], num_experts: int | None) -> Accesses:
+    steps = [[{to_int("source", expert) for expert in experts} for experts in step] for step in source]
     num_layers = len(steps[0]) if steps else 0
     for step in steps:
         if len(step) != num_layers:
@@ -191,11 +174,6 @@ def to_int(name: str, expert: Any) -> int:
     return integer(name, expert.item() if isinstance(expert, Tensor) and expert.numel() == 1 else expert)
 
 
-def _integers(experts: Iterable[int]) -> set[int]:
-    check_several("source", experts, "experts in each layer")
-    return {to_int("source", expert) for expert in experts}
-
-
 def _checked(experts: set[int], num_experts: int, name: str) -> tuple[int, ...]:
     result = tuple(sorted(experts - {-1}))
     if result and not 0 <= result[0] <= result[-1] < num_experts:
@@ -207,8 +185,9 @@ def _checked(experts: set[int], num_experts: int, name: str) -> tuple[int, ...]:
 # ---- Batches ---------------------------------------------------------------------------------------------------------
 
 
+@checked
 def expert_batches(
-    queue: Sequence[Collection[Hashable]], max_tokens: int, tokens: Sequence[int] | None = None
+    queue: Sequence[Collection[Hashable]], max_tokens: Size, tokens: Sequence[Size] | None = None
 ) -> list[list[int]]:
     """Groups waiting requests so that a batch needs few different experts. Returns the numbers of the requests of each
     batch; every request is in one.
@@ -222,12 +201,9 @@ def expert_batches(
         max_tokens: of a batch; a longer request is a batch alone.
         tokens: of each request; 1 if None.
     """
-    check_size("max_tokens", max_tokens)
     sizes = [1] * len(queue) if tokens is None else list(tokens)
     if len(sizes) != len(queue):
         raise ValueError(f"tokens: expected {len(queue)} numbers, got {len(sizes)}")
-    for size in sizes:
-        check_size("tokens", size)
     groups: dict[frozenset[Hashable], deque[int]] = {}  # requests that need the same experts, in order of arrival
     load: Counter[Hashable] = Counter()  # tokens that wait for an expert
     for request, experts in enumerate(queue):

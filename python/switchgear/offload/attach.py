@@ -3,27 +3,25 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import at_least, check_module, check_seconds
+from switchgear.checks import Range, Seconds, Size, checked
 from switchgear.files import AnyPath
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.offload.attachment import Attachment, Read, Target, choose_device, end_read, find_targets, read_all
 from switchgear.offload.cache import Cache, CachedLayer
 from switchgear.offload.device import find_device
-from switchgear.offload.policies import LRU, Policy, check_policy
+from switchgear.offload.policies import LRU, Policy
 from switchgear.offload.pool import Pool, Staging, arena
-from switchgear.offload.predictors import Predictor, check_predictor
-from switchgear.offload.residency import CachePlan, Residency, group_layers, plan_caches
-from switchgear.offload.statistics import LayerStatistics, Statistics
+from switchgear.offload.predictors import Predictor
+from switchgear.offload.residency import CachePlan, LayerStatistics, Residency, Statistics, group_layers, plan_caches
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import StoreError
 from switchgear.weights.module import Tie, check_before_load, freeze_stored
@@ -31,21 +29,22 @@ from switchgear.weights.offloaded import OffloadedForm, OffloadedWeight
 from switchgear.weights.weight import Weight
 
 
+@checked
 def offload(
     model: nn.Module,
     store: Store | AnyPath,
     *,
-    slots: int | None = None,
+    slots: Size | None = None,
     bytes: int | None = None,
     policy: Policy | None = None,
     shared: bool = False,
     prefetch: Predictor | None = None,
-    prefetch_slots: int = 16,
+    prefetch_slots: Size = 16,
     device: torch.device | str | None = None,
-    staging_slots: int = 8,
-    threads: int = 4,
+    staging_slots: Annotated[int, Range(2, 2**31 - 1)] = 8,
+    threads: Size = 4,
     verify: bool = True,
-    timeout: float = 60.0,
+    timeout: Seconds = 60.0,
 ) -> Offloaded:
     """Runs a model with its experts on disk: those in use are in a cache, in place of the parameters, which are freed.
 
@@ -84,18 +83,12 @@ def offload(
         ValueError: the store is of another model, or an argument is wrong. TypeError: one has another type.
             StoreError: a file cannot be read. The model is unchanged.
     """
-    check_module("model", model)
     policy = LRU() if policy is None else policy
-    _check_causal(policy)
-    if prefetch is not None:
-        check_predictor("prefetch", prefetch)
-    check_seconds("timeout", timeout)
-    prefetch_slots = at_least(1, "prefetch_slots", prefetch_slots)
-    staging_slots = at_least(2, "staging_slots", staging_slots)
-    threads = at_least(1, "threads", threads)
-    store = Store.open(store) if isinstance(store, (str, os.PathLike)) else store
-    if not hasattr(store, "open_reader"):
-        raise TypeError(f"store: expected a Store or its path, got {type(store).__name__}")
+    if policy.looks_ahead:
+        raise ValueError(
+            f"policy: expected one that does not look ahead, got {policy.name}, which only simulate can run"
+        )
+    store = store if isinstance(store, Store) else Store.open(store)
     targets = find_targets(model, store)
     place = choose_device(model, targets, device)
     lanes = find_device(place)
@@ -127,14 +120,6 @@ def _end(reader: Any) -> None:
     """Of a cache that was not closed: no read outlives the memory that it fills."""
     with suppress(OSError):  # a forked child's
         reader.close()
-
-
-def _check_causal(policy: Policy) -> None:
-    check_policy(policy)
-    if policy.looks_ahead:
-        raise ValueError(
-            f"policy: expected one that does not look ahead, got {policy.name}, which only simulate can run"
-        )
 
 
 class Offloaded:
@@ -194,7 +179,7 @@ class Offloaded:
             StoreError: the store cannot be read, or the process is a fork of the cache's; the model stays offloaded.
         """
         if not self._cache.is_closed:
-            self._cache.check_process("cache")
+            self._cache.refuse_fork("cache")
         with self._cache.lock:
             if self._cache.is_closed:
                 return

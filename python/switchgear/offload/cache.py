@@ -27,9 +27,8 @@ from torch import Tensor
 
 from switchgear.offload.device import Device, Stream
 from switchgear.offload.pool import Pool, knows
-from switchgear.offload.predictors import Predictor, check_predictions
-from switchgear.offload.residency import Residency
-from switchgear.offload.statistics import LayerStatistics
+from switchgear.offload.predictors import Predictor, read_predictions
+from switchgear.offload.residency import LayerStatistics, Residency
 from switchgear.offload.store_records import StoreError
 from switchgear.offload.waves import LoadsExperts
 from switchgear.utils.functions import has_proxies
@@ -63,7 +62,7 @@ class Cache:
         self.moment = 0
         self.is_disturbed = self.is_closed = False
 
-    def check_process(self, name: str) -> None:
+    def refuse_fork(self, name: str) -> None:
         """Raises StoreError in a forked child. It comes before the lock, which a thread may have held at the fork."""
         if os.getpid() != self.process:
             raise StoreError(f"{name}: the cache belongs to process {self.process}; offload in this one")
@@ -147,9 +146,7 @@ class Cache:
         assert self.predictor is not None
         if (staging := self.layers[layer].pool.staging) is not None:
             staging.advance()
-        for number, expert in check_predictions(
-            "prefetch", self.predictor.predict(layer, x, topk_ids), self.num_routed
-        ):
+        for number, expert in read_predictions("prefetch", self.predictor.predict(layer, x, topk_ids), self.num_routed):
             target = self.layers[number]
             if expert >= target.num_experts:
                 continue
@@ -208,7 +205,7 @@ class CachedLayer(LoadsExperts):
         together: bool = False,
     ) -> Any:
         cache = self.cache
-        cache.check_process(self.name)
+        cache.refuse_fork(self.name)
         if cache.device is not None and cache.device.is_capturing():
             raise RuntimeError(f"{self.name}: expected no capture of a CUDA graph, which cannot load experts, got one")
         if _is_traced():

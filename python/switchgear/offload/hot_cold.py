@@ -7,13 +7,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import as_device, at_least
+from switchgear.checks import Count, Positive, as_device, checked, convert
 from switchgear.experts import Experts
 from switchgear.functional.gradients import needs_autograd
 from switchgear.offload.device import Device, Event, find_device
@@ -85,9 +84,8 @@ class SplitCost:
     cold_flops: float = 1e12
 
     def __post_init__(self) -> None:
-        for name in ("bandwidth", "hot_flops", "cold_flops"):
-            if not (getattr(self, name) > 0 and isfinite(getattr(self, name))):
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            convert(name, value, Positive)
 
     def seconds(self, hot: Sequence[int], cold: Sequence[int], params: int, hidden_size: int, item: int) -> float:
         """The slower device's time. hot, cold: tokens of each expert there; params: of an expert; item: bytes of an
@@ -125,26 +123,21 @@ class HotColdSplit(nn.Module):
         cost: for "auto".
     """
 
+    @checked
     def __init__(
         self,
         experts: Experts,
         hot: torch.device | str = "cuda",
-        threshold: int | str = "auto",
+        threshold: Count | str = "auto",
         cost: SplitCost | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(experts, Experts):
-            raise TypeError(f"experts: expected Experts, got {type(experts).__name__}")
         _check_experts(experts)
         if isinstance(threshold, str) and threshold not in ("auto", "bytes"):
             raise ValueError(f"threshold: expected auto, bytes or a number of tokens, got {threshold!r}")
-        if not isinstance(threshold, str):
-            threshold = at_least(0, "threshold", threshold)
         device = as_device("hot", hot)
         if device.type == "meta":
             raise ValueError(f"hot: expected a device with memory, got {device}")
-        if cost is not None and not isinstance(cost, SplitCost):
-            raise TypeError(f"cost: expected SplitCost, got {type(cost).__name__}")
         self.experts, self.hot, self.threshold = experts, device, threshold
         self.cost = SplitCost() if cost is None else cost
         self.num_experts = experts.num_experts

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from switchgear.offload.accesses import Accesses
 
@@ -44,6 +44,7 @@ class Now(NamedTuple):
         return moment >= self.moment - self.layer
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Which expert of a full cache makes room. `touch` gives an expert a group and a value after each use. On eviction
     the expert with the lowest `score` leaves, and of equals the least recently used."""
@@ -61,13 +62,6 @@ class Policy(Protocol):
 
     def score(self, group: int, value: float, last: int, now: Now) -> float:
         """Of an expert that was used last at moment `last`; must grow with (value, last) in a group."""
-
-
-def check_policy(policy: Policy) -> None:
-    """Raises TypeError for what is no policy, such as the class of one."""
-    if isinstance(policy, type) or not hasattr(policy, "touch"):
-        shown = policy.__name__ if isinstance(policy, type) else repr(policy)
-        raise TypeError(f"policy: expected a policy such as LRU(), got {shown}")
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,33 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Predictors: which experts the next layers will need, so that they are read before their layer runs."""
+"""Predictors: which experts the next layers will need, so that they are read before their layer runs; and their
+recall and precision, by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import check_module
-from switchgear.functional import as_number
+from switchgear.checks import NotNegative, Size, checked
 from switchgear.integrations.hook_points import read_logits
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.routers import call_gate, find_routing_method, is_looked_up
 from switchgear.offload.accesses import Accesses, Source, to_int
-from switchgear.reference import check_size
+from switchgear.reference.checks import MAX_EXPERTS
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router
+from switchgear.trace import Observation, observe
 from switchgear.trace.decouple import Listener
 from switchgear.trace.pre_router import PreRouter
 
 Expert = tuple[int, int]  # layer, expert
 
 
+@runtime_checkable
 class Predictor(Protocol):
     """Layers are counted in the order of `moe_blocks(model)`, which is the order in which they run."""
 
@@ -39,14 +43,7 @@ class Predictor(Protocol):
         after `predict` of this layer."""
 
 
-def check_predictor(name: str, predictor: Any) -> None:
-    """Raises TypeError for what cannot predict, such as a class."""
-    if isinstance(predictor, type) or not hasattr(predictor, "predict") or not hasattr(predictor, "observe"):
-        shown = predictor.__name__ if isinstance(predictor, type) else repr(predictor)
-        raise TypeError(f"{name}: expected a predictor such as NextGate(model), got {shown}")
-
-
-def check_predictions(name: str, predicted: Iterable[Expert], num_experts: Sequence[int]) -> list[Expert]:
+def read_predictions(name: str, predicted: Iterable[Expert], num_experts: Sequence[int]) -> list[Expert]:
     """What a predictor says as pairs of int, without those of expert -1. num_experts: of each layer. Raises TypeError
     and ValueError for experts that do not exist."""
     pairs = [(to_int(name, layer), to_int(name, expert)) for layer, expert in predicted]
@@ -91,11 +88,8 @@ class NextGate:
         ValueError: a model without such layers, or a gate that is no function of hidden states alone.
     """
 
-    def __init__(self, model: nn.Module, layers_ahead: int = 1, top_k: int | None = 2) -> None:
-        check_module("model", model)
-        check_size("layers_ahead", layers_ahead)
-        if top_k is not None:
-            check_size("top_k", top_k)
+    @checked
+    def __init__(self, model: nn.Module, layers_ahead: Size = 1, top_k: Size | None = 2) -> None:
         blocks = list(moe_blocks(model).values())
         if not blocks:
             raise ValueError("model: expected one with MoE layers, got none")
@@ -174,8 +168,8 @@ class FromPreRouter:
         layers_ahead: layers that each prediction covers, the next one first.
     """
 
-    def __init__(self, pre_router: PreRouter, embedding: nn.Module, top_k: int, layers_ahead: int = 1) -> None:
-        check_size("layers_ahead", layers_ahead)
+    @checked
+    def __init__(self, pre_router: PreRouter, embedding: nn.Module, top_k: Size, layers_ahead: Size = 1) -> None:
         self.layers_ahead = layers_ahead
         self._listener = Listener(pre_router, embedding, top_k)
 
@@ -232,7 +226,14 @@ class Follows:
         return len(self.tables) - 1
 
     @classmethod
-    def of(cls, source: Accesses | Source, order: int = 1, top_k: int | None = None, smoothing: float = 0.0) -> Follows:
+    @checked
+    def of(
+        cls,
+        source: Accesses | Source,
+        order: Literal[1, 2] = 1,
+        top_k: Size | None = None,
+        smoothing: NotNegative = 0.0,
+    ) -> Follows:
         """From Accesses, or what `Accesses.of` takes: token by token.
 
         Args:
@@ -242,12 +243,6 @@ class Follows:
             smoothing: steps s added to each context, with the P of one layer less: P(j | i) = (n(i, j) + s·P(j)) /
                 (n(i) + s). 0: none.
         """
-        if order not in (1, 2):
-            raise ValueError(f"order: expected 1 or 2, got {order}")
-        if top_k is not None:
-            check_size("top_k", top_k)
-        if not 0 <= as_number("smoothing", smoothing) < float("inf"):
-            raise ValueError(f"smoothing: expected a number of at least 0, got {smoothing}")
         run = source if isinstance(source, Accesses) else Accesses.of(source)
         used = [_memberships(run, layer) for layer in range(len(run.layers))]
         frequencies = [member.mean(0) if len(member) else member.sum(0) for member in used]
@@ -328,3 +323,106 @@ def _conditional(used: list[Tensor], layer: int, length: int, fewer: Tensor, smo
         pairs += torch.einsum(f"{named},sz->{letters}z", *parts, target[begin : begin + _STEPS])
     seen = contexts[..., None] + smoothing
     return torch.where(seen > 0, (pairs + smoothing * fewer) / seen.clamp(min=1e-30), fewer)
+
+
+# ---- How often they are right ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerRecall:
+    """Experts of a layer, summed over steps.
+
+    Attributes:
+        used: that ran.
+        predicted: before the layer ran.
+        right: both.
+    """
+
+    name: str
+    used: int
+    predicted: int
+    right: int
+
+    @property
+    def recall(self) -> float:
+        """Of the experts that ran, the share that was predicted; 0 if none ran."""
+        return self.right / max(self.used, 1)
+
+    @property
+    def precision(self) -> float:
+        """Of the predicted experts, the share that ran: what is read in vain is the rest."""
+        return self.right / max(self.predicted, 1)
+
+
+class Recall:
+    """Counts predictions. `predicted` may be called several times before the layer runs; `used` closes its step.
+
+    num_experts: of each layer, to check predictions; None: not known.
+    """
+
+    def __init__(self, names: Sequence[str], num_experts: Sequence[int] | None = None) -> None:
+        self.names = tuple(names)
+        self.num_experts = (MAX_EXPERTS,) * len(self.names) if num_experts is None else tuple(num_experts)
+        self._pending: list[set[int]] = [set() for _ in self.names]
+        self._counts = [[0, 0, 0] for _ in self.names]
+
+    def predicted(self, experts: Iterable[Expert]) -> None:
+        """Counts a prediction."""
+        for layer, expert in read_predictions("experts", experts, self.num_experts):
+            self._pending[layer].add(expert)
+
+    def used(self, layer: int, topk_ids: Tensor) -> None:
+        """Counts what layer `layer` chose, against what was predicted for it. Other ids than experts' are none."""
+        used = {expert for row in topk_ids.tolist() for expert in row if 0 <= expert < self.num_experts[layer]}
+        counts, pending = self._counts[layer], self._pending[layer]
+        for i, number in enumerate((len(used), len(pending), len(used & pending))):
+            counts[i] += number
+        pending.clear()
+
+    @property
+    def layers(self) -> tuple[LayerRecall, ...]:
+        """The counts of each layer."""
+        return tuple(LayerRecall(name, *counts) for name, counts in zip(self.names, self._counts, strict=True))
+
+
+@checked
+def recall(predictor: Predictor, accesses: Accesses) -> tuple[LayerRecall, ...]:
+    """Replays a recorded run through a predictor that needs no hidden states, such as `Follows`; it gets the experts of
+    a step as those of one token. `watch` counts any predictor while a model runs."""
+    found = Recall(accesses.layers, accesses.num_experts)
+    nothing = torch.empty(1, 0)
+    for step in accesses.steps:
+        for layer, experts in enumerate(step):
+            ids = torch.tensor([experts], dtype=torch.int32)
+            found.used(layer, ids)
+            found.predicted(predictor.predict(layer, nothing, ids))
+            predictor.observe(layer, ids)
+    return found.layers
+
+
+@contextmanager
+@checked
+def watch(model: nn.Module, predictor: Predictor) -> Iterator[Recall]:
+    """Inside the block, the predictor predicts while the model runs, and nothing is fetched. Each call of the model is
+    a step, so let it decode: a whole text in one call uses nearly all experts.
+
+        with offload.watch(model, offload.NextGate(model)) as found:
+            model.generate(prompt, max_new_tokens=100)
+        print([layer.recall for layer in found.layers])
+    """
+    blocks = moe_blocks(model)
+    layers = {name: layer for layer, name in enumerate(blocks)}
+    num_real, num_all = ([getattr(b, name) for b in blocks.values()] for name in ("num_real", "num_experts"))
+    found = Recall(tuple(blocks), num_real)
+
+    def see(name: str, seen: Observation) -> None:
+        layer = layers[name]
+        found.used(layer, seen.topk_ids)
+        predicted = read_predictions(
+            "experts", predictor.predict(layer, seen.x.detach(), seen.topk_ids.detach()), num_all
+        )
+        found.predicted((ahead, expert) for ahead, expert in predicted if expert < num_real[ahead])
+        predictor.observe(layer, seen.topk_ids.detach())
+
+    with observe(model, see):
+        yield found

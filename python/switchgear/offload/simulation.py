@@ -23,18 +23,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
-from typing import NamedTuple
+from math import inf
+from operator import lt
+from typing import Annotated, NamedTuple
 
+from switchgear.checks import NotNegative, Positive, Range, Size, checked
 from switchgear.offload.accesses import Accesses
-from switchgear.offload.policies import POLICIES, Policy, check_policy
+from switchgear.offload.policies import POLICIES, Policy
 from switchgear.offload.predictors import Expert
 from switchgear.offload.residency import Residency
 
 # ---- Hits and misses -------------------------------------------------------------------------------------------------
 
 
-RecordBytes = int | Sequence[Sequence[int]]
+Bytes = Annotated[int, Range(1, inf)]
+RecordBytes = Bytes | Sequence[Sequence[Bytes]]
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,17 @@ class Simulation:
         return self.hits / max(self.hits + self.misses, 1)
 
 
+@checked
 def simulate(
     accesses: Accesses,
     policy: Policy,
     *,
-    slots: int | None = None,
+    slots: Size | None = None,
     bytes: int | None = None,
     shared: bool = False,
     record_bytes: RecordBytes | None = None,
-    bandwidth: float | None = None,
-    compute_seconds: float = 0.0,
+    bandwidth: Positive | None = None,
+    compute_seconds: NotNegative = 0.0,
 ) -> Simulation:
     """Replays a run through an empty cache.
 
@@ -101,16 +105,6 @@ def simulate(
         bandwidth: bytes per second at which experts are loaded.
         compute_seconds: of a step whose experts are resident. Loads add to it: nothing overlaps.
     """
-    if not isinstance(accesses, Accesses):
-        raise TypeError(f"accesses: expected Accesses, got {type(accesses).__name__}; Accesses.of makes them")
-    check_policy(policy)
-    for name, count in (("slots", slots), ("bytes", bytes)):
-        if count is not None and not isinstance(count, int):
-            raise TypeError(f"{name}: expected an integer, got {count!r}")
-    if bandwidth is not None and not (bandwidth > 0 and isfinite(bandwidth)):
-        raise ValueError(f"bandwidth: expected more than 0, got {bandwidth}")
-    if not (compute_seconds >= 0 and isfinite(compute_seconds)):
-        raise ValueError(f"compute_seconds: expected at least 0, got {compute_seconds}")
     if bandwidth is not None and record_bytes is None:
         raise ValueError("record_bytes: expected a number with a bandwidth, got None")
     sizes = None if record_bytes is None else _sizes(accesses, record_bytes)
@@ -153,20 +147,10 @@ def simulate_all(
 def _sizes(accesses: Accesses, record_bytes: RecordBytes) -> Sequence[Sequence[int]]:
     """Of each expert of each layer."""
     if isinstance(record_bytes, int):
-        record_bytes = [[record_bytes] * count for count in accesses.num_experts]
-    elif not isinstance(record_bytes, Sequence) or isinstance(record_bytes, str):
-        raise TypeError(f"record_bytes: expected an integer, or those of each layer, got {record_bytes!r}")
-    got = [len(own) if isinstance(own, Sequence) else own for own in record_bytes]
-    if len(got) != len(accesses.num_experts) or any(
-        not isinstance(own, Sequence) or len(own) < count
-        for own, count in zip(record_bytes, accesses.num_experts, strict=True)
-    ):
-        raise ValueError(f"record_bytes: expected {list(accesses.num_experts)} numbers by layer, got {got}")
-    for size in (size for own in record_bytes for size in own):
-        if not isinstance(size, int):
-            raise TypeError(f"record_bytes: expected integers, got {size!r}")
-        if size <= 0:
-            raise ValueError(f"record_bytes: expected more than 0, got {size}")
+        return [[record_bytes] * count for count in accesses.num_experts]
+    wanted, got = list(accesses.num_experts), list(map(len, record_bytes))
+    if len(got) != len(wanted) or any(map(lt, got, wanted)):
+        raise ValueError(f"record_bytes: expected {wanted} numbers by layer, got {got}")
     return record_bytes
 
 
@@ -177,8 +161,6 @@ def _capacities(
     if (slots is None) == (size is None):
         raise ValueError(f"slots: expected slots or bytes, got {'neither' if slots is None else 'both'}")
     if slots is not None:
-        if slots < 1:
-            raise ValueError(f"slots: expected at least 1, got {slots}")
         each = slots * num_layers if shared else slots
     else:
         assert size is not None
@@ -271,12 +253,13 @@ def pregated(accesses: Accesses) -> list[list[tuple[int, ...]]]:
     return [[() if layer == 0 else experts for layer, experts in enumerate(step)] for step in accesses.steps]
 
 
+@checked
 def timeline(
     accesses: Accesses,
     guesses: Sequence[Sequence[Collection[int]]] | None = None,
     *,
-    copy_seconds: float,
-    compute_seconds: float,
+    copy_seconds: NotNegative,
+    compute_seconds: NotNegative,
 ) -> Timeline:
     """The two lanes for a run whose experts all come from outside, with memory for two layers.
 
@@ -286,9 +269,6 @@ def timeline(
         copy_seconds: of a record.
         compute_seconds: of a layer.
     """
-    for name, value in (("copy_seconds", copy_seconds), ("compute_seconds", compute_seconds)):
-        if not (value >= 0 and isfinite(value)):
-            raise ValueError(f"{name}: expected at least 0, got {value}")
     needed = [experts for step in accesses.steps for experts in step]
     guessed = [()] * len(needed) if guesses is None else [tuple(g) for step in guesses for g in step]
     if len(guessed) != len(needed):

@@ -121,7 +121,7 @@ def _index(found: Any, folder: Path) -> Index:
         records = decode_records(entry)
         if records.name in layers or any(records.file == other.file for other in layers.values()):
             raise Wrong(f"layers: expected each name and file once, got {records.name}, {records.file}")
-        check_file(folder, records)
+        verify_file(folder, records)
         layers[records.name] = records
     if not layers:
         raise Wrong("layers: expected at least one")
@@ -241,7 +241,7 @@ def _check_bits(records: Records) -> None:
             raise Wrong(f"bits: expected at most {most}, and some where there are any, got {list(own)}")
 
 
-def check_file(folder: Path, records: Records) -> None:
+def verify_file(folder: Path, records: Records) -> None:
     """Raises StoreError unless the file of a layer is there with the bytes of all records."""
     file = folder / records.file
     if file.is_symlink() or not file.is_file():
