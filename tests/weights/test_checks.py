@@ -17,7 +17,7 @@ from errors import raises
 from switchgear import adapters, compress, convert, finetune, offload
 from switchgear.compress.progressive import copy_expert
 from switchgear.layers.heterogeneous import HeterogeneousExperts
-from switchgear.weights.checks import check_plain
+from switchgear.weights.module import check_plain
 
 H = 16
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchgear.checks import Finite, Range, Seed, check_module, check_several, check_tensor, convert
 from switchgear.convert.checks import as_finite_numbers
-from switchgear.weights.checks import check_state_dict
+from switchgear.weights.module import check_state_dict
 
 _PART = 2**20  # elements that are merged at a time
 

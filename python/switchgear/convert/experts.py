@@ -29,7 +29,7 @@ from switchgear.papers.parts.scores_of_experts import Domain
 from switchgear.reference import check_size
 from switchgear.routing.context import Context, sequences
 from switchgear.utils.modules import set_eval
-from switchgear.weights.checks import check_plain
+from switchgear.weights.module import check_plain
 
 ROUTERS = ("random", "hidden", "embedding", "zeros")
 

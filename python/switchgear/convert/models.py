@@ -20,7 +20,7 @@ from switchgear.convert.modules import Conversion, Converted, watch_rows
 from switchgear.convert.plans import ConversionPlan, StateDict
 from switchgear.convert.recipes import plan_experts
 from switchgear.utils.modules import set_eval
-from switchgear.weights.checks import check_state_dict
+from switchgear.weights.module import check_state_dict
 
 
 def convert_model(model: Any, plan: Callable[..., ConversionPlan], **options: Any) -> Conversion:

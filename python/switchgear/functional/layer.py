@@ -28,7 +28,7 @@ from switchgear.functional.routes import plan
 from switchgear.functional.rows import combine, glu
 from switchgear.ops import GluOptions, Layer
 from switchgear.reference import weight_dtype
-from switchgear.weights.operand import Operand, operand_of
+from switchgear.weights.weight import Operand, operand_of
 
 Biases = tuple[Tensor | None, Tensor | None]
 

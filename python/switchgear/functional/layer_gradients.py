@@ -17,7 +17,7 @@ from switchgear.functional.gradients import (
     once,
 )
 from switchgear.ops import GRADIENTS, Layer
-from switchgear.weights.operand import TrainedExperts
+from switchgear.weights.weight import TrainedExperts
 
 _COUNT = len(GRADIENTS)
 

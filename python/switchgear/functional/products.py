@@ -17,8 +17,7 @@ from switchgear.functional.arguments import as_dtype, dropout_seed, in_autocast_
 from switchgear.functional.gradients import apply, is_transposed, needs_autograd, once
 from switchgear.reference import formats
 from switchgear.weights.offloaded import OffloadedWeight
-from switchgear.weights.operand import Operand, operand_of
-from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight
+from switchgear.weights.weight import AdaptedWeight, Operand, SelectedWeight, Weight, operand_of
 
 AnyWeight = Tensor | Weight | AdaptedWeight | SelectedWeight | OffloadedWeight
 

@@ -16,7 +16,7 @@ from switchgear.layers.common import experts_class
 from switchgear.reference import check_range
 from switchgear.routing.context import can_be_read
 from switchgear.utils.modules import FillsBuffers
-from switchgear.weights.checks import check_plain
+from switchgear.weights.module import check_plain
 
 if TYPE_CHECKING:
     from switchgear.parallel import ExpertParallel

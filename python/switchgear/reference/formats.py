@@ -39,22 +39,23 @@ class Format(NamedTuple):
     bits: int  # of a code; 0: of the dtype
     family: str  # "exact", "integers", "minifloats" or "groups": how products multiply it
     needed: tuple[str, ...] = ()  # tensors beside the data
+    scales: torch.dtype | None = None  # of the tensor `scales`
     on_cuda: bool = True  # CUDA's kernels read it
 
 
 def _minifloat(kind: minifloat.Minifloat) -> Format:
     needed = ("scales", "row_scales") if kind.row_scales else ("scales",)
-    return Format(kind.name, kind.number, kind.bits, "minifloats", needed)
+    return Format(kind.name, kind.number, kind.bits, "minifloats", needed, kind.scales)
 
 
 _TABLE = (
     Format("plain", 0, 0, "exact"),
     Format("panels", 1, 0, "exact", on_cuda=False),
     Format("compact", 2, 0, "exact", on_cuda=False),
-    Format("int8", 3, 8, "integers", ("scales", "row_scales")),
-    Format("int4", 4, 4, "integers", ("scales", "row_scales")),
+    Format("int8", 3, 8, "integers", ("scales", "row_scales"), torch.int8),
+    Format("int4", 4, 4, "integers", ("scales", "row_scales"), torch.int8),
     *map(_minifloat, minifloat.MINIFLOATS.values()),
-    Format("groups", 8, 4, "groups", ("scales", "records")),
+    Format("groups", 8, 4, "groups", ("scales", "records"), torch.float16),
 )
 TABLE = {row.name: row for row in sorted(_TABLE, key=lambda row: row.number)}
 FORMATS = tuple(TABLE)  # by number
@@ -194,27 +195,22 @@ def _explain_group_size(stored: Stored) -> str | None:
     return None if is_known else f"0 (the whole row) or a multiple of {minifloat.COLUMNS}"
 
 
-def _list_tensors(stored: Stored) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _list_tensors(stored: Stored) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Shape after the first dimension, and dtype, of each tensor of a weight in blocks of rows."""
     cols, block = stored.cols, integers.BLOCK_ROWS
     blocks = stored.parts * divide_up(stored.rows // stored.parts, block)
     scales = (blocks, divide_up(cols, stored.group_size or cols), block)
+    tensors = {
+        "scales": (scales, TABLE[stored.format].scales), "row_scales": ((blocks, block), torch.float32),
+        "zeros": (scales, torch.uint8), "records": ((2,), torch.int32),
+    }  # fmt: skip
     if stored.format == "groups":
         data = (blocks, divide_up(cols, minifloat.COLUMNS), groups.PLANE)
-        return {
-            "records": ((2,), torch.int32), "data": (data, torch.uint8), "scales": (scales, torch.float16),
-            "zeros": (scales, torch.uint8),
-        }  # fmt: skip
-    row_scales = ((blocks, block), torch.float32)
-    if stored.format in BITS:
+    elif stored.format in BITS:
         data = (blocks, divide_up(cols, 8) * BITS[stored.format] // 4, 64)
-        return {
-            "data": (data, torch.uint8), "scales": (scales, torch.int8), "row_scales": row_scales,
-            "zeros": (scales, torch.uint8),
-        }  # fmt: skip
-    data = minifloat.blocks_shape(stored.rows, cols, stored.format, stored.parts)
-    kind = minifloat.MINIFLOATS[stored.format].scales
-    return {"data": (data, torch.uint8), "scales": (scales, kind), "row_scales": row_scales}
+    else:
+        data = minifloat.blocks_shape(stored.rows, cols, stored.format, stored.parts)
+    return {"data": (data, torch.uint8), **tensors}
 
 
 def _check_strides(name: str, tensor: Tensor | None) -> None:

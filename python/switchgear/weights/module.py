@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from switchgear.backends import warn_once
-from switchgear.reference.formats import FIELDS
-from switchgear.weights.adapted import adapted, notice_wrapper
+from switchgear.reference.formats import FIELDS, TABLE
+from switchgear.weights.adapted import adapted, has_adapters, notice_wrapper
 from switchgear.weights.form import Form, KeyedForm, Layout
 from switchgear.weights.state import get_state, hook_once, set_state
 from switchgear.weights.weight import Weight
@@ -221,9 +221,10 @@ _BITS = {torch.float32: torch.int32, torch.float16: torch.int16}
 
 def _float_of(format: str, field: str) -> torch.dtype | None:
     """The dtype of floating-point scales; None for other tensors."""
-    if field == "row_scales" or (field == "scales" and format in ("fp8", "nf4")):
+    if field == "row_scales":
         return torch.float32
-    return torch.float16 if field == "scales" and format == "groups" else None
+    scales = TABLE[format].scales if field == "scales" else None
+    return scales if scales is not None and scales.is_floating_point else None
 
 
 def _viewed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -362,6 +363,59 @@ def in_layout(weight: Tensor, layout: Layout) -> Tensor:
     return weight.mT.contiguous() if layout.transposed else weight
 
 
+# ---- for code that reads the parameters itself ----------------------------------------------------------------------
+
+
+def check_plain(name: str, experts: nn.Module) -> None:
+    """Raises ValueError, which names the module, for weights in another form, adapters that are not merged, and experts
+    that train alone."""
+    for where, module in _named(name, experts):
+        _check_adapters(where, module)
+        if (stored := stored_of(module)) is not None:
+            raise ValueError(f"{where}: expected plain weights, got {stored.form}; {stored.form.remedy}")
+        if get_state(module).selection is not None:
+            raise ValueError(f"{where}: expected no experts that train alone; call finetune.unfreeze(model) first")
+
+
+def check_replaceable(name: str, experts: nn.Module) -> None:
+    """As check_plain; refuses merged adapters, too, which would belong to weights that are gone."""
+    check_plain(name, experts)
+    _check_merged(name, experts)
+
+
+def check_state_dict(name: str, model: nn.Module) -> None:
+    """As check_replaceable, for code that reads the state dict, where lossless forms are plain, and experts that
+    train alone are among the others."""
+    for where, module in _named(name, model):
+        _check_adapters(where, module)
+        stored = stored_of(module)
+        if stored is not None and stored.form.suffixes:
+            raise ValueError(f"{where}: expected plain weights, got {stored.form}; {stored.form.remedy}")
+    _check_merged(name, model)
+
+
+def _named(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, part in module.named_modules():
+        yield f"{name}.{path}" if path else name, part
+
+
+def _check_adapters(where: str, module: nn.Module) -> None:
+    if where.rpartition(".")[2] == "base_layer":
+        raise ValueError(
+            f"{where}: expected a module without adapters around it; merge and unload them first, "
+            "model.merge_and_unload()"
+        )
+    if has_adapters(module):
+        raise ValueError(f"{where}: expected experts without adapters; merge them first")
+
+
+def _check_merged(name: str, experts: nn.Module) -> None:
+    if any(get_state(module).adapters for module in experts.modules()):
+        raise ValueError(
+            f"{name}: expected experts without adapters, got merged ones; call merge(model, keep_adapters=False)"
+        )
+
+
 # ---- state dicts -----------------------------------------------------------------------------------------------------
 
 
@@ -448,7 +502,7 @@ def _loaded(
         missing.extend(key + suffix for suffix in form.suffixes if suffix not in present)
         return None
     try:
-        return form.load(present, now)
+        return form.read(present, now)
     except ValueError as error:
         raise ValueError(f"{key}{error}") from None
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Weight: the matrices of all experts of a projection in a named format; AdaptedWeight adds an adapter, SelectedWeight
-says which experts train.
+says which experts train. Operand: what a weight of any kind is for the ops.
 
 Every product accepts a Weight in place of a tensor [E,N,C]. It is immutable, has no gradient, and does not depend on
 modules; the forms do (exact.py, integers.py, …).
@@ -9,9 +9,9 @@ modules; the forms do (exact.py, integers.py, …).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,53 @@ from switchgear.backends import cast_in_autocast
 from switchgear.checks import check_tensor
 from switchgear.reference import formats, panels, weight_dtype
 from switchgear.reference.checks import check, check_range
-from switchgear.weights.operand import Operand, TrainedExperts, operand_of
 from switchgear.weights.pages import advise_huge_pages
 
 PANEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 _FIELDS = ("data", *formats.FIELDS)
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+
+class TrainedExperts(NamedTuple):
+    """Experts that are trained alone: copies of some rows of a frozen weight and of its bias."""
+
+    weight: Tensor  # [n,N,C]
+    bias: Tensor | None  # [n,N]
+    experts: Tensor  # [n] int32, ascending
+
+
+class Operand(NamedTuple):
+    """A projection [E,N,C] as the ops take it."""
+
+    tensors: Sequence[Tensor]  # of a stored weight, or one plain tensor, or matrices [N_e,C]
+    form: tuple[int, ...] = ()  # empty: plain
+    leaves: Sequence[Tensor | None] = ()  # those that may need a gradient
+    adapter: tuple[Tensor, ...] = ()  # a, b, scales and possibly ranks; empty: none
+    dropout: float = 0.0  # of the adapter
+    trained: TrainedExperts | None = None
+    source: Any = None  # a Source: the experts are not in memory, and there are no tensors
+    needs_no_dispatch: bool = False  # the tensors are known to be plain ones in CPU memory
+
+
+class AnyOperand(Protocol):
+    """A weight that answers for itself."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def operand(self, dtype: torch.dtype, autocast: str | None) -> Operand: ...
+
+
+def operand_of(weight: Tensor | AnyOperand, dtype: torch.dtype, autocast: str | None = None) -> Operand:
+    """The operand for an x of `dtype`. autocast: the device type whose torch.autocast is on and gave x its dtype."""
+    if isinstance(weight, Tensor):
+        tensors = (weight,) if autocast is None else cast_in_autocast(autocast, weight)
+        return Operand(tensors, (), tensors)
+    return weight.operand(dtype, autocast)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +210,11 @@ class Weight:
     def with_slots(self, slots: Tensor | None) -> Weight:
         """The same data with other `slots` [E] int32; None: expert e is at index e."""
         return self.with_tensors({"slots": slots})
+
+    def to_meta(self) -> Weight:
+        """The same tensors without numbers."""
+        present = {name: getattr(self, name) for name in _FIELDS}
+        return self.with_tensors({name: None if t is None else t.to("meta") for name, t in present.items()})
 
     def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> Weight:
         """A copy with other tensors, by field name."""
