@@ -207,6 +207,9 @@ def convert(name: str, value: Any, hint: Any, sizes: dict[str, int] | None = Non
         check_tensor(name, value)
         check_dense(name, value)
         return value
+    if hint is torch.device:
+        as_device(name, value)
+        return value
     if origin in _SERIES:
         return _convert_series(name, value, origin, options, sizes)
     kind = origin or hint
@@ -440,7 +443,7 @@ def list_of_names(name: str, names: str | Iterable[str]) -> list[str]:
     return found
 
 
-def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
+def explain_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
     """Raises for an input of a router that is no tensor [..., hidden_size] with the device and dtype of `like`, its
     weight, which may be float32 for rows of 16 bits. Returns if it is valid."""
     check_tensor(name, rows)

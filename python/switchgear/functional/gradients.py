@@ -116,12 +116,16 @@ def accumulate_into_grad() -> Iterator[None]:
         _switch.is_on = before
 
 
+def accumulates_into_grad() -> bool:
+    return _switch.is_on
+
+
 def find_grads_to_add_to(
     weights: Sequence[Tensor], needs: Sequence[bool], others: Sequence[Tensor]
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """The .grad of both weights, None for one that needs no gradient, if a kernel that reads `others`, the weights
     included, may add to all that are needed; else None."""
-    if not _switch.is_on or torch.is_grad_enabled() or torch.is_anomaly_enabled() or not any(needs):
+    if torch.is_grad_enabled() or torch.is_anomaly_enabled() or not any(needs):
         return None
     for weight, need in zip(weights, needs, strict=True):
         if need and not _can_add(weight):

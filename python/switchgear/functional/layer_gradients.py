@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from switchgear import ops
 from switchgear.functional.gradients import (
+    accumulates_into_grad,
     empty_gradient,
     find_grads_to_add_to,
     needs_no_dispatch_in_backward,
@@ -129,10 +131,14 @@ class Moe(torch.autograd.Function):
             # torch 2.8 compiles no generator here.
             return tuple([grad if need else None for grad, need in zip(found, needs, strict=True)])
 
-        grads = _add_in_place(recipe, needs, grad_y, *saved) if is_direct else None
+        grads = _add_in_place(recipe, needs, grad_y, *saved) if is_direct and accumulates_into_grad() else None
         if grads is None:
             grads = once(compute, grad_y, *saved)
         return None, *grads, *[None] * (len(ctx.needs_input_grad) - _COUNT - 1)
+
+
+# torch binds the arguments of each call, and would derive the signature anew.
+Moe.forward.__signature__ = inspect.signature(Moe.forward)  # type: ignore[attr-defined]
 
 
 def _add_in_place(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from switchgear.checks import check_float_dtype, complain_about_rows
+from switchgear.checks import check_float_dtype, explain_rows
 from switchgear.functional import Routing, as_number, gate, gate_route, route
 from switchgear.reference import check_choice, check_finite, check_fraction, check_size
 from switchgear.routing.balance import count_tokens, sum_over_processes
@@ -363,7 +363,7 @@ class Router(KeepsFloat32):
             context = self.complete(context, hidden_states)
             router_logits = self.logits(rows, context)
         except Exception:
-            complain_about_rows("hidden_states", hidden_states, self.hidden_size, self.weight)
+            explain_rows("hidden_states", hidden_states, self.hidden_size, self.weight)
             raise
         return self.decide(router_logits, context)
 

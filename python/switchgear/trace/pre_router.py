@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.checks import at_least, check_several, check_tensor, complain_about_rows, sizes
+from switchgear.checks import at_least, check_several, check_tensor, explain_rows, sizes
 from switchgear.reference import check_size
 from switchgear.routing.ranking import choose
 
@@ -71,7 +71,7 @@ class PreRouter(nn.Module):
         check_tensor("embeddings", embeddings)
         if embeddings.dim() not in (2, 3) or embeddings.shape[-1] != size:
             raise ValueError(f"embeddings: expected [B,S,{size}] or [S,{size}], got {list(embeddings.shape)}")
-        complain_about_rows("embeddings", embeddings, size, self.head.weight)
+        explain_rows("embeddings", embeddings, size, self.head.weight)
         x = (embeddings if embeddings.dim() == 3 else embeddings[None]).to(self.head.weight.dtype)
         distance = torch.arange(x.shape[1], device=x.device)
         distance = distance[:, None] - distance

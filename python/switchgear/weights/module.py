@@ -444,7 +444,7 @@ def _load(
         stored.load(module, state_dict, prefix, missing if strict else [])
 
 
-def complaint_about_stored(names: Sequence[str], prefix: str, unexpected: Sequence[str]) -> str | None:
+def explain_stored_keys(names: Sequence[str], prefix: str, unexpected: Sequence[str]) -> str | None:
     """What to do if the keys that a module with plain weights does not know are of stored ones, such as
     gate_up_proj_values. Biases and adapters have such keys, too."""
     starts = tuple(f"{prefix}{name}_" for name in names)
