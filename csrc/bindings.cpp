@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // One function per op of ops.h, for each Python module: (inputs, options, outputs, execution). Outputs are arrays that the op
-// writes. The ops of a whole layer take a tuple `Layer` (reference/arguments.py) in place of options.
+// writes. The ops of a whole layer take a tuple `Layer` (reference/layer.py) in place of options.
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -282,7 +282,7 @@ struct Layer {
   GluOptions options;
 };
 
-// The fields of `Layer` in reference/arguments.py.
+// The fields of `Layer` in reference/layer.py.
 Layer layer_in(Arrays& arrays, handle tuple) {
   Fields fields(arrays, "layer", tuple, kLayerFields);
   Layer layer{.weights = {.gate_up_proj = fields.weight("gate_up_proj"),

@@ -17,7 +17,7 @@ from switchgear import backends
 from switchgear.ops.native import Kernels, host
 from switchgear.ops.registration import alike, matrix, register, rows, usable
 from switchgear.reference.activations import Activation
-from switchgear.reference.arguments import NUM_REQUIRED, Layer
+from switchgear.reference.layer import NUM_REQUIRED, Layer
 
 _TYPES = {
     Sequence[Tensor]: "Tensor[]",

@@ -275,7 +275,7 @@ class AdaptedWeight(NamedTuple):
         return Operand(base.tensors, base.form, leaves, adapter, self.dropout, base.trained, base.source, known)
 
     def adapter(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """The adapter as an argument of the ops (reference/adapters.py). dtype: of x; float32 factors are rounded to
+        """The adapter as an argument of the ops (reference/layer.py). dtype: of x; float32 factors are rounded to
         it if it has 16 bits."""
         a, b, scales = self.a, self.b, self.scale
         if dtype is not None and dtype.itemsize == 2:
