@@ -404,27 +404,12 @@ def check_module(name: str, module: Any) -> None:
     convert(name, module, nn.Module)
 
 
-def check_function(name: str, value: Any) -> None:
-    """Raises TypeError for anything that cannot be called."""
-    convert(name, value, collections.abc.Callable)
-
-
 def check_several(name: str, values: Any, what: str) -> None:
     """Raises TypeError for anything that does not have several of `what`: one text or a tensor [] has none, a data set
     of torch does, without __iter__."""
     is_iterable = isinstance(values, Iterable) or hasattr(values, "__getitem__")
     if not is_iterable or isinstance(values, (str, bytes)) or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"{name}: expected a list of {what}, got {type(values).__name__}")
-
-
-def check_switch(name: str, value: Any) -> None:
-    """Raises TypeError for anything but a bool."""
-    convert(name, value, bool)
-
-
-def check_seed(seed: Any) -> None:
-    """Raises TypeError for anything but an integer, and ValueError for one beyond 64 bits."""
-    convert("seed", seed, Seed)
 
 
 def check_float_dtype(name: str, dtype: Any) -> None:

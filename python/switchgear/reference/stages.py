@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from switchgear.checks import checked
-from switchgear.reference.checks import Floats, Indices, NumExperts, Rows, TopkIds, TopkWeights, check_range, wide
+from switchgear.reference.checks import (
+    Floats,
+    Indices,
+    NumExperts,
+    Rows,
+    TopkIds,
+    TopkWeights,
+    check,
+    check_range,
+    wide,
+)
 
 Offsets = Annotated[Tensor, Indices(None)]
 Slots = Annotated[Tensor, Indices("S")]  # one for each slot
@@ -90,9 +100,14 @@ def _check_plan(expert_offsets: Tensor, token_indices: Tensor, slot_indices: Ten
 
 @checked
 def permute(
-    x: Rows, expert_offsets: Offsets, token_indices: Slots, slot_indices: TopkIds, topk_weights: TopkWeights | None
+    x: Annotated[Tensor, Floats(None, "H")],
+    expert_offsets: Offsets,
+    token_indices: Slots,
+    slot_indices: TopkIds,
+    topk_weights: TopkWeights | None,
 ) -> Tensor:
     """permuted_x[s] = x[token_indices[s]], times the slot's weight if given. x [T,H] -> [S,H]."""
+    check("x", x, (len(slot_indices), None))
     _check_plan(expert_offsets, token_indices, slot_indices)
     permuted_x = gather_rows(x, token_indices)
     if topk_weights is None:
@@ -102,7 +117,7 @@ def permute(
 
 @checked
 def combine(
-    permuted_y: Annotated[Tensor, Floats("S", "H")],
+    permuted_y: Annotated[Tensor, Floats(None, "H")],
     expert_offsets: Offsets,
     token_indices: Slots,
     slot_indices: TopkIds,
@@ -110,6 +125,7 @@ def combine(
 ) -> Tensor:
     """y[t] = Σ_k topk_weights[t,k] · permuted_y[slot_indices[t,k]]; absent weights are 1. [S,H] -> [T,H]."""
     _check_plan(expert_offsets, token_indices, slot_indices)
+    check("permuted_y", permuted_y, (slot_indices.numel(), None))
     rows = wide(gather_rows(permuted_y, slot_indices))
     if topk_weights is not None:
         rows = rows * topk_weights.masked_fill(slot_indices < 0, 0)[:, :, None]
@@ -119,12 +135,13 @@ def combine(
 @checked
 def combine_weight_backward(
     grad_y: Rows,
-    permuted_y: Annotated[Tensor, Floats("S", "H")],
+    permuted_y: Annotated[Tensor, Floats(None, "H")],
     expert_offsets: Offsets,
     token_indices: Slots,
     slot_indices: TopkIds,
 ) -> Tensor:
     """grad_topk_weights[t,k] = <grad_y[t], permuted_y[slot_indices[t,k]]>, 0 for empty slots."""
     _check_plan(expert_offsets, token_indices, slot_indices)
+    check("permuted_y", permuted_y, (slot_indices.numel(), None))
     products = wide(gather_rows(permuted_y, slot_indices)) * wide(grad_y)[:, None]
     return products.sum(-1).masked_fill(slot_indices < 0, 0)
