@@ -431,12 +431,9 @@ def list_of_names(name: str, names: str | Iterable[str]) -> list[str]:
 def explain_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
     """Raises for an input of a router that is no tensor [..., hidden_size] with the device and dtype of `like`, its
     weight, which may be float32 for rows of 16 bits. Returns if it is valid."""
-    check_tensor(name, rows)
-    check_dense(name, rows)
+    convert(name, rows, FloatTensor)
     if rows.dim() == 0 or rows.shape[-1] != hidden_size:
         raise ValueError(f"{name}: expected shape [..., H={hidden_size}], got {list(rows.shape)}")
-    if not rows.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {rows.dtype}")
     if like is not None and rows.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device} like the weights, got one on {rows.device}")
     keeps_float32 = like is not None and like.dtype is torch.float32 and rows.dtype.itemsize == 2

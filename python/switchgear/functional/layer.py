@@ -180,8 +180,8 @@ def _check_both_trained(first: Operand, second: Operand, biases: Biases) -> None
     assert second.trained is not None
     if first.adapter or second.adapter:
         raise ValueError("gate_up_proj, down_proj: expected no adapter of a weight with experts that train alone")
-    check_trained("gate_up_proj", first, "gate_up_bias", biases[0])
-    check_trained("down_proj", second, "down_bias", biases[1])
+    for name, operand, bias in zip(("gate_up", "down"), (first, second), biases, strict=True):
+        check_trained(f"{name}_proj", operand, f"{name}_bias", bias)
     one, other = first.trained.experts, second.trained.experts
     if one is not other and not torch.equal(one, other):
         raise ValueError("down_proj: expected the trained experts of gate_up_proj, got others")

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from switchgear.checks import Finite, FloatDtype, Size, Sizes, checked
 from switchgear.functional.arguments import Limit
-from switchgear.layers.common import experts_class
-from switchgear.reference import check_range
+from switchgear.layers.common import experts_class, refuse_unknown_experts
 from switchgear.reference.activations import Activation
-from switchgear.routing.context import can_be_read
 from switchgear.utils.modules import FillsBuffers
 from switchgear.weights.module import check_plain
 
@@ -103,8 +101,7 @@ class HeterogeneousExperts(FillsBuffers):
 
     def slice_ids(self, topk_ids: Tensor) -> Tensor:
         """[T, K·most_slices] int32: the slices of the chosen experts [T,K], padded with -1."""
-        if can_be_read(topk_ids):
-            check_range("topk_ids", topk_ids, -1, self.num_experts)
+        refuse_unknown_experts(topk_ids, self.num_experts)
         self.fill_on(topk_ids.device)
         chosen = topk_ids.clamp(min=0)
         place = torch.arange(self.most_slices, dtype=torch.int32, device=topk_ids.device)

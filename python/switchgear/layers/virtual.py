@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.checks import Count, checked
-from switchgear.reference import check_range
-from switchgear.routing.context import can_be_read
+from switchgear.layers.common import refuse_unknown_experts
 
 
 class VirtualExperts(nn.Module):
@@ -67,8 +66,7 @@ class VirtualExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids and topk_weights [..., K] -> [..., H]."""
-        if can_be_read(topk_ids):
-            check_range("topk_ids", topk_ids, -1, self.num_experts)
+        refuse_unknown_experts(topk_ids, self.num_experts)
         first_copy = self.num_real + self.null
         first_constant = first_copy + self.copy
         is_real = topk_ids < self.num_real  # also true for holes

@@ -8,7 +8,7 @@ them or plain weights, which they encode. Floating-point scales are kept as bits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
@@ -44,16 +44,10 @@ class Kind(NamedTuple):
     @staticmethod
     def of(weight: Weight) -> Kind:
         fields = tuple(field for field in _FIELDS if getattr(weight, field) is not None)
-        return Kind(
-            weight.format, weight.rows, weight.cols, weight.dtype, weight.parts, weight.group_size, weight.elements,
-            weight.is_exact, fields,
-        )  # fmt: skip
+        return Kind(*(getattr(weight, option) for option in Kind._fields[:-1]), fields)
 
-    def weight(self, tensors: dict[str, Any]) -> Weight:
-        return Weight(
-            format=self.format, rows=self.rows, cols=self.cols, dtype=self.dtype, parts=self.parts,
-            group_size=self.group_size, elements=self.elements, is_exact=self.is_exact, **tensors,
-        )  # fmt: skip
+    def weight(self, tensors: Mapping[str, Any]) -> Weight:
+        return Weight(**dict(zip(self._fields[:-1], self, strict=False)), **tensors)
 
 
 class Absent:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from switchgear import backends, ops
 from switchgear.backends import cast_in_autocast
-from switchgear.checks import check_tensor
+from switchgear.checks import Shape, convert
 from switchgear.reference import formats, panels, weight_dtype
-from switchgear.reference.checks import check, check_range
+from switchgear.reference.checks import check_range
 from switchgear.weights.pages import advise_huge_pages
 
 PANEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -170,7 +170,7 @@ class Weight:
         dtype or one device."""
         if self.format not in formats.LOSSLESS:
             return True  # any dtype; a device without kernels reports that itself
-        if not _is_on_cpu(self):
+        if not self.data.is_cpu:
             return self.format == "plain" and self.slots is None and dtype is self.dtype
         if self.format == "plain":
             return dtype is self.dtype
@@ -187,7 +187,7 @@ class Weight:
 
     def expanded(self, dtype: torch.dtype, autocast: str | None, subject: str) -> Operand:
         """The plain weight as an operand. Announces that kernels for `subject` are missing."""
-        has_a_kernel_missing = dtype is self.dtype or not _is_on_cpu(self)  # otherwise only the dtypes differ
+        has_a_kernel_missing = dtype is self.dtype or not self.data.is_cpu  # otherwise only the dtypes differ
         if has_a_kernel_missing and not torch.compiler.is_compiling():
             backends.announce_format(self.device, subject, "each call expands them")
         plain = self.plain()
@@ -203,7 +203,11 @@ class Weight:
 
     def permuted(self, order: Tensor) -> Weight:
         """The experts in `order` [E'], integers, which may repeat experts. Copies no weights."""
-        _check_order(order, self.shape[0])
+        convert("order", order, Annotated[Tensor, Shape(None)])
+        if order.dtype not in _INTEGERS:
+            raise TypeError(f"order: expected an integer dtype, got {order.dtype}")
+        if not (order.is_meta or torch.compiler.is_compiling()):  # then the ops check it, as slots
+            check_range("order", order, 0, self.shape[0])
         order = order.to(device=self.device, dtype=torch.int32)
         return self.with_slots(order if self.slots is None else self.slots[order.long()])
 
@@ -222,19 +226,6 @@ class Weight:
             raise ValueError(f"tensors: expected names among {', '.join(_FIELDS)}, got {', '.join(unknown)}")
         given = {name: getattr(self, name) for name in _ARGUMENTS}
         return Weight(**{**given, **tensors})
-
-
-def _is_on_cpu(weight: Weight) -> bool:
-    return weight.data.is_cpu
-
-
-def _check_order(order: Tensor, num_experts: int) -> None:
-    check_tensor("order", order)
-    if order.dtype not in _INTEGERS:
-        raise TypeError(f"order: expected an integer dtype, got {order.dtype}")
-    check("order", order, (None,), order.dtype)
-    if not (order.is_meta or torch.compiler.is_compiling()):  # then the ops check it, as slots
-        check_range("order", order, 0, num_experts)
 
 
 _ARGUMENTS = (
