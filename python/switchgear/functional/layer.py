@@ -118,10 +118,11 @@ def apply_layer(
 ) -> Tensor:
     """moe of `rows_of`. autocast: the device type whose torch.autocast is on and gave x and biases their dtype. source:
     of the weights, if they are offloaded and in memory now."""
-    gate_up_proj, down_proj = weights
+    (gate_up_proj, down_proj), is_direct = weights, None
     if isinstance(gate_up_proj, Tensor) and isinstance(down_proj, Tensor) and autocast is None:
         tensors = (x, gate_up_proj, down_proj, *biases, topk_ids, topk_weights)
-        if ops.needs_no_dispatch(*tensors) and not needs_autograd(*tensors):  # the way below takes microseconds more
+        is_direct = ops.needs_no_dispatch(*tensors)
+        if is_direct and not needs_autograd(*tensors):  # the way below takes microseconds more
             return ops.plain_layer_on_host(*tensors, options)
     first, second = operand_of(gate_up_proj, x.dtype, autocast), operand_of(down_proj, x.dtype, autocast)
     if (loads := first.source or second.source) is not None:
@@ -133,10 +134,11 @@ def apply_layer(
         _check_both_trained(first, second, biases)
     layer = _layer_of(x, first, second, biases, topk_ids, topk_weights, options)
     gate_up_bias, down_bias = layer[4:6]
-    known = first.needs_no_dispatch and second.needs_no_dispatch
-    plain = () if known else (*first.tensors, *second.tensors)
-    others = (*plain, *first.adapter, *second.adapter)
-    is_direct = ops.needs_no_dispatch(x, gate_up_bias, down_bias, topk_ids, topk_weights, *others)
+    if is_direct is None:
+        known = first.needs_no_dispatch and second.needs_no_dispatch
+        plain = () if known else (*first.tensors, *second.tensors)
+        others = (*plain, *first.adapter, *second.adapter)
+        is_direct = ops.needs_no_dispatch(x, gate_up_bias, down_bias, topk_ids, topk_weights, *others)
     if needs_autograd(x, gate_up_bias, down_bias, topk_weights, *first.leaves, *second.leaves):
         is_direct = is_direct and not is_transformed()
         inputs = inputs_of(x, Layer(*layer), (first.trained, second.trained), source, is_direct)
