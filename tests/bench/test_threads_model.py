@@ -96,6 +96,7 @@ FORMS = ("plain", "compact", "panels", "int8", "int4", "fp8", "mxfp4", "nf4")
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.some(4)
 def test_few_tokens_have_the_same_bits_in_narrow_tasks(form: str, tokens: int, interleaved: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     gate_up = (torch.randn(4, 1024, 512, generator=generator) / 16).bfloat16()
@@ -161,15 +162,15 @@ def test_memory_binds_the_nodes_it_is_on() -> None:
 @pytest.mark.parametrize(("name", "value"), [
     ("num_threads", 0), ("num_nodes", 0), ("num_sockets", 3), ("core_bandwidth", 0.0),
     ("core_bandwidth", float("inf")), ("node_bandwidth", 0.0), ("link_bandwidth", float("nan")),
-    ("placement", "elsewhere"), ("bytes", [1, 2]),
+    ("placement", "elsewhere"),
 ])  # fmt: skip
 def test_arguments_are_checked(name: str, value: object) -> None:
-    arguments = {
-        "seconds": [1.0], "bytes": [1], "in_shares": True, "num_threads": 2, "num_nodes": 2, "num_sockets": 1,
+    machine: dict[str, Any] = {
+        "num_threads": 2, "num_nodes": 2, "num_sockets": 1,
         "core_bandwidth": 1.0, "node_bandwidth": 1.0, "link_bandwidth": 1.0, "placement": "local",
     }  # fmt: skip
     with raises(ValueError, name):
-        _C.simulate_loop(**(arguments | {name: value}))
+        _C.simulate_loop([(1.0, 1)], True, tuple((machine | {name: value}).values()))
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
