@@ -9,7 +9,7 @@ runs: TypeError for a wrong type, ValueError for a wrong value. Every message is
 Hot functions are not wrapped: `explain_failure` reads the same annotations after a call has failed.
 
     int, float, bool, str, Tensor, any class        isinstance; integers of any library become int, bool is no number
-    Literal["a", "b"]                               one of these
+    Literal["a", "b"], Annotated[str, OneOf(TABLE)] one of these
     Size, Count, Seed, Share, Positive, …           numbers in a range, defined below
     Annotated[Tensor, Shape("T", "H")]              sizes; a name is one size in the whole call, None any
     X | None, Sequence[X], Iterable[X], Callable    as they say; items of lists and tuples are checked, too,
@@ -109,6 +109,17 @@ class Steps:
     def check(name: str, value: Any, sizes: dict[str, int]) -> None:
         if not all(callable(getattr(value, method, None)) for method in ("step", "zero_grad")):
             raise TypeError(f"{name}: expected torch.optim.Optimizer, got {type(value).__name__}")
+
+
+class OneOf:
+    """One of the names of a table."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def check(self, name: str, value: str, sizes: dict[str, int]) -> None:
+        if value not in self.names:
+            raise ValueError(f"{name}: expected one of {', '.join(self.names)}, got {value!r}")
 
 
 Size = Annotated[int, Range(1, 2**31 - 1)]

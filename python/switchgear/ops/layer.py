@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from switchgear import backends
 from switchgear.ops.native import Kernels, host
 from switchgear.ops.registration import alike, matrix, register, rows, usable
-from switchgear.reference.activations import Activation
 from switchgear.reference.layer import NUM_REQUIRED, Layer
 
 _TYPES = {
@@ -26,7 +25,6 @@ _TYPES = {
     Sequence[Tensor] | None: "Tensor[]?",
     Tensor | None: "Tensor?",
     Tensor: "Tensor",
-    Activation: "str",
 }
 _DEFAULTS = {None: "=None", (): "=[]"}
 

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from switchgear.checks import Finite, NotNegative, checked
+from switchgear.checks import Finite, NotNegative, OneOf, checked
 from switchgear.reference.checks import Floats, wide
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"]
-ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
+Activation = Annotated[str, OneOf(ACTIVATIONS)]
 Hidden = Annotated[Tensor, Floats("S", "N")]
 
 

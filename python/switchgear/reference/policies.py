@@ -9,12 +9,12 @@ their sequence: sequence_ids [T] int32 in [0, B). If it is None, all tokens are 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from switchgear.checks import Count, Finite, Range, Size, checked
+from switchgear.checks import Count, Finite, OneOf, Range, Size, checked
 from switchgear.reference.checks import AnyFloats, Floats, Indices, TopkIds, check_range, wide
 from switchgear.reference.routing import (
     NORMALIZE_EPSILON,
@@ -26,8 +26,7 @@ from switchgear.reference.routing import (
     scores,
 )
 
-Drop = Literal["order", "reverse", "choice", "priority"]
-DROPS: tuple[str, ...] = get_args(Drop)
+DROPS = ("order", "reverse", "choice", "priority")
 Values = Annotated[Tensor, Floats("T", "E")]
 SequenceIds = Annotated[Tensor, Indices("T")]
 Limits = Annotated[Tensor, Indices("B")]
@@ -163,7 +162,7 @@ def fit_capacity(
     sequence_ids: SequenceIds | None,
     limits: Limits,
     num_experts: Size,
-    drop: Drop,
+    drop: Annotated[str, OneOf(DROPS)],
     candidates: int,
 ) -> Tensor:
     """kept_ids [T,K] int32: topk_ids [T,K] with dropped choices set to -1, so that no expert has more than limits[b]

@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from switchgear.checks import Finite, checked
+from switchgear.checks import Finite, OneOf, checked
 from switchgear.reference.checks import AnyFloats, Floats, Rows, TopkIds, check, check_range, weight_dtype, wide
 
-ScoreFunction = Literal["softmax", "sigmoid"]
-GroupScore = Literal["max", "top2_sum"]
-SCORE_FUNCTIONS: tuple[str, ...] = get_args(ScoreFunction)
-GROUP_SCORES: tuple[str, ...] = get_args(GroupScore)
+SCORE_FUNCTIONS = ("softmax", "sigmoid")
+GROUP_SCORES = ("max", "top2_sum")
+ScoreFunction = Annotated[str, OneOf(SCORE_FUNCTIONS)]
+GroupScore = Annotated[str, OneOf(GROUP_SCORES)]
 Logits = Annotated[Tensor, Floats("T", "E")]
 SelectionBias = Annotated[Tensor, AnyFloats("E")]
 NORMALIZE_EPSILON = 1e-20  # keeps normalized weights finite if all chosen scores underflow

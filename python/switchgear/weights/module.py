@@ -44,10 +44,11 @@ class Kind(NamedTuple):
     @staticmethod
     def of(weight: Weight) -> Kind:
         fields = tuple(field for field in _FIELDS if getattr(weight, field) is not None)
-        return Kind(*(getattr(weight, option) for option in Kind._fields[:-1]), fields)
+        return Kind._make((*(getattr(weight, option) for option in Kind._fields[:-1]), fields))
 
     def weight(self, tensors: Mapping[str, Any]) -> Weight:
-        return Weight(**dict(zip(self._fields[:-1], self, strict=False)), **tensors)
+        options: dict[str, Any] = dict(zip(self._fields[:-1], self, strict=False))
+        return Weight(**options, **tensors)
 
 
 class Absent:
