@@ -90,7 +90,9 @@ class KeyedForm(Form):
     def read(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
         """The weight made of a state dict's `tensors`, by suffix, to replace `now`. Raises ValueError for a tensor of
         another shape or dtype, or unusable numbers; the message starts with the suffix."""
-        for suffix, like in self.save(now.to_meta()).items():
+        fields = ("data", *formats.FIELDS)
+        without_numbers = {field: t.to("meta") for field in fields if (t := getattr(now, field)) is not None}
+        for suffix, like in self.save(now.with_tensors(without_numbers)).items():
             got = tensors[suffix]
             if got.shape != like.shape or got.dtype is not like.dtype:
                 raise ValueError(

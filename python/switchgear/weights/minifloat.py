@@ -28,26 +28,26 @@ BLOCKS = {"128x128": minifloat.BLOCK, "row": minifloat.ROW}
 
 
 class _Minifloat(KeyedForm):
-    published: ClassVar[tuple[str, ...]]  # suffixes of values and scales
-    as_fp8: ClassVar[str | None] = None  # the suffix whose bytes are float8_e4m3fn
+    _published: ClassVar[tuple[str, ...]]  # suffixes of values and scales
+    _as_fp8: ClassVar[str | None] = None  # the suffix whose bytes are float8_e4m3fn
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        return self.published
+        return self._published
 
     @property
-    def block_shape(self) -> tuple[int, int]:
+    def _block_shape(self) -> tuple[int, int]:
         """Rows and columns that share a scale of fp8."""
         return minifloat.BLOCK
 
     @abstractmethod
-    def publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded | minifloat.EncodedNvfp4:
+    def _publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded | minifloat.EncodedNvfp4:
         """The published layout."""
 
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
-        *published, is_exact = self.publish(weight.detach(), parts, name)
+        *published, is_exact = self._publish(weight.detach(), parts, name)
         _, rows, cols = weight.shape
-        group_size = minifloat.MINIFLOATS[self.name].group or self.block_shape[1]
+        group_size = minifloat.MINIFLOATS[self.name].group or self._block_shape[1]
         tensors: dict[str, Any] = dict(self._store(published, parts))
         return Weight(
             self.name, rows=rows, cols=cols, dtype=weight.dtype, parts=parts, group_size=group_size, is_exact=is_exact,
@@ -57,7 +57,7 @@ class _Minifloat(KeyedForm):
     def _store(self, published: Sequence[Any], parts: int) -> dict[str, Tensor]:
         """The tensors of a Weight."""
         values, scales, *tensor_scales = published
-        data, stored = minifloat.to_blocks(values, scales, self.name, parts, self.block_shape)
+        data, stored = minifloat.to_blocks(values, scales, self.name, parts, self._block_shape)
         tensors = {"data": on_huge_pages(data), "scales": on_huge_pages(stored)}
         for each in tensor_scales:
             tensors["row_scales"] = minifloat.to_row_scales(each, values.shape[1])
@@ -67,12 +67,12 @@ class _Minifloat(KeyedForm):
         assert weight.scales is not None
         sizes = (weight.rows, weight.cols, weight.parts)
         published: tuple[Tensor, ...] = minifloat.from_blocks(
-            weight.data, weight.scales, self.name, *sizes, self.block_shape
+            weight.data, weight.scales, self.name, *sizes, self._block_shape
         )
         if weight.row_scales is not None:
             published = (*published, minifloat.from_row_scales(weight.row_scales, weight.parts))
         return {
-            suffix: tensor.view(torch.float8_e4m3fn) if suffix == self.as_fp8 else tensor.contiguous()
+            suffix: tensor.view(torch.float8_e4m3fn) if suffix == self._as_fp8 else tensor.contiguous()
             for suffix, tensor in zip(self.suffixes, published, strict=True)
         }
 
@@ -86,16 +86,16 @@ class Fp8(_Minifloat):
     """e4m3fn, with one float32 scale per 128 x 128 weights, or per row (block="row")."""
 
     name: ClassVar[str] = "fp8"
-    published: ClassVar[tuple[str, ...]] = ("", "_scale_inv")
-    as_fp8: ClassVar[str | None] = ""
+    _published: ClassVar[tuple[str, ...]] = ("", "_scale_inv")
+    _as_fp8: ClassVar[str | None] = ""
     block: Literal["128x128", "row"] = "128x128"
 
     @property
-    def block_shape(self) -> tuple[int, int]:
+    def _block_shape(self) -> tuple[int, int]:
         return BLOCKS[self.block]
 
-    def publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded:
-        return minifloat.encode_fp8(weight, self.block_shape, parts, name)
+    def _publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded:
+        return minifloat.encode_fp8(weight, self._block_shape, parts, name)
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class Mxfp4(_Minifloat):
     """e2m1, with one power-of-two scale per 32 columns of a row (OCP Microscaling v1.0)."""
 
     name: ClassVar[str] = "mxfp4"
-    published: ClassVar[tuple[str, ...]] = ("_blocks", "_scales")
+    _published: ClassVar[tuple[str, ...]] = ("_blocks", "_scales")
 
-    def publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded:
+    def _publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded:
         return minifloat.encode_mxfp4(weight, name)
 
 
@@ -114,9 +114,9 @@ class Nf4(_Minifloat):
     """16 quantiles of the normal distribution, with one float32 scale per 64 columns of a row (QLoRA)."""
 
     name: ClassVar[str] = "nf4"
-    published: ClassVar[tuple[str, ...]] = ("_codes", "_absmax")
+    _published: ClassVar[tuple[str, ...]] = ("_codes", "_absmax")
 
-    def publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded:
+    def _publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded:
         return nf4.encode_nf4(weight, name)
 
 
@@ -125,8 +125,8 @@ class Nvfp4(_Minifloat):
     """e2m1, with one e4m3 scale per 16 columns of a row, and one float32 for each expert, or each part of its rows."""
 
     name: ClassVar[str] = "nvfp4"
-    published: ClassVar[tuple[str, ...]] = ("_packed", "_scale", "_scale_2")
-    as_fp8: ClassVar[str | None] = "_scale"
+    _published: ClassVar[tuple[str, ...]] = ("_packed", "_scale", "_scale_2")
+    _as_fp8: ClassVar[str | None] = "_scale"
 
-    def publish(self, weight: Tensor, parts: int, name: str) -> minifloat.EncodedNvfp4:
+    def _publish(self, weight: Tensor, parts: int, name: str) -> minifloat.EncodedNvfp4:
         return minifloat.encode_nvfp4(weight, parts, name)

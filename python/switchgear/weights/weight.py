@@ -215,11 +215,6 @@ class Weight:
         """The same data with other `slots` [E] int32; None: expert e is at index e."""
         return self.with_tensors({"slots": slots})
 
-    def to_meta(self) -> Weight:
-        """The same tensors without numbers."""
-        present = {name: getattr(self, name) for name in _FIELDS}
-        return self.with_tensors({name: None if t is None else t.to("meta") for name, t in present.items()})
-
     def with_tensors(self, tensors: Mapping[str, Tensor | None]) -> Weight:
         """A copy with other tensors, by field name."""
         if unknown := sorted(set(tensors) - set(_FIELDS)):
