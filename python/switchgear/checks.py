@@ -9,7 +9,7 @@ runs: TypeError for a wrong type, ValueError for a wrong value. Every message is
 Hot functions are not wrapped: `explain_failure` reads the same annotations after a call has failed.
 
     int, float, bool, str, Tensor, any class        isinstance; integers of any library become int, bool is no number
-    Literal["a", "b"]                               one of these
+    Literal["a", "b"], Annotated[str, OneOf(TABLE)] one of these
     Size, Count, Seed, Share, Positive, …           numbers in a range, defined below
     Annotated[Tensor, Shape("T", "H")]              sizes; a name is one size in the whole call, None any
     X | None, Sequence[X], Iterable[X], Callable    as they say; items of lists and tuples are checked, too,
@@ -56,8 +56,8 @@ class Range(typing.NamedTuple):
             raise ValueError(f"{name}: expected {self}, got {value}")
 
     def __str__(self) -> str:
-        if self == Range(-math.inf, math.inf, "low high"):
-            return "a finite number"
+        if self.low == -math.inf:
+            return "a finite number" if self.open else "a number"
         if self.low == -(2**63):
             return "an integer of 64 bits"
         if self.high == math.inf or self.high == 2**31 - 1:
@@ -93,6 +93,15 @@ class FloatingPoint:
             raise TypeError(f"{name}: expected a floating dtype, got {dtype}")
 
 
+class AllFinite:
+    """A tensor without NaN and infinities. One on meta has none."""
+
+    @staticmethod
+    def check(name: str, value: Tensor, sizes: dict[str, int]) -> None:
+        if not value.is_meta and not bool(value.isfinite().all()):
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
+
+
 class NotEmpty:
     """At least one item."""
 
@@ -111,16 +120,31 @@ class Steps:
             raise TypeError(f"{name}: expected torch.optim.Optimizer, got {type(value).__name__}")
 
 
+class OneOf:
+    """One of the names of a table."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def check(self, name: str, value: str, sizes: dict[str, int]) -> None:
+        if value not in self.names:
+            raise ValueError(f"{name}: expected one of {', '.join(self.names)}, got {value!r}")
+
+
 Size = Annotated[int, Range(1, 2**31 - 1)]
 Count = Annotated[int, Range(0, 2**31 - 1)]
 Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
+Number = Annotated[float, Range(-math.inf, math.inf)]  # Not NaN.
 Finite = Annotated[float, Range(-math.inf, math.inf, "low high")]
 Positive = Annotated[float, Range(0, math.inf, "low high")]
+PositiveOrInf = Annotated[float, Range(0, math.inf, "low")]
 NotNegative = Annotated[float, Range(0, math.inf, "high")]
+NotNegativeOrInf = Annotated[float, Range(0, math.inf)]
 Share = Annotated[float, Range(0, 1, "high")]  # A share or probability that 1 would make meaningless.
 Fraction = Annotated[float, Range(0, 1)]
 Seconds = Annotated[float, Range(0, MOST_SECONDS, "low")]
 FloatTensor = Annotated[Tensor, FloatingPoint]
+FiniteTensor = Annotated[Tensor, AllFinite]
 FloatDtype = Annotated[torch.dtype, FloatingPoint]
 Sizes = Annotated[Sequence[Size], NotEmpty]
 Optimizer = Annotated[Any, Steps]
@@ -130,7 +154,11 @@ Optimizer = Annotated[Any, Steps]
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Checks and converts the arguments of each call by the annotations of the function or method."""
+    """Checks and converts the arguments of each call by the annotations of the function or method; those of a class by
+    its __init__, which may be that of a dataclass."""
+    if isinstance(function, type):
+        function.__init__ = checked(function.__init__)  # type: ignore[misc]
+        return function
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -206,6 +234,9 @@ def convert(name: str, value: Any, hint: Any, sizes: dict[str, int] | None = Non
     if hint is Tensor:
         check_tensor(name, value)
         check_dense(name, value)
+        return value
+    if hint is torch.device:
+        as_device(name, value)
         return value
     if origin in _SERIES:
         return _convert_series(name, value, origin, options, sizes)
@@ -401,27 +432,12 @@ def check_module(name: str, module: Any) -> None:
     convert(name, module, nn.Module)
 
 
-def check_function(name: str, value: Any) -> None:
-    """Raises TypeError for anything that cannot be called."""
-    convert(name, value, collections.abc.Callable)
-
-
 def check_several(name: str, values: Any, what: str) -> None:
     """Raises TypeError for anything that does not have several of `what`: one text or a tensor [] has none, a data set
     of torch does, without __iter__."""
     is_iterable = isinstance(values, Iterable) or hasattr(values, "__getitem__")
     if not is_iterable or isinstance(values, (str, bytes)) or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"{name}: expected a list of {what}, got {type(values).__name__}")
-
-
-def check_switch(name: str, value: Any) -> None:
-    """Raises TypeError for anything but a bool."""
-    convert(name, value, bool)
-
-
-def check_seed(seed: Any) -> None:
-    """Raises TypeError for anything but an integer, and ValueError for one beyond 64 bits."""
-    convert("seed", seed, Seed)
 
 
 def check_float_dtype(name: str, dtype: Any) -> None:
@@ -440,15 +456,12 @@ def list_of_names(name: str, names: str | Iterable[str]) -> list[str]:
     return found
 
 
-def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
+def explain_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
     """Raises for an input of a router that is no tensor [..., hidden_size] with the device and dtype of `like`, its
     weight, which may be float32 for rows of 16 bits. Returns if it is valid."""
-    check_tensor(name, rows)
-    check_dense(name, rows)
+    convert(name, rows, FloatTensor)
     if rows.dim() == 0 or rows.shape[-1] != hidden_size:
         raise ValueError(f"{name}: expected shape [..., H={hidden_size}], got {list(rows.shape)}")
-    if not rows.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {rows.dtype}")
     if like is not None and rows.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device} like the weights, got one on {rows.device}")
     keeps_float32 = like is not None and like.dtype is torch.float32 and rows.dtype.itemsize == 2

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.routers import (
     LookupMethod,
-    ScaledMethod,
     SparseMixerMethod,
     TopKMethod,
     find_routing_method,
@@ -63,8 +62,6 @@ def selection_of(block: MoeBlock) -> str:
 def _in_words(method: Any) -> str:
     if isinstance(method, SparseMixerMethod):
         return "SparseMixer"
-    if isinstance(method, ScaledMethod):
-        return f"{_in_words(method.inner)}, scaled per expert"
     if isinstance(method, LookupMethod):
         return _in_words(method.inner)
     assert isinstance(method, TopKMethod)
@@ -77,7 +74,8 @@ def _in_words(method: Any) -> str:
     if method.group_score and groups is not None:
         words.append(f"groups by {method.group_score}")
     words += [word for word, holds in (("normalised", method.normalize), ("scaled", method.scaled)) if holds]
-    return ", ".join([*words, *(["divided by top_k"] if method.by_top_k else [])])
+    ends = {"divided by top_k": method.by_top_k, "scaled per expert": method.learned is not None}
+    return ", ".join([*words, *(word for word, holds in ends.items() if holds)])
 
 
 def row(model_type: str) -> tuple[str, bool, bool, bool]:

@@ -13,24 +13,26 @@ from torch import Tensor, nn
 from switchgear.checks import Count, NotNegative, checked
 from switchgear.compress.bits import BitAllocation, packed_bytes
 from switchgear.compress.calibration import Calibration
-from switchgear.compress.gptq import Levels, decode, sum_row_errors
 from switchgear.compress.levels import (
     Bits,
+    Levels,
     Method,
     choose_form,
+    decode,
     find_hessians,
     find_starved,
     quantize_projection,
     read_widths,
+    sum_row_errors,
 )
 from switchgear.compress.sums import Hessians
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import groups
-from switchgear.weights.change import StoredChange, Target, memory_of
 from switchgear.weights.form import hint_for, layout_of
 from switchgear.weights.groups import Groups, weight_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, stored_of
+from switchgear.weights.store import StoredChange, Target, memory_of
 from switchgear.weights.weight import Weight
 
 
