@@ -17,7 +17,7 @@ from errors import raises
 from switchgear import adapters, compress, convert, finetune, offload
 from switchgear.compress.progressive import copy_expert
 from switchgear.layers.heterogeneous import HeterogeneousExperts
-from switchgear.weights.checks import check_plain
+from switchgear.weights.module import check_plain
 
 H = 16
 
@@ -158,7 +158,7 @@ def test_plain_experts_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "argument"),
     [
         (lambda m: switchgear.store(m, "int8", low_memory="no"), "low_memory"),
         (lambda m: switchgear.store(m, "auto", lossless="no"), "lossless"),
@@ -173,8 +173,8 @@ def test_plain_experts_pass() -> None:
         (lambda m: switchgear.store(m, "groups", bits=None), "bits"),
     ],
 )
-def test_arguments_of_another_type_are_named(call: Callable[[Any], Any], message: str) -> None:
+def test_arguments_of_another_type_are_named(call: Callable[[Any], Any], argument: str) -> None:
     model = switchgear.MoE(32, 32, 4, 2)
-    with raises(TypeError, message):
+    with raises(TypeError, argument):
         call(model)
     assert isinstance(model.experts.down_proj, torch.nn.Parameter)

@@ -738,7 +738,7 @@ def test_forms_by_name() -> None:
 
 @pytest.mark.parametrize("form", sorted(FORMS))
 @pytest.mark.parametrize(
-    ("weight", "parts", "message"),
+    ("weight", "parts", "argument"),
     [
         ([[[1.0]]], 1, "weight"),
         (torch.ones(2, 64, 64, dtype=torch.int32), 1, "weight"),
@@ -755,8 +755,8 @@ def test_forms_by_name() -> None:
         (torch.ones(2, 64, 64), True, "parts"),
     ],
 )  # fmt: skip
-def test_what_is_no_weight(form: str, weight: Any, parts: Any, message: str) -> None:
-    with raises((TypeError, ValueError), message):
+def test_what_is_no_weight(form: str, weight: Any, parts: Any, argument: str) -> None:
+    with raises((TypeError, ValueError), argument):
         encode(weight, form, parts=parts)
 
 
