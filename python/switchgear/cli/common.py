@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..checks import check_seed
+from ..checks import Seed, convert
 from ..files import AnyPath, write_whole
 from ..utils.packages import failed_import
 
@@ -184,7 +184,7 @@ def not_negative(text: str) -> float:
 def seed(text: str) -> int:
     """Integers that torch's generators take."""
     try:
-        check_seed(value := int(text))
+        convert("seed", value := int(text), Seed)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}") from None
     return value
