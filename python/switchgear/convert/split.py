@@ -23,6 +23,7 @@ from switchgear.modules import MoE
 from switchgear.papers.parts.auxiliary import kl_divergence
 from switchgear.papers.parts.selections import EqualTopK
 from switchgear.routing.ranking import choose
+from switchgear.routing.router import Router
 from switchgear.routing.selection import TopK
 
 UNIT = 16  # neurons; experts of different widths are padded with zeros to multiples, as the kernels' slices need
@@ -309,14 +310,13 @@ def write_ragged(experts: HeterogeneousExperts, networks: list[FeedForward]) -> 
 
 
 @torch.no_grad()
-def initialize_router(moe: MoE, std: float, seed: int) -> None:
-    """Normal weights of the router, drawn on the CPU: the same on every device."""
-    if moe.gate.weight is not None:
-        generator = torch.Generator().manual_seed(seed)
-        values = torch.randn(moe.gate.weight.shape, generator=generator) * std
-        moe.gate.weight.copy_(values)
-        if moe.gate.bias is not None:
-            moe.gate.bias.zero_()
+def initialize_router(layer: Any, std: float, seed: int) -> None:
+    """Normal weights of a layer's router, drawn on the CPU: the same on every device."""
+    gate: Router = layer.gate
+    if gate.weight is not None:
+        gate.weight.copy_(torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(seed)) * std)
+        if gate.bias is not None:
+            gate.bias.zero_()
 
 
 # ---- what trains and selects in a split network ----------------------------------------------------------------------
