@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.checks import NotEmpty, Seed, Share, Size, checked
-from switchgear.convert.split import initialize_router
+from switchgear.convert.modules import initialize_router
 from switchgear.papers.parts.selections import EqualTopK
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.checks import Finite, FloatTensor, NotNegative, Seed, Shape, Size, checked
-from switchgear.convert.modules import OURS, feed_forward, is_feed_forward, is_transformers, replace_layers
+from switchgear.convert.modules import (
+    OURS,
+    feed_forward,
+    initialize_router,
+    is_feed_forward,
+    is_transformers,
+    replace_layers,
+)
 from switchgear.convert.partitions import Method, Partition, partition
 from switchgear.convert.plans import derive_seed, draw_noise
 from switchgear.convert.recipes import plan_split, plan_upcycle
@@ -23,7 +30,6 @@ from switchgear.modules import MoE
 from switchgear.papers.parts.auxiliary import kl_divergence
 from switchgear.papers.parts.selections import EqualTopK
 from switchgear.routing.ranking import choose
-from switchgear.routing.router import Router
 from switchgear.routing.selection import TopK
 
 UNIT = 16  # neurons; experts of different widths are padded with zeros to multiples, as the kernels' slices need
@@ -307,16 +313,6 @@ def write_ragged(experts: HeterogeneousExperts, networks: list[FeedForward]) -> 
         for place in range(network.intermediate_size // unit):
             index = torch.arange(place * unit, (place + 1) * unit, device=network.up.device)
             write_network(slices, first + place, network.neurons(index))
-
-
-@torch.no_grad()
-def initialize_router(layer: Any, std: float, seed: int) -> None:
-    """Normal weights of a layer's router, drawn on the CPU: the same on every device."""
-    gate: Router = layer.gate
-    if gate.weight is not None:
-        gate.weight.copy_(torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(seed)) * std)
-        if gate.bias is not None:
-            gate.bias.zero_()
 
 
 # ---- what trains and selects in a split network ----------------------------------------------------------------------
