@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from switchgear.checks import check_seconds, integer
+from switchgear.checks import Seconds, convert, integer
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
 from switchgear.parallel.connect import Background, get, own_client
@@ -119,7 +119,7 @@ class ExpertParallel:
         capacity = None if capacity is None else integer("capacity", capacity)
         if num_chunks is not None and num_chunks not in CHUNKS:
             raise ValueError(f"num_chunks: expected one of {', '.join(map(str, CHUNKS))}, got {num_chunks}")
-        check_seconds("timeout", timeout)
+        convert("timeout", timeout, Seconds)
         check_choice("transport", transport, tuple(TRANSPORTS))
         check_choice("device_transport", device_transport, ("group", "peer_memory"))
         check_choice("wire", wire, tuple(WIRES))
