@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import NotNegative, Size, checked
+from switchgear.checks import NotNegative, Range, Size, checked
 from switchgear.integrations.hook_points import read_logits
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.routers import call_gate, find_routing_method, is_looked_up
@@ -230,7 +230,7 @@ class Follows:
     def of(
         cls,
         source: Accesses | Source,
-        order: Literal[1, 2] = 1,
+        order: Annotated[int, Range(1, 2)] = 1,
         top_k: Size | None = None,
         smoothing: NotNegative = 0.0,
     ) -> Follows:

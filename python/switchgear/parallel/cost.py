@@ -17,8 +17,7 @@ from torch import Tensor
 
 from switchgear.parallel.nodes import Nodes
 from switchgear.parallel.placement import Placement
-from switchgear.parallel.record import Event
-from switchgear.parallel.wire import WIRES
+from switchgear.parallel.rows import WIRES, Event
 
 CHUNKS = (1, 2, 4, 8)
 PAIR_BYTES = 8  # expert id and float32 weight

@@ -241,8 +241,8 @@ class ParallelExperts(Experts):
         self.lost: tuple[int, ...] = ()  # experts whose weights are gone; their choices count as empty
         extra = (hidden_size, intermediate_size, self.down_proj_bias is not None)
         self._layer = make_layer(parallel, self.placement, self._options(), extra=extra)
-        if parallel.capacity is not None:
-            static.check_layer(self._layer)
+        if parallel.capacity is not None and self._layer.has_copies:
+            raise ValueError("placement: expected one rank per expert with a capacity, got replicated experts")
         self._number = static.register(self._layer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,26 +10,25 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from switchgear.checks import check_seconds, integer
+from switchgear.checks import Seconds, Size, checked
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
 from switchgear.parallel.connect import Background, get, own_client
 from switchgear.parallel.cost import CHUNKS, Link
-from switchgear.parallel.elastic.membership import SLACK_SECONDS, Membership
 from switchgear.parallel.header import digest
+from switchgear.parallel.membership import SLACK_SECONDS, Membership
 from switchgear.parallel.nodes import CHANNELS, Nodes, NodesOption, node_label, nodes_of, open_channel
 from switchgear.parallel.peers import Outside, Peers
 from switchgear.parallel.placement import Placement
-from switchgear.parallel.record import Overflow, Record
-from switchgear.parallel.wire import WIRES
-from switchgear.reference import check_choice
+from switchgear.parallel.rows import Record
+from switchgear.parallel.static import Overflow
 
 _alive: weakref.WeakSet[ExpertParallel] = weakref.WeakSet()
 _made: dict[str, int] = {}
@@ -64,7 +63,7 @@ class ExpertParallel:
         nodes: which ranks share a node: "auto", those of one machine; a number of consecutive ranks; or the ranks of
             each node. With several nodes of several ranks, a token is sent once to each node, and its results are
             summed there before they return. None: once to each rank.
-        wire: of rows on their way: "exact"; "fp8", 8 bits with a scale per row (wire.py states the error); or
+        wire: of rows on their way: "exact"; "fp8", 8 bits with a scale per row (rows.py states the error); or
             "fp8_dispatch", the rows to the experts only.
         capacity: rows that a rank sends to each rank, filled up with zeros, so that no host waits for sizes and shapes
             are static, for torch.compile and CUDA graphs (static.py). Not with invariant, tp_group, copies of
@@ -84,49 +83,31 @@ class ExpertParallel:
 
     experts_class: ClassVar[type[Any]]  # ParallelExperts, whose module imports this one and sets it
 
+    @checked
     def __init__(
         self,
         group: dist.ProcessGroup | Sequence[int] | None = None,
         *,
-        timeout: float = 120.0,
-        num_chunks: int | None = None,
+        timeout: Seconds = 120.0,
+        num_chunks: Size | None = None,
         invariant: bool = False,
         average_gradients: bool = True,
         placement: Placement | None = None,
-        transport: str = "auto",
-        device_transport: str = "group",
+        transport: Literal["auto", "gloo", "shared_memory"] = "auto",
+        device_transport: Literal["group", "peer_memory"] = "group",
         tp_group: dist.ProcessGroup | Sequence[int] | None = None,
         host: str | None = None,
         link: Link | None = None,
         nodes: NodesOption = "auto",
-        wire: str = "exact",
-        capacity: int | None = None,
-        overflow: str = "raise",
+        wire: Literal["exact", "fp8", "fp8_dispatch"] = "exact",
+        capacity: Size | None = None,
+        overflow: Literal["raise", "drop"] = "raise",
         name: str | None = None,
         outside: bool = False,
-        store: Any = None,
+        store: Store | None = None,
     ) -> None:
-        for option, value, kind in (
-            ("placement", placement, Placement), ("link", link, Link), ("store", store, Store),
-        ):  # fmt: skip
-            if value is not None and not isinstance(value, kind):
-                raise TypeError(f"{option}: expected {kind.__name__}, got {type(value).__name__}")
-        flags = {"invariant": invariant, "average_gradients": average_gradients, "outside": outside}
-        for option, value in flags.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{option}: expected bool, got {value!r}")
-        num_chunks = None if num_chunks is None else integer("num_chunks", num_chunks)
-        capacity = None if capacity is None else integer("capacity", capacity)
-        if num_chunks is not None and num_chunks not in CHUNKS:
+        if num_chunks not in (None, *CHUNKS):
             raise ValueError(f"num_chunks: expected one of {', '.join(map(str, CHUNKS))}, got {num_chunks}")
-        check_seconds("timeout", timeout)
-        check_choice("transport", transport, tuple(TRANSPORTS))
-        check_choice("device_transport", device_transport, ("group", "peer_memory"))
-        check_choice("wire", wire, tuple(WIRES))
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity: expected a positive number of rows, got {capacity}")
-        if overflow not in ("raise", "drop"):
-            raise ValueError(f"overflow: expected raise or drop, got {overflow!r}")
         others = {"invariant": invariant, "tp_group": tp_group is not None, "wire": wire != "exact",
                   "num_chunks": (num_chunks or 1) > 1}  # fmt: skip
         if capacity is not None and (excluded := [name for name, given in others.items() if given]):

@@ -30,7 +30,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
-from switchgear.parallel import segments
+from switchgear.parallel import shared_memory
 from switchgear.parallel.connect import Background, Mesh, connect, get
 from switchgear.parallel.errors import MORE_PHASES, PHASES, ExpertParallelError, Failure
 
@@ -451,12 +451,12 @@ class _Board:
         self._rank, self._bytes = rank, size * _ENTRY.size
         self._map: mmap.mmap | None = None
         self._file = -1
-        self.address: segments.Address | None = None
+        self.address: shared_memory.Address | None = None
         if rank == 0 and hasattr(os, "memfd_create"):
-            name = segments.random_name("board")
+            name = shared_memory.random_name("board")
             with contextlib.suppress(OSError):
-                self._file, self._map = segments.create(name, self._bytes)
-                self.address = segments.Address(os.getpid(), self._file, name)
+                self._file, self._map = shared_memory.create(name, self._bytes)
+                self.address = shared_memory.Address(os.getpid(), self._file, name)
 
     def join(self, address: list[Any] | None) -> None:
         """Maps rank 0's board, if there is one; without it, failures lack the phase."""
@@ -464,7 +464,7 @@ class _Board:
             self._unmap()
         elif self._map is None:
             with contextlib.suppress(OSError, ValueError, TypeError):
-                self._map = segments.attach(segments.Address(*address), self._bytes)
+                self._map = shared_memory.attach(shared_memory.Address(*address), self._bytes)
         self.write(0, CONNECT)
 
     def write(self, step: int, phase: str) -> None:

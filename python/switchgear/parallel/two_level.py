@@ -31,6 +31,7 @@ from switchgear.parallel import layout
 from switchgear.parallel.layout import Choice, Sending
 from switchgear.parallel.local import sum_rows
 from switchgear.parallel.rows import (
+    WIRES,
     Decoder,
     Leg,
     Look,
@@ -42,7 +43,6 @@ from switchgear.parallel.rows import (
     returned_rows,
 )
 from switchgear.parallel.transport import Work, on_cpu
-from switchgear.parallel.wire import WIRES
 
 _ROUTE = torch.int16
 
