@@ -39,7 +39,7 @@ MISTAKES = {
                 "table[row, column[row, member]] = position.int()",
                 "table[row[member == 0], 0] = position[member == 0].int()"),
         Mistake("two_level.py", "rows of the first chunk are passed on again",
-                "self._between.chunk(c)[which]", "self._between.chunk(0)[which]"),
+                "self._out.chunk(c)[which]", "self._out.chunk(0)[which]"),
         Mistake("two_level.py", "empty choices have routes", "    per_rank[:, num_ranks] = 0\n", ""),
     ),
     "copies_on_the_node": (

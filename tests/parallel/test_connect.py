@@ -49,7 +49,7 @@ def construct(rank: int, culprit: int, fault: str, step: str, transport: str) ->
         if step == "tokens":
             ExpertParallel._find_twins = lambda *_: misbehave(fault)  # type: ignore[assignment, method-assign]
         else:
-            group.TRANSPORTS[transport] = lambda *_: misbehave(fault)  # type: ignore[assignment, return-value]
+            group.open_on_host = lambda *_: misbehave(fault)  # type: ignore[assignment, return-value]
     timeout = 2.0 if fault == "stop" else LONG
     try:
         ExpertParallel(timeout=timeout, transport=transport)

@@ -28,7 +28,7 @@ from switchgear import ops
 from switchgear.ops import GluOptions
 from switchgear.parallel import header, layout, local
 from switchgear.parallel.cost import choose_chunks
-from switchgear.parallel.rows import WIRES, Direct, Rows, Transfers
+from switchgear.parallel.rows import WIRES, Direct, Transfers
 from switchgear.parallel.transport import Work
 from switchgear.parallel.two_level import Relaying, TwoLevel, finish_routes, start_routes
 
@@ -153,7 +153,7 @@ def forward(
     pairs = pairs_out.new_empty(sum(pairs_in), pairs_out.shape[1])
     pairs_work = transfers.start("pairs", pairs, pairs_out, pairs_in, sending.pairs)
     routes = None
-    rows: Rows
+    rows: Direct
     if relays_in is None:
         rows = Direct(transfers, sending, x.detach(), each, arriving, None)
     else:
@@ -224,7 +224,7 @@ def backward(
 
     peers.enter("backward dispatch")
     returning = receiving.pairs_of_chunk if each else receiving.rows
-    rows: Rows
+    rows: Direct
     if saved.relaying is None:
         rows = Direct(transfers, sending, grad_y, each, receiving.rows, returning)
     else:

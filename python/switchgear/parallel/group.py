@@ -6,7 +6,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -24,7 +23,7 @@ from switchgear.parallel.connect import Background, get, own_client
 from switchgear.parallel.cost import CHUNKS, Link
 from switchgear.parallel.header import digest
 from switchgear.parallel.membership import SLACK_SECONDS, Membership
-from switchgear.parallel.nodes import CHANNELS, Nodes, NodesOption, node_label, nodes_of, open_channel
+from switchgear.parallel.nodes import CHANNELS, Nodes, NodesOption, node_label, nodes_of, open_channel, open_on_host
 from switchgear.parallel.peers import Outside, Peers
 from switchgear.parallel.placement import Placement
 from switchgear.parallel.rows import Record
@@ -159,7 +158,7 @@ class ExpertParallel:
             self.own_twins = next(twins for twins in self.twins if rank in twins)
             self.sharing_digest = digest((self.twins, self.nodes.node_of, repr(self._nodes_option)))
             if size > 1:
-                self._transports["cpu"] = TRANSPORTS[self._transport](self, PrefixStore("data", store))
+                self._transports["cpu"] = self._open_on_host(PrefixStore("data", store))
             self.peers.constructed()
         except BaseException:
             self.close()
@@ -276,13 +275,10 @@ class ExpertParallel:
         channel of a two-level exchange (nodes.py)."""
         if channel and f"{device.type} {channel}" not in self._transports:
             store = PrefixStore(device.type, self._channel_store)
-            share_memory = self._transport != "gloo"
+            way = "gloo" if self._transport == "gloo" else "auto"
 
-            def open_channels() -> dict[str, transports.Transport]:
-                around = self.peers, self.nodes, device, store
-                return {channel: open_channel(channel, *around, share_memory=share_memory) for channel in CHANNELS}
-
-            made = self.peers.run(open_channels)
+            around = self.peers, self.nodes, device, store, way
+            made = self.peers.run(lambda: {name: open_channel(name, *around) for name in CHANNELS})
             for name, transport in made.items():
                 self._transports[f"{device.type} {name}"] = self._throttled(transport)
         if not channel and device.type not in self._transports:
@@ -295,6 +291,14 @@ class ExpertParallel:
             else:
                 self._transports[device.type] = transports.GroupTransport(self.group)
         return self._transports[f"{device.type} {channel}" if channel else device.type]
+
+    def _open_on_host(self, store: Any) -> transports.Transport:
+        if self._transport == "shared_memory":
+            if not shared_memory.available():
+                raise ValueError("transport: expected 'gloo' or 'auto', shared_memory needs Linux on x86-64")
+            self._check_one_machine("transport", "'gloo' or 'auto'")
+        opening = self.peers, range(self.size), store, self._transport
+        return self.peers.run(lambda: open_on_host(*opening), lambda transport: transport.close())
 
     def _map_peers(self, device: peer_memory.CudaDevice) -> transports.Transport:
         is_over = self.peers.is_over()
@@ -342,50 +346,6 @@ class ExpertParallel:
     def _abort(self) -> None:
         for transport in list(self._transports.values()):
             transport.abort()
-
-
-def _shared_memory(parallel: ExpertParallel, store: Any) -> transports.Transport:
-    if not shared_memory.available():
-        raise ValueError("transport: expected 'gloo' or 'auto', shared_memory needs Linux on x86-64")
-    parallel._check_one_machine("transport", "'gloo' or 'auto'")
-    made = _opened_shared_memory(parallel, store)
-    if made.problem:
-        parallel.peers.finish()
-        raise ValueError(f"transport: expected 'gloo' or 'auto', shared memory cannot be opened: {made.problem}")
-    return made
-
-
-def _opened_shared_memory(parallel: ExpertParallel, store: Any) -> shared_memory.SharedMemoryTransport:
-    """The transport, discarded again if it has a problem, on all ranks alike."""
-    is_over = parallel.peers.is_over()
-    made = parallel.peers.run(
-        lambda: shared_memory.SharedMemoryTransport(parallel.rank, parallel.size, store, is_over),
-        shared_memory.SharedMemoryTransport.discard,
-    )
-    if made.problem:
-        made.discard()
-    return made
-
-
-def _auto(parallel: ExpertParallel, store: Any) -> transports.Transport:
-    if not shared_memory.available() or len(set(parallel.peers.hosts)) > 1:
-        return _gloo(parallel, store)
-    made = _opened_shared_memory(parallel, store)
-    if made.problem:
-        warnings.warn(f"rows are sent by gloo, since shared memory cannot be opened: {made.problem}", stacklevel=3)
-        return _gloo(parallel, PrefixStore("instead", store))
-    return made
-
-
-def _gloo(parallel: ExpertParallel, store: Any) -> transports.Transport:
-    seconds, is_over = parallel.timeout, parallel.peers.is_over()
-    return parallel.peers.run(
-        lambda: transports.GlooTransport(parallel.rank, parallel.size, store, seconds, is_over),
-        transports.GlooTransport.close,
-    )
-
-
-TRANSPORTS = {"auto": _auto, "gloo": _gloo, "shared_memory": _shared_memory}
 
 
 def _ranks_of(group: Any) -> list[int]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from switchgear import cuda
 from switchgear.parallel.connect import get, never
-from switchgear.parallel.transport import Work, poll
+from switchgear.parallel.transport import Transport, Work, poll
 
 SLOT_BYTES = 1 << 20
 _DRAIN_SECONDS = 2.0
@@ -91,7 +91,7 @@ class CudaDevice:
         return ended.query
 
 
-class PeerMemoryTransport:
+class PeerMemoryTransport(Transport):
     """See Transport. store: for the rendezvous; all ranks must be on this machine."""
 
     def __init__(

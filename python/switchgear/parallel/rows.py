@@ -203,7 +203,7 @@ class Leg:
     ) -> None:  # fmt: skip
         self._transfers, self._kind, self._channel, self._output = transfers, kind, channel, output
         self._received, self._sent = received, sent
-        self._edges = [0, *accumulate(map(sum, received))]
+        self.edges = [0, *accumulate(map(sum, received))]
         self._works: list[Work | None] = []  # None: has arrived
 
     @property
@@ -221,7 +221,7 @@ class Leg:
             self.start(part)
 
     def chunk(self, c: int) -> Tensor:
-        return self._output[self._edges[c] : self._edges[c + 1]]
+        return self._output[self.edges[c] : self.edges[c + 1]]
 
     def has_arrived(self, c: int, seconds: float = 0.0) -> bool:
         if c >= len(self._works):
@@ -274,39 +274,12 @@ class _Arrival:
 # ---- all rows of an exchange -----------------------------------------------------------------------------------------
 
 
-class Rows(Protocol):
-    """The rows of one exchange in one direction of autograd."""
-
-    buffer: Tensor  # [R,H] what has arrived, all chunks
-    returning: list[list[int]] | None  # [C][W] the rows that go back to each rank; set before the first does
-
-    def send(self, x: Tensor) -> None:
-        """Starts to send the rows of tokens x [T,H]."""
-        ...
-
-    def receive(self, c: int) -> None:
-        """Waits until chunk c is in the buffer."""
-        ...
-
-    def give_back(self, rows: Tensor) -> None:
-        """Starts to return the next chunk's results."""
-        ...
-
-    def look(self) -> None:
-        """Between products: passes on what has arrived for other ranks."""
-        ...
-
-    def flush(self) -> None:
-        """Before work in which nothing would be passed on: waits until all results are on their last way."""
-        ...
-
-    def finish(self) -> Tensor:
-        """Waits for all results: the rows returned to this rank, then unused ones, as in `result_buffer`."""
-        ...
-
-
 class Direct:
-    """One transfer per chunk each way."""
+    """The rows of one exchange in one direction of autograd: one transfer per chunk each way. Several chunks overlap.
+
+    buffer [R,H]: what has arrived, all chunks. returning [C][W]: the rows that go back to each rank, set before the
+    first does.
+    """
 
     def __init__(
         self, transfers: Transfers, sending: Sending, like: Tensor, each: bool, received: list[list[int]],
@@ -314,78 +287,63 @@ class Direct:
     ) -> None:  # fmt: skip
         """like: [*,H] of the rows' dtype. received [C][W]: the rows that come from each rank."""
         self._wire = WIRES[transfers.parallel.wire]
-        self._sending, self._each, self._transfers, self.returning = sending, each, transfers, returning
-        self.buffer, arriving = buffers(self._wire.out, sum(map(sum, received)), like)
-        self._out = Leg(transfers, "dispatch", arriving, received, sending.rows)
-        self._decoded = Decoder(self._wire.out, self.buffer, self._out)
-        self._results = result_buffer(like, sending, each)
-        self._back: Leg | None = None
+        self._sending, self._each, self._transfers = sending, each, transfers
+        self._received, self.returning = received, returning
+        count = sum(map(sum, received))
+        self.buffer = like.new_empty(count, like.shape[1])
+        self._arriving = self.buffer if self._wire.out.exact else self._wire.out.empty(count, like)
+        table = sending.pair_table if each else sending.row_table  # `combine` wants as many rows, and reads few
+        self._results = like.new_empty(table.numel(), like.shape[1])
+        self._out = self._open_out()
+        self._back: Leg | None = None  # on which results reach this rank
+
+    def _open_out(self) -> Leg:
+        return Leg(self._transfers, "dispatch", self._arriving, self._received, self._sending.rows)
+
+    def _open_back(self, sent: list[list[int]], channel: str = "") -> Leg:
+        """sent [C][W]: the results that this rank sends to each."""
+        returned = self._sending.pairs_of_chunk if self._each else self._sending.rows
+        count = sum(map(sum, returned))
+        form = self._wire.back
+        self._returned = self._results[:count] if form.exact else form.empty(count, self._results)
+        self._back = Leg(self._transfers, "combine", self._returned, returned, sent, channel)
+        return self._back
+
+    def _decode(self, leg: Leg, c: int) -> None:
+        """Decodes a chunk that has arrived into the buffer."""
+        if not self._wire.out.exact:
+            begin, end = leg.edges[c : c + 2]
+            self.buffer[begin:end] = self._wire.out.decode(leg.chunk(c), self.buffer.dtype)
 
     def send(self, x: Tensor) -> None:
+        """Starts to send the rows of tokens x [T,H]."""
         self._out.start_all(self._wire.out.encode(x[self._sending.row_tokens]))
 
     def receive(self, c: int) -> None:
+        """Waits until chunk c is in the buffer."""
         self._out.wait(c)
-        self._decoded(c)
+        self._decode(self._out, c)
 
     def give_back(self, rows: Tensor) -> None:
+        """Starts to return the next chunk's results."""
         if self._back is None:
             assert self.returning is not None
-            returned = returned_rows(self._sending, self._each)
-            self._returned = results_as_sent(self._wire.back, self._results, sum(map(sum, returned)))
-            self._back = Leg(self._transfers, "combine", self._returned, returned, self.returning)
+            self._open_back(self.returning)
+        assert self._back is not None
         self._back.start(self._wire.back.encode(rows))
 
     def look(self) -> None:
-        pass
+        """Between products: passes on what has arrived for other ranks."""
 
     def flush(self) -> None:
-        pass
+        """Before work in which nothing would be passed on: waits until all results are on their last way."""
 
     def finish(self) -> Tensor:
+        """Waits for all results: the rows returned to this rank, then unused ones."""
+        self.flush()
         if self._back is not None:
             for c in range(self._back.started):
                 self._back.wait(c)
-            decode_into(self._wire.back, self._results, self._returned)
+            if not self._wire.back.exact:
+                self._results[: len(self._returned)] = self._wire.back.decode(self._returned, self._results.dtype)
         return self._results
-
-
-# ---- buffers ---------------------------------------------------------------------------------------------------------
-
-
-def buffers(form: Format, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """For rows in the dtype of like, and as they arrive; the same one if the format is exact."""
-    rows = like.new_empty(count, like.shape[1])
-    return rows, rows if form.exact else form.empty(count, like)
-
-
-class Decoder:
-    """Decodes the chunks of a leg into `rows`, which has the same chunks."""
-
-    def __init__(self, form: Format, rows: Tensor, leg: Leg) -> None:
-        self._form, self._rows, self._leg = form, rows, leg
-
-    def __call__(self, c: int) -> None:
-        if not self._form.exact:
-            begin, end = self._leg._edges[c], self._leg._edges[c + 1]
-            self._rows[begin:end] = self._form.decode(self._leg.chunk(c), self._rows.dtype)
-
-
-def returned_rows(sending: Sending, each: bool) -> list[list[int]]:
-    """[C][W] the rows that come back to this rank."""
-    return sending.pairs_of_chunk if each else sending.rows
-
-
-def result_buffer(like: Tensor, sending: Sending, each: bool) -> Tensor:
-    """A buffer with as many rows as `combine` requires; only the first ones are used, the others never touched."""
-    table = sending.pair_table if each else sending.row_table
-    return like.new_empty(table.numel(), like.shape[1])
-
-
-def results_as_sent(form: Format, results: Tensor, count: int) -> Tensor:
-    return results[:count] if form.exact else form.empty(count, results)
-
-
-def decode_into(form: Format, results: Tensor, returned: Tensor) -> None:
-    if not form.exact:
-        results[: len(returned)] = form.decode(returned, results.dtype)

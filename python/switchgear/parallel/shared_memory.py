@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from switchgear.parallel.connect import get, never
+from switchgear.parallel.transport import Transport
 
 SLOTS = 64  # concurrent transfers of one rank; an exchange has at most 8 · 2 + 4
 _SMALLEST = 1 << 16
@@ -117,7 +118,7 @@ class _Block:
             os.close(self.file)  # the mapping ends with the last tensor that uses it
 
 
-class SharedMemoryTransport:
+class SharedMemoryTransport(Transport):
     """See Transport. store: for the rendezvous; all ranks must be on this machine."""
 
     def __init__(self, rank: int, size: int, store: Any, is_over: Callable[[], bool] = never) -> None:
