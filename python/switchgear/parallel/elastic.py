@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -260,7 +261,7 @@ def rebalance(training: Training, load: Any, *, num_replicas: int | None = None)
     for name in own:
         total = torch.tensor([share[name] for share in shares], dtype=torch.float64).sum(0)
         wanted[name] = place_experts(total, parallel.size, num_replicas=min(replicas, len(total) * (parallel.size - 1)))
-    moved = redistribute(training, lambda install: _commit_move(training, install), wanted)
+    moved = redistribute(training, partial(commit, training, "move"), wanted)
     return _report(training, begin, training.membership.generation.ids, moved)
 
 
@@ -310,10 +311,6 @@ def _clip(training: Training) -> None:
                 parameter.grad.mul_(training.max_norm / total)
 
 
-def _commit_move(training: Training, install: Callable[[], None]) -> None:
-    commit(training, "move", install)
-
-
 def _change_ranks(training: Training) -> Regrouped:
     """The next generation, with whoever is here and whoever wants to join."""
     begin, before = time.monotonic(), training.membership.generation.ids
@@ -343,7 +340,7 @@ def _settle(training: Training, begin: float, before: tuple[int, ...]) -> Regrou
         membership.settle()
         try:
             parallel.move()
-            moved = redistribute(training, lambda install: _commit_move(training, install))
+            moved = redistribute(training, partial(commit, training, "move"))
             return _report(training, begin, before, moved)
         except ExpertParallelError as error:
             attempts -= 1

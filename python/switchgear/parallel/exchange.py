@@ -117,7 +117,7 @@ def exchange_headers(
 
 def forward(
     layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gradients: int,
-    weights: local.Weights | None, module: local.Module,
+    weights: local.Weights | None, module: local.Module | None,
 ) -> tuple[Tensor, Saved | None]:  # fmt: skip
     """y [T,H] of x [T,H], topk_ids [T,K] int32 and topk_weights [T,K] float32.
 
@@ -190,6 +190,7 @@ def forward(
                 returned = arrived
                 runs.append(None)
             else:
+                assert module is not None
                 run = local.run_module(module, arrived, chunk, pairs, pair_weights, each, saves)
                 returned = run.y.detach()
                 runs.append(run if saves else None)

@@ -72,7 +72,7 @@ class Moved:
 
 
 def redistribute(
-    training: Training, commit: Callable[[Callable[[], None]], None], wanted: Mapping[str, Placement] | None = None
+    training: Training, commit: Callable[[Callable[[], None]], object], wanted: Mapping[str, Placement] | None = None
 ) -> Moved:
     """Brings all ranks to the placements `wanted`, or else to ones that move little. Collective."""
     parallel, rank = training.parallel, training.parallel.rank
