@@ -38,39 +38,31 @@ _SCALE_BYTES = 4
 # ---- formats ---------------------------------------------------------------------------------------------------------
 
 
-class Format(Protocol):
-    exact: bool
+class Format:
+    """Rows as they are."""
 
-    def row_bytes(self, hidden_size: int, item: int) -> int: ...
-
-    def encode(self, rows: Tensor) -> Tensor:
-        """[R,H] → what is sent: [R, …], contiguous."""
-        ...
-
-    def decode(self, sent: Tensor, dtype: torch.dtype) -> Tensor: ...
-
-    def empty(self, count: int, like: Tensor) -> Tensor:
-        """A buffer for `count` rows as wide as those of like, as they are sent."""
-        ...
-
-
-class Exact:
     exact = True
 
     def row_bytes(self, hidden_size: int, item: int) -> int:
+        """Bytes of a row on its way; item: of an element."""
         return hidden_size * item
 
     def encode(self, rows: Tensor) -> Tensor:
+        """[R,H] → what is sent: [R, …], contiguous."""
         return rows.contiguous()
 
     def decode(self, sent: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows again."""
         return sent
 
     def empty(self, count: int, like: Tensor) -> Tensor:
+        """A buffer for `count` rows as wide as those of like, as they are sent."""
         return like.new_empty(count, like.shape[1])
 
 
-class Fp8:
+class Fp8(Format):
+    """8 bits and a scale per row."""
+
     exact = False
 
     def row_bytes(self, hidden_size: int, item: int) -> int:
@@ -101,9 +93,9 @@ class Wire(NamedTuple):
 
 
 WIRES = {
-    "exact": Wire(Exact(), Exact()),
+    "exact": Wire(Format(), Format()),
     "fp8": Wire(Fp8(), Fp8()),
-    "fp8_dispatch": Wire(Fp8(), Exact()),  # results are summed and cost more if rounded
+    "fp8_dispatch": Wire(Fp8(), Format()),  # results are summed and cost more if rounded
 }
 
 
