@@ -22,7 +22,7 @@ from torch import Tensor
 
 from switchgear import cuda
 from switchgear.parallel.connect import get, never
-from switchgear.parallel.transport import Transport, Work, bytes_of_rows, poll
+from switchgear.parallel.transport import Transport, Work, poll
 
 SLOT_BYTES = 1 << 20
 _DRAIN_SECONDS = 2.0
@@ -108,7 +108,7 @@ class PeerMemoryTransport(Transport):
         row = input.shape[1:].numel() * input.element_size()
         send_bytes, receive_bytes = ([rows * row for rows in counts] for counts in (input_rows, output_rows))
         ended = self._device.exchange(
-            bytes_of_rows(input), bytes_of_rows(output), send_bytes, receive_bytes, self._sent, self._received,
+            _bytes_of(input), _bytes_of(output), send_bytes, receive_bytes, self._sent, self._received,
             [segment.data_ptr() for segment in self._segments], self._rank, self._slot_bytes, self._stop.data_ptr(),
             tensors=(input, output),
         )  # fmt: skip
@@ -159,3 +159,7 @@ class _KernelWork:
             raise RuntimeError("aborted")
         self._tensors = ()
         return True
+
+
+def _bytes_of(rows: Tensor) -> Tensor:
+    return rows.detach().reshape(-1).view(torch.uint8)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from switchgear.parallel.connect import get, never
-from switchgear.parallel.transport import Transport, bytes_of_rows
+from switchgear.parallel.transport import Transport
 
 SLOTS = 64  # concurrent transfers of one rank; an exchange has at most 8 · 2 + 4
 _SMALLEST = 1 << 16
@@ -186,7 +186,7 @@ class SharedMemoryTransport(Transport):
                 begin_out = sum(output_rows[:rank])
                 output[begin_out : begin_out + rows] = part
             elif rows:
-                block.bytes[offsets[rank] : offsets[rank + 1]] = bytes_of_rows(part)
+                block.bytes[offsets[rank] : offsets[rank + 1]] = _bytes_of(part)
             begin_in += rows
         self._used.append((number, block))
         at = self._at(self._rank, number)
@@ -206,7 +206,7 @@ class SharedMemoryTransport(Transport):
         if len(target):
             begin = self._words[at + 3 + self._rank]
             block = self._block_of(source, self._words[at + 1], self._words[at + 2])
-            into = bytes_of_rows(target)
+            into = _bytes_of(target)
             into.copy_(block.bytes[begin : begin + len(into)])
         self._words[at + 3 + self._size + 1 + self._rank] = number + 1
         return True
@@ -298,3 +298,7 @@ class _SharedWork:
                     os.sched_yield()
                 else:
                     time.sleep(min(1e-3, 2e-5 * (spins - _SPINS + 1)))
+
+
+def _bytes_of(rows: Tensor) -> Tensor:
+    return rows.reshape(-1).view(torch.uint8)

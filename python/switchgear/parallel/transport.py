@@ -284,10 +284,5 @@ def _connections_between(
     return kept
 
 
-def bytes_of_rows(rows: Tensor) -> Tensor:
-    """[bytes] uint8, the same memory."""
-    return rows.detach().reshape(-1).view(torch.uint8)
-
-
 def on_cpu(tensor: Tensor) -> bool:
     return tensor.device == torch.device("cpu")
