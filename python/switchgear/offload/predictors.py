@@ -126,12 +126,10 @@ class FromPreGate(NextGate):
 
 def _find_gate(block: MoeBlock) -> _Gate:
     """The gate's choice, without hooks: those are of the model's own calls."""
-    if isinstance(block.gate, Router):
-        return _ours(block.gate)
-    return _hugging_face(block)
+    router = block.gate
+    if not isinstance(router, Router):
+        return _find_foreign_gate(block)
 
-
-def _ours(router: Router) -> _Gate:
     def choose(x: Tensor) -> tuple[Tensor, Tensor]:
         routing = router.selection()(router.logits(x), Context(), router.e_score_correction_bias)
         return routing.topk_ids, routing.topk_weights
@@ -139,7 +137,7 @@ def _ours(router: Router) -> _Gate:
     return choose
 
 
-def _hugging_face(block: MoeBlock) -> _Gate:
+def _find_foreign_gate(block: MoeBlock) -> _Gate:
     if is_looked_up(block):
         raise ValueError(f"{block.name}: expected a gate of hidden states, got one that looks up token ids")
     method = find_routing_method(block)  # raises ValueError for a gate that cannot be probed

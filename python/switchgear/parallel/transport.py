@@ -185,7 +185,7 @@ class Network:
 
     def __init__(self, near: Sequence[bool], bandwidth: float, near_bandwidth: float | None) -> None:
         """near[r]: whether rank r is on this node. near_bandwidth: None if all ranks share the one link."""
-        self._near = near
+        self._near = [False] * len(near) if near_bandwidth is None else near
         self._speeds = {False: bandwidth} if near_bandwidth is None else {False: bandwidth, True: near_bandwidth}
         self._free_at = {(link, direction): 0.0 for link in self._speeds for direction in range(2)}  # in and out
 
@@ -196,16 +196,13 @@ class Network:
         for link, speed in self._speeds.items():
             begin = max(now, *(self._free_at[link, direction] for direction in range(2)))
             for direction, counts in enumerate((output_rows, input_rows)):
-                rows = sum(count for r, count in enumerate(counts) if r != rank and self._link_to(r) == link)
+                rows = sum(count for r, count in enumerate(counts) if r != rank and self._near[r] == link)
                 if rows:
                     end = max(now, self._free_at[link, direction]) + rows * row / speed
                     self._free_at[link, direction] = end
                     spans.append((end, min(begin, end)))
         end, begin = max(spans)
         return begin, end
-
-    def _link_to(self, rank: int) -> bool:
-        return len(self._speeds) > 1 and self._near[rank]
 
 
 class ThrottledTransport(Around):
