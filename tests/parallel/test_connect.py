@@ -262,7 +262,7 @@ def test_it_listens_on_one_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(addresses) == {"127.0.0.1"}
     addresses.clear()
     networks = iter("ab")
-    monkeypatch.setattr(connect, "_network", lambda: next(networks))
+    monkeypatch.setattr(connect, "_identify", lambda namespace: next(networks) if namespace == "net" else "here")
     for peers in make_peers(2, host="127.0.0.2"):
         peers.close()
     assert set(addresses) == {"127.0.0.2"}
