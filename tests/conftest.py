@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import skips
+import switchgear
 from backends_in_use import ISAS, SIMT_DEVICES, backend_named, kernels_of
 
 ORDERS = ("forward", "reverse", "random:1")
@@ -60,6 +61,33 @@ def interruptible() -> Iterator[None]:
 PROCESSES = Path(__file__).parent / "parallel"
 
 
+def _thin_products(items: list[pytest.Item]) -> None:
+    """Marks a case as slow if each value of each of its parameters occurs in another case of its test.
+
+    Of backends that users of this machine do not get, a sixth of the cases are enough, and at least six. A hash orders
+    the cases: the choice is the same in all processes and differs between tests.
+    """
+    groups: dict[tuple[str, str | None], list[pytest.Item]] = {}
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and item.get_closest_marker("slow") is None:
+            backend = callspec.params.get("backend", callspec.params.get("isa"))
+            groups.setdefault((item.nodeid.partition("[")[0], backend), []).append(item)
+    for (_, backend), cases in groups.items():
+        is_main = backend in (None, "cuda", switchgear.cpu_isa(), *SIMT_DEVICES)
+        most = len(cases) if is_main else 6 + len(cases) // 6
+        if some := cases[0].get_closest_marker("some"):
+            most = min(most, some.args[0])
+        seen: set[tuple[str, int]] = set()
+        for item in sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode())):
+            new = set(item.callspec.indices.items()) - seen
+            if new and most > 0:
+                seen |= new
+                most -= 1
+            else:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of processes share a pool of them, so pytest-xdist runs them in one process. On simt, each thread order in
@@ -68,6 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if PROCESSES in item.path.parents:
             item.add_marker(pytest.mark.xdist_group("processes"))
+    _thin_products(items)
     order = os.environ.get("SWITCHGEAR_SIMT_ORDER")
     turns = os.environ.get("SIMT_TURNS", "").split() or os.environ.get("SIMT_ORDERS", "").split() or ORDERS
     if order not in turns:

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 CTX = mp.get_context("forkserver")  # imports once, and forks before any thread starts
-CTX.set_forkserver_preload(["torch.distributed", "switchgear.parallel"])
+CTX.set_forkserver_preload(["torch.distributed", "switchgear.parallel", "transformers.modeling_utils"])
 
 
 def run_script(path: Path, timeout: float) -> tuple[int | None, str]:

@@ -227,6 +227,7 @@ def test_float32_adapters_of_activations_of_16_bits(backend: str, form: Form | N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
+@pytest.mark.some(16)
 def test_beside_weights_of_mixed_bits(backend: str, case: Case, symmetric: bool, dtype: torch.dtype) -> None:
     """Decoded in float64, the weights are exact: 11 bits times 5. So the bounds are those of plain weights."""
     plain = make(case, dtype, 3, ragged=True)

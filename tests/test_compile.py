@@ -82,6 +82,7 @@ OPS = (
 
 
 @pytest.mark.parametrize("name", OPS)
+@pytest.mark.some(6)
 def test_opcheck(name: str) -> None:
     """Schema, fake implementation and dispatch of each op, by torch's own checker."""
     for case, dtype in ((CASE, torch.float32), (CASE, torch.bfloat16), (NO_TOKENS, torch.float32)):

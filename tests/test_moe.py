@@ -110,6 +110,7 @@ def test_options(backend: str, options: GluOptions) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.some(8)
 def test_gradcheck(case: Case) -> None:
     """The formulas of the reference in float64, for every argument; small shapes with the routing of the case."""
     small = case._replace(
@@ -122,6 +123,7 @@ def test_gradcheck(case: Case) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options)))
+@pytest.mark.some(12)
 def test_gradcheck_options(options: GluOptions) -> None:
     layer = make_layer(Case("tiny", 4, 2, 3, 3, 2), torch.float64, gated=options.gated, bias=True, transposed=True)
     tensors = [t for t in differentiable(leaves(layer)) if t is not None]

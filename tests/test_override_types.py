@@ -70,6 +70,7 @@ def first(seen: dict[str, list[Observation]]) -> Observation:
 
 
 @pytest.mark.parametrize("model_type", sampled(TYPES))
+@pytest.mark.some(6)
 def test_no_change_is_the_model_itself(model_type: str) -> None:
     model = prepared(model_type)
     inputs = example_inputs(model)

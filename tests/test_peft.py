@@ -55,6 +55,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("model_type", TARGETS)
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.some(10)
 def test_adapters_train_as_without_switchgear(model_type: str, order: str, count: int) -> None:
     base = build(model_type)
     targets = TARGETS[model_type][:count]

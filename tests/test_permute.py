@@ -66,6 +66,7 @@ def test_combine(backend: str, case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.some(8)
 def test_gradcheck(case: Case) -> None:
     small = case._replace(num_tokens=min(case.num_tokens, 5), hidden_size=3, top_k=min(case.top_k, 3))
     plan, x, permuted_y, weights = draw(small, torch.float64)

@@ -248,6 +248,7 @@ def test_fit_capacity_keeps_duplicates_apart(backend: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", SEQUENCES)
 @pytest.mark.parametrize("eps", [-1.0, 1e-3])
+@pytest.mark.some(24)
 def test_assign_balanced_is_balanced(backend: str, kind: str, order: str, eps: float) -> None:
     most = 15 if backend == "simt" else 200  # some kinds need all iterations
     for (num_tokens, num_experts), iterations in itertools.product(SHAPES, (0, 1, 5, most)):
@@ -292,6 +293,7 @@ def capped_limits(sequence_ids: Tensor | None, count: int, num_tokens: int, num_
 
 @pytest.mark.parametrize("order", SEQUENCES)
 @pytest.mark.parametrize("entropy", [1.0, 1e-2, 1e-3])
+@pytest.mark.some(10)
 def test_assign_capped_against_float64(backend: str, order: str, entropy: float) -> None:
     """A round subtracts the charges of experts and tokens from numbers of about 1 / entropy, and recomputes both: four
     roundings to float32. A price moves no more than the values it is computed from, so errors only add up."""

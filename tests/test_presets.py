@@ -257,6 +257,7 @@ def make_short(entry: Preset, **common: Any) -> nn.Module:
 
 
 @each
+@pytest.mark.some(10)
 def test_compiles_without_a_break(entry: Preset) -> None:
     """One graph, also for policies that draw, with the results of eager mode."""
     torch.compiler.reset()
@@ -313,6 +314,7 @@ def test_no_loop_over_experts(entry: Preset) -> None:
 
 
 @each
+@pytest.mark.some(15)
 def test_training_reduces_the_loss(entry: Preset) -> None:
     """The loss of a small regression, with the preset's own losses and controllers."""
     torch.manual_seed(0)

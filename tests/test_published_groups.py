@@ -136,6 +136,7 @@ def publish(folder: Path, model_type: str, kind: Kind) -> nn.Module:
 
 
 @pytest.mark.parametrize(("kind", "model_type"), [*((kind, "qwen3_moe") for kind in KINDS), (KINDS[0], "mixtral")])
+@pytest.mark.some(4)
 def test_weights_are_the_decoded_ones(tmp_path: Path, kind: Kind, model_type: str) -> None:
     wanted = publish(tmp_path, model_type, kind)
     got = load_published(tmp_path, dtype=torch.float32)
@@ -209,6 +210,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.some(8)
 def test_faults_are_named(path: Path, tmp_path: Path, fault: str) -> None:
     change, message = FAULTS[fault]
     tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())

@@ -82,6 +82,7 @@ def publish(folder: Path, model_type: str, nested: bool) -> nn.Module:
 
 @pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "olmoe"])
+@pytest.mark.some(3)
 def test_weights_are_the_decoded_ones(tmp_path: Path, model_type: str, nested: bool) -> None:
     wanted = publish(tmp_path, model_type, nested)
     got = load_published(tmp_path, dtype=torch.float32)
@@ -142,6 +143,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.some(7)
 def test_faults_are_named(path: Path, tmp_path: Path, fault: str) -> None:
     change, message = FAULTS[fault]
     tensors = load_file(path / "model.safetensors")

@@ -163,6 +163,7 @@ def test_scores_are_a_loop_and_the_same_at_any_place(function: str, dtype: torch
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("values", LOGITS)
 @selections
+@pytest.mark.some(200)
 def test_selections_are_total(name: str, values: str, training: bool) -> None:
     logits = LOGITS[values]().requires_grad_()
     select = copy.deepcopy(SELECTIONS[name])

@@ -150,6 +150,7 @@ def test_no_tokens(model_type: str) -> None:
 
 @pytest.mark.parametrize("router_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "inkling2_text", "muse_spark"])
+@pytest.mark.some(4)
 def test_bfloat16(model_type: str, router_dtype: torch.dtype) -> None:
     module = experts_of(build(model_type)).bfloat16()
     x, topk_ids, topk_weights = choices(module, dtype=torch.bfloat16)
@@ -341,6 +342,7 @@ def test_compile_one_layer_of_experts(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "gemma4_text", "llama4_text", "longcat_flash"])
+@pytest.mark.some(2)
 def test_layers_compiled_one_by_one_share_a_graph(model_type: str) -> None:
     """More layers than torch.compile has recompilations; another value of the gate makes another graph."""
     if not _IS_ONE_GRAPH:

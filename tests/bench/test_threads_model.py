@@ -96,6 +96,7 @@ FORMS = ("plain", "compact", "panels", "int8", "int4", "fp8", "mxfp4", "nf4")
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.some(4)
 def test_few_tokens_have_the_same_bits_in_narrow_tasks(form: str, tokens: int, interleaved: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     gate_up = (torch.randn(4, 1024, 512, generator=generator) / 16).bfloat16()

@@ -73,6 +73,7 @@ def moved(layer: Layer, elements: int) -> Layer:
 @on_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @counts(ci=2, full=100)
+@pytest.mark.some(6)
 def test_threads_runs_and_places(backend: str, dtype: torch.dtype, count: int) -> None:
     """`count` runs for each number of threads, each at another place in memory."""
     layer, logits = layer_of(dtype), torch.randn(300, 5).to(dtype)
@@ -133,6 +134,7 @@ def test_a_token_of_a_whole_module_does_not_depend_on_its_batch(backend: str, dt
 
 @on_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.some(6)
 def test_a_slot_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype) -> None:
     """The same for the separate stages, with inner dimensions of several packed chunks."""
     layer = layer_of(dtype, Case("deep", 120, 2, 5, 2100, 1030))

@@ -158,6 +158,7 @@ CASES = [(f, name, defect) for f, parts in TENSORS.items() for name in parts for
 
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize(("function", "name", "defect"), CASES, ids=lambda v: v if isinstance(v, str) else v[0])
+@pytest.mark.some(200)
 def test_spoiled_tensor(function: str, name: str, defect: Defect) -> None:
     args = good_arguments(function)
     blamed = set(TENSORS[function]) if defect[0] == "on meta" else names_to_blame(function, name)

@@ -187,6 +187,7 @@ TENSORS = [(op, name, defect) for op, parts in OPS.items() for name in parts.ten
 
 
 @pytest.mark.parametrize(("op", "name", "defect"), TENSORS, ids=lambda v: v if isinstance(v, str) else v[0])
+@pytest.mark.some(600)
 def test_spoiled_tensor(op: str, name: str, defect: Defect) -> None:
     args = arguments(op, SIZES)
     check_refused(op, args, {name: defect[1](args[name])}, names_to_blame(op, name))

@@ -66,6 +66,7 @@ def sample(op: str, seed: int) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("op", OPS)
 @counts(ci=2, full=20)
+@pytest.mark.some(10)
 def test_opcheck(op: str, count: int) -> None:
     for seed in range(count):
         torch.library.opcheck(getattr(ops, function_of(op)), sample(op, seed))

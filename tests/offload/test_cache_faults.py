@@ -106,6 +106,7 @@ def test_an_error_is_raised_once(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
+@pytest.mark.some(8)
 def test_an_interrupt_at_any_line(seed: int) -> None:
     """A KeyboardInterrupt is raised at a random line of the cache's files, as a signal would."""
     model, steps, wanted, cache, reader = offloaded(seed, 1 + seed % 3)

@@ -120,6 +120,7 @@ PUBLISHED = {f"{kind.method} {kind.bits} {kind.version}": kind for kind in test_
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*PUBLISHED, "nf4", "nf4 nested"])
+@pytest.mark.some(3)
 def test_row38_published_integers_in_a_cache(tmp_path: Path, name: str) -> None:
     """GPTQ, AWQ, compressed-tensors and nf4, experts of which most are on disk: the bits of the resident model."""
     if name in PUBLISHED:

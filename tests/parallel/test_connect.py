@@ -72,6 +72,7 @@ def construct(rank: int, culprit: int, fault: str, step: str, transport: str) ->
     [(0, "stop", "tokens"), (1, "stop", "transport"), (1, "kill", "tokens"), (0, "kill", "transport"),
      (0, "raise", "tokens"), (1, "raise", "transport")],
 )  # fmt: skip
+@pytest.mark.some(4)
 def test_a_rank_is_lost(culprit: int, fault: str, step: str, transport: str) -> None:
     pool = Pool(2)
     try:

@@ -122,6 +122,7 @@ ALL = [case for case in product(range(4), FAULTS, PHASES, (1, 4)) if case not in
 
 @transports
 @pytest.mark.parametrize(("culprit", "fault", "phase", "num_chunks"), SOME)
+@pytest.mark.some(9)
 def test_faults(culprit: int, fault: str, phase: str, num_chunks: int, transport: str) -> None:
     run_trial(culprit, fault, phase, num_chunks, transport)
 
@@ -136,6 +137,7 @@ def test_faults_with_peer_memory(culprit: int, fault: str, phase: str, num_chunk
     ("culprit", "fault", "phase"),
     [(1, "stop", "dispatch"), (0, "stop", "experts"), (1, "stop", "backward combine"), (0, "kill", "combine")],
 )
+@pytest.mark.some(4)
 def test_faults_of_one_of_two(culprit: int, fault: str, phase: str, transport: str) -> None:
     """The other is alone: nobody else reports."""
     run_trial(culprit, fault, phase, 1, transport, size=2)

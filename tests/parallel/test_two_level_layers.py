@@ -91,6 +91,7 @@ def fault(rank: int, *args: Any) -> Any:
 
 @pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
 @pytest.mark.parametrize(("culprit", "fault_kind", "phase", "num_chunks"), test_faults.SOME)
+@pytest.mark.some(5)
 def test_a_rank_is_lost(
     monkeypatch: pytest.MonkeyPatch, culprit: int, fault_kind: str, phase: str, num_chunks: int, transport: str
 ) -> None:

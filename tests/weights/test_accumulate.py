@@ -39,6 +39,7 @@ def accumulated(waves: Any, x: Tensor, weights: Any, topk_ids: Tensor, topk_weig
 
 
 @pytest.mark.parametrize("case", [*FORM_CASES, PLAIN], ids=str)
+@pytest.mark.some(10)
 def test_waves_are_one_call(isa: str, case: FormCase) -> None:
     """Also if only a wave's experts are in memory, each in a record of an arena, and other records are garbage."""
     for dtype in case.dtypes:
@@ -75,6 +76,7 @@ def test_the_order_is_ascending(isa: str) -> None:
 
 
 @forms
+@pytest.mark.some(4)
 def test_on_the_reference(case: FormCase) -> None:
     first, second, _ = layer_of(case, torch.float32)
     x, ids, weights = case.inputs(11, torch.float32)

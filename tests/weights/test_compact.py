@@ -154,6 +154,7 @@ def test_exceptions_by_hand() -> None:
 @weights_of
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("kind", ["forward", "grouped_gemm"])
+@pytest.mark.some(8)
 def test_same_bits(isa: str, of_kind: Any, make: Any, kind: str) -> None:
     """All kinds of tiles, experts with more rows than a product, rows longer than a chunk, partial panels."""
     for hidden_size, intermediate_size in ((300, 200), (2200, 70), (1, 1)):

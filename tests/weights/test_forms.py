@@ -136,6 +136,7 @@ def test_biases_are_floating(case: FormCase) -> None:
 
 @forms
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.some(5)
 def test_compiled(case: FormCase, backend: str) -> None:
     stored = case.stored(case.experts(bias=True))
     call = case.inputs(7)
@@ -410,6 +411,7 @@ def test_adapters_in_a_state_dict_are_no_stored_weights() -> None:
 
 @forms
 @pytest.mark.parametrize("part", ["", "1"])
+@pytest.mark.some(13)
 def test_a_refused_state_dict_changes_nothing(case: FormCase, part: str) -> None:
     """Neither other modules nor other experts, also where a part of a model is loaded, and of a copy."""
 
@@ -587,6 +589,7 @@ def test_a_failing_commit_is_undone(case: FormCase, monkeypatch: pytest.MonkeyPa
 
 @forms
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)
+@pytest.mark.some(13)
 def test_restore_changes_nothing_where_it_fails(
     case: FormCase, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -626,6 +629,7 @@ def test_a_later_module_in_another_form(case: FormCase) -> None:
 
 
 @forms
+@pytest.mark.some(6)
 def test_ties(case: FormCase) -> None:
     """One parameter in two modules, and two in the same memory, are stored once, and tied again after `restore`."""
     first, second, third = model = model_of(case)
@@ -771,6 +775,7 @@ def model_named(name: str) -> nn.Module:
 
 @forms
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])  # the latter's are transposed, interleaved and have biases
+@pytest.mark.some(8)
 def test_a_model_of_transformers(case: FormCase, name: str, tmp_path: Path) -> None:
     model = model_named(name)
     switchgear.accelerate(model)

@@ -84,6 +84,7 @@ PLAIN = FormCase(switchgear.weights.Plain(), (torch.float32,), 0)
 
 @pytest.mark.parametrize("case", [*FORM_CASES, PLAIN], ids=str)
 @pytest.mark.parametrize("ids", [[3, 1, 1, 4, 0, 2, 3], [2]], ids=str)
+@pytest.mark.some(12)
 def test_experts_in_other_places(backend: str, case: FormCase, ids: list[int]) -> None:
     """slots: any order, experts repeated or omitted; nothing is copied."""
     skip_forms_of_the_cpu(backend, case)
@@ -198,6 +199,7 @@ def test_parts_that_fill_no_block(isa: str, form: Form) -> None:
 
 
 @forms
+@pytest.mark.some(4)
 def test_opcheck(case: FormCase) -> None:
     first, second, (x, topk_ids, weights) = layer_of(case)
     slotted = first.permuted(torch.arange(E)), second.permuted(torch.arange(E))
