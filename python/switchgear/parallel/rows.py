@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -223,24 +223,20 @@ class Leg:
             self._works[c] = work = None
         return work is None
 
-    def wait(self, c: int, busy: Busy | None = None) -> None:
-        """busy: other work, which progresses once at least and while this waits."""
-        if self._works[c] is not None or busy is not None:
-            self._transfers.wait(_Arrival(self, c, busy))
-
-
-class Busy(Protocol):
-    def progress(self) -> None: ...
+    def wait(self, c: int, progress: Callable[[], None] | None = None) -> None:
+        """progress: a turn of other work, called once at least and while this waits."""
+        if self._works[c] is not None or progress is not None:
+            self._transfers.wait(_Arrival(self, c, progress))
 
 
 class Look:
     """One turn of other work, as a wait, so that its failures are those of any transfer."""
 
-    def __init__(self, busy: Busy) -> None:
-        self._busy = busy
+    def __init__(self, progress: Callable[[], None]) -> None:
+        self._progress = progress
 
     def wait_for(self, seconds: float) -> bool:
-        self._busy.progress()
+        self._progress()
         return True
 
 
@@ -248,15 +244,15 @@ _TURN = 5e-4  # seconds between two turns of other work
 
 
 class _Arrival:
-    def __init__(self, leg: Leg, c: int, busy: Busy | None) -> None:
-        self._leg, self._c, self._busy = leg, c, busy
+    def __init__(self, leg: Leg, c: int, progress: Callable[[], None] | None) -> None:
+        self._leg, self._c, self._progress = leg, c, progress
 
     def wait_for(self, seconds: float) -> bool:
-        if self._busy is None:
+        if self._progress is None:
             return self._leg.has_arrived(self._c, seconds)
         end = time.monotonic() + seconds
         while True:
-            self._busy.progress()
+            self._progress()
             if self._leg.has_arrived(self._c, _TURN):
                 return True
             if time.monotonic() > end:

@@ -174,10 +174,10 @@ class TwoLevel(Direct):
     def receive(self, c: int) -> None:
         within = self._dispatch()
         while (following := within.started) <= c:
-            self._out.wait(following, self)
+            self._out.wait(following, self.progress)
             if within.started == following:  # else `progress` has passed it on
                 self._pass_on(within)
-        within.wait(c, self)
+        within.wait(c, self.progress)
         self._decode(within, c)
 
     def give_back(self, rows: Tensor) -> None:
@@ -193,7 +193,7 @@ class TwoLevel(Direct):
             self._pass_back(back, wait=True)
 
     def look(self) -> None:
-        self._transfers.wait(Look(self))
+        self._transfers.wait(Look(self.progress))
 
     def flush(self) -> None:
         back = self._within_back
@@ -244,7 +244,7 @@ class TwoLevel(Direct):
         plan, form = self.relaying, self._wire.back
         assert plan is not None
         if wait:
-            back.wait(c, self if self._free_order else None)
+            back.wait(c, self.progress if self._free_order else None)
             if self._between_back.started > c:  # `progress` has passed it back
                 return
         rows = back.chunk(c)
