@@ -297,11 +297,11 @@ OUT ?= build/gpu-results
 gpu_python = $(if $(VIRTUAL_ENV),$(BIN)/python,$(PYTHON))
 
 define gpu.prepare
-$(gpu_python) tools/gpu/prepare.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
+$(gpu_python) tools/gpu/run.py --prepare $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
 endef
 
 define gpu.report
-$(gpu_python) tools/gpu/report.py $(OUT) $(GPU_ARGS)
+$(gpu_python) tools/gpu/report.py $(OUT)
 endef
 
 gpu:

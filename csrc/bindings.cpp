@@ -24,12 +24,11 @@ constexpr Names<ScoreFunction, 2> kScoreFunctions{
 constexpr Names<GroupScore, 2> kGroupScores{{{"max", GroupScore::kMax}, {"top2_sum", GroupScore::kTop2Sum}}};
 constexpr Names<Drop, 4> kDrops{
     {{"order", Drop::kOrder}, {"reverse", Drop::kReverse}, {"choice", Drop::kChoice}, {"priority", Drop::kPriority}}};
-constexpr Names<Activation, 6> kActivations{{{"silu", Activation::kSilu},
-                                             {"gelu", Activation::kGelu},
-                                             {"gelu_tanh", Activation::kGeluTanh},
-                                             {"relu", Activation::kRelu},
-                                             {"relu2", Activation::kRelu2},
-                                             {"swiglu_oai", Activation::kSwigluOai}}};
+constexpr auto kActivations = [] {
+  Names<Activation, kActivationNames.size()> names;
+  for (size_t i = 0; i < names.size(); ++i) names[i] = {kActivationNames[i], static_cast<Activation>(i)};
+  return names;
+}();
 
 // The four arguments of a call.
 struct Call {
@@ -274,63 +273,48 @@ void py_glu_backward(handle inputs, handle options, handle outputs, ExecutionArg
 
 // ---- the whole layer ---
 
-constexpr Py_ssize_t kLayerFields = 17;
-
-struct Layer {
-  ExpertWeights weights;
-  TensorView topk_ids, topk_weights;
-  GluOptions options;
-};
-
-// The fields of `Layer` in reference/arguments.py.
-Layer layer_in(Arrays& arrays, handle tuple) {
-  Fields fields(arrays, "layer", tuple, kLayerFields);
-  Layer layer{.weights = {.gate_up_proj = fields.weight("gate_up_proj"),
-                          .down_proj = fields.weight("down_proj"),
-                          .gate_up_bias = fields.in_or_none("gate_up_bias"),
-                          .down_bias = fields.in_or_none("down_bias")},
-              .topk_ids = fields.in("topk_ids"),
-              .topk_weights = fields.in("topk_weights"),
-              .options = glu_options(fields)};
+// Reads the fields of `Layer` in reference/arguments.py into the arguments of an op.
+template <typename Args>
+void read_layer(Arrays& arrays, handle layer, Args& args) {
+  Fields fields(arrays, "layer", layer, 17);
+  ExpertWeights& weights = args.weights;
+  weights = {.gate_up_proj = fields.weight("gate_up_proj"),
+             .down_proj = fields.weight("down_proj"),
+             .gate_up_bias = fields.in_or_none("gate_up_bias"),
+             .down_bias = fields.in_or_none("down_bias")};
+  args.topk_ids = fields.in("topk_ids");
+  args.topk_weights = fields.in("topk_weights");
+  args.options = glu_options(fields);
   const auto has = [](handle list) { return !list.is_none() && py::len(list) > 0; };
   const handle gate_up_adapter = fields.next(), down_adapter = fields.next();
   const handle dropout_seed = fields.next(), dropout = fields.next();
-  ExpertWeights& weights = layer.weights;
   if (has(gate_up_adapter)) weights.gate_up_adapter = arrays.adapter(kGateUpAdapter, gate_up_adapter);
   if (has(down_adapter)) weights.down_adapter = arrays.adapter(kDownAdapter, down_adapter);
   if (has(dropout)) {
     const std::array both{&weights.gate_up_adapter, &weights.down_adapter};
     arrays.dropout(both, dropout_seed, dropout);
   }
-  return layer;
+}
+
+MoeForwardArgs forward_args(Arrays& arrays, handle inputs, handle layer) {
+  MoeForwardArgs args{.x = Fields(arrays, "inputs", inputs, 1).in("x")};
+  read_layer(arrays, layer, args);
+  return args;
 }
 
 void py_moe_forward(handle inputs, handle layer, handle outputs, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
-  Fields in(arrays, "inputs", inputs, 1), out(arrays, "outputs", outputs, 2);
-  const TensorView x = in.in("x");
-  const Layer given = layer_in(arrays, layer);
-  const MoeForwardArgs args{.x = x,
-                            .weights = given.weights,
-                            .topk_ids = given.topk_ids,
-                            .topk_weights = given.topk_weights,
-                            .options = given.options,
-                            .y = out.out("y"),
-                            .h = out.out_or_none("h")};
+  MoeForwardArgs args = forward_args(arrays, inputs, layer);
+  Fields out(arrays, "outputs", outputs, 2);
+  args.y = out.out("y");
+  args.h = out.out_or_none("h");
   run(moe_forward, args, execution);
 }
 
 void py_moe_accumulate(handle inputs, handle layer, handle outputs, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
-  Fields in(arrays, "inputs", inputs, 1), out(arrays, "outputs", outputs, 1);
-  const TensorView x = in.in("x");
-  const Layer given = layer_in(arrays, layer);
-  const MoeForwardArgs args{.x = x,
-                            .weights = given.weights,
-                            .topk_ids = given.topk_ids,
-                            .topk_weights = given.topk_weights,
-                            .options = given.options,
-                            .sums = out.in_out("sums")};
+  MoeForwardArgs args = forward_args(arrays, inputs, layer);
+  args.sums = Fields(arrays, "outputs", outputs, 1).in_out("sums");
   run(moe_forward, args, execution);
 }
 
@@ -338,31 +322,23 @@ void py_moe_accumulate(handle inputs, handle layer, handle outputs, ExecutionArg
 void py_moe_backward(handle inputs, handle layer, handle outputs, ExecutionArgument execution) {
   Arrays arrays = arrays_of(execution);
   Fields in(arrays, "inputs", inputs, 4), out(arrays, "outputs", outputs, 11);
-  const TensorView grad_y = in.in("grad_y"), x = in.in("x"), h = in.in("h");
-  const Layer given = layer_in(arrays, layer);
-  const bool adds = PyTuple_GET_ITEM(outputs.ptr(), 10) == Py_True;
+  MoeBackwardArgs args{.grad_y = in.in("grad_y"), .x = in.in("x"), .h = in.in("h")};
+  read_layer(arrays, layer, args);
+  args.experts = in.in_or_none("experts");
+  args.adds = PyTuple_GET_ITEM(outputs.ptr(), 10) == Py_True;
   const auto weight_gradient = [&](const char* name) {
-    return adds ? out.in_out_or_none(name) : out.out_or_none(name);
+    return args.adds ? out.in_out_or_none(name) : out.out_or_none(name);
   };
-  const MoeBackwardArgs args{.grad_y = grad_y,
-                             .x = x,
-                             .h = h,
-                             .weights = given.weights,
-                             .topk_ids = given.topk_ids,
-                             .topk_weights = given.topk_weights,
-                             .experts = in.in_or_none("experts"),
-                             .options = given.options,
-                             .grad_x = out.out_or_none("grad_x"),
-                             .grad_gate_up_proj = weight_gradient("grad_gate_up_proj"),
-                             .grad_down_proj = weight_gradient("grad_down_proj"),
-                             .grad_gate_up_bias = out.out_or_none("grad_gate_up_bias"),
-                             .grad_down_bias = out.out_or_none("grad_down_bias"),
-                             .grad_topk_weights = out.out_or_none("grad_topk_weights"),
-                             .grad_gate_up_a = out.out_or_none("grad_gate_up_a"),
-                             .grad_gate_up_b = out.out_or_none("grad_gate_up_b"),
-                             .grad_down_a = out.out_or_none("grad_down_a"),
-                             .grad_down_b = out.out_or_none("grad_down_b"),
-                             .adds = adds};
+  args.grad_x = out.out_or_none("grad_x");
+  args.grad_gate_up_proj = weight_gradient("grad_gate_up_proj");
+  args.grad_down_proj = weight_gradient("grad_down_proj");
+  args.grad_gate_up_bias = out.out_or_none("grad_gate_up_bias");
+  args.grad_down_bias = out.out_or_none("grad_down_bias");
+  args.grad_topk_weights = out.out_or_none("grad_topk_weights");
+  args.grad_gate_up_a = out.out_or_none("grad_gate_up_a");
+  args.grad_gate_up_b = out.out_or_none("grad_gate_up_b");
+  args.grad_down_a = out.out_or_none("grad_down_a");
+  args.grad_down_b = out.out_or_none("grad_down_b");
   run(moe_backward, args, execution);
 }
 

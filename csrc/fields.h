@@ -39,7 +39,7 @@ class Fields {
     return arrays_.weight(name, tensors, form);
   }
 
-  // A number, a bool or a name; converted as pybind11 converts arguments.
+  // A number, a bool, a name or a list of numbers; converted as pybind11 converts arguments.
   template <typename T>
   T value(const char* name) {
     pybind11::detail::make_caster<T> caster;
@@ -54,7 +54,8 @@ class Fields {
   static constexpr const char* kind_of() {
     if constexpr (std::is_same_v<T, bool>) return "bool";
     if constexpr (std::is_integral_v<T>) return "int";
-    return std::is_floating_point_v<T> ? "float" : "str";
+    if constexpr (std::is_floating_point_v<T>) return "float";
+    return std::is_convertible_v<T, std::string_view> ? "str" : "a list of int";
   }
 
   Arrays& arrays_;

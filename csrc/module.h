@@ -13,8 +13,12 @@
 
 namespace switchgear {
 
-// Defines the functions that only one module has: csrc/cpu/module.cpp, csrc/cuda/module.cpp, …
+// Defines what only one module has: csrc/cpu/module.cpp, csrc/cuda/module.cpp, tests/simt/module/module.cpp. It calls those of
+// the others that the module has, each in a *_binding.cpp.
 void define_module(pybind11::module_& m);
+void define_reader(pybind11::module_& m);
+void define_measurements(pybind11::module_& m);
+void define_exchange(pybind11::module_& m);
 
 #if defined(SWITCHGEAR_DEVICE_MODULE)
 

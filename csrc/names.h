@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "switchgear/check.h"
+#include "switchgear/tensor.h"
 
 namespace switchgear {
 
@@ -23,5 +24,8 @@ Enum parse(const char* name, const Names<Enum, n>& names, std::string_view value
   }
   throw ValueError(join(name, ": expected one of ", expected, ", got ", value));
 }
+
+inline constexpr Names<DType, 3> kFloats{
+    {{"float32", DType::kFloat32}, {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}}};
 
 }  // namespace switchgear

@@ -125,7 +125,7 @@ void check_options(const RouteOptions& options, const Dim& E) {
 }
 
 void check_options(const GluOptions& options) {
-  check_known("activation", options.activation, Activation::kSwigluOai);
+  check_known("activation", options.activation, static_cast<Activation>(kActivationNames.size() - 1));
   SWITCHGEAR_CHECK(ValueError, options.gated || options.activation != Activation::kSwigluOai,
                    "activation: expected gated experts for swiglu_oai, got gated=False");
   SWITCHGEAR_CHECK(ValueError, options.limit >= 0 && std::isfinite(options.limit),

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "reader_binding.h"
-
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstring>
 #include <tuple>
 
+#include "module.h"
 #include "reader.h"
 #include "switchgear/check.h"
 
@@ -84,14 +83,15 @@ std::unique_ptr<Reader> open(std::vector<std::string> files, int threads, bool d
   });
 }
 
-int64_t submit(Reader& reader, int file, int64_t offset, int64_t bytes, uintptr_t address,
-               std::optional<uint64_t> checksum, bool urgent) {
+using Record = std::tuple<int, int64_t, int64_t, std::optional<uint64_t>>;
+
+int64_t submit(Reader& reader, const Record& record, uintptr_t address, bool urgent) {
   return without_gil([&] {
-    return reader.submit({.file = file,
-                          .offset = offset,
-                          .bytes = bytes,
+    return reader.submit({.file = std::get<0>(record),
+                          .offset = std::get<1>(record),
+                          .bytes = std::get<2>(record),
                           .address = reinterpret_cast<void*>(address),  // NOLINT
-                          .checksum = checksum,
+                          .checksum = std::get<3>(record),
                           .urgent = urgent});
   });
 }
@@ -140,8 +140,9 @@ void define_reader(py::module_& m) {
   py::class_<Reader>(m, "Reader", "Reads records of files into memory on threads of its own.")
       .def(py::init(&open), "files"_a, "threads"_a = ReaderOptions().threads, "direct"_a = true,
            "chunk"_a = ReaderOptions().chunk)
-      .def("submit", &submit, "Starts a read; its ticket.", "file"_a, "offset"_a, "nbytes"_a, "address"_a,
-           "checksum"_a = py::none(), "urgent"_a = true)
+      .def("submit", &submit,
+           "Starts to read a record, (file, offset, nbytes, checksum or None), to an address; its ticket.", "record"_a,
+           "address"_a, "urgent"_a = true)
       .def("wait", &wait, "Waits for a read; ReadError if it failed, TimeoutError if it is not done in time.",
            "ticket"_a, "timeout"_a)
       .def(

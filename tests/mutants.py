@@ -46,12 +46,12 @@ GOAL = 0.9
 class Covered:
     """What is compiled again if a file changes, and the programs that test it, with parts of the names of tests."""
 
-    units: str  # in csrc, without .cpp
+    units: str  # in csrc, or in that folder of the build, without .cpp
     programs: str  # "moe slots:gradients"
     isa: str = "generic"
 
 
-KERNELS, INTEGERS = "cpu/kernels_generic", "cpu/integers/kernels_generic"
+KERNELS, INTEGERS = "cpu/kernels_generic", "cpu/integers_generic"
 FILES = {
     "checks.cpp": Covered("checks", "checks slots"),
     "ops.cpp": Covered("ops", "checks gate permute glu slots grouped_gemm"),
@@ -171,10 +171,12 @@ def compile_units(tree: Tree, covered: Covered, csrc: Path, home: Path) -> list[
     """The objects, or None if the mutant is no C++."""
     objects = []
     for unit in covered.units.split():
-        command = list(compilations(tree)[str(SOURCES / f"{unit}.cpp")])
+        source = csrc / f"{unit}.cpp"
+        written = tree.path / f"csrc/{unit}.cpp"  # by cmake, for an ISA
+        command = list(compilations(tree)[str(SOURCES / f"{unit}.cpp" if source.exists() else written)])
         objects.append(home / f"{unit.replace('/', '_')}.o")
         command[command.index("-o") + 1] = str(objects[-1])
-        command[command.index("-c") + 1] = str(csrc / f"{unit}.cpp")
+        command[command.index("-c") + 1] = str(source if source.exists() else written)
         command = [f"-I{csrc}" if word == f"-I{SOURCES}" else word for word in command]
         without_cache = {**os.environ, "CCACHE_DISABLE": "1"}
         if subprocess.run(command, cwd=tree.path, capture_output=True, check=False, env=without_cache).returncode != 0:

@@ -9,8 +9,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,13 @@ import pytest
 
 import fake_machine
 from errors import raises
-from gpu import conformance, machine, replay, report, run, smoke, steps, watch
+from gpu import conformance, machine, report, run, smoke, watch
 from gpu import sweep as sweeping
-from gpu.folder import Folder
 from gpu.machine import ROOT
+from gpu.report import Results
 
 FOLDER = ROOT / "tools" / "gpu"
 FAKE = [sys.executable, str(ROOT / "tests" / "fake_device.py")]
-STEPS = [
-    *("machine", "build", "conformance", "smoke", "replay", "first-bench"),
-    *("tests", "sweep", "ncu", "bench", "sanitizer"),
-]
 
 
 @pytest.fixture
@@ -54,7 +51,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dry_run_on_a_bare_machine(bare: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert [line.split()[1] for line in text.splitlines() if line.startswith("====")] == STEPS
+    assert text.count("====") == len(run.STEPS)
     for words in ("torch", "nvidia-cuda-nvcc", "nvidia-cuda-sanitizer-api", "CMAKE_CUDA_ARCHITECTURES", "WERROR=OFF"):
         assert words in text
 
@@ -74,21 +71,15 @@ def test_dry_run_on_a_machine_that_has_everything(hopper: None, capsys: pytest.C
 
 def test_each_stage_fits_into_nine_minutes(hopper: None, tmp_path: Path) -> None:
     for stage in (1, 2, 3):
-        of_stage = [step for step in steps.steps(tmp_path) if step.stage == stage]
-        assert 0 < sum(step.assumed for step in of_stage) <= sum(step.limit for step in of_stage) <= steps.STAGE_SECONDS
+        of_stage = [step for step in run.STEPS if step.stage == stage]
+        assert 0 < sum(step.limit for step in of_stage) <= run.STAGE_SECONDS
         for step in of_stage:
-            assert step.assumed <= step.limit
-            assert step.why
-            jobs = step.jobs()
+            jobs = step.jobs(tmp_path)
             assert len({job.name for job in jobs}) == len(jobs) > 0
             assert all(0 < job.limit <= step.limit for job in jobs)
-
-
-def test_what_a_lost_card_would_cost_most_comes_first(hopper: None, tmp_path: Path) -> None:
-    names = [step.name for step in steps.steps(tmp_path)]
-    assert names == STEPS
-    assert [step.stage for step in steps.steps(tmp_path)] == sorted(step.stage for step in steps.steps(tmp_path))
-    assert {step.name for step in steps.steps(tmp_path) if step.harmless} == {"sweep", "ncu", "sanitizer"}
+            for word in (word for job in jobs for word in job.command if word.startswith(("tests/", "tools/"))):
+                assert (ROOT / word).exists(), word
+    assert [step.stage for step in run.STEPS] == sorted(step.stage for step in run.STEPS)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +105,9 @@ def test_the_driver_runs_what_is_built(monkeypatch: pytest.MonkeyPatch, driver: 
 
 def test_only_our_kernels_are_sanitized() -> None:
     """Versions of compute-sanitizer name the option differently."""
-    assert steps.filter_of("  --kernel-name arg  Filter") == ["--kernel-name", "kernel_substring=switchgear"]
-    assert steps.filter_of("  --kernel-regex arg") == ["--kernel-regex", "kernel_substring=switchgear"]
-    assert steps.filter_of("") == []
+    assert run.filter_kernels("  --kernel-name arg  Filter") == ["--kernel-name", "kernel_substring=switchgear"]
+    assert run.filter_kernels("  --kernel-regex arg") == ["--kernel-regex", "kernel_substring=switchgear"]
+    assert run.filter_kernels("") == []
 
 
 def test_steps_are_named(capsys: pytest.CaptureFixture[str], bare: None) -> None:
@@ -124,30 +115,28 @@ def test_steps_are_named(capsys: pytest.CaptureFixture[str], bare: None) -> None
     assert capsys.readouterr().out.count("====") == 2
     assert run.main(["--dry-run", "--skip", "bench", "--stage", "3"]) == 0
     assert capsys.readouterr().out.split("==== ")[1].startswith("sanitizer")
-    with raises(SystemExit, "--only"):
+    with raises(SystemExit):
         run.main(["--only", "benches"])
-    with raises(SystemExit, "--stage"):
+    with raises(SystemExit):
         run.main(["--stage", "4"])
-
-
-def test_files_that_the_scripts_name_exist(hopper: None, tmp_path: Path) -> None:
-    named = {word for step in steps.steps(tmp_path) for job in step.jobs() for word in job.command
-             if word.startswith(("tests/", "tools/"))}  # fmt: skip
-    assert {"tools/gpu/smoke.py", "tools/gpu/replay.py", "tools/gpu/one_layer.py", "tests/test_moe.py"} <= named
-    for name in named:
-        assert (ROOT / name).exists(), name
 
 
 # ---- programs that fail ----------------------------------------------------------------------------------------------
 
 
-def guided(tmp_path: Path, *options: str, limit: float = 120.0, silence: float = 10.0) -> list[watch.Row]:
-    program = watch.Program([*FAKE, *options], tmp_path / "log", ROOT)
+def guided(tmp_path: Path, *options: str, silence: float = 10.0) -> list[watch.Row]:
+    job = watch.Job("fake", [*FAKE, *options], 120.0, silence)
     noted: list[watch.Row] = []
-    rows = watch.Guide("fake", program, noted.append, limit=limit, silence=silence).run()
+    rows = watch.Watch(job, tmp_path / "log", ROOT, noted.append).run()
     started = [row["case"] for row in noted if row["verdict"] == "running"]
     assert started == [row["case"] for row in rows if row["verdict"] != "left out" and row["case"] != "fake"]
     return rows
+
+
+def watched(
+    tmp_path: Path, command: list[str], limit: float = 120.0, silence: float = 0.0, cwd: Path = ROOT / "tools"
+) -> list[watch.Row]:
+    return watch.Watch(watch.Job("job", command, limit, silence), tmp_path / "log", cwd, lambda row: None).run()
 
 
 def verdicts(rows: list[watch.Row]) -> list[str]:
@@ -193,26 +182,24 @@ def test_a_program_that_fails_before_its_first_case(tmp_path: Path) -> None:
 def test_a_program_that_fails_after_its_last_case(tmp_path: Path) -> None:
     """compute-sanitizer's exit status says that it has found something."""
     code = "import sys; from gpu.lines import say; say(cases=['a']); say(starts=0); say(ends=0); sys.exit(99)"
-    program = watch.Program([sys.executable, "-c", code], tmp_path / "log", ROOT / "tools")
-    rows = watch.Guide("memcheck", program, lambda row: None, limit=120, silence=60).run()
-    assert [(row["case"], row["verdict"]) for row in rows] == [("memcheck", "failed"), ("a", "passed")]
+    rows = watched(tmp_path, [sys.executable, "-c", code], silence=60)
+    assert [(row["case"], row["verdict"]) for row in rows] == [("job", "failed"), ("a", "passed")]
     assert rows[0]["detail"].startswith("exit status 99")
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
-    program = watch.Program(["no-such-program"], tmp_path / "log", ROOT)
-    assert verdicts(watch.Guide("gone", program, lambda row: None, limit=5, silence=1).run()) == ["missing"]
-    assert watch.run("gone", program, 5)["verdict"] == "missing"
+    assert verdicts(watched(tmp_path, ["no-such-program"], silence=1)) == ["missing"]
+    assert verdicts(watched(tmp_path, ["no-such-program"])) == ["missing"]
 
 
 def test_time_that_is_used_up(tmp_path: Path) -> None:
     def note(row: watch.Row) -> None:
         if row["verdict"] == "passed":  # however long the program took to start
-            guide.end = time.monotonic() + 0.2
+            fake.end = time.monotonic() + 0.2
 
-    program = watch.Program([*FAKE, "--fault", "slow"], tmp_path / "log", ROOT)
-    guide = watch.Guide("fake", program, note, limit=120, silence=60)
-    rows = guide.run()
+    job = watch.Job("fake", [*FAKE, "--fault", "slow"], limit=120, silence=60)
+    fake = watch.Watch(job, tmp_path / "log", ROOT, note)
+    rows = fake.run()
     assert verdicts(rows) == ["passed", "time", "left out"]
     assert rows[-1]["detail"] == "no time was left"
 
@@ -223,8 +210,7 @@ def test_a_device_that_always_hangs_is_given_up(tmp_path: Path, monkeypatch: pyt
         "import sys, time; from gpu.lines import say; n = int(sys.argv[-1]) if '--from' in sys.argv else 0;"
         "say(cases=list('abcd')); say(starts=n); time.sleep(60)"
     )
-    program = watch.Program([sys.executable, "-c", code], tmp_path / "log", ROOT / "tools")
-    rows = watch.Guide("hangs", program, lambda row: None, limit=120, silence=0.3).run()
+    rows = watched(tmp_path, [sys.executable, "-c", code], silence=0.3)
     assert verdicts(rows) == ["hang", "hang", "left out", "left out"]
 
 
@@ -233,8 +219,7 @@ def test_a_device_that_always_hangs_is_given_up(tmp_path: Path, monkeypatch: pyt
 )
 def test_a_plain_program(tmp_path: Path, kind: str | None, verdict: str) -> None:
     options = ["--plain", *(["--fault", kind] if kind else [])]
-    limit = 2.0 if kind == "hang" else 120.0
-    row = watch.run("plain", watch.Program([*FAKE, *options], tmp_path / "log", ROOT), limit)
+    (row,) = watched(tmp_path, [*FAKE, *options], limit=2.0 if kind == "hang" else 120.0)
     assert row["verdict"] == verdict
     if kind == "raise":
         assert "illegal memory access" in row["detail"]  # the last line of its log
@@ -252,8 +237,7 @@ def is_running(process: int) -> bool:
 def test_children_of_a_program_end_with_it(tmp_path: Path, waits: bool) -> None:
     """A child that ignores SIGTERM, of a program that hangs or has ended."""
     code = "(trap '' TERM; exec sleep 600) & echo $! > pid;" + ("wait" if waits else "")
-    limit = 2.0 if waits else 120.0
-    row = watch.run("parent", watch.Program(["sh", "-c", code], tmp_path / "log", tmp_path), limit)
+    (row,) = watched(tmp_path, ["sh", "-c", code], limit=2.0 if waits else 120.0, cwd=tmp_path)
     assert row["verdict"] == ("time" if waits else "passed")
     process = int((tmp_path / "pid").read_text())
     end = time.monotonic() + 30
@@ -267,99 +251,101 @@ def test_output_that_is_no_text_is_no_obstacle(tmp_path: Path) -> None:
         "import os; from gpu.lines import say; os.write(1, b'\\xff\\xfe' * 70000); os.write(1, b'\\n@gpu {no\\n');"
         "os.write(1, b'@gpu [1]\\n'); say(cases=['a']); say(starts=0); say(ends=0, verdict='passed', value=3)"
     )
-    program = watch.Program([sys.executable, "-c", code], tmp_path / "log", ROOT / "tools")
-    rows = watch.Guide("noise", program, lambda row: None, limit=120, silence=60).run()
+    rows = watched(tmp_path, [sys.executable, "-c", code], silence=60)
     assert [(row["case"], row["verdict"], row["value"]) for row in rows] == [("a", "passed", 3)]
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-def rehearsed(tmp_path: Path, step: str, kind: str, only: str) -> tuple[int, Folder]:
-    """A run in which all programs are stand-ins; the first of `step` fails."""
-    seen: set[str] = set()
+@pytest.fixture
+def rehearse(
+    hopper: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str, str], tuple[int, Results]]:
+    """Runs steps in which all programs are stand-ins; the first of `step` fails."""
 
-    def change(of: steps.Step, job: steps.Job) -> steps.Job:
-        command = [*FAKE, *([] if job.silence else ["--plain"])]
-        silence = 60.0 if job.silence else 0.0
-        if of.name == step and not seen:
-            seen.add(step)
-            command, silence = [*command, "--fault", kind], silence and 2.0
-        return replace(job, command=command, limit=120.0, silence=silence)
+    def rehearse(step: str, kind: str, only: str) -> tuple[int, Results]:
+        seen: set[str] = set()
 
-    with fake_machine.hopper():
-        return run.main(["--out", str(tmp_path), "--only", only], change), Folder(tmp_path)
+        def stand_in(of: run.Step, out: Path) -> list[watch.Job]:
+            jobs = []
+            for job in of.jobs(out):
+                command, silence = [*FAKE, *([] if job.silence else ["--plain"])], 60.0 if job.silence else 0.0
+                if of.name == step and not seen:
+                    seen.add(step)
+                    command, silence = [*command, "--fault", kind], min(silence, 2.0)
+                jobs.append(replace(job, command=command, limit=120.0, silence=silence))
+            return jobs
+
+        steps = tuple(of._replace(jobs=partial(stand_in, of)) for of in run.STEPS)
+        monkeypatch.setattr(run, "STEPS", steps)
+        monkeypatch.setattr(run, "install", lambda: None)
+        monkeypatch.setattr(machine, "old_driver", lambda: None)
+        return run.main(["--out", str(tmp_path), "--only", only]), Results(tmp_path)
+
+    return rehearse
 
 
-def test_a_run_in_which_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, folder = rehearsed(tmp_path, "", "", "machine,build,conformance,ncu")
+Rehearse = Callable[[str, str, str], tuple[int, Results]]
+
+
+def test_a_run_in_which_all_is_well(tmp_path: Path, rehearse: Rehearse) -> None:
+    status, results = rehearse("", "", "machine,build,conformance,ncu")
     assert status == 0
-    assert {row["verdict"] for step in report.steps_of(folder) for row in folder.rows(step)} == {"passed"}
-    assert report.steps_of(folder) == ["machine", "build", "conformance", "ncu"]
+    steps = results.steps()
+    assert list(steps) == ["machine", "build", "conformance", "ncu"]
+    assert {row["verdict"] for step in steps for row in results.rows(step)} == {"passed"}
     text = (tmp_path / "report.md").read_text()
     assert "| conformance |" in text
     assert "## Failures" not in text
 
 
-def test_a_build_that_fails_leaves_out_what_needs_it(tmp_path: Path) -> None:
-    status, folder = rehearsed(tmp_path, "build", "raise", "build,conformance,smoke")
+def test_a_build_that_fails_leaves_out_what_needs_it(tmp_path: Path, rehearse: Rehearse) -> None:
+    status, results = rehearse("build", "raise", "build,conformance,smoke")
     assert status == 1
-    assert {row["verdict"] for row in folder.rows("conformance")} == {"passed"}  # the program of its own was built
-    assert {(row["verdict"], row["detail"]) for row in folder.rows("smoke")} == {("left out", "build/module: failed")}
+    assert {row["verdict"] for row in results.rows("conformance")} == {"passed"}  # the program of its own was built
+    assert {(row["verdict"], row["detail"]) for row in results.rows("smoke")} == {("left out", "build/module: failed")}
     assert "illegal memory access" in (tmp_path / "report.md").read_text()
 
 
-def test_findings_of_sanitizers_are_not_fatal(tmp_path: Path) -> None:
-    status, folder = rehearsed(tmp_path, "sanitizer", "wrong", "sanitizer,machine")
+def test_findings_of_sanitizers_are_not_fatal(tmp_path: Path, rehearse: Rehearse) -> None:
+    status, results = rehearse("sanitizer", "wrong", "sanitizer,machine")
     assert status == 0
-    assert "failed" in {row["verdict"] for row in folder.rows("sanitizer")}
+    assert "failed" in {row["verdict"] for row in results.rows("sanitizer")}
     assert "## Failures" in (tmp_path / "report.md").read_text()
 
 
-def test_after_a_hang_of_wgmma_the_rest_runs_on_the_kernels_of_sm80(tmp_path: Path) -> None:
-    status, folder = rehearsed(tmp_path, "smoke", "hang", "smoke")
+def test_after_a_hang_of_wgmma_the_rest_runs_on_the_kernels_of_sm80(rehearse: Rehearse) -> None:
+    status, results = rehearse("smoke", "hang", "smoke")
     assert status == 1
-    assert run.kernels_in_use(folder) == "sm_80"
+    assert run.choose_kernels(results) == "sm_80"
     assert run.environment("sm_80")["SWITCHGEAR_CUDA_KERNELS"] == "sm_80"
     assert "SWITCHGEAR_CUDA_KERNELS" not in run.environment("auto")
-    for row in folder.rows("smoke"):
+    for row in results.rows("smoke"):
         if row["job"] == "sm_80":
-            folder.note("smoke", "sm_80", row | {"verdict": "hang"})
-    assert run.kernels_in_use(folder) == "auto"  # the older kernels are no better
+            results.write(**row | {"verdict": "hang"})
+    assert run.choose_kernels(results) == "auto"  # the older kernels are no better
 
 
 def test_a_run_that_is_killed_leaves_a_readable_report(tmp_path: Path) -> None:
-    """make gpu STAGE=report reads what is there: the case that ran is named."""
-    folder = Folder(tmp_path)
-    folder.begin("smoke")
-    folder.note("smoke", "auto-0", {"case": "layer", "verdict": "passed", "seconds": 0.1, "detail": ""})
-    folder.note("smoke", "auto-0", {"case": "policies", "verdict": "running", "seconds": 0.0, "detail": ""})
-    (tmp_path / "smoke" / "half.json").write_text('{"step": "smo')
+    """make gpu STAGE=report names the case that ran. An earlier run of a step does not count."""
+    results = Results(tmp_path)
+    results.write(begins="smoke", harmless=False)
+    results.write(step="smoke", job="auto-0", case="of an earlier run", verdict="failed", detail="")
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write('\n{"step": "smo')
+    results.write(begins="smoke", harmless=False)
+    results.write(step="smoke", job="auto-0", case="layer", verdict="passed", detail="")
+    results.write(step="smoke", job="auto-0", case="policies", verdict="running", detail="")
     (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "half.json").write_text("{")
-    (tmp_path / "bench" / "decode.json").write_text(json.dumps({
-        "results": [{"shape": "s", "tokens": 1, "mode": "forward", "competitor": "switchgear", "ms": 0.5, "tflops": 3.0,
-                     "percent_of_ceiling": 40.0, "bound": "memory", "wrong": False}],
-        "ops": [], "skipped": [{"case": "s", "competitor": "x", "reason": "not installed"}],
-    }))  # fmt: skip
-    assert report.main([str(tmp_path), "--docs", str(tmp_path / "table.md")]) == 0
+    (tmp_path / "bench" / "decode.md").write_text("| s | 1 | forward |\n")
+    command = [sys.executable, str(FOLDER / "report.py"), str(tmp_path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     text = (tmp_path / "report.md").read_text()
+    assert printed == f"{text}\n"
     assert "| smoke | cut off | 1 passed, 1 running |" in text
     assert "| smoke | auto-0 | policies | running |  |" in text
-    assert "| s | 1 | forward | switchgear | 0.500 | 3 | 40 | memory |" in text
-    assert "- s, x: not installed" in text
-    assert "| s | 1 | forward |" in (tmp_path / "table.md").read_text()
-    with raises(SystemExit):
-        report.main([str(tmp_path / "nowhere")])
-
-
-def test_an_earlier_run_is_put_aside(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    for _ in range(2):
-        folder.begin("smoke")
-        folder.note("smoke", "job", {"case": "a", "verdict": "passed", "seconds": 0.1, "detail": ""})
-    assert len(folder.rows("smoke")) == 1
-    assert len(list((tmp_path / "earlier").iterdir())) == 1
+    assert "| s | 1 | forward |" in text
 
 
 # ---- the programs ----------------------------------------------------------------------------------------------------
@@ -376,11 +362,6 @@ def test_smoke_on_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
     assert [line["verdict"] for line in said if "ends" in line] == ["passed"] * 18
     assert smoke.main(["--device", "cpu", "--shapes", "3", "--from", "7"]) == 0
     assert [line["starts"] for line in lines(capfd.readouterr().out) if "starts" in line] == [7, 8]
-
-
-def test_replay_on_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
-    assert replay.main(["--device", "cpu", "--routings", "6"]) == 0
-    assert {line["verdict"] for line in lines(capfd.readouterr().out) if "ends" in line} == {"passed"}
 
 
 def test_tests_print_lines(tmp_path: Path) -> None:
@@ -437,15 +418,15 @@ def test_a_variant_is_compiled_from_its_copy_and_linked_before_the_library(tmp_p
 
 
 def test_the_report_names_the_best_variants(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.begin("sweep")
+    results = Results(tmp_path)
+    results.write(begins="sweep", harmless=True)
     for job, times in {"as-is": (1.0, 2.0), "band-4": (0.9, 1.8), "band-16": (0.5, 3.0), "stages": (0.99, 2.0)}.items():
         for case, ms in zip(("a forward", "a backward"), times, strict=True):
             row = {"case": case, "verdict": "passed", "seconds": 0.1, "detail": "", "ms": ms, "tflops": 100.0}
-            folder.note("sweep", job, row | {"sum": "1" if job != "stages" else "2"})
+            results.write(step="sweep", job=job, **row, sum="1" if job != "stages" else "2")
     new = "`kBand = 4;` for `kBand = 8;`: 1.111x over 2 cases"
-    assert report.new_tunables(folder) == [new]  # band-16 is slower in one case
-    text = report.text_of(folder)
+    assert report.find_gains(results) == [new]  # band-16 is slower in one case
+    text = report.describe(results)
     assert "| a forward | 1.000 | 100 | band-16: 0.500 (2.00x) | stages |" in text
     assert f"- new row: {new}" in text
 

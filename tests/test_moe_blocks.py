@@ -18,7 +18,7 @@ from switchgear.integrations import hook_points
 from switchgear.integrations.moe_blocks import is_transposed, moe_blocks
 from switchgear.trace import Observation, observe
 from switchgear.trace.batches import real_tokens
-from switchgear.trace.outputs import check_outputs
+from switchgear.trace.routing_trace import check_outputs
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

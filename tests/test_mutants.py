@@ -13,8 +13,9 @@ from mutations import mutations, selection
 # What is not mutated, since only a machine or a module that the tests do not have would tell.
 APART = {
     "cpu/integers/kernels.h", "cpu/kernels.h", "cpu/context.h", "cpu/ops.h", "cpu/rows.h", "cpu/token_sum.h",
-    "cpu/weight_gradient.h", "cpu/rows_avx2.cpp", "cpu/rows_avx512.cpp", "cpu/rows_generic.cpp",  # declarations
-    "cpu/module.cpp", "cpu/pages.cpp", "cpu/pages.h", "cpu/probe.cpp",  # the Python module, huge pages, ceilings
+    "cpu/weight_gradient.h",  # declarations
+    "cpu/module.cpp", "cpu/measure_binding.cpp",  # the Python module
+    "cpu/pages.cpp", "cpu/pages.h", "cpu/probe.cpp",  # huge pages, ceilings
     "cpu/simd_neon.h",
     "cpu/amx.h", "cpu/amx_block.h", "cpu/amx_dot_products.inl", "cpu/amx_multiply.inl", "cpu/amx_tiles.h",
     "cpu/gathered.h", "cpu/kernels_amx.cpp", "cpu/integers/kernels_amx.cpp",  # other processors

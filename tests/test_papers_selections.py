@@ -190,7 +190,7 @@ def test_dynamic_top_p_between_one_expert_and_all(backend: str) -> None:
     assert torch.equal(TopP(0.0)(logits).topk_ids, switchgear.route(logits, 1).topk_ids)
     for p in (1.0, 1.5):
         assert torch.equal(TopP(p)(logits).topk_ids, switchgear.route(logits, E).topk_ids)
-    means = [(TopP(p)(logits).topk_ids >= 0).sum(1).float().mean().item() for p in torch.linspace(0, 1, 11)]
+    means = [(TopP(p)(logits).topk_ids >= 0).sum(1).float().mean().item() for p in torch.linspace(0, 1, 11).tolist()]
     assert means == sorted(means)
     best_first = torch.sort(logits.softmax(-1), dim=-1, descending=True, stable=True)
     for p in (0.2, 0.4, 0.8):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from switchgear.integrations.published import load_published
-from switchgear.integrations.published_groups import _unpack, _unpack_awq
+from switchgear.integrations.published_matrices import _unpack, _unpack_awq
 from switchgear.weights import Groups, restore, stored_of
 from tiny_configs import tiny_config
 from tiny_models import example_inputs

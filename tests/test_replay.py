@@ -721,7 +721,7 @@ def test_records_of_a_model_and_of_its_wrapper_are_alike(mixtral: Any) -> None:
     full = nn.functional.pad(mask, (0, 3), value=1)
     with replay(wrapper, plain):
         wrapper(input_ids=out, attention_mask=full)
-    with record(wrapper, layers=list(switchgear.RoutingTrace(wrapper)._sources)[:1]) as some:
+    with record(wrapper, layers=list(switchgear.RoutingTrace(wrapper)._found)[:1]) as some:
         wrapper(out, full)  # by position
     assert list(some.layers) == list(plain.layers)[:1]
     assert some.lengths.tolist() == [5, 9]

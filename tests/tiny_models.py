@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from switchgear.integrations import trial
+from switchgear.integrations.undecorated import sample_topk
 from tiny_configs import tiny_config
 
 
@@ -60,7 +60,7 @@ def example_inputs(model: Any, seed: int = 0) -> dict[str, Any]:
     """Arguments for the model's forward: two sequences of twelve tokens, or two images for a vision backbone."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, Bare):
-        x, topk_ids, topk_weights = trial.topk(model.experts, generator)
+        x, topk_ids, topk_weights = sample_topk(model.experts, generator)
         return {"hidden_states": x, "top_k_index": topk_ids, "top_k_weights": topk_weights}
     if model.config.model_type == "vitpose_backbone":
         size = model.config.image_size

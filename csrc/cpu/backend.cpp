@@ -97,30 +97,30 @@ struct Isa {
 };
 
 constexpr std::array kIsas{
-    Isa{"generic", [] { return true; }, kernels_generic, integer_generic, row_kernels_generic},
+    Isa{"generic", [] { return true; }, kernels_generic, integers_generic, rows_generic},
 #if defined(SWITCHGEAR_HAVE_AVX2)
-    Isa{"avx2", runs_avx2, kernels_avx2, integer_avx2, row_kernels_avx2},
+    Isa{"avx2", runs_avx2, kernels_avx2, integers_avx2, rows_avx2},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVXVNNI)
-    Isa{"avxvnni", runs_avxvnni, kernels_avx2, integer_avxvnni, row_kernels_avx2},
+    Isa{"avxvnni", runs_avxvnni, kernels_avx2, integers_avxvnni, rows_avx2},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512)
-    Isa{"avx512", runs_avx512, kernels_avx512, integer_avx512, row_kernels_avx512},
+    Isa{"avx512", runs_avx512, kernels_avx512, integers_avx512, rows_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512VNNI)
-    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, integer_avx512vnni, row_kernels_avx512},
+    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, integers_avx512vnni, rows_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
-    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, integer_avx512vnni, row_kernels_avx512},
+    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, integers_avx512vnni, rows_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AMX)
-    Isa{"amx", runs_amx, kernels_amx, integer_amx, row_kernels_avx512},
+    Isa{"amx", runs_amx, kernels_amx, integers_amx, rows_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEON)
-    Isa{"neon", [] { return true; }, kernels_neon, integer_neon, row_kernels_generic},
+    Isa{"neon", [] { return true; }, kernels_neon, integers_neon, rows_generic},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEONDOT)
-    Isa{"neondot", runs_neondot, kernels_neon, integer_neondot, row_kernels_generic},
+    Isa{"neondot", runs_neondot, kernels_neon, integers_neondot, rows_generic},
 #endif
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The functions of the Kernels table, once for all ISAs. Included by kernels_<isa>.cpp after its simd_<isa>.h. Everything is
+// The functions of the Kernels table, once for all ISAs. Included after a simd_<isa>.h (isas.cmake). Everything is
 // in an anonymous namespace and calls no library, so no symbol compiled for one ISA can be merged into another.
 #pragma once
 #include "cpu/widen.h"

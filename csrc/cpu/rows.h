@@ -38,8 +38,8 @@ struct RowKernels {
   bool has_extract;  // whether the ISA compares vectors of 64-bit integers
 };
 
-const RowKernels& row_kernels_generic();
-const RowKernels& row_kernels_avx2();
-const RowKernels& row_kernels_avx512();
+const RowKernels& rows_generic();
+const RowKernels& rows_avx2();
+const RowKernels& rows_avx512();
 
 }  // namespace switchgear::cpu

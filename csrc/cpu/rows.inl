@@ -121,7 +121,13 @@ double sum_of_powers(const float* values, int64_t n, float highest) {
   return sum;
 }
 
-constexpr RowKernels make_row_table(bool has_extract) {
+#if defined(__AVX2__)
+constexpr bool kHasExtract = true;
+#else
+constexpr bool kHasExtract = false;
+#endif
+
+constexpr RowKernels make_table(const char*) {
   return {.sanitise = sanitise_row,
           .softmax_numerators = softmax_numerators,
           .scores = scores_of_rows,
@@ -129,7 +135,7 @@ constexpr RowKernels make_row_table(bool has_extract) {
           .extract_best = extract_best_keys,
           .reaching = reaching,
           .sum_of_powers = sum_of_powers,
-          .has_extract = has_extract};
+          .has_extract = kHasExtract};
 }
 
 }  // namespace

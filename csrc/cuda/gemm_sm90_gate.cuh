@@ -22,8 +22,9 @@ __device__ inline float limited_up(float up, float limit) { return fabsf(up) > l
 template <Activation kActivation>
 __device__ inline float rounded_gate_value(bool gated, float alpha, float gate, float up) {
   const float factor = kActivation == Activation::kSwigluOai ? up + 1.0f : up;
-  if constexpr (kActivation == Activation::kRelu || kActivation == Activation::kRelu2 ||
-                kActivation == Activation::kGelu) {
+  constexpr bool kIsSigmoid =
+      kActivation == Activation::kSilu || kActivation == Activation::kGeluTanh || kActivation == Activation::kSwigluOai;
+  if constexpr (!kIsSigmoid) {
     const Curve c = activate<kActivation>(gate, alpha);
     return (gated ? c.value * factor : c.value) * c.value_scale;
   } else {

@@ -490,12 +490,17 @@ template <typename T>
 constexpr simt::Element element_of = std::is_same_v<T, __half> ? simt::Element::kF16 : simt::Element::kBf16;
 #endif
 
-// T: __nv_bfloat16 or __half; N: a multiple of 8, up to 256; transposed: the operand is MN-major. accumulate = 0 ignores the
+#define WGMMA_IS(n, ...) || N == n
+template <int N>
+constexpr bool kIsWgmmaWidth = false WGMMA_WIDTHS(WGMMA_IS);
+#undef WGMMA_IS
+
+// T: __nv_bfloat16 or __half; N: of wgmma_widths.h; transposed: the operand is MN-major. accumulate = 0 ignores the
 // old value of d. d and the tiles must not be touched until the product has been waited for.
 template <typename T, int N, bool kTransposeA = false, bool kTransposeB = false>
 PTX void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate PTX_AND_AT) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+  static_assert(kIsWgmmaWidth<N>);
 #if defined(__CUDACC__)
   WGMMA_WIDTHS(WGMMA_SHARED_WIDTH)
 #else
@@ -507,7 +512,7 @@ PTX void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate PTX_AND
 template <typename T, int N, bool kTransposeB = false>
 PTX void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate PTX_AND_AT) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
-  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+  static_assert(kIsWgmmaWidth<N>);
 #if defined(__CUDACC__)
   WGMMA_WIDTHS(WGMMA_REGISTER_WIDTH)
 #else

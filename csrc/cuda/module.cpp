@@ -8,7 +8,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "exchange_binding.h"
 #include "probe.h"
 #include "registry.h"
 

@@ -19,6 +19,7 @@
 // queued. Values in device memory are not checked, since reading them would wait for the device: ids outside [0,E) count as
 // empty slots, and slots with indices out of range are skipped.
 #pragma once
+#include <array>
 #include <cstdint>
 
 #include "switchgear/adapter.h"
@@ -263,6 +264,9 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, Execution exec = {});
 // ---- glu ---------------------------------------------------------------------------------------------------------------
 
 enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kSwigluOai };
+
+// The names in Python, in the order of the enumerators.
+inline constexpr std::array kActivationNames{"silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"};
 
 // a = act(gate) ⊙ up for gated experts, act(h) for plain ones.
 //   limit > 0   gate = min(gate, limit), up = clamp(up, -limit, limit) first; gradients pass within it, ends included

@@ -55,18 +55,14 @@ def exchange_multiprocessors(num_ranks: int) -> int:
     """The multiprocessors of the current device that the kernel fills, which others must leave for it to start."""
 
 def exchange(
-    rows: _Array,
-    received: _Array,
-    send_bytes: Sequence[int],
-    receive_bytes: Sequence[int],
-    first_sent: Sequence[int],
-    first_received: Sequence[int],
-    segments: Sequence[int],
-    rank: int,
-    slot_bytes: int,
-    stop: int,
+    inputs: tuple[_Array, Sequence[int], Sequence[int], Sequence[int], Sequence[int]],
+    options: tuple[Sequence[int], int, int, int],
+    outputs: tuple[_Array],
     execution: Execution,
 ) -> None:
-    """Sends send_bytes[r] of rows to each rank r, in order, and receives receive_bytes[r] from it, through the ranks'
+    """inputs: rows, send_bytes, receive_bytes, first_sent, first_received. options: segments, rank, slot_bytes, stop.
+    outputs: received.
+
+    Sends send_bytes[r] of rows to each rank r, in order, and receives receive_bytes[r] from it, through the ranks'
     segments (addresses in this process). first_sent and first_received [W]: numbers of slot_bytes pieces in all earlier
     calls. A nonzero word at the address `stop` ends the kernel."""

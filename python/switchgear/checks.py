@@ -56,8 +56,8 @@ class Range(typing.NamedTuple):
             raise ValueError(f"{name}: expected {self}, got {value}")
 
     def __str__(self) -> str:
-        if self == Range(-math.inf, math.inf, "low high"):
-            return "a finite number"
+        if self.low == -math.inf:
+            return "a finite number" if self.open else "a number"
         if self.low == -(2**63):
             return "an integer of 64 bits"
         if self.high == math.inf or self.high == 2**31 - 1:
@@ -93,6 +93,15 @@ class FloatingPoint:
             raise TypeError(f"{name}: expected a floating dtype, got {dtype}")
 
 
+class AllFinite:
+    """A tensor without NaN and infinities. One on meta has none."""
+
+    @staticmethod
+    def check(name: str, value: Tensor, sizes: dict[str, int]) -> None:
+        if not value.is_meta and not bool(value.isfinite().all()):
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinities")
+
+
 class NotEmpty:
     """At least one item."""
 
@@ -114,13 +123,17 @@ class Steps:
 Size = Annotated[int, Range(1, 2**31 - 1)]
 Count = Annotated[int, Range(0, 2**31 - 1)]
 Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
+Number = Annotated[float, Range(-math.inf, math.inf)]  # Not NaN.
 Finite = Annotated[float, Range(-math.inf, math.inf, "low high")]
 Positive = Annotated[float, Range(0, math.inf, "low high")]
+PositiveOrInf = Annotated[float, Range(0, math.inf, "low")]
 NotNegative = Annotated[float, Range(0, math.inf, "high")]
+NotNegativeOrInf = Annotated[float, Range(0, math.inf)]
 Share = Annotated[float, Range(0, 1, "high")]  # A share or probability that 1 would make meaningless.
 Fraction = Annotated[float, Range(0, 1)]
 Seconds = Annotated[float, Range(0, MOST_SECONDS, "low")]
 FloatTensor = Annotated[Tensor, FloatingPoint]
+FiniteTensor = Annotated[Tensor, AllFinite]
 FloatDtype = Annotated[torch.dtype, FloatingPoint]
 Sizes = Annotated[Sequence[Size], NotEmpty]
 Optimizer = Annotated[Any, Steps]
@@ -130,7 +143,11 @@ Optimizer = Annotated[Any, Steps]
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Checks and converts the arguments of each call by the annotations of the function or method."""
+    """Checks and converts the arguments of each call by the annotations of the function or method; those of a class by
+    its __init__, which may be that of a dataclass."""
+    if isinstance(function, type):
+        function.__init__ = checked(function.__init__)  # type: ignore[misc]
+        return function
     signature = inspect.signature(function)
 
     @functools.wraps(function)

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import checked
+from switchgear.checks import Fraction, NotNegative, checked
 from switchgear.functional import Routing
 from switchgear.integrations.choices import override_selection
-from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
+from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.integrations.routers import SelectByMethod, find_routing_method
 from switchgear.routing.change import overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
-from switchgear.routing.router import Router
 from switchgear.routing.selection import RankK
 from switchgear.trace.batches import stacked
+from switchgear.trace.routed_layers import pick, traceable
 from switchgear.utils.modules import get_inner_model
 
 _MEDIA = ("pixel_", "image_", "video_", "input_features", "feature_")  # inputs with a row per image or clip
@@ -34,6 +34,7 @@ _SHARED = (*_CACHES, "cache_position", "logits_to_keep")  # inputs of both halve
 THIRD = RankK((2,), normalize=True)  # the third expert alone, with the weight 1
 
 
+@checked
 @dataclass(frozen=True)
 class SelfContrast:
     """Scores tokens by (1 + beta) · strong - beta · weak, the logits of a strong and a weak routing of one model.
@@ -52,17 +53,8 @@ class SelfContrast:
 
     weak: Select = THIRD
     strong: Select | None = None
-    beta: float = 0.5
-    alpha: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta: expected a number of at least 0, got {self.beta}")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha: expected a number in [0, 1], got {self.alpha}")
-        for name, select in {"weak": self.weak, "strong": self.strong}.items():
-            if not callable(select) and not (name == "strong" and select is None):
-                raise TypeError(f"{name}: expected a selection, got {select!r}")
+    beta: NotNegative = 0.5
+    alpha: Fraction = 0.1
 
     def __call__(self, strong_logits: Tensor, weak_logits: Tensor) -> Tensor:
         """The scores of two passes' logits [..., V], in float32 (float64 stays); -Inf for excluded tokens."""
@@ -93,18 +85,17 @@ class SelfContrast:
         config = getattr(get_inner_model(model), "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("model: expected a decoder, got an encoder-decoder model")
-        routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-        limited = [name for name, router in routers.items() if router.capacity is not None]
-        if limited:
-            raise ValueError(f"model: expected routers without a capacity, got one in {limited[0]}")
-        blocks = {} if routers else moe_blocks(model)
-        if not routers and not blocks:
-            raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
-        methods = [(block, find_routing_method(block)) for block in blocks.values()]  # raises for one that is not known
+        found = pick(traceable(model), None)
+        for name, layer in found.items():
+            if layer.router is not None and layer.router.capacity is not None:
+                raise ValueError(f"model: expected routers without a capacity, got one in {name}")
+        blocks = [layer.block for layer in found.values() if layer.router is None]
+        methods = [(block, find_routing_method(block)) for block in blocks]  # raises for one that is not known
         doubled, inner = _Doubled(self), get_inner_model(model)
         with ExitStack() as stack:
-            for router in routers.values():
-                stack.enter_context(overridden_router(router, doubled.halves))
+            for layer in found.values():
+                if layer.router is not None:
+                    stack.enter_context(overridden_router(layer.router, doubled.halves))
             for block, method in methods:
                 stack.enter_context(_override_block(block, method, doubled))
             stack.callback(doubled.forget)
@@ -130,7 +121,9 @@ class Halves:
         if not self.doubled.is_running and not is_recomputing():
             raise ValueError("model: expected calls of the model under SelfContrast, got one of a part of it")
         rows = router_logits.reshape(-1, router_logits.shape[-1])
-        middle = _count_middle(rows.shape[0])
+        middle, odd = divmod(rows.shape[0], 2)
+        if odd:
+            raise ValueError(f"model: expected layers that see all tokens of both halves, got one with {len(rows)}")
         halves = [
             select(rows[at], _slice(context, at, rows.shape[0]), bias)
             for select, at in (
@@ -141,12 +134,6 @@ class Halves:
         ids = stacked([half.topk_ids[:middle] for half in halves])
         weights = stacked([half.topk_weights[:middle] for half in halves], 0)
         return Routing(ids, weights, rows, rows.shape[1])
-
-
-def _count_middle(num_tokens: int) -> int:
-    if num_tokens % 2:
-        raise ValueError(f"model: expected layers that see all tokens of both halves, got one with {num_tokens}")
-    return num_tokens // 2
 
 
 def _slice(context: Context, at: slice, num_tokens: int) -> Context:

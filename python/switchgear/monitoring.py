@@ -9,16 +9,15 @@ from switchgear.utils.moved import find_moved
 
 if TYPE_CHECKING:
     from switchgear.trace.callback import ExpertLoadCallback
-    from switchgear.trace.load import LoadMeter
-    from switchgear.trace.sinks import Log, log_to
+    from switchgear.trace.load import LoadMeter, Log, log_to
 
 __all__ = ["ExpertLoadCallback", "LoadMeter", "Log", "log_to"]
 
 MOVED = {
     "ExpertLoadCallback": "switchgear.trace.callback",  # imports transformers
     "LoadMeter": "switchgear.trace.load",
-    "Log": "switchgear.trace.sinks",
-    "log_to": "switchgear.trace.sinks",
+    "Log": "switchgear.trace.load",
+    "log_to": "switchgear.trace.load",
 }
 if not TYPE_CHECKING:
     __getattr__ = find_moved(__name__, MOVED)

@@ -162,15 +162,15 @@ def test_memory_binds_the_nodes_it_is_on() -> None:
 @pytest.mark.parametrize(("name", "value"), [
     ("num_threads", 0), ("num_nodes", 0), ("num_sockets", 3), ("core_bandwidth", 0.0),
     ("core_bandwidth", float("inf")), ("node_bandwidth", 0.0), ("link_bandwidth", float("nan")),
-    ("placement", "elsewhere"), ("bytes", [1, 2]),
+    ("placement", "elsewhere"),
 ])  # fmt: skip
 def test_arguments_are_checked(name: str, value: object) -> None:
-    arguments = {
-        "seconds": [1.0], "bytes": [1], "in_shares": True, "num_threads": 2, "num_nodes": 2, "num_sockets": 1,
+    machine: dict[str, Any] = {
+        "num_threads": 2, "num_nodes": 2, "num_sockets": 1,
         "core_bandwidth": 1.0, "node_bandwidth": 1.0, "link_bandwidth": 1.0, "placement": "local",
     }  # fmt: skip
     with raises(ValueError, name):
-        _C.simulate_loop(**(arguments | {name: value}))
+        _C.simulate_loop([(1.0, 1)], True, tuple((machine | {name: value}).values()))
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

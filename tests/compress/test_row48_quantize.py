@@ -17,7 +17,7 @@ import switchgear
 from errors import raises
 from switchgear import compress
 from switchgear.compress import allocate_bits, bits_of, calibrate, expert_errors, packed_bytes, quantize
-from switchgear.compress.gptq import decode, gptq, round_to_nearest, sum_row_errors
+from switchgear.compress.levels import decode, gptq, round_to_nearest, sum_row_errors
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import groups
 

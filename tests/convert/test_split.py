@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from errors import raises
 from switchgear import convert
-from switchgear.convert.checks import derive_seed
+from switchgear.convert.plans import derive_seed
 from switchgear.layers.shared import SharedExperts
 from switchgear.routing import ImportanceLoad, Linear, TopK
 

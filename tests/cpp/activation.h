@@ -91,8 +91,8 @@ inline int64_t up_column(const GluOptions& o, int64_t I, int64_t i) { return o.i
 
 inline std::vector<GluOptions> all_glu_options() {
   std::vector<GluOptions> all;
-  for (const auto activation : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu,
-                                Activation::kRelu2, Activation::kSwigluOai}) {
+  for (size_t number = 0; number < kActivationNames.size(); ++number) {
+    const auto activation = static_cast<Activation>(number);
     for (const bool gated : {true, false}) {
       for (const bool interleaved : {false, true}) {
         for (const float limit : {0.0f, 1.5f}) {
@@ -106,9 +106,8 @@ inline std::vector<GluOptions> all_glu_options() {
 }
 
 inline std::string describe(const GluOptions& o) {
-  constexpr const char* kNames[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"};
-  return join(" ", kNames[static_cast<int>(o.activation)], o.gated ? " gated" : "", o.interleaved ? " interleaved" : "",
-              " limit ", o.limit);
+  return join(" ", kActivationNames[static_cast<size_t>(o.activation)], o.gated ? " gated" : "",
+              o.interleaved ? " interleaved" : "", " limit ", o.limit);
 }
 
 }  // namespace switchgear::test

@@ -35,7 +35,8 @@ class MemoryReader:
         self.on_wait: Callable[[int], None] = lambda ticket: None
         self.lock = threading.Lock()
 
-    def submit(self, file: int, offset: int, nbytes: int, address: int, checksum: int | None, urgent: bool) -> int:
+    def submit(self, record: tuple[int, int, int, int | None], address: int, urgent: bool = True) -> int:
+        file, offset, nbytes, _checksum = record
         with self.lock:
             self.number += 1
             assert address % 4096 == 0

@@ -64,14 +64,15 @@ def test_reads_a_record(record: tuple[Path, torch.Tensor], direct: bool) -> None
     path, data = record
     reader = _C.Reader([str(path)], threads=2, direct=direct, chunk=1 << 20)
     memory = aligned(SIZE)
-    ticket = reader.submit(0, 0, SIZE, memory.data_ptr(), checksum=sum_of(data))
+    ticket = reader.submit((0, 0, SIZE, sum_of(data)), memory.data_ptr())
     reader.wait(ticket, 30)
     assert torch.equal(memory, data)
     assert reader.statistics()[:2] == (SIZE, 1)
     assert reader.statistics()[2] > 0
     assert not (reader.is_direct(0) and not direct)
-    reader.wait(reader.submit(0, 1, 1000, memory.data_ptr() + 3, sum_of(data[1:1001].clone()), urgent=False), 30)
-    assert torch.equal(memory[3:1003], data[1:1001])  # not aligned
+    unaligned = (0, 1, 1000, sum_of(data[1:1001].clone()))
+    reader.wait(reader.submit(unaligned, memory.data_ptr() + 3, urgent=False), 30)
+    assert torch.equal(memory[3:1003], data[1:1001])
     reader.close()
     reader.close()
 
@@ -87,17 +88,17 @@ def test_errors_name_the_record(record: tuple[Path, torch.Tensor]) -> None:
     reader = _C.Reader([str(path)], threads=2)
     memory = aligned(2 * SIZE)
     good = sum_of(data[: 1 << 20])
-    short = error_of(reader, reader.submit(0, 1 << 20, SIZE, memory.data_ptr()))
+    short = error_of(reader, reader.submit((0, 1 << 20, SIZE, None), memory.data_ptr()))
     assert (short.kind, short.file, short.offset, short.nbytes) == ("short", str(path), 1 << 20, SIZE)
     assert isinstance(short, OSError)
     assert f"ends at {SIZE}" in str(short)
-    wrong = error_of(reader, reader.submit(0, 0, 1 << 20, memory.data_ptr(), checksum=good ^ 1))
+    wrong = error_of(reader, reader.submit((0, 0, 1 << 20, good ^ 1), memory.data_ptr()))
     assert wrong.kind == "checksum"
-    reader.wait(reader.submit(0, 0, 1 << 20, memory.data_ptr(), checksum=good), 30)
+    reader.wait(reader.submit((0, 0, 1 << 20, good), memory.data_ptr()), 30)
     with open(path, "r+b") as file:
         file.write(b"changed")
     os.utime(path, ns=(1, 1))
-    assert error_of(reader, reader.submit(0, 0, 1 << 20, memory.data_ptr(), checksum=good)).kind == "replaced"
+    assert error_of(reader, reader.submit((0, 0, 1 << 20, good), memory.data_ptr())).kind == "replaced"
 
 
 def test_a_record_that_moved_or_changed_is_found(record: tuple[Path, torch.Tensor]) -> None:
@@ -118,15 +119,15 @@ def test_a_record_that_moved_or_changed_is_found(record: tuple[Path, torch.Tenso
         path.write_bytes(changed.numpy().tobytes())
         reader = _C.Reader([str(path)])
         memory = aligned(SIZE)
-        assert error_of(reader, reader.submit(0, 0, SIZE, memory.data_ptr(), before)).kind == "checksum", change
+        assert error_of(reader, reader.submit((0, 0, SIZE, before), memory.data_ptr())).kind == "checksum", change
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
 def test_an_error_of_the_system_has_its_number(record: tuple[Path, torch.Tensor]) -> None:
     reader = _C.Reader(["/proc/self/mem", str(record[0])])
     memory = aligned(1 << 20)
-    failing = reader.submit(0, 0, 4096, memory.data_ptr())  # no memory at 0: EIO
-    good = reader.submit(1, 0, 4096, memory.data_ptr() + 8192, sum_of(record[1][:4096]))
+    failing = reader.submit((0, 0, 4096, None), memory.data_ptr())  # no memory at 0: EIO
+    good = reader.submit((1, 0, 4096, sum_of(record[1][:4096])), memory.data_ptr() + 8192)
     error = error_of(reader, failing)
     assert error.kind == "system"
     assert error.errno == errno.EIO
@@ -149,7 +150,7 @@ def busy_reader(path: Path) -> tuple[_C.Reader, torch.Tensor, int]:
         file.truncate(size)
     memory = aligned(size)
     reader = _C.Reader([str(path)], threads=1)
-    tickets = [reader.submit(0, 0, size, memory.data_ptr(), checksum=0) for _ in range(1000)]
+    tickets = [reader.submit((0, 0, size, 0), memory.data_ptr()) for _ in range(1000)]
     return reader, memory, tickets[-1]
 
 
@@ -177,12 +178,12 @@ def test_a_wait_ends_in_time_and_close_cancels(tmp_path: Path) -> None:
         thread.join()
     assert [error.kind for error in waited if isinstance(error, _C.ReadError)] == ["closed", "closed"]
     with raises(_C.ReadError):
-        reader.submit(0, 0, 4096, memory.data_ptr())
+        reader.submit((0, 0, 4096, None), memory.data_ptr())
 
 
 def test_cancel_and_promote(tmp_path: Path) -> None:
     reader, memory, last = busy_reader(tmp_path / "sparse")
-    guessed = reader.submit(0, 0, 4096, memory.data_ptr(), urgent=False)
+    guessed = reader.submit((0, 0, 4096, None), memory.data_ptr(), urgent=False)
     reader.promote(guessed)
     assert reader.cancel(guessed)
     assert reader.cancel(last)
@@ -234,10 +235,10 @@ def test_bad_arguments(record: tuple[Path, torch.Tensor]) -> None:
     reader = _C.Reader([path])
     memory = aligned(4096)
     for request, name in (
-        ((1, 0, 4096, memory.data_ptr()), "file"),
-        ((0, -1, 4096, memory.data_ptr()), "offset"),
-        ((0, 0, 0, memory.data_ptr()), "nbytes"),
-        ((0, 0, 4096, 0), "address"),
+        (((1, 0, 4096, None), memory.data_ptr()), "file"),
+        (((0, -1, 4096, None), memory.data_ptr()), "offset"),
+        (((0, 0, 0, None), memory.data_ptr()), "nbytes"),
+        (((0, 0, 4096, None), 0), "address"),
     ):
         with raises(ValueError, name):
             reader.submit(*request)

@@ -151,7 +151,7 @@ def test_needed_reads_go_before_guesses() -> None:
     staging = Staging(reader, QueuedDevice(1), arena, 4)
 
     def submit(row: int, urgent: bool) -> int:
-        return staging.submit(0, row * PAGE, PAGE, arena.data_ptr() + row * PAGE, None, urgent)
+        return staging.submit((0, row * PAGE, PAGE, None), arena.data_ptr() + row * PAGE, urgent)
 
     for row in range(3):
         submit(row, urgent=False)

@@ -50,9 +50,7 @@ def arena_of(store: Store, records: Records, order: list[int]) -> Tensor:
     arena = whole[begin : begin + len(order) * records.record_bytes].view(len(order), -1)
     reader, reads = store.open_reader(threads=2), store.reads(records)
     for row, expert in enumerate(order):
-        file, offset, nbytes, checksum = reads[expert]
-        ticket = reader.submit(file, offset, nbytes, arena[row].data_ptr(), checksum)
-        reader.wait(ticket, 30)
+        reader.wait(reader.submit(reads[expert], arena[row].data_ptr()), 30)
     reader.close()
     return arena
 

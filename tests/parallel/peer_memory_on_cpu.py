@@ -65,8 +65,8 @@ class HostDevice:
     def multiprocessors(self, num_ranks: int) -> int:
         return MULTIPROCESSORS
 
-    def exchange(self, *args: Any, tensors: Sequence[Tensor]) -> Callable[[], bool]:
-        transfer = self._transfer(*args)
+    def exchange(self, inputs: Any, options: Any, outputs: Any, *, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+        transfer = self._transfer(inputs, options, *outputs)
         self._queue.append(transfer)
         return lambda: self._advance(transfer)
 
@@ -76,9 +76,13 @@ class HostDevice:
         return transfer not in self._queue
 
     def _transfer(
-        self, rows: Tensor, received: Tensor, send_bytes: list[int], receive_bytes: list[int], first_sent: list[int],
-        first_received: list[int], addresses: list[int], rank: int, slot_bytes: int, stop: int,
-    ) -> Iterator[None]:  # fmt: skip
+        self,
+        inputs: tuple[Tensor, list[int], list[int], list[int], list[int]],
+        options: tuple[list[int], int, int, int],
+        received: Tensor,
+    ) -> Iterator[None]:
+        rows, send_bytes, receive_bytes, first_sent, first_received = inputs
+        addresses, rank, slot_bytes, stop = options
         segments = [self._mapped[address] for address in addresses]
         words = [segment[:FLAG_BYTES].view(torch.int32) for segment in segments]  # arrived [16], read [16], …
 
@@ -130,8 +134,8 @@ class SimtDevice(HostDevice):
     def multiprocessors(self, num_ranks: int) -> int:
         return int(self._module.exchange_multiprocessors(num_ranks))
 
-    def exchange(self, *args: Any, tensors: Sequence[Tensor]) -> Callable[[], bool]:
-        self._module.exchange(*args, self._module.Execution(0, native_modules.poisoned, False))
+    def exchange(self, inputs: Any, options: Any, outputs: Any, *, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+        self._module.exchange(inputs, options, outputs, self._module.Execution(0, native_modules.poisoned, False))
         return lambda: True
 
 

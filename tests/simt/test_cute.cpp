@@ -145,7 +145,7 @@ void check_wgmma() {
   }
 }
 TEST(tiles_and_accumulators_of_wgmma) {
-  check_wgmma<8, false>();
+  check_wgmma<16, false>();
   check_wgmma<64, false>();
   check_wgmma<128, false>();
   check_wgmma<192, false>();

@@ -226,7 +226,7 @@ def test_sm_90a(hopper, name):
     assert hopper[name].readable() == HOPPER[name]
 
 
-@pytest.mark.parametrize("width", range(8, 257, 8))
+@pytest.mark.parametrize("width", [16, 64, 128, 192, 256])
 def test_wgmma(hopper, width):
     for name in (f"wgmma_bf16_{width}", f"wgmma_f16_{width}", f"wgmma_rs_bf16_{width}", f"wgmma_rs_f16_{width}"):
         assert hopper[name].readable() == expected_wgmma(name)

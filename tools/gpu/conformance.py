@@ -15,7 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from gpu import machine
+from gpu.machine import ROOT
+
 ORDERS = ("forward", "random:1")  # thread orders of the model: its results must not depend on them
 EVERYWHERE = ("basic", "lanes", "memory")
 HOPPER = ("hopper", "tma", "clusters", "wgmma", "far", "ring", "order")
@@ -74,7 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{make_model(build)} cases of the model, the same in every order of threads")
     if args.model_only:
         return 0
-    capability = run("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0").splitlines()[0].strip()
+    capability = machine.capability()
+    if capability is None:
+        raise SystemExit("nvidia-smi finds no card")
     run(*device_command(build, capability))
     print(f"{build / 'conformance'} for compute capability {capability}")
     return 0

@@ -72,19 +72,10 @@ def ncu() -> str | None:
     return _found("ncu", "nsight-compute/ncu")
 
 
-def queried(field: str) -> str | None:
-    """A property of the first device, from nvidia-smi."""
-    answer = answers("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0")
-    return answer.splitlines()[0].strip() if answer else None
-
-
 def capability() -> str | None:
     """Compute capability of the first device, e.g. 9.0."""
-    return queried("compute_cap")
-
-
-def card() -> str:
-    return (queried("name") or "unknown").lower().replace(" ", "-")
+    answer = answers("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0")
+    return answer.splitlines()[0].strip() if answer else None
 
 
 def architectures(of: str | None) -> str:
@@ -118,3 +109,8 @@ def missing() -> list[list[str]]:
     if compute_sanitizer() is None:
         commands.append(pip(SANITIZER_WHEEL))
     return commands
+
+
+def list_packages() -> list[str]:
+    """All packages of a run, whether this machine has them or not."""
+    return sorted({"torch", *PACKAGES.values(), *NVCC_WHEELS, SANITIZER_WHEEL})

@@ -2,6 +2,7 @@
 """Every op, forward and backward, on a few small shapes that reach all kernels: for a first look, and for sanitizers.
 
     smoke.py [--device cuda] [--shapes 0,1,2,3] [--from N]
+    smoke.py --profile TOKENS [--train]       one call of a layer with the shape of SonicMoE's 7B model, for a profiler
 
 Results are compared with the reference. Prints lines.py's lines, so that a hang has a name.
 """
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,15 @@ from switchgear import ops
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu.lines import parser_of, serve
-from gpu.shape import Shape
+
+
+class Shape(NamedTuple):
+    tokens: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+
 
 # Multiples of 8 use TMA on sm_90; others use the kernels of sm_80.
 SHAPES = (
@@ -130,11 +139,32 @@ def cases(shapes: list[Shape], device: str) -> list[tuple[str, Callable[[], dict
     return found
 
 
+def call_layer(tokens: int, train: bool) -> None:
+    shape = Shape(tokens, 1536, 256, 128, 8)
+
+    def leaf(*size: int) -> Tensor:
+        return (torch.randn(size, device="cuda") * 0.02).bfloat16().requires_grad_(train)
+
+    x = leaf(tokens, shape.hidden_size)
+    gate_up = leaf(shape.num_experts, 2 * shape.intermediate_size, shape.hidden_size)
+    down = leaf(shape.num_experts, shape.hidden_size, shape.intermediate_size)
+    routing = switchgear.route(torch.randn(tokens, shape.num_experts, device="cuda"), shape.top_k)
+    y = switchgear.moe(x, gate_up, down, routing.topk_ids, routing.topk_weights)
+    if train:
+        y.backward(torch.ones_like(y))
+    torch.cuda.synchronize()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", default="0,1,2,3", help="indices of SHAPES, separated by commas")
+    parser.add_argument("--profile", type=int, metavar="TOKENS", help="call one layer, and stop")
+    parser.add_argument("--train", action="store_true", help="of that layer: also its backward pass")
     args = parser.parse_args(arguments)
+    if args.profile is not None:
+        call_layer(args.profile, args.train)
+        return 0
     return serve(cases([SHAPES[int(index)] for index in args.shapes.split(",")], args.device), args.first)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Variants of the tunables of the Hopper GEMM: copies of csrc/cuda with another constant, built into a program each.
 
-    sweep.py [--build DIR] [--objects-only] [--list]
+    sweep.py [--build DIR] [--objects-only]
 
 Builds DIR/NAME for every variant: only gemm_sm90.cu is compiled again, for about a minute, everything else comes from
 the module's build tree. --objects-only compiles, beforehand and without a card, what takes long. On the card, each
@@ -140,20 +140,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu" / "sweep", metavar="DIR")
     parser.add_argument("--module", type=Path, default=ROOT / "build" / "gpu-module", metavar="DIR",
                         help="the build tree of the module")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", metavar="LIST", help="these variants")
     parser.add_argument("--objects-only", action="store_true", help="do not link: the module is not built yet")
-    parser.add_argument("--list", action="store_true")
     args = parser.parse_args(arguments)
-    chosen = [variant for variant in variants() if args.only is None or variant.name in args.only.split(",")]
-    if args.list:
-        print("\n".join(variant.name for variant in chosen))
-        return 0
+    chosen = variants()
     args.build.mkdir(parents=True, exist_ok=True)
     main_object = args.build / "sweep.o"
     module = None if args.objects_only else args.module
     subprocess.run(["nvcc", *FLAGS, "-c", str(ROOT / "tools/gpu/sweep.cu"), "-o", str(main_object)], check=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         wrong = list(pool.map(lambda variant: build_one(variant, args.build, main_object, module), chosen))
     print("\n".join(text for text in wrong if text) or f"{len(chosen)} variants")
     return 1 if any(wrong) else 0

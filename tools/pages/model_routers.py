@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.routers import (
     LookupMethod,
-    ScaledMethod,
     SparseMixerMethod,
     TopKMethod,
     find_routing_method,
@@ -38,7 +37,6 @@ random model in float32, in transformers' own code.
 - **selection**: how the router's choice is made anew: the score, groups, and what happens to the weights. It is
   verified on each router when `override` or `replay` begins: with random weights and tokens it must give the router's
   own choice and weights, else it is refused.
-- **entropy**: whether `RoutingTrace` has the entropy of every layer that ran.
 - **override**: max |logits - the model's| / max |the model's| with an `override` that changes nothing, and whether an
   expert that is disabled gets no token. Gemma 4, its diffusion and Muse Spark amplify one ulp of their embeddings.
 - **replay**: whether a step has the recorded choices, bit by bit, after all routers' weights have moved.
@@ -47,8 +45,8 @@ random model in float32, in transformers' own code.
 
 This page is generated: `PYTHONPATH=tests python tools/pages/model_routers.py docs/model_routers.md`
 
-| model type | router | selection | entropy | override | replay |
-|---|---|---|---|---|---|
+| model type | selection | override | replay |
+|---|---|---|---|
 {rows}
 """
 
@@ -64,8 +62,6 @@ def selection_of(block: MoeBlock) -> str:
 def _in_words(method: Any) -> str:
     if isinstance(method, SparseMixerMethod):
         return "SparseMixer"
-    if isinstance(method, ScaledMethod):
-        return f"{_in_words(method.inner)}, scaled per expert"
     if isinstance(method, LookupMethod):
         return _in_words(method.inner)
     assert isinstance(method, TopKMethod)
@@ -78,7 +74,8 @@ def _in_words(method: Any) -> str:
     if method.group_score and groups is not None:
         words.append(f"groups by {method.group_score}")
     words += [word for word, holds in (("normalised", method.normalize), ("scaled", method.scaled)) if holds]
-    return ", ".join([*words, *(["divided by top_k"] if method.by_top_k else [])])
+    ends = {"divided by top_k": method.by_top_k, "scaled per expert": method.learned is not None}
+    return ", ".join([*words, *(word for word, holds in ends.items() if holds)])
 
 
 def row(model_type: str) -> tuple[str, bool, bool, bool]:
@@ -86,21 +83,19 @@ def row(model_type: str) -> tuple[str, bool, bool, bool]:
     model = build(model_type)
     blocks = moe_blocks(model)
     if not blocks or model_type in BARE:
-        return f"| {model_type} | none | | | | |", False, False, False
+        return f"| {model_type} | none | | |", False, False, False
     _fill(blocks)
     inputs = example_inputs(model)
     with RoutingTrace(model) as trace:
         plain = _output(model, inputs)
     entropy = all(math.isfinite(layer.router_entropy) for layer in trace.summary())
-    gates = [block.gate for block in blocks.values()]
-    routers = " / ".join(dict.fromkeys(type(gate).__name__ for gate in gates))
     try:
         selections = " / ".join(dict.fromkeys(selection_of(block) for block in blocks.values()))
         overridden = _overridden(model, inputs, plain)
     except ValueError as error:
-        return f"| {model_type} | {routers} | {_reason(error)} | {_yes(entropy)} | no | no |", entropy, False, False
+        return f"| {model_type} | {_reason(error)} | no | no |", entropy, False, False
     replayed = _replayed(model, inputs, blocks)
-    cells = [model_type, routers, selections, _yes(entropy), overridden[0], replayed]
+    cells = [model_type, selections, overridden[0], replayed]
     return f"| {' | '.join(cells)} |", entropy, overridden[1], replayed == "yes"
 
 
@@ -171,7 +166,10 @@ def table() -> str:
         print(f"{len(found):3} {model_type}", file=sys.stderr)
     lines, *kinds = zip(*found, strict=True)
     entropy, overridden, replayed = (sum(map(bool, kind)) for kind in kinds)
-    counts = f"Of {len(lines)} types, {entropy} have an entropy, {overridden} an `override`, {replayed} a replay."
+    counts = (
+        f"Of {len(lines)} types, {entropy} have an entropy in `RoutingTrace`, {overridden} an `override`, {replayed} a "
+        "replay."
+    )
     return PAGE.format(transformers=transformers.__version__, counts=counts, rows="\n".join(map(str, lines)))
 
 

@@ -15,8 +15,8 @@ from switchgear.presets.entry import GROUPS, PRESETS, Preset, read_arguments
 
 HEADER = """# Presets
 
-A paper is a dict of options. A preset takes its constants as arguments: `presets.mixtral(top_k=4)`. What each preset
-sets, and what to call:
+What each preset of a paper or model sets. A preset is a dict of options and takes its constants as arguments:
+`presets.mixtral(top_k=4)`. What to call:
 
 - `switchgear.MoE(2048, 1024, 64, **switchgear.presets.expert_choice())` works for most of them;
 - `switchgear.presets.build(2048, 1024, 64, **switchgear.presets.multi_head())` works for all, including compositions of
@@ -24,15 +24,15 @@ layers;
 - those of *adapters as experts* are options of `switchgear.adapters.add_lora_experts(model, …)` and `mixture(model, …)`
 ([adapter_experts.md](adapter_experts.md)); `build` makes one such layer, a Linear of hidden_size to intermediate_size.
 
-In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary ids, `task` [2,24] has one embedding per sequence,
-`kinds` [2] are integers, `counts` [100] the frequencies of ids, and `table` [8,24] the centroids of clusters.
+No example: `MoE(64, 32, 8, **presets.NAME())(x)`. In the examples, x is [2,12,64], `token_ids` [2,12] are vocabulary
+ids, `task` [2,24] has one embedding per sequence, `kinds` [2] are integers, `counts` [100] the frequencies of ids, and
+`table` [8,24] the centroids of clusters.
 The trainer adds the losses of `balance`: `loss + switchgear.balance_loss(model)`. Presets with a controller or an
 interval need `switchgear.after_step(model)` after each optimizer step. [routing.md](routing.md) describes the parts and
 how to write your own.
 
-The column *fidelity* says what the formula rests on: the paper's text, its authors' or a widely used code, or a choice
-of ours. Unverified are constants that could not be confirmed in the paper. *No.* is the number that tests carry in
-their names (`test_row49_…`). `python tests/papers_table.py` prints how far each preset is from a plain float64 loop.
+*Fidelity* is what the formula rests on: the paper's text, its authors' or a widely used code, or a choice of ours.
+Unverified are constants that could not be confirmed in the paper.
 
 This page is generated: `python tools/pages/presets.py > docs/presets.md`.
 """
@@ -40,8 +40,8 @@ This page is generated: `python tools/pages/presets.py > docs/presets.md`.
 TABLE = """
 ## {title}
 
-| preset | no. | paper | sets | fidelity | example |
-|---|---|---|---|---|---|
+| preset | paper | sets | fidelity | example |
+|---|---|---|---|---|
 """
 
 TITLES = {
@@ -112,12 +112,13 @@ def page() -> str:
 
 def _row(entry: Preset) -> str:
     address = entry.source.replace("arXiv:", "https://arxiv.org/abs/")
-    paper = f"[{entry.paper}]({address})" + f", {entry.source[6:]}" * entry.source.startswith("arXiv:")
+    paper = f"[{entry.paper}]({address})"
     summary = " ".join((inspect.getdoc(entry.function) or "").split("\n\n")[0].split())
+    example = example_of(entry)
     fidelity = entry.fidelity + (f"; unverified: {entry.unverified}" if entry.unverified else "")
     cells = (
-        f"`{entry.name}`", str(entry.number or ""), f"{summary} {paper}", f"`{written(entry.options())}`", fidelity,
-        f"`{example_of(entry)}`",
+        f"`{entry.name}`", f"{summary} {paper}", f"`{written(entry.options())}`", fidelity,
+        f"`{example}`" * (example != f"MoE(64, 32, 8, **presets.{entry.name}())(x)"),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |\n"
 

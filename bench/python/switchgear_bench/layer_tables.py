@@ -63,8 +63,8 @@ def machine_note(results: dict[str, Any]) -> str:
 
 
 def case_table(results: dict[str, Any]) -> str:
-    """A row per case: switchgear, transformers' default, the best of all others."""
-    header = ["shape", "tokens", "weights", "mode", "switchgear, ms", "of floor", "transformers, ms", "best other, ms"]
+    """A row per case: switchgear; the times of transformers' default and of the best other over switchgear's."""
+    header = ["shape", "tokens", "weights", "mode", "switchgear, ms", "of floor", "transformers", "best other"]
     lines = []
     for rows in cases_of(results):
         timed = _timed(rows)
@@ -77,7 +77,7 @@ def decoded_table(results: dict[str, Any]) -> str:
     """A row per case of fp8, mxfp4 and groups: multiplied as stored, beside the same weights decoded to bfloat16 by
     switchgear and by transformers, and the best of all others."""
     header = ["shape", "tokens", "weights", "mode", "as stored, ms", "of floor"]
-    header += ["decoded, ms", "decoded, transformers, ms", "best other, ms"]
+    header += ["decoded", "decoded, transformers", "best other"]
     lines = []
     for rows in cases_of(results):
         if rows[0]["dtype"] in STORED:
@@ -123,8 +123,8 @@ def _fastest(rows: list[Row]) -> Row | None:
 def _against(theirs: Row | None, ours: Row | None, name: str) -> str:
     if theirs is None:
         return ""
-    ratio = f", {theirs['ms'] / ours['ms']:.2f}x" if ours else ""
-    return _milliseconds(theirs) + (f" ({name})" if name else "") + ratio
+    figure = f"{theirs['ms'] / ours['ms']:.2f}x" if ours else f"{_milliseconds(theirs)} ms"
+    return figure + (f" {name}" if name else "")
 
 
 def summary_table(results: dict[str, Any]) -> str:

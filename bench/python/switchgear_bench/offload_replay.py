@@ -40,8 +40,9 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
 
-    def submit(self, file: int, offset: int, nbytes: int, address: int, checksum: int | None, urgent: bool) -> int:
-        ticket = int(self._reader.submit(file, offset, nbytes, address, checksum, urgent))
+    def submit(self, record: tuple[int, int, int, int | None], address: int, urgent: bool = True) -> int:
+        ticket = int(self._reader.submit(record, address, urgent))
+        file, offset, nbytes, _checksum = record
         self.events.append(Read(ticket, file, offset, nbytes, address))
         return ticket
 

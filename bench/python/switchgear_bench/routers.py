@@ -199,7 +199,16 @@ def show(measured: dict[str, Any], about: dict[str, Any]) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    about, text = results["machine"], ""
-    for measured in results["shapes"]:
-        text += f"{title(measured, about)}.\n\n{markdown_table(HEADER, map(cells, measured['results']))}\n"
-    return f"{text}{about['model']}, {about['isa']}, torch {about['torch']}, switchgear {about['switchgear']}.\n"
+    """A row per policy, with its share of each layer's time and torch's time over ours."""
+    about, shapes = results["machine"], results["shapes"]
+    header, found = ["policy"], dict[str, list[str]]()
+    for measured in shapes:
+        header += [f"of {measured['shape']}", "torch / ours"]
+        for row in measured["results"]:
+            name, _, share, _, _, ratio, equal = cells(row)
+            disturbed = " (disturbed)" * name.endswith(" (disturbed)")
+            found.setdefault(row["policy"], []).extend([share + disturbed, ratio if equal == "yes" else "not equal"])
+    lines = [[policy, *columns] for policy, columns in found.items()]
+    notes = "".join(f"- {title(measured, about)}.\n" for measured in shapes)
+    machine_note = f"{about['model']}, {about['isa']}, torch {about['torch']}, switchgear {about['switchgear']}.\n"
+    return f"{notes}\n{markdown_table(header, lines)}\n{machine_note}"

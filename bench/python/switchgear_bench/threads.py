@@ -171,7 +171,7 @@ def _turn(
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 HEADER = ("layer", "tokens", "mode", "one core, ms", "two threads: predicted, measured, ms", "error",
-          "16 threads", "64 threads", "64, 4 nodes", "128, 2 sockets", "128, 8 nodes", "most lost at 64")  # fmt: skip
+          "16 threads", "64 threads", "128, 2 sockets", "most lost at 64")  # fmt: skip
 
 
 def place(row: Row) -> str:
@@ -212,9 +212,9 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append([
             case["shape"], f"{case['tokens']:,}", case["mode"], f"{case['one_core_ms']:.3g}",
             f"{case['two_predicted_ms']:.3g}, {case['two_measured_ms']:.3g}", f"{100 * case['two_error']:+.1f} %",
-            cell(case, 16, 1, 1), cell(case, 64, 1, 1), cell(case, 64, 4, 1), cell(case, 128, 2, 2),
-            cell(case, 128, 8, 2), f"{worst[0]} {worst[1]:.0%}".replace("%", " %"),
+            cell(case, 16, 1, 1), cell(case, 64, 1, 1), cell(case, 128, 2, 2),
+            f"{worst[0]} {worst[1]:.0%}".replace("%", " %"),
         ])  # fmt: skip
     about = results["machine"]
     note = f"{about['model']}, {threads_of(about['threads'])}, {about['isa']}; torch {about['torch']}.\n"
-    return f"{markdown_table(HEADER, lines, left=(0, 2, 11))}\n{note}"
+    return f"{markdown_table(HEADER, lines, left=(0, 2, 9))}\n{note}"

@@ -169,9 +169,9 @@ def predict(recording: Recording, on: Machine, cores: Cores) -> Prediction:
     forks = each * sum(loop.threads > 1 for loop in recording.loops)
     in_loops = busy = remote = moved = 0.0
     for loop in recording.loops:
-        times, sizes = [task.seconds for task in loop.tasks], [task.bytes for task in loop.tasks]
+        tasks = [(task.seconds, task.bytes) for task in loop.tasks]
         where = (threads, on.nodes, on.sockets, cores.read, on.node_bandwidth, on.link_bandwidth, on.placement)
-        seconds, spent, by_node, elsewhere, _ = _C.simulate_loop(times, sizes, loop.in_shares, *where)
+        seconds, spent, by_node, elsewhere, _ = _C.simulate_loop(tasks, loop.in_shares, where)
         in_loops, busy, remote, moved = in_loops + seconds, busy + spent, remote + elsewhere, moved + sum(by_node)
     seconds = recording.serial + forks + in_loops
     whole = threads * seconds

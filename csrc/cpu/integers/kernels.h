@@ -78,13 +78,13 @@ struct IntegerKernels {
 };
 
 const IntegerKernels& integer_kernels();  // of the ISA in use, for probes
-const IntegerKernels& integer_generic();
-const IntegerKernels& integer_avx2();
-const IntegerKernels& integer_avxvnni();
-const IntegerKernels& integer_avx512();
-const IntegerKernels& integer_avx512vnni();
-const IntegerKernels& integer_amx();
-const IntegerKernels& integer_neon();
-const IntegerKernels& integer_neondot();
+const IntegerKernels& integers_generic();
+const IntegerKernels& integers_avx2();
+const IntegerKernels& integers_avxvnni();
+const IntegerKernels& integers_avx512();
+const IntegerKernels& integers_avx512vnni();
+const IntegerKernels& integers_amx();
+const IntegerKernels& integers_neon();
+const IntegerKernels& integers_neondot();
 
 }  // namespace switchgear::cpu

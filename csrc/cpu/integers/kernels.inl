@@ -638,14 +638,14 @@ double multiply_rate(int bits, int64_t iterations) {
   return bits == 8 ? dot_rate<8>(iterations) : dot_rate<4>(iterations);
 }
 
-constexpr IntegerKernels kTable = {
-    .has_dot = kHasDot,
-    .multiply = multiply,
-    .multiply_pair = multiply_pair,
-    .quantize_row = quantize_row,
-    .dequantize = dequantize,
-    .multiply_rate = multiply_rate,
-};
+constexpr IntegerKernels make_table(const char*) {
+  return {.has_dot = kHasDot,
+          .multiply = multiply,
+          .multiply_pair = multiply_pair,
+          .quantize_row = quantize_row,
+          .dequantize = dequantize,
+          .multiply_rate = multiply_rate};
+}
 
 }  // namespace
 }  // namespace switchgear::cpu

@@ -191,7 +191,7 @@ class TileProduct {
 
 void multiply(const IntegerProduct& product) {
   if (product.num_rows <= kFewRows || product.b.group_words < kGroupWords) {
-    return integer_avx512vnni().multiply(product);
+    return integers_avx512vnni().multiply(product);
   }
   TileProduct(product).run();
 }
@@ -207,9 +207,9 @@ double multiply_rate(int, int64_t iterations) {
 
 }  // namespace
 
-const IntegerKernels& integer_amx() {
+const IntegerKernels& integers_amx() {
   static const IntegerKernels table = [] {
-    IntegerKernels own = integer_avx512vnni();
+    IntegerKernels own = integers_avx512vnni();
     own.multiply = multiply;
     own.multiply_rate = multiply_rate;
     return own;

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from switchgear.adapters.peft_format import LowRank, as_low_rank
 from switchgear.backends import in_autocast
-from switchgear.checks import Finite, Share, Size, checked
+from switchgear.checks import Finite, FiniteTensor, Share, Size, checked
 from switchgear.functional import Routing, combine, grouped_gemm, plan
 from switchgear.layers.common import WithLosses
 from switchgear.papers.layers.soft import SoftMoE
@@ -258,7 +258,7 @@ class LoRAExperts(WithLosses):
         base: nn.Module,
         adapters: Sequence[LowRank | tuple[Tensor, Tensor, float]],
         *,
-        gates: Sequence[Tensor] | None = None,
+        gates: Sequence[FiniteTensor] | None = None,
         features: tuple[Size, Size] | None = None,
         **options: Any,
     ) -> LoRAExperts:
@@ -389,8 +389,6 @@ def _check_gates(gates: Sequence[Tensor], num_experts: int, in_features: int) ->
     for number, vector in enumerate(gates):
         if vector.numel() != in_features:
             raise ValueError(f"gates[{number}]: expected shape [{in_features}], got {list(vector.shape)}")
-        if not bool(vector.isfinite().all()):
-            raise ValueError(f"gates[{number}]: expected finite numbers, got NaN or infinity")
 
 
 def _set_gates(layer: LoRAExperts, gates: Sequence[Tensor]) -> None:

@@ -273,18 +273,15 @@ def _check_tied(model: nn.Module, adapters: Sequence[Adapter], names: Sequence[s
             continue
         for number, adapter in enumerate(adapters):
             where = f"adapters[{number}]"
-            if not _are_equal(_collect_layer(adapter, where, name), _collect_layer(adapter, where, other)):
+            if not all(map(torch.equal, *(_collect_layer(adapter, where, each) for each in (name, other)))):
                 raise ValueError(f"{where}: expected equal ones of {other} and {name}, which are one layer")
 
 
-def _collect_layer(adapter: Adapter, where: str, name: str) -> tuple[float, list[Tensor]]:
-    """All that an adapter has for a layer: alpha and tensors. where: what errors call the adapter."""
+def _collect_layer(adapter: Adapter, where: str, name: str) -> list[Tensor]:
+    """All that an adapter has for a layer. where: what errors call the adapter."""
     pair = as_low_rank(where, adapter.layers[name])
-    return pair.alpha, [pair.a, pair.b, *([adapter.gates[name]] if adapter.gates else [])]
-
-
-def _are_equal(one: tuple[float, list[Tensor]], other: tuple[float, list[Tensor]]) -> bool:
-    return one[0] == other[0] and all(map(torch.equal, one[1], other[1]))
+    alpha = torch.tensor(pair.alpha, dtype=torch.float64)
+    return [alpha, pair.a, pair.b, *([adapter.gates[name]] if adapter.gates else [])]
 
 
 def _collect_gates(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[str, list[Tensor]] | None:

@@ -125,16 +125,13 @@ def _read_factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors]
         a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
         if type(a) not in _PLAIN or type(b) not in _PLAIN:
             return None
-        left_right = arrange_factors(a, b, wrapper.num_experts, dims, _is_swapped(wrapper))
+        # Whether PEFT takes the parameter for [E,out,in]; before 0.19 it always took it for [E,in,out].
+        is_swapped = bool(getattr(wrapper, "_did_swap_in_out_features", False))
+        left_right = arrange_factors(a, b, wrapper.num_experts, dims, is_swapped)
         if left_right is None:
             return None
         found.append(Factors(*left_right, wrapper.scaling[adapter]))
     return found
-
-
-def _is_swapped(wrapper: Any) -> bool:
-    """Whether PEFT takes the parameter for [E,out,in]; before 0.19 it always took it for [E,in,out]."""
-    return bool(getattr(wrapper, "_did_swap_in_out_features", False))
 
 
 def arrange_factors(a: Tensor, b: Tensor, num_experts: int, dims: int, swapped: bool) -> tuple[Tensor, Tensor] | None:
@@ -152,9 +149,5 @@ def arrange_factors(a: Tensor, b: Tensor, num_experts: int, dims: int, swapped: 
     return (b, a) if swapped else (a.mT, b.mT)
 
 
-def _is_read_by_experts(module: nn.Module, name: str) -> bool | None:
-    return True if isinstance(module, Experts) and name in module._layout.names else None
-
-
-extend("reader", _is_read_by_experts)
+extend("reader", lambda module, name: (isinstance(module, Experts) and name in module._layout.names) or None)
 extend("wrapper", register)  # PEFT may be imported later than switchgear

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from switchgear.analysis.attention import AttentionLayer, attention_layers
-from switchgear.analysis.cost import Cost, cost
+from switchgear.analysis.cost import AttentionLayer, Cost, attention_layers, cost
 from switchgear.analysis.laws import MoEScalingLaw, Optimum, PowerLaw, UpcyclingLaw, moe_parameters
 
 __all__ = [

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from switchgear.functional import as_number
+from switchgear.checks import Positive, Range, Sizes, checked
 
 Numbers = Tensor | Sequence[float] | float
 
@@ -61,9 +62,10 @@ class MoEScalingLaw:
         return _compute_log_loss(positive, _to_float64(self.d), n, e, d).exp()
 
     @classmethod
+    @checked
     def fit(
         cls, size: Numbers, experts: Numbers, tokens: Numbers, losses: Numbers,
-        *, e_start: float | None = None, e_max: float | None = None,
+        *, e_start: Positive | None = None, e_max: Positive | None = None,
     ) -> MoEScalingLaw:  # fmt: skip
         """Fits the constants to runs by least squares of log L. E_start and E_max are fitted unless given; that needs
         runs with E close to saturation. Raises ValueError for too few runs, and for numbers that are not above 0."""
@@ -71,8 +73,6 @@ class MoEScalingLaw:
         _check_runs(8 + (e_start is None) + (e_max is None), n, e, d, target)
         free = [at for at, given in ((7, e_start), (8, e_max)) if given is None]
         ends = {"e_start": 1.0 if e_start is None else e_start, "e_max": 300.0 if e_max is None else e_max}
-        for name, end in ends.items():
-            _check_positive(name, end)
         if not ends["e_start"] < ends["e_max"]:
             raise ValueError(f"e_start: expected less than e_max, {ends['e_max']}, got {ends['e_start']}")
         given = _to_float64(list(ends.values())).log()
@@ -98,10 +98,11 @@ class MoEScalingLaw:
         first, last = (fitted if end is None else float(end) for end, fitted in ((e_start, first), (e_max, last)))
         return cls(big_a, a, big_b, b, big_c, c, f, float(slope), first, last)
 
+    @checked
     def optimum(
         self,
-        train_flops: float,
-        experts: Sequence[int] = (1, 4, 8, 16, 32),
+        train_flops: Positive,
+        experts: Sizes = (1, 4, 8, 16, 32),
         *,
         cost: Callable[[float, int], float] | None = None,
         budget: float = math.inf,
@@ -113,11 +114,6 @@ class MoEScalingLaw:
 
         Raises ValueError if no size from 1e5 to 1e13 is within the budget, and for train_flops of no finite training.
         """
-        _check_positive("train_flops", train_flops)
-        if not len(experts):
-            raise ValueError("experts: expected at least one number, got none")
-        if min(as_number("experts", count) for count in experts) < 1:
-            raise ValueError(f"experts: expected numbers from 1 on, got {list(experts)}")
         of = moe_parameters if cost is None else cost
         best: Optimum | None = None
         for count in experts:
@@ -212,13 +208,12 @@ class UpcyclingLaw:
         x = fit_least_squares(residuals, starts)
         return cls(float(x[0].exp()), float(x[1]), float(x[2]), float(x[3]), float(x[4].exp()))
 
-    def crossover(self, dense_tokens: float, scratch: PowerLaw, most: float = 1e9) -> float | None:
+    @checked
+    def crossover(
+        self, dense_tokens: Positive, scratch: PowerLaw, most: Annotated[float, Range(1, math.inf, "low high")] = 1e9
+    ) -> float | None:
         """D2*, the tokens from which a model trained from scratch on as many is as good as the upcycled one, from
         D1 / `most` to `most` times D1. None if it does not catch up; D1 / `most` if it is never behind."""
-        _check_positive("dense_tokens", dense_tokens)
-        _check_positive("most", most)
-        if not most > 1:
-            raise ValueError(f"most: expected a number above 1, got {most}")
 
         def lead(log_tokens: float) -> float:
             tokens = math.exp(log_tokens)
@@ -258,13 +253,6 @@ def _read_positive(name: str, values: Numbers) -> Tensor:
     if not (found > 0).all():
         raise ValueError(f"{name}: expected numbers above 0, got {float(found[~(found > 0)][0])}")
     return found
-
-
-def _check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got bool")
-    if not 0 < as_number(name, value) < math.inf:
-        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
 def _check_runs(constants: int, *columns: Tensor) -> None:

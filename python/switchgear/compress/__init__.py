@@ -4,8 +4,7 @@
 from switchgear.compress.bits import BitAllocation, ExpertErrors, allocate_bits, packed_bytes
 from switchgear.compress.calibration import Calibration, calibrate
 from switchgear.compress.choose import PrunedLayer
-from switchgear.compress.gptq import gptq
-from switchgear.compress.levels import expert_errors
+from switchgear.compress.levels import expert_errors, gptq
 from switchgear.compress.merge import Merged, MergedLayer, merge_experts
 from switchgear.compress.progressive import ProgressivePruner
 from switchgear.compress.prune import Pruned, prune_experts

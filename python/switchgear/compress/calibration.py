@@ -24,7 +24,7 @@ from switchgear.compress.sums import (
     compute_hessians,
     sum_rows,
 )
-from switchgear.files import AnyPath
+from switchgear.files import AnyPath, bytes_of
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.trace import Observation, observe
@@ -282,13 +282,4 @@ def hash_gate(block: MoeBlock) -> str:
     weight = block.gate_weight()
     if weight is None or weight.is_meta:
         return ""
-    data = weight.detach().cpu().contiguous().view(torch.uint8)
-    return hashlib.sha256(data.numpy().tobytes() if _has_numpy() else bytes(data.flatten().tolist())).hexdigest()[:16]
-
-
-def _has_numpy() -> bool:
-    try:
-        import numpy  # noqa: F401  (Tensor.numpy needs it)
-    except ImportError:
-        return False
-    return True
+    return hashlib.sha256(bytes_of(weight.detach().cpu().contiguous())).hexdigest()[:16]

@@ -97,10 +97,7 @@ def split_experts(layer: ExpertLayer, kept: Sequence[int]) -> tuple[list[int], l
 
 
 def _keep_given(layer: ExpertLayer, experts: Sequence[int]) -> PrunedLayer:
-    try:
-        ids = [operator.index(expert) for expert in experts]
-    except TypeError:  # a tensor of floats
-        raise TypeError(f"keep: expected a list of experts for {layer.name}, got {experts!r}") from None
+    ids = [operator.index(expert) for expert in experts]
     if len(set(ids)) != len(ids) or not all(0 <= expert < layer.num_experts for expert in ids):
         raise ValueError(
             f"keep: expected different experts of 0 to {layer.num_experts - 1} for {layer.name}, got {ids}"

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The levels of a layer's projections, each expert with its own number of bits, the checks of what they need, and
-expert_errors: what each layer's output loses if one expert alone is quantized."""
+"""Levels of matrices by rounding or by GPTQ (arXiv:2210.17323): columns are quantized one after the other, and each
+one's error is compensated by those that follow, such that the output on the calibration data changes least. The levels
+of a layer's projections, each expert with its own number of bits. expert_errors: what each layer's output loses if one
+expert alone is quantized."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Literal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import NotEmpty, Range, checked
+from switchgear.checks import Count, FiniteTensor, NotEmpty, NotNegative, Range, Shape, checked
 from switchgear.compress.bits import ExpertErrors
 from switchgear.compress.calibration import Calibration, check_finite
-from switchgear.compress.gptq import Levels, decode, gptq, round_to_nearest
 from switchgear.compress.sums import Domains, Hessians
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
+from switchgear.reference import groups
 from switchgear.weights.groups import Groups
 
 Method = Literal["rtn", "gptq"]
@@ -23,6 +25,192 @@ Width = Annotated[int, Range(1, 8)]
 Widths = Annotated[Sequence[Width], NotEmpty]
 Bits = Width | Mapping[str, Width | Sequence[Width]] | Sequence[Width]
 _TOGETHER = 8  # experts: bounds the memory of float32 copies and factors
+BLOCK = 128  # columns whose updates of the rest are applied together
+
+
+class Levels(NamedTuple):
+    """Levels of matrices [n,N,C] with one number of bits; see reference/groups.py."""
+
+    q: Tensor  # [n,N,C] uint8
+    scales: Tensor  # [n,N,G] float16
+    zeros: Tensor  # [n,N,G] uint8
+
+
+def round_to_nearest(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Levels:
+    """Round to nearest, with the scales of `groups.fit`."""
+    levels = groups.quantize(weight, (bits,) * len(weight), group_size, symmetric)
+    zeros = levels.zeros
+    if zeros is None or bits == 1:
+        zeros = torch.full_like(levels.scales, 2 ** (bits - 1), dtype=torch.uint8)
+    return Levels(levels.q, levels.scales, zeros)
+
+
+def decode(quantized: Levels, bits: int, group_size: int) -> Tensor:
+    """[n,N,C] float32."""
+    columns = quantized.q.shape[2]
+    size = group_size or columns
+    scale = quantized.scales.float().repeat_interleave(size, -1)[..., :columns]
+    q = quantized.q.float()
+    if bits == 1:
+        return (2 * q - 1) * scale
+    return (q - quantized.zeros.float().repeat_interleave(size, -1)[..., :columns]) * scale
+
+
+@checked
+def gptq(
+    weight: Annotated[FiniteTensor, Shape("n", "N", "C")],
+    hessian: Annotated[FiniteTensor, Shape("n", "C", "C")],
+    bits: Width,
+    group_size: Count,
+    *,
+    symmetric: bool = True,
+    damping: NotNegative = 0.01,
+    act_order: bool = False,
+) -> Levels:
+    """Quantizes weight [n,N,C] for Hessians Xᵀ X [n,C,C].
+
+    Args:
+        bits: 1 to 8.
+        group_size: columns that share a scale; 0 for the whole row.
+        symmetric: levels around zero; otherwise each group has a zero point, too.
+        damping: this share of the mean of a Hessian's diagonal is added to it.
+        act_order: columns with the largest diagonal first; groups and their scales are then computed before.
+
+    Returns:
+        Levels. A row is independent of the others, and gets the plain rounding if that has the smaller error: GPTQ is
+        greedy.
+
+    Raises TypeError or ValueError for an option out of range, another shape, or numbers that are not finite.
+    """
+    if 0 in weight.shape:
+        raise ValueError(f"weight: expected sizes of at least 1, got {list(weight.shape)}")
+    plain = round_to_nearest(weight, bits, group_size, symmetric)
+    target = weight.float()
+    hessian = hessian.float()
+    order = _order_columns(hessian, act_order)
+    factor = _factorize(hessian, order, damping)
+    found = _compensate(
+        _reorder(target, order), factor, bits, group_size, symmetric, plain if act_order else None, order
+    )
+    if act_order:
+        back = order.argsort(1)
+        found = found._replace(q=found.q.gather(2, back[:, None].expand_as(found.q)))
+    better = sum_row_errors(target - decode(found, bits, group_size), hessian) < sum_row_errors(
+        target - decode(plain, bits, group_size), hessian
+    )
+    return Levels(*(torch.where(better[..., None], new, old) for new, old in zip(found, plain, strict=True)))
+
+
+def sum_row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    """‖X dᵀ‖² of each row d of [n,N,C], [n,N]."""
+    errors: Tensor = torch.einsum("enc,enc->en", difference @ hessian.to(difference.dtype), difference)
+    return errors
+
+
+def _order_columns(hessian: Tensor, act_order: bool) -> Tensor:
+    """[n,C]: the columns in the order in which they are quantized."""
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    if act_order:
+        return diagonal.argsort(dim=1, descending=True, stable=True)
+    return torch.arange(hessian.shape[1], device=hessian.device).expand(len(hessian), -1)
+
+
+def _reorder(matrix: Tensor, order: Tensor) -> Tensor:
+    """A copy with the columns in order."""
+    return matrix.gather(2, order[:, None].expand(-1, matrix.shape[1], -1))
+
+
+def _factorize(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of each damped Hessian, in order of the columns. A Hessian that is not
+    positive definite in float32 is damped more. Raises ValueError if that does not help."""
+    hessian = _reorder(hessian, order).transpose(1, 2)
+    hessian = _reorder(hessian, order)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    diagonal[diagonal == 0] = 1  # an input that is always zero; its column is independent of all others
+    mean = diagonal.mean(1, keepdim=True)
+    result = torch.empty_like(hessian)
+    for expert, matrix in enumerate(hessian):
+        for share in _try_shares(damping):
+            damped = matrix + torch.diag(share * mean[expert].expand(len(matrix)))
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                inverse = torch.cholesky_inverse(lower)
+                upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                result[expert] = upper
+                break
+        else:
+            raise ValueError("hessian: expected Xᵀ X of finite inputs, got one that damping does not make definite")
+    return result
+
+
+def _try_shares(damping: float) -> Iterator[float]:
+    """The damping, and what is tried if that is not enough: powers of ten up to the mean of the diagonal."""
+    yield damping
+    share = max(10 * damping, 1e-6)
+    while share < 1:
+        yield share
+        share *= 10
+    yield 1.0
+
+
+def _compensate(
+    weight: Tensor,
+    factor: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    static: Levels | None,
+    order: Tensor,
+) -> Levels:
+    """weight [n,N,C], which is overwritten, in the order of the columns. static: scales of the columns before that."""
+    count, rows, columns = weight.shape
+    size = group_size or columns
+    q = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    blocks = -(-columns // size)
+    scales = weight.new_empty(count, rows, blocks, dtype=torch.float16)
+    zeros = weight.new_full((count, rows, blocks), 2 ** (bits - 1), dtype=torch.uint8)
+    if static is not None:
+        scales, zeros = static.scales, static.zeros
+    for begin in range(0, columns, BLOCK):
+        end = min(begin + BLOCK, columns)
+        errors = weight.new_empty(count, rows, end - begin)
+        for column in range(begin, end):
+            if static is None and column % size == 0:
+                # The rest of the group has no update of this block yet: apply it first.
+                last = min(column + size, columns)
+                group = weight[:, :, column:last].clone()
+                if last > end and column > begin:
+                    group[:, :, end - column :] -= torch.bmm(
+                        errors[:, :, : column - begin], factor[:, begin:column, end:last]
+                    )
+                scale, zero = _fit(group, bits, symmetric)
+                scales[..., column // size], zeros[..., column // size] = scale, zero
+            if static is None:
+                scale, zero = scales[..., column // size], zeros[..., column // size]
+            else:
+                at = (order[:, column] // size)[:, None, None].expand(-1, rows, 1)
+                scale, zero = scales.gather(2, at)[..., 0], zeros.gather(2, at)[..., 0]
+            values = weight[:, :, column]
+            level = groups.round_to_levels(values[..., None], scale, zero, bits)[..., 0]
+            q[:, :, column] = level
+            value = (2 * level.float() - 1 if bits == 1 else level.float() - zero.float()) * scale.float()
+            error = (values - value) / factor[:, column, column, None]
+            weight[:, :, column:end] -= error[..., None] * factor[:, column, None, column:end]
+            errors[:, :, column - begin] = error
+        if end < columns:
+            weight[:, :, end:] -= torch.bmm(errors, factor[:, begin:end, end:])
+    return Levels(q, scales, zeros)
+
+
+def _fit(group: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [n,N] of a group [n,N,g]."""
+    present = torch.ones(1, group.shape[2], dtype=torch.bool, device=group.device)
+    scale, zero = groups.fit(group[:, :, None], present, bits, symmetric)
+    return scale[..., 0], zero[..., 0]
+
+
+# ---- the levels of a layer -------------------------------------------------------------------------------------------
 
 
 def choose_form(bits: Bits, group_size: int, symmetric: bool, store: bool) -> Groups:

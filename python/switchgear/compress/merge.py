@@ -14,21 +14,13 @@ from switchgear.checks import Size, checked
 from switchgear.compress.calibration import Calibration
 from switchgear.compress.choose import OpenShare, count_kept, count_per_group
 from switchgear.compress.sums import Domains, LayerCalibration
-from switchgear.compress.surgery import (
-    Cut,
-    check_config,
-    check_cuttable,
-    check_unshared,
-    commit,
-)
+from switchgear.compress.surgery import Cut, commit, find_layers
 from switchgear.diagnostics.similarity import compute_product_cosines, match_rows, neurons
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import (
     STEP_COUNTS,
     ExpertLayer,
     ExpertTensor,
-    expert_layers,
-    expert_tensors,
     join_gate,
     router_tensors,
     split_gate,
@@ -108,14 +100,9 @@ def merge_experts(
         ValueError: an option out of range, a calibration of another model, or a layer that cannot be merged, which the
             message names.
     """
-    layers = expert_layers(model)
-    for layer in layers.values():
-        check_cuttable(layer)
-    check_unshared(model, expert_tensors(layers.values()))
+    layers = find_layers(model)
     calibration.check(model, domains=domains)
     counts = {name: count_kept(layer, keep) for name, layer in layers.items()}
-    if router != "keep":
-        check_config(model, [layer.block for layer in layers.values()], list(counts.values()))
     done, cuts = {}, []
     for name, layer in layers.items():
         known = calibration.layers[name]

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Annotated, Any, Literal
 
@@ -128,7 +128,8 @@ class ProgressivePruner:
 
     def __enter__(self) -> ProgressivePruner:
         for layer in self._layers.values():
-            self._stack.enter_context(overridden_router(layer.router, _make_wrapper(layer, self.criterion)))
+            wrapper = partial(_Surviving, layer=layer, criterion=self.criterion)
+            self._stack.enter_context(overridden_router(layer.router, wrapper))
         return self
 
     def __exit__(
@@ -184,10 +185,6 @@ def find_wire_device(router: Router, group: Any) -> torch.device:
     if torch.distributed.get_backend(group) != "nccl":
         return torch.device("cpu")
     return next((parameter.device for parameter in router.parameters()), torch.device("cuda"))
-
-
-def _make_wrapper(layer: _Layer, criterion: str) -> Callable[[Select], Select]:
-    return lambda select: _Surviving(select, layer, criterion)
 
 
 def _check_weight(name: str, block: MoeBlock, expert: int) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,21 +12,19 @@ from torch import Tensor, nn
 
 from switchgear.checks import Count, Seed, checked
 from switchgear.compress.calibration import Calibration, check_finite
-from switchgear.compress.choose import Keep, PrunedLayer, choose, split_experts
-from switchgear.compress.sums import Domains, LayerCalibration
+from switchgear.compress.choose import Keep, PrunedLayer, choose
+from switchgear.compress.sums import Domains
 from switchgear.compress.surgery import (
     NO_EXPERT,
     Cut,
-    check_config,
-    check_cuttable,
-    check_unshared,
     commit,
     compute_choice,
     cut_experts,
     cut_router,
+    find_layers,
     replace_gate,
 )
-from switchgear.integrations.blocks import ExpertLayer, expert_layers, expert_tensors
+from switchgear.integrations.blocks import ExpertLayer
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.layers.virtual import VirtualExperts
 
@@ -97,59 +95,41 @@ def prune_experts(
         ValueError: an option out of range, a calibration of another model, or a layer that cannot be
             pruned, which the message names.
     """
-    layers = _choose_layers(model, keep)
-    for layer in layers.values():
-        check_cuttable(layer)
-    check_unshared(model, expert_tensors(layers.values()))
+    layers = find_layers(model, keep if isinstance(keep, Mapping) else None, "keep")
+    if rest := [name for name, block in moe_blocks(model).items() if name not in layers and not block.is_ours]:
+        raise ValueError(f"keep: expected all layers of a Hugging Face model, got none for {rest[0]}")
     needs = criterion != "random" and not isinstance(keep, Mapping)
     if (needs or replace == "constant") and calibration is None:
         raise ValueError(f"calibration: expected one for {criterion if needs else 'replace=constant'}, got None")
     if calibration is not None:
         calibration.check(model, layers, domains)
-        if needs or replace == "constant":
-            _check_seen(calibration, layers, domains)
+        for name in layers if needs or replace == "constant" else ():
+            if not bool(calibration.layers[name].sums(domains).counts.any()):
+                raise ValueError(f"calibration: expected tokens in all layers, got none in {name}")
     found = choose(layers, keep, criterion, calibration, scope, domains, seed, exact_subsets)
     before = sum(parameter.numel() for parameter in model.parameters())
+    means = {}
     if replace == "constant":
         assert calibration is not None
         _check_constant(layers)
-        cuts = [_cut_to_constants(layer, found[name].kept) for name, layer in layers.items()]
-        means = {name: _average_outputs(calibration.layers[name], found[name].removed, domains) for name in layers}
-        for name, mean in means.items():
-            check_finite(name, mean)
-        commit(model, cuts)
-        for name, layer in layers.items():
-            _put_constants(layer, found[name], means[name])
-    else:
-        counts = [len(layer.kept) + layer.padding for layer in found.values()]
-        check_config(model, [layer.block for layer in layers.values()], counts)
-        commit(model, [_cut_layer(layer, found[name]) for name, layer in layers.items()])
+        for name in layers:
+            sums, removed = calibration.layers[name].sums(domains), found[name].removed
+            means[name] = sums.outputs[removed] / sums.counts[removed].clamp(min=1)[:, None]
+            check_finite(name, means[name])
+    commit(model, [_cut_layer(layer, found[name], replace == "constant") for name, layer in layers.items()])
+    for name, mean in means.items():
+        _put_constants(layers[name], found[name], mean)
     after = sum(parameter.numel() for parameter in model.parameters())
     return Pruned("the caller" if isinstance(keep, Mapping) else criterion, found, before, after)
-
-
-def _choose_layers(model: nn.Module, keep: Keep) -> dict[str, ExpertLayer]:
-    if not isinstance(keep, Mapping):
-        return expert_layers(model)
-    layers = expert_layers(model, keep, "keep")
-    rest = [name for name, block in moe_blocks(model).items() if name not in keep and not block.is_ours]
-    if rest:
-        raise ValueError(f"keep: expected all layers of a Hugging Face model, got none for {rest[0]}")
-    return layers
-
-
-def _check_seen(calibration: Calibration, names: Iterable[str], domains: Domains) -> None:
-    for name in names:
-        if not bool(calibration.layers[name].sums(domains).counts.any()):
-            raise ValueError(f"calibration: expected tokens in all layers, got none in {name}")
 
 
 # ---- the cuts --------------------------------------------------------------------------------------------------------
 
 
-def _cut_layer(layer: ExpertLayer, pruned: PrunedLayer) -> Cut:
+def _cut_layer(layer: ExpertLayer, pruned: PrunedLayer, has_constants: bool) -> Cut:
+    """With constants, the router's rows of the removed experts follow those of the experts kept."""
     keep = [*pruned.kept, *[NO_EXPERT] * pruned.padding]
-    gate = cut_router(layer.block, keep)
+    gate = cut_router(layer.block, [*keep, *(pruned.removed if has_constants else ())])
     if pruned.padding:
         _check_padding(layer, pruned, gate)
     return Cut(layer, len(keep), [*gate, *cut_experts(layer, keep)])
@@ -180,17 +160,6 @@ def _check_constant(layers: Mapping[str, ExpertLayer]) -> None:
             raise ValueError(f"replace: expected none for {layer.name}, since {kind} has no constant experts")
         if layer.block.groups() is not None or layer.scales_input:
             raise ValueError(f"replace: expected none for {layer.name}, whose router is grouped or scales its input")
-
-
-def _cut_to_constants(layer: ExpertLayer, kept: Sequence[int]) -> Cut:
-    """The router's rows of the experts kept, then of the others."""
-    kept, removed = split_experts(layer, kept)
-    return Cut(layer, len(kept), [*cut_router(layer.block, [*kept, *removed]), *cut_experts(layer, kept)])
-
-
-def _average_outputs(layer: LayerCalibration, experts: Sequence[int], domains: Domains) -> Tensor:
-    sums = layer.sums(domains)
-    return sums.outputs[experts] / sums.counts[experts].clamp(min=1)[:, None]
 
 
 def _put_constants(layer: ExpertLayer, pruned: PrunedLayer, means: Tensor) -> None:

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from switchgear.checks import Count, NotNegative, checked
 from switchgear.compress.bits import BitAllocation, packed_bytes
 from switchgear.compress.calibration import Calibration
-from switchgear.compress.gptq import Levels, decode, sum_row_errors
 from switchgear.compress.levels import (
     Bits,
+    Levels,
     Method,
     choose_form,
+    decode,
     find_hessians,
     find_starved,
     quantize_projection,
     read_widths,
+    sum_row_errors,
 )
 from switchgear.compress.sums import Hessians
 from switchgear.integrations.blocks import ExpertLayer, expert_layers

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,14 +80,11 @@ def skip_experts(
     with ExitStack() as stack:
         for name, block in blocks.items():
             if isinstance(block.gate, Router):
-                stack.enter_context(overridden_router(block.gate, _make_wrapper(ratios[name], protect, done)))
+                wrapper = partial(_CountedSkipBelow, ratio=ratios[name], protect=protect, done=done)
+                stack.enter_context(overridden_router(block.gate, wrapper))
             else:
                 _skip_on_hugging_face(stack, block, methods[name], ratios[name], protect, importance or _norm, done)
         yield done
-
-
-def _make_wrapper(ratio: float, protect: float, done: Skipped) -> Callable[[Select], Select]:
-    return lambda select: _CountedSkipBelow(select, ratio, protect, done)
 
 
 class _CountedChoices:
@@ -156,5 +154,5 @@ def _skip_on_hugging_face(
     assert block.gate is not None
     if protect:
         stack.callback(block.gate.register_forward_pre_hook(keep).remove)
-    wrapper: Callable[[Select], Select] = lambda select: _SkipOnHuggingFace(select, ratio, protect, done, seen)  # noqa: E731
+    wrapper = partial(_SkipOnHuggingFace, ratio=ratio, protect=protect, done=done, seen=seen)
     stack.enter_context(override_selection(block, method, wrapper))

@@ -96,7 +96,9 @@ def prune_weights(
         zeros = total = 0
         for index in (0, 1):
             for expert, weight in enumerate(layer.projection(index)):
-                norms = None if expert in starved else _read_norms(sums, metric, index, expert)
+                norms = None  # ‖x_j‖ of the inputs, [C]
+                if sums is not None and expert not in starved:
+                    norms = getattr(sums, _SQUARES[metric][index])[expert].sqrt()
                 for rows in weight.split(_ROWS):
                     rows.masked_fill_(choose_zeros(rows, norms, sparsity), 0)
                 zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
@@ -122,11 +124,3 @@ def choose_zeros(weight: Tensor, norms: Tensor | None, sparsity: float | str) ->
     groups = score.reshape(len(score), -1, of)
     order = groups.argsort(dim=-1, stable=True)[..., :zeros]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(1)
-
-
-def _read_norms(sums: ExpertSums | None, metric: str, index: int, expert: int) -> Tensor | None:
-    """‖x_j‖ of the inputs of a projection of an expert, [C]."""
-    if sums is None:
-        return None
-    squares: Tensor = getattr(sums, _SQUARES[metric][index])[expert]
-    return squares.sqrt()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.experts import Experts
-from switchgear.integrations.blocks import ExpertLayer, ExpertTensor, router_tensors
+from switchgear.integrations.blocks import ExpertLayer, ExpertTensor, expert_layers, expert_tensors, router_tensors
 from switchgear.integrations.choices import watch_choices
 from switchgear.integrations.hook_points import Choice
 from switchgear.integrations.moe_blocks import MoeBlock
@@ -36,7 +36,19 @@ class Cut(NamedTuple):
     tensors: NewTensors
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def find_layers(
+    model: nn.Module, names: Collection[str] | None = None, argument: str = "layers"
+) -> dict[str, ExpertLayer]:
+    """As `expert_layers`. Raises ValueError for experts or routers whose number cannot change; it names the block."""
+    layers = expert_layers(model, names, argument)
+    for layer in layers.values():
+        if layer.block.is_ours and type(layer.block.experts) is not Experts:
+            raise ValueError(f"{layer.name}: expected switchgear.Experts, got {type(layer.block.experts).__name__}")
+    check_unshared(model, expert_tensors(layers.values()))
+    return layers
 
 
 def check_unshared(model: nn.Module, tensors: Iterable[ExpertTensor]) -> None:
@@ -51,13 +63,6 @@ def check_unshared(model: nn.Module, tensors: Iterable[ExpertTensor]) -> None:
 
 def _identify_memory(tensor: Tensor) -> object:
     return id(tensor) if tensor.is_meta or type(tensor) is not nn.Parameter else memory_of(tensor)
-
-
-def check_cuttable(layer: ExpertLayer) -> None:
-    """Raises ValueError, which names the block, for experts or routers whose number cannot change."""
-    router_tensors(layer.block)
-    if layer.block.is_ours and type(layer.block.experts) is not Experts:
-        raise ValueError(f"{layer.name}: expected switchgear.Experts, got {type(layer.block.experts).__name__}")
 
 
 # ---- changes ---------------------------------------------------------------------------------------------------------
@@ -111,50 +116,34 @@ def cut_experts(layer: ExpertLayer, keep: Sequence[int]) -> NewTensors:
 
 
 def commit(model: nn.Module, cuts: Sequence[Cut]) -> None:
-    """Applies the cuts to a model; they have all been computed. Configs of Hugging Face follow."""
-    old = cuts[0].layer.block.num_experts
-    fields = [] if cuts[0].layer.block.is_ours else _find_config_fields([cut.layer.block for cut in cuts])
+    """Applies the cuts to a model; they have all been computed. Configs of Hugging Face follow. Raises ValueError, and
+    nothing is changed, if they cannot."""
+    old, count = cuts[0].layer.block.num_experts, cuts[0].num_experts
+    is_changed = any(cut.num_experts != cut.layer.num_experts for cut in cuts)
+    fields = _find_config_fields(model, cuts) if is_changed and not cuts[0].layer.block.is_ours else []
     for cut in cuts:
         for place, tensor in cut.tensors:
             place.put(tensor)
         _set_counts(cut.layer.block, cut.num_experts)
-    if not fields:
-        return
-    count = cuts[0].num_experts
     for config, name in fields:
         value = getattr(config, name)
         setattr(config, name, [count] * len(value) if isinstance(value, (list, tuple)) else count)
-    for module in model.modules():  # the number in a balance loss of the whole model, for one
+    for module in model.modules() if fields else ():  # the number in a balance loss of the whole model, for one
         for name in _COUNTS:
             if vars(module).get(name) == old:
                 setattr(module, name, count)
 
 
-def check_config(model: nn.Module, blocks: Sequence[MoeBlock], counts: Sequence[int]) -> None:
-    """Raises ValueError unless the config of Hugging Face blocks can say `counts`: one number for all layers."""
-    if blocks[0].is_ours:
-        return
+def _find_config_fields(model: nn.Module, cuts: Sequence[Cut]) -> list[tuple[Any, str]]:
+    """(config, field) of all fields that say the number of experts. Raises ValueError unless they can say the new one:
+    one number for all layers."""
+    blocks, counts = [cut.layer.block for cut in cuts], {cut.num_experts for cut in cuts}
     if not any(hasattr(module, "save_pretrained") for module in model.modules()):
         kind = type(model).__name__
         raise ValueError(f"model: expected the whole model, whose config has the number of experts, got {kind}")
-    _find_config_fields(blocks)
-    if len(set(counts)) > 1 or len({block.num_experts for block in blocks}) > 1:
-        raise ValueError(
-            f"keep: expected equal numbers of experts, since one number in the config holds for all layers of "
-            f"{type(blocks[0].block).__name__}, got {sorted(set(counts))}"
-        )
-    old, inside = blocks[0].num_experts, {module for block in blocks for module in block.block.modules()}
-    for name, module in model.named_modules():
-        has_experts = any(p.dim() > 1 and p.shape[0] == old for p in module.parameters(recurse=False))
-        if module not in inside and has_experts and any(vars(module).get(count) == old for count in _COUNTS):
-            raise ValueError(f"model: expected experts in MoE blocks alone, got some in {name}, of the same config")
-
-
-def _find_config_fields(blocks: Sequence[MoeBlock]) -> list[tuple[Any, str]]:
-    """(config, field) of all fields that say the number of experts."""
     found: dict[tuple[int, str], tuple[Any, str]] = {}
     for block in blocks:
-        config = block.config_fields().config
+        config = block.config
         for name in _COUNTS:
             value = vars(config).get(name)
             values = set(value) if isinstance(value, (list, tuple)) else {value}
@@ -163,6 +152,16 @@ def _find_config_fields(blocks: Sequence[MoeBlock]) -> list[tuple[Any, str]]:
             if len(values) > 1:
                 raise ValueError(f"{block.name}: expected one number of experts in the config, got {name}={value}")
             found[id(config), name] = (config, name)
+    if len(counts) > 1 or len({block.num_experts for block in blocks}) > 1:
+        raise ValueError(
+            f"keep: expected equal numbers of experts, since one number in the config holds for all layers of "
+            f"{type(blocks[0].block).__name__}, got {sorted(counts)}"
+        )
+    old, inside = blocks[0].num_experts, {module for block in blocks for module in block.block.modules()}
+    for name, module in model.named_modules():
+        has_experts = any(p.dim() > 1 and p.shape[0] == old for p in module.parameters(recurse=False))
+        if module not in inside and has_experts and any(vars(module).get(count) == old for count in _COUNTS):
+            raise ValueError(f"model: expected experts in MoE blocks alone, got some in {name}, of the same config")
     return list(found.values())
 
 

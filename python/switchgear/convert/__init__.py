@@ -8,12 +8,12 @@ Modules:       MixtureOfAttention, ParallelBlock; Projected, ModuleExperts; Sequ
 Parts:         FeedForward, feed_forward; Partition, partition, balanced_kmeans, neuron_importance, layer_importance;
                add_domain_expert, sequence_perplexities, use_threshold, prior_approximate
 
-split.py        a network into experts that compute the same, or into parts of it; partitions.py: its neurons in groups;
-                importance.py: how much a neuron matters
+split.py        a network into experts that compute the same, or into parts of it; partitions.py: its neurons in groups,
+                and how much each matters
 layers.py       experts that learn the output of a layer; experts.py: of networks that were trained apart
 attention.py    attention layers as experts
 dense.py        an MoE layer into a dense one; average.py: models into one
-ffn.py          the networks of dense modules; modules.py: where a model has them; checks.py: options of all functions
+modules.py      the networks of dense modules, and where a model has them
 models.py       whole models in memory; checkpoints.py: checkpoints in directories; directory.py: their files
 recipes.py      plans of whole models; plans.py: how each tensor is made; families.py: which MoE family takes a dense
                 one; layouts.py: experts in checkpoints
@@ -32,11 +32,9 @@ from switchgear.convert.experts import (
     from_dense_experts,
     sequence_perplexities,
 )
-from switchgear.convert.ffn import feed_forward
-from switchgear.convert.importance import layer_importance, neuron_importance
 from switchgear.convert.layers import Distillation, Distilled, distill_layers, use_threshold
-from switchgear.convert.modules import Conversion, Converted
-from switchgear.convert.partitions import Partition, balanced_kmeans, partition
+from switchgear.convert.modules import Conversion, Converted, feed_forward
+from switchgear.convert.partitions import Partition, balanced_kmeans, layer_importance, neuron_importance, partition
 from switchgear.convert.split import prior_approximate, split_dense, upcycle
 from switchgear.integrations.blocks import FeedForward
 from switchgear.papers.parts.selections import EqualTopK

@@ -6,17 +6,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.checks import Size, check_module, checked
-from switchgear.convert.checks import check_top_k
-from switchgear.functional import as_number
+from switchgear.checks import NotEmpty, Seed, Share, Size, checked
 from switchgear.papers.parts.selections import EqualTopK
-from switchgear.reference import check_choice, check_fraction, check_size
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router
 from switchgear.routing.selection import Dense
@@ -47,23 +44,24 @@ class MixtureOfAttention(nn.Module):
     [E,H,heads·dim]; q_bias, k_bias, v_bias, o_bias; q_norm, k_norm [E,dim]; the gate's own.
     """
 
+    @checked
     def __init__(
         self,
-        hidden_size: int,
-        num_experts: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
+        hidden_size: Size,
+        num_experts: Size,
+        num_heads: Size,
+        num_kv_heads: Size | None = None,
         *,
-        head_dim: int | None = None,
+        head_dim: Size | None = None,
         shared_kv: bool = False,
         select: Any = None,
-        keys: str = "all",
+        keys: Literal["all", "chosen"] = "all",
         bias: bool = False,
         o_bias: bool = False,
         qk_norm: float | None = None,
         scaling: float | None = None,
-        dropout: float = 0.0,
-        residual_dropout: float = 0.0,
+        dropout: Share = 0.0,
+        residual_dropout: Share = 0.0,
         causal: bool = True,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
@@ -71,18 +69,13 @@ class MixtureOfAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, size in {"hidden_size": hidden_size, "num_experts": num_experts, "num_heads": num_heads,
-                           "num_kv_heads": num_kv_heads}.items():  # fmt: skip
-            check_size(name, size)
         head_dim = hidden_size // num_heads if head_dim is None else head_dim
-        check_size("head_dim", head_dim)
+        if head_dim < 1:
+            raise ValueError(f"head_dim: expected at least 1, got {hidden_size} // {num_heads} heads")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of {num_heads} heads, got {num_kv_heads}")
-        check_choice("keys", keys, ("all", "chosen"))
         if shared_kv and keys == "chosen":
             raise ValueError("keys: expected 'all' with shared_kv, whose experts have the same keys, got 'chosen'")
-        for name, share in {"dropout": dropout, "residual_dropout": residual_dropout}.items():
-            check_fraction(name, as_number(name, share))
         self.hidden_size, self.num_experts, self.head_dim = hidden_size, num_experts, head_dim
         self.num_heads, self.num_kv_heads, self.shared_kv, self.keys = num_heads, num_kv_heads, shared_kv, keys
         self.scaling = head_dim**-0.5 if scaling is None else scaling
@@ -210,13 +203,14 @@ class ParallelBlock(nn.Module):
         return y
 
 
+@checked
 def attention_from_experts(
-    layers: Sequence[nn.Module],
+    layers: Annotated[Sequence[nn.Module], NotEmpty],
     *,
     shared_kv: bool = False,
     select: Any = None,
     router_init: float = 0.02,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> MixtureOfAttention:
     """A soft mixture of attention layers that were trained apart (BAM). With shared_kv, keys and values are those of
     the average of the layers.
@@ -229,8 +223,6 @@ def attention_from_experts(
 
     Raises ValueError for attention that computes something else, and for layers that differ in size.
     """
-    if not layers:
-        raise ValueError("layers: expected at least one, got none")
     found = [_read(layer, f"layers[{index}]") for index, layer in enumerate(layers)]
     first = found[0]
     for index, other in enumerate(found):
@@ -252,8 +244,8 @@ def attention_from_experts(
 
 @checked
 def attention_to_moe(
-    attention: nn.Module, num_experts: Size, top_k: Size | None = None, *, select: Any = None, keys: str = "chosen",
-    router_init: float = 0.02, seed: int = 0,
+    attention: nn.Module, num_experts: Size, top_k: Size | None = None, *, select: Any = None,
+    keys: Literal["all", "chosen"] = "chosen", router_init: float = 0.02, seed: Seed = 0,
 ) -> MixtureOfAttention:  # fmt: skip
     """Head groups of an attention layer as experts (LLaMA-MoE v2): each has its keys and values with their queries, and
     its columns of the output projection. With all groups (top_k = E, the default) it is the layer; with fewer, the sum
@@ -274,7 +266,8 @@ def attention_to_moe(
     """
     found = _read(attention, "attention")
     top_k = num_experts if top_k is None else top_k
-    check_top_k(num_experts, top_k)
+    if top_k > num_experts:  # EqualTopK does not know E
+        raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
     heads, kv_heads = found["heads"], found["kv_heads"]
     copies = max(num_experts // kv_heads, 1)
     if kv_heads * copies % num_experts or heads % num_experts:
@@ -313,7 +306,6 @@ def _initialize(made: MixtureOfAttention, std: float, seed: int) -> None:
 
 def _read(attention: Any, name: str) -> dict[str, Any]:
     """The tensors and options of an attention layer."""
-    check_module(name, attention)
     linears: dict[str, Any] = {part: getattr(attention, part, None) for part in PROJECTIONS}
     head_dim = getattr(attention, "head_dim", None)
     if not all(isinstance(linear, nn.Linear) for linear in linears.values()) or not isinstance(head_dim, int):

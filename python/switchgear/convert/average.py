@@ -6,21 +6,23 @@ from __future__ import annotations
 import copy
 import zlib
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import Finite, Range, Seed, check_module, check_several, check_tensor, convert
-from switchgear.convert.checks import as_finite_numbers
+from switchgear.checks import Finite, FiniteTensor, NotEmpty, Range, Seed, checked, convert
+from switchgear.convert.plans import Item, Source, StateDict
 from switchgear.weights.checks import check_state_dict
 
+S = TypeVar("S")
 _PART = 2**20  # elements that are merged at a time
 
 
 Merge = Literal["average", "ties", "dare", "base"]
+Density = Annotated[float, Range(0, 1, "low")]
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Merging:
     """How tensors of the same name become one; see merge_models."""
 
     method: Merge = "average"
-    weights: tuple[float, ...] | None = None
-    density: Annotated[float, Range(0, 1, "low")] = 0.2
+    weights: Sequence[Finite] | None = None
+    density: Density = 0.2
     scale: Finite = 1.0
     seed: Seed = 0
 
@@ -38,14 +40,6 @@ class Merging:
             convert(name, getattr(self, name), hint)
         if self.weights is not None and not sum(self.weights) > 0:
             raise ValueError(f"weights: expected numbers with a positive sum, got {list(self.weights)}")
-
-    def check(self, count: int, has_base: bool) -> None:
-        if self.weights is not None and len(self.weights) != count:
-            raise ValueError(f"weights: expected {count}, one per model, got {len(self.weights)}")
-        if self.method != "average" and not has_base:
-            raise ValueError(
-                f"base: expected the model from which all were trained for method={self.method!r}, got None"
-            )
 
     def __call__(self, key: str, tensors: Sequence[Tensor], base: Tensor | None) -> Tensor:
         """Merges tensors of the same name into a contiguous one. Each is trimmed, or dropped from, by itself.
@@ -161,15 +155,16 @@ def _not_finite(name: str, key: str) -> ValueError:
     return ValueError(f"{name}: expected finite numbers, got NaN or infinities in {key}")
 
 
+@checked
 def merge_models(
-    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    models: Annotated[Sequence[nn.Module | Mapping[str, Tensor]], NotEmpty],
     method: Merge = "average",
     *,
     base: nn.Module | Mapping[str, Tensor] | None = None,
-    weights: Sequence[float] | None = None,
-    density: float = 0.2,
-    scale: float = 1.0,
-    seed: int = 0,
+    weights: Sequence[Finite] | FiniteTensor | None = None,
+    density: Density = 0.2,
+    scale: Finite = 1.0,
+    seed: Seed = 0,
 ) -> Any:
     """One model from several of the same architecture.
 
@@ -193,32 +188,19 @@ def merge_models(
         TypeError, ValueError: an option out of range, models whose tensors differ in name or shape, or where the first
             model ties them, NaN or infinities, float8 tensors, stored experts, or adapters.
     """
-    check_several("models", models, "models")
-    models = list(models)
-    if not models:
-        raise ValueError("models: expected at least one, got none")
-    merging = Merging(method, as_finite_numbers("weights", weights), density, scale, seed)
-    merging.check(len(models), base is not None)
-    states = [_read_state(model, f"models[{index}]") for index, model in enumerate(models)]
-    origin = None if base is None else _read_state(base, "base")
-    tied = _find_tied(states[0])
-    for name, state in [
-        *((f"models[{i}]", s) for i, s in enumerate(states)),
-        *([] if origin is None else [("base", origin)]),
-    ]:
-        check_same(
-            name, {k: tuple(v.shape) for k, v in state.items()}, {k: tuple(v.shape) for k, v in states[0].items()}
-        )
-        check_wide(name, {k: v.dtype for k, v in state.items()})
-        for key, first in tied.items():
-            if _locate(state[key]) != _locate(state[first]) and not torch.equal(state[key], state[first]):
-                raise ValueError(f"{name}: expected {key} equal to {first}, which the first model ties, got another")
-    merged = {
-        key: merging(key, [state[key].detach() for state in states], None if origin is None else origin[key].detach())
-        for key in states[0]
-        if key not in tied
-    }
-    merged = {key: merged[tied.get(key, key)] for key in states[0]}
+    shares = None if weights is None else [float(share) for share in weights]
+    states = [StateDict(read_state(f"models[{index}]", model)) for index, model in enumerate(models)]
+    origin = None if base is None else StateDict(read_state("base", base))
+    make = prepare_merge(states, origin, Merging(method, shares, density, scale, seed))
+    first = states[0].tensors
+    tied = _find_tied(first)
+    for name, state in _name_sources(states, origin):
+        for key, twin in tied.items():
+            one, other = state.read(key), state.read(twin)
+            if _locate(one) != _locate(other) and not torch.equal(one, other):
+                raise ValueError(f"{name}: expected {key} equal to {twin}, which the first model ties, got another")
+    merged = {key: make(key).make() for key in first if key not in tied}
+    merged = {key: merged[tied.get(key, key)] for key in first}
     if isinstance(models[0], Mapping):
         return merged
     made = copy.deepcopy(models[0])
@@ -226,30 +208,47 @@ def merge_models(
     return made
 
 
-def check_same(name: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError if tensors differ in name or shape."""
-    if different := sorted(set(found) ^ set(wanted)):
-        raise ValueError(f"{name}: expected the tensors of the first model, got a difference in {different[0]}")
-    for key, shape in wanted.items():
-        if found[key] != shape:
-            raise ValueError(f"{name}: expected {key} of shape {list(shape)}, got {list(found[key])}")
+def prepare_merge(sources: Sequence[Source], base: Source | None, merging: Merging) -> Callable[[str], Item]:
+    """Makes the item of a key of all models. Raises ValueError if their tensors differ in name or shape, and for
+    options that do not fit them; TypeError for float8, whose scales are other tensors: sums of both are no sums of
+    weights."""
+    if merging.weights is not None and len(merging.weights) != len(sources):
+        raise ValueError(f"weights: expected {len(sources)}, one per model, got {len(merging.weights)}")
+    if merging.method != "average" and base is None:
+        raise ValueError(f"base: expected the model from which all were trained for {merging.method}, got None")
+    wanted = {key: sources[0].shape(key) for key in sources[0].keys()}  # noqa: SIM118  (not a mapping)
+    for name, source in _name_sources(sources, base):
+        if different := sorted(set(source.keys()) ^ set(wanted)):
+            raise ValueError(f"{name}: expected the tensors of the first model, got a difference in {different[0]}")
+        for key, shape in wanted.items():
+            if (found := source.shape(key)) != shape:
+                raise ValueError(f"{name}: expected {key} of shape {list(shape)}, got {list(found)}")
+            if (dtype := source.dtype(key)).is_floating_point and dtype.itemsize == 1:
+                raise TypeError(f"{name}: expected plain weights, got {key} in {dtype}")
+
+    def item(key: str) -> Item:
+        like = sources[0] if base is None else base
+
+        def make() -> Tensor:
+            return merging(key, [source.read(key) for source in sources], None if base is None else base.read(key))
+
+        return Item(key, like.shape(key), like.dtype(key), make)
+
+    return item
 
 
-def check_wide(name: str, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Raises TypeError for float8 tensors, whose scales are other tensors: sums of both are no sums of weights."""
-    for key, dtype in dtypes.items():
-        if dtype.is_floating_point and dtype.itemsize == 1:
-            raise TypeError(f"{name}: expected plain weights, got {key} in {dtype}")
+def _name_sources(sources: Sequence[S], base: S | None) -> Iterator[tuple[str, S]]:
+    yield from ((f"models[{index}]", source) for index, source in enumerate(sources))
+    if base is not None:
+        yield "base", base
 
 
-def _read_state(model: Any, name: str) -> Mapping[str, Tensor]:
+def read_state(name: str, model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state dict. Raises ValueError for a model that computes with other tensors."""
     if isinstance(model, Mapping):
-        for key, tensor in model.items():
-            check_tensor(f"{name}[{key!r}]", tensor)
         return model
-    check_module(name, model)
     check_state_dict(name, model)
-    return model.state_dict()  # type: ignore[no-any-return]
+    return model.state_dict()
 
 
 def _find_tied(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from switchgear.convert.average import Merging
-from switchgear.convert.checks import as_finite_numbers
 from switchgear.convert.directory import (
     CONFIG,
     CONVERSION,
@@ -226,73 +225,45 @@ def _write(
 
 def plan_recipe(recipe: Recipe, sources: Sequence[Directory]) -> ConversionPlan:
     """The plan of a recipe: all checks of shapes and of the family, and no data. RecipeError for what is impossible."""
-    options = dict(recipe.options)
     try:
-        return PLANS[recipe.operation](sources, options)
+        if recipe.operation in ("experts", "merge"):
+            return _plan_several(recipe.operation, sources, dict(recipe.options))
+        return _plan_one(recipe.operation, sources[0], dict(recipe.options))
     except ConversionError:
         raise
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
 
 
-def _upcycle(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    return plan_upcycle(read_full_config(sources[0]), sources[0], **options)
-
-
-def _split(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
+def _plan_one(operation: str, source: Directory, options: dict[str, Any]) -> ConversionPlan:
+    if operation == "layout":
+        return plan_layout(source.config(), source, options["to"])
     if (path := options.get("importance")) is not None:
         options["importance"] = _read_layers("importance", path)
-    return plan_split(read_full_config(sources[0]), sources[0], **options)
+    plans: dict[str, Callable[..., ConversionPlan]] = {
+        "upcycle": plan_upcycle, "split": plan_split, "dense": plan_dense,
+    }  # fmt: skip
+    return plans[operation](read_full_config(source), source, **options)
 
 
-def _experts(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    base, router, merging = options.pop("base", None), options.pop("router", "random"), _read_merging(options, "merge")
-    origin = _open_base(base)
+def _plan_several(operation: str, sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
+    base, method = options.pop("base", None), options.pop("method" if operation == "merge" else "merge", "average")
+    if base is not None and not isinstance(base, str):
+        raise TypeError(f"base: expected a directory, got {type(base).__name__}")
+    names = ("weights", "density", "scale", "seed")
+    merging = Merging(method, **{name: options.pop(name) for name in names if name in options})
+    read_config = Directory.config if operation == "merge" else read_full_config
+    models = [(read_config(source), source) for source in sources]
+    origin = None if base is None else Directory(base)
+    of_base = None if origin is None else (read_config(origin), origin)
+    if operation == "merge":
+        return plan_merge(models, of_base, merging)
+    router = options.pop("router", "random")
     rows = None if router in ROUTERS else _read_layers("router", router)
     if router == "zeros":
         options["router_init"] = 0.0
     options.setdefault("top_k", min(2, len(sources)))
-    return plan_experts(
-        [(read_full_config(source), source) for source in sources],
-        None if origin is None else (read_full_config(origin), origin), router=rows, merging=merging,
-        seed=merging.seed, **options,
-    )  # fmt: skip
-
-
-def _merge(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    base, merging = options.pop("base", None), _read_merging(options, "method")
-    origin = _open_base(base)
-    return plan_merge(
-        [(source.config(), source) for source in sources],
-        None if origin is None else (origin.config(), origin),
-        merging,
-    )
-
-
-def _open_base(path: Any) -> Directory | None:
-    if path is not None and not isinstance(path, str):
-        raise TypeError(f"base: expected a directory, got {type(path).__name__}")
-    return None if path is None else Directory(path)
-
-
-def _read_merging(options: dict[str, Any], method: str) -> Merging:
-    return Merging(
-        options.pop(method, "average"), as_finite_numbers("weights", options.pop("weights", None)),
-        options.pop("density", 0.2), options.pop("scale", 1.0), options.pop("seed", 0),
-    )  # fmt: skip
-
-
-def _dense(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    return plan_dense(read_full_config(sources[0]), sources[0], **options)
-
-
-def _layout(sources: Sequence[Directory], options: dict[str, Any]) -> ConversionPlan:
-    return plan_layout(sources[0].config(), sources[0], options["to"])
-
-
-PLANS: dict[str, Callable[[Sequence[Directory], dict[str, Any]], ConversionPlan]] = {
-    "upcycle": _upcycle, "split": _split, "experts": _experts, "merge": _merge, "dense": _dense, "layout": _layout,
-}  # fmt: skip
+    return plan_experts(models, of_base, router=rows, merging=merging, seed=merging.seed, **options)
 
 
 def _read_layers(name: str, path: Any) -> dict[int, Tensor]:

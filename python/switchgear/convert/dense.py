@@ -9,8 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.convert.ffn import check_options, combine_networks, feed_forward, find_activation, join_networks
-from switchgear.convert.modules import is_transformers
+from switchgear.checks import Finite, FiniteTensor, Size, checked
+from switchgear.convert.modules import (
+    Combination,
+    combine_networks,
+    feed_forward,
+    find_activation,
+    is_transformers,
+    join_networks,
+    read_shares,
+)
 from switchgear.convert.recipes import plan_dense
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, read_network, split_gate
@@ -20,8 +28,13 @@ from switchgear.layers.shared import GatedSharedExperts
 from switchgear.weights.checks import check_plain
 
 
+@checked
 def to_dense(
-    moe: Any, method: str = "mean", *, weights: Sequence[float] | Tensor | None = None, rank: int | None = None
+    moe: Any,
+    method: Combination = "mean",
+    *,
+    weights: Sequence[Finite] | FiniteTensor | None = None,
+    rank: Size | None = None,
 ) -> Any:
     """A dense network that gathers the knowledge of all experts of a layer.
 
@@ -46,7 +59,7 @@ def to_dense(
 
         return convert_model(moe, plan_dense, method=method, weights=weights, rank=rank)
     networks, shared = read_networks(moe)
-    made = combine_networks(networks, method, check_options(method, weights, rank, len(networks)), rank)
+    made = combine_networks(networks, method, read_shares(method, weights, rank, len(networks)), rank)
     return join_networks([made, *([shared] if shared is not None else [])]).module()
 
 

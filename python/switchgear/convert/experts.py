@@ -15,32 +15,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import pad
 
-from switchgear.checks import NotNegative, Seed, Shape, Size, checked
-from switchgear.convert.average import Merge
-from switchgear.convert.checks import check_all_finite, check_top_k
-from switchgear.convert.ffn import feed_forward, is_feed_forward
-from switchgear.convert.modules import is_transformers
+from switchgear.checks import FiniteTensor, NotEmpty, NotNegative, Seed, Shape, Size, checked
+from switchgear.convert.average import Merge, Merging
+from switchgear.convert.modules import feed_forward, is_feed_forward, is_transformers
 from switchgear.convert.split import create_layer, initialize_router, write_networks
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, write_shared
 from switchgear.layers.expand import appended
 from switchgear.modules import MoE
 from switchgear.papers.parts.scores_of_experts import Domain
-from switchgear.reference import check_size
 from switchgear.routing.context import Context, sequences
 from switchgear.utils.modules import set_eval
 from switchgear.weights.checks import check_plain
 
-ROUTERS = ("random", "hidden", "embedding", "zeros")
-
 
 @checked
 def from_dense_experts(
-    models: Sequence[nn.Module | FeedForward],
+    models: Annotated[Sequence[nn.Module | FeedForward], NotEmpty],
     top_k: Size = 2,
     *,
     shared: nn.Module | None = None,
-    router: str | Tensor = "random",
+    router: FiniteTensor | Literal["random", "hidden", "embedding", "zeros"] = "random",
     router_init: NotNegative = 0.02,
     prompts: Sequence[Tensor] | None = None,
     embeddings: Tensor | None = None,
@@ -75,12 +70,6 @@ def from_dense_experts(
     Raises:
         TypeError, ValueError: models that differ in type, size or activation, or an option out of range.
     """
-    models = list(models)
-    if not models:
-        raise ValueError("models: expected at least one, got none")
-    check_top_k(len(models), top_k)
-    if isinstance(router, str) and router not in ROUTERS:
-        raise ValueError(f"router: expected {', '.join(ROUTERS)} or a tensor, got {router!r}")
     if all(isinstance(model, FeedForward) or is_feed_forward(model) for model in models):
         if isinstance(router, str) and router in ("hidden", "embedding"):
             raise ValueError(f"router: expected random, zeros or a tensor for feed-forward modules, got {router!r}")
@@ -95,7 +84,7 @@ def from_dense_experts(
 
     return collect_models(
         models, attention=attention, top_k=top_k, router=router, router_init=router_init, prompts=prompts, base=base,
-        layers=layers, family=family, merge=merge, weights=weights, density=density, seed=seed,
+        layers=layers, family=family, merging=Merging(merge, weights, density, 1.0, seed),
     )  # fmt: skip
 
 
@@ -125,7 +114,6 @@ def _layer(
     if isinstance(router, Tensor):
         if moe.gate.weight is None or moe.gate.weight.shape != router.shape:
             raise ValueError(f"router: expected [{len(networks)}, {first.hidden_size}], got {list(router.shape)}")
-        check_all_finite("router", router)
         with torch.no_grad():
             moe.gate.weight.copy_(router)
     else:
@@ -189,13 +177,12 @@ class Projected(nn.Module):
     expert: a module of rows [T,inner_size].
     """
 
+    @checked
     def __init__(
-        self, expert: nn.Module, hidden_size: int, inner_size: int, *, width: int | None = None, device: Any = None,
+        self, expert: nn.Module, hidden_size: Size, inner_size: Size, *, width: int | None = None, device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_size("hidden_size", hidden_size)
-        check_size("inner_size", inner_size)
         width = max(hidden_size, inner_size) if width is None else width
 
         def projection(size_in: int, size_out: int) -> nn.Sequential:
@@ -219,10 +206,9 @@ class ModuleExperts(nn.Module):
         moe.experts = ModuleExperts([mlp, Projected(other, 64, 96)], hidden_size=64)
     """
 
-    def __init__(self, modules: Sequence[nn.Module], hidden_size: int) -> None:
+    @checked
+    def __init__(self, modules: Annotated[Sequence[nn.Module], NotEmpty], hidden_size: int) -> None:
         super().__init__()
-        if not modules:
-            raise ValueError("modules: expected at least one, got none")
         self.members = nn.ModuleList(modules)
         self.hidden_size, self.num_experts = hidden_size, len(modules)
 

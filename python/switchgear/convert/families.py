@@ -65,34 +65,38 @@ class Sizes:
     layers: tuple[int, ...]
     shared_width: int = 0
 
+    def __post_init__(self) -> None:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k: expected 1 to {self.num_experts} (num_experts), got {self.top_k}")
+
 
 def dense_key(layer: int, part: str) -> str:
     return f"model.layers.{layer}.mlp.{part}.weight"
 
 
-def check_unquantized(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a quantized model, whose tensors are codes and scales."""
+def read_model_type(config: Mapping[str, Any]) -> str:
+    """The model type. Raises ValueError for a quantized model, whose tensors are codes and scales."""
     if config.get("quantization_config"):
         raise ValueError("model: expected plain weights, got a quantization_config in its config")
+    return str(config.get("model_type"))
 
 
-def check_dense(config: Mapping[str, Any]) -> str:
+def read_dense_type(config: Mapping[str, Any]) -> str:
     """The model type of a dense config that can be converted."""
-    model_type = config.get("model_type")
+    model_type = read_model_type(config)
     if model_type not in DENSE:
         raise ValueError(
             f"model: expected a dense model of type {', '.join(DENSE)}, got {model_type}; family='switchgear' replaces "
             "the layers of any model in place"
         )
-    check_unquantized(config)
     if config.get("mlp_bias"):
         raise ValueError("model: expected mlp_bias false, since no MoE family has biases in its experts, got true")
-    return str(model_type)
+    return model_type
 
 
 def choose_family(config: Mapping[str, Any], size: Sizes, wanted: str | None = None) -> Family:
     """The family that expresses the result exactly. Raises ValueError with the reason if there is none."""
-    model_type, every = check_dense(config), len(size.layers) == config["num_hidden_layers"]
+    model_type, every = read_dense_type(config), len(size.layers) == config["num_hidden_layers"]
     if wanted is None:
         plain = "mixtral" if every and not size.shared_width else "qwen2_moe"
         wanted = {"qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}.get(model_type, plain)
@@ -166,10 +170,9 @@ def read_num_experts(config: Mapping[str, Any], family: Family) -> int:
 
 def make_dense_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """The config of the dense family of an MoE one, and its layers with experts."""
-    model_type = str(config.get("model_type"))
+    model_type = read_model_type(config)
     if model_type not in FAMILIES:
         raise ValueError(f"model: expected an MoE model of type {', '.join(FAMILIES)}, got {model_type}")
-    check_unquantized(config)
     family, count = FAMILIES[model_type], int(config["num_hidden_layers"])
     sparse = [layer for layer in range(count) if layer not in set(config.get("mlp_only_layers") or ())]
     sparse = [layer for layer in sparse if (layer + 1) % int(config.get("decoder_sparse_step") or 1) == 0]

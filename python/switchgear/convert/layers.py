@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.checks import Count, NotNegative, Seed, Size, checked, complain_about_rows
-from switchgear.convert.checks import derive_seed
-from switchgear.convert.ffn import is_feed_forward
-from switchgear.convert.modules import call_model, choose_layers, find_dense_layers, replace_modules, watch_rows
+from switchgear.convert.modules import (
+    call_model,
+    choose_layers,
+    find_dense_layers,
+    is_feed_forward,
+    replace_modules,
+    watch_rows,
+)
 from switchgear.convert.partitions import Method
+from switchgear.convert.plans import derive_seed
 from switchgear.convert.split import split_dense
 from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.routing.router import Router

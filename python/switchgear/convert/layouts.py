@@ -9,18 +9,19 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from switchgear.checks import checked
 from switchgear.convert.directory import ConversionError
-from switchgear.convert.families import FAMILIES, PARTS, Family, check_unquantized, read_num_experts
+from switchgear.convert.families import FAMILIES, PARTS, Family, read_model_type, read_num_experts
 from switchgear.convert.plans import ConversionPlan, Item, Source, copy_item
-from switchgear.reference import check_choice
 from switchgear.utils.packages import failed_import
 
-LAYOUTS = ("per_expert", "fused", "megatron", "megatron_te", "megatron_grouped")
+Layout = Literal["per_expert", "fused", "megatron", "megatron_te", "megatron_grouped"]
+LAYOUTS = get_args(Layout)
 EXPERTS = r"(?:model|decoder)\.layers\.\d+\..*\.experts\."
 MEGATRON = r"decoder\.layers\.(\d+)\.mlp\.experts\."
 NAMINGS = (FAMILIES["qwen3_moe"], FAMILIES["mixtral"])  # Single experts are named so; most types have the first.
@@ -64,7 +65,8 @@ class Found:
     naming: Family
 
 
-def plan_layout(config: Mapping[str, Any], source: Source, to: str) -> ConversionPlan:
+@checked
+def plan_layout(config: Mapping[str, Any], source: Source, to: Layout) -> ConversionPlan:
     """Rearranges the experts of an MoE checkpoint, and renames routers; all values stay.
 
     per_expert        model.layers.0.mlp.experts.3.gate_proj.weight [I,H], …   (as published; Mixtral: w1, w3, w2)
@@ -80,9 +82,7 @@ def plan_layout(config: Mapping[str, Any], source: Source, to: str) -> Conversio
     (gpt-oss has [E,H,2I]), and of several dtypes in a layer. Also for per_expert where transformers reads fused experts
     alone.
     """
-    check_choice("to", to, LAYOUTS)
-    check_unquantized(config)
-    model_type = str(config.get("model_type"))
+    model_type = read_model_type(config)
     found = find_experts(source, config)
     read = _Reader(source, found)
     _check(source, model_type, found, read, config.get("hidden_size"))
@@ -164,49 +164,39 @@ class _Reader:
 
     def sizes(self, layer: int) -> tuple[int, int, torch.dtype]:
         """H, I and the dtype."""
-        if self._found.layout == "megatron_grouped":
-            key = f"decoder.layers.{layer}.mlp.experts.weight2"
-            rows, hidden = self._source.shape(key)
-            return hidden, rows // self._found.experts[layer], self._source.dtype(key)
-        key = self._key(layer, 0, "down_proj")
-        hidden, width = self._source.shape(key)[-2:]
-        return hidden, width, self._source.dtype(key)
+        key = _name_key(self._found.layout, self._found.naming, layer, 0, "down_proj")
+        *_, rows, columns = self._source.shape(key)
+        if self._found.layout == "megatron_grouped":  # [E·I,H]
+            rows, columns = columns, rows // self._found.experts[layer]
+        return rows, columns, self._source.dtype(key)
 
     def __call__(self, layer: int, expert: int, part: str) -> Tensor:
         layout = self._found.layout
-        if layout == "per_expert":
-            return self._source.read(self._found.naming.expert(layer, expert, part))
-        hidden, width, _ = self.sizes(layer)
-        if layout == "megatron_grouped":
-            prefix = f"decoder.layers.{layer}.mlp.experts."
-            if part == "down_proj":
-                return self._source.read(prefix + "weight2")[expert * width : (expert + 1) * width].T
-            # [H, E·2I] is the memory of [E,H,2I], as Megatron views it
-            rows = self._source.read(prefix + "weight1").reshape(-1, hidden, 2 * width)[expert].T
-            return _take_half(rows, part)
-        weight = self._source.read(self._key(layer, expert, part))
-        weight = weight[expert] if layout == "fused" else weight
-        return weight if part == "down_proj" else _take_half(weight, part)
-
-    def _key(self, layer: int, expert: int, part: str) -> str:
-        layout, number = self._found.layout, 2 if part == "down_proj" else 1
-        if layout == "per_expert":
-            return self._found.naming.expert(layer, expert, part)
+        rows = self._source.read(_name_key(layout, self._found.naming, layer, expert, part))
         if layout == "fused":
-            return f"model.layers.{layer}.mlp.experts.{'down_proj' if number == 2 else 'gate_up_proj'}"
-        return _megatron_key(layout, layer, expert, number)
+            rows = rows[expert]
+        elif layout == "megatron_grouped":  # weight1 is the memory of [E,H,2I], as Megatron views it
+            hidden, width, _ = self.sizes(layer)
+            rows = rows.reshape(-1, *((width, hidden) if part == "down_proj" else (hidden, 2 * width)))[expert].T
+        if layout == "per_expert" or part == "down_proj":
+            return rows
+        gate, up = rows.chunk(2)
+        return gate if part == "gate_proj" else up
 
 
-def _take_half(rows: Tensor, part: str) -> Tensor:
-    gate, up = rows.chunk(2)
-    return gate if part == "gate_proj" else up
-
-
-def _megatron_key(layout: str, layer: int, expert: int, number: int) -> str:
-    prefix = f"decoder.layers.{layer}.mlp.experts."
-    if layout == "megatron":
-        return f"{prefix}local_experts.{expert}.linear_fc{number}.weight"
-    return f"{prefix}linear_fc{number}.weight{expert}"
+def _name_key(layout: str, family: Family, layer: int, expert: int, part: str) -> str:
+    """The tensor that holds a projection of an expert."""
+    number = 2 if part == "down_proj" else 1
+    if layout == "per_expert":
+        return family.expert(layer, expert, part)
+    if layout == "fused":
+        return f"model.layers.{layer}.mlp.experts.{part if number == 2 else 'gate_up_proj'}"
+    name = {
+        "megatron": f"local_experts.{expert}.linear_fc{number}.weight",
+        "megatron_te": f"linear_fc{number}.weight{expert}",
+        "megatron_grouped": f"weight{number}",
+    }[layout]
+    return f"decoder.layers.{layer}.mlp.experts.{name}"
 
 
 def _plan_experts(
@@ -214,45 +204,30 @@ def _plan_experts(
     read: Callable[[int, int, str], Tensor],
 ) -> list[Item]:  # fmt: skip
     """The tensors of a layer's experts in the layout `to`."""
-
-    def first(expert: int) -> Tensor:
-        return torch.cat([read(layer, expert, part) for part in PARTS[:2]])
-
-    def second(expert: int) -> Tensor:
-        return read(layer, expert, "down_proj")
-
-    def item(key: str, make: Callable[[], Tensor], *shape: int) -> Item:
-        return Item(key, shape, dtype, make)
-
+    shapes = {"gate_proj": (2 * width, hidden), "down_proj": (hidden, width)}  # gate_proj stands for both
     if to == "per_expert":
-        shapes = [(width, hidden), (width, hidden), (hidden, width)]
-        return [
-            item(family.expert(layer, expert, part), partial(read, layer, expert, part), *shape)
-            for expert in range(count)
-            for part, shape in zip(PARTS, shapes, strict=True)
-        ]
+        shapes |= {"gate_proj": (width, hidden), "up_proj": (width, hidden)}
+
+    def make(part: str, expert: int) -> Tensor:
+        if to == "per_expert" or part == "down_proj":
+            return read(layer, expert, part)
+        return torch.cat([read(layer, expert, each) for each in PARTS[:2]])
+
+    def item(part: str, expert: int, make: Callable[[], Tensor], *shape: int) -> Item:
+        return Item(_name_key(to, family, layer, expert, part), shape, dtype, make)
+
     if to == "fused":
-        prefix = f"model.layers.{layer}.mlp.experts."
         return [
-            item(prefix + "gate_up_proj", lambda: _stack(count, first), count, 2 * width, hidden),
-            item(prefix + "down_proj", lambda: _stack(count, second), count, hidden, width),
+            item(part, 0, partial(_stack, count, partial(make, part)), count, *shape) for part, shape in shapes.items()
         ]
     if to == "megatron_grouped":
-        prefix = f"decoder.layers.{layer}.mlp.experts."
 
-        def transposed(make: Callable[[int], Tensor], *shape: int) -> Callable[[], Tensor]:
-            return lambda: _stack(count, lambda expert: make(expert).T).reshape(*shape)
+        def transpose(part: str, *shape: int) -> Item:
+            return item(part, 0, lambda: _stack(count, lambda expert: make(part, expert).T).reshape(shape), *shape)
 
-        sizes = (hidden, count * 2 * width), (count * width, hidden)
-        return [
-            item(f"{prefix}weight{number}", transposed(make, *size), *size)
-            for number, make, size in zip((1, 2), (first, second), sizes, strict=True)
-        ]
-    return [
-        item(_megatron_key(to, layer, expert, number), partial(make, expert), *shape)
-        for expert in range(count)
-        for number, make, shape in ((1, first, (2 * width, hidden)), (2, second, (hidden, width)))
-    ]
+        return [transpose("gate_proj", hidden, count * 2 * width), transpose("down_proj", count * width, hidden)]
+    parts = PARTS if to == "per_expert" else ("gate_proj", "down_proj")
+    return [item(part, expert, partial(make, part, expert), *shapes[part]) for expert in range(count) for part in parts]
 
 
 def _stack(count: int, make: Callable[[int], Tensor]) -> Tensor:

@@ -13,14 +13,12 @@ import transformers
 from torch import Tensor
 
 from switchgear.convert.attention import attention_from_experts
-from switchgear.convert.average import Merge, Merging
-from switchgear.convert.checks import as_finite_numbers, check_all_finite, derive_seed
+from switchgear.convert.average import Merging, read_state
 from switchgear.convert.families import layers_of
 from switchgear.convert.modules import Conversion, Converted, watch_rows
-from switchgear.convert.plans import ConversionPlan, StateDict
+from switchgear.convert.plans import ConversionPlan, StateDict, derive_seed
 from switchgear.convert.recipes import plan_experts
 from switchgear.utils.modules import set_eval
-from switchgear.weights.checks import check_state_dict
 
 
 def convert_model(model: Any, plan: Callable[..., ConversionPlan], **options: Any) -> Conversion:
@@ -36,9 +34,8 @@ def read_config(model: Any) -> dict[str, Any]:
 
 def read_tensors(model: Any) -> StateDict:
     """The tensors of the state dict, tied ones once. Raises ValueError for a model that computes with others."""
-    check_state_dict("model", model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    return StateDict({key: tensor for key, tensor in model.state_dict().items() if key not in tied})
+    return StateDict({key: tensor for key, tensor in read_state("model", model).items() if key not in tied})
 
 
 def build_model(model: Any, plan: ConversionPlan) -> Conversion:
@@ -81,19 +78,17 @@ def _require_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def collect_models(
     models: Sequence[Any], *, top_k: int, router: str | Tensor, router_init: float, prompts: Sequence[Tensor] | None,
-    base: Any, layers: str | Sequence[int], family: str | None, merge: Merge, weights: Sequence[float] | None,
-    density: float, seed: int, attention: str = "merged",
+    base: Any, layers: str | Sequence[int], family: str | None, merging: Merging, attention: str = "merged",
 ) -> Conversion:  # fmt: skip
     """See from_dense_experts."""
     first = models[0] if base is None else base
     chosen = layers_of(read_config(first), layers)
     rows = compute_router_rows(first, len(models), chosen, router, prompts)
-    merging = Merging(merge, as_finite_numbers("weights", weights), density, 1.0, seed)
     plan = plan_experts(
         [(read_config(model), read_tensors(model)) for model in models],
         None if base is None else (read_config(base), read_tensors(base)),
         top_k=top_k, layers=layers, family=family, router=rows, router_init=0.0 if router == "zeros" else router_init,
-        merging=merging, seed=seed,
+        merging=merging, seed=merging.seed,
     )  # fmt: skip
     done = build_model(first, plan)
     if attention == "merged":
@@ -101,7 +96,7 @@ def collect_models(
     mixtures = [
         attention_from_experts(
             [model.model.layers[layer].self_attn for model in models],
-            shared_kv=attention == "shared_kv", router_init=router_init, seed=derive_seed(seed, layer),
+            shared_kv=attention == "shared_kv", router_init=router_init, seed=derive_seed(merging.seed, layer),
         )
         for layer in range(len(first.model.layers))
     ]  # fmt: skip
@@ -122,7 +117,6 @@ def compute_router_rows(
             router = router[None].expand(len(layers), -1, -1)
         if router.shape != shape:
             raise ValueError(f"router: expected {list(shape)} or {list(shape[1:])}, got {list(router.shape)}")
-        check_all_finite("router", router)
         return dict(zip(layers, router, strict=True))
     if router not in ("hidden", "embedding"):
         return None

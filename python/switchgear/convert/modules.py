@@ -1,19 +1,231 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The dense feed-forward modules of a model, their replacement, all or none, and what a conversion did."""
+"""The dense feed-forward modules of a model: their networks (FeedForward), read from modules of any naming and
+combined into one (OneS, arXiv:2201.10890); their replacement, all or none; and what a conversion did."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from switchgear.convert.ffn import feed_forward, is_feed_forward
+from switchgear.checks import convert
+from switchgear.integrations.blocks import FeedForward
+from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_activation
+from switchgear.layers.shared import SharedExperts
+from switchgear.reference import wide
 from switchgear.trace.observe import inputs_of
+from switchgear.utils.modules import set_eval
 
 OURS = "switchgear"  # the family of models with layers of ours
+# (gate, up, down) of the modules in use; None: not gated.
+NAMES = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("w1", "w3", "w2"),
+    (None, "up_proj", "down_proj"),
+    (None, "fc1", "fc2"),
+    (None, "c_fc", "c_proj"),
+    (None, "fc_in", "fc_out"),
+    (None, "dense_h_to_4h", "dense_4h_to_h"),
+)
+FUSED = ("gate_up_proj", "down_proj")  # gates first, then ups
+TANH = functools.partial(F.gelu, approximate="tanh")
+STRINGS: dict[str, Any] = {
+    "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "gelu_new": TANH, "gelu_pytorch_tanh": TANH,
+}  # fmt: skip
+Combination = Literal["sum", "mean", "topk", "svd"]
+
+
+def feed_forward(module: nn.Module | FeedForward, name: str = "mlp") -> FeedForward:
+    """The weights of a dense feed-forward module: two or three torch.nn.Linear, or two with gate and up fused.
+
+    Knows LLaMA's, Mixtral's, Phi-3's and GPT's names, and SharedExperts. What was read is compared with the module on
+    random rows, so a module that computes something else is refused. The result shares the module's memory.
+
+    Raises:
+        TypeError: no module.
+        ValueError: no feed-forward module, or one of another function.
+    """
+    if isinstance(module, FeedForward):
+        return module
+    convert(name, module, nn.Module)
+    found = next(_read_candidates(module), None)
+    if found is None:
+        raise ValueError(
+            f"{name}: expected a dense feed-forward module with Linear layers gate_proj, up_proj, down_proj (or w1, "
+            f"w3, w2; gate_up_proj, down_proj; fc1, fc2), got {type(module).__name__}"
+        )
+    _check_same(module, found, name)
+    return found
+
+
+def is_feed_forward(module: nn.Module) -> bool:
+    """Whether a module has the Linear layers of a dense feed-forward network."""
+    return next(_read_candidates(module), None) is not None
+
+
+def _read_candidates(module: nn.Module) -> Iterator[FeedForward]:
+    activation = find_activation(module)
+    if activation is None:
+        return
+    for gate, up, down in NAMES:
+        if all(name is None or _is_linear(getattr(module, name, None)) for name in (gate, up, down)):
+            of_gate = (None, None) if gate is None else _read_linear(getattr(module, gate))
+            of_up, of_down = _read_linear(getattr(module, up)), _read_linear(getattr(module, down))
+            yield _made(of_gate, of_up, of_down, activation)
+    if all(_is_linear(getattr(module, name, None)) for name in FUSED):
+        weight, bias = _read_linear(module.gate_up_proj)
+        gates, ups = weight.chunk(2)
+        biases = (None, None) if bias is None else bias.chunk(2)
+        yield _made((gates, biases[0]), (ups, biases[1]), _read_linear(module.down_proj), activation)
+
+
+def _made(gate: Any, up: Any, down: Any, activation: str) -> FeedForward:
+    """Missing biases become zeros if there are others."""
+    biases = [gate[1], up[1], down[1]]
+    made = FeedForward(gate[0], up[0], down[0], activation, *biases)
+    return made if all(bias is None for bias in biases) else made.biased()
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _read_linear(linear: Any) -> tuple[Tensor, Tensor | None]:
+    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+
+def find_activation(module: Any) -> str | None:
+    """The name of the module's activation, found by its values."""
+    if isinstance(module, SharedExperts):
+        plain = module.activation in ACTIVATIONS and module.limit is None
+        return module.activation if plain else None
+    for name in (*ACTIVATION_NAMES, "hidden_act"):
+        function = getattr(module, name, None)
+        if isinstance(function, str):
+            function = STRINGS.get(function)
+        if callable(function):
+            return name_activation(function)
+    return None
+
+
+@torch.no_grad()
+def _check_same(module: nn.Module, found: FeedForward, name: str) -> None:
+    if found.up.is_meta:
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, found.hidden_size, generator=generator).to(found.up)
+    try:
+        with set_eval(module):
+            y = module(x)
+    except Exception as error:
+        raise ValueError(f"{name}: expected a module of rows [T,H], got {type(module).__name__} ({error})") from error
+    expected = found(x)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(x.dtype, 5e-2)
+    scale = float(expected.abs().max()) + 1e-30
+    if not isinstance(y, Tensor) or y.shape != expected.shape or float((y - expected).abs().max()) > tolerance * scale:
+        raise ValueError(
+            f"{name}: expected down(act(gate(x)) · up(x)), got a {type(module).__name__} that computes something else"
+        )
+
+
+# ---- networks into one -----------------------------------------------------------------------------------------------
+
+
+def read_shares(
+    method: str, weights: Sequence[float] | Tensor | None, rank: int | None, num_experts: int
+) -> list[float] | None:
+    """The weights as numbers. Raises ValueError for an option of to_dense that the method does not use."""
+    shares = None if weights is None else [float(share) for share in weights]
+    if shares is not None:
+        if method not in ("sum", "mean"):
+            raise ValueError(f"weights: expected None for method={method!r}, got {len(shares)} numbers")
+        if len(shares) != num_experts:
+            raise ValueError(f"weights: expected {num_experts}, one per expert, got {len(shares)}")
+        if method == "mean" and not sum(shares) > 0:
+            raise ValueError(f"weights: expected numbers with a positive sum, got {shares}")
+    if rank is not None and method != "svd":
+        raise ValueError(f"rank: expected None for method={method!r}, got {rank}")
+    return shares
+
+
+def combine_networks(
+    networks: Sequence[FeedForward], method: str, weights: Sequence[float] | None = None, rank: int | None = None
+) -> FeedForward:
+    """Combines networks by a method of to_dense.
+
+    Raises ValueError for networks of different widths unless the method is "topk".
+    """
+    widths = {network.intermediate_size for network in networks}
+    if method != "topk" and len(widths) > 1:
+        raise ValueError(f"moe: expected experts of one width for method={method!r}, got {sorted(widths)}")
+    if method == "topk":
+        return _keep_best_neurons(networks)
+    if method == "svd":
+        smaller = min(networks[0].hidden_size, networks[0].intermediate_size)
+        kept = -(-smaller // len(networks)) if rank is None else rank
+        return _weighted_sum([_reduce_rank(network, kept) for network in networks], [1.0] * len(networks))
+    each = weights or (1.0,) * len(networks)
+    total = sum(each) if method == "mean" else 1.0
+    return _weighted_sum(networks, [share / total for share in each])
+
+
+def join_networks(networks: Sequence[FeedForward]) -> FeedForward:
+    """The sum of networks as one: their neurons follow each other. Missing biases are zeros if there are others.
+
+    Raises ValueError for networks with different activations, or of which some are gated.
+    """
+    for name in ("activation", "gated"):
+        if len(kinds := list(dict.fromkeys(getattr(network, name) for network in networks))) > 1:
+            raise ValueError(f"moe: expected experts and shared experts with {name}={kinds[0]}, got {kinds[1]}")
+    if any(network.has_bias for network in networks):
+        networks = [network.biased() for network in networks]
+
+    def join(name: str, _: Tensor) -> Tensor:
+        parts = [getattr(network, name) for network in networks]
+        return torch.stack(parts).sum(0) if name == "down_bias" else torch.cat(parts, int(name == "down"))
+
+    return networks[0].map_tensors(join)
+
+
+def _weighted_sum(networks: Sequence[FeedForward], shares: Sequence[float]) -> FeedForward:
+    def combine(name: str, like: Tensor) -> Tensor:
+        parts = [getattr(network, name) for network in networks]
+        total: Any = sum(share * wide(part) for share, part in zip(shares, parts, strict=True))
+        made: Tensor = total.to(like.dtype)
+        return made
+
+    return networks[0].map_tensors(combine)
+
+
+def _reduce_rank(network: FeedForward, rank: int) -> FeedForward:
+    def approximate(_: str, matrix: Tensor) -> Tensor:
+        u, s, v = torch.linalg.svd(wide(matrix), full_matrices=False)
+        return ((u[:, :rank] * s[:rank]) @ v[:rank]).to(matrix.dtype)
+
+    return network.map_tensors(approximate, ("gate", "up", "down"))
+
+
+def _keep_best_neurons(networks: Sequence[FeedForward]) -> FeedForward:
+    """I / E neurons of each expert, one more of the first I mod E."""
+    width = max(network.intermediate_size for network in networks)
+    parts = []
+    for expert, network in enumerate(networks):
+        count = width // len(networks) + (expert < width % len(networks))
+        norm = network.up.float().norm(dim=1) * network.down.float().norm(dim=0)
+        if network.gate is not None:
+            norm = norm * network.gate.float().norm(dim=1)
+        parts.append(network.neurons(norm.argsort(descending=True, stable=True)[:count].sort().values))
+    made = join_networks(parts)
+    return made if made.down_bias is None else replace(made, down_bias=made.down_bias / len(networks))
+
+
+# ---- modules of a model ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -53,13 +265,10 @@ def replace_layers(model: nn.Module, layers: str | Sequence[int], make: Any) -> 
         made = make(feed_forward(module, name), index)
         modules[module] = made.train(module.training)
         done.append(Converted(name, type(module).__name__, made.experts.num_experts, made.gate.extra_repr()))
-        notes += [f"{name}: its dropout of {p} is not kept" for p in _dropouts(module)]
+        dropouts = [part.p for part in module.modules() if isinstance(part, nn.Dropout) and part.p > 0]
+        notes += [f"{name}: its dropout of {p} is not kept" for p in dropouts]
     replace_modules(model, modules)  # all are made
     return Conversion(model, tuple(done), tuple(notes))
-
-
-def _dropouts(module: nn.Module) -> list[float]:
-    return [part.p for part in module.modules() if isinstance(part, nn.Dropout) and part.p > 0]
 
 
 def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:

@@ -7,14 +7,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from switchgear.convert.checks import derive_seed
 from switchgear.convert.families import PARTS, Family, Sizes, dense_key
 from switchgear.convert.partitions import Method, Partition, partition
 from switchgear.integrations.blocks import FeedForward
@@ -35,19 +33,19 @@ class StateDict:
     """A Source of tensors in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+        self.tensors = tensors
 
     def keys(self) -> Iterable[str]:
-        return self._tensors.keys()
+        return self.tensors.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensors[key].shape)
+        return tuple(self.tensors[key].shape)
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._tensors[key].dtype
+        return self.tensors[key].dtype
 
     def read(self, key: str) -> Tensor:
-        return self._tensors[key].detach()
+        return self.tensors[key].detach()
 
 
 @dataclass(frozen=True)
@@ -77,40 +75,16 @@ def draw_noise(seed: int, key: str, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=generator)
 
 
-def draw_router(family: Family, layer: int, rows: int, hidden: int, std: float, seed: int, dtype: torch.dtype) -> Item:
-    key = family.router(layer)
-    return Item(key, (rows, hidden), dtype, lambda: (draw_noise(seed, key, (rows, hidden)) * std).to(dtype))
+def derive_seed(seed: int, index: int) -> int:
+    """The seed of one of several layers: seed + index, which goes on at the lowest one after the largest."""
+    return (int(seed) + index + 2**63) % 2**64 - 2**63
 
 
 def copy_item(source: Source, key: str) -> Item:
     return Item(key, source.shape(key), source.dtype(key), lambda: source.read(key))
 
 
-def list_kept_keys(source: Source, layers: Sequence[int]) -> list[str]:
-    """The keys that stay as they are."""
-    replaced = {dense_key(layer, part) for layer in layers for part in PARTS}
-    if missing := sorted(replaced - set(source.keys())):
-        raise ValueError(f"model: expected {missing[0]} among its tensors, got none")
-    return [key for key in source.keys() if key not in replaced]  # noqa: SIM118  (not a mapping)
-
-
-def copy_networks(
-    source: Source, family: Family, size: Sizes, *, router_init: float, noise: float, seed: int
-) -> list[Item]:
-    """Each expert is a copy of the dense network, plus noise."""
-    items = [copy_item(source, key) for key in list_kept_keys(source, size.layers)]
-    for layer in size.layers:
-        dtype, hidden = source.dtype(dense_key(layer, "gate_proj")), source.shape(dense_key(layer, "gate_proj"))[1]
-        items.append(draw_router(family, layer, size.num_experts, hidden, router_init, seed, dtype))
-        for expert in range(size.num_experts):
-            for part in PARTS:
-                key = family.expert(layer, expert, part)
-                items.append(_copy_with_noise(source, dense_key(layer, part), key, size.width, noise, seed))
-        items += leave_out_shared(family, layer, hidden, dtype)
-    return items
-
-
-def _copy_with_noise(source: Source, dense: str, key: str, width: int, noise: float, seed: int) -> Item:
+def copy_with_noise(source: Source, dense: str, key: str, width: int, noise: float, seed: int) -> Item:
     """A matrix plus noise, with neurons of zeros up to `width`."""
     shape, dtype, dim = source.shape(dense), source.dtype(dense), int(dense.endswith("down_proj.weight"))
     more = width - shape[dim]
@@ -125,13 +99,57 @@ def _copy_with_noise(source: Source, dense: str, key: str, width: int, noise: fl
     return Item(key, (shape[0], width) if dim else (width, shape[1]), dtype, make)
 
 
-def leave_out_shared(family: Family, layer: int, hidden: int, dtype: torch.dtype) -> list[Item]:
-    """A shared expert without neurons, where the family's layers have one."""
-    if not family.has_shared:
-        return []
-    shapes = {part: (hidden, 0) if part == "down_proj" else (0, hidden) for part in PARTS}
-    items = [_fill_zeros(family.shared(layer, part), shape, dtype) for part, shape in shapes.items()]
-    return [*items, _fill_zeros(family.shared_gate(layer), (1, hidden), dtype)]
+def copy_neurons(
+    source: Source, dense: str, key: str, width: int, scale: float, find_neurons: Callable[[], Tensor]
+) -> Item:
+    """Neurons of a matrix, with neurons of zeros up to `width`; a down projection is multiplied by `scale`."""
+    shape, dtype, is_down = source.shape(dense), source.dtype(dense), dense.endswith("down_proj.weight")
+    hidden = shape[0 if is_down else 1]
+
+    def make() -> Tensor:
+        index, weight = find_neurons(), source.read(dense)
+        rows = (weight.T if is_down else weight)[index.to(weight.device)]
+        made = rows.new_zeros(width, hidden)
+        made[: len(index)] = rows * scale if is_down else rows
+        return made.T if is_down else made
+
+    return Item(key, (hidden, width) if is_down else (width, hidden), dtype, make)
+
+
+def list_items(
+    source: Source, family: Family, size: Sizes, make_item: Callable[[int, int | None, str, str], Item], *,
+    router_init: float, seed: int, router: Mapping[int, Tensor] | None = None,
+    keep: Callable[[str], Item] | None = None,
+) -> tuple[Item, ...]:  # fmt: skip
+    """The tensors of a model whose dense networks in `source` become experts: the others, copied or as `keep` makes
+    them; then of each layer the router (its rows of `router`, or random ones), and make_item(layer, expert, part, key)
+    for each matrix. The expert None is the shared one, which has no neurons where the family, but not the size, has
+    one."""
+    replaced = {dense_key(layer, part) for layer in size.layers for part in PARTS}
+    if missing := sorted(replaced - set(source.keys())):
+        raise ValueError(f"model: expected {missing[0]} among its tensors, got none")
+    kept = (key for key in source.keys() if key not in replaced)  # noqa: SIM118  (not a mapping)
+    items = [copy_item(source, key) if keep is None else keep(key) for key in kept]
+    for layer in size.layers:
+        gate = dense_key(layer, "gate_proj")
+        dtype, hidden = source.dtype(gate), source.shape(gate)[1]
+        rows = None if router is None else router[layer].to(dtype)
+        items.append(_make_router(family.router(layer), (size.num_experts, hidden), dtype, rows, router_init, seed))
+        for expert in range(size.num_experts):
+            items += [make_item(layer, expert, part, family.expert(layer, expert, part)) for part in PARTS]
+        if family.has_shared:
+            for part in PARTS:
+                key, shape = family.shared(layer, part), (hidden, 0) if part == "down_proj" else (0, hidden)
+                is_filled = size.shared_width > 0
+                items.append(make_item(layer, None, part, key) if is_filled else _fill_zeros(key, shape, dtype))
+            items.append(_fill_zeros(family.shared_gate(layer), (1, hidden), dtype))
+    return tuple(items)
+
+
+def _make_router(
+    key: str, shape: tuple[int, int], dtype: torch.dtype, rows: Tensor | None, std: float, seed: int
+) -> Item:
+    return Item(key, shape, dtype, lambda: (draw_noise(seed, key, shape) * std).to(dtype) if rows is None else rows)
 
 
 def _fill_zeros(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Item:
@@ -184,77 +202,3 @@ class Split:
             dense, self.num_experts, method, shared=self.shared, importance=importance, keep=self.keep,
             seed=derive_seed(self.seed, layer),
         )  # fmt: skip
-
-
-def split_networks(
-    source: Source, family: Family, size: Sizes, how: Split, *, scale: float, router_init: float
-) -> list[Item]:
-    """Each expert has its neurons, padded with zeros to the common width; down projections are multiplied by `scale`,
-    since the family's weights sum to 1. The shared expert's are doubled, since its gate starts at sigmoid(0) = 1/2."""
-    items = [copy_item(source, key) for key in list_kept_keys(source, size.layers)]
-    parts = LayerCache(partial(how.partition, source))
-    for layer in size.layers:
-        dtype, hidden = source.dtype(dense_key(layer, "gate_proj")), source.shape(dense_key(layer, "gate_proj"))[1]
-        items.append(draw_router(family, layer, size.num_experts, hidden, router_init, how.seed, dtype))
-        for expert in range(size.num_experts):
-            for part in PARTS:
-                key = family.expert(layer, expert, part)
-                items.append(_copy_neurons(source, layer, part, key, size.width, scale, parts, expert))
-        if size.shared_width:
-            for part in PARTS:
-                key = family.shared(layer, part)
-                items.append(_copy_neurons(source, layer, part, key, size.shared_width, 2.0, parts, None))
-            items.append(_fill_zeros(family.shared_gate(layer), (1, hidden), dtype))
-        else:
-            items += leave_out_shared(family, layer, hidden, dtype)
-    return items
-
-
-def _copy_neurons(
-    source: Source,
-    layer: int,
-    part: str,
-    key: str,
-    width: int,
-    scale: float,
-    parts: LayerCache[Partition],
-    expert: int | None,
-) -> Item:
-    dense = dense_key(layer, part)
-    is_down, dtype = part == "down_proj", source.dtype(dense_key(layer, part))
-    hidden = source.shape(dense)[0 if is_down else 1]
-
-    def make() -> Tensor:
-        index = parts(layer).shared if expert is None else parts(layer).experts[expert]
-        weight = source.read(dense)
-        rows = (weight.T if is_down else weight)[index.to(weight.device)]
-        made = rows.new_zeros(width, hidden)
-        made[: len(index)] = rows * scale if is_down else rows
-        return made.T if is_down else made
-
-    return Item(key, (hidden, width) if is_down else (width, hidden), dtype, make)
-
-
-# ---- experts of several dense models ---------------------------------------------------------------------------------
-
-
-def collect_networks(
-    base: Source, experts: Sequence[Source], family: Family, size: Sizes, *, router: Mapping[int, Tensor] | None,
-    router_init: float, seed: int, merge: Callable[[str], Item], noise: float = 0.0,
-) -> list[Item]:  # fmt: skip
-    """Expert e of each layer is the feed-forward network of model e; other tensors are merge(key)."""
-    items = [merge(key) for key in list_kept_keys(base, size.layers)]
-    for layer in size.layers:
-        gate = dense_key(layer, "gate_proj")
-        dtype, hidden = base.dtype(gate), base.shape(gate)[1]
-        if router is None:
-            items.append(draw_router(family, layer, size.num_experts, hidden, router_init, seed, dtype))
-        else:
-            rows = router[layer].to(dtype)
-            items.append(Item(family.router(layer), tuple(rows.shape), dtype, lambda rows=rows: rows))  # type: ignore[misc]
-        for expert, source in enumerate(experts):
-            for part in PARTS:
-                key = family.expert(layer, expert, part)
-                items.append(_copy_with_noise(source, dense_key(layer, part), key, size.width, noise, seed))
-        items += leave_out_shared(family, layer, hidden, dtype)
-    return items

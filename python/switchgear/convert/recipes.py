@@ -3,30 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from switchgear.checks import Finite, NotNegative, Seed, Size, checked
-from switchgear.convert.average import Merging, check_same, check_wide
-from switchgear.convert.checks import check_top_k
+from switchgear.checks import Finite, FiniteTensor, NotNegative, Seed, Size, checked
+from switchgear.convert.average import Merging, prepare_merge
 from switchgear.convert.families import (
     FAMILIES,
     PARTS,
+    Family,
     Sizes,
-    check_dense,
-    check_unquantized,
     choose_family,
     dense_key,
     layers_of,
     make_dense_config,
     make_moe_config,
+    read_dense_type,
+    read_model_type,
     read_num_experts,
 )
-from switchgear.convert.ffn import check_options, combine_networks
+from switchgear.convert.modules import Combination, combine_networks, read_shares
 from switchgear.convert.partitions import Method
 from switchgear.convert.plans import (
     ConversionPlan,
@@ -34,10 +34,10 @@ from switchgear.convert.plans import (
     LayerCache,
     Source,
     Split,
-    collect_networks,
     copy_item,
-    copy_networks,
-    split_networks,
+    copy_neurons,
+    copy_with_noise,
+    list_items,
 )
 from switchgear.integrations.blocks import FeedForward
 
@@ -51,21 +51,34 @@ def plan_upcycle(
     family: str | None = None,
 ) -> ConversionPlan:  # fmt: skip
     """See upcycle."""
-    check_dense(config)
-    check_top_k(num_experts, top_k)
-    width, notes = _pad_width(int(config["intermediate_size"]))
-    size = Sizes(num_experts, top_k, width, layers_of(config, layers))
+    size, notes = _pad_experts(config, num_experts, top_k, layers)
     found = choose_family(config, size, family)
-    items = copy_networks(source, found, size, router_init=router_init, noise=noise, seed=seed)
-    how = f"{found.model_type}, copies" + (f" with noise {noise}" if noise else "")
-    done = tuple((f"model.layers.{layer}.mlp", "dense", num_experts, how) for layer in size.layers)
-    return ConversionPlan(make_moe_config(config, found, size), tuple(items), done, notes)
+    items = list_items(
+        source, found, size,
+        lambda layer, _, part, key: copy_with_noise(source, dense_key(layer, part), key, size.width, noise, seed),
+        router_init=router_init, seed=seed,
+    )  # fmt: skip
+    return _plan_moe(config, found, size, items, "copies" + (f" with noise {noise}" if noise else ""), notes)
 
 
-def _pad_width(width: int) -> tuple[int, tuple[str, ...]]:
-    """The width of experts that transformers can multiply, and a note if it is another."""
+def _pad_experts(
+    config: Mapping[str, Any], num_experts: int, top_k: int, layers: str | Sequence[int]
+) -> tuple[Sizes, tuple[str, ...]]:
+    """The sizes of experts as wide as the dense networks, which transformers can multiply, and a note if they are wider
+    for that."""
+    read_dense_type(config)
+    width = int(config["intermediate_size"])
     wide = -(-width // PADDED) * PADDED
-    return wide, () if wide == width else (f"experts are padded with zeros to {wide} neurons",)
+    notes = () if wide == width else (f"experts are padded with zeros to {wide} neurons",)
+    return Sizes(num_experts, top_k, wide, layers_of(config, layers)), notes
+
+
+def _plan_moe(
+    config: Mapping[str, Any], family: Family, size: Sizes, items: tuple[Item, ...], how: str, notes: Sequence[str]
+) -> ConversionPlan:
+    how = f"{family.model_type}, {how}"
+    done = tuple((f"model.layers.{layer}.mlp", "dense", size.num_experts, how) for layer in size.layers)
+    return ConversionPlan(make_moe_config(config, family, size), items, done, tuple(notes))
 
 
 @checked
@@ -75,9 +88,9 @@ def plan_split(
     keep: Finite = 0.5, rescale: bool = True, router_init: NotNegative = 0.02, seed: Seed = 0,
     family: str | None = None,
 ) -> ConversionPlan:  # fmt: skip
-    """See split_dense. Each expert is E times its neurons (K times without rescale), since weights sum to 1."""
-    check_dense(config)
-    check_top_k(num_experts, top_k)
+    """See split_dense. Each expert is E times its neurons (K times without rescale), since weights sum to 1. The shared
+    one's are doubled, since its gate starts at sigmoid(0) = 1/2."""
+    read_dense_type(config)
     chosen = layers_of(config, layers)
     how = Split(num_experts, method, shared, importance, keep, seed)
     for layer in chosen:
@@ -93,44 +106,49 @@ def plan_split(
         scale = float(top_k)
     else:
         scale = float(num_experts if rescale else top_k)
-    items = split_networks(source, found, size, how, scale=scale, router_init=router_init)
+    parts = LayerCache(partial(how.partition, source))
+
+    def make(layer: int, expert: int | None, part: str, key: str) -> Item:
+        def find_neurons() -> Tensor:
+            return parts(layer).shared if expert is None else parts(layer).experts[expert]
+
+        sizes = (shared_width, 2.0) if expert is None else (width, scale)
+        return copy_neurons(source, dense_key(layer, part), key, *sizes, find_neurons)
+
+    items = list_items(source, found, size, make, router_init=router_init, seed=seed)
     notes = [f"down projections of experts are multiplied by {scale:g}, since {found.model_type}'s weights sum to 1"]
-    if size.shared_width:
+    if shared_width:
         notes.append("the shared expert is doubled, since its gate starts at sigmoid(0) = 1/2")
     if set(widths) != {(width, shared_width)} or method == "domain_masks":
-        notes.append(f"experts are padded with zeros to {size.width} neurons, the shared one to {size.shared_width}")
-    text = f"{found.model_type}, split by {method}, {size.width} neurons each"
-    done = tuple((f"model.layers.{layer}.mlp", "dense", num_experts, text) for layer in chosen)
-    return ConversionPlan(make_moe_config(config, found, size), tuple(items), done, tuple(notes))
+        notes.append(f"experts are padded with zeros to {width} neurons, the shared one to {shared_width}")
+    return _plan_moe(config, found, size, items, f"split by {method}, {width} neurons each", notes)
 
 
 @checked
 def plan_experts(
     models: Sequence[tuple[Mapping[str, Any], Source]], base: tuple[Mapping[str, Any], Source] | None, *, top_k: Size,
-    layers: str | Sequence[int] = "all", family: str | None = None, router: Mapping[int, Tensor] | None = None,
+    layers: str | Sequence[int] = "all", family: str | None = None, router: Mapping[int, FiniteTensor] | None = None,
     router_init: NotNegative = 0.02, merging: Merging, seed: Seed = 0, noise: NotNegative = 0.0,
 ) -> ConversionPlan:  # fmt: skip
     """See from_dense_experts."""
-    check_top_k(len(models), top_k)
     config, origin = models[0] if base is None else base
     merge = prepare_merge([source for _, source in models], None if base is None else base[1], merging)
     for index, (other, _) in enumerate(models):
-        check_dense(other)
+        read_dense_type(other)
         for name in ("model_type", "hidden_act", "intermediate_size", "rms_norm_eps", "num_attention_heads"):
             if other.get(name) != config.get(name):
                 raise ValueError(f"models[{index}]: expected {name} {config.get(name)}, got {other.get(name)}")
-    width, notes = _pad_width(int(config["intermediate_size"]))
-    size = Sizes(len(models), top_k, width, layers_of(config, layers))
+    size, notes = _pad_experts(config, len(models), top_k, layers)
     found = choose_family(config, size, family)
     if router is not None:
         _check_router(router, size, int(config["hidden_size"]))
-    items = collect_networks(
-        origin, [source for _, source in models], found, size, router=router, router_init=router_init, seed=seed,
-        merge=merge, noise=noise,
-    )  # fmt: skip
-    how = f"{found.model_type}, one per model; other tensors by {merging.method}"
-    done = tuple((f"model.layers.{layer}.mlp", "dense", size.num_experts, how) for layer in size.layers)
-    return ConversionPlan(make_moe_config(config, found, size), tuple(items), done, notes)
+
+    def make(layer: int, expert: int | None, part: str, key: str) -> Item:
+        assert expert is not None  # no shared expert
+        return copy_with_noise(models[expert][1], dense_key(layer, part), key, size.width, noise, seed)
+
+    items = list_items(origin, found, size, make, router_init=router_init, seed=seed, router=router, keep=merge)
+    return _plan_moe(config, found, size, items, f"one per model; other tensors by {merging.method}", notes)
 
 
 def _check_router(router: Mapping[int, Tensor], size: Sizes, hidden: int) -> None:
@@ -141,8 +159,6 @@ def _check_router(router: Mapping[int, Tensor], size: Sizes, hidden: int) -> Non
         if tuple(rows.shape) != (size.num_experts, hidden):
             expected = f"[E={size.num_experts},H={hidden}] of layer {layer}"
             raise ValueError(f"router: expected {expected}, got {list(rows.shape)}")
-        if not rows.isfinite().all():
-            raise ValueError(f"router: expected finite rows of layer {layer}, got others")
 
 
 def plan_merge(
@@ -150,43 +166,23 @@ def plan_merge(
 ) -> ConversionPlan:
     """See merge_models."""
     for own, _ in [*models, *([base] if base is not None else [])]:
-        check_unquantized(own)
+        read_model_type(own)  # checks
     sources = [source for _, source in models]
     make = prepare_merge(sources, None if base is None else base[1], merging)
     config = dict(models[0][0] if base is None else base[0])
     return ConversionPlan(config, tuple(make(key) for key in sources[0].keys()))  # noqa: SIM118  (not a mapping)
 
 
-def prepare_merge(sources: Sequence[Source], base: Source | None, merging: Merging) -> Callable[[str], Item]:
-    """Makes the item of a key of all models. Raises ValueError if their tensors differ in name or shape, TypeError for
-    float8."""
-    merging.check(len(sources), base is not None)
-    wanted = {key: sources[0].shape(key) for key in sources[0].keys()}  # noqa: SIM118
-    named = [(f"models[{index}]", source) for index, source in enumerate(sources)]
-    for name, source in [*named, *([("base", base)] if base is not None else [])]:
-        check_same(name, {key: source.shape(key) for key in source.keys()}, wanted)  # noqa: SIM118
-        check_wide(name, {key: source.dtype(key) for key in wanted})
-
-    def item(key: str) -> Item:
-        first = sources[0] if base is None else base
-
-        def make() -> Tensor:
-            return merging(key, [source.read(key) for source in sources], None if base is None else base.read(key))
-
-        return Item(key, first.shape(key), first.dtype(key), make)
-
-    return item
-
-
+@checked
 def plan_dense(
-    config: Mapping[str, Any], source: Source, method: str = "mean", *,
-    weights: Sequence[float] | Tensor | None = None, rank: int | None = None,
+    config: Mapping[str, Any], source: Source, method: Combination = "mean", *,
+    weights: Sequence[Finite] | FiniteTensor | None = None, rank: Size | None = None,
 ) -> ConversionPlan:  # fmt: skip
     """A dense model of an MoE one: mixtral -> mistral, qwen3_moe -> qwen3; see to_dense."""
     made, layers = make_dense_config(config)
     family = FAMILIES[str(config["model_type"])]
     count = read_num_experts(config, family)
-    shares = check_options(method, weights, rank, count)
+    shares = read_shares(method, weights, rank, count)
     width, hidden = int(made["intermediate_size"]), int(made["hidden_size"])
     every = set(source.keys())
 

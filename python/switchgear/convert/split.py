@@ -4,7 +4,7 @@ its neurons. prior_approximate trains the router of a network that was split (Fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.checks import Finite, FloatTensor, NotNegative, Seed, Shape, Size, checked
-from switchgear.convert.checks import check_top_k, derive_seed
-from switchgear.convert.ffn import feed_forward, is_feed_forward
-from switchgear.convert.modules import OURS, is_transformers, replace_layers
+from switchgear.convert.modules import OURS, feed_forward, is_feed_forward, is_transformers, replace_layers
 from switchgear.convert.partitions import Method, Partition, partition
-from switchgear.convert.plans import draw_noise
+from switchgear.convert.plans import derive_seed, draw_noise
 from switchgear.convert.recipes import plan_split, plan_upcycle
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, write_network, write_shared
@@ -77,31 +75,37 @@ def upcycle(
         TypeError, ValueError: no feed-forward network is found, an option is out of range, or the family cannot express
             the result. Nothing is changed.
     """
-    check_top_k(num_experts, top_k)
-    made: dict[str, Any] = {
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "router_init": router_init,
-        "noise": noise,
-        "seed": seed,
-    }
-    if isinstance(mlp, FeedForward):
-        return _copy_into_layer(mlp, normalize=normalize, **made, **options)
-    if is_feed_forward(mlp):
-        return _copy_into_layer(feed_forward(mlp), normalize=normalize, **made, **options)
-    if is_transformers(mlp) and family != OURS:
+    how: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "router_init": router_init, "noise": noise}
+
+    def make_layer(dense: FeedForward, index: int) -> MoE:
+        return _copy_into_layer(dense, normalize=normalize, seed=derive_seed(seed, index), **how, **options)
+
+    def make_model(model: nn.Module) -> Any:
         from switchgear.convert.models import convert_model  # imports transformers
 
-        if options or not normalize:
-            raise ValueError(
-                f"{next(iter(options), 'normalize')}: expected none for a Hugging Face model, whose family decides it"
-            )
-        return convert_model(mlp, plan_upcycle, layers=layers, family=family, **made)
+        _refuse_options([*options, *([] if normalize else ["normalize"])])
+        return convert_model(model, plan_upcycle, layers=layers, family=family, seed=seed, **how)
+
+    return _convert(mlp, layers, family, make_layer, make_model)
+
+
+def _convert(
+    mlp: nn.Module | FeedForward, layers: str | Sequence[int], family: str | None,
+    make_layer: Callable[[FeedForward, int], MoE], make_model: Callable[[nn.Module], Any],
+) -> Any:  # fmt: skip
+    """A network becomes a layer, a model of transformers another one, and in other models layers are replaced."""
+    if isinstance(mlp, FeedForward) or is_feed_forward(mlp):
+        return make_layer(feed_forward(mlp), 0)
+    if is_transformers(mlp) and family != OURS:
+        return make_model(mlp)
     if family not in (None, OURS):
         raise ValueError(f"family: expected None for a {type(mlp).__name__}, which is no model of transformers")
-    return replace_layers(mlp, layers, lambda dense, index: _copy_into_layer(
-        dense, normalize=normalize, **{**made, "seed": derive_seed(seed, index)}, **options
-    ))  # fmt: skip
+    return replace_layers(mlp, layers, make_layer)
+
+
+def _refuse_options(names: Sequence[str]) -> None:
+    if names:
+        raise ValueError(f"{names[0]}: expected none for a Hugging Face model, whose family decides it")
 
 
 def _copy_into_layer(
@@ -180,59 +184,40 @@ def split_dense(
     Raises:
         TypeError, ValueError: the module is no dense feed-forward network, or an option is out of range.
     """
-    how: dict[str, Any] = {"shared": shared, "keep": keep, "rescale": rescale, "router_init": router_init, "seed": seed}
-    if isinstance(mlp, nn.Module) and not is_feed_forward(mlp):
-        if is_transformers(mlp) and family != OURS:
-            return _split_transformers(
-                mlp, num_experts, top_k, method, layers, family, importance, weights, how, options
-            )
-        if family not in (None, OURS):
-            raise ValueError(f"family: expected None for a {type(mlp).__name__}, which is no model of transformers")
-
-        def layer_of(dense: FeedForward, index: int) -> MoE:
-            given = importance.get(index) if isinstance(importance, Mapping) else importance
-            seeded = {**how, "seed": derive_seed(seed, index)}
-            made: MoE = split_dense(
-                dense, num_experts, top_k, method=method, importance=given, weights=weights, **seeded, **options
-            )
-            return made
-
-        return replace_layers(mlp, layers, layer_of)
-    dense = feed_forward(mlp)
-    if isinstance(importance, Mapping):
+    if isinstance(importance, Mapping) and (isinstance(mlp, FeedForward) or is_feed_forward(mlp)):
         raise TypeError("importance: expected a tensor for one feed-forward module, got a mapping by layer")
-    if isinstance(method, Partition):
-        parts = method
-        _check_partition(parts, num_experts, dense.intermediate_size)
-    else:
-        parts = partition(dense, num_experts, method, shared=shared, importance=importance, keep=keep, seed=seed)
-    if top_k is None:
-        top_k = num_experts if parts.is_split else 1
-    check_top_k(num_experts, top_k)
-    if "select" not in options:
-        options["select"] = _choose_selection(parts, num_experts, top_k, weights, rescale)
-    return _build_layer(dense, parts, router_init, seed, options)
 
+    def make_layer(dense: FeedForward, index: int) -> MoE:
+        own = derive_seed(seed, index)
+        if isinstance(method, Partition):
+            parts = method
+            _check_partition(parts, num_experts, dense.intermediate_size)
+        else:
+            given = importance.get(index) if isinstance(importance, Mapping) else importance
+            parts = partition(dense, num_experts, method, shared=shared, importance=given, keep=keep, seed=own)
+        chosen = top_k or (num_experts if parts.is_split else 1)
+        if chosen > num_experts:  # EqualTopK does not know E
+            raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {chosen}")
+        select = _choose_selection(parts, num_experts, chosen, weights, rescale)
+        return _build_layer(dense, parts, router_init, own, {"select": select, **options})
 
-def _split_transformers(
-    model: nn.Module, num_experts: int, top_k: int | None, method: Any, layers: Any, family: str | None,
-    importance: Any, weights: str, how: dict[str, Any], options: dict[str, Any],
-) -> Any:  # fmt: skip
-    from switchgear.convert.models import convert_model  # imports transformers
+    def make_model(model: nn.Module) -> Any:
+        from switchgear.convert.models import convert_model  # imports transformers
 
-    if options or weights != "equal":
-        name = next(iter(options), "weights")
-        raise ValueError(f"{name}: expected none for a Hugging Face model, whose family decides it")
-    if not isinstance(method, str):
-        raise ValueError("method: expected a name for a Hugging Face model, got a Partition")
-    if importance is not None and not isinstance(importance, Mapping):
-        got = type(importance).__name__
-        raise TypeError(f"importance: expected a mapping from layers to tensors for a Hugging Face model, got {got}")
-    top_k = (1 if method in ("domain_masks", "interleave") else num_experts) if top_k is None else top_k
-    return convert_model(
-        model, plan_split, num_experts=num_experts, top_k=top_k, layers=layers, family=family, method=method,
-        importance=importance, **how,
-    )  # fmt: skip
+        _refuse_options([*options, *([] if weights == "equal" else ["weights"])])
+        if isinstance(method, Partition):
+            raise ValueError("method: expected a name for a Hugging Face model, got a Partition")
+        if importance is not None and not isinstance(importance, Mapping):
+            got = f"a Hugging Face model, got {type(importance).__name__}"
+            raise TypeError(f"importance: expected a mapping from layers to tensors for {got}")
+        default = 1 if method in ("domain_masks", "interleave") else num_experts
+        return convert_model(
+            model, plan_split, num_experts=num_experts, top_k=top_k or default, layers=layers, family=family,
+            method=method, importance=importance, shared=shared, keep=keep, rescale=rescale, router_init=router_init,
+            seed=seed,
+        )  # fmt: skip
+
+    return _convert(mlp, layers, family, make_layer, make_model)
 
 
 def _choose_selection(parts: Partition, num_experts: int, top_k: int, weights: str, rescale: bool) -> Any:
@@ -357,7 +342,6 @@ def prior_approximate(
         dense_output: [T,H], of the network that was split.
     """
     num_tokens, num_experts = router_logits.shape
-    check_top_k(num_experts, top_k)
     with torch.no_grad():
         share = dense_output.float() * (top_k / num_experts)
         errors = (expert_outputs.float() - share[:, None]).square().mean(-1)

@@ -46,7 +46,7 @@ from switchgear.diagnostics.usage import (
     outcome_by_expert,
     usage,
 )
-from switchgear.trace.outputs import expert_outputs
+from switchgear.trace.routing_trace import expert_outputs
 
 __all__ = [
     "Cacheability",

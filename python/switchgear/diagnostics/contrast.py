@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from switchgear.checks import checked
 from switchgear.diagnostics.choices import LayerChoices, get_layers
 from switchgear.diagnostics.usage import activation_by_example
 from switchgear.trace import RoutingTrace
@@ -45,11 +46,12 @@ class ExpertScores:
         return ExpertScores({name: -scores for name, scores in self.by_layer.items()})
 
 
+@checked
 def ftri(
     positive: RoutingTrace | Mapping[str, Any],
     negative: RoutingTrace | Mapping[str, Any],
     *,
-    by: str = "weight",
+    by: Literal["weight", "count"] = "weight",
     prompts: tuple[int, int] | None = None,
 ) -> ExpertScores:
     """Functional token resonance imaging (Mixture of Tunable Experts, arXiv:2502.11096): each expert's activation,
@@ -66,15 +68,13 @@ def ftri(
         by: "weight", the experts' weights, or "count", how often they were chosen.
         prompts: their numbers; if None, those that `collect` recorded, or the calls of a RoutingTrace.
     """
-    names = {"weight": "weight_per_expert", "count": "tokens_per_expert"}
-    if by not in names:
-        raise ValueError(f"by: expected weight or count, got {by}")
+    attribute = "weight_per_expert" if by == "weight" else "tokens_per_expert"
     sides = []
     for at, trace in enumerate((positive, negative)):
         side = {}
         for name, layer in get_layers(trace).items():
             number = _prompts(layer, name) if prompts is None else prompts[at]
-            side[name] = recorded(layer, names[by]).cpu().double() / max(number, 1)
+            side[name] = recorded(layer, attribute).cpu().double() / max(number, 1)
         sides.append(side)
     return _subtract(*sides)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from switchgear.checks import checked
 from switchgear.trace import observe
 
 
@@ -45,8 +46,11 @@ def prompt_eol(text: str) -> str:
     return f'This sentence : "{sentence}" means in one word:"'
 
 
+@checked
 @torch.no_grad()
-def routing_embedding(model: nn.Module, inputs: Tensor | Mapping[str, Any], token: str = "last") -> RoutingEmbedding:
+def routing_embedding(
+    model: nn.Module, inputs: Tensor | Mapping[str, Any], token: Literal["last", "mean"] = "last"
+) -> RoutingEmbedding:
     """Embeds a batch of N texts.
 
         batch = tokenizer([prompt_eol(text) for text in texts], padding=True, return_tensors="pt")
@@ -60,8 +64,6 @@ def routing_embedding(model: nn.Module, inputs: Tensor | Mapping[str, Any], toke
     Raises:
         ValueError: a layer hides its logits, or does not see one row per token.
     """
-    if token not in ("last", "mean"):
-        raise ValueError(f"token: expected last or mean, got {token}")
     arguments = {} if isinstance(inputs, Tensor) else dict(inputs)
     first = inputs if isinstance(inputs, Tensor) else _find_tokens(inputs)
     weights = _weigh_tokens(first, arguments.get("attention_mask"), token)

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from switchgear import ops
+from switchgear.checks import checked
 
 
-def expert_similarity(weights: Tensor, method: str = "matrices") -> Tensor:
+@checked
+def expert_similarity(weights: Tensor, method: Literal["matrices", "neurons", "reordered"] = "matrices") -> Tensor:
     """Cosine similarity of the experts of weights [E,I,D] with a row per neuron (see `neurons`), [E,E] float64.
 
     method:
@@ -25,8 +29,6 @@ def expert_similarity(weights: Tensor, method: str = "matrices") -> Tensor:
         raise ValueError(f"weights: expected [E,I,D] for {method}, got {list(weights.shape)}")
     if method == "neurons":
         return _compute_cosines(weights.mean(1))
-    if method != "reordered":
-        raise ValueError(f"method: expected matrices, neurons or reordered, got {method}")
     result = torch.eye(weights.shape[0], dtype=torch.float64)
     for i in range(weights.shape[0]):
         for j in range(i):
@@ -71,15 +73,14 @@ def neurons(gate_up_proj: Tensor, down_proj: Tensor, *, transposed: bool = False
     return torch.cat([*parts, down.transpose(1, 2)], -1)
 
 
-def output_similarity(outputs: Tensor, method: str = "cosine") -> Tensor:
+@checked
+def output_similarity(outputs: Tensor, method: Literal["cosine", "cka"] = "cosine") -> Tensor:
     """How alike the outputs [E,T,H] of the experts are, [E,E] float64: "cosine", the mean over tokens of the cosine
     similarity; "cka", linear centred kernel alignment (arXiv:1905.00414), which ignores rotations."""
     outputs = outputs.detach().double()
     if method == "cosine":
         units = _normalize(outputs)
         return torch.einsum("ith,jth->ij", units, units) / max(outputs.shape[1], 1)
-    if method != "cka":
-        raise ValueError(f"method: expected cosine or cka, got {method}")
     centred = outputs - outputs.mean(1, keepdim=True)
     number = outputs.shape[0]
     products = torch.zeros(number, number, dtype=torch.float64, device=outputs.device)

@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from switchgear.checks import checked
 from switchgear.diagnostics.choices import LayerChoices, get_layers
 from switchgear.trace import LayerTrace, RoutingTrace
 from switchgear.trace.layer import recorded
@@ -63,16 +64,15 @@ def _average_weights(layer: LayerTrace | LayerChoices) -> Tensor:
     return (sums / lengths.clamp(min=1)[:, None]).sum(0) / (lengths > 0).sum()
 
 
+@checked
 def activation_by_example(
-    choices: Mapping[str, LayerChoices], examples: Tensor | None = None, *, by: str = "count"
+    choices: Mapping[str, LayerChoices], examples: Tensor | None = None, *, by: Literal["count", "weight"] = "count"
 ) -> dict[str, Tensor]:
     """How strongly each example activates each expert, [N,E] float64, by layer: the choices ("count") or their weights
     ("weight"), summed over the example's tokens.
 
     examples: [T] integers, the example of each token; those that `collect` recorded if None.
     """
-    if by not in ("count", "weight"):
-        raise ValueError(f"by: expected count or weight, got {by}")
     result = {}
     for name, layer in choices.items():
         of = layer.examples if examples is None else examples

@@ -26,6 +26,7 @@ from switchgear.routing.selection import Dense
 from switchgear.trace.override import override
 
 
+@checked
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(student || teacher) of the softmax over the last dimension of logits [..., V], averaged over tokens, in nats:
     a float32 scalar, 0 for equal logits. A student's logit may be -inf. mask [...]: False for padding, whose logits

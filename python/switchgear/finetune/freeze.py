@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.sites import Site, find_sites_at, guard, unguard
-from switchgear.checks import checked
+from switchgear.checks import Range, checked
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.routing.router import Router
 from switchgear.trace import LayerTrace, RoutingTrace
@@ -34,7 +34,9 @@ MASS = {"gate": 0.1, "token": 0.2}  # the values of the paper
 
 @checked
 def select_experts(
-    trace: RoutingTrace, mass: float | None = None, by: Literal["gate", "token"] = "token"
+    trace: RoutingTrace,
+    mass: Annotated[float, Range(0, 1, "low")] | None = None,
+    by: Literal["gate", "token"] = "token",
 ) -> dict[str, list[int]]:
     """For each layer the smallest set of experts whose scores add up to `mass` (ESFT, arXiv:2407.01906).
 
@@ -52,8 +54,6 @@ def select_experts(
         ValueError: an option out of range, an empty trace, or a layer without scores.
     """
     mass = MASS[by] if mass is None else mass
-    if not 0 < mass <= 1:
-        raise ValueError(f"mass: expected a number in (0, 1], got {mass}")
     if not trace.layers:
         raise ValueError("trace: expected one that has recorded something, got an empty one")
     return {name: _choose_fewest(name, _score_experts(layer, by), mass) for name, layer in trace.layers.items()}
@@ -201,7 +201,7 @@ def _build_part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
         if type(module._parameters.get(projection)) is not nn.Parameter:
             raise ValueError(f"selection: expected a plain parameter {where}.{projection}, got none")
     count = module._parameters[layout.names[0]].shape[0]  # type: ignore[union-attr]
-    ids = sorted(_read_ids(name, experts))
+    ids = sorted(map(operator.index, experts))
     if ids and not 0 <= ids[0] <= ids[-1] < count + num_virtual:
         raise ValueError(f"selection: expected experts 0 to {count + num_virtual - 1} of {name}, got {list(experts)}")
     if len(set(ids)) < len(ids):
@@ -211,13 +211,6 @@ def _build_part(model: nn.Module, name: str, experts: Sequence[int]) -> Part:
     names = (*layout.names, *(bias for bias in biases if module._parameters.get(bias) is not None))
     site = next(iter(find_sites_at(where, module)), None)
     return Part(where, module, names, torch.tensor(ids, dtype=torch.int32), site)
-
-
-def _read_ids(name: str, experts: Sequence[int]) -> list[int]:
-    try:
-        return [operator.index(expert) for expert in experts]
-    except TypeError:
-        raise TypeError(f"selection: expected a list of integers for {name}, got {experts!r}") from None
 
 
 def _find_experts(model: nn.Module, name: str) -> tuple[str, nn.Module, int]:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Integrations with other libraries. `switchgear.integrations.transformers` is for Hugging Face transformers.
 
-transformers.py  the public functions; whole_blocks.py: a block in one call
-modules.py       what a module of experts is and how it runs; undecorated.py: the table of replaced forwards; trial.py:
-                 do they compute what their classes do; forwards.py: which forward a module or a part of it runs
+transformers.py  the public functions; a block in one call
+modules.py       what a module of experts is and how it runs; undecorated.py: the table of replaced forwards, and
+                 a trial of each; forwards.py: which forward a module or a part of it runs
 experts.py       one layer of experts; gates.py: recognises its gate
 moe_blocks.py    the MoE blocks of a model
 hook_points.py   hooks that see and change a block's choice; choices.py: installs them; routers.py: repeats a router's
                  selection
-published.py     loads published checkpoints; published_keys.py: their names; published_groups.py: integers with
-                 scales; published_minifloats.py: other formats of 4 bits; checkpoint_files.py: their files
+published.py     loads published checkpoints; published_keys.py: their names; published_matrices.py: formats
+                 of 2 to 4 bits; checkpoint_files.py: their files
 saving.py        save_pretrained with stored experts
 """
 

@@ -9,7 +9,7 @@ expert tensor  ExpertTensor: a tensor of a block with a dimension of experts, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ STEP_COUNTS = "tokens_per_expert"  # a Router's attribute
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
+
+TENSORS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
 @dataclass(frozen=True)
@@ -78,42 +80,39 @@ class FeedForward:
         a = activations.glu_of(h.flatten(0, -2), self.activation, self.gated, False, 1.702, 0.0)
         return F.linear(a.view(*h.shape[:-1], -1), self.down, self.down_bias)
 
+    def map_tensors(self, function: Callable[[str, Tensor], Tensor], names: Sequence[str] = TENSORS) -> FeedForward:
+        """The network with function(name, tensor) for each tensor of these names that there is."""
+        found = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        made: dict[str, Any] = {name: function(name, tensor) for name, tensor in found.items()}
+        return replace(self, **made)
+
     def neurons(self, index: Tensor, scale: float = 1.0) -> FeedForward:
         """The network of the neurons `index` [n] alone, its output multiplied by `scale`, down_bias included."""
 
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[index]
+        def select(name: str, tensor: Tensor) -> Tensor:
+            if name == "down_bias":
+                return tensor * scale
+            return tensor[:, index] * scale if name == "down" else tensor[index]
 
-        bias = self.down_bias if self.down_bias is None else self.down_bias * scale
-        return replace(
-            self, gate=rows(self.gate), up=self.up[index], down=self.down[:, index] * scale,
-            gate_bias=rows(self.gate_bias), up_bias=rows(self.up_bias), down_bias=bias,
-        )  # fmt: skip
+        return self.map_tensors(select)
 
     def padded(self, width: int) -> FeedForward:
         """The same function with zero neurons up to `width`; act(0) · 0 = 0 for every activation."""
         more = width - self.intermediate_size
 
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, more))
+        def pad(name: str, tensor: Tensor) -> Tensor:
+            return F.pad(tensor, (0, 0, 0, more) if name in ("gate", "up") else (0, more))
 
-        padded = rows(self.up)
-        assert padded is not None
-        return replace(
-            self, gate=rows(self.gate), up=padded, down=F.pad(self.down, (0, more)), gate_bias=rows(self.gate_bias),
-            up_bias=rows(self.up_bias),
-        )  # fmt: skip
+        return self.map_tensors(pad, [name for name in TENSORS if name != "down_bias"])
 
     def biased(self) -> FeedForward:
         """The same function with biases, zeros where there are none."""
-
-        def bias(given: Tensor | None, weight: Tensor) -> Tensor:
-            return weight.new_zeros(weight.shape[0]) if given is None else given
-
-        gate = None if self.gate is None else bias(self.gate_bias, self.gate)
-        return replace(
-            self, gate_bias=gate, up_bias=bias(self.up_bias, self.up), down_bias=bias(self.down_bias, self.down)
-        )
+        zeros: dict[str, Any] = {}
+        for name in ("gate", "up", "down"):
+            weight, bias = getattr(self, name), f"{name}_bias"
+            if weight is not None and getattr(self, bias) is None:
+                zeros[bias] = weight.new_zeros(len(weight))
+        return replace(self, **zeros)
 
     def expert(self, interleaved: bool = False) -> dict[str, Tensor]:
         """Its weights by name of the parameters of Experts: gate_up_proj [2I,H] (up_proj [I,H]), down_proj [H,I], …."""

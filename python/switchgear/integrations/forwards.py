@@ -122,7 +122,7 @@ def _check(part: nn.Module, name: str, expected: PartClass) -> None:
     if not expected.matches(cls):
         if (cls.__module__, cls.__name__) == expected:
             raise Bypassed(f"the forward of {expected.name} was replaced")
-        raise Bypassed(f"{name} is a {_name_class(cls)}, not a {expected.name}")
+        raise Bypassed(f"{name} is a {cls.__module__.partition('.')[0]} {cls.__name__}, not a {expected.name}")
     _check_call(part, name)
 
 
@@ -161,7 +161,3 @@ def unwrap_part(part: Any) -> Any:
     while is_wrapper(part):
         part = part.base_layer
     return part
-
-
-def _name_class(cls: type) -> str:
-    return f"{cls.__module__.partition('.')[0]} {cls.__name__}"

@@ -43,7 +43,8 @@ def get_own_gate(module: Any) -> Callable[[Tensor], Tensor]:
     if is_gated and hasattr(module, "_apply_gate"):
         apply_gate: Callable[[Tensor], Tensor] = module._apply_gate
         return apply_gate
-    activation: Callable[[Tensor], Tensor] = _get_activation(module)
+    found = (getattr(module, name, None) for name in ACTIVATION_NAMES)
+    activation: Any = next((activation for activation in found if activation is not None), None)
     if not is_gated:
         return activation
 
@@ -102,13 +103,6 @@ def _is_plain(function: functools.partial[Any]) -> bool:
     return type(function.func) in _FUNCTIONS and all(type(value) in _PLAIN for value in bound)
 
 
-def _get_activation(module: Any) -> Any:
-    for name in ACTIVATION_NAMES:
-        if (activation := getattr(module, name, None)) is not None:
-            return activation
-    return None
-
-
 @constant_when_compiled
 def _find_family(own: _Known, name: str = "", activation: _Known | None = None) -> GluOptions | None:
     return _recognise_in_thread(own, name, activation)
@@ -125,8 +119,10 @@ def _recognise_alike(own: _Known, name: str, activation: _Known | None) -> GluOp
     module = _build_alike(own)
     if activation is not None:
         setattr(module, name, _build_alike(activation))
+    # Candidates for a limit or an alpha.
+    numbers = [value for value in vars(module).values() if type(value) in (int, float) and 0 < value < float("inf")]
     try:
-        return recognise(get_own_gate(module), gated=getattr(module, "has_gate", True), numbers=_list_numbers(module))
+        return recognise(get_own_gate(module), gated=getattr(module, "has_gate", True), numbers=numbers)
     # A gate that reads more than values, or needs another dtype, device or width, is not one of ours.
     except (AttributeError, RuntimeError, TypeError):
         return None
@@ -143,11 +139,6 @@ def _build_alike(known: _Known) -> nn.Module:
         elif not getattr(value, "__closure__", None):  # which may hold a parameter
             vars(module)[name] = functools.partial(value, *bound[0], **dict(bound[1])) if bound else value
     return module
-
-
-def _list_numbers(module: nn.Module) -> list[float]:
-    """Positive numbers among the attributes: candidates for a limit or an alpha."""
-    return [value for value in vars(module).values() if type(value) in (int, float) and 0 < value < float("inf")]
 
 
 @torch.no_grad()

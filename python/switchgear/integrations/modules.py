@@ -18,8 +18,7 @@ from switchgear.backends import warn_once
 from switchgear.integrations.experts import ExpertWeights, find_unreadable, is_of
 from switchgear.integrations.forwards import Bypassed, is_swapped, replace_forward, runs_own_forward
 from switchgear.integrations.gates import find_gate
-from switchgear.integrations.trial import find_difference
-from switchgear.integrations.undecorated import Patch, find_patch
+from switchgear.integrations.undecorated import Patch, find_difference, find_patch
 from switchgear.weights import Layout, stored_of, weights_of
 from switchgear.weights.adapted import has_adapters
 from switchgear.weights.selected import selection_of

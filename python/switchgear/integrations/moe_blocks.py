@@ -146,12 +146,8 @@ def _find_ours(model: nn.Module) -> Iterator[MoeBlock]:
         if isinstance(gate, Router) and isinstance(experts, nn.Module):
             layer = f"{name}.gate" if name else "gate"
             shared = getattr(module, "shared_experts", None)
-            yield MoeBlock(name, module, gate, experts, gate.num_experts, _find_router_top_k(gate), shared, layer)
-
-
-def _find_router_top_k(gate: Router) -> int | None:
-    """Its own, or that of its selection."""
-    return gate.top_k if gate.top_k is not None else getattr(gate.select, "top_k", None)
+            top_k = gate.top_k if gate.top_k is not None else getattr(gate.select, "top_k", None)
+            yield MoeBlock(name, module, gate, experts, gate.num_experts, top_k, shared, layer)
 
 
 def _find_hugging_face(model: nn.Module) -> Iterator[MoeBlock]:

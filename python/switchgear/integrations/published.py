@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from switchgear.files import AnyPath
-from switchgear.integrations import published_groups, published_minifloats
+from switchgear.integrations import published_matrices
 from switchgear.integrations.checkpoint_files import CONFIG, CheckpointFiles, Reader
-from switchgear.integrations.published_groups import Packing
 from switchgear.integrations.published_keys import (
     BLOCKS,
     FLOATS,
@@ -35,16 +34,14 @@ from switchgear.integrations.published_keys import (
     matches,
     pieces_of,
 )
-from switchgear.integrations.published_minifloats import Matrices
+from switchgear.integrations.published_matrices import Matrices, matrices_of, num_groups
 from switchgear.integrations.transformers import Replacement, accelerate, undo_accelerate
 from switchgear.reference import groups, minifloat
 from switchgear.weights import Form, Groups, Layout, Weight, advise_huge_pages, layout_of
 from switchgear.weights.form import FORMS
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
 
-METHODS = tuple(  # of quantisation
-    dict.fromkeys(("mxfp4", "fp8", *published_minifloats.METHODS, *published_groups.METHODS))
-)
+METHODS = ("mxfp4", "fp8", *published_matrices.METHODS)  # of quantisation
 Read = Callable[[Reader, torch.device], Tensor | Weight]
 
 
@@ -111,14 +108,14 @@ def planned(
     then. Nothing is read but headers. dtype None: that of the config. is_quantized: others are refused."""
     files = CheckpointFiles(path)
     config = config_of(files)
-    packing = take_quantization(config, is_quantized)
+    packed = take_quantization(config, is_quantized)
     if dtype is None:
         found = getattr(config, "dtype", None)
         dtype = found if isinstance(found, torch.dtype) else torch.bfloat16
     made: Any = made_on_meta(path, config, dtype) if model is None else model
     replacements = accelerate(made)
     try:
-        return Planned(made, files, replacements, plan_of(made, files, packing))
+        return Planned(made, files, replacements, plan_of(made, files, packed))
     except BaseException:
         undo_accelerate(replacements)
         raise
@@ -157,8 +154,9 @@ def _naming_file(file: Path) -> Iterator[None]:
         raise ValueError(f"path: expected one of a model of transformers, got {file} ({reason})") from error
 
 
-def take_quantization(config: Any, is_needed: bool) -> Packing | None:
-    """Removes the quantisation from the config, since it is read here; ValueError for an unsupported one."""
+def take_quantization(config: Any, is_needed: bool) -> Matrices | None:
+    """Removes the quantisation from the config, since it is read here; ValueError for an unsupported one. Returns how
+    integers are published."""
     found = getattr(config, "quantization_config", None)
     if found is None and not is_needed:
         return None
@@ -170,10 +168,9 @@ def take_quantization(config: Any, is_needed: bool) -> Packing | None:
         raise ValueError(f"path: expected quant_method {', '.join(METHODS)} in config.json, got {method}")
     if method == "fp8" and block not in (minifloat.BLOCK, list(minifloat.BLOCK)):
         raise ValueError(f"path: expected weight_block_size {list(minifloat.BLOCK)} in config.json, got {block}")
-    is_minifloat = published_minifloats.takes(options)
-    packing = published_groups.packing_of(options) if method in published_groups.METHODS and not is_minifloat else None
+    packed = published_matrices.find_packed(options)
     del config.quantization_config
-    return packing
+    return packed
 
 
 def made_on_meta(path: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -199,17 +196,18 @@ class Wanted(NamedTuple):
     dtype: torch.dtype
 
 
-def plan_of(model: Any, files: CheckpointFiles, packing: Packing | None) -> dict[str, Read]:
+def plan_of(model: Any, files: CheckpointFiles, packed: Matrices | None) -> dict[str, Read]:
     """How to read each tensor of the model, by its name in the state dict."""
     state, projections, checks = model.state_dict(), _projections(model), Checks(files.headers)
     plan: dict[str, Read] = {}
-    keys = [key for key in files.headers if key in state or not key.endswith(published_minifloats.IGNORED)]
-    found = pieces_of(model, keys, state, (*SUFFIXES, *published_minifloats.SUFFIXES))
+    keys = [key for key in files.headers if key in state or not key.endswith(published_matrices.IGNORED)]
+    found = pieces_of(model, keys, state, (*SUFFIXES, *published_matrices.SUFFIXES))
     for target, pieces in found.items():
+        kind = matrices_of(pieces, packed)
         if target in projections and set(pieces) != {Piece()}:
-            plan[target] = _plan_projection(target, projections[target], pieces, checks, packing)
+            plan[target] = _plan_projection(target, projections[target], pieces, checks, kind)
         elif target in state:
-            plan[target] = _plan_tensor(target, state[target], pieces, checks, packing)
+            plan[target] = _plan_tensor(target, state[target], pieces, checks, kind)
         elif not matches(model._keys_to_ignore_on_load_unexpected, target):
             checks.problems += [f"unexpected {key}" for key in pieces.values()]
     for first, second in zip(list(projections)[::2], list(projections)[1::2], strict=True):
@@ -240,15 +238,18 @@ def _scales_of(rows: int, columns: int) -> tuple[int, int]:
     return -(-rows // minifloat.BLOCK[0]), -(-columns // minifloat.BLOCK[1])
 
 
-def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks, packing: Packing | None) -> Read:
-    """Reads it as it is, or decodes it from fp8, other minifloats or groups."""
+def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks, kind: Matrices | None) -> Read:
+    """Reads it as it is, or decodes it from fp8, or as the matrix that it is."""
     shape, dtype = tuple(like.shape), like.dtype
-    if (kind := published_minifloats.matrices_of(pieces)) is not None and len(shape) == 2:
+    if kind is not None and len(shape) == 2:
         kind.check(target, pieces, Piece(), shape, checks)
-        return lambda reader, device: _decode_matrix(target, shape, pieces, reader, device, kind).to(dtype)
-    if packing is not None and published_groups.is_packed(pieces) and len(shape) == 2:
-        published_groups.check(target, pieces, Piece(), shape, packing, checks)
-        return lambda reader, device: _decode_packed(target, shape, pieces, reader, packing).to(device, dtype)
+
+        def decode(reader: Reader, device: torch.device) -> Tensor:
+            with _naming(target):
+                published = kind.read(reader, pieces, Piece(), (shape[0], shape[1]))
+                return kind.decode(*(tensor[None].to(device) for tensor in published))[0].to(dtype)
+
+        return decode
     if (joined := len({piece[1:] for piece in pieces})) > 1:
         reason = "transformers joins them, here only those of experts with a stored layout are"
         checks.problems.append(f"{target}: expected one tensor, got {joined} ({reason})")
@@ -270,26 +271,12 @@ def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks, pack
     return read
 
 
-def _decode_matrix(
-    target: str, shape: tuple[int, ...], pieces: Pieces, reader: Reader, device: torch.device, kind: Matrices
-) -> Tensor:
-    with _naming(target):
-        published = kind.read(reader, pieces, Piece(), (shape[0], shape[1]))
-        return kind.decode(*(tensor[None].to(device) for tensor in published))[0]
-
-
-def _decode_packed(target: str, shape: tuple[int, ...], pieces: Pieces, reader: Reader, packing: Packing) -> Tensor:
-    with _naming(target):
-        matrix = published_groups.read(reader, pieces, Piece(), (shape[0], shape[1]), packing)
-        return published_groups.decode(matrix, packing)
-
-
 def _nothing(reader: Reader, device: torch.device) -> Tensor:
     """A placeholder for a tensor that fails the checks."""
     raise AssertionError("a tensor that failed the checks is never read")
 
 
-def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks, packing: Packing | None) -> Read:
+def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks, kind: Matrices | None) -> Read:
     """Reads it as published: mxfp4 of all experts, or other formats or plain numbers of each."""
     suffixes = {piece.suffix for piece in pieces}
     experts, rows, columns, *_ = wanted
@@ -304,22 +291,15 @@ def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks
     shape = rows // wanted.parts, columns  # gates and ups are separate
     if wanted.transposed:
         checks.problems.append(f"{target}: expected weights of all experts in one tensor, since they are transposed")
-    is_packed = packing is not None and published_groups.is_packed(pieces)
-    kind = published_minifloats.matrices_of(pieces)
-    if is_packed or kind is not None:
+    if kind is not None:
         matrices = {Piece("", expert, source) for expert in range(experts) for source in range(wanted.parts)}
         checks.problems += [
             f"unexpected {key}" for piece, key in pieces.items() if piece._replace(suffix="") not in matrices
         ]
         for piece in sorted(matrices):
-            if packing is not None:
-                published_groups.check(target, pieces, piece, shape, packing, checks)
-            elif kind is not None:
-                kind.check(target, pieces, piece, shape, checks)
-        if packing is not None:
-            return lambda reader, device: _read_packed(target, wanted, pieces, reader, device, packing)
-        if kind is not None:
-            return lambda reader, device: _read_matrices(target, wanted, pieces, reader, device, kind)
+            kind.check(target, pieces, piece, shape, checks)
+        read_all = _read_matrices if kind.packing is None else _read_packed
+        return lambda reader, device: read_all(target, wanted, pieces, reader, device, kind)
     for suffix in sorted(suffixes):
         expected = [Piece(suffix, expert, source) for expert in range(experts) for source in range(wanted.parts)]
         these = {piece: key for piece, key in pieces.items() if piece.suffix == suffix}
@@ -379,23 +359,25 @@ def _read_matrices(
 
 
 def _read_packed(
-    target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device, packing: Packing
+    target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device, kind: Matrices
 ) -> Weight:
     """Gates and ups are published separately, and are stored so."""
+    packing = kind.packing
+    assert packing is not None
     bits, parts, columns = packing.bits, wanted.parts, wanted.columns
     shape = wanted.rows // parts, columns
     blocks, steps = -(-shape[0] // minifloat.ROWS), -(-columns // minifloat.COLUMNS)
     data = torch.empty(wanted.experts * bits, parts * blocks, steps, groups.PLANE, dtype=torch.uint8, device=device)
     advise_huge_pages(data)
-    sizes = wanted.experts, parts * blocks, published_groups.num_groups(columns, packing), minifloat.ROWS
+    sizes = wanted.experts, parts * blocks, num_groups(columns, packing), minifloat.ROWS
     scales = torch.empty(sizes, dtype=torch.float16, device=device)
     zeros = None if packing.symmetric else torch.empty(sizes, dtype=torch.uint8, device=device)
     records = data.view(wanted.experts, parts * blocks, steps, bits * groups.PLANE)
     for expert, source in itertools.product(range(wanted.experts), range(parts)):
         with _naming(target, expert):
-            matrix = published_groups.read(reader, pieces, Piece("", expert, source), shape, packing)
-        own = None if matrix.zeros is None else matrix.zeros[None]
-        stored = groups.to_blocks(groups.Levels(matrix.q[None], matrix.scales[None], own, (bits,)))
+            published = kind.read(reader, pieces, Piece("", expert, source), shape)
+        q, own, *its_zeros = (tensor[None] for tensor in published)
+        stored = groups.to_blocks(groups.Levels(q, own, its_zeros[0] if its_zeros else None, (bits,)))
         share = slice(source * blocks, (source + 1) * blocks)
         records[expert, share] = stored.data.view(blocks, steps, bits * groups.PLANE)
         scales[expert, share] = stored.scales[0]

@@ -74,6 +74,12 @@ class TopKMethod:
     group_score: str = ""
     fill: float = -math.inf
 
+    @property
+    def learned(self) -> nn.Parameter | None:
+        """A learned factor per expert, which Gemma 4 has."""
+        found = getattr(self.block.gate, "per_expert_scale", None)
+        return found if isinstance(found, nn.Parameter) else None
+
     def rank(self, router_logits: Tensor, bias: Tensor | None) -> Tensor:
         scores = SCORES[self.score_function](router_logits.detach())
         own = self.block.selection_bias()
@@ -113,26 +119,8 @@ class TopKMethod:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.scaled:
             weights = weights * _multiply_scales(self.block.gate)
-        return weights / (self.block.top_k or 1) if self.by_top_k else weights
-
-
-@dataclass(frozen=True)
-class ScaledMethod:
-    """Another routing method, and a learned factor per expert (Gemma 4)."""
-
-    inner: RoutingMethod
-    gate: Any
-
-    @property
-    def score_function(self) -> str:
-        return self.inner.score_function
-
-    def rank(self, router_logits: Tensor, bias: Tensor | None) -> Tensor:
-        return self.inner.rank(router_logits, bias)
-
-    def weigh(self, router_logits: Tensor, ids: Tensor) -> Tensor:
-        scale: Tensor = self.gate.per_expert_scale.float()[ids.clamp(min=0)]
-        return self.inner.weigh(router_logits, ids) * scale
+        weights = weights / (self.block.top_k or 1) if self.by_top_k else weights
+        return weights if self.learned is None else weights * self.learned.float()[index]
 
 
 @dataclass(frozen=True)
@@ -358,8 +346,7 @@ def _list_candidates(block: MoeBlock) -> Iterator[RoutingMethod]:
     pairs = [("softmax", "softmax"), ("sigmoid", "sigmoid"), ("sqrt_softplus", "sqrt_softplus")]
     pairs += [("logits", "logits"), ("logits", "sigmoid")]
     for pair, group, scale, normalize in itertools.product(pairs, groups, scales, (False, True)):
-        top = TopKMethod(block, *pair, normalize, *scale, *group)
-        yield ScaledMethod(top, gate) if isinstance(getattr(gate, "per_expert_scale", None), nn.Parameter) else top
+        yield TopKMethod(block, *pair, normalize, *scale, *group)
 
 
 def _reproduces(method: RoutingMethod, seen: _Seen, block: MoeBlock) -> bool:

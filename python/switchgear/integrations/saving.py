@@ -58,9 +58,10 @@ def _extend_save(original: Any) -> Any:
         forms = {str(s.form): s.form for module in self.modules() if (s := stored_of(module)) is not None}
         if not forms:
             return original(self, *args, **kwargs)
-        for module in self.modules():
+        saves_adapters_alone = getattr(self, "_hf_peft_config_loaded", False)
+        for module in () if saves_adapters_alone else self.modules():
             stored = stored_of(module)
-            if isinstance(stored, OffloadedProjections) and not stored.is_in_memory and not _saves_adapters(self):
+            if isinstance(stored, OffloadedProjections) and not stored.is_in_memory:
                 raise ValueError(
                     f"model: its experts are {stored.form}; call switchgear.offload.save_pretrained(model, path), "
                     "which reads them layer by layer"
@@ -86,11 +87,6 @@ def _extend_save(original: Any) -> Any:
             return original(*call.args, **call.kwargs)
 
     return save_pretrained
-
-
-def _saves_adapters(model: Any) -> bool:
-    """Whether transformers writes those that it has loaded, and nothing else."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 @contextmanager

@@ -16,19 +16,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
+from switchgear import ops
 from switchgear.adapters import wrappers
-from switchgear.backends import warn_once
+from switchgear.autograd import needs_autograd
+from switchgear.backends import in_autocast, warn_once
 from switchgear.checks import checked
+from switchgear.functional import gate_route
 from switchgear.integrations import OLDEST_TRANSFORMERS, is_too_old, saving
 from switchgear.integrations.experts import find_unreadable, run_experts, skips_the_last_id
-from switchgear.integrations.forwards import runs_own_forward
+from switchgear.integrations.forwards import (
+    Bypassed,
+    PartClass,
+    get_part,
+    name_model_class,
+    replace_forward,
+    runs_own_forward,
+)
 from switchgear.integrations.gates import find_gate, get_own_gate
 from switchgear.integrations.modules import (
     CLASS_MARK,
@@ -44,7 +54,6 @@ from switchgear.integrations.modules import (
     weights_in,
 )
 from switchgear.integrations.undecorated import PATCHES
-from switchgear.integrations.whole_blocks import join
 from switchgear.weights.state import extend
 
 __all__ = [
@@ -86,7 +95,8 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         warn_once(f"{type(module).__name__} keeps its own implementation: {reason}")
         if not skips_the_last_id(module):
             top_k_index, top_k_weights = top_k_index.masked_fill(ids < 0, 0), top_k_weights.masked_fill(ids < 0, 0)
-        return _get_class_forward(module)(module, hidden_states, top_k_index, top_k_weights)
+        own: Callable[..., Tensor] = type(module).forward.__wrapped__  # as the decorator found it
+        return own(module, hidden_states, top_k_index, top_k_weights)
     return run_experts(
         hidden_states,
         ids,
@@ -96,12 +106,6 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
         get_own_gate(module),
         module.post_expert_norm if has_post_norm(module) else None,
     )
-
-
-def _get_class_forward(module: Any) -> Callable[..., Tensor]:
-    """The class's forward before `use_experts_implementation` wrapped it."""
-    forward: Callable[..., Tensor] = type(module).forward.__wrapped__
-    return forward
 
 
 def _refuse_fp8(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
@@ -194,7 +198,7 @@ def _replace(model: nn.Module, replacements: list[Replacement]) -> None:
 
 def _join_blocks(model: nn.Module, replacements: list[Replacement]) -> None:
     for name, module in model.named_modules():
-        if (undo := join(module, weights_in)) is not None:
+        if (undo := run_as_whole(module)) is not None:
             replacements.append(Replacement(name, type(module).__name__, "whole block", "forward", undo))
 
 
@@ -215,27 +219,15 @@ def path_of(module: Any) -> str:
     return "not an experts module that switchgear knows" if experts is None else experts.path()
 
 
-def _find_layout(module: nn.Module) -> Any:
-    return None if (experts := recognize(module)) is None else experts.layout()
+def _ask(module: nn.Module, question: str, *args: Any) -> Any:
+    """The answer of a module of experts; None from other modules."""
+    return None if (experts := recognize(module)) is None else getattr(experts, question)(*args)
 
 
-def _find_hint(module: nn.Module) -> str | None:
-    return None if (experts := recognize(module)) is None else experts.hint()
-
-
-def _find_sites(path: str, module: nn.Module) -> Any:
-    return None if (experts := recognize(module)) is None else experts.sites(path)
-
-
-def _reads_borrowed(module: nn.Module, name: str) -> bool | None:
-    experts = recognize(module)
-    return True if experts is not None and experts.reads_borrowed(name) else None
-
-
-extend("layout", _find_layout)
-extend("hint", _find_hint)
-extend("site", _find_sites)
-extend("reader", _reads_borrowed)
+extend("layout", lambda module: _ask(module, "layout"))
+extend("hint", lambda module: _ask(module, "hint"))
+extend("site", lambda path, module: _ask(module, "sites", path))
+extend("reader", lambda module, name: _ask(module, "reads_borrowed", name) or None)
 
 
 def _explain_nothing_found(model: nn.Module) -> str:
@@ -251,3 +243,87 @@ def _explain_nothing_found(model: nn.Module) -> str:
         f"with the attributes {', '.join((*MARKS, CLASS_MARK))} (transformers' use_experts_implementation) and for the "
         f"classes {', '.join(name.split('.')[-1] for name in PATCHES)}"
     )
+
+
+# ---- whole blocks ----------------------------------------------------------------------------------------------------
+# Inference of whole MoE blocks: router, choice and experts without a call of either module.
+#
+# For small models the Python code of a block costs more than its kernels; for all models it does when it first runs
+# after the weights have evicted it from the caches. So a block of a known class goes from its input to `gate_route` and
+# `moe` directly. It does so only while calling its submodules would do nothing else: without gradients, hooks, replaced
+# forwards or traces. Otherwise the class's own forward runs.
+#
+# The router's logits are sums of our own order, so they may differ from torch's in the last bit, and a choice between
+# experts whose logits are that close may differ.
+
+_has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
+
+
+class BlockClass(NamedTuple):
+    """A block whose router chooses by a softmax, and what is done to its weights."""
+
+    block: PartClass
+    router: PartClass
+    experts: PartClass
+    always_normalizes: bool  # else by the router's norm_topk_prob
+    rounds: bool  # weights to the dtype of the logits
+
+
+def _name_classes(folder: str, name: str, always_normalizes: bool, rounds: bool) -> BlockClass:
+    parts = ("SparseMoeBlock", "TopKRouter", "Experts")
+    block, router, experts = (name_model_class(folder, name + part) for part in parts)
+    return BlockClass(block, router, experts, always_normalizes, rounds)
+
+
+BLOCKS = (
+    _name_classes("olmoe", "Olmoe", False, True),
+    _name_classes("qwen3_moe", "Qwen3Moe", False, True),
+    _name_classes("mixtral", "Mixtral", True, False),
+)
+
+
+def find_block_class(block: nn.Module) -> BlockClass | None:
+    return next((known for known in BLOCKS if known.block.matches(type(block))), None)
+
+
+def run_as_whole(block: nn.Module) -> Callable[[], None] | None:
+    """Lets a block run as a whole where it can, and returns an undo function; None if its class is not known, or its
+    forward was replaced before."""
+    known, own = find_block_class(block), type(block).forward
+    if known is None or not runs_own_forward(block):
+        return None
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        y = _run_whole(self, known, hidden_states) if type(self).forward is own else None
+        return type(self).forward(self, hidden_states) if y is None else y
+
+    return replace_forward(block, forward)
+
+
+def _run_whole(block: Any, known: BlockClass, hidden_states: Tensor) -> Tensor | None:
+    """The block's output, or None if its own forward has to run."""
+    if torch.compiler.is_compiling() or _has_any_global_hook() or in_autocast(hidden_states.device.type):
+        return None
+    if block.training and getattr(block, "jitter_noise", 0.0) > 0:
+        return None
+    try:
+        router: Any = get_part(block, "gate", known.router)
+        experts: Any = get_part(block, "experts", known.experts)
+    except Bypassed:
+        return None
+    if experts.config._experts_implementation != "switchgear":
+        return None
+    weight = router.weight
+    x = hidden_states.view(-1, hidden_states.shape[-1])
+    if needs_autograd(x, weight) or not ops.needs_no_dispatch(x, weight) or weight.dtype is not x.dtype:
+        return None
+    weights, gate = weights_in(experts), find_gate(experts)
+    if gate is None or find_unreadable(weights) is not None:
+        return None
+    normalizes = known.always_normalizes or router.norm_topk_prob
+    chosen = gate_route(x, weight, router.top_k, normalize=normalizes)
+    topk_weights = chosen.topk_weights
+    if known.rounds and x.dtype is not torch.float32:
+        topk_weights = topk_weights.to(x.dtype)
+    y = run_experts(x, chosen.topk_ids, topk_weights, weights, gate, get_own_gate(experts))
+    return y.view(hidden_states.shape)

@@ -9,7 +9,9 @@ the result, and sources change.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +20,15 @@ from torch.nn import functional as F
 
 from switchgear import functional
 from switchgear.adapters.sites import TARGETS
-from switchgear.integrations import trial
-from switchgear.integrations.experts import ExpertWeights, project, run_experts
+from switchgear.integrations.experts import ExpertWeights, list_tensors, project, run_experts
 from switchgear.integrations.forwards import LINEAR, PartClass, borrow, get_part, name_model_class, unwrap_part
 from switchgear.integrations.gates import find_gate, get_own_gate
+from switchgear.utils.modules import set_eval
 from switchgear.weights import AdaptedWeight
 from switchgear.weights.adapted import adapted
-from switchgear.weights.state import Borrowed
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_TOKENS = 8  # of a trial
 
 
 class Part(NamedTuple):
@@ -136,10 +140,6 @@ class _Linears(NamedTuple):
         return y + scale * project(project(x, a, plan.expert_offsets, None, token_indices), b, plan.expert_offsets)
 
 
-def _read_linears(owner: nn.Module, names: Sequence[str], adapter: str) -> _Linears:
-    return _join(owner, [get_part(owner, name, LINEAR) for name in names], adapter)
-
-
 def _join(owner: nn.Module, layers: Sequence[Any], adapter: str) -> _Linears:
     weight = [layer.weight for layer in layers]
     both = adapted(owner, adapter, weight)
@@ -204,20 +204,89 @@ def _vitpose(module: Any, weights: Sequence[_Linears], hidden_state: Tensor, ind
     return functional.combine(permuted_y, plan).view(batch, length, -1)
 
 
+# ---- arguments for a trial -------------------------------------------------------------------------------------------
+
+
+def _get_dtype_and_device(module: Any) -> dict[str, Any]:
+    parameter = next(module.parameters())
+    return {"dtype": parameter.dtype, "device": parameter.device}
+
+
+def _draw_x(module: Any, generator: torch.Generator, width: int) -> Tensor:
+    return torch.randn(_TOKENS, width, generator=generator).to(**_get_dtype_and_device(module))
+
+
+def _draw_choices(module: Any, generator: torch.Generator, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Two distinct experts per token (one if there is one), with weights in (0, 1)."""
+    scores = torch.rand(_TOKENS, num_experts, generator=generator)
+    topk_weights, topk_ids = scores.topk(min(2, num_experts), dim=-1)
+    return topk_ids.to(_get_dtype_and_device(module)["device"]), topk_weights.to(**_get_dtype_and_device(module))
+
+
+def sample_topk(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+    x = _draw_x(module, generator, module.gate_up_proj.shape[-1])
+    return x, *_draw_choices(module, generator, module.num_experts)
+
+
+def sample_longcat(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+    x = _draw_x(module, generator, module.hidden_size)
+    return x, *_draw_choices(module, generator, module.total_experts)
+
+
+def sample_dbrx(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+    x = _draw_x(module, generator, module.hidden_size)
+    return x[None], *_draw_choices(module, generator, module.num_experts)
+
+
+def sample_jetmoe_linear(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+    ids = torch.randint(module.num_experts, (_TOKENS,), generator=generator)
+    expert_size = torch.bincount(ids, minlength=module.num_experts).tolist()
+    return _draw_x(module, generator, module.input_size), expert_size
+
+
+def sample_switch(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+    x = _draw_x(module, generator, module["expert_0"].wi.in_features)
+    ids, topk_weights = _draw_choices(module, generator, module.num_experts)
+    selected = F.one_hot(ids[:, :1], module.num_experts)
+    selected[0] = 0  # a token past capacity
+    return x, selected, topk_weights[:, :1]
+
+
+def sample_nllb(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+    x = _draw_x(module, generator, module["expert_0"].fc1.in_features)
+    ids, topk_weights = _draw_choices(module, generator, module.num_experts)
+    router_probs = topk_weights.new_zeros(_TOKENS, module.num_experts).scatter(1, ids, topk_weights)
+    return x, F.one_hot(ids[:, 0], module.num_experts), router_probs
+
+
+def sample_vitpose(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
+    x = _draw_x(module, generator, module[0].in_features)
+    indices = torch.randint(module.num_experts, (2, 1, 1), generator=generator)
+    return x.view(2, _TOKENS // 2, -1), indices.to(x.device)
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
-
-
-def _stacked(module: Any) -> ExpertWeights:
-    return ExpertWeights(*_read_parts(_stacked_sites(module)))
 
 
 def _stacked_sites(module: Any) -> list[Part]:
     return [Part(module, name, name, getattr(module, name)) for name in TARGETS]
 
 
-def _read_parts(parts: list[Part], borrowed: Borrowed | None = None) -> list[Any]:
-    """The weights with their adapters."""
-    return [adapted(p.module, p.name, p.weight, transposed=p.transposed, borrowed=borrowed) for p in parts]
+def _build_weights(sites: Callable[[Any], list[Part]], **wrapped: PartClass) -> Callable[[Any], Sequence[Any]]:
+    """Reads the weights at `sites` with their adapters. wrapped: the submodules that PEFT may wrap and their classes,
+    one around all sites, or one around each."""
+
+    def weights(module: Any) -> Sequence[Any]:
+        borrowed = [borrow(module, name, cls) for name, cls in wrapped.items()]  # first: it tells if there are sites
+        parts = sites(module)
+        factors = borrowed if len(borrowed) == len(parts) else (borrowed or [None]) * len(parts)
+        found = [
+            adapted(p.module, p.name, p.weight, transposed=p.transposed, borrowed=own)
+            for p, own in zip(parts, factors, strict=True)
+        ]
+        return ExpertWeights(*found) if len(found) == 2 else found
+
+    return weights
 
 
 def _longcat_sites(module: Any) -> list[Part]:
@@ -233,34 +302,14 @@ _NLLB_EXPERT = name_model_class("nllb_moe", "NllbMoeDenseActDense")
 _SWITCH_EXPERT = name_model_class("switch_transformers", "SwitchTransformersDenseActDense")
 
 
-def _jetmoe_weights(module: Any) -> ExpertWeights:
-    borrowed = [borrow(module, name, _JETMOE_LINEAR) for name in ("input_linear", "output_linear")]
-    parts = zip(_jetmoe_sites(module), borrowed, strict=True)
-    return ExpertWeights(*(_read_parts([part], factors)[0] for part, factors in parts))
-
-
 def _jetmoe_sites(module: Any) -> list[Part]:
     linears = (unwrap_part(module.input_linear), unwrap_part(module.output_linear))
     return [Part(linear, "weight", target, linear.weight) for linear, target in zip(linears, TARGETS, strict=True)]
 
 
-def _jetmoe_linear_weights(module: Any) -> Sequence[Any]:
-    return (adapted(module, "weight", module.weight),)
-
-
-def _llama4_weights(module: Any) -> ExpertWeights:
-    borrowed = borrow(module, "experts", _LLAMA4_EXPERTS)  # first, since it tells whether there are sites
-    return ExpertWeights(*_read_parts(_llama4_sites(module), borrowed))
-
-
 def _llama4_sites(module: Any) -> list[Part]:
     experts = unwrap_part(module.experts)
     return [Part(experts, name, name, getattr(experts, name).mT, True) for name in TARGETS]
-
-
-def _dbrx_weights(module: Any) -> Sequence[Any]:
-    borrowed = borrow(module, "mlp", _DBRX_MLP)  # first, as above
-    return _read_parts(_dbrx_sites(module), borrowed)
 
 
 def _dbrx_sites(module: Any) -> list[Part]:
@@ -276,26 +325,34 @@ def _vitpose_sites(module: Any) -> list[Part]:
 
 # model folder and class in transformers -> how to run it
 PATCHES: dict[str, Patch] = {
-    "dbrx.DbrxExperts": Patch(_dbrx_weights, _dbrx, trial.dbrx, sites=_dbrx_sites),
-    "jetmoe.JetMoeMoE": Patch(_jetmoe_weights, _jetmoe, trial.jetmoe, gate="", sites=_jetmoe_sites),
-    "jetmoe.JetMoeParallelExperts": Patch(
-        _jetmoe_linear_weights, _jetmoe_linear, trial.jetmoe_linear, has_choice=False, borrows=("weight",)
+    "dbrx.DbrxExperts": Patch(_build_weights(_dbrx_sites, mlp=_DBRX_MLP), _dbrx, sample_dbrx, sites=_dbrx_sites),
+    "jetmoe.JetMoeMoE": Patch(
+        _build_weights(_jetmoe_sites, input_linear=_JETMOE_LINEAR, output_linear=_JETMOE_LINEAR),
+        _jetmoe, lambda m, random: (_draw_x(m, random, m.input_size)[None],), gate="", sites=_jetmoe_sites,
     ),
-    "llama4.Llama4TextMoe": Patch(_llama4_weights, _llama4, trial.llama4, gate="experts", sites=_llama4_sites),
+    "jetmoe.JetMoeParallelExperts": Patch(
+        lambda m: (adapted(m, "weight", m.weight),), _jetmoe_linear, sample_jetmoe_linear, has_choice=False,
+        borrows=("weight",),
+    ),
+    "llama4.Llama4TextMoe": Patch(
+        _build_weights(_llama4_sites, experts=_LLAMA4_EXPERTS), _llama4,
+        lambda m, random: (_draw_x(m, random, m.hidden_dim),), gate="experts", sites=_llama4_sites,
+    ),
     "longcat_flash.LongcatFlashExperts": Patch(
-        lambda m: ExpertWeights(*_read_parts(_longcat_sites(m))), _longcat, trial.longcat, gate="",
-        sites=_longcat_sites, borrows=TARGETS,
+        _build_weights(_longcat_sites), _longcat, sample_longcat, gate="", sites=_longcat_sites, borrows=TARGETS
     ),
     "nllb_moe.NllbMoeExperts": Patch(
-        _build_dense_weights(_NLLB_EXPERT, "fc1", "fc2"), _nllb, trial.nllb, sites=_build_dense_sites("fc1", "fc2")
+        _build_dense_weights(_NLLB_EXPERT, "fc1", "fc2"), _nllb, sample_nllb, sites=_build_dense_sites("fc1", "fc2")
     ),
-    "step3p7.Step3p7Experts": Patch(_stacked, _step3p7, trial.topk, gate="", sites=_stacked_sites, borrows=TARGETS),
+    "step3p7.Step3p7Experts": Patch(
+        _build_weights(_stacked_sites), _step3p7, sample_topk, gate="", sites=_stacked_sites, borrows=TARGETS
+    ),
     "switch_transformers.SwitchTransformersExperts": Patch(
-        _build_dense_weights(_SWITCH_EXPERT, "wi", "wo"), _switch, trial.switch, sites=_build_dense_sites("wi", "wo")
+        _build_dense_weights(_SWITCH_EXPERT, "wi", "wo"), _switch, sample_switch, sites=_build_dense_sites("wi", "wo")
     ),
     "vitpose_backbone.VitPoseNaiveMoe": Patch(
-        lambda m: (_read_linears(m, list(m._modules), "weight"),), _vitpose, trial.vitpose, has_choice=False,
-        sites=_vitpose_sites,
+        lambda m: (_join(m, [get_part(m, name, LINEAR) for name in m._modules], "weight"),), _vitpose, sample_vitpose,
+        has_choice=False, sites=_vitpose_sites,
     ),
 }  # fmt: skip
 
@@ -312,3 +369,48 @@ def find_patch(module: nn.Module) -> Patch | None:
         if file == f"modeling_{folder}" and f"{folder}.{cls.__name__}" in PATCHES:
             return PATCHES[f"{folder}.{cls.__name__}"]
     return None
+
+
+# ---- the trial -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def find_difference(module: nn.Module, patch: Patch, weights: Any) -> str | None:
+    """Runs the class's forward and the Patch on the same random rows. Returns how they differ, or None."""
+    leaves = list_tensors(weights)
+    if any(leaf.is_meta for leaf in leaves):
+        return None  # nothing to compare yet
+    arguments = patch.sample(module, torch.Generator().manual_seed(0))
+    try:
+        with _set_hooks_aside(module):
+            want = _get_tensor(type(module).forward(module, *arguments))
+            got = _get_tensor(patch.forward(module, weights, *arguments))
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    if not bool(want.isfinite().all()):
+        return None  # weights that are not finite compare with nothing
+    # Tolerance: a few roundings to the storage dtype, and sums of `length` float32 products in another order (a random
+    # walk of half ulps). A patch with another meaning differs by the size of the value itself.
+    length = max(leaf.shape[-1] for leaf in leaves)
+    relative = 16 * torch.finfo(want.dtype).eps + 4 * length**0.5 * torch.finfo(torch.float32).eps
+    bound = relative * want.abs().max()
+    difference = (got - want).abs().max()
+    return None if difference <= bound else f"difference {difference:.1e} of {want.abs().max():.1e}"  # NaN differs
+
+
+@contextmanager
+def _set_hooks_aside(module: nn.Module) -> Iterator[None]:
+    """Without dropout, and without hooks of parts, which belong to the model's own calls."""
+    before = [(part, name, getattr(part, name)) for part in module.modules() for name in _HOOKS]
+    try:
+        for part, name, _ in before:
+            setattr(part, name, OrderedDict())
+        with set_eval(module):
+            yield
+    finally:
+        for part, name, hooks in before:
+            setattr(part, name, hooks)
+
+
+def _get_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

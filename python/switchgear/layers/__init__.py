@@ -10,13 +10,12 @@ from switchgear.utils.moved import find_moved
 
 if TYPE_CHECKING:
     from switchgear.papers.layers.autonomous import AutonomousMoE
-    from switchgear.papers.layers.cartesian import CartesianMoE
-    from switchgear.papers.layers.initial import sigma_moe_values
+    from switchgear.papers.layers.composed import CartesianMoE, MultiHeadMoE
     from switchgear.papers.layers.merged import MergedExperts
     from switchgear.papers.layers.monet import Monet, MonetExperts, MonetRouter, MonetRouting
-    from switchgear.papers.layers.multi_head import MultiHeadMoE
     from switchgear.papers.layers.soft import SoftMoE, per_conv_tokens
     from switchgear.papers.layers.stratified import StratifiedMoE
+    from switchgear.papers.parts.scores import sigma_moe_values
 
 __all__ = [
     "AutonomousMoE",
@@ -41,17 +40,17 @@ __all__ = [
 # Layers of single papers are in switchgear.papers.
 MOVED = {
     "AutonomousMoE": "switchgear.papers.layers.autonomous",
-    "CartesianMoE": "switchgear.papers.layers.cartesian",
+    "CartesianMoE": "switchgear.papers.layers.composed",
     "MergedExperts": "switchgear.papers.layers.merged",
     "Monet": "switchgear.papers.layers.monet",
     "MonetExperts": "switchgear.papers.layers.monet",
     "MonetRouter": "switchgear.papers.layers.monet",
     "MonetRouting": "switchgear.papers.layers.monet",
-    "MultiHeadMoE": "switchgear.papers.layers.multi_head",
+    "MultiHeadMoE": "switchgear.papers.layers.composed",
     "SoftMoE": "switchgear.papers.layers.soft",
     "StratifiedMoE": "switchgear.papers.layers.stratified",
     "per_conv_tokens": "switchgear.papers.layers.soft",
-    "sigma_moe_values": "switchgear.papers.layers.initial",
+    "sigma_moe_values": "switchgear.papers.parts.scores",
 }
 if not TYPE_CHECKING:
     __getattr__ = find_moved(__name__, MOVED)

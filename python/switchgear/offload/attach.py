@@ -297,8 +297,7 @@ def _on_host(weights: tuple[Weight, Weight]) -> tuple[tuple[Weight, Weight], lis
 def _warm(pool: Pool, read: Read, name: str, timeout: float) -> None:
     """Reads one record into the row to which all slots point at first: a store that cannot be read is an error now."""
     reader = pool.reader
-    file, offset, nbytes, checksum = read
-    ticket = reader.submit(file, offset, nbytes, pool.address, checksum, True)
+    ticket = reader.submit(read, pool.address)
     try:
         reader.wait(ticket, timeout)
     except OSError as error:

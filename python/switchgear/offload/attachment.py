@@ -253,9 +253,8 @@ def read_all(
     begin = memory.data_ptr()
     tickets: list[int] = []
     try:
-        for expert, (file, offset, nbytes, checksum) in enumerate(reads):
-            address = begin + expert * records.record_bytes
-            tickets.append(reader.submit(file, offset, nbytes, address, checksum, True))
+        for expert, read in enumerate(reads):
+            tickets.append(reader.submit(read, begin + expert * records.record_bytes))
         for expert, ticket in enumerate(tickets):
             try:
                 reader.wait(ticket, timeout)

@@ -343,7 +343,7 @@ class CachedLayer(LoadsExperts):
     ) -> None:
         """Submits reads of experts into rows; `into` gets (row, ticket) of each."""
         self._is_stale = True
-        files, offsets, sizes, checksums = zip(*(self.reads[key - self.first] for key in keys), strict=True)
+        reads = [self.reads[key - self.first] for key in keys]
         for key, row in zip(keys, rows, strict=True):
             self._row_of[key - self.first] = row
             if self._place is not None:
@@ -351,7 +351,7 @@ class CachedLayer(LoadsExperts):
         addresses = [self.pool.address + row * self.pool.record_bytes for row in rows]
         urgent = [is_urgent] * len(keys)
         # One call of C, which no signal interrupts: a read that began is always in `into`.
-        tickets = map(self.pool.reader.submit, files, offsets, sizes, addresses, checksums, urgent)
+        tickets = map(self.pool.reader.submit, reads, addresses, urgent)
         try:
             into.update(zip(keys, zip(rows, tickets, strict=False), strict=False))
         except OSError as error:  # a closed reader, too many tickets

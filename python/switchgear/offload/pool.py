@@ -61,11 +61,11 @@ class Staging:
 
     # ---- the reader's methods ----------------------------------------------------------------------------------------
 
-    def submit(self, file: int, offset: int, nbytes: int, address: int, checksum: int | None, urgent: bool) -> int:
+    def submit(self, record: tuple[int, int, int, int | None], address: int, urgent: bool = True) -> int:
         row = (address - self.arena.data_ptr()) // self.arena.stride(0)
         self._number += 1
         ticket = self._number
-        self.reads[ticket] = _Read(row, (file, offset, nbytes, checksum), urgent)
+        self.reads[ticket] = _Read(row, record, urgent)
         self.advance()
         return ticket
 
@@ -153,8 +153,7 @@ class Staging:
     def _begin(self, ticket: int, buffer: int) -> None:
         read = self.reads[ticket]
         read.buffer = buffer
-        file, offset, nbytes, checksum = read.request
-        given = (file, offset, nbytes, self.buffers[buffer].data_ptr(), checksum, read.is_urgent)
+        given = (read.request, self.buffers[buffer].data_ptr(), read.is_urgent)
         try:  # one call of C, which no signal interrupts: a read that began is in `begun`
             self.begun.update(zip((ticket,), map(self.reader.submit, *((value,) for value in given)), strict=True))
         except OSError as error:

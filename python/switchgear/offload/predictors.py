@@ -21,8 +21,7 @@ from switchgear.reference.checks import MAX_EXPERTS
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router
 from switchgear.trace import Observation, observe
-from switchgear.trace.decouple import Listener
-from switchgear.trace.pre_router import PreRouter
+from switchgear.trace.pre_router import Listener, PreRouter
 
 Expert = tuple[int, int]  # layer, expert
 

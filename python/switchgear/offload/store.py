@@ -105,11 +105,10 @@ def _verify(reader: _C.Reader, records: Records, reads: list[tuple[int, int, int
             raise StoreError(f"{records.name}, expert {expert}: {error}") from error
 
     try:
-        for expert, (file, offset, nbytes, checksum) in enumerate(reads):
+        for expert, read in enumerate(reads):
             if expert >= 2:
                 wait(expert - 2)
-            address = begin + expert % 2 * records.record_bytes
-            tickets.append(reader.submit(file, offset, nbytes, address, checksum))
+            tickets.append(reader.submit(read, begin + expert % 2 * records.record_bytes))
         for expert in range(max(len(reads) - 2, 0), len(reads)):
             wait(expert)
     except BaseException:

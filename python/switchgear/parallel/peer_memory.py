@@ -68,11 +68,11 @@ class CudaDevice:
         with cuda.current(self.index):
             return int(self._module.exchange_multiprocessors(num_ranks))
 
-    def exchange(self, *args: Any, tensors: Sequence[Tensor]) -> Callable[[], bool]:
-        """Starts the kernel once `tensors` are ready; returns a function that tells whether it has ended."""
+    def exchange(self, inputs: Any, options: Any, outputs: Any, *, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+        """Calls `_cuda.exchange` once `tensors` are ready; returns a function that tells whether it has ended."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._module.exchange(*args, self._execution())
+            self._module.exchange(inputs, options, outputs, self._execution())
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ended.record(self._stream)
         for tensor in tensors:
@@ -108,10 +108,11 @@ class PeerMemoryTransport(Transport):
         row = input.shape[1:].numel() * input.element_size()
         send_bytes, receive_bytes = ([rows * row for rows in counts] for counts in (input_rows, output_rows))
         ended = self._device.exchange(
-            _bytes_of(input), _bytes_of(output), send_bytes, receive_bytes, self._sent, self._received,
-            [segment.data_ptr() for segment in self._segments], self._rank, self._slot_bytes, self._stop.data_ptr(),
+            (_bytes_of(input), send_bytes, receive_bytes, self._sent, self._received),
+            ([s.data_ptr() for s in self._segments], self._rank, self._slot_bytes, self._stop.data_ptr()),
+            (_bytes_of(output),),
             tensors=(input, output),
-        )  # fmt: skip
+        )
         self._sent, self._received = (
             [(count + -(-size // self._slot_bytes)) % 2**32 for count, size in zip(counts, sizes, strict=True)]
             for counts, sizes in ((self._sent, send_bytes), (self._received, receive_bytes))

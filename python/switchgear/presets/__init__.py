@@ -8,8 +8,8 @@ A preset that composes several layers names their builder under "layer"; `build`
     layer = switchgear.presets.build(2048, 1024, 64, **switchgear.presets.multi_head())
 
 Callers may override what a preset sets: `{**presets.switch(), "jitter": 0.0}`. Parts with parameters or state are
-functools.partial objects, so one dict serves any number of layers. docs/presets.md is
-their table. Constants that could not be confirmed in the paper are arguments and are called unverified.
+functools.partial objects, so one dict serves any number of layers. docs/presets.md is their table. Constants that could
+not be confirmed in the paper are arguments; docstrings end with a list of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from switchgear.presets.compositions import *  # noqa: F403
     from switchgear.presets.experts import *  # noqa: F403
     from switchgear.presets.models import *  # noqa: F403
-    from switchgear.presets.newer import *  # noqa: F403
     from switchgear.presets.scores import *  # noqa: F403
     from switchgear.presets.selections import *  # noqa: F403
 

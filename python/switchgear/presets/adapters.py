@@ -50,7 +50,7 @@ def loramoe(
     """All adapters, weighted by a softmax; a loss balances each type of sequence over the experts of its type.
 
     expert_types [E]: the type of each expert; Context.embedding [B] is that of each sequence. Without it there is no
-    loss, as in the authors' scripts. delta and balance are unverified.
+    loss, as in the authors' scripts.
     """
     losses = [] if expert_types is None else [partial(LocalizedBalance, expert_types, delta, balance)]
     return {
@@ -104,8 +104,7 @@ def _with_prior(
 def mor1e(centroids: Tensor, *, top_k: int = 2, weight: float = 1.0, tau: float = 1.0) -> Options:
     """Experts of rank 1; the closeness of an instance to clusters of the corpus is added to the router's logits.
 
-    centroids [E,D]: of a k-means of instances' embeddings, one cluster per expert; Context.embedding [B,D]. top_k,
-    weight, tau and the form of the prior are unverified.
+    centroids [E,D]: of a k-means of instances' embeddings, one cluster per expert; Context.embedding [B,D].
     """
     score = partial(_with_prior, centroids=centroids, weight=weight, tau=tau)
     return {"layer": adapted_linear, "rank": 1, "score": score, "select": TopK(top_k)}
@@ -122,8 +121,7 @@ def mor1e(centroids: Tensor, *, top_k: int = 2, weight: float = 1.0, tau: float 
 def smola(*, rank: int = 4, slots: int = 1) -> Options:
     """A soft mixture of low-rank experts, added to a frozen module: nothing is discrete.
 
-    Every token of a sequence affects every other, so not for causal models. rank and slots are unverified. One set of
-    experts for all modalities.
+    Every token of a sequence affects every other, so not for causal models.
     """
     return {"layer": adapted_linear, "rank": rank, "slots": slots}
 
@@ -156,7 +154,6 @@ def phatgoose(*, rank: int = 16, top_k: int = 2) -> Options:
 def self_moe(*, rank: int = 8, top_k: int = 1) -> Options:
     """Adapters specialised on synthetic data, and a router that all layers share, trained last.
 
-    In a model: adapters.mixture(model, adapters, shared_router=True, **presets.self_moe()). rank and top_k are
-    unverified.
+    In a model: adapters.mixture(model, adapters, shared_router=True, **presets.self_moe()).
     """
     return {"layer": adapted_linear, "rank": rank, "select": TopK(top_k)}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from switchgear.papers.parts.controllers import AdaptiveCoefficient
 from switchgear.papers.parts.losses import ClusterVariance, DeviceBalance
@@ -49,7 +49,7 @@ def deepseek_moe(
     "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664",
     f'{PAPER}; rule "proportional" divides by the mean load: {OURS}',
 )
-def loss_free(*, top_k: int = 6, rate: float = 1e-3, rule: str = "sign") -> dict[str, Any]:
+def loss_free(*, top_k: int = 6, rate: float = 1e-3, rule: Literal["sign", "proportional"] = "sign") -> dict[str, Any]:
     """A selection bias rises for experts with too few tokens and falls for the others; there is no loss.
 
     switchgear.after_step(model) updates the bias; call it once per optimizer step. rule = "proportional" divides each
@@ -69,7 +69,7 @@ def loss_free(*, top_k: int = 6, rate: float = 1e-3, rule: str = "sign") -> dict
 def global_balance(*, top_k: int = 2, balance: float = 1e-2) -> dict[str, Any]:
     """The balance loss counts over all processes and micro-batches of a step, so a single sequence may be unbalanced.
 
-    switchgear.after_step(model) ends a step. top_k and the coefficient are unverified.
+    switchgear.after_step(model) ends a step.
     """
     return {"select": TopK(top_k), "balance": [partial(SwitchLoss, balance, "global", accumulate=True)]}
 
@@ -92,9 +92,7 @@ def skywork(
 ) -> dict[str, Any]:
     """Logits normalised per token to mean 0 and deviation lam; a balance loss whose coefficient follows dropped tokens.
 
-    The weights of the chosen experts sum to 1. The deviation is that of the population; the paper does not say which.
-    The loss is SwitchLoss; the paper prints Σ_e (1/E - P_e)², P_e the mean probability, as that of Switch Transformer.
-    switchgear.after_step(model) updates the coefficient. The capacity factor is unverified.
+    The weights of the chosen experts sum to 1. switchgear.after_step(model) updates the coefficient.
     """
     coefficient = partial(AdaptiveCoefficient, xi, alpha_max, beta)
     return {
@@ -150,7 +148,7 @@ def gradient_conflict(*, top_k: int = 2, balance: float = 1e-2) -> dict[str, Any
     """Tokens whose gradients conflict with those of their expert's other tokens are pushed away from it.
 
     The loss needs gradients, so the trainer calls routing.GradientConflict(tau) with the layer's output and Routing,
-    which the layer returns. tau, the form of the loss and the coefficient are unverified.
+    which the layer returns.
     """
     return {"select": TopK(top_k), "balance": [partial(SwitchLoss, balance)], "return_routing": True}
 
@@ -178,7 +176,7 @@ def openmoe(
     The paper uses 32 experts plus a dense path. It finds that later tokens of a sequence are dropped more often than
     earlier ones. balance and z are the paper's. The order of choices, evaluation_factor and min_capacity are those of
     training code (ColossalAI, whose capacity is ⌊factor · K·T/E⌋ made even, and flaxformer, where it is factor · T/E
-    rounded; here it is ⌈factor · K·T/E⌉). The training factor is unverified.
+    rounded; here it is ⌈factor · K·T/E⌉).
     """
     return {
         "select": TopK(top_k),

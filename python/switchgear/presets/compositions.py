@@ -7,17 +7,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from switchgear.experts import Experts
 from switchgear.modules import MoE
 from switchgear.papers.layers.autonomous import AutonomousMoE
-from switchgear.papers.layers.cartesian import CartesianMoE
+from switchgear.papers.layers.composed import CartesianMoE, MultiHeadMoE
 from switchgear.papers.layers.merged import MergedExperts
-from switchgear.papers.layers.monet import Monet
-from switchgear.papers.layers.multi_head import MultiHeadMoE
+from switchgear.papers.layers.monet import Mode, Monet
 from switchgear.papers.layers.soft import SoftMoE
 from switchgear.papers.layers.stratified import StratifiedMoE
 from switchgear.papers.parts.controllers import RunningCap
@@ -74,7 +73,7 @@ def stacked(
 def deep_mixture(*, margin: float = 100.0, depth: int = 2) -> Options:
     """Two consecutive layers that use all experts; those ahead of the others by a margin are closed.
 
-    Meant for early training: margin (unverified), in tokens, is an attribute of each layer's gate.select. Gates are
+    Meant for early training: margin, in tokens, is an attribute of each layer's gate.select. Gates are
     linear and experts those of MoE; the paper's gate has a hidden layer with ReLU, and its experts are relu(W·x + b).
     """
     return {"layer": stacked, "depth": depth, "select": partial(RunningCap, Dense(), margin)}
@@ -97,10 +96,8 @@ def cartesian_moe(hidden_size: int, intermediate_size: int, num_experts: int, **
     unverified="top_k, num_shared_experts, balance",
 )
 def cartesian(*, top_k: int = 2, num_shared_experts: int = 1, balance: float = 1e-2) -> Options:
-    """Two consecutive layers of experts: E · E pairs that share halves, with the parameters of 2·E half-size experts.
-
-    top_k, the shared experts and the coefficient are unverified.
-    """
+    """Two consecutive layers of experts: E · E pairs that share halves, with the parameters of 2·E half-size
+    experts."""
     return {
         "layer": cartesian_moe,
         "select": TopK(top_k),
@@ -131,7 +128,7 @@ def multi_head(*, heads: int = 4, top_k: int = 2, balance: float = 1e-2) -> Opti
 
     The caller adapts intermediate_size and num_experts to equal FLOPs and parameters; see layers.MultiHeadMoE. The
     paper has 2 heads with top_k = 2 and 40 experts, or 3 with 3 and 96; 4 heads are those of the paper before
-    (arXiv:2404.15045). balance is unverified.
+    (arXiv:2404.15045).
     """
     return {
         "layer": multi_head_moe,
@@ -195,11 +192,10 @@ def monet_layer(hidden_size: int, intermediate_size: int, num_experts: int, **op
     f"{PAPER} and of its code, without auxiliary losses",
     example=Example((64, 8, 64**2)),
 )
-def monet(*, heads: int = 8, top_k: int = 32, mode: str = "vertical") -> Options:
+def monet(*, heads: int = 8, top_k: int = 32, mode: Mode = "vertical") -> Options:
     """n² experts from 2·n halves: parameters and work grow with n.
 
-    The paper has 512² experts of width 8, and one router per four layers: pass another layer's as Monet(router=). There
-    are no auxiliary losses.
+    The paper has 512² experts of width 8, and one router per four layers: pass another layer's as Monet(router=).
     """
     return {"layer": monet_layer, "heads": heads, "top_k": top_k, "mode": mode}
 
@@ -234,7 +230,7 @@ def merged_experts(
     num_experts: int,
     *,
     top_k: int,
-    pooling: str,
+    pooling: Literal["mean", "attention"],
     per_linear: bool = False,
     bottleneck: int = 0,
     noise: bool = False,
@@ -262,7 +258,7 @@ def merged_experts(
 def merged(
     *,
     top_k: int = 2,
-    pooling: str = "mean",
+    pooling: Literal["mean", "attention"] = "mean",
     per_linear: bool = False,
     bottleneck: int = 0,
     noise: bool = False,

@@ -79,12 +79,15 @@ def preset(
     unverified: str = "",
     example: Example = _EXAMPLE,
 ) -> Callable[[Callable[P, dict[str, Any]]], Callable[P, dict[str, Any]]]:
-    """Enters the function below into PRESETS. paper: "its title, its source"; see Preset and Example for the others."""
+    """Enters the function below into PRESETS, and says paper, fidelity and unverified in its docstring. paper: "its
+    title, its source"; see Preset and Example for the others."""
     title, _, source = paper.rpartition(", ")
 
     def enter(function: Callable[P, dict[str, Any]]) -> Callable[P, dict[str, Any]]:
         PRESETS[function.__name__] = Preset(function, group, number, title, source, fidelity, unverified, example)
-        function.__doc__ = f"{function.__doc__}\n\n    Paper: {paper}"
+        lines = {"Paper": paper, "Rests on": fidelity, "Unverified": unverified}
+        said = "".join(f"\n    {name}: {text}" for name, text in lines.items() if text)
+        function.__doc__ = f"{function.__doc__}\n{said}"
         return function
 
     return enter

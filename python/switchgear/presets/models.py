@@ -9,7 +9,7 @@ from typing import Any
 
 from switchgear.papers.parts.stochastic import SparseMixer
 from switchgear.presets.entry import OURS, PAPER, Example, preset
-from switchgear.routing import LossFreeBias, SwitchLoss
+from switchgear.routing import LossFreeBias, SwitchLoss, TopK
 
 
 @preset("model", None, "Mixtral of Experts, arXiv:2401.04088", f"{PAPER} and of the code in Hugging Face transformers")
@@ -105,3 +105,15 @@ def phimoe(*, jitter: float = 0.01, input_jitter: float = 0.0) -> dict[str, Any]
     and experts in place, then for the router.
     """
     return {"jitter": input_jitter, "select": SparseMixer(2, jitter)}
+
+
+@preset(
+    "model",
+    None,
+    "The Llama 4 herd, https://ai.meta.com/blog/llama-4-multimodal-intelligence",
+    "formula of the code in Hugging Face transformers",
+    example=Example((64, 32, 16)),
+)
+def llama4(*, top_k: int = 1) -> dict[str, Any]:
+    """The best expert of the input multiplied by the sigmoid of its logit, and a shared expert."""
+    return {"select": TopK(top_k, "sigmoid"), "scale_input": True, "num_shared_experts": 1}

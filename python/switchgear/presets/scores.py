@@ -6,14 +6,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from switchgear.papers.layers.initial import sigma_moe_values
+from switchgear.checks import Size, checked
 from switchgear.papers.parts.losses import BatchEntropy, LocalityLoss
 from switchgear.papers.parts.masks import ExpertDropout, Masked, Temperature
-from switchgear.papers.parts.scores import FromEmbedding, GroupedAvgPool
+from switchgear.papers.parts.scores import FromEmbedding, GroupedAvgPool, sigma_moe_values
 from switchgear.papers.parts.stochastic import GumbelSoftmax
 from switchgear.presets.entry import OURS, PAPER, Example, preset
-from switchgear.reference import check_size
 from switchgear.routing import Cosine, Linear, SwitchLoss, TopK
+from switchgear.routing.scores import Transform
 
 
 @preset(
@@ -33,9 +33,9 @@ def xmoe(
 ) -> dict[str, Any]:
     """Cosine similarity with expert embeddings in a low-dimensional space, divided by a learned temperature.
 
-    dim is E/2 if None. The initial tau is that of this gate in MoEC's code; the coefficient is unverified. balance_tau:
-    a fixed temperature for the probabilities of the balance loss, 0.07 in that code; the learned one if None, as in
-    torchscale, which defines 0.07 for it and does not use it.
+    dim is E/2 if None. The initial tau is that of this gate in MoEC's code. balance_tau: a fixed temperature for the
+    probabilities of the balance loss, 0.07 in that code; the learned one if None, as in torchscale, which defines 0.07
+    for it and does not use it.
     """
     score, select = partial(Cosine, dim=dim, tau=tau), TopK(top_k)
     losses: list[Any] = [partial(SwitchLoss, balance)]
@@ -51,8 +51,9 @@ def xmoe(
     "Approximating Two-Layer Feedforward Networks for Efficient Transformers, arXiv:2310.10837",
     f"{PAPER}, with its initial values; their factor √(2 / num_layers) only if num_layers is given",
 )
+@checked
 def sigma_moe(
-    *, top_k: int = 4, expert_dropout: float = 0.05, entropy: float = 1e-3, num_layers: int | None = None
+    *, top_k: int = 4, expert_dropout: float = 0.05, entropy: float = 1e-3, num_layers: Size | None = None
 ) -> dict[str, Any]:
     """Narrow ReLU experts without a gate; sigmoid scores, which do not compete; random experts are hidden from tokens
     in training; an entropy loss spreads the batch over the experts.
@@ -62,7 +63,6 @@ def sigma_moe(
     """
     initialize: Any = sigma_moe_values
     if num_layers is not None:
-        check_size("num_layers", num_layers)
         initialize = partial(sigma_moe_values, scale=(2 / num_layers) ** 0.5)
     return {
         "score": partial(Linear, equal_rows=True),
@@ -86,10 +86,10 @@ def locmoe(
 ) -> dict[str, Any]:
     """Logits are means of slices of x: orthogonal, without a matrix product. A loss keeps tokens on this node.
 
-    num_nodes: each has equally many consecutive experts; node: this process's node. locality is the paper's μ; it and
-    top_k are unverified. The loss is KL(D_local || D_c): the paper prints the reverse, which is infinite as soon as one
-    token leaves. The paper's lower bound of a capacity is an option: capacity=Capacity(factor, minimum=math.ceil(
-    routing.min_capacity(delta, H, E))); its unit is unverified.
+    num_nodes: each has equally many consecutive experts; node: this process's node. locality is the paper's μ. The loss
+    is KL(D_local || D_c): the paper prints the reverse, which is infinite as soon as one token leaves. The paper's
+    lower bound of a capacity is an option: capacity=Capacity(factor, minimum=math.ceil(
+    routing.min_capacity(delta, H, E))).
     """
     return {
         "score": GroupedAvgPool,
@@ -105,10 +105,10 @@ def locmoe(
     f"{PAPER}; which bounded transform: {OURS}",
     unverified="transform",
 )
-def bounded_gate(*, top_k: int = 2, transform: str = "tanh") -> dict[str, Any]:
+def bounded_gate(*, top_k: int = 2, transform: Transform = "tanh") -> dict[str, Any]:
     """The router sees a bounded transform of x: with x itself, vanishing experts slow the estimation.
 
-    The transform is unverified: "tanh", "sigmoid", "normalize" or "layer_norm".
+    transform: "tanh", "sigmoid", "normalize" or "layer_norm".
     """
     return {"score": partial(Linear, input_transform=transform), "select": TopK(top_k)}
 
@@ -125,7 +125,7 @@ def bounded_gate(*, top_k: int = 2, transform: str = "tanh") -> dict[str, Any]:
 def task_level(*, dim: int, tau: float = 1.0) -> dict[str, Any]:
     """The embedding of a task chooses one expert for all of its tokens, by a straight-through Gumbel softmax.
 
-    dim: of the embedding [B,dim], one per sequence. tau is unverified.
+    dim: of the embedding [B,dim], one per sequence.
     """
     return {
         "score": partial(FromEmbedding, dim=dim),

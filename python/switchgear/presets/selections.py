@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from switchgear.papers.parts.controllers import AdaptiveSparsity
 from switchgear.papers.parts.losses import AlignmentLoss, DeviceBalance, EntropyLoss
 from switchgear.papers.parts.masks import Masked, TokenIdMask
 from switchgear.papers.parts.scores import SwitchMixture
-from switchgear.papers.parts.selections import BalancedAssignment, Broadcast
-from switchgear.papers.parts.stochastic import GumbelSoftmax, NoisyTopK, Random, SparseMixer
+from switchgear.papers.parts.selections import BalancedAssignment, Broadcast, Positive
+from switchgear.papers.parts.stochastic import GumbelSoftmax, Level, NoisyTopK, Random, SparseMixer
 from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
 from switchgear.routing import Capacity, Dropless, ExpertChoice, Grouped, Linear, SwitchLoss, TopK, TopP
+from switchgear.routing.capacity import Drop, Overflow
+from switchgear.routing.context import Scope
 
 
 @preset(
@@ -58,8 +61,8 @@ def switch(
 def gshard(*, capacity_factor: float = 1.0, balance: float = 1e-2) -> dict[str, Any]:
     """The two best experts, normalised; first choices take capacity before second ones, in token order.
 
-    The capacity is capacity_factor · 2T/E; both constants are unverified. The paper's loss counts first choices only,
-    this one both. The paper's random skipping of second experts is not implemented.
+    The capacity is capacity_factor · 2T/E. The paper's loss counts first choices only, this one both. The paper's
+    random skipping of second experts is not implemented.
     """
     return {
         "select": TopK(2, normalize=True),
@@ -73,7 +76,7 @@ def expert_choice(
     *,
     capacity_factor: float = 2.0,
     max_experts_per_token: int | None = None,
-    scope: str = "batch",
+    scope: Scope = "batch",
     evaluation: int | None = None,
 ) -> dict[str, Any]:
     """Each expert takes its best capacity_factor · T/E tokens: the load is even without a loss.
@@ -148,10 +151,7 @@ def dynamic_top_p(
 )
 def grin(*, top_k: int = 2, jitter: float = 0.01, balance: float = 1e-2) -> dict[str, Any]:
     """Training draws experts one after another, with the SparseMixer-v2 gradient estimate; balance over all
-    processes.
-
-    The coefficient of the balance loss is unverified.
-    """
+    processes."""
     return {"select": SparseMixer(top_k, jitter), "balance": [partial(SwitchLoss, balance, "global")]}
 
 
@@ -166,7 +166,6 @@ def sam(*, num_groups: int = 4, top_k: int = 2, balance: float = 1e-2, alignment
     """A router chooses one group of experts and another router top_k experts in it: a token uses one device.
 
     One loss balances groups. alignment > 0 adds AlignmentLoss, so that the best of all experts lie in the chosen group.
-    The paper's form of that term, and both coefficients, are unverified.
     """
     aligns = [partial(AlignmentLoss, num_groups, alignment)] if alignment else []
     return {
@@ -191,15 +190,18 @@ def maskmoe(
 ) -> dict[str, Any]:
     """A fixed random mask for each vocabulary id: rare ids see one expert, frequent ones all.
 
-    counts [V]: how often each id occurs in the corpus. frequent_from is the paper's threshold; it, top_k and the
-    coefficient are unverified.
+    counts [V]: how often each id occurs in the corpus. frequent_from is the paper's threshold.
     """
     mask = partial(TokenIdMask.of_frequencies, counts, frequent_from=frequent_from, rare_experts=rare_experts)
     return {"select": partial(Masked, TopK(top_k), mask), "balance": [partial(SwitchLoss, balance)]}
 
 
 @preset("selection", 18, "Taming Sparsely Activated Transformer with Stochastic Experts, arXiv:2110.04260", PAPER)
-def thor(*, level: str = "batch", evaluation: str = "token") -> dict[str, Any]:
+def thor(
+    *,
+    level: Level = "batch",
+    evaluation: Literal["random", "token", "sequence", "ensemble"] = "token",
+) -> dict[str, Any]:
     """A random expert, drawn per batch in training and per token in evaluation; there is no router to train.
 
     The trainer runs two passes and adds routing.consistency_loss of their outputs. level = "sequence" or "token" draws
@@ -242,10 +244,7 @@ def gumbel_gate(*, tau: float = 1.0, samples: int = 5) -> dict[str, Any]:
     f"{PAPER}; its code for CIFAR-10 and CelebA takes the softmax over all patches before the choice",
 )
 def pmoe(*, patches: int = 4) -> dict[str, Any]:
-    """Each expert takes the `patches` best patches of a sample, weighted by a softmax over them, and averages.
-
-    The authors' code for CIFAR-10 and CelebA weighs the chosen patches by a softmax over all patches.
-    """
+    """Each expert takes the `patches` best patches of a sample, weighted by a softmax over them, and averages."""
     select = ExpertChoice(tokens_per_expert=patches, scope="sequence", weights="softmax_over_tokens", scale=1 / patches)
     return {"select": select}
 
@@ -261,8 +260,8 @@ def capacity_aware(
     *,
     top_k: int = 2,
     gamma: float = 1.5,
-    drop: str = "score",
-    overflow: str = "reroute",
+    drop: Drop = "score",
+    overflow: Overflow = "reroute",
     expand: float | None = None,
     normalize: bool = False,
 ) -> dict[str, Any]:
@@ -290,3 +289,17 @@ def cluster_task(*, noise: float = 1.0) -> dict[str, Any]:
     examples/cluster_task.py contains the paper's task.
     """
     return {"select": NoisyTopK(1, noise)}
+
+
+@preset(
+    "selection",
+    None,
+    "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing, arXiv:2412.14711",
+    f"{PAPER}; a coefficient for each layer instead of one for all: {OURS}",
+)
+def remoe(*, top_k: float = 2, initial: float = 1e-8, rate: float = 1.2) -> dict[str, Any]:
+    """The experts with positive logits, weighted by them; the coefficient of an L1 loss follows the sparsity.
+
+    top_k: the average number of experts per token that the loss aims at. switchgear.after_step(model) updates λ.
+    """
+    return {"select": Positive(), "balance": [partial(AdaptiveSparsity, top_k, initial=initial, rate=rate)]}

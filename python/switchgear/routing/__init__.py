@@ -2,20 +2,6 @@
 """Routing policies. A router combines a score, a selection, a capacity limit and balance terms; context.py defines
 their signatures, and docs/routing.md lists all of them.
 
-Scores:      Linear, Cosine, GroupedAvgPool, SwitchMixture, GatingResidual, Uniform, Sum; per expert ActivationNorm,
-             SparsityAware, Gaussian, Domain, PosthocGate; per task or sequence FromEmbedding, PerSequence, ClusterPrior
-Selections:  TopK, TopP, Threshold, Grouped, RankK, Dense, Positive, SkipBelow, Broadcast; ExpertChoice, DepthChoice,
-             BalancedAssignment; SampledTopK, NoisyTopK, SparseMixer, GumbelSoftmax, Random; Lookup; RunningCap;
-             Masked with TokenIdMask, ExpertDropout or ClusterDropout; Temperature
-Capacity:    Dropless, Capacity, CapacityByKind
-Losses:      SwitchLoss, NullAwareSwitchLoss, ZLoss, ImportanceLoad, EntropyLoss, BatchEntropy, ParamPenalty,
-             DeviceBalance, AlignmentLoss, LocalityLoss, ClusterVariance, LocalizedBalance, ChoiceLoss
-Controllers: LossFreeBias, AdaptiveCoefficient, AdaptiveSparsity
-Known early: pregate(model), PreRouter, decouple(model, pre_router, …)
-Temporary:   override(model, …), Router.intervene; record(model) and replay(model, record) of choices
-For a trainer: GradientConflict, anchor_loss, consistency_loss, output_regularization, load_balancing_loss, z_loss,
-             max_violation
-
 router.py         Router; context.py: what its parts get besides tokens, and their signatures
 scores.py         scores of a token
 selection.py      choices token by token; expert_choice.py: expert by expert
@@ -42,123 +28,20 @@ from switchgear.routing.selection import Dense, Grouped, RankK, Threshold, TopK,
 from switchgear.utils.moved import find_moved
 
 if TYPE_CHECKING:
-    from switchgear.papers.parts.auxiliary import GradientConflict, anchor_loss, consistency_loss, output_regularization
-    from switchgear.papers.parts.controllers import AdaptiveCoefficient, AdaptiveSparsity, RunningCap
-    from switchgear.papers.parts.limits import CapacityByKind, min_capacity
-    from switchgear.papers.parts.losses import (
-        AlignmentLoss,
-        BatchEntropy,
-        ChoiceLoss,
-        ClusterVariance,
-        DeviceBalance,
-        EntropyLoss,
-        LocalityLoss,
-        LocalizedBalance,
-        NullAwareSwitchLoss,
-        ParamPenalty,
-    )
-    from switchgear.papers.parts.masks import ClusterDropout, ExpertDropout, Lookup, Masked, Temperature, TokenIdMask
-    from switchgear.papers.parts.scores import (
-        ClusterPrior,
-        FromEmbedding,
-        GatingResidual,
-        GroupedAvgPool,
-        PerSequence,
-        SwitchMixture,
-    )
-    from switchgear.papers.parts.scores_of_experts import ActivationNorm, Domain, Gaussian, PosthocGate, SparsityAware
-    from switchgear.papers.parts.selections import BalancedAssignment, Broadcast, DepthChoice, Positive, SkipBelow
-    from switchgear.papers.parts.stochastic import GumbelSoftmax, NoisyTopK, Random, SampledTopK, SparseMixer
-    from switchgear.trace.decouple import decouple
-    from switchgear.trace.override import override
-    from switchgear.trace.pre_router import PreRouter
-    from switchgear.trace.pregate import pregate
-    from switchgear.trace.record import record
-    from switchgear.trace.replay import replay
-    from switchgear.trace.routing_record import RoutingRecord
-
-__all__ = [
-    "ActivationNorm",
-    "AdaptiveCoefficient",
-    "AdaptiveSparsity",
-    "AlignmentLoss",
-    "Balance",
-    "BalancedAssignment",
-    "BatchEntropy",
-    "Broadcast",
-    "Capacity",
-    "CapacityByKind",
-    "ChoiceLoss",
-    "ClusterDropout",
-    "ClusterPrior",
-    "ClusterVariance",
-    "Context",
-    "Cosine",
-    "Dense",
-    "DepthChoice",
-    "DeviceBalance",
-    "Domain",
-    "Dropless",
-    "EntropyLoss",
-    "ExpertChoice",
-    "ExpertDropout",
-    "FromEmbedding",
-    "GatingResidual",
-    "Gaussian",
-    "GradientConflict",
-    "Grouped",
-    "GroupedAvgPool",
-    "GumbelSoftmax",
-    "ImportanceLoad",
-    "Limit",
-    "Linear",
-    "LocalityLoss",
-    "LocalizedBalance",
-    "Lookup",
-    "LossFreeBias",
-    "Masked",
-    "NoisyTopK",
-    "NullAwareSwitchLoss",
-    "ParamPenalty",
-    "PerSequence",
-    "Positive",
-    "PosthocGate",
-    "PreRouter",
-    "Random",
-    "RankK",
-    "Router",
-    "RoutingRecord",
-    "RunningCap",
-    "SampledTopK",
-    "Score",
-    "Select",
-    "SkipBelow",
-    "SparseMixer",
-    "SparsityAware",
-    "Sum",
-    "SwitchLoss",
-    "SwitchMixture",
-    "Temperature",
-    "Threshold",
-    "TokenIdMask",
-    "TopK",
-    "TopP",
-    "Uniform",
-    "ZLoss",
-    "anchor_loss",
-    "consistency_loss",
-    "decouple",
-    "from_pairs",
-    "load_balancing_loss",
-    "max_violation",
-    "min_capacity",
-    "output_regularization",
-    "override",
-    "pregate",
-    "record",
-    "replay",
-    "z_loss",
-]
+    from switchgear.papers.parts.auxiliary import *  # noqa: F403
+    from switchgear.papers.parts.controllers import *  # noqa: F403
+    from switchgear.papers.parts.limits import *  # noqa: F403
+    from switchgear.papers.parts.losses import *  # noqa: F403
+    from switchgear.papers.parts.masks import *  # noqa: F403
+    from switchgear.papers.parts.scores import *  # noqa: F403
+    from switchgear.papers.parts.scores_of_experts import *  # noqa: F403
+    from switchgear.papers.parts.selections import *  # noqa: F403
+    from switchgear.papers.parts.stochastic import *  # noqa: F403
+    from switchgear.trace.override import *  # noqa: F403
+    from switchgear.trace.pre_router import *  # noqa: F403
+    from switchgear.trace.record import *  # noqa: F403
+    from switchgear.trace.replay import *  # noqa: F403
+    from switchgear.trace.routing_record import *  # noqa: F403
 
 # What only papers use, and what sees and steers the routers of a model, is defined elsewhere.
 MOVED = {
@@ -208,13 +91,44 @@ MOVED = {
     "TokenIdMask": "switchgear.papers.parts.masks",
     "anchor_loss": "switchgear.papers.parts.auxiliary",
     "consistency_loss": "switchgear.papers.parts.auxiliary",
-    "decouple": "switchgear.trace.decouple",
+    "decouple": "switchgear.trace.pre_router",
     "min_capacity": "switchgear.papers.parts.limits",
     "output_regularization": "switchgear.papers.parts.auxiliary",
     "override": "switchgear.trace.override",
-    "pregate": "switchgear.trace.pregate",
+    "pregate": "switchgear.trace.pre_router",
     "record": "switchgear.trace.record",
     "replay": "switchgear.trace.replay",
 }
 if not TYPE_CHECKING:
     __getattr__ = find_moved(__name__, MOVED)
+
+__all__ = [
+    "Balance",
+    "Capacity",
+    "Context",
+    "Cosine",
+    "Dense",
+    "Dropless",
+    "ExpertChoice",
+    "Grouped",
+    "ImportanceLoad",
+    "Limit",
+    "Linear",
+    "LossFreeBias",
+    "RankK",
+    "Router",
+    "Score",
+    "Select",
+    "Sum",
+    "SwitchLoss",
+    "Threshold",
+    "TopK",
+    "TopP",
+    "Uniform",
+    "ZLoss",
+    "from_pairs",
+    "load_balancing_loss",
+    "max_violation",
+    "z_loss",
+    *MOVED,
+]

@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from switchgear import ops, reference
-from switchgear.checks import at_least
-from switchgear.functional import Routing, as_number
-from switchgear.reference import check_choice
-from switchgear.routing.context import Context, check_positive, check_scope, is_per_sequence, sequences
+from switchgear.checks import PositiveOrInf, Range, checked
+from switchgear.functional import Routing
+from switchgear.routing.context import Context, Scope, is_per_sequence, sequences
 from switchgear.routing.ranking import choose, is_open, left_aligned, scores_of, total_weight, uniform
 
-DROPS = ("order", "choice", "score", "reverse", "random")
-OVERFLOWS = ("drop", "reroute", "overselect")
+Drop = Literal["order", "choice", "score", "reverse", "random"]
+Overflow = Literal["drop", "reroute", "overselect"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Dropless:
         return routing
 
 
+@checked
 @dataclass(frozen=True)
 class Capacity:
     """An expert accepts at most C = max(minimum, ⌈factor · N / E⌉) tokens, where N is the number of choices that the
@@ -59,13 +60,13 @@ class Capacity:
             x [B,1,H] or Context.sequence_length.
     """
 
-    factor: float = 1.25
-    drop: str = "order"
-    overflow: str = "drop"
-    scope: str = "batch"
-    expand: float | None = None
-    evaluation_factor: float | None = None
-    minimum: int = 0
+    factor: PositiveOrInf = 1.25
+    drop: Drop = "order"
+    overflow: Overflow = "drop"
+    scope: Scope = "batch"
+    expand: Annotated[float, Range(1, math.inf, "high")] | None = None
+    evaluation_factor: PositiveOrInf | None = None
+    minimum: Annotated[int, Range(0, math.inf)] = 0
     renormalize: bool = False
     prefill_only: bool = False
 
@@ -73,17 +74,6 @@ class Capacity:
     def needs_scores(self) -> bool:
         """Whether full experts rank tokens by their scores, or send them on to others, which takes those of all."""
         return self.drop == "score" or self.overflow != "drop"
-
-    def __post_init__(self) -> None:
-        check_choice("drop", self.drop, DROPS)
-        check_choice("overflow", self.overflow, OVERFLOWS)
-        check_scope(self.scope)
-        check_positive("factor", self.factor)
-        if self.evaluation_factor is not None:
-            check_positive("evaluation_factor", self.evaluation_factor)
-        if self.expand is not None and not 1 <= as_number("expand", self.expand) < math.inf:
-            raise ValueError(f"expand: expected a finite number of at least 1, got {self.expand}")
-        at_least(0, "minimum", self.minimum)
 
     def __call__(self, routing: Routing, context: Context) -> Routing:
         return self.limited(routing, context, count_choices(routing))

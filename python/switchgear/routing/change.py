@@ -144,13 +144,6 @@ def check_change(change: Change, select: Any, num_experts: int) -> None:
 
 
 @contextmanager
-def intervene(router: Router, change: Change) -> Iterator[None]:
-    check_change(change, router.selection(), router.num_experts)
-    with overridden_router(router, lambda select: Changed(select, change)):
-        yield
-
-
-@contextmanager
 def overridden_router(router: Router, wrapper: Callable[[Select], Select]) -> Iterator[None]:
     """Inside the block, `wrapper` of the router's selection selects. The last wrapper is the outermost."""
     router.overrides.append(wrapper)

@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from switchgear.checks import check_tensor
-from switchgear.functional import Routing, as_number
-from switchgear.reference import check_choice, check_range, check_size
+from switchgear.functional import Routing
+from switchgear.reference import check_range, check_size
 
 if TYPE_CHECKING:
     from switchgear.routing.change import Change
+
+Scope = Literal["batch", "sequence"]
+"""Whether all tokens of a call compete, or only those of one sequence."""
 
 
 class Noise(NamedTuple):
@@ -159,13 +161,18 @@ class Balance(Protocol):
     attribute, else the name of the class or function). Called in training only.
 
     It sees the choice before the capacity limit (what the router wanted), and num_dropped after it.
-
-    A controller has, instead or in addition, after_step(tokens_per_expert, router). Router.after_step calls it once per
-    optimizer step with the counts [E] int64 since the last one, summed over the processes. A controller that updates
-    the selection bias (router.e_score_correction_bias) has an attribute needs_selection_bias = True.
     """
 
     def __call__(self, routing: Routing, context: Context, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Controller(Protocol):
+    """In place of a loss, or the same object: Router.after_step calls it once per optimizer step with the counts [E]
+    int64 since the last one, summed over the processes. One that updates the selection bias
+    (router.e_score_correction_bias) has an attribute needs_selection_bias = True."""
+
+    def after_step(self, tokens_per_expert: Tensor, router: Any, /) -> None: ...
 
 
 def made(part: Any, *args: Any, num_experts: int | None = None, **kwargs: Any) -> Any:
@@ -283,30 +290,3 @@ def is_recomputing() -> bool:
 
 def is_per_sequence(scope: str, context: Context) -> bool:
     return context.isolated or scope == "sequence"
-
-
-def check_scope(scope: str) -> None:
-    check_choice("scope", scope, SCOPES)
-
-
-def check_number(name: str, value: float) -> None:
-    if math.isnan(as_number(name, value)):
-        raise ValueError(f"{name}: expected a number, got {value}")
-
-
-def check_positive(name: str, value: float) -> None:
-    if not as_number(name, value) > 0:
-        raise ValueError(f"{name}: expected a positive number, got {value}")
-
-
-def check_not_negative(name: str, value: float) -> None:
-    if not as_number(name, value) >= 0:
-        raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-
-
-def check_share(name: str, value: float) -> None:
-    if not 0 <= as_number(name, value) <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
-
-
-SCOPES: Sequence[str] = ("batch", "sequence")

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from switchgear import ops
-from switchgear.checks import at_least
-from switchgear.functional import Routing, as_number, route
-from switchgear.reference import check_choice, check_finite
-from switchgear.routing.context import NOTHING_KNOWN, Context, check_scope, is_per_sequence, sequences
+from switchgear.checks import Count, Finite, NotNegativeOrInf, Positive, Range, Size, checked
+from switchgear.functional import Routing, route
+from switchgear.routing.context import NOTHING_KNOWN, Context, Scope, is_per_sequence, sequences
 from switchgear.routing.ranking import choose, finite, scores_of, uniform
 
 
+@checked
 @dataclass(frozen=True)
 class ExpertChoice:
     """Each expert takes the tokens of its k largest scores, k = max(1, ⌊capacity_factor · T / E⌋) (arXiv:2202.09368).
@@ -43,33 +44,19 @@ class ExpertChoice:
             "softmax_over_tokens", which depends on later tokens. None: as in training.
     """
 
-    capacity_factor: float = 2.0
-    tokens_per_expert: int | None = None
-    scope: str = "batch"
-    weights: str = "score"
-    max_experts_per_token: int | None = None
-    scale: float = 1.0
-    ties: str = "index"
-    evaluation: int | None = None
-    cap_lambda: float = 1e-3
-    cap_iterations: int = 100
-    cap_tolerance: float = 2**-6
+    capacity_factor: Positive = 2.0
+    tokens_per_expert: Size | None = None
+    scope: Scope = "batch"
+    weights: Literal["score", "softmax_over_tokens", "logit"] = "score"
+    max_experts_per_token: Size | None = None
+    scale: Finite = 1.0
+    ties: Literal["index", "random"] = "index"
+    evaluation: Size | None = None
+    cap_lambda: Annotated[float, Range(2**-126, math.inf)] = 1e-3
+    cap_iterations: Count = 100
+    cap_tolerance: NotNegativeOrInf = 2**-6
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
-        check_choice("weights", self.weights, ("score", "softmax_over_tokens", "logit"))
-        check_choice("ties", self.ties, ("index", "random"))
-        if not 0 < as_number("capacity_factor", self.capacity_factor) < math.inf:
-            raise ValueError(f"capacity_factor: expected a finite positive number, got {self.capacity_factor}")
-        check_finite("scale", as_number("scale", self.scale))
-        if not as_number("cap_lambda", self.cap_lambda) >= 2**-126:
-            raise ValueError(f"cap_lambda: expected a number of at least 2^-126, got {self.cap_lambda}")
-        at_least(0, "cap_iterations", self.cap_iterations)
-        if not as_number("cap_tolerance", self.cap_tolerance) >= 0:
-            raise ValueError(f"cap_tolerance: expected at least 0, got {self.cap_tolerance}")
-        for name in ("tokens_per_expert", "max_experts_per_token", "evaluation"):
-            if getattr(self, name) is not None:
-                at_least(1, name, getattr(self, name))
         if self.evaluation is not None and self.weights == "softmax_over_tokens":
             raise ValueError(f"evaluation: expected None with weights='softmax_over_tokens', got {self.evaluation}")
 

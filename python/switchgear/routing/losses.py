@@ -10,47 +10,27 @@ function (routing, context) -> scalar works too.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.functional import Routing, as_number
-from switchgear.reference import check_choice, check_finite, check_size
+from switchgear.checks import Count, Finite, Positive, checked
+from switchgear.functional import Routing
 from switchgear.routing import balance
-from switchgear.routing.balance import (
-    count_tokens,
-    router_probabilities,
-    sum_over_processes,
-)
-from switchgear.routing.context import (
-    Context,
-    check_positive,
-    is_recomputing,
-    made,
-    sequences,
-)
+from switchgear.routing.balance import count_tokens, router_probabilities, sum_over_processes
+from switchgear.routing.context import Context, is_recomputing, made, sequences
 from switchgear.routing.counting import aside
 from switchgear.routing.ranking import is_open
 
-if TYPE_CHECKING:
-    from switchgear.papers.parts.controllers import AdaptiveCoefficient
-
-BALANCE_SCOPES = ("micro", "sequence", "global")
 _MOST_CALLS = 1024  # whose counts are kept for recomputations; more micro-batches never wait for their backward
 
 
 def _no_calls() -> deque[tuple[Tensor, Tensor]]:
     """For the last calls of a step: the sum of the probabilities, and the counts by then."""
     return deque(maxlen=_MOST_CALLS)
-
-
-def check_numbers(**numbers: float) -> None:
-    for name, number in numbers.items():
-        check_finite(name, as_number(name, number))
 
 
 class SwitchLoss(nn.Module):
@@ -75,25 +55,22 @@ class SwitchLoss(nn.Module):
 
     counted = ("_counts", "_calls")
 
+    @checked
     def __init__(
         self,
-        coefficient: float | AdaptiveCoefficient | Callable[[], AdaptiveCoefficient] = 1e-2,
-        scope: str = "micro",
+        coefficient: Finite | nn.Module | type[nn.Module] | partial[Any] = 1e-2,
+        scope: Literal["micro", "sequence", "global"] = "micro",
         *,
         accumulate: bool = False,
         per_choice: bool = False,
         score_function: str | None = None,
-        num_null: int = 0,
+        num_null: Count = 0,
         name: str = "switch",
     ) -> None:
         super().__init__()
-        check_choice("scope", scope, BALANCE_SCOPES)
         if accumulate and scope != "global":
             raise ValueError(f"accumulate: expected scope 'global' with it, got {scope!r}")
-        check_size("num_null", num_null, 0)
         self.coefficient = made(coefficient)
-        if not isinstance(self.coefficient, nn.Module):
-            check_numbers(coefficient=self.coefficient)
         self.scope, self.accumulate, self.per_choice = scope, accumulate, per_choice
         self.score_function, self.num_null, self.name = score_function, num_null, name
         self._counts: Tensor | None = None  # [E+1]: tokens per expert, then tokens; since the last step
@@ -163,20 +140,19 @@ class SwitchLoss(nn.Module):
         return ", ".join(parts)
 
 
+@checked
 @dataclass(frozen=True)
 class ZLoss:
     """coefficient · mean_t (log Σ_e exp z_te)², of the logits (ST-MoE, arXiv:2202.08906; OpenMoE, arXiv:2402.01739)."""
 
-    coefficient: float = 1e-3
+    coefficient: Finite = 1e-3
     name: ClassVar[str] = "z"
-
-    def __post_init__(self) -> None:
-        check_numbers(coefficient=self.coefficient)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * balance.z_loss(routing.router_logits)
 
 
+@checked
 @dataclass(frozen=True)
 class ImportanceLoad:
     """importance · CV²(total weights) + load · CV²(smooth load) (arXiv:1701.06538; LLaMA-MoE, arXiv:2406.16554).
@@ -187,14 +163,10 @@ class ImportanceLoad:
     is that, and the load follows the logits without noise. Each token has as many places as it made choices.
     """
 
-    importance: float = 1e-2
-    load: float = 1e-2
-    noise_std: float = 1.0
+    importance: Finite = 1e-2
+    load: Finite = 1e-2
+    noise_std: Positive = 1.0
     name: ClassVar[str] = "importance_load"
-
-    def __post_init__(self) -> None:
-        check_numbers(importance=self.importance, load=self.load, noise_std=self.noise_std)
-        check_positive("noise_std", self.noise_std)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         ids = routing.topk_ids
@@ -210,9 +182,7 @@ class ImportanceLoad:
         return loss + self.load * balance.squared_variation(smooth)
 
 
-RULES = ("sign", "proportional")
-
-
+@checked
 @dataclass(frozen=True)
 class LossFreeBias:
     """Raises the selection bias of experts with too few tokens and lowers that of the others (arXiv:2408.15664).
@@ -225,13 +195,9 @@ class LossFreeBias:
         …; optimizer.step(); moe.gate.after_step()
     """
 
-    rate: float = 1e-3
-    rule: str = "sign"
+    rate: Finite = 1e-3
+    rule: Literal["sign", "proportional"] = "sign"
     needs_selection_bias: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_finite("rate", as_number("rate", self.rate))
-        check_choice("rule", self.rule, RULES)
 
     @torch.no_grad()
     def after_step(self, tokens_per_expert: Tensor, router: Any) -> None:

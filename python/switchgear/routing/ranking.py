@@ -4,6 +4,8 @@ and there is no loop over experts."""
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ from switchgear import ops, reference
 from switchgear.functional import Routing
 from switchgear.routing.context import Context, can_be_read
 
-SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrt_softplus")
+ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
+SCORE_FUNCTIONS = get_args(ScoreFunction)
 
 
 def scores_of(router_logits: Tensor, score_function: str) -> Tensor:

@@ -4,28 +4,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from switchgear.checks import check_float_dtype, complain_about_rows
-from switchgear.functional import Routing, as_number, gate, gate_route, route
-from switchgear.reference import check_choice, check_finite, check_fraction, check_size
+from switchgear.checks import Finite, FloatDtype, Share, Size, checked, complain_about_rows, convert
+from switchgear.functional import Routing, gate, gate_route, route
 from switchgear.routing.balance import count_tokens, sum_over_processes
-from switchgear.routing.change import Change, PerExpert, intervene
+from switchgear.routing.change import Change, Changed, PerExpert, check_change, overridden_router
 from switchgear.routing.context import (
     NOTHING_KNOWN,
-    SCOPES,
     Balance,
     Context,
+    Controller,
     Limit,
     Noise,
+    Scope,
     Score,
     Select,
     ignoring_bias,
@@ -41,6 +42,9 @@ from switchgear.routing.scores import Uniform, init_uniform
 from switchgear.routing.selection import TopK
 from switchgear.utils.modules import KeepsFloat32
 from switchgear.weights.selected import selection_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Handover:
@@ -66,7 +70,18 @@ class Handover:
         return hidden_states
 
 
-class RouterOptions(TypedDict, total=False):
+class Policy(TypedDict, total=False):
+    """The parts of a router that may be changed in training."""
+
+    select: Select | Callable[..., Any] | None
+    capacity: Limit | Callable[..., Any] | None
+    balance: Sequence[Balance | Controller | Callable[..., Any]]
+
+
+_POLICY = get_type_hints(Policy)
+
+
+class RouterOptions(Policy, total=False):
     """Options of Router that other modules pass on to it, as MoE does."""
 
     score_function: str
@@ -78,10 +93,7 @@ class RouterOptions(TypedDict, total=False):
     group_score: str
     jitter: float
     score: Score | Callable[..., Any] | None
-    select: Select | Callable[..., Any] | None
-    capacity: Limit | Callable[..., Any] | None
-    balance: Sequence[Balance | Callable[..., Any]]
-    isolation: str
+    isolation: Scope
 
 
 class Router(KeepsFloat32):
@@ -109,15 +121,13 @@ class Router(KeepsFloat32):
         select: makes the choice instead of `route` (see `Select`); excludes the options score_function to group_score,
             except selection_bias.
         capacity: limits the tokens of an expert (see `Limit`); nothing is dropped if None.
-        balance: losses and controllers (see `Balance`), called in training only.
+        balance: losses (see `Balance`) and controllers (see `Controller`), called in training only.
         isolation: "sequence": under policies in which tokens compete, only those of one sequence do. Sequences come
             from the Context, or are the rows of hidden_states [B,S,H].
 
     score, select, capacity, and the items of balance may be classes or functools.partial objects; the router calls
     them: score with (hidden_size, num_experts, device=, dtype=), the others without arguments, or with num_experts= if
-    they take it. Objects that are modules move to `device`. select, capacity and balance may be changed in training,
-    and are then made, checked and registered like those given here. The selection bias stays, and so do the counts of
-    the step as long as there are controllers.
+    they take it. Objects that are modules move to `device`. `set_policy` changes select, capacity and balance later.
 
     Parameters: weight [E,H], bias [E]; with `score`, those of the submodule score. ValueError for an option that is out
     of range or excluded by another.
@@ -134,37 +144,34 @@ class Router(KeepsFloat32):
     reads_from: Handover | None = None  # hidden states of the block before, to choose by: a pre-gate (see pregate)
     passes_to: Handover | None = None  # those of this block, for the next one
 
+    @checked
     def __init__(
         self,
-        hidden_size: int,
-        num_experts: int,
-        top_k: int | None = None,
+        hidden_size: Size,
+        num_experts: Size,
+        top_k: Size | None = None,
         *,
         score_function: str = "softmax",
         normalize: bool = False,
-        scale: float = 1.0,
+        scale: Finite = 1.0,
         selection_bias: bool = False,
         num_groups: int = 1,
         topk_groups: int = 1,
         group_score: str = "max",
-        jitter: float = 0.0,
+        jitter: Share = 0.0,
         float32: bool = False,
         bias: bool = False,
         score: Score | Callable[..., Any] | None = None,
         select: Select | Callable[..., Any] | None = None,
         capacity: Limit | Callable[..., Any] | None = None,
-        balance: Sequence[Balance | Callable[..., Any]] = (),
-        isolation: str = "batch",
+        balance: Sequence[Balance | Controller | Callable[..., Any]] = (),
+        isolation: Scope = "batch",
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: FloatDtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_size, num_experts = check_size("hidden_size", hidden_size), check_size("num_experts", num_experts)
-        top_k = None if top_k is None else check_size("top_k", top_k)
-        check_finite("scale", as_number("scale", scale))
-        check_float_dtype("dtype", dtype)
-        balance = tuple(balance) if isinstance(balance, Iterable) else balance
-        _check_parts(score, select, capacity, balance)
+        if type(score) is nn.Linear:
+            raise TypeError("score: expected a callable of (x, context), got a Linear; a linear router is the default")
         if select is not None:
             _exclude("select", top_k=top_k is not None, score_function=score_function != "softmax", normalize=normalize,
                      scale=scale != 1, num_groups=num_groups != 1, topk_groups=topk_groups != 1,
@@ -173,8 +180,6 @@ class Router(KeepsFloat32):
             raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
         if score is not None:
             _exclude("score", float32=float32, bias=bias)
-        check_fraction("jitter", as_number("jitter", jitter))
-        check_choice("isolation", isolation, SCOPES)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.score_function, self.normalize, self.scale = score_function, normalize, scale
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
@@ -200,29 +205,36 @@ class Router(KeepsFloat32):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("select", "capacity", "balance") and "overrides" in self.__dict__:  # after those of __init__
-            self._change(name, value)
+            self.set_policy(**{name: value})
         else:
             super().__setattr__(name, value)
 
-    def _change(self, name: str, value: Any) -> None:
-        """Another select, capacity or balance; nothing changes if it is refused."""
-        if name == "balance" and isinstance(value, Iterable):
-            value = tuple(value)
-        _check_parts(**{name: value})
-        if name == "select":
-            self._check_select(value)
+    def set_policy(self, **parts: Unpack[Policy]) -> None:
+        """Replaces select, capacity or balance, as far as they are given; so does an assignment to the attribute.
+
+            router.set_policy(select=TopK(4), balance=[*router.balance, ZLoss(1e-3)])
+
+        The parts are made, checked and registered like those given to Router. The selection bias stays, and so do the
+        counts of the step as long as there are controllers. Raises TypeError or ValueError, and changes nothing, for
+        one that Router would refuse, or that does not go with the other parts.
+        """
+        if unknown := parts.keys() - _POLICY.keys():
+            raise TypeError(f"{min(unknown)}: expected one of {', '.join(_POLICY)}, got another")
+        given = {name: convert(name, part, _POLICY[name]) for name, part in parts.items()}
+        if "select" in given:
+            self._check_select(given["select"])
         tensor = next(chain(self.parameters(), self.buffers()), self.tokens_per_expert)
         device = None if tensor is None else tensor.device
-        part: Any
-        if name == "balance":
-            part = tuple(_part(item, self.num_experts, device) for item in value)
-        else:
-            part = _part(value, self.num_experts, device)
-        parts = {"select": self.select, "balance": self.balance, name: part}
-        needs_bias = _needs_bias(parts["select"], parts["balance"], self.e_score_correction_bias is not None)
-        if not isinstance(part, nn.Module):
-            self._modules.pop(name, None)  # which would refuse it
-        super().__setattr__(name, part)
+        build = partial(_part, num_experts=self.num_experts, device=device)
+        built: dict[str, Any] = {name: build(part) for name, part in given.items() if name != "balance"}
+        if "balance" in given:
+            built["balance"] = tuple(map(build, given["balance"]))
+        after = {"select": self.select, "balance": self.balance, **built}
+        needs_bias = _needs_bias(after["select"], after["balance"], self.e_score_correction_bias is not None)
+        for name, part in built.items():
+            if not isinstance(part, nn.Module):
+                self._modules.pop(name, None)  # which would refuse it
+            super().__setattr__(name, part)
         self._register()
         self._count_and_correct(needs_bias, device)
 
@@ -338,15 +350,14 @@ class Router(KeepsFloat32):
 
         Raises ValueError for an expert that does not exist, or for contradictory options.
         """
-        with intervene(self, Change(disable, force, bias, gain)):
+        change = Change(disable, force, bias, gain)
+        check_change(change, self.selection(), self.num_experts)
+        with overridden_router(self, lambda select: Changed(select, change)):
             yield
 
     def _top_k(self) -> TopK:
         assert self.top_k is not None
-        return TopK(
-            self.top_k, self.score_function, self.normalize, self.scale, self.num_groups, self.topk_groups,
-            self.group_score,
-        )  # fmt: skip
+        return TopK(self.top_k, **self._options())
 
     def forward(self, hidden_states: Tensor, context: Context = NOTHING_KNOWN) -> Routing:
         """Routing of hidden_states [..., H]; leading dimensions are flattened to T."""
@@ -358,8 +369,8 @@ class Router(KeepsFloat32):
                 rows = hidden_states.reshape(-1, hidden_states.shape[-1])
             if self.weight is not None and self._is_plain() and not (self.jitter and self.training):
                 weight, bias = self._linear()
-                options = {"bias": bias, "float32": self.float32, **self._options()}
-                return gate_route(rows, weight, self.top_k, **options)  # type: ignore[arg-type]
+                options = {"bias": bias, "float32": self.float32, "selection_bias": self.e_score_correction_bias}
+                return gate_route(rows, weight, self.top_k, **options, **self._options())  # type: ignore[arg-type]
             context = self.complete(context, hidden_states)
             router_logits = self.logits(rows, context)
         except Exception:
@@ -381,15 +392,15 @@ class Router(KeepsFloat32):
         return not has_parts and not self.overrides
 
     def _route(self, router_logits: Tensor) -> Routing:
-        return route(router_logits, self.top_k, **self._options())  # type: ignore[arg-type]
+        bias = self.e_score_correction_bias
+        return route(router_logits, self.top_k, selection_bias=bias, **self._options())  # type: ignore[arg-type]
 
     def _options(self) -> dict[str, Any]:
-        """The keyword arguments of `route`."""
+        """The keyword arguments of `route` and TopK, but for the selection bias."""
         return {
             "score_function": self.score_function,
             "normalize": self.normalize,
             "scale": self.scale,
-            "selection_bias": self.e_score_correction_bias,
             "num_groups": self.num_groups,
             "topk_groups": self.topk_groups,
             "group_score": self.group_score,
@@ -405,7 +416,8 @@ class Router(KeepsFloat32):
         wanted = routing = self._select(router_logits, context)
         if self.capacity is not None:
             if routing.scores is None and getattr(self.capacity, "needs_scores", False):
-                routing = routing._replace(scores=scores_of(routing.router_logits, _score_function(self.selection())))
+                score_function = getattr(scored(self.selection()), "score_function", "softmax")
+                routing = routing._replace(scores=scores_of(routing.router_logits, score_function))
             routing = self._limited(routing, context)
         if self.training and self.balance:
             if self._hides_at_random():
@@ -497,24 +509,6 @@ class Router(KeepsFloat32):
         if self.isolation != "batch":
             parts.append(f"isolation={self.isolation}")
         return ", ".join(parts)
-
-
-def _score_function(select: Any) -> str:
-    return str(getattr(scored(select), "score_function", "softmax"))
-
-
-def _check_parts(score: Any = None, select: Any = None, capacity: Any = None, balance: Any = ()) -> None:
-    """Raises TypeError for what cannot be a part of a router."""
-    for name, part in {"score": score, "select": select, "capacity": capacity}.items():
-        if part is not None and not callable(part):
-            raise TypeError(f"{name}: expected a callable or None, got {part!r}")
-    if type(score) is nn.Linear:
-        raise TypeError("score: expected a callable of (x, context), got a Linear; a linear router is the default")
-    if not isinstance(balance, Iterable):
-        raise TypeError(f"balance: expected a list of losses and controllers, got {type(balance).__name__}")
-    for item in balance:
-        if not callable(item) and not hasattr(item, "after_step"):
-            raise TypeError(f"balance: expected a list of losses and controllers, got {item!r} in it")
 
 
 def _needs_bias(select: Any, balance: Sequence[Any], selection_bias: bool) -> bool:

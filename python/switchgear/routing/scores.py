@@ -7,20 +7,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
-from switchgear.functional import as_number, gate
-from switchgear.reference import check_choice, check_fraction, weight_dtype, wide
-from switchgear.routing.context import Context, Noise, check_positive, made
+from switchgear.checks import PositiveOrInf, Share, checked
+from switchgear.functional import gate
+from switchgear.reference import weight_dtype, wide
+from switchgear.routing.context import Context, Noise, made
 from switchgear.routing.ranking import jittered, sigmoid
 from switchgear.utils.modules import LoadsScalars
 
-INPUT_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+Transform = Literal["tanh", "sigmoid", "normalize", "layer_norm"]
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": lambda x: sigmoid(wide(x)).to(x.dtype),
     "normalize": lambda x: F.normalize(x, dim=-1),
@@ -66,6 +68,7 @@ class Linear(nn.Module):
     bias: nn.Parameter | None
     noise_weight: nn.Parameter | None
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
@@ -73,11 +76,11 @@ class Linear(nn.Module):
         *,
         bias: bool = False,
         float32: bool = False,
-        jitter: float = 0.0,
+        jitter: Share = 0.0,
         noise: bool = False,
-        normalize: str | None = None,
+        normalize: Literal["zscore"] | None = None,
         lam: float = 1.0,
-        input_transform: str | Callable[[Tensor], Tensor] | None = None,
+        input_transform: Transform | Callable[[Tensor], Tensor] | None = None,
         equal_rows: bool = False,
         init_std: float | None = None,
         orthogonal: float | None = None,
@@ -85,11 +88,6 @@ class Linear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if normalize is not None:
-            check_choice("normalize", normalize, ("zscore",))
-        if isinstance(input_transform, str):
-            check_choice("input_transform", input_transform, tuple(INPUT_TRANSFORMS))
-        check_fraction("jitter", as_number("jitter", jitter))
         self.hidden_size, self.num_experts = hidden_size, num_experts
         self.float32, self.jitter, self.normalize, self.lam = float32, jitter, normalize, lam
         self.input_transform, self.equal_rows = input_transform, equal_rows
@@ -123,7 +121,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [T,H] -> router_logits [T,E]."""
         if isinstance(self.input_transform, str):
-            x = INPUT_TRANSFORMS[self.input_transform](x)
+            x = TRANSFORMS[self.input_transform](x)
         elif self.input_transform is not None:
             x = self.input_transform(x)
         if self.jitter and self.training:
@@ -156,13 +154,14 @@ class Cosine(LoadsScalars):
 
     once_scalars = ("log_tau",)
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
         *,
         dim: int | None = None,
-        tau: float = 0.07,
+        tau: PositiveOrInf = 0.07,
         learn_tau: bool = True,
         min_tau: float = 0.01,
         normalize_input: bool = True,
@@ -171,7 +170,6 @@ class Cosine(LoadsScalars):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive("tau", tau)
         self.hidden_size, self.num_experts, self.dim = hidden_size, num_experts, dim or max(num_experts // 2, 1)
         self.tau, self.min_tau, self.normalize_input, self.perturb = tau, min_tau, normalize_input, perturb
         self.projection = nn.Parameter(torch.empty(self.dim, hidden_size, device=device, dtype=dtype))

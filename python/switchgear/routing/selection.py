@@ -11,22 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from switchgear.checks import at_least
-from switchgear.functional import Routing, as_number, route, route_dynamic
-from switchgear.reference import GROUP_SCORES, check_choice, check_finite
-from switchgear.routing.context import (
-    NOTHING_KNOWN,
-    Context,
-    check_not_negative,
-    check_number,
-)
+from switchgear.checks import Count, Finite, NotNegativeOrInf, Number, Size, checked
+from switchgear.functional import Routing, route, route_dynamic
+from switchgear.routing.context import NOTHING_KNOWN, Context
 from switchgear.routing.ranking import (
-    SCORE_FUNCTIONS,
+    ScoreFunction,
     choose,
     finite,
     keep_choices,
@@ -41,11 +35,6 @@ def as_rows(router_logits: Tensor) -> Tensor:
     return router_logits if router_logits.dim() == 2 else router_logits.reshape(-1, router_logits.shape[-1])
 
 
-def check_weights(score_function: str, scale: float) -> None:
-    check_choice("score_function", score_function, SCORE_FUNCTIONS)
-    check_finite("scale", as_number("scale", scale))
-
-
 def take(
     router_logits: Tensor, scores: Tensor, topk_ids: Tensor, *, normalize: bool = False, scale: float = 1.0
 ) -> Routing:
@@ -54,24 +43,21 @@ def take(
     return Routing(topk_ids, weights, router_logits, router_logits.shape[1], scores)
 
 
+@checked
 @dataclass(frozen=True)
 class TopK:
     """The top_k best experts. Softmax and sigmoid are one native call with the options of `switchgear.route`;
     "sqrt_softplus" does not support groups."""
 
-    top_k: int
-    score_function: str = "softmax"
+    top_k: Size
+    score_function: ScoreFunction = "softmax"
     normalize: bool = False
-    scale: float = 1.0
-    num_groups: int = 1
-    topk_groups: int = 1
-    group_score: str = "max"
+    scale: Finite = 1.0
+    num_groups: Size = 1
+    topk_groups: Size = 1
+    group_score: Literal["max", "top2_sum"] = "max"
 
     def __post_init__(self) -> None:
-        check_weights(self.score_function, self.scale)
-        check_choice("group_score", self.group_score, GROUP_SCORES)
-        for name in ("top_k", "num_groups", "topk_groups"):
-            at_least(1, name, getattr(self, name))
         if self.score_function == "sqrt_softplus" and self.num_groups != 1:
             raise ValueError(f"num_groups: expected 1 for sqrt_softplus, got {self.num_groups}")
 
@@ -88,17 +74,15 @@ class TopK:
         return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
 
 
+@checked
 @dataclass(frozen=True)
 class Dense:
     """Every expert, in ascending order, weighted by its score. The bias has no effect."""
 
-    score_function: str = "softmax"
+    score_function: ScoreFunction = "softmax"
     normalize: bool = False
-    scale: float = 1.0
+    scale: Finite = 1.0
     uses_bias: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_weights(self.score_function, self.scale)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = as_rows(router_logits)
@@ -109,20 +93,18 @@ class Dense:
         return Routing(ids.expand(num_tokens, -1), weights, router_logits, num_experts, scores)
 
 
+@checked
 @dataclass(frozen=True)
 class RankK:
     """The experts of the given ranks, 0 for the best. RankK((2,)) takes only the third one (Self-Contrast,
     arXiv:2405.14507, for the weak forward pass). RankK((0, 1)) is TopK(2)."""
 
     ranks: Sequence[int]
-    score_function: str = "softmax"
+    score_function: ScoreFunction = "softmax"
     normalize: bool = False
-    scale: float = 1.0
+    scale: Finite = 1.0
 
     def __post_init__(self) -> None:
-        check_weights(self.score_function, self.scale)
-        if not isinstance(self.ranks, Sequence) or not all(hasattr(rank, "__index__") for rank in self.ranks):
-            raise TypeError(f"ranks: expected a sequence of integers, got {self.ranks!r}")
         if not self.ranks or min(self.ranks) < 0 or len(set(self.ranks)) < len(self.ranks):
             raise ValueError(f"ranks: expected different ones, from 0 on, got {list(self.ranks)}")
 
@@ -138,6 +120,7 @@ class RankK:
         return best._replace(topk_ids=best.topk_ids.index_select(1, columns), topk_weights=weights)
 
 
+@checked
 @dataclass(frozen=True)
 class TopP:
     """The fewest experts whose probabilities sum to at least p. The weights are the probabilities themselves
@@ -146,16 +129,10 @@ class TopP:
     max_experts: an upper limit, K of the result. Without it K is E; on the CPU unused trailing columns are removed.
     """
 
-    p: float = 0.4
-    max_experts: int | None = None
+    p: NotNegativeOrInf = 0.4
+    max_experts: Size | None = None
     normalize: bool = False
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_not_negative("p", self.p)
-        check_weights("softmax", self.scale)
-        if self.max_experts is not None:
-            at_least(1, "max_experts", self.max_experts)
+    scale: Finite = 1.0
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         num_experts = router_logits.shape[-1]
@@ -167,24 +144,22 @@ class TopP:
         )  # fmt: skip
 
 
+@checked
 @dataclass(frozen=True)
 class Threshold:
     """The experts whose score is at least `threshold`, at least min_experts and at most max_experts of them (LaDiMo,
     arXiv:2408.04278; the choice of the threshold is unverified; `calibrate` achieves a given average number)."""
 
-    threshold: float
-    min_experts: int = 1
-    max_experts: int | None = None
-    score_function: str = "softmax"
+    threshold: Number
+    min_experts: Count = 1
+    max_experts: Size | None = None
+    score_function: ScoreFunction = "softmax"
     normalize: bool = False
-    scale: float = 1.0
+    scale: Finite = 1.0
 
     def __post_init__(self) -> None:
-        check_weights(self.score_function, self.scale)
-        check_number("threshold", self.threshold)
-        at_least(0, "min_experts", self.min_experts)
-        if self.max_experts is not None:
-            at_least(max(self.min_experts, 1), "max_experts", self.max_experts)
+        if self.max_experts is not None and self.max_experts < self.min_experts:
+            raise ValueError(f"max_experts: expected at least {self.min_experts}, got {self.max_experts}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         num_experts = router_logits.shape[-1]
@@ -206,13 +181,17 @@ class Threshold:
         return trim(left_aligned(kept._replace(topk_weights=weights)))
 
     @staticmethod
+    @checked
     def calibrate(
-        router_logits: Tensor, experts_per_token: float, *, min_experts: int = 1, score_function: str = "softmax"
+        router_logits: Tensor,
+        experts_per_token: Finite,
+        *,
+        min_experts: int = 1,
+        score_function: ScoreFunction = "softmax",
     ) -> float:
         """The threshold at which these tokens [T,E] use experts_per_token experts on average. Raises ValueError for no
         tokens, or a number of experts that they cannot use."""
         scores = scores_of(as_rows(router_logits.detach()), score_function)
-        check_finite("experts_per_token", as_number("experts_per_token", experts_per_token))
         if not len(scores):
             raise ValueError("router_logits: expected at least 1 token, got 0")
         free = scores.sort(-1, descending=True).values[:, min_experts:].flatten().sort(descending=True).values
@@ -222,6 +201,7 @@ class Threshold:
         return float(free[wanted - 1]) if wanted else math.inf
 
 
+@checked
 @dataclass(frozen=True)
 class Grouped:
     """The top_k best experts within the best topk_groups of num_groups equal groups of consecutive experts.
@@ -231,19 +211,15 @@ class Grouped:
     "top2_sum" (DeepSeek-V2 and -V3), which are native. With topk_groups = 1 each token uses one device only.
     """
 
-    top_k: int
-    num_groups: int
-    topk_groups: int = 1
-    group_score: str = "sum"
-    score_function: str = "softmax"
+    top_k: Size
+    num_groups: Size
+    topk_groups: Size = 1
+    group_score: Literal["sum", "max", "top2_sum"] = "sum"
+    score_function: ScoreFunction = "softmax"
     normalize: bool = False
-    scale: float = 1.0
+    scale: Finite = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("group_score", self.group_score, ("sum", *GROUP_SCORES))
-        check_weights(self.score_function, self.scale)
-        for name in ("top_k", "num_groups", "topk_groups"):
-            at_least(1, name, getattr(self, name))
         if self.topk_groups > self.num_groups:
             raise ValueError(f"topk_groups: expected 1 to {self.num_groups} (num_groups), got {self.topk_groups}")
 

@@ -1,31 +1,26 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What sees and steers the routers of a model while it runs.
 
-observe.py        a function at each layer; routing_trace.py: RoutingTrace, the sums of a run: layer.py, counts.py,
-                  sample.py and outputs.py for a layer, summary.py
+observe.py        a function at each layer; routing_trace.py: RoutingTrace, the sums of a run; layer.py and sums.py:
+                  those of a layer
 record.py         record: the choices by sequence and position; routing_record.py: RoutingRecord; replay.py: replay;
                   routed_layers.py: the layers of both; batches.py: sequence and position of each token of a call
 override.py       override: choices that change for a while
-pre_router.py     PreRouter, a router outside the model; decouple.py: its choices in the model; pregate.py: routers that
+pre_router.py     PreRouter, a router outside the model, and decouple: its choices in the model; pregate: routers that
                   choose by the block before
-load.py           LoadMeter: the load of experts in few numbers; sinks.py: where they are written; callback.py: in
+load.py           LoadMeter: the load of experts in few numbers, and where they are written; callback.py: in
                   transformers' Trainer
-files.py          the files of RoutingTrace and RoutingRecord
 """
 
-from switchgear.trace.decouple import decouple
-from switchgear.trace.layer import LayerTrace
-from switchgear.trace.load import LoadMeter
+from switchgear.trace.layer import LayerSummary, LayerTrace
+from switchgear.trace.load import LoadMeter, Log, log_to
 from switchgear.trace.observe import Observation, observe
 from switchgear.trace.override import override
-from switchgear.trace.pre_router import PreRouter
-from switchgear.trace.pregate import pregate
+from switchgear.trace.pre_router import PreRouter, decouple, pregate
 from switchgear.trace.record import record
 from switchgear.trace.replay import replay
 from switchgear.trace.routing_record import RoutingRecord
 from switchgear.trace.routing_trace import RoutingTrace
-from switchgear.trace.sinks import Log, log_to
-from switchgear.trace.summary import LayerSummary
 
 __all__ = [
     "LayerSummary",

@@ -7,10 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from switchgear.reference import check_size
+from switchgear.checks import Count, checked
 from switchgear.trace import RoutingTrace
-from switchgear.trace.load import LoadMeter
-from switchgear.trace.sinks import write_of
+from switchgear.trace.load import LoadMeter, write_of
 
 
 class ExpertLoadCallback(TrainerCallback):
@@ -24,13 +23,13 @@ class ExpertLoadCallback(TrainerCallback):
     distributed run each process records its own tokens; the first one reports.
 
     Args:
-        writer: where to write, besides the logs: see switchgear.trace.sinks.write_of. None: nowhere else.
+        writer: where to write, besides the logs: see switchgear.trace.load.write_of. None: nowhere else.
         max_layers: at most so many layers have keys of their own.
         prefix: of the keys.
     """
 
-    def __init__(self, writer: Any = None, *, max_layers: int = 8, prefix: str = "moe") -> None:
-        check_size("max_layers", max_layers, 0)
+    @checked
+    def __init__(self, writer: Any = None, *, max_layers: Count = 8, prefix: str = "moe") -> None:
         self._write = None if writer is None else write_of(writer)
         self._max_layers, self._prefix = max_layers, prefix
         self.trace: RoutingTrace | None = None

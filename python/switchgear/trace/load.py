@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The load of a trace's experts since the last reading, as few named numbers.
+"""The load of a trace's experts since the last reading, as few named numbers, and where they are written: TensorBoard,
+Weights & Biases, or a function.
 
 A model of 61 layers with 256 experts has 15,616 loads. Each reading is instead five statistics: their mean and worst
 value over the layers, and the values of some layers at equal distances. The keys stay the same from reading to reading.
@@ -8,18 +9,19 @@ value over the layers, and the values of some layers at equal distances. The key
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from switchgear.reference import check_size
+from switchgear.checks import Count, Size, checked
 
 if TYPE_CHECKING:
     from switchgear.trace import LayerTrace, RoutingTrace
 
+Write = Callable[[Mapping[str, float], "int | None"], object]
 # The worst value over the layers is the largest or the smallest one.
 STATISTICS = {"max_violation": max, "load_entropy": min, "router_entropy": min, "unused": max, "dropped": max}
 
@@ -41,10 +43,10 @@ class LoadMeter:
         dropped: choices dropped by a capacity limit, as a fraction.
     """
 
-    def __init__(self, trace: RoutingTrace, *, max_layers: int = 8, prefix: str = "moe") -> None:
+    @checked
+    def __init__(self, trace: RoutingTrace, *, max_layers: Count = 8, prefix: str = "moe") -> None:
         if not hasattr(trace, "layers"):
             raise TypeError(f"trace: expected RoutingTrace, got {type(trace).__name__}")
-        check_size("max_layers", max_layers, 0)
         self.trace, self.max_layers, self.prefix = trace, max_layers, prefix
         self._before: dict[str, tuple[LayerTrace, Tensor]] = {}
         self._named: list[str] = []
@@ -113,3 +115,58 @@ def _statistics(sums: Tensor) -> dict[str, float] | None:
         "unused": float((load == 0).double().mean()),
         "dropped": dropped / (total + dropped),
     }
+
+
+def write_of(writer: Any) -> Write:
+    """How to write to `writer`: an object with add_scalar (TensorBoard's SummaryWriter), with log (a run of wandb, or
+    wandb itself), or a function of (metrics, step). TypeError for anything else."""
+    if callable(getattr(writer, "add_scalar", None)):
+
+        def add_scalars(metrics: Mapping[str, float], step: int | None) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+
+        return add_scalars
+    if callable(getattr(writer, "log", None)):
+        return lambda metrics, step: writer.log(dict(metrics), step=step)
+    if callable(writer):
+        return lambda metrics, step: writer(metrics, step)
+    raise TypeError(
+        "writer: expected an object with add_scalar (TensorBoard), with log (wandb), or a function of (metrics, step); "
+        f"got {type(writer).__name__}"
+    )
+
+
+class Log:
+    """Call it after each step; it writes what was recorded since it last wrote.
+
+    Args:
+        every: writes only at every n-th call. Reading a trace waits for its device, once per layer.
+    """
+
+    @checked
+    def __init__(self, meter: LoadMeter, writer: Any, every: Size = 1) -> None:
+        self._meter, self._write, self._every, self._calls = meter, write_of(writer), every, 0
+
+    def __call__(self, step: int | None = None) -> dict[str, float]:
+        """Writes and returns the reading; empty where nothing is due or nothing was recorded. What could not be written
+        is in the next one."""
+        self._calls += 1
+        if self._calls % self._every:
+            return {}
+        with self._meter.reading() as metrics:
+            if metrics:
+                self._write(metrics, step)
+        return metrics
+
+
+def log_to(trace: RoutingTrace, writer: Any, *, every: int = 1, max_layers: int = 8, prefix: str = "moe") -> Log:
+    """A Log of the trace to `writer` (see write_of), with the keys of LoadMeter.
+
+    with RoutingTrace(model) as trace:
+        log = log_to(trace, SummaryWriter())
+        for step, batch in enumerate(batches):
+            train(model, batch)
+            log(step)
+    """
+    return Log(LoadMeter(trace, max_layers=max_layers, prefix=prefix), writer, every)

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import check_module, list_of_names
-from switchgear.functional import Routing
-from switchgear.integrations.choices import watch_choices
+from switchgear.checks import checked
+from switchgear.integrations.hook_points import Choice
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
-from switchgear.routing.context import is_recomputing
-from switchgear.routing.counting import unseen
 from switchgear.routing.router import Router
 from switchgear.trace.batches import arguments_by_name, cached_in, real_tokens, rows_and_length, tokens_of
+from switchgear.trace.routed_layers import RoutedLayer, pick
 from switchgear.utils.modules import get_inner_model
 
 
@@ -54,14 +52,7 @@ class Observation:
 Observer = Callable[[str, Observation], None]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A layer that can be observed: our router, or a block of Hugging Face."""
-
-    block: MoeBlock | None
-    router: Router | None
-
-
+@checked
 @contextmanager
 def observe(model: nn.Module, function: Observer, layers: Collection[str] | None = None) -> Iterator[list[str]]:
     """Inside the block, function(name, Observation) is called at each call of an MoE layer, before its experts run.
@@ -79,55 +70,36 @@ def observe(model: nn.Module, function: Observer, layers: Collection[str] | None
     Raises:
         ValueError: the model has no MoE layer, or none of a given name.
     """
-    check_module("model", model)
-    sources = {block.name: Source(block, _router(block)) for block in moe_blocks(model).values()}
-    picked = pick(sources, layers)
+    blocks = moe_blocks(model)
+    routers = {name: block.gate if isinstance(block.gate, Router) else None for name, block in blocks.items()}
+    picked = pick({name: RoutedLayer(block, routers[name]) for name, block in blocks.items()}, layers)
     with watch(model, picked, function):
         yield list(picked)
 
 
-def traceable(model: nn.Module) -> dict[str, Source]:
-    """The layers of a RoutingTrace by name: all our routers, or else the blocks of Hugging Face."""
-    check_module("model", model)
-    blocks = moe_blocks(model)
-    by_gate = {id(block.gate): block for block in blocks.values()}
-    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-    if routers:
-        return {name: Source(by_gate.get(id(router)), router) for name, router in routers.items()}
-    return {block.layer: Source(block, None) for block in blocks.values()}
-
-
-def pick(sources: Mapping[str, Source], layers: Collection[str] | None) -> dict[str, Source]:
-    """The sources of these names: those of blocks, or of layers in a RoutingTrace. Raises ValueError for an unknown
-    name."""
-    if not sources:
-        raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
-    if layers is None:
-        return dict(sources)
-    wanted = set(list_of_names("layers", layers))
-    names = {
-        name: {name} | ({source.block.name, source.block.layer} if source.block is not None else set())
-        for name, source in sources.items()
-    }
-    missing = sorted(wanted - set().union(*names.values()))
-    if missing:
-        raise ValueError(f"layers: expected some of {', '.join(sources)}; got {missing[0]}")
-    return {name: source for name, source in sources.items() if names[name] & wanted}
-
-
 @contextmanager
-def watch(model: nn.Module, sources: Mapping[str, Source], function: Observer) -> Iterator[None]:
-    """As `observe`, for given sources."""
+def watch(model: nn.Module, layers: Mapping[str, RoutedLayer], function: Observer) -> Iterator[None]:
+    """As `observe`, for given layers."""
     with ExitStack() as stack:
         inputs = stack.enter_context(inputs_of(model))
-        for name, source in sources.items():
-            if source.router is not None:
-                hook = _router_hook(name, source, inputs, function)
-                stack.callback(source.router.register_forward_hook(hook).remove)
-            else:
-                assert source.block is not None
-                stack.enter_context(watch_choices(source.block, _choice_hook(name, source.block, inputs, function)))
+        for name, layer in layers.items():
+            stack.enter_context(layer.watched(_call_with_observations(name, layer, inputs, function)))
         yield
+
+
+def _call_with_observations(
+    name: str, layer: RoutedLayer, inputs: Inputs, function: Observer
+) -> Callable[[Choice, int, Tensor | None], None]:
+    def see(choice: Choice, num_experts: int, num_dropped: Tensor | None) -> None:
+        x, ids, tokens = choice.x.reshape(-1, choice.x.shape[-1]), choice.topk_ids, len(choice.topk_ids)
+        if layer.router is None:
+            ids = torch.where(ids < num_experts, ids, -1)  # classes without weights are no experts
+        function(name, Observation(
+            x, choice.router_logits, ids, choice.topk_weights, layer.block,
+            inputs.mask(name, tokens), inputs.ids(name, tokens), num_experts, num_dropped,
+        ))  # fmt: skip
+
+    return see
 
 
 @contextmanager
@@ -138,41 +110,6 @@ def inputs_of(model: nn.Module) -> Iterator[Inputs]:
         stack.callback(get_inner_model(model).register_forward_pre_hook(inputs.remember, with_kwargs=True).remove)
         stack.callback(inputs.forget)
         yield inputs
-
-
-def _router(block: MoeBlock) -> Router | None:
-    return block.gate if isinstance(block.gate, Router) else None
-
-
-def _router_hook(name: str, source: Source, inputs: Inputs, function: Observer) -> Callable[..., None]:
-    def hook(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-        if is_recomputing():
-            return
-        tokens = routing.topk_ids.shape[0]
-        with unseen(args[0]):
-            x = args[0].reshape(-1, args[0].shape[-1])
-            function(name, Observation(
-                x, routing.router_logits, routing.topk_ids, routing.topk_weights, source.block,
-                inputs.mask(name, tokens), inputs.ids(name, tokens), routing.num_experts, routing.num_dropped,
-            ))  # fmt: skip
-
-    return hook
-
-
-def _choice_hook(name: str, block: MoeBlock, inputs: Inputs, function: Observer) -> Callable[[Any], None]:
-    def hook(choice: Any) -> None:
-        if is_recomputing():
-            return
-        ids = choice.topk_ids
-        tokens = ids.shape[0]
-        with unseen(ids):
-            ids = torch.where(ids < block.num_experts, ids, -1)  # classes without weights are no experts
-            function(name, Observation(
-                choice.x, choice.router_logits, ids, choice.topk_weights, block,
-                inputs.mask(name, tokens), inputs.ids(name, tokens), block.num_experts,
-            ))  # fmt: skip
-
-    return hook
 
 
 class Inputs:

@@ -7,21 +7,18 @@ Mixture of Tunable Experts (arXiv:2502.11096) disables or forces a few experts o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from switchgear.integrations.choices import get_override, override_selection
+from switchgear.integrations.choices import get_override
 from switchgear.integrations.routers import SelectByMethod, find_routing_method, is_looked_up
-from switchgear.routing.change import Change, Changed, PerExpert, check_change, intervene, overridden_router
+from switchgear.routing.change import Change, Changed, PerExpert, check_change
 from switchgear.routing.context import Select
-from switchgear.trace.observe import pick, traceable
-
-
-def _constant(select: Select) -> Callable[[Select], Select]:
-    return lambda _: select
+from switchgear.trace.routed_layers import RoutedLayer, pick, traceable
 
 
 @contextmanager
@@ -56,44 +53,35 @@ def override(
     """
     change = Change(disable, force, bias, gain)
     found = pick(traceable(model), layers)
-    blocks = {name: source.block for name, source in found.items() if source.router is None}
-    if blocks:
-        with _hugging_face(blocks, select, change):
-            yield list(found)
-        return
-    routers = [source.router for source in found.values() if source.router is not None]
-    for router in routers:
-        check_change(change, router.selection() if select is None else select, router.num_experts)
+    for name, layer in found.items():
+        _check(name, layer, select, change)
+    methods = {
+        name: find_routing_method(layer.block) if layer.router is None else None for name, layer in found.items()
+    }
     with ExitStack() as stack:
-        for router in routers:
-            if select is not None:
-                stack.enter_context(overridden_router(router, _constant(select)))
-            stack.enter_context(intervene(router, change))
+        for name, layer in found.items():
+            wrapper = partial(_wrap, layer=layer, method=methods[name], select=select, change=change)
+            stack.enter_context(layer.overridden(wrapper, methods[name]))
         yield list(found)
 
 
-@contextmanager
-def _hugging_face(blocks: Mapping[str, Any], select: Select | None, change: Change) -> Iterator[None]:
-    for name, block in blocks.items():
-        try:
-            change.check(block.num_experts, block.top_k if select is None else None)
-            check_change(change, get_override(block) if select is None else select, block.num_experts)
-        except ValueError as error:
-            raise ValueError(f"{error} ({name})") from None
-        if is_looked_up(block) and change.bias is not None and select is None:
-            raise ValueError(f"bias: expected none for {name}, whose experts are looked up by token id")
-    methods = {name: find_routing_method(block) for name, block in blocks.items()}  # raises before anything changes
+def _check(name: str, layer: RoutedLayer, select: Select | None, change: Change) -> None:
+    """Raises ValueError for a change that the layer cannot make."""
+    if layer.router is not None:
+        check_change(change, layer.router.selection() if select is None else select, layer.router.num_experts)
+        return
+    block = layer.block
+    try:
+        change.check(block.num_experts, block.top_k if select is None else None)
+        check_change(change, get_override(block) if select is None else select, block.num_experts)
+    except ValueError as error:
+        raise ValueError(f"{error} ({name})") from None
+    if is_looked_up(block) and change.bias is not None and select is None:
+        raise ValueError(f"bias: expected none for {name}, whose experts are looked up by token id")
 
-    def wrapper(block: Any, method: Any) -> Callable[[Select], Select]:
-        def wrap(own: Select) -> Select:
-            chosen = own
-            if select is not None:
-                chosen = SelectByMethod.of(block, method, select)
-            return Changed(chosen, change, block.num_experts)
 
-        return wrap
-
-    with ExitStack() as stack:
-        for name, block in blocks.items():
-            stack.enter_context(override_selection(block, methods[name], wrapper(block, methods[name])))
-        yield
+def _wrap(own: Select, layer: RoutedLayer, method: Any, select: Select | None, change: Change) -> Select:
+    if layer.router is not None:
+        return Changed(own if select is None else select, change)
+    chosen = own if select is None else SelectByMethod.of(layer.block, method, select)
+    return Changed(chosen, change, layer.block.num_experts)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.integrations.hook_points import Choice
 from switchgear.trace.batches import Batch, cached_in, stacked
-from switchgear.trace.routed_layers import calls_followed, key_of, layers_of, observed
+from switchgear.trace.routed_layers import calls_followed, key_of, layers_of
 from switchgear.trace.routing_record import RoutingRecord
 from switchgear.utils.modules import get_inner_model
 
@@ -43,7 +44,7 @@ def record(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[
     """
     result, seen = RoutingRecord(), _Recorded()
     found = layers_of(model, layers)
-    hooks = [observed(layer, seen.listener(name)) for name, layer in found.items()]
+    hooks = [layer.watched(seen.listener(name)) for name, layer in found.items()]
     with calls_followed(get_inner_model(model), seen.begin, seen.end, hooks):
         yield result
     seen.finish(result)
@@ -133,13 +134,14 @@ class _Recorded:
             self.groups[-1].add(call)
         self.running = None
 
-    def listener(self, name: str) -> Callable[[Tensor, int], None]:
-        def listen(topk_ids: Tensor, num_classes: int) -> None:
+    def listener(self, name: str) -> Callable[[Choice, int, Tensor | None], None]:
+        def listen(choice: Choice, num_experts: int, num_dropped: Tensor | None) -> None:
             if (call := self.running) is None:
                 raise ValueError("model: expected calls of the model that is recorded, got one of a part of it")
-            tokens = len(call.batch.real)
+            topk_ids, logits, tokens = choice.topk_ids, choice.router_logits, len(call.batch.real)
             if len(topk_ids) != tokens:
                 raise ValueError(f"{name}: expected the model's {tokens} tokens, got {len(topk_ids)}")
+            num_classes = num_experts if logits is None else max(num_experts, logits.shape[1])
             key = key_of(name, call.counts[name])
             call.counts[name] += 1
             self.classes[key] = max(num_classes, self.classes.get(key, 0))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from switchgear.checks import checked
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.counting import unseen
@@ -29,8 +30,9 @@ from switchgear.utils.modules import get_inner_model
 _FORWARDS = 64  # that gradient checkpointing may still repeat
 
 
+@checked
 @contextmanager
-def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | None = None) -> Iterator[None]:
+def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | Tensor | None = None) -> Iterator[None]:
     """Inside the block, recorded tokens get their recorded experts, weighted from the current logits.
 
         with routing.replay(model, choices, sequences=[4, 7]):
@@ -52,15 +54,13 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
         ValueError: layers that the model does not have, or with other numbers of classes; routers whose weights do not
             follow from a choice (the name is given); at a call, more sequences than are left or other token ids.
     """
-    if not isinstance(choices, RoutingRecord):
-        raise TypeError(f"choices: expected RoutingRecord, got {type(choices).__name__}")
     names = {key.partition("#")[0] for key in choices.layers}
     found = layers_of(model, None)
     if missing := sorted(names - set(found)):
         raise ValueError(f"choices: expected layers of the model, {', '.join(found)}; got {missing[0]}")
     chosen = {name: layer for name, layer in found.items() if name in names}
     state = _Replay(choices, sequences, {n: layer.num_classes for n, layer in chosen.items()})
-    methods = {name: layer.routing_method() for name, layer in chosen.items()}
+    methods = {name: layer.routing_method(name) for name, layer in chosen.items()}
 
     def wrapper(name: str) -> Callable[[Select], Select]:
         return lambda own: _Replayed(own, name, state, methods[name])
@@ -93,7 +93,7 @@ class _Forward:
 
 class _Replay:
     def __init__(
-        self, choices: RoutingRecord, sequences: Sequence[int] | None, num_classes: Mapping[str, int | None]
+        self, choices: RoutingRecord, sequences: Sequence[int] | Tensor | None, num_classes: Mapping[str, int | None]
     ) -> None:
         count = choices.num_sequences
         self.sequences = torch.as_tensor(range(count) if sequences is None else list(sequences), dtype=torch.int64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The layers whose choices can be recorded and replayed: routers of ours, or blocks of Hugging Face."""
+"""The layers whose choices can be seen and changed: routers of ours, or blocks of Hugging Face."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.wrappers import is_wrapper
-from switchgear.checks import check_module
+from switchgear.checks import check_module, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.choices import override_selection, watch_choices
 from switchgear.integrations.hook_points import Choice
+from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.integrations.routers import find_routing_method
 from switchgear.routing.change import overridden_router
 from switchgear.routing.context import Context, Select, is_recomputing, modules_in, scored, wrapped
@@ -23,37 +24,83 @@ from switchgear.routing.counting import unseen
 from switchgear.routing.ranking import scores_of, weighed
 from switchgear.routing.router import Router
 from switchgear.trace.batches import Batch, batch_of
-from switchgear.trace.observe import pick, traceable
 from switchgear.utils.modules import get_inner_model, on_copies, strip_wrapper_names
 
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """A router of ours, or a block of Hugging Face."""
+    """A layer whose choices can be seen and changed: a router of ours, or a block of Hugging Face."""
 
-    name: str
+    block: Any  # a MoeBlock, or None for a router of ours without experts
     router: Router | None
-    block: Any
 
     @property
     def num_classes(self) -> int | None:
         """None if only the logits tell."""
         return None if self.router is None else self.router.num_experts
 
-    def routing_method(self) -> Any:
-        """What weighs any choice as the router does. Raises ValueError if there is none."""
+    def routing_method(self, name: str) -> Any:
+        """What weighs any choice as the router does. Raises ValueError, which says `name`, if there is none."""
         if self.router is not None:
-            return _RouterMethod.of(self.name, self.router)
+            return _RouterMethod.of(name, self.router)
         return find_routing_method(self.block)
 
+    def overridden(self, wrapper: Callable[[Select], Select], method: Any) -> AbstractContextManager[None]:
+        """Inside the block, `wrapper` of the router's selection selects. method: of a block of Hugging Face."""
+        if self.router is not None:
+            return overridden_router(self.router, wrapper)
+        return override_selection(self.block, method, wrapper)
+
     @contextmanager
-    def overridden(self, wrapper: Callable[[Select], Select], method: Any) -> Iterator[None]:
-        if self.router is None:
-            with override_selection(self.block, method, wrapper):
-                yield
-            return
-        with overridden_router(self.router, wrapper):
+    def watched(self, see: Callable[[Choice, int, Tensor | None], None]) -> Iterator[None]:
+        """Inside the block, see(choice, num_experts, num_dropped) is called at each choice that is not repeated."""
+
+        def on_choice(choice: Choice, num_experts: int, num_dropped: Tensor | None = None) -> None:
+            if not is_recomputing():
+                with unseen(choice.topk_ids):
+                    see(choice, num_experts, num_dropped)
+
+        def hook(router: nn.Module, args: Any, kwargs: dict[str, Any], routing: Routing) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            choice = Choice(x, routing.topk_ids, routing.topk_weights, routing.router_logits)
+            on_choice(choice, routing.num_experts, routing.num_dropped)
+
+        with ExitStack() as stack:
+            if self.router is not None:
+                stack.callback(self.router.register_forward_hook(hook, with_kwargs=True).remove)
+            else:
+                num_experts = self.block.num_experts
+                stack.enter_context(watch_choices(self.block, lambda choice: on_choice(choice, num_experts)))
             yield
+
+
+def traceable(model: nn.Module) -> dict[str, RoutedLayer]:
+    """The layers of a RoutingTrace by name: all our routers, or else the blocks of Hugging Face."""
+    check_module("model", model)
+    blocks = moe_blocks(model)
+    by_gate = {id(block.gate): block for block in blocks.values()}
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+    if routers:
+        return {name: RoutedLayer(by_gate.get(id(router)), router) for name, router in routers.items()}
+    return {block.layer: RoutedLayer(block, None) for block in blocks.values()}
+
+
+def pick(found: Mapping[str, RoutedLayer], layers: Collection[str] | None) -> dict[str, RoutedLayer]:
+    """The layers of these names: those of blocks, or of layers in a RoutingTrace. Raises ValueError for an unknown
+    name."""
+    if not found:
+        raise ValueError("model: expected one with routers, or Hugging Face's MoE layers, got none")
+    if layers is None:
+        return dict(found)
+    wanted = set(list_of_names("layers", layers))
+    names = {
+        name: {name} | ({layer.block.name, layer.block.layer} if layer.block is not None else set())
+        for name, layer in found.items()
+    }
+    missing = sorted(wanted - set().union(*names.values()))
+    if missing:
+        raise ValueError(f"layers: expected some of {', '.join(found)}; got {missing[0]}")
+    return {name: layer for name, layer in found.items() if names[name] & wanted}
 
 
 @dataclass(frozen=True)
@@ -105,17 +152,13 @@ def layers_of(model: nn.Module, layers: Collection[str] | None) -> dict[str, Rou
 
     layers: names of layers, as in a RoutingTrace of the model; all if None.
     """
-    check_module("model", model)
+    picked = pick(traceable(model), layers)
     inner = get_inner_model(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"model: expected a decoder alone, got {type(inner).__name__}")
-    picked = pick(traceable(model), layers)
     modules = dict(model.named_modules())
     prefix = next(name for name, module in modules.items() if module is inner)
-    found = {}
-    for name, source in picked.items():
-        plain = _plain_name(name, prefix, modules)
-        found[plain] = RoutedLayer(plain, source.router, source.block)
+    found = {_plain_name(name, prefix, modules): layer for name, layer in picked.items()}
     for name, layer in found.items():
         if layer.router is not None and layer.router.capacity is not None:
             raise ValueError(f"{name}: expected a router without a capacity limit, got {layer.router.capacity}")
@@ -127,35 +170,6 @@ def _plain_name(name: str, prefix: str, modules: Mapping[str, nn.Module]) -> str
     while name and is_wrapper(modules[parent := name.rpartition(".")[0]]):
         name = parent
     return strip_wrapper_names(name.removeprefix(f"{prefix}.") if prefix else name)
-
-
-@contextmanager
-def observed(layer: RoutedLayer, function: Callable[[Tensor, int], None]) -> Iterator[None]:
-    """Inside the block, function(topk_ids [T,K], num_classes) is called at each choice that is not repeated."""
-    if layer.router is not None:
-
-        def hook(router: nn.Module, args: Any, routing: Routing) -> None:
-            if not is_recomputing():
-                with unseen(routing.topk_ids):
-                    function(routing.topk_ids, routing.num_experts)
-
-        handle = layer.router.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-        return
-
-    def see(choice: Choice) -> None:
-        if not is_recomputing():
-            classes = layer.block.num_experts
-            if choice.router_logits is not None:
-                classes = max(classes, choice.router_logits.shape[1])
-            with unseen(choice.topk_ids):
-                function(choice.topk_ids, classes)
-
-    with watch_choices(layer.block, see):
-        yield
 
 
 @contextmanager

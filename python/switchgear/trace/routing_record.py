@@ -8,9 +8,9 @@ bits for 128 experts. The rank of a token's choice among all combinations would 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from torch import Tensor
 from switchgear.files import AnyPath, save_whole
 from switchgear.reference.checks import MAX_EXPERTS, check_range
 from switchgear.trace.batches import stacked
-from switchgear.trace.files import load_recording
+from switchgear.utils.packages import first_line
 
 _FORMAT = 1  # version of the file format
+_Recording = TypeVar("_Recording")
 _ROWS = 1 << 16  # choices that are packed at a time
 
 
@@ -210,3 +211,18 @@ class RoutingRecord:
             layer.check(total)
             record.layers[str(name)] = layer
         return record
+
+
+def load_recording(
+    path: AnyPath, kind: str, file_format: int, of_data: Callable[[dict[str, Any]], _Recording]
+) -> _Recording:
+    """of_data(the dict in the file). ValueError, which names the class `kind`, for any other file."""
+    with open(path, "rb") as file:
+        try:
+            data = torch.load(file, weights_only=True)
+            if not isinstance(data, dict) or data["format"] != file_format:
+                raise ValueError("another format")
+            return of_data(data)
+        except Exception as error:  # torch.load raises many kinds for files of others
+            reason = first_line(error)
+            raise ValueError(f"path: expected a file of {kind}.save, got {path} ({reason})") from error

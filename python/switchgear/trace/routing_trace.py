@@ -13,17 +13,21 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from switchgear.checks import Size, checked
 from switchgear.files import AnyPath, save_whole
-from switchgear.reference import check_size
-from switchgear.trace.files import load_recording
-from switchgear.trace.layer import DEFAULT, LayerTrace, kinds_of
-from switchgear.trace.observe import Observation, pick, traceable, watch
-from switchgear.trace.outputs import check_outputs, chosen_norms
-from switchgear.trace.sinks import Log, log_to
-from switchgear.trace.summary import LayerSummary, summary_of
+from switchgear.integrations.experts import is_of
+from switchgear.integrations.moe_blocks import MoeBlock
+from switchgear.trace.layer import DEFAULT, LayerSummary, LayerTrace, kinds_of, summary_of
+from switchgear.trace.load import Log, log_to
+from switchgear.trace.observe import Observation, watch
+from switchgear.trace.routed_layers import pick, traceable
+from switchgear.trace.routing_record import load_recording
 
+_ROWS = 8192  # of experts' outputs at a time
+# Their experts take other arguments than (x, ids, weights).
+_OTHERS = ("JetMoeMoE", "Llama4TextMoe", "NllbMoeSparseMLP", "SwitchTransformersSparseMLP")
 _FORMAT = 1  # version of the file format
 
 
@@ -56,6 +60,7 @@ class RoutingTrace:
         ValueError: if the model has no such layer, a layer cannot record this, or a trace is entered while it records.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -63,20 +68,19 @@ class RoutingTrace:
         record: Collection[str] = DEFAULT,
         by_token_id: bool = False,
         layers: Collection[str] | None = None,
-        tokens: int = 1024,
+        tokens: Size = 1024,
     ) -> None:
-        check_size("tokens", tokens)
         self.layers: dict[str, LayerTrace] = {}
         self.by_token_id, self.record, self.tokens = by_token_id, kinds_of(record), tokens
         self._model = model
-        self._sources = {} if model is None else pick(traceable(model), layers)
+        self._found = {} if model is None else pick(traceable(model), layers)
         self._hooks = ExitStack()
         self._is_recording = False
         if "norms" in self.record:
-            for name, source in self._sources.items():
-                if source.block is None:
+            for name, layer in self._found.items():
+                if layer.block is None:
                     raise ValueError(f"record: expected experts with each router for norms, got none for {name}")
-                check_outputs(source.block)
+                check_outputs(layer.block)
 
     # ---- recording ---------------------------------------------------------------------------------------------------
 
@@ -85,7 +89,7 @@ class RoutingTrace:
             raise ValueError("model: expected one to record, got a trace that was loaded")
         if self._is_recording:
             raise ValueError("trace: expected one that is not recording, got one inside its own block")
-        self._hooks.enter_context(watch(self._model, self._sources, self._see))
+        self._hooks.enter_context(watch(self._model, self._found, self._see))
         self._is_recording = True
         return self
 
@@ -175,3 +179,62 @@ class RoutingTrace:
         trace.layers = {str(name): LayerTrace.of_state(state) for name, state in data["layers"].items()}
         trace.record = kinds_of({kind for layer in trace.layers.values() for kind in layer.record})
         return trace
+
+
+# ---- outputs of experts ----------------------------------------------------------------------------------------------
+
+
+def check_outputs(block: MoeBlock) -> None:
+    """Raises ValueError for a block whose experts' outputs cannot be had one by one."""
+    if is_of(block.block, *_OTHERS):
+        raise ValueError(
+            f"{block.name}: expected experts called with ids and weights, got {type(block.block).__name__}"
+        )
+
+
+@torch.no_grad()
+def chosen_norms(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
+    """[T,K] float32: norms of the outputs of expert topk_ids[t,k] for x[t], with weight 1; 0 for empty choices (-1).
+
+    The experts run a second time for it, as modules (hooks aside), with some thousand rows at a time. x [T,H] as in an
+    Observation.
+    """
+    num_tokens, top_k = topk_ids.shape
+    at_once = max(1, _ROWS // max(top_k, 1))
+    distributed = any(getattr(module, "parallel", None) is not None for module in block.experts.modules())
+    if distributed:  # all ranks call their experts once, with tokens or without
+        return _norms(block, x, topk_ids)
+    parts = [_norms(block, x[i : i + at_once], topk_ids[i : i + at_once]) for i in range(0, num_tokens, at_once)]
+    return torch.cat(parts) if parts else x.new_zeros(0, top_k, dtype=torch.float32)
+
+
+def _norms(block: MoeBlock, x: Tensor, topk_ids: Tensor) -> Tensor:
+    empty = topk_ids < 0
+    rows = x.detach().repeat_interleave(topk_ids.shape[1], 0)
+    ids = topk_ids.clamp(min=0).reshape(-1, 1)
+    ones = torch.ones_like(ids, dtype=torch.float32 if block.is_ours else x.dtype)
+    forward: Any = block.experts.forward  # not the module's call: hooks belong to the model's own calls
+    y: Tensor = forward(rows, *_one_choice(block.experts, ids if block.is_ours else ids.long(), ones))
+    norms: Tensor = torch.linalg.vector_norm(y.float(), dim=-1)
+    return norms.reshape(topk_ids.shape).masked_fill(empty, 0)
+
+
+@torch.no_grad()
+def expert_outputs(experts: nn.Module, x: Tensor, num_experts: int | None = None) -> Tensor:
+    """The output of every expert for every token of x [T,H], [E,T,H]. For a small batch: it runs all experts.
+
+    experts: called as (x, topk_ids, topk_weights), as switchgear's Experts and Hugging Face's are.
+    """
+    count: Any = getattr(experts, "num_experts", None) if num_experts is None else num_experts
+    if not isinstance(count, int):
+        raise ValueError("num_experts: expected a number, as the module has none, got None")
+    ids = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+    ones = torch.ones(x.shape[0], 1, device=x.device, dtype=x.dtype)
+    return torch.stack([experts(x, *_one_choice(experts, ids + expert, ones)) for expert in range(count)])
+
+
+def _one_choice(experts: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """One choice per token, ids and weights [T,1], as the experts take it: LongCat's own loop takes two or more."""
+    if not is_of(experts, "LongcatFlashExperts"):
+        return ids, weights
+    return ids.expand(-1, 2), torch.cat((weights, torch.zeros_like(weights)), 1)

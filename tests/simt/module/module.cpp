@@ -5,7 +5,6 @@
 
 #include <string>
 
-#include "cuda/exchange_binding.h"
 #include "names.h"
 #include "registry.h"
 #include "runtime.h"

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.checks import at_least
+from switchgear.checks import Size, checked
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, plan
 from switchgear.layers.common import WithLosses, check_rows
 from switchgear.papers.parts.scores_of_experts import ActivationNorm, norms
 from switchgear.reference import ACTIVATIONS, check_choice
-from switchgear.routing.context import Balance, Limit, context_of
+from switchgear.routing.context import Balance, Controller, Limit, Scope, context_of
 from switchgear.routing.router import Router
 from switchgear.routing.scores import init_uniform
 
@@ -38,10 +38,11 @@ class AutonomousMoE(WithLosses):
     Parameters: gate.score.down [E,d_low,H], up [E,I,d_low], v [E,I,H], down_proj [E,H,I].
     """
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
-        intermediate_size: int,
+        intermediate_size: Size,
         num_experts: int,
         top_k: int,
         *,
@@ -49,14 +50,13 @@ class AutonomousMoE(WithLosses):
         normalize: bool = True,
         activation: str = "silu",
         capacity: Limit | Callable[..., Any] | None = None,
-        balance: Sequence[Balance | Callable[..., Any]] = (),
-        isolation: str = "batch",
+        balance: Sequence[Balance | Controller | Callable[..., Any]] = (),
+        isolation: Scope = "batch",
         return_routing: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        at_least(1, "intermediate_size", intermediate_size)
         check_choice("activation", activation, ACTIVATIONS)
         self.num_experts, self.activation, self.return_routing = num_experts, activation, return_routing
         score: Callable[..., Any] = partial(ActivationNorm, d_low=d_low)

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from switchgear.checks import Count, checked
 from switchgear.experts import Experts
 from switchgear.functional import Routing, combine, glu, grouped_gemm, moe, plan
 from switchgear.layers.common import WithLosses, check_rows
-from switchgear.reference import check_choice, wide
+from switchgear.reference import wide
 from switchgear.routing.context import context_of, sequences
 from switchgear.weights.adapted import has_adapters
 from switchgear.weights.selected import selection_of
@@ -58,19 +59,17 @@ class MergedExperts(WithLosses):
     down_router and experts.
     """
 
+    @checked
     def __init__(
         self,
         router: nn.Module,
         experts: Experts,
         *,
         down_router: nn.Module | None = None,
-        pooling: str = "mean",
-        bottleneck: int = 0,
+        pooling: Literal["mean", "attention"] = "mean",
+        bottleneck: Count = 0,
     ) -> None:
         super().__init__()
-        check_choice("pooling", pooling, ("mean", "attention"))
-        if bottleneck < 0:
-            raise ValueError(f"bottleneck: expected at least 0, got {bottleneck}")
         for name, module, width in (
             ("router", router, experts.hidden_size),
             ("down_router", down_router, experts.intermediate_size),

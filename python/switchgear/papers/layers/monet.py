@@ -4,21 +4,21 @@
 from __future__ import annotations
 
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import at_least
+from switchgear.checks import Size, checked
 from switchgear.functional import gate
 from switchgear.layers.common import check_rows
-from switchgear.reference import check_choice, wide
+from switchgear.reference import wide
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.scores import init_uniform
 from switchgear.utils.modules import KeepsFloat32
 
-MODES = ("horizontal", "vertical")
+Mode = Literal["horizontal", "vertical"]
 
 
 class MonetRouting(NamedTuple):
@@ -43,21 +43,20 @@ class MonetRouter(KeepsFloat32):
     running_mean: Tensor
     running_var: Tensor
 
+    @checked
     def __init__(
         self,
-        hidden_size: int,
-        sqrt_n: int = 512,
-        heads: int = 8,
+        hidden_size: Size,
+        sqrt_n: Size = 512,
+        heads: Size = 8,
         *,
-        top_k: int = 32,
+        top_k: Size = 32,
         momentum: float = 0.1,
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in {"hidden_size": hidden_size, "sqrt_n": sqrt_n, "heads": heads, "top_k": top_k}.items():
-            at_least(1, name, size)
         if top_k >= sqrt_n:
             raise ValueError(f"top_k: expected 1 to {sqrt_n - 1} (below sqrt_n), got {top_k}")
         self.heads, self.sqrt_n, self.momentum, self.eps = heads, sqrt_n, momentum, eps
@@ -118,20 +117,18 @@ class MonetExperts(nn.Module):
 
     disabled: Tensor
 
+    @checked
     def __init__(
         self,
-        hidden_size: int,
-        sqrt_n: int = 512,
-        dim: int = 8,
+        hidden_size: Size,
+        sqrt_n: Size = 512,
+        dim: Size = 8,
         *,
-        mode: str = "vertical",
+        mode: Mode = "vertical",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in {"hidden_size": hidden_size, "sqrt_n": sqrt_n, "dim": dim}.items():
-            at_least(1, name, size)
-        check_choice("mode", mode, MODES)
         if mode == "vertical" and (dim % 2 or hidden_size % 2):
             raise ValueError(f"dim, hidden_size: expected even numbers for vertical experts, got {dim}, {hidden_size}")
         self.hidden_size, self.sqrt_n, self.dim, self.mode = hidden_size, sqrt_n, dim, mode
@@ -234,7 +231,7 @@ class Monet(nn.Module):
         heads: int = 8,
         *,
         top_k: int = 32,
-        mode: str = "vertical",
+        mode: Mode = "vertical",
         router: MonetRouter | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
-from switchgear.checks import at_least, check_module
+from switchgear.checks import Size, checked
 from switchgear.layers.common import check_rows
 from switchgear.reference import wide
 from switchgear.utils.modules import LoadsScalars
@@ -42,18 +42,17 @@ class SoftMoE(LoadsScalars):
     not_matrices = ("phi",)  # for optim.muon_groups
     once_scalars = ("scale",)
 
+    @checked
     def __init__(
         self,
         experts: nn.Module,
         *,
-        slots: int = 1,
+        slots: Size = 1,
         normalize: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_module("experts", experts)
-        slots = at_least(1, "slots", slots)
         self.experts, self.slots, self.normalize = experts, slots, normalize
         self.hidden_size, self.num_experts = int(experts.hidden_size), int(experts.num_experts)  # type: ignore[arg-type]
         rows = self.num_experts * slots

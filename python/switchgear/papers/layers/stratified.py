@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import at_least, sizes
+from switchgear.checks import Size, Sizes, checked
 from switchgear.experts import Experts
 from switchgear.functional import gate, route
 from switchgear.layers.common import WithLosses, check_rows
-from switchgear.reference import check_size, wide
+from switchgear.reference import wide
 from switchgear.routing.balance import count_tokens, switch_loss
 from switchgear.routing.capacity import Capacity
 from switchgear.routing.context import Context
@@ -45,13 +44,14 @@ class StratifiedMoE(WithLosses):
 
     not_matrices = ("gates",)  # for optim.muon_groups
 
+    @checked
     def __init__(
         self,
-        hidden_size: int,
+        hidden_size: Size,
         intermediate_size: int,
-        strata: Sequence[int],
+        strata: Sizes,
         *,
-        top_k: int = 1,
+        top_k: Size = 1,
         normalize: bool = False,
         aux_loss: float = 0.01,
         capacity: Capacity | None = None,
@@ -62,14 +62,9 @@ class StratifiedMoE(WithLosses):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("hidden_size", hidden_size)
-        strata = sizes("strata", strata)
-        top_k = at_least(1, "top_k", top_k)
         if top_k > strata[-1]:
             raise ValueError(f"top_k: expected 1 to {strata[-1]} (experts of the last stratum), got {top_k}")
         self.strata, self.top_k, self.normalize, self.aux_loss = list(strata), top_k, normalize, aux_loss
-        if capacity is not None and not isinstance(capacity, Capacity):
-            raise TypeError(f"capacity: expected a Capacity or None, got {capacity!r}")
         self.capacity = capacity
         num_experts = sum(strata)
         self.first_expert = [0, *accumulate(strata)][:-1]

@@ -10,23 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear import ops
-from switchgear.checks import check_tensor
+from switchgear.checks import PositiveOrInf, checked
 from switchgear.functional import Routing, permute, plan
 from switchgear.routing.ranking import is_open
 
 
 def without_padding(mask: Tensor | None, **logits: Tensor) -> list[Tensor]:
     """Logits [..., V] of one shape, zeros where mask [...] is false: a NaN there would reach the gradient. Raises
-    TypeError or ValueError for another type or shape."""
+    ValueError for another shape."""
     shape: torch.Size | None = None
     for name, tensor in logits.items():
-        check_tensor(name, tensor)
         shape = tensor.shape if shape is None else shape
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if mask is None:
         return list(logits.values())
-    check_tensor("mask", mask)
     if shape is not None and mask.shape != shape[:-1]:
         raise ValueError(f"mask: expected shape {list(shape[:-1])}, got {list(mask.shape)}")
     return [torch.where(mask.bool()[..., None], tensor, 0) for tensor in logits.values()]
@@ -47,6 +45,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * log_ratio).sum(-1)
 
 
+@checked
 def consistency_loss(first_logits: Tensor, second_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """(KL(p1 || p2) + KL(p2 || p1)) / 2 of two passes with different experts, averaged over tokens (THOR,
     arXiv:2110.04260).
@@ -59,8 +58,9 @@ def consistency_loss(first_logits: Tensor, second_logits: Tensor, mask: Tensor |
     return mean_of_tokens((kl_divergence(log_p, log_q) + kl_divergence(log_q, log_p)) / 2, mask)
 
 
+@checked
 def output_regularization(
-    old_logits: Tensor, new_logits: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
+    old_logits: Tensor, new_logits: Tensor, mask: Tensor | None = None, *, temperature: PositiveOrInf = 1.0
 ) -> Tensor:
     """temperature² · KL(p_old || p_new), averaged over tokens: keeps a model's outputs near those that it had before it
     got new experts (Lifelong-MoE, arXiv:2305.12281; Learning without Forgetting, arXiv:1606.09282).
@@ -68,8 +68,6 @@ def output_regularization(
     old_logits, new_logits: [..., V]; p = softmax(logits / temperature). The old ones get no gradient. mask [...]: False
     for padding, whose logits may be NaN. An old logit may be -inf. 0 for equal outputs.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
     old_logits, new_logits = without_padding(mask, old_logits=old_logits, new_logits=new_logits)
     log_p = (old_logits.detach().float() / temperature).log_softmax(-1)
     log_q = (new_logits.float() / temperature).log_softmax(-1)

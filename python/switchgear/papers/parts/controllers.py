@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.functional import Routing, as_number
-from switchgear.reference import check_finite
+from switchgear.checks import Finite, Fraction, NotNegativeOrInf, checked
+from switchgear.functional import Routing
 from switchgear.routing.balance import count_tokens, spans_processes, sum_over_processes, total_weights
-from switchgear.routing.context import Context, check_not_negative, check_share, is_recomputing, made
+from switchgear.routing.context import Context, is_recomputing, made
 from switchgear.routing.counting import aside, unseen
 from switchgear.routing.ranking import finite
 from switchgear.utils.modules import KeepsFloat32
@@ -19,15 +19,30 @@ from switchgear.utils.modules import KeepsFloat32
 _LEAST_GROWTH, _MOST_GROWTH = 1e-6, 1e10  # of the λ of AdaptiveSparsity, which begins small
 
 
-def _over_processes(seen: Tensor | None, router: nn.Module, device: torch.device) -> Tensor | None:
-    """The two counts of a step, summed as Router.after_step sums its own; None if there was no call."""
-    group = getattr(router, "_group", None)
-    if seen is None and spans_processes(group):  # others wait for those of this process
-        seen = torch.zeros(2, dtype=torch.int64, device=device)
-    return None if seen is None else sum_over_processes(seen, group)
+class _Coefficient(KeepsFloat32):
+    """A coefficient that follows two counts of each step."""
+
+    counted = ("_seen",)
+    value: Tensor
+
+    def __init__(self, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.register_buffer("value", torch.tensor(initial, dtype=torch.float32))
+        self._seen: Tensor | None = None  # [2], of this step
+
+    def _add(self, seen: Tensor) -> None:
+        self._seen = seen if self._seen is None else self._seen + seen
+
+    def _take(self, router: nn.Module) -> Tensor | None:
+        """The counts of the step, summed as Router.after_step sums its own; None if there was no call."""
+        group, seen, self._seen = getattr(router, "_group", None), self._seen, None
+        if seen is None and spans_processes(group):  # others wait for those of this process
+            seen = torch.zeros(2, dtype=torch.int64, device=self.value.device)
+        return None if seen is None else sum_over_processes(seen, group)
 
 
-class AdaptiveCoefficient(KeepsFloat32):
+class AdaptiveCoefficient(_Coefficient):
     """A loss coefficient that follows the fraction of dropped tokens (Skywork-MoE, arXiv:2406.06563).
 
     Per layer and step: α ← beta · α + (1 - beta) · min(xi · drop_rate, alpha_max).
@@ -38,20 +53,12 @@ class AdaptiveCoefficient(KeepsFloat32):
     Buffers: value [] float32, also in a model of another dtype; in the state dict.
     """
 
-    counted = ("_seen",)
-    value: Tensor
-
+    @checked
     def __init__(
-        self, xi: float = 0.2, alpha_max: float = 0.01, beta: float = 0.99, initial: float | None = None
+        self, xi: Finite = 0.2, alpha_max: Finite = 0.01, beta: Fraction = 0.99, initial: Finite | None = None
     ) -> None:
-        super().__init__()
-        initial = alpha_max if initial is None else initial
-        for name, value in {"xi": xi, "alpha_max": alpha_max, "beta": beta, "initial": initial}.items():
-            check_finite(name, as_number(name, value))
-        check_share("beta", beta)
-        self.xi, self.alpha_max, self.beta, self.initial = xi, alpha_max, beta, initial
-        self.register_buffer("value", torch.tensor(self.initial, dtype=torch.float32))
-        self._seen: Tensor | None = None  # [2]: dropped choices and all choices in this step
+        super().__init__(alpha_max if initial is None else initial)
+        self.xi, self.alpha_max, self.beta = xi, alpha_max, beta
 
     def reset_parameters(self) -> None:
         """Resets to the first step."""
@@ -66,15 +73,13 @@ class AdaptiveCoefficient(KeepsFloat32):
     def _see(self, topk_ids: Tensor, num_dropped: Tensor | None) -> None:
         choices = (topk_ids >= 0).sum()  # what the router wanted
         dropped = torch.zeros_like(choices) if num_dropped is None else num_dropped.sum()
-        seen = torch.stack((dropped.to(choices.device), choices))
-        self._seen = seen if self._seen is None else self._seen + seen
+        self._add(torch.stack((dropped.to(choices.device), choices)))
 
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
         """One step of the rule, with the drops since the last one, over all processes."""
-        seen = _over_processes(self._seen, router, self.value.device)
+        seen = self._take(router)
         if seen is not None:
             self.update(seen[0] / seen[1].clamp(min=1))
-        self._seen = None
 
     @torch.no_grad()
     def update(self, drop_rate: Tensor | float) -> None:
@@ -88,7 +93,7 @@ class AdaptiveCoefficient(KeepsFloat32):
         return f"xi={self.xi}, alpha_max={self.alpha_max}, beta={self.beta}"
 
 
-class AdaptiveSparsity(KeepsFloat32):
+class AdaptiveSparsity(_Coefficient):
     """λ · mean_t Σ_e f_e · relu(z_te), with λ that follows the sparsity of the choice (ReMoE, arXiv:2412.14711).
 
     f_e = E / (K·T) · tokens_per_expert[e]; it balances the load, and is 1 with balance=False. Per step, with the
@@ -102,25 +107,19 @@ class AdaptiveSparsity(KeepsFloat32):
     """
 
     name = "sparsity"
-    counted = ("_seen",)
-    value: Tensor
 
+    @checked
     def __init__(
-        self, top_k: float, num_experts: int, *, initial: float = 1e-8, rate: float = 1.2, balance: bool = True
+        self, top_k: Finite, num_experts: int, *, initial: Finite = 1e-8, rate: Finite = 1.2, balance: bool = True
     ) -> None:
-        super().__init__()
-        for name, value in {"top_k": top_k, "initial": initial, "rate": rate}.items():
-            check_finite(name, as_number(name, value))
+        super().__init__(initial)
         if not 0 < top_k <= num_experts:
             raise ValueError(f"top_k: expected a number in (0, {num_experts}] (num_experts), got {top_k}")
         if not rate > 1:
             raise ValueError(f"rate: expected a number above 1, got {rate}")
         if not abs(initial) * _MOST_GROWTH < torch.finfo(torch.float32).max:
             raise ValueError(f"initial: expected a number that may grow by {_MOST_GROWTH:g} in float32, got {initial}")
-        self.top_k, self.num_experts = top_k, num_experts
-        self.initial, self.rate, self.balance = initial, rate, balance
-        self.register_buffer("value", torch.tensor(initial, dtype=torch.float32))
-        self._seen: Tensor | None = None  # [2]: chosen pairs and tokens in this step
+        self.top_k, self.num_experts, self.rate, self.balance = top_k, num_experts, rate, balance
 
     def reset_parameters(self) -> None:
         """Resets λ."""
@@ -139,19 +138,17 @@ class AdaptiveSparsity(KeepsFloat32):
         return self.value * total.sum()
 
     def _see(self, counts: Tensor, router_logits: Tensor) -> None:
-        seen = torch.stack((counts.sum(), counts.new_full((), router_logits.numel() // self.num_experts)))
-        self._seen = seen if self._seen is None else self._seen + seen
+        self._add(torch.stack((counts.sum(), counts.new_full((), router_logits.numel() // self.num_experts))))
 
     @torch.no_grad()
     def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
         """One step of the rule, over all processes."""
-        seen = _over_processes(self._seen, router, self.value.device)
+        seen = self._take(router)
         if seen is not None:
             pairs = seen[1].clamp(min=1) * self.num_experts
             too_dense = seen[0] / pairs - self.top_k / self.num_experts  # (1 - K/E) - S
             self.value.mul_(self.rate ** too_dense.sign())
             self.value.clamp_(*sorted((self.initial * _LEAST_GROWTH, self.initial * _MOST_GROWTH)))
-        self._seen = None
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, rate={self.rate}"
@@ -177,9 +174,9 @@ class RunningCap(KeepsFloat32):
     counted = ("totals",)
     totals: Tensor
 
-    def __init__(self, select: Any, margin: float, num_experts: int) -> None:
+    @checked
+    def __init__(self, select: Any, margin: NotNegativeOrInf, num_experts: int) -> None:
         super().__init__()
-        check_not_negative("margin", margin)
         self.select, self.margin = made(select, num_experts=num_experts), margin
         self.register_buffer("totals", torch.zeros(num_experts, dtype=torch.float32))
 

@@ -10,14 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from switchgear.checks import at_least
-from switchgear.functional import Routing, as_number
-from switchgear.reference import check_choice
-from switchgear.routing.capacity import (
-    Capacity,
-    count_choices,
-    renormalize_weights,
-)
+from switchgear.checks import Count, Positive, checked
+from switchgear.functional import Routing
+from switchgear.routing.capacity import Capacity, count_choices, renormalize_weights
 from switchgear.routing.context import Context
 
 
@@ -33,6 +28,7 @@ def min_capacity(delta: float, hidden_size: int, num_experts: int) -> float:
     return 1 / (num_experts * tail) if tail else math.inf
 
 
+@checked
 @dataclass(frozen=True)
 class CapacityByKind:
     """Two capacities: ⌈factor · τ·K·T / (τ·N + F)⌉ tokens for each of N real experts, ⌈factor · K·T / (τ·N + F)⌉ for
@@ -42,15 +38,13 @@ class CapacityByKind:
     limit: a Capacity that drops, whose factor is the formula's; evaluation_factor alike.
     """
 
-    free_experts: int
-    tau: float = 0.75
+    free_experts: Count
+    tau: Positive = 0.75
     limit: Capacity = field(default_factory=partial(Capacity, 1.1))
 
     def __post_init__(self) -> None:
-        check_choice("limit.overflow", self.limit.overflow, ("drop",))
-        at_least(0, "free_experts", self.free_experts)
-        if not 0 < as_number("tau", self.tau) < math.inf:
-            raise ValueError(f"tau: expected a positive number, got {self.tau}")
+        if self.limit.overflow != "drop":
+            raise ValueError(f"limit.overflow: expected drop, got {self.limit.overflow!r}")
 
     @property
     def needs_scores(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from switchgear.checks import Finite, checked
 from switchgear.functional import Routing
 from switchgear.reference import check_range, weight_dtype, wide
 from switchgear.routing.balance import (
@@ -24,7 +25,7 @@ from switchgear.routing.balance import (
     total_weights,
 )
 from switchgear.routing.context import Context, groups_of, sequences
-from switchgear.routing.losses import SwitchLoss, check_numbers
+from switchgear.routing.losses import SwitchLoss
 from switchgear.routing.ranking import is_open
 from switchgear.utils.modules import FillsBuffers, KeepsFloat32
 
@@ -157,22 +158,21 @@ class NullAwareSwitchLoss(SwitchLoss):
         super().__init__(coefficient, num_null=num_null, **options)
 
 
+@checked
 @dataclass(frozen=True)
 class EntropyLoss:
     """coefficient · mean_t H(p_t): makes routers with a variable number of experts per token choose few
     (arXiv:2403.07652)."""
 
-    coefficient: float = 1e-4
+    coefficient: Finite = 1e-4
     score_function: str | None = None
     name: ClassVar[str] = "entropy"
-
-    def __post_init__(self) -> None:
-        check_numbers(coefficient=self.coefficient)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * entropy_loss(router_probabilities(routing, self.score_function))
 
 
+@checked
 @dataclass(frozen=True)
 class BatchEntropy:
     """-coefficient · H(mean_t softmax(z_t)): spreads the batch over the experts (sigma-MoE, arXiv:2310.10837).
@@ -180,27 +180,22 @@ class BatchEntropy:
     The softmax is always of the logits, whatever the score function.
     """
 
-    coefficient: float = 1e-3
+    coefficient: Finite = 1e-3
     score_function: str | None = "softmax"
     name: ClassVar[str] = "batch_entropy"
-
-    def __post_init__(self) -> None:
-        check_numbers(coefficient=self.coefficient)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         return self.coefficient * batch_entropy_loss(router_probabilities(routing, self.score_function))
 
 
+@checked
 @dataclass(frozen=True)
 class ChoiceLoss:
     """coefficient · mean binary cross-entropy between the sigmoid of a logit and whether it was chosen: chosen tokens
     then have positive logits, the others negative ones (the auxiliary loss of Mixture-of-Depths, arXiv:2404.02258)."""
 
-    coefficient: float = 1e-2
+    coefficient: Finite = 1e-2
     name: ClassVar[str] = "choice"
-
-    def __post_init__(self) -> None:
-        check_numbers(coefficient=self.coefficient)
 
     def __call__(self, routing: Routing, context: Context) -> Tensor:
         logits = wide(routing.router_logits)
@@ -221,9 +216,9 @@ class _PerExpert(FillsBuffers, KeepsFloat32):
 
     vector: Tensor
 
-    def __init__(self, vector: Sequence[Any] | Tensor, coefficient: float, score_function: str | None) -> None:
+    @checked
+    def __init__(self, vector: Any, coefficient: Finite, score_function: str | None) -> None:
         super().__init__()
-        check_numbers(coefficient=coefficient)
         self._given = torch.as_tensor(vector, device="cpu").detach()
         self.register_buffer("vector", self._given.to(torch.get_default_device(), copy=True), persistent=False)
         self.coefficient, self.score_function = coefficient, score_function
@@ -276,7 +271,7 @@ class DeviceBalance(_PerExpert):
     def __init__(
         self,
         groups: int | Sequence[int] | Tensor,
-        coefficient: float = 0.05,
+        coefficient: Finite = 0.05,
         score_function: str | None = None,
         num_experts: int | None = None,
     ) -> None:
@@ -309,7 +304,7 @@ class LocalityLoss(_PerExpert):
         self,
         placement: int | Sequence[int] | Tensor,
         node: int,
-        coefficient: float = 1e-2,
+        coefficient: Finite = 1e-2,
         score_function: str | None = None,
         num_experts: int | None = None,
     ) -> None:
@@ -332,7 +327,7 @@ class ClusterVariance(_PerExpert):
     def __init__(
         self,
         groups: int | Sequence[int] | Tensor,
-        coefficient: float = 1.0,
+        coefficient: Finite = 1.0,
         score_function: str | None = None,
         num_experts: int | None = None,
     ) -> None:
@@ -353,9 +348,9 @@ class LocalizedBalance(_PerExpert):
 
     name = "localized"
 
-    def __init__(self, expert_types: Sequence[int] | Tensor, delta: float = 0.1, coefficient: float = 0.1) -> None:
+    @checked
+    def __init__(self, expert_types: Sequence[int] | Tensor, delta: Finite = 0.1, coefficient: float = 0.1) -> None:
         super().__init__(expert_types, coefficient, None)
-        check_numbers(delta=delta)
         self.delta = delta
 
     def forward(self, routing: Routing, context: Context) -> Tensor:

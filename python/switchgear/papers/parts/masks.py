@@ -6,25 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import at_least, check_tensor
-from switchgear.functional import Routing, as_number
-from switchgear.reference import check_choice, check_finite, check_fraction, check_range, wide
-from switchgear.routing.context import (
-    NOTHING_KNOWN,
-    Context,
-    Select,
-    can_be_read,
-    check_positive,
-    check_share,
-    groups_of,
-    made,
-    wrapped,
-)
+from switchgear.checks import Finite, Fraction, PositiveOrInf, Share, Size, checked
+from switchgear.functional import Routing
+from switchgear.reference import check_range, wide
+from switchgear.routing.context import NOTHING_KNOWN, Context, Select, can_be_read, groups_of, made, wrapped
 from switchgear.routing.ranking import keep_choices, scores_of, uniform
 from switchgear.utils.modules import FillsBuffers, LoadsScalars
 
@@ -89,19 +79,17 @@ class Temperature(LoadsScalars):
 
     once_scalars = ("log_tau",)
 
+    @checked
     def __init__(
         self,
         select: Select | Callable[..., Any],
-        tau: float = 1.0,
+        tau: PositiveOrInf = 1.0,
         *,
-        fixed: float | None = None,
-        min_tau: float = 0.01,
+        fixed: PositiveOrInf | None = None,
+        min_tau: PositiveOrInf = 0.01,
         num_experts: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("tau", tau), ("fixed", fixed), ("min_tau", min_tau)):
-            if value is not None:
-                check_positive(name, value)
         if tau < min_tau:
             raise ValueError(f"tau: expected at least {min_tau} (min_tau), got {tau}")
         self.select, self.tau, self.fixed, self.min_tau = made(select, num_experts=num_experts), tau, fixed, min_tau
@@ -127,19 +115,16 @@ class Temperature(LoadsScalars):
         return f"fixed={self.fixed}"
 
 
+@checked
 @dataclass(frozen=True)
 class ExpertDropout:
     """A mask that in training hides each expert with probability `rate`: per token, or with level = "batch" from all
     tokens (sigma-MoE, arXiv:2310.10837: 0.05). A router's losses are of the logits of all experts, hidden ones too, as
     in the paper: the next call hides others."""
 
-    rate: float
-    level: str = "token"
+    rate: Fraction
+    level: Literal["token", "batch"] = "token"
     hides_at_random: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_choice("level", self.level, ("token", "batch"))
-        check_share("rate", self.rate)
 
     def __call__(self, router_logits: Tensor, context: Context) -> Tensor | None:
         if not context.training or not self.rate:
@@ -167,16 +152,15 @@ class ClusterDropout(FillsBuffers):
     closed: Tensor
     step: Tensor
 
+    @checked
     def __init__(
         self,
         groups: int | Sequence[int] | Tensor,
-        rate: float = 0.5,
-        interval: int = 250,
+        rate: Share = 0.5,
+        interval: Size = 250,
         num_experts: int | None = None,
     ) -> None:
         super().__init__()
-        check_fraction("rate", as_number("rate", rate))
-        at_least(1, "interval", interval)
         self.rate, self.interval = rate, interval
         self._groups = groups_of(groups, num_experts)
         for name in ("groups", "kept"):
@@ -241,9 +225,9 @@ class TokenIdMask(nn.Module):
 
     visible: Tensor
 
+    @checked
     def __init__(self, visible: Tensor) -> None:
         super().__init__()
-        check_tensor("visible", visible)
         self.register_buffer("visible", visible.bool())
 
     @classmethod
@@ -277,13 +261,11 @@ class Lookup(nn.Module):
     table: Tensor
     uses_logits = uses_bias = False
 
-    def __init__(self, table: Tensor, weight: float | None = None) -> None:
+    @checked
+    def __init__(self, table: Tensor, weight: Finite | None = None) -> None:
         super().__init__()
-        check_tensor("table", table)
         if table.dim() not in (1, 2) or not table.numel():
             raise ValueError(f"table: expected shape [V] or [V,K], got {list(table.shape)}")
-        if weight is not None:
-            check_finite("weight", as_number("weight", weight))
         self.register_buffer("table", (table if table.dim() == 2 else table[:, None]).to(torch.int32))
         self.weight = 1 / self.table.shape[1] if weight is None else weight
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Scores of single papers. Those of something larger than a token, a task, an instance or a sequence, give all of its
-tokens the same experts."""
+tokens the same experts. Initial values of papers, for the option `initialize` of MoE."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.checks import at_least, check_tensor
-from switchgear.functional import as_number, gate
-from switchgear.reference import check_finite, wide
-from switchgear.routing.context import Context, Score, check_positive, made, sequences
+from switchgear.checks import Finite, PositiveOrInf, Size, checked
+from switchgear.functional import gate
+from switchgear.reference import wide
+from switchgear.routing.context import Context, Score, made, sequences
 from switchgear.routing.ranking import is_open
 from switchgear.routing.scores import init_uniform
 
@@ -118,19 +118,18 @@ class FromEmbedding(nn.Module):
     dim: D of the embedding. Parameters: weight [E,D], bias [E] if bias.
     """
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
-        num_experts: int,
+        num_experts: Size,
         *,
-        dim: int,
+        dim: Size,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        at_least(1, "num_experts", num_experts)
-        at_least(1, "dim", dim)
         self.linear = nn.Linear(dim, num_experts, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -189,25 +188,23 @@ class ClusterPrior(nn.Module):
 
     centroids: Tensor
 
+    @checked
     def __init__(
         self,
         centroids: Tensor,
         hidden_size: int | None = None,
         num_experts: int | None = None,
         *,
-        weight: float = 1.0,
-        tau: float = 1.0,
+        weight: Finite = 1.0,
+        tau: PositiveOrInf = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_tensor("centroids", centroids)
         if centroids.dim() != 2:
             raise ValueError(f"centroids: expected shape [E,D], got {list(centroids.shape)}")
-        check_finite("weight", as_number("weight", weight))
         if num_experts not in (None, len(centroids)):
             raise ValueError(f"centroids: expected {num_experts} rows, got {len(centroids)}")
-        check_positive("tau", tau)
         self.register_buffer("centroids", centroids.to(device=device, dtype=dtype, copy=True))
         self.weight, self.tau = weight, tau
 
@@ -216,3 +213,22 @@ class ClusterPrior(nn.Module):
         embedding = context.require("embedding", "ClusterPrior")
         near = gate(F.normalize(embedding, dim=-1), F.normalize(self.centroids, dim=-1).to(embedding.dtype))
         return per_token(self.weight / self.tau * near, context, x)
+
+
+@torch.no_grad()
+def sigma_moe_values(moe: Any, scale: float = 1.0) -> None:
+    """Those of σ-MoE (arXiv:2310.10837) for an MoE of plain experts: standard deviation 1/√H for the router and the
+    first projection (keys), 1/√(E·I) for the second one (values), all times `scale`. The rows of the router keep their
+    directions and all get their root mean square norm. Biases start at zero. The scale of the paper's models is
+    √(2 / layers)."""
+    experts = moe.experts
+    hidden_size, values = experts.hidden_size, experts.num_experts * experts.intermediate_size
+    router: Tensor = moe.gate.weight if moe.gate.score is None else moe.gate.score.weight
+    for name, parameter in experts.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=scale * (values if name == "down_proj" else hidden_size) ** -0.5)
+    nn.init.normal_(router, std=scale * hidden_size**-0.5)
+    norms = router.norm(dim=1, keepdim=True)
+    router.mul_(norms.square().mean().sqrt() / norms.clamp(min=torch.finfo(norms.dtype).tiny))

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
-from switchgear.checks import at_least
+from switchgear.checks import Size, checked
 from switchgear.functional import gate
-from switchgear.reference import check_choice, weight_dtype, wide
+from switchgear.reference import weight_dtype, wide
 from switchgear.routing.context import Context
 from switchgear.routing.scores import init_uniform
 
@@ -24,17 +24,17 @@ class ActivationNorm(nn.Module):
     d_low: rows of each expert's projection. Parameters: down [E,d_low,H], the low-rank factor of the experts' gates.
     """
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
         *,
-        d_low: int,
+        d_low: Size,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        at_least(1, "d_low", d_low)
         self.hidden_size = hidden_size
         self.down = nn.Parameter(torch.empty(num_experts, d_low, hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
@@ -122,17 +122,17 @@ class Gaussian(nn.Module):
 
     lower: nn.Parameter | None
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
         *,
-        covariance: str = "diagonal",
+        covariance: Literal["diagonal", "full"] = "diagonal",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_choice("covariance", covariance, ("diagonal", "full"))
         self.hidden_size, self.num_experts = hidden_size, num_experts
 
         def parameter(*shape: int) -> nn.Parameter:

@@ -7,29 +7,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear import ops
-from switchgear.checks import at_least
-from switchgear.functional import Routing, as_number, route
-from switchgear.reference import check_choice, check_size
-from switchgear.routing.context import (
-    NOTHING_KNOWN,
-    Context,
-    Select,
-    check_number,
-    check_scope,
-    check_share,
-    is_per_sequence,
-    sequences,
-)
+from switchgear.checks import Fraction, Number, PositiveOrInf, Range, Size, checked
+from switchgear.functional import Routing, route
+from switchgear.routing.context import NOTHING_KNOWN, Context, Scope, Select, is_per_sequence, sequences
 from switchgear.routing.expert_choice import ExpertChoice
 from switchgear.routing.ranking import (
-    SCORE_FUNCTIONS,
+    ScoreFunction,
     choose,
     finite,
     keep_choices,
@@ -59,6 +49,7 @@ class Positive:
         return trim(left_aligned(keep_choices(routing, keep)))
 
 
+@checked
 @dataclass(frozen=True)
 class SkipBelow:
     """Another selection without the experts that add little: those with a weight below `ratio` times the token's
@@ -69,12 +60,8 @@ class SkipBelow:
     """
 
     select: Select
-    ratio: float
-    protect: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_share("ratio", self.ratio)
-        check_share("protect", self.protect)
+    ratio: Fraction
+    protect: Fraction = 0.0
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         routing = self.select(router_logits, context, bias)
@@ -114,6 +101,7 @@ def within_fraction(values: Tensor, fraction: float, context: Context, per_seque
     return ranks(values, everyone, 1) < round(fraction * num_tokens)
 
 
+@checked
 @dataclass(frozen=True)
 class Broadcast:
     """In training, sends tokens with uncertain routing to all experts, weighted by their probabilities. The other
@@ -126,14 +114,9 @@ class Broadcast:
     """
 
     select: Select
-    entropy_above: float
-    max_fraction: float = 0.05
-    scope: str = "batch"
-
-    def __post_init__(self) -> None:
-        check_scope(self.scope)
-        check_number("entropy_above", self.entropy_above)
-        check_share("max_fraction", self.max_fraction)
+    entropy_above: Number
+    max_fraction: Fraction = 0.05
+    scope: Scope = "batch"
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         routing = self.select(router_logits, context, bias)
@@ -159,6 +142,7 @@ class Broadcast:
         )
 
 
+@checked
 @dataclass(frozen=True)
 class DepthChoice:
     """Which tokens a block processes at all: in each sequence the `fraction` with the largest logits, weighted by their
@@ -168,14 +152,12 @@ class DepthChoice:
     trains the logits for that.
     """
 
-    fraction: float = 0.125
+    fraction: Annotated[float, Range(0, 1, "low")] = 0.125
     causal: bool = True
-    scope: str = "sequence"
+    scope: Scope = "sequence"
 
     def __post_init__(self) -> None:
-        if not 0 < as_number("fraction", self.fraction) <= 1:
-            raise ValueError(f"fraction: expected a number in (0, 1], got {self.fraction}")
-        self._largest  # noqa: B018  checks the scope, too; compiled calls only read it
+        self._largest  # noqa: B018  compiled calls only read it
 
     @cached_property
     def _largest(self) -> ExpertChoice:
@@ -187,6 +169,7 @@ class DepthChoice:
         return self._largest(router_logits, context, bias)
 
 
+@checked
 @dataclass(frozen=True)
 class BalancedAssignment:
     """In training each expert gets exactly T/E tokens (the first T mod E experts one more), and the sum of the assigned
@@ -207,18 +190,15 @@ class BalancedAssignment:
         balanced_in_evaluation: use the assignment in evaluation too.
     """
 
-    eps: float | str = "auto"
-    max_iterations: int = 1000
-    score_function: str = "sigmoid"
-    scope: str = "batch"
+    eps: PositiveOrInf | str = "auto"
+    max_iterations: Size = 1000
+    score_function: ScoreFunction = "sigmoid"
+    scope: Scope = "batch"
     balanced_in_evaluation: bool = False
     top_k: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
-        check_choice("score_function", self.score_function, SCORE_FUNCTIONS)
-        at_least(1, "max_iterations", self.max_iterations)
-        if self.eps != "auto" and (isinstance(self.eps, str) or not as_number("eps", self.eps) > 0):
+        if isinstance(self.eps, str) and self.eps != "auto":
             raise ValueError(f"eps: expected a positive number or 'auto', got {self.eps!r}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
@@ -239,6 +219,7 @@ class BalancedAssignment:
         return Routing(ids, scores.gather(1, ids.long()), router_logits, num_experts, scores)
 
 
+@checked
 @dataclass(frozen=True)
 class EqualTopK:
     """The top_k best experts, each with the weight `scale`, whatever its score, and the gradients of
@@ -248,12 +229,9 @@ class EqualTopK:
     A dense network split into E experts is their sum, so scale is E / K where only K of them run.
     """
 
-    top_k: int
+    top_k: Size
     scale: float = 1.0
-    score_function: str = "softmax"
-
-    def __post_init__(self) -> None:
-        check_size("top_k", self.top_k)
+    score_function: ScoreFunction = "softmax"
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])

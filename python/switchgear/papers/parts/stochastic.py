@@ -6,27 +6,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from switchgear.autograd import apply
-from switchgear.checks import at_least
+from switchgear.checks import Count, Finite, Fraction, NotNegativeOrInf, PositiveOrInf, Size, checked
 from switchgear.functional import Routing
-from switchgear.reference import check_choice
-from switchgear.routing.context import (
-    NOTHING_KNOWN,
-    Context,
-    check_not_negative,
-    check_positive,
-    check_share,
-    sequences,
-)
-from switchgear.routing.ranking import choose, draw, finite, gumbel, scores_of, uniform
-from switchgear.routing.selection import Dense, check_weights, take
+from switchgear.routing.context import NOTHING_KNOWN, Context, sequences
+from switchgear.routing.ranking import ScoreFunction, choose, draw, finite, gumbel, scores_of, uniform
+from switchgear.routing.selection import Dense, take
 
-LEVELS = ("token", "sequence", "batch")
+Level = Literal["token", "sequence", "batch"]
 
 
 def _draws_per_token(level: str, context: Context, num_tokens: int, device: torch.device) -> tuple[int, Tensor | None]:
@@ -39,21 +31,17 @@ def _draws_per_token(level: str, context: Context, num_tokens: int, device: torc
     return count, sequence
 
 
+@checked
 @dataclass(frozen=True)
 class SampledTopK:
     """With probability p_sample a token's top_k experts are drawn from the router's probabilities without replacement;
     otherwise they are the best ones (knowledge augmentation, arXiv:2502.12947: top_k = E - 1, p_sample = 0.05)."""
 
-    top_k: int
-    p_sample: float = 0.05
-    score_function: str = "softmax"
+    top_k: Size
+    p_sample: Fraction = 0.05
+    score_function: ScoreFunction = "softmax"
     normalize: bool = False
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        at_least(1, "top_k", self.top_k)
-        check_weights(self.score_function, self.scale)
-        check_share("p_sample", self.p_sample)
+    scale: Finite = 1.0
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -70,22 +58,18 @@ class SampledTopK:
         return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
 
 
+@checked
 @dataclass(frozen=True)
 class NoisyTopK:
     """The top_k best experts by logits plus, in training, uniform noise in [0, noise). The noise does not enter the
     weights. A small change of the router then changes the expected output only a little (Towards Understanding Mixture
     of Experts, arXiv:2208.02813: noise = 1, top_k = 1)."""
 
-    top_k: int = 1
-    noise: float = 1.0
-    score_function: str = "softmax"
+    top_k: Size = 1
+    noise: NotNegativeOrInf = 1.0
+    score_function: ScoreFunction = "softmax"
     normalize: bool = False
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        at_least(1, "top_k", self.top_k)
-        check_weights(self.score_function, self.scale)
-        check_not_negative("noise", self.noise)
+    scale: Finite = 1.0
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -120,6 +104,7 @@ class _Multiplier(torch.autograd.Function):
         return (-probabilities * value).scatter_add(1, chosen, value), None, None, None
 
 
+@checked
 @dataclass(frozen=True)
 class SparseMixer:
     """Draws experts one after another, with a gradient estimator for the draw (SparseMixer-v2 of GRIN,
@@ -134,12 +119,8 @@ class SparseMixer:
     differences by Heun's third-order rule: exact for losses L_i cubic in the weight (for the best expert, linear).
     """
 
-    top_k: int = 2
-    jitter: float = 0.01
-
-    def __post_init__(self) -> None:
-        at_least(1, "top_k", self.top_k)
-        check_not_negative("jitter", self.jitter)
+    top_k: Size = 2
+    jitter: NotNegativeOrInf = 0.01
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -178,6 +159,7 @@ class SparseMixer:
         return taken | (far & (values != best))
 
 
+@checked
 @dataclass(frozen=True)
 class GumbelSoftmax:
     """All experts, weighted by softmax((z + g) / tau) with Gumbel noise g. Evaluation uses no noise, or the mean of
@@ -187,10 +169,10 @@ class GumbelSoftmax:
     level: "token", "sequence" (one choice per sequence; task-level MoE, arXiv:2205.12701) or "batch" (one for all).
     """
 
-    tau: float = 1.0
+    tau: PositiveOrInf = 1.0
     hard: bool = False
-    samples: int = 0
-    level: str = "token"
+    samples: Count = 0
+    level: Level = "token"
 
     @property
     def uses_bias(self) -> bool:
@@ -201,11 +183,6 @@ class GumbelSoftmax:
     def top_k(self) -> int | None:
         """1 if hard, else None."""
         return 1 if self.hard else None
-
-    def __post_init__(self) -> None:
-        at_least(0, "samples", self.samples)
-        check_choice("level", self.level, LEVELS)
-        check_positive("tau", self.tau)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -228,6 +205,7 @@ class GumbelSoftmax:
         return Routing(everyone, soft, router_logits, num_experts, soft)
 
 
+@checked
 @dataclass(frozen=True)
 class Random:
     """top_k uniformly drawn experts, each with weight 1/top_k; one draw per token, sequence, or batch (THOR,
@@ -237,16 +215,11 @@ class Random:
     experts.
     """
 
-    top_k: int = 1
-    level: str = "token"
-    evaluation: str = "random"
+    top_k: Size = 1
+    level: Level = "token"
+    evaluation: Literal["random", "token", "sequence", "ensemble"] = "random"
 
     uses_logits = False
-
-    def __post_init__(self) -> None:
-        at_least(1, "top_k", self.top_k)
-        check_choice("level", self.level, LEVELS)
-        check_choice("evaluation", self.evaluation, ("random", "token", "sequence", "ensemble"))
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
