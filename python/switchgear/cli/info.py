@@ -41,7 +41,11 @@ def _describe_cuda() -> dict[str, Any]:
 
 def collect() -> dict[str, Any]:
     """Everything that `switchgear info` prints."""
-    cpu_backend = {"isas_available": _C.available_cpu_isas(), "isa": _C.cpu_isa(), "build": dict(_C.build_info())}
+    cpu_backend: dict[str, Any] = {
+        "isas_available": _C.available_cpu_isas(),
+        "isa": _C.cpu_isa(),
+        "build": dict(_C.build_info()),
+    }
     cuda_backend = _describe_cuda()
     runtimes = machine.openmp_runtimes()
     warnings = []
