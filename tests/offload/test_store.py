@@ -161,12 +161,12 @@ def test_bits_of_experts_in_an_index_are_checked(tmp_path: Path) -> None:
     index = path / "index.json"
     clean = json.loads(index.read_text())
     hostile: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
-        ("bits: ", lambda e: e["bits"].pop()),
-        ("bits: ", lambda e: e["bits"].__setitem__(0, [1])),
-        ("bits: ", lambda e: e["bits"].__setitem__(0, [-1, 1])),
-        ("bits: ", lambda e: e["bits"].__setitem__(0, [True, 1])),
-        ("bits: ", lambda e: e["bits"].__setitem__(0, [5, 1])),
-        ("bits: ", lambda e: e["bits"].__setitem__(0, [0, 1])),
+        ("bits", lambda e: e["bits"].pop()),
+        ("bits", lambda e: e["bits"].__setitem__(0, [1])),
+        ("bits", lambda e: e["bits"].__setitem__(0, [-1, 1])),
+        ("bits", lambda e: e["bits"].__setitem__(0, [True, 1])),
+        ("bits", lambda e: e["bits"].__setitem__(0, [5, 1])),
+        ("bits", lambda e: e["bits"].__setitem__(0, [0, 1])),
         ("expected .* bytes", lambda e: e["bits"].__setitem__(0, [4, 4])),
         ("expected .* bytes", lambda e: e.pop("bits")),
         ("planes of bits to be the last", lambda e: e["parts"].insert(0, e["parts"].pop())),
