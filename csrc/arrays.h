@@ -11,7 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "adapter_names.h"
+#include "names.h"
 #include "switchgear/ops.h"
 
 namespace switchgear {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // One function per op of ops.h, for each Python module: (inputs, options, outputs, execution). Outputs are arrays that the op
-// writes. The ops of a whole layer take a tuple `Layer` (reference/arguments.py) in place of options.
+// writes. The ops of a whole layer take a tuple `Layer` (reference/layer.py) in place of options.
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -273,7 +273,7 @@ void py_glu_backward(handle inputs, handle options, handle outputs, ExecutionArg
 
 // ---- the whole layer ---
 
-// Reads the fields of `Layer` in reference/arguments.py into the arguments of an op.
+// Reads the fields of `Layer` in reference/layer.py into the arguments of an op.
 template <typename Args>
 void read_layer(Arrays& arrays, handle layer, Args& args) {
   Fields fields(arrays, "layer", layer, 17);

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "names.h"
 #include "switchgear/backend.h"
 
 namespace switchgear {
@@ -99,5 +100,13 @@ void check_range(const char* name, const TensorView& indices, int64_t low, int64
 // Ascending, all in [0, num_experts).
 void check_experts(const char* name, const TensorView& experts, int64_t num_experts);
 void check_offsets(const char* name, const TensorView& expert_offsets, int64_t num_slots);
+
+// ---- weights, in weight_checks.cpp ---
+
+// A weight [E,N,C] of any format that the device takes. Called after a float tensor of the call has been checked.
+void weight_input(Call& call, const WeightNames& names, const Weight& weight, Dim& E, Dim& N, Dim& C);
+
+// Copies a weight's slots and records and checks them. Called after the last tensor of the call, since it reads memory.
+void check_slots(Call& call, const WeightNames& names, Weight& weight);
 
 }  // namespace switchgear

@@ -8,11 +8,9 @@
 #include <stdexcept>
 #include <utility>
 
-#include "adapter_names.h"
 #include "checks.h"
 #include "switchgear/backend.h"
 #include "switchgear/check.h"
-#include "weight_checks.h"
 
 namespace switchgear {
 namespace {

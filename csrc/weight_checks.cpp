@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "weight_checks.h"
+// What a Weight must be, by format: the storage that weight.h and the headers it names describe.
+#include "checks.h"
 
 #include "switchgear/check.h"
 #include "switchgear/compact.h"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 from collections.abc import Iterator
@@ -490,6 +491,7 @@ def test_some_layers() -> None:
 @pytest.fixture
 def mixtral() -> Any:
     tiny = pytest.importorskip("tiny_models", reason="transformers is not installed")
+    importlib.import_module("switchgear.integrations.transformers")  # registers the experts "switchgear"
     return tiny.build("mixtral")
 
 

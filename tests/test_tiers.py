@@ -18,7 +18,7 @@ import switchgear
 ROOT = Path(switchgear.__file__).parent
 
 CORE = frozenset({
-    "_C", "arrays", "autograd", "backends", "checks", "cuda", "experts", "files", "functional", "layers",
+    "_C", "arrays", "backends", "checks", "cuda", "experts", "files", "functional", "layers",
     "modules", "ops", "reference", "routing", "testing", "utils", "weights",
 })  # fmt: skip
 BELOW_CAPABILITIES = CORE | {"papers", "adapters", "integrations", "trace"}

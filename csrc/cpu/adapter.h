@@ -15,7 +15,7 @@
 
 namespace switchgear::cpu {
 
-// The mask of dropout of one projection: python/switchgear/reference/adapters.py specifies it.
+// The mask of dropout of one projection: python/switchgear/reference/layer.py specifies it.
 class DropoutMask {
  public:
   DropoutMask(const Adapter& adapter, uint32_t projection)

@@ -5,7 +5,6 @@
 #include <bit>
 
 #include "launch.h"
-#include "max_blocks.h"
 #include "members.h"
 #include "ops.h"
 

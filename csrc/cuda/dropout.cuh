@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The mask of dropout in adapters: element (slot, column) of a projection's input is kept or dropped by a hash of (seed,
-// projection, slot, column), 32 bits, the same on every backend. python/switchgear/reference/adapters.py is its definition.
+// projection, slot, column), 32 bits, the same on every backend. python/switchgear/reference/layer.py is its definition.
 // About 8 integer instructions per element.
 #pragma once
 #include <cstdint>

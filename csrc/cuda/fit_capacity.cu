@@ -6,7 +6,6 @@
 #include <limits>
 
 #include "launch.h"
-#include "max_blocks.h"
 #include "members.h"
 #include "ops.h"
 #include "warp_rows.h"

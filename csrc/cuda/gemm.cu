@@ -7,7 +7,6 @@
 #include <stdexcept>
 
 #include "expert_weights.h"
-#include "gemm_sm80.h"
 #include "switchgear/check.h"
 
 namespace switchgear::cuda {

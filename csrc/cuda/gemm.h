@@ -160,7 +160,22 @@ __host__ __device__ constexpr int64_t out_columns(const Gemm& g) {
 void gemm(const Gemm& g, void* stream);
 void wgrad(const Wgrad& g, void* stream);
 
-bool on_hopper();                // the current device, unless only_sm80() (generation.h)
+// Those of gemm_sm80.cuh, one source file per dtype, so that the slow compilations run in parallel.
+void gemm_bf16(const Gemm& g, void* stream);
+void gemm_f16(const Gemm& g, void* stream);
+void gemm_tf32(const Gemm& g, void* stream);
+void gemm_f32(const Gemm& g, void* stream);
+void wgrad_bf16(const Wgrad& g, void* stream);
+void wgrad_f16(const Wgrad& g, void* stream);
+void wgrad_tf32(const Wgrad& g, void* stream);
+void wgrad_f32(const Wgrad& g, void* stream);
+
+// Whether products run on the kernels of sm_80, which every device runs, and not on those of the device's generation: for
+// comparisons, and for a device on which the newer kernels fail. SWITCHGEAR_CUDA_KERNELS, read at first use, until
+// set_cuda_kernels (switchgear/backend.h) changes it.
+bool only_sm80();
+
+bool on_hopper();                // the current device, unless only_sm80()
 bool sm90_takes(const Gemm& g);  // on the current device
 void gemm_sm90(const Gemm& g, void* stream);
 bool sm90_takes(const Wgrad& g);

@@ -5,7 +5,6 @@
 
 #include "gemm_decode.cuh"
 #include "gemm_sm80.cuh"
-#include "gemm_sm80.h"
 #include "launch.h"
 
 namespace switchgear::cuda {

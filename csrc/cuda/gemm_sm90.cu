@@ -5,7 +5,6 @@
 
 #include "gemm_sm90.cuh"
 #include "gemm_sm90_wgrad.cuh"
-#include "generation.h"
 #include "launch.h"
 #include "tensor_map.h"
 

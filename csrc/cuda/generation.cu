@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "generation.h"
-
 #include <atomic>
 #include <cstdlib>
 
+#include "gemm.h"
 #include "names.h"
 #include "switchgear/backend.h"
 

@@ -4,6 +4,7 @@
 #pragma once
 #include <cxxabi.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -14,6 +15,13 @@
 #include "platform.cuh"
 
 namespace switchgear::cuda {
+
+// The most blocks of a launch whose blocks loop over their work. tests/simt compiles a small number, so that loops turn twice.
+#if defined(SWITCHGEAR_CUDA_MAX_BLOCKS)
+constexpr int64_t kMaxBlocks = SWITCHGEAR_CUDA_MAX_BLOCKS;
+#else
+constexpr int64_t kMaxBlocks = 1 << 16;
+#endif
 
 inline std::string kernel_name(const void* kernel) {
   const char* symbol = nullptr;

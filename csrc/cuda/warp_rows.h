@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "gemm.h"
-#include "max_blocks.h"
+#include "launch.h"
 #include "workspace.h"
 
 namespace switchgear::cuda {

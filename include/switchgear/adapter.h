@@ -3,7 +3,7 @@
 //
 // Products: u = s_e · (x·Aᵀ), rounded once to the dtype of x, and then x·Wᵀ + u·Bᵀ in float32. Elements of a and b past an
 // expert's rank are not read. `dropout`, for training: the rows that A reads are multiplied by a mask, and s_e by
-// 1 / (1 - dropout). The mask is a hash of (seed, projection, slot, column): see python/switchgear/reference/adapters.py.
+// 1 / (1 - dropout). The mask is a hash of (seed, projection, slot, column): see python/switchgear/reference/layer.py.
 #pragma once
 #include <cstdint>
 

@@ -28,11 +28,11 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from switchgear import adapters, compress, convert, distill, finetune, layers, offload, optim, presets, routing, weights
-from switchgear.autograd import accumulate_into_grad
 from switchgear.backends import backend, use_backend
 from switchgear.cuda import cuda_kernels, set_cuda_kernels
 from switchgear.experts import Experts
 from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
+from switchgear.functional.gradients import accumulate_into_grad
 from switchgear.integrations import is_too_old
 from switchgear.modules import MoE, after_step, balance_loss
 from switchgear.ops import available_cpu_isas, cpu_isa, set_cpu_isa, version

@@ -4,7 +4,7 @@
 Each takes (inputs, options, outputs, execution): tuples whose items csrc/bindings.cpp names, and a number of threads
 for `_C` (0: the OpenMP default) or an Execution for `_cuda`. Arrays are passed through DLPack; an op writes its results
 to the outputs. A weight is two inputs, its tensors and its form (reference/formats.py). The ops of a whole layer take a
-Layer (reference/arguments.py) in place of options. Shapes and formats are those of include/switchgear/ops.h. Every op
+Layer (reference/layer.py) in place of options. Shapes and formats are those of include/switchgear/ops.h. Every op
 raises ValueError or TypeError, naming the argument, before it writes anything.
 """
 

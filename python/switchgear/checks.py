@@ -9,7 +9,7 @@ runs: TypeError for a wrong type, ValueError for a wrong value. Every message is
 Hot functions are not wrapped: `explain_failure` reads the same annotations after a call has failed.
 
     int, float, bool, str, Tensor, any class        isinstance; integers of any library become int, bool is no number
-    Literal["a", "b"]                               one of these
+    Literal["a", "b"], Annotated[str, OneOf(TABLE)] one of these
     Size, Count, Seed, Share, Positive, …           numbers in a range, defined below
     Annotated[Tensor, Shape("T", "H")]              sizes; a name is one size in the whole call, None any
     X | None, Sequence[X], Iterable[X], Callable    as they say; items of lists and tuples are checked, too,
@@ -120,6 +120,17 @@ class Steps:
             raise TypeError(f"{name}: expected torch.optim.Optimizer, got {type(value).__name__}")
 
 
+class OneOf:
+    """One of the names of a table."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def check(self, name: str, value: str, sizes: dict[str, int]) -> None:
+        if value not in self.names:
+            raise ValueError(f"{name}: expected one of {', '.join(self.names)}, got {value!r}")
+
+
 Size = Annotated[int, Range(1, 2**31 - 1)]
 Count = Annotated[int, Range(0, 2**31 - 1)]
 Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
@@ -223,6 +234,9 @@ def convert(name: str, value: Any, hint: Any, sizes: dict[str, int] | None = Non
     if hint is Tensor:
         check_tensor(name, value)
         check_dense(name, value)
+        return value
+    if hint is torch.device:
+        as_device(name, value)
         return value
     if origin in _SERIES:
         return _convert_series(name, value, origin, options, sizes)
@@ -418,27 +432,12 @@ def check_module(name: str, module: Any) -> None:
     convert(name, module, nn.Module)
 
 
-def check_function(name: str, value: Any) -> None:
-    """Raises TypeError for anything that cannot be called."""
-    convert(name, value, collections.abc.Callable)
-
-
 def check_several(name: str, values: Any, what: str) -> None:
     """Raises TypeError for anything that does not have several of `what`: one text or a tensor [] has none, a data set
     of torch does, without __iter__."""
     is_iterable = isinstance(values, Iterable) or hasattr(values, "__getitem__")
     if not is_iterable or isinstance(values, (str, bytes)) or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"{name}: expected a list of {what}, got {type(values).__name__}")
-
-
-def check_switch(name: str, value: Any) -> None:
-    """Raises TypeError for anything but a bool."""
-    convert(name, value, bool)
-
-
-def check_seed(seed: Any) -> None:
-    """Raises TypeError for anything but an integer, and ValueError for one beyond 64 bits."""
-    convert("seed", seed, Seed)
 
 
 def check_float_dtype(name: str, dtype: Any) -> None:
@@ -457,15 +456,12 @@ def list_of_names(name: str, names: str | Iterable[str]) -> list[str]:
     return found
 
 
-def complain_about_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
+def explain_rows(name: str, rows: Any, hidden_size: int, like: Tensor | None) -> None:
     """Raises for an input of a router that is no tensor [..., hidden_size] with the device and dtype of `like`, its
     weight, which may be float32 for rows of 16 bits. Returns if it is valid."""
-    check_tensor(name, rows)
-    check_dense(name, rows)
+    convert(name, rows, FloatTensor)
     if rows.dim() == 0 or rows.shape[-1] != hidden_size:
         raise ValueError(f"{name}: expected shape [..., H={hidden_size}], got {list(rows.shape)}")
-    if not rows.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {rows.dtype}")
     if like is not None and rows.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device} like the weights, got one on {rows.device}")
     keeps_float32 = like is not None and like.dtype is torch.float32 and rows.dtype.itemsize == 2

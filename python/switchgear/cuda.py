@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from switchgear.checks import Count, checked
+
 OLDEST = (8, 0)  # compute capability: the first with cp.async and bfloat16 tensor cores
 NO_MODULE = (
     "this build has no CUDA module: it was built where there was no GPU or no CUDA compiler (nvcc); "
@@ -123,15 +125,12 @@ def allow_tf32() -> bool:
 _reserved: list[int] = []
 
 
+@checked
 @contextmanager
-def reserved_multiprocessors(count: int) -> Iterator[None]:
+def reserved_multiprocessors(count: Count) -> Iterator[None]:
     """Inside, grouped GEMMs leave `count` multiprocessors of a GPU to kernels of other streams, such as collectives
     that overlap them. At least one stays with the GEMM. Applies to the whole process; of nested and concurrent counts
     the largest. Transfers of ExpertParallel's peer_memory reserve their own."""
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"count: expected an integer, got {type(count).__name__}")
-    if not 0 <= count < 1 << 31:
-        raise ValueError(f"count: expected a number of multiprocessors from 0 to 2^31 - 1, got {count}")
     _reserved.append(count)
     try:
         yield

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import check_float_dtype
-from switchgear.functional import as_limit, as_number, moe
-from switchgear.reference import ACTIVATIONS, check_choice, check_finite, check_size
+from switchgear.checks import Count, Finite, FloatDtype, Size, checked
+from switchgear.functional import moe
+from switchgear.functional.arguments import Limit
+from switchgear.reference.activations import Activation
 from switchgear.utils.modules import replicate
 from switchgear.weights import Layout, advise_huge_pages, stored_of, weights_of
-from switchgear.weights.module import attribute, complaint_about_stored
+from switchgear.weights.module import attribute, explain_stored_keys
 from switchgear.weights.state import extend
 
 
@@ -43,30 +44,24 @@ class Experts(nn.Module):
     down_proj: nn.Parameter
     down_proj_bias: nn.Parameter | None
 
+    @checked
     def __init__(
         self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
+        hidden_size: Size,
+        intermediate_size: Size,
+        num_experts: Count,  # a rank may have none
         *,
-        activation: str = "silu",
+        activation: Activation = "silu",
         gated: bool = True,
         bias: bool = False,
         interleaved: bool = False,
         transposed: bool = False,
-        alpha: float = 1.702,
-        limit: float | None = None,
+        alpha: Finite = 1.702,
+        limit: Limit | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: FloatDtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_size = check_size("hidden_size", hidden_size)
-        intermediate_size = check_size("intermediate_size", intermediate_size)
-        num_experts = check_size("num_experts", num_experts, 0)  # a rank may have none
-        check_choice("activation", activation, ACTIVATIONS)
-        check_float_dtype("dtype", dtype)
-        check_finite("alpha", as_number("alpha", alpha))
-        as_limit(limit)
         if not gated and (interleaved or activation == "swiglu_oai"):
             raise ValueError(f"gated: expected True for {'interleaved' if interleaved else activation}, got False")
         self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts
@@ -141,8 +136,8 @@ class Experts(nn.Module):
             return
         given = {name: state_dict.get(prefix + name) for name in self._layout.names}
         lacking = [name for name, tensor in given.items() if tensor is None or tensor.itemsize == 1]  # 1: of fp8
-        if lacking and (complaint := complaint_about_stored(lacking, prefix, unexpected)):
-            errors.append(complaint)
+        if lacking and (reason := explain_stored_keys(lacking, prefix, unexpected)):
+            errors.append(reason)
 
     def extra_repr(self) -> str:
         parts = [f"{self.hidden_size}, {self.intermediate_size}, num_experts={self.num_experts}", self.activation]

@@ -6,19 +6,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import check_function, sizes
+from switchgear.checks import Count, Finite, FloatDtype, Size, Sizes, checked
 from switchgear.functional import Routing
+from switchgear.functional.arguments import Limit
 from switchgear.layers.common import WithLosses, experts_class, scaled_input
 from switchgear.layers.expand import add_expert, expand
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts
-from switchgear.reference import check_size
+from switchgear.reference.activations import Activation
 from switchgear.routing.context import context_of
 from switchgear.routing.router import Router, RouterOptions
 
@@ -66,29 +67,30 @@ class MoE(WithLosses):
     widths or virtual experts they are one level deeper: shared_experts.experts, experts.slices, experts.experts.
     """
 
+    @checked
     def __init__(
         self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
+        hidden_size: Size,
+        intermediate_size: Size,
+        num_experts: Size,
         top_k: int | None = None,
         *,
         float32_router: bool = False,
         router_bias: bool = False,
-        activation: str = "silu",
+        activation: Activation = "silu",
         gated: bool = True,
         bias: bool = False,
         interleaved: bool = False,
         transposed: bool = False,
-        alpha: float = 1.702,
-        limit: float | None = None,
-        shared_intermediate_size: int = 0,
-        num_shared_experts: int = 0,
+        alpha: Finite = 1.702,
+        limit: Limit | None = None,
+        shared_intermediate_size: Count = 0,
+        num_shared_experts: Count = 0,
         shared_gate: bool = False,
-        widths: Sequence[int] | None = None,
-        null_experts: int = 0,
-        copy_experts: int = 0,
-        constant_experts: int = 0,
+        widths: Sizes | None = None,
+        null_experts: Count = 0,
+        copy_experts: Count = 0,
+        constant_experts: Count = 0,
         renormalize: bool = True,
         mix_constants: bool = False,
         scale_input: bool = False,
@@ -96,7 +98,7 @@ class MoE(WithLosses):
         return_routing: bool = False,
         parallel: ExpertParallel | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: FloatDtype | None = None,
         **router_options: Unpack[RouterOptions],
     ) -> None:
         super().__init__()
@@ -107,14 +109,6 @@ class MoE(WithLosses):
             )
         if unknown := sorted(set(router_options) - set(RouterOptions.__annotations__)):
             raise TypeError(f"{unknown[0]}: expected an option of MoE, or of its Router, got one of neither")
-        hidden_size = check_size("hidden_size", hidden_size)
-        intermediate_size = check_size("intermediate_size", intermediate_size)
-        for name, size in {
-            "shared_intermediate_size": shared_intermediate_size, "num_shared_experts": num_shared_experts,
-            "null_experts": null_experts, "copy_experts": copy_experts, "constant_experts": constant_experts,
-        }.items():  # fmt: skip
-            check_size(name, size, 0)
-        num_experts = check_size("num_experts", num_experts)
         if mix_constants and not constant_experts:
             raise ValueError("mix_constants: expected constant_experts with it, got none")
         self.return_routing, self.scale_input = return_routing, scale_input
@@ -140,7 +134,7 @@ class MoE(WithLosses):
         elif bias:
             raise ValueError("bias: expected False with widths=, got True")
         else:
-            sizes = _sizes(intermediate_size, num_experts, widths)
+            sizes = _find_sizes(intermediate_size, num_experts, widths)
             experts = HeterogeneousExperts(hidden_size, sizes, parallel=parallel, **layout, **options)
         if hasattr(self.gate.score, "bind"):  # a score of the experts' own weights
             self.gate.score.bind(experts)
@@ -155,7 +149,6 @@ class MoE(WithLosses):
         shared = GatedSharedExperts if shared_gate else SharedExperts
         self.shared_experts = shared(hidden_size, width, bias=bias, **options) if width else None
         if initialize is not None:
-            check_function("initialize", initialize)
             initialize(self)
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor | tuple[Tensor, Routing]:
@@ -179,8 +172,14 @@ class MoE(WithLosses):
             self.losses = routing.losses
         return (y, routing) if self.return_routing else y
 
+    @checked
     def expand(
-        self, num_new: int, *, init: str = "copy", sources: Sequence[int] | None = None, freeze_old: bool = True
+        self,
+        num_new: Size,
+        *,
+        init: Literal["copy", "random"] = "copy",
+        sources: Sequence[int] | None = None,
+        freeze_old: bool = True,
     ) -> list[nn.Parameter]:
         """Appends experts and their rows of the router, and returns the parameters that train (Lifelong-MoE,
         arXiv:2305.12281).
@@ -204,6 +203,7 @@ class MoE(WithLosses):
         """
         return expand(self, num_new, init, sources, freeze_old)
 
+    @checked
     def add_expert(
         self,
         expert: Mapping[str, Tensor],
@@ -220,9 +220,8 @@ class MoE(WithLosses):
         return add_expert(self, expert, gate_weight, gate_bias, freeze_old)
 
 
-def _sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> list[int]:
+def _find_sizes(intermediate_size: int, num_experts: int, widths: Sequence[int]) -> list[int]:
     """The widths of the experts: their ratios are `widths`, and their mean is intermediate_size."""
-    widths = sizes("widths", widths)
     if len(widths) != num_experts:
         raise ValueError(f"widths: expected {num_experts} numbers, one for each expert, got {list(widths)}")
     total = intermediate_size * num_experts

@@ -318,7 +318,7 @@ TEST(sm90_low_rank_is_masked_in_cooperative_tiles) {
   check_mask(p);
 }
 
-// Reference: keeps in python/switchgear/reference/adapters.py.
+// Reference: keeps in python/switchgear/reference/layer.py.
 TEST(dropout_mask_is_the_one_of_the_reference) {
   const int64_t seed = 0x123456789abcdef0;
   cuda::DropoutMask mask{.seed = seed, .projection = 1, .threshold = cuda::dropout_threshold(0.5)};

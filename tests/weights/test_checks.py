@@ -17,7 +17,7 @@ from errors import raises
 from switchgear import adapters, compress, convert, finetune, offload
 from switchgear.compress.progressive import copy_expert
 from switchgear.layers.heterogeneous import HeterogeneousExperts
-from switchgear.weights.checks import check_plain
+from switchgear.weights.module import check_plain
 
 H = 16
 
@@ -158,23 +158,23 @@ def test_plain_experts_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "argument"),
     [
-        (lambda m: switchgear.store(m, "int8", low_memory="no"), "low_memory: expected bool, got str"),
-        (lambda m: switchgear.store(m, "auto", lossless="no"), "lossless: expected bool, got str"),
-        (lambda m: switchgear.store(m, "auto", tokens_per_step=math.nan), "tokens_per_step: expected int"),
-        (lambda m: switchgear.store(m, "auto", tokens_per_step=True), "tokens_per_step: expected int"),
-        (lambda m: switchgear.store(m, "auto", tokens_per_step="1"), "tokens_per_step: expected int"),
-        (lambda m: switchgear.store(m, ["int8"]), "form: expected a name or an object of a form, got list"),
-        (lambda m: switchgear.store(None, "int8"), "model: expected torch.nn.Module, got NoneType"),
-        (lambda m: switchgear.restore(None), "model: expected torch.nn.Module, got NoneType"),
-        (lambda m: switchgear.store(m, "groups", symmetric="no"), "symmetric: expected bool, got str"),
-        (lambda m: switchgear.store(m, "int4", symmetric=2), "symmetric: expected bool, got int"),
-        (lambda m: switchgear.store(m, "groups", bits=None), "bits: expected int, or a list of them, got NoneType"),
+        (lambda m: switchgear.store(m, "int8", low_memory="no"), "low_memory"),
+        (lambda m: switchgear.store(m, "auto", lossless="no"), "lossless"),
+        (lambda m: switchgear.store(m, "auto", tokens_per_step=math.nan), "tokens_per_step"),
+        (lambda m: switchgear.store(m, "auto", tokens_per_step=True), "tokens_per_step"),
+        (lambda m: switchgear.store(m, "auto", tokens_per_step="1"), "tokens_per_step"),
+        (lambda m: switchgear.store(m, ["int8"]), "form"),
+        (lambda m: switchgear.store(None, "int8"), "model"),
+        (lambda m: switchgear.restore(None), "model"),
+        (lambda m: switchgear.store(m, "groups", symmetric="no"), "symmetric"),
+        (lambda m: switchgear.store(m, "int4", symmetric=2), "symmetric"),
+        (lambda m: switchgear.store(m, "groups", bits=None), "bits"),
     ],
 )
-def test_arguments_of_another_type_are_named(call: Callable[[Any], Any], message: str) -> None:
+def test_arguments_of_another_type_are_named(call: Callable[[Any], Any], argument: str) -> None:
     model = switchgear.MoE(32, 32, 4, 2)
-    with pytest.raises(TypeError, match=message):
+    with raises(TypeError, argument):
         call(model)
     assert isinstance(model.experts.down_proj, torch.nn.Parameter)

@@ -738,25 +738,25 @@ def test_forms_by_name() -> None:
 
 @pytest.mark.parametrize("form", sorted(FORMS))
 @pytest.mark.parametrize(
-    ("weight", "parts", "message"),
+    ("weight", "parts", "argument"),
     [
-        ([[[1.0]]], 1, "weight: expected Tensor, got list"),
-        (torch.ones(2, 64, 64, dtype=torch.int32), 1, "weight: expected a floating dtype of .*, got torch.int32"),
-        (torch.ones(2, 64, 64, dtype=torch.complex64), 1, "weight: expected a floating dtype .*complex64"),
-        (torch.ones(2, 64, 64).to_sparse(), 1, "weight: expected a dense tensor"),
-        (torch.ones(64, 64), 1, r"weight: expected shape \[E,N,C\], .*, got \[64, 64\]"),
-        (torch.ones(0, 64, 64), 1, r"weight: expected shape .*, with sizes of at least 1, got \[0, 64, 64\]"),
-        (torch.ones(2, 64, 0), 1, r"weight: expected shape .*, with sizes of at least 1, got \[2, 64, 0\]"),
-        (torch.ones(2, 64, 64, device="meta"), 1, "weight: expected numbers, got a tensor on meta"),
-        (torch.ones(2, 64, 64), 0, "parts: expected 1 to"),
-        (torch.ones(2, 66, 64), 3, "parts: expected 1, or 2 for an even number of rows, got 3 for 66 rows"),
-        (torch.ones(2, 65, 64), 2, "parts: expected 1, or 2 for an even number of rows, got 2 for 65 rows"),
-        (torch.ones(2, 64, 64), "2", "parts: expected int, got str"),
-        (torch.ones(2, 64, 64), True, "parts: expected int, got bool"),
+        ([[[1.0]]], 1, "weight"),
+        (torch.ones(2, 64, 64, dtype=torch.int32), 1, "weight"),
+        (torch.ones(2, 64, 64, dtype=torch.complex64), 1, "weight"),
+        (torch.ones(2, 64, 64).to_sparse(), 1, "weight"),
+        (torch.ones(64, 64), 1, "weight"),
+        (torch.ones(0, 64, 64), 1, "weight"),
+        (torch.ones(2, 64, 0), 1, "weight"),
+        (torch.ones(2, 64, 64, device="meta"), 1, "weight"),
+        (torch.ones(2, 64, 64), 0, "parts"),
+        (torch.ones(2, 66, 64), 3, "parts"),
+        (torch.ones(2, 65, 64), 2, "parts"),
+        (torch.ones(2, 64, 64), "2", "parts"),
+        (torch.ones(2, 64, 64), True, "parts"),
     ],
 )  # fmt: skip
-def test_what_is_no_weight(form: str, weight: Any, parts: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
+def test_what_is_no_weight(form: str, weight: Any, parts: Any, argument: str) -> None:
+    with raises((TypeError, ValueError), argument):
         encode(weight, form, parts=parts)
 
 

@@ -198,13 +198,13 @@ def test_weights_that_would_become_zero_are_refused(bits: int, symmetric: bool) 
 
 
 def test_options() -> None:
-    for options, message in (
-        ({"bits": 0}, "bits: expected 1"),
-        ({"bits": 5}, "bits: expected 1 to 4, got 5"),
-        ({"bits": (3, 9)}, "bits: expected 1 to 4, got 9"),
-        ({"group_size": 48}, "group_size: expected 0"),
+    for options, argument in (
+        ({"bits": 0}, "bits"),
+        ({"bits": 5}, "bits"),
+        ({"bits": (3, 9)}, "bits"),
+        ({"group_size": 48}, "group_size"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with raises(ValueError, argument):
             Groups(**options)  # type: ignore[arg-type]
     with raises(ValueError, "bits"):
         encode(torch.randn(3, 8, 32), Groups(bits=[2, 3]))

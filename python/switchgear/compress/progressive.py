@@ -25,7 +25,7 @@ from switchgear.routing.change import Change, overridden_router
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.router import Router
-from switchgear.weights.checks import check_plain
+from switchgear.weights.module import check_plain
 
 
 @dataclass

@@ -19,7 +19,7 @@ from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.routing.router import Router
 from switchgear.utils.modules import set_eval
 from switchgear.weights import advise_huge_pages
-from switchgear.weights.change import memory_of
+from switchgear.weights.store import memory_of
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 NO_EXPERT = -1  # stands among the experts to keep for a place that no token gets

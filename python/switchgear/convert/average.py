@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchgear.checks import Finite, FiniteTensor, NotEmpty, Range, Seed, checked, convert
 from switchgear.convert.plans import Item, Source, StateDict
-from switchgear.weights.checks import check_state_dict
+from switchgear.weights.module import check_state_dict
 
 S = TypeVar("S")
 _PART = 2**20  # elements that are merged at a time

@@ -25,7 +25,7 @@ from switchgear.integrations.blocks import FeedForward, read_network, split_gate
 from switchgear.integrations.moe_blocks import SHARED
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts
-from switchgear.weights.checks import check_plain
+from switchgear.weights.module import check_plain
 
 
 @checked

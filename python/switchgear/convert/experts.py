@@ -26,7 +26,7 @@ from switchgear.modules import MoE
 from switchgear.papers.parts.scores_of_experts import Domain
 from switchgear.routing.context import Context, sequences
 from switchgear.utils.modules import set_eval
-from switchgear.weights.checks import check_plain
+from switchgear.weights.module import check_plain
 
 
 @checked

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import Count, NotNegative, Seed, Size, checked, complain_about_rows
+from switchgear.checks import Count, NotNegative, Seed, Size, checked, explain_rows
 from switchgear.convert.modules import (
     call_model,
     choose_layers,
@@ -122,7 +122,7 @@ def use_threshold(moe: MoE, x: Tensor, experts_per_token: float) -> float:
     the threshold. The weights are scaled as before: their sum stays the one of top-k."""
     if not isinstance(getattr(moe, "gate", None), Router):  # torch.compile's wrapper has it, too
         raise TypeError(f"moe: expected MoE, got {type(moe).__name__}")
-    complain_about_rows("x", x, moe.gate.hidden_size, moe.gate.weight)
+    explain_rows("x", x, moe.gate.hidden_size, moe.gate.weight)
     select: Any = moe.gate.select
     if not isinstance(select, TopK) or select.score_function != "softmax" or moe.gate.weight is None:
         raise ValueError(f"moe: expected a linear router with TopK by softmax, got {type(select).__name__}")

@@ -13,7 +13,7 @@ and one backward. It saves x and h for backward, and no other tensor of that siz
 separately. `moe_accumulate` is the forward of a layer whose experts come into memory one after the other.
 
 Arguments are torch tensors or arrays of other libraries (see arrays.py). A projection can also be a Weight in another
-format (weights/). Derivatives are in autograd/.
+format (weights/). Derivatives are beside the functions.
 """
 
 from switchgear.functional.arguments import as_ids, as_limit, as_number, as_weights, in_autocast_dtype

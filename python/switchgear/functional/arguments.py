@@ -3,19 +3,31 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from switchgear import reference
 from switchgear.backends import cast_in_autocast as in_autocast_dtype
+from switchgear.checks import Range, convert
 
-__all__ = ["as_dtype", "as_ids", "as_limit", "as_number", "as_weights", "dropout_seed", "flat", "in_autocast_dtype"]
+__all__ = [
+    "Limit",
+    "as_dtype",
+    "as_ids",
+    "as_limit",
+    "as_number",
+    "as_weights",
+    "dropout_seed",
+    "flat",
+    "in_autocast_dtype",
+]
 
 T = TypeVar("T", Tensor, Tensor | None)
 _INT32 = torch.iinfo(torch.int32)
-_LARGEST = torch.finfo(torch.float32).max
+# Smaller numbers are 0 in float32, which means no limit.
+Limit = Annotated[float, Range(2.0**-150, torch.finfo(torch.float32).max, "low")]
 
 
 def as_ids(name: str, ids: Tensor) -> Tensor:
@@ -63,10 +75,8 @@ def _converted(name: str, value: Any) -> float:
 def as_limit(limit: float | None) -> float:
     if limit is None:
         return 0.0
-    limit = as_number("limit", limit)
-    if not 2.0**-150 < limit <= _LARGEST:  # smaller numbers are 0 in float32, which means no limit
-        raise ValueError(f"limit: expected a positive number of float32 (1.4e-45 to 3.4e38) or None, got {limit}")
-    return limit
+    checked: float = convert("limit", as_number("limit", limit), Limit)
+    return checked
 
 
 def dropout_seed(device: torch.device) -> Tensor:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear import autograd, ops
+from switchgear import ops
 from switchgear.arrays import accepts_arrays
-from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.functional.arguments import (
     as_dtype,
@@ -22,12 +21,14 @@ from switchgear.functional.arguments import (
     flat,
     in_autocast_dtype,
 )
+from switchgear.functional.gradients import apply, is_transformed, needs_autograd
+from switchgear.functional.layer_gradients import Moe, inputs_of
 from switchgear.functional.products import AnyWeight, check_trained, grouped_gemm
 from switchgear.functional.routes import plan
 from switchgear.functional.rows import combine, glu
 from switchgear.ops import GluOptions, Layer
 from switchgear.reference import weight_dtype
-from switchgear.weights.operand import Operand, operand_of
+from switchgear.weights.weight import Operand, operand_of
 
 Biases = tuple[Tensor | None, Tensor | None]
 
@@ -117,10 +118,11 @@ def apply_layer(
 ) -> Tensor:
     """moe of `rows_of`. autocast: the device type whose torch.autocast is on and gave x and biases their dtype. source:
     of the weights, if they are offloaded and in memory now."""
-    gate_up_proj, down_proj = weights
+    (gate_up_proj, down_proj), is_direct = weights, None
     if isinstance(gate_up_proj, Tensor) and isinstance(down_proj, Tensor) and autocast is None:
         tensors = (x, gate_up_proj, down_proj, *biases, topk_ids, topk_weights)
-        if ops.needs_no_dispatch(*tensors) and not needs_autograd(*tensors):  # the way below takes microseconds more
+        is_direct = ops.needs_no_dispatch(*tensors)
+        if is_direct and not needs_autograd(*tensors):  # the way below takes microseconds more
             return ops.plain_layer_on_host(*tensors, options)
     first, second = operand_of(gate_up_proj, x.dtype, autocast), operand_of(down_proj, x.dtype, autocast)
     if (loads := first.source or second.source) is not None:
@@ -132,14 +134,17 @@ def apply_layer(
         _check_both_trained(first, second, biases)
     layer = _layer_of(x, first, second, biases, topk_ids, topk_weights, options)
     gate_up_bias, down_bias = layer[4:6]
+    if is_direct is None:
+        known = first.needs_no_dispatch and second.needs_no_dispatch
+        plain = () if known else (*first.tensors, *second.tensors)
+        others = (*plain, *first.adapter, *second.adapter)
+        is_direct = ops.needs_no_dispatch(x, gate_up_bias, down_bias, topk_ids, topk_weights, *others)
     if needs_autograd(x, gate_up_bias, down_bias, topk_weights, *first.leaves, *second.leaves):
-        inputs = autograd.inputs_of(x, Layer(*layer), (first.trained, second.trained), source)
-        y = apply(autograd.Moe, *inputs)[0]
+        is_direct = is_direct and not is_transformed()
+        inputs = inputs_of(x, Layer(*layer), (first.trained, second.trained), source, is_direct)
+        y = apply(Moe, *inputs)[0]
         return y
-    known = first.needs_no_dispatch and second.needs_no_dispatch
-    plain = () if known else (*first.tensors, *second.tensors)
-    others = (*plain, *first.adapter, *second.adapter)
-    if ops.needs_no_dispatch(x, gate_up_bias, down_bias, topk_ids, topk_weights, *others):
+    if is_direct:
         return ops.moe_forward_on_host(x, layer)
     return ops.layer_forward(x, Layer(*layer), False)[0]
 
@@ -177,8 +182,8 @@ def _check_both_trained(first: Operand, second: Operand, biases: Biases) -> None
     assert second.trained is not None
     if first.adapter or second.adapter:
         raise ValueError("gate_up_proj, down_proj: expected no adapter of a weight with experts that train alone")
-    check_trained("gate_up_proj", first, "gate_up_bias", biases[0])
-    check_trained("down_proj", second, "down_bias", biases[1])
+    for name, operand, bias in zip(("gate_up", "down"), (first, second), biases, strict=True):
+        check_trained(f"{name}_proj", operand, f"{name}_bias", bias)
     one, other = first.trained.experts, second.trained.experts
     if one is not other and not torch.equal(one, other):
         raise ValueError("down_proj: expected the trained experts of gate_up_proj, got others")

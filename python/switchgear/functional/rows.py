@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Stages that change rows without multiplying by a matrix: permute, glu, combine."""
+"""Stages that change rows without multiplying by a matrix: permute, glu, combine; and their gradients."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from switchgear import autograd, ops
+from switchgear import ops
 from switchgear.arrays import accepts_arrays
-from switchgear.autograd import apply, needs_autograd
 from switchgear.functional.arguments import as_limit, as_number, as_weights, flat
+from switchgear.functional.gradients import apply, needs_autograd, once
 from switchgear.functional.routes import Plan
 
 
@@ -20,7 +23,7 @@ def permute(x: Tensor, plan: Plan, topk_weights: Tensor | None = None) -> Tensor
     """
     topk_weights = as_weights("topk_weights", topk_weights, x.dtype)
     if needs_autograd(x, topk_weights):
-        permuted_x: Tensor = apply(autograd.Permute, x, topk_weights, *plan)
+        permuted_x: Tensor = apply(Permute, x, topk_weights, *plan)
         return permuted_x
     return ops.permute(x, *plan, topk_weights)
 
@@ -34,7 +37,7 @@ def combine(permuted_y: Tensor, plan: Plan, topk_weights: Tensor | None = None) 
     """
     topk_weights = as_weights("topk_weights", topk_weights, permuted_y.dtype)
     if needs_autograd(permuted_y, topk_weights):
-        y: Tensor = apply(autograd.Combine, permuted_y, topk_weights, *plan)
+        y: Tensor = apply(Combine, permuted_y, topk_weights, *plan)
         return y
     return ops.combine(permuted_y, *plan, topk_weights)
 
@@ -62,5 +65,77 @@ def glu(
     """
     rows = h if h.dim() == 2 else flat("h", h)
     options = (activation, gated, interleaved, as_number("alpha", alpha), as_limit(limit))
-    a: Tensor = apply(autograd.Glu, rows, *options) if needs_autograd(rows) else ops.glu(rows, *options)
+    a: Tensor = apply(Glu, rows, *options) if needs_autograd(rows) else ops.glu(rows, *options)
     return a if h.dim() == 2 else a.reshape(*h.shape[:-1], a.shape[-1])
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+# permute and combine are each the backward of the other. The gradient of the weights is the same inner product.
+
+
+class Permute(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
+        return ops.permute(x, *plan, topk_weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        need_x, need_weights, *_ = ctx.needs_input_grad
+
+        def grads(grad: Tensor, x: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
+            grad_x = ops.combine(grad, *plan, topk_weights) if need_x else None
+            return grad_x, ops.combine_weight_backward(x, grad, *plan) if need_weights else None
+
+        return *once(grads, grad, *ctx.saved_tensors), None, None, None
+
+
+class Combine(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(permuted_y: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
+        return ops.combine(permuted_y, *plan, topk_weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        need_y, need_weights, *_ = ctx.needs_input_grad
+
+        def grads(grad: Tensor, permuted_y: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
+            grad_y = ops.permute(grad, *plan, topk_weights) if need_y else None
+            return grad_y, ops.combine_weight_backward(grad, permuted_y, *plan) if need_weights else None
+
+        return *once(grads, grad, *ctx.saved_tensors), None, None, None
+
+
+class Glu(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, *options: Any) -> Any:
+        return ops.glu(h, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        h, *ctx.options = inputs
+        ctx.save_for_backward(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad_a: Tensor) -> Any:
+        options = ctx.options
+
+        def grad(grad_a: Tensor, h: Tensor) -> Any:
+            return ops.glu_backward(grad_a, h, *options)
+
+        return once(grad, grad_a, *ctx.saved_tensors), *[None] * 5

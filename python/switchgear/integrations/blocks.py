@@ -26,7 +26,7 @@ from switchgear.layers.shared import SharedExperts
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.reference import activations
 from switchgear.routing.router import Router
-from switchgear.weights.checks import check_replaceable
+from switchgear.weights.module import check_replaceable
 from switchgear.weights.selected import selection_of
 
 STEP_COUNTS = "tokens_per_expert"  # a Router's attribute

@@ -25,10 +25,10 @@ from transformers.integrations.moe import ExpertsInterface
 
 from switchgear import ops
 from switchgear.adapters import wrappers
-from switchgear.autograd import needs_autograd
 from switchgear.backends import in_autocast, warn_once
 from switchgear.checks import checked
 from switchgear.functional import gate_route
+from switchgear.functional.gradients import needs_autograd
 from switchgear.integrations import OLDEST_TRANSFORMERS, is_too_old, saving
 from switchgear.integrations.experts import find_unreadable, run_experts, skips_the_last_id
 from switchgear.integrations.forwards import (

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.backends import in_autocast
-from switchgear.checks import check_module, check_tensor
+from switchgear.checks import convert
 from switchgear.experts import Experts
+from switchgear.reference import check_range
+from switchgear.routing.context import can_be_read
 
 if TYPE_CHECKING:
     from switchgear.parallel import ExpertParallel
@@ -43,7 +45,7 @@ def losses_of(*layers: nn.Module) -> dict[str, Tensor]:
 
 def check_returns_rows(name: str, layer: nn.Module) -> None:
     """Raises TypeError for what is no module, and ValueError for a layer whose forward returns the routing, too."""
-    check_module(name, layer)
+    convert(name, layer, nn.Module)
     if getattr(layer, "return_routing", False):
         raise ValueError(f"{name}: expected a layer that returns y alone, got one with return_routing=True")
 
@@ -51,13 +53,19 @@ def check_returns_rows(name: str, layer: nn.Module) -> None:
 def check_rows(rows: Any, hidden_size: int, dtype: torch.dtype | None = None, *, of_sequences: bool = False) -> None:
     """Raises for hidden_states that are no tensor [..., H], or [..., T, H] of_sequences; outside of autocast also for
     another dtype than that of the layer's weights, if given and not compressed."""
-    check_tensor("hidden_states", rows)
+    convert("hidden_states", rows, Tensor)
     if rows.dim() < 1 + of_sequences or rows.shape[-1] != hidden_size:
         shape = f"[...,{' T,' * of_sequences} H={hidden_size}]"
         raise ValueError(f"hidden_states: expected shape {shape}, got {list(rows.shape)}")
     is_plain = dtype is not None and dtype.is_floating_point
     if is_plain and rows.dtype is not dtype and not in_autocast(rows.device.type):
         raise TypeError(f"hidden_states: expected {dtype} like the weights, got {rows.dtype}")
+
+
+def refuse_unknown_experts(topk_ids: Tensor, num_experts: int) -> None:
+    """Raises ValueError for ids out of range, where they can be read."""
+    if can_be_read(topk_ids):
+        check_range("topk_ids", topk_ids, -1, num_experts)
 
 
 def repeat_context(context: dict[str, object], num_tokens: int, times: int) -> dict[str, object]:

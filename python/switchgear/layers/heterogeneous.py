@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from switchgear.checks import at_least, sizes
-from switchgear.layers.common import experts_class
-from switchgear.reference import check_range
-from switchgear.routing.context import can_be_read
+from switchgear.checks import Finite, FloatDtype, Size, Sizes, checked
+from switchgear.functional.arguments import Limit
+from switchgear.layers.common import experts_class, refuse_unknown_experts
+from switchgear.reference.activations import Activation
 from switchgear.utils.modules import FillsBuffers
-from switchgear.weights.checks import check_plain
+from switchgear.weights.module import check_plain
 
 if TYPE_CHECKING:
     from switchgear.parallel import ExpertParallel
@@ -46,26 +45,25 @@ class HeterogeneousExperts(FillsBuffers):
     first_slice: Tensor
     num_slices: Tensor
 
+    @checked
     def __init__(
         self,
-        hidden_size: int,
-        intermediate_sizes: Sequence[int],
+        hidden_size: Size,
+        intermediate_sizes: Sizes,
         *,
-        unit: int | None = None,
-        activation: str = "silu",
+        unit: Size | None = None,
+        activation: Activation = "silu",
         gated: bool = True,
         interleaved: bool = False,
         transposed: bool = False,
-        alpha: float = 1.702,
-        limit: float | None = None,
+        alpha: Finite = 1.702,
+        limit: Limit | None = None,
         parallel: ExpertParallel | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: FloatDtype | None = None,
     ) -> None:
         super().__init__()
-        intermediate_sizes = sizes("intermediate_sizes", intermediate_sizes)
         unit = math.gcd(*intermediate_sizes) if unit is None else unit
-        unit = at_least(1, "unit", unit)
         if any(width % unit for width in intermediate_sizes):
             raise ValueError(f"unit: expected a divisor of {list(intermediate_sizes)}, got {unit}")
         self.hidden_size, self.intermediate_sizes, self.unit = hidden_size, tuple(intermediate_sizes), unit
@@ -103,8 +101,7 @@ class HeterogeneousExperts(FillsBuffers):
 
     def slice_ids(self, topk_ids: Tensor) -> Tensor:
         """[T, K·most_slices] int32: the slices of the chosen experts [T,K], padded with -1."""
-        if can_be_read(topk_ids):
-            check_range("topk_ids", topk_ids, -1, self.num_experts)
+        refuse_unknown_experts(topk_ids, self.num_experts)
         self.fill_on(topk_ids.device)
         chosen = topk_ids.clamp(min=0)
         place = torch.arange(self.most_slices, dtype=torch.int32, device=topk_ids.device)

@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from switchgear.checks import Finite, FloatDtype, Size, checked
 from switchgear.functional import glu
-from switchgear.reference import check_size
+from switchgear.functional.arguments import Limit
+from switchgear.reference.activations import Activation
 
 
 class SharedExperts(nn.Module):
@@ -20,22 +22,21 @@ class SharedExperts(nn.Module):
     Parameters: gate_proj.weight [I,H] if gated, up_proj.weight [I,H], down_proj.weight [H,I]; their biases if bias.
     """
 
+    @checked
     def __init__(
         self,
-        hidden_size: int,
-        intermediate_size: int,
+        hidden_size: Size,
+        intermediate_size: Size,
         *,
-        activation: str = "silu",
+        activation: Activation = "silu",
         gated: bool = True,
         bias: bool = False,
-        alpha: float = 1.702,
-        limit: float | None = None,
+        alpha: Finite = 1.702,
+        limit: Limit | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: FloatDtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("hidden_size", hidden_size)
-        check_size("intermediate_size", intermediate_size)
         self.activation, self.gated, self.alpha, self.limit = activation, gated, alpha, limit
 
         def linear(size_in: int, size_out: int) -> nn.Linear:
@@ -60,18 +61,19 @@ class GatedSharedExperts(nn.Module):
     Same arguments as SharedExperts. Parameters: gate.weight [1,H], and those of experts.
     """
 
+    @checked
     def __init__(
         self,
-        hidden_size: int,
-        intermediate_size: int,
+        hidden_size: Size,
+        intermediate_size: Size,
         *,
-        activation: str = "silu",
+        activation: Activation = "silu",
         gated: bool = True,
         bias: bool = False,
-        alpha: float = 1.702,
-        limit: float | None = None,
+        alpha: Finite = 1.702,
+        limit: Limit | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: FloatDtype | None = None,
     ) -> None:
         super().__init__()
         self.gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)

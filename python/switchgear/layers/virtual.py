@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.checks import at_least, check_module
-from switchgear.reference import check_range
-from switchgear.routing.context import can_be_read
+from switchgear.checks import Count, checked
+from switchgear.layers.common import refuse_unknown_experts
 
 
 class VirtualExperts(nn.Module):
@@ -36,19 +35,18 @@ class VirtualExperts(nn.Module):
 
     not_matrices = ("constants", "mixing")  # for optim.muon_groups
 
+    @checked
     def __init__(
         self,
         experts: nn.Module,
         *,
-        null: int = 0,
-        copy: int = 0,
-        constant: int = 0,
+        null: Count = 0,
+        copy: Count = 0,
+        constant: Count = 0,
         renormalize: bool = True,
         mix_constants: bool = False,
     ) -> None:
         super().__init__()
-        check_module("experts", experts)
-        null, copy, constant = at_least(0, "null", null), at_least(0, "copy", copy), at_least(0, "constant", constant)
         self.experts, self.renormalize = experts, renormalize
         self.null, self.copy, self.constant = null, copy, constant
         self.hidden_size, self.num_real = int(experts.hidden_size), int(experts.num_experts)  # type: ignore[arg-type]
@@ -68,8 +66,7 @@ class VirtualExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., H], topk_ids and topk_weights [..., K] -> [..., H]."""
-        if can_be_read(topk_ids):
-            check_range("topk_ids", topk_ids, -1, self.num_experts)
+        refuse_unknown_experts(topk_ids, self.num_experts)
         first_copy = self.num_real + self.null
         first_constant = first_copy + self.copy
         is_real = topk_ids < self.num_real  # also true for holes

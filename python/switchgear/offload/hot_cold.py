@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.autograd import needs_autograd
 from switchgear.checks import Count, Positive, as_device, checked, convert
 from switchgear.experts import Experts
+from switchgear.functional.gradients import needs_autograd
 from switchgear.offload.device import CudaDevice, Event, find_device
 from switchgear.reference import check_range
-from switchgear.weights.checks import check_plain
+from switchgear.weights.module import check_plain
 
 # ---- Copies for one call ---------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from switchgear import ops
-from switchgear.autograd import needs_autograd
+from switchgear.functional.gradients import needs_autograd
 from switchgear.functional.layer import Biases, accumulate, apply_layer
 from switchgear.reference import weight_dtype
 from switchgear.utils.functions import not_compiled

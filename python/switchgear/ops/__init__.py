@@ -65,7 +65,7 @@ from switchgear.ops.stages import (
     permute,
     plan,
 )
-from switchgear.reference.arguments import GluOptions, Layer
+from switchgear.reference.layer import GluOptions, Layer
 
 __all__ = [
     "GRADIENTS",

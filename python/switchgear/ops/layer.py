@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from switchgear import backends
 from switchgear.ops.native import Kernels, host
 from switchgear.ops.registration import alike, matrix, register, rows, usable
-from switchgear.reference.arguments import NUM_REQUIRED, Layer
+from switchgear.reference.layer import NUM_REQUIRED, Layer
 
 _TYPES = {
     Sequence[Tensor]: "Tensor[]",
@@ -129,8 +129,10 @@ moe_forward: Callable[..., tuple[Tensor, Tensor]] = register(
 )
 
 
-def layer_forward(x: Tensor, layer: Layer, save_h: bool) -> tuple[Tensor, Tensor]:
-    """The op moe_forward."""
+def layer_forward(x: Tensor, layer: Layer, save_h: bool, is_direct: bool = False) -> tuple[Tensor, Tensor]:
+    """The op moe_forward. is_direct: the tensors need no dispatch."""
+    if is_direct:
+        return _forward(host, x, layer, save_h)
     return moe_forward(x, *layer[:NUM_REQUIRED], save_h, *layer[NUM_REQUIRED:])
 
 
@@ -218,37 +220,41 @@ def differentiable(x: Tensor, layer: Layer) -> tuple[Tensor | None, ...]:
     return x, *weights, layer.topk_weights, first[0], first[1], second[0], second[1]
 
 
-def _all_needs(needs: Sequence[bool]) -> tuple[bool, ...]:
-    return (*needs, *[False] * (len(GRADIENTS) - len(needs)))
-
-
-def _allocate_backward(
-    grad_y: Tensor,
+def _allocate_needed(
     x: Tensor,
-    h: Tensor,
     layer: Layer,
     needs: Sequence[bool],
     experts: Tensor | None,
     empty_weight: Callable[[Tensor], Tensor] = torch.empty_like,
-) -> tuple[Tensor, ...]:
-    """Gradients of weights have the strides of the weights, so that an optimizer sees one layout. With a list of
-    experts they are those of these experts only."""
+) -> list[Tensor | None]:
+    """The needed gradients, None for others. Those of weights have the strides of the weights, so that an optimizer
+    sees one layout. With a list of experts they are those of these experts only."""
     count = None if experts is None else matrix("experts", experts, 1).shape[0]  # at most E
-
-    def gradient(name: str, tensor: Tensor | None, need: bool) -> Tensor:
+    grads: list[Tensor | None] = [None] * len(GRADIENTS)
+    for index, (tensor, need) in enumerate(zip(differentiable(x, layer), needs, strict=False)):
         if tensor is None or not need:
-            absent: Tensor = x.new_empty(0, dtype=x.dtype if tensor is None else tensor.dtype)
-            return absent
+            continue
+        name, grad = GRADIENTS[index], None
         if count is not None and name.endswith(("_proj", "_bias")):
             tensor = tensor[:count]
         if name.endswith(("_proj", "_a", "_b")):
             grad = empty_weight(tensor)
-            if grad.stride(-1) == 1 or grad.stride(-2) == 1:
-                return grad  # otherwise the weight overlaps itself, so its strides are not usable
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            if grad.stride(-1) != 1 and grad.stride(-2) != 1:
+                grad = None  # the weight overlaps itself, so its strides are not usable
+        grads[index] = torch.empty_like(tensor, memory_format=torch.contiguous_format) if grad is None else grad
+    return grads
 
-    pairs = zip(GRADIENTS, differentiable(x, layer), _all_needs(needs), strict=True)
-    return tuple([gradient(*pair) for pair in pairs])
+
+def _fill_absent(x: Tensor, layer: Layer, grads: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The outputs of the op: tensors without elements in place of gradients that are not needed."""
+    pairs = zip(grads, differentiable(x, layer), strict=True)
+    return tuple([x.new_empty(0, dtype=(x if t is None else t).dtype) if grad is None else grad for grad, t in pairs])
+
+
+def _allocate_backward(
+    grad_y: Tensor, x: Tensor, h: Tensor, layer: Layer, needs: Sequence[bool], experts: Tensor | None
+) -> tuple[Tensor, ...]:
+    return _fill_absent(x, layer, _allocate_needed(x, layer, needs, experts))
 
 
 def _backward(
@@ -259,12 +265,10 @@ def _backward(
     layer: Layer,
     needs: Sequence[bool],
     experts: Tensor | None,
-) -> tuple[Tensor, ...]:
-    grads = _allocate_backward(grad_y, x, h, layer, needs, experts, kernels.empty_weight)
-    pairs = zip(grads, _all_needs(needs), differentiable(x, layer), strict=True)
-    outputs = (grad if need and tensor is not None else None for grad, need, tensor in pairs)
+) -> list[Tensor | None]:
+    grads = _allocate_needed(x, layer, needs, experts, kernels.empty_weight)
     inputs = (rows(grad_y), rows(x), rows(h), None if experts is None else experts.contiguous())
-    kernels.module.moe_backward(inputs, _for_kernels(layer), (*outputs, False), kernels.execution())
+    kernels.module.moe_backward(inputs, _for_kernels(layer), (*grads, False), kernels.execution())
     return grads
 
 
@@ -272,16 +276,24 @@ moe_backward: Callable[..., tuple[Tensor, ...]] = register(
     f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs, {_OPTIONAL}, Tensor? experts=None) "
     f"-> ({', '.join(f'Tensor grad_{name}' for name in GRADIENTS)})",
     _allocate_backward,
-    run=_backward,
+    run=lambda kernels, *args: _fill_absent(args[1], args[3], _backward(kernels, *args)),
     collect=lambda args: (*args[:3], _layer_in(args, 3), args[3 + NUM_REQUIRED], args[-1]),
     flops=_backward_flops,
 )
 
 
 def layer_backward(
-    grad_y: Tensor, x: Tensor, h: Tensor, layer: Layer, needs: Sequence[bool], experts: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """The op moe_backward."""
+    grad_y: Tensor,
+    x: Tensor,
+    h: Tensor,
+    layer: Layer,
+    needs: Sequence[bool],
+    experts: Tensor | None = None,
+    is_direct: bool = False,
+) -> Sequence[Tensor | None]:
+    """The op moe_backward. is_direct: the tensors need no dispatch; gradients that are not needed are None then."""
+    if is_direct:
+        return _backward(host, grad_y, x, h, layer, needs, experts)
     return moe_backward(grad_y, x, h, *layer[:NUM_REQUIRED], needs, *layer[NUM_REQUIRED:], experts)
 
 
@@ -292,17 +304,11 @@ def moe_backward_on_host(
     h: Tensor,
     layer: Layer,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+) -> list[Tensor | None]:
     """The gradients of moe_backward, for plain projections without adapters that need no dispatch. Those of the
     projections are added to `weight_gradients`, which have the strides of the projections, and are None here; None,
     too, for one that is not needed."""
-
-    def gradient(tensor: Tensor | None, need: bool) -> Tensor | None:
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format) if need and tensor is not None else None
-
-    need_x, _, _, *need_others = needs[:6]
-    grad_x = gradient(x, need_x)
-    others = tuple(map(gradient, (layer.gate_up_bias, layer.down_bias, layer.topk_weights), need_others))
-    outputs = (grad_x, *weight_gradients, *others, None, None, None, None, True)
+    grads = _allocate_needed(x, layer, (needs[0], False, False, *needs[3:6]), None)
+    outputs = (grads[0], *weight_gradients, *grads[3:], True)
     host.module.moe_backward((rows(grad_y), rows(x), h, None), _for_kernels(layer), outputs, host.execution())
-    return grad_x, None, None, *others, None, None, None, None
+    return grads

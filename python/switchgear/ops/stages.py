@@ -36,42 +36,26 @@ plan: Callable[..., tuple[Tensor, Tensor, Tensor]] = register(
 # ---- permute, combine ------------------------------------------------------------------------------------------------
 
 
-def _allocate_permute(x: Tensor, expert_offsets: Tensor, token_indices: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(token_indices.shape[0], matrix("x", x).shape[1])
-
-
 permute: Callable[..., Tensor] = register(
     "permute(Tensor x, Tensor expert_offsets, Tensor token_indices, Tensor slot_indices, Tensor? topk_weights) "
     "-> Tensor",
-    _allocate_permute,
+    lambda x, _, token_indices, *__: x.new_empty(token_indices.shape[0], matrix("x", x).shape[1]),
     lambda x, *others: ((rows(x), *map(dense, others)), ()),
 )
-
-
-def _allocate_combine(
-    permuted_y: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor, *_: Any
-) -> Tensor:
-    return permuted_y.new_empty(slot_indices.shape[0], matrix("permuted_y", permuted_y).shape[1])
 
 
 combine: Callable[..., Tensor] = register(
     "combine(Tensor permuted_y, Tensor expert_offsets, Tensor token_indices, Tensor slot_indices, "
     "Tensor? topk_weights) -> Tensor",
-    _allocate_combine,
+    lambda y, _, __, slot_indices, *___: y.new_empty(slot_indices.shape[0], matrix("permuted_y", y).shape[1]),
     lambda permuted_y, *others: ((rows(permuted_y), *map(dense, others)), ()),
 )
-
-
-def _allocate_combine_weight_backward(
-    grad_y: Tensor, permuted_y: Tensor, expert_offsets: Tensor, token_indices: Tensor, slot_indices: Tensor
-) -> Tensor:
-    return grad_y.new_empty(slot_indices.shape, dtype=reference.weight_dtype(grad_y.dtype))
 
 
 combine_weight_backward: Callable[..., Tensor] = register(
     "combine_weight_backward(Tensor grad_y, Tensor permuted_y, Tensor expert_offsets, Tensor token_indices, "
     "Tensor slot_indices) -> Tensor",
-    _allocate_combine_weight_backward,
+    lambda grad_y, *others: grad_y.new_empty(others[-1].shape, dtype=reference.weight_dtype(grad_y.dtype)),
     lambda grad_y, permuted_y, *plan: ((rows(grad_y), rows(permuted_y), *map(dense, plan)), ()),
 )
 
@@ -167,13 +151,9 @@ glu: Callable[..., Tensor] = register(
 )
 
 
-def _allocate_glu_backward(grad_a: Tensor, h: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(h, memory_format=torch.contiguous_format)
-
-
 glu_backward: Callable[..., Tensor] = register(
     "glu_backward(Tensor grad_a, Tensor h, str activation, bool gated, bool interleaved, float alpha, float limit) "
     "-> Tensor",
-    _allocate_glu_backward,
+    lambda grad_a, h, *_: torch.empty_like(h, memory_format=torch.contiguous_format),
     lambda grad_a, h, *options: ((rows(grad_a), rows(h)), options),
 )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from switchgear.autograd import apply, needs_autograd
 from switchgear.backends import in_autocast
 from switchgear.experts import Experts
 from switchgear.functional import as_ids, as_limit, as_weights, in_autocast_dtype
+from switchgear.functional.gradients import apply, needs_autograd
 from switchgear.ops import GluOptions
 from switchgear.parallel import exchange, static
 from switchgear.parallel.group import ExpertParallel

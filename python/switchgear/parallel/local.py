@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from switchgear import ops, reference
-from switchgear.autograd import is_transposed
+from switchgear.functional.gradients import is_transposed
 from switchgear.ops import GluOptions
 from switchgear.parallel.layout import Receiving, expert_of
 from switchgear.weights.exact import panel_layout

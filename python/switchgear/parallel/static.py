@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.autograd import apply
+from switchgear.functional.gradients import apply
 from switchgear.parallel import exchange
 from switchgear.parallel.rows import Transfers
 from switchgear.reference import weight_dtype

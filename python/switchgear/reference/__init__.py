@@ -8,17 +8,15 @@ gradcheck in float64 verifies the formulas that the kernels implement.
 
 routing.py    the router's product and the choice of experts; policies.py: the ops of routing policies
 stages.py     plan, permute, combine; products.py: grouped_gemm; activations.py: the activation between the projections
-layer.py      the whole layer: moe_forward, moe_accumulate, moe_backward; adapters.py: low-rank adapters of projections
+layer.py      the whole layer: Layer, moe_forward, moe_accumulate, moe_backward; low-rank adapters of projections
 formats.py    the tensors of a weight, by format: panels.py, compact.py, integers.py, minifloat.py, nf4.py, groups.py
-arguments.py  Layer; checks.py, rows.py: helpers of the others
+checks.py     constraints of arguments
 
 Letters: T tokens · K top_k · E experts · H hidden_size · I intermediate_size · S = T·K slots · N = 2I (gated) or I.
 Errors: ValueError, or TypeError for a dtype, with the argument, what was expected and what was passed.
 """
 
 from switchgear.reference.activations import ACTIVATIONS, activate, glu, glu_backward, halves
-from switchgear.reference.adapters import keeps
-from switchgear.reference.arguments import GluOptions, Layer
 from switchgear.reference.checks import (
     check_choice,
     check_finite,
@@ -29,7 +27,7 @@ from switchgear.reference.checks import (
     weight_dtype,
     wide,
 )
-from switchgear.reference.layer import moe_accumulate, moe_backward, moe_forward
+from switchgear.reference.layer import GluOptions, Layer, keeps, moe_accumulate, moe_backward, moe_forward
 from switchgear.reference.policies import (
     DROPS,
     assign_balanced,
@@ -52,8 +50,15 @@ from switchgear.reference.routing import (
     sanitize,
     scores,
 )
-from switchgear.reference.rows import gather_rows, segments, to_slots
-from switchgear.reference.stages import combine, combine_weight_backward, permute, plan
+from switchgear.reference.stages import (
+    combine,
+    combine_weight_backward,
+    gather_rows,
+    permute,
+    plan,
+    segments,
+    to_slots,
+)
 
 __all__ = [
     "ACTIVATIONS",

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from switchgear.reference.checks import check, check_choice, check_finite, wide
+from switchgear.checks import Finite, NotNegative, OneOf, checked
+from switchgear.reference.checks import Floats, wide
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
+Activation = Annotated[str, OneOf(ACTIVATIONS)]
+Hidden = Annotated[Tensor, Floats("S", "N")]
 
 
 def activate(gate: Tensor, activation: str, alpha: float) -> tuple[Tensor, Tensor]:
@@ -33,17 +37,10 @@ def activate(gate: Tensor, activation: str, alpha: float) -> tuple[Tensor, Tenso
     return gate * sigmoid, sigmoid * (1 + beta * gate * (1 - sigmoid))
 
 
-def check_options(activation: str, gated: bool, alpha: float, limit: float) -> None:
-    check_choice("activation", activation, ACTIVATIONS)
+def find_intermediate_size(name: str, width: int, activation: str, gated: bool) -> int:
+    """I of N. Raises ValueError if there is none."""
     if activation == "swiglu_oai" and not gated:
         raise ValueError("activation: expected gated experts for swiglu_oai, got gated=False")
-    check_finite("alpha", alpha)
-    check_finite("limit", limit)
-    if limit < 0:
-        raise ValueError(f"limit: expected 0 (none) or a positive number, got {limit}")
-
-
-def intermediate_size_of(name: str, width: int, gated: bool) -> int:
     if gated and width % 2:
         raise ValueError(f"{name}: expected an even N (gates and ups) for gated experts, got N={width}")
     return width // 2 if gated else width
@@ -90,24 +87,30 @@ def glu_backward_of(
     return torch.cat((grad_gate, grad_up), -1)
 
 
-def glu(h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float) -> Tensor:
+@checked
+def glu(h: Hidden, activation: Activation, gated: bool, interleaved: bool, alpha: Finite, limit: NotNegative) -> Tensor:
     """a [S,I] of h [S,N]: act(gate) ⊙ up for gated experts, else act(h).
 
     limit > 0    gate = min(gate, limit) and up = clamp(up, -limit, limit) first
     swiglu_oai   gate · sigmoid(alpha · gate) ⊙ (up + 1), gpt-oss's gate (gated only)
     interleaved  gate = h[:, 0::2], up = h[:, 1::2]; otherwise gate = h[:, :I], up = h[:, I:]
     """
-    check_options(activation, gated, alpha, limit)
-    check("h", h, (None, None))
-    intermediate_size_of("h", h.shape[1], gated)
+    find_intermediate_size("h", h.shape[1], activation, gated)
     return glu_of(wide(h), activation, gated, interleaved, alpha, limit).to(h.dtype).contiguous()
 
 
+@checked
 def glu_backward(
-    grad_a: Tensor, h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float
+    grad_a: Annotated[Tensor, Floats("S", "I")],
+    h: Hidden,
+    activation: Activation,
+    gated: bool,
+    interleaved: bool,
+    alpha: Finite,
+    limit: NotNegative,
 ) -> Tensor:
     """grad_h [S,N] of grad_a [S,I]."""
-    check_options(activation, gated, alpha, limit)
-    check("h", h, (None, None))
-    check("grad_a", grad_a, (h.shape[0], intermediate_size_of("h", h.shape[1], gated)), h.dtype)
+    width = find_intermediate_size("h", h.shape[1], activation, gated)
+    if grad_a.shape[1] != width:
+        raise ValueError(f"grad_a: expected shape [{len(h)}, {width}], got {list(grad_a.shape)}")
     return glu_backward_of(wide(grad_a), wide(h), activation, gated, interleaved, alpha, limit).to(h.dtype)

@@ -1,17 +1,68 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checks of arguments, which raise ValueError, or TypeError for a dtype, with the argument, what was expected and what
-was passed; the dtype of sums; and a rounded division."""
+"""Constraints of arguments, for annotations of functions that are `checked`; checks of contents; the dtype of sums; and
+a rounded division.
+
+Errors are ValueError, or TypeError for a dtype, with the argument, what was expected and what was passed.
+"""
 
 from __future__ import annotations
 
 import math
-import operator
+import typing
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+
+from switchgear.checks import Range, convert, integer
+
+MAX_EXPERTS = 1 << 24  # of a plan, whose memory grows with them; far more than the millions of any model
+NumExperts = Annotated[int, Range(1, MAX_EXPERTS)]
+
+
+# ---- constraints -----------------------------------------------------------------------------------------------------
+
+
+class Numbers:
+    """A tensor's dtype and sizes. dtype: one of torch's; "any float", of at least 16 bits; "float", the same in all
+    arguments; or "sum", that of sums of these. Sizes: a name for the same size in all arguments, or None for any; only
+    the first may be 0."""
+
+    def __init__(self, dtype: torch.dtype | str, *sizes: str | None) -> None:
+        self.dtype, self.sizes = dtype, sizes
+
+    def check(self, name: str, value: Tensor, sizes: dict[str, Any]) -> None:
+        dtype: Any = self.dtype
+        if isinstance(dtype, str):
+            dtype = {"any float": None, "float": (one := sizes.get("dtype")), "sum": one and weight_dtype(one)}[dtype]
+        check(name, value, [None if size is None else sizes.get(size) for size in self.sizes], dtype)
+        sizes.update({size: got for size, got in zip(self.sizes, value.shape, strict=True) if size is not None})
+        if self.dtype == "float":
+            sizes["dtype"] = value.dtype
+
+
+class Fields:
+    """A NamedTuple whose fields are as its annotations say."""
+
+    @staticmethod
+    def check(name: str, value: Any, sizes: dict[str, Any]) -> None:
+        hints = typing.get_type_hints(type(value), include_extras=True)
+        for field, item in zip(value._fields, value, strict=True):
+            convert(field, item, hints[field], sizes)
+
+
+AnyFloats, Floats = partial(Numbers, "any float"), partial(Numbers, "float")
+Sums, Indices = partial(Numbers, "sum"), partial(Numbers, torch.int32)
+
+Rows = Annotated[Tensor, Floats("T", "H")]
+Experts = Annotated[Tensor, Indices("n")]  # a list of them
+TopkIds = Annotated[Tensor, Indices("T", "K")]
+TopkWeights = Annotated[Tensor, Sums("T", "K")]
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -42,8 +93,7 @@ def check_range(name: str, indices: Tensor, low: int, high: int) -> None:
 
 
 def check_experts(experts: Tensor | None, num_experts: int) -> None:
-    """Checks a list of experts: int32 [n], ascending. None passes."""
-    check("experts", experts, (None,), torch.int32)
+    """Checks that a list of experts [n] is ascending. None passes."""
     if experts is None:
         return
     check_range("experts", experts, 0, num_experts)
@@ -51,29 +101,17 @@ def check_experts(experts: Tensor | None, num_experts: int) -> None:
         raise ValueError(f"experts: expected ascending values, got {experts.tolist()}")
 
 
-MAX_EXPERTS = 1 << 24  # of a plan, whose memory grows with them; far more than the millions of any model
-
-
 def check_size(name: str, value: int, least: int = 1) -> int:
     """A size of at least `least`, of any type of integers (numpy's too), as int. Raises TypeError or ValueError for
     anything else."""
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        value = _index(name, value)
+    value = integer(name, value)
     if not least <= value < 2**31:
         raise ValueError(f"{name}: expected {least} to 2^31 - 1, got {value}")
     return value
 
 
-def _index(name: str, value: Any) -> int:
-    if not isinstance(value, (bool, Tensor)):  # reading a tensor waits for its device
-        with suppress(TypeError):
-            return operator.index(value)
-    raise TypeError(f"{name}: expected int, got {type(value).__name__}")
-
-
 def check_num_experts(num_experts: int) -> None:
-    if not 1 <= num_experts <= MAX_EXPERTS:
-        raise ValueError(f"num_experts: expected 1 to {MAX_EXPERTS}, got {num_experts}")
+    convert("num_experts", num_experts, NumExperts)
 
 
 def check_finite(name: str, value: float) -> None:

@@ -39,22 +39,23 @@ class Format(NamedTuple):
     bits: int  # of a code; 0: of the dtype
     family: str  # "exact", "integers", "minifloats" or "groups": how products multiply it
     needed: tuple[str, ...] = ()  # tensors beside the data
+    scales: torch.dtype | None = None  # of the tensor `scales`
     on_cuda: bool = True  # CUDA's kernels read it
 
 
 def _minifloat(kind: minifloat.Minifloat) -> Format:
     needed = ("scales", "row_scales") if kind.row_scales else ("scales",)
-    return Format(kind.name, kind.number, kind.bits, "minifloats", needed)
+    return Format(kind.name, kind.number, kind.bits, "minifloats", needed, kind.scales)
 
 
 _TABLE = (
     Format("plain", 0, 0, "exact"),
     Format("panels", 1, 0, "exact", on_cuda=False),
     Format("compact", 2, 0, "exact", on_cuda=False),
-    Format("int8", 3, 8, "integers", ("scales", "row_scales")),
-    Format("int4", 4, 4, "integers", ("scales", "row_scales")),
+    Format("int8", 3, 8, "integers", ("scales", "row_scales"), torch.int8),
+    Format("int4", 4, 4, "integers", ("scales", "row_scales"), torch.int8),
     *map(_minifloat, minifloat.MINIFLOATS.values()),
-    Format("groups", 8, 4, "groups", ("scales", "records")),
+    Format("groups", 8, 4, "groups", ("scales", "records"), torch.float16),
 )
 TABLE = {row.name: row for row in sorted(_TABLE, key=lambda row: row.number)}
 FORMATS = tuple(TABLE)  # by number
@@ -171,13 +172,45 @@ def _check_storage(name: str, stored: Stored, dtype: torch.dtype) -> None:
         panels.check_storage(name, stored.data, rows, cols, dtype)
     elif stored.format == "compact":
         compact.check_storage(name, stored.data, rows, dtype, stored.element_bytes)
-    elif stored.format in BITS:
-        sizes = (rows, cols, BITS[stored.format], stored.parts, stored.group_size)
-        integers.check_storage(name, _quantized(stored), *sizes)
-    elif stored.format == "groups":
-        groups.check_storage(name, _in_groups(stored), rows, cols, stored.parts, stored.group_size)
     else:
-        _check_minifloat(name, stored)
+        if (allowed := _explain_group_size(stored)) is not None:
+            raise ValueError(f"{name}: expected a group_size of {allowed}, got {stored.group_size}")
+        for field, (shape, kind) in _list_tensors(stored).items():
+            count = None if field in ("data", "records") else stored.num_stored
+            check(name if field == "data" else f"{name}_{field}", getattr(stored, field), (count, *shape), kind)
+        if stored.format == "groups":
+            groups.check_records(name, _in_groups(stored))
+
+
+def _explain_group_size(stored: Stored) -> str | None:
+    """The group sizes that a format has, if that of a weight is none of them."""
+    size = stored.group_size
+    if stored.format in BITS:
+        is_known = not size or (size >= 16 and not size & (size - 1))
+        return None if is_known else "0 (the whole row) or a power of two from 16 on"
+    kind = minifloat.MINIFLOATS.get(stored.format)
+    if kind is not None and kind.group:
+        return None if size == kind.group else str(kind.group)
+    is_known = size >= 0 and not size % minifloat.COLUMNS
+    return None if is_known else f"0 (the whole row) or a multiple of {minifloat.COLUMNS}"
+
+
+def _list_tensors(stored: Stored) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Shape after the first dimension, and dtype, of each tensor of a weight in blocks of rows."""
+    cols, block = stored.cols, integers.BLOCK_ROWS
+    blocks = stored.parts * divide_up(stored.rows // stored.parts, block)
+    scales = (blocks, divide_up(cols, stored.group_size or cols), block)
+    tensors = {
+        "scales": (scales, TABLE[stored.format].scales), "row_scales": ((blocks, block), torch.float32),
+        "zeros": (scales, torch.uint8), "records": ((2,), torch.int32),
+    }  # fmt: skip
+    if stored.format == "groups":
+        data = (blocks, divide_up(cols, minifloat.COLUMNS), groups.PLANE)
+    elif stored.format in BITS:
+        data = (blocks, divide_up(cols, 8) * BITS[stored.format] // 4, 64)
+    else:
+        data = minifloat.blocks_shape(stored.rows, cols, stored.format, stored.parts)
+    return {"data": (data, torch.uint8), **tensors}
 
 
 def _check_strides(name: str, tensor: Tensor | None) -> None:
@@ -188,19 +221,6 @@ def _check_strides(name: str, tensor: Tensor | None) -> None:
             f"{name}: expected contiguous experts, adjacent or a multiple of 64 bytes apart, got strides "
             f"{list(tensor.stride())} of {list(tensor.shape)}"
         )
-
-
-def _check_minifloat(name: str, stored: Stored) -> None:
-    kind, size = minifloat.MINIFLOATS[stored.format], stored.group_size
-    if size != kind.group and (kind.group or size < 0 or size % minifloat.COLUMNS):
-        allowed = kind.group or "0 (the whole row) or a multiple of 32"
-        raise ValueError(f"{name}: expected a group_size of {allowed}, got {size}")
-    shape = minifloat.blocks_shape(stored.rows, stored.cols, kind.name, stored.parts)
-    experts, groups = stored.data.shape[0], divide_up(stored.cols, size or stored.cols)
-    check(name, stored.data, (None, *shape), torch.uint8)
-    check(f"{name}_scales", stored.scales, (experts, shape[0], groups, minifloat.ROWS), kind.scales)
-    if kind.row_scales:
-        check(f"{name}_row_scales", stored.row_scales, (experts, shape[0], minifloat.ROWS), torch.float32)
 
 
 _INDEXED = ("data", "scales", "row_scales", "zeros")  # by slots

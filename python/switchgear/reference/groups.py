@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from switchgear.reference.checks import check, divide_up
+from switchgear.reference.checks import divide_up
 from switchgear.reference.integers import inverse
 from switchgear.reference.minifloat import COLUMNS, ROWS, finite_experts, row_slices
 
@@ -248,21 +248,10 @@ def from_blocks(weight: Blocks, rows: int, columns: int, parts: int = 1) -> Leve
     )
 
 
-def check_storage(name: str, weight: Blocks, rows: int, columns: int, parts: int, group_size: int) -> None:
-    """Checks that the tensors of a weight [E,rows,columns] have the shapes and dtypes of the format, and that its
-    records are within the planes of `data`."""
-    if group_size < 0 or group_size % COLUMNS:
-        raise ValueError(
-            f"{name}: expected a group_size of 0 (the whole row) or a multiple of {COLUMNS}, got {group_size}"
-        )
-    blocks, groups = parts * divide_up(rows // parts, ROWS), divide_up(columns, group_size or columns)
-    check(name, weight.data, (None, blocks, divide_up(columns, COLUMNS), PLANE), torch.uint8)
-    check(f"{name}_records", weight.records, (None, 2), torch.int32)
-    num_experts = len(weight.records)
-    check(f"{name}_scales", weight.scales, (num_experts, blocks, groups, ROWS), torch.float16)
-    if weight.zeros is not None:
-        check(f"{name}_zeros", weight.zeros, (num_experts, blocks, groups, ROWS), torch.uint8)
-    planes, plane, stride = len(weight.data), blocks * divide_up(columns, COLUMNS) * PLANE, weight.data.stride(0)
+def check_records(name: str, weight: Blocks) -> None:
+    """Checks that the records are within the planes of `data`."""
+    planes, stride = len(weight.data), weight.data.stride(0)
+    plane = weight.data.shape[1:].numel()
     end = (planes - 1) * stride + plane
     for i, (first, bits) in enumerate(weight.records.tolist()):
         if not 1 <= bits <= MOST_BITS:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.reference.checks import check, divide_up
-from switchgear.reference.rows import segments
+from switchgear.reference.checks import divide_up
+from switchgear.reference.stages import segments
 
 BLOCK_ROWS = 16
 ACTIVATION_BLOCK = 256  # columns of activations that share a scale, if groups of weights are not larger
@@ -263,20 +263,3 @@ def multiply(rows: Tensor, levels: Levels, bits: int, group_size: int, expert_of
                 total = torch.zeros_like(total)
         out[slots] *= levels.row_scales[expert]
     return out
-
-
-def check_storage(
-    name: str, weight: Quantized, rows: int, columns: int, bits: int, parts: int, group_size: int
-) -> None:
-    """Checks that the tensors of a weight [E,rows,columns] have the shapes and dtypes of its format."""
-    if group_size and (group_size < 16 or group_size & (group_size - 1)):
-        raise ValueError(
-            f"{name}: expected a group_size of 0 (the whole row) or a power of two from 16 on, got {group_size}"
-        )
-    blocks = parts * divide_up(rows // parts, BLOCK_ROWS)
-    groups, words = divide_up(columns, group_size or columns), divide_up(columns, 8) * (2 if bits == 8 else 1)
-    check(name, weight.values, (None, blocks, words, 64), torch.uint8)
-    num_experts = weight.values.shape[0]
-    check(f"{name}_scales", weight.scales, (num_experts, blocks, groups, BLOCK_ROWS), torch.int8)
-    check(f"{name}_row_scales", weight.row_scales, (num_experts, blocks, BLOCK_ROWS), torch.float32)
-    check(f"{name}_zeros", weight.zeros, (num_experts, blocks, groups, BLOCK_ROWS), torch.uint8)

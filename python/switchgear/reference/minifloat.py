@@ -17,13 +17,14 @@ stored one, which the kernels read. to_blocks and from_blocks convert between th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from switchgear.checks import checked
 from switchgear.reference.checks import divide_up
 
 ROWS, COLUMNS = 16, 32  # of a step of the stored layout; mxfp4: 32 columns share a scale
@@ -34,6 +35,7 @@ FP8_MAX = 448.0
 SMALLEST_SCALE = 2.0**-126  # of fp8: the smallest normal float32; below, amax / 448 loses bits, or is zero
 NF4_BLOCK, NVFP4_BLOCK = 64, 16  # columns that share a scale
 MXFP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0..7; bit 3 is the sign
+E2M1_VALUES = (*MXFP4_VALUES, *(-value for value in MXFP4_VALUES))
 NAN_SCALE = 255  # of e8m0
 
 
@@ -110,26 +112,26 @@ def e8m0_scales(codes: Tensor) -> Tensor:
     return torch.where(codes == 0, 1 << 22, torch.where(codes == NAN_SCALE, 0x7FC00000, bits)).view(torch.float32)
 
 
-def _e2m1_values(device: torch.device) -> Tensor:
-    """The values of codes 0..15, float32."""
-    return torch.tensor((*MXFP4_VALUES, *(-value for value in MXFP4_VALUES)), device=device)
-
-
 # ---- encode ----------------------------------------------------------------------------------------------------------
 
 
-def check_parts(rows: int, parts: int) -> None:
-    """Raises ValueError unless the rows can be split into `parts` equal parts."""
+class _Group:
+    """Rows and columns that fp8 supports as a group."""
+
+    @staticmethod
+    def check(name: str, value: tuple[int, int], sizes: Any) -> None:
+        if value[0] < 1 or value[1] < 0 or value[1] % COLUMNS:
+            raise ValueError(
+                f"{name}: expected rows from 1 on and a multiple of {COLUMNS} columns, 0 for all of them, got {value}"
+            )
+
+
+Group = Annotated[tuple[int, int], _Group]
+
+
+def _check_parts(rows: int, parts: int) -> None:
     if parts < 1 or rows % parts:
         raise ValueError(f"parts: expected a divisor of N={rows}, got {parts}")
-
-
-def check_group(group: tuple[int, int]) -> None:
-    """Raises ValueError for a group that fp8 does not support."""
-    if group[0] < 1 or group[1] < 0 or group[1] % COLUMNS:
-        raise ValueError(
-            f"group: expected rows from 1 on and a multiple of {COLUMNS} columns, 0 for all of them, got {group}"
-        )
 
 
 def _split_parts(matrix: Tensor, parts: int, multiple: int) -> Tensor:
@@ -175,7 +177,8 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.itemsize])
 
 
-def encode_fp8(weight: Tensor, group: tuple[int, int] = BLOCK, parts: int = 1, name: str = "weight") -> Encoded:
+@checked
+def encode_fp8(weight: Tensor, group: Group = BLOCK, parts: int = 1, name: str = "weight") -> Encoded:
     """Encodes a weight [E,N,C] in fp8: scale = amax / 448 of a group of rows and columns, value = weight / scale in
     float32, rounded to the nearest e4m3fn (ties to even, at most ±448).
 
@@ -187,8 +190,7 @@ def encode_fp8(weight: Tensor, group: tuple[int, int] = BLOCK, parts: int = 1, n
 
     ValueError for NaN and infinities; it names the weight by `name`.
     """
-    check_group(group)
-    check_parts(weight.shape[-2], parts)
+    _check_parts(weight.shape[-2], parts)
 
     def encode(w: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = w.shape
@@ -256,7 +258,7 @@ def encode_nvfp4(weight: Tensor, parts: int = 1, name: str = "weight") -> Encode
 
     ValueError for NaN and infinities; it names the weight by `name`.
     """
-    check_parts(weight.shape[-2], parts)
+    _check_parts(weight.shape[-2], parts)
     columns = weight.shape[-1]
 
     def encode_part(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,20 +306,28 @@ def decode_fp8(
     return out
 
 
+def decode_pairs(
+    values: Tensor, table: Sequence[float], columns: int, dtype: torch.dtype, scales: Tensor, size: int, first: int
+) -> Tensor:
+    """Decodes codes of 4 bits [E,N,⌈C/2⌉] to table[code] · scale [E,N,C] in float32, rounded to `dtype`. Each of
+    `scales` [E,N,G] float32 is for `size` columns. first: the half of a byte with the even column, 0 for the lower."""
+    out = torch.empty(*values.shape[:2], columns, dtype=dtype, device=values.device)
+    low = torch.tensor(table, device=values.device)
+    halves = low.repeat(16), low.repeat_interleave(16)  # of each byte
+    pairs = torch.stack((halves[first], halves[1 - first]), -1)
+    for some, codes, scale in zip(*(row_slices(t.flatten(0, 1)) for t in (out, values, scales)), strict=True):
+        decoded = pairs[codes.int()].flatten(1)[:, :columns]
+        some.copy_(decoded.mul_(scale.repeat_interleave(size, 1)[:, :columns]))
+    return out
+
+
 def decode_mxfp4(
     blocks: Tensor, scales: Tensor, columns: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Decodes published mxfp4 to [E,N,C] exactly. float32 and bfloat16 represent every scale · value below 2^128;
     larger ones become infinity. Scale code 255 gives NaN. Pass `columns`, C, if the last block is padded."""
-    columns = 32 * blocks.shape[2] if columns is None else columns
-    out = torch.empty(*blocks.shape[:2], columns, dtype=dtype, device=blocks.device)
-    values = _e2m1_values(blocks.device)
-    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)  # the two values of each byte
-    slices = (row_slices(tensor.flatten(0, 1)) for tensor in (out, blocks, scales))
-    for some, block, scale in zip(*slices, strict=True):
-        decoded = pairs[block.int()].flatten(2).mul_(e8m0_scales(scale)[..., None])
-        some.copy_(decoded.flatten(1)[:, :columns])
-    return out
+    columns = COLUMNS * blocks.shape[2] if columns is None else columns
+    return decode_pairs(blocks.flatten(2), E2M1_VALUES, columns, dtype, e8m0_scales(scales), COLUMNS, 0)
 
 
 def nvfp4_scales(codes: Tensor, tensor_scales: Tensor) -> Tensor:
@@ -335,16 +345,9 @@ def decode_nvfp4(
     """Decodes published nvfp4 to [E,N,C]: value · (scale · tensor_scale), each product rounded to float32, and again to
     a narrower `dtype`. `tensor_scales` is [E,parts]. Pass `columns`, C, if it is odd."""
     columns = 2 * values.shape[2] if columns is None else columns
-    out = torch.empty(*values.shape[:2], columns, dtype=dtype, device=values.device)
-    table = _e2m1_values(values.device)
-    pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), -1)  # the two values of each byte
     by_row = tensor_scales.repeat_interleave(values.shape[1] // tensor_scales.shape[1], 1)[..., None]
-    tensors = out, values, scales.view(torch.uint8), by_row
-    for some, codes, scale, whole in zip(*(row_slices(tensor.flatten(0, 1)) for tensor in tensors), strict=True):
-        decoded = pairs[codes.int()].flatten(1)[:, :columns]
-        factors = nvfp4_scales(scale, whole).repeat_interleave(NVFP4_BLOCK, 1)[:, :columns]
-        some.copy_(decoded.mul_(factors))
-    return out
+    factors = nvfp4_scales(scales.view(torch.uint8), by_row)
+    return decode_pairs(values, E2M1_VALUES, columns, dtype, factors, NVFP4_BLOCK, 0)
 
 
 def decode(
@@ -505,7 +508,8 @@ def from_blocks(
     return values, shares[:, :, :: group[0]].flatten(1, 2)
 
 
-def check_published(values: Tensor, scales: Tensor, format: str, parts: int, group: tuple[int, int] = BLOCK) -> None:
+@checked
+def check_published(values: Tensor, scales: Tensor, format: str, parts: int, group: Group = BLOCK) -> None:
     """Raises ValueError or TypeError with the argument's name unless this is a finite weight in published layout."""
     if format not in MINIFLOATS:
         raise ValueError(f"format: expected one of {', '.join(MINIFLOATS)}, got {format!r}")
@@ -514,9 +518,8 @@ def check_published(values: Tensor, scales: Tensor, format: str, parts: int, gro
     if values.dim() != shape.count(",") + 1:
         raise ValueError(f"values: expected {shape}, got {list(values.shape)}")
     num_experts, rows, columns = values.shape[:3]
-    check_parts(rows, parts)
+    _check_parts(rows, parts)
     if is_fp8:
-        check_group(group)
         groups = divide_up(columns, group[1] or max(columns, 1))
         _check("values", values, tuple(values.shape), (torch.uint8, torch.float8_e4m3fn))
         _check("scales", scales, (num_experts, parts * divide_up(rows // parts, group[0]), groups), (torch.float32,))

@@ -15,7 +15,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from switchgear.reference.minifloat import NF4_BLOCK, Encoded, encode_experts, encoded, pad_zeros, row_slices
+from switchgear.reference.minifloat import NF4_BLOCK, Encoded, decode_pairs, encode_experts, encoded, pad_zeros
 
 # Of codes 0..15, from the paper's appendix E, as float32.
 VALUES = (
@@ -79,10 +79,4 @@ def decode_nf4(
     """Decodes published nf4 to [E,N,C]: absmax · value in float32, rounded once, and again to a narrower `dtype`. Pass
     `columns`, C, if it is odd."""
     columns = 2 * values.shape[2] if columns is None else columns
-    out = torch.empty(*values.shape[:2], columns, dtype=dtype, device=values.device)
-    table = torch.tensor(VALUES, device=values.device)
-    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), -1)  # the two values of each byte
-    for some, codes, scale in zip(*(row_slices(tensor.flatten(0, 1)) for tensor in (out, values, absmax)), strict=True):
-        decoded = pairs[codes.int()].flatten(1)[:, :columns]
-        some.copy_(decoded.mul_(scale.repeat_interleave(NF4_BLOCK, 1)[:, :columns]))
-    return out
+    return decode_pairs(values, VALUES, columns, dtype, absmax, NF4_BLOCK, 1)

@@ -9,14 +9,28 @@ their sequence: sequence_ids [T] int32 in [0, B). If it is None, all tokens are 
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from switchgear.reference.checks import check, check_choice, check_finite, check_range, wide
-from switchgear.reference.routing import NORMALIZE_EPSILON, SCORE_FUNCTIONS, ordered_sum, sanitize, scores
+from switchgear.checks import Count, Finite, OneOf, Range, Size, checked
+from switchgear.reference.checks import AnyFloats, Floats, Indices, TopkIds, check_range, wide
+from switchgear.reference.routing import (
+    NORMALIZE_EPSILON,
+    Logits,
+    ScoreFunction,
+    SelectionBias,
+    ordered_sum,
+    sanitize,
+    scores,
+)
 
 DROPS = ("order", "reverse", "choice", "priority")
+Values = Annotated[Tensor, Floats("T", "E")]
+SequenceIds = Annotated[Tensor, Indices("T")]
+Limits = Annotated[Tensor, Indices("B")]
+AtLeast0 = Annotated[float, Range(0, math.inf)]
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
@@ -63,34 +77,27 @@ def _first_where(mask: Tensor) -> Tensor:
 # ---- route_dynamic ---------------------------------------------------------------------------------------------------
 
 
+@checked
 def route_dynamic(
-    router_logits: Tensor,
-    selection_bias: Tensor | None,
+    router_logits: Logits,
+    selection_bias: SelectionBias | None,
     max_experts: int,
     min_experts: int,
-    score_function: str,
-    top_p: float,
-    threshold: float,
+    score_function: ScoreFunction,
+    top_p: AtLeast0,
+    threshold: Annotated[float, Range(-math.inf, math.inf)],
     normalize: bool,
-    scale: float,
+    scale: Finite,
 ) -> tuple[Tensor, Tensor]:
     """topk_ids [T,M] int32 and topk_weights [T,M] of router_logits [T,E], M = max_experts. From the M best experts, in
     the order of `route`, keeps those with a score of at least `threshold` for which the sum of the scores before them
     (in float64) is below top_p. Always keeps the first min_experts. The remaining entries are -1 and 0.
     """
-    check("router_logits", router_logits, (None, None))
     num_experts = router_logits.shape[1]
-    check_choice("score_function", score_function, SCORE_FUNCTIONS)
-    check("selection_bias", selection_bias, (num_experts,))
-    check_finite("scale", scale)
     if not 1 <= max_experts <= num_experts:
         raise ValueError(f"max_experts: expected 1 to {num_experts}, got {max_experts}")
     if not 0 <= min_experts <= max_experts:
         raise ValueError(f"min_experts: expected 0 to {max_experts} (max_experts), got {min_experts}")
-    if not top_p >= 0:
-        raise ValueError(f"top_p: expected at least 0, got {top_p}")
-    if math.isnan(threshold):
-        raise ValueError(f"threshold: expected a number, got {threshold}")
     logits = sanitize(wide(router_logits))
     score = scores(logits, score_function)
     if selection_bias is not None:
@@ -113,13 +120,11 @@ def route_dynamic(
 # ---- column_topk -----------------------------------------------------------------------------------------------------
 
 
-def column_topk(values: Tensor, sequence_ids: Tensor | None, limits: Tensor) -> Tensor:
+@checked
+def column_topk(values: Values, sequence_ids: SequenceIds | None, limits: Limits) -> Tensor:
     """topk_ids [T,E] int32: for each token the columns e, ascending, in which values[t,e] is among the limits[b]
     largest of its sequence b; then -1. values [T,E], limits [B] int32."""
-    check("values", values, (None, None))
     num_tokens, num_experts = values.shape
-    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
-    check("limits", limits, (None,), torch.int32)
     _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
     _check_contents("limits", limits, 0, 2**31)
     sequence = _sequences(sequence_ids, num_tokens, values.device)
@@ -149,14 +154,15 @@ def _precedence(drop: str, priorities: Tensor | None, num_tokens: int, top_k: in
     return choices.reshape(num_tokens, top_k)
 
 
+@checked
 def fit_capacity(
-    topk_ids: Tensor,
-    priorities: Tensor | None,
-    scores: Tensor | None,
-    sequence_ids: Tensor | None,
-    limits: Tensor,
-    num_experts: int,
-    drop: str,
+    topk_ids: TopkIds,
+    priorities: Annotated[Tensor, AnyFloats("T", "K")] | None,
+    scores: Annotated[Tensor, AnyFloats("T", "E")] | None,
+    sequence_ids: SequenceIds | None,
+    limits: Limits,
+    num_experts: Size,
+    drop: Annotated[str, OneOf(DROPS)],
     candidates: int,
 ) -> Tensor:
     """kept_ids [T,K] int32: topk_ids [T,K] with dropped choices set to -1, so that no expert has more than limits[b]
@@ -167,18 +173,11 @@ def fit_capacity(
     r-th best expert that it had not chosen, among those of scores above 0. The expert accepts by the same precedence
     while it has capacity.
     """
-    check("topk_ids", topk_ids, (None, None), torch.int32)
     num_tokens, top_k = topk_ids.shape
-    check_choice("drop", drop, DROPS)
-    if not 1 <= num_experts < 2**31:
-        raise ValueError(f"num_experts: expected 1 to 2^31 - 1, got {num_experts}")
-    if drop == "priority":
-        if priorities is None:
-            raise ValueError(f"priorities: expected shape [{num_tokens}, {top_k}], got none")
-        check("priorities", priorities, topk_ids.shape)
-    check("scores", scores, (num_tokens, num_experts))
-    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
-    check("limits", limits, (None,), torch.int32)
+    if drop == "priority" and priorities is None:
+        raise ValueError(f"priorities: expected shape [{num_tokens}, {top_k}], got none")
+    if scores is not None and scores.shape[1] != num_experts:
+        raise ValueError(f"scores: expected shape [{num_tokens}, {num_experts}], got {list(scores.shape)}")
     _check_contents("topk_ids", topk_ids, -1, num_experts)
     _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
     _check_contents("limits", limits, 0, 2**31)
@@ -221,8 +220,9 @@ def fit_capacity(
 # ---- assign_balanced -------------------------------------------------------------------------------------------------
 
 
+@checked
 def assign_balanced(
-    values: Tensor, sequence_ids: Tensor | None, num_sequences: int, eps: float, max_iterations: int
+    values: Values, sequence_ids: SequenceIds | None, num_sequences: Size, eps: Finite, max_iterations: Count
 ) -> Tensor:
     """expert_ids [T] int32: assigns each expert an equal number of a sequence's tokens (one more for the first T mod E
     experts) such that the sum of the assigned values [T,E] float32 is close to the maximum.
@@ -235,14 +235,7 @@ def assign_balanced(
     spread is max - min of the finite values of the sequence. A negative eps means spread / 50, at least 1e-4. Values
     that are not finite count as max + spread + 1 if positive, else as min - spread - 1.
     """
-    check("values", values, (None, None))
     num_tokens, num_experts = values.shape
-    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
-    if num_sequences < 1:
-        raise ValueError(f"num_sequences: expected 1 to 2^31 - 1, got {num_sequences}")
-    if max_iterations < 0:
-        raise ValueError(f"max_iterations: expected at least 0, got {max_iterations}")
-    check_finite("eps", eps)
     _check_contents("sequence_ids", sequence_ids, 0, num_sequences)
     sequence = _sequences(sequence_ids, num_tokens, values.device)
     values, spread = _bounded(wide(values), sequence, num_sequences)
@@ -300,14 +293,15 @@ def _bounded(values: Tensor, sequence: Tensor, num_sequences: int) -> tuple[Tens
 # ---- assign_capped ---------------------------------------------------------------------------------------------------
 
 
+@checked
 def assign_capped(
-    values: Tensor,
-    sequence_ids: Tensor | None,
-    limits: Tensor,
-    cap: int,
-    entropy: float,
-    iterations: int,
-    tolerance: float = 0.0,
+    values: Values,
+    sequence_ids: SequenceIds | None,
+    limits: Limits,
+    cap: Size,
+    entropy: Annotated[float, Range(2**-126, math.inf, "high")],  # normal in float32
+    iterations: Count,
+    tolerance: AtLeast0 = 0.0,
     longest: int | None = None,
     largest: int | None = None,
 ) -> Tensor:
@@ -323,18 +317,7 @@ def assign_capped(
 
     longest and largest are upper bounds of the tokens per sequence and of the limits. They avoid reading from a device.
     """
-    check("values", values, (None, None))
     num_tokens, num_experts = values.shape
-    check("sequence_ids", sequence_ids, (num_tokens,), torch.int32)
-    check("limits", limits, (None,), torch.int32)
-    if cap < 1:
-        raise ValueError(f"cap: expected at least 1, got {cap}")
-    if not 2**-126 <= entropy < math.inf:  # normal in float32
-        raise ValueError(f"entropy: expected a finite number of at least 2^-126, got {entropy}")
-    if iterations < 0:
-        raise ValueError(f"iterations: expected at least 0, got {iterations}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance: expected at least 0, got {tolerance}")
     _check_contents("sequence_ids", sequence_ids, 0, limits.shape[0])
     _check_contents("limits", limits, 0, 2**31)
     huge = torch.finfo(wide(values).dtype).max ** 0.5

@@ -5,13 +5,15 @@ specification."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from switchgear.checks import checked
 from switchgear.reference import formats
-from switchgear.reference.checks import check, check_experts, wide
-from switchgear.reference.rows import check_offsets, rows_of, segments
+from switchgear.reference.checks import Experts, Floats, check, check_experts, wide
+from switchgear.reference.stages import Offsets, Slots, check_offsets, rows_of, segments
 
 
 def gemm(rows: Tensor, matrices: Tensor | Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
@@ -43,13 +45,14 @@ def sum_rows(rows: Tensor, expert_offsets: Tensor, like: Tensor, experts: Tensor
     return wgrad_of(rows, ones, expert_offsets, like.new_empty(count, *like.shape[1:], 1), experts).squeeze(-1)
 
 
+@checked
 def grouped_gemm(
-    x: Tensor,
+    x: Annotated[Tensor, Floats("R", "C")],
     weight: Sequence[Tensor],
     form: Sequence[int],
-    bias: Tensor | None,
-    expert_offsets: Tensor,
-    token_indices: Tensor | None,
+    bias: Annotated[Tensor, Floats("E", "N")] | None,
+    expert_offsets: Offsets,
+    token_indices: Slots | None,
     transposed: bool = False,
     input_gradient: bool = False,
 ) -> Tensor:
@@ -59,7 +62,6 @@ def grouped_gemm(
     largest N_e. transposed: x · W instead of x · Wᵀ, [S,C] of x [R,N], for a stored weight decoded to the dtype of x,
     without bias. input_gradient: kernels use the summation order of moe_backward instead of moe_forward.
     """
-    check("x", x, (None, None))
     num_experts = expert_offsets.shape[0] - 1
     check_offsets(expert_offsets, len(x if token_indices is None else token_indices), token_indices, len(x))
     if not form and not (len(weight) == 1 and weight[0].dim() == 3):
@@ -122,20 +124,21 @@ def multiply(
     return gemm(rows, matrices, bias, expert_offsets)
 
 
+@checked
 def grouped_gemm_wgrad(
-    grad_out: Tensor,
-    x: Tensor,
-    expert_offsets: Tensor,
-    token_indices: Tensor | None,
+    grad_out: Annotated[Tensor, Floats("S", "N")],
+    x: Annotated[Tensor, Floats(None, "C")],
+    expert_offsets: Offsets,
+    token_indices: Slots | None,
     transposed: bool,
-    experts: Tensor | None = None,
+    experts: Experts | None = None,
 ) -> Tensor:
     """grad_weight[e][n,c] = Σ_{s of e} grad_out[s,n] · x[r(s),c] as [E,N,C], stored as [E,C,N] if transposed.
 
     experts: [n], ascending; grad_weight [n,N,C] then has their matrices only.
     """
-    check("grad_out", grad_out, (x.shape[0] if token_indices is None else token_indices.shape[0], None))
-    check("x", x, (None, None), grad_out.dtype)
+    if token_indices is None and len(x) != len(grad_out):
+        raise ValueError(f"x: expected shape [{len(grad_out)}, C], got {list(x.shape)}")
     check_offsets(expert_offsets, len(grad_out), token_indices, len(x))
     num_experts = expert_offsets.shape[0] - 1
     check_experts(experts, num_experts)

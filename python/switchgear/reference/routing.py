@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from switchgear.reference.checks import check, check_choice, check_finite, check_range, weight_dtype, wide
+from switchgear.checks import Finite, OneOf, checked
+from switchgear.reference.checks import AnyFloats, Floats, Rows, TopkIds, check, check_range, weight_dtype, wide
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2_sum")
+ScoreFunction = Annotated[str, OneOf(SCORE_FUNCTIONS)]
+GroupScore = Annotated[str, OneOf(GROUP_SCORES)]
+Logits = Annotated[Tensor, Floats("T", "E")]
+SelectionBias = Annotated[Tensor, AnyFloats("E")]
 NORMALIZE_EPSILON = 1e-20  # keeps normalized weights finite if all chosen scores underflow
 
 
@@ -24,16 +29,19 @@ def logits_dtype(weight: Tensor, float32: bool) -> torch.dtype:
     return weight_dtype(weight.dtype) if float32 else weight.dtype
 
 
-def gate(x: Tensor, weight: Tensor, bias: Tensor | None, float32: bool) -> Tensor:
+@checked
+def gate(
+    x: Rows,
+    weight: Annotated[Tensor, AnyFloats("E", "H")],
+    bias: Annotated[Tensor, AnyFloats("E")] | None,
+    float32: bool,
+) -> Tensor:
     """router_logits [T,E] = x [T,H] · weight [E,H]ᵀ + bias [E], summed in float32 and rounded once.
 
     weight and bias have the dtype of x, or float32.
     """
-    check("x", x, (None, None))
-    check("weight", weight, (None, x.shape[1]))
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least 1 row, got {list(weight.shape)}")
-    check("bias", bias, (weight.shape[0],))
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in (x.dtype, weight_dtype(x.dtype)):
             raise TypeError(f"{name}: expected {x.dtype} like x or {weight_dtype(x.dtype)}, got {tensor.dtype}")
@@ -121,10 +129,7 @@ def _keep_best_groups(values: Tensor, num_groups: int, topk_groups: int, group_s
     return groups.masked_fill(dropped[:, :, None], -math.inf).view(num_tokens, num_experts)
 
 
-def _check_route(router_logits: Tensor, top_k: int, score_function: str, num_groups: int, topk_groups: int) -> None:
-    check("router_logits", router_logits, (None, None))
-    num_experts = router_logits.shape[1]
-    check_choice("score_function", score_function, SCORE_FUNCTIONS)
+def _check_sizes(num_experts: int, top_k: int, num_groups: int, topk_groups: int) -> None:
     if num_groups < 1 or num_experts % num_groups:
         raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {num_groups}")
     if not 1 <= topk_groups <= num_groups:
@@ -134,26 +139,24 @@ def _check_route(router_logits: Tensor, top_k: int, score_function: str, num_gro
         raise ValueError(f"top_k: expected 1 to {eligible} (eligible experts), got {top_k}")
 
 
+@checked
 def route(
-    router_logits: Tensor,
-    selection_bias: Tensor | None,
+    router_logits: Logits,
+    selection_bias: SelectionBias | None,
     top_k: int,
-    score_function: str,
+    score_function: ScoreFunction,
     normalize: bool,
-    scale: float,
+    scale: Finite,
     num_groups: int,
     topk_groups: int,
-    group_score: str,
+    group_score: GroupScore,
 ) -> tuple[Tensor, Tensor]:
     """topk_ids [T,K] int32 and topk_weights [T,K] of router_logits [T,E], which can have any bits.
 
     The order of choice is total: value descending, then id ascending. For a plain softmax, which is monotone, the value
     is the logit itself, so that rounding creates no ties; otherwise it is score + selection_bias.
     """
-    _check_route(router_logits, top_k, score_function, num_groups, topk_groups)
-    check_choice("group_score", group_score, GROUP_SCORES)
-    check_finite("scale", scale)
-    check("selection_bias", selection_bias, (router_logits.shape[1],))
+    _check_sizes(router_logits.shape[1], top_k, num_groups, topk_groups)
     logits = sanitize(wide(router_logits))
     score = scores(logits, score_function)
     if score_function == "softmax" and selection_bias is None and num_groups == 1:
@@ -170,13 +173,14 @@ def route(
     return topk_ids.to(torch.int32, memory_format=torch.contiguous_format), topk_weights * scale
 
 
+@checked
 def route_backward(
     grad_topk_weights: Tensor,
-    router_logits: Tensor,
-    topk_ids: Tensor,
-    score_function: str,
+    router_logits: Logits,
+    topk_ids: TopkIds,
+    score_function: ScoreFunction,
     normalize: bool,
-    scale: float,
+    scale: Finite,
 ) -> Tensor:
     """grad_router_logits [T,E], in float64 until the end. With p the scores, w the chosen scores, g the incoming
     gradient times scale, s = Σ w + 1e-20, and U_j the u_k of expert j or 0:
@@ -186,12 +190,7 @@ def route_backward(
 
     0 where the logit was not finite, since sanitizing makes it constant.
     """
-    num_tokens, top_k = topk_ids.shape
-    check("router_logits", router_logits, (num_tokens, None))
-    check("grad_topk_weights", grad_topk_weights, (num_tokens, top_k), weight_dtype(router_logits.dtype))
-    check("topk_ids", topk_ids, (num_tokens, top_k), torch.int32)
-    check_choice("score_function", score_function, SCORE_FUNCTIONS)
-    check_finite("scale", scale)
+    check("grad_topk_weights", grad_topk_weights, topk_ids.shape, weight_dtype(router_logits.dtype))
     check_range("topk_ids", topk_ids, -1, router_logits.shape[1])
     ids, empty = topk_ids.clamp(min=0).long(), topk_ids < 0
     score = scores(sanitize(wide(router_logits)), score_function).double()

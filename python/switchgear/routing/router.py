@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from switchgear.checks import Finite, FloatDtype, Share, Size, checked, complain_about_rows, convert
+from switchgear.checks import Finite, FloatDtype, Share, Size, checked, convert, explain_rows
 from switchgear.functional import Routing, gate, gate_route, route
 from switchgear.routing.balance import count_tokens, sum_over_processes
 from switchgear.routing.change import Change, Changed, PerExpert, check_change, overridden_router
@@ -374,7 +374,7 @@ class Router(KeepsFloat32):
             context = self.complete(context, hidden_states)
             router_logits = self.logits(rows, context)
         except Exception:
-            complain_about_rows("hidden_states", hidden_states, self.hidden_size, self.weight)
+            explain_rows("hidden_states", hidden_states, self.hidden_size, self.weight)
             raise
         return self.decide(router_logits, context)
 

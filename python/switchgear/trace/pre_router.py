@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.checks import Count, Size, Sizes, at_least, checked, complain_about_rows
+from switchgear.checks import Count, Size, Sizes, at_least, checked, explain_rows
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
@@ -77,7 +77,7 @@ class PreRouter(nn.Module):
         """Logits [T,E] of each MoE layer, for embeddings [B,S,H] or [S,H] of T tokens, in the dtype of the weights, or
         in 16 bits if that is float32."""
         size = self.norm.normalized_shape[0]
-        complain_about_rows("embeddings", embeddings, size, self.head.weight)
+        explain_rows("embeddings", embeddings, size, self.head.weight)
         if embeddings.dim() not in (2, 3):
             raise ValueError(f"embeddings: expected [B,S,{size}] or [S,{size}], got {list(embeddings.shape)}")
         x = (embeddings if embeddings.dim() == 3 else embeddings[None]).to(self.head.weight.dtype)

@@ -5,15 +5,14 @@ store(model, form) converts a model, restore(model) decodes it, encode(weight, f
 a Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Groups, and those of minifloat.py.
 See docs/weights.md.
 
-weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of which some experts train
+weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of which some experts train; Operand
 form.py     the base class Form; Layout, how a module holds its projections
 exact.py, integers.py, minifloat.py, groups.py: the forms
 module.py   stored projections of a module, and its state dict
 state.py    State, what switchgear keeps on a module; extend, for modules of other libraries
 selected.py parameters of which some experts are trained alone; offloaded.py: experts in a store on disk;
             adapted.py: projections with low-rank adapters
-store.py    all experts of a model, and the choice of a form; change.py: the change of one module; pages.py: huge pages
-checks.py   for code that reads parameters itself
+store.py    all experts of a model, and the choice of a form; pages.py: huge pages
 """
 
 from switchgear.weights import minifloat

@@ -5,6 +5,7 @@ experts holds its projections; integrations register a finder for modules of oth
 from __future__ import annotations
 
 import dataclasses
+import typing
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -12,6 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear.checks import convert
 from switchgear.reference import formats
 from switchgear.reference.minifloat import finite_experts
 from switchgear.weights.pages import advise_huge_pages
@@ -34,6 +36,12 @@ class Form(ABC):
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls) and vars(cls)["name"] in formats.FORMATS:
             FORMS.setdefault(cls.name, cls)
+
+    def __post_init__(self) -> None:
+        """Checks and converts the options by their annotations."""
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, convert(field.name, getattr(self, field.name), hints[field.name]))
 
     @property
     def remedy(self) -> str:
@@ -79,10 +87,22 @@ class KeyedForm(Form):
     def save(self, weight: Weight) -> dict[str, Tensor]:
         """The state dict's tensors of a weight, by suffix."""
 
+    def read(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
+        """The weight made of a state dict's `tensors`, by suffix, to replace `now`. Raises ValueError for a tensor of
+        another shape or dtype, or unusable numbers; the message starts with the suffix."""
+        fields = ("data", *formats.FIELDS)
+        without_numbers = {field: t.to("meta") for field in fields if (t := getattr(now, field)) is not None}
+        for suffix, like in self.save(now.with_tensors(without_numbers)).items():
+            got = tensors[suffix]
+            if got.shape != like.shape or got.dtype is not like.dtype:
+                raise ValueError(
+                    f"{suffix}: expected {like.dtype} {list(like.shape)}, got {got.dtype} {list(got.shape)}"
+                )
+        return self.load(tensors, now)
+
     @abstractmethod
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
-        """The weight made of a state dict's `tensors`, by suffix, to replace `now`. Raises ValueError for a tensor of
-        another shape or dtype; the message starts with the suffix."""
+        """`read`, for tensors of these shapes and dtypes."""
 
 
 def on_huge_pages(tensor: Tensor) -> Tensor:
@@ -90,14 +110,6 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
     copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     advise_huge_pages(copy)
     return copy.copy_(tensor)
-
-
-def check_loaded(tensors: dict[str, Tensor], saved: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-    """Raises ValueError unless the tensors have the shapes and dtypes of `saved`, both by suffix."""
-    for suffix, (shape, dtype) in saved.items():
-        got = tensors[suffix]
-        if tuple(got.shape) != shape or got.dtype is not dtype:
-            raise ValueError(f"{suffix}: expected {dtype} {list(shape)}, got {got.dtype} {list(got.shape)}")
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------

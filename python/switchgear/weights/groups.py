@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from switchgear.checks import check_switch, integer
-from switchgear.reference import check_size, groups
+from switchgear.checks import Count, Range
+from switchgear.reference import groups
 from switchgear.reference.minifloat import COLUMNS
-from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages
+from switchgear.weights.form import KeyedForm, on_huge_pages
 from switchgear.weights.weight import Weight
 
 
@@ -37,6 +36,16 @@ def weight_of(
     )  # fmt: skip
 
 
+class _MultipleOfColumns:
+    @staticmethod
+    def check(name: str, value: int, sizes: object) -> None:
+        if value % COLUMNS:
+            raise ValueError(f"{name}: expected 0 (the whole row) or a multiple of {COLUMNS}, got {value}")
+
+
+Bits = Annotated[int, Range(1, groups.MOST_BITS)]
+
+
 @dataclass(frozen=True)
 class Groups(KeyedForm):
     """1 to 4 bits per weight, and one float16 scale per `group_size` columns of a row.
@@ -46,26 +55,14 @@ class Groups(KeyedForm):
     """
 
     name: ClassVar[str] = "groups"
-    bits: int | Sequence[int] = 4
-    group_size: int = 128
+    bits: Bits | Sequence[Bits] = 4
+    group_size: Annotated[Count, _MultipleOfColumns] = 128
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, str) or not isinstance(self.bits, (Integral, Sequence)):
-            raise TypeError(f"bits: expected int, or a list of them, got {type(self.bits).__name__}")
-        each = self.bits if isinstance(self.bits, Sequence) else (self.bits,)
-        widths = tuple(integer("bits", bits) for bits in each)
-        for bits in widths:
-            check_size("bits", bits, 1)
-            if bits > groups.MOST_BITS:
-                raise ValueError(f"bits: expected 1 to {groups.MOST_BITS}, got {bits}")
-        object.__setattr__(self, "bits", widths if isinstance(self.bits, Sequence) else widths[0])
-        check_switch("symmetric", self.symmetric)
-        check_size("group_size", self.group_size, 0)
-        if self.group_size % COLUMNS:
-            raise ValueError(
-                f"group_size: expected 0 (the whole row) or a multiple of {COLUMNS}, got {self.group_size}"
-            )
+        super().__post_init__()
+        if not isinstance(self.bits, int):
+            object.__setattr__(self, "bits", tuple(self.bits))
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -91,9 +88,7 @@ class Groups(KeyedForm):
         return {suffix: tensor for suffix, tensor in named.items() if tensor is not None} | {"_bits": bits}
 
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
-        present = self.save(now)
-        check_loaded(tensors, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in present.items()})
-        if not torch.equal(bits := tensors["_bits"].cpu(), wanted := present["_bits"].cpu()):
+        if not torch.equal(bits := tensors["_bits"].cpu(), wanted := self.save(now)["_bits"].cpu()):
             raise ValueError(f"_bits: expected {wanted.tolist()}, got {bits.tolist()}")
         if not bool(tensors["_scales"].isfinite().all()):
             raise ValueError("_scales: expected finite numbers, got others")

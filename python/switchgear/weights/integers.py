@@ -7,18 +7,28 @@ Activations are quantized to int8 at run time. Gradients reach x, topk_weights a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from switchgear.checks import check_switch
-from switchgear.reference import check_size, integers
+from switchgear.reference import integers
 from switchgear.reference.formats import BITS
-from switchgear.weights.form import KeyedForm, check_loaded, on_huge_pages
+from switchgear.weights.form import KeyedForm, on_huge_pages
 from switchgear.weights.weight import Weight
 
 _MOST_COLUMNS = 1 << 16  # of a weight in integers
 _SUFFIXES = {"data": "_values", "scales": "_scales", "row_scales": "_row_scales", "zeros": "_zeros"}
+
+
+class _GroupSize:
+    @staticmethod
+    def check(name: str, value: int, sizes: object) -> None:
+        if value and (value < 16 or value & (value - 1) or value > _MOST_COLUMNS):
+            wanted = f"0 (the whole row) or a power of two from 16 to {_MOST_COLUMNS}"
+            raise ValueError(f"{name}: expected {wanted}, got {value}")
+
+
+GroupSize = Annotated[int, _GroupSize]
 
 
 @dataclass(frozen=True)
@@ -27,16 +37,8 @@ class _Integers(KeyedForm):
     symmetric: levels around zero. Otherwise each group also has a zero point: 8 bits, like the scale.
     """
 
-    group_size: int = 0
+    group_size: GroupSize = 0
     symmetric: bool = True
-
-    def __post_init__(self) -> None:
-        check_switch("symmetric", self.symmetric)
-        size = self.group_size
-        check_size("group_size", size, 0)
-        if size and (size < 16 or size & (size - 1) or size > _MOST_COLUMNS):
-            wanted = f"0 (the whole row) or a power of two from 16 to {_MOST_COLUMNS}"
-            raise ValueError(f"group_size: expected {wanted}, got {size}")
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -61,7 +63,6 @@ class _Integers(KeyedForm):
         return {suffix: tensor for suffix, tensor in named.items() if tensor is not None}
 
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
-        check_loaded(tensors, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in self.save(now).items()})
         fields = {field: tensors.get(suffix) for field, suffix in _SUFFIXES.items()}
         moved = {field: None if t is None else on_huge_pages(t.to(now.device)) for field, t in fields.items()}
         return now.with_tensors(moved)
@@ -79,4 +80,4 @@ class Int4(_Integers):
     """4 bits per weight, and one scale per `group_size` columns of a row."""
 
     name: ClassVar[str] = "int4"
-    group_size: int = 32
+    group_size: GroupSize = 32

@@ -10,15 +10,16 @@ State dicts have the published layout, for saving and loading: fp8 as <name> flo
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from switchgear.reference import check_choice, minifloat, nf4
-from switchgear.weights.form import Form, KeyedForm, check_loaded, on_huge_pages
+from switchgear.reference import minifloat, nf4
+from switchgear.weights.form import KeyedForm, on_huge_pages
 from switchgear.weights.weight import Weight
 
 __all__ = ["Fp8", "Mxfp4", "Nf4", "Nvfp4"]
@@ -26,160 +27,106 @@ __all__ = ["Fp8", "Mxfp4", "Nf4", "Nvfp4"]
 BLOCKS = {"128x128": minifloat.BLOCK, "row": minifloat.ROW}
 
 
-def _stored(format: str, published: Sequence[Tensor], parts: int, block: tuple[int, int]) -> dict[str, Tensor]:
-    """Converts the published layout to the tensors of a Weight."""
-    values, scales, *tensor_scales = published
-    data, stored = minifloat.to_blocks(values, scales, format, parts, block)
-    tensors = {"data": on_huge_pages(data), "scales": on_huge_pages(stored)}
-    for each in tensor_scales:
-        tensors["row_scales"] = minifloat.to_row_scales(each, values.shape[1])
-    return tensors
+class _Minifloat(KeyedForm):
+    _published: ClassVar[tuple[str, ...]]  # suffixes of values and scales
+    _as_fp8: ClassVar[str | None] = None  # the suffix whose bytes are float8_e4m3fn
 
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return self._published
 
-def _encoded(
-    form: Form,
-    weight: Tensor,
-    parts: int,
-    encoded: minifloat.Encoded | minifloat.EncodedNvfp4,
-    group_size: int,
-    block: tuple[int, int] = minifloat.BLOCK,
-) -> Weight:
-    """The Weight of `weight` [E,N,C]. encoded: values and scales in the published layout, and if they are exact."""
-    _, rows, cols = weight.shape
-    published = [tensor for tensor in encoded if isinstance(tensor, Tensor)]
-    tensors: dict[str, Any] = dict(_stored(form.name, published, parts, block))
-    return Weight(
-        form.name, rows=rows, cols=cols, dtype=weight.dtype, parts=parts, group_size=group_size,
-        is_exact=encoded.lossless, **tensors,
-    )  # fmt: skip
+    @property
+    def _block_shape(self) -> tuple[int, int]:
+        """Rows and columns that share a scale of fp8."""
+        return minifloat.BLOCK
 
+    @abstractmethod
+    def _publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded | minifloat.EncodedNvfp4:
+        """The published layout."""
 
-def _saved(form: Form, weight: Weight, block: tuple[int, int] = minifloat.BLOCK) -> dict[str, Tensor]:
-    """The published layout of a weight, by suffix."""
-    assert weight.scales is not None
-    sizes = (weight.rows, weight.cols, weight.parts)
-    published: tuple[Tensor, ...] = minifloat.from_blocks(weight.data, weight.scales, form.name, *sizes, block)
-    if weight.row_scales is not None:
-        published = (*published, minifloat.from_row_scales(weight.row_scales, weight.parts))
-    return dict(zip(form.suffixes, published, strict=True))
+    def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
+        *published, is_exact = self._publish(weight.detach(), parts, name)
+        _, rows, cols = weight.shape
+        group_size = minifloat.MINIFLOATS[self.name].group or self._block_shape[1]
+        tensors: dict[str, Any] = dict(self._store(published, parts))
+        return Weight(
+            self.name, rows=rows, cols=cols, dtype=weight.dtype, parts=parts, group_size=group_size, is_exact=is_exact,
+            **tensors,
+        )  # fmt: skip
 
+    def _store(self, published: Sequence[Any], parts: int) -> dict[str, Tensor]:
+        """The tensors of a Weight."""
+        values, scales, *tensor_scales = published
+        data, stored = minifloat.to_blocks(values, scales, self.name, parts, self._block_shape)
+        tensors = {"data": on_huge_pages(data), "scales": on_huge_pages(stored)}
+        for each in tensor_scales:
+            tensors["row_scales"] = minifloat.to_row_scales(each, values.shape[1])
+        return tensors
 
-def _loaded(
-    form: Form,
-    tensors: dict[str, Tensor],
-    now: Weight,
-    expected: tuple[tuple[tuple[int, ...], torch.dtype], ...],
-    block: tuple[int, int] = minifloat.BLOCK,
-) -> Weight:
-    """The weight of published tensors. expected: the shape and dtype of each suffix's tensor."""
-    check_loaded(tensors, dict(zip(form.suffixes, expected, strict=True)))
-    published = [tensors[suffix].to(now.device) for suffix in form.suffixes]
-    return now.with_tensors(_stored(form.name, published, now.parts, block))
+    def save(self, weight: Weight) -> dict[str, Tensor]:
+        assert weight.scales is not None
+        sizes = (weight.rows, weight.cols, weight.parts)
+        published: tuple[Tensor, ...] = minifloat.from_blocks(
+            weight.data, weight.scales, self.name, *sizes, self._block_shape
+        )
+        if weight.row_scales is not None:
+            published = (*published, minifloat.from_row_scales(weight.row_scales, weight.parts))
+        return {
+            suffix: tensor.view(torch.float8_e4m3fn) if suffix == self._as_fp8 else tensor.contiguous()
+            for suffix, tensor in zip(self.suffixes, published, strict=True)
+        }
+
+    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
+        published = [tensors[suffix].to(now.device) for suffix in self.suffixes]
+        return now.with_tensors(self._store(published, now.parts))
 
 
 @dataclass(frozen=True)
-class Fp8(KeyedForm):
+class Fp8(_Minifloat):
     """e4m3fn, with one float32 scale per 128 x 128 weights, or per row (block="row")."""
 
     name: ClassVar[str] = "fp8"
-    block: str = "128x128"
-
-    def __post_init__(self) -> None:
-        check_choice("block", self.block, tuple(BLOCKS))
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        return ("", "_scale_inv")
+    _published: ClassVar[tuple[str, ...]] = ("", "_scale_inv")
+    _as_fp8: ClassVar[str | None] = ""
+    block: Literal["128x128", "row"] = "128x128"
 
     @property
-    def _group(self) -> tuple[int, int]:
+    def _block_shape(self) -> tuple[int, int]:
         return BLOCKS[self.block]
 
-    def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
-        encoded = minifloat.encode_fp8(weight.detach(), self._group, parts, name)
-        return _encoded(self, weight, parts, encoded, self._group[1], self._group)
-
-    def save(self, weight: Weight) -> dict[str, Tensor]:
-        values, scales = _saved(self, weight, self._group).values()
-        return {"": values.view(torch.float8_e4m3fn), "_scale_inv": scales.contiguous()}
-
-    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
-        rows, cols, (height, width) = now.rows, now.cols, self._group
-        groups = (now.parts * -(-(rows // now.parts) // height), -(-cols // (width or cols)))
-        expected = ((now.shape, torch.float8_e4m3fn), ((now.shape[0], *groups), torch.float32))
-        return _loaded(self, tensors, now, expected, self._group)
+    def _publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded:
+        return minifloat.encode_fp8(weight, self._block_shape, parts, name)
 
 
 @dataclass(frozen=True)
-class Mxfp4(KeyedForm):
+class Mxfp4(_Minifloat):
     """e2m1, with one power-of-two scale per 32 columns of a row (OCP Microscaling v1.0)."""
 
     name: ClassVar[str] = "mxfp4"
+    _published: ClassVar[tuple[str, ...]] = ("_blocks", "_scales")
 
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        return ("_blocks", "_scales")
-
-    def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
-        return _encoded(self, weight, parts, minifloat.encode_mxfp4(weight.detach(), name), minifloat.COLUMNS)
-
-    def save(self, weight: Weight) -> dict[str, Tensor]:
-        return _saved(self, weight)
-
-    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
-        experts, rows, cols = now.shape
-        groups = -(-cols // minifloat.COLUMNS)
-        expected = (((experts, rows, groups, 16), torch.uint8), ((experts, rows, groups), torch.uint8))
-        return _loaded(self, tensors, now, expected)
+    def _publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded:
+        return minifloat.encode_mxfp4(weight, name)
 
 
 @dataclass(frozen=True)
-class Nf4(KeyedForm):
+class Nf4(_Minifloat):
     """16 quantiles of the normal distribution, with one float32 scale per 64 columns of a row (QLoRA)."""
 
     name: ClassVar[str] = "nf4"
+    _published: ClassVar[tuple[str, ...]] = ("_codes", "_absmax")
 
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        return ("_codes", "_absmax")
-
-    def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
-        return _encoded(self, weight, parts, nf4.encode_nf4(weight.detach(), name), minifloat.NF4_BLOCK)
-
-    def save(self, weight: Weight) -> dict[str, Tensor]:
-        return _saved(self, weight)
-
-    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
-        experts, rows, cols = now.shape
-        groups = -(-cols // minifloat.NF4_BLOCK)
-        expected = (((experts, rows, -(-cols // 2)), torch.uint8), ((experts, rows, groups), torch.float32))
-        return _loaded(self, tensors, now, expected)
+    def _publish(self, weight: Tensor, parts: int, name: str) -> minifloat.Encoded:
+        return nf4.encode_nf4(weight, name)
 
 
 @dataclass(frozen=True)
-class Nvfp4(KeyedForm):
+class Nvfp4(_Minifloat):
     """e2m1, with one e4m3 scale per 16 columns of a row, and one float32 for each expert, or each part of its rows."""
 
     name: ClassVar[str] = "nvfp4"
+    _published: ClassVar[tuple[str, ...]] = ("_packed", "_scale", "_scale_2")
+    _as_fp8: ClassVar[str | None] = "_scale"
 
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        return ("_packed", "_scale", "_scale_2")
-
-    def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
-        encoded = minifloat.encode_nvfp4(weight.detach(), parts, name)
-        return _encoded(self, weight, parts, encoded, minifloat.NVFP4_BLOCK)
-
-    def save(self, weight: Weight) -> dict[str, Tensor]:
-        saved = _saved(self, weight)
-        return saved | {"_scale": saved["_scale"].view(torch.float8_e4m3fn)}
-
-    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
-        experts, rows, cols = now.shape
-        groups = -(-cols // minifloat.NVFP4_BLOCK)
-        expected = (
-            ((experts, rows, -(-cols // 2)), torch.uint8),
-            ((experts, rows, groups), torch.float8_e4m3fn),
-            ((experts, now.parts), torch.float32),
-        )
-        return _loaded(self, tensors, now, expected)
+    def _publish(self, weight: Tensor, parts: int, name: str) -> minifloat.EncodedNvfp4:
+        return minifloat.encode_nvfp4(weight, parts, name)

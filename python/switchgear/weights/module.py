@@ -8,7 +8,7 @@ them or plain weights, which they encode. Floating-point scales are kept as bits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from switchgear.backends import warn_once
-from switchgear.reference.formats import FIELDS
-from switchgear.weights.adapted import adapted, notice_wrapper
+from switchgear.reference.formats import FIELDS, TABLE
+from switchgear.weights.adapted import adapted, has_adapters, notice_wrapper
 from switchgear.weights.form import Form, KeyedForm, Layout
 from switchgear.weights.state import get_state, hook_once, set_state
 from switchgear.weights.weight import Weight
@@ -44,16 +44,11 @@ class Kind(NamedTuple):
     @staticmethod
     def of(weight: Weight) -> Kind:
         fields = tuple(field for field in _FIELDS if getattr(weight, field) is not None)
-        return Kind(
-            weight.format, weight.rows, weight.cols, weight.dtype, weight.parts, weight.group_size, weight.elements,
-            weight.is_exact, fields,
-        )  # fmt: skip
+        return Kind._make((*(getattr(weight, option) for option in Kind._fields[:-1]), fields))
 
-    def weight(self, tensors: dict[str, Any]) -> Weight:
-        return Weight(
-            format=self.format, rows=self.rows, cols=self.cols, dtype=self.dtype, parts=self.parts,
-            group_size=self.group_size, elements=self.elements, is_exact=self.is_exact, **tensors,
-        )  # fmt: skip
+    def weight(self, tensors: Mapping[str, Any]) -> Weight:
+        options: dict[str, Any] = dict(zip(self._fields[:-1], self, strict=False))
+        return Weight(**options, **tensors)
 
 
 class Absent:
@@ -221,9 +216,10 @@ _BITS = {torch.float32: torch.int32, torch.float16: torch.int16}
 
 def _float_of(format: str, field: str) -> torch.dtype | None:
     """The dtype of floating-point scales; None for other tensors."""
-    if field == "row_scales" or (field == "scales" and format in ("fp8", "nf4")):
+    if field == "row_scales":
         return torch.float32
-    return torch.float16 if field == "scales" and format == "groups" else None
+    scales = TABLE[format].scales if field == "scales" else None
+    return scales if scales is not None and scales.is_floating_point else None
 
 
 def _viewed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -362,6 +358,59 @@ def in_layout(weight: Tensor, layout: Layout) -> Tensor:
     return weight.mT.contiguous() if layout.transposed else weight
 
 
+# ---- for code that reads the parameters itself ----------------------------------------------------------------------
+
+
+def check_plain(name: str, experts: nn.Module) -> None:
+    """Raises ValueError, which names the module, for weights in another form, adapters that are not merged, and experts
+    that train alone."""
+    for where, module in _named(name, experts):
+        _check_adapters(where, module)
+        if (stored := stored_of(module)) is not None:
+            raise ValueError(f"{where}: expected plain weights, got {stored.form}; {stored.form.remedy}")
+        if get_state(module).selection is not None:
+            raise ValueError(f"{where}: expected no experts that train alone; call finetune.unfreeze(model) first")
+
+
+def check_replaceable(name: str, experts: nn.Module) -> None:
+    """As check_plain; refuses merged adapters, too, which would belong to weights that are gone."""
+    check_plain(name, experts)
+    _check_merged(name, experts)
+
+
+def check_state_dict(name: str, model: nn.Module) -> None:
+    """As check_replaceable, for code that reads the state dict, where lossless forms are plain, and experts that
+    train alone are among the others."""
+    for where, module in _named(name, model):
+        _check_adapters(where, module)
+        stored = stored_of(module)
+        if stored is not None and stored.form.suffixes:
+            raise ValueError(f"{where}: expected plain weights, got {stored.form}; {stored.form.remedy}")
+    _check_merged(name, model)
+
+
+def _named(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, part in module.named_modules():
+        yield f"{name}.{path}" if path else name, part
+
+
+def _check_adapters(where: str, module: nn.Module) -> None:
+    if where.rpartition(".")[2] == "base_layer":
+        raise ValueError(
+            f"{where}: expected a module without adapters around it; merge and unload them first, "
+            "model.merge_and_unload()"
+        )
+    if has_adapters(module):
+        raise ValueError(f"{where}: expected experts without adapters; merge them first")
+
+
+def _check_merged(name: str, experts: nn.Module) -> None:
+    if any(get_state(module).adapters for module in experts.modules()):
+        raise ValueError(
+            f"{name}: expected experts without adapters, got merged ones; call merge(model, keep_adapters=False)"
+        )
+
+
 # ---- state dicts -----------------------------------------------------------------------------------------------------
 
 
@@ -390,7 +439,7 @@ def _load(
         stored.load(module, state_dict, prefix, missing if strict else [])
 
 
-def complaint_about_stored(names: Sequence[str], prefix: str, unexpected: Sequence[str]) -> str | None:
+def explain_stored_keys(names: Sequence[str], prefix: str, unexpected: Sequence[str]) -> str | None:
     """What to do if the keys that a module with plain weights does not know are of stored ones, such as
     gate_up_proj_values. Biases and adapters have such keys, too."""
     starts = tuple(f"{prefix}{name}_" for name in names)
@@ -448,7 +497,7 @@ def _loaded(
         missing.extend(key + suffix for suffix in form.suffixes if suffix not in present)
         return None
     try:
-        return form.load(present, now)
+        return form.read(present, now)
     except ValueError as error:
         raise ValueError(f"{key}{error}") from None
 

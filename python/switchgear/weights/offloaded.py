@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from switchgear.weights.form import Form, Layout
 from switchgear.weights.module import Projection, StoredProjections
-from switchgear.weights.operand import Operand
-from switchgear.weights.weight import Weight
+from switchgear.weights.weight import Operand, Weight
 
 
 class Wave(NamedTuple):

@@ -1,34 +1,36 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""store and restore: convert a model's experts to another form, and back."""
+"""store and restore: convert a model's experts to another form, and back; encode one weight."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from switchgear import backends, ops
-from switchgear.checks import at_least, check_dense, check_module, check_switch, check_tensor
-from switchgear.reference import check_size, formats
+from switchgear.checks import Size, checked
+from switchgear.reference import formats
+from switchgear.reference.checks import AnyFloats
 from switchgear.weights.adapted import can_borrow_from, notice_wrappers
-from switchgear.weights.change import (
-    PlainChange,
-    StoredChange,
-    Target,
-    memory_of,
-    parameters_of,
-    plain_parameters,
-    preparation_of,
-)
 from switchgear.weights.exact import Copies, Plain, Relaid
 from switchgear.weights.form import FORMS, Form, Layout, hint_for, layout_of
-from switchgear.weights.module import FLOATS, StoredProjections, Tie, check_before_load, stored_of, take_back
+from switchgear.weights.module import (
+    Kind,
+    Projection,
+    StoredProjections,
+    Tie,
+    check_before_load,
+    in_layout,
+    put,
+    stored_of,
+    take_back,
+)
 from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.selected import selection_of
 from switchgear.weights.state import get_state, set_state
@@ -81,31 +83,24 @@ def _check_options(form: str, options: Iterable[str], known: Sequence[str]) -> N
         raise ValueError(f"{unknown[0]}: expected an option of {form} ({', '.join(known) or 'it has none'})")
 
 
+@checked
 @torch.inference_mode(False)  # a backward pass may save the result
-def encode(weight: Tensor, form: str | Form, *, parts: int = 1, **options: Any) -> Weight:
+def encode(
+    weight: Annotated[Tensor, AnyFloats("E", "N", "C")], form: str | Form, *, parts: Size = 1, **options: Any
+) -> Weight:
     """Encodes a weight [E,N,C] for `moe` and `grouped_gemm`. parts: 2 if all gates precede all ups. Raises ValueError
     with the reason if the form does not support the weight, and TypeError or ValueError for anything but a weight."""
-    _check_weight(weight, parts)
+    if 0 in weight.shape or weight.is_meta:
+        raise ValueError(f"weight: expected numbers, got shape {list(weight.shape)} on {weight.device}")
+    if parts > 2 or weight.shape[1] % parts:
+        raise ValueError(f"parts: expected 1, or 2 for an even number of rows, got {parts} for {weight.shape[1]} rows")
     encoded = form_named(form, options).encode("weight", weight, parts)
     if isinstance(encoded, str):
         raise ValueError(f"weight: expected one that can be stored as {form}; {encoded}")
     return encoded
 
 
-def _check_weight(weight: Any, parts: Any) -> None:
-    check_tensor("weight", weight)
-    check_dense("weight", weight)
-    if weight.dtype not in FLOATS:
-        raise TypeError(f"weight: expected a floating dtype of at least 16 bits, got {weight.dtype}")
-    if weight.dim() != 3 or 0 in weight.shape:
-        raise ValueError(f"weight: expected shape [E,N,C], with sizes of at least 1, got {list(weight.shape)}")
-    if weight.is_meta:
-        raise ValueError("weight: expected numbers, got a tensor on meta")
-    check_size("parts", parts)
-    if parts > 2 or weight.shape[1] % parts:
-        raise ValueError(f"parts: expected 1, or 2 for an even number of rows, got {parts} for {weight.shape[1]} rows")
-
-
+@checked
 def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **options: Any) -> Stored:
     """Stores the projections of all experts of a model in another form, in place; on failure none.
 
@@ -133,8 +128,6 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
             by a parametrization, of an unsupported dtype or shape, not finite, or in another form (`restore` first).
             The message names the module, and no module is changed.
     """
-    check_module("model", model)
-    check_switch("low_memory", low_memory)
     notice_wrappers()
     if form == "auto":
         done = _store_best(model, low_memory, options)
@@ -144,11 +137,11 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
     return done
 
 
+@checked
 def restore(model: nn.Module) -> int:
     """Undoes `store`: restores the parameters in their original dtype. They have the same bits if the form is lossless,
     else the decoded values. Returns the number of changed modules. All weights are decoded before any module changes,
     so on failure none does."""
-    check_module("model", model)
     copies = Copies()
     parameters: dict[Tie, nn.Parameter] = {}
     plain: dict[tuple[object, ...], Tensor] = {}
@@ -174,6 +167,133 @@ def restore(model: nn.Module) -> int:
     changed = len(decoded) + sum(change.changes for _, change in relaid)
     _logger.info("restored modules of experts: %d", changed)
     return changed
+
+
+# ---- the change of one module: prepared, committed, and undone if another module fails -------------------------------
+
+
+@dataclass
+class Target:
+    """A module whose projections can be stored."""
+
+    name: str
+    module: nn.Module
+    layout: Layout
+
+
+def preparation_of(form: Form) -> Callable[[Target], StoredChange | PlainChange]:
+    """Returns a function that prepares the change of a module. Shared parameters are encoded once."""
+    if isinstance(form, Plain):
+        copies = Copies()
+        return lambda target: PlainChange(target, copies)
+    encoded: dict[tuple[object, ...], Weight] = {}
+    ties: dict[int, Tie] = {}
+
+    def prepare(target: Target) -> StoredChange:
+        weights, projections, layout = [], [], target.layout
+        for index, parameter in enumerate(parameters_of(target.module, layout.names)):
+            plain, parts = parameter.detach(), layout.parts(index)
+            view = plain.mT if layout.transposed else plain
+            key = (plain.data_ptr(), view.shape, view.stride(), view.dtype, view.device, parts, layout.transposed)
+            if key not in encoded:
+                encoded[key] = _encoded(form, f"{target.name}.{layout.names[index]}", view, parts)
+            weights.append(encoded[key])
+            tie = ties.setdefault(id(parameter), Tie())
+            projections.append(Projection(Kind.of(weights[-1]), parameter.requires_grad, tie))
+        stored = StoredProjections(form, layout, (projections[0], projections[1]))
+        return StoredChange(target, stored, (weights[0], weights[1]))
+
+    return prepare
+
+
+@torch.inference_mode(False)  # a backward pass may save the result
+def _encoded(form: Form, name: str, weight: Tensor, parts: int) -> Weight:
+    encoded = form.encode(name, weight, parts)
+    if isinstance(encoded, str):
+        raise ValueError(f"model: expected experts that can be stored as {form}; {encoded}")
+    return encoded
+
+
+class StoredChange:
+    """Replaces a module's parameters by stored weights."""
+
+    def __init__(self, target: Target, stored: StoredProjections, weights: tuple[Weight, Weight]) -> None:
+        self.target, self.weights = target, weights
+        self._stored, self._is_begun = stored, False
+        self._parameters: list[nn.Parameter] | None = parameters_of(target.module, stored.layout.names)
+        self.bytes_before = {memory_of(parameter): parameter.nbytes for parameter in self._parameters}
+        self.bytes_after = {memory_of(t): t.nbytes for weight in weights for t in weight.tensors}
+        self.is_exact = all(weight.is_exact for weight in weights)
+
+    def commit(self) -> None:
+        self._is_begun = True
+        put(self.target.module, self._stored, self.weights)
+
+    def forget(self) -> None:
+        """Frees the parameters."""
+        self._parameters = None
+
+    def undo(self) -> bool:
+        """Undoes `commit`, even one that failed halfway. Returns whether the parameters are restored."""
+        if not self._is_begun:
+            return True
+        if self._parameters is None:
+            if not self.is_exact:
+                return False
+            self._parameters = plain_parameters(self.target.module, {}, {})
+        take_back(self.target.module, self._stored, self._parameters)
+        return True
+
+
+class PlainChange:
+    """Gives a module's parameters other strides, on huge pages."""
+
+    is_exact = True
+
+    def __init__(self, target: Target, copies: Copies) -> None:
+        self.target = target
+        parameters = parameters_of(target.module, target.layout.names)
+        self._relaid = Relaid(parameters if target.layout.transposed else [], True, copies)
+        self.bytes_before = self.bytes_after = {memory_of(parameter): parameter.nbytes for parameter in parameters}
+
+    def commit(self) -> None:
+        if self._relaid.changes:
+            self._relaid.commit()
+            set_state(self.target.module, packed=self.target.layout.names)
+
+    def forget(self) -> None:
+        self._relaid.forget()
+
+    def undo(self) -> bool:
+        if self._relaid.undo():
+            set_state(self.target.module, packed=None)
+        return True
+
+
+def parameters_of(module: nn.Module, names: tuple[str, str]) -> list[nn.Parameter]:
+    return [p for name in names if type(p := module._parameters.get(name)) is nn.Parameter]
+
+
+def memory_of(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape)
+
+
+@torch.inference_mode(False)
+def plain_parameters(
+    module: nn.Module, parameters: dict[Tie, nn.Parameter], plain: dict[tuple[object, ...], Tensor]
+) -> list[nn.Parameter]:
+    """The original parameters of a module. Parameters that were shared, or shared memory, share it again."""
+    stored = stored_of(module)
+    assert stored is not None
+    found = []
+    for weight, projection in zip(stored.weights(module), stored.projections, strict=True):
+        if projection.tie not in parameters:
+            key = (weight.data.data_ptr(), weight.device, weight.format, weight.shape, stored.layout.transposed)
+            if key not in plain:
+                plain[key] = in_layout(weight.plain(), stored.layout)
+            parameters[projection.tie] = nn.Parameter(plain[key], requires_grad=projection.trained)
+        found.append(parameters[projection.tie])
+    return found
 
 
 # ---- one form --------------------------------------------------------------------------------------------------------
@@ -301,14 +421,13 @@ class Candidate(NamedTuple):
     is_last: bool = False  # no other form follows
 
 
+@checked
 def candidates(
-    model: nn.Module, tokens_per_step: int = 1, lossless: bool = True, bits: int | Sequence[int] | None = None
+    model: nn.Module, tokens_per_step: Size = 1, lossless: bool = True, bits: int | Sequence[int] | None = None
 ) -> list[Candidate]:
     """The forms to try, in order. Raises ValueError if tokens_per_step is below 1, or for bits of lossless forms."""
-    check_switch("lossless", lossless)
     if bits is not None and lossless:
         raise ValueError(f"bits: expected none of a lossless form, got {bits}; pass lossless=False")
-    tokens_per_step = at_least(1, "tokens_per_step", tokens_per_step)
     devices = {
         p.device.type for module in model.modules() if layout_of(module) is not None for p in module.parameters()
     }

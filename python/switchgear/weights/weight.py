@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Weight: the matrices of all experts of a projection in a named format; AdaptedWeight adds an adapter, SelectedWeight
-says which experts train.
+says which experts train. Operand: what a weight of any kind is for the ops.
 
 Every product accepts a Weight in place of a tensor [E,N,C]. It is immutable, has no gradient, and does not depend on
 modules; the forms do (exact.py, integers.py, …).
@@ -9,25 +9,65 @@ modules; the forms do (exact.py, integers.py, …).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from switchgear import backends, ops
 from switchgear.backends import cast_in_autocast
-from switchgear.checks import check_tensor
+from switchgear.checks import Shape, convert
 from switchgear.reference import formats, panels, weight_dtype
-from switchgear.reference.checks import check, check_range
-from switchgear.weights.operand import Operand, TrainedExperts, operand_of
+from switchgear.reference.checks import check_range
 from switchgear.weights.pages import advise_huge_pages
 
 PANEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 _FIELDS = ("data", *formats.FIELDS)
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+
+class TrainedExperts(NamedTuple):
+    """Experts that are trained alone: copies of some rows of a frozen weight and of its bias."""
+
+    weight: Tensor  # [n,N,C]
+    bias: Tensor | None  # [n,N]
+    experts: Tensor  # [n] int32, ascending
+
+
+class Operand(NamedTuple):
+    """A projection [E,N,C] as the ops take it."""
+
+    tensors: Sequence[Tensor]  # of a stored weight, or one plain tensor, or matrices [N_e,C]
+    form: tuple[int, ...] = ()  # empty: plain
+    leaves: Sequence[Tensor | None] = ()  # those that may need a gradient
+    adapter: tuple[Tensor, ...] = ()  # a, b, scales and possibly ranks; empty: none
+    dropout: float = 0.0  # of the adapter
+    trained: TrainedExperts | None = None
+    source: Any = None  # a Source: the experts are not in memory, and there are no tensors
+    needs_no_dispatch: bool = False  # the tensors are known to be plain ones in CPU memory
+
+
+class AnyOperand(Protocol):
+    """A weight that answers for itself."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def operand(self, dtype: torch.dtype, autocast: str | None) -> Operand: ...
+
+
+def operand_of(weight: Tensor | AnyOperand, dtype: torch.dtype, autocast: str | None = None) -> Operand:
+    """The operand for an x of `dtype`. autocast: the device type whose torch.autocast is on and gave x its dtype."""
+    if isinstance(weight, Tensor):
+        tensors = (weight,) if autocast is None else cast_in_autocast(autocast, weight)
+        return Operand(tensors, (), tensors)
+    return weight.operand(dtype, autocast)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +170,7 @@ class Weight:
         dtype or one device."""
         if self.format not in formats.LOSSLESS:
             return True  # any dtype; a device without kernels reports that itself
-        if not _is_on_cpu(self):
+        if not self.data.is_cpu:
             return self.format == "plain" and self.slots is None and dtype is self.dtype
         if self.format == "plain":
             return dtype is self.dtype
@@ -147,7 +187,7 @@ class Weight:
 
     def expanded(self, dtype: torch.dtype, autocast: str | None, subject: str) -> Operand:
         """The plain weight as an operand. Announces that kernels for `subject` are missing."""
-        has_a_kernel_missing = dtype is self.dtype or not _is_on_cpu(self)  # otherwise only the dtypes differ
+        has_a_kernel_missing = dtype is self.dtype or not self.data.is_cpu  # otherwise only the dtypes differ
         if has_a_kernel_missing and not torch.compiler.is_compiling():
             backends.announce_format(self.device, subject, "each call expands them")
         plain = self.plain()
@@ -163,7 +203,11 @@ class Weight:
 
     def permuted(self, order: Tensor) -> Weight:
         """The experts in `order` [E'], integers, which may repeat experts. Copies no weights."""
-        _check_order(order, self.shape[0])
+        convert("order", order, Annotated[Tensor, Shape(None)])
+        if order.dtype not in _INTEGERS:
+            raise TypeError(f"order: expected an integer dtype, got {order.dtype}")
+        if not (order.is_meta or torch.compiler.is_compiling()):  # then the ops check it, as slots
+            check_range("order", order, 0, self.shape[0])
         order = order.to(device=self.device, dtype=torch.int32)
         return self.with_slots(order if self.slots is None else self.slots[order.long()])
 
@@ -177,19 +221,6 @@ class Weight:
             raise ValueError(f"tensors: expected names among {', '.join(_FIELDS)}, got {', '.join(unknown)}")
         given = {name: getattr(self, name) for name in _ARGUMENTS}
         return Weight(**{**given, **tensors})
-
-
-def _is_on_cpu(weight: Weight) -> bool:
-    return weight.data.is_cpu
-
-
-def _check_order(order: Tensor, num_experts: int) -> None:
-    check_tensor("order", order)
-    if order.dtype not in _INTEGERS:
-        raise TypeError(f"order: expected an integer dtype, got {order.dtype}")
-    check("order", order, (None,), order.dtype)
-    if not (order.is_meta or torch.compiler.is_compiling()):  # then the ops check it, as slots
-        check_range("order", order, 0, num_experts)
 
 
 _ARGUMENTS = (
@@ -230,7 +261,7 @@ class AdaptedWeight(NamedTuple):
         return Operand(base.tensors, base.form, leaves, adapter, self.dropout, base.trained, base.source, known)
 
     def adapter(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """The adapter as an argument of the ops (reference/adapters.py). dtype: of x; float32 factors are rounded to
+        """The adapter as an argument of the ops (reference/layer.py). dtype: of x; float32 factors are rounded to
         it if it has 16 bits."""
         a, b, scales = self.a, self.b, self.scale
         if dtype is not None and dtype.itemsize == 2:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from switchgear.autograd import apply
 from switchgear.checks import Count, Finite, Fraction, NotNegativeOrInf, PositiveOrInf, Size, checked
 from switchgear.functional import Routing
+from switchgear.functional.gradients import apply
 from switchgear.routing.context import NOTHING_KNOWN, Context, sequences
 from switchgear.routing.ranking import ScoreFunction, choose, draw, finite, gumbel, scores_of, uniform
 from switchgear.routing.selection import Dense, take

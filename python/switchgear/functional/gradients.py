@@ -1,17 +1,86 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""accumulate_into_grad: the kernel that computes the gradient of a weight adds it to `.grad`."""
+"""What all derivatives share: whether one is needed, gradients that can be taken once, and accumulate_into_grad.
+
+Ops have no autograd formula: the functions beside wrap them in an autograd.Function if a gradient or a forward-mode
+tangent is needed. Gradients can be taken once, those of gate any number of times; forward mode raises. A stored Weight
+has no gradient: gradients reach activations, biases and topk_weights.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from switchgear import ops
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be needed."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether forward mode or torch.func is active. requires_grad shows neither tangents nor tensors beneath a
+    torch.vmap, for which the bare op would silently return wrong derivatives."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def needs_no_dispatch_in_backward(grad: Tensor, *others: Tensor | None) -> bool:
+    """ops.needs_no_dispatch of a backward pass, where batched gradients and zeros without memory look like plain
+    tensors."""
+    return (
+        ops.needs_no_dispatch(grad, *others)
+        and not is_transformed()
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)
+        and not grad._is_zerotensor()
+    )
+
+
+class _Once(torch.autograd.Function):
+    """Runs `function` on tensors. Differentiating its result raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("switchgear: gradients can be taken once; there is no second derivative of its functions")
+
+
+def once(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
+    """Runs a backward pass, `function` of tensors, inside _Once if autograd records it (create_graph=True)."""
+    if torch.compiler.is_compiling() or not needs_autograd(*tensors):
+        return function(*tensors)
+    return apply(_Once, function, *tensors)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def is_transposed(weight: Tensor) -> bool:
+    """Whether the memory of weight [..., N, C] is that of [..., C, N]."""
+    return weight.stride(-2) == 1 and weight.stride(-1) != 1
+
+
+# ---- gradients that kernels add to .grad -----------------------------------------------------------------------------
 
 
 class _Switch(threading.local):
@@ -47,40 +116,24 @@ def accumulate_into_grad() -> Iterator[None]:
         _switch.is_on = before
 
 
-def add_in_place(
-    recipe: Any, needs: Sequence[bool], grad_y: Tensor, h: Tensor, *inputs: Any
-) -> tuple[Tensor | None, ...] | None:
-    """The gradients of a layer, of which those of the projections are added to `.grad`; None if autograd has to."""
-    if torch.compiler.is_compiling() or not _switch.is_on:
-        return None
-    layer, experts = recipe.layer_of(inputs)
-    weights = layer.gate_up_proj[0], layer.down_proj[0]
-    is_plain = experts is None and not any(recipe.forms) and not any(recipe.counts) and recipe.source is None
-    if not is_plain or layer.gate_up_adapter or layer.down_adapter:
-        return None
-    others = [tensor for tensor in (grad_y, h, *inputs) if tensor is not None]
-    if (grads := _find_grads(weights, needs[1:3], others)) is None:
-        return None
-    x, *_ = inputs
-    grad_x, _, _, *rest = ops.moe_backward_on_host(grads, grad_y, x, h, layer, needs)
-    return grad_x, *(None if grad is None else _empty_gradient(grad) for grad in grads), *rest
+def accumulates_into_grad() -> bool:
+    return _switch.is_on
 
 
-def _find_grads(
+def find_grads_to_add_to(
     weights: Sequence[Tensor], needs: Sequence[bool], others: Sequence[Tensor]
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    """The .grad of both weights, None for one that needs no gradient, if the kernel can add to all that are needed."""
+    """The .grad of both weights, None for one that needs no gradient, if a kernel that reads `others`, the weights
+    included, may add to all that are needed; else None."""
     if torch.is_grad_enabled() or torch.is_anomaly_enabled() or not any(needs):
         return None
     for weight, need in zip(weights, needs, strict=True):
         if need and not _can_add(weight):
             return None
-    if not ops.needs_no_dispatch(*others):
-        return None
     first, second = (weight.grad if need else None for weight, need in zip(weights, needs, strict=True))
     if first is not None and second is not None and _overlap(first, second):  # as of one parameter for both
         return None
-    read = {tensor.untyped_storage().data_ptr() for tensor in others}  # the weights, too
+    read = {tensor.untyped_storage().data_ptr() for tensor in others}
     if any(grad is not None and grad.untyped_storage().data_ptr() in read for grad in (first, second)):
         return None
     return first, second
@@ -110,7 +163,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     return first < second + other.nbytes and second < first + one.nbytes
 
 
-def _empty_gradient(weight: Tensor) -> Tensor:
+def empty_gradient(weight: Tensor) -> Tensor:
     """A gradient that adds nothing, and takes no time to add. Hooks after the accumulation run for it."""
     indices = weight.new_empty((1, 0), dtype=torch.int64)
     values = weight.new_empty((0, *weight.shape[1:]))
