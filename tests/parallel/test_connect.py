@@ -98,23 +98,23 @@ class SilentStore:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"timeout": float("inf")}, ValueError, "timeout: "),
-        ({"timeout": float("nan")}, ValueError, "timeout: "),
-        ({"timeout": 0}, ValueError, "timeout: "),
-        ({"timeout": "x"}, TypeError, "timeout: "),
-        ({"timeout": True}, TypeError, "timeout: "),
-        ({"placement": 5}, TypeError, "placement: "),
-        ({"link": 5}, TypeError, "link: "),
-        ({"store": 5}, TypeError, "store: "),
-        ({"invariant": "no"}, TypeError, "invariant: "),
-        ({"average_gradients": 1}, TypeError, "average_gradients: "),
-        ({"num_chunks": True}, TypeError, "num_chunks: "),
-        ({"capacity": True}, TypeError, "capacity: "),
-        ({"capacity": 2.0}, TypeError, "capacity: "),
+        ({"timeout": float("inf")}, ValueError, "timeout"),
+        ({"timeout": float("nan")}, ValueError, "timeout"),
+        ({"timeout": 0}, ValueError, "timeout"),
+        ({"timeout": "x"}, TypeError, "timeout"),
+        ({"timeout": True}, TypeError, "timeout"),
+        ({"placement": 5}, TypeError, "placement"),
+        ({"link": 5}, TypeError, "link"),
+        ({"store": 5}, TypeError, "store"),
+        ({"invariant": "no"}, TypeError, "invariant"),
+        ({"average_gradients": 1}, TypeError, "average_gradients"),
+        ({"num_chunks": True}, TypeError, "num_chunks"),
+        ({"capacity": True}, TypeError, "capacity"),
+        ({"capacity": 2.0}, TypeError, "capacity"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+    with raises(error, message):
         ExpertParallel(**options)
 
 

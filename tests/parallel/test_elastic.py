@@ -449,7 +449,7 @@ def refused(rank: int, name: str) -> None:
             ({"max_norm": -1.0}, "max_norm: "),
             ({"max_norm": float("nan")}, "max_norm: "),
         ):
-            with pytest.raises(ValueError, match=message):
+            with raises(ValueError, message):
                 Training(model, optimizer, **options)  # type: ignore[arg-type]
         with raises(ValueError):
             Training(nn.Linear(2, 2), optimizer)
