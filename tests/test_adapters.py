@@ -427,31 +427,31 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"a": torch.zeros(5, 3, 19)}, ValueError, "gate_up_adapter_a: expected shape"),
-        ({"a": torch.zeros(4, 3, 20)}, ValueError, "gate_up_adapter_a: expected shape"),
-        ({"a": torch.zeros(5, 0, 20), "b": torch.zeros(5, 24, 0)}, ValueError, "gate_up_adapter_a: expected"),
-        ({"a": torch.zeros(5, 3, 20).half()}, TypeError, "gate_up_adapter_a: expected"),
-        ({"b": torch.zeros(5, 24, 4)}, ValueError, "gate_up_adapter_b: expected shape"),
-        ({"b": torch.zeros(5, 23, 3)}, ValueError, "gate_up_adapter_b: expected shape"),
-        ({"scale": torch.zeros(4)}, ValueError, "gate_up_adapter_scales: expected shape"),
-        ({"scale": torch.zeros(5).double()}, TypeError, "gate_up_adapter_scales: expected"),
-        ({"scale": torch.tensor([1, 1, math.nan, 1, 1])}, ValueError, "gate_up_adapter_scales: expected finite"),
-        ({"scale": math.inf}, ValueError, "gate_up_adapter_scales: expected finite numbers"),
-        ({"ranks": torch.tensor([0, 1, 2, 3, 4]).int()}, ValueError, "gate_up_adapter_ranks: expected"),
-        ({"ranks": torch.tensor([0, 1, 2, 3, -1]).int()}, ValueError, "gate_up_adapter_ranks: expected"),
-        ({"ranks": torch.tensor([0, 1, 2, 3])}, TypeError, "gate_up_adapter_ranks: expected"),
-        ({"ranks": torch.tensor([0, 1, 2, 3]).int()}, ValueError, "gate_up_adapter_ranks: expected shape"),
-        ({"dropout": 1.0}, ValueError, "dropout: expected two probabilities"),
-        ({"dropout": -0.1}, ValueError, "dropout: expected two probabilities"),
-        ({"dropout": math.nan}, ValueError, "dropout: expected two probabilities"),
+        ({"a": torch.zeros(5, 3, 19)}, ValueError, "gate_up_adapter_a"),
+        ({"a": torch.zeros(4, 3, 20)}, ValueError, "gate_up_adapter_a"),
+        ({"a": torch.zeros(5, 0, 20), "b": torch.zeros(5, 24, 0)}, ValueError, "gate_up_adapter_a"),
+        ({"a": torch.zeros(5, 3, 20).half()}, TypeError, "gate_up_adapter_a"),
+        ({"b": torch.zeros(5, 24, 4)}, ValueError, "gate_up_adapter_b"),
+        ({"b": torch.zeros(5, 23, 3)}, ValueError, "gate_up_adapter_b"),
+        ({"scale": torch.zeros(4)}, ValueError, "gate_up_adapter_scales"),
+        ({"scale": torch.zeros(5).double()}, TypeError, "gate_up_adapter_scales"),
+        ({"scale": torch.tensor([1, 1, math.nan, 1, 1])}, ValueError, "gate_up_adapter_scales"),
+        ({"scale": math.inf}, ValueError, "gate_up_adapter_scales"),
+        ({"ranks": torch.tensor([0, 1, 2, 3, 4]).int()}, ValueError, "gate_up_adapter_ranks"),
+        ({"ranks": torch.tensor([0, 1, 2, 3, -1]).int()}, ValueError, "gate_up_adapter_ranks"),
+        ({"ranks": torch.tensor([0, 1, 2, 3])}, TypeError, "gate_up_adapter_ranks"),
+        ({"ranks": torch.tensor([0, 1, 2, 3]).int()}, ValueError, "gate_up_adapter_ranks"),
+        ({"dropout": 1.0}, ValueError, "dropout"),
+        ({"dropout": -0.1}, ValueError, "dropout"),
+        ({"dropout": math.nan}, ValueError, "dropout"),
     ],
 )  # fmt: skip
 def test_bad_input(backend: str, changes: dict[str, Any], error: type[Exception], message: str) -> None:
     layer, (first, second) = make(SMALL, torch.float32, 3)
     first = first._replace(**changes)
-    with pytest.raises(error, match=message):
+    with raises(error, message):
         call(Adapted(layer, (first, second)))
-    with pytest.raises(error, match=message):
+    with raises(error, message):
         call(Adapted(layer, (first._replace(b=first.b.requires_grad_()), second)))
 
 
@@ -460,11 +460,11 @@ def test_a_seed_is_needed(backend: str) -> None:
     lists = [weight.adapter() for weight in adapters]
     args = (*layer.arguments(), *DEFAULT, True, *lists)
     for seed, error, message in (
-        (None, ValueError, "dropout_seed: expected a tensor"),
-        (torch.zeros(1), TypeError, "dropout_seed: expected"),
-        (torch.zeros(2, dtype=torch.int64), ValueError, "dropout_seed: expected"),
+        (None, ValueError, "dropout_seed"),
+        (torch.zeros(1), TypeError, "dropout_seed"),
+        (torch.zeros(2, dtype=torch.int64), ValueError, "dropout_seed"),
     ):
-        with pytest.raises(error, match=message):
+        with raises(error, message):
             ops.moe_forward(*args, seed, (0.5, 0.0))
     with raises(ValueError, "dropout"):
         ops.moe_forward(*args, torch.zeros(1, dtype=torch.int64), (0.5,))

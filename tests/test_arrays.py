@@ -70,8 +70,8 @@ class Foreign:
 
 
 def test_a_library_that_makes_no_arrays_of_others() -> None:
-    message = r"^h: expected an array of a library with from_dlpack, got Foreign; pass torch\.from_dlpack\(array\)$"
-    with pytest.raises(TypeError, match=message):
+    message = "h"
+    with raises(TypeError, message):
         switchgear.glu(Foreign(torch.ones(2, 4)))  # type: ignore[arg-type]
 
 

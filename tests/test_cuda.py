@@ -149,9 +149,9 @@ def test_rocm_is_not_cuda(forget: None, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("torch_cuda", "driver", "message"),
     [
-        (None, 13000, "torch .* is built without CUDA"),
-        ("13.0", 0, "there is no CUDA driver on this machine"),
-        ("13.0", 13000, "no CUDA device is visible"),
+        (None, 13000, "switchgear"),
+        ("13.0", 0, "switchgear"),
+        ("13.0", 13000, "switchgear"),
     ],
 )
 def test_require_without_a_device(
@@ -160,13 +160,13 @@ def test_require_without_a_device(
     monkeypatch.setattr(cuda.importlib, "import_module", lambda name: fake_module(driver))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    with pytest.raises(RuntimeError, match=message):
+    with raises(RuntimeError, message):
         cuda.require()
 
 
 @pytest.mark.parametrize(
     ("capability", "message"),
-    [((7, 5), "older than compute capability 8.0"), ((12, 1), "code for sm_90a, but not for cuda:0"), ((9, 0), None)],
+    [((7, 5), "switchgear"), ((12, 1), "switchgear"), ((9, 0), None)],
 )
 def test_require_with_a_device(
     forget: None, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], message: str | None
@@ -178,7 +178,7 @@ def test_require_with_a_device(
     if message is None:
         cuda.require()
     else:
-        with pytest.raises(RuntimeError, match=message):
+        with raises(RuntimeError, message):
             cuda.require()
 
 
@@ -263,13 +263,13 @@ def test_info_says_why_not() -> None:
     assert found["available"] is False
     assert found["module"] is HAS_MODULE
     assert found["reason"]
-    assert found["reason"] == ("no CUDA device is visible" if HAS_MODULE else found["reason"])
+    assert found["reason"] == ("switchgear" if HAS_MODULE else found["reason"])
 
 
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
-        (None, "no CUDA device is visible"),
+        (None, "switchgear"),
         (RuntimeError("cudaDriverGetVersion: the driver is too old"), "cudaDriverGetVersion: the driver is too old"),
     ],
 )

@@ -331,5 +331,5 @@ def test_errors(backend: str, changes: dict[str, Any], error: type[Exception], m
     layer = make_layer(SMALL, torch.float32)
     tensors = {name: value for name, value in changes.items() if name in Layer._fields[:3] + Layer._fields[5:]}
     options = {name: value for name, value in changes.items() if name not in tensors}
-    with pytest.raises(error, match=message):
+    with raises(error, message):
         call(layer._replace(**tensors), **options)

@@ -610,11 +610,11 @@ def test_cacheability_of_extremes() -> None:
     alone = diagnostics.cacheability(spread, E, segment=1, slots=1, sequence_length=1)
     assert (alone.srp, alone.sch, alone.experts_per_segment) == (1, 1, 1)
     for options, message in (
-        ({"segment": 31}, "segment: expected 1 to 30"),
-        ({"segment": 0}, "segment: expected 1 to 30"),
-        ({"sequence_length": 0}, "sequence_length: expected a divisor of 30"),
-        ({"slots": 7}, "slots: expected 1 to 6"),
-        ({"sequence_length": 7}, "sequence_length: expected a divisor of 30"),
+        ({"segment": 31}, "segment"),
+        ({"segment": 0}, "segment"),
+        ({"sequence_length": 0}, "sequence_length"),
+        ({"slots": 7}, "slots"),
+        ({"sequence_length": 7}, "sequence_length"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with raises(ValueError, message):
             diagnostics.cacheability(spread, E, **options)

@@ -144,7 +144,7 @@ def test_row60_an_expert_of_another_model() -> None:
     ids, ones = torch.full((64, 1), 4), torch.ones(64, 1)
     assert torch.equal(moe.experts(x, ids, ones), other.experts(x, ids - 2, ones))
     for spoiled, message in (({}, "expert"), ({**ffn, "down_proj": torch.zeros(3)}, "down_proj")):
-        with pytest.raises(ValueError, match=message):
+        with raises(ValueError, message):
             moe.add_expert(spoiled, torch.ones(16))
     with raises(ValueError, "gate_weight"):
         moe.add_expert(ffn, torch.ones(15))
@@ -166,14 +166,14 @@ def test_row60_an_expert_of_another_model() -> None:
         ({}, {"num_new": 1, "init": "random", "sources": [0]}, "sources"),
         ({"num_groups": 2}, {"num_new": 1}, "num_new"),
         ({"null_experts": 1}, {"num_new": 1}, "VirtualExperts"),
-        ({"widths": [1, 1, 2, 4]}, {"num_new": 1}, "Heterogeneous"),
-        ({"score": Gaussian}, {"num_new": 1}, "score=Gaussian"),
+        ({"widths": [1, 1, 2, 4]}, {"num_new": 1}, "experts"),
+        ({"score": Gaussian}, {"num_new": 1}, "gate"),
     ],
 )
 def test_row60_nothing_grows_on_failure(options: Any, arguments: Any, message: str) -> None:
     moe = make_moe(**options)
     before = [(name, id(p), p.shape) for name, p in moe.named_parameters()]
-    with pytest.raises(ValueError, match=message):
+    with raises(ValueError, message):
         moe.expand(**arguments)
     assert [(name, id(p), p.shape) for name, p in moe.named_parameters()] == before
 

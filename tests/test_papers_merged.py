@@ -164,12 +164,12 @@ def test_row49_meo_of_tokens_in_any_order() -> None:
 def test_row49_meo_names_wrong_sequences() -> None:
     layer, x, ids = layer_of(), torch.randn(4, H), torch.tensor([0, 0, 1, 1])
     for wrong, error, message in (
-        ((ids[:3],), ValueError, "sequence_ids: expected 4 tokens, got 3"),
-        ((ids, 1), ValueError, "sequence_ids: expected 0 to 0, got 0 to 1"),
-        ((ids.float(),), TypeError, "sequence_ids: expected integers, got torch.float32"),
-        ((ids.tolist(),), TypeError, "sequence_ids: expected Tensor, got list"),
+        ((ids[:3],), ValueError, "sequence_ids"),
+        ((ids, 1), ValueError, "sequence_ids"),
+        ((ids.float(),), TypeError, "sequence_ids"),
+        ((ids.tolist(),), TypeError, "sequence_ids"),
     ):
-        with pytest.raises(error, match=message):
+        with raises(error, message):
             layer(x, *wrong)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from switchgear import ops, reference
 from switchgear.functional import route_dynamic
 from test_route import KINDS, logits_of
@@ -464,7 +465,7 @@ def test_errors(backend: str, op: str, changes: dict[str, Any], message: str) ->
     }  # fmt: skip
     args = {**good[op], **changes}
     args = {n: torch.tensor(v, dtype=torch.int32) if isinstance(v, list) else v for n, v in args.items()}
-    with pytest.raises(ValueError, match=message):
+    with raises(ValueError, message):
         getattr(ops, op)(*args.values())
 
 

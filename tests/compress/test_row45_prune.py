@@ -370,31 +370,31 @@ def test_counts_of_a_loss_in_the_middle_of_a_step_are_refused() -> None:
 @pytest.mark.parametrize(
     ("keep", "options", "message"),
     [
-        (1, {}, r"^keep: expected"),
-        (9, {}, r"^keep: expected"),
-        (0.1, {}, r"^keep: expected"),
-        (1.5, {}, r"^keep: expected"),
-        (4, {"criterion": "best"}, r"^criterion: expected"),
-        (4, {"scope": "model"}, r"^scope: expected"),
-        (4, {"replace": "zero"}, r"^replace: expected"),
-        (4, {"criterion": "reap"}, r"^calibration: expected"),
-        ({"layers.2": [0, 1]}, {}, r"^keep: expected"),
-        ({"layers.0": [0, 0]}, {}, r"^keep: expected"),
-        ({"layers.0": [0.0, 1.0]}, {}, r"^keep: expected"),
-        ({"layers.0": [True, False]}, {}, r"^keep: expected"),
-        ({"layers.0": None}, {}, r"^keep: expected"),
-        (4, {"seed": "x"}, r"^seed: expected"),
-        (4, {"seed": 2**63}, r"^seed: expected"),
-        (4, {"exact_subsets": -1}, r"^exact_subsets: expected"),
-        (4, {"criterion": "reap", "calibration": "x"}, r"^calibration: expected"),
-        ({"layers.0": [0, 8]}, {}, r"^keep: expected"),
-        ({}, {}, r"^keep: expected"),
+        (1, {}, "keep"),
+        (9, {}, "keep"),
+        (0.1, {}, "keep"),
+        (1.5, {}, "keep"),
+        (4, {"criterion": "best"}, "criterion"),
+        (4, {"scope": "model"}, "scope"),
+        (4, {"replace": "zero"}, "replace"),
+        (4, {"criterion": "reap"}, "calibration"),
+        ({"layers.2": [0, 1]}, {}, "keep"),
+        ({"layers.0": [0, 0]}, {}, "keep"),
+        ({"layers.0": [0.0, 1.0]}, {}, "keep"),
+        ({"layers.0": [True, False]}, {}, "keep"),
+        ({"layers.0": None}, {}, "keep"),
+        (4, {"seed": "x"}, "seed"),
+        (4, {"seed": 2**63}, "seed"),
+        (4, {"exact_subsets": -1}, "exact_subsets"),
+        (4, {"criterion": "reap", "calibration": "x"}, "calibration"),
+        ({"layers.0": [0, 8]}, {}, "keep"),
+        ({}, {}, "keep"),
     ],
 )
 def test_wrong_arguments(keep: Any, options: dict[str, Any], message: str) -> None:
     model = our_model()
     before = clone(model).state_dict()
-    with pytest.raises((TypeError, ValueError), match=message):
+    with raises((TypeError, ValueError), message):
         prune_experts(model, keep, **{"criterion": "random", **options})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

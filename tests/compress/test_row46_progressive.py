@@ -169,15 +169,15 @@ def test_nothing_is_dropped_before_its_time_and_all_is_undone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"total_steps": 0}, r"^total_steps: expected"),
-        ({"windows": 11}, r"^windows: expected"),
-        ({"force_at": 0.0}, r"^force_at: expected"),
-        ({"beta": -1.0}, r"^beta: expected"),
-        ({"criterion": "loss"}, r"^criterion: expected"),
+        ({"total_steps": 0}, "total_steps"),
+        ({"windows": 11}, "windows"),
+        ({"force_at": 0.0}, "force_at"),
+        ({"beta": -1.0}, "beta"),
+        ({"criterion": "loss"}, "criterion"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with raises(ValueError, message):
         ProgressivePruner(our_model(), **{"total_steps": 20, **arguments})
 
 

@@ -123,17 +123,17 @@ def test_ties_go_to_the_first_columns() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0,), r"^sparsity: expected"),
-        ((1.0,), r"^sparsity: expected"),
-        (("4:8",), r"^sparsity: expected"),
-        ((None,), r"^sparsity: expected"),
-        ((0.5, "obd"), r"^metric: expected"),
-        ((0.5, "wanda"), r"^calibration: expected"),
+        ((0.0,), "sparsity"),
+        ((1.0,), "sparsity"),
+        (("4:8",), "sparsity"),
+        ((None,), "sparsity"),
+        ((0.5, "obd"), "metric"),
+        ((0.5, "wanda"), "calibration"),
     ],
 )
 def test_wrong_arguments(arguments: tuple[Any, ...], message: str) -> None:
     model = our_model()
-    with pytest.raises(ValueError, match=message):
+    with raises(ValueError, message):
         prune_weights(model, *arguments)
     with raises(TypeError, "calibration"):
         prune_weights(model, 0.5, calibration="x")  # type: ignore[arg-type]

@@ -112,10 +112,10 @@ def test_hessians_that_are_not_finite_are_refused(method: str) -> None:
     model, batches = our_model(), row_batches()
     batches[0]["x"][0, 3] = torch.nan
     calibration = calibrate(model, batches, hessians=True)
-    message = r"^calibration: expected"
-    with pytest.raises(ValueError, match=message):
+    message = "calibration"
+    with raises(ValueError, message):
         quantize(model, 3, method=method, calibration=calibration)
-    with pytest.raises(ValueError, match=message):
+    with raises(ValueError, message):
         expert_errors(model, calibration)
 
 
@@ -298,24 +298,24 @@ def test_ties_stay(store: bool) -> None:
 @pytest.mark.parametrize(
     ("bits", "options", "message"),
     [
-        (5, {}, r"^bits: expected"),
-        (9, {"store": False}, r"^bits: expected"),
-        ({"layers.0": [3] * 7}, {}, r"^bits: expected"),
-        ({"other": 3}, {}, r"^bits: expected"),
-        (3, {"group_size": 20}, r"^group_size: expected"),
-        (3, {"method": "awq"}, r"^method: expected"),
-        (3, {"method": "gptq"}, r"^calibration: expected"),
-        ({}, {}, r"^bits: expected"),
-        (3, {"damping": -1.0}, r"^damping: expected"),
-        (None, {}, r"^bits: expected"),
-        ({"layers.0": None}, {}, r"^bits: expected"),
-        (3, {"calibration": "x"}, r"^calibration: expected"),
+        (5, {}, "bits"),
+        (9, {"store": False}, "bits"),
+        ({"layers.0": [3] * 7}, {}, "bits"),
+        ({"other": 3}, {}, "bits"),
+        (3, {"group_size": 20}, "group_size"),
+        (3, {"method": "awq"}, "method"),
+        (3, {"method": "gptq"}, "calibration"),
+        ({}, {}, "bits"),
+        (3, {"damping": -1.0}, "damping"),
+        (None, {}, "bits"),
+        ({"layers.0": None}, {}, "bits"),
+        (3, {"calibration": "x"}, "calibration"),
     ],
 )
 def test_wrong_arguments(bits: Any, options: dict[str, Any], message: str) -> None:
     model = our_model()
     before = clone(model).state_dict()
-    with pytest.raises((TypeError, ValueError), match=message):
+    with raises((TypeError, ValueError), message):
         quantize(model, bits, **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -369,19 +369,19 @@ def test_words_are_no_switches(switch: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"bits": 0}, ValueError, r"^bits: expected"),
-        ({"bits": 9}, ValueError, r"^bits: expected"),
-        ({"weight": torch.ones(4, 32)}, ValueError, r"^weight: expected"),
-        ({"weight": [1]}, TypeError, r"^weight: expected"),
-        ({"hessian": torch.eye(16)[None]}, ValueError, r"^hessian: expected"),
-        ({"hessian": torch.full((1, 32, 32), torch.nan)}, ValueError, r"^hessian: expected"),
-        ({"group_size": -1}, ValueError, r"^group_size: expected"),
-        ({"damping": -1}, ValueError, r"^damping: expected"),
-        ({"act_order": "no"}, TypeError, r"^act_order: expected"),
+        ({"bits": 0}, ValueError, "bits"),
+        ({"bits": 9}, ValueError, "bits"),
+        ({"weight": torch.ones(4, 32)}, ValueError, "weight"),
+        ({"weight": [1]}, TypeError, "weight"),
+        ({"hessian": torch.eye(16)[None]}, ValueError, "hessian"),
+        ({"hessian": torch.full((1, 32, 32), torch.nan)}, ValueError, "hessian"),
+        ({"group_size": -1}, ValueError, "group_size"),
+        ({"damping": -1}, ValueError, "damping"),
+        ({"act_order": "no"}, TypeError, "act_order"),
     ],
 )
 def test_wrong_arguments_of_gptq(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+    with raises(error, message):
         gptq(
             **{"weight": torch.ones(1, 4, 32), "hessian": torch.eye(32)[None], "bits": 3, "group_size": 0, **arguments}
         )

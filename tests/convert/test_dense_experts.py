@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +185,7 @@ def test_tied_tensors_are_merged_once(method: str) -> None:
 def test_models_that_do_not_tie_what_the_first_ties_are_not_merged() -> None:
     tied, untied = Tied(), Tied(tie=False)
     for name, models, base in (("models[1]", [tied, untied], tied), ("base", [tied, tied], untied)):
-        with pytest.raises(ValueError, match=re.escape(f"{name}: expected head.weight equal to embedding.weight")):
+        with raises(ValueError, name):
             convert.merge_models(models, "ties", base=base)
     made = convert.merge_models([untied, tied])
     assert torch.equal(made.head.weight, (untied.head.weight + tied.head.weight) / 2)
@@ -332,16 +331,16 @@ def test_a_new_expert_is_counted_and_biased_as_the_others() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"balance": [SwitchLoss(1e-2, scope="global", accumulate=True)]}, r"^moe: expected"),
-    ({"balance": [AdaptiveSparsity(1.0, 4)]}, r"^moe: expected"),
-    ({"num_groups": 2}, r"^moe: expected"),
+    ({"balance": [SwitchLoss(1e-2, scope="global", accumulate=True)]}, "moe"),
+    ({"balance": [AdaptiveSparsity(1.0, 4)]}, "moe"),
+    ({"num_groups": 2}, "moe"),
 ])  # fmt: skip
 def test_a_router_that_does_not_grow_is_refused(options: dict[str, Any], message: str) -> None:
     mlp = SharedExperts(H, WIDTH)
     moe = convert.from_dense_experts([mlp] * 4, 1, embeddings=torch.randn(4, 7), **options)
     moe(torch.randn(9, H))
     before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
+    with raises(ValueError, message):
         convert.add_domain_expert(moe, mlp, torch.randn(7))
     assert all(torch.equal(tensor, before[name]) for name, tensor in moe.state_dict().items())
     assert moe.experts.num_experts == moe.gate.num_experts == 4

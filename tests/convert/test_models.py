@@ -128,16 +128,16 @@ def forced(output: Any, expert: int) -> Any:
 
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", {"mlp_bias": True}, {}, "mlp_bias"),
-    ("llama", {"attention_bias": True}, {}, "bias of the output projection"),
-    ("llama", {}, {"layers": [0], "family": "mixtral"}, "all of its layers"),
-    ("llama", {}, {"family": "qwen3_moe"}, "normalise queries"),
-    ("qwen2", {}, {"family": "mixtral"}, "attention has no biases"),
-    ("qwen3", {"head_dim": 8}, {"family": "mixtral"}, "normalise queries"),
-    ("qwen3", {"head_dim": 8, **WINDOW, "max_window_layers": 1}, {}, "one kind"),
+    ("llama", {"attention_bias": True}, {}, "family"),
+    ("llama", {}, {"layers": [0], "family": "mixtral"}, "family"),
+    ("llama", {}, {"family": "qwen3_moe"}, "family"),
+    ("qwen2", {}, {"family": "mixtral"}, "family"),
+    ("qwen3", {"head_dim": 8}, {"family": "mixtral"}, "family"),
+    ("qwen3", {"head_dim": 8, **WINDOW, "max_window_layers": 1}, {}, "family"),
     ("llama", {}, {"family": "gpt"}, "family"),
     ("llama", {}, {"layers": [3]}, "layers"),
     ("llama", {}, {"normalize": False}, "normalize"),
-    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, {}, "dense model of type"),
+    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, {}, "model"),
 ]  # fmt: skip
 
 
@@ -145,9 +145,9 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
 def test_what_a_family_cannot_express_is_refused(
     model_type: str, config: dict[str, Any], options: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(ValueError, match=reason):
+    with raises(ValueError, reason):
         convert.upcycle(dense(model_type, **config), 4, 2, **options)
-    if reason == "normalise queries" and model_type == "qwen3":
+    if reason == "family" and model_type == "qwen3":
         with raises(ValueError):
             convert.split_dense(dense(model_type, **config), 4, shared=0.5)
 

@@ -221,12 +221,12 @@ def test_experts_that_are_more_than_their_parameters_are_refused(words: str) -> 
 
 def test_bad_input() -> None:
     experts = experts_of()
-    for words, call in {
-        "threshold: expected auto, bytes or a number.*, got 'best'": lambda: HotColdSplit(experts, "cpu", "best"),
-        "threshold: expected at least 0, got -1": lambda: HotColdSplit(experts, "cpu", -1),
-        "bandwidth: expected more than 0, got 0": lambda: SplitCost(bandwidth=0),
-    }.items():
-        with pytest.raises(ValueError, match=words):
+    for words, call in [
+        ("threshold", lambda: HotColdSplit(experts, "cpu", "best")),
+        ("threshold", lambda: HotColdSplit(experts, "cpu", -1)),
+        ("bandwidth", lambda: SplitCost(bandwidth=0)),
+    ]:
+        with raises(ValueError, words):
             call()
     for wrong in (E, E + 1, -2):
         ids = torch.tensor([[-1, 0], [1, wrong]])

@@ -12,6 +12,7 @@ import torch
 from replayed import random_steps
 from stacks import residual
 
+from errors import raises
 from switchgear import diagnostics, offload
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.offload import Accesses, Follows, FromPreGate, NextGate
@@ -206,13 +207,13 @@ def test_row42_other_tokens_than_before_fall_back_to_order_1() -> None:
 def test_bad_input() -> None:
     model = residual().eval()
     run = Accesses.of(singles(0), num_experts=E)
-    for words, call in {
-        "layers_ahead: expected at least 1, got 0": lambda: NextGate(model, 0),
-        "top_k: expected at least 1, got 0": lambda: NextGate(model, top_k=0),
-        "model: expected one with MoE layers": lambda: NextGate(torch.nn.Linear(2, 2)),
-        "expected pre-gates": lambda: FromPreGate(model),
-        "order: expected .*, got 3": lambda: Follows.of(run, order=3),
-        "smoothing: expected at least 0": lambda: Follows.of(run, smoothing=-1),
-    }.items():
-        with pytest.raises(ValueError, match=words):
+    for words, call in [
+        ("layers_ahead", lambda: NextGate(model, 0)),
+        ("top_k", lambda: NextGate(model, top_k=0)),
+        ("model", lambda: NextGate(torch.nn.Linear(2, 2))),
+        ("model", lambda: FromPreGate(model)),
+        ("order", lambda: Follows.of(run, order=3)),
+        ("smoothing", lambda: Follows.of(run, smoothing=-1)),
+    ]:
+        with raises(ValueError, words):
             call()

@@ -140,18 +140,18 @@ def test_the_arena_and_slots_of_records_are_checked(tmp_path: Path) -> None:
     records.weights(arena, slots)
     records.weights(arena[:1])
     hostile: list[tuple[str, Tensor, Tensor | None]] = [
-        ("arena: ", arena.view(torch.int8), slots),
-        ("arena: ", arena[0], slots),
-        ("arena: ", arena[:, 1:], slots),
-        ("arena: ", torch.zeros(2, 2 * size, dtype=torch.uint8)[:, ::2], slots),
-        ("arena: ", torch.zeros(2, size + 1, dtype=torch.uint8)[:, :size], slots),
-        ("arena: ", arena[:1].expand(2, -1), slots),
-        ("arena: ", arena, None),
-        ("slots: ", arena, slots.long()),
-        ("slots: ", arena, slots[None]),
+        ("arena", arena.view(torch.int8), slots),
+        ("arena", arena[0], slots),
+        ("arena", arena[:, 1:], slots),
+        ("arena", torch.zeros(2, 2 * size, dtype=torch.uint8)[:, ::2], slots),
+        ("arena", torch.zeros(2, size + 1, dtype=torch.uint8)[:, :size], slots),
+        ("arena", arena[:1].expand(2, -1), slots),
+        ("arena", arena, None),
+        ("slots", arena, slots.long()),
+        ("slots", arena, slots[None]),
     ]
     for message, rows, places in hostile:
-        with pytest.raises(ValueError, match=message):
+        with raises(ValueError, message):
             records.weights(rows, places)
 
 
@@ -161,27 +161,27 @@ def test_bits_of_experts_in_an_index_are_checked(tmp_path: Path) -> None:
     index = path / "index.json"
     clean = json.loads(index.read_text())
     hostile: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
-        ("bits: ", lambda e: e["bits"].pop()),
-        ("bits: ", lambda e: e["bits"].__setitem__(0, [1])),
-        ("bits: ", lambda e: e["bits"].__setitem__(0, [-1, 1])),
-        ("bits: ", lambda e: e["bits"].__setitem__(0, [True, 1])),
-        ("bits: ", lambda e: e["bits"].__setitem__(0, [5, 1])),
-        ("bits: ", lambda e: e["bits"].__setitem__(0, [0, 1])),
-        ("expected .* bytes", lambda e: e["bits"].__setitem__(0, [4, 4])),
-        ("expected .* bytes", lambda e: e.pop("bits")),
-        ("planes of bits to be the last", lambda e: e["parts"].insert(0, e["parts"].pop())),
+        ("bits", lambda e: e["bits"].pop()),
+        ("bits", lambda e: e["bits"].__setitem__(0, [1])),
+        ("bits", lambda e: e["bits"].__setitem__(0, [-1, 1])),
+        ("bits", lambda e: e["bits"].__setitem__(0, [True, 1])),
+        ("bits", lambda e: e["bits"].__setitem__(0, [5, 1])),
+        ("bits", lambda e: e["bits"].__setitem__(0, [0, 1])),
+        ("bytes", lambda e: e["bits"].__setitem__(0, [4, 4])),
+        ("bytes", lambda e: e.pop("bits")),
+        ("parts", lambda e: e["parts"].insert(0, e["parts"].pop())),
     ]
     for message, change in hostile:
         entries = copy.deepcopy(clean)
         change(entries["layers"][0])
-        if "last" in message:
+        if message == "parts":  # in an order whose offsets would be right
             at = 0
             for part in entries["layers"][0]["parts"]:
                 part["offset"] = at
                 at += 64 * 1024
             entries["layers"][0]["record_bytes"] = at
         index.write_text(with_digest(entries))
-        with pytest.raises(StoreError, match=message):
+        with raises(StoreError, message):
             Store.open(path)
 
 
@@ -213,20 +213,20 @@ def test_sources_that_cannot_be_stored_leave_nothing(tmp_path: Path) -> None:
     model = small(1)
     (tmp_path / "there").mkdir()
     cases: list[tuple[Any, str, dict[str, Any], str]] = [
-        (nn.Linear(2, 2), "s", {}, "Linear has none"),
+        (nn.Linear(2, 2), "s", {}, "source"),
         (nn.Sequential(part), "s", {}, "ParallelExperts"),
-        (small(1).to("meta"), "s", {}, "on meta"),
-        (model, "there", {}, "does not exist"),
-        (model, "s", {"form": "zip"}, "form: expected"),
-        (model, "s", {"form": "auto"}, "got 'auto'"),
+        (small(1).to("meta"), "s", {}, "source.0.experts.gate_up_proj"),
+        (model, "there", {}, "path"),
+        (model, "s", {"form": "zip"}, "form"),
+        (model, "s", {"form": "auto"}, "form"),
         (model, "s", {"form": "int8", "bits": 3}, "bits"),
         (model, "s", {"form": "as published", "bits": 3}, "bits"),
         (model, "s", {"dtype": torch.float32}, "dtype"),
-        (model, "s", {"form": "compact"}, "of its bytes"),
+        (model, "s", {"form": "compact"}, "source"),
         (tmp_path / "there", "s", {}, "config.json"),
     ]
     for source, name, options, message in cases:
-        with pytest.raises(ValueError, match=message):
+        with raises(ValueError, message):
             write_store(source, tmp_path / name, **options)
         assert [path.name for path in tmp_path.iterdir()] == ["there"], message
 
@@ -384,10 +384,10 @@ HOSTILE: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("version", lambda e: e.update(version=2)),
     ("format", lambda e: e.update(format="other")),
     ("layers", lambda e: e.update(layers=[])),
-    ("layers: ", lambda e: e["layers"].clear()),
-    ("each name and file once", lambda e: e["layers"].append(e["layers"][0])),
-    ("each name and file once", lambda e: e["layers"][1].update(name=e["layers"][0]["name"])),
-    ("each name and file once", lambda e: e["layers"][1].update(file=e["layers"][0]["file"])),
+    ("layers", lambda e: e["layers"].clear()),
+    ("layers", lambda e: e["layers"].append(e["layers"][0])),
+    ("layers", lambda e: e["layers"][1].update(name=e["layers"][0]["name"])),
+    ("layers", lambda e: e["layers"][1].update(file=e["layers"][0]["file"])),
     ("config_hash", lambda e: e["layers"][0].update(name="other")),
     ("file", lambda e: e["layers"][0].update(file="../layer-00000.records")),
     ("file", lambda e: e["layers"][0].update(file="/etc/passwd")),
@@ -395,7 +395,7 @@ HOSTILE: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("checksums", lambda e: e["layers"][0]["checksums"].__setitem__(0, "-1")),
     ("record_bytes", lambda e: e["layers"][0].update(record_bytes=4097)),
     ("record_bytes", lambda e: e["layers"][0].update(record_bytes=4096)),
-    ("expected .* bytes", lambda e: e["layers"][0].update(record_bytes=2**30)),
+    ("bytes", lambda e: e["layers"][0].update(record_bytes=2**30)),
     ("num_experts", lambda e: e["layers"][0].update(num_experts=2**60)),
     ("num_experts", lambda e: e["layers"][0].update(num_experts=True)),
     ("offset", lambda e: e["layers"][0]["parts"][1].update(offset=0)),
@@ -409,8 +409,8 @@ HOSTILE: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("dtype", lambda e: e["layers"][0]["parts"][0].update(dtype="string")),
     ("parts", lambda e: e["layers"][0]["parts"].pop()),
     ("parts", lambda e: e["layers"][0]["parts"][0].update(field="scales")),
-    ("projection: ", lambda e: e["layers"][0]["parts"][0].update(projection=2)),
-    ("dtype: ", lambda e: e["layers"][0]["projections"][0].update(dtype="int8")),
+    ("projection", lambda e: e["layers"][0]["parts"][0].update(projection=2)),
+    ("dtype", lambda e: e["layers"][0]["projections"][0].update(dtype="int8")),
     ("rows", lambda e: e["layers"][0]["projections"][0].update(rows=0)),
     ("fields", lambda e: e["layers"][0]["projections"][0].update(fields=["data", "slots"])),
     ("projections", lambda e: e["layers"][0]["projections"].pop()),
@@ -428,7 +428,7 @@ def test_a_hostile_index_is_refused(tmp_path: Path) -> None:
         entries = copy.deepcopy(clean)
         change(entries)
         index.write_text(with_digest(entries))
-        with pytest.raises(StoreError, match=message):
+        with raises(StoreError, message):
             Store.open(path)
     clean["form"] = "int4"
     index.write_text(json.dumps(clean))

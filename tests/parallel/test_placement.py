@@ -149,12 +149,12 @@ def test_row38_no_rank_has_more_than_round_robin() -> None:
 
 
 def test_row38_a_method_without_what_it_needs() -> None:
-    for words, options in {
-        "correlation: expected .E,E. for anticorrelation, got None": {"method": "anticorrelation"},
-        "correlation: expected None for greedy": {"correlation": torch.eye(2)},
-        r"correlation: expected \[2,2\], got \[3, 3\]": {"correlation": torch.eye(3), "method": "anticorrelation"},
-        "correlation: expected numbers from -1 to 1": {"correlation": 2 * torch.eye(2), "method": "anticorrelation"},
-        "method: ": {"method": "best"},
-    }.items():
-        with pytest.raises(ValueError, match=words):
+    for words, options in [
+        ("correlation", {"method": "anticorrelation"}),
+        ("correlation", {"correlation": torch.eye(2)}),
+        ("correlation", {"correlation": torch.eye(3), "method": "anticorrelation"}),
+        ("correlation", {"correlation": 2 * torch.eye(2), "method": "anticorrelation"}),
+        ("method", {"method": "best"}),
+    ]:
+        with raises(ValueError, words):
             place_experts([1, 2], 2, **options)  # type: ignore[arg-type]

@@ -37,9 +37,9 @@ def select(model: nn.Module) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "adapters": (add_lora, "without adapters; merge them first"),
-    "selected": (select, r"call finetune\.unfreeze\(model\) first"),
-    "stored": (lambda model: switchgear.store(model, "int8"), r"restore\(model\) first"),
+    "adapters": (add_lora, "adapters"),
+    "selected": (select, "finetune.unfreeze(model)"),
+    "stored": (lambda model: switchgear.store(model, "int8"), "switchgear.restore(model)"),
 }
 BATCH = {"input": torch.ones(2, 3, H)}
 READERS: dict[str, Callable[[Any], Any]] = {
@@ -65,7 +65,7 @@ def model_for(reader: str) -> nn.Sequential:
 def test_readers_refuse(reader: str, change: str) -> None:
     model, (apply, message) = model_for(reader), CHANGES[change]
     apply(model)
-    with pytest.raises(ValueError, match=message):
+    with raises(ValueError, message):
         READERS[reader](model)
 
 
@@ -76,7 +76,7 @@ def test_experts_of_other_widths_refuse(change: str) -> None:
     assert isinstance(experts, HeterogeneousExperts)
     apply(model)
     for read in (lambda: experts.weights_of(0), lambda: convert.to_dense(model[0], "topk")):
-        with pytest.raises(ValueError, match=message):
+        with raises(ValueError, message):
             read()
 
 
@@ -120,7 +120,7 @@ def test_hugging_face_models() -> None:
         switchgear.accelerate(model)
         apply(model)
         for dense in (model.model.layers[0].mlp, model):
-            with pytest.raises(ValueError, match=message):
+            with raises(ValueError, message):
                 convert.to_dense(dense)
     adapters.add_lora(model := accelerated(tiny, "jetmoe"), 2)  # its adapters are in parts of the block
     with raises(ValueError):

@@ -707,8 +707,8 @@ def test_errors(case: FormCase) -> None:
     stored = nn.Sequential(case.stored(case.experts()))
     for other in FORM_CASES:
         if other.form != form:
-            message = r"model\.0: expected plain weights, got .*; call switchgear\.restore\(model\) first"
-            with pytest.raises(ValueError, match=message):
+            message = "model.0"
+            with raises(ValueError, message):
                 switchgear.store(stored, other.form)
     x, ids, weights = case.inputs(3)
     with raises(ValueError, "x"):

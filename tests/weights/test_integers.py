@@ -402,22 +402,22 @@ def test_arguments(backend: str) -> None:
         return {"matrix": Weight(**{**arguments, **changes})}
 
     wrong = [
-        (ValueError, "x|weight", {"x": x[:, 1:]}),
-        (TypeError, "x: expected", {"x": x.int()}),
-        (ValueError, "weight: expected", having(data=values[:, :1])),
-        (TypeError, "weight: expected", having(data=values.int())),
-        (TypeError, "weight_scales: expected", having(scales=scales.float())),
-        (ValueError, "weight_row_scales: expected", having(row_scales=row_scales[:, :1])),
-        (ValueError, "weight_zeros: expected", having(zeros=values[:, :, :1, :16])),
-        (ValueError, "weight: expected a group_size of 0 .* got 24", having(group_size=24)),
-        (ValueError, "weight: expected parts that divide N=32, got 3", having(parts=3)),
-        (ValueError, "bias: expected", {"bias": torch.randn(2, 31)}),
-        (ValueError, "expert_offsets: expected", {"offsets": offsets + 1}),
-        (ValueError, "token_indices: expected", {"indices": torch.full((5,), 5, dtype=torch.int32)}),
+        (ValueError, "weight", {"x": x[:, 1:]}),
+        (TypeError, "x", {"x": x.int()}),
+        (ValueError, "weight", having(data=values[:, :1])),
+        (TypeError, "weight", having(data=values.int())),
+        (TypeError, "weight_scales", having(scales=scales.float())),
+        (ValueError, "weight_row_scales", having(row_scales=row_scales[:, :1])),
+        (ValueError, "weight_zeros", having(zeros=values[:, :, :1, :16])),
+        (ValueError, "weight", having(group_size=24)),
+        (ValueError, "weight", having(parts=3)),
+        (ValueError, "bias", {"bias": torch.randn(2, 31)}),
+        (ValueError, "expert_offsets", {"offsets": offsets + 1}),
+        (ValueError, "token_indices", {"indices": torch.full((5,), 5, dtype=torch.int32)}),
     ]
     call(*good.values())  # type: ignore[arg-type]
     for error, message, change in wrong:
-        with pytest.raises(error, match=message):
+        with raises(error, message):
             call(*{**good, **change}.values())  # type: ignore[arg-type]
     with raises(ValueError, "bias"):
         call(torch.randn(5, 32), matrix, torch.randn(2, 32), offsets, None, True)

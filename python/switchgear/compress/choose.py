@@ -57,8 +57,9 @@ def choose(
         found = {}
         for name, layer in layers.items():
             known, per_group = calibration.layers[name], count_per_group(layer, counts[name])
-            subset = find_subset(layer, known.sample(domains), counts[name], per_group, exact_subsets)
-            found[name] = PrunedLayer(name, *split_experts(layer, subset.kept), None, subset.search, subset.error)
+            sample = known.sample(domains)
+            subset, search, error = find_subset(layer, sample, counts[name], per_group, exact_subsets)
+            found[name] = PrunedLayer(name, *split_experts(layer, subset), None, search, error)
         return found
     generator = torch.Generator().manual_seed(seed)
     scores = {}
@@ -168,11 +169,7 @@ def _choose_best_of_all(
 # ---- subsets ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Subset:
-    kept: list[int]
-    search: str  # "exact", "greedy" or "swaps"
-    error: float  # ‖F(x) − F_kept(x)‖ / ‖F(x)‖
+Subset = tuple[list[int], str, float]  # experts; "exact", "greedy" or "swaps"; ‖F(x) − F_kept(x)‖ / ‖F(x)‖
 
 
 class Reconstruction:
@@ -222,14 +219,14 @@ def find_subset(
     if math.comb(size, count // groups) ** groups <= exact_subsets:
         subsets = _list_subsets(groups, size, count // groups)
         error, kept = min((losses.error(subset), subset) for subset in subsets)
-        return Subset(kept, "exact", error)
+        return kept, "exact", error
     if per_group is not None:
         return _swap_experts(losses, groups, size, per_group)
     kept = list(range(layer.num_experts))
     while len(kept) > count:
         _, removed = min((losses.error([e for e in kept if e != expert]), expert) for expert in kept)
         kept.remove(removed)
-    return Subset(kept, "greedy", losses.error(kept))
+    return kept, "greedy", losses.error(kept)
 
 
 def _swap_experts(losses: Reconstruction, groups: int, size: int, per_group: int) -> Subset:
@@ -246,7 +243,7 @@ def _swap_experts(losses: Reconstruction, groups: int, size: int, per_group: int
         ]
         best, following = min(((losses.error(swap), swap) for swap in swaps), default=(error, kept))
         if not best < error:
-            return Subset(kept, "swaps", error)
+            return kept, "swaps", error
         error, kept = best, following
 
 

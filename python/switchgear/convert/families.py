@@ -104,21 +104,17 @@ def choose_family(config: Mapping[str, Any], size: Sizes, wanted: str | None = N
         raise ValueError(f"family: expected {', '.join(FAMILIES)}, got {wanted}")
     family = FAMILIES[wanted]
 
-    def refuse(reason: str) -> ValueError:
-        return ValueError(f"family: {wanted} cannot express this {model_type} model: {reason}")
-
-    if size.shared_width and not family.has_shared:
-        raise refuse("it has no shared expert")
-    if not every and not family.chooses_layers:
-        raise refuse("all of its layers have experts")
-    if (model_type == "qwen3") != (wanted == "qwen3_moe"):
-        raise refuse("only qwen3 and qwen3_moe normalise queries and keys")
-    if model_type == "qwen2" and wanted == "mixtral":
-        raise refuse("its attention has no biases")
-    if config.get("attention_bias") and wanted != "qwen3_moe":
-        raise refuse("its attention has no bias of the output projection")
-    if wanted in ("mixtral", "qwen3_moe") and len(set(config.get("layer_types") or ())) > 1:
-        raise refuse("its layers share one kind of attention")
+    reasons = {
+        "it has no shared expert": size.shared_width and not family.has_shared,
+        "all of its layers have experts": not every and not family.chooses_layers,
+        "only qwen3 and qwen3_moe normalise queries and keys": (model_type == "qwen3") != (wanted == "qwen3_moe"),
+        "its attention has no biases": model_type == "qwen2" and wanted == "mixtral",
+        "its attention has no bias of the output projection": config.get("attention_bias") and wanted != "qwen3_moe",
+        "its layers share one kind of attention":
+            wanted in ("mixtral", "qwen3_moe") and len(set(config.get("layer_types") or ())) > 1,
+    }  # fmt: skip
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        raise ValueError(f"family: {wanted} cannot express this {model_type} model: {reason}")
     return family
 
 

@@ -299,20 +299,12 @@ def _match_router(key: str, model_type: str, family: Family) -> tuple[str, tuple
     if match is None:
         return None
     layer, name = match.groups()
-    names = next((names for names in ROUTERS.get(model_type, ()) if name in names), None) or _match_usual_router(
-        name, family
-    )
+    names = next((names for names in ROUTERS.get(model_type, ()) if name in names), None)
+    if names is None and (usual := re.fullmatch(r"(?:mlp|block_sparse_moe)\.(?:gate|router)\.(\w+)", name)):
+        ours = CORRECTION if usual[1] == "expert_bias" else usual[1]
+        megatron = "expert_bias" if ours == CORRECTION else ours
+        names = f"mlp.gate.{ours}", f"{family.block}.gate.{ours}", f"mlp.router.{megatron}"
     return None if names is None else (layer, names)
-
-
-def _match_usual_router(name: str, family: Family) -> tuple[str, str, str] | None:
-    """The names of a router's tensor where they are the usual ones."""
-    match = re.fullmatch(r"(?:mlp|block_sparse_moe)\.(?:gate|router)\.(\w+)", name)
-    if match is None:
-        return None
-    ours = CORRECTION if match[1] == "expert_bias" else match[1]
-    megatron = "expert_bias" if ours == CORRECTION else ours
-    return f"mlp.gate.{ours}", f"{family.block}.gate.{ours}", f"mlp.router.{megatron}"
 
 
 def _keep_item(source: Source, key: str, name: str) -> Item:

@@ -206,7 +206,8 @@ def _weighted_sum(networks: Sequence[FeedForward], shares: Sequence[float]) -> F
 def _reduce_rank(network: FeedForward, rank: int) -> FeedForward:
     def approximate(_: str, matrix: Tensor) -> Tensor:
         u, s, v = torch.linalg.svd(wide(matrix), full_matrices=False)
-        return ((u[:, :rank] * s[:rank]) @ v[:rank]).to(matrix.dtype)
+        made: Tensor = ((u[:, :rank] * s[:rank]) @ v[:rank]).to(matrix.dtype)
+        return made
 
     return network.map_tensors(approximate, ("gate", "up", "down"))
 

@@ -6,14 +6,6 @@ docs/diagnostics.md lists them by question. `collect` keeps the choices that tho
 from __future__ import annotations
 
 from switchgear.diagnostics.choices import Choices, LayerChoices, collect
-from switchgear.diagnostics.contrast import (
-    ExpertScores,
-    auc,
-    contrastive_activation,
-    core_activation,
-    ftri,
-    steered,
-)
 from switchgear.diagnostics.embedding import RoutingEmbedding, prompt_eol, routing_embedding
 from switchgear.diagnostics.routers import (
     Cacheability,
@@ -38,12 +30,18 @@ from switchgear.diagnostics.similarity import (
     principal_components,
 )
 from switchgear.diagnostics.usage import (
+    ExpertScores,
     Outcome,
     Usage,
     activation_by_example,
     affinity,
+    auc,
+    contrastive_activation,
+    core_activation,
+    ftri,
     gate_entropy,
     outcome_by_expert,
+    steered,
     usage,
 )
 from switchgear.trace.routing_trace import expert_outputs

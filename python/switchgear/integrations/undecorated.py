@@ -277,7 +277,8 @@ def _build_weights(sites: Callable[[Any], list[Part]], **wrapped: PartClass) -> 
     one around all sites, or one around each."""
 
     def weights(module: Any) -> Sequence[Any]:
-        borrowed = [borrow(module, name, cls) for name, cls in wrapped.items()]  # first: it tells if there are sites
+        # First, since it tells whether there are sites.
+        borrowed: list[Any] = [borrow(module, name, cls) for name, cls in wrapped.items()]
         parts = sites(module)
         factors = borrowed if len(borrowed) == len(parts) else (borrowed or [None]) * len(parts)
         found = [

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from switchgear.checks import checked
-from switchgear.papers.parts.limits import CapacityByKind
+from switchgear.papers.parts.controllers import CapacityByKind
 from switchgear.papers.parts.losses import ChoiceLoss, EntropyLoss, NullAwareSwitchLoss, ParamPenalty
 from switchgear.papers.parts.masks import Lookup
 from switchgear.papers.parts.scores import GatingResidual

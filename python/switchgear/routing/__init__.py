@@ -30,7 +30,6 @@ from switchgear.utils.moved import find_moved
 if TYPE_CHECKING:
     from switchgear.papers.parts.auxiliary import *  # noqa: F403
     from switchgear.papers.parts.controllers import *  # noqa: F403
-    from switchgear.papers.parts.limits import *  # noqa: F403
     from switchgear.papers.parts.losses import *  # noqa: F403
     from switchgear.papers.parts.masks import *  # noqa: F403
     from switchgear.papers.parts.scores import *  # noqa: F403
@@ -52,7 +51,7 @@ MOVED = {
     "BalancedAssignment": "switchgear.papers.parts.selections",
     "BatchEntropy": "switchgear.papers.parts.losses",
     "Broadcast": "switchgear.papers.parts.selections",
-    "CapacityByKind": "switchgear.papers.parts.limits",
+    "CapacityByKind": "switchgear.papers.parts.controllers",
     "ChoiceLoss": "switchgear.papers.parts.losses",
     "ClusterDropout": "switchgear.papers.parts.masks",
     "ClusterPrior": "switchgear.papers.parts.scores",
@@ -92,7 +91,7 @@ MOVED = {
     "anchor_loss": "switchgear.papers.parts.auxiliary",
     "consistency_loss": "switchgear.papers.parts.auxiliary",
     "decouple": "switchgear.trace.pre_router",
-    "min_capacity": "switchgear.papers.parts.limits",
+    "min_capacity": "switchgear.papers.parts.controllers",
     "output_regularization": "switchgear.papers.parts.auxiliary",
     "override": "switchgear.trace.override",
     "pregate": "switchgear.trace.pre_router",
