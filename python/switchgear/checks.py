@@ -232,9 +232,7 @@ def convert(name: str, value: Any, hint: Any, sizes: dict[str, int] | None = Non
     if hint is float:
         return _number(name, value)
     if hint is Tensor:
-        check_tensor(name, value)
-        check_dense(name, value)
-        return value
+        return _convert_tensor(name, value)
     if hint is torch.device:
         as_device(name, value)
         return value
@@ -274,7 +272,11 @@ def _convert_series(name: str, value: Any, origin: Any, options: Sequence[Any], 
     is_other = isinstance(value, Mapping) if origin is collections.abc.Sequence else not isinstance(value, origin)
     if origin is not collections.abc.Iterable and is_other:
         raise TypeError(f"{name}: expected {describe(origin[tuple(options)])}, got {type(value).__name__}")
-    check_several(name, value, describe(options[0]) if options else "items")
+    # One text or a tensor [] has no items; a data set of torch does, without __iter__.
+    is_iterable = isinstance(value, Iterable) or hasattr(value, "__getitem__")
+    if not is_iterable or isinstance(value, (str, bytes)) or getattr(value, "ndim", 1) == 0:
+        wanted = describe(options[0]) if options else "items"
+        raise TypeError(f"{name}: expected a list of {wanted}, got {type(value).__name__}")
     is_plain = isinstance(value, (list, tuple))
     if not options or (origin is collections.abc.Iterable and not is_plain):
         return value
@@ -291,6 +293,17 @@ def _convert_series(name: str, value: Any, origin: Any, options: Sequence[Any], 
     if not is_plain:
         return items
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _convert_tensor(name: str, value: Any) -> Tensor:
+    """A tensor of strided memory; sparse, nested and other ones are refused."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {value.layout}")
+    return value
 
 
 def _is_testable(kind: Any) -> bool:
@@ -333,7 +346,7 @@ def explain_failure(function: Callable[..., Any], args: Sequence[Any], kwargs: M
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{argument}: expected an integer of 64 bits, got {value}")
         for name, tensor in _find_tensors(argument, value, hints.get(argument, Any)):
-            check_dense(name, tensor)
+            convert(name, tensor, Tensor)
             if tensor.dim() == 0:
                 raise ValueError(f"{name}: expected at least one dimension, got shape []")
             first = first or (name, tensor)
@@ -382,6 +395,8 @@ def integer(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool:
+        return value.item()
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected float, got {type(value).__name__}")
     return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
@@ -397,13 +412,7 @@ def at_least(least: int, name: str, value: Any) -> int:
 
 def sizes(name: str, values: Any) -> tuple[int, ...]:
     """At least one integer, each of at least 1, as int. Raises TypeError or ValueError for anything else."""
-    check_several(name, values, "int")
-    return tuple(convert(name, tuple(values), Sizes))
-
-
-def check_seconds(name: str, value: Any) -> None:
-    """Raises for anything but a number of seconds above 0, at most MOST_SECONDS."""
-    convert(name, value, Seconds)
+    return tuple(convert(name, values, Sizes))
 
 
 def as_device(name: str, value: Any) -> torch.device:
@@ -411,38 +420,6 @@ def as_device(name: str, value: Any) -> torch.device:
     with suppress(RuntimeError, TypeError):
         return torch.device(value)
     raise ValueError(f"{name}: expected a device, got {value!r}")
-
-
-def check_tensor(name: str, tensor: Any) -> None:
-    """Raises TypeError for anything but a tensor."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected Tensor, got {type(tensor).__name__}")
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Raises TypeError for sparse, nested and other tensors that are not strided memory."""
-    if tensor.is_nested:
-        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {tensor.layout}")
-
-
-def check_module(name: str, module: Any) -> None:
-    """Raises TypeError for anything but a module."""
-    convert(name, module, nn.Module)
-
-
-def check_several(name: str, values: Any, what: str) -> None:
-    """Raises TypeError for anything that does not have several of `what`: one text or a tensor [] has none, a data set
-    of torch does, without __iter__."""
-    is_iterable = isinstance(values, Iterable) or hasattr(values, "__getitem__")
-    if not is_iterable or isinstance(values, (str, bytes)) or getattr(values, "ndim", 1) == 0:
-        raise TypeError(f"{name}: expected a list of {what}, got {type(values).__name__}")
-
-
-def check_float_dtype(name: str, dtype: Any) -> None:
-    """Raises TypeError for anything but a floating dtype. None passes."""
-    convert(name, dtype, typing.Optional[FloatDtype])  # noqa: UP045
 
 
 def list_of_names(name: str, names: str | Iterable[str]) -> list[str]:

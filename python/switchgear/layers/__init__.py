@@ -9,33 +9,13 @@ from switchgear.layers.virtual import VirtualExperts, with_virtual
 from switchgear.utils.moved import find_moved
 
 if TYPE_CHECKING:
-    from switchgear.papers.layers.autonomous import AutonomousMoE
-    from switchgear.papers.layers.composed import CartesianMoE, MultiHeadMoE
-    from switchgear.papers.layers.merged import MergedExperts
-    from switchgear.papers.layers.monet import Monet, MonetExperts, MonetRouter, MonetRouting
-    from switchgear.papers.layers.soft import SoftMoE, per_conv_tokens
-    from switchgear.papers.layers.stratified import StratifiedMoE
-    from switchgear.papers.parts.scores import sigma_moe_values
-
-__all__ = [
-    "AutonomousMoE",
-    "CartesianMoE",
-    "GatedSharedExperts",
-    "HeterogeneousExperts",
-    "MergedExperts",
-    "Monet",
-    "MonetExperts",
-    "MonetRouter",
-    "MonetRouting",
-    "MultiHeadMoE",
-    "SharedExperts",
-    "SoftMoE",
-    "StratifiedMoE",
-    "VirtualExperts",
-    "per_conv_tokens",
-    "sigma_moe_values",
-    "with_virtual",
-]
+    from switchgear.papers.layers.autonomous import *  # noqa: F403
+    from switchgear.papers.layers.composed import *  # noqa: F403
+    from switchgear.papers.layers.merged import *  # noqa: F403
+    from switchgear.papers.layers.monet import *  # noqa: F403
+    from switchgear.papers.layers.soft import *  # noqa: F403
+    from switchgear.papers.layers.stratified import *  # noqa: F403
+    from switchgear.papers.parts.scores import *  # noqa: F403
 
 # Layers of single papers are in switchgear.papers.
 MOVED = {
@@ -52,5 +32,13 @@ MOVED = {
     "per_conv_tokens": "switchgear.papers.layers.soft",
     "sigma_moe_values": "switchgear.papers.parts.scores",
 }
+__all__ = [
+    "GatedSharedExperts",
+    "HeterogeneousExperts",
+    "SharedExperts",
+    "VirtualExperts",
+    "with_virtual",
+    *MOVED,
+]
 if not TYPE_CHECKING:
     __getattr__ = find_moved(__name__, MOVED)

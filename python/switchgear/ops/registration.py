@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from switchgear import backends, cuda, reference
-from switchgear.checks import check_dense
+from switchgear.checks import convert
 from switchgear.ops.native import Kernels, cuda_kernels_of, host
 from switchgear.reference.formats import format_of
 
@@ -241,4 +241,4 @@ def _check_devices(op: Any, args: Sequence[Any]) -> None:
 def _check_layouts(op: Any, args: Sequence[Any]) -> None:
     """Sparse and similar tensors are dispatched like those of a device without kernels."""
     for name, tensor in _tensors_of(op, args):
-        check_dense(name, tensor)
+        convert(name, tensor, Tensor)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from switchgear.arrays import accepts_arrays
-from switchgear.checks import check_tensor
+from switchgear.checks import convert
 from switchgear.functional import Routing
 from switchgear.reference import weight_dtype, wide
 from switchgear.routing.ranking import finite
@@ -101,7 +101,7 @@ def sum_over_processes(counts: Tensor, group: Any) -> Tensor:
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
     """MaxVio = (max_e n_e - mean n) / mean n for tokens_per_expert [..., E]: [...] float32, 0 for an even load
     (arXiv:2408.15664). No tokens give 0."""
-    check_tensor("tokens_per_expert", tokens_per_expert)
+    convert("tokens_per_expert", tokens_per_expert, Tensor)
     counts = tokens_per_expert.float()
     mean = counts.mean(-1)
     return (counts.amax(-1) - mean) / mean.clamp(min=TINY)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import check_tensor
+from switchgear.checks import convert
 from switchgear.functional import Routing
 from switchgear.reference import check_range, check_size
 
@@ -80,7 +80,7 @@ class Context:
         for name in ("token_ids", "sequence_ids", "embedding", "importance"):
             value = getattr(self, name)
             if value is not None:
-                check_tensor(name, value)
+                convert(name, value, Tensor)
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator: expected torch.Generator, got {type(self.generator).__name__}")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.wrappers import is_wrapper
-from switchgear.checks import check_module, list_of_names
+from switchgear.checks import convert, list_of_names
 from switchgear.functional import Routing
 from switchgear.integrations.choices import override_selection, watch_choices
 from switchgear.integrations.hook_points import Choice
@@ -76,7 +76,7 @@ class RoutedLayer:
 
 def traceable(model: nn.Module) -> dict[str, RoutedLayer]:
     """The layers of a RoutingTrace by name: all our routers, or else the blocks of Hugging Face."""
-    check_module("model", model)
+    convert("model", model, nn.Module)
     blocks = moe_blocks(model)
     by_gate = {id(block.gate): block for block in blocks.values()}
     routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}

@@ -170,7 +170,7 @@ class Weight:
         dtype or one device."""
         if self.format not in formats.LOSSLESS:
             return True  # any dtype; a device without kernels reports that itself
-        if not self.data.is_cpu:
+        if not _is_on_cpu(self):
             return self.format == "plain" and self.slots is None and dtype is self.dtype
         if self.format == "plain":
             return dtype is self.dtype
@@ -187,7 +187,7 @@ class Weight:
 
     def expanded(self, dtype: torch.dtype, autocast: str | None, subject: str) -> Operand:
         """The plain weight as an operand. Announces that kernels for `subject` are missing."""
-        has_a_kernel_missing = dtype is self.dtype or not self.data.is_cpu  # otherwise only the dtypes differ
+        has_a_kernel_missing = dtype is self.dtype or not _is_on_cpu(self)  # otherwise only the dtypes differ
         if has_a_kernel_missing and not torch.compiler.is_compiling():
             backends.announce_format(self.device, subject, "each call expands them")
         plain = self.plain()
@@ -221,6 +221,10 @@ class Weight:
             raise ValueError(f"tensors: expected names among {', '.join(_FIELDS)}, got {', '.join(unknown)}")
         given = {name: getattr(self, name) for name in _ARGUMENTS}
         return Weight(**{**given, **tensors})
+
+
+def _is_on_cpu(weight: Weight) -> bool:
+    return weight.data.is_cpu
 
 
 _ARGUMENTS = (
