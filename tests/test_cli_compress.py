@@ -100,7 +100,7 @@ def test_a_stored_step_before_a_calibrated_one(model: Path, capsys: pytest.Captu
 
 
 def test_the_recipe_of_a_result_is_one(model: Path) -> None:
-    from switchgear.cli.compress.recipe import parse
+    from switchgear.cli.compress.work import parse
 
     found = parse({"calibration": {"text": ["code.txt"]}, "steps": [PRUNE]}, model.parent)
     assert parse(found.as_dict(), model.parent) == found

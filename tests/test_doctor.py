@@ -12,13 +12,12 @@ import pytest
 
 import switchgear
 from switchgear import ops
-from switchgear.cli import machine, main
-from switchgear.cli.doctor import kernels, settings
+from switchgear.cli import doctor, machine, main
 
 
 def test_every_instruction_set_is_ok() -> None:
     before = switchgear.cpu_isa()
-    found = [finding for finding in kernels.check_cpu() if finding.subject.startswith("CPU")]
+    found = [finding for finding in doctor.examine_cpu() if finding.subject.startswith("CPU")]
     assert [finding.subject for finding in found] == [f"CPU, {isa}" for isa in switchgear.available_cpu_isas()]
     assert {finding.verdict for finding in found} == {"ok"}
     assert switchgear.cpu_isa() == before
@@ -32,15 +31,15 @@ def test_wrong_results_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
         return y * 1.1, h
 
     monkeypatch.setattr(ops, "moe_forward", wrong)
-    finding = kernels._compare("CPU", "cpu", "")
+    finding = doctor._compare("CPU", "cpu", "")
     assert finding.verdict == "broken"
     assert "y: " in finding.text
     assert "switchgear info" in finding.remedy
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    speed = kernels.Finding("speed", "slow", "not timed here", "wait")
-    monkeypatch.setattr("switchgear.cli.doctor.check_speed", lambda: speed)
+    speed = doctor.Finding("speed", "slow", "not timed here", "wait")
+    monkeypatch.setattr("switchgear.cli.doctor.measure_speed", lambda: speed)
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"CUDA", "huge pages", "threads", "OpenMP runtimes", "allocator"} <= {row["subject"] for row in found}
@@ -50,13 +49,13 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("subject", "status"), [("CPU, avx2", 1), ("CUDA, 0", 1), ("transformers", 0)])
 def test_only_broken_backends_fail(subject: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchgear.cli.doctor.diagnose", lambda: [kernels.Finding(subject, "broken", "")])
+    monkeypatch.setattr("switchgear.cli.doctor.diagnose", lambda: [doctor.Finding(subject, "broken", "")])
     assert main(["doctor"]) == status
 
 
 def test_the_reference_is_named_as_what_is_slow(backend: str) -> None:
     """The kernels are checked whatever ops run on."""
-    found = {finding.subject: finding for finding in settings.check_settings(switchgear.backend())}
+    found = {finding.subject: finding for finding in doctor.examine_settings(switchgear.backend())}
     assert ("backend" in found) == (backend == "reference")
     if backend == "reference":
         assert found["backend"].remedy == "unset SWITCHGEAR_BACKEND"
@@ -64,35 +63,35 @@ def test_the_reference_is_named_as_what_is_slow(backend: str) -> None:
 
 def test_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(settings, "installed_version", lambda _: None)
-        patch.setattr(settings, "is_installed", lambda _: False)
-        assert settings._check_transformers().verdict == "absent"
-        patch.setattr(settings, "is_installed", lambda _: True)  # a source tree has no version
+        patch.setattr(doctor, "installed_version", lambda _: None)
+        patch.setattr(doctor, "is_installed", lambda _: False)
+        assert doctor._examine_transformers().verdict == "absent"
+        patch.setattr(doctor, "is_installed", lambda _: True)  # a source tree has no version
         patch.setitem(sys.modules, "switchgear.integrations.transformers", None)
-        assert settings._check_transformers().text.startswith("unknown version: ModuleNotFoundError: ")
+        assert doctor._examine_transformers().text.startswith("unknown version: ModuleNotFoundError: ")
     monkeypatch.setitem(sys.modules, "switchgear.integrations.transformers", None)
-    monkeypatch.setattr(settings, "installed_version", lambda _: "5.24.0")
-    found = settings._check_transformers()
+    monkeypatch.setattr(doctor, "installed_version", lambda _: "5.24.0")
+    found = doctor._examine_transformers()
     assert found.verdict == "broken"
     assert found.text.startswith("5.24.0: ModuleNotFoundError: ")
     missing = ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
     for version in ("4.57.1", "5.19.0"):
-        assert settings._advise(version, missing) == "pip install 'switchgear[transformers]'"
-    assert settings._advise("5.24.0", missing) == "install safetensors"
-    assert settings._advise("5.24.0", RuntimeError("wrong ABI")) == "pip install --force-reinstall transformers"
+        assert doctor._advise(version, missing) == "pip install 'switchgear[transformers]'"
+    assert doctor._advise("5.24.0", missing) == "install safetensors"
+    assert doctor._advise("5.24.0", RuntimeError("wrong ABI")) == "pip install --force-reinstall transformers"
 
 
 def test_huge_pages() -> None:
-    assert settings._check_huge_pages("never").verdict == "slow"
-    assert {settings._check_huge_pages(how).verdict for how in ("madvise", "always")} == {"ok"}
-    assert settings._check_huge_pages(None).verdict == "absent"
+    assert doctor._examine_huge_pages("never").verdict == "slow"
+    assert {doctor._examine_huge_pages(how).verdict for how in ("madvise", "always")} == {"ok"}
+    assert doctor._examine_huge_pages(None).verdict == "absent"
 
 
 def test_threads() -> None:
-    assert settings._check_threads(8, 8, None).verdict == "ok"
-    assert "set_num_threads(4)" in settings._check_threads(8, 8, 4.0).remedy
-    assert "set_num_threads(8)" in settings._check_threads(1, 8, None).remedy
-    assert "set_num_threads(1)" in settings._check_threads(2, 8, 0.5).remedy
+    assert doctor._examine_threads(8, 8, None).verdict == "ok"
+    assert "set_num_threads(4)" in doctor._examine_threads(8, 8, 4.0).remedy
+    assert "set_num_threads(8)" in doctor._examine_threads(1, 8, None).remedy
+    assert "set_num_threads(1)" in doctor._examine_threads(2, 8, 0.5).remedy
 
 
 def test_quota_of_the_control_group(tmp_path: Path) -> None:
@@ -108,11 +107,11 @@ def test_quota_of_the_control_group(tmp_path: Path) -> None:
 
 
 def test_a_second_openmp_runtime() -> None:
-    assert settings._check_openmp(machine.openmp_runtimes("")).verdict == "ok"
-    assert settings._check_openmp(["/a/libgomp.so.1", "/b/libomp.so"]).verdict == "slow"
+    assert doctor._examine_openmp(machine.openmp_runtimes("")).verdict == "ok"
+    assert doctor._examine_openmp(["/a/libgomp.so.1", "/b/libomp.so"]).verdict == "slow"
 
 
 def test_allocator() -> None:
-    assert settings._check_allocator({}).verdict == "slow"
-    assert settings._check_allocator({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}).verdict == "ok"
-    assert settings._check_allocator({"MALLOC_TRIM_THRESHOLD_": "1"}).verdict == "ok"
+    assert doctor._examine_allocator({}).verdict == "slow"
+    assert doctor._examine_allocator({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}).verdict == "ok"
+    assert doctor._examine_allocator({"MALLOC_TRIM_THRESHOLD_": "1"}).verdict == "ok"

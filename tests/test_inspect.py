@@ -160,8 +160,7 @@ def test_a_type_without_a_causal_language_model_of_its_own(tmp_path: Path, texts
 
 def test_a_layer_of_one_expert_is_drawn_without_warnings(tmp_path: Path) -> None:
     from switchgear.cli.inspect.measure import Inspection, Layer
-    from switchgear.cli.inspect.plots import PLOTS
-    from switchgear.cli.inspect.report import report
+    from switchgear.cli.inspect.report import PLOTS, report
 
     one = torch.ones(1, 1, dtype=torch.float64)
     layer = Layer("mlp", 1, 1, {"a": [1.0]}, 0.0, one, one, {1: 1.0}, 1.0, 1.0)

@@ -39,7 +39,7 @@ MISTAKES = {
                 "table[row, column[row, member]] = position.int()",
                 "table[row[member == 0], 0] = position[member == 0].int()"),
         Mistake("two_level.py", "rows of the first chunk are passed on again",
-                "self._between.chunk(c)[which]", "self._between.chunk(0)[which]"),
+                "self._out.chunk(c)[which]", "self._out.chunk(0)[which]"),
         Mistake("two_level.py", "empty choices have routes", "    per_rank[:, num_ranks] = 0\n", ""),
     ),
     "copies_on_the_node": (
@@ -56,11 +56,11 @@ MISTAKES = {
                 "layer.options, each)\n    else:"),
     ),
     "rows_in_8_bits": (
-        Mistake("wire.py", "a scale for all rows", "wide.abs().amax(1, keepdim=True)",
+        Mistake("rows.py", "a scale for all rows", "wide.abs().amax(1, keepdim=True)",
                 "wide.abs().amax().expand(len(rows), 1)"),
-        Mistake("wire.py", "rows of zeros have no scale",
+        Mistake("rows.py", "rows of zeros have no scale",
                 "(largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)", "largest / _LARGEST"),
-        Mistake("wire.py", "two fraction bits", "to(torch.float8_e4m3fn)",
+        Mistake("rows.py", "two fraction bits", "to(torch.float8_e4m3fn)",
                 "to(torch.float8_e5m2).float().to(torch.float8_e4m3fn)"),
     ),
     "buckets": (
@@ -76,45 +76,45 @@ MISTAKES = {
         Mistake("static.py", "gradients of experts are sums", "share = 1.0 / len(parallel.twins) if", "share = 1.0 if"),
     ),
     "a_change_by_all_or_none": (
-        Mistake("elastic/membership.py", "a change counts once all have applied it", "done = max(member.done for",
+        Mistake("membership.py", "a change counts once all have applied it", "done = max(member.done for",
                 "done = min(member.done for"),
-        Mistake("elastic/membership.py", "a change that is dropped is kept", "complete()\n        self._apply = None",
+        Mistake("membership.py", "a change that is dropped is kept", "complete()\n        self._apply = None",
                 "complete()"),
-        Mistake("elastic/membership.py", "half a change counts as none", "self.empty = True  # half", "pass  # half"),
+        Mistake("membership.py", "half a change counts as none", "self.empty = True  # half", "pass  # half"),
     ),
     "members_without_state": (
-        Mistake("elastic/membership.py", "members without state propose",
+        Mistake("membership.py", "members without state propose",
                 "if not own.empty and not missing", "if not missing"),
     ),
     "clipping": (
-        Mistake("elastic/steps.py", "the norm counts each copy", "module.placement.owners[expert][0] == rank",
+        Mistake("elastic.py", "the norm counts each copy", "module.placement.owners[expert][0] == rank",
                 "rank in module.placement.owners[expert]"),
-        Mistake("elastic/steps.py", "gradients of experts are averaged", " and name not in experts\n", "\n"),
+        Mistake("elastic.py", "gradients of experts are averaged", " and name not in experts\n", "\n"),
     ),
     "moving": (
-        Mistake("elastic/training.py", "the optimizer's state stays",
+        Mistake("moves.py", "the optimizer's state stays",
                 "for key in sorted(rows)]", "for key in ()]"),
-        Mistake("elastic/moves.py", "experts are in another order",
+        Mistake("moves.py", "experts are in another order",
                 "in enumerate(mine):", "in enumerate(reversed(mine)):"),
-        Mistake("elastic/moves.py", "the first experts of a rank move",
+        Mistake("moves.py", "the first experts of a rank move",
                 "[number[e] for experts in sent for e in experts]",
                 "[place for experts in sent for place in range(len(experts))]"),
     ),
     "joining": (
-        Mistake("elastic/moves.py", "the optimizer's options stay",
+        Mistake("moves.py", "the optimizer's options stay",
                 "        group.update(options)\n", "        pass\n"),
-        Mistake("elastic/moves.py", "a newcomer counts its own steps",
+        Mistake("moves.py", "a newcomer counts its own steps",
                 '    training.membership.steps = common["steps"]\n', ""),
     ),
     "commits": (
-        Mistake("elastic/steps.py", "a step is prepared once all are known to be there",
+        Mistake("elastic.py", "a step is prepared once all are known to be there",
                 """    membership.prepare(apply)
     numbers = agree(training.parallel, "commit", (what, membership.done), number)
 """,
                 """    numbers = agree(training.parallel, "commit", (what, membership.done), number)
     membership.prepare(apply)
 """),
-        Mistake("elastic/steps.py", "a step that others have applied is repeated",
+        Mistake("elastic.py", "a step that others have applied is repeated",
                 "        if membership.steps > begun:\n            recount()\n            return loss\n", ""),
     ),
 }  # fmt: skip

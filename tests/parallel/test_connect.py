@@ -22,7 +22,7 @@ from torch.distributed import HashStore
 
 import switchgear
 from errors import raises
-from switchgear.parallel import ExpertParallel, ExpertParallelError, connect, group, segments, shared_memory
+from switchgear.parallel import ExpertParallel, ExpertParallelError, connect, group, shared_memory
 from switchgear.parallel.errors import Failure
 from switchgear.parallel.peers import Peers
 
@@ -49,7 +49,7 @@ def construct(rank: int, culprit: int, fault: str, step: str, transport: str) ->
         if step == "tokens":
             ExpertParallel._find_twins = lambda *_: misbehave(fault)  # type: ignore[assignment, method-assign]
         else:
-            group.TRANSPORTS[transport] = lambda *_: misbehave(fault)  # type: ignore[assignment, return-value]
+            group.open_on_host = lambda *_: misbehave(fault)  # type: ignore[assignment, return-value]
     timeout = 2.0 if fault == "stop" else LONG
     try:
         ExpertParallel(timeout=timeout, transport=transport)
@@ -263,7 +263,7 @@ def test_it_listens_on_one_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(addresses) == {"127.0.0.1"}
     addresses.clear()
     networks = iter("ab")
-    monkeypatch.setattr(connect, "_network", lambda: next(networks))
+    monkeypatch.setattr(connect, "_identify", lambda namespace: next(networks) if namespace == "net" else "here")
     for peers in make_peers(2, host="127.0.0.2"):
         peers.close()
     assert set(addresses) == {"127.0.0.2"}
@@ -342,45 +342,45 @@ linux = pytest.mark.skipif(not shared_memory.available(), reason="needs Linux on
 @linux
 def test_a_segment_of_another_name_or_kind_is_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process number that was given to another process, whose file has the same number; and worse."""
-    name = segments.random_name("test")
-    file, memory = segments.create(name, 4096)
-    there = segments.Address(os.getpid(), file, name)
-    mapped = segments.attach(there, 4096)
+    name = shared_memory.random_name("test")
+    file, memory = shared_memory.create(name, 4096)
+    there = shared_memory.Address(os.getpid(), file, name)
+    mapped = shared_memory.attach(there, 4096)
     mapped[0] = 7
     assert memory[0] == 7
     with raises(ValueError, "segment"):
-        segments.attach(there, 8192)
+        shared_memory.attach(there, 8192)
     with raises(ValueError, "segment"):
-        segments.attach(there._replace(name=segments.random_name("test")), 4096)
+        shared_memory.attach(there._replace(name=shared_memory.random_name("test")), 4096)
     with raises(OSError):
         os.ftruncate(file, 100)
     plain = tmp_path / f"memfd:{name} (deleted)"
     plain.write_bytes(bytes(4096))
     with open(plain, "r+b") as opened, raises(ValueError, "segment"):
-        segments.attach(there._replace(file=opened.fileno()), 4096)
+        shared_memory.attach(there._replace(file=opened.fileno()), 4096)
     unsealed = os.memfd_create(name)
     os.ftruncate(unsealed, 4096)
     with raises(ValueError):
-        segments.attach(there._replace(file=unsealed), 4096)
+        shared_memory.attach(there._replace(file=unsealed), 4096)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with raises(ValueError):
-        segments.attach(there, 4096)
+        shared_memory.attach(there, 4096)
     with raises(ValueError):
-        segments.attach(segments.Address("../../etc/passwd", 0, name), 4096)  # type: ignore[arg-type]
+        shared_memory.attach(shared_memory.Address("../../etc/passwd", 0, name), 4096)  # type: ignore[arg-type]
     for descriptor in (file, unsealed):
         os.close(descriptor)
 
 
 def no_segments(rank: int, culprit: int, transport: str) -> Any:
     """One rank cannot open the segments of another."""
-    attach, before = segments.attach, files()
+    attach, before = shared_memory.attach, files()
 
-    def refuse(address: segments.Address, size: int) -> Any:
+    def refuse(address: shared_memory.Address, size: int) -> Any:
         if size > 4096 and rank == culprit:  # not the board of Peers
             raise PermissionError("planted")
         return attach(address, size)
 
-    segments.attach = refuse
+    shared_memory.attach = refuse
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -392,7 +392,7 @@ def no_segments(rank: int, culprit: int, transport: str) -> Any:
     except ValueError as error:
         return None, str(error), files() - before
     finally:
-        segments.attach = attach
+        shared_memory.attach = attach
 
 
 @linux

@@ -39,10 +39,9 @@ from switchgear.parallel import (
     rebalance,
     shrink,
 )  # fmt: skip
-from switchgear.parallel.elastic import steps as elastic_steps
-from switchgear.parallel.elastic.moves import parallel_experts
-from switchgear.parallel.elastic.transfer import of_bytes, to_bytes
+from switchgear.parallel import elastic as elastic_steps
 from switchgear.parallel.errors import Failure
+from switchgear.parallel.moves import of_bytes, parallel_experts, to_bytes
 from switchgear.parallel.placement import keep_experts
 from switchgear.routing import LossFreeBias, RunningCap, TopK
 
@@ -522,6 +521,6 @@ def test_states_are_sent_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_states_above_two_gigabytes_arrive_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     memory, size = torch.zeros(1, dtype=torch.uint8), 2**32 + 5  # of which nothing is read
     data: Any = SimpleNamespace(data_ptr=memory.data_ptr, numel=lambda: size, nbytes=size)
-    monkeypatch.setattr("switchgear.parallel.elastic.transfer.io.BytesIO", len)
+    monkeypatch.setattr("switchgear.parallel.moves.io.BytesIO", len)
     monkeypatch.setattr(torch, "load", lambda length, **options: length)
     assert of_bytes(data) == size

@@ -14,7 +14,7 @@ from torch.distributed import FileStore, HashStore, TCPStore
 
 from errors import raises
 from switchgear.parallel import ExpertParallelError
-from switchgear.parallel.elastic.membership import Membership
+from switchgear.parallel.membership import Membership
 
 SIZE = 4
 
@@ -233,7 +233,7 @@ class Stuck:
 
 
 def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchgear.parallel.elastic.membership.SLACK_SECONDS", 0.1)
+    monkeypatch.setattr("switchgear.parallel.membership.SLACK_SECONDS", 0.1)
     begin = time.monotonic()
     with raises(ExpertParallelError) as error:
         Membership(Stuck(), SIZE, 1).agree(set, 0.1)

@@ -15,7 +15,7 @@ from torch import Tensor
 import switchgear
 from errors import raises
 from switchgear.parallel import ExpertParallel
-from switchgear.parallel.wire import WIRES, Fp8
+from switchgear.parallel.rows import WIRES, Fp8
 
 HIDDEN, EXPERTS, TOP_K = 24, 6, 3
 SMALLEST = 2.0**-10 / 448  # half a step of the smallest numbers, of the largest element of a row

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.cli.common import CommandError, require
-from switchgear.cli.progress import progress
+from switchgear.cli.common import CommandError, progress, require
 from switchgear.compress import Calibration, calibrate
 from switchgear.integrations.moe_blocks import moe_blocks
 

@@ -36,7 +36,7 @@ from switchgear.cli.common import CommandError, not_negative, positive
 from switchgear.cli.machine import cpu
 from switchgear.parallel import ExpertParallel, ParallelExperts
 from switchgear.parallel.cost import count, count_levels, draw_routing
-from switchgear.parallel.record import Event
+from switchgear.parallel.rows import Event
 from switchgear_bench.processes import Child
 
 from .case import FORMATS

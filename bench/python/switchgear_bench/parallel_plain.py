@@ -11,7 +11,7 @@ from torch import Tensor
 
 import switchgear
 from switchgear.parallel import ExpertParallel, ParallelExperts
-from switchgear.parallel.record import Event
+from switchgear.parallel.rows import Event
 
 
 class _AllToAll(torch.autograd.Function):

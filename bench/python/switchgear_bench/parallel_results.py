@@ -23,7 +23,7 @@ from switchgear.parallel.cost import (
 )
 from switchgear.parallel.header import LENGTH
 from switchgear.parallel.nodes import Nodes, find_nodes
-from switchgear.parallel.record import Event
+from switchgear.parallel.rows import Event
 
 from .case import flops_of
 from .shapes import Shape

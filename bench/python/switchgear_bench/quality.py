@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear import MoE, RoutingTrace, balance_loss
-from switchgear.cli.common import markdown_table
-from switchgear.cli.progress import progress
+from switchgear.cli.common import markdown_table, progress
 from switchgear.routing import Cosine, Linear, SwitchLoss, TopK
 
 from .options import add_files, add_quick, add_threads, begin

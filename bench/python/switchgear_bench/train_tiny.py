@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from switchgear.cli.common import CommandError, check_writable, positive, require, seed
-from switchgear.cli.progress import progress
+from switchgear.cli.common import CommandError, positive, progress, require, require_writable, seed
 
 from .tiny.cache import Tiny, folder_of, load, save, text_digest
 from .tiny.sensitivity import Sensitivity
@@ -73,7 +72,7 @@ def _check_place(folder: Path) -> None:
         raise CommandError(f"--out: expected a new folder, or one of train-tiny, got {folder}")
     if Path.cwd().is_relative_to(folder):
         raise CommandError(f"--out: expected a folder that can be replaced, got {folder}, where this command runs")
-    check_writable(folder.parent)
+    require_writable(folder.parent)
 
 
 def show(tiny: Tiny, words: str) -> int:

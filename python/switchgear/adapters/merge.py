@@ -9,7 +9,8 @@ W'' = W. D is computed anew, by a product whose bits depend on nothing but its o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -87,8 +88,7 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
         detach(model)
         return len(sites)
     kept: list[Merged] = []
-    written: Written = []
-    try:
+    with _all_or_none([(site, None) for site in sites]) as written:
         for site in sites:
             a, b = (parameter.detach().clone() for parameter in site.adapter())
             lost: list[Lost] = []
@@ -99,11 +99,6 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
             kept.append(Merged(a, b, lost, _sum_bits(site), _name_arithmetic()))
         for site, state in zip(sites, kept, strict=True):
             _set_merged(site, state)
-    except BaseException:
-        _restore(written)
-        for site in sites:
-            _set_merged(site, None)
-        raise
     return len(sites)
 
 
@@ -131,19 +126,13 @@ def unmerge(model: nn.Module) -> int:
                 f"model: expected weights as they were merged, got others in {site.where}, changed or converted since; "
                 "call merge(model, keep_adapters=False), which keeps them as they are and removes the adapters"
             )
-    written: Written = []
-    try:
+    with _all_or_none(found) as written:
         for site, merged in found:
             for e in range(site.shape[0]):
                 weight = _recover(site, e, merged.a, merged.b, merged.lost[e])
                 _replace(written, site, e, weight, partial(_add_delta, site, e, merged.a, merged.b))
         for site, _ in found:
             _set_merged(site, None)
-    except BaseException:
-        _restore(written)
-        for site, merged in found:
-            _set_merged(site, merged)
-        raise
     return len(found)
 
 
@@ -238,9 +227,18 @@ def _replace(written: Written, site: Site, e: int, weight: Tensor, before: Calla
     written[-1] = (site, e, before)
 
 
-def _restore(written: Written) -> None:
-    for site, e, before in reversed(written):
-        _write(site, e, before())
+@contextmanager
+def _all_or_none(states: Sequence[tuple[Site, Merged | None]]) -> Iterator[Written]:
+    """If the block fails, what it has written is restored, and so are the states of the sites."""
+    written: Written = []
+    try:
+        yield written
+    except BaseException:
+        for site, e, before in reversed(written):
+            _write(site, e, before())
+        for site, merged in states:
+            _set_merged(site, merged)
+        raise
 
 
 def _view_bits(weight: Tensor) -> Tensor:

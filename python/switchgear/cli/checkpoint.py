@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..utils.packages import first_line
-from .common import CommandError, require
+from .common import CommandError, at_least, positive, require
 
 TINY = "tiny"  # names the model of train-tiny that is in the cache
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -70,6 +71,22 @@ def _about_tiny(folder: Path) -> dict[str, Any]:
 
 def not_tiny(folder: Path, reason: Exception) -> CommandError:
     return CommandError(f"{folder}: expected a model of `switchgear train-tiny` ({reason})")
+
+
+# fmt: off
+def add_arguments(parser: argparse.ArgumentParser, *, tokens: int | None = None, texts: str = "") -> None:
+    """The model, its dtype and the threads; with `tokens`, the texts to read and how much of them."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=f"folder of a checkpoint; {TINY}: the model of train-tiny")
+    if tokens is not None:
+        add("--text", metavar="FILE", nargs="+", default=[],
+            help=f"{texts} (default: those of a model of train-tiny)")
+        add("--tokens", type=positive, default=tokens, metavar="N", help="tokens to read of each text")
+        add("--length", type=at_least(2), metavar="N",
+            help=f"tokens of a sequence (default: {LENGTH}, or fewer if the model has fewer positions)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the model; auto: that of the checkpoint")
+    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
+# fmt: on
 
 
 def load_model(folder: Path, dtype: str = "auto", *, whole: bool = False) -> Any:
@@ -154,6 +171,16 @@ def cut_batches(
     if not count:
         raise CommandError(f"{name or 'the text'} is too short: {ids.numel()} tokens, a window has {length}")
     return list(torch.split(ids[: count * length].view(count, length), rows))
+
+
+def cut_texts(
+    texts: Mapping[str, bytes], model: Any, folder: Path, *, tokens: int, length: int | None
+) -> dict[str, list[Tensor]]:
+    """The batches of each text, by domain; see choose_length and cut_batches."""
+    length = choose_length(model, length)
+    return {
+        name: cut_batches(text, model, folder, tokens=tokens, length=length, name=name) for name, text in texts.items()
+    }
 
 
 def _tokenize(text: bytes, model: Any, folder: Path) -> Tensor:

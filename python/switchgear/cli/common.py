@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Shared by the commands: one-line errors, optional packages, tables, argument types."""
+"""Shared by the commands: one-line errors, optional packages, files, tables, progress, argument types."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import json
+import math
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, get_args
 
-from ..checks import Seed, convert
+from ..checks import NotNegative, Positive, Range, Seed, convert
 from ..files import AnyPath, write_whole
 from ..utils.packages import failed_import
 
 DIGITS = 8  # of a number in a file of results
+Advance = Callable[[int, int, str], None]
+SECONDS = 10.0  # between two lines of progress
 
 
 class CommandError(Exception):
@@ -43,7 +49,7 @@ def optional(module: str) -> tuple[ModuleType | None, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def check_writable(folder: Path) -> None:
+def require_writable(folder: Path) -> None:
     """Creates the folder. CommandError if no file can be written in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +59,7 @@ def check_writable(folder: Path) -> None:
         raise CommandError(f"--out: cannot write to {folder}: {error.strerror}") from None
 
 
-def check_new(option: str, path: AnyPath) -> None:
+def require_new(option: str, path: AnyPath) -> None:
     """CommandError if there is something, also a link that leads nowhere."""
     if os.path.lexists(path):
         raise CommandError(f"--{option}: expected a folder that does not exist, got {path}")
@@ -139,55 +145,69 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], left: 
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
 
 
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Advance]:
+    """Yields a function of (done, total, words), to be called as often as you like. It shows a bar by rich, if that is
+    installed and the output is a terminal, or else a line now and then."""
+    rich, _ = optional("rich.progress")
+    if rich is None or not sys.stderr.isatty():
+        yield _print_now_and_then(title)
+        return
+    console, _ = optional("rich.console")
+    assert console is not None
+    columns = (
+        rich.TextColumn("{task.description}"), rich.BarColumn(), rich.TextColumn("{task.percentage:>3.0f}%"),
+        rich.TextColumn("{task.fields[words]}"), rich.TimeRemainingColumn(),
+    )  # fmt: skip
+    with rich.Progress(*columns, console=console.Console(stderr=True)) as bars:
+        task = bars.add_task(title, total=None, words="")
+        yield lambda done, total, words: bars.update(task, completed=done, total=total, words=words)
+
+
+def _print_now_and_then(title: str) -> Advance:
+    start = perf_counter()
+    latest = start
+
+    def advance(done: int, total: int, words: str) -> None:
+        nonlocal latest
+        now = perf_counter()
+        if now - latest < SECONDS and done < total:
+            return
+        latest = now
+        left = (now - start) * (total - done) / max(done, 1)
+        print(f"{title}: {done} of {total}, {words}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return advance
+
+
 # ---- types of argparse -----------------------------------------------------------------------------------------------
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Integers >= `least`."""
+def _number(hint: Any, words: str) -> Callable[[str], Any]:
+    """Numbers that the annotation `hint` (checks.py) allows."""
+    kind, *_ = get_args(hint)
 
-    def integer(text: str) -> int:
+    def number(text: str) -> Any:
         try:
-            value = int(text)
+            return convert("", kind(text), hint)
         except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
-        return value
+            raise argparse.ArgumentTypeError(f"expected {words}, got {text!r}") from None
 
-    return integer
+    return number
+
+
+def at_least(least: int) -> Callable[[str], Any]:
+    """Integers >= `least`."""
+    return _number(Annotated[int, Range(least, math.inf)], f"an integer of at least {least}")
 
 
 positive = at_least(1)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def above_zero(text: str) -> float:
-    """Finite numbers > 0."""
-    if not 0 < (value := _number(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """Finite numbers >= 0."""
-    if not 0 <= (value := _number(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return value
-
-
-def seed(text: str) -> int:
-    """Integers that torch's generators take."""
-    try:
-        convert("seed", value := int(text), Seed)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}") from None
-    return value
+above_zero = _number(Positive, "a number above 0")
+not_negative = _number(NotNegative, "a number of at least 0")
+seed = _number(Seed, "an integer of 64 bits")
 
 
 def settings(texts: Iterable[str], what: str, taken: Collection[str] = ()) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import CommandError, check_new, require, settings
-from .progress import progress
+from .common import CommandError, progress, require, require_new, settings
 
 
 # fmt: off
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.sources or not args.out:
         raise CommandError("expected SOURCE and --out")
     require("safetensors")
-    check_new("out", args.out)
+    require_new("out", args.out)
     recipe = read_recipe(args)
     try:
         with progress("converting") as advance:

@@ -23,10 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-def _describe_cpu() -> dict[str, Any]:
-    return {"isas_available": _C.available_cpu_isas(), "isa": _C.cpu_isa(), "build": dict(_C.build_info())}
-
-
 def _describe_cuda() -> dict[str, Any]:
     module, reason = optional("switchgear._cuda")
     if module is None:
@@ -45,7 +41,11 @@ def _describe_cuda() -> dict[str, Any]:
 
 def collect() -> dict[str, Any]:
     """Everything that `switchgear info` prints."""
-    cpu_backend = _describe_cpu()
+    cpu_backend: dict[str, Any] = {
+        "isas_available": _C.available_cpu_isas(),
+        "isa": _C.cpu_isa(),
+        "build": dict(_C.build_info()),
+    }
     cuda_backend = _describe_cuda()
     runtimes = machine.openmp_runtimes()
     warnings = []

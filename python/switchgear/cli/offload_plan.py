@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import DTYPES, LENGTH, TINY, choose_length, cut_batches, find_folder, load_model, read_texts
-from .common import CommandError, above_zero, at_least, check_file, console, positive, require, table
-from .progress import Advance, progress
+from . import checkpoint
+from .checkpoint import cut_texts, find_folder, load_model, read_texts
+from .common import Advance, CommandError, above_zero, check_file, console, positive, progress, require, table
 
 UNITS = {unit: 1 << 10 * power for power, unit in enumerate(("", "K", "M", "G", "T"))}
 
@@ -31,22 +31,15 @@ def size(text: str) -> int:
 
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpoint.add_arguments(parser, tokens=2048, texts="texts like those that the model will read")
     add = parser.add_argument
-    add("model", metavar="MODEL", help=f"folder of a checkpoint; {TINY}: the model of train-tiny")
     add("--memory", type=size, required=True, metavar="SIZE", help="for weights, keys and values: 8G, 512M")
-    add("--text", metavar="FILE", nargs="+", default=[],
-        help="texts like those that the model will read (default: those of a model of train-tiny)")
-    add("--tokens", type=positive, default=2048, metavar="N", help="tokens to read of each text")
-    add("--length", type=at_least(2), metavar="N",
-        help=f"tokens of a sequence (default: {LENGTH}, or fewer if the model has fewer positions)")
     add("--context", type=positive, default=4096, metavar="N", help="tokens whose keys and values are kept")
     add("--bits", type=above_zero, metavar="N", help="bits per weight (default: those of the checkpoint)")
     add("--expert-bits", type=above_zero, metavar="N", help="bits per weight of experts (default: as --bits)")
     add("--bandwidth", type=size, metavar="SIZE", help="bytes per second at which experts are loaded: 2.5G")
     add("--compute-ms", type=above_zero, default=0.0, metavar="MS", help="of a token whose experts are resident")
     add("--plot", metavar="FILE", help="a PNG of hit rate by slots")
-    add("--dtype", choices=DTYPES, default="auto", help="to run the model in; auto: that of the checkpoint")
-    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
 # fmt: on
 
 
@@ -135,10 +128,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"cannot load the config of {folder}: {reason}") from None
     budget = budget_of(config, args)
     model = load_model(folder, args.dtype)
-    length = choose_length(model, args.length)
-    batches = [
-        cut_batches(text, model, folder, tokens=args.tokens, length=length, name=name) for name, text in texts.items()
-    ]
+    batches = list(cut_texts(texts, model, folder, tokens=args.tokens, length=args.length).values())
     with progress("reading") as advance:
         try:
             calibration, replayed = read(model, batches, advance)

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import DTYPES, find_folder
-from .common import CommandError, check_new, require, settings
-from .progress import progress
+from .common import CommandError, progress, require, require_new, settings
 
 _OF_CONFIG = DTYPES[0]  # auto
 
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ..offload import StoreError, write_store
     from ..offload.store_sources import AS_PUBLISHED
 
-    check_new("out", args.out)
+    require_new("out", args.out)
     folder = find_folder(args.checkpoint)
     dtype = None if args.dtype == _OF_CONFIG else getattr(torch, args.dtype)
     options = settings(args.set, "the form", ("source", "path", "form", "dtype", "progress", "resume"))

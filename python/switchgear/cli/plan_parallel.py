@@ -27,7 +27,7 @@ from switchgear.parallel.cost import (
 )
 from switchgear.parallel.nodes import Nodes
 from switchgear.parallel.placement import Placement, place_experts
-from switchgear.parallel.wire import WIRES
+from switchgear.parallel.rows import WIRES
 
 from ..utils.packages import first_line
 from .common import (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.checks import NotEmpty, Seed, Share, Size, checked
+from switchgear.convert.modules import initialize_router
 from switchgear.papers.parts.selections import EqualTopK
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router
@@ -238,7 +239,7 @@ def attention_from_experts(
             if shared_kv and name[0] in "kv":
                 stacked = stacked.float().mean(0, keepdim=True).to(stacked.dtype)
             made.get_parameter(name).copy_(stacked)
-    _initialize(made, router_init, seed)
+    initialize_router(made, router_init, seed)
     return made.train(layers[0].training)
 
 
@@ -293,15 +294,8 @@ def attention_to_moe(
             else:
                 parts = torch.stack(tensor.chunk(num_experts, 0))
             made.get_parameter(name).copy_(parts)
-    _initialize(made, router_init, seed)
+    initialize_router(made, router_init, seed)
     return made.train(attention.training)
-
-
-def _initialize(made: MixtureOfAttention, std: float, seed: int) -> None:
-    assert made.gate.weight is not None
-    values = torch.randn(made.gate.weight.shape, generator=torch.Generator().manual_seed(seed)) * std
-    with torch.no_grad():
-        made.gate.weight.copy_(values)
 
 
 def _read(attention: Any, name: str) -> dict[str, Any]:

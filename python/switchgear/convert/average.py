@@ -8,12 +8,12 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import Finite, FiniteTensor, NotEmpty, Range, Seed, checked, convert
+from switchgear.checks import Finite, FiniteTensor, NotEmpty, Range, Seed, checked
 from switchgear.convert.plans import Item, Source, StateDict
 from switchgear.weights.module import check_state_dict
 
@@ -25,6 +25,7 @@ Merge = Literal["average", "ties", "dare", "base"]
 Density = Annotated[float, Range(0, 1, "low")]
 
 
+@checked
 @dataclass(frozen=True)
 class Merging:
     """How tensors of the same name become one; see merge_models."""
@@ -36,8 +37,6 @@ class Merging:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(Merging, include_extras=True).items():
-            convert(name, getattr(self, name), hint)
         if self.weights is not None and not sum(self.weights) > 0:
             raise ValueError(f"weights: expected numbers with a positive sum, got {list(self.weights)}")
 

@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 
 from switchgear.checks import FiniteTensor, NotEmpty, NotNegative, Seed, Shape, Size, checked
 from switchgear.convert.average import Merge, Merging
-from switchgear.convert.modules import feed_forward, is_feed_forward, is_transformers
-from switchgear.convert.split import create_layer, initialize_router, write_networks
+from switchgear.convert.modules import feed_forward, initialize_router, is_feed_forward, is_transformers
+from switchgear.convert.split import create_layer, write_networks
 from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, write_shared
 from switchgear.layers.expand import appended

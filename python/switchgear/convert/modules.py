@@ -19,6 +19,7 @@ from switchgear.integrations.blocks import FeedForward
 from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_activation
 from switchgear.layers.shared import SharedExperts
 from switchgear.reference import wide
+from switchgear.routing.router import Router
 from switchgear.trace.observe import inputs_of
 from switchgear.utils.modules import set_eval
 
@@ -334,3 +335,13 @@ def is_transformers(model: object) -> bool:
     """Whether a module is a model of transformers, which is not imported for it."""
     classes = (cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
     return any(cls.__name__ == "PreTrainedModel" for cls in classes)
+
+
+@torch.no_grad()
+def initialize_router(layer: Any, std: float, seed: int) -> None:
+    """Normal weights of a layer's router, drawn on the CPU: the same on every device."""
+    gate: Router = layer.gate
+    if gate.weight is not None:
+        gate.weight.copy_(torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(seed)) * std)
+        if gate.bias is not None:
+            gate.bias.zero_()

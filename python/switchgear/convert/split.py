@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.checks import Finite, FloatTensor, NotNegative, Seed, Shape, Size, checked
-from switchgear.convert.modules import OURS, feed_forward, is_feed_forward, is_transformers, replace_layers
+from switchgear.convert.modules import (
+    OURS,
+    feed_forward,
+    initialize_router,
+    is_feed_forward,
+    is_transformers,
+    replace_layers,
+)
 from switchgear.convert.partitions import Method, Partition, partition
 from switchgear.convert.plans import derive_seed, draw_noise
 from switchgear.convert.recipes import plan_split, plan_upcycle
@@ -306,17 +313,6 @@ def write_ragged(experts: HeterogeneousExperts, networks: list[FeedForward]) -> 
         for place in range(network.intermediate_size // unit):
             index = torch.arange(place * unit, (place + 1) * unit, device=network.up.device)
             write_network(slices, first + place, network.neurons(index))
-
-
-@torch.no_grad()
-def initialize_router(moe: MoE, std: float, seed: int) -> None:
-    """Normal weights of the router, drawn on the CPU: the same on every device."""
-    if moe.gate.weight is not None:
-        generator = torch.Generator().manual_seed(seed)
-        values = torch.randn(moe.gate.weight.shape, generator=generator) * std
-        moe.gate.weight.copy_(values)
-        if moe.gate.bias is not None:
-            moe.gate.bias.zero_()
 
 
 # ---- what trains and selects in a split network ----------------------------------------------------------------------

@@ -6,6 +6,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -100,7 +101,14 @@ def offload(
         most = max(target.records.num_experts for target in targets)
         cache = Cache(reader, most, prefetch, timeout, lanes, _count_routed(model, targets))
         weakref.finalize(cache, _end, reader).atexit = False
-        attached = _attach(cache, store, targets, plans, policy, verify, place, staging_slots)
+        files = [store.reads(target.records, verify) for target in targets]
+        weights: Sequence[tuple[Any, Any]]
+        if all(plan.fits for plan in plans):
+            pairs = zip(targets, files, strict=True)
+            weights = [read_all(reader, target.records, file, timeout, place) for target, file in pairs]
+        else:
+            weights = _cached(cache, targets, files, plans, policy, staging_slots)
+        attached = Offloaded(cache, _attach(store.path, targets, weights, files), plans, str(store.path))
         attached._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     except BaseException:
         reader.close()
@@ -206,26 +214,11 @@ class Offloaded:
 
 
 def _attach(
-    cache: Cache,
-    store: Store,
-    targets: Sequence[Target],
-    plans: Sequence[CachePlan],
-    policy: Policy,
-    is_checked: bool,
-    place: torch.device,
-    staging_slots: int,
-) -> Offloaded:
-    reader, timeout = cache.reader, cache.timeout
-    files = [store.reads(target.records, is_checked) for target in targets]
-    weights: Sequence[tuple[Any, Any]]
-    if all(plan.fits for plan in plans):
-        weights = [
-            read_all(reader, target.records, file, timeout, place) for target, file in zip(targets, files, strict=True)
-        ]
-    else:
-        weights = _cached(cache, targets, files, plans, policy, staging_slots)
+    path: Path, targets: Sequence[Target], weights: Sequence[tuple[Any, Any]], files: Sequence[Sequence[Read]]
+) -> list[Attachment]:
+    """Changes all modules or none."""
     ties: dict[int, Tie] = {}
-    form = OffloadedForm(str(store.path.absolute()))
+    form = OffloadedForm(str(path.absolute()))
     attachments = [
         Attachment.of(target, form, own, file, ties) for target, own, file in zip(targets, weights, files, strict=True)
     ]
@@ -240,7 +233,7 @@ def _attach(
         raise
     for attachment in attachments:
         attachment.forget()
-    return Offloaded(cache, attachments, plans, str(store.path))
+    return attachments
 
 
 @torch.inference_mode(False)

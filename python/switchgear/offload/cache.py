@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.offload.device import Device, Stream
+from switchgear.offload.device import CudaDevice, Stream
 from switchgear.offload.pool import Pool, knows
 from switchgear.offload.predictors import Predictor, read_predictions
 from switchgear.offload.residency import LayerStatistics, Residency
@@ -47,7 +47,7 @@ class Cache:
         width: int,
         predictor: Predictor | None,
         timeout: float,
-        device: Device | None,
+        device: CudaDevice | None,
         num_routed: Sequence[int],
     ) -> None:
         self.reader, self.width, self.predictor, self.timeout, self.device = reader, width, predictor, timeout, device

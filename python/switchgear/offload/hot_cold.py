@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from switchgear.checks import Count, Positive, as_device, checked, convert
 from switchgear.experts import Experts
 from switchgear.functional.gradients import needs_autograd
-from switchgear.offload.device import Device, Event, find_device
+from switchgear.offload.device import CudaDevice, Event, find_device
 from switchgear.reference import check_range
 from switchgear.weights.module import check_plain
 
@@ -32,7 +32,7 @@ class Mover:
     """
 
     @torch.inference_mode(False)
-    def __init__(self, device: Device, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, device: CudaDevice, params: Mapping[str, Tensor]) -> None:
         self.device = device
         self._buffers: Tensor | None = None
         if not all(map(device.is_pinned, params.values())):
@@ -270,7 +270,7 @@ def _used(ids: Tensor) -> Tensor:
 
 
 def overlap(
-    device: Device, sent: Sequence[Tensor], launch: Callable[[], Tensor], multiply: Callable[..., Tensor]
+    device: CudaDevice, sent: Sequence[Tensor], launch: Callable[[], Tensor], multiply: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor]:
     """launch(), which queues work on the device, and meanwhile multiply(*sent) on the host, for later work there."""
     fetched, event = device.fetch(sent)  # before the launch, behind which it would wait

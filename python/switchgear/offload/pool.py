@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchgear.offload.device import Device, Event
+from switchgear.offload.device import CudaDevice, Event
 from switchgear.weights.pages import HUGE_PAGE, advise_huge_pages
 
 
@@ -47,7 +47,7 @@ class _Read:
 class Staging:
     """count: of buffers. Guesses take at most half of them, so that they never delay a needed read."""
 
-    def __init__(self, reader: Any, device: Device, arena: Tensor, count: int) -> None:
+    def __init__(self, reader: Any, device: CudaDevice, arena: Tensor, count: int) -> None:
         self.reader, self.device = reader, device
         self.arena = arena.data  # autograd must not count our copies as changes of weights that it has saved
         self.buffers = device.buffers(count, arena.shape[1])

@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import NotNegative, Size, checked
+from switchgear.checks import NotNegative, Range, Size, checked
 from switchgear.integrations.hook_points import read_logits
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 from switchgear.integrations.routers import call_gate, find_routing_method, is_looked_up
@@ -125,12 +125,10 @@ class FromPreGate(NextGate):
 
 def _find_gate(block: MoeBlock) -> _Gate:
     """The gate's choice, without hooks: those are of the model's own calls."""
-    if isinstance(block.gate, Router):
-        return _ours(block.gate)
-    return _hugging_face(block)
+    router = block.gate
+    if not isinstance(router, Router):
+        return _find_foreign_gate(block)
 
-
-def _ours(router: Router) -> _Gate:
     def choose(x: Tensor) -> tuple[Tensor, Tensor]:
         routing = router.selection()(router.logits(x), Context(), router.e_score_correction_bias)
         return routing.topk_ids, routing.topk_weights
@@ -138,7 +136,7 @@ def _ours(router: Router) -> _Gate:
     return choose
 
 
-def _hugging_face(block: MoeBlock) -> _Gate:
+def _find_foreign_gate(block: MoeBlock) -> _Gate:
     if is_looked_up(block):
         raise ValueError(f"{block.name}: expected a gate of hidden states, got one that looks up token ids")
     method = find_routing_method(block)  # raises ValueError for a gate that cannot be probed
@@ -229,7 +227,7 @@ class Follows:
     def of(
         cls,
         source: Accesses | Source,
-        order: Literal[1, 2] = 1,
+        order: Annotated[int, Range(1, 2)] = 1,
         top_k: Size | None = None,
         smoothing: NotNegative = 0.0,
     ) -> Follows:

@@ -183,7 +183,9 @@ def _write(source: store_sources.Source, target: Path, form: str, progress: Prog
     """Writes a store to `target`, which must not exist. Holds one layer at a time."""
     if target.exists() or target.is_symlink():
         raise ValueError(f"path: expected one that does not exist, got {target}")
-    with Unfinished.opened(STORE, target, _identity(source, form), resume) as unfinished:
+    layers = [[layer.name, *layer.sizes] for layer in source.layers]
+    identity = {"form": form, "dtype": str(source.dtype), "layers": layers, "version": store_index.VERSION}
+    with Unfinished.opened(STORE, target, identity, resume) as unfinished:
         done: dict[str, Records] = {}
         for number, layer in enumerate(source.layers):
             fingerprint = layer.fingerprint()
@@ -201,11 +203,6 @@ def _write(source: store_sources.Source, target: Path, form: str, progress: Prog
                 index, store_index.encode_index(store_index.Index(form, store_index.hash_layers(done.values()), done))
             )
         unfinished.commit()
-
-
-def _identity(source: store_sources.Source, form: str) -> dict[str, Any]:
-    layers = [[layer.name, *layer.sizes] for layer in source.layers]
-    return {"form": form, "dtype": str(source.dtype), "layers": layers, "version": store_index.VERSION}
 
 
 def _find_finished(unfinished: Unfinished, name: str, fingerprint: str) -> Records | None:

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
+from switchgear.checks import Range, convert
 from switchgear.offload.store_records import ALIGNMENT, PAGE, Part, Records, StoreError, whole_tensors
 from switchgear.reference import formats
 from switchgear.weights.module import Kind
@@ -20,12 +22,16 @@ from switchgear.weights.module import Kind
 INDEX, NAME, VERSION = "index.json", "switchgear experts", 1
 MOST_BYTES = 1 << 28  # of index.json: a million experts take 20 MB
 _MOST = 1 << 40  # of any number
-_MOST_BITS = 8
+_Side = Annotated[int, Range(1, 1 << 31)]
+_Offset = Annotated[int, Range(0, _MOST)]
+_Bits = Annotated[int, Range(0, 8)]
 _FILE = re.compile(r"layer-\d{5,9}\.records")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8, torch.int32)
 }
+_DtypeName: Any = Literal[tuple(_DTYPES)]
+_FormatName: Any = Literal[tuple(formats.FORMATS)]
 _FIELDS = ("data", *(field for field in formats.FIELDS if field != "slots"))
 
 
@@ -136,8 +142,8 @@ def decode_records(entry: Any) -> Records:
     name, file = _get(entry, "name", str), _get(entry, "file", str)
     if not _FILE.fullmatch(file):
         raise Wrong(f"file: expected a name like layer-00000.records, got {file[:80]!r}")
-    num_experts = _number(entry, "num_experts", 1, 1 << 24)
-    record_bytes = _number(entry, "record_bytes", PAGE, _MOST)
+    num_experts = _get(entry, "num_experts", Annotated[int, Range(1, 1 << 24)])
+    record_bytes = _get(entry, "record_bytes", Annotated[int, Range(PAGE, _MOST)])
     if record_bytes % PAGE:
         raise Wrong(f"record_bytes: expected a multiple of {PAGE}, got {record_bytes}")
     projections = _get(entry, "projections", list)
@@ -159,11 +165,10 @@ def decode_records(entry: Any) -> Records:
 
 
 def _bits(entry: Any, num_experts: int) -> tuple[tuple[int, int], ...]:
-    found = _get(entry, "bits", list)
-    if len(found) != num_experts or any(not isinstance(pair, list) or len(pair) != 2 for pair in found):
+    found = _get(entry, "bits", list[list[_Bits]])
+    if len(found) != num_experts or any(len(pair) != 2 for pair in found):
         raise Wrong(f"bits: expected {num_experts} pairs")
-    first, second = ([_number({"bits": pair[i]}, "bits", 0, _MOST_BITS) for pair in found] for i in (0, 1))
-    return tuple(zip(first, second, strict=True))
+    return tuple((first, second) for first, second in found)
 
 
 def _kind(entry: Any) -> Kind:
@@ -171,13 +176,11 @@ def _kind(entry: Any) -> Kind:
     if any(field not in _FIELDS for field in fields) or len(set(map(str, fields))) != len(fields):
         raise Wrong(f"fields: expected some of {', '.join(_FIELDS)}, once each")
     is_exact = _get(entry, "is_exact", bool)
-    elements = None if _get(entry, "elements", (str, type(None))) is None else _dtype(entry, "elements")
-    format = _get(entry, "format", str)
-    if format not in formats.FORMATS:
-        raise Wrong(f"format: expected one of {', '.join(formats.FORMATS)}")
-    rows, cols = (_number(entry, key, 1, 1 << 31) for key in ("rows", "cols"))
-    parts, group_size = _number(entry, "parts", 1, 2), _number(entry, "group_size", 0, 1 << 31)
-    dtype = _dtype(entry, "dtype")
+    format, dtype = _get(entry, "format", _FormatName), _DTYPES[_get(entry, "dtype", _DtypeName)]
+    elements = _DTYPES.get(_get(entry, "elements", _DtypeName | None))
+    rows, cols = _get(entry, "rows", _Side), _get(entry, "cols", _Side)
+    parts = _get(entry, "parts", Annotated[int, Range(1, 2)])
+    group_size = _get(entry, "group_size", Annotated[int, Range(0, 1 << 31)])
     if not dtype.is_floating_point or (elements is not None and not elements.is_floating_point):
         raise Wrong("dtype: expected a floating one")
     if (format == "compact") != (elements is not None):
@@ -186,19 +189,12 @@ def _kind(entry: Any) -> Kind:
 
 
 def _part(entry: Any) -> Part:
-    shape = _get(entry, "shape", list)
-    if not 1 <= len(shape) <= 8:
-        raise Wrong("shape: expected 1 to 8 sizes")
-    size = 1
-    for value in shape:
-        size *= _number({"shape": value}, "shape", 1, _MOST)
-    if size > _MOST:
-        raise Wrong(f"shape: expected at most {_MOST} elements, got {size}")
-    field = _get(entry, "field", str)
-    return Part(
-        _number(entry, "projection", 0, 1), field, _number(entry, "offset", 0, _MOST), tuple(shape),
-        _dtype(entry, "dtype"),
-    )  # fmt: skip
+    shape = _get(entry, "shape", list[Annotated[int, Range(1, _MOST)]])
+    if not 1 <= len(shape) <= 8 or math.prod(shape) > _MOST:
+        raise Wrong(f"shape: expected 1 to 8 sizes, at most {_MOST} elements, got {shape[:9]}")
+    projection, field = _get(entry, "projection", Annotated[int, Range(0, 1)]), _get(entry, "field", str)
+    dtype = _DTYPES[_get(entry, "dtype", _DtypeName)]
+    return Part(projection, field, _get(entry, "offset", _Offset), tuple(shape), dtype)
 
 
 def _check_parts(records: Records) -> None:
@@ -253,24 +249,11 @@ def verify_file(folder: Path, records: Records) -> None:
 # ---- entries ---------------------------------------------------------------------------------------------------------
 
 
-def _get(entry: Any, key: str, kind: Any) -> Any:
+def _get(entry: Any, key: str, hint: Any) -> Any:
+    """The value of a key. Raises Wrong unless it is what the annotation `hint` (checks.py) allows."""
     if not isinstance(entry, dict):
         raise Wrong(f"{key}: expected an entry of an object, got {type(entry).__name__}")
-    value = entry.get(key)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise Wrong(f"{key}: expected {getattr(kind, '__name__', 'str or null')}, got {str(value)[:80]}")
-    return value
-
-
-def _number(entry: Any, key: str, low: int, high: int) -> int:
-    value = _get(entry, key, int)
-    if not low <= value <= high:
-        raise Wrong(f"{key}: expected {low} to {high}, got {str(value)[:40]}")
-    return int(value)
-
-
-def _dtype(entry: Any, key: str) -> torch.dtype:
-    name = _get(entry, key, str)
-    if name not in _DTYPES:
-        raise Wrong(f"{key}: expected one of {', '.join(_DTYPES)}, got {name[:40]!r}")
-    return _DTYPES[name]
+    try:
+        return convert(key, entry.get(key), hint)
+    except (TypeError, ValueError) as error:
+        raise Wrong(str(error)[:200]) from None

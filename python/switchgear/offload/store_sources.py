@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,12 +66,14 @@ def of_model(model: nn.Module, form: Form | None) -> Source:
             first, second = stored.weights(module)
             if type(first) is not Weight or type(second) is not Weight:
                 raise ValueError(f"{where}: expected experts in memory, got {stored.form}")
-            layers.append(Layer(name, _sizes(first, second), _held(module), _sum_of(module)))
+            sizes = (*first.shape, *second.shape[1:])
+            layers.append(Layer(name, sizes, partial(stored.weights, module), partial(_sum_up, module)))
         elif layout is not None:
             _check_plain(module, layout, where)
             shapes = [_rows_first(getattr(module, key), layout).shape for key in layout.names]
             sizes = (*shapes[0], *shapes[1][1:])
-            layers.append(Layer(name, sizes, _encoding(module, layout, form, where), _sum_of(module)))
+            encode = partial(_encode_both, module, layout, form, where)
+            layers.append(Layer(name, sizes, encode, partial(_sum_up, module)))
     if not layers:
         raise ValueError(
             f"source: expected a model with experts on the fused kernel, {type(model).__name__} has none "
@@ -102,32 +105,16 @@ def _check_plain(module: nn.Module, layout: Layout, where: str) -> None:
             raise ValueError(f"{where}.{name}: expected numbers, got a parameter on meta; write from the checkpoint")
 
 
-def _sizes(first: Weight, second: Weight) -> tuple[int, ...]:
-    return (*first.shape, *second.shape[1:])
-
-
 def _rows_first(weight: Tensor, layout: Layout) -> Tensor:
     return weight.mT if layout.transposed else weight
 
 
-def _held(module: nn.Module) -> Callable[[], tuple[Weight, Weight]]:
-    def weights() -> tuple[Weight, Weight]:
-        stored = stored_of(module)
-        assert stored is not None
-        return stored.weights(module)
-
-    return weights
-
-
-def _encoding(module: nn.Module, layout: Layout, form: Form | None, where: str) -> Callable[[], tuple[Weight, Weight]]:
-    def weights() -> tuple[Weight, Weight]:
-        first, second = (_rows_first(getattr(module, name).detach(), layout).cpu() for name in layout.names)
-        return (
-            encoded(f"{where}.{layout.names[0]}", first, layout.parts(0), form),
-            encoded(f"{where}.{layout.names[1]}", second, layout.parts(1), form),
-        )
-
-    return weights
+def _encode_both(module: nn.Module, layout: Layout, form: Form | None, where: str) -> tuple[Weight, Weight]:
+    first, second = (
+        encoded(f"{where}.{name}", _rows_first(getattr(module, name).detach(), layout).cpu(), layout.parts(index), form)
+        for index, name in enumerate(layout.names)
+    )
+    return first, second
 
 
 def encoded(name: str, weight: Tensor, parts: int, form: Form | None) -> Weight:
@@ -141,24 +128,20 @@ def encoded(name: str, weight: Tensor, parts: int, form: Form | None) -> Weight:
     return made
 
 
-def _sum_of(module: nn.Module) -> Callable[[], str]:
-    """Of the projections: numbers that changed since an interrupted run are written again."""
-
-    def fingerprint() -> str:
-        stored, layout = stored_of(module), layout_of(module)
-        tensors: list[Tensor] = []
-        if stored is not None:
-            tensors = [tensor for weight in stored.weights(module) for tensor in weight.tensors]
-        elif layout is not None:
-            tensors = [getattr(module, name).detach() for name in layout.names]
-        digest = hashlib.sha256()
-        for tensor in tensors:
-            flat = tensor.cpu().contiguous()
-            digest.update(_C.checksum(flat.data_ptr(), flat.nbytes).to_bytes(8, "little"))
-            digest.update(str((flat.shape, flat.dtype)).encode())
-        return digest.hexdigest()
-
-    return fingerprint
+def _sum_up(module: nn.Module) -> str:
+    """A digest of the projections: numbers that changed since an interrupted run are written again."""
+    stored, layout = stored_of(module), layout_of(module)
+    tensors: list[Tensor] = []
+    if stored is not None:
+        tensors = [tensor for weight in stored.weights(module) for tensor in weight.tensors]
+    elif layout is not None:
+        tensors = [getattr(module, name).detach() for name in layout.names]
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.cpu().contiguous()
+        digest.update(_C.checksum(flat.data_ptr(), flat.nbytes).to_bytes(8, "little"))
+        digest.update(str((flat.shape, flat.dtype)).encode())
+    return digest.hexdigest()
 
 
 # ---- a checkpoint ----------------------------------------------------------------------------------------------------
@@ -176,7 +159,7 @@ def of_checkpoint(path: Path, form: Form | None, dtype: torch.dtype | None) -> S
     identity = str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     device = torch.device("cpu")
 
-    def weights_of(name: str, layout: Layout) -> tuple[Weight, Weight]:
+    def read_both(name: str, layout: Layout) -> tuple[Weight, Weight]:
         made = []
         for index, projection in enumerate(layout.names):
             target = f"{name}.{projection}"
@@ -191,15 +174,9 @@ def of_checkpoint(path: Path, form: Form | None, dtype: torch.dtype | None) -> S
             made.append(encoded(target, found, layout.parts(index), form))
         return made[0], made[1]
 
-    def layers() -> Iterator[Layer]:
-        for name, layout, sizes in plan.experts():
-
-            def weights(name: str = name, layout: Layout = layout) -> tuple[Weight, Weight]:
-                return weights_of(name, layout)
-
-            yield Layer(name, sizes, weights, lambda: identity)
-
-    found = list(layers())
-    if not found:
+    layers = [
+        Layer(name, sizes, partial(read_both, name, layout), lambda: identity) for name, layout, sizes in plan.experts()
+    ]
+    if not layers:
         raise ValueError(f"source: expected a checkpoint with experts on the fused kernel, {path} has none")
-    return Source(found, reader.close, plan.model.dtype)
+    return Source(layers, reader.close, plan.model.dtype)

@@ -318,15 +318,13 @@ def load(
         init_optimizer(optimizer)
     try:
         wanted = state_dict(model, optimizer)
-        _check(wanted, metadata.state_dict_metadata, _names(model))
-        if optimizer is not None:
-            _check_optimizer(wanted, metadata.state_dict_metadata)
+        _compare(wanted, metadata.state_dict_metadata)
+        _refuse_others(model, wanted, metadata.state_dict_metadata, has_optimizer=optimizer is not None)
     except ValueError:
         if optimizer is not None and not had_state:
             optimizer.state.clear()
         raise
-    with _quietly_alone() as alone, _naming(path):
-        load_tensors(wanted, storage_reader=Reader(path, metadata), process_group=process_group, no_dist=alone)
+    _read(wanted, path, metadata, dist.is_initialized(), process_group)
 
 
 def load_entries(entries: dict[str, Tensor], path: AnyPath) -> None:
@@ -336,9 +334,8 @@ def load_entries(entries: dict[str, Tensor], path: AnyPath) -> None:
         ValueError: as `load`; in that case nothing is read, unless a file is damaged.
     """
     metadata = read_metadata(path)
-    _check_found(entries, metadata.state_dict_metadata)
-    with _quietly_alone(), _naming(path):
-        load_tensors(entries, storage_reader=Reader(path, metadata), no_dist=True)
+    _compare(entries, metadata.state_dict_metadata)
+    _read(entries, path, metadata)
 
 
 def load_whole(path: AnyPath) -> dict[str, Tensor]:
@@ -355,8 +352,7 @@ def load_whole(path: AnyPath) -> dict[str, Tensor]:
         if not name.startswith("optimizer/"):
             entry = _tensor_of(name, stored)
             tensors[name] = torch.zeros(entry.size, dtype=entry.properties.dtype)
-    with _quietly_alone(), _naming(path):
-        load_tensors(tensors, storage_reader=Reader(path, metadata), no_dist=True)
+    _read(tensors, path, metadata)
     whole: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -386,12 +382,16 @@ def _quietly_alone() -> Iterator[bool]:
         yield not dist.is_initialized()
 
 
-@contextlib.contextmanager
-def _naming(path: AnyPath) -> Iterator[None]:
-    """What goes wrong on a rank while it reads arrives on all as a BaseException, which `except Exception` misses."""
+def _read(
+    tensors: dict[str, Tensor], path: AnyPath, metadata: Metadata, is_collective: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:  # fmt: skip
+    """Reads tensors in place."""
+    reader = Reader(path, metadata)
     try:
-        yield
-    except CheckpointException as failure:
+        with _quietly_alone():
+            load_tensors(tensors, storage_reader=reader, process_group=process_group, no_dist=not is_collective)
+    except CheckpointException as failure:  # on any rank; a BaseException, which `except Exception` misses
         rank, (error, _) = next(iter(failure.failures.items()))
         reason = f"rank {rank}: {first_line(error)}"
         raise ValueError(f"path: expected tensors that can be read in {path}, got {reason}") from failure
@@ -412,23 +412,19 @@ def _layers(model: nn.Module) -> dict[str, Experts]:
     }  # fmt: skip
 
 
-def _names(model: nn.Module) -> dict[str, int]:
-    """The number of experts that a checkpoint must have for each distributed parameter."""
-    return {
-        f"{prefix}{name}": module.num_experts
-        for prefix, module in _layers(model).items()
-        for name, _ in module.named_parameters(recurse=False)
-    }
-
-
 def _tensor_of(name: str, entry: object) -> TensorStorageMetadata:
     if not isinstance(entry, TensorStorageMetadata):
         raise ValueError(f"{name}: expected a tensor in the checkpoint, got bytes")  # a pickle
     return entry
 
 
-def _check(wanted: dict[str, Tensor], stored: dict[str, Any], experts: dict[str, int]) -> None:
-    _check_found(wanted, stored)
+def _refuse_others(model: nn.Module, wanted: dict[str, Tensor], stored: dict[str, Any], has_optimizer: bool) -> None:
+    """Raises ValueError if the checkpoint has tensors that nothing reads."""
+    experts = {
+        f"{prefix}{name}": module.num_experts
+        for prefix, module in _layers(model).items()
+        for name, _ in module.named_parameters(recurse=False)
+    }
     for name in stored:
         found = _ENTRY.fullmatch(name)
         if found is not None:
@@ -437,15 +433,12 @@ def _check(wanted: dict[str, Tensor], stored: dict[str, Any], experts: dict[str,
                 raise ValueError(f"{name}: expected {count} experts, got one more")
         elif not name.startswith("optimizer/") and name not in wanted:
             raise ValueError(f"{name}: expected none in the checkpoint, got one")
+    states = next((name for name in stored if name.startswith("optimizer/")), None)
+    if has_optimizer and states is not None and not any(name.startswith("optimizer/") for name in wanted):
+        raise ValueError(f"{states}: expected none in the checkpoint for an optimizer without state, got one")
 
 
-def _check_optimizer(wanted: dict[str, Tensor], stored: dict[str, Any]) -> None:
-    found = [next((name for name in names if name.startswith("optimizer/")), None) for names in (wanted, stored)]
-    if found[0] is None and found[1] is not None:
-        raise ValueError(f"{found[1]}: expected none in the checkpoint for an optimizer without state, got one")
-
-
-def _check_found(wanted: dict[str, Tensor], stored: dict[str, Any]) -> None:
+def _compare(wanted: dict[str, Tensor], stored: dict[str, Any]) -> None:
     for name, tensor in wanted.items():
         if name not in stored:
             raise ValueError(f"{name}: expected in the checkpoint, got none")

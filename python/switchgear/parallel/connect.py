@@ -142,7 +142,7 @@ def connect(mesh: Mesh, rank: int, size: int, store: Any, host: str | None, dead
 
 
 def _connect(mesh: Mesh, rank: int, size: int, store: Any, host: str | None, deadline: float, board: Any) -> None:
-    here = {"machine": _machine(), "network": _network(), "board": board}
+    here = {"machine": _identify("pid"), "network": _identify("net"), "board": board}
     store.set(f"machine/{rank}", json.dumps(here))
     there = [json.loads(_get(mesh, store, "machine", peer, deadline)) for peer in range(size)]
     mesh.machines, mesh.boards = [entry["machine"] for entry in there], [entry["board"] for entry in there]
@@ -242,17 +242,9 @@ def _listen(address: str, backlog: int) -> socket.socket:
         raise ValueError(f"host: expected an address of this machine, got {address!r}: {error}") from error
 
 
-def _machine() -> str:
-    """Equal for processes that can share memory: same boot and same PID namespace."""
-    return _same("pid")
-
-
-def _network() -> str:
-    """Equal for processes that can connect over loopback: same boot and same network namespace."""
-    return _same("net")
-
-
-def _same(namespace: str) -> str:
+def _identify(namespace: str) -> str:
+    """Equal for processes of the same boot in the same namespace: "pid", they can share memory; "net", they can connect
+    over loopback."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.stat(f'/proc/self/ns/{namespace}').st_ino}"

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from switchgear.parallel.nodes import Nodes
 from switchgear.parallel.placement import Placement
-from switchgear.parallel.record import Event
-from switchgear.parallel.wire import WIRES
+from switchgear.parallel.rows import WIRES, Event
 
 CHUNKS = (1, 2, 4, 8)
 PAIR_BYTES = 8  # expert id and float32 weight
@@ -144,34 +143,6 @@ class Timeline(NamedTuple):
         return max(0.0, 1 - self.exposed / self.link) if self.link else 1.0
 
 
-def pipeline(
-    dispatch: float, experts: float, combine: float, num_chunks: int, *, tail: float = 0.0, overhead: float = 0.0
-) -> Timeline:
-    """Timeline of equal chunks that take seconds on the link, in the experts, and on the link again. tail: work of the
-    experts after the last chunk (weight gradients). overhead: added to each chunk's time in the experts."""
-    events: list[Event] = []
-    arrived = []
-    free = 0.0
-    for c in range(num_chunks):
-        events.append(Event("link", f"dispatch {c}", free, free + dispatch / num_chunks))
-        free = events[-1].end
-        arrived.append(free)
-    done = 0.0
-    for c in range(num_chunks):
-        begin = max(done, arrived[c])
-        done = begin + experts / num_chunks + overhead
-        events.append(Event("experts", f"experts {c}", begin, done))
-        start = max(free, done)
-        free = start + combine / num_chunks
-        events.append(Event("link", f"combine {c}", start, free))
-    if tail:
-        events.append(Event("experts", "weight gradients", done, done + tail))
-        done += tail
-    total = max(done, free)
-    busy = experts + num_chunks * overhead + tail
-    return Timeline(events, total, dispatch + combine, busy, total - busy)
-
-
 class _Lane:
     """A link that serialises transfers."""
 
@@ -183,6 +154,23 @@ class _Lane:
         self.free = begin + seconds
         self._events.append(Event(self._lane, name, begin, self.free))
         return self.free
+
+
+def pipeline(
+    dispatch: float, experts: float, combine: float, num_chunks: int, *, tail: float = 0.0, overhead: float = 0.0
+) -> Timeline:
+    """Timeline of equal chunks that take seconds on the link, in the experts, and on the link again. tail: work of the
+    experts after the last chunk (weight gradients). overhead: added to each chunk's time in the experts."""
+    events: list[Event] = []
+    link = _Lane("link", events)
+    arrived = [link.send(f"dispatch {c}", 0.0, dispatch / num_chunks) for c in range(num_chunks)]
+    done = 0.0
+    for c in range(num_chunks):
+        begin = max(done, arrived[c])
+        done = begin + experts / num_chunks + overhead
+        events.append(Event("experts", f"experts {c}", begin, done))
+        link.send(f"combine {c}", done, combine / num_chunks)
+    return _finish(events, done, tail, link, dispatch + combine, experts + num_chunks * overhead)
 
 
 def two_level_pipeline(
@@ -227,12 +215,15 @@ def two_level_pipeline(
         now += work
         done.append(near.send(f"combine within {c}", now, inside_back))
     now = wait(now, lambda: done[-1] if len(returned) == num_chunks else None)
+    return _finish(events, now, tail, far, sum(between) + sum(within), experts + num_chunks * overhead)
+
+
+def _finish(events: list[Event], now: float, tail: float, last: _Lane, links: float, experts: float) -> Timeline:
+    """The timeline of these events, after the work of the tail. last: the link on which results return."""
     if tail:
         events.append(Event("experts", "weight gradients", now, now + tail))
-        now += tail
-    total = max(now, far.free)
-    busy = experts + num_chunks * overhead + tail
-    return Timeline(events, total, sum(between) + sum(within), busy, total - busy)
+    total, busy = max(now + tail, last.free), experts + tail
+    return Timeline(events, total, links, busy, total - busy)
 
 
 class Machine(NamedTuple):

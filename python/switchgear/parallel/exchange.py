@@ -26,12 +26,11 @@ from torch import Tensor
 
 from switchgear import ops
 from switchgear.ops import GluOptions
-from switchgear.parallel import header, layout, local, module_experts
+from switchgear.parallel import header, layout, local
 from switchgear.parallel.cost import choose_chunks
-from switchgear.parallel.rows import Direct, Rows, Transfers
+from switchgear.parallel.rows import WIRES, Direct, Transfers
 from switchgear.parallel.transport import Work
 from switchgear.parallel.two_level import Relaying, TwoLevel, finish_routes, start_routes
-from switchgear.parallel.wire import WIRES
 
 if TYPE_CHECKING:
     from switchgear.parallel.group import ExpertParallel
@@ -72,7 +71,7 @@ class Saved(NamedTuple):
     num_tokens: int  # of this rank's part
     top_k: int
     tensors: tuple[Tensor, ...]  # x [R,H] all arrived rows, weights [P] of the pairs, and h of each chunk
-    runs: tuple[module_experts.Run | None, ...] = ()  # of each chunk, if a module has run the experts
+    runs: tuple[local.Run | None, ...] = ()  # of each chunk, if a module has run the experts
     relaying: Relaying | None = None  # with two levels
 
 
@@ -118,7 +117,7 @@ def exchange_headers(
 
 def forward(
     layer: Layer, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gradients: int,
-    weights: local.Weights | None, module: module_experts.Module,
+    weights: local.Weights | None, module: local.Module | None,
 ) -> tuple[Tensor, Saved | None]:  # fmt: skip
     """y [T,H] of x [T,H], topk_ids [T,K] int32 and topk_weights [T,K] float32.
 
@@ -154,7 +153,7 @@ def forward(
     pairs = pairs_out.new_empty(sum(pairs_in), pairs_out.shape[1])
     pairs_work = transfers.start("pairs", pairs, pairs_out, pairs_in, sending.pairs)
     routes = None
-    rows: Rows
+    rows: Direct
     if relays_in is None:
         rows = Direct(transfers, sending, x.detach(), each, arriving, None)
     else:
@@ -175,7 +174,7 @@ def forward(
     pair_weights = columns_in.view(topk_weights.dtype).view(-1)
 
     hs = []
-    runs: list[module_experts.Run | None] = []
+    runs: list[local.Run | None] = []
     for c in range(num_chunks):
         rows.receive(c)
         if c == 0:
@@ -191,7 +190,8 @@ def forward(
                 returned = arrived
                 runs.append(None)
             else:
-                run = module_experts.run(module, arrived, chunk, pairs, pair_weights, each, saves)
+                assert module is not None
+                run = local.run_module(module, arrived, chunk, pairs, pair_weights, each, saves)
                 returned = run.y.detach()
                 runs.append(run if saves else None)
         rows.give_back(returned)
@@ -225,18 +225,18 @@ def backward(
 
     peers.enter("backward dispatch")
     returning = receiving.pairs_of_chunk if each else receiving.rows
-    rows: Rows
+    rows: Direct
     if saved.relaying is None:
         rows = Direct(transfers, sending, grad_y, each, receiving.rows, returning)
     else:
         passing = saved.relaying.rows
         rows = TwoLevel(transfers, sending, grad_y, each, receiving.rows, returning, passing, saved.relaying)
     rows.send(grad_y[_part(parallel, saved.all_tokens)])
-    experts: local.Backward | module_experts.Backward
+    experts: local.Backward | local.ModuleBackward
     if isinstance(weights, local.Weights):
         experts = local.Backward(x, hs, rows.buffer, receiving, pair_weights, weights, layer.options, each, rows.look)
     else:
-        experts = module_experts.Backward(saved.runs, rows.buffer, pair_weights, weights, each)
+        experts = local.ModuleBackward(saved.runs, rows.buffer, pair_weights, weights, each)
     grad_pairs = pair_weights.new_empty(len(receiving.slot_pairs))
     back: list[Work] = []
     for c in range(num_chunks):

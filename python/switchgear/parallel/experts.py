@@ -88,48 +88,23 @@ def _agreed(layer: exchange.Layer, values: Tensor, backward: bool) -> Transfers:
 
 
 class _Exchange(torch.autograd.Function):
-    """exchange.forward and exchange.backward; inputs: x, topk_weights, the four Weights, non-differentiable ones."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, topk_weights: Tensor, *rest: Any) -> Tensor:
-        *weights, topk_ids, layer = rest
-        ctx.layer = layer
-        needs = ctx.needs_input_grad[:6]
-        ctx.gradients = sum(int(need) << i for i, need in enumerate(needs))
-        with layer.parallel.peers.exchange():
-            y, saved = exchange.forward(layer, x, topk_ids, topk_weights, ctx.gradients, Weights(*weights), _absent)
-        assert saved is not None
-        # Autograd saves the rows, so that checkpointing and hooks see them; the plan is small.
-        ctx.save_for_backward(*weights, *saved.tensors)
-        ctx.saved = saved._replace(tensors=())
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> Any:
-        tensors = ctx.saved_tensors
-        weights, saved = Weights(*tensors[:4]), ctx.saved._replace(tensors=tensors[4:])
-        with ctx.layer.parallel.peers.exchange():
-            grads = exchange.backward(
-                ctx.layer, grad_y.contiguous(), saved, weights, ctx.gradients, ctx.needs_input_grad[:6]
-            )
-        return *grads, None, None
-
-
-class _ModuleExchange(torch.autograd.Function):
-    """The same for experts that a module runs; inputs: x, topk_weights, topk_ids, the layer, the module, and the
-    parameters that it reads."""
+    """exchange.forward and exchange.backward; inputs: x, topk_weights, topk_ids, the layer, and the four Weights; or a
+    module that runs the experts, and the parameters that it reads."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer: exchange.Layer, module: Any, *rest: Tensor
+        ctx: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer: exchange.Layer, module: Any, *read: Any
     ) -> Tensor:
-        ctx.layer = layer
-        ctx.gradients = sum(int(need) << i for i, need in enumerate(ctx.needs_input_grad[:2])) + 64
+        ctx.layer, ctx.is_module, ctx.count = layer, module is not None, len(read)
+        need_x, need_weights, _, _, _, *needs = ctx.needs_input_grad
+        compared = (need_x, need_weights, *(() if ctx.is_module else needs))
+        ctx.gradients = sum(int(need) << i for i, need in enumerate(compared)) + 64 * ctx.is_module
+        weights = None if ctx.is_module else Weights(*read)
         with layer.parallel.peers.exchange():
-            y, saved = exchange.forward(layer, x, topk_ids, topk_weights, ctx.gradients, None, module)
+            y, saved = exchange.forward(layer, x, topk_ids, topk_weights, ctx.gradients, weights, module)
         assert saved is not None
-        ctx.save_for_backward(*rest, *saved.tensors)
+        # Autograd saves the rows, so that checkpointing and hooks see them; the plan is small.
+        ctx.save_for_backward(*read, *saved.tensors)
         ctx.saved = saved._replace(tensors=())
         return y
 
@@ -137,18 +112,14 @@ class _ModuleExchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         need_x, need_weights, _, _, _, *needs = ctx.needs_input_grad
-        tensors, count = ctx.saved_tensors, len(needs)
-        saved = ctx.saved._replace(tensors=tensors[count:])
+        tensors = ctx.saved_tensors  # once: checkpointing computes them
+        read, saved = tensors[: ctx.count], ctx.saved._replace(tensors=tensors[ctx.count :])
+        weights = read if ctx.is_module else Weights(*read)
         with ctx.layer.parallel.peers.exchange():
             grad_x, grad_weights, *grads = exchange.backward(
-                ctx.layer, grad_y.contiguous(), saved, list(tensors[:count]), ctx.gradients,
-                (need_x, need_weights, *needs),
-            )  # fmt: skip
+                ctx.layer, grad_y.contiguous(), saved, weights, ctx.gradients, (need_x, need_weights, *needs)
+            )
         return grad_x, grad_weights, None, None, None, *grads
-
-
-def _absent(*_: Tensor) -> Tensor:
-    raise AssertionError("experts with weights need no module")
 
 
 def make_layer(
@@ -199,11 +170,9 @@ def exchange_moe(
         if weights is not None:
             weights = Weights(*in_autocast_dtype(x.device.type, *weights))
     topk_ids, topk_weights = _choices_like(x, topk_ids, topk_weights)
-    if weights is not None and needs_autograd(x, topk_weights, *weights):
-        y: Tensor = apply(_Exchange, x, topk_weights, *weights, topk_ids, layer)
-    elif weights is None and needs_autograd(x, topk_weights, *parameters):
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        y = apply(_ModuleExchange, x, topk_weights, topk_ids, layer, module, *trained)
+    read = [parameter for parameter in parameters if parameter.requires_grad] if weights is None else weights
+    if needs_autograd(x, topk_weights, *read):
+        y: Tensor = apply(_Exchange, x, topk_weights, topk_ids, layer, module if weights is None else None, *read)
     else:
         with torch.no_grad(), layer.parallel.peers.exchange():
             looks = layer.parallel.levels == 2 and on_cpu(x)
@@ -241,8 +210,8 @@ class ParallelExperts(Experts):
         self.lost: tuple[int, ...] = ()  # experts whose weights are gone; their choices count as empty
         extra = (hidden_size, intermediate_size, self.down_proj_bias is not None)
         self._layer = make_layer(parallel, self.placement, self._options(), extra=extra)
-        if parallel.capacity is not None:
-            static.check_layer(self._layer)
+        if parallel.capacity is not None and self._layer.has_copies:
+            raise ValueError("placement: expected one rank per expert with a capacity, got replicated experts")
         self._number = static.register(self._layer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

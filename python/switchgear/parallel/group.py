@@ -6,30 +6,28 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from switchgear.checks import Seconds, convert, integer
+from switchgear.checks import Seconds, Size, checked
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
 from switchgear.parallel.connect import Background, get, own_client
 from switchgear.parallel.cost import CHUNKS, Link
-from switchgear.parallel.elastic.membership import SLACK_SECONDS, Membership
 from switchgear.parallel.header import digest
-from switchgear.parallel.nodes import CHANNELS, Nodes, NodesOption, node_label, nodes_of, open_channel
+from switchgear.parallel.membership import SLACK_SECONDS, Membership
+from switchgear.parallel.nodes import CHANNELS, Nodes, NodesOption, node_label, nodes_of, open_channel, open_on_host
 from switchgear.parallel.peers import Outside, Peers
 from switchgear.parallel.placement import Placement
-from switchgear.parallel.record import Overflow, Record
-from switchgear.parallel.wire import WIRES
-from switchgear.reference import check_choice
+from switchgear.parallel.rows import Record
+from switchgear.parallel.static import Overflow
 
 _alive: weakref.WeakSet[ExpertParallel] = weakref.WeakSet()
 _made: dict[str, int] = {}
@@ -64,7 +62,7 @@ class ExpertParallel:
         nodes: which ranks share a node: "auto", those of one machine; a number of consecutive ranks; or the ranks of
             each node. With several nodes of several ranks, a token is sent once to each node, and its results are
             summed there before they return. None: once to each rank.
-        wire: of rows on their way: "exact"; "fp8", 8 bits with a scale per row (wire.py states the error); or
+        wire: of rows on their way: "exact"; "fp8", 8 bits with a scale per row (rows.py states the error); or
             "fp8_dispatch", the rows to the experts only.
         capacity: rows that a rank sends to each rank, filled up with zeros, so that no host waits for sizes and shapes
             are static, for torch.compile and CUDA graphs (static.py). Not with invariant, tp_group, copies of
@@ -84,49 +82,31 @@ class ExpertParallel:
 
     experts_class: ClassVar[type[Any]]  # ParallelExperts, whose module imports this one and sets it
 
+    @checked
     def __init__(
         self,
         group: dist.ProcessGroup | Sequence[int] | None = None,
         *,
-        timeout: float = 120.0,
-        num_chunks: int | None = None,
+        timeout: Seconds = 120.0,
+        num_chunks: Size | None = None,
         invariant: bool = False,
         average_gradients: bool = True,
         placement: Placement | None = None,
-        transport: str = "auto",
-        device_transport: str = "group",
+        transport: Literal["auto", "gloo", "shared_memory"] = "auto",
+        device_transport: Literal["group", "peer_memory"] = "group",
         tp_group: dist.ProcessGroup | Sequence[int] | None = None,
         host: str | None = None,
         link: Link | None = None,
         nodes: NodesOption = "auto",
-        wire: str = "exact",
-        capacity: int | None = None,
-        overflow: str = "raise",
+        wire: Literal["exact", "fp8", "fp8_dispatch"] = "exact",
+        capacity: Size | None = None,
+        overflow: Literal["raise", "drop"] = "raise",
         name: str | None = None,
         outside: bool = False,
-        store: Any = None,
+        store: Store | None = None,
     ) -> None:
-        for option, value, kind in (
-            ("placement", placement, Placement), ("link", link, Link), ("store", store, Store),
-        ):  # fmt: skip
-            if value is not None and not isinstance(value, kind):
-                raise TypeError(f"{option}: expected {kind.__name__}, got {type(value).__name__}")
-        flags = {"invariant": invariant, "average_gradients": average_gradients, "outside": outside}
-        for option, value in flags.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{option}: expected bool, got {value!r}")
-        num_chunks = None if num_chunks is None else integer("num_chunks", num_chunks)
-        capacity = None if capacity is None else integer("capacity", capacity)
-        if num_chunks is not None and num_chunks not in CHUNKS:
+        if num_chunks not in (None, *CHUNKS):
             raise ValueError(f"num_chunks: expected one of {', '.join(map(str, CHUNKS))}, got {num_chunks}")
-        convert("timeout", timeout, Seconds)
-        check_choice("transport", transport, tuple(TRANSPORTS))
-        check_choice("device_transport", device_transport, ("group", "peer_memory"))
-        check_choice("wire", wire, tuple(WIRES))
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity: expected a positive number of rows, got {capacity}")
-        if overflow not in ("raise", "drop"):
-            raise ValueError(f"overflow: expected raise or drop, got {overflow!r}")
         others = {"invariant": invariant, "tp_group": tp_group is not None, "wire": wire != "exact",
                   "num_chunks": (num_chunks or 1) > 1}  # fmt: skip
         if capacity is not None and (excluded := [name for name, given in others.items() if given]):
@@ -178,7 +158,7 @@ class ExpertParallel:
             self.own_twins = next(twins for twins in self.twins if rank in twins)
             self.sharing_digest = digest((self.twins, self.nodes.node_of, repr(self._nodes_option)))
             if size > 1:
-                self._transports["cpu"] = TRANSPORTS[self._transport](self, PrefixStore("data", store))
+                self._transports["cpu"] = self._open_on_host(PrefixStore("data", store))
             self.peers.constructed()
         except BaseException:
             self.close()
@@ -295,13 +275,10 @@ class ExpertParallel:
         channel of a two-level exchange (nodes.py)."""
         if channel and f"{device.type} {channel}" not in self._transports:
             store = PrefixStore(device.type, self._channel_store)
-            share_memory = self._transport != "gloo"
+            way = "gloo" if self._transport == "gloo" else "auto"
 
-            def open_channels() -> dict[str, transports.Transport]:
-                around = self.peers, self.nodes, device, store
-                return {channel: open_channel(channel, *around, share_memory=share_memory) for channel in CHANNELS}
-
-            made = self.peers.run(open_channels)
+            around = self.peers, self.nodes, device, store, way
+            made = self.peers.run(lambda: {name: open_channel(name, *around) for name in CHANNELS})
             for name, transport in made.items():
                 self._transports[f"{device.type} {name}"] = self._throttled(transport)
         if not channel and device.type not in self._transports:
@@ -314,6 +291,14 @@ class ExpertParallel:
             else:
                 self._transports[device.type] = transports.GroupTransport(self.group)
         return self._transports[f"{device.type} {channel}" if channel else device.type]
+
+    def _open_on_host(self, store: Any) -> transports.Transport:
+        if self._transport == "shared_memory":
+            if not shared_memory.available():
+                raise ValueError("transport: expected 'gloo' or 'auto', shared_memory needs Linux on x86-64")
+            self._check_one_machine("transport", "'gloo' or 'auto'")
+        opening = self.peers, range(self.size), store, self._transport
+        return self.peers.run(lambda: open_on_host(*opening), lambda transport: transport.close())
 
     def _map_peers(self, device: peer_memory.CudaDevice) -> transports.Transport:
         is_over = self.peers.is_over()
@@ -361,50 +346,6 @@ class ExpertParallel:
     def _abort(self) -> None:
         for transport in list(self._transports.values()):
             transport.abort()
-
-
-def _shared_memory(parallel: ExpertParallel, store: Any) -> transports.Transport:
-    if not shared_memory.available():
-        raise ValueError("transport: expected 'gloo' or 'auto', shared_memory needs Linux on x86-64")
-    parallel._check_one_machine("transport", "'gloo' or 'auto'")
-    made = _opened_shared_memory(parallel, store)
-    if made.problem:
-        parallel.peers.finish()
-        raise ValueError(f"transport: expected 'gloo' or 'auto', shared memory cannot be opened: {made.problem}")
-    return made
-
-
-def _opened_shared_memory(parallel: ExpertParallel, store: Any) -> shared_memory.SharedMemoryTransport:
-    """The transport, discarded again if it has a problem, on all ranks alike."""
-    is_over = parallel.peers.is_over()
-    made = parallel.peers.run(
-        lambda: shared_memory.SharedMemoryTransport(parallel.rank, parallel.size, store, is_over),
-        shared_memory.SharedMemoryTransport.discard,
-    )
-    if made.problem:
-        made.discard()
-    return made
-
-
-def _auto(parallel: ExpertParallel, store: Any) -> transports.Transport:
-    if not shared_memory.available() or len(set(parallel.peers.hosts)) > 1:
-        return _gloo(parallel, store)
-    made = _opened_shared_memory(parallel, store)
-    if made.problem:
-        warnings.warn(f"rows are sent by gloo, since shared memory cannot be opened: {made.problem}", stacklevel=3)
-        return _gloo(parallel, PrefixStore("instead", store))
-    return made
-
-
-def _gloo(parallel: ExpertParallel, store: Any) -> transports.Transport:
-    seconds, is_over = parallel.timeout, parallel.peers.is_over()
-    return parallel.peers.run(
-        lambda: transports.GlooTransport(parallel.rank, parallel.size, store, seconds, is_over),
-        transports.GlooTransport.close,
-    )
-
-
-TRANSPORTS = {"auto": _auto, "gloo": _gloo, "shared_memory": _shared_memory}
 
 
 def _ranks_of(group: Any) -> list[int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from switchgear import ops, reference
 from switchgear.functional.gradients import is_transposed
 from switchgear.ops import GluOptions
-from switchgear.parallel.layout import Receiving
+from switchgear.parallel.layout import Receiving, expert_of
 from switchgear.weights.exact import panel_layout
 
 
@@ -93,27 +93,6 @@ def forward(
     return _returned(y, chunk, None if each else pair_weights[chunk.row_pairs], each), h
 
 
-def backward(
-    grad_y: Tensor, h: Tensor, chunk: Chunk, pair_weights: Tensor, weights: Weights, options: GluOptions, each: bool,
-    between: Callable[[], None] = nothing,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """grad_y [R,H] -> the rows of grad_x to return, gradients [P] of the topk_weights, and dh [P,N] and w·a [P,I] for
-    `wgrad`."""
-    if not len(grad_y):
-        return grad_y, pair_weights[:0], h, grad_y.new_empty(0, weights.down_proj.shape[2])
-    a = ops.glu(h, *options)
-    g = ops.grouped_gemm(grad_y, [weights.down_proj.mT], (), None, chunk.offsets, chunk.slot_rows, False, True)
-    between()
-    grad_weights = dot_panels(g, a) if each else dot_rows(g, a)
-    if weights.down_bias is not None:
-        expert = torch.repeat_interleave(chunk.offsets.diff())
-        grad_weights += dot_rows(grad_y[chunk.slot_rows.long()], weights.down_bias[expert])
-    w = pair_weights[chunk.slot_pairs][:, None]
-    grad_h = ops.glu_backward((g * w).to(g.dtype), h, *options)
-    grad_x = ops.grouped_gemm(grad_h, [weights.gate_up_proj.mT], (), None, chunk.offsets, None, False, True)
-    return _returned(grad_x, chunk, None, each), grad_weights, grad_h, (a * w).to(a.dtype)
-
-
 class Backward:
     """The backward pass of all chunks. grad_y: the rows of all chunks, which arrive chunk by chunk."""
 
@@ -129,45 +108,46 @@ class Backward:
         self._weighted_a = grad_y.new_empty(num_pairs, weights.down_proj.shape[2])
 
     def chunk(self, c: int, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of grad_x to return; pairs, and the gradients of their topk_weights."""
-        returned, grad_slots, grad_h, weighted_a = backward(
-            self._grad_y[chunk.rows], self._hs[c], chunk, self._pair_weights, self._weights, self._options, self._each,
-            self._between,
-        )  # fmt: skip
-        self._grad_h[chunk.all_slots], self._weighted_a[chunk.all_slots] = grad_h, weighted_a
-        return returned, chunk.slot_pairs, grad_slots
+        """The rows of grad_x to return; pairs, and the gradients of their topk_weights. Keeps dh [P,N] and w·a [P,I]
+        for `gradients`."""
+        grad_y, h, weights = self._grad_y[chunk.rows], self._hs[c], self._weights
+        if not len(grad_y):
+            return grad_y, chunk.slot_pairs, self._pair_weights[:0]
+        a = ops.glu(h, *self._options)
+        g = ops.grouped_gemm(grad_y, [weights.down_proj.mT], (), None, chunk.offsets, chunk.slot_rows, False, True)
+        self._between()
+        grad_weights = dot_panels(g, a) if self._each else dot_rows(g, a)
+        if weights.down_bias is not None:
+            expert = torch.repeat_interleave(chunk.offsets.diff())
+            grad_weights += dot_rows(grad_y[chunk.slot_rows.long()], weights.down_bias[expert])
+        w = self._pair_weights[chunk.slot_pairs][:, None]
+        grad_h = ops.glu_backward((g * w).to(g.dtype), h, *self._options)
+        grad_x = ops.grouped_gemm(grad_h, [weights.gate_up_proj.mT], (), None, chunk.offsets, None, False, True)
+        self._grad_h[chunk.all_slots], self._weighted_a[chunk.all_slots] = grad_h, (a * w).to(a.dtype)
+        return _returned(grad_x, chunk, None, self._each), chunk.slot_pairs, grad_weights
 
     def gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
-        """Of the Weights."""
-        weights, needed = self._weights, tuple(needs)
-        rows = (self._x, self._grad_y, self._grad_h, self._weighted_a)
-        return list(wgrad(*rows, self._receiving, self._pair_weights, weights, needed))
-
-
-def wgrad(
-    x: Tensor, grad_y: Tensor, grad_h: Tensor, weighted_a: Tensor, plan: Receiving, pair_weights: Tensor,
-    weights: Weights, needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The needed gradients of the Weights. grad_h and weighted_a are in the order (expert, source, token); x and grad_y
-    are the buffers of all rows."""
-    if not weights.gate_up_proj.shape[0]:  # a rank without experts
-        return tuple(torch.empty_like(w) if w is not None and need else None
-                     for w, need in zip(weights, needs, strict=True))  # fmt: skip
-    offsets, rows = plan.all_offsets, plan.all_rows
-    grads: list[Tensor | None] = [None] * 4
-    if needs[0]:
-        grads[0] = ops.grouped_gemm_wgrad(grad_h, x, offsets, rows, is_transposed(weights.gate_up_proj))
-    if needs[1]:  # transposed: gathers rows of grad_y, not of a
-        transposed = ops.grouped_gemm_wgrad(weighted_a, grad_y, offsets, rows, not is_transposed(weights.down_proj))
-        grads[1] = transposed.mT
-    if needs[2]:
-        ones = grad_h.new_ones(len(grad_h), 1)
-        grads[2] = ops.grouped_gemm_wgrad(grad_h, ones, offsets, None, False).squeeze(-1)
-    if needs[3]:
-        w = torch.empty_like(pair_weights)
-        w[plan.all_slots] = pair_weights[plan.slot_pairs]
-        grads[3] = ops.grouped_gemm_wgrad(w[:, None].to(x.dtype), grad_y, offsets, rows, False).squeeze(1)
-    return tuple(grads)
+        """Those needed of the Weights."""
+        weights, plan = self._weights, self._receiving
+        if not weights.gate_up_proj.shape[0]:  # a rank without experts
+            return [torch.empty_like(w) if w is not None and need else None
+                    for w, need in zip(weights, needs, strict=True)]  # fmt: skip
+        # grad_h and weighted_a are in the order (expert, source, token); x and grad_y are the buffers of all rows.
+        grad_h, grad_y, offsets, rows = self._grad_h, self._grad_y, plan.all_offsets, plan.all_rows
+        grads: list[Tensor | None] = [None] * 4
+        if needs[0]:
+            grads[0] = ops.grouped_gemm_wgrad(grad_h, self._x, offsets, rows, is_transposed(weights.gate_up_proj))
+        if needs[1]:  # transposed: gathers rows of grad_y, not of a
+            is_plain = not is_transposed(weights.down_proj)
+            grads[1] = ops.grouped_gemm_wgrad(self._weighted_a, grad_y, offsets, rows, is_plain).mT
+        if needs[2]:
+            ones = grad_h.new_ones(len(grad_h), 1)
+            grads[2] = ops.grouped_gemm_wgrad(grad_h, ones, offsets, None, False).squeeze(-1)
+        if needs[3]:
+            w = torch.empty_like(self._pair_weights)
+            w[plan.all_slots] = self._pair_weights[plan.slot_pairs]
+            grads[3] = ops.grouped_gemm_wgrad(w[:, None].to(grad_y.dtype), grad_y, offsets, rows, False).squeeze(1)
+        return grads
 
 
 def _returned(rows: Tensor, chunk: Chunk, weights: Tensor | None, each: bool) -> Tensor:
@@ -190,3 +170,79 @@ def dot_panels(a: Tensor, b: Tensor) -> Tensor:
     panels = [F.pad(rows, (0, -rows.shape[1] % width)).view(-1, width) for rows in (a, b)]
     first, *others = dot_rows(*panels).view(len(a), -1).unbind(1)
     return sum(others, first)
+
+
+# ---- experts that a module runs: stored ones, and those with adapters ------------------------------------------------
+
+
+Module = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, local ids, weights) -> y
+
+
+class Run(NamedTuple):
+    """The run of a chunk: the module's input and output, and the pairs that its weights belong to."""
+
+    x: Tensor
+    weights: Tensor
+    y: Tensor
+
+
+def run_module(
+    module: Module, rows: Tensor, chunk: Chunk, pairs: Tensor, pair_weights: Tensor, each: bool, record: bool
+) -> Run:
+    """Runs the experts on a chunk. each: one token per pair, with weight 1. record: with gradients."""
+    experts = expert_of(pairs[:, 0]).int()
+    if each:
+        slots = chunk.returned_slots[:, 0].long()
+        ids = experts[chunk.slot_pairs[slots]][:, None]
+        rows, weights = rows[chunk.slot_rows[slots].long()], torch.ones_like(ids, dtype=pair_weights.dtype)
+    else:
+        ids = torch.where(chunk.row_table >= 0, experts[chunk.row_pairs], -1).int()
+        weights = pair_weights[chunk.row_pairs]
+    if not record:
+        return Run(rows, weights, module(rows, ids, weights))
+    # Not detach(): rows are a part of a buffer whose other parts are still written, which autograd would notice.
+    rows, weights = rows.data.requires_grad_(), weights.detach().requires_grad_(not each)
+    with torch.enable_grad():
+        return Run(rows, weights, module(rows, ids, weights))
+
+
+class ModuleBackward:
+    """The same calls as Backward, through the graph of each chunk that forward recorded. Gradients of parameters are
+    summed over chunks, so their last bits depend on the number of chunks."""
+
+    def __init__(
+        self, runs: Sequence[Run | None], grad_y: Tensor, pair_weights: Tensor, parameters: Sequence[Tensor], each: bool
+    ) -> None:
+        self._runs, self._grad_y, self._each = runs, grad_y, each
+        self._pair_weights, self._parameters = pair_weights, parameters
+        self._grads: list[Tensor | None] = [None] * len(parameters)
+
+    def chunk(self, c: int, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of grad_x to return; pairs, and the gradients of their topk_weights."""
+        grad_y, run = self._grad_y[chunk.rows], self._runs[c]
+        if run is None:
+            return grad_y, chunk.slot_pairs, self._pair_weights[:0]
+        if not self._each:
+            grad_x, grad_weights = self._through(run, grad_y, [run.x, run.weights])
+            present = chunk.row_table >= 0
+            return grad_x, chunk.row_pairs[present], grad_weights[present]
+        slots = chunk.returned_slots[:, 0].long()
+        rows = grad_y[chunk.slot_rows[slots].long()]
+        of_slots = chunk.slot_pairs[slots]
+        weighted = rows * self._pair_weights[of_slots][:, None]
+        (grad_x,) = self._through(run, weighted.to(rows.dtype), [run.x])
+        return grad_x, of_slots, dot_rows(rows, run.y.detach())
+
+    def _through(self, run: Run, grad_y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+        found = torch.autograd.grad(
+            run.y, [*inputs, *self._parameters], grad_y, allow_unused=True, materialize_grads=True
+        )
+        for number, grad in enumerate(found[len(inputs) :]):
+            before = self._grads[number]
+            self._grads[number] = grad if before is None else before + grad
+        return list(found[: len(inputs)])
+
+    def gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
+        """Of the parameters; zeros if no row has arrived."""
+        pairs = zip(self._grads, self._parameters, needs, strict=True)
+        return [(torch.zeros_like(p) if grad is None else grad) if need else None for grad, p, need in pairs]

@@ -112,30 +112,20 @@ def find_nodes(nodes: NodesOption, machines: Sequence[str]) -> Nodes:
 CHANNELS = ("between dispatch", "within dispatch", "within combine", "between combine")
 
 
-class Part:
+class Part(transports.Around):
     """A transport between some ranks of a group, which gets and sends counts of all ranks."""
 
     def __init__(self, below: Transport, ranks: Sequence[int]) -> None:
-        self.below, self._ranks = below, ranks
+        super().__init__(below)
+        self._ranks = ranks
 
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
         counts = ([rows[rank] for rank in self._ranks] for rows in (output_rows, input_rows))
         return self.below.all_to_all(output, input, *counts)
 
-    def abort(self) -> None:
-        self.below.abort()
 
-    def close(self) -> None:
-        self.below.close()
-
-
-def open_channel(
-    channel: str, peers: Peers, nodes: Nodes, device: torch.device, store: Any, *, share_memory: bool
-) -> Transport:
-    """Collective: all ranks open the same channels in the same order.
-
-    share_memory: whether ranks of one machine may send rows through shared memory; else by gloo.
-    """
+def open_channel(channel: str, peers: Peers, nodes: Nodes, device: torch.device, store: Any, way: str) -> Transport:
+    """Collective: all ranks open the same channels in the same order. way: that of `open_on_host`."""
     rank = peers.rank
     ranks = nodes.same(rank) if channel.startswith("within") else nodes.rail(rank)
     if len(ranks) == 1:
@@ -143,7 +133,7 @@ def open_channel(
     # Ranks of another sub-group have keys of their own.
     own = PrefixStore(f"{channel}/{','.join(map(str, ranks))}", store)
     if device.type == "cpu":
-        return Part(_on_host(peers, ranks, own, share_memory), ranks)
+        return Part(open_on_host(peers, ranks, own, way), ranks)
     # dist.new_group takes all processes of the job, or names groups by their number, which may differ between ranks.
     if device.type != "cuda":
         raise ValueError(f"nodes: expected None for tensors on {device.type}")
@@ -151,27 +141,29 @@ def open_channel(
     return Part(transports.BackendTransport(backend), ranks)
 
 
-class _Copy:
+class _Copy(Transport):
     """The transport of a single rank."""
 
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
         output.copy_(input)
         return transports.Done()
 
-    def abort(self) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
+def open_on_host(peers: Peers, ranks: Sequence[int], store: Any, way: str) -> Transport:
+    """Of CPU tensors, between these ranks. way: "gloo"; "shared_memory"; or "auto", shared memory if it can be opened.
 
-
-def _on_host(peers: Peers, ranks: Sequence[int], store: Any, share_memory: bool) -> Transport:
+    Raises:
+        ValueError: shared memory was asked for and cannot be opened, on all ranks alike.
+    """
     rank, size, is_over = ranks.index(peers.rank), len(ranks), peers.is_over()
     together = len({peers.hosts[r] for r in ranks}) == 1
-    if share_memory and together and shared_memory.available():
+    if way != "gloo" and together and shared_memory.available():
         made = shared_memory.SharedMemoryTransport(rank, size, store, is_over)
         if not made.problem:
             return made
         made.discard()
+        if way == "shared_memory":
+            peers.finish()
+            raise ValueError(f"transport: expected 'gloo' or 'auto', shared memory cannot be opened: {made.problem}")
         warnings.warn(f"rows are sent by gloo, since shared memory cannot be opened: {made.problem}", stacklevel=2)
     return transports.GlooTransport(rank, size, PrefixStore("instead", store), peers.timeout, is_over)

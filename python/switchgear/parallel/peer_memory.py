@@ -15,37 +15,22 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from switchgear import cuda
 from switchgear.parallel.connect import get, never
-from switchgear.parallel.transport import Work, poll
+from switchgear.parallel.transport import Transport, Work, poll
 
 SLOT_BYTES = 1 << 20
 _DRAIN_SECONDS = 2.0
 _READ_AT = 4 * 16  # offset of the words `read` in a segment's Flags
 
 
-class Device(Protocol):
-    """Allocates segments and runs the kernel; CudaDevice except in tests."""
-
-    def allocate(self, size: int) -> Tensor: ...  # uint8, zeros
-    def share(self, segment: Tensor) -> str: ...
-    def open(self, shared: str) -> Tensor: ...
-    def stop_word(self) -> Tensor: ...  # [1] int32, zero; visible to host and kernels
-
-    def segment_bytes(self, num_ranks: int, slot_bytes: int) -> int: ...
-    def multiprocessors(self, num_ranks: int) -> int: ...  # that the kernel needs beside others
-    def exchange(self, inputs: Any, options: Any, outputs: Any, *, tensors: Sequence[Tensor]) -> Callable[[], bool]:
-        """Calls `_cuda.exchange` once `tensors` are ready; returns a function that tells whether it has ended."""
-        ...
-
-
 class CudaDevice:
-    """A CUDA device, with a stream for transfers."""
+    """Allocates segments and runs the kernel, on a stream of its own. Tests have others."""
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -56,6 +41,7 @@ class CudaDevice:
         self._execution = cuda.Execution(self._module, index)
 
     def allocate(self, size: int) -> Tensor:
+        """[size] uint8, zeros."""
         segment = torch.zeros(size, dtype=torch.uint8, device=self._device)
         torch.cuda.synchronize(self._device)  # must be zero before other ranks write
         return segment
@@ -71,16 +57,19 @@ class CudaDevice:
         return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
 
     def stop_word(self) -> Tensor:
+        """[1] int32, zero; visible to host and kernels."""
         return torch.zeros(1, dtype=torch.int32, pin_memory=True)
 
     def segment_bytes(self, num_ranks: int, slot_bytes: int) -> int:
         return int(self._module.exchange_segment_bytes(num_ranks, slot_bytes))
 
     def multiprocessors(self, num_ranks: int) -> int:
+        """Those that the kernel needs beside others."""
         with cuda.current(self.index):
             return int(self._module.exchange_multiprocessors(num_ranks))
 
     def exchange(self, inputs: Any, options: Any, outputs: Any, *, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+        """Calls `_cuda.exchange` once `tensors` are ready; returns a function that tells whether it has ended."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._module.exchange(inputs, options, outputs, self._execution())
@@ -91,11 +80,11 @@ class CudaDevice:
         return ended.query
 
 
-class PeerMemoryTransport:
+class PeerMemoryTransport(Transport):
     """See Transport. store: for the rendezvous; all ranks must be on this machine."""
 
     def __init__(
-        self, rank: int, size: int, store: Any, device: Device, slot_bytes: int = SLOT_BYTES,
+        self, rank: int, size: int, store: Any, device: CudaDevice, slot_bytes: int = SLOT_BYTES,
         is_over: Callable[[], bool] = never,
     ) -> None:  # fmt: skip
         """is_over: whether this object is no longer needed."""

@@ -28,11 +28,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from switchgear.parallel import segments
+from switchgear.parallel import shared_memory
 from switchgear.parallel.connect import Background, Mesh, connect, get
 from switchgear.parallel.errors import MORE_PHASES, PHASES, ExpertParallelError, Failure
+from switchgear.parallel.transport import Work
 
 POLL_SECONDS = 0.02  # between checks of the control connections while waiting for data
 PING_SECONDS = 0.15  # within which a process that is not stopped answers
@@ -44,12 +45,6 @@ _LONGEST_REASON = 1000  # characters; a message must fit into the buffer of a so
 _LONGEST_MESSAGE = 1 << 16
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
-
-
-class Waitable(Protocol):
-    def wait_for(self, seconds: float) -> bool:
-        """Waits up to `seconds`; returns whether it is done. Raises the error if it failed."""
-        ...
 
 
 class Peers:
@@ -196,7 +191,7 @@ class Peers:
         if self.failure is not None:
             raise ExpertParallelError(self.failure)
 
-    def wait(self, work: Waitable) -> None:
+    def wait(self, work: Work) -> None:
         """Waits for the work; raises ExpertParallelError as soon as a rank knows that it will never finish."""
         begin, timeout = time.monotonic(), self._remaining()
         asked = False
@@ -451,12 +446,12 @@ class _Board:
         self._rank, self._bytes = rank, size * _ENTRY.size
         self._map: mmap.mmap | None = None
         self._file = -1
-        self.address: segments.Address | None = None
+        self.address: shared_memory.Address | None = None
         if rank == 0 and hasattr(os, "memfd_create"):
-            name = segments.random_name("board")
+            name = shared_memory.random_name("board")
             with contextlib.suppress(OSError):
-                self._file, self._map = segments.create(name, self._bytes)
-                self.address = segments.Address(os.getpid(), self._file, name)
+                self._file, self._map = shared_memory.create(name, self._bytes)
+                self.address = shared_memory.Address(os.getpid(), self._file, name)
 
     def join(self, address: list[Any] | None) -> None:
         """Maps rank 0's board, if there is one; without it, failures lack the phase."""
@@ -464,7 +459,7 @@ class _Board:
             self._unmap()
         elif self._map is None:
             with contextlib.suppress(OSError, ValueError, TypeError):
-                self._map = segments.attach(segments.Address(*address), self._bytes)
+                self._map = shared_memory.attach(shared_memory.Address(*address), self._bytes)
         self.write(0, CONNECT)
 
     def write(self, step: int, phase: str) -> None:

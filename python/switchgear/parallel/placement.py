@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from switchgear.reference import check_choice
+from switchgear.checks import checked
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,14 @@ class Placement:
         return [sum(values[e] / len(self.owners[e]) for e in experts) for experts in self.experts_of_rank]
 
 
+@checked
 def place_experts(
-    load: Sequence[float] | Tensor,
+    load: Tensor | Sequence[float],
     num_ranks: int,
     *,
     num_replicas: int = 0,
     correlation: Tensor | None = None,
-    method: str = "greedy",
+    method: Literal["greedy", "anticorrelation"] = "greedy",
 ) -> Placement:
     """A placement that balances the load, with at most ⌈(E + num_replicas) / num_ranks⌉ experts on a rank.
 
@@ -119,7 +121,6 @@ def place_experts(
     Raises:
         ValueError: more copies than distinct ranks can hold, or a negative load; a method without what it needs.
     """
-    check_choice("method", method, ("greedy", "anticorrelation"))
     if (correlation is None) == (method == "anticorrelation"):
         wanted = "[E,E] for anticorrelation" if correlation is None else "None for greedy"
         raise ValueError(f"correlation: expected {wanted}, got {'None' if correlation is None else 'a tensor'}")

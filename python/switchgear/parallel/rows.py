@@ -1,26 +1,139 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Rows on their way to the ranks of their experts and back, chunk by chunk: straight to each rank (Direct).
 
-two_level.py has the other way, once per node.
+two_level.py has the other way, once per node. On the way rows look as they are, or have 8 bits with a scale per row:
+
+    fp8    [R,H] → [R,H+4] bytes: float8 e4m3 of row / scale, then the scale = max |row| / 448 in float32
+
+e4m3 has 3 fraction bits and a smallest step of 2^-9, so an element x of a row with largest magnitude m comes out as
+x' with |x' - x| ≤ max(2^-4 |x|, 2^-10 · m / 448) (1 + 2^-22), plus the rounding to the dtype of the row. A row with an
+element that is not finite comes out as NaN. A rank's rows for itself are encoded too, so results do not depend on the
+placement.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from switchgear.parallel.layout import Sending
-from switchgear.parallel.record import Event
 from switchgear.parallel.transport import Done, Work
-from switchgear.parallel.wire import WIRES, Format
 
 if TYPE_CHECKING:
     from switchgear.parallel.group import ExpertParallel
+
+
+_LARGEST = 448.0  # of e4m3fn
+_SCALE_BYTES = 4
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+class Format:
+    """Rows as they are."""
+
+    exact = True
+
+    def row_bytes(self, hidden_size: int, item: int) -> int:
+        """Bytes of a row on its way; item: of an element."""
+        return hidden_size * item
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """[R,H] → what is sent: [R, …], contiguous."""
+        return rows.contiguous()
+
+    def decode(self, sent: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows again."""
+        return sent
+
+    def empty(self, count: int, like: Tensor) -> Tensor:
+        """A buffer for `count` rows as wide as those of like, as they are sent."""
+        return like.new_empty(count, like.shape[1])
+
+
+class Fp8(Format):
+    """8 bits and a scale per row."""
+
+    exact = False
+
+    def row_bytes(self, hidden_size: int, item: int) -> int:
+        return hidden_size + _SCALE_BYTES
+
+    def encode(self, rows: Tensor) -> Tensor:
+        wide = rows.float()
+        largest = wide.abs().amax(1, keepdim=True) if rows.shape[1] else wide.new_zeros(len(rows), 1)
+        # Not below the smallest normal number, whose quotients are finite; a row of zeros stays one.
+        scale = (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        values = (wide / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        return torch.cat((values.view(torch.uint8), scale.view(torch.uint8)), 1)
+
+    def decode(self, sent: Tensor, dtype: torch.dtype) -> Tensor:
+        values = sent[:, :-_SCALE_BYTES].view(torch.float8_e4m3fn).float()
+        scale = sent[:, -_SCALE_BYTES:].reshape(-1).clone().view(torch.float32)  # a copy is aligned
+        return (values * scale[:, None]).to(dtype)
+
+    def empty(self, count: int, like: Tensor) -> Tensor:
+        return like.new_empty(count, like.shape[1] + _SCALE_BYTES, dtype=torch.uint8)
+
+
+class Wire(NamedTuple):
+    """The formats of rows on their way to the experts and back, in forward and in backward."""
+
+    out: Format
+    back: Format
+
+
+WIRES = {
+    "exact": Wire(Format(), Format()),
+    "fp8": Wire(Fp8(), Fp8()),
+    "fp8_dispatch": Wire(Fp8(), Format()),  # results are summed and cost more if rounded
+}
+
+
+# ---- transfers -------------------------------------------------------------------------------------------------------
+
+
+class Event(NamedTuple):
+    """An interval of a timeline, in seconds (of time.monotonic(), if it was measured)."""
+
+    lane: str  # "link", "near" (within a node, with two levels) or "experts"
+    name: str
+    begin: float
+    end: float
+
+
+@dataclass
+class Record:
+    """What an exchange did: bytes sent to other ranks by kind, and those of them that went to another node, seconds
+    spent waiting, and events if requested."""
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    between_nodes: Counter[str] = field(default_factory=Counter)
+    waited: float = 0.0
+    events: list[Event] | None = None
+
+    def clear(self) -> None:
+        self.bytes.clear()
+        self.between_nodes.clear()
+        self.waited = 0.0
+        if self.events is not None:
+            self.events = []
+
+    @contextmanager
+    def event(self, lane: str, name: str) -> Any:
+        begin = time.monotonic()
+        yield
+        if self.events is not None:
+            self.events.append(Event(lane, name, begin, time.monotonic()))
 
 
 class Transfers:
@@ -82,7 +195,7 @@ class Leg:
     ) -> None:  # fmt: skip
         self._transfers, self._kind, self._channel, self._output = transfers, kind, channel, output
         self._received, self._sent = received, sent
-        self._edges = [0, *accumulate(map(sum, received))]
+        self.edges = [0, *accumulate(map(sum, received))]
         self._works: list[Work | None] = []  # None: has arrived
 
     @property
@@ -100,7 +213,7 @@ class Leg:
             self.start(part)
 
     def chunk(self, c: int) -> Tensor:
-        return self._output[self._edges[c] : self._edges[c + 1]]
+        return self._output[self.edges[c] : self.edges[c + 1]]
 
     def has_arrived(self, c: int, seconds: float = 0.0) -> bool:
         if c >= len(self._works):
@@ -110,24 +223,20 @@ class Leg:
             self._works[c] = work = None
         return work is None
 
-    def wait(self, c: int, busy: Busy | None = None) -> None:
-        """busy: other work, which progresses once at least and while this waits."""
-        if self._works[c] is not None or busy is not None:
-            self._transfers.wait(_Arrival(self, c, busy))
-
-
-class Busy(Protocol):
-    def progress(self) -> None: ...
+    def wait(self, c: int, progress: Callable[[], None] | None = None) -> None:
+        """progress: a turn of other work, called once at least and while this waits."""
+        if self._works[c] is not None or progress is not None:
+            self._transfers.wait(_Arrival(self, c, progress))
 
 
 class Look:
     """One turn of other work, as a wait, so that its failures are those of any transfer."""
 
-    def __init__(self, busy: Busy) -> None:
-        self._busy = busy
+    def __init__(self, progress: Callable[[], None]) -> None:
+        self._progress = progress
 
     def wait_for(self, seconds: float) -> bool:
-        self._busy.progress()
+        self._progress()
         return True
 
 
@@ -135,54 +244,30 @@ _TURN = 5e-4  # seconds between two turns of other work
 
 
 class _Arrival:
-    def __init__(self, leg: Leg, c: int, busy: Busy | None) -> None:
-        self._leg, self._c, self._busy = leg, c, busy
+    def __init__(self, leg: Leg, c: int, progress: Callable[[], None] | None) -> None:
+        self._leg, self._c, self._progress = leg, c, progress
 
     def wait_for(self, seconds: float) -> bool:
-        if self._busy is None:
+        if self._progress is None:
             return self._leg.has_arrived(self._c, seconds)
         end = time.monotonic() + seconds
         while True:
-            self._busy.progress()
+            self._progress()
             if self._leg.has_arrived(self._c, _TURN):
                 return True
             if time.monotonic() > end:
                 return False
 
 
-class Rows(Protocol):
-    """The rows of one exchange in one direction of autograd."""
-
-    buffer: Tensor  # [R,H] what has arrived, all chunks
-    returning: list[list[int]] | None  # [C][W] the rows that go back to each rank; set before the first does
-
-    def send(self, x: Tensor) -> None:
-        """Starts to send the rows of tokens x [T,H]."""
-        ...
-
-    def receive(self, c: int) -> None:
-        """Waits until chunk c is in the buffer."""
-        ...
-
-    def give_back(self, rows: Tensor) -> None:
-        """Starts to return the next chunk's results."""
-        ...
-
-    def look(self) -> None:
-        """Between products: passes on what has arrived for other ranks."""
-        ...
-
-    def flush(self) -> None:
-        """Before work in which nothing would be passed on: waits until all results are on their last way."""
-        ...
-
-    def finish(self) -> Tensor:
-        """Waits for all results: the rows returned to this rank, then unused ones, as in `result_buffer`."""
-        ...
+# ---- all rows of an exchange -----------------------------------------------------------------------------------------
 
 
 class Direct:
-    """One transfer per chunk each way."""
+    """The rows of one exchange in one direction of autograd: one transfer per chunk each way. Several chunks overlap.
+
+    buffer [R,H]: what has arrived, all chunks. returning [C][W]: the rows that go back to each rank, set before the
+    first does.
+    """
 
     def __init__(
         self, transfers: Transfers, sending: Sending, like: Tensor, each: bool, received: list[list[int]],
@@ -190,78 +275,63 @@ class Direct:
     ) -> None:  # fmt: skip
         """like: [*,H] of the rows' dtype. received [C][W]: the rows that come from each rank."""
         self._wire = WIRES[transfers.parallel.wire]
-        self._sending, self._each, self._transfers, self.returning = sending, each, transfers, returning
-        self.buffer, arriving = buffers(self._wire.out, sum(map(sum, received)), like)
-        self._out = Leg(transfers, "dispatch", arriving, received, sending.rows)
-        self._decoded = Decoder(self._wire.out, self.buffer, self._out)
-        self._results = result_buffer(like, sending, each)
-        self._back: Leg | None = None
+        self._sending, self._each, self._transfers = sending, each, transfers
+        self._received, self.returning = received, returning
+        count = sum(map(sum, received))
+        self.buffer = like.new_empty(count, like.shape[1])
+        self._arriving = self.buffer if self._wire.out.exact else self._wire.out.empty(count, like)
+        table = sending.pair_table if each else sending.row_table  # `combine` wants as many rows, and reads few
+        self._results = like.new_empty(table.numel(), like.shape[1])
+        self._out = self._open_out()
+        self._back: Leg | None = None  # on which results reach this rank
+
+    def _open_out(self) -> Leg:
+        return Leg(self._transfers, "dispatch", self._arriving, self._received, self._sending.rows)
+
+    def _open_back(self, sent: list[list[int]], channel: str = "") -> Leg:
+        """sent [C][W]: the results that this rank sends to each."""
+        returned = self._sending.pairs_of_chunk if self._each else self._sending.rows
+        count = sum(map(sum, returned))
+        form = self._wire.back
+        self._returned = self._results[:count] if form.exact else form.empty(count, self._results)
+        self._back = Leg(self._transfers, "combine", self._returned, returned, sent, channel)
+        return self._back
+
+    def _decode(self, leg: Leg, c: int) -> None:
+        """Decodes a chunk that has arrived into the buffer."""
+        if not self._wire.out.exact:
+            begin, end = leg.edges[c : c + 2]
+            self.buffer[begin:end] = self._wire.out.decode(leg.chunk(c), self.buffer.dtype)
 
     def send(self, x: Tensor) -> None:
+        """Starts to send the rows of tokens x [T,H]."""
         self._out.start_all(self._wire.out.encode(x[self._sending.row_tokens]))
 
     def receive(self, c: int) -> None:
+        """Waits until chunk c is in the buffer."""
         self._out.wait(c)
-        self._decoded(c)
+        self._decode(self._out, c)
 
     def give_back(self, rows: Tensor) -> None:
+        """Starts to return the next chunk's results."""
         if self._back is None:
             assert self.returning is not None
-            returned = returned_rows(self._sending, self._each)
-            self._returned = results_as_sent(self._wire.back, self._results, sum(map(sum, returned)))
-            self._back = Leg(self._transfers, "combine", self._returned, returned, self.returning)
+            self._open_back(self.returning)
+        assert self._back is not None
         self._back.start(self._wire.back.encode(rows))
 
     def look(self) -> None:
-        pass
+        """Between products: passes on what has arrived for other ranks."""
 
     def flush(self) -> None:
-        pass
+        """Before work in which nothing would be passed on: waits until all results are on their last way."""
 
     def finish(self) -> Tensor:
+        """Waits for all results: the rows returned to this rank, then unused ones."""
+        self.flush()
         if self._back is not None:
             for c in range(self._back.started):
                 self._back.wait(c)
-            decode_into(self._wire.back, self._results, self._returned)
+            if not self._wire.back.exact:
+                self._results[: len(self._returned)] = self._wire.back.decode(self._returned, self._results.dtype)
         return self._results
-
-
-# ---- buffers ---------------------------------------------------------------------------------------------------------
-
-
-def buffers(form: Format, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """For rows in the dtype of like, and as they arrive; the same one if the format is exact."""
-    rows = like.new_empty(count, like.shape[1])
-    return rows, rows if form.exact else form.empty(count, like)
-
-
-class Decoder:
-    """Decodes the chunks of a leg into `rows`, which has the same chunks."""
-
-    def __init__(self, form: Format, rows: Tensor, leg: Leg) -> None:
-        self._form, self._rows, self._leg = form, rows, leg
-
-    def __call__(self, c: int) -> None:
-        if not self._form.exact:
-            begin, end = self._leg._edges[c], self._leg._edges[c + 1]
-            self._rows[begin:end] = self._form.decode(self._leg.chunk(c), self._rows.dtype)
-
-
-def returned_rows(sending: Sending, each: bool) -> list[list[int]]:
-    """[C][W] the rows that come back to this rank."""
-    return sending.pairs_of_chunk if each else sending.rows
-
-
-def result_buffer(like: Tensor, sending: Sending, each: bool) -> Tensor:
-    """A buffer with as many rows as `combine` requires; only the first ones are used, the others never touched."""
-    table = sending.pair_table if each else sending.row_table
-    return like.new_empty(table.numel(), like.shape[1])
-
-
-def results_as_sent(form: Format, results: Tensor, count: int) -> Tensor:
-    return results[:count] if form.exact else form.empty(count, results)
-
-
-def decode_into(form: Format, results: Tensor, returned: Tensor) -> None:
-    if not form.exact:
-        results[: len(returned)] = form.decode(returned, results.dtype)

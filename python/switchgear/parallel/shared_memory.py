@@ -7,24 +7,31 @@ Every rank has blocks that it writes and the others read. A board that all map d
 
 A sender fills a block, then the entry, and last the entry's first word, the flag. A reader that sees the flag copies
 its rows and sets its mark; a block is reused when all readers have. Flags are plain stores and loads, so the processor
-must keep their order (x86-64). Blocks and board are segments (segments.py). After construction this module never
-blocks: Peers waits and detects lost ranks.
+must keep their order (x86-64). After construction this module never blocks: Peers waits and detects lost ranks.
+
+Blocks and board are segments: memory without a name in any file system, so a killed process leaves nothing. A rank
+publishes its process, the file's number there, and the name that it gave to the memory. That is not yet proof:
+the process may have ended, and its number may belong to another one. So a segment is mapped only if it is anonymous
+memory of the same user with exactly this name, which contains a random number, and as large as expected. Seals keep
+it so: a file that shrinks later would kill each process that reads its end.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import platform
+import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from switchgear.parallel import segments
 from switchgear.parallel.connect import get, never
+from switchgear.parallel.transport import Transport
 
 SLOTS = 64  # concurrent transfers of one rank; an exchange has at most 8 · 2 + 4
 _SMALLEST = 1 << 16
@@ -36,16 +43,74 @@ def available() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
 
 
+# ---- segments --------------------------------------------------------------------------------------------------------
+
+
+class Address(NamedTuple):
+    """Where another process finds a segment."""
+
+    process: int
+    file: int
+    name: str
+
+
+def random_name(what: str) -> str:
+    return f"switchgear-{what}-{secrets.token_hex(8)}"
+
+
+def create(name: str, size: int) -> tuple[int, mmap.mmap]:
+    """A new segment of zeros: its file, and its map."""
+    import fcntl  # not on every system, as memfd_create
+
+    file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.fchmod(file, 0o600)
+        os.ftruncate(file, size)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return file, mmap.mmap(file, size)
+    except BaseException:
+        os.close(file)
+        raise
+
+
+def attach(address: Address, size: int) -> mmap.mmap:
+    """Maps a segment of another process.
+
+    Raises:
+        OSError: it cannot be opened, for instance since the process is gone or belongs to another user.
+        ValueError: it is something else, or of another size.
+    """
+    import fcntl
+
+    process, file, name = int(address.process), int(address.file), str(address.name)
+    opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        found = os.readlink(f"/proc/self/fd/{opened}")
+        if found != f"/memfd:{name} (deleted)":
+            raise ValueError(f"segment: expected {name} of process {process}, got {found}")
+        status = os.fstat(opened)
+        if status.st_uid != os.geteuid():
+            raise ValueError(f"segment: expected memory of user {os.geteuid()}, got user {status.st_uid}'s")
+        if status.st_size != size or not fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise ValueError(f"segment: expected {size} bytes that cannot shrink, got {status.st_size}")
+        return mmap.mmap(opened, size)
+    finally:
+        os.close(opened)
+
+
+# ---- the transport ---------------------------------------------------------------------------------------------------
+
+
 class _Block:
     """Shared memory, created by this process unless the address of another's is given."""
 
-    def __init__(self, capacity: int, name: str, address: segments.Address | None = None) -> None:
+    def __init__(self, capacity: int, name: str, address: Address | None = None) -> None:
         self.capacity = capacity
         self.file = -1
         if address is None:
-            self.file, self.map = segments.create(name, capacity)
+            self.file, self.map = create(name, capacity)
         else:
-            self.map = segments.attach(address, capacity)
+            self.map = attach(address, capacity)
         self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
 
     def close(self) -> None:
@@ -53,15 +118,15 @@ class _Block:
             os.close(self.file)  # the mapping ends with the last tensor that uses it
 
 
-class SharedMemoryTransport:
+class SharedMemoryTransport(Transport):
     """See Transport. store: for the rendezvous; all ranks must be on this machine."""
 
     def __init__(self, rank: int, size: int, store: Any, is_over: Callable[[], bool] = never) -> None:
         """is_over: whether this object is no longer needed."""
         self._rank, self._size = rank, size
         self._entry = 3 + (size + 1) + size  # in words
-        self._name = segments.random_name("rows")
-        self._addresses: list[segments.Address] = []
+        self._name = random_name("rows")
+        self._addresses: list[Address] = []
         self._board: _Block | None = None
         self._number = 0
         self._free: list[_Block] = []
@@ -91,7 +156,7 @@ class SharedMemoryTransport:
         offers = [json.loads(get(store, f"offer/{r}", is_over)) for r in range(self._size)]
         try:
             if all(offers):
-                self._addresses = [segments.Address(o["process"], o["block"], o["name"]) for o in offers]
+                self._addresses = [Address(o["process"], o["block"], o["name"]) for o in offers]
                 for r in self._others():
                     self._block_of(r, offers[r]["block"], _SMALLEST)
                 if self._board is None:

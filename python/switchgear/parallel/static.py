@@ -28,7 +28,7 @@ from switchgear.reference import weight_dtype
 
 if TYPE_CHECKING:
     from switchgear.parallel.exchange import Layer
-    from switchgear.parallel.module_experts import Module
+    from switchgear.parallel.local import Module
 
 _layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -114,12 +114,6 @@ def register(layer: Layer) -> int:
     number = next(_numbers)
     _layers[number] = layer
     return number
-
-
-def check_layer(layer: Layer) -> None:
-    """Raises ValueError if the layer cannot be exchanged with a capacity."""
-    if layer.has_copies:
-        raise ValueError("placement: expected one rank per expert with a capacity, got replicated experts")
 
 
 # ---- transfers -------------------------------------------------------------------------------------------------------
@@ -225,3 +219,48 @@ def _transfer(layer: Layer, phase: str, parts: list[Tensor], overflow: Tensor | 
         for work in [transfers.start(phase, into, part, counts, counts) for into, part in pairs]:
             transfers.wait(work)
     return moved
+
+
+# ---- tokens that did not fit -----------------------------------------------------------------------------------------
+
+
+class Overflow:
+    """Counts the tokens that did not fit. With "raise" it raises ValueError at once on the CPU; on other devices, where
+    no host waits for the count, at a later exchange, once it has arrived."""
+
+    def __init__(self, capacity: int | None, action: str) -> None:
+        self._capacity, self._action = capacity, action
+        self._totals: dict[torch.device, Tensor] = {}
+        self._arriving: tuple[Tensor, torch.cuda.Event] | None = None
+        self._raised = 0
+
+    def count(self) -> int:
+        """Tokens of this rank that did not fit so far, counted once for each rank. Waits for the device."""
+        return sum(int(total) for total in self._totals.values())
+
+    def add(self, overflow: Tensor, captured: bool = False) -> None:
+        """overflow [W]. captured: in a CUDA graph, which adds and does not raise."""
+        device = overflow.device
+        if device not in self._totals:
+            self._totals[device] = torch.zeros((), dtype=torch.int64, device=device)
+        total = self._totals[device]
+        total.add_(overflow.sum())
+        if captured or self._action == "drop":
+            return
+        if device.type == "cpu":
+            self._check(int(total))
+            return
+        if self._arriving is not None and self._arriving[1].query():  # type: ignore[no-untyped-call]
+            self._check(int(self._arriving[0]))
+            self._arriving = None
+        if self._arriving is None:
+            there = torch.empty((), dtype=torch.int64, pin_memory=True)
+            there.copy_(total, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._arriving = there, event
+
+    def _check(self, total: int) -> None:
+        new, self._raised = total - self._raised, total
+        if new:
+            raise ValueError(f"capacity: expected at most {self._capacity} tokens for each rank, {new} did not fit")

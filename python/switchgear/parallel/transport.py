@@ -31,19 +31,32 @@ class Work(Protocol):
         ...
 
 
-class Transport(Protocol):
+class Transport:
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
         """Starts sending input_rows[r] rows of input to each rank r, in order, and receiving output_rows[r] from it.
 
         Both tensors are contiguous and must not change until the work is done. All ranks start in the same order.
         """
-        ...
+        raise NotImplementedError
 
     def abort(self) -> None:
         """Ends all pending work with an error. May be called on any thread."""
-        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Frees what it holds."""
+
+
+class Around(Transport):
+    """A transport that changes what another one is asked for."""
+
+    def __init__(self, below: Transport) -> None:
+        self.below = below
+
+    def abort(self) -> None:
+        self.below.abort()
+
+    def close(self) -> None:
+        self.below.close()
 
 
 class Done:
@@ -89,7 +102,7 @@ class _TorchWork:
         self._work.wait()
 
 
-class GlooTransport:
+class GlooTransport(Transport):
     """gloo, for CPU tensors. Uses its own process group, so that no other collectives interleave.
 
     Gloo cannot cancel: a wait for a stopped peer keeps the process alive until its timeout. So `abort` shuts down the
@@ -131,7 +144,7 @@ class GlooTransport:
         self._connections = []
 
 
-class GroupTransport:
+class GroupTransport(Transport):
     """The collectives of a given process group: NCCL, for tensors on a GPU."""
 
     def __init__(self, group: Any) -> None:
@@ -147,11 +160,8 @@ class GroupTransport:
         with contextlib.suppress(Exception):
             self._group.abort()
 
-    def close(self) -> None:
-        pass
 
-
-class BackendTransport:
+class BackendTransport(Transport):
     """A backend of torch.distributed that belongs to this object alone: NCCL between the ranks of a sub-group."""
 
     def __init__(self, backend: Any) -> None:
@@ -175,7 +185,7 @@ class Network:
 
     def __init__(self, near: Sequence[bool], bandwidth: float, near_bandwidth: float | None) -> None:
         """near[r]: whether rank r is on this node. near_bandwidth: None if all ranks share the one link."""
-        self._near = near
+        self._near = [False] * len(near) if near_bandwidth is None else near
         self._speeds = {False: bandwidth} if near_bandwidth is None else {False: bandwidth, True: near_bandwidth}
         self._free_at = {(link, direction): 0.0 for link in self._speeds for direction in range(2)}  # in and out
 
@@ -186,7 +196,7 @@ class Network:
         for link, speed in self._speeds.items():
             begin = max(now, *(self._free_at[link, direction] for direction in range(2)))
             for direction, counts in enumerate((output_rows, input_rows)):
-                rows = sum(count for r, count in enumerate(counts) if r != rank and self._link_to(r) == link)
+                rows = sum(count for r, count in enumerate(counts) if r != rank and self._near[r] == link)
                 if rows:
                     end = max(now, self._free_at[link, direction]) + rows * row / speed
                     self._free_at[link, direction] = end
@@ -194,11 +204,8 @@ class Network:
         end, begin = max(spans)
         return begin, end
 
-    def _link_to(self, rank: int) -> bool:
-        return len(self._speeds) > 1 and self._near[rank]
 
-
-class ThrottledTransport:
+class ThrottledTransport(Around):
     """Wraps another transport in links of a given speed, for measurements on one machine.
 
     Each rank has full-duplex links that serialise its transfers in each direction. A transfer is done when the
@@ -207,18 +214,13 @@ class ThrottledTransport:
     """
 
     def __init__(self, below: Transport, rank: int, network: Network) -> None:
-        self.below, self._rank, self._network = below, rank, network
+        super().__init__(below)
+        self._rank, self._network = rank, network
 
     def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
         row_bytes = (input[0].numel() if len(input) else output[0].numel() if len(output) else 0) * input.element_size()
         begin, end = self._network.send(self._rank, output_rows, input_rows, row_bytes)
         return _ThrottledWork(self.below.all_to_all(output, input, output_rows, input_rows), begin, end)
-
-    def abort(self) -> None:
-        self.below.abort()
-
-    def close(self) -> None:
-        self.below.close()
 
 
 class _ThrottledWork:

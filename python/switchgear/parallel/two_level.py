@@ -30,19 +30,8 @@ from torch import Tensor
 from switchgear.parallel import layout
 from switchgear.parallel.layout import Choice, Sending
 from switchgear.parallel.local import sum_rows
-from switchgear.parallel.rows import (
-    Decoder,
-    Leg,
-    Look,
-    Transfers,
-    buffers,
-    decode_into,
-    result_buffer,
-    results_as_sent,
-    returned_rows,
-)
+from switchgear.parallel.rows import Direct, Leg, Look, Transfers
 from switchgear.parallel.transport import Work, on_cpu
-from switchgear.parallel.wire import WIRES
 
 _ROUTE = torch.int16
 
@@ -163,37 +152,33 @@ def finish_routes(transfers: Transfers, routes: Routes) -> Relaying:
     return plan_relaying(routes.rows, routes.received, transfers.parallel.nodes.same(transfers.parallel.rank))
 
 
-class TwoLevel:
-    """See Rows."""
+class TwoLevel(Direct):
+    """The same, once per node."""
 
     def __init__(
         self, transfers: Transfers, sending: Sending, like: Tensor, each: bool, received: list[list[int]],
         returning: list[list[int]] | None, relayed: list[list[int]], relaying: Relaying | None,
     ) -> None:  # fmt: skip
         """As Direct. relayed [C][W]: rows that each source sends through this rank. relaying: None until it is set."""
-        self._wire = WIRES[transfers.parallel.wire]
-        self._sending, self._each, self._transfers = sending, each, transfers
-        self._received, self.returning, self.relaying = received, returning, relaying
+        self._relayed, self.relaying = relayed, relaying
         self._like = like[:0]
-        self._passing = self._wire.out.empty(sum(map(sum, relayed)), like)
-        self._between = Leg(transfers, "dispatch", self._passing, relayed, sending.rows, "between dispatch")
-        self.buffer, self._arriving = buffers(self._wire.out, sum(map(sum, received)), like)
-        self._results = result_buffer(like, sending, each)
         self._within: Leg | None = None
         self._within_back: Leg | None = None
         self._free_order = on_cpu(like)
+        super().__init__(transfers, sending, like, each, received, returning)
 
-    def send(self, x: Tensor) -> None:
-        self._between.start_all(self._wire.out.encode(x[self._sending.row_tokens]))
+    def _open_out(self) -> Leg:
+        passing = self._wire.out.empty(sum(map(sum, self._relayed)), self._like)
+        return Leg(self._transfers, "dispatch", passing, self._relayed, self._sending.rows, "between dispatch")
 
     def receive(self, c: int) -> None:
         within = self._dispatch()
         while (following := within.started) <= c:
-            self._between.wait(following, self)
+            self._out.wait(following, self.progress)
             if within.started == following:  # else `progress` has passed it on
                 self._pass_on(within)
-        within.wait(c, self)
-        self._decoded(c)
+        within.wait(c, self.progress)
+        self._decode(within, c)
 
     def give_back(self, rows: Tensor) -> None:
         back = self._combine()
@@ -202,33 +187,25 @@ class TwoLevel:
             return
         within = self._dispatch()
         if within.started < len(self._received):
-            self._between.wait(within.started)
+            self._out.wait(within.started)
             self._pass_on(within)
         if back.started > 1:
             self._pass_back(back, wait=True)
 
     def look(self) -> None:
-        self._transfers.wait(Look(self))
+        self._transfers.wait(Look(self.progress))
 
     def flush(self) -> None:
         back = self._within_back
         while back is not None and self._between_back.started < back.started:
             self._pass_back(back, wait=True)
 
-    def finish(self) -> Tensor:
-        self.flush()
-        if self._within_back is not None:
-            for c in range(self._between_back.started):
-                self._between_back.wait(c)
-            decode_into(self._wire.back, self._results, self._returned)
-        return self._results
-
     def progress(self) -> None:
         """Passes on what has arrived."""
         if not self._free_order:
             return
         within, back = self._dispatch(), self._within_back
-        while within.started < self._between.started and self._between.has_arrived(within.started):
+        while within.started < self._out.started and self._out.has_arrived(within.started):
             self._pass_on(within)
         while back is not None and self._between_back.started < back.started:
             if not back.has_arrived(self._between_back.started):
@@ -242,7 +219,6 @@ class TwoLevel:
             self._within = Leg(
                 self._transfers, "dispatch within", self._arriving, self._received, sent, "within dispatch"
             )
-            self._decoded = Decoder(self._wire.out, self.buffer, self._within)
             self._sent_edges = [0, *accumulate(map(sum, sent))]
         return self._within
 
@@ -250,7 +226,7 @@ class TwoLevel:
         c = within.started
         assert self.relaying is not None
         which = self.relaying.sent_rows[self._sent_edges[c] : self._sent_edges[c + 1]]
-        within.start(self._between.chunk(c)[which])
+        within.start(self._out.chunk(c)[which])
 
     def _combine(self) -> Leg:
         if self._within_back is None:
@@ -258,12 +234,9 @@ class TwoLevel:
             assert plan is not None
             assert self.returning is not None
             inside, outside = (plan.pairs_in, plan.pairs_out) if self._each else (plan.sent, plan.rows)
-            form = self._wire.back
-            returned = returned_rows(self._sending, self._each)
-            within = form.empty(sum(map(sum, inside)), self._like)
-            self._returned = results_as_sent(form, self._results, sum(map(sum, returned)))
+            within = self._wire.back.empty(sum(map(sum, inside)), self._like)
             self._within_back = Leg(self._transfers, "combine within", within, inside, self.returning, "within combine")
-            self._between_back = Leg(self._transfers, "combine", self._returned, returned, outside, "between combine")
+            self._between_back = self._open_back(outside, "between combine")
         return self._within_back
 
     def _pass_back(self, back: Leg, wait: bool) -> None:
@@ -271,7 +244,7 @@ class TwoLevel:
         plan, form = self.relaying, self._wire.back
         assert plan is not None
         if wait:
-            back.wait(c, self if self._free_order else None)
+            back.wait(c, self.progress if self._free_order else None)
             if self._between_back.started > c:  # `progress` has passed it back
                 return
         rows = back.chunk(c)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -62,16 +62,31 @@ class TopK:
             raise ValueError(f"num_groups: expected 1 for sqrt_softplus, got {self.num_groups}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        if self.score_function != "sqrt_softplus":
-            return route(
-                router_logits, self.top_k, score_function=self.score_function, normalize=self.normalize,
-                scale=self.scale, selection_bias=bias, num_groups=self.num_groups, topk_groups=self.topk_groups,
-                group_score=self.group_score,
-            )  # fmt: skip
-        router_logits = as_rows(router_logits)
-        scores = scores_of(router_logits, self.score_function)
-        ids = choose(finite(router_logits) if bias is None else scores + finite(bias), self.top_k)
-        return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
+        return _choose_best(
+            router_logits, self.top_k, self.score_function, bias, normalize=self.normalize, scale=self.scale,
+            num_groups=self.num_groups, topk_groups=self.topk_groups, group_score=self.group_score,
+        )  # fmt: skip
+
+
+def _choose_best(
+    router_logits: Tensor,
+    top_k: int,
+    score_function: ScoreFunction,
+    bias: Tensor | None,
+    normalize: bool = False,
+    scale: float = 1.0,
+    **groups: Any,
+) -> Routing:
+    """What TopK chooses, for parts that build on it in each call, where its checks would take longer than it does."""
+    if score_function != "sqrt_softplus":
+        return route(
+            router_logits, top_k, score_function=score_function, normalize=normalize, scale=scale,
+            selection_bias=bias, **groups,
+        )  # fmt: skip
+    router_logits = as_rows(router_logits)
+    scores = scores_of(router_logits, score_function)
+    ids = choose(finite(router_logits) if bias is None else scores + finite(bias), top_k)
+    return take(router_logits, scores, ids, normalize=normalize, scale=scale)
 
 
 @checked
@@ -114,7 +129,7 @@ class RankK:
         return next(k for k in range(len(self.ranks) + 1) if k not in self.ranks)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        best = TopK(max(self.ranks) + 1, self.score_function)(router_logits, context, bias)
+        best = _choose_best(router_logits, max(self.ranks) + 1, self.score_function, bias)
         columns = torch.tensor(list(self.ranks), device=best.topk_ids.device)
         weights = weighed(best.topk_weights.index_select(1, columns), self.normalize, self.scale)
         return best._replace(topk_ids=best.topk_ids.index_select(1, columns), topk_weights=weights)
@@ -173,7 +188,7 @@ class Threshold:
                     score_function=self.score_function, normalize=self.normalize, scale=self.scale, selection_bias=bias,
                 )
             )  # fmt: skip
-        best = TopK(count, self.score_function)(router_logits, context, bias)
+        best = _choose_best(router_logits, count, self.score_function, bias)
         keep = best.topk_weights.detach() >= self.threshold
         keep[:, : self.min_experts] = True
         kept = keep_choices(best, keep)
@@ -222,11 +237,15 @@ class Grouped:
     def __post_init__(self) -> None:
         if self.topk_groups > self.num_groups:
             raise ValueError(f"topk_groups: expected 1 to {self.num_groups} (num_groups), got {self.topk_groups}")
+        if self.group_score != "sum" and self.num_groups != 1 and self.score_function == "sqrt_softplus":
+            raise ValueError(f"num_groups: expected 1 for sqrt_softplus, got {self.num_groups}")
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        options = (self.top_k, self.score_function, self.normalize, self.scale, self.num_groups, self.topk_groups)
         if self.group_score != "sum":
-            return TopK(*options, self.group_score)(router_logits, context, bias)
+            return _choose_best(
+                router_logits, self.top_k, self.score_function, bias, self.normalize, self.scale,
+                num_groups=self.num_groups, topk_groups=self.topk_groups, group_score=self.group_score,
+            )  # fmt: skip
         router_logits = as_rows(router_logits)
         num_tokens, num_experts = router_logits.shape
         if num_experts % self.num_groups:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from switchgear.cli.common import CommandError, check_writable, require
+from switchgear.cli.common import CommandError, require, require_writable
 from switchgear.cli.machine import cpu
 
 from .. import machine
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for name in (*names, TWIN)
     }  # fmt: skip
-    check_writable(Path(args.out))  # before minutes of work
+    require_writable(Path(args.out))  # before minutes of work
     results = compare(settings, names, reference, args.new_tokens)
     results["text"] = text.source
     report.write(results, Path(args.out))

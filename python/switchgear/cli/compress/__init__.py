@@ -15,31 +15,26 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import DTYPES, TINY, find_folder
-from ..common import check_new, positive, require
+from .. import checkpoint
+from ..common import require, require_new
 
 
-# fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpoint.add_arguments(parser)
     add = parser.add_argument
-    add("model", metavar="MODEL", help=f"folder of a checkpoint; {TINY}: the model of train-tiny")
     add("--recipe", metavar="FILE", required=True, help="JSON, see docs/cli.md")
     add("--out", metavar="DIR", required=True, help="folder of the result; it must not exist")
-    add("--dtype", choices=DTYPES, default="auto", help="of the model; auto: that of the checkpoint")
     add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of continuing")
-    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="CPU threads")
-# fmt: on
 
 
 def run(args: argparse.Namespace) -> int:
     require("transformers")
     require("safetensors")
-    from .recipe import read
-    from .work import compress
+    from .work import compress, read
 
     torch.set_num_threads(args.threads)
-    check_new("out", args.out)
+    require_new("out", args.out)
     recipe = read(args.recipe)
-    for line in compress(find_folder(args.model), recipe, Path(args.out), args.dtype, fresh=args.fresh):
+    for line in compress(checkpoint.find_folder(args.model), recipe, Path(args.out), args.dtype, fresh=args.fresh):
         print(line, flush=True)
     return 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Runs a recipe. The result appears at once or not at all, and an interrupted run continues after its last finished
-step.
+"""Reads and runs recipes. Every mistake in one is named before anything is loaded. The result appears at once or not at
+all, and an interrupted run continues after its last finished step.
 
 All is written into OUT.partial: the calibration and the model after each step, and then the result, which is renamed to
 OUT. journal.json there says that the folder is of this command, of which recipe and which checkpoint. Other files in it
@@ -10,26 +10,160 @@ are never touched.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from switchgear import compress as functions
+from switchgear.checks import Range, Size, convert, convert_arguments
 from switchgear.compress import Calibration, calibrate
+from switchgear.compress.levels import Widths, choose_form
 from switchgear.convert.directory import list_beside_weights
 from switchgear.files import JOURNAL, LOCK, UNFINISHED, locked, replacing, write_whole
 from switchgear.utils.packages import first_line
 from switchgear.weights import restore
 
-from ..checkpoint import choose_length, cut_batches, load_model, read_texts
-from ..common import CommandError
-from ..progress import progress
-from .recipe import Recipe, Step
+from ..checkpoint import cut_texts, load_model, read_texts
+from ..common import CommandError, progress
 
 WRITTEN = (JOURNAL, f"{JOURNAL}*{UNFINISHED}", "step-*", "calibration-*.safetensors")  # into OUT.partial
+STEPS = ("prune_experts", "merge_experts", "prune_weights", "quantize")  # of switchgear.compress
+GIVEN = ("model", "calibration")  # arguments that the command passes itself
+MIXED = ("of", "average", "alpha", "beta", "gamma", "tolerance")  # options of bits by expert
+CALIBRATION = {"text": [], "tokens": 65536, "length": None}
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    do: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(functions, self.do)
+        return found
+
+    @property
+    def needs_hessians(self) -> bool:
+        return self.options.get("method") == "gptq"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Random pruning, and rounding to a fixed number of bits, need none."""
+        if self.do == "prune_experts":
+            return self.options.get("criterion") != "random"
+        if self.do == "prune_weights":
+            return self.options.get("metric") != "magnitude"
+        return self.do != "quantize" or self.needs_hessians or self.distributes_bits
+
+    @property
+    def distributes_bits(self) -> bool:
+        """Whether `bits` says what allocate_bits distributes, not how many bits layers get."""
+        bits = self.options.get("bits")
+        return isinstance(bits, Mapping) and any(name in bits for name in MIXED)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    steps: tuple[Step, ...]
+    text: tuple[str, ...]  # files, each a domain
+    tokens: int  # of each
+    length: int | None  # of a sequence; see checkpoint.length_for
+
+    def as_dict(self) -> dict[str, Any]:
+        steps = [{"do": step.do, **step.options} for step in self.steps]
+        files = [Path(file).name for file in self.text]
+        return {"calibration": {"text": files, "tokens": self.tokens, "length": self.length}, "steps": steps}
+
+
+def read(path: str) -> Recipe:
+    """CommandError with the place of the mistake. Paths of texts are relative to the recipe."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise CommandError(f"--recipe: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CommandError(f"--recipe: {path} is not JSON: {error}") from None
+    return parse(data, Path(path).parent)
+
+
+def parse(data: Any, folder: Path) -> Recipe:
+    _check_keys("recipe", data, ("calibration", "steps"))
+    how = data.get("calibration", {})
+    _check_keys("recipe: calibration", how, tuple(CALIBRATION))
+    how = CALIBRATION | how
+    files = how["text"] if isinstance(how["text"], list) else None
+    if files is None or not all(isinstance(file, str) for file in files):
+        raise CommandError(f"recipe: calibration.text: expected a list of files, got {how['text']!r}")
+    try:
+        convert("tokens", how["tokens"], Size)
+        convert("length", how["length"], Annotated[int, Range(2, 2**31 - 1)] | None)
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"recipe: calibration.{error}") from None
+    steps = data.get("steps")
+    if not isinstance(steps, list) or not steps:
+        raise CommandError(f"recipe: steps: expected a list of at least one, got {steps!r}")
+    parsed = tuple(_step(f"recipe: steps[{i}]", step) for i, step in enumerate(steps))
+    return Recipe(parsed, tuple(str(folder / file) for file in files), how["tokens"], how["length"])
+
+
+def _step(place: str, data: Any) -> Step:
+    if not isinstance(data, dict) or data.get("do") not in STEPS:
+        got = data.get("do") if isinstance(data, dict) else data
+        raise CommandError(f"{place}: do: expected one of {', '.join(STEPS)}, got {got!r}")
+    signature = inspect.signature(getattr(functions, data["do"]))
+    known = [name for name in signature.parameters if name not in GIVEN]
+    options = {name: value for name, value in data.items() if name != "do"}
+    for name in options:
+        if name not in known:
+            raise CommandError(f"{place}: expected options of {data['do']} ({', '.join(known)}), got {name!r}")
+    if data["do"] == "quantize":
+        options.setdefault("store", False)  # from_pretrained does not know the stored form
+    step = Step(data["do"], options)
+    if step.distributes_bits:
+        _check_keys(f"{place}: bits", options["bits"], MIXED)
+    try:
+        signature.bind(None, **options, calibration=None)  # all functions take one, and merge_experts needs it
+        _check_values(step)
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"{place}: {data['do']}: {error}") from None
+    return step
+
+
+def _check_values(step: Step) -> None:
+    """Raises TypeError or ValueError for values that suit no model, by the annotations of the functions."""
+    options = dict(step.options)
+    if step.distributes_bits:
+        bits = dict(options.pop("bits"))
+        convert("of", bits.pop("of", [1]), Widths)
+        _check(functions.allocate_bits, bits)
+    _check(step.function, options)
+    if step.do == "quantize":
+        defaults = {"bits": 1 if step.distributes_bits else 4, "group_size": 128, "symmetric": True}
+        choose_form(**{name: options.get(name, default) for name, default in defaults.items()}, store=options["store"])
+
+
+def _check(function: Callable[..., Any], options: dict[str, Any]) -> None:
+    convert_arguments(function, inspect.signature(function), options)
+
+
+def _check_keys(place: str, data: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(data, dict):
+        raise CommandError(f"{place}: expected an object with {', '.join(known)}, got {type(data).__name__}")
+    for name in data:
+        if name not in known:
+            raise CommandError(f"{place}: expected {', '.join(known)}, got {name!r}")
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fresh: bool = False) -> Iterator[str]:
@@ -95,11 +229,9 @@ def _needs_text(recipe: Recipe) -> bool:
 
 
 def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes], hessians: bool) -> Calibration:
-    length = choose_length(model, recipe.length)
+    cut = cut_texts(texts, model, source, tokens=recipe.tokens, length=recipe.length)
     batches: list[dict[str, Any]] = [
-        {"input_ids": rows, "domain": name, "use_cache": False}
-        for name, text in texts.items()
-        for rows in cut_batches(text, model, source, tokens=recipe.tokens, length=length, name=name)
+        {"input_ids": rows, "domain": name, "use_cache": False} for name, parts in cut.items() for rows in parts
     ]
 
     def counted() -> Iterator[dict[str, Any]]:

@@ -129,10 +129,52 @@ class Membership:
             ExpertParallelError: the store does not answer.
         """
         self._look = None  # what it finds is out of date
-        own, now, answered = self.here(), self.generation, self._answered
-        self.generation = self._in_time(
-            lambda: _next(self.store, now, own, gone, self.first_size, answered, timeout), timeout
-        )
+        now, own = self.generation, self.here()
+        self.generation = self._in_time(lambda: self._find_next(now, own, gone, timeout), timeout)
+
+    def _find_next(self, now: Generation, own: Member, gone: Callable[[], set[int]], timeout: float) -> Generation:
+        """Proposes the next generation once all members are here or gone, and returns the one that the store took.
+
+        Members without state propose nothing, and are awaited for a short time only: at worst they ask to join again.
+        Less than half of the members wait as long before they propose, so that the others come first if a rank loses
+        all its connections.
+        """
+        name = f"generation/{now.number + 1}"
+        self.store.set(f"{name}/here/{own.id}", json.dumps(asdict(own)))
+        begin, pause = time.monotonic(), _FIRST_PAUSE
+        while not self.store.check([f"{name}/members"]):
+            left = [member for member in now.members if member.id not in gone()]
+            here = [member.id for member in left if self.store.check([f"{name}/here/{member.id}"])]
+            waited = time.monotonic() - begin
+            missing = [member for member in left if member.id not in here
+                       and waited < (min(_PATIENCE, timeout) if member.empty else timeout)]  # fmt: skip
+            if own.empty and waited > timeout + SLACK_SECONDS:
+                raise TimeoutError
+            is_early = 2 * len(here) < len(now.members) and waited < min(_PATIENCE, timeout)
+            if not own.empty and not missing and not is_early:
+                members = [Member(**json.loads(_text(self.store, f"{name}/here/{member}"))) for member in here]
+                newcomers = (self.first_size + ticket for ticket in self._find_waiting())
+                members += [Member(id, -1, False, True) for id in newcomers if id not in now.ids]
+                proposal = Generation(now.number + 1, tuple(members))
+                self.store.compare_set(f"{name}/members", "", proposal.encode())
+                break
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE)
+        taken = Generation.decode(_text(self.store, f"{name}/members"))
+        for id in set(taken.ids) - set(now.ids):
+            self.store.set(f"ticket/{id - self.first_size}", "answered")
+        return taken
+
+    def _find_waiting(self) -> list[int]:
+        """The tickets of processes that wait to join. A ticket with an answer is looked at once."""
+        found = []
+        for ticket in range(int(self.store.add("tickets", 0))):
+            if ticket not in self._answered and self.store.check([f"ticket/{ticket}"]):  # otherwise it is about to wait
+                if _text(self.store, f"ticket/{ticket}") == _WAITS:
+                    found.append(ticket)
+                else:
+                    self._answered.add(ticket)
+        return found
 
     def join(self, timeout: float) -> None:
         """Asks the members to take this process in, and waits until they have.
@@ -165,7 +207,7 @@ class Membership:
         """How many processes wait to join. Looks now and then, in the background: it costs a step nothing."""
         now = time.monotonic()
         if self._look is None and now >= self._looked + _POLL_SECONDS:
-            self._looked, self._look = now, Background(lambda: _waiting(self.store, self._answered))
+            self._looked, self._look = now, Background(self._find_waiting)
         if self._look is None or not self._look.wait_for(0):
             return 0
         found, self._look = self._look.result, None
@@ -203,60 +245,6 @@ class Membership:
             reason = f"the store fails: {first_line(error)}"
         work.give_up()
         self.fail("lost", reason)
-
-
-def _next(
-    store: Any,
-    now: Generation,
-    own: Member,
-    gone: Callable[[], set[int]],
-    first_size: int,
-    answered: set[int],
-    timeout: float,
-) -> Generation:
-    """Proposes the next generation once all members are here or gone, and returns the one that the store took.
-
-    Members without state propose nothing, and are awaited for a short time only: at worst they ask to join again.
-    Less than half of the members wait as long before they propose, so that the others come first if a rank loses all
-    its connections.
-    """
-    name = f"generation/{now.number + 1}"
-    store.set(f"{name}/here/{own.id}", json.dumps(asdict(own)))
-    begin, pause = time.monotonic(), _FIRST_PAUSE
-    while not store.check([f"{name}/members"]):
-        left = [member for member in now.members if member.id not in gone()]
-        here = [member.id for member in left if store.check([f"{name}/here/{member.id}"])]
-        waited = time.monotonic() - begin
-        missing = [member for member in left if member.id not in here
-                   and waited < (min(_PATIENCE, timeout) if member.empty else timeout)]  # fmt: skip
-        if own.empty and waited > timeout + SLACK_SECONDS:
-            raise TimeoutError
-        is_early = 2 * len(here) < len(now.members) and waited < min(_PATIENCE, timeout)
-        if not own.empty and not missing and not is_early:
-            members = [Member(**json.loads(_text(store, f"{name}/here/{member}"))) for member in here]
-            newcomers = (first_size + ticket for ticket in _waiting(store, answered))
-            members += [Member(id, -1, False, True) for id in newcomers if id not in now.ids]
-            proposal = Generation(now.number + 1, tuple(members))
-            store.compare_set(f"{name}/members", "", proposal.encode())
-            break
-        time.sleep(pause)
-        pause = min(1.5 * pause, _LONGEST_PAUSE)
-    taken = Generation.decode(_text(store, f"{name}/members"))
-    for id in set(taken.ids) - set(now.ids):
-        store.set(f"ticket/{id - first_size}", "answered")
-    return taken
-
-
-def _waiting(store: Any, answered: set[int]) -> list[int]:
-    """The tickets of processes that wait to join. answered: those to skip; this adds to it."""
-    found = []
-    for ticket in range(int(store.add("tickets", 0))):
-        if ticket not in answered and store.check([f"ticket/{ticket}"]):  # otherwise it is about to wait
-            if _text(store, f"ticket/{ticket}") == _WAITS:
-                found.append(ticket)
-            else:
-                answered.add(ticket)
-    return found
 
 
 def _text(store: Any, key: str) -> str:

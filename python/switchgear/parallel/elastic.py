@@ -12,26 +12,148 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from switchgear.parallel.elastic.moves import Moved, redistribute
-from switchgear.parallel.elastic.training import (
-    Regrouped,
-    Training,
-    check_replicas,
-    parallel_experts,
-    row_keys,
-    structure,
-)
-from switchgear.parallel.elastic.transfer import agree, average, gather
+from switchgear.checks import convert
+from switchgear.files import AnyPath
 from switchgear.parallel.errors import ExpertParallelError
 from switchgear.parallel.experts import expert_parameters
+from switchgear.parallel.group import ExpertParallel
+from switchgear.parallel.membership import Membership
+from switchgear.parallel.moves import Lost, Moved, agree, average, gather, parallel_experts, redistribute, row_keys
 from switchgear.parallel.placement import Placement, place_experts
 from switchgear.routing.counting import kept_counts
+from switchgear.weights import stored_of
+from switchgear.weights.adapted import has_adapters
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """A change of ranks or of placements: how many ranks there are now, and what it took."""
+
+    generation: int
+    step: int  # the next one
+    ranks: int
+    left: tuple[int, ...]  # ids of members; the first ones are their ranks
+    joined: tuple[int, ...]
+    bytes: int  # moved, over all ranks
+    restored: Lost  # experts read from the checkpoint, by layer
+    lost: Lost
+    seconds: float
+
+
+def _ignore(change: Regrouped) -> None:
+    """Does nothing; the default of on_change."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training consists of, and what to do when ranks are lost.
+
+    Args:
+        model: its experts are distributed by one ExpertParallel; everything else is equal on all ranks, without
+            DistributedDataParallel: `elastic_step` averages the gradients.
+        optimizer: of the model's parameters. Its state per parameter is moved with the experts.
+        on_failure: "raise" the ExpertParallelError, or "continue" with the remaining ranks.
+        checkpoint: a folder of switchgear.parallel.checkpoint.save, for experts that had no copy.
+        lost: what happens to tokens of experts that had neither: "reroute" to other experts, or "empty" choices.
+        num_replicas: copies of experts beyond one each, kept up when ranks are lost; they move when ranks change.
+        max_norm: gradients are scaled so that the norm of those of all parameters, each expert once, is at most this.
+        extra: objects with state_dict and load_state_dict, such as a learning rate scheduler, for ranks that join.
+        on_change: called on each rank after ranks or placements have changed.
+
+    Raises:
+        ValueError: an option out of range; experts that cannot move: stored ones, those of several widths or with
+            adapters, and those with tensor parallelism; state of the optimizer that is neither a scalar nor a row per
+            expert, such as Adafactor's of their biases; copies with a capacity; DistributedDataParallel in the model,
+            or parameters that FSDP has sharded.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    on_failure: str = "raise"
+    checkpoint: AnyPath | None = None
+    lost: str = "reroute"
+    num_replicas: int = 0
+    max_norm: float | None = None
+    extra: Sequence[Stateful] = ()
+    on_change: Callable[[Regrouped], None] = _ignore
+    parallel: ExpertParallel = field(init=False)
+
+    def __post_init__(self) -> None:
+        convert("on_failure", self.on_failure, Literal["raise", "continue"])
+        convert("lost", self.lost, Literal["reroute", "empty"])
+        object.__setattr__(self, "parallel", _parallel_of(self.model))
+        _refuse_copies(self.parallel, self.num_replicas)
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm: expected None or a number above 0, got {self.max_norm}")
+        row_keys(self, parallel_experts(self.model))
+        if not self.membership.empty and self.parallel.rank == 0:
+            self.membership.publish(_structure(self))
+
+    @property
+    def membership(self) -> Membership:
+        """Who takes part, and how many changes have been applied."""
+        return self.parallel.membership
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimizer so far."""
+        return self.membership.steps
+
+
+def _refuse_copies(parallel: ExpertParallel, num_replicas: int) -> None:
+    if num_replicas < 0:
+        raise ValueError(f"num_replicas: expected 0 or more, got {num_replicas}")
+    if num_replicas and parallel.capacity is not None:
+        raise ValueError(f"num_replicas: expected 0 with a capacity, got {num_replicas}")
+
+
+def _parallel_of(model: nn.Module) -> ExpertParallel:
+    layers = parallel_experts(model)
+    found = {id(module.parallel): module.parallel for module in layers.values()}
+    if len(found) != 1:
+        raise ValueError(f"model: expected experts that one ExpertParallel distributes, got {len(found)} of them")
+    parallel = next(iter(found.values()))
+    for name, module in layers.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if stored_of(module) is not None or has_adapters(module) or hasattr(parent, "num_slices"):
+            raise ValueError(f"model: expected plain experts of one width without adapters, got others in {name}")
+    if len(parallel.twins) != parallel.size:
+        raise ValueError("model: expected an ExpertParallel without tp_group, got one with it")
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError("model: expected one without DistributedDataParallel, got one with it")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"model: expected parameters that are not sharded, got the DTensor {name}")
+    return parallel
+
+
+def _structure(training: Training) -> dict[str, Any]:
+    """What must be equal for a process to join, of JSON's types."""
+    experts = expert_parameters(training.model)
+    found: dict[str, Any] = {"optimizer": type(training.optimizer).__name__}
+    for name, tensor in training.model.state_dict().items():
+        found[name] = [str(tensor.dtype), list(tensor.shape[1:] if name in experts else tensor.shape)]
+    for name, module in parallel_experts(training.model).items():
+        found[f"{name}: experts"] = module.num_experts
+    return found
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
 
 
 def elastic_step(training: Training, closure: Callable[[], Tensor]) -> Tensor:
@@ -107,7 +229,7 @@ def join(training: Training, timeout: float | None = None) -> Regrouped:
     if not membership.empty:
         raise ValueError("training: expected an ExpertParallel outside, got one of a group")
     timeout = parallel.timeout if timeout is None else timeout
-    theirs, own = membership.published(timeout), structure(training)
+    theirs, own = membership.published(timeout), _structure(training)
     for name in [*theirs, *own]:
         if theirs.get(name) != own.get(name):
             raise ValueError(f"{name}: expected {theirs.get(name)} as the other ranks have, got {own.get(name)}")
@@ -132,14 +254,14 @@ def rebalance(training: Training, load: Any, *, num_replicas: int | None = None)
     """
     begin, parallel = time.monotonic(), training.parallel
     replicas = training.num_replicas if num_replicas is None else num_replicas
-    check_replicas(parallel, replicas)
+    _refuse_copies(parallel, replicas)
     own = _loads(training, load)
     wanted: dict[str, Placement] = {}
     shares: list[dict[str, list[float]]] = gather(parallel, "move", own)
     for name in own:
         total = torch.tensor([share[name] for share in shares], dtype=torch.float64).sum(0)
         wanted[name] = place_experts(total, parallel.size, num_replicas=min(replicas, len(total) * (parallel.size - 1)))
-    moved = redistribute(training, lambda install: _commit_move(training, install), wanted)
+    moved = redistribute(training, partial(commit, training, "move"), wanted)
     return _report(training, begin, training.membership.generation.ids, moved)
 
 
@@ -189,10 +311,6 @@ def _clip(training: Training) -> None:
                 parameter.grad.mul_(training.max_norm / total)
 
 
-def _commit_move(training: Training, install: Callable[[], None]) -> None:
-    commit(training, "move", install)
-
-
 def _change_ranks(training: Training) -> Regrouped:
     """The next generation, with whoever is here and whoever wants to join."""
     begin, before = time.monotonic(), training.membership.generation.ids
@@ -222,7 +340,7 @@ def _settle(training: Training, begin: float, before: tuple[int, ...]) -> Regrou
         membership.settle()
         try:
             parallel.move()
-            moved = redistribute(training, lambda install: _commit_move(training, install))
+            moved = redistribute(training, partial(commit, training, "move"))
             return _report(training, begin, before, moved)
         except ExpertParallelError as error:
             attempts -= 1
