@@ -12,9 +12,11 @@ distill_experts       trains a student on it, together with the student's own lo
 keep_zeros            weights that are zero stay zero
 """
 
-from switchgear.distill.experts import distill_experts, expert_kd, keep_zeros
-from switchgear.distill.teachers import (
+from switchgear.distill.losses import (
     all_experts,
+    distill_experts,
+    expert_kd,
+    keep_zeros,
     knowledge_augment,
     reverse_kl,
     router_parameters,

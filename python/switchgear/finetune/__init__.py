@@ -15,8 +15,15 @@ freeze.py  which experts a task uses, and training them alone;  files.py  saving
 
 from __future__ import annotations
 
-from switchgear.finetune.files import load_selected, save_selected
-from switchgear.finetune.freeze import Selected, freeze_except, select_experts, selected_experts, unfreeze
+from switchgear.finetune.freeze import (
+    Selected,
+    freeze_except,
+    load_selected,
+    save_selected,
+    select_experts,
+    selected_experts,
+    unfreeze,
+)
 
 __all__ = [
     "Selected",
