@@ -167,8 +167,10 @@ def _layer_of(
     adapter, down_adapter, seed = first.adapter, second.adapter, None
     dropout: tuple[float, ...] = ()
     if first.form or second.form or adapter or down_adapter:
-        gate_up_bias = as_dtype("gate_up_bias", gate_up_bias, x.dtype)
-        down_bias = as_dtype("down_bias", down_bias, x.dtype)
+        if gate_up_bias is not None:
+            gate_up_bias = as_dtype("gate_up_bias", gate_up_bias, x.dtype)
+        if down_bias is not None:
+            down_bias = as_dtype("down_bias", down_bias, x.dtype)
         if first.dropout or second.dropout:
             seed, dropout = dropout_seed(x.device), (first.dropout, second.dropout)
     return (

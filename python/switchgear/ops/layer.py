@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchgear import backends
 from switchgear.ops.native import Kernels, host
-from switchgear.ops.registration import alike, matrix, register, rows, usable
+from switchgear.ops.registration import matrix, register, rows, usable
 from switchgear.reference.layer import NUM_REQUIRED, Layer
 
 _TYPES = {
@@ -54,10 +54,7 @@ def _for_kernels(layer: tuple[Any, ...]) -> tuple[Any, ...]:
         activation, gated, interleaved, alpha, limit, gate_up_adapter, down_adapter, dropout_seed, dropout,
     ) = layer  # fmt: skip
     return (
-        gate_up_proj if len(gate_up_proj) == 1 else alike(gate_up_proj),
-        gate_up_form,
-        down_proj if len(down_proj) == 1 else alike(down_proj),
-        down_form,
+        gate_up_proj, gate_up_form, down_proj, down_form,
         gate_up_bias if gate_up_bias is None else rows(gate_up_bias),
         down_bias if down_bias is None else rows(down_bias),
         topk_ids.contiguous(),
