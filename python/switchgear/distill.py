@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Distillation from a Mixture-of-Experts teacher that uses all of its experts (arXiv:2502.12947).
+"""Distillation of Mixture-of-Experts models. See docs/finetuning.md.
+
+From a teacher that uses all of its experts (arXiv:2502.12947):
+knowledge_augment     logits of several teacher passes, each with all experts but one, some of them sampled
+student_aware_router  trains the teacher's routers on the student's logits; then the logits of all experts
+reverse_kl            the loss of both
 
 The teacher's routers are switchgear's. A student learns from text that it wrote itself (on-policy): pass such text.
 
-And distillation expert by expert, from the model that a student was pruned from (MoE-Pruner, arXiv:2410.12013):
+From a teacher that the student was pruned from, expert by expert (MoE-Pruner, arXiv:2410.12013):
+    L = L_CE + λ · Σ_layers Σ_e MSE(FFN_e^teacher(x), FFN_e^student(x))
 
-L = L_CE + λ · Σ_layers Σ_e MSE(FFN_e^teacher(x), FFN_e^student(x))
+expert_kd             the squared error of each expert's output
+distill_experts       trains a student on it, together with the student's own loss; pruned weights stay zero
+keep_zeros            weights that are zero stay zero
 """
 
 from __future__ import annotations
@@ -30,6 +38,17 @@ from switchgear.routing.router import Router
 from switchgear.routing.selection import Dense
 from switchgear.trace import Observation, observe
 from switchgear.trace.override import override
+
+__all__ = [
+    "all_experts",
+    "distill_experts",
+    "expert_kd",
+    "keep_zeros",
+    "knowledge_augment",
+    "reverse_kl",
+    "router_parameters",
+    "student_aware_router",
+]
 
 
 @checked

@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Some experts of a model train, all else is frozen: freeze_except and unfreeze, select_experts for a task, and
-files that hold the trained experts alone."""
+"""Training some experts of a model alone (expert-specialized fine-tuning, ESFT, arXiv:2407.01906).
+
+with switchgear.RoutingTrace(model) as trace:
+    for batch in sample:
+        model(batch)
+selection = finetune.select_experts(trace, mass=0.2)
+optimizer = torch.optim.AdamW(finetune.freeze_except(model, selection))
+…                                              # train as usual
+finetune.save_selected(model, "experts.pt")    # these experts only
+finetune.unfreeze(model)
+"""
 
 from __future__ import annotations
 
@@ -25,6 +34,16 @@ from switchgear.weights.adapted import adapters_of
 from switchgear.weights.form import hint_for
 from switchgear.weights.selected import SUFFIX, select, selection_of, unselect
 from switchgear.weights.state import get_state, set_state
+
+__all__ = [
+    "Selected",
+    "freeze_except",
+    "load_selected",
+    "save_selected",
+    "select_experts",
+    "selected_experts",
+    "unfreeze",
+]
 
 # ---- which experts a task uses most ----------------------------------------------------------------------------------
 
