@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from switchgear.utils.moved import find_moved
+from switchgear.utils.packages import find_moved
 
 if TYPE_CHECKING:
     from switchgear.trace.callback import ExpertLoadCallback

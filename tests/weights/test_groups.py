@@ -18,7 +18,7 @@ from backends_in_use import ISAS, SIMT_DEVICES, backend_named
 from errors import raises
 from switchgear.reference import groups
 from switchgear.weights import Groups, Weight, encode
-from switchgear.weights.groups import weight_of
+from switchgear.weights.integers import weight_of
 
 MIXED = (1, 2, 3, 4, 3)
 

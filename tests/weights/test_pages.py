@@ -14,7 +14,7 @@ from torch import nn
 import switchgear
 from errors import raises
 from switchgear.adapters import add_lora
-from switchgear.weights.pages import HUGE_PAGE, interleave_nodes, use_huge_pages
+from switchgear.weights.weight import HUGE_PAGE, interleave_nodes, use_huge_pages
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 needs_huge_pages = pytest.mark.skipif(

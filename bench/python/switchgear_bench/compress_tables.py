@@ -8,8 +8,7 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from switchgear.cli.common import markdown_table
-from switchgear.cli.plots import FAINT, colors, pyplot, save
+from switchgear.cli.common import FAINT, colors, markdown_table, pyplot, save
 
 from .compress_variants import BASE
 from .report import Blocks, section, threads

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchgear.cli.common import console, table
+from switchgear.cli.common import FAINT, INK, console, pyplot, save, table
 from switchgear.cli.machine import cpu
-from switchgear.cli.plots import FAINT, INK, pyplot, save
 from switchgear.parallel.cost import (
     PAIR_BYTES,
     Levels,

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from switchgear.cli.plots import FAINT, INK, colors, pyplot, save
+from switchgear.cli.common import FAINT, INK, colors, pyplot, save
 
 from .report import threads
 from .results import cases_of

@@ -15,7 +15,7 @@ from switchgear.backends import in_autocast
 from switchgear.checks import Finite, FiniteTensor, Share, Size, checked
 from switchgear.functional import Routing, combine, grouped_gemm, plan
 from switchgear.layers.common import WithLosses
-from switchgear.papers.layers.soft import SoftMoE
+from switchgear.papers.layers.composed import SoftMoE
 from switchgear.papers.parts.scores_of_experts import PosthocGate
 from switchgear.reference import check_range, weight_dtype
 from switchgear.routing.context import can_be_read, context_of

@@ -226,7 +226,7 @@ def advice(found: Mapping[tuple[str, int], Any], budget: Budget, num_tokens: int
 
 
 def plot(found: Mapping[tuple[str, int], Any], steps: Sequence[int], budget: Budget, path: Path) -> None:
-    from .plots import FAINT, colors, pyplot, save
+    from .common import FAINT, colors, pyplot, save
 
     figure, axis = pyplot().subplots(figsize=(8, 4.5))
     names = list(dict.fromkeys(name for name, _ in found))

@@ -18,7 +18,7 @@ from switchgear.compress.calibration import Calibration, check_finite
 from switchgear.compress.sums import Domains, Hessians
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.reference import groups
-from switchgear.weights.groups import Groups
+from switchgear.weights.integers import Groups
 
 Method = Literal["rtn", "gptq"]
 Width = Annotated[int, Range(1, 8)]

@@ -30,7 +30,7 @@ from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import groups
 from switchgear.weights.form import hint_for, layout_of
-from switchgear.weights.groups import Groups, weight_of
+from switchgear.weights.integers import Groups, weight_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, stored_of
 from switchgear.weights.store import StoredChange, Target, memory_of
 from switchgear.weights.weight import Weight

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts, with_virtual
-from switchgear.utils.moved import find_moved
+from switchgear.utils.packages import find_moved
 
 if TYPE_CHECKING:
     from switchgear.papers.layers.autonomous import *  # noqa: F403
-    from switchgear.papers.layers.composed import *  # noqa: F403
+    from switchgear.papers.layers.composed import *  # noqa: F403  # noqa: F403
     from switchgear.papers.layers.merged import *  # noqa: F403
     from switchgear.papers.layers.monet import *  # noqa: F403
-    from switchgear.papers.layers.soft import *  # noqa: F403
     from switchgear.papers.layers.stratified import *  # noqa: F403
     from switchgear.papers.parts.scores import *  # noqa: F403
 
@@ -27,9 +26,9 @@ MOVED = {
     "MonetRouter": "switchgear.papers.layers.monet",
     "MonetRouting": "switchgear.papers.layers.monet",
     "MultiHeadMoE": "switchgear.papers.layers.composed",
-    "SoftMoE": "switchgear.papers.layers.soft",
+    "SoftMoE": "switchgear.papers.layers.composed",
     "StratifiedMoE": "switchgear.papers.layers.stratified",
-    "per_conv_tokens": "switchgear.papers.layers.soft",
+    "per_conv_tokens": "switchgear.papers.layers.composed",
     "sigma_moe_values": "switchgear.papers.parts.scores",
 }
 __all__ = [

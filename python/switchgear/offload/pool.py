@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from switchgear.offload.device import CudaDevice, Event
-from switchgear.weights.pages import HUGE_PAGE, advise_huge_pages
+from switchgear.weights.weight import HUGE_PAGE, advise_huge_pages
 
 
 @dataclass

@@ -14,10 +14,9 @@ from torch import nn
 from switchgear.experts import Experts
 from switchgear.modules import MoE
 from switchgear.papers.layers.autonomous import AutonomousMoE
-from switchgear.papers.layers.composed import CartesianMoE, MultiHeadMoE
+from switchgear.papers.layers.composed import CartesianMoE, MultiHeadMoE, SoftMoE
 from switchgear.papers.layers.merged import MergedExperts
 from switchgear.papers.layers.monet import Mode, Monet
-from switchgear.papers.layers.soft import SoftMoE
 from switchgear.papers.layers.stratified import StratifiedMoE
 from switchgear.papers.parts.controllers import RunningCap
 from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset

@@ -25,7 +25,7 @@ from switchgear.routing.ranking import from_pairs
 from switchgear.routing.router import Router
 from switchgear.routing.scores import Cosine, Linear, Sum, Uniform
 from switchgear.routing.selection import Dense, Grouped, RankK, Threshold, TopK, TopP
-from switchgear.utils.moved import find_moved
+from switchgear.utils.packages import find_moved
 
 if TYPE_CHECKING:
     from switchgear.papers.parts.auxiliary import *  # noqa: F403

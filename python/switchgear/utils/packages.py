@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Optional packages: whether they are installed, and why an import failed."""
+"""Optional packages: whether they are installed, and why an import failed; and names that have moved."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib import import_module
+from typing import Any
 
 EXTRAS = {  # Packages that each extra installs, for error messages.
     "bench": {"rich", "matplotlib", "PIL"},
@@ -56,3 +60,20 @@ def failed_import(error: ImportError, module: str = "") -> str:
     extra = next((extra for extra, packages in EXTRAS.items() if {missing, of} & packages), None)
     wanted = missing if extra is None else f"'switchgear[{extra}]'"
     return f"needs {missing} ({reason}); pip install {wanted}"
+
+
+def find_moved(package: str, moved: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose table `moved` names the module of each such name.
+
+    MOVED = {"Name": "switchgear.new.place"}
+    __getattr__ = find_moved(__name__, MOVED)
+    """
+
+    def find(name: str) -> Any:
+        if name not in moved:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(moved[name]), name)
+        setattr(sys.modules[package], name, value)  # so the next use costs no call
+        return value
+
+    return find

@@ -18,14 +18,19 @@ store.py    all experts of a model, and the choice of a form; pages.py: huge pag
 from switchgear.weights import minifloat
 from switchgear.weights.exact import Compact, Panels, Plain
 from switchgear.weights.form import Form, Layout, layout_of
-from switchgear.weights.groups import Groups
-from switchgear.weights.integers import Int4, Int8
+from switchgear.weights.integers import Groups, Int4, Int8
 from switchgear.weights.minifloat import *  # noqa: F403  (a new form needs no entry here)
 from switchgear.weights.module import stored_of, weights_of
-from switchgear.weights.pages import advise_huge_pages, interleave_nodes, use_huge_pages
 from switchgear.weights.state import FINDERS as _FINDERS
 from switchgear.weights.store import Stored, encode, restore, store
-from switchgear.weights.weight import AdaptedWeight, SelectedWeight, Weight
+from switchgear.weights.weight import (
+    AdaptedWeight,
+    SelectedWeight,
+    Weight,
+    advise_huge_pages,
+    interleave_nodes,
+    use_huge_pages,
+)
 
 FINDERS, HINTS = _FINDERS["layout"], _FINDERS["hint"]  # earlier names; `extend` adds to all of them
 

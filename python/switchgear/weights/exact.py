@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from switchgear import ops
 from switchgear.reference import compact, panels
 from switchgear.weights.form import Form, on_huge_pages
-from switchgear.weights.pages import advise_huge_pages
-from switchgear.weights.weight import PANEL_DTYPES, Weight
+from switchgear.weights.weight import PANEL_DTYPES, Weight, advise_huge_pages
 
 WORTH = 0.95  # of the plain bytes; a weight that needs more is not stored as compact
 

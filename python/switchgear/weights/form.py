@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from switchgear.checks import convert
 from switchgear.reference import formats
 from switchgear.reference.minifloat import finite_experts
-from switchgear.weights.pages import advise_huge_pages
 from switchgear.weights.state import find
-from switchgear.weights.weight import Weight
+from switchgear.weights.weight import Weight, advise_huge_pages
 
 FORMS: dict[str, type[Form]] = {}
 """The class of each format's form, by name."""

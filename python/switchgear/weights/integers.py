@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Int8 and Int4: levels of 8 or 4 bits with scales, multiplied in integers; see reference/integers.py.
+"""Int8 and Int4: levels of 8 or 4 bits with scales, multiplied in integers with activations that are quantized to int8
+at run time; see reference/integers.py.
 
-Activations are quantized to int8 at run time. Gradients reach x, topk_weights and biases.
+Groups: integers of 1 to 4 bits with a float16 scale per group of columns, as GPTQ, AWQ and compressed-tensors publish
+them, decoded and multiplied in floating point; see reference/groups.py. Each expert may have its own number of bits.
+
+Gradients reach x, topk_weights and biases.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from torch import Tensor
 
-from switchgear.reference import integers
+from switchgear.checks import Count, Range
+from switchgear.reference import groups, integers
 from switchgear.reference.formats import BITS
+from switchgear.reference.minifloat import COLUMNS
 from switchgear.weights.form import KeyedForm, on_huge_pages
 from switchgear.weights.weight import Weight
 
@@ -81,3 +89,80 @@ class Int4(_Integers):
 
     name: ClassVar[str] = "int4"
     group_size: GroupSize = 32
+
+
+@torch.inference_mode(False)  # a backward pass may save the result
+def weight_of(
+    levels: groups.Levels, dtype: torch.dtype, group_size: int, *, parts: int = 1, is_exact: bool = False
+) -> Weight:
+    """The Weight of quantized `levels`, whoever chose them; `dtype` is that of the plain weight."""
+    stored = groups.to_blocks(levels, parts)
+    data, scales, zeros = (None if tensor is None else on_huge_pages(tensor) for tensor in stored[:3])
+    assert data is not None
+    _, rows, cols = levels.q.shape
+    return Weight(
+        "groups", data, rows, cols, dtype, scales, zeros=zeros, records=stored.records, parts=parts,
+        group_size=group_size, is_exact=is_exact,
+    )  # fmt: skip
+
+
+class _MultipleOfColumns:
+    @staticmethod
+    def check(name: str, value: int, sizes: object) -> None:
+        if value % COLUMNS:
+            raise ValueError(f"{name}: expected 0 (the whole row) or a multiple of {COLUMNS}, got {value}")
+
+
+Bits = Annotated[int, Range(1, groups.MOST_BITS)]
+
+
+@dataclass(frozen=True)
+class Groups(KeyedForm):
+    """1 to 4 bits per weight, and one float16 scale per `group_size` columns of a row.
+
+    bits: of all experts, or of each. group_size: a multiple of 32, or 0 for the whole row. symmetric: levels around
+    zero. Otherwise each group also has a zero point, an integer; one bit has none.
+    """
+
+    name: ClassVar[str] = "groups"
+    bits: Bits | Sequence[Bits] = 4
+    group_size: Annotated[Count, _MultipleOfColumns] = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.bits, int):
+            object.__setattr__(self, "bits", tuple(self.bits))
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return ("_values", "_bits", "_scales", *(() if self.symmetric else ("_zeros",)))
+
+    def bits_of(self, num_experts: int) -> tuple[int, ...]:
+        """Of each expert. Raises ValueError for another number of experts than that of `bits`."""
+        bits = (self.bits,) * num_experts if isinstance(self.bits, int) else tuple(self.bits)
+        if len(bits) != num_experts:
+            raise ValueError(f"bits: expected a number, or one of each of {num_experts} experts, got {len(bits)}")
+        return bits
+
+    def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
+        bits = self.bits_of(len(weight))
+        levels = groups.quantize(weight.detach(), bits, self.group_size, self.symmetric, name)
+        return weight_of(levels, weight.dtype, self.group_size, parts=parts)
+
+    def save(self, weight: Weight) -> dict[str, Tensor]:
+        assert weight.scales is not None
+        assert weight.records is not None
+        named = {"_values": weight.data, "_scales": weight.scales, "_zeros": weight.zeros}
+        bits = weight.records[:, 1].to(torch.uint8)
+        return {suffix: tensor for suffix, tensor in named.items() if tensor is not None} | {"_bits": bits}
+
+    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
+        if not torch.equal(bits := tensors["_bits"].cpu(), wanted := self.save(now)["_bits"].cpu()):
+            raise ValueError(f"_bits: expected {wanted.tolist()}, got {bits.tolist()}")
+        if not bool(tensors["_scales"].isfinite().all()):
+            raise ValueError("_scales: expected finite numbers, got others")
+        fields = {"data": "_values", "scales": "_scales", "zeros": "_zeros"}
+        return now.with_tensors(
+            {field: on_huge_pages(tensors[key].to(now.device)) for field, key in fields.items() if key in tensors}
+        )

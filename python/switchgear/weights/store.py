@@ -31,10 +31,9 @@ from switchgear.weights.module import (
     stored_of,
     take_back,
 )
-from switchgear.weights.pages import use_huge_pages
 from switchgear.weights.selected import selection_of
 from switchgear.weights.state import get_state, set_state
-from switchgear.weights.weight import Weight
+from switchgear.weights.weight import Weight, use_huge_pages
 
 _logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ modules; the forms do (exact.py, integers.py, …).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -21,7 +21,6 @@ from switchgear.backends import cast_in_autocast
 from switchgear.checks import Shape, convert
 from switchgear.reference import formats, panels, weight_dtype
 from switchgear.reference.checks import check_range
-from switchgear.weights.pages import advise_huge_pages
 
 PANEL_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -314,3 +313,66 @@ class SelectedWeight(NamedTuple):
         if autocast is not None:
             weight, trained, bias = cast_in_autocast(autocast, weight, trained, bias)
         return Operand((weight,), leaves=(weight, trained, bias), trained=TrainedExperts(trained, bias, self.experts))
+
+
+HUGE_PAGE = 2 << 20  # bytes
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.device.type == "cpu" and tensor.nbytes >= HUGE_PAGE
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The whole storage of a tensor as int32 words, for any shape and dtype."""
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.int32, device="cpu").set_(storage, 0, (storage.nbytes() // 4,), (1,))
+
+
+def use_huge_pages(weights: nn.Module | Iterable[Tensor]) -> int:
+    """Moves weights onto huge pages in place: addresses and contents stay the same.
+
+    Decoding reads each weight once per token; huge pages make it up to 1.5× faster on machines with fast memory.
+    The move takes about a second per GB, once, so call it after loading a model. It needs Linux 6.1 or newer.
+
+    Args:
+        weights: a module, for its parameters and buffers, or tensors. Tensors smaller than 2 MB, or not in CPU memory,
+            are skipped.
+
+    Returns:
+        The number of bytes on huge pages afterwards: 0 if the system has none.
+    """
+    return sum(ops.collapse_into_huge_pages(_words(tensor)) for tensor in _large(weights))
+
+
+def interleave_nodes(weights: nn.Module | Iterable[Tensor]) -> int:
+    """Spreads the pages of weights over all NUMA nodes in place: addresses and contents stay the same.
+
+    Memory belongs to the node of the thread that first writes it. Weights that one thread loaded are all on one node,
+    and threads of all nodes then share its bandwidth. Interleaved pages use that of all nodes. Call it once, after
+    `use_huge_pages`; it takes about a second per GB. It needs Linux.
+
+    Args:
+        weights: a module, for its parameters and buffers, or tensors. Tensors smaller than 2 MB, or not in CPU memory,
+            are skipped.
+
+    Returns:
+        The number of nodes; 0 if the system does not allow it, or no tensor is large enough.
+    """
+    return min((ops.interleave_pages(_words(tensor)) for tensor in _large(weights)), default=0)
+
+
+def _large(weights: nn.Module | Iterable[Tensor]) -> list[Tensor]:
+    if not isinstance(weights, (nn.Module, Iterable)):
+        raise TypeError(f"weights: expected a module or tensors, got {type(weights).__name__}")
+    tensors = [*weights.parameters(), *weights.buffers()] if isinstance(weights, nn.Module) else list(weights)
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"weights: expected a module or tensors, got {type(tensor).__name__} at {index}")
+    return [tensor for tensor in tensors if _in_memory(tensor)]
+
+
+def advise_huge_pages(tensor: Tensor) -> None:
+    """Requests huge pages for a tensor that was not written to yet, which is free."""
+    if _in_memory(tensor):
+        ops.advise_huge_pages(_words(tensor))

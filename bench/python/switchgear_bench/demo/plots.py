@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from switchgear.cli.plots import FAINT, colors, pyplot, save
+from switchgear.cli.common import FAINT, colors, pyplot, save
 
 from ..report import threads
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common import markdown_table
-from ..plots import colors, pyplot, save
+from ..common import colors, markdown_table, pyplot, save
 from .measure import Inspection, Layer
 
 FAVOURITE = 1.5  # an expert is a domain's own from this factor over the mean of all domains on

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Layers around layers: CartesianMoE, two that act as the product of their experts, and MultiHeadMoE, which routes each
-piece of a token separately."""
+"""Layers around layers: CartesianMoE, two that act as the product of their experts; MultiHeadMoE, which routes each
+piece of a token separately; and SoftMoE, whose experts see mixtures of tokens, so that nothing is discrete."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from switchgear.backends import without_autocast
 from switchgear.checks import Size, checked
 from switchgear.layers.common import check_returns_rows, check_rows, losses_of, repeat_context
+from switchgear.reference import wide
+from switchgear.utils.modules import LoadsScalars
 
 
 class CartesianMoE(nn.Module):
@@ -98,3 +104,86 @@ class MultiHeadMoE(nn.Module):
         y: Tensor = self.moe(pieces, **repeat_context(context, num_tokens, self.heads))
         merged: Tensor = self.merge_proj(y.reshape(hidden_states.shape))
         return merged
+
+
+def per_conv_tokens(features: Tensor) -> Tensor:
+    """Tokens [B, height·width, C] of a feature map [B,C,height,width], one per position. This tokenisation makes
+    SoftMoE work in reinforcement learning (PerConv of arXiv:2410.01930)."""
+    return features.flatten(2).mT
+
+
+class SoftMoE(LoadsScalars):
+    """Y = C · experts(Dᵀ · X): D is a softmax over the tokens, C over the slots of all experts, of the same logits.
+
+    Soft MoE, arXiv:2308.00951; arXiv:2410.01930 for reinforcement learning.
+
+        layer = SoftMoE(switchgear.Experts(256, 128, num_experts=8), slots=4)
+
+    Args:
+        experts: a module with the interface of Experts, hidden_size and num_experts. Each expert processes exactly
+            `slots` rows per sequence, in one grouped GEMM. Its outputs may have another width than its inputs.
+        slots: rows per expert and sequence.
+        normalize: logits = (x / |x|) · (scale · φ / |φ|) with a learned scale, instead of x · φ.
+
+    Parameters: phi [E·slots,H]; scale [1] if normalize (FSDP2 shards no scalars). Sequences are independent, but within
+    one every token affects every other, so the layer is not suitable for causal models.
+    """
+
+    not_matrices = ("phi",)  # for optim.muon_groups
+    once_scalars = ("scale",)
+
+    @checked
+    def __init__(
+        self,
+        experts: nn.Module,
+        *,
+        slots: Size = 1,
+        normalize: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts, self.slots, self.normalize = experts, slots, normalize
+        self.hidden_size, self.num_experts = int(experts.hidden_size), int(experts.num_experts)  # type: ignore[arg-type]
+        rows = self.num_experts * slots
+        self.phi = nn.Parameter(torch.empty(rows, self.hidden_size, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype)) if normalize else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """φ is normal with variance 1/H, scale is 1."""
+        nn.init.normal_(self.phi, std=1 / math.sqrt(self.hidden_size))
+        if self.scale is not None:
+            nn.init.ones_(self.scale)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[..., T, E·slots], at least float32."""
+        with without_autocast(hidden_states.device.type):
+            x = wide(hidden_states)
+            phi = self.phi.to(x.dtype)
+            if self.scale is not None:
+                x, phi = F.normalize(x, dim=-1), F.normalize(phi, dim=-1) * self.scale
+            return F.linear(x, phi)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """hidden_states [..., T, H] -> [..., T, H]; leading dimensions are sequences.
+
+        mask [..., T]: False for padding, which adds nothing to the slots and gets zeros.
+        """
+        check_rows(hidden_states, self.hidden_size, of_sequences=True)
+        if mask is not None:
+            mask = mask.bool()[..., None]
+            hidden_states = hidden_states.masked_fill(~mask, 0)  # padding may hold anything
+        logits = self.logits(hidden_states)
+        if mask is not None:
+            dispatch = logits.masked_fill(~mask, -torch.inf).softmax(-2).nan_to_num()  # nan: a sequence of padding only
+        else:
+            dispatch = logits.softmax(-2)
+        combine = logits.softmax(-1)
+        dtype = hidden_states.dtype
+        slots = dispatch.to(dtype).mT @ hidden_states  # [..., E·slots, H]
+        ids = torch.arange(self.num_experts, dtype=torch.int32, device=slots.device).repeat_interleave(self.slots)
+        ids = ids.expand(slots.shape[:-1]).reshape(-1, 1)
+        y: Tensor = self.experts(slots.reshape(-1, self.hidden_size), ids, torch.ones_like(ids, dtype=torch.float32))
+        y = combine.to(y.dtype) @ y.view(*slots.shape[:-1], y.shape[-1])
+        return y if mask is None else y * mask
