@@ -240,7 +240,7 @@ def convert(name: str, value: Any, hint: Any, sizes: dict[str, int] | None = Non
         return _convert_series(name, value, origin, options, sizes)
     kind = origin or hint
     is_class = isinstance(value, type) and getattr(kind, "_is_protocol", False)  # has the methods, and cannot run them
-    if _is_testable(kind) and (is_class or not isinstance(value, kind)):
+    if _is_testable(kind) and (is_class or not _is_instance(value, kind)):
         raise TypeError(f"{name}: expected {describe(hint)}, got {type(value).__name__}")
     if origin is collections.abc.Mapping:
         for key, item in value.items():
@@ -304,6 +304,12 @@ def _convert_tensor(name: str, value: Any) -> Tensor:
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {value.layout}")
     return value
+
+
+def _is_instance(value: Any, kind: type) -> bool:
+    """isinstance; what torch.compile makes of a module counts as the module."""
+    inside = value._modules.get("_orig_mod") if isinstance(value, nn.Module) else None
+    return isinstance(value, kind) or isinstance(inside, kind)
 
 
 def _is_testable(kind: Any) -> bool:
