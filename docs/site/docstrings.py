@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Docstrings are plain text. In the site, aligned lines keep their columns, and <name> is not taken for HTML. Names in a
-table MOVED are listed where users import them."""
+"""Docstrings are plain text. In the site, aligned lines keep their columns, and <name> is not taken for HTML.
+Names in a table MOVED are listed where users import them."""
 
 from __future__ import annotations
 
