@@ -269,7 +269,7 @@ def test_info_says_why_not() -> None:
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
-        (None, "switchgear"),
+        (None, "no CUDA device is visible"),
         (RuntimeError("cudaDriverGetVersion: the driver is too old"), "cudaDriverGetVersion: the driver is too old"),
     ],
 )

@@ -93,10 +93,10 @@ def test_a_replay_makes_the_same_reads_in_the_same_order(tmp_path: Path) -> None
     memory = torch.zeros(2 * record + 4096, dtype=torch.uint8)
     begin = memory.data_ptr() + -memory.data_ptr() % 4096
     reader = Recorder(_C.Reader([str(path)]))
-    tickets = [reader.submit(0, i * record, record, begin + i * record, None, True) for i in (0, 1)]
+    tickets = [reader.submit((0, i * record, record, None), begin + i * record) for i in (0, 1)]
     for i in (2, 3):
         reader.wait(tickets[i - 2], 10)
-        tickets.append(reader.submit(0, i * record, record, begin + i % 2 * record, None, True))
+        tickets.append(reader.submit((0, i * record, record, None), begin + i % 2 * record))
     for ticket in tickets[2:]:
         reader.wait(ticket, 10)
     reader.close()

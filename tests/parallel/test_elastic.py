@@ -443,11 +443,11 @@ def refused(rank: int, name: str) -> None:
         model = Model(parallel)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for options, message in (
-            ({"on_failure": "ignore"}, "on_failure: "),
-            ({"lost": "forget"}, "lost: "),
-            ({"num_replicas": -1}, "num_replicas: "),
-            ({"max_norm": -1.0}, "max_norm: "),
-            ({"max_norm": float("nan")}, "max_norm: "),
+            ({"on_failure": "ignore"}, "on_failure"),
+            ({"lost": "forget"}, "lost"),
+            ({"num_replicas": -1}, "num_replicas"),
+            ({"max_norm": -1.0}, "max_norm"),
+            ({"max_norm": float("nan")}, "max_norm"),
         ):
             with raises(ValueError, message):
                 Training(model, optimizer, **options)  # type: ignore[arg-type]

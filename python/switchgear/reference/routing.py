@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from switchgear.checks import Finite, OneOf, checked
+from switchgear.checks import Finite, NotEmpty, OneOf, checked
 from switchgear.reference.checks import AnyFloats, Floats, Rows, TopkIds, check, check_range, weight_dtype, wide
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
@@ -32,7 +32,7 @@ def logits_dtype(weight: Tensor, float32: bool) -> torch.dtype:
 @checked
 def gate(
     x: Rows,
-    weight: Annotated[Tensor, AnyFloats("E", "H")],
+    weight: Annotated[Tensor, NotEmpty, AnyFloats("E", "H")],
     bias: Annotated[Tensor, AnyFloats("E")] | None,
     float32: bool,
 ) -> Tensor:
@@ -40,8 +40,6 @@ def gate(
 
     weight and bias have the dtype of x, or float32.
     """
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight: expected at least 1 row, got {list(weight.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in (x.dtype, weight_dtype(x.dtype)):
             raise TypeError(f"{name}: expected {x.dtype} like x or {weight_dtype(x.dtype)}, got {tensor.dtype}")
