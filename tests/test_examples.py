@@ -83,6 +83,7 @@ def test_train_parallel_goes_on_while_ranks_are_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.some(1)
 def test_replay_removes_the_difference_of_two_networks(steps: int, tmp_path: Path) -> None:
     """Two processes: a policy in bfloat16 generates, one in float32 learns from its answers with its choices."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -311,6 +311,7 @@ def test_checkpointing_with_router_loss() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+@pytest.mark.some(2)
 def test_compile_without_a_graph_break(model_type: str) -> None:
     """The model runs compiled before it ran eagerly, so its gate is recognised while tracing."""
     torch._dynamo.reset()

@@ -69,6 +69,7 @@ def close(got: Tensor, want: Tensor, bound: float) -> None:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.some(6)
 def test_model_type(model_type: str, tmp_path: Any) -> None:
     model = build(model_type)
     inputs = example_inputs(model)

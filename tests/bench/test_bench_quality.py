@@ -15,6 +15,7 @@ from switchgear_bench.tiny.text import Domain
 
 
 @pytest.mark.parametrize("router", quality.ROUTERS)
+@pytest.mark.some(2)
 def test_row37_a_router_swap_changes_nothing_else(router: str) -> None:
     base, other = quality.build("SMoE", 3), quality.build(router, 3)
     mine, theirs = (
@@ -26,6 +27,7 @@ def test_row37_a_router_swap_changes_nothing_else(router: str) -> None:
 
 
 @pytest.mark.parametrize("router", quality.ROUTERS)
+@pytest.mark.some(2)
 def test_row37_every_router_trains_and_equals_the_sum_over_its_experts(router: str) -> None:
     torch.manual_seed(0)
     moe = quality.layer(router)

@@ -19,6 +19,7 @@ def go(options: Options, folder: Path) -> Run:
 
 
 @pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
+@pytest.mark.some(1)
 def test_a_few_faults(tmp_path: Path, transport: str) -> None:
     go(Options(trials=3, seed=1, transport=transport), tmp_path)
 
@@ -41,6 +42,7 @@ def check_growth(seen: Run, bytes_allowed: int) -> None:
     assert last.names == 0
 
 
+@pytest.mark.slow
 def test_nothing_grows_with_some_faults(tmp_path: Path) -> None:
     options = Options(trials=4, spare=True, transport="gloo", resources_every=10, timeout=5.0)
     check_growth(go(options, tmp_path), bytes_allowed=2**22)

@@ -348,6 +348,7 @@ def test_bench_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "switchgear, 4 chunks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_parallel_on_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bytes are minimal with both numbers of levels, and fewer between nodes with two; times are not tested."""
     out = tmp_path / "bench.json"

@@ -89,6 +89,7 @@ transports = pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
 
 
 @transports
+@pytest.mark.some(1)
 def test_some_steps(pool: Pool, transport: str) -> None:
     check_steps(pool.run(steps, 200, transport, timeout=120), bytes_allowed=2**22)
 

@@ -279,6 +279,7 @@ def compiled(rank: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["eager", "aot_eager"])
+@pytest.mark.some(1)
 def test_nothing_is_read(pool: Pool, how: str) -> None:
     pool.run(compiled, how, timeout=150)
 

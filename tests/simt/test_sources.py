@@ -47,6 +47,7 @@ def is_contracted(source: Path, folder: Path) -> bool:
 
 @needs_nvcc
 @pytest.mark.parametrize("name", ROUTING)
+@pytest.mark.some(2)
 def test_routing_is_not_contracted(name: str, tmp_path: Path) -> None:
     assert not is_contracted(KERNELS / f"{name}.cu", tmp_path)
 
