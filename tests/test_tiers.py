@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -162,3 +164,11 @@ def test_moved_names_import_from_where_they_were(package: str) -> None:
         if not place.endswith(".callback"):  # imports transformers
             assert getattr(module, name) is getattr(importlib.import_module(place), name)
     assert set(module.MOVED) <= set(module.__all__)
+
+
+def test_import_is_light() -> None:
+    """`import switchgear` imports none of torch's packages that take a second, and no other library."""
+    code = "import sys, torch; before = set(sys.modules); import switchgear; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = ("torch.distributed", "torch._dynamo", "torch._inductor", "torch.fx", "transformers", "numpy", "matplotlib")
+    assert [name for name in done.stdout.split() if name.startswith(heavy)] == []

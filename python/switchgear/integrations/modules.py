@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from switchgear.adapters.sites import TARGETS, Site, refuse_wrapped
 from switchgear.backends import warn_once
@@ -91,7 +90,7 @@ class DecoratedExperts:
             return f"not replaced: experts_implementation is {name!r}, call switchgear.accelerate(model)"
         if stored_of(self.module) is None:
             # FSDP, tensor and expert parallelism hold DTensors between forwards, and plain local tensors during one.
-            local = (weight for weight in weights_in(self.module) if not isinstance(weight, DTensor))
+            local = (weight for weight in weights_in(self.module) if not hasattr(weight, "device_mesh"))
             if (reason := find_unreadable(local)) is not None:
                 return f"eager: {reason}"
         return "grouped_gemm" if find_gate(self.module) is None or has_post_norm(self.module) else "moe"
