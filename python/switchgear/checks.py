@@ -401,8 +401,8 @@ def integer(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> Any:
-    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype != torch.bool:
-        return value.item()
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected float, got {type(value).__name__}")
     return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
