@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The experts' matrices as operands of x·Wᵀ or x·W, for any strides. A list of matrices stored separately is passed to the
 // device as a kernel parameter. So no copy reads host memory that may change meanwhile, and a CUDA graph keeps the list. Each
-// product queues one small kernel that writes the list, for gemm_sm90 with a tensor map per expert (expert_maps_sm90.cu).
+// product queues one small kernel that writes the list, for gemm_sm90 with a tensor map per expert (gemm_sm90_separate.cuh).
 #pragma once
 #include "gemm.h"
 

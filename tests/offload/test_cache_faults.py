@@ -117,7 +117,7 @@ def test_an_interrupt_at_any_line(seed: int) -> None:
         nonlocal left
         name = os.path.basename(frame.f_code.co_filename)
         if event == "call":
-            is_traced = name in ("cache.py", "pool.py", "residency.py", "staging.py")
+            is_traced = name in ("cache.py", "pool.py", "residency.py")
             return trace if is_traced and frame.f_code.co_name not in ("repair", "settle", "others") else None
         if event == "line":
             left -= 1

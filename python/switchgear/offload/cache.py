@@ -9,7 +9,7 @@ Any exception, a KeyboardInterrupt too, can leave these behind what residency.py
 marked as disturbed, and the next one repairs it. A row is never reused while a read may write into it: each read is in
 `pending`, `guesses` or the pool's `draining` from its submission until it is over.
 
-On a GPU, reads and copies of records run while kernels do (staging.py). A row is released once the kernels that read it
+On a GPU, reads and copies of records run while kernels do (pool.py). A row is released once the kernels that read it
 are queued, and the slots of a layer are uploaded before the kernels that use them.
 """
 

@@ -7,12 +7,12 @@ See docs/weights.md.
 
 weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of which some experts train; Operand
 form.py     the base class Form; Layout, how a module holds its projections
-exact.py, integers.py, minifloat.py, groups.py: the forms
+exact.py, integers.py (Groups, too), minifloat.py: the forms
 module.py   stored projections of a module, and its state dict
 state.py    State, what switchgear keeps on a module; extend, for modules of other libraries
 selected.py parameters of which some experts are trained alone; offloaded.py: experts in a store on disk;
             adapted.py: projections with low-rank adapters
-store.py    all experts of a model, and the choice of a form; pages.py: huge pages
+store.py    all experts of a model, and the choice of a form
 """
 
 from switchgear.weights import minifloat

@@ -190,7 +190,7 @@ class Worker:
 
 
 def serve(connection: Connection, settings: Settings) -> None:
-    """The worker process: builds, then answers commands until the parent closes the pipe (common/processes.py)."""
+    """The worker process: builds, then answers commands until the parent closes the pipe (processes.py)."""
     worker = Worker(settings)
     connection.send(("ok", worker.describe()))
     while True:
