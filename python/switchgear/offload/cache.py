@@ -165,7 +165,7 @@ class Cache:
 
 
 class CachedLayer(LoadsExperts):
-    """The experts of one layer: the Source of its two weights.
+    """The experts of one layer: the source of its two weights.
 
     reads: (file, offset, bytes, checksum) of each expert's record.
     slots: [E] int32 of the weights, shared with the kernels of the host.

@@ -28,7 +28,7 @@ from switchgear.weights.weight import AdaptedWeight, Weight
 
 
 class LoadsExperts:
-    """The part of a Source that computes a layer; see weights/offloaded.py."""
+    """Loads the experts of a layer, and computes `moe` with them."""
 
     def run(
         self,
@@ -38,6 +38,9 @@ class LoadsExperts:
         *,
         together: bool = False,
     ) -> Any:
+        """compute(waves), while the experts of topk_ids [T,K] int32 are loaded: None if all are in memory, else
+        ascending ranges of experts, each resident until the next one is requested. together: all experts at once,
+        or a ValueError."""
         raise NotImplementedError
 
     @not_compiled  # a graph cannot hold what is loaded from call to call

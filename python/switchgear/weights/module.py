@@ -104,10 +104,6 @@ class StoredProjections:
         self.form, self.layout, self.projections = form, layout, projections
         self._cached: tuple[list[tuple[str, Tensor]], tuple[Weight, Weight]] | None = None
 
-    @property
-    def was_trained(self) -> bool:
-        return any(projection.trained for projection in self.projections)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}  # copies have tensors of their own
 
@@ -266,7 +262,7 @@ def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
     second: Any
     if stored is not None:
         first, second = stored.weights(module)
-        if module.training and stored.was_trained and not adapters and torch.is_grad_enabled():
+        if module.training and not adapters and torch.is_grad_enabled():
             _warn_of_training(module, stored)
     else:  # each attribute is read once: under a parametrization every access recomputes the weight
         first, second = attribute(module, layout.names[0]), attribute(module, layout.names[1])
@@ -292,8 +288,8 @@ def _transposed(weight: Tensor) -> Tensor:
 
 
 def _warn_of_training(module: nn.Module, stored: StoredProjections) -> None:
-    """Once per class and form: parameters that were trained became buffers."""
-    if torch.compiler.is_compiling():
+    """Once per class and form, if parameters that were trained became buffers."""
+    if torch.compiler.is_compiling() or not any(projection.trained for projection in stored.projections):
         return
     warn_once(
         f"{type(module).__name__} is in training mode, but its experts are stored as {stored.form} and do not train; "
@@ -361,26 +357,22 @@ def in_layout(weight: Tensor, layout: Layout) -> Tensor:
 # ---- for code that reads the parameters itself ----------------------------------------------------------------------
 
 
-def check_plain(name: str, experts: nn.Module) -> None:
+def check_plain(name: str, experts: nn.Module, *, are_replaced: bool = False) -> None:
     """Raises ValueError, which names the module, for weights in another form, adapters that are not merged, and experts
-    that train alone."""
+    that train alone. are_replaced: also for merged adapters, which would belong to weights that are gone."""
     for where, module in _named(name, experts):
         _check_adapters(where, module)
         if (stored := stored_of(module)) is not None:
             raise ValueError(f"{where}: expected plain weights, got {stored.form}; {stored.form.remedy}")
         if get_state(module).selection is not None:
             raise ValueError(f"{where}: expected no experts that train alone; call finetune.unfreeze(model) first")
-
-
-def check_replaceable(name: str, experts: nn.Module) -> None:
-    """As check_plain; refuses merged adapters, too, which would belong to weights that are gone."""
-    check_plain(name, experts)
-    _check_merged(name, experts)
+    if are_replaced:
+        _check_merged(name, experts)
 
 
 def check_state_dict(name: str, model: nn.Module) -> None:
-    """As check_replaceable, for code that reads the state dict, where lossless forms are plain, and experts that
-    train alone are among the others."""
+    """As check_plain of experts that are replaced, for code that reads the state dict, where lossless forms are plain,
+    and experts that train alone are among the others."""
     for where, module in _named(name, model):
         _check_adapters(where, module)
         stored = stored_of(module)

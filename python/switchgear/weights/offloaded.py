@@ -4,9 +4,9 @@ for them, and what a module has in place of its parameters. The cache itself is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,40 +25,12 @@ class Wave(NamedTuple):
     is_whole: bool  # whether these are all experts of the call
 
 
-class Source(Protocol):
-    """Loads the experts of a layer. offload.waves.LoadsExperts computes `moe` with them."""
-
-    def run(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        compute: Callable[[Iterator[Wave] | None], Tensor],
-        *,
-        together: bool = False,
-    ) -> Tensor:
-        """compute(waves), while the experts of topk_ids [T,K] int32 are loaded: None if all are in memory, else
-        ascending ranges of experts, each resident until the next one is requested. together: all experts at once,
-        or a ValueError."""
-
-    def moe(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        weights: tuple[Any, Any],
-        biases: tuple[Tensor | None, Tensor | None],
-        options: tuple[Any, ...],
-        autocast: str | None,
-    ) -> Tensor:
-        """functional.layer.apply_layer, with weights of which this is the source."""
-
-
 @dataclass(frozen=True, eq=False)
 class OffloadedWeight:
     """A projection [E,N,C] of which some experts are in memory, where `weight` has slots."""
 
     weight: Weight
-    source: Source
+    source: Any  # a LoadsExperts of offload.waves
 
     @property
     def shape(self) -> tuple[int, int, int]:
