@@ -24,6 +24,11 @@ except ImportError as error:
         f"`pip install .` in a checkout of the repository ({error})"
     ) from error
 
+__all__ = [
+    "Kernels", "advise_huge_pages", "available_cpu_isas", "check_capsule", "collapse_into_huge_pages", "cpu_isa",
+    "expand_compact", "host", "interleave_pages", "pack_compact", "panel_layout", "set_cpu_isa", "version",
+]  # fmt: skip
+
 advise_huge_pages = _C.advise_huge_pages
 available_cpu_isas = _C.available_cpu_isas
 """() -> list[str]: the instruction sets that were built and that this machine runs, best last."""

@@ -15,7 +15,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from switchgear.reference.minifloat import NF4_BLOCK, Encoded, decode_pairs, encode_experts, encoded, pad_zeros
+from switchgear.reference.minifloat import NF4_BLOCK, Encoded, decode_pairs, encode_experts, encode_rows, pad_zeros
 
 # Of codes 0..15, from the paper's appendix E, as float32.
 VALUES = (
@@ -69,8 +69,10 @@ def encode_nf4(weight: Tensor, name: str = "weight") -> Encoded:
         codes = nf4_codes(blocks / torch.where(absmax == 0, 1.0, absmax)[..., None]).flatten(1)
         return (codes[:, ::2] << 4 | codes[:, 1::2])[:, : -(-columns // 2)], absmax
 
-    matrices = encode_experts(weight, name, encode)
-    return encoded(weight, matrices, lambda values, absmax: decode_nf4(values, absmax, columns))
+    (values, absmax), lossless = encode_experts(
+        weight, name, lambda w: encode_rows(w, encode), lambda v, s: decode_nf4(v, s, columns)
+    )
+    return Encoded(values, absmax, lossless)
 
 
 def decode_nf4(
