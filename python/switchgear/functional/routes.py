@@ -180,19 +180,11 @@ def gate_route(
     Raises:
         ValueError: a wrong shape, or an option out of range. TypeError: a wrong dtype.
     """
+    scale = as_number("scale", scale)
+    options = (score_function, normalize, scale, num_groups, topk_groups, group_score)
     if needs_autograd(x, weight, bias):
-        return route(
-            gate(x, weight, bias, float32=float32),
-            top_k,
-            score_function=score_function,
-            normalize=normalize,
-            scale=scale,
-            selection_bias=selection_bias,
-            num_groups=num_groups,
-            topk_groups=topk_groups,
-            group_score=group_score,
-        )
-    options = (score_function, normalize, as_number("scale", scale), num_groups, topk_groups, group_score)
+        router_logits = gate(x, weight, bias, float32=float32)
+        return _choose(False, (top_k, *options), options[:3], router_logits, selection_bias)
     x, weight, bias = _of_gate(x, weight, bias, float32)
     if x.dim() != 2:
         x = flat("x", x)

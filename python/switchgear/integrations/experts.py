@@ -15,7 +15,7 @@ from switchgear.backends import in_autocast
 from switchgear.functional.products import AnyWeight
 from switchgear.ops import GluOptions
 from switchgear.weights import AdaptedWeight, SelectedWeight, Weight
-from switchgear.weights.offloaded import OffloadedWeight
+from switchgear.weights.weight import OffloadedWeight
 
 
 class ExpertWeights(NamedTuple):

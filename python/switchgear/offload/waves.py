@@ -21,10 +21,10 @@ from torch import Tensor
 from switchgear import ops
 from switchgear.functional.gradients import needs_autograd
 from switchgear.functional.layer import Biases, accumulate, apply_layer
+from switchgear.offload.projections import Wave
 from switchgear.reference import weight_dtype
 from switchgear.utils.functions import not_compiled
-from switchgear.weights.offloaded import OffloadedWeight, Wave
-from switchgear.weights.weight import AdaptedWeight, Weight
+from switchgear.weights.weight import AdaptedWeight, OffloadedWeight, Weight
 
 
 class LoadsExperts:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -298,6 +298,35 @@ class SelectedWeight(NamedTuple):
         if autocast is not None:
             weight, trained, bias = cast_in_autocast(autocast, weight, trained, bias)
         return Operand((weight,), leaves=(weight, trained, bias), trained=TrainedExperts(trained, bias, self.experts))
+
+
+@dataclass(frozen=True, eq=False)
+class OffloadedWeight:
+    """A projection [E,N,C] whose experts are in a store on disk. Some are in memory, where `weight` has slots."""
+
+    weight: Weight
+    source: Any  # a LoadsExperts of offload.waves
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def operand(self, dtype: torch.dtype, autocast: str | None = None) -> Operand:
+        return Operand((), source=self.source)
+
+    def plain(self) -> NoReturn:
+        raise ValueError(
+            "model: its experts are offloaded, so their plain weights and state dict are not in memory; the store has "
+            "them, or call close() of what offload returned, which restores the parameters"
+        )
 
 
 HUGE_PAGE = 2 << 20  # bytes

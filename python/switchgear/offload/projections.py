@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Projections whose experts are in a store on disk, and in memory only while they are needed: what weights_of returns
-for them, and what a module has in place of its parameters. The cache itself is in offload/."""
+"""What a module has in place of parameters whose experts are in a store: stored projections without buffers."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from switchgear.weights.form import Form, Layout
 from switchgear.weights.module import Projection, StoredProjections
-from switchgear.weights.weight import Operand, Weight
+from switchgear.weights.weight import Weight
 
 
 class Wave(NamedTuple):
@@ -23,35 +22,6 @@ class Wave(NamedTuple):
     low: int
     high: int  # the last one
     is_whole: bool  # whether these are all experts of the call
-
-
-@dataclass(frozen=True, eq=False)
-class OffloadedWeight:
-    """A projection [E,N,C] of which some experts are in memory, where `weight` has slots."""
-
-    weight: Weight
-    source: Any  # a LoadsExperts of offload.waves
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def operand(self, dtype: torch.dtype, autocast: str | None = None) -> Operand:
-        return Operand((), source=self.source)
-
-    def plain(self) -> NoReturn:
-        raise ValueError(
-            "model: its experts are offloaded, so their plain weights and state dict are not in memory; the store has "
-            "them, or call close() of what offload returned, which restores the parameters"
-        )
 
 
 @dataclass(frozen=True)
