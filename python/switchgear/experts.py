@@ -152,8 +152,4 @@ class Experts(nn.Module):
         return ", ".join(parts)
 
 
-def _find(module: nn.Module) -> Layout | None:
-    return module._layout if isinstance(module, Experts) else None
-
-
-extend("layout", _find)
+extend("layout", lambda module: module._layout if isinstance(module, Experts) else None)

@@ -259,11 +259,7 @@ def _decode_minifloat(stored: Stored) -> Tensor:
     values, scales = minifloat.from_blocks(stored.data, stored.scales, stored.format, stored.rows, cols, parts, group)
     if stored.format == "nf4":
         return nf4.decode_nf4(values, scales, cols)
-    if stored.format == "mxfp4":
-        return minifloat.decode_mxfp4(values, scales, cols)
-    if stored.format == "nvfp4":
-        return minifloat.decode_nvfp4(values, scales, minifloat.from_row_scales(stored.row_scales, parts), cols)
-    return minifloat.decode_fp8(values, scales, group, parts)
+    return minifloat.decode(stored.format, values, scales, stored.row_scales, cols, parts, group)
 
 
 def multiply_integers(rows: Tensor, tensors: Sequence[Tensor], form: Sequence[int], expert_offsets: Tensor) -> Tensor:

@@ -349,6 +349,17 @@ def decode_nvfp4(
     return decode_pairs(values, E2M1_VALUES, columns, dtype, factors, NVFP4_BLOCK, 0)
 
 
+def decode(
+    format: str, values: Tensor, scales: Tensor, row_scales: Any, columns: int, parts: int, group: tuple[int, int]
+) -> Tensor:
+    """Decodes published values and scales of a format of this file to [E,N,C], float32."""
+    if format == "mxfp4":
+        return decode_mxfp4(values, scales, columns)
+    if format == "nvfp4":
+        return decode_nvfp4(values, scales, from_row_scales(row_scales, parts), columns)
+    return decode_fp8(values, scales, group, parts)
+
+
 def rows_of_scales(scales: Tensor, rows: int, group: tuple[int, int], parts: int) -> Tensor:
     """Repeats scales of fp8 [E, parts·R, G] for each of N rows: [E,N,G]."""
     shares = scales.view(len(scales), parts, scales.shape[1] // parts, scales.shape[2])
