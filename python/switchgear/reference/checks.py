@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from switchgear.checks import Range, Shape, convert, integer
+from switchgear.checks import OneOf, Range, Shape, convert
 
 __all__ = [
     "check_choice", "check_finite", "check_fraction", "check_num_experts", "check_range", "check_size", "weight_dtype",
@@ -74,8 +74,7 @@ TopkWeights = Annotated[Tensor, Sums("T", "K")]
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    OneOf(choices).check(name, value, {})
 
 
 def check(name: str, tensor: Tensor | None, shape: Sequence[int | None], dtype: torch.dtype | None = None) -> None:
@@ -104,10 +103,8 @@ def check_experts(experts: Tensor | None, num_experts: int) -> None:
 def check_size(name: str, value: int, least: int = 1) -> int:
     """A size of at least `least`, of any type of integers (numpy's too), as int. Raises TypeError or ValueError for
     anything else."""
-    value = integer(name, value)
-    if not least <= value < 2**31:
-        raise ValueError(f"{name}: expected {least} to 2^31 - 1, got {value}")
-    return value
+    size: int = convert(name, value, Annotated[int, Range(least, 2**31 - 1)])
+    return size
 
 
 def check_num_experts(num_experts: int) -> None:
@@ -115,14 +112,12 @@ def check_num_experts(num_experts: int) -> None:
 
 
 def check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    Range(-math.inf, math.inf, "low high").check(name, value, {})
 
 
 def check_fraction(name: str, value: float) -> None:
     """Checks a probability or a share that 1 would make meaningless."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+    Range(0, 1, "high").check(name, value, {})
 
 
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:
