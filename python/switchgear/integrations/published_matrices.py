@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Matrices [N,C] of 2 to 4 bits as published, a few tensors for each: how they are named, checked and read.
+"""Matrices [N,C] of 2 to 8 bits as published, a few tensors for each: how they are named, checked and read.
+
+fp8 has float32 scales of blocks of 128 x 128 in .weight_scale_inv, beside .weight.
 
 nf4 as bitsandbytes serialises it (Linear4bit), beside the names of matrices the suffixes
 
@@ -57,12 +59,13 @@ from switchgear.integrations.published_keys import (
     QSCALES,
     QWEIGHT,
     QZEROS,
+    SCALE,
     Checks,
     Piece,
     Pieces,
 )
 from switchgear.reference import groups, nf4
-from switchgear.reference.minifloat import COLUMNS, NF4_BLOCK, NVFP4_BLOCK, decode_nvfp4
+from switchgear.reference.minifloat import BLOCK, COLUMNS, NF4_BLOCK, NVFP4_BLOCK, decode_fp8, decode_nvfp4
 
 METHODS = ("bitsandbytes", "modelopt", "compressed-tensors", "gptq", "awq")  # of quantisation, in config.json
 
@@ -354,7 +357,20 @@ def _decode_groups(packing: Packing, q: Tensor, scales: Tensor, zeros: Tensor | 
     return groups.dequantize(groups.Levels(q, scales, zeros, (packing.bits,)), packing.group_size)
 
 
+# ---- fp8 -------------------------------------------------------------------------------------------------------------
+
+
+def _want_fp8(shape: tuple[int, int], found: Shapes) -> Wanted:
+    blocks = -(-shape[0] // BLOCK[0]), -(-shape[1] // BLOCK[1])
+    return {"": (shape, ("F8_E4M3",)), SCALE: (blocks, FLOATS)}
+
+
+def _take_fp8(tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, ...]:
+    return tensors[""], tensors[SCALE].float()
+
+
 KINDS = (
+    Matrices("fp8", SCALE, (1, 1), _want_fp8, _take_fp8, decode_fp8, (SCALE,)),
     Matrices(
         "nf4", NF4_STATE, (1, NF4_BLOCK), _want_nf4, _take_nf4, nf4.decode_nf4,
         (ABSMAX, NF4_MAP, NF4_STATE, NESTED_ABSMAX, NESTED_MAP),
