@@ -111,6 +111,11 @@ def planned(
         raise
 
 
+def undo(plan: Planned) -> None:
+    """Lets the experts of the model run as before."""
+    undo_accelerate(plan.replacements)
+
+
 def fill(plan: Planned, device: torch.device, without: Collection[str] = ()) -> nn.Module:
     """Reads the tensors into the model, all but those `without`. On failure nothing is loaded."""
     try:
@@ -118,7 +123,7 @@ def fill(plan: Planned, device: torch.device, without: Collection[str] = ()) -> 
         reader = Reader(plan.files.headers)
         loaded = {target: read(reader, device) for target, read in plan.reads.items() if target not in without}
     except BaseException:
-        undo_accelerate(plan.replacements)
+        undo(plan)
         raise
     commit(plan.model, loaded)
     return plan.model.eval()  # type: ignore[no-any-return]
