@@ -96,8 +96,7 @@ class Muon(torch.optim.Optimizer):
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
         }  # fmt: skip
-        _check(options)
-        super().__init__(params, options)
+        super().__init__(params, options)  # add_param_group checks them
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim. Raises ValueError for an option out of range, or a parameter of fewer dimensions."""

@@ -16,7 +16,7 @@ from switchgear.checks import Finite, FiniteTensor, Share, Size, checked
 from switchgear.functional import Routing, combine, grouped_gemm, plan
 from switchgear.layers.common import WithLosses
 from switchgear.papers.layers.composed import SoftMoE
-from switchgear.papers.parts.scores_of_experts import PosthocGate
+from switchgear.papers.parts.scores import PosthocGate
 from switchgear.reference import check_range, weight_dtype
 from switchgear.routing.context import can_be_read, context_of
 from switchgear.routing.router import Router, RouterOptions
@@ -353,7 +353,7 @@ class LoRAExperts(WithLosses):
         """Raises ValueError: there is no one weight to merge into the base."""
         raise ValueError(
             f"model: expected adapters that act on all tokens alike, got {name}, a routed mixture, which weighs its "
-            "adapters for each token"
+            "adapters for each token and is saved with Mixture(model).state_dict()"
         )
 
 

@@ -8,7 +8,8 @@ a name in their config, and PatchedExperts, whose forward is replaced on the ins
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -206,9 +207,9 @@ class PatchedExperts:
         names = {id(part): name for name, part in self.module.named_modules(prefix=path)}
         sites = []
         for part in self.patch.sites(self.module):
-            refuse_wrapped(names[id(part.module)], part.module)
             where = names[id(part.module)]
-            sites.append(Site(where, *part, guarded=self.module, guard=refuse_other_implementation))
+            refuse_wrapped(where, part.module)
+            sites.append(replace(part, path=where, guarded=self.module, guard=refuse_other_implementation))
         return sites
 
     def reads_borrowed(self, name: str) -> bool:
@@ -248,18 +249,14 @@ def refuse_other_implementation(module: Any, *_: Any) -> None:
 def refuse_bypass(module: nn.Module, reason: str) -> None:
     """Raises RuntimeError if the module, or a part of it, has adapters or experts that train alone, which its class's
     own forward would miss."""
+    what = advice = None
     for part in module.modules():
         if has_adapters(part):
-            _refuse(
-                module, reason, "adapters of switchgear.adapters",
-                "merge(model) or remove_lora(model) of switchgear.adapters",
-            )  # fmt: skip
-        if selection_of(part) is not None:
-            _refuse(module, reason, "experts that train alone", "switchgear.finetune.unfreeze(model)")
-
-
-def _refuse(module: Any, reason: str, what: str, advice: str) -> NoReturn:
-    raise RuntimeError(
-        f"{type(module).__name__} has {what}, but does not run on switchgear ({reason}); "
-        f"call switchgear.accelerate(model), or {advice}"
-    )
+            what, advice = "adapters", "merge(model) or remove_lora(model) of switchgear.adapters"
+        elif selection_of(part) is not None:
+            what, advice = "experts that train alone", "switchgear.finetune.unfreeze(model)"
+    if what is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} has {what}, but does not run on switchgear ({reason}); "
+            f"call switchgear.accelerate(model), or {advice}"
+        )

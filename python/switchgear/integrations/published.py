@@ -22,15 +22,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from switchgear.files import AnyPath
 from switchgear.integrations import published_matrices
-from switchgear.integrations.checkpoint_files import CONFIG, CheckpointFiles, Reader
-from switchgear.integrations.published_keys import (
+from switchgear.integrations.checkpoint_files import (
     BLOCKS,
+    CONFIG,
     FLOATS,
     SCALES,
-    SUFFIXES,
+    CheckpointFiles,
     Checks,
     Piece,
     Pieces,
+    Reader,
     matches,
     pieces_of,
 )
@@ -204,7 +205,7 @@ def plan_of(model: Any, files: CheckpointFiles, packed: Matrices | None) -> dict
     state, projections, checks = model.state_dict(), _projections(model), Checks(files.headers)
     plan: dict[str, Read] = {}
     keys = [key for key in files.headers if key in state or not key.endswith(published_matrices.IGNORED)]
-    found = pieces_of(model, keys, state, (*SUFFIXES, *published_matrices.SUFFIXES))
+    found = pieces_of(model, keys, state, published_matrices.SUFFIXES)
     for target, pieces in found.items():
         kind = matrices_of(pieces, packed)
         if target in projections and set(pieces) != {Piece()}:

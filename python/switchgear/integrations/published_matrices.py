@@ -46,27 +46,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.integrations.checkpoint_files import Reader
-from switchgear.integrations.published_keys import (
-    CT_GROUPS,
-    CT_PACKED,
-    CT_SCALE,
-    CT_SHAPE,
-    CT_ZEROS,
-    FLOATS,
-    GROUPS_OF,
-    OF_GROUPS,
-    QSCALES,
-    QWEIGHT,
-    QZEROS,
-    SCALE,
-    Checks,
-    Piece,
-    Pieces,
-)
+from switchgear.integrations.checkpoint_files import BLOCKS, FLOATS, SCALE, SCALES, Checks, Piece, Pieces, Reader
 from switchgear.reference import groups, nf4
 from switchgear.reference.minifloat import BLOCK, COLUMNS, NF4_BLOCK, NVFP4_BLOCK, decode_fp8, decode_nvfp4
 
+QWEIGHT, QZEROS, QSCALES, GROUPS_OF = ".qweight", ".qzeros", ".scales", ".g_idx"
+CT_PACKED, CT_ZEROS, CT_SCALE = ".weight_packed", ".weight_zero_point", ".weight_scale"
+CT_SHAPE, CT_GROUPS = ".weight_shape", ".weight_g_idx"
+OF_GROUPS = (QWEIGHT, QZEROS, QSCALES, GROUPS_OF, CT_PACKED, CT_ZEROS, CT_SCALE, CT_SHAPE, CT_GROUPS)
 METHODS = ("bitsandbytes", "modelopt", "compressed-tensors", "gptq", "awq")  # of quantisation, in config.json
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the tensors of a matrix, by suffix
@@ -383,5 +370,5 @@ KINDS = (
         "nvfp4", GLOBAL, (1, NVFP4_BLOCK), _want_nvfp4, _take_nvfp4, decode_nvfp4, (GLOBAL, PACKED, BLOCK_SCALE)
     ),
 )  # fmt: skip
-SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
+SUFFIXES = (SCALE, BLOCKS, SCALES, *OF_GROUPS, *(suffix for kind in KINDS for suffix in kind.suffixes))
 IGNORED = tuple(suffix for kind in KINDS for suffix in kind.ignored)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters import LoRAExperts
 from switchgear.papers.parts.losses import LocalizedBalance
-from switchgear.papers.parts.scores import ClusterPrior, FromEmbedding, PerSequence
-from switchgear.papers.parts.scores_of_experts import PosthocGate
+from switchgear.papers.parts.scores import ClusterPrior, FromEmbedding, PerSequence, PosthocGate
 from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
 from switchgear.routing import Dense, Linear, Sum, TopK
 

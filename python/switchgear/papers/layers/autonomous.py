@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from switchgear.checks import Size, checked
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, plan
 from switchgear.layers.common import WithLosses, check_rows
-from switchgear.papers.parts.scores_of_experts import ActivationNorm, norms
+from switchgear.papers.parts.scores import ActivationNorm, norms
 from switchgear.reference import ACTIVATIONS, check_choice
 from switchgear.routing.context import Balance, Controller, Limit, Scope, context_of
 from switchgear.routing.router import Router
