@@ -215,8 +215,7 @@ def undo_accelerate(replacements: Iterable[Replacement]) -> None:
 def path_of(module: Any) -> str:
     """How an experts module runs now: "moe" (fused), "grouped_gemm" (around the model's own gate), "eager: …" (the
     model's own code, and why), or why it is not replaced."""
-    experts = recognize(module)
-    return "not an experts module that switchgear knows" if experts is None else experts.path()
+    return _ask(module, "path") or "not an experts module that switchgear knows"
 
 
 def _ask(module: nn.Module, question: str, *args: Any) -> Any:
