@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters.sites import TARGETS, Site, refuse_wrapped
 from switchgear.backends import warn_once
-from switchgear.integrations.experts import ExpertWeights, find_unreadable, is_of
+from switchgear.integrations.experts import ExpertWeights, find_unreadable, has_post_norm, is_of
 from switchgear.integrations.forwards import Bypassed, is_swapped, replace_forward, runs_own_forward
 from switchgear.integrations.gates import find_gate
 from switchgear.integrations.undecorated import Patch, find_difference, find_patch
@@ -45,11 +45,6 @@ def is_decorated(module: nn.Module) -> bool:
     """Whether the module's class has transformers' decorator `use_experts_implementation`."""
     own = vars(module)  # getattr of a wrapper, as of torch.compile, answers for the module inside
     return all(mark in own for mark in MARKS) and hasattr(type(module), CLASS_MARK)
-
-
-def has_post_norm(module: nn.Module) -> bool:
-    """Whether an experts module normalises each expert's output before it is weighted."""
-    return getattr(module, "has_post_expert_norm", False)
 
 
 def weights_in(module: Any) -> ExpertWeights:

@@ -22,7 +22,7 @@ from switchgear import functional
 from switchgear.adapters.sites import TARGETS, Site
 from switchgear.integrations.experts import ExpertWeights, list_tensors, project, run_experts
 from switchgear.integrations.forwards import LINEAR, PartClass, borrow, get_part, name_model_class, unwrap_part
-from switchgear.integrations.gates import find_gate, get_own_gate
+from switchgear.integrations.gates import find_gate
 from switchgear.utils.modules import set_eval
 from switchgear.weights import AdaptedWeight
 from switchgear.weights.adapted import adapted
@@ -53,13 +53,13 @@ class Patch(NamedTuple):
 
 def _step3p7(module: Any, weights: ExpertWeights, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     ids = torch.where(ids < module.num_experts, ids, -1)
-    return run_experts(hidden_states, ids, topk_weights, weights, find_gate(module), get_own_gate(module))
+    return run_experts(hidden_states, ids, topk_weights, weights, module)
 
 
 def _longcat(module: Any, weights: ExpertWeights, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     routed = ids < module.num_routed_experts
     routed_ids = torch.where(routed, ids, -1)
-    y = run_experts(hidden_states, routed_ids, topk_weights, weights, find_gate(module), get_own_gate(module))
+    y = run_experts(hidden_states, routed_ids, topk_weights, weights, module)
     identity = topk_weights.masked_fill(routed, 0).sum(dim=-1, keepdim=True)  # the zero experts return their input
     return y + (hidden_states * identity).to(y.dtype)
 
@@ -71,15 +71,14 @@ def _llama4(module: Any, weights: ExpertWeights, hidden_states: Tensor) -> tuple
     # The score scales the expert's input, so each choice becomes its own row.
     rows = (x[:, None] * topk_weights[..., None]).flatten(0, 1)
     ones = torch.ones_like(rows[:, :1])
-    experts = unwrap_part(module.experts)
-    y = run_experts(rows, topk_ids.reshape(-1, 1), ones, weights, find_gate(experts), get_own_gate(experts))
+    y = run_experts(rows, topk_ids.reshape(-1, 1), ones, weights, unwrap_part(module.experts))
     return module.shared_expert(x) + y.view(-1, module.top_k, module.hidden_dim).sum(dim=1), router_logits
 
 
 def _jetmoe(module: Any, weights: ExpertWeights, layer_input: Tensor) -> Tensor:
     x = layer_input.flatten(0, 1)
     topk_ids, topk_weights = read_jetmoe(module.router(x), module.router.top_k)
-    y = run_experts(x, topk_ids, topk_weights, weights, find_gate(module), get_own_gate(module))
+    y = run_experts(x, topk_ids, topk_weights, weights, module)
     bias: Tensor = module.bias
     return y.view(layer_input.shape) + bias
 
