@@ -187,7 +187,6 @@ def unfreeze(model: nn.Module) -> None:
 
 
 def _read_flags(module: nn.Module) -> dict[str, bool]:
-    """Which of a module's own parameters require gradients."""
     return {name: parameter.requires_grad for name, parameter in module.named_parameters(recurse=False)}
 
 

@@ -139,7 +139,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def _check(options: dict[str, Any]) -> None:
-    """Raises TypeError or ValueError for the options of a group of parameters."""
     for name in ("lr", "weight_decay", "momentum", "eps"):
         if not as_number(name, options[name]) >= 0:
             raise ValueError(f"{name}: expected a number of at least 0, got {options[name]}")

@@ -204,7 +204,6 @@ def _replace(
     options: dict[str, Any],
     shared_router: bool,
 ) -> Mixture:
-    """Makes all layers, then exchanges them."""
     bases = {name: _get_linear(model, name) for name in names}
     made: dict[nn.Module, LoRAExperts] = {}
     if shared_router:

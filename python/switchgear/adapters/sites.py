@@ -92,7 +92,6 @@ def guard(site: Site) -> None:
 
 
 def unguard(module: nn.Module) -> None:
-    """Undoes `guard`, if the module has one."""
     if (handle := get_state(module).guard) is not None:
         set_state(module, guard=None)
         handle.remove()

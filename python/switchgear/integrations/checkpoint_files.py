@@ -184,7 +184,6 @@ class Checks:
         return not absent
 
     def complain(self, path: Path) -> None:
-        """ValueError if there are complaints."""
         if self.problems:
             rest = f"; and {len(self.problems) - SHOWN} more" if len(self.problems) > SHOWN else ""
             raise ValueError(f"path: {path} does not fit the model: {'; '.join(self.problems[:SHOWN])}{rest}")

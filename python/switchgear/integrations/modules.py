@@ -149,7 +149,6 @@ class PatchedExperts:
         return is_swapped(self.module)
 
     def path(self) -> str:
-        """How the module runs now, as `path_of` of transformers.py."""
         if self.is_on_switchgear:
             reason = self.read()[1]
             return self.patch.path(self.module) if reason is None else f"eager: {reason}"
@@ -183,11 +182,9 @@ class PatchedExperts:
         return replace_forward(self.module, _build_forward(self.patch))
 
     def layout(self) -> Layout | None:
-        """None: no form is made for these classes."""
-        return None
+        return None  # no form is made for these classes
 
     def hint(self) -> str:
-        """Why there is no layout."""
         path = self.path()
         if self.is_on_switchgear:
             return f"{type(self.module).__name__} runs as {path}, but its class has no stored layout"
@@ -208,7 +205,6 @@ class PatchedExperts:
         return sites
 
     def reads_borrowed(self, name: str) -> bool:
-        """Whether a call of the module reads the factors that it borrows for its parameter `name`."""
         return name in self.patch.borrows and self.is_on_switchgear and not self.path().startswith("eager")
 
 

@@ -138,15 +138,15 @@ def _join(owner: nn.Module, layers: Sequence[Any], adapter: str) -> _Linears:
     return _Linears(weight, bias, both if isinstance(both, AdaptedWeight) else None)
 
 
-def _build_dense_weights(expert_class: PartClass, *names: str) -> Callable[[Any], Sequence[_Linears]]:
+def _build_dense(
+    expert_class: PartClass, names: tuple[str, str], forward: Callable[..., Any], sample: Callable[..., Any]
+) -> Patch:
+    """The entry of a class with a module per expert, whose linear layers have these names."""
+
     def weights(module: Any) -> Sequence[_Linears]:
         experts = [get_part(module, f"expert_{e}", expert_class) for e in range(module.num_experts)]
         return [_join(module, [get_part(expert, name, LINEAR) for expert in experts], name) for name in names]
 
-    return weights
-
-
-def _build_dense_sites(*names: str) -> Callable[[Any], list[Site]]:
     def sites(module: Any) -> list[Site]:
         found = []
         for name, target in zip(names, TARGETS, strict=True):
@@ -155,7 +155,7 @@ def _build_dense_sites(*names: str) -> Callable[[Any], list[Site]]:
             found.append(Site("", module, name, target, weight, linears=linears))
         return found
 
-    return sites
+    return Patch(weights, forward, sample, sites=sites)
 
 
 def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: functional.Plan) -> Tensor:
@@ -203,20 +203,16 @@ def _vitpose(module: Any, weights: Sequence[_Linears], hidden_state: Tensor, ind
 # ---- arguments for a trial -------------------------------------------------------------------------------------------
 
 
-def _get_dtype_and_device(module: Any) -> dict[str, Any]:
-    parameter = next(module.parameters())
-    return {"dtype": parameter.dtype, "device": parameter.device}
-
-
 def _draw_x(module: Any, generator: torch.Generator, width: int) -> Tensor:
-    return torch.randn(_TOKENS, width, generator=generator).to(**_get_dtype_and_device(module))
+    return torch.randn(_TOKENS, width, generator=generator).to(next(module.parameters()))
 
 
 def _draw_choices(module: Any, generator: torch.Generator, num_experts: int) -> tuple[Tensor, Tensor]:
     """Two distinct experts per token (one if there is one), with weights in (0, 1)."""
     scores = torch.rand(_TOKENS, num_experts, generator=generator)
     topk_weights, topk_ids = scores.topk(min(2, num_experts), dim=-1)
-    return topk_ids.to(_get_dtype_and_device(module)["device"]), topk_weights.to(**_get_dtype_and_device(module))
+    like = next(module.parameters())
+    return topk_ids.to(like.device), topk_weights.to(like)
 
 
 def sample_topk(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
@@ -338,15 +334,11 @@ PATCHES: dict[str, Patch] = {
     "longcat_flash.LongcatFlashExperts": Patch(
         _build_weights(_longcat_sites), _longcat, sample_longcat, gate="", sites=_longcat_sites, borrows=TARGETS
     ),
-    "nllb_moe.NllbMoeExperts": Patch(
-        _build_dense_weights(_NLLB_EXPERT, "fc1", "fc2"), _nllb, sample_nllb, sites=_build_dense_sites("fc1", "fc2")
-    ),
+    "nllb_moe.NllbMoeExperts": _build_dense(_NLLB_EXPERT, ("fc1", "fc2"), _nllb, sample_nllb),
     "step3p7.Step3p7Experts": Patch(
         _build_weights(_stacked_sites), _step3p7, sample_topk, gate="", sites=_stacked_sites, borrows=TARGETS
     ),
-    "switch_transformers.SwitchTransformersExperts": Patch(
-        _build_dense_weights(_SWITCH_EXPERT, "wi", "wo"), _switch, sample_switch, sites=_build_dense_sites("wi", "wo")
-    ),
+    "switch_transformers.SwitchTransformersExperts": _build_dense(_SWITCH_EXPERT, ("wi", "wo"), _switch, sample_switch),
     "vitpose_backbone.VitPoseNaiveMoe": Patch(
         lambda m: (_join(m, [get_part(m, name, LINEAR) for name in m._modules], "weight"),), _vitpose, sample_vitpose,
         has_choice=False, sites=_vitpose_sites,
