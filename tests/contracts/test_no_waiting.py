@@ -47,6 +47,7 @@ ALLOWED = {
     "functional/layer.py _check_both_trained": "two lists of experts that are not the same tensor",
     "offload/waves.py _cast": "autocast of experts in a cache, which waits for them anyway: only those in use",
     "integrations/hook_points.py _JetMoe.write": "its layers take the numbers of tokens as a list",
+    "papers/layers/monet.py MonetExperts.disable": "called between steps",
     "reference/policies.py assign_balanced": "ends early on the CPU only",
     "reference/policies.py assign_capped": "ends early on the CPU only; layers pass longest and largest",
     "routing/context.py sequences": "sequence_ids without num_sequences, as docs/routing.md says",
