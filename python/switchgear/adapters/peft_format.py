@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -199,7 +199,8 @@ def read_lora(source: Source, name: str = "adapter") -> Adapter:
             raise TypeError(f"{name}: expected layers to be a dict, got {type(source.layers).__name__}")
         if not source.layers:
             raise ValueError(f"{name}: expected adapters of at least one layer, got none")
-        return source
+        layers = {layer: as_low_rank(f"{name}, {layer}", pair) for layer, pair in source.layers.items()}
+        return replace(source, layers=layers)
     if isinstance(source, (str, os.PathLike)):
         options = read_config(Path(source), name)
         tensors: Mapping[str, Tensor] = read_tensors(Path(source), name)[0]
