@@ -22,6 +22,7 @@ from switchgear.routing.counting import aside, unseen
 from switchgear.routing.ranking import finite
 from switchgear.utils.modules import KeepsFloat32
 
+_Growth = Annotated[float, Range(1, math.inf, "low high")]
 _LEAST_GROWTH, _MOST_GROWTH = 1e-6, 1e10  # of the λ of AdaptiveSparsity, which begins small
 
 
@@ -118,13 +119,7 @@ class AdaptiveSparsity(_Coefficient):
 
     @checked
     def __init__(
-        self,
-        top_k: Positive,
-        num_experts: int,
-        *,
-        initial: Finite = 1e-8,
-        rate: Annotated[float, Range(1, math.inf, "low high")] = 1.2,
-        balance: bool = True,
+        self, top_k: Positive, num_experts: int, *, initial: Finite = 1e-8, rate: _Growth = 1.2, balance: bool = True
     ) -> None:
         super().__init__(initial)
         if top_k > num_experts:
