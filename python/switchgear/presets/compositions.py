@@ -270,12 +270,10 @@ def merged(
     bottleneck of the width H / 64 added to x. pooling = "attention" is ours.
     """
     losses = [ImportanceLoad(importance, importance if noise else 0.0)] if importance else []
+    options = {"per_linear": per_linear, "bottleneck": bottleneck, "noise": noise, "balance": losses}
     return {
         "layer": merged_experts,
         "top_k": top_k,
         "pooling": pooling,
-        "per_linear": per_linear,
-        "bottleneck": bottleneck,
-        "noise": noise,
-        "balance": losses,
+        **{name: value for name, value in options.items() if value},
     }

@@ -163,8 +163,11 @@ def moe_plus_plus(
     """
     free = null + copy + constant
     penalty = partial(_zero_computation_penalty, tau=tau, coefficient=balance, free=free)
+    limits: dict[str, Any] = {}
+    if capacity_factor is not None:
+        limits["capacity"] = CapacityByKind(free, tau, Capacity(capacity_factor))
     return {
-        "capacity": None if capacity_factor is None else CapacityByKind(free, tau, Capacity(capacity_factor)),
+        **limits,
         "score": GatingResidual,
         "select": TopK(top_k),
         "balance": [penalty],
