@@ -83,6 +83,13 @@ def octavius(*, dim: int | None = None, rank: int = 32, dropout: float = 0.1, to
     return {"layer": adapted_linear, "rank": rank, "dropout": dropout, "score": score, "select": select}
 
 
+def _with_prior(
+    hidden_size: int, num_experts: int, *, centroids: Tensor, weight: float, tau: float, **place: Any
+) -> Sum:
+    near = ClusterPrior(centroids, weight=weight, tau=tau, **place)
+    return Sum(Linear(hidden_size, num_experts, **place), near)
+
+
 @preset(
     "adapter",
     66,
@@ -98,7 +105,7 @@ def mor1e(centroids: Tensor, *, top_k: int = 2, weight: float = 1.0, tau: float 
 
     centroids [E,D]: of a k-means of instances' embeddings, one cluster per expert; Context.embedding [B,D].
     """
-    score = partial(Sum, Linear, partial(ClusterPrior, centroids, weight=weight, tau=tau))
+    score = partial(_with_prior, centroids=centroids, weight=weight, tau=tau)
     return {"layer": adapted_linear, "rank": 1, "score": score, "select": TopK(top_k)}
 
 

@@ -214,7 +214,7 @@ def _sums_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> T
 class _PerExpert(FillsBuffers, KeepsFloat32):
     """A loss with a fixed vector over the experts, which follows the router to its device."""
 
-    loss: ClassVar[Callable[[Tensor, Tensor, Tensor], Tensor]]  # of probabilities, topk_ids and the vector
+    _loss: ClassVar[Callable[[Tensor, Tensor, Tensor], Tensor]]  # of probabilities, topk_ids and the vector
     vector: Tensor
 
     @checked
@@ -240,7 +240,7 @@ class _PerExpert(FillsBuffers, KeepsFloat32):
     def forward(self, routing: Routing, context: Context) -> Tensor:
         self._prepare(routing)
         probabilities = router_probabilities(routing, self.score_function)
-        return self.coefficient * self.loss(probabilities, routing.topk_ids, self.vector)
+        return self.coefficient * self._loss(probabilities, routing.topk_ids, self.vector)
 
 
 class ParamPenalty(_PerExpert):
@@ -250,7 +250,7 @@ class ParamPenalty(_PerExpert):
     """
 
     name = "parameters"
-    loss = staticmethod(parameter_penalty)
+    _loss = staticmethod(parameter_penalty)
 
     def __init__(
         self, widths: Sequence[float] | Tensor, coefficient: float = 1e-2, score_function: str | None = None
@@ -266,7 +266,7 @@ class DeviceBalance(_PerExpert):
     """
 
     name = "device"
-    loss = staticmethod(device_loss)
+    _loss = staticmethod(device_loss)
 
     def __init__(
         self,
@@ -283,7 +283,7 @@ class AlignmentLoss(DeviceBalance):
     alignment_loss). Arguments as for DeviceBalance; the coefficient is unverified."""
 
     name = "alignment"
-    loss = staticmethod(alignment_loss)
+    _loss = staticmethod(alignment_loss)
 
 
 class LocalityLoss(_PerExpert):
@@ -294,7 +294,7 @@ class LocalityLoss(_PerExpert):
     """
 
     name = "locality"
-    loss = staticmethod(lambda probabilities, _, is_local: locality_loss(probabilities, is_local))
+    _loss = staticmethod(lambda probabilities, _, is_local: locality_loss(probabilities, is_local))
 
     def __init__(
         self,
