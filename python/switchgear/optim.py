@@ -95,8 +95,7 @@ class Muon(torch.optim.Optimizer):
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
         }  # fmt: skip
-        _check(options)
-        super().__init__(params, options)
+        super().__init__(params, options)  # add_param_group checks them
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim. Raises ValueError for an option out of range, or a parameter of fewer dimensions."""
@@ -139,7 +138,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def _check(options: dict[str, Any]) -> None:
-    """Raises TypeError or ValueError for the options of a group of parameters."""
     for name in ("lr", "weight_decay", "momentum", "eps"):
         if not as_number(name, options[name]) >= 0:
             raise ValueError(f"{name}: expected a number of at least 0, got {options[name]}")

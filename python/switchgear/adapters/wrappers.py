@@ -21,7 +21,7 @@ from switchgear.experts import Experts
 from switchgear.utils.functions import extend_once
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import adapters_of
-from switchgear.weights.state import Borrowed, Factors, extend, find, get_state, set_state
+from switchgear.weights.state import Factors, extend, find, get_state, set_state
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -113,23 +113,14 @@ def _extend_activate_lora(original: Any) -> Any:
     return activate_lora
 
 
-def unwrap(module: nn.Module) -> tuple[nn.Module, Borrowed]:
-    """The module in nested wrappers, and what they would apply in a call now. Like ParamWrapper.forward, it undoes a
-    merge of disabled adapters. Raises ValueError with the reason for a wrapper whose call does more."""
-    borrowed: dict[str, Sequence[Factors]] = {}
-    while is_wrapper(module):
-        wrapper: Any = module
-        if wrapper.disable_adapters:
-            if wrapper.merged:
-                wrapper.unmerge()
-        elif not wrapper.merged:
-            factors = _read_factors(wrapper, wrapper.active_adapters)
-            if factors is None:
-                raise ValueError("has adapters whose factors cannot be read")
-            if factors:
-                borrowed[wrapper.parameter_name] = factors
-        module = wrapper.base_layer
-    return module, borrowed
+def lend_factors(wrapper: Any) -> list[Factors] | None:
+    """What a wrapper would apply in a call now; None if the kernels cannot read it. A merge of disabled adapters is
+    undone, as in ParamWrapper.forward."""
+    if wrapper.disable_adapters and wrapper.merged:
+        wrapper.unmerge()
+    if wrapper.disable_adapters or wrapper.merged:
+        return []
+    return _read_factors(wrapper, wrapper.active_adapters)
 
 
 def _read_factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors] | None:

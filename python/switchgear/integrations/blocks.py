@@ -24,6 +24,7 @@ from switchgear.integrations.gates import get_own_gate
 from switchgear.integrations.moe_blocks import MoeBlock, is_transposed, moe_blocks
 from switchgear.layers.shared import SharedExperts
 from switchgear.layers.virtual import VirtualExperts
+from switchgear.ops import GluOptions
 from switchgear.reference import activations
 from switchgear.routing.router import Router
 from switchgear.weights.module import check_plain
@@ -436,8 +437,5 @@ def _stacked(experts: nn.Module, path: str) -> ExpertTensor | None:
 def _activation(experts: Any) -> Callable[[Tensor], Tensor]:
     if not isinstance(experts, Experts):
         return get_own_gate(experts)
-    options: dict[str, Any] = {
-        "activation": experts.activation, "gated": experts.gated, "interleaved": experts.interleaved,
-        "alpha": experts.alpha, "limit": experts.limit,
-    }  # fmt: skip
+    options: dict[str, Any] = {name: getattr(experts, name) for name in GluOptions._fields}
     return lambda h: glu(h, **options)

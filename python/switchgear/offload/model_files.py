@@ -51,26 +51,16 @@ def load_model(
         ValueError: the checkpoint cannot be loaded, or its experts are not those of the store.
         StoreError: the store cannot be opened.
     """
-    from switchgear.integrations.checkpoint_files import Reader
-    from switchgear.integrations.published import commit, compute_buffers, planned, undo
+    from switchgear.integrations.published import fill, planned
 
     opened = store if isinstance(store, Store) else Store.open(store)
     dtypes = {kind.dtype for records in opened.layers.values() for kind in records.kinds}
     if dtype is None and len(dtypes) == 1:
         dtype = next(iter(dtypes))
     plan = planned(Path(checkpoint), dtype)
-    device = torch.device(device)
-    try:
-        _check(plan, opened)
-        held = {f"{name}.{projection}" for name, layout, _ in plan.experts() for projection in layout.names}
-        compute_buffers(plan.model, device)
-        reader = Reader(plan.files.headers)
-        loaded = {target: read(reader, device) for target, read in plan.reads.items() if target not in held}
-    except BaseException:
-        undo(plan)
-        raise
-    commit(plan.model, loaded)
-    return plan.model.eval()
+    _check(plan, opened)
+    held = {f"{name}.{projection}" for name, layout, _ in plan.experts() for projection in layout.names}
+    return fill(plan, torch.device(device), held)
 
 
 def _check(plan: Any, store: Store) -> None:
