@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 
 from switchgear.backends import warn_once
-from switchgear.utils.functions import extend_once
+from switchgear.utils.modules import extend_once
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.module import in_layout
