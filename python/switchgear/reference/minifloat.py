@@ -136,7 +136,8 @@ def _check_parts(rows: int, parts: int) -> None:
 
 def split_parts(matrix: Tensor, parts: int, multiple: int, fill: int = 0) -> Tensor:
     """[...,N,C] -> [..., parts, N/parts, C]; pads each part with rows of `fill` to a multiple."""
-    shares = matrix.unflatten(-2, (parts, matrix.shape[-2] // parts))
+    *leading, rows, columns = matrix.shape
+    shares = matrix.reshape(*leading, parts, rows // parts, columns)
     missing = -shares.shape[-2] % multiple
     return pad(shares, (0, 0, 0, missing), value=fill) if missing else shares
 
@@ -412,12 +413,14 @@ def _swap_nf4(bytes_: Tensor) -> Tensor:
 
 def to_row_blocks(matrix: Tensor, parts: int, fill: int = 0) -> Tensor:
     """[...,N,D] -> [..., parts·B, 16, D]; pads each part with rows of `fill`."""
-    return split_parts(matrix, parts, ROWS, fill).flatten(-3, -2).unflatten(-2, (-1, ROWS))
+    shares = split_parts(matrix, parts, ROWS, fill)
+    return shares.reshape(*matrix.shape[:-2], parts * shares.shape[-2] // ROWS, ROWS, matrix.shape[-1])
 
 
 def from_row_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
     """The inverse of to_row_blocks, [...,N,D]."""
-    shares = blocks.flatten(-3, -2).unflatten(-2, (parts, -1))
+    *leading, count, _, depth = blocks.shape
+    shares = blocks.reshape(*leading, parts, count // parts * ROWS, depth)
     return shares[..., : rows // parts, :].flatten(-3, -2)
 
 
