@@ -55,10 +55,6 @@ class Regrouped:
     seconds: float
 
 
-def _ignore(change: Regrouped) -> None:
-    """Does nothing; the default of on_change."""
-
-
 @dataclass(frozen=True)
 class Training:
     """What a training consists of, and what to do when ranks are lost.
@@ -90,7 +86,7 @@ class Training:
     num_replicas: int = 0
     max_norm: float | None = None
     extra: Sequence[Stateful] = ()
-    on_change: Callable[[Regrouped], None] = _ignore
+    on_change: Callable[[Regrouped], None] = lambda change: None
     parallel: ExpertParallel = field(init=False)
 
     def __post_init__(self) -> None:

@@ -29,15 +29,6 @@ from switchgear.weights.adapted import has_adapters, read_by
 # ---- Values of all experts -------------------------------------------------------------------------------------------
 
 
-@not_compiled
-def gather_experts(layer: exchange.Layer, placement: Placement, values: Tensor) -> Tensor:
-    """[E, …] of all experts from values [E', …] of this rank's; collective. The gradient of a value is the sum over
-    the ranks with different tokens, in order, or their mean if that is what gradients of weights are."""
-    flat = values.flatten(1)  # not reshape: there may be none
-    whole: Tensor = apply(_Gather, flat, layer, placement)
-    return whole.view(placement.num_experts, *values.shape[1:])
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, layer: exchange.Layer, placement: Placement) -> Tensor:
@@ -264,10 +255,13 @@ class ParallelExperts(Experts):
         )
         return y
 
+    @not_compiled
     def gathered(self, values: Tensor) -> Tensor:
-        """[E, …] of all experts from values [E', …] of this rank's, with gradients; all ranks must call it."""
-        result: Tensor = gather_experts(self._layer, self.placement, values)
-        return result
+        """[E, …] of all experts from values [E', …] of this rank's; all ranks must call it. The gradient of a value is
+        the sum over the ranks with different tokens, in order, or their mean if `average_gradients` is set."""
+        flat = values.flatten(1)  # not reshape: there may be none
+        whole: Tensor = apply(_Gather, flat, self._layer, self.placement)
+        return whole.view(self.placement.num_experts, *values.shape[1:])
 
     def _static(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         shape = hidden_states.shape

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -225,38 +226,29 @@ class Leg:
 
     def wait(self, c: int, progress: Callable[[], None] | None = None) -> None:
         """progress: a turn of other work, called once at least and while this waits."""
-        if self._works[c] is not None or progress is not None:
-            self._transfers.wait(_Arrival(self, c, progress))
+
+        def take_turns(seconds: float) -> bool:
+            end = time.monotonic() + seconds
+            while True:
+                progress()
+                if self.has_arrived(c, _TURN):
+                    return True
+                if time.monotonic() > end:
+                    return False
+
+        if progress is not None:
+            self._transfers.wait(Waiting(take_turns))
+        elif self._works[c] is not None:
+            self._transfers.wait(Waiting(partial(self.has_arrived, c)))
 
 
-class Look:
-    """One turn of other work, as a wait, so that its failures are those of any transfer."""
+class Waiting(NamedTuple):
+    """A Work of this function. What it does fails as any transfer does."""
 
-    def __init__(self, progress: Callable[[], None]) -> None:
-        self._progress = progress
-
-    def wait_for(self, seconds: float) -> bool:
-        self._progress()
-        return True
+    wait_for: Callable[[float], bool]
 
 
 _TURN = 5e-4  # seconds between two turns of other work
-
-
-class _Arrival:
-    def __init__(self, leg: Leg, c: int, progress: Callable[[], None] | None) -> None:
-        self._leg, self._c, self._progress = leg, c, progress
-
-    def wait_for(self, seconds: float) -> bool:
-        if self._progress is None:
-            return self._leg.has_arrived(self._c, seconds)
-        end = time.monotonic() + seconds
-        while True:
-            self._progress()
-            if self._leg.has_arrived(self._c, _TURN):
-                return True
-            if time.monotonic() > end:
-                return False
 
 
 # ---- all rows of an exchange -----------------------------------------------------------------------------------------

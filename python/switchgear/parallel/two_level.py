@@ -30,7 +30,7 @@ from torch import Tensor
 from switchgear.parallel import layout
 from switchgear.parallel.layout import Choice, Sending
 from switchgear.parallel.local import sum_rows
-from switchgear.parallel.rows import Direct, Leg, Look, Transfers
+from switchgear.parallel.rows import Direct, Leg, Transfers, Waiting
 from switchgear.parallel.transport import Work, on_cpu
 
 _ROUTE = torch.int16
@@ -193,7 +193,11 @@ class TwoLevel(Direct):
             self._pass_back(back, wait=True)
 
     def look(self) -> None:
-        self._transfers.wait(Look(self.progress))
+        def take_turn(_: float) -> bool:
+            self.progress()
+            return True
+
+        self._transfers.wait(Waiting(take_turn))
 
     def flush(self) -> None:
         back = self._within_back
