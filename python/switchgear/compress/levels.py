@@ -47,13 +47,7 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int, symmetric: bool
 
 def decode(quantized: Levels, bits: int, group_size: int) -> Tensor:
     """[n,N,C] float32."""
-    columns = quantized.q.shape[2]
-    size = group_size or columns
-    scale = quantized.scales.float().repeat_interleave(size, -1)[..., :columns]
-    q = quantized.q.float()
-    if bits == 1:
-        return (2 * q - 1) * scale
-    return (q - quantized.zeros.float().repeat_interleave(size, -1)[..., :columns]) * scale
+    return groups.dequantize(groups.Levels(*quantized, (bits,) * len(quantized.q)), group_size)
 
 
 @checked
