@@ -141,9 +141,12 @@ def _load_layer(file: Any, index: int, layer: Mapping[str, Any]) -> LayerCalibra
     samples = {}
     for number, (domain, limit) in enumerate(layer["samples"].items()):
         rows, choices = file.get_tensor(f"{index}.samples.{number}.topk_ids").shape
-        shapes = {"keys": [rows], "x": [rows, hidden_size]} | dict.fromkeys(
-            ("topk_ids", "topk_weights"), [rows, choices]
-        )
+        shapes = {
+            "keys": (rows,),
+            "x": (rows, hidden_size),
+            "topk_ids": (rows, choices),
+            "topk_weights": (rows, choices),
+        }
         samples[domain] = Samples(int(limit), **read(f"samples.{number}", shapes))
     hessians = None
     if layer["hessians"]:

@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +169,8 @@ def _check_keys(place: str, data: Any, known: tuple[str, ...]) -> None:
 def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fresh: bool = False) -> Iterator[str]:
     """Yields a line per step. CommandError for whatever the user can mend; then OUT does not exist."""
     place = "recipe: calibration.text"
-    texts = read_texts(recipe.text, source, place, to_calibrate=True) if _needs_text(recipe) else {}
+    needs_text = any(step.needs_calibration for step in recipe.steps)
+    texts = read_texts(recipe.text, source, place, to_calibrate=True) if needs_text else {}
     partial = Partial(out, identity(source, recipe, texts, dtype), fresh)
     try:
         done = partial.steps()
@@ -224,10 +225,6 @@ def apply(step: Step, model: Any, calibration: Calibration | None, place: str) -
         raise CommandError(f"{place}: {step.do}: {error}") from None
 
 
-def _needs_text(recipe: Recipe) -> bool:
-    return any(step.needs_calibration for step in recipe.steps)
-
-
 def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes], hessians: bool) -> Calibration:
     cut = cut_texts(texts, model, source, tokens=recipe.tokens, length=recipe.length)
     batches: list[dict[str, Any]] = [
@@ -269,7 +266,8 @@ class Partial:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = locked(self.folder)
             found = self._read()
-            if found.get("identity") == identity and not fresh and self._is_there(found["steps"]):
+            done = len(found.get("steps", ()))
+            if found.get("identity") == identity and not fresh and (not done or self._model(done).exists()):
                 self._journal = found
             else:  # of another recipe, or its result has become OUT: it cannot continue
                 self._discard()
@@ -323,10 +321,6 @@ class Partial:
 
     def _model(self, steps: int) -> Path:
         return self.folder / f"step-{steps}"
-
-    def _is_there(self, steps: Sequence[Any]) -> bool:
-        """Whether the model after the last step is, if there is one."""
-        return not steps or self._model(len(steps)).exists()
 
     def _calibration(self, step: int) -> Path:
         return self.folder / f"calibration-{step}.safetensors"
