@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import Count, Positive, as_device, checked, convert
+from switchgear.checks import Count, Positive, as_device, checked
 from switchgear.experts import Experts
 from switchgear.functional.gradients import needs_autograd
 from switchgear.offload.device import CudaDevice, Event, find_device
@@ -69,6 +69,7 @@ class Mover:
 # ---- The split -------------------------------------------------------------------------------------------------------
 
 
+@checked
 @dataclass(frozen=True)
 class SplitCost:
     """Seconds of both devices, for the threshold "auto".
@@ -79,13 +80,9 @@ class SplitCost:
     The defaults are a GPU on PCIe 4.0 and a CPU with AVX-512; measure your own.
     """
 
-    bandwidth: float = 25e9
-    hot_flops: float = 100e12
-    cold_flops: float = 1e12
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            convert(name, value, Positive)
+    bandwidth: Positive = 25e9
+    hot_flops: Positive = 100e12
+    cold_flops: Positive = 1e12
 
     def seconds(self, hot: Sequence[int], cold: Sequence[int], params: int, hidden_size: int, item: int) -> float:
         """The slower device's time. hot, cold: tokens of each expert there; params: of an expert; item: bytes of an

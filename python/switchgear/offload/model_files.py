@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.convert.directory import ConversionError, count_bytes, divide_into_shards, write_shard, write_text
+from switchgear.checks import Bytes, checked
+from switchgear.convert.directory import ConversionError, divide_into_shards, write_index, write_shard
 from switchgear.convert.plans import Item
 from switchgear.files import AnyPath
 from switchgear.offload.attachment import read_all
@@ -92,7 +93,8 @@ def _check(plan: Any, store: Store) -> None:
 _SUFFIX, _TIMEOUT = ".partial", 600.0
 
 
-def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: int = 5 * 10**9) -> None:
+@checked
+def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: Bytes = 5 * 10**9) -> None:
     """Writes the whole model for `from_pretrained`: config, what is in memory, and the experts from their store, as the
     plain weights that it represents. One layer is in memory at a time. The folder appears when it is complete.
 
@@ -114,8 +116,6 @@ def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: int = 5 * 10**
     target = Path(path)
     if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
         raise ValueError(f"model: expected one of transformers, got {type(model).__name__}")
-    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
-        raise ValueError(f"max_shard_size: expected a number of bytes, got {max_shard_size!r}")
     if os.path.lexists(target):
         raise ValueError(f"path: expected a folder that does not exist, got {target}")
     layers = _find_offloaded(model)
@@ -127,17 +127,12 @@ def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: int = 5 * 10**
         model.config.save_pretrained(unfinished)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(unfinished)
-        with _Experts() as experts:
-            items = list(_items(model, layers, experts))
+        with ExitStack() as stack:
+            items = list(_items(model, layers, _Experts(stack)))
             shards = divide_into_shards(items, max_shard_size)
             for name, own in shards.items():
                 write_shard(unfinished / name, own, lambda *_: None)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(map(count_bytes, items))},
-                "weight_map": {item.key: name for name, own in shards.items() for item in own},
-            }
-            write_text(unfinished / "model.safetensors.index.json", json.dumps(index, indent=1))
+        write_index(unfinished, shards)
         unfinished.rename(target)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -177,16 +172,11 @@ def _items(model: nn.Module, layers: Mapping[str, OffloadedProjections], experts
 class _Experts:
     """Reads weights from stores, and keeps those of the last layer: both of its projections are read at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, stack: ExitStack) -> None:
+        """stack: closes the readers."""
+        self._stack = stack
         self._stores: dict[str, tuple[Store, Any]] = {}
         self._last: tuple[str, tuple[Weight, Weight]] | None = None
-
-    def __enter__(self) -> _Experts:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for _, reader in self._stores.values():
-            reader.close()
 
     def plain(self, name: str, stored: OffloadedProjections, projection: str) -> Tensor:
         if self._last is None or self._last[0] != name:
@@ -199,6 +189,7 @@ class _Experts:
         if path not in self._stores:
             opened = Store.open(path)
             self._stores[path] = opened, opened.open_reader()
+            self._stack.callback(self._stores[path][1].close)
         store, reader = self._stores[path]
         records = store.layers.get(name)
         if records is None or records != stored.records:

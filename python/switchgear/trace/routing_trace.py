@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -93,9 +92,7 @@ class RoutingTrace:
         self.is_recording = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.is_recording = False
         self._hooks.close()
 
