@@ -69,7 +69,6 @@ def diagnose() -> Iterator[Finding]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the findings; 1 if a backend is broken."""
     findings = []
     for finding in diagnose():
         findings.append(finding)

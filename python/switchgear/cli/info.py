@@ -40,7 +40,6 @@ def _describe_cuda() -> dict[str, Any]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `switchgear info` prints."""
     cpu_backend: dict[str, Any] = {
         "isas_available": _C.available_cpu_isas(),
         "isa": _C.cpu_isa(),

@@ -234,8 +234,6 @@ def _split_batch(batch: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
 
 
 class _Collector:
-    """Adds up what the layers do."""
-
     def __init__(self, parts: Mapping[str, ExpertLayer], hessians: bool, samples: int, seed: int) -> None:
         self.parts, self.hessians, self.samples = parts, hessians, samples
         self.domain = ""

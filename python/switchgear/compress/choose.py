@@ -150,7 +150,6 @@ def _choose_best(layer: ExpertLayer, scores: Tensor, count: int) -> list[int]:
 def _choose_best_of_all(
     layers: Mapping[str, ExpertLayer], scores: Mapping[str, Tensor], total: int
 ) -> dict[str, list[int]]:
-    """The best experts of all layers, but at least top_k of each."""
     for layer in layers.values():
         if layer.block.groups() is not None:
             raise ValueError(f"scope: expected layer for the grouped router of {layer.name}, got global")

@@ -110,7 +110,6 @@ def _order_columns(hessian: Tensor, act_order: bool) -> Tensor:
 
 
 def _reorder(matrix: Tensor, order: Tensor) -> Tensor:
-    """A copy with the columns in order."""
     return matrix.gather(2, order[:, None].expand(-1, matrix.shape[1], -1))
 
 

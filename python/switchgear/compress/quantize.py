@@ -252,7 +252,6 @@ def _make_changes(form: Groups) -> Callable[..., StoredChange]:
 
 
 def _join_levels(parts: Sequence[Levels], widths: Sequence[int], form: Groups) -> groups.Levels:
-    """The levels of all experts of a projection."""
     q, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return groups.Levels(q, scales, None if form.symmetric else zeros, tuple(widths))
 

@@ -299,7 +299,6 @@ def attention_to_moe(
 
 
 def _read(attention: Any, name: str) -> dict[str, Any]:
-    """The tensors and options of an attention layer."""
     linears: dict[str, Any] = {part: getattr(attention, part, None) for part in PROJECTIONS}
     head_dim = getattr(attention, "head_dim", None)
     if not all(isinstance(linear, nn.Linear) for linear in linears.values()) or not isinstance(head_dim, int):

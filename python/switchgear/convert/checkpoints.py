@@ -180,7 +180,6 @@ def run(
 
 
 def _is_finished(unfinished: Unfinished, name: str) -> bool:
-    """Whether a shard has the bytes that were written."""
     entry, file = unfinished.pieces.get(name), unfinished.folder / name
     return entry is not None and file.is_file() and compute_sha256(file) == entry["sha256"]
 
@@ -198,7 +197,6 @@ def _identity(recipe: Recipe, sources: Sequence[Directory]) -> str:
 def _write(
     unfinished: Unfinished, shards: Mapping[str, list[Item]], resumed: Sequence[str], progress: Progress
 ) -> None:
-    """Writes the shards that are not finished."""
     sizes = {name: sum(map(count_bytes, items)) for name, items in shards.items()}
     total, done = sum(sizes.values()), 0
     missing = total - sum(sizes[name] for name in resumed)
@@ -268,7 +266,6 @@ def _plan_several(operation: str, sources: Sequence[Directory], options: dict[st
 
 
 def _read_layers(name: str, path: Any) -> dict[int, Tensor]:
-    """The tensors "0", "1", … of a safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

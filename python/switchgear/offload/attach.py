@@ -244,7 +244,6 @@ def _cached(
     policy: Policy,
     staging_slots: int,
 ) -> list[tuple[OffloadedWeight, OffloadedWeight]]:
-    """The layers of the cache, in the order of the model."""
     of_layer: dict[int, tuple[Pool, Residency]] = {}
     for plan in plans:
         pool = _pool(cache, plan, staging_slots)

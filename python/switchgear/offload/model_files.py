@@ -142,7 +142,6 @@ def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: Bytes = 5 * 10
 
 
 def _find_offloaded(model: nn.Module) -> dict[str, OffloadedProjections]:
-    """By the name of the module."""
     found = {}
     for name, module in model.named_modules():
         stored = stored_of(module)

@@ -29,7 +29,7 @@ from switchgear.ops import GluOptions
 from switchgear.parallel import header, layout, local
 from switchgear.parallel.cost import choose_chunks
 from switchgear.parallel.rows import WIRES, Direct, Transfers
-from switchgear.parallel.transport import Work
+from switchgear.parallel.transport import Done, Work
 from switchgear.parallel.two_level import Relaying, TwoLevel, finish_routes, start_routes
 
 if TYPE_CHECKING:
@@ -100,10 +100,8 @@ def exchange_headers(
     pairs, rows = (nothing, [nothing] * layout.PIECES) if choice is None else (choice.pairs, choice.rows)
     relayed = choice.sent_rows if choice is not None and parallel.levels == 2 else None
     sent = header.encode(terms, num_tokens, pairs, rows, relayed)
-    received = torch.empty_like(sent)
     ones = [1] * parallel.size
-    control = Transfers(parallel, torch.device("cpu"))
-    control.wait(control.start("header", received, sent, ones, ones))
+    received = Transfers(parallel, torch.device("cpu")).exchange("header", sent, ones, ones)
     all_terms, sizes = header.decode(received)
     failure = header.disagreement(all_terms) or header.unequal_tokens(all_terms, sizes, parallel.twins)
     if failure is not None:
@@ -144,7 +142,7 @@ def forward(
 
     peers.enter("dispatch")
     sending = layout.plan_sending(choice, topk_ids, num_chunks)
-    arriving = layout.merge_pieces([[size.rows[piece] for size in sizes] for piece in range(layout.PIECES)], num_chunks)
+    arriving = layout.merge_pieces(list(zip(*(size.rows for size in sizes), strict=True)), num_chunks)
     pairs_in = [size.pairs for size in sizes]
     own_weights = topk_weights.detach().flatten()[sending.pair_choices]
     # Weights of float64 tensors are float64: two int32 columns each.
@@ -157,9 +155,7 @@ def forward(
     if relays_in is None:
         rows = Direct(transfers, sending, x.detach(), each, arriving, None)
     else:
-        passing = layout.merge_pieces(
-            [[size.relayed[piece] for size in sizes] for piece in range(layout.PIECES)], num_chunks
-        )
+        passing = layout.merge_pieces(list(zip(*(size.relayed for size in sizes), strict=True)), num_chunks)
         received = layout.merge_sources(arriving, relays_in)
         rows = levels = TwoLevel(transfers, sending, x.detach(), each, received, None, passing, None)
         routes = start_routes(transfers, choice, sending, passing)
@@ -238,7 +234,7 @@ def backward(
     else:
         experts = local.ModuleBackward(saved.runs, rows.buffer, pair_weights, weights, each)
     grad_pairs = pair_weights.new_empty(len(receiving.slot_pairs))
-    back: list[Work] = []
+    weights_work: Work = Done()
     for c in range(num_chunks):
         rows.receive(c)
         if c == 0:
@@ -251,8 +247,8 @@ def backward(
             rows.give_back(returned)
     grad_choices = grad_pairs.new_empty(sum(sending.pairs))
     if needs[1]:
-        back.append(
-            transfers.start("weights", grad_choices[:, None], grad_pairs[:, None], sending.pairs, receiving.pairs)
+        weights_work = transfers.start(
+            "weights", grad_choices[:, None], grad_pairs[:, None], sending.pairs, receiving.pairs
         )
     rows.flush()
     with record.event("experts", "weight gradients"):
@@ -264,8 +260,7 @@ def backward(
                 grad /= len(parallel.twins)
     peers.enter("backward combine")
     results = rows.finish()
-    for work in back:
-        transfers.wait(work)
+    transfers.wait(weights_work)
     grad_x = grad_weights = None
     with record.event("experts", "sum"):
         if needs[0]:
@@ -304,15 +299,12 @@ def _join_parts(transfers: Transfers, part: Tensor, num_tokens: int) -> Tensor:
     parallel = transfers.parallel
     if len(parallel.twins) == parallel.size:
         return part
-    whole = part.new_empty(num_tokens, part.shape[1])
     lengths = [0] * parallel.size
     for rank in parallel.own_twins:
         own = _part(parallel, num_tokens, rank)
         lengths[rank] = own.stop - own.start
     to_each = [len(part) if rank in parallel.own_twins else 0 for rank in range(parallel.size)]
-    copies = part.repeat(len(parallel.own_twins), 1)
-    transfers.wait(transfers.start("join", whole, copies, lengths, to_each))
-    return whole
+    return transfers.exchange("join", part.repeat(len(parallel.own_twins), 1), lengths, to_each)
 
 
 def _check_ids(topk_ids: Tensor, num_experts: int) -> None:
@@ -346,8 +338,7 @@ def _sum_copies(transfers: Transfers, layer: Layer, grads: list[Tensor | None]) 
         if grad is None:
             continue
         mine = grad[numbers].flatten(1).contiguous()
-        others = mine.new_empty(sum(counts), mine.shape[1])
-        transfers.wait(transfers.start("copies", others, mine[order], counts, counts))
+        others = transfers.exchange("copies", mine[order], counts, counts)
         for place, copy in enumerate(layer.copies):
             parts = [
                 mine[place] if r == rank else others[sum(counts[:r]) + to_rank[r].index(place)] for r in copy.ranks

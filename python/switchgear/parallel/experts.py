@@ -36,10 +36,8 @@ class _Gather(torch.autograd.Function):
         parallel = layer.parallel
         held = [len(experts) for experts in placement.experts_of_rank]
         with parallel.peers.exchange():
-            transfers = _agreed(layer, values, False)
-            gathered = values.new_empty(sum(held), values.shape[1])
-            copies = values.repeat(parallel.size, 1)
-            transfers.wait(transfers.start("gather", gathered, copies, held, [len(values)] * parallel.size))
+            copies, counts = values.repeat(parallel.size, 1), [len(values)] * parallel.size
+            gathered = _agreed(layer, values, False).exchange("gather", copies, held, counts)
         starts = [sum(held[:rank]) for rank in range(parallel.size)]
         first = [starts[ranks[0]] + placement.experts_of_rank[ranks[0]].index(e)
                  for e, ranks in enumerate(placement.owners)]  # fmt: skip
@@ -54,9 +52,8 @@ class _Gather(torch.autograd.Function):
         mine = held[parallel.rank]
         order = torch.tensor([e for experts in placement.experts_of_rank for e in experts], dtype=torch.int64)
         with parallel.peers.exchange():
-            transfers = _agreed(layer, grad, True)
-            parts = grad.new_empty(parallel.size * mine, grad.shape[1])
-            transfers.wait(transfers.start("gather", parts, grad[order.to(grad.device)], [mine] * parallel.size, held))
+            rows, counts = grad[order.to(grad.device)], [mine] * parallel.size
+            parts = _agreed(layer, grad, True).exchange("gather", rows, counts, held)
         each = parts.view(parallel.size, mine, grad.shape[1])
         total = torch.zeros_like(each[0])
         for ranks in sorted(parallel.twins):  # ranks with the same tokens have the same gradients

@@ -165,6 +165,12 @@ class Transfers:
             work = _Timed(work, "near" if channel.startswith("within") else "link", kind, self.record.events)
         return work
 
+    def exchange(self, kind: str, rows: Tensor, received: Sequence[int], sent: Sequence[int]) -> Tensor:
+        """Sends sent[r] rows to each rank r, in order, and returns the received[r] rows of each."""
+        output = rows.new_empty(sum(received), *rows.shape[1:])
+        self.wait(self.start(kind, output, rows, received, sent))
+        return output
+
     def wait(self, work: Work) -> None:
         begin = time.monotonic()
         self.parallel.peers.wait(work)
@@ -290,7 +296,6 @@ class Direct:
         return self._back
 
     def _decode(self, leg: Leg, c: int) -> None:
-        """Decodes a chunk that has arrived into the buffer."""
         if not self._wire.out.exact:
             begin, end = leg.edges[c : c + 2]
             self.buffer[begin:end] = self._wire.out.decode(leg.chunk(c), self.buffer.dtype)

@@ -245,7 +245,6 @@ class SharedMemoryTransport(Transport):
         return self._theirs[rank, file]
 
     def _reclaim(self) -> None:
-        """Reclaims blocks that all readers have marked."""
         kept = []
         for number, block in self._used:
             marks = self._at(self._rank, number) + 3 + self._size + 1

@@ -94,11 +94,10 @@ def plan_relaying(rows: list[list[int]], routes: Tensor, members: tuple[int, ...
 
     def spread(flat: list[int]) -> list[list[int]]:
         """[C][W] of [C·L]."""
-        chunks = [[0] * num_ranks for _ in range(num_chunks)]
-        for c in range(num_chunks):
-            for number, rank in enumerate(members):
-                chunks[c][rank] = flat[c * num_members + number]
-        return chunks
+        chunks = torch.zeros(num_chunks, num_ranks, dtype=torch.int64)
+        chunks[:, list(members)] = torch.tensor(flat).view(num_chunks, num_members)
+        found: list[list[int]] = chunks.tolist()
+        return found
 
     flat_out = sizes[2 * size : 2 * size + num_chunks * num_ranks]
     starts_on_device = torch.tensor(starts, device=device)

@@ -35,7 +35,7 @@ WRITTEN = (JOURNAL, f"{JOURNAL}*{UNFINISHED}", "step-*", "calibration-*.safetens
 STEPS = ("prune_experts", "merge_experts", "prune_weights", "quantize")  # of switchgear.compress
 GIVEN = ("model", "calibration")  # arguments that the command passes itself
 MIXED = ("of", "average", "alpha", "beta", "gamma", "tolerance")  # options of bits by expert
-CALIBRATION = {"text": [], "tokens": 65536, "length": None}
+CALIBRATION: dict[str, Any] = {"text": list[str], "tokens": Size, "length": Annotated[int, Range(2, 2**31 - 1)] | None}
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
@@ -99,20 +99,17 @@ def parse(data: Any, folder: Path) -> Recipe:
     _check_keys("recipe", data, ("calibration", "steps"))
     how = data.get("calibration", {})
     _check_keys("recipe: calibration", how, tuple(CALIBRATION))
-    how = CALIBRATION | how
-    files = how["text"] if isinstance(how["text"], list) else None
-    if files is None or not all(isinstance(file, str) for file in files):
-        raise CommandError(f"recipe: calibration.text: expected a list of files, got {how['text']!r}")
+    how = {"text": [], "tokens": 65536, "length": None} | how
     try:
-        convert("tokens", how["tokens"], Size)
-        convert("length", how["length"], Annotated[int, Range(2, 2**31 - 1)] | None)
+        for name, hint in CALIBRATION.items():
+            convert(name, how[name], hint)
     except (TypeError, ValueError) as error:
         raise CommandError(f"recipe: calibration.{error}") from None
     steps = data.get("steps")
     if not isinstance(steps, list) or not steps:
         raise CommandError(f"recipe: steps: expected a list of at least one, got {steps!r}")
     parsed = tuple(_step(f"recipe: steps[{i}]", step) for i, step in enumerate(steps))
-    return Recipe(parsed, tuple(str(folder / file) for file in files), how["tokens"], how["length"])
+    return Recipe(parsed, tuple(str(folder / file) for file in how["text"]), how["tokens"], how["length"])
 
 
 def _step(place: str, data: Any) -> Step:

@@ -20,7 +20,6 @@ MOST_TICKS = 24
 
 
 def summary(found: Inspection) -> str:
-    """A few lines for the terminal."""
     worst = max(found.layers, key=lambda layer: layer.max_violation)
     unused = sum(layer.unused for layer in found.layers)
     slots, hits = _format_hits(found)
@@ -34,7 +33,6 @@ def summary(found: Inspection) -> str:
 
 
 def report(found: Inspection) -> str:
-    """The text of report.md."""
     about = found.about
     read = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in found.domains.items())
     return f"""# switchgear inspect: {about.get("model", about["class"])}
@@ -175,7 +173,6 @@ def _draw_domains(found: Inspection, path: Path) -> None:
 
 
 def _draw_entropy(found: Inspection, path: Path) -> None:
-    """Entropy of the routers and of the load, by layer."""
     lines = {
         "load": {i: layer.load_entropy for i, layer in enumerate(found.layers)},
         "router, mean over tokens": {i: layer.router_entropy for i, layer in enumerate(found.layers)},
@@ -184,7 +181,6 @@ def _draw_entropy(found: Inspection, path: Path) -> None:
 
 
 def _draw_cacheability(found: Inspection, path: Path) -> None:
-    """Hits of a cache of experts, by layer and slots."""
     sizes = sorted({slots for layer in found.layers for slots in layer.hits})
     lines = {
         f"{slots} slots": {i: layer.hits[slots] for i, layer in enumerate(found.layers) if slots in layer.hits}
