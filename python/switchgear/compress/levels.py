@@ -81,7 +81,9 @@ def gptq(
     plain = round_to_nearest(weight, bits, group_size, symmetric)
     target = weight.float()
     hessian = hessian.float()
-    order = _order_columns(hessian, act_order)
+    order = torch.arange(hessian.shape[1], device=hessian.device).expand(len(hessian), -1)
+    if act_order:  # [n,C]: the columns in the order in which they are quantized
+        order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     factor = _factorize(hessian, order, damping)
     found = _compensate(
         _reorder(target, order), factor, bits, group_size, symmetric, plain if act_order else None, order
@@ -99,14 +101,6 @@ def sum_row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     """‖X dᵀ‖² of each row d of [n,N,C], [n,N]."""
     errors: Tensor = torch.einsum("enc,enc->en", difference @ hessian.to(difference.dtype), difference)
     return errors
-
-
-def _order_columns(hessian: Tensor, act_order: bool) -> Tensor:
-    """[n,C]: the columns in the order in which they are quantized."""
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    if act_order:
-        return diagonal.argsort(dim=1, descending=True, stable=True)
-    return torch.arange(hessian.shape[1], device=hessian.device).expand(len(hessian), -1)
 
 
 def _reorder(matrix: Tensor, order: Tensor) -> Tensor:
@@ -285,11 +279,6 @@ def quantize_projection(
     return [found[expert] for expert in range(len(widths))]
 
 
-def decode_projection(layer: ExpertLayer, index: int, found: Sequence[tuple[int, Levels]], form: Groups) -> Tensor:
-    values = [decode(levels, width, form.group_size) for width, levels in found]
-    return torch.cat(values).to(layer.projection(index).dtype)
-
-
 # ---- expert_errors ---------------------------------------------------------------------------------------------------
 
 
@@ -340,8 +329,9 @@ def expert_errors(
             widths = [width] * layer.num_experts
             weights = []
             for index in (0, 1):
-                levels = quantize_projection(layer, index, widths, form, hessians.get(name), method, few)
-                weights.append(decode_projection(layer, index, levels, form))
+                found = quantize_projection(layer, index, widths, form, hessians.get(name), method, few)
+                decoded = torch.cat([decode(levels, width, group_size) for _, levels in found])
+                weights.append(decoded.to(layer.projection(index).dtype))
             _, outputs = layer.apply(rows.inputs, rows.offsets, *weights)
             change = ((outputs.double() - rows.outputs.double()) * rows.weights[:, None]).square().sum(1)
             total = change.new_zeros(layer.num_experts).index_add_(0, rows.experts, change)

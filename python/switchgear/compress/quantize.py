@@ -145,7 +145,9 @@ def quantize(
             changes.append(change_of(targets[name], layer, widths[name], found))
             after |= changes[-1].bytes_after
         else:
-            after |= {memory_of(weight): _count_packed_bytes(weight, widths[name], form) for weight in projections}
+            for weight in projections:
+                sizes = (packed_bytes(*weight.shape[1:], bits, group_size, not symmetric) for bits in widths[name])
+                after[memory_of(weight)] = sum(sizes)
             values += zip(projections, found, strict=True)
     _commit(changes)
     for weight, experts in values:
@@ -219,11 +221,6 @@ def _report(
     return QuantizedLayer(layer.name, widths, few, errors, outputs if hessians is not None else None)
 
 
-def _count_packed_bytes(weight: Tensor, widths: Sequence[int], form: Groups) -> int:
-    _, rows, columns = weight.shape
-    return sum(packed_bytes(rows, columns, width, form.group_size, not form.symmetric) for width in widths)
-
-
 def _make_changes(form: Groups) -> Callable[..., StoredChange]:
     """Returns a function that makes the change of a layer. Layers that share parameters share their weights."""
     weights: dict[tuple[object, ...], Weight] = {}
@@ -237,7 +234,9 @@ def _make_changes(form: Groups) -> Callable[..., StoredChange]:
             plain, parts = layer.projection(index), target.layout.parts(index)
             key = (*memory_of(plain), parts)
             if key not in weights:
-                levels = _join_levels([levels for _, levels in found[index]], widths, form)
+                each = zip(*(levels for _, levels in found[index]), strict=True)
+                q, scales, zeros = map(torch.cat, each)
+                levels = groups.Levels(q, scales, None if form.symmetric else zeros, tuple(widths))
                 weights[key] = weight_of(levels, plain.dtype, form.group_size, parts=parts)
             chosen.append(weights[key])
             parameter = layer.parameters[index].value
@@ -249,11 +248,6 @@ def _make_changes(form: Groups) -> Callable[..., StoredChange]:
         return StoredChange(target, stored, (chosen[0], chosen[1]))
 
     return change_of
-
-
-def _join_levels(parts: Sequence[Levels], widths: Sequence[int], form: Groups) -> groups.Levels:
-    q, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return groups.Levels(q, scales, None if form.symmetric else zeros, tuple(widths))
 
 
 def _commit(changes: Sequence[StoredChange]) -> None:

@@ -215,10 +215,6 @@ class Leg:
         counts = self._received[c], self._sent[c]
         self._works.append(self._transfers.start(self._kind, self.chunk(c), rows, *counts, self._channel))
 
-    def start_all(self, rows: Tensor) -> None:
-        for part in torch.split(rows, [sum(counts) for counts in self._sent]):
-            self.start(part)
-
     def chunk(self, c: int) -> Tensor:
         return self._output[self.edges[c] : self.edges[c + 1]]
 
@@ -302,7 +298,9 @@ class Direct:
 
     def send(self, x: Tensor) -> None:
         """Starts to send the rows of tokens x [T,H]."""
-        self._out.start_all(self._wire.out.encode(x[self._sending.row_tokens]))
+        rows = self._wire.out.encode(x[self._sending.row_tokens])
+        for part in torch.split(rows, [sum(counts) for counts in self._sending.rows]):
+            self._out.start(part)
 
     def receive(self, c: int) -> None:
         """Waits until chunk c is in the buffer."""

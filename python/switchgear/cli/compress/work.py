@@ -258,7 +258,8 @@ class Partial:
         self.out, self.folder = out, out.with_name(f"{out.name}.partial")
         self._journal: dict[str, Any] = {"command": "compress", "identity": identity, "steps": [], "calibrations": []}
         try:
-            if not self._is_ours():
+            files = {file.name for file in self.folder.iterdir()} if self.folder.exists() else set()
+            if self._read().get("command") != "compress" and not files <= {LOCK}:
                 raise CommandError(f"{self.folder} exists and is not of this command; it was left as it is")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = locked(self.folder)
@@ -321,12 +322,6 @@ class Partial:
 
     def _calibration(self, step: int) -> Path:
         return self.folder / f"calibration-{step}.safetensors"
-
-    def _is_ours(self) -> bool:
-        """Whether the folder is of this command, or there is nothing in it."""
-        if self._read().get("command") == "compress":
-            return True
-        return not self.folder.exists() or all(file.name == LOCK for file in self.folder.iterdir())
 
     def _discard(self) -> None:
         """Deletes what this command wrote, and nothing else."""
