@@ -32,7 +32,7 @@ from switchgear.reference import groups
 from switchgear.weights.form import hint_for, layout_of
 from switchgear.weights.integers import Groups, weight_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, stored_of
-from switchgear.weights.store import StoredChange, Target, memory_of
+from switchgear.weights.store import StoredChange, Target, commit_all, memory_of
 from switchgear.weights.weight import Weight
 
 
@@ -149,7 +149,7 @@ def quantize(
                 sizes = (packed_bytes(*weight.shape[1:], bits, group_size, not symmetric) for bits in widths[name])
                 after[memory_of(weight)] = sum(sizes)
             values += zip(projections, found, strict=True)
-    _commit(changes)
+    commit_all(changes)
     for weight, experts in values:
         for expert, (width, levels) in enumerate(experts):
             weight[expert] = decode(levels, width, group_size)[0].to(weight.dtype)
@@ -248,18 +248,6 @@ def _make_changes(form: Groups) -> Callable[..., StoredChange]:
         return StoredChange(target, stored, (chosen[0], chosen[1]))
 
     return change_of
-
-
-def _commit(changes: Sequence[StoredChange]) -> None:
-    done = []
-    try:
-        for change in changes:
-            done.append(change)
-            change.commit()
-    except BaseException:
-        for change in done:
-            change.undo()
-        raise
 
 
 def bits_of(model: nn.Module) -> BitAllocation:

@@ -185,7 +185,7 @@ class LayerCalibration:
         return sum((self.domains[name] for name in self._chosen(domains) if name in self.domains), zeros)
 
     def sample(self, domains: Domains = None) -> Samples | None:
-        """The tokens kept of some domains, all by default."""
+        """The tokens kept of some domains, all by default; None if there are none."""
         parts = [self.samples[name] for name in self._chosen(domains) if name in self.samples]
         return Samples.joined(parts, sum(part.limit for part in parts)) if parts else None
 

@@ -26,6 +26,7 @@ from switchgear.offload.store import Store
 from switchgear.offload.store_records import StoreError
 from switchgear.weights.module import Tie, check_before_load, freeze_stored
 from switchgear.weights.offloaded import OffloadedForm, OffloadedWeight
+from switchgear.weights.store import commit_all
 from switchgear.weights.weight import Weight
 
 
@@ -221,15 +222,7 @@ def _attach(
     attachments = [
         Attachment.of(target, form, own, file, ties) for target, own, file in zip(targets, weights, files, strict=True)
     ]
-    done: list[Attachment] = []
-    try:
-        for attachment in attachments:
-            done.append(attachment)
-            attachment.commit()
-    except BaseException:
-        for attachment in done:
-            attachment.undo()
-        raise
+    commit_all(attachments)
     for attachment in attachments:
         attachment.forget()
     return attachments
