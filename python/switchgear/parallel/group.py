@@ -289,7 +289,9 @@ class ExpertParallel:
             elif self.membership.generation.number and not self.default_backend:
                 raise ValueError("device_transport: expected a default group of the same ranks, got others")
             else:
-                self._transports[device.type] = transports.GroupTransport(self.group or dist.group.WORLD)
+                self._transports[device.type] = transports.GroupTransport(
+                    dist.group.WORLD if self.group is None else self.group
+                )
         return self._transports[f"{device.type} {channel}" if channel else device.type]
 
     def _open_on_host(self, store: Any) -> transports.Transport:
