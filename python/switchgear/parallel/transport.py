@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from switchgear.parallel.connect import get, own_client
+from switchgear.parallel.connect import own_client, share
 
 CLOSE_SECONDS = 0.5  # in which gloo usually ends
 
@@ -250,9 +250,9 @@ def _connections_between(
 ) -> list[socket.socket]:
     """Candidates whose other end is a candidate of another rank; skips what another thread opened meanwhile."""
     own = {str((c.getsockname()[:2], c.getpeername()[:2])): c for c in candidates if c.family != socket.AF_UNIX}
-    store.set(f"sockets/{rank}", "\n".join(str((c.getpeername()[:2], c.getsockname()[:2])) for c in own.values()))
-    mirrored = {line for peer in range(size) if peer != rank
-                for line in get(store, f"sockets/{peer}", is_over).split("\n")}  # fmt: skip
+    text = "\n".join(str((c.getpeername()[:2], c.getsockname()[:2])) for c in own.values())
+    texts = share(store, "sockets", rank, size, text, is_over)
+    mirrored = {line for peer, lines in enumerate(texts) if peer != rank for line in lines.split("\n")}
     kept = [connection for pair, connection in own.items() if pair in mirrored]
     for connection in candidates:
         if connection not in kept:
