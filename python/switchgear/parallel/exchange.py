@@ -18,7 +18,6 @@ Rows go straight to the ranks of their experts (rows.py), or once per node (two_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from switchgear.parallel.two_level import Relaying, TwoLevel, finish_routes, sta
 
 if TYPE_CHECKING:
     from switchgear.parallel.group import ExpertParallel
+    from switchgear.parallel.placement import Placement
 
 
 class Copy(NamedTuple):
@@ -43,23 +43,28 @@ class Copy(NamedTuple):
     ranks: tuple[int, ...]  # all of them, ascending
 
 
-@dataclass(frozen=True)
 class Layer:
-    """What the ranks of a layer share, and this rank's part of it."""
+    """What the ranks of a layer share, and this rank's part of it.
 
-    parallel: ExpertParallel
-    number: int
-    num_experts: int
-    num_local: int
-    rank_of: Tensor  # [E]: see Placement.routes
-    local_of: Tensor
-    placement_digest: int
-    has_copies: bool  # whether any expert is on several ranks
-    copies: tuple[Copy, ...]  # the replicated experts of this rank
-    options: GluOptions
-    extra: object = None  # anything else that must agree
-    # rank_of and local_of on devices that have used them (static.py)
-    routes_on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    Attributes:
+        mine: the experts of this rank. copies: those of them that other ranks hold, too.
+        rank_of, local_of: [E]: see Placement.routes. routes_on: both on devices that have used them (static.py).
+    """
+
+    def __init__(
+        self, parallel: ExpertParallel, placement: Placement, options: GluOptions, number: int | None = None,
+        extra: object = None,
+    ) -> None:  # fmt: skip
+        """number: of an earlier layer that this one replaces. extra: anything else that must agree."""
+        self.parallel, self.placement, self.options, self.extra = parallel, placement, options, extra
+        self.number = parallel.next_layer() if number is None else number
+        self.mine = placement.experts_of_rank[parallel.rank]
+        owners = [placement.owners[expert] for expert in self.mine]
+        self.copies = [Copy(local, ranks) for local, ranks in enumerate(owners) if len(ranks) > 1]
+        near = parallel.nodes.same(parallel.rank) if parallel.levels == 2 else ()
+        self.rank_of, self.local_of = placement.routes(parallel.rank, near)
+        self.placement_digest = placement.digest()
+        self.routes_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
 class Saved(NamedTuple):
@@ -83,7 +88,7 @@ def terms_of(
         raise TypeError(f"hidden_states: expected one of {', '.join(map(str, header.DTYPES))}, got {dtype}")
     return header.Terms(
         header.MAGIC, parallel.peers.step, layer.number, int(backward), header.DTYPES.index(dtype), hidden_size,
-        layer.num_experts, top_k, header.digest((tuple(layer.options), layer.extra)), layer.placement_digest,
+        layer.placement.num_experts, top_k, header.digest((tuple(layer.options), layer.extra)), layer.placement_digest,
         parallel.sharing_digest, gradients,
         int(parallel.invariant), parallel.num_chunks or 0, parallel.levels, list(WIRES).index(parallel.wire),
         parallel.capacity or 0,
@@ -127,7 +132,7 @@ def forward(
     transfers = Transfers(parallel, x.device)
     all_tokens, top_k = topk_ids.shape
     each, saves = parallel.invariant, gradients >= 0
-    _check_ids(topk_ids, layer.num_experts)
+    _check_ids(topk_ids, layer.placement.num_experts)
     part = _part(parallel, all_tokens)  # ranks that hold the same tokens share the work
     x, topk_ids, topk_weights = x[part], topk_ids[part], topk_weights[part]
     num_tokens = len(topk_ids)
@@ -163,7 +168,7 @@ def forward(
     if routes is not None:
         levels.relaying = finish_routes(transfers, routes)
     transfers.wait(pairs_work)
-    receiving = layout.plan_receiving(arriving, pairs_in, pairs[:, 0].contiguous(), layer.num_local, relays_in)
+    receiving = layout.plan_receiving(arriving, pairs_in, pairs[:, 0].contiguous(), len(layer.mine), relays_in)
     rows.returning = receiving.pairs_of_chunk if each else receiving.rows
     # A copy of at most one row too, whose columns count as contiguous but do not begin where a float64 may.
     columns_in = pairs[:, 1:].clone(memory_format=torch.contiguous_format)
@@ -327,7 +332,7 @@ def _sum_results(results: Tensor, sending: layout.Sending, weights: Tensor | Non
 
 def _sum_copies(transfers: Transfers, layer: Layer, grads: list[Tensor | None]) -> list[Tensor | None]:
     """Sums the gradients of replicated experts over their copies, ranks ascending, so that all have the same bits."""
-    if not layer.has_copies:
+    if not layer.placement.replicated:
         return grads
     rank, size = layer.parallel.rank, layer.parallel.size
     to_rank = [[place for place, copy in enumerate(layer.copies) if r in copy.ranks and r != rank] for r in range(size)]

@@ -31,9 +31,9 @@ from switchgear.weights.adapted import has_adapters, read_by
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, layer: exchange.Layer, placement: Placement) -> Tensor:
-        ctx.layer, ctx.placement = layer, placement
-        parallel = layer.parallel
+    def forward(ctx: Any, values: Tensor, layer: exchange.Layer) -> Tensor:
+        ctx.layer = layer
+        parallel, placement = layer.parallel, layer.placement
         held = [len(experts) for experts in placement.experts_of_rank]
         with parallel.peers.exchange():
             copies, counts = values.repeat(parallel.size, 1), [len(values)] * parallel.size
@@ -46,8 +46,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        layer, placement = ctx.layer, ctx.placement
-        parallel = layer.parallel
+        layer = ctx.layer
+        parallel, placement = layer.parallel, layer.placement
         held = [len(experts) for experts in placement.experts_of_rank]
         mine = held[parallel.rank]
         order = torch.tensor([e for experts in placement.experts_of_rank for e in experts], dtype=torch.int64)
@@ -60,7 +60,7 @@ class _Gather(torch.autograd.Function):
             total += each[ranks[0]]
         if parallel.average_gradients:
             total /= len(parallel.twins)
-        return total, None, None
+        return total, None
 
 
 def _agreed(layer: exchange.Layer, values: Tensor, backward: bool) -> Transfers:
@@ -108,31 +108,6 @@ class _Exchange(torch.autograd.Function):
                 ctx.layer, grad_y.contiguous(), saved, weights, ctx.gradients, (need_x, need_weights, *needs)
             )
         return grad_x, grad_weights, None, None, None, *grads
-
-
-def make_layer(
-    parallel: ExpertParallel, placement: Placement, options: GluOptions, number: int | None = None, extra: object = None
-) -> exchange.Layer:
-    """The exchange's description of a layer with this placement."""
-    mine = placement.experts_of_rank[parallel.rank]
-    near = parallel.nodes.same(parallel.rank) if parallel.levels == 2 else ()
-    rank_of, local_of = placement.routes(parallel.rank, near)
-    copies = (
-        exchange.Copy(number, placement.owners[e]) for number, e in enumerate(mine) if len(placement.owners[e]) > 1
-    )
-    return exchange.Layer(
-        parallel=parallel,
-        number=parallel.next_layer() if number is None else number,
-        num_experts=placement.num_experts,
-        num_local=len(mine),
-        rank_of=rank_of,
-        local_of=local_of,
-        placement_digest=placement.digest(),
-        has_copies=bool(placement.replicated),
-        copies=tuple(copies),
-        options=options,
-        extra=extra,
-    )
 
 
 @not_compiled
@@ -197,8 +172,8 @@ class ParallelExperts(Experts):
         self.parallel = parallel
         self.lost: tuple[int, ...] = ()  # experts whose weights are gone; their choices count as empty
         extra = (hidden_size, intermediate_size, self.down_proj_bias is not None)
-        self._layer = make_layer(parallel, self.placement, self._options(), extra=extra)
-        if parallel.capacity is not None and self._layer.has_copies:
+        self._layer = exchange.Layer(parallel, self.placement, self._options(), extra=extra)
+        if parallel.capacity is not None and self.placement.replicated:
             raise ValueError("placement: expected one rank per expert with a capacity, got replicated experts")
         self._number = static.register(self._layer)
 
@@ -230,7 +205,8 @@ class ParallelExperts(Experts):
             parameter.data, parameter.grad = tensor, None
         self.placement, self.lost = placement, tuple(lost)
         self._mine = placement.experts_of_rank[self.parallel.rank]
-        self._layer = make_layer(self.parallel, placement, self._options(), self._layer.number, self._layer.extra)
+        old = self._layer
+        self._layer = exchange.Layer(self.parallel, placement, self._options(), old.number, old.extra)
         self._number = static.register(self._layer)
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -257,7 +233,7 @@ class ParallelExperts(Experts):
         """[E, …] of all experts from values [E', …] of this rank's; all ranks must call it. The gradient of a value is
         the sum over the ranks with different tokens, in order, or their mean if `average_gradients` is set."""
         flat = values.flatten(1)  # not reshape: there may be none
-        whole: Tensor = apply(_Gather, flat, self._layer, self.placement)
+        whole: Tensor = apply(_Gather, flat, self._layer)
         return whole.view(self.placement.num_experts, *values.shape[1:])
 
     def _static(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

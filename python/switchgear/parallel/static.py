@@ -186,7 +186,9 @@ def exchange_rows(parts: list[Tensor], number: int, phase: str, overflow: Tensor
         parallel.peers.enter(phase)
         if overflow is not None:
             if device.type == "cpu" and int(overflow[-1]):
-                raise ValueError(f"topk_ids: expected -1 to {layer.num_experts - 1}, got {int(overflow[-1])} others")
+                raise ValueError(
+                    f"topk_ids: expected -1 to {layer.placement.num_experts - 1}, got {int(overflow[-1])} others"
+                )
             parallel.overflow.add(overflow[:-1])
         pairs = zip(moved, parts, strict=True)
         for work in [transfers.start(phase, into, part, counts, counts) for into, part in pairs]:
