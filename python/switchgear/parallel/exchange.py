@@ -29,7 +29,7 @@ from switchgear.parallel import header, layout, local
 from switchgear.parallel.cost import choose_chunks
 from switchgear.parallel.rows import WIRES, Direct, Transfers
 from switchgear.parallel.transport import Done, Work
-from switchgear.parallel.two_level import Relaying, TwoLevel, finish_routes, start_routes
+from switchgear.parallel.two_level import Relaying, TwoLevel
 
 if TYPE_CHECKING:
     from switchgear.parallel.group import ExpertParallel
@@ -155,18 +155,14 @@ def forward(
     pairs_out = torch.cat((sending.pair_codes[:, None], columns), 1)
     pairs = pairs_out.new_empty(sum(pairs_in), pairs_out.shape[1])
     pairs_work = transfers.start("pairs", pairs, pairs_out, pairs_in, sending.pairs)
-    routes = None
     rows: Direct
     if relays_in is None:
         rows = Direct(transfers, sending, x.detach(), each, arriving, None)
     else:
         passing = layout.merge_pieces(list(zip(*(size.relayed for size in sizes), strict=True)), num_chunks)
         received = layout.merge_sources(arriving, relays_in)
-        rows = levels = TwoLevel(transfers, sending, x.detach(), each, received, None, passing, None)
-        routes = start_routes(transfers, choice, sending, passing)
+        rows = TwoLevel(transfers, sending, x.detach(), each, received, None, passing, choice)
     rows.send(x.detach())
-    if routes is not None:
-        levels.relaying = finish_routes(transfers, routes)
     transfers.wait(pairs_work)
     receiving = layout.plan_receiving(arriving, pairs_in, pairs[:, 0].contiguous(), len(layer.mine), relays_in)
     rows.returning = receiving.pairs_of_chunk if each else receiving.rows
@@ -203,7 +199,7 @@ def forward(
     y = _join_parts(transfers, y, all_tokens)
     if not saves:
         return y, None
-    relaying = None if relays_in is None else levels.relaying
+    relaying = rows.relaying if isinstance(rows, TwoLevel) else None
     tensors = (rows.buffer, pair_weights, *hs)
     return y, Saved(sending, receiving, all_tokens, num_tokens, top_k, tensors, tuple(runs), relaying)
 
