@@ -255,17 +255,17 @@ def quantize_projection(
     few: Collection[int],
     damping: float = 0.01,
     act_order: bool = False,
-) -> list[tuple[int, Levels]]:
-    """(bits, levels [1,N,C]) of each expert. Experts of one width are quantized together, a few at a time."""
+) -> list[Levels]:
+    """The levels [1,N,C] of each expert. Experts of one width are quantized together, a few at a time."""
     weight = layer.projection(index)
     if not bool(weight.isfinite().all()):
         raise ValueError(f"{layer.name}: expected finite weights, got NaN or infinities")
-    found: dict[int, tuple[int, Levels]] = {}
+    found: dict[int, Levels] = {}
     for width in sorted(set(widths)):
         mine = [expert for expert, bits in enumerate(widths) if bits == width]
         for expert in mine if method == "rtn" else [e for e in mine if e in few]:
             one = weight[expert : expert + 1].contiguous()
-            found[expert] = width, round_to_nearest(one, width, form.group_size, form.symmetric)
+            found[expert] = round_to_nearest(one, width, form.group_size, form.symmetric)
         rest = [expert for expert in mine if expert not in found]
         for some in (rest[at : at + _TOGETHER] for at in range(0, len(rest), _TOGETHER)):
             assert hessians is not None
@@ -275,7 +275,7 @@ def quantize_projection(
                 symmetric=form.symmetric, damping=damping, act_order=act_order,
             )  # fmt: skip
             for at, expert in enumerate(some):
-                found[expert] = width, Levels(*(tensor[at : at + 1] for tensor in levels))
+                found[expert] = Levels(*(tensor[at : at + 1] for tensor in levels))
     return [found[expert] for expert in range(len(widths))]
 
 
@@ -330,7 +330,7 @@ def expert_errors(
             weights = []
             for index in (0, 1):
                 found = quantize_projection(layer, index, widths, form, hessians.get(name), method, few)
-                decoded = torch.cat([decode(levels, width, group_size) for _, levels in found])
+                decoded = torch.cat([decode(levels, width, group_size) for levels in found])
                 weights.append(decoded.to(layer.projection(index).dtype))
             _, outputs = layer.apply(rows.inputs, rows.offsets, *weights)
             change = ((outputs.double() - rows.outputs.double()) * rows.weights[:, None]).square().sum(1)

@@ -128,7 +128,7 @@ def quantize(
     targets = _find_targets(model, layers) if store else {}
     done: dict[str, QuantizedLayer] = {}
     changes: list[StoredChange] = []
-    values: list[tuple[Tensor, list[tuple[int, Levels]]]] = []
+    values: list[tuple[Tensor, list[int], list[Levels]]] = []
     before: dict[tuple[object, ...], int] = {}
     after: dict[tuple[object, ...], int] = {}
     change_of = _make_changes(form)
@@ -148,10 +148,10 @@ def quantize(
             for weight in projections:
                 sizes = (packed_bytes(*weight.shape[1:], bits, group_size, not symmetric) for bits in widths[name])
                 after[memory_of(weight)] = sum(sizes)
-            values += zip(projections, found, strict=True)
+            values += [(weight, widths[name], levels) for weight, levels in zip(projections, found, strict=True)]
     commit_all(changes)
-    for weight, experts in values:
-        for expert, (width, levels) in enumerate(experts):
+    for weight, each, experts in values:
+        for expert, (width, levels) in enumerate(zip(each, experts, strict=True)):
             weight[expert] = decode(levels, width, group_size)[0].to(weight.dtype)
     return Quantized(method, done, store, sum(before.values()), sum(after.values()))
 
@@ -200,7 +200,7 @@ def _report(
     layer: ExpertLayer,
     widths: list[int],
     few: list[int],
-    found: Sequence[Sequence[tuple[int, Levels]]],
+    found: Sequence[Sequence[Levels]],
     hessians: Hessians | None,
     form: Groups,
 ) -> QuantizedLayer:
@@ -209,8 +209,7 @@ def _report(
         lost = whole = lost_output = whole_output = 0.0
         for index in (0, 1):
             weight = layer.projection(index)[expert].float()
-            width, levels = found[index][expert]
-            difference = weight - decode(levels, width, form.group_size)[0]
+            difference = weight - decode(found[index][expert], widths[expert], form.group_size)[0]
             lost, whole = lost + float(difference.square().sum()), whole + float(weight.square().sum())
             if hessians is not None:
                 hessian = (hessians.inputs, hessians.hidden)[index][expert].to(weight.device)
@@ -227,15 +226,14 @@ def _make_changes(form: Groups) -> Callable[..., StoredChange]:
     ties: dict[int, Tie] = {}
 
     def change_of(
-        target: Target, layer: ExpertLayer, widths: Sequence[int], found: Sequence[Sequence[tuple[int, Levels]]]
+        target: Target, layer: ExpertLayer, widths: Sequence[int], found: Sequence[Sequence[Levels]]
     ) -> StoredChange:
         chosen, projections = [], []
         for index in (0, 1):
             plain, parts = layer.projection(index), target.layout.parts(index)
             key = (*memory_of(plain), parts)
             if key not in weights:
-                each = zip(*(levels for _, levels in found[index]), strict=True)
-                q, scales, zeros = map(torch.cat, each)
+                q, scales, zeros = map(torch.cat, zip(*found[index], strict=True))
                 levels = groups.Levels(q, scales, None if form.symmetric else zeros, tuple(widths))
                 weights[key] = weight_of(levels, plain.dtype, form.group_size, parts=parts)
             chosen.append(weights[key])
