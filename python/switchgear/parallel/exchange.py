@@ -36,18 +36,11 @@ if TYPE_CHECKING:
     from switchgear.parallel.placement import Placement
 
 
-class Copy(NamedTuple):
-    """An expert of this rank that other ranks also hold."""
-
-    number: int  # its local number
-    ranks: tuple[int, ...]  # all of them, ascending
-
-
 class Layer:
     """What the ranks of a layer share, and this rank's part of it.
 
     Attributes:
-        mine: the experts of this rank. copies: those of them that other ranks hold, too.
+        mine: the experts of this rank. copies: all ranks, by local number, of those that other ranks hold, too.
         rank_of, local_of: [E]: see Placement.routes. routes_on: both on devices that have used them (static.py).
     """
 
@@ -60,7 +53,7 @@ class Layer:
         self.number = parallel.next_layer() if number is None else number
         self.mine = placement.experts_of_rank[parallel.rank]
         owners = [placement.owners[expert] for expert in self.mine]
-        self.copies = [Copy(local, ranks) for local, ranks in enumerate(owners) if len(ranks) > 1]
+        self.copies = {number: ranks for number, ranks in enumerate(owners) if len(ranks) > 1}
         near = parallel.nodes.same(parallel.rank) if parallel.levels == 2 else ()
         self.rank_of, self.local_of = placement.routes(parallel.rank, near)
         self.placement_digest = placement.digest()
@@ -331,21 +324,20 @@ def _sum_copies(transfers: Transfers, layer: Layer, grads: list[Tensor | None]) 
     if not layer.placement.replicated:
         return grads
     rank, size = layer.parallel.rank, layer.parallel.size
-    to_rank = [[place for place, copy in enumerate(layer.copies) if r in copy.ranks and r != rank] for r in range(size)]
+    held = list(enumerate(layer.copies.values()))
+    to_rank = [[place for place, ranks in held if r in ranks and r != rank] for r in range(size)]
     counts = [len(places) for places in to_rank]
     order = torch.tensor([place for places in to_rank for place in places], dtype=torch.int64)
-    numbers = torch.tensor([copy.number for copy in layer.copies], dtype=torch.int64)
+    numbers = torch.tensor(list(layer.copies), dtype=torch.int64)
     for grad in grads:
         if grad is None:
             continue
         mine = grad[numbers].flatten(1).contiguous()
         others = transfers.exchange("copies", mine[order], counts, counts)
-        for place, copy in enumerate(layer.copies):
-            parts = [
-                mine[place] if r == rank else others[sum(counts[:r]) + to_rank[r].index(place)] for r in copy.ranks
-            ]
+        for place, (number, ranks) in enumerate(layer.copies.items()):
+            parts = [mine[place] if r == rank else others[sum(counts[:r]) + to_rank[r].index(place)] for r in ranks]
             total = parts[0].clone()
             for part in parts[1:]:
                 total += part
-            grad[copy.number] = total.view_as(grad[copy.number])
+            grad[number] = total.view_as(grad[number])
     return grads
