@@ -142,7 +142,6 @@ NotNegative = Annotated[float, Range(0, math.inf, "high")]
 NotNegativeOrInf = Annotated[float, Range(0, math.inf)]
 Share = Annotated[float, Range(0, 1, "high")]  # A share or probability that 1 would make meaningless.
 Fraction = Annotated[float, Range(0, 1)]
-Bytes = Annotated[int, Range(1, math.inf)]
 Seconds = Annotated[float, Range(0, MOST_SECONDS, "low")]
 FloatTensor = Annotated[Tensor, FloatingPoint]
 FiniteTensor = Annotated[Tensor, AllFinite]

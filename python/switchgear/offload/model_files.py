@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import Bytes, checked
 from switchgear.convert.directory import ConversionError, divide_into_shards, write_index, write_shard
 from switchgear.convert.plans import Item
 from switchgear.files import AnyPath
@@ -93,8 +92,7 @@ def _check(plan: Any, store: Store) -> None:
 _SUFFIX, _TIMEOUT = ".partial", 600.0
 
 
-@checked
-def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: Bytes = 5 * 10**9) -> None:
+def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: int = 5 * 10**9) -> None:
     """Writes the whole model for `from_pretrained`: config, what is in memory, and the experts from their store, as the
     plain weights that it represents. One layer is in memory at a time. The folder appears when it is complete.
 
@@ -116,6 +114,8 @@ def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: Bytes = 5 * 10
     target = Path(path)
     if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
         raise ValueError(f"model: expected one of transformers, got {type(model).__name__}")
+    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
+        raise ValueError(f"max_shard_size: expected a number of bytes, got {max_shard_size!r}")
     if os.path.lexists(target):
         raise ValueError(f"path: expected a folder that does not exist, got {target}")
     layers = _find_offloaded(model)

@@ -25,9 +25,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import inf
 from operator import lt
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from switchgear.checks import Bytes, NotNegative, Positive, Size, checked
+from switchgear.checks import NotNegative, Positive, Range, Size, checked
 from switchgear.offload.accesses import Accesses
 from switchgear.offload.policies import POLICIES, Policy
 from switchgear.offload.predictors import Expert
@@ -36,6 +36,7 @@ from switchgear.offload.residency import Residency
 # ---- Hits and misses -------------------------------------------------------------------------------------------------
 
 
+Bytes = Annotated[int, Range(1, inf)]
 RecordBytes = Bytes | Sequence[Sequence[Bytes]]
 
 
