@@ -124,7 +124,7 @@ def cost(model: nn.Module | Any) -> Cost:
     for block in blocks:
         real, num_experts = block.experts, block.num_experts
         if isinstance(real, VirtualExperts):  # only the others have weights
-            real, num_experts = real.experts, real.num_real
+            num_experts, real = real.num_real, real.experts
         own = [p for p in _list_routed(block, real, num_experts) if id(p) not in routed]
         routed |= {id(parameter) for parameter in own}
         if block.top_k is None:

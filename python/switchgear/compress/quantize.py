@@ -146,7 +146,8 @@ def quantize(
             after |= changes[-1].bytes_after
         else:
             for weight in projections:
-                sizes = (packed_bytes(*weight.shape[1:], bits, group_size, not symmetric) for bits in widths[name])
+                _, rows, columns = weight.shape
+                sizes = (packed_bytes(rows, columns, own, group_size, not symmetric) for own in widths[name])
                 after[memory_of(weight)] = sum(sizes)
             values += [(weight, widths[name], levels) for weight, levels in zip(projections, found, strict=True)]
     commit_all(changes)

@@ -81,7 +81,9 @@ def count(topk_ids: list[Tensor], placement: Placement, nodes: Nodes | None = No
         present = torch.zeros(len(ids), size + 1, dtype=torch.bool).scatter_(1, ranks, True)[:, :size]
         pairs[source] = torch.bincount(ranks.flatten(), minlength=size + 1)[:size]
         rows[source] = present.sum(0)
-        for members in () if nodes is None else nodes.members:
+        if nodes is None:
+            continue
+        for members in nodes.members:
             relay = nodes.relay(source, members[0])
             there = present[:, list(members)]
             between[source, relay] += there.any(1).sum()

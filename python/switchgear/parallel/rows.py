@@ -228,20 +228,19 @@ class Leg:
 
     def wait(self, c: int, progress: Callable[[], None] | None = None) -> None:
         """progress: a turn of other work, called once at least and while this waits."""
-
-        def take_turns(seconds: float) -> bool:
-            end = time.monotonic() + seconds
-            while True:
-                progress()
-                if self.has_arrived(c, _TURN):
-                    return True
-                if time.monotonic() > end:
-                    return False
-
         if progress is not None:
-            self._transfers.wait(Waiting(take_turns))
+            self._transfers.wait(Waiting(partial(self._take_turns, c, progress)))
         elif self._works[c] is not None:
             self._transfers.wait(Waiting(partial(self.has_arrived, c)))
+
+    def _take_turns(self, c: int, progress: Callable[[], None], seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while True:
+            progress()
+            if self.has_arrived(c, _TURN):
+                return True
+            if time.monotonic() > end:
+                return False
 
 
 class Waiting(NamedTuple):
