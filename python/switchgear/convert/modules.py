@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from switchgear.checks import convert
 from switchgear.integrations.blocks import FeedForward
-from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_activation
+from switchgear.integrations.gates import ACTIVATION_NAMES, PLAIN_ACTIVATIONS, name_activation
 from switchgear.layers.shared import SharedExperts
 from switchgear.reference import wide
 from switchgear.routing.router import Router
@@ -105,7 +105,7 @@ def _read_linear(linear: Any) -> tuple[Tensor, Tensor | None]:
 def find_activation(module: Any) -> str | None:
     """The name of the module's activation, found by its values."""
     if isinstance(module, SharedExperts):
-        plain = module.activation in ACTIVATIONS and module.limit is None
+        plain = module.activation in PLAIN_ACTIVATIONS and module.limit is None
         return module.activation if plain else None
     for name in (*ACTIVATION_NAMES, "hidden_act"):
         function = getattr(module, name, None)

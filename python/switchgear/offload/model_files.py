@@ -18,10 +18,10 @@ from switchgear.convert.directory import ConversionError, divide_into_shards, wr
 from switchgear.convert.plans import Item
 from switchgear.files import AnyPath
 from switchgear.offload.attachment import read_all
+from switchgear.offload.projections import InStore, OffloadedProjections
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import StoreError
 from switchgear.weights.module import in_layout, stored_of
-from switchgear.weights.offloaded import InStore, OffloadedProjections
 from switchgear.weights.weight import Weight
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------
@@ -51,26 +51,16 @@ def load_model(
         ValueError: the checkpoint cannot be loaded, or its experts are not those of the store.
         StoreError: the store cannot be opened.
     """
-    from switchgear.integrations.checkpoint_files import Reader
-    from switchgear.integrations.published import commit, compute_buffers, planned, undo
+    from switchgear.integrations.published import fill, planned
 
     opened = store if isinstance(store, Store) else Store.open(store)
     dtypes = {kind.dtype for records in opened.layers.values() for kind in records.kinds}
     if dtype is None and len(dtypes) == 1:
         dtype = next(iter(dtypes))
     plan = planned(Path(checkpoint), dtype)
-    device = torch.device(device)
-    try:
-        _check(plan, opened)
-        held = {f"{name}.{projection}" for name, layout, _ in plan.experts() for projection in layout.names}
-        compute_buffers(plan.model, device)
-        reader = Reader(plan.files.headers)
-        loaded = {target: read(reader, device) for target, read in plan.reads.items() if target not in held}
-    except BaseException:
-        undo(plan)
-        raise
-    commit(plan.model, loaded)
-    return plan.model.eval()
+    _check(plan, opened)
+    held = {f"{name}.{projection}" for name, layout, _ in plan.experts() for projection in layout.names}
+    return fill(plan, torch.device(device), held)
 
 
 def _check(plan: Any, store: Store) -> None:

@@ -55,6 +55,10 @@ class Regrouped:
     seconds: float
 
 
+def _ignore(change: Regrouped) -> None:
+    """Does nothing; the default of on_change."""
+
+
 @checked
 @dataclass(frozen=True)
 class Training:
@@ -87,7 +91,7 @@ class Training:
     num_replicas: Count = 0
     max_norm: PositiveOrInf | None = None
     extra: Sequence[Stateful] = ()
-    on_change: Callable[[Regrouped], None] = lambda change: None
+    on_change: Callable[[Regrouped], None] = _ignore
     parallel: ExpertParallel = field(init=False)
 
     def __post_init__(self) -> None:
