@@ -73,8 +73,9 @@ def _extend_save(original: Any) -> Any:
                 "call switchgear.restore(model) first"
             )
         given = call.arguments.get("state_dict")
-        state_dict = _replace_stored_keys(self, self.state_dict() if given is None else given)
-        call.arguments["state_dict"] = state_dict
+        state_dict = call.arguments["state_dict"] = dict(self.state_dict() if given is None else given)
+        for name, module in self.named_modules(remove_duplicate=False):
+            plain_keys(module, state_dict, f"{name}." if name else "")
         what = "model" if len(forms) == 1 else "experts"  # each form has its own layers
         for name, form in forms.items():
             if form.suffixes:
@@ -107,10 +108,3 @@ def _show_parameters(state_dict: dict[str, Any], model: nn.Module) -> Iterator[N
         yield
     finally:
         del vars(model)["get_parameter"]
-
-
-def _replace_stored_keys(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-    state_dict = dict(state_dict)
-    for name, module in model.named_modules(remove_duplicate=False):
-        plain_keys(module, state_dict, f"{name}." if name else "")
-    return state_dict
