@@ -27,8 +27,8 @@ from switchgear.functional import grouped_gemm
 from switchgear.reference import weight_dtype
 from switchgear.weights import Form, Weight, stored_of
 from switchgear.weights.adapted import adapters_of
-from switchgear.weights.offloaded import OffloadedWeight
 from switchgear.weights.state import Lora, set_state
+from switchgear.weights.weight import OffloadedWeight
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _INT8 = torch.iinfo(torch.int8)

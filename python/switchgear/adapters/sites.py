@@ -15,8 +15,8 @@ from switchgear.experts import Experts
 from switchgear.weights import Weight, advise_huge_pages, stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.form import hint_for
-from switchgear.weights.offloaded import OffloadedWeight
 from switchgear.weights.state import extend, find, get_state, set_state
+from switchgear.weights.weight import OffloadedWeight
 
 TARGETS = ("gate_up_proj", "down_proj")
 

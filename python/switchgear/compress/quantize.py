@@ -31,7 +31,7 @@ from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import groups
 from switchgear.weights.form import hint_for, layout_of
 from switchgear.weights.integers import Groups, weight_of
-from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, stored_of
+from switchgear.weights.module import Tie, stored_of
 from switchgear.weights.store import StoredChange, Target, memory_of
 from switchgear.weights.weight import Weight
 
@@ -232,7 +232,7 @@ def _make_changes(form: Groups) -> Callable[..., StoredChange]:
     def change_of(
         target: Target, layer: ExpertLayer, widths: Sequence[int], found: Sequence[Sequence[tuple[int, Levels]]]
     ) -> StoredChange:
-        chosen, projections = [], []
+        chosen = []
         for index in (0, 1):
             plain, parts = layer.projection(index), target.layout.parts(index)
             key = (*memory_of(plain), parts)
@@ -240,13 +240,9 @@ def _make_changes(form: Groups) -> Callable[..., StoredChange]:
                 levels = _join_levels([levels for _, levels in found[index]], widths, form)
                 weights[key] = weight_of(levels, plain.dtype, form.group_size, parts=parts)
             chosen.append(weights[key])
-            parameter = layer.parameters[index].value
-            tie = ties.setdefault(id(parameter), Tie())
-            projections.append(Projection(Kind.of(weights[key]), parameter.requires_grad, tie))
         bits = widths[0] if len(set(widths)) == 1 else tuple(widths)
         own = Groups(bits, form.group_size, form.symmetric)
-        stored = StoredProjections(own, target.layout, (projections[0], projections[1]))
-        return StoredChange(target, stored, (chosen[0], chosen[1]))
+        return StoredChange(target, own, (chosen[0], chosen[1]), ties)
 
     return change_of
 

@@ -27,7 +27,7 @@ from switchgear.layers.virtual import VirtualExperts
 from switchgear.ops import GluOptions
 from switchgear.reference import activations
 from switchgear.routing.router import Router
-from switchgear.weights.module import check_replaceable
+from switchgear.weights.module import check_plain
 from switchgear.weights.selected import selection_of
 
 STEP_COUNTS = "tokens_per_expert"  # a Router's attribute
@@ -393,7 +393,7 @@ def expert_layer(block: MoeBlock) -> ExpertLayer:
     experts: Any = block.experts
     if isinstance(experts, VirtualExperts):
         experts = experts.experts
-    check_replaceable(name, experts)
+    check_plain(name, experts, are_replaced=True)
     if getattr(experts, "parallel", None) is not None:
         raise ValueError(f"{name}: expected all experts in this process, got {type(experts).__name__}")
     parameters = _projections(name, experts)

@@ -16,7 +16,7 @@ from switchgear.functional.products import AnyWeight
 from switchgear.integrations.gates import find_gate, get_own_gate
 from switchgear.ops import GluOptions
 from switchgear.weights import AdaptedWeight, SelectedWeight, Weight
-from switchgear.weights.offloaded import OffloadedWeight
+from switchgear.weights.weight import OffloadedWeight
 
 
 class ExpertWeights(NamedTuple):

@@ -22,12 +22,12 @@ from switchgear.offload.device import find_device
 from switchgear.offload.policies import LRU, Policy
 from switchgear.offload.pool import Pool, Staging, arena
 from switchgear.offload.predictors import Predictor
+from switchgear.offload.projections import OffloadedForm
 from switchgear.offload.residency import CachePlan, LayerStatistics, Residency, Statistics, group_layers, plan_caches
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import StoreError
 from switchgear.weights.module import Tie, check_before_load, freeze_stored
-from switchgear.weights.offloaded import OffloadedForm, OffloadedWeight
-from switchgear.weights.weight import Weight
+from switchgear.weights.weight import OffloadedWeight, Weight
 
 
 @checked

@@ -12,11 +12,11 @@ from torch import nn
 
 from switchgear.checks import as_device
 from switchgear.offload.pool import arena
+from switchgear.offload.projections import OffloadedForm, OffloadedProjections
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import Records, StoreError
 from switchgear.weights.form import Layout, hint_for, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, in_layout, put, stored_of
-from switchgear.weights.offloaded import OffloadedForm, OffloadedProjections
 from switchgear.weights.selected import selection_of
 from switchgear.weights.state import set_state
 from switchgear.weights.store import wrapper_of

@@ -28,11 +28,11 @@ from torch import Tensor
 from switchgear.offload.device import CudaDevice, Stream
 from switchgear.offload.pool import Pool, knows
 from switchgear.offload.predictors import Predictor, read_predictions
+from switchgear.offload.projections import Wave
 from switchgear.offload.residency import LayerStatistics, Residency
 from switchgear.offload.store_records import StoreError
 from switchgear.offload.waves import LoadsExperts
 from switchgear.utils.functions import has_proxies
-from switchgear.weights.offloaded import Wave
 
 _FEW = 256  # ids, up to which a set of Python is faster than torch.unique
 
@@ -165,7 +165,7 @@ class Cache:
 
 
 class CachedLayer(LoadsExperts):
-    """The experts of one layer: the Source of its two weights.
+    """The experts of one layer: the source of its two weights.
 
     reads: (file, offset, bytes, checksum) of each expert's record.
     slots: [E] int32 of the weights, shared with the kernels of the host.

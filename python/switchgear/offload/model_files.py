@@ -18,10 +18,10 @@ from switchgear.convert.directory import ConversionError, count_bytes, divide_in
 from switchgear.convert.plans import Item
 from switchgear.files import AnyPath
 from switchgear.offload.attachment import read_all
+from switchgear.offload.projections import InStore, OffloadedProjections
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import StoreError
 from switchgear.weights.module import in_layout, stored_of
-from switchgear.weights.offloaded import InStore, OffloadedProjections
 from switchgear.weights.weight import Weight
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------

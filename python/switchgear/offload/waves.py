@@ -21,14 +21,14 @@ from torch import Tensor
 from switchgear import ops
 from switchgear.functional.gradients import needs_autograd
 from switchgear.functional.layer import Biases, accumulate, apply_layer
+from switchgear.offload.projections import Wave
 from switchgear.reference import weight_dtype
 from switchgear.utils.functions import not_compiled
-from switchgear.weights.offloaded import OffloadedWeight, Wave
-from switchgear.weights.weight import AdaptedWeight, Weight
+from switchgear.weights.weight import AdaptedWeight, OffloadedWeight, Weight
 
 
 class LoadsExperts:
-    """The part of a Source that computes a layer; see weights/offloaded.py."""
+    """Loads the experts of a layer, and computes `moe` with them."""
 
     def run(
         self,
@@ -38,6 +38,9 @@ class LoadsExperts:
         *,
         together: bool = False,
     ) -> Any:
+        """compute(waves), while the experts of topk_ids [T,K] int32 are loaded: None if all are in memory, else
+        ascending ranges of experts, each resident until the next one is requested. together: all experts at once,
+        or a ValueError."""
         raise NotImplementedError
 
     @not_compiled  # a graph cannot hold what is loaded from call to call

@@ -230,10 +230,13 @@ class CapacityByKind:
     free_experts: Count
     tau: Positive = 0.75
     limit: Capacity = field(default_factory=partial(Capacity, 1.1))
+    _of_kind: Capacity = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.limit.overflow != "drop":
             raise ValueError(f"limit.overflow: expected drop, got {self.limit.overflow!r}")
+        # A token's weights of both kinds have one sum.
+        object.__setattr__(self, "_of_kind", replace(self.limit, renormalize=False))
 
     @property
     def needs_scores(self) -> bool:
@@ -260,12 +263,5 @@ class CapacityByKind:
 
     def _limited(self, routing: Routing, kind: Tensor, scale: float, context: Context) -> Routing:
         """The choices of one kind, which only displace each other, within `scale` times the limit."""
-        evaluation = self.limit.evaluation_factor
-        limit = replace(
-            self.limit,
-            factor=self.limit.factor * scale,
-            evaluation_factor=None if evaluation is None else evaluation * scale,
-            renormalize=False,  # a token's weights of both kinds have one sum
-        )
         part = routing._replace(topk_ids=routing.topk_ids.masked_fill(~kind, -1))
-        return limit.limited(part, context, count_choices(routing))
+        return self._of_kind.limited(part, context, count_choices(routing), scale)
