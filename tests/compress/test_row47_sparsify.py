@@ -12,7 +12,7 @@ from torch import Tensor
 
 from errors import raises
 from switchgear.compress import calibrate, prune_weights
-from switchgear.compress.sparsify import choose_zeros
+from switchgear.compress.prune import choose_zeros
 from switchgear.integrations.blocks import expert_layers
 from switchgear.integrations.moe_blocks import moe_blocks
 

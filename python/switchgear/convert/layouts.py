@@ -185,7 +185,6 @@ class _Reader:
 
 
 def _name_key(layout: str, family: Family, layer: int, expert: int, part: str) -> str:
-    """The tensor that holds a projection of an expert."""
     number = 2 if part == "down_proj" else 1
     if layout == "per_expert":
         return family.expert(layer, expert, part)

@@ -58,7 +58,8 @@ def find_targets(model: nn.Module, store: Store) -> list[Target]:
         if getattr(module, "parallel", None) is not None:
             raise ValueError(f"{where}: expected all experts in this process, got those of {module.parallel}")
         if name not in store.layers:
-            raise ValueError(f"{where}: expected a store with its experts, got one of {_some(store)} in {store.path}")
+            some = ", ".join([*list(store.layers)[:2], *["…"] * (len(store.layers) > 2)])
+            raise ValueError(f"{where}: expected a store with its experts, got one of {some} in {store.path}")
         if (wrapper := wrapper_of(model, name)) is not None:
             raise ValueError(f"{where}: expected experts without adapters around them, got a {wrapper}")
         records = store.layers[name]
@@ -94,11 +95,6 @@ def choose_device(model: nn.Module, targets: list[Target], wanted: torch.device 
 
 
 _HOST = ("panels", "compact")  # forms of the CPU's kernels
-
-
-def _some(store: Store) -> str:
-    names = list(store.layers)
-    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
 
 
 def _check(where: str, module: nn.Module, layout: Layout, records: Records) -> None:

@@ -152,16 +152,14 @@ class Cache:
                 continue
             target.predictions.add(expert)
             key, pool = target.first + expert, target.pool
-            if key in self.rows or key in self.guesses or not self._has_room_for_guess(pool):
+            if key in self.rows or key in self.guesses:
+                continue
+            pool.drain()
+            if sum(self.layer_of(k).pool is pool for k in self.guesses) + len(pool.draining) >= pool.guess_rows:
                 continue
             if (row := pool.take()) is not None:
                 target.read((key,), (row,), self.guesses, is_urgent=False)
         self.predictor.observe(layer, topk_ids)
-
-    def _has_room_for_guess(self, pool: Pool) -> bool:
-        pool.drain()
-        guessed = sum(self.layer_of(key).pool is pool for key in self.guesses)
-        return guessed + len(pool.draining) < pool.guess_rows
 
 
 class CachedLayer(LoadsExperts):

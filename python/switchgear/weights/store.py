@@ -327,6 +327,19 @@ def plain_parameters(
 # ---- one form --------------------------------------------------------------------------------------------------------
 
 
+def commit_all(changes: Iterable[Any]) -> None:
+    """Commits all changes or none."""
+    done = []
+    try:
+        for change in changes:
+            done.append(change)
+            change.commit()
+    except BaseException:
+        for change in done:
+            change.undo()
+        raise
+
+
 def _store(model: nn.Module, form: Form, low_memory: bool) -> Stored:
     targets, present = _targets(model, form)
     prepare = preparation_of(form)

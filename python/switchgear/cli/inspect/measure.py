@@ -54,7 +54,9 @@ class Layer:
     @property
     def mean_similarity(self) -> float:
         """Of two different experts."""
-        return math.nan if self.similarity is None else float(_list_pairs(self.similarity).mean())
+        if self.similarity is None:
+            return math.nan
+        return float(self.similarity[torch.ones_like(self.similarity, dtype=torch.bool).triu(1)].mean())
 
     def alike(self, count: int = 3) -> list[tuple[int, int, float]]:
         """The pairs of experts with the most similar weights."""
@@ -154,11 +156,6 @@ def measure_similarity(block: MoeBlock) -> Tensor | None:
             rows = part.cpu().double()
             products += rows @ rows.T
     return compute_product_cosines(products)
-
-
-def _list_pairs(matrix: Tensor) -> Tensor:
-    above = torch.ones_like(matrix, dtype=torch.bool).triu(1)
-    return matrix[above]
 
 
 def _find_largest(matrix: Tensor, count: int) -> list[tuple[int, int, float]]:
