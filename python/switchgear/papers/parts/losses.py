@@ -232,7 +232,7 @@ class _PerExpert(FillsBuffers, KeepsFloat32):
         self.vector = self._given.to(device, copy=True)
 
     @staticmethod
-    def _loss(probabilities: Tensor, topk_ids: Tensor, vector: Tensor) -> Tensor:
+    def _loss(probabilities: Tensor, topk_ids: Tensor, vector: Tensor, /) -> Tensor:
         raise NotImplementedError
 
     def _prepare(self, routing: Routing) -> None:
