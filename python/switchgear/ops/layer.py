@@ -18,6 +18,21 @@ from switchgear.ops.native import Kernels, host
 from switchgear.ops.registration import matrix, register, rows, usable
 from switchgear.reference.layer import NUM_REQUIRED, Layer
 
+__all__ = [
+    "GRADIENTS",
+    "differentiable",
+    "layer_accumulate",
+    "layer_backward",
+    "layer_forward",
+    "moe_accumulate",
+    "moe_backward",
+    "moe_backward_on_host",
+    "moe_forward",
+    "moe_forward_on_host",
+    "needs_no_dispatch",
+    "plain_layer_on_host",
+]
+
 _TYPES = {
     Sequence[Tensor]: "Tensor[]",
     Sequence[int]: "int[]",

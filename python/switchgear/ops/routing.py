@@ -15,6 +15,19 @@ from switchgear.ops.native import host
 from switchgear.ops.registration import dense, matrix, register, rows
 from switchgear.reference import policies
 
+__all__ = [
+    "assign_balanced",
+    "assign_capped",
+    "column_topk",
+    "fit_capacity",
+    "gate",
+    "gate_route",
+    "gate_route_on_host",
+    "route",
+    "route_backward",
+    "route_dynamic",
+]
+
 # ---- route -----------------------------------------------------------------------------------------------------------
 
 

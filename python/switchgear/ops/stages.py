@@ -13,6 +13,17 @@ from torch import Tensor
 from switchgear import reference
 from switchgear.ops.registration import alike, dense, matrix, register, rows
 
+__all__ = [
+    "combine",
+    "combine_weight_backward",
+    "glu",
+    "glu_backward",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "permute",
+    "plan",
+]
+
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 

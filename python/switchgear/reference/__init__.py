@@ -16,95 +16,10 @@ Letters: T tokens · K top_k · E experts · H hidden_size · I intermediate_siz
 Errors: ValueError, or TypeError for a dtype, with the argument, what was expected and what was passed.
 """
 
-from switchgear.reference.activations import ACTIVATIONS, activate, glu, glu_backward, halves
-from switchgear.reference.checks import (
-    check_choice,
-    check_finite,
-    check_fraction,
-    check_num_experts,
-    check_range,
-    check_size,
-    weight_dtype,
-    wide,
-)
-from switchgear.reference.layer import GluOptions, Layer, keeps, moe_accumulate, moe_backward, moe_forward
-from switchgear.reference.policies import (
-    DROPS,
-    assign_balanced,
-    assign_capped,
-    column_topk,
-    fit_capacity,
-    route_dynamic,
-)
-from switchgear.reference.products import empty_weight, grouped_gemm, grouped_gemm_wgrad
-from switchgear.reference.routing import (
-    GROUP_SCORES,
-    NORMALIZE_EPSILON,
-    SCORE_FUNCTIONS,
-    exp,
-    gate,
-    gate_route,
-    logits_dtype,
-    route,
-    route_backward,
-    sanitize,
-    scores,
-)
-from switchgear.reference.stages import (
-    combine,
-    combine_weight_backward,
-    gather_rows,
-    permute,
-    plan,
-    segments,
-    to_slots,
-)
-
-__all__ = [
-    "ACTIVATIONS",
-    "DROPS",
-    "GROUP_SCORES",
-    "NORMALIZE_EPSILON",
-    "SCORE_FUNCTIONS",
-    "GluOptions",
-    "Layer",
-    "activate",
-    "assign_balanced",
-    "assign_capped",
-    "check_choice",
-    "check_finite",
-    "check_fraction",
-    "check_num_experts",
-    "check_range",
-    "check_size",
-    "column_topk",
-    "combine",
-    "combine_weight_backward",
-    "empty_weight",
-    "exp",
-    "fit_capacity",
-    "gate",
-    "gate_route",
-    "gather_rows",
-    "glu",
-    "glu_backward",
-    "grouped_gemm",
-    "grouped_gemm_wgrad",
-    "halves",
-    "keeps",
-    "logits_dtype",
-    "moe_accumulate",
-    "moe_backward",
-    "moe_forward",
-    "permute",
-    "plan",
-    "route",
-    "route_backward",
-    "route_dynamic",
-    "sanitize",
-    "scores",
-    "segments",
-    "to_slots",
-    "weight_dtype",
-    "wide",
-]
+from switchgear.reference.activations import *
+from switchgear.reference.checks import *
+from switchgear.reference.layer import *
+from switchgear.reference.policies import *
+from switchgear.reference.products import *
+from switchgear.reference.routing import *
+from switchgear.reference.stages import *

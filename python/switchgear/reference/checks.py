@@ -18,6 +18,17 @@ from torch import Tensor
 
 from switchgear.checks import Range, convert, integer
 
+__all__ = [
+    "check_choice",
+    "check_finite",
+    "check_fraction",
+    "check_num_experts",
+    "check_range",
+    "check_size",
+    "weight_dtype",
+    "wide",
+]
+
 MAX_EXPERTS = 1 << 24  # of a plan, whose memory grows with them; far more than the millions of any model
 NumExperts = Annotated[int, Range(1, MAX_EXPERTS)]
 

@@ -40,6 +40,15 @@ from switchgear.reference.formats import check_weight, decode, format_of
 from switchgear.reference.products import gemm, multiply, sum_rows, wgrad_of
 from switchgear.reference.stages import combine, gather_rows, plan, rows_of, segments, to_slots
 
+__all__ = [
+    "GluOptions",
+    "Layer",
+    "keeps",
+    "moe_accumulate",
+    "moe_backward",
+    "moe_forward",
+]
+
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,15 @@ from switchgear.reference.routing import (
     scores,
 )
 
+__all__ = [
+    "DROPS",
+    "assign_balanced",
+    "assign_capped",
+    "column_topk",
+    "fit_capacity",
+    "route_dynamic",
+]
+
 DROPS = ("order", "reverse", "choice", "priority")
 Values = Annotated[Tensor, Floats("T", "E")]
 SequenceIds = Annotated[Tensor, Indices("T")]

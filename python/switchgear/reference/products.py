@@ -15,6 +15,12 @@ from switchgear.reference import formats
 from switchgear.reference.checks import Experts, Floats, check, check_experts, wide
 from switchgear.reference.stages import Offsets, Slots, check_offsets, rows_of, segments
 
+__all__ = [
+    "empty_weight",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+]
+
 
 def gemm(rows: Tensor, matrices: Tensor | Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
     """Multiplies each expert's rows by its transposed matrix, in the wide dtype. Other elements are zero."""

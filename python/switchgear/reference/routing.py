@@ -12,6 +12,20 @@ from torch import Tensor
 from switchgear.checks import Finite, NotEmpty, OneOf, checked
 from switchgear.reference.checks import AnyFloats, Floats, Rows, TopkIds, check, check_range, weight_dtype, wide
 
+__all__ = [
+    "GROUP_SCORES",
+    "NORMALIZE_EPSILON",
+    "SCORE_FUNCTIONS",
+    "exp",
+    "gate",
+    "gate_route",
+    "logits_dtype",
+    "route",
+    "route_backward",
+    "sanitize",
+    "scores",
+]
+
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2_sum")
 ScoreFunction = Annotated[str, OneOf(SCORE_FUNCTIONS)]
