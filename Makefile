@@ -35,7 +35,8 @@
 #
 # KIND takes several, too: make sanitize KIND='asan tsan'. Each target works on a fresh clone with Python >= 3.10 (and its venv),
 # GCC 11 or Clang 14, or newer, and make. Everything else it needs is installed into the active virtual environment, or into .venv
-# if none is active. CUDA kernels are built for the GPU that is there; SWITCHGEAR_CUDA=ON builds them for all.
+# if none is active. CUDA kernels are built for the GPU that is there, CPU kernels optimised for the processor that is there;
+# SWITCHGEAR_CUDA=ON and SWITCHGEAR_ISA_FLAGS= build them for all, as wheels have them.
 
 PYTHON ?= python3
 VENV := $(or $(VIRTUAL_ENV),.venv)
@@ -49,6 +50,8 @@ PACKAGE := pyproject.toml constraints.txt CMakeLists.txt $(shell find include cs
 CXX_FILES = $(shell find include csrc tests bench examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(abspath $(BIN)):$(PATH)
+export SWITCHGEAR_ISA_FLAGS ?= native
+wheel release-check: export SWITCHGEAR_ISA_FLAGS =
 
 help:
 	@sed -n '2,/^$$/s/^# \?//p' Makefile
@@ -82,6 +85,7 @@ has_cuda = $(BIN)/python -c 'from importlib.util import find_spec; raise SystemE
 $(INSTALLED)package: $(PACKAGE) $(if $(VIRTUAL_ENV),FORCE) | $(BIN)/python
 	$(PIP) .
 	@$(has_cuda) || echo "switchgear: the CUDA kernels were left out: no GPU, or no nvcc. SWITCHGEAR_CUDA=ON pip install . builds them"
+	@$(if $(filter native,$(SWITCHGEAR_ISA_FLAGS)),echo "switchgear: optimised for this processor; pip install . optimises it for all")
 	@touch $@
 
 $(INSTALLED)%: $(INSTALLED)package
