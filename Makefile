@@ -163,7 +163,8 @@ cmake --build build/try --target test_$(TEST)
 ctest --test-dir build/try --output-on-failure --tests-regex '^$(TEST)$$'
 endef
 
-# TSAN_QUICK=1, NEON_QUICK=1: without the generic kernels, which then compile in seconds; on Arm also on two threads only.
+# ASAN_QUICK=1, TSAN_QUICK=1, NEON_QUICK=1: without the generic kernels, which then compile in seconds, and with one number of
+# threads.
 quick = $(if $(1),export SWITCHGEAR_QUICK=1 SWITCHGEAR_ISA_FLAGS=generic:-O0;)
 
 # What `make test` runs on an Arm machine, emulated.
@@ -199,7 +200,7 @@ test: $(if $(filter python,$(test_kinds)),$(INSTALLED)test) $(if $(filter cpp on
 	$(call run,$(test_kinds))
 
 define test-slow.python
-$(PYTEST) -m slow $(PYTEST_ARGS)
+$(PYTEST) -m slow $(PARALLEL) $(PYTEST_ARGS)
 endef
 
 define test-slow.cpp
@@ -216,8 +217,8 @@ test-slow: $(INSTALLED)test $(build_tools)
 
 # ASAN_ISAS: those to build under the address sanitizer, instead of all.
 define sanitize.asan
-cmake --preset asan -DSWITCHGEAR_CPU_ISAS='$(ASAN_ISAS)'
-$(call run_preset,asan)
+$(call quick,$(ASAN_QUICK)) cmake --preset asan -DSWITCHGEAR_CPU_ISAS='$(ASAN_ISAS)'
+$(call quick,$(ASAN_QUICK)) $(call run_preset,asan)
 endef
 
 define sanitize.tsan
