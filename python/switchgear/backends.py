@@ -53,8 +53,8 @@ def backend() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the ops inside the block on the backend `name`, in all threads. Of blocks that overlap in several threads, the
-    last one that was entered decides. Raises ValueError if `name` is unknown."""
+    """Runs the ops inside the block on the backend `name`, in all threads. Of blocks that overlap in several
+    threads, the last one that was entered decides. Raises ValueError if `name` is unknown."""
     block = object()
     with _lock:
         _blocks[block] = _checked(name, "use_backend")
