@@ -20,6 +20,7 @@ from switchgear.reference.checks import (
     TopkWeights,
     check,
     check_range,
+    check_slots,
     wide,
 )
 
