@@ -228,6 +228,13 @@ void check_heights(const char* name, const Weight& weight) {
   }
 }
 
+// H, which the weights have, so that an error names x if its width is another one.
+Dim hidden_size(const ExpertWeights& weights) {
+  const Weight& weight = weights.gate_up_proj;
+  const bool has_columns = weight.format != Format::kPlain || weight.data.ndim == 3;
+  return {"H", 1, has_columns && weight.num_cols() > 0 ? weight.num_cols() : Dim::kUnknown};
+}
+
 // gate_up_proj [E,N,H] and down_proj [E,H,I] in any formats that one layer can combine
 void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& options, Dim& E, Dim& H, Dim& I,
                    Dim& N) {
@@ -537,7 +544,7 @@ void glu_backward(const GluBackwardArgs& args, Execution exec) {
 void moe_forward(const MoeForwardArgs& given, Execution exec) {
   MoeForwardArgs args = given;
   Call call(exec);
-  Dim T{"T", 0}, K{"K"}, H{"H"}, E{"E"}, I{"I"}, N{"N"};
+  Dim T{"T", 0}, K{"K"}, H = hidden_size(args.weights), E{"E"}, I{"I"}, N{"N"};
   check_options(args.options);
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
   weight_shapes(call, args.weights, args.options, E, H, I, N);
@@ -562,7 +569,7 @@ void moe_forward(const MoeForwardArgs& given, Execution exec) {
 void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   MoeBackwardArgs args = given;
   Call call(exec);
-  Dim T{"T", 0}, K{"K"}, H{"H"}, E{"E"}, I{"I"}, N{"N"};
+  Dim T{"T", 0}, K{"K"}, H = hidden_size(args.weights), E{"E"}, I{"I"}, N{"N"};
   check_options(args.options);
   call.input("x", args.x, kFloat, {&T, &H}, kRows);
   call.input("grad_y", args.grad_y, kFloat, {&T, &H}, kRows);

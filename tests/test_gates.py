@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import switchgear
-from switchgear.integrations.gates import ACTIVATIONS, find_gate, get_own_gate, recognise
+from switchgear.integrations.gates import PLAIN_ACTIVATIONS, find_gate, get_own_gate, recognise
 from switchgear.ops import GluOptions
 
 FAMILIES = [
-    *(GluOptions(activation, gated=False) for activation in ACTIVATIONS),
+    *(GluOptions(activation, gated=False) for activation in PLAIN_ACTIVATIONS),
     *(
         GluOptions(activation, True, interleaved, limit=limit)
-        for activation, interleaved, limit in itertools.product(ACTIVATIONS, (False, True), (0.0, 7.0, 100.0))
+        for activation, interleaved, limit in itertools.product(PLAIN_ACTIVATIONS, (False, True), (0.0, 7.0, 100.0))
     ),
     *(GluOptions("swiglu_oai", True, interleaved, 1.5, limit) for interleaved in (False, True) for limit in (0.0, 7.0)),
 ]

@@ -187,13 +187,14 @@ def test_losses_and_similarities_that_are_not_finite_are_json() -> None:
 def test_zero_experts_have_no_similarity() -> None:
     """The first projection of LongCat has rows of them."""
     from switchgear.cli.inspect.measure import measure_similarity
+    from switchgear.integrations.blocks import expert_layer
     from switchgear.integrations.moe_blocks import moe_blocks
     from tiny_models import build
 
     block = next(iter(moe_blocks(build("longcat_flash")).values()))
     found = measure_similarity(block)
     assert found is not None
-    weights = block.expert_weights()
-    rows = [torch.cat([w[e].flatten() for w in weights[:2]]).detach().double() for e in range(block.num_experts)]
+    weights = [parameter.tensor for parameter in expert_layer(block).parameters]
+    rows = [torch.cat([w[e].flatten() for w in weights]).double() for e in range(block.num_experts)]
     want = torch.stack([torch.stack([torch.cosine_similarity(a, b, 0) for b in rows]) for a in rows])
     torch.testing.assert_close(found, want)

@@ -15,6 +15,7 @@ from errors import raises
 from model_types import sampled
 from switchgear import MoE
 from switchgear.integrations import hook_points
+from switchgear.integrations.blocks import expert_layer
 from switchgear.integrations.moe_blocks import is_transposed, moe_blocks
 from switchgear.trace import Observation, observe
 from switchgear.trace.batches import real_tokens
@@ -57,12 +58,13 @@ def test_blocks_of_every_type(model_type: str) -> None:
         assert bias is None or bias.shape[0] >= 8
         if model_type in NOT_STACKED:
             with raises(ValueError):
-                block.expert_weights()
+                expert_layer(block)
         else:
-            gate_up, down, transposed = block.expert_weights()
-            assert gate_up.shape[0] >= 8
+            first, down = (parameter.value for parameter in expert_layer(block).parameters)
+            transposed = is_transposed(block.experts)
+            assert first.shape[0] >= 8
             assert down.shape[0] >= 8
-            assert gate_up.shape[1 if transposed else 2] == down.shape[2 if transposed else 1]
+            assert first.shape[1 if transposed else 2] == down.shape[2 if transposed else 1]
         if model_type not in BARE:
             config, num_experts, top_k = block.config_fields()
             assert getattr(config, str(num_experts)) in (8, [8, 8])
@@ -144,7 +146,7 @@ def test_our_blocks() -> None:
     assert blocks["0"].gate_weight() is model[0].gate.weight
     assert blocks["1"].groups() == (2, 1)
     assert blocks["1"].selection_bias() is model[1].gate.e_score_correction_bias
-    assert blocks["0"].expert_weights()[0] is model[0].experts.gate_up_proj
+    assert expert_layer(blocks["0"]).parameters[0].value is model[0].experts.gate_up_proj
     with raises(ValueError):
         _ = blocks["0"].config
     x = torch.randn(2, 5, 16)

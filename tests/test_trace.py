@@ -490,7 +490,7 @@ def test_memory_is_bounded() -> None:
     layer = switchgear.trace.LayerTrace(E, record=ALL, tokens=50)
     for _ in range(200):
         layer.add(torch.randint(E, (30, K)), torch.rand(30, K), x=torch.randn(30, H), norms=torch.rand(30, K))
-    assert len(layer.loads._waiting) < 64
+    assert len(layer._waiting) < 64
     assert layer.sample is not None
     assert layer.sample.inputs.shape == (50, H)
     assert int(layer.tokens_per_expert.sum()) == 200 * 30 * K
@@ -498,11 +498,11 @@ def test_memory_is_bounded() -> None:
 
 def test_a_sample_tells_tokens_apart() -> None:
     """20,000 of 2^24 keys would be equal some ten times, and the largest ones soon be taken."""
-    sample = switchgear.trace.sums.TokenSample(20_000)
+    sample = switchgear.trace.layer.TokenSample(20_000)
     sample.add(torch.zeros(20_000, 1), torch.zeros(20_000, 1, dtype=torch.int32), torch.ones(20_000, 1))
     keys, *rows = sample.state()
     assert len(keys.unique()) == 20_000
-    earlier = switchgear.trace.sums.TokenSample.of_state([torch.tensor([0.25, 0.75]), *(row[:2] for row in rows)])
+    earlier = switchgear.trace.layer.TokenSample.of_state([torch.tensor([0.25, 0.75]), *(row[:2] for row in rows)])
     assert earlier.state()[0].tolist() == [2**60, 3 * 2**60]
 
 
@@ -567,7 +567,7 @@ def test_a_sample_is_uniform() -> None:
     """Each of 40 tokens stays with probability 1/4: in 400 recordings 100 times, with a spread of 8.7."""
     counts = torch.zeros(40)
     for seed in range(400):
-        sample = switchgear.trace.sums.TokenSample(10)
+        sample = switchgear.trace.layer.TokenSample(10)
         sample._generator.manual_seed(seed)
         for part in torch.arange(40.0)[:, None].split(7):
             sample.add(part, torch.zeros(len(part), 1, dtype=torch.int32), torch.ones(len(part), 1))

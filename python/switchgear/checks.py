@@ -408,19 +408,6 @@ def _number(name: str, value: Any) -> Any:
     return value if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) else float(value)
 
 
-def at_least(least: int, name: str, value: Any) -> int:
-    """`integer`, for a number of at least `least`. Raises ValueError for a lower one."""
-    found = integer(name, value)
-    if found < least:
-        raise ValueError(f"{name}: expected at least {least}, got {found}")
-    return found
-
-
-def sizes(name: str, values: Any) -> tuple[int, ...]:
-    """At least one integer, each of at least 1, as int. Raises TypeError or ValueError for anything else."""
-    return tuple(convert(name, values, Sizes))
-
-
 def as_device(name: str, value: Any) -> torch.device:
     """A device of torch. Raises ValueError for anything that names none."""
     with suppress(RuntimeError, TypeError):

@@ -121,17 +121,9 @@ class Experts(nn.Module):
             limit=self.limit,
         )
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        *_, unexpected, errors = args
         if stored_of(self) is not None:
             return
         given = {name: state_dict.get(prefix + name) for name in self._layout.names}
@@ -152,8 +144,4 @@ class Experts(nn.Module):
         return ", ".join(parts)
 
 
-def _find(module: nn.Module) -> Layout | None:
-    return module._layout if isinstance(module, Experts) else None
-
-
-extend("layout", _find)
+extend("layout", lambda module: module._layout if isinstance(module, Experts) else None)

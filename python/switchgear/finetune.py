@@ -187,7 +187,6 @@ def unfreeze(model: nn.Module) -> None:
 
 
 def _read_flags(module: nn.Module) -> dict[str, bool]:
-    """Which of a module's own parameters require gradients."""
     return {name: parameter.requires_grad for name, parameter in module.named_parameters(recurse=False)}
 
 
@@ -387,17 +386,16 @@ def _read(path: AnyPath) -> Any:
             data = torch.load(file, weights_only=True)
             if data["format"] != _FORMAT:
                 raise ValueError("another format")
+            weights = list(data["others"].values())
             for rows in data["experts"].values():
                 ids = rows["experts"]
-                if ids.dtype != torch.int32 or ids.dim() != 1 or (len(ids) and int(ids.min()) < 0):
+                if ids.dtype != torch.int32 or ids.dim() != 1 or bool((ids < 0).any()):
                     raise ValueError("experts that are not ids")
-                if not all(values.is_floating_point() for values in rows.values() if values is not ids):
-                    raise ValueError("rows that are no weights")
-            if not all(values.is_floating_point() for values in data["others"].values()):
-                raise ValueError("parameters that are no weights")
-            for layout in data.get("layouts", {}).values():
-                if not all(isinstance(value, bool) for value in layout.values()):
-                    raise ValueError("invalid layouts")
+                weights += [values for values in rows.values() if values is not ids]
+            if not all(values.is_floating_point() for values in weights):
+                raise ValueError("tensors that are no weights")
+            if not all(isinstance(value, bool) for each in data.get("layouts", {}).values() for value in each.values()):
+                raise ValueError("invalid layouts")
             return data
         except Exception as error:  # torch.load raises many kinds for files of others
             reason = first_line(error)

@@ -95,7 +95,9 @@ class SelfContrast:
         with ExitStack() as stack:
             for layer in found.values():
                 if layer.router is not None:
-                    stack.enter_context(overridden_router(layer.router, doubled.halves))
+                    stack.enter_context(
+                        overridden_router(layer.router, lambda own: Halves(doubled, self.strong or own, self.weak))
+                    )
             for block, method in methods:
                 stack.enter_context(_override_block(block, method, doubled))
             stack.callback(doubled.forget)
@@ -159,10 +161,6 @@ class _Doubled:
         self.contrast = contrast
         self.caches: list[Any] = []
         self.is_running = False
-
-    def halves(self, own: Select) -> Halves:
-        """For a router of ours."""
-        return Halves(self, self.contrast.strong or own, self.contrast.weak)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("labels") is not None:

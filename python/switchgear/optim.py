@@ -22,7 +22,6 @@ from switchgear.functional import as_number
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.papers.layers.monet import MonetRouter
 from switchgear.routing.router import Router
-from switchgear.utils.modules import map_matrices
 from switchgear.weights.form import layout_of
 from switchgear.weights.selected import SUFFIX
 
@@ -96,8 +95,7 @@ class Muon(torch.optim.Optimizer):
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
         }  # fmt: skip
-        _check(options)
-        super().__init__(params, options)
+        super().__init__(params, options)  # add_param_group checks them
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim. Raises ValueError for an option out of range, or a parameter of fewer dimensions."""
@@ -131,7 +129,7 @@ class Muon(torch.optim.Optimizer):
         buffer.lerp_(grad, 1 - momentum)
         update = grad.lerp(buffer, momentum) if group["nesterov"] else buffer
         options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "eps": group["eps"]}
-        update = map_matrices(partial(orthogonalized, **options), update)
+        update = _map_matrices(partial(orthogonalized, **options), update)
         parameter.mul_(1 - lr * group["weight_decay"])
         rows, columns = parameter.shape[-2:]
         if getattr(parameter, _TRANSPOSED, False):
@@ -140,7 +138,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def _check(options: dict[str, Any]) -> None:
-    """Raises TypeError or ValueError for the options of a group of parameters."""
     for name in ("lr", "weight_decay", "momentum", "eps"):
         if not as_number(name, options[name]) >= 0:
             raise ValueError(f"{name}: expected a number of at least 0, got {options[name]}")
@@ -200,3 +197,19 @@ def _is_in(name: str, prefix: str) -> bool:
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     own = name.rpartition(".")[2]
     return parameter.dim() >= 2 and 1 not in parameter.shape[-2:] and "bias" not in own and own != "A_log"
+
+
+def _map_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """function(tensor [..., N, C]), which acts on each matrix by itself. A rank takes its own matrices, and those
+    that are split among ranks."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return function(tensor)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    kept = [p if p.is_shard() and p.dim < tensor.dim() - 2 else Replicate() for p in tensor.placements]  # type: ignore[attr-defined]
+    part = function(tensor.redistribute(placements=kept).to_local()).contiguous()  # type: ignore[attr-defined]
+    shape, stride = tensor.shape, tensor.stride()
+    result = DTensor.from_local(part, mesh, kept, run_check=False, shape=shape, stride=stride)
+    placed: Tensor = result.redistribute(placements=tensor.placements)  # type: ignore[attr-defined]
+    return placed

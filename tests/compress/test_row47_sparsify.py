@@ -12,7 +12,8 @@ from torch import Tensor
 
 from errors import raises
 from switchgear.compress import calibrate, prune_weights
-from switchgear.compress.sparsify import choose_zeros
+from switchgear.compress.prune import choose_zeros
+from switchgear.integrations.blocks import expert_layers
 from switchgear.integrations.moe_blocks import moe_blocks
 
 
@@ -66,9 +67,8 @@ def test_row47_exact_numbers_of_zeros(model_type: str, sparsity: Any) -> None:
     """Per row of the product, whatever the layout of the parameter; gpt-oss stores it transposed."""
     model = hugging_face(model_type)
     result = prune_weights(model, sparsity, calibration=calibrate(model, token_batches()))
-    for block in moe_blocks(model).values():
-        for weight in block.expert_weights()[:2]:
-            rows = weight.mT if block.expert_weights().transposed else weight
+    for layer in expert_layers(model).values():
+        for rows in (layer.projection(index) for index in range(2)):
             if sparsity == "2:4":
                 assert bool(((rows.unflatten(-1, (-1, 4)) == 0).sum(-1) == 2).all())
             else:

@@ -21,9 +21,9 @@ from errors import raises
 from switchgear import offload
 from switchgear.offload import attach
 from switchgear.offload.pool import Staging
+from switchgear.offload.projections import Wave
 from switchgear.offload.store_records import PAGE
 from switchgear.weights import stored_of
-from switchgear.weights.offloaded import Wave
 
 FILES = ("pool.py", "cache.py")
 E = 6

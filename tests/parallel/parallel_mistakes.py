@@ -43,7 +43,7 @@ MISTAKES = {
         Mistake("two_level.py", "empty choices have routes", "    per_rank[:, num_ranks] = 0\n", ""),
     ),
     "copies_on_the_node": (
-        Mistake("experts.py", "copies on the node are not known",
+        Mistake("exchange.py", "copies on the node are not known",
                 "parallel.nodes.same(parallel.rank) if parallel.levels == 2 else ()", "()"),
         Mistake("placement.py", "copies on the node are not preferred",
                 "[rank for rank in ranks if rank in near] or ranks", "ranks"),

@@ -28,7 +28,6 @@ from switchgear.parallel.cost import (
     Rates,
     choose_chunks,
     count,
-    count_levels,
     draw_routing,
     expected_losses,
     pipeline,
@@ -77,16 +76,17 @@ def test_predicted_bytes_of_two_levels(pool: Pool, wire: str) -> None:
     sent = pool.run(send, 0.5, 2, wire)
     placement, nodes = Placement.contiguous(EXPERTS, 4), Nodes((0, 0, 1, 1))
     ids = list(torch.split(draw_routing(4 * TOKENS, EXPERTS, TOP_K, 0.5), TOKENS))
-    traffic, levels = count(ids, placement, nodes), count_levels(ids, placement, nodes)
+    traffic = count(ids, placement, nodes)
     machine = Machine(1e9, 1e6, 1e6, 2)
     layer = Layer(HIDDEN, 8, EXPERTS, TOP_K)
-    predicted = predict(layer, traffic, placement, machine, 4, 1, levels=levels, wire=wire)
+    predicted = predict(layer, traffic, placement, machine, 4, 1, wire=wire)
     assert predicted.bytes_forward == max(counts["forward"] for counts in sent)
     assert predicted.bytes_backward == max(counts["backward"] for counts in sent)
-    one = predict(layer, traffic, placement, machine, 4, 1, wire=wire)
+    one = predict(layer, traffic._replace(between=None, within=None), placement, machine, 4, 1, wire=wire)
     assert predicted.bytes_between_nodes < one.bytes_between_nodes
-    assert int(levels.between.sum()) < int(traffic.rows.sum())
-    assert int(levels.within.sum()) == int(traffic.rows.sum())  # a row for each token and rank, however it comes
+    between, within = traffic.legs
+    assert int(between.sum()) < int(traffic.rows.sum())
+    assert int(within.sum()) == int(traffic.rows.sum())  # a row for each token and rank, however it comes
 
 
 def test_predictions_by_hand() -> None:
@@ -104,9 +104,7 @@ def test_predictions_by_hand() -> None:
     assert one.weight_bytes == 2 * 3 * 10 * 5 * 4
     assert one.activation_bytes == 3 * 40 + 4 * (2 * 5 * 4 + 8)
     # Three rows to the other node, each with its choices on two ranks in 2 bytes; one passes on from 2 to 3.
-    two = predict(
-        layer, count(ids, placement, nodes), placement, machine, 4, 1, levels=count_levels(ids, placement, nodes)
-    )
+    two = predict(layer, count(ids, placement, nodes), placement, machine, 4, 1)
     assert two.forward.seconds == pytest.approx(12 + 1 + 24.25 + 1 + 12)
     assert two.backward.seconds == pytest.approx(12 + 1 + 24.25 + 1 + 24)
     assert two.bytes_forward == (3 + 1) * 40 + 3 * 2 * 2 + 6 * 8

@@ -19,7 +19,7 @@ from switchgear.adapters import add_lora
 from switchgear.parallel import ExpertParallel, ExpertParallelError, Placement
 from switchgear.parallel.cost import draw_routing
 from switchgear.parallel.experts import exchange_moe
-from switchgear.parallel.static import fill_buckets, return_rows
+from switchgear.parallel.static import exchange_rows, fill_buckets
 
 HIDDEN, EXPERTS, TOP_K = 64, 6, 3
 TOKENS = (13, 40, 0, 22)
@@ -238,7 +238,7 @@ def test_rows_of_any_strides() -> None:
     rows, numbers = torch.randn(HIDDEN, 5).T, torch.randn(3, 5).T
     with ExpertParallel(capacity=5) as parallel:
         experts = layers(parallel)[0].experts
-        moved = return_rows([rows, numbers], experts._number, False)
+        moved = exchange_rows([rows, numbers], experts._number, "combine", None)
     assert all(map(torch.equal, moved, (rows, numbers)))
     assert all(part.is_contiguous() for part in moved)
 

@@ -21,7 +21,7 @@ from errors import raises
 from switchgear.parallel import ExpertParallel, Placement, group, layout
 from switchgear.parallel.header import LENGTH
 from switchgear.parallel.nodes import Nodes, find_nodes, open_channel
-from switchgear.parallel.transport import BackendTransport
+from switchgear.parallel.transport import GroupTransport
 from switchgear.parallel.two_level import TwoLevel, plan_relaying
 
 TWO = 2  # ranks per node
@@ -191,7 +191,7 @@ def fixed_order(rank: int, case: Case) -> None:
 
     def with_a_backend(*args: Any, **options: Any) -> Any:
         part: Any = opened(*args, **options)
-        part.below = BackendTransport(part.below._group)
+        part.below = GroupTransport(part.below._group, is_own=True)
         return part
 
     TwoLevel.__init__, group.open_channel = patched, with_a_backend  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,6 @@ from switchgear.reference import integers as rq
 from switchgear.reference.formats import BITS
 from switchgear.testing import CASES, U32, Bounded, Case, GluOptions, Layer, assert_close, exact, make_layer
 from switchgear.weights import Form, Int4, Int8, Weight
-from switchgear.weights.weight import _ARGUMENTS
 
 C = testing.C
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -398,8 +398,7 @@ def test_arguments(backend: str) -> None:
     values, scales, row_scales = matrix.tensors
 
     def having(**changes: Any) -> dict[str, Weight]:
-        arguments = {name: getattr(matrix, name) for name in _ARGUMENTS}
-        return {"matrix": Weight(**{**arguments, **changes})}
+        return {"matrix": dataclasses.replace(matrix, **changes)}
 
     wrong = [
         (ValueError, "weight", {"x": x[:, 1:]}),

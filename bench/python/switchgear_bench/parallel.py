@@ -35,7 +35,7 @@ from switchgear import ops
 from switchgear.cli.common import CommandError, not_negative, positive
 from switchgear.cli.machine import cpu
 from switchgear.parallel import ExpertParallel, ParallelExperts
-from switchgear.parallel.cost import count, count_levels, draw_routing
+from switchgear.parallel.cost import count, draw_routing
 from switchgear.parallel.rows import Event
 from switchgear_bench.processes import Child
 
@@ -224,10 +224,9 @@ def measure(parallel: ExpertParallel, task: Task) -> dict[str, Any]:
     for _ in range(task.turns):
         for name, taken in steps.items():
             taken.append(step(name))
-    rows, pairs = count(list(ids), experts.placement)
-    between, within = count_levels(list(ids), experts.placement, parallel.nodes)
-    return {"bandwidth": bandwidth, "rows": rows.tolist(), "pairs": pairs.tolist(), "between": between.tolist(),
-            "within": within.tolist(), "steps": steps}  # fmt: skip
+    traffic = count(list(ids), experts.placement, parallel.nodes)
+    counts = {name: rows.tolist() for name, rows in traffic._asdict().items()}
+    return {"bandwidth": bandwidth, **counts, "steps": steps}
 
 
 def _throttle(parallel: ExpertParallel, task: Task, bandwidth: float) -> None:

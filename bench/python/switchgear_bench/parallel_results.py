@@ -13,7 +13,6 @@ from switchgear.cli.common import FAINT, INK, console, pyplot, save, table
 from switchgear.cli.machine import cpu
 from switchgear.parallel.cost import (
     PAIR_BYTES,
-    Levels,
     Timeline,
     Traffic,
     link_seconds,
@@ -89,9 +88,7 @@ class Floor(NamedTuple):
     between: int
 
 
-def floor_bytes(
-    traffic: Traffic, levels: Levels | None, nodes: Nodes, rank: int, row: int, train: bool
-) -> Floor:  # fmt: skip
+def floor_bytes(traffic: Traffic, nodes: Nodes, rank: int, row: int, train: bool) -> Floor:
     """From the routing only: rows of the rank's tokens and of those that it hosts or, with two levels, relays; pairs
     and routes."""
     away = [r for r in range(len(nodes.node_of)) if r != rank]
@@ -99,9 +96,8 @@ def floor_bytes(
     width = max(map(len, nodes.members))
 
     def count(ranks: list[int]) -> int:
-        legs = (traffic.rows,) if levels is None else (levels.between, levels.within)
-        rows = sum(int(leg[rank, ranks].sum() + leg[ranks, rank].sum()) for leg in legs)
-        routes = 0 if levels is None else 2 * width * int(levels.between[rank, ranks].sum())
+        rows = sum(int(leg[rank, ranks].sum() + leg[ranks, rank].sum()) for leg in traffic.legs)
+        routes = 0 if traffic.between is None else 2 * width * int(traffic.between[rank, ranks].sum())
         pairs = int(traffic.pairs[rank, ranks].sum()) * PAIR_BYTES
         grads = int(traffic.pairs[ranks, rank].sum()) * 4 if train else 0
         headers = 8 * LENGTH * len(ranks) * (2 if train else 1)
@@ -115,8 +111,7 @@ def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
     size, train = len(answers), task.mode == "train"
     row = task.shape.hidden_size * task.dtype.itemsize
     bandwidth = float(answers[0]["bandwidth"])
-    traffic = Traffic(torch.tensor(answers[0]["rows"]), torch.tensor(answers[0]["pairs"]))
-    levels = Levels(torch.tensor(answers[0]["between"]), torch.tensor(answers[0]["within"]))
+    counted = [torch.tensor(answers[0][name]) for name in Traffic._fields]
     nodes = find_nodes(size // task.nodes, [""] * size)
     variants = []
     for name, variant in variants_of(task.nodes).items():
@@ -126,14 +121,14 @@ def summarise(task: Task, answers: list[dict[str, Any]]) -> dict[str, Any]:
 
         steps = [answer["steps"][name][0] for answer in answers]
         sent = [Floor(sum(step.sent.values()), sum(step.between_nodes.values())) for step in steps]
-        used = levels if variant.levels == 2 else None
-        floors = [floor_bytes(traffic, used, nodes, rank, row, train) for rank in range(size)]
+        traffic = Traffic(*(counted if variant.levels == 2 else counted[:2]))
+        floors = [floor_bytes(traffic, nodes, rank, row, train) for rank in range(size)]
         experts = middles("experts")
         busiest = experts.index(max(experts))  # the rank that the model describes; others also wait for it
         waiting, link = middles("waited")[busiest], middles("link")[busiest]
         predicted = None
         if variant.chunks and bandwidth:
-            predicted = _predicted(task, answers, traffic, used, nodes, variant, bandwidth)
+            predicted = _predicted(task, answers, traffic, nodes, variant, bandwidth)
         variants.append({
             "name": name, "chunks": variant.chunks, "levels": variant.levels, "ms": 1e3 * max(middles("seconds")),
             "waiting_ms": 1e3 * waiting, "experts_ms": 1e3 * experts[busiest], "link_ms": 1e3 * link,
@@ -165,9 +160,8 @@ def chunk_overhead(task: Task, answers: list[dict[str, Any]], levels: int) -> fl
 
 
 def _predicted(
-    task: Task, answers: list[dict[str, Any]], traffic: Traffic, levels: Levels | None, nodes: Nodes, variant: Variant,
-    bandwidth: float,
-) -> Timeline:  # fmt: skip
+    task: Task, answers: list[dict[str, Any]], traffic: Traffic, nodes: Nodes, variant: Variant, bandwidth: float
+) -> Timeline:
     """A step by cost.pipeline or two_level_pipeline. A chunk has the same overhead in forward and in backward."""
     row = task.shape.hidden_size * task.dtype.itemsize
     near = NEAR * bandwidth if task.nodes > 1 else bandwidth
@@ -179,11 +173,10 @@ def _predicted(
         return link_seconds(rows, nodes, row, bandwidth, near)
 
     def line(what: str, work: float, cost: float, tail: float = 0.0) -> Timeline:
-        if levels is None:
-            times = seconds(traffic.rows), work, seconds(traffic.rows.T)
-            return pipeline(*times, chunks, tail=tail, overhead=cost)
-        out, back = ((seconds(rows), seconds(rows.T)) for rows in (levels.between, levels.within))
-        return two_level_pipeline(out, back, work, chunks, tail=tail, overhead=cost, look=LOOKS[what])
+        first, *second = ((seconds(rows), seconds(rows.T)) for rows in traffic.legs)
+        if not second:
+            return pipeline(first[0], work, first[1], chunks, tail=tail, overhead=cost)
+        return two_level_pipeline(first, second[0], work, chunks, tail=tail, overhead=cost, look=LOOKS[what])
 
     if task.mode == "forward":
         return line("forward", experts, overhead)

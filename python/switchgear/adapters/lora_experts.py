@@ -14,11 +14,11 @@ from switchgear.adapters.peft_format import LowRank, as_low_rank
 from switchgear.backends import in_autocast
 from switchgear.checks import Finite, FiniteTensor, Share, Size, checked
 from switchgear.functional import Routing, combine, grouped_gemm, plan
-from switchgear.layers.common import WithLosses
+from switchgear.layers.common import WithLosses, check_rows, refuse_unknown_experts
 from switchgear.papers.layers.composed import SoftMoE
-from switchgear.papers.parts.scores_of_experts import PosthocGate
-from switchgear.reference import check_range, weight_dtype
-from switchgear.routing.context import can_be_read, context_of
+from switchgear.papers.parts.scores import PosthocGate
+from switchgear.reference import weight_dtype
+from switchgear.routing.context import context_of
 from switchgear.routing.router import Router, RouterOptions
 from switchgear.routing.scores import init_uniform
 from switchgear.routing.selection import Dense, TopK
@@ -111,10 +111,7 @@ class LowRankExperts(FillsBuffers):
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """hidden_states [..., in], topk_ids [..., K] (-1 for none) and topk_weights [..., K] -> [..., out]."""
-        if hidden_states.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"hidden_states: expected shape [..., {self.hidden_size}], got {list(hidden_states.shape)}"
-            )
+        check_rows(hidden_states, self.hidden_size)
         x = hidden_states.reshape(-1, self.hidden_size)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
@@ -135,8 +132,7 @@ class LowRankExperts(FillsBuffers):
         return 2 * top_k >= self.num_experts or self.num_experts * rank <= FEW_COLUMNS * top_k
 
     def _all(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        if can_be_read(topk_ids):
-            check_range("topk_ids", topk_ids, -1, self.num_experts)
+        refuse_unknown_experts(topk_ids, self.num_experts)
         gates = topk_weights.new_zeros(len(x), self.num_experts + 1)
         gates = gates.scatter_add(1, topk_ids.long() + 1, topk_weights)[:, 1:] * self.scale
         h = _multiply(x, self.lora_A.flatten(0, 1))
@@ -320,10 +316,7 @@ class LoRAExperts(WithLosses):
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
         """hidden_states [..., in] -> [..., out]. Keyword arguments are attributes of Context."""
-        if hidden_states.shape[-1] != self.in_features:
-            raise ValueError(
-                f"hidden_states: expected shape [..., {self.in_features}], got {list(hidden_states.shape)}"
-            )
+        check_rows(hidden_states, self.in_features)
         y: Tensor = self.base(hidden_states)
         router, known = self.router, {**self.known, **context}
         if router is None:
@@ -336,8 +329,7 @@ class LoRAExperts(WithLosses):
                 self.losses = routing.losses
             rows = hidden_states.reshape(-1, self.in_features)
             low = self.experts(rows, routing.topk_ids, routing.topk_weights)
-        y = y + low.view(y.shape).to(y.dtype)
-        return y
+        return y + low.view(y.shape).to(y.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "known": {}}
@@ -353,7 +345,7 @@ class LoRAExperts(WithLosses):
         """Raises ValueError: there is no one weight to merge into the base."""
         raise ValueError(
             f"model: expected adapters that act on all tokens alike, got {name}, a routed mixture, which weighs its "
-            "adapters for each token"
+            "adapters for each token and is saved with Mixture(model).state_dict()"
         )
 
 

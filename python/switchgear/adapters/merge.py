@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import ops
-from switchgear.adapters.lora import detach, lora_of
-from switchgear.adapters.lora_experts import LoRAExperts
+from switchgear.adapters.lora import detach
 from switchgear.adapters.sites import Site, find_adapted_sites
 from switchgear.backends import backend, without_autocast
 from switchgear.checks import checked
@@ -28,8 +27,8 @@ from switchgear.functional import grouped_gemm
 from switchgear.reference import weight_dtype
 from switchgear.weights import Form, Weight, stored_of
 from switchgear.weights.adapted import adapters_of
-from switchgear.weights.offloaded import OffloadedWeight
 from switchgear.weights.state import Lora, set_state
+from switchgear.weights.weight import OffloadedWeight
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _INT8 = torch.iinfo(torch.int8)
@@ -73,7 +72,7 @@ def merge(model: nn.Module, *, keep_adapters: bool = True) -> int:
             another form (`switchgear.restore` first), shared by several projections or computed; a sum that is not
             finite.
     """
-    sites = [site for site in _find_sites(model) if _get_options(site).merged is None]
+    sites = [site for site in find_adapted_sites(model) if _get_options(site).merged is None]
     _check(sites)
     for site in sites:
         for e in range(site.shape[0]):
@@ -111,7 +110,7 @@ def unmerge(model: nn.Module) -> int:
         ValueError: no merged adapters; weights that have changed since, or were stored in another form; another ISA or
             backend than at the merge.
     """
-    found = [(site, merged) for site in _find_sites(model) if (merged := _get_options(site).merged) is not None]
+    found = [(site, merged) for site in find_adapted_sites(model) if (merged := _get_options(site).merged) is not None]
     if not found:
         raise ValueError("model: expected merged adapters, got none that are merged")
     for site, merged in found:
@@ -137,14 +136,6 @@ def unmerge(model: nn.Module) -> int:
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _find_sites(model: nn.Module) -> list[Site]:
-    if not lora_of(model):
-        for name, module in model.named_modules():
-            if isinstance(module, LoRAExperts):
-                module.merge(name)
-    return find_adapted_sites(model)
 
 
 def _check(sites: Sequence[Site]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.adapters.lora_experts import LoRAExperts, build_router, find_device_and_dtype, find_features
-from switchgear.adapters.peft_format import Adapter, Source, as_low_rank, list_common_layers, read_lora
+from switchgear.adapters.peft_format import Adapter, Source, list_common_layers, read_lora
 from switchgear.checks import Count, Size, checked, list_of_names
 from switchgear.functional import Routing
 from switchgear.routing.context import NOTHING_KNOWN, Context, context_of
@@ -204,7 +204,6 @@ def _replace(
     options: dict[str, Any],
     shared_router: bool,
 ) -> Mixture:
-    """Makes all layers, then exchanges them."""
     bases = {name: _get_linear(model, name) for name in names}
     made: dict[nn.Module, LoRAExperts] = {}
     if shared_router:
@@ -272,16 +271,13 @@ def _check_tied(model: nn.Module, adapters: Sequence[Adapter], names: Sequence[s
         if other == name:
             continue
         for number, adapter in enumerate(adapters):
-            where = f"adapters[{number}]"
-            if not all(map(torch.equal, *(_collect_layer(adapter, where, each) for each in (name, other)))):
-                raise ValueError(f"{where}: expected equal ones of {other} and {name}, which are one layer")
+            if not all(map(torch.equal, *(_collect_layer(adapter, each) for each in (name, other)))):
+                raise ValueError(f"adapters[{number}]: expected equal ones of {other} and {name}, which are one layer")
 
 
-def _collect_layer(adapter: Adapter, where: str, name: str) -> list[Tensor]:
-    """All that an adapter has for a layer. where: what errors call the adapter."""
-    pair = as_low_rank(where, adapter.layers[name])
-    alpha = torch.tensor(pair.alpha, dtype=torch.float64)
-    return [alpha, pair.a, pair.b, *([adapter.gates[name]] if adapter.gates else [])]
+def _collect_layer(adapter: Adapter, name: str) -> list[Tensor]:
+    a, b, alpha = adapter.layers[name]
+    return [a, b, torch.tensor(alpha, dtype=torch.float64), *([adapter.gates[name]] if adapter.gates else [])]
 
 
 def _collect_gates(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[str, list[Tensor]] | None:

@@ -19,13 +19,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.adapters.lora import attach, lora_of
-from switchgear.adapters.lora_experts import LoRAExperts
+from switchgear.adapters.lora import attach
 from switchgear.adapters.peft_format import (
     CONFIG,
     OURS,
@@ -49,13 +48,6 @@ from switchgear.weights.state import Lora
 _PLAIN: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,), "layers_to_transform": ([],), "megatron_config": ()}
 
 
-class _Keys(NamedTuple):
-    """A site's tensors in a file."""
-
-    site: Site
-    modules: tuple[str, ...]  # paths of PEFT's wrappers: one, or one per expert
-
-
 @checked
 def save_peft(model: nn.Module, path: AnyPath) -> None:
     """Writes the adapters of a model for PEFT and other readers of its files.
@@ -77,11 +69,10 @@ def save_peft(model: nn.Module, path: AnyPath) -> None:
     """
     save_file = import_safetensors().save_file
     model = unwrap_peft(model)
-    _refuse_mixture(model)
     sites = find_adapted_sites(model)
     tensors: dict[str, Tensor] = {}
-    for keys in _find_keys(sites):
-        for module, (a, b) in zip(keys.modules, _convert_to_file(keys.site), strict=True):
+    for site, modules in _find_keys(sites):
+        for module, (a, b) in zip(modules, _convert_to_file(site), strict=True):
             tensors[f"{PREFIX}{module}.lora_A.weight"] = a.detach().cpu().contiguous()
             tensors[f"{PREFIX}{module}.lora_B.weight"] = b.detach().cpu().contiguous()
     groups = [group for site in sites if (group := getattr(site.module, "parallel", None)) is not None]
@@ -93,18 +84,6 @@ def save_peft(model: nn.Module, path: AnyPath) -> None:
     with replacing(folder / TENSORS) as tensors_file, replacing(folder / CONFIG) as config_file:
         save_file(tensors, tensors_file, metadata={"format": "pt", OURS: "1"})
         config_file.write_text(config, encoding="utf-8")
-
-
-def _refuse_mixture(model: nn.Module) -> None:
-    """Raises ValueError if a model has no adapters but those of a routed mixture."""
-    if lora_of(model):
-        return
-    for name, module in model.named_modules():
-        if isinstance(module, LoRAExperts):
-            raise ValueError(
-                f"model: expected adapters of experts (add_lora, load_peft), got {name or 'LoRAExperts'}, a routed "
-                "mixture, for which PEFT has no format; save torch.save(Mixture(model).state_dict(), path)"
-            )
 
 
 @checked
@@ -130,21 +109,21 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: FloatDtype | None = Non
     sites = find_sites(unwrap_peft(model))
     targeted = [site for site in sites if _is_targeted(site, config, tensors)]
     made, used = [], set()
-    for keys in _find_keys(targeted):
-        layer = _list_pattern_names(keys.site)[0]
+    for site, modules in _find_keys(targeted):
+        layer = _list_pattern_names(site)[0]
         rank = config.rank_of(layer)
         if rank is None:
             raise ValueError(f"r: expected a positive integer in {folder / CONFIG}, got None")
         pairs = []
-        for module in keys.modules:
+        for module in modules:
             names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
             used.update(names)
             pairs.append(_get_tensors(tensors, names))
-        a, b = _convert_from_file(keys, pairs, rank, not is_ours and _is_old(config))
-        device, kind = keys.site.like.device, dtype or keys.site.like.dtype
+        a, b = _convert_from_file(site, modules, pairs, rank, not is_ours and _is_old(config))
+        device, kind = site.like.device, dtype or site.like.dtype
         options = Lora(rank, config.alpha_of(layer, rank), config.dropout)
         a, b = (on_huge_pages(tensor.to(device, kind)) for tensor in (a, b))
-        made.append((keys.site, a, b, options))
+        made.append((site, a, b, options))
     if others := sorted(set(tensors) - used):
         raise ValueError(
             f"path: expected adapters of the experts of {type(model).__name__}, got {others[0]}, which is none of "
@@ -158,19 +137,19 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: FloatDtype | None = Non
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
-def _find_keys(sites: Iterable[Site]) -> Iterator[_Keys]:
-    """The paths of PEFT's wrappers around the module of each site."""
+def _find_keys(sites: Iterable[Site]) -> Iterator[tuple[Site, Sequence[str]]]:
+    """Each site, and the paths of PEFT's wrappers around its module: one, or one per expert."""
     for _, group in groupby(sites, key=lambda site: site.path):
         of_module = list(group)
         if of_module[0].linears:
-            yield from (_Keys(s, tuple(f"{s.path}.{linear}" for linear in s.linears)) for s in of_module)
+            yield from ((s, [f"{s.path}.{linear}" for linear in s.linears]) for s in of_module)
             continue
         order = list(of_module[0].module._parameters)
         of_module.sort(key=lambda site: order.index(site.name))
         for outside, site in zip(reversed(range(len(of_module))), of_module, strict=True):
             if not site.path:
                 raise ValueError("model: expected a module around the experts, which PEFT needs, got the experts")
-            yield _Keys(site, (site.path + ".base_layer" * outside,))
+            yield site, [site.path + ".base_layer" * outside]
 
 
 def _is_targeted(site: Site, config: PeftConfig, tensors: Mapping[str, Tensor]) -> bool:
@@ -215,20 +194,19 @@ def _convert_to_file(site: Site) -> list[tuple[Tensor, Tensor]]:
 
 
 def _convert_from_file(
-    keys: _Keys, pairs: Sequence[tuple[Tensor, Tensor]], rank: int, is_old: bool
+    site: Site, modules: Sequence[str], pairs: Sequence[tuple[Tensor, Tensor]], rank: int, is_old: bool
 ) -> tuple[Tensor, Tensor]:
     """A [E,r,in] and B [E,out,r]. is_old: written by PEFT before 0.19, which took every parameter for [E,in,out]."""
-    site = keys.site
     experts, rows, cols = site.shape
     if site.linears:
-        for module, (a, b) in zip(keys.modules, pairs, strict=True):
+        for module, (a, b) in zip(modules, pairs, strict=True):
             _check_shapes(module, (a, b), [((rank, cols), (rows, rank))])
         return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
     count, crossed = _count_experts(site), _is_crossed(site)
     if is_old and (crossed or not site.transposed):
         crossed = not crossed
     direct, other = ((count * rank, cols), (rows, rank * count)), ((count * rank, rows), (cols, rank * count))
-    _check_shapes(keys.modules[0], pairs[0], [direct, other])
+    _check_shapes(modules[0], pairs[0], [direct, other])
     first, second = pairs[0]
     if rows != cols:  # the shapes say more than the version
         crossed = tuple(first.shape) == other[0]

@@ -9,18 +9,19 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from switchgear.checks import Finite, convert
+from switchgear.checks import Finite, FiniteTensor, FloatingPoint, Range, Shape, Share, Size, convert
 from switchgear.files import AnyPath
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # All keys begin with it.
+_Alpha = Annotated[float, Range(-(2**31), 2**31, "low high")]
 OURS = "switchgear"  # The metadata of save_peft's files have this key.
 
 # Options of LoraConfig that change what is computed or the base (PiSSA, …), and their values that do not, besides None.
@@ -75,44 +76,32 @@ def parse_config(options: Any, where: str, plain: Mapping[str, tuple[Any, ...]],
         if (got := config.get(option)) is not None and got not in values:
             wanted = repr(values[0]) if values else "None"
             raise ValueError(f"{option}: expected {wanted} in {where}, got {got!r}" + (hint if option in plain else ""))
-    rank: Any = config.get("r")
-    alpha: Any = config.get("lora_alpha")
-    if rank is not None and not _is_rank(rank):
-        raise ValueError(f"r: expected a positive integer in {where}, got {rank!r}")
-    if not _is_alpha(alpha):
-        raise ValueError(f"lora_alpha: expected a number in {where}, got {alpha!r}")
-    dropout = config.get("lora_dropout") or 0.0
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"lora_dropout: expected a number in [0, 1) in {where}, got {dropout!r}")
-    names = config.get("target_parameters") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"target_parameters: expected a list of names in {where}, got {names!r}")
-    return PeftConfig(
-        rank, float(alpha), float(dropout),
-        _parse_patterns(config, "rank_pattern", where), _parse_patterns(config, "alpha_pattern", where),
-        bool(config.get("use_rslora")), names, str(config.get("peft_version") or ""),
-    )  # fmt: skip
 
-
-def _parse_patterns(config: Mapping[str, Any], option: str, where: str) -> Mapping[str, Any]:
-    patterns, is_valid = config.get(option) or {}, _is_rank if option == "rank_pattern" else _is_alpha
-    wanted = "positive integers" if option == "rank_pattern" else "numbers"
-    if not isinstance(patterns, Mapping) or not all(is_valid(value) for value in patterns.values()):
-        raise ValueError(f"{option}: expected {wanted} by name in {where}, got {patterns!r}")
-    for pattern in patterns:
+    def read(option: str, kind: Any, value: Any) -> Any:
         try:
-            re.compile(rf"(.*\.)?({pattern})$")
-        except re.error as error:
-            raise ValueError(f"{option}: expected names in {where}, got {pattern!r}: {error}") from None
-    return patterns
+            return convert(option, value, kind)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{error} in {where}") from None
 
+    def read_patterns(option: str, kind: Any) -> Mapping[str, Any]:
+        patterns: Mapping[str, Any] = read(option, Mapping[str, kind], config.get(option) or {})
+        for pattern in patterns:
+            try:
+                re.compile(rf"(.*\.)?({pattern})$")
+            except re.error as error:
+                raise ValueError(f"{option}: expected names in {where}, got {pattern!r}: {error}") from None
+        return patterns
 
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
-
-
-def _is_alpha(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -(2**31) < value < 2**31
+    return PeftConfig(
+        read("r", Size | None, config.get("r")),
+        read("lora_alpha", _Alpha, config.get("lora_alpha")),
+        read("lora_dropout", Share, config.get("lora_dropout") or 0.0),
+        read_patterns("rank_pattern", Size),
+        read_patterns("alpha_pattern", _Alpha),
+        bool(config.get("use_rslora")),
+        read("target_parameters", list[str], config.get("target_parameters") or []),
+        str(config.get("peft_version") or ""),
+    )
 
 
 def import_safetensors() -> Any:
@@ -210,7 +199,8 @@ def read_lora(source: Source, name: str = "adapter") -> Adapter:
             raise TypeError(f"{name}: expected layers to be a dict, got {type(source.layers).__name__}")
         if not source.layers:
             raise ValueError(f"{name}: expected adapters of at least one layer, got none")
-        return source
+        layers = {layer: as_low_rank(f"{name}, {layer}", pair) for layer, pair in source.layers.items()}
+        return replace(source, layers=layers)
     if isinstance(source, (str, os.PathLike)):
         options = read_config(Path(source), name)
         tensors: Mapping[str, Tensor] = read_tensors(Path(source), name)[0]
@@ -251,25 +241,12 @@ def as_low_rank(name: str, adapter: Any, features: tuple[int, int] | None = None
     if not isinstance(adapter, tuple) or len(adapter) != 3:
         raise TypeError(f"{name}: expected (A, B, alpha), got {type(adapter).__name__}")
     a, b, alpha = adapter
-    for letter, tensor in (("A", a), ("B", b)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: expected {letter} to be a floating tensor, got {kind}")
-        if tensor.dim() != 2 or 0 in tensor.shape:
-            raise ValueError(f"{name}: expected {letter} to be a matrix, got shape {list(tensor.shape)}")
-    (rank, size_in), (size_out, rank_of_b) = a.shape, b.shape
-    if rank != rank_of_b:
-        raise ValueError(
-            f"{name}: expected B of shape [out, {rank}], for A of shape {[rank, size_in]}, got {list(b.shape)}"
-        )
-    if features is not None and (size_in, size_out) != tuple(features):
-        raise ValueError(
-            f"{name}: expected A [r, {features[0]}] and B [{features[1]}, r], got {list(a.shape)} and {list(b.shape)}"
-        )
+    sizes = {} if features is None else {"in": features[0], "out": features[1]}
+    convert(f"{name}, A", a, Annotated[FiniteTensor, FloatingPoint, Shape("r", "in")], sizes)
+    convert(f"{name}, B", b, Annotated[FiniteTensor, FloatingPoint, Shape("out", "r")], sizes)
+    if 0 in sizes.values():
+        raise ValueError(f"{name}: expected matrices with numbers, got shapes {list(a.shape)} and {list(b.shape)}")
     alpha = float(convert(f"{name}, alpha", alpha, Finite))
-    for letter, tensor in (("A", a), ("B", b)):
-        if not tensor.is_meta and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name}: expected finite numbers in {letter}, got NaN or infinity")
     return LowRank(a, b, alpha)
 
 

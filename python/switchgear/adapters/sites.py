@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from switchgear.adapters.lora_experts import LoRAExperts
 from switchgear.experts import Experts
 from switchgear.weights import Weight, advise_huge_pages, stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.form import hint_for
-from switchgear.weights.offloaded import OffloadedWeight
 from switchgear.weights.state import extend, find, get_state, set_state
+from switchgear.weights.weight import OffloadedWeight
 
 TARGETS = ("gate_up_proj", "down_proj")
 
@@ -74,6 +75,10 @@ def find_sites_at(path: str, module: nn.Module) -> list[Site]:
 
 def find_adapted_sites(model: nn.Module) -> list[Site]:
     """The projections of a model that have adapters, at least one."""
+    if not any(map(adapters_of, model.modules())):
+        for name, module in model.named_modules():
+            if isinstance(module, LoRAExperts):
+                module.merge(name)
     sites = [site for site in find_sites(model) if site.name in adapters_of(site.module)]
     if not sites:
         raise ValueError("model: expected adapters (add_lora, load_peft), got none")
@@ -87,7 +92,6 @@ def guard(site: Site) -> None:
 
 
 def unguard(module: nn.Module) -> None:
-    """Undoes `guard`, if the module has one."""
     if (handle := get_state(module).guard) is not None:
         set_state(module, guard=None)
         handle.remove()

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from switchgear.experts import Experts
 from switchgear.utils.functions import extend_once
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import adapters_of
-from switchgear.weights.module import shown_as_parameters
-from switchgear.weights.state import Borrowed, Factors, extend, find, get_state, set_state
+from switchgear.weights.state import Factors, extend, find, get_state, set_state
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -66,10 +66,32 @@ def _refuse_own(model: nn.Module) -> None:
 
 def _extend_inject_parameters(original: Any) -> Any:
     def inject_parameters(self: Any, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with shown_as_parameters(model):
+        with _shown_as_parameters(model):
             return original(self, peft_config, model, *args, **kwargs)
 
     return inject_parameters
+
+
+@contextmanager
+def _shown_as_parameters(model: nn.Module) -> Iterator[None]:
+    """Within the block stored projections appear as parameters, so that other code finds their names, shapes, dtypes
+    and devices. Each takes the memory of one element."""
+    shown = []
+    for module in model.modules():
+        if (stored := stored_of(module)) is not None:
+            for name, weight in zip(stored.layout.names, stored.weights(module), strict=True):
+                one = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+                parameter = nn.Parameter(one.mT if stored.layout.transposed else one, requires_grad=False)
+                shown.append((module, name, parameter, vars(module)[name]))
+    for module, name, parameter, _ in shown:
+        del vars(module)[name]
+        module._parameters[name] = parameter
+    try:
+        yield
+    finally:
+        for module, name, _, absent in shown:
+            module._parameters[name] = None
+            vars(module)[name] = absent
 
 
 def _extend_activate_lora(original: Any) -> Any:
@@ -91,23 +113,14 @@ def _extend_activate_lora(original: Any) -> Any:
     return activate_lora
 
 
-def unwrap(module: nn.Module) -> tuple[nn.Module, Borrowed]:
-    """The module in nested wrappers, and what they would apply in a call now. Like ParamWrapper.forward, it undoes a
-    merge of disabled adapters. Raises ValueError with the reason for a wrapper whose call does more."""
-    borrowed: dict[str, Sequence[Factors]] = {}
-    while is_wrapper(module):
-        wrapper: Any = module
-        if wrapper.disable_adapters:
-            if wrapper.merged:
-                wrapper.unmerge()
-        elif not wrapper.merged:
-            factors = _read_factors(wrapper, wrapper.active_adapters)
-            if factors is None:
-                raise ValueError("has adapters whose factors cannot be read")
-            if factors:
-                borrowed[wrapper.parameter_name] = factors
-        module = wrapper.base_layer
-    return module, borrowed
+def lend_factors(wrapper: Any) -> list[Factors] | None:
+    """What a wrapper would apply in a call now; None if the kernels cannot read it. A merge of disabled adapters is
+    undone, as in ParamWrapper.forward."""
+    if wrapper.disable_adapters and wrapper.merged:
+        wrapper.unmerge()
+    if wrapper.disable_adapters or wrapper.merged:
+        return []
+    return _read_factors(wrapper, wrapper.active_adapters)
 
 
 def _read_factors(wrapper: Any, active_adapters: Sequence[str]) -> list[Factors] | None:

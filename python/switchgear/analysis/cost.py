@@ -122,7 +122,9 @@ def cost(model: nn.Module | Any) -> Cost:
     blocks = list(moe_blocks(model).values())
     layers, routed = [], set()
     for block in blocks:
-        real, num_experts = _count_experts(block)
+        real, num_experts = block.experts, block.num_experts
+        if isinstance(real, VirtualExperts):  # only the others have weights
+            num_experts, real = real.num_real, real.experts
         own = [p for p in _list_routed(block, real, num_experts) if id(p) not in routed]
         routed |= {id(parameter) for parameter in own}
         if block.top_k is None:
@@ -154,13 +156,6 @@ def build_on_meta(config: Any) -> nn.Module:
                 built: nn.Module = auto_class.from_config(config)
             return built
     raise ValueError(f"model: expected a module or a Hugging Face config, got {type(config).__name__}")
-
-
-def _count_experts(block: MoeBlock) -> tuple[nn.Module, int]:
-    """The experts that have weights, and their number."""
-    if isinstance(block.experts, VirtualExperts):
-        return block.experts.experts, block.experts.num_real
-    return block.experts, block.num_experts
 
 
 def _list_routed(block: MoeBlock, experts: nn.Module, num_experts: int) -> Iterator[nn.Parameter]:

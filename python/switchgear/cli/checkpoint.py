@@ -19,7 +19,7 @@ from .common import CommandError, at_least, positive, require
 
 TINY = "tiny"  # names the model of train-tiny that is in the cache
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-LENGTH = 256
+LENGTH, ROWS = 256, 8  # of a batch
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -159,28 +159,22 @@ def choose_length(model: Any, wanted: int | None) -> int:
     return wanted or min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
 
 
-def cut_batches(
-    text: bytes, model: Any, folder: Path, *, tokens: int, length: int, rows: int = 8, name: str = ""
-) -> list[Tensor]:
-    """The first `tokens` tokens of a text in windows: batches [<= rows, length] int64. A model of 256 tokens without a
-    tokenizer reads bytes. CommandError for a text shorter than a window."""
-    ids = _tokenize(text[: 16 * tokens], model, folder)[:tokens]  # a token has a few bytes
-    count = ids.numel() // length
-    if tokens < length:
-        raise CommandError(f"tokens: expected at least a window of {length}, got {tokens}")
-    if not count:
-        raise CommandError(f"{name or 'the text'} is too short: {ids.numel()} tokens, a window has {length}")
-    return list(torch.split(ids[: count * length].view(count, length), rows))
-
-
 def cut_texts(
     texts: Mapping[str, bytes], model: Any, folder: Path, *, tokens: int, length: int | None
 ) -> dict[str, list[Tensor]]:
-    """The batches of each text, by domain; see choose_length and cut_batches."""
-    length = choose_length(model, length)
-    return {
-        name: cut_batches(text, model, folder, tokens=tokens, length=length, name=name) for name, text in texts.items()
-    }
+    """The first `tokens` tokens of each text in windows, by domain: batches [<= ROWS, length] int64. length: see
+    choose_length. A model of 256 tokens without a tokenizer reads bytes. CommandError for a text shorter than a
+    window."""
+    length, batches = choose_length(model, length), {}
+    if tokens < length:
+        raise CommandError(f"tokens: expected at least a window of {length}, got {tokens}")
+    for name, text in texts.items():
+        ids = _tokenize(text[: 16 * tokens], model, folder)[:tokens]  # a token has a few bytes
+        count = ids.numel() // length
+        if not count:
+            raise CommandError(f"{name} is too short: {ids.numel()} tokens, a window has {length}")
+        batches[name] = list(torch.split(ids[: count * length].view(count, length), ROWS))
+    return batches
 
 
 def _tokenize(text: bytes, model: Any, folder: Path) -> Tensor:

@@ -200,7 +200,6 @@ def _number(hint: Any, words: str) -> Callable[[str], Any]:
 
 
 def at_least(least: int) -> Callable[[str], Any]:
-    """Integers >= `least`."""
     return _number(Annotated[int, Range(least, math.inf)], f"an integer of at least {least}")
 
 

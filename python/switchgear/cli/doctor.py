@@ -69,7 +69,6 @@ def diagnose() -> Iterator[Finding]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the findings; 1 if a backend is broken."""
     findings = []
     for finding in diagnose():
         findings.append(finding)
@@ -102,23 +101,18 @@ def _compare_layer(dtype: torch.dtype, device: str) -> None:
         testing.assert_close(tensor.grad.cpu(), bound, f"gradient of {name}")
 
 
-def _describe_failure(dtype: torch.dtype, device: str) -> str:
-    """What went wrong, or nothing."""
-    try:
-        _compare_layer(dtype, device)
-    except Exception as error:  # whatever a broken installation raises is the finding
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 def _compare(subject: str, device: str, text: str) -> Finding:
+    names, wrong = [str(dtype).removeprefix("torch.") for dtype in DTYPES], []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        failures = {str(dtype).removeprefix("torch."): _describe_failure(dtype, device) for dtype in DTYPES}
-    wrong = [f"{name}: {failure}" for name, failure in failures.items() if failure]
+        for name, dtype in zip(names, DTYPES, strict=True):
+            try:
+                _compare_layer(dtype, device)
+            except Exception as error:  # whatever a broken installation raises is the finding
+                wrong.append(f"{name}: {type(error).__name__}: {error}")
     if wrong:
         return Finding(subject, "broken", "; ".join(wrong), "report it with the output of switchgear info --json")
-    return Finding(subject, "ok", f"{text}: forward and backward agree with float64 in {', '.join(failures)}")
+    return Finding(subject, "ok", f"{text}: forward and backward agree with float64 in {', '.join(names)}")
 
 
 def examine_cpu() -> Iterator[Finding]:

@@ -40,7 +40,6 @@ def _describe_cuda() -> dict[str, Any]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `switchgear info` prints."""
     cpu_backend: dict[str, Any] = {
         "isas_available": _C.available_cpu_isas(),
         "isa": _C.cpu_isa(),
@@ -75,10 +74,6 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _format_gib(size: int | None) -> str:
-    return f"{size / 2**30:.1f} GiB" if size else "unknown"
-
-
 def _list_rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """(section, [(name, value)]), in printing order."""
     cpu, cpu_backend, cuda_backend = info["cpu"], info["backends"]["cpu"], info["backends"]["cuda"]
@@ -104,7 +99,7 @@ def _list_rows(info: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
             ("platform", info["platform"]),
             ("CPU", f"{cpu['model']}, {cpu['cores']} usable cores, L3 {l3}"),
             ("CPU features", " ".join(cpu["features"]) or "unknown"),
-            ("memory", _format_gib(cpu["memory_bytes"])),
+            ("memory", f"{cpu['memory_bytes'] / 2**30:.1f} GiB" if cpu["memory_bytes"] else "unknown"),
             ("huge pages", cpu["transparent_huge_pages"] or "unknown"),
             ("GPU", ", ".join(f"{g['name']} ({g['capability']})" for g in info["gpus"]) or "none that torch can use"),
         ]),

@@ -99,7 +99,6 @@ def cpu_quota(root: Path = CGROUPS) -> float | None:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """The GPUs visible to torch."""
     if not torch.cuda.is_available():
         return []
     properties: Iterable[Any] = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))

@@ -20,7 +20,6 @@ from switchgear.parallel.cost import (
     Prediction,
     Rates,
     count,
-    count_levels,
     draw_routing,
     expected_losses,
     predict,
@@ -128,16 +127,13 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--levels: expected 1 unless there are several nodes with several ranks")
     ids = list(torch.split(routing, args.tokens))
     traffic = {n: count(ids, placement, nodes if n == 2 else None) for n in ways}
-    levels = {n: count_levels(ids, placement, nodes) if n == 2 else None for n in ways}
 
     def plan(wire: str) -> dict[tuple[int, int], Prediction]:
         return {
-            (n, c): predict(
-                model.layer, traffic[n], placement, machine, args.bytes, c, levels=levels[n], wire=wire
-            )
+            (n, c): predict(model.layer, traffic[n], placement, machine, args.bytes, c, wire=wire)
             for n in ways
             for c in ([args.chunks] if args.chunks else CHUNKS)
-        }  # fmt: skip
+        }
 
     predictions = plan(args.wire)
     if not all(0 < seconds(prediction) < float("inf") for prediction in predictions.values()):

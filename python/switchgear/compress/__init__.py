@@ -7,10 +7,9 @@ from switchgear.compress.choose import PrunedLayer
 from switchgear.compress.levels import expert_errors, gptq
 from switchgear.compress.merge import Merged, MergedLayer, merge_experts
 from switchgear.compress.progressive import ProgressivePruner
-from switchgear.compress.prune import Pruned, prune_experts
+from switchgear.compress.prune import Pruned, Sparsified, SparsifiedLayer, prune_experts, prune_weights
 from switchgear.compress.quantize import Quantized, QuantizedLayer, bits_of, quantize
 from switchgear.compress.skip import Skipped, skip_experts
-from switchgear.compress.sparsify import Sparsified, SparsifiedLayer, prune_weights
 
 __all__ = [
     "BitAllocation",

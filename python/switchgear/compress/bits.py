@@ -143,7 +143,6 @@ def _read_costs(
 
 
 def _count_needed(widths: Sequence[int], count: int, budget: int, at_least: Mapping[int, int] | None) -> list[int]:
-    """How many experts each width must have at least."""
     if at_least is None:
         needed = [int(width in (2, 3)) for width in widths]
         rest = (count - sum(needed)) * widths[0] + sum(n * w for n, w in zip(needed, widths, strict=True))

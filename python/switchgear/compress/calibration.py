@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -127,38 +127,32 @@ def check_finite(name: str, *statistics: Tensor) -> None:
 
 
 def _load_layer(file: Any, index: int, layer: Mapping[str, Any]) -> LayerCalibration:
-    def tensors(*keys: str, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: file.get_tensor(".".join([str(index), *keys, name])) for name in names}
+    def read(part: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        found = {name: file.get_tensor(f"{index}.{part}.{name}") for name in shapes}
+        for name, shape in shapes.items():
+            if list(found[name].shape) != list(shape):
+                raise ValueError(f"{part}.{name} has shape {list(found[name].shape)}, not {list(shape)}")
+        return found
 
     num_experts, top_k, hidden_size, intermediate_size, gate = layer["shape"]
-    sizes = (num_experts, hidden_size, intermediate_size)
-    of_sums = ExpertSums.zeros(*sizes).tensors()
-    domains = {}
-    for number, domain in enumerate(layer["domains"]):
-        domains[domain] = ExpertSums(**tensors("sums", str(number), names=of_sums))
-        for name, tensor in domains[domain].tensors().items():
-            _check_shape(name, tensor, tuple(of_sums[name].shape))
+    zeros = ExpertSums.zeros(num_experts, hidden_size, intermediate_size)
+    of_sums = {name: tensor.shape for name, tensor in zeros.tensors().items()}
+    domains = {domain: ExpertSums(**read(f"sums.{i}", of_sums)) for i, domain in enumerate(layer["domains"])}
     samples = {}
     for number, (domain, limit) in enumerate(layer["samples"].items()):
-        found = tensors("samples", str(number), names=("keys", "x", "topk_ids", "topk_weights"))
-        rows = len(found["keys"].reshape(-1))
-        choices = found["topk_ids"].shape[-1] if found["topk_ids"].dim() else 0
-        shapes = {"keys": (), "x": (hidden_size,), "topk_ids": (choices,), "topk_weights": (choices,)}
-        for name, shape in shapes.items():
-            _check_shape(name, found[name], (rows, *shape))
-        samples[domain] = Samples(int(limit), **found)
+        rows, choices = file.get_tensor(f"{index}.samples.{number}.topk_ids").shape
+        shapes = {
+            "keys": (rows,),
+            "x": (rows, hidden_size),
+            "topk_ids": (rows, choices),
+            "topk_weights": (rows, choices),
+        }
+        samples[domain] = Samples(int(limit), **read(f"samples.{number}", shapes))
     hessians = None
     if layer["hessians"]:
-        found = tensors("hessians", names=("inputs", "hidden"))
-        for name, size in (("inputs", hidden_size), ("hidden", intermediate_size)):
-            _check_shape(f"hessians.{name}", found[name], (num_experts, size, size))
-        hessians = Hessians(**found)
+        sides = {"inputs": hidden_size, "hidden": intermediate_size}
+        hessians = Hessians(**read("hessians", {name: (num_experts, size, size) for name, size in sides.items()}))
     return LayerCalibration(num_experts, top_k, hidden_size, intermediate_size, gate, domains, samples, hessians)
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}")
 
 
 # ---- the pass --------------------------------------------------------------------------------------------------------
@@ -240,8 +234,6 @@ def _split_batch(batch: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
 
 
 class _Collector:
-    """Adds up what the layers do."""
-
     def __init__(self, parts: Mapping[str, ExpertLayer], hessians: bool, samples: int, seed: int) -> None:
         self.parts, self.hessians, self.samples = parts, hessians, samples
         self.domain = ""

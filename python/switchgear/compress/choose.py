@@ -16,7 +16,7 @@ from torch import Tensor
 
 from switchgear.checks import Count, Range, Size
 from switchgear.compress.calibration import Calibration, check_finite
-from switchgear.compress.sums import Domains, LayerCalibration, Samples
+from switchgear.compress.sums import Domains, Samples
 from switchgear.compress.surgery import compute_choice, compute_choice_among
 from switchgear.integrations.blocks import ExpertLayer
 
@@ -68,7 +68,10 @@ def choose(
             scores[name] = torch.rand(layer.num_experts, generator=generator, dtype=torch.float64)
         else:
             assert calibration is not None
-            scores[name] = score_experts(calibration.layers[name], criterion, domains)
+            sums = calibration.layers[name].sums(domains)
+            scores[name] = counted = sums.counts.double()
+            if criterion == "reap":  # experts without tokens are worth nothing
+                scores[name] = torch.where(counted > 0, sums.saliency / counted.clamp(min=1), 0)
             check_finite(name, scores[name])
     if scope == "layer":
         kept = {name: _choose_best(layers[name], score, counts[name]) for name, score in scores.items()}
@@ -82,15 +85,6 @@ def choose(
         name: PrunedLayer(name, *split_experts(layers[name], experts), scores[name].tolist(), padding=padding[name])
         for name, experts in kept.items()
     }
-
-
-def score_experts(layer: LayerCalibration, criterion: str, domains: Domains = None) -> Tensor:
-    """[E] float64: what each expert is worth. Experts without tokens are worth nothing."""
-    sums = layer.sums(domains)
-    counts = sums.counts.double()
-    if criterion == "frequency":
-        return counts
-    return torch.where(counts > 0, sums.saliency / counts.clamp(min=1), 0)
 
 
 def split_experts(layer: ExpertLayer, kept: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -150,7 +144,6 @@ def _choose_best(layer: ExpertLayer, scores: Tensor, count: int) -> list[int]:
 def _choose_best_of_all(
     layers: Mapping[str, ExpertLayer], scores: Mapping[str, Tensor], total: int
 ) -> dict[str, list[int]]:
-    """The best experts of all layers, but at least top_k of each."""
     for layer in layers.values():
         if layer.block.groups() is not None:
             raise ValueError(f"scope: expected layer for the grouped router of {layer.name}, got global")

@@ -47,13 +47,7 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int, symmetric: bool
 
 def decode(quantized: Levels, bits: int, group_size: int) -> Tensor:
     """[n,N,C] float32."""
-    columns = quantized.q.shape[2]
-    size = group_size or columns
-    scale = quantized.scales.float().repeat_interleave(size, -1)[..., :columns]
-    q = quantized.q.float()
-    if bits == 1:
-        return (2 * q - 1) * scale
-    return (q - quantized.zeros.float().repeat_interleave(size, -1)[..., :columns]) * scale
+    return groups.dequantize(groups.Levels(*quantized, (bits,) * len(quantized.q)), group_size)
 
 
 @checked
@@ -87,7 +81,9 @@ def gptq(
     plain = round_to_nearest(weight, bits, group_size, symmetric)
     target = weight.float()
     hessian = hessian.float()
-    order = _order_columns(hessian, act_order)
+    order = torch.arange(hessian.shape[1], device=hessian.device).expand(len(hessian), -1)
+    if act_order:  # [n,C]: the columns in the order in which they are quantized
+        order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     factor = _factorize(hessian, order, damping)
     found = _compensate(
         _reorder(target, order), factor, bits, group_size, symmetric, plain if act_order else None, order
@@ -107,16 +103,7 @@ def sum_row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     return errors
 
 
-def _order_columns(hessian: Tensor, act_order: bool) -> Tensor:
-    """[n,C]: the columns in the order in which they are quantized."""
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    if act_order:
-        return diagonal.argsort(dim=1, descending=True, stable=True)
-    return torch.arange(hessian.shape[1], device=hessian.device).expand(len(hessian), -1)
-
-
 def _reorder(matrix: Tensor, order: Tensor) -> Tensor:
-    """A copy with the columns in order."""
     return matrix.gather(2, order[:, None].expand(-1, matrix.shape[1], -1))
 
 
@@ -268,17 +255,17 @@ def quantize_projection(
     few: Collection[int],
     damping: float = 0.01,
     act_order: bool = False,
-) -> list[tuple[int, Levels]]:
-    """(bits, levels [1,N,C]) of each expert. Experts of one width are quantized together, a few at a time."""
+) -> list[Levels]:
+    """The levels [1,N,C] of each expert. Experts of one width are quantized together, a few at a time."""
     weight = layer.projection(index)
     if not bool(weight.isfinite().all()):
         raise ValueError(f"{layer.name}: expected finite weights, got NaN or infinities")
-    found: dict[int, tuple[int, Levels]] = {}
+    found: dict[int, Levels] = {}
     for width in sorted(set(widths)):
         mine = [expert for expert, bits in enumerate(widths) if bits == width]
         for expert in mine if method == "rtn" else [e for e in mine if e in few]:
             one = weight[expert : expert + 1].contiguous()
-            found[expert] = width, round_to_nearest(one, width, form.group_size, form.symmetric)
+            found[expert] = round_to_nearest(one, width, form.group_size, form.symmetric)
         rest = [expert for expert in mine if expert not in found]
         for some in (rest[at : at + _TOGETHER] for at in range(0, len(rest), _TOGETHER)):
             assert hessians is not None
@@ -288,13 +275,8 @@ def quantize_projection(
                 symmetric=form.symmetric, damping=damping, act_order=act_order,
             )  # fmt: skip
             for at, expert in enumerate(some):
-                found[expert] = width, Levels(*(tensor[at : at + 1] for tensor in levels))
+                found[expert] = Levels(*(tensor[at : at + 1] for tensor in levels))
     return [found[expert] for expert in range(len(widths))]
-
-
-def decode_projection(layer: ExpertLayer, index: int, found: Sequence[tuple[int, Levels]], form: Groups) -> Tensor:
-    values = [decode(levels, width, form.group_size) for width, levels in found]
-    return torch.cat(values).to(layer.projection(index).dtype)
 
 
 # ---- expert_errors ---------------------------------------------------------------------------------------------------
@@ -347,8 +329,9 @@ def expert_errors(
             widths = [width] * layer.num_experts
             weights = []
             for index in (0, 1):
-                levels = quantize_projection(layer, index, widths, form, hessians.get(name), method, few)
-                weights.append(decode_projection(layer, index, levels, form))
+                found = quantize_projection(layer, index, widths, form, hessians.get(name), method, few)
+                decoded = torch.cat([decode(levels, width, group_size) for levels in found])
+                weights.append(decoded.to(layer.projection(index).dtype))
             _, outputs = layer.apply(rows.inputs, rows.offsets, *weights)
             change = ((outputs.double() - rows.outputs.double()) * rows.weights[:, None]).square().sum(1)
             total = change.new_zeros(layer.num_experts).index_add_(0, rows.experts, change)

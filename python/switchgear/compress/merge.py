@@ -263,7 +263,6 @@ def _list_neurons(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
 
 
 def _reorder_neurons(layer: ExpertLayer, place: ExpertTensor, tensor: Tensor, order: list[int] | None) -> Tensor:
-    """An expert's tensor with its neurons in another order."""
     if order is None:
         return tensor
     index = torch.tensor(order, device=tensor.device)

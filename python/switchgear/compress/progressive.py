@@ -7,7 +7,6 @@ import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -132,9 +131,7 @@ class ProgressivePruner:
             self._stack.enter_context(overridden_router(layer.router, wrapper))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def step(self) -> dict[str, list[int]]:

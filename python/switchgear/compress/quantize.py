@@ -31,8 +31,8 @@ from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.reference import groups
 from switchgear.weights.form import hint_for, layout_of
 from switchgear.weights.integers import Groups, weight_of
-from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, stored_of
-from switchgear.weights.store import StoredChange, Target, memory_of
+from switchgear.weights.module import Tie, stored_of
+from switchgear.weights.store import StoredChange, Target, commit_all, memory_of
 from switchgear.weights.weight import Weight
 
 
@@ -128,7 +128,7 @@ def quantize(
     targets = _find_targets(model, layers) if store else {}
     done: dict[str, QuantizedLayer] = {}
     changes: list[StoredChange] = []
-    values: list[tuple[Tensor, list[tuple[int, Levels]]]] = []
+    values: list[tuple[Tensor, list[int], list[Levels]]] = []
     before: dict[tuple[object, ...], int] = {}
     after: dict[tuple[object, ...], int] = {}
     change_of = _make_changes(form)
@@ -145,11 +145,14 @@ def quantize(
             changes.append(change_of(targets[name], layer, widths[name], found))
             after |= changes[-1].bytes_after
         else:
-            after |= {memory_of(weight): _count_packed_bytes(weight, widths[name], form) for weight in projections}
-            values += zip(projections, found, strict=True)
-    _commit(changes)
-    for weight, experts in values:
-        for expert, (width, levels) in enumerate(experts):
+            for weight in projections:
+                _, rows, columns = weight.shape
+                sizes = (packed_bytes(rows, columns, own, group_size, not symmetric) for own in widths[name])
+                after[memory_of(weight)] = sum(sizes)
+            values += [(weight, widths[name], levels) for weight, levels in zip(projections, found, strict=True)]
+    commit_all(changes)
+    for weight, each, experts in values:
+        for expert, (width, levels) in enumerate(zip(each, experts, strict=True)):
             weight[expert] = decode(levels, width, group_size)[0].to(weight.dtype)
     return Quantized(method, done, store, sum(before.values()), sum(after.values()))
 
@@ -198,7 +201,7 @@ def _report(
     layer: ExpertLayer,
     widths: list[int],
     few: list[int],
-    found: Sequence[Sequence[tuple[int, Levels]]],
+    found: Sequence[Sequence[Levels]],
     hessians: Hessians | None,
     form: Groups,
 ) -> QuantizedLayer:
@@ -207,8 +210,7 @@ def _report(
         lost = whole = lost_output = whole_output = 0.0
         for index in (0, 1):
             weight = layer.projection(index)[expert].float()
-            width, levels = found[index][expert]
-            difference = weight - decode(levels, width, form.group_size)[0]
+            difference = weight - decode(found[index][expert], widths[expert], form.group_size)[0]
             lost, whole = lost + float(difference.square().sum()), whole + float(weight.square().sum())
             if hessians is not None:
                 hessian = (hessians.inputs, hessians.hidden)[index][expert].to(weight.device)
@@ -219,54 +221,28 @@ def _report(
     return QuantizedLayer(layer.name, widths, few, errors, outputs if hessians is not None else None)
 
 
-def _count_packed_bytes(weight: Tensor, widths: Sequence[int], form: Groups) -> int:
-    _, rows, columns = weight.shape
-    return sum(packed_bytes(rows, columns, width, form.group_size, not form.symmetric) for width in widths)
-
-
 def _make_changes(form: Groups) -> Callable[..., StoredChange]:
     """Returns a function that makes the change of a layer. Layers that share parameters share their weights."""
     weights: dict[tuple[object, ...], Weight] = {}
     ties: dict[int, Tie] = {}
 
     def change_of(
-        target: Target, layer: ExpertLayer, widths: Sequence[int], found: Sequence[Sequence[tuple[int, Levels]]]
+        target: Target, layer: ExpertLayer, widths: Sequence[int], found: Sequence[Sequence[Levels]]
     ) -> StoredChange:
-        chosen, projections = [], []
+        chosen = []
         for index in (0, 1):
             plain, parts = layer.projection(index), target.layout.parts(index)
             key = (*memory_of(plain), parts)
             if key not in weights:
-                levels = _join_levels([levels for _, levels in found[index]], widths, form)
+                q, scales, zeros = map(torch.cat, zip(*found[index], strict=True))
+                levels = groups.Levels(q, scales, None if form.symmetric else zeros, tuple(widths))
                 weights[key] = weight_of(levels, plain.dtype, form.group_size, parts=parts)
             chosen.append(weights[key])
-            parameter = layer.parameters[index].value
-            tie = ties.setdefault(id(parameter), Tie())
-            projections.append(Projection(Kind.of(weights[key]), parameter.requires_grad, tie))
         bits = widths[0] if len(set(widths)) == 1 else tuple(widths)
         own = Groups(bits, form.group_size, form.symmetric)
-        stored = StoredProjections(own, target.layout, (projections[0], projections[1]))
-        return StoredChange(target, stored, (chosen[0], chosen[1]))
+        return StoredChange(target, own, (chosen[0], chosen[1]), ties)
 
     return change_of
-
-
-def _join_levels(parts: Sequence[Levels], widths: Sequence[int], form: Groups) -> groups.Levels:
-    """The levels of all experts of a projection."""
-    q, scales, zeros = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return groups.Levels(q, scales, None if form.symmetric else zeros, tuple(widths))
-
-
-def _commit(changes: Sequence[StoredChange]) -> None:
-    done = []
-    try:
-        for change in changes:
-            done.append(change)
-            change.commit()
-    except BaseException:
-        for change in done:
-            change.undo()
-        raise
 
 
 def bits_of(model: nn.Module) -> BitAllocation:

@@ -119,16 +119,16 @@ def _norm(x: Tensor) -> Tensor:
 class _SkipOnHuggingFace:
     """A selection of Hugging Face's router without the choices of little weight; the number of places stays."""
 
-    def __init__(self, select: Select, ratio: float, protect: float, done: Skipped, seen: _Seen) -> None:
+    def __init__(self, select: Select, ratio: float, protect: float, done: Skipped, seen: list[Tensor]) -> None:
+        """seen: the importance of the tokens that the router sees now, to protect some."""
         self.select, self.ratio, self.protect, self.done, self.seen = select, ratio, protect, done, seen
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         routing = self.select(router_logits, context, bias)
         present, weights = routing.topk_ids >= 0, routing.topk_weights.masked_fill(routing.topk_ids < 0, 0)
         kept = weights.detach() >= self.ratio * weights.detach().amax(-1, keepdim=True)
-        if self.protect and self.seen.importance is not None:
-            best = self.seen.importance.topk(round(self.protect * len(kept))).indices
-            kept[best] = True
+        for importance in self.seen:
+            kept[importance.topk(round(self.protect * len(kept))).indices] = True
         self.done.choices += int(present.sum())
         self.done.skipped += int((present & ~kept).sum())
         left = weights.masked_fill(~kept, 0)
@@ -136,20 +136,13 @@ class _SkipOnHuggingFace:
         return routing._replace(topk_ids=routing.topk_ids.masked_fill(~kept, -1), topk_weights=left * scale)
 
 
-@dataclass
-class _Seen:
-    """The importance of the tokens that the router sees now."""
-
-    importance: Tensor | None = None
-
-
 def _skip_on_hugging_face(
     stack: ExitStack, block: MoeBlock, method: Any, ratio: float, protect: float, importance: Importance, done: Skipped
 ) -> None:
-    seen = _Seen()
+    seen: list[Tensor] = []
 
     def keep(gate: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.importance = importance(args[0].reshape(-1, args[0].shape[-1]))
+        seen[:] = [importance(args[0].reshape(-1, args[0].shape[-1]))]
 
     assert block.gate is not None
     if protect:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from switchgear import ops
 from switchgear.integrations.blocks import ExpertRows
+from switchgear.trace.batches import stacked
 
 Domains = str | Collection[str] | None
 
@@ -146,13 +147,10 @@ class Samples:
     @classmethod
     def joined(cls, parts: Sequence[Samples], limit: int) -> Samples:
         """The tokens of all parts with the smallest keys."""
-        width = max(part.topk_ids.shape[1] for part in parts)
-        keys = torch.cat([part.keys for part in parts])
+        keys, x = torch.cat([part.keys for part in parts]), torch.cat([part.x for part in parts])
+        ids, weights = stacked([part.topk_ids for part in parts]), stacked([part.topk_weights for part in parts], 0)
         order = keys.argsort(stable=True)[:limit]
-        return cls(limit, keys[order], *(
-            torch.cat([_pad(getattr(part, name), width, fill) for part in parts])[order]
-            for name, fill in (("x", None), ("topk_ids", -1), ("topk_weights", 0))
-        ))  # fmt: skip
+        return cls(limit, keys[order], x[order], ids[order], weights[order])
 
     @classmethod
     def of(cls, limit: int, keys: Tensor, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Samples:
@@ -161,12 +159,6 @@ class Samples:
         return cls(
             limit, keys[order], x.detach()[at].cpu(), topk_ids[at].int().cpu(), topk_weights.detach()[at].float().cpu()
         )  # fmt: skip
-
-
-def _pad(values: Tensor, width: int, fill: int | None) -> Tensor:
-    if fill is None or values.shape[1] == width:
-        return values
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +185,7 @@ class LayerCalibration:
         return sum((self.domains[name] for name in self._chosen(domains) if name in self.domains), zeros)
 
     def sample(self, domains: Domains = None) -> Samples | None:
-        """The tokens kept of some domains, all by default."""
+        """The tokens kept of some domains, all by default; None if there are none."""
         parts = [self.samples[name] for name in self._chosen(domains) if name in self.samples]
         return Samples.joined(parts, sum(part.limit for part in parts)) if parts else None
 

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.checks import NotEmpty, Seed, Share, Size, checked
-from switchgear.convert.modules import initialize_router
+from switchgear.convert.modules import compare_outputs, initialize_router
 from switchgear.papers.parts.selections import EqualTopK
 from switchgear.routing.context import Context
 from switchgear.routing.router import Router
 from switchgear.routing.selection import Dense
-from switchgear.utils.packages import first_line
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 UNUSUAL = ("attn_logit_softcapping", "clip_qkv")  # a few random rows do not show them
@@ -299,7 +298,6 @@ def attention_to_moe(
 
 
 def _read(attention: Any, name: str) -> dict[str, Any]:
-    """The tensors and options of an attention layer."""
     linears: dict[str, Any] = {part: getattr(attention, part, None) for part in PROJECTIONS}
     head_dim = getattr(attention, "head_dim", None)
     if not all(isinstance(linear, nn.Linear) for linear in linears.values()) or not isinstance(head_dim, int):
@@ -374,20 +372,11 @@ def _check_same(attention: nn.Module, found: dict[str, Any], name: str) -> None:
     angles = (torch.rand(1, 4, head_dim // 2, generator=generator) * torch.pi).repeat(1, 1, 2).to(device, dtype)
     mask = torch.full((4, 4), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)[None, None]
     inputs = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": mask}
-    try:
-        y = layer(hidden_states=x, **inputs)[0]
-        expected, _ = made(x, **inputs)
-    except Exception as error:
-        raise ValueError(
-            f"{name}: expected attention of (hidden_states, position_embeddings, attention_mask), "
-            f"got {type(attention).__name__} ({first_line(error)})"
-        ) from error
-    tolerance = 1e-4 * (float(expected.abs().max()) + 1e-30)  # eager attention takes its softmax in float32
-    if not isinstance(y, Tensor) or y.shape != expected.shape or not float((y - expected).abs().max()) <= tolerance:
-        raise ValueError(
-            f"{name}: expected attention with rotary embeddings and nothing else between its projections, "
-            f"got {type(attention).__name__} that computes something else"
-        )
+    formula = "attention with rotary embeddings and nothing else between its projections"
+    tolerance = 1e-4  # eager attention takes its softmax in float32
+    compare_outputs(
+        name, attention, formula, lambda: (layer(hidden_states=x, **inputs)[0], made(x, **inputs)[0]), tolerance
+    )
 
 
 def _rotate(x: Tensor) -> Tensor:

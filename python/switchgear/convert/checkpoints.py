@@ -35,6 +35,7 @@ from switchgear.convert.directory import (
     divide_into_shards,
     list_beside_weights,
     read_full_config,
+    write_index,
     write_shard,
     write_text,
 )
@@ -43,7 +44,7 @@ from switchgear.convert.plans import ConversionPlan, Item
 from switchgear.convert.recipes import plan_dense, plan_experts, plan_merge, plan_split, plan_upcycle
 from switchgear.files import AnyPath, Unfinished
 
-INDEX, REPORT = "model.safetensors.index.json", "conversion.json"
+REPORT = "conversion.json"
 OPTIONS: dict[str, tuple[str, ...]] = {
     "upcycle": ("num_experts", "top_k", "layers", "router_init", "noise", "seed", "family"),
     "split": ("num_experts", "top_k", "layers", "method", "shared", "importance", "keep", "rescale", "router_init",
@@ -179,7 +180,6 @@ def run(
 
 
 def _is_finished(unfinished: Unfinished, name: str) -> bool:
-    """Whether a shard has the bytes that were written."""
     entry, file = unfinished.pieces.get(name), unfinished.folder / name
     return entry is not None and file.is_file() and compute_sha256(file) == entry["sha256"]
 
@@ -197,7 +197,6 @@ def _identity(recipe: Recipe, sources: Sequence[Directory]) -> str:
 def _write(
     unfinished: Unfinished, shards: Mapping[str, list[Item]], resumed: Sequence[str], progress: Progress
 ) -> None:
-    """Writes the shards that are not finished."""
     sizes = {name: sum(map(count_bytes, items)) for name, items in shards.items()}
     total, done = sum(sizes.values()), 0
     missing = total - sum(sizes[name] for name in resumed)
@@ -267,7 +266,6 @@ def _plan_several(operation: str, sources: Sequence[Directory], options: dict[st
 
 
 def _read_layers(name: str, path: Any) -> dict[int, Tensor]:
-    """The tensors "0", "1", … of a safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -292,10 +290,7 @@ def _finish(
         with CONVERSION.named_errors(source / name):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy2(source / name, folder / name)
-    if len(shards) > 1:
-        weight_map = {item.key: name for name, items in shards.items() for item in items}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(folder / INDEX, json.dumps(index, indent=2))
+    write_index(folder, shards)
     report = {
         "recipe": recipe.as_dict(), "layers": [list(layer) for layer in plan.layers], "notes": list(plan.notes),
         "shards": {name: unfinished.pieces[name]["sha256"] for name in shards},

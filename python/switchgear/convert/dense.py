@@ -13,6 +13,7 @@ from switchgear.checks import Finite, FiniteTensor, Size, checked
 from switchgear.convert.modules import (
     Combination,
     combine_networks,
+    compare_outputs,
     feed_forward,
     find_activation,
     is_transformers,
@@ -100,17 +101,9 @@ def _check_same(experts: Any, networks: list[FeedForward]) -> None:
     x = torch.randn(4, networks[last].hidden_size, generator=torch.Generator().manual_seed(0)).to(networks[last].up)
     if not isinstance(experts, nn.Module) or x.is_meta:
         return
-    ids = torch.full((4, 1), last, device=x.device)
-    try:
-        y: Any = experts(x, ids, torch.ones(4, 1, dtype=x.dtype, device=x.device))
-    except Exception as error:  # another interface
-        raise ValueError(f"moe: expected experts(x, ids, weights), got {type(experts).__name__} ({error})") from error
-    expected = networks[last](x)
-    tolerance = (1e-4 if x.dtype in (torch.float32, torch.float64) else 5e-2) * float(expected.abs().max()) + 1e-30
-    if not isinstance(y, Tensor) or y.shape != expected.shape or float((y - expected).abs().max()) > tolerance:
-        raise ValueError(
-            f"moe: expected experts down(act(gate(x)) · up(x)), got {type(experts).__name__}, which computes another"
-        )
+    choice = torch.full((4, 1), last, device=x.device), torch.ones(4, 1, dtype=x.dtype, device=x.device)
+    formula, tolerance = "experts down(act(gate(x)) · up(x))", 1e-4 if x.dtype.itemsize > 2 else 5e-2
+    compare_outputs("moe", experts, formula, lambda: (experts(x, *choice), networks[last](x)), tolerance)
 
 
 def _make_network(first: Tensor, down: Tensor, *, activation: str, gated: bool = True) -> FeedForward:

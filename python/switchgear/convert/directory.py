@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from switchgear.convert.plans import Item
 from switchgear.files import AnyPath, bytes_of, write_whole, writing
 from switchgear.utils.packages import failed_import
 
-CONFIG = "config.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"  # a folder of a checkpoint
 BESIDE_WEIGHTS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
@@ -175,6 +175,15 @@ def write_shard(path: Path, items: Sequence[Item], progress: Callable[[int, str]
             digest.update(data)
             progress(len(data), item.key)
     return digest.hexdigest()
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[Item]]) -> None:
+    """Writes which file has which tensor, if there are several."""
+    if len(shards) > 1:
+        weight_map = {item.key: name for name, items in shards.items() for item in items}
+        total = sum(count_bytes(item) for items in shards.values() for item in items)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(folder / INDEX, json.dumps(index, indent=2))
 
 
 def _make_bytes(item: Item) -> Any:

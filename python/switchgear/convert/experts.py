@@ -23,7 +23,7 @@ from switchgear.experts import Experts
 from switchgear.integrations.blocks import FeedForward, write_shared
 from switchgear.layers.expand import appended
 from switchgear.modules import MoE
-from switchgear.papers.parts.scores_of_experts import Domain
+from switchgear.papers.parts.scores import Domain
 from switchgear.routing.context import Context, sequences
 from switchgear.utils.modules import set_eval
 from switchgear.weights.module import check_plain

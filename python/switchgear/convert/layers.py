@@ -136,7 +136,6 @@ def use_threshold(moe: MoE, x: Tensor, experts_per_token: float) -> float:
 def _collect_inputs(
     model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[Any], tokens: int
 ) -> dict[str, Tensor]:
-    """The first `tokens` inputs of each module."""
     rows: dict[str, list[Tensor]] = {name: [] for name in modules}
     if "" in modules:
         rows[""] = [batch.reshape(-1, batch.shape[-1]) for batch in batches]

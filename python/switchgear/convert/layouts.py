@@ -185,7 +185,6 @@ class _Reader:
 
 
 def _name_key(layout: str, family: Family, layer: int, expert: int, part: str) -> str:
-    """The tensor that holds a projection of an expert."""
     number = 2 if part == "down_proj" else 1
     if layout == "per_expert":
         return family.expert(layer, expert, part)
@@ -261,7 +260,8 @@ def _make_key_reader(config: Mapping[str, Any]) -> Callable[[list[str]], bool]:
     try:
         from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-        from switchgear.integrations.published_keys import pieces_of
+        from switchgear.integrations.checkpoint_files import pieces_of
+        from switchgear.integrations.published_matrices import SUFFIXES
     except ImportError as error:
         raise ConversionError(failed_import(error, "transformers")) from error
     if config.get("model_type") not in CONFIG_MAPPING:
@@ -280,7 +280,7 @@ def _make_key_reader(config: Mapping[str, Any]) -> Callable[[list[str]], bool]:
         got = f"{type(error).__name__}: {error}"
         raise ValueError(f"config: expected one that transformers builds a model of, got {got}") from error
     state = model.state_dict()
-    return lambda keys: all(target in state for target in pieces_of(model, keys, state))
+    return lambda keys: all(target in state for target in pieces_of(model, keys, state, SUFFIXES))
 
 
 def _rename_router(key: str, model_type: str, family: Family, to: str) -> str:

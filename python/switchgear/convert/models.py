@@ -106,6 +106,7 @@ def collect_models(
     return replace(done, notes=(*done.notes, note))
 
 
+@torch.no_grad()
 def compute_router_rows(
     model: Any, num_experts: int, layers: Sequence[int], router: str | Tensor, prompts: Sequence[Tensor] | None
 ) -> dict[int, Tensor] | None:
@@ -127,13 +128,15 @@ def compute_router_rows(
         )
     rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     for ids in prompts:
-        means = _mean_inputs(model, ids, layers) if router == "hidden" else _mean_embedding(model, ids, layers)
+        if router == "hidden":
+            means = _mean_inputs(model, ids, layers)
+        else:
+            means = dict.fromkeys(layers, model.get_input_embeddings()(ids).float().flatten(0, -2).mean(0))
         for layer, mean in means.items():
             rows[layer].append(mean / mean.norm().clamp(min=1e-8))
     return {layer: torch.stack(found) for layer, found in rows.items()}
 
 
-@torch.no_grad()
 def _mean_inputs(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
     """The mean input [H] float32 of each feed-forward layer in eval(), which is what the layer's router will see."""
     found: dict[str, Tensor] = {}
@@ -141,9 +144,3 @@ def _mean_inputs(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[i
     with set_eval(model), watch_rows(model, modules, lambda name, x: found.update({name: x.float().mean(0)})):
         model(input_ids)
     return dict(zip(layers, (found[name] for name in modules), strict=True))
-
-
-@torch.no_grad()
-def _mean_embedding(model: Any, input_ids: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-    mean: Tensor = model.get_input_embeddings()(input_ids).float().flatten(0, -2).mean(0)
-    return dict.fromkeys(layers, mean)

@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 from switchgear.checks import convert
 from switchgear.integrations.blocks import FeedForward
-from switchgear.integrations.gates import ACTIVATION_NAMES, ACTIVATIONS, name_activation
+from switchgear.integrations.gates import ACTIVATION_NAMES, PLAIN_ACTIVATIONS, name_activation
 from switchgear.layers.shared import SharedExperts
 from switchgear.reference import wide
 from switchgear.routing.router import Router
 from switchgear.trace.observe import inputs_of
 from switchgear.utils.modules import set_eval
+from switchgear.utils.packages import first_line
 
 OURS = "switchgear"  # the family of models with layers of ours
 # (gate, up, down) of the modules in use; None: not gated.
@@ -104,7 +105,7 @@ def _read_linear(linear: Any) -> tuple[Tensor, Tensor | None]:
 def find_activation(module: Any) -> str | None:
     """The name of the module's activation, found by its values."""
     if isinstance(module, SharedExperts):
-        plain = module.activation in ACTIVATIONS and module.limit is None
+        plain = module.activation in PLAIN_ACTIVATIONS and module.limit is None
         return module.activation if plain else None
     for name in (*ACTIVATION_NAMES, "hidden_act"):
         function = getattr(module, name, None)
@@ -119,20 +120,24 @@ def find_activation(module: Any) -> str | None:
 def _check_same(module: nn.Module, found: FeedForward, name: str) -> None:
     if found.up.is_meta:
         return
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, found.hidden_size, generator=generator).to(found.up)
-    try:
-        with set_eval(module):
-            y = module(x)
-    except Exception as error:
-        raise ValueError(f"{name}: expected a module of rows [T,H], got {type(module).__name__} ({error})") from error
-    expected = found(x)
+    x = torch.randn(4, found.hidden_size, generator=torch.Generator().manual_seed(0)).to(found.up)
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(x.dtype, 5e-2)
+    with set_eval(module):
+        compare_outputs(name, module, "down(act(gate(x)) · up(x))", lambda: (module(x), found(x)), tolerance)
+
+
+def compare_outputs(
+    name: str, module: nn.Module, formula: str, call: Callable[[], tuple[Any, Tensor]], tolerance: float
+) -> None:
+    """Raises ValueError unless call() returns the module's output and an equal one of the formula, up to this share of
+    the largest element."""
+    try:
+        y, expected = call()
+    except Exception as error:
+        raise ValueError(f"{name}: expected {formula}, got {type(module).__name__} ({first_line(error)})") from error
     scale = float(expected.abs().max()) + 1e-30
     if not isinstance(y, Tensor) or y.shape != expected.shape or float((y - expected).abs().max()) > tolerance * scale:
-        raise ValueError(
-            f"{name}: expected down(act(gate(x)) · up(x)), got a {type(module).__name__} that computes something else"
-        )
+        raise ValueError(f"{name}: expected {formula}, got a {type(module).__name__} that computes something else")
 
 
 # ---- networks into one -----------------------------------------------------------------------------------------------

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from switchgear.convert.families import PARTS, Family, Sizes, dense_key
-from switchgear.convert.partitions import Method, Partition, partition
-from switchgear.integrations.blocks import FeedForward
 
 T = TypeVar("T")
 
@@ -169,36 +167,3 @@ class LayerCache(Generic[T]):
             self._kept.clear()  # one value at a time
             self._kept[layer] = self._make(layer)
         return self._kept[layer]
-
-
-# ---- splits ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Split:
-    """How each layer of a model is split; see split_dense."""
-
-    num_experts: int
-    method: Method = "random"
-    shared: int | float = 0
-    importance: Mapping[int, Tensor] | None = None
-    keep: float = 0.5
-    seed: int = 0
-
-    def widths(self, source: Source, layer: int) -> tuple[int, int]:
-        """The widths of an expert and of the shared one. Domain masks need their importance, the others sizes alone."""
-        parts = self.partition(source, layer, shapes_only=True)
-        return max(parts.widths), len(parts.shared)
-
-    def partition(self, source: Source, layer: int, shapes_only: bool = False) -> Partition:
-        gate = dense_key(layer, "gate_proj")
-        importance = None if self.importance is None else self.importance.get(layer)
-        if self.importance is not None and importance is None:
-            raise ValueError(f"importance: expected one of layer {layer}, got none")
-        method = "contiguous" if shapes_only and self.method == "cluster" else self.method
-        weight = source.read(gate) if method == "cluster" else torch.empty(source.shape(gate), device="meta")
-        dense = FeedForward(weight, weight, weight.T)
-        return partition(
-            dense, self.num_experts, method, shared=self.shared, importance=importance, keep=self.keep,
-            seed=derive_seed(self.seed, layer),
-        )  # fmt: skip

@@ -27,16 +27,16 @@ from switchgear.convert.families import (
     read_num_experts,
 )
 from switchgear.convert.modules import Combination, combine_networks, read_shares
-from switchgear.convert.partitions import Method
+from switchgear.convert.partitions import Method, Partition, partition
 from switchgear.convert.plans import (
     ConversionPlan,
     Item,
     LayerCache,
     Source,
-    Split,
     copy_item,
     copy_neurons,
     copy_with_noise,
+    derive_seed,
     list_items,
 )
 from switchgear.integrations.blocks import FeedForward
@@ -92,11 +92,20 @@ def plan_split(
     one's are doubled, since its gate starts at sigmoid(0) = 1/2."""
     read_dense_type(config)
     chosen = layers_of(config, layers)
-    how = Split(num_experts, method, shared, importance, keep, seed)
-    for layer in chosen:
-        if dense_key(layer, "gate_proj") not in set(source.keys()):
-            raise ValueError(f"model: expected {dense_key(layer, 'gate_proj')} among its tensors, got none")
-    widths = [how.widths(source, layer) for layer in chosen]
+
+    def divide(layer: int, method: Method = method) -> Partition:
+        own = None if importance is None else importance.get(layer)
+        if importance is not None and own is None:
+            raise ValueError(f"importance: expected one of layer {layer}, got none")
+        if (gate := dense_key(layer, "gate_proj")) not in source.keys():  # noqa: SIM118  (not a mapping)
+            raise ValueError(f"model: expected {gate} among its tensors, got none")
+        weight = source.read(gate) if method == "cluster" else torch.empty(source.shape(gate), device="meta")
+        dense, own_seed = FeedForward(weight, weight, weight.T), derive_seed(seed, layer)
+        return partition(dense, num_experts, method, shared=shared, importance=own, keep=keep, seed=own_seed)
+
+    # Clusters are as large as other parts, which sizes alone tell; domain masks need their importance.
+    divided = (divide(layer, "contiguous" if method == "cluster" else method) for layer in chosen)
+    widths = [(max(parts.widths), len(parts.shared)) for parts in divided]
     width, shared_width = (-(-max(sizes) // PADDED) * PADDED for sizes in zip(*widths, strict=True))
     size = Sizes(num_experts, top_k, width, chosen, shared_width)
     found = choose_family(config, size, family)
@@ -106,7 +115,7 @@ def plan_split(
         scale = float(top_k)
     else:
         scale = float(num_experts if rescale else top_k)
-    parts = LayerCache(partial(how.partition, source))
+    parts = LayerCache(divide)
 
     def make(layer: int, expert: int | None, part: str, key: str) -> Item:
         def find_neurons() -> Tensor:

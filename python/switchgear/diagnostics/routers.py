@@ -74,7 +74,8 @@ def cacheability(
     histogram = torch.zeros(segment + 1, dtype=torch.int64)  # counts of (segment, expert)
     hits = segments = 0
     for ids in topk_ids.view(-1, length, top_k).unbind():
-        counts = _count_segments(encode_one_hot(ids, num_experts), segment)
+        sums = torch.nn.functional.pad(encode_one_hot(ids, num_experts).long().cumsum(0), (0, 0, 1, 0))
+        counts = sums[segment:] - sums[:-segment]  # [segments, E]: how many tokens of each segment chose the expert
         histogram += torch.bincount(counts.flatten().cpu(), minlength=segment + 1)
         hits += int(counts.topk(slots, 1).values.sum())
         segments += counts.shape[0]
@@ -93,12 +94,6 @@ def encode_one_hot(topk_ids: Tensor, num_experts: int) -> Tensor:
     ids = torch.where((topk_ids < 0) | (topk_ids >= num_experts), num_experts, topk_ids).long()
     chosen = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.uint8, device=ids.device)
     return chosen.scatter(1, ids, 1)[:, :-1]
-
-
-def _count_segments(chosen: Tensor, segment: int) -> Tensor:
-    """[L - segment + 1, E] int64: how many tokens of each segment chose each expert."""
-    sums = torch.nn.functional.pad(chosen.long().cumsum(0), (0, 0, 1, 0))
-    return sums[segment:] - sums[:-segment]
 
 
 # ---- how decided and how stable a router is (OLMoE, arXiv:2409.02060) ------------------------------------------------

@@ -59,11 +59,9 @@ def flat(name: str, tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def as_number(name: str, value: float) -> float:
-    return value if isinstance(value, float) else _converted(name, value)
-
-
-def _converted(name: str, value: Any) -> float:
+def as_number(name: str, value: Any) -> float:
+    if isinstance(value, float):
+        return value
     try:
         if not isinstance(value, (str, bytes)):  # float() would parse these
             return float(value)

@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
     counts: tuple[int, ...]  # tensors of both projections and of both adapters without derivatives, and frozen ones
     options: tuple[Any, ...]
     dropout: Sequence[float]
-    source: Any  # a Source of the experts, which backward needs again; None if they are in memory
+    source: Any  # loads the experts, which backward needs again; None if they are in memory
     needs_no_dispatch: bool  # in forward
 
     def layer_of(self, inputs: Sequence[Any]) -> tuple[Layer, Tensor | None]:

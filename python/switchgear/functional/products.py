@@ -16,8 +16,7 @@ from switchgear.backends import in_autocast
 from switchgear.functional.arguments import as_dtype, dropout_seed, in_autocast_dtype
 from switchgear.functional.gradients import apply, is_transposed, needs_autograd, once
 from switchgear.reference import formats
-from switchgear.weights.offloaded import OffloadedWeight
-from switchgear.weights.weight import AdaptedWeight, Operand, SelectedWeight, Weight, operand_of
+from switchgear.weights.weight import AdaptedWeight, OffloadedWeight, Operand, SelectedWeight, Weight, operand_of
 
 AnyWeight = Tensor | Weight | AdaptedWeight | SelectedWeight | OffloadedWeight
 

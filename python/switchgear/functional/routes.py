@@ -98,15 +98,21 @@ def route(
     Raises:
         ValueError: an option out of range. TypeError: a dtype that is not floating.
     """
+    scale = as_number("scale", scale)
+    options = (top_k, score_function, normalize, scale, num_groups, topk_groups, group_score)
+    return _choose(False, options, (score_function, normalize, scale), router_logits, selection_bias)
+
+
+def _choose(
+    is_dynamic: bool, options: Any, of_gradient: Any, router_logits: Tensor, selection_bias: Tensor | None
+) -> Routing:
+    """The Routing of Route's inputs."""
     if router_logits.dim() != 2:
         router_logits = flat("router_logits", router_logits)
     if selection_bias is not None:
         selection_bias = as_weights("selection_bias", selection_bias.detach(), torch.float32)
-    options = (top_k, score_function, normalize, as_number("scale", scale), num_groups, topk_groups, group_score)
-    if needs_autograd(router_logits):
-        topk_ids, topk_weights = apply(Route, router_logits, selection_bias, *options)
-    else:
-        topk_ids, topk_weights = ops.route(router_logits, selection_bias, *options)
+    inputs = is_dynamic, options, of_gradient, router_logits, selection_bias
+    topk_ids, topk_weights = apply(Route, *inputs) if needs_autograd(router_logits) else Route.forward(*inputs)
     return Routing(topk_ids, topk_weights, router_logits, router_logits.shape[1])
 
 
@@ -174,19 +180,11 @@ def gate_route(
     Raises:
         ValueError: a wrong shape, or an option out of range. TypeError: a wrong dtype.
     """
+    scale = as_number("scale", scale)
+    options = (score_function, normalize, scale, num_groups, topk_groups, group_score)
     if needs_autograd(x, weight, bias):
-        return route(
-            gate(x, weight, bias, float32=float32),
-            top_k,
-            score_function=score_function,
-            normalize=normalize,
-            scale=scale,
-            selection_bias=selection_bias,
-            num_groups=num_groups,
-            topk_groups=topk_groups,
-            group_score=group_score,
-        )
-    options = (score_function, normalize, as_number("scale", scale), num_groups, topk_groups, group_score)
+        router_logits = gate(x, weight, bias, float32=float32)
+        return _choose(False, (top_k, *options), options[:3], router_logits, selection_bias)
     x, weight, bias = _of_gate(x, weight, bias, float32)
     if x.dim() != 2:
         x = flat("x", x)
@@ -224,23 +222,13 @@ def route_dynamic(
     Raises:
         ValueError: an option out of range. TypeError: a dtype that is not floating.
     """
-    if router_logits.dim() != 2:
-        router_logits = flat("router_logits", router_logits)
-    if selection_bias is not None:
-        selection_bias = as_weights("selection_bias", selection_bias.detach(), torch.float32)
     top_p = as_number("top_p", top_p)
     if score_function == "softmax" and top_p >= 1:
         top_p = math.inf  # even if rounding makes the probabilities add up to less
-    count = router_logits.shape[1] if max_experts is None else max_experts
-    options = (
-        count, min_experts, score_function, top_p, as_number("threshold", threshold), normalize,
-        as_number("scale", scale),
-    )  # fmt: skip
-    if needs_autograd(router_logits):
-        topk_ids, topk_weights = apply(RouteDynamic, router_logits, selection_bias, *options)
-    else:
-        topk_ids, topk_weights = ops.route_dynamic(router_logits, selection_bias, *options)
-    return Routing(topk_ids, topk_weights, router_logits, router_logits.shape[1])
+    count = router_logits.shape[-1] if max_experts is None else max_experts
+    threshold, scale = as_number("threshold", threshold), as_number("scale", scale)
+    options = (count, min_experts, score_function, top_p, threshold, normalize, scale)
+    return _choose(True, options, (score_function, normalize, scale), router_logits, selection_bias)
 
 
 @accepts_arrays
@@ -343,37 +331,28 @@ def _gate_grads(
 
 
 class Route(torch.autograd.Function):
+    """route, or route_dynamic, with the options of the op, and those of its gradient."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(router_logits: Tensor, selection_bias: Tensor | None, *options: Any) -> Any:
-        return ops.route(router_logits, selection_bias, *options)
+    def forward(
+        is_dynamic: bool, options: Any, of_gradient: Any, router_logits: Tensor, selection_bias: Tensor | None
+    ) -> Any:
+        return (ops.route_dynamic if is_dynamic else ops.route)(router_logits, selection_bias, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        router_logits, _, _, ctx.score_function, ctx.normalize, ctx.scale, *_ = inputs
+        _, _, ctx.options, router_logits, _ = inputs
         topk_ids, _ = output
         ctx.mark_non_differentiable(topk_ids)
         ctx.save_for_backward(router_logits, topk_ids)
 
     @staticmethod
     def backward(ctx: Any, _: Any, grad_topk_weights: Tensor) -> Any:
-        options = (ctx.score_function, ctx.normalize, ctx.scale)
+        options = ctx.options
 
         def grad(*tensors: Any) -> Any:
             return ops.route_backward(*tensors, *options)
 
-        return once(grad, grad_topk_weights, *ctx.saved_tensors), *[None] * 8
-
-
-class RouteDynamic(Route):
-    @staticmethod
-    def forward(router_logits: Tensor, selection_bias: Tensor | None, *options: Any) -> Any:
-        return ops.route_dynamic(router_logits, selection_bias, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        router_logits, _, _, _, ctx.score_function, _, _, ctx.normalize, ctx.scale = inputs
-        topk_ids, _ = output
-        ctx.mark_non_differentiable(topk_ids)
-        ctx.save_for_backward(router_logits, topk_ids)
+        return None, None, None, once(grad, grad_topk_weights, *ctx.saved_tensors), None

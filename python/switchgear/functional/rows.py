@@ -23,7 +23,7 @@ def permute(x: Tensor, plan: Plan, topk_weights: Tensor | None = None) -> Tensor
     """
     topk_weights = as_weights("topk_weights", topk_weights, x.dtype)
     if needs_autograd(x, topk_weights):
-        permuted_x: Tensor = apply(Permute, x, topk_weights, *plan)
+        permuted_x: Tensor = apply(Permutation, True, x, topk_weights, *plan)
         return permuted_x
     return ops.permute(x, *plan, topk_weights)
 
@@ -37,7 +37,7 @@ def combine(permuted_y: Tensor, plan: Plan, topk_weights: Tensor | None = None) 
     """
     topk_weights = as_weights("topk_weights", topk_weights, permuted_y.dtype)
     if needs_autograd(permuted_y, topk_weights):
-        y: Tensor = apply(Combine, permuted_y, topk_weights, *plan)
+        y: Tensor = apply(Permutation, False, permuted_y, topk_weights, *plan)
         return y
     return ops.combine(permuted_y, *plan, topk_weights)
 
@@ -72,51 +72,31 @@ def glu(
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-# permute and combine are each the backward of the other. The gradient of the weights is the same inner product.
+class Permutation(torch.autograd.Function):
+    """permute, or combine: each is the backward of the other. The gradient of the weights is one inner product."""
 
-
-class Permute(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
-        return ops.permute(x, *plan, topk_weights)
+    def forward(is_permute: bool, rows: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
+        return (ops.permute if is_permute else ops.combine)(rows, *plan, topk_weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.is_permute, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        need_x, need_weights, *_ = ctx.needs_input_grad
+        is_permute, (_, need_rows, need_weights, *_) = ctx.is_permute, ctx.needs_input_grad
 
-        def grads(grad: Tensor, x: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
-            grad_x = ops.combine(grad, *plan, topk_weights) if need_x else None
-            return grad_x, ops.combine_weight_backward(x, grad, *plan) if need_weights else None
+        def grads(grad: Tensor, rows: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
+            move = ops.combine if is_permute else ops.permute
+            of_tokens, of_slots = (rows, grad) if is_permute else (grad, rows)
+            grad_rows = move(grad, *plan, topk_weights) if need_rows else None
+            return grad_rows, ops.combine_weight_backward(of_tokens, of_slots, *plan) if need_weights else None
 
-        return *once(grads, grad, *ctx.saved_tensors), None, None, None
-
-
-class Combine(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(permuted_y: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
-        return ops.combine(permuted_y, *plan, topk_weights)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        need_y, need_weights, *_ = ctx.needs_input_grad
-
-        def grads(grad: Tensor, permuted_y: Tensor, topk_weights: Tensor | None, *plan: Tensor) -> Any:
-            grad_y = ops.permute(grad, *plan, topk_weights) if need_y else None
-            return grad_y, ops.combine_weight_backward(grad, permuted_y, *plan) if need_weights else None
-
-        return *once(grads, grad, *ctx.saved_tensors), None, None, None
+        return None, *once(grads, grad, *ctx.saved_tensors), None, None, None
 
 
 class Glu(torch.autograd.Function):

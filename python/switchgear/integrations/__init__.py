@@ -8,8 +8,8 @@ experts.py       one layer of experts; gates.py: recognises its gate
 moe_blocks.py    the MoE blocks of a model
 hook_points.py   hooks that see and change a block's choice; choices.py: installs them; routers.py: repeats a router's
                  selection
-published.py     loads published checkpoints; published_keys.py: their names; published_matrices.py: formats
-                 of 2 to 4 bits; checkpoint_files.py: their files
+published.py     loads published checkpoints; published_matrices.py: their formats of 2 to 8 bits;
+                 checkpoint_files.py: their files and names
 saving.py        save_pretrained with stored experts
 """
 

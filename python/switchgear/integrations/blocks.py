@@ -24,9 +24,10 @@ from switchgear.integrations.gates import get_own_gate
 from switchgear.integrations.moe_blocks import MoeBlock, is_transposed, moe_blocks
 from switchgear.layers.shared import SharedExperts
 from switchgear.layers.virtual import VirtualExperts
+from switchgear.ops import GluOptions
 from switchgear.reference import activations
 from switchgear.routing.router import Router
-from switchgear.weights.module import check_replaceable
+from switchgear.weights.module import check_plain
 from switchgear.weights.selected import selection_of
 
 STEP_COUNTS = "tokens_per_expert"  # a Router's attribute
@@ -400,7 +401,7 @@ def expert_layer(block: MoeBlock) -> ExpertLayer:
     experts: Any = block.experts
     if isinstance(experts, VirtualExperts):
         experts = experts.experts
-    check_replaceable(name, experts)
+    check_plain(name, experts, are_replaced=True)
     if getattr(experts, "parallel", None) is not None:
         raise ValueError(f"{name}: expected all experts in this process, got {type(experts).__name__}")
     parameters = _projections(name, experts)
@@ -436,8 +437,5 @@ def _stacked(experts: nn.Module, path: str) -> ExpertTensor | None:
 def _activation(experts: Any) -> Callable[[Tensor], Tensor]:
     if not isinstance(experts, Experts):
         return get_own_gate(experts)
-    options: dict[str, Any] = {
-        "activation": experts.activation, "gated": experts.gated, "interleaved": experts.interleaved,
-        "alpha": experts.alpha, "limit": experts.limit,
-    }  # fmt: skip
+    options: dict[str, Any] = {name: getattr(experts, name) for name in GluOptions._fields}
     return lambda h: glu(h, **options)

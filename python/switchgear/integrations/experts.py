@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from switchgear import functional
 from switchgear.backends import in_autocast
 from switchgear.functional.products import AnyWeight
+from switchgear.integrations.gates import find_gate, get_own_gate
 from switchgear.ops import GluOptions
 from switchgear.weights import AdaptedWeight, SelectedWeight, Weight
-from switchgear.weights.offloaded import OffloadedWeight
+from switchgear.weights.weight import OffloadedWeight
 
 
 class ExpertWeights(NamedTuple):
@@ -43,41 +44,40 @@ def skips_the_last_id(module: nn.Module) -> bool:
     return not is_of(module, *_WITHOUT_THE_LAST_ID)
 
 
-def run_experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    weights: ExpertWeights,
-    gate: GluOptions | None,
-    own_gate: Callable[[Tensor], Tensor],
-    post_norm: nn.Module | None = None,
-) -> Tensor:
-    """y[t] = sum_k topk_weights[t,k] * expert(x[t]), in the dtype of x.
+def has_post_norm(module: nn.Module) -> bool:
+    """Whether an experts module normalises each expert's output before it is weighted."""
+    return getattr(module, "has_post_expert_norm", False)
 
-    Args:
-        x: [T, H]. topk_ids: [T, K] integers, -1 for an empty slot. topk_weights: [T, K] of any float dtype.
-        gate: the family to fuse, or None to call `own_gate` between two grouped GEMMs.
-        post_norm: applied to each expert's output before it is weighted. The fused kernel cannot run it.
+
+def run_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights, module: Any) -> Tensor:
+    """y[t] = sum_k topk_weights[t,k] * expert(x[t]), in the dtype of x. The module of the experts has their gate: a
+    known one is fused, another one is called between two grouped GEMMs, as is one whose experts end with a norm.
+
+    x: [T, H]. topk_ids: [T, K] integers, -1 for an empty slot. topk_weights: [T, K] of any float dtype.
     """
-    if gate is not None and post_norm is None:
-        y = functional.moe(
-            _cast(x, weights.gate_up_proj),
-            weights.gate_up_proj,
-            weights.down_proj,
-            topk_ids,
-            topk_weights,
-            gate_up_bias=weights.gate_up_bias,
-            down_bias=weights.down_bias,
-            **gate.keywords(),
-        )
-        return y.to(x.dtype)
-
+    gate, is_normed = find_gate(module), has_post_norm(module)
+    if gate is not None and not is_normed:
+        return run_fused(x, topk_ids, topk_weights, weights, gate)
     plan = functional.plan(topk_ids, weights.gate_up_proj.shape[0])
     h = project(x, weights.gate_up_proj, plan.expert_offsets, weights.gate_up_bias, plan.token_indices)
-    permuted_y = project(own_gate(h), weights.down_proj, plan.expert_offsets, weights.down_bias)
-    if post_norm is not None:
-        permuted_y = post_norm(permuted_y)
+    permuted_y = project(get_own_gate(module)(h), weights.down_proj, plan.expert_offsets, weights.down_bias)
+    if is_normed:
+        permuted_y = module.post_expert_norm(permuted_y)
     return functional.combine(permuted_y, plan, topk_weights).to(x.dtype)
+
+
+def run_fused(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights, gate: GluOptions) -> Tensor:
+    y = functional.moe(
+        _cast(x, weights.gate_up_proj),
+        weights.gate_up_proj,
+        weights.down_proj,
+        topk_ids,
+        topk_weights,
+        gate_up_bias=weights.gate_up_bias,
+        down_bias=weights.down_bias,
+        **gate.keywords(),
+    )
+    return y.to(x.dtype)
 
 
 def _cast(x: Tensor, weight: AnyWeight) -> Tensor:

@@ -13,14 +13,14 @@ Such hooks come and go before and after ours. So ours is put where a hook calls 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from switchgear.adapters.wrappers import is_wrapper, unwrap
+from switchgear.adapters.wrappers import is_wrapper, lend_factors
 from switchgear.utils.functions import constant_when_compiled
-from switchgear.weights.state import Borrowed
+from switchgear.weights.state import Borrowed, Factors
 
 
 def runs_own_forward(module: nn.Module) -> bool:
@@ -139,21 +139,17 @@ def has_hooks(part: nn.Module) -> bool:
 
 def borrow(module: nn.Module, name: str, expected: PartClass) -> Borrowed:
     """The factors that PEFT's wrappers around the submodule `name` would apply now. Raises Bypassed as `get_part`."""
-    part = module._modules[name]
-    assert part is not None
-    if not is_wrapper(part):
-        get_part(module, name, expected)
-        return {}
-    wrapper: nn.Module | None = part
-    while wrapper is not None and is_wrapper(wrapper):
-        _check_call(wrapper, name)
-        wrapper = wrapper._modules["base_layer"]
-    assert wrapper is not None
-    _check(wrapper, name, expected)
-    try:
-        return unwrap(part)[1]
-    except ValueError as error:
-        raise Bypassed(f"{name} {error}") from None
+    part: Any = module._modules[name]
+    borrowed: dict[str, Sequence[Factors]] = {}
+    while is_wrapper(part):
+        _check_call(part, name)
+        if (factors := lend_factors(part)) is None:
+            raise Bypassed(f"{name} has adapters whose factors cannot be read")
+        if factors:
+            borrowed[part.parameter_name] = factors
+        part = part.base_layer
+    _check(part, name, expected)
+    return borrowed
 
 
 def unwrap_part(part: Any) -> Any:

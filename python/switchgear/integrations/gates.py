@@ -20,21 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchgear.integrations.forwards import has_hooks
 from switchgear.ops import GluOptions
+from switchgear.reference.activations import ACTIVATIONS, glu_of, halves
 from switchgear.utils.functions import constant_when_compiled, not_compiled
 
 ACTIVATION_NAMES = ("act_fn", "activation", "activation_fn", "act")  # attributes that hold the activation
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda g: F.relu(g).square(),
-}
+PLAIN_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "swiglu_oai")  # which need no alpha
 
 
 def get_own_gate(module: Any) -> Callable[[Tensor], Tensor]:
@@ -165,7 +159,7 @@ def recognise(
 
 
 def name_activation(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """The name of an activation in ACTIVATIONS, found by its values."""
+    """The name of an activation, found by its values."""
     try:
         family = recognise(activation, gated=False)
     except Exception:  # a function of something else
@@ -183,24 +177,18 @@ def _build_probe() -> Tensor:
 
 def _list_families(gated: bool, numbers: list[float]) -> Iterator[GluOptions]:
     if not gated:
-        yield from (GluOptions(activation, gated=False) for activation in ACTIVATIONS)
+        yield from (GluOptions(activation, gated=False) for activation in PLAIN_ACTIVATIONS)
         return
     limits = [0.0, *numbers]
     for interleaved, limit in itertools.product((False, True), limits):
-        yield from (GluOptions(activation, True, interleaved, limit=limit) for activation in ACTIVATIONS)
+        yield from (GluOptions(activation, True, interleaved, limit=limit) for activation in PLAIN_ACTIVATIONS)
         yield from (GluOptions("swiglu_oai", True, interleaved, alpha, limit) for alpha in numbers)
 
 
 def _evaluate(family: GluOptions, h: Tensor) -> tuple[Tensor, Tensor]:
     """The family's value on h, and the magnitude to which its rounding errors are relative."""
-    if not family.gated:
-        a = ACTIVATIONS[family.activation](h)
-        return a, a.abs() + h.abs()
-    gate, up = (h[:, 0::2], h[:, 1::2]) if family.interleaved else h.chunk(2, dim=-1)
+    a = glu_of(h, *family)
+    gate, up = halves(h, family.interleaved) if family.gated else (h, h.new_zeros(()))
     if family.limit:
         gate, up = gate.clamp(max=family.limit), up.clamp(-family.limit, family.limit)
-    if family.activation == "swiglu_oai":
-        a = (up + 1) * gate * torch.sigmoid(family.alpha * gate)
-    else:
-        a = ACTIVATIONS[family.activation](gate) * up
     return a, a.abs() + gate.abs() * (1 + up.abs())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from switchgear.integrations.experts import is_of, skips_the_last_id
 from switchgear.integrations.moe_blocks import MoeBlock, is_expert_parallel
+from switchgear.integrations.undecorated import read_jetmoe, read_nllb
 
 
 class Choice(NamedTuple):
@@ -111,8 +112,7 @@ class _Nllb(ExpertsHook):
     def register(self, block: MoeBlock, receiver: Receiver) -> list[Any]:
         def before(experts: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
             x, mask, probs = args
-            by_expert = probs.new_zeros(len(probs), block.num_experts).scatter_add(1, mask, probs)
-            weights, ids = by_expert.topk(min(2, block.num_experts), dim=-1)
+            weights, ids = read_nllb(mask, probs, block.num_experts)
             logits, receiver.logits = receiver.logits, None
             receiver.receive(Choice(x, ids, weights, logits))
 
@@ -157,13 +157,8 @@ class _JetMoe(RouterHook):
     """(order of the choices by expert, their tokens, their weights, counts of the experts, logits)."""
 
     def read(self, block: MoeBlock, x: Tensor, output: Any) -> Choice:
-        order, _, gates, sizes, logits = output
-        counts = torch.tensor(sizes, device=order.device)
-        by_expert = torch.repeat_interleave(torch.arange(len(sizes), device=order.device), counts)
-        shape = (logits.shape[0], -1)
-        ids = torch.empty_like(by_expert).scatter(0, order, by_expert).view(shape)
-        weights = torch.zeros_like(gates).scatter(0, order, gates).view(shape)
-        return Choice(x.reshape(-1, x.shape[-1]), ids, weights, logits)
+        assert block.top_k is not None
+        return Choice(x.reshape(-1, x.shape[-1]), *read_jetmoe(output, block.top_k), output[4])
 
     def write(self, block: MoeBlock, choice: Choice, output: Any) -> Any:
         empty = choice.topk_ids < 0

@@ -8,13 +8,14 @@ a name in their config, and PatchedExperts, whose forward is replaced on the ins
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from switchgear.adapters.sites import TARGETS, Site, refuse_wrapped
 from switchgear.backends import warn_once
-from switchgear.integrations.experts import ExpertWeights, find_unreadable, is_of
+from switchgear.integrations.experts import ExpertWeights, find_unreadable, has_post_norm, is_of
 from switchgear.integrations.forwards import Bypassed, is_swapped, replace_forward, runs_own_forward
 from switchgear.integrations.gates import find_gate
 from switchgear.integrations.undecorated import Patch, find_difference, find_patch
@@ -44,11 +45,6 @@ def is_decorated(module: nn.Module) -> bool:
     """Whether the module's class has transformers' decorator `use_experts_implementation`."""
     own = vars(module)  # getattr of a wrapper, as of torch.compile, answers for the module inside
     return all(mark in own for mark in MARKS) and hasattr(type(module), CLASS_MARK)
-
-
-def has_post_norm(module: nn.Module) -> bool:
-    """Whether an experts module normalises each expert's output before it is weighted."""
-    return getattr(module, "has_post_expert_norm", False)
 
 
 def weights_in(module: Any) -> ExpertWeights:
@@ -153,7 +149,6 @@ class PatchedExperts:
         return is_swapped(self.module)
 
     def path(self) -> str:
-        """How the module runs now, as `path_of` of transformers.py."""
         if self.is_on_switchgear:
             reason = self.read()[1]
             return self.patch.path(self.module) if reason is None else f"eager: {reason}"
@@ -187,11 +182,9 @@ class PatchedExperts:
         return replace_forward(self.module, _build_forward(self.patch))
 
     def layout(self) -> Layout | None:
-        """None: no form is made for these classes."""
-        return None
+        return None  # no form is made for these classes
 
     def hint(self) -> str:
-        """Why there is no layout."""
         path = self.path()
         if self.is_on_switchgear:
             return f"{type(self.module).__name__} runs as {path}, but its class has no stored layout"
@@ -206,13 +199,12 @@ class PatchedExperts:
         names = {id(part): name for name, part in self.module.named_modules(prefix=path)}
         sites = []
         for part in self.patch.sites(self.module):
-            refuse_wrapped(names[id(part.module)], part.module)
             where = names[id(part.module)]
-            sites.append(Site(where, *part, guarded=self.module, guard=refuse_other_implementation))
+            refuse_wrapped(where, part.module)
+            sites.append(replace(part, path=where, guarded=self.module, guard=refuse_other_implementation))
         return sites
 
     def reads_borrowed(self, name: str) -> bool:
-        """Whether a call of the module reads the factors that it borrows for its parameter `name`."""
         return name in self.patch.borrows and self.is_on_switchgear and not self.path().startswith("eager")
 
 
@@ -248,18 +240,14 @@ def refuse_other_implementation(module: Any, *_: Any) -> None:
 def refuse_bypass(module: nn.Module, reason: str) -> None:
     """Raises RuntimeError if the module, or a part of it, has adapters or experts that train alone, which its class's
     own forward would miss."""
+    what = advice = None
     for part in module.modules():
         if has_adapters(part):
-            _refuse(
-                module, reason, "adapters of switchgear.adapters",
-                "merge(model) or remove_lora(model) of switchgear.adapters",
-            )  # fmt: skip
-        if selection_of(part) is not None:
-            _refuse(module, reason, "experts that train alone", "switchgear.finetune.unfreeze(model)")
-
-
-def _refuse(module: Any, reason: str, what: str, advice: str) -> NoReturn:
-    raise RuntimeError(
-        f"{type(module).__name__} has {what}, but does not run on switchgear ({reason}); "
-        f"call switchgear.accelerate(model), or {advice}"
-    )
+            what, advice = "adapters", "merge(model) or remove_lora(model) of switchgear.adapters"
+        elif selection_of(part) is not None:
+            what, advice = "experts that train alone", "switchgear.finetune.unfreeze(model)"
+    if what is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} has {what}, but does not run on switchgear ({reason}); "
+            f"call switchgear.accelerate(model), or {advice}"
+        )

@@ -21,14 +21,6 @@ _LINEARS = ("gate", "layer", "classifier", "wg", "proj")  # where a router holds
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-class ExpertTensors(NamedTuple):
-    """The experts' projections in the model's own layout."""
-
-    gate_up: nn.Parameter  # [E,2I,H] ([E,I,H] if not gated); transposed [E,H,2I]
-    down: nn.Parameter  # [E,H,I]; transposed [E,I,H]
-    transposed: bool
-
-
 class ConfigFields(NamedTuple):
     """The config of a Hugging Face block, and the names of its fields; None if it has no such field."""
 
@@ -102,18 +94,6 @@ class MoeBlock:
         if getattr(gate, "topk_method", "") == "greedy":
             return None
         return int(groups), int(chosen)
-
-    def expert_weights(self) -> ExpertTensors:
-        """The projections. Raises ValueError if the experts are not stacked as [E,…] in two parameters."""
-        experts: Any = self.experts
-        if hasattr(experts, "input_linear"):  # JetMoE
-            return ExpertTensors(experts.input_linear.weight, experts.output_linear.weight, False)
-        first = next((n for n in ("gate_up_proj", "up_proj") if _is_stacked(experts, n)), None)
-        if first is None or not _is_stacked(experts, "down_proj"):
-            raise ValueError(
-                f"{self.name or 'model'}: expected experts stacked in two parameters, got {type(experts).__name__}"
-            )
-        return ExpertTensors(getattr(experts, first), experts.down_proj, is_transposed(experts))
 
     def config_fields(self) -> ConfigFields:
         """Where a Hugging Face config says the number of experts and top_k. Raises ValueError for other models."""
@@ -210,11 +190,6 @@ def _find_top_k(gate: Any, block: Any, experts: Any) -> int | None:
             if isinstance(top_k := getattr(config, field, None), int):
                 return top_k
     return None
-
-
-def _is_stacked(experts: Any, name: str) -> bool:
-    weight = getattr(experts, name, None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 3
 
 
 def is_transposed(experts: Any) -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,16 +22,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from switchgear.files import AnyPath
 from switchgear.integrations import published_matrices
-from switchgear.integrations.checkpoint_files import CONFIG, CheckpointFiles, Reader
-from switchgear.integrations.published_keys import (
+from switchgear.integrations.checkpoint_files import (
     BLOCKS,
+    CONFIG,
     FLOATS,
-    SCALE,
     SCALES,
-    SUFFIXES,
+    CheckpointFiles,
     Checks,
     Piece,
     Pieces,
+    Reader,
     matches,
     pieces_of,
 )
@@ -69,17 +70,7 @@ def load_published(
             are missing or unexpected; shapes, dtypes or numbers differ from those expected. Everything but the numbers
             is checked before any data is read. On failure nothing is loaded.
     """
-    device = torch.device(device)
-    plan = planned(Path(path), dtype, model, is_quantized=True)
-    try:
-        compute_buffers(plan.model, device)
-        reader = Reader(plan.files.headers)
-        loaded = {target: read(reader, device) for target, read in plan.reads.items()}
-    except BaseException:
-        undo(plan)
-        raise
-    commit(plan.model, loaded)
-    return plan.model.eval()  # type: ignore[no-any-return]
+    return fill(planned(Path(path), dtype, model, is_quantized=True), torch.device(device))
 
 
 class Planned(NamedTuple):
@@ -124,6 +115,19 @@ def planned(
 def undo(plan: Planned) -> None:
     """Lets the experts of the model run as before."""
     undo_accelerate(plan.replacements)
+
+
+def fill(plan: Planned, device: torch.device, without: Collection[str] = ()) -> nn.Module:
+    """Reads the tensors into the model, all but those `without`. On failure nothing is loaded."""
+    try:
+        compute_buffers(plan.model, device)
+        reader = Reader(plan.files.headers)
+        loaded = {target: read(reader, device) for target, read in plan.reads.items() if target not in without}
+    except BaseException:
+        undo(plan)
+        raise
+    commit(plan.model, loaded)
+    return plan.model.eval()  # type: ignore[no-any-return]
 
 
 def config_of(files: CheckpointFiles) -> Any:
@@ -201,7 +205,7 @@ def plan_of(model: Any, files: CheckpointFiles, packed: Matrices | None) -> dict
     state, projections, checks = model.state_dict(), _projections(model), Checks(files.headers)
     plan: dict[str, Read] = {}
     keys = [key for key in files.headers if key in state or not key.endswith(published_matrices.IGNORED)]
-    found = pieces_of(model, keys, state, (*SUFFIXES, *published_matrices.SUFFIXES))
+    found = pieces_of(model, keys, state, published_matrices.SUFFIXES)
     for target, pieces in found.items():
         kind = matrices_of(pieces, packed)
         if target in projections and set(pieces) != {Piece()}:
@@ -234,13 +238,13 @@ def _projections(model: nn.Module) -> dict[str, Wanted]:
     return found
 
 
-def _scales_of(rows: int, columns: int) -> tuple[int, int]:
-    return -(-rows // minifloat.BLOCK[0]), -(-columns // minifloat.BLOCK[1])
-
-
 def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks, kind: Matrices | None) -> Read:
-    """Reads it as it is, or decodes it from fp8, or as the matrix that it is."""
+    """Reads it as it is, or decodes the matrix that it is."""
     shape, dtype = tuple(like.shape), like.dtype
+    if (joined := len({piece[1:] for piece in pieces})) > 1:
+        reason = "transformers joins them, here only those of experts with a stored layout are"
+        checks.problems.append(f"{target}: expected one tensor, got {joined} ({reason})")
+        return _nothing
     if kind is not None and len(shape) == 2:
         kind.check(target, pieces, Piece(), shape, checks)
 
@@ -250,25 +254,11 @@ def _plan_tensor(target: str, like: Tensor, pieces: Pieces, checks: Checks, kind
                 return kind.decode(*(tensor[None].to(device) for tensor in published))[0].to(dtype)
 
         return decode
-    if (joined := len({piece[1:] for piece in pieces})) > 1:
-        reason = "transformers joins them, here only those of experts with a stored layout are"
-        checks.problems.append(f"{target}: expected one tensor, got {joined} ({reason})")
+    if not checks.expect_all(target, pieces, [Piece()]):
         return _nothing
-    is_fp8 = Piece(SCALE) in pieces and len(shape) == 2
-    if not checks.expect_all(target, pieces, [Piece(), Piece(SCALE)] if is_fp8 else [Piece()]):
-        return _nothing
-    weight, scale = pieces[Piece()], pieces.get(Piece(SCALE), "")
-    if not is_fp8:
-        checks.expect(weight, shape, FLOATS if dtype.is_floating_point else None)
-        return lambda reader, device: reader.tensor(weight).to(device=device, dtype=dtype, copy=True)
-    checks.expect(weight, shape, ("F8_E4M3",))
-    checks.expect(scale, _scales_of(*shape), FLOATS)
-
-    def read(reader: Reader, device: torch.device) -> Tensor:
-        values, scales = reader.tensor(weight)[None].to(device), reader.tensor(scale)[None].to(device).float()
-        return minifloat.decode_fp8(values, scales, dtype=dtype)[0]
-
-    return read
+    weight = pieces[Piece()]
+    checks.expect(weight, shape, FLOATS if dtype.is_floating_point else None)
+    return lambda reader, device: reader.tensor(weight).to(device=device, dtype=dtype, copy=True)
 
 
 def _nothing(reader: Reader, device: torch.device) -> Tensor:
@@ -278,44 +268,37 @@ def _nothing(reader: Reader, device: torch.device) -> Tensor:
 
 def _plan_projection(target: str, wanted: Wanted, pieces: Pieces, checks: Checks, kind: Matrices | None) -> Read:
     """Reads it as published: mxfp4 of all experts, or other formats or plain numbers of each."""
-    suffixes = {piece.suffix for piece in pieces}
-    experts, rows, columns, *_ = wanted
-    if suffixes & {BLOCKS, SCALES}:
+    experts, rows, columns, parts, transposed, _ = wanted
+    if {piece.suffix for piece in pieces} & {BLOCKS, SCALES}:
         if checks.expect_all(target, pieces, [Piece(BLOCKS), Piece(SCALES)]):
             checks.expect(pieces[Piece(BLOCKS)], (experts, rows, -(-columns // 32), 16), ("U8",))
             checks.expect(pieces[Piece(SCALES)], (experts, rows, -(-columns // 32)), ("U8",))
-        return lambda reader, device: _read_mxfp4(target, wanted, pieces, reader, device)
-    if experts * wanted.parts > len(pieces):
+        return partial(_read_mxfp4, target, wanted, pieces)
+    if experts * parts > len(pieces):
         checks.problems.append(f"{target}: expected {experts} experts, got {len(pieces)} tensors")
         return _nothing
-    shape = rows // wanted.parts, columns  # gates and ups are separate
-    if wanted.transposed:
+    if transposed:
         checks.problems.append(f"{target}: expected weights of all experts in one tensor, since they are transposed")
-    if kind is not None:
-        matrices = {Piece("", expert, source) for expert in range(experts) for source in range(wanted.parts)}
-        checks.problems += [
-            f"unexpected {key}" for piece, key in pieces.items() if piece._replace(suffix="") not in matrices
-        ]
-        for piece in sorted(matrices):
-            kind.check(target, pieces, piece, shape, checks)
-        read_all = _read_matrices if kind.packing is None else _read_packed
-        return lambda reader, device: read_all(target, wanted, pieces, reader, device, kind)
-    for suffix in sorted(suffixes):
-        expected = [Piece(suffix, expert, source) for expert in range(experts) for source in range(wanted.parts)]
-        these = {piece: key for piece, key in pieces.items() if piece.suffix == suffix}
-        if checks.expect_all(target, these, expected):
-            dtypes = FLOATS if suffix or SCALE not in suffixes else ("F8_E4M3",)
-            for key in these.values():
-                checks.expect(key, _scales_of(*shape) if suffix else shape, dtypes)
-    read = _read_fp8 if SCALE in suffixes else _read_plain
-    return lambda reader, device: read(target, wanted, pieces, reader, device)
+    shape = rows // parts, columns  # gates and ups are published separately, and are stored so
+    matrices = dict.fromkeys(Piece("", *of) for of in itertools.product(range(experts), range(parts)))
+    if kind is None:
+        if checks.expect_all(target, pieces, list(matrices)):
+            for key in pieces.values():
+                checks.expect(key, shape, FLOATS)
+        return partial(_read_plain, wanted, pieces)
+    checks.problems += [
+        f"unexpected {key}" for piece, key in pieces.items() if piece._replace(suffix="") not in matrices
+    ]
+    for piece in matrices:
+        kind.check(target, pieces, piece, shape, checks)
+    return partial(_read_matrices if kind.packing is None else _read_packed, target, wanted, pieces, kind)
 
 
 # ---- projections -----------------------------------------------------------------------------------------------------
 
 
 def _read_mxfp4(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Weight:
-    data, scales = _empty("mxfp4", wanted, -(-wanted.columns // 32), torch.uint8, device)
+    data, scales = _empty("mxfp4", wanted, device)
     for expert in range(wanted.experts):
         block, scale = (reader.part(pieces[Piece(suffix)], expert).to(device) for suffix in (BLOCKS, SCALES))
         out = data[expert, None], scales[expert, None]
@@ -324,72 +307,68 @@ def _read_mxfp4(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, dev
     return _weight("mxfp4", data, scales, wanted)
 
 
-def _read_fp8(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Weight:
-    """Gates and ups are published separately, and are stored so."""
-    data, scales = _empty("fp8", wanted, _scales_of(wanted.rows, wanted.columns)[1], torch.float32, device)
-    blocks = data.shape[1] // wanted.parts
-    for (suffix, expert, source), key in pieces.items():
-        if not suffix:
-            scale = reader.tensor(pieces[Piece(SCALE, expert, source)])[None].to(device).float()
-            share = slice(source * blocks, (source + 1) * blocks)
-            out = data[expert, None, share], scales[expert, None, share]
-            with _naming(target, expert):
-                minifloat.to_blocks(reader.tensor(key)[None].to(device), scale, "fp8", out=out)
-    return _weight("fp8", data, scales, wanted)
+def _read_each(
+    target: str, wanted: Wanted, pieces: Pieces, kind: Matrices, reader: Reader, write: Callable[..., None]
+) -> None:
+    """write(expert, source, *tensors [1,…] as published) for each matrix."""
+    for expert, source in itertools.product(range(wanted.experts), range(wanted.parts)):
+        with _naming(target, expert):
+            shape = wanted.rows // wanted.parts, wanted.columns
+            write(expert, source, *(t[None] for t in kind.read(reader, pieces, Piece("", expert, source), shape)))
 
 
 def _read_matrices(
-    target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device, kind: Matrices
+    target: str, wanted: Wanted, pieces: Pieces, kind: Matrices, reader: Reader, device: torch.device
 ) -> Weight:
-    """Gates and ups are published separately, and are stored so."""
-    format = minifloat.MINIFLOATS[kind.format]
-    data, scales = _empty(format.name, wanted, -(-wanted.columns // format.group), format.scales, device)
-    row_scales = scales.new_empty(*data.shape[:2], minifloat.ROWS, dtype=torch.float32) if format.row_scales else None
-    blocks, shape = data.shape[1] // wanted.parts, (wanted.rows // wanted.parts, wanted.columns)
-    for expert, source in itertools.product(range(wanted.experts), range(wanted.parts)):
+    data, scales = _empty(kind.format, wanted, device)
+    has_row_scales = minifloat.MINIFLOATS[kind.format].row_scales
+    row_scales = scales.new_empty(*data.shape[:2], minifloat.ROWS, dtype=torch.float32) if has_row_scales else None
+    blocks = data.shape[1] // wanted.parts
+
+    def write(expert: int, source: int, *published: Tensor) -> None:
         share = slice(source * blocks, (source + 1) * blocks)
-        out = data[expert, None, share], scales[expert, None, share]
-        with _naming(target, expert):
-            published = kind.read(reader, pieces, Piece("", expert, source), shape)
-            values, own, *wholes = (tensor[None].to(device) for tensor in published)
-            minifloat.to_blocks(values, own, format.name, out=out)
-            if row_scales is not None:
-                row_scales[expert, share] = minifloat.to_row_scales(wholes[0], shape[0])[0]
-    return _weight(format.name, data, scales, wanted, row_scales)
+        values, own, *wholes = (tensor.to(device) for tensor in published)
+        minifloat.to_blocks(values, own, kind.format, out=(data[expert, None, share], scales[expert, None, share]))
+        if row_scales is not None:
+            row_scales[expert, share] = minifloat.to_row_scales(wholes[0], wanted.rows // wanted.parts)[0]
+
+    _read_each(target, wanted, pieces, kind, reader, write)
+    return _weight(kind.format, data, scales, wanted, row_scales)
 
 
 def _read_packed(
-    target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device, kind: Matrices
+    target: str, wanted: Wanted, pieces: Pieces, kind: Matrices, reader: Reader, device: torch.device
 ) -> Weight:
-    """Gates and ups are published separately, and are stored so."""
     packing = kind.packing
     assert packing is not None
-    bits, parts, columns = packing.bits, wanted.parts, wanted.columns
-    shape = wanted.rows // parts, columns
-    blocks, steps = -(-shape[0] // minifloat.ROWS), -(-columns // minifloat.COLUMNS)
-    data = torch.empty(wanted.experts * bits, parts * blocks, steps, groups.PLANE, dtype=torch.uint8, device=device)
+    bits, columns = packing.bits, wanted.columns
+    blocks, steps = -(-wanted.rows // wanted.parts // minifloat.ROWS), -(-columns // minifloat.COLUMNS)
+    data = torch.empty(
+        wanted.experts * bits, wanted.parts * blocks, steps, groups.PLANE, dtype=torch.uint8, device=device
+    )
     advise_huge_pages(data)
-    sizes = wanted.experts, parts * blocks, num_groups(columns, packing), minifloat.ROWS
+    sizes = wanted.experts, wanted.parts * blocks, num_groups(columns, packing), minifloat.ROWS
     scales = torch.empty(sizes, dtype=torch.float16, device=device)
     zeros = None if packing.symmetric else torch.empty(sizes, dtype=torch.uint8, device=device)
-    records = data.view(wanted.experts, parts * blocks, steps, bits * groups.PLANE)
-    for expert, source in itertools.product(range(wanted.experts), range(parts)):
-        with _naming(target, expert):
-            published = kind.read(reader, pieces, Piece("", expert, source), shape)
-        q, own, *its_zeros = (tensor[None] for tensor in published)
-        stored = groups.to_blocks(groups.Levels(q, own, its_zeros[0] if its_zeros else None, (bits,)))
+    records = data.view(wanted.experts, -1, steps, bits * groups.PLANE)
+
+    def write(expert: int, source: int, q: Tensor, own: Tensor, its_zeros: Tensor | None = None) -> None:
+        stored = groups.to_blocks(groups.Levels(q, own, its_zeros, (bits,)))
         share = slice(source * blocks, (source + 1) * blocks)
-        records[expert, share] = stored.data.view(blocks, steps, bits * groups.PLANE)
+        records[expert, share] = stored.data.view(blocks, steps, -1)
         scales[expert, share] = stored.scales[0]
         if zeros is not None and stored.zeros is not None:
             zeros[expert, share] = stored.zeros[0]
+
+    _read_each(target, wanted, pieces, kind, reader, write)
     return Weight(
         "groups", data, wanted.rows, columns, wanted.dtype, scales, zeros=zeros,
-        records=groups.records_of((bits,) * wanted.experts), parts=parts, group_size=packing.group_size, is_exact=True,
+        records=groups.records_of((bits,) * wanted.experts), parts=wanted.parts, group_size=packing.group_size,
+        is_exact=True,
     )  # fmt: skip
 
 
-def _read_plain(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
+def _read_plain(wanted: Wanted, pieces: Pieces, reader: Reader, device: torch.device) -> Tensor:
     weight = torch.empty(wanted.experts, wanted.rows, wanted.columns, dtype=wanted.dtype, device=device)
     advise_huge_pages(weight)
     for (_, expert, source), key in pieces.items():
@@ -398,12 +377,13 @@ def _read_plain(target: str, wanted: Wanted, pieces: Pieces, reader: Reader, dev
     return weight
 
 
-def _empty(format: str, wanted: Wanted, groups: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _empty(format: str, wanted: Wanted, device: torch.device) -> tuple[Tensor, Tensor]:
     """Uninitialised data and scales of all experts."""
-    shape = minifloat.blocks_shape(wanted.rows, wanted.columns, format, wanted.parts)
-    data = torch.empty(wanted.experts, *shape, dtype=torch.uint8, device=device)
+    kind, (blocks, *sizes) = minifloat.MINIFLOATS[format], minifloat.blocks_shape(*wanted[1:3], format, wanted.parts)
+    data = torch.empty(wanted.experts, blocks, *sizes, dtype=torch.uint8, device=device)
     advise_huge_pages(data)
-    return data, torch.empty(wanted.experts, shape[0], groups, minifloat.ROWS, dtype=dtype, device=device)
+    count = -(-wanted.columns // (kind.group or minifloat.BLOCK[1]))
+    return data, torch.empty(wanted.experts, blocks, count, minifloat.ROWS, dtype=kind.scales, device=device)
 
 
 def _weight(format: str, data: Tensor, scales: Tensor, wanted: Wanted, row_scales: Tensor | None = None) -> Weight:

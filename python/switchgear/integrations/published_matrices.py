@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Matrices [N,C] of 2 to 4 bits as published, a few tensors for each: how they are named, checked and read.
+"""Matrices [N,C] of 2 to 8 bits as published, a few tensors for each: how they are named, checked and read.
+
+fp8 has float32 scales of blocks of 128 x 128 in .weight_scale_inv, beside .weight.
 
 nf4 as bitsandbytes serialises it (Linear4bit), beside the names of matrices the suffixes
 
@@ -44,26 +46,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.integrations.checkpoint_files import Reader
-from switchgear.integrations.published_keys import (
-    CT_GROUPS,
-    CT_PACKED,
-    CT_SCALE,
-    CT_SHAPE,
-    CT_ZEROS,
-    FLOATS,
-    GROUPS_OF,
-    OF_GROUPS,
-    QSCALES,
-    QWEIGHT,
-    QZEROS,
-    Checks,
-    Piece,
-    Pieces,
-)
+from switchgear.integrations.checkpoint_files import BLOCKS, FLOATS, SCALE, SCALES, Checks, Piece, Pieces, Reader
 from switchgear.reference import groups, nf4
-from switchgear.reference.minifloat import COLUMNS, NF4_BLOCK, NVFP4_BLOCK, decode_nvfp4
+from switchgear.reference.minifloat import BLOCK, COLUMNS, NF4_BLOCK, NVFP4_BLOCK, decode_fp8, decode_nvfp4
 
+QWEIGHT, QZEROS, QSCALES, GROUPS_OF = ".qweight", ".qzeros", ".scales", ".g_idx"
+CT_PACKED, CT_ZEROS, CT_SCALE = ".weight_packed", ".weight_zero_point", ".weight_scale"
+CT_SHAPE, CT_GROUPS = ".weight_shape", ".weight_g_idx"
+OF_GROUPS = (QWEIGHT, QZEROS, QSCALES, GROUPS_OF, CT_PACKED, CT_ZEROS, CT_SCALE, CT_SHAPE, CT_GROUPS)
 METHODS = ("bitsandbytes", "modelopt", "compressed-tensors", "gptq", "awq")  # of quantisation, in config.json
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the tensors of a matrix, by suffix
@@ -354,7 +344,20 @@ def _decode_groups(packing: Packing, q: Tensor, scales: Tensor, zeros: Tensor | 
     return groups.dequantize(groups.Levels(q, scales, zeros, (packing.bits,)), packing.group_size)
 
 
+# ---- fp8 -------------------------------------------------------------------------------------------------------------
+
+
+def _want_fp8(shape: tuple[int, int], found: Shapes) -> Wanted:
+    blocks = -(-shape[0] // BLOCK[0]), -(-shape[1] // BLOCK[1])
+    return {"": (shape, ("F8_E4M3",)), SCALE: (blocks, FLOATS)}
+
+
+def _take_fp8(tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, ...]:
+    return tensors[""], tensors[SCALE].float()
+
+
 KINDS = (
+    Matrices("fp8", SCALE, (1, 1), _want_fp8, _take_fp8, decode_fp8, (SCALE,)),
     Matrices(
         "nf4", NF4_STATE, (1, NF4_BLOCK), _want_nf4, _take_nf4, nf4.decode_nf4,
         (ABSMAX, NF4_MAP, NF4_STATE, NESTED_ABSMAX, NESTED_MAP),
@@ -367,5 +370,5 @@ KINDS = (
         "nvfp4", GLOBAL, (1, NVFP4_BLOCK), _want_nvfp4, _take_nvfp4, decode_nvfp4, (GLOBAL, PACKED, BLOCK_SCALE)
     ),
 )  # fmt: skip
-SUFFIXES = tuple(suffix for kind in KINDS for suffix in kind.suffixes)
+SUFFIXES = (SCALE, BLOCKS, SCALES, *OF_GROUPS, *(suffix for kind in KINDS for suffix in kind.suffixes))
 IGNORED = tuple(suffix for kind in KINDS for suffix in kind.ignored)

@@ -219,8 +219,12 @@ def match_score(select: Any, score_function: str) -> Any:
 # ---- the routing method of a router ----------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def find_routing_method(block: MoeBlock) -> RoutingMethod:
-    """How the block's router selects, verified on random tokens.
+    """How the block's router selects: the first routing method that does the same with random tokens.
+
+    Its weights and its bias are random during the probe, since those of a new model tell little: zeros make ties, and
+    hide how a bias is used.
 
     Raises:
         ValueError: it has no router, or one of an unknown selection; the message names the block and the class.
@@ -228,9 +232,14 @@ def find_routing_method(block: MoeBlock) -> RoutingMethod:
     name = block.name or "model"
     if block.gate is None or not block.top_k:
         raise ValueError(f"{name}: expected a router whose selection can be repeated, got none")
-    seen, method = _probe(block)
-    if method is not None:
-        return method
+    gate: Any = block.gate
+    devices = {p.device for p in gate.parameters() if p.is_cuda}
+    with _randomize(block), torch.random.fork_rng(list(devices)):
+        with set_eval(gate):  # jitter and sampling are not part of the method
+            seen = _record_answer(block)
+        for method in _list_candidates(block):
+            if _reproduces(method, seen, block):
+                return method
     raise ValueError(
         f"{name}: expected a router whose selection is known, got {type(block.gate).__name__}, which no known score, "
         f"groups and normalisation reproduce on {len(seen.ids)} random tokens"
@@ -244,21 +253,6 @@ class _Seen(NamedTuple):
     ids: Tensor
     weights: Tensor
     tolerance: float  # relative
-
-
-@torch.no_grad()
-def _probe(block: MoeBlock) -> tuple[_Seen, RoutingMethod | None]:
-    """What the router does with random tokens, and the first routing method that does the same, if there is one.
-
-    Its weights and its bias are random during the probe, since those of a new model tell little: zeros make ties, and
-    hide how a bias is used.
-    """
-    gate: Any = block.gate
-    devices = {p.device for p in gate.parameters() if p.is_cuda}
-    with _randomize(block), torch.random.fork_rng(list(devices)):
-        with set_eval(gate):  # jitter and sampling are not part of the method
-            seen = _record_answer(block)
-        return seen, next((method for method in _list_candidates(block) if _reproduces(method, seen, block)), None)
 
 
 @contextmanager

@@ -22,8 +22,7 @@ from switchgear.backends import warn_once
 from switchgear.utils.functions import extend_once
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import adapters_of
-from switchgear.weights.module import plain_keys
-from switchgear.weights.offloaded import OffloadedProjections
+from switchgear.weights.module import in_layout
 
 
 def register() -> None:
@@ -61,7 +60,7 @@ def _extend_save(original: Any) -> Any:
         saves_adapters_alone = getattr(self, "_hf_peft_config_loaded", False)
         for module in () if saves_adapters_alone else self.modules():
             stored = stored_of(module)
-            if isinstance(stored, OffloadedProjections) and not stored.is_in_memory:
+            if stored is not None and not stored.is_in_memory:
                 raise ValueError(
                     f"model: its experts are {stored.form}; call switchgear.offload.save_pretrained(model, path), "
                     "which reads them layer by layer"
@@ -112,5 +111,13 @@ def _show_parameters(state_dict: dict[str, Any], model: nn.Module) -> Iterator[N
 def _replace_stored_keys(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
     state_dict = dict(state_dict)
     for name, module in model.named_modules(remove_duplicate=False):
-        plain_keys(module, state_dict, f"{name}." if name else "")
+        stored = stored_of(module)
+        if stored is None or not stored.form.suffixes:
+            continue
+        for own, weight in zip(stored.layout.names, stored.weights(module), strict=True):
+            key = f"{name}.{own}" if name else own
+            if all(key + suffix in state_dict for suffix in stored.form.suffixes):
+                for suffix in stored.form.suffixes:
+                    del state_dict[key + suffix]
+                state_dict[key] = in_layout(weight.plain(), stored.layout).contiguous()
     return state_dict

@@ -30,7 +30,13 @@ from switchgear.checks import checked
 from switchgear.functional import gate_route
 from switchgear.functional.gradients import needs_autograd
 from switchgear.integrations import OLDEST_TRANSFORMERS, is_too_old, saving
-from switchgear.integrations.experts import find_unreadable, run_experts, skips_the_last_id
+from switchgear.integrations.experts import (
+    find_unreadable,
+    has_post_norm,
+    run_experts,
+    run_fused,
+    skips_the_last_id,
+)
 from switchgear.integrations.forwards import (
     Bypassed,
     PartClass,
@@ -39,7 +45,7 @@ from switchgear.integrations.forwards import (
     replace_forward,
     runs_own_forward,
 )
-from switchgear.integrations.gates import find_gate, get_own_gate
+from switchgear.integrations.gates import find_gate
 from switchgear.integrations.modules import (
     CLASS_MARK,
     FP8_ADVICE,
@@ -47,7 +53,6 @@ from switchgear.integrations.modules import (
     NAME,
     DecoratedExperts,
     PatchedExperts,
-    has_post_norm,
     is_decorated,
     recognize,
     refuse_bypass,
@@ -97,15 +102,7 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
             top_k_index, top_k_weights = top_k_index.masked_fill(ids < 0, 0), top_k_weights.masked_fill(ids < 0, 0)
         own: Callable[..., Tensor] = type(module).forward.__wrapped__  # as the decorator found it
         return own(module, hidden_states, top_k_index, top_k_weights)
-    return run_experts(
-        hidden_states,
-        ids,
-        top_k_weights,
-        weights,
-        find_gate(module),
-        get_own_gate(module),
-        module.post_expert_norm if has_post_norm(module) else None,
-    )
+    return run_experts(hidden_states, ids, top_k_weights, weights, module)
 
 
 def _refuse_fp8(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
@@ -215,8 +212,7 @@ def undo_accelerate(replacements: Iterable[Replacement]) -> None:
 def path_of(module: Any) -> str:
     """How an experts module runs now: "moe" (fused), "grouped_gemm" (around the model's own gate), "eager: …" (the
     model's own code, and why), or why it is not replaced."""
-    experts = recognize(module)
-    return "not an experts module that switchgear knows" if experts is None else experts.path()
+    return _ask(module, "path") or "not an experts module that switchgear knows"
 
 
 def _ask(module: nn.Module, question: str, *args: Any) -> Any:
@@ -325,5 +321,4 @@ def _run_whole(block: Any, known: BlockClass, hidden_states: Tensor) -> Tensor |
     topk_weights = chosen.topk_weights
     if known.rounds and x.dtype is not torch.float32:
         topk_weights = topk_weights.to(x.dtype)
-    y = run_experts(x, chosen.topk_ids, topk_weights, weights, gate, get_own_gate(experts))
-    return y.view(hidden_states.shape)
+    return run_fused(x, chosen.topk_ids, topk_weights, weights, gate).view(hidden_states.shape)

@@ -19,27 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear import functional
-from switchgear.adapters.sites import TARGETS
+from switchgear.adapters.sites import TARGETS, Site
 from switchgear.integrations.experts import ExpertWeights, list_tensors, project, run_experts
 from switchgear.integrations.forwards import LINEAR, PartClass, borrow, get_part, name_model_class, unwrap_part
-from switchgear.integrations.gates import find_gate, get_own_gate
+from switchgear.integrations.gates import find_gate
 from switchgear.utils.modules import set_eval
 from switchgear.weights import AdaptedWeight
 from switchgear.weights.adapted import adapted
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _TOKENS = 8  # of a trial
-
-
-class Part(NamedTuple):
-    """A projection that can have adapters: fields of adapters.Site."""
-
-    module: Any
-    name: str
-    target: str
-    weight: Tensor | Sequence[Tensor]  # [E,N,C], or E matrices
-    transposed: bool = False
-    linears: tuple[str, ...] = ()
 
 
 class Patch(NamedTuple):
@@ -50,7 +39,7 @@ class Patch(NamedTuple):
     sample: Callable[[Any, torch.Generator], tuple[Any, ...]]  # arguments for a trial
     has_choice: bool = True  # whether it belongs to an MoE block with a choice per token
     gate: str | None = None  # the submodule ("" is the module itself) whose gate may be fused
-    sites: Callable[[Any], list[Part]] = lambda _: []  # the projections that can have adapters
+    sites: Callable[[Any], list[Site]] = lambda _: []  # those that can have adapters, without their paths
     borrows: tuple[str, ...] = ()  # parameters that PEFT may wrap on the module itself, which reads their factors
 
     def path(self, module: nn.Module) -> str:
@@ -64,13 +53,13 @@ class Patch(NamedTuple):
 
 def _step3p7(module: Any, weights: ExpertWeights, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     ids = torch.where(ids < module.num_experts, ids, -1)
-    return run_experts(hidden_states, ids, topk_weights, weights, find_gate(module), get_own_gate(module))
+    return run_experts(hidden_states, ids, topk_weights, weights, module)
 
 
 def _longcat(module: Any, weights: ExpertWeights, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     routed = ids < module.num_routed_experts
     routed_ids = torch.where(routed, ids, -1)
-    y = run_experts(hidden_states, routed_ids, topk_weights, weights, find_gate(module), get_own_gate(module))
+    y = run_experts(hidden_states, routed_ids, topk_weights, weights, module)
     identity = topk_weights.masked_fill(routed, 0).sum(dim=-1, keepdim=True)  # the zero experts return their input
     return y + (hidden_states * identity).to(y.dtype)
 
@@ -82,23 +71,25 @@ def _llama4(module: Any, weights: ExpertWeights, hidden_states: Tensor) -> tuple
     # The score scales the expert's input, so each choice becomes its own row.
     rows = (x[:, None] * topk_weights[..., None]).flatten(0, 1)
     ones = torch.ones_like(rows[:, :1])
-    experts = unwrap_part(module.experts)
-    y = run_experts(rows, topk_ids.reshape(-1, 1), ones, weights, find_gate(experts), get_own_gate(experts))
+    y = run_experts(rows, topk_ids.reshape(-1, 1), ones, weights, unwrap_part(module.experts))
     return module.shared_expert(x) + y.view(-1, module.top_k, module.hidden_dim).sum(dim=1), router_logits
 
 
 def _jetmoe(module: Any, weights: ExpertWeights, layer_input: Tensor) -> Tensor:
     x = layer_input.flatten(0, 1)
-    index_sorted_experts, _, batch_gates, expert_size, _ = module.router(x)
-    # The router returns its choices sorted by expert; scatter restores the order of tokens.
-    tokens_per_expert = torch.tensor(expert_size, device=x.device)
-    sorted_ids = torch.repeat_interleave(torch.arange(len(expert_size), device=x.device), tokens_per_expert)
-    shape = (x.shape[0], module.router.top_k)
-    topk_ids = torch.zeros_like(sorted_ids).scatter(0, index_sorted_experts, sorted_ids).view(shape)
-    topk_weights = torch.zeros_like(batch_gates).scatter(0, index_sorted_experts, batch_gates).view(shape)
-    y = run_experts(x, topk_ids, topk_weights, weights, find_gate(module), get_own_gate(module))
+    topk_ids, topk_weights = read_jetmoe(module.router(x), module.router.top_k)
+    y = run_experts(x, topk_ids, topk_weights, weights, module)
     bias: Tensor = module.bias
     return y.view(layer_input.shape) + bias
+
+
+def read_jetmoe(output: Any, top_k: int) -> tuple[Tensor, Tensor]:
+    """ids and weights [T,K] in the output of the router, which has its choices by expert."""
+    order, _, gates, sizes, _ = output
+    counts = torch.tensor(sizes, device=order.device)
+    by_expert = torch.repeat_interleave(torch.arange(len(sizes), device=order.device), counts)
+    ids, weights = (torch.zeros_like(values).scatter(0, order, values) for values in (by_expert, gates))
+    return ids.view(-1, top_k), weights.view(-1, top_k)
 
 
 def _jetmoe_linear(module: Any, weights: Sequence[Tensor], inputs: Tensor, expert_size: list[int]) -> Tensor:
@@ -147,24 +138,24 @@ def _join(owner: nn.Module, layers: Sequence[Any], adapter: str) -> _Linears:
     return _Linears(weight, bias, both if isinstance(both, AdaptedWeight) else None)
 
 
-def _build_dense_weights(expert_class: PartClass, *names: str) -> Callable[[Any], Sequence[_Linears]]:
+def _build_dense(
+    expert_class: PartClass, names: tuple[str, str], forward: Callable[..., Any], sample: Callable[..., Any]
+) -> Patch:
+    """The entry of a class with a module per expert, whose linear layers have these names."""
+
     def weights(module: Any) -> Sequence[_Linears]:
         experts = [get_part(module, f"expert_{e}", expert_class) for e in range(module.num_experts)]
         return [_join(module, [get_part(expert, name, LINEAR) for expert in experts], name) for name in names]
 
-    return weights
-
-
-def _build_dense_sites(*names: str) -> Callable[[Any], list[Part]]:
-    def sites(module: Any) -> list[Part]:
+    def sites(module: Any) -> list[Site]:
         found = []
         for name, target in zip(names, TARGETS, strict=True):
             linears = tuple(f"expert_{e}.{name}" for e in range(module.num_experts))
             weight = [module.get_submodule(linear).weight for linear in linears]
-            found.append(Part(module, name, target, weight, linears=linears))
+            found.append(Site("", module, name, target, weight, linears=linears))
         return found
 
-    return sites
+    return Patch(weights, forward, sample, sites=sites)
 
 
 def _run_dense(module: Any, weights: Sequence[_Linears], x: Tensor, plan: functional.Plan) -> Tensor:
@@ -185,16 +176,21 @@ def _switch(
 def _nllb(
     module: Any, weights: Sequence[_Linears], hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor
 ) -> Tensor:
-    # The class uses router_mask [T, C] as expert ids and router_probs [T, C] as their weights. transformers 5.24 passes
-    # the one-hot mask of the first choice, so C = E and experts 0 and 1 serve every token. Checkpoints run that way, so
-    # we return the same. Ids repeat within a token; summing their weights leaves two distinct ones.
-    by_expert = router_probs.new_zeros(len(router_probs), module.num_experts).scatter_add(1, router_mask, router_probs)
-    topk_weights, topk_ids = by_expert.topk(min(2, module.num_experts), dim=-1)
+    topk_weights, topk_ids = read_nllb(router_mask, router_probs, module.num_experts)
     plan = functional.plan(topk_ids, module.num_experts)
     permuted_y = _run_dense(module, weights, hidden_states, plan)
     kept = 1 - module.moe_token_dropout
     permuted_y = module.token_dropout(permuted_y) if module.training else permuted_y * kept
     return functional.combine(permuted_y, plan, topk_weights).to(hidden_states.dtype)
+
+
+def read_nllb(router_mask: Tensor, router_probs: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Weights and ids [T,2]. The class uses router_mask [T,C] as expert ids and router_probs [T,C] as their weights.
+    transformers 5.24 passes the one-hot mask of the first choice, so C = E and experts 0 and 1 serve every token.
+    Checkpoints run that way, so we return the same. Ids repeat within a token; summing their weights leaves two."""
+    by_expert = router_probs.new_zeros(len(router_probs), num_experts).scatter_add(1, router_mask, router_probs)
+    weights, ids = by_expert.topk(min(2, num_experts), dim=-1)
+    return weights, ids
 
 
 def _vitpose(module: Any, weights: Sequence[_Linears], hidden_state: Tensor, indices: Tensor) -> Tensor:
@@ -207,20 +203,16 @@ def _vitpose(module: Any, weights: Sequence[_Linears], hidden_state: Tensor, ind
 # ---- arguments for a trial -------------------------------------------------------------------------------------------
 
 
-def _get_dtype_and_device(module: Any) -> dict[str, Any]:
-    parameter = next(module.parameters())
-    return {"dtype": parameter.dtype, "device": parameter.device}
-
-
 def _draw_x(module: Any, generator: torch.Generator, width: int) -> Tensor:
-    return torch.randn(_TOKENS, width, generator=generator).to(**_get_dtype_and_device(module))
+    return torch.randn(_TOKENS, width, generator=generator).to(next(module.parameters()))
 
 
 def _draw_choices(module: Any, generator: torch.Generator, num_experts: int) -> tuple[Tensor, Tensor]:
     """Two distinct experts per token (one if there is one), with weights in (0, 1)."""
     scores = torch.rand(_TOKENS, num_experts, generator=generator)
     topk_weights, topk_ids = scores.topk(min(2, num_experts), dim=-1)
-    return topk_ids.to(_get_dtype_and_device(module)["device"]), topk_weights.to(**_get_dtype_and_device(module))
+    like = next(module.parameters())
+    return topk_ids.to(like.device), topk_weights.to(like)
 
 
 def sample_topk(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
@@ -268,11 +260,11 @@ def sample_vitpose(module: Any, generator: torch.Generator) -> tuple[Any, ...]:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def _stacked_sites(module: Any) -> list[Part]:
-    return [Part(module, name, name, getattr(module, name)) for name in TARGETS]
+def _stacked_sites(module: Any) -> list[Site]:
+    return [Site("", module, name, name, getattr(module, name)) for name in TARGETS]
 
 
-def _build_weights(sites: Callable[[Any], list[Part]], **wrapped: PartClass) -> Callable[[Any], Sequence[Any]]:
+def _build_weights(sites: Callable[[Any], list[Site]], **wrapped: PartClass) -> Callable[[Any], Sequence[Any]]:
     """Reads the weights at `sites` with their adapters. wrapped: the submodules that PEFT may wrap and their classes,
     one around all sites, or one around each."""
 
@@ -290,10 +282,10 @@ def _build_weights(sites: Callable[[Any], list[Part]], **wrapped: PartClass) -> 
     return weights
 
 
-def _longcat_sites(module: Any) -> list[Part]:
+def _longcat_sites(module: Any) -> list[Site]:
     # gate_up_proj also has rows for the zero experts; nothing reads them.
     weights = module.gate_up_proj[: module.num_routed_experts], module.down_proj
-    return [Part(module, name, name, weight) for name, weight in zip(TARGETS, weights, strict=True)]
+    return [Site("", module, name, name, weight) for name, weight in zip(TARGETS, weights, strict=True)]
 
 
 _DBRX_MLP = name_model_class("dbrx", "DbrxExpertGLU")
@@ -303,25 +295,25 @@ _NLLB_EXPERT = name_model_class("nllb_moe", "NllbMoeDenseActDense")
 _SWITCH_EXPERT = name_model_class("switch_transformers", "SwitchTransformersDenseActDense")
 
 
-def _jetmoe_sites(module: Any) -> list[Part]:
+def _jetmoe_sites(module: Any) -> list[Site]:
     linears = (unwrap_part(module.input_linear), unwrap_part(module.output_linear))
-    return [Part(linear, "weight", target, linear.weight) for linear, target in zip(linears, TARGETS, strict=True)]
+    return [Site("", linear, "weight", target, linear.weight) for linear, target in zip(linears, TARGETS, strict=True)]
 
 
-def _llama4_sites(module: Any) -> list[Part]:
+def _llama4_sites(module: Any) -> list[Site]:
     experts = unwrap_part(module.experts)
-    return [Part(experts, name, name, getattr(experts, name).mT, True) for name in TARGETS]
+    return [Site("", experts, name, name, getattr(experts, name).mT, True) for name in TARGETS]
 
 
-def _dbrx_sites(module: Any) -> list[Part]:
+def _dbrx_sites(module: Any) -> list[Site]:
     mlp, sizes = unwrap_part(module.mlp), (module.num_experts, module.ffn_hidden_size, module.hidden_size)
-    first = [Part(mlp, name, TARGETS[0], getattr(mlp, name).view(sizes)) for name in ("w1", "v1")]
-    return [*first, Part(mlp, "w2", TARGETS[1], mlp.w2.view(sizes).mT, True)]
+    first = [Site("", mlp, name, TARGETS[0], getattr(mlp, name).view(sizes)) for name in ("w1", "v1")]
+    return [*first, Site("", mlp, "w2", TARGETS[1], mlp.w2.view(sizes).mT, True)]
 
 
-def _vitpose_sites(module: Any) -> list[Part]:
+def _vitpose_sites(module: Any) -> list[Site]:
     linears = tuple(module._modules)
-    return [Part(module, "weight", TARGETS[0], [module[int(e)].weight for e in linears], linears=linears)]
+    return [Site("", module, "weight", TARGETS[0], [module[int(e)].weight for e in linears], linears=linears)]
 
 
 # model folder and class in transformers -> how to run it
@@ -342,15 +334,11 @@ PATCHES: dict[str, Patch] = {
     "longcat_flash.LongcatFlashExperts": Patch(
         _build_weights(_longcat_sites), _longcat, sample_longcat, gate="", sites=_longcat_sites, borrows=TARGETS
     ),
-    "nllb_moe.NllbMoeExperts": Patch(
-        _build_dense_weights(_NLLB_EXPERT, "fc1", "fc2"), _nllb, sample_nllb, sites=_build_dense_sites("fc1", "fc2")
-    ),
+    "nllb_moe.NllbMoeExperts": _build_dense(_NLLB_EXPERT, ("fc1", "fc2"), _nllb, sample_nllb),
     "step3p7.Step3p7Experts": Patch(
         _build_weights(_stacked_sites), _step3p7, sample_topk, gate="", sites=_stacked_sites, borrows=TARGETS
     ),
-    "switch_transformers.SwitchTransformersExperts": Patch(
-        _build_dense_weights(_SWITCH_EXPERT, "wi", "wo"), _switch, sample_switch, sites=_build_dense_sites("wi", "wo")
-    ),
+    "switch_transformers.SwitchTransformersExperts": _build_dense(_SWITCH_EXPERT, ("wi", "wo"), _switch, sample_switch),
     "vitpose_backbone.VitPoseNaiveMoe": Patch(
         lambda m: (_join(m, [get_part(m, name, LINEAR) for name in m._modules], "weight"),), _vitpose, sample_vitpose,
         has_choice=False, sites=_vitpose_sites,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Shared by layers: the losses of the last forward, the context of token pieces, and the class of experts."""
+"""Shared by layers: the losses of the last forward, checks of inputs, and the class of experts."""
 
 from __future__ import annotations
 
@@ -34,22 +34,6 @@ class WithLosses(nn.Module):
         return {**self.__dict__, "losses": {}}
 
 
-def losses_of(*layers: nn.Module) -> dict[str, Tensor]:
-    """The balance losses of the layers' last forward; losses with the same name are added."""
-    losses: dict[str, Tensor] = {}
-    for layer in layers:
-        for name, loss in getattr(layer, "losses", {}).items():
-            losses[name] = losses[name] + loss if name in losses else loss
-    return losses
-
-
-def check_returns_rows(name: str, layer: nn.Module) -> None:
-    """Raises TypeError for what is no module, and ValueError for a layer whose forward returns the routing, too."""
-    convert(name, layer, nn.Module)
-    if getattr(layer, "return_routing", False):
-        raise ValueError(f"{name}: expected a layer that returns y alone, got one with return_routing=True")
-
-
 def check_rows(rows: Any, hidden_size: int, dtype: torch.dtype | None = None, *, of_sequences: bool = False) -> None:
     """Raises for hidden_states that are no tensor [..., H], or [..., T, H] of_sequences; outside of autocast also for
     another dtype than that of the layer's weights, if given and not compressed."""
@@ -66,21 +50,6 @@ def refuse_unknown_experts(topk_ids: Tensor, num_experts: int) -> None:
     """Raises ValueError for ids out of range, where they can be read."""
     if can_be_read(topk_ids):
         check_range("topk_ids", topk_ids, -1, num_experts)
-
-
-def repeat_context(context: dict[str, object], num_tokens: int, times: int) -> dict[str, object]:
-    """The context if each token is split into `times` pieces, in the order of the tokens."""
-    repeated = dict(context)
-    for name in ("token_ids", "sequence_ids", "importance"):
-        value = context.get(name)
-        if isinstance(value, Tensor):
-            repeated[name] = value.flatten().repeat_interleave(times)
-    if isinstance(context.get("sequence_length"), int):
-        repeated["sequence_length"] = context["sequence_length"] * times  # type: ignore[operator]
-    embedding = context.get("embedding")
-    if isinstance(embedding, Tensor) and embedding.dim() > 1 and embedding.shape[:-1].numel() == num_tokens:
-        repeated["embedding"] = embedding.flatten(0, -2).repeat_interleave(times, 0)  # one per token
-    return repeated
 
 
 def scaled_input(experts: nn.Module, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:

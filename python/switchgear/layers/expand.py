@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,6 @@ from switchgear.weights.adapted import adapters_of
 from switchgear.weights.selected import select, selection_of
 
 _OWN = {"weight", "bias", "e_score_correction_bias"}  # tensors of a linear router
-
-
-class Grown(NamedTuple):
-    """The tensors of a layer with more experts, by module and name."""
-
-    module: nn.Module
-    tensors: dict[str, Tensor]
 
 
 def expand(
@@ -123,8 +116,10 @@ def _grow(
 ) -> list[nn.Parameter]:
     """Appends the rows to the tensors of both modules. Returns their parameters that train."""
     old = experts.num_experts
-    grown = [Grown(module, {name: appended(tensor, new[name]) for name, tensor in _tensors(module).items()})
-             for module, new in ((experts, rows), (gate, of_gate))]  # fmt: skip
+    grown: list[tuple[Experts | Router, dict[str, Tensor]]] = [
+        (module, {name: appended(tensor, new[name]) for name, tensor in _tensors(module).items()})
+        for module, new in ((experts, rows), (gate, of_gate))
+    ]
     for module, tensors in grown:  # everything is allocated
         for name, tensor in tensors.items():
             if name in module._parameters:

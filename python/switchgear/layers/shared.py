@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -67,20 +69,13 @@ class GatedSharedExperts(nn.Module):
         hidden_size: Size,
         intermediate_size: Size,
         *,
-        activation: Activation = "silu",
-        gated: bool = True,
-        bias: bool = False,
-        alpha: Finite = 1.702,
-        limit: Limit | None = None,
         device: torch.device | str | None = None,
         dtype: FloatDtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
-        self.experts = SharedExperts(
-            hidden_size, intermediate_size, activation=activation, gated=gated, bias=bias, alpha=alpha, limit=limit,
-            device=device, dtype=dtype,
-        )  # fmt: skip
+        self.experts = SharedExperts(hidden_size, intermediate_size, device=device, dtype=dtype, **options)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]"""

@@ -47,12 +47,8 @@ class Accesses:
 
     def counts(self) -> dict[tuple[int, int], int]:
         """How many sets have the expert, by (layer, expert)."""
-        result: dict[tuple[int, int], int] = {}
-        for step in self.steps:
-            for layer, experts in enumerate(step):
-                for expert in experts:
-                    result[layer, expert] = result.get((layer, expert), 0) + 1
-        return result
+        layers = (pair for step in self.steps for pair in enumerate(step))
+        return dict(Counter((layer, expert) for layer, experts in layers for expert in experts))
 
     @checked
     def split(self, steps: int) -> tuple[Accesses, Accesses]:

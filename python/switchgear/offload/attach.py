@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any
 
 import torch
@@ -22,12 +21,13 @@ from switchgear.offload.device import find_device
 from switchgear.offload.policies import LRU, Policy
 from switchgear.offload.pool import Pool, Staging, arena
 from switchgear.offload.predictors import Predictor
+from switchgear.offload.projections import OffloadedForm
 from switchgear.offload.residency import CachePlan, LayerStatistics, Residency, Statistics, group_layers, plan_caches
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import StoreError
 from switchgear.weights.module import Tie, check_before_load, freeze_stored
-from switchgear.weights.offloaded import OffloadedForm, OffloadedWeight
-from switchgear.weights.weight import Weight
+from switchgear.weights.store import commit_all
+from switchgear.weights.weight import OffloadedWeight, Weight
 
 
 @checked
@@ -163,7 +163,7 @@ class Offloaded:
     def __enter__(self) -> Offloaded:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
             return
@@ -222,15 +222,7 @@ def _attach(
     attachments = [
         Attachment.of(target, form, own, file, ties) for target, own, file in zip(targets, weights, files, strict=True)
     ]
-    done: list[Attachment] = []
-    try:
-        for attachment in attachments:
-            done.append(attachment)
-            attachment.commit()
-    except BaseException:
-        for attachment in done:
-            attachment.undo()
-        raise
+    commit_all(attachments)
     for attachment in attachments:
         attachment.forget()
     return attachments
@@ -245,7 +237,6 @@ def _cached(
     policy: Policy,
     staging_slots: int,
 ) -> list[tuple[OffloadedWeight, OffloadedWeight]]:
-    """The layers of the cache, in the order of the model."""
     of_layer: dict[int, tuple[Pool, Residency]] = {}
     for plan in plans:
         pool = _pool(cache, plan, staging_slots)

@@ -12,11 +12,11 @@ from torch import nn
 
 from switchgear.checks import as_device
 from switchgear.offload.pool import arena
+from switchgear.offload.projections import OffloadedForm, OffloadedProjections
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import Records, StoreError
 from switchgear.weights.form import Layout, hint_for, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, in_layout, put, stored_of
-from switchgear.weights.offloaded import OffloadedForm, OffloadedProjections
 from switchgear.weights.selected import selection_of
 from switchgear.weights.state import set_state
 from switchgear.weights.store import wrapper_of
@@ -58,7 +58,8 @@ def find_targets(model: nn.Module, store: Store) -> list[Target]:
         if getattr(module, "parallel", None) is not None:
             raise ValueError(f"{where}: expected all experts in this process, got those of {module.parallel}")
         if name not in store.layers:
-            raise ValueError(f"{where}: expected a store with its experts, got one of {_some(store)} in {store.path}")
+            some = ", ".join([*list(store.layers)[:2], *["…"] * (len(store.layers) > 2)])
+            raise ValueError(f"{where}: expected a store with its experts, got one of {some} in {store.path}")
         if (wrapper := wrapper_of(model, name)) is not None:
             raise ValueError(f"{where}: expected experts without adapters around them, got a {wrapper}")
         records = store.layers[name]
@@ -94,11 +95,6 @@ def choose_device(model: nn.Module, targets: list[Target], wanted: torch.device 
 
 
 _HOST = ("panels", "compact")  # forms of the CPU's kernels
-
-
-def _some(store: Store) -> str:
-    names = list(store.layers)
-    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
 
 
 def _check(where: str, module: nn.Module, layout: Layout, records: Records) -> None:

@@ -28,11 +28,11 @@ from torch import Tensor
 from switchgear.offload.device import CudaDevice, Stream
 from switchgear.offload.pool import Pool, knows
 from switchgear.offload.predictors import Predictor, read_predictions
+from switchgear.offload.projections import Wave
 from switchgear.offload.residency import LayerStatistics, Residency
 from switchgear.offload.store_records import StoreError
 from switchgear.offload.waves import LoadsExperts
 from switchgear.utils.functions import has_proxies
-from switchgear.weights.offloaded import Wave
 
 _FEW = 256  # ids, up to which a set of Python is faster than torch.unique
 
@@ -152,20 +152,18 @@ class Cache:
                 continue
             target.predictions.add(expert)
             key, pool = target.first + expert, target.pool
-            if key in self.rows or key in self.guesses or not self._has_room_for_guess(pool):
+            if key in self.rows or key in self.guesses:
+                continue
+            pool.drain()
+            if sum(self.layer_of(k).pool is pool for k in self.guesses) + len(pool.draining) >= pool.guess_rows:
                 continue
             if (row := pool.take()) is not None:
                 target.read((key,), (row,), self.guesses, is_urgent=False)
         self.predictor.observe(layer, topk_ids)
 
-    def _has_room_for_guess(self, pool: Pool) -> bool:
-        pool.drain()
-        guessed = sum(self.layer_of(key).pool is pool for key in self.guesses)
-        return guessed + len(pool.draining) < pool.guess_rows
-
 
 class CachedLayer(LoadsExperts):
-    """The experts of one layer: the Source of its two weights.
+    """The experts of one layer: the source of its two weights.
 
     reads: (file, offset, bytes, checksum) of each expert's record.
     slots: [E] int32 of the weights, shared with the kernels of the host.

@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import Count, Positive, as_device, checked, convert
+from switchgear.checks import Count, Positive, as_device, checked
 from switchgear.experts import Experts
 from switchgear.functional.gradients import needs_autograd
 from switchgear.offload.device import CudaDevice, Event, find_device
@@ -69,6 +69,7 @@ class Mover:
 # ---- The split -------------------------------------------------------------------------------------------------------
 
 
+@checked
 @dataclass(frozen=True)
 class SplitCost:
     """Seconds of both devices, for the threshold "auto".
@@ -79,13 +80,9 @@ class SplitCost:
     The defaults are a GPU on PCIe 4.0 and a CPU with AVX-512; measure your own.
     """
 
-    bandwidth: float = 25e9
-    hot_flops: float = 100e12
-    cold_flops: float = 1e12
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            convert(name, value, Positive)
+    bandwidth: Positive = 25e9
+    hot_flops: Positive = 100e12
+    cold_flops: Positive = 1e12
 
     def seconds(self, hot: Sequence[int], cold: Sequence[int], params: int, hidden_size: int, item: int) -> float:
         """The slower device's time. hot, cold: tokens of each expert there; params: of an expert; item: bytes of an
@@ -93,11 +90,6 @@ class SplitCost:
         fast = len(hot) * params * item / self.bandwidth + 2 * sum(hot) * params / self.hot_flops
         slow = sum(cold) * (2 * hidden_size * item / self.bandwidth + 2 * params / self.cold_flops)
         return max(fast, slow)
-
-
-class _Cold(NamedTuple):
-    rows: Tensor  # of hidden_states
-    inputs: tuple[Tensor, Tensor, Tensor]  # theirs, and their ids and weights, on the experts' device
 
 
 class HotColdSplit(nn.Module):
@@ -182,9 +174,9 @@ class HotColdSplit(nn.Module):
         number[hot] = torch.arange(len(hot), dtype=torch.int32)
         local = number[torch.where(topk_ids < 0, self.num_experts, topk_ids).long()]
         if not hot:
-            cold = self._to_cold(hidden_states, topk_ids, topk_weights)
-            part = self.experts(*cold.inputs).to(hidden_states.device)
-            return torch.zeros_like(hidden_states, dtype=part.dtype).index_copy(0, cold.rows, part)
+            rows, *inputs = self._to_cold(hidden_states, topk_ids, topk_weights)
+            part = self.experts(*inputs).to(hidden_states.device)
+            return torch.zeros_like(hidden_states, dtype=part.dtype).index_copy(0, rows, part)
         mover = self._find_mover(hidden_states, topk_weights)
         if not bool(((local < 0) & (topk_ids >= 0)).any()):
             return self._hot(mover, hot, hidden_states, local, topk_weights)
@@ -203,7 +195,7 @@ class HotColdSplit(nn.Module):
             sent = hidden_states[there], topk_weights[there]
             y, part = overlap(mover.device, sent, launch, multiply)
             return y.index_add(0, there, part.to(y))
-        cold = self._to_cold(hidden_states, cold_ids, topk_weights)
+        cold_rows, *cold = self._to_cold(hidden_states, cold_ids, topk_weights)
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # a thread has its own
         kind = self.experts.down_proj.device.type
         casts, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -214,13 +206,13 @@ class HotColdSplit(nn.Module):
                 torch.set_grad_enabled(modes[0]),
                 torch.autocast(kind, dtype, enabled=casts),
             ):
-                part: Tensor = self.experts(*cold.inputs)
+                part: Tensor = self.experts(*cold)
                 return part
 
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(compute)
             y = self._hot(None, hot, hidden_states, local, topk_weights)
-            return y.index_add(0, cold.rows, running.result().to(y))
+            return y.index_add(0, cold_rows, running.result().to(y))
 
     def _find_mover(self, x: Tensor, weights: Tensor) -> Mover | None:
         """None: copies are torch's, which have gradients."""
@@ -231,12 +223,13 @@ class HotColdSplit(nn.Module):
             self._mover = Mover(device, params)
         return self._mover
 
-    def _to_cold(self, x: Tensor, ids: Tensor, weights: Tensor) -> _Cold:
-        """The rows with a cold expert, on its device: before the hot part is launched, behind which they would wait."""
+    def _to_cold(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which rows have a cold expert, and on its device what they, their ids and weights are: before the hot part is
+        launched, behind which they would wait."""
         at = self.experts.down_proj.device
         rows = _used(ids)
         there = rows.to(x.device)
-        return _Cold(there, (x[there].to(at), ids[rows].to(at), weights[there].to(at)))
+        return there, x[there].to(at), ids[rows].to(at), weights[there].to(at)
 
     def _hot(self, mover: Mover | None, hot: list[int], x: Tensor, local: Tensor, weights: Tensor) -> Tensor:
         own = self.experts

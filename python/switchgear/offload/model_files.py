@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.convert.directory import ConversionError, count_bytes, divide_into_shards, write_shard, write_text
+from switchgear.convert.directory import ConversionError, divide_into_shards, write_index, write_shard
 from switchgear.convert.plans import Item
 from switchgear.files import AnyPath
 from switchgear.offload.attachment import read_all
+from switchgear.offload.projections import InStore, OffloadedProjections
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import StoreError
 from switchgear.weights.module import in_layout, stored_of
-from switchgear.weights.offloaded import InStore, OffloadedProjections
 from switchgear.weights.weight import Weight
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------
@@ -51,26 +51,16 @@ def load_model(
         ValueError: the checkpoint cannot be loaded, or its experts are not those of the store.
         StoreError: the store cannot be opened.
     """
-    from switchgear.integrations.checkpoint_files import Reader
-    from switchgear.integrations.published import commit, compute_buffers, planned, undo
+    from switchgear.integrations.published import fill, planned
 
     opened = store if isinstance(store, Store) else Store.open(store)
     dtypes = {kind.dtype for records in opened.layers.values() for kind in records.kinds}
     if dtype is None and len(dtypes) == 1:
         dtype = next(iter(dtypes))
     plan = planned(Path(checkpoint), dtype)
-    device = torch.device(device)
-    try:
-        _check(plan, opened)
-        held = {f"{name}.{projection}" for name, layout, _ in plan.experts() for projection in layout.names}
-        compute_buffers(plan.model, device)
-        reader = Reader(plan.files.headers)
-        loaded = {target: read(reader, device) for target, read in plan.reads.items() if target not in held}
-    except BaseException:
-        undo(plan)
-        raise
-    commit(plan.model, loaded)
-    return plan.model.eval()
+    _check(plan, opened)
+    held = {f"{name}.{projection}" for name, layout, _ in plan.experts() for projection in layout.names}
+    return fill(plan, torch.device(device), held)
 
 
 def _check(plan: Any, store: Store) -> None:
@@ -127,17 +117,12 @@ def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: int = 5 * 10**
         model.config.save_pretrained(unfinished)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(unfinished)
-        with _Experts() as experts:
-            items = list(_items(model, layers, experts))
+        with ExitStack() as stack:
+            items = list(_items(model, layers, _Experts(stack)))
             shards = divide_into_shards(items, max_shard_size)
             for name, own in shards.items():
                 write_shard(unfinished / name, own, lambda *_: None)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(map(count_bytes, items))},
-                "weight_map": {item.key: name for name, own in shards.items() for item in own},
-            }
-            write_text(unfinished / "model.safetensors.index.json", json.dumps(index, indent=1))
+        write_index(unfinished, shards)
         unfinished.rename(target)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -147,7 +132,6 @@ def save_pretrained(model: Any, path: AnyPath, *, max_shard_size: int = 5 * 10**
 
 
 def _find_offloaded(model: nn.Module) -> dict[str, OffloadedProjections]:
-    """By the name of the module."""
     found = {}
     for name, module in model.named_modules():
         stored = stored_of(module)
@@ -177,16 +161,11 @@ def _items(model: nn.Module, layers: Mapping[str, OffloadedProjections], experts
 class _Experts:
     """Reads weights from stores, and keeps those of the last layer: both of its projections are read at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, stack: ExitStack) -> None:
+        """stack: closes the readers."""
+        self._stack = stack
         self._stores: dict[str, tuple[Store, Any]] = {}
         self._last: tuple[str, tuple[Weight, Weight]] | None = None
-
-    def __enter__(self) -> _Experts:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for _, reader in self._stores.values():
-            reader.close()
 
     def plain(self, name: str, stored: OffloadedProjections, projection: str) -> Tensor:
         if self._last is None or self._last[0] != name:
@@ -199,6 +178,7 @@ class _Experts:
         if path not in self._stores:
             opened = Store.open(path)
             self._stores[path] = opened, opened.open_reader()
+            self._stack.callback(self._stores[path][1].close)
         store, reader = self._stores[path]
         records = store.layers.get(name)
         if records is None or records != stored.records:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from heapq import heapify, heappop, heappush
 from math import inf
 from typing import NamedTuple
@@ -298,11 +298,8 @@ class Statistics:
         return sum(layer.wasted_bytes for layer in self.layers)
 
     def __str__(self) -> str:
-        total = LayerStatistics("all")
-        for layer in self.layers:
-            for name, value in vars(layer).items():
-                if name != "name":
-                    setattr(total, name, getattr(total, name) + value)
+        names = [each.name for each in fields(LayerStatistics) if each.name != "name"]
+        total = LayerStatistics("all", **{name: sum(getattr(layer, name) for layer in self.layers) for name in names})
         lines = [[column for column, _ in _COLUMNS]]
         lines += [[show(layer) for _, show in _COLUMNS] for layer in (*self.layers, total)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

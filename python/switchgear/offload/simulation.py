@@ -145,7 +145,6 @@ def simulate_all(
 
 
 def _sizes(accesses: Accesses, record_bytes: RecordBytes) -> Sequence[Sequence[int]]:
-    """Of each expert of each layer."""
     if isinstance(record_bytes, int):
         return [[record_bytes] * count for count in accesses.num_experts]
     wanted, got = list(accesses.num_experts), list(map(len, record_bytes))

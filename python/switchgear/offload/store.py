@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from switchgear import _C
 from switchgear.files import AnyPath, Kind, Unfinished, bytes_of, write_whole, writing
@@ -221,7 +221,8 @@ def _find_finished(unfinished: Unfinished, name: str, fingerprint: str) -> Recor
 def write_layer(file: Path, name: str, weights: tuple[Weight, Weight]) -> Records:
     """Writes the records of a layer into a file, which is complete or not there."""
     records = lay_out_records(name, file.name, weights)
-    record = _allocate_aligned(records.record_bytes)
+    whole = torch.zeros(records.record_bytes + PAGE, dtype=torch.uint8)
+    record = whole[-whole.data_ptr() % PAGE :][: records.record_bytes]
     memory = bytes_of(record)
     checksums = []
     with STORE.named_errors(file), writing(file) as opened:
@@ -247,10 +248,3 @@ def _reserve(file: int, nbytes: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot reserve
                 raise
-
-
-def _allocate_aligned(nbytes: int) -> Tensor:
-    """Zeros that start at a page."""
-    whole = torch.zeros(nbytes + PAGE, dtype=torch.uint8)
-    begin = -whole.data_ptr() % PAGE
-    return whole[begin : begin + nbytes]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from switchgear import _C
+from switchgear.offload.projections import OffloadedForm
 from switchgear.weights.form import Form, Layout, hint_for, layout_of
 from switchgear.weights.module import stored_of
-from switchgear.weights.offloaded import OffloadedForm
 from switchgear.weights.selected import selection_of
 from switchgear.weights.weight import Weight
 

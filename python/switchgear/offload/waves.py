@@ -21,14 +21,14 @@ from torch import Tensor
 from switchgear import ops
 from switchgear.functional.gradients import needs_autograd
 from switchgear.functional.layer import Biases, accumulate, apply_layer
+from switchgear.offload.projections import Wave
 from switchgear.reference import weight_dtype
 from switchgear.utils.functions import not_compiled
-from switchgear.weights.offloaded import OffloadedWeight, Wave
-from switchgear.weights.weight import AdaptedWeight, Weight
+from switchgear.weights.weight import AdaptedWeight, OffloadedWeight, Weight
 
 
 class LoadsExperts:
-    """The part of a Source that computes a layer; see weights/offloaded.py."""
+    """Loads the experts of a layer, and computes `moe` with them."""
 
     def run(
         self,
@@ -38,6 +38,9 @@ class LoadsExperts:
         *,
         together: bool = False,
     ) -> Any:
+        """compute(waves), while the experts of topk_ids [T,K] int32 are loaded: None if all are in memory, else
+        ascending ranges of experts, each resident until the next one is requested. together: all experts at once,
+        or a ValueError."""
         raise NotImplementedError
 
     @not_compiled  # a graph cannot hold what is loaded from call to call
@@ -63,7 +66,8 @@ class LoadsExperts:
         topk_ids = topk_ids.clone()  # read for each wave, and another thread may change the caller's
         if len(topk_ids) != len(x):
             raise ValueError(f"topk_ids: expected {len(x)} rows like x, got shape {list(topk_ids.shape)}")
-        if needs_autograd(x, *biases, topk_weights, *_adapters_of(first), *_adapters_of(second)):
+        adapters = [weight for weight in (first, second) if type(weight) is AdaptedWeight]
+        if needs_autograd(x, *biases, topk_weights, *(side for each in adapters for side in (each.a, each.b))):
             if by_row and any(base_of(weight).format == "plain" for weight in (first, second)):
                 raise ValueError("x: expected no gradients through plain experts that are offloaded to a GPU, got some")
 
@@ -94,7 +98,7 @@ class LoadsExperts:
             return multiply(x, topk_ids, topk_weights) if sums is None else sums.total()
 
         # The masks of dropout are those of one call.
-        y: Tensor = self.run(x, topk_ids, compute, together=_drops(first) or _drops(second))
+        y: Tensor = self.run(x, topk_ids, compute, together=any(each.dropout > 0 for each in adapters))
         return y
 
 
@@ -225,11 +229,3 @@ def _cast(weights: tuple[Any, Any], topk_ids: Tensor, dtype: torch.dtype) -> tup
         return Weight("plain", copies, weight.rows, weight.cols, dtype, slots=slots)
 
     return cast(weights[0]), cast(weights[1])
-
-
-def _adapters_of(weight: Any) -> tuple[Tensor, ...]:
-    return (weight.a, weight.b) if type(weight) is AdaptedWeight else ()
-
-
-def _drops(weight: Any) -> bool:
-    return type(weight) is AdaptedWeight and weight.dropout > 0

@@ -14,9 +14,7 @@ stages.py        the stages of a layer: plan, permute, grouped_gemm, glu, combin
 layer.py         the whole layer in one op: moe_forward, moe_accumulate, moe_backward
 """
 
-from switchgear.ops.layer import *
-from switchgear.ops.native import *
-from switchgear.ops.routing import *
-from switchgear.ops.stages import *
-from switchgear.reference.layer import GluOptions as GluOptions
-from switchgear.reference.layer import Layer as Layer
+from switchgear.ops.layer import *  # noqa: F403
+from switchgear.ops.native import *  # noqa: F403
+from switchgear.ops.routing import *  # noqa: F403
+from switchgear.ops.stages import *  # noqa: F403

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from switchgear import backends
 from switchgear.ops.native import Kernels, host
 from switchgear.ops.registration import matrix, register, rows, usable
-from switchgear.reference.layer import NUM_REQUIRED, Layer
+from switchgear.reference.layer import NUM_REQUIRED, GluOptions, Layer
+
+__all__ = [
+    "GRADIENTS", "GluOptions", "Layer", "differentiable", "layer_accumulate", "layer_backward", "layer_forward",
+    "moe_accumulate", "moe_backward", "moe_backward_on_host", "moe_forward", "moe_forward_on_host", "needs_no_dispatch",
+    "plain_layer_on_host",
+]  # fmt: skip
 
 __all__ = [
     "GRADIENTS",

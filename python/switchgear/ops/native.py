@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch  # first: it brings the OpenMP runtime that the native module then shares
 from torch import Tensor
@@ -40,6 +40,11 @@ except ImportError as error:
         f"`pip install .` in a checkout of the repository ({error})"
     ) from error
 
+__all__ = [
+    "Kernels", "advise_huge_pages", "available_cpu_isas", "check_capsule", "collapse_into_huge_pages", "cpu_isa",
+    "expand_compact", "host", "interleave_pages", "pack_compact", "panel_layout", "set_cpu_isa", "version",
+]  # fmt: skip
+
 advise_huge_pages = _C.advise_huge_pages
 available_cpu_isas = _C.available_cpu_isas
 """() -> list[str]: the instruction sets that were built and that this machine runs, best last."""
@@ -56,22 +61,12 @@ set_cpu_isa = _C.set_cpu_isa
 version: str = _C.version
 
 
-Op = Callable[[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], Any], None]
-"""A function of a native module: (inputs, options, outputs, execution)."""
-
-
-class Native(Protocol):
-    """A native module: `_C`, `_cuda`. Its functions are named like the ops."""
-
-    def __getattr__(self, name: str) -> Op: ...
-
-
 @dataclass(slots=True, eq=False)
 class Kernels:
-    """A native module, the last argument of its functions, the allocator of weight gradients, and the weight formats
-    that its kernels support."""
+    """A native module, `_C` or `_cuda`, the last argument of its functions, the allocator of weight gradients, and the
+    weight formats that its kernels support."""
 
-    module: Native
+    module: Any  # its functions, (inputs, options, outputs, execution) -> None, are named like the ops
     execution: Callable[[], Any]
     empty_weight: Callable[[Tensor], Tensor] = torch.empty_like
     formats: frozenset[str] = frozenset({"plain"})

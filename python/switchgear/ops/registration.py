@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType, ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -163,14 +163,18 @@ def register(
     torch.library.register_fake(f"switchgear::{name}", without_data, lib=_lib)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.switchgear, name))(flops)
-    rule = _loop_over_batch(op)
-    torch.library.register_vmap(f"switchgear::{name}", rule, lib=_lib)
-    _lib.impl(name, _batched_by_autograd(rule), "Batched")
+    loop = _loop_over_batch(op)
+
+    def over_batch(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+        return loop(info.batch_size, in_dims, *args)
+
+    torch.library.register_vmap(f"switchgear::{name}", over_batch, lib=_lib)
+    _lib.impl(name, _batched_by_autograd(loop), "Batched")
     return op
 
 
 def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule for torch.vmap: one call per element, results stacked."""
+    """The rule for torch.vmap of a batch of some size: one call per element, results stacked."""
 
     def element(arg: Any, dim: Any, index: int) -> Any:
         if isinstance(dim, (list, tuple)):
@@ -179,25 +183,21 @@ def _loop_over_batch(op: Callable[..., Any]) -> Callable[..., Any]:
             return arg
         return arg.select(dim, index) if arg.shape[dim] else arg.new_zeros(arg.shape[:dim] + arg.shape[dim + 1 :])
 
-    def rule(info: BatchInfo, in_dims: Sequence[Any], *args: Any) -> Any:
+    def loop(size: int, in_dims: Sequence[Any], *args: Any) -> Any:
         pairs = list(zip(args, in_dims, strict=True))
-        count = max(info.batch_size, 1)  # of no element, one call gives the shapes
-        results = [op(*(element(arg, dim, index) for arg, dim in pairs)) for index in range(count)]
+        indices = range(max(size, 1))  # of no element, one call gives the shapes
+        results = [op(*(element(arg, dim, index) for arg, dim in pairs)) for index in indices]
         if results[0] is None:  # it changed its arguments
             return None, None
         if isinstance(results[0], Tensor):
-            return torch.stack(results)[: info.batch_size], 0
-        stacked = (torch.stack(outputs)[: info.batch_size] for outputs in zip(*results, strict=True))
+            return torch.stack(results)[:size], 0
+        stacked = (torch.stack(outputs)[:size] for outputs in zip(*results, strict=True))
         return tuple(stacked), (0,) * len(results[0])
 
-    return rule
+    return loop
 
 
-class BatchInfo(NamedTuple):
-    batch_size: int
-
-
-def _batched_by_autograd(rule: Callable[..., Any]) -> Callable[..., Any]:
+def _batched_by_autograd(loop: Callable[..., Any]) -> Callable[..., Any]:
     """The rule for torch.autograd.grad(is_grads_batched=True), which has a vmap of its own without explicit batches."""
 
     def batched(*args: Any) -> Any:
@@ -216,7 +216,7 @@ def _batched_by_autograd(rule: Callable[..., Any]) -> Callable[..., Any]:
             return whole, 0
 
         values, dims = zip(*map(unbatched, args), strict=True)
-        outputs, _ = rule(BatchInfo(sizes.pop()), dims, *values)
+        outputs, _ = loop(sizes.pop(), dims, *values)
         if isinstance(outputs, tuple):
             return tuple(torch._add_batch_dim(output, 0, level) for output in outputs)
         return None if outputs is None else torch._add_batch_dim(outputs, 0, level)

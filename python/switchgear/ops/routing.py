@@ -16,17 +16,9 @@ from switchgear.ops.registration import dense, matrix, register, rows
 from switchgear.reference import policies
 
 __all__ = [
-    "assign_balanced",
-    "assign_capped",
-    "column_topk",
-    "fit_capacity",
-    "gate",
-    "gate_route",
-    "gate_route_on_host",
-    "route",
-    "route_backward",
-    "route_dynamic",
-]
+    "assign_balanced", "assign_capped", "column_topk", "fit_capacity", "gate", "gate_route", "gate_route_on_host",
+    "route", "route_backward", "route_dynamic",
+]  # fmt: skip
 
 # ---- route -----------------------------------------------------------------------------------------------------------
 

@@ -14,15 +14,9 @@ from switchgear import reference
 from switchgear.ops.registration import alike, dense, matrix, register, rows
 
 __all__ = [
-    "combine",
-    "combine_weight_backward",
-    "glu",
-    "glu_backward",
-    "grouped_gemm",
-    "grouped_gemm_wgrad",
-    "permute",
+    "combine", "combine_weight_backward", "glu", "glu_backward", "grouped_gemm", "grouped_gemm_wgrad", "permute",
     "plan",
-]
+]  # fmt: skip
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
 

@@ -386,7 +386,6 @@ def _read(
     tensors: dict[str, Tensor], path: AnyPath, metadata: Metadata, is_collective: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
-    """Reads tensors in place."""
     reader = Reader(path, metadata)
     try:
         with _quietly_alone():

@@ -92,6 +92,12 @@ def get(store: Any, key: str, is_over: Callable[[], bool]) -> str:
     return bytes(store.get(key)).decode()
 
 
+def share(store: Any, key: str, rank: int, size: int, value: str, is_over: Callable[[], bool]) -> list[str]:
+    """The values of all ranks under a key. Raises TimeoutError as `get`."""
+    store.set(f"{key}/{rank}", value)
+    return [get(store, f"{key}/{peer}", is_over) for peer in range(size)]
+
+
 def never() -> bool:
     return False
 

@@ -60,48 +60,35 @@ class Traffic(NamedTuple):
 
     rows: Tensor  # [W,W] int64: distinct tokens of s with an expert on r
     pairs: Tensor  # [W,W] int64: their choices there
+    # With two levels, [W,W] int64:
+    between: Tensor | None = None  # tokens of s with an expert on the node of relay r
+    within: Tensor | None = None  # rows that relay s passes on to rank r of its node
 
-
-class Levels(NamedTuple):
-    """The rows of a two-level exchange, of one forward."""
-
-    between: Tensor  # [W,W] int64: tokens of s with an expert on the node of relay r
-    within: Tensor  # [W,W] int64: rows that relay s passes on to rank r of its node
+    @property
+    def legs(self) -> tuple[Tensor, ...]:
+        """The rows of each transfer on the way to the experts."""
+        return (self.rows,) if self.between is None or self.within is None else (self.between, self.within)
 
 
 def count(topk_ids: list[Tensor], placement: Placement, nodes: Nodes | None = None) -> Traffic:
     """Traffic of each rank's tokens with ids topk_ids[s] [T_s,K]; -1 is an empty choice. nodes: with two levels, in
     which copies of an expert on the source's node are used."""
     size = placement.num_ranks
-    rows = torch.zeros(size, size, dtype=torch.int64)
-    pairs = torch.zeros(size, size, dtype=torch.int64)
+    rows, pairs, between, within = torch.zeros(4, size, size, dtype=torch.int64)
     for source, ids in enumerate(topk_ids):
-        ranks, present = _ranks(source, ids, placement, nodes)
+        near = () if nodes is None else nodes.same(source)
+        ranks = torch.where(ids >= 0, placement.routes(source, near)[0][ids.clamp(min=0).long()], size)
+        present = torch.zeros(len(ids), size + 1, dtype=torch.bool).scatter_(1, ranks, True)[:, :size]
         pairs[source] = torch.bincount(ranks.flatten(), minlength=size + 1)[:size]
         rows[source] = present.sum(0)
-    return Traffic(rows, pairs)
-
-
-def count_levels(topk_ids: list[Tensor], placement: Placement, nodes: Nodes) -> Levels:
-    size = placement.num_ranks
-    between, within = torch.zeros(2, size, size, dtype=torch.int64)
-    for source, ids in enumerate(topk_ids):
-        _, present = _ranks(source, ids, placement, nodes)
+        if nodes is None:
+            continue
         for members in nodes.members:
             relay = nodes.relay(source, members[0])
             there = present[:, list(members)]
             between[source, relay] += there.any(1).sum()
             within[relay, list(members)] += there.sum(0)
-    return Levels(between, within)
-
-
-def _ranks(source: int, ids: Tensor, placement: Placement, nodes: Nodes | None) -> tuple[Tensor, Tensor]:
-    """The rank [T,K] of each choice, W for none; and whether a token [T,W] has one on a rank."""
-    near = () if nodes is None else nodes.same(source)
-    size = placement.num_ranks
-    ranks = torch.where(ids >= 0, placement.routes(source, near)[0][ids.clamp(min=0).long()], size)
-    present = torch.zeros(len(ids), size + 1, dtype=torch.bool).scatter_(1, ranks, True)
-    return ranks, present[:, :size]
+    return Traffic(rows, pairs) if nodes is None else Traffic(rows, pairs, between, within)
 
 
 def draw_routing(
@@ -271,9 +258,9 @@ class Prediction(NamedTuple):
 
 def predict(
     layer: Layer, traffic: Traffic, placement: Placement, machine: Machine, item: int, num_chunks: int, *,
-    levels: Levels | None = None, wire: str = "exact",
+    wire: str = "exact",
 ) -> Prediction:  # fmt: skip
-    """item: bytes of an element of rows and weights. levels: with two levels. wire: see ExpertParallel."""
+    """item: bytes of an element of rows and weights. wire: see ExpertParallel."""
     size = placement.num_ranks
     nodes = Nodes(tuple(rank // machine.ranks_per_node for rank in range(size)))
     node = torch.tensor(nodes.node_of)
@@ -286,18 +273,18 @@ def predict(
 
     def line(tail: float) -> Timeline:
         options = {"tail": tail, "overhead": machine.overhead}
-        if levels is None:
-            dispatch, combine = seconds(traffic.rows)
-            return pipeline(dispatch, experts, combine, num_chunks, **options)
-        return two_level_pipeline(seconds(levels.between), seconds(levels.within), experts, num_chunks, **options)
+        first, *second = map(seconds, traffic.legs)
+        if not second:
+            return pipeline(first[0], experts, first[1], num_chunks, **options)
+        return two_level_pipeline(first, second[0], experts, num_chunks, **options)
 
     def sent(mask: Tensor, backward: bool) -> int:
         """Bytes of the rank that sends most of those that the mask selects."""
         total = torch.zeros(size, dtype=torch.int64)
-        for leg in (traffic.rows,) if levels is None else (levels.between, levels.within):
+        for leg in traffic.legs:
             total = total + (leg * mask).sum(1) * out + (leg.T * mask).sum(1) * back
-        if levels is not None and not backward:
-            total = total + (levels.between * mask).sum(1) * ROUTE_BYTES * machine.ranks_per_node
+        if traffic.between is not None and not backward:
+            total = total + (traffic.between * mask).sum(1) * ROUTE_BYTES * machine.ranks_per_node
         pairs = (traffic.pairs.T * mask).sum(1) * 4 if backward else (traffic.pairs * mask).sum(1) * PAIR_BYTES
         return int((total + pairs).max())
 
@@ -306,16 +293,14 @@ def predict(
     busiest = int(choices.argmax())
     local = len(placement.experts_of_rank[busiest])
     rows_kept = int(traffic.rows[:, busiest].sum())
-    choices_sent, rows_sent = (
-        (traffic.pairs * away, traffic.rows * away) if levels is None else (traffic.pairs * far, levels.between * far)
-    )
+    shared = away if traffic.between is None else far  # where one row serves several choices
     return Prediction(
         forward=line(0.0),
         backward=line(experts),
         bytes_forward=sent(away, False),
         bytes_backward=sent(away, True),
         bytes_between_nodes=sent(far, False),
-        rows_without_sharing=float(choices_sent.sum() / rows_sent.sum().clamp(min=1)),
+        rows_without_sharing=float((traffic.pairs * shared).sum() / (traffic.legs[0] * shared).sum().clamp(min=1)),
         load=float(choices.max() / choices.double().mean()),
         weight_bytes=3 * local * layer.hidden_size * layer.intermediate_size * item,
         activation_bytes=rows_kept * layer.hidden_size * item

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from switchgear.checks import convert
+from switchgear.checks import Count, PositiveOrInf, checked
 from switchgear.files import AnyPath
 from switchgear.parallel.errors import ExpertParallelError
 from switchgear.parallel.experts import expert_parameters
@@ -59,6 +59,7 @@ def _ignore(change: Regrouped) -> None:
     """Does nothing; the default of on_change."""
 
 
+@checked
 @dataclass(frozen=True)
 class Training:
     """What a training consists of, and what to do when ranks are lost.
@@ -84,22 +85,18 @@ class Training:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    on_failure: str = "raise"
+    on_failure: Literal["raise", "continue"] = "raise"
     checkpoint: AnyPath | None = None
-    lost: str = "reroute"
-    num_replicas: int = 0
-    max_norm: float | None = None
+    lost: Literal["reroute", "empty"] = "reroute"
+    num_replicas: Count = 0
+    max_norm: PositiveOrInf | None = None
     extra: Sequence[Stateful] = ()
     on_change: Callable[[Regrouped], None] = _ignore
     parallel: ExpertParallel = field(init=False)
 
     def __post_init__(self) -> None:
-        convert("on_failure", self.on_failure, Literal["raise", "continue"])
-        convert("lost", self.lost, Literal["reroute", "empty"])
         object.__setattr__(self, "parallel", _parallel_of(self.model))
         _refuse_copies(self.parallel, self.num_replicas)
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise ValueError(f"max_norm: expected None or a number above 0, got {self.max_norm}")
         row_keys(self, parallel_experts(self.model))
         if not self.membership.empty and self.parallel.rank == 0:
             self.membership.publish(_structure(self))
@@ -116,8 +113,6 @@ class Training:
 
 
 def _refuse_copies(parallel: ExpertParallel, num_replicas: int) -> None:
-    if num_replicas < 0:
-        raise ValueError(f"num_replicas: expected 0 or more, got {num_replicas}")
     if num_replicas and parallel.capacity is not None:
         raise ValueError(f"num_replicas: expected 0 with a capacity, got {num_replicas}")
 
@@ -239,7 +234,8 @@ def join(training: Training, timeout: float | None = None) -> Regrouped:
     return _settle(training, begin, before)
 
 
-def rebalance(training: Training, load: Any, *, num_replicas: int | None = None) -> Regrouped:
+@checked
+def rebalance(training: Training, load: Any, *, num_replicas: Count | None = None) -> Regrouped:
     """Places the experts by their load, and moves them between two steps. Collective; results keep their bits where
     those of an exchange do not depend on the placement.
 

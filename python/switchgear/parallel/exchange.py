@@ -18,7 +18,6 @@ Rows go straight to the ranks of their experts (rows.py), or once per node (two_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,37 +28,36 @@ from switchgear.ops import GluOptions
 from switchgear.parallel import header, layout, local
 from switchgear.parallel.cost import choose_chunks
 from switchgear.parallel.rows import WIRES, Direct, Transfers
-from switchgear.parallel.transport import Work
-from switchgear.parallel.two_level import Relaying, TwoLevel, finish_routes, start_routes
+from switchgear.parallel.transport import Done, Work
+from switchgear.parallel.two_level import Relaying, TwoLevel
 
 if TYPE_CHECKING:
     from switchgear.parallel.group import ExpertParallel
+    from switchgear.parallel.placement import Placement
 
 
-class Copy(NamedTuple):
-    """An expert of this rank that other ranks also hold."""
-
-    number: int  # its local number
-    ranks: tuple[int, ...]  # all of them, ascending
-
-
-@dataclass(frozen=True)
 class Layer:
-    """What the ranks of a layer share, and this rank's part of it."""
+    """What the ranks of a layer share, and this rank's part of it.
 
-    parallel: ExpertParallel
-    number: int
-    num_experts: int
-    num_local: int
-    rank_of: Tensor  # [E]: see Placement.routes
-    local_of: Tensor
-    placement_digest: int
-    has_copies: bool  # whether any expert is on several ranks
-    copies: tuple[Copy, ...]  # the replicated experts of this rank
-    options: GluOptions
-    extra: object = None  # anything else that must agree
-    # rank_of and local_of on devices that have used them (static.py)
-    routes_on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    Attributes:
+        mine: the experts of this rank. copies: all ranks, by local number, of those that other ranks hold, too.
+        rank_of, local_of: [E]: see Placement.routes. routes_on: both on devices that have used them (static.py).
+    """
+
+    def __init__(
+        self, parallel: ExpertParallel, placement: Placement, options: GluOptions, number: int | None = None,
+        extra: object = None,
+    ) -> None:  # fmt: skip
+        """number: of an earlier layer that this one replaces. extra: anything else that must agree."""
+        self.parallel, self.placement, self.options, self.extra = parallel, placement, options, extra
+        self.number = parallel.next_layer() if number is None else number
+        self.mine = placement.experts_of_rank[parallel.rank]
+        owners = [placement.owners[expert] for expert in self.mine]
+        self.copies = {number: ranks for number, ranks in enumerate(owners) if len(ranks) > 1}
+        near = parallel.nodes.same(parallel.rank) if parallel.levels == 2 else ()
+        self.rank_of, self.local_of = placement.routes(parallel.rank, near)
+        self.placement_digest = placement.digest()
+        self.routes_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
 class Saved(NamedTuple):
@@ -83,7 +81,7 @@ def terms_of(
         raise TypeError(f"hidden_states: expected one of {', '.join(map(str, header.DTYPES))}, got {dtype}")
     return header.Terms(
         header.MAGIC, parallel.peers.step, layer.number, int(backward), header.DTYPES.index(dtype), hidden_size,
-        layer.num_experts, top_k, header.digest((tuple(layer.options), layer.extra)), layer.placement_digest,
+        layer.placement.num_experts, top_k, header.digest((tuple(layer.options), layer.extra)), layer.placement_digest,
         parallel.sharing_digest, gradients,
         int(parallel.invariant), parallel.num_chunks or 0, parallel.levels, list(WIRES).index(parallel.wire),
         parallel.capacity or 0,
@@ -100,10 +98,8 @@ def exchange_headers(
     pairs, rows = (nothing, [nothing] * layout.PIECES) if choice is None else (choice.pairs, choice.rows)
     relayed = choice.sent_rows if choice is not None and parallel.levels == 2 else None
     sent = header.encode(terms, num_tokens, pairs, rows, relayed)
-    received = torch.empty_like(sent)
     ones = [1] * parallel.size
-    control = Transfers(parallel, torch.device("cpu"))
-    control.wait(control.start("header", received, sent, ones, ones))
+    received = Transfers(parallel, torch.device("cpu")).exchange("header", sent, ones, ones)
     all_terms, sizes = header.decode(received)
     failure = header.disagreement(all_terms) or header.unequal_tokens(all_terms, sizes, parallel.twins)
     if failure is not None:
@@ -129,7 +125,7 @@ def forward(
     transfers = Transfers(parallel, x.device)
     all_tokens, top_k = topk_ids.shape
     each, saves = parallel.invariant, gradients >= 0
-    _check_ids(topk_ids, layer.num_experts)
+    _check_ids(topk_ids, layer.placement.num_experts)
     part = _part(parallel, all_tokens)  # ranks that hold the same tokens share the work
     x, topk_ids, topk_weights = x[part], topk_ids[part], topk_weights[part]
     num_tokens = len(topk_ids)
@@ -144,7 +140,7 @@ def forward(
 
     peers.enter("dispatch")
     sending = layout.plan_sending(choice, topk_ids, num_chunks)
-    arriving = layout.merge_pieces([[size.rows[piece] for size in sizes] for piece in range(layout.PIECES)], num_chunks)
+    arriving = layout.merge_pieces(list(zip(*(size.rows for size in sizes), strict=True)), num_chunks)
     pairs_in = [size.pairs for size in sizes]
     own_weights = topk_weights.detach().flatten()[sending.pair_choices]
     # Weights of float64 tensors are float64: two int32 columns each.
@@ -152,22 +148,16 @@ def forward(
     pairs_out = torch.cat((sending.pair_codes[:, None], columns), 1)
     pairs = pairs_out.new_empty(sum(pairs_in), pairs_out.shape[1])
     pairs_work = transfers.start("pairs", pairs, pairs_out, pairs_in, sending.pairs)
-    routes = None
     rows: Direct
     if relays_in is None:
         rows = Direct(transfers, sending, x.detach(), each, arriving, None)
     else:
-        passing = layout.merge_pieces(
-            [[size.relayed[piece] for size in sizes] for piece in range(layout.PIECES)], num_chunks
-        )
+        passing = layout.merge_pieces(list(zip(*(size.relayed for size in sizes), strict=True)), num_chunks)
         received = layout.merge_sources(arriving, relays_in)
-        rows = levels = TwoLevel(transfers, sending, x.detach(), each, received, None, passing, None)
-        routes = start_routes(transfers, choice, sending, passing)
+        rows = TwoLevel(transfers, sending, x.detach(), each, received, None, passing, choice)
     rows.send(x.detach())
-    if routes is not None:
-        levels.relaying = finish_routes(transfers, routes)
     transfers.wait(pairs_work)
-    receiving = layout.plan_receiving(arriving, pairs_in, pairs[:, 0].contiguous(), layer.num_local, relays_in)
+    receiving = layout.plan_receiving(arriving, pairs_in, pairs[:, 0].contiguous(), len(layer.mine), relays_in)
     rows.returning = receiving.pairs_of_chunk if each else receiving.rows
     # A copy of at most one row too, whose columns count as contiguous but do not begin where a float64 may.
     columns_in = pairs[:, 1:].clone(memory_format=torch.contiguous_format)
@@ -202,7 +192,7 @@ def forward(
     y = _join_parts(transfers, y, all_tokens)
     if not saves:
         return y, None
-    relaying = None if relays_in is None else levels.relaying
+    relaying = rows.relaying if isinstance(rows, TwoLevel) else None
     tensors = (rows.buffer, pair_weights, *hs)
     return y, Saved(sending, receiving, all_tokens, num_tokens, top_k, tensors, tuple(runs), relaying)
 
@@ -238,7 +228,7 @@ def backward(
     else:
         experts = local.ModuleBackward(saved.runs, rows.buffer, pair_weights, weights, each)
     grad_pairs = pair_weights.new_empty(len(receiving.slot_pairs))
-    back: list[Work] = []
+    weights_work: Work = Done()
     for c in range(num_chunks):
         rows.receive(c)
         if c == 0:
@@ -251,8 +241,8 @@ def backward(
             rows.give_back(returned)
     grad_choices = grad_pairs.new_empty(sum(sending.pairs))
     if needs[1]:
-        back.append(
-            transfers.start("weights", grad_choices[:, None], grad_pairs[:, None], sending.pairs, receiving.pairs)
+        weights_work = transfers.start(
+            "weights", grad_choices[:, None], grad_pairs[:, None], sending.pairs, receiving.pairs
         )
     rows.flush()
     with record.event("experts", "weight gradients"):
@@ -264,8 +254,7 @@ def backward(
                 grad /= len(parallel.twins)
     peers.enter("backward combine")
     results = rows.finish()
-    for work in back:
-        transfers.wait(work)
+    transfers.wait(weights_work)
     grad_x = grad_weights = None
     with record.event("experts", "sum"):
         if needs[0]:
@@ -304,15 +293,12 @@ def _join_parts(transfers: Transfers, part: Tensor, num_tokens: int) -> Tensor:
     parallel = transfers.parallel
     if len(parallel.twins) == parallel.size:
         return part
-    whole = part.new_empty(num_tokens, part.shape[1])
     lengths = [0] * parallel.size
     for rank in parallel.own_twins:
         own = _part(parallel, num_tokens, rank)
         lengths[rank] = own.stop - own.start
     to_each = [len(part) if rank in parallel.own_twins else 0 for rank in range(parallel.size)]
-    copies = part.repeat(len(parallel.own_twins), 1)
-    transfers.wait(transfers.start("join", whole, copies, lengths, to_each))
-    return whole
+    return transfers.exchange("join", part.repeat(len(parallel.own_twins), 1), lengths, to_each)
 
 
 def _check_ids(topk_ids: Tensor, num_experts: int) -> None:
@@ -335,25 +321,23 @@ def _sum_results(results: Tensor, sending: layout.Sending, weights: Tensor | Non
 
 def _sum_copies(transfers: Transfers, layer: Layer, grads: list[Tensor | None]) -> list[Tensor | None]:
     """Sums the gradients of replicated experts over their copies, ranks ascending, so that all have the same bits."""
-    if not layer.has_copies:
+    if not layer.placement.replicated:
         return grads
     rank, size = layer.parallel.rank, layer.parallel.size
-    to_rank = [[place for place, copy in enumerate(layer.copies) if r in copy.ranks and r != rank] for r in range(size)]
+    held = list(enumerate(layer.copies.values()))
+    to_rank = [[place for place, ranks in held if r in ranks and r != rank] for r in range(size)]
     counts = [len(places) for places in to_rank]
     order = torch.tensor([place for places in to_rank for place in places], dtype=torch.int64)
-    numbers = torch.tensor([copy.number for copy in layer.copies], dtype=torch.int64)
+    numbers = torch.tensor(list(layer.copies), dtype=torch.int64)
     for grad in grads:
         if grad is None:
             continue
         mine = grad[numbers].flatten(1).contiguous()
-        others = mine.new_empty(sum(counts), mine.shape[1])
-        transfers.wait(transfers.start("copies", others, mine[order], counts, counts))
-        for place, copy in enumerate(layer.copies):
-            parts = [
-                mine[place] if r == rank else others[sum(counts[:r]) + to_rank[r].index(place)] for r in copy.ranks
-            ]
+        others = transfers.exchange("copies", mine[order], counts, counts)
+        for place, (number, ranks) in enumerate(layer.copies.items()):
+            parts = [mine[place] if r == rank else others[sum(counts[:r]) + to_rank[r].index(place)] for r in ranks]
             total = parts[0].clone()
             for part in parts[1:]:
                 total += part
-            grad[copy.number] = total.view_as(grad[copy.number])
+            grad[number] = total.view_as(grad[number])
     return grads

@@ -29,26 +29,15 @@ from switchgear.weights.adapted import has_adapters, read_by
 # ---- Values of all experts -------------------------------------------------------------------------------------------
 
 
-@not_compiled
-def gather_experts(layer: exchange.Layer, placement: Placement, values: Tensor) -> Tensor:
-    """[E, …] of all experts from values [E', …] of this rank's; collective. The gradient of a value is the sum over
-    the ranks with different tokens, in order, or their mean if that is what gradients of weights are."""
-    flat = values.flatten(1)  # not reshape: there may be none
-    whole: Tensor = apply(_Gather, flat, layer, placement)
-    return whole.view(placement.num_experts, *values.shape[1:])
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, layer: exchange.Layer, placement: Placement) -> Tensor:
-        ctx.layer, ctx.placement = layer, placement
-        parallel = layer.parallel
+    def forward(ctx: Any, values: Tensor, layer: exchange.Layer) -> Tensor:
+        ctx.layer = layer
+        parallel, placement = layer.parallel, layer.placement
         held = [len(experts) for experts in placement.experts_of_rank]
         with parallel.peers.exchange():
-            transfers = _agreed(layer, values, False)
-            gathered = values.new_empty(sum(held), values.shape[1])
-            copies = values.repeat(parallel.size, 1)
-            transfers.wait(transfers.start("gather", gathered, copies, held, [len(values)] * parallel.size))
+            copies, counts = values.repeat(parallel.size, 1), [len(values)] * parallel.size
+            gathered = _agreed(layer, values, False).exchange("gather", copies, held, counts)
         starts = [sum(held[:rank]) for rank in range(parallel.size)]
         first = [starts[ranks[0]] + placement.experts_of_rank[ranks[0]].index(e)
                  for e, ranks in enumerate(placement.owners)]  # fmt: skip
@@ -57,22 +46,21 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        layer, placement = ctx.layer, ctx.placement
-        parallel = layer.parallel
+        layer = ctx.layer
+        parallel, placement = layer.parallel, layer.placement
         held = [len(experts) for experts in placement.experts_of_rank]
         mine = held[parallel.rank]
         order = torch.tensor([e for experts in placement.experts_of_rank for e in experts], dtype=torch.int64)
         with parallel.peers.exchange():
-            transfers = _agreed(layer, grad, True)
-            parts = grad.new_empty(parallel.size * mine, grad.shape[1])
-            transfers.wait(transfers.start("gather", parts, grad[order.to(grad.device)], [mine] * parallel.size, held))
+            rows, counts = grad[order.to(grad.device)], [mine] * parallel.size
+            parts = _agreed(layer, grad, True).exchange("gather", rows, counts, held)
         each = parts.view(parallel.size, mine, grad.shape[1])
         total = torch.zeros_like(each[0])
         for ranks in sorted(parallel.twins):  # ranks with the same tokens have the same gradients
             total += each[ranks[0]]
         if parallel.average_gradients:
             total /= len(parallel.twins)
-        return total, None, None
+        return total, None
 
 
 def _agreed(layer: exchange.Layer, values: Tensor, backward: bool) -> Transfers:
@@ -120,31 +108,6 @@ class _Exchange(torch.autograd.Function):
                 ctx.layer, grad_y.contiguous(), saved, weights, ctx.gradients, (need_x, need_weights, *needs)
             )
         return grad_x, grad_weights, None, None, None, *grads
-
-
-def make_layer(
-    parallel: ExpertParallel, placement: Placement, options: GluOptions, number: int | None = None, extra: object = None
-) -> exchange.Layer:
-    """The exchange's description of a layer with this placement."""
-    mine = placement.experts_of_rank[parallel.rank]
-    near = parallel.nodes.same(parallel.rank) if parallel.levels == 2 else ()
-    rank_of, local_of = placement.routes(parallel.rank, near)
-    copies = (
-        exchange.Copy(number, placement.owners[e]) for number, e in enumerate(mine) if len(placement.owners[e]) > 1
-    )
-    return exchange.Layer(
-        parallel=parallel,
-        number=parallel.next_layer() if number is None else number,
-        num_experts=placement.num_experts,
-        num_local=len(mine),
-        rank_of=rank_of,
-        local_of=local_of,
-        placement_digest=placement.digest(),
-        has_copies=bool(placement.replicated),
-        copies=tuple(copies),
-        options=options,
-        extra=extra,
-    )
 
 
 @not_compiled
@@ -209,8 +172,8 @@ class ParallelExperts(Experts):
         self.parallel = parallel
         self.lost: tuple[int, ...] = ()  # experts whose weights are gone; their choices count as empty
         extra = (hidden_size, intermediate_size, self.down_proj_bias is not None)
-        self._layer = make_layer(parallel, self.placement, self._options(), extra=extra)
-        if parallel.capacity is not None and self._layer.has_copies:
+        self._layer = exchange.Layer(parallel, self.placement, self._options(), extra=extra)
+        if parallel.capacity is not None and self.placement.replicated:
             raise ValueError("placement: expected one rank per expert with a capacity, got replicated experts")
         self._number = static.register(self._layer)
 
@@ -242,7 +205,8 @@ class ParallelExperts(Experts):
             parameter.data, parameter.grad = tensor, None
         self.placement, self.lost = placement, tuple(lost)
         self._mine = placement.experts_of_rank[self.parallel.rank]
-        self._layer = make_layer(self.parallel, placement, self._options(), self._layer.number, self._layer.extra)
+        old = self._layer
+        self._layer = exchange.Layer(self.parallel, placement, self._options(), old.number, old.extra)
         self._number = static.register(self._layer)
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -264,10 +228,13 @@ class ParallelExperts(Experts):
         )
         return y
 
+    @not_compiled
     def gathered(self, values: Tensor) -> Tensor:
-        """[E, …] of all experts from values [E', …] of this rank's, with gradients; all ranks must call it."""
-        result: Tensor = gather_experts(self._layer, self.placement, values)
-        return result
+        """[E, …] of all experts from values [E', …] of this rank's; all ranks must call it. The gradient of a value is
+        the sum over the ranks with different tokens, in order, or their mean if `average_gradients` is set."""
+        flat = values.flatten(1)  # not reshape: there may be none
+        whole: Tensor = apply(_Gather, flat, self._layer)
+        return whole.view(self.placement.num_experts, *values.shape[1:])
 
     def _static(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         shape = hidden_states.shape

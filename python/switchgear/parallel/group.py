@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from switchgear.checks import Seconds, Size, checked
 from switchgear.parallel import peer_memory, shared_memory
 from switchgear.parallel import transport as transports
-from switchgear.parallel.connect import Background, get, own_client
+from switchgear.parallel.connect import Background, own_client, share
 from switchgear.parallel.cost import CHUNKS, Link
 from switchgear.parallel.header import digest
 from switchgear.parallel.membership import SLACK_SECONDS, Membership
@@ -237,13 +237,10 @@ class ExpertParallel:
             own = sorted(ranks.index(rank) for rank in twins)
         if self._node is None:
             self._node = node_label(self._nodes_option, self.rank, self.peers.hosts)
-        is_over = self.peers.is_over()
-
-        def share() -> list[list[Any]]:
-            store.set(f"twins/{self.rank}", json.dumps([own, self._node]))
-            return [json.loads(get(store, f"twins/{rank}", is_over)) for rank in range(self.size)]
-
-        shared = self.peers.run(share)
+        mine = json.dumps([own, self._node]), self.peers.is_over()
+        shared = [
+            json.loads(text) for text in self.peers.run(lambda: share(store, "twins", self.rank, self.size, *mine))
+        ]
         found = [tuple(twins) for twins, _ in shared]
         self.nodes = nodes_of([node for _, node in shared])
         self.levels = 2 if self.nodes.has_levels and self.capacity is None else 1
@@ -289,7 +286,9 @@ class ExpertParallel:
             elif self.membership.generation.number and not self.default_backend:
                 raise ValueError("device_transport: expected a default group of the same ranks, got others")
             else:
-                self._transports[device.type] = transports.GroupTransport(self.group)
+                self._transports[device.type] = transports.GroupTransport(
+                    dist.group.WORLD if self.group is None else self.group
+                )
         return self._transports[f"{device.type} {channel}" if channel else device.type]
 
     def _open_on_host(self, store: Any) -> transports.Transport:

@@ -184,11 +184,9 @@ def chunk_numbers(rows: list[list[int]], device: torch.device) -> Tensor:
 
 def merge_sources(rows: list[list[int]], via: Sequence[int]) -> list[list[int]]:
     """Rows [C][W] of sources, counted by the rank via[s] that they come through."""
-    merged = [[0] * len(via) for _ in rows]
-    for chunk, total in zip(rows, merged, strict=True):
-        for source, count in enumerate(chunk):
-            total[via[source]] += count
-    return merged
+    merged = torch.zeros(len(rows), len(via), dtype=torch.int64)
+    found: list[list[int]] = merged.index_add_(1, torch.tensor(list(via)), torch.tensor(rows)).tolist()
+    return found
 
 
 def plan_receiving(

@@ -38,7 +38,6 @@ class Chunk(NamedTuple):
     """The part of a Receiving that belongs to one chunk."""
 
     rows: slice
-    slots: slice
     offsets: Tensor
     slot_rows: Tensor
     slot_pairs: Tensor
@@ -52,7 +51,7 @@ def chunk_of(plan: Receiving, c: int) -> Chunk:
     rows = slice(plan.row_starts[c], plan.row_starts[c + 1])
     slots = slice(plan.slot_starts[c], plan.slot_starts[c + 1])
     return Chunk(
-        rows, slots, plan.expert_offsets[c], plan.slot_rows[slots], plan.slot_pairs[slots], plan.row_table[rows],
+        rows, plan.expert_offsets[c], plan.slot_rows[slots], plan.slot_pairs[slots], plan.row_table[rows],
         plan.row_pairs[rows], plan.returned_slots[slots], plan.all_slots[slots],
     )  # fmt: skip
 

@@ -53,9 +53,6 @@ class Generation:
     def ids(self) -> tuple[int, ...]:
         return tuple(member.id for member in self.members)
 
-    def encode(self) -> str:
-        return json.dumps(asdict(self))
-
     @staticmethod
     def decode(text: str) -> Generation:
         values = json.loads(text)
@@ -156,7 +153,7 @@ class Membership:
                 newcomers = (self.first_size + ticket for ticket in self._find_waiting())
                 members += [Member(id, -1, False, True) for id in newcomers if id not in now.ids]
                 proposal = Generation(now.number + 1, tuple(members))
-                self.store.compare_set(f"{name}/members", "", proposal.encode())
+                self.store.compare_set(f"{name}/members", "", json.dumps(asdict(proposal)))
                 break
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE)

@@ -138,7 +138,7 @@ def agree(parallel: ExpertParallel, phase: str, what: object, number: int = 0) -
         fields |= {"magic": header.MAGIC, "exchange": parallel.peers.step, "layer": -1 - MORE_PHASES.index(phase)}
         fields |= {"options": header.digest(what), "sharing": parallel.sharing_digest}
         sent = header.encode(header.Terms(**fields), number, [0] * size, [[0] * size for _ in range(PIECES)])
-        received = _all_to_all(parallel, "header", sent, [1] * size, [1] * size)
+        received = Transfers(parallel, sent.device).exchange("header", sent, [1] * size, [1] * size)
         terms, sizes = header.decode(received)
         failure = header.disagreement(terms)
         if failure is not None:
@@ -161,14 +161,7 @@ def send_rows(
     """Sends to[r] rows to each rank r, in order, and returns the of[r] rows of each. All know the numbers already."""
     with parallel.peers.exchange():
         parallel.peers.enter(phase)
-        return _all_to_all(parallel, kind, rows.contiguous(), to, of)
-
-
-def _all_to_all(parallel: ExpertParallel, kind: str, rows: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
-    received = rows.new_empty(sum(of), *rows.shape[1:])
-    transfers = Transfers(parallel, rows.device)
-    transfers.wait(transfers.start(kind, received, rows, of, to))
-    return received
+        return Transfers(parallel, rows.device).exchange(kind, rows.contiguous(), of, to)
 
 
 def average(parallel: ExpertParallel, tensors: Sequence[Tensor]) -> None:
@@ -272,7 +265,6 @@ def _common(training: Training) -> dict[str, Any]:
 
 
 def _exchange_rows(training: Training, plan: ExpertMoves, rows: Tensor) -> dict[int, Tensor]:
-    """The rows that this rank receives, by expert."""
     if not plan.num_moves():
         return {}
     parallel, rank = training.parallel, training.parallel.rank

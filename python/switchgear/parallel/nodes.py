@@ -138,7 +138,7 @@ def open_channel(channel: str, peers: Peers, nodes: Nodes, device: torch.device,
     if device.type != "cuda":
         raise ValueError(f"nodes: expected None for tensors on {device.type}")
     backend = dist.ProcessGroupNCCL(own, ranks.index(rank), len(ranks), dist.ProcessGroupNCCL.Options())
-    return Part(transports.BackendTransport(backend), ranks)
+    return Part(transports.GroupTransport(backend, is_own=True), ranks)
 
 
 class _Copy(Transport):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from switchgear import cuda
-from switchgear.parallel.connect import get, never
+from switchgear.parallel.connect import never, share
 from switchgear.parallel.transport import Transport, Work, poll
 
 SLOT_BYTES = 1 << 20
@@ -90,11 +90,9 @@ class PeerMemoryTransport(Transport):
         """is_over: whether this object is no longer needed."""
         self._rank, self._size, self._device, self._slot_bytes = rank, size, device, slot_bytes
         own = device.allocate(device.segment_bytes(size, slot_bytes))
-        store.set(f"segment/{rank}", device.share(own))
-        self._segments = [own if r == rank else device.open(get(store, f"segment/{r}", is_over)) for r in range(size)]
-        store.set(f"mapped/{rank}", "")
-        for r in range(size):
-            get(store, f"mapped/{r}", is_over)
+        shared = share(store, "segment", rank, size, device.share(own), is_over)
+        self._segments = [own if r == rank else device.open(segment) for r, segment in enumerate(shared)]
+        share(store, "mapped", rank, size, "", is_over)
         self._stop = device.stop_word()
         self._sent, self._received = [0] * size, [0] * size  # counted in pieces
         self._under_way: list[Callable[[], bool]] = []

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from switchgear.parallel import shared_memory
-from switchgear.parallel.connect import Background, Mesh, connect, get
+from switchgear.parallel.connect import Background, Mesh, connect, share
 from switchgear.parallel.errors import MORE_PHASES, PHASES, ExpertParallelError, Failure
 from switchgear.parallel.transport import Work
 
@@ -92,7 +92,9 @@ class Peers:
         self._thread.start()
         try:
             self._board.join(mesh.boards[0] if len(set(self.hosts)) == 1 else None)
-            self.run(lambda: self._barrier(store))
+            is_over = self.is_over()
+            # Until all have mapped rank 0's board; it exists only while some process maps it.
+            self.run(lambda: share(store, "ready", rank, size, "", is_over))
         except BaseException:
             self.close()
             raise
@@ -125,13 +127,6 @@ class Peers:
         work.give_up()
         reason = f"could not connect ({type(cause).__name__ if cause else 'the store does not answer'})"
         raise ExpertParallelError(Failure(mesh.awaited, "stalled", CONNECT, 0, reason)) from cause
-
-    def _barrier(self, store: Any) -> None:
-        """Until all have mapped rank 0's board; it exists only while some process maps it."""
-        store.set(f"ready/{self.rank}", "")
-        is_over = self.is_over()
-        for peer in range(self.size):
-            get(store, f"ready/{peer}", is_over)
 
     def is_over(self) -> Callable[[], bool]:
         """For a function of `run`: whether its result is no longer needed."""

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -164,6 +165,12 @@ class Transfers:
             work = _Timed(work, "near" if channel.startswith("within") else "link", kind, self.record.events)
         return work
 
+    def exchange(self, kind: str, rows: Tensor, received: Sequence[int], sent: Sequence[int]) -> Tensor:
+        """Sends sent[r] rows to each rank r, in order, and returns the received[r] rows of each."""
+        output = rows.new_empty(sum(received), *rows.shape[1:])
+        self.wait(self.start(kind, output, rows, received, sent))
+        return output
+
     def wait(self, work: Work) -> None:
         begin = time.monotonic()
         self.parallel.peers.wait(work)
@@ -208,10 +215,6 @@ class Leg:
         counts = self._received[c], self._sent[c]
         self._works.append(self._transfers.start(self._kind, self.chunk(c), rows, *counts, self._channel))
 
-    def start_all(self, rows: Tensor) -> None:
-        for part in torch.split(rows, [sum(counts) for counts in self._sent]):
-            self.start(part)
-
     def chunk(self, c: int) -> Tensor:
         return self._output[self.edges[c] : self.edges[c + 1]]
 
@@ -225,38 +228,28 @@ class Leg:
 
     def wait(self, c: int, progress: Callable[[], None] | None = None) -> None:
         """progress: a turn of other work, called once at least and while this waits."""
-        if self._works[c] is not None or progress is not None:
-            self._transfers.wait(_Arrival(self, c, progress))
+        if progress is not None:
+            self._transfers.wait(Waiting(partial(self._take_turns, c, progress)))
+        elif self._works[c] is not None:
+            self._transfers.wait(Waiting(partial(self.has_arrived, c)))
 
-
-class Look:
-    """One turn of other work, as a wait, so that its failures are those of any transfer."""
-
-    def __init__(self, progress: Callable[[], None]) -> None:
-        self._progress = progress
-
-    def wait_for(self, seconds: float) -> bool:
-        self._progress()
-        return True
-
-
-_TURN = 5e-4  # seconds between two turns of other work
-
-
-class _Arrival:
-    def __init__(self, leg: Leg, c: int, progress: Callable[[], None] | None) -> None:
-        self._leg, self._c, self._progress = leg, c, progress
-
-    def wait_for(self, seconds: float) -> bool:
-        if self._progress is None:
-            return self._leg.has_arrived(self._c, seconds)
+    def _take_turns(self, c: int, progress: Callable[[], None], seconds: float) -> bool:
         end = time.monotonic() + seconds
         while True:
-            self._progress()
-            if self._leg.has_arrived(self._c, _TURN):
+            progress()
+            if self.has_arrived(c, _TURN):
                 return True
             if time.monotonic() > end:
                 return False
+
+
+class Waiting(NamedTuple):
+    """A Work of this function. What it does fails as any transfer does."""
+
+    wait_for: Callable[[float], bool]
+
+
+_TURN = 5e-4  # seconds between two turns of other work
 
 
 # ---- all rows of an exchange -----------------------------------------------------------------------------------------
@@ -298,14 +291,15 @@ class Direct:
         return self._back
 
     def _decode(self, leg: Leg, c: int) -> None:
-        """Decodes a chunk that has arrived into the buffer."""
         if not self._wire.out.exact:
             begin, end = leg.edges[c : c + 2]
             self.buffer[begin:end] = self._wire.out.decode(leg.chunk(c), self.buffer.dtype)
 
     def send(self, x: Tensor) -> None:
         """Starts to send the rows of tokens x [T,H]."""
-        self._out.start_all(self._wire.out.encode(x[self._sending.row_tokens]))
+        rows = self._wire.out.encode(x[self._sending.row_tokens])
+        for part in torch.split(rows, [sum(counts) for counts in self._sending.rows]):
+            self._out.start(part)
 
     def receive(self, c: int) -> None:
         """Waits until chunk c is in the buffer."""

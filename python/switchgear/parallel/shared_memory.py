@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.parallel.connect import get, never
+from switchgear.parallel.connect import never, share
 from switchgear.parallel.transport import Transport
 
 SLOTS = 64  # concurrent transfers of one rank; an exchange has at most 8 · 2 + 4
@@ -152,8 +152,8 @@ class SharedMemoryTransport(Transport):
                 offer["board"] = self._board.file
         except (OSError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
-        store.set(f"offer/{self._rank}", json.dumps(offer))
-        offers = [json.loads(get(store, f"offer/{r}", is_over)) for r in range(self._size)]
+        me = self._rank, self._size
+        offers = [json.loads(text) for text in share(store, "offer", *me, json.dumps(offer), is_over)]
         try:
             if all(offers):
                 self._addresses = [Address(o["process"], o["block"], o["name"]) for o in offers]
@@ -164,8 +164,7 @@ class SharedMemoryTransport(Transport):
                 self._words = memoryview(self._board.map).cast("q")
         except (OSError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
-        store.set(f"opened/{self._rank}", problem)
-        problems = [get(store, f"opened/{r}", is_over) for r in range(self._size)]
+        problems = share(store, "opened", *me, problem, is_over)
         return next((f"rank {r}: {problem}" for r, problem in enumerate(problems) if problem), "")
 
     def all_to_all(
@@ -245,7 +244,6 @@ class SharedMemoryTransport(Transport):
         return self._theirs[rank, file]
 
     def _reclaim(self) -> None:
-        """Reclaims blocks that all readers have marked."""
         kept = []
         for number, block in self._used:
             marks = self._at(self._rank, number) + 3 + self._size + 1

@@ -123,25 +123,25 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, ids: Tensor, overflow: Tensor, layer: int) -> Any:
         ctx.layer = layer
-        rows, weights, ids = dispatch_rows(rows, weights, ids, overflow, layer)
+        rows, weights, ids = exchange_rows([rows, weights, ids], layer, "dispatch", overflow)
         ctx.mark_non_differentiable(ids)
         return rows, weights, ids
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: Any) -> Any:
-        return *return_rows([grad_rows, grad_weights], ctx.layer, True), None, None, None
+        return *exchange_rows([grad_rows, grad_weights], ctx.layer, "backward combine", None), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, layer: int) -> Tensor:
         ctx.layer = layer
-        (returned,) = return_rows([rows], layer, False)
+        (returned,) = exchange_rows([rows], layer, "combine", None)
         return returned  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return return_rows([grad], ctx.layer, True)[0], None
+        return exchange_rows([grad], ctx.layer, "backward combine", None)[0], None
 
 
 class _ScaledGrad(torch.autograd.Function):
@@ -158,42 +158,15 @@ class _ScaledGrad(torch.autograd.Function):
         return grad if ctx.scale == 1.0 else grad * ctx.scale, None
 
 
-@torch.library.custom_op("switchgear_parallel::dispatch_rows", mutates_args=())
-def dispatch_rows(
-    rows: Tensor, weights: Tensor, ids: Tensor, overflow: Tensor, layer: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    moved = _transfer(_layers[layer], "dispatch", [rows, weights, ids], overflow)
-    return moved[0], moved[1], moved[2]
-
-
-@dispatch_rows.register_fake
-def _dispatch_fake(
-    rows: Tensor, weights: Tensor, ids: Tensor, overflow: Tensor, layer: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(rows), _like(weights), _like(ids)
-
-
-@torch.library.custom_op("switchgear_parallel::return_rows", mutates_args=())
-def return_rows(rows: list[Tensor], layer: int, backward: bool) -> list[Tensor]:
-    return _transfer(_layers[layer], "backward combine" if backward else "combine", rows, None)
-
-
-@return_rows.register_fake
-def _return_fake(rows: list[Tensor], layer: int, backward: bool) -> list[Tensor]:
-    return [_like(part) for part in rows]
-
-
-def _like(part: Tensor) -> Tensor:
-    return torch.empty_like(part, memory_format=torch.contiguous_format)
-
-
-def _transfer(layer: Layer, phase: str, parts: list[Tensor], overflow: Tensor | None) -> list[Tensor]:
-    """Each rank's C rows of every part, to all ranks."""
+@torch.library.custom_op("switchgear_parallel::exchange_rows", mutates_args=())
+def exchange_rows(parts: list[Tensor], number: int, phase: str, overflow: Tensor | None) -> list[Tensor]:
+    """Each rank's C rows of every part, to all ranks. number: of the layer."""
+    layer = _layers[number]
     parallel = layer.parallel
     device = parts[0].device
     parts = [part.contiguous() for part in parts]
     counts = [parallel.capacity or 0] * parallel.size
-    moved = [_like(part) for part in parts]
+    moved = [torch.empty_like(part) for part in parts]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         if overflow is not None:
             parallel.overflow.add(overflow[:-1], captured=True)
@@ -213,12 +186,19 @@ def _transfer(layer: Layer, phase: str, parts: list[Tensor], overflow: Tensor | 
         parallel.peers.enter(phase)
         if overflow is not None:
             if device.type == "cpu" and int(overflow[-1]):
-                raise ValueError(f"topk_ids: expected -1 to {layer.num_experts - 1}, got {int(overflow[-1])} others")
+                raise ValueError(
+                    f"topk_ids: expected -1 to {layer.placement.num_experts - 1}, got {int(overflow[-1])} others"
+                )
             parallel.overflow.add(overflow[:-1])
         pairs = zip(moved, parts, strict=True)
         for work in [transfers.start(phase, into, part, counts, counts) for into, part in pairs]:
             transfers.wait(work)
     return moved
+
+
+@exchange_rows.register_fake
+def _make_fake(parts: list[Tensor], number: int, phase: str, overflow: Tensor | None) -> list[Tensor]:
+    return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
 
 
 # ---- tokens that did not fit -----------------------------------------------------------------------------------------

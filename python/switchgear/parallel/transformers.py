@@ -24,7 +24,8 @@ from transformers.distributed.expert_parallel import AllToAllEP, EPImplementatio
 from switchgear.integrations import transformers as integration
 from switchgear.integrations.experts import find_unreadable
 from switchgear.integrations.gates import find_gate
-from switchgear.parallel.experts import exchange_moe, make_layer
+from switchgear.parallel.exchange import Layer
+from switchgear.parallel.experts import exchange_moe
 from switchgear.parallel.group import ExpertParallel
 from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
@@ -69,7 +70,7 @@ class SwitchgearEP(EPImplementation):
         if self._layer is None:
             size = self.parallel.size
             placement = Placement.contiguous(self._num_local * size, size)
-            self._layer = make_layer(self.parallel, placement, gate, self._number, weights.down_proj.shape[1:])
+            self._layer = Layer(self.parallel, placement, gate, self._number, weights.down_proj.shape[1:])
         first, second, *biases = weights
         plain = None
         if isinstance(first, Tensor) and isinstance(second, Tensor):  # else stored, or with adapters

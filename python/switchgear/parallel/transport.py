@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from switchgear.parallel.connect import get, own_client
+from switchgear.parallel.connect import own_client, share
 
 CLOSE_SECONDS = 0.5  # in which gloo usually ends
 
@@ -102,7 +102,27 @@ class _TorchWork:
         self._work.wait()
 
 
-class GlooTransport(Transport):
+class GroupTransport(Transport):
+    """A process group: NCCL, for tensors on a GPU. is_own: it belongs to this object alone, which shuts it down."""
+
+    def __init__(self, group: Any, is_own: bool = False) -> None:
+        self._group, self._is_own, self._options = group, is_own, dist.AllToAllOptions()
+
+    def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
+        work = self._group.alltoall_base(output, input, list(output_rows), list(input_rows), self._options)
+        return _TorchWork(work, output, input)
+
+    def abort(self) -> None:
+        with contextlib.suppress(Exception):
+            self._group.abort()
+
+    def close(self) -> None:
+        if self._is_own:
+            with contextlib.suppress(Exception):
+                self._group.shutdown()
+
+
+class GlooTransport(GroupTransport):
     """gloo, for CPU tensors. Uses its own process group, so that no other collectives interleave.
 
     Gloo cannot cancel: a wait for a stopped peer keeps the process alive until its timeout. So `abort` shuts down the
@@ -113,16 +133,11 @@ class GlooTransport(Transport):
         """timeout: seconds after which gloo gives up connecting. is_over: whether this object is no longer needed."""
         before = set(_sockets())
         seconds = timeout + 1.0  # Peers, which knows the reason, comes first
-        self._group: Any = dist.ProcessGroupGloo(own_client(store), rank, size, timedelta(seconds=seconds))
+        super().__init__(dist.ProcessGroupGloo(own_client(store), rank, size, timedelta(seconds=seconds)), is_own=True)
         self._connections = _connections_between(_new_sockets(before), rank, size, store, is_over)
         # Peers decides who has stalled. If gloo's own timeout ended a transfer first, it would not say whose fault it
         # is. It also counts the time in which this rank's experts work.
-        self._options = dist.AllToAllOptions()
         self._options.timeout = timedelta(days=1) if self._connections else timedelta(seconds=2 * seconds)
-
-    def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
-        work = self._group.alltoall_base(output, input, list(output_rows), list(input_rows), self._options)
-        return _TorchWork(work, output, input)
 
     def abort(self) -> None:
         # Not the writing end: a send that begins before gloo notices would fail there, and gloo never ends it.
@@ -142,42 +157,6 @@ class GlooTransport(Transport):
         for connection in self._connections:
             connection.close()
         self._connections = []
-
-
-class GroupTransport(Transport):
-    """The collectives of a given process group: NCCL, for tensors on a GPU."""
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-
-    def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
-        work = dist.all_to_all_single(
-            output, input, list(output_rows), list(input_rows), group=self._group, async_op=True
-        )
-        return _TorchWork(work, output, input)
-
-    def abort(self) -> None:
-        with contextlib.suppress(Exception):
-            self._group.abort()
-
-
-class BackendTransport(Transport):
-    """A backend of torch.distributed that belongs to this object alone: NCCL between the ranks of a sub-group."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend, self._options = backend, dist.AllToAllOptions()
-
-    def all_to_all(self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]) -> Work:
-        work = self._backend.alltoall_base(output, input, list(output_rows), list(input_rows), self._options)
-        return _TorchWork(work, output, input)
-
-    def abort(self) -> None:
-        with contextlib.suppress(Exception):
-            self._backend.abort()
-
-    def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self._backend.shutdown()
 
 
 class Network:
@@ -271,9 +250,9 @@ def _connections_between(
 ) -> list[socket.socket]:
     """Candidates whose other end is a candidate of another rank; skips what another thread opened meanwhile."""
     own = {str((c.getsockname()[:2], c.getpeername()[:2])): c for c in candidates if c.family != socket.AF_UNIX}
-    store.set(f"sockets/{rank}", "\n".join(str((c.getpeername()[:2], c.getsockname()[:2])) for c in own.values()))
-    mirrored = {line for peer in range(size) if peer != rank
-                for line in get(store, f"sockets/{peer}", is_over).split("\n")}  # fmt: skip
+    text = "\n".join(str((c.getpeername()[:2], c.getsockname()[:2])) for c in own.values())
+    texts = share(store, "sockets", rank, size, text, is_over)
+    mirrored = {line for peer, lines in enumerate(texts) if peer != rank for line in lines.split("\n")}
     kept = [connection for pair, connection in own.items() if pair in mirrored]
     for connection in candidates:
         if connection not in kept:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from torch import Tensor
 from switchgear.parallel import layout
 from switchgear.parallel.layout import Choice, Sending
 from switchgear.parallel.local import sum_rows
-from switchgear.parallel.rows import Direct, Leg, Look, Transfers
+from switchgear.parallel.rows import Direct, Leg, Transfers, Waiting
 from switchgear.parallel.transport import Work, on_cpu
 
 _ROUTE = torch.int16
@@ -94,11 +93,10 @@ def plan_relaying(rows: list[list[int]], routes: Tensor, members: tuple[int, ...
 
     def spread(flat: list[int]) -> list[list[int]]:
         """[C][W] of [C·L]."""
-        chunks = [[0] * num_ranks for _ in range(num_chunks)]
-        for c in range(num_chunks):
-            for number, rank in enumerate(members):
-                chunks[c][rank] = flat[c * num_members + number]
-        return chunks
+        chunks = torch.zeros(num_chunks, num_ranks, dtype=torch.int64)
+        chunks[:, list(members)] = torch.tensor(flat).view(num_chunks, num_members)
+        found: list[list[int]] = chunks.tolist()
+        return found
 
     flat_out = sizes[2 * size : 2 * size + num_chunks * num_ranks]
     starts_on_device = torch.tensor(starts, device=device)
@@ -114,16 +112,11 @@ def plan_relaying(rows: list[list[int]], routes: Tensor, members: tuple[int, ...
     )
 
 
-class Routes(NamedTuple):
-    """The routes of rows on their way to this rank."""
-
-    work: Work
-    received: Tensor
-    rows: list[list[int]]
-
-
-def start_routes(transfers: Transfers, choice: Choice, sending: Sending, rows: list[list[int]]) -> Routes:
-    """Sends the routes of this rank's rows to their relays; rows [C][W] as announced by each source."""
+def start_routes(
+    transfers: Transfers, choice: Choice, sending: Sending, rows: list[list[int]]
+) -> tuple[Tensor, Work]:  # fmt: skip
+    """Sends the routes of this rank's rows to their relays; rows [C][W] as announced by each source. Returns those
+    [R,L] that this rank gets, and when."""
     parallel = transfers.parallel
     nodes = parallel.nodes
     width = max(map(len, nodes.members))
@@ -144,12 +137,7 @@ def start_routes(transfers: Transfers, choice: Choice, sending: Sending, rows: l
     work = transfers.start(
         "routes", received.view(torch.uint8), sent.view(torch.uint8), from_each, to_each, "between dispatch"
     )  # fmt: skip
-    return Routes(work, received, rows)
-
-
-def finish_routes(transfers: Transfers, routes: Routes) -> Relaying:
-    transfers.wait(routes.work)
-    return plan_relaying(routes.rows, routes.received, transfers.parallel.nodes.same(transfers.parallel.rank))
+    return received, work
 
 
 class TwoLevel(Direct):
@@ -157,10 +145,11 @@ class TwoLevel(Direct):
 
     def __init__(
         self, transfers: Transfers, sending: Sending, like: Tensor, each: bool, received: list[list[int]],
-        returning: list[list[int]] | None, relayed: list[list[int]], relaying: Relaying | None,
+        returning: list[list[int]] | None, relayed: list[list[int]], plan: Relaying | Choice,
     ) -> None:  # fmt: skip
-        """As Direct. relayed [C][W]: rows that each source sends through this rank. relaying: None until it is set."""
-        self._relayed, self.relaying = relayed, relaying
+        """As Direct. relayed [C][W]: rows that each source sends through this rank. plan: how it relays them, or the
+        choice by which the ranks find out when they send."""
+        self._relayed, self._plan = relayed, plan
         self._like = like[:0]
         self._within: Leg | None = None
         self._within_back: Leg | None = None
@@ -170,6 +159,22 @@ class TwoLevel(Direct):
     def _open_out(self) -> Leg:
         passing = self._wire.out.empty(sum(map(sum, self._relayed)), self._like)
         return Leg(self._transfers, "dispatch", passing, self._relayed, self._sending.rows, "between dispatch")
+
+    @property
+    def relaying(self) -> Relaying:
+        """Known when rows have been sent."""
+        assert isinstance(self._plan, Relaying)
+        return self._plan
+
+    def send(self, x: Tensor) -> None:
+        if isinstance(self._plan, Relaying):
+            super().send(x)
+            return
+        routes, work = start_routes(self._transfers, self._plan, self._sending, self._relayed)
+        super().send(x)
+        self._transfers.wait(work)
+        parallel = self._transfers.parallel
+        self._plan = plan_relaying(self._relayed, routes, parallel.nodes.same(parallel.rank))
 
     def receive(self, c: int) -> None:
         within = self._dispatch()
@@ -193,7 +198,11 @@ class TwoLevel(Direct):
             self._pass_back(back, wait=True)
 
     def look(self) -> None:
-        self._transfers.wait(Look(self.progress))
+        def take_turn(_: float) -> bool:
+            self.progress()
+            return True
+
+        self._transfers.wait(Waiting(take_turn))
 
     def flush(self) -> None:
         back = self._within_back
@@ -214,7 +223,6 @@ class TwoLevel(Direct):
 
     def _dispatch(self) -> Leg:
         if self._within is None:
-            assert self.relaying is not None
             sent = self.relaying.sent
             self._within = Leg(
                 self._transfers, "dispatch within", self._arriving, self._received, sent, "within dispatch"
@@ -224,14 +232,12 @@ class TwoLevel(Direct):
 
     def _pass_on(self, within: Leg) -> None:
         c = within.started
-        assert self.relaying is not None
         which = self.relaying.sent_rows[self._sent_edges[c] : self._sent_edges[c + 1]]
         within.start(self._out.chunk(c)[which])
 
     def _combine(self) -> Leg:
         if self._within_back is None:
             plan = self.relaying
-            assert plan is not None
             assert self.returning is not None
             inside, outside = (plan.pairs_in, plan.pairs_out) if self._each else (plan.sent, plan.rows)
             within = self._wire.back.empty(sum(map(sum, inside)), self._like)
@@ -242,7 +248,6 @@ class TwoLevel(Direct):
     def _pass_back(self, back: Leg, wait: bool) -> None:
         c = self._between_back.started
         plan, form = self.relaying, self._wire.back
-        assert plan is not None
         if wait:
             back.wait(c, self.progress if self._free_order else None)
             if self._between_back.started > c:  # `progress` has passed it back

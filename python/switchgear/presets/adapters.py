@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters import LoRAExperts
 from switchgear.papers.parts.losses import LocalizedBalance
-from switchgear.papers.parts.scores import ClusterPrior, FromEmbedding, PerSequence
-from switchgear.papers.parts.scores_of_experts import PosthocGate
+from switchgear.papers.parts.scores import ClusterPrior, FromEmbedding, PerSequence, PosthocGate
 from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
 from switchgear.routing import Dense, Linear, Sum, TopK
 
@@ -87,8 +86,8 @@ def octavius(*, dim: int | None = None, rank: int = 32, dropout: float = 0.1, to
 def _with_prior(
     hidden_size: int, num_experts: int, *, centroids: Tensor, weight: float, tau: float, **place: Any
 ) -> Sum:
-    near = centroids.to(device=place.get("device"), dtype=place.get("dtype"))
-    return Sum(Linear(hidden_size, num_experts, **place), ClusterPrior(near.clone(), weight=weight, tau=tau))
+    near = ClusterPrior(centroids, weight=weight, tau=tau, **place)
+    return Sum(Linear(hidden_size, num_experts, **place), near)
 
 
 @preset(

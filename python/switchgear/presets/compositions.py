@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from switchgear.checks import Size, checked
 from switchgear.experts import Experts
 from switchgear.modules import MoE
 from switchgear.papers.layers.autonomous import AutonomousMoE
@@ -52,12 +53,11 @@ def autonomy_of_experts(
     return {"layer": autonomous_moe, "top_k": top_k, "d_low": d_low, "balance": losses, "normalize": normalize}
 
 
+@checked
 def stacked(
-    hidden_size: int, intermediate_size: int, num_experts: int, *, depth: int = 2, **options: Any
+    hidden_size: int, intermediate_size: int, num_experts: int, *, depth: Size = 2, **options: Any
 ) -> nn.Sequential:
     """`depth` consecutive MoE layers with these options."""
-    if depth < 1:
-        raise ValueError(f"depth: expected at least 1, got {depth}")
     return nn.Sequential(*(MoE(hidden_size, intermediate_size, num_experts, **options) for _ in range(depth)))
 
 
@@ -105,12 +105,11 @@ def cartesian(*, top_k: int = 2, num_shared_experts: int = 1, balance: float = 1
     }
 
 
+@checked
 def multi_head_moe(
-    hidden_size: int, intermediate_size: int, num_experts: int, *, heads: int, **options: Any
+    hidden_size: int, intermediate_size: int, num_experts: int, *, heads: Size, **options: Any
 ) -> MultiHeadMoE:
     """MultiHeadMoE around an MoE of hidden_size / heads."""
-    if heads < 1 or hidden_size % heads:
-        raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
     moe = MoE(hidden_size // heads, intermediate_size, num_experts, **options)
     return MultiHeadMoE(moe, hidden_size, heads, **_device(options))
 

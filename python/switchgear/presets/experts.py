@@ -10,8 +10,7 @@ from switchgear.checks import checked
 from switchgear.papers.parts.controllers import CapacityByKind
 from switchgear.papers.parts.losses import ChoiceLoss, EntropyLoss, NullAwareSwitchLoss, ParamPenalty
 from switchgear.papers.parts.masks import Lookup
-from switchgear.papers.parts.scores import GatingResidual
-from switchgear.papers.parts.scores_of_experts import SparsityAware
+from switchgear.papers.parts.scores import GatingResidual, SparsityAware
 from switchgear.papers.parts.selections import DepthChoice
 from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
 from switchgear.routing import Capacity, TopK, TopP

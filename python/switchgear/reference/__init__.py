@@ -16,10 +16,21 @@ Letters: T tokens · K top_k · E experts · H hidden_size · I intermediate_siz
 Errors: ValueError, or TypeError for a dtype, with the argument, what was expected and what was passed.
 """
 
-from switchgear.reference.activations import *
-from switchgear.reference.checks import *
-from switchgear.reference.layer import *
-from switchgear.reference.policies import *
-from switchgear.reference.products import *
-from switchgear.reference.routing import *
-from switchgear.reference.stages import *
+from switchgear.reference import activations, checks, layer, policies, products, routing, stages
+from switchgear.reference.activations import *  # noqa: F403
+from switchgear.reference.checks import *  # noqa: F403
+from switchgear.reference.layer import *  # noqa: F403
+from switchgear.reference.policies import *  # noqa: F403
+from switchgear.reference.products import *  # noqa: F403
+from switchgear.reference.routing import *  # noqa: F403
+from switchgear.reference.stages import *  # noqa: F403
+
+__all__ = [
+    *activations.__all__,
+    *checks.__all__,
+    *layer.__all__,
+    *policies.__all__,
+    *products.__all__,
+    *routing.__all__,
+    *stages.__all__,
+]

@@ -12,13 +12,7 @@ from torch import Tensor
 from switchgear.checks import Finite, NotNegative, OneOf, checked
 from switchgear.reference.checks import Floats, wide
 
-__all__ = [
-    "ACTIVATIONS",
-    "activate",
-    "glu",
-    "glu_backward",
-    "halves",
-]
+__all__ = ["ACTIVATIONS", "activate", "glu", "glu_backward", "halves"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
 Activation = Annotated[str, OneOf(ACTIVATIONS)]

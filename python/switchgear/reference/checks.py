@@ -16,19 +16,17 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from switchgear.checks import Range, convert, integer
+from switchgear.checks import OneOf, Range, Shape, convert
 
 __all__ = [
-    "check_choice",
-    "check_finite",
-    "check_fraction",
-    "check_num_experts",
-    "check_range",
-    "check_size",
-    "check_slots",
-    "weight_dtype",
-    "wide",
-]
+    "check_choice", "check_finite", "check_fraction", "check_num_experts", "check_range", "check_size", "check_slots",
+    "weight_dtype", "wide",
+]  # fmt: skip
+
+__all__ = [
+    "check_choice", "check_finite", "check_fraction", "check_num_experts", "check_range", "check_size", "check_slots",
+    "weight_dtype", "wide",
+]  # fmt: skip
 
 MAX_EXPERTS = 1 << 24  # of a plan, whose memory grows with them; far more than the millions of any model
 NumExperts = Annotated[int, Range(1, MAX_EXPERTS)]
@@ -39,18 +37,21 @@ NumExperts = Annotated[int, Range(1, MAX_EXPERTS)]
 
 class Numbers:
     """A tensor's dtype and sizes. dtype: one of torch's; "any float", of at least 16 bits; "float", the same in all
-    arguments; or "sum", that of sums of these. Sizes: a name for the same size in all arguments, or None for any; only
-    the first may be 0."""
+    arguments; or "sum", that of sums of these. Sizes: as of Shape; only the first may be 0."""
 
-    def __init__(self, dtype: torch.dtype | str, *sizes: str | None) -> None:
+    def __init__(self, dtype: torch.dtype | str, *sizes: int | str | None) -> None:
         self.dtype, self.sizes = dtype, sizes
 
     def check(self, name: str, value: Tensor, sizes: dict[str, Any]) -> None:
         dtype: Any = self.dtype
         if isinstance(dtype, str):
             dtype = {"any float": None, "float": (one := sizes.get("dtype")), "sum": one and weight_dtype(one)}[dtype]
-        check(name, value, [None if size is None else sizes.get(size) for size in self.sizes], dtype)
-        sizes.update({size: got for size, got in zip(self.sizes, value.shape, strict=True) if size is not None})
+        is_right = value.dtype == dtype if dtype is not None else value.is_floating_point() and value.itemsize > 1
+        if not is_right:
+            raise TypeError(f"{name}: expected {dtype or 'a floating dtype'}, got {value.dtype}")
+        Shape(*self.sizes).check(name, value, sizes)
+        if 0 in value.shape[1:]:
+            raise ValueError(f"{name}: expected sizes of at least 1, got {list(value.shape)}")
         if self.dtype == "float":
             sizes["dtype"] = value.dtype
 
@@ -78,23 +79,14 @@ TopkWeights = Annotated[Tensor, Sums("T", "K")]
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    OneOf(choices).check(name, value, {})
 
 
 def check(name: str, tensor: Tensor | None, shape: Sequence[int | None], dtype: torch.dtype | None = None) -> None:
     """Checks that `tensor` has `shape` (None: any size) and `dtype` (None: any floating dtype). Only its first size may
     be 0. None passes."""
-    if tensor is None:
-        return
-    if tensor.dtype != dtype if dtype is not None else not (tensor.is_floating_point() and tensor.itemsize > 1):
-        raise TypeError(f"{name}: expected {dtype or 'a floating dtype'}, got {tensor.dtype}")
-    wanted = [got if want is None else want for want, got in zip(shape, tensor.shape, strict=False)]
-    if tensor.dim() != len(shape) or wanted != list(tensor.shape):
-        sizes = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape [{sizes}], got {list(tensor.shape)}")
-    if 0 in tensor.shape[1:]:
-        raise ValueError(f"{name}: expected sizes of at least 1, got {list(tensor.shape)}")
+    if tensor is not None:
+        Numbers(dtype or "any float", *shape).check(name, tensor, {})
 
 
 def check_range(name: str, indices: Tensor, low: int, high: int) -> None:
@@ -122,10 +114,8 @@ def check_experts(experts: Tensor | None, num_experts: int) -> None:
 def check_size(name: str, value: int, least: int = 1) -> int:
     """A size of at least `least`, of any type of integers (numpy's too), as int. Raises TypeError or ValueError for
     anything else."""
-    value = integer(name, value)
-    if not least <= value < 2**31:
-        raise ValueError(f"{name}: expected {least} to 2^31 - 1, got {value}")
-    return value
+    size: int = convert(name, value, Annotated[int, Range(least, 2**31 - 1)])
+    return size
 
 
 def check_num_experts(num_experts: int) -> None:
@@ -133,14 +123,12 @@ def check_num_experts(num_experts: int) -> None:
 
 
 def check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    Range(-math.inf, math.inf, "low high").check(name, value, {})
 
 
 def check_fraction(name: str, value: float) -> None:
     """Checks a probability or a share that 1 would make meaningless."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+    Range(0, 1, "high").check(name, value, {})
 
 
 def weight_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -76,11 +76,11 @@ class Stored(NamedTuple):
     group_size: int
     element_bytes: int
     data: Tensor
-    scales: Tensor | None
-    row_scales: Tensor | None
-    zeros: Tensor | None
-    records: Tensor | None
-    slots: Tensor | None
+    scales: Any  # Tensor | None, as are the others
+    row_scales: Any
+    zeros: Any
+    records: Any
+    slots: Any
 
     @property
     def num_stored(self) -> int:
@@ -97,15 +97,6 @@ def fields_of(form: Sequence[int]) -> tuple[str, ...]:
     """The names of the tensors; the first is `data`."""
     fields = form[5] if form else 0
     return ("data", *(field for bit, field in enumerate(FIELDS) if fields >> bit & 1))
-
-
-def num_experts_of(tensors: Sequence[Tensor], form: Sequence[int]) -> int:
-    """E of a weight."""
-    has_slots = bool(form) and form[5] >> FIELDS.index("slots") & 1
-    if has_slots:
-        return tensors[-1].shape[0]
-    has_records = bool(form) and form[5] >> FIELDS.index("records") & 1
-    return tensors[-1 if has_records else 0].shape[0]
 
 
 def take_apart(name: str, tensors: Sequence[Tensor], form: Sequence[int]) -> Stored:
@@ -197,7 +188,7 @@ def _explain_group_size(stored: Stored) -> str | None:
 
 def _list_tensors(stored: Stored) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Shape after the first dimension, and dtype, of each tensor of a weight in blocks of rows."""
-    cols, block = stored.cols, integers.BLOCK_ROWS
+    cols, block = stored.cols, minifloat.ROWS
     blocks = stored.parts * divide_up(stored.rows // stored.parts, block)
     scales = (blocks, divide_up(cols, stored.group_size or cols), block)
     tensors = {
@@ -237,20 +228,12 @@ def _in_order(stored: Stored) -> Stored:
 
 
 def _in_groups(stored: Stored) -> groups.Blocks:
-    assert stored.scales is not None
-    assert stored.records is not None
     return groups.Blocks(stored.data, stored.scales, stored.zeros, stored.records)
 
 
-def _quantized(stored: Stored) -> integers.Quantized:
-    assert stored.scales is not None
-    assert stored.row_scales is not None
-    return integers.Quantized(stored.data, stored.scales, stored.row_scales, stored.zeros)
-
-
 def _levels(stored: Stored) -> integers.Levels:
-    sizes = (stored.rows, stored.cols, BITS[stored.format], stored.parts)
-    return integers.from_blocks(_quantized(stored), *sizes)
+    blocks = integers.Quantized(stored.data, stored.scales, stored.row_scales, stored.zeros)
+    return integers.from_blocks(blocks, stored.rows, stored.cols, BITS[stored.format], stored.parts)
 
 
 def decode(tensors: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -272,13 +255,11 @@ def decode(tensors: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype) -
 
 def _decode_minifloat(stored: Stored) -> Tensor:
     """The weight in float32, exactly."""
-    assert stored.scales is not None
-    group = (1, stored.group_size)  # scales are stored for each row
-    sizes = (stored.rows, stored.cols, stored.parts)
-    values, scales = minifloat.from_blocks(stored.data, stored.scales, stored.format, *sizes, group)
+    cols, parts, group = stored.cols, stored.parts, (1, stored.group_size)  # scales are stored for each row
+    values, scales = minifloat.from_blocks(stored.data, stored.scales, stored.format, stored.rows, cols, parts, group)
     if stored.format == "nf4":
-        return nf4.decode_nf4(values, scales, stored.cols)
-    return minifloat.decode(stored.format, values, scales, stored.row_scales, *sizes, group)
+        return nf4.decode_nf4(values, scales, cols)
+    return minifloat.decode(stored.format, values, scales, stored.row_scales, cols, parts, group)
 
 
 def multiply_integers(rows: Tensor, tensors: Sequence[Tensor], form: Sequence[int], expert_offsets: Tensor) -> Tensor:

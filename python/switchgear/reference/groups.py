@@ -19,13 +19,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from switchgear.reference.checks import divide_up
-from switchgear.reference.integers import inverse
-from switchgear.reference.minifloat import COLUMNS, ROWS, finite_experts, row_slices
+from switchgear.reference.integers import inverse, present_columns, slice_rows
+from switchgear.reference.minifloat import (
+    COLUMNS,
+    ROWS,
+    finite_experts,
+    from_row_blocks,
+    row_slices,
+    to_row_blocks,
+)
 
 MOST_BITS = 4
 PLANE = ROWS * COLUMNS // 8  # bytes of a step for each bit
 _SPLIT = 15  # of 16 codes of 3 bits, the one whose bits are apart
-_SLICE = 2**17  # elements at a time, of one expert or of several small ones, whose intermediate results fit in a cache
 # Fractions of the range to try for scales: clipping the extremes reduces the error of a group.
 _SHARES = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 _SHARES_OF_ENDS = tuple(itertools.product((1.0, 0.85, 0.7, 0.55), repeat=2))
@@ -62,39 +68,23 @@ def quantize(
     """
     num_experts, rows, columns = weight.shape
     size = group_size or max(columns, 1)
-    groups = divide_up(columns, size)
-    present = (torch.arange(groups * size, device=weight.device) < columns).view(groups, size)
     q = weight.new_empty(weight.shape, dtype=torch.uint8)
-    scales = weight.new_empty(num_experts, rows, groups, dtype=torch.float16)
+    scales = weight.new_empty(num_experts, rows, divide_up(columns, size), dtype=torch.float16)
     zeros = None if symmetric else weight.new_zeros(scales.shape, dtype=torch.uint8)
-    q_rows, scale_rows = q.flatten(0, 1), scales.flatten(0, 1)
-    zero_rows = None if zeros is None else zeros.flatten(0, 1)
-    rows_at_once = max(_SLICE // max(columns, 1), 64)
-    experts_at_once = max(rows_at_once // max(rows, 1), 1)
-    alike = itertools.groupby(
-        enumerate(finite_experts(weight, name)), lambda item: (bits[item[0]], item[0] // experts_at_once)
-    )
-    for (some_bits, _), group in alike:
-        experts, matrices = zip(*group, strict=True)
-        matrix = torch.cat(matrices) if len(experts) > 1 else matrices[0]  # [n·N,C]
-        begin = experts[0] * rows
-        for part in row_slices(matrix, rows_at_once):
-            some = slice(begin, begin + len(part))
-            begin = some.stop
-            plain = part.contiguous()  # sums of a transposed weight would have another order
-            w = pad(plain, (0, groups * size - columns)).view(-1, groups, size)
-            scale, zero = fit(w, present, some_bits, symmetric)
-            q_rows[some] = round_to_levels(w, scale, zero, some_bits).flatten(1)[:, :columns]
-            scale_rows[some] = scale
-            if zero_rows is not None and some_bits > 1:
-                zero_rows[some] = zero
-        for expert, own in zip(experts, matrices, strict=True):
-            if not bool(scales[expert].isfinite().all()):
-                raise ValueError(f"{name}: expected weights whose scales fit float16, those of expert {expert} do not")
-            if not bool(scales[expert].any()) and bool(own.any()):
-                raise ValueError(
-                    f"{name}: expected weights whose scales fit float16, those of expert {expert} would all be zero"
-                )
+    present = present_columns(columns, size, weight.device)
+    for some, some_bits, w in slice_rows(finite_experts(weight, name), weight.shape, bits, size):
+        scale, zero = fit(w, present, some_bits, symmetric)
+        q.flatten(0, 1)[some] = round_to_levels(w, scale, zero, some_bits).flatten(1)[:, :columns]
+        scales.flatten(0, 1)[some] = scale
+        if zeros is not None and some_bits > 1:
+            zeros.flatten(0, 1)[some] = zero
+    for expert, (own, plain) in enumerate(zip(scales, weight, strict=True)):
+        if not bool(own.isfinite().all()):
+            raise ValueError(f"{name}: expected weights whose scales fit float16, those of expert {expert} do not")
+        if not bool(own.any()) and bool(plain.any()):
+            raise ValueError(
+                f"{name}: expected weights whose scales fit float16, those of expert {expert} would all be zero"
+            )
     return Levels(q, scales, zeros, tuple(bits))
 
 
@@ -197,18 +187,6 @@ def _unpack(data: Tensor, bits: int) -> Tensor:
     return q.to(torch.uint8).permute(0, 2, 1, 3, 4).reshape(blocks, ROWS, steps * COLUMNS)
 
 
-def _in_blocks(matrix: Tensor, parts: int, fill: int = 0) -> Tensor:
-    """[N,D] -> [parts·B, 16, D]; pads each part."""
-    rows, depth = matrix.shape
-    shares = matrix.view(parts, rows // parts, depth)
-    return pad(shares, (0, 0, 0, -shares.shape[1] % ROWS), value=fill).view(-1, ROWS, depth)
-
-
-def _from_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
-    shares = blocks.reshape(parts, -1, blocks.shape[2])
-    return shares[:, : rows // parts].reshape(rows, blocks.shape[2])
-
-
 def to_blocks(levels: Levels, parts: int = 1) -> Blocks:
     """Reorders levels into the storage that kernels read."""
     num_experts, rows, columns = levels.q.shape
@@ -219,14 +197,14 @@ def to_blocks(levels: Levels, parts: int = 1) -> Blocks:
     first = 0
     for expert, bits in enumerate(levels.bits):
         zero = 1 << (bits - 1)  # of code 0, with which storage is padded
-        q = _in_blocks(pad(levels.q[expert], (0, steps * COLUMNS - columns), value=zero), parts, zero)
+        q = to_row_blocks(pad(levels.q[expert], (0, steps * COLUMNS - columns), value=zero), parts, zero)
         record = data[first : first + bits].view(blocks, steps, bits * PLANE)
         for some, out in zip(row_slices(q, 4), row_slices(record, 4), strict=True):
             out.copy_(_pack(some, bits))
         first += bits
-        scales[expert] = _in_blocks(levels.scales[expert], parts).mT
+        scales[expert] = to_row_blocks(levels.scales[expert], parts).mT
         if zeros is not None and levels.zeros is not None:
-            zeros[expert] = _in_blocks(levels.zeros[expert], parts).mT
+            zeros[expert] = to_row_blocks(levels.zeros[expert], parts).mT
     return Blocks(data, scales, zeros, records_of(levels.bits))
 
 
@@ -237,12 +215,12 @@ def from_blocks(weight: Blocks, rows: int, columns: int, parts: int = 1) -> Leve
     q = weight.data.new_empty(len(records), rows, columns, dtype=torch.uint8)
 
     def by_row(tensor: Tensor) -> Tensor:
-        return torch.stack([_from_blocks(one.mT, rows, parts) for one in tensor])
+        return torch.stack([from_row_blocks(one.mT, rows, parts) for one in tensor])
 
     for expert, (first, bits) in enumerate(records):
         record = weight.data[first].as_strided((blocks, steps, bits * PLANE), (steps * bits * PLANE, bits * PLANE, 1))
         unpacked = torch.cat([_unpack(some, bits) for some in row_slices(record, 4)])
-        q[expert] = _from_blocks(unpacked, rows, parts)[:, :columns]
+        q[expert] = from_row_blocks(unpacked, rows, parts)[:, :columns]
     return Levels(
         q, by_row(weight.scales), None if weight.zeros is None else by_row(weight.zeros), tuple(b for _, b in records)
     )

@@ -10,15 +10,17 @@ Weights are symmetric if all zeros are 128; zeros are then not stored. group_siz
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from switchgear.reference.checks import divide_up
+from switchgear.reference.minifloat import ROWS, from_row_blocks, row_slices, to_row_blocks
 from switchgear.reference.stages import segments
 
-BLOCK_ROWS = 16
 ACTIVATION_BLOCK = 256  # columns of activations that share a scale, if groups of weights are not larger
 SMALLEST = 2.0**-100  # smaller blocks of activations become zero: their scale has no inverse
 
@@ -72,26 +74,47 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, name: 
     scales = weight.new_empty(num_experts, rows, groups, dtype=torch.int8)
     row_scales = weight.new_empty(num_experts, rows, dtype=torch.float32)
     zeros = None if symmetric else weight.new_empty(scales.shape, dtype=torch.uint8)
-    present = (torch.arange(groups * size, device=weight.device) < columns).view(groups, size)  # false: padding
-    rows_at_once = max(_SLICE // max(columns, 1), 64)
-    experts_at_once = max(rows_at_once // max(rows, 1), 1)
-    for expert, row in itertools.product(range(0, num_experts, experts_at_once), range(0, rows, rows_at_once)):
-        some = slice(expert, expert + experts_at_once), slice(row, row + rows_at_once)
-        plain = weight[some].float().contiguous()  # sums of a transposed weight would have another order
-        w = torch.nn.functional.pad(plain, (0, groups * size - columns)).view(-1, groups, size)
+    present = present_columns(columns, size, weight.device)
+    for some, _, w in slice_rows(map(Tensor.float, weight), weight.shape, [bits] * num_experts, size):
         scale, zero = _fit(w, present, bits, symmetric)
         # Scales as multiples of the row's largest over 127; a single group needs no rounding.
         largest = scale.abs().amax(1, keepdim=True)
         unit = largest if groups == 1 else largest / 127
         code = (scale * inverse(unit)).round_()
         levels = _levels(w, code * unit, zero, bits, symmetric)
-        shape = plain.shape[:2]
-        q[some] = levels.flatten(1)[:, :columns].to(torch.uint8).view(*shape, columns)
-        scales[some] = code.to(torch.int8).view(*shape, groups)
-        row_scales[some] = unit.view(shape)
+        q.flatten(0, 1)[some] = levels.flatten(1)[:, :columns].to(torch.uint8)
+        scales.flatten(0, 1)[some] = code.to(torch.int8).flatten(1)
+        row_scales.flatten()[some] = unit.flatten()
         if zeros is not None:
-            zeros[some] = (zero * 2 ** (8 - bits)).to(torch.uint8).view(*shape, groups)
+            zeros.flatten(0, 1)[some] = (zero * 2 ** (8 - bits)).to(torch.uint8).flatten(1)
     return Levels(q, scales, row_scales, zeros)
+
+
+def present_columns(columns: int, size: int, device: torch.device) -> Tensor:
+    """[G,size]: false for the padding of the last group of `size` columns."""
+    groups = divide_up(columns, size)
+    return (torch.arange(groups * size, device=device) < columns).view(groups, size)
+
+
+def slice_rows(
+    matrices: Iterable[Tensor], shape: Sequence[int], bits: Sequence[int], size: int
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """Rows to quantize at once, of one expert or of several small ones with the same bits, so that intermediate results
+    fit in a cache: their places in [E·N], their bits, and the rows in groups of `size` columns, [R,G,size].
+
+    matrices: [N,C] float32 of each expert of a weight of this shape.
+    """
+    _, rows, columns = shape
+    rows_at_once = max(_SLICE // max(columns, 1), 64)
+    experts_at_once = max(rows_at_once // max(rows, 1), 1)
+    runs = itertools.groupby(enumerate(matrices), lambda item: (bits[item[0]], item[0] // experts_at_once))
+    for (some_bits, _), run in runs:
+        experts, found = zip(*run, strict=True)
+        begin = experts[0] * rows
+        for part in row_slices(torch.cat(found) if len(found) > 1 else found[0], rows_at_once):
+            plain = pad(part.contiguous(), (0, -columns % size))  # sums of other strides have another order
+            yield slice(begin, begin + len(part)), some_bits, plain.view(len(part), -1, size)
+            begin += len(part)
 
 
 def _levels(w: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
@@ -162,53 +185,36 @@ def dequantize(levels: Levels, bits: int, group_size: int) -> Tensor:
 # ---- storage ---------------------------------------------------------------------------------------------------------
 
 
-def _pad_rows(tensor: Tensor, parts: int) -> Tensor:
-    """[E,N,D] -> [E, parts·B, 16, D]; pads each part with zeros."""
-    num_experts, rows, depth = tensor.shape
-    part_rows = rows // parts
-    blocks = divide_up(part_rows, BLOCK_ROWS)
-    padded = tensor.new_zeros(num_experts, parts, blocks * BLOCK_ROWS, depth)
-    padded[:, :, :part_rows] = tensor.reshape(num_experts, parts, part_rows, depth)
-    return padded.view(num_experts, parts * blocks, BLOCK_ROWS, depth)
-
-
-def _unpad_rows(blocks: Tensor, rows: int, parts: int) -> Tensor:
-    num_experts, _, _, depth = blocks.shape
-    return blocks.reshape(num_experts, parts, -1, depth)[:, :, : rows // parts].reshape(num_experts, rows, depth)
-
-
 def to_blocks(levels: Levels, bits: int, parts: int) -> Quantized:
     """Reorders levels into the blocks that kernels read."""
-    q = levels.q
-    padded = torch.nn.functional.pad(q, (0, divide_up(q.shape[2], 8) * 8 - q.shape[2]))
-    blocks = _pad_rows(padded, parts)
+    blocks = to_row_blocks(pad(levels.q, (0, -levels.q.shape[2] % 8)), parts)
     halves = blocks.view(*blocks.shape[:3], -1, 8 // bits, 4)  # E, B, 16 rows, words, halves, 4 columns
     values = halves[..., 0, :] if bits == 8 else halves[..., 0, :] | halves[..., 1, :] << 4
 
     def by_group(tensor: Tensor) -> Tensor:
-        return _pad_rows(tensor, parts).transpose(2, 3).contiguous()
+        return to_row_blocks(tensor, parts).mT.contiguous()
 
     return Quantized(
         values.transpose(2, 3).flatten(3).contiguous(),
         by_group(levels.scales),
-        _pad_rows(levels.row_scales[..., None], parts).squeeze(-1),
+        to_row_blocks(levels.row_scales[..., None], parts).squeeze(-1),
         None if levels.zeros is None else by_group(levels.zeros),
     )
 
 
 def from_blocks(weight: Quantized, rows: int, columns: int, bits: int, parts: int) -> Levels:
     """The inverse of to_blocks."""
-    values = weight.values.view(*weight.values.shape[:3], BLOCK_ROWS, 4).transpose(2, 3)  # E, B, 16 rows, words, 4
+    values = weight.values.view(*weight.values.shape[:3], ROWS, 4).transpose(2, 3)  # E, B, 16 rows, words, 4
     if bits == 4:
         values = torch.stack((values & 15, values >> 4), -2)
 
     def by_row(tensor: Tensor) -> Tensor:
-        return _unpad_rows(tensor.transpose(2, 3), rows, parts)
+        return from_row_blocks(tensor.mT, rows, parts)
 
     return Levels(
-        _unpad_rows(values.flatten(3), rows, parts)[..., :columns].contiguous(),
+        from_row_blocks(values.flatten(3), rows, parts)[..., :columns].contiguous(),
         by_row(weight.scales),
-        _unpad_rows(weight.row_scales[..., None], rows, parts).squeeze(-1),
+        from_row_blocks(weight.row_scales[..., None], rows, parts).squeeze(-1),
         None if weight.zeros is None else by_row(weight.zeros),
     )
 
@@ -229,7 +235,7 @@ def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """
     columns = x.shape[1]
     count = divide_up(columns, block)
-    x = torch.nn.functional.pad(x.float(), (0, count * block - columns)).view(-1, count, block)
+    x = pad(x.float(), (0, count * block - columns)).view(-1, count, block)
     largest = x.abs().amax(-1)
     finite = largest.isfinite()
     inverse = torch.where(finite & (largest >= SMALLEST), torch.full_like(largest, 127) / largest, 0)  # one rounding

@@ -40,14 +40,7 @@ from switchgear.reference.formats import check_weight, decode, format_of
 from switchgear.reference.products import gemm, multiply, sum_rows, wgrad_of
 from switchgear.reference.stages import combine, gather_rows, plan, rows_of, segments, to_slots
 
-__all__ = [
-    "GluOptions",
-    "Layer",
-    "keeps",
-    "moe_accumulate",
-    "moe_backward",
-    "moe_forward",
-]
+__all__ = ["GluOptions", "Layer", "keeps", "moe_accumulate", "moe_backward", "moe_forward"]
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
@@ -217,28 +210,16 @@ def _mix(number: Tensor) -> Tensor:
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
-def _check_trained(name: str, form: Sequence[int], need: bool) -> None:
-    if form and need:
-        raise ValueError(f"{name}: expected plain weights for their gradients, got {format_of(form)}")
-
-
 def empty_gradient(weight: Tensor, experts: Tensor | None) -> Tensor:
     """The gradient of a weight [E,…], or of its `experts`, uninitialised, in the memory order of the weight."""
     return torch.empty_like(weight if experts is None else weight[: experts.shape[0]])
 
 
-class _Rows(NamedTuple):
-    """What moe_forward and moe_accumulate sum."""
-
-    h: Tensor  # [S,N], wide
-    permuted_y: Tensor  # [S,H], wide
-    plan: tuple[Tensor, Tensor, Tensor]
-
-
 def _check_layer(x: Tensor, layer: Layer) -> tuple[tuple[int, int], AppliedAdapter | None, AppliedAdapter | None]:
     """Checks what annotations do not say: the sizes of weights, biases and adapters. Returns E, N and adapters."""
-    sizes = check_weight("gate_up_proj", layer.gate_up_proj, layer.gate_up_form, (None, None, x.shape[1]), x.dtype)
+    sizes = check_weight("gate_up_proj", layer.gate_up_proj, layer.gate_up_form, (None, None, None), x.dtype)
     num_experts, width, hidden_size = sizes
+    check("x", x, (None, hidden_size))
     size = find_intermediate_size("gate_up_proj", width, layer.activation, layer.gated)
     down_sizes = (num_experts, hidden_size, size)
     check_weight("down_proj", layer.down_proj, layer.down_form, down_sizes, x.dtype)
@@ -252,8 +233,8 @@ def _check_layer(x: Tensor, layer: Layer) -> tuple[tuple[int, int], AppliedAdapt
     )
 
 
-def _rows(x: Tensor, layer: Layer) -> _Rows:
-    """The layer up to the sum over a token's experts."""
+def _multiply_rows(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The layer up to the sum over a token's experts: h [S,N] and permuted_y [S,H], wide, and the plan."""
     (num_experts, _), first, second = _check_layer(x, layer)
     slots = plan(layer.topk_ids, num_experts)
     expert_offsets, token_indices, _ = slots
@@ -265,7 +246,7 @@ def _rows(x: Tensor, layer: Layer) -> _Rows:
     permuted_y = multiply(a, x.dtype, layer.down_proj, layer.down_form, layer.down_bias, expert_offsets)
     if second is not None:
         permuted_y += second.term(a, expert_offsets)
-    return _Rows(h, permuted_y, slots)
+    return h, permuted_y, slots
 
 
 @checked
@@ -276,7 +257,7 @@ def moe_forward(x: Rows, layer: CheckedLayer, save_h: bool) -> tuple[Tensor, Ten
     as a part of W. Integer weights are multiplied by activations rounded to int8: x, and a = glu(h) after rounding to
     the dtype of x. Adapters are multiplied by x and a themselves.
     """
-    h, permuted_y, slots = _rows(x, layer)
+    h, permuted_y, slots = _multiply_rows(x, layer)
     y = combine(permuted_y, *slots, layer.topk_weights)
     return y.to(x.dtype), h.to(x.dtype) if save_h else x.new_empty(0, h.shape[1])
 
@@ -289,11 +270,11 @@ def moe_accumulate(x: Rows, layer: CheckedLayer, sums: Annotated[Tensor, Sums("T
     those before. So calls whose topk_ids are -1 except in disjoint ranges of experts, ascending from call to call, add
     as one call with all of them does.
     """
-    rows = _rows(x, layer)
+    _, permuted_y, planned = _multiply_rows(x, layer)
     order = layer.topk_ids.argsort(dim=-1, stable=True)
-    slot_indices, weights = rows.plan[2].gather(1, order), layer.topk_weights.gather(1, order)
+    slot_indices, weights = planned[2].gather(1, order), layer.topk_weights.gather(1, order)
     for slots, weight in zip(slot_indices.unbind(1), weights.unbind(1), strict=True):
-        term = weight[:, None] * gather_rows(rows.permuted_y, slots)
+        term = weight[:, None] * gather_rows(permuted_y, slots)
         sums += term.masked_fill(slots[:, None] < 0, 0)
 
 
@@ -332,8 +313,9 @@ def moe_backward(
     check_experts(experts, num_experts)
     needs = (*needs, *[False] * (10 - len(needs)))
     need_x, need_gate_up, need_down, need_gate_up_bias, need_down_bias, need_weights, *need_adapters = needs
-    _check_trained("gate_up_proj", gate_up_form, need_gate_up)
-    _check_trained("down_proj", down_form, need_down)
+    for name, form, need in (("gate_up_proj", gate_up_form, need_gate_up), ("down_proj", down_form, need_down)):
+        if form and need:
+            raise ValueError(f"{name}: expected plain weights for their gradients, got {format_of(form)}")
     gate_up = decode(layer.gate_up_proj, gate_up_form, x.dtype)
     down = decode(layer.down_proj, down_form, x.dtype)
     expert_offsets, token_indices, slot_indices = plan(topk_ids, num_experts)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from switchgear.checks import checked
-from switchgear.reference.checks import divide_up
+from switchgear.checks import OneOf, checked
+from switchgear.reference.checks import check, divide_up
 
 ROWS, COLUMNS = 16, 32  # of a step of the stored layout; mxfp4: 32 columns share a scale
 BLOCK = (128, 128)  # rows and columns that share a scale of fp8
@@ -134,10 +134,11 @@ def _check_parts(rows: int, parts: int) -> None:
         raise ValueError(f"parts: expected a divisor of N={rows}, got {parts}")
 
 
-def _split_parts(matrix: Tensor, parts: int, multiple: int) -> Tensor:
-    """[N,C] -> [parts, N/parts, C]; pads each part with rows of zeros to a multiple."""
-    shares = matrix.view(parts, matrix.shape[0] // parts, matrix.shape[1])
-    return pad_zeros(shares, rows=-shares.shape[1] % multiple)
+def split_parts(matrix: Tensor, parts: int, multiple: int, fill: int = 0) -> Tensor:
+    """[...,N,C] -> [..., parts, N/parts, C]; pads each part with rows of `fill` to a multiple."""
+    shares = matrix.unflatten(-2, (parts, matrix.shape[-2] // parts))
+    missing = -shares.shape[-2] % multiple
+    return pad(shares, (0, 0, 0, missing), value=fill) if missing else shares
 
 
 def finite_experts(weight: Tensor, name: str) -> Iterator[Tensor]:
@@ -152,24 +153,22 @@ def finite_experts(weight: Tensor, name: str) -> Iterator[Tensor]:
 
 
 def encode_experts(
-    weight: Tensor, name: str, encode: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
-    """Values and scales of each matrix of a weight; `encode` makes those of some rows [n,C]."""
-
-    def of_matrix(w: Tensor) -> tuple[Tensor, Tensor]:
-        values, scales = zip(*map(encode, row_slices(w)), strict=True)
-        return torch.cat(values), torch.cat(scales)
-
-    return [of_matrix(w) for w in finite_experts(weight, name)]
-
-
-def encoded(weight: Tensor, matrices: list[tuple[Tensor, Tensor]], decode: Callable[..., Tensor]) -> Encoded:
-    values, scales = (torch.stack(tensors) for tensors in zip(*matrices, strict=True))
+    weight: Tensor, name: str, encode: Callable[[Tensor], tuple[Tensor, ...]], decode: Callable[..., Tensor]
+) -> tuple[list[Tensor], bool]:
+    """The tensors that `encode` makes of each matrix [N,C] of a weight, stacked, and whether `decode` of them gives the
+    weight, bit for bit."""
+    matrices = [encode(w) for w in finite_experts(weight, name)]
     lossless = all(
-        torch.equal(_bits(decode(v[None], s[None])[0].to(weight.dtype)), _bits(plain))
-        for v, s, plain in zip(values, scales, weight, strict=True)
+        torch.equal(_bits(decode(*(tensor[None] for tensor in tensors))[0].to(weight.dtype)), _bits(plain))
+        for tensors, plain in zip(matrices, weight, strict=True)
     )
-    return Encoded(values, scales, lossless)
+    return [torch.stack(tensors) for tensors in zip(*matrices, strict=True)], lossless
+
+
+def encode_rows(w: Tensor, encode: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Values and scales of a matrix; `encode` makes those of some rows [n,C]."""
+    values, scales = zip(*map(encode, row_slices(w)), strict=True)
+    return torch.cat(values), torch.cat(scales)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -195,15 +194,15 @@ def encode_fp8(weight: Tensor, group: Group = BLOCK, parts: int = 1, name: str =
     def encode(w: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = w.shape
         size = group[1] or max(columns, 1)
-        padded = pad_zeros(_split_parts(w, parts, group[0]), -columns % size)
+        padded = pad_zeros(split_parts(w, parts, group[0]), -columns % size)
         tiles = padded.view(parts, padded.shape[1] // group[0], group[0], padded.shape[2] // size, size)
         amax = tiles.abs().amax((2, 4), keepdim=True)
         scale = torch.where(amax == 0, 1.0, (amax / FP8_MAX).clamp_(min=SMALLEST_SCALE))
         codes = e4m3_codes(tiles / scale).view(padded.shape)[:, : rows // parts, :columns]
         return codes.reshape(rows, columns), scale[:, :, 0, :, 0].flatten(0, 1)
 
-    matrices = [encode(w) for w in finite_experts(weight, name)]
-    return encoded(weight, matrices, lambda values, scales: decode_fp8(values, scales, group, parts))
+    (values, scales), lossless = encode_experts(weight, name, encode, lambda v, s: decode_fp8(v, s, group, parts))
+    return Encoded(values, scales, lossless)
 
 
 def encode_mxfp4(weight: Tensor, name: str = "weight") -> Encoded:
@@ -233,8 +232,10 @@ def encode_mxfp4(weight: Tensor, name: str = "weight") -> Encoded:
         codes = torch.where(halve[..., None], halves, codes)
         return codes[..., ::2] | codes[..., 1::2] << 4, (scale + halve).to(torch.uint8)
 
-    matrices = encode_experts(weight, name, encode)
-    return encoded(weight, matrices, lambda blocks, scales: decode_mxfp4(blocks, scales, weight.shape[2]))
+    (values, scales), lossless = encode_experts(
+        weight, name, lambda w: encode_rows(w, encode), lambda v, s: decode_mxfp4(v, s, weight.shape[2])
+    )
+    return Encoded(values, scales, lossless)
 
 
 class EncodedNvfp4(NamedTuple):
@@ -264,25 +265,23 @@ def encode_nvfp4(weight: Tensor, parts: int = 1, name: str = "weight") -> Encode
     def encode_part(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         amax = w.abs().amax()
         whole = torch.where(amax == 0, 1.0, (amax / (MXFP4_VALUES[-1] * FP8_MAX)).clamp_(min=SMALLEST_SCALE))
-        values, scales = [], []
-        for rows in row_slices(w):
-            tiles = pad_zeros(rows, -columns % NVFP4_BLOCK).view(len(rows), -1, NVFP4_BLOCK)
-            scales.append(e4m3_codes(tiles.abs().amax(-1) / MXFP4_VALUES[-1] / whole))
-            factors = nvfp4_scales(scales[-1], whole)
-            codes = e2m1_codes(tiles / torch.where(factors == 0, torch.inf, factors)[..., None]).flatten(1)
-            values.append((codes[:, ::2] | codes[:, 1::2] << 4)[:, : divide_up(columns, 2)])
-        return torch.cat(values), torch.cat(scales), whole
 
-    matrices = []
-    for w in finite_experts(weight, name):
+        def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
+            tiles = pad_zeros(rows, -columns % NVFP4_BLOCK).view(len(rows), -1, NVFP4_BLOCK)
+            scales = e4m3_codes(tiles.abs().amax(-1) / MXFP4_VALUES[-1] / whole)
+            factors = nvfp4_scales(scales, whole)
+            codes = e2m1_codes(tiles / torch.where(factors == 0, torch.inf, factors)[..., None]).flatten(1)
+            return (codes[:, ::2] | codes[:, 1::2] << 4)[:, : divide_up(columns, 2)], scales
+
+        return *encode_rows(w, encode), whole
+
+    def encode_matrix(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, scales, wholes = zip(*map(encode_part, w.chunk(parts)), strict=True)
-        matrices.append((torch.cat(values), torch.cat(scales), torch.stack(wholes)))
-    lossless = all(
-        torch.equal(_bits(decode_nvfp4(v[None], s[None], t[None], columns)[0].to(weight.dtype)), _bits(plain))
-        for (v, s, t), plain in zip(matrices, weight, strict=True)
-    )
-    stacked = [torch.stack(tensors) for tensors in zip(*matrices, strict=True)]
-    return EncodedNvfp4(stacked[0], stacked[1], stacked[2], lossless)
+        return torch.cat(values), torch.cat(scales), torch.stack(wholes)
+
+    tensors, lossless = encode_experts(weight, name, encode_matrix, lambda v, s, t: decode_nvfp4(v, s, t, columns))
+    values, scales, tensor_scales = tensors
+    return EncodedNvfp4(values, scales, tensor_scales, lossless)
 
 
 # ---- decode ----------------------------------------------------------------------------------------------------------
@@ -351,20 +350,12 @@ def decode_nvfp4(
 
 
 def decode(
-    format: str,
-    values: Tensor,
-    scales: Tensor,
-    row_scales: Tensor | None,
-    rows: int,
-    columns: int,
-    parts: int,
-    group: tuple[int, int],
+    format: str, values: Tensor, scales: Tensor, row_scales: Any, columns: int, parts: int, group: tuple[int, int]
 ) -> Tensor:
     """Decodes published values and scales of a format of this file to [E,N,C], float32."""
     if format == "mxfp4":
         return decode_mxfp4(values, scales, columns)
     if format == "nvfp4":
-        assert row_scales is not None
         return decode_nvfp4(values, scales, from_row_scales(row_scales, parts), columns)
     return decode_fp8(values, scales, group, parts)
 
@@ -419,14 +410,15 @@ def _swap_nf4(bytes_: Tensor) -> Tensor:
     return (bytes_ << 4 | bytes_ >> 4) ^ 0x77
 
 
-def _to_rows_of_blocks(matrix: Tensor, parts: int) -> Tensor:
-    """[N,D] -> [parts·B, 16, D]; pads each part with rows of zeros."""
-    return _split_parts(matrix, parts, ROWS).view(-1, ROWS, matrix.shape[1])
+def to_row_blocks(matrix: Tensor, parts: int, fill: int = 0) -> Tensor:
+    """[...,N,D] -> [..., parts·B, 16, D]; pads each part with rows of `fill`."""
+    return split_parts(matrix, parts, ROWS, fill).flatten(-3, -2).unflatten(-2, (-1, ROWS))
 
 
-def _from_rows_of_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
-    shares = blocks.reshape(parts, blocks.shape[0] // parts * ROWS, blocks.shape[2])
-    return shares[:, : rows // parts].reshape(rows, blocks.shape[2])
+def from_row_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
+    """The inverse of to_row_blocks, [...,N,D]."""
+    shares = blocks.flatten(-3, -2).unflatten(-2, (parts, -1))
+    return shares[..., : rows // parts, :].flatten(-3, -2)
 
 
 def blocks_shape(rows: int, columns: int, format: str, parts: int = 1) -> tuple[int, int, int]:
@@ -476,8 +468,8 @@ def to_blocks(
     for expert in range(num_experts):
         matrix = values[expert].contiguous().view(torch.uint8).flatten(1)
         matrix = _swap_nf4(matrix) if format == "nf4" else matrix
-        pack(_to_rows_of_blocks(pad_zeros(matrix, width - matrix.shape[1]), parts), data[expert])
-        stored[expert] = _to_rows_of_blocks(scales[expert], parts).mT
+        pack(to_row_blocks(pad_zeros(matrix, width - matrix.shape[1]), parts), data[expert])
+        stored[expert] = to_row_blocks(scales[expert], parts).mT
     return data, stored
 
 
@@ -497,9 +489,9 @@ def from_blocks(
     by_row = scales.new_empty(num_experts, rows, scales.shape[2])
     unpack = _unpack_fp8 if format == "fp8" else _unpack_mxfp4
     for expert in range(num_experts):
-        matrix = _from_rows_of_blocks(unpack(data[expert]), rows, parts)
+        matrix = from_row_blocks(unpack(data[expert]), rows, parts)
         values[expert] = _swap_nf4(matrix[:, :width]) if format == "nf4" else matrix[:, :width]
-        by_row[expert] = _from_rows_of_blocks(scales[expert].mT, rows, parts)
+        by_row[expert] = from_row_blocks(scales[expert].mT, rows, parts)
     if format == "mxfp4":
         return values.view(num_experts, rows, steps, 16), by_row
     if format != "fp8":
@@ -509,26 +501,20 @@ def from_blocks(
 
 
 @checked
-def check_published(values: Tensor, scales: Tensor, format: str, parts: int, group: Group = BLOCK) -> None:
+def check_published(
+    values: Tensor, scales: Tensor, format: Annotated[str, OneOf(tuple(MINIFLOATS))], parts: int, group: Group = BLOCK
+) -> None:
     """Raises ValueError or TypeError with the argument's name unless this is a finite weight in published layout."""
-    if format not in MINIFLOATS:
-        raise ValueError(f"format: expected one of {', '.join(MINIFLOATS)}, got {format!r}")
-    kind = MINIFLOATS[format]
-    is_fp8, shape = format == "fp8", kind.shape
-    if values.dim() != shape.count(",") + 1:
-        raise ValueError(f"values: expected {shape}, got {list(values.shape)}")
+    kind, is_fp8 = MINIFLOATS[format], format == "fp8"
+    if values.dim() != kind.shape.count(",") + 1 or (format == "mxfp4" and values.shape[3] != 16):
+        raise ValueError(f"values: expected {kind.shape}, got {list(values.shape)}")
+    if values.dtype is not torch.uint8 and not (is_fp8 and values.dtype is torch.float8_e4m3fn):
+        raise TypeError(f"values: expected torch.uint8{' or torch.float8_e4m3fn' * is_fp8}, got {values.dtype}")
     num_experts, rows, columns = values.shape[:3]
     _check_parts(rows, parts)
-    if is_fp8:
-        groups = divide_up(columns, group[1] or max(columns, 1))
-        _check("values", values, tuple(values.shape), (torch.uint8, torch.float8_e4m3fn))
-        _check("scales", scales, (num_experts, parts * divide_up(rows // parts, group[0]), groups), (torch.float32,))
-    elif format == "mxfp4":
-        _check("values", values, (num_experts, rows, columns, 16), (torch.uint8,))
-        _check("scales", scales, (num_experts, rows, columns), (torch.uint8,))
-    else:
-        _check("values", values, tuple(values.shape), (torch.uint8,))
-        _check("scales", scales, (num_experts, rows, divide_up(2 * columns, kind.group)), (kind.scales,))
+    scaled, size = kind.width * columns, kind.group or group[1] or max(columns, 1)
+    scale_rows = parts * divide_up(rows // parts, group[0]) if is_fp8 else rows
+    check("scales", scales, (num_experts, scale_rows, divide_up(scaled, size)), kind.scales)
     for expert in range(num_experts):
         if is_fp8 and any(map(_has_nan, row_slices(values[expert].view(torch.uint8)))):
             raise ValueError(f"values: expected numbers, expert {expert} has NaN")
@@ -542,10 +528,3 @@ def check_published(values: Tensor, scales: Tensor, format: str, parts: int, gro
 
 def _has_nan(codes: Tensor) -> bool:
     return codes.numel() > 0 and int((codes & 0x7F).max()) == 0x7F  # 15× faster than any() of a comparison
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")

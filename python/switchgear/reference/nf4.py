@@ -15,7 +15,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from switchgear.reference.minifloat import NF4_BLOCK, Encoded, decode_pairs, encode_experts, encoded, pad_zeros
+from switchgear.reference.minifloat import NF4_BLOCK, Encoded, decode_pairs, encode_experts, encode_rows, pad_zeros
 
 # Of codes 0..15, from the paper's appendix E, as float32.
 VALUES = (
@@ -26,27 +26,17 @@ VALUES = (
 )  # fmt: skip
 
 
-def _middles() -> list[float]:
-    """Between neighbouring values, exact in float64."""
-    return [(a + b) / 2 for a, b in itertools.pairwise(VALUES)]
-
-
-def _float32_below(numbers: list[float]) -> list[float]:
-    """The largest float32 that are not above the numbers: what is above one is above the other."""
-    exact = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-    nearest = exact.float()
-    return torch.where(nearest > exact, nearest.nextafter(nearest.new_tensor(-torch.inf)), nearest).tolist()
-
-
-THRESHOLDS = tuple(_float32_below(_middles()))
+# Between neighbouring values, exact in float64; then the largest float32 that are not above: what is above one is above
+# the other.
+_MIDDLES = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(VALUES)], dtype=torch.float64, device="cpu")
+_NEAREST = _MIDDLES.float()
+_BELOW = _NEAREST.nextafter(_NEAREST.new_tensor(-torch.inf))
+THRESHOLDS = tuple(torch.where(_NEAREST > _MIDDLES, _BELOW, _NEAREST).tolist())
 
 
 def nf4_codes(x: Tensor) -> Tensor:
     """Rounds float32 to the nearest value; a tie goes to the lower one, as in bitsandbytes. uint8, 0..15."""
-    codes = (x > THRESHOLDS[0]).to(torch.uint8)
-    for threshold in THRESHOLDS[1:]:
-        codes += x > threshold
-    return codes
+    return torch.bucketize(x, x.new_tensor(THRESHOLDS), out_int32=True).to(torch.uint8)
 
 
 def encode_nf4(weight: Tensor, name: str = "weight") -> Encoded:
@@ -69,8 +59,10 @@ def encode_nf4(weight: Tensor, name: str = "weight") -> Encoded:
         codes = nf4_codes(blocks / torch.where(absmax == 0, 1.0, absmax)[..., None]).flatten(1)
         return (codes[:, ::2] << 4 | codes[:, 1::2])[:, : -(-columns // 2)], absmax
 
-    matrices = encode_experts(weight, name, encode)
-    return encoded(weight, matrices, lambda values, absmax: decode_nf4(values, absmax, columns))
+    (values, absmax), lossless = encode_experts(
+        weight, name, lambda w: encode_rows(w, encode), lambda v, s: decode_nf4(v, s, columns)
+    )
+    return Encoded(values, absmax, lossless)
 
 
 def decode_nf4(

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from switchgear.checks import Count, Finite, OneOf, Range, Size, checked
 from switchgear.reference.checks import AnyFloats, Floats, Indices, TopkIds, check_range, wide
@@ -26,14 +27,7 @@ from switchgear.reference.routing import (
     scores,
 )
 
-__all__ = [
-    "DROPS",
-    "assign_balanced",
-    "assign_capped",
-    "column_topk",
-    "fit_capacity",
-    "route_dynamic",
-]
+__all__ = ["DROPS", "assign_balanced", "assign_capped", "column_topk", "fit_capacity", "route_dynamic"]
 
 DROPS = ("order", "reverse", "choice", "priority")
 Values = Annotated[Tensor, Floats("T", "E")]
@@ -68,13 +62,9 @@ def _places(groups: Tensor, order: Tensor, num_groups: int) -> Tensor:
     """For each element of groups [P], the number of elements of its group before it in `order` [P]. Valid for groups
     below num_groups."""
     order = order[groups[order].argsort(stable=True)]
-    starts = torch.nn.functional.pad(_sizes(groups, num_groups).cumsum(0), (1, 0))
+    starts = pad(_sizes(groups, num_groups).cumsum(0), (1, 0))
     place = torch.arange(len(order), device=order.device) - starts[groups[order]]
     return torch.empty_like(place).scatter(0, order, place)
-
-
-def _descending(values: Tensor) -> Tensor:
-    return sanitize(values).sort(dim=-1, descending=True, stable=True).indices
 
 
 def _first_where(mask: Tensor) -> Tensor:
@@ -115,7 +105,7 @@ def route_dynamic(
         value = logits if score_function == "softmax" else score
     ids = value.sort(dim=-1, descending=True, stable=True).indices[:, :max_experts]
     weights = score.gather(1, ids)
-    used_before = torch.nn.functional.pad(weights.double().cumsum(-1), (1, -1))
+    used_before = pad(weights.double().cumsum(-1), (1, -1))
     rank = torch.arange(max_experts, device=ids.device)
     keep = ((used_before < top_p) & (weights >= threshold)) | (rank < min_experts)
     order = (~keep).to(torch.int8).sort(dim=-1, stable=True).indices
@@ -139,7 +129,7 @@ def column_topk(values: Values, sequence_ids: SequenceIds | None, limits: Limits
     sequence = _sequences(sequence_ids, num_tokens, values.device)
     order = sanitize(wide(values)).sort(dim=0, descending=True, stable=True).indices
     order = order.gather(0, sequence[order].sort(dim=0, stable=True).indices)  # by sequence, then by value
-    starts = torch.nn.functional.pad(_sizes(sequence, limits.shape[0]).cumsum(0), (1, 0))
+    starts = pad(_sizes(sequence, limits.shape[0]).cumsum(0), (1, 0))
     place = torch.arange(num_tokens, device=values.device)[:, None] - starts[sequence[order]]
     taken = torch.empty_like(place).scatter(0, order, place) < limits[sequence][:, None]
     experts = torch.arange(num_experts, dtype=torch.int32, device=values.device)
@@ -159,7 +149,8 @@ def _precedence(drop: str, priorities: Tensor | None, num_tokens: int, top_k: in
         choices = choices.view(top_k, num_tokens).T
     elif drop == "priority":
         assert priorities is not None
-        choices = torch.empty_like(choices).scatter(0, _descending(priorities.flatten()), choices)
+        order = sanitize(priorities.flatten()).sort(descending=True, stable=True).indices
+        choices = torch.empty_like(choices).scatter(0, order, choices)
     return choices.reshape(num_tokens, top_k)
 
 
@@ -201,7 +192,7 @@ def fit_capacity(
     groups = group_of(topk_ids.long(), where=topk_ids >= 0).flatten()
     place = _places(groups, rank.flatten().argsort(), num_groups)
     per_group = limits.long().repeat_interleave(num_experts)
-    room_of = torch.nn.functional.pad(per_group, (0, 1))
+    room_of = pad(per_group, (0, 1))
     keep = (place < room_of[groups]).view(num_tokens, top_k)
     kept = topk_ids.masked_fill(~keep, -1)
     if scores is None:
@@ -218,7 +209,7 @@ def fit_capacity(
         choice = _first_where(lost).clamp(max=top_k - 1)[:, None]
         groups = group_of(expert, where=offered)
         place = _places(groups, rank.gather(1, choice)[:, 0].argsort(), num_groups)
-        accepted = offered & (place < torch.nn.functional.pad(room, (0, 1))[groups])
+        accepted = offered & (place < pad(room, (0, 1))[groups])
         room = room - _sizes(groups.masked_fill(~accepted, num_groups), num_groups)
         here = torch.zeros_like(lost).scatter(1, choice, accepted[:, None])
         kept = torch.where(here, expert[:, None].to(torch.int32), kept)
@@ -272,9 +263,9 @@ def assign_balanced(
         paid = torch.where(outside, bid, paid)
         place = _places(shop, paid.sort(descending=True, stable=True).indices, none)
         is_full = (_sizes(shop, none) >= places) & (places > 0)
-        shop = torch.where(place < torch.nn.functional.pad(places, (0, 1))[shop], shop, none)
+        shop = torch.where(place < pad(places, (0, 1))[shop], shop, none)
         lowest = torch.full_like(price, never_paid, dtype=price.dtype)
-        lowest = torch.nn.functional.pad(lowest, (0, 1)).scatter_reduce(0, shop, paid, "amin")[:-1]
+        lowest = pad(lowest, (0, 1)).scatter_reduce(0, shop, paid, "amin")[:-1]
         price = torch.where(is_full, lowest, price)
     waiting = shop == none
     free = (places - _sizes(shop, none)).view(num_sequences, num_experts).cumsum(1)

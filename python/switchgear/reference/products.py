@@ -15,11 +15,7 @@ from switchgear.reference import formats
 from switchgear.reference.checks import Experts, Floats, check, check_experts, wide
 from switchgear.reference.stages import Offsets, Slots, check_offsets, rows_of, segments
 
-__all__ = [
-    "empty_weight",
-    "grouped_gemm",
-    "grouped_gemm_wgrad",
-]
+__all__ = ["empty_weight", "grouped_gemm", "grouped_gemm_wgrad"]
 
 
 def gemm(rows: Tensor, matrices: Tensor | Sequence[Tensor], bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
@@ -70,40 +66,28 @@ def grouped_gemm(
     """
     num_experts = expert_offsets.shape[0] - 1
     check_offsets(expert_offsets, len(x if token_indices is None else token_indices), token_indices, len(x))
-    if not form and not (len(weight) == 1 and weight[0].dim() == 3):
-        return _separate_gemm(x, weight, bias, expert_offsets, token_indices, transposed)
-    columns = None if transposed else x.shape[1]
-    experts, rows, columns = formats.check_weight("weight", weight, form, (None, None, columns), x.dtype)
+    is_list = not form and not (len(weight) == 1 and weight[0].dim() == 3)
+    if is_list:
+        for matrix in weight:
+            check("weight", matrix, (None, x.shape[1]), x.dtype)
+        experts, height = len(weight), max((len(matrix) for matrix in weight), default=0)
+    else:
+        sizes = (None, None, None if transposed else x.shape[1])
+        experts, height, _ = formats.check_weight("weight", weight, form, sizes, x.dtype)
     if experts != num_experts:
         raise ValueError(f"weight: expected {num_experts} experts, got {experts}")
+    rows = rows_of(x, token_indices)
     if transposed:
-        check("x", x, (None, rows))
+        if is_list:
+            raise ValueError("weight: expected one weight [E,N,C] to be transposed, got separate matrices")
+        check("x", x, (None, height))
         if bias is not None:
             raise ValueError("bias: expected none for a transposed weight")
-        matrices = formats.decode(weight, form, x.dtype).mT
-        return gemm(rows_of(x, token_indices), matrices, None, expert_offsets).to(x.dtype)
-    check("bias", bias, (experts, rows), x.dtype)
-    return multiply(rows_of(x, token_indices), x.dtype, weight, form, bias, expert_offsets).to(x.dtype)
-
-
-def _separate_gemm(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    bias: Tensor | None,
-    expert_offsets: Tensor,
-    token_indices: Tensor | None,
-    transposed: bool,
-) -> Tensor:
-    """grouped_gemm with E plain matrices of different heights."""
-    num_experts = expert_offsets.shape[0] - 1
-    if transposed:
-        raise ValueError("weight: expected one weight [E,N,C] to be transposed, got separate matrices")
-    if len(weight) != num_experts:
-        raise ValueError(f"weight: expected {num_experts} experts, got {len(weight)}")
-    for matrix in weight:
-        check("weight", matrix, (None, x.shape[1]), x.dtype)
-    check("bias", bias, (num_experts, max(matrix.shape[0] for matrix in weight)), x.dtype)
-    return gemm(rows_of(x, token_indices), list(weight), bias, expert_offsets).to(x.dtype)
+        return gemm(rows, formats.decode(weight, form, x.dtype).mT, None, expert_offsets).to(x.dtype)
+    check("bias", bias, (experts, height), x.dtype)
+    if is_list:
+        return gemm(rows, list(weight), bias, expert_offsets).to(x.dtype)
+    return multiply(rows, x.dtype, weight, form, bias, expert_offsets).to(x.dtype)
 
 
 def multiply(

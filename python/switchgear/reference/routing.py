@@ -36,6 +36,11 @@ __all__ = [
     "scores",
 ]
 
+__all__ = [
+    "GROUP_SCORES", "NORMALIZE_EPSILON", "SCORE_FUNCTIONS", "exp", "gate", "gate_route", "logits_dtype", "route",
+    "route_backward", "sanitize", "scores",
+]  # fmt: skip
+
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2_sum")
 ScoreFunction = Annotated[str, OneOf(SCORE_FUNCTIONS)]

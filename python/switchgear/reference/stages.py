@@ -24,15 +24,7 @@ from switchgear.reference.checks import (
     wide,
 )
 
-__all__ = [
-    "combine",
-    "combine_weight_backward",
-    "gather_rows",
-    "permute",
-    "plan",
-    "segments",
-    "to_slots",
-]
+__all__ = ["combine", "combine_weight_backward", "gather_rows", "permute", "plan", "segments", "to_slots"]
 
 Offsets = Annotated[Tensor, Indices(None)]
 Slots = Annotated[Tensor, Indices("S")]  # one for each slot

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from switchgear.papers.parts.controllers import *  # noqa: F403
     from switchgear.papers.parts.losses import *  # noqa: F403
     from switchgear.papers.parts.masks import *  # noqa: F403
-    from switchgear.papers.parts.scores import *  # noqa: F403
-    from switchgear.papers.parts.scores_of_experts import *  # noqa: F403
+    from switchgear.papers.parts.scores import *  # noqa: F403  # noqa: F403
     from switchgear.papers.parts.selections import *  # noqa: F403
     from switchgear.papers.parts.stochastic import *  # noqa: F403
     from switchgear.trace.override import *  # noqa: F403
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
 # What only papers use, and what sees and steers the routers of a model, is defined elsewhere.
 MOVED = {
-    "ActivationNorm": "switchgear.papers.parts.scores_of_experts",
+    "ActivationNorm": "switchgear.papers.parts.scores",
     "AdaptiveCoefficient": "switchgear.papers.parts.controllers",
     "AdaptiveSparsity": "switchgear.papers.parts.controllers",
     "AlignmentLoss": "switchgear.papers.parts.losses",
@@ -58,12 +57,12 @@ MOVED = {
     "ClusterVariance": "switchgear.papers.parts.losses",
     "DepthChoice": "switchgear.papers.parts.selections",
     "DeviceBalance": "switchgear.papers.parts.losses",
-    "Domain": "switchgear.papers.parts.scores_of_experts",
+    "Domain": "switchgear.papers.parts.scores",
     "EntropyLoss": "switchgear.papers.parts.losses",
     "ExpertDropout": "switchgear.papers.parts.masks",
     "FromEmbedding": "switchgear.papers.parts.scores",
     "GatingResidual": "switchgear.papers.parts.scores",
-    "Gaussian": "switchgear.papers.parts.scores_of_experts",
+    "Gaussian": "switchgear.papers.parts.scores",
     "GradientConflict": "switchgear.papers.parts.auxiliary",
     "GroupedAvgPool": "switchgear.papers.parts.scores",
     "GumbelSoftmax": "switchgear.papers.parts.stochastic",
@@ -76,7 +75,7 @@ MOVED = {
     "ParamPenalty": "switchgear.papers.parts.losses",
     "PerSequence": "switchgear.papers.parts.scores",
     "Positive": "switchgear.papers.parts.selections",
-    "PosthocGate": "switchgear.papers.parts.scores_of_experts",
+    "PosthocGate": "switchgear.papers.parts.scores",
     "PreRouter": "switchgear.trace.pre_router",
     "Random": "switchgear.papers.parts.stochastic",
     "RoutingRecord": "switchgear.trace.routing_record",
@@ -84,7 +83,7 @@ MOVED = {
     "SampledTopK": "switchgear.papers.parts.stochastic",
     "SkipBelow": "switchgear.papers.parts.selections",
     "SparseMixer": "switchgear.papers.parts.stochastic",
-    "SparsityAware": "switchgear.papers.parts.scores_of_experts",
+    "SparsityAware": "switchgear.papers.parts.scores",
     "SwitchMixture": "switchgear.papers.parts.scores",
     "Temperature": "switchgear.papers.parts.masks",
     "TokenIdMask": "switchgear.papers.parts.masks",

@@ -78,13 +78,15 @@ class Capacity:
     def __call__(self, routing: Routing, context: Context) -> Routing:
         return self.limited(routing, context, count_choices(routing))
 
-    def limited(self, routing: Routing, context: Context, choices: Tensor) -> Routing:
-        """The routing within the limits that follow from choices [T] int64, the number of choices of each token."""
+    def limited(self, routing: Routing, context: Context, choices: Tensor, scale: float = 1.0) -> Routing:
+        """The routing within `scale` times the limits that follow from choices [T] int64, the number of choices of each
+        token."""
         ids, num_experts = routing.topk_ids, routing.num_experts
         num_tokens, top_k = ids.shape
         factor = self.factor
         if not context.training and self.evaluation_factor is not None:
             factor = self.evaluation_factor
+        factor *= scale
         before = routing.num_dropped
         dropped = torch.zeros((), dtype=torch.int64, device=ids.device) if before is None else before
         decodes = self.prefill_only and not context.training and 1 in (num_tokens, context.sequence_length)

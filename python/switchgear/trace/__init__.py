@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What sees and steers the routers of a model while it runs.
 
-observe.py        a function at each layer; routing_trace.py: RoutingTrace, the sums of a run; layer.py and sums.py:
-                  those of a layer
+observe.py        a function at each layer; routing_trace.py: RoutingTrace, the sums of a run; layer.py: those of a
+                  layer
 record.py         record: the choices by sequence and position; routing_record.py: RoutingRecord; replay.py: replay;
                   routed_layers.py: the layers of both; batches.py: sequence and position of each token of a call
 override.py       override: choices that change for a while

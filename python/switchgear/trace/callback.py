@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from transformers import TrainerCallback
@@ -34,7 +35,7 @@ class ExpertLoadCallback(TrainerCallback):
         self._max_layers, self._prefix = max_layers, prefix
         self.trace: RoutingTrace | None = None
         self._meter: LoadMeter | None = None
-        self._recording = False
+        self._recording = ExitStack()
 
     def attach(self, trainer: Any) -> ExpertLoadCallback:
         """Puts itself in front of the trainer's callbacks."""
@@ -42,20 +43,19 @@ class ExpertLoadCallback(TrainerCallback):
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._stop()
+        self._recording.close()
         self.trace = RoutingTrace(model)
         self._meter = LoadMeter(self.trace, max_layers=self._max_layers, prefix=self._prefix)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trace is not None and not self._recording:
-            self.trace.__enter__()
-            self._recording = True
+        if self.trace is not None and not self.trace.is_recording:
+            self._recording.enter_context(self.trace)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop()
+        self._recording.close()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop()
+        self._recording.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._meter is None or logs is None or "loss" not in logs:
@@ -66,8 +66,3 @@ class ExpertLoadCallback(TrainerCallback):
             state.log_history[-1].update(metrics)  # the Trainer has copied the logs there already
         if self._write is not None and metrics and state.is_world_process_zero:
             self._write(metrics, state.global_step)
-
-    def _stop(self) -> None:
-        if self._recording and self.trace is not None:
-            self.trace.__exit__(None, None, None)
-        self._recording = False

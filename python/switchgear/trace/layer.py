@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""LayerTrace: sums over the tokens of one layer; LayerSummary: the same in a few numbers."""
+"""LayerTrace: sums over the tokens of one layer, counts of pairs of token id and expert, and a sample of tokens.
+LayerSummary: the same in a few numbers."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 from switchgear.checks import list_of_names
-from switchgear.trace.sums import LoadCounts, PairCounts, TokenSample
+from switchgear.trace.batches import stacked
 
 KINDS = ("counts", "weights", "entropy", "probabilities", "norms", "inputs", "coactivation")
 DEFAULT = ("counts", "weights", "entropy")
 _PAIRS = 2**20  # of experts that are counted at a time
+_KEYS = 2**62  # enough that two tokens hardly ever draw the same key
+_CALLS = 64  # that wait to be summed, so that a call costs one scatter_add
 
 
 def kinds_of(record: Collection[str]) -> tuple[str, ...]:
@@ -53,7 +56,12 @@ class LayerTrace:
     ) -> None:
         self.num_experts = num_experts
         self.record = kinds = kinds_of(record)
-        self.loads = LoadCounts(num_experts, device)
+        self._num_tokens: Tensor | int = 0
+        self._num_calls = 0
+        self._waiting: list[Tensor] = []  # [E+1] choices in each call; the last of them are empty
+        self._tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self._max_violation = torch.zeros((), dtype=torch.float64, device=device)
+        self._num_dropped = torch.zeros((), dtype=torch.int64, device=device)
         self.pairs = PairCounts()
 
         def sums(kind: str, *shape: int, dtype: torch.dtype = torch.float64) -> Any:
@@ -69,28 +77,29 @@ class LayerTrace:
     @property
     def tokens_per_expert(self) -> Tensor:
         """[E] int64: choices of each expert since the start."""
-        return self.loads.total()
+        self._sum_calls()
+        return self._tokens_per_expert
 
     @property
     def max_violation(self) -> Tensor:
         """float64 scalar: max load / mean load - 1, summed over calls."""
-        self.loads.total()
-        return self.loads.max_violation
+        self._sum_calls()
+        return self._max_violation
 
     @property
     def num_dropped(self) -> Tensor:
         """Choices that a capacity dropped."""
-        return self.loads.num_dropped
+        return self._num_dropped
 
     @property
     def num_tokens(self) -> int:
         """Tokens that were routed."""
-        return int(self.loads.num_tokens)
+        return int(self._num_tokens)
 
     @property
     def num_calls(self) -> int:
         """Calls of the layer."""
-        return self.loads.num_calls
+        return self._num_calls
 
     @torch.no_grad()
     def add(
@@ -109,7 +118,14 @@ class LayerTrace:
         if token_mask is not None:
             topk_ids = topk_ids.masked_fill(~token_mask[:, None], -1)
         slots = torch.where(topk_ids < 0, self.num_experts, topk_ids).long()
-        self.loads.add(slots, topk_ids.shape[0] if token_mask is None else token_mask.sum(), num_dropped)
+        counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=slots.device)
+        self._waiting.append(counts.scatter_add_(0, slots.flatten(), torch.ones_like(slots.flatten())))
+        if len(self._waiting) >= _CALLS:
+            self._sum_calls()
+        if num_dropped is not None:
+            self._num_dropped = self._num_dropped + num_dropped
+        self._num_tokens = self._num_tokens + (topk_ids.shape[0] if token_mask is None else token_mask.sum())
+        self._num_calls += 1
         if self.weight_per_expert is not None:
             self.weight_per_expert = self.weight_per_expert + self._by_expert(slots, topk_weights)
         if self.norm_per_expert is not None and norms is not None:
@@ -123,6 +139,15 @@ class LayerTrace:
         if token_ids is not None:
             keys = token_ids[:, None].long() * self.num_experts + topk_ids
             self.pairs.add(keys[topk_ids >= 0])
+
+    def _sum_calls(self) -> None:
+        if self._waiting:
+            counts = torch.stack(self._waiting)[:, :-1]
+            mean = counts.double().mean(1)
+            violations = torch.where(mean > 0, counts.amax(1) / mean - 1, 0)
+            self._max_violation = self._max_violation + violations.sum()
+            self._tokens_per_expert = self._tokens_per_expert + counts.sum(0)
+            self._waiting = []
 
     def _by_expert(self, slots: Tensor, values: Tensor) -> Tensor:
         """[E] float64: sums of values [T,K] by expert."""
@@ -168,8 +193,7 @@ class LayerTrace:
     def state(self) -> dict[str, Any]:
         """All that was recorded, as tensors and numbers, for RoutingTrace.save."""
         keys, counts = self.pairs.total()
-        names = ["tokens_per_expert", "max_violation", "num_dropped"]
-        names += [name for name in _SUMS if getattr(self, name) is not None]
+        names = [*_LOADS, *(name for name in _SUMS if getattr(self, name) is not None)]
         state: dict[str, Any] = {name: getattr(self, name).cpu() for name in names}
         if self.sample is not None:
             state["sample"] = self.sample.state()
@@ -180,11 +204,10 @@ class LayerTrace:
         """Raises KeyError, TypeError or ValueError for anything but a `state`."""
         kinds = [kind for name, kind in {**_SUMS, "sample": "inputs"}.items() if name in state]
         layer = cls(len(state["tokens_per_expert"]), record=kinds)
-        for name in _SUMS:
-            if name in state:
-                _check_like(name, state[name], getattr(layer, name))
-                setattr(layer, name, state[name])
-        layer.loads = LoadCounts.of_state(layer.num_experts, state, _check_like)
+        for name in (*_LOADS, *(name for name in _SUMS if name in state)):
+            _check_like(name, state[name], getattr(layer, name))
+            setattr(layer, f"_{name}" if name in _LOADS else name, state[name])
+        layer._num_tokens, layer._num_calls = (int(size) for size in state["sizes"])
         if "sample" in state:
             layer.sample = TokenSample.of_state(state["sample"])
         keys, counts = state["pairs"], state["counts"]
@@ -203,6 +226,7 @@ def recorded(layer: Any, name: str) -> Tensor:
     return value
 
 
+_LOADS = ("tokens_per_expert", "max_violation", "num_dropped")  # properties, which are always recorded
 _SUMS = {  # attribute -> what records it
     "weight_per_expert": "weights",
     "entropy": "entropy",
@@ -216,6 +240,89 @@ def _check_like(name: str, tensor: Any, like: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.dtype is not like.dtype:
         got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name}: expected {like.dtype} {list(like.shape)}, got {got}")
+
+
+# ---- pairs and samples -----------------------------------------------------------------------------------------------
+
+
+class PairCounts:
+    """How often each key occurred. Parts are merged as they grow, so memory grows with the distinct keys only."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, keys: Tensor) -> None:
+        self.parts.append(torch.unique(keys, return_counts=True))
+        if len(self.parts) > 16:
+            self.total()
+
+    def total(self) -> tuple[Tensor, Tensor]:
+        if not self.parts:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        keys, index = torch.unique(torch.cat([keys for keys, _ in self.parts]), return_inverse=True)
+        counts = torch.zeros_like(keys).scatter_add(0, index, torch.cat([counts for _, counts in self.parts]))
+        self.parts = [(keys, counts)]
+        return keys, counts
+
+
+class TokenSample:
+    """At most `size` tokens, each with the same probability: every token draws a key, and the largest keys stay.
+
+    Attributes:
+        inputs [n,H], topk_ids [n,K] int32, topk_weights [n,K]: of the tokens, in no order.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.inputs = torch.zeros(0, 0)
+        self.topk_ids = torch.zeros(0, 0, dtype=torch.int32)
+        self.topk_weights = torch.zeros(0, 0)
+        self._keys = torch.zeros(0, dtype=torch.int64)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def add(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        keys = torch.randint(_KEYS, (len(x),), generator=self._generator)
+        if len(self._keys) == self.size:
+            index = (keys > self._keys.min()).nonzero().flatten()  # on the CPU: nothing waits for the device
+        else:
+            index = torch.arange(len(keys))
+        if not len(index):
+            return
+        best = keys[index].topk(min(self.size, len(index))).indices
+        index = index[best]
+        at = index.to(x.device)
+        new = [keys[index], x.detach()[at].clone(), topk_ids[at].int(), topk_weights.detach()[at].float()]
+        old = [self._keys, self.inputs, self.topk_ids, self.topk_weights]
+        merged = [_after(a, b) for a, b in zip(old, new, strict=True)]
+        if len(merged[0]) > self.size:
+            kept = merged[0].topk(self.size).indices
+            merged = [merged[0][kept], *(tensor[kept.to(tensor.device)] for tensor in merged[1:])]
+        self._keys, self.inputs, self.topk_ids, self.topk_weights = merged
+
+    def state(self) -> list[Tensor]:
+        return [tensor.cpu() for tensor in (self._keys, self.inputs, self.topk_ids, self.topk_weights)]
+
+    @classmethod
+    def of_state(cls, state: list[Tensor]) -> TokenSample:
+        """Raises TypeError or ValueError for anything but a `state`."""
+        keys, inputs, ids, weights = state
+        if not (keys.dim() == 1 and inputs.dim() == ids.dim() == 2 and ids.shape == weights.shape):
+            raise ValueError("inputs: expected a sample of tokens")
+        if not len(keys) == len(inputs) == len(ids) or ids.dtype is not torch.int32:
+            raise ValueError("inputs: expected as many inputs as choices")
+        if keys.is_floating_point():  # in [0, 1), of earlier versions
+            keys = (keys.double() * _KEYS).long()
+        sample = cls(len(keys))
+        sample._keys, sample.inputs, sample.topk_ids, sample.topk_weights = keys, inputs, ids, weights
+        return sample
+
+
+def _after(old: Tensor, new: Tensor) -> Tensor:
+    """The rows of both on the device of the new ones."""
+    if not len(old):
+        return new
+    rows = [old.to(new.device), new]
+    return torch.cat(rows) if new.dim() == 1 else stacked(rows, -1 if new.dtype is torch.int32 else 0)
 
 
 # ---- summary ---------------------------------------------------------------------------------------------------------

@@ -131,7 +131,8 @@ class Inputs:
             ids = [named.get(f"{prefix}input_ids"), named.get("token_ids")]
             if not prefix:
                 ids += list(args)
-            found = next((v for v in ids if isinstance(v, Tensor) and _has_integers(v)), None)
+            integers = (v for v in ids if isinstance(v, Tensor) and not (v.is_floating_point() or v.is_complex()))
+            found = next((v for v in integers if v.dtype is not torch.bool), None)
             if found is not None:
                 self._ids[prefix] = found
             if (mask := named.get(f"{prefix}attention_mask")) is not None:
@@ -158,7 +159,3 @@ class Inputs:
     def _of(self, values: Mapping[str, Any], name: str) -> Any:
         side = "decoder_" if "decoder" in name.split(".") and "decoder_" in self._ids else ""
         return values.get(side)
-
-
-def _has_integers(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.checks import Count, Size, Sizes, at_least, checked, explain_rows
+from switchgear.checks import Count, Size, Sizes, checked, convert, explain_rows
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
@@ -113,7 +113,7 @@ class PreRouter(nn.Module):
 
 def check_top_k(top_k: int, num_experts: Sequence[int]) -> None:
     """Raises for a number of choices that a layer does not have."""
-    if at_least(1, "top_k", top_k) > min(num_experts):
+    if convert("top_k", top_k, Size) > min(num_experts):
         raise ValueError(f"top_k: expected 1 to {min(num_experts)}, got {top_k}")
 
 

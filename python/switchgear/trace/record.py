@@ -96,8 +96,6 @@ class _Group:
 
 
 class _Recorded:
-    """The choices of the calls so far."""
-
     def __init__(self) -> None:
         self.groups: list[_Group] = []
         self.running: _Call | None = None

@@ -136,7 +136,6 @@ class _Replay:
         self.forwards[-1].is_complete = True
 
     def _place(self, batch: Batch) -> _Place:
-        """Where a call's tokens go."""
         before = self.forwards[-1].end if self.forwards else None
         if before is None or batch.cached <= before.cached:
             return self._next(0 if before is None else before.next, batch)
@@ -148,7 +147,6 @@ class _Replay:
         return replace(before, past=past)
 
     def _next(self, start: int, batch: Batch) -> _Place:
-        """The next sequences."""
         count, start = batch.num_sequences, 0 if start == len(self.sequences) else start
         if start + count > len(self.sequences):
             left = len(self.sequences) - start

@@ -24,7 +24,7 @@ from switchgear.routing.counting import unseen
 from switchgear.routing.ranking import scores_of, weighed
 from switchgear.routing.router import Router
 from switchgear.trace.batches import Batch, batch_of
-from switchgear.utils.modules import get_inner_model, on_copies, strip_wrapper_names
+from switchgear.utils.modules import get_inner_model, strip_wrapper_names
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,17 @@ class RoutedLayer:
                 num_experts = self.block.num_experts
                 stack.enter_context(watch_choices(self.block, lambda choice: on_choice(choice, num_experts)))
             yield
+
+
+@contextmanager
+def _on_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block, the modules and those in them have copies of their buffers."""
+    with ExitStack() as stack:
+        for inside in {inside for module in modules for inside in module.modules()}:
+            own = dict(inside._buffers)
+            stack.callback(inside._buffers.update, own)
+            inside._buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
+        yield
 
 
 def traceable(model: nn.Module) -> dict[str, RoutedLayer]:
@@ -136,7 +147,7 @@ class _RouterMethod:
         device = next((p.device for p in router.parameters()), torch.device("cpu"))
         logits = torch.randn(64, router.num_experts, generator=torch.Generator().manual_seed(0)).to(device)
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), on_copies(modules_in(select)):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), _on_copies(modules_in(select)):
                 routing = select(logits, Context(training=router.training), router.e_score_correction_bias)
             weights = self.weigh(routing.router_logits, routing.topk_ids.long())
         except (ValueError, RuntimeError):  # it needs a context

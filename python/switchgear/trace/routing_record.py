@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from switchgear.checks import NotEmpty, Range, Shape, checked
 from switchgear.files import AnyPath, save_whole
 from switchgear.reference.checks import MAX_EXPERTS, check_range
 from switchgear.trace.batches import stacked
@@ -43,14 +44,13 @@ class LayerRecord:
     num_tokens: int
 
     @classmethod
-    def of(cls, topk_ids: Tensor, num_classes: int) -> LayerRecord:
+    @checked
+    def of(
+        cls, topk_ids: Annotated[Tensor, Shape("N", "K")], num_classes: Annotated[int, Range(1, MAX_EXPERTS)]
+    ) -> LayerRecord:
         """Packs topk_ids [N,K], -1 for none."""
         if topk_ids.dtype.is_floating_point:
             raise TypeError(f"topk_ids: expected integers, got {topk_ids.dtype}")
-        if topk_ids.dim() != 2:
-            raise ValueError(f"topk_ids: expected [N,K], got {list(topk_ids.shape)}")
-        if not 1 <= num_classes <= MAX_EXPERTS:
-            raise ValueError(f"num_classes: expected 1 to {MAX_EXPERTS}, got {num_classes}")
         if topk_ids.shape[1] > num_classes:
             raise ValueError(f"topk_ids: expected at most {num_classes} choices of a token, got {topk_ids.shape[1]}")
         ids = topk_ids.to("cpu", torch.int64)
@@ -169,10 +169,9 @@ class RoutingRecord:
         return sum(layer.data.numel() for layer in self.layers.values())
 
     @staticmethod
-    def join(records: Sequence[RoutingRecord]) -> RoutingRecord:
+    @checked
+    def join(records: Annotated[Sequence[RoutingRecord], NotEmpty]) -> RoutingRecord:
         """The sequences of several records of one model, one after the other."""
-        if not records:
-            raise ValueError("records: expected at least one, got none")
         first = records[0]
         for record in records:
             if list(record.layers) != list(first.layers) or (record.token_ids is None) != (first.token_ids is None):

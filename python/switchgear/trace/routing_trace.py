@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ class RoutingTrace:
         self._model = model
         self._found = {} if model is None else pick(traceable(model), layers)
         self._hooks = ExitStack()
-        self._is_recording = False
+        self.is_recording = False
         if "norms" in self.record:
             for name, layer in self._found.items():
                 if layer.block is None:
@@ -87,16 +86,14 @@ class RoutingTrace:
     def __enter__(self) -> RoutingTrace:
         if self._model is None:
             raise ValueError("model: expected one to record, got a trace that was loaded")
-        if self._is_recording:
+        if self.is_recording:
             raise ValueError("trace: expected one that is not recording, got one inside its own block")
         self._hooks.enter_context(watch(self._model, self._found, self._see))
-        self._is_recording = True
+        self.is_recording = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._is_recording = False
+    def __exit__(self, *_: object) -> None:
+        self.is_recording = False
         self._hooks.close()
 
     def reset(self) -> None:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,17 +71,6 @@ class FillsBuffers(nn.Module):
         return self
 
 
-@contextmanager
-def on_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block, the modules and those in them have copies of their buffers."""
-    with ExitStack() as stack:
-        for inside in {inside for module in modules for inside in module.modules()}:
-            own = dict(inside._buffers)
-            stack.callback(inside._buffers.update, own)
-            inside._buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
-        yield
-
-
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
 
@@ -113,22 +102,6 @@ def replicate(tensor: Tensor, like: Tensor) -> Tensor:
 
     whole: Tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole
-
-
-def map_matrices(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """function(tensor [..., N, C]), which acts on each matrix by itself. A rank takes its own matrices, and those
-    that are split among ranks."""
-    mesh = getattr(tensor, "device_mesh", None)
-    if mesh is None:
-        return function(tensor)
-    from torch.distributed.tensor import DTensor, Replicate
-
-    kept = [p if p.is_shard() and p.dim < tensor.dim() - 2 else Replicate() for p in tensor.placements]  # type: ignore[attr-defined]
-    part = function(tensor.redistribute(placements=kept).to_local()).contiguous()  # type: ignore[attr-defined]
-    shape, stride = tensor.shape, tensor.stride()
-    result = DTensor.from_local(part, mesh, kept, run_check=False, shape=shape, stride=stride)
-    placed: Tensor = result.redistribute(placements=tensor.placements)  # type: ignore[attr-defined]
-    return placed
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ form.py     the base class Form; Layout, how a module holds its projections
 exact.py, integers.py (Groups, too), minifloat.py: the forms
 module.py   stored projections of a module, and its state dict
 state.py    State, what switchgear keeps on a module; extend, for modules of other libraries
-selected.py parameters of which some experts are trained alone; offloaded.py: experts in a store on disk;
-            adapted.py: projections with low-rank adapters
+selected.py parameters of which some experts are trained alone; adapted.py: projections with low-rank adapters
 store.py    all experts of a model, and the choice of a form
 """
 

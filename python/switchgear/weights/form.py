@@ -5,15 +5,14 @@ experts holds its projections; integrations register a finder for modules of oth
 from __future__ import annotations
 
 import dataclasses
-import typing
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import convert
 from switchgear.reference import formats
 from switchgear.reference.minifloat import finite_experts
 from switchgear.weights.state import find
@@ -35,12 +34,6 @@ class Form(ABC):
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls) and vars(cls)["name"] in formats.FORMATS:
             FORMS.setdefault(cls.name, cls)
-
-    def __post_init__(self) -> None:
-        """Checks and converts the options by their annotations."""
-        hints = typing.get_type_hints(type(self), include_extras=True)
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, convert(field.name, getattr(self, field.name), hints[field.name]))
 
     @property
     def remedy(self) -> str:
@@ -76,15 +69,18 @@ class Form(ABC):
 
 
 class KeyedForm(Form):
-    """A form with suffixes: its state dict does not have the plain weight."""
+    """A form with suffixes: its state dict does not have the plain weight. keys: the suffixes of the weight's fields,
+    if it has them as they are."""
+
+    keys: ClassVar[Mapping[str, str]]
 
     def check_values(self, name: str, weight: Tensor, parts: int) -> None:
         for _ in finite_experts(weight, name):
             pass
 
-    @abstractmethod
     def save(self, weight: Weight) -> dict[str, Tensor]:
         """The state dict's tensors of a weight, by suffix."""
+        return {key: tensor for field, key in self.keys.items() if (tensor := getattr(weight, field)) is not None}
 
     def read(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
         """The weight made of a state dict's `tensors`, by suffix, to replace `now`. Raises ValueError for a tensor of
@@ -99,9 +95,10 @@ class KeyedForm(Form):
                 )
         return self.load(tensors, now)
 
-    @abstractmethod
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
         """`read`, for tensors of these shapes and dtypes."""
+        present = {field: tensors[key] for field, key in self.keys.items() if key in tensors}
+        return now.with_tensors({field: on_huge_pages(tensor.to(now.device)) for field, tensor in present.items()})
 
 
 def on_huge_pages(tensor: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ Gradients reach x, topk_weights and biases.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from switchgear.checks import Count, Range
+from switchgear.checks import Count, Range, checked
 from switchgear.reference import groups, integers
 from switchgear.reference.formats import BITS
 from switchgear.reference.minifloat import COLUMNS
@@ -25,7 +25,6 @@ from switchgear.weights.form import KeyedForm, on_huge_pages
 from switchgear.weights.weight import Weight
 
 _MOST_COLUMNS = 1 << 16  # of a weight in integers
-_SUFFIXES = {"data": "_values", "scales": "_scales", "row_scales": "_row_scales", "zeros": "_zeros"}
 
 
 class _GroupSize:
@@ -45,12 +44,15 @@ class _Integers(KeyedForm):
     symmetric: levels around zero. Otherwise each group also has a zero point: 8 bits, like the scale.
     """
 
+    keys: ClassVar[Mapping[str, str]] = {
+        "data": "_values", "scales": "_scales", "row_scales": "_row_scales", "zeros": "_zeros",
+    }  # fmt: skip
     group_size: GroupSize = 0
     symmetric: bool = True
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        return tuple(suffix for field, suffix in _SUFFIXES.items() if not (self.symmetric and field == "zeros"))
+        return tuple(key for field, key in self.keys.items() if not (self.symmetric and field == "zeros"))
 
     def encode(self, name: str, weight: Tensor, parts: int) -> Weight | str:
         if weight.shape[2] > _MOST_COLUMNS:  # sums of more products do not fit int32
@@ -66,16 +68,8 @@ class _Integers(KeyedForm):
             parts=parts, group_size=self.group_size,
         )  # fmt: skip
 
-    def save(self, weight: Weight) -> dict[str, Tensor]:
-        named = {suffix: getattr(weight, field) for field, suffix in _SUFFIXES.items()}
-        return {suffix: tensor for suffix, tensor in named.items() if tensor is not None}
 
-    def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
-        fields = {field: tensors.get(suffix) for field, suffix in _SUFFIXES.items()}
-        moved = {field: None if t is None else on_huge_pages(t.to(now.device)) for field, t in fields.items()}
-        return now.with_tensors(moved)
-
-
+@checked
 @dataclass(frozen=True)
 class Int8(_Integers):
     """8 bits per weight, and one scale per row or per `group_size` columns of it."""
@@ -83,6 +77,7 @@ class Int8(_Integers):
     name: ClassVar[str] = "int8"
 
 
+@checked
 @dataclass(frozen=True)
 class Int4(_Integers):
     """4 bits per weight, and one scale per `group_size` columns of a row."""
@@ -116,6 +111,7 @@ class _MultipleOfColumns:
 Bits = Annotated[int, Range(1, groups.MOST_BITS)]
 
 
+@checked
 @dataclass(frozen=True)
 class Groups(KeyedForm):
     """1 to 4 bits per weight, and one float16 scale per `group_size` columns of a row.
@@ -125,12 +121,12 @@ class Groups(KeyedForm):
     """
 
     name: ClassVar[str] = "groups"
+    keys: ClassVar[Mapping[str, str]] = {"data": "_values", "scales": "_scales", "zeros": "_zeros"}
     bits: Bits | Sequence[Bits] = 4
     group_size: Annotated[Count, _MultipleOfColumns] = 128
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not isinstance(self.bits, int):
             object.__setattr__(self, "bits", tuple(self.bits))
 
@@ -151,18 +147,12 @@ class Groups(KeyedForm):
         return weight_of(levels, weight.dtype, self.group_size, parts=parts)
 
     def save(self, weight: Weight) -> dict[str, Tensor]:
-        assert weight.scales is not None
         assert weight.records is not None
-        named = {"_values": weight.data, "_scales": weight.scales, "_zeros": weight.zeros}
-        bits = weight.records[:, 1].to(torch.uint8)
-        return {suffix: tensor for suffix, tensor in named.items() if tensor is not None} | {"_bits": bits}
+        return super().save(weight) | {"_bits": weight.records[:, 1].to(torch.uint8)}
 
     def load(self, tensors: dict[str, Tensor], now: Weight) -> Weight:
         if not torch.equal(bits := tensors["_bits"].cpu(), wanted := self.save(now)["_bits"].cpu()):
             raise ValueError(f"_bits: expected {wanted.tolist()}, got {bits.tolist()}")
         if not bool(tensors["_scales"].isfinite().all()):
             raise ValueError("_scales: expected finite numbers, got others")
-        fields = {"data": "_values", "scales": "_scales", "zeros": "_zeros"}
-        return now.with_tensors(
-            {field: on_huge_pages(tensors[key].to(now.device)) for field, key in fields.items() if key in tensors}
-        )
+        return super().load(tensors, now)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from switchgear.checks import checked
 from switchgear.reference import minifloat, nf4
 from switchgear.weights.form import KeyedForm, on_huge_pages
 from switchgear.weights.weight import Weight
@@ -81,6 +82,7 @@ class _Minifloat(KeyedForm):
         return now.with_tensors(self._store(published, now.parts))
 
 
+@checked
 @dataclass(frozen=True)
 class Fp8(_Minifloat):
     """e4m3fn, with one float32 scale per 128 x 128 weights, or per row (block="row")."""

@@ -9,7 +9,6 @@ them or plain weights, which they encode. Floating-point scales are kept as bits
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -105,8 +104,9 @@ class StoredProjections:
         self._cached: tuple[list[tuple[str, Tensor]], tuple[Weight, Weight]] | None = None
 
     @property
-    def was_trained(self) -> bool:
-        return any(projection.trained for projection in self.projections)
+    def is_in_memory(self) -> bool:
+        """Whether all experts are."""
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}  # copies have tensors of their own
@@ -190,14 +190,12 @@ class StoredProjections:
         for index, name in enumerate(self.layout.names):
             weight = _loaded(self, index, now[index], state_dict, f"{prefix}{name}", missing)
             loaded.append(now[index] if weight is None else weight)
-        loaded = [_in_memory_of(old, weight) for old, weight in zip(now, loaded, strict=True)]
-        projections = [
-            Projection(Kind.of(weight), projection.trained, projection.tie)
-            for weight, projection in zip(loaded, self.projections, strict=True)
-        ]
-        changed = StoredProjections(self.form, self.layout, (projections[0], projections[1]))
+        first, second = (_in_memory_of(old, weight) for old, weight in zip(now, loaded, strict=True))
+        one, other = self.projections
+        projections = replace(one, kind=Kind.of(first)), replace(other, kind=Kind.of(second))
+        changed = StoredProjections(self.form, self.layout, projections)
         self.take_out_of(module)
-        changed.put_into(module, (loaded[0], loaded[1]))
+        changed.put_into(module, (first, second))
         set_state(module, stored=changed)
 
     def check_load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -266,7 +264,7 @@ def weights_of(module: nn.Module, layout: Layout) -> tuple[Any, Any]:
     second: Any
     if stored is not None:
         first, second = stored.weights(module)
-        if module.training and stored.was_trained and not adapters and torch.is_grad_enabled():
+        if module.training and not adapters and torch.is_grad_enabled():
             _warn_of_training(module, stored)
     else:  # each attribute is read once: under a parametrization every access recomputes the weight
         first, second = attribute(module, layout.names[0]), attribute(module, layout.names[1])
@@ -292,8 +290,8 @@ def _transposed(weight: Tensor) -> Tensor:
 
 
 def _warn_of_training(module: nn.Module, stored: StoredProjections) -> None:
-    """Once per class and form: parameters that were trained became buffers."""
-    if torch.compiler.is_compiling():
+    """Once per class and form, if parameters that were trained became buffers."""
+    if torch.compiler.is_compiling() or not any(projection.trained for projection in stored.projections):
         return
     warn_once(
         f"{type(module).__name__} is in training mode, but its experts are stored as {stored.form} and do not train; "
@@ -331,28 +329,6 @@ def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.
     set_state(module, stored=None)
 
 
-@contextmanager
-def shown_as_parameters(model: nn.Module) -> Iterator[None]:
-    """Within the block stored projections appear as parameters, so that other code finds their names, shapes, dtypes
-    and devices. Each takes the memory of one element."""
-    shown = []
-    for module in model.modules():
-        if (stored := stored_of(module)) is not None:
-            for name, weight in zip(stored.layout.names, stored.weights(module), strict=True):
-                one = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-                parameter = nn.Parameter(one.mT if stored.layout.transposed else one, requires_grad=False)
-                shown.append((module, name, parameter, vars(module)[name]))
-    for module, name, parameter, _ in shown:
-        del vars(module)[name]
-        module._parameters[name] = parameter
-    try:
-        yield
-    finally:
-        for module, name, _, absent in shown:
-            module._parameters[name] = None
-            vars(module)[name] = absent
-
-
 def in_layout(weight: Tensor, layout: Layout) -> Tensor:
     """Converts a plain weight [E,out,in] to the layout of the module's parameter."""
     return weight.mT.contiguous() if layout.transposed else weight
@@ -361,26 +337,22 @@ def in_layout(weight: Tensor, layout: Layout) -> Tensor:
 # ---- for code that reads the parameters itself ----------------------------------------------------------------------
 
 
-def check_plain(name: str, experts: nn.Module) -> None:
+def check_plain(name: str, experts: nn.Module, *, are_replaced: bool = False) -> None:
     """Raises ValueError, which names the module, for weights in another form, adapters that are not merged, and experts
-    that train alone."""
+    that train alone. are_replaced: also for merged adapters, which would belong to weights that are gone."""
     for where, module in _named(name, experts):
         _check_adapters(where, module)
         if (stored := stored_of(module)) is not None:
             raise ValueError(f"{where}: expected plain weights, got {stored.form}; {stored.form.remedy}")
         if get_state(module).selection is not None:
             raise ValueError(f"{where}: expected no experts that train alone; call finetune.unfreeze(model) first")
-
-
-def check_replaceable(name: str, experts: nn.Module) -> None:
-    """As check_plain; refuses merged adapters, too, which would belong to weights that are gone."""
-    check_plain(name, experts)
-    _check_merged(name, experts)
+    if are_replaced:
+        _check_merged(name, experts)
 
 
 def check_state_dict(name: str, model: nn.Module) -> None:
-    """As check_replaceable, for code that reads the state dict, where lossless forms are plain, and experts that
-    train alone are among the others."""
+    """As check_plain of experts that are replaced, for code that reads the state dict, where lossless forms are plain,
+    and experts that train alone are among the others."""
     for where, module in _named(name, model):
         _check_adapters(where, module)
         stored = stored_of(module)
@@ -417,19 +389,6 @@ def _check_merged(name: str, experts: nn.Module) -> None:
 def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     if (stored := stored_of(module)) is not None:
         state_dict.update((prefix + name, tensor) for name, tensor in stored.saved(module))
-
-
-def plain_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Replaces the keys of a stored module's form in a state dict by plain weights. Other modules are ignored."""
-    stored = stored_of(module)
-    if stored is None or not stored.form.suffixes:
-        return
-    for name, weight in zip(stored.layout.names, stored.weights(module), strict=True):
-        keys = [f"{prefix}{name}{suffix}" for suffix in stored.form.suffixes]
-        if all(key in state_dict for key in keys):
-            for key in keys:
-                del state_dict[key]
-            state_dict[prefix + name] = in_layout(weight.plain(), stored.layout).contiguous()
 
 
 def _load(
@@ -523,14 +482,11 @@ def _in_memory_of(old: Weight, weight: Weight) -> Weight:
     """`weight` in the memory of `old`, as parameters are loaded: modules that share it still share it. One of another
     size, such as compact rows with longer headers, stays where it is."""
     pairs = list(zip(weight.tensors, old.tensors, strict=False))
-    same_kind = Kind.of(weight)._replace(is_exact=old.is_exact) == Kind.of(old)
-    if not same_kind or any(new.shape != held.shape or not _is_written_to(held) for new, held in pairs):
+    if Kind.of(weight)._replace(is_exact=old.is_exact) != Kind.of(old):
         return weight
+    for new, held in pairs:  # which can be overwritten: in any mode, and without elements that lie on others
+        if new.shape != held.shape or not held.is_contiguous() or held.is_inference():
+            return weight
     for new, held in pairs:
         held.copy_(new)
     return replace(old, is_exact=weight.is_exact)
-
-
-def _is_written_to(tensor: Tensor) -> bool:
-    """Whether a tensor can be overwritten: in any mode, and without elements that lie on others."""
-    return tensor.is_contiguous() and not tensor.is_inference()

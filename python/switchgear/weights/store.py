@@ -18,8 +18,8 @@ from switchgear.checks import Size, checked
 from switchgear.reference import formats
 from switchgear.reference.checks import AnyFloats
 from switchgear.weights.adapted import can_borrow_from, notice_wrappers
-from switchgear.weights.exact import Copies, Plain, Relaid
-from switchgear.weights.form import FORMS, Form, Layout, hint_for, layout_of
+from switchgear.weights.exact import Plain
+from switchgear.weights.form import FORMS, Form, Layout, hint_for, layout_of, on_huge_pages
 from switchgear.weights.module import (
     Kind,
     Projection,
@@ -141,29 +141,27 @@ def restore(model: nn.Module) -> int:
     """Undoes `store`: restores the parameters in their original dtype. They have the same bits if the form is lossless,
     else the decoded values. Returns the number of changed modules. All weights are decoded before any module changes,
     so on failure none does."""
-    copies = Copies()
+    copies: dict[tuple[object, ...], Tensor] = {}
     parameters: dict[Tie, nn.Parameter] = {}
     plain: dict[tuple[object, ...], Tensor] = {}
     decoded: list[tuple[nn.Module, StoredProjections, list[nn.Parameter]]] = []
-    relaid: list[tuple[nn.Module, Relaid]] = []
+    changes: list[PlainChange] = []
     for module in model.modules():
         if (stored := stored_of(module)) is not None:
             stored.check_restore()
             decoded.append((module, stored, plain_parameters(module, parameters, plain)))
         elif (names := get_state(module).packed) is not None:
-            relaid.append((module, Relaid(parameters_of(module, names), False, copies)))
+            changes.append(PlainChange(module, names, copies, is_back=True))
     try:
-        for _, change in relaid:
+        for change in changes:
             change.commit()  # copies gradients, too
     except BaseException:
-        for _, change in relaid:
+        for change in changes:
             change.undo()
         raise
-    for module, _ in relaid:
-        set_state(module, packed=None)
     for module, stored, found in decoded:
         take_back(module, stored, found)
-    changed = len(decoded) + sum(change.changes for _, change in relaid)
+    changed = len(decoded) + sum(bool(change.laid) for change in changes)
     _logger.info("restored modules of experts: %d", changed)
     return changed
 
@@ -183,13 +181,13 @@ class Target:
 def preparation_of(form: Form) -> Callable[[Target], StoredChange | PlainChange]:
     """Returns a function that prepares the change of a module. Shared parameters are encoded once."""
     if isinstance(form, Plain):
-        copies = Copies()
-        return lambda target: PlainChange(target, copies)
+        copies: dict[tuple[object, ...], Tensor] = {}
+        return lambda t: PlainChange(t.module, t.layout.names, copies, is_laid=not t.layout.transposed)
     encoded: dict[tuple[object, ...], Weight] = {}
     ties: dict[int, Tie] = {}
 
     def prepare(target: Target) -> StoredChange:
-        weights, projections, layout = [], [], target.layout
+        weights, layout = [], target.layout
         for index, parameter in enumerate(parameters_of(target.module, layout.names)):
             plain, parts = parameter.detach(), layout.parts(index)
             view = plain.mT if layout.transposed else plain
@@ -197,10 +195,7 @@ def preparation_of(form: Form) -> Callable[[Target], StoredChange | PlainChange]
             if key not in encoded:
                 encoded[key] = _encoded(form, f"{target.name}.{layout.names[index]}", view, parts)
             weights.append(encoded[key])
-            tie = ties.setdefault(id(parameter), Tie())
-            projections.append(Projection(Kind.of(weights[-1]), parameter.requires_grad, tie))
-        stored = StoredProjections(form, layout, (projections[0], projections[1]))
-        return StoredChange(target, stored, (weights[0], weights[1]))
+        return StoredChange(target, form, (weights[0], weights[1]), ties)
 
     return prepare
 
@@ -214,19 +209,24 @@ def _encoded(form: Form, name: str, weight: Tensor, parts: int) -> Weight:
 
 
 class StoredChange:
-    """Replaces a module's parameters by stored weights."""
+    """Replaces a module's parameters by stored weights. ties: those of the parameters by their id()."""
 
-    def __init__(self, target: Target, stored: StoredProjections, weights: tuple[Weight, Weight]) -> None:
-        self.target, self.weights = target, weights
-        self._stored, self._is_begun = stored, False
-        self._parameters: list[nn.Parameter] | None = parameters_of(target.module, stored.layout.names)
-        self.bytes_before = {memory_of(parameter): parameter.nbytes for parameter in self._parameters}
+    def __init__(self, target: Target, form: Form, weights: tuple[Weight, Weight], ties: dict[int, Tie]) -> None:
+        self._module, self._weights, self._is_begun = target.module, weights, False
+        parameters = parameters_of(target.module, target.layout.names)
+        first, second = (
+            Projection(Kind.of(weight), parameter.requires_grad, ties.setdefault(id(parameter), Tie()))
+            for weight, parameter in zip(weights, parameters, strict=True)
+        )
+        self._stored = StoredProjections(form, target.layout, (first, second))
+        self._parameters: list[nn.Parameter] | None = parameters
+        self.bytes_before = {memory_of(parameter): parameter.nbytes for parameter in parameters}
         self.bytes_after = {memory_of(t): t.nbytes for weight in weights for t in weight.tensors}
         self.is_exact = all(weight.is_exact for weight in weights)
 
     def commit(self) -> None:
         self._is_begun = True
-        put(self.target.module, self._stored, self.weights)
+        put(self._module, self._stored, self._weights)
 
     def forget(self) -> None:
         """Frees the parameters."""
@@ -239,33 +239,62 @@ class StoredChange:
         if self._parameters is None:
             if not self.is_exact:
                 return False
-            self._parameters = plain_parameters(self.target.module, {}, {})
-        take_back(self.target.module, self._stored, self._parameters)
+            self._parameters = plain_parameters(self._module, {}, {})
+        take_back(self._module, self._stored, self._parameters)
         return True
 
 
 class PlainChange:
-    """Gives a module's parameters other strides, on huge pages."""
+    """Gives a module's parameters other strides, on huge pages: `mT` becomes contiguous, or, with is_back, the
+    parameters themselves. is_laid: they have these strides."""
 
     is_exact = True
 
-    def __init__(self, target: Target, copies: Copies) -> None:
-        self.target = target
-        parameters = parameters_of(target.module, target.layout.names)
-        self._relaid = Relaid(parameters if target.layout.transposed else [], True, copies)
+    def __init__(
+        self,
+        module: nn.Module,
+        names: tuple[str, str],
+        copies: dict[tuple[object, ...], Tensor],
+        *,
+        is_laid: bool = False,
+        is_back: bool = False,
+    ) -> None:
+        self._module, self._names, self._is_back = module, names, is_back
+        self.laid: list[tuple[nn.Parameter, Tensor]] = []
+        self._before: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
+        parameters = parameters_of(module, names)
         self.bytes_before = self.bytes_after = {memory_of(parameter): parameter.nbytes for parameter in parameters}
+        for parameter in () if is_laid else parameters:
+            with torch.inference_mode(parameter.is_inference()):  # a copy can be trained if the parameter can
+                weight = parameter.data if is_back else parameter.data.mT
+                if not weight.is_contiguous():
+                    # Memory freed meanwhile can only be reused by a copy, and copies are not copied.
+                    key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+                    if key not in copies:
+                        copies[key] = on_huge_pages(weight)
+                    self.laid.append((parameter, copies[key] if is_back else copies[key].mT))
 
     def commit(self) -> None:
-        if self._relaid.changes:
-            self._relaid.commit()
-            set_state(self.target.module, packed=self.target.layout.names)
+        for parameter, laid in self.laid:
+            with torch.inference_mode(parameter.is_inference()):
+                self._before.append((parameter, parameter.data, parameter.grad))
+                parameter.data = laid
+                if parameter.grad is not None:
+                    parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+        if self.laid or self._is_back:
+            set_state(self._module, packed=None if self._is_back else self._names)
 
     def forget(self) -> None:
-        self._relaid.forget()
+        """Frees the previous memory of the parameters."""
+        self._before.clear()
 
     def undo(self) -> bool:
-        if self._relaid.undo():
-            set_state(self.target.module, packed=None)
+        for parameter, data, grad in self._before:
+            with torch.inference_mode(parameter.is_inference()):
+                parameter.data = data
+                parameter.grad = grad
+        if self._before:
+            set_state(self._module, packed=self._names if self._is_back else None)
         return True
 
 
@@ -298,6 +327,19 @@ def plain_parameters(
 # ---- one form --------------------------------------------------------------------------------------------------------
 
 
+def commit_all(changes: Iterable[Any]) -> None:
+    """Commits all changes or none."""
+    done = []
+    try:
+        for change in changes:
+            done.append(change)
+            change.commit()
+    except BaseException:
+        for change in done:
+            change.undo()
+        raise
+
+
 def _store(model: nn.Module, form: Form, low_memory: bool) -> Stored:
     targets, present = _targets(model, form)
     prepare = preparation_of(form)
@@ -313,7 +355,7 @@ def _store(model: nn.Module, form: Form, low_memory: bool) -> Stored:
             for change in done:
                 change.commit()
     except BaseException as error:
-        stay = [change.target.name for change in reversed(done) if not change.undo()]
+        stay = [target.name for target, change in reversed(list(zip(targets, done, strict=False))) if not change.undo()]
         if stay:
             names = ", ".join(reversed(stay))
             raise RuntimeError(
@@ -417,7 +459,6 @@ class Candidate(NamedTuple):
     form: str
     reason: str
     options: dict[str, Any]
-    is_last: bool = False  # no other form follows
 
 
 @checked
@@ -432,16 +473,16 @@ def candidates(
     }
     if devices - {"cpu"}:
         where = ", ".join(sorted(devices - {"cpu"}))
-        return [Candidate("plain", f"kernels on {where} multiply plain weights alone", {}, True)]
+        return [Candidate("plain", f"kernels on {where} multiply plain weights alone", {})]
     if backends.backend() == "reference":
-        return [Candidate("plain", "the reference gains nothing from another form", {}, True)]
+        return [Candidate("plain", "the reference gains nothing from another form", {})]
     rows = rows_per_expert(model, tokens_per_step)
     text = f"about {rows:.3g} tokens for an expert on {ops.cpu_isa()}"
-    plain = Candidate("plain", f"{text}: plain weights on huge pages", {}, True)
+    plain = Candidate("plain", f"{text}: plain weights on huge pages", {})
     panels = Candidate("panels", f"{text}: the order of the kernels", {})
     if bits is not None:
         reason = f"{text}: the requested number of bits"
-        return [Candidate("groups", reason, {"bits": bits, "symmetric": False}, True)]
+        return [Candidate("groups", reason, {"bits": bits, "symmetric": False})]
     if not lossless:
         if rows <= FEW_ROWS:
             return [Candidate("int4", f"{text}: memory is the limit, so the fewest bits", {"symmetric": False}), plain]
@@ -485,14 +526,16 @@ def _top_k(model: nn.Module, module: nn.Module, experts: int) -> int:
 
 def _store_best(model: nn.Module, low_memory: bool, options: dict[str, Any]) -> Stored:
     _check_options("auto", options, list(inspect.signature(candidates).parameters)[1:])
-    refused = []
-    for candidate in candidates(model, **options):
+    refused: list[str] = []
+    *others, last = candidates(model, **options)
+    for candidate in others:
         try:
-            done = _store(model, FORMS[candidate.form](**candidate.options), low_memory)
+            return _store_candidate(model, candidate, low_memory, refused)
         except ValueError as error:
-            if candidate.is_last:
-                raise
             refused.append(f"not {candidate.form}: {str(error).rpartition('; ')[2]}")
-            continue
-        return dataclasses.replace(done, reason="; ".join([candidate.reason, *refused]))
-    raise AssertionError("there is always a plain form")
+    return _store_candidate(model, last, low_memory, refused)
+
+
+def _store_candidate(model: nn.Module, candidate: Candidate, low_memory: bool, refused: Sequence[str]) -> Stored:
+    done = _store(model, FORMS[candidate.form](**candidate.options), low_memory)
+    return dataclasses.replace(done, reason="; ".join([candidate.reason, *refused]))

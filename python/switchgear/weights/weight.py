@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -45,28 +45,18 @@ class Operand(NamedTuple):
     adapter: tuple[Tensor, ...] = ()  # a, b, scales and possibly ranks; empty: none
     dropout: float = 0.0  # of the adapter
     trained: TrainedExperts | None = None
-    source: Any = None  # a Source: the experts are not in memory, and there are no tensors
+    source: Any = None  # a LoadsExperts of offload.waves: the experts are not in memory, and there are no tensors
     needs_no_dispatch: bool = False  # the tensors are known to be plain ones in CPU memory
 
 
-class AnyOperand(Protocol):
-    """A weight that answers for itself."""
-
-    @property
-    def shape(self) -> Any: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def operand(self, dtype: torch.dtype, autocast: str | None) -> Operand: ...
-
-
-def operand_of(weight: Tensor | AnyOperand, dtype: torch.dtype, autocast: str | None = None) -> Operand:
-    """The operand for an x of `dtype`. autocast: the device type whose torch.autocast is on and gave x its dtype."""
+def operand_of(weight: Any, dtype: torch.dtype, autocast: str | None = None) -> Operand:
+    """The operand for an x of `dtype` of a tensor, or of a weight that answers for itself. autocast: the device type
+    whose torch.autocast is on and gave x its dtype."""
     if isinstance(weight, Tensor):
         tensors = (weight,) if autocast is None else cast_in_autocast(autocast, weight)
         return Operand(tensors, (), tensors)
-    return weight.operand(dtype, autocast)
+    operand: Operand = weight.operand(dtype, autocast)
+    return operand
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,17 +208,12 @@ class Weight:
         """A copy with other tensors, by field name."""
         if unknown := sorted(set(tensors) - set(_FIELDS)):
             raise ValueError(f"tensors: expected names among {', '.join(_FIELDS)}, got {', '.join(unknown)}")
-        given = {name: getattr(self, name) for name in _ARGUMENTS}
-        return Weight(**{**given, **tensors})
+        changes: dict[str, Any] = dict(tensors)
+        return replace(self, **changes)
 
 
 def _is_on_cpu(weight: Weight) -> bool:
     return weight.data.is_cpu
-
-
-_ARGUMENTS = (
-    "format", *_FIELDS, "rows", "cols", "dtype", "parts", "group_size", "elements", "is_exact",
-)  # fmt: skip
 
 
 class AdaptedWeight(NamedTuple):
@@ -313,6 +298,35 @@ class SelectedWeight(NamedTuple):
         if autocast is not None:
             weight, trained, bias = cast_in_autocast(autocast, weight, trained, bias)
         return Operand((weight,), leaves=(weight, trained, bias), trained=TrainedExperts(trained, bias, self.experts))
+
+
+@dataclass(frozen=True, eq=False)
+class OffloadedWeight:
+    """A projection [E,N,C] whose experts are in a store on disk. Some are in memory, where `weight` has slots."""
+
+    weight: Weight
+    source: Any  # a LoadsExperts of offload.waves
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def operand(self, dtype: torch.dtype, autocast: str | None = None) -> Operand:
+        return Operand((), source=self.source)
+
+    def plain(self) -> NoReturn:
+        raise ValueError(
+            "model: its experts are offloaded, so their plain weights and state dict are not in memory; the store has "
+            "them, or call close() of what offload returned, which restores the parameters"
+        )
 
 
 HUGE_PAGE = 2 << 20  # bytes

@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ WRITTEN = (JOURNAL, f"{JOURNAL}*{UNFINISHED}", "step-*", "calibration-*.safetens
 STEPS = ("prune_experts", "merge_experts", "prune_weights", "quantize")  # of switchgear.compress
 GIVEN = ("model", "calibration")  # arguments that the command passes itself
 MIXED = ("of", "average", "alpha", "beta", "gamma", "tolerance")  # options of bits by expert
-CALIBRATION = {"text": [], "tokens": 65536, "length": None}
+CALIBRATION: dict[str, Any] = {"text": list[str], "tokens": Size, "length": Annotated[int, Range(2, 2**31 - 1)] | None}
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
@@ -99,20 +99,17 @@ def parse(data: Any, folder: Path) -> Recipe:
     _check_keys("recipe", data, ("calibration", "steps"))
     how = data.get("calibration", {})
     _check_keys("recipe: calibration", how, tuple(CALIBRATION))
-    how = CALIBRATION | how
-    files = how["text"] if isinstance(how["text"], list) else None
-    if files is None or not all(isinstance(file, str) for file in files):
-        raise CommandError(f"recipe: calibration.text: expected a list of files, got {how['text']!r}")
+    how = {"text": [], "tokens": 65536, "length": None} | how
     try:
-        convert("tokens", how["tokens"], Size)
-        convert("length", how["length"], Annotated[int, Range(2, 2**31 - 1)] | None)
+        for name, hint in CALIBRATION.items():
+            convert(name, how[name], hint)
     except (TypeError, ValueError) as error:
         raise CommandError(f"recipe: calibration.{error}") from None
     steps = data.get("steps")
     if not isinstance(steps, list) or not steps:
         raise CommandError(f"recipe: steps: expected a list of at least one, got {steps!r}")
     parsed = tuple(_step(f"recipe: steps[{i}]", step) for i, step in enumerate(steps))
-    return Recipe(parsed, tuple(str(folder / file) for file in files), how["tokens"], how["length"])
+    return Recipe(parsed, tuple(str(folder / file) for file in how["text"]), how["tokens"], how["length"])
 
 
 def _step(place: str, data: Any) -> Step:
@@ -169,7 +166,8 @@ def _check_keys(place: str, data: Any, known: tuple[str, ...]) -> None:
 def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fresh: bool = False) -> Iterator[str]:
     """Yields a line per step. CommandError for whatever the user can mend; then OUT does not exist."""
     place = "recipe: calibration.text"
-    texts = read_texts(recipe.text, source, place, to_calibrate=True) if _needs_text(recipe) else {}
+    needs_text = any(step.needs_calibration for step in recipe.steps)
+    texts = read_texts(recipe.text, source, place, to_calibrate=True) if needs_text else {}
     partial = Partial(out, identity(source, recipe, texts, dtype), fresh)
     try:
         done = partial.steps()
@@ -224,10 +222,6 @@ def apply(step: Step, model: Any, calibration: Calibration | None, place: str) -
         raise CommandError(f"{place}: {step.do}: {error}") from None
 
 
-def _needs_text(recipe: Recipe) -> bool:
-    return any(step.needs_calibration for step in recipe.steps)
-
-
 def _calibrate(model: Any, source: Path, recipe: Recipe, texts: dict[str, bytes], hessians: bool) -> Calibration:
     cut = cut_texts(texts, model, source, tokens=recipe.tokens, length=recipe.length)
     batches: list[dict[str, Any]] = [
@@ -264,12 +258,14 @@ class Partial:
         self.out, self.folder = out, out.with_name(f"{out.name}.partial")
         self._journal: dict[str, Any] = {"command": "compress", "identity": identity, "steps": [], "calibrations": []}
         try:
-            if not self._is_ours():
+            files = {file.name for file in self.folder.iterdir()} if self.folder.exists() else set()
+            if self._read().get("command") != "compress" and not files <= {LOCK}:
                 raise CommandError(f"{self.folder} exists and is not of this command; it was left as it is")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = locked(self.folder)
             found = self._read()
-            if found.get("identity") == identity and not fresh and self._is_there(found["steps"]):
+            done = len(found.get("steps", ()))
+            if found.get("identity") == identity and not fresh and (not done or self._model(done).exists()):
                 self._journal = found
             else:  # of another recipe, or its result has become OUT: it cannot continue
                 self._discard()
@@ -324,18 +320,8 @@ class Partial:
     def _model(self, steps: int) -> Path:
         return self.folder / f"step-{steps}"
 
-    def _is_there(self, steps: Sequence[Any]) -> bool:
-        """Whether the model after the last step is, if there is one."""
-        return not steps or self._model(len(steps)).exists()
-
     def _calibration(self, step: int) -> Path:
         return self.folder / f"calibration-{step}.safetensors"
-
-    def _is_ours(self) -> bool:
-        """Whether the folder is of this command, or there is nothing in it."""
-        if self._read().get("command") == "compress":
-            return True
-        return not self.folder.exists() or all(file.name == LOCK for file in self.folder.iterdir())
 
     def _discard(self) -> None:
         """Deletes what this command wrote, and nothing else."""

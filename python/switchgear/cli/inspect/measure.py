@@ -13,6 +13,7 @@ from torch import Tensor
 
 from switchgear.diagnostics import LayerChoices, cacheability, coactivation, collect, gate_entropy, usage
 from switchgear.diagnostics.similarity import compute_product_cosines
+from switchgear.integrations.blocks import expert_layer
 from switchgear.integrations.moe_blocks import MoeBlock, moe_blocks
 
 SEGMENT = 16  # consecutive tokens that share a cache, or all of a shorter sequence
@@ -53,7 +54,9 @@ class Layer:
     @property
     def mean_similarity(self) -> float:
         """Of two different experts."""
-        return math.nan if self.similarity is None else float(_list_pairs(self.similarity).mean())
+        if self.similarity is None:
+            return math.nan
+        return float(self.similarity[torch.ones_like(self.similarity, dtype=torch.bool).triu(1)].mean())
 
     def alike(self, count: int = 3) -> list[tuple[int, int, float]]:
         """The pairs of experts with the most similar weights."""
@@ -141,21 +144,18 @@ def measure_similarity(block: MoeBlock) -> Tensor | None:
     """Cosine similarity of the experts' weights, [E,E] float64, in slices: those of a whole layer in float64 could be
     larger than the model. None if the experts are not stacked."""
     try:
-        weights = block.expert_weights()
+        layer = expert_layer(block)
     except ValueError:
         return None
+    if layer.num_experts != block.num_experts:  # Virtual ones have no weights.
+        return None
     products = torch.zeros(block.num_experts, block.num_experts, dtype=torch.float64)
-    for stacked in (weights.gate_up, weights.down):
-        weight = stacked[: block.num_experts]  # LongCat's first one has rows of zero experts, too
-        for part in torch.split(weight.detach().flatten(1), max(COLUMNS // block.num_experts, 1), dim=1):
+    for parameter in layer.parameters:
+        weight = parameter.tensor[: block.num_experts]  # LongCat's first one has rows of zero experts, too
+        for part in torch.split(weight.flatten(1), max(COLUMNS // block.num_experts, 1), dim=1):
             rows = part.cpu().double()
             products += rows @ rows.T
     return compute_product_cosines(products)
-
-
-def _list_pairs(matrix: Tensor) -> Tensor:
-    above = torch.ones_like(matrix, dtype=torch.bool).triu(1)
-    return matrix[above]
 
 
 def _find_largest(matrix: Tensor, count: int) -> list[tuple[int, int, float]]:

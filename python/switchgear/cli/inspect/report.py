@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ MOST_TICKS = 24
 
 
 def summary(found: Inspection) -> str:
-    """A few lines for the terminal."""
     worst = max(found.layers, key=lambda layer: layer.max_violation)
     unused = sum(layer.unused for layer in found.layers)
     slots, hits = _format_hits(found)
@@ -33,7 +33,6 @@ def summary(found: Inspection) -> str:
 
 
 def report(found: Inspection) -> str:
-    """The text of report.md."""
     about = found.about
     read = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in found.domains.items())
     return f"""# switchgear inspect: {about.get("model", about["class"])}
@@ -174,65 +173,43 @@ def _draw_domains(found: Inspection, path: Path) -> None:
 
 
 def _draw_entropy(found: Inspection, path: Path) -> None:
-    """Entropy of the routers and of the load, by layer."""
-    figure, axis = pyplot().subplots(figsize=(8, 3.4))
-    palette = colors(["load", "router"])
-    places = np.arange(len(found.layers))
-    axis.plot(places, [layer.load_entropy for layer in found.layers], marker="o", color=palette["load"], label="load")
-    axis.plot(
-        places, [layer.router_entropy for layer in found.layers], marker="o", color=palette["router"],
-        label="router, mean over tokens",
-    )  # fmt: skip
-    _number(axis, found.layers)
-    axis.set_ylim(0, 1.05)
-    axis.set_ylabel("entropy / log E")
-    axis.set_title("Entropy: 1 is uniform")
-    axis.legend()
-    save(figure, path)
+    lines = {
+        "load": {i: layer.load_entropy for i, layer in enumerate(found.layers)},
+        "router, mean over tokens": {i: layer.router_entropy for i, layer in enumerate(found.layers)},
+    }
+    _draw_lines(found, path, lines, "entropy / log E", "Entropy: 1 is uniform")
 
 
 def _draw_cacheability(found: Inspection, path: Path) -> None:
-    """Hits of a cache of experts, by layer and slots."""
-    figure, axis = pyplot().subplots(figsize=(8, 3.4))
     sizes = sorted({slots for layer in found.layers for slots in layer.hits})
-    palette = colors([f"{slots} slots" for slots in sizes])
-    for slots in sizes:
-        points = [(i, layer.hits[slots]) for i, layer in enumerate(found.layers) if slots in layer.hits]
-        axis.plot(*zip(*points, strict=True), marker="o", color=palette[f"{slots} slots"], label=f"{slots} slots")
-    _number(axis, found.layers)
+    lines = {
+        f"{slots} slots": {i: layer.hits[slots] for i, layer in enumerate(found.layers) if slots in layer.hits}
+        for slots in sizes
+    }
+    title = f"A cache of experts that is refilled every {found.segment} tokens"
+    _draw_lines(found, path, lines, "best hit rate", title)
+
+
+def _draw_lines(
+    found: Inspection, path: Path, lines: Mapping[str, Mapping[int, float]], label: str, title: str
+) -> None:
+    """Lines of points, from 0 to 1, by number of the layer."""
+    figure, axis = pyplot().subplots(figsize=(8, 3.4))
+    palette = colors(list(lines))
+    for name, points in lines.items():
+        axis.plot(*zip(*points.items(), strict=True), marker="o", color=palette[name], label=name)
+    axis.set_xticks(range(0, len(found.layers), -(-len(found.layers) // MOST_TICKS)))
+    axis.set_xlabel("MoE layer")
     axis.set_ylim(0, 1.05)
-    axis.set_ylabel("best hit rate")
-    axis.set_title(f"A cache of experts that is refilled every {found.segment} tokens")
+    axis.set_ylabel(label)
+    axis.set_title(title)
     axis.legend()
     save(figure, path)
 
 
-def _draw_similarity(found: Inspection, path: Path) -> None:
-    """Cosine similarity of the experts' weights."""
-    pairs = [(layer, layer.similarity) for layer in found.layers]
-    _draw_matrices(pairs, "Similarity of the experts' weights", "cosine", path)
-
-
-def _draw_coactivation(found: Inspection, path: Path) -> None:
-    """Which experts serve the same tokens."""
-    _draw_matrices(
-        [(layer, layer.coactivation) for layer in found.layers], "Tokens of an expert (row) that choose another, too",
-        "fraction", path,
-    )  # fmt: skip
-
-
-PLOTS: dict[str, Callable[[Inspection, Path], None]] = {
-    "load.png": _draw_load,
-    "entropy.png": _draw_entropy,
-    "domains.png": _draw_domains,
-    "similarity.png": _draw_similarity,
-    "coactivation.png": _draw_coactivation,
-    "cacheability.png": _draw_cacheability,
-}
-
-
-def _draw_matrices(pairs: Sequence[tuple[Layer, Any]], title: str, label: str, path: Path) -> None:
+def _draw_matrices(attribute: str, title: str, label: str, found: Inspection, path: Path) -> None:
     """Some layers' matrices, without their diagonals."""
+    pairs = [(layer, getattr(layer, attribute)) for layer in found.layers]
     shown = [(layer, np.asarray(matrix, float)) for layer, matrix in pairs if matrix is not None]
     places = sorted({round(i * (len(shown) - 1) / max(MOST_MATRICES - 1, 1)) for i in range(MOST_MATRICES)})
     shown = [shown[i] for i in places] if shown else []
@@ -280,7 +257,12 @@ def _label_layers(axis: Any, layers: Sequence[Layer]) -> None:
     axis.set_yticks(range(0, len(layers), step), [layer.name for layer in layers[::step]], fontsize=7)
 
 
-def _number(axis: Any, layers: Sequence[Layer]) -> None:
-    step = -(-len(layers) // MOST_TICKS)
-    axis.set_xticks(range(0, len(layers), step))
-    axis.set_xlabel("MoE layer")
+_TOGETHER = "Tokens of an expert (row) that choose another, too"
+PLOTS: dict[str, Callable[[Inspection, Path], None]] = {
+    "load.png": _draw_load,
+    "entropy.png": _draw_entropy,
+    "domains.png": _draw_domains,
+    "similarity.png": partial(_draw_matrices, "similarity", "Similarity of the experts' weights", "cosine"),
+    "coactivation.png": partial(_draw_matrices, "coactivation", _TOGETHER, "fraction"),
+    "cacheability.png": _draw_cacheability,
+}

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from switchgear.checks import Size, checked
 from switchgear.functional import Plan, Routing, combine, glu, grouped_gemm, plan
 from switchgear.layers.common import WithLosses, check_rows
-from switchgear.papers.parts.scores_of_experts import ActivationNorm, norms
-from switchgear.reference import ACTIVATIONS, check_choice
+from switchgear.papers.parts.scores import ActivationNorm, norms
+from switchgear.reference.activations import Activation
 from switchgear.routing.context import Balance, Controller, Limit, Scope, context_of
 from switchgear.routing.router import Router
 from switchgear.routing.scores import init_uniform
@@ -48,7 +48,7 @@ class AutonomousMoE(WithLosses):
         *,
         d_low: int,
         normalize: bool = True,
-        activation: str = "silu",
+        activation: Activation = "silu",
         capacity: Limit | Callable[..., Any] | None = None,
         balance: Sequence[Balance | Controller | Callable[..., Any]] = (),
         isolation: Scope = "batch",
@@ -57,7 +57,6 @@ class AutonomousMoE(WithLosses):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_choice("activation", activation, ACTIVATIONS)
         self.num_experts, self.activation, self.return_routing = num_experts, activation, return_routing
         score: Callable[..., Any] = partial(ActivationNorm, d_low=d_low)
         self.gate = Router(

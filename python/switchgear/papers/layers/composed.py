@@ -11,10 +11,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
-from switchgear.checks import Size, checked
-from switchgear.layers.common import check_returns_rows, check_rows, losses_of, repeat_context
+from switchgear.checks import Size, checked, convert
+from switchgear.layers.common import check_rows
 from switchgear.reference import wide
 from switchgear.utils.modules import LoadsScalars
+
+
+def _losses_of(*layers: nn.Module) -> dict[str, Tensor]:
+    """The balance losses of the layers' last forward; losses with the same name are added."""
+    losses: dict[str, Tensor] = {}
+    for layer in layers:
+        for name, loss in getattr(layer, "losses", {}).items():
+            losses[name] = losses[name] + loss if name in losses else loss
+    return losses
+
+
+def _check_returns_rows(name: str, layer: nn.Module) -> None:
+    """Raises TypeError for what is no module, and ValueError for a layer whose forward returns the routing, too."""
+    convert(name, layer, nn.Module)
+    if getattr(layer, "return_routing", False):
+        raise ValueError(f"{name}: expected a layer that returns y alone, got one with return_routing=True")
+
+
+def _repeat_context(context: dict[str, object], num_tokens: int, times: int) -> dict[str, object]:
+    """The context if each token is split into `times` pieces, in the order of the tokens."""
+    repeated = dict(context)
+    for name in ("token_ids", "sequence_ids", "importance"):
+        value = context.get(name)
+        if isinstance(value, Tensor):
+            repeated[name] = value.flatten().repeat_interleave(times)
+    if isinstance(context.get("sequence_length"), int):
+        repeated["sequence_length"] = context["sequence_length"] * times  # type: ignore[operator]
+    embedding = context.get("embedding")
+    if isinstance(embedding, Tensor) and embedding.dim() > 1 and embedding.shape[:-1].numel() == num_tokens:
+        repeated["embedding"] = embedding.flatten(0, -2).repeat_interleave(times, 0)  # one per token
+    return repeated
 
 
 class CartesianMoE(nn.Module):
@@ -40,15 +71,15 @@ class CartesianMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_returns_rows("first", first)
-        check_returns_rows("second", second)
+        _check_returns_rows("first", first)
+        _check_returns_rows("second", second)
         self.first, self.second = first, second
         self.norm = nn.LayerNorm(hidden_size, eps=eps, device=device, dtype=dtype)
 
     @property
     def losses(self) -> dict[str, Tensor]:
         """The balance losses of both layers in the last forward."""
-        return losses_of(self.first, self.second)
+        return _losses_of(self.first, self.second)
 
     def forward(self, hidden_states: Tensor, **context: object) -> Tensor:
         """[..., H] -> [..., H]; `context` goes to both layers."""
@@ -84,7 +115,7 @@ class MultiHeadMoE(nn.Module):
         super().__init__()
         if hidden_size % heads:
             raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
-        check_returns_rows("moe", moe)
+        _check_returns_rows("moe", moe)
         self.heads = heads
         self.head_proj = nn.Linear(hidden_size, hidden_size, bias=False, device=device, dtype=dtype)
         self.moe = moe
@@ -93,7 +124,7 @@ class MultiHeadMoE(nn.Module):
     @property
     def losses(self) -> dict[str, Tensor]:
         """The balance losses of the last forward."""
-        return losses_of(self.moe)
+        return _losses_of(self.moe)
 
     def forward(self, hidden_states: Tensor, **context: object) -> Tensor:
         """[..., H] -> [..., H]. token_ids and sequence_ids, if given, refer to whole tokens."""
@@ -101,7 +132,7 @@ class MultiHeadMoE(nn.Module):
         pieces = self.head_proj(hidden_states).unflatten(-1, (self.heads, -1))
         pieces = pieces.flatten(-3, -2)  # [..., S·heads, H/heads]: the pieces of a sequence stay one sequence
         num_tokens = hidden_states.shape[:-1].numel()
-        y: Tensor = self.moe(pieces, **repeat_context(context, num_tokens, self.heads))
+        y: Tensor = self.moe(pieces, **_repeat_context(context, num_tokens, self.heads))
         merged: Tensor = self.merge_proj(y.reshape(hidden_states.shape))
         return merged
 

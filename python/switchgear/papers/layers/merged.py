@@ -13,6 +13,7 @@ from switchgear.checks import Count, checked
 from switchgear.experts import Experts
 from switchgear.functional import Routing, combine, glu, grouped_gemm, moe, plan
 from switchgear.layers.common import WithLosses, check_rows
+from switchgear.ops import GluOptions
 from switchgear.reference import wide
 from switchgear.routing.context import context_of, sequences
 from switchgear.weights.adapted import has_adapters
@@ -119,10 +120,7 @@ class MergedExperts(WithLosses):
         share = self.shares(rows, ids, num_sequences)
         first = self.router(pooled(rows, share, ids, num_sequences))
         gate_up, gate_up_bias = self._merged(experts._first, first)
-        options: dict[str, Any] = {
-            "activation": experts.activation, "gated": experts.gated, "interleaved": experts.interleaved,
-            "alpha": experts.alpha, "limit": experts.limit,
-        }  # fmt: skip
+        options: dict[str, Any] = {name: getattr(experts, name) for name in GluOptions._fields}
         if self.down_router is None:
             down, down_bias = self._merged("down_proj", first)
             self.losses = first.losses

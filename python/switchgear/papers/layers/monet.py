@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from statistics import NormalDist
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import Size, checked
+from switchgear.checks import Shape, Size, checked
 from switchgear.functional import gate
 from switchgear.layers.common import check_rows
-from switchgear.reference import wide
+from switchgear.reference import check_range, wide
 from switchgear.routing.context import is_recomputing
 from switchgear.routing.counting import unseen
 from switchgear.routing.scores import init_uniform
@@ -154,12 +154,10 @@ class MonetExperts(nn.Module):
             else:
                 init_uniform(value, fan_in)
 
-    def disable(self, pairs: Tensor) -> None:
+    @checked
+    def disable(self, pairs: Annotated[Tensor, Shape(None, 2)]) -> None:
         """Removes the experts (i,j) of pairs [P,2] from now on; an empty [0,2] restores all."""
-        if pairs.dim() != 2 or pairs.shape[1] != 2:
-            raise ValueError(f"pairs: expected shape [P, 2], got {list(pairs.shape)}")
-        if pairs.numel() and not 0 <= int(pairs.min()) <= int(pairs.max()) < self.sqrt_n:
-            raise ValueError(f"pairs: expected 0 to {self.sqrt_n - 1}, got {int(pairs.min())} to {int(pairs.max())}")
+        check_range("pairs", pairs, 0, self.sqrt_n)
         self.disabled = torch.unique(pairs.long().to(self.disabled.device), dim=0)
 
     def forward(self, hidden_states: Tensor, routing: MonetRouting) -> Tensor:

@@ -7,13 +7,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import Count, Finite, Fraction, NotNegativeOrInf, Positive, checked
+from switchgear.checks import Count, Finite, Fraction, NotNegativeOrInf, Positive, Range, checked
 from switchgear.functional import Routing
+from switchgear.papers.parts.masks import AroundSelection
 from switchgear.routing.balance import count_tokens, spans_processes, sum_over_processes, total_weights
 from switchgear.routing.capacity import Capacity, count_choices, renormalize_weights
 from switchgear.routing.context import Context, is_recomputing, made
@@ -21,6 +22,7 @@ from switchgear.routing.counting import aside, unseen
 from switchgear.routing.ranking import finite
 from switchgear.utils.modules import KeepsFloat32
 
+_Growth = Annotated[float, Range(1, math.inf, "low high")]
 _LEAST_GROWTH, _MOST_GROWTH = 1e-6, 1e10  # of the λ of AdaptiveSparsity, which begins small
 
 
@@ -39,12 +41,21 @@ class _Coefficient(KeepsFloat32):
     def _add(self, seen: Tensor) -> None:
         self._seen = seen if self._seen is None else self._seen + seen
 
-    def _take(self, router: nn.Module) -> Tensor | None:
-        """The counts of the step, summed as Router.after_step sums its own; None if there was no call."""
+    def reset_parameters(self) -> None:
+        """Resets to the first step."""
+        nn.init.constant_(self.value, self.initial)
+
+    @torch.no_grad()
+    def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
+        """One step of the rule, over all processes; none if there was no call."""
         group, seen, self._seen = getattr(router, "_group", None), self._seen, None
         if seen is None and spans_processes(group):  # others wait for those of this process
             seen = torch.zeros(2, dtype=torch.int64, device=self.value.device)
-        return None if seen is None else sum_over_processes(seen, group)
+        if seen is not None:
+            self._follow(*sum_over_processes(seen, group))
+
+    def _follow(self, first: Tensor, second: Tensor) -> None:
+        raise NotImplementedError
 
 
 class AdaptiveCoefficient(_Coefficient):
@@ -65,10 +76,6 @@ class AdaptiveCoefficient(_Coefficient):
         super().__init__(alpha_max if initial is None else initial)
         self.xi, self.alpha_max, self.beta = xi, alpha_max, beta
 
-    def reset_parameters(self) -> None:
-        """Resets to the first step."""
-        nn.init.constant_(self.value, self.initial)
-
     def forward(self, routing: Routing) -> Tensor:
         """The current coefficient; also counts what `routing` dropped."""
         if not is_recomputing():
@@ -80,11 +87,8 @@ class AdaptiveCoefficient(_Coefficient):
         dropped = torch.zeros_like(choices) if num_dropped is None else num_dropped.sum()
         self._add(torch.stack((dropped.to(choices.device), choices)))
 
-    def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
-        """One step of the rule, with the drops since the last one, over all processes."""
-        seen = self._take(router)
-        if seen is not None:
-            self.update(seen[0] / seen[1].clamp(min=1))
+    def _follow(self, dropped: Tensor, choices: Tensor) -> None:
+        self.update(dropped / choices.clamp(min=1))
 
     @torch.no_grad()
     def update(self, drop_rate: Tensor | float) -> None:
@@ -115,20 +119,14 @@ class AdaptiveSparsity(_Coefficient):
 
     @checked
     def __init__(
-        self, top_k: Finite, num_experts: int, *, initial: Finite = 1e-8, rate: Finite = 1.2, balance: bool = True
+        self, top_k: Positive, num_experts: int, *, initial: Finite = 1e-8, rate: _Growth = 1.2, balance: bool = True
     ) -> None:
         super().__init__(initial)
-        if not 0 < top_k <= num_experts:
+        if top_k > num_experts:
             raise ValueError(f"top_k: expected a number in (0, {num_experts}] (num_experts), got {top_k}")
-        if not rate > 1:
-            raise ValueError(f"rate: expected a number above 1, got {rate}")
         if not abs(initial) * _MOST_GROWTH < torch.finfo(torch.float32).max:
             raise ValueError(f"initial: expected a number that may grow by {_MOST_GROWTH:g} in float32, got {initial}")
         self.top_k, self.num_experts, self.rate, self.balance = top_k, num_experts, rate, balance
-
-    def reset_parameters(self) -> None:
-        """Resets λ."""
-        nn.init.constant_(self.value, self.initial)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
         """The loss; also counts what was chosen."""
@@ -145,21 +143,17 @@ class AdaptiveSparsity(_Coefficient):
     def _see(self, counts: Tensor, router_logits: Tensor) -> None:
         self._add(torch.stack((counts.sum(), counts.new_full((), router_logits.numel() // self.num_experts))))
 
-    @torch.no_grad()
-    def after_step(self, tokens_per_expert: Tensor, router: nn.Module) -> None:
-        """One step of the rule, over all processes."""
-        seen = self._take(router)
-        if seen is not None:
-            pairs = seen[1].clamp(min=1) * self.num_experts
-            too_dense = seen[0] / pairs - self.top_k / self.num_experts  # (1 - K/E) - S
-            self.value.mul_(self.rate ** too_dense.sign())
-            self.value.clamp_(*sorted((self.initial * _LEAST_GROWTH, self.initial * _MOST_GROWTH)))
+    def _follow(self, chosen: Tensor, tokens: Tensor) -> None:
+        pairs = tokens.clamp(min=1) * self.num_experts
+        too_dense = chosen / pairs - self.top_k / self.num_experts  # (1 - K/E) - S
+        self.value.mul_(self.rate ** too_dense.sign())
+        self.value.clamp_(*sorted((self.initial * _LEAST_GROWTH, self.initial * _MOST_GROWTH)))
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, rate={self.rate}"
 
 
-class RunningCap(KeepsFloat32):
+class RunningCap(AroundSelection, KeepsFloat32):
     """A selection that closes an expert while its running total of weights exceeds the mean by more than `margin` (Deep
     Mixture of Experts, arXiv:1312.4314).
 
@@ -184,11 +178,6 @@ class RunningCap(KeepsFloat32):
         super().__init__()
         self.select, self.margin = made(select, num_experts=num_experts), margin
         self.register_buffer("totals", torch.zeros(num_experts, dtype=torch.float32))
-
-    @property
-    def top_k(self) -> int | None:
-        """Of the selection inside; None if it varies."""
-        return getattr(self.select, "top_k", None)
 
     def reset_parameters(self) -> None:
         """Zeroes the totals."""
@@ -241,10 +230,13 @@ class CapacityByKind:
     free_experts: Count
     tau: Positive = 0.75
     limit: Capacity = field(default_factory=partial(Capacity, 1.1))
+    _of_kind: Capacity = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.limit.overflow != "drop":
             raise ValueError(f"limit.overflow: expected drop, got {self.limit.overflow!r}")
+        # A token's weights of both kinds have one sum.
+        object.__setattr__(self, "_of_kind", replace(self.limit, renormalize=False))
 
     @property
     def needs_scores(self) -> bool:
@@ -271,12 +263,5 @@ class CapacityByKind:
 
     def _limited(self, routing: Routing, kind: Tensor, scale: float, context: Context) -> Routing:
         """The choices of one kind, which only displace each other, within `scale` times the limit."""
-        evaluation = self.limit.evaluation_factor
-        limit = replace(
-            self.limit,
-            factor=self.limit.factor * scale,
-            evaluation_factor=None if evaluation is None else evaluation * scale,
-            renormalize=False,  # a token's weights of both kinds have one sum
-        )
         part = routing._replace(topk_ids=routing.topk_ids.masked_fill(~kind, -1))
-        return limit.limited(part, context, count_choices(routing))
+        return self._of_kind.limited(part, context, count_choices(routing), scale)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -214,6 +214,7 @@ def _sums_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> T
 class _PerExpert(FillsBuffers, KeepsFloat32):
     """A loss with a fixed vector over the experts, which follows the router to its device."""
 
+    _loss: ClassVar[Callable[[Tensor, Tensor, Tensor], Tensor]]  # of probabilities, topk_ids and the vector
     vector: Tensor
 
     @checked
@@ -236,9 +237,10 @@ class _PerExpert(FillsBuffers, KeepsFloat32):
             raise ValueError(f"{self.name}: expected {routing.num_experts} experts, got {self.vector.numel()}")
         self.fill_on(routing.router_logits.device)
 
-    def _probabilities(self, routing: Routing) -> Tensor:
+    def forward(self, routing: Routing, context: Context) -> Tensor:
         self._prepare(routing)
-        return router_probabilities(routing, self.score_function)
+        probabilities = router_probabilities(routing, self.score_function)
+        return self.coefficient * self._loss(probabilities, routing.topk_ids, self.vector)
 
 
 class ParamPenalty(_PerExpert):
@@ -248,15 +250,12 @@ class ParamPenalty(_PerExpert):
     """
 
     name = "parameters"
+    _loss = staticmethod(parameter_penalty)
 
     def __init__(
         self, widths: Sequence[float] | Tensor, coefficient: float = 1e-2, score_function: str | None = None
     ) -> None:
         super().__init__(torch.as_tensor(widths, dtype=torch.float32, device="cpu"), coefficient, score_function)
-
-    def forward(self, routing: Routing, context: Context) -> Tensor:
-        probabilities = self._probabilities(routing)
-        return self.coefficient * parameter_penalty(probabilities, routing.topk_ids, self.vector)
 
 
 class DeviceBalance(_PerExpert):
@@ -267,6 +266,7 @@ class DeviceBalance(_PerExpert):
     """
 
     name = "device"
+    _loss = staticmethod(device_loss)
 
     def __init__(
         self,
@@ -277,18 +277,13 @@ class DeviceBalance(_PerExpert):
     ) -> None:
         super().__init__(_sums_of(groups, num_experts), coefficient, score_function)
 
-    def forward(self, routing: Routing, context: Context) -> Tensor:
-        return self.coefficient * device_loss(self._probabilities(routing), routing.topk_ids, self.vector)
-
 
 class AlignmentLoss(DeviceBalance):
     """coefficient · the excess of experts in other groups over the least chosen expert (SAM, arXiv:2110.07431; see
     alignment_loss). Arguments as for DeviceBalance; the coefficient is unverified."""
 
     name = "alignment"
-
-    def forward(self, routing: Routing, context: Context) -> Tensor:
-        return self.coefficient * alignment_loss(self._probabilities(routing), routing.topk_ids, self.vector)
+    _loss = staticmethod(alignment_loss)
 
 
 class LocalityLoss(_PerExpert):
@@ -299,6 +294,7 @@ class LocalityLoss(_PerExpert):
     """
 
     name = "locality"
+    _loss = staticmethod(lambda probabilities, _, is_local: locality_loss(probabilities, is_local))
 
     def __init__(
         self,
@@ -309,9 +305,6 @@ class LocalityLoss(_PerExpert):
         num_experts: int | None = None,
     ) -> None:
         super().__init__(groups_of(placement, num_experts, "placement") == node, coefficient, score_function)
-
-    def forward(self, routing: Routing, context: Context) -> Tensor:
-        return self.coefficient * locality_loss(self._probabilities(routing), self.vector)
 
 
 class ClusterVariance(_PerExpert):
@@ -334,8 +327,9 @@ class ClusterVariance(_PerExpert):
         super().__init__(_sums_of(groups, num_experts), coefficient, score_function)
 
     def forward(self, routing: Routing, context: Context) -> Tensor:
-        probabilities, counted = self._probabilities(routing), is_open(routing.router_logits)
-        return self.coefficient * cluster_variance_loss(probabilities, self.vector, counted)
+        self._prepare(routing)
+        probabilities = router_probabilities(routing, self.score_function)
+        return self.coefficient * cluster_variance_loss(probabilities, self.vector, is_open(routing.router_logits))
 
 
 class LocalizedBalance(_PerExpert):

@@ -24,7 +24,18 @@ Mask = Callable[[Tensor, Context], Tensor | None]
 """(router_logits [T,E], context) -> bool, broadcastable to [T,E], true for allowed experts; None allows all."""
 
 
-class Masked(nn.Module):
+class AroundSelection(nn.Module):
+    """Another selection, with more around it."""
+
+    select: Any
+
+    @property
+    def top_k(self) -> int | None:
+        """Of the selection inside; None if it varies."""
+        return getattr(self.select, "top_k", None)
+
+
+class Masked(AroundSelection):
     """Another selection restricted to the experts that a mask allows. The others get probability zero, no gradient and
     no tokens. A token with fewer than K allowed experts has empty choices. So has a token for which a selection bias
     lifts a masked expert above the others. In Routing.router_logits they have the lowest number of the dtype.
@@ -41,11 +52,6 @@ class Masked(nn.Module):
         self.select = made(select, num_experts=num_experts)
         self.mask = made(mask, num_experts=num_experts)
         self._draws_blindly = any(not getattr(part, "uses_logits", True) for part in wrapped(self.select))
-
-    @property
-    def top_k(self) -> int | None:
-        """Of the selection inside; None if it varies."""
-        return getattr(self.select, "top_k", None)
 
     def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         router_logits = router_logits.reshape(-1, router_logits.shape[-1])
@@ -68,7 +74,7 @@ class Masked(nn.Module):
         return ", ".join(repr(part) for part in (self.select, self.mask) if not isinstance(part, nn.Module))
 
 
-class Temperature(LoadsScalars):
+class Temperature(AroundSelection, LoadsScalars):
     """Another selection of router_logits / tau, with a learned tau. Losses see probabilities of the fixed temperature
     `fixed` (X-MoE, arXiv:2204.09179: 0.07 in the gate of MoEC's code; torchscale defines it and does not use it).
 
@@ -95,11 +101,6 @@ class Temperature(LoadsScalars):
         self.select, self.tau, self.fixed, self.min_tau = made(select, num_experts=num_experts), tau, fixed, min_tau
         self.log_tau = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.reset_parameters()
-
-    @property
-    def top_k(self) -> int | None:
-        """Of the selection inside; None if it varies."""
-        return getattr(self.select, "top_k", None)
 
     def reset_parameters(self) -> None:
         """Resets τ."""

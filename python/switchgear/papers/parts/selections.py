@@ -90,15 +90,12 @@ class SkipBelow:
 def within_fraction(values: Tensor, fraction: float, context: Context, per_sequence: bool) -> Tensor:
     """Whether each token is among the round(fraction · n) largest values [T]; n counts the tokens of the batch or, if
     per_sequence, of its sequence."""
-    num_tokens = values.shape[0]
-    if per_sequence:
-        sequence, count = sequences(context, num_tokens, values.device)
-        sizes = torch.zeros(count, dtype=torch.int64, device=values.device)
-        sizes = sizes.scatter_add(0, sequence, torch.ones_like(sequence))
-        limits = (sizes.double() * fraction).round().long()[sequence]
-        return ranks(values, sequence, count) < limits
-    everyone = torch.zeros(num_tokens, dtype=torch.int64, device=values.device)
-    return ranks(values, everyone, 1) < round(fraction * num_tokens)
+    if not per_sequence:
+        everyone = torch.zeros(len(values), dtype=torch.int64, device=values.device)
+        return ranks(values, everyone, 1) < round(fraction * len(values))
+    sequence, count = sequences(context, len(values), values.device)
+    sizes = sequence.new_zeros(count).scatter_add(0, sequence, torch.ones_like(sequence))
+    return ranks(values, sequence, count) < (sizes.double() * fraction).round().long()[sequence]
 
 
 @checked

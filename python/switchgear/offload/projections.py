@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Projections whose experts are in a store on disk, and in memory only while they are needed: what weights_of returns
-for them, and what a module has in place of its parameters. The cache itself is in offload/."""
+"""What a module has in place of parameters whose experts are in a store: stored projections without buffers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from switchgear.weights.form import Form, Layout
 from switchgear.weights.module import Projection, StoredProjections
-from switchgear.weights.weight import Operand, Weight
+from switchgear.weights.weight import Weight
 
 
 class Wave(NamedTuple):
@@ -23,63 +22,6 @@ class Wave(NamedTuple):
     low: int
     high: int  # the last one
     is_whole: bool  # whether these are all experts of the call
-
-
-class Source(Protocol):
-    """Loads the experts of a layer. offload.waves.LoadsExperts computes `moe` with them."""
-
-    def run(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        compute: Callable[[Iterator[Wave] | None], Tensor],
-        *,
-        together: bool = False,
-    ) -> Tensor:
-        """compute(waves), while the experts of topk_ids [T,K] int32 are loaded: None if all are in memory, else
-        ascending ranges of experts, each resident until the next one is requested. together: all experts at once,
-        or a ValueError."""
-
-    def moe(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        weights: tuple[Any, Any],
-        biases: tuple[Tensor | None, Tensor | None],
-        options: tuple[Any, ...],
-        autocast: str | None,
-    ) -> Tensor:
-        """functional.layer.apply_layer, with weights of which this is the source."""
-
-
-@dataclass(frozen=True, eq=False)
-class OffloadedWeight:
-    """A projection [E,N,C] of which some experts are in memory, where `weight` has slots."""
-
-    weight: Weight
-    source: Source
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def operand(self, dtype: torch.dtype, autocast: str | None = None) -> Operand:
-        return Operand((), source=self.source)
-
-    def plain(self) -> NoReturn:
-        raise ValueError(
-            "model: its experts are offloaded, so their plain weights and state dict are not in memory; the store has "
-            "them, or call close() of what offload returned, which restores the parameters"
-        )
 
 
 @dataclass(frozen=True)
