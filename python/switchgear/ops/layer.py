@@ -24,21 +24,6 @@ __all__ = [
     "plain_layer_on_host",
 ]  # fmt: skip
 
-__all__ = [
-    "GRADIENTS",
-    "differentiable",
-    "layer_accumulate",
-    "layer_backward",
-    "layer_forward",
-    "moe_accumulate",
-    "moe_backward",
-    "moe_backward_on_host",
-    "moe_forward",
-    "moe_forward_on_host",
-    "needs_no_dispatch",
-    "plain_layer_on_host",
-]
-
 _TYPES = {
     Sequence[Tensor]: "Tensor[]",
     Sequence[int]: "int[]",

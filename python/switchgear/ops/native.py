@@ -14,22 +14,6 @@ from torch import Tensor
 from switchgear import cuda
 from switchgear.reference.formats import FORMATS, ON_CUDA
 
-__all__ = [
-    "Kernels",
-    "advise_huge_pages",
-    "available_cpu_isas",
-    "check_capsule",
-    "collapse_into_huge_pages",
-    "cpu_isa",
-    "expand_compact",
-    "host",
-    "interleave_pages",
-    "pack_compact",
-    "panel_layout",
-    "set_cpu_isa",
-    "version",
-]
-
 try:
     from switchgear import _C
 except ImportError as error:

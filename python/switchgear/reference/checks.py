@@ -23,11 +23,6 @@ __all__ = [
     "weight_dtype", "wide",
 ]  # fmt: skip
 
-__all__ = [
-    "check_choice", "check_finite", "check_fraction", "check_num_experts", "check_range", "check_size", "check_slots",
-    "weight_dtype", "wide",
-]  # fmt: skip
-
 MAX_EXPERTS = 1 << 24  # of a plan, whose memory grows with them; far more than the millions of any model
 NumExperts = Annotated[int, Range(1, MAX_EXPERTS)]
 

@@ -23,20 +23,6 @@ from switchgear.reference.checks import (
 )
 
 __all__ = [
-    "GROUP_SCORES",
-    "NORMALIZE_EPSILON",
-    "SCORE_FUNCTIONS",
-    "exp",
-    "gate",
-    "gate_route",
-    "logits_dtype",
-    "route",
-    "route_backward",
-    "sanitize",
-    "scores",
-]
-
-__all__ = [
     "GROUP_SCORES", "NORMALIZE_EPSILON", "SCORE_FUNCTIONS", "exp", "gate", "gate_route", "logits_dtype", "route",
     "route_backward", "sanitize", "scores",
 ]  # fmt: skip
