@@ -35,7 +35,8 @@
 #
 # KIND takes several, too: make sanitize KIND='asan tsan'. Each target works on a fresh clone with Python >= 3.10 (and its venv),
 # GCC 11 or Clang 14, or newer, and make. Everything else it needs is installed into the active virtual environment, or into .venv
-# if none is active. CUDA kernels are built for the GPU that is there; SWITCHGEAR_CUDA=ON builds them for all.
+# if none is active. CUDA kernels are built for the GPU that is there, CPU kernels optimised for the processor that is there;
+# SWITCHGEAR_CUDA=ON and SWITCHGEAR_ISA_FLAGS= build them for all, as wheels have them.
 
 PYTHON ?= python3
 VENV := $(or $(VIRTUAL_ENV),.venv)
@@ -49,6 +50,8 @@ PACKAGE := pyproject.toml constraints.txt CMakeLists.txt $(shell find include cs
 CXX_FILES = $(shell find include csrc tests bench examples -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(abspath $(BIN)):$(PATH)
+export SWITCHGEAR_ISA_FLAGS ?= native
+wheel release-check: export SWITCHGEAR_ISA_FLAGS =
 
 help:
 	@sed -n '2,/^$$/s/^# \?//p' Makefile
@@ -82,6 +85,7 @@ has_cuda = $(BIN)/python -c 'from importlib.util import find_spec; raise SystemE
 $(INSTALLED)package: $(PACKAGE) $(if $(VIRTUAL_ENV),FORCE) | $(BIN)/python
 	$(PIP) .
 	@$(has_cuda) || echo "switchgear: the CUDA kernels were left out: no GPU, or no nvcc. SWITCHGEAR_CUDA=ON pip install . builds them"
+	@$(if $(filter native,$(SWITCHGEAR_ISA_FLAGS)),echo "switchgear: optimised for this processor; pip install . optimises it for all")
 	@touch $@
 
 $(INSTALLED)%: $(INSTALLED)package
@@ -159,7 +163,8 @@ cmake --build build/try --target test_$(TEST)
 ctest --test-dir build/try --output-on-failure --tests-regex '^$(TEST)$$'
 endef
 
-# TSAN_QUICK=1, NEON_QUICK=1: without the generic kernels, which then compile in seconds; on Arm also on two threads only.
+# ASAN_QUICK=1, TSAN_QUICK=1, NEON_QUICK=1: without the generic kernels, which then compile in seconds, and with one number of
+# threads.
 quick = $(if $(1),export SWITCHGEAR_QUICK=1 SWITCHGEAR_ISA_FLAGS=generic:-O0;)
 
 # What `make test` runs on an Arm machine, emulated.
@@ -195,7 +200,7 @@ test: $(if $(filter python,$(test_kinds)),$(INSTALLED)test) $(if $(filter cpp on
 	$(call run,$(test_kinds))
 
 define test-slow.python
-$(PYTEST) -m slow $(PYTEST_ARGS)
+$(PYTEST) -m slow $(PARALLEL) $(PYTEST_ARGS)
 endef
 
 define test-slow.cpp
@@ -212,8 +217,8 @@ test-slow: $(INSTALLED)test $(build_tools)
 
 # ASAN_ISAS: those to build under the address sanitizer, instead of all.
 define sanitize.asan
-cmake --preset asan -DSWITCHGEAR_CPU_ISAS='$(ASAN_ISAS)'
-$(call run_preset,asan)
+$(call quick,$(ASAN_QUICK)) cmake --preset asan -DSWITCHGEAR_CPU_ISAS='$(ASAN_ISAS)'
+$(call quick,$(ASAN_QUICK)) $(call run_preset,asan)
 endef
 
 define sanitize.tsan

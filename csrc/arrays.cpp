@@ -319,7 +319,13 @@ Weight Arrays::weight(const char* name, py::handle tensors, py::handle form) {
   SWITCHGEAR_CHECK(ValueError, py::len(form) == kNumbers, name, ": expected a form of ", kNumbers, " numbers, got ",
                    py::len(form));
   std::array<int64_t, kNumbers> numbers;
-  for (size_t i = 0; i < kNumbers; ++i) numbers[i] = py::cast<int64_t>(form[py::int_(i)]);
+  for (size_t i = 0; i < kNumbers; ++i) {
+    const py::object number = form[py::int_(i)];
+    py::detail::make_caster<int64_t> caster;
+    SWITCHGEAR_CHECK(TypeError, caster.load(number, true), name, ": expected a form of int64, got ",
+                     Py_TYPE(number.ptr())->tp_name);
+    numbers[i] = py::detail::cast_op<int64_t>(caster);
+  }
   const auto [format, rows, cols, parts, group_size, fields, element_bytes] = numbers;
   SWITCHGEAR_CHECK(ValueError, format >= 0 && format <= static_cast<int64_t>(kLastFormat), name,
                    ": expected a format from 0 to ", static_cast<int>(kLastFormat), ", got ", format);

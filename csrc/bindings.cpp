@@ -369,17 +369,11 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
   op("route_backward", &py_route_backward, "Writes the gradient of router_logits.");
   op("gate", &py_gate, "Writes the logits of a linear router.");
   op("gate_route", &py_gate_route, "Writes the logits of a linear router, its top_k experts and their weights.");
-  const Backend& backend = default_backend();  // Python composes the ops it lacks from others
-  if (backend.route_dynamic != nullptr)
-    op("route_dynamic", &py_route_dynamic, "Writes as many experts as each token needs, and their weights.");
-  if (backend.column_topk != nullptr)
-    op("column_topk", &py_column_topk, "Writes the experts that take each token as one of their best.");
-  if (backend.fit_capacity != nullptr)
-    op("fit_capacity", &py_fit_capacity, "Writes the choices that fit the capacity.");
-  if (backend.assign_balanced != nullptr)
-    op("assign_balanced", &py_assign_balanced, "Writes an expert for each token, in a balanced assignment.");
-  if (backend.assign_capped != nullptr)
-    op("assign_capped", &py_assign_capped, "Writes the assignment by which experts choose if tokens have a cap.");
+  op("route_dynamic", &py_route_dynamic, "Writes as many experts as each token needs, and their weights.");
+  op("column_topk", &py_column_topk, "Writes the experts that take each token as one of their best.");
+  op("fit_capacity", &py_fit_capacity, "Writes the choices that fit the capacity.");
+  op("assign_balanced", &py_assign_balanced, "Writes an expert for each token, in a balanced assignment.");
+  op("assign_capped", &py_assign_capped, "Writes the assignment by which experts choose if tokens have a cap.");
   op("plan", &py_plan, "Writes the slots of topk_ids in the order (expert, token, choice).");
   op("permute", &py_permute, "Writes the rows of x in slot order.");
   op("combine", &py_combine, "Writes the weighted sum of each token's slots.");

@@ -5,6 +5,7 @@
 #include <array>
 #include <initializer_list>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "names.h"
@@ -56,6 +57,13 @@ class Call {
 
   // The backend of the device of the tensors so far.
   const Backend& backend() const { return *backend_; }
+
+  template <typename Args>
+  void run(void (*Backend::*op)(const Args&, Execution), const Args& args, Execution exec) const {
+    if (backend_->*op == nullptr)
+      throw std::runtime_error(join("the backend ", backend_->name, " has no kernel for this op"));
+    (backend_->*op)(args, exec);
+  }
 
   // The first tensor of Kind::kFloat, and its dtype, which all others share.
   const char* float_name() const { return float_name_; }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "execution.h"
 
+#include "module.h"
 #include "switchgear/check.h"
 
 namespace py = pybind11;
@@ -30,7 +31,7 @@ void* TemporaryMemory::allocate(void* self, int64_t bytes) {
 
 void define_execution(py::module_& m) {
   using namespace py::literals;
-  py::class_<DeviceExecution>(m, "Execution", "How an op runs on a device.")
+  py::class_<DeviceExecution>(m, "Execution", initialises_in_new(), "How an op runs on a device.")
       .def(py::init<uintptr_t, py::function, bool, int>(), "stream"_a, "allocate"_a, "allow_tf32"_a = false,
            "reserved_multiprocessors"_a = 0);
 }

@@ -20,6 +20,18 @@ void define_reader(pybind11::module_& m);
 void define_measurements(pybind11::module_& m);
 void define_exchange(pybind11::module_& m);
 
+// For classes: __new__ calls __init__ too, so there is no object without its C++ part. pybind11 ignores the second __init__.
+inline pybind11::custom_type_setup initialises_in_new() {
+  return pybind11::custom_type_setup([](PyHeapTypeObject* heap_type) {
+    heap_type->ht_type.tp_new = [](PyTypeObject* type, PyObject* args, PyObject* kwargs) -> PyObject* {
+      PyObject* const self = pybind11::detail::make_new_instance(type);
+      if (self == nullptr || type->tp_init(self, args, kwargs) == 0) return self;
+      Py_DECREF(self);
+      return nullptr;
+    };
+  });
+}
+
 #if defined(SWITCHGEAR_DEVICE_MODULE)
 
 using ExecutionArgument = const DeviceExecution&;

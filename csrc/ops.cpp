@@ -28,14 +28,6 @@ Dim slots(const Dim& T, const Dim& K) {
   return {"S", 0, T.size * K.size};
 }
 
-// The kernel of an op that not every backend has.
-template <typename Kernel>
-Kernel kernel_of(const Call& call, Kernel kernel) {
-  if (kernel == nullptr)
-    throw std::runtime_error(join("the backend ", call.backend().name, " has no kernel for this op"));
-  return kernel;
-}
-
 // ---- plans, which the caller may have changed ---
 
 // slot_indices [T,K], token_indices [S], expert_offsets [E+1]
@@ -280,7 +272,7 @@ void route(const RouteArgs& args, Execution exec) {
   call.input("router_logits", args.router_logits, kFloat, {&T, &E}, kRows);
   route_shapes(call, args, T, E);
   call.check_overlap();
-  call.backend().route(args, exec);
+  call.run(&Backend::route, args, exec);
 }
 
 void route_backward(const RouteBackwardArgs& given, Execution exec) {
@@ -294,7 +286,7 @@ void route_backward(const RouteBackwardArgs& given, Execution exec) {
   call.output("grad_router_logits", args.grad_router_logits, kFloat, {&T, &E}, kRows);
   call.check_overlap();
   check_ids(call, args.topk_ids, E);
-  call.backend().route_backward(args, exec);
+  call.run(&Backend::route_backward, args, exec);
 }
 
 // ---- gate ---
@@ -304,7 +296,7 @@ void gate(const GateArgs& args, Execution exec) {
   Dim T{"T", 0}, E{"E"};
   gate_shapes(call, args, T, E);
   call.check_overlap();
-  call.backend().gate(args, exec);
+  call.run(&Backend::gate, args, exec);
 }
 
 void gate_route(const GateRouteArgs& args, Execution exec) {
@@ -313,13 +305,13 @@ void gate_route(const GateRouteArgs& args, Execution exec) {
   gate_shapes(call, args.gate, T, E);
   route_shapes(call, args, T, E);
   call.check_overlap();
-  call.backend().gate(args.gate, exec);
-  call.backend().route({.router_logits = args.gate.router_logits,
-                        .selection_bias = args.selection_bias,
-                        .options = args.options,
-                        .topk_ids = args.topk_ids,
-                        .topk_weights = args.topk_weights},
-                       exec);
+  call.run(&Backend::gate, args.gate, exec);
+  const RouteArgs route_args{.router_logits = args.gate.router_logits,
+                             .selection_bias = args.selection_bias,
+                             .options = args.options,
+                             .topk_ids = args.topk_ids,
+                             .topk_weights = args.topk_weights};
+  call.run(&Backend::route, route_args, exec);
 }
 
 // ---- routing policies ---
@@ -341,7 +333,7 @@ void route_dynamic(const RouteDynamicArgs& args, Execution exec) {
   SWITCHGEAR_CHECK(ValueError, !std::isnan(options.threshold), "threshold: expected a number, got ", options.threshold);
   SWITCHGEAR_CHECK(ValueError, std::isfinite(options.scale), "scale: expected a finite number, got ", options.scale);
   call.check_overlap();
-  kernel_of(call, call.backend().route_dynamic)(args, exec);
+  call.run(&Backend::route_dynamic, args, exec);
 }
 
 void column_topk(const ColumnTopkArgs& given, Execution exec) {
@@ -355,7 +347,7 @@ void column_topk(const ColumnTopkArgs& given, Execution exec) {
   slots(T, E);
   call.check_overlap();
   check_sequences(call, args.sequence_ids, args.limits, B);
-  kernel_of(call, call.backend().column_topk)(args, exec);
+  call.run(&Backend::column_topk, args, exec);
 }
 
 void fit_capacity(const FitCapacityArgs& given, Execution exec) {
@@ -377,7 +369,7 @@ void fit_capacity(const FitCapacityArgs& given, Execution exec) {
   call.check_overlap();
   check_ids(call, args.topk_ids, E);
   check_sequences(call, args.sequence_ids, args.limits, B);
-  kernel_of(call, call.backend().fit_capacity)(args, exec);
+  call.run(&Backend::fit_capacity, args, exec);
 }
 
 void assign_balanced(const AssignBalancedArgs& given, Execution exec) {
@@ -395,7 +387,7 @@ void assign_balanced(const AssignBalancedArgs& given, Execution exec) {
   slots(T, E);
   call.check_overlap();
   check_sequence_ids(call, args.sequence_ids, args.num_sequences);
-  kernel_of(call, call.backend().assign_balanced)(args, exec);
+  call.run(&Backend::assign_balanced, args, exec);
 }
 
 void assign_capped(const AssignCappedArgs& given, Execution exec) {
@@ -414,7 +406,7 @@ void assign_capped(const AssignCappedArgs& given, Execution exec) {
   slots(T, E);
   call.check_overlap();
   check_sequences(call, args.sequence_ids, args.limits, B);
-  kernel_of(call, call.backend().assign_capped)(args, exec);
+  call.run(&Backend::assign_capped, args, exec);
 }
 
 // ---- plan ---
@@ -430,7 +422,7 @@ void plan(const PlanArgs& given, Execution exec) {
   call.output("slot_indices", args.plan.slot_indices, kInt32, {&T, &K});
   call.check_overlap();
   check_ids(call, args.topk_ids, {"E", 1, offsets.size - 1});
-  call.backend().plan(args, exec);
+  call.run(&Backend::plan, args, exec);
 }
 
 // ---- permute, combine ---
@@ -445,7 +437,7 @@ void permute(const PermuteArgs& given, Execution exec) {
   call.output("permuted_x", args.permuted_x, kFloat, {&S, &H}, kRows);
   call.check_overlap();
   check_plan(call, args.plan, T, S);
-  call.backend().permute(args, exec);
+  call.run(&Backend::permute, args, exec);
 }
 
 void combine(const CombineArgs& given, Execution exec) {
@@ -458,7 +450,7 @@ void combine(const CombineArgs& given, Execution exec) {
   call.output("y", args.y, kFloat, {&T, &H}, kRows);
   call.check_overlap();
   check_plan(call, args.plan, T, S);
-  call.backend().combine(args, exec);
+  call.run(&Backend::combine, args, exec);
 }
 
 void combine_weight_backward(const CombineBackwardArgs& given, Execution exec) {
@@ -471,7 +463,7 @@ void combine_weight_backward(const CombineBackwardArgs& given, Execution exec) {
   call.output("grad_topk_weights", args.grad_topk_weights, kFloat32, {&T, &K});
   call.check_overlap();
   check_plan(call, args.plan, T, S);
-  call.backend().combine_weight_backward(args, exec);
+  call.run(&Backend::combine_weight_backward, args, exec);
 }
 
 // ---- grouped_gemm ---
@@ -499,7 +491,7 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
   check_slots(call, kWeight, args.weight);
   check_offsets(call, args.expert_offsets, args.out.shape[0]);
   if (args.token_indices.defined()) check_tokens(call, args.token_indices, args.expert_offsets, R.size);
-  call.backend().grouped_gemm(args, exec);
+  call.run(&Backend::grouped_gemm, args, exec);
 }
 
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs& given, Execution exec) {
@@ -519,7 +511,7 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs& given, Execution exec) {
   check_offsets(call, args.expert_offsets, args.grad_out.shape[0]);
   check_trained(call, args.experts, offsets.size - 1);
   if (args.token_indices.defined()) check_tokens(call, args.token_indices, args.expert_offsets, R.size);
-  call.backend().grouped_gemm_wgrad(args, exec);
+  call.run(&Backend::grouped_gemm_wgrad, args, exec);
 }
 
 // ---- glu ---
@@ -532,7 +524,7 @@ void glu(const GluArgs& args, Execution exec) {
   Dim I = intermediate("h", args.options, N);
   call.output("a", args.a, kFloat, {&S, &I}, kRows);
   call.check_overlap();
-  call.backend().glu(args, exec);
+  call.run(&Backend::glu, args, exec);
 }
 
 void glu_backward(const GluBackwardArgs& args, Execution exec) {
@@ -544,7 +536,7 @@ void glu_backward(const GluBackwardArgs& args, Execution exec) {
   call.input("grad_a", args.grad_a, kFloat, {&S, &I}, kRows);
   call.output("grad_h", args.grad_h, kFloat, {&S, &N}, kRows);
   call.check_overlap();
-  call.backend().glu_backward(args, exec);
+  call.run(&Backend::glu_backward, args, exec);
 }
 
 // ---- the whole layer ---
@@ -571,7 +563,7 @@ void moe_forward(const MoeForwardArgs& given, Execution exec) {
   check_slots(call, args.weights);
   check_ids(call, args.topk_ids, E);
   check_adapters(call, args.weights);
-  call.backend().moe_forward(args, exec);
+  call.run(&Backend::moe_forward, args, exec);
 }
 
 void moe_backward(const MoeBackwardArgs& given, Execution exec) {
@@ -617,7 +609,7 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   check_ids(call, args.topk_ids, E);
   check_trained(call, args.experts, E.size);
   check_adapters(call, args.weights);
-  call.backend().moe_backward(args, exec);
+  call.run(&Backend::moe_backward, args, exec);
 }
 
 }  // namespace switchgear

@@ -137,7 +137,7 @@ void define_reader(py::module_& m) {
         return checksum(reinterpret_cast<const void*>(address), bytes);  // NOLINT
       },
       "The checksum of a record in memory, as Reader compares it.", "address"_a, "nbytes"_a);
-  py::class_<Reader>(m, "Reader", "Reads records of files into memory on threads of its own.")
+  py::class_<Reader>(m, "Reader", initialises_in_new(), "Reads records of files into memory on threads of its own.")
       .def(py::init(&open), "files"_a, "threads"_a = ReaderOptions().threads, "direct"_a = true,
            "chunk"_a = ReaderOptions().chunk)
       .def("submit", &submit,

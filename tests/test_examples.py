@@ -43,6 +43,7 @@ def test_mixtral_agrees_with_eager() -> None:
     assert load("mixtral")["main"]() < 1e-5
 
 
+@pytest.mark.slow
 def test_towards_understanding_moe_needs_a_mixture_of_nonlinear_experts() -> None:
     """The authors' accuracies: 100.0 (runs from 98.1 on), 92.9, 79.6 and 68.3 %; single networks: see the example."""
     found = load("cluster_task")["main"]()
@@ -52,6 +53,7 @@ def test_towards_understanding_moe_needs_a_mixture_of_nonlinear_experts() -> Non
     assert max(found["single, nonlinear"], found["single, linear"]) < 0.75
 
 
+@pytest.mark.slow
 def test_train_parallel_has_the_losses_of_one_process(tmp_path: Path) -> None:
     """Equal up to rounding in another order, which grows over 60 steps by about 1.1× per step, from 1e-7."""
     losses = load("train_parallel")["train"](60, str(tmp_path / "one"))
@@ -82,7 +84,8 @@ def test_train_parallel_goes_on_while_ranks_are_lost(tmp_path: Path) -> None:
         assert (tmp_path / "chaos.png").stat().st_size < 100_000
 
 
-@pytest.mark.parametrize("steps", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 30])
 @pytest.mark.some(1)
 def test_replay_removes_the_difference_of_two_networks(steps: int, tmp_path: Path) -> None:
     """Two processes: a policy in bfloat16 generates, one in float32 learns from its answers with its choices."""
@@ -101,6 +104,7 @@ def test_trace_routing_shows_what_the_router_learned() -> None:
     assert after > before + 0.1
 
 
+@pytest.mark.slow
 def test_lora_moe_in_a_tiny_form() -> None:
     """A few steps: each adapter learns its own domain, and the mixture both."""
     losses = load("lora_moe")["main"](8, 20)
@@ -155,12 +159,14 @@ def test_lora_trainer_learns_and_the_saved_adapters_too(tmp_path: Path) -> None:
     assert abs(losses["merged"] - losses["loaded"]) < 1e-3
 
 
+@pytest.mark.slow
 def test_upcycle_starts_at_the_loss_of_the_dense_model() -> None:
     losses = load("upcycle")["main"](30)
     assert losses["upcycled"] <= losses["dense"] + 1e-5  # a float32 loss of about 3
     assert losses["upcycled, trained on"] < losses["upcycled"]
 
 
+@pytest.mark.slow
 def test_bigger_than_memory_writes_the_text_of_the_whole_model(tmp_path: Path) -> None:
     """The hits are those of the simulator, with each policy. The model is untrained, which changes no claim."""
     pytest.importorskip("transformers", reason="transformers is not installed")

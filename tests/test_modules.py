@@ -410,6 +410,13 @@ def test_use_backend() -> None:
     assert switchgear.backend() == before
     with raises(ValueError, "use_backend"), switchgear.use_backend("cuda"):
         pass
+    first, second = switchgear.use_backend("reference"), switchgear.use_backend("reference")  # of two threads
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert switchgear.backend() == "reference"
+    second.__exit__(None, None, None)
+    assert switchgear.backend() == before
 
 
 def test_devices_without_kernels_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:

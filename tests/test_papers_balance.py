@@ -385,6 +385,7 @@ def _stepped(x: Tensor, state: dict[str, Tensor], context: Context) -> tuple[lis
     return router.e_score_correction_bias.tolist(), float(router.balance[1].coefficient.value)
 
 
+@pytest.mark.slow
 def test_loss_free_balancing_and_skywork_count_over_processes() -> None:
     """Two processes with two sequences each, one per call, update bias and coefficient like one process with all four:
     under DistributedDataParallel, which overwrites buffers at each call, with a group and without one."""

@@ -215,6 +215,7 @@ def test_shapes(backend: str) -> None:
         ({"selection_bias": torch.zeros(7)}, ValueError, "selection_bias"),
         ({"selection_bias": torch.zeros(8, dtype=torch.int32)}, TypeError, "selection_bias"),
         ({"router_logits": torch.zeros(4, 8, dtype=torch.int64)}, TypeError, "router_logits"),
+        ({"router_logits": torch.zeros(1, 8).expand(2**40, 8)}, ValueError, "router_logits"),  # needs no memory itself
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

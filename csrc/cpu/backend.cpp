@@ -138,30 +138,17 @@ PanelLayout panel_layout(const Kernels& kernels, DType dtype) {
 // A backend for each ISA: a call finds its backend once, so its checks and its kernels belong to the same one.
 template <size_t i>
 constexpr Backend make_backend() {
-  return {.name = "cpu",
-          .device = DeviceType::kCPU,
-          .route = run<i, route>,
-          .route_backward = run<i, route_backward>,
-          .gate = run<i, gate>,
-          .plan = run<i, plan>,
-          .permute = run<i, permute>,
-          .combine = run<i, combine>,
-          .combine_weight_backward = run<i, combine_weight_backward>,
-          .grouped_gemm = run<i, grouped_gemm>,
-          .grouped_gemm_wgrad = run<i, grouped_gemm_wgrad>,
-          .glu = run<i, glu>,
-          .glu_backward = run<i, glu_backward>,
-          .moe_forward = run<i, moe_forward>,
-          .moe_backward = run<i, moe_backward>,
-          .route_dynamic = run<i, route_dynamic>,
-          .column_topk = run<i, column_topk>,
-          .fit_capacity = run<i, fit_capacity>,
-          .assign_balanced = run<i, assign_balanced>,
-          .assign_capped = run<i, assign_capped>,
-          .formats = ~0u,
-          .panel_layout = [](DType dtype) { return panel_layout(kIsas[i].kernels(), dtype); },
-          .takes_adapters = true,
-          .adds_gradients = true};
+  Backend backend{.name = "cpu",
+                  .device = DeviceType::kCPU,
+                  .formats = ~0u,
+                  .panel_layout = [](DType dtype) { return panel_layout(kIsas[i].kernels(), dtype); },
+                  .takes_adapters = true,
+                  .adds_gradients = true};
+#define SWITCHGEAR_ENTRY(op, Args, tensor) backend.op = run<i, op>;
+  SWITCHGEAR_OPS(SWITCHGEAR_ENTRY)
+  SWITCHGEAR_CPU_OPS(SWITCHGEAR_ENTRY)
+#undef SWITCHGEAR_ENTRY
+  return backend;
 }
 
 constexpr std::array kBackends = []<size_t... i>(std::index_sequence<i...>) {

@@ -55,6 +55,23 @@ set(headers_kernels kernels.h simd_<vectors>.h kernels.inl)
 set(headers_rows rows.h rows.inl)
 set(headers_integers integers/kernels.h simd_<vectors>.h integers/dot.h integers/kernels.inl)
 
+# For this machine alone: others' kernels, and the generic ones of which tests run few rows, take most of the build.
+if(SWITCHGEAR_ISA_FLAGS STREQUAL "native")
+  set(SWITCHGEAR_ISA_FLAGS "generic:-Og")
+  set(cpuinfo)
+  if(EXISTS /proc/cpuinfo)
+    file(STRINGS /proc/cpuinfo cpuinfo LIMIT_COUNT 1 REGEX "^flags")
+    foreach(isa_and_flag avxvnni:avx_vnni avx512:avx512f avx512vnni:avx512_vnni avx512bf16:avx512_bf16)
+      string(REPLACE ":" ";" pair ${isa_and_flag})
+      list(GET pair 0 isa)
+      list(GET pair 1 flag)
+      if(cpuinfo AND NOT cpuinfo MATCHES " ${flag}( |$)")
+        list(APPEND SWITCHGEAR_ISA_FLAGS "${isa}:-O0")
+      endif()
+    endforeach()
+  endif()
+endif()
+
 # Rows are quick to compile, and other instruction sets run those of generic.
 foreach(isa_and_flag ${SWITCHGEAR_ISA_FLAGS})
   if(NOT isa_and_flag MATCHES "^([a-z0-9]+):(-.+)$")

@@ -262,8 +262,9 @@ inline Curve activate(Activation activation, Floats x, float alpha) {
       return {r, r, r, broadcast(2.0f)};
     }
     case Activation::kSwigluOai: return sigmoid_curve(x, broadcast(alpha) * x, broadcast(alpha));
-    default: return sigmoid_curve(x, x, one);
+    case Activation::kSilu: break;
   }
+  return sigmoid_curve(x, x, one);
 }
 
 struct Gate {

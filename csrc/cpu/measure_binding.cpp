@@ -63,8 +63,11 @@ py::tuple py_simulate_loop(const std::vector<std::pair<double, int64_t>>& tasks,
                         .node_bandwidth = fields.value<double>("node_bandwidth"),
                         .link_bandwidth = fields.value<double>("link_bandwidth"),
                         .placement = parse("placement", kPlacements, fields.value<std::string_view>("placement"))};
-  SWITCHGEAR_CHECK(ValueError, on.num_threads >= 1, "num_threads: expected at least 1, got ", on.num_threads);
-  SWITCHGEAR_CHECK(ValueError, on.num_nodes >= 1, "num_nodes: expected at least 1, got ", on.num_nodes);
+  constexpr int kMostThreads = 1 << 16, kMostNodes = 1 << 10;
+  SWITCHGEAR_CHECK(ValueError, on.num_threads >= 1 && on.num_threads <= kMostThreads, "num_threads: expected 1 to ",
+                   kMostThreads, ", got ", on.num_threads);
+  SWITCHGEAR_CHECK(ValueError, on.num_nodes >= 1 && on.num_nodes <= kMostNodes, "num_nodes: expected 1 to ", kMostNodes,
+                   ", got ", on.num_nodes);
   SWITCHGEAR_CHECK(ValueError, on.num_sockets >= 1 && on.num_nodes % on.num_sockets == 0,
                    "num_sockets: expected a divisor of the ", on.num_nodes, " nodes, got ", on.num_sockets);
   SWITCHGEAR_CHECK(ValueError, on.core_bandwidth > 0 && std::isfinite(on.core_bandwidth),

@@ -90,7 +90,8 @@ void define_module(py::module_& m) {
       "Of the ISA in use: rows of a weight in a panel, and bytes of a vector of it, or of a tile.", "dtype"_a);
   m.def("release_workspaces", &release_workspaces, "Frees the memory that is kept between calls.");
   m.def("kept_bytes", &cpu::kept_bytes, "Bytes that are kept for the next tensors of a Buffer.");
-  py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), "Bytes of a tensor, from memory that is kept and reused.")
+  py::class_<cpu::Buffer>(m, "Buffer", py::buffer_protocol(), initialises_in_new(),
+                          "Bytes of a tensor, from memory that is kept and reused.")
       .def(py::init<int64_t>(), "size"_a)
       .def_buffer([](const cpu::Buffer& buffer) {
         return py::buffer_info(static_cast<uint8_t*>(buffer.data()), static_cast<py::ssize_t>(buffer.size()));

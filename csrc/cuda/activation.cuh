@@ -70,9 +70,11 @@ __device__ inline Curve activate(float x, float alpha) {
     // x·sigmoid(2u) with u = √(2/π)·(x + 0.044715 x³), which is x·(1 + tanh u)/2
     const float square = fminf(x * x, 400.0f);  // s is 0 or 1 beyond; the square of a huge x would overflow
     return sigmoid_curve(x, 1.5957691f * x * (1.0f + 0.044715f * square), 1.5957691f * (1.0f + 0.134145f * square));
+  } else if constexpr (kActivation == Activation::kSwigluOai) {
+    return sigmoid_curve(x, alpha * x, alpha);
   } else {
-    const float beta = kActivation == Activation::kSwigluOai ? alpha : 1.0f;
-    return sigmoid_curve(x, beta * x, beta);
+    static_assert(kActivation == Activation::kSilu);
+    return sigmoid_curve(x, x, 1.0f);
   }
 }
 

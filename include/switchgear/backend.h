@@ -12,25 +12,10 @@ namespace switchgear {
 struct Backend {
   const char* name;
   DeviceType device;
-  void (*route)(const RouteArgs&, Execution);
-  void (*route_backward)(const RouteBackwardArgs&, Execution);
-  void (*gate)(const GateArgs&, Execution);
-  void (*plan)(const PlanArgs&, Execution);
-  void (*permute)(const PermuteArgs&, Execution);
-  void (*combine)(const CombineArgs&, Execution);
-  void (*combine_weight_backward)(const CombineBackwardArgs&, Execution);
-  void (*grouped_gemm)(const GroupedGemmArgs&, Execution);
-  void (*grouped_gemm_wgrad)(const GroupedGemmWgradArgs&, Execution);
-  void (*glu)(const GluArgs&, Execution);
-  void (*glu_backward)(const GluBackwardArgs&, Execution);
-  void (*moe_forward)(const MoeForwardArgs&, Execution);
-  void (*moe_backward)(const MoeBackwardArgs&, Execution);
-  // Null if a backend has no kernel for the op: it is then composed of other ops.
-  void (*route_dynamic)(const RouteDynamicArgs&, Execution) = nullptr;
-  void (*column_topk)(const ColumnTopkArgs&, Execution) = nullptr;
-  void (*fit_capacity)(const FitCapacityArgs&, Execution) = nullptr;
-  void (*assign_balanced)(const AssignBalancedArgs&, Execution) = nullptr;
-  void (*assign_capped)(const AssignCappedArgs&, Execution) = nullptr;
+#define SWITCHGEAR_ENTRY(op, Args, tensor) void (*op)(const Args&, Execution) = nullptr;
+  SWITCHGEAR_OPS(SWITCHGEAR_ENTRY)
+  SWITCHGEAR_CPU_OPS(SWITCHGEAR_ENTRY)
+#undef SWITCHGEAR_ENTRY
   // Weight formats of grouped_gemm and moe_forward, one bit each.
   uint32_t formats = 1u << static_cast<int>(Format::kPlain);
   PanelLayout (*panel_layout)(DType) = nullptr;  // for Format::kPanels

@@ -348,4 +348,30 @@ struct MoeBackwardArgs {
 };
 void moe_backward(const MoeBackwardArgs& args, Execution exec = {});
 
+// ---- the ops of a backend ----------------------------------------------------------------------------------------------
+
+// X(op, its arguments, a tensor that every call has). The tables of backends and their declarations come from these lists.
+#define SWITCHGEAR_OPS(X)                                 \
+  X(route, RouteArgs, router_logits)                      \
+  X(route_backward, RouteBackwardArgs, router_logits)     \
+  X(gate, GateArgs, x)                                    \
+  X(route_dynamic, RouteDynamicArgs, router_logits)       \
+  X(column_topk, ColumnTopkArgs, values)                  \
+  X(fit_capacity, FitCapacityArgs, topk_ids)              \
+  X(assign_balanced, AssignBalancedArgs, values)          \
+  X(assign_capped, AssignCappedArgs, values)              \
+  X(plan, PlanArgs, topk_ids)                             \
+  X(permute, PermuteArgs, x)                              \
+  X(combine, CombineArgs, y)                              \
+  X(combine_weight_backward, CombineBackwardArgs, grad_y) \
+  X(grouped_gemm, GroupedGemmArgs, x)                     \
+  X(grouped_gemm_wgrad, GroupedGemmWgradArgs, x)          \
+  X(glu, GluArgs, h)                                      \
+  X(glu_backward, GluBackwardArgs, h)                     \
+  X(moe_forward, MoeForwardArgs, x)                       \
+  X(moe_backward, MoeBackwardArgs, x)
+
+// Ops that only the CPU has kernels for. On other devices Python runs their definition. None at present.
+#define SWITCHGEAR_CPU_OPS(X)
+
 }  // namespace switchgear

@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_backend = _checked(os.environ.get("SWITCHGEAR_BACKEND") or "native", "SWITCHGEAR_BACKEND")
+_backend = _default = _checked(os.environ.get("SWITCHGEAR_BACKEND") or "native", "SWITCHGEAR_BACKEND")
+_blocks: dict[object, str] = {}  # of use_backend, in the order in which they were entered
+_lock = Lock()
 _warned_about: set[str] = set()
 
 
@@ -50,13 +53,23 @@ def backend() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the ops inside the block on the backend `name`, in all threads. Raises ValueError if it is unknown."""
-    global _backend
-    before, _backend = _backend, _checked(name, "use_backend")
+    """Runs the ops inside the block on the backend `name`, in all threads. Of blocks that overlap in several
+    threads, the last one that was entered decides. Raises ValueError if `name` is unknown."""
+    block = object()
+    with _lock:
+        _blocks[block] = _checked(name, "use_backend")
+        _use_last_block()
     try:
         yield
     finally:
-        _backend = before
+        with _lock:
+            del _blocks[block]
+            _use_last_block()
+
+
+def _use_last_block() -> None:
+    global _backend
+    _backend = next(reversed(_blocks.values()), _default)
 
 
 def runs_natively(dtype: torch.dtype) -> bool:

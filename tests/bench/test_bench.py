@@ -23,6 +23,7 @@ from switchgear_bench.worker import Task, run_case
 SMALL = Shape(32, 48, 4, 2, "of the tests")
 
 
+@pytest.mark.slow
 def test_bench_quick_writes_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {kind: tmp_path / f"bench.{kind}" for kind in ("json", "csv", "markdown")}
     status = main([

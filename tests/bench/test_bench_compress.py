@@ -31,6 +31,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return save(model.build(0), QUICK, domains, measured, tmp_path / "tiny").folder
 
 
+@pytest.mark.slow
 def test_it_compares_all_ways(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from switchgear_bench.compress_variants import BASE, VARIANTS
 

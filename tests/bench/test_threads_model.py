@@ -160,7 +160,7 @@ def test_memory_binds_the_nodes_it_is_on() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("num_threads", 0), ("num_nodes", 0), ("num_sockets", 3), ("core_bandwidth", 0.0),
+    ("num_threads", 0), ("num_nodes", 0), ("num_nodes", 2**31 - 1), ("num_sockets", 3), ("core_bandwidth", 0.0),
     ("core_bandwidth", float("inf")), ("node_bandwidth", 0.0), ("link_bandwidth", float("nan")),
     ("placement", "elsewhere"),
 ])  # fmt: skip

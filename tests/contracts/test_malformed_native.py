@@ -16,6 +16,9 @@ import torch
 from native_calls import OPS, Spec, arguments, call, is_optional, memory, outputs_of, poison, sizes_of, spec_of
 from torch import Tensor
 
+from errors import raises
+from switchgear import _C
+
 SIZES = sizes_of()
 WRONG_DTYPES = {
     "float": (torch.float64, torch.int32, torch.int64, torch.bool, torch.complex64),
@@ -349,3 +352,23 @@ def test_list_of_different_heights(op: str, name: str) -> None:
     args = arguments(op, SIZES)
     args[name] = list(args[name])
     check_refused(op, args, {name: [*args[name][:-1], args[name][-1][:-1]]}, {name})
+
+
+def test_form_of_floats() -> None:
+    x, offsets = torch.zeros(2, 8), torch.tensor([0, 2], dtype=torch.int32)
+    weight = (torch.zeros(1, 8, 8),), (1.5, 8, 8, 1, 0, 0, 4)
+    with raises(TypeError, "weight"):
+        _C.grouped_gemm((x, *weight, None, offsets, None), (False, False), (torch.zeros(2, 8),), 1)
+
+
+@pytest.mark.parametrize("name", ["Reader", "Buffer"])
+def test_no_object_without_its_constructor(name: str) -> None:
+    cls: Any = getattr(_C, name)
+
+    class Silent(cls):  # type: ignore[misc]
+        def __init__(self) -> None:
+            pass
+
+    for make in (lambda: cls.__new__(cls), lambda: cls.__mro__[1].__new__(cls), lambda: object.__new__(cls), Silent):
+        with pytest.raises(TypeError):
+            make()

@@ -223,12 +223,14 @@ inline bool same_bits(const Array& a, const Array& b) {
 
 // ---- ISAs and threads --------------------------------------------------------------------------------------------------
 
-// SWITCHGEAR_QUICK=1, for emulators: only two threads, and only the ISAs specific to the architecture. SWITCHGEAR_CPU_ISA:
-// only that one.
+// SWITCHGEAR_QUICK=1, for emulators and sanitizers: one number of threads, and only the ISAs specific to the architecture.
+// SWITCHGEAR_CPU_ISA: only that one.
 inline bool is_quick() { return std::getenv("SWITCHGEAR_QUICK") != nullptr; }
 inline std::vector<int> thread_counts() {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  return {1, 4};  // enough for accesses out of range and races
+#if defined(__SANITIZE_THREAD__)
+  return {4};  // one thread has no races
+#elif defined(__SANITIZE_ADDRESS__)
+  return is_quick() ? std::vector{4} : std::vector{1, 4};
 #else
   return is_quick() ? std::vector{2} : std::vector{1, 2, 3, 5};
 #endif

@@ -333,6 +333,7 @@ def test_a_trace_of_something_else_is_named_in_one_line(tmp_path: Path, capsys: 
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_bench_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It fails unless results agree and bytes are minimal; times are not tested."""
     out = tmp_path / "bench.json"

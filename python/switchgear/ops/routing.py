@@ -30,6 +30,7 @@ def _allocate_choices(name: str, router_logits: Tensor, count: int) -> tuple[Ten
         raise ValueError(f"router_logits: expected E of at least 1, got {list(router_logits.shape)}")
     if not 1 <= count <= num_experts:  # before memory for them is allocated
         raise ValueError(f"{name}: expected 1 to E={num_experts}, got {count}")
+    reference.check_slots("router_logits", num_tokens, count)
     topk_ids = router_logits.new_empty(num_tokens, count, dtype=torch.int32)
     return topk_ids, router_logits.new_empty(num_tokens, count, dtype=reference.weight_dtype(router_logits.dtype))
 
@@ -76,6 +77,7 @@ gate: Callable[..., Tensor] = register(
 def _allocate_gate_route(
     x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor | None, float32: bool, top_k: int, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    reference.check_slots("x", matrix("x", x).shape[0], top_k)
     router_logits = _allocate_gate(x, weight, bias, float32)
     return router_logits, *_allocate_choices("top_k", router_logits, top_k)
 

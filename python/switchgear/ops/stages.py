@@ -24,6 +24,7 @@ __all__ = [
 def _allocate_plan(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, top_k = matrix("topk_ids", topk_ids).shape
     reference.check_num_experts(num_experts)
+    reference.check_slots("topk_ids", num_tokens, top_k)
     return (
         topk_ids.new_empty(num_experts + 1),
         topk_ids.new_empty(num_tokens * top_k),

@@ -19,8 +19,8 @@ from torch import Tensor
 from switchgear.checks import OneOf, Range, Shape, convert
 
 __all__ = [
-    "check_choice", "check_finite", "check_fraction", "check_num_experts", "check_range", "check_size", "weight_dtype",
-    "wide",
+    "check_choice", "check_finite", "check_fraction", "check_num_experts", "check_range", "check_size", "check_slots",
+    "weight_dtype", "wide",
 ]  # fmt: skip
 
 MAX_EXPERTS = 1 << 24  # of a plan, whose memory grows with them; far more than the millions of any model
@@ -89,6 +89,12 @@ def check_range(name: str, indices: Tensor, low: int, high: int) -> None:
     if indices.numel() and bool(((indices < low) | (indices > high - 1)).any()):  # 2^31 is no int32
         smallest, largest = indices.aminmax()
         raise ValueError(f"{name}: expected {low} to {high - 1}, got {int(smallest)} to {int(largest)}")
+
+
+def check_slots(name: str, num_tokens: int, top_k: int) -> None:
+    """Raises ValueError if int32 does not number the slots, before memory for them is allocated."""
+    if num_tokens * top_k >= 2**31:
+        raise ValueError(f"{name}: expected less than 2^31 slots, got {num_tokens} tokens with {top_k} choices each")
 
 
 def check_experts(experts: Tensor | None, num_experts: int) -> None:

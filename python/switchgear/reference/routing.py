@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from switchgear.checks import Finite, NotEmpty, OneOf, checked
-from switchgear.reference.checks import AnyFloats, Floats, Rows, TopkIds, check, check_range, weight_dtype, wide
+from switchgear.reference.checks import (
+    AnyFloats,
+    Floats,
+    Rows,
+    TopkIds,
+    check,
+    check_range,
+    check_slots,
+    weight_dtype,
+    wide,
+)
 
 __all__ = [
     "GROUP_SCORES", "NORMALIZE_EPSILON", "SCORE_FUNCTIONS", "exp", "gate", "gate_route", "logits_dtype", "route",
@@ -160,6 +170,7 @@ def route(
     is the logit itself, so that rounding creates no ties; otherwise it is score + selection_bias.
     """
     _check_sizes(router_logits.shape[1], top_k, num_groups, topk_groups)
+    check_slots("router_logits", router_logits.shape[0], top_k)
     logits = sanitize(wide(router_logits))
     score = scores(logits, score_function)
     if score_function == "softmax" and selection_bias is None and num_groups == 1:

@@ -20,6 +20,7 @@ from switchgear.reference.checks import (
     TopkWeights,
     check,
     check_range,
+    check_slots,
     wide,
 )
 
@@ -76,8 +77,9 @@ def plan(topk_ids: TopkIds, num_experts: NumExperts) -> tuple[Tensor, Tensor, Te
 
     Slots are in the order (expert, token, choice).
     """
-    check_range("topk_ids", topk_ids, -1, num_experts)
     num_tokens, top_k = topk_ids.shape
+    check_slots("topk_ids", num_tokens, top_k)
+    check_range("topk_ids", topk_ids, -1, num_experts)
     num_slots = num_tokens * top_k
     empty = topk_ids < 0
     expert = torch.where(empty, num_experts, topk_ids).flatten().long()  # empty slots sort last
