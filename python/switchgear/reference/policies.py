@@ -102,7 +102,7 @@ def route_dynamic(
     if selection_bias is not None:
         value = score + sanitize(selection_bias.to(score.dtype))
     else:
-        value = logits if score_function == "softmax" else score
+        value = logits
     ids = value.sort(dim=-1, descending=True, stable=True).indices[:, :max_experts]
     weights = score.gather(1, ids)
     used_before = pad(weights.double().cumsum(-1), (1, -1))
