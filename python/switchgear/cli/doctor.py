@@ -47,10 +47,6 @@ class Finding:
     text: str
     remedy: str = ""
 
-    @property
-    def is_of_backend(self) -> bool:
-        return self.subject.startswith(("CPU", "CUDA"))
-
     def __str__(self) -> str:
         indent = " " * 28
         lines = textwrap.wrap(self.text, 92)
@@ -76,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
             print(finding, flush=True)
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
-    return int(any(finding.verdict == "broken" and finding.is_of_backend for finding in findings))
+    broken = (finding.subject for finding in findings if finding.verdict == "broken")
+    return int(any(subject.startswith(("CPU", "CUDA")) for subject in broken))
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------

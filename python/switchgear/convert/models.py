@@ -45,13 +45,15 @@ def build_model(model: Any, plan: ConversionPlan) -> Conversion:
     config = transformers.AutoConfig.for_model(**plan.config)
     made_class = getattr(transformers, plan.config["architectures"][0])
     like: Tensor = next(model.parameters())
-    state = {item.key: _require_shape(item.make(), item.shape) for item in plan.items}
+    state = {item.key: item.make().contiguous() for item in plan.items}
+    if wrong := [item.key for item in plan.items if tuple(state[item.key].shape) != item.shape]:
+        raise AssertionError(f"another shape of {wrong[0]} was planned than was made")
     made, info = made_class.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     tied = set(getattr(made, "all_tied_weights_keys", None) or ())
-    if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]} - tied):
-        raise ValueError(f"model: expected the tensors of {type(made).__name__}, got a difference in {wrong[0]}")
+    if different := sorted({*info["missing_keys"], *info["unexpected_keys"]} - tied):
+        raise ValueError(f"model: expected the tensors of {type(made).__name__}, got a difference in {different[0]}")
     made = made.to(like.device).train(model.training)
     made.config._name_or_path = model.config._name_or_path
     if getattr(model, "generation_config", None) is not None:
@@ -68,12 +70,6 @@ def _find_dtype(plan: ConversionPlan) -> torch.dtype:
             expected = f"tensors of one dtype, such as {first.dtype} of {first.key}"
             raise ValueError(f"model: expected {expected}, got {item.dtype} of {item.key}; convert.run keeps them")
     return first.dtype
-
-
-def _require_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(tensor.shape) != shape:
-        raise AssertionError(f"a tensor of shape {list(shape)} was planned, {list(tensor.shape)} was made")
-    return tensor.contiguous()
 
 
 def collect_models(

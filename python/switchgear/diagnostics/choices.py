@@ -135,14 +135,10 @@ def collect(model: nn.Module, *, logits: bool = True, layers: Collection[str] | 
         ids = seen.topk_ids.detach()
         weights = seen.topk_weights.detach()
         kept = seen.router_logits.detach().float() if logits and seen.router_logits is not None else None
-        examples = _number_examples(shape, ids)
-        if seen.token_mask is not None:
-            mask = seen.token_mask.bool()
-            ids, weights = ids[mask], weights[mask]
-            kept = None if kept is None else kept[mask]
-            examples = None if examples is None else examples[mask]
+        mask = slice(None) if seen.token_mask is None else seen.token_mask.bool()
+        others = (None if rows is None else rows[mask] for rows in (kept, _number_examples(shape, ids)))
         layer = name if seen.block is None else seen.block.layer
-        choices.add(layer, LayerChoices(ids, weights, seen.num_experts, kept, examples))
+        choices.add(layer, LayerChoices(ids[mask], weights[mask], seen.num_experts, *others))
 
     handle = get_inner_model(model).register_forward_pre_hook(enter, with_kwargs=True)
     try:

@@ -9,9 +9,10 @@ rollout in the trainer removes that. Weights come from the trainer's logits, so 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -61,11 +62,10 @@ def replay(model: nn.Module, choices: RoutingRecord, sequences: Sequence[int] | 
     chosen = {name: layer for name, layer in found.items() if name in names}
     state = _Replay(choices, sequences, {n: layer.num_classes for n, layer in chosen.items()})
     methods = {name: layer.routing_method(name) for name, layer in chosen.items()}
-
-    def wrapper(name: str) -> Callable[[Select], Select]:
-        return lambda own: _Replayed(own, name, state, methods[name])
-
-    hooks = [layer.overridden(wrapper(name), methods[name]) for name, layer in chosen.items()]
+    hooks = [
+        layer.overridden(partial(_Replayed, name=name, state=state, method=methods[name]), methods[name])
+        for name, layer in chosen.items()
+    ]
     with calls_followed(get_inner_model(model), state.begin, state.end, hooks):
         yield
 
