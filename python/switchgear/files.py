@@ -9,6 +9,8 @@ import json
 import os
 import secrets
 import shutil
+import stat
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from switchgear.utils.packages import first_line
 
 try:
     import fcntl
@@ -30,6 +34,8 @@ UNFINISHED = ".unfinished"  # suffix of a file that is being written
 JOURNAL, LOCK = "journal.json", "lock"  # files in a folder that is being written
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NEW = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # a pipe would wait for a writer
+MOST_JSON = 1 << 28  # bytes: the index of a store with a million experts has 20 MB
 
 
 class DiskFull(OSError):
@@ -59,8 +65,8 @@ def replacing(path: AnyPath) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and not path.is_file():
-        raise ValueError(f"path: expected a file, got {path}, which is a pipe or a device")
+    if path.exists():
+        require_regular(path, path.stat())
     path = path.resolve()
     unfinished = unfinished_of(path)
     try:
@@ -95,6 +101,90 @@ def save_whole(path: AnyPath, value: object) -> None:
     """Calls torch.save, like `writing`. Given a path, torch 2.8 ignores a failed final write."""
     with writing(path) as file:
         torch.save(value, file)
+
+
+# ---- files of others -------------------------------------------------------------------------------------------------
+
+
+def require_regular(path: AnyPath, found: os.stat_result) -> None:
+    """ValueError for a pipe or a device, which may have no end. found: of stat."""
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"path: expected a file, got {path}, which is a pipe, a device or a folder")
+
+
+@contextmanager
+def reading(path: AnyPath) -> Iterator[IO[bytes]]:
+    """Opens a file to read, or what a link there leads to.
+
+    Raises:
+        ValueError: path is a pipe or a device. OSError: it cannot be read.
+    """
+    with open(path, "rb", opener=lambda name, _: os.open(name, _AT_ONCE)) as file:
+        require_regular(path, os.fstat(file.fileno()))
+        yield file
+
+
+def read_json(path: AnyPath, **options: Any) -> Any:
+    """The value of a JSON file of at most MOST_JSON bytes. options: of json.loads.
+
+    Raises:
+        ValueError: any other file. OSError: it cannot be read.
+    """
+    with reading(path) as file:
+        data = file.read(MOST_JSON + 1)
+    if len(data) > MOST_JSON:
+        raise ValueError(f"path: expected at most {MOST_JSON} bytes of JSON, got more in {path}")
+    try:
+        return json.loads(data, **options)
+    except RecursionError as error:
+        raise ValueError(f"path: expected JSON, got brackets in brackets in {path}") from error
+
+
+def load_saved(path: AnyPath) -> Any:
+    """What torch.save has written: tensors, numbers and texts, in dicts, lists and tuples. Runs no code from the file.
+
+    Raises:
+        ValueError: any other file, and one that describes more than it holds, such as a tensor with strides of 0.
+        OSError: it cannot be read.
+    """
+    with reading(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            _require_uncompressed(file)
+            value = torch.load(file, map_location="cpu", weights_only=True)
+            _require_held(value, size)
+        except Exception as error:  # torch.load raises many kinds for files of others
+            raise ValueError(f"path: expected a file of torch.save, got {path} ({first_line(error)})") from error
+    return value
+
+
+def _require_uncompressed(file: IO[bytes]) -> None:
+    """torch.save compresses nothing, torch.load decompresses whatever it gets."""
+    is_archive = file.read(2) == b"PK"
+    file.seek(0)
+    if is_archive:
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+        file.seek(0)
+
+
+def _require_held(value: Any, left: int) -> None:
+    """Every entry of a container takes a byte of the file, and so does every byte of a tensor. Entries that occur twice
+    count twice, for whoever walks through them or copies them does so as often."""
+    waiting = [value]
+    while waiting and left >= 0:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            if type(item) not in (Tensor, nn.Parameter) or item.layout is not torch.strided or item.is_quantized:
+                raise ValueError("it has tensors that are not plain")
+            if item.device.type != "cpu" or item.nbytes > item.untyped_storage().nbytes():
+                raise ValueError(f"a tensor {list(item.shape)} is larger than its memory")
+            left -= item.nbytes
+        elif isinstance(item, (dict, list, tuple, set)) and (left := left - len(item)) >= 0:
+            waiting += (*item.keys(), *item.values()) if isinstance(item, dict) else item
+    if left < 0:
+        raise ValueError("it describes more than it holds")
 
 
 # ---- a folder that is written piece by piece -------------------------------------------------------------------------
