@@ -93,6 +93,18 @@ def test_an_interrupt_while_commands_are_imported(
     assert capsys.readouterr().err == "switchgear: interrupted\n"
 
 
+@pytest.mark.parametrize("seconds", [0.05, 0.4])
+def test_an_interrupt_while_the_package_is_imported(seconds: float) -> None:
+    code = f"""
+import os, signal, sys, threading
+from switchgear_command import main
+threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()
+sys.exit(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "switchgear: interrupted\n")
+
+
 def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["info"]) == 0
