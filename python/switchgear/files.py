@@ -243,6 +243,8 @@ class Unfinished:
         unfinished = cls(kind, target, identity)
         folder = unfinished.folder
         with kind.named_errors(folder):
+            if has_links(folder):
+                unfinished._refuse(f"expected no links in {folder}, through which files elsewhere would be written")
             is_ours = (folder / JOURNAL).is_file() or not folder.exists()
             if not is_ours and any(file.name != LOCK and file.suffix != UNFINISHED for file in folder.iterdir()):
                 unfinished._refuse(f"expected no {folder}, got a folder that is no unfinished {kind.name}")
@@ -272,7 +274,7 @@ class Unfinished:
         """Removes all other files."""
         names = {JOURNAL, LOCK, *keep}
         for file in self.folder.iterdir():
-            if file.name not in names and (file.is_symlink() or not file.is_dir()):
+            if file.name not in names and not file.is_dir():
                 file.unlink()
 
     def commit(self) -> None:
@@ -290,7 +292,7 @@ class Unfinished:
         if not file.is_file():
             return
         try:
-            found = json.loads(file.read_text())
+            found = read_json(file)
             identity, pieces = found["identity"], dict(found[self.kind.pieces])
         except (ValueError, KeyError, TypeError):
             self._refuse(f"expected the journal of an unfinished {self.kind.name}, got another file {file}")
@@ -315,6 +317,11 @@ class Unfinished:
 
     def _refuse(self, reason: str) -> NoReturn:
         raise self.kind.error(f"{self.kind.argument}: {reason}")
+
+
+def has_links(folder: Path) -> bool:
+    """Whether a folder is a link, or anything in it. Nobody but an attacker puts links where a run writes."""
+    return folder.is_symlink() or (folder.is_dir() and any(file.is_symlink() for file in folder.rglob("*")))
 
 
 def locked(folder: Path) -> IO[str]:

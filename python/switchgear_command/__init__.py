@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The console script `switchgear`. To import the package `switchgear` takes a second or two, in which Ctrl-C would print a
-traceback from anywhere inside torch; so this function is outside."""
+"""The console script `switchgear`. It is outside the package, whose import takes a second or two: Ctrl-C would print a
+traceback from anywhere inside torch."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 
 from switchgear.experts import Experts
-from switchgear.files import AnyPath
+from switchgear.files import AnyPath, reading
 from switchgear.parallel.experts import ParallelExperts
 from switchgear.utils.packages import first_line
 
@@ -104,7 +104,8 @@ def read_metadata(path: AnyPath) -> Metadata:
     ValueError: it is not the metadata of a checkpoint, names anything else, or does not fit the files beside it.
     """
     file = Path(path) / ".metadata"
-    data = file.read_bytes()
+    with reading(file) as opened:
+        data = opened.read()
     try:
         _check_sizes(data)
         return _metadata(_Unpickler(data).load(), Path(path))
