@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from errors import raises
+from forked import CTX
 from full_disk import full_disk
 from switchgear import files
 from switchgear.files import DiskFull, Kind, Unfinished
@@ -86,6 +87,47 @@ def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(WriteError):
         write(tmp_path / "book", 1)
     assert mine.read_text() == "keep"
+
+
+@pytest.mark.parametrize("link", ["", "journal.json", "0", "9"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_planted_link_in_a_folder_is_not_followed(resume: bool, link: str, tmp_path: Path) -> None:
+    """The folder itself, the journal, a piece that is to be written, or any other."""
+    mine, partial = tmp_path / "mine", tmp_path / "book.partial"
+    mine.mkdir()
+    (mine / "0").write_text("keep")
+    with pytest.raises(KeyError):
+        write(tmp_path / "book", 2)
+    if link:
+        (partial / link).unlink(missing_ok=True)
+        (partial / link).symlink_to(mine / "0")
+    else:
+        partial.rename(tmp_path / "elsewhere")
+        partial.symlink_to(mine)
+    with raises(WriteError, "path"):
+        write(tmp_path / "book", 5, resume)
+    assert [(file.name, file.read_text()) for file in mine.iterdir()] == [("0", "keep")]
+
+
+def save_often(path: Path, number: int, count: int) -> None:
+    for _ in range(count):
+        files.save_whole(path, torch.full((1000,), number))
+
+
+def test_processes_that_save_to_one_path(tmp_path: Path) -> None:
+    """None fails, every read is whole, and nothing is left."""
+    path = tmp_path / "value"
+    files.save_whole(path, torch.zeros(1000))
+    writers = [CTX.Process(target=save_often, args=(path, number, 50)) for number in (1, 2)]
+    for writer in writers:
+        writer.start()
+    reads = 0
+    while any(writer.is_alive() for writer in writers):
+        assert len(files.load_saved(path).unique()) == 1
+        reads += 1
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert reads
+    assert [file.name for file in tmp_path.iterdir()] == ["value"]
 
 
 def test_long_names(tmp_path: Path) -> None:
