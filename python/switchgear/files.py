@@ -7,6 +7,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -32,7 +33,7 @@ AnyPath = str | os.PathLike[str]
 PARTIAL = ".partial"  # suffix of a folder that is being written
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 JOURNAL, LOCK = "journal.json", "lock"  # files in a folder that is being written
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NEW = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # a pipe would wait for a writer
 MOST_JSON = 1 << 28  # bytes: the index of a store with a million experts has 20 MB
@@ -79,9 +80,17 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         os.replace(unfinished, path)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM and not isinstance(error, DiskFull):
-            raise DiskFull(error.errno, error.strerror, str(path)) from error
+        if (number := _number_of(error)) in NO_ROOM and not isinstance(error, DiskFull):
+            raise DiskFull(number, os.strerror(number), str(path)) from error
         raise
+
+
+def _number_of(error: BaseException) -> int:
+    """The system's number of an error; 0 for none. safetensors has it in the text."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else 0
 
 
 @contextmanager
@@ -210,7 +219,7 @@ class Kind:
             if isinstance(error, self.error):
                 raise
             reason = error.strerror or str(error)
-            if error.errno in _NO_ROOM:
+            if error.errno in NO_ROOM:
                 advice = f"free some and write the same {self.name} again; finished {self.pieces} stay"
                 raise self.full(error.errno, f"{path}: no room ({reason}); {advice}") from error
             raise self.error(f"{path}: {reason}") from error

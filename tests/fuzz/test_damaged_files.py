@@ -13,6 +13,9 @@ import pytest
 import torch
 from file_formats import FORMATS, Tensors, read_trace
 
+from full_disk import full_disk
+from switchgear.files import DiskFull
+
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
@@ -68,6 +71,17 @@ def test_what_is_no_file_is_refused(name: str, tmp_path: Path, five_seconds: Non
             assert FORMATS[name].is_documented(error.value) or isinstance(error.value, OSError), error.value
             file.rmdir() if file.is_dir() else file.unlink()
         (tmp_path / "aside").rename(file)
+
+
+@pytest.mark.parametrize("name", ["parallel", "peft, experts", "selected experts", "trace"])
+def test_a_full_disk_leaves_files_as_they_were(name: str, tmp_path: Path) -> None:
+    FORMATS[name].write(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for size in (10, 1500):
+        with full_disk(size), pytest.raises(DiskFull) as error:
+            FORMATS[name].write(tmp_path)
+        assert str(tmp_path) in str(error.value.filename)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def that_raises_another_error(folder: Path) -> Tensors:
