@@ -334,8 +334,8 @@ def save(
     model: nn.Module, path: AnyPath, optimizer: torch.optim.Optimizer | None = None, *,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
-    """Writes a checkpoint into the folder `path`, collectively over process_group. Replicas are written once. An earlier
-    checkpoint there is replaced when the new one is complete.
+    """Writes a checkpoint into the folder `path`, collectively over process_group. Replicas are written once. An
+    earlier checkpoint there is replaced when the new one is complete.
 
     Raises:
         ValueError: as `state_dict`. DiskFull: a rank has no room. OSError: a rank cannot write for another reason. An
