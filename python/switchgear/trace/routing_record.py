@@ -136,7 +136,7 @@ class RoutingRecord:
         given = torch.as_tensor(lengths)
         if given.is_floating_point() and given.numel():
             raise TypeError(f"lengths: expected integers, got {given.dtype}")
-        record.lengths = given.to("cpu", torch.int64)
+        record.lengths = given.to("cpu", torch.int64).contiguous()  # not expanded: a file holds what it describes
         if record.lengths.dim() != 1 or bool((record.lengths < 0).any()):
             raise ValueError(f"lengths: expected tokens of each sequence, got {record.lengths.tolist()}")
         total = int(record.lengths.sum())
