@@ -18,6 +18,8 @@ from switchgear.ops import GluOptions
 from switchgear.testing import Case, Layer, make_layer
 from switchgear.weights import AdaptedWeight, Form, Fp8, Groups, Mxfp4, Nf4, Weight, encode
 
+pytestmark = pytest.mark.in_turns
+
 DEFAULT = GluOptions()
 OPTIONS = (
     DEFAULT,

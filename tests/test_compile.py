@@ -17,7 +17,7 @@ from switchgear.offload import FromPreRouter
 from switchgear.ops.layer import _layer_in
 from switchgear.routing import Capacity, DeviceBalance, ImportanceLoad, PreRouter, SwitchLoss, TopP
 from switchgear.testing import Case, GluOptions, Layer, make_layer
-from switchgear.utils.functions import not_compiled
+from switchgear.utils.modules import not_compiled
 
 CASE = Case("compile", 9, 2, 4, 12, 6, "holes")
 NO_TOKENS = CASE._replace(num_tokens=0)

@@ -200,6 +200,17 @@ def test_shapes(backend: str) -> None:
     assert ids.dtype == torch.int32
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_llama4_ranks_logits_whose_sigmoids_are_equal(backend: str, dynamic: bool) -> None:
+    logits = torch.tensor([[14.0, 14.0625], [20.0, 30.0]])
+    if dynamic:
+        routing = switchgear.functional.route_dynamic(logits, max_experts=1, score_function="sigmoid")
+    else:
+        routing = switchgear.route(logits, 1, score_function="sigmoid")
+    assert routing.topk_ids.tolist() == [[1], [1]]
+    torch.testing.assert_close(routing.topk_weights, logits[:, 1:].sigmoid())
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

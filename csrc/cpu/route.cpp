@@ -122,9 +122,8 @@ void route(const RouteArgs& args, const Context& context) {
   const int64_t num_experts = input.shape[1];
   const int64_t top_k = args.options.top_k;
   const std::vector<float> bias = sanitised_bias(args.selection_bias);
-  // Softmax is monotone: ranking logits avoids ties by rounding and needs K divisions instead of E.
-  const bool by_logit =
-      args.options.score_function == ScoreFunction::kSoftmax && bias.empty() && args.options.num_groups == 1;
+  // Scores are monotone: ranking logits avoids ties by rounding, and of a softmax needs K divisions instead of E.
+  const bool by_logit = bias.empty() && args.options.num_groups == 1;
   const RowKernels& rows = context.rows;
   const auto route_rows = [&](int64_t begin, int64_t end, int) {
     Scratch scratch(num_experts, args.options.num_groups);
@@ -136,7 +135,7 @@ void route(const RouteArgs& args, const Context& context) {
         k.load_row(logits + r * num_experts, row_of(input, first + r), input.dtype, num_experts);
       }
       rows.sanitise(logits, count * num_experts);
-      if (by_logit) {
+      if (by_logit && args.options.score_function == ScoreFunction::kSoftmax) {
         rows.softmax_numerators(logits, scores, sums, num_experts, count);
       } else {
         rows.scores(args.options.score_function, logits, scores, num_experts, count);

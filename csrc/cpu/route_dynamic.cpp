@@ -30,9 +30,8 @@ int64_t choose(const RouteDynamicOptions& options, const RowKernels& rows, const
                int64_t max_experts, int32_t* topk_ids, float* topk_weights) {
   const auto num_experts = static_cast<int64_t>(row.logits.size());
   rows.scores(options.score_function, row.logits.data(), row.scores.data(), num_experts, 1);
-  const bool by_logit = options.score_function == ScoreFunction::kSoftmax && bias.empty();
   for (int64_t j = 0; j < num_experts; ++j) {
-    row.keys[j] = key_of(by_logit ? row.logits[j] : bias.empty() ? row.scores[j] : row.scores[j] + bias[j], j);
+    row.keys[j] = key_of(bias.empty() ? row.logits[j] : row.scores[j] + bias[j], j);
   }
   std::make_heap(row.keys.begin(), row.keys.end());
   int64_t count = 0;

@@ -45,10 +45,8 @@ struct RouteParams {
   int num_experts, top_k, num_groups, topk_groups;
 
   __device__ bool grouped() const { return num_groups > 1; }
-  // Softmax is monotone: ranking logits avoids ties by rounding, and needs K divisions instead of E.
-  __device__ bool by_logit() const {
-    return score_function == ScoreFunction::kSoftmax && selection_bias == nullptr && !grouped();
-  }
+  // Scores are monotone: ranking logits avoids ties by rounding, and needs K divisions instead of E.
+  __device__ bool by_logit() const { return selection_bias == nullptr && !grouped(); }
   __device__ bool softmax() const { return score_function == ScoreFunction::kSoftmax; }
 };
 

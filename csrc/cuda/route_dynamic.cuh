@@ -45,16 +45,14 @@ __global__ void __launch_bounds__(32) route_dynamic_kernel(RouteDynamicParams p)
   const int lane = static_cast<int>(threadIdx.x);
   uint32_t* const keys = p.scratch != nullptr ? p.scratch + static_cast<int64_t>(blockIdx.x) * p.num_experts : shared;
   const bool biased = p.selection_bias != nullptr;
-  // Softmax is monotone: ranking logits avoids ties by rounding.
-  const bool by_logit = p.score_function == ScoreFunction::kSoftmax && !biased;
 
   for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
     const auto logit = [&](int e) { return sanitise(load_float(p.router_logits, p.dtype, token * p.row_stride + e)); };
     const RowScale scale = scale_of_row(p.score_function, p.num_experts, lane, logit);
     for (int e = lane; e < p.num_experts; e += 32) {
       float ranked = logit(e);
-      if (!by_logit) ranked = scale.score(ranked);
-      if (biased) ranked = add(ranked, sanitise(p.selection_bias[e]));
+      // Scores are monotone: without a bias, ranking logits avoids ties by rounding.
+      if (biased) ranked = add(scale.score(ranked), sanitise(p.selection_bias[e]));
       keys[e] = key_of(ranked);
     }
     Ranking ranking(keys, p.num_experts, lane);

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import is_tensor
 from torch.utils.dlpack import from_dlpack
 
 from switchgear.checks import explain_failure
@@ -36,7 +37,7 @@ def accepts_arrays(function: Callable[P, R]) -> Callable[P, R]:
             named = {name: _imported(name, value) for name, value in kwargs.items()}
             library = _library(first_name, first)  # before anything is computed
             result = wrapper(*given, **named)
-        converted: R = _map(lambda value: from_torch(value, library), result)
+        converted: R = _map(lambda value: library.from_dlpack(value.detach()) if is_tensor(value) else value, result)
         return converted
 
     @functools.wraps(function)
@@ -106,11 +107,6 @@ def to_torch(value: Any, name: str = "array") -> Any:
     except (BufferError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].removeprefix(f"{name}: ")
         raise TypeError(f"{name}: expected an array that torch can represent, got: {reason}") from error
-
-
-def from_torch(value: Any, library: Any) -> Any:
-    """The tensor as an array of a library; other values unchanged."""
-    return library.from_dlpack(value.detach()) if isinstance(value, torch.Tensor) else value
 
 
 def _library(name: str, array: Any) -> Any:

@@ -83,6 +83,17 @@ class Shape:
         raise ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
 
 
+class Divides:
+    """A divisor of an earlier argument, if that is an integer."""
+
+    def __init__(self, argument: str) -> None:
+        self.argument = argument
+
+    def check(self, name: str, value: int, sizes: dict[str, int]) -> None:
+        if (total := sizes.get(self.argument)) is not None and total % value:
+            raise ValueError(f"{name}: expected a divisor of {total} ({self.argument}), got {value}")
+
+
 class FloatingPoint:
     """A tensor or a dtype of floating-point numbers."""
 
@@ -188,7 +199,9 @@ def convert_arguments(function: Callable[..., Any], signature: inspect.Signature
         elif kind is inspect.Parameter.VAR_KEYWORD:
             arguments[name] = {key: convert(key, item, hints[name], sizes) for key, item in value.items()}
         else:
-            arguments[name] = convert(name, value, hints[name], sizes)
+            arguments[name] = converted = convert(name, value, hints[name], sizes)
+            if isinstance(converted, int):
+                sizes[name] = converted
 
 
 @functools.cache

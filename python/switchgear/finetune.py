@@ -325,7 +325,10 @@ def load_selected(model: nn.Module, path: AnyPath) -> dict[str, list[int]]:
     data = _read(path)
     targets: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []  # parameter, rows or None for all, values
     for name, rows in data["experts"].items():
-        module, ids = _get_module(model, name), rows["experts"]
+        try:
+            module, ids = model.get_submodule(name), rows["experts"]
+        except AttributeError:
+            raise ValueError(f"path: expected experts of this model, got those of {name}") from None
         _check_layout(module, name, data.get("layouts", {}).get(name))
         for key, values in rows.items():
             if key != "experts":
@@ -348,13 +351,6 @@ def load_selected(model: nn.Module, path: AnyPath) -> dict[str, list[int]]:
     for module, selection in chosen:
         selection.reload(module)
     return {name: rows["experts"].tolist() for name, rows in data["experts"].items()}
-
-
-def _get_module(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"path: expected experts of this model, got those of {name}") from None
 
 
 def _describe_layout(layout: Layout) -> dict[str, bool]:

@@ -80,7 +80,8 @@ class SelfContrast:
                 capacity (the passes would compete for it), or one of Hugging Face that `override` cannot select for;
                 at a call, one of a part of the model.
         """
-        if any(_is_doubled(module) for module in model.modules()):
+        hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+        if any(isinstance(getattr(hook, "__self__", None), _Doubled) for hook in hooks):
             raise ValueError("model: expected one outside the block of a SelfContrast, got one inside")
         config = getattr(get_inner_model(model), "config", None)
         if getattr(config, "is_encoder_decoder", False):
@@ -200,10 +201,6 @@ class _Doubled:
         for cache in self.caches:
             del cache.reorder_cache
         self.caches.clear()
-
-
-def _is_doubled(module: nn.Module) -> bool:
-    return any(isinstance(getattr(hook, "__self__", None), _Doubled) for hook in module._forward_pre_hooks.values())
 
 
 def _find_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -134,7 +134,9 @@ class Muon(torch.optim.Optimizer):
         rows, columns = parameter.shape[-2:]
         if getattr(parameter, _TRANSPOSED, False):
             rows, columns = columns, rows
-        parameter.add_(update, alpha=-lr * _find_ratio(group["adjust_lr_fn"], rows, columns))
+        matches_adamw = group["adjust_lr_fn"] == "match_rms_adamw"
+        ratio = 0.2 * math.sqrt(max(rows, columns)) if matches_adamw else math.sqrt(max(1, rows / columns))
+        parameter.add_(update, alpha=-lr * ratio)
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -144,12 +146,6 @@ def _check(options: dict[str, Any]) -> None:
     for name, hint in _HINTS.items():
         value = options[name]
         convert(name, tuple(value) if isinstance(value, list) else value, hint)
-
-
-def _find_ratio(adjust: str | None, rows: int, columns: int) -> float:
-    if adjust == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1, rows / columns))
 
 
 @checked

@@ -84,7 +84,7 @@ def chosen(logits: Tensor, options: dict[str, Any]) -> np.ndarray:
     values = sanitised(logits)
     score = reference.scores(torch.from_numpy(values), options.get("score_function", "softmax")).numpy()
     bias, groups = options["selection_bias"], options.get("num_groups", 1)
-    if groups > 1 or bias is not None or options.get("score_function") == "sigmoid":
+    if groups > 1 or bias is not None:
         values = score if bias is None else score + sanitised(bias)
     if groups > 1:
         members = np.sort(values.reshape(len(values), groups, -1), axis=-1)

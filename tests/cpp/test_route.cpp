@@ -91,7 +91,7 @@ void reference_row(const Problem& p, int64_t t, int32_t* ids, float* weights, fl
     scores[e] = softmax ? static_cast<float>(exp_f32(logits[e] - max) / sum) : 1.0f / (1.0f + exp_f32(-logits[e]));
     ranked[e] = p.bias.defined() ? scores[e] + sane(p.bias(e)) : scores[e];
   }
-  if (softmax && !p.bias.defined() && o.num_groups == 1) ranked = logits;
+  if (!p.bias.defined() && o.num_groups == 1) ranked = logits;
 
   const int64_t size = E / o.num_groups;
   std::vector<float> group_scores(o.num_groups);

@@ -21,6 +21,8 @@ from switchgear import offload
 from switchgear.adapters import add_lora
 from switchgear.offload import attach, waves
 
+pytestmark = pytest.mark.in_turns
+
 FORMS = ("plain", "int8", "int4", "fp8", "mxfp4", "nf4", "groups")
 
 

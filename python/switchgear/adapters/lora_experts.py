@@ -329,7 +329,8 @@ class LoRAExperts(WithLosses):
                 self.losses = routing.losses
             rows = hidden_states.reshape(-1, self.in_features)
             low = self.experts(rows, routing.topk_ids, routing.topk_weights)
-        return y + low.view(y.shape).to(y.dtype)
+        y = y + low.view(y.shape).to(y.dtype)
+        return y
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "known": {}}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.experts import Experts
-from switchgear.utils.functions import extend_once
+from switchgear.utils.modules import extend_once
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.state import Factors, extend, find, get_state, set_state

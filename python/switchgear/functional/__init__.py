@@ -16,7 +16,8 @@ Arguments are torch tensors or arrays of other libraries (see arrays.py). A proj
 format (weights/). Derivatives are beside the functions.
 """
 
-from switchgear.functional.arguments import as_ids, as_limit, as_number, as_weights, in_autocast_dtype
+from switchgear.backends import cast_in_autocast as in_autocast_dtype
+from switchgear.functional.arguments import as_ids, as_limit, as_number, as_weights
 from switchgear.functional.layer import moe, moe_accumulate
 from switchgear.functional.products import AnyWeight, grouped_gemm
 from switchgear.functional.routes import Plan, Routing, gate, gate_route, plan, route, route_dynamic

@@ -9,20 +9,7 @@ import torch
 from torch import Tensor
 
 from switchgear import reference
-from switchgear.backends import cast_in_autocast as in_autocast_dtype
 from switchgear.checks import Range, convert
-
-__all__ = [
-    "Limit",
-    "as_dtype",
-    "as_ids",
-    "as_limit",
-    "as_number",
-    "as_weights",
-    "dropout_seed",
-    "flat",
-    "in_autocast_dtype",
-]
 
 T = TypeVar("T", Tensor, Tensor | None)
 _INT32 = torch.iinfo(torch.int32)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from switchgear import ops
 from switchgear.arrays import accepts_arrays
-from switchgear.backends import in_autocast
+from switchgear.backends import cast_in_autocast, in_autocast
 from switchgear.functional.arguments import (
     as_dtype,
     as_ids,
@@ -19,7 +19,6 @@ from switchgear.functional.arguments import (
     as_weights,
     dropout_seed,
     flat,
-    in_autocast_dtype,
 )
 from switchgear.functional.gradients import apply, is_transformed, needs_autograd
 from switchgear.functional.layer_gradients import Moe, inputs_of
@@ -98,7 +97,7 @@ def moe(
     weights, biases, shape, kind = (gate_up_proj, down_proj), (gate_up_bias, down_bias), x.shape, x.device.type
     autocast = kind if in_autocast(kind) else None
     if autocast is not None:
-        x, *cast = in_autocast_dtype(kind, x, *biases)
+        x, *cast = cast_in_autocast(kind, x, *biases)
         biases = (cast[0], cast[1])
     y = apply_layer(*rows_of(x, topk_ids, topk_weights), weights, biases, options, autocast)
     return y if len(shape) == 2 else y.reshape(shape)
@@ -244,7 +243,7 @@ def moe_accumulate(
         raise ValueError(f"sums: expected a contiguous tensor or two dimensions, got strides {list(sums.stride())}")
     biases, autocast, given = (gate_up_bias, down_bias), None, sums if sums.dim() == 2 else sums.view(-1, x.shape[-1])
     if in_autocast(kind := x.device.type):
-        x, *cast = in_autocast_dtype(kind, x, *biases)
+        x, *cast = cast_in_autocast(kind, x, *biases)
         biases, autocast = (cast[0], cast[1]), kind
     accumulate(given, *rows_of(x, topk_ids, topk_weights), (gate_up_proj, down_proj), biases, options, autocast)
     return sums

@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 
 from switchgear import ops, reference
 from switchgear.arrays import accepts_arrays
-from switchgear.backends import in_autocast
-from switchgear.functional.arguments import as_dtype, dropout_seed, in_autocast_dtype
+from switchgear.backends import cast_in_autocast, in_autocast
+from switchgear.functional.arguments import as_dtype, dropout_seed
 from switchgear.functional.gradients import apply, is_transposed, needs_autograd, once
 from switchgear.reference import formats
 from switchgear.weights.weight import AdaptedWeight, OffloadedWeight, Operand, SelectedWeight, Weight, operand_of
@@ -49,11 +49,11 @@ def grouped_gemm(
     if isinstance(weight, AdaptedWeight):
         return _adapted_grouped_gemm(x, weight, expert_offsets, bias, token_indices)
     if autocast is not None:
-        x, bias = in_autocast_dtype(kind, x, bias)
+        x, bias = cast_in_autocast(kind, x, bias)
     if isinstance(weight, Tensor) or hasattr(weight, "operand"):
         operand = _operand_of(weight, x, bias, autocast)
     else:
-        matrices = list(weight) if autocast is None else in_autocast_dtype(autocast, *weight)
+        matrices = list(weight) if autocast is None else cast_in_autocast(autocast, *weight)
         operand = Operand(matrices, leaves=matrices)
         if not matrices:
             raise ValueError("weight: expected at least one matrix, got none")
@@ -105,7 +105,7 @@ def _adapted_grouped_gemm(
     out = grouped_gemm(x, adapted.weight, expert_offsets, bias=bias, token_indices=token_indices)
     a, b, scales, *ranks = adapted.adapter(x.dtype)
     if in_autocast(x.device.type):
-        x, a, b = in_autocast_dtype(x.device.type, x, a, b)
+        x, a, b = cast_in_autocast(x.device.type, x, a, b)
     if ranks:
         unused = torch.arange(a.shape[1], device=a.device) >= ranks[0][:, None]
         a, b = a.masked_fill(unused[:, :, None], 0), b.masked_fill(unused[:, None, :], 0)

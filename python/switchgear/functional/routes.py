@@ -12,8 +12,8 @@ from torch import Tensor
 
 from switchgear import ops
 from switchgear.arrays import accepts_arrays
-from switchgear.backends import in_autocast
-from switchgear.functional.arguments import as_ids, as_number, as_weights, flat, in_autocast_dtype
+from switchgear.backends import cast_in_autocast, in_autocast
+from switchgear.functional.arguments import as_ids, as_number, as_weights, flat
 from switchgear.functional.gradients import apply, needs_autograd, once
 from switchgear.reference import wide
 
@@ -147,7 +147,7 @@ def _of_gate(x: Tensor, weight: Tensor, bias: Tensor | None, float32: bool) -> t
     """The tensors in the dtypes that the op takes."""
     if not float32:
         if in_autocast(x.device.type):
-            x, weight, bias = in_autocast_dtype(x.device.type, x, weight, bias)
+            x, weight, bias = cast_in_autocast(x.device.type, x, weight, bias)
         return x, weight, bias
     if weight.dtype is not x.dtype:
         weight = as_weights("weight", weight, x.dtype)

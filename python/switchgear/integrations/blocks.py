@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from switchgear.checks import list_of_names
 from switchgear.experts import Experts
-from switchgear.functional import Plan, glu, grouped_gemm, plan
+from switchgear.functional import glu, grouped_gemm, plan
 from switchgear.integrations.gates import get_own_gate
 from switchgear.integrations.moe_blocks import MoeBlock, is_transposed, moe_blocks
 from switchgear.layers.shared import SharedExperts
@@ -343,9 +343,9 @@ class ExpertLayer:
         hidden, outputs = self.apply(inputs, table.expert_offsets)
         sizes = table.expert_offsets.long().diff()
         experts = torch.arange(self.num_experts, device=x.device).repeat_interleave(sizes)
-        return ExpertRows(
-            experts, tokens, _by_slot(weights, table, count), table.expert_offsets, inputs, hidden, outputs
-        )  # fmt: skip
+        by_slot, slots = weights.new_zeros(count), table.slot_indices.long()
+        by_slot[slots[slots >= 0]] = weights[slots >= 0]
+        return ExpertRows(experts, tokens, by_slot, table.expert_offsets, inputs, hidden, outputs)
 
     def apply(self, inputs: Tensor, offsets: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> Any:
         """(hidden, outputs) of rows grouped by expert, with other weights [E,out,in] if given. Differentiable."""
@@ -368,14 +368,6 @@ class ExpertLayer:
             offsets[expert + 1 :] = len(x)
             result[:, expert] = self.apply(x.to(dtype), offsets)[1]
         return result
-
-
-def _by_slot(weights: Tensor, table: Plan, count: int) -> Tensor:
-    slots = table.slot_indices.long()
-    assigned = slots >= 0
-    result = weights.new_zeros(count)
-    result[slots[assigned]] = weights[assigned]
-    return result
 
 
 def expert_layers(

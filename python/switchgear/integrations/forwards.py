@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from switchgear.adapters.wrappers import is_wrapper, lend_factors
-from switchgear.utils.functions import constant_when_compiled
+from switchgear.utils.modules import constant_when_compiled
 from switchgear.weights.state import Borrowed, Factors
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from switchgear.integrations.forwards import has_hooks
 from switchgear.ops import GluOptions
 from switchgear.reference.activations import ACTIVATIONS, glu_of, halves
-from switchgear.utils.functions import constant_when_compiled, not_compiled
+from switchgear.utils.modules import constant_when_compiled, not_compiled
 
 ACTIVATION_NAMES = ("act_fn", "activation", "activation_fn", "act")  # attributes that hold the activation
 PLAIN_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "swiglu_oai")  # which need no alpha

@@ -290,7 +290,8 @@ def _record_answer(block: MoeBlock) -> _Seen:
     if like is None or like.is_meta:
         raise ValueError(f"{name}: expected a router with weights to probe it, got none")
     generator = torch.Generator().manual_seed(1)
-    dtype = _find_input_dtype(block, like)
+    floating = (p.dtype for p in block.experts.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
+    dtype = next(floating, like.dtype)  # of hidden states: routers in float32 convert them
     x = torch.randn(_TOKENS, like.shape[1], generator=generator).to(like.device, dtype)
     extra: dict[str, Any] = {}
     if "input_ids" in inspect.signature(gate.forward).parameters:
@@ -318,12 +319,6 @@ def call_gate(block: MoeBlock, x: Tensor, **extra: Any) -> Any:
         return gate.forward(x.clone(), **extra)  # some add jitter in place
     except (ValueError, RuntimeError, IndexError):
         return gate.forward(x[None].clone(), **extra)  # it takes [B,S,H] only
-
-
-def _find_input_dtype(block: MoeBlock, like: Tensor) -> torch.dtype:
-    """The dtype of hidden states: routers in float32 convert them."""
-    floating = (p.dtype for p in block.experts.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
-    return next(floating, like.dtype)
 
 
 def _list_candidates(block: MoeBlock) -> Iterator[RoutingMethod]:

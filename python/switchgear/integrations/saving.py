@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 
 from switchgear.backends import warn_once
-from switchgear.utils.functions import extend_once
+from switchgear.utils.modules import extend_once
 from switchgear.weights import stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.module import in_layout
@@ -72,8 +72,7 @@ def _extend_save(original: Any) -> Any:
                 "call switchgear.restore(model) first"
             )
         given = call.arguments.get("state_dict")
-        state_dict = _replace_stored_keys(self, self.state_dict() if given is None else given)
-        call.arguments["state_dict"] = state_dict
+        state_dict = call.arguments["state_dict"] = _replace_stored_keys(self, given)
         what = "model" if len(forms) == 1 else "experts"  # each form has its own layers
         for name, form in forms.items():
             if form.suffixes:
@@ -108,8 +107,8 @@ def _show_parameters(state_dict: dict[str, Any], model: nn.Module) -> Iterator[N
         del vars(model)["get_parameter"]
 
 
-def _replace_stored_keys(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-    state_dict = dict(state_dict)
+def _replace_stored_keys(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any]:
+    state_dict: dict[str, Any] = dict(model.state_dict() if given is None else given)
     for name, module in model.named_modules(remove_duplicate=False):
         stored = stored_of(module)
         if stored is None or not stored.form.suffixes:

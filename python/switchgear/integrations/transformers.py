@@ -163,7 +163,10 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
     try:
         _replace(model, replacements)
         if whole_blocks:
-            _join_blocks(model, replacements)
+            for name, module in model.named_modules():
+                if (undo := run_as_whole(module)) is not None:
+                    kind = type(module).__name__
+                    replacements.append(Replacement(name, kind, "whole block", "forward", undo))
     except BaseException:
         undo_accelerate(replacements)
         raise
@@ -191,12 +194,6 @@ def _replace(model: nn.Module, replacements: list[Replacement]) -> None:
             undo, replaced = found.swap(trial=not tried), "forward"  # a trial may read the weights of all experts
         if found is not None and undo is not None:
             replacements.append(Replacement(name, kind, found.path(), replaced, undo))
-
-
-def _join_blocks(model: nn.Module, replacements: list[Replacement]) -> None:
-    for name, module in model.named_modules():
-        if (undo := run_as_whole(module)) is not None:
-            replacements.append(Replacement(name, type(module).__name__, "whole block", "forward", undo))
 
 
 def undo_accelerate(replacements: Iterable[Replacement]) -> None:

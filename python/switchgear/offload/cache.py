@@ -32,7 +32,7 @@ from switchgear.offload.projections import Wave
 from switchgear.offload.residency import LayerStatistics, Residency
 from switchgear.offload.store_records import StoreError
 from switchgear.offload.waves import LoadsExperts
-from switchgear.utils.functions import has_proxies
+from switchgear.utils.modules import has_proxies
 
 _FEW = 256  # ids, up to which a set of Python is faster than torch.unique
 

@@ -23,7 +23,7 @@ from switchgear.functional.gradients import needs_autograd
 from switchgear.functional.layer import Biases, accumulate, apply_layer
 from switchgear.offload.projections import Wave
 from switchgear.reference import weight_dtype
-from switchgear.utils.functions import not_compiled
+from switchgear.utils.modules import not_compiled
 from switchgear.weights.weight import AdaptedWeight, OffloadedWeight, Weight
 
 

@@ -254,12 +254,6 @@ def _fill_absent(x: Tensor, layer: Layer, grads: Sequence[Tensor | None]) -> tup
     return tuple([x.new_empty(0, dtype=(x if t is None else t).dtype) if grad is None else grad for grad, t in pairs])
 
 
-def _allocate_backward(
-    grad_y: Tensor, x: Tensor, h: Tensor, layer: Layer, needs: Sequence[bool], experts: Tensor | None
-) -> tuple[Tensor, ...]:
-    return _fill_absent(x, layer, _allocate_needed(x, layer, needs, experts))
-
-
 def _backward(
     kernels: Kernels,
     grad_y: Tensor,
@@ -278,7 +272,7 @@ def _backward(
 moe_backward: Callable[..., tuple[Tensor, ...]] = register(
     f"moe_backward(Tensor grad_y, Tensor x, Tensor h, {_LAYER}, bool[] needs, {_OPTIONAL}, Tensor? experts=None) "
     f"-> ({', '.join(f'Tensor grad_{name}' for name in GRADIENTS)})",
-    _allocate_backward,
+    lambda grad_y, x, h, layer, *others: _fill_absent(x, layer, _allocate_needed(x, layer, *others)),
     run=lambda kernels, *args: _fill_absent(args[1], args[3], _backward(kernels, *args)),
     collect=lambda args: (*args[:3], _layer_in(args, 3), args[3 + NUM_REQUIRED], args[-1]),
     flops=_backward_flops,

@@ -140,7 +140,8 @@ def register(
             return native(kernels, *args)
 
     def elsewhere(*args: Any) -> Any:
-        _check_layouts(op, args)
+        for argument, tensor in _tensors_of(op, args):  # sparse and similar tensors are dispatched to here, too
+            convert(argument, tensor, Tensor)
         backends.announce_reference(args[0].device)
         return in_torch(*args)
 
@@ -236,9 +237,3 @@ def _check_devices(op: Any, args: Sequence[Any]) -> None:
     for name, tensor in _tensors_of(op, args):
         if tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
-
-
-def _check_layouts(op: Any, args: Sequence[Any]) -> None:
-    """Sparse and similar tensors are dispatched like those of a device without kernels."""
-    for name, tensor in _tensors_of(op, args):
-        convert(name, tensor, Tensor)

@@ -22,7 +22,7 @@ from switchgear.parallel.local import Weights
 from switchgear.parallel.placement import Placement
 from switchgear.parallel.rows import Transfers
 from switchgear.parallel.transport import on_cpu
-from switchgear.utils.functions import not_compiled
+from switchgear.utils.modules import not_compiled
 from switchgear.weights import stored_of, weights_of
 from switchgear.weights.adapted import has_adapters, read_by
 

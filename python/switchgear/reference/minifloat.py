@@ -81,9 +81,9 @@ def row_slices(rows: Tensor, count: int = 64) -> list[Tensor]:
     return [rows[first : first + count] for first in range(0, max(len(rows), 1), count)]
 
 
-def pad_zeros(tensor: Tensor, columns: int = 0, rows: int = 0) -> Tensor:
-    """Pads with zeros to the right and below. Returns the tensor itself, without a copy, if no padding is needed."""
-    return pad(tensor, (0, columns, 0, rows)) if columns or rows else tensor
+def pad_zeros(tensor: Tensor, columns: int) -> Tensor:
+    """Pads with zeros to the right. Returns the tensor itself, without a copy, if no padding is needed."""
+    return pad(tensor, (0, columns)) if columns else tensor
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -136,7 +136,8 @@ def _check_parts(rows: int, parts: int) -> None:
 
 def split_parts(matrix: Tensor, parts: int, multiple: int, fill: int = 0) -> Tensor:
     """[...,N,C] -> [..., parts, N/parts, C]; pads each part with rows of `fill` to a multiple."""
-    shares = matrix.unflatten(-2, (parts, matrix.shape[-2] // parts))
+    *leading, rows, columns = matrix.shape
+    shares = matrix.reshape(*leading, parts, rows // parts, columns)
     missing = -shares.shape[-2] % multiple
     return pad(shares, (0, 0, 0, missing), value=fill) if missing else shares
 
@@ -287,15 +288,9 @@ def encode_nvfp4(weight: Tensor, parts: int = 1, name: str = "weight") -> Encode
 # ---- decode ----------------------------------------------------------------------------------------------------------
 
 
-def decode_fp8(
-    values: Tensor,
-    scales: Tensor,
-    group: tuple[int, int] = BLOCK,
-    parts: int = 1,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Decodes published fp8 to [E,N,C]: scale · value in float32, rounded once, and again to a narrower `dtype`."""
-    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+def decode_fp8(values: Tensor, scales: Tensor, group: tuple[int, int] = BLOCK, parts: int = 1) -> Tensor:
+    """Decodes published fp8 to [E,N,C]: scale · value in float32, rounded once."""
+    out = torch.empty(values.shape, device=values.device)
     columns = values.shape[2]
     tensors = out, values.view(torch.float8_e4m3fn), rows_of_scales(scales, values.shape[1], group, parts)
     slices = (row_slices(tensor.flatten(0, 1)) for tensor in tensors)
@@ -305,12 +300,10 @@ def decode_fp8(
     return out
 
 
-def decode_pairs(
-    values: Tensor, table: Sequence[float], columns: int, dtype: torch.dtype, scales: Tensor, size: int, first: int
-) -> Tensor:
-    """Decodes codes of 4 bits [E,N,⌈C/2⌉] to table[code] · scale [E,N,C] in float32, rounded to `dtype`. Each of
-    `scales` [E,N,G] float32 is for `size` columns. first: the half of a byte with the even column, 0 for the lower."""
-    out = torch.empty(*values.shape[:2], columns, dtype=dtype, device=values.device)
+def decode_pairs(values: Tensor, table: Sequence[float], columns: int, scales: Tensor, size: int, first: int) -> Tensor:
+    """Decodes codes of 4 bits [E,N,⌈C/2⌉] to table[code] · scale [E,N,C] in float32. Each of `scales` [E,N,G] float32
+    is for `size` columns. first: the half of a byte with the even column, 0 for the lower."""
+    out = torch.empty(*values.shape[:2], columns, device=values.device)
     low = torch.tensor(table, device=values.device)
     halves = low.repeat(16), low.repeat_interleave(16)  # of each byte
     pairs = torch.stack((halves[first], halves[1 - first]), -1)
@@ -320,13 +313,11 @@ def decode_pairs(
     return out
 
 
-def decode_mxfp4(
-    blocks: Tensor, scales: Tensor, columns: int | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def decode_mxfp4(blocks: Tensor, scales: Tensor, columns: int | None = None) -> Tensor:
     """Decodes published mxfp4 to [E,N,C] exactly. float32 and bfloat16 represent every scale · value below 2^128;
     larger ones become infinity. Scale code 255 gives NaN. Pass `columns`, C, if the last block is padded."""
     columns = COLUMNS * blocks.shape[2] if columns is None else columns
-    return decode_pairs(blocks.flatten(2), E2M1_VALUES, columns, dtype, e8m0_scales(scales), COLUMNS, 0)
+    return decode_pairs(blocks.flatten(2), E2M1_VALUES, columns, e8m0_scales(scales), COLUMNS, 0)
 
 
 def nvfp4_scales(codes: Tensor, tensor_scales: Tensor) -> Tensor:
@@ -334,19 +325,13 @@ def nvfp4_scales(codes: Tensor, tensor_scales: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).float() * tensor_scales
 
 
-def decode_nvfp4(
-    values: Tensor,
-    scales: Tensor,
-    tensor_scales: Tensor,
-    columns: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Decodes published nvfp4 to [E,N,C]: value · (scale · tensor_scale), each product rounded to float32, and again to
-    a narrower `dtype`. `tensor_scales` is [E,parts]. Pass `columns`, C, if it is odd."""
+def decode_nvfp4(values: Tensor, scales: Tensor, tensor_scales: Tensor, columns: int | None = None) -> Tensor:
+    """Decodes published nvfp4 to [E,N,C]: value · (scale · tensor_scale), each product rounded to float32.
+    `tensor_scales` is [E,parts]. Pass `columns`, C, if it is odd."""
     columns = 2 * values.shape[2] if columns is None else columns
     by_row = tensor_scales.repeat_interleave(values.shape[1] // tensor_scales.shape[1], 1)[..., None]
     factors = nvfp4_scales(scales.view(torch.uint8), by_row)
-    return decode_pairs(values, E2M1_VALUES, columns, dtype, factors, NVFP4_BLOCK, 0)
+    return decode_pairs(values, E2M1_VALUES, columns, factors, NVFP4_BLOCK, 0)
 
 
 def decode(
@@ -412,12 +397,14 @@ def _swap_nf4(bytes_: Tensor) -> Tensor:
 
 def to_row_blocks(matrix: Tensor, parts: int, fill: int = 0) -> Tensor:
     """[...,N,D] -> [..., parts·B, 16, D]; pads each part with rows of `fill`."""
-    return split_parts(matrix, parts, ROWS, fill).flatten(-3, -2).unflatten(-2, (-1, ROWS))
+    shares = split_parts(matrix, parts, ROWS, fill)
+    return shares.reshape(*matrix.shape[:-2], parts * shares.shape[-2] // ROWS, ROWS, matrix.shape[-1])
 
 
 def from_row_blocks(blocks: Tensor, rows: int, parts: int) -> Tensor:
     """The inverse of to_row_blocks, [...,N,D]."""
-    shares = blocks.flatten(-3, -2).unflatten(-2, (parts, -1))
+    *leading, count, _, depth = blocks.shape
+    shares = blocks.reshape(*leading, parts, count // parts * ROWS, depth)
     return shares[..., : rows // parts, :].flatten(-3, -2)
 
 

@@ -65,10 +65,7 @@ def encode_nf4(weight: Tensor, name: str = "weight") -> Encoded:
     return Encoded(values, absmax, lossless)
 
 
-def decode_nf4(
-    values: Tensor, absmax: Tensor, columns: int | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Decodes published nf4 to [E,N,C]: absmax · value in float32, rounded once, and again to a narrower `dtype`. Pass
-    `columns`, C, if it is odd."""
+def decode_nf4(values: Tensor, absmax: Tensor, columns: int | None = None) -> Tensor:
+    """Decodes published nf4 to [E,N,C]: absmax · value in float32, rounded once. Pass `columns`, C, if it is odd."""
     columns = 2 * values.shape[2] if columns is None else columns
-    return decode_pairs(values, VALUES, columns, dtype, absmax, NF4_BLOCK, 1)
+    return decode_pairs(values, VALUES, columns, absmax, NF4_BLOCK, 1)

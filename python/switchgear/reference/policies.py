@@ -99,10 +99,7 @@ def route_dynamic(
         raise ValueError(f"min_experts: expected 0 to {max_experts} (max_experts), got {min_experts}")
     logits = sanitize(wide(router_logits))
     score = scores(logits, score_function)
-    if selection_bias is not None:
-        value = score + sanitize(selection_bias.to(score.dtype))
-    else:
-        value = logits if score_function == "softmax" else score
+    value = logits if selection_bias is None else score + sanitize(selection_bias.to(score.dtype))
     ids = value.sort(dim=-1, descending=True, stable=True).indices[:, :max_experts]
     weights = score.gather(1, ids)
     used_before = pad(weights.double().cumsum(-1), (1, -1))

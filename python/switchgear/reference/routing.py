@@ -166,14 +166,14 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """topk_ids [T,K] int32 and topk_weights [T,K] of router_logits [T,E], which can have any bits.
 
-    The order of choice is total: value descending, then id ascending. For a plain softmax, which is monotone, the value
-    is the logit itself, so that rounding creates no ties; otherwise it is score + selection_bias.
+    The order of choice is total: value descending, then id ascending. Scores are monotone, so without bias and groups
+    the value is the logit itself, and rounding creates no ties; otherwise it is score + selection_bias.
     """
     _check_sizes(router_logits.shape[1], top_k, num_groups, topk_groups)
     check_slots("router_logits", router_logits.shape[0], top_k)
     logits = sanitize(wide(router_logits))
     score = scores(logits, score_function)
-    if score_function == "softmax" and selection_bias is None and num_groups == 1:
+    if selection_bias is None and num_groups == 1:
         value = logits
     else:
         value = score if selection_bias is None else score + sanitize(selection_bias.to(score.dtype))

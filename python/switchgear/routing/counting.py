@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from switchgear.utils.functions import has_proxies
+from switchgear.utils.modules import has_proxies
 
 
 def unseen(*like: Any) -> AbstractContextManager[Any]:

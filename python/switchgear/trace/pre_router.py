@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switchgear.checks import Count, Size, Sizes, checked, convert, explain_rows
+from switchgear.checks import Count, Divides, Size, Sizes, checked, convert, explain_rows
 from switchgear.functional import Routing
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select
@@ -54,14 +54,12 @@ class PreRouter(nn.Module):
         num_experts: Sizes,
         layers: Count = 1,
         *,
-        heads: Size = 4,
+        heads: Annotated[Size, Divides("hidden_size")] = 4,
         window: Size = 64,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if hidden_size % heads:
-            raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
         self.num_experts, self.window = tuple(num_experts), window
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layers = nn.ModuleList(_Layer(hidden_size, heads, **kwargs) for _ in range(layers))

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Helpers for modules: float32 buffers, parameters that were scalars or may be sharded, eval(), models in wrappers."""
+"""Helpers for modules: float32 buffers, parameters that were scalars or may be sharded, eval(), models in wrappers;
+functions that torch.compile leaves out of its graphs, and functions of other libraries that are extended in place."""
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # ---- buffers ---------------------------------------------------------------------------------------------------------
 
@@ -151,3 +157,54 @@ def _get_inside(model: nn.Module) -> nn.Module | None:
             return model._modules[name]
     base = unwrap_peft(model)
     return None if base is model else base
+
+
+# ---- functions -------------------------------------------------------------------------------------------------------
+# torch.compiler's decorators import torch's compiler, which takes longer than the import of torch. With these, it is
+# imported by whoever compiles.
+
+
+def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """As torch.compiler.disable."""
+    disabled: Callable[P, R] | None = None
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:  # so nothing is being compiled
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return disabled(*args, **kwargs)
+
+    wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]  # graphs end before it
+    return wrapper
+
+
+def has_proxies() -> bool:
+    """Whether make_fx or torch.export traces this call."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # slow to import, and whoever traces has done so
+    return proxies is not None and proxies.get_proxy_mode() is not None
+
+
+def constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """As torch.compiler.assume_constant_result: a graph has the result of one call."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+_MARK = "switchgear_original"  # of functions of other libraries
+
+
+def extend_once(owner: Any, name: str, extended: Callable[[Any], Any]) -> None:
+    """Replaces a function of a class or a module by extended(function). Does nothing if that has been done, or if the
+    owner is None or lacks it, as in other versions of a library."""
+    original = getattr(owner, name, None)
+    if original is not None and not is_extended(original):
+        function = extended(original)
+        setattr(function, _MARK, original)
+        setattr(owner, name, function)
+
+
+def is_extended(function: Any) -> bool:
+    return hasattr(function, _MARK)

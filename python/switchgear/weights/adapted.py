@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.utils.functions import is_extended
+from switchgear.utils.modules import is_extended
 from switchgear.weights.state import FINDERS, Borrowed, Factors, Lora, get_state
 from switchgear.weights.weight import AdaptedWeight, Weight
 

@@ -87,9 +87,7 @@ class Int4(_Integers):
 
 
 @torch.inference_mode(False)  # a backward pass may save the result
-def weight_of(
-    levels: groups.Levels, dtype: torch.dtype, group_size: int, *, parts: int = 1, is_exact: bool = False
-) -> Weight:
+def weight_of(levels: groups.Levels, dtype: torch.dtype, group_size: int, *, parts: int = 1) -> Weight:
     """The Weight of quantized `levels`, whoever chose them; `dtype` is that of the plain weight."""
     stored = groups.to_blocks(levels, parts)
     data, scales, zeros = (None if tensor is None else on_huge_pages(tensor) for tensor in stored[:3])
@@ -97,7 +95,7 @@ def weight_of(
     _, rows, cols = levels.q.shape
     return Weight(
         "groups", data, rows, cols, dtype, scales, zeros=zeros, records=stored.records, parts=parts,
-        group_size=group_size, is_exact=is_exact,
+        group_size=group_size,
     )  # fmt: skip
 
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.utils.functions import not_compiled
-from switchgear.utils.modules import is_sharded
+from switchgear.utils.modules import is_sharded, not_compiled
 from switchgear.weights.form import Layout
 from switchgear.weights.state import get_state, hook_once, set_state
 from switchgear.weights.weight import SelectedWeight

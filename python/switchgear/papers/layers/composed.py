@@ -5,13 +5,14 @@ piece of a token separately; and SoftMoE, whose experts see mixtures of tokens, 
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
-from switchgear.checks import Size, checked, convert
+from switchgear.checks import Divides, Size, checked, convert
 from switchgear.layers.common import check_rows
 from switchgear.reference import wide
 from switchgear.utils.modules import LoadsScalars
@@ -107,14 +108,12 @@ class MultiHeadMoE(nn.Module):
         self,
         moe: nn.Module,
         hidden_size: Size,
-        heads: Size,
+        heads: Annotated[Size, Divides("hidden_size")],
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if hidden_size % heads:
-            raise ValueError(f"heads: expected a divisor of {hidden_size} (hidden_size), got {heads}")
         _check_returns_rows("moe", moe)
         self.heads = heads
         self.head_proj = nn.Linear(hidden_size, hidden_size, bias=False, device=device, dtype=dtype)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -214,7 +214,6 @@ def _sums_of(groups: int | Sequence[int] | Tensor, num_experts: int | None) -> T
 class _PerExpert(FillsBuffers, KeepsFloat32):
     """A loss with a fixed vector over the experts, which follows the router to its device."""
 
-    _loss: ClassVar[Callable[[Tensor, Tensor, Tensor], Tensor]]  # of probabilities, topk_ids and the vector
     vector: Tensor
 
     @checked
@@ -231,6 +230,10 @@ class _PerExpert(FillsBuffers, KeepsFloat32):
     def fill_buffers(self, device: torch.device) -> None:
         """Copies the given vector."""
         self.vector = self._given.to(device, copy=True)
+
+    @staticmethod
+    def _loss(probabilities: Tensor, topk_ids: Tensor, vector: Tensor, /) -> Tensor:
+        raise NotImplementedError
 
     def _prepare(self, routing: Routing) -> None:
         if self.vector.shape != (routing.num_experts,):

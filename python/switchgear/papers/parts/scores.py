@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switchgear.backends import without_autocast
-from switchgear.checks import Finite, PositiveOrInf, Size, checked
+from switchgear.checks import Divides, Finite, PositiveOrInf, Size, checked
 from switchgear.functional import gate
 from switchgear.reference import weight_dtype, wide
 from switchgear.routing.context import Context, Score, made, sequences
@@ -45,18 +45,17 @@ class SwitchMixture(nn.Module):
     Parameters: switch.weight [G,H], mixture.weight [E,H].
     """
 
+    @checked
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
         *,
-        num_groups: int,
+        num_groups: Annotated[Size, Divides("num_experts")],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_groups < 1 or num_experts % num_groups:
-            raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {num_groups}")
         self.num_groups = num_groups
         self.switch = nn.Linear(hidden_size, num_groups, bias=False, device=device, dtype=dtype)
         self.mixture = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
