@@ -150,8 +150,8 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
 
     Args:
         whole_blocks: also run the blocks of OLMoE, Qwen3 MoE and Mixtral as a whole when no gradient is needed: router
-            and experts without calls of their modules, unless these have hooks. It is faster for one token. The logits
-            of the router may differ in the last bit.
+            and experts without calls of their modules, unless these have hooks. It is faster for one token, and no
+            bit of a token depends on its batch. The logits of the router may differ from torch's in the last bit.
 
     Returns a Replacement for each module; `undo_accelerate(replacements)` of this module undoes the call.
 
