@@ -177,9 +177,8 @@ def _name_base(sites: Iterable[Site]) -> str:
         if not isinstance(weight, Weight) or weight.is_exact:
             forms.add("plain")
         else:
-            stored = stored_of(site.module)
-            is_named = stored is not None and stored.form.name == weight.format  # "offloaded" is no form of a weight
-            forms.add(str(stored.form) if is_named else weight.format)
+            form: Any = getattr(stored_of(site.module), "form", None)  # that of offloaded experts is another
+            forms.add(str(form) if getattr(form, "name", None) == weight.format else weight.format)
     return ", ".join(sorted(forms))
 
 

@@ -469,7 +469,7 @@ class Router(KeepsFloat32):
         return replace(context, **known, isolated=isolated, training=self.training, noise=noise)
 
     def _losses(self, routing: Routing, context: Context) -> dict[str, Tensor]:
-        losses = dict(routing.losses)
+        losses: dict[str, Any] = dict(routing.losses)
         for item in self.balance:
             if not callable(item):
                 continue  # a controller without a loss

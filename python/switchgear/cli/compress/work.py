@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -175,7 +176,9 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
             yield f"continuing after step {len(done)} of {len(recipe.steps)}"
         model = load_model(partial.model() if done else source, dtype, whole=True)
         for i, step in enumerate(recipe.steps[len(done) :], len(done)):
-            restore(model)  # a step may have stored weights; a resumed run reads plain ones, too
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # the recipe rounds them
+                restore(model)  # a step may have stored weights; a resumed run reads plain ones, too
             calibration = partial.calibration(i)
             if calibration is None and step.needs_calibration:
                 calibration = _calibrate(model, source, recipe, texts, step.needs_hessians)
