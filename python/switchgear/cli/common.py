@@ -49,6 +49,11 @@ def optional(module: str) -> tuple[ModuleType | None, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
+def name_options(error: Exception) -> str:
+    """The message of an error of a function that can resume, with the command's option instead of its argument."""
+    return str(error).replace("resume=False", "--fresh")
+
+
 def require_writable(folder: Path) -> None:
     """Creates the folder. CommandError if no file can be written in it."""
     try:

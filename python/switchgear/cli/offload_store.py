@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import DTYPES, find_folder
-from .common import CommandError, progress, require, require_new, settings
+from .common import CommandError, name_options, progress, require, require_new, settings
 
 _OF_CONFIG = DTYPES[0]  # auto
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             with progress("verifying") as advance:
                 store.verify(advance)
     except (StoreError, ValueError, TypeError) as error:
-        raise CommandError(str(error)) from None
+        raise CommandError(name_options(error)) from None
     print(store)
     return 0
 
