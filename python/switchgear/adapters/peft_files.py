@@ -42,6 +42,7 @@ from switchgear.adapters.sites import Site, find_adapted_sites, find_sites, list
 from switchgear.checks import FloatDtype, checked
 from switchgear.files import AnyPath, replacing
 from switchgear.utils.modules import unwrap_peft
+from switchgear.utils.packages import page
 from switchgear.weights import Weight, stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.form import on_huge_pages
@@ -143,8 +144,7 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: FloatDtype | None = Non
     if (saved := metadata.get(BASE, base)) != base:
         warnings.warn(
             f"path: its adapters were saved with experts stored as {saved[:80]}, those of this model are stored as "
-            f"{base}, whose errors the adapters have not learned; for the results of training, store the experts as "
-            "there",
+            f"{base}, for which the adapters were not trained; {page('adapters', 'merging')} says how to merge them",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..utils.packages import page
 from .checkpoint import DTYPES, find_folder
 from .common import CommandError, name_options, progress, require, require_new, settings
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint of a Hugging Face model")
     add("--out", required=True, metavar="PATH", help="folder of the store; it must not exist")
     add("--form", default="plain", metavar="NAME",
-        help="plain, int8, fp8, ... (docs/weights.md); 'as published' keeps every bit")
+        help=f"plain, int8, fp8, ... ({page('weights')}); 'as published' keeps every bit")
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="an option of the form: group_size=64")
     add("--dtype", choices=DTYPES, default=_OF_CONFIG, help="of plain weights; auto: that of the checkpoint")
     add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of continuing")

@@ -26,7 +26,7 @@ from switchgear.compress import Calibration, calibrate
 from switchgear.compress.levels import Widths, choose_form
 from switchgear.convert.directory import list_beside_weights
 from switchgear.files import JOURNAL, LOCK, UNFINISHED, locked, replacing, write_whole
-from switchgear.utils.packages import first_line
+from switchgear.utils.packages import first_line, page
 from switchgear.weights import restore
 
 from ..checkpoint import cut_texts, load_model, read_texts
@@ -199,7 +199,7 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
         partial.close()
     if any(step.do == "quantize" and not step.options["store"] for step in recipe.steps):
         yield (
-            "rounded weights are saved as plain ones, which transformers loads; docs/cli.md says how to store them, "
+            f"rounded weights are saved as plain ones, which transformers loads; {page('cli')} says how to store them, "
             "and what GPTQ loses then"
         )
     yield f"{out}: {sum(file.stat().st_size for file in out.glob('*.safetensors')) / 1e6:,.1f} MB"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...utils.packages import page
 from ..common import colors, markdown_table, pyplot, save
 from .measure import Inspection, Layer
 
@@ -65,7 +66,7 @@ An expert is listed where a domain uses it at least {FAVOURITE} times as often a
 ## Experts that are alike, and experts that work together
 
 {_write_pairs(found)}
-Experts that are alike are candidates for merging (`switchgear compress`, docs/compression.md).
+Experts that are alike are candidates for merging (`switchgear compress`, {page("compression")}).
 
 ![similarity](similarity.png)
 
