@@ -93,15 +93,16 @@ def test_a_capacity_is_that_of_the_factor_as_it_is_written(
 
 
 def test_candidates_are_counted_by_the_choices_of_their_token() -> None:
-    """⌈k · expand⌉ of a token with k choices: as wide as another token is, and as the factor is written."""
+    """⌈k · expand⌉ of a token with k choices: as wide as another token is, and as the factor is written. Each expert
+    keeps the second token's candidates, and the first token its five best of what is left of its own."""
     logits = torch.arange(10.0).flip(0).expand(3, 10)
     routing = TopK(5)(logits)._replace(scores=logits.softmax(-1))
     routing.topk_ids[1, 1:] = -1
     routing.topk_ids[2] = -1
-    out = Capacity(9.0, overflow="overselect", expand=2.0)(routing, NOTHING_KNOWN)
-    assert (out.topk_ids >= 0).sum(1).tolist() == [10, 2, 0]
-    out = Capacity(9.0, overflow="overselect", expand=1.2)(routing, NOTHING_KNOWN)
-    assert (out.topk_ids >= 0).sum(1).tolist() == [6, 2, 0]
+    for expand, first in ((2.0, [2, 3, 4, 5, 6]), (1.2, [2, 3, 4, 5])):
+        out = Capacity(1.0, "reverse", "overselect", expand=expand)(routing, NOTHING_KNOWN)
+        assert [[e for e in row if e >= 0] for row in out.topk_ids.tolist()] == [first, [0], []]
+        assert out.topk_ids.shape == (3, 5)
     out = Capacity(9.0, overflow="overselect")(routing, NOTHING_KNOWN)
     assert (out.topk_ids >= 0).sum(1).tolist() == [10, 10, 0]
     assert out.topk_ids.shape == (3, 10)  # choices and candidates, without columns that no token can fill
@@ -249,7 +250,7 @@ def kept_by_loop(p: Tensor, capacity: int, overflow: str) -> list[list[int]]:
                     room[e] -= 1
                     kept[offer[1]].append(e)
                     lost.remove(offer)
-    return kept
+    return [sorted(row, key=wanted[t].index)[:K] for t, row in enumerate(kept)] if overflow == "overselect" else kept
 
 
 def test_row36_capacity_aware_inference_ranks_by_scores_before_they_are_normalised() -> None:
@@ -295,8 +296,9 @@ def test_row36_capacity_aware_inference_expanded_drop_of_the_authors_code(normal
     assert_agrees(layer, loop, torch.randn(40, H))
 
 
-def test_row36_capacity_aware_inference_overselects_and_then_drops() -> None:
-    """A token may keep up to ⌈K · expand⌉ experts, each of them among its best; no expert exceeds its capacity."""
+def test_row36_capacity_aware_inference_overselects_drops_and_cuts_back() -> None:
+    """Of a token's ⌈K · expand⌉ candidates some experts keep it; it goes to the K best of them, as in the patch of the
+    authors' code, whose blocks choose K of what the capacity left."""
     layer = layer_of(presets.capacity_aware(gamma=1.0, overflow="overselect", expand=2.0), return_routing=True).eval()
     x = torch.randn(40, H)
     _, routing = layer(x)
@@ -305,10 +307,12 @@ def test_row36_capacity_aware_inference_overselects_and_then_drops() -> None:
     wanted = [best(row, 2 * K) for row in p]
     offers = sorted((-float(p[t, e]), t, e) for t, row in enumerate(wanted) for e in row)
     taken = {e: [t for _, t, c in offers if c == e][: math.ceil(K * 40 / E)] for e in range(E)}
-    assert ids == [sorted(e for e in range(E) if t in taken[e]) for t in range(40)]
+    left = [[e for e in row if t in taken[e]] for t, row in enumerate(wanted)]
+    assert max(map(len, left)) > K
+    assert ids == [sorted(row[:K]) for row in left]
+    assert routing.topk_ids.shape == (40, K)
     kept = routing.topk_ids >= 0
     torch.testing.assert_close(routing.topk_weights[kept], p.gather(1, routing.topk_ids.clamp(min=0).long())[kept])
-    assert max(map(len, ids)) > K
     assert routing.num_dropped == sum(max(K - len(row), 0) for row in ids)
 
 

@@ -26,7 +26,7 @@ from switchgear.routing.context import Scope
     "selection",
     1,
     "Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity, arXiv:2101.03961",
-    f"{PAPER}; evaluation_factor, jitter, min_capacity: of its code",
+    f"{PAPER}; evaluation_factor, jitter, min_capacity: of its code; capacity rounded up, where that truncates: {OURS}",
 )
 def switch(
     *,
@@ -270,8 +270,8 @@ def capacity_aware(
 
     gamma is 1 to 2 in the paper. overflow = "drop" is its token drop, "reroute" that of its first version, which later
     ones replaced by the expanded drop, "overselect": each token first adds its device's experts to its best K, and then
-    each expert drops tokens. expand: ⌈K · expand⌉ candidates per token, as in a patch among its code; all experts if
-    None, as in its models on one device. normalize: for models that normalise the weights of a token, which are
+    each expert drops tokens. expand: ⌈K · expand⌉ candidates per token, of which it keeps K at most, as in a patch among
+    its code; all experts, and all that keep the token, if None, as in its models on one device. normalize: for models that normalise the weights of a token, which are
     normalised again after a drop. Scores are the probabilities before that, as in its code.
     """
     return {
