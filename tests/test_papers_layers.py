@@ -642,6 +642,24 @@ def test_row30_monet_follows_the_statistics_of_a_batch_norm() -> None:
         torch.testing.assert_close(getattr(router, name), torch.cat([getattr(norm, name) for norm in norms]))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_row30_monet_leaves_a_token_without_finite_squares_out_of_its_statistics(value: float) -> None:
+    """It neither changes the gates of others, now or later, nor makes them keep every half."""
+    router, x = MonetRouter(H, 32, 2, top_k=2), torch.randn(20, H)
+    spoiled = torch.cat((x[:3], torch.full((1, H), value), x[3:]))
+    twin = copy.deepcopy(router)
+    others = torch.arange(21) != 3
+    for found, wanted in zip(router(spoiled), twin(x), strict=True):
+        torch.testing.assert_close(found[others], wanted)
+        assert (found[others] > 0).sum(-1).float().mean() < 6
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(router, name), getattr(twin, name))
+    before = router.running_mean.clone()
+    router(spoiled[3:4])  # no token is left
+    assert torch.equal(router.running_mean, before)
+    assert router.running_var.isfinite().all()
+
+
 def test_monet_gates() -> None:
     router = MonetRouter(H, 64, 2, top_k=8)
     first, second = router(torch.randn(4000, H))

@@ -50,6 +50,17 @@ def test_remoe_is_a_loop_of_relus(backend: str) -> None:
     assert_agrees(layer, loop, x)
 
 
+def test_remoe_shows_a_token_that_is_not_a_number(backend: str) -> None:
+    """Without an expert it would be 0, as if nothing had happened. Other tokens have the bits that they had."""
+    layer, x = layer_of(presets.remoe(top_k=2)), torch.randn(6, H)
+    spoiled = x.clone()
+    spoiled[1, 0] = torch.nan
+    found, wanted = layer(spoiled), layer(x)
+    assert found[1].isnan().any()
+    others = [0, 2, 3, 4, 5]
+    assert torch.equal(found[others], wanted[others])
+
+
 def test_remoe_coefficient_grows_while_too_many_experts_are_active() -> None:
     loss = AdaptiveSparsity(2, E, initial=1e-3)
     few = switchgear.Routing(torch.tensor([[0], [1]], dtype=torch.int32), torch.ones(2, 1), torch.ones(2, E), E)

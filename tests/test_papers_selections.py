@@ -23,6 +23,7 @@ from switchgear.routing import (
     NoisyTopK,
     Random,
     RankK,
+    RunningThreshold,
     SampledTopK,
     SkipBelow,
     SparseMixer,
@@ -468,6 +469,40 @@ def test_gw_moe_thresholds() -> None:
     cut = float(entropy.median())
     chosen = (Broadcast(TopK(2), cut, 1.0)(logits, TRAINING).topk_ids >= 0).sum(1) == E
     assert torch.equal(chosen, entropy >= cut)
+
+
+@pytest.mark.parametrize("tokens", range(1, 11))
+def test_row19_a_running_threshold_broadcasts_in_batches_of_any_size(tokens: int) -> None:
+    """The share of a batch is none of ten tokens. Over n steps of rate 1 that of the threshold is within
+    (ln E + 2) / n of the fraction, whatever comes."""
+    none = Broadcast(TopK(2), 0.0, 0.05)(torch.randn(tokens, E), TRAINING)
+    assert (none.topk_ids >= 0).sum() == 2 * tokens
+    threshold = RunningThreshold(0.05, num_experts=E, rate=1.0)
+    select, steps, unsure = Broadcast(TopK(2), threshold, 1.0), 300, 0
+    for _ in range(steps):
+        logits, limit = torch.randn(tokens, E), float(threshold.value)
+        chosen = (select(logits, TRAINING).topk_ids >= 0).sum(1) == E
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+        assert torch.equal(chosen, entropy > limit)
+        unsure += int(chosen.sum())
+        threshold.after_step(None, None)
+    assert abs(unsure / (steps * tokens) - 0.05) < (math.log(E) + 2) / steps
+
+
+def test_row19_after_step_moves_the_threshold_of_a_layer() -> None:
+    layer, x = switchgear.MoE(H, 8, E, **presets.gw_moe(running=True)), torch.randn(4, H)
+    threshold = layer.gate.select.entropy_above
+    assert threshold.value == pytest.approx(math.log(E))
+    threshold.value.zero_()
+    layer(x)
+    layer(x[:1])
+    switchgear.after_step(layer)
+    assert threshold.value == pytest.approx(0.1 * (1 - 0.05))
+    switchgear.after_step(layer)  # without a call
+    layer.eval()(x)
+    switchgear.after_step(layer)
+    assert threshold.value == pytest.approx(0.1 * (1 - 0.05))
+    assert any(name.endswith(".value") for name in layer.state_dict())
 
 
 # ---- GG MoE ----------------------------------------------------------------------------------------------------------

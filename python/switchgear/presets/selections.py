@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from switchgear.papers.parts.controllers import AdaptiveSparsity
+from switchgear.papers.parts.controllers import AdaptiveSparsity, RunningThreshold
 from switchgear.papers.parts.losses import AlignmentLoss, DeviceBalance, EntropyLoss
 from switchgear.papers.parts.masks import Masked, TokenIdMask
 from switchgear.papers.parts.scores import SwitchMixture
@@ -217,12 +217,17 @@ def thor(
     "GW-MoE: Resolving Uncertainty in MoE Router with Global Workspace Theory, arXiv:2406.12375",
     f"{PAPER}; its Switch code multiplies the experts' input instead, and counts the best expert alone in the loss",
 )
-def gw_moe(*, top_k: int = 2, entropy_above: float = 0.0, max_fraction: float = 0.05) -> dict[str, Any]:
+def gw_moe(
+    *, top_k: int = 2, entropy_above: float = 0.0, max_fraction: float = 0.05, running: bool = False
+) -> dict[str, Any]:
     """In training, tokens with uncertain routing go to all experts.
 
     entropy_above: the paper's H*, in nats, chosen so that about 5 % of the tokens exceed it; with 0, max_fraction
-    decides.
+    decides, in each batch: none of ten tokens or fewer. running: a threshold in place of both that max_fraction of all
+    tokens exceed, whatever the batch; switchgear.after_step(model) updates it.
     """
+    if running:
+        return {"select": Broadcast(TopK(top_k), partial(RunningThreshold, max_fraction), 1.0)}
     return {"select": Broadcast(TopK(top_k), entropy_above, max_fraction)}
 
 

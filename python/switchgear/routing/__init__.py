@@ -80,6 +80,7 @@ MOVED = {
     "Random": "switchgear.papers.parts.stochastic",
     "RoutingRecord": "switchgear.trace.routing_record",
     "RunningCap": "switchgear.papers.parts.controllers",
+    "RunningThreshold": "switchgear.papers.parts.controllers",
     "SampledTopK": "switchgear.papers.parts.stochastic",
     "SkipBelow": "switchgear.papers.parts.selections",
     "SparseMixer": "switchgear.papers.parts.stochastic",

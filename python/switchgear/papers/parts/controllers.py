@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import Count, Finite, Fraction, NotNegativeOrInf, Positive, Range, checked
+from switchgear.checks import Count, Finite, Fraction, NotNegativeOrInf, Positive, Range, Size, checked
 from switchgear.functional import Routing
 from switchgear.papers.parts.masks import AroundSelection
 from switchgear.routing.balance import count_tokens, spans_processes, sum_over_processes, total_weights
@@ -151,6 +151,42 @@ class AdaptiveSparsity(_Coefficient):
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, rate={self.rate}"
+
+
+class RunningThreshold(_Coefficient):
+    """A threshold that `fraction` of all values of training exceed, whatever the number of tokens of a call: for
+    Broadcast, whose largest share of a batch of ten tokens is none.
+
+        switchgear.MoE(256, 128, 16, select=Broadcast(TopK(2), partial(RunningThreshold, 0.05), max_fraction=1.0))
+
+    Per step, with the share s of the tokens that exceeded it, threshold ← threshold + rate · (s - fraction). It begins
+    at ln E, the largest entropy, and stays within `rate` of [0, ln E]. So over n steps the mean of s is within
+    (ln E + 2 · rate) / (rate · n) of `fraction`.
+
+    Args: fraction. num_experts: E; the router passes it. rate: in nats.
+    Buffers: value [] float32, also in a model of another dtype; in the state dict.
+    """
+
+    @checked
+    def __init__(self, fraction: Fraction = 0.05, *, num_experts: Size, rate: Positive = 0.1) -> None:
+        super().__init__(math.log(num_experts))
+        self.fraction, self.rate = fraction, rate
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Whether values [T] exceed the threshold, [T] bool; also counts them."""
+        exceeds = values > self.value
+        if not is_recomputing():
+            aside(self._see, exceeds)
+        return exceeds
+
+    def _see(self, exceeds: Tensor) -> None:
+        self._add(torch.stack((exceeds.sum(), exceeds.new_full((), exceeds.numel(), dtype=torch.int64))))
+
+    def _follow(self, exceeding: Tensor, tokens: Tensor) -> None:
+        self.value += self.rate * (exceeding / tokens.clamp(min=1) - self.fraction) * (tokens > 0)
+
+    def extra_repr(self) -> str:
+        return f"fraction={self.fraction}, rate={self.rate}"
 
 
 class RunningCap(AroundSelection, KeepsFloat32):
