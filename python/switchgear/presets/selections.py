@@ -275,9 +275,10 @@ def capacity_aware(
 
     gamma is 1 to 2 in the paper. overflow = "drop" is its token drop, "reroute" that of its first version, which later
     ones replaced by the expanded drop, "overselect": each token first adds its device's experts to its best K, and then
-    each expert drops tokens. expand: ⌈K · expand⌉ candidates per token, of which it keeps K at most, as in a patch among
-    its code; all experts, and all that keep the token, if None, as in its models on one device. normalize: for models that normalise the weights of a token, which are
-    normalised again after a drop. Scores are the probabilities before that, as in its code.
+    each expert drops tokens. expand: ⌈K · expand⌉ candidates per token, of which it keeps at most K, as in a patch
+    among its code; if None, all experts, and all that keep the token, as in its models on one device. normalize: for
+    models that normalise the weights of a token, which are normalised again after a drop. Scores are the probabilities
+    before that, as in its code.
     """
     return {
         "select": TopK(top_k, normalize=normalize),
