@@ -105,6 +105,33 @@ def test_sam_keeps_a_group_open_without_some_of_its_experts(
     assert torch.equal(one[:, 0], one[:, 1])
 
 
+@pytest.mark.parametrize("closed", [[], [5], [0, 3, 5], [4, 5, 6, 7]])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+def test_groups_are_ranked_by_the_sum_of_their_best(count: int, score_function: str, closed: list[int]) -> None:
+    """A loop over tokens, with a bias; "max" and "top2_sum" are 1 and 2 for every score function."""
+    logits, bias = torch.randn(60, 12), torch.linspace(-0.2, 0.2, 12)
+    shut = bias.index_fill(0, torch.tensor(closed, dtype=torch.int64), -torch.inf)
+    names = {1: ["max"], 2: ["top2_sum"]}.get(count, [])
+    chosen, weights = [], []
+    for z in logits.double():
+        p = {"softmax": z.softmax(-1), "sigmoid": z.sigmoid(), "sqrt_softplus": z.exp().log1p().sqrt()}[score_function]
+        value = {e: float(p[e] + bias[e]) for e in range(12) if e not in closed}
+        groups = [[e for e in range(4 * g, 4 * g + 4) if e in value] for g in range(3)]
+        ranked = [sum(sorted((value[e] for e in group), reverse=True)[:count]) if group else -9 for group in groups]
+        best = [groups[g] for g in sorted(range(3), key=lambda g: -ranked[g])[:2]]
+        row = sorted((e for group in best for e in group), key=lambda e: -value[e])[:3]
+        chosen.append(row)
+        weights.append([float(p[e]) for e in row])
+    for group_score in (count, *names):
+        found = Grouped(3, 3, 2, group_score, score_function)(logits, Context(), shut)
+        assert found.topk_ids.tolist() == chosen
+        torch.testing.assert_close(found.topk_weights, torch.tensor(weights))
+    for name in names:
+        same = TopK(3, score_function, num_groups=3, topk_groups=2, group_score=name)(logits, Context(), shut)
+        assert same.topk_ids.tolist() == chosen
+
+
 def test_sam_sends_a_token_to_one_other_rank_at_most() -> None:
     """Groups are ranks: an exchange sends one row per token, while flat top-k sends up to K."""
     placement = Placement.contiguous(12, 4)

@@ -61,6 +61,8 @@ SELECTIONS: dict[str, Any] = {
     "sqrt_softplus": TopK(3, "sqrt_softplus"),
     "groups": TopK(3, num_groups=4, topk_groups=2),
     "sum_of_groups": Grouped(2, 4),
+    "best_of_groups": Grouped(3, 2, 1, 3),
+    "sqrt_softplus_groups": TopK(3, "sqrt_softplus", num_groups=4, topk_groups=2),
     "rank": RankK((2, 0)),
     "dense": Dense(),
     "top_p": TopP(0.6),
@@ -212,6 +214,7 @@ def test_no_tokens_and_leading_dimensions(name: str) -> None:
 def test_one_expert(name: str) -> None:
     made: dict[str, Any] = {
         "top_k": TopK(1), "sigmoid": TopK(1, "sigmoid"), "sqrt_softplus": TopK(1, "sqrt_softplus"), "groups": TopK(1),
+        "best_of_groups": Grouped(1, 1, 1, 3), "sqrt_softplus_groups": TopK(1, "sqrt_softplus"),
         "sum_of_groups": Grouped(1, 1), "rank": RankK((0,)), "sampled": SampledTopK(1), "noisy": NoisyTopK(1),
         "skip": SkipBelow(TopK(1), 0.5), "broadcast": Broadcast(TopK(1), 0.0), "sparse_mixer": SparseMixer(1),
         "random": Random(1), "lookup": Lookup(torch.zeros(3, dtype=torch.int64)),
@@ -321,7 +324,8 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
     [
         ("top_k", partial(TopK, 0)),
         ("score_function", partial(TopK, 2, "tanh")),
-        ("num_groups", partial(TopK, 2, "sqrt_softplus", num_groups=2)),
+        ("topk_groups", partial(TopK, 2, "sqrt_softplus", num_groups=2, topk_groups=3)),
+        ("group_score", partial(Grouped, 2, 4, group_score=0)),
         ("group_score", partial(TopK, 2, group_score="mean")),
         ("group_score", partial(Grouped, 2, 4, group_score="mean")),
         ("topk_groups", partial(Grouped, 2, 4, 5)),
