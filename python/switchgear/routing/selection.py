@@ -228,9 +228,9 @@ class Grouped:
     """The top_k best experts within the best topk_groups of num_groups equal groups of consecutive experts.
 
     Groups are ranked by "sum", the probability of the group (the switch router of SAM, arXiv:2110.07431: the softmax
-    over all experts is that of the group times that inside it); by a number m, the sum of the m best scores; or by "max"
-    or "top2_sum", 1 and 2 of them (DeepSeek-V2 and -V3), which are native except for sqrt_softplus. An expert that a
-    bias of -Inf closes counts 0. With topk_groups = 1 each token uses one device only.
+    over all experts is that of the group times that inside it); by a number m, the sum of the m best scores; or by
+    "max" or "top2_sum", 1 and 2 of them (DeepSeek-V2 and -V3), which are native except for sqrt_softplus. An expert
+    that a bias of -Inf closes counts 0. With topk_groups = 1 each token uses one device only.
     """
 
     top_k: Size
