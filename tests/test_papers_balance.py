@@ -61,7 +61,7 @@ def feed_forward(module: Any, x: Tensor) -> Tensor:
 # ---- loss-free balancing ---------------------------------------------------------------------------------------------
 
 
-def test_loss_free_balancing_chooses_by_the_bias_alone(backend: str) -> None:
+def test_row4_loss_free_balancing_chooses_by_the_bias_alone(backend: str) -> None:
     layer = layer_of(presets.loss_free(top_k=3))
     with torch.no_grad():
         layer.gate.e_score_correction_bias.copy_(torch.randn(E))
@@ -75,7 +75,7 @@ def test_loss_free_balancing_chooses_by_the_bias_alone(backend: str) -> None:
     assert layer.losses == {}
 
 
-def test_loss_free_balancing_leaves_gradients_alone() -> None:
+def test_row4_loss_free_balancing_leaves_gradients_alone() -> None:
     """For the same choice the gradient of the logits is the same, with and without a bias."""
     logits = torch.randn(20, E, requires_grad=True)
     bias = torch.full((E,), 0.7)  # shifts all experts equally
@@ -86,7 +86,7 @@ def test_loss_free_balancing_leaves_gradients_alone() -> None:
 
 
 @pytest.mark.parametrize("rule", ["sign", "proportional"])
-def test_loss_free_balancing_evens_a_skewed_router(rule: str) -> None:
+def test_row4_loss_free_balancing_evens_a_skewed_router(rule: str) -> None:
     layer = layer_of(presets.loss_free(top_k=2, rate=0.003 if rule == "sign" else 0.01, rule=rule), return_routing=True)
     x = torch.randn(512, H) + 1
     counts = count_tokens(layer(x)[1].topk_ids, E)
@@ -101,7 +101,7 @@ def test_loss_free_balancing_evens_a_skewed_router(rule: str) -> None:
     assert torch.equal(again(x)[1].topk_ids, layer(x)[1].topk_ids)
 
 
-def test_loss_free_balancing_moves_by_the_rate() -> None:
+def test_row4_loss_free_balancing_moves_by_the_rate() -> None:
     router = switchgear.Router(H, 4, 1, balance=[LossFreeBias(0.25)])
     router.tokens_per_expert.copy_(torch.tensor([10, 2, 4, 0]))
     router.after_step()
@@ -386,7 +386,7 @@ def _stepped(x: Tensor, state: dict[str, Tensor], context: Context) -> tuple[lis
 
 
 @pytest.mark.slow
-def test_loss_free_balancing_and_skywork_count_over_processes() -> None:
+def test_row4_loss_free_balancing_and_skywork_count_over_processes() -> None:
     """Two processes with two sequences each, one per call, update bias and coefficient like one process with all four:
     under DistributedDataParallel, which overwrites buffers at each call, with a group and without one."""
     whole = controlled()
@@ -433,7 +433,7 @@ def test_counts_follow_a_router_that_is_moved() -> None:
 # ---- global balance --------------------------------------------------------------------------------------------------
 
 
-def test_demons_in_the_detail_counts_over_the_micro_batches_of_a_step(backend: str) -> None:
+def test_row5_demons_in_the_detail_counts_over_the_micro_batches_of_a_step(backend: str) -> None:
     layer = layer_of(presets.global_balance(balance=0.1))
     first, second = torch.randn(20, H), torch.randn(12, H)
     layer(first)
@@ -499,7 +499,7 @@ def test_row20_moec_keeps_the_whole_part_of_a_cluster_open(size: int, rate: floa
     assert (~mask.closed).view(2, size).sum(1).tolist() == [stay] * 2
 
 
-def test_moec_closes_the_same_experts_for_an_interval() -> None:
+def test_row20_moec_closes_the_same_experts_for_an_interval() -> None:
     layer = presets.build(H, I, 24, **presets.moec(num_clusters=3, dropout=0.25, interval=4), return_routing=True)
     mask, seen = layer.gate.select.mask, []
     for _ in range(12):
@@ -523,7 +523,7 @@ def test_moec_closes_the_same_experts_for_an_interval() -> None:
 # ---- token gradient conflict -----------------------------------------------------------------------------------------
 
 
-def test_gradient_conflict_is_a_loop_over_token_gradients(backend: str) -> None:
+def test_row21_gradient_conflict_is_a_loop_over_token_gradients(backend: str) -> None:
     layer, x = layer_of(presets.gradient_conflict()), torch.randn(20, H)
     target = torch.randn(20, H)
     y, routing = layer(x)
@@ -552,7 +552,7 @@ def test_gradient_conflict_is_a_loop_over_token_gradients(backend: str) -> None:
 # ---- DeepSeekMoE -----------------------------------------------------------------------------------------------------
 
 
-def test_deepseek_moe_is_a_loop_with_shared_experts(backend: str) -> None:
+def test_row3_deepseek_moe_is_a_loop_with_shared_experts(backend: str) -> None:
     layer = layer_of(presets.deepseek_moe(top_k=3, balance=0.1, num_devices=4, device_balance=0.2))
 
     def loop(layer: Any, x: Tensor) -> Any:
@@ -574,18 +574,18 @@ def test_row3_deepseek_moe_has_the_constants_of_the_16b_model() -> None:
     assert (layer.gate.select.top_k, layer.shared_experts.down_proj.in_features, loss.coefficient) == (6, 2 * I, 0.001)
 
 
-def test_deepseek_moe_has_no_device_loss_without_devices() -> None:
+def test_row3_deepseek_moe_has_no_device_loss_without_devices() -> None:
     with raises(ValueError, "num_devices"):
         presets.deepseek_moe(device_balance=5.0)
 
 
-def test_deepseek_moe_without_routed_weight_is_its_shared_experts() -> None:
+def test_row3_deepseek_moe_without_routed_weight_is_its_shared_experts() -> None:
     layer, x = layer_of(presets.deepseek_moe(top_k=3)).eval(), torch.randn(9, H)
     layer.gate.select = lambda z, context, bias=None: TopK(3, scale=0.0)(z, context, bias)
     assert torch.equal(layer(x), layer.shared_experts(x))
 
 
-def test_deepseek_moe_slices_of_a_network_are_the_network() -> None:
+def test_row3_deepseek_moe_slices_of_a_network_are_the_network() -> None:
     """m experts with 1/m of the width, all chosen with weight 1."""
     whole, slices = switchgear.layers.SharedExperts(H, 24), switchgear.Experts(H, 6, 4)
     with torch.no_grad():
@@ -599,7 +599,7 @@ def test_deepseek_moe_slices_of_a_network_are_the_network() -> None:
 # ---- null experts ----------------------------------------------------------------------------------------------------
 
 
-def test_adamoe_is_a_loop_with_null_experts(backend: str) -> None:
+def test_row8_adamoe_is_a_loop_with_null_experts(backend: str) -> None:
     layer = layer_of(presets.adamoe(top_k=4, null_experts=6, balance=0.1))
 
     def loop(layer: Any, x: Tensor) -> Any:
@@ -618,7 +618,7 @@ def test_adamoe_is_a_loop_with_null_experts(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(30, H))
 
 
-def test_adamoe_tokens_of_null_experts_alone_are_zeros_and_plans_hold_true_pairs() -> None:
+def test_row8_adamoe_tokens_of_null_experts_alone_are_zeros_and_plans_hold_true_pairs() -> None:
     layer = layer_of(presets.adamoe(top_k=2, null_experts=6), return_routing=True)
     x = torch.randn(200, H)
     y, routing = layer(x)
@@ -679,7 +679,7 @@ def test_row9_hmoe_has_no_entropy_loss_without_top_p() -> None:
 # ---- a deep mixture --------------------------------------------------------------------------------------------------
 
 
-def test_deep_mixture_is_two_dense_layers(backend: str) -> None:
+def test_row26_deep_mixture_is_two_dense_layers(backend: str) -> None:
     layer = presets.build(H, I, 3, **presets.deep_mixture())
 
     def loop(layer: Any, x: Tensor) -> Tensor:
@@ -703,7 +703,7 @@ class Only(nn.Module):
         return Routing(ids, torch.ones(len(ids), 1), router_logits, router_logits.shape[1])
 
 
-def test_deep_mixture_uses_pairs_of_experts() -> None:
+def test_row26_deep_mixture_uses_pairs_of_experts() -> None:
     """E1 · E2 combinations: each pair of chosen experts is a different function."""
     layer = presets.build(H, I, 3, **presets.deep_mixture()).eval()
     x, outputs = torch.randn(1, H), []
@@ -714,7 +714,7 @@ def test_deep_mixture_uses_pairs_of_experts() -> None:
     assert len({tuple(y.flatten().tolist()) for y in outputs}) == 9
 
 
-def test_deep_mixture_closes_experts_that_are_ahead() -> None:
+def test_row26_deep_mixture_closes_experts_that_are_ahead() -> None:
     select = RunningCap(Dense(), margin=5.0, num_experts=4)
     select.totals.copy_(torch.tensor([20.0, 2.0, 1.0, 1.0]))  # mean 6: the first is ahead by 14
     logits = torch.randn(10, 4)
@@ -730,7 +730,7 @@ def test_deep_mixture_closes_experts_that_are_ahead() -> None:
         RunningCap(Dense(), -1.0, 4)
 
 
-def test_deep_mixture_keeps_counting_after_many_tokens() -> None:
+def test_row26_deep_mixture_keeps_counting_after_many_tokens() -> None:
     select = RunningCap(Dense(), margin=5.0, num_experts=4)
     select.totals.fill_(2.0**30)  # as an earlier version would have saved it; the next float32 is 128 away
     logits = torch.tensor([10.0, 0, 0, 0]).expand(9, 4)
@@ -739,7 +739,7 @@ def test_deep_mixture_keeps_counting_after_many_tokens() -> None:
     assert select.totals.max() < 20
 
 
-def test_deep_mixture_closes_experts_under_a_bias_too() -> None:
+def test_row26_deep_mixture_closes_experts_under_a_bias_too() -> None:
     select = RunningCap(TopK(2, "sigmoid"), margin=5.0, num_experts=4)
     select.totals.copy_(torch.tensor([20.0, 2.0, 1.0, 1.0]))
     bias = torch.tensor([2.0, 0.0, 0.0, 0.0])
