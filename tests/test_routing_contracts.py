@@ -81,6 +81,7 @@ SELECTIONS: dict[str, Any] = {
     "gumbel_hard": GumbelSoftmax(hard=True),
     "random": Random(2),
     "lookup": Lookup(torch.tensor([[0, 3], [7, -1], [2, 5]])),
+    "lookup_scores": Lookup(torch.tensor([[0, 3], [7, -1], [2, 5]]), score_function="sqrt_softplus", normalize=True),
     "masked": Masked(TopK(2), TokenIdMask(torch.eye(3, E) + torch.eye(3, E).roll(1, 1))),
     "dropout": Masked(TopK(2), ExpertDropout(0.4)),
     "cluster_dropout": Masked(TopK(2), ClusterDropout(2, num_experts=E)),
@@ -218,6 +219,7 @@ def test_one_expert(name: str) -> None:
         "sum_of_groups": Grouped(1, 1), "rank": RankK((0,)), "sampled": SampledTopK(1), "noisy": NoisyTopK(1),
         "skip": SkipBelow(TopK(1), 0.5), "broadcast": Broadcast(TopK(1), 0.0), "sparse_mixer": SparseMixer(1),
         "random": Random(1), "lookup": Lookup(torch.zeros(3, dtype=torch.int64)),
+        "lookup_scores": Lookup(torch.zeros(3, dtype=torch.int64), score_function="sigmoid"),
         "masked": Masked(TopK(1), TokenIdMask(torch.ones(3, 1))), "dropout": Masked(TopK(1), ExpertDropout(0.4)),
         "cluster_dropout": Masked(TopK(1), ClusterDropout(1, num_experts=1)),
         "running_cap": RunningCap(TopK(1), 3.0, 1),
@@ -274,7 +276,7 @@ def test_selections_and_capacities_are_copied_and_pickled(name: str) -> None:
 def test_a_bias_changes_the_choice_and_gets_no_gradient(name: str) -> None:
     """+100 for expert 5 puts it into every choice by scores; the weights do not include the bias."""
     if name in ("dense", "gumbel", "gumbel_hard", "random", "lookup", "masked", "dropout", "cluster_dropout",
-                "sparse_mixer", "running_cap", "assignment", "assignment_of_sequences", "expert_choice",
+                "lookup_scores", "sparse_mixer", "running_cap", "assignment", "assignment_of_sequences", "expert_choice",
                 "expert_choice_cap", "expert_choice_tokens", "sampled", "broadcast", "skip"):  # fmt: skip
         return  # these do not choose by scores only
     logits, bias = torch.randn(T, E, requires_grad=True), torch.zeros(E).index_fill(0, torch.tensor([5]), 100.0)
