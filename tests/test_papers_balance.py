@@ -29,6 +29,7 @@ from switchgear.layers import HeterogeneousExperts, Monet
 from switchgear.routing import (
     AdaptiveCoefficient,
     AdaptiveSparsity,
+    Broadcast,
     Capacity,
     ClusterDropout,
     ClusterVariance,
@@ -37,8 +38,10 @@ from switchgear.routing import (
     LossFreeBias,
     Masked,
     NullAwareSwitchLoss,
+    QuantileBias,
     Random,
     RunningCap,
+    RunningThreshold,
     SwitchLoss,
     Temperature,
     TopK,
@@ -115,6 +118,42 @@ def test_row4_loss_free_balancing_moves_by_the_rate() -> None:
     assert router.e_score_correction_bias.tolist() == [0.0, 0.5, -0.25, 0.0]
     with raises(ValueError):
         LossFreeBias(rule="cubic")
+
+
+def test_quantile_balancing_is_the_quantile_of_what_each_token_asks_for(isa: str) -> None:
+    """By sorting, over two calls of different sizes; the histogram is as exact as its bins."""
+    layer = layer_of(presets.quantile_balance(top_k=2), return_routing=True)
+    bias, width = torch.linspace(-0.3, 0.3, E), 2.6 / 1000
+    layer.gate.balance[0].bias.copy_(bias)
+    layer.gate.e_score_correction_bias.copy_(bias)
+    calls, asked = (torch.randn(300, H), torch.randn(100, H)), [[] for _ in range(E)]
+    for x in calls:
+        layer(x)
+        for row in (x @ layer.gate.weight.T).sigmoid().detach():
+            cutoff = sorted((row + bias).tolist())[-3]
+            for e in range(E):
+                asked[e].append(cutoff - float(row[e]))
+    switchgear.after_step(layer)
+    wanted = torch.tensor([sorted(values)[400 * 2 // E - 1] for values in asked])
+    found = layer.gate.e_score_correction_bias
+    torch.testing.assert_close(found, wanted - wanted.mean(), atol=2 * width, rtol=0)
+    assert torch.equal(found, layer.gate.balance[0].bias)
+    switchgear.after_step(layer)  # without a call
+    assert torch.equal(found, layer.gate.balance[0].bias)
+
+
+def test_quantile_balancing_evens_a_skewed_router_in_few_steps() -> None:
+    layer = layer_of(presets.quantile_balance(top_k=2), return_routing=True)
+    x = torch.randn(512, H) + 1
+    assert max_violation(count_tokens(layer(x)[1].topk_ids, E)) > 0.5
+    for _ in range(10):
+        switchgear.after_step(layer)
+        routing = layer(x)[1]
+    assert max_violation(count_tokens(routing.topk_ids, E)) < 0.1
+    assert routing.losses == {}
+    again = layer_of(presets.quantile_balance(top_k=2), return_routing=True)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x)[1].topk_ids, routing.topk_ids)
 
 
 def test_a_balance_that_is_changed_in_training_takes_effect() -> None:
@@ -329,6 +368,12 @@ COUNTING = {
     "Switch": {"balance": [SwitchLoss]},
     "several": {"balance": [SwitchLoss, partial(AdaptiveSparsity, 2), LossFreeBias(0.1)]},
     "Skywork": {"balance": [partial(SwitchLoss, AdaptiveCoefficient)], "capacity": Capacity(1.0)},
+    "quantile": {"score_function": "sigmoid", "balance": [QuantileBias, SwitchLoss]},
+    "RunningThreshold": {
+        "top_k": None,
+        "select": Broadcast(TopK(2), partial(RunningThreshold, 0.5), 1.0),
+        "balance": [SwitchLoss],
+    },
     "over a step": {"balance": [partial(SwitchLoss, scope="global", accumulate=True)]},
     "RunningCap": {"top_k": None, "select": partial(RunningCap, TopK(2), math.inf), "balance": [SwitchLoss]},
     "Monet": None,

@@ -276,8 +276,9 @@ def test_selections_and_capacities_are_copied_and_pickled(name: str) -> None:
 def test_a_bias_changes_the_choice_and_gets_no_gradient(name: str) -> None:
     """+100 for expert 5 puts it into every choice by scores; the weights do not include the bias."""
     if name in ("dense", "gumbel", "gumbel_hard", "random", "lookup", "masked", "dropout", "cluster_dropout",
-                "lookup_scores", "sparse_mixer", "running_cap", "assignment", "assignment_of_sequences", "expert_choice",
-                "expert_choice_cap", "expert_choice_tokens", "sampled", "broadcast", "skip"):  # fmt: skip
+                "lookup_scores", "sparse_mixer", "running_cap", "assignment", "assignment_of_sequences",
+                "expert_choice", "expert_choice_cap", "expert_choice_tokens", "sampled", "broadcast",
+                "skip"):  # fmt: skip
         return  # these do not choose by scores only
     logits, bias = torch.randn(T, E, requires_grad=True), torch.zeros(E).index_fill(0, torch.tensor([5]), 100.0)
     context = context_of(training=False)

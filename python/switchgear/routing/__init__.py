@@ -77,6 +77,7 @@ MOVED = {
     "Positive": "switchgear.papers.parts.selections",
     "PosthocGate": "switchgear.papers.parts.scores",
     "PreRouter": "switchgear.trace.pre_router",
+    "QuantileBias": "switchgear.papers.parts.controllers",
     "Random": "switchgear.papers.parts.stochastic",
     "RoutingRecord": "switchgear.trace.routing_record",
     "RunningCap": "switchgear.papers.parts.controllers",

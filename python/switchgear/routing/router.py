@@ -471,7 +471,8 @@ class Router(KeepsFloat32):
             if not callable(item):
                 continue  # a controller without a loss
             name = str(getattr(item, "name", None) or getattr(item, "__name__", type(item).__name__))
-            loss = item(routing, context)
+            if (loss := item(routing, context)) is None:
+                continue  # it only looks on
             losses[name] = losses[name] + loss if name in losses else loss
         return losses
 
