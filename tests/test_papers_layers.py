@@ -31,6 +31,8 @@ from switchgear.layers import (
     MonetRouter,
     MultiHeadMoE,
     SoftMoE,
+    Stitched,
+    StitchLayer,
     StratifiedMoE,
     VirtualExperts,
     per_conv_tokens,
@@ -679,6 +681,61 @@ def test_row30_monet_follows_a_forward_once_under_checkpointing(use_reentrant: b
         assert torch.equal(getattr(repeated.router, name), getattr(layer.router, name))
     for own, other in zip(layer.parameters(), repeated.parameters(), strict=True):
         torch.testing.assert_close(other.grad, own.grad)
+
+
+# ---- Branch-Train-Stitch ---------------------------------------------------------------------------------------------
+
+
+def test_row85_stitched_is_a_loop_over_networks_and_maps() -> None:
+    num_experts, x = 3, torch.randn(2, 5, H).double()
+    layer = presets.build(H, 12, num_experts, **presets.branch_train_stitch(depth=3)).double()
+
+    def run(network: Any, row: Tensor) -> Tensor:
+        return network.down_proj.weight @ (F.silu(network.gate_proj.weight @ row) * (network.up_proj.weight @ row))
+
+    for row, found in zip(x.flatten(0, 1), layer(x).flatten(0, 1), strict=True):
+        hub, states = row, [row] * E
+        for stage, stitch in enumerate(layer.stitches):
+            hub = run(layer.hub[stage], hub)
+            states = [run(own[stage], state) for own, state in zip(layer.experts, states, strict=True)]
+            z, maps = stitch.gate.weight @ hub, [p.weight for p in stitch.projections]
+            if stage == 1:
+                g = z.sigmoid()
+                states = [(1 - g[i]) * states[i] + g[i] * (maps[i] @ hub) for i in range(num_experts)]
+            else:
+                w = z.softmax(0)
+                hub = w[0] * hub + sum(w[i + 1] * (maps[i] @ states[i]) for i in range(num_experts))
+        torch.testing.assert_close(found, hub)
+
+
+def test_row85_a_hub_without_experts_is_unchanged_bit_for_bit() -> None:
+    """Experts may be of any size, and may be left out one by one, as if their gates were closed."""
+    hub, experts = torch.randn(4, H), [torch.randn(4, 6), torch.randn(4, 9)]
+    for into in ("hub", "experts"):
+        stitch = StitchLayer(H, [6, 9], into)
+        merged, states = stitch(hub, [None, None])
+        assert torch.equal(merged, hub)
+        assert states == [None, None]
+    stitch = StitchLayer(H, [6, 9])
+    merged, _ = stitch(hub, [experts[0], None])
+    w = (hub @ stitch.gate.weight.T)[:, :2].softmax(-1)
+    torch.testing.assert_close(merged, w[:, :1] * hub + w[:, 1:] * stitch.projections[0](experts[0]))
+    with raises(ValueError, "experts"):
+        stitch(hub, experts[:1])
+    with raises(ValueError, "experts"):
+        stitch(hub, experts[::-1])
+    with raises(ValueError, "into"):
+        StitchLayer(H, [6], "both")
+    with raises(ValueError, "experts"):
+        Stitched(H, [nn.Identity()], [[]])
+
+
+def test_row85_only_the_maps_are_trained() -> None:
+    layer = Stitched(H, [nn.Linear(H, H)], [[nn.Linear(H, H)], [nn.Linear(H, H)]])
+    layer.hub.requires_grad_(False)
+    layer.experts.requires_grad_(False)
+    layer(torch.randn(4, H)).square().sum().backward()
+    assert {name.split(".")[0] for name, p in layer.named_parameters() if p.grad is not None} == {"stitches"}
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
