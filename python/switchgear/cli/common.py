@@ -156,8 +156,7 @@ def progress(title: str) -> Iterator[Advance]:
     if rich is None or not sys.stderr.isatty():
         yield _print_now_and_then(title)
         return
-    console, _ = optional("rich.console")
-    assert console is not None
+    console: Any = importlib.import_module("rich.console")
     columns = (
         rich.TextColumn("{task.description}"), rich.BarColumn(), rich.TextColumn("{task.percentage:>3.0f}%"),
         rich.TextColumn("{task.fields[words]}"), rich.TimeRemainingColumn(),

@@ -219,7 +219,7 @@ def _print(args: argparse.Namespace, model: Model, predictions: Predictions, bes
             cells += [f"{1e3 * timeline.seconds:.2f}", f"{1e3 * timeline.exposed:.2f}", f"{timeline.hidden:.0%}"]
         shown.add_row(*cells)
     out.print(shown)
-    step = model.num_layers * (chosen.forward.seconds + chosen.backward.seconds)
+    step = model.num_layers * seconds(chosen)
     exposed = model.num_layers * (chosen.forward.exposed + chosen.backward.exposed)
     out.print(f"a step's experts: {1e3 * step:.1f} ms, {1e3 * exposed:.1f} ms of it waiting ({exposed / step:.0%})")
     out.print(

@@ -89,16 +89,14 @@ class Accesses:
                 experts that are no integers.
         """
         if isinstance(source, RoutingRecord):
-            ids = {name: layer.topk_ids() for name, layer in source.layers.items()}
-            experts = {name: layer.num_classes for name, layer in source.layers.items()}
-            if (twice := next((name for name in ids if "#" in name), None)) is not None:
+            if (twice := next((name for name in source.layers if "#" in name), None)) is not None:
                 raise ValueError(f"source: expected layers that run once in a pass, got {twice}")
-            return _of_ids(ids, experts, source.lengths.tolist(), prompt, num_experts)
+            recorded = {name: (layer.topk_ids(), layer.num_classes) for name, layer in source.layers.items()}
+            return _of_ids(recorded, source.lengths.tolist(), prompt, num_experts)
         if isinstance(source, Mapping):
             choices = {name: source[name] for name in source}
-            ids = {name: layer.topk_ids for name, layer in choices.items()}
-            experts = {name: layer.num_experts for name, layer in choices.items()}
-            return _of_ids(ids, experts, _lengths(choices), prompt, num_experts)
+            collected = {name: (layer.topk_ids, layer.num_experts) for name, layer in choices.items()}
+            return _of_ids(collected, _lengths(choices), prompt, num_experts)
         if prompt != 0:
             raise ValueError(f"prompt: expected 0 for a list, whose steps are given, got {prompt}")
         return _of_list(source, num_experts)
@@ -116,27 +114,23 @@ def _lengths(choices: Mapping[str, LayerChoices]) -> list[int]:
 
 
 def _of_ids(
-    ids: Mapping[str, Tensor],
-    classes: Mapping[str, int],
-    lengths: Sequence[int],
-    prompt: int | None,
-    num_experts: int | None,
+    layers: Mapping[str, tuple[Tensor, int]], lengths: Sequence[int], prompt: int | None, num_experts: int | None
 ) -> Accesses:
-    """From topk_ids [T,K] by layer, for sequences of these lengths."""
-    widths = {name: number if num_experts is None else min(num_experts, number) for name, number in classes.items()}
+    """From topk_ids [T,K] and the number of classes by layer, for sequences of these lengths."""
+    widths = [number if num_experts is None else min(num_experts, number) for _, number in layers.values()]
     total = sum(lengths)
     bounds = _bounds(lengths, prompt)
     columns = []
-    for name, layer in ids.items():
+    for (name, (layer, _)), width in zip(layers.items(), widths, strict=True):
         if len(layer) != total:
             raise ValueError(f"source: expected {total} tokens in {name}, got {len(layer)}")
         if num_experts is not None:
             layer = torch.where(layer < num_experts, layer, -1)
         rows = layer.tolist()
         sets = [{expert for row in rows[begin:end] for expert in row} for begin, end in bounds]
-        columns.append([_checked(experts, widths[name], name) for experts in sets])
+        columns.append([_checked(experts, width, name) for experts in sets])
     steps = tuple(tuple(column[i] for column in columns) for i in range(len(bounds)))
-    return Accesses(tuple(ids), tuple(widths.values()), steps, tuple(end - begin for begin, end in bounds))
+    return Accesses(tuple(layers), tuple(widths), steps, tuple(end - begin for begin, end in bounds))
 
 
 def _bounds(lengths: Sequence[int], prompt: int | None) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,16 +185,9 @@ class HotColdSplit(nn.Module):
         if mover is not None:
             rows = _used(cold_ids)
             there = rows.to(hidden_states.device)
-
-            def launch() -> Tensor:
-                return self._hot(mover, hot, hidden_states, local, topk_weights)
-
-            def multiply(x: Tensor, weights: Tensor) -> Tensor:
-                part: Tensor = self.experts(x, cold_ids[rows], weights)
-                return part
-
+            launch = partial(self._hot, mover, hot, hidden_states, local, topk_weights)
             sent = hidden_states[there], topk_weights[there]
-            y, part = overlap(mover.device, sent, launch, multiply)
+            y, part = overlap(mover.device, sent, launch, lambda x, weights: self.experts(x, cold_ids[rows], weights))
             return y.index_add(0, there, part.to(y))
         cold_rows, *cold = self._to_cold(hidden_states, cold_ids, topk_weights)
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()  # a thread has its own
