@@ -690,11 +690,11 @@ def test_row85_stitched_is_a_loop_over_networks_and_maps() -> None:
     num_experts, x = 3, torch.randn(2, 5, H).double()
     layer = presets.build(H, 12, num_experts, **presets.branch_train_stitch(depth=3)).double()
 
-    def run(network: Any, row: Tensor) -> Tensor:
+    def run(network: nn.Module, row: Tensor) -> Tensor:
         return network.down_proj.weight @ (F.silu(network.gate_proj.weight @ row) * (network.up_proj.weight @ row))
 
     for row, found in zip(x.flatten(0, 1), layer(x).flatten(0, 1), strict=True):
-        hub, states = row, [row] * E
+        hub, states = row, [row] * num_experts
         for stage, stitch in enumerate(layer.stitches):
             hub = run(layer.hub[stage], hub)
             states = [run(own[stage], state) for own, state in zip(layer.experts, states, strict=True)]
