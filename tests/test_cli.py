@@ -93,6 +93,53 @@ def test_an_interrupt_while_commands_are_imported(
     assert capsys.readouterr().err == "switchgear: interrupted\n"
 
 
+@pytest.mark.parametrize("seconds", [0.05, 0.4])
+def test_an_interrupt_while_the_package_is_imported(seconds: float) -> None:
+    code = f"""
+import os, signal, sys, threading
+from switchgear_command import main
+threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()
+sys.exit(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "switchgear: interrupted\n")
+
+
+FILES = [
+    (["compress", "MODEL", "--out", "OUT", "--recipe"], "--recipe"),
+    (["convert", "MODEL", "--out", "OUT", "--recipe"], "recipe"),
+    (["plan-parallel", "--trace"], "--trace"),
+    (["inspect", "MODEL", "--out", "OUT", "--text"], "--text"),
+    (["offload-plan", "MODEL", "--memory", "1G", "--text"], "--text"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "option"), FILES)
+def test_a_file_without_end_is_refused(
+    arguments: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, and a pipe without a writer, too."""
+    for package in ("transformers", "matplotlib", "rich"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "pipe")
+    places = {"MODEL": str(tmp_path / "model"), "OUT": str(tmp_path / "out")}
+    for file in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
+        assert main([*(places.get(word, word) for word in arguments), file]) == 2
+        error = capsys.readouterr().err
+        assert f"{option}: " in error
+        assert error.count("\n") == 1
+
+
+def test_a_checkpoint_with_a_pipe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "tokenizer.json")
+    assert main(["offload-store", str(tmp_path), "--out", str(tmp_path / "store")]) == 2
+    assert "tokenizer.json" in capsys.readouterr().err
+
+
 def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["info"]) == 0

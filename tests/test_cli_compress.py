@@ -209,6 +209,16 @@ def test_a_folder_of_something_else_is_left_alone(model: Path, capsys: pytest.Ca
     assert (partial / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("link", ["small.partial", "small.partial/step-1", "small.partial/journal.json"])
+def test_a_planted_link_is_not_followed(link: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model.parent / "mine").mkdir()
+    (model.parent / link).parent.mkdir(exist_ok=True)
+    (model.parent / link).symlink_to(model.parent / "mine")
+    assert run(model, write(model, PRUNE), "--fresh") == 2
+    assert "small.partial" in capsys.readouterr().err
+    assert not list((model.parent / "mine").iterdir())
+
+
 @pytest.mark.parametrize("fresh", [[], ["--fresh"]])
 def test_a_folder_of_another_command_is_left_alone(
     fresh: list[str], model: Path, capsys: pytest.CaptureFixture[str]

@@ -386,7 +386,10 @@ def test_files_of_others(tmp_path: Path) -> None:
         {**good, "lengths": torch.tensor([-1, 13])}, {**good, "token_ids": torch.zeros(3, dtype=torch.int32)},
         spoiled(0, 5), spoiled(0, 1 << 40), spoiled(1, 3), spoiled(2, 4), spoiled(3, torch.zeros(9)), spoiled(4, 11),
     ]  # fmt: skip
-    for state in states:
+    many = 10**9  # tokens, of which all have the same choice, in a file of 2 KB
+    bits = torch.zeros(1, dtype=torch.uint8).expand(many // 4)
+    huge = {"lengths": torch.tensor([many]), "token_ids": None, "layers": {"layer": [4, 1, 2, bits, many]}}
+    for state in [*states, {**good, **huge}]:
         torch.save(state, tmp_path / "bad")
         with raises(ValueError, "path"):
             RoutingRecord.load(tmp_path / "bad")

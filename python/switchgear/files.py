@@ -7,8 +7,11 @@ import ctypes
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +19,9 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from switchgear.utils.packages import first_line
 
 try:
     import fcntl
@@ -28,8 +33,10 @@ AnyPath = str | os.PathLike[str]
 PARTIAL = ".partial"  # suffix of a folder that is being written
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 JOURNAL, LOCK = "journal.json", "lock"  # files in a folder that is being written
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NEW = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # a pipe would wait for a writer
+MOST_JSON = 1 << 28  # bytes: the index of a store with a million experts has 20 MB
 
 
 class DiskFull(OSError):
@@ -59,8 +66,8 @@ def replacing(path: AnyPath) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and not path.is_file():
-        raise ValueError(f"path: expected a file, got {path}, which is a pipe or a device")
+    if path.exists():
+        require_regular(path, path.stat())
     path = path.resolve()
     unfinished = unfinished_of(path)
     try:
@@ -73,9 +80,17 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         os.replace(unfinished, path)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM and not isinstance(error, DiskFull):
-            raise DiskFull(error.errno, error.strerror, str(path)) from error
+        if (number := _number_of(error)) in NO_ROOM and not isinstance(error, DiskFull):
+            raise DiskFull(number, os.strerror(number), str(path)) from error
         raise
+
+
+def _number_of(error: BaseException) -> int:
+    """The system's number of an error; 0 for none. safetensors has it in the text."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else 0
 
 
 @contextmanager
@@ -95,6 +110,90 @@ def save_whole(path: AnyPath, value: object) -> None:
     """Calls torch.save, like `writing`. Given a path, torch 2.8 ignores a failed final write."""
     with writing(path) as file:
         torch.save(value, file)
+
+
+# ---- files of others -------------------------------------------------------------------------------------------------
+
+
+def require_regular(path: AnyPath, found: os.stat_result) -> None:
+    """ValueError for a pipe or a device, which may have no end. found: of stat."""
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"path: expected a file, got {path}, which is a pipe, a device or a folder")
+
+
+@contextmanager
+def reading(path: AnyPath) -> Iterator[IO[bytes]]:
+    """Opens a file to read, or what a link there leads to.
+
+    Raises:
+        ValueError: path is a pipe or a device. OSError: it cannot be read.
+    """
+    with open(path, "rb", opener=lambda name, _: os.open(name, _AT_ONCE)) as file:
+        require_regular(path, os.fstat(file.fileno()))
+        yield file
+
+
+def read_json(path: AnyPath, **options: Any) -> Any:
+    """The value of a JSON file of at most MOST_JSON bytes. options: of json.loads.
+
+    Raises:
+        ValueError: any other file. OSError: it cannot be read.
+    """
+    with reading(path) as file:
+        data = file.read(MOST_JSON + 1)
+    if len(data) > MOST_JSON:
+        raise ValueError(f"path: expected at most {MOST_JSON} bytes of JSON, got more in {path}")
+    try:
+        return json.loads(data, **options)
+    except RecursionError as error:
+        raise ValueError(f"path: expected JSON, got brackets in brackets in {path}") from error
+
+
+def load_saved(path: AnyPath) -> Any:
+    """What torch.save has written: tensors, numbers and texts, in dicts, lists and tuples. Runs no code from the file.
+
+    Raises:
+        ValueError: any other file, and one that describes more than it holds, such as a tensor with strides of 0.
+        OSError: it cannot be read.
+    """
+    with reading(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            _require_uncompressed(file)
+            value = torch.load(file, map_location="cpu", weights_only=True)
+            _require_held(value, size)
+        except Exception as error:  # torch.load raises many kinds for files of others
+            raise ValueError(f"path: expected a file of torch.save, got {path} ({first_line(error)})") from error
+    return value
+
+
+def _require_uncompressed(file: IO[bytes]) -> None:
+    """torch.save compresses nothing, torch.load decompresses whatever it gets."""
+    is_archive = file.read(2) == b"PK"
+    file.seek(0)
+    if is_archive:
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+        file.seek(0)
+
+
+def _require_held(value: Any, left: int) -> None:
+    """Every entry of a container takes a byte of the file, and so does every byte of a tensor. Entries that occur twice
+    count twice, for whoever walks through them or copies them does so as often."""
+    waiting = [value]
+    while waiting and left >= 0:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            if type(item) not in (Tensor, nn.Parameter) or item.layout is not torch.strided or item.is_quantized:
+                raise ValueError("it has tensors that are not plain")
+            if item.device.type != "cpu" or item.nbytes > item.untyped_storage().nbytes():
+                raise ValueError(f"a tensor {list(item.shape)} is larger than its memory")
+            left -= item.nbytes
+        elif isinstance(item, (dict, list, tuple, set)) and (left := left - len(item)) >= 0:
+            waiting += (*item.keys(), *item.values()) if isinstance(item, dict) else item
+    if left < 0:
+        raise ValueError("it describes more than it holds")
 
 
 # ---- a folder that is written piece by piece -------------------------------------------------------------------------
@@ -120,7 +219,7 @@ class Kind:
             if isinstance(error, self.error):
                 raise
             reason = error.strerror or str(error)
-            if error.errno in _NO_ROOM:
+            if error.errno in NO_ROOM:
                 advice = f"free some and write the same {self.name} again; finished {self.pieces} stay"
                 raise self.full(error.errno, f"{path}: no room ({reason}); {advice}") from error
             raise self.error(f"{path}: {reason}") from error
@@ -153,6 +252,8 @@ class Unfinished:
         unfinished = cls(kind, target, identity)
         folder = unfinished.folder
         with kind.named_errors(folder):
+            if has_links(folder):
+                unfinished._refuse(f"expected no links in {folder}, through which files elsewhere would be written")
             is_ours = (folder / JOURNAL).is_file() or not folder.exists()
             if not is_ours and any(file.name != LOCK and file.suffix != UNFINISHED for file in folder.iterdir()):
                 unfinished._refuse(f"expected no {folder}, got a folder that is no unfinished {kind.name}")
@@ -182,7 +283,7 @@ class Unfinished:
         """Removes all other files."""
         names = {JOURNAL, LOCK, *keep}
         for file in self.folder.iterdir():
-            if file.name not in names and (file.is_symlink() or not file.is_dir()):
+            if file.name not in names and not file.is_dir():
                 file.unlink()
 
     def commit(self) -> None:
@@ -200,7 +301,7 @@ class Unfinished:
         if not file.is_file():
             return
         try:
-            found = json.loads(file.read_text())
+            found = read_json(file)
             identity, pieces = found["identity"], dict(found[self.kind.pieces])
         except (ValueError, KeyError, TypeError):
             self._refuse(f"expected the journal of an unfinished {self.kind.name}, got another file {file}")
@@ -225,6 +326,11 @@ class Unfinished:
 
     def _refuse(self, reason: str) -> NoReturn:
         raise self.kind.error(f"{self.kind.argument}: {reason}")
+
+
+def has_links(folder: Path) -> bool:
+    """Whether a folder is a link, or anything in it. Nobody but an attacker puts links where a run writes."""
+    return folder.is_symlink() or (folder.is_dir() and any(file.is_symlink() for file in folder.rglob("*")))
 
 
 def locked(folder: Path) -> IO[str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters.sites import Site, find_sites_at, guard, unguard
 from switchgear.checks import Range, checked
-from switchgear.files import AnyPath, save_whole
+from switchgear.files import AnyPath, load_saved, save_whole
 from switchgear.layers.virtual import VirtualExperts
 from switchgear.routing.router import Router
 from switchgear.trace import LayerTrace, RoutingTrace
@@ -377,22 +377,22 @@ def _find_parameter(module: nn.Module, name: str, key: str, ids: Tensor, values:
 
 
 def _read(path: AnyPath) -> Any:
-    with open(path, "rb") as file:
-        try:
-            data = torch.load(file, weights_only=True)
-            if data["format"] != _FORMAT:
-                raise ValueError("another format")
-            weights = list(data["others"].values())
-            for rows in data["experts"].values():
-                ids = rows["experts"]
-                if ids.dtype != torch.int32 or ids.dim() != 1 or bool((ids < 0).any()):
-                    raise ValueError("experts that are not ids")
-                weights += [values for values in rows.values() if values is not ids]
-            if not all(values.is_floating_point() for values in weights):
-                raise ValueError("tensors that are no weights")
-            if not all(isinstance(value, bool) for each in data.get("layouts", {}).values() for value in each.values()):
-                raise ValueError("invalid layouts")
-            return data
-        except Exception as error:  # torch.load raises many kinds for files of others
-            reason = first_line(error)
-            raise ValueError(f"path: expected a file of save_selected, got {path} ({reason})") from error
+    try:
+        data = load_saved(path)
+        if data["format"] != _FORMAT:
+            raise ValueError("another format")
+        weights = list(data["others"].values())
+        for rows in data["experts"].values():
+            ids = rows["experts"]
+            if ids.dtype != torch.int32 or ids.dim() != 1 or bool((ids < 0).any()):
+                raise ValueError("experts that are not ids")
+            weights += [values for values in rows.values() if values is not ids]
+        if not all(values.is_floating_point() for values in weights):
+            raise ValueError("tensors that are no weights")
+        if not all(isinstance(value, bool) for each in data.get("layouts", {}).values() for value in each.values()):
+            raise ValueError("invalid layouts")
+        return data
+    except OSError:
+        raise
+    except Exception as error:  # entries may be of any type
+        raise ValueError(f"path: expected a file of save_selected, got {path} ({first_line(error)})") from error

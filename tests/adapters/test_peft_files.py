@@ -6,7 +6,9 @@ Round trips of every model type are in test_lora_models.py.
 
 import copy
 import json
+import re
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import switchgear
 from errors import raises
 from full_disk import full_disk
 from switchgear.adapters import add_lora, add_lora_experts, load_peft, lora_of, remove_lora, save_peft
+from switchgear.adapters.peft_format import _matches, read_lora
 from switchgear.integrations.transformers import accelerate
 from tiny_models import build, example_inputs
 
@@ -217,6 +220,7 @@ def as_integers(tensors: dict[str, Tensor]) -> None:
         (lambda path: edit_config(path, r=0), "r"),
         (lambda path: edit_config(path, lora_dropout=1.5), "lora_dropout"),
         (lambda path: edit_config(path, rank_pattern={"(": 2}), "rank_pattern"),
+        (lambda path: edit_config(path, alpha_pattern={"(a+)+": 2}), "alpha_pattern"),
         (lambda path: edit_config(path, r=None), "r"),
         (lambda path: edit_config(path, lora_alpha="2"), "lora_alpha"),
         (lambda path: edit_config(path, init_lora_weights="pissa"), "init_lora_weights"),
@@ -241,6 +245,48 @@ def test_refused_files(spoil: Any, match: str, tmp_path: Path) -> None:
         load_peft(net, tmp_path)
     assert [(name, id(p), p.requires_grad) for name, p in net.named_parameters()] == before
     assert lora_of(net) == {}
+
+
+@pytest.mark.parametrize("pattern", ["(" + "a|a" * 9 + ")*b", "(.*)*$b", r"([a-z_]+\.?)+!", "(a|b|ab)*c", "a" * 2000])
+def test_patterns_that_take_years_are_refused(pattern: str) -> None:
+    state = {"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa.lora_A.weight": torch.ones(2, 4)}
+    with raises(ValueError, "rank_pattern"):
+        read_lora((state, {"lora_alpha": 4, "rank_pattern": {pattern: 2}}))
+
+
+def test_patterns_match_as_python_s() -> None:
+    """Also those for which `re` tries each way to match after the other."""
+    parts = ["a", "b", ".", r"\.", "[ab]", "[^a]", r"\d", "a*", ".*?", "b{1,2}", "(a|b.)", "(?:a|ab)?", "^", "$", "|"]
+    random = Random(0)
+    for _ in range(500):
+        pattern = "".join(random.choices(parts, k=random.randint(1, 5)))
+        for name in ("".join(random.choices("ab1.", k=random.randint(0, 7))) for _ in range(5)):
+            assert _matches(pattern, name) == bool(re.match(rf"(.*\.)?({pattern})$", name)), (pattern, name)
+    assert not _matches("(a|a)" * 150 + "b", "a" * 999)
+    assert not _matches(".*" * 100 + "b", "a" * 999)
+
+
+def test_a_file_that_asks_for_more_than_it_has(tmp_path: Path) -> None:
+    """4 KB that describe a tensor of 256 GiB."""
+    ours(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save({FIRST: torch.zeros(1).expand(1 << 18, 1 << 18)}, tmp_path / "adapter_model.bin")
+    net = build("mixtral")
+    accelerate(net)
+    with raises(ValueError, "path"):
+        load_peft(net, tmp_path)
+    with raises(ValueError, "adapter"):
+        read_lora(tmp_path)
+
+
+def test_shapes_are_compared_before_numbers_are_read(tmp_path: Path) -> None:
+    ours(tmp_path)
+    edit_tensors(tmp_path, with_nan)
+    edit_config(tmp_path, r=3)
+    net = build("mixtral")
+    accelerate(net)
+    with raises(ValueError, "rank"):
+        load_peft(net, tmp_path)
 
 
 def test_a_failed_save_keeps_the_earlier_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

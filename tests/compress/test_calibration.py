@@ -14,8 +14,10 @@ from torch import Tensor
 
 import switchgear
 from errors import raises
+from full_disk import full_disk
 from switchgear.compress import Calibration, calibrate
 from switchgear.compress.sums import Samples
+from switchgear.files import DiskFull
 from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.trace import Observation, observe
 
@@ -214,6 +216,17 @@ def test_files_with_other_shapes_are_refused(tmp_path: Path, key: str, shape: li
     save_file(tensors, path, metadata)
     with raises(ValueError, "path"):
         Calibration.load(path)
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    calibration = calibrate(our_model(), row_batches(2))
+    calibration.save(path)
+    before = path.read_bytes()
+    with full_disk(), raises(DiskFull):
+        calibration.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from errors import raises
 from full_disk import full_disk
 from switchgear import Experts, MoE, offload
 from switchgear.files import DiskFull
-from switchgear.offload import Records, Store, StoreError, store_index, write_store
+from switchgear.offload import Records, Store, StoreError, write_store
 from switchgear.offload import store as stores
 from switchgear.weights import stored_of, weights_of
 from switchgear.weights.form import layout_of
@@ -360,7 +360,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     for change in (
         lambda: os.truncate(file, len(data) - 4096),
         file.unlink,
-        lambda: file.symlink_to("layer-00000.records"),
+        lambda: file.symlink_to("/dev/zero"),
     ):
         change()
         with raises(StoreError):
@@ -528,7 +528,7 @@ def test_fuzzed_bytes_of_an_index(tmp_path: Path) -> None:
 
 def test_the_index_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_store(small(1), tmp_path / "s")
-    monkeypatch.setattr(store_index, "MOST_BYTES", 100)
+    monkeypatch.setattr("switchgear.files.MOST_JSON", 100)
     with raises(StoreError):
         Store.open(tmp_path / "s")
 

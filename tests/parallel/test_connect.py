@@ -287,6 +287,34 @@ def test_a_peer_that_sends_nonsense_is_gone(data: bytes) -> None:
     second.close()
 
 
+class Endless:
+    def wait_for(self, seconds: float) -> bool:
+        time.sleep(seconds)
+        return False
+
+
+End = Callable[[socket.socket], object]
+ENDS: list[End] = [
+    socket.socket.close, lambda s: s.shutdown(socket.SHUT_RDWR), lambda s: os.close(s.fileno())
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_closes_its_own_connections_is_to_blame(
+    culprit: int, end: Callable[[socket.socket], object]
+) -> None:
+    """For itself, too, and as soon as it waits for others."""
+    peers = make_peers(2)
+    end(peers[culprit]._sockets[1 - culprit])
+    for rank, each in enumerate(peers):
+        with pytest.raises(ExpertParallelError) as error:
+            each.wait(Endless())
+        assert (error.value.rank, error.value.kind) == (culprit, "lost" if rank == culprit else "died")
+    for each in peers:
+        each.close()
+
+
 class Broken:
     def wait_for(self, seconds: float) -> bool:
         raise RuntimeError("timed out")

@@ -324,9 +324,12 @@ def test_a_trace_fits_the_model(
     assert f"--trace: {message}" in capsys.readouterr().err
 
 
-def test_a_trace_of_something_else_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("text", ["", "0 1\n", "root:x:0:0:root:/root:/bin/bash\n", "PK\3\4"])
+def test_a_trace_of_something_else_is_named_in_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trace = tmp_path / "trace.txt"
-    trace.write_text("0 1\n")
+    trace.write_text(text)
     assert main(["plan-parallel", "--trace", str(trace)]) == 2
     error = capsys.readouterr().err
     assert f"--trace: cannot read {trace}: " in error

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
+from switchgear import files
 from switchgear.cli.common import CommandError, check_file, write_file
 from switchgear.cli.common import rounded as rounded
 from switchgear.cli.common import write_json as write_json
@@ -55,7 +55,7 @@ def completed(row: Row) -> Row:
 def read_json(path: str, option: str, schema: str) -> dict[str, Any]:
     """Results of an earlier run. CommandError if there are none."""
     try:
-        results = json.loads(Path(path).read_text())
+        results = files.read_json(path)
     except OSError as error:
         raise CommandError(f"{option}: cannot read {path}: {error.strerror}") from None
     except ValueError as error:

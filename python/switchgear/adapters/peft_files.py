@@ -120,6 +120,7 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: FloatDtype | None = Non
             used.update(names)
             pairs.append(_get_tensors(tensors, names))
         a, b = _convert_from_file(site, modules, pairs, rank, not is_ours and _is_old(config))
+        _check_finite(modules, pairs)
         device, kind = site.like.device, dtype or site.like.dtype
         options = Lora(rank, config.alpha_of(layer, rank), config.dropout)
         a, b = (on_huge_pages(tensor.to(device, kind)) for tensor in (a, b))
@@ -230,6 +231,13 @@ def _check_shapes(
         )
 
 
+def _check_finite(modules: Sequence[str], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for module, pair in zip(modules, pairs, strict=True):
+        for letter, tensor in zip("AB", pair, strict=True):
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{PREFIX}{module}.lora_{letter}.weight: expected finite numbers, got NaN or infinity")
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -245,8 +253,6 @@ def _get_tensors(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[Tenso
             raise ValueError(f"path: expected {name} in {TENSORS}, which the configuration targets, got none")
         if not tensors[name].is_floating_point() or tensors[name].dim() != 2:
             raise ValueError(f"{name}: expected a matrix of a floating dtype, got {list(tensors[name].shape)}")
-        if not torch.isfinite(tensors[name]).all():
-            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
     return tensors[names[0]], tensors[names[1]]
 
 

@@ -4,20 +4,19 @@ which reads those of Linear layers."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from switchgear.checks import Finite, FiniteTensor, FloatingPoint, Range, Shape, Share, Size, convert
-from switchgear.files import AnyPath
+from switchgear.files import AnyPath, load_saved, read_json
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # All keys begin with it.
@@ -56,7 +55,93 @@ class PeftConfig:
 
 
 def _match(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)), default)
+    return next((value for pattern, value in patterns.items() if _matches(pattern, layer)), default)
+
+
+# ---- names and regular expressions -----------------------------------------------------------------------------------
+
+_LONGEST = 1000  # characters of a pattern and of a name that is compared with patterns
+_NAME = re.compile(r"[\w.-]+")
+_TOKEN = re.compile(
+    r"(?P<sign>\((?:\?:)?|\)\??|[|^$])"
+    r"|(?P<one>\\[dDwWsS]|\\[^a-zA-Z0-9]|\[\^?\]?(?:\\.|[^\]\\])*\]|[^\\()\[\]{}|^$*+?])"
+    r"(?:(?P<times>[*+?]|\{\d+(?:,\d*)?\})\??)?"
+)
+_TIMES: dict[str | None, tuple[int, float]] = {None: (1, 1), "?": (0, 1), "*": (0, math.inf), "+": (1, math.inf)}
+
+
+class _Token(NamedTuple):
+    """A sign, such as a bracket of a group, or one character and how often it comes."""
+
+    sign: str
+    one: re.Pattern[str] | None
+    least: int
+    most: float
+
+
+@lru_cache(maxsize=1024)
+def _tokenize(pattern: str) -> list[_Token]:
+    """A pattern of names: characters, classes of characters, repeats of one of these, and groups of alternatives.
+    ValueError for any other regular expression. Python's `re` could take years for those that repeat groups."""
+    if len(pattern) > _LONGEST:
+        raise ValueError(f"it has {len(pattern)} characters, more than {_LONGEST}")
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    tokens, at = [], 0
+    while at < len(pattern):
+        if (match := _TOKEN.match(pattern, at)) is None:
+            raise ValueError(f"of regular expressions, it may not use {pattern[at : at + 9]!r}")
+        sign, one, times = match.group("sign", "one", "times")
+        if times in _TIMES:
+            least, most = _TIMES[times]
+        else:
+            low, comma, high = times[1:-1].partition(",")
+            least, most = int(low), float(high or math.inf) if comma else int(low)
+        tokens.append(_Token(sign or "", re.compile(one) if one else None, least, most))
+        at = match.end()
+    return tokens
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether re.match(rf"(.*\\.)?({pattern})$", name) finds something. It follows all ways to match at once, as the
+    set of places in the name that they have come to, so the time is at most the product of both lengths."""
+    if len(name) > _LONGEST:
+        raise ValueError(f"rank_pattern: expected names of at most {_LONGEST} characters, got {name[:80]}…")
+    if _NAME.fullmatch(pattern):  # nearly all of them: the same, and faster
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    places = {0, *(place + 1 for place, character in enumerate(name) if character == ".")}
+    groups: list[tuple[set[int], set[int]]] = [(places, set())]  # where each begins, and where its alternatives end
+    for token in _tokenize(pattern):
+        if token.one is not None:
+            places = _repeat(token, name, places)
+        elif token.sign.startswith("("):
+            groups.append((places, set()))
+        elif token.sign == "|":
+            groups[-1][1].update(places)
+            places = groups[-1][0]
+        elif token.sign.startswith(")"):
+            begin, ends = groups.pop()
+            places = places | ends | (begin if token.sign == ")?" else set())
+        else:
+            places = places & {0 if token.sign == "^" else len(name)}
+    return len(name) in places | groups[0][1]
+
+
+def _repeat(token: _Token, name: str, places: set[int]) -> set[int]:
+    found, count = set[int]() if token.least else set(places), 0
+    while places and count < token.most:
+        assert token.one is not None
+        places = {place + 1 for place in places if place < len(name) and token.one.match(name[place])}
+        count += 1
+        if count >= token.least:
+            places -= found
+            found |= places
+    return found
+
+
+# ---- the configuration -----------------------------------------------------------------------------------------------
 
 
 def parse_config(options: Any, where: str, plain: Mapping[str, tuple[Any, ...]], hint: str = "") -> PeftConfig:
@@ -87,9 +172,9 @@ def parse_config(options: Any, where: str, plain: Mapping[str, tuple[Any, ...]],
         patterns: Mapping[str, Any] = read(option, Mapping[str, kind], config.get(option) or {})
         for pattern in patterns:
             try:
-                re.compile(rf"(.*\.)?({pattern})$")
-            except re.error as error:
-                raise ValueError(f"{option}: expected names in {where}, got {pattern!r}: {error}") from None
+                _tokenize(pattern)
+            except ValueError as error:
+                raise ValueError(f"{option}: expected names in {where}, got {pattern[:80]!r}: {error}") from None
         return patterns
 
     return PeftConfig(
@@ -117,8 +202,8 @@ def read_config(folder: Path, name: str) -> Any:
     """The JSON of a directory. name: what messages call the directory."""
     file = folder / CONFIG
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(file)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{name}: expected PEFT's {CONFIG}, got {file}: {error}") from error
 
 
@@ -141,9 +226,9 @@ def read_tensors(folder: Path, name: str) -> tuple[dict[str, Tensor], bool]:
 
 def _unpickle(file: Path, name: str) -> dict[str, Tensor]:
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for files of others
-        raise ValueError(f"{name}: expected a file of torch.save, got {file} ({type(error).__name__})") from error
+        tensors = load_saved(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{name}: expected a dict of tensors in {file}, got {type(tensors).__name__}")
     return tensors

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import read_json, reading
 from ..utils.packages import first_line
 from .common import CommandError, at_least, positive, require
 
 TINY = "tiny"  # names the model of train-tiny that is in the cache
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 LENGTH, ROWS = 256, 8  # of a batch
+MOST_TEXT = 1 << 30  # bytes of a file; a token has a few
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -32,6 +33,9 @@ def find_folder(name: str) -> Path:
         raise CommandError(
             f"expected a folder with a checkpoint of transformers (config.json), or {TINY!r}; got {name}"
         )
+    for file in folder.iterdir():  # others than we read, too
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise CommandError(f"expected files in {folder}, got {file.name}, which is a pipe or a device")
     return folder
 
 
@@ -55,14 +59,14 @@ def tiny_texts(folder: Path, part: str) -> dict[str, bytes]:
     """The texts that train-tiny keeps beside its model, by domain. part: "calibration" or "held_out"."""
     domains = _about_tiny(folder)["domains"]
     try:
-        return {name: (folder / "text" / f"{name}.{part}").read_bytes() for name in domains}
-    except OSError as error:
+        return {name: _read_text(folder / "text" / f"{name}.{part}") for name in domains}
+    except (OSError, ValueError) as error:
         raise not_tiny(folder, error) from None
 
 
 def _about_tiny(folder: Path) -> dict[str, Any]:
     try:
-        about: dict[str, Any] = json.loads((folder / "tiny.json").read_text())
+        about: dict[str, Any] = read_json(folder / "tiny.json")
         about["sensitivity"]["accepted"], about["domains"].keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise not_tiny(folder, error) from None
@@ -142,16 +146,22 @@ def read_texts(
         return tiny_texts(folder, "calibration" if to_calibrate else "held_out")
     texts: dict[str, bytes] = {}
     for file in map(Path, files):
-        if file.exists() and not file.is_file():
-            raise CommandError(f"{option}: expected a regular file, got {file}")
         try:
-            text = file.read_bytes()
-        except OSError as error:
-            raise CommandError(f"{option}: cannot read {file}: {error.strerror}") from None
+            text = _read_text(file)
+        except (OSError, ValueError) as error:
+            raise CommandError(f"{option}: cannot read {file}: {getattr(error, 'strerror', error)}") from None
         if file.stem in texts:
             raise CommandError(f"{option}: expected files of different names, got {file.stem} twice")
         texts[file.stem] = text
     return texts
+
+
+def _read_text(file: Path) -> bytes:
+    with reading(file) as opened:
+        text = opened.read(MOST_TEXT + 1)
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"expected at most {MOST_TEXT >> 30} GiB")
+    return text
 
 
 def choose_length(model: Any, wanted: int | None) -> int:

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from ..files import read_json
 from .checkpoint import DTYPES, find_folder
 from .common import CommandError, progress, require, require_new, settings
 
@@ -60,5 +60,5 @@ def run(args: argparse.Namespace) -> int:
 def _quantization(folder: Path) -> str | None:
     """The method that the config names. None without one, and for a config that write_store refuses."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        return str(json.loads((folder / "config.json").read_bytes())["quantization_config"]["quant_method"])
+        return str(read_json(folder / "config.json")["quantization_config"]["quant_method"])
     return None

@@ -28,6 +28,7 @@ from switchgear.parallel.nodes import Nodes
 from switchgear.parallel.placement import Placement, place_experts
 from switchgear.parallel.rows import WIRES
 
+from ..files import load_saved
 from ..utils.packages import first_line
 from .common import (
     CommandError,
@@ -165,8 +166,8 @@ def _routing(args: argparse.Namespace, layer: Layer) -> torch.Tensor:
     if not args.trace:
         return draw_routing(total, layer.num_experts, layer.top_k, args.skew, groups=MODELS[args.model].groups)
     try:
-        ids = torch.load(args.trace, weights_only=True)
-    except Exception as error:
+        ids = load_saved(args.trace)
+    except (OSError, ValueError) as error:
         raise CommandError(f"--trace: cannot read {args.trace}: {first_line(error)}") from None
     integers = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
     if not isinstance(ids, torch.Tensor) or ids.dtype not in integers or ids.dim() != 2 or not ids.numel():

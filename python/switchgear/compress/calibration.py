@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from switchgear.compress.sums import (
     compute_hessians,
     sum_rows,
 )
-from switchgear.files import AnyPath, bytes_of
+from switchgear.files import AnyPath, bytes_of, replacing, require_regular
 from switchgear.integrations.blocks import ExpertLayer, expert_layers
 from switchgear.integrations.moe_blocks import MoeBlock
 from switchgear.trace import Observation, observe
@@ -100,7 +101,8 @@ class Calibration:
                 "samples": {domain: sample.limit for domain, sample in layer.samples.items()},
                 "hessians": layer.hessians is not None,
             })  # fmt: skip
-        save_file(tensors, path, {"format": _FORMAT, "layers": json.dumps(layers)})
+        with replacing(path) as unfinished:
+            save_file(tensors, unfinished, {"format": _FORMAT, "layers": json.dumps(layers)})
 
     @classmethod
     def load(cls, path: AnyPath) -> Calibration:
@@ -108,6 +110,7 @@ class Calibration:
         from safetensors import SafetensorError, safe_open
 
         try:
+            require_regular(path, os.stat(path))
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:

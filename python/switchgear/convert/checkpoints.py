@@ -42,7 +42,7 @@ from switchgear.convert.directory import (
 from switchgear.convert.layouts import plan_layout
 from switchgear.convert.plans import ConversionPlan, Item
 from switchgear.convert.recipes import plan_dense, plan_experts, plan_merge, plan_split, plan_upcycle
-from switchgear.files import AnyPath, Unfinished
+from switchgear.files import AnyPath, Unfinished, read_json, require_regular
 
 REPORT = "conversion.json"
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -95,7 +95,7 @@ class Recipe:
             return given
         if not isinstance(given, Mapping):
             try:
-                given = json.loads(Path(given).read_text())
+                given = read_json(given)
             except (OSError, ValueError, TypeError) as error:
                 raise RecipeError(f"recipe: expected a dict or a JSON file, got {given} ({error})") from error
             if not isinstance(given, Mapping):
@@ -270,6 +270,7 @@ def _read_layers(name: str, path: Any) -> dict[int, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        require_regular(path, os.stat(path))
         return {int(key): tensor for key, tensor in load_file(path).items()}
     except (OSError, TypeError, ValueError, SafetensorError) as error:
         raise RecipeError(

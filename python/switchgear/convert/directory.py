@@ -18,7 +18,7 @@ from torch import Tensor
 
 from switchgear import files
 from switchgear.convert.plans import Item
-from switchgear.files import AnyPath, bytes_of, write_whole, writing
+from switchgear.files import AnyPath, bytes_of, read_json, reading, write_whole, writing
 from switchgear.utils.packages import failed_import
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -88,7 +88,7 @@ class Directory:
 
     def config(self) -> dict[str, Any]:
         try:
-            found = json.loads((self.path / CONFIG).read_text())
+            found = read_json(self.path / CONFIG)
         except (OSError, ValueError) as error:
             raise DamagedCheckpoint(f"path: expected JSON in {self.path / CONFIG}, got {error}") from error
         if not isinstance(found, dict):
@@ -205,7 +205,7 @@ def write_text(path: Path, text: str) -> None:
 
 def compute_sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with reading(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -4,7 +4,6 @@ are, and whether they fit."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from switchgear.files import read_json, require_regular
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAPPED = 64 << 20  # bytes read before files are mapped anew, beside one tensor
@@ -97,14 +98,15 @@ class CheckpointFiles:
     @staticmethod
     def _listed(index: Path) -> dict[str, str]:
         try:
-            listed = json.loads(index.read_text())["weight_map"]
+            listed = read_json(index)["weight_map"]
             return {str(key): Path(str(name)).name for key, name in listed.items()}  # never another directory
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"path: expected a weight_map in {index}, got {error}") from error
 
     @staticmethod
     def _headers_of(file: Path) -> dict[str, Header]:
         try:
+            require_regular(file, file.stat())
             with safe_open(file, framework="pt") as opened:
                 slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  (not a mapping)
                 return {key: Header(file, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}

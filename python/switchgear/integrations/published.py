@@ -9,7 +9,6 @@ Weights are not rounded again, and no plain copy of the model is made in memory.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from switchgear.files import AnyPath
+from switchgear.files import AnyPath, read_json
 from switchgear.integrations import published_matrices
 from switchgear.integrations.checkpoint_files import (
     BLOCKS,
@@ -134,7 +133,7 @@ def config_of(files: CheckpointFiles) -> Any:
     """The config of the model. The layers are counted first, since transformers makes any number of them."""
     file = files.path / CONFIG
     with _naming_file(file):
-        most, numbers = len(files.headers), json.loads(file.read_bytes())
+        most, numbers = len(files.headers), read_json(file)
         for name, number in _numbers(numbers):
             if name.endswith(("layers", "n_layer")) and number > most:
                 raise ValueError(f"{name} is {number}, but there are {most} tensors")

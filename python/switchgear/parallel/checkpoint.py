@@ -9,14 +9,17 @@ checkpoint is independent of ranks, and each rank reads and writes only its own 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import pickle
 import pickletools
 import re
+import secrets
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -34,12 +37,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from switchgear.experts import Experts
-from switchgear.files import AnyPath
+from switchgear.files import NO_ROOM, AnyPath, DiskFull, reading
 from switchgear.parallel.experts import ParallelExperts
 from switchgear.utils.packages import first_line
 
@@ -88,6 +94,36 @@ class _Unpickler(pickle.Unpickler):
         return self._records.setdefault(key, type(name, (_Record,), {}))  # its own: a pickle may set attributes of it
 
 
+class Writer(FileSystemWriter):
+    """Gives files names of their own, so an earlier checkpoint in the folder is whole until the new one is."""
+
+    prefix = ""  # of this rank's files
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        name = secrets.token_hex(6)
+        prefixes = (_StoragePrefix(f"__{rank}_{name}_") for rank in range(len(plans)))
+        return [replace(plan, storage_data=prefix) for plan, prefix in zip(plans, prefixes, strict=True)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        self.prefix = plan.storage_data.prefix
+        return super().write_data(plan, planner)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        folder = Path(self.path)
+        (folder / ".metadata.tmp").unlink(missing_ok=True)  # torch writes through a link
+        super().finish(metadata, results)
+        files = {result.storage_data.relative_path for part in results for result in part}
+        for file in folder.glob("__*.distcp"):
+            if file.name not in files:
+                file.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Removes what this rank has written."""
+        (Path(self.path) / ".metadata.tmp").unlink(missing_ok=True)
+        for file in Path(self.path).glob(f"{self.prefix}*.distcp") if self.prefix else ():
+            file.unlink(missing_ok=True)
+
+
 class Reader(FileSystemReader):
     """Reads the tensors of a checkpoint whose metadata was read by `read_metadata`."""
 
@@ -104,7 +140,8 @@ def read_metadata(path: AnyPath) -> Metadata:
     ValueError: it is not the metadata of a checkpoint, names anything else, or does not fit the files beside it.
     """
     file = Path(path) / ".metadata"
-    data = file.read_bytes()
+    with reading(file) as opened:
+        data = opened.read()
     try:
         _check_sizes(data)
         return _metadata(_Unpickler(data).load(), Path(path))
@@ -297,9 +334,25 @@ def save(
     model: nn.Module, path: AnyPath, optimizer: torch.optim.Optimizer | None = None, *,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:  # fmt: skip
-    """Writes a checkpoint into the folder `path`, collectively over process_group. Replicas are written once."""
-    with _quietly_alone() as alone:
-        save_tensors(state_dict(model, optimizer), checkpoint_id=path, process_group=process_group, no_dist=alone)
+    """Writes a checkpoint into the folder `path`, collectively over process_group. Replicas are written once. An
+    earlier checkpoint there is replaced when the new one is complete.
+
+    Raises:
+        ValueError: as `state_dict`. DiskFull: a rank has no room. OSError: a rank cannot write for another reason. An
+            earlier checkpoint is whole then.
+    """
+    entries, writer = state_dict(model, optimizer), Writer(path)
+    try:
+        with _quietly_alone() as alone:
+            save_tensors(entries, storage_writer=writer, process_group=process_group, no_dist=alone)
+    except BaseException as error:
+        writer.discard()
+        if not isinstance(error, CheckpointException):
+            raise
+        rank, (first, _) = next(iter(error.failures.items()))
+        number = getattr(first, "errno", None) or errno.EIO
+        kind = DiskFull if number in NO_ROOM else OSError
+        raise kind(number, f"rank {rank}: {first_line(first)}", str(path)) from error
 
 
 def load(
@@ -376,9 +429,11 @@ def load_whole(path: AnyPath) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _quietly_alone() -> Iterator[bool]:
-    """Yields whether this process is the only one, and silences torch's warning about it."""
+    """Yields whether this process is the only one, and silences torch's warnings about it, and about a
+    checkpoint that is replaced."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
         yield not dist.is_initialized()
 
 

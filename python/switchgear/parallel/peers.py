@@ -205,6 +205,8 @@ class Peers:
                 for peer, finished in list(self._left.items()):
                     if finished < self.step:
                         self.report(Failure(peer, "exited", self.phase, self.step))
+                if self._is_cut_off():
+                    self.report(Failure(self.rank, "lost", self.phase, self.step))
                 elapsed = time.monotonic() - begin
                 if not asked and elapsed > timeout - 2 * PING_SECONDS:
                     asked = True
@@ -230,6 +232,8 @@ class Peers:
 
     def report(self, failure: Failure) -> None:
         """Reports to the coordinator and waits for its decision. Not on the watching thread."""
+        if self._is_cut_off():  # whatever it has seen of others is wrong
+            failure = Failure(self.rank, "lost", self.phase, self.step, "this process has closed its own connections")
         silent = set(self._silent())
         while self.failure is None:
             gone = self._dead | set(self._left) | silent
@@ -259,7 +263,11 @@ class Peers:
         if threading.current_thread() is not self._thread:
             self._thread.join(2.0)
         for connection in (*self._sockets.values(), self._wake, self._woken):
-            connection.close()
+            try:
+                connection.getsockname()
+                connection.close()
+            except OSError:  # somebody has closed its number, which another file may have by now
+                connection.detach()
         self._board.close()
 
     # ---- verdicts ----------------------------------------------------------------------------------------------------
@@ -348,6 +356,10 @@ class Peers:
                 self._pings.setdefault(peer, now)
                 self._send(peer, kind="ping")
 
+    def _is_cut_off(self) -> bool:
+        """Whether this process has closed connections that the other ranks hold open, as a daemon closes all files."""
+        return not self._closed and any(map(_is_closed_here, self._sockets.values()))
+
     # ---- messages ----------------------------------------------------------------------------------------------------
 
     def _send(self, peer: int, **message: Any) -> bool:
@@ -385,6 +397,20 @@ class Peers:
 
     def _in_background(self, function: Callable[[Failure], None], failure: Failure) -> None:
         threading.Thread(target=function, args=(failure,), name="switchgear-verdict", daemon=True).start()
+
+
+# TCP's states (tcp_states.h) of a connection that this side has ended: FIN_WAIT1, FIN_WAIT2, TIME_WAIT, CLOSING.
+_ENDED_HERE = (4, 5, 6, 11)
+
+
+def _is_closed_here(connection: socket.socket) -> bool:
+    try:
+        if not hasattr(socket, "TCP_INFO"):
+            connection.getsockname()
+            return False
+        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _ENDED_HERE
+    except OSError:  # its number belongs to nothing, or to another file
+        return True
 
 
 class Outside:

@@ -91,7 +91,7 @@ class Capacity:
         before = routing.num_dropped
         dropped = torch.zeros((), dtype=torch.int64, device=ids.device) if before is None else before
         decodes = self.prefill_only and not context.training and 1 in (num_tokens, context.sequence_length)
-        if math.isinf(factor) or num_tokens == 0 or decodes:
+        if factor == math.inf or num_tokens == 0 or decodes:
             return routing._replace(num_dropped=dropped)
         limits, sequence = self._limits(factor, choices, num_experts, context)
         wanted, ranking, candidates = routing, None, top_k

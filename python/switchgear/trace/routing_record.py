@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from switchgear.checks import NotEmpty, Range, Shape, checked
-from switchgear.files import AnyPath, save_whole
+from switchgear.files import AnyPath, load_saved, save_whole
 from switchgear.reference.checks import MAX_EXPERTS, check_range
 from switchgear.trace.batches import stacked
 from switchgear.utils.packages import first_line
@@ -136,7 +136,7 @@ class RoutingRecord:
         given = torch.as_tensor(lengths)
         if given.is_floating_point() and given.numel():
             raise TypeError(f"lengths: expected integers, got {given.dtype}")
-        record.lengths = given.to("cpu", torch.int64)
+        record.lengths = given.to("cpu", torch.int64).contiguous()  # not expanded: a file holds what it describes
         if record.lengths.dim() != 1 or bool((record.lengths < 0).any()):
             raise ValueError(f"lengths: expected tokens of each sequence, got {record.lengths.tolist()}")
         total = int(record.lengths.sum())
@@ -216,12 +216,13 @@ def load_recording(
     path: AnyPath, kind: str, file_format: int, of_data: Callable[[dict[str, Any]], _Recording]
 ) -> _Recording:
     """of_data(the dict in the file). ValueError, which names the class `kind`, for any other file."""
-    with open(path, "rb") as file:
-        try:
-            data = torch.load(file, weights_only=True)
-            if not isinstance(data, dict) or data["format"] != file_format:
-                raise ValueError("another format")
-            return of_data(data)
-        except Exception as error:  # torch.load raises many kinds for files of others
-            reason = first_line(error)
-            raise ValueError(f"path: expected a file of {kind}.save, got {path} ({reason})") from error
+    try:
+        data = load_saved(path)
+        if not isinstance(data, dict) or data["format"] != file_format:
+            raise ValueError("another format")
+        return of_data(data)
+    except OSError:
+        raise
+    except Exception as error:  # entries may be of any type
+        reason = first_line(error)
+        raise ValueError(f"path: expected a file of {kind}.save, got {path} ({reason})") from error

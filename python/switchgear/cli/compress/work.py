@@ -24,7 +24,7 @@ from switchgear.checks import Range, Size, convert, convert_arguments
 from switchgear.compress import Calibration, calibrate
 from switchgear.compress.levels import Widths, choose_form
 from switchgear.convert.directory import list_beside_weights
-from switchgear.files import JOURNAL, LOCK, UNFINISHED, locked, replacing, write_whole
+from switchgear.files import JOURNAL, LOCK, UNFINISHED, has_links, locked, read_json, replacing, write_whole
 from switchgear.utils.packages import first_line
 from switchgear.weights import restore
 
@@ -87,7 +87,7 @@ class Recipe:
 def read(path: str) -> Recipe:
     """CommandError with the place of the mistake. Paths of texts are relative to the recipe."""
     try:
-        data = json.loads(Path(path).read_text())
+        data = read_json(path)
     except OSError as error:
         raise CommandError(f"--recipe: cannot read {path}: {error.strerror}") from None
     except ValueError as error:
@@ -261,6 +261,8 @@ class Partial:
             files = {file.name for file in self.folder.iterdir()} if self.folder.exists() else set()
             if self._read().get("command") != "compress" and not files <= {LOCK}:
                 raise CommandError(f"{self.folder} exists and is not of this command; it was left as it is")
+            if has_links(self.folder):
+                raise CommandError(f"--out: expected no links in {self.folder}, which it would write through")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = locked(self.folder)
             found = self._read()
@@ -313,7 +315,7 @@ class Partial:
                 (result / name).parent.mkdir(exist_ok=True)
                 with replacing(result / name) as unfinished:
                     shutil.copyfile(source / name, unfinished)
-        (result / "compression.json").write_text(json.dumps(about, indent=1) + "\n")
+        write_whole(result / "compression.json", json.dumps(about, indent=1) + "\n")
         result.rename(self.out)
         self._remove()
 
@@ -342,7 +344,7 @@ class Partial:
     def _read(self) -> dict[str, Any]:
         """The journal; empty if there is none."""
         try:
-            found = json.loads((self.folder / JOURNAL).read_text())
+            found = read_json(self.folder / JOURNAL)
         except (FileNotFoundError, NotADirectoryError, ValueError):
             found = None
         return found if isinstance(found, dict) else {}
