@@ -322,6 +322,72 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
         assert torch.equal(ids[0], ids[2])
 
 
+def choose(router_logits: Tensor, context: Context, bias: Tensor | None = None, *, k: int = 1) -> Any:
+    return switchgear.route(router_logits, k)
+
+
+def chi2(routing: Any, context: Context, coefficient: float) -> Tensor:
+    shares = routing.router_logits.softmax(-1).mean(0)
+    return coefficient * (shares * E - 1).square().sum()
+
+
+def keep(routing: Any, context: Context, *, limit: int) -> Any:
+    return routing._replace(topk_ids=torch.where(routing.topk_ids < limit, routing.topk_ids, -1))
+
+
+def halve(x: Tensor, context: Context, *, width: int) -> Tensor:
+    return x[:, :width] / 2
+
+
+def test_partials_of_functions_are_parts() -> None:
+    """Those of classes, and of functions that return a part, are called instead."""
+    router = Router(
+        E, E, score=partial(halve, width=E), select=partial(choose, k=3), capacity=partial(keep, limit=E - 1),
+        balance=[partial(chi2, coefficient=0.5), partial(routing.ZLoss, 0.5)],
+    )  # fmt: skip
+    x = torch.randn(7, E)
+    got, want = router(x), switchgear.route(x / 2, 3)
+    assert torch.equal(got.topk_ids, want.topk_ids.masked_fill(want.topk_ids == E - 1, -1))
+    assert set(got.losses) == {"chi2", "z"}
+    assert torch.equal(got.losses["chi2"], chi2(want, None, 0.5))
+    router.set_policy(select=partial(choose, k=2), balance=[])
+    assert router(x).topk_ids.shape == (7, 2)
+    hashed = Router(E, E, select=partial(Lookup.hashed, 10, top_k=2))
+    assert isinstance(hashed.select, Lookup)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("balance", partial(chi2, coefficients=0.5)),
+        ("balance", partial(chi2)),
+        ("balance", lambda routing: routing.topk_weights.sum()),
+        ("select", partial(choose, experts=3)),
+        ("select", lambda router_logits: switchgear.route(router_logits, 2)),
+        ("capacity", keep),
+        ("score", partial(halve, width=E, depth=1)),
+    ],
+)
+def test_functions_that_do_not_take_the_arguments_of_a_part_are_named(name: str, part: Any) -> None:
+    options: dict[str, Any] = {} if name == "select" else {"top_k": 2}
+    options[name] = [part] if name == "balance" else part
+    with raises(TypeError, name):
+        Router(16, E, **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error"), [(lambda shares: shares, ValueError), (lambda shares: shares[:1], ValueError),
+                        (lambda shares: None, TypeError), (lambda shares: "0", TypeError)],
+)  # fmt: skip
+def test_a_loss_that_is_no_scalar_is_named(loss: Any, error: type[Exception]) -> None:
+    def uneven(routing: Any, context: Context) -> Any:
+        return loss(routing.router_logits.softmax(-1).mean(0))
+
+    with raises(error, "balance") as caught:
+        Router(16, E, 2, balance=[uneven])(torch.randn(3, 16))
+    assert "uneven" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [
