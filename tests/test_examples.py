@@ -47,7 +47,7 @@ def test_mixtral_agrees_with_eager() -> None:
 
 
 @pytest.mark.slow
-def test_towards_understanding_moe_needs_a_mixture_of_nonlinear_experts() -> None:
+def test_row32_towards_understanding_moe_needs_a_mixture_of_nonlinear_experts() -> None:
     """The authors' accuracies: 100.0 (runs from 98.1 on), 92.9, 79.6 and 68.3 %; single networks: see the example."""
     found = load("cluster_task")["main"]()
     assert found["mixture, nonlinear"] > 0.98

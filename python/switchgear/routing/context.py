@@ -161,10 +161,11 @@ class Balance(Protocol):
     """Routing -> a float32 scalar that the trainer adds to the loss, stored in Routing.losses under `name` (an
     attribute, else the name of the class or function). Called in training only.
 
-    It sees the choice before the capacity limit (what the router wanted), and num_dropped after it.
+    It sees the choice before the capacity limit (what the router wanted), and num_dropped after it. None: no loss, as
+    from a controller that only counts.
     """
 
-    def __call__(self, routing: Routing, context: Context, /) -> Tensor: ...
+    def __call__(self, routing: Routing, context: Context, /) -> Tensor | None: ...
 
 
 @runtime_checkable

@@ -476,6 +476,8 @@ class Router(KeepsFloat32):
             function = item.func if isinstance(item, partial) else item
             name = str(getattr(item, "name", None) or getattr(function, "__name__", type(item).__name__))
             loss = item(routing, context)
+            if loss is None and hasattr(item, "after_step"):
+                continue  # a controller that only counts
             if isinstance(loss, Tensor) and loss.dim():
                 raise ValueError(f"balance: expected a scalar from {name}, got shape {list(loss.shape)}")
             if not isinstance(loss, (Tensor, float, int)):
