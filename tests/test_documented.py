@@ -65,6 +65,14 @@ def test_all_packages_have_a_page() -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_packages_list_their_public_names(package: str) -> None:
+    """What a star imports is what the page documents."""
+    module = importlib.import_module(package)
+    assert len(module.__all__) == len({*module.__all__}) > 0
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_public_names_have_docstrings(package: str) -> None:
     native = {"available_cpu_isas", "cpu_isa", "set_cpu_isa"}  # builtins; their text stands where they are imported
     assert not set(undocumented(importlib.import_module(package))) - native

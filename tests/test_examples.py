@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +47,7 @@ def test_mixtral_agrees_with_eager() -> None:
 
 
 @pytest.mark.slow
-def test_towards_understanding_moe_needs_a_mixture_of_nonlinear_experts() -> None:
+def test_row32_towards_understanding_moe_needs_a_mixture_of_nonlinear_experts() -> None:
     """The authors' accuracies: 100.0 (runs from 98.1 on), 92.9, 79.6 and 68.3 %; single networks: see the example."""
     found = load("cluster_task")["main"]()
     assert found["mixture, nonlinear"] > 0.98
@@ -82,6 +85,25 @@ def test_train_parallel_goes_on_while_ranks_are_lost(tmp_path: Path) -> None:
     if importlib.util.find_spec("matplotlib"):
         plot["main"](tmp_path, tmp_path / "chaos.png")
         assert (tmp_path / "chaos.png").stat().st_size < 100_000
+
+
+@pytest.mark.slow
+def test_train_parallel_names_a_killed_rank(tmp_path: Path) -> None:
+    """First, before any traceback, of which the ranks print one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command += [str(EXAMPLES / "train_parallel.py"), "--steps", "1000000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step   50"):
+                break
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[2]), signal.SIGKILL)
+        lines = [line for line in process.stdout if not line.startswith("step")]
+    assert re.match(r"rank \d died in ", lines[0])
+    assert "its process is gone; " in lines[0]
+    assert sum(re.match(r"\[rank\d\]: Traceback", line) is not None for line in lines) <= 1
+    assert not any("aborted" in line for line in lines)
 
 
 @pytest.mark.slow

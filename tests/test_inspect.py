@@ -62,6 +62,17 @@ def test_it_writes_a_report(
         assert layer["hits"]["2"] <= layer["hits"]["4"] <= layer["hits"]["6"] == 1
 
 
+def test_one_text_is_not_compared(checkpoint: Path, texts: list[str], tmp_path: Path) -> None:
+    """A picture of domains would be empty."""
+    out = tmp_path / "report"
+    assert main(["inspect", str(checkpoint), "--text", texts[0], "--out", str(out), "--length", "32"]) == 0
+    assert {path.name for path in out.iterdir()} == NAMES - {"domains.png"}
+    report = (out / "report.md").read_text()
+    assert "omain" not in report.replace("each domain counted alike", "")
+    for name in NAMES - {"report.md", "results.json", "domains.png"}:
+        assert f"]({name})" in report
+
+
 def test_its_numbers_are_those_of_a_loop() -> None:
     from switchgear.cli.inspect.measure import inspect
 

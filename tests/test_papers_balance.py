@@ -29,6 +29,7 @@ from switchgear.layers import HeterogeneousExperts, Monet
 from switchgear.routing import (
     AdaptiveCoefficient,
     AdaptiveSparsity,
+    Broadcast,
     Capacity,
     ClusterDropout,
     ClusterVariance,
@@ -37,8 +38,10 @@ from switchgear.routing import (
     LossFreeBias,
     Masked,
     NullAwareSwitchLoss,
+    QuantileBias,
     Random,
     RunningCap,
+    RunningThreshold,
     SwitchLoss,
     Temperature,
     TopK,
@@ -61,7 +64,7 @@ def feed_forward(module: Any, x: Tensor) -> Tensor:
 # ---- loss-free balancing ---------------------------------------------------------------------------------------------
 
 
-def test_loss_free_balancing_chooses_by_the_bias_alone(backend: str) -> None:
+def test_row4_loss_free_balancing_chooses_by_the_bias_alone(backend: str) -> None:
     layer = layer_of(presets.loss_free(top_k=3))
     with torch.no_grad():
         layer.gate.e_score_correction_bias.copy_(torch.randn(E))
@@ -75,7 +78,7 @@ def test_loss_free_balancing_chooses_by_the_bias_alone(backend: str) -> None:
     assert layer.losses == {}
 
 
-def test_loss_free_balancing_leaves_gradients_alone() -> None:
+def test_row4_loss_free_balancing_leaves_gradients_alone() -> None:
     """For the same choice the gradient of the logits is the same, with and without a bias."""
     logits = torch.randn(20, E, requires_grad=True)
     bias = torch.full((E,), 0.7)  # shifts all experts equally
@@ -86,7 +89,7 @@ def test_loss_free_balancing_leaves_gradients_alone() -> None:
 
 
 @pytest.mark.parametrize("rule", ["sign", "proportional"])
-def test_loss_free_balancing_evens_a_skewed_router(rule: str) -> None:
+def test_row4_loss_free_balancing_evens_a_skewed_router(rule: str) -> None:
     layer = layer_of(presets.loss_free(top_k=2, rate=0.003 if rule == "sign" else 0.01, rule=rule), return_routing=True)
     x = torch.randn(512, H) + 1
     counts = count_tokens(layer(x)[1].topk_ids, E)
@@ -101,7 +104,7 @@ def test_loss_free_balancing_evens_a_skewed_router(rule: str) -> None:
     assert torch.equal(again(x)[1].topk_ids, layer(x)[1].topk_ids)
 
 
-def test_loss_free_balancing_moves_by_the_rate() -> None:
+def test_row4_loss_free_balancing_moves_by_the_rate() -> None:
     router = switchgear.Router(H, 4, 1, balance=[LossFreeBias(0.25)])
     router.tokens_per_expert.copy_(torch.tensor([10, 2, 4, 0]))
     router.after_step()
@@ -115,6 +118,42 @@ def test_loss_free_balancing_moves_by_the_rate() -> None:
     assert router.e_score_correction_bias.tolist() == [0.0, 0.5, -0.25, 0.0]
     with raises(ValueError):
         LossFreeBias(rule="cubic")
+
+
+def test_quantile_balancing_is_the_quantile_of_what_each_token_asks_for(isa: str) -> None:
+    """By sorting, over two calls of different sizes; the histogram is as exact as its bins."""
+    layer = layer_of(presets.quantile_balance(top_k=2), return_routing=True)
+    bias, width = torch.linspace(-0.3, 0.3, E), 2.6 / 1000
+    layer.gate.balance[0].bias.copy_(bias)
+    layer.gate.e_score_correction_bias.copy_(bias)
+    calls, asked = (torch.randn(300, H), torch.randn(100, H)), [[] for _ in range(E)]
+    for x in calls:
+        layer(x)
+        for row in (x @ layer.gate.weight.T).sigmoid().detach():
+            cutoff = sorted((row + bias).tolist())[-3]
+            for e in range(E):
+                asked[e].append(cutoff - float(row[e]))
+    switchgear.after_step(layer)
+    wanted = torch.tensor([sorted(values)[400 * 2 // E - 1] for values in asked])
+    found = layer.gate.e_score_correction_bias
+    torch.testing.assert_close(found, wanted - wanted.mean(), atol=2 * width, rtol=0)
+    assert torch.equal(found, layer.gate.balance[0].bias)
+    switchgear.after_step(layer)  # without a call
+    assert torch.equal(found, layer.gate.balance[0].bias)
+
+
+def test_quantile_balancing_evens_a_skewed_router_in_few_steps() -> None:
+    layer = layer_of(presets.quantile_balance(top_k=2), return_routing=True)
+    x = torch.randn(512, H) + 1
+    assert max_violation(count_tokens(layer(x)[1].topk_ids, E)) > 0.5
+    for _ in range(10):
+        switchgear.after_step(layer)
+        routing = layer(x)[1]
+    assert max_violation(count_tokens(routing.topk_ids, E)) < 0.1
+    assert routing.losses == {}
+    again = layer_of(presets.quantile_balance(top_k=2), return_routing=True)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x)[1].topk_ids, routing.topk_ids)
 
 
 def test_a_balance_that_is_changed_in_training_takes_effect() -> None:
@@ -329,6 +368,12 @@ COUNTING = {
     "Switch": {"balance": [SwitchLoss]},
     "several": {"balance": [SwitchLoss, partial(AdaptiveSparsity, 2), LossFreeBias(0.1)]},
     "Skywork": {"balance": [partial(SwitchLoss, AdaptiveCoefficient)], "capacity": Capacity(1.0)},
+    "quantile": {"score_function": "sigmoid", "balance": [QuantileBias, SwitchLoss]},
+    "RunningThreshold": {
+        "top_k": None,
+        "select": Broadcast(TopK(2), partial(RunningThreshold, 0.5), 1.0),
+        "balance": [SwitchLoss],
+    },
     "over a step": {"balance": [partial(SwitchLoss, scope="global", accumulate=True)]},
     "RunningCap": {"top_k": None, "select": partial(RunningCap, TopK(2), math.inf), "balance": [SwitchLoss]},
     "Monet": None,
@@ -386,7 +431,7 @@ def _stepped(x: Tensor, state: dict[str, Tensor], context: Context) -> tuple[lis
 
 
 @pytest.mark.slow
-def test_loss_free_balancing_and_skywork_count_over_processes() -> None:
+def test_row4_loss_free_balancing_and_skywork_count_over_processes() -> None:
     """Two processes with two sequences each, one per call, update bias and coefficient like one process with all four:
     under DistributedDataParallel, which overwrites buffers at each call, with a group and without one."""
     whole = controlled()
@@ -433,7 +478,7 @@ def test_counts_follow_a_router_that_is_moved() -> None:
 # ---- global balance --------------------------------------------------------------------------------------------------
 
 
-def test_demons_in_the_detail_counts_over_the_micro_batches_of_a_step(backend: str) -> None:
+def test_row5_demons_in_the_detail_counts_over_the_micro_batches_of_a_step(backend: str) -> None:
     layer = layer_of(presets.global_balance(balance=0.1))
     first, second = torch.randn(20, H), torch.randn(12, H)
     layer(first)
@@ -499,7 +544,7 @@ def test_row20_moec_keeps_the_whole_part_of_a_cluster_open(size: int, rate: floa
     assert (~mask.closed).view(2, size).sum(1).tolist() == [stay] * 2
 
 
-def test_moec_closes_the_same_experts_for_an_interval() -> None:
+def test_row20_moec_closes_the_same_experts_for_an_interval() -> None:
     layer = presets.build(H, I, 24, **presets.moec(num_clusters=3, dropout=0.25, interval=4), return_routing=True)
     mask, seen = layer.gate.select.mask, []
     for _ in range(12):
@@ -523,7 +568,7 @@ def test_moec_closes_the_same_experts_for_an_interval() -> None:
 # ---- token gradient conflict -----------------------------------------------------------------------------------------
 
 
-def test_gradient_conflict_is_a_loop_over_token_gradients(backend: str) -> None:
+def test_row21_gradient_conflict_is_a_loop_over_token_gradients(backend: str) -> None:
     layer, x = layer_of(presets.gradient_conflict()), torch.randn(20, H)
     target = torch.randn(20, H)
     y, routing = layer(x)
@@ -552,7 +597,7 @@ def test_gradient_conflict_is_a_loop_over_token_gradients(backend: str) -> None:
 # ---- DeepSeekMoE -----------------------------------------------------------------------------------------------------
 
 
-def test_deepseek_moe_is_a_loop_with_shared_experts(backend: str) -> None:
+def test_row3_deepseek_moe_is_a_loop_with_shared_experts(backend: str) -> None:
     layer = layer_of(presets.deepseek_moe(top_k=3, balance=0.1, num_devices=4, device_balance=0.2))
 
     def loop(layer: Any, x: Tensor) -> Any:
@@ -574,18 +619,18 @@ def test_row3_deepseek_moe_has_the_constants_of_the_16b_model() -> None:
     assert (layer.gate.select.top_k, layer.shared_experts.down_proj.in_features, loss.coefficient) == (6, 2 * I, 0.001)
 
 
-def test_deepseek_moe_has_no_device_loss_without_devices() -> None:
+def test_row3_deepseek_moe_has_no_device_loss_without_devices() -> None:
     with raises(ValueError, "num_devices"):
         presets.deepseek_moe(device_balance=5.0)
 
 
-def test_deepseek_moe_without_routed_weight_is_its_shared_experts() -> None:
+def test_row3_deepseek_moe_without_routed_weight_is_its_shared_experts() -> None:
     layer, x = layer_of(presets.deepseek_moe(top_k=3)).eval(), torch.randn(9, H)
     layer.gate.select = lambda z, context, bias=None: TopK(3, scale=0.0)(z, context, bias)
     assert torch.equal(layer(x), layer.shared_experts(x))
 
 
-def test_deepseek_moe_slices_of_a_network_are_the_network() -> None:
+def test_row3_deepseek_moe_slices_of_a_network_are_the_network() -> None:
     """m experts with 1/m of the width, all chosen with weight 1."""
     whole, slices = switchgear.layers.SharedExperts(H, 24), switchgear.Experts(H, 6, 4)
     with torch.no_grad():
@@ -599,7 +644,7 @@ def test_deepseek_moe_slices_of_a_network_are_the_network() -> None:
 # ---- null experts ----------------------------------------------------------------------------------------------------
 
 
-def test_adamoe_is_a_loop_with_null_experts(backend: str) -> None:
+def test_row8_adamoe_is_a_loop_with_null_experts(backend: str) -> None:
     layer = layer_of(presets.adamoe(top_k=4, null_experts=6, balance=0.1))
 
     def loop(layer: Any, x: Tensor) -> Any:
@@ -618,7 +663,7 @@ def test_adamoe_is_a_loop_with_null_experts(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(30, H))
 
 
-def test_adamoe_tokens_of_null_experts_alone_are_zeros_and_plans_hold_true_pairs() -> None:
+def test_row8_adamoe_tokens_of_null_experts_alone_are_zeros_and_plans_hold_true_pairs() -> None:
     layer = layer_of(presets.adamoe(top_k=2, null_experts=6), return_routing=True)
     x = torch.randn(200, H)
     y, routing = layer(x)
@@ -679,7 +724,7 @@ def test_row9_hmoe_has_no_entropy_loss_without_top_p() -> None:
 # ---- a deep mixture --------------------------------------------------------------------------------------------------
 
 
-def test_deep_mixture_is_two_dense_layers(backend: str) -> None:
+def test_row26_deep_mixture_is_two_dense_layers(backend: str) -> None:
     layer = presets.build(H, I, 3, **presets.deep_mixture())
 
     def loop(layer: Any, x: Tensor) -> Tensor:
@@ -703,7 +748,7 @@ class Only(nn.Module):
         return Routing(ids, torch.ones(len(ids), 1), router_logits, router_logits.shape[1])
 
 
-def test_deep_mixture_uses_pairs_of_experts() -> None:
+def test_row26_deep_mixture_uses_pairs_of_experts() -> None:
     """E1 · E2 combinations: each pair of chosen experts is a different function."""
     layer = presets.build(H, I, 3, **presets.deep_mixture()).eval()
     x, outputs = torch.randn(1, H), []
@@ -714,7 +759,7 @@ def test_deep_mixture_uses_pairs_of_experts() -> None:
     assert len({tuple(y.flatten().tolist()) for y in outputs}) == 9
 
 
-def test_deep_mixture_closes_experts_that_are_ahead() -> None:
+def test_row26_deep_mixture_closes_experts_that_are_ahead() -> None:
     select = RunningCap(Dense(), margin=5.0, num_experts=4)
     select.totals.copy_(torch.tensor([20.0, 2.0, 1.0, 1.0]))  # mean 6: the first is ahead by 14
     logits = torch.randn(10, 4)
@@ -730,7 +775,7 @@ def test_deep_mixture_closes_experts_that_are_ahead() -> None:
         RunningCap(Dense(), -1.0, 4)
 
 
-def test_deep_mixture_keeps_counting_after_many_tokens() -> None:
+def test_row26_deep_mixture_keeps_counting_after_many_tokens() -> None:
     select = RunningCap(Dense(), margin=5.0, num_experts=4)
     select.totals.fill_(2.0**30)  # as an earlier version would have saved it; the next float32 is 128 away
     logits = torch.tensor([10.0, 0, 0, 0]).expand(9, 4)
@@ -739,7 +784,7 @@ def test_deep_mixture_keeps_counting_after_many_tokens() -> None:
     assert select.totals.max() < 20
 
 
-def test_deep_mixture_closes_experts_under_a_bias_too() -> None:
+def test_row26_deep_mixture_closes_experts_under_a_bias_too() -> None:
     select = RunningCap(TopK(2, "sigmoid"), margin=5.0, num_experts=4)
     select.totals.copy_(torch.tensor([20.0, 2.0, 1.0, 1.0]))
     bias = torch.tensor([2.0, 0.0, 0.0, 0.0])

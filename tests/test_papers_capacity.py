@@ -63,7 +63,7 @@ def limited(routing: Routing, capacity: int, drop: str) -> tuple[list[list[int]]
 
 @pytest.mark.parametrize("drop", ["order", "choice", "reverse", "score"])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
-def test_capacity_aware_inference_drops_as_a_loop_does(backend: str, drop: str, factor: float) -> None:
+def test_row36_capacity_aware_inference_drops_as_a_loop_does(backend: str, drop: str, factor: float) -> None:
     routing = routing_of(skewed())
     routing.topk_ids[3, 1] = routing.topk_ids[7, 0] = -1  # holes use no capacity and give none
     out = Capacity(factor, drop)(routing, NOTHING_KNOWN)
@@ -93,15 +93,16 @@ def test_a_capacity_is_that_of_the_factor_as_it_is_written(
 
 
 def test_candidates_are_counted_by_the_choices_of_their_token() -> None:
-    """⌈k · expand⌉ of a token with k choices: as wide as another token is, and as the factor is written."""
+    """⌈k · expand⌉ of a token with k choices: as wide as another token is, and as the factor is written. Each expert
+    keeps the second token's candidates, and the first token its five best of what is left of its own."""
     logits = torch.arange(10.0).flip(0).expand(3, 10)
     routing = TopK(5)(logits)._replace(scores=logits.softmax(-1))
     routing.topk_ids[1, 1:] = -1
     routing.topk_ids[2] = -1
-    out = Capacity(9.0, overflow="overselect", expand=2.0)(routing, NOTHING_KNOWN)
-    assert (out.topk_ids >= 0).sum(1).tolist() == [10, 2, 0]
-    out = Capacity(9.0, overflow="overselect", expand=1.2)(routing, NOTHING_KNOWN)
-    assert (out.topk_ids >= 0).sum(1).tolist() == [6, 2, 0]
+    for expand, first in ((2.0, [2, 3, 4, 5, 6]), (1.2, [2, 3, 4, 5])):
+        out = Capacity(1.0, "reverse", "overselect", expand=expand)(routing, NOTHING_KNOWN)
+        assert [[e for e in row if e >= 0] for row in out.topk_ids.tolist()] == [first, [0], []]
+        assert out.topk_ids.shape == (3, 5)
     out = Capacity(9.0, overflow="overselect")(routing, NOTHING_KNOWN)
     assert (out.topk_ids >= 0).sum(1).tolist() == [10, 10, 0]
     assert out.topk_ids.shape == (3, 10)  # choices and candidates, without columns that no token can fill
@@ -132,7 +133,7 @@ def test_masked_experts_take_nothing_over(overflow: str, score_function: str) ->
 
 @pytest.mark.parametrize("expand", [None, 2.0])
 @pytest.mark.parametrize("drop", ["order", "score", "random"])
-def test_capacity_aware_inference_reroutes_to_whoever_has_room(drop: str, expand: float | None) -> None:
+def test_row36_capacity_aware_inference_reroutes_to_whoever_has_room(drop: str, expand: float | None) -> None:
     logits = skewed()
     routing = routing_of(logits)
     capacity = math.ceil(1.1 * K * 40 / E)
@@ -160,7 +161,7 @@ def test_capacity_aware_inference_reroutes_to_whoever_has_room(drop: str, expand
     torch.testing.assert_close(out.topk_weights[moved], wanted[moved])
 
 
-def test_capacity_aware_inference_rerouting_is_a_loop_in_order_of_scores() -> None:
+def test_row36_capacity_aware_inference_rerouting_is_a_loop_in_order_of_scores() -> None:
     """Rounds over the candidates; in each, tokens with dropped choices offer one to their next candidate."""
     logits = skewed()
     routing = routing_of(logits)
@@ -182,7 +183,7 @@ def test_capacity_aware_inference_rerouting_is_a_loop_in_order_of_scores() -> No
     assert p.shape == (40, E)
 
 
-def test_capacity_aware_inference_reroutes_by_the_scores_of_the_selection_inside() -> None:
+def test_row36_capacity_aware_inference_reroutes_by_the_scores_of_the_selection_inside() -> None:
     """The new weight is the expert's own score: a sigmoid, even if another selection wraps it."""
     select = SkipBelow(Masked(TopK(2, "sigmoid"), lambda z, context: None), 0.0)
     router = switchgear.Router(H, E, select=select, capacity=Capacity(1.0, "order", "reroute"))
@@ -196,7 +197,7 @@ def test_capacity_aware_inference_reroutes_by_the_scores_of_the_selection_inside
 
 
 @pytest.mark.parametrize("overflow", ["drop", "reroute"])
-def test_capacity_aware_inference_layer_is_a_loop(backend: str, overflow: str) -> None:
+def test_row36_capacity_aware_inference_layer_is_a_loop(backend: str, overflow: str) -> None:
     """Forward and gradients of the whole layer in evaluation, for the choice of the router."""
     layer = layer_of(presets.capacity_aware(gamma=1.0, overflow=overflow), return_routing=True).eval()
     x = torch.randn(30, H) + 1
@@ -249,7 +250,7 @@ def kept_by_loop(p: Tensor, capacity: int, overflow: str) -> list[list[int]]:
                     room[e] -= 1
                     kept[offer[1]].append(e)
                     lost.remove(offer)
-    return kept
+    return [sorted(row, key=wanted[t].index)[:K] for t, row in enumerate(kept)] if overflow == "overselect" else kept
 
 
 def test_row36_capacity_aware_inference_ranks_by_scores_before_they_are_normalised() -> None:
@@ -295,8 +296,9 @@ def test_row36_capacity_aware_inference_expanded_drop_of_the_authors_code(normal
     assert_agrees(layer, loop, torch.randn(40, H))
 
 
-def test_row36_capacity_aware_inference_overselects_and_then_drops() -> None:
-    """A token may keep up to ⌈K · expand⌉ experts, each of them among its best; no expert exceeds its capacity."""
+def test_row36_capacity_aware_inference_overselects_drops_and_cuts_back() -> None:
+    """Of a token's ⌈K · expand⌉ candidates some experts keep it; it goes to the K best of them, as in the patch of the
+    authors' code, whose blocks choose K of what the capacity left."""
     layer = layer_of(presets.capacity_aware(gamma=1.0, overflow="overselect", expand=2.0), return_routing=True).eval()
     x = torch.randn(40, H)
     _, routing = layer(x)
@@ -305,10 +307,12 @@ def test_row36_capacity_aware_inference_overselects_and_then_drops() -> None:
     wanted = [best(row, 2 * K) for row in p]
     offers = sorted((-float(p[t, e]), t, e) for t, row in enumerate(wanted) for e in row)
     taken = {e: [t for _, t, c in offers if c == e][: math.ceil(K * 40 / E)] for e in range(E)}
-    assert ids == [sorted(e for e in range(E) if t in taken[e]) for t in range(40)]
+    left = [[e for e in row if t in taken[e]] for t, row in enumerate(wanted)]
+    assert max(map(len, left)) > K
+    assert ids == [sorted(row[:K]) for row in left]
+    assert routing.topk_ids.shape == (40, K)
     kept = routing.topk_ids >= 0
     torch.testing.assert_close(routing.topk_weights[kept], p.gather(1, routing.topk_ids.clamp(min=0).long())[kept])
-    assert max(map(len, ids)) > K
     assert routing.num_dropped == sum(max(K - len(row), 0) for row in ids)
 
 
@@ -334,7 +338,7 @@ def test_a_smallest_capacity(scope: str) -> None:
     assert max(counts_of(Capacity(9, scope=scope, minimum=4)(routing, context).topk_ids)) == 6
 
 
-def test_capacity_aware_inference_without_a_limit_is_top_k() -> None:
+def test_row36_capacity_aware_inference_without_a_limit_is_top_k() -> None:
     layer, x = layer_of(presets.capacity_aware(gamma=1.0), return_routing=True), torch.randn(30, H)
     assert layer(x)[1].num_dropped == 0  # in training
     routing = routing_of(skewed())
@@ -343,7 +347,7 @@ def test_capacity_aware_inference_without_a_limit_is_top_k() -> None:
     assert torch.equal(alone.topk_ids, switchgear.route(x[:1] @ layer.gate.weight.T, 2).topk_ids)
 
 
-def test_capacity_aware_inference_lowers_the_largest_load() -> None:
+def test_row36_capacity_aware_inference_lowers_the_largest_load() -> None:
     """The time of a layer in expert parallelism is proportional to max load / mean load."""
     routing = routing_of(skewed(400))
     before = max(counts_of(routing.topk_ids)) / (K * 400 / E)
@@ -351,7 +355,7 @@ def test_capacity_aware_inference_lowers_the_largest_load() -> None:
     assert before > 2 > 1.26 > after
 
 
-def test_towards_moe_deployment_dropless_is_a_capacity_of_all_tokens() -> None:
+def test_row38_towards_moe_deployment_dropless_is_a_capacity_of_all_tokens() -> None:
     routing = routing_of(skewed())
     everyone = Capacity(E / K)(routing, NOTHING_KNOWN)  # C = T
     assert torch.equal(Dropless()(routing, NOTHING_KNOWN).topk_ids, everyone.topk_ids)
@@ -360,7 +364,7 @@ def test_towards_moe_deployment_dropless_is_a_capacity_of_all_tokens() -> None:
     assert len(plan.token_indices) == 40 * K  # rows of work: T·K, not E·C
 
 
-def test_openmoe_drops_towards_the_end_of_a_sequence() -> None:
+def test_row35_openmoe_drops_towards_the_end_of_a_sequence() -> None:
     """Later positions lose more with drop="order", all equally with "random"."""
     logits = torch.randn(64, 128, E) + torch.linspace(1, -1, E)
     routing = routing_of(logits.flatten(0, 1))
@@ -379,7 +383,7 @@ def test_openmoe_drops_towards_the_end_of_a_sequence() -> None:
     assert random.max() - random.min() < 0.05
 
 
-def test_openmoe_layer_has_both_losses(backend: str) -> None:
+def test_row35_openmoe_layer_has_both_losses(backend: str) -> None:
     layer = layer_of(presets.openmoe(capacity_factor=8.0, balance=0.1, z=0.05))
 
     def loop(layer: Any, x: Tensor) -> Any:
@@ -427,7 +431,7 @@ def attacked(layer: Any, victim: Tensor, stranger: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
-def test_buffer_overflow_pushes_a_victim_out_of_a_shared_buffer(isa: str, scope: str) -> None:
+def test_row79_buffer_overflow_pushes_a_victim_out_of_a_shared_buffer(isa: str, scope: str) -> None:
     """The attacker sends tokens like the victim's. With drop="order" over the batch they take its capacity; within
     sequences, or without a capacity, nothing the attacker does changes a bit."""
     victim, harmless = torch.randn(10, H), torch.randn(10, H)
@@ -446,7 +450,7 @@ def test_buffer_overflow_pushes_a_victim_out_of_a_shared_buffer(isa: str, scope:
 
 @pytest.mark.parametrize("drop", ["order", "choice", "score", "reverse"])
 @pytest.mark.parametrize("overflow", ["drop", "reroute"])
-def test_buffer_overflow_isolated_routers_are_independent_bit_for_bit(drop: str, overflow: str) -> None:
+def test_row79_buffer_overflow_isolated_routers_are_independent_bit_for_bit(drop: str, overflow: str) -> None:
     layer = switchgear.MoE(H, I, E, 2, capacity=Capacity(1.0, drop, overflow), isolation="sequence").eval()
     victim = torch.randn(12, H)
     wanted = attacked(layer, victim, torch.randn(12, H))
@@ -454,7 +458,7 @@ def test_buffer_overflow_isolated_routers_are_independent_bit_for_bit(drop: str,
         assert torch.equal(attacked(layer, victim, stranger), wanted)
 
 
-def test_stealing_user_prompts_by_ties_needs_a_shared_batch(isa: str) -> None:
+def test_row80_stealing_user_prompts_by_ties_needs_a_shared_batch(isa: str) -> None:
     """Expert choice over the batch takes one of two equal tokens. The attacker guesses the victim's token. If the guess
     is right, the one that is first in the batch is taken and the other is not, which the attacker sees in its own
     output."""
@@ -487,7 +491,7 @@ def test_stealing_user_prompts_by_ties_needs_a_shared_batch(isa: str) -> None:
     assert torch.equal(batch(right, prompt)[0], batch(right, torch.zeros(4, H))[0])  # and for any prompt of the victim
 
 
-def test_stealing_user_prompts_ties_follow_the_order_within_a_sequence() -> None:
+def test_row80_stealing_user_prompts_ties_follow_the_order_within_a_sequence() -> None:
     select, logits = ExpertChoice(1.0, scope="sequence", ties="index"), torch.zeros(12, 3)
     routing = select(logits, Context(sequence_length=6))
     kept = (routing.topk_ids >= 0).any(1).view(2, 6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -256,6 +257,25 @@ def test_row75_similarity_is_the_weighted_sum(olmoe: Any) -> None:
                 rw = cosine(a.routing[i].tolist(), b.routing[j].tolist())
                 assert float(found[i, j]) == pytest.approx(hs + alpha * rw, abs=1e-5)
     torch.testing.assert_close(a.concatenated @ b.concatenated.T, a.similarity(b))
+
+
+def test_row75_plain_ids_have_the_hidden_state(olmoe: Any) -> None:
+    ids = torch.randint(1, 50, (3, 6))
+    found, wanted = (diagnostics.routing_embedding(olmoe, inputs) for inputs in (ids, {"input_ids": ids}))
+    assert torch.equal(found.routing, wanted.routing)
+    assert torch.equal(found.hidden, wanted.hidden)
+
+
+def test_row75_z_scores_over_the_batch_are_those_of_the_code(olmoe: Any) -> None:
+    found = diagnostics.routing_embedding(olmoe, torch.randint(1, 50, (5, 6)))
+    scores = found.standardize()
+    for name in ("routing", "hidden"):
+        for feature, got in zip(getattr(found, name).T.tolist(), getattr(scores, name).T.tolist(), strict=True):
+            mean, deviation = statistics.mean(feature), statistics.stdev(feature)
+            assert got == pytest.approx([(v - mean) / (deviation + 1e-8) for v in feature], abs=1e-3)
+    assert diagnostics.RoutingEmbedding(found.routing, None).standardize().hidden is None
+    with raises(ValueError, "routing"):
+        diagnostics.RoutingEmbedding(found.routing[:1], None).standardize()
 
 
 def test_row75_prompt_is_that_of_the_code() -> None:

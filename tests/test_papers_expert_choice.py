@@ -32,7 +32,7 @@ def pairs_to_rows(tokens: list[list[int]], scores: Tensor) -> tuple[list[list[in
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
-def test_expert_choice_is_a_loop_over_experts(backend: str, scope: str) -> None:
+def test_row2_expert_choice_is_a_loop_over_experts(backend: str, scope: str) -> None:
     layer = layer_of(presets.expert_choice(scope=scope))
 
     def loop(layer: Any, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def test_expert_choice_is_a_loop_over_experts(backend: str, scope: str) -> None:
     assert_agrees(layer, loop, torch.randn(3, 16, H))
 
 
-def test_expert_choice_fills_every_expert_alike(backend: str) -> None:
+def test_row2_expert_choice_fills_every_expert_alike(backend: str) -> None:
     logits = torch.randn(40, E)
     routing = ExpertChoice(2.0)(logits)
     assert counts_of(routing.topk_ids) == [10] * E
@@ -60,7 +60,7 @@ def test_expert_choice_fills_every_expert_alike(backend: str) -> None:
 
 @pytest.mark.parametrize("weights", ["score", "logit"])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_expert_choice_weighs_in_evaluation_as_in_training(weights: str, scale: float) -> None:
+def test_row2_expert_choice_weighs_in_evaluation_as_in_training(weights: str, scale: float) -> None:
     logits = torch.randn(9, E, dtype=torch.float64)
     select = ExpertChoice(2.0, weights=weights, scale=scale, evaluation=2)
     values = logits.softmax(-1) if weights == "score" else logits
@@ -74,7 +74,7 @@ def test_expert_choice_weighs_in_evaluation_as_in_training(weights: str, scale: 
     assert (select(logits, Context(), bias).topk_ids[:, 0] == 3).all()
 
 
-def test_expert_choice_gives_ties_to_the_lowest_token() -> None:
+def test_row2_expert_choice_gives_ties_to_the_lowest_token() -> None:
     routing = ExpertChoice(1.0)(torch.zeros(24, 4))
     assert (routing.topk_ids[:6] >= 0).all()
     assert (routing.topk_ids[6:] < 0).all()
@@ -83,14 +83,14 @@ def test_expert_choice_gives_ties_to_the_lowest_token() -> None:
     assert not torch.equal((drawn.topk_ids >= 0).any(1), (routing.topk_ids >= 0).any(1))
 
 
-def test_expert_choice_gradients() -> None:
+def test_row2_expert_choice_gradients() -> None:
     logits = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
     for select in (ExpertChoice(2.0), ExpertChoice(tokens_per_expert=3, weights="softmax_over_tokens")):
         assert torch.autograd.gradcheck(lambda z, select=select: select(z).topk_weights, (logits,))
 
 
 @pytest.mark.parametrize("cap", [1, 2, 3])
-def test_expert_choice_caps_the_experts_of_a_token_near_the_optimum(backend: str, cap: int) -> None:
+def test_row2_expert_choice_caps_the_experts_of_a_token_near_the_optimum(backend: str, cap: int) -> None:
     """No token exceeds the cap and no expert its k. The assignment loses far fewer pairs than a cut, and its value is
     near the optimum by linear programming."""
     optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
@@ -115,7 +115,7 @@ def test_expert_choice_caps_the_experts_of_a_token_near_the_optimum(backend: str
     assert value[100] > -0.97 * found.fun
 
 
-def test_expert_choice_caps_ragged_sequences_apart() -> None:
+def test_row2_expert_choice_caps_ragged_sequences_apart() -> None:
     logits = torch.randn(26, E)
     sequence = torch.tensor([0] * 10 + [1] * 16)
     select = ExpertChoice(1.0, scope="sequence", max_experts_per_token=2)
@@ -125,7 +125,7 @@ def test_expert_choice_caps_ragged_sequences_apart() -> None:
         assert torch.equal(routing.topk_ids[sequence == s], alone.topk_ids)
 
 
-def test_expert_choice_with_room_for_all_caps_nothing() -> None:
+def test_row2_expert_choice_with_room_for_all_caps_nothing() -> None:
     logits = torch.randn(32, E)
     free = ExpertChoice(2.0)(logits)
     width = free.topk_ids.shape[1]
@@ -135,14 +135,14 @@ def test_expert_choice_with_room_for_all_caps_nothing() -> None:
         assert (capped.topk_ids[:, width:] < 0).all()
 
 
-def test_expert_choice_falls_back_for_decoders() -> None:
+def test_row2_expert_choice_falls_back_for_decoders() -> None:
     layer, x = layer_of(presets.expert_choice(evaluation=2), return_routing=True).eval(), torch.randn(9, H)
     routing, alone = layer(x)[1], layer(x[3:4])[1]
     assert torch.equal(routing.topk_ids, switchgear.route(linear(layer, x), 2).topk_ids)
     assert torch.equal(alone.topk_ids[0], routing.topk_ids[3])
 
 
-def test_expert_choice_of_ragged_sequences_is_that_of_each() -> None:
+def test_row2_expert_choice_of_ragged_sequences_is_that_of_each() -> None:
     logits = torch.randn(23, E)
     sequence = torch.tensor([5] * 9 + [2] * 14)[torch.randperm(23)]
     routing = ExpertChoice(2.0, scope="sequence")(logits, Context(sequence_ids=sequence))
@@ -155,7 +155,7 @@ def test_expert_choice_of_ragged_sequences_is_that_of_each() -> None:
         assert (routing.topk_ids[mine][:, width:] < 0).all()
 
 
-def test_pmoe_averages_the_best_patches_of_each_sample(backend: str) -> None:
+def test_row33_pmoe_averages_the_best_patches_of_each_sample(backend: str) -> None:
     layer = layer_of(presets.pmoe(patches=3), activation="relu", gated=False)
 
     def loop(layer: Any, x: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def test_pmoe_averages_the_best_patches_of_each_sample(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(3, 7, H))
 
 
-def test_pmoe_of_all_patches_is_a_dense_mixture() -> None:
+def test_row33_pmoe_of_all_patches_is_a_dense_mixture() -> None:
     logits = torch.randn(2 * 6, E)
     select = ExpertChoice(tokens_per_expert=6, scope="sequence", weights="softmax_over_tokens", scale=1 / 6)
     routing = select(logits, Context(sequence_length=6))

@@ -31,6 +31,8 @@ from switchgear.layers import (
     MonetRouter,
     MultiHeadMoE,
     SoftMoE,
+    Stitched,
+    StitchLayer,
     StratifiedMoE,
     VirtualExperts,
     per_conv_tokens,
@@ -56,7 +58,7 @@ def moe_loop(layer: switchgear.MoE, x: Tensor) -> Tensor:
 # ---- multi-head ------------------------------------------------------------------------------------------------------
 
 
-def test_multi_head_moe_is_a_loop_over_pieces(backend: str) -> None:
+def test_row28_multi_head_moe_is_a_loop_over_pieces(backend: str) -> None:
     layer = MultiHeadMoE(moe(hidden_size=H // 4), H, heads=4)
 
     def loop(layer: MultiHeadMoE, x: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def test_multi_head_moe_is_a_loop_over_pieces(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(2, 5, H))
 
 
-def test_multi_head_moe_keeps_pieces_of_a_sequence_together() -> None:
+def test_row28_multi_head_moe_keeps_pieces_of_a_sequence_together() -> None:
     """Policies per sequence see the pieces of a whole sequence, and the context of a token applies to its pieces."""
     select = ExpertChoice(1.0, scope="sequence")
     layer = MultiHeadMoE(moe(hidden_size=H // 4, num_experts=4, top_k=None, select=select), H, heads=4)
@@ -98,7 +100,7 @@ def test_multi_head_moe_keeps_pieces_of_a_sequence_together() -> None:
     assert lookup(torch.randn(0, H), token_ids=torch.zeros(0, dtype=torch.int64)).shape == (0, H)
 
 
-def test_multi_head_moe_with_one_head_is_the_layer() -> None:
+def test_row28_multi_head_moe_with_one_head_is_the_layer() -> None:
     inner = moe()
     layer = MultiHeadMoE(inner, H, heads=1)
     with torch.no_grad():
@@ -111,7 +113,7 @@ def test_multi_head_moe_with_one_head_is_the_layer() -> None:
 
 
 @pytest.mark.parametrize(("heads", "top_k"), [(2, 2), (4, 1), (4, 3)])
-def test_multi_head_moe_has_the_flops_of_the_layer_without_heads(heads: int, top_k: int) -> None:
+def test_row28_multi_head_moe_has_the_flops_of_the_layer_without_heads(heads: int, top_k: int) -> None:
     """The projections' 4·H² operations per token equal those of 2·H/(3·K) of the I columns of K gated experts. Without
     these columns, forward and training cost the same, counted product by product; experts get h times the rows."""
     hidden, width = 72, 60
@@ -128,7 +130,7 @@ def test_multi_head_moe_has_the_flops_of_the_layer_without_heads(heads: int, top
     assert count_flops(lambda: wide(x)) == wanted + 30 * 4 * hidden**2
 
 
-def test_multi_head_moe_gradients() -> None:
+def test_row28_multi_head_moe_gradients() -> None:
     layer = MultiHeadMoE(moe(hidden_size=H // 4), H, heads=4).double()
     assert torch.autograd.gradcheck(layer, (torch.randn(3, H, dtype=torch.float64, requires_grad=True),))
 
@@ -136,7 +138,7 @@ def test_multi_head_moe_gradients() -> None:
 # ---- Cartesian -------------------------------------------------------------------------------------------------------
 
 
-def test_cartesian_moe_is_two_layers(backend: str) -> None:
+def test_row27_cartesian_moe_is_two_layers(backend: str) -> None:
     layer = CartesianMoE(moe(), moe(num_experts=4), H)
 
     def loop(layer: CartesianMoE, x: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ def test_cartesian_moe_is_two_layers(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(9, H))
 
 
-def test_cartesian_moe_grows_with_the_sum() -> None:
+def test_row27_cartesian_moe_grows_with_the_sum() -> None:
     def size(a: int, b: int) -> int:
         return sum(p.numel() for p in CartesianMoE(moe(num_experts=a), moe(num_experts=b), H).parameters())
 
@@ -154,7 +156,7 @@ def test_cartesian_moe_grows_with_the_sum() -> None:
     assert size(8, 8) - size(4, 8) == size(8, 8) - size(8, 4) == 4 * each
 
 
-def test_cartesian_moe_without_a_first_expert_changes_its_tokens_alone() -> None:
+def test_row27_cartesian_moe_without_a_first_expert_changes_its_tokens_alone() -> None:
     layer, x = CartesianMoE(moe(return_routing=False), moe(), H).eval(), torch.randn(40, H)
     seen = []
     layer.first.gate.register_forward_hook(lambda module, args, output: seen.append(output.topk_ids))
@@ -172,7 +174,7 @@ def test_cartesian_moe_without_a_first_expert_changes_its_tokens_alone() -> None
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_soft_moe_is_the_published_formula(backend: str, normalize: bool) -> None:
+def test_row31_soft_moe_is_the_published_formula(backend: str, normalize: bool) -> None:
     layer = SoftMoE(Experts(H, 12, 5), slots=3, normalize=normalize)
 
     def loop(layer: SoftMoE, x: Tensor) -> Tensor:
@@ -199,7 +201,7 @@ def test_row31_soft_moe_of_the_preset_has_plain_logits() -> None:
     torch.testing.assert_close(layer.logits(x), x @ layer.phi.T)
 
 
-def test_soft_moe_permutes_with_its_tokens_and_skips_padding() -> None:
+def test_row31_soft_moe_permutes_with_its_tokens_and_skips_padding() -> None:
     layer, x, order = SoftMoE(Experts(H, 12, 1)), torch.randn(9, H), torch.randperm(9)
     torch.testing.assert_close(layer(x[order]), layer(x)[order])
     mask = torch.tensor([True] * 6 + [False] * 3)
@@ -209,7 +211,7 @@ def test_soft_moe_permutes_with_its_tokens_and_skips_padding() -> None:
     assert not layer(x, torch.zeros(9, dtype=torch.bool)).any()
 
 
-def test_soft_moe_loads_a_scalar() -> None:
+def test_row31_soft_moe_loads_a_scalar() -> None:
     """The scale had no dimension once."""
     layer, other = (SoftMoE(Experts(H, 12, 4)) for _ in range(2))
     state = {**other.state_dict(), "scale": torch.tensor(3.0)}
@@ -218,7 +220,7 @@ def test_soft_moe_loads_a_scalar() -> None:
     assert state["scale"].shape == ()
 
 
-def test_soft_moe_ignores_what_padding_holds() -> None:
+def test_row31_soft_moe_ignores_what_padding_holds() -> None:
     layer, x, mask = SoftMoE(Experts(H, 12, 4)), torch.randn(2, 5, H), torch.ones(2, 5, dtype=torch.bool)
     mask[:, 3:] = False
     wanted = layer(x, mask)
@@ -235,7 +237,7 @@ def test_layers_of_layers_refuse_those_that_return_the_routing() -> None:
             CartesianMoE(*pair, H)
 
 
-def test_soft_moe_weights_sum_to_one() -> None:
+def test_row31_soft_moe_weights_sum_to_one() -> None:
     """If tokens are equal, every slot is that token: its dispatch sums to 1. If experts are equal too, every token gets
     their output: its combination sums to 1."""
     layer = SoftMoE(Experts(H, 12, 5), slots=3)
@@ -246,7 +248,7 @@ def test_soft_moe_weights_sum_to_one() -> None:
     torch.testing.assert_close(layer(token.expand(7, H)), expert(layer.experts, 0, token).expand(7, H))
 
 
-def test_soft_moe_makes_tokens_of_a_feature_map() -> None:
+def test_row31_soft_moe_makes_tokens_of_a_feature_map() -> None:
     features = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)
     tokens = per_conv_tokens(features)
     assert tokens.shape == (2, 4, 3)
@@ -276,7 +278,7 @@ def strata_loop(layer: StratifiedMoE, x: Tensor, passes: list[list[int]] | None 
     return torch.stack(rows)
 
 
-def test_stratified_moe_is_a_walk(backend: str) -> None:
+def test_row29_stratified_moe_is_a_walk(backend: str) -> None:
     layer = StratifiedMoE(H, 12, [2, 2, 3], top_k=2)
     assert_agrees(layer, strata_loop, torch.randn(25, H), length=3 * 256)  # three passes, each through norm and layer
     assert 0 < layer.losses["stratified"] < 0.2
@@ -288,7 +290,7 @@ def test_vmap_of_stratified_layers(training: bool) -> None:
     assert torch.equal(torch.func.vmap(layer)(x), torch.stack([layer(rows) for rows in x]))
 
 
-def test_stratified_moe_sends_every_token_through_the_last_stratum() -> None:
+def test_row29_stratified_moe_sends_every_token_through_the_last_stratum() -> None:
     layer, passes = StratifiedMoE(H, 12, [2, 2, 3]), []
     strata_loop(layer, torch.randn(60, H), passes)
     assert all(visited[-1] == 2 and visited.count(2) == 1 and len(visited) <= 3 for visited in passes)
@@ -338,7 +340,7 @@ def test_row29_sequences_do_not_compete_with_a_capacity_of_their_own() -> None:
     assert not torch.equal(y, layer(x))  # something was dropped
 
 
-def test_stratified_moe_of_one_stratum_is_norm_and_layer_and_residual() -> None:
+def test_row29_stratified_moe_of_one_stratum_is_norm_and_layer_and_residual() -> None:
     layer, inner, x = StratifiedMoE(H, 12, [6], top_k=2, aux_loss=1.0), moe(return_routing=True), torch.randn(11, H)
     inner.experts.load_state_dict(layer.experts.state_dict())
     with torch.no_grad():
@@ -355,7 +357,7 @@ WIDTHS = [4, 12, 8, 20]
 
 
 @pytest.mark.parametrize("options", [{}, {"transposed": True}, {"interleaved": True}, {"gated": False}], ids=str)
-def test_hmoe_is_a_loop_of_linear_layers_of_different_widths(backend: str, options: dict[str, bool]) -> None:
+def test_row9_hmoe_is_a_loop_of_linear_layers_of_different_widths(backend: str, options: dict[str, bool]) -> None:
     experts = HeterogeneousExperts(H, WIDTHS, activation="relu" if "gated" in options else "silu", **options)
     ids = torch.tensor([[0, 1], [3, 2], [2, -1], [-1, -1], [1, 3]], dtype=torch.int32)
     weights = torch.rand(5, 2)
@@ -384,7 +386,7 @@ def test_hmoe_is_a_loop_of_linear_layers_of_different_widths(backend: str, optio
     assert_agrees(Bound(), loop, torch.randn(5, H))
 
 
-def test_hmoe_costs_no_padding() -> None:
+def test_row9_hmoe_costs_no_padding() -> None:
     experts = HeterogeneousExperts(H, WIDTHS)
     ids = torch.tensor([[0, 1], [3, 2], [2, -1]])
     rows = (experts.slice_ids(ids) >= 0).sum() * experts.unit
@@ -393,7 +395,7 @@ def test_hmoe_costs_no_padding() -> None:
 
 
 @pytest.mark.parametrize("is_parent_first", [True, False])
-def test_hmoe_is_reset_module_by_module(is_parent_first: bool) -> None:
+def test_row9_hmoe_is_reset_module_by_module(is_parent_first: bool) -> None:
     """As after construction on the meta device: down_proj within ±1/√I_e of its expert, in either order."""
     layer = switchgear.MoE(64, 48, 2, 2, widths=[1, 2])
     experts = layer.experts
@@ -405,7 +407,7 @@ def test_hmoe_is_reset_module_by_module(is_parent_first: bool) -> None:
         assert 0.95 < largest * width**0.5 <= 1
 
 
-def test_hmoe_of_equal_widths_is_experts_bit_for_bit(backend: str) -> None:
+def test_row9_hmoe_of_equal_widths_is_experts_bit_for_bit(backend: str) -> None:
     equal, plain = HeterogeneousExperts(H, [12] * 6), Experts(H, 12, 6)
     plain.load_state_dict(equal.slices.state_dict())
     routing = switchgear.route(torch.randn(9, 6), 2)
@@ -413,7 +415,7 @@ def test_hmoe_of_equal_widths_is_experts_bit_for_bit(backend: str) -> None:
     assert torch.equal(equal(x, *routing[:2]), plain(x, *routing[:2]))
 
 
-def test_hmoe_widths_and_units() -> None:
+def test_row9_hmoe_widths_and_units() -> None:
     assert HeterogeneousExperts(H, WIDTHS).unit == 4
     with raises(ValueError):
         HeterogeneousExperts(H, WIDTHS, unit=8)
@@ -424,7 +426,7 @@ def test_hmoe_widths_and_units() -> None:
 # ---- virtual experts -------------------------------------------------------------------------------------------------
 
 
-def test_adamoe_and_moe_plus_plus_are_a_loop(backend: str) -> None:
+def test_row8_adamoe_and_moe_plus_plus_are_a_loop(backend: str) -> None:
     experts = with_virtual(Experts(H, 12, 4), null=2, copy=2, constant=3)
     nn.init.normal_(experts.constants)
     ids = torch.stack([torch.randperm(11)[:5] for _ in range(30)]).int()
@@ -456,13 +458,13 @@ def test_adamoe_and_moe_plus_plus_are_a_loop(backend: str) -> None:
     assert not experts(torch.randn(30, H), ids, weights)[7].any()
 
 
-def test_adamoe_without_null_experts_changes_nothing() -> None:
+def test_row8_adamoe_without_null_experts_changes_nothing() -> None:
     plain, x, routing = Experts(H, 12, 4), torch.randn(9, H), switchgear.route(torch.randn(9, 4), 2)
     assert torch.equal(with_virtual(plain)(x, *routing[:2]), plain(x, *routing[:2]))
     assert VirtualExperts(plain, null=3).num_experts == 7
 
 
-def test_adamoe_leaves_k_e_over_e_plus_m_true_experts() -> None:
+def test_row8_adamoe_leaves_k_e_over_e_plus_m_true_experts() -> None:
     routing = switchgear.route(torch.randn(20_000, 24), 4)
     true = (routing.topk_ids < 16).sum(1).float().mean()
     assert true.item() == pytest.approx(4 * 16 / 24, rel=0.01)
@@ -483,7 +485,7 @@ def test_qwen2_moe_gates_its_shared_experts() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
-def test_meo_is_one_average_expert(backend: str, pooling: str) -> None:
+def test_row49_meo_is_one_average_expert(backend: str, pooling: str) -> None:
     layer = MergedExperts(switchgear.Router(H, 6, 3), Experts(H, 12, 6), pooling=pooling)
     if pooling == "attention":
         nn.init.normal_(layer.attention.weight)
@@ -504,7 +506,7 @@ def test_meo_is_one_average_expert(backend: str, pooling: str) -> None:
     assert_agrees(layer, loop, torch.randn(3, 5, H))
 
 
-def test_meo_of_linear_experts_is_their_mixture() -> None:
+def test_row49_meo_of_linear_experts_is_their_mixture() -> None:
     """relu with a large positive bias is the identity, so the experts are affine."""
     experts = Experts(H, 12, 4, activation="relu", gated=False, bias=True)
     router = switchgear.Router(H, 4, 4)  # normalised over all four
@@ -518,7 +520,7 @@ def test_meo_of_linear_experts_is_their_mixture() -> None:
     torch.testing.assert_close(layer(x), experts(x.view(-1, H), *each).view(x.shape), rtol=1e-3, atol=1e-2)
 
 
-def test_meo_of_one_expert_carries_the_weight_inside() -> None:
+def test_row49_meo_of_one_expert_carries_the_weight_inside() -> None:
     layer, x = MergedExperts(switchgear.Router(H, 6, 1), Experts(H, 12, 6)), torch.randn(2, 5, H)
     routing = layer.router(x.mean(1))
     for b in range(2):
@@ -528,7 +530,7 @@ def test_meo_of_one_expert_carries_the_weight_inside() -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_meo_costs_one_network_and_the_merge(top_k: int) -> None:
+def test_row49_meo_costs_one_network_and_the_merge(top_k: int) -> None:
     """For B sequences of L tokens: one gated network over L tokens and an average of K experts' weights each, and a
     router that sees one row; the mixture costs K networks. K = 4 costs less than half from L = 4 on, here 33 / 98."""
     batch, length = 3, 32
@@ -543,7 +545,7 @@ def test_meo_costs_one_network_and_the_merge(top_k: int) -> None:
     assert top_k == 1 or merged < 0.6 * mixture_of_experts
 
 
-def test_meo_merges_each_task_once() -> None:
+def test_row49_meo_merges_each_task_once() -> None:
     layer, x = MergedExperts(switchgear.Router(H, 6, 2), Experts(H, 12, 6)), torch.randn(10, H)
     tasks = torch.tensor([0, 2, 0, 2, 2, 0, 2, 0, 0, 2])  # task 1 has no tokens
     y = layer(x, tasks, 3)
@@ -581,7 +583,7 @@ def monet_loop(layer: Monet, x: Tensor, disabled: tuple[tuple[int, int], ...] = 
 
 
 @pytest.mark.parametrize("mode", ["horizontal", "vertical"])
-def test_monet_is_the_sum_over_all_experts(mode: str) -> None:
+def test_row30_monet_is_the_sum_over_all_experts(mode: str) -> None:
     layer = Monet(H, 4, 6, heads=3, top_k=1, mode=mode)
     for name, parameter in layer.experts.named_parameters():
         if "bias" in name:
@@ -590,7 +592,7 @@ def test_monet_is_the_sum_over_all_experts(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["horizontal", "vertical"])
-def test_a_disabled_monet_expert_takes_exactly_its_term_away(mode: str) -> None:
+def test_row30_a_disabled_monet_expert_takes_exactly_its_term_away(mode: str) -> None:
     layer, x = Monet(H, 4, 6, heads=3, top_k=1, mode=mode).double().eval(), torch.randn(10, H).double()
     for name, parameter in layer.experts.named_parameters():
         if "bias" in name:
@@ -607,12 +609,12 @@ def test_a_disabled_monet_expert_takes_exactly_its_term_away(mode: str) -> None:
         layer.experts.disable(torch.tensor([[0, 4]]))
 
 
-def test_monet_parameters_grow_with_the_root_of_the_experts() -> None:
+def test_row30_monet_parameters_grow_with_the_root_of_the_experts() -> None:
     sizes = [sum(p.numel() for p in MonetExperts(H, n, 4, device="meta").parameters()) for n in (64, 128, 512)]
     assert sizes == [sizes[0], 2 * sizes[0], 8 * sizes[0]]
 
 
-def test_monet_gates_are_softmaxes_of_what_exceeds_a_quantile() -> None:
+def test_row30_monet_gates_are_softmaxes_of_what_exceeds_a_quantile() -> None:
     """The threshold applies to logits normalised per head; the softmax is of the original logits."""
     router, x = MonetRouter(H, 16, 2, top_k=3).double(), torch.randn(40, H).double()
     trained = router(x)
@@ -642,7 +644,25 @@ def test_row30_monet_follows_the_statistics_of_a_batch_norm() -> None:
         torch.testing.assert_close(getattr(router, name), torch.cat([getattr(norm, name) for norm in norms]))
 
 
-def test_monet_gates() -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_row30_monet_leaves_a_token_without_finite_squares_out_of_its_statistics(value: float) -> None:
+    """It neither changes the gates of others, now or later, nor makes them keep every half."""
+    router, x = MonetRouter(H, 32, 2, top_k=2), torch.randn(20, H)
+    spoiled = torch.cat((x[:3], torch.full((1, H), value), x[3:]))
+    twin = copy.deepcopy(router)
+    others = torch.arange(21) != 3
+    for found, wanted in zip(router(spoiled), twin(x), strict=True):
+        torch.testing.assert_close(found[others], wanted)
+        assert (found[others] > 0).sum(-1).float().mean() < 6
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(router, name), getattr(twin, name))
+    before = router.running_mean.clone()
+    router(spoiled[3:4])  # no token is left
+    assert torch.equal(router.running_mean, before)
+    assert router.running_var.isfinite().all()
+
+
+def test_row30_monet_gates() -> None:
     router = MonetRouter(H, 64, 2, top_k=8)
     first, second = router(torch.randn(4000, H))
     for gate in (first, second):
@@ -652,7 +672,7 @@ def test_monet_gates() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_monet_follows_a_forward_once_under_checkpointing(use_reentrant: bool) -> None:
+def test_row30_monet_follows_a_forward_once_under_checkpointing(use_reentrant: bool) -> None:
     layer, x = Monet(H, 8, 4, heads=2, top_k=2), torch.randn(10, H, requires_grad=True)
     repeated = copy.deepcopy(layer)
     layer(x).sum().backward()
@@ -661,6 +681,61 @@ def test_monet_follows_a_forward_once_under_checkpointing(use_reentrant: bool) -
         assert torch.equal(getattr(repeated.router, name), getattr(layer.router, name))
     for own, other in zip(layer.parameters(), repeated.parameters(), strict=True):
         torch.testing.assert_close(other.grad, own.grad)
+
+
+# ---- Branch-Train-Stitch ---------------------------------------------------------------------------------------------
+
+
+def test_row85_stitched_is_a_loop_over_networks_and_maps() -> None:
+    num_experts, x = 3, torch.randn(2, 5, H).double()
+    layer = presets.build(H, 12, num_experts, **presets.branch_train_stitch(depth=3)).double()
+
+    def run(network: nn.Module, row: Tensor) -> Tensor:
+        return network.down_proj.weight @ (F.silu(network.gate_proj.weight @ row) * (network.up_proj.weight @ row))
+
+    for row, found in zip(x.flatten(0, 1), layer(x).flatten(0, 1), strict=True):
+        hub, states = row, [row] * num_experts
+        for stage, stitch in enumerate(layer.stitches):
+            hub = run(layer.hub[stage], hub)
+            states = [run(own[stage], state) for own, state in zip(layer.experts, states, strict=True)]
+            z, maps = stitch.gate.weight @ hub, [p.weight for p in stitch.projections]
+            if stage == 1:
+                g = z.sigmoid()
+                states = [(1 - g[i]) * states[i] + g[i] * (maps[i] @ hub) for i in range(num_experts)]
+            else:
+                w = z.softmax(0)
+                hub = w[0] * hub + sum(w[i + 1] * (maps[i] @ states[i]) for i in range(num_experts))
+        torch.testing.assert_close(found, hub)
+
+
+def test_row85_a_hub_without_experts_is_unchanged_bit_for_bit() -> None:
+    """Experts may be of any size, and may be left out one by one, as if their gates were closed."""
+    hub, experts = torch.randn(4, H), [torch.randn(4, 6), torch.randn(4, 9)]
+    for into in ("hub", "experts"):
+        stitch = StitchLayer(H, [6, 9], into)
+        merged, states = stitch(hub, [None, None])
+        assert torch.equal(merged, hub)
+        assert states == [None, None]
+    stitch = StitchLayer(H, [6, 9])
+    merged, _ = stitch(hub, [experts[0], None])
+    w = (hub @ stitch.gate.weight.T)[:, :2].softmax(-1)
+    torch.testing.assert_close(merged, w[:, :1] * hub + w[:, 1:] * stitch.projections[0](experts[0]))
+    with raises(ValueError, "experts"):
+        stitch(hub, experts[:1])
+    with raises(ValueError, "experts"):
+        stitch(hub, experts[::-1])
+    with raises(ValueError, "into"):
+        StitchLayer(H, [6], "both")
+    with raises(ValueError, "experts"):
+        Stitched(H, [nn.Identity()], [[]])
+
+
+def test_row85_only_the_maps_are_trained() -> None:
+    layer = Stitched(H, [nn.Linear(H, H)], [[nn.Linear(H, H)], [nn.Linear(H, H)]])
+    layer.hub.requires_grad_(False)
+    layer.experts.requires_grad_(False)
+    layer(torch.randn(4, H)).square().sum().backward()
+    assert {name.split(".")[0] for name, p in layer.named_parameters() if p.grad is not None} == {"stitches"}
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------

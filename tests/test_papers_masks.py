@@ -25,7 +25,7 @@ from switchgear.routing import Context, Grouped, Lookup, Masked, Random, Router,
 
 
 @pytest.mark.parametrize("alignment", [0.0, 0.7])
-def test_sam_is_a_loop_of_two_routers(backend: str, alignment: float) -> None:
+def test_row15_sam_is_a_loop_of_two_routers(backend: str, alignment: float) -> None:
     layer = layer_of(presets.sam(num_groups=4, top_k=2, balance=0.1, alignment=alignment))
 
     def loop(layer: Any, x: Tensor) -> Any:
@@ -62,7 +62,7 @@ def test_alignment_loss() -> None:
     assert alignment_loss(p[:0], ids[:0], groups) == 0
 
 
-def test_sam_sends_a_token_to_one_group() -> None:
+def test_row15_sam_sends_a_token_to_one_group() -> None:
     logits = torch.randn(100, 12)
     routing = Grouped(3, 4)(logits)
     groups = routing.topk_ids // 3
@@ -80,7 +80,7 @@ def test_sam_sends_a_token_to_one_group() -> None:
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("closed", [[5], [0, 3, 5], [4, 5]])
 @pytest.mark.parametrize("least", [-0.2, -2.2])
-def test_sam_keeps_a_group_open_without_some_of_its_experts(
+def test_row15_sam_keeps_a_group_open_without_some_of_its_experts(
     least: float, closed: list[int], score_function: str
 ) -> None:
     """A loop over tokens: closed experts add nothing to their groups, and a closed group is never chosen, even where
@@ -105,7 +105,34 @@ def test_sam_keeps_a_group_open_without_some_of_its_experts(
     assert torch.equal(one[:, 0], one[:, 1])
 
 
-def test_sam_sends_a_token_to_one_other_rank_at_most() -> None:
+@pytest.mark.parametrize("closed", [[], [5], [0, 3, 5], [4, 5, 6, 7]])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+def test_groups_are_ranked_by_the_sum_of_their_best(count: int, score_function: str, closed: list[int]) -> None:
+    """A loop over tokens, with a bias; "max" and "top2_sum" are 1 and 2 for every score function."""
+    logits, bias = torch.randn(60, 12), torch.linspace(-0.2, 0.2, 12)
+    shut = bias.index_fill(0, torch.tensor(closed, dtype=torch.int64), -torch.inf)
+    names = {1: ["max"], 2: ["top2_sum"]}.get(count, [])
+    chosen, weights = [], []
+    for z in logits.double():
+        p = {"softmax": z.softmax(-1), "sigmoid": z.sigmoid(), "sqrt_softplus": z.exp().log1p().sqrt()}[score_function]
+        value = {e: float(p[e] + bias[e]) for e in range(12) if e not in closed}
+        groups = [[e for e in range(4 * g, 4 * g + 4) if e in value] for g in range(3)]
+        ranked = [sum(sorted((value[e] for e in group), reverse=True)[:count]) if group else -9 for group in groups]
+        best = [groups[g] for g in sorted(range(3), key=lambda g: -ranked[g])[:2]]
+        row = sorted((e for group in best for e in group), key=lambda e: -value[e])[:3]
+        chosen.append(row)
+        weights.append([float(p[e]) for e in row])
+    for group_score in (count, *names):
+        found = Grouped(3, 3, 2, group_score, score_function)(logits, Context(), shut)
+        assert found.topk_ids.tolist() == chosen
+        torch.testing.assert_close(found.topk_weights, torch.tensor(weights))
+    for name in names:
+        same = TopK(3, score_function, num_groups=3, topk_groups=2, group_score=name)(logits, Context(), shut)
+        assert same.topk_ids.tolist() == chosen
+
+
+def test_row15_sam_sends_a_token_to_one_other_rank_at_most() -> None:
     """Groups are ranks: an exchange sends one row per token, while flat top-k sends up to K."""
     placement = Placement.contiguous(12, 4)
     logits = [torch.randn(50, 12) for _ in range(4)]  # for the tokens of each rank
@@ -126,7 +153,7 @@ def test_sam_sends_a_token_to_one_other_rank_at_most() -> None:
 COUNTS = torch.tensor([1, 100, 3, 50, 2, 60])
 
 
-def test_maskmoe_is_a_loop_over_visible_experts(backend: str) -> None:
+def test_row16_maskmoe_is_a_loop_over_visible_experts(backend: str) -> None:
     layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50, rare_experts=2, top_k=2, balance=0.1))
     token_ids = torch.randint(len(COUNTS), (20,))
     visible = layer.gate.select.mask.visible
@@ -142,7 +169,7 @@ def test_maskmoe_is_a_loop_over_visible_experts(backend: str) -> None:
     assert visible.sum(1).tolist() == [2, E, 2, E, 2, E]
 
 
-def test_maskmoe_sends_a_rare_id_to_its_expert_in_every_batch() -> None:
+def test_row16_maskmoe_sends_a_rare_id_to_its_expert_in_every_batch() -> None:
     layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50), return_routing=True)
     (own,) = layer.gate.select.mask.visible[2].nonzero().flatten().tolist()
     for _ in range(3):
@@ -160,7 +187,7 @@ def test_maskmoe_sends_a_rare_id_to_its_expert_in_every_batch() -> None:
         layer(x)
 
 
-def test_maskmoe_hides_from_gradients_too() -> None:
+def test_row16_maskmoe_hides_from_gradients_too() -> None:
     """A hidden expert has probability 0 and gradient 0, for any use of the weights, including the losses."""
     layer = layer_of(presets.maskmoe(COUNTS, frequent_from=50, rare_experts=3, top_k=2, balance=0.1))
     token_ids = torch.randint(len(COUNTS), (30,))
@@ -185,7 +212,7 @@ def test_random_experts_are_drawn_from_those_a_mask_allows(select: Random) -> No
         assert (ids % 2 == tokens[:, None] % 2).all()
 
 
-def test_maskmoe_that_hides_nothing_is_top_k() -> None:
+def test_row16_maskmoe_that_hides_nothing_is_top_k() -> None:
     mask, logits = TokenIdMask(torch.ones(5, E)), torch.randn(9, E)
     masked = Masked(TopK(2), mask)(logits, Context(token_ids=torch.randint(5, (9,))))
     plain = TopK(2)(logits)
@@ -196,7 +223,7 @@ def test_maskmoe_that_hides_nothing_is_top_k() -> None:
 # ---- word experts ----------------------------------------------------------------------------------------------------
 
 
-def test_word_experts_are_a_table(backend: str) -> None:
+def test_row17_word_experts_are_a_table(backend: str) -> None:
     layer = layer_of(presets.word_experts(vocabulary_size=30, top_k=2))
     token_ids, table = torch.randint(30, (2, 10)), layer.gate.select.table
 
@@ -234,7 +261,7 @@ def test_token_ids_of_few_bits_are_numbers(dtype: torch.dtype) -> None:
     assert chosen.flatten().tolist() == [1, 3, 1, 2]
 
 
-def test_word_experts_by_the_ten_thousands() -> None:
+def test_row17_word_experts_by_the_ten_thousands() -> None:
     """Many more experts than tokens: the plan has a slot per token, and unused experts get no gradient."""
     layer = switchgear.MoE(8, 1, 32_768, **presets.word_experts(vocabulary_size=100), return_routing=True)
     token_ids, x = torch.randint(100, (64,)), torch.randn(64, 8)
@@ -257,7 +284,7 @@ def pages_touched(call: Any) -> int:
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs mmap of memory without reservation")
-def test_word_experts_cost_their_tokens_and_not_their_number(isa: str) -> None:
+def test_row17_word_experts_cost_their_tokens_and_not_their_number(isa: str) -> None:
     """O(T): 32 tokens read the weights of 32 experts, out of 1024 or 32,768. The memory was never touched before, so
     each page that is read counts. All experts would be thirty-two times as many."""
     tokens, width, page = 32, 32, mmap.PAGESIZE

@@ -26,6 +26,7 @@ from switchgear.routing import (
     DepthChoice,
     GatingResidual,
     Linear,
+    Lookup,
     Masked,
     Router,
     TopK,
@@ -48,6 +49,17 @@ def test_remoe_is_a_loop_of_relus(backend: str) -> None:
     with torch.no_grad():
         layer.gate.weight[3] = -layer.gate.weight[2]  # a token without positive logits becomes likelier
     assert_agrees(layer, loop, x)
+
+
+def test_remoe_shows_a_token_that_is_not_a_number(backend: str) -> None:
+    """Without an expert it would be 0, as if nothing had happened. Other tokens have the bits that they had."""
+    layer, x = layer_of(presets.remoe(top_k=2)), torch.randn(6, H)
+    spoiled = x.clone()
+    spoiled[1, 0] = torch.nan
+    found, wanted = layer(spoiled), layer(x)
+    assert found[1].isnan().any()
+    others = [0, 2, 3, 4, 5]
+    assert torch.equal(found[others], wanted[others])
 
 
 def test_remoe_coefficient_grows_while_too_many_experts_are_active() -> None:
@@ -131,6 +143,54 @@ def test_llama4_scales_the_input(backend: str, top_k: int) -> None:
         return torch.stack(rows)
 
     assert_agrees(layer, loop, torch.randn(15, H))
+
+
+# ---- DeepSeek-V4 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary_size", [None, 30])
+def test_deepseek_v4_weighs_what_a_table_or_a_bias_chose(backend: str, vocabulary_size: int | None) -> None:
+    layer = layer_of(presets.deepseek_v4(vocabulary_size=vocabulary_size, top_k=3, limit=0.5))
+    token_ids = torch.arange(15) * 7 % 30
+    if vocabulary_size is None:
+        layer.gate.e_score_correction_bias.copy_(torch.linspace(-1, 1, E))
+
+    def loop(layer: Any, x: Tensor) -> Tensor:
+        z, shared = linear(layer, x), layer.shared_experts
+        scores = z.exp().log1p().sqrt()
+        if vocabulary_size is None:
+            ids = [best(row + layer.gate.e_score_correction_bias, 3) for row in scores.detach()]
+        else:
+            ids = [layer.gate.select.table[v].tolist() for v in token_ids]
+        rows = []
+        for t, row in enumerate(x):
+            total = sum(scores[t, e] for e in ids[t])
+            y = clamped(shared.gate_proj.weight @ row, shared.up_proj.weight @ row) @ shared.down_proj.weight.T
+            for e in ids[t]:
+                gate, up = (layer.experts.gate_up_proj[e] @ row).chunk(2)
+                y = y + 1.5 * scores[t, e] / total * (layer.experts.down_proj[e] @ clamped(gate, up))
+            rows.append(y)
+        return torch.stack(rows)
+
+    def clamped(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate.clamp(max=0.5)) * up.clamp(-0.5, 0.5)
+
+    assert_agrees(layer, loop, torch.randn(15, H), token_ids=token_ids)
+
+
+def test_a_table_with_scores_is_checked_and_masked() -> None:
+    table = torch.tensor([[0, 1], [2, -1]])
+    for name, options in (
+        ("weight", {"weight": 0.5, "score_function": "sigmoid"}),
+        ("score_function", {"normalize": True}),
+        ("score_function", {"score_function": "relu"}),
+    ):
+        with raises(ValueError, name):
+            Lookup(table, **options)
+    select = Masked(Lookup(table, score_function="sigmoid", normalize=True), lambda z, context: torch.arange(4) != 0)
+    routing = select(torch.zeros(2, 4), Context(token_ids=torch.tensor([0, 1])))
+    assert routing.topk_ids.tolist() == [[-1, 1], [2, -1]]
+    assert routing.topk_weights[1].tolist() == [1, 0]
 
 
 # ---- MoE++ -----------------------------------------------------------------------------------------------------------

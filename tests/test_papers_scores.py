@@ -59,7 +59,7 @@ def xmoe_logits(score: Cosine, x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def test_xmoe_is_a_loop_of_cosines(backend: str) -> None:
+def test_row10_xmoe_is_a_loop_of_cosines(backend: str) -> None:
     layer = layer_of(presets.xmoe(top_k=2, balance=0.1))
 
     def loop(layer: Any, x: Tensor) -> Any:
@@ -70,7 +70,7 @@ def test_xmoe_is_a_loop_of_cosines(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(20, H))
 
 
-def test_xmoe_does_not_see_lengths() -> None:
+def test_row10_xmoe_does_not_see_lengths() -> None:
     score, x = Cosine(H, E, dim=4).double(), torch.randn(9, H).double()
     logits = score(x, NOTHING_KNOWN)
     torch.testing.assert_close(score(x * torch.rand(9, 1).double() * 50, NOTHING_KNOWN), logits)
@@ -82,7 +82,7 @@ def test_xmoe_does_not_see_lengths() -> None:
     torch.testing.assert_close(code(2 * x, NOTHING_KNOWN), 2 * code(x, NOTHING_KNOWN))
 
 
-def test_xmoe_learns_its_temperature_above_a_floor() -> None:
+def test_row10_xmoe_learns_its_temperature_above_a_floor() -> None:
     score, x = Cosine(H, E, tau=0.5, min_tau=0.1).double(), torch.randn(3, H).double()
     log_tau = score.log_tau.detach().clone().requires_grad_()
 
@@ -96,7 +96,7 @@ def test_xmoe_learns_its_temperature_above_a_floor() -> None:
     assert Cosine(H, E).dim == E // 2
 
 
-def test_xmoe_loads_scalars() -> None:
+def test_row10_xmoe_loads_scalars() -> None:
     """log_tau had no dimension once."""
     layer = layer_of(presets.xmoe(top_k=2, balance_tau=0.07))
     state = {
@@ -126,7 +126,7 @@ def test_row10_xmoe_balances_by_a_fixed_temperature(backend: str) -> None:
 # ---- sigma-MoE -------------------------------------------------------------------------------------------------------
 
 
-def test_sigma_moe_is_a_loop_of_sigmoids(backend: str) -> None:
+def test_row11_sigma_moe_is_a_loop_of_sigmoids(backend: str) -> None:
     layer = layer_of(presets.sigma_moe(expert_dropout=0.0, entropy=0.1))
 
     def loop(layer: Any, x: Tensor) -> Any:
@@ -183,7 +183,7 @@ def test_row11_sigma_moe_is_plain_relu_with_the_paper_s_initial_values(num_layer
         presets.sigma_moe(num_layers=0)
 
 
-def test_sigma_moe_never_chooses_a_hidden_expert() -> None:
+def test_row11_sigma_moe_never_chooses_a_hidden_expert() -> None:
     layer = layer_of(presets.sigma_moe(expert_dropout=0.5), return_routing=True)
     x = torch.randn(500, H)
     _, routing = layer(x)
@@ -195,7 +195,7 @@ def test_sigma_moe_never_chooses_a_hidden_expert() -> None:
     assert (layer.eval()(x)[1].topk_ids >= 0).all()
 
 
-def test_sigma_moe_of_width_one_is_a_sparse_feed_forward_layer() -> None:
+def test_row11_sigma_moe_of_width_one_is_a_sparse_feed_forward_layer() -> None:
     """E = d_ff experts of one unit each, chosen by their own pre-activation: the top-k activation of a dense layer."""
     layer = switchgear.MoE(H, 1, 32, select=TopK(5, "sigmoid"), activation="relu", gated=False)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_row13_skywork_is_a_loop_of_normalised_logits(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(20, H))
 
 
-def test_skywork_spreads_logits_by_lambda() -> None:
+def test_row13_skywork_spreads_logits_by_lambda() -> None:
     x, ratios = torch.randn(50, H), []
     for lam in (0.5, 1.0, 2.0):
         score = Linear(H, E, normalize="zscore", lam=lam)
@@ -248,7 +248,7 @@ def test_skywork_spreads_logits_by_lambda() -> None:
     assert ratios == sorted(ratios)
 
 
-def test_skywork_coefficient_is_an_average_of_drop_rates() -> None:
+def test_row13_skywork_coefficient_is_an_average_of_drop_rates() -> None:
     layer = layer_of(presets.skywork(xi=0.2, alpha_max=0.01, beta=0.9), return_routing=True)
     coefficient, alpha = layer.gate.balance[0].coefficient, 0.01
     for _ in range(5):
@@ -265,7 +265,7 @@ def test_skywork_coefficient_is_an_average_of_drop_rates() -> None:
 # ---- LocMoE ----------------------------------------------------------------------------------------------------------
 
 
-def test_locmoe_is_a_loop_of_slice_means(backend: str) -> None:
+def test_row14_locmoe_is_a_loop_of_slice_means(backend: str) -> None:
     layer = layer_of(presets.locmoe(num_nodes=2, node=1, locality=0.1, balance=0.1))
 
     def loop(layer: Any, x: Tensor) -> Any:
@@ -278,7 +278,7 @@ def test_locmoe_is_a_loop_of_slice_means(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(20, H))
 
 
-def test_locmoe_gates_are_orthogonal_and_fixed() -> None:
+def test_row14_locmoe_gates_are_orthogonal_and_fixed() -> None:
     score, x = GroupedAvgPool(H, E), torch.randn(5, H)
     assert torch.equal(score(x, NOTHING_KNOWN), x.view(5, E, -1).mean(-1))
     rows = torch.func.jacrev(lambda row: score(row[None], NOTHING_KNOWN)[0])(x[0])
@@ -288,7 +288,7 @@ def test_locmoe_gates_are_orthogonal_and_fixed() -> None:
         GroupedAvgPool(H, 5)
 
 
-def test_locmoe_capacity_bound() -> None:
+def test_row14_locmoe_capacity_bound() -> None:
     def erfc(z: float) -> float:  # 2/√π ∫_z^∞ exp(-t²) dt, by the trapezoid rule
         t = torch.linspace(z, z + 12, 200_001, dtype=torch.float64)
         return float(torch.trapezoid((-t.square()).exp(), t)) * 2 / math.sqrt(math.pi)
@@ -301,7 +301,7 @@ def test_locmoe_capacity_bound() -> None:
         min_capacity(0.0, 512, 16)
 
 
-def test_locmoe_keeps_more_tokens_at_home_the_larger_mu() -> None:
+def test_row14_locmoe_keeps_more_tokens_at_home_the_larger_mu() -> None:
     """The gate has no parameters, so the loss changes what comes before it."""
 
     def share_away(mu: float) -> float:
@@ -331,7 +331,7 @@ def silent_share(weight: Tensor, row: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(-mu / variance.sqrt() / math.sqrt(2)))
 
 
-def test_moe_x_is_a_loop_over_predictions(backend: str) -> None:
+def test_row22_moe_x_is_a_loop_over_predictions(backend: str) -> None:
     layer = layer_of(presets.moe_x(scale=3.0))
 
     def loop(layer: Any, x: Tensor) -> Tensor:
@@ -341,7 +341,7 @@ def test_moe_x_is_a_loop_over_predictions(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(15, H))
 
 
-def test_moe_x_predicts_how_many_neurons_are_active() -> None:
+def test_row22_moe_x_predicts_how_many_neurons_are_active() -> None:
     layer = switchgear.MoE(32, 256, 16, **presets.moe_x())
     with torch.no_grad():  # Gaussian weights, experts with different means
         layer.experts.up_proj.normal_().add_(torch.randn(16, 1, 32) * 0.5)
@@ -367,7 +367,7 @@ def test_row22_biases_are_a_column_of_ones(gated: bool) -> None:
     torch.testing.assert_close(layer.gate.score(x, NOTHING_KNOWN), want)
 
 
-def test_moe_x_is_a_wide_network_with_a_block_mask() -> None:
+def test_row22_moe_x_is_a_wide_network_with_a_block_mask() -> None:
     layer = layer_of(presets.moe_x(), return_routing=True)
     x = torch.randn(9, H)
     y, routing = layer(x)
@@ -407,7 +407,7 @@ def test_row23_autonomy_of_experts_of_its_code_is_a_softmax_over_all() -> None:
     assert_agrees(layer, partial(autonomous_loop, over_all=True), torch.randn(20, H))
 
 
-def test_autonomy_of_experts_has_as_many_parameters() -> None:
+def test_row23_autonomy_of_experts_has_as_many_parameters() -> None:
     def size(layer: nn.Module) -> int:
         return sum(p.numel() for p in layer.parameters())
 
@@ -417,7 +417,7 @@ def test_autonomy_of_experts_has_as_many_parameters() -> None:
     assert not [name for name, _ in matched.named_parameters() if name.startswith("gate.") and "down" not in name]
 
 
-def test_autonomy_of_experts_names_bad_options() -> None:
+def test_row23_autonomy_of_experts_names_bad_options() -> None:
     for name, value in {"d_low": {"d_low": 0}, "activation": {"d_low": 2, "activation": "tanh"}}.items():
         with raises(ValueError, name):
             switchgear.layers.AutonomousMoE(H, I, E, 2, **value)
@@ -427,7 +427,7 @@ def test_autonomy_of_experts_names_bad_options() -> None:
 
 
 @pytest.mark.parametrize("transform", ["tanh", "sigmoid", "normalize", "layer_norm"])
-def test_softmax_gating_theory_gates_on_a_bounded_transform(transform: str) -> None:
+def test_row24_softmax_gating_theory_gates_on_a_bounded_transform(transform: str) -> None:
     layer = layer_of(presets.bounded_gate(transform=transform))
     bounded = {
         "tanh": torch.tanh,
@@ -442,7 +442,7 @@ def test_softmax_gating_theory_gates_on_a_bounded_transform(transform: str) -> N
     assert_agrees(layer, loop, torch.randn(20, H))
 
 
-def test_softmax_gating_theory_with_the_identity_is_linear() -> None:
+def test_row24_softmax_gating_theory_with_the_identity_is_linear() -> None:
     score, x = Linear(H, E, input_transform=lambda x: x, bias=True), torch.randn(4, H)
     assert torch.equal(score(x, NOTHING_KNOWN), switchgear.gate(x, score.weight, score.bias))
     with raises(ValueError, "input_transform"):
@@ -452,7 +452,7 @@ def test_softmax_gating_theory_with_the_identity_is_linear() -> None:
 # ---- task-level routing ----------------------------------------------------------------------------------------------
 
 
-def test_task_level_moe_is_the_chosen_expert(backend: str) -> None:
+def test_row34_task_level_moe_is_the_chosen_expert(backend: str) -> None:
     layer = layer_of(presets.task_level(dim=6)).eval()
     embedding = torch.randn(3, 6, dtype=torch.float64)
 
@@ -468,7 +468,7 @@ def test_task_level_moe_is_the_chosen_expert(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(3, 5, H), embedding=embedding)
 
 
-def test_task_level_moe_sends_a_task_one_way() -> None:
+def test_row34_task_level_moe_sends_a_task_one_way() -> None:
     layer, x = layer_of(presets.task_level(dim=6), return_routing=True), torch.randn(4, 30, H)
     seen = set()
     for _ in range(20):
@@ -486,7 +486,7 @@ def test_task_level_moe_sends_a_task_one_way() -> None:
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
-def test_gaussian_gate_is_a_log_density(covariance: str) -> None:
+def test_row84_gaussian_gate_is_a_log_density(covariance: str) -> None:
     score, x = Gaussian(4, 3, covariance=covariance).double(), torch.randn(6, 4).double()
     for parameter in score.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -517,7 +517,7 @@ def test_scores_of_scores_are_made_for_each_layer() -> None:
         switchgear.Router(H, E + 1, 2, score=score)
 
 
-def test_gaussian_gate_far_from_zero_is_as_exact() -> None:
+def test_row84_gaussian_gate_far_from_zero_is_as_exact() -> None:
     score, x = Gaussian(64, 3), 100 + torch.randn(6, 64)
     nn.init.normal_(score.mean, mean=100.0)
     exact = copy.deepcopy(score).double()(x.double(), NOTHING_KNOWN)
@@ -526,7 +526,7 @@ def test_gaussian_gate_far_from_zero_is_as_exact() -> None:
     assert (error <= 64 * torch.finfo(torch.float32).eps * squares).all()
 
 
-def test_nexus_adds_an_expert_without_touching_the_others() -> None:
+def test_row59_nexus_adds_an_expert_without_touching_the_others() -> None:
     score, x = Domain(H, 3, domain_embeddings=torch.randn(3, 5)), torch.randn(7, H)
     before = score(x, NOTHING_KNOWN)
     d = score.domain_embeddings[1]
@@ -540,7 +540,7 @@ def test_nexus_adds_an_expert_without_touching_the_others() -> None:
         Domain(H, 4, domain_embeddings=torch.randn(3, 5))
 
 
-def test_phatgoose_compares_standardised_gates() -> None:
+def test_row68_phatgoose_compares_standardised_gates() -> None:
     score, x = PosthocGate(H, E), torch.randn(7, H)
     nn.init.normal_(score.gates, std=3)
 

@@ -23,6 +23,7 @@ from switchgear.routing import (
     NoisyTopK,
     Random,
     RankK,
+    RunningThreshold,
     SampledTopK,
     SkipBelow,
     SparseMixer,
@@ -39,7 +40,7 @@ TRAINING = Context(training=True)
 # ---- Switch ----------------------------------------------------------------------------------------------------------
 
 
-def test_switch_transformer_is_a_loop_with_buffers(backend: str) -> None:
+def test_row1_switch_transformer_is_a_loop_with_buffers(backend: str) -> None:
     layer = layer_of(presets.switch(capacity_factor=1.0, jitter=0.0, balance=0.1))
 
     def loop(layer: Any, x: Tensor) -> Any:
@@ -55,7 +56,7 @@ def test_switch_transformer_is_a_loop_with_buffers(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(30, H))
 
 
-def test_switch_transformer_keeps_the_first_and_passes_the_others_through() -> None:
+def test_row1_switch_transformer_keeps_the_first_and_passes_the_others_through() -> None:
     layer = layer_of(presets.switch(capacity_factor=1.25, jitter=0.0), return_routing=True)
     x = torch.randn(100, H)
     y, routing = layer(x)
@@ -82,7 +83,7 @@ def test_row1_switch_transformer_experts_take_four_tokens_at_least(tokens: int, 
     assert layer(torch.randn(tokens, H))[1].num_dropped == max(tokens - room, 0)
 
 
-def test_switch_transformer_costs_alpha_under_a_uniform_load() -> None:
+def test_row1_switch_transformer_costs_alpha_under_a_uniform_load() -> None:
     ids = torch.arange(4 * E, dtype=torch.int32)[:, None] % E
     routing = Routing(ids, torch.ones(4 * E, 1), torch.zeros(4 * E, E), E)
     loss = switchgear.MoE(H, I, E, **presets.switch(balance=0.25)).gate.balance[0]
@@ -110,7 +111,7 @@ def test_gshard_finds_places_for_first_choices_first(backend: str) -> None:
 # ---- BASE ------------------------------------------------------------------------------------------------------------
 
 
-def test_base_layer_weighs_the_assigned_expert_by_a_sigmoid(backend: str) -> None:
+def test_row6_base_layer_weighs_the_assigned_expert_by_a_sigmoid(backend: str) -> None:
     layer = layer_of(presets.base_layer())
     assigned: list[int] = []
 
@@ -128,7 +129,7 @@ def test_base_layer_weighs_the_assigned_expert_by_a_sigmoid(backend: str) -> Non
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "skew"), [(64, 8, 0), (96, 12, 0), (256, 16, 0), (512, 16, 0), (256, 32, 20)]
 )
-def test_base_layer_is_near_the_optimum(backend: str, num_tokens: int, num_experts: int, skew: float) -> None:
+def test_row6_base_layer_is_near_the_optimum(backend: str, num_tokens: int, num_experts: int, skew: float) -> None:
     optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
     logits = torch.randn(num_tokens, num_experts) + skew * torch.randn(num_experts)
     ids = BalancedAssignment()(logits, TRAINING).topk_ids[:, 0].long()
@@ -149,14 +150,14 @@ def test_base_layer_is_near_the_optimum(backend: str, num_tokens: int, num_exper
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf, -math.inf])
-def test_base_layer_ends_on_any_logits(value: float) -> None:
+def test_row6_base_layer_ends_on_any_logits(value: float) -> None:
     logits = torch.full((24, 4), value)
     assert counts_of(BalancedAssignment()(logits, TRAINING).topk_ids, 4) == [6] * 4
     logits = torch.randn(26, 4).masked_fill(torch.rand(26, 4) < 0.3, value)
     assert counts_of(BalancedAssignment()(logits, TRAINING).topk_ids, 4) == [7, 7, 6, 6]
 
 
-def test_base_layer_takes_the_best_expert_in_evaluation() -> None:
+def test_row6_base_layer_takes_the_best_expert_in_evaluation() -> None:
     layer, x = layer_of(presets.base_layer(), return_routing=True).eval(), torch.randn(30, H)
     assert torch.equal(layer(x)[1].topk_ids[:, 0].long(), linear(layer, x).argmax(-1))
 
@@ -164,7 +165,7 @@ def test_base_layer_takes_the_best_expert_in_evaluation() -> None:
 # ---- top-p -----------------------------------------------------------------------------------------------------------
 
 
-def test_dynamic_top_p_is_a_loop_to_the_boundary(backend: str) -> None:
+def test_row7_dynamic_top_p_is_a_loop_to_the_boundary(backend: str) -> None:
     layer = layer_of(presets.dynamic_top_p(balance=0.1, entropy=0.1))
 
     def loop(layer: Any, x: Tensor) -> Any:
@@ -185,7 +186,7 @@ def test_dynamic_top_p_is_a_loop_to_the_boundary(backend: str) -> None:
     assert_agrees(layer, loop, 3 * torch.randn(20, H))
 
 
-def test_dynamic_top_p_between_one_expert_and_all(backend: str) -> None:
+def test_row7_dynamic_top_p_between_one_expert_and_all(backend: str) -> None:
     logits = torch.randn(300, E)
     assert torch.equal(TopP(0.0)(logits).topk_ids, switchgear.route(logits, 1).topk_ids)
     for p in (1.0, 1.5):
@@ -203,13 +204,13 @@ def test_dynamic_top_p_between_one_expert_and_all(backend: str) -> None:
     assert (TopP(0.9, max_experts=3)(logits).topk_ids >= 0).sum(1).max() == 3
 
 
-def test_dynamic_top_p_keeps_the_expert_that_meets_p_exactly() -> None:
+def test_row7_dynamic_top_p_keeps_the_expert_that_meets_p_exactly() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     for p, count in {0.5: 1, 0.500001: 2, 0.75: 2, 0.750001: 3, 0.875: 3}.items():
         assert (TopP(p)(logits).topk_ids >= 0).sum() == count
 
 
-def test_dynamic_top_p_gradients() -> None:
+def test_row7_dynamic_top_p_gradients() -> None:
     logits = torch.randn(9, E, dtype=torch.float64, requires_grad=True)
     for select in (TopP(0.6), TopP(0.6, normalize=True, scale=2.0), Threshold(0.15, normalize=True)):
         assert torch.autograd.gradcheck(lambda z, select=select: select(z).topk_weights, (logits,))
@@ -218,7 +219,7 @@ def test_dynamic_top_p_gradients() -> None:
 # ---- GRIN ------------------------------------------------------------------------------------------------------------
 
 
-def test_grin_in_evaluation_is_the_router_of_phimoe(backend: str) -> None:
+def test_row12_grin_in_evaluation_is_the_router_of_phimoe(backend: str) -> None:
     phimoe = pytest.importorskip("transformers.models.phimoe.modeling_phimoe", reason="transformers is not installed")
     for logits in (torch.randn(50, 16), 0.01 * torch.randn(50, 16) + 1, torch.randn(50, 16) * 20):
         weights, ids = phimoe.sparsemixer(logits, jitter_eps=0.01, training=False)
@@ -235,7 +236,7 @@ def masked_softmax(row: Tensor, taken: list[int], jitter: float) -> Tensor:
     return row.masked_fill(torch.tensor(out), -math.inf).softmax(-1)
 
 
-def test_grin_gradient_is_the_published_one() -> None:
+def test_row12_grin_gradient_is_the_published_one() -> None:
     logits = (1 + 0.05 * torch.randn(200, 6, dtype=torch.float64)).requires_grad_()
     routing = SparseMixer(2, 0.02)(logits, TRAINING)
     direction = torch.randn(200, 2, dtype=torch.float64)
@@ -258,7 +259,7 @@ def test_grin_gradient_is_the_published_one() -> None:
     assert thirds > 20
 
 
-def test_grin_draws_from_the_masked_softmax() -> None:
+def test_row12_grin_draws_from_the_masked_softmax() -> None:
     logits = torch.tensor([1.0, 1.01, 0.98, 0.5]).expand(20_000, 4)
     generator = torch.Generator().manual_seed(5)
     context = Context(training=True, generator=generator)
@@ -276,14 +277,14 @@ def test_grin_draws_from_the_masked_softmax() -> None:
     assert torch.equal(again.topk_weights, routing.topk_weights)
 
 
-def test_phimoe_jitters_no_input_by_default() -> None:
+def test_row12_phimoe_jitters_no_input_by_default() -> None:
     for jitter in (0.0, 0.3):
         options = presets.phimoe(input_jitter=jitter) if jitter else presets.phimoe()
         router, x = layer_of(options).gate, torch.randn(6, H)
         assert torch.equal(router(x).router_logits, router.logits(x)) == (not jitter)
 
 
-def test_grin_without_jitter_takes_the_best() -> None:
+def test_row12_grin_without_jitter_takes_the_best() -> None:
     logits = torch.randn(40, E)
     for context in (TRAINING, NOTHING_KNOWN):
         routing = SparseMixer(2, 0.0)(logits, context)
@@ -291,7 +292,7 @@ def test_grin_without_jitter_takes_the_best() -> None:
         torch.testing.assert_close(routing.topk_weights, torch.ones(40, 2))
 
 
-def test_grin_in_evaluation_is_a_loop_of_masked_softmaxes(backend: str) -> None:
+def test_row12_grin_in_evaluation_is_a_loop_of_masked_softmaxes(backend: str) -> None:
     layer = layer_of(presets.grin(jitter=0.3)).eval()
 
     def loop(layer: Any, x: Tensor) -> Tensor:
@@ -309,7 +310,7 @@ def test_grin_in_evaluation_is_a_loop_of_masked_softmaxes(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(20, H))
 
 
-def test_grin_with_a_bias_in_evaluation_is_the_phimoe_of_the_overrides() -> None:
+def test_row12_grin_with_a_bias_in_evaluation_is_the_phimoe_of_the_overrides() -> None:
     """The bias chooses; the weights are softmaxes of the logits over the chosen expert and those near the best."""
     logits, bias = 1 + 0.1 * torch.randn(50, 8), torch.linspace(-0.2, 0.2, 8)
     bias[3], bias[6] = -math.inf, math.inf
@@ -351,14 +352,14 @@ def test_noise_is_added_to_logits_with_a_bias_too(score_function: str) -> None:
     assert torch.equal(chosen(bias), (scores + bias).argmax(1))
 
 
-def test_grin_layer_trains_through_the_estimate() -> None:
+def test_row12_grin_layer_trains_through_the_estimate() -> None:
     layer = layer_of(presets.grin(jitter=0.5))
     layer(torch.randn(30, H)).square().sum().backward()
     assert layer.gate.weight.grad.any()
     assert set(layer.losses) == {"switch"}
 
 
-def test_grin_in_training_is_a_loop_of_what_it_drew(backend: str) -> None:
+def test_row12_grin_in_training_is_a_loop_of_what_it_drew(backend: str) -> None:
     """The estimate's value is factor · p and its gradient that of p, for the drawn experts and factors."""
     layer = layer_of(presets.grin(jitter=0.5, balance=0.1), return_routing=True)
     generator = torch.Generator()
@@ -383,7 +384,7 @@ def test_grin_in_training_is_a_loop_of_what_it_drew(backend: str) -> None:
 # ---- THOR ------------------------------------------------------------------------------------------------------------
 
 
-def test_thor_draws_every_expert_alike() -> None:
+def test_row18_thor_draws_every_expert_alike() -> None:
     draws = 8000
     ids = Random(1)(torch.empty(draws, E), TRAINING).topk_ids.flatten().long()
     expected, deviation = draws / E, math.sqrt(draws / E * (1 - 1 / E))
@@ -411,7 +412,7 @@ def test_random_names_a_wrong_evaluation() -> None:
         Random(1, evaluation="mean")
 
 
-def test_thor_is_the_drawn_expert_or_the_mean_of_all(backend: str) -> None:
+def test_row18_thor_is_the_drawn_expert_or_the_mean_of_all(backend: str) -> None:
     layer = layer_of(presets.thor(evaluation="ensemble"), return_routing=True)
     x = torch.randn(6, H)
     y, routing = layer(x)
@@ -425,7 +426,7 @@ def test_thor_is_the_drawn_expert_or_the_mean_of_all(backend: str) -> None:
     assert_agrees(layer.eval(), mean, x)
 
 
-def test_thor_passes_agree_by_a_loss() -> None:
+def test_row18_thor_passes_agree_by_a_loss() -> None:
     layer, head = layer_of(presets.thor()), torch.nn.Linear(H, 10)
     x = torch.randn(2, 9, H)
     first, second = head(layer(x)), head(layer(x))
@@ -440,7 +441,7 @@ def test_thor_passes_agree_by_a_loss() -> None:
 # ---- GW-MoE ----------------------------------------------------------------------------------------------------------
 
 
-def test_gw_moe_broadcasts_uncertain_tokens(backend: str) -> None:
+def test_row19_gw_moe_broadcasts_uncertain_tokens(backend: str) -> None:
     layer = layer_of(presets.gw_moe(top_k=2, max_fraction=0.25))
 
     def loop(layer: Any, x: Tensor) -> Tensor:
@@ -453,7 +454,7 @@ def test_gw_moe_broadcasts_uncertain_tokens(backend: str) -> None:
     assert_agrees(layer, loop, torch.randn(20, H))
 
 
-def test_gw_moe_thresholds() -> None:
+def test_row19_gw_moe_thresholds() -> None:
     logits, plain = torch.randn(40, E), TopK(2)(torch.zeros(1, E))
     never, always = Broadcast(TopK(2), math.inf, 1.0), Broadcast(TopK(2), 0.0, 1.0)
     plain = TopK(2)(logits)
@@ -470,10 +471,44 @@ def test_gw_moe_thresholds() -> None:
     assert torch.equal(chosen, entropy >= cut)
 
 
+@pytest.mark.parametrize("tokens", range(1, 11))
+def test_row19_a_running_threshold_broadcasts_in_batches_of_any_size(tokens: int) -> None:
+    """The share of a batch is none of ten tokens. Over n steps of rate 1 that of the threshold is within
+    (ln E + 2) / n of the fraction, whatever comes."""
+    none = Broadcast(TopK(2), 0.0, 0.05)(torch.randn(tokens, E), TRAINING)
+    assert (none.topk_ids >= 0).sum() == 2 * tokens
+    threshold = RunningThreshold(0.05, num_experts=E, rate=1.0)
+    select, steps, unsure = Broadcast(TopK(2), threshold, 1.0), 300, 0
+    for _ in range(steps):
+        logits, limit = torch.randn(tokens, E), float(threshold.value)
+        chosen = (select(logits, TRAINING).topk_ids >= 0).sum(1) == E
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+        assert torch.equal(chosen, entropy > limit)
+        unsure += int(chosen.sum())
+        threshold.after_step(None, None)
+    assert abs(unsure / (steps * tokens) - 0.05) < (math.log(E) + 2) / steps
+
+
+def test_row19_after_step_moves_the_threshold_of_a_layer() -> None:
+    layer, x = switchgear.MoE(H, 8, E, **presets.gw_moe(running=True)), torch.randn(4, H)
+    threshold = layer.gate.select.entropy_above
+    assert threshold.value == pytest.approx(math.log(E))
+    threshold.value.zero_()
+    layer(x)
+    layer(x[:1])
+    switchgear.after_step(layer)
+    assert threshold.value == pytest.approx(0.1 * (1 - 0.05))
+    switchgear.after_step(layer)  # without a call
+    layer.eval()(x)
+    switchgear.after_step(layer)
+    assert threshold.value == pytest.approx(0.1 * (1 - 0.05))
+    assert any(name.endswith(".value") for name in layer.state_dict())
+
+
 # ---- GG MoE ----------------------------------------------------------------------------------------------------------
 
 
-def test_gumbel_gate_without_noise_is_a_softmax_mixture(backend: str) -> None:
+def test_row25_gumbel_gate_without_noise_is_a_softmax_mixture(backend: str) -> None:
     layer = layer_of(presets.gumbel_gate(tau=0.5, samples=0)).eval()
 
     def loop(layer: Any, x: Tensor) -> Tensor:
@@ -498,7 +533,7 @@ def test_row25_gumbel_gate_averages_five_draws_in_evaluation() -> None:
     torch.testing.assert_close(weights.var(0).sum() * 5, draws.var(0).sum(), rtol=0.1, atol=0)
 
 
-def test_gumbel_gate_sums_to_one_and_is_straight_through() -> None:
+def test_row25_gumbel_gate_sums_to_one_and_is_straight_through() -> None:
     logits = torch.randn(4000, E, dtype=torch.float64, requires_grad=True)
     for context in (TRAINING, NOTHING_KNOWN):
         for samples in (0, 3):
@@ -526,7 +561,7 @@ def test_gumbel_gate_sums_to_one_and_is_straight_through() -> None:
 # ---- selections of papers without a preset ---------------------------------------------------------------------------
 
 
-def test_ladimo_threshold_hits_an_average_number() -> None:
+def test_row57_ladimo_threshold_hits_an_average_number() -> None:
     logits = torch.randn(500, E)
     threshold = Threshold.calibrate(logits, 2.5)
     routing = Threshold(threshold)(logits)
@@ -538,7 +573,7 @@ def test_ladimo_threshold_hits_an_average_number() -> None:
     assert (Threshold(0.0, max_experts=3)(logits).topk_ids >= 0).sum(1).eq(3).all()
 
 
-def test_self_contrast_takes_ranks() -> None:
+def test_row78_self_contrast_takes_ranks() -> None:
     logits = torch.randn(30, E)
     order = logits.argsort(1, descending=True)
     assert torch.equal(RankK((2,))(logits).topk_ids[:, 0].long(), order[:, 2])
@@ -547,7 +582,7 @@ def test_self_contrast_takes_ranks() -> None:
     assert torch.equal(two.topk_weights, plain.topk_weights)
 
 
-def test_expert_skipping_between_nothing_and_all_but_the_best() -> None:
+def test_row45_expert_skipping_between_nothing_and_all_but_the_best() -> None:
     logits = torch.randn(60, E)
     plain = TopK(2, normalize=True)(logits)
     never = SkipBelow(TopK(2, normalize=True), 0.0)(logits)
@@ -565,7 +600,7 @@ def test_expert_skipping_between_nothing_and_all_but_the_best() -> None:
     assert torch.equal((spared >= 0).all(1).nonzero().flatten(), importance.topk(6).indices.sort().values)
 
 
-def test_knowledge_augmentation_samples_without_replacement() -> None:
+def test_row51_knowledge_augmentation_samples_without_replacement() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(20_000, 4)
     ids = SampledTopK(2, p_sample=1.0)(logits, TRAINING).topk_ids.long()
     assert (ids[:, 0] != ids[:, 1]).all()

@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,9 @@ def test_each_preset_says_how_close_it_is_to_its_paper() -> None:
     """Unverified constants are arguments of the preset, as far as they are names."""
     numbers = [entry.number for entry in ENTRIES if entry.number]
     assert len(set(numbers)) == len(numbers)
+    texts = [path.read_text() for path in Path(__file__).parent.rglob("test_*.py")]
+    named = {int(row) for text in texts for row in re.findall(r"^def test_row(\d+)_", text, re.M)}
+    assert set(numbers) <= named
     for entry in ENTRIES:
         assert entry.group in GROUPS
         arguments = inspect.signature(entry.function).parameters

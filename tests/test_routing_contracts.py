@@ -61,6 +61,8 @@ SELECTIONS: dict[str, Any] = {
     "sqrt_softplus": TopK(3, "sqrt_softplus"),
     "groups": TopK(3, num_groups=4, topk_groups=2),
     "sum_of_groups": Grouped(2, 4),
+    "best_of_groups": Grouped(3, 2, 1, 3),
+    "sqrt_softplus_groups": TopK(3, "sqrt_softplus", num_groups=4, topk_groups=2),
     "rank": RankK((2, 0)),
     "dense": Dense(),
     "top_p": TopP(0.6),
@@ -79,6 +81,7 @@ SELECTIONS: dict[str, Any] = {
     "gumbel_hard": GumbelSoftmax(hard=True),
     "random": Random(2),
     "lookup": Lookup(torch.tensor([[0, 3], [7, -1], [2, 5]])),
+    "lookup_scores": Lookup(torch.tensor([[0, 3], [7, -1], [2, 5]]), score_function="sqrt_softplus", normalize=True),
     "masked": Masked(TopK(2), TokenIdMask(torch.eye(3, E) + torch.eye(3, E).roll(1, 1))),
     "dropout": Masked(TopK(2), ExpertDropout(0.4)),
     "cluster_dropout": Masked(TopK(2), ClusterDropout(2, num_experts=E)),
@@ -212,9 +215,11 @@ def test_no_tokens_and_leading_dimensions(name: str) -> None:
 def test_one_expert(name: str) -> None:
     made: dict[str, Any] = {
         "top_k": TopK(1), "sigmoid": TopK(1, "sigmoid"), "sqrt_softplus": TopK(1, "sqrt_softplus"), "groups": TopK(1),
+        "best_of_groups": Grouped(1, 1, 1, 3), "sqrt_softplus_groups": TopK(1, "sqrt_softplus"),
         "sum_of_groups": Grouped(1, 1), "rank": RankK((0,)), "sampled": SampledTopK(1), "noisy": NoisyTopK(1),
         "skip": SkipBelow(TopK(1), 0.5), "broadcast": Broadcast(TopK(1), 0.0), "sparse_mixer": SparseMixer(1),
         "random": Random(1), "lookup": Lookup(torch.zeros(3, dtype=torch.int64)),
+        "lookup_scores": Lookup(torch.zeros(3, dtype=torch.int64), score_function="sigmoid"),
         "masked": Masked(TopK(1), TokenIdMask(torch.ones(3, 1))), "dropout": Masked(TopK(1), ExpertDropout(0.4)),
         "cluster_dropout": Masked(TopK(1), ClusterDropout(1, num_experts=1)),
         "running_cap": RunningCap(TopK(1), 3.0, 1),
@@ -271,8 +276,9 @@ def test_selections_and_capacities_are_copied_and_pickled(name: str) -> None:
 def test_a_bias_changes_the_choice_and_gets_no_gradient(name: str) -> None:
     """+100 for expert 5 puts it into every choice by scores; the weights do not include the bias."""
     if name in ("dense", "gumbel", "gumbel_hard", "random", "lookup", "masked", "dropout", "cluster_dropout",
-                "sparse_mixer", "running_cap", "assignment", "assignment_of_sequences", "expert_choice",
-                "expert_choice_cap", "expert_choice_tokens", "sampled", "broadcast", "skip"):  # fmt: skip
+                "lookup_scores", "sparse_mixer", "running_cap", "assignment", "assignment_of_sequences",
+                "expert_choice", "expert_choice_cap", "expert_choice_tokens", "sampled", "broadcast",
+                "skip"):  # fmt: skip
         return  # these do not choose by scores only
     logits, bias = torch.randn(T, E, requires_grad=True), torch.zeros(E).index_fill(0, torch.tensor([5]), 100.0)
     context = context_of(training=False)
@@ -316,12 +322,79 @@ def test_sequences_by_ids_of_any_value_are_those_by_length() -> None:
         assert torch.equal(ids[0], ids[2])
 
 
+def choose(router_logits: Tensor, context: Context, bias: Tensor | None = None, *, k: int = 1) -> Any:
+    return switchgear.route(router_logits, k)
+
+
+def chi2(routing: Any, context: Context, coefficient: float) -> Tensor:
+    shares = routing.router_logits.softmax(-1).mean(0)
+    return coefficient * (shares * E - 1).square().sum()
+
+
+def keep(routing: Any, context: Context, *, limit: int) -> Any:
+    return routing._replace(topk_ids=torch.where(routing.topk_ids < limit, routing.topk_ids, -1))
+
+
+def halve(x: Tensor, context: Context, *, width: int) -> Tensor:
+    return x[:, :width] / 2
+
+
+def test_partials_of_functions_are_parts() -> None:
+    """Those of classes, and of functions that return a part, are called instead."""
+    router = Router(
+        E, E, score=partial(halve, width=E), select=partial(choose, k=3), capacity=partial(keep, limit=E - 1),
+        balance=[partial(chi2, coefficient=0.5), partial(routing.ZLoss, 0.5)],
+    )  # fmt: skip
+    x = torch.randn(7, E)
+    got, want = router(x), switchgear.route(x / 2, 3)
+    assert torch.equal(got.topk_ids, want.topk_ids.masked_fill(want.topk_ids == E - 1, -1))
+    assert set(got.losses) == {"chi2", "z"}
+    assert torch.equal(got.losses["chi2"], chi2(want, None, 0.5))
+    router.set_policy(select=partial(choose, k=2), balance=[])
+    assert router(x).topk_ids.shape == (7, 2)
+    hashed = Router(E, E, select=partial(Lookup.hashed, 10, top_k=2))
+    assert isinstance(hashed.select, Lookup)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("balance", partial(chi2, coefficients=0.5)),
+        ("balance", partial(chi2)),
+        ("balance", lambda routing: routing.topk_weights.sum()),
+        ("select", partial(choose, experts=3)),
+        ("select", lambda router_logits: switchgear.route(router_logits, 2)),
+        ("capacity", keep),
+        ("score", partial(halve, width=E, depth=1)),
+    ],
+)
+def test_functions_that_do_not_take_the_arguments_of_a_part_are_named(name: str, part: Any) -> None:
+    options: dict[str, Any] = {} if name == "select" else {"top_k": 2}
+    options[name] = [part] if name == "balance" else part
+    with raises(TypeError, name):
+        Router(16, E, **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error"), [(lambda shares: shares, ValueError), (lambda shares: shares[:1], ValueError),
+                        (lambda shares: None, TypeError), (lambda shares: "0", TypeError)],
+)  # fmt: skip
+def test_a_loss_that_is_no_scalar_is_named(loss: Any, error: type[Exception]) -> None:
+    def uneven(routing: Any, context: Context) -> Any:
+        return loss(routing.router_logits.softmax(-1).mean(0))
+
+    with raises(error, "balance") as caught:
+        Router(16, E, 2, balance=[uneven])(torch.randn(3, 16))
+    assert "uneven" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [
         ("top_k", partial(TopK, 0)),
         ("score_function", partial(TopK, 2, "tanh")),
-        ("num_groups", partial(TopK, 2, "sqrt_softplus", num_groups=2)),
+        ("topk_groups", partial(TopK, 2, "sqrt_softplus", num_groups=2, topk_groups=3)),
+        ("group_score", partial(Grouped, 2, 4, group_score=0)),
         ("group_score", partial(TopK, 2, group_score="mean")),
         ("group_score", partial(Grouped, 2, 4, group_score="mean")),
         ("topk_groups", partial(Grouped, 2, 4, 5)),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ExpertsInterface
 
 from errors import raises
-from switchgear import functional
+from switchgear import backends, functional
 from switchgear.integrations import is_too_old
 from switchgear.integrations.transformers import accelerate, is_decorated, path_of
 from switchgear.integrations.undecorated import find_patch
@@ -61,6 +61,22 @@ def test_name_is_registered() -> None:
     assert path_of(model.model.layers[0].mlp.experts) == "moe"
     model.set_experts_implementation("eager")
     assert path_of(model.model.layers[0].mlp.experts).startswith("not replaced: experts_implementation is 'eager'")
+
+
+@pytest.mark.parametrize(("model_type", "warns"), [("llama4_text", True), ("dbrx", True), ("mixtral", False)])
+def test_a_model_that_ignores_the_name_warns(model_type: str, warns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(model_type)
+    for choose in (
+        lambda: model.set_experts_implementation("switchgear"),
+        lambda: AutoModelForCausalLM.from_config(model.config, experts_implementation="switchgear"),
+    ):
+        monkeypatch.setattr(backends, "_warned_about", set())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            choose()
+        found = [str(w.message) for w in caught if "switchgear.accelerate(model)" in str(w.message)]
+        assert len(found) == warns
+        assert all(model_type.partition("_")[0] in message for message in found)
 
 
 def test_fp8_experts_are_refused_with_advice() -> None:

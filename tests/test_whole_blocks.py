@@ -82,6 +82,18 @@ def test_a_block_in_bfloat16(model: Any, calls: list[Any]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_does_not_depend_on_its_batch(model: Any, calls: list[Any], isa: str, dtype: torch.dtype) -> None:
+    """The bits of 120 tokens together and alone. The modules fail this: torch computes the router's product."""
+    accelerate(model.to(dtype), whole_blocks=True)
+    block = blocks_of(model)[0]
+    x = torch.randn(1, 120, block.gate.hidden_dim).to(dtype)
+    together, alone = block(x), torch.cat([block(x[:, token : token + 1]) for token in range(120)], 1)
+    assert len(calls) == 121
+    assert torch.equal(together, alone)
+
+
+@torch.no_grad()
 def test_generate(model: Any, calls: list[Any]) -> None:
     if model.generation_config is None:
         pytest.skip("this model does not generate")

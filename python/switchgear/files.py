@@ -308,7 +308,7 @@ class Unfinished:
         if identity != self._identity:
             self._refuse(
                 f"{self.folder} holds an unfinished {self.kind.name} of another {self.kind.inputs}; remove it, or "
-                "start again with resume=False (--fresh)"
+                "start again with resume=False"
             )
         self.pieces = pieces
 

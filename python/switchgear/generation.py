@@ -28,6 +28,8 @@ from switchgear.trace.batches import stacked
 from switchgear.trace.routed_layers import pick, traceable
 from switchgear.utils.modules import get_inner_model
 
+__all__ = ["Halves", "SelfContrast"]
+
 _MEDIA = ("pixel_", "image_", "video_", "input_features", "feature_")  # inputs with a row per image or clip
 _CACHES = ("cache", "past_key_values")  # transformers renamed it in 5.24
 _SHARED = (*_CACHES, "cache_position", "logits_to_keep")  # inputs of both halves alike

@@ -25,6 +25,8 @@ from switchgear.routing.router import Router
 from switchgear.weights.form import layout_of
 from switchgear.weights.selected import SUFFIX
 
+__all__ = ["Muon", "muon_groups", "orthogonalized"]
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration (Jordan et al., 2024)
 _CACHED = 1 << 19  # elements of a batch on a CPU
 _TRANSPOSED = "is_transposed"  # an attribute of parameters [E,in,out]

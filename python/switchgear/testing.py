@@ -24,6 +24,11 @@ from torch import Tensor
 from switchgear import backends, reference
 from switchgear.ops import GluOptions
 
+__all__ = [
+    "CASES", "Bounded", "Case", "Layer", "assert_batch_invariant", "assert_close", "combine", "exact", "gemm",
+    "glu", "glu_backward", "make_layer", "moe_backward", "moe_forward", "row_dot", "times", "topk_ids_of", "wgrad",
+]  # fmt: skip
+
 C = 2  # the constant in front of every float32 bound
 EVALUATION = 8  # rounded float32 operations of an activation, exponentials included, on values no larger than its scale
 U32 = torch.finfo(torch.float32).eps / 2

@@ -7,6 +7,7 @@ Round trips of every model type are in test_lora_models.py.
 import copy
 import json
 import re
+import warnings
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -159,6 +160,41 @@ def test_bfloat16_and_a_chosen_dtype(tmp_path: Path) -> None:
     for got, want in zip(lora_of(other).values(), lora_of(net).values(), strict=True):
         assert got.a.dtype is torch.float32
         assert torch.equal(got.a, want.a.float())
+
+
+def stored_experts(form: str) -> nn.Module:
+    torch.manual_seed(3)
+    net = nn.Sequential(switchgear.MoE(64, 64, 4, 2))
+    if form != "plain":
+        switchgear.store(net, form)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "named"),
+    [
+        ("nf4", "plain", ("nf4", "plain")),
+        ("plain", "nf4", ("plain", "nf4")),
+        ("int4", "nf4", ("int4", "nf4")),
+        ("nf4", "nf4", None),
+        ("plain", "panels", None),
+        ("panels", "plain", None),
+    ],
+)
+def test_another_form_of_the_base_warns(saved: str, now: str, named: tuple[str, str] | None, tmp_path: Path) -> None:
+    """Lossless forms count as plain: their weights have the same bits."""
+    base = stored_experts(saved)
+    add_lora(base, 2)
+    save_peft(base, tmp_path)
+    other = stored_experts(now)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_peft(other, tmp_path)
+    assert len(lora_of(other)) == 2
+    assert [w.category for w in caught] == ([] if named is None else [RuntimeWarning])
+    if named is not None:
+        assert all(form in str(caught[0].message) for form in named)
+        assert caught[0].filename == __file__
 
 
 def test_files_of_torch_save_and_negative_alphas(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from replayed import Replay, as_sets
 from errors import raises
 from switchgear import diagnostics, offload
 from switchgear.cli import main, offload_plan
+from switchgear.cli.common import colors
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
@@ -47,6 +48,12 @@ def text(tmp_path: Path) -> Path:
 
 def dense_bytes() -> int:
     return sum(p.numel() * 4 for name, p in olmoe().named_parameters() if ".experts." not in name)
+
+
+def test_policies_have_colours_of_their_own() -> None:
+    names = [policy.name for policy in offload.POLICIES] + [offload.StaticFrequency.name]
+    palette = colors(names)
+    assert len(set(palette.values())) == len(names)
 
 
 def test_it_predicts_and_recommends(

@@ -201,6 +201,24 @@ def test_the_command_writes_a_store(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert sorted(file.name for file in tmp_path.iterdir()) == ["c", "s"]
 
 
+def test_an_unfinished_store_of_another_form_names_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--fresh in the command, resume=False in Python."""
+    path, out = saved(tmp_path / "c", "mixtral"), tmp_path / "s"
+    with pytest.raises(Stopped):
+        write_store(path, out, "int8", progress=stopping(1))
+    with raises(StoreError, "path") as caught:
+        write_store(path, out)
+    assert "resume=False" in str(caught.value)
+    assert "--fresh" not in str(caught.value)
+    assert main(["offload-store", str(path), "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert "--fresh" in message
+    assert "resume" not in message
+    assert main(["offload-store", str(path), "--out", str(out), "--fresh"]) == 0
+
+
 def test_the_command_says_that_published_experts_become_plain(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

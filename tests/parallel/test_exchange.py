@@ -288,7 +288,7 @@ def shared_tokens(rank: int, num_tokens: int) -> tuple[int, int]:
     return sent[0], sent[1]
 
 
-def test_tensor_parallel_ranks_send_each_token_once(pool: Pool) -> None:
+def test_row39_tensor_parallel_ranks_send_each_token_once(pool: Pool) -> None:
     before, after = (sum(column) for column in zip(*pool.run(shared_tokens, 31), strict=True))
     assert after < 0.6 * before  # half of the tokens, plus those with a rank that needed no communication
     pool.run(shared_tokens, 1)

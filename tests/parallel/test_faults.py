@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
+import weakref
 from itertools import product
 from typing import Any
 
@@ -18,7 +20,7 @@ from peer_memory_on_cpu import make_parallel
 
 import switchgear
 from switchgear import cuda
-from switchgear.parallel import ExpertParallel, ExpertParallelError
+from switchgear.parallel import ExpertParallel, ExpertParallelError, errors
 from switchgear.parallel.errors import PHASES
 from switchgear.parallel.transport import GlooTransport
 
@@ -69,7 +71,7 @@ def trial(rank: int, culprit: int, fault: str, phase: str, num_chunks: int, tran
         step(parallel)
         step(parallel)  # a rank that already had all data of the last phase notices here
     except ExpertParallelError as error:
-        seen = {"failure": error.failure, "message": str(error)}
+        seen = {"failure": error.failure, "message": str(error), "alone": error.__context__ is None}
     except ArithmeticError:
         seen = {"own": True}
     seen["seconds"] = time.monotonic() - begin
@@ -101,6 +103,7 @@ def run_trial(culprit: int, fault: str, phase: str, num_chunks: int, transport: 
     failure = failures.pop()
     assert (failure.rank, failure.kind, failure.phase) == (culprit, KIND[fault], phase)
     assert len({entry["message"] for entry in seen}) == 1
+    assert all(entry["alone"] for entry in seen)  # no error of a transport is printed before it
     limit = TIMEOUT + AIR if fault == "stop" else LONG / 2  # the others are noticed at once, not by the timeout
     assert max(entry["seconds"] for entry in seen) < limit
     assert not any(entry["grown"] or entry["reserved"] for entry in seen)
@@ -242,3 +245,55 @@ def test_closing_does_not_wait_for_gloo(monkeypatch: pytest.MonkeyPatch) -> None
     transport.close()
     assert not ended.is_set()
     ended.set()
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+DIED = errors.Failure(2, "died", "combine", 17)
+LINE = str(ExpertParallelError(DIED))
+OTHER = errors.Failure(1, "died", "combine", 18)
+
+
+class View:
+    """What rank 0 knows of its group."""
+
+    def __init__(self, failure: errors.Failure | None, has_decided: bool, has_raised: bool) -> None:
+        self.rank, self.failure, self.has_decided, self.has_raised = 0, failure, has_decided, has_raised
+
+
+@pytest.mark.parametrize(
+    ("error", "view", "has_line", "has_traceback"),
+    [
+        (ExpertParallelError(DIED), View(DIED, True, True), True, True),
+        (ExpertParallelError(DIED), View(DIED, False, True), True, False),
+        (ExpertParallelError(DIED), View(OTHER, False, True), False, True),  # that of a group that is gone
+        (RuntimeError("gloo"), View(DIED, True, False), True, True),
+        (RuntimeError("gloo"), View(DIED, False, False), True, False),
+        (OSError("broken pipe"), View(DIED, False, False), True, False),
+        (RuntimeError("mine"), View(DIED, False, True), False, True),  # the program has got the failure before
+        (RuntimeError("mine"), View(errors.Failure(0, "raised", "experts", 17), False, False), False, True),
+        (RuntimeError("mine"), View(None, False, False), False, True),
+        (ValueError("mine"), View(DIED, False, False), False, True),
+    ],
+)
+def test_what_a_program_prints_that_a_failure_ends(
+    error: Exception, view: View, has_line: bool, has_traceback: bool,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The failure first, by each rank, and the traceback by one: that of the failed rank's own error, or else that of
+    the rank that has decided."""
+    monkeypatch.setattr(errors, "_groups", weakref.WeakSet())
+    monkeypatch.setattr(errors, "SETTLE_SECONDS", 0.02)
+    monkeypatch.setattr(sys, "excepthook", lambda *_: print("the traceback", file=sys.stderr))
+    errors.explain_uncaught(view)
+    errors.explain_uncaught(view)  # of another group
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == f"{LINE}\n" * has_line + "the traceback\n" * has_traceback
+
+
+def test_every_kind_of_failure_says_what_to_do() -> None:
+    assert errors.REMEDIES.keys() == errors.KINDS.keys()
+    for kind in errors.KINDS:
+        message = str(ExpertParallelError(errors.Failure(1, kind, "agree", 3)))
+        assert message.startswith(f"rank 1 {kind} in phase 'agree' of exchange 3: {errors.KINDS[kind]}; ")
+        assert errors.REMEDIES[kind] in message

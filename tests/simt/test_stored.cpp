@@ -75,7 +75,7 @@ TEST(stored_decodes_exactly) {
         for (int64_t k = 0; k < C; ++k) {
           for (int64_t n = 0; n < N; ++n) {
             const float value = nearest(weights.value(e, n, k), precision.dtype),
-                        scale = weights.scale(e, n, k / weights.group_size());
+                        scale = weights.scale(e, n, k / weights.group_size()) * weights.row_scale(e, n);
             CHECK(got(e * C + k, n) == nearest(value * scale, precision.dtype), "expert ", e, " [", n, ", ", k, ']');
           }
         }

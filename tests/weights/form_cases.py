@@ -65,6 +65,7 @@ FORM_CASES = (
     FormCase(Int4(group_size=16, symmetric=False), ALL, 0.15),
     FormCase(Fp8(), ALL, 0.08),
     FormCase(Fp8(block="row"), ALL, 0.08),
+    FormCase(Fp8(block="64x128"), ALL, 0.08),
     FormCase(Mxfp4(), ALL, 0.35),
     FormCase(Nf4(), ALL, 0.3),
     FormCase(Nvfp4(), ALL, 0.3),

@@ -514,6 +514,93 @@ def test_report(case: FormCase) -> None:
     assert switchgear.restore(model) == 3
 
 
+def rounding_warnings(model: nn.Module) -> list[str]:
+    """Those of `restore`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        switchgear.restore(model)
+    return [str(w.message) for w in caught if w.category is RuntimeWarning and w.filename == __file__]
+
+
+@forms
+def test_restore_of_rounded_weights_warns(case: FormCase) -> None:
+    model = model_of(case)
+    switchgear.store(model, case.form)
+    found = rounding_warnings(model)
+    assert len(found) == (not case.is_exact)
+    assert all(str(case.form) in message for message in found)
+
+
+def test_a_warning_as_an_error_changes_nothing() -> None:
+    model = model_of(FORM_CASES[2])
+    switchgear.store(model, "int8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with raises(RuntimeWarning, "restore"):
+            switchgear.restore(model)
+    assert all(stored_of(module) is not None for module in model)
+
+
+@forms
+@pytest.mark.some(8)
+def test_kept_parameters_return(case: FormCase) -> None:
+    """The objects themselves, after any number of forms, with their memory in the report."""
+    model = model_of(case)
+    model[2].requires_grad_(False)
+    before = dict(model.named_parameters())
+    bits = {name: parameter.detach().clone() for name, parameter in before.items()}
+    trained = {name: parameter.requires_grad for name, parameter in before.items()}
+    for form in (case.form, "int8", case.form):
+        report = switchgear.store(model, form, keep_plain=True)
+        assert not [name for name, _ in model.named_parameters() if name.endswith("proj")]
+        assert report.bytes_after == report.bytes_before + sum(buffer.nbytes for buffer in model.buffers())
+        assert switchgear.store(model, form) == report
+        copied = copy.deepcopy(model)
+        assert rounding_warnings(model) == []
+        after = dict(model.named_parameters())
+        assert list(after) == list(before)
+        assert all(after[name] is parameter for name, parameter in before.items())
+        assert {name: parameter.requires_grad for name, parameter in after.items()} == trained
+        assert rounding_warnings(copied) == []
+        assert all(torch.equal(parameter, bits[name]) for name, parameter in copied.named_parameters())
+
+
+@forms
+@pytest.mark.some(8)
+@pytest.mark.parametrize("as_stored", [False, True])
+def test_a_state_dict_is_loaded_into_kept_parameters(case: FormCase, as_stored: bool) -> None:
+    """Those that share memory without being one, too."""
+    model = model_of(case)
+    model[1].down_proj.data = model[0].down_proj.data
+    model[2].down_proj = model[0].down_proj
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in (*other[0].parameters(), *other[1].parameters()):
+            parameter.neg_()
+        other[1].down_proj.copy_(other[0].down_proj)
+    plain = {name: parameter.detach().clone() for name, parameter in other.named_parameters(remove_duplicate=False)}
+    if as_stored:
+        switchgear.store(other, case.form)
+    switchgear.store(model, case.form, keep_plain=True)
+    model.load_state_dict(other.state_dict())
+    if as_stored:
+        rounding_warnings(other)
+        plain = dict(other.named_parameters(remove_duplicate=False))
+    assert rounding_warnings(model) == []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert torch.equal(parameter, plain[name]), name
+
+
+def test_keep_plain_with_low_memory() -> None:
+    model = model_of(FORM_CASES[2])
+    before = dict(model.named_parameters())
+    with raises(ValueError, "keep_plain"):
+        switchgear.store(model, "int8", low_memory=True, keep_plain=True)
+    assert is_untouched(model, before)
+    with raises(TypeError, "keep_plain"):
+        switchgear.store(model, "int8", keep_plain="yes")
+
+
 class Failing:
     """A form whose encode fails from the n-th call on."""
 

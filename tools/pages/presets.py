@@ -44,6 +44,46 @@ TABLE = """
 |---|---|---|---|---|
 """
 
+LEFT_OUT = """
+## What was left out
+
+Of the papers that this package goes back to, these have no function of their own, and why:
+
+| source | what is here | what is not, and why |
+|---|---|---|
+"""
+
+OTHERS = (
+    ("A Survey on Mixture of Experts; A Survey on Model MoErging", "the parts that they name", "nothing to compute"),
+    ("Convergence Rates for Mixture-of-Experts", "", "a theorem on maximum likelihood"),
+    (
+        "Model selection by penalisation in mixtures of experts (GLoME, BLoME)",
+        "its gate, `routing.Gaussian`",
+        "choosing the number of experts by a penalty: whole trainings",
+    ),
+    (
+        "Toward Inference-optimal Mixture-of-Expert Models; Scaling Laws for Upcycling",
+        "costs and laws in `switchgear.analysis`",
+        "the trainings behind their constants",
+    ),
+    ("Symbolic Mixture-of-Experts", "", "chooses whole language models by keywords of a question: no layer"),
+    ("DMoERM", "`adapters`, with a router of sequences", "its recipe of two stages of reward models"),
+    ("JiuZhang 2.0", "`convert.upcycle`", "its curriculum of tasks"),
+    (
+        "Exploring the Benefits of Training Expert Language Models",
+        "`convert.merge_models`",
+        "retrieving an expert by the nearest prompt",
+    ),
+    (
+        "The Obscure Limitation of Modular Multilingual Language Models",
+        "`routing.Lookup` of a language's id",
+        "its study of wrong languages",
+    ),
+    ("P-Adapters; Mixture-of-Prompts; MRKL Systems", "", "choose prompts or tools, not parts of a network"),
+    ("GShard", "`presets.gshard`", "the second expert drawn at random: all of a token's choices count"),
+    ("Branch-Train-Stitch", "`presets.branch_train_stitch`", "the training of its language models"),
+)
+
 TITLES = {
     "score": "Scores",
     "selection": "Selections",
@@ -107,7 +147,7 @@ def page() -> str:
     for group in GROUPS:
         parts.append(TABLE.format(title=TITLES[group]))
         parts.extend(_row(PRESETS[name]) for name in sorted(PRESETS) if PRESETS[name].group == group)
-    return "".join(parts)
+    return "".join([*parts, LEFT_OUT, *(f"| {' | '.join(row)} |\n" for row in OTHERS)])
 
 
 def _row(entry: Preset) -> str:

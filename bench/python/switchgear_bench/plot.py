@@ -41,7 +41,7 @@ def plot(results: dict[str, Any], folder: str) -> None:
         _plot_panel(axis, panels[mode, tokens], palette)
         axis.set_title(f"{mode}, {tokens:,} token{'s' if tokens > 1 else ''}, {dtype}", fontsize=9, loc="left")
     handles = [plt.Rectangle((0, 0), 1, 1, color=palette[name], label=name) for name in NAMES]
-    handles.append(plt.Line2D([], [], color=INK, linewidth=1.5, label="floor"))
+    handles.append(plt.Line2D([], [], color=INK, linewidth=1.5, label="floor of plain weights"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
     machine = results["machine"]
     about = f"{machine['model']}, {threads(machine['threads'])}, {machine['isa']}"

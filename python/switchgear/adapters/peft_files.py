@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from switchgear.adapters.lora import attach
 from switchgear.adapters.peft_format import (
+    BASE,
     CONFIG,
     OURS,
     PREFIX,
@@ -40,9 +42,12 @@ from switchgear.adapters.sites import Site, find_adapted_sites, find_sites, list
 from switchgear.checks import FloatDtype, checked
 from switchgear.files import AnyPath, replacing
 from switchgear.utils.modules import unwrap_peft
+from switchgear.utils.packages import page
+from switchgear.weights import Weight, stored_of
 from switchgear.weights.adapted import adapters_of
 from switchgear.weights.form import on_huge_pages
 from switchgear.weights.state import Lora
+from switchgear.weights.weight import OffloadedWeight
 
 # Options of LoraConfig that change which tensors are meant or how they lie, and their values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {"fan_in_fan_out": (False,), "layers_to_transform": ([],), "megatron_config": ()}
@@ -57,6 +62,8 @@ def save_peft(model: nn.Module, path: AnyPath) -> None:
 
     dropout is written as 0 unless experts are linear layers, since PEFT has none on parameters. If PEFT has wrapped the
     model for other modules, its own save_pretrained writes the adapters of these.
+
+    The metadata of the tensors name the form of the experts, for `load_peft`: "plain" if their weights are not rounded.
 
     If experts are distributed over ranks, all ranks must call it. The first one writes the adapters of all; the others
     may return before the files exist.
@@ -80,9 +87,10 @@ def save_peft(model: nn.Module, path: AnyPath) -> None:
         return
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", OURS: "1", BASE: _name_base(sites)}
     config = json.dumps(_build_config(model, sites), indent=2, sort_keys=True) + "\n"
     with replacing(folder / TENSORS) as tensors_file, replacing(folder / CONFIG) as config_file:
-        save_file(tensors, tensors_file, metadata={"format": "pt", OURS: "1"})
+        save_file(tensors, tensors_file, metadata=metadata)
         config_file.write_text(config, encoding="utf-8")
 
 
@@ -96,7 +104,8 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: FloatDtype | None = Non
             modules, too, are for PEFT: PeftModel.from_pretrained(model, path). The experts still run on the kernels.)
         dtype: of the adapters; by default that of the weights.
 
-    Returns the adapters.
+    Returns the adapters. Warns (RuntimeWarning) if `save_peft` has written them from a model whose experts were rounded
+    in another form.
 
     Raises:
         ValueError: another kind of adapter; adapters of another model (names, shapes, number of experts); missing or
@@ -105,7 +114,7 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: FloatDtype | None = Non
     """
     folder = Path(path)
     config = parse_config(read_config(folder, "path"), str(folder / CONFIG), _PLAIN)
-    tensors, is_ours = read_tensors(folder, "path")
+    tensors, metadata = read_tensors(folder, "path")
     sites = find_sites(unwrap_peft(model))
     targeted = [site for site in sites if _is_targeted(site, config, tensors)]
     made, used = [], set()
@@ -119,7 +128,7 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: FloatDtype | None = Non
             names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
             used.update(names)
             pairs.append(_get_tensors(tensors, names))
-        a, b = _convert_from_file(site, modules, pairs, rank, not is_ours and _is_old(config))
+        a, b = _convert_from_file(site, modules, pairs, rank, OURS not in metadata and _is_old(config))
         _check_finite(modules, pairs)
         device, kind = site.like.device, dtype or site.like.dtype
         options = Lora(rank, config.alpha_of(layer, rank), config.dropout)
@@ -132,6 +141,14 @@ def load_peft(model: nn.Module, path: AnyPath, *, dtype: FloatDtype | None = Non
         )
     if not made:
         raise ValueError(f"path: expected adapters of experts, got none for {type(model).__name__} in {folder}")
+    base = _name_base(targeted)
+    if (saved := metadata.get(BASE, base)) != base:
+        warnings.warn(
+            f"path: its adapters were saved with experts stored as {saved[:80]}, those of this model are stored as "
+            f"{base}, for which the adapters were not trained; {page('adapters', 'merging')} says how to merge them",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return attach(model, made)
 
 
@@ -151,6 +168,19 @@ def _find_keys(sites: Iterable[Site]) -> Iterator[tuple[Site, Sequence[str]]]:
             if not site.path:
                 raise ValueError("model: expected a module around the experts, which PEFT needs, got the experts")
             yield site, [site.path + ".base_layer" * outside]
+
+
+def _name_base(sites: Iterable[Site]) -> str:
+    """The form that rounds the experts of the sites, or the forms; "plain" if none does."""
+    forms = set()
+    for site in sites:
+        weight = site.weight.weight if isinstance(site.weight, OffloadedWeight) else site.weight
+        if not isinstance(weight, Weight) or weight.is_exact:
+            forms.add("plain")
+        else:
+            form: Any = getattr(stored_of(site.module), "form", None)  # that of offloaded experts is another
+            forms.add(str(form) if getattr(form, "name", None) == weight.format else weight.format)
+    return ", ".join(sorted(forms))
 
 
 def _is_targeted(site: Site, config: PeftConfig, tensors: Mapping[str, Tensor]) -> bool:

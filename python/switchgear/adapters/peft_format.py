@@ -21,7 +21,7 @@ from switchgear.files import AnyPath, load_saved, read_json
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # All keys begin with it.
 _Alpha = Annotated[float, Range(-(2**31), 2**31, "low high")]
-OURS = "switchgear"  # The metadata of save_peft's files have this key.
+OURS, BASE = "switchgear", "experts"  # Keys in the metadata of save_peft's files: of all, and the base's form.
 
 # Options of LoraConfig that change what is computed or the base (PiSSA, …), and their values that do not, besides None.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -207,10 +207,10 @@ def read_config(folder: Path, name: str) -> Any:
         raise ValueError(f"{name}: expected PEFT's {CONFIG}, got {file}: {error}") from error
 
 
-def read_tensors(folder: Path, name: str) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a directory, and whether save_peft wrote them. name: what messages call the directory."""
+def read_tensors(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a directory, and their metadata. name: what messages call the directory."""
     if not (folder / TENSORS).is_file() and (folder / PICKLED).is_file():
-        return _unpickle(folder / PICKLED, name), False
+        return _unpickle(folder / PICKLED, name), {}
     if not (file := folder / TENSORS).is_file():
         raise ValueError(f"{name}: expected a directory with {TENSORS} or {PICKLED}, got {folder} with neither")
     import_safetensors()
@@ -219,7 +219,7 @@ def read_tensors(folder: Path, name: str) -> tuple[dict[str, Tensor], bool]:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (not a mapping)
-            return tensors, OURS in (opened.metadata() or {})
+            return tensors, opened.metadata() or {}
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{name}: expected a safetensors file, got {file}: {error}") from error
 

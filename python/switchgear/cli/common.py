@@ -49,6 +49,11 @@ def optional(module: str) -> tuple[ModuleType | None, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
+def name_options(error: Exception) -> str:
+    """The message of an error of a function that can resume, with the command's option instead of its argument."""
+    return str(error).replace("resume=False", "--fresh")
+
+
 def require_writable(folder: Path) -> None:
     """Creates the folder. CommandError if no file can be written in it."""
     try:
@@ -227,7 +232,10 @@ def settings(texts: Iterable[str], what: str, taken: Collection[str] = ()) -> di
 
 INK, FAINT, GRID = "#22303c", "#7a8791", "#e3e7ea"
 _KNOWN = {"eager": "#a9b4bd", "grouped_mm": "#3f7cac", "batched_mm": "#95b8d1", "switchgear": "#e4572e"}
-_OTHERS = ("#5b8e7d", "#8e6c8a", "#c9a227", "#2e4057", "#bc4b51", "#7f9172", "#6d597a")
+_OTHERS = (  # as many as lines in one plot
+    "#5b8e7d", "#8e6c8a", "#c9a227", "#2e4057", "#bc4b51", "#7fb800", "#00a6ed", "#0d0221", "#f7a1c4", "#8d5524",
+    "#9e9e9e", "#00695c",
+)  # fmt: skip
 
 
 def colors(names: Sequence[str]) -> dict[str, str]:

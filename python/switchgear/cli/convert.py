@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import CommandError, progress, require, require_new, settings
+from .common import CommandError, name_options, progress, require, require_new, settings
 
 
 # fmt: off
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         with progress("converting") as advance:
             report = checkpoints.run(recipe, args.sources, args.out, advance, resume=not args.fresh)
     except ConversionError as error:
-        raise CommandError(f"{error}") from None
+        raise CommandError(name_options(error)) from None
     except OSError as error:
         raise CommandError(f"{error.filename or args.out}: {error.strerror or error}") from None
     for name, before, experts, how in report.layers:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from ..files import read_json
+from ..utils.packages import page
 from .checkpoint import DTYPES, find_folder
-from .common import CommandError, progress, require, require_new, settings
+from .common import CommandError, name_options, progress, require, require_new, settings
 
 _OF_CONFIG = DTYPES[0]  # auto
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint of a Hugging Face model")
     add("--out", required=True, metavar="PATH", help="folder of the store; it must not exist")
     add("--form", default="plain", metavar="NAME",
-        help="plain, int8, fp8, ... (docs/weights.md); 'as published' keeps every bit")
+        help=f"plain, int8, fp8, ... ({page('weights')}); 'as published' keeps every bit")
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="an option of the form: group_size=64")
     add("--dtype", choices=DTYPES, default=_OF_CONFIG, help="of plain weights; auto: that of the checkpoint")
     add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of continuing")
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             with progress("verifying") as advance:
                 store.verify(advance)
     except (StoreError, ValueError, TypeError) as error:
-        raise CommandError(str(error)) from None
+        raise CommandError(name_options(error)) from None
     print(store)
     return 0
 

@@ -29,6 +29,18 @@ class RoutingEmbedding:
             return result
         return _compute_cosines(self.hidden, other.hidden) + alpha * result
 
+    def standardize(self) -> RoutingEmbedding:
+        """The z-scores of each feature over the N texts, as MoEE's code takes before any similarity: minus the mean,
+        divided by the unbiased standard deviation plus 1e-8.
+
+        Raises:
+            ValueError: fewer than two texts, which have no deviation.
+        """
+        if len(self.routing) < 2:
+            raise ValueError(f"routing: expected at least 2 texts, got {len(self.routing)}")
+        hidden = None if self.hidden is None else _compute_scores(self.hidden)
+        return RoutingEmbedding(_compute_scores(self.routing), hidden)
+
     @property
     def concatenated(self) -> Tensor:
         """Both parts as unit vectors side by side, [N, H + Σ E], for an index of vectors: the dot product of two is the
@@ -80,7 +92,7 @@ def routing_embedding(
     wants_hidden = "config" in vars(model) and isinstance(getattr(model.config, "model_type", None), str)
     extra = {"output_hidden_states": True} if wants_hidden else {}
     with observe(model, see):
-        output = model(inputs) if isinstance(inputs, Tensor) else model(**{**arguments, **extra})
+        output = model(inputs, **extra) if isinstance(inputs, Tensor) else model(**{**arguments, **extra})
     hidden = _find_hidden(output)
     if hidden is not None:
         hidden = None if hidden.shape[:2] != weights.shape else _weigh(hidden.float(), weights)
@@ -118,6 +130,10 @@ def _find_hidden(output: Any) -> Tensor | None:
     states = getattr(output, "hidden_states", None)
     last = states[-1] if states else getattr(output, "last_hidden_state", None)
     return last if isinstance(last, Tensor) and last.dim() == 3 else None
+
+
+def _compute_scores(rows: Tensor) -> Tensor:
+    return (rows - rows.mean(0)) / (rows.std(0) + 1e-8)
 
 
 def _compute_cosines(first: Tensor, second: Tensor) -> Tensor:

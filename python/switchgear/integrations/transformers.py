@@ -13,6 +13,7 @@ some wrappers. `accelerate(model)` handles those too, and returns what it replac
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 from switchgear import ops
@@ -59,6 +61,7 @@ from switchgear.integrations.modules import (
     weights_in,
 )
 from switchgear.integrations.undecorated import PATCHES
+from switchgear.utils.modules import extend_once
 from switchgear.weights.state import extend
 
 __all__ = [
@@ -109,11 +112,25 @@ def _refuse_fp8(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
     raise NotImplementedError(f"switchgear has no kernels for {type(module).__name__}: {FP8_ADVICE}")
 
 
+def _extend_choice(original: Any) -> Any:
+    @functools.wraps(original)
+    def get_correct_experts_implementation(self: Any, requested_experts: str | None) -> Any:
+        folder = type(self).__module__.removeprefix("transformers.models.").partition(".")[0]
+        is_known = any(name.startswith(f"{folder}.") for name in PATCHES)
+        if requested_experts == NAME and is_known and not self._can_set_experts_implementation():
+            advice = "call switchgear.accelerate(model), which replaces their forward"
+            warn_once(f"the experts of {folder} ignore experts_implementation={NAME!r}; {advice}")
+        return original(self, requested_experts)
+
+    return get_correct_experts_implementation
+
+
 def register() -> None:
-    """Makes "switchgear" a valid `experts_implementation`, and `save_pretrained` save stored experts. Importing this
-    module calls it."""
+    """Makes "switchgear" a valid `experts_implementation`, with a warning from models that ignore it, and
+    `save_pretrained` save stored experts. Importing this module calls it."""
     saving.register()
     wrappers.register()
+    extend_once(PreTrainedModel, "get_correct_experts_implementation", _extend_choice)
     ExpertsInterface.register(NAME, experts)
     try:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
@@ -150,8 +167,8 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
 
     Args:
         whole_blocks: also run the blocks of OLMoE, Qwen3 MoE and Mixtral as a whole when no gradient is needed: router
-            and experts without calls of their modules, unless these have hooks. It is faster for one token. The logits
-            of the router may differ in the last bit.
+            and experts without calls of their modules, unless these have hooks. It is faster for one token, and no
+            bit of a token depends on its batch. The logits of the router may differ from torch's in the last bit.
 
     Returns a Replacement for each module; `undo_accelerate(replacements)` of this module undoes the call.
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from switchgear.papers.layers.composed import *  # noqa: F403  # noqa: F403
     from switchgear.papers.layers.merged import *  # noqa: F403
     from switchgear.papers.layers.monet import *  # noqa: F403
+    from switchgear.papers.layers.stitched import *  # noqa: F403
     from switchgear.papers.layers.stratified import *  # noqa: F403
     from switchgear.papers.parts.scores import *  # noqa: F403
 
@@ -27,6 +28,8 @@ MOVED = {
     "MonetRouting": "switchgear.papers.layers.monet",
     "MultiHeadMoE": "switchgear.papers.layers.composed",
     "SoftMoE": "switchgear.papers.layers.composed",
+    "StitchLayer": "switchgear.papers.layers.stitched",
+    "Stitched": "switchgear.papers.layers.stitched",
     "StratifiedMoE": "switchgear.papers.layers.stratified",
     "per_conv_tokens": "switchgear.papers.layers.composed",
     "sigma_moe_values": "switchgear.papers.parts.scores",

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The one error of expert parallelism, and the failure that all ranks agree on."""
+"""The one error of expert parallelism, the failure that all ranks agree on, and what a program prints that it ends."""
 
 from __future__ import annotations
 
+import sys
+import time
+import weakref
 from dataclasses import asdict, dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
+
+from switchgear.utils.packages import page
 
 PHASES = (
     "agree", "dispatch", "experts", "combine",
@@ -19,6 +25,15 @@ KINDS = {
     "disagrees": "it was called with something else",
     "lost": "its connection failed",
 }
+REMEDIES = {  # what to look at first
+    "died": "its own output says why, or the system's log (dmesg) if it was killed, as for lack of memory",
+    "exited": "its own output says why",
+    "stalled": "it is stopped, or slower than timeout= of ExpertParallel",
+    "raised": "the traceback is in its own output",
+    "disagrees": "call it alike on all ranks",
+    "lost": "look at the network between the ranks",
+}
+SETTLE_SECONDS = 0.35  # within which ranks agree on a failure that another channel has shown first
 
 
 @dataclass(frozen=True)
@@ -52,10 +67,62 @@ class ExpertParallelError(RuntimeError):
     """
 
     def __init__(self, failure: Failure) -> None:
-        super().__init__(str(failure))
+        again = f"the other ranks can continue without it: {page('parallel', 'continuing-after-a-loss')}"
+        super().__init__(f"{failure}; {REMEDIES[failure.kind]}" + (f"; {again}" if failure.rank >= 0 else ""))
         self.failure = failure
         self.rank, self.kind, self.phase = failure.rank, failure.kind, failure.phase
         self.step, self.reason = failure.step, failure.reason
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.failure,)
+
+
+# ---- a failure that nobody handles -----------------------------------------------------------------------------------
+
+
+class Group(Protocol):
+    """What a rank knows of its group."""
+
+    rank: int
+    failure: Failure | None
+    has_decided: bool  # whether this rank speaks for the others
+    has_raised: bool  # whether the program has got the failure
+
+
+_groups: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def explain_uncaught(group: Group) -> None:
+    """If another rank of the group fails, and an exception that follows from it ends this program, the failure is
+    printed first. One rank also prints its traceback: ranks often share an output, and their tracebacks are alike.
+    Channels of torch raise other errors, before or after the ranks have agreed."""
+    _groups.add(group)
+    if not hasattr(sys.excepthook, "explains"):
+        sys.excepthook = _extend(sys.excepthook)
+
+
+def _extend(before: Any) -> Any:
+    def explain(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if (group := _find_failed(error)) is not None:
+            print(ExpertParallelError(group.failure), file=sys.stderr, flush=True)
+            if not group.has_decided:
+                return
+        before(kind, error, traceback)
+
+    explain.explains = True  # type: ignore[attr-defined]
+    return explain
+
+
+def _find_failed(error: BaseException) -> Any:
+    """The group whose other rank has failed, if the error follows from that."""
+    if isinstance(error, ExpertParallelError):
+        return next((group for group in list(_groups) if group.failure == error.failure), None)
+    until = time.monotonic() + SETTLE_SECONDS
+    while isinstance(error, (OSError, RuntimeError)) and _groups:
+        for group in list(_groups):
+            if group.failure is not None and not group.has_raised and group.failure.rank != group.rank:
+                return group
+        if time.monotonic() > until:
+            break
+        time.sleep(0.01)
+    return None

@@ -329,7 +329,9 @@ class ExpertParallel:
     def __enter__(self) -> ExpertParallel:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, (OSError, RuntimeError)):
+            self.peers.settle()
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:

@@ -32,7 +32,14 @@ from typing import Any, TypeVar
 
 from switchgear.parallel import shared_memory
 from switchgear.parallel.connect import Background, Mesh, connect, share
-from switchgear.parallel.errors import MORE_PHASES, PHASES, ExpertParallelError, Failure
+from switchgear.parallel.errors import (
+    MORE_PHASES,
+    PHASES,
+    SETTLE_SECONDS,
+    ExpertParallelError,
+    Failure,
+    explain_uncaught,
+)
 from switchgear.parallel.transport import Work
 
 POLL_SECONDS = 0.02  # between checks of the control connections while waiting for data
@@ -63,6 +70,7 @@ class Peers:
         self.rank, self.size, self.timeout = rank, size, timeout
         self.step, self.done, self.phase, self.waiting = 0, -1, CONNECT, False
         self.failure: Failure | None = None
+        self.has_decided = self.has_raised = False
         self.on_failure: list[Callable[[], None]] = []
         self._deadline: float | None = time.monotonic() + timeout
         self._decided = threading.Event()
@@ -153,6 +161,7 @@ class Peers:
 
     def constructed(self) -> None:
         """From now on, the timeout counts for each wait."""
+        explain_uncaught(self)
         self._deadline, self.done = None, 0
         self.enter(BETWEEN)
 
@@ -184,7 +193,12 @@ class Peers:
 
     def check(self) -> None:
         if self.failure is not None:
+            self.has_raised = True
             raise ExpertParallelError(self.failure)
+
+    def settle(self) -> None:
+        """After an error of another channel: until the ranks have agreed on the failure that it shows, if any."""
+        self._decided.wait(SETTLE_SECONDS)
 
     def wait(self, work: Work) -> None:
         """Waits for the work; raises ExpertParallelError as soon as a rank knows that it will never finish."""
@@ -193,13 +207,15 @@ class Peers:
         self.waiting = True
         try:
             while True:
+                done, lost = False, None
                 try:
                     done = work.wait_for(POLL_SECONDS)
                 except (OSError, RuntimeError) as error:  # from the transport or the store: usually a lost peer
                     self._report_lost(str(error).split("\n")[0][:_LONGEST_REASON])
-                    self.check()
-                    raise
-                self.check()
+                    lost = error
+                self.check()  # outside of the handler, whose error would be printed first
+                if lost is not None:
+                    raise lost
                 if done:
                     return
                 for peer, finished in list(self._left.items()):
@@ -227,6 +243,7 @@ class Peers:
         with self._lock:
             if self.failure is None:
                 self.failure = failure
+        self.has_decided = self.rank == 0
         self._decided.set()
         self.check()
 
@@ -277,7 +294,7 @@ class Peers:
         with self._lock:
             if self._deciding or self.failure is not None:
                 return
-            self._deciding = True
+            self._deciding = self.has_decided = True
         if failure.kind == "stalled" and failure.rank < 0:
             failure = self._find_stalled(failure)
         elif failure.kind == "died":
@@ -420,6 +437,9 @@ class Outside:
         raise ValueError("parallel: expected a process that has joined (switchgear.parallel.join), got one outside")
 
     exchange = enter = run = check
+
+    def settle(self) -> None:
+        pass
 
     def gone(self, with_left: bool = True) -> set[int]:
         return set()

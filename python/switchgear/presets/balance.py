@@ -6,7 +6,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
-from switchgear.papers.parts.controllers import AdaptiveCoefficient
+from switchgear.papers.parts.controllers import AdaptiveCoefficient, QuantileBias
 from switchgear.papers.parts.losses import ClusterVariance, DeviceBalance
 from switchgear.papers.parts.masks import ClusterDropout, Masked
 from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
@@ -56,6 +56,22 @@ def loss_free(*, top_k: int = 6, rate: float = 1e-3, rule: Literal["sign", "prop
     difference of load by the mean load; the paper's variant does not, so its rate is rate / the mean load.
     """
     return {"select": TopK(top_k, "sigmoid"), "balance": [LossFreeBias(rate, rule)]}
+
+
+@preset(
+    "balance",
+    None,
+    "Quantile balancing, https://kexue.fm/archives/11619",
+    f"formula of the code in Megatron-Core and torchtitan; a histogram of all calls of a step: {OURS}",
+    unverified="top_k",
+)
+def quantile_balance(*, top_k: int = 2, bins: int = 1000) -> dict[str, Any]:
+    """A selection bias with which the tokens of the last step would have loaded all experts alike: neither a loss nor a
+    rate.
+
+    switchgear.after_step(model) updates the bias; call it once per optimizer step.
+    """
+    return {"select": TopK(top_k, "sigmoid", normalize=True), "balance": [partial(QuantileBias, bins=bins)]}
 
 
 @preset(

@@ -13,11 +13,13 @@ from torch import nn
 
 from switchgear.checks import Size, checked
 from switchgear.experts import Experts
+from switchgear.layers.shared import SharedExperts
 from switchgear.modules import MoE
 from switchgear.papers.layers.autonomous import AutonomousMoE
 from switchgear.papers.layers.composed import CartesianMoE, MultiHeadMoE, SoftMoE
 from switchgear.papers.layers.merged import MergedExperts
 from switchgear.papers.layers.monet import Mode, Monet
+from switchgear.papers.layers.stitched import Stitched
 from switchgear.papers.layers.stratified import StratifiedMoE
 from switchgear.papers.parts.controllers import RunningCap
 from switchgear.presets.entry import CODE, OURS, PAPER, Example, preset
@@ -277,3 +279,31 @@ def merged(
         "pooling": pooling,
         **{name: value for name, value in options.items() if value},
     }
+
+
+@checked
+def stitched(
+    hidden_size: int, intermediate_size: int, num_experts: int, *, depth: Size = 2, **options: Any
+) -> Stitched:
+    """A hub and num_experts experts of `depth` feed-forward networks each, joined by stitch layers."""
+
+    def blocks() -> list[nn.Module]:
+        return [SharedExperts(hidden_size, intermediate_size, **options) for _ in range(depth)]
+
+    return Stitched(hidden_size, blocks(), [blocks() for _ in range(num_experts)], **_device(options))
+
+
+@preset(
+    "structure",
+    85,
+    "BTS: Harmonizing Specialized Experts into a Generalist LLM, arXiv:2502.00075",
+    f"{PAPER}; a gate for each network rather than each feature, and networks of feed-forward layers: {OURS}",
+    unverified="the initial values, depth",
+)
+def branch_train_stitch(*, depth: int = 2) -> Options:
+    """A hub and experts that are networks of their own, joined by gated linear maps, into the experts and into the hub
+    in turn. There is no choice of experts: all run.
+
+    The paper joins language models, of which only the maps are trained: put layers.StitchLayer between their blocks.
+    """
+    return {"layer": stitched, "depth": depth}

@@ -7,6 +7,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from switchgear.papers.parts.masks import Lookup
 from switchgear.papers.parts.stochastic import SparseMixer
 from switchgear.presets.entry import OURS, PAPER, Example, preset
 from switchgear.routing import LossFreeBias, SwitchLoss, TopK
@@ -117,3 +118,27 @@ def phimoe(*, jitter: float = 0.01, input_jitter: float = 0.0) -> dict[str, Any]
 def llama4(*, top_k: int = 1) -> dict[str, Any]:
     """The best expert of the input multiplied by the sigmoid of its logit, and a shared expert."""
     return {"select": TopK(top_k, "sigmoid"), "scale_input": True, "num_shared_experts": 1}
+
+
+@preset(
+    "model",
+    None,
+    "DeepSeek-V4: Towards Highly Efficient Million-Token Context Intelligence, arXiv:2606.19348",
+    f"formula of the code in Hugging Face transformers; a random table: {OURS}",
+    unverified="rate",
+    example=Example((64, 32, 16), arguments={"vocabulary_size": 100}, inputs={"token_ids": "token_ids"}),
+)
+def deepseek_v4(
+    *, vocabulary_size: int | None = None, top_k: int = 6, scale: float = 1.5, limit: float = 10.0, rate: float = 1e-3
+) -> dict[str, Any]:
+    """The experts that a table lists for the token's id, as in the first layers, or the best by √softplus scores and a
+    bias that balances them; weighted by the scores, normalised. A shared expert and a clamped activation.
+
+    vocabulary_size: of a random table; None for the layers without one. Pass the table `tid2eid` of a checkpoint as
+    select=partial(Lookup, tid2eid, score_function="sqrt_softplus", normalize=True, scale=1.5).
+    """
+    scored: dict[str, Any] = {"score_function": "sqrt_softplus", "normalize": True, "scale": scale}
+    common = {"limit": limit, "num_shared_experts": 1}
+    if vocabulary_size is not None:
+        return {"select": partial(Lookup.hashed, vocabulary_size, top_k=top_k, **scored), **common}
+    return {"select": TopK(top_k, **scored), "balance": [LossFreeBias(rate)], **common}

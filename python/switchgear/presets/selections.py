@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from switchgear.papers.parts.controllers import AdaptiveSparsity
+from switchgear.papers.parts.controllers import AdaptiveSparsity, RunningThreshold
 from switchgear.papers.parts.losses import AlignmentLoss, DeviceBalance, EntropyLoss
 from switchgear.papers.parts.masks import Masked, TokenIdMask
 from switchgear.papers.parts.scores import SwitchMixture
@@ -26,7 +26,7 @@ from switchgear.routing.context import Scope
     "selection",
     1,
     "Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity, arXiv:2101.03961",
-    f"{PAPER}; evaluation_factor, jitter, min_capacity: of its code",
+    f"{PAPER}; evaluation_factor, jitter, min_capacity: of its code; capacity rounded up, where that truncates: {OURS}",
 )
 def switch(
     *,
@@ -217,12 +217,17 @@ def thor(
     "GW-MoE: Resolving Uncertainty in MoE Router with Global Workspace Theory, arXiv:2406.12375",
     f"{PAPER}; its Switch code multiplies the experts' input instead, and counts the best expert alone in the loss",
 )
-def gw_moe(*, top_k: int = 2, entropy_above: float = 0.0, max_fraction: float = 0.05) -> dict[str, Any]:
+def gw_moe(
+    *, top_k: int = 2, entropy_above: float = 0.0, max_fraction: float = 0.05, running: bool = False
+) -> dict[str, Any]:
     """In training, tokens with uncertain routing go to all experts.
 
     entropy_above: the paper's H*, in nats, chosen so that about 5 % of the tokens exceed it; with 0, max_fraction
-    decides.
+    decides, in each batch: none of ten tokens or fewer. running: a threshold in place of both that max_fraction of all
+    tokens exceed, whatever the batch; switchgear.after_step(model) updates it.
     """
+    if running:
+        return {"select": Broadcast(TopK(top_k), partial(RunningThreshold, max_fraction), 1.0)}
     return {"select": Broadcast(TopK(top_k), entropy_above, max_fraction)}
 
 
@@ -270,9 +275,10 @@ def capacity_aware(
 
     gamma is 1 to 2 in the paper. overflow = "drop" is its token drop, "reroute" that of its first version, which later
     ones replaced by the expanded drop, "overselect": each token first adds its device's experts to its best K, and then
-    each expert drops tokens. expand: ⌈K · expand⌉ candidates per token, as in a patch among its code; all experts if
-    None, as in its models on one device. normalize: for models that normalise the weights of a token, which are
-    normalised again after a drop. Scores are the probabilities before that, as in its code.
+    each expert drops tokens. expand: ⌈K · expand⌉ candidates per token, of which it keeps at most K, as in a patch
+    among its code; if None, all experts, and all that keep the token, as in its models on one device. normalize: for
+    models that normalise the weights of a token, which are normalised again after a drop. Scores are the probabilities
+    before that, as in its code.
     """
     return {
         "select": TopK(top_k, normalize=normalize),

@@ -14,7 +14,7 @@ from switchgear import ops, reference
 from switchgear.checks import PositiveOrInf, Range, checked
 from switchgear.functional import Routing
 from switchgear.routing.context import Context, Scope, is_per_sequence, sequences
-from switchgear.routing.ranking import choose, is_open, left_aligned, scores_of, total_weight, uniform
+from switchgear.routing.ranking import choose, is_open, keep_choices, left_aligned, scores_of, total_weight, uniform
 
 Drop = Literal["order", "choice", "score", "reverse", "random"]
 Overflow = Literal["drop", "reroute", "overselect"]
@@ -32,7 +32,8 @@ class Dropless:
 @dataclass(frozen=True)
 class Capacity:
     """An expert accepts at most C = max(minimum, ⌈factor · N / E⌉) tokens, where N is the number of choices that the
-    tokens made: K·T if each of T tokens chose K experts (arXiv:2101.03961; arXiv:2503.05066 for inference).
+    tokens made: K·T if each of T tokens chose K experts (arXiv:2101.03961; arXiv:2503.05066 for inference). Rounding up
+    is that of the second paper; the code of Switch Transformer and of OpenMoE truncates.
 
     Empty choices, as of masked experts, are not in N, use no capacity and do not count as dropped. So neither the other
     tokens' numbers of choices nor padding behind them changes what happens to a sequence.
@@ -47,7 +48,7 @@ class Capacity:
         overflow: "drop": the token gets nothing for this choice; or "reroute": the choice goes to the token's next best
             expert with free capacity, in the same order of precedence. Its weight is scaled by the ratio of the scores.
             "overselect": each token first chooses all of its candidates, and then each expert drops those beyond its
-            capacity; so a token may have more than K experts.
+            capacity. With `expand` a token then keeps its k best of them, without it all: it may have more than K.
         expand: number of candidates of a token with k choices, ⌈k · expand⌉; all experts if None, but never those of
             score 0, as masked ones. With "reroute" a choice is dropped only if each candidate is full or already has
             the token.
@@ -116,10 +117,12 @@ class Capacity:
             moved = (kept_ids != ids) & (kept_ids >= 0)
             weights = torch.where(moved, weights * _ratio(scores, kept_ids, ids), weights)
         routing = routing._replace(topk_ids=kept_ids, topk_weights=weights)
+        if self.overflow == "overselect" and self.expand is not None:
+            routing = _cut_back(routing, wanted)
         if self.renormalize:
-            weights = renormalize_weights(routing, wanted)
+            routing = routing._replace(topk_weights=renormalize_weights(routing, wanted))
         lost = count_choices(wanted) - count_choices(routing)
-        return _narrowed(routing._replace(topk_weights=weights, num_dropped=dropped + lost.clamp(min=0).sum()))
+        return _narrowed(routing._replace(num_dropped=dropped + lost.clamp(min=0).sum()))
 
     def _limits(
         self, factor: float, choices: Tensor, num_experts: int, context: Context
@@ -202,6 +205,14 @@ def _overselected(routing: Routing, scores: Tensor, others: Tensor, most: int) -
         topk_ids=torch.cat((ids, best.masked_fill(~is_other, -1)), 1),
         topk_weights=torch.cat((weights, extra.masked_fill(~is_other, 0)), 1),
     )
+
+
+def _cut_back(routing: Routing, wanted: Routing) -> Routing:
+    """The routing with no more choices of a token than in wanted: its first ones, which are its best."""
+    full, top_k = left_aligned(routing), wanted.topk_ids.shape[1]
+    full = full._replace(topk_ids=full.topk_ids[:, :top_k], topk_weights=full.topk_weights[:, :top_k])
+    within = torch.arange(top_k, device=full.topk_ids.device) < count_choices(wanted)[:, None]
+    return keep_choices(full, within)
 
 
 def _narrowed(routing: Routing) -> Routing:

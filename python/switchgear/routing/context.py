@@ -5,14 +5,15 @@
 
 A policy combines the four. Each part is a callable with the signature below: a function, a frozen dataclass, or an
 nn.Module if it has parameters or buffers (the router registers it as a submodule). A part may also be a class or a
-functools.partial of one. The router then calls it, so that layers share no state; see `made`.
+functools.partial of one. The router then calls it, so that layers share no state; see `made`. A functools.partial of a
+function with the signature below is a part itself.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -160,10 +161,11 @@ class Balance(Protocol):
     """Routing -> a float32 scalar that the trainer adds to the loss, stored in Routing.losses under `name` (an
     attribute, else the name of the class or function). Called in training only.
 
-    It sees the choice before the capacity limit (what the router wanted), and num_dropped after it.
+    It sees the choice before the capacity limit (what the router wanted), and num_dropped after it. None: no loss, as
+    from a controller that only counts.
     """
 
-    def __call__(self, routing: Routing, context: Context, /) -> Tensor: ...
+    def __call__(self, routing: Routing, context: Context, /) -> Tensor | None: ...
 
 
 @runtime_checkable
@@ -176,16 +178,36 @@ class Controller(Protocol):
 
 
 def made(part: Any, *args: Any, num_experts: int | None = None, **kwargs: Any) -> Any:
-    """Calls a class or a functools.partial with args and kwargs, and with num_experts if it takes that and has none
-    yet. A dataclass gets such fields replaced by their results, at any depth; anything else is returned unchanged."""
+    """Calls a class, or a functools.partial of a class or of a function that takes args and kwargs, with these, and
+    with num_experts if it takes that and has none yet. A dataclass gets such fields replaced by their results, at any
+    depth. Anything else is returned unchanged, such as a partial of a function that is a part itself."""
     if isinstance(part, (type, functools.partial)):
-        if num_experts is not None and "num_experts" in inspect.signature(part).parameters:
+        if num_experts is not None and "num_experts" in _parameters(part):
             given = part.keywords if isinstance(part, functools.partial) else {}
             kwargs = {"num_experts": given.get("num_experts") or num_experts, **kwargs}
-        part = part(*args, **kwargs)
+        if isinstance(part, type) or isinstance(part.func, type) or takes(part, *args, **kwargs) is None:
+            part = part(*args, **kwargs)
     inner = {name: (value, made(value, num_experts=num_experts)) for name, value in _fields(part)}
     changed = {name: result for name, (value, result) in inner.items() if result is not value}
     return replace(part, **changed) if changed else part
+
+
+def _parameters(part: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(part).parameters
+    except ValueError:  # a partial with an argument that its function lacks; the call says so
+        return {}
+
+
+def takes(part: Any, *args: Any, **kwargs: Any) -> str | None:
+    """Why a callable does not take these arguments; None if it does, or does not say what it takes."""
+    try:
+        inspect.signature(part).bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    except ValueError as error:
+        return str(error) if isinstance(part, functools.partial) else None
+    return None
 
 
 def _fields(part: Any) -> list[tuple[str, Any]]:

@@ -34,6 +34,7 @@ from switchgear.routing.context import (
     made,
     modules_in,
     scored,
+    takes,
     wrapped,
 )
 from switchgear.routing.counting import aside
@@ -125,9 +126,10 @@ class Router(KeepsFloat32):
         isolation: "sequence": under policies in which tokens compete, only those of one sequence do. Sequences come
             from the Context, or are the rows of hidden_states [B,S,H].
 
-    score, select, capacity, and the items of balance may be classes or functools.partial objects; the router calls
-    them: score with (hidden_size, num_experts, device=, dtype=), the others without arguments, or with num_experts= if
-    they take it. Objects that are modules move to `device`. `set_policy` changes select, capacity and balance later.
+    score, select, capacity, and the items of balance may be classes or functools.partial objects of them; the router
+    calls them: score with (hidden_size, num_experts, device=, dtype=), the others without arguments, or with
+    num_experts= if they take it. A functools.partial of a function that takes the arguments of a part is the part.
+    Objects that are modules move to `device`. `set_policy` changes select, capacity and balance later.
 
     Parameters: weight [E,H], bias [E]; with `score`, those of the submodule score. ValueError for an option that is out
     of range or excluded by another.
@@ -184,12 +186,13 @@ class Router(KeepsFloat32):
         self.score_function, self.normalize, self.scale = score_function, normalize, scale
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
         self.jitter, self.float32, self.isolation = jitter, float32, isolation
-        self.select = _part(select, num_experts, device)
+        self.select = _part("select", select, num_experts, device)
         if score is None and not getattr(self.select, "uses_logits", True):
             score = Uniform
         self.score = made(score, hidden_size, num_experts, device=device, dtype=dtype)
-        self.capacity = _part(capacity, num_experts, device)
-        self.balance = tuple(_part(item, num_experts, device) for item in balance)
+        _check_call("score", self.score)
+        self.capacity = _part("capacity", capacity, num_experts, device)
+        self.balance = tuple(_part("balance", item, num_experts, device) for item in balance)
         self._register()
         self.overrides: list[Callable[[Select], Select]] = []
         self.weight = self.bias = None
@@ -226,9 +229,9 @@ class Router(KeepsFloat32):
         tensor = next(chain(self.parameters(), self.buffers()), self.tokens_per_expert)
         device = None if tensor is None else tensor.device
         build = partial(_part, num_experts=self.num_experts, device=device)
-        built: dict[str, Any] = {name: build(part) for name, part in given.items() if name != "balance"}
+        built: dict[str, Any] = {name: build(name, part) for name, part in given.items() if name != "balance"}
         if "balance" in given:
-            built["balance"] = tuple(map(build, given["balance"]))
+            built["balance"] = tuple(build("balance", item) for item in given["balance"])
         after = {"select": self.select, "balance": self.balance, **built}
         needs_bias = _needs_bias(after["select"], after["balance"], self.e_score_correction_bias is not None)
         for name, part in built.items():
@@ -466,12 +469,19 @@ class Router(KeepsFloat32):
         return replace(context, **known, isolated=isolated, training=self.training, noise=noise)
 
     def _losses(self, routing: Routing, context: Context) -> dict[str, Tensor]:
-        losses = dict(routing.losses)
+        losses: dict[str, Any] = dict(routing.losses)
         for item in self.balance:
             if not callable(item):
                 continue  # a controller without a loss
-            name = str(getattr(item, "name", None) or getattr(item, "__name__", type(item).__name__))
+            function = item.func if isinstance(item, partial) else item
+            name = str(getattr(item, "name", None) or getattr(function, "__name__", type(item).__name__))
             loss = item(routing, context)
+            if loss is None and hasattr(item, "after_step"):
+                continue  # a controller that only counts
+            if isinstance(loss, Tensor) and loss.dim():
+                raise ValueError(f"balance: expected a scalar from {name}, got shape {list(loss.shape)}")
+            if not isinstance(loss, (Tensor, float, int)):
+                raise TypeError(f"balance: expected a scalar from {name}, got {type(loss).__name__}")
             losses[name] = losses[name] + loss if name in losses else loss
         return losses
 
@@ -520,9 +530,25 @@ def _needs_bias(select: Any, balance: Sequence[Any], selection_bias: bool) -> bo
     return selection_bias or bool(movers)
 
 
-def _part(part: Any, num_experts: int, device: torch.device | str | None) -> Any:
+_ARGUMENTS = {
+    "score": ("x", "context"),
+    "select": ("router_logits", "context", "bias"),
+    "capacity": ("routing", "context"),
+    "balance": ("routing", "context"),
+}
+
+
+def _check_call(name: str, part: Any) -> None:
+    """Raises TypeError for a part that does not take the arguments of its kind. (A controller need not be callable.)"""
+    arguments = _ARGUMENTS[name]
+    if callable(part) and (reason := takes(part, *arguments)) is not None:
+        raise TypeError(f"{name}: expected a callable of ({', '.join(arguments)}), got {part}: {reason}")
+
+
+def _part(name: str, part: Any, num_experts: int, device: torch.device | str | None) -> Any:
     """Builds the part if needed and moves it to the device."""
     part = made(part, num_experts=num_experts)
+    _check_call(name, part)
     if device is not None:
         for module in modules_in(part):
             module.to(device)

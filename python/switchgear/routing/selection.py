@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from switchgear.checks import Count, Finite, NotNegativeOrInf, Number, Size, checked
 from switchgear.functional import Routing, route, route_dynamic
+from switchgear.reference.routing import GROUP_SCORES
 from switchgear.routing.context import NOTHING_KNOWN, Context
 from switchgear.routing.ranking import (
     ScoreFunction,
@@ -46,8 +47,8 @@ def take(
 @checked
 @dataclass(frozen=True)
 class TopK:
-    """The top_k best experts. Softmax and sigmoid are one native call with the options of `switchgear.route`;
-    "sqrt_softplus" does not support groups."""
+    """The top_k best experts. Softmax and sigmoid are one native call with the options of `switchgear.route`; for
+    "sqrt_softplus", and for other ranks of groups, see Grouped."""
 
     top_k: Size
     score_function: ScoreFunction = "softmax"
@@ -58,8 +59,7 @@ class TopK:
     group_score: Literal["max", "top2_sum"] = "max"
 
     def __post_init__(self) -> None:
-        if self.score_function == "sqrt_softplus" and self.num_groups != 1:
-            raise ValueError(f"num_groups: expected 1 for sqrt_softplus, got {self.num_groups}")
+        _check_groups(self.num_groups, self.topk_groups)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         return _choose_best(
@@ -75,15 +75,21 @@ def _choose_best(
     bias: Tensor | None,
     normalize: bool = False,
     scale: float = 1.0,
-    **groups: Any,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str | int = "max",
 ) -> Routing:
-    """What TopK chooses, for parts that build on it in each call, where its checks would take longer than it does."""
-    if score_function != "sqrt_softplus":
+    """What TopK and Grouped choose, for parts that build on it in each call, where their checks would take longer."""
+    if score_function != "sqrt_softplus" and group_score in GROUP_SCORES:
         return route(
             router_logits, top_k, score_function=score_function, normalize=normalize, scale=scale,
-            selection_bias=bias, **groups,
+            selection_bias=bias, num_groups=num_groups, topk_groups=topk_groups, group_score=str(group_score),
         )  # fmt: skip
     router_logits = as_rows(router_logits)
+    if num_groups != 1 or group_score not in GROUP_SCORES:
+        scores = scores_of(router_logits, score_function)
+        ids = _choose_in_groups(scores.detach(), top_k, bias, num_groups, topk_groups, group_score)
+        return take(router_logits, scores, ids, normalize=normalize, scale=scale)
     scores = scores_of(router_logits, score_function)
     ids = choose(finite(router_logits) if bias is None else scores + finite(bias), top_k)
     return take(router_logits, scores, ids, normalize=normalize, scale=scale)
@@ -222,48 +228,58 @@ class Grouped:
     """The top_k best experts within the best topk_groups of num_groups equal groups of consecutive experts.
 
     Groups are ranked by "sum", the probability of the group (the switch router of SAM, arXiv:2110.07431: the softmax
-    over all experts is that of the group times that inside it); or by the "max" or the sum of the two best scores,
-    "top2_sum" (DeepSeek-V2 and -V3), which are native. With topk_groups = 1 each token uses one device only.
+    over all experts is that of the group times that inside it); by a number m, the sum of the m best scores; or by
+    "max" or "top2_sum", 1 and 2 of them (DeepSeek-V2 and -V3), which are native except for sqrt_softplus. An expert
+    that a bias of -Inf closes counts 0. With topk_groups = 1 each token uses one device only.
     """
 
     top_k: Size
     num_groups: Size
     topk_groups: Size = 1
-    group_score: Literal["sum", "max", "top2_sum"] = "sum"
+    group_score: Literal["sum", "max", "top2_sum"] | Size = "sum"
     score_function: ScoreFunction = "softmax"
     normalize: bool = False
     scale: Finite = 1.0
 
     def __post_init__(self) -> None:
-        if self.topk_groups > self.num_groups:
-            raise ValueError(f"topk_groups: expected 1 to {self.num_groups} (num_groups), got {self.topk_groups}")
-        if self.group_score != "sum" and self.num_groups != 1 and self.score_function == "sqrt_softplus":
-            raise ValueError(f"num_groups: expected 1 for sqrt_softplus, got {self.num_groups}")
+        _check_groups(self.num_groups, self.topk_groups)
 
     def __call__(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
-        if self.group_score != "sum":
-            return _choose_best(
-                router_logits, self.top_k, self.score_function, bias, self.normalize, self.scale,
-                num_groups=self.num_groups, topk_groups=self.topk_groups, group_score=self.group_score,
-            )  # fmt: skip
-        router_logits = as_rows(router_logits)
-        num_tokens, num_experts = router_logits.shape
-        if num_experts % self.num_groups:
-            raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {self.num_groups}")
-        size = num_experts // self.num_groups
-        if self.top_k > self.topk_groups * size:
-            raise ValueError(f"top_k: expected 1 to {self.topk_groups * size} (eligible experts), got {self.top_k}")
-        scores = scores_of(router_logits, self.score_function)
-        values = in_sums = scores.detach()
-        if bias is not None:  # an expert with a bias of -Inf adds nothing to its group, which stays open for the others
-            closed = bias == -math.inf
-            values = in_sums = values + finite(bias)
-            in_sums = in_sums.masked_fill(closed, 0)
-            in_sums = in_sums.masked_fill(closed.view(-1, size).all(1).repeat_interleave(size), -math.inf)
-            # Above the experts of other groups: if too few are left, choices are to stay empty rather than go there.
-            values = values.masked_fill(closed, torch.finfo(values.dtype).min / 2)
-        groups = choose(in_sums.view(num_tokens, self.num_groups, size).sum(-1), self.topk_groups)
-        kept = torch.zeros(num_tokens, self.num_groups, dtype=torch.bool, device=values.device)
-        kept = kept.scatter(1, groups.long(), True).repeat_interleave(size, 1)
-        ids = choose(values.masked_fill(~kept, -math.inf), self.top_k)
-        return take(router_logits, scores, ids, normalize=self.normalize, scale=self.scale)
+        return _choose_best(
+            router_logits, self.top_k, self.score_function, bias, self.normalize, self.scale,
+            self.num_groups, self.topk_groups, self.group_score,
+        )  # fmt: skip
+
+
+def _check_groups(num_groups: int, topk_groups: int) -> None:
+    if topk_groups > num_groups:
+        raise ValueError(f"topk_groups: expected 1 to {num_groups} (num_groups), got {topk_groups}")
+
+
+def _choose_in_groups(
+    scores: Tensor, top_k: int, bias: Tensor | None, num_groups: int, topk_groups: int, group_score: str | int
+) -> Tensor:
+    """The ids [T,K] int32 of the best of scores [T,E] plus the bias within the best groups."""
+    num_tokens, num_experts = scores.shape
+    if num_experts % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of {num_experts} experts, got {num_groups}")
+    size = num_experts // num_groups
+    if top_k > topk_groups * size:
+        raise ValueError(f"top_k: expected 1 to {topk_groups * size} (eligible experts), got {top_k}")
+    values = in_sums = scores
+    if bias is not None:  # an expert with a bias of -Inf adds nothing to its group, which stays open for the others
+        closed = bias == -math.inf
+        values = in_sums = values + finite(bias)
+        in_sums = in_sums.masked_fill(closed, -math.inf if group_score != "sum" else 0)
+        in_sums = in_sums.masked_fill(closed.view(-1, size).all(1).repeat_interleave(size), -math.inf)
+        # Above the experts of other groups: if too few are left, choices are to stay empty rather than go there.
+        values = values.masked_fill(closed, torch.finfo(values.dtype).min / 2)
+    in_groups = in_sums.view(num_tokens, num_groups, size)
+    if group_score != "sum":
+        count = {"max": 1, "top2_sum": 2}.get(str(group_score)) or int(group_score)
+        in_groups = in_groups.topk(min(count, size)).values
+        in_groups[..., 1:].masked_fill_(in_groups[..., 1:] == -math.inf, 0)
+    groups = choose(in_groups.sum(-1), topk_groups)
+    kept = torch.zeros(num_tokens, num_groups, dtype=torch.bool, device=values.device)
+    kept = kept.scatter(1, groups.long(), True).repeat_interleave(size, 1)
+    return choose(values.masked_fill(~kept, -math.inf), top_k)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Optional packages: whether they are installed, and why an import failed; and names that have moved."""
+"""Optional packages: whether they are installed, and why an import failed; names that have moved; pages of the site."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
+SITE = "https://switchgear.readthedocs.io/en/latest/"  # as in pyproject.toml and mkdocs.yml
 EXTRAS = {  # Packages that each extra installs, for error messages.
     "bench": {"rich", "matplotlib", "PIL"},
     "transformers": {"transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy"},
 }
+
+
+def page(name: str, anchor: str = "") -> str:
+    """The address of a page of the documentation, for a message: a wheel has none of docs/."""
+    return f"{SITE}{name}/" + (f"#{anchor}" if anchor else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from switchgear.weights.weight import Weight
 
 __all__ = ["Fp8", "Mxfp4", "Nf4", "Nvfp4"]
 
-BLOCKS = {"128x128": minifloat.BLOCK, "row": minifloat.ROW}
+BLOCKS = {"128x128": minifloat.BLOCK, "64x128": (64, 128), "row": minifloat.ROW}
 
 
 class _Minifloat(KeyedForm):
@@ -85,12 +85,13 @@ class _Minifloat(KeyedForm):
 @checked
 @dataclass(frozen=True)
 class Fp8(_Minifloat):
-    """e4m3fn, with one float32 scale per 128 x 128 weights, or per row (block="row")."""
+    """e4m3fn, with one float32 scale per 128 x 128 weights, per 64 rows and 128 columns (block="64x128"), or per row
+    (block="row")."""
 
     name: ClassVar[str] = "fp8"
     _published: ClassVar[tuple[str, ...]] = ("", "_scale_inv")
     _as_fp8: ClassVar[str | None] = ""
-    block: Literal["128x128", "row"] = "128x128"
+    block: Literal["128x128", "64x128", "row"] = "128x128"
 
     @property
     def _block_shape(self) -> tuple[int, int]:

@@ -84,7 +84,11 @@ class Absent:
 
 
 class Tie:
-    """Identifies an original parameter. Modules that shared the parameter have the same Tie."""
+    """Identifies an original parameter. Modules that shared the parameter have the same Tie. kept: the parameter, if
+    `restore` is to return it."""
+
+    def __init__(self, kept: nn.Parameter | None = None) -> None:
+        self.kept = kept
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,12 @@ class StoredProjections:
         return replace(first, trained=False), replace(second, trained=False)
 
     def check_restore(self) -> None:
-        """Raises ValueError if `restore` cannot undo this."""
+        """Raises ValueError if `restore` cannot give plain weights."""
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether `restore` gives other weights than there were."""
+        return any(not one.kind.is_exact and one.tie.kept is None for one in self.projections)
 
     def saved(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The module's entries of a state dict."""
@@ -187,9 +196,14 @@ class StoredProjections:
         """Takes the weights out of a state dict, whose keys of this module start with `prefix`."""
         now = self.weights(module)
         loaded = []  # both, before anything changes
+        plain: list[tuple[nn.Parameter, Tensor]] = []
         for index, name in enumerate(self.layout.names):
+            given = state_dict.get(f"{prefix}{name}")
             weight = _loaded(self, index, now[index], state_dict, f"{prefix}{name}", missing)
             loaded.append(now[index] if weight is None else weight)
+            if weight is not None and (kept := self.projections[index].tie.kept) is not None:
+                is_plain = given is not None and _is_encoded_by(self.form, given)
+                plain.append((kept, given if is_plain else in_layout(weight.plain(), self.layout)))  # type: ignore[arg-type]
         first, second = (_in_memory_of(old, weight) for old, weight in zip(now, loaded, strict=True))
         one, other = self.projections
         projections = replace(one, kind=Kind.of(first)), replace(other, kind=Kind.of(second))
@@ -197,6 +211,8 @@ class StoredProjections:
         self.take_out_of(module)
         changed.put_into(module, (first, second))
         set_state(module, stored=changed)
+        for parameter, tensor in plain:
+            parameter.detach().copy_(tensor)
 
     def check_load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         """Raises ValueError if `load` would. Plain weights are not encoded for that."""

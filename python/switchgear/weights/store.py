@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -52,7 +53,7 @@ class Stored:
     modules: int  # modules in this form now
     bytes_before: int  # of their projections; shared memory counts once
     bytes_after: int
-    lossless: bool  # restore returns the same bits
+    lossless: bool  # decoding returns the same bits
     reason: str = ""  # why "auto" chose the form
 
     def __str__(self) -> str:
@@ -100,7 +101,9 @@ def encode(
 
 
 @checked
-def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **options: Any) -> Stored:
+def store(
+    model: nn.Module, form: str | Form, *, low_memory: bool = False, keep_plain: bool = False, **options: Any
+) -> Stored:
     """Stores the projections of all experts of a model in another form, in place; on failure none.
 
         switchgear.store(model, "compact")
@@ -121,26 +124,33 @@ def store(model: nn.Module, form: str | Form, *, low_memory: bool = False, **opt
         low_memory: store one layer after the other and free its parameters at once. By default all layers are stored
             before any parameter is freed, so both are in memory for a while. If this mode fails halfway, a lossless
             form is undone from the stored weights; with another form the error names the modules that stay stored.
+        keep_plain: keep the parameters, too, where they are, so that `restore` returns them: to compare rounded forms.
+            They take their memory. A state dict is loaded into both.
 
     Raises:
-        ValueError: there are no experts; or some are on a device that the form does not support (or on meta), computed
-            by a parametrization, of an unsupported dtype or shape, not finite, or in another form (`restore` first).
-            The message names the module, and no module is changed.
+        ValueError: keep_plain with low_memory; there are no experts; or some are on a device that the form does not
+            support (or on meta), computed by a parametrization, of an unsupported dtype or shape, not finite, or in
+            another form (`restore` first). The message names the module, and no module is changed.
     """
+    if keep_plain and low_memory:
+        raise ValueError("keep_plain: expected False with low_memory, which frees the parameters, got True")
     notice_wrappers()
     if form == "auto":
-        done = _store_best(model, low_memory, options)
+        done = _store_best(model, low_memory, keep_plain, options)
     else:
-        done = _store(model, form_named(form, options), low_memory)
+        done = _store(model, form_named(form, options), low_memory, keep_plain)
     _logger.info("stored %s", done)
     return done
 
 
 @checked
 def restore(model: nn.Module) -> int:
-    """Undoes `store`: restores the parameters in their original dtype. They have the same bits if the form is lossless,
-    else the decoded values. Returns the number of changed modules. All weights are decoded before any module changes,
-    so on failure none does."""
+    """Makes the projections parameters again, in their original dtype. Returns the number of changed modules. All
+    weights are decoded before any module changes, so on failure none does.
+
+    The bits are the original ones if the form is lossless, or `store` has kept them (keep_plain). Otherwise the weights
+    are those that the form rounded to, and a RuntimeWarning names it: storing them again may round once more.
+    """
     copies: dict[tuple[object, ...], Tensor] = {}
     parameters: dict[Tie, nn.Parameter] = {}
     plain: dict[tuple[object, ...], Tensor] = {}
@@ -152,6 +162,14 @@ def restore(model: nn.Module) -> int:
             decoded.append((module, stored, plain_parameters(module, parameters, plain)))
         elif (names := get_state(module).packed) is not None:
             changes.append(PlainChange(module, names, copies, is_back=True))
+    if rounded := sorted({str(stored.form) for _, stored, _ in decoded if stored.is_rounded}):
+        forms = ", ".join(rounded)
+        warnings.warn(
+            f"restore: the weights are those that {forms} rounded to, not the original ones, and storing them may "
+            "round once more; to compare forms, call store(model, form, keep_plain=True) or load the model again",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     try:
         for change in changes:
             change.commit()  # copies gradients, too
@@ -178,7 +196,7 @@ class Target:
     layout: Layout
 
 
-def preparation_of(form: Form) -> Callable[[Target], StoredChange | PlainChange]:
+def preparation_of(form: Form, keep_plain: bool = False) -> Callable[[Target], StoredChange | PlainChange]:
     """Returns a function that prepares the change of a module. Shared parameters are encoded once."""
     if isinstance(form, Plain):
         copies: dict[tuple[object, ...], Tensor] = {}
@@ -195,7 +213,7 @@ def preparation_of(form: Form) -> Callable[[Target], StoredChange | PlainChange]
             if key not in encoded:
                 encoded[key] = _encoded(form, f"{target.name}.{layout.names[index]}", view, parts)
             weights.append(encoded[key])
-        return StoredChange(target, form, (weights[0], weights[1]), ties)
+        return StoredChange(target, form, (weights[0], weights[1]), ties, keep_plain)
 
     return prepare
 
@@ -211,17 +229,23 @@ def _encoded(form: Form, name: str, weight: Tensor, parts: int) -> Weight:
 class StoredChange:
     """Replaces a module's parameters by stored weights. ties: those of the parameters by their id()."""
 
-    def __init__(self, target: Target, form: Form, weights: tuple[Weight, Weight], ties: dict[int, Tie]) -> None:
+    def __init__(
+        self, target: Target, form: Form, weights: tuple[Weight, Weight], ties: dict[int, Tie], keep_plain: bool = False
+    ) -> None:
         self._module, self._weights, self._is_begun = target.module, weights, False
         parameters = parameters_of(target.module, target.layout.names)
+        for parameter in parameters:
+            ties.setdefault(id(parameter), Tie(parameter if keep_plain else None))
         first, second = (
-            Projection(Kind.of(weight), parameter.requires_grad, ties.setdefault(id(parameter), Tie()))
+            Projection(Kind.of(weight), parameter.requires_grad, ties[id(parameter)])
             for weight, parameter in zip(weights, parameters, strict=True)
         )
         self._stored = StoredProjections(form, target.layout, (first, second))
         self._parameters: list[nn.Parameter] | None = parameters
         self.bytes_before = {memory_of(parameter): parameter.nbytes for parameter in parameters}
         self.bytes_after = {memory_of(t): t.nbytes for weight in weights for t in weight.tensors}
+        if keep_plain:
+            self.bytes_after |= self.bytes_before
         self.is_exact = all(weight.is_exact for weight in weights)
 
     def commit(self) -> None:
@@ -315,12 +339,17 @@ def plain_parameters(
     assert stored is not None
     found = []
     for weight, projection in zip(stored.weights(module), stored.projections, strict=True):
-        if projection.tie not in parameters:
+        tie = projection.tie
+        if tie not in parameters and tie.kept is not None and tie.kept.device == weight.device:
+            parameters[tie] = tie.kept
+            tie.kept.requires_grad_(projection.trained)
+        if tie not in parameters:
             key = (weight.data.data_ptr(), weight.device, weight.format, weight.shape, stored.layout.transposed)
             if key not in plain:
-                plain[key] = in_layout(weight.plain(), stored.layout)
-            parameters[projection.tie] = nn.Parameter(plain[key], requires_grad=projection.trained)
-        found.append(parameters[projection.tie])
+                kept = None if tie.kept is None else tie.kept.detach().to(weight.device)
+                plain[key] = in_layout(weight.plain(), stored.layout) if kept is None else kept
+            parameters[tie] = nn.Parameter(plain[key], requires_grad=projection.trained)
+        found.append(parameters[tie])
     return found
 
 
@@ -340,9 +369,9 @@ def commit_all(changes: Iterable[Any]) -> None:
         raise
 
 
-def _store(model: nn.Module, form: Form, low_memory: bool) -> Stored:
+def _store(model: nn.Module, form: Form, low_memory: bool, keep_plain: bool) -> Stored:
     targets, present = _targets(model, form)
-    prepare = preparation_of(form)
+    prepare = preparation_of(form, keep_plain)
     done: list[StoredChange | PlainChange] = []
     try:
         for target in targets:
@@ -439,6 +468,8 @@ def _report(form: Form, modules: list[nn.Module], done: list[StoredChange | Plai
     for module in modules[: len(modules) - len(done)]:  # in this form already
         stored = stored_of(module)
         assert stored is not None
+        kept = [one.tie.kept for one in stored.projections if one.tie.kept is not None]
+        after |= {memory_of(parameter): parameter.nbytes for parameter in kept}
         for weight in stored.weights(module):
             experts, rows, cols = weight.shape
             before[memory_of(weight.data)] = experts * rows * cols * weight.dtype.itemsize
@@ -524,18 +555,20 @@ def _top_k(model: nn.Module, module: nn.Module, experts: int) -> int:
     return min(2, experts)
 
 
-def _store_best(model: nn.Module, low_memory: bool, options: dict[str, Any]) -> Stored:
+def _store_best(model: nn.Module, low_memory: bool, keep_plain: bool, options: dict[str, Any]) -> Stored:
     _check_options("auto", options, list(inspect.signature(candidates).parameters)[1:])
     refused: list[str] = []
     *others, last = candidates(model, **options)
     for candidate in others:
         try:
-            return _store_candidate(model, candidate, low_memory, refused)
+            return _store_candidate(model, candidate, low_memory, keep_plain, refused)
         except ValueError as error:
             refused.append(f"not {candidate.form}: {str(error).rpartition('; ')[2]}")
-    return _store_candidate(model, last, low_memory, refused)
+    return _store_candidate(model, last, low_memory, keep_plain, refused)
 
 
-def _store_candidate(model: nn.Module, candidate: Candidate, low_memory: bool, refused: Sequence[str]) -> Stored:
-    done = _store(model, FORMS[candidate.form](**candidate.options), low_memory)
+def _store_candidate(
+    model: nn.Module, candidate: Candidate, low_memory: bool, keep_plain: bool, refused: Sequence[str]
+) -> Stored:
+    done = _store(model, FORMS[candidate.form](**candidate.options), low_memory, keep_plain)
     return dataclasses.replace(done, reason="; ".join([candidate.reason, *refused]))

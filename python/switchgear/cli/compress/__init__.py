@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ...utils.packages import page
 from .. import checkpoint
 from ..common import require, require_new
 
@@ -22,7 +23,7 @@ from ..common import require, require_new
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint.add_arguments(parser)
     add = parser.add_argument
-    add("--recipe", metavar="FILE", required=True, help="JSON, see docs/cli.md")
+    add("--recipe", metavar="FILE", required=True, help=f"JSON, see {page('cli')}")
     add("--out", metavar="DIR", required=True, help="folder of the result; it must not exist")
     add("--fresh", action="store_true", help="discard what an interrupted run has written, instead of continuing")
 

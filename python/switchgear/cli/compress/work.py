@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from switchgear.compress import Calibration, calibrate
 from switchgear.compress.levels import Widths, choose_form
 from switchgear.convert.directory import list_beside_weights
 from switchgear.files import JOURNAL, LOCK, UNFINISHED, has_links, locked, read_json, replacing, write_whole
-from switchgear.utils.packages import first_line
+from switchgear.utils.packages import first_line, page
 from switchgear.weights import restore
 
 from ..checkpoint import cut_texts, load_model, read_texts
@@ -175,7 +176,9 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
             yield f"continuing after step {len(done)} of {len(recipe.steps)}"
         model = load_model(partial.model() if done else source, dtype, whole=True)
         for i, step in enumerate(recipe.steps[len(done) :], len(done)):
-            restore(model)  # a step may have stored weights; a resumed run reads plain ones, too
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # the recipe rounds them
+                restore(model)  # a step may have stored weights; a resumed run reads plain ones, too
             calibration = partial.calibration(i)
             if calibration is None and step.needs_calibration:
                 calibration = _calibrate(model, source, recipe, texts, step.needs_hessians)
@@ -196,7 +199,7 @@ def compress(source: Path, recipe: Recipe, out: Path, dtype: str = "auto", *, fr
         partial.close()
     if any(step.do == "quantize" and not step.options["store"] for step in recipe.steps):
         yield (
-            "rounded weights are saved as plain ones, which transformers loads; docs/cli.md says how to store them, "
+            f"rounded weights are saved as plain ones, which transformers loads; {page('cli')} says how to store them, "
             "and what GPTQ loses then"
         )
     yield f"{out}: {sum(file.stat().st_size for file in out.glob('*.safetensors')) / 1e6:,.1f} MB"

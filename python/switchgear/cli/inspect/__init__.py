@@ -38,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
         except ValueError as error:  # no MoE layers, or none that can be observed
             raise CommandError(str(error)) from None
     found.about["model"] = folder.name
-    for name, draw in report.PLOTS.items():
-        draw(found, out / name)
+    report.draw(found, out)
     write_file("out", out / "report.md", report.report(found))
     write_file("out", out / "results.json", json.dumps(found.as_dict(), allow_nan=False) + "\n")
     print(report.summary(found))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...utils.packages import page
 from ..common import colors, markdown_table, pyplot, save
 from .measure import Inspection, Layer
 
@@ -55,17 +56,10 @@ distinct experts that {found.segment} consecutive tokens use.
 
 ![entropy](entropy.png)
 
-## Domains
-
-{_write_domains(found)}
-An expert is listed where a domain uses it at least {FAVOURITE} times as often as all domains do on average.
-
-![domains](domains.png)
-
-## Experts that are alike, and experts that work together
+{_write_domains(found)}## Experts that are alike, and experts that work together
 
 {_write_pairs(found)}
-Experts that are alike are candidates for merging (`switchgear compress`, docs/compression.md).
+Experts that are alike are candidates for merging (`switchgear compress`, {page("compression")}).
 
 ![similarity](similarity.png)
 
@@ -103,13 +97,23 @@ def favourites(layer: Layer, domain: str) -> list[int]:
 
 
 def _write_domains(found: Inspection) -> str:
+    """The section that compares domains; empty if there is one."""
+    if len(found.domains) == 1:
+        return ""
     header = ["domain", "loss", *(layer.name for layer in found.layers)]
     rows = []
     for name in found.domains:
         own = [favourites(layer, name) for layer in found.layers]
         shown = [", ".join(map(str, experts[:6])) + (" …" if len(experts) > 6 else "") for experts in own]
         rows.append([name, f"{found.losses[name]:.3f}", *shown])
-    return markdown_table(header, rows, left=(0, *range(2, 2 + len(found.layers))))
+    return f"""## Domains
+
+{markdown_table(header, rows, left=(0, *range(2, 2 + len(found.layers))))}
+An expert is listed where a domain uses it at least {FAVOURITE} times as often as all domains do on average.
+
+![domains](domains.png)
+
+"""
 
 
 def _write_pairs(found: Inspection) -> str:
@@ -255,6 +259,13 @@ def _draw_image(
 def _label_layers(axis: Any, layers: Sequence[Layer]) -> None:
     step = -(-len(layers) // MOST_TICKS)
     axis.set_yticks(range(0, len(layers), step), [layer.name for layer in layers[::step]], fontsize=7)
+
+
+def draw(found: Inspection, folder: Path) -> None:
+    """All plots. One of domains needs several: their shares are relative to the mean."""
+    for name, plot in PLOTS.items():
+        if name != "domains.png" or len(found.domains) > 1:
+            plot(found, folder / name)
 
 
 _TOGETHER = "Tokens of an expert (row) that choose another, too"

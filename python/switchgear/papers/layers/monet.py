@@ -35,6 +35,9 @@ class MonetRouter(KeepsFloat32):
     channel per head). Logits whose normalised value exceeds Φ⁻¹(1 - top_k / n), or the largest if none does, go through
     a softmax; the others get weight 0. A group of layers may share one router.
 
+    A token whose logits are not finite, or too large for their squares to be, is in no statistics: it changes no other
+    token's gates, and its own are NaN if it has a NaN.
+
     Args: hidden_size, sqrt_n, heads: H, n and the number of heads. top_k: 32 of 512 in the paper.
     Parameters: weight [2·heads·n,H]. Buffers: running_mean, running_var [2·heads] float32, also
     in a model of another dtype; used in evaluation. In training a token's gates depend on the batch.
@@ -84,12 +87,18 @@ class MonetRouter(KeepsFloat32):
 
     def _normalize(self, logits: Tensor) -> Tensor:
         mean, var = self.running_mean.to(logits.dtype), self.running_var.to(logits.dtype)
-        count = len(logits) * self.sqrt_n  # of a channel
-        if self.training and count:
-            var, mean = torch.var_mean(logits, (0, 2), correction=0)
+        if self.training and len(logits):
+            # A token whose squares are not finite would make the statistics of all so, and of all to come: the mean
+            # stands in for it, which changes no bit where there is none.
+            kept = logits.square().sum((1, 2), keepdim=True).isfinite()
+            count = kept.sum().double() * self.sqrt_n  # of a channel
+            average = torch.where(kept, logits, 0).sum((0, 2), keepdim=True) / count
+            spread, average = torch.var_mean(torch.where(kept, logits, average), (0, 2), correction=0)
+            spread, some = spread * (len(logits) * self.sqrt_n / count), count > 0
+            mean, var = torch.where(some, average, mean), torch.where(some, spread, var)
             if not is_recomputing():
                 with unseen(mean):
-                    self._follow(mean, var * (count / (count - 1)))  # unbiased, as in torch
+                    self._follow(mean, var * torch.where(some, count / (count - 1), 1))  # unbiased, as in torch
         return (logits - mean[:, None]) / (var + self.eps).sqrt()[:, None]
 
     @torch.no_grad()

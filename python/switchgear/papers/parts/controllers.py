@@ -7,19 +7,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from switchgear.checks import Count, Finite, Fraction, NotNegativeOrInf, Positive, Range, checked
+from switchgear.checks import Count, Finite, Fraction, NotNegativeOrInf, Positive, Range, Size, checked
 from switchgear.functional import Routing
 from switchgear.papers.parts.masks import AroundSelection
 from switchgear.routing.balance import count_tokens, spans_processes, sum_over_processes, total_weights
 from switchgear.routing.capacity import Capacity, count_choices, renormalize_weights
 from switchgear.routing.context import Context, is_recomputing, made
 from switchgear.routing.counting import aside, unseen
-from switchgear.routing.ranking import finite
+from switchgear.routing.ranking import finite, scores_of
 from switchgear.utils.modules import KeepsFloat32
 
 _Growth = Annotated[float, Range(1, math.inf, "low high")]
@@ -151,6 +151,119 @@ class AdaptiveSparsity(_Coefficient):
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, rate={self.rate}"
+
+
+class RunningThreshold(_Coefficient):
+    """A threshold that `fraction` of all values of training exceed, whatever the number of tokens of a call: for
+    Broadcast, whose largest share of a batch of ten tokens is none.
+
+        switchgear.MoE(256, 128, 16, select=Broadcast(TopK(2), partial(RunningThreshold, 0.05), max_fraction=1.0))
+
+    Per step, with the share s of the tokens that exceeded it, threshold ← threshold + rate · (s - fraction). It begins
+    at ln E, the largest entropy, and stays within `rate` of [0, ln E]. So over n steps the mean of s is within
+    (ln E + 2 · rate) / (rate · n) of `fraction`.
+
+    Args: fraction. num_experts: E; the router passes it. rate: in nats.
+    Buffers: value [] float32, also in a model of another dtype; in the state dict.
+    """
+
+    @checked
+    def __init__(self, fraction: Fraction = 0.05, *, num_experts: Size, rate: Positive = 0.1) -> None:
+        super().__init__(math.log(num_experts))
+        self.fraction, self.rate = fraction, rate
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Whether values [T] exceed the threshold, [T] bool; also counts them."""
+        exceeds = values > self.value
+        if not is_recomputing():
+            aside(self._see, exceeds)
+        return exceeds
+
+    def _see(self, exceeds: Tensor) -> None:
+        self._add(torch.stack((exceeds.sum(), exceeds.new_full((), exceeds.numel(), dtype=torch.int64))))
+
+    def _follow(self, exceeding: Tensor, tokens: Tensor) -> None:
+        self.value += self.rate * (exceeding / tokens.clamp(min=1) - self.fraction) * (tokens > 0)
+
+    def extra_repr(self) -> str:
+        return f"fraction={self.fraction}, rate={self.rate}"
+
+
+class QuantileBias(KeepsFloat32):
+    """Sets the selection bias after each step so that the step's tokens would have loaded all experts alike (quantile
+    balancing, https://kexue.fm/archives/11619; Kimi K3).
+
+    A token's cutoff is its largest score plus bias among the experts that it did not choose. An expert would have got
+    the token with a bias of at least the cutoff minus its score. Its new bias is the quantile K/E of these numbers over
+    the tokens of all calls and processes, from a histogram; then the mean of all biases is subtracted. There is neither
+    a loss nor a rate.
+
+        moe = switchgear.MoE(256, 128, 16, 4, score_function="sigmoid", balance=[QuantileBias])
+
+    Args: num_experts: E; the router passes it. score_function: that of the selection, with scores in [0, 1]. bins: of
+    the histogram, which spans the biases and 1 on both sides.
+    Buffers: bias [E] float32, the router's since the last step, also in a model of another dtype; in the state dict.
+    """
+
+    needs_selection_bias, counted = True, ("_seen",)
+    bias: Tensor
+
+    @checked
+    def __init__(
+        self, num_experts: Size, *, score_function: Literal["softmax", "sigmoid"] = "sigmoid", bins: Size = 1000
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.score_function, self.bins = num_experts, score_function, bins
+        self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
+        self._seen: Tensor | None = None  # [E,bins] int64, of this step
+
+    def reset_parameters(self) -> None:
+        """Resets to the first step."""
+        nn.init.zeros_(self.bias)
+
+    def _span(self) -> tuple[Tensor, Tensor]:
+        """The least number of the histogram, and the width of a bin."""
+        least = self.bias.min() - 1
+        return least, (self.bias.max() + 1 - least) / self.bins
+
+    def forward(self, routing: Routing, context: Context) -> None:
+        """Counts what the tokens of a call ask for."""
+        if not is_recomputing():
+            aside(self._see, routing.topk_ids, routing.router_logits)
+
+    @torch.no_grad()
+    def _see(self, ids: Tensor, router_logits: Tensor) -> None:
+        scores = scores_of(router_logits.reshape(-1, self.num_experts), self.score_function).float()
+        ids = ids.reshape(-1, ids.shape[-1]).long() + 1  # empty choices are noted in the first column
+        chosen = torch.zeros(len(scores), self.num_experts + 1, dtype=torch.bool, device=ids.device)
+        chosen = chosen.scatter(1, ids, True)[:, 1:]
+        cutoff = (scores + self.bias).masked_fill(chosen, -math.inf).amax(1, keepdim=True)
+        least, width = self._span()
+        bins = ((cutoff - scores - least) / width).clamp(0, self.bins - 1).long().T
+        seen = torch.zeros(self.num_experts, self.bins, dtype=torch.int64, device=ids.device)
+        seen.scatter_add_(1, bins, torch.ones_like(bins))
+        self._seen = seen if self._seen is None else self._seen + seen
+
+    @torch.no_grad()
+    def after_step(self, tokens_per_expert: Tensor, router: Any) -> None:
+        """tokens_per_expert [E]: of the step, over all processes. None of them: the bias stays."""
+        group, seen, self._seen = getattr(router, "_group", None), self._seen, None
+        if seen is None and not spans_processes(group):
+            return
+        if seen is None:  # others wait for those of this process
+            seen = torch.zeros(self.num_experts, self.bins, dtype=torch.int64, device=self.bias.device)
+        below = sum_over_processes(seen, group).double().cumsum(1)
+        wanted = tokens_per_expert.sum().double() / self.num_experts
+        place = (below < wanted).sum(1, keepdim=True).clamp(max=self.bins - 1)
+        before = torch.where(place > 0, below.gather(1, (place - 1).clamp(min=0)), 0)
+        inside = (wanted - before) / (below.gather(1, place) - before)
+        least, width = self._span()
+        bias = (least + (place + inside)[:, 0] * width).float()
+        self.bias.copy_(torch.where(wanted > 0, bias - bias.mean(), self.bias))
+        router.e_score_correction_bias.copy_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.score_function}, bins={self.bins}"
 
 
 class RunningCap(AroundSelection, KeepsFloat32):

@@ -15,7 +15,7 @@ from switchgear.checks import Finite, Fraction, PositiveOrInf, Share, Size, chec
 from switchgear.functional import Routing
 from switchgear.reference import check_range, wide
 from switchgear.routing.context import NOTHING_KNOWN, Context, Select, can_be_read, groups_of, made, wrapped
-from switchgear.routing.ranking import keep_choices, scores_of, uniform
+from switchgear.routing.ranking import ScoreFunction, keep_choices, scores_of, uniform, weighed
 from switchgear.utils.modules import FillsBuffers, LoadsScalars
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -254,35 +254,68 @@ class TokenIdMask(nn.Module):
 
 class Lookup(nn.Module):
     """Routing by a table: the experts table[token_ids] (-1 for none), all with equal weight (Mixture of Word Experts,
-    arXiv:2311.10768; Hash Layers, arXiv:2106.04426). Uses only the shape of the logits: see scores.Uniform.
+    arXiv:2311.10768; Hash Layers, arXiv:2106.04426), which uses only the shape of the logits: see scores.Uniform. With
+    a score function the weights are the scores of the experts that the table chose (DeepSeek-V4, arXiv:2606.19348).
 
-    table: [V] or [V,K] integers, a buffer. weight: 1/K if None. Needs Context.token_ids.
+    Args:
+        table: [V] or [V,K] integers, a buffer. Needs Context.token_ids.
+        weight: of each expert; 1/K if None. Excludes score_function.
+        score_function, normalize, scale: as for TopK.
     """
 
     table: Tensor
-    uses_logits = uses_bias = False
+    uses_bias = False
 
     @checked
-    def __init__(self, table: Tensor, weight: Finite | None = None) -> None:
+    def __init__(
+        self,
+        table: Tensor,
+        weight: Finite | None = None,
+        *,
+        score_function: ScoreFunction | None = None,
+        normalize: bool = False,
+        scale: Finite = 1.0,
+    ) -> None:
         super().__init__()
         if table.dim() not in (1, 2) or not table.numel():
             raise ValueError(f"table: expected shape [V] or [V,K], got {list(table.shape)}")
+        if score_function is None and (normalize or scale != 1):
+            raise ValueError("score_function: expected one with normalize or scale, got None")
+        if score_function is not None and weight is not None:
+            raise ValueError(f"weight: expected None with a score function, got {weight}")
         self.register_buffer("table", (table if table.dim() == 2 else table[:, None]).to(torch.int32))
         self.weight = 1 / self.table.shape[1] if weight is None else weight
+        self._scored = None if score_function is None else (score_function, normalize, scale)
+
+    @property
+    def uses_logits(self) -> bool:
+        """Whether it has a score function."""
+        return self._scored is not None
 
     @classmethod
     def hashed(
-        cls, vocabulary_size: int, num_experts: int, top_k: int = 1, generator: torch.Generator | None = None
+        cls,
+        vocabulary_size: int,
+        num_experts: int,
+        top_k: int = 1,
+        generator: torch.Generator | None = None,
+        **options: Any,
     ) -> Lookup:
-        """A random table with top_k different experts for each id."""
+        """A random table with top_k different experts for each id; options: of Lookup."""
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k: expected 1 to {num_experts} (num_experts), got {top_k}")
         if top_k == 1:
-            return cls(torch.randint(num_experts, (vocabulary_size,), generator=generator))
-        return cls(_random_orders(vocabulary_size, num_experts, generator)[:, :top_k])
+            return cls(torch.randint(num_experts, (vocabulary_size,), generator=generator), **options)
+        return cls(_random_orders(vocabulary_size, num_experts, generator)[:, :top_k], **options)
 
     def forward(self, router_logits: Tensor, context: Context = NOTHING_KNOWN, bias: Tensor | None = None) -> Routing:
         num_experts = router_logits.shape[-1]
         ids = _rows_of(self.table, context, "Lookup", router_logits.numel() // num_experts)
-        weights = torch.full_like(ids, self.weight, dtype=torch.float32).masked_fill(ids < 0, 0)
-        return Routing(ids, weights, router_logits, num_experts)
+        if self._scored is None:
+            weights = torch.full_like(ids, self.weight, dtype=torch.float32).masked_fill(ids < 0, 0)
+            return Routing(ids, weights, router_logits, num_experts)
+        score_function, normalize, scale = self._scored
+        router_logits = router_logits.reshape(-1, num_experts)
+        scores = scores_of(router_logits, score_function)
+        chosen = scores.gather(1, ids.clamp(min=0).long()).masked_fill(ids < 0, 0)
+        return Routing(ids, weighed(chosen, normalize, scale), router_logits, num_experts, scores)

@@ -5,9 +5,10 @@ processes at all, and with equally many tokens per expert."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,10 @@ from switchgear.routing.selection import as_rows, take
 @dataclass(frozen=True)
 class Positive:
     """The experts with positive logits, in ascending order, weighted by them: a ReLU as the router (ReMoE,
-    arXiv:2412.14711). A token may have none or all. The bias moves the choice only."""
+    arXiv:2412.14711). A token may have none or all. The bias moves the choice only.
+
+    An expert with a logit NaN is chosen, too, with weight 0: what is NaN in the token stays so in the result, where no
+    expert would make it 0."""
 
     score_function: ClassVar[str] = "sigmoid"  # a score of each expert alone, for losses and capacities
 
@@ -43,7 +47,7 @@ class Positive:
         router_logits = as_rows(router_logits)
         logits = finite(router_logits)
         num_tokens, num_experts = logits.shape
-        keep = (logits if bias is None else logits + finite(bias)) > 0
+        keep = ((logits if bias is None else logits + finite(bias)) > 0) | router_logits.isnan()
         ids = torch.arange(num_experts, dtype=torch.int32, device=logits.device).expand(num_tokens, -1)
         routing = Routing(ids, logits.relu(), router_logits, num_experts)
         return trim(left_aligned(keep_choices(routing, keep)))
@@ -104,14 +108,16 @@ class Broadcast:
     """In training, sends tokens with uncertain routing to all experts, weighted by their probabilities. The other
     tokens use another selection, as do all in evaluation (GW-MoE, arXiv:2406.12375).
 
-    A token is uncertain if the entropy of its probabilities is at least entropy_above (in nats). At most max_fraction
-    of the tokens of the batch or sequence (scope) are, those of the largest entropy. (The authors' Switch code
+    A token is uncertain if the entropy of its probabilities is at least entropy_above (in nats), a number or a
+    RunningThreshold. At most max_fraction of the tokens of the batch or sequence (scope) are, those of the largest
+    entropy: round(max_fraction · T), which is none of ten tokens with 0.05, so small batches need a RunningThreshold
+    and max_fraction = 1. (The authors' Switch code
     multiplies the experts' input, the paper their output; this follows the paper. Balance losses count an uncertain
     token on every expert; that code counts its best expert alone.)
     """
 
     select: Select
-    entropy_above: Number
+    entropy_above: Number | Callable[..., Any]
     max_fraction: Fraction = 0.05
     scope: Scope = "batch"
 
@@ -122,7 +128,8 @@ class Broadcast:
         probabilities = scores_of(routing.router_logits, "softmax")
         detached = probabilities.detach()
         entropy = torch.special.entr(detached).sum(-1)
-        unsure = (entropy >= self.entropy_above) & within_fraction(
+        limit = self.entropy_above
+        unsure = (limit(entropy) if callable(limit) else entropy >= limit) & within_fraction(
             entropy, self.max_fraction, context, is_per_sequence(self.scope, context)
         )
         num_experts = probabilities.shape[1]
