@@ -98,6 +98,7 @@ def test_an_interrupt_while_the_package_is_imported(seconds: float) -> None:
     code = f"""
 import os, signal, sys, threading
 from switchgear_command import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()
 sys.exit(main())
 """

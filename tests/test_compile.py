@@ -145,6 +145,17 @@ def test_compile(dynamic: bool) -> None:
             assert torch.equal(compiled(x), block(x))
 
 
+@pytest.mark.some(1)
+def test_limits_under_dynamic_shapes() -> None:
+    torch.compiler.reset()
+    moe = switchgear.MoE(16, 8, 4, 2, capacity=Capacity(1.0))
+    compiled = torch.compile(moe, fullgraph=True, backend="eager", dynamic=True)
+    with torch.no_grad():
+        for num_tokens in (7, 16):
+            x = torch.randn(num_tokens, 16)
+            assert torch.equal(compiled(x), moe(x))
+
+
 @pytest.mark.parametrize("overflow", ["reroute", "overselect"])
 def test_a_graph_drops_and_counts_as_without_one(overflow: str) -> None:
     """No column is removed in a graph; neither the limit, nor candidates, nor losses depend on their number."""

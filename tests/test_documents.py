@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shutil
@@ -14,6 +15,7 @@ import torch
 
 import switchgear  # registers the ops
 from forked import run_script
+from switchgear.utils.packages import SITE
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -131,6 +133,24 @@ def _is_file(span: str) -> bool:
         return True
     folders = (ROOT / name for name in ("csrc", "include", "python", "tests", "bench", "docs", "examples"))
     return any(path.as_posix().endswith(f"/{span}".rstrip("/")) for folder in folders for path in folder.rglob("*"))
+
+
+def test_messages_name_pages_of_the_site() -> None:
+    """A wheel has no docs/. The address is one, and each page and anchor exists."""
+    for name, key in (("pyproject.toml", "Documentation = "), ("mkdocs.yml", "site_url: ")):
+        (line,) = (line for line in (ROOT / name).read_text().splitlines() if line.startswith(key))
+        assert line.removeprefix(key).strip('"') == SITE
+    calls = []
+    for path in sorted((ROOT / "python").rglob("*.py")):
+        text = path.read_text()
+        calls += re.findall(r"""\bpage\(["']([\w-]+)["'](?:, ["']([\w-]+)["'])?\)""", text)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.JoinedStr):
+                assert "docs/" not in ast.unparse(node), path
+    assert len(calls) >= 6
+    for name, anchor in calls:
+        assert not anchor or anchor in anchors(ROOT / "docs" / f"{name}.md")
+        assert (ROOT / "docs" / f"{name}.md").exists()
 
 
 def test_pictures_and_results_are_small() -> None:
