@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +62,11 @@ class StitchLayer(nn.Module):
             raise ValueError(f"experts: expected shapes {wanted}, got {given}")
         logits = wide(self.gate(hub))
         if self.into == "experts":
-            gates = logits.sigmoid().to(hub.dtype).split(1, -1)
+            gates = logits.sigmoid().to(hub.dtype)[..., None].unbind(-2)
             parts = zip(experts, gates, self.projections, strict=True)
             return hub, [None if x is None else (1 - g) * x + g * project(hub) for x, g, project in parts]
         absent = torch.tensor([False, *(x is None for x in experts)], device=hub.device)
-        own, *weights = logits.masked_fill(absent, -torch.inf).softmax(-1).to(hub.dtype).split(1, -1)
+        own, *weights = logits.masked_fill(absent, -torch.inf).softmax(-1).to(hub.dtype)[..., None].unbind(-2)
         merged = own * hub
         for x, weight, project in zip(experts, weights, self.projections, strict=True):
             merged = merged if x is None else merged + weight * project(x)
@@ -112,6 +112,7 @@ class Stitched(nn.Module):
         """[...,H] -> [...,H]"""
         check_rows(hidden_states, self.hidden_size)
         hub, states = hidden_states, [hidden_states] * len(self.experts)
-        for stage, (block, stitch) in enumerate(zip(self.hub, self.stitches, strict=True)):
-            hub, states = stitch(block(hub), [own[stage](x) for own, x in zip(self.experts, states, strict=True)])
+        stages: Iterable[Any] = zip(self.hub, zip(*self.experts, strict=True), self.stitches, strict=True)
+        for block, blocks, stitch in stages:
+            hub, states = stitch(block(hub), [own(x) for own, x in zip(blocks, states, strict=True)])
         return hub
