@@ -202,9 +202,9 @@ ONE, MANY = torch.ones(1), torch.zeros(1000)
 DESCRIBED: dict[str, Any] = {
     "a stride of 0": ONE.expand(10**8),
     "the same inside": {"layers": [(ONE.expand(1 << 20, 1 << 20),)]},
-    "overlapping rows": torch.zeros(3000).as_strided((1000, 1000), (2, 1)),
-    "many of one memory": [MANY[number:] for number in range(9)],
-    "one tensor many times": [MANY] * 1000,
+    "overlapping rows": torch.zeros(12000).as_strided((4000, 4000), (2, 1)),
+    "many of one memory": [MANY[number % 9 :] for number in range(9999)],
+    "one tensor many times": [MANY] * 9999,
     "a list that doubles": doubled(64),
     "a sparse tensor": torch.sparse_coo_tensor(MANY[None, :0].long(), MANY[:0], (10**12,), check_invariants=False),
     "a tensor on meta": torch.zeros(1 << 40, device="meta"),
@@ -231,6 +231,7 @@ def test_what_torch_save_writes_is_loaded(tmp_path: Path) -> None:
         "b": [ONE, (torch.zeros(0), None, 1.5)],
         "c": torch.eye(4)[1:, :2],
         "d": nn.Parameter(ONE),
+        "tied": [MANY, MANY, ONE.expand(1000)],
     }
     for options in ({}, {"_use_new_zipfile_serialization": False}):
         torch.save(value, tmp_path / "value.pt", **options)
