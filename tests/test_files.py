@@ -231,7 +231,7 @@ def test_what_torch_save_writes_is_loaded(tmp_path: Path) -> None:
         "b": [ONE, (torch.zeros(0), None, 1.5)],
         "c": torch.eye(4)[1:, :2],
         "d": nn.Parameter(ONE),
-        "tied": [MANY, MANY, ONE.expand(1000)],
+        "tied": [MANY, MANY],
     }
     for options in ({}, {"_use_new_zipfile_serialization": False}):
         torch.save(value, tmp_path / "value.pt", **options)

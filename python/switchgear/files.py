@@ -30,7 +30,7 @@ except ImportError:  # Windows, where folders are not locked
 
 AnyPath = str | os.PathLike[str]
 
-SHARED = 16 << 20  # bytes by which tensors of a file may exceed it: tied and expanded ones count in full
+SHARED = 16 << 20  # bytes by which tensors of a file may exceed it, since tied ones count twice
 PARTIAL = ".partial"  # suffix of a folder that is being written
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 JOURNAL, LOCK = "journal.json", "lock"  # files in a folder that is being written
@@ -154,7 +154,7 @@ def load_saved(path: AnyPath) -> Any:
     """What torch.save has written: tensors, numbers and texts, in dicts, lists and tuples. Runs no code from the file.
 
     Raises:
-        ValueError: any other file, and one that describes far more than it holds, as by strides of 0.
+        ValueError: any other file, and one that describes more than it holds, such as a tensor with strides of 0.
         OSError: it cannot be read.
     """
     with reading(path) as file:
