@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -145,10 +145,10 @@ def test_compile(dynamic: bool) -> None:
             assert torch.equal(compiled(x), block(x))
 
 
-@pytest.mark.some(1)
-def test_limits_under_dynamic_shapes() -> None:
+@pytest.mark.parametrize("overflow", ["drop", "reroute"])
+def test_limits_under_dynamic_shapes(overflow: Literal["drop", "reroute"]) -> None:
     torch.compiler.reset()
-    moe = switchgear.MoE(16, 8, 4, 2, capacity=Capacity(1.0))
+    moe = switchgear.MoE(16, 8, 4, 2, capacity=Capacity(1.0, overflow=overflow))
     compiled = torch.compile(moe, fullgraph=True, backend="eager", dynamic=True)
     with torch.no_grad():
         for num_tokens in (7, 16):

@@ -419,7 +419,9 @@ class Router(KeepsFloat32):
         wanted = routing = self._select(router_logits, context)
         if self.capacity is not None:
             if routing.scores is None and getattr(self.capacity, "needs_scores", False):
-                score_function = getattr(scored(self.selection()), "score_function", "softmax")
+                score_function = self.score_function
+                if self.select is not None or self.overrides:
+                    score_function = getattr(scored(self.selection()), "score_function", "softmax")
                 routing = routing._replace(scores=scores_of(routing.router_logits, score_function))
             routing = self._limited(routing, context)
         if self.training and self.balance:
