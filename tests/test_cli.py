@@ -120,8 +120,9 @@ def test_a_file_without_end_is_refused(
     arguments: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In one line, and a pipe without a writer, too."""
-    for package in ("transformers", "matplotlib", "rich"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("rich", reason="rich is not installed")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     os.mkfifo(tmp_path / "pipe")
