@@ -25,7 +25,7 @@ from switchgear import backends, reference
 from switchgear.ops import GluOptions
 
 __all__ = [
-    "CASES", "Bounded", "Case", "Layer", "assert_batch_invariant", "assert_close", "combine", "exact", "gemm",
+    "Bounded", "Case", "Layer", "assert_batch_invariant", "assert_close", "combine", "exact", "gemm",
     "glu", "glu_backward", "make_layer", "moe_backward", "moe_forward", "row_dot", "times", "topk_ids_of", "wgrad",
 ]  # fmt: skip
 
