@@ -77,7 +77,7 @@ class ExpertParallelError(RuntimeError):
         return type(self), (self.failure,)
 
 
-# ---- a failure that nobody handles -----------------------------------------------------------------------------------
+# ---- uncaught failures -----------------------------------------------------------------------------------------------
 
 
 class Group(Protocol):
