@@ -330,7 +330,7 @@ class Unfinished:
 
 
 def has_links(folder: Path) -> bool:
-    """Whether a folder is a link, or anything in it. A run that writes there makes none, so others have planted them."""
+    """Whether a folder is a link, or anything in it. A run that writes there makes none."""
     return folder.is_symlink() or (folder.is_dir() and any(file.is_symlink() for file in folder.rglob("*")))
 
 

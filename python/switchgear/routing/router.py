@@ -480,7 +480,7 @@ class Router(KeepsFloat32):
             loss = item(routing, context)
             if loss is None and hasattr(item, "after_step"):
                 continue  # a controller that only counts
-            if isinstance(loss, Tensor) and loss.numel() != 1:
+            if isinstance(loss, Tensor) and loss.dim():
                 raise ValueError(f"balance: expected a scalar from {name}, got shape {list(loss.shape)}")
             if not isinstance(loss, (Tensor, float, int)):
                 raise TypeError(f"balance: expected a scalar from {name}, got {type(loss).__name__}")
