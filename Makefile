@@ -51,6 +51,8 @@ CXX_FILES = $(shell find include csrc tests bench examples -name '*.cpp' -o -nam
 
 export PATH := $(abspath $(BIN)):$(PATH)
 export SWITCHGEAR_ISA_FLAGS ?= native
+# Compiling the bytecode of all packages takes 40 s; what is imported is compiled then.
+export PIP_COMPILE ?= 0
 wheel release-check: export SWITCHGEAR_ISA_FLAGS =
 
 help:
