@@ -188,7 +188,8 @@ def busy(rank: int) -> str:
 def test_a_rank_that_does_something_else_has_stalled(pool: Pool) -> None:
     """It answers, so the others blame the rank that is furthest behind; it raises the same error when it returns."""
     answers = pool.run(busy)
-    assert set(answers) == {"rank 1 stalled in phase 'between layers' of exchange 2: it did not get there in time"}
+    assert len(set(answers)) == 1
+    assert answers[0].startswith("rank 1 stalled in phase 'between layers' of exchange 2")
 
 
 def never_connects(rank: int) -> str:

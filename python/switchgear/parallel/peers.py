@@ -207,15 +207,14 @@ class Peers:
         self.waiting = True
         try:
             while True:
-                done, lost = False, None
+                done = False
                 try:
                     done = work.wait_for(POLL_SECONDS)
                 except (OSError, RuntimeError) as error:  # from the transport or the store: usually a lost peer
                     self._report_lost(str(error).split("\n")[0][:_LONGEST_REASON])
-                    lost = error
+                    if self.failure is None:
+                        raise
                 self.check()  # outside of the handler, whose error would be printed first
-                if lost is not None:
-                    raise lost
                 if done:
                     return
                 for peer, finished in list(self._left.items()):
