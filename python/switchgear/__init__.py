@@ -3,7 +3,8 @@
 
 Modules:    MoE (router, experts and shared experts), Router, Experts; layers composed of them in switchgear.layers
 Routing:    scores, selections, capacities and losses in switchgear.routing; policies of papers in switchgear.presets
-Functions:  moe (all experts of a layer), and its stages: gate, route, plan, permute, grouped_gemm, glu, combine
+Functions:  moe (all experts of a layer), and its stages: gate, route, plan, permute, grouped_gemm, glu, combine;
+            linear (a product with one matrix)
 Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) for routers with load balancing
 Models:     accelerate(model) runs a Hugging Face model on the kernels
@@ -31,7 +32,7 @@ from switchgear import adapters, compress, convert, distill, finetune, layers, o
 from switchgear.backends import backend, use_backend
 from switchgear.cuda import cuda_kernels, set_cuda_kernels
 from switchgear.experts import Experts
-from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, moe, permute, plan, route
+from switchgear.functional import Plan, Routing, combine, gate, glu, grouped_gemm, linear, moe, permute, plan, route
 from switchgear.functional.gradients import accumulate_into_grad
 from switchgear.integrations import is_too_old
 from switchgear.modules import MoE, after_step, balance_loss
@@ -75,6 +76,7 @@ __all__ = [
     "glu",
     "grouped_gemm",
     "layers",
+    "linear",
     "load_balancing_loss",
     "moe",
     "offload",

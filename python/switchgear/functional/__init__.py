@@ -19,7 +19,7 @@ format (weights/). Derivatives are beside the functions.
 from switchgear.backends import cast_in_autocast as in_autocast_dtype
 from switchgear.functional.arguments import as_ids, as_limit, as_number, as_weights
 from switchgear.functional.layer import moe, moe_accumulate
-from switchgear.functional.products import AnyWeight, grouped_gemm
+from switchgear.functional.products import AnyWeight, grouped_gemm, linear
 from switchgear.functional.routes import Plan, Routing, gate, gate_route, plan, route, route_dynamic
 from switchgear.functional.rows import combine, glu, permute
 
@@ -37,6 +37,7 @@ __all__ = [
     "glu",
     "grouped_gemm",
     "in_autocast_dtype",
+    "linear",
     "moe",
     "moe_accumulate",
     "permute",

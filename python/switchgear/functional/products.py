@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""grouped_gemm, with weights of every kind, and its gradients."""
+"""grouped_gemm, with weights of every kind, its gradients, and linear."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch.nn.functional import pad
 from switchgear import ops, reference
 from switchgear.arrays import accepts_arrays
 from switchgear.backends import cast_in_autocast, in_autocast
-from switchgear.functional.arguments import as_dtype, dropout_seed
+from switchgear.functional.arguments import as_dtype, dropout_seed, flat
 from switchgear.functional.gradients import apply, is_transposed, needs_autograd, once
 from switchgear.reference import formats
 from switchgear.weights.weight import AdaptedWeight, OffloadedWeight, Operand, SelectedWeight, Weight, operand_of
 
 AnyWeight = Tensor | Weight | AdaptedWeight | SelectedWeight | OffloadedWeight
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 @accepts_arrays
@@ -66,6 +68,40 @@ def grouped_gemm(
         out: Tensor = apply(GroupedGemm, *inputs)
         return out
     return ops.grouped_gemm(x, operand.tensors, operand.form, bias, expert_offsets, token_indices, False, False)
+
+
+@accepts_arrays
+def linear(x: Tensor, weight: AnyWeight, bias: Tensor | None = None) -> Tensor:
+    """Multiplies rows by one matrix, as torch.nn.functional.linear: x · weightᵀ + bias, [...,N].
+
+    It is `grouped_gemm` with one expert: a row has the same bits in any batch, and the weight may be stored. (The
+    reference backend, which is torch, promises no bits.)
+
+    Args:
+        x: [...,C].
+        weight: [N,C]; or of one expert, [1,N,C], in any form that `grouped_gemm` takes.
+        bias: [N].
+    """
+    rows = flat("x", x)
+    if isinstance(weight, Tensor) and weight.dim() == 2:
+        weight = weight[None]
+    if weight.shape[0] != 1:
+        raise ValueError(f"weight: expected [N,C], or one expert, got shape {list(weight.shape)}")
+    out = grouped_gemm(rows, weight, _offsets(len(rows), x.device), bias=None if bias is None else bias[None])
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def _offsets(num_rows: int, device: torch.device) -> Tensor:
+    """expert_offsets of one expert."""
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not _dispatch_modes():
+        return _kept_offsets(num_rows)
+    return torch.tensor([0, num_rows], dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_offsets(num_rows: int) -> Tensor:
+    with torch.inference_mode(False):  # autograd saves it
+        return torch.tensor([0, num_rows], dtype=torch.int32, device="cpu")
 
 
 def _operand_of(weight: Any, x: Tensor, bias: Tensor | None, autocast: str | None) -> Operand:
