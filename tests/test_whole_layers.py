@@ -131,7 +131,7 @@ def test_a_token_has_the_same_bits_everywhere(
 ) -> None:
     """Logits in a generation, in prompts cut anywhere, in a batch with padding at either side, and with gradients."""
     model = make(model_type, dtype)
-    accelerate(model, whole_layers=True, **LINEARS)
+    accelerate(model, whole_layers=True)
     ids, pad = IDS[:1], 7
     count = ids.shape[1]
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_a_token_has_the_same_bits_everywhere(
 @pytest.mark.parametrize("model_type", TYPES)
 def test_generation_has_the_log_probs_of_a_trainer(model_type: str) -> None:
     model = make(model_type, torch.bfloat16)
-    accelerate(model, whole_layers=True, **LINEARS)
+    accelerate(model, whole_layers=True)
     mask = torch.ones_like(IDS).index_fill(1, torch.arange(4), 0) | torch.tensor([[0], [1]])
     torch.manual_seed(0)
     out = model.generate(
@@ -296,6 +296,3 @@ def test_a_layer_that_computes_something_else_is_left_alone(monkeypatch: pytest.
     with pytest.warns(UserWarning, match="left alone"):
         replaced = accelerate(model, whole_layers=True)
     assert all(r.path != "whole layer" for r in replaced)
-
-
-LINEARS: dict[str, Any] = {}

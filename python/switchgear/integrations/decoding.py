@@ -217,7 +217,8 @@ def _find_mask(mask: Tensor, position_ids: Tensor | None, window: int | None) ->
     first = sees[:, -1].int().argmax(-1)
     candidates = [torch.zeros_like(first), first]  # a window hides where a sequence starts
     if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == count:
-        candidates.insert(0, (length - 1 - position_ids[:, -1]).expand(batch))
+        row = is_real.int().argmax(1)  # [B,1], the first
+        candidates.insert(0, (own[row, 0] - position_ids.expand(batch, -1).gather(1, row))[:, 0])
     found = torch.full_like(first, -length - 1)
     for starts in candidates:
         wanted = (position >= starts[:, None, None]) & (position <= own)

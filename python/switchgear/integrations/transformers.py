@@ -39,6 +39,7 @@ from switchgear.integrations.experts import (
 from switchgear.integrations.forwards import (
     runs_own_forward,
 )
+from switchgear.integrations.linears import run_linears
 from switchgear.integrations.modules import (
     CLASS_MARK,
     FP8_ADVICE,
@@ -149,7 +150,9 @@ class Replacement:
 
 
 @checked
-def accelerate(model: nn.Module, *, whole_blocks: bool = False, whole_layers: bool = False) -> list[Replacement]:
+def accelerate(
+    model: nn.Module, *, whole_blocks: bool = False, linears: bool = False, whole_layers: bool = False
+) -> list[Replacement]:
     """Runs every experts module of a loaded model on switchgear, including those that transformers would not dispatch.
 
     Decorated modules get `experts_implementation="switchgear"` in their own config. Modules of the classes in
@@ -161,9 +164,13 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False, whole_layers: bo
         whole_blocks: also run blocks of known families (`whole_blocks.BLOCKS`) as a whole when no gradient is needed:
             router and experts without calls of their modules, unless these have hooks. It is faster for one token, and
             no bit of a token depends on its batch. The router's logits may differ from torch's in the last bit.
-        whole_layers: also run decoder layers of known families (`decoding.LAYERS`) in a handful of kernel calls,
-            attention and linears included, over a cache that is written in place; `generate` needs no argument for it.
-            No bit of a token depends on its batch, its padding, how the prompt is cut or the number of threads, nor on
+        linears: also multiply every nn.Linear of the model, and the weights of its routers, by `switchgear.linear`,
+            forward and backward: a row then has the same bits in any batch. Results may differ from torch's in the
+            last bits. Modules, names, parameters and hooks stay. Under torch.compile, autocast and torch.func, and on
+            other devices, torch's products run.
+        whole_layers: also run decoder layers of known families (`decoding.LAYERS`) in a handful of kernel calls, attention
+            over a cache that is written in place included, and all `linears`; `generate` needs no argument for it. No
+            bit of a token depends on its batch, its padding, how the prompt is cut or the number of threads, nor on
             whether gradients are needed. A layer with hooks, adapters, another mask or cache runs the model's own code.
 
     Returns a Replacement for each module; `undo_accelerate(replacements)` of this module undoes the call.
@@ -180,6 +187,9 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False, whole_layers: bo
                 if (undo := run_as_whole(module)) is not None:
                     kind = type(module).__name__
                     replacements.append(Replacement(name, kind, "whole block", "forward", undo))
+        if linears or whole_layers:
+            for name, module, undo in run_linears(model):
+                replacements.append(Replacement(name, type(module).__name__, "linear", "forward", undo))
         if whole_layers:
             for name, module, undo in run_whole_layers(model):
                 replacements.append(Replacement(name, type(module).__name__, "whole layer", "forward", undo))
