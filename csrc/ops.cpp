@@ -653,7 +653,7 @@ void rms_norm(const RmsNormArgs& args, Execution exec) {
   check_eps(args.eps);
   call.output("y", args.y, kFloat, {&T, &H}, kRows);
   SWITCHGEAR_CHECK(ValueError, args.sum.defined() == args.residual.defined(), "sum: expected ",
-                   args.residual.defined() ? "one beside residual" : "none without residual");
+                   args.residual.defined() ? "it beside residual, got none" : "none without residual, got one");
   call.optional_output("sum", args.sum, kFloat, {&T, &H}, kRows);
   call.check_overlap();
   call.run(&Backend::rms_norm, args, exec);
@@ -665,7 +665,8 @@ void rotate_heads(const RotateHeadsArgs& args, Execution exec) {
   call.input("q", args.q, kFloat, {&B, &T, &N, &D}, kRows);
   call.input("k", args.k, kFloat, {&B, &T, &J, &D}, kRows);
   call.input("v", args.v, kFloat, {&B, &T, &J, &V}, kRows);
-  SWITCHGEAR_CHECK(ValueError, args.cos.defined() == args.sin.defined(), "sin: expected it with cos, and not alone");
+  SWITCHGEAR_CHECK(ValueError, args.cos.defined() == args.sin.defined(), "sin: expected it with cos, got ",
+                   args.cos.defined() ? "cos alone" : "sin alone");
   if (args.cos.defined()) {
     call.input("cos", args.cos, float32_or_shared(args.cos), {&sequences, &T, &R}, kRows);
     call.input("sin", args.sin, float32_or_shared(args.sin), {&sequences, &T, &R}, kRows);
