@@ -29,8 +29,8 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const int64_t block_bytes =
       args.input_gradient ? 0 : gathered_block_bytes(k, args.weight.format, args.x.dtype, depth);
   const int64_t gathered_bytes = GatheredRows::bytes(block_bytes, num_slots);
-  // Blocks of minifloats belong to one part of the rows each, so no tile reaches into the next part.
-  const int64_t parts = is_decoded(args.weight.format) ? args.weight.parts : 1, part_width = width / parts;
+  // Parts of the rows are stored separately, so no tile reaches into the next one.
+  const int64_t parts = has_parts(args.weight.format) ? args.weight.parts : 1, part_width = width / parts;
   const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, part_width, panel, k.most_rows,
                                              gathered_bytes > 0 ? TileOrder::kRows : TileOrder::kPanels);
   const auto num_tiles = static_cast<int64_t>(tiles.size()), num_tasks = num_tiles * parts;
