@@ -3,6 +3,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,3 +298,23 @@ def test_routers_beside_adapters_are_seen_and_overridden(model_type: str) -> Non
     for row in trace.summary():
         assert 0 < row.router_entropy <= 1
         assert int(trace.layers[row.name].tokens_per_expert[0]) == 0
+
+
+def test_adapters_of_stored_linears(tmp_path: Path) -> None:
+    """They train, are saved and loaded; a merge, which would need the plain weight, is refused."""
+    base: Any = build("mixtral")
+    accelerate(base)
+    switchgear.store(base, "int8", linears="int4")
+    inputs = example_inputs(base)
+    stored = base(**inputs).logits
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "o_proj"])
+    model = peft.get_peft_model(base, config)
+    wanted = results(model)["logits"]
+    assert not torch.equal(wanted, stored)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert torch.equal(again(**inputs).logits, wanted)
+    with again.disable_adapter():
+        assert torch.equal(again(**inputs).logits, stored)
+    with pytest.raises(AttributeError, match="restore"):
+        again.merge_and_unload()

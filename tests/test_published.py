@@ -25,6 +25,7 @@ from switchgear.integrations.published import load_published, planned
 from switchgear.integrations.transformers import is_decorated, path_of
 from switchgear.reference import minifloat
 from switchgear.weights import restore, stored_of
+from switchgear.weights.form import FORMS
 from tiny_configs import tiny_config
 from tiny_models import build, example_inputs
 
@@ -47,15 +48,22 @@ CONFIGS = {
     "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]},
 }
+OPTIONS = {"mixtral": {"block": "64x128"}}  # of the form
 
 
-def as_published(key: str, weight: Tensor, method: str) -> dict[str, Tensor]:
+def config_of(model_type: str) -> dict[str, Any]:
+    own = {"weight_block_size": [64, 128]} if model_type in OPTIONS else {}
+    return CONFIGS[MODELS[model_type]] | own
+
+
+def as_published(key: str, weight: Tensor, config: dict[str, Any]) -> dict[str, Tensor]:
     """The published tensors of a plain one."""
+    method = config["quant_method"]
     if method == "mxfp4" and key.endswith(("gate_up_proj", "down_proj")):
         blocks, scales, _ = minifloat.encode_mxfp4(weight.mT.contiguous())
         return {f"{key}_blocks": blocks, f"{key}_scales": scales}
     if method == "fp8" and weight.dim() == 2 and any(part in key for part in ("_proj", ".w1.", ".w2.", ".w3.")):
-        values, scales, _ = minifloat.encode_fp8(weight[None])
+        values, scales, _ = minifloat.encode_fp8(weight[None], tuple(config["weight_block_size"]))
         return {key: values[0].view(torch.float8_e4m3fn), f"{key}_scale_inv": scales[0]}
     return {key: weight}
 
@@ -79,12 +87,12 @@ def publish(folder: Path, model_type: str, **options: Any) -> None:
     for file in folder.glob("*.safetensors"):
         tensors: dict[str, Tensor] = {}
         for key, weight in load_file(file).items():
-            tensors |= as_published(key, weight, method)
+            tensors |= as_published(key, weight, config_of(model_type))
         save_file(tensors, file, metadata={"format": "pt"})
         listed |= dict.fromkeys(tensors, file.name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
     written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(written | {"quantization_config": CONFIGS[method]}))
+    (folder / "config.json").write_text(json.dumps(written | {"quantization_config": config_of(model_type)}))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +116,7 @@ def test_weights_are_those_that_transformers_reads(published: Callable[[str], Pa
     got = load_published(path)
     stored = [state for module in got.modules() if (state := stored_of(module)) is not None]
     assert len(stored) == len(list(experts_of(got))) > 0
-    assert {state.form.name for state in stored} == {method}
+    assert {state.form for state in stored} == {FORMS[method](**OPTIONS.get(model_type, {}))}
     restore(got)
     expected = dict(want.named_parameters()) | dict(want.named_buffers())
     found = dict(got.named_parameters()) | dict(got.named_buffers())
@@ -350,6 +358,7 @@ def test_layers_that_transformers_leaves_out_are_left_out(published: Callable[[s
         (lambda path: resize(path, vocab_size="x"), "expected .*config.json .*vocab_size"),
         (lambda path: configure(path, {"quant_method": ["fp8"]}), "expected quant_method mxfp4, fp8, bitsandbytes"),
         (lambda path: configure(path, CONFIGS["fp8"] | {"weight_block_size": 128}), "expected weight_block_size"),
+        (lambda path: configure(path, CONFIGS["fp8"] | {"weight_block_size": [1, 0]}), "expected weight_block_size"),
         (lambda path: configure(path, None), "expected a quantization_config in config.json, got none"),
         (
             lambda path: configure(path, {"quant_method": "hqq"}),
@@ -357,7 +366,7 @@ def test_layers_that_transformers_leaves_out_are_left_out(published: Callable[[s
         ),
         (
             lambda path: configure(path, CONFIGS["fp8"] | {"weight_block_size": [64, 64]}),
-            r"expected weight_block_size \[128, 128\] in config.json, got \[64, 64\]",
+            r"expected weight_block_size \(128, 128\), \(64, 128\) in config.json, got \(64, 64\)",
         ),
     ],
 )

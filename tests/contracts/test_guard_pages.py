@@ -164,7 +164,7 @@ def form_calls(form: str, rng: np.random.Generator, dtype: torch.dtype) -> Itera
     sizes = random_sizes(rng)
     E, N, H, I = (sizes[letter] for letter in "ENHI")  # noqa: E741
     if form in gguf.TYPES:
-        H, I = 256, 512  # noqa: E741
+        H, I, N = 256, 512, 1024  # noqa: E741
     elif form == "panels":
         H, I = 64 * int(rng.integers(1, 3)), 64  # noqa: E741
         N = 2 * I

@@ -294,7 +294,9 @@ class Endless:
 
 
 End = Callable[[socket.socket], object]
-ENDS: list[End] = [socket.socket.close, lambda s: os.close(s.fileno())]
+ENDS: list[End] = [
+    socket.socket.close, lambda s: os.close(s.fileno()), lambda s: s.shutdown(socket.SHUT_RDWR)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -309,6 +311,7 @@ def test_a_rank_that_closes_its_own_connections_is_to_blame(
         with pytest.raises(ExpertParallelError) as error:
             each.wait(Endless())
         assert error.value.rank == culprit
+    assert [each._is_cut_off() for each in peers] == [rank == culprit for rank in range(2)]  # it is remembered
     for each in peers:
         each.close()
 

@@ -359,8 +359,8 @@ def test_change_of_dtype(case: FormCase, change: Callable[[nn.Module], nn.Module
 
 @pytest.mark.parametrize("case", [case for case in FORM_CASES if case.form.name != "compact"], ids=str)
 def test_another_device(case: FormCase) -> None:
-    """meta tensors have shapes but no data, and no kernels, so panels and GGUF's types warn. (The layout of compact rows is read from
-    the rows.)"""
+    """meta tensors have shapes but no data, and no kernels, so panels and GGUF's types warn. (The layout of compact
+    rows is read from the rows.)"""
     stored = case.stored(case.experts(bias=True)).to("meta")
     x, ids, weights = (tensor.to("meta") for tensor in case.inputs(3))
     switchgear.backends._warned_about.clear()

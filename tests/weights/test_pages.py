@@ -111,8 +111,8 @@ def test_fresh_experts_lie_on_huge_pages() -> None:
 @needs_huge_pages
 def test_fresh_adapters_lie_on_huge_pages() -> None:
     experts = switchgear.Experts(64, 32, 32)
-    adapters = add_lora(experts, 1024)
-    for adapter in adapters[:2]:  # 8 MB each, of one projection
+    adapters = add_lora(experts, 4224)
+    for adapter in adapters[:2]:  # of one projection, 33 MiB each: malloc maps them anew instead of using old pages
         assert lies_on_huge_pages(adapter)
 
 

@@ -78,7 +78,7 @@ def _shown_as_parameters(model: nn.Module) -> Iterator[None]:
     and devices. Each takes the memory of one element."""
     shown = []
     for module in model.modules():
-        if (stored := stored_of(module)) is not None:
+        if (stored := stored_of(module)) is not None and stored.layout.stored_class is None:  # experts
             for name, weight in zip(stored.layout.names, stored.weights(module), strict=True):
                 one = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
                 parameter = nn.Parameter(one.mT if stored.layout.transposed else one, requires_grad=False)

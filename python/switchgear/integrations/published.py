@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Loads published checkpoints with mxfp4 experts (gpt-oss), fp8 experts in blocks of 128 x 128 (DeepSeek-V3,
-Qwen3-MoE), nf4 experts (bitsandbytes, one matrix per expert) or experts of 2 to 4 bits (GPTQ, AWQ, compressed-tensors).
-Weights are not rounded again, and no plain copy of the model is made in memory.
+Qwen3-MoE) or 64 x 128, nf4 experts (bitsandbytes, one matrix per expert) or experts of 2 to 4 bits (GPTQ, AWQ,
+compressed-tensors). Weights are not rounded again, and no plain copy of the model is made in memory.
 
     model = load_published("/models/gpt-oss-20b")
 """
@@ -37,8 +37,7 @@ from switchgear.integrations.checkpoint_files import (
 from switchgear.integrations.published_matrices import Matrices, matrices_of, num_groups
 from switchgear.integrations.transformers import Replacement, accelerate, undo_accelerate
 from switchgear.reference import groups, minifloat
-from switchgear.weights import Form, Groups, Layout, Weight, advise_huge_pages, layout_of
-from switchgear.weights.form import FORMS
+from switchgear.weights import Form, Layout, Mxfp4, Weight, advise_huge_pages, layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
 
 METHODS = ("mxfp4", "fp8", *published_matrices.METHODS)  # of quantisation
@@ -79,6 +78,7 @@ class Planned(NamedTuple):
     files: CheckpointFiles
     replacements: list[Replacement]
     reads: dict[str, Read]  # by name in the state dict
+    forms: dict[str, Form]  # of the projections that are not plain, likewise
 
     def experts(self) -> list[tuple[str, Layout, tuple[int, ...]]]:
         """Name, layout, and E, N, C, N, C of the projections, of each module of experts."""
@@ -98,14 +98,14 @@ def planned(
     then. Nothing is read but headers. dtype None: that of the config. is_quantized: others are refused."""
     files = CheckpointFiles(path)
     config = config_of(files)
-    packed = take_quantization(config, is_quantized)
+    configured = take_quantization(config, is_quantized)
     if dtype is None:
         found = getattr(config, "dtype", None)
         dtype = found if isinstance(found, torch.dtype) else torch.bfloat16
     made: Any = made_on_meta(path, config, dtype) if model is None else model
     replacements = accelerate(made)
     try:
-        return Planned(made, files, replacements, plan_of(made, files, packed))
+        return Planned(made, files, replacements, *plan_of(made, files, configured))
     except BaseException:
         undo_accelerate(replacements)
         raise
@@ -125,7 +125,7 @@ def fill(plan: Planned, device: torch.device, without: Collection[str] = ()) -> 
     except BaseException:
         undo(plan)
         raise
-    commit(plan.model, loaded)
+    commit(plan.model, loaded, plan.forms)
     return plan.model.eval()  # type: ignore[no-any-return]
 
 
@@ -159,21 +159,19 @@ def _naming_file(file: Path) -> Iterator[None]:
 
 def take_quantization(config: Any, is_needed: bool) -> Matrices | None:
     """Removes the quantisation from the config, since it is read here; ValueError for an unsupported one. Returns how
-    integers are published."""
+    integers, or blocks of fp8, are published."""
     found = getattr(config, "quantization_config", None)
     if found is None and not is_needed:
         return None
     if found is None:
         raise ValueError("path: expected a quantization_config in config.json, got none")
     options = found if isinstance(found, dict) else getattr(found, "to_dict", dict)()
-    method, block = options.get("quant_method"), options.get("weight_block_size")
+    method = options.get("quant_method")
     if method not in METHODS:  # it may be no string
         raise ValueError(f"path: expected quant_method {', '.join(METHODS)} in config.json, got {method}")
-    if method == "fp8" and block not in (minifloat.BLOCK, list(minifloat.BLOCK)):
-        raise ValueError(f"path: expected weight_block_size {list(minifloat.BLOCK)} in config.json, got {block}")
-    packed = published_matrices.find_packed(options)
+    configured = published_matrices.find_configured(options)
     del config.quantization_config
-    return packed
+    return configured
 
 
 def made_on_meta(path: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -199,16 +197,22 @@ class Wanted(NamedTuple):
     dtype: torch.dtype
 
 
-def plan_of(model: Any, files: CheckpointFiles, packed: Matrices | None) -> dict[str, Read]:
-    """How to read each tensor of the model, by its name in the state dict."""
+def plan_of(model: Any, files: CheckpointFiles, configured: Matrices | None) -> tuple[dict[str, Read], dict[str, Form]]:
+    """How to read each tensor of the model, and the forms of projections that are not plain, by names in the state
+    dict."""
     state, projections, checks = model.state_dict(), _projections(model), Checks(files.headers)
     plan: dict[str, Read] = {}
+    forms: dict[str, Form] = {}
     keys = [key for key in files.headers if key in state or not key.endswith(published_matrices.IGNORED)]
     found = pieces_of(model, keys, state, published_matrices.SUFFIXES)
     for target, pieces in found.items():
-        kind = matrices_of(pieces, packed)
+        kind = matrices_of(pieces, configured)
         if target in projections and set(pieces) != {Piece()}:
             plan[target] = _plan_projection(target, projections[target], pieces, checks, kind)
+            if kind is not None:
+                forms[target] = kind.form
+            elif BLOCKS in {piece.suffix for piece in pieces}:
+                forms[target] = Mxfp4()
         elif target in state:
             plan[target] = _plan_tensor(target, state[target], pieces, checks, kind)
         elif not matches(model._keys_to_ignore_on_load_unexpected, target):
@@ -221,7 +225,7 @@ def plan_of(model: Any, files: CheckpointFiles, packed: Matrices | None) -> dict
     absent = [name for name in state if name not in plan and name not in tied and not matches(optional, name)]
     checks.problems += [f"missing {name}" for name in absent]
     checks.complain(files.path)
-    return plan
+    return plan, forms
 
 
 def _projections(model: nn.Module) -> dict[str, Wanted]:
@@ -319,20 +323,22 @@ def _read_each(
 def _read_matrices(
     target: str, wanted: Wanted, pieces: Pieces, kind: Matrices, reader: Reader, device: torch.device
 ) -> Weight:
-    data, scales = _empty(kind.format, wanted, device)
-    has_row_scales = minifloat.MINIFLOATS[kind.format].row_scales
+    format = kind.form.name
+    data, scales = _empty(format, wanted, device)
+    has_row_scales = minifloat.MINIFLOATS[format].row_scales
     row_scales = scales.new_empty(*data.shape[:2], minifloat.ROWS, dtype=torch.float32) if has_row_scales else None
     blocks = data.shape[1] // wanted.parts
 
     def write(expert: int, source: int, *published: Tensor) -> None:
         share = slice(source * blocks, (source + 1) * blocks)
         values, own, *wholes = (tensor.to(device) for tensor in published)
-        minifloat.to_blocks(values, own, kind.format, out=(data[expert, None, share], scales[expert, None, share]))
+        out = data[expert, None, share], scales[expert, None, share]
+        minifloat.to_blocks(values, own, format, group=kind.group, out=out)
         if row_scales is not None:
             row_scales[expert, share] = minifloat.to_row_scales(wholes[0], wanted.rows // wanted.parts)[0]
 
     _read_each(target, wanted, pieces, kind, reader, write)
-    return _weight(kind.format, data, scales, wanted, row_scales)
+    return _weight(format, data, scales, wanted, row_scales)
 
 
 def _read_packed(
@@ -427,12 +433,12 @@ def compute_buffers(model: Any, device: torch.device) -> None:
             raise ValueError(f"model: expected {key} to be computed by {type(model).__name__}.initialize_weights")
 
 
-def commit(model: Any, loaded: dict[str, Tensor | Weight]) -> None:
+def commit(model: Any, loaded: dict[str, Tensor | Weight], forms: dict[str, Form]) -> None:
     for prefix, module in model.named_modules():
         if (layout := layout_of(module)) is not None:
             first, second = (loaded.get(f"{prefix}.{name}") for name in layout.names)
             if isinstance(first, Weight) and isinstance(second, Weight):
-                _put(module, layout, (first, second))
+                _put(module, forms[f"{prefix}.{layout.names[0]}"], layout, (first, second))
     for target, tensor in loaded.items():
         prefix, _, name = target.rpartition(".")
         module = model.get_submodule(prefix)
@@ -446,13 +452,7 @@ def commit(model: Any, loaded: dict[str, Tensor | Weight]) -> None:
     model.tie_weights()
 
 
-def _put(module: nn.Module, layout: Layout, weights: tuple[Weight, Weight]) -> None:
+def _put(module: nn.Module, form: Form, layout: Layout, weights: tuple[Weight, Weight]) -> None:
     trained = (getattr(module, name).requires_grad for name in layout.names)
     first, second = (Projection(Kind.of(weight), t, Tie()) for weight, t in zip(weights, trained, strict=True))
-    put(module, StoredProjections(form_of(weights[0]), layout, (first, second)), weights)
-
-
-def form_of(weight: Weight) -> Form:
-    if weight.records is None:
-        return FORMS[weight.format]()
-    return Groups(int(weight.records[0, 1]), weight.group_size, weight.zeros is None)
+    put(module, StoredProjections(form, layout, (first, second)), weights)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Matrices [N,C] of 2 to 8 bits as published, a few tensors for each: how they are named, checked and read.
 
-fp8 has float32 scales of blocks of 128 x 128 in .weight_scale_inv, beside .weight.
+fp8 has float32 scales of blocks of 128 x 128 or 64 x 128 in .weight_scale_inv, beside .weight.
 
 nf4 as bitsandbytes serialises it (Linear4bit), beside the names of matrices the suffixes
 
@@ -49,6 +49,8 @@ from torch import Tensor
 from switchgear.integrations.checkpoint_files import BLOCKS, FLOATS, SCALE, SCALES, Checks, Piece, Pieces, Reader
 from switchgear.reference import groups, nf4
 from switchgear.reference.minifloat import BLOCK, COLUMNS, NF4_BLOCK, NVFP4_BLOCK, decode_fp8, decode_nvfp4
+from switchgear.weights import Form, Fp8, Groups, Nf4, Nvfp4
+from switchgear.weights.minifloat import BLOCKS as FP8_BLOCKS
 
 QWEIGHT, QZEROS, QSCALES, GROUPS_OF = ".qweight", ".qzeros", ".scales", ".g_idx"
 CT_PACKED, CT_ZEROS, CT_SCALE = ".weight_packed", ".weight_zero_point", ".weight_scale"
@@ -73,7 +75,7 @@ class Packing(NamedTuple):
 class Matrices(NamedTuple):
     """How a format is published."""
 
-    format: str  # of the weight
+    form: Form  # of the weight
     mark: str  # the suffix that only these have
     multiple: tuple[int, int]  # of rows and columns
     want: Callable[[tuple[int, int], Shapes], Wanted]  # the tensors of a matrix of a shape, of those that there are
@@ -82,13 +84,14 @@ class Matrices(NamedTuple):
     suffixes: tuple[str, ...] = ()  # of names
     ignored: tuple[str, ...] = ()  # suffixes of tensors that weights do not need
     packing: Packing | None = None  # of integers
+    group: tuple[int, int] = BLOCK  # rows and columns that share a scale of fp8
 
     def check(self, target: str, pieces: Pieces, of: Piece, shape: tuple[int, int], checks: Checks) -> None:
         """Checks names, shapes and dtypes of one matrix; `of` is the piece of its values."""
         rows, columns = self.multiple
         if shape[0] % rows or shape[1] % columns:
             sizes = f"a multiple of {columns} columns{f' and of {rows} rows' if rows > 1 else ''}"
-            checks.problems.append(f"{target}: expected {sizes} in {self.format}, got {list(shape)}")
+            checks.problems.append(f"{target}: expected {sizes} in {self.form.name}, got {list(shape)}")
             return
         own = {piece: key for piece, key in pieces.items() if piece._replace(suffix="") == of}
         wanted = self.want(shape, {piece.suffix: checks.headers[key].shape for piece, key in own.items()})
@@ -102,17 +105,22 @@ class Matrices(NamedTuple):
         return self.take({suffix: reader.tensor(key) for suffix, key in own.items() if key is not None}, shape)
 
 
-def matrices_of(pieces: Pieces, packed: Matrices | None) -> Matrices | None:
-    """How the tensors are published; None if they are none of these. packed: integers, if the config names some."""
+def matrices_of(pieces: Pieces, configured: Matrices | None) -> Matrices | None:
+    """How the tensors are published; None if they are none of these. configured: what the config says of them."""
     suffixes = {piece.suffix for piece in pieces}
-    kinds = KINDS if packed is None else (*KINDS, packed)
+    kinds = KINDS if configured is None else (configured, *KINDS)
     return next((kind for kind in kinds if kind.mark in suffixes), None)
 
 
-def find_packed(options: dict[str, Any]) -> Matrices | None:
-    """The integers of a quantization_config; None for other formats. ValueError, which names the entry, if a method has
-    a kind that is not read here."""
+def find_configured(options: dict[str, Any]) -> Matrices | None:
+    """The integers, or the blocks of fp8, of a quantization_config; None for other formats. ValueError, which names the
+    entry, if a method has a kind that is not read here."""
     method, packing = options["quant_method"], None
+    if method == "fp8":
+        found = options.get("weight_block_size")
+        block: Any = tuple(found) if isinstance(found, (list, tuple)) else found
+        _expect("weight_block_size", block, tuple(FP8_OF_BLOCK))
+        return _fp8(FP8_OF_BLOCK[block])
     if method == "bitsandbytes":
         _expect("bnb_4bit_quant_type", options.get("bnb_4bit_quant_type"), ("nf4",))
     elif method == "modelopt":
@@ -131,8 +139,9 @@ def find_packed(options: dict[str, Any]) -> Matrices | None:
         packing = Packing(method, int(bits or 0), size, is_symmetric, int(version == "gptq"))
     if packing is None:
         return None
+    form = Groups(packing.bits, packing.group_size, packing.symmetric)
     return Matrices(
-        "groups", CT_PACKED if method == "compressed-tensors" else QWEIGHT, (32, 32), partial(_want_groups, packing),
+        form, CT_PACKED if method == "compressed-tensors" else QWEIGHT, (32, 32), partial(_want_groups, packing),
         partial(_take_groups, packing), partial(_decode_groups, packing), suffixes=OF_GROUPS, packing=packing,
     )  # fmt: skip
 
@@ -346,28 +355,33 @@ def _decode_groups(packing: Packing, q: Tensor, scales: Tensor, zeros: Tensor | 
 
 # ---- fp8 -------------------------------------------------------------------------------------------------------------
 
-
-def _want_fp8(shape: tuple[int, int], found: Shapes) -> Wanted:
-    blocks = -(-shape[0] // BLOCK[0]), -(-shape[1] // BLOCK[1])
-    return {"": (shape, ("F8_E4M3",)), SCALE: (blocks, FLOATS)}
+FP8_OF_BLOCK = {FP8_BLOCKS[form.block]: form for form in (Fp8(), Fp8("64x128"))}
 
 
-def _take_fp8(tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, ...]:
-    return tensors[""], tensors[SCALE].float()
+def _fp8(form: Fp8) -> Matrices:
+    rows, columns = group = FP8_BLOCKS[form.block]
+
+    def want(shape: tuple[int, int], found: Shapes) -> Wanted:
+        return {"": (shape, ("F8_E4M3",)), SCALE: ((-(-shape[0] // rows), -(-shape[1] // columns)), FLOATS)}
+
+    def take(tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, ...]:
+        return tensors[""], tensors[SCALE].float()
+
+    return Matrices(form, SCALE, (1, 1), want, take, partial(decode_fp8, group=group), (SCALE,), group=group)
 
 
 KINDS = (
-    Matrices("fp8", SCALE, (1, 1), _want_fp8, _take_fp8, decode_fp8, (SCALE,)),
+    _fp8(Fp8()),
     Matrices(
-        "nf4", NF4_STATE, (1, NF4_BLOCK), _want_nf4, _take_nf4, nf4.decode_nf4,
+        Nf4(), NF4_STATE, (1, NF4_BLOCK), _want_nf4, _take_nf4, nf4.decode_nf4,
         (ABSMAX, NF4_MAP, NF4_STATE, NESTED_ABSMAX, NESTED_MAP),
     ),
     Matrices(
-        "nvfp4", SCALE_2, (1, NVFP4_BLOCK), _want_nvfp4, _take_nvfp4, decode_nvfp4, (SCALE_2, BLOCK_SCALE),
+        Nvfp4(), SCALE_2, (1, NVFP4_BLOCK), _want_nvfp4, _take_nvfp4, decode_nvfp4, (SCALE_2, BLOCK_SCALE),
         (".input_scale", ".input_global_scale", ".k_scale", ".v_scale"),
     ),
     Matrices(
-        "nvfp4", GLOBAL, (1, NVFP4_BLOCK), _want_nvfp4, _take_nvfp4, decode_nvfp4, (GLOBAL, PACKED, BLOCK_SCALE)
+        Nvfp4(), GLOBAL, (1, NVFP4_BLOCK), _want_nvfp4, _take_nvfp4, decode_nvfp4, (GLOBAL, PACKED, BLOCK_SCALE)
     ),
 )  # fmt: skip
 SUFFIXES = (SCALE, BLOCKS, SCALES, *OF_GROUPS, *(suffix for kind in KINDS for suffix in kind.suffixes))

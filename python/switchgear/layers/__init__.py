@@ -4,6 +4,7 @@
 from typing import TYPE_CHECKING
 
 from switchgear.layers.heterogeneous import HeterogeneousExperts
+from switchgear.layers.linear import StoredLinear
 from switchgear.layers.shared import GatedSharedExperts, SharedExperts
 from switchgear.layers.virtual import VirtualExperts, with_virtual
 from switchgear.utils.packages import find_moved
@@ -38,6 +39,7 @@ __all__ = [
     "GatedSharedExperts",
     "HeterogeneousExperts",
     "SharedExperts",
+    "StoredLinear",
     "VirtualExperts",
     "with_virtual",
     *MOVED,

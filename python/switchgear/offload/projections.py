@@ -122,7 +122,7 @@ class OffloadedProjections(StoredProjections):
             sizes = (kind.cols, kind.rows) if self.layout.transposed else (kind.rows, kind.cols)
             yield name, InStore.of((self._num_experts, *sizes), kind.dtype, self.form.path)
 
-    def put_into(self, module: nn.Module, weights: tuple[Weight, Weight]) -> None:
+    def put_into(self, module: nn.Module, weights: tuple[Weight, ...]) -> None:
         pass
 
     def take_out_of(self, module: nn.Module) -> None:

@@ -151,7 +151,7 @@ def of_checkpoint(path: Path, form: Form | None, dtype: torch.dtype | None) -> S
     """The experts of a checkpoint of a model of transformers. The model is made on meta, to map keys; layers are read
     one at a time. form: None keeps what is published, quantized or not."""
     from switchgear.integrations.checkpoint_files import Reader  # imports transformers
-    from switchgear.integrations.published import form_of, planned
+    from switchgear.integrations.published import planned
 
     plan = planned(path, dtype)
     reader = Reader(plan.files.headers)
@@ -165,7 +165,7 @@ def of_checkpoint(path: Path, form: Form | None, dtype: torch.dtype | None) -> S
             target = f"{name}.{projection}"
             found: Any = plan.reads[target](reader, device)
             if isinstance(found, Weight):
-                if form is None or form_of(found) == form:
+                if form in (None, plan.forms[target]):
                     made.append(found)
                     continue
                 found = found.plain()

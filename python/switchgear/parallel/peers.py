@@ -77,6 +77,8 @@ class Peers:
         self._lock = threading.Lock()
         self._deciding = False
         self._dead: set[int] = set()
+        self._ended: set[int] = set()  # dead ones whose connections were closed, on either side
+        self._has_ended = False  # some connection on this side
         self._left: dict[int, int] = {}  # rank -> its last finished exchange
         self._pings: dict[int, float] = {}  # rank -> when it was pinged; removed by its answer
         self._states: dict[int, tuple[int, str, bool]] = {}  # the answers: step, phase, waiting
@@ -373,13 +375,19 @@ class Peers:
                 self._send(peer, kind="ping")
 
     def _is_cut_off(self) -> bool:
-        """Whether this process has closed connections that the other ranks hold open, as a daemon closes all files."""
-        return not self._closed and any(map(_is_closed_here, self._sockets.values()))
+        """Whether this process has closed connections that the other ranks hold open, as a daemon closes all files.
+        Remembered, since a connection that both sides have closed does not tell which was first."""
+        if not self._closed:
+            self._has_ended = self._has_ended or any(map(_is_closed_here, self._sockets.values()))
+        return self._has_ended
 
     # ---- messages ----------------------------------------------------------------------------------------------------
 
     def _send(self, peer: int, **message: Any) -> bool:
-        """False if it could not be sent. Messages are few and small, so a full buffer means a lost peer."""
+        """False if it could not be sent. Messages are few and small, so a full buffer means a lost peer. To one that
+        has ended its connection nothing is sent: the kernel's answer would hide from it that it was the first."""
+        if peer in self._ended:
+            return False
         data = json.dumps(message).encode() + b"\n"
         try:
             with self._send_locks[peer]:
@@ -402,10 +410,14 @@ class Peers:
         elif kind == "report":
             self._in_background(self._decide, Failure(**message["failure"]))
 
-    def _hung_up(self, peer: int) -> None:
+    def _hung_up(self, peer: int, has_ended: bool) -> None:
+        """has_ended: the connection, not only what is understood of it."""
         if peer in self._left or self._closed:
             return
         self._dead.add(peer)
+        if has_ended:
+            self._ended.add(peer)
+        self._is_cut_off()  # while the connection tells
         self._pings.pop(peer, None)
         failure = Failure(peer, "died", self.phase, self.step)
         if self.failure is None:
@@ -475,7 +487,7 @@ def _watch(reference: weakref.ref[Peers], sockets: dict[int, socket.socket], wok
                 understood = False
             if not data or not understood:
                 selector.unregister(sockets[key.data])
-                peers._hung_up(key.data)
+                peers._hung_up(key.data, not data)
         del peers
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How the weights of experts are stored.
+"""How the weights of experts and of linear layers are stored.
 
 store(model, form) converts a model, restore(model) decodes it, encode(weight, form) converts one weight. `moe` takes
 a Weight in place of a tensor. Forms: Plain, Panels, Compact (lossless); Int8, Int4, Groups, and those of minifloat.py.
@@ -11,7 +11,7 @@ exact.py, integers.py (Groups, too), minifloat.py, gguf.py: the forms
 module.py   stored projections of a module, and its state dict
 state.py    State, what switchgear keeps on a module; extend, for modules of other libraries
 selected.py parameters of which some experts are trained alone; adapted.py: projections with low-rank adapters
-store.py    all experts of a model, and the choice of a form
+store.py    all experts and linear layers of a model, and the choice of a form
 """
 
 from switchgear.weights import gguf, minifloat  # noqa: F401  (gguf has forms without names of their own)
@@ -19,7 +19,7 @@ from switchgear.weights.exact import Compact, Panels, Plain
 from switchgear.weights.form import Form, Layout, layout_of
 from switchgear.weights.integers import Groups, Int4, Int8
 from switchgear.weights.minifloat import *  # noqa: F403  (a new form needs no entry here)
-from switchgear.weights.module import stored_of, weights_of
+from switchgear.weights.module import matrix_of, stored_of, weights_of
 from switchgear.weights.state import FINDERS as _FINDERS
 from switchgear.weights.store import Stored, encode, restore, store
 from switchgear.weights.weight import (
@@ -50,6 +50,7 @@ __all__ = [
     "encode",
     "interleave_nodes",
     "layout_of",
+    "matrix_of",
     "restore",
     "store",
     "stored_of",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Form: a way to store a weight, with its options; the base class of the forms in this folder. Layout: how a module of
-experts holds its projections; integrations register a finder for modules of other libraries."""
+experts, or a linear layer, holds its projections; integrations register a finder for modules of other libraries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Form(ABC):
 
     name: ClassVar[str]  # of the format; also its name in `store`
     devices: ClassVar[tuple[str, ...] | None] = None  # device types that can hold it; None: any
-    one_dtype: ClassVar[bool] = False  # both projections of a layer need the same dtype
+    one_dtype: ClassVar[bool] = False  # all projections of a module need the same dtype
     undo: ClassVar[str] = "switchgear.restore(model)"  # gives plain weights
 
     def __init_subclass__(cls) -> None:
@@ -112,20 +112,39 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """How a module of experts holds its projections."""
+    """How a module holds its projections: two of experts, or one matrix of a linear layer."""
 
-    names: tuple[str, str]  # of the parameters: first and second projection
+    names: tuple[str, ...]  # of the parameters: first and second projection
     transposed: bool  # parameters are [E,in,out] instead of [E,out,in]
     split_gates: bool  # the first projection holds all gates, then all ups
+    stored_class: type[nn.Module] | None = None  # of a linear layer: its class while stored; the parameter is [out,in]
 
     def parts(self, index: int) -> int:
         """Parts of a projection's rows that are stored separately: 2 for gates and ups, else 1."""
         return 2 if index == 0 and self.split_gates else 1
 
+    def view(self, parameter: Tensor) -> Tensor:
+        """The projection [E,out,in] in a parameter; E is 1 in a linear layer."""
+        if self.stored_class is not None:
+            return parameter[None]
+        return parameter.mT if self.transposed else parameter
+
+    def view_back(self, weight: Tensor) -> Tensor:
+        """A projection [E,out,in] with the shape of the parameter."""
+        if self.stored_class is not None:
+            return weight[0]
+        return weight.mT if self.transposed else weight
+
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a module's projections; None if it has none that the fused kernel supports."""
+    """The layout of experts' projections; None if the module has none that the fused kernel supports."""
     layout: Layout | None = find("layout", module)
+    return layout
+
+
+def linear_layout_of(module: nn.Module) -> Layout | None:
+    """The layout of a linear layer's weight; None for other modules."""
+    layout: Layout | None = find("linear", module)
     return layout
 
 

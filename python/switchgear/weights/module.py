@@ -83,6 +83,24 @@ class Absent:
         next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))._refuse()
 
 
+class AbsentMatrix(Absent):
+    """The weight of a stored linear layer. Libraries that wrap the layer ask for its shape, dtype and device, and need
+    no numbers. buffers: of the module."""
+
+    ndim = 2
+    requires_grad = False
+
+    def __init__(self, name: str, form: Form, weight: Weight, buffers: dict[str, Tensor | None]) -> None:
+        super().__init__(name, str(form), f"{form.undo}, or leave the layer out (skip=),")
+        self.shape, self.dtype, self._buffers = torch.Size(weight.shape[1:]), weight.dtype, buffers
+
+    @property
+    def device(self) -> torch.device:
+        buffer = self._buffers[f"{self.name}_data"]
+        assert buffer is not None
+        return buffer.device
+
+
 class Tie:
     """Identifies an original parameter. Modules that shared the parameter have the same Tie. kept: the parameter, if
     `restore` is to return it."""
@@ -101,11 +119,11 @@ class Projection:
 
 
 class StoredProjections:
-    """How a module's two projections are stored."""
+    """How a module's projections are stored."""
 
-    def __init__(self, form: Form, layout: Layout, projections: tuple[Projection, Projection]) -> None:
+    def __init__(self, form: Form, layout: Layout, projections: tuple[Projection, ...]) -> None:
         self.form, self.layout, self.projections = form, layout, projections
-        self._cached: tuple[list[tuple[str, Tensor]], tuple[Weight, Weight]] | None = None
+        self._cached: tuple[list[tuple[str, Tensor]], tuple[Weight, ...]] | None = None
 
     @property
     def is_in_memory(self) -> bool:
@@ -115,8 +133,8 @@ class StoredProjections:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}  # copies have tensors of their own
 
-    def weights(self, module: nn.Module) -> tuple[Weight, Weight]:
-        """The two projections of `module`; rebuilt if its buffers were replaced."""
+    def weights(self, module: nn.Module) -> tuple[Weight, ...]:
+        """The projections of `module`; rebuilt if its buffers were replaced."""
         cached, buffers, parameters = self._cached, module._buffers, module._parameters
         for name in self.layout.names:
             if parameters.get(name) is not None:  # as of torch.func.functional_call; it would be ignored
@@ -131,9 +149,9 @@ class StoredProjections:
             else:
                 return cached[1]
         held: list[tuple[str, Tensor]] = []
-        first, second = (self._weight(module, index, held) for index in (0, 1))
-        self._cached = held, (first, second)
-        return first, second
+        weights = tuple(self._weight(module, index, held) for index in range(len(self.projections)))
+        self._cached = held, weights
+        return weights
 
     def _weight(self, module: nn.Module, index: int, held: list[tuple[str, Tensor]]) -> Weight:
         kind, tensors = self.projections[index].kind, {}
@@ -150,7 +168,7 @@ class StoredProjections:
         for field in self.projections[index].kind.fields:
             yield field, f"{name}_{field}"
 
-    def put_into(self, module: nn.Module, weights: tuple[Weight, Weight]) -> None:
+    def put_into(self, module: nn.Module, weights: tuple[Weight, ...]) -> None:
         """Registers the buffers of `weights`."""
         for index, weight in enumerate(weights):
             for field, name in self._buffers(index):
@@ -161,7 +179,7 @@ class StoredProjections:
 
     def take_out_of(self, module: nn.Module) -> None:
         """Removes the buffers."""
-        for index in (0, 1):
+        for index in range(len(self.projections)):
             for _, name in self._buffers(index):
                 module._buffers.pop(name, None)
                 module._non_persistent_buffers_set.discard(name)
@@ -170,9 +188,8 @@ class StoredProjections:
         """Lets `restore` return frozen parameters."""
         set_state(module, stored=StoredProjections(self.form, self.layout, self._frozen()))
 
-    def _frozen(self) -> tuple[Projection, Projection]:
-        first, second = self.projections
-        return replace(first, trained=False), replace(second, trained=False)
+    def _frozen(self) -> tuple[Projection, ...]:
+        return tuple(replace(projection, trained=False) for projection in self.projections)
 
     def check_restore(self) -> None:
         """Raises ValueError if `restore` cannot give plain weights."""
@@ -195,7 +212,7 @@ class StoredProjections:
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> None:
         """Takes the weights out of a state dict, whose keys of this module start with `prefix`."""
         now = self.weights(module)
-        loaded = []  # both, before anything changes
+        loaded = []  # all, before anything changes
         plain: list[tuple[nn.Parameter, Tensor]] = []
         for index, name in enumerate(self.layout.names):
             given = state_dict.get(f"{prefix}{name}")
@@ -204,12 +221,13 @@ class StoredProjections:
             if weight is not None and (kept := self.projections[index].tie.kept) is not None:
                 is_plain = given is not None and _is_encoded_by(self.form, given)
                 plain.append((kept, given if is_plain else in_layout(weight.plain(), self.layout)))  # type: ignore[arg-type]
-        first, second = (_in_memory_of(old, weight) for old, weight in zip(now, loaded, strict=True))
-        one, other = self.projections
-        projections = replace(one, kind=Kind.of(first)), replace(other, kind=Kind.of(second))
-        changed = StoredProjections(self.form, self.layout, projections)
+        weights = tuple(_in_memory_of(old, weight) for old, weight in zip(now, loaded, strict=True))
+        kinds = zip(self.projections, weights, strict=True)
+        changed = StoredProjections(
+            self.form, self.layout, tuple(replace(one, kind=Kind.of(weight)) for one, weight in kinds)
+        )
         self.take_out_of(module)
-        changed.put_into(module, (first, second))
+        changed.put_into(module, weights)
         set_state(module, stored=changed)
         for parameter, tensor in plain:
             parameter.detach().copy_(tensor)
@@ -257,6 +275,12 @@ def stored_of(module: nn.Module) -> StoredProjections | None:
     """How a module stores its projections; None if they are parameters."""
     stored: StoredProjections | None = get_state(module).stored
     return stored
+
+
+def matrix_of(module: nn.Module) -> Tensor | Weight:
+    """The weight of a linear layer for `linear`: the parameter [N,C], or the Weight [1,N,C] of a stored one."""
+    stored = stored_of(module)
+    return attribute(module, "weight") if stored is None else stored.weights(module)[0]
 
 
 def freeze_stored(module: nn.Module) -> None:
@@ -320,12 +344,18 @@ def _warn_of_training(module: nn.Module, stored: StoredProjections) -> None:
 # ---- from parameters to buffers and back -----------------------------------------------------------------------------
 
 
-def put(module: nn.Module, stored: StoredProjections, weights: tuple[Weight, Weight]) -> None:
+def put(module: nn.Module, stored: StoredProjections, weights: tuple[Weight, ...]) -> None:
     """Replaces the parameters of a module by `weights`."""
-    for name in stored.layout.names:
+    form, stored_class = stored.form, stored.layout.stored_class
+    for index, name in enumerate(stored.layout.names):
         module.register_parameter(name, None)
-        absent = Absent(name, str(stored.form), stored.form.undo)
+        if stored_class is None:
+            absent = Absent(name, str(form), form.undo)
+        else:
+            absent = AbsentMatrix(name, form, weights[index], module._buffers)
         vars(module)[name] = absent  # found before the None in module._parameters
+    if stored_class is not None:
+        module.__class__ = stored_class
     stored.put_into(module, weights)
     hook_once(module, "stored", _register_hooks)
     set_state(module, stored=stored)
@@ -339,6 +369,8 @@ def _register_hooks(module: Any) -> None:
 def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.Parameter]) -> None:
     """Undoes `put`, even one that failed halfway: registers `parameters` again."""
     stored.take_out_of(module)
+    if stored.layout.stored_class is not None:
+        module.__class__ = stored.layout.stored_class.__base__  # type: ignore[assignment]
     for name, parameter in zip(stored.layout.names, parameters, strict=True):
         vars(module).pop(name, None)
         module.register_parameter(name, parameter)
@@ -346,8 +378,8 @@ def take_back(module: nn.Module, stored: StoredProjections, parameters: list[nn.
 
 
 def in_layout(weight: Tensor, layout: Layout) -> Tensor:
-    """Converts a plain weight [E,out,in] to the layout of the module's parameter."""
-    return weight.mT.contiguous() if layout.transposed else weight
+    """Converts a plain weight [E,out,in] to the layout of the module's parameter, contiguous."""
+    return layout.view_back(weight).contiguous() if layout.transposed else layout.view_back(weight)
 
 
 # ---- for code that reads the parameters itself ----------------------------------------------------------------------
@@ -486,12 +518,10 @@ def _plain(stored: StoredProjections, index: int, now: Weight, plain: Tensor, ke
     """A plain weight of a state dict as [E,N,C], with the dtype and on the device of `now`, which it replaces."""
     if plain.dtype not in FLOATS:
         raise ValueError(f"{key}: expected a floating dtype of at least 16 bits, got {plain.dtype}")
-    shape, layout = list(now.shape), stored.layout
-    view = plain.mT if layout.transposed else plain
-    if list(view.shape) != shape:
-        expected = [shape[0], *reversed(shape[1:])] if layout.transposed else shape
-        raise ValueError(f"{key}: expected shape {expected}, got {list(plain.shape)}")
-    return view.detach().to(now.device, now.dtype)
+    expected = stored.layout.view_back(torch.empty(now.shape, device="meta")).shape
+    if plain.shape != expected:
+        raise ValueError(f"{key}: expected shape {list(expected)}, got {list(plain.shape)}")
+    return stored.layout.view(plain).detach().to(now.device, now.dtype)
 
 
 def _in_memory_of(old: Weight, weight: Weight) -> Weight:

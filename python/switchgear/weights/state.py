@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ class State(NamedTuple):
     adapters: Mapping[str, Lora] = {}  # key: the projection's name
     borrowed: Mapping[str, Sequence[Factors]] = {}  # factors of another library's wrapper, for the duration of a call
     selection: Any = None  # Selection: the parameters of which some experts train alone
-    packed: tuple[str, str] | None = None  # parameters that `store(model, "plain")` laid out anew
+    packed: tuple[str, ...] | None = None  # parameters that `store(model, "plain")` laid out anew
     guard: Any = None  # the handle of a hook that refuses calls which would miss adapters or trained experts
     flags: Mapping[str, bool] = {}  # requires_grad of the parameters before freeze_except
     hooks: tuple[str, ...] = ()  # names of the hooks that the module has for good; they do nothing without the rest
@@ -78,14 +78,15 @@ def hook_once(module: nn.Module, name: str, register: Callable[[Any], Any]) -> N
 
 # ---- modules of other libraries --------------------------------------------------------------------------------------
 
-Kind = Literal["layout", "hint", "site", "reader", "wrapper"]
-FINDERS: dict[Kind, list[Callable[..., Any]]] = {"layout": [], "hint": [], "site": [], "reader": [], "wrapper": []}
+Kind = Literal["layout", "linear", "hint", "site", "reader", "wrapper"]
+FINDERS: dict[Kind, list[Callable[..., Any]]] = {kind: [] for kind in get_args(Kind)}
 
 
 def extend(kind: Kind, finder: Callable[..., Any]) -> None:
     """Makes modules of another library known. Each finder answers for its own kind of module, and None for others.
 
-    layout: module -> Layout, with which `store` stores its projections.
+    layout: module -> Layout, with which `store` stores the projections of experts.
+    linear: module -> Layout of a linear layer.
     hint: module -> str: why the module has no layout now.
     site: (path, module) -> list[Site] of switchgear.adapters: its projections that can have adapters. It raises
         ValueError if they cannot have any as they are now.

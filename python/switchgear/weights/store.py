@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""store and restore: convert a model's experts to another form, and back; encode one weight."""
+"""store and restore: convert a model's experts and linear layers to another form, and back; encode one weight."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import dataclasses
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ from switchgear.checks import Size, checked
 from switchgear.reference import formats
 from switchgear.reference.checks import AnyFloats
 from switchgear.weights.adapted import can_borrow_from, notice_wrappers
-from switchgear.weights.exact import Plain
-from switchgear.weights.form import FORMS, Form, Layout, hint_for, layout_of, on_huge_pages
+from switchgear.weights.exact import Panels, Plain
+from switchgear.weights.form import FORMS, Form, Layout, hint_for, layout_of, linear_layout_of, on_huge_pages
 from switchgear.weights.module import (
     Kind,
     Projection,
@@ -42,6 +43,9 @@ FEW_ROWS = 4  # per expert; up to this number compact weights were faster than p
 TOP_K_FIELDS = (  # names of top_k in configs of Hugging Face models
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k",
 )  # fmt: skip
+PLAIN_LINEARS = ("lm_head", "gate", "router", "*_gate", "*_router", "dt_proj", "lora_*")
+"""Linear layers that `store` leaves plain by default: the output embeddings, routers and gates, whose rounding costs
+quality and saves little, those of state space models that read the weight themselves, and factors of adapters."""
 WIDE_VECTORS = ("avx512", "amx")  # ISAs that unpack compact weights as fast as memory delivers them
 
 
@@ -55,12 +59,16 @@ class Stored:
     bytes_after: int
     lossless: bool  # decoding returns the same bits
     reason: str = ""  # why "auto" chose the form
+    linears: Stored | None = None  # the result for linear layers; the other fields are of the experts, if there are any
+    is_of_linears: bool = False
 
     def __str__(self) -> str:
-        modules = f"{self.modules} module{'' if self.modules == 1 else 's'} of experts as {self.form}"
+        what = "linear layer{}" if self.is_of_linears else "module{} of experts"
+        modules = f"{self.modules} {what.format('' if self.modules == 1 else 's')} as {self.form}"
         change = f"{self.bytes_before / 1e6:,.1f} -> {self.bytes_after / 1e6:,.1f} MB"
         loss = "lossless" if self.lossless else "rounded"
-        return f"{modules}: {change}, {loss}" + (f" ({self.reason})" if self.reason else "")
+        text = f"{modules}: {change}, {loss}" + (f" ({self.reason})" if self.reason else "")
+        return text if self.linears is None else f"{text}; {self.linears}"
 
 
 def form_named(form: str | Form, options: dict[str, Any]) -> Form:
@@ -102,25 +110,40 @@ def encode(
 
 @checked
 def store(
-    model: nn.Module, form: str | Form, *, low_memory: bool = False, keep_plain: bool = False, **options: Any
+    model: nn.Module,
+    form: str | Form | None,
+    *,
+    linears: str | Form | None = None,
+    skip: Sequence[str] = PLAIN_LINEARS,
+    low_memory: bool = False,
+    keep_plain: bool = False,
+    **options: Any,
 ) -> Stored:
-    """Stores the projections of all experts of a model in another form, in place; on failure none.
+    """Stores the projections of all experts of a model, and its linear layers if asked to, in another form, in place;
+    on failure none.
 
         switchgear.store(model, "compact")
         switchgear.store(model, "int4", group_size=64)
+        switchgear.store(model, "int4", linears="int8")
         print(switchgear.store(model, "auto", tokens_per_step=1))
 
     Except for "plain", buffers replace the parameters of the projections. Gradients reach x, topk_weights, biases and
     adapters. State dicts have the keys of the form (docs/weights.md); plain weights load, too. Experts that share
-    memory still share it when stored. Biases do not change.
+    memory still share it when stored. Biases do not change. A stored torch.nn.Linear becomes a `layers.StoredLinear`.
 
     Args:
         model: has `Experts`, or experts of transformers that run on the fused kernel (`accelerate`).
         form: a name, such as "compact" or "int8" (docs/weights.md lists all), or an object with options,
             Int4(group_size=64); "auto" chooses one for the machine and the use. "plain" (rows along the inner
-            dimension) keeps the parameters, and moves all weights of the model onto huge pages.
-        options: those of the form. For "auto": tokens_per_step, the number of tokens per forward (1: decoding one
-            text), lossless, whether weights must keep every bit, and if not, bits: 1 to 4, or a list of each expert's.
+            dimension) keeps the parameters, and moves all weights of the model onto huge pages. None: experts stay as
+            they are.
+        linears: the form of the linear layers, exactly of the class torch.nn.Linear; None: they stay as they are. Not
+            "panels". With another form than `form`, pass options in an object. A weight that another module has too,
+            such as tied embeddings, stays plain.
+        skip: linear layers that stay plain: patterns of `fnmatch` for their path, or for one name in it.
+        options: those of the form, or of `linears` if form is None. For "auto" (both, if both are "auto"):
+            tokens_per_step, the number of tokens per forward (1: decoding one text), lossless, whether weights must
+            keep every bit, and if not, bits: 1 to 4, or a list of each expert's.
         low_memory: store one layer after the other and free its parameters at once. By default all layers are stored
             before any parameter is freed, so both are in memory for a while. If this mode fails halfway, a lossless
             form is undone from the stored weights; with another form the error names the modules that stay stored.
@@ -128,25 +151,39 @@ def store(
             They take their memory. A state dict is loaded into both.
 
     Raises:
-        ValueError: keep_plain with low_memory; there are no experts; or some are on a device that the form does not
-            support (or on meta), computed by a parametrization, of an unsupported dtype or shape, not finite, or in
-            another form (`restore` first). The message names the module, and no module is changed.
+        ValueError: keep_plain with low_memory; there are no experts, or no linear layers, to store; or some are on a
+            device that the form does not support (or on meta), computed by a parametrization, of an unsupported dtype
+            or shape, not finite, or in another form (`restore` first). The message names the module, and no module is
+            changed.
     """
     if keep_plain and low_memory:
         raise ValueError("keep_plain: expected False with low_memory, which frees the parameters, got True")
+    if form is None and linears is None:
+        raise ValueError("form: expected one for experts or linears, got None for both")
+    if isinstance(skip, str):
+        raise TypeError(f"skip: expected a list of patterns, got {skip!r}")
     notice_wrappers()
-    if form == "auto":
-        done = _store_best(model, low_memory, keep_plain, options)
-    else:
-        done = _store(model, form_named(form, options), low_memory, keep_plain)
+    storing = _Storing(model, low_memory, keep_plain)
+    try:
+        done = None if form is None else storing.add(_Experts(), form, options)
+        if linears is not None:
+            is_for_both = form is None or (form == "auto" and linears == "auto")
+            layers = storing.add(_Linears(tuple(skip)), linears, options if is_for_both else {})
+            done = layers if done is None else dataclasses.replace(done, linears=layers)
+    except BaseException as error:
+        storing.undo(error)
+        raise
+    assert done is not None
+    if any(type(change) is StoredChange for _, change in storing.done):
+        check_before_load(model)
     _logger.info("stored %s", done)
     return done
 
 
 @checked
 def restore(model: nn.Module) -> int:
-    """Makes the projections parameters again, in their original dtype. Returns the number of changed modules. All
-    weights are decoded before any module changes, so on failure none does.
+    """Makes the projections of experts and linear layers parameters again, in their original dtype. Returns the number
+    of changed modules. All weights are decoded before any module changes, so on failure none does.
 
     The bits are the original ones if the form is lossless, or `store` has kept them (keep_plain). Otherwise the weights
     are those that the form rounded to, and a RuntimeWarning names it: storing them again may round once more.
@@ -180,7 +217,7 @@ def restore(model: nn.Module) -> int:
     for module, stored, found in decoded:
         take_back(module, stored, found)
     changed = len(decoded) + sum(bool(change.laid) for change in changes)
-    _logger.info("restored modules of experts: %d", changed)
+    _logger.info("restored modules: %d", changed)
     return changed
 
 
@@ -208,12 +245,12 @@ def preparation_of(form: Form, keep_plain: bool = False) -> Callable[[Target], S
         weights, layout = [], target.layout
         for index, parameter in enumerate(parameters_of(target.module, layout.names)):
             plain, parts = parameter.detach(), layout.parts(index)
-            view = plain.mT if layout.transposed else plain
+            view = layout.view(plain)
             key = (plain.data_ptr(), view.shape, view.stride(), view.dtype, view.device, parts, layout.transposed)
             if key not in encoded:
                 encoded[key] = _encoded(form, f"{target.name}.{layout.names[index]}", view, parts)
             weights.append(encoded[key])
-        return StoredChange(target, form, (weights[0], weights[1]), ties, keep_plain)
+        return StoredChange(target, form, tuple(weights), ties, keep_plain)
 
     return prepare
 
@@ -222,7 +259,7 @@ def preparation_of(form: Form, keep_plain: bool = False) -> Callable[[Target], S
 def _encoded(form: Form, name: str, weight: Tensor, parts: int) -> Weight:
     encoded = form.encode(name, weight, parts)
     if isinstance(encoded, str):
-        raise ValueError(f"model: expected experts that can be stored as {form}; {encoded}")
+        raise ValueError(f"model: expected weights that can be stored as {form}; {encoded}")
     return encoded
 
 
@@ -230,17 +267,17 @@ class StoredChange:
     """Replaces a module's parameters by stored weights. ties: those of the parameters by their id()."""
 
     def __init__(
-        self, target: Target, form: Form, weights: tuple[Weight, Weight], ties: dict[int, Tie], keep_plain: bool = False
+        self, target: Target, form: Form, weights: tuple[Weight, ...], ties: dict[int, Tie], keep_plain: bool = False
     ) -> None:
         self._module, self._weights, self._is_begun = target.module, weights, False
         parameters = parameters_of(target.module, target.layout.names)
         for parameter in parameters:
             ties.setdefault(id(parameter), Tie(parameter if keep_plain else None))
-        first, second = (
+        projections = tuple(
             Projection(Kind.of(weight), parameter.requires_grad, ties[id(parameter)])
             for weight, parameter in zip(weights, parameters, strict=True)
         )
-        self._stored = StoredProjections(form, target.layout, (first, second))
+        self._stored = StoredProjections(form, target.layout, projections)
         self._parameters: list[nn.Parameter] | None = parameters
         self.bytes_before = {memory_of(parameter): parameter.nbytes for parameter in parameters}
         self.bytes_after = {memory_of(t): t.nbytes for weight in weights for t in weight.tensors}
@@ -277,7 +314,7 @@ class PlainChange:
     def __init__(
         self,
         module: nn.Module,
-        names: tuple[str, str],
+        names: tuple[str, ...],
         copies: dict[tuple[object, ...], Tensor],
         *,
         is_laid: bool = False,
@@ -322,7 +359,7 @@ class PlainChange:
         return True
 
 
-def parameters_of(module: nn.Module, names: tuple[str, str]) -> list[nn.Parameter]:
+def parameters_of(module: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
     return [p for name in names if type(p := module._parameters.get(name)) is nn.Parameter]
 
 
@@ -344,7 +381,7 @@ def plain_parameters(
             parameters[tie] = tie.kept
             tie.kept.requires_grad_(projection.trained)
         if tie not in parameters:
-            key = (weight.data.data_ptr(), weight.device, weight.format, weight.shape, stored.layout.transposed)
+            key = (weight.data.data_ptr(), weight.device, weight.format, weight.shape, *stored.layout[1:])
             if key not in plain:
                 kept = None if tie.kept is None else tie.kept.detach().to(weight.device)
                 plain[key] = in_layout(weight.plain(), stored.layout) if kept is None else kept
@@ -369,60 +406,138 @@ def commit_all(changes: Iterable[Any]) -> None:
         raise
 
 
-def _store(model: nn.Module, form: Form, low_memory: bool, keep_plain: bool) -> Stored:
-    targets, present = _targets(model, form)
-    prepare = preparation_of(form, keep_plain)
-    done: list[StoredChange | PlainChange] = []
-    try:
-        for target in targets:
-            change = prepare(target)
-            done.append(change)
-            if low_memory:
-                change.commit()
-                change.forget()
-        if not low_memory:
-            for change in done:
-                change.commit()
-    except BaseException as error:
-        stay = [target.name for target, change in reversed(list(zip(targets, done, strict=False))) if not change.undo()]
-        if stay:
+@dataclass(frozen=True)
+class _Experts:
+    """What `store` stores: the modules of experts."""
+
+    layout_of = staticmethod(layout_of)
+
+    def find(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in model.named_modules():
+            stored = stored_of(module)
+            if layout_of(module) is not None if stored is None else stored.layout.stored_class is None:
+                yield name, module
+
+    def obstacle(self, model: nn.Module, name: str, form: Form) -> str | None:
+        if (wrapper := wrapper_of(model, name)) is None:
+            return None
+        return f"there is a {wrapper} around them; merge and unload the adapters first, model.merge_and_unload()"
+
+    def hint(self, model: nn.Module) -> str:
+        return f"{type(model).__name__} has no experts with a stored layout ({hint_for(model)})"
+
+    def rows(self, model: nn.Module, tokens_per_step: int) -> tuple[float, str]:
+        rows = rows_per_expert(model, tokens_per_step)
+        return rows, f"about {rows:.3g} tokens for an expert"
+
+
+@dataclass(frozen=True)
+class _Linears:
+    """What `store` stores: linear layers, without those that `skip` names and those that share their weight with other
+    modules."""
+
+    skip: tuple[str, ...]
+    layout_of = staticmethod(linear_layout_of)
+
+    def find(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        found, others = [], set()
+        for name, module in model.named_modules():
+            if linear_layout_of(module) is not None and not self._skips(name):
+                found.append((name, module))
+            else:
+                others |= {id(parameter) for parameter in module._parameters.values() if parameter is not None}
+        return ((name, module) for name, module in found if id(module._parameters["weight"]) not in others)
+
+    def _skips(self, name: str) -> bool:
+        return any(fnmatchcase(part, pattern) for pattern in self.skip for part in (name, *name.split(".")))
+
+    def obstacle(self, model: nn.Module, name: str, form: Form) -> str | None:
+        if isinstance(form, Panels):
+            return "linear layers do not read panels"
+        own = vars(model.get_submodule(name))
+        forward = own.get("_old_forward", own.get("forward"))
+        if forward is not None and not hasattr(getattr(forward, "__func__", None), "reads_stored"):
+            return "other code has replaced the forward of this layer"
+        return None
+
+    def hint(self, model: nn.Module) -> str:
+        return f"{type(model).__name__} has none but those that are left out: {', '.join(self.skip)}"
+
+    def rows(self, model: nn.Module, tokens_per_step: int) -> tuple[float, str]:
+        return tokens_per_step, f"{tokens_per_step} tokens in a step"
+
+
+class _Storing:
+    """One call of `store`. done: what was changed so far."""
+
+    def __init__(self, model: nn.Module, low_memory: bool, keep_plain: bool) -> None:
+        self._model, self._low_memory, self._keep_plain = model, low_memory, keep_plain
+        self.done: list[tuple[str, StoredChange | PlainChange]] = []
+
+    def add(self, what: _Experts | _Linears, form: str | Form, options: dict[str, Any]) -> Stored:
+        """Stores the modules of a kind. On failure none of them is stored."""
+        if form != "auto":
+            return self._add(what, form_named(form, options))
+        _check_options("auto", options, list(inspect.signature(candidates).parameters)[1:-1])
+        refused: list[str] = []
+        choices = candidates(self._model, **options, what=what)
+        for choice in choices:
+            try:
+                done = self._add(what, FORMS[choice.form](**choice.options))
+                return dataclasses.replace(done, reason="; ".join([choice.reason, *refused]))
+            except ValueError as error:
+                if choice is choices[-1]:
+                    raise
+                refused.append(f"not {choice.form}: {str(error).rpartition('; ')[2]}")
+        raise AssertionError("there is always a form to try")
+
+    def _add(self, what: _Experts | _Linears, form: Form) -> Stored:
+        targets, present = _targets(self._model, form, what)
+        prepare = preparation_of(form, self._keep_plain)
+        own = _Storing(self._model, self._low_memory, self._keep_plain)
+        try:
+            for target in targets:
+                change = prepare(target)
+                own.done.append((target.name, change))
+                if self._low_memory:
+                    change.commit()
+                    change.forget()
+            if not self._low_memory:
+                for _, change in own.done:
+                    change.commit()
+        except BaseException as error:
+            own.undo(error)
+            raise
+        self.done += own.done
+        if isinstance(form, Plain):
+            use_huge_pages(self._model)
+        report = _report(form, present + [target.module for target in targets], [change for _, change in own.done])
+        return dataclasses.replace(report, is_of_linears=isinstance(what, _Linears))
+
+    def undo(self, error: BaseException) -> None:
+        """Undoes the changes because of an error. Raises RuntimeError if some are for good."""
+        if stay := [name for name, change in reversed(self.done) if not change.undo()]:
             names = ", ".join(reversed(stay))
-            raise RuntimeError(
-                f"model: {names} stay stored as {form}, since low_memory kept no parameters ({error})"
-            ) from error
-        raise
-    if isinstance(form, Plain):
-        use_huge_pages(model)
-    else:
-        check_before_load(model)
-    return _report(form, present + [target.module for target in targets], done)
+            raise RuntimeError(f"model: {names} stay stored, since low_memory kept no parameters ({error})") from error
 
 
-def _targets(model: nn.Module, form: Form) -> tuple[list[Target], list[nn.Module]]:
+def _targets(model: nn.Module, form: Form, what: _Experts | _Linears) -> tuple[list[Target], list[nn.Module]]:
     """The modules to store, and those in this form already. Raises ValueError for a module that cannot be stored."""
     targets, present = [], []
-    for name, module in model.named_modules():
+    for name, module in what.find(model):
         where = f"model.{name}" if name else "model"
         if (stored := stored_of(module)) is not None:
             if stored.form != form:
                 stored.check_restore()
                 raise ValueError(f"{where}: expected plain weights, got {stored.form}; {stored.form.remedy}")
             present.append(module)
-        elif (layout := layout_of(module)) is not None:
-            if (wrapper := wrapper_of(model, name)) is not None:
-                raise ValueError(
-                    f"{where}: expected experts without adapters around them, got a {wrapper}; merge and unload the "
-                    "adapters first, model.merge_and_unload()"
-                )
-            if (obstacle := _obstacle(module, layout, form)) is not None:
-                raise ValueError(f"{where}: expected experts that can be stored as {form}; {obstacle}")
+        elif (layout := what.layout_of(module)) is not None:
+            obstacle = what.obstacle(model, name, form) or _obstacle(module, layout, form)
+            if obstacle is not None:
+                raise ValueError(f"{where}: expected weights that can be stored as {form}; {obstacle}")
             targets.append(Target(where, module, layout))
     if not targets and not present:
-        hint = hint_for(model)
-        raise ValueError(
-            f"model: expected experts that can be stored as {form}; {type(model).__name__} has none with a stored "
-            f"layout ({hint})"
-        )
+        raise ValueError(f"model: expected weights that can be stored as {form}; {what.hint(model)}")
     return targets, present
 
 
@@ -452,7 +567,7 @@ def _obstacle(module: nn.Module, layout: Layout, form: Form) -> str | None:
         if form.devices is not None and weight.device.type not in form.devices:
             return f"{name} is on {weight.device}"
         dtypes.append(weight.dtype)
-    if form.one_dtype and dtypes[0] is not dtypes[1]:
+    if form.one_dtype and len(set(dtypes)) > 1:
         return f"{layout.names[0]} is {dtypes[0]}, and {layout.names[1]} {dtypes[1]}"
     return None
 
@@ -494,23 +609,27 @@ class Candidate(NamedTuple):
 
 @checked
 def candidates(
-    model: nn.Module, tokens_per_step: Size = 1, lossless: bool = True, bits: int | Sequence[int] | None = None
+    model: nn.Module,
+    tokens_per_step: Size = 1,
+    lossless: bool = True,
+    bits: int | Sequence[int] | None = None,
+    what: Any = None,
 ) -> list[Candidate]:
-    """The forms to try, in order. Raises ValueError if tokens_per_step is below 1, or for bits of lossless forms."""
+    """The forms to try, in order, for the experts of a model, or for `what`. Raises ValueError if tokens_per_step is
+    below 1, or for bits of lossless forms."""
     if bits is not None and lossless:
         raise ValueError(f"bits: expected none of a lossless form, got {bits}; pass lossless=False")
-    devices = {
-        p.device.type for module in model.modules() if layout_of(module) is not None for p in module.parameters()
-    }
+    what = _Experts() if what is None else what
+    devices = {p.device.type for _, module in what.find(model) for p in module.parameters()}
     if devices - {"cpu"}:
         where = ", ".join(sorted(devices - {"cpu"}))
         return [Candidate("plain", f"kernels on {where} multiply plain weights alone", {})]
     if backends.backend() == "reference":
         return [Candidate("plain", "the reference gains nothing from another form", {})]
-    rows = rows_per_expert(model, tokens_per_step)
-    text = f"about {rows:.3g} tokens for an expert on {ops.cpu_isa()}"
+    rows, text = what.rows(model, tokens_per_step)
+    text = f"{text} on {ops.cpu_isa()}"
     plain = Candidate("plain", f"{text}: plain weights on huge pages", {})
-    panels = Candidate("panels", f"{text}: the order of the kernels", {})
+    panels = [Candidate("panels", f"{text}: the order of the kernels", {})] if isinstance(what, _Experts) else []
     if bits is not None:
         reason = f"{text}: the requested number of bits"
         return [Candidate("groups", reason, {"bits": bits, "symmetric": False})]
@@ -519,8 +638,8 @@ def candidates(
             return [Candidate("int4", f"{text}: memory is the limit, so the fewest bits", {"symmetric": False}), plain]
         return [Candidate("int8", f"{text}: multiplications are the limit, and those of int8 are fast", {}), plain]
     if rows <= FEW_ROWS and ops.cpu_isa().startswith(WIDE_VECTORS):
-        return [Candidate("compact", f"{text}: memory is the limit, so fewer bytes", {}), panels, plain]
-    return [panels, plain] if rows > 1 else [plain]
+        return [Candidate("compact", f"{text}: memory is the limit, so fewer bytes", {}), *panels, plain]
+    return [*panels, plain] if rows > 1 else [plain]
 
 
 def rows_per_expert(model: nn.Module, tokens_per_step: int) -> float:
@@ -553,22 +672,3 @@ def _top_k(model: nn.Module, module: nn.Module, experts: int) -> int:
         if getattr(router, "num_experts", None) == experts and isinstance(value := getattr(router, "top_k", None), int):
             return value
     return min(2, experts)
-
-
-def _store_best(model: nn.Module, low_memory: bool, keep_plain: bool, options: dict[str, Any]) -> Stored:
-    _check_options("auto", options, list(inspect.signature(candidates).parameters)[1:])
-    refused: list[str] = []
-    *others, last = candidates(model, **options)
-    for candidate in others:
-        try:
-            return _store_candidate(model, candidate, low_memory, keep_plain, refused)
-        except ValueError as error:
-            refused.append(f"not {candidate.form}: {str(error).rpartition('; ')[2]}")
-    return _store_candidate(model, last, low_memory, keep_plain, refused)
-
-
-def _store_candidate(
-    model: nn.Module, candidate: Candidate, low_memory: bool, keep_plain: bool, refused: Sequence[str]
-) -> Stored:
-    done = _store(model, FORMS[candidate.form](**candidate.options), low_memory, keep_plain)
-    return dataclasses.replace(done, reason="; ".join([candidate.reason, *refused]))
