@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -93,17 +94,90 @@ def test_an_interrupt_while_commands_are_imported(
     assert capsys.readouterr().err == "switchgear: interrupted\n"
 
 
-@pytest.mark.parametrize("seconds", [0.05, 0.4])
-def test_an_interrupt_while_the_package_is_imported(seconds: float) -> None:
-    code = f"""
-import os, signal, sys, threading
-from switchgear_command import main
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()
-sys.exit(main())
-"""
-    ended = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True)
+@pytest.mark.parametrize("package", ["switchgear", "switchgear_bench"])
+@pytest.mark.parametrize("is_module", [False, True])
+def test_an_interrupt_while_torch_is_imported(package: str, is_module: bool, tmp_path: Path) -> None:
+    """By the console script, and by `python -m`."""
+    pytest.importorskip(package, reason="switchgear_bench is not installed")
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError")
+    name = "main" if package == "switchgear" else "bench"
+    script = f"import sys; from switchgear_command import {name}; sys.exit({name}())"
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    ended = subprocess.run(
+        [sys.executable, *(["-m", package] if is_module else ["-c", script]), "info"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (130, "switchgear: interrupted\n")
+
+
+def test_an_interrupt_that_a_library_turns_into_another_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], interruptible: None
+) -> None:
+    def run(_: Any) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("could not import") from None
+        return 0
+
+    monkeypatch.setattr(info, "run", run)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "switchgear info: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+LONG = {
+    "doctor": "",
+    "inspect": "MODEL --text TEXT --length 32 --out OUT",
+    "compress": "MODEL --recipe RECIPE --out OUT",
+    "convert": "MODEL --operation dense --out OUT",
+    "offload-plan": "MODEL --memory 1M --text TEXT",
+    "offload-store": "MODEL --out OUT",
+    "plan-parallel": "--ranks 8 --shape mixtral",
+    "bench": "layers --quick --shapes tiny --tokens 5 --dtypes fp32 --threads 1",
+    "demo": "--model mixtral --steps 3 --out OUT",
+    "train-tiny": "--steps 2 --out OUT",
+}
+
+
+@pytest.fixture(scope="module")
+def long_arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("long")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = transformers.OlmoeConfig(**sizes, num_attention_heads=2, num_experts=4, num_experts_per_tok=2)
+    transformers.OlmoeForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "text").write_bytes(bytes(range(256)) * 8)
+    calibration = {"text": ["text"], "tokens": 512, "length": 64}
+    steps = [{"do": "prune_experts", "keep": 3, "criterion": "reap"}]
+    (folder / "recipe").write_text(json.dumps({"calibration": calibration, "steps": steps}))
+    return {word: str(folder / word.lower()) for word in ("MODEL", "TEXT", "RECIPE")}
+
+
+@pytest.mark.parametrize("calls", [50, 100])
+@pytest.mark.parametrize("command", LONG)
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_of_a_long_command(
+    command: str, calls: int, long_arguments: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At some call of a function of the package, in the middle of its work: one line, no traceback."""
+    places, done = long_arguments | {"OUT": str(tmp_path / "out")}, 0
+
+    def interrupt(frame: types.FrameType, event: str, _: Any) -> None:
+        nonlocal done
+        if event == "call" and str(frame.f_globals.get("__name__")).startswith("switchgear"):
+            done += 1
+            if done == calls:
+                signal.raise_signal(signal.SIGINT)
+
+    arguments = [places.get(word, word) for word in LONG[command].split()]
+    try:
+        sys.setprofile(interrupt)
+        assert main([command, *arguments]) == 130
+    finally:
+        sys.setprofile(None)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": interrupted")
 
 
 FILES = [

@@ -26,7 +26,13 @@ Logging:    the logger "switchgear" says at level INFO what of a model was chang
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("switchgear", "switchgear_bench"):
+    from switchgear_command import end_on_interrupt  # `python -m` imports this package before its __main__.py
+
+    end_on_interrupt()
 
 from switchgear import adapters, compress, convert, distill, finetune, layers, offload, optim, presets, routing, weights
 from switchgear.backends import backend, use_backend

@@ -3,7 +3,7 @@
 
 import sys
 
-from switchgear.cli import main
+from switchgear_command import main
 
 if __name__ == "__main__":  # worker processes of the demo import this module again under another name
     sys.exit(main())

@@ -3,7 +3,7 @@
 
 import sys
 
-from switchgear_bench import main
+from switchgear_command import bench as main
 
 if __name__ == "__main__":  # worker processes import this module again under another name
     sys.exit(main())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -24,7 +25,12 @@ class Child:
         self.name = name
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(serve, theirs, *arguments), name=name, daemon=True)
-        self._process.start()
+        # Ctrl-C reaches all processes of a terminal; until _run takes it, each would print a traceback.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def receive(self) -> Any:
@@ -49,6 +55,7 @@ class Child:
 
 def _run(serve: Callable[..., None], connection: Connection, *arguments: Any) -> None:
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         serve(connection, *arguments)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent has exited or is exiting
         pass

@@ -6,11 +6,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from ..ops import version
@@ -98,14 +101,15 @@ class Program:
         _open_closed()
         program = self.name
         try:
-            try:
-                args = self.parser().parse_args(argv)
-            finally:
-                sys.stdout.flush()  # argparse exits after --help
-            program = f"{self.name} {args.command}"
-            status = int(self.module(args.command).run(args))
-            sys.stdout.flush()
-            return status
+            with _interruptible():
+                try:
+                    args = self.parser().parse_args(argv)
+                finally:
+                    sys.stdout.flush()  # argparse exits after --help
+                program = f"{self.name} {args.command}"
+                status = int(self.module(args.command).run(args))
+                sys.stdout.flush()
+                return status
         except CommandError as error:
             print(f"{program}: {error}", file=sys.stderr)
             return 2
@@ -152,6 +156,30 @@ def _run_bench(arguments: list[str]) -> int:
     if arguments[0] == "bench":
         return switchgear_bench.main(arguments[1:], "switchgear bench")
     return switchgear_bench.main(arguments, "switchgear")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raises KeyboardInterrupt for whatever error a library has made of it, such as "could not import"."""
+    interrupts = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    is_default = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    try:
+        if is_default:
+            signal.signal(signal.SIGINT, interrupt)
+        yield
+    except Exception as error:
+        if interrupts:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if is_default:
+            signal.signal(signal.SIGINT, before)
 
 
 def _open_closed() -> None:

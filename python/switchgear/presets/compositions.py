@@ -297,7 +297,8 @@ def stitched(
     "structure",
     85,
     "BTS: Harmonizing Specialized Experts into a Generalist LLM, arXiv:2502.00075",
-    f"{PAPER}; a gate for each network rather than each feature, and networks of feed-forward layers: {OURS}",
+    f"formula of a reimplementation, not read in the paper; a gate for each network rather than each feature, and "
+    f"networks of feed-forward layers: {OURS}",
     unverified="the initial values, depth",
 )
 def branch_train_stitch(*, depth: int = 2) -> Options:
