@@ -164,6 +164,11 @@ int64_t columns_for(int64_t most, int64_t least, int num_threads, Tasks&& tasks)
   return columns;
 }
 
+// Threads that `multiplications` are worth: fewer than 2^17 take 2 to 4 µs.
+inline int useful_threads(int64_t multiplications, int num_threads) {
+  return static_cast<int>(std::clamp<int64_t>(multiplications >> 17, 1, num_threads));
+}
+
 // The narrowest task of products with few rows: a cache line of float32, and a tile of AMX.
 constexpr int64_t kFewestColumns = 16;
 

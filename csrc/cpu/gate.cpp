@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// gate: router_logits[t] = x[t]·weightᵀ + bias, the product of a linear router.
+// gate: router_logits[t] = x[t]·weightᵀ + bias, the product of a linear router, and of any other linear.
 //
 //   x [T,H]   weight [E,H]   router_logits [T,E]
 //   work 2·T·H·E flop; traffic: the weight once per piece of rows, from L2 or L3 after the first; x once per piece of columns
@@ -7,9 +7,10 @@
 //
 // dot_products has one order of sums for any number of rows and columns, so a token's logits have the same bits alone and in
 // any batch. Many tokens are split among threads by rows, few by columns. x is widened, piece by piece, for a weight in float32.
+// A wide matrix is that of the only expert of grouped_gemm, which has the same order of sums.
 #include <algorithm>
 
-#include "experts.h"
+#include "layer_rows.h"
 #include "ops.h"
 #include "threads.h"
 #include "workspace.h"
@@ -17,10 +18,10 @@
 namespace switchgear::cpu {
 namespace {
 
-constexpr int64_t kThreadProducts = 1 << 17;  // 2 to 4 µs: fewer multiplications are not worth another thread
-constexpr int64_t kPieceRows = 48;            // per piece: 8 tiles, so that the weight is mostly read from L2
+constexpr int64_t kPieceRows = 48;  // per piece: 8 tiles, so that the weight is mostly read from L2
 constexpr int64_t kMostRows = 144;  // at H = 2048 and in bfloat16 they stay in L2 for all panels of the weight
 constexpr int64_t kColumnStep = 4;  // columns of a tile
+constexpr int64_t kRouterColumns = 512;
 
 // How the logits are cut into pieces.
 struct Pieces {
@@ -29,8 +30,7 @@ struct Pieces {
   int num_threads;
 
   Pieces(int64_t num_tokens, int64_t num_experts, int64_t depth, int64_t most_rows, int threads) {
-    const int64_t worth = std::max<int64_t>(num_tokens * num_experts * depth / kThreadProducts, 1);
-    num_threads = static_cast<int>(std::min<int64_t>(worth, threads));
+    num_threads = useful_threads(num_tokens * num_experts * depth, threads);
     down = ceil_div(num_tokens, most_rows);
     if (num_tokens >= kPieceRows * num_threads) down = ceil_div(down, num_threads) * num_threads;  // equal shares
     rows = piece_rows(num_tokens, ceil_div(num_tokens, down));
@@ -41,6 +41,28 @@ struct Pieces {
   }
 };
 
+bool is_wide(const GateArgs& args, const Kernels& k) {
+  const int64_t least = k.packing_rows(args.x.dtype) > 0 ? kCopiedColumns : kRouterColumns + 1;
+  return args.weight.shape[0] >= least && args.weight.dtype == args.x.dtype;
+}
+
+void multiply_wide(const GateArgs& args, const Context& context) {
+  int32_t offsets[2] = {0, static_cast<int32_t>(args.x.shape[0])};
+  const auto stacked = [](const TensorView& t) {  // of one expert
+    TensorView all = t;
+    all.ndim = t.ndim + 1;
+    for (int i = t.ndim; i > 0; --i) all.shape[i] = t.shape[i - 1], all.stride[i] = t.stride[i - 1];
+    all.shape[0] = 1;
+    return all;
+  };
+  grouped_gemm({.x = args.x,
+                .weight = {.data = stacked(args.weight)},
+                .bias = args.bias.defined() ? stacked(args.bias) : TensorView{},
+                .expert_offsets = view(offsets, DType::kInt32, 2),
+                .out = args.router_logits},
+               context);
+}
+
 }  // namespace
 
 void gate(const GateArgs& args, const Context& context) {
@@ -48,6 +70,7 @@ void gate(const GateArgs& args, const Context& context) {
   const TensorView &x = args.x, &weight = args.weight, &logits = args.router_logits;
   const int64_t num_tokens = x.shape[0], depth = x.shape[1], num_experts = weight.shape[0], panel = k.panel;
   if (num_tokens == 0) return;
+  if (is_wide(args, k)) return multiply_wide(args, context);
   const bool widens = x.dtype != weight.dtype;
   const Pieces pieces(num_tokens, num_experts, depth, widens ? kPieceRows : kMostRows, context.num_threads);
 

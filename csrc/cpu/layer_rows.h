@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Layout of the rows that moe_forward's products read: x for the first projection, a for the second. The weight's format and
-// the ISA decide.
+// Layout of the rows that products of grouped_gemm and moe_forward read: x, and `a` for the second projection. The weight's
+// format and the ISA decide.
 #pragma once
 #include <optional>
 
@@ -12,6 +12,9 @@
 #include "workspace.h"
 
 namespace switchgear::cpu {
+
+// Columns of a product from which a copy of its rows pays, sorted or widened.
+constexpr int64_t kCopiedColumns = 128;
 
 // Besides rows in place: an ISA's blocks of gathered rows, or per expert the word order of panels. Or 16-bit rows that the ISA
 // multiplies in float32 are widened, once for all panels.
@@ -76,20 +79,22 @@ class InputRows {
            (plan_.sorted.is_none() ? 0 : Workspace::padded(num_tokens * plan_.row_bytes));
   }
 
-  // pointers[s] = row of slot s
-  void fill(const void** pointers, Workspace& workspace, const Slots& slots, int64_t used_slots, int64_t num_experts,
-            int num_threads) {
-    const int32_t* const offsets = slots.expert_offsets;
+  // pointers[s] = row of slot s: token_indices[s], or s without indices
+  void fill(const void** pointers, Workspace& workspace, const int32_t* offsets, const int32_t* token_indices,
+            int64_t num_experts, int num_threads) {
+    const int64_t used_slots = offsets[num_experts];
     const int64_t sorted_slots = count_sorted_slots(plan_.sorted, offsets, num_experts);
     if (sorted_slots < used_slots) {
       const TensorView rows = copies_ ? copy(workspace, copy_row_bytes(), false, num_threads) : x_;
-      fill_row_pointers(pointers, rows, slots.token_indices, used_slots);
+      fill_row_pointers(pointers, rows, token_indices, used_slots);
     }
     if (sorted_slots == 0) return;
     const TensorView rows = copy(workspace, plan_.row_bytes, true, num_threads);
     for (int64_t e = 0; e < num_experts; ++e) {
-      const int64_t begin = offsets[e], count = offsets[e + 1] - begin;
-      if (plan_.sorted.has(offsets, e)) fill_row_pointers(pointers + begin, rows, slots.token_indices + begin, count);
+      if (!plan_.sorted.has(offsets, e)) continue;
+      for (int64_t s = offsets[e]; s < offsets[e + 1]; ++s) {
+        pointers[s] = row_of(rows, token_indices != nullptr ? token_indices[s] : s);
+      }
     }
   }
 

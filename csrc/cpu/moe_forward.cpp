@@ -27,6 +27,7 @@
 #include "gate_columns.h"
 #include "layer_rows.h"
 #include "ops.h"
+#include "slots.h"
 #include "token_sum.h"
 
 namespace switchgear::cpu {
@@ -147,7 +148,7 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   const void** const x_rows = workspace.take<const void*>(num_slots);
   const void** const a_rows = workspace.take<const void*>(num_slots);
   a.take(workspace, slots.expert_offsets);
-  x.fill(x_rows, workspace, slots, used_slots, num_experts, num_threads);
+  x.fill(x_rows, workspace, slots.expert_offsets, slots.token_indices, num_experts, num_threads);
   a.fill(a_rows, used_slots);
   char* const memory = static_cast<char*>(workspace.take_bytes(num_threads * thread_bytes));
   char* const gathered_memory = static_cast<char*>(workspace.take_bytes(num_threads * gathered_x_bytes));

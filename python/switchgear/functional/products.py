@@ -82,13 +82,47 @@ def linear(x: Tensor, weight: AnyWeight, bias: Tensor | None = None) -> Tensor:
         weight: [N,C]; or of one expert, [1,N,C], in any form that `grouped_gemm` takes.
         bias: [N].
     """
-    rows = flat("x", x)
     if isinstance(weight, Tensor) and weight.dim() == 2:
-        weight = weight[None]
+        if is_direct(x, weight, bias):
+            return linear_on_host(x, weight, bias)
+        return _plain_linear(x, weight, bias)
     if weight.shape[0] != 1:
         raise ValueError(f"weight: expected [N,C], or one expert, got shape {list(weight.shape)}")
+    rows = flat("x", x)
     out = grouped_gemm(rows, weight, _offsets(len(rows), x.device), bias=None if bias is None else bias[None])
     return out.view(*x.shape[:-1], out.shape[1])
+
+
+def is_direct(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether linear_on_host takes a product: one dtype, no gradient, no autocast, and nothing to dispatch to."""
+    dtype = x.dtype
+    if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype) or in_autocast("cpu"):
+        return False
+    return ops.needs_no_dispatch(x, weight, bias) and not needs_autograd(x, weight, bias)
+
+
+def linear_on_host(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """ops.linear_on_host of x [...,C]."""
+    if x.dim() == 2:
+        return ops.linear_on_host(x, weight, bias)
+    out = ops.linear_on_host(flat("x", x), weight, bias)
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if in_autocast(x.device.type):
+        x, weight, bias = cast_in_autocast(x.device.type, x, weight, bias)
+    rows = flat("x", x)
+    out: Tensor = (
+        apply(Linear, rows, weight, bias) if needs_autograd(x, weight, bias) else _multiply(rows, weight, bias)
+    )
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T,C] · weightᵀ [N,C] + bias [N]: grouped_gemm of one expert."""
+    bias = None if bias is None else bias[None]
+    return ops.grouped_gemm(x, [weight[None]], (), bias, _offsets(len(x), x.device), None, False, False)
 
 
 def _offsets(num_rows: int, device: torch.device) -> Tensor:
@@ -255,3 +289,36 @@ class GroupedGemm(torch.autograd.Function):
 
         grad_x, grad_bias, *grad_weight = once(grads, grad_out, *ctx.saved_tensors)
         return grad_x, grad_bias, *[None] * 6, *grad_weight
+
+
+class Linear(torch.autograd.Function):
+    """Inputs: x [T,C], weight [N,C], bias [N] or None. If autograd records the backward pass (create_graph=True), it is
+    in torch's products, which have all further derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        if not torch.compiler.is_compiling() and needs_autograd(grad_out, x, weight):
+            grad_x = grad_out @ weight if need_x else None
+            grad_weight = grad_out.mT @ x if need_weight else None
+            return grad_x, grad_weight, grad_out.sum(0) if need_bias else None
+        offsets = _offsets(len(x), x.device)
+        if need_x:
+            grad_x = ops.grouped_gemm(grad_out, [weight.mT[None]], (), None, offsets, None, False, True)
+        if need_weight:
+            grad_weight = ops.grouped_gemm_wgrad(grad_out, x, offsets, None, is_transposed(weight))[0]
+        if need_bias:
+            grad_bias = _sum_by_expert(grad_out, offsets)[0]
+        return grad_x, grad_weight, grad_bias

@@ -44,7 +44,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether the module runs a forward of `undecorated.PATCHES`, itself or below a hook."""
+    """Whether the module runs a forward of `undecorated.PATCHES` or of `linears`, itself or below a hook."""
     own = vars(module)
     return _is_swap(own.get("forward")) or _is_swap(own.get("_old_forward"))
 

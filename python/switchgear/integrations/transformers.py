@@ -48,6 +48,7 @@ from switchgear.integrations.forwards import (
     runs_own_forward,
 )
 from switchgear.integrations.gates import find_gate
+from switchgear.integrations.linears import run_linears
 from switchgear.integrations.modules import (
     CLASS_MARK,
     FP8_ADVICE,
@@ -158,7 +159,7 @@ class Replacement:
 
 
 @checked
-def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacement]:
+def accelerate(model: nn.Module, *, whole_blocks: bool = False, linears: bool = False) -> list[Replacement]:
     """Runs every experts module of a loaded model on switchgear, including those that transformers would not dispatch.
 
     Decorated modules get `experts_implementation="switchgear"` in their own config. Modules of the classes in
@@ -170,6 +171,10 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
         whole_blocks: also run the blocks of OLMoE, Qwen3 MoE and Mixtral as a whole when no gradient is needed: router
             and experts without calls of their modules, unless these have hooks. It is faster for one token, and no
             bit of a token depends on its batch. The logits of the router may differ from torch's in the last bit.
+        linears: also multiply every nn.Linear of the model, and the weights of its routers, by `switchgear.linear`,
+            forward and backward: a row then has the same bits in any batch. Results may differ from torch's in the
+            last bits. Modules, names, parameters and hooks stay. Under torch.compile, autocast and torch.func, and on
+            other devices, torch's products run.
 
     Returns a Replacement for each module; `undo_accelerate(replacements)` of this module undoes the call.
 
@@ -185,6 +190,9 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False) -> list[Replacem
                 if (undo := run_as_whole(module)) is not None:
                     kind = type(module).__name__
                     replacements.append(Replacement(name, kind, "whole block", "forward", undo))
+        if linears:
+            for name, module, undo in run_linears(model):
+                replacements.append(Replacement(name, type(module).__name__, "linear", "forward", undo))
     except BaseException:
         undo_accelerate(replacements)
         raise

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from switchgear import reference
+from switchgear.ops.native import host
 from switchgear.ops.registration import alike, dense, matrix, register, rows
 
 __all__ = [
-    "combine", "combine_weight_backward", "glu", "glu_backward", "grouped_gemm", "grouped_gemm_wgrad", "permute",
-    "plan",
+    "combine", "combine_weight_backward", "glu", "glu_backward", "grouped_gemm", "grouped_gemm_wgrad",
+    "linear_on_host", "permute", "plan",
 ]  # fmt: skip
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
@@ -108,6 +109,14 @@ grouped_gemm: Callable[..., Tensor] = register(
     ),
     flops=_gemm_flops,
 )
+
+
+def linear_on_host(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T,C] · weightᵀ [N,C] + bias [N], of one dtype, for tensors that need no dispatch: grouped_gemm of one expert,
+    whose sums `gate` has."""
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    host.module.gate((rows(x), rows(weight), bias), (), (out,), host.execution())
+    return out
 
 
 def _allocate_grouped_gemm_wgrad(
