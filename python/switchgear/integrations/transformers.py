@@ -31,7 +31,7 @@ from switchgear.backends import in_autocast, warn_once
 from switchgear.checks import checked
 from switchgear.functional import gate_route
 from switchgear.functional.gradients import needs_autograd
-from switchgear.integrations import OLDEST_TRANSFORMERS, is_too_old, saving
+from switchgear.integrations import OLDEST_TRANSFORMERS, is_too_old, packed, saving
 from switchgear.integrations.experts import (
     find_unreadable,
     has_post_norm,
@@ -128,8 +128,9 @@ def _extend_choice(original: Any) -> Any:
 
 def register() -> None:
     """Makes "switchgear" a valid `experts_implementation`, with a warning from models that ignore it, and
-    `save_pretrained` save stored experts. Importing this module calls it."""
+    `save_pretrained` and `from_pretrained` save and load stored weights. Importing this module calls it."""
     saving.register()
+    packed.register(lambda model: accelerate(model))  # which is defined below
     wrappers.register()
     extend_once(PreTrainedModel, "get_correct_experts_implementation", _extend_choice)
     ExpertsInterface.register(NAME, experts)
