@@ -2,7 +2,7 @@
 """Models of transformers with stored experts: save_pretrained, from_pretrained and Trainer."""
 
 import copy
-import re
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.quantizers import auto
 
 import switchgear
 from errors import raises
 from switchgear import backends
 from switchgear.adapters import add_lora
+from switchgear.integrations.packed import SwitchgearConfig
+from switchgear.weights import Groups, stored_of
 from tiny_models import build, example_inputs
 
 FORMS = ["int8", "int4", "fp8", "mxfp4", "nf4", "groups"]  # test_forms.py saves the lossless ones
@@ -46,9 +49,9 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "olmoe"])
-def test_a_stored_model_is_saved_and_loaded(model_type: str, form: str, tmp_path: Path) -> None:
+def test_a_stored_model_is_saved_as_a_plain_one(model_type: str, form: str, tmp_path: Path) -> None:
     model = stored_model(model_type, form)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, plain=True)
     assert switchgear.restore(model) > 0  # save_pretrained did not change it
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="switchgear")
     want = model.state_dict()
@@ -61,7 +64,7 @@ def test_a_stored_model_is_saved_and_loaded(model_type: str, form: str, tmp_path
 def test_conversions_that_ask_for_shapes(tmp_path: Path) -> None:
     """transformers transposes the experts of Qwen3-VL-MoE only if their shapes differ from the model's."""
     model = stored_model("qwen3_vl_moe", "int8")
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, plain=True)
     assert "get_parameter" not in vars(model)
     switchgear.restore(model)
     want, got = model.state_dict(), type(model).from_pretrained(tmp_path).state_dict()
@@ -70,14 +73,14 @@ def test_conversions_that_ask_for_shapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{}, {"state_dict": "own"}])
-def test_a_warning_says_how_to_store_it_again(arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_a_warning_says_that_weights_are_plain(arguments: dict[str, Any], tmp_path: Path) -> None:
     model = stored_model("gpt_oss", "int8")
     before = logits(model)
     if arguments:
         arguments = {"state_dict": model.state_dict()}
         keys = list(arguments["state_dict"])
-    with pytest.warns(UserWarning, match=r"stored as int8 as plain weights.*switchgear.store\(model, 'int8'\)"):
-        model.save_pretrained(tmp_path, **arguments)
+    with pytest.warns(UserWarning, match=r"int8.*switchgear.store"):
+        model.save_pretrained(tmp_path, plain=True, **arguments)
     if arguments:
         assert list(arguments["state_dict"]) == keys  # the caller's
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="switchgear")
@@ -85,15 +88,6 @@ def test_a_warning_says_how_to_store_it_again(arguments: dict[str, Any], tmp_pat
     assert (logits(loaded) - before).abs().max() < 1e-3 * before.abs().max()
     with raises(ValueError, "distributed_checkpoint"):
         model.save_pretrained(tmp_path, distributed_checkpoint=True)
-
-
-def test_the_warning_has_the_options_of_the_form(tmp_path: Path) -> None:
-    model = build("mixtral")
-    switchgear.accelerate(model)
-    switchgear.store(model, "groups", bits=3, group_size=32, symmetric=False)
-    call = "switchgear.store(model, 'groups', bits=3, group_size=32, symmetric=False)"
-    with pytest.warns(UserWarning, match=re.escape(call)):
-        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("form", [None, "int8"])
@@ -108,12 +102,119 @@ def test_adapters_are_saved_under_the_names_of_the_model(model_type: str, form: 
     for parameter in adapters:
         torch.nn.init.normal_(parameter)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, plain=True) if form else model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], model.get_parameter(name)) for name in names)
     others = {name for name in saved if not name.endswith(("_lora_A", "_lora_B"))}
     build(model_type).save_pretrained(tmp_path)
     assert others == load_file(tmp_path / "model.safetensors").keys()
+
+
+# ---- packed checkpoints ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [*FORMS, "nvfp4", Groups(bits=3, group_size=32, symmetric=False)], ids=str)
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "olmoe", "qwen3_vl_moe"])
+@pytest.mark.some(10)
+def test_packed_checkpoints(model_type: str, form: Any, tmp_path: Path) -> None:
+    """The same tensors come back; the model is one that store has stored."""
+    model = build(model_type)
+    switchgear.accelerate(model)
+    switchgear.store(model, form, linears="int8")
+    want, state = logits(model), model.state_dict()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert not hasattr(model.config, "quantization_config")
+    loaded: Any = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), want)
+    assert {name: stored.form for name, m in loaded.named_modules() if (stored := stored_of(m)) is not None} == {
+        name: stored.form for name, m in model.named_modules() if (stored := stored_of(m)) is not None
+    }
+    got = loaded.state_dict()
+    assert got.keys() == state.keys()
+    assert all(torch.equal(got[key], state[key]) for key in state)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "again")), want)
+    switchgear.restore(loaded)
+    loaded.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+
+
+def test_packed_checkpoints_of_lossless_forms(tmp_path: Path) -> None:
+    model = build("qwen3_vl_moe")
+    switchgear.accelerate(model)
+    switchgear.store(model, "panels")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+
+
+def test_packed_checkpoints_of_panels_of_another_processor(tmp_path: Path) -> None:
+    isas = switchgear.available_cpu_isas()
+    before = switchgear.cpu_isa()
+    try:
+        switchgear.set_cpu_isa(isas[0])
+        model = build("qwen3_vl_moe")
+        switchgear.accelerate(model)
+        switchgear.store(model, "panels")
+        model.save_pretrained(tmp_path)
+        switchgear.set_cpu_isa(isas[-1])
+        loaded = type(model).from_pretrained(tmp_path)
+    finally:
+        switchgear.set_cpu_isa(before)
+    switchgear.restore(model)
+    switchgear.restore(loaded)
+    assert all(torch.equal(loaded.state_dict()[key], weight) for key, weight in model.state_dict().items())
+
+
+def test_packed_checkpoints_load_into_stored_models_and_parts(tmp_path: Path) -> None:
+    model = stored_model("olmoe", "int4")
+    switchgear.store(model, None, linears="fp8")
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    twin = copy.deepcopy(model)
+    switchgear.restore(twin)
+    twin.model.layers[0].self_attn.q_proj.weight.data.zero_()
+    switchgear.store(twin, "int4", linears="fp8")
+    assert not torch.equal(logits(twin), logits(model))
+    twin.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(logits(twin), logits(model))
+    base: Any = AutoModel.from_pretrained(tmp_path)  # without the head, and without its prefix
+    inputs = example_inputs(model)
+    assert torch.equal(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+
+def test_a_plain_checkpoint_is_stored_while_loading(tmp_path: Path) -> None:
+    model = build("olmoe")
+    model.save_pretrained(tmp_path)
+    config = SwitchgearConfig("int4", linears="int8")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    switchgear.accelerate(model)
+    switchgear.store(model, "int4", linears="int8")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_transformers_alone_refuses_a_packed_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It warns that it does not know the method, and would make random weights if shapes did not differ."""
+    stored_model("olmoe", "int8").save_pretrained(tmp_path)
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "switchgear")
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "switchgear")
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def damage_kind(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["stored"][0]["weights"][0] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rows": 32}, {"format": "int9"}, {"group_size": 7}, {"fields": ["data"]}, {"dtype": "Tensor"}, {"more": 1}],
+)
+def test_damaged_packed_checkpoints(changes: dict[str, Any], tmp_path: Path) -> None:
+    stored_model("olmoe", "int8").save_pretrained(tmp_path)
+    damage_kind(tmp_path, **changes)
+    with pytest.raises((ValueError, TypeError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_other_models_are_saved_as_before(tmp_path: Path) -> None:
@@ -144,8 +245,6 @@ def test_trainer(tmp_path: Path) -> None:
     want = logits(model)
     assert not torch.equal(want, logits(start))
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4", experts_implementation="switchgear")
-    decoded = copy.deepcopy(model)
-    switchgear.restore(decoded)
-    assert torch.equal(logits(loaded), logits(decoded))
+    assert torch.equal(logits(loaded), want)
     trainer(start, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert (logits(start) - want).abs().max() < 1e-3 * want.abs().max()

@@ -3,7 +3,8 @@
 
 To experts:    upcycle, split_dense, distill_layers, from_dense_experts; attention_to_moe, attention_from_experts
 To one model:  to_dense, merge_models
-Checkpoints:   run(recipe, source, target), Recipe, Report; ConversionError, RecipeError, DamagedCheckpoint, DiskFull
+Checkpoints:   run(recipe, source, target), Recipe, Report; store_checkpoint(source, target, form), StoredCheckpoint;
+               ConversionError, RecipeError, DamagedCheckpoint, DiskFull
 Modules:       MixtureOfAttention, ParallelBlock; Projected, ModuleExperts; SequenceLogits; EqualTopK
 Parts:         FeedForward, feed_forward; Partition, partition, balanced_kmeans, neuron_importance, layer_importance;
                add_domain_expert, sequence_perplexities, use_threshold, prior_approximate
@@ -14,7 +15,8 @@ layers.py       experts that learn the output of a layer; experts.py: of network
 attention.py    attention layers as experts
 dense.py        an MoE layer into a dense one; average.py: models into one
 modules.py      the networks of dense modules, and where a model has them
-models.py       whole models in memory; checkpoints.py: checkpoints in directories; directory.py: their files
+models.py       whole models in memory; checkpoints.py: checkpoints in directories; directory.py: their files;
+                stored.py: a checkpoint into a packed one
 recipes.py      plans of whole models; plans.py: how each tensor is made; families.py: which MoE family takes a dense
                 one; layouts.py: experts in checkpoints
 """
@@ -36,6 +38,7 @@ from switchgear.convert.layers import Distillation, Distilled, distill_layers, u
 from switchgear.convert.modules import Conversion, Converted, feed_forward
 from switchgear.convert.partitions import Partition, balanced_kmeans, layer_importance, neuron_importance, partition
 from switchgear.convert.split import prior_approximate, split_dense, upcycle
+from switchgear.convert.stored import StoredCheckpoint, store_checkpoint
 from switchgear.integrations.blocks import FeedForward
 from switchgear.papers.parts.selections import EqualTopK
 
@@ -58,6 +61,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "SequenceLogits",
+    "StoredCheckpoint",
     "add_domain_expert",
     "attention_from_experts",
     "attention_to_moe",
@@ -73,6 +77,7 @@ __all__ = [
     "run",
     "sequence_perplexities",
     "split_dense",
+    "store_checkpoint",
     "to_dense",
     "upcycle",
     "use_threshold",

@@ -34,6 +34,7 @@ from switchgear.integrations.checkpoint_files import (
     matches,
     pieces_of,
 )
+from switchgear.integrations.modules import recognize
 from switchgear.integrations.published_matrices import Matrices, matrices_of, num_groups
 from switchgear.integrations.transformers import Replacement, accelerate, undo_accelerate
 from switchgear.reference import groups, minifloat
@@ -92,10 +93,16 @@ class Planned(NamedTuple):
 
 
 def planned(
-    path: Path, dtype: torch.dtype | None, model: nn.Module | None = None, *, is_quantized: bool = False
+    path: Path,
+    dtype: torch.dtype | None,
+    model: nn.Module | None = None,
+    *,
+    is_quantized: bool = False,
+    needs_experts: bool = True,
 ) -> Planned:
     """Checks a checkpoint against a model, by default one made from config.json, whose experts run on the fused kernel
-    then. Nothing is read but headers. dtype None: that of the config. is_quantized: others are refused."""
+    then. Nothing is read but headers. dtype None: that of the config. is_quantized: others are refused. needs_experts:
+    dense models are, too."""
     files = CheckpointFiles(path)
     config = config_of(files)
     configured = take_quantization(config, is_quantized)
@@ -103,7 +110,8 @@ def planned(
         found = getattr(config, "dtype", None)
         dtype = found if isinstance(found, torch.dtype) else torch.bfloat16
     made: Any = made_on_meta(path, config, dtype) if model is None else model
-    replacements = accelerate(made)
+    is_dense = all(recognize(module) is None for module in made.modules())
+    replacements = [] if is_dense and not needs_experts else accelerate(made)
     try:
         return Planned(made, files, replacements, *plan_of(made, files, configured))
     except BaseException:

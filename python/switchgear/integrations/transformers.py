@@ -28,7 +28,7 @@ from transformers.integrations.moe import ExpertsInterface
 from switchgear.adapters import wrappers
 from switchgear.backends import warn_once
 from switchgear.checks import checked
-from switchgear.integrations import OLDEST_TRANSFORMERS, is_too_old, saving
+from switchgear.integrations import OLDEST_TRANSFORMERS, is_too_old, packed, saving
 from switchgear.integrations.decoding import run_whole_layers
 from switchgear.integrations.experts import (
     find_unreadable,
@@ -120,8 +120,9 @@ def _extend_choice(original: Any) -> Any:
 
 def register() -> None:
     """Makes "switchgear" a valid `experts_implementation`, with a warning from models that ignore it, and
-    `save_pretrained` save stored experts. Importing this module calls it."""
+    `save_pretrained` and `from_pretrained` save and load stored weights. Importing this module calls it."""
     saving.register()
+    packed.register(lambda model: accelerate(model))  # which is defined below
     wrappers.register()
     extend_once(PreTrainedModel, "get_correct_experts_implementation", _extend_choice)
     ExpertsInterface.register(NAME, experts)

@@ -4,11 +4,16 @@
 The buffers are <name>_data, <name>_scales, …, and are not in state dicts. Hooks save the keys of the form, and load
 them or plain weights, which they encode. Floating-point scales are kept as bits of integers, so that module.to(dtype),
 .half() and similar calls do not convert them.
+
+Packed checkpoints have the tensors of the buffers, with the data as <name>: a module with plain weights refuses it for
+its shape. They load, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from switchgear.backends import warn_once
 from switchgear.reference.formats import FIELDS, TABLE
 from switchgear.weights.adapted import adapted, has_adapters, notice_wrapper
-from switchgear.weights.form import Form, KeyedForm, Layout
+from switchgear.weights.form import Form, KeyedForm, Layout, on_huge_pages
 from switchgear.weights.state import get_state, hook_once, set_state
 from switchgear.weights.weight import Weight
 
@@ -208,6 +213,12 @@ class StoredProjections:
             else:
                 yield name, in_layout(weight.plain(), self.layout)
 
+    def packed(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The module's entries of a packed checkpoint."""
+        for name, projection, weight in zip(self.layout.names, self.projections, self.weights(module), strict=True):
+            for field, key in packed_keys(name, projection.kind):
+                yield key, getattr(weight, field)
+
     @torch.inference_mode(False)  # a backward pass may save the weights
     def load(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> None:
         """Takes the weights out of a state dict, whose keys of this module start with `prefix`."""
@@ -241,6 +252,12 @@ class StoredProjections:
                 self.form.check_values(key, _plain(self, index, now, plain, key), self.layout.parts(index))
             else:
                 _loaded(self, index, now, dict(state_dict), key, [])
+
+
+def packed_keys(name: str, kind: Kind) -> Iterator[tuple[str, str]]:
+    """(field, its key in a packed checkpoint) of a weight."""
+    for field in kind.fields:
+        yield field, name if field == "data" else f"{name}_{field}"
 
 
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16}
@@ -434,9 +451,27 @@ def _check_merged(name: str, experts: nn.Module) -> None:
 # ---- state dicts -----------------------------------------------------------------------------------------------------
 
 
+_packs: ContextVar[bool] = ContextVar("packs", default=False)
+
+
+@contextmanager
+def packing() -> Iterator[None]:
+    """Within the block state dicts have the entries of packed checkpoints."""
+    token = _packs.set(True)
+    try:
+        yield
+    finally:
+        _packs.reset(token)
+
+
+def is_packing() -> bool:
+    return _packs.get()
+
+
 def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     if (stored := stored_of(module)) is not None:
-        state_dict.update((prefix + name, tensor) for name, tensor in stored.saved(module))
+        entries = stored.packed(module) if is_packing() else stored.saved(module)
+        state_dict.update((prefix + name, tensor) for name, tensor in entries)
 
 
 def _load(
@@ -496,6 +531,8 @@ def _loaded(
         if isinstance(weight, str):
             raise ValueError(f"{key}: expected a weight that can be stored as {form}; {weight}")
         return weight
+    if plain is not None and not plain.is_floating_point():
+        return _unpacked(now, state_dict, key, missing)
     if not isinstance(form, KeyedForm):
         missing.append(key)
         return None
@@ -509,9 +546,24 @@ def _loaded(
         raise ValueError(f"{key}{error}") from None
 
 
+def _unpacked(now: Weight, state_dict: dict[str, Any], key: str, missing: list[str]) -> Weight | None:
+    """The weight of a packed checkpoint, which replaces `now`, or None; removes its keys from the state dict."""
+    found = {}
+    for field, name in packed_keys(key, Kind.of(now)):
+        like, got = getattr(now, field), state_dict.pop(name, None)
+        if got is None:
+            missing.append(name)
+        elif got.shape != like.shape or got.dtype is not like.dtype:
+            raise ValueError(f"{name}: expected {like.dtype} {list(like.shape)}, got {got.dtype} {list(got.shape)}")
+        else:
+            found[field] = on_huge_pages(got.to(now.device))
+    return now.with_tensors(found) if len(found) == len(now.tensors) else None
+
+
 def _is_encoded_by(form: Form, tensor: Tensor) -> bool:
-    """Whether a tensor of a state dict is a plain weight; the key of an fp8 weight has no suffix either."""
-    return not ("" in form.suffixes and tensor.dtype is torch.float8_e4m3fn)
+    """Whether a tensor of a state dict is a plain weight. The key of an fp8 weight, and of packed data, has no suffix
+    either."""
+    return tensor.is_floating_point() and not ("" in form.suffixes and tensor.dtype is torch.float8_e4m3fn)
 
 
 def _plain(stored: StoredProjections, index: int, now: Weight, plain: Tensor, key: str) -> Tensor:

@@ -165,10 +165,10 @@ def store(
     notice_wrappers()
     storing = _Storing(model, low_memory, keep_plain)
     try:
-        done = None if form is None else storing.add(_Experts(), form, options)
+        done = None if form is None else storing.add(ExpertModules(), form, options)
         if linears is not None:
             is_for_both = form is None or (form == "auto" and linears == "auto")
-            layers = storing.add(_Linears(tuple(skip)), linears, options if is_for_both else {})
+            layers = storing.add(LinearLayers(tuple(skip)), linears, options if is_for_both else {})
             done = layers if done is None else dataclasses.replace(done, linears=layers)
     except BaseException as error:
         storing.undo(error)
@@ -407,7 +407,7 @@ def commit_all(changes: Iterable[Any]) -> None:
 
 
 @dataclass(frozen=True)
-class _Experts:
+class ExpertModules:
     """What `store` stores: the modules of experts."""
 
     layout_of = staticmethod(layout_of)
@@ -432,7 +432,7 @@ class _Experts:
 
 
 @dataclass(frozen=True)
-class _Linears:
+class LinearLayers:
     """What `store` stores: linear layers, without those that `skip` names and those that share their weight with other
     modules."""
 
@@ -474,7 +474,7 @@ class _Storing:
         self._model, self._low_memory, self._keep_plain = model, low_memory, keep_plain
         self.done: list[tuple[str, StoredChange | PlainChange]] = []
 
-    def add(self, what: _Experts | _Linears, form: str | Form, options: dict[str, Any]) -> Stored:
+    def add(self, what: ExpertModules | LinearLayers, form: str | Form, options: dict[str, Any]) -> Stored:
         """Stores the modules of a kind. On failure none of them is stored."""
         if form != "auto":
             return self._add(what, form_named(form, options))
@@ -491,7 +491,7 @@ class _Storing:
                 refused.append(f"not {choice.form}: {str(error).rpartition('; ')[2]}")
         raise AssertionError("there is always a form to try")
 
-    def _add(self, what: _Experts | _Linears, form: Form) -> Stored:
+    def _add(self, what: ExpertModules | LinearLayers, form: Form) -> Stored:
         targets, present = _targets(self._model, form, what)
         prepare = preparation_of(form, self._keep_plain)
         own = _Storing(self._model, self._low_memory, self._keep_plain)
@@ -512,7 +512,7 @@ class _Storing:
         if isinstance(form, Plain):
             use_huge_pages(self._model)
         report = _report(form, present + [target.module for target in targets], [change for _, change in own.done])
-        return dataclasses.replace(report, is_of_linears=isinstance(what, _Linears))
+        return dataclasses.replace(report, is_of_linears=isinstance(what, LinearLayers))
 
     def undo(self, error: BaseException) -> None:
         """Undoes the changes because of an error. Raises RuntimeError if some are for good."""
@@ -521,7 +521,7 @@ class _Storing:
             raise RuntimeError(f"model: {names} stay stored, since low_memory kept no parameters ({error})") from error
 
 
-def _targets(model: nn.Module, form: Form, what: _Experts | _Linears) -> tuple[list[Target], list[nn.Module]]:
+def _targets(model: nn.Module, form: Form, what: ExpertModules | LinearLayers) -> tuple[list[Target], list[nn.Module]]:
     """The modules to store, and those in this form already. Raises ValueError for a module that cannot be stored."""
     targets, present = [], []
     for name, module in what.find(model):
@@ -619,7 +619,7 @@ def candidates(
     below 1, or for bits of lossless forms."""
     if bits is not None and lossless:
         raise ValueError(f"bits: expected none of a lossless form, got {bits}; pass lossless=False")
-    what = _Experts() if what is None else what
+    what = ExpertModules() if what is None else what
     devices = {p.device.type for _, module in what.find(model) for p in module.parameters()}
     if devices - {"cpu"}:
         where = ", ".join(sorted(devices - {"cpu"}))
@@ -629,7 +629,7 @@ def candidates(
     rows, text = what.rows(model, tokens_per_step)
     text = f"{text} on {ops.cpu_isa()}"
     plain = Candidate("plain", f"{text}: plain weights on huge pages", {})
-    panels = [Candidate("panels", f"{text}: the order of the kernels", {})] if isinstance(what, _Experts) else []
+    panels = [Candidate("panels", f"{text}: the order of the kernels", {})] if isinstance(what, ExpertModules) else []
     if bits is not None:
         reason = f"{text}: the requested number of bits"
         return [Candidate("groups", reason, {"bits": bits, "symmetric": False})]

@@ -27,7 +27,7 @@ from switchgear.compress.levels import Widths, choose_form
 from switchgear.convert.directory import list_beside_weights
 from switchgear.files import JOURNAL, LOCK, UNFINISHED, has_links, locked, read_json, replacing, write_whole
 from switchgear.utils.packages import first_line, page
-from switchgear.weights import restore
+from switchgear.weights import restore, stored_of
 
 from ..checkpoint import cut_texts, load_model, read_texts
 from ..common import CommandError, progress
@@ -303,7 +303,8 @@ class Partial:
     def save_model(self, model: Any, step: int, done: list[dict[str, Any]]) -> None:
         """The model after a step; then the one before it and its calibration are removed."""
         before = self.model()
-        model.save_pretrained(self._model(step + 1))
+        options = {"plain": True} if any(stored_of(module) for module in model.modules()) else {}
+        model.save_pretrained(self._model(step + 1), **options)
         self._journal.update(steps=list(done), calibrations=[])
         self._write()
         shutil.rmtree(before, ignore_errors=True)
