@@ -31,7 +31,7 @@ class Layer(NamedTuple):
 
     name: str
     sizes: tuple[int, ...]  # E, and rows and columns of both projections
-    weights: Callable[[], tuple[Weight, Weight]]
+    weights: Callable[[], tuple[Weight, ...]]
     fingerprint: Callable[[], str]
 
 
@@ -55,7 +55,7 @@ def of_model(model: nn.Module, form: Form | None) -> Source:
         where = f"source.{name}" if name else "source"
         _refuse(module, where)
         stored, layout = stored_of(module), layout_of(module)
-        if stored is not None:
+        if stored is not None and stored.layout.stored_class is None:  # experts
             if isinstance(stored.form, OffloadedForm):
                 raise ValueError(f"{where}: expected experts in memory, got {stored.form}; {stored.form.remedy}")
             if form is not None and stored.form != form:
