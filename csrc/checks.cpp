@@ -46,6 +46,12 @@ void check_strides(const char* name, const TensorView& tensor, Layout layout) {
                        ": expected contiguous experts, adjacent or a multiple of 64 bytes apart, got ",
                        describe(tensor));
       break;
+    case Layout::kParts:
+      SWITCHGEAR_CHECK(
+          ValueError,
+          unit_stride(tensor, last) && (tensor.shape[last - 1] == 1 || tensor.stride[last - 1] == tensor.shape[last]),
+          name, ": expected contiguous rows one after the other, got ", describe(tensor));
+      break;
     case Layout::kRows:
       SWITCHGEAR_CHECK(ValueError, unit_stride(tensor, last), name, ": expected contiguous rows, got ",
                        describe(tensor));

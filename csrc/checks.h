@@ -27,6 +27,7 @@ enum class Kind : uint8_t { kFloat, kFloat32, kFloat16, kInt32, kInt8, kUInt8 };
 enum class Layout : uint8_t {
   kContiguous,
   kExperts,   // contiguous, or the parts of the first dimension are and lie any multiple of 64 bytes apart
+  kParts,     // the last two dimensions are contiguous, the others have any stride
   kRows,      // the last dimension is contiguous, the others have any stride
   kMatrices,  // [experts, rows, columns]: any strides, but the rows or the columns are contiguous
 };

@@ -146,7 +146,7 @@ void gate_shapes(Call& call, const GateArgs& args, Dim& T, Dim& E) {
   call.output("router_logits", router_logits, float32_or_shared(router_logits), {&T, &E}, kRows);
 }
 
-bool multiplies_transposed(Format format) { return is_integer(format) || is_decoded(format); }
+bool multiplies_transposed(Format format) { return has_parts(format); }
 
 // I = N/2 for gated experts, N for plain ones
 Dim intermediate(const char* name, const GluOptions& options, const Dim& N) {
@@ -243,7 +243,7 @@ void weight_shapes(Call& call, const ExpertWeights& weights, const GluOptions& o
   check_heights("gate_up_proj", gate_up);
   I = intermediate("gate_up_proj", options, N);
   const bool has_halves = options.gated && !options.interleaved;
-  if (is_integer(gate_up.format) || is_decoded(gate_up.format)) {
+  if (has_parts(gate_up.format)) {
     const int64_t parts = has_halves ? 2 : 1;
     SWITCHGEAR_CHECK(ValueError, gate_up.parts == parts, "gate_up_proj: expected its rows in parts of ", parts,
                      ", got ", gate_up.parts);
@@ -478,7 +478,7 @@ void grouped_gemm(const GroupedGemmArgs& given, Execution exec) {
   weight_input(call, kWeight, args.weight, E, N, C);
   SWITCHGEAR_CHECK(ValueError, args.weight.format != Format::kPanels, "weight: expected no panels in grouped_gemm");
   SWITCHGEAR_CHECK(ValueError, !args.transposed || multiplies_transposed(args.weight.format),
-                   "weight: expected int8, int4, fp8, mxfp4, nf4 or groups to be transposed, got ",
+                   "weight: expected a format with parts (int8, fp8, groups, q4_k, …) to be transposed, got ",
                    name_of(args.weight.format));
   SWITCHGEAR_CHECK(ValueError, !args.transposed || !args.bias.defined(), "bias: expected none for a transposed weight");
   call.optional_input("bias", args.bias, kFloat, {&E, &N}, kRows);

@@ -4,6 +4,7 @@
 
 #include "switchgear/check.h"
 #include "switchgear/compact.h"
+#include "switchgear/gguf.h"
 #include "switchgear/groups.h"
 #include "switchgear/panels.h"
 
@@ -60,10 +61,14 @@ void compact_input(Call& call, const char* name, const Weight& w, Dim& experts) 
                    kCompactHeader, " for a header, got ", describe(w.data));
 }
 
-// The number of blocks of 16 rows.
-Dim blocks_of(const char* name, const Weight& w) {
+void check_parts(const char* name, const Weight& w) {
   SWITCHGEAR_CHECK(ValueError, w.parts >= 1 && w.rows % w.parts == 0, name, ": expected parts that divide N=", w.rows,
                    ", got ", w.parts);
+}
+
+// The number of blocks of 16 rows.
+Dim blocks_of(const char* name, const Weight& w) {
+  check_parts(name, w);
   return {"blocks", 1, w.parts * divide_up(w.rows / w.parts, 16)};
 }
 
@@ -125,6 +130,15 @@ void groups_input(Call& call, const WeightNames& names, const Weight& w, Dim& ex
     call.input(names.zeros, w.zeros, kUInt8, {&experts, &blocks, &groups, &block_rows}, Layout::kExperts);
 }
 
+void gguf_input(Call& call, const WeightNames& names, const Weight& w, Dim& experts) {
+  const auto [columns, bytes] = gguf_type(w.format);
+  SWITCHGEAR_CHECK(ValueError, w.cols % columns == 0, names.data, ": expected a multiple of ", columns, " columns of ",
+                   name_of(w.format), ", got ", w.cols);
+  check_parts(names.data, w);
+  Dim parts{"parts", 1, w.parts}, rows{"rows", 1, w.rows / w.parts}, row_bytes{"bytes", 1, w.cols / columns * bytes};
+  call.input(names.data, w.data, kUInt8, {&experts, &parts, &rows, &row_bytes}, Layout::kParts);
+}
+
 // E is the size of `slots` if defined; `experts` is that of the data.
 void slots_input(Call& call, const char* name, const Weight& w, Dim& E) {
   SWITCHGEAR_CHECK(ValueError, w.base == nullptr, name, ": expected none beside matrices of their own");
@@ -152,7 +166,8 @@ void weight_input(Call& call, const WeightNames& names, const Weight& w, Dim& E,
         break;
       case Family::kIntegers: integers_input(call, names, w, experts); break;
       case Family::kMinifloats: minifloat_input(call, names, w, experts); break;
-      case Family::kGroups: groups_input(call, names, w, experts);
+      case Family::kGroups: groups_input(call, names, w, experts); break;
+      case Family::kGguf: gguf_input(call, names, w, experts);
     }
   }
 }

@@ -30,13 +30,18 @@ void decode(const Context& context, void* panel, DType dtype, const Weight& weig
             int64_t columns) {
   if (is_integer(weight.format)) return decode_integers(context, panel, dtype, weight, expert, column, columns);
   const ExpertMatrix matrix(weight, expert, dtype);
-  if (!is_decoded(weight.format)) {
+  if (!has_parts(weight.format)) {
     return context.kernels.expand_rows(panel, kPanel, matrix.rows_from(0), weight.cols, weight.rows, column, columns);
   }
   const int64_t part_rows = weight.rows / weight.parts, row_bytes = kPanel * size_of(dtype);
   for (int64_t row = 0; row < weight.rows; row += part_rows) {
-    context.kernels.expand_minifloats(static_cast<char*>(panel) + row * row_bytes, kPanel, dtype, matrix.rows_from(row),
-                                      part_rows, column, columns);
+    char* const out = static_cast<char*>(panel) + row * row_bytes;
+    const Matrix part = matrix.rows_from(row);
+    if (is_gguf(weight.format)) {
+      context.kernels.expand_rows(out, kPanel, part, weight.cols, part_rows, column, columns);
+    } else {
+      context.kernels.expand_minifloats(out, kPanel, dtype, part, part_rows, column, columns);
+    }
   }
 }
 

@@ -27,6 +27,13 @@ class ExpertMatrix {
       : rows_(w.base != nullptr ? w.row_count[e] : w.num_rows()), part_rows_(w.num_rows() / w.parts) {
     const int64_t slot = w.slot_of(e);
     whole_ = {.dtype = dtype, .format = w.format};
+    if (is_gguf(w.format)) {
+      part_bytes_ = w.data.stride[1];
+      whole_.n_stride = w.data.shape[3];
+      whole_.k_stride = 1;
+      whole_.data = row_of(w.data, slot);
+      return;
+    }
     switch (w.format) {
       case Format::kPlain:
         whole_.data = w.base != nullptr ? w.base[e] : row_of(w.data, slot);
@@ -68,6 +75,11 @@ class ExpertMatrix {
 
   // B[n,k] = W[first + n, k]: x·Wᵀ
   Matrix rows_from(int64_t first) const {
+    if (is_gguf(whole_.format)) {
+      Matrix part = whole_;
+      part.data = static_cast<const char*>(whole_.data) + first / part_rows_ * part_bytes_;
+      return part.from(first % part_rows_);
+    }
     if (!is_decoded(whole_.format)) return whole_.from(first);
     return whole_.from(first / part_rows_ * part_blocks_ * kMinifloatRows + first % part_rows_);
   }
@@ -82,7 +94,7 @@ class ExpertMatrix {
  private:
   Matrix whole_;
   int64_t rows_, part_rows_;
-  int64_t part_blocks_ = 0;
+  int64_t part_blocks_ = 0, part_bytes_ = 0;
 };
 
 // The accumulators of tokens [first, last), `stride` apart, before the first expert: columns of float32 `from` if it is

@@ -8,7 +8,7 @@ namespace switchgear::cpu {
 
 // Bytes per block of rows for products of this format; 0 if they read rows in place.
 inline int64_t gathered_block_bytes(const Kernels& k, Format format, DType dtype, int64_t depth) {
-  return is_decoded(format) ? 0 : k.gathered_bytes(dtype, depth);
+  return is_decoded(format) || is_gguf(format) ? 0 : k.gathered_bytes(dtype, depth);
 }
 
 inline void gather_blocks(const Kernels& k, char* out, int64_t block_bytes, const void* const* rows, int64_t num_rows,

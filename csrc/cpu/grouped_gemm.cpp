@@ -65,8 +65,8 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const int64_t block_bytes =
       args.input_gradient ? 0 : gathered_block_bytes(k, args.weight.format, args.x.dtype, depth);
   const int64_t gathered_bytes = GatheredRows::bytes(block_bytes, num_slots);
-  // Blocks of minifloats belong to one part of the rows each, so no tile reaches into the next part.
-  const int64_t parts = is_decoded(args.weight.format) ? args.weight.parts : 1, part_width = width / parts;
+  // Parts of the rows are stored separately, so no tile reaches into the next one.
+  const int64_t parts = has_parts(args.weight.format) ? args.weight.parts : 1, part_width = width / parts;
   const bool may_be_narrow = !args.input_gradient && !is_decoded(args.weight.format);
   const TileSize size(expert_offsets, num_experts, part_width, may_be_narrow, context);
   const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, part_width, size.columns, size.rows,

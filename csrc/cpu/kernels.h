@@ -18,8 +18,8 @@ struct Start {
 };
 
 // One operand of a matrix product. Plain: element (n, k) is data[n·n_stride + k·k_stride]; strides are in elements and one
-// is 1. Panels and compact: n_stride is the bytes of a row, which has as many elements as the product's depth. Minifloats and
-// groups: n_stride is the bytes of a block of 16 rows. `multiply` also takes columns of integers or minifloats: element (n, k)
+// is 1. Panels, compact and GGUF's: n_stride is the bytes of a row, which has as many elements as the product's depth. Minifloats
+// and groups: n_stride is the bytes of a block of 16 rows. `multiply` also takes columns of integers or minifloats: element (n, k)
 // is W[k, first_column + n], data and scales are those of first_column, and k starts a block.
 struct Matrix {
   const void* data = nullptr;
@@ -102,7 +102,7 @@ struct Product {
   bool accumulate = false;        // adds to c
   bool rows_are_kept = false;     // multiply: scratch has them, widened, from the call before, of the same depth
   bool sorted_rows = false;       // written by store_sorted; plain b is packed then: see packing_rows
-  bool rows_are_widened = false;  // float32, though b is 16-bit: plain or compact b, not sorted or gathered
+  bool rows_are_widened = false;  // float32, though b is 16-bit: plain, compact or GGUF's b, if not sorted
   const void* gathered = nullptr;  // the same rows from gather_rows, block after block: read instead
 };
 constexpr int64_t kLeftPadding = 31;
@@ -146,8 +146,8 @@ struct Kernels {
   // r < num_rows and c < count; first is a multiple of 32. Whole steps are fastest; `count` may end anywhere in the last one.
   void (*expand_minifloats)(void* out, int64_t stride, DType dtype, const Matrix& b, int64_t num_rows, int64_t first,
                             int64_t count);
-  // The same for b compact or in panels, with rows of `depth` elements: in the dtype of b, and num_rows is a multiple of a panel's
-  // rows.
+  // The same for b compact, in panels or GGUF's blocks, with rows of `depth` elements: in the dtype of b. In panels, num_rows is a
+  // multiple of a panel's rows.
   void (*expand_rows)(void* out, int64_t stride, const Matrix& b, int64_t depth, int64_t num_rows, int64_t first,
                       int64_t count);
 

@@ -148,6 +148,7 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 #include "dot_products.inl"
 // these use all of the above
 #include "compact_products.inl"
+#include "gguf_products.inl"
 #include "minifloat_decoders.h"
 // group_decoders.h uses minifloat_decoders.h
 #include "group_decoders.h"
@@ -164,6 +165,7 @@ void dot_products(const Product& product) {
   if (product.b.format == Format::kCompact) return compact_products(product);
   if (product.b.format == Format::kPanels) return panel_products(product);
   if (is_decoded(product.b.format)) return minifloat_products(product);
+  if (is_gguf(product.b.format)) return gguf_products(product);
   with_words(product.b.dtype, [&]<typename Words>() {
     if constexpr (kPackingRows > 0 && Words::kDepth == 1) {
       if (product.sorted_rows) return packed_products_of<Words>(product);
@@ -375,6 +377,7 @@ uint64_t read_bytes(const void* data, int64_t bytes) {
 void expand_rows(void* out, int64_t stride, const Matrix& b, int64_t depth, int64_t num_rows, int64_t first,
                  int64_t count) {
   if (b.format == Format::kCompact) return expand_compact_rows(out, stride, b, depth, num_rows, first, count);
+  if (is_gguf(b.format)) return expand_gguf_rows(out, stride, b, num_rows, first, count);
   expand_panels(out, stride, b, depth, num_rows, first, count);
 }
 

@@ -36,6 +36,8 @@ inline RowPlan plan_rows(const Kernels& k, Format format, DType dtype, int64_t d
     sorted.least_rows = packing_rows;
   }
   const int64_t bytes = depth * size_of(dtype), word_bytes = k.word_bytes(dtype, depth);
+  // GGUF's blocks are always multiplied in float32.
+  if (is_gguf(format)) return {.row_bytes = spread_row_bytes(depth * 4), .widens = dtype != DType::kFloat32};
   const bool widens = (format == Format::kPlain || format == Format::kCompact) && word_bytes > bytes;
   return {.row_bytes = spread_row_bytes(widens || !sorted.is_none() ? word_bytes : bytes),
           .widens = widens,

@@ -12,8 +12,9 @@
 //   nf4      [E,parts·B,C,256] uint8                float32 per 64 columns                          minifloat.h
 //   nvfp4    [E,parts·B,C,256] uint8                e4m3 per 16 columns, float32 per row            minifloat.h
 //   groups   [P,parts·B,C,64] uint8                 float16 per group, uint8 zeros                  groups.h
+//   q8_0, …  [E,parts,rows/parts,bytes] uint8       in the data                                     gguf.h
 //
-// Each tensor is contiguous, or each tensor[i] is, any multiple of 64 bytes after tensor[i - 1]: so all tensors of an
+// Each tensor but the data of GGUF's formats is contiguous, or each tensor[i] is, any multiple of 64 bytes after tensor[i - 1]: so all tensors of an
 // expert can be parts of one record. `plain` has any strides. All tensors are on one device; only the CPU reads slots and records
 // on the host (slot_of), and only it takes slots of plain weights.
 #pragma once
@@ -37,19 +38,33 @@ enum class Format : uint8_t {
   kNf4,
   kGroups,
   kNvfp4,
+  kQ80,
+  kQ40,
+  kQ41,
+  kQ50,
+  kQ51,
+  kIq4Nl,
+  kMxfp4Gguf,
+  kQ2K,
+  kQ3K,
+  kQ4K,
+  kQ5K,
+  kQ6K,
+  kIq4Xs,
   kBits1,
   kBits2,
   kBits3,
   kBits4
 };
-inline constexpr Format kLastFormat = Format::kNvfp4;  // of a weight
+inline constexpr Format kLastFormat = Format::kIq4Xs;  // of a weight
 
 // How the products of a format multiply.
 enum class Family : uint8_t {
   kExact,       // plain numbers, in an order or packing of their own
   kIntegers,    // integers, by activations rounded to int8
   kMinifloats,  // numbers of 8 or 4 bits, decoded to floating point
-  kGroups       // integers of 1 to 4 bits, decoded to floating point
+  kGroups,      // integers of 1 to 4 bits, decoded to floating point
+  kGguf         // blocks of a row, with scales among the codes
 };
 
 // Whose kernels read a format: the CPU's alone, CUDA's too, Hopper's wgmma too. CMake reads this word of each row.
@@ -77,6 +92,19 @@ inline constexpr FormatRow kFormats[] = {
     {"nf4", Family::kMinifloats, 4, DType::kFloat32, 64, false, Readers::kHopper},
     {"groups", Family::kGroups, 4, DType::kFloat16, 0, false, Readers::kHopper},
     {"nvfp4", Family::kMinifloats, 4, DType::kUInt8, 16, true, Readers::kCuda},
+    {"q8_0", Family::kGguf, 8, DType::kFloat16, 32, false, Readers::kCpu},
+    {"q4_0", Family::kGguf, 4, DType::kFloat16, 32, false, Readers::kCpu},
+    {"q4_1", Family::kGguf, 4, DType::kFloat16, 32, false, Readers::kCpu},
+    {"q5_0", Family::kGguf, 5, DType::kFloat16, 32, false, Readers::kCpu},
+    {"q5_1", Family::kGguf, 5, DType::kFloat16, 32, false, Readers::kCpu},
+    {"iq4_nl", Family::kGguf, 4, DType::kFloat16, 32, false, Readers::kCpu},
+    {"mxfp4_gguf", Family::kGguf, 4, DType::kFloat16, 32, false, Readers::kCpu},
+    {"q2_k", Family::kGguf, 2, DType::kFloat16, 256, false, Readers::kCpu},
+    {"q3_k", Family::kGguf, 3, DType::kFloat16, 256, false, Readers::kCpu},
+    {"q4_k", Family::kGguf, 4, DType::kFloat16, 256, false, Readers::kCpu},
+    {"q5_k", Family::kGguf, 5, DType::kFloat16, 256, false, Readers::kCpu},
+    {"q6_k", Family::kGguf, 6, DType::kFloat16, 256, false, Readers::kCpu},
+    {"iq4_xs", Family::kGguf, 4, DType::kFloat16, 256, false, Readers::kCpu},
     {"bits1", Family::kGroups, 1, DType::kFloat16, 0, false, Readers::kCpu},
     {"bits2", Family::kGroups, 2, DType::kFloat16, 0, false, Readers::kCpu},
     {"bits3", Family::kGroups, 3, DType::kFloat16, 0, false, Readers::kCpu},
@@ -114,6 +142,9 @@ constexpr bool is_minifloat(Format format) { return format_row(format).family ==
 constexpr bool is_decoded(Format format) {
   return is_minifloat(format) || format_row(format).family == Family::kGroups;
 }
+constexpr bool is_gguf(Format format) { return format_row(format).family == Family::kGguf; }
+// Formats whose storage has `parts`; others are stored as if there were one.
+constexpr bool has_parts(Format format) { return format_row(format).family != Family::kExact; }
 constexpr Format format_of_bits(int64_t bits) {
   return static_cast<Format>(static_cast<int64_t>(Format::kBits1) + bits - 1);
 }

@@ -6,6 +6,7 @@ runs this under the address sanitizer."""
 from __future__ import annotations
 
 import faulthandler
+import functools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,10 @@ from torch import Tensor
 from backends_in_use import QUANTIZED_ISAS
 from fuzz.forged_arrays import Forged
 from switchgear import _C, reference
-from switchgear.reference import formats
+from switchgear.reference import formats, gguf
 from switchgear.weights import Fp8, Groups, Int4, Int8, Mxfp4, Nf4, Nvfp4, Panels, Weight
 from switchgear.weights.exact import compacted
+from switchgear.weights.gguf import gguf_weight
 
 on_every_isa = pytest.mark.parametrize("isa", QUANTIZED_ISAS, indirect=True)
 
@@ -124,6 +126,12 @@ def test_no_op_is_missing() -> None:
 
 # ---- every form of a weight ------------------------------------------------------------------------------------------
 
+
+def blocks_like(name: str, w: Tensor, parts: int) -> Weight:
+    shape = len(w), parts, w.shape[1] // parts, gguf.row_bytes(name, w.shape[2])
+    return gguf_weight(name, torch.randint(0, 60, shape, dtype=torch.uint8), w.shape[2], w.dtype)
+
+
 FORMS: dict[str, Callable[[Tensor, int], Weight | str]] = {
     "plain": lambda w, parts: Weight("plain", w, *w.shape[1:], w.dtype),
     "panels": lambda w, parts: Panels().encode("weight", w, parts),
@@ -138,6 +146,7 @@ FORMS: dict[str, Callable[[Tensor, int], Weight | str]] = {
     "nvfp4": lambda w, parts: Nvfp4().encode("weight", w, parts),
     "groups": lambda w, parts: Groups(bits=3, group_size=32).encode("weight", w, parts),
     "groups with zeros": lambda w, parts: Groups(bits=2, group_size=0, symmetric=False).encode("weight", w, parts),
+    **{name: functools.partial(blocks_like, name) for name in gguf.TYPES},
 }
 
 
@@ -154,7 +163,9 @@ def form_calls(form: str, rng: np.random.Generator, dtype: torch.dtype) -> Itera
     """A layer, a product with the weight, and with its transpose."""
     sizes = random_sizes(rng)
     E, N, H, I = (sizes[letter] for letter in "ENHI")  # noqa: E741
-    if form == "panels":
+    if form in gguf.TYPES:
+        H, I, N = 256, 512, 1024  # noqa: E741
+    elif form == "panels":
         H, I = 64 * int(rng.integers(1, 3)), 64  # noqa: E741
         N = 2 * I
     with_slots, num_threads = bool(rng.integers(2)), int(rng.integers(1, 3))

@@ -68,6 +68,10 @@ Stored make(Random& random, Format format, DType dtype, int64_t E, int64_t rows,
       in_blocks((cols + 31) / 32, minifloat_step_bytes(format), format_row(format).scales);
       if (format_row(format).row_scales) w.row_scales = s.add(random_array(random, DType::kFloat32, {E, blocks, 16}));
       break;
+    case Format::kQ40:
+      w.data = s.add(bytes(random, DType::kUInt8, {E, parts, rows / parts, cols / 32 * 18}));
+      w.parts = parts;
+      break;
     default: {  // groups of 1, 2, 3, 4, 1, … bits
       in_blocks((cols + 31) / 32, kPlaneBytes, DType::kFloat16);
       w.zeros = s.add(bytes(random, DType::kUInt8, {E, blocks, groups, 16}));
@@ -167,7 +171,8 @@ Stored in_records(const Weight& w, const Array& slots, int64_t num_slots) {
 }
 
 constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8,   Format::kInt4,
-                               Format::kFp8,   Format::kMxfp4,  Format::kNf4,     Format::kGroups, Format::kNvfp4};
+                               Format::kFp8,   Format::kMxfp4,  Format::kNf4,     Format::kGroups, Format::kNvfp4,
+                               Format::kQ40};
 
 TEST(experts_anywhere_have_the_bits_of_experts_in_order) {
   const Case c{"slots", 40, 128, 64, 5, 2};

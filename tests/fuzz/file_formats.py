@@ -30,6 +30,7 @@ import switchgear
 from switchgear import adapters, finetune, offload
 from switchgear.cli import plan_parallel
 from switchgear.cli.common import CommandError
+from switchgear.integrations import gguf_file
 from switchgear.parallel import checkpoint
 
 Tensors = dict[str, Tensor]
@@ -677,6 +678,102 @@ def is_of_a_store(error: BaseException) -> bool:
     return type(error) is offload.StoreError and "expected" in str(error)
 
 
+# ---- GGUF files ------------------------------------------------------------------------------------------------------
+
+GGUF_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_BLOCKS = {  # of tensors: columns and bytes of a block
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 10: (256, 84),
+    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
+    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
+    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+}  # fmt: skip
+
+
+def gguf_pieces() -> list[bytes]:
+    """A file in pieces: those of 4 and 8 bytes are numbers."""
+
+    def string(text: str) -> list[bytes]:
+        return [struct.pack("<Q", len(text)), text.encode()]
+
+    text = "\N{GREEK SMALL LETTER ALPHA}x".encode()
+    values = {"a.bool": (7, [b"\1"]), "a.text": (8, [struct.pack("<Q", len(text)), text]), "a.float": (6, [b"abcd"])}
+    values["general.alignment"] = (4, [struct.pack("<I", 32)])
+    values["a.list"] = (9, [struct.pack("<I", 8), struct.pack("<Q", 2), *string("one"), *string("")])
+    values["a.numbers"] = (9, [struct.pack("<I", 5), struct.pack("<Q", 3), bytes(range(12))])
+    inner = [struct.pack("<I", 1), struct.pack("<Q", 1), b"\2"]
+    values["a.nested"] = (9, [struct.pack("<I", 9), struct.pack("<Q", 2), *inner, *inner])
+    tensors = {"f32": (0, (3, 5), 0), "q4_k": (12, (256, 2, 2), 64), "q8_0": (8, (32,), 640), "i8": (24, (), 704)}
+    pieces = [b"GGUF", struct.pack("<I", 3), struct.pack("<Q", len(tensors)), struct.pack("<Q", len(values))]
+    for key, (number, value) in values.items():
+        pieces += [*string(key), struct.pack("<I", number), *value]
+    for name, (number, shape, offset) in tensors.items():
+        pieces += [*string(name), struct.pack("<I", len(shape)), *(struct.pack("<Q", size) for size in shape)]
+        pieces += [struct.pack("<I", number), struct.pack("<Q", offset)]
+    pieces.append(bytes(-sum(map(len, pieces)) % 32))
+    return [*pieces, random.Random(0).randbytes(736)]
+
+
+def write_gguf(folder: Path) -> None:
+    (folder / "x.gguf").write_bytes(b"".join(gguf_pieces()))
+
+
+def read_gguf(folder: Path) -> Tensors:
+    file = gguf_file.read_gguf(folder / "x.gguf")
+    found = {name: tensor.data.reshape(-1).view(torch.uint8) for name, tensor in file.tensors.items()}
+    return found | {f"{key} of metadata": _text(file.get(key)) for key in file.metadata}
+
+
+def _text(value: object) -> Tensor:
+    return torch.tensor(list(repr(value).encode("utf-8", "surrogatepass")), dtype=torch.uint8)
+
+
+def plain_gguf(folder: Path) -> Tensors:
+    data, at = (folder / "x.gguf").read_bytes(), 24
+
+    def take(code: str) -> Any:
+        nonlocal at
+        (value,) = struct.unpack_from(f"<{code}", data, at)
+        at += struct.calcsize(f"<{code}")
+        return value
+
+    def text() -> str:
+        return bytes(take(f"{take('Q')}s")).decode("utf-8", "surrogateescape")
+
+    def value(number: int) -> Any:
+        if number == 9:
+            inner, count = take("I"), take("Q")
+            return [value(inner) for _ in range(count)]
+        return text() if number == 8 else take(GGUF_CODES[number])
+
+    assert data[:4] == b"GGUF"
+    _, num_tensors, num_values = struct.unpack_from("<IQQ", data, 4)
+    found, places = {}, []
+    for _ in range(num_values):
+        key = text()
+        found[key] = value(take("I"))
+    for _ in range(num_tensors):
+        name, shape = text(), [take("Q") for _ in range(take("I"))]
+        places.append((name, shape, take("I"), take("Q")))
+    alignment = found.get("general.alignment", 32)
+    begin, result = -(-at // alignment) * alignment, {f"{key} of metadata": _text(one) for key, one in found.items()}
+    for name, shape, number, offset in places:
+        columns, size = GGUF_BLOCKS[number]
+        count = math.prod(shape) // columns * size
+        result[name] = torch.tensor(list(data[begin + offset : begin + offset + count]), dtype=torch.uint8)
+    return result
+
+
+def change_gguf(folder: Path, rng: random.Random) -> str:
+    """A number of a clean file becomes another one."""
+    pieces = gguf_pieces()
+    index = rng.choice([index for index, piece in enumerate(pieces) if len(piece) in (4, 8)])
+    size = len(pieces[index])
+    new = rng.choice((*NUMBERS, *range(42))) % 256**size
+    pieces[index] = new.to_bytes(size, "little")
+    (folder / "x.gguf").write_bytes(b"".join(pieces))
+    return f"number {index} becomes {new}"
+
+
 FORMATS: dict[str, Format] = {
     **{
         f"store {form}": Format(
@@ -703,5 +800,6 @@ FORMATS: dict[str, Format] = {
     "peft, linear": Format(write_linear_peft, read_linear_peft, plain_linear_peft, change_peft, is_named),
     "selected experts": Format(write_selected, read_selected, plain_selected, change_selected, is_named),
     "trace": Format(write_trace, read_trace, plain_trace, change_trace, is_named),
+    "gguf": Format(write_gguf, read_gguf, plain_gguf, change_gguf, is_named),
     "routing": Format(write_routing, read_routing, plain_routing, change_routing, is_of_the_program),
 }  # fmt: skip

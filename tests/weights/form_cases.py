@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import switchgear
 from switchgear.weights import Compact, Form, Fp8, Groups, Int4, Int8, Mxfp4, Nf4, Nvfp4, Panels, Weight
+from switchgear.weights.form import FORMS
 
 E, K = 5, 2
 LOW, FULL = torch.bfloat16, torch.float32
@@ -72,6 +73,9 @@ FORM_CASES = (
     FormCase(Groups(bits=4, group_size=32), ALL, 0.2),
     FormCase(Groups(bits=3, group_size=64, symmetric=False), ALL, 0.45),
     FormCase(Groups(bits=1, group_size=32), ALL, 1.2),
+    FormCase(FORMS["q5_1"](), ALL, 0.1),
+    FormCase(FORMS["q4_k"](), ALL, 0.2, 256, 256),
+    FormCase(FORMS["q6_k"](), ALL, 0.06, 256, 256),
 )
 forms = pytest.mark.parametrize("case", FORM_CASES, ids=str)
 exact_forms = pytest.mark.parametrize("case", [case for case in FORM_CASES if case.is_exact], ids=str)

@@ -147,7 +147,7 @@ def test_strides_that_kernels_do_not_follow(backend: str, case: FormCase) -> Non
     apart = in_records(first, list(range(E)))
     for name in ("data", "scales", "row_scales", "zeros"):
         tensor = getattr(apart, name)
-        if tensor is None:
+        if tensor is None or first.format in formats.GGUF:  # whose experts have any strides
             continue
         stride = tensor.stride(0) - 1
         bad = tensor.as_strided(tensor.shape, (stride, *tensor.stride()[1:]))

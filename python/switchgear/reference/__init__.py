@@ -9,7 +9,8 @@ gradcheck in float64 verifies the formulas that the kernels implement.
 routing.py    the router's product and the choice of experts; policies.py: the ops of routing policies
 stages.py     plan, permute, combine; products.py: grouped_gemm; activations.py: the activation between the projections
 layer.py      the whole layer: Layer, moe_forward, moe_accumulate, moe_backward; low-rank adapters of projections
-formats.py    the tensors of a weight, by format: panels.py, compact.py, integers.py, minifloat.py, nf4.py, groups.py
+formats.py    the tensors of a weight, by format: panels.py, compact.py, integers.py, minifloat.py, nf4.py,
+              groups.py, gguf.py
 checks.py     constraints of arguments
 
 Letters: T tokens · K top_k · E experts · H hidden_size · I intermediate_size · S = T·K slots · N = 2I (gated) or I.

@@ -13,8 +13,9 @@ A weight [E,N,C] is passed to the ops as tensors and a form, a few integers:
 groups, `records` has this dimension instead of the data.
 
 The tensors of a stored format are contiguous, or each tensor[i] is, any multiple of 64 bytes after tensor[i - 1]. So
-all tensors of an expert can be views of one record. In groups, records[e] = (first, bits): the `bits` planes of an
-expert are consecutive in memory from data[first] on, and end within the memory of the data.
+all tensors of an expert can be views of one record. The data of GGUF's formats is [E, parts, N/parts, bytes of a row]:
+the rows of a part are contiguous, and experts and parts have any strides. In groups, records[e] = (first, bits): the
+`bits` planes of an expert are consecutive in memory from data[first] on, and end within the memory of the data.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from switchgear.reference import compact, groups, integers, minifloat, nf4, panels
+from switchgear.reference import compact, gguf, groups, integers, minifloat, nf4, panels
 from switchgear.reference.checks import check, check_range, divide_up
 
 FIELDS = ("scales", "row_scales", "zeros", "records", "slots")
@@ -37,7 +38,7 @@ class Format(NamedTuple):
     name: str
     number: int  # in a form
     bits: int  # of a code; 0: of the dtype
-    family: str  # "exact", "integers", "minifloats" or "groups": how products multiply it
+    family: str  # "exact", "integers", "minifloats", "groups" or "gguf": how products multiply it
     needed: tuple[str, ...] = ()  # tensors beside the data
     scales: torch.dtype | None = None  # of the tensor `scales`
     on_cuda: bool = True  # CUDA's kernels read it
@@ -56,6 +57,7 @@ _TABLE = (
     Format("int4", 4, 4, "integers", ("scales", "row_scales"), torch.int8),
     *map(_minifloat, minifloat.MINIFLOATS.values()),
     Format("groups", 8, 4, "groups", ("scales", "records"), torch.float16),
+    *(Format(name, gguf.FIRST + i, 0, "gguf", on_cuda=False) for i, name in enumerate(gguf.TYPES)),
 )
 TABLE = {row.name: row for row in sorted(_TABLE, key=lambda row: row.number)}
 FORMATS = tuple(TABLE)  # by number
@@ -63,7 +65,8 @@ LOSSLESS = tuple(row.name for row in _TABLE if row.family == "exact")
 ON_CUDA = tuple(row.name for row in _TABLE if row.on_cuda)
 BITS = {row.name: row.bits for row in _TABLE if row.family == "integers"}
 MINIFLOATS = tuple(minifloat.MINIFLOATS)
-DECODED = (*MINIFLOATS, "groups")  # multiplied in floating point, by exact values
+GGUF = tuple(gguf.TYPES)
+DECODED = (*MINIFLOATS, "groups", *GGUF)  # multiplied in floating point, by exact values
 
 
 class Stored(NamedTuple):
@@ -144,7 +147,8 @@ def check_weight(
     _check_storage(name, stored, dtype)
     if stored.format != "plain":
         for field in _INDEXED:
-            _check_strides(name if field == "data" else f"{name}_{field}", getattr(stored, field))
+            label = name if field == "data" else f"{name}_{field}"
+            _check_strides(label, getattr(stored, field), stored.format in GGUF)
     count = stored.num_stored
     if stored.slots is not None:
         check(f"{name}_slots", stored.slots, (experts,), torch.int32)
@@ -163,6 +167,9 @@ def _check_storage(name: str, stored: Stored, dtype: torch.dtype) -> None:
         panels.check_storage(name, stored.data, rows, cols, dtype)
     elif stored.format == "compact":
         compact.check_storage(name, stored.data, rows, dtype, stored.element_bytes)
+    elif stored.format in GGUF:
+        shape = (None, stored.parts, rows // stored.parts, gguf.row_bytes(stored.format, cols))
+        check(name, stored.data, shape, torch.uint8)
     else:
         if (allowed := _explain_group_size(stored)) is not None:
             raise ValueError(f"{name}: expected a group_size of {allowed}, got {stored.group_size}")
@@ -204,8 +211,12 @@ def _list_tensors(stored: Stored) -> dict[str, tuple[tuple[int, ...], torch.dtyp
     return {"data": (data, torch.uint8), **tensors}
 
 
-def _check_strides(name: str, tensor: Tensor | None) -> None:
+def _check_strides(name: str, tensor: Tensor | None, is_in_parts: bool) -> None:
     if tensor is None or tensor.is_contiguous():
+        return
+    if is_in_parts:
+        if not tensor[0, 0].is_contiguous():
+            raise ValueError(f"{name}: expected contiguous rows of a part, got strides {list(tensor.stride())}")
         return
     if not tensor[0].is_contiguous() or tensor.stride(0) * tensor.itemsize % 64:
         raise ValueError(
@@ -247,6 +258,8 @@ def decode(tensors: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype) -
         return compact.plain(stored.data, stored.cols, dtype, stored.element_bytes)
     if stored.format in BITS:
         return integers.dequantize(_levels(stored), BITS[stored.format], stored.group_size).to(dtype)
+    if stored.format in GGUF:
+        return gguf.decode(stored.format, stored.data).flatten(1, 2).to(dtype)
     if stored.format == "groups":
         levels = groups.from_blocks(_in_groups(stored), stored.rows, stored.cols, stored.parts)
         return groups.dequantize(levels, stored.group_size).to(dtype)

@@ -7,14 +7,14 @@ See docs/weights.md.
 
 weight.py   Weight; AdaptedWeight, which adds an adapter; SelectedWeight, of which some experts train; Operand
 form.py     the base class Form; Layout, how a module holds its projections
-exact.py, integers.py (Groups, too), minifloat.py: the forms
+exact.py, integers.py (Groups, too), minifloat.py, gguf.py: the forms
 module.py   stored projections of a module, and its state dict
 state.py    State, what switchgear keeps on a module; extend, for modules of other libraries
 selected.py parameters of which some experts are trained alone; adapted.py: projections with low-rank adapters
 store.py    all experts and linear layers of a model, and the choice of a form
 """
 
-from switchgear.weights import minifloat
+from switchgear.weights import gguf, minifloat  # noqa: F401  (gguf has forms without names of their own)
 from switchgear.weights.exact import Compact, Panels, Plain
 from switchgear.weights.form import Form, Layout, layout_of
 from switchgear.weights.integers import Groups, Int4, Int8

@@ -158,7 +158,7 @@ class Weight:
         """Whether moe can multiply an x of `dtype` by this weight without expanding it: some formats support only one
         dtype or one device."""
         if self.format not in formats.LOSSLESS:
-            return True  # any dtype; a device without kernels reports that itself
+            return _is_on_cpu(self) or self.format in formats.ON_CUDA
         if not _is_on_cpu(self):
             return self.format == "plain" and self.slots is None and dtype is self.dtype
         if self.format == "plain":
@@ -170,7 +170,7 @@ class Weight:
     def operand(self, dtype: torch.dtype, autocast: str | None = None) -> Operand:
         """What the ops of a layer multiply an x of `dtype` by: the weight itself if `multiplies(dtype)`, else a plain
         tensor, expanded for one call."""
-        if not self.is_lossless or self.multiplies(dtype):
+        if self.multiplies(dtype):
             return self._operand
         return self.expanded(dtype, autocast, f"{self.format} weights")
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear inspect MODEL --text FILE…`: a report on how a model's routers use its experts."""
+"""`switchgear inspect MODEL --text FILE…`: a report on how a model's routers use its experts. `switchgear inspect
+FILE.gguf`: what a GGUF file holds."""
 
 from __future__ import annotations
 
@@ -20,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.model.endswith(".gguf"):
+        from .gguf import describe
+
+        print(describe(Path(args.model)))
+        return 0
     require("transformers")
     require("matplotlib")
     from . import report

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The blocks of GGUF's types (gguf.h) taken apart: codes as bytes, and their factors. Included after simd_<isa>.h.
+//
+//   Block<format>  ::unpack(codes, block, unit)   the codes of columns [unit · kUnit, + kUnit), plus kOffset, so that all but those
+//                                                 of q8_0 and of tables are unsigned
+//                  ::factors(block)               d, m, and for each group of kGroup columns the integers s and t
+// Loops are plain: compilers make vectors of 16 or 32 bytes of them.
+#pragma once
+#include "switchgear/gguf.h"
+
+namespace switchgear::cpu {
+namespace {
+
+inline float half_at(const uint8_t* p) {
+#if defined(__F16C__)
+  uint16_t bits;
+  __builtin_memcpy(&bits, p, 2);
+  return _cvtsh_ss(bits);
+#else
+  const uint32_t bits = p[0] | p[1] << 8, magnitude = bits & 0x7fff, sign = (bits & 0x8000) << 16;
+  const float small = static_cast<float>(magnitude) * 0x1p-24f;  // zero and subnormals
+  const uint32_t rebias = magnitude >= 0x7c00 ? (255 - 31) << 23 : (127 - 15) << 23;
+  return __builtin_bit_cast(
+      float, sign | (magnitude < 0x0400 ? __builtin_bit_cast(uint32_t, small) : (magnitude << 13) + rebias));
+#endif
+}
+
+alignas(16) constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                               1,    13,   25,  38,  53,  69,  89,  113};
+alignas(16) constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// Codes of 4 bits: `run` in the lower halves of bytes, then as many in the upper ones.
+inline void unpack_nibbles(uint8_t* codes, const uint8_t* p, int run) {
+  for (int i = 0; i < run; ++i) codes[i] = p[i] & 15;
+  for (int i = 0; i < run; ++i) codes[run + i] = p[i] >> 4;
+}
+
+// The same, as entries of a table.
+inline void look_up_nibbles(uint8_t* codes, const uint8_t* p, const int8_t* table) {
+#if defined(__SSSE3__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
+  const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+  const __m128i upper = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm_shuffle_epi8(values, _mm_and_si128(bytes, mask)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm_shuffle_epi8(values, upper));
+#else
+  for (int i = 0; i < 16; ++i) codes[i] = static_cast<uint8_t>(table[p[i] & 15]);
+  for (int i = 0; i < 16; ++i) codes[16 + i] = static_cast<uint8_t>(table[p[i] >> 4]);
+#endif
+}
+
+// Bit 4 of 32 codes from one bit each.
+inline void add_high_bits(uint8_t* codes, const uint8_t* p) {
+  for (int i = 0; i < 32; ++i) codes[i] = static_cast<uint8_t>(codes[i] | (p[i / 8] >> i % 8 & 1) << 4);
+}
+
+// The factors of a block. Where the format has no integers they are 1.
+struct Factors {
+  float d = 0.0f, m = 0.0f;
+  int8_t s[16];
+  uint8_t t[16];
+};
+
+template <Format kFormat>
+struct Block;
+
+template <int kAdded, bool kIsSigned = false>
+struct NarrowBlock {
+  static constexpr int kUnit = 32, kGroup = 32, kOffset = kAdded;
+  static constexpr bool kHasSigns = kIsSigned, kHasMins = false;
+};
+
+template <>
+struct Block<Format::kQ80> : NarrowBlock<0, true> {
+  static void unpack(uint8_t* codes, const uint8_t* b, int) { __builtin_memcpy(codes, b + 2, 32); }
+  static Factors factors(const uint8_t* b) { return {.d = half_at(b)}; }
+};
+template <>
+struct Block<Format::kQ40> : NarrowBlock<8> {
+  static void unpack(uint8_t* codes, const uint8_t* b, int) { unpack_nibbles(codes, b + 2, 16); }
+  static Factors factors(const uint8_t* b) { return {.d = half_at(b)}; }
+};
+template <>
+struct Block<Format::kQ41> : NarrowBlock<0> {
+  static constexpr bool kHasMins = true;
+  static void unpack(uint8_t* codes, const uint8_t* b, int) { unpack_nibbles(codes, b + 4, 16); }
+  static Factors factors(const uint8_t* b) { return {.d = half_at(b), .m = -half_at(b + 2)}; }
+};
+template <>
+struct Block<Format::kQ50> : NarrowBlock<16> {
+  static void unpack(uint8_t* codes, const uint8_t* b, int) {
+    unpack_nibbles(codes, b + 6, 16);
+    add_high_bits(codes, b + 2);
+  }
+  static Factors factors(const uint8_t* b) { return {.d = half_at(b)}; }
+};
+template <>
+struct Block<Format::kQ51> : NarrowBlock<0> {
+  static constexpr bool kHasMins = true;
+  static void unpack(uint8_t* codes, const uint8_t* b, int) {
+    unpack_nibbles(codes, b + 8, 16);
+    add_high_bits(codes, b + 4);
+  }
+  static Factors factors(const uint8_t* b) { return {.d = half_at(b), .m = -half_at(b + 2)}; }
+};
+template <>
+struct Block<Format::kIq4Nl> : NarrowBlock<0, true> {
+  static void unpack(uint8_t* codes, const uint8_t* b, int) { look_up_nibbles(codes, b + 2, kIq4Values); }
+  static Factors factors(const uint8_t* b) { return {.d = half_at(b)}; }
+};
+template <>
+struct Block<Format::kMxfp4Gguf> : NarrowBlock<0, true> {
+  static void unpack(uint8_t* codes, const uint8_t* b, int) { look_up_nibbles(codes, b + 1, kMxfp4Values); }
+  static Factors factors(const uint8_t* b) {
+    const uint32_t e = b[0], bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;  // the first two are subnormal
+    return {.d = __builtin_bit_cast(float, bits)};
+  }
+};
+
+// Blocks of 256 columns are unpacked in halves.
+template <int kColumnsOfGroup, int kAdded, bool kIsSigned = false>
+struct WideBlock {
+  static constexpr int kUnit = 128, kGroup = kColumnsOfGroup, kOffset = kAdded;
+  static constexpr bool kHasSigns = kIsSigned, kHasMins = false;
+};
+
+// 128 codes of 2 bits in 32 bytes: bits 0 and 1 of all, then 2 and 3, …
+inline void unpack_pairs(uint8_t* codes, const uint8_t* p) {
+  for (int j = 0; j < 4; ++j) {
+    for (int i = 0; i < 32; ++i) codes[32 * j + i] = p[i] >> 2 * j & 3;
+  }
+}
+
+template <>
+struct Block<Format::kQ2K> : WideBlock<16, 0> {
+  static constexpr bool kHasMins = true;
+  static void unpack(uint8_t* codes, const uint8_t* b, int half) { unpack_pairs(codes, b + 16 + 32 * half); }
+  static Factors factors(const uint8_t* b) {
+    Factors f{.d = half_at(b + 80), .m = half_at(b + 82)};
+    for (int g = 0; g < 16; ++g) f.s[g] = static_cast<int8_t>(b[g] & 15);
+    for (int g = 0; g < 16; ++g) f.t[g] = b[g] >> 4;
+    return f;
+  }
+};
+template <>
+struct Block<Format::kQ3K> : WideBlock<16, 4> {
+  static void unpack(uint8_t* codes, const uint8_t* b, int half) {
+    unpack_pairs(codes, b + 32 + 32 * half);
+    for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < 32; ++i) {
+        codes[32 * j + i] = static_cast<uint8_t>(codes[32 * j + i] | (b[i] >> (4 * half + j) & 1) << 2);
+      }
+    }
+  }
+  static Factors factors(const uint8_t* b) {
+    Factors f{.d = half_at(b + 108)};
+    const uint8_t* const s = b + 96;
+    for (int g = 0; g < 16; ++g) {
+      const int low = s[g % 8] >> g / 8 * 4 & 15, high = s[8 + g % 4] >> g / 4 * 2 & 3;
+      f.s[g] = static_cast<int8_t>((low | high << 4) - 32);
+    }
+    return f;
+  }
+};
+
+// d, m, and 8 numbers s and t of 6 bits in 12 bytes: of both, the first four are the lower bits of four bytes each, whose
+// upper two belong to the last four.
+inline Factors six_bit_factors(const uint8_t* b) {
+  Factors f{.d = half_at(b), .m = half_at(b + 2)};
+  const uint8_t* const p = b + 4;
+  for (int g = 0; g < 4; ++g) {
+    f.s[g] = static_cast<int8_t>(p[g] & 63);
+    f.t[g] = p[4 + g] & 63;
+    f.s[4 + g] = static_cast<int8_t>((p[8 + g] & 15) | p[g] >> 6 << 4);
+    f.t[4 + g] = static_cast<uint8_t>(p[8 + g] >> 4 | p[4 + g] >> 6 << 4);
+  }
+  return f;
+}
+
+template <>
+struct Block<Format::kQ4K> : WideBlock<32, 0> {
+  static constexpr bool kHasMins = true;
+  static void unpack(uint8_t* codes, const uint8_t* b, int half) {
+    unpack_nibbles(codes, b + 16 + 64 * half, 32);
+    unpack_nibbles(codes + 64, b + 48 + 64 * half, 32);
+  }
+  static Factors factors(const uint8_t* b) { return six_bit_factors(b); }
+};
+template <>
+struct Block<Format::kQ5K> : WideBlock<32, 0> {
+  static constexpr bool kHasMins = true;
+  static void unpack(uint8_t* codes, const uint8_t* b, int half) {
+    unpack_nibbles(codes, b + 48 + 64 * half, 32);
+    unpack_nibbles(codes + 64, b + 80 + 64 * half, 32);
+    for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < 32; ++i) {
+        codes[32 * j + i] = static_cast<uint8_t>(codes[32 * j + i] | (b[16 + i] >> (4 * half + j) & 1) << 4);
+      }
+    }
+  }
+  static Factors factors(const uint8_t* b) { return six_bit_factors(b); }
+};
+template <>
+struct Block<Format::kQ6K> : WideBlock<16, 32> {
+  static void unpack(uint8_t* codes, const uint8_t* b, int half) {
+    unpack_nibbles(codes, b + 64 * half, 64);
+    const uint8_t* const high = b + 128 + 32 * half;
+    for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < 32; ++i) {
+        codes[32 * j + i] = static_cast<uint8_t>(codes[32 * j + i] | (high[i] >> 2 * j & 3) << 4);
+      }
+    }
+  }
+  static Factors factors(const uint8_t* b) {
+    Factors f{.d = half_at(b + 208)};
+    __builtin_memcpy(f.s, b + 192, 16);
+    return f;
+  }
+};
+template <>
+struct Block<Format::kIq4Xs> : WideBlock<32, 0, true> {
+  static void unpack(uint8_t* codes, const uint8_t* b, int half) {
+    for (int j = 0; j < 4; ++j) look_up_nibbles(codes + 32 * j, b + 8 + 64 * half + 16 * j, kIq4Values);
+  }
+  static Factors factors(const uint8_t* b) {
+    Factors f{.d = half_at(b)};
+    for (int g = 0; g < 8; ++g) {
+      const int low = b[4 + g / 2] >> g % 2 * 4 & 15, high = b[2 + g / 4] >> g % 4 * 2 & 3;
+      f.s[g] = static_cast<int8_t>((low | high << 4) - 32);
+    }
+    return f;
+  }
+};
+
+template <Format kFormat>
+constexpr bool kHasIntegerFactors = gguf_type(kFormat).columns > 32;
+
+// Columns [unit · kUnit, + kUnit) of a block in float32.
+template <Format kFormat>
+inline void decode_unit(float* out, const uint8_t* block, const Factors& f, int unit) {
+  using B = Block<kFormat>;
+  constexpr int kGroups = B::kUnit / B::kGroup;
+  uint8_t codes[B::kUnit];
+  B::unpack(codes, block, unit);
+  for (int g = 0; g < kGroups; ++g) {
+    const int of_block = unit * kGroups + g;
+    const float scale = kHasIntegerFactors<kFormat> ? f.d * static_cast<float>(f.s[of_block]) : f.d;
+    float min = f.m;
+    if constexpr (kHasIntegerFactors<kFormat>) min = B::kHasMins ? f.m * static_cast<float>(f.t[of_block]) : 0.0f;
+    for (int i = g * B::kGroup; i < (g + 1) * B::kGroup; ++i) {
+      const int code = B::kHasSigns ? static_cast<int8_t>(codes[i]) : codes[i] - B::kOffset;
+      out[i] = B::kHasMins ? scale * static_cast<float>(code) - min : scale * static_cast<float>(code);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace switchgear::cpu
