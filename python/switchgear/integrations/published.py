@@ -233,8 +233,8 @@ def plan_of(
             elif BLOCKS in {piece.suffix for piece in pieces}:
                 forms[target] = Mxfp4()
         elif target in layers and kind is not None and {piece[1:] for piece in pieces} == {Piece()[1:]}:
-            one = {piece._replace(expert=0): key for piece, key in pieces.items()}
-            plan[target] = _plan_projection(target, layers[target], one, checks, kind)
+            matrix = {piece._replace(expert=0): key for piece, key in pieces.items()}
+            plan[target] = _plan_projection(target, layers[target], matrix, checks, kind)
             forms[target] = kind.form
         elif target in state:
             plan[target] = _plan_tensor(target, state[target], pieces, checks, kind)
@@ -270,8 +270,9 @@ def _linear_weights(model: nn.Module) -> dict[str, Wanted]:
     found = {}
     for path, module in LinearLayers(PLAIN_LINEARS).find(model):
         if not path.startswith(experts):
-            weight: Tensor = getattr(module, "weight")  # noqa: B009  (a Module has any attribute)
-            found[f"{path}.weight"] = Wanted(1, *weight.shape, 1, False, weight.dtype)
+            weight: Any = module.weight
+            rows, columns = weight.shape
+            found[f"{path}.weight"] = Wanted(1, rows, columns, 1, False, weight.dtype)
     return found
 
 
