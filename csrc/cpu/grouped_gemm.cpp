@@ -59,8 +59,9 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const int64_t used_slots = expert_offsets[num_experts];
   const int num_threads = useful_threads(used_slots * width * depth, context.num_threads);
 
-  std::optional<InputRows> x;  // copies of the rows; `multiply` reads them in place
-  if (!args.input_gradient && width >= kCopiedColumns)
+  // Copies of the rows. `multiply` reads them in place, and so are those of a table of which few are used.
+  std::optional<InputRows> x;
+  if (!args.input_gradient && width >= kCopiedColumns && args.x.shape[0] <= 2 * used_slots)
     x.emplace(k, args.weight.format, args.x, used_slots, num_experts);
   const int64_t block_bytes =
       args.input_gradient ? 0 : gathered_block_bytes(k, args.weight.format, args.x.dtype, depth);
