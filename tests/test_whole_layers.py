@@ -15,11 +15,13 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import StaticCache
 
+import switchgear
 from switchgear.integrations import decoding
 from switchgear.integrations.cache import GrowingCache, GrowingLayer
 from switchgear.integrations.transformers import accelerate, undo_accelerate
 from tiny_models import build
 
+ALIKE = ("dots1", "qwen3_vl_moe", "solar_open")  # layers of the same form
 TYPES = ("olmoe", "qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "glm4_moe")
 IDS = torch.randint(3, 250, (2, 17), generator=torch.Generator().manual_seed(0))
 WINDOW = 6
@@ -125,7 +127,7 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", TYPES + ALIKE)
 def test_a_token_has_the_same_bits_everywhere(
     model_type: str, dtype: torch.dtype, threads: None, calls: list[Any]
 ) -> None:
@@ -180,6 +182,22 @@ def test_generation_has_the_log_probs_of_a_trainer(model_type: str) -> None:
         with torch.set_grad_enabled(grad):
             logits = model(out.sequences, attention_mask=full, position_ids=positions, use_cache=False).logits
         assert float((log_probs(logits.detach(), out.sequences)[:, -9:] - rollout).abs().max()) == 0.0
+
+
+@torch.no_grad()
+def test_stored_linears(calls: list[Any]) -> None:
+    model = make("olmoe")
+    switchgear.accelerate(model)
+    switchgear.store(model, "fp8", linears="fp8")
+    want = model(IDS).logits
+    replaced = accelerated(model, calls)
+    whole = model(IDS, use_cache=False).logits
+    assert calls == layers_of(model)
+    torch.testing.assert_close(whole, want, rtol=1e-3, atol=1e-4)
+    cache = GrowingCache()
+    parts = [model(part, past_key_values=cache).logits for part in IDS.split((5, 1, 11), 1)]
+    assert torch.equal(torch.cat(parts, 1), whole)
+    undo_accelerate(replaced)
 
 
 def test_gradients_are_those_of_the_modules(model: Any, calls: list[Any]) -> None:

@@ -20,19 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from switchgear.backends import in_autocast, runs_natively, warn_once
-from switchgear.functional import attend, linear, rms_norm, rotate_heads
+from switchgear.functional import AnyWeight, attend, linear, rms_norm, rotate_heads
+from switchgear.functional.gradients import needs_autograd
 from switchgear.integrations.cache import GrowingLayer, adopt_layer
 from switchgear.integrations.forwards import (
     LINEAR,
     Bypassed,
     PartClass,
+    check_call,
     get_part,
     name_model_class,
     replace_forward,
     runs_own_forward,
 )
 from switchgear.integrations.whole_blocks import run_block
+from switchgear.layers.linear import StoredLinear
 from switchgear.utils.modules import set_eval
+from switchgear.weights.module import matrix_of
 
 _has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
 
@@ -60,6 +64,9 @@ LAYERS = (
     _name_classes("gpt_oss", "GptOss"),
     _name_classes("granitemoe", "GraniteMoe", "block_sparse_moe"),
     _name_classes("glm4_moe", "Glm4Moe"),
+    _name_classes("dots1", "Dots1"),
+    _name_classes("qwen3_vl_moe", "Qwen3VLMoeText"),
+    _name_classes("solar_open", "SolarOpen"),
 )
 
 # Arguments of a layer that change nothing here: hooks of transformers record what these ask for.
@@ -100,14 +107,16 @@ def _run_layer(
         norms = [_read_norm(attention, name, known.norm) for name in ("q_norm", "k_norm")]
     except Bypassed:
         return None
-    if q_proj[0].dtype is not hidden_states.dtype or (layer.training and attention.attention_dropout > 0):
+    weight = q_proj[0]
+    is_plain = isinstance(weight, Tensor)
+    if (is_plain and weight.dtype is not hidden_states.dtype) or (layer.training and attention.attention_dropout > 0):
         return None
     mask = _read_mask(attention, attention_mask, position_ids, hidden_states, cache)
     if mask is None:
         return None
     keeping: GrowingLayer | None = None
     if cache is not None:
-        if torch.is_grad_enabled() and (hidden_states.requires_grad or q_proj[0].requires_grad):
+        if needs_autograd(hidden_states, weight if is_plain else None):
             return None
         if (keeping := adopt_layer(cache, attention.layer_idx)) is None:
             return None
@@ -150,8 +159,12 @@ def _is_half(known: LayerClass) -> bool:
     return known.layer.name == "GptOssDecoderLayer"
 
 
-def _read_linear(module: nn.Module, name: str) -> tuple[Any, Tensor | None]:
-    part: Any = get_part(module, name, LINEAR)
+def _read_linear(module: nn.Module, name: str) -> tuple[AnyWeight, Tensor | None]:
+    part: Any = module._modules[name]
+    if type(part) is StoredLinear:
+        check_call(part, name)
+        return matrix_of(part), part.bias
+    part = get_part(module, name, LINEAR)
     return part.weight, part.bias
 
 
@@ -236,27 +249,35 @@ def _find_mask(mask: Tensor, position_ids: Tensor | None, window: int | None) ->
 
 def run_whole_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[], None]]]:
     """Replaces the forward of each layer that is known, and of the norm after them: yields (name, module, undo)."""
-    tried: dict[type, bool] = {}
+    tried: dict[Any, bool] = {}  # layers of a class may differ in plain values, as of a window
+    replaced: set[type] = set()
     for name, module in model.named_modules():
         known = find_layer_class(module)
         if known is None or not runs_own_forward(module):
             continue
         kind = type(module)
-        if kind not in tried:
+        key = kind, _list_values(module), _list_values(module._modules["self_attn"])
+        if key not in tried:
             difference = _find_difference(module, known, _find_rotary(model, name))
-            tried[kind] = difference is None
+            tried[key] = difference is None
             if difference is not None:
                 warn_once(f"{kind.__name__} is left alone, it does not compute what switchgear expects: {difference}")
-        if tried[kind]:
+        if tried[key]:
+            replaced.add(kind)
             yield name, module, replace_forward(module, _build_forward(known, kind.forward))
     for name, module in model.named_modules():
         norm: Any = module._modules.get("norm")
         layers: Any = module._modules.get("layers")
-        if norm is None or not isinstance(layers, nn.ModuleList) or not len(layers) or not tried.get(type(layers[0])):
+        if norm is None or not isinstance(layers, nn.ModuleList) or not len(layers) or type(layers[0]) not in replaced:
             continue
         known = find_layer_class(layers[0])
         if known is not None and known.norm.matches(type(norm)) and runs_own_forward(norm):
             yield f"{name}.norm".lstrip("."), norm, replace_forward(norm, _build_norm(type(norm).forward))
+
+
+def _list_values(module: Any) -> frozenset[tuple[str, Any]]:
+    plain = (int, float, bool, str, type(None))
+    return frozenset((k, v) for k, v in vars(module).items() if type(v) in plain and k not in ("layer_idx", "training"))
 
 
 def _build_forward(known: LayerClass, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -303,11 +324,12 @@ def _find_difference(layer: Any, known: LayerClass, rotary: Any) -> str | None:
     """Runs both on the same random rows. Returns how they differ, or None."""
     if rotary is None:
         return "no rotary_emb beside the layers"
-    weight = layer.self_attn.q_proj.weight
+    weight = layer.input_layernorm.weight
     if weight.is_meta:
         return None  # nothing to compare yet
+    dtype = getattr(layer.self_attn.q_proj.weight, "dtype", weight.dtype)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, _TOKENS, weight.shape[1], generator=generator).to(weight)
+    x = torch.randn(2, _TOKENS, weight.shape[0], generator=generator).to(weight.device, dtype)
     position_ids = torch.arange(_TOKENS, device=x.device)[None]
     position = position_ids[0]
     sees = position <= position[:, None]

@@ -123,10 +123,11 @@ def _check(part: nn.Module, name: str, expected: PartClass) -> None:
         if (cls.__module__, cls.__name__) == expected:
             raise Bypassed(f"the forward of {expected.name} was replaced")
         raise Bypassed(f"{name} is a {cls.__module__.partition('.')[0]} {cls.__name__}, not a {expected.name}")
-    _check_call(part, name)
+    check_call(part, name)
 
 
-def _check_call(part: nn.Module, name: str) -> None:
+def check_call(part: nn.Module, name: str) -> None:
+    """Raises Bypassed if a call of the part does more than the forward of its class."""
     if has_hooks(part):
         raise Bypassed(f"{name} has hooks")
     if (forward := part.__dict__.get("forward")) is not None and not _is_swap(forward):
@@ -154,7 +155,7 @@ def borrow(module: nn.Module, name: str, expected: PartClass) -> Borrowed:
     part: Any = module._modules[name]
     borrowed: dict[str, Sequence[Factors]] = {}
     while is_wrapper(part):
-        _check_call(part, name)
+        check_call(part, name)
         if (factors := lend_factors(part)) is None:
             raise Bypassed(f"{name} has adapters whose factors cannot be read")
         if factors:

@@ -82,7 +82,15 @@ BLOCKS = (
     _name_classes("mixtral", "Mixtral", lambda _: {"normalize": True}, False),
     _name_classes("gpt_oss", "GptOss", _choose_by_logits, True, "MLP", router_name="router", returns_weights=True),
     _name_classes("granitemoe", "GraniteMoe", _choose_by_logits, True, "MoE", router_name="router"),
-    _name_classes("glm4_moe", "Glm4Moe", _choose_by_groups, False, "MoE", "TopkRouter", shared="shared_experts"),
+    _name_classes("qwen3_vl_moe", "Qwen3VLMoeText", lambda _: {"normalize": True}, True),
+    *(
+        _name_classes(folder, name, _choose_by_groups, False, "MoE", "TopkRouter", shared="shared_experts")
+        for folder, name in (
+            ("glm4_moe", "Glm4Moe"),
+            ("dots1", "Dots1"),
+            ("solar_open", "SolarOpen"),
+        )
+    ),
 )
 
 
