@@ -383,7 +383,8 @@ def save_gguf(model: nn.Module, path: AnyPath, type: str | None = None, *, like:
     if source is not None and source.get(ARCHITECTURE) != found[0]:
         raise ValueError(f"like: expected a file of {found[0]}, got {source.get(ARCHITECTURE)!r}")
     choose = _chooser(type, None if source is None else source.tensors, config.num_hidden_layers)
-    tensors = dict(_list_tensors(model, ARCHITECTURES[found[0]], choose))
+    has_head = source is not None and HEAD in source.tensors
+    tensors = dict(_list_tensors(model, ARCHITECTURES[found[0]], choose, has_head))
     if source is not None:
         order = {name: index for index, name in enumerate(source.tensors)}
         tensors = dict(sorted(tensors.items(), key=lambda item: order.get(item[0], len(order))))
@@ -419,7 +420,7 @@ def _fits(type: str, columns: int) -> bool:
 
 
 def _list_tensors(
-    model: Any, known: Architecture, choose: Callable[[str, Sequence[int]], str]
+    model: Any, known: Architecture, choose: Callable[[str, Sequence[int]], str], has_head: bool
 ) -> Iterator[tuple[str, GgufTensor]]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for path, module in model.named_modules():
@@ -442,7 +443,7 @@ def _list_tensors(
             for each, (data, kind) in zip(_name_experts(name), parts, strict=True):
                 yield each, _encode(each, data, kind, choose)
             continue
-        if module is head and _shares(head, embedding):
+        if module is head and not has_head and _is_same(head, embedding):
             continue
         matrix = {} if stored is None else {"weight": _split(stored.weights(module)[0], 1)[0]}
         for own, (data, kind) in {**{own: (p.detach(), None) for own, p in owned.items()}, **matrix}.items():
@@ -453,12 +454,12 @@ def _list_tensors(
             yield each, _encode(each, rows[0] if each.endswith(VECTOR) else rows, kind, choose)
 
 
-def _shares(head: nn.Module, embedding: nn.Module) -> bool:
+def _is_same(head: nn.Module, embedding: nn.Module) -> bool:
     ours, theirs = stored_of(head), stored_of(embedding)
     if ours is None or theirs is None:
         return head._parameters.get("weight") is embedding._parameters.get("weight") is not None
     one, other = ours.weights(head)[0], theirs.weights(embedding)[0]
-    return one.format == other.format and one.data.data_ptr() == other.data.data_ptr()
+    return one.format == other.format and torch.equal(one.data, other.data)
 
 
 def _split(weight: Tensor | Weight, parts: int) -> list[tuple[Tensor, str | None]]:

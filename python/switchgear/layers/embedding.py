@@ -13,7 +13,7 @@ from switchgear.weights.weight import Weight
 
 
 class StoredEmbedding(nn.Embedding):
-    """What a torch.nn.Embedding is while its weight is stored in a GGUF type, as `load_gguf` makes it: each call decodes
+    """What a torch.nn.Embedding is while its weight is stored in a GGUF type, as `load_gguf` makes it: a call decodes
     the rows that it looks up. `restore` makes it an Embedding again.
 
     Buffers replace the parameter `weight`.
