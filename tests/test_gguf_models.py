@@ -208,8 +208,9 @@ def test_what_cannot_be_loaded_or_written(file: GgufFile, tmp_path: Path) -> Non
 
 @architectures
 def test_llama_cpp_chooses_the_same_tokens(name: str, tmp_path: Path) -> None:
-    for package in ("switchgear_bench", "llama_cpp", "gguf"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
+    pytest.importorskip("switchgear_bench", reason="switchgear_bench is not installed")
+    pytest.importorskip("llama_cpp", reason="llama_cpp is not installed")
+    pytest.importorskip("gguf", reason="gguf is not installed")
     from switchgear_bench.llama import Llama
 
     for type, bound in (("f32", 2e-3), ("q8_0", ROUNDED)):  # keys and values are float16 in llama.cpp
