@@ -161,7 +161,7 @@ MAKERS: dict[str, Callable[[Model, str], Decoder]] = {
     "llama.cpp, Q4_0": lambda model, folder: InLlama(model, folder, "Q4_0"),
 }
 LOSSY = {"switchgear, int4", "switchgear, Q4_0", "llama.cpp, Q4_0"}
-WORK = {  # what is timed, as tokens/s
+WORK: dict[str, Callable[[Decoder, int], tuple[int, Any]]] = {  # what is timed: its tokens, and an answer
     "prefill": lambda decoder, count: (LONG_PROMPT, decoder.logits(list(range(1, LONG_PROMPT + 1)))),
     "decode": lambda decoder, count: (count, decoder.decode(1, count)),
     f"decode of {SEQUENCES}": lambda decoder, count: (SEQUENCES * count, decoder.decode(1, count, SEQUENCES)),

@@ -106,7 +106,8 @@ def measure(name: str, dtype_name: str, tokens: int, num_threads: int) -> Row:
     rate = multiply_rate(dtype_name, num_threads)
     quiet = min(timed.quiet_turns for timed in times.values())
     row: Row = {"shape": name, "width": shape.width, "columns": shape.columns, "dtype": dtype_name, "tokens": tokens}
-    return rounded(row | us | {"bytes": weight.nbytes, "multiply_rate": rate, "quiet_turns": quiet})
+    found: Row = rounded(row | us | {"bytes": weight.nbytes, "multiply_rate": rate, "quiet_turns": quiet})
+    return found
 
 
 def check(x: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -26,7 +26,7 @@ __all__ = ["GrowingCache", "GrowingLayer", "adopt_layer"]
 _STEP = 128  # positions: capacities are multiples
 
 
-class GrowingLayer(CacheLayerMixin):
+class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """The keys [B,J,L,D] and values [B,J,L,V] of one layer, views of memory for more positions.
 
     Args:
@@ -166,16 +166,15 @@ def adopt_layer(cache: Any, index: int) -> GrowingLayer | None:
     layers = getattr(cache, "layers", None)
     if layers is None or getattr(cache, "offloading", False):
         return None
-    if index < len(layers) and type(layers[index]) is GrowingLayer:
-        return layers[index]
+    found: GrowingLayer | None
+    if index < len(layers) and type(found := layers[index]) is GrowingLayer:
+        return found
     if type(cache) not in (DynamicCache, GrowingCache):
         return None
     while len(layers) <= index:
         if cache.layer_class_to_replicate is None:
             return None
         layers.append(cache.layer_class_to_replicate())
-    if type(layers[index]) is not GrowingLayer:
-        if (new := _replace(layers[index])) is None:
-            return None
-        layers[index] = new
-    return layers[index]
+    if type(found := layers[index]) is not GrowingLayer and (found := _replace(layers[index])) is not None:
+        layers[index] = found
+    return found

@@ -108,15 +108,16 @@ def _run_layer(
     except Bypassed:
         return None
     weight = q_proj[0]
-    is_plain = isinstance(weight, Tensor)
-    if (is_plain and weight.dtype is not hidden_states.dtype) or (layer.training and attention.attention_dropout > 0):
+    if (isinstance(weight, Tensor) and weight.dtype is not hidden_states.dtype) or (
+        layer.training and attention.attention_dropout > 0
+    ):
         return None
     mask = _read_mask(attention, attention_mask, position_ids, hidden_states, cache)
     if mask is None:
         return None
     keeping: GrowingLayer | None = None
     if cache is not None:
-        if needs_autograd(hidden_states, weight if is_plain else None):
+        if needs_autograd(hidden_states, weight if isinstance(weight, Tensor) else None):
             return None
         if (keeping := adopt_layer(cache, attention.layer_idx)) is None:
             return None
@@ -150,8 +151,9 @@ def _run_layer(
         out if scale == 1 else out * scale, second.weight, second.variance_epsilon, residual=hidden_states
     )
     y = run_block(layer._modules[known.block], y)
-    y = y[0] if isinstance(y, tuple) else y
-    return residual + (y if scale == 1 else y * scale)
+    mixed: Tensor = y[0] if isinstance(y, tuple) else y
+    total: Tensor = residual + (mixed if scale == 1 else mixed * scale)
+    return total
 
 
 def _is_half(known: LayerClass) -> bool:
@@ -185,7 +187,7 @@ class Mask(NamedTuple):
     window: int | None
 
 
-_last: tuple[Any, Any] = (lambda: None, None)  # the layers of a model share a mask
+_last: tuple[Any, tuple[Any, Mask | None] | None] = (lambda: None, None)  # the layers of a model share a mask
 
 
 def _read_mask(

@@ -243,12 +243,13 @@ def _build(file: GgufFile, name: str, dtype: torch.dtype) -> PreTrainedModel:
             ARCHITECTURES[name].model_type, vocab_size=table.shape[0], tie_word_embeddings=is_tied, **fields
         )
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except (ArithmeticError, RuntimeError, TypeError, ValueError, LookupError) as error:
         raise _error(file, f"keys {name}.*", "sizes of a model", error) from error
     model.name_or_path = str(file.path)
     accelerate(model)
-    return model.eval()
+    made: PreTrainedModel = model.eval()
+    return made
 
 
 class _Loading:
@@ -324,8 +325,8 @@ class _Loading:
         gates, ups, down = map(self._take, names, (half, half, layout.view(parameters[1]).shape))
         types = {gates.type, ups.type, down.type}
         if types <= gguf.TYPES.keys() and gates.type == ups.type:
-            both = self._weigh(gates, _side_by_side(gates.data, ups.data))
-            self._put(module, layout, parameters, (both, self._weigh(down, down.data[:, None])))
+            first = self._weigh(gates, _side_by_side(gates.data, ups.data))
+            self._put(module, layout, parameters, (first, self._weigh(down, down.data[:, None])))
             return
         both = torch.cat([_decode(gates).to(self._dtype), _decode(ups).to(self._dtype)], 1)
         for own, parameter, weight in zip(layout.names, parameters, (both, _decode(down)), strict=True):

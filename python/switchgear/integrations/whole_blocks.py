@@ -55,8 +55,8 @@ def _name_classes(
     folder: str, name: str, options: Callable[[Any], dict[str, Any]], rounds: bool, block: str = "SparseMoeBlock",
     router: str = "TopKRouter", router_name: str = "gate", shared: str | None = None, returns_weights: bool = False,
 ) -> BlockClass:  # fmt: skip
-    classes = (name_model_class(folder, name + part) for part in (block, router, "Experts"))
-    return BlockClass(*classes, options, rounds, router_name, shared, returns_weights)
+    own, of_router, experts = (name_model_class(folder, name + part) for part in (block, router, "Experts"))
+    return BlockClass(own, of_router, experts, options, rounds, router_name, shared, returns_weights)
 
 
 def _choose_by_softmax(router: Any) -> dict[str, Any]:

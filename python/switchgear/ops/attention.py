@@ -20,13 +20,14 @@ __all__ = [
 
 
 def _allocate(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
-    batch, num_tokens, heads, _ = matrix("q", q, 4).shape
+    batch, num_tokens, heads = matrix("q", q, 4).shape[:3]
     return q.new_empty(batch, num_tokens, heads, matrix("values", values, 4).shape[3])
 
 
 def _flops(q: Sequence[int], keys: Sequence[int], values: Sequence[int], *others: Any, **_: Any) -> int:
     """As if each row saw all positions that are filled."""
-    return 2 * q[0] * q[1] * q[2] * others[2] * (q[3] + values[3])
+    length: int = others[2]
+    return 2 * q[0] * q[1] * q[2] * length * (q[3] + values[3])
 
 
 def _pass(

@@ -119,5 +119,5 @@ def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
             f"cos: expected 1 or {x.shape[0]} sequences, at most {x.shape[3] // 2} angles, got {list(cos.shape)}"
         )
     cos, sin, count = cos.to(x.dtype)[:, :, None], sin.to(x.dtype)[:, :, None], cos.shape[2]
-    first, second, rest = x.split((count, count, x.shape[3] - 2 * count), -1)
+    first, second, rest = torch.split(x, [count, count, x.shape[3] - 2 * count], -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
