@@ -60,8 +60,8 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const int num_threads = useful_threads(used_slots * width * depth, context.num_threads);
 
   std::optional<InputRows> x;  // copies of the rows; `multiply` reads them in place
-  if (!args.input_gradient && width >= kCopiedColumns)
-    x.emplace(k, args.weight.format, args.x, used_slots, num_experts);
+  if (!args.input_gradient && (width >= kCopiedColumns || is_gguf(args.weight.format)))
+    x.emplace(context, args.weight.format, args.x, used_slots, num_experts);
   const int64_t block_bytes =
       args.input_gradient ? 0 : gathered_block_bytes(k, args.weight.format, args.x.dtype, depth);
   const int64_t gathered_bytes = GatheredRows::bytes(block_bytes, num_slots);
@@ -96,20 +96,20 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
     const ProductScratch scratch(memory + thread * ProductScratch::kBytes);
     const int64_t stored = std::min(size.columns, part_width - tile.column);
     const int64_t columns = std::clamp<int64_t>(matrix_of(task).rows() - column, 0, stored);  // the others are zero
-    const auto multiply = args.input_gradient ? k.multiply : k.dot_products;
-    multiply({.rows = rows + tile.first_row,
-              .num_rows = tile.num_rows,
-              .b = columns > 0 ? operand(task) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
-              .num_columns = columns,
-              .depth = columns > 0 ? depth : 0,
-              .c = scratch.c,
-              .next = task + 1 < num_tasks ? operand(task + 1).start() : Start{},
-              .scratch = scratch.packing,
-              .sorted_rows = x && x->sorted().has(expert_offsets, tile.expert),
-              .rows_are_widened = x && x->are_widened(),
-              .gathered = gathered_bytes > 0 && columns > 0
-                              ? gathered[static_cast<size_t>(thread)].of(tile, k, rows, depth)
-                              : nullptr});
+    const Product product{.rows = rows + tile.first_row,
+                          .num_rows = tile.num_rows,
+                          .b = columns > 0 ? operand(task) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
+                          .num_columns = columns,
+                          .depth = columns > 0 ? depth : 0,
+                          .c = scratch.c,
+                          .next = task + 1 < num_tasks ? operand(task + 1).start() : Start{},
+                          .scratch = scratch.packing,
+                          .sorted_rows = x && x->sorted().has(expert_offsets, tile.expert),
+                          .rows_are_widened = x && x->are_widened(),
+                          .gathered = gathered_bytes > 0 && columns > 0
+                                          ? gathered[static_cast<size_t>(thread)].of(tile, k, rows, depth)
+                                          : nullptr};
+    args.input_gradient ? k.multiply(product) : dot_products(context, product);
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* const c = scratch.c + m * panel;
       if (args.bias.defined()) k.add_scaled_row(c, at(args.bias, tile.expert, column), args.bias.dtype, 1.0f, columns);
