@@ -342,6 +342,49 @@ void py_moe_backward(handle inputs, handle layer, handle outputs, ExecutionArgum
   run(moe_backward, args, execution);
 }
 
+// ---- attention ---
+
+void py_attend(handle inputs, handle options, handle outputs, ExecutionArgument execution) {
+  Call call(inputs, 5, options, 3, outputs, 1, execution);
+  const AttendArgs args{.q = call.inputs.in("q"),
+                        .keys = call.inputs.in("keys"),
+                        .values = call.inputs.in("values"),
+                        .starts = call.inputs.in_or_none("starts"),
+                        .sinks = call.inputs.in_or_none("sinks"),
+                        .length = call.options.value<int64_t>("length"),
+                        .scale = call.options.value<float>("scale"),
+                        .window = call.options.value<int64_t>("window"),
+                        .out = call.outputs.out("out")};
+  run(attend, args, execution);
+}
+
+void py_rms_norm(handle inputs, handle options, handle outputs, ExecutionArgument execution) {
+  Call call(inputs, 3, options, 1, outputs, 2, execution);
+  const RmsNormArgs args{.x = call.inputs.in("x"),
+                         .residual = call.inputs.in_or_none("residual"),
+                         .weight = call.inputs.in("weight"),
+                         .eps = call.options.value<float>("eps"),
+                         .y = call.outputs.out("y"),
+                         .sum = call.outputs.out_or_none("sum")};
+  run(rms_norm, args, execution);
+}
+
+void py_rotate_heads(handle inputs, handle options, handle outputs, ExecutionArgument execution) {
+  Call call(inputs, 7, options, 1, outputs, 3, execution);
+  const RotateHeadsArgs args{.q = call.inputs.in("q"),
+                             .k = call.inputs.in("k"),
+                             .v = call.inputs.in("v"),
+                             .cos = call.inputs.in_or_none("cos"),
+                             .sin = call.inputs.in_or_none("sin"),
+                             .q_weight = call.inputs.in_or_none("q_weight"),
+                             .k_weight = call.inputs.in_or_none("k_weight"),
+                             .eps = call.options.value<float>("eps"),
+                             .q_out = call.outputs.out("q_out"),
+                             .k_out = call.outputs.out("k_out"),
+                             .v_out = call.outputs.out("v_out")};
+  run(rotate_heads, args, execution);
+}
+
 }  // namespace
 }  // namespace switchgear
 
@@ -385,4 +428,9 @@ PYBIND11_MODULE(SWITCHGEAR_MODULE, m) {
   op("moe_forward", &py_moe_forward, "Writes the output of the whole expert layer, and h if given.");
   op("moe_accumulate", &py_moe_accumulate, "Adds the output of the expert layer to float32 sums, expert by expert.");
   op("moe_backward", &py_moe_backward, "Writes the gradients of moe_forward whose outputs are given.");
+  if (default_backend().attend != nullptr) {
+    op("attend", &py_attend, "Writes the attention of new tokens over a cache of keys and values.");
+    op("rms_norm", &py_rms_norm, "Writes rows divided by their root mean square, times a weight.");
+    op("rotate_heads", &py_rotate_heads, "Writes queries, keys and values of new tokens, normalised and rotated.");
+  }
 }

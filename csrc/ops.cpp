@@ -123,6 +123,10 @@ void check_options(const GluOptions& options) {
   SWITCHGEAR_CHECK(ValueError, std::isfinite(options.alpha), "alpha: expected a finite number, got ", options.alpha);
 }
 
+void check_eps(float eps) {
+  SWITCHGEAR_CHECK(ValueError, eps > 0 && std::isfinite(eps), "eps: expected a positive number, got ", eps);
+}
+
 // Routers keep some tensors in float32 whatever the dtype of x.
 Kind float32_or_shared(const TensorView& tensor) { return tensor.dtype == DType::kFloat32 ? kFloat32 : kFloat; }
 
@@ -610,6 +614,80 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
   check_trained(call, args.experts, E.size);
   check_adapters(call, args.weights);
   call.run(&Backend::moe_backward, args, exec);
+}
+
+// ---- attention ---
+
+void attend(const AttendArgs& given, Execution exec) {
+  AttendArgs args = given;
+  Call call(exec);
+  Dim B{"B", 0}, T{"T"}, N{"N"}, J{"J"}, C{"C"}, D{"D"}, V{"V"};
+  call.input("q", args.q, kFloat, {&B, &T, &N, &D}, kRows);
+  call.input("keys", args.keys, kFloat, {&B, &J, &C, &D}, kRows);
+  call.input("values", args.values, kFloat, {&B, &J, &C, &V}, kRows);
+  call.optional_input("starts", args.starts, kInt32, {&B});
+  call.optional_input("sinks", args.sinks, kFloat32, {&N});
+  call.output("out", args.out, kFloat, {&B, &T, &N, &V}, kRows);
+  SWITCHGEAR_CHECK(ValueError, N.size % J.size == 0, "keys: expected a number of heads that divides N=", N.size,
+                   ", got ", J.size);
+  SWITCHGEAR_CHECK(ValueError, C.size <= kMostIndices, "keys: expected less than 2^31 positions, got ", C.size);
+  SWITCHGEAR_CHECK(ValueError, args.length >= T.size && args.length <= C.size, "length: expected T=", T.size,
+                   " to C=", C.size, ", got ", args.length);
+  SWITCHGEAR_CHECK(ValueError, args.scale > 0 && std::isfinite(args.scale), "scale: expected a positive number, got ",
+                   args.scale);
+  SWITCHGEAR_CHECK(ValueError, args.window >= 0, "window: expected 0 (none) or more, got ", args.window);
+  call.check_overlap();
+  if (args.starts.defined()) {
+    call.own(args.starts);
+    check_range("starts", args.starts, -kMostIndices, args.length + 1);
+  }
+  call.run(&Backend::attend, args, exec);
+}
+
+void rms_norm(const RmsNormArgs& args, Execution exec) {
+  Call call(exec);
+  Dim T{"T", 0}, H{"H"};
+  call.input("x", args.x, kFloat, {&T, &H}, kRows);
+  call.optional_input("residual", args.residual, kFloat, {&T, &H}, kRows);
+  call.input("weight", args.weight, float32_or_shared(args.weight), {&H});
+  check_eps(args.eps);
+  call.output("y", args.y, kFloat, {&T, &H}, kRows);
+  SWITCHGEAR_CHECK(ValueError, args.sum.defined() == args.residual.defined(), "sum: expected ",
+                   args.residual.defined() ? "it beside residual, got none" : "none without residual, got one");
+  call.optional_output("sum", args.sum, kFloat, {&T, &H}, kRows);
+  call.check_overlap();
+  call.run(&Backend::rms_norm, args, exec);
+}
+
+void rotate_heads(const RotateHeadsArgs& args, Execution exec) {
+  Call call(exec);
+  Dim B{"B", 0}, T{"T"}, N{"N"}, J{"J"}, D{"D"}, V{"V"}, R{"R"}, sequences{"B", 0};
+  call.input("q", args.q, kFloat, {&B, &T, &N, &D}, kRows);
+  call.input("k", args.k, kFloat, {&B, &T, &J, &D}, kRows);
+  call.input("v", args.v, kFloat, {&B, &T, &J, &V}, kRows);
+  SWITCHGEAR_CHECK(ValueError, args.cos.defined() == args.sin.defined(), "sin: expected it with cos, got ",
+                   args.cos.defined() ? "cos alone" : "sin alone");
+  if (args.cos.defined()) {
+    call.input("cos", args.cos, float32_or_shared(args.cos), {&sequences, &T, &R}, kRows);
+    call.input("sin", args.sin, float32_or_shared(args.sin), {&sequences, &T, &R}, kRows);
+    SWITCHGEAR_CHECK(ValueError, sequences.size == 1 || sequences.size == B.size, "cos: expected 1 or B=", B.size,
+                     " sequences, got ", sequences.size);
+    SWITCHGEAR_CHECK(ValueError, 2 * R.size <= D.size, "cos: expected at most ", D.size / 2, " angles, got ", R.size);
+  }
+  const auto check_weight = [&](const char* name, const TensorView& weight, const Dim& heads) {
+    Dim size{"D", 1};
+    call.optional_input(name, weight, float32_or_shared(weight), {&size});
+    SWITCHGEAR_CHECK(ValueError, !weight.defined() || size.size == D.size || size.size == heads.size * D.size, name,
+                     ": expected D=", D.size, " elements, or ", heads.size, " times as many, got ", size.size);
+  };
+  check_weight("q_weight", args.q_weight, N);
+  check_weight("k_weight", args.k_weight, J);
+  check_eps(args.eps);
+  call.output("q_out", args.q_out, kFloat, {&B, &T, &N, &D}, kRows);
+  call.output("k_out", args.k_out, kFloat, {&B, &T, &J, &D}, kRows);
+  call.output("v_out", args.v_out, kFloat, {&B, &T, &J, &V}, kRows);
+  call.check_overlap();
+  call.run(&Backend::rotate_heads, args, exec);
 }
 
 }  // namespace switchgear

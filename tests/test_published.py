@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
+import switchgear
 from errors import raises
+from switchgear.convert import store_checkpoint
 from switchgear.integrations.checkpoint_files import INDEX, Reader
 from switchgear.integrations.published import load_published, planned
 from switchgear.integrations.transformers import is_decorated, path_of
@@ -115,7 +118,9 @@ def test_weights_are_those_that_transformers_reads(published: Callable[[str], Pa
     want = AutoModelForCausalLM.from_pretrained(path, quantization_config=DEQUANTIZE[method], dtype=torch.bfloat16)
     got = load_published(path)
     stored = [state for module in got.modules() if (state := stored_of(module)) is not None]
-    assert len(stored) == len(list(experts_of(got))) > 0
+    num_linears = sum(len(state.layout.names) == 1 for state in stored)
+    assert len(stored) - num_linears == len(list(experts_of(got))) > 0
+    assert (num_linears > 0) == (method == "fp8")
     assert {state.form for state in stored} == {FORMS[method](**OPTIONS.get(model_type, {}))}
     restore(got)
     expected = dict(want.named_parameters()) | dict(want.named_buffers())
@@ -285,12 +290,31 @@ def test_experts_that_were_not_quantised_stay_plain(published: Callable[[str], P
             tensors[key] = minifloat.decode_fp8(tensors[key][None], scales)[0].bfloat16()
 
     path = published("qwen3_moe")
-    want, got = load_published(path), load_published(copied(path, tmp_path, decode))
+    want, got = (load_published(folder, linears=False) for folder in (path, copied(path, tmp_path, decode)))
     assert [stored_of(module) is None for module in experts_of(got)] == [False, True, False, False]
     assert restore(want) == 4
     assert restore(got) == 3
     for (name, ours), theirs in zip(got.named_parameters(), want.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_moe"])
+def test_packed_checkpoints(published: Callable[[str], Path], model_type: str, tmp_path: Path) -> None:
+    """The published bytes, in the order of the kernels; or another form of some."""
+    path = published(model_type)
+    model = load_published(path)
+    inputs = example_inputs(model)
+    done = store_checkpoint(path, tmp_path / "same", None)
+    assert done.experts == len(list(experts_of(model)))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "same")
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        restore(model)
+    switchgear.store(model, "int8", linears="int4")
+    store_checkpoint(path, tmp_path / "other", "int8", linears="int4")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
 def saved(path: Path, model_type: str) -> Any:

@@ -15,7 +15,7 @@ import switchgear
 from errors import raises
 from switchgear import backends
 from switchgear.adapters import add_lora, lora, sites
-from switchgear.integrations.transformers import accelerate, path_of
+from switchgear.integrations.transformers import accelerate, path_of, undo_accelerate
 from switchgear.weights import stored_of
 from tiny_models import build, example_inputs
 
@@ -289,3 +289,31 @@ def test_formats_of_other_libraries_that_cannot_be_transposed(model_type: str) -
     assert path_of(module).startswith("eager: ")
     with torch.no_grad(), pytest.warns(UserWarning, match="keeps its own implementation"):
         model(**example_inputs(model))
+
+
+@pytest.mark.parametrize("stored_first", [True, False])
+def test_linears_run_stored_with_accelerate(stored_first: bool) -> None:
+    """Stored linear layers run the same, whichever of store and accelerate(linears=True) comes first."""
+    model, twin = build("olmoe"), build("olmoe")
+    inputs = example_inputs(model)
+    accelerate(twin)
+    switchgear.store(twin, "int4", linears="int8")
+    if stored_first:
+        accelerate(model)
+        switchgear.store(model, "int4", linears="int8")
+    done = accelerate(model, linears=True)
+    if not stored_first:
+        switchgear.store(model, "int4", linears="int8")
+    undo_accelerate(accelerate(twin, linears=True))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        assert torch.allclose(logits, twin(**inputs).logits, atol=1e-4)
+    undo_accelerate(done)
+    accelerate(model)
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs).logits, logits, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        switchgear.restore(model)
+    plain = build("olmoe")
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]

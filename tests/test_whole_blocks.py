@@ -14,7 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import switchgear
-from switchgear.integrations import transformers as integration
+from switchgear.integrations import whole_blocks
 from switchgear.integrations.transformers import accelerate, undo_accelerate
 from tiny_models import build, example_inputs
 
@@ -36,15 +36,15 @@ def model(request: pytest.FixtureRequest) -> Any:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The inputs of blocks that ran as a whole."""
     seen: list[Any] = []
-    real = integration._run_whole
+    real = whole_blocks._run_whole
 
-    def spied(block: Any, *args: Any) -> Any:
-        y = real(block, *args)
+    def spied(block: Any, *args: Any, **kwargs: Any) -> Any:
+        y = real(block, *args, **kwargs)
         if y is not None:
             seen.append(block)
         return y
 
-    monkeypatch.setattr(integration, "_run_whole", spied)
+    monkeypatch.setattr(whole_blocks, "_run_whole", spied)
     return seen
 
 
@@ -53,7 +53,7 @@ def output(model: Any) -> Tensor:
 
 
 def blocks_of(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if integration.find_block_class(module) is not None]
+    return [module for module in model.modules() if whole_blocks.find_block_class(module) is not None]
 
 
 @torch.no_grad()

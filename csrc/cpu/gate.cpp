@@ -9,6 +9,7 @@
 // any batch. Many tokens are split among threads by rows, few by columns. x is widened, piece by piece, for a weight in float32.
 // A wide matrix is that of the only expert of grouped_gemm, which has the same order of sums.
 #include <algorithm>
+#include <limits>
 
 #include "layer_rows.h"
 #include "ops.h"
@@ -43,11 +44,13 @@ struct Pieces {
 
 bool is_wide(const GateArgs& args, const Kernels& k) {
   const int64_t least = k.packing_rows(args.x.dtype) > 0 ? kCopiedColumns : kRouterColumns + 1;
-  return args.weight.shape[0] >= least && args.weight.dtype == args.x.dtype;
+  const bool has_offsets = args.x.shape[0] <= std::numeric_limits<int32_t>::max();
+  return args.weight.shape[0] >= least && args.weight.dtype == args.x.dtype && has_offsets;
 }
 
 void multiply_wide(const GateArgs& args, const Context& context) {
-  int32_t offsets[2] = {0, static_cast<int32_t>(args.x.shape[0])};
+  const int64_t end = args.x.shape[0];
+  int32_t offsets[2] = {0, static_cast<int32_t>(end)};
   const auto stacked = [](const TensorView& t) {  // of one expert
     TensorView all = t;
     all.ndim = t.ndim + 1;

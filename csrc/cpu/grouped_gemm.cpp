@@ -59,8 +59,11 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const int64_t used_slots = expert_offsets[num_experts];
   const int num_threads = useful_threads(used_slots * width * depth, context.num_threads);
 
-  std::optional<InputRows> x;  // copies of the rows; `multiply` reads them in place
-  if (!args.input_gradient && (width >= kCopiedColumns || is_gguf(args.weight.format)))
+  // Copies of the rows. `multiply` reads them in place, and so are those of a table of which few are used. GGUF's types read
+  // rounded ones.
+  std::optional<InputRows> x;
+  const bool copies = width >= kCopiedColumns && args.x.shape[0] <= 2 * used_slots;
+  if (!args.input_gradient && (copies || is_gguf(args.weight.format)))
     x.emplace(context, args.weight.format, args.x, used_slots, num_experts);
   const int64_t block_bytes =
       args.input_gradient ? 0 : gathered_block_bytes(k, args.weight.format, args.x.dtype, depth);

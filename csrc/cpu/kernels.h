@@ -127,6 +127,41 @@ struct GradientPanel {
   bool adds;       // each rounded sum to the element of `out` that is there
 };
 
+// A softmax over some scores: the largest, and Σ e^(score - max).
+struct Softmax {
+  float max, sum;
+};
+
+// out[i][n] += Σ_p weights[i][p] · values[p][n] for i < num_rows, n < columns; p ascends for each element.
+struct WeightedRows {
+  const float* weights;
+  int64_t weight_stride;
+  int64_t num_rows;  // <= kTileRows
+  const void* values;
+  DType dtype;
+  int64_t value_stride;  // elements
+  int64_t count, columns;
+  const void* ahead;  // what is read next: as many rows are prefetched, ahead_stride bytes apart
+  int64_t ahead_stride;
+  float* out;
+  int64_t out_stride;
+};
+
+// out[i][p] = <rows[i], keys[p]> for i < num_rows, p < count. The order of a sum depends on the depth alone.
+struct ScoredRows {
+  const float* rows;
+  int64_t row_stride;
+  int64_t num_rows;  // <= kTileRows
+  const void* keys;
+  DType dtype;
+  int64_t key_stride;  // elements
+  int64_t count, depth;
+  const void* ahead;  // as those of WeightedRows
+  int64_t ahead_stride;
+  float* out;
+  int64_t out_stride;
+};
+
 struct Kernels {
   const char* isa;
   int panel;          // columns per product
@@ -182,6 +217,13 @@ struct Kernels {
   // and up.
   void (*glu_backward_row)(float* a, float* grad_gate, float* grad_up, const float* grad_a, const float* gate,
                            const float* up, const GluOptions& options, int64_t n);
+
+  // Attention. softmax_weights replaces scores[i], first <= i < last, by e^(scale·scores[i] - max); it may write up to the vectors'
+  // ends. The sums' order depends on the indices alone. merge_rows: row = own·row + factor·other.
+  void (*score_rows)(const ScoredRows&);
+  Softmax (*softmax_weights)(float* scores, int64_t first, int64_t last, float scale);
+  void (*add_weighted_rows)(const WeightedRows&);
+  void (*merge_rows)(float* row, float own, const float* other, float factor, int64_t n);
 
   // Probes of the machine's ceilings. multiply_rate: `iterations` times the multiply-adds of one tile, in registers; returns
   // the flops done. read: sums the first `bytes` bytes, less a last part of fewer than 512.

@@ -312,6 +312,15 @@ void glu_backward_row(float* a, float* grad_gate, float* grad_up, const float* g
   });
 }
 
+}  // namespace
+}  // namespace switchgear::cpu
+
+// attention.inl uses exp
+#include "attention.inl"
+
+namespace switchgear::cpu {
+namespace {
+
 // ---- probes --------------------------------------------------------------------------------------------------------------
 
 template <bool kPairs>
@@ -405,6 +414,10 @@ constexpr Kernels make_table(const char* isa) {
       .dot_rows = dot_rows,
       .glu_row = glu_row,
       .glu_backward_row = glu_backward_row,
+      .score_rows = score_rows,
+      .softmax_weights = softmax_weights,
+      .add_weighted_rows = add_weighted_rows,
+      .merge_rows = merge_rows,
       .multiply_rate = multiply_rate,
       .read = read_bytes,
   };

@@ -348,6 +348,55 @@ struct MoeBackwardArgs {
 };
 void moe_backward(const MoeBackwardArgs& args, Execution exec = {});
 
+// ---- attention ---------------------------------------------------------------------------------------------------------
+
+// Causal attention of T new tokens over a cache of keys and values, in which `length` positions are filled and the new tokens are
+// the last T of them. Row t of sequence b is at position p = length - T + t and sees the positions in
+// [max(starts[b], p - window + 1), p]; heads [j·N/J, (j + 1)·N/J) share head j of the cache.
+//   out[b,t,n] = Σ_p w_p · values[b,j,p] / (Σ_p w_p + e^sinks[n]),   w_p = e^(scale · <q[b,t,n], keys[b,j,p]>)
+// A row that sees nothing is zero. A row's bits depend on its own position from starts[b] on and on what it sees, not on T, B or
+// where in the cache the sequence starts; starts[b] < 0: the first -starts[b] positions have been dropped.
+struct AttendArgs {
+  TensorView q;        // [B,T,N,D] float
+  TensorView keys;     // [B,J,C,D] float
+  TensorView values;   // [B,J,C,V] float
+  TensorView starts;   // [B] int32, optional: 0
+  TensorView sinks;    // [N] float32, optional: none
+  int64_t length = 0;  // T <= length <= C
+  float scale = 1.0f;  // > 0
+  int64_t window = 0;  // 0: none
+  TensorView out;      // out [B,T,N,V]
+};
+void attend(const AttendArgs& args, Execution exec = {});
+
+// y = s · weight / √(mean(s²) + eps), of each row; s = x, or x + residual rounded to the dtype, which `sum` gets.
+struct RmsNormArgs {
+  TensorView x;         // [T,H] float
+  TensorView residual;  // [T,H] float, optional
+  TensorView weight;    // [H] float32, or dtype of x
+  float eps = 1e-6f;    // > 0
+  TensorView y;         // out [T,H]
+  TensorView sum;       // out [T,H], with residual
+};
+void rms_norm(const RmsNormArgs& args, Execution exec = {});
+
+// What attend takes, of new tokens. Each head of q and k is normalised as by rms_norm if there is a weight: one of D elements is for
+// a single head, one of N·D or J·D for all of a token's. Then the elements i and i + R turn by an angle, for i < R; those from 2·R on
+// stay. v is copied. Outputs may be views of the cache.
+struct RotateHeadsArgs {
+  TensorView q;         // [B,T,N,D] float
+  TensorView k;         // [B,T,J,D] float
+  TensorView v;         // [B,T,J,V] float
+  TensorView cos, sin;  // [B,T,R], or [1,T,R] for all sequences, float32, or dtype of q; optional: no turn
+  TensorView q_weight;  // [D] or [N·D] float32, or dtype of q; optional: no norm
+  TensorView k_weight;  // [D] or [J·D]
+  float eps = 1e-6f;    // > 0
+  TensorView q_out;     // out [B,T,N,D]
+  TensorView k_out;     // out [B,T,J,D]
+  TensorView v_out;     // out [B,T,J,V]
+};
+void rotate_heads(const RotateHeadsArgs& args, Execution exec = {});
+
 // ---- the ops of a backend ----------------------------------------------------------------------------------------------
 
 // X(op, its arguments, a tensor that every call has). The tables of backends and their declarations come from these lists.
@@ -371,7 +420,10 @@ void moe_backward(const MoeBackwardArgs& args, Execution exec = {});
   X(moe_forward, MoeForwardArgs, x)                       \
   X(moe_backward, MoeBackwardArgs, x)
 
-// Ops that only the CPU has kernels for. On other devices Python runs their definition. None at present.
-#define SWITCHGEAR_CPU_OPS(X)
+// Ops that only the CPU has kernels for. On other devices Python runs their definition.
+#define SWITCHGEAR_CPU_OPS(X) \
+  X(attend, AttendArgs, q)    \
+  X(rms_norm, RmsNormArgs, x) \
+  X(rotate_heads, RotateHeadsArgs, q)
 
 }  // namespace switchgear

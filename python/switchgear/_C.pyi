@@ -5,7 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 from switchgear._ops import *  # noqa: F403
-from switchgear._ops import _Array
+from switchgear._ops import _Array, _Op
+
+attend: _Op
+rms_norm: _Op
+rotate_heads: _Op
 
 class _BuildInfo(TypedDict):
     compiler: str

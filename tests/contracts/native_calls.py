@@ -151,6 +151,42 @@ OPS = {
     ),
     "glu": Op({"h": "SN float rows", "a": "SI float rows out"}, GLU),
     "glu_backward": Op({"grad_a": "SI float rows", "h": "SN float rows", "grad_h": "SN float rows out"}, GLU),
+    "attend": Op(
+        {
+            "q": "BKPX float rows",
+            "keys": "BOLX float rows",
+            "values": "BOLY float rows",
+            "starts": "B int32",
+            "sinks": "P float32",
+            "out": "BKPY float rows out",
+        },
+        {"length": "K", "scale": 0.5, "window": 2},
+    ),
+    "rms_norm": Op(
+        {
+            "x": "TH float rows",
+            "residual": "TH float rows",
+            "weight": "H float",
+            "y": "TH float rows out",
+            "sum": "TH float rows out",
+        },
+        {"eps": 1e-6},
+    ),
+    "rotate_heads": Op(
+        {
+            "q": "BKPX float rows",
+            "k": "BKOX float rows",
+            "v": "BKOY float rows",
+            "cos": "BKZ float rows",
+            "sin": "BKZ float rows",
+            "q_weight": "X float",
+            "k_weight": "X float",
+            "q_out": "BKPX float rows out",
+            "k_out": "BKOX float rows out",
+            "v_out": "BKOY float rows out",
+        },
+        {"eps": 1e-6},
+    ),
     "moe_forward": Op(
         {"x": "TH float rows", **WEIGHTS, **CHOICES, "y": "TH float rows out", "h": "SN float rows out"},
         GLU,
@@ -253,6 +289,8 @@ def is_optional(op: str, name: str) -> bool:
         "combine": {"topk_weights"},
         "grouped_gemm": {"token_indices"},
         "grouped_gemm_wgrad": {"token_indices", "experts"},
+        "attend": {"starts", "sinks"},
+        "rotate_heads": {"q_weight", "k_weight"},
         "moe_forward": {"h"},
         "moe_backward": {"experts", *outputs_of("moe_backward")},
     }
@@ -260,11 +298,13 @@ def is_optional(op: str, name: str) -> bool:
 
 
 def sizes_of(T: int = 4, K: int = 2, E: int = 3, H: int = 5, I: int = 7) -> dict[str, int]:  # noqa: E741
-    """Sizes by letter; F is E + 1, B is 2. The defaults are all different, so mixed-up sizes are noticed."""
+    """Sizes by letter; F is E + 1, B is 2. The defaults are all different, so mixed-up sizes are noticed. Attention: K
+    new tokens, L positions, P and O heads of q and of the cache, widths X and Y, Z angles."""
     sizes = {"T": T, "K": K, "E": E, "H": H, "I": I, "N": 2 * I, "S": T * K, "F": E + 1, "B": 2, "Q": 64, "R": 16}
     blocks = {"A": 2 * -(-I // 16), "D": -(-H // 16)}
     words = {"W": -(-H // 8), "V": -(-I // 8), "G": -(-H // 16), "J": -(-I // 16)}
-    return sizes | blocks | words
+    heads = {"L": K + 9, "P": 6, "O": 3, "X": 10, "Y": 13, "Z": 4}
+    return sizes | blocks | words | heads
 
 
 def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -275,6 +315,7 @@ def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype = torch.float32
     given = dict(zip(PLAN, reference.plan(topk_ids, sizes["E"]), strict=True)) | {"topk_ids": topk_ids}
     given["sequence_ids"] = torch.randint(sizes["B"], (sizes["T"],), dtype=torch.int32)
     given["experts"] = torch.arange(sizes["E"], dtype=torch.int32)
+    given["starts"] = torch.randint(-1, sizes["K"], (sizes["B"],), dtype=torch.int32)
     given["limits"] = torch.randint(sizes["T"] + 1, (sizes["B"],), dtype=torch.int32)
     dtypes = {"float": dtype, "float32": weight_dtype(dtype), "int32": torch.int32}
     args: dict[str, Any] = {}

@@ -125,7 +125,7 @@ def defects(op: str, name: str) -> Iterator[Defect]:
 
 def linked(letter: str) -> str:
     """Sizes that depend on each other: S = T·K, F = E + 1, N = 2I."""
-    return next(group for group in ("TKS", "EF", "IN", "H", *"ABDWVGJQR") if letter in group)
+    return next(group for group in ("TKS", "EF", "IN", "H", *"ABDWVGJQR", *"LPOXYZ") if letter in group)
 
 
 def is_shared(op: str, letter: str) -> bool:

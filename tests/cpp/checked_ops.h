@@ -357,6 +357,70 @@ inline MoeBackwardArgs moe_backward_args() {
           .grad_topk_weights = floats({T, K})};
 }
 
+inline Op attend_op(AttendArgs& a) {
+  return {"attend",
+          {{"q", &a.q, kRows},
+           {"keys", &a.keys, kRows},
+           {"values", &a.values, kRows},
+           {"starts", &a.starts, kDense, true},
+           {"sinks", &a.sinks, kDense, true},
+           {"out", &a.out, kRows, false, true}},
+          [&] { attend(a, {1}); }};
+}
+inline AttendArgs attend_args() {
+  return {.q = floats({B, T, 6, 4}),
+          .keys = floats({B, 3, 9, 4}),
+          .values = floats({B, 3, 9, 8}),
+          .starts = ints({B}),
+          .sinks = floats({6}),
+          .length = 5,
+          .out = floats({B, T, 6, 8})};
+}
+
+inline Op rms_norm_op(RmsNormArgs& a) {
+  return {"rms_norm",
+          {{"x", &a.x, kRows},
+           {"residual", &a.residual, kRows},
+           {"weight", &a.weight},
+           {"y", &a.y, kRows, false, true},
+           {"sum", &a.sum, kRows, false, true}},
+          [&] { rms_norm(a, {1}); }};
+}
+inline RmsNormArgs rms_norm_args() {
+  return {.x = floats({T, H}),
+          .residual = floats({T, H}),
+          .weight = floats({H}),
+          .y = floats({T, H}),
+          .sum = floats({T, H})};
+}
+
+inline Op rotate_heads_op(RotateHeadsArgs& a) {
+  return {"rotate_heads",
+          {{"q", &a.q, kRows},
+           {"k", &a.k, kRows},
+           {"v", &a.v, kRows},
+           {"cos", &a.cos, kRows, false, false, 1},
+           {"sin", &a.sin, kRows, false, false, 1},
+           {"q_weight", &a.q_weight, kDense, true},
+           {"k_weight", &a.k_weight, kDense, true},
+           {"q_out", &a.q_out, kRows, false, true},
+           {"k_out", &a.k_out, kRows, false, true},
+           {"v_out", &a.v_out, kRows, false, true}},
+          [&] { rotate_heads(a, {1}); }};
+}
+inline RotateHeadsArgs rotate_heads_args() {
+  return {.q = floats({B, T, 6, 10}),
+          .k = floats({B, T, 4, 10}),
+          .v = floats({B, T, 4, 8}),
+          .cos = floats({B, T, 5}),
+          .sin = floats({B, T, 5}),
+          .q_weight = floats({10}),
+          .k_weight = floats({40}),
+          .q_out = floats({B, T, 6, 10}),
+          .k_out = floats({B, T, 4, 10}),
+          .v_out = floats({B, T, 4, 8})};
+}
+
 inline std::vector<Op> all_ops() {
   return {route_op(keep(route_args())),
           route_backward_op(keep(route_backward_args())),
@@ -376,7 +440,10 @@ inline std::vector<Op> all_ops() {
           glu_op(keep(glu_args())),
           glu_backward_op(keep(glu_backward_args())),
           moe_forward_op(keep(moe_forward_args())),
-          moe_backward_op(keep(moe_backward_args()))};
+          moe_backward_op(keep(moe_backward_args())),
+          attend_op(keep(attend_args())),
+          rms_norm_op(keep(rms_norm_args())),
+          rotate_heads_op(keep(rotate_heads_args()))};
 }
 // A copy of a view with one property changed, for as long as it lives.
 struct Changed {

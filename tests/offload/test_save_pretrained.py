@@ -16,6 +16,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import AutoModelForCausalLM
 
+import switchgear
 from switchgear import offload
 from switchgear.adapters import add_lora, load_peft, merge, save_peft
 from switchgear.integrations import saving
@@ -65,6 +66,19 @@ def test_a_checkpoint_from_the_store(tmp_path: Path, model_type: str, form: str)
     with raises(ValueError):
         offload.save_pretrained(model, tmp_path / "whole")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["closed", "out", "s"]
+
+
+def test_stored_linears_beside_offloaded_experts(tmp_path: Path) -> None:
+    """They are saved as plain weights, as the experts are."""
+    model = model_of("qwen3_moe")
+    switchgear.store(model, None, linears="int8")
+    store = offload.write_store(model, tmp_path / "s", "int8")
+    cache = offload.offload(model, store, slots=1)
+    offload.save_pretrained(model, tmp_path / "out")
+    cache.close(restore=True)
+    with pytest.warns(RuntimeWarning, match="int8"):
+        switchgear.restore(model)
+    check_saved(tmp_path / "out", copied(model.state_dict()))
 
 
 def test_a_model_that_was_never_whole(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from switchgear.convert.directory import (
 from switchgear.convert.plans import Item
 from switchgear.files import AnyPath, Unfinished
 from switchgear.weights.exact import Plain
-from switchgear.weights.form import Form, Layout, layout_of
+from switchgear.weights.form import Form, Layout, layout_of, linear_layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, in_layout, packed_keys
 from switchgear.weights.store import PLAIN_LINEARS, LinearLayers, form_named
 from switchgear.weights.weight import Weight
@@ -84,8 +84,8 @@ def store_checkpoint(
         raise ValueError(f"target: expected a folder that does not exist, got {target}")
     own = None if form is None else form_named(form, options)
     others = None if linears is None else form_named(linears, {})
-    plan = planned(source, dtype, needs_experts=False)
-    wanted = _choose(plan.model, own, others, skip)
+    plan = planned(source, dtype, needs_experts=False, linears=True)
+    wanted = _choose(plan.model, own, others, skip, plan.forms)
     if not any(module.form for module in wanted) and not plan.forms:
         raise ValueError("form: expected one for experts or linears, got None for both, and none of the checkpoint's")
     places = {f"{w.path}.{name}": (w, index) for w in wanted for index, name in enumerate(w.layout.names)}
@@ -135,8 +135,10 @@ class _Wanted(NamedTuple):
     form: Form | None
 
 
-def _choose(model: nn.Module, form: Form | None, linears: Form | None, skip: Sequence[str]) -> list[_Wanted]:
-    """The modules to store. Raises ValueError if there is none of a kind that has a form."""
+def _choose(
+    model: nn.Module, form: Form | None, linears: Form | None, skip: Sequence[str], published: Mapping[str, Form]
+) -> list[_Wanted]:
+    """The modules to store, and those that are published packed. Raises ValueError if a form has no modules."""
     experts = [
         _Wanted(path, layout, form)
         for path, module in model.named_modules()
@@ -151,7 +153,12 @@ def _choose(model: nn.Module, form: Form | None, linears: Form | None, skip: Seq
     for path, _ in found:
         if linears is not None and (obstacle := layers.obstacle(model, path, linears)) is not None:
             raise ValueError(f"{path}: expected a layer that can be stored as {linears}; {obstacle}")
-    return [*experts, *(_Wanted(path, layers.layout_of(module), linears) for path, module in found)]  # type: ignore[arg-type]
+    forms = {path: linears for path, _ in found}
+    return experts + [
+        _Wanted(path, layout, forms.get(path))
+        for path, module in model.named_modules()
+        if (layout := linear_layout_of(module)) is not None and (path in forms or f"{path}.weight" in published)
+    ]
 
 
 def _encode(key: str, found: Tensor | Weight, wanted: _Wanted, index: int, published: Form | None) -> Tensor | Weight:

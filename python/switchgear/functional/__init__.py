@@ -18,6 +18,7 @@ format (weights/). Derivatives are beside the functions.
 
 from switchgear.backends import cast_in_autocast as in_autocast_dtype
 from switchgear.functional.arguments import as_ids, as_limit, as_number, as_weights
+from switchgear.functional.attention import attend, rms_norm, rotate_heads
 from switchgear.functional.layer import moe, moe_accumulate
 from switchgear.functional.products import AnyWeight, grouped_gemm, linear
 from switchgear.functional.routes import Plan, Routing, gate, gate_route, plan, route, route_dynamic
@@ -31,6 +32,7 @@ __all__ = [
     "as_limit",
     "as_number",
     "as_weights",
+    "attend",
     "combine",
     "gate",
     "gate_route",
@@ -42,6 +44,8 @@ __all__ = [
     "moe_accumulate",
     "permute",
     "plan",
+    "rms_norm",
+    "rotate_heads",
     "route",
     "route_dynamic",
 ]

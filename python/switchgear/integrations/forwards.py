@@ -134,7 +134,19 @@ def _check_call(part: nn.Module, name: str) -> None:
 
 
 def has_hooks(part: nn.Module) -> bool:
-    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+    if part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        return True
+    return bool(part._forward_hooks) and not all(map(_is_idle, part._forward_hooks.values()))
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook is one by which transformers records outputs, and the call under way records others or none. Once
+    a model has been asked for some, it keeps the hooks for all."""
+    code = getattr(hook, "__code__", None)
+    if code is None or code.co_name != "output_capturing_hook" or "_active_collector" not in hook.__globals__:
+        return False
+    recorded = hook.__globals__["_active_collector"].get()
+    return recorded is None or hook.__closure__[code.co_freevars.index("key")].cell_contents not in recorded
 
 
 def borrow(module: nn.Module, name: str, expected: PartClass) -> Borrowed:

@@ -226,7 +226,8 @@ def put_in(model: nn.Module, targets: Sequence[Packed], files: Sequence[Path]) -
         for index, (name, kind) in enumerate(zip(layout.names, entry.kinds, strict=True)):
             keys = packed_keys(f"{path}.{name}", kind)
             weight = kind.weight({field: reader.read(key).to(device) for field, key in keys})  # type: ignore[arg-type]
-            formats.check_weight(f"{path}.{name}", weight.tensors, weight.form, tuple(sizes[index]), weight.dtype)
+            experts, rows, cols = sizes[index]
+            formats.check_weight(f"{path}.{name}", weight.tensors, weight.form, (experts, rows, cols), weight.dtype)
             weights.append(_in_own_order(f"{path}.{name}", weight, entry.form, layout.parts(index)))
         kinds = zip(weights, trained, strict=True)
         projections = tuple(Projection(Kind.of(weight), was_trained, Tie()) for weight, was_trained in kinds)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Loads published checkpoints with mxfp4 experts (gpt-oss), fp8 experts in blocks of 128 x 128 (DeepSeek-V3,
 Qwen3-MoE) or 64 x 128, nf4 experts (bitsandbytes, one matrix per expert) or experts of 2 to 4 bits (GPTQ, AWQ,
-compressed-tensors). Weights are not rounded again, and no plain copy of the model is made in memory.
+compressed-tensors), and linear layers likewise. Weights are not rounded again, and no plain copy of the model is made
+in memory.
 
     model = load_published("/models/gpt-oss-20b")
 """
@@ -39,7 +40,9 @@ from switchgear.integrations.published_matrices import Matrices, matrices_of, nu
 from switchgear.integrations.transformers import Replacement, accelerate, undo_accelerate
 from switchgear.reference import groups, minifloat
 from switchgear.weights import Form, Layout, Mxfp4, Weight, advise_huge_pages, layout_of
+from switchgear.weights.form import linear_layout_of
 from switchgear.weights.module import Kind, Projection, StoredProjections, Tie, put
+from switchgear.weights.store import PLAIN_LINEARS, LinearLayers
 
 METHODS = ("mxfp4", "fp8", *published_matrices.METHODS)  # of quantisation
 Read = Callable[[Reader, torch.device], Tensor | Weight]
@@ -51,25 +54,29 @@ def load_published(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    linears: bool = True,
 ) -> nn.Module:
-    """Loads a causal language model of transformers on switchgear, in eval mode, with its experts as published.
+    """Loads a causal language model of transformers on switchgear, in eval mode, with its experts and linear layers as
+    published.
 
     Files are read one expert at a time, directly into place. Peak memory is the stored model plus one tensor or 64 MiB.
-    fp8, nf4 and packed linears outside of experts are decoded. Everything else is cast to the dtype of its parameter,
-    as in `from_pretrained`. `switchgear.restore` converts the experts to plain weights.
+    Linear layers outside of experts are stored as with `switchgear.store(…, linears=…)`. Those that it leaves plain by
+    default are decoded. Everything else is cast to the dtype of its parameter, as in `from_pretrained`.
+    `switchgear.restore` converts stored weights to plain ones.
 
     Args:
         path: a directory with config.json and safetensors files.
         model: the model to fill, made under torch.device("meta"). By default it is made from config.json.
         dtype: of a model made here.
         device: where tensors are placed.
+        linears: False decodes all linear layers.
 
     Raises:
         ValueError: config.json names another quantisation; the model has no experts that run on the fused kernel; keys
             are missing or unexpected; shapes, dtypes or numbers differ from those expected. Everything but the numbers
             is checked before any data is read. On failure nothing is loaded.
     """
-    return fill(planned(Path(path), dtype, model, is_quantized=True), torch.device(device))
+    return fill(planned(Path(path), dtype, model, is_quantized=True, linears=linears), torch.device(device))
 
 
 class Planned(NamedTuple):
@@ -99,10 +106,11 @@ def planned(
     *,
     is_quantized: bool = False,
     needs_experts: bool = True,
+    linears: bool = False,
 ) -> Planned:
     """Checks a checkpoint against a model, by default one made from config.json, whose experts run on the fused kernel
     then. Nothing is read but headers. dtype None: that of the config. is_quantized: others are refused. needs_experts:
-    dense models are, too."""
+    dense models are, too. linears: linear layers are read as published, not decoded."""
     files = CheckpointFiles(path)
     config = config_of(files)
     configured = take_quantization(config, is_quantized)
@@ -113,7 +121,7 @@ def planned(
     is_dense = all(recognize(module) is None for module in made.modules())
     replacements = [] if is_dense and not needs_experts else accelerate(made)
     try:
-        return Planned(made, files, replacements, *plan_of(made, files, configured))
+        return Planned(made, files, replacements, *plan_of(made, files, configured, linears))
     except BaseException:
         undo_accelerate(replacements)
         raise
@@ -205,10 +213,13 @@ class Wanted(NamedTuple):
     dtype: torch.dtype
 
 
-def plan_of(model: Any, files: CheckpointFiles, configured: Matrices | None) -> tuple[dict[str, Read], dict[str, Form]]:
+def plan_of(
+    model: Any, files: CheckpointFiles, configured: Matrices | None, linears: bool = False
+) -> tuple[dict[str, Read], dict[str, Form]]:
     """How to read each tensor of the model, and the forms of projections that are not plain, by names in the state
     dict."""
     state, projections, checks = model.state_dict(), _projections(model), Checks(files.headers)
+    layers = _linear_weights(model) if linears else {}
     plan: dict[str, Read] = {}
     forms: dict[str, Form] = {}
     keys = [key for key in files.headers if key in state or not key.endswith(published_matrices.IGNORED)]
@@ -221,6 +232,10 @@ def plan_of(model: Any, files: CheckpointFiles, configured: Matrices | None) -> 
                 forms[target] = kind.form
             elif BLOCKS in {piece.suffix for piece in pieces}:
                 forms[target] = Mxfp4()
+        elif target in layers and kind is not None and {piece[1:] for piece in pieces} == {Piece()[1:]}:
+            matrix = {piece._replace(expert=0): key for piece, key in pieces.items()}
+            plan[target] = _plan_projection(target, layers[target], matrix, checks, kind)
+            forms[target] = kind.form
         elif target in state:
             plan[target] = _plan_tensor(target, state[target], pieces, checks, kind)
         elif not matches(model._keys_to_ignore_on_load_unexpected, target):
@@ -246,6 +261,18 @@ def _projections(model: nn.Module) -> dict[str, Wanted]:
                 experts, rows, columns = (parameter.mT if layout.transposed else parameter).shape
                 options = (layout.parts(index), layout.transposed, parameter.dtype)
                 found[f"{prefix}.{name}"] = Wanted(experts, rows, columns, *options)
+    return found
+
+
+def _linear_weights(model: nn.Module) -> dict[str, Wanted]:
+    """The weights of linear layers that can be stored, outside of experts, by their names in the state dict."""
+    experts = tuple(f"{name}." for name, module in model.named_modules() if recognize(module) is not None)
+    found = {}
+    for path, module in LinearLayers(PLAIN_LINEARS).find(model):
+        if not path.startswith(experts):
+            weight: Any = module.weight
+            rows, columns = weight.shape
+            found[f"{path}.weight"] = Wanted(1, rows, columns, 1, False, weight.dtype)
     return found
 
 
@@ -443,10 +470,10 @@ def compute_buffers(model: Any, device: torch.device) -> None:
 
 def commit(model: Any, loaded: dict[str, Tensor | Weight], forms: dict[str, Form]) -> None:
     for prefix, module in model.named_modules():
-        if (layout := layout_of(module)) is not None:
-            first, second = (loaded.get(f"{prefix}.{name}") for name in layout.names)
-            if isinstance(first, Weight) and isinstance(second, Weight):
-                _put(module, forms[f"{prefix}.{layout.names[0]}"], layout, (first, second))
+        if (layout := layout_of(module) or linear_layout_of(module)) is not None:
+            weights = [w for name in layout.names if isinstance(w := loaded.get(f"{prefix}.{name}"), Weight)]
+            if weights:
+                _put(module, forms[f"{prefix}.{layout.names[0]}"], layout, tuple(weights))
     for target, tensor in loaded.items():
         prefix, _, name = target.rpartition(".")
         module = model.get_submodule(prefix)
@@ -460,7 +487,7 @@ def commit(model: Any, loaded: dict[str, Tensor | Weight], forms: dict[str, Form
     model.tie_weights()
 
 
-def _put(module: nn.Module, form: Form, layout: Layout, weights: tuple[Weight, Weight]) -> None:
+def _put(module: nn.Module, form: Form, layout: Layout, weights: tuple[Weight, ...]) -> None:
     trained = (getattr(module, name).requires_grad for name in layout.names)
-    first, second = (Projection(Kind.of(weight), t, Tie()) for weight, t in zip(weights, trained, strict=True))
-    put(module, StoredProjections(form, layout, (first, second)), weights)
+    projections = tuple(Projection(Kind.of(weight), t, Tie()) for weight, t in zip(weights, trained, strict=True))
+    put(module, StoredProjections(form, layout, projections), weights)

@@ -17,7 +17,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -25,29 +25,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from switchgear import ops
 from switchgear.adapters import wrappers
-from switchgear.backends import in_autocast, warn_once
+from switchgear.backends import warn_once
 from switchgear.checks import checked
-from switchgear.functional import gate_route
-from switchgear.functional.gradients import needs_autograd
 from switchgear.integrations import OLDEST_TRANSFORMERS, is_too_old, packed, saving
+from switchgear.integrations.decoding import run_whole_layers
 from switchgear.integrations.experts import (
     find_unreadable,
     has_post_norm,
     run_experts,
-    run_fused,
     skips_the_last_id,
 )
 from switchgear.integrations.forwards import (
-    Bypassed,
-    PartClass,
-    get_part,
-    name_model_class,
-    replace_forward,
     runs_own_forward,
 )
-from switchgear.integrations.gates import find_gate
 from switchgear.integrations.linears import run_linears
 from switchgear.integrations.modules import (
     CLASS_MARK,
@@ -62,6 +53,7 @@ from switchgear.integrations.modules import (
     weights_in,
 )
 from switchgear.integrations.undecorated import PATCHES
+from switchgear.integrations.whole_blocks import run_as_whole
 from switchgear.utils.modules import extend_once
 from switchgear.weights.state import extend
 
@@ -159,7 +151,9 @@ class Replacement:
 
 
 @checked
-def accelerate(model: nn.Module, *, whole_blocks: bool = False, linears: bool = False) -> list[Replacement]:
+def accelerate(
+    model: nn.Module, *, whole_blocks: bool = False, linears: bool = False, whole_layers: bool = False
+) -> list[Replacement]:
     """Runs every experts module of a loaded model on switchgear, including those that transformers would not dispatch.
 
     Decorated modules get `experts_implementation="switchgear"` in their own config. Modules of the classes in
@@ -168,13 +162,18 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False, linears: bool = 
     of all models made from one config object, as with transformers' own `set_experts_implementation`.
 
     Args:
-        whole_blocks: also run the blocks of OLMoE, Qwen3 MoE and Mixtral as a whole when no gradient is needed: router
-            and experts without calls of their modules, unless these have hooks. It is faster for one token, and no
-            bit of a token depends on its batch. The logits of the router may differ from torch's in the last bit.
+        whole_blocks: also run blocks of known families (`whole_blocks.BLOCKS`) as a whole when no gradient is needed:
+            router and experts without calls of their modules, unless these have hooks. It is faster for one token, and
+            no bit of a token depends on its batch. The router's logits may differ from torch's in the last bit.
         linears: also multiply every nn.Linear of the model, and the weights of its routers, by `switchgear.linear`,
             forward and backward: a row then has the same bits in any batch. Results may differ from torch's in the
             last bits. Modules, names, parameters and hooks stay. Under torch.compile, autocast and torch.func, and on
             other devices, torch's products run.
+        whole_layers: also run decoder layers of known families (`decoding.LAYERS`) in a handful of kernel calls,
+            attention over a cache that is written in place included, and all `linears`. `generate` needs no argument
+            for it. No bit of a token depends on its batch, its padding, how the prompt is cut or the number of threads,
+            nor on whether gradients are needed. A layer with hooks, adapters, another mask or cache runs the model's
+            own code.
 
     Returns a Replacement for each module; `undo_accelerate(replacements)` of this module undoes the call.
 
@@ -190,9 +189,12 @@ def accelerate(model: nn.Module, *, whole_blocks: bool = False, linears: bool = 
                 if (undo := run_as_whole(module)) is not None:
                     kind = type(module).__name__
                     replacements.append(Replacement(name, kind, "whole block", "forward", undo))
-        if linears:
+        if linears or whole_layers:
             for name, module, undo in run_linears(model):
                 replacements.append(Replacement(name, type(module).__name__, "linear", "forward", undo))
+        if whole_layers:
+            for name, module, undo in run_whole_layers(model):
+                replacements.append(Replacement(name, type(module).__name__, "whole layer", "forward", undo))
     except BaseException:
         undo_accelerate(replacements)
         raise
@@ -262,86 +264,3 @@ def _explain_nothing_found(model: nn.Module) -> str:
         f"with the attributes {', '.join((*MARKS, CLASS_MARK))} (transformers' use_experts_implementation) and for the "
         f"classes {', '.join(name.split('.')[-1] for name in PATCHES)}"
     )
-
-
-# ---- whole blocks ----------------------------------------------------------------------------------------------------
-# Inference of whole MoE blocks: router, choice and experts without a call of either module.
-#
-# For small models the Python code of a block costs more than its kernels; for all models it does when it first runs
-# after the weights have evicted it from the caches. So a block of a known class goes from its input to `gate_route` and
-# `moe` directly. It does so only while calling its submodules would do nothing else: without gradients, hooks, replaced
-# forwards or traces. Otherwise the class's own forward runs.
-#
-# The router's logits are sums of our own order, so they may differ from torch's in the last bit, and a choice between
-# experts whose logits are that close may differ.
-
-_has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
-
-
-class BlockClass(NamedTuple):
-    """A block whose router chooses by a softmax, and what is done to its weights."""
-
-    block: PartClass
-    router: PartClass
-    experts: PartClass
-    always_normalizes: bool  # else by the router's norm_topk_prob
-    rounds: bool  # weights to the dtype of the logits
-
-
-def _name_classes(folder: str, name: str, always_normalizes: bool, rounds: bool) -> BlockClass:
-    parts = ("SparseMoeBlock", "TopKRouter", "Experts")
-    block, router, experts = (name_model_class(folder, name + part) for part in parts)
-    return BlockClass(block, router, experts, always_normalizes, rounds)
-
-
-BLOCKS = (
-    _name_classes("olmoe", "Olmoe", False, True),
-    _name_classes("qwen3_moe", "Qwen3Moe", False, True),
-    _name_classes("mixtral", "Mixtral", True, False),
-)
-
-
-def find_block_class(block: nn.Module) -> BlockClass | None:
-    return next((known for known in BLOCKS if known.block.matches(type(block))), None)
-
-
-def run_as_whole(block: nn.Module) -> Callable[[], None] | None:
-    """Lets a block run as a whole where it can, and returns an undo function; None if its class is not known, or its
-    forward was replaced before."""
-    known, own = find_block_class(block), type(block).forward
-    if known is None or not runs_own_forward(block):
-        return None
-
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        y = _run_whole(self, known, hidden_states) if type(self).forward is own else None
-        return type(self).forward(self, hidden_states) if y is None else y
-
-    return replace_forward(block, forward)
-
-
-def _run_whole(block: Any, known: BlockClass, hidden_states: Tensor) -> Tensor | None:
-    """The block's output, or None if its own forward has to run."""
-    if torch.compiler.is_compiling() or _has_any_global_hook() or in_autocast(hidden_states.device.type):
-        return None
-    if block.training and getattr(block, "jitter_noise", 0.0) > 0:
-        return None
-    try:
-        router: Any = get_part(block, "gate", known.router)
-        experts: Any = get_part(block, "experts", known.experts)
-    except Bypassed:
-        return None
-    if experts.config._experts_implementation != "switchgear":
-        return None
-    weight = router.weight
-    x = hidden_states.view(-1, hidden_states.shape[-1])
-    if needs_autograd(x, weight) or not ops.needs_no_dispatch(x, weight) or weight.dtype is not x.dtype:
-        return None
-    weights, gate = weights_in(experts), find_gate(experts)
-    if gate is None or find_unreadable(weights) is not None:
-        return None
-    normalizes = known.always_normalizes or router.norm_topk_prob
-    chosen = gate_route(x, weight, router.top_k, normalize=normalizes)
-    topk_weights = chosen.topk_weights
-    if known.rounds and x.dtype is not torch.float32:
-        topk_weights = topk_weights.to(x.dtype)
-    return run_fused(x, chosen.topk_ids, topk_weights, weights, gate).view(hidden_states.shape)

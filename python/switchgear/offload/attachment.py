@@ -179,7 +179,7 @@ class Attachment:
     def commit(self) -> None:
         if self.original is not None:
             self.original.take_out_of(self.target.module)
-        put(self.target.module, self.stored, ())  # type: ignore[arg-type]
+        put(self.target.module, self.stored, ())
 
     def undo(self) -> None:
         module, names = self.target.module, self.target.layout.names

@@ -21,6 +21,7 @@ from switchgear.offload.attachment import read_all
 from switchgear.offload.projections import InStore, OffloadedProjections
 from switchgear.offload.store import Store
 from switchgear.offload.store_records import StoreError
+from switchgear.weights.form import Layout
 from switchgear.weights.module import in_layout, stored_of
 from switchgear.weights.weight import Weight
 
@@ -143,9 +144,19 @@ def _find_offloaded(model: nn.Module) -> dict[str, OffloadedProjections]:
 
 
 def _items(model: nn.Module, layers: Mapping[str, OffloadedProjections], experts: _Experts) -> Iterator[Item]:
-    """The entries of the state dict; tensors that share memory once, as from_pretrained ties them again."""
+    """The entries of the state dict; tensors that share memory once, as from_pretrained ties them again. Stored linear
+    layers are decoded."""
     seen: set[tuple[int, torch.Size]] = set()
-    for key, tensor in model.state_dict().items():
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if (stored := stored_of(module)) is not None and stored.is_in_memory and stored.form.suffixes:
+            for own, weight in zip(stored.layout.names, stored.weights(module), strict=True):
+                key = f"{name}.{own}"
+                for suffix in stored.form.suffixes:
+                    del state[f"{key}{suffix}"]
+                shape = stored.layout.view_back(torch.empty(weight.shape, device="meta")).shape
+                yield Item(key, tuple(shape), weight.dtype, partial(_decode, weight, stored.layout))
+    for key, tensor in state.items():
         if isinstance(tensor, InStore):
             name, _, projection = key.rpartition(".")
             make = partial(experts.plain, name, layers[name], projection)
@@ -156,6 +167,10 @@ def _items(model: nn.Module, layers: Mapping[str, OffloadedProjections], experts
             seen.add(place)
             make = partial(torch.Tensor.detach, tensor)
         yield Item(key, tuple(tensor.shape), tensor.dtype, make)
+
+
+def _decode(weight: Weight, layout: Layout) -> Tensor:
+    return in_layout(weight.plain(), layout)
 
 
 class _Experts:

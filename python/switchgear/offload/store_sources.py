@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from switchgear import _C
 from switchgear.offload.projections import OffloadedForm
 from switchgear.weights.form import Form, Layout, hint_for, layout_of
-from switchgear.weights.module import stored_of
+from switchgear.weights.module import StoredProjections, stored_of
 from switchgear.weights.selected import selection_of
 from switchgear.weights.weight import Weight
 
@@ -55,7 +55,7 @@ def of_model(model: nn.Module, form: Form | None) -> Source:
         where = f"source.{name}" if name else "source"
         _refuse(module, where)
         stored, layout = stored_of(module), layout_of(module)
-        if stored is not None:
+        if stored is not None and stored.layout.stored_class is None:  # experts
             if isinstance(stored.form, OffloadedForm):
                 raise ValueError(f"{where}: expected experts in memory, got {stored.form}; {stored.form.remedy}")
             if form is not None and stored.form != form:
@@ -67,7 +67,7 @@ def of_model(model: nn.Module, form: Form | None) -> Source:
             if type(first) is not Weight or type(second) is not Weight:
                 raise ValueError(f"{where}: expected experts in memory, got {stored.form}")
             sizes = (*first.shape, *second.shape[1:])
-            layers.append(Layer(name, sizes, partial(stored.weights, module), partial(_sum_up, module)))
+            layers.append(Layer(name, sizes, partial(_read_both, stored, module), partial(_sum_up, module)))
         elif layout is not None:
             _check_plain(module, layout, where)
             shapes = [_rows_first(getattr(module, key), layout).shape for key in layout.names]
@@ -107,6 +107,11 @@ def _check_plain(module: nn.Module, layout: Layout, where: str) -> None:
 
 def _rows_first(weight: Tensor, layout: Layout) -> Tensor:
     return weight.mT if layout.transposed else weight
+
+
+def _read_both(stored: StoredProjections, module: nn.Module) -> tuple[Weight, Weight]:
+    first, second = stored.weights(module)
+    return first, second
 
 
 def _encode_both(module: nn.Module, layout: Layout, form: Form | None, where: str) -> tuple[Weight, Weight]:

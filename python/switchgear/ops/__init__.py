@@ -11,9 +11,11 @@ native.py        the native modules
 registration.py  how an op is defined
 routing.py       the choice of experts: gate, route and the ops of routing policies
 stages.py        the stages of a layer: plan, permute, grouped_gemm, glu, combine
+attention.py     attention over a cache, which only the CPU has kernels for
 layer.py         the whole layer in one op: moe_forward, moe_accumulate, moe_backward
 """
 
+from switchgear.ops.attention import *  # noqa: F403
 from switchgear.ops.layer import *  # noqa: F403
 from switchgear.ops.native import *  # noqa: F403
 from switchgear.ops.routing import *  # noqa: F403

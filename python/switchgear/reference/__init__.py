@@ -8,6 +8,7 @@ gradcheck in float64 verifies the formulas that the kernels implement.
 
 routing.py    the router's product and the choice of experts; policies.py: the ops of routing policies
 stages.py     plan, permute, combine; products.py: grouped_gemm; activations.py: the activation between the projections
+attention.py  attention over a cache
 layer.py      the whole layer: Layer, moe_forward, moe_accumulate, moe_backward; low-rank adapters of projections
 formats.py    the tensors of a weight, by format: panels.py, compact.py, integers.py, minifloat.py, nf4.py,
               groups.py, gguf.py
@@ -17,8 +18,9 @@ Letters: T tokens · K top_k · E experts · H hidden_size · I intermediate_siz
 Errors: ValueError, or TypeError for a dtype, with the argument, what was expected and what was passed.
 """
 
-from switchgear.reference import activations, checks, layer, policies, products, routing, stages
+from switchgear.reference import activations, attention, checks, layer, policies, products, routing, stages
 from switchgear.reference.activations import *  # noqa: F403
+from switchgear.reference.attention import *  # noqa: F403
 from switchgear.reference.checks import *  # noqa: F403
 from switchgear.reference.layer import *  # noqa: F403
 from switchgear.reference.policies import *  # noqa: F403
@@ -28,6 +30,7 @@ from switchgear.reference.stages import *  # noqa: F403
 
 __all__ = [
     *activations.__all__,
+    *attention.__all__,
     *checks.__all__,
     *layer.__all__,
     *policies.__all__,

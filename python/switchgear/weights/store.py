@@ -456,7 +456,7 @@ class LinearLayers:
             return "linear layers do not read panels"
         own = vars(model.get_submodule(name))
         forward = own.get("_old_forward", own.get("forward"))
-        if forward is not None and not hasattr(getattr(forward, "__func__", None), "reads_stored"):
+        if forward is not None and not hasattr(getattr(forward, "__func__", None), "switchgear_patch"):
             return "other code has replaced the forward of this layer"
         return None
 

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whole MoE blocks of transformers: router, choice and experts without a call of either module.
+
+For small models the Python code of a block costs more than its kernels; for all models it does when it first runs
+after the weights have evicted it from the caches. So a block of a known class goes from its input to `gate_route` and
+`moe` directly. It does so only while calling its submodules would do nothing else: without hooks, replaced forwards or
+traces. Otherwise the class's own forward runs.
+
+The router's logits are sums of our own order, so they may differ from torch's in the last bit, and a choice between
+experts whose logits are that close may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from switchgear import ops
+from switchgear.backends import in_autocast
+from switchgear.functional import gate_route
+from switchgear.functional.gradients import is_transformed, needs_autograd
+from switchgear.integrations.experts import find_unreadable, run_fused
+from switchgear.integrations.forwards import (
+    Bypassed,
+    PartClass,
+    get_part,
+    has_hooks,
+    name_model_class,
+    replace_forward,
+    runs_own_forward,
+)
+from switchgear.integrations.gates import find_gate
+from switchgear.integrations.modules import NAME, weights_in
+
+_has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
+
+
+class BlockClass(NamedTuple):
+    """A block and its parts, how the router chooses, and what is done to its weights."""
+
+    block: PartClass
+    router: PartClass
+    experts: PartClass
+    options: Callable[[Any], dict[str, Any]]  # of gate_route, for a router
+    rounds: bool  # weights to the dtype of the logits
+    router_name: str = "gate"
+    shared: str | None = None  # the part whose output is added
+    returns_weights: bool = False  # beside its output
+
+
+def _name_classes(
+    folder: str, name: str, options: Callable[[Any], dict[str, Any]], rounds: bool, block: str = "SparseMoeBlock",
+    router: str = "TopKRouter", router_name: str = "gate", shared: str | None = None, returns_weights: bool = False,
+) -> BlockClass:  # fmt: skip
+    classes = (name_model_class(folder, name + part) for part in (block, router, "Experts"))
+    return BlockClass(*classes, options, rounds, router_name, shared, returns_weights)
+
+
+def _choose_by_softmax(router: Any) -> dict[str, Any]:
+    return {"normalize": router.norm_topk_prob}
+
+
+def _choose_by_logits(router: Any) -> dict[str, Any]:
+    """A softmax over the chosen logits: that over all, normalised."""
+    return {"normalize": True, "bias": getattr(router, "bias", None)}
+
+
+def _choose_by_groups(router: Any) -> dict[str, Any]:
+    return {
+        "score_function": "sigmoid", "normalize": router.norm_topk_prob, "scale": router.routed_scaling_factor,
+        "selection_bias": router.e_score_correction_bias, "num_groups": router.num_group,
+        "topk_groups": router.topk_group, "group_score": "top2_sum",
+    }  # fmt: skip
+
+
+BLOCKS = (
+    _name_classes("olmoe", "Olmoe", _choose_by_softmax, True),
+    _name_classes("qwen3_moe", "Qwen3Moe", _choose_by_softmax, True),
+    _name_classes("mixtral", "Mixtral", lambda _: {"normalize": True}, False),
+    _name_classes("gpt_oss", "GptOss", _choose_by_logits, True, "MLP", router_name="router", returns_weights=True),
+    _name_classes("granitemoe", "GraniteMoe", _choose_by_logits, True, "MoE", router_name="router"),
+    _name_classes("glm4_moe", "Glm4Moe", _choose_by_groups, False, "MoE", "TopkRouter", shared="shared_experts"),
+)
+
+
+def find_block_class(block: nn.Module) -> BlockClass | None:
+    return next((known for known in BLOCKS if known.block.matches(type(block))), None)
+
+
+def run_as_whole(block: nn.Module) -> Callable[[], None] | None:
+    """Lets a block run as a whole where it can, and returns an undo function; None if its class is not known, or its
+    forward was replaced before."""
+    known, own = find_block_class(block), type(block).forward
+    if known is None or known.returns_weights or not runs_own_forward(block):
+        return None
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        is_ours = type(self).forward is own
+        y = _run_whole(self, known, hidden_states, with_gradients=False) if is_ours else None
+        return type(self).forward(self, hidden_states) if y is None else y
+
+    forward.runs_whole = True  # type: ignore[attr-defined]
+    return replace_forward(block, forward)
+
+
+def run_block(block: Any, hidden_states: Tensor) -> Any:
+    """A block's output, as a whole if it can, with gradients too."""
+    forward = vars(block).get("forward")
+    is_own = forward is None or hasattr(getattr(forward, "__func__", None), "runs_whole")
+    if is_own and not has_hooks(block) and (known := find_block_class(block)) is not None:
+        y = _run_whole(block, known, hidden_states, with_gradients=True)
+        if y is not None:
+            return y
+    return block(hidden_states)
+
+
+def _run_whole(block: Any, known: BlockClass, hidden_states: Tensor, with_gradients: bool) -> Tensor | None:
+    """The block's output, or None if its own forward has to run."""
+    if torch.compiler.is_compiling() or _has_any_global_hook() or in_autocast(hidden_states.device.type):
+        return None
+    if block.training and getattr(block, "jitter_noise", 0.0) > 0:
+        return None
+    try:
+        router: Any = get_part(block, known.router_name, known.router)
+        experts: Any = get_part(block, "experts", known.experts)
+    except Bypassed:
+        return None
+    if experts.config._experts_implementation != NAME:
+        return None
+    weight = router.weight
+    x = hidden_states.view(-1, hidden_states.shape[-1])
+    is_differentiated = needs_autograd(x, weight)
+    if (is_differentiated and (not with_gradients or is_transformed())) or not ops.needs_no_dispatch(x, weight):
+        return None
+    options = known.options(router)
+    is_wide = weight.dtype is torch.float32 and x.dtype is not torch.float32
+    if weight.dtype is not x.dtype and not (is_wide and options.get("score_function") == "sigmoid"):
+        return None
+    weights, gate = weights_in(experts), find_gate(experts)
+    if gate is None or find_unreadable(weights) is not None:
+        return None
+    chosen = gate_route(x, weight, router.top_k, float32=is_wide, **options)
+    topk_weights = chosen.topk_weights
+    if known.rounds and x.dtype is not torch.float32:
+        topk_weights = topk_weights.to(x.dtype)
+    y = run_fused(x, chosen.topk_ids, topk_weights, weights, gate).view(hidden_states.shape)
+    return y if known.shared is None else y + block._modules[known.shared](hidden_states)
