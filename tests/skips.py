@@ -8,7 +8,8 @@ import re
 
 ALLOWED = (
     # packages and tools
-    r"(accelerate|cmake|jax|matplotlib|mergekit|peft|rich|safetensors|scipy|transformers) is not installed",
+    r"(accelerate|cmake|gguf|jax|llama_cpp|matplotlib|mergekit|peft|rich|safetensors|scipy) is not installed",
+    r"(switchgear_bench|transformers) is not installed",
     r"scikit-build-core is not installed",
     r"needs peft and transformers: .*",
     r"needs transformers with (DistributedConfig|EPImplementation)",

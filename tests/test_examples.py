@@ -46,6 +46,11 @@ def test_mixtral_agrees_with_eager() -> None:
     assert load("mixtral")["main"]() < 1e-5
 
 
+def test_gguf_is_written_back_with_the_same_bytes() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    assert load("gguf")["main"]()[1]
+
+
 @pytest.mark.slow
 def test_row32_towards_understanding_moe_needs_a_mixture_of_nonlinear_experts() -> None:
     """The authors' accuracies: 100.0 (runs from 98.1 on), 92.9, 79.6 and 68.3 %; single networks: see the example."""

@@ -255,6 +255,7 @@ void for_columns(const RowsOfB& rows, Tile&& tile) {
 template <int kRows, int kColumns, typename Words>
 void add_streams(const Product& product, const Rows& a, const Element<Words>* b, int64_t depth) {
   const int64_t stride = product.b.n_stride, part = product.num_columns / kColumns;
+  const int64_t apart = stride * (product.stream_columns > 0 ? product.stream_columns : part);
   for (int64_t n = 0; n < part; ++n) {
     float sums[kRows * kPanel];
     const auto for_sums = [&](auto&& function) {
@@ -263,7 +264,7 @@ void add_streams(const Product& product, const Rows& a, const Element<Words>* b,
       }
     };
     for_sums([](float& sum, float& c) { sum = c; });
-    add_dot_tile<kRows, kColumns, Prefetch::kNothing, Words>(sums, a, b + n * stride, stride * part, depth, {});
+    add_dot_tile<kRows, kColumns, Prefetch::kNothing, Words>(sums, a, b + n * stride, apart, depth, {});
     for_sums([](float& sum, float& c) { c = sum; });
   }
   for (int64_t n = part * kColumns; n < product.num_columns; ++n) {
@@ -278,6 +279,15 @@ constexpr int num_streams() {
   if (kLanes > 8) return 0;  // processors with longer vectors prefer one stream
   if (kRows <= (kAreWidened ? 2 : 3)) return kMostStreams;
   return kAreWidened ? kMostStreams / 2 : 0;
+}
+
+int num_streams_of(DType dtype, int64_t num_rows) {
+  int streams = 0;
+  if (fastest_reads() != Reads::kStreams || num_rows > kTileRows) return 0;
+  with_words(dtype, [&]<typename Words>() {
+    with_constant<kTileRows>(num_rows, [&]<int kRows>() { streams = num_streams<kRows, Words>(); });
+  });
+  return streams;
 }
 
 // All of a single tile, which reads B once, or a part of its depth; `next` is read afterwards.

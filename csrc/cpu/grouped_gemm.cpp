@@ -46,6 +46,16 @@ struct TileSize {
   }
 };
 
+// Streams in which all tiles of one plain matrix are read, each of which has an equal share of its columns; 1: tiles are read
+// one after the other. A stream goes on where it was in the tile before, which processors that read in streams follow.
+int64_t streams_of(const GroupedGemmArgs& args, int64_t width, const Context& context) {
+  const Weight& weight = args.weight;
+  const bool is_one = weight.num_experts() == 1 && weight.format == Format::kPlain && weight.data.stride[2] == 1;
+  if (!is_one || args.input_gradient || width % context.kernels.panel != 0) return 1;
+  const int64_t num_rows = args.expert_offsets.as<int32_t>()[1];
+  return num_rows > 0 ? std::max(context.kernels.num_streams(args.x.dtype, num_rows), 1) : 1;
+}
+
 }  // namespace
 
 void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
@@ -75,6 +85,7 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const std::vector<Tile> tiles = make_tiles(expert_offsets, num_experts, part_width, size.columns, size.rows,
                                              gathered_bytes > 0 ? TileOrder::kRows : TileOrder::kPanels);
   const auto num_tiles = static_cast<int64_t>(tiles.size()), num_tasks = num_tiles * parts;
+  const int64_t streams = streams_of(args, width, context), stream_columns = streams > 1 ? width / streams : 0;
 
   const int64_t pointer_bytes = Workspace::padded(used_slots * static_cast<int64_t>(sizeof(void*)));
   Workspace workspace(pointer_bytes + (x ? x->bytes() : 0) + num_threads * (ProductScratch::kBytes + gathered_bytes));
@@ -90,7 +101,7 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   }
 
   const auto tile_of = [&](int64_t task) -> const Tile& { return tiles[static_cast<size_t>(task % num_tiles)]; };
-  const auto column_of = [&](int64_t task) { return task / num_tiles * part_width + tile_of(task).column; };
+  const auto column_of = [&](int64_t task) { return task / num_tiles * part_width + tile_of(task).column / streams; };
   const auto matrix_of = [&](int64_t task) { return ExpertMatrix(args.weight, tile_of(task).expert, args.x.dtype); };
   const auto operand = [&](int64_t task) { return matrix_of(task).rows_from(column_of(task)); };
   parallel_for_shares(num_threads, num_tasks, [&](int64_t task, int thread) {
@@ -111,12 +122,18 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
                           .rows_are_widened = x && x->are_widened(),
                           .gathered = gathered_bytes > 0 && columns > 0
                                           ? gathered[static_cast<size_t>(thread)].of(tile, k, rows, depth)
-                                          : nullptr};
+                                          : nullptr,
+                          .stream_columns = stream_columns};
     args.input_gradient ? k.multiply(product) : dot_products(context, product);
     for (int64_t m = 0; m < tile.num_rows; ++m) {
-      float* const c = scratch.c + m * panel;
-      if (args.bias.defined()) k.add_scaled_row(c, at(args.bias, tile.expert, column), args.bias.dtype, 1.0f, columns);
-      k.store_row(at(args.out, tile.first_row + m, column), args.out.dtype, c, stored);
+      float* c = scratch.c + m * panel;
+      for (int64_t i = 0, at_column = column; i < streams; ++i, at_column += stream_columns, c += stored / streams) {
+        if (args.bias.defined()) {
+          const char* const bias = at(args.bias, tile.expert, at_column);
+          k.add_scaled_row(c, bias, args.bias.dtype, 1.0f, columns / streams);
+        }
+        k.store_row(at(args.out, tile.first_row + m, at_column), args.out.dtype, c, stored / streams);
+      }
     }
   });
   zero_tail(args.out, used_slots);

@@ -105,6 +105,9 @@ struct Product {
   bool sorted_rows = false;       // written by store_sorted; plain b is packed then: see packing_rows
   bool rows_are_widened = false;  // float32, though b is 16-bit: plain or compact b, not sorted or gathered
   const void* gathered = nullptr;  // the same rows from gather_rows, block after block: read instead
+  // Columns of b from one stream (num_streams) to the next, each of which has an equal share of the columns of c; 0: as many
+  // as a share, so that b's columns are consecutive.
+  int64_t stream_columns = 0;
 };
 constexpr int64_t kLeftPadding = 31;
 constexpr int64_t kScratchRow = kChunkWords + 16;  // words; rows a page apart would share sets of L1
@@ -170,6 +173,8 @@ struct Kernels {
   void (*multiply)(const Product&);      // k ascends in one accumulator; not with compact b or panels
   bool (*multiplies_stored)(DType);      // whether `multiply` takes columns of integers and minifloats
   void (*dot_products)(const Product&);  // lanes along k; without row_begin, accumulate, next_width
+  // Streams in which dot_products reads plain rows of b at once for so many rows of A; 0: one after the other.
+  int (*num_streams)(DType dtype, int64_t num_rows);
   // For rows that many dot_products share, in blocks of kGatheredRows. gathered_bytes: bytes per block, 0 if rows are read in
   // place. gather_rows: elements [first, first + count) of up to a block of rows; rows[m] points to element `first`, a
   // multiple of kMaxPanel. The missing rows and elements of a block become zero.

@@ -397,6 +397,7 @@ constexpr Kernels make_table(const char* isa) {
       .multiply = multiply,
       .multiplies_stored = [](DType) { return true; },
       .dot_products = dot_products,
+      .num_streams = num_streams_of,
       .gathered_bytes = [](DType, int64_t) -> int64_t { return 0; },
       .gather_rows = nullptr,
       .pack_chunk = pack_chunk,

@@ -7,7 +7,7 @@ Functions:  moe (all experts of a layer), and its stages: gate, route, plan, per
             linear (a product with one matrix)
 Results:    Routing, Plan
 Losses:     load_balancing_loss, z_loss; balance_loss(model) and after_step(model) for routers with load balancing
-Models:     accelerate(model) runs a Hugging Face model on the kernels
+Models:     accelerate(model) runs a Hugging Face model on the kernels; load_gguf, save_gguf: GGUF files
 Weights:    store(model, form) converts the experts to a faster or smaller form: "auto", "plain", "panels", "compact",
             "int8", "fp8" and others (docs/weights.md); restore(model) decodes it again. The parts are in
             switchgear.weights
@@ -25,6 +25,7 @@ Logging:    the logger "switchgear" says at level INFO what of a model was chang
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ from switchgear.utils.packages import failed_import, installed_version, is_insta
 from switchgear.weights import Weight, restore, store
 
 if TYPE_CHECKING:
+    from switchgear.integrations.gguf import load_gguf, save_gguf
     from switchgear.integrations.transformers import accelerate
 
 __version__ = version
@@ -84,6 +86,7 @@ __all__ = [
     "layers",
     "linear",
     "load_balancing_loss",
+    "load_gguf",
     "moe",
     "offload",
     "optim",
@@ -94,6 +97,7 @@ __all__ = [
     "restore",
     "route",
     "routing",
+    "save_gguf",
     "set_cpu_isa",
     "set_cuda_kernels",
     "store",
@@ -101,17 +105,18 @@ __all__ = [
     "weights",
     "z_loss",
 ]
+_OF_TRANSFORMERS = {"accelerate": "transformers", "load_gguf": "gguf", "save_gguf": "gguf"}  # imported on first use
 # A star import takes every name of the list.
 if not TYPE_CHECKING and (not is_installed("transformers") or is_too_old(installed_version("transformers") or "")):
-    __all__.remove("accelerate")
+    __all__ = [name for name in __all__ if name not in _OF_TRANSFORMERS]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "accelerate":  # imports transformers, so only on first use
+    if name in _OF_TRANSFORMERS:
         try:
-            from switchgear.integrations.transformers import accelerate
+            module = importlib.import_module(f"switchgear.integrations.{_OF_TRANSFORMERS[name]}")
         except ImportError as error:
             reason = failed_import(error, "transformers")
-            raise ImportError(f"switchgear.accelerate: {reason}", name=error.name) from error
-        return accelerate
+            raise ImportError(f"switchgear.{name}: {reason}", name=error.name) from error
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

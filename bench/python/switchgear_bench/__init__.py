@@ -13,6 +13,7 @@ COMMANDS = {
     "layers": "time MoE layers at the shapes of real models, against other implementations",
     "cuda": "time layers and single ops on a GPU, at the shapes of published figures",
     "routers": "time routing policies, by the layer and by plain torch",
+    "linears": "time the linears of models, beside torch's and a plain read of their weights",
     "adapters": "time LoRA on every expert, beside the frozen base, PEFT and formulas of torch",
     "offload": "decode with experts on the disk in 512 MiB of memory, beside other implementations",
     "generate": "time whole models in generate, beside transformers' default and llama.cpp",

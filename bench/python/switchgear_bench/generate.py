@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`switchgear bench generate`: greedy decoding of whole models by `generate`, beside transformers and llama.cpp.
 
-Each implementation has a process of its own, with the same random weights. They decode in turns: one prompt token, then
-a token at a time. Before that, logits of a prompt are compared with transformers' own in the same dtype, and afterwards
-the tokens.
+Each implementation has a process of its own, with the same random weights. They work in turns: a long prompt; then one
+token as the prompt of a text, or of several, and a token at a time. Before that, logits of a prompt are compared with
+transformers' own in the same dtype, and afterwards the tokens.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from .report import threads, write_outputs
 from .results import read_json, rounded
 from .timing import STIRRED, TICK, counted, wait_for_quiet
 
-SCHEMA = "switchgear-bench-generate/1"
+SCHEMA = "switchgear-bench-generate/2"
 TOKENS, TURNS = 64, 7
 QUICK_TOKENS, QUICK_TURNS = 8, 3
+LONG_PROMPT, SEQUENCES = 256, 8
 PROMPT, LENGTH = 16, 512  # tokens: whose logits are compared; of the longest text
 BASE = "transformers"
 # Root mean square. A layer rounds about 10 tensors to bfloat16, by 2^-9 of their size, and the roundings add up like a
@@ -69,8 +70,8 @@ class Decoder(Protocol):
     def logits(self, prompt: list[int]) -> Tensor:
         """Of the token that follows, [vocabulary], float32."""
 
-    def decode(self, first: int, count: int) -> list[int]:
-        """The next tokens, greedily."""
+    def decode(self, first: int, count: int, sequences: int = 1) -> list[int]:
+        """The next tokens, greedily, of as many equal texts; those of one."""
 
 
 # ---- in transformers -------------------------------------------------------------------------------------------------
@@ -97,23 +98,23 @@ def build(model: Model) -> Any:
 
 
 class InLlama:
-    """llama.cpp, with experts of a type of GGUF."""
+    """llama.cpp, with matrices of a type of GGUF."""
 
-    def __init__(self, model: Model, folder: str, experts: str) -> None:
+    def __init__(self, model: Model, folder: str, kind: str) -> None:
         packages()
-        theirs, path = build(model), Path(folder, f"{experts}.gguf")
-        write_gguf(path, theirs.config.to_dict(), theirs.state_dict(), experts)
-        self._llama = Llama(path, model.vocabulary, LENGTH, torch.get_num_threads())
+        theirs, path = build(model), Path(folder, f"{kind}.gguf")
+        write_gguf(path, theirs.config.to_dict(), theirs.state_dict(), kind, kind)
+        self._llama = Llama(path, model.vocabulary, LENGTH, torch.get_num_threads(), SEQUENCES)
 
     def logits(self, prompt: list[int]) -> Tensor:
         self._llama.forget()
         return self._llama.step(prompt)
 
-    def decode(self, first: int, count: int) -> list[int]:
+    def decode(self, first: int, count: int, sequences: int = 1) -> list[int]:
         self._llama.forget()
         tokens = [first]
-        for _ in range(count):
-            tokens.append(int(self._llama.step(tokens[-1:]).argmax()))
+        for place in range(count):
+            tokens.append(int(self._llama.step(tokens[-1:] * sequences, place if sequences > 1 else None).argmax()))
         return tokens[1:]
 
 
@@ -126,33 +127,45 @@ class InTransformers:
 
     @torch.inference_mode()
     def logits(self, prompt: list[int]) -> Tensor:
-        found: Tensor = self._model(torch.tensor([prompt])).logits[0, -1]
+        found: Tensor = self._model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1]
         return found.float()
 
     @torch.inference_mode()
-    def decode(self, first: int, count: int) -> list[int]:
-        ids = self._model.generate(torch.tensor([[first]]), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    def decode(self, first: int, count: int, sequences: int = 1) -> list[int]:
+        prompt = torch.full((sequences, 1), first)
+        ids = self._model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
         tokens: list[int] = ids[0, 1:].tolist()
         return tokens
 
 
-def _accelerate(model: Any, form: str = "plain", whole_blocks: bool = False) -> None:
-    """ "plain" moves the experts' weights to huge pages."""
-    switchgear.accelerate(model, whole_blocks=whole_blocks)
-    switchgear.store(model, form)
+def _accelerate(model: Any, form: str = "plain", whole_layers: bool = False) -> None:
+    """ "plain" moves all weights to huge pages."""
+    switchgear.accelerate(model, whole_layers=whole_layers)
+    if form == "plain":
+        switchgear.store(model, form)
+    else:
+        switchgear.store(model, form, linears=form, skip=["gate"])
 
 
 MAKERS: dict[str, Callable[[Model, str], Decoder]] = {
     BASE: lambda model, folder: InTransformers(model, lambda _: None),
-    "switchgear": lambda model, folder: InTransformers(model, _accelerate),
-    "switchgear, whole blocks": lambda model, folder: InTransformers(model, partial(_accelerate, whole_blocks=True)),
+    "switchgear, experts": lambda model, folder: InTransformers(model, _accelerate),
+    "switchgear": lambda model, folder: InTransformers(model, partial(_accelerate, whole_layers=True)),
     "llama.cpp": lambda model, folder: InLlama(model, folder, "BF16"),
-    "switchgear, experts in int4": lambda model, folder: InTransformers(
-        model, partial(_accelerate, form="int4", whole_blocks=True)
+    "switchgear, int4": lambda model, folder: InTransformers(
+        model, partial(_accelerate, form="int4", whole_layers=True)
     ),
-    "llama.cpp, experts in Q4_0": lambda model, folder: InLlama(model, folder, "Q4_0"),
+    "switchgear, Q4_0": lambda model, folder: InTransformers(
+        model, partial(_accelerate, form="q4_0", whole_layers=True)
+    ),
+    "llama.cpp, Q4_0": lambda model, folder: InLlama(model, folder, "Q4_0"),
 }
-LOSSY = {"switchgear, experts in int4", "llama.cpp, experts in Q4_0"}
+LOSSY = {"switchgear, int4", "switchgear, Q4_0", "llama.cpp, Q4_0"}
+WORK = {  # what is timed, as tokens/s
+    "prefill": lambda decoder, count: (LONG_PROMPT, decoder.logits(list(range(1, LONG_PROMPT + 1)))),
+    "decode": lambda decoder, count: (count, decoder.decode(1, count)),
+    f"decode of {SEQUENCES}": lambda decoder, count: (SEQUENCES * count, decoder.decode(1, count, SEQUENCES)),
+}
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -167,11 +180,11 @@ def _serve(connection: Connection, name: str, model: Model, folder: str, thread_
         return
     connection.send(("ok", decoder.logits(list(range(1, PROMPT + 1)))))
     while True:
-        count = connection.recv()
+        work, count = connection.recv()
         before, start = busy_seconds_elsewhere(), perf_counter()
-        tokens = decoder.decode(1, count)
+        num_tokens, answer = WORK[work](decoder, count)
         seconds = perf_counter() - start
-        connection.send(("ok", (seconds, busy_seconds_elsewhere() - before, tokens)))
+        connection.send(("ok", (seconds / num_tokens, seconds, busy_seconds_elsewhere() - before, answer)))
 
 
 def measure(name: str, count: int, turns: int, thread_count: int) -> dict[str, Any]:
@@ -195,21 +208,22 @@ def measure(name: str, count: int, turns: int, thread_count: int) -> dict[str, A
                 raise CommandError(f"{name}: logits of {maker} differ from transformers' by {error:.2g}")
             children[maker] = child
             results.append({"implementation": maker, "error": error})
-        taken: dict[str, list[tuple[list[float], bool]]] = {maker: [] for maker in children}
-        tokens: dict[str, list[int]] = {}
+        taken: dict[tuple[str, str], list[tuple[list[float], bool]]] = {}
+        answers: dict[tuple[str, str], Any] = {}
         for turn in range(turns + 1):  # the first one is not timed
-            for maker, child in children.items():
-                wait_for_quiet(1.0)
-                child.connection.send(count)
-                seconds, busy, tokens[maker] = child.receive()
-                if turn:
-                    taken[maker].append(([seconds], busy <= STIRRED * seconds + TICK))
+            for work in WORK:
+                for maker, child in children.items():
+                    wait_for_quiet(1.0)
+                    child.connection.send((work, count))
+                    each, seconds, busy, answers[maker, work] = child.receive()
+                    if turn:
+                        taken.setdefault((maker, work), []).append(([each], busy <= STIRRED * seconds + TICK))
         for row in results:
             maker = row["implementation"]
-            same = next((i for i in range(count) if tokens[maker][i] != tokens[BASE][i]), count)
-            quiet = sum(is_quiet for _, is_quiet in taken[maker])
-            rate = count / median(counted(taken[maker]))
-            row |= {"tokens_per_second": rate, "same_tokens": same, "quiet_turns": quiet}
+            tokens, expected_tokens = answers[maker, "decode"], answers[BASE, "decode"]
+            row["same_tokens"] = next((i for i in range(count) if tokens[i] != expected_tokens[i]), count)
+            row["tokens_per_second"] = {work: 1 / median(counted(taken[maker, work])) for work in WORK}
+            row["quiet_turns"] = sum(is_quiet for work in WORK for _, is_quiet in taken[maker, work])
     return {"model": name, "tokens": count, "turns": turns, "results": rounded(results), "skipped": skipped}
 
 
@@ -244,12 +258,13 @@ def markdown(results: dict[str, Any]) -> str:
     for case in results["cases"]:
         base = case["results"][0]["tokens_per_second"]
         for row in case["results"]:
-            rate = row["tokens_per_second"]
+            rates = row["tokens_per_second"]
             error = "" if row["implementation"] == BASE else f"{row['error']:.1%}"
-            speed = f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
-            lines.append([case["model"], row["implementation"], speed, f"{rate / base:.2f}", error,
-                          f"{row['same_tokens']} of {case['tokens']}"])  # fmt: skip
-    header = ["model", "implementation", "tokens/s", "of transformers'", "logits differ by", "same tokens"]
+            speeds = [f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for rate in rates.values()]
+            lines.append([case["model"], row["implementation"], *speeds, f"{rates['decode'] / base['decode']:.2f}",
+                          error, f"{row['same_tokens']} of {case['tokens']}"])  # fmt: skip
+    works = [f"{work}, tokens/s" for work in results["cases"][0]["results"][0]["tokens_per_second"]]
+    header = ["model", "implementation", *works, "decode / transformers'", "logits differ by", "same tokens"]
     about = results["machine"]
     note = f"{about['model']}, {threads(about['threads'])}, {about['isa']}; torch {about['torch']}.\n"
     return f"{markdown_table(header, lines, left=(0, 1))}\n{note}"

@@ -33,11 +33,12 @@ def packages() -> tuple[Any, Any]:
         raise Skip(str(error)) from None
 
 
-def write_gguf(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], experts: str = "BF16") -> None:
+def write_gguf(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], experts: str = "BF16",
+               linears: str = "BF16") -> None:  # fmt: skip
     """Writes a model of bfloat16 weights: its config and state dict, of OLMoE or Qwen3-MoE.
 
-    `experts` is the type of the experts' weights, such as "BF16" or "Q4_0". Norms and routers are float32, as
-    llama.cpp's own converter makes them.
+    `experts` and `linears` are the types of weights, such as "BF16" or "Q4_0"; the embedding is BF16. Norms and routers
+    are float32, as llama.cpp's own converter makes them.
     """
     gguf, _ = packages()
     heads, wide = config["num_attention_heads"], config.get("moe_intermediate_size", config["intermediate_size"])
@@ -70,11 +71,11 @@ def write_gguf(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
 
     add("token_embd", tensors["model.embed_tokens.weight"])
     add("output_norm", tensors["model.norm.weight"])
-    add("output", tensors["lm_head.weight"])
+    add("output", tensors["lm_head.weight"], linears)
     for layer in range(config["num_hidden_layers"]):
         at, block = f"model.layers.{layer}", f"blk.{layer}"
         for theirs, name in _NAMES.items():
-            add(f"{block}.{name}", tensors[f"{at}.{theirs}.weight"])
+            add(f"{block}.{name}", tensors[f"{at}.{theirs}.weight"], linears)
         gates, ups = tensors[f"{at}.mlp.experts.gate_up_proj"].chunk(2, 1)
         add(f"{block}.ffn_gate_exps", gates, experts)
         add(f"{block}.ffn_up_exps", ups, experts)
@@ -86,9 +87,10 @@ def write_gguf(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tens
 
 
 class Llama:
-    """A GGUF file, mapped, in llama.cpp on the CPU. `length`: of the longest text, in tokens."""
+    """A GGUF file, mapped, in llama.cpp on the CPU. length: of the longest text, in tokens.
+    sequences: texts at once at most."""
 
-    def __init__(self, path: Path, vocab_size: int, length: int, threads: int) -> None:
+    def __init__(self, path: Path, vocab_size: int, length: int, threads: int, sequences: int = 1) -> None:
         _, self._library = packages()
         library, self._vocab_size = self._library, vocab_size
         library.llama_backend_init()
@@ -100,15 +102,24 @@ class Llama:
         if not model:
             raise RuntimeError("llama.cpp does not load the model")
         settings = library.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = length
+        settings.n_ctx, settings.n_batch, settings.n_seq_max = length * sequences, length, sequences
+        self._batch = library.llama_batch_init(sequences, 0, 1)
         settings.n_threads = settings.n_threads_batch = threads
         self._context = library.llama_init_from_model(model, settings)
 
-    def step(self, ids: list[int]) -> Tensor:
-        """Token ids that follow those before -> logits [V] of the last one."""
+    def step(self, ids: list[int], place: int | None = None) -> Tensor:
+        """Token ids that follow those before -> logits [V] of the last one. place: of the ids, each of a text of its
+        own; None: all are of one text."""
         library = self._library
-        array = (library.llama_token * len(ids))(*ids)
-        if library.llama_decode(self._context, library.llama_batch_get_one(array, len(ids))):
+        if place is None:
+            batch = library.llama_batch_get_one((library.llama_token * len(ids))(*ids), len(ids))
+        else:
+            batch = self._batch
+            batch.n_tokens = len(ids)
+            for text, token in enumerate(ids):
+                batch.token[text], batch.pos[text], batch.logits[text] = token, place, 1
+                batch.n_seq_id[text], batch.seq_id[text][0] = 1, text
+        if library.llama_decode(self._context, batch):
             raise RuntimeError("llama.cpp does not decode")
         logits = library.llama_get_logits_ith(self._context, -1)
         values = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float * self._vocab_size)).contents

@@ -89,16 +89,21 @@ def linear(x: Tensor, weight: AnyWeight, bias: Tensor | None = None) -> Tensor:
     if weight.shape[0] != 1:
         raise ValueError(f"weight: expected [N,C], or one expert, got shape {list(weight.shape)}")
     rows = flat("x", x)
-    out = grouped_gemm(rows, weight, _offsets(len(rows), x.device), bias=None if bias is None else bias[None])
+    bias = None if bias is None else bias[None]
+    if type(weight) is Weight and is_direct(x, None, bias) and (operand := weight.direct_operand()) is not None:
+        out = ops.grouped_gemm_on_host(rows, operand.tensors, operand.form, bias, _kept_offsets(len(rows)))
+    else:
+        out = grouped_gemm(rows, weight, _offsets(len(rows), x.device), bias=bias)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
-def is_direct(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_direct(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether linear_on_host takes a product: one dtype, no gradient, no autocast, and nothing to dispatch to."""
     dtype = x.dtype
-    if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype) or in_autocast("cpu"):
-        return False
-    return ops.needs_no_dispatch(x, weight, bias) and not needs_autograd(x, weight, bias)
+    for other in (weight, bias):
+        if other is not None and other.dtype is not dtype:
+            return False
+    return not in_autocast("cpu") and ops.needs_no_dispatch(x, weight, bias) and not needs_autograd(x, weight, bias)
 
 
 def linear_on_host(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ hook_points.py   hooks that see and change a block's choice; choices.py: install
                  selection
 published.py     loads published checkpoints; published_matrices.py: their formats of 2 to 8 bits;
                  checkpoint_files.py: their files and names
+gguf.py          models out of GGUF files, and back; gguf_file.py: the files
 saving.py        save_pretrained with stored weights; packed.py: what it writes, and how from_pretrained reads it
 """
 

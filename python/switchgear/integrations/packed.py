@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from switchgear.files import bytes_of, reading
 from switchgear.reference import formats
-from switchgear.weights.form import FORMS, Form, Layout, layout_of, linear_layout_of
+from switchgear.weights.form import FORMS, Form, Layout, embedding_layout_of, layout_of, linear_layout_of
 from switchgear.weights.module import (
     Kind,
     Projection,
@@ -200,7 +200,7 @@ def leave_out(model: Any, entries: Sequence[Any], accelerate: Callable[[nn.Modul
     for entry, path in found:
         if (module := places[path]) is None:
             continue  # a head that this class of the model does not have
-        layout = linear_layout_of(module) or layout_of(module)
+        layout = linear_layout_of(module) or embedding_layout_of(module) or layout_of(module)
         if layout is None or len(layout.names) != len(entry.kinds):
             raise ValueError(f"{path}: expected a module that can be stored, got {type(module).__name__}")
         parameters = [module._parameters[name] for name in layout.names]

@@ -3,6 +3,7 @@
 
 from typing import TYPE_CHECKING
 
+from switchgear.layers.embedding import StoredEmbedding
 from switchgear.layers.heterogeneous import HeterogeneousExperts
 from switchgear.layers.linear import StoredLinear
 from switchgear.layers.shared import GatedSharedExperts, SharedExperts
@@ -39,6 +40,7 @@ __all__ = [
     "GatedSharedExperts",
     "HeterogeneousExperts",
     "SharedExperts",
+    "StoredEmbedding",
     "StoredLinear",
     "VirtualExperts",
     "with_virtual",

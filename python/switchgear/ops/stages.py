@@ -15,8 +15,8 @@ from switchgear.ops.native import host
 from switchgear.ops.registration import alike, dense, matrix, register, rows
 
 __all__ = [
-    "combine", "combine_weight_backward", "glu", "glu_backward", "grouped_gemm", "grouped_gemm_wgrad",
-    "linear_on_host", "permute", "plan",
+    "combine", "combine_weight_backward", "glu", "glu_backward", "grouped_gemm", "grouped_gemm_on_host",
+    "grouped_gemm_wgrad", "linear_on_host", "permute", "plan",
 ]  # fmt: skip
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
@@ -109,6 +109,16 @@ grouped_gemm: Callable[..., Tensor] = register(
     ),
     flops=_gemm_flops,
 )
+
+
+def grouped_gemm_on_host(
+    x: Tensor, weight: Sequence[Tensor], form: tuple[int, ...], bias: Tensor | None, expert_offsets: Tensor
+) -> Tensor:
+    """grouped_gemm of a stored weight, for tensors that need no dispatch."""
+    out = x.new_empty((x.shape[0], form[1]))
+    inputs = rows(x), weight, form, rows(bias), expert_offsets, None
+    host.module.grouped_gemm(inputs, (False, False), (out,), host.execution())
+    return out
 
 
 def linear_on_host(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

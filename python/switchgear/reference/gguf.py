@@ -414,7 +414,7 @@ def row_bytes(name: str, columns: int) -> int:
 
 
 def _slices(kind: BlockType, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.split(_SLICE // kind.columns) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, _SLICE // kind.columns) for tensor in tensors), strict=True)
 
 
 def decode(name: str, data: Tensor) -> Tensor:

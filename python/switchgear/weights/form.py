@@ -148,6 +148,12 @@ def linear_layout_of(module: nn.Module) -> Layout | None:
     return layout
 
 
+def embedding_layout_of(module: nn.Module) -> Layout | None:
+    """The layout of an embedding's table; None for other modules."""
+    layout: Layout | None = find("embedding", module)
+    return layout
+
+
 def hint_for(model: nn.Module) -> str:
     """Why a model has no module with a layout, from the first module that an integration knows, or what to do."""
     hints = (f"{name}: {hint}" for name, m in model.named_modules() if (hint := find("hint", m)) is not None)

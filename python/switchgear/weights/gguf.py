@@ -42,7 +42,7 @@ class GgufForm(KeyedForm):
         if weight.shape[-1] % columns:
             return f"{name} has {weight.shape[-1]} columns, no multiple of {columns}"
         rows = torch.stack([gguf.encode(self.name, expert) for expert in finite_experts(weight, name)])
-        data = on_huge_pages(rows.unflatten(1, (parts, -1)))
+        data = on_huge_pages(rows.view(len(rows), parts, -1, rows.shape[-1]))
         return gguf_weight(self.name, data, weight.shape[-1], weight.dtype)
 
     def save(self, weight: Weight) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def hook_once(module: nn.Module, name: str, register: Callable[[Any], Any]) -> N
 
 # ---- modules of other libraries --------------------------------------------------------------------------------------
 
-Kind = Literal["layout", "linear", "hint", "site", "reader", "wrapper"]
+Kind = Literal["layout", "linear", "embedding", "hint", "site", "reader", "wrapper"]
 FINDERS: dict[Kind, list[Callable[..., Any]]] = {kind: [] for kind in get_args(Kind)}
 
 
@@ -87,6 +87,7 @@ def extend(kind: Kind, finder: Callable[..., Any]) -> None:
 
     layout: module -> Layout, with which `store` stores the projections of experts.
     linear: module -> Layout of a linear layer.
+    embedding: module -> Layout of an embedding.
     hint: module -> str: why the module has no layout now.
     site: (path, module) -> list[Site] of switchgear.adapters: its projections that can have adapters. It raises
         ValueError if they cannot have any as they are now.

@@ -18,6 +18,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from switchgear import functional, testing
 from switchgear.integrations import linears
+from switchgear.integrations.moe_blocks import moe_blocks
 from switchgear.integrations.transformers import accelerate, undo_accelerate
 from switchgear.testing import assert_close, exact
 from tiny_models import build, example_inputs
@@ -82,6 +83,22 @@ def test_a_model(name: str, calls: list[Tensor]) -> None:
         torch.testing.assert_close(other(**inputs).logits, got, rtol=1e-4, atol=1e-5)
     undo_accelerate(replaced)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "granitemoe"])
+def test_a_token_of_a_block_does_not_depend_on_its_batch(name: str, isa: str) -> None:
+    """Its router's product is ours, too. torch's fails this."""
+    model: Any = build(name).eval()
+    accelerate(model, linears=True)
+    block: Any = next(iter(moe_blocks(model).values())).block
+    x = torch.randn(1, 50, model.config.hidden_size)
+
+    def rows(x: Tensor) -> Tensor:
+        out = block(x)
+        return (out if isinstance(out, Tensor) else out[0]).flatten(0, -2)
+
+    assert torch.equal(rows(x), torch.cat([rows(x[:, token : token + 1]) for token in range(50)]))
 
 
 def test_gradients_are_those_of_torch(calls: list[Tensor]) -> None:

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Models out of GGUF files, and back: values, bytes, and files that do not hold a whole model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import switchgear
+from errors import raises
+from switchgear.integrations.gguf import ARCHITECTURES
+from switchgear.integrations.gguf_file import Array, GgufFile, GgufTensor, Value, read_gguf, write_gguf
+from switchgear.layers import StoredEmbedding, StoredLinear
+from switchgear.weights import stored_of
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+SIZES = {
+    "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
+    "intermediate_size": 256, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
+    "num_experts_per_tok": 2, "max_position_embeddings": 128, "initializer_range": 0.05,
+}  # fmt: skip
+OWN = {
+    "olmoe": {"num_experts": 4, "num_key_value_heads": 4},  # llama.cpp knows no other
+    "qwen3moe": {"head_dim": 32, "num_experts": 4, "norm_topk_prob": True},
+    "llama": {"num_local_experts": 4},
+    "granitemoe": {
+        "num_local_experts": 4, "embedding_multiplier": 2.0, "attention_multiplier": 0.1, "logits_scaling": 0.5,
+        "residual_multiplier": 0.25, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+# Of logits, in the 2-norm: activations may be rounded to 8 bits, by 0.005 in each of ten products one after the other.
+ROUNDED = 0.05
+IDS = torch.arange(24).view(2, 12) * 7 % 96
+architectures = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def make_model(name: str) -> Any:
+    torch.manual_seed(0)
+    fields = {**SIZES, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    fields |= OWN.get(name, {"num_experts": 4})
+    config = transformers.AutoConfig.for_model(ARCHITECTURES[name].model_type, **fields)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    switchgear.accelerate(model)
+    return model
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(IDS).logits
+    return logits
+
+
+def distance(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@architectures
+def test_a_plain_file_gives_the_same_model(name: str, tmp_path: Path) -> None:
+    model = make_model(name)
+    switchgear.save_gguf(model, tmp_path / "a.gguf", "f32")
+    loaded = switchgear.load_gguf(tmp_path / "a.gguf")
+    assert type(loaded) is type(model)
+    state = loaded.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(state[key], tensor), key
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+@architectures
+@pytest.mark.parametrize("type", ["q8_0", "q4_k_m"])
+def test_stored_weights_are_those_of_the_file(name: str, type: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    switchgear.save_gguf(make_model(name), path, type)
+    model = switchgear.load_gguf(path)
+    for part in model.modules():
+        assert not isinstance(part, torch.nn.Linear) or isinstance(part, StoredLinear) or part.out_features == 1
+        assert not isinstance(part, torch.nn.Embedding) or isinstance(part, StoredEmbedding)
+    plain = copy.deepcopy(model)
+    with pytest.warns(RuntimeWarning, match="rounded"):
+        switchgear.restore(plain)
+    assert distance(logits_of(model), logits_of(plain)) < ROUNDED
+    switchgear.save_gguf(model, tmp_path / "b.gguf", like=path)
+    assert (tmp_path / "b.gguf").read_bytes() == path.read_bytes()
+
+
+def test_experts_are_views_of_the_file(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    switchgear.save_gguf(make_model("olmoe"), path, "q4_k")
+    model = switchgear.load_gguf(path)
+    wanted = logits_of(model)
+    experts = model.model.layers[0].mlp.experts
+    stored = stored_of(experts)
+    assert stored is not None
+    first, second = stored.weights(experts)
+    memory = first.data.untyped_storage().data_ptr()
+    assert memory == second.data.untyped_storage().data_ptr() == model.lm_head.weight_data.untyped_storage().data_ptr()
+    file = read_gguf(path)
+    for index, part in enumerate(("gate", "up")):
+        assert torch.equal(first.data[:, index], file.tensors[f"blk.0.ffn_{part}_exps.weight"].data)
+    # in another order, and split, the same rows are copied
+    tensors = dict(sorted(file.tensors.items(), reverse=True))
+    write_gguf(other, file.metadata, tensors)
+    assert torch.equal(logits_of(switchgear.load_gguf(other)), wanted)
+    shards = [tmp_path / f"c-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for number, shard in enumerate(shards):
+        metadata = dict(file.metadata) if number == 0 else {}
+        metadata |= {"split.no": Value("uint16", number), "split.count": Value("uint16", 2)}
+        write_gguf(shard, metadata, {name: t for name, t in tensors.items() if ("_up_" in name) == bool(number)})
+    assert torch.equal(logits_of(switchgear.load_gguf(shards[1])), wanted)
+
+
+@pytest.mark.parametrize("change", ["dtype", "mixed", "packed", "plain embedding", "restored"])
+def test_models_that_are_changed_are_written_as_they_are(change: str, tmp_path: Path) -> None:
+    path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    switchgear.save_gguf(make_model("granitemoe"), path, "q4_k_m")
+    file = read_gguf(path)
+    if change == "mixed":
+        name = "blk.1.ffn_up_exps.weight"
+        shape = file.tensors[name].shape
+        write_gguf(path, file.metadata, {**file.tensors, name: GgufTensor("f16", shape, torch.randn(shape).half())})
+    if change == "plain embedding":
+        name = "token_embd.weight"
+        shape = file.tensors[name].shape
+        write_gguf(
+            path, file.metadata, {**file.tensors, name: GgufTensor("bf16", shape, torch.randn(shape).bfloat16())}
+        )
+    model = switchgear.load_gguf(path, dtype=torch.bfloat16 if change == "dtype" else torch.float32)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (change == "plain embedding")
+    wanted = logits_of(model)
+    if change == "packed":
+        model.save_pretrained(tmp_path / "packed")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+        assert torch.equal(logits_of(model), wanted)
+    if change == "restored":
+        with pytest.warns(RuntimeWarning, match="rounded"):
+            switchgear.restore(model)
+    switchgear.save_gguf(model, other, like=path)
+    assert (other.read_bytes() == path.read_bytes()) == (change not in ("mixed", "dtype", "restored"))
+    assert distance(logits_of(switchgear.load_gguf(other)), wanted.float()) < 0.05
+
+
+MISSING: dict[str, Any] = {
+    "general.architecture": None,
+    "olmoe.expert_count": None,
+    "olmoe.embedding_length": Value("float32", 256.0),
+    "olmoe.attention.head_count": Value("uint32", 0),
+    "olmoe.attention.head_count_kv": Value("array", Array("uint32", torch.tensor([2, 2]).to(torch.uint32))),
+    "olmoe.feed_forward_length": Value("uint64", 2**63),
+    "olmoe.block_count": Value("uint32", 2**32 - 1),
+    "olmoe.rope.scaling.type": Value("string", "longrope"),
+    "olmoe.rope.freq_base": Value("string", "x"),
+}
+BAD_TENSORS: dict[str, Any] = {
+    "token_embd.weight": None,
+    "blk.0.ffn_up_exps.weight": None,
+    "blk.1.attn_q.weight": None,
+    "output_norm.weight": GgufTensor("f32", (255,), torch.zeros(255)),
+    "blk.0.ffn_down_exps.weight": GgufTensor("f32", (4, 256, 128), torch.zeros(4, 256, 128)),
+    "blk.0.ffn_gate_inp.weight": GgufTensor("i32", (4, 256), torch.zeros(4, 256, dtype=torch.int32)),
+    "output.weight": GgufTensor("iq2_s", (96, 256), torch.zeros(96, 82, dtype=torch.uint8)),
+    "blk.0.attn_q.bias": GgufTensor("f32", (256,), torch.zeros(256)),
+    "rope_freqs.weight": GgufTensor("f32", (32,), torch.ones(32)),
+}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
+    path = tmp_path_factory.mktemp("gguf") / "a.gguf"
+    switchgear.save_gguf(make_model("olmoe"), path, "q4_0")
+    return read_gguf(path)
+
+
+@pytest.mark.parametrize("name", [*MISSING, *BAD_TENSORS])
+def test_what_is_missing_or_wrong_is_named(name: str, file: GgufFile, tmp_path: Path) -> None:
+    changes = {key: value for key, value in MISSING.items() if key == name}
+    metadata = {key: value for key, value in (file.metadata | changes).items() if value is not None}
+    changes = {key: value for key, value in BAD_TENSORS.items() if key == name}
+    tensors = {key: value for key, value in (file.tensors | changes).items() if value is not None}
+    write_gguf(tmp_path / "a.gguf", metadata, tensors)
+    with raises(ValueError, "olmoe" if "feed_forward" in name else name):
+        switchgear.load_gguf(tmp_path / "a.gguf")
+
+
+def test_what_cannot_be_loaded_or_written(file: GgufFile, tmp_path: Path) -> None:
+    metadata = {**file.metadata, "general.architecture": Value("string", "gpt2")}
+    write_gguf(tmp_path / "a.gguf", metadata, file.tensors)
+    with pytest.raises(ValueError, match="gpt2"):
+        switchgear.load_gguf(tmp_path / "a.gguf")
+    model = make_model("olmoe")
+    with raises(ValueError, "type"):
+        switchgear.save_gguf(model, tmp_path / "b.gguf", "q9")
+    with raises(ValueError, "like"):
+        switchgear.save_gguf(model, tmp_path / "b.gguf", like=tmp_path / "a.gguf")
+    with raises(ValueError, "model"):
+        switchgear.save_gguf(torch.nn.Linear(2, 2), tmp_path / "b.gguf")
+    with raises(ValueError, "dtype"):
+        switchgear.load_gguf(file.path, dtype=torch.int8)
+
+
+@architectures
+def test_llama_cpp_chooses_the_same_tokens(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("switchgear_bench", reason="switchgear_bench is not installed")
+    pytest.importorskip("llama_cpp", reason="llama_cpp is not installed")
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    from switchgear_bench.llama import Llama
+
+    for type, bound in (("f32", 2e-3), ("q8_0", ROUNDED)):  # keys and values are float16 in llama.cpp
+        path = tmp_path / f"{type}.gguf"
+        switchgear.save_gguf(make_model(name), path, type)
+        model, other, ids = switchgear.load_gguf(path), Llama(path, 96, 128, 2), IDS[0].tolist()
+        logits = other.step(ids)
+        assert distance(logits_of(model)[0, -1], logits) < bound
+        if type == "q8_0":
+            continue  # with that error, two tokens may change places
+        wanted = []
+        for _ in range(12):
+            wanted.append(int(logits.argmax()))
+            logits = other.step(wanted[-1:])
+        got = model.generate(IDS[:1], max_new_tokens=12, do_sample=False, eos_token_id=None)[0, len(ids) :]
+        assert got.tolist() == wanted
