@@ -134,6 +134,9 @@ void gguf_input(Call& call, const WeightNames& names, const Weight& w, Dim& expe
   const auto [columns, bytes] = gguf_type(w.format);
   SWITCHGEAR_CHECK(ValueError, w.cols % columns == 0, names.data, ": expected a multiple of ", columns, " columns of ",
                    name_of(w.format), ", got ", w.cols);
+  constexpr int64_t kMaxColumns = int64_t{1} << 20;  // a row taken apart fits in a thread's memory
+  SWITCHGEAR_CHECK(ValueError, w.cols <= kMaxColumns, names.data, ": expected at most ", kMaxColumns, " columns, got ",
+                   w.cols);
   check_parts(names.data, w);
   Dim parts{"parts", 1, w.parts}, rows{"rows", 1, w.rows / w.parts}, row_bytes{"bytes", 1, w.cols / columns * bytes};
   call.input(names.data, w.data, kUInt8, {&experts, &parts, &rows, &row_bytes}, Layout::kParts);

@@ -181,7 +181,7 @@ class DotProduct {
 };
 
 void dot_products(const Product& product) {
-  if (product.b.dtype != DType::kBFloat16 || is_decoded(product.b.format) || is_gguf(product.b.format) || product.depth == 0 ||
+  if (product.b.dtype != DType::kBFloat16 || is_decoded(product.b.format) || product.depth == 0 ||
       product.num_columns == 0)
     return kernels_avx512bf16().dot_products(product);
   DotProduct(product).run();

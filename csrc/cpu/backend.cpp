@@ -94,33 +94,34 @@ struct Isa {
   const Kernels& (*kernels)();
   const IntegerKernels& (*integers)();
   const RowKernels& (*rows)();
+  const GgufKernels& (*gguf)();
 };
 
 constexpr std::array kIsas{
-    Isa{"generic", [] { return true; }, kernels_generic, integers_generic, rows_generic},
+    Isa{"generic", [] { return true; }, kernels_generic, integers_generic, rows_generic, gguf_generic},
 #if defined(SWITCHGEAR_HAVE_AVX2)
-    Isa{"avx2", runs_avx2, kernels_avx2, integers_avx2, rows_avx2},
+    Isa{"avx2", runs_avx2, kernels_avx2, integers_avx2, rows_avx2, gguf_avx2},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVXVNNI)
-    Isa{"avxvnni", runs_avxvnni, kernels_avx2, integers_avxvnni, rows_avx2},
+    Isa{"avxvnni", runs_avxvnni, kernels_avx2, integers_avxvnni, rows_avx2, gguf_avx2},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512)
-    Isa{"avx512", runs_avx512, kernels_avx512, integers_avx512, rows_avx512},
+    Isa{"avx512", runs_avx512, kernels_avx512, integers_avx512, rows_avx512, gguf_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512VNNI)
-    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, integers_avx512vnni, rows_avx512},
+    Isa{"avx512vnni", runs_avx512vnni, kernels_avx512, integers_avx512vnni, rows_avx512, gguf_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AVX512BF16)
-    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, integers_avx512vnni, rows_avx512},
+    Isa{"avx512bf16", runs_avx512bf16, kernels_avx512bf16, integers_avx512vnni, rows_avx512, gguf_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_AMX)
-    Isa{"amx", runs_amx, kernels_amx, integers_amx, rows_avx512},
+    Isa{"amx", runs_amx, kernels_amx, integers_amx, rows_avx512, gguf_avx512},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEON)
-    Isa{"neon", [] { return true; }, kernels_neon, integers_neon, rows_generic},
+    Isa{"neon", [] { return true; }, kernels_neon, integers_neon, rows_generic, gguf_neon},
 #endif
 #if defined(SWITCHGEAR_HAVE_NEONDOT)
-    Isa{"neondot", runs_neondot, kernels_neon, integers_neondot, rows_generic},
+    Isa{"neondot", runs_neondot, kernels_neon, integers_neondot, rows_generic, gguf_neon},
 #endif
 };
 
@@ -128,7 +129,7 @@ constexpr std::array kIsas{
 template <size_t kIsa, auto kOp, typename Args>
 void run(const Args& args, Execution exec) {
   constexpr const Isa& isa = kIsas[kIsa];
-  kOp(args, Context{isa.kernels(), isa.integers(), isa.rows(), resolve_threads(exec.num_threads)});
+  kOp(args, Context{isa.kernels(), isa.integers(), isa.rows(), isa.gguf(), resolve_threads(exec.num_threads)});
 }
 
 PanelLayout panel_layout(const Kernels& kernels, DType dtype) {

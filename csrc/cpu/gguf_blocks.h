@@ -4,7 +4,7 @@
 //   Block<format>  ::unpack(codes, block, unit)   the codes of columns [unit · kUnit, + kUnit), plus kOffset, so that all but those
 //                                                 of q8_0 and of tables are unsigned
 //                  ::factors(block)               d, m, and for each group of kGroup columns the integers s and t
-// Loops are plain: compilers make vectors of 16 or 32 bytes of them.
+// Vectors are the compiler's, of 16 or 32 bytes.
 #pragma once
 #include "switchgear/gguf.h"
 
@@ -29,10 +29,24 @@ alignas(16) constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -
                                                1,    13,   25,  38,  53,  69,  89,  113};
 alignas(16) constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-// Codes of 4 bits: `run` in the lower halves of bytes, then as many in the upper ones.
-inline void unpack_nibbles(uint8_t* codes, const uint8_t* p, int run) {
-  for (int i = 0; i < run; ++i) codes[i] = p[i] & 15;
-  for (int i = 0; i < run; ++i) codes[run + i] = p[i] >> 4;
+// kCount bytes as a vector. By reference: those longer than the ISA's have no place in calls.
+template <int kCount>
+struct Run {
+  typedef uint8_t Vector __attribute__((vector_size(kCount)));
+  Vector v;
+  explicit Run(const uint8_t* p) { __builtin_memcpy(&v, p, sizeof v); }
+};
+template <typename Vector>
+inline void store_vector(uint8_t* p, const Vector& v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// Codes of 4 bits: kRun in the lower halves of bytes, then as many in the upper ones.
+template <int kRun>
+inline void unpack_nibbles(uint8_t* codes, const uint8_t* p) {
+  const Run<kRun> run(p);
+  store_vector(codes, run.v & 15);
+  store_vector(codes + kRun, run.v >> 4);
 }
 
 // The same, as entries of a table.
@@ -51,7 +65,15 @@ inline void look_up_nibbles(uint8_t* codes, const uint8_t* p, const int8_t* tabl
 
 // Bit 4 of 32 codes from one bit each.
 inline void add_high_bits(uint8_t* codes, const uint8_t* p) {
-  for (int i = 0; i < 32; ++i) codes[i] = static_cast<uint8_t>(codes[i] | (p[i / 8] >> i % 8 & 1) << 4);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    uint64_t eight;
+    __builtin_memcpy(&eight, codes + 8 * i, 8);
+    const uint64_t bits = p[i] * 0x0101010101010101u & 0x8040201008040201u;  // bit j in byte j
+    eight |=
+        ((bits + 0x7f7f7f7f7f7f7f7fu) & 0x8080808080808080u) >> 3;  // a byte that is not zero carries into its bit 7
+    __builtin_memcpy(codes + 8 * i, &eight, 8);
+  }
 }
 
 // The factors of a block. Where the format has no integers they are 1.
@@ -77,19 +99,19 @@ struct Block<Format::kQ80> : NarrowBlock<0, true> {
 };
 template <>
 struct Block<Format::kQ40> : NarrowBlock<8> {
-  static void unpack(uint8_t* codes, const uint8_t* b, int) { unpack_nibbles(codes, b + 2, 16); }
+  static void unpack(uint8_t* codes, const uint8_t* b, int) { unpack_nibbles<16>(codes, b + 2); }
   static Factors factors(const uint8_t* b) { return {.d = half_at(b)}; }
 };
 template <>
 struct Block<Format::kQ41> : NarrowBlock<0> {
   static constexpr bool kHasMins = true;
-  static void unpack(uint8_t* codes, const uint8_t* b, int) { unpack_nibbles(codes, b + 4, 16); }
+  static void unpack(uint8_t* codes, const uint8_t* b, int) { unpack_nibbles<16>(codes, b + 4); }
   static Factors factors(const uint8_t* b) { return {.d = half_at(b), .m = -half_at(b + 2)}; }
 };
 template <>
 struct Block<Format::kQ50> : NarrowBlock<16> {
   static void unpack(uint8_t* codes, const uint8_t* b, int) {
-    unpack_nibbles(codes, b + 6, 16);
+    unpack_nibbles<16>(codes, b + 6);
     add_high_bits(codes, b + 2);
   }
   static Factors factors(const uint8_t* b) { return {.d = half_at(b)}; }
@@ -98,7 +120,7 @@ template <>
 struct Block<Format::kQ51> : NarrowBlock<0> {
   static constexpr bool kHasMins = true;
   static void unpack(uint8_t* codes, const uint8_t* b, int) {
-    unpack_nibbles(codes, b + 8, 16);
+    unpack_nibbles<16>(codes, b + 8);
     add_high_bits(codes, b + 4);
   }
   static Factors factors(const uint8_t* b) { return {.d = half_at(b), .m = -half_at(b + 2)}; }
@@ -126,9 +148,9 @@ struct WideBlock {
 
 // 128 codes of 2 bits in 32 bytes: bits 0 and 1 of all, then 2 and 3, …
 inline void unpack_pairs(uint8_t* codes, const uint8_t* p) {
-  for (int j = 0; j < 4; ++j) {
-    for (int i = 0; i < 32; ++i) codes[32 * j + i] = p[i] >> 2 * j & 3;
-  }
+  const Run<32> run(p);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) store_vector(codes + 32 * j, run.v >> 2 * j & 3);
 }
 
 template <>
@@ -145,11 +167,10 @@ struct Block<Format::kQ2K> : WideBlock<16, 0> {
 template <>
 struct Block<Format::kQ3K> : WideBlock<16, 4> {
   static void unpack(uint8_t* codes, const uint8_t* b, int half) {
-    unpack_pairs(codes, b + 32 + 32 * half);
+    const Run<32> low(b + 32 + 32 * half), high(b);
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      for (int i = 0; i < 32; ++i) {
-        codes[32 * j + i] = static_cast<uint8_t>(codes[32 * j + i] | (b[i] >> (4 * half + j) & 1) << 2);
-      }
+      store_vector(codes + 32 * j, (low.v >> 2 * j & 3) | ((high.v >> (4 * half + j) & 1) << 2));
     }
   }
   static Factors factors(const uint8_t* b) {
@@ -167,13 +188,15 @@ struct Block<Format::kQ3K> : WideBlock<16, 4> {
 // upper two belong to the last four.
 inline Factors six_bit_factors(const uint8_t* b) {
   Factors f{.d = half_at(b), .m = half_at(b + 2)};
-  const uint8_t* const p = b + 4;
-  for (int g = 0; g < 4; ++g) {
-    f.s[g] = static_cast<int8_t>(p[g] & 63);
-    f.t[g] = p[4 + g] & 63;
-    f.s[4 + g] = static_cast<int8_t>((p[8 + g] & 15) | p[g] >> 6 << 4);
-    f.t[4 + g] = static_cast<uint8_t>(p[8 + g] >> 4 | p[4 + g] >> 6 << 4);
-  }
+  uint32_t one, other, last;  // four bytes each
+  __builtin_memcpy(&one, b + 4, 4);
+  __builtin_memcpy(&other, b + 8, 4);
+  __builtin_memcpy(&last, b + 12, 4);
+  constexpr uint32_t kLow = 0x3f3f3f3f, kHalf = 0x0f0f0f0f, kUpper = 0x30303030;
+  const uint32_t s[2] = {one & kLow, (last & kHalf) | (one >> 2 & kUpper)};
+  const uint32_t t[2] = {other & kLow, (last >> 4 & kHalf) | (other >> 2 & kUpper)};
+  __builtin_memcpy(f.s, s, 8);
+  __builtin_memcpy(f.t, t, 8);
   return f;
 }
 
@@ -181,8 +204,8 @@ template <>
 struct Block<Format::kQ4K> : WideBlock<32, 0> {
   static constexpr bool kHasMins = true;
   static void unpack(uint8_t* codes, const uint8_t* b, int half) {
-    unpack_nibbles(codes, b + 16 + 64 * half, 32);
-    unpack_nibbles(codes + 64, b + 48 + 64 * half, 32);
+    unpack_nibbles<32>(codes, b + 16 + 64 * half);
+    unpack_nibbles<32>(codes + 64, b + 48 + 64 * half);
   }
   static Factors factors(const uint8_t* b) { return six_bit_factors(b); }
 };
@@ -190,12 +213,13 @@ template <>
 struct Block<Format::kQ5K> : WideBlock<32, 0> {
   static constexpr bool kHasMins = true;
   static void unpack(uint8_t* codes, const uint8_t* b, int half) {
-    unpack_nibbles(codes, b + 48 + 64 * half, 32);
-    unpack_nibbles(codes + 64, b + 80 + 64 * half, 32);
+    unpack_nibbles<32>(codes, b + 48 + 64 * half);
+    unpack_nibbles<32>(codes + 64, b + 80 + 64 * half);
+    const Run<32> high(b + 16);
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      for (int i = 0; i < 32; ++i) {
-        codes[32 * j + i] = static_cast<uint8_t>(codes[32 * j + i] | (b[16 + i] >> (4 * half + j) & 1) << 4);
-      }
+      const Run<32> low(codes + 32 * j);
+      store_vector(codes + 32 * j, low.v | ((high.v >> (4 * half + j) & 1) << 4));
     }
   }
   static Factors factors(const uint8_t* b) { return six_bit_factors(b); }
@@ -203,12 +227,11 @@ struct Block<Format::kQ5K> : WideBlock<32, 0> {
 template <>
 struct Block<Format::kQ6K> : WideBlock<16, 32> {
   static void unpack(uint8_t* codes, const uint8_t* b, int half) {
-    unpack_nibbles(codes, b + 64 * half, 64);
-    const uint8_t* const high = b + 128 + 32 * half;
+    const Run<32> high(b + 128 + 32 * half);
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      for (int i = 0; i < 32; ++i) {
-        codes[32 * j + i] = static_cast<uint8_t>(codes[32 * j + i] | (high[i] >> 2 * j & 3) << 4);
-      }
+      const Run<32> low(b + 64 * half + j % 2 * 32);
+      store_vector(codes + 32 * j, (j < 2 ? low.v & 15 : low.v >> 4) | ((high.v >> 2 * j & 3) << 4));
     }
   }
   static Factors factors(const uint8_t* b) {
@@ -234,25 +257,6 @@ struct Block<Format::kIq4Xs> : WideBlock<32, 0, true> {
 
 template <Format kFormat>
 constexpr bool kHasIntegerFactors = gguf_type(kFormat).columns > 32;
-
-// Columns [unit · kUnit, + kUnit) of a block in float32.
-template <Format kFormat>
-inline void decode_unit(float* out, const uint8_t* block, const Factors& f, int unit) {
-  using B = Block<kFormat>;
-  constexpr int kGroups = B::kUnit / B::kGroup;
-  uint8_t codes[B::kUnit];
-  B::unpack(codes, block, unit);
-  for (int g = 0; g < kGroups; ++g) {
-    const int of_block = unit * kGroups + g;
-    const float scale = kHasIntegerFactors<kFormat> ? f.d * static_cast<float>(f.s[of_block]) : f.d;
-    float min = f.m;
-    if constexpr (kHasIntegerFactors<kFormat>) min = B::kHasMins ? f.m * static_cast<float>(f.t[of_block]) : 0.0f;
-    for (int i = g * B::kGroup; i < (g + 1) * B::kGroup; ++i) {
-      const int code = B::kHasSigns ? static_cast<int8_t>(codes[i]) : codes[i] - B::kOffset;
-      out[i] = B::kHasMins ? scale * static_cast<float>(code) - min : scale * static_cast<float>(code);
-    }
-  }
-}
 
 }  // namespace
 }  // namespace switchgear::cpu

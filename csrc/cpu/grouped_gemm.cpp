@@ -69,10 +69,12 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const int64_t used_slots = expert_offsets[num_experts];
   const int num_threads = useful_threads(used_slots * width * depth, context.num_threads);
 
-  // Copies of the rows. `multiply` reads them in place, and so are those of a table of which few are used.
+  // Copies of the rows. `multiply` reads them in place, and so are those of a table of which few are used. GGUF's types read
+  // rounded ones.
   std::optional<InputRows> x;
-  if (!args.input_gradient && width >= kCopiedColumns && args.x.shape[0] <= 2 * used_slots)
-    x.emplace(k, args.weight.format, args.x, used_slots, num_experts);
+  const bool copies = width >= kCopiedColumns && args.x.shape[0] <= 2 * used_slots;
+  if (!args.input_gradient && (copies || is_gguf(args.weight.format)))
+    x.emplace(context, args.weight.format, args.x, used_slots, num_experts);
   const int64_t block_bytes =
       args.input_gradient ? 0 : gathered_block_bytes(k, args.weight.format, args.x.dtype, depth);
   const int64_t gathered_bytes = GatheredRows::bytes(block_bytes, num_slots);
@@ -108,21 +110,21 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
     const ProductScratch scratch(memory + thread * ProductScratch::kBytes);
     const int64_t stored = std::min(size.columns, part_width - tile.column);
     const int64_t columns = std::clamp<int64_t>(matrix_of(task).rows() - column, 0, stored);  // the others are zero
-    const auto multiply = args.input_gradient ? k.multiply : k.dot_products;
-    multiply({.rows = rows + tile.first_row,
-              .num_rows = tile.num_rows,
-              .b = columns > 0 ? operand(task) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
-              .num_columns = columns,
-              .depth = columns > 0 ? depth : 0,
-              .c = scratch.c,
-              .next = task + 1 < num_tasks ? operand(task + 1).start() : Start{},
-              .scratch = scratch.packing,
-              .sorted_rows = x && x->sorted().has(expert_offsets, tile.expert),
-              .rows_are_widened = x && x->are_widened(),
-              .gathered = gathered_bytes > 0 && columns > 0
-                              ? gathered[static_cast<size_t>(thread)].of(tile, k, rows, depth)
-                              : nullptr,
-              .stream_columns = stream_columns});
+    const Product product{.rows = rows + tile.first_row,
+                          .num_rows = tile.num_rows,
+                          .b = columns > 0 ? operand(task) : Matrix{.dtype = args.x.dtype, .n_stride = 1},
+                          .num_columns = columns,
+                          .depth = columns > 0 ? depth : 0,
+                          .c = scratch.c,
+                          .next = task + 1 < num_tasks ? operand(task + 1).start() : Start{},
+                          .scratch = scratch.packing,
+                          .sorted_rows = x && x->sorted().has(expert_offsets, tile.expert),
+                          .rows_are_widened = x && x->are_widened(),
+                          .gathered = gathered_bytes > 0 && columns > 0
+                                          ? gathered[static_cast<size_t>(thread)].of(tile, k, rows, depth)
+                                          : nullptr,
+                          .stream_columns = stream_columns};
+    args.input_gradient ? k.multiply(product) : dot_products(context, product);
     for (int64_t m = 0; m < tile.num_rows; ++m) {
       float* c = scratch.c + m * panel;
       for (int64_t i = 0, at_column = column; i < streams; ++i, at_column += stream_columns, c += stored / streams) {

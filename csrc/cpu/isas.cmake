@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # The kernels of each instruction set, compiled with its flags; backend.cpp picks one at run time. Sets `isas`, those built here.
 #
-# An ISA has only the parts that differ from the ISA before it: kernels, rows (those of routers) and integers (products of int8).
+# An ISA has only the parts that differ from the ISA before it: kernels, rows (those of routers), integers (products of
+# int8) and gguf (products with GGUF's blocks).
 # Each part is a unit written into the build folder from unit.cpp.in, on the vectors of simd_<vectors>.h. amx has files.
 set(x86 avx2 avxvnni avx512 avx512vnni avx512bf16 amx)
 set(arm neon neondot)
-set(parts_generic kernels rows integers)
-set(parts_avx2 kernels rows integers)
+set(parts_generic kernels rows integers gguf)
+set(parts_avx2 kernels rows integers gguf)
 set(parts_avxvnni integers)
-set(parts_avx512 kernels rows integers)
+set(parts_avx512 kernels rows integers gguf)
 set(parts_avx512vnni integers)
 set(parts_avx512bf16 kernels)
-set(parts_neon kernels integers)
+set(parts_neon kernels integers gguf)
 set(parts_neondot integers)
 
 foreach(isa IN LISTS x86 arm ITEMS generic)
@@ -40,6 +41,7 @@ set(flags_neondot -march=armv8.2-a+dotprod)  # every AArch64 processor has NEON
 # Scores, and activations in int8, have the same bits on every ISA, so compilers must not fuse multiplications and additions.
 set(flags_rows -ffp-contract=off)
 set(flags_integers -ffp-contract=off)
+set(flags_gguf -ffp-contract=off)
 set(flags_rows_avx512 -mprefer-vector-width=512)  # plain loops: the compiler would choose narrower vectors
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   set(flags_integers_avx2 -fno-tree-ter)  # it multiplies ahead, with more registers than there are
@@ -51,9 +53,11 @@ endif()
 set(type_kernels Kernels)
 set(type_rows RowKernels)
 set(type_integers IntegerKernels)
+set(type_gguf GgufKernels)
 set(headers_kernels kernels.h simd_<vectors>.h kernels.inl)
 set(headers_rows rows.h rows.inl)
 set(headers_integers integers/kernels.h simd_<vectors>.h integers/dot.h integers/kernels.inl)
+set(headers_gguf gguf_kernels.h simd_<vectors>.h gguf_blocks.h gguf_kernels.inl)
 
 # For this machine alone: others' kernels, and the generic ones of which tests run few rows, take most of the build.
 if(SWITCHGEAR_ISA_FLAGS STREQUAL "native")
@@ -82,6 +86,7 @@ foreach(isa_and_flag ${SWITCHGEAR_ISA_FLAGS})
   endif()
   list(APPEND flags_kernels_${CMAKE_MATCH_1} ${CMAKE_MATCH_2})
   list(APPEND flags_integers_${CMAKE_MATCH_1} ${CMAKE_MATCH_2})
+  list(APPEND flags_gguf_${CMAKE_MATCH_1} ${CMAKE_MATCH_2})
 endforeach()
 
 function(switchgear_add_part isa part source)

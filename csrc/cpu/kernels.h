@@ -89,7 +89,8 @@ constexpr int64_t kChunkWords = 1024;
 // c[m, n] = Σ_k rows[m][k] · b(n, k) for m < num_rows, n < num_columns, in float32. For each element k ascends, whatever the
 // other arguments are, so a row's result does not depend on its neighbours. Columns up to the panel's width become zero.
 struct Product {
-  const void* const* rows;  // of the dtype of b; written by store_sorted if b is in panels and they are not gathered
+  const void* const* rows;  // of the dtype of b; written by store_sorted if b is in panels and they are not gathered; for GGUF's b
+                            // by GgufKernels::quantize_row
   int64_t num_rows;         // <= kMaxRows
   Matrix b;
   int64_t num_columns;  // <= panel
@@ -102,7 +103,7 @@ struct Product {
   bool accumulate = false;        // adds to c
   bool rows_are_kept = false;     // multiply: scratch has them, widened, from the call before, of the same depth
   bool sorted_rows = false;       // written by store_sorted; plain b is packed then: see packing_rows
-  bool rows_are_widened = false;  // float32, though b is 16-bit: plain, compact or GGUF's b, if not sorted
+  bool rows_are_widened = false;  // float32, though b is 16-bit: plain or compact b, not sorted or gathered
   const void* gathered = nullptr;  // the same rows from gather_rows, block after block: read instead
   // Columns of b from one stream (num_streams) to the next, each of which has an equal share of the columns of c; 0: as many
   // as a share, so that b's columns are consecutive.

@@ -148,7 +148,7 @@ float dot_rows(const void* a, const void* b, DType dtype, int64_t n) {
 #include "dot_products.inl"
 // these use all of the above
 #include "compact_products.inl"
-#include "gguf_products.inl"
+#include "gguf_rows.inl"
 #include "minifloat_decoders.h"
 // group_decoders.h uses minifloat_decoders.h
 #include "group_decoders.h"
@@ -165,7 +165,6 @@ void dot_products(const Product& product) {
   if (product.b.format == Format::kCompact) return compact_products(product);
   if (product.b.format == Format::kPanels) return panel_products(product);
   if (is_decoded(product.b.format)) return minifloat_products(product);
-  if (is_gguf(product.b.format)) return gguf_products(product);
   with_words(product.b.dtype, [&]<typename Words>() {
     if constexpr (kPackingRows > 0 && Words::kDepth == 1) {
       if (product.sorted_rows) return packed_products_of<Words>(product);

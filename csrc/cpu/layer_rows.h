@@ -4,6 +4,7 @@
 #pragma once
 #include <optional>
 
+#include "context.h"
 #include "gathered.h"
 #include "slot_rows.h"
 #include "slots.h"
@@ -17,15 +18,17 @@ namespace switchgear::cpu {
 constexpr int64_t kCopiedColumns = 128;
 
 // Besides rows in place: an ISA's blocks of gathered rows, or per expert the word order of panels. Or 16-bit rows that the ISA
-// multiplies in float32 are widened, once for all panels.
+// multiplies in float32 are widened, once for all panels. Or rows are rounded to int8, for GGUF's blocks.
 struct RowPlan {
   int64_t block_bytes = 0;  // of the ISA's gather_rows; 0: rows are not gathered
   int64_t row_bytes = 0;    // row stride of our own copies
   bool widens = false;      // rows that are neither gathered nor sorted
+  int64_t group = 0;        // columns that share a scale of rounded rows; 0: rows are not rounded
   SortedExperts sorted;     // if not gathered
 };
 
 inline RowPlan plan_rows(const Kernels& k, Format format, DType dtype, int64_t depth, int64_t num_slots) {
+  if (is_gguf(format)) return {.row_bytes = spread_row_bytes(GgufRow(depth).bytes), .group = gguf_group(format)};
   const int64_t block_bytes = gathered_block_bytes(k, format, dtype, depth);
   if (block_bytes > 0) return {.block_bytes = block_bytes};
   const int64_t packing_rows = k.packing_rows(dtype);
@@ -36,8 +39,6 @@ inline RowPlan plan_rows(const Kernels& k, Format format, DType dtype, int64_t d
     sorted.least_rows = packing_rows;
   }
   const int64_t bytes = depth * size_of(dtype), word_bytes = k.word_bytes(dtype, depth);
-  // GGUF's blocks are always multiplied in float32.
-  if (is_gguf(format)) return {.row_bytes = spread_row_bytes(depth * 4), .widens = dtype != DType::kFloat32};
   const bool widens = (format == Format::kPlain || format == Format::kCompact) && word_bytes > bytes;
   return {.row_bytes = spread_row_bytes(widens || !sorted.is_none() ? word_bytes : bytes),
           .widens = widens,
@@ -65,11 +66,11 @@ inline void sort_row(const Kernels& k, void* out, const void* row, DType dtype, 
 // x [T,H], in place or copied: sorted, and for other experts widened, or with an odd number of cache lines between rows.
 class InputRows {
  public:
-  InputRows(const Kernels& k, Format format, const TensorView& x, int64_t num_slots, int64_t num_experts)
-      : k_(k), x_(x), plan_(plan_rows(k, format, x.dtype, x.shape[1], num_slots)) {
+  InputRows(const Context& context, Format format, const TensorView& x, int64_t num_slots, int64_t num_experts)
+      : k_(context.kernels), gguf_(context.gguf), x_(x), plan_(plan_rows(k_, format, x.dtype, x.shape[1], num_slots)) {
     constexpr int64_t kManyRows = 12;  // of an expert; above, a copy that spreads rows over L1 pays for itself
     const bool is_many = num_slots > kManyRows * num_experts && row_bytes() % 128 == 0;
-    copies_ = plan_.widens || (plan_.block_bytes == 0 && plan_.sorted.least_rows > 0 && is_many);
+    copies_ = plan_.widens || plan_.group > 0 || (plan_.block_bytes == 0 && plan_.sorted.least_rows > 0 && is_many);
   }
 
   int64_t block_bytes() const { return plan_.block_bytes; }
@@ -102,7 +103,9 @@ class InputRows {
 
  private:
   int64_t row_bytes() const { return x_.shape[1] * size_of(x_.dtype); }
-  int64_t copy_row_bytes() const { return plan_.widens ? plan_.row_bytes : spread_row_bytes(row_bytes()); }
+  int64_t copy_row_bytes() const {
+    return plan_.widens || plan_.group > 0 ? plan_.row_bytes : spread_row_bytes(row_bytes());
+  }
 
   TensorView copy(Workspace& workspace, int64_t stride, bool sorts, int num_threads) const {
     const int64_t num_tokens = x_.shape[0], depth = x_.shape[1];
@@ -112,6 +115,8 @@ class InputRows {
       for (int64_t t = begin; t < end; ++t) {
         if (sorts) {
           sort_row(k_, row_of(out, t), row_of(x_, t), x_.dtype, depth);
+        } else if (plan_.group > 0) {
+          gguf_.quantize_row(row_of(out, t), row_of(x_, t), x_.dtype, depth, plan_.group);
         } else if (plan_.widens) {
           k_.load_row(reinterpret_cast<float*>(row_of(out, t)), row_of(x_, t), x_.dtype, depth);
         } else {
@@ -123,6 +128,7 @@ class InputRows {
   }
 
   const Kernels& k_;
+  const GgufKernels& gguf_;
   TensorView x_;
   RowPlan plan_;
   bool copies_ = false;  // rows that are not sorted
@@ -131,9 +137,11 @@ class InputRows {
 // a [S,I], which the first projection writes and the second reads.
 class ActivationRows {
  public:
-  ActivationRows(const Kernels& k, Format format, DType dtype, int64_t num_slots, int64_t width, int64_t num_experts)
-      : k_(k),
-        plan_(plan_rows(k, format, dtype, width, num_slots)),
+  ActivationRows(const Context& context, Format format, DType dtype, int64_t num_slots, int64_t width,
+                 int64_t num_experts)
+      : k_(context.kernels),
+        gguf_(context.gguf),
+        plan_(plan_rows(k_, format, dtype, width, num_slots)),
         num_experts_(num_experts),
         a_(view(nullptr, dtype, num_slots, width)) {}
 
@@ -143,7 +151,8 @@ class ActivationRows {
 
   int64_t bytes() const {
     const int64_t plain_bytes = keeps_plain_ ? SlotRows::bytes(a_.shape[0], width(), a_.dtype) : 0;
-    return plain_bytes + (gathers() ? Workspace::padded(num_experts_ * 4) + block_bytes() : row_bytes());
+    return plain_bytes + rounded_bytes() +
+           (gathers() ? Workspace::padded(num_experts_ * 4) + block_bytes() : row_bytes());
   }
   void take(Workspace& workspace, const int32_t* expert_offsets) {
     expert_offsets_ = expert_offsets;
@@ -170,6 +179,20 @@ class ActivationRows {
   // pointers[s] = row of slot s, unless rows are gathered
   void fill(const void** pointers, int64_t used_slots) const {
     if (!gathers()) fill_row_pointers(pointers, a_, nullptr, used_slots);
+  }
+
+  // What the second projection reads: the rows, rounded to int8 if it multiplies them so.
+  const void* const* rounded(Workspace& workspace, const void* const* rows, int64_t used_slots, int num_threads) const {
+    if (plan_.group == 0) return rows;
+    const void** const pointers = workspace.take<const void*>(a_.shape[0]);
+    auto* const memory = static_cast<char*>(workspace.take_bytes(a_.shape[0] * plan_.row_bytes));
+    fill_row_pointers(pointers, memory, plan_.row_bytes, used_slots);
+    parallel_for_ranges(num_threads, used_slots, 8, [&](int64_t begin, int64_t end, int) {
+      for (int64_t s = begin; s < end; ++s) {
+        gguf_.quantize_row(memory + s * plan_.row_bytes, rows[s], a_.dtype, width(), plan_.group);
+      }
+    });
+    return pointers;
   }
 
   // Writes columns [tile.column, + count) of the tile's rows; row(m, out) computes one row of them in float32.
@@ -200,10 +223,19 @@ class ActivationRows {
   }
 
  private:
-  int64_t row_bytes() const { return a_.shape[0] * plan_.row_bytes; }
+  int64_t row_bytes() const {
+    const int64_t plain_bytes = spread_row_bytes(width() * size_of(a_.dtype));
+    return a_.shape[0] * (plan_.group > 0 ? plain_bytes : plan_.row_bytes);
+  }
+  int64_t rounded_bytes() const {
+    if (plan_.group == 0) return 0;
+    const auto pointers = a_.shape[0] * static_cast<int64_t>(sizeof(void*));
+    return Workspace::padded(pointers) + Workspace::padded(a_.shape[0] * plan_.row_bytes);
+  }
   int64_t block_bytes() const { return GatheredSlots::most_blocks(a_.shape[0], num_experts_) * plan_.block_bytes; }
 
   const Kernels& k_;
+  const GgufKernels& gguf_;
   RowPlan plan_;
   int64_t num_experts_;
   TensorView a_;

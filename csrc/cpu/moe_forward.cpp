@@ -41,6 +41,7 @@ struct FirstProjection {
   const int32_t* expert_offsets;
   const ActivationRows& a;
   const Kernels& k;
+  const Context& context;
   AdapterTerms adapter;
   int64_t columns_per_tile;  // of a, at most a panel
 
@@ -69,17 +70,17 @@ struct FirstProjection {
     for (int i = 0; i < 2 && adapter.defined(); ++i) adapter.prefetch(term(i));
     for (int i = 0; i < 2; ++i) {
       if (columns.count[i] == 0) continue;
-      k.dot_products({.rows = rows + tile.first_row,
-                      .num_rows = tile.num_rows,
-                      .b = matrix.rows_from(columns.begin[i]),
-                      .num_columns = columns.count[i],
-                      .depth = args.x.shape[1],
-                      .c = scratch[i].c,
-                      .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).start() : next,
-                      .scratch = scratch[i].packing,
-                      .sorted_rows = sorted.has(expert_offsets, tile.expert),
-                      .rows_are_widened = are_widened,
-                      .gathered = gathered_x});
+      dot_products(context, {.rows = rows + tile.first_row,
+                             .num_rows = tile.num_rows,
+                             .b = matrix.rows_from(columns.begin[i]),
+                             .num_columns = columns.count[i],
+                             .depth = args.x.shape[1],
+                             .c = scratch[i].c,
+                             .next = i == 0 && columns.count[1] > 0 ? matrix.rows_from(columns.begin[1]).start() : next,
+                             .scratch = scratch[i].packing,
+                             .sorted_rows = sorted.has(expert_offsets, tile.expert),
+                             .rows_are_widened = are_widened,
+                             .gathered = gathered_x});
       if (adapter.defined()) adapter.add(scratch[i].c, term(i), adapter_scratch, k);
     }
     a.store(tile, count, [&](int64_t m, float* activated) {
@@ -130,8 +131,8 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   const int64_t num_experts = gate_up_proj.num_experts(), hidden_size = args.x.shape[1];
   const int64_t intermediate_size = args.options.gated ? gate_up_proj.num_rows() / 2 : gate_up_proj.num_rows();
   const int64_t num_slots = args.topk_ids.shape[0] * args.topk_ids.shape[1];
-  InputRows x(k, gate_up_proj.format, args.x, num_slots, num_experts);
-  ActivationRows a(k, down_proj.format, dtype, num_slots, intermediate_size, num_experts);
+  InputRows x(context, gate_up_proj.format, args.x, num_slots, num_experts);
+  ActivationRows a(context, down_proj.format, dtype, num_slots, intermediate_size, num_experts);
   if (args.weights.down_adapter.defined()) a.keep_plain();
   const int64_t gathered_x_bytes = GatheredRows::bytes(x.block_bytes(), num_slots);
   const auto pointers = num_slots * static_cast<int64_t>(sizeof(void*));
@@ -163,7 +164,7 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
   ForwardAdapter u(args.weights.gate_up_adapter, 0, slots, dtype, workspace);
   u.multiply(args.x, slots.token_indices, thread_memory, context);
   const FirstProjection first{args, x_rows, x.sorted(), x.are_widened(), slots.expert_offsets,
-                              a,    k,      u.terms(),  columns};
+                              a,    k,      context,    u.terms(),       columns};
   const auto work = [&](int64_t i) { return first.work(tiles[static_cast<size_t>(i)], x.block_bytes() == 0); };
   const auto run_tile = [&](int64_t i, int thread) {
     char* const own = memory + thread * thread_bytes;
@@ -179,7 +180,7 @@ void moe_forward(const MoeForwardArgs& args, const Context& context) {
 
   ForwardAdapter v(args.weights.down_adapter, 1, slots, dtype, workspace);
   v.multiply(a.plain(a_rows), thread_memory, context);
-  token_sum({.rows = a_rows,
+  token_sum({.rows = a.rounded(workspace, a_rows, used_slots, num_threads),
              .sorted = a.sorted(),
              .are_widened = a.are_widened(),
              .gathered = a.gathered(),

@@ -188,7 +188,7 @@ class TokenSum {
                             .gathered = args_.gathered.defined() ? args_.gathered.block(e, s) : nullptr};
       const TermColumns term{e, s, rows, column, columns};
       if (args_.adapter.defined()) args_.adapter.prefetch(term);
-      args_.transposed ? multiply_wide(k, product) : dot_products_wide(k, product);
+      args_.transposed ? multiply_wide(k, product) : dot_products_wide(context_, product);
       if (args_.adapter.defined()) args_.adapter.add(scratch.c, term, ProductScratch(own + adapter_at_), k);
       add_rows(block, e, s, std::max<int64_t>(first - s, 0), rows, thread);  // the first block may begin before `first`
     }

@@ -8,6 +8,7 @@
 #pragma once
 #include <algorithm>
 
+#include "context.h"
 #include "experts.h"
 
 namespace switchgear::cpu {
@@ -72,14 +73,15 @@ inline void multiply_wide(const Kernels& k, const Product& product) {
 }
 
 // dot_products of up to kWideColumns columns.
-inline void dot_products_wide(const Kernels& k, const Product& product) {
+inline void dot_products_wide(const Context& context, const Product& product) {
+  const Kernels& k = context.kernels;
   for (int64_t column = 0; column < product.num_columns; column += k.panel) {
     Product part = product;
     part.b = product.b.from(column);
     part.num_columns = std::min<int64_t>(k.panel, product.num_columns - column);
     part.c = product.c + column * product.num_rows;
     if (column + k.panel < product.num_columns) part.next = product.b.from(column + k.panel).start();
-    k.dot_products(part);
+    dot_products(context, part);
   }
 }
 

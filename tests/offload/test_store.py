@@ -27,6 +27,7 @@ from switchgear import Experts, MoE, offload
 from switchgear.files import DiskFull
 from switchgear.offload import Records, Store, StoreError, write_store
 from switchgear.offload import store as stores
+from switchgear.reference import gguf
 from switchgear.weights import stored_of, weights_of
 from switchgear.weights.form import layout_of
 from switchgear.weights.store import FORMS
@@ -57,7 +58,8 @@ def arena_of(store: Store, records: Records, order: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_records_have_the_bits_of_stored_experts(tmp_path: Path, form: str) -> None:
-    model = small(sizes=(64, 64)) if form != "compact" else small(sizes=(1024, 512), experts=2)
+    width = gguf.TYPES[form].columns if form in gguf.TYPES else 64
+    model = small(sizes=(width, width)) if form != "compact" else small(sizes=(1024, 512), experts=2)
     options = OPTIONS.get(form, {})
     seen: list[Any] = []
     store = write_store(model, tmp_path / "s", form, progress=lambda *step: seen.append(step), **options)

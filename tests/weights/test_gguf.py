@@ -41,7 +41,7 @@ ERRORS = {
     "q8_0": 0.006, "q4_0": 0.09, "q4_1": 0.085, "q5_0": 0.045, "q5_1": 0.04, "iq4_nl": 0.078, "mxfp4_gguf": 0.12,
     "q2_k": 0.29, "q3_k": 0.15, "q4_k": 0.075, "q5_k": 0.038, "q6_k": 0.018, "iq4_xs": 0.078,
 }  # fmt: skip
-ROUNDING = 1e-6  # of activations in products, relative in the 2-norm
+ROUNDING = 0.01  # of activations in products, relative in the 2-norm
 types = pytest.mark.parametrize("name", gguf.TYPES)
 
 
@@ -103,10 +103,12 @@ def test_products(backend: str, name: str, dtype: torch.dtype) -> None:
     y = switchgear.grouped_gemm(x, weight, offsets, bias=bias)
     y.backward(grad)
     plain = weight.with_tensors({}).plain().float() if dtype is torch.float32 else gguf.decode(name, weight.data[:, 0])
-    wanted = times(x.detach(), plain, offsets) + bias.double().repeat_interleave(offsets.diff(), 0)
+    wanted = times(gguf.round_rows(name, x.detach()), plain, offsets)
+    assert distance(wanted, times(x.detach(), plain, offsets)) < ROUNDING
+    wanted = wanted + bias.double().repeat_interleave(offsets.diff(), 0)
     assert x.grad is not None
     epsilon = torch.finfo(dtype).eps
-    assert distance(y, wanted) < max(ROUNDING, epsilon)
+    assert distance(y, wanted) < max(epsilon, 1e-6)
     assert distance(x.grad, times(grad, plain.mT, offsets)) < 2 * max(epsilon, 1e-6)
 
 
@@ -138,9 +140,9 @@ def test_experts_whose_gates_and_ups_are_apart(backend: str, first: str, second:
     plain = gate_up.plain(), down if isinstance(down, Tensor) else down.plain()
     x.requires_grad_()
     y, wanted = switchgear.moe(x, gate_up, down, ids, scores), switchgear.moe(x, *plain, ids, scores)
-    assert distance(y, wanted) < 3 * ROUNDING
+    assert distance(y, wanted) < 2 * ROUNDING
     grads = [torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (y, wanted)]
-    assert distance(*grads) < 6 * ROUNDING
+    assert distance(*grads) < 2 * ROUNDING
 
 
 @types
@@ -153,7 +155,8 @@ def test_any_bits(isa: str, name: str) -> None:
     y, plain = switchgear.linear(x, weight), weight.plain()[0]
     assert not y[:, ~plain.isfinite().all(1)].isfinite().any()
     is_small = plain.abs().amax(1) < 1e30
-    assert distance(y[:, is_small], x.double() @ plain[is_small].double().mT) < ROUNDING
+    rounded = gguf.round_rows(name, x).double()
+    assert distance(y[:, is_small], rounded @ plain[is_small].double().mT) < 1e-6
 
 
 def test_columns_are_whole_blocks() -> None:

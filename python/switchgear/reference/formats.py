@@ -168,8 +168,8 @@ def _check_storage(name: str, stored: Stored, dtype: torch.dtype) -> None:
     elif stored.format == "compact":
         compact.check_storage(name, stored.data, rows, dtype, stored.element_bytes)
     elif stored.format in GGUF:
-        blocks = (None, stored.parts, rows // stored.parts, gguf.row_bytes(stored.format, cols))
-        check(name, stored.data, blocks, torch.uint8)
+        row_bytes = gguf.row_bytes(stored.format, cols)
+        check(name, stored.data, (None, stored.parts, rows // stored.parts, row_bytes), torch.uint8)
     else:
         if (allowed := _explain_group_size(stored)) is not None:
             raise ValueError(f"{name}: expected a group_size of {allowed}, got {stored.group_size}")

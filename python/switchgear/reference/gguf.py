@@ -11,7 +11,8 @@ integer, or the entry of a table of 16. Numbers of 16 bits are little-endian, d 
     q2_k, q4_k, q5_k           w = (d · s) · q - (m · t)    256 share d and m; 32, in q2_k 16, share the integers s, t
 
 Each product and difference is rounded to float32. Only the last one can be inexact, so a multiply-add has the same
-bits. A weight [E,N,C] is data [E, parts, N/parts, bytes of a row] uint8; "mxfp4_gguf" is GGUF's mxfp4.
+bits. Products round activations to 8 bits (round_rows). A weight [E,N,C] is data [E, parts, N/parts, bytes of a row]
+uint8; "mxfp4_gguf" is GGUF's mxfp4.
 """
 
 from __future__ import annotations
@@ -387,6 +388,19 @@ TYPES = {
     "iq4_xs": BlockType(WIDE, 136, 23, _decode_iq4_xs, _encode_iq4_xs),
 }
 """By the name of the format. The numbers of formats in a form are FIRST and those after, in this order."""
+
+
+def round_rows(name: str, x: Tensor) -> Tensor:
+    """Activations [S,C] as products with a type round them: float32, the nearest of 255 multiples of a scale that each
+    block's columns share. A block below 2^-100 becomes zero, one with an infinity or a NaN becomes NaN."""
+    blocks = x.float().view(len(x), -1, TYPES[name].columns)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    is_finite, is_zero = largest.isfinite(), largest < 2.0**-100
+    inverse = torch.where(is_zero | ~is_finite, 0.0, 127 / largest)
+    values = torch.where(is_finite, blocks, 0.0).mul_(inverse).round_()
+    scales = torch.where(is_finite, torch.where(is_zero, 0.0, largest / 127), torch.nan)
+    return values.mul_(scales).flatten(1)
+
 
 _SLICE = 1 << 16  # numbers that are decoded or encoded at once: intermediate results stay in a cache
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from switchgear.checks import checked
-from switchgear.reference import formats
+from switchgear.reference import formats, gguf
 from switchgear.reference.checks import Experts, Floats, check, check_experts, wide
 from switchgear.reference.stages import Offsets, Slots, check_offsets, rows_of, segments
 
@@ -100,8 +100,8 @@ def multiply(
 ) -> Tensor:
     """Multiplies rows [S,C] of activations of `dtype` by each expert's matrix and adds the bias: [S,N], wide dtype.
 
-    Integer weights are multiplied by activations rounded to int8. All other products are in the wide dtype: plain,
-    panels and compact weights keep their bits, and minifloats and groups are decoded exactly.
+    Integer weights and GGUF's types are multiplied by activations rounded to int8. All other products are in the wide
+    dtype: plain, panels and compact weights keep their bits, and minifloats and groups are decoded exactly.
     """
     format = formats.format_of(form)
     if format in formats.BITS:
@@ -110,6 +110,8 @@ def multiply(
             if bias is not None:
                 out[slots] += wide(bias[expert])
         return out
+    if format in formats.GGUF:
+        rows = gguf.round_rows(format, rows.to(dtype)).to(rows.dtype)
     matrices = formats.decode(weight, form, rows.dtype if format in formats.DECODED else dtype)
     return gemm(rows, matrices, bias, expert_offsets)
 
