@@ -56,10 +56,13 @@ def arena_of(store: Store, records: Records, order: list[int]) -> Tensor:
     return arena
 
 
+SIZES = dict.fromkeys(FORMS, (64, 64)) | {"compact": (1024, 512)}
+SIZES |= {name: (kind.columns, kind.columns) for name, kind in gguf.TYPES.items()}  # rows of whole blocks
+
+
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_records_have_the_bits_of_stored_experts(tmp_path: Path, form: str) -> None:
-    width = gguf.TYPES[form].columns if form in gguf.TYPES else 64
-    model = small(sizes=(width, width)) if form != "compact" else small(sizes=(1024, 512), experts=2)
+    model = small(sizes=SIZES[form], experts=2 if form == "compact" else 5)
     options = OPTIONS.get(form, {})
     seen: list[Any] = []
     store = write_store(model, tmp_path / "s", form, progress=lambda *step: seen.append(step), **options)
@@ -84,7 +87,7 @@ def test_records_have_the_bits_of_stored_experts(tmp_path: Path, form: str) -> N
 
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_kernels_multiply_records_where_they_lie(tmp_path: Path, form: str) -> None:
-    model = small(1, sizes=(64, 64)) if form != "compact" else small(1, sizes=(1024, 512))
+    model = small(1, sizes=SIZES[form])
     options = OPTIONS.get(form, {})
     store = write_store(model, tmp_path / "s", form, **options)
     if form != "plain":
