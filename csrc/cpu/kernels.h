@@ -89,8 +89,8 @@ constexpr int64_t kChunkWords = 1024;
 // c[m, n] = Σ_k rows[m][k] · b(n, k) for m < num_rows, n < num_columns, in float32. For each element k ascends, whatever the
 // other arguments are, so a row's result does not depend on its neighbours. Columns up to the panel's width become zero.
 struct Product {
-  const void* const* rows;  // of the dtype of b; written by store_sorted if b is in panels and they are not gathered; for GGUF's b
-                            // by GgufKernels::quantize_row
+  const void* const* rows;  // of the dtype of b; by store_sorted for panels if they are not gathered;
+                            // by GgufKernels::quantize_row for GGUF's types
   int64_t num_rows;         // <= kMaxRows
   Matrix b;
   int64_t num_columns;  // <= panel

@@ -170,9 +170,9 @@ Stored in_records(const Weight& w, const Array& slots, int64_t num_slots) {
   return s;
 }
 
-constexpr Format kFormats[] = {Format::kPlain, Format::kPanels, Format::kCompact, Format::kInt8,   Format::kInt4,
-                               Format::kFp8,   Format::kMxfp4,  Format::kNf4,     Format::kGroups, Format::kNvfp4,
-                               Format::kQ40};
+constexpr Format kFormats[] = {Format::kPlain,  Format::kPanels, Format::kCompact, Format::kInt8,
+                               Format::kInt4,   Format::kFp8,    Format::kMxfp4,   Format::kNf4,
+                               Format::kGroups, Format::kNvfp4,  Format::kQ40};
 
 TEST(experts_anywhere_have_the_bits_of_experts_in_order) {
   const Case c{"slots", 40, 128, 64, 5, 2};
