@@ -112,7 +112,8 @@ class Llama:
         own; None: all are of one text."""
         library = self._library
         if place is None:
-            batch = library.llama_batch_get_one((library.llama_token * len(ids))(*ids), len(ids))
+            array = (library.llama_token * len(ids))(*ids)  # which the batch points into
+            batch = library.llama_batch_get_one(array, len(ids))
         else:
             batch = self._batch
             batch.n_tokens = len(ids)
