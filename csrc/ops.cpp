@@ -621,7 +621,7 @@ void moe_backward(const MoeBackwardArgs& given, Execution exec) {
 void attend(const AttendArgs& given, Execution exec) {
   AttendArgs args = given;
   Call call(exec);
-  Dim B{"B", 0}, T{"T"}, N{"N"}, J{"J"}, C{"C"}, D{"D"}, V{"V"};
+  Dim B{"B", 0}, T{"T", 0}, N{"N"}, J{"J"}, C{"C"}, D{"D"}, V{"V"};
   call.input("q", args.q, kFloat, {&B, &T, &N, &D}, kRows);
   call.input("keys", args.keys, kFloat, {&B, &J, &C, &D}, kRows);
   call.input("values", args.values, kFloat, {&B, &J, &C, &V}, kRows);
@@ -641,7 +641,7 @@ void attend(const AttendArgs& given, Execution exec) {
     call.own(args.starts);
     check_range("starts", args.starts, -kMostIndices, args.length + 1);
   }
-  call.run(&Backend::attend, args, exec);
+  if (T.size > 0) call.run(&Backend::attend, args, exec);
 }
 
 void rms_norm(const RmsNormArgs& args, Execution exec) {
@@ -661,7 +661,7 @@ void rms_norm(const RmsNormArgs& args, Execution exec) {
 
 void rotate_heads(const RotateHeadsArgs& args, Execution exec) {
   Call call(exec);
-  Dim B{"B", 0}, T{"T"}, N{"N"}, J{"J"}, D{"D"}, V{"V"}, R{"R"}, sequences{"B", 0};
+  Dim B{"B", 0}, T{"T", 0}, N{"N"}, J{"J"}, D{"D"}, V{"V"}, R{"R"}, sequences{"B", 0};
   call.input("q", args.q, kFloat, {&B, &T, &N, &D}, kRows);
   call.input("k", args.k, kFloat, {&B, &T, &J, &D}, kRows);
   call.input("v", args.v, kFloat, {&B, &T, &J, &V}, kRows);
@@ -687,7 +687,7 @@ void rotate_heads(const RotateHeadsArgs& args, Execution exec) {
   call.output("k_out", args.k_out, kFloat, {&B, &T, &J, &D}, kRows);
   call.output("v_out", args.v_out, kFloat, {&B, &T, &J, &V}, kRows);
   call.check_overlap();
-  call.run(&Backend::rotate_heads, args, exec);
+  if (T.size > 0) call.run(&Backend::rotate_heads, args, exec);
 }
 
 }  // namespace switchgear

@@ -368,22 +368,22 @@ inline Op attend_op(AttendArgs& a) {
           [&] { attend(a, {1}); }};
 }
 inline AttendArgs attend_args() {
-  return {.q = floats({B, T, 6, 4}),
-          .keys = floats({B, 3, 9, 4}),
-          .values = floats({B, 3, 9, 8}),
+  return {.q = floats({B, T, 10, 4}),
+          .keys = floats({B, 5, 9, 4}),
+          .values = floats({B, 5, 9, 8}),
           .starts = ints({B}),
-          .sinks = floats({6}),
+          .sinks = floats({10}),
           .length = 5,
-          .out = floats({B, T, 6, 8})};
+          .out = floats({B, T, 10, 8})};
 }
 
 inline Op rms_norm_op(RmsNormArgs& a) {
   return {"rms_norm",
           {{"x", &a.x, kRows},
-           {"residual", &a.residual, kRows},
+           {"residual", &a.residual, kRows, true},
            {"weight", &a.weight},
            {"y", &a.y, kRows, false, true},
-           {"sum", &a.sum, kRows, false, true}},
+           {"sum", &a.sum, kRows, true, true}},
           [&] { rms_norm(a, {1}); }};
 }
 inline RmsNormArgs rms_norm_args() {
@@ -399,8 +399,8 @@ inline Op rotate_heads_op(RotateHeadsArgs& a) {
           {{"q", &a.q, kRows},
            {"k", &a.k, kRows},
            {"v", &a.v, kRows},
-           {"cos", &a.cos, kRows, false, false, 1},
-           {"sin", &a.sin, kRows, false, false, 1},
+           {"cos", &a.cos, kRows, true, false, 1},
+           {"sin", &a.sin, kRows, true, false, 1},
            {"q_weight", &a.q_weight, kDense, true},
            {"k_weight", &a.k_weight, kDense, true},
            {"q_out", &a.q_out, kRows, false, true},
@@ -409,14 +409,14 @@ inline Op rotate_heads_op(RotateHeadsArgs& a) {
           [&] { rotate_heads(a, {1}); }};
 }
 inline RotateHeadsArgs rotate_heads_args() {
-  return {.q = floats({B, T, 6, 10}),
+  return {.q = floats({B, T, 12, 10}),
           .k = floats({B, T, 4, 10}),
           .v = floats({B, T, 4, 8}),
           .cos = floats({B, T, 5}),
           .sin = floats({B, T, 5}),
           .q_weight = floats({10}),
           .k_weight = floats({40}),
-          .q_out = floats({B, T, 6, 10}),
+          .q_out = floats({B, T, 12, 10}),
           .k_out = floats({B, T, 4, 10}),
           .v_out = floats({B, T, 4, 8})};
 }

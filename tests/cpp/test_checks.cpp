@@ -15,10 +15,12 @@ void refuses_tensor(Op& op, const Tensor& t) {
   const std::string named = join(t.name, ": expected ");
   const int last = t.view->ndim - 1;
   refuses("of int64", join("TypeError: ", named), [](TensorView& v) { v.dtype = DType::kInt64; });
-  refuses("with one more dimension", named + "shape", [&](TensorView& v) {
-    v.shape[v.ndim] = v.stride[v.ndim] = 1;
-    ++v.ndim;
-  });
+  if (t.view->ndim < TensorView::kMaxDims) {
+    refuses("with one more dimension", named + "shape", [&](TensorView& v) {
+      v.shape[v.ndim] = v.stride[v.ndim] = 1;
+      ++v.ndim;
+    });
+  }
   if (!t.optional) refuses("missing", named + "shape", [](TensorView& v) { v = {}; });
   refuses("without memory", named + "data, got a null pointer", [](TensorView& v) { v.data = nullptr; });
   refuses("at an odd address", named + "data aligned", [](TensorView& v) { v.data = v.as<char>() + 1; });

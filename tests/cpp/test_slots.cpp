@@ -367,6 +367,7 @@ TEST(strides_that_are_errors) {
   const Array slots = reversed_slots(c.E);
   for (const Format format : kFormats) {
     if (format == Format::kPlain || format == Format::kPanels) continue;  // any stride; the same check as compact
+    if (format == Format::kQ40) continue;                                 // experts and parts lie where a file has them
     note = name_of(format);
     Random random(9);
     const Stored first = make(random, format, l.dtype, c.E, l.N, c.H, 2),
