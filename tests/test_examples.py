@@ -158,6 +158,7 @@ def test_distill_teaches_a_student() -> None:
 
 def test_each_example_is_tested() -> None:
     tested = {
+        "gguf",
         "lora_moe",
         "lora_trainer",
         "train_parallel",

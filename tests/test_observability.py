@@ -31,7 +31,7 @@ def test_the_log_says_what_changed(caplog: pytest.LogCaptureFixture) -> None:
         switchgear.restore(moe)
     stored, restored = (record.getMessage() for record in caplog.records)
     assert "1 module of experts as int8" in stored
-    assert restored == "restored modules of experts: 1"
+    assert restored == "restored modules: 1"
 
 
 def test_the_library_prints_nothing_by_itself() -> None:

@@ -319,14 +319,14 @@ def _codes(x: Tensor, factors: Tensor, low: int, high: int) -> Tensor:
 
 def _encode_scaled(x: Tensor, columns: int, low: int, high: int, least: int, most: int) -> tuple[Tensor, ...]:
     """d, integer scales and codes of w = d · s · q for groups of `columns`."""
-    groups = x.view(len(x), -1, columns)
+    groups = x.view(len(x), x.shape[1] // columns, columns)
     d, scales = _round_factors(_search_scale(groups, low, high), most, least)
     return d, scales, _codes(groups, d[:, None] * scales, low, high)
 
 
 def _encode_lowered(x: Tensor, columns: int, most: int, factor: int) -> tuple[Tensor, ...]:
     """d and m, integer scales and mins, and codes of w = d · s · q - m · t for groups of `columns`."""
-    groups = x.view(len(x), -1, columns)
+    groups = x.view(len(x), x.shape[1] // columns, columns)
     found, lowest = _search_range(groups, most)
     (d, scales), (m, mins) = _round_factors(found, factor), _round_factors(lowest, factor)
     codes = _codes(groups + (m[:, None] * mins)[..., None], d[:, None] * scales, 0, most)
@@ -393,7 +393,7 @@ TYPES = {
 def round_rows(name: str, x: Tensor) -> Tensor:
     """Activations [S,C] as products with a type round them: float32, the nearest of 255 multiples of a scale that each
     block's columns share. A block below 2^-100 becomes zero, one with an infinity or a NaN becomes NaN."""
-    blocks = x.float().view(len(x), -1, TYPES[name].columns)
+    blocks = x.float().view(len(x), x.shape[1] // TYPES[name].columns, TYPES[name].columns)
     largest = blocks.abs().amax(-1, keepdim=True)
     is_finite, is_zero = largest.isfinite(), largest < 2.0**-100
     inverse = torch.where(is_zero | ~is_finite, 0.0, 127 / largest)
