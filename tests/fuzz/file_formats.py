@@ -198,7 +198,7 @@ def write_published(method: str, folder: Path) -> None:
 def read_published(folder: Path) -> Tensors:
     from switchgear.integrations.published import load_published
 
-    return load_published(folder).state_dict()
+    return load_published(folder, linears=False).state_dict()
 
 
 def plain_published(folder: Path) -> Tensors:
