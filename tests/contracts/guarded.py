@@ -40,7 +40,7 @@ def _forbid(address: int, size: int) -> None:
 class Region:
     """Pages between two pages without access, for one tensor at a time."""
 
-    def __init__(self, size: int = 1 << 22) -> None:
+    def __init__(self, size: int = 1 << 23) -> None:
         self.size = size
         self.bytes = torch.frombuffer(mmap.mmap(-1, size + 2 * PAGE), dtype=torch.uint8)[PAGE : PAGE + size]
         self.begin = self.bytes.data_ptr()
