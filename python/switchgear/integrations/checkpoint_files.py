@@ -86,7 +86,7 @@ class CheckpointFiles:
         if not names:
             raise ValueError(f"path: expected safetensors files in {path}, got none")
         for name in names:
-            found = self._headers_of(path / name)
+            found = read_headers(path / name)
             if not listed and (twice := sorted(found.keys() & self.headers.keys())):
                 other = self.headers[twice[0]].file.name
                 raise ValueError(f"path: expected {twice[0]} in one file of {path}, got it in {other} and {name}")
@@ -103,15 +103,16 @@ class CheckpointFiles:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"path: expected a weight_map in {index}, got {error}") from error
 
-    @staticmethod
-    def _headers_of(file: Path) -> dict[str, Header]:
-        try:
-            require_regular(file, file.stat())
-            with safe_open(file, framework="pt") as opened:
-                slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  (not a mapping)
-                return {key: Header(file, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
-        except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
-            raise ValueError(f"path: expected a safetensors file, got {file}: {error}") from error
+
+def read_headers(file: Path) -> dict[str, Header]:
+    """The tensors of a file, which has them all. Raises ValueError for another file."""
+    try:
+        require_regular(file, file.stat())
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  (not a mapping)
+            return {key: Header(file, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
+        raise ValueError(f"path: expected a safetensors file, got {file}: {error}") from error
 
 
 # ---- names of tensors ------------------------------------------------------------------------------------------------

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from switchgear.files import bytes_of, reading
+from switchgear.integrations.checkpoint_files import Reader, read_headers
 from switchgear.reference import formats
-from switchgear.weights.form import FORMS, Form, Layout, embedding_layout_of, layout_of, linear_layout_of
+from switchgear.weights.form import FORMS, Form, Layout, embedding_layout_of, layout_of, linear_layout_of, on_huge_pages
 from switchgear.weights.module import (
     Kind,
     Projection,
@@ -35,14 +35,9 @@ from switchgear.weights.module import (
     put,
 )
 from switchgear.weights.store import PLAIN_LINEARS, form_named, store
-from switchgear.weights.weight import Weight, advise_huge_pages
+from switchgear.weights.weight import Weight
 
 METHOD = "switchgear"
-_DTYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
-}  # fmt: skip
-_MOST_HEADER = 100 << 20  # bytes, as in safetensors
 
 
 class SwitchgearConfig(QuantizationConfigMixin):
@@ -217,15 +212,21 @@ def _find(modules: dict[str, nn.Module], path: str, prefix: str) -> nn.Module | 
     return next((modules[name] for name in names if name in modules), None)
 
 
+@torch.inference_mode(False)  # a backward pass may save the weights
 def put_in(model: nn.Module, targets: Sequence[Packed], files: Sequence[Path]) -> None:
     """Reads the weights of packed files and puts them in place of the parameters that `leave_out` took out."""
-    reader = PackedFiles(files)
+    headers = {key: header for file in files for key, header in read_headers(file).items()}
+    reader = Reader(headers)
     for path, module, entry, layout, sizes, trained in targets:
         device = next((t.device for t in (*module.parameters(), *module.buffers())), model.device)
         weights = []
         for index, (name, kind) in enumerate(zip(layout.names, entry.kinds, strict=True)):
-            keys = packed_keys(f"{path}.{name}", kind)
-            weight = kind.weight({field: reader.read(key).to(device) for field, key in keys})  # type: ignore[arg-type]
+            tensors = {}
+            for field, key in packed_keys(f"{path}.{name}", kind):
+                if key not in headers:
+                    raise ValueError(f"{key}: expected a tensor in the files of the checkpoint, got none")
+                tensors[field] = on_huge_pages(reader.tensor(key)).to(device)  # type: ignore[arg-type]
+            weight = kind.weight(tensors)
             experts, rows, cols = sizes[index]
             formats.check_weight(f"{path}.{name}", weight.tensors, weight.form, (experts, rows, cols), weight.dtype)
             weights.append(_in_own_order(f"{path}.{name}", weight, entry.form, layout.parts(index)))
@@ -241,42 +242,3 @@ def _in_own_order(name: str, weight: Weight, form: Form, parts: int) -> Weight:
         return weight
     made = form.encode(name, weight.plain(), parts)
     return weight if isinstance(made, str) else made
-
-
-class PackedFiles:
-    """Reads tensors of safetensors files into memory on huge pages."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._places = {key: (file, *place) for file in files for key, place in _read_header(file).items()}
-
-    @torch.inference_mode(False)  # a backward pass may save the weights
-    def read(self, key: str) -> Tensor:
-        """A tensor. Raises ValueError if no file has it, or its file ends before it does."""
-        if key not in self._places:
-            raise ValueError(f"{key}: expected a tensor in the files of the checkpoint, got none")
-        path, start, shape, dtype = self._places[key]
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")
-        advise_huge_pages(tensor)
-        with reading(path) as file:
-            file.seek(start)
-            if tensor.nbytes and file.readinto(bytes_of(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
-                raise ValueError(f"{key}: expected {tensor.nbytes} bytes in {path}, got fewer")
-        return tensor
-
-
-def _read_header(path: Path) -> dict[str, tuple[int, list[int], torch.dtype]]:
-    """Where each tensor starts, its shape and dtype. Raises ValueError for another file."""
-    try:
-        with reading(path) as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > _MOST_HEADER:
-                raise ValueError(f"a header of {size} bytes")
-            header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        return {
-            key: (8 + size + entry["data_offsets"][0], entry["shape"], _DTYPES[entry["dtype"]])
-            for key, entry in header.items()
-            if entry["dtype"] in _DTYPES
-        }
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"path: expected a safetensors file, got {path}: {error}") from error
