@@ -135,7 +135,7 @@ LONG = {
     "convert": "MODEL --operation dense --out OUT",
     "offload-plan": "MODEL --memory 1M --text TEXT",
     "offload-store": "MODEL --out OUT",
-    "plan-parallel": "--ranks 8 --shape mixtral",
+    "plan-parallel": "--model mixtral --ep 8 --nodes 2",
     "bench": "layers --quick --shapes tiny --tokens 5 --dtypes fp32 --threads 1",
     "demo": "--model mixtral --steps 3 --out OUT",
     "train-tiny": "--steps 2 --out OUT",
@@ -180,9 +180,6 @@ def test_an_interrupt_of_a_long_command(
         status = main([command, *arguments])
     finally:
         sys.setprofile(None)
-    if done < calls:  # of functions whose results earlier tests have left in caches
-        assert (command, status) == ("plan-parallel", 0)
-        return
     assert status == 130
     assert capsys.readouterr().err.splitlines()[-1].endswith(": interrupted")
 

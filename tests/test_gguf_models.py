@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ OWN = {
         "residual_multiplier": 0.25, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-# Of logits, in the 2-norm: activations may be rounded to 8 bits, in each of 13 products one after the other.
-ROUNDED = 13 * 0.007  # 3σ / 127 / √12 each, if all errors add up
+# Of logits, in the 2-norm: activations are rounded to 8 bits, by 0.005 in each of ten products one after the other.
+ROUNDED = 0.05
 IDS = torch.arange(24).view(2, 12) * 7 % 96
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -84,10 +83,9 @@ def test_stored_weights_are_those_of_the_file(name: str, type: str, tmp_path: Pa
     for part in model.modules():
         assert not isinstance(part, torch.nn.Linear) or isinstance(part, StoredLinear) or part.out_features == 1
         assert not isinstance(part, torch.nn.Embedding) or isinstance(part, StoredEmbedding)
-    plain = copy.deepcopy(model)
-    with pytest.warns(RuntimeWarning, match="rounded"):
-        switchgear.restore(plain)
-    assert distance(logits_of(model), logits_of(plain)) < ROUNDED
+    with switchgear.use_backend("reference"):
+        wanted = logits_of(model)
+    assert distance(logits_of(model), wanted) < ROUNDED
     switchgear.save_gguf(model, tmp_path / "b.gguf", like=path)
     assert (tmp_path / "b.gguf").read_bytes() == path.read_bytes()
 

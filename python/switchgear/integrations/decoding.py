@@ -203,7 +203,7 @@ def _read_mask(
         return Mask(None, window) if not is_eager else None  # eager attention without a mask is not causal
     if type(mask) is not Tensor or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != hidden_states.shape[1]:
         return None
-    key = window, mask.shape
+    key = window, mask.shape, None if mask.is_inference() else mask._version  # it may be written to
     kept, found = _last
     if kept() is not mask or found is None or found[0] != key:
         found = key, _find_mask(mask, position_ids, window)
