@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from switchgear.checks import checked
 from switchgear.files import AnyPath
-from switchgear.integrations.gguf_file import PLAIN, GgufFile, GgufTensor, Value, read_gguf, write_gguf
+from switchgear.integrations.gguf_file import (
+    PLAIN,
+    DeferredTensor,
+    GgufFile,
+    GgufTensor,
+    Value,
+    read_gguf,
+    write_gguf,
+)
 from switchgear.integrations.transformers import accelerate
 from switchgear.reference import gguf
 from switchgear.weights.adapted import has_adapters
@@ -422,7 +431,7 @@ def _fits(type: str, columns: int) -> bool:
 
 def _list_tensors(
     model: Any, known: Architecture, choose: Callable[[str, Sequence[int]], str], has_head: bool
-) -> Iterator[tuple[str, GgufTensor]]:
+) -> Iterator[tuple[str, DeferredTensor]]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for path, module in model.named_modules():
         if has_adapters(module):
@@ -441,18 +450,23 @@ def _list_tensors(
                 raise ValueError(f"model.{path}: expected experts on switchgear; call accelerate(model) first")
             weights: Any = stored.weights(module) if stored else [layout.view(owned[own]) for own in layout.names]
             parts = [*_split(weights[0], 2), *_split(weights[1], 1)]
-            for each, (data, kind) in zip(_name_experts(name), parts, strict=True):
-                yield each, _encode(each, data, kind, choose)
+            for each, part in zip(_name_experts(name), parts, strict=True):
+                yield each, _defer(each, part, choose)
             continue
         if module is head and not has_head and _is_same(head, embedding):
             continue
-        matrix = {} if stored is None else {"weight": _split(stored.weights(module)[0], 1)[0]}
-        for own, (data, kind) in {**{own: (p.detach(), None) for own, p in owned.items()}, **matrix}.items():
+        own_parts = {own: _Part(tuple(p.shape), None, p.detach) for own, p in owned.items()}
+        if stored is not None:
+            own_parts["weight"] = _split(stored.weights(module)[0], 1)[0].first()
+        for own, part in own_parts.items():
             each = f"{name}.{own}"
-            rows = data[0] if own in matrix else data
             if known.has_interleaved_rope and each.startswith("blk."):
-                rows = _in_order_of_files(each, rows, model.config, is_back=False)
-            yield each, _encode(each, rows[0] if each.endswith(VECTOR) else rows, kind, choose)
+                part = part._replace(read=partial(_read_in_order, each, part.read, model.config))
+            yield each, _defer(each, part.first() if each.endswith(VECTOR) else part, choose)
+
+
+def _read_in_order(name: str, read: Callable[[], Tensor], config: Any) -> Tensor:
+    return _in_order_of_files(name, read(), config, is_back=False)
 
 
 def _is_same(head: nn.Module, embedding: nn.Module) -> bool:
@@ -463,27 +477,48 @@ def _is_same(head: nn.Module, embedding: nn.Module) -> bool:
     return one.format == other.format and torch.equal(one.data, other.data)
 
 
-def _split(weight: Tensor | Weight, parts: int) -> list[tuple[Tensor, str | None]]:
-    """The parts of the rows of a weight [E,N,C], each [E,N/parts,C], or bytes with their type."""
+class _Part(NamedTuple):
+    """A tensor of a file, in the model. read: returns its numbers [*shape], or rows in blocks of the type `kind`."""
+
+    shape: tuple[int, ...]
+    kind: str | None
+    read: Callable[[], Tensor]
+
+    def first(self) -> _Part:
+        """The first matrix or row of it."""
+        return _Part(self.shape[1:], self.kind, lambda: self.read()[0])
+
+
+def _split(weight: Tensor | Weight, parts: int) -> list[_Part]:
+    """The parts of the rows of a weight [E,N,C], each [E,N/parts,C]."""
+    experts, rows, columns = weight.shape
+    kind = weight.format if isinstance(weight, Weight) and weight.format in gguf.TYPES else None
+    read = partial(_read_part, weight, parts)
+    return [_Part((experts, rows // parts, columns), kind, partial(read, index)) for index in range(parts)]
+
+
+def _read_part(weight: Tensor | Weight, parts: int, index: int) -> Tensor:
     if isinstance(weight, Weight) and weight.format in gguf.TYPES:
-        data = weight.data if weight.slots is None else weight.data[weight.slots.long()]
-        if parts <= weight.parts:
-            return [(part, weight.format) for part in data.unbind(1)]
-        return [(part, weight.format) for part in data.flatten(1, 2).chunk(parts, 1)]
+        part = weight.data[:, index] if parts == weight.parts else weight.data.flatten(1, 2).chunk(parts, 1)[index]
+        return part if weight.slots is None else part[weight.slots.long()]
     plain = weight.plain() if isinstance(weight, Weight) else weight.detach()
-    return [(part, None) for part in plain.chunk(parts, 1)]
+    return plain.chunk(parts, 1)[index]
 
 
-def _encode(name: str, data: Tensor, kind: str | None, choose: Callable[[str, Sequence[int]], str]) -> GgufTensor:
-    if kind is not None:
-        columns = data.shape[-1] // gguf.TYPES[kind].bytes * gguf.TYPES[kind].columns
-        return GgufTensor(kind, (*data.shape[:-1], columns), data.cpu())
-    shape = tuple(data.shape)
-    if (kind := choose(name, shape)) in FLOAT_TYPES:
-        return GgufTensor(kind, shape, data.cpu().to(PLAIN[kind][1]))
+def _defer(name: str, part: _Part, choose: Callable[[str, Sequence[int]], str]) -> DeferredTensor:
+    kind = part.kind or choose(name, part.shape)
+    return DeferredTensor(kind, part.shape, partial(_encode, name, part, kind))
+
+
+def _encode(name: str, part: _Part, kind: str) -> Tensor:
+    data = part.read().cpu()
+    if part.kind is not None:
+        return data
+    if kind in FLOAT_TYPES:
+        return data.to(PLAIN[kind][1])
     if not all(row.isfinite().all() for row in data):
         raise ValueError(f"{name}: expected finite numbers to encode as {kind}")
-    return GgufTensor(kind, shape, gguf.encode(kind, data.cpu()))
+    return gguf.encode(kind, data)
 
 
 def _write_config(config: Any, name: str, source: GgufFile | None) -> dict[str, Value]:
