@@ -237,7 +237,7 @@ def test_llama_cpp_chooses_the_same_tokens(name: str, tmp_path: Path) -> None:
     for type, bound in (("f32", 2e-3), ("q8_0", ROUNDED)):  # keys and values are float16 in llama.cpp
         path = tmp_path / f"{type}.gguf"
         switchgear.save_gguf(make_model(name), path, type)
-        model, other, ids = switchgear.load_gguf(path), Llama(path, 96, 128, 2), IDS[0].tolist()
+        model, other, ids = switchgear.load_gguf(path), Llama(path, 128, 2), IDS[0].tolist()
         logits = other.step(ids)
         assert distance(logits_of(model)[0, -1], logits) < bound
         if type == "q8_0":

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`switchgear bench generate`: decoders of a model, and the file for llama.cpp."""
+"""`switchgear bench generate`: decoders of a model and of a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+import switchgear
 from errors import raises
+from switchgear.integrations.gguf import save_gguf
 from switchgear_bench import generate, llama
 from switchgear_bench.competitors import Skip
 
@@ -22,12 +23,19 @@ SMALL = generate.Model(
 )
 
 
-def test_decoders_agree() -> None:
-    expected = generate.MAKERS[generate.BASE](SMALL, "").logits([5, 6, 7])
-    for name in generate.MAKERS:
+@pytest.mark.parametrize("kind", ["shape", "file"])
+def test_decoders_agree(kind: str, tmp_path: Path) -> None:
+    model: Any = SMALL
+    if kind == "file":
+        built, model = generate.build(SMALL), tmp_path / "small.gguf"
+        switchgear.accelerate(built)
+        save_gguf(built, model, "q8_0")
+    makers = generate.makers_of(model)
+    expected = makers[generate.BASE](model, "").logits([5, 6, 7])
+    for name in makers:
         if not name.startswith("switchgear"):
             continue
-        decoder = generate.MAKERS[name](SMALL, "")
+        decoder = makers[name](model, "")
         error = float((decoder.logits([5, 6, 7]) - expected).norm() / expected.norm())
         assert error <= (1.0 if name in generate.LOSSY else generate.TOLERANCE), name
         assert len(decoder.decode(1, 3)) == len(decoder.decode(1, 3, 2)) == 3
@@ -51,7 +59,7 @@ class Stand:
 def test_turns_that_others_disturb_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "Child", Stand)
     monkeypatch.setattr(generate, "wait_for_quiet", lambda longest: None)
-    for row in generate.measure("tiny", 1, 5, 1)["results"]:
+    for row in generate.measure(SMALL, "tiny", 1, 5, 1)["results"]:
         assert set(row["tokens_per_second"].values()) == {1.0}
         assert row["quiet_turns"] == 2 * len(generate.WORK)
 
@@ -63,36 +71,6 @@ def test_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(llama.importlib, "import_module", missing)
     with raises(Skip):
         generate.MAKERS["llama.cpp"](SMALL, str(tmp_path))
-
-
-class Recorder:
-    """Stands in for gguf.GGUFWriter."""
-
-    tensors: ClassVar[dict[str, tuple[tuple[int, ...], str]]] = {}
-
-    def __init__(self, path: Path, architecture: str) -> None:
-        assert architecture == "olmoe"
-
-    def add_tensor(self, name: str, data: np.ndarray, raw_dtype: str = "F32") -> None:
-        self.tensors[name] = data.shape, raw_dtype
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_: None
-
-
-def test_the_file_has_every_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = {kind: kind for kind in ("BF16", "Q4_0")}
-    quants = SimpleNamespace(quantize=lambda values, kind: values)
-    stand_in = SimpleNamespace(GGUFWriter=Recorder, GGMLQuantizationType=kinds, quants=quants)
-    monkeypatch.setattr(llama, "packages", lambda: (stand_in, None))
-    model = generate.build(SMALL)
-    llama.write_gguf(tmp_path / "model.gguf", model.config.to_dict(), model.state_dict(), "Q4_0", "BF16")
-    written = Recorder.tensors
-    elements = sum(int(np.prod(shape)) // (2 if kind == "BF16" else 1) for shape, kind in written.values())
-    assert elements == sum(parameter.numel() for parameter in model.parameters())
-    assert {kind for name, (_, kind) in written.items() if "_exps" in name} == {"Q4_0"}
-    assert written["blk.1.ffn_gate_exps.weight"][0] == (4, 32, 64)
-    assert written["blk.1.attn_q_norm.weight"][1] == "F32"
 
 
 def test_the_table() -> None:

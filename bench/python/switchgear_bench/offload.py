@@ -22,9 +22,9 @@ from typing import Any
 from switchgear import offload
 from switchgear.cli.common import CommandError, require
 
+from . import llama
 from . import offload_tables as tables
 from .competitors import Skip
-from .llama import packages
 from .memory_group import MemoryGroup, memory_limit
 from .offload_disk import read_ahead, read_rate
 from .offload_files import CHECKPOINT, GGUF, STORE, Spec, drop_pages, write_checkpoint, write_llama
@@ -164,7 +164,7 @@ def _write_files(spec: Spec, folder: Path, names: list[str], skipped: list[dict[
         offload.write_store(folder / CHECKPOINT, folder / STORE)
     if "llama.cpp" in names:
         try:
-            packages()
+            llama.package()
         except Skip as reason:
             skipped.append({"runner": "llama.cpp", "reason": str(reason)})
         else:

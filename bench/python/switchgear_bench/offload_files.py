@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import switchgear
 from switchgear.cli.common import require
-
-from .llama import write_gguf
+from switchgear.integrations.gguf import save_gguf
 
 TOPIC, SHARED = 0.35, 0.1  # of the variance of an embedding; the rest is the token's own
 TOPICS, RUN = 16, 4  # topics, and mean tokens until the next
@@ -143,7 +143,12 @@ def _mapped(folder: Path) -> dict[str, Tensor]:
 
 def write_llama(spec: Spec, folder: Path) -> None:
     """The same weights for llama.cpp."""
-    write_gguf(folder / GGUF, spec.config(), _mapped(folder))
+    transformers = require("transformers")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**spec.config()))
+    model.load_state_dict(_mapped(folder), assign=True)
+    switchgear.accelerate(model)
+    save_gguf(model, folder / GGUF, "bf16")
 
 
 def drop_pages(folder: Path) -> None:

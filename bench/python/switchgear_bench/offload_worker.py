@@ -151,7 +151,7 @@ def accelerate(task: Task) -> Decoder:
 
 def llama(task: Task) -> Decoder:
     """llama.cpp on a mapped GGUF, through llama-cpp-python."""
-    return Decoder(Llama(Path(task.folder) / GGUF, task.spec["vocab_size"], CONTEXT, task.threads).step)
+    return Decoder(Llama(Path(task.folder) / GGUF, CONTEXT, task.threads).step)
 
 
 def offloaded(task: Task) -> Decoder:
