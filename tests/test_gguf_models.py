@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from errors import raises
 from switchgear.integrations.gguf import ARCHITECTURES
 from switchgear.integrations.gguf_file import Array, GgufFile, GgufTensor, Value, read_gguf, write_gguf
 from switchgear.layers import StoredEmbedding, StoredLinear
+from switchgear.reference import gguf
 from switchgear.weights import stored_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -193,6 +195,27 @@ def test_models_that_are_changed_are_written_as_they_are(change: str, tmp_path: 
     switchgear.save_gguf(model, other, like=path)
     assert (other.read_bytes() == path.read_bytes()) == (change not in ("mixed", "dtype", "restored"))
     assert distance(logits_of(switchgear.load_gguf(other)), wanted.float()) < 0.05
+
+
+def test_tensors_are_encoded_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, encoded, path = gguf.encode, [], tmp_path / "a.gguf"
+
+    def encode_alone(name: str, weight: torch.Tensor) -> torch.Tensor:
+        assert all(reference() is None for reference in encoded)
+        encoded.append(weakref.ref(data := encode(name, weight)))
+        return data
+
+    monkeypatch.setattr(gguf, "encode", encode_alone)
+    model = make_model("llama")
+    switchgear.save_gguf(model, path, "q8_0")
+    assert len(encoded) == 2 * (4 + 3) + 2
+    before = path.read_bytes()
+    with torch.no_grad():
+        model.lm_head.weight[-1, -1] = float("nan")
+    with raises(ValueError, "output.weight"):  # the last tensor, when others are in the unfinished file
+        switchgear.save_gguf(model, path, "q8_0")
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
 
 
 MISSING: dict[str, Any] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from switchgear.checks import checked
 from switchgear.files import AnyPath
-from switchgear.integrations.gguf_file import PLAIN, GgufFile, GgufTensor, Value, read_gguf, write_gguf
+from switchgear.integrations.gguf_file import (
+    PLAIN,
+    DeferredTensor,
+    GgufFile,
+    GgufTensor,
+    Value,
+    read_gguf,
+    write_gguf,
+)
 from switchgear.integrations.transformers import accelerate
 from switchgear.reference import gguf
 from switchgear.weights.adapted import has_adapters
@@ -668,7 +677,7 @@ def _fits(type: str, columns: int) -> bool:
 
 def _list_tensors(
     model: Any, known: Architecture, choose: Callable[[str, Sequence[int]], str], like: Mapping[str, GgufTensor]
-) -> Iterator[tuple[str, GgufTensor]]:
+) -> Iterator[tuple[str, DeferredTensor]]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for path, module in model.named_modules():
         if has_adapters(module):
@@ -691,26 +700,30 @@ def _list_tensors(
             biases = [owned[f"{own}_bias"] for own in layout.names if f"{own}_bias" in owned]
             for own, pair in (("weight", weights), ("bias", biases)):
                 if pair:
-                    parts = [*_split(pair[0], 2, layout.split_gates), *_split(pair[1], 1, True)]
-                    for each, (data, kind) in zip(_name_experts(name, own), parts, strict=True):
-                        yield each, _encode(each, data, kind, choose)
+                    parts = [*_split(pair[0], 2, layout.split_gates), *_split(pair[1], 1)]
+                    for each, part in zip(_name_experts(name, own), parts, strict=True):
+                        yield each, _defer(each, part, choose)
             continue
         if module is head and HEAD not in like and _is_same(head, embedding):
             continue
-        matrix = {} if stored is None else {"weight": _split(stored.weights(module)[0], 1, True)[0]}
-        for own, (data, kind) in {**{own: (p.detach(), None) for own, p in owned.items()}, **matrix}.items():
+        own_parts = {own: _Part(tuple(p.shape), None, p.detach) for own, p in owned.items()}
+        if stored is not None:
+            own_parts["weight"] = _split(stored.weights(module)[0], 1)[0].first()
+        for own, part in own_parts.items():
             each = names.get(own) or f"{name}.{own}"
-            rows = data[0] if own in matrix else data
             split = known.splits.get(each.split(".")[-2])
             if split is not None and each not in like:
-                plain = rows if kind is None else gguf.decode(kind, rows)
-                for part, tensor in zip(split.names, split.split(plain, model.config), strict=True):
-                    name_of_part = each.replace(each.split(".")[-2], part)
-                    yield name_of_part, _encode(name_of_part, tensor, None, choose)
+                for stem, piece in zip(split.names, _split_rows(part, split, model.config), strict=True):
+                    tensor = each.replace(each.split(".")[-2], stem)
+                    yield tensor, _defer(tensor, piece, choose)
                 continue
             if known.has_interleaved_rope and each.startswith("blk."):
-                rows = _in_order_of_files(each, rows, model.config, is_back=False)
-            yield each, _encode(each, rows[0] if each.endswith(VECTOR) else rows, kind, choose)
+                part = part._replace(read=partial(_read_in_order, each, part.read, model.config))
+            yield each, _defer(each, part.first() if each.endswith(VECTOR) else part, choose)
+
+
+def _read_in_order(name: str, read: Callable[[], Tensor], config: Any) -> Tensor:
+    return _in_order_of_files(name, read(), config, is_back=False)
 
 
 def _is_same(head: nn.Module, embedding: nn.Module) -> bool:
@@ -721,32 +734,68 @@ def _is_same(head: nn.Module, embedding: nn.Module) -> bool:
     return one.format == other.format and torch.equal(one.data, other.data)
 
 
-def _split(weight: Tensor | Weight, parts: int, is_apart: bool) -> list[tuple[Tensor, str | None]]:
-    """The parts of the rows of a weight [E,N,C] or bias [E,N], each [E,N/parts,…], or bytes with their type. is_apart:
-    each part's rows are together; else they alternate."""
-    if not isinstance(weight, Weight):
-        rows, kind = weight.detach(), None
-    elif weight.format not in gguf.TYPES:
-        rows, kind = weight.plain(), None
-    else:
-        data, kind = weight.data if weight.slots is None else weight.data[weight.slots.long()], weight.format
-        if is_apart and 1 < parts <= weight.parts:
-            return [(part, kind) for part in data.unbind(1)]
-        rows = data.flatten(1, 2)
-    split = rows.chunk(parts, 1) if is_apart else [rows[:, index::parts] for index in range(parts)]
-    return [(part, kind) for part in split]
+class _Part(NamedTuple):
+    """A tensor of a file, in the model. read: returns its numbers [*shape], or rows in blocks of the type `kind`."""
+
+    shape: tuple[int, ...]
+    kind: str | None
+    read: Callable[[], Tensor]
+
+    def first(self) -> _Part:
+        """The first matrix or row of it."""
+        return _Part(self.shape[1:], self.kind, lambda: self.read()[0])
 
 
-def _encode(name: str, data: Tensor, kind: str | None, choose: Callable[[str, Sequence[int]], str]) -> GgufTensor:
-    if kind is not None:
-        columns = data.shape[-1] // gguf.TYPES[kind].bytes * gguf.TYPES[kind].columns
-        return GgufTensor(kind, (*data.shape[:-1], columns), data.cpu())
-    shape = tuple(data.shape)
-    if (kind := choose(name, shape)) in FLOAT_TYPES:
-        return GgufTensor(kind, shape, data.cpu().to(PLAIN[kind][1]))
+def _split(weight: Tensor | Weight, parts: int, is_apart: bool = True) -> list[_Part]:
+    """The parts of the rows of a weight [E,N,C], or of a bias [E,N], each [E,N/parts,…]. is_apart: the rows of a part
+    are together; else they alternate with those of the others."""
+    experts, rows, *columns = weight.shape
+    kind = weight.format if isinstance(weight, Weight) and weight.format in gguf.TYPES else None
+    read = partial(_read_part, weight, parts, is_apart)
+    return [_Part((experts, rows // parts, *columns), kind, partial(read, index)) for index in range(parts)]
+
+
+def _read_part(weight: Tensor | Weight, parts: int, is_apart: bool, index: int) -> Tensor:
+    if isinstance(weight, Weight) and weight.format in gguf.TYPES:
+        if is_apart and parts == weight.parts:
+            part = weight.data[:, index]
+        else:
+            part = _take_part(weight.data.flatten(1, 2), parts, is_apart, index)
+        return part if weight.slots is None else part[weight.slots.long()]
+    plain = weight.plain() if isinstance(weight, Weight) else weight.detach()
+    return _take_part(plain, parts, is_apart, index)
+
+
+def _take_part(rows: Tensor, parts: int, is_apart: bool, index: int) -> Tensor:
+    return rows.chunk(parts, 1)[index] if is_apart else rows[:, index::parts]
+
+
+def _split_rows(part: _Part, split: Split, config: Any) -> list[_Part]:
+    """The tensors of a matrix that files have as several, decoded."""
+    shapes = [piece.shape for piece in split.split(torch.empty(part.shape, device="meta"), config)]
+    read = partial(_read_piece, part, split, config)
+    return [_Part(tuple(shape), None, partial(read, index)) for index, shape in enumerate(shapes)]
+
+
+def _read_piece(part: _Part, split: Split, config: Any, index: int) -> Tensor:
+    rows = part.read() if part.kind is None else gguf.decode(part.kind, part.read())
+    return split.split(rows, config)[index]
+
+
+def _defer(name: str, part: _Part, choose: Callable[[str, Sequence[int]], str]) -> DeferredTensor:
+    kind = part.kind or choose(name, part.shape)
+    return DeferredTensor(kind, part.shape, partial(_encode, name, part, kind))
+
+
+def _encode(name: str, part: _Part, kind: str) -> Tensor:
+    data = part.read().cpu()
+    if part.kind is not None:
+        return data
+    if kind in FLOAT_TYPES:
+        return data.to(PLAIN[kind][1])
     if not all(row.isfinite().all() for row in data):
         raise ValueError(f"{name}: expected finite numbers to encode as {kind}")
-    return GgufTensor(kind, shape, gguf.encode(kind, data.cpu()))
+    return gguf.encode(kind, data)
 
 
 def _write_config(config: Any, name: str, known: Architecture, source: GgufFile | None) -> dict[str, Value]:

@@ -13,11 +13,12 @@ Sizes and offsets of a file are checked before anything is read or allocated by 
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from torch import Tensor
 from switchgear.files import AnyPath, bytes_of, reading, writing
 from switchgear.reference import gguf
 
-__all__ = ["Array", "GgufFile", "GgufTensor", "Value", "read_gguf", "write_gguf"]
+__all__ = ["Array", "DeferredTensor", "GgufFile", "GgufTensor", "Value", "read_gguf", "write_gguf"]
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT, ALIGNMENT_KEY = 32, "general.alignment"
@@ -91,6 +92,10 @@ class _TensorType(NamedTuple):
     bytes: int
     dtype: torch.dtype | None
 
+    def size(self, shape: Sequence[int]) -> int:
+        """Bytes of a tensor."""
+        return math.prod(shape) // self.columns * self.bytes
+
 
 _TYPES = {
     kind.name: kind
@@ -130,6 +135,14 @@ class GgufTensor(NamedTuple):
     type: str  # f32, f16, bf16, f64, i8, …, or a type of blocks, such as q4_k
     shape: tuple[int, ...]  # rows first, columns last
     data: Tensor
+
+
+class DeferredTensor(NamedTuple):
+    """A tensor to write. make: returns the data of a GgufTensor, which is freed before that of the next one is made."""
+
+    type: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,10 +347,7 @@ class _Placed(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count // self.type.columns * self.type.bytes
+        return self.type.size(self.shape)
 
     def view(self, memory: Tensor, begin: int) -> GgufTensor:
         data = memory[begin + self.offset : begin + self.offset + self.nbytes]
@@ -384,7 +394,9 @@ def _check_places(cursor: _Cursor, placed: list[_Placed], size: int) -> None:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(path: AnyPath, metadata: Mapping[str, Value], tensors: Mapping[str, GgufTensor]) -> None:
+def write_gguf(
+    path: AnyPath, metadata: Mapping[str, Value], tensors: Mapping[str, GgufTensor | DeferredTensor]
+) -> None:
     """Writes a GGUF file of version 3, which replaces `path` when it is whole. What `read_gguf` gives of one file of
     this version without gaps is written with the same bytes.
 
@@ -401,33 +413,37 @@ def write_gguf(path: AnyPath, metadata: Mapping[str, Value], tensors: Mapping[st
         head += (_pack_string(key), struct.pack("<I", _number_of(key, name)), *_pack_value(key, name, value))
     offset = 0
     for name, tensor in tensors.items():
-        kind = _check_tensor(name, tensor)
+        kind = _check_shape(name, tensor.type, tensor.shape)
         sizes = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape[::-1])
         head += (_pack_string(name), sizes, struct.pack("<IQ", kind.number, offset))
-        offset += -(-tensor.data.nbytes // alignment) * alignment
+        offset += -(-kind.size(tensor.shape) // alignment) * alignment
     with writing(path) as file:
         written = sum(map(file.write, head))
         file.write(bytes(-written % alignment))
-        for tensor in tensors.values():
-            file.write(bytes_of(tensor.data.detach().contiguous()))
-            file.write(bytes(-tensor.data.nbytes % alignment))
+        for name, tensor in tensors.items():
+            written = file.write(bytes_of(_make_data(name, tensor)))
+            file.write(bytes(-written % alignment))
 
 
-def _check_tensor(name: str, tensor: GgufTensor) -> _TensorType:
-    kind = _TYPES.get(tensor.type)
+def _check_shape(name: str, type: str, shape: tuple[int, ...]) -> _TensorType:
+    kind = _TYPES.get(type)
     if kind is None:
-        raise ValueError(f"tensors[{name!r}]: expected a type of {', '.join(_TYPES)}, got {tensor.type!r}")
-    shape = tensor.shape
+        raise ValueError(f"tensors[{name!r}]: expected a type of {', '.join(_TYPES)}, got {type!r}")
     if len(shape) > MOST_DIMS or 0 in shape or (shape[-1] if shape else 1) % kind.columns:
         expected = f"at most {MOST_DIMS} sizes from 1 on, and columns in blocks of {kind.columns}"
         raise ValueError(f"tensors[{name!r}]: expected {expected}, got {list(shape)}")
+    return kind
+
+
+def _make_data(name: str, tensor: GgufTensor | DeferredTensor) -> Tensor:
+    kind, shape = _TYPES[tensor.type], tensor.shape
     stored = shape if kind.dtype is not None else (*shape[:-1], shape[-1] // kind.columns * kind.bytes)
-    data = tensor.data
+    data = tensor.data if isinstance(tensor, GgufTensor) else tensor.make()
     if tuple(data.shape) != stored or data.dtype is not (kind.dtype or torch.uint8) or data.device.type != "cpu":
         expected = f"{kind.dtype or torch.uint8} {list(stored)} in CPU memory"
         got = f"{data.dtype} {list(data.shape)} on {data.device}"
         raise ValueError(f"tensors[{name!r}]: expected data {expected}, got {got}")
-    return kind
+    return data.detach().contiguous()
 
 
 def _number_of(key: str, name: str) -> int:
