@@ -30,6 +30,7 @@ from switchgear.integrations.gguf_architectures import (
     build_error,
     choose_architecture,
     find_architecture,
+    find_layout,
     find_name,
     name_experts,
     name_module,
@@ -131,7 +132,8 @@ class _Loading:
     def run(self) -> None:
         modules = dict(self._model.named_modules())
         for path, module in modules.items():
-            if (layout := layout_of(module)) is not None:
+            is_expert = layout_of(module) is not None or (name_module(path, self._known) or "").endswith("exps")
+            if is_expert and (layout := find_layout(module, self._known)) is not None:
                 self._load_experts(name_module(path, self._known) or path, module, layout)
                 continue
             for own, parameter in list(module.named_parameters(recurse=False)):
@@ -331,7 +333,7 @@ def _list_tensors(
         names = {own: name_parameter(path, own, known) for own in owned}
         if (name is None and stored is not None) or None in names.values():
             raise ValueError(f"model.{path}: expected a module of {known.model_type}, got {module.__class__.__name__}")
-        layout = layout_of(module) if stored is None else stored.layout
+        layout = find_layout(module, known)
         if name is not None and name.endswith("exps"):
             if layout is None:
                 raise ValueError(f"model.{path}: expected experts on switchgear; call accelerate(model) first")
