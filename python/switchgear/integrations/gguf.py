@@ -261,6 +261,9 @@ def _build(file: GgufFile, name: str, dtype: torch.dtype) -> PreTrainedModel:
     return made
 
 
+_AT_ONCE = 1 << 24  # bytes of a file that are copied or decoded before their pages are freed
+
+
 class _Loading:
     """Puts the tensors of a file into a model on meta."""
 
@@ -308,14 +311,22 @@ class _Loading:
         data = tensor.data
         if self._known.has_interleaved_rope and len(tensor.shape) <= 2 and name.startswith("blk."):
             data = _in_order_of_files(name, data, self._model.config, is_back=True)
+            if data is not tensor.data:
+                self._file.release(tensor.data)
         layout = linear_layout_of(module) or embedding_layout_of(module)
         if tensor.type in gguf.TYPES and layout is not None and own == "weight":
             self._put(module, layout, [parameter], [self._weigh(tensor, data[None, None])])
             return
-        module.register_parameter(own, self._plain(tensor._replace(data=data), parameter))
+        plain = torch.empty(parameter.shape, dtype=self._dtype)
+        self._fill(plain.view(tensor.shape), tensor.type, data)
+        module.register_parameter(own, nn.Parameter(plain, parameter.requires_grad))
 
-    def _plain(self, tensor: GgufTensor, like: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(_decode(tensor).to(self._dtype, copy=True).view(like.shape), like.requires_grad)
+    def _fill(self, out: Tensor, type: str, data: Tensor) -> None:
+        """Copies rows or matrices, a few at a time: their pages are memory, too."""
+        count = max(1, _AT_ONCE // data[0].nbytes)
+        for some, source in zip(out.split(count), data.split(count), strict=True):
+            some.copy_(gguf.decode(type, source) if type in gguf.TYPES else source)
+            self._file.release(source)
 
     def _weigh(self, tensor: GgufTensor, data: Tensor) -> Weight:
         return gguf_weight(tensor.type, data, tensor.shape[-1], self._dtype)
@@ -334,17 +345,17 @@ class _Loading:
         gates, ups, down = map(self._take, names, (half, half, layout.view(parameters[1]).shape))
         types = {gates.type, ups.type, down.type}
         if types <= gguf.TYPES.keys() and gates.type == ups.type:
-            first = self._weigh(gates, _side_by_side(gates.data, ups.data))
-            self._put(module, layout, parameters, (first, self._weigh(down, down.data[:, None])))
+            both = _side_by_side(gates.data, ups.data)
+            if both.data_ptr() != gates.data.data_ptr():
+                self._file.release(gates.data)
+                self._file.release(ups.data)
+            self._put(module, layout, parameters, (self._weigh(gates, both), self._weigh(down, down.data[:, None])))
             return
-        both = torch.cat([_decode(gates).to(self._dtype), _decode(ups).to(self._dtype)], 1)
-        for own, parameter, weight in zip(layout.names, parameters, (both, _decode(down)), strict=True):
-            plain = layout.view_back(weight.to(self._dtype)).clone(memory_format=torch.contiguous_format)
+        for own, parameter, tensors in zip(layout.names, parameters, ((gates, ups), (down,)), strict=True):
+            plain = torch.empty(parameter.shape, dtype=self._dtype)
+            for part, tensor in zip(layout.view(plain).chunk(len(tensors), 1), tensors, strict=True):
+                self._fill(part, tensor.type, tensor.data)
             module.register_parameter(own, nn.Parameter(plain, parameter.requires_grad))
-
-
-def _decode(tensor: GgufTensor) -> Tensor:
-    return gguf.decode(tensor.type, tensor.data) if tensor.type in gguf.TYPES else tensor.data
 
 
 def _side_by_side(gates: Tensor, ups: Tensor) -> Tensor:
