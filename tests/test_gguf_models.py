@@ -26,10 +26,19 @@ SIZES = {
     "intermediate_size": 256, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
     "num_experts_per_tok": 2, "max_position_embeddings": 128, "initializer_range": 0.05,
 }  # fmt: skip
+DENSE = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+LATENT = DENSE | {
+    "num_key_value_heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64,
+    "n_group": 2, "q_lora_rank": 64,
+}  # fmt: skip
 OWN = {
     "olmoe": {"num_experts": 4, "num_key_value_heads": 4},  # llama.cpp knows no other
     "qwen3moe": {"head_dim": 32, "num_experts": 4, "norm_topk_prob": True},
     "llama": {"num_local_experts": 4},
+    "gpt-oss": {"num_local_experts": 4, "head_dim": 32, "sliding_window": 8},
+    "deepseek2": {**LATENT, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "topk_group": 1},
+    "deepseek2:softmax": {**LATENT, "routed_scaling_factor": 1.5},
+    "glm4moe": {**DENSE, "head_dim": 64, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 1.5},
     "granitemoe": {
         "num_local_experts": 4, "embedding_multiplier": 2.0, "attention_multiplier": 0.1, "logits_scaling": 0.5,
         "residual_multiplier": 0.25, "tie_word_embeddings": True,
@@ -41,10 +50,10 @@ IDS = torch.arange(24).view(2, 12) * 7 % 96
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
-def make_model(name: str) -> Any:
+def make_model(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
     fields = {**SIZES, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    fields |= OWN.get(name, {"num_experts": 4})
+    fields |= OWN.get(name, {"num_experts": 4}) | options
     config = transformers.AutoConfig.for_model(ARCHITECTURES[name].model_type, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -83,8 +92,10 @@ def test_stored_weights_are_those_of_the_file(name: str, type: str, tmp_path: Pa
     path = tmp_path / "a.gguf"
     switchgear.save_gguf(make_model(name), path, type)
     model = switchgear.load_gguf(path)
-    for part in model.modules():
-        assert not isinstance(part, torch.nn.Linear) or isinstance(part, StoredLinear) or part.out_features == 1
+    for path_of_part, part in model.named_modules():
+        is_split = path_of_part.endswith("kv_b_proj")  # of which files have a transposed half
+        is_plain = is_split or getattr(part, "out_features", 1) == 1
+        assert not isinstance(part, torch.nn.Linear) or isinstance(part, StoredLinear) != is_plain
         assert not isinstance(part, torch.nn.Embedding) or isinstance(part, StoredEmbedding)
     with switchgear.use_backend("reference"):
         wanted = logits_of(model)
@@ -133,6 +144,44 @@ def test_pages_of_copied_tensors_are_freed(tmp_path: Path) -> None:
     assert resident is not None
     assert int(resident[1]) << 10 < other.stat().st_size / 10
     assert torch.equal(model.model.embed_tokens.weight, file.tensors["token_embd.weight"].data)
+
+
+def test_older_files_have_latent_keys_and_values_in_one_matrix(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    model = make_model("deepseek2:softmax", q_lora_rank=None)
+    switchgear.save_gguf(model, path, "f32")
+    file, whole = read_gguf(path), {}
+    for name, tensor in file.tensors.items():
+        if "attn_k_b" in name:
+            data = model.model.layers[int(name.split(".")[1])].self_attn.kv_b_proj.weight.detach()
+            whole[name.replace("k_b", "kv_b")] = GgufTensor("f32", tuple(data.shape), data)
+        elif "attn_v_b" not in name:
+            whole[name] = tensor
+    sizes = {"key_length": 64, "value_length": 64, "head_count_kv": 4}
+    metadata = file.metadata | {f"deepseek2.attention.{key}": Value("uint32", size) for key, size in sizes.items()}
+    metadata = {key: value for key, value in metadata.items() if "_mla" not in key and "gating" not in key}
+    write_gguf(other, metadata, whole)
+    loaded = switchgear.load_gguf(other)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    switchgear.save_gguf(loaded, path, like=other)
+    assert path.read_bytes() == other.read_bytes()
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    model = make_model("glm4moe")
+    switchgear.save_gguf(model, path, "f32")
+    file = read_gguf(path)
+    extra = {"blk.2.nextn.enorm.weight": GgufTensor("f32", (256,), torch.ones(256))}
+    metadata = file.metadata | {
+        "glm4moe.block_count": Value("uint32", 3), "glm4moe.nextn_predict_layers": Value("uint32", 1)
+    }  # fmt: skip
+    write_gguf(other, metadata, file.tensors | extra)
+    loaded = switchgear.load_gguf(other)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    switchgear.save_gguf(loaded, path, like=other)
+    assert read_gguf(path).get("glm4moe.nextn_predict_layers") == 0
+    assert torch.equal(logits_of(switchgear.load_gguf(path)), logits_of(model))
 
 
 @pytest.mark.parametrize("change", ["dtype", "mixed", "packed", "plain embedding", "restored"])
@@ -228,6 +277,24 @@ def test_what_is_missing_or_wrong_is_named(name: str, file: GgufFile, tmp_path: 
         switchgear.load_gguf(tmp_path / "a.gguf")
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("glm4moe", "nextn_predict_layers", Value("uint32", 2)),
+        ("glm4moe", "rope.dimension_count", Value("uint32", 65)),
+        ("glm4moe", "expert_weights_norm", Value("uint32", 1)),
+        ("deepseek2", "attention.key_length_mla", Value("uint32", 32)),
+        ("deepseek2", "expert_gating_func", Value("uint32", 3)),
+    ],
+)
+def test_keys_of_some_architectures_are_named(name: str, key: str, value: Value, tmp_path: Path) -> None:
+    switchgear.save_gguf(make_model(name), tmp_path / "a.gguf", "f32")
+    file = read_gguf(tmp_path / "a.gguf")
+    write_gguf(tmp_path / "b.gguf", file.metadata | {f"{name}.{key}": value}, file.tensors)
+    with raises(ValueError, key):
+        switchgear.load_gguf(tmp_path / "b.gguf")
+
+
 def test_what_cannot_be_loaded_or_written(file: GgufFile, tmp_path: Path) -> None:
     metadata = {**file.metadata, "general.architecture": Value("string", "gpt2")}
     write_gguf(tmp_path / "a.gguf", metadata, file.tensors)
@@ -238,6 +305,9 @@ def test_what_cannot_be_loaded_or_written(file: GgufFile, tmp_path: Path) -> Non
         switchgear.save_gguf(model, tmp_path / "b.gguf", "q9")
     with raises(ValueError, "like"):
         switchgear.save_gguf(model, tmp_path / "b.gguf", like=tmp_path / "a.gguf")
+    model.config.norm_topk_prob = True
+    with raises(ValueError, "model.config.norm_topk_prob"):
+        switchgear.save_gguf(model, tmp_path / "b.gguf")
     with raises(ValueError, "model"):
         switchgear.save_gguf(torch.nn.Linear(2, 2), tmp_path / "b.gguf")
     with raises(ValueError, "dtype"):

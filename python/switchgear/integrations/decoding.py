@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from switchgear import ops
 from switchgear.backends import in_autocast, runs_natively, warn_once
 from switchgear.functional import AnyWeight, attend, linear, rms_norm, rotate_heads
 from switchgear.functional.gradients import needs_autograd
@@ -36,6 +37,7 @@ from switchgear.integrations.forwards import (
 from switchgear.integrations.whole_blocks import run_block
 from switchgear.layers.linear import StoredLinear
 from switchgear.utils.modules import set_eval
+from switchgear.weights import Weight
 from switchgear.weights.module import matrix_of
 
 _has_any_global_hook: Callable[[], bool] = nn.modules.module._has_any_global_hook
@@ -123,37 +125,66 @@ def _run_layer(
             return None
 
     batch, count, _ = hidden_states.shape
-    shape = batch, count, -1, attention.head_dim
-    x = rms_norm(hidden_states, first.weight, first.variance_epsilon)
-    q, k, v = (linear(x, *proj).view(shape) for proj in (q_proj, k_proj, v_proj))
     cos, sin = position_embeddings
     angles = min(cos.shape[-1], attention.head_dim) // (1 if _is_half(known) else 2)
     (q_weight, eps), (k_weight, _) = norms
-    into = None if keeping is None else keeping.extend((k.transpose(1, 2), v.transpose(1, 2)), count)
-    q, keys, values = rotate_heads(
-        q, k, v, cos[..., :angles], sin[..., :angles], q_weight=q_weight, k_weight=k_weight, eps=eps, into=into
-    )
-    if keeping is not None:
-        keys, values = keeping.memory  # type: ignore[misc]
-    attended = attend(
-        q,
-        keys,
-        values,
-        scale=attention.scaling,
-        length=count if keeping is None else keeping.length,
-        window=mask.window,
-        starts=mask.starts,
-        sinks=getattr(attention, "sinks", None),
-    )
+    sinks = getattr(attention, "sinks", None)
     scale = getattr(layer, "residual_multiplier", 1.0)
-    out = linear(attended.flatten(2), *o_proj)
-    y, residual = rms_norm(
-        out if scale == 1 else out * scale, second.weight, second.variance_epsilon, residual=hidden_states
-    )
+    projections = q_proj, k_proj, v_proj, o_proj
+    if keeping is not None and scale == 1 and (operands := _find_operands(hidden_states, keeping, projections)):
+        keys, values = keeping.lengthen(count)
+        y, residual = ops.attention_block_on_host(
+            (hidden_states, first.weight, second.weight, *operands, q_weight, k_weight, cos, sin, mask.starts,
+             None if sinks is None else sinks.float()),
+            (angles, keeping.length, attention.scaling, mask.window or 0, first.variance_epsilon, eps,
+             second.variance_epsilon),
+            keys, values,
+        )  # fmt: skip
+        y, residual = y.view(hidden_states.shape), residual.view(hidden_states.shape)
+    else:
+        shape = batch, count, -1, attention.head_dim
+        x = rms_norm(hidden_states, first.weight, first.variance_epsilon)
+        q, k, v = (linear(x, *proj).view(shape) for proj in (q_proj, k_proj, v_proj))
+        into = None if keeping is None else keeping.extend((k.transpose(1, 2), v.transpose(1, 2)), count)
+        q, keys, values = rotate_heads(
+            q, k, v, cos[..., :angles], sin[..., :angles], q_weight=q_weight, k_weight=k_weight, eps=eps, into=into
+        )
+        if keeping is not None:
+            keys, values = keeping.memory  # type: ignore[misc]
+        attended = attend(
+            q,
+            keys,
+            values,
+            scale=attention.scaling,
+            length=count if keeping is None else keeping.length,
+            window=mask.window,
+            starts=mask.starts,
+            sinks=sinks,
+        )
+        out = linear(attended.flatten(2), *o_proj)
+        y, residual = rms_norm(
+            out if scale == 1 else out * scale, second.weight, second.variance_epsilon, residual=hidden_states
+        )
     y = run_block(layer._modules[known.block], y)
     mixed: Tensor = y[0] if isinstance(y, tuple) else y
     total: Tensor = residual + (mixed if scale == 1 else mixed * scale)
     return total
+
+
+def _find_operands(x: Tensor, keeping: GrowingLayer, projections: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What the kernels read of projections: the tensors, the form and the bias of each. None if not all can be read in
+    one call: a gradient or a dispatcher sees the ops, or the cache has no memory yet."""
+    if torch.is_grad_enabled() or keeping.memory is None or not ops.needs_no_dispatch(x) or not x.is_contiguous():
+        return None
+    found: list[Any] = []
+    for weight, bias in projections:
+        if type(weight) is nn.Parameter:
+            found += (weight, (), bias)
+        elif type(weight) is Weight and (operand := weight.direct_operand()) is not None:
+            found += (operand.tensors, operand.form, bias)
+        else:
+            return None
+    return tuple(found)
 
 
 def _is_half(known: LayerClass) -> bool:
