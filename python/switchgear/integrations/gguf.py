@@ -28,6 +28,7 @@ from switchgear.integrations.gguf_architectures import (
     Architecture,
     Split,
     build_error,
+    choose_architecture,
     find_architecture,
     find_name,
     name_experts,
@@ -36,6 +37,7 @@ from switchgear.integrations.gguf_architectures import (
     read_config,
     read_key,
     reorder_heads,
+    take_part,
     write_config,
 )
 from switchgear.integrations.gguf_file import PLAIN, DeferredTensor, GgufFile, GgufTensor, read_gguf, write_gguf
@@ -287,13 +289,8 @@ def save_gguf(model: nn.Module, path: AnyPath, type: str | None = None, *, like:
         ValueError: the architecture or type is unknown, `like` is of another, the model has adapters, experts on disk,
             or parameters that the format has no name for. OSError: a file cannot be read or written.
     """
-    config: Any = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    found = [(name.partition(":")[0], known) for name, known in ARCHITECTURES.items() if known.model_type == kind]
-    if not found:
-        types = ", ".join(each.model_type for each in ARCHITECTURES.values())
-        raise ValueError(f"model: expected a model of {types}, got {kind or model.__class__}")
-    ((name, known),) = found
+    name, known = choose_architecture(model)
+    config: Any = model.config
     names = (*FLOAT_TYPES[:3], *gguf.TYPES, *RECIPES)
     if type is not None and type not in names:
         raise ValueError(f"type: expected one of {', '.join(names)}, got {type!r}")
@@ -365,7 +362,7 @@ def _list_tensors(
                     for each, part in zip(name_experts(name, own), parts, strict=True):
                         yield each, _defer(each, part, choose)
             continue
-        if module is head and HEAD not in like and _is_same(head, embedding):
+        if module is head and HEAD not in like and is_same(head, embedding):
             continue
         own_parts = {own: _Part(tuple(p.shape), None, p.detach) for own, p in owned.items()}
         if stored is not None:
@@ -387,7 +384,8 @@ def _read_in_order(name: str, read: Callable[[], Tensor], config: Any) -> Tensor
     return reorder_heads(name, read(), config, is_back=False)
 
 
-def _is_same(head: nn.Module, embedding: nn.Module) -> bool:
+def is_same(head: nn.Module, embedding: nn.Module) -> bool:
+    """Whether a head and an embedding have one weight."""
     ours, theirs = stored_of(head), stored_of(embedding)
     if ours is None or theirs is None:
         return head._parameters.get("weight") is embedding._parameters.get("weight") is not None
@@ -421,14 +419,10 @@ def _read_part(weight: Tensor | Weight, parts: int, is_apart: bool, index: int) 
         if is_apart and parts == weight.parts:
             part = weight.data[:, index]
         else:
-            part = _take_part(weight.data.flatten(1, 2), parts, is_apart, index)
+            part = take_part(weight.data.flatten(1, 2), parts, is_apart, index)
         return part if weight.slots is None else part[weight.slots.long()]
     plain = weight.plain() if isinstance(weight, Weight) else weight.detach()
-    return _take_part(plain, parts, is_apart, index)
-
-
-def _take_part(rows: Tensor, parts: int, is_apart: bool, index: int) -> Tensor:
-    return rows.chunk(parts, 1)[index] if is_apart else rows[:, index::parts]
+    return take_part(plain, parts, is_apart, index)
 
 
 def _split_rows(part: _Part, split: Split, config: Any) -> list[_Part]:

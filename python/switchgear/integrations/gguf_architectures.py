@@ -312,6 +312,11 @@ def reorder_heads(name: str, rows: Tensor, config: Any, is_back: bool) -> Tensor
     return rows.reshape(*split, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
+def take_part(rows: Tensor, parts: int, is_apart: bool, index: int) -> Tensor:
+    """The rows of one of the parts of [E,N,…]; see `_split` of gguf.py."""
+    return rows.chunk(parts, 1)[index] if is_apart else rows[:, index::parts]
+
+
 # ---- configs out of files --------------------------------------------------------------------------------------------
 
 
@@ -328,6 +333,16 @@ def find_architecture(file: GgufFile, name: str) -> Architecture:
         others.append((known.constants[wrong[0]], wrong[0]))
     values, key = others[-1]
     raise build_error(file, f"key {name + '.' + key!r}", f"one of {values}", file.get(f"{name}.{key}"))
+
+
+def choose_architecture(model: Any) -> tuple[str, Architecture]:
+    """The name in llama.cpp, and the row, of a model. Raises ValueError for other models."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    for name, known in ARCHITECTURES.items():
+        if known.model_type == kind:
+            return name.partition(":")[0], known
+    types = ", ".join(each.model_type for each in ARCHITECTURES.values())
+    raise ValueError(f"model: expected a model of {types}, got {kind or type(model)}")
 
 
 def build_error(file: GgufFile, what: str, expected: str, got: object) -> ValueError:
