@@ -232,7 +232,7 @@ class _Loading:
         for own, parameter, tensors in zip(layout.names, parameters, ((gates, ups), (down,)), strict=True):
             plain = torch.empty(parameter.shape, dtype=self._dtype)
             for index, tensor in enumerate(tensors):
-                part = _take_part(layout.view(plain), len(tensors), layout.split_gates, index)
+                part = take_part(layout.view(plain), len(tensors), layout.split_gates, index)
                 self._fill(part, tensor.type, tensor.data)
             module.register_parameter(own, nn.Parameter(plain, parameter.requires_grad))
 
