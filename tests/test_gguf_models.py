@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,22 @@ def test_experts_are_views_of_the_file(tmp_path: Path) -> None:
         metadata |= {"split.no": Value("uint16", number), "split.count": Value("uint16", 2)}
         write_gguf(shard, metadata, {name: t for name, t in tensors.items() if ("_up_" in name) == bool(number)})
     assert torch.equal(logits_of(switchgear.load_gguf(shards[1])), wanted)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_pages_of_copied_tensors_are_freed(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    switchgear.save_gguf(make_model("olmoe"), path, "f32")
+    file = read_gguf(path)
+    head = file.tensors["output.weight"]
+    stored = GgufTensor("q8_0", head.shape, gguf.encode("q8_0", head.data))
+    write_gguf(other, file.metadata, {**file.tensors, "output.weight": stored})
+    model = switchgear.load_gguf(other)
+    _, _, mapped = Path("/proc/self/smaps").read_text().partition(f"{other}\n")
+    resident = re.search(r"^Rss: +(\d+) kB", mapped, re.M)
+    assert resident is not None
+    assert int(resident[1]) << 10 < other.stat().st_size / 10
+    assert torch.equal(model.model.embed_tokens.weight, file.tensors["token_embd.weight"].data)
 
 
 def test_older_files_have_latent_keys_and_values_in_one_matrix(tmp_path: Path) -> None:

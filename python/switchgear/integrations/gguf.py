@@ -117,6 +117,9 @@ def _build(file: GgufFile, name: str, known: Architecture, dtype: torch.dtype) -
     return made
 
 
+_AT_ONCE = 1 << 24  # bytes of a file that are copied or decoded before their pages are freed
+
+
 class _Loading:
     """Puts the tensors of a file into a model on meta."""
 
@@ -183,14 +186,25 @@ class _Loading:
         data = tensor.data
         if self._known.has_interleaved_rope and len(tensor.shape) <= 2 and name.startswith("blk."):
             data = reorder_heads(name, data, self._model.config, is_back=True)
+            if data is not tensor.data:
+                self._file.release(tensor.data)
         layout = linear_layout_of(module) or embedding_layout_of(module)
         if tensor.type in gguf.TYPES and layout is not None and own == "weight":
             self._put(module, layout, [parameter], [self._weigh(tensor, data[None, None])])
             return
-        module.register_parameter(own, self._plain(tensor._replace(data=data), parameter))
+        module.register_parameter(own, self._plain(tensor.type, data, parameter))
 
-    def _plain(self, tensor: GgufTensor, like: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(_decode(tensor).to(like.dtype, copy=True).view(like.shape), like.requires_grad)
+    def _plain(self, type: str, data: Tensor, like: nn.Parameter) -> nn.Parameter:
+        plain = torch.empty(like.shape, dtype=like.dtype)
+        self._fill(plain if data.dim() > 1 else plain.view(-1), type, data)
+        return nn.Parameter(plain, like.requires_grad)
+
+    def _fill(self, out: Tensor, type: str, data: Tensor) -> None:
+        """Copies numbers or matrices, a few at a time: pages of the file are memory, too."""
+        count = max(1, _AT_ONCE // data[0].nbytes)
+        for some, source in zip(out.split(count), data.split(count), strict=True):
+            some.copy_(gguf.decode(type, source) if type in gguf.TYPES else source)
+            self._file.release(source)
 
     def _weigh(self, tensor: GgufTensor, data: Tensor) -> Weight:
         return gguf_weight(tensor.type, data, tensor.shape[-1], self._dtype)
@@ -212,11 +226,16 @@ class _Loading:
         if types <= gguf.TYPES.keys() and gates.type == ups.type:
             pairs = gates.data, ups.data
             data = _side_by_side(*pairs) if layout.split_gates else _join(*pairs, layout)[:, None]
+            if data.data_ptr() != gates.data.data_ptr():
+                for copied in pairs:
+                    self._file.release(copied)
             self._put(module, layout, parameters, (self._weigh(gates, data), self._weigh(down, down.data[:, None])))
             return
-        both = _join(_decode(gates).to(self._dtype), _decode(ups).to(self._dtype), layout)
-        for own, parameter, weight in zip(layout.names, parameters, (both, _decode(down)), strict=True):
-            plain = layout.view_back(weight.to(self._dtype)).clone(memory_format=torch.contiguous_format)
+        for own, parameter, tensors in zip(layout.names, parameters, ((gates, ups), (down,)), strict=True):
+            plain = torch.empty(parameter.shape, dtype=self._dtype)
+            for index, tensor in enumerate(tensors):
+                part = take_part(layout.view(plain), len(tensors), layout.split_gates, index)
+                self._fill(part, tensor.type, tensor.data)
             module.register_parameter(own, nn.Parameter(plain, parameter.requires_grad))
 
     def _load_biases(self, name: str, module: nn.Module, layout: Layout, shapes: Sequence[Sequence[int]]) -> None:
@@ -224,9 +243,9 @@ class _Loading:
         if first is None or second is None:
             return
         gates, ups, down = map(self._take, name_experts(name, "bias"), shapes)
-        both = gates._replace(data=_join(_decode(gates), _decode(ups), layout))
-        for own, tensor, parameter in zip(layout.names, (both, down), (first, second), strict=True):
-            module.register_parameter(f"{own}_bias", self._plain(tensor, parameter))
+        both = _join(_decode(gates), _decode(ups), layout)
+        for own, data, parameter in zip(layout.names, (both, _decode(down)), (first, second), strict=True):
+            module.register_parameter(f"{own}_bias", self._plain("f32", data, parameter))
 
 
 def _decode(tensor: GgufTensor) -> Tensor:
