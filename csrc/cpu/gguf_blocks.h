@@ -41,12 +41,28 @@ inline void store_vector(uint8_t* p, const Vector& v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Two vectors of 16 bytes, in one store where vectors are longer: a processor waits for bytes that it has just stored in parts, if
+// it reads them at once.
+inline void store_two(uint8_t* p, const Run<16>::Vector& first, const Run<16>::Vector& second) {
+#if defined(__AVX2__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_set_m128i(reinterpret_cast<const __m128i&>(second),
+                                                                      reinterpret_cast<const __m128i&>(first)));
+#else
+  store_vector(p, first);
+  store_vector(p + 16, second);
+#endif
+}
+
 // Codes of 4 bits: kRun in the lower halves of bytes, then as many in the upper ones.
 template <int kRun>
 inline void unpack_nibbles(uint8_t* codes, const uint8_t* p) {
   const Run<kRun> run(p);
-  store_vector(codes, run.v & 15);
-  store_vector(codes + kRun, run.v >> 4);
+  if constexpr (kRun == 16) {
+    store_two(codes, run.v & 15, run.v >> 4);
+  } else {
+    store_vector(codes, run.v & 15);
+    store_vector(codes + kRun, run.v >> 4);
+  }
 }
 
 // The same, as entries of a table.
@@ -55,8 +71,8 @@ inline void look_up_nibbles(uint8_t* codes, const uint8_t* p, const int8_t* tabl
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
   const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
   const __m128i upper = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm_shuffle_epi8(values, _mm_and_si128(bytes, mask)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm_shuffle_epi8(values, upper));
+  store_two(codes, reinterpret_cast<Run<16>::Vector>(_mm_shuffle_epi8(values, _mm_and_si128(bytes, mask))),
+            reinterpret_cast<Run<16>::Vector>(_mm_shuffle_epi8(values, upper)));
 #else
   for (int i = 0; i < 16; ++i) codes[i] = static_cast<uint8_t>(table[p[i] & 15]);
   for (int i = 0; i < 16; ++i) codes[16 + i] = static_cast<uint8_t>(table[p[i] >> 4]);
@@ -68,12 +84,11 @@ inline void unpack_fives(uint8_t* codes, const uint8_t* p, const uint8_t* bits) 
   typedef uint64_t Eights __attribute__((vector_size(16)));
   constexpr uint64_t kEach = 0x0101010101010101u, kBit = 0x8040201008040201u;  // bit j in byte j
   const Run<16> run(p);
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
+  const auto sixteens = [&](int half) {
     const Eights set = {bits[2 * half] * kEach & kBit, bits[2 * half + 1] * kEach & kBit};
-    const auto is_set = reinterpret_cast<Run<16>::Vector>(reinterpret_cast<const Run<16>::Vector&>(set) != 0);
-    store_vector(codes + 16 * half, (half == 0 ? run.v & 15 : run.v >> 4) | (is_set & 16));
-  }
+    return reinterpret_cast<Run<16>::Vector>(reinterpret_cast<const Run<16>::Vector&>(set) != 0) & 16;
+  };
+  store_two(codes, (run.v & 15) | sixteens(0), (run.v >> 4) | sixteens(1));
 }
 
 // The factors of a block. Where the format has no integers they are 1.
@@ -187,10 +202,10 @@ inline Factors six_bit_factors(const uint8_t* b) {
   __builtin_memcpy(&other, b + 8, 4);
   __builtin_memcpy(&last, b + 12, 4);
   constexpr uint32_t kLow = 0x3f3f3f3f, kHalf = 0x0f0f0f0f, kUpper = 0x30303030;
-  const uint32_t s[2] = {one & kLow, (last & kHalf) | (one >> 2 & kUpper)};
-  const uint32_t t[2] = {other & kLow, (last >> 4 & kHalf) | (other >> 2 & kUpper)};
-  __builtin_memcpy(f.s, s, 8);
-  __builtin_memcpy(f.t, t, 8);
+  const uint64_t s = (one & kLow) | static_cast<uint64_t>((last & kHalf) | (one >> 2 & kUpper)) << 32;
+  const uint64_t t = (other & kLow) | static_cast<uint64_t>((last >> 4 & kHalf) | (other >> 2 & kUpper)) << 32;
+  __builtin_memcpy(f.s, &s, 8);
+  __builtin_memcpy(f.t, &t, 8);
   return f;
 }
 

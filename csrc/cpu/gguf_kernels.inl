@@ -370,8 +370,95 @@ void multiply_parts(float* c, const Operands& o, int64_t num_rows, int64_t count
   }
 }
 
+// ---- one row -------------------------------------------------------------------------------------------------------------
+
+// With one row of activations, codes go from registers to their product, with the sums of multiply_wide and multiply_narrow. That
+// is for vectors of a block of 32 columns; longer ones would read what two stores have written.
+constexpr bool kHasOneRow = kColumns == kNarrow;
+
+// c[n] for kCount rows of weights from n on. Their offsets are kept in the scratch.
+template <Format kFormat, int kCount>
+void multiply_one(const Product& p, int64_t n) {
+  using B = Block<kFormat>;
+  using Kind = KindOf<kFormat>;
+  constexpr int64_t kBlock = gguf_type(kFormat).columns, kBytes = gguf_type(kFormat).bytes;
+  constexpr int kGroups = static_cast<int>(kBlock / B::kGroup), kRepeats = B::kGroup / 16;
+  constexpr bool kIsWide = kHasIntegerFactors<kFormat>;
+  const GgufRow row(p.depth);
+  const Operands o{p.rows, nullptr, row, p.depth};
+  const auto* const x = o.of_row<uint8_t>(0, 0);
+  const auto* const scales = o.of_row<float>(0, row.scales);
+  const int64_t blocks = p.depth / kBlock, padded = (blocks + 15) / 16 * 16;
+  auto* const offsets = static_cast<float*>(p.scratch);  // [kCount, padded]
+  Floats total[kCount] = {};
+  const uint8_t* w[kCount];
+#pragma GCC unroll 4
+  for (int j = 0; j < kCount; ++j) w[j] = static_cast<const uint8_t*>(p.b.data) + (n + j) * p.b.n_stride;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const float scale = scales[b];
+    [[maybe_unused]] const int16_t* const sums = o.of_row<int16_t>(0, row.sums) + b * 16;
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+      for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(w[j] + line + kAheadBytes, 0, 3);
+      alignas(64) uint8_t codes[kBlock];
+#pragma GCC unroll 2
+      for (int unit = 0; unit < kBlock / B::kUnit; ++unit) B::unpack(codes + unit * B::kUnit, w[j], unit);
+      const Factors f = B::factors(w[j]);
+      w[j] += kBytes;
+      Ints sum = {};
+      if constexpr (kIsWide) {
+        int32_t factors[kGroups];
+        int16_t terms[16];
+        for (int g = 0; g < kGroups; ++g) factors[g] = factor(f.s[g]);
+        for (int g = 0; g < kGroups; ++g) {
+          const auto term = static_cast<int16_t>(B::kHasMins ? f.t[g] : B::kOffset * f.s[g]);
+          for (int i = 0; i < kRepeats; ++i) terms[g * kRepeats + i] = term;
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < kBlock / kColumns; ++v) {
+          const Ints s = spread<Kind::kGroup / 4>(factors + v * kColumns / Kind::kGroup);
+          sum = add_products<Kind::kHasSigns>(sum, load_codes(codes + v * kColumns),
+                                              load_codes(x + b * kBlock + v * kColumns), s);
+        }
+        if constexpr (Kind::kOffset != 0) sum -= multiply_sums(terms, sums);
+        total[j] = multiply_add(to_floats(sum), broadcast(f.d * scale), total[j]);
+        if constexpr (Kind::kHasMins) {
+          total[j] = multiply_add(to_floats(multiply_sums(terms, sums)), broadcast(-(f.m * scale)), total[j]);
+        }
+      } else {
+        Bytes signed_codes = load_codes(codes);
+        if constexpr (B::kOffset != 0) signed_codes -= static_cast<int8_t>(B::kOffset);
+        sum = add_products<Kind::kHasSigns>(sum, signed_codes, load_codes(x + b * kBlock), broadcast_ints(kOne));
+        total[j] = multiply_add(to_floats(sum), broadcast(f.d) * broadcast(scale), total[j]);
+        if constexpr (Kind::kHasMins) offsets[j * padded + b] = -f.m;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kCount; ++j) {
+    if constexpr (Kind::kHasMins && !kIsWide) {
+      for (int64_t b = blocks; b < padded; ++b) offsets[j * padded + b] = 0.0f;
+      const auto* const sums = o.of_row<float>(0, row.offsets);
+      for (int64_t b = 0; b < blocks; b += kLanes) {
+        total[j] = multiply_add(load(offsets + j * padded + b), load(sums + b), total[j]);
+      }
+    }
+    p.c[n + j] = add_lanes(total[j]);
+  }
+}
+
 template <Format kFormat>
 void multiply_of(const Product& p) {
+  if constexpr (kHasOneRow) {
+    constexpr int kMost = kHasIntegerFactors<kFormat> ? 2 : 4;
+    if (p.num_rows == 1 && kMost * GgufRow(p.depth).bytes <= kProductScratch) {
+      for (int64_t n = 0; n < p.num_columns; n += kMost) {
+        with_count<kMost>(p.num_columns - n < kMost ? p.num_columns - n : kMost,
+                          [&]<int kCount>() { multiply_one<kFormat, kCount>(p, n); });
+      }
+      return;
+    }
+  }
   constexpr int64_t kFewColumns = 2;  // at once for few rows, so that weights taken apart stay in L1
   const GgufRow row(p.depth);
   const int64_t room = kProductScratch / row.bytes, most = p.num_rows <= 4 ? kFewColumns : p.num_columns;

@@ -153,11 +153,23 @@ class GgufFile:
         path: the file, of a split one the first.
         metadata: values by key, in the file's order, of a split file those of the first.
         tensors: by name, in the file's order: views of the mapped files.
+        maps: by the address of their memory.
     """
 
     path: Path
     metadata: dict[str, Value]
     tensors: dict[str, GgufTensor]
+    maps: dict[int, mmap.mmap]
+
+    def release(self, data: Tensor) -> None:
+        """Frees the pages of a tensor that was copied, if it is one of the file. They are read again when used."""
+        memory = data.untyped_storage().data_ptr()
+        if memory in self.maps and hasattr(mmap, "MADV_DONTNEED"):
+            begin = data.data_ptr() - memory
+            first, end = -(-begin // mmap.PAGESIZE), (begin + data.nbytes) // mmap.PAGESIZE
+            if first < end:  # others may be in a page, too
+                length = (end - first) * mmap.PAGESIZE
+                self.maps[memory].madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, length)
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of metadata as Python's: a number, bool, str or list. `default` without such a key."""
@@ -183,10 +195,10 @@ def read_gguf(path: AnyPath) -> GgufFile:
     path = Path(path)
     found = _SHARD.search(path.name)
     if found is None:
-        metadata, tensors = _read_file(path)
+        metadata, tensors, maps = _read_file(path)
         if (count := _read_count(path, metadata, SPLIT_COUNT, 1)) > 1:
             raise ValueError(f"{path}: expected a name with -00001-of-{count:05}.gguf for a split file")
-        return GgufFile(path, metadata, tensors)
+        return GgufFile(path, metadata, tensors, maps)
     count = int(found[2])
     shards = [path.with_name(f"{path.name[: found.start()]}-{n + 1:05}-of-{count:05}.gguf") for n in range(count)]
     if path not in shards:
@@ -195,8 +207,9 @@ def read_gguf(path: AnyPath) -> GgufFile:
         raise FileNotFoundError(f"{path}: expected {count} files, {len(missing)} are missing, such as {missing[0]}")
     merged: dict[str, GgufTensor] = {}
     first: dict[str, Value] = {}
+    maps: dict[int, mmap.mmap] = {}
     for number, shard in enumerate(shards):
-        metadata, tensors = _read_file(shard)
+        metadata, tensors, own = _read_file(shard)
         for key, wanted in ((SPLIT_COUNT, count), (SPLIT_NO, number)):
             if (got := _read_count(shard, metadata, key, wanted)) != wanted:
                 raise ValueError(f"{shard}: key {key!r}: expected {wanted}, got {got}")
@@ -204,12 +217,13 @@ def read_gguf(path: AnyPath) -> GgufFile:
             raise ValueError(f"{shard}: tensor {min(repeated)!r}: expected one, got another in an earlier file")
         first = first or metadata
         merged |= tensors
+        maps |= own
     wanted = _read_count(shards[0], first, SPLIT_TENSORS, len(merged))
     if wanted != len(merged):
         raise ValueError(
             f"{path}: key {SPLIT_TENSORS!r}: expected {len(merged)}, the tensors of all files, got {wanted}"
         )
-    return GgufFile(shards[0], first, merged)
+    return GgufFile(shards[0], first, merged, maps)
 
 
 def _read_count(path: Path, metadata: Mapping[str, Value], key: str, default: int) -> int:
@@ -305,7 +319,7 @@ class _Cursor:
         return Array(name, torch.frombuffer(bytearray(values), dtype=dtype))
 
 
-def _read_file(path: Path) -> tuple[dict[str, Value], dict[str, GgufTensor]]:
+def _read_file(path: Path) -> tuple[dict[str, Value], dict[str, GgufTensor], dict[int, mmap.mmap]]:
     memory = _map(path)
     cursor = _Cursor(path, memory)
     if (magic := cursor.take(4)) != MAGIC:
@@ -334,7 +348,7 @@ def _read_file(path: Path) -> tuple[dict[str, Value], dict[str, GgufTensor]]:
     begin = -(-cursor.at // alignment) * alignment
     _check_places(cursor, placed, len(memory) - begin)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
-    return metadata, {tensor.name: tensor.view(whole, begin) for tensor in placed}
+    return metadata, {tensor.name: tensor.view(whole, begin) for tensor in placed}, {whole.data_ptr(): memory}
 
 
 class _Placed(NamedTuple):
