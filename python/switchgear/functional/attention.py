@@ -148,7 +148,7 @@ class Defined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        needs = ctx.needs_input_grad[3:]
+        needs, saved = ctx.needs_input_grad[3:], ctx.saved_tensors  # which a checkpoint gives once
 
         def differentiate(*tensors: Any) -> Any:
             inputs, incoming = tensors[: -len(grads)], tensors[-len(grads) :]
@@ -164,6 +164,6 @@ class Defined(torch.autograd.Function):
                 [out for out, _ in used], asked, [grad for _, grad in used], materialize_grads=True
             )
 
-        found = iter(once(differentiate, *ctx.saved_tensors, *grads))
-        given = [next(found) if need else None for need in needs[: len(ctx.saved_tensors)]]
+        found = iter(once(differentiate, *saved, *grads))
+        given = [next(found) if need else None for need in needs[: len(saved)]]
         return None, None, None, *given, *(None for _ in ctx.options)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -344,7 +345,7 @@ def run_whole_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callabl
             tried[key] = _try_layer(module, known, _find_rotary(model, name))
         if (form := tried[key]) is not None:
             replaced.add(module)
-            yield name, module, replace_forward(module, _build_forward(form, kind.forward))
+            yield name, module, replace_forward(module, _build_forward(form, kind))
     for name, module in model.named_modules():
         norm: Any = module._modules.get("norm")
         layers: Any = module._modules.get("layers")
@@ -375,13 +376,23 @@ def _list_values(module: Any) -> frozenset[tuple[str, Any]]:
     return frozenset((k, v) for k, v in vars(module).items() if type(v) in plain and k not in ("layer_idx", "training"))
 
 
-def _build_forward(known: LayerClass, own: Callable[..., Any]) -> Callable[..., Any]:
+def _build_forward(known: LayerClass, kind: type[nn.Module]) -> Callable[..., Any]:
+    own: Any = kind.forward
+    # Where no __call__ of the class starts a checkpoint, its forward does, around the one that it wraps.
+    inner = getattr(own, "__wrapped__", own) if kind.__call__ is nn.Module.__call__ else None
+
+    def run(self: Any, own: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+        out = _run_layer(self, known, hidden_states, **kwargs)
+        return own(self, hidden_states, **kwargs) if out is None else out
+
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not args and type(self).forward is own:
-            out = _run_layer(self, known, hidden_states, **kwargs)
-            if out is not None:
-                return out
-        return type(self).forward(self, hidden_states, *args, **kwargs)
+        if args or type(self).forward is not own:
+            return type(self).forward(self, hidden_states, *args, **kwargs)
+        if inner is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None:
+                return own(self, hidden_states, **kwargs)
+            return self._gradient_checkpointing_func(partial(run, self, inner, **kwargs), hidden_states)
+        return run(self, own, hidden_states, **kwargs)
 
     return forward
 
